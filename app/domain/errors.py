@@ -1,0 +1,275 @@
+"""The error tree. Every error has a stable `code`, an HTTP status and a rule for retrying the job.
+
+BitwrightError
+|-- RequestError              the caller can mend the request            (never retried)
+|   |-- MalformedBody         400  malformed_body        not JSON
+|   |-- Unauthenticated       401  unauthenticated       no key, or an unknown or revoked one
+|   |-- MissingScope          403  missing_scope         the key lacks a scope
+|   |-- NotFound              404  not_found             no such id for this tenant
+|   |-- Conflict              409  conflict              the resource is in another state
+|   |   |-- IllegalTransition 409  illegal_transition    e.g. cancel of a finished job
+|   |   `-- RequestInProgress 409  request_in_progress   same Idempotency-Key still running
+|   |-- PreconditionFailed    412  precondition_failed   If-Match or If-Range does not hold
+|   |-- BodyTooLarge          413  body_too_large
+|   |-- RangeNotSatisfiable   416  range_not_satisfiable
+|   |-- InvalidRequest        422  invalid_request       all problems at once in `errors`
+|   |-- KeyReused             422  idempotency_key_reused
+|   `-- TooManyRequests       429  too_many_requests
+|-- InputError                the job's model or data cannot be used     (job fails at once)
+|   |-- SourceNotFound             source_not_found
+|   |-- SourceForbidden            source_forbidden
+|   |-- UnsupportedArchitecture    unsupported_architecture
+|   |-- UnsafeCheckpoint           unsafe_checkpoint
+|   |-- CorruptCheckpoint          corrupt_checkpoint
+|   |-- IndivisibleGroup           group_size_does_not_divide
+|   |-- InvalidDataset             invalid_dataset
+|   |-- UnknownModule              unknown_module
+|   |-- FormatCannotHold           format_cannot_hold
+|   |-- NumericalFailure           numerical_failure
+|   `-- RequirementMissed          requirement_missed
+|-- ResourceError             the machine was too small
+|   |-- OutOfGpuMemory             out_of_gpu_memory     (once more, with smaller micro-batches)
+|   |-- OutOfMemory                out_of_memory         (once more, with smaller micro-batches)
+|   |-- DiskFull                   disk_full
+|   `-- TimeLimitExceeded          time_limit_exceeded
+`-- PlatformError             our fault                                  (retried with back-off)
+    |-- WorkerLost                 worker_lost           the lease ran out
+    |-- AttemptKilled              attempt_killed        the process ended by a signal
+    |-- AttemptSuperseded          attempt_superseded    the fence refused a stale write
+    |-- CudaError                  cuda_error
+    |-- StorageError               storage_error
+    |-- Unavailable           503  unavailable           database or broker out of reach
+    `-- InternalError         500  internal_error
+"""
+
+from enum import StrEnum
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class Retry(StrEnum):
+    """What the store does with a job whose attempt ended with this error."""
+
+    NEVER = "never"
+    SMALLER = "smaller"  # one more attempt, with smaller micro-batches
+    LATER = "later"  # back to the queue after a delay, while attempts remain
+
+
+class FieldProblem(BaseModel):
+    """One thing that is wrong with a request: where, what was sent, and the way out."""
+
+    model_config = ConfigDict(frozen=True)
+
+    field: str = Field(description="Path of the field in the request body, dotted.", examples=["quantization.bits"])
+    code: str = Field(description="Stable code of the problem.", examples=["out_of_range"])
+    detail: str = Field(description="What is wrong and how to mend it, in one sentence.")
+    value: object = Field(default=None, description="What was sent, shortened to 200 characters.")
+
+
+class BitwrightError(Exception):
+    """Any error with a code. `detail` is for people; programs look at `code`.
+
+    `field`, `value` and `hint` say which input is at fault, what it was and the way out.
+    """
+
+    code: ClassVar[str] = "error"
+    title: ClassVar[str] = "Error"
+    status: ClassVar[int] = 500
+    retry: ClassVar[Retry] = Retry.NEVER
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        field: str | None = None,
+        value: object = None,
+        hint: str | None = None,
+        errors: tuple[FieldProblem, ...] = (),
+    ) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.field = field
+        self.value = shorten(value)
+        self.hint = hint
+        self.errors = errors
+
+
+def shorten(value: object, limit: int = 200) -> object:
+    """Numbers and short strings as they are; anything else as text of at most `limit` characters."""
+    if value is None or isinstance(value, bool | int | float):
+        return value
+    text = value if isinstance(value, str) else repr(value)
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+class RequestError(BitwrightError):
+    code, title, status = "bad_request", "Bad request", 400
+
+
+class MalformedBody(RequestError):
+    code, title = "malformed_body", "The body is not valid JSON"
+
+
+class Unauthenticated(RequestError):
+    code, title, status = "unauthenticated", "A valid API key is needed", 401
+
+
+class MissingScope(RequestError):
+    code, title, status = "missing_scope", "The API key lacks a scope", 403
+
+
+class NotFound(RequestError):
+    code, title, status = "not_found", "Not found", 404
+
+
+class Conflict(RequestError):
+    code, title, status = "conflict", "The resource is in another state", 409
+
+
+class IllegalTransition(Conflict):
+    code, title = "illegal_transition", "The job's status does not allow this"
+
+
+class RequestInProgress(Conflict):
+    code, title = "request_in_progress", "A request with this Idempotency-Key is still running"
+
+
+class PreconditionFailed(RequestError):
+    code, title, status = "precondition_failed", "A precondition does not hold", 412
+
+
+class BodyTooLarge(RequestError):
+    code, title, status = "body_too_large", "The body is too large", 413
+
+
+class RangeNotSatisfiable(RequestError):
+    code, title, status = "range_not_satisfiable", "The range lies outside the content", 416
+
+
+class InvalidRequest(RequestError):
+    code, title, status = "invalid_request", "The request is not valid", 422
+
+
+class KeyReused(RequestError):
+    code, title, status = "idempotency_key_reused", "The Idempotency-Key was used for another request", 422
+
+
+class TooManyRequests(RequestError):
+    code, title, status = "too_many_requests", "Too many requests", 429
+
+
+class InputError(BitwrightError):
+    code, title, status = "invalid_input", "The job's input cannot be used", 422
+
+
+class SourceNotFound(InputError):
+    code, title = "source_not_found", "The model or dataset was not found"
+
+
+class SourceForbidden(InputError):
+    code, title = "source_forbidden", "The model or dataset may not be read"
+
+
+class UnsupportedArchitecture(InputError):
+    code, title = "unsupported_architecture", "The model's architecture is not supported"
+
+
+class UnsafeCheckpoint(InputError):
+    code, title = "unsafe_checkpoint", "The checkpoint holds no safetensors"
+
+
+class CorruptCheckpoint(InputError):
+    code, title = "corrupt_checkpoint", "The checkpoint is damaged or inconsistent"
+
+
+class IndivisibleGroup(InputError):
+    code, title = "group_size_does_not_divide", "The group size does not divide a linear's inputs"
+
+
+class InvalidDataset(InputError):
+    code, title = "invalid_dataset", "The dataset cannot be used"
+
+
+class UnknownModule(InputError):
+    code, title = "unknown_module", "A module pattern matches no linear of the model"
+
+
+class FormatCannotHold(InputError):
+    code, title = "format_cannot_hold", "The format cannot hold the result"
+
+
+class NumericalFailure(InputError):
+    code, title = "numerical_failure", "The computation gave a value that is not finite"
+
+
+class RequirementMissed(InputError):
+    code, title = "requirement_missed", "The result misses a requirement of the request"
+
+
+class ResourceError(BitwrightError):
+    code, title, status = "resource_exhausted", "The machine was too small", 507
+
+
+class OutOfGpuMemory(ResourceError):
+    code, title, retry = "out_of_gpu_memory", "The GPU's memory was exhausted", Retry.SMALLER
+
+
+class OutOfMemory(ResourceError):
+    code, title, retry = "out_of_memory", "The machine's memory was exhausted", Retry.SMALLER
+
+
+class DiskFull(ResourceError):
+    code, title = "disk_full", "The disk is full"
+
+
+class TimeLimitExceeded(ResourceError):
+    code, title = "time_limit_exceeded", "The attempt ran longer than its time limit"
+
+
+class PlatformError(BitwrightError):
+    code, title, status, retry = "platform_error", "The service failed", 500, Retry.LATER
+
+
+class WorkerLost(PlatformError):
+    code, title = "worker_lost", "The worker stopped renewing its lease"
+
+
+class AttemptKilled(PlatformError):
+    code, title = "attempt_killed", "The attempt's process was killed"
+
+
+class AttemptSuperseded(PlatformError):
+    code, title, retry = "attempt_superseded", "Another attempt holds the job", Retry.NEVER
+
+
+class CudaError(PlatformError):
+    code, title = "cuda_error", "The GPU reported a fault"
+
+
+class StorageError(PlatformError):
+    code, title = "storage_error", "An artifact could not be stored or read"
+
+
+class Unavailable(PlatformError):
+    code, title, status = "unavailable", "The service is not available now", 503
+
+
+class InternalError(PlatformError):
+    code, title = "internal_error", "Internal error"
+
+
+def _tree(root: type[BitwrightError]) -> dict[str, type[BitwrightError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found |= _tree(child)
+    return found
+
+
+ERRORS: dict[str, type[BitwrightError]] = _tree(BitwrightError)
+"""Every error class by its code. A test holds that codes are unique."""
+
+
+def error_from_code(code: str, detail: str, **fields: str | None) -> BitwrightError:
+    """The error that a process reported by code; an unknown code becomes `InternalError`."""
+    return ERRORS.get(code, InternalError)(detail, **fields)  # type: ignore[arg-type]

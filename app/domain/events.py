@@ -1,0 +1,152 @@
+"""What a job tells while it runs. One vocabulary for the attempt's pipe, the event table, SSE and the client.
+
+An attempt writes one JSON object a line (`AttemptLine`): events, and at the end `result` or `failed`. The supervisor
+validates each line and stores the events.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from app.domain.jobs import JobRequest, JobStatus
+from app.domain.report import Report
+
+
+class Stage(StrEnum):
+    """Where a job's time goes, in order."""
+
+    FETCH = "fetch"
+    LOAD = "load"
+    CALIBRATE = "calibrate"
+    QUANTIZE = "quantize"
+    EVALUATE = "evaluate"
+    EXPORT = "export"
+    STORE = "store"
+
+
+class Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class ErrorData(Message):
+    """An error as it is stored and sent: see `app.domain.errors`."""
+
+    code: str
+    detail: str
+    field: str | None = None
+    value: str | int | float | bool | None = None
+    hint: str | None = None
+
+
+class StatusEvent(Message):
+    """The job entered `status`; written by the store alone."""
+
+    type: Literal["status"] = "status"
+    status: JobStatus
+    attempt: int
+    error: ErrorData | None = None
+
+
+class ProgressEvent(Message):
+    """`done` of `total` units of a stage are finished. At most one a second is kept."""
+
+    type: Literal["progress"] = "progress"
+    stage: Stage
+    done: float
+    total: float
+    unit: str = Field(description="What done and total count.", examples=["blocks", "bytes"])
+    eta_seconds: float | None = Field(default=None, description="To the end of the job, from measured block times.")
+
+
+class BlockEvent(Message):
+    """A block is quantized and durable."""
+
+    type: Literal["block"] = "block"
+    index: int
+    total: int
+    name: str
+    loss_initial: float | None = Field(
+        default=None, description="Mean squared error of the block's output before tuning."
+    )
+    loss: float | None = Field(default=None, description="The same after tuning.")
+    seconds: float
+
+
+class MetricEvent(Message):
+    """A measured number, e.g. perplexity."""
+
+    type: Literal["metric"] = "metric"
+    name: str
+    value: float
+    step: int | None = None
+
+
+class WarningEvent(Message):
+    """Something the caller should know; `code` is stable."""
+
+    type: Literal["warning"] = "warning"
+    code: str
+    message: str
+
+
+class LogEvent(Message):
+    """A line for people who look for the cause of something."""
+
+    type: Literal["log"] = "log"
+    level: Literal["debug", "info", "warning", "error"] = "info"
+    event: str
+    fields: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+
+
+class ResultLine(Message):
+    """The attempt is done: what it made, under the workspace's `output` folder."""
+
+    type: Literal["result"] = "result"
+    report: Report
+    checkpoints: dict[str, str] = Field(description="Export format to its folder, relative to the workspace.")
+
+
+class FetchedLine(Message):
+    """The fetch is done: absolute local paths of the request's sources."""
+
+    type: Literal["fetched"] = "fetched"
+    model_path: str
+    model_revision: str | None = Field(default=None, description="Commit of the Hub repository.")
+    calibration_path: str | None = None
+    evaluation_path: str | None = None
+
+
+class FailedLine(Message):
+    """The attempt ends with an error."""
+
+    type: Literal["failed"] = "failed"
+    error: ErrorData
+
+
+Event = Annotated[
+    StatusEvent | ProgressEvent | BlockEvent | MetricEvent | WarningEvent | LogEvent, Field(discriminator="type")
+]
+AttemptEvent = ProgressEvent | BlockEvent | MetricEvent | WarningEvent | LogEvent
+AttemptLine = Annotated[
+    ProgressEvent | BlockEvent | MetricEvent | WarningEvent | LogEvent | ResultLine | FetchedLine | FailedLine,
+    Field(discriminator="type"),
+]
+
+EVENT: TypeAdapter[Event] = TypeAdapter(Event)
+ATTEMPT_LINE: TypeAdapter[AttemptLine] = TypeAdapter(AttemptLine)
+
+
+class AttemptOrder(Message):
+    """What the supervisor tells an attempt: `order.json` in the workspace. All paths are absolute and local."""
+
+    job_id: str
+    attempt: int
+    request: JobRequest
+    model_path: str
+    model_revision: str | None = None
+    calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    device: Literal["cpu", "cuda"]
+    device_index: int = 0
+    micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")

@@ -1,0 +1,181 @@
+"""What can be done to a model: frozen specs of the quantization methods, their presets, and the recipes.
+
+A spec is a method's parameters and nothing else. `METHODS` lists every method with its paper; `RECIPES` are
+shorthand names that stand for parts of a request.
+"""
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from types import MappingProxyType
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+MIN_BITS, MAX_BITS = 2, 8
+PER_CHANNEL = -1
+
+Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS, description="Width of a code in bits.")]
+GroupSize = Annotated[
+    int,
+    Field(
+        strict=True,
+        ge=-1,
+        le=65536,
+        description="Consecutive input columns that share a scale; must divide every linear's inputs. -1: per channel.",
+    ),
+]
+Symmetric = Annotated[
+    bool,
+    Field(
+        strict=True, description="True: zero point at mid range, scale of either sign (full range). False: asymmetric."
+    ),
+]
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Scheme(Spec):
+    """How one linear's weight is stored."""
+
+    bits: Bits
+    group_size: GroupSize
+    symmetric: Symmetric
+
+
+class SchemeOverride(Spec):
+    """What an override changes for the linears that its pattern matches."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    symmetric: Symmetric | None = None
+
+
+class ModuleRules(Spec):
+    """Which linears are quantized, and which differ. Patterns are globs over full module names."""
+
+    ignore: tuple[str, ...] = Field(default=("lm_head",), description="Linears that keep their 16-bit weight.")
+    overrides: dict[str, SchemeOverride] = Field(
+        default_factory=dict,
+        max_length=256,
+        description="Pattern to changed bits, group_size or symmetric; of several matches, later ones win.",
+        examples=[{"model.layers.*.mlp.down_proj": {"bits": 8}}],
+    )
+
+
+class WeightSpec(Spec):
+    """Parameters that every weight quantizer has."""
+
+    bits: Bits = 4
+    group_size: GroupSize = 64
+    symmetric: Symmetric = True
+    modules: ModuleRules = ModuleRules()
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of the linear with this full module name; None if it is ignored."""
+        if any(fnmatchcase(name, pattern) for pattern in self.modules.ignore):
+            return None
+        values = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        for pattern, override in self.modules.overrides.items():
+            if fnmatchcase(name, pattern):
+                values |= override.model_dump(exclude_none=True)
+        return Scheme.model_validate(values)
+
+    def schemes(self) -> dict[str, Scheme]:
+        """The default scheme under the key "" and each override's, alone, under its pattern."""
+        default = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
+        return {"": Scheme.model_validate(default)} | {
+            pattern: Scheme.model_validate(default | override.model_dump(exclude_none=True))
+            for pattern, override in self.modules.overrides.items()
+        }
+
+
+class RTNSpec(WeightSpec):
+    """Round to nearest. Looks at the weights alone."""
+
+    method: Literal["rtn"] = "rtn"
+
+
+class SignRoundSpec(WeightSpec):
+    """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
+
+    method: Literal["signround"] = "signround"
+    preset: Literal["light", "default", "best"] = Field(
+        default="default", description="Fills steps and the calibration's size where they are not given."
+    )
+    steps: int = Field(default=200, strict=True, ge=0, le=20_000, description="Tuning steps a block; 0 equals RTN.")
+    batch_size: int = Field(default=8, strict=True, ge=1, le=1024, description="Sequences a step.")
+    learning_rate: float | None = Field(
+        default=None, gt=0, le=1, description="First step of the linear decay to 0; null means 1/steps."
+    )
+    quantized_inputs: bool = Field(
+        default=True, description="Feed a block the output of the quantized blocks before it, not of the original ones."
+    )
+
+
+QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset stands for: `steps` a block over `num_samples` sequences of `sequence_length` tokens."""
+
+    steps: int
+    num_samples: int
+    sequence_length: int
+
+
+PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
+    {
+        "light": Preset(steps=50, num_samples=128, sequence_length=512),
+        "default": Preset(steps=200, num_samples=128, sequence_length=2048),
+        "best": Preset(steps=1000, num_samples=512, sequence_length=2048),
+    }
+)
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """What /v1/methods tells of a method."""
+
+    spec: type[WeightSpec]
+    title: str
+    summary: str
+    paper: str | None
+    """arXiv number, None where there is no paper."""
+    produces: Literal["affine", "codebook"]
+    needs_calibration: bool
+    presets: tuple[str, ...] = ()
+
+
+METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
+    {
+        "rtn": MethodInfo(
+            spec=RTNSpec,
+            title="Round to nearest",
+            summary="The baseline: each weight goes to the nearest code of its group's range.",
+            paper=None,
+            produces="affine",
+            needs_calibration=False,
+        ),
+        "signround": MethodInfo(
+            spec=SignRoundSpec,
+            title="SignRound",
+            summary="Tunes rounding and clipping ranges of a block's linears against the original block's output.",
+            paper="2309.05516",
+            produces="affine",
+            needs_calibration=True,
+            presets=tuple(PRESETS),
+        ),
+    }
+)
+
+RECIPES: MappingProxyType[str, dict[str, object]] = MappingProxyType(
+    {
+        "auto-round": {"method": "signround"},
+        "auto-round-light": {"method": "signround", "preset": "light"},
+        "auto-round-best": {"method": "signround", "preset": "best"},
+    }
+)
+"""Shorthand `method` names that are not methods, with the shorthand fields that they stand for."""

@@ -1,0 +1,94 @@
+"""The report of a succeeded job: `report.json` of every checkpoint and `report` of GET /v1/jobs/{id}."""
+
+from pydantic import BaseModel, ConfigDict, Field
+
+
+class ReportPart(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TextReport(ReportPart):
+    """A text that was read, named so that another run can read the same."""
+
+    source: str = Field(description="Shorthand of the dataset source.", examples=["builtin"])
+    sha256: str = Field(description="Of the token ids used.")
+    num_samples: int
+    sequence_length: int
+    tokens: int
+
+
+class Quality(ReportPart):
+    """How close the quantized model is to the original, on the evaluation text."""
+
+    text: TextReport
+    perplexity_original: float
+    perplexity: float
+    kl_divergence: float = Field(description="KL(original || quantized), nats a token.")
+    top1_agreement: float = Field(description="Share of tokens with the same most likely next token.")
+
+
+class LinearReport(ReportPart):
+    name: str
+    shape: tuple[int, int] = Field(description="(out_features, in_features)")
+    bits: int
+    group_size: int
+    symmetric: bool
+    weight_error: float = Field(description="||W - W_hat|| / ||W||, Frobenius.")
+    output_error: float | None = Field(
+        default=None, description="The same norm weighted by the inputs' second moments (diagonal)."
+    )
+
+
+class BlockReport(ReportPart):
+    index: int
+    name: str
+    loss_initial: float | None = Field(description="MSE of the block's output with the method's start values.")
+    loss: float | None = Field(description="MSE of the block's output with the result, on the same sequences.")
+    output_error: float = Field(description="||Y - Y_hat|| / ||Y|| over the calibration set.")
+    seconds: float
+    linears: tuple[LinearReport, ...]
+
+
+class ModelReport(ReportPart):
+    source: str = Field(description="Shorthand of the model source.")
+    revision: str | None
+    architecture: str
+    dtype: str
+    parameters: int
+
+
+class SizeReport(ReportPart):
+    """Bytes of tensors; `bits_per_weight` counts codes, scales and zero points as stored by the native format."""
+
+    bytes_original: int
+    bytes_quantized: int
+    quantized_weights: int = Field(description="Weights that were quantized.")
+    bits_per_weight: float = Field(description="Of the quantized linears alone.")
+    bits_per_weight_model: float = Field(description="Of all parameters, embeddings included.")
+
+
+class PeakMemory(ReportPart):
+    host_bytes: int
+    device_bytes: int | None = None
+
+
+class Report(ReportPart):
+    """What was done and what came of it."""
+
+    version: str = Field(description="Version of Bitwright.")
+    method: str
+    seed: int
+    device: str
+    plan: dict[str, str | int | float | bool | None] = Field(
+        description="Decisions that the engine took: dtypes, micro-batch, where activations live."
+    )
+    model: ModelReport
+    calibration: TextReport | None
+    quality: Quality | None
+    blocks: tuple[BlockReport, ...]
+    size: SizeReport
+    seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")
+    peak_memory: PeakMemory
+    blocks_computed: int = Field(description="Blocks quantized by this attempt.")
+    blocks_resumed: int = Field(description="Blocks adopted from earlier attempts.")
+    warnings: tuple[str, ...] = ()

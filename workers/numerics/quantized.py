@@ -1,0 +1,78 @@
+"""The common representation: N methods produce it, M formats consume it, and no method knows a format.
+
+    AffineWeight    W_hat = scale * (codes - zero_point)      one scale a group of consecutive input columns
+
+`codes` are unsigned, 0 .. 2^bits - 1. A symmetric weight has the constant zero point 2^(bits-1), which is not stored;
+its scale may be negative, so that the larger side of a group's range may take the extra code (SignRound's full range).
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import PER_CHANNEL, Scheme
+
+
+@dataclass(frozen=True)
+class AffineWeight:
+    """A linear's weight as integer codes with a scale, and a zero point unless symmetric, for each group.
+
+    codes       uint8, (out, in)
+    scale       scale_dtype (fp16, bf16 or fp32), (out, groups)
+    zero_point  uint8, (out, groups); None if symmetric
+    dtype       of the dequantized weight
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    scheme: Scheme
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Columns a group; the number of inputs where the scheme says per channel."""
+        return self.codes.shape[1] if self.scheme.group_size == PER_CHANNEL else self.scheme.group_size
+
+    def dequantize(self) -> Tensor:
+        """W_hat in `dtype`, (out, in): product in fp32, one rounding."""
+        zero = 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else self.zero_point.float().unsqueeze(-1)
+        grouped = self.codes.float().unflatten(1, (-1, self.group_size))
+        return ((grouped - zero) * self.scale.float().unsqueeze(-1)).flatten(1).to(self.dtype)
+
+    def to(self, device: torch.device | str) -> "AffineWeight":
+        zero = None if self.zero_point is None else self.zero_point.to(device)
+        return AffineWeight(self.codes.to(device), self.scale.to(device), zero, self.scheme, self.dtype)
+
+    def stored_bits(self) -> int:
+        """Bits of codes, scales and zero points, packed."""
+        groups = self.scale.numel()
+        zero = 0 if self.zero_point is None else groups * self.scheme.bits
+        return self.codes.numel() * self.scheme.bits + groups * self.scale.element_size() * 8 + zero
+
+
+@dataclass(frozen=True)
+class LinearResult:
+    """What a method makes of one linear."""
+
+    weight: AffineWeight
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """What a method makes of one block: a result for each linear by its name inside the block, and its losses.
+
+    Losses are mean squared errors of the block's output on the method's held-out sequences; None for methods
+    that do not look at it.
+    """
+
+    linears: dict[str, LinearResult]
+    loss_initial: float | None = None
+    loss: float | None = None
+    counters: dict[str, float] = field(default_factory=dict)
