@@ -1,0 +1,208 @@
+"""What the API answers, as types that the API and the client share.
+
+Views ignore fields that they do not know: an older client reads a newer service.
+"""
+
+from datetime import datetime
+from typing import Any, Generic, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.domain.errors import FieldProblem
+from app.domain.events import ErrorData, Event, ProgressEvent
+from app.domain.jobs import JobRequest, JobStatus
+from app.domain.report import Report
+
+
+class View(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+ItemT = TypeVar("ItemT")
+
+
+class Page(View, Generic[ItemT]):
+    """A part of a list. `next_cursor` goes into `after` of the next request; null at the end."""
+
+    items: list[ItemT]
+    next_cursor: str | None = None
+
+
+class AttemptView(View):
+    """One try at a job."""
+
+    number: int
+    worker_id: str | None = None
+    status: str
+    started_at: datetime
+    finished_at: datetime | None = None
+    error: ErrorData | None = None
+    blocks_done: int = 0
+
+
+class JobView(View):
+    """A job as its tenant sees it."""
+
+    id: str = Field(examples=["job_01k6z3f8c2v9q4w7x5y1t0r8ab"])
+    status: JobStatus
+    method: str
+    model: str = Field(description="Shorthand of the model source.")
+    request: JobRequest = Field(description="The full form, every default filled in.")
+    attempt: int = Field(default=0, description="Number of the latest attempt; 0 before the first.")
+    attempts: list[AttemptView] = Field(default_factory=list, description="Oldest first; filled for a single job only.")
+    cancel_requested: bool = False
+    progress: ProgressEvent | None = None
+    error: ErrorData | None = None
+    report: Report | None = None
+    metadata: dict[str, str] = Field(default_factory=dict)
+    last_event: int = Field(default=0, description="Sequence number of the newest event.")
+    created_at: datetime
+    updated_at: datetime
+    started_at: datetime | None = None
+    finished_at: datetime | None = None
+
+
+class EventView(View):
+    """A stored event. `sequence` counts up by one within a job and is the SSE id."""
+
+    sequence: int
+    created_at: datetime
+    attempt: int
+    event: Event
+
+
+class EventPage(View):
+    """Events in order. `next_after` goes into `after` of the next request; null when these were the newest."""
+
+    items: list[EventView]
+    next_after: int | None = None
+
+
+class ArtifactView(View):
+    """A stored file of a succeeded job. `path` is relative to the format's checkpoint folder."""
+
+    id: str
+    job_id: str
+    format: str
+    path: str
+    sha256: str = Field(description="Of the content, hexadecimal; the strong ETag as well.")
+    size: int
+    media_type: str
+    created_at: datetime
+
+
+class UploadFileSpec(View):
+    """A file that the caller is going to send."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, max_length=255, description="Plain file name, no folders.")
+    size: int = Field(strict=True, ge=0, description="Bytes.")
+    sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the content, hexadecimal.")
+
+
+class UploadRequest(View):
+    """Body of POST /v1/uploads."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    files: list[UploadFileSpec] = Field(min_length=1, max_length=1024)
+
+
+class UploadFileView(View):
+    name: str
+    size: int
+    sha256: str
+    offset: int = Field(description="Bytes received so far; the next part starts here.")
+
+
+class UploadView(View):
+    id: str
+    status: str = Field(description="`open` or `complete`.")
+    files: list[UploadFileView]
+    created_at: datetime
+
+
+class MethodView(View):
+    """A quantization method."""
+
+    name: str
+    title: str
+    summary: str
+    paper: str | None = Field(default=None, description="arXiv number.")
+    produces: str
+    needs_calibration: bool
+    presets: list[str] = Field(default_factory=list)
+    parameters: dict[str, Any] = Field(description="JSON Schema of `quantization` with this method.")
+
+
+class RecipeView(View):
+    """A shorthand `method` that stands for parts of a request."""
+
+    name: str
+    expands_to: dict[str, Any]
+
+
+class MethodList(View):
+    items: list[MethodView]
+    recipes: list[RecipeView] = Field(default_factory=list)
+
+
+class RuntimeView(View):
+    runtime: str
+    support: str
+    bits: list[int]
+    group_sizes: list[int] | None = None
+    note: str = ""
+
+
+class FormatView(View):
+    """An export format and the runtimes that load it."""
+
+    name: str
+    title: str
+    summary: str
+    kinds: list[str]
+    bits: list[int]
+    symmetric: list[bool]
+    runtimes: list[RuntimeView]
+
+
+class WorkerView(View):
+    id: str
+    device: str
+    capacity: dict[str, Any] = Field(default_factory=dict)
+    job_id: str | None = None
+    last_seen_at: datetime
+
+
+class PreflightView(View):
+    """Answer to `POST /v1/jobs?dry_run=true`."""
+
+    request: JobRequest
+    estimates: dict[str, Any] = Field(default_factory=dict)
+    warnings: list[str] = Field(default_factory=list)
+
+
+class KeyView(View):
+    id: str
+    name: str
+    scopes: list[str]
+    created_at: datetime
+    revoked_at: datetime | None = None
+
+
+class Problem(View):
+    """RFC 9457 problem document."""
+
+    type: str
+    title: str
+    status: int
+    code: str
+    detail: str
+    instance: str | None = None
+    field: str | None = None
+    value: Any = None
+    hint: str | None = None
+    errors: list[FieldProblem] = Field(default_factory=list)
+    request_id: str | None = None
