@@ -1,0 +1,77 @@
+# Every command of the project; CI calls the same targets. Needs Python 3.11+ with pip, and make.
+#
+# A target installs what it needs into .venv (with exactly the versions of constraints.txt) and leaves a stamp there,
+# so that only the first run, and one after a change of pyproject.toml or constraints.txt, takes long.
+
+PYTHON ?= python3
+VENV ?= .venv
+PIP_ARGS ?=
+BIN := $(VENV)/bin
+
+MODEL ?=
+METHOD ?= signround
+BITS ?= 4
+PRESET ?= light
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+.PHONY: help demo serve test test-slow test-gpu lint format types contracts migrations-check check setup image clean
+
+help: ## List the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
+
+demo: $(VENV)/.embedded ## Quantize a model end to end: make demo MODEL=<folder or Hub id> METHOD=signround BITS=4 PRESET=light
+	$(BIN)/bitwright demo $(if $(MODEL),--model '$(MODEL)') --method $(METHOD) --bits $(BITS) --preset $(PRESET) $(ARGS)
+
+serve: $(VENV)/.embedded ## Start the whole service embedded: API, worker, sweep, broker
+	$(BIN)/bitwright serve $(ARGS)
+
+test: $(VENV)/.test ## Run the tests, real PostgreSQL and Valkey included (ARGS go to pytest)
+	$(BIN)/python -m pytest -m 'not slow and not gpu' $(ARGS)
+
+test-slow: $(VENV)/.test ## Run the tests that take longer than half a minute each
+	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+
+test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
+	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+lint: $(VENV)/.dev ## Check style and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev ## Mend style and format where ruff can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/.dev ## Check types (mypy, strict)
+	$(BIN)/mypy
+
+contracts: $(VENV)/.dev ## Check which package may import which
+	$(BIN)/lint-imports
+
+migrations-check: $(VENV)/.dev ## Check that the migrations make exactly the tables of app/store/models.py
+	folder=$$(mktemp -d) && trap 'rm -rf "$$folder"' EXIT && \
+	BITWRIGHT_DATABASE_URL="sqlite:///$$folder/check.db" && export BITWRIGHT_DATABASE_URL && \
+	$(BIN)/alembic upgrade head && $(BIN)/alembic check
+
+check: lint types contracts migrations-check ## All static checks
+
+setup: $(VENV)/.dev ## Install everything for development, and the git hooks
+	$(BIN)/pre-commit install
+
+image: ## Build the container images
+	docker compose build
+
+clean: ## Remove the virtual environment and caches
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+
+# Debian's python3 comes without ensurepip unless python3-venv is installed; pip can fill such an environment itself.
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Bitwright needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet $(PIP_ARGS) -c constraints.txt -e '.[$*]'
+	touch $@
