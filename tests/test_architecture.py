@@ -1,0 +1,215 @@
+"""The rules that keep the code as it was meant, read from the source text itself.
+
+import-linter says which package may import which (`pyproject.toml`); this file runs it, and holds the rules that an
+import graph cannot say.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from app.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("app", "workers", "migrations")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+ALL_PYTHON = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
+
+FORBIDDEN_NAMES = frozenset({"util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"})
+UNSAFE_MODULES = frozenset({"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"})
+UNSAFE_CALLS = frozenset({"torch.load", "os.system", "os.popen", "yaml.load", "eval", "exec"})
+LONGEST_FILE = 500
+"""Lines. About 300 is the guide, judged in review; a file that passes this limit has two subjects."""
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def nodes(path: Path) -> Iterator[ast.AST]:
+    return ast.walk(ast.parse(path.read_text(encoding="utf-8"), filename=str(path)))
+
+
+def dotted(node: ast.expr) -> str:
+    """`a.b.c` of an attribute chain or a name; "" for anything else."""
+    parts: list[str] = []
+    while isinstance(node, ast.Attribute):
+        parts.append(node.attr)
+        node = node.value
+    return ".".join(reversed([*parts, node.id])) if isinstance(node, ast.Name) else ""
+
+
+def imported(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Module, name ("" for a plain import) and line of every import of a file, those inside functions too."""
+    for node in nodes(path):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, "", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield from ((node.module, alias.name, node.lineno) for alias in node.names)
+
+
+def environment_reads(path: Path) -> Iterator[tuple[str, int]]:
+    """Name and line of every `os.environ[name]`, `os.environ.get(name)` and `os.getenv(name)` of a file."""
+    for node in nodes(path):
+        if isinstance(node, ast.Call) and dotted(node.func) in {"os.environ.get", "os.getenv", "environ.get", "getenv"}:
+            arguments = node.args[:1]
+        elif isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load):
+            arguments = [node.slice] if dotted(node.value) in {"os.environ", "environ"} else []
+        else:
+            continue
+        yield from ((str(item.value), node.lineno) for item in arguments if isinstance(item, ast.Constant))
+
+
+def calls(path: Path) -> Iterator[ast.Call]:
+    return (node for node in nodes(path) if isinstance(node, ast.Call))
+
+
+def fresh_interpreter(code: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("app.api.main", "torch transformers numpy workers"),
+        ("app.cli.main", "torch transformers numpy"),
+        ("app.client", "torch sqlalchemy celery fastapi"),
+        ("workers.tasks", "torch transformers fastapi"),
+        ("workers.sweep", "torch transformers fastapi"),
+        ("workers.supervisor", "torch transformers fastapi"),
+        ("workers.attempt", "sqlalchemy celery fastapi httpx"),
+    ],
+)
+def test_importing_a_module_does_not_load(module: str, absent: str) -> None:
+    code = f"import {module}, sys; print(*(set({absent.split()!r}) & set(sys.modules)))"
+    result = fresh_interpreter(code)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.split() == []
+
+
+def test_import_contracts_hold() -> None:
+    result = subprocess.run(
+        [Path(sys.executable).with_name("lint-imports"), "--no-cache"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "Contracts: " in result.stdout
+
+
+def test_only_the_session_module_commits() -> None:
+    found = [
+        f"{relative(path)}:{call.lineno}"
+        for path in SOURCES
+        if relative(path) != "app/store/session.py"
+        for call in calls(path)
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "commit"
+    ]
+    assert found == []
+
+
+def test_sql_is_written_in_the_store_alone() -> None:
+    statements = {"select", "insert", "update", "delete", "text", "create_engine"}
+    found = [
+        f"{relative(path)}:{line} {name}"
+        for path in SOURCES
+        if not relative(path).startswith(("app/store/", "migrations/"))
+        for module, name, line in imported(path)
+        if module.split(".")[0] == "sqlalchemy" and (name in statements or not name)
+    ]
+    assert found == []
+
+
+def test_the_domain_needs_pydantic_and_the_standard_library_alone() -> None:
+    allowed = sys.stdlib_module_names | {"pydantic", "annotated_types"}
+    found = [
+        f"{relative(path)}:{line} {module}"
+        for path in sorted((ROOT / "app" / "domain").rglob("*.py"))
+        for module, _, line in imported(path)
+        if module.split(".")[0] not in allowed and not module.startswith("app.domain")
+    ]
+    assert found == []
+
+
+def test_only_the_settings_read_the_environment() -> None:
+    found = [
+        f"{relative(path)}:{line} {name}"
+        for path in SOURCES
+        if relative(path) != "app/settings.py"
+        for name, line in environment_reads(path)
+        if name.removeprefix("BITWRIGHT_") in {field.upper() for field in Settings.model_fields}
+    ]
+    assert found == []
+
+
+def test_only_the_cli_prints() -> None:
+    found = [
+        f"{relative(path)}:{call.lineno}"
+        for path in SOURCES
+        if not relative(path).startswith("app/cli/")
+        for call in calls(path)
+        if dotted(call.func) == "print"
+    ]
+    assert found == []
+
+
+def test_nothing_unpickles_or_runs_foreign_code() -> None:
+    found: list[str] = []
+    for path in ALL_PYTHON:
+        found += [
+            f"{relative(path)}:{line} imports {module}"
+            for module, _, line in imported(path)
+            if module.split(".")[0] in UNSAFE_MODULES
+        ]
+        for call in calls(path):
+            if dotted(call.func) in UNSAFE_CALLS:
+                found.append(f"{relative(path)}:{call.lineno} calls {dotted(call.func)}")
+            found += [
+                f"{relative(path)}:{call.lineno} {keyword.arg}"
+                for keyword in call.keywords
+                if keyword.arg in {"trust_remote_code", "shell"}
+                if not (isinstance(keyword.value, ast.Constant) and keyword.value.value is False)
+            ]
+    assert found == []
+
+
+def test_names_say_what_a_file_holds() -> None:
+    paths = [path.relative_to(ROOT) for path in ALL_PYTHON]
+    found = sorted({str(path) for path in paths for part in path.with_suffix("").parts if _vague(part)})
+    assert found == []
+
+
+def _vague(name: str) -> bool:
+    return not FORBIDDEN_NAMES.isdisjoint(name.lower().split("_"))
+
+
+def test_every_module_says_what_it_is() -> None:
+    modules = {relative(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert [name for name, tree in modules.items() if tree.body and not ast.get_docstring(tree)] == []
+
+
+def test_no_file_has_two_subjects() -> None:
+    lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in ALL_PYTHON}
+    assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
+
+
+def test_the_checks_see_what_they_forbid(tmp_path: Path) -> None:
+    """The readers above find their prey: a rule that can see nothing would pass for ever."""
+    source = tmp_path / "sample.py"
+    source.write_text(
+        "import pickle\nimport os\nfrom sqlalchemy import select\n"
+        "def f(session, torch):\n    session.commit()\n    torch.load('x', weights_only=False)\n    print(1)\n"
+        "    return os.environ['BITWRIGHT_PORT']\n"
+    )
+    assert ("pickle", "", 1) in set(imported(source))
+    assert ("sqlalchemy", "select", 3) in set(imported(source))
+    assert {dotted(call.func) for call in calls(source)} == {"session.commit", "torch.load", "print"}
+    assert list(environment_reads(source)) == [("BITWRIGHT_PORT", 8)]
+    assert _vague("quantization_utils")
+    assert not _vague("database")
