@@ -43,8 +43,8 @@ class AffineWeight:
     def dequantize(self) -> Tensor:
         """W_hat in `dtype`, (out, in): product in fp32, one rounding."""
         zero = 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else self.zero_point.float().unsqueeze(-1)
-        grouped = self.codes.float().unflatten(1, (-1, self.group_size))
-        return ((grouped - zero) * self.scale.float().unsqueeze(-1)).flatten(1).to(self.dtype)
+        steps = self.codes.float().view(self.shape[0], -1, self.group_size) - zero
+        return (steps * self.scale.float().unsqueeze(-1)).view(self.shape).to(self.dtype)
 
     def to(self, device: torch.device | str) -> "AffineWeight":
         zero = None if self.zero_point is None else self.zero_point.to(device)

@@ -1,0 +1,37 @@
+"""Round to nearest (RTN): the baseline that every other method is measured against.
+
+    s, z from the group's range (`workers.numerics.affine`, alpha = beta = 1)
+    q = clamp(round(w/s) + z),  w_hat = s*(q - z)
+
+Looks at the weights alone, one linear at a time; cost O(out*in). Left out on purpose: range search and any look at
+activations, which make it another method.
+"""
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import RTNSpec, Scheme
+from workers.contracts import BlockTask
+from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
+
+
+class RTN:
+    needs_inputs = False
+
+    def quantize_block(self, task: BlockTask, spec: RTNSpec) -> BlockResult:
+        del spec  # the task's schemes say it all
+        results = {
+            name: LinearResult(quantize_weight(task.linear(name).weight, scheme, task.scale_dtype))
+            for name, scheme in task.schemes.items()
+        }
+        return BlockResult(results)
+
+
+@torch.no_grad()
+def quantize_weight(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
+    """Round a weight (out, in) of any float dtype to `scheme`; in_features must divide into groups."""
+    w = grouped(weight.float(), scheme.group_size)
+    to = grid(GroupRange.of(w), scheme, scale_dtype)
+    codes, _ = round_to_grid(w, to)
+    return affine_weight(codes, to, scheme, scale_dtype, weight.dtype)

@@ -1,0 +1,105 @@
+"""Affine quantization of grouped weights: ranges, scales, zero points and codes, as one set of formulas.
+
+A weight (out, in) is viewed in groups of G consecutive columns, (out, in/G, G). With b bits, lo = min(group, 0),
+hi = max(group, 0) and range factors alpha, beta in [0, 1] (1 for round to nearest):
+
+    symmetric    Q = 2^(b-1);  a = -alpha*lo;  c = beta*hi
+                 s = a/Q if a > c else -c/Q          the larger side takes code -Q, so s may be negative
+                 q = clamp(round(w/s + v), -Q, Q-1)  w_hat = s*q          stored as q + Q
+    asymmetric   s = (beta*hi - alpha*lo) / (2^b - 1)
+                 z = clamp(round(-alpha*lo/s), 0, 2^b - 1)
+                 q = clamp(round(w/s + v) + z, 0, 2^b - 1)                w_hat = s*(q - z)
+
+v is a rounding offset (0 for round to nearest). Scales are rounded to the dtype that stores them before any code is
+computed, so that what is optimized is what is shipped. The full-range symmetric form follows AutoRound
+(arXiv:2309.05516 and its code); a zero range keeps a tiny positive scale.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import PER_CHANNEL, Scheme
+from workers.numerics.quantized import AffineWeight
+
+SMALLEST_SCALE = {torch.float16: 1e-5, torch.bfloat16: 1e-10, torch.float32: 1e-10, torch.float64: 1e-10}
+"""Least |scale| by dtype: small enough not to matter, large enough that w/scale stays finite."""
+
+
+def grouped(weight: Tensor, group_size: int) -> Tensor:
+    """(out, in) as (out, in/G, G); -1 is one group a row. The view shares memory."""
+    columns = weight.shape[1] if group_size == PER_CHANNEL else group_size
+    return weight.reshape(weight.shape[0], -1, columns)
+
+
+@dataclass(frozen=True)
+class GroupRange:
+    """lo = min(group, 0) and hi = max(group, 0), fp32 or wider, (out, groups)."""
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor) -> "GroupRange":
+        """Of a grouped weight, (out, groups, G)."""
+        return cls(weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Where codes lie: w_hat = scale*(q - zero), q in [lowest, highest]; `zero` is None where it is 0 (symmetric).
+
+    scale   working dtype, already rounded to the storage dtype, (out, groups)
+    zero    the same dtype, whole numbers, (out, groups)
+    """
+
+    scale: Tensor
+    zero: Tensor | None
+    lowest: int
+    highest: int
+
+
+def grid(
+    ranges: GroupRange,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    alpha: Tensor | float = 1.0,
+    beta: Tensor | float = 1.0,
+) -> Grid:
+    """The grid of the module docstring's formulas for range factors alpha and beta, (out, groups) or numbers."""
+    low, high = ranges.low * alpha, ranges.high * beta
+    if scheme.symmetric:
+        levels = 2 ** (scheme.bits - 1)
+        scale = torch.where(-low > high, -low, -high) / levels
+        return Grid(store_scale(scale, scale_dtype), None, -levels, levels - 1)
+    top = 2**scheme.bits - 1
+    scale = store_scale((high - low) / top, scale_dtype)
+    return Grid(scale, (-low / scale).round().clamp(0, top), 0, top)
+
+
+def store_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
+    """`scale` rounded to `scale_dtype`, kept away from 0 with its sign, in its own dtype."""
+    floor = SMALLEST_SCALE[scale_dtype]
+    away = torch.where(scale < 0, scale.clamp(max=-floor), scale.clamp(min=floor))
+    return away.to(scale_dtype).to(scale.dtype)
+
+
+def round_to_grid(weight: Tensor, to: Grid, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Codes q of a grouped weight (out, groups, G), and the same before clamping; `offset` is v."""
+    free = weight / to.scale.unsqueeze(-1)
+    if offset is not None:
+        free = free + offset
+    free = free.round()
+    if to.zero is not None:
+        free += to.zero.unsqueeze(-1)
+    return free.clamp(to.lowest, to.highest), free
+
+
+def affine_weight(
+    codes: Tensor, to: Grid, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype
+) -> AffineWeight:
+    """The stored form of grouped codes q in the grid's own range."""
+    unsigned = (codes - to.lowest).to(torch.uint8).flatten(1)
+    zero = None if to.zero is None else to.zero.to(torch.uint8)
+    return AffineWeight(unsigned, to.scale.to(scale_dtype), zero, scheme, dtype)
