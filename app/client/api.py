@@ -1,0 +1,209 @@
+"""The client: one method for each endpoint, and what people do with several of them."""
+
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from app.client.downloads import OnBytes, download_artifact, ignore_bytes
+from app.client.event_stream import follow
+from app.client.transport import RetryPolicy, Transport
+from app.client.uploads import describe_files, send_files
+from app.domain.errors import NotFound, RequestError
+from app.domain.jobs import JobRequest, JobStatus
+from app.domain.views import (
+    ArtifactView,
+    EventPage,
+    EventView,
+    FormatView,
+    JobView,
+    MethodList,
+    Page,
+    PreflightView,
+    UploadRequest,
+    UploadView,
+    WorkerView,
+)
+
+DEFAULT_URL = "http://127.0.0.1:8080"
+NATIVE = "native"
+
+
+class Client:
+    """Bitwright's HTTP API. Not bound to a thread, but use one client a thread.
+
+    Args:
+        url: address of the service.
+        key: API key, "bw_...".
+        retry: how often and how long to try again.
+        timeout: seconds without any byte after which an answer counts as lost.
+    """
+
+    def __init__(
+        self, url: str = DEFAULT_URL, key: str | None = None, *, retry: RetryPolicy | None = None, timeout: float = 30.0
+    ) -> None:
+        self._transport = Transport(url, key, retry=retry or RetryPolicy(), timeout=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    def submit(self, body: Mapping[str, Any] | JobRequest, *, idempotency_key: str | None = None) -> JobView:
+        """Queue a job. `body` is the shorthand or the full form of a request.
+
+        A key of its own is made for each call, so that a repeated request never makes a second job; give
+        `idempotency_key` to have the same safety across processes.
+
+        Raises:
+            InvalidRequest: with all problems in `errors`.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return JobView.model_validate_json(
+            self._transport.send("POST", "/v1/jobs", json=_plain(body), headers=headers).content
+        )
+
+    def preflight(self, body: Mapping[str, Any] | JobRequest) -> PreflightView:
+        """What `submit` would queue, with estimates and warnings; nothing is stored."""
+        # Nothing is stored, so any key makes a repeat safe.
+        response = self._transport.send(
+            "POST",
+            "/v1/jobs",
+            params={"dry_run": "true"},
+            json=_plain(body),
+            headers={"Idempotency-Key": str(uuid.uuid4())},
+        )
+        return PreflightView.model_validate_json(response.content)
+
+    def job(self, job_id: str) -> JobView:
+        """The job as it is now."""
+        return JobView.model_validate_json(self._transport.send("GET", f"/v1/jobs/{job_id}").content)
+
+    def jobs_page(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 50,
+        status: JobStatus | None = None,
+        method: str | None = None,
+        model: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Page[JobView]:
+        """One page of jobs, newest first."""
+        params: dict[str, Any] = {"limit": limit, "after": after, "status": status, "method": method, "model": model}
+        params = {name: value for name, value in params.items() if value is not None}
+        params |= {f"metadata.{name}": value for name, value in (metadata or {}).items()}
+        return Page[JobView].model_validate_json(self._transport.send("GET", "/v1/jobs", params=params).content)
+
+    def jobs(self, **filters: Any) -> Iterator[JobView]:
+        """All jobs that match, newest first, page by page. Filters as in `jobs_page`."""
+        page = self.jobs_page(**filters)
+        yield from page.items
+        while page.next_cursor is not None:
+            page = self.jobs_page(**filters | {"after": page.next_cursor})
+            yield from page.items
+
+    def cancel(self, job_id: str) -> JobView:
+        """End the job; a running one stops within seconds."""
+        return JobView.model_validate_json(self._transport.send("POST", f"/v1/jobs/{job_id}/cancel").content)
+
+    def retry(self, job_id: str) -> JobView:
+        """Queue a failed or cancelled job again; finished blocks are kept."""
+        return JobView.model_validate_json(self._transport.send("POST", f"/v1/jobs/{job_id}/retry").content)
+
+    def delete(self, job_id: str) -> None:
+        """Remove a final job and its artifacts."""
+        self._transport.send("DELETE", f"/v1/jobs/{job_id}")
+
+    def events_page(self, job_id: str, *, after: int = 0, limit: int = 100) -> EventPage:
+        """Stored events with a sequence above `after`."""
+        params = {"after": after, "limit": limit}
+        response = self._transport.send("GET", f"/v1/jobs/{job_id}/events", params=params)
+        return EventPage.model_validate_json(response.content)
+
+    def events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
+        """Events as they happen, from the one after `after` until the job is final; survives cut connections."""
+        return follow(self._transport, job_id, after=after, get_job=self.job)
+
+    def wait(self, job_id: str, on_event: Callable[[EventView], None] | None = None) -> JobView:
+        """Follow the job until it is final; the final job."""
+        for event in self.events(job_id):
+            if on_event is not None:
+                on_event(event)
+        return self.job(job_id)
+
+    def artifacts(self, job_id: str) -> list[ArtifactView]:
+        """All files of a succeeded job."""
+        response = self._transport.send("GET", f"/v1/jobs/{job_id}/artifacts")
+        return Page[ArtifactView].model_validate_json(response.content).items
+
+    def download_artifact(self, artifact: ArtifactView, folder: Path, on_bytes: OnBytes = ignore_bytes) -> Path:
+        """One file under `folder`, resumed if it is there in part, checked by its SHA-256."""
+        return download_artifact(self._transport, artifact, folder, on_bytes)
+
+    def download(
+        self, job_id: str, folder: Path, *, format: str | None = None, on_bytes: OnBytes = ignore_bytes
+    ) -> list[Path]:
+        """The checkpoint of a job in `folder`. Without `format`: the first that is not `native`, if there is one.
+
+        Raises:
+            NotFound: the job has no such checkpoint.
+            StorageError: a file does not have the hash that the service promised.
+        """
+        return [self.download_artifact(a, folder, on_bytes) for a in self.checkpoint(job_id, format=format)]
+
+    def checkpoint(self, job_id: str, *, format: str | None = None) -> list[ArtifactView]:
+        """The artifacts that make up one checkpoint of the job; `format` as in `download`."""
+        artifacts = self.artifacts(job_id)
+        formats = list(dict.fromkeys(a.format for a in artifacts))
+        chosen = format or next((f for f in formats if f != NATIVE), NATIVE)
+        if chosen not in formats:
+            there = ", ".join(formats) or "none (it has not succeeded)"
+            raise NotFound(f"job {job_id} has no {chosen} checkpoint; it has: {there}", field="format", value=chosen)
+        return [artifact for artifact in artifacts if artifact.format == chosen]
+
+    def upload(
+        self, files: Sequence[Path], *, upload_id: str | None = None, on_bytes: OnBytes = ignore_bytes
+    ) -> UploadView:
+        """Send files; with `upload_id`, go on with an upload that was cut off."""
+        if upload_id is not None:
+            return send_files(self._transport, self.upload_status(upload_id), files, on_bytes)
+        body = UploadRequest(files=describe_files(files)).model_dump(mode="json")
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        response = self._transport.send("POST", "/v1/uploads", json=body, headers=headers)
+        return send_files(self._transport, UploadView.model_validate_json(response.content), files, on_bytes)
+
+    def upload_status(self, upload_id: str) -> UploadView:
+        """An upload and how much of each file has arrived."""
+        return UploadView.model_validate_json(self._transport.send("GET", f"/v1/uploads/{upload_id}").content)
+
+    def methods(self) -> MethodList:
+        """Methods and recipes, with the JSON Schema of their parameters."""
+        return MethodList.model_validate_json(self._transport.send("GET", "/v1/methods").content)
+
+    def formats(self) -> list[FormatView]:
+        """Export formats and the runtimes that load them."""
+        return Page[FormatView].model_validate_json(self._transport.send("GET", "/v1/formats").content).items
+
+    def workers(self) -> list[WorkerView]:
+        """Registered workers."""
+        return Page[WorkerView].model_validate_json(self._transport.send("GET", "/v1/workers").content).items
+
+    def ready(self) -> bool:
+        """Whether the service can take jobs now."""
+        try:
+            return self._transport.send("GET", "/readyz").is_success
+        except RequestError:
+            return False
+
+
+def _plain(body: Mapping[str, Any] | JobRequest) -> object:
+    return body.model_dump(mode="json") if isinstance(body, JobRequest) else dict(body)

@@ -1,0 +1,81 @@
+"""Files to the service in parts. A part that was lost is sent again from the offset that the service names."""
+
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from urllib.parse import quote
+
+from app.client.downloads import OnBytes, sha256_of
+from app.client.transport import Transport
+from app.domain.errors import Conflict, RequestError, Unavailable
+from app.domain.views import UploadFileSpec, UploadFileView, UploadView
+
+PART_BYTES = 8 << 20
+
+
+def describe_files(files: Sequence[Path]) -> list[UploadFileSpec]:
+    """Name, size and SHA-256 of each file, as POST /v1/uploads wants them.
+
+    Raises:
+        RequestError: two files have the same name, or one is not a file.
+    """
+    names = [file.name for file in files]
+    for file in files:
+        if not file.is_file():
+            raise RequestError(f"{file} is not a file", field="files", value=str(file))
+        if names.count(file.name) > 1:
+            raise RequestError(f"two files are named {file.name}", field="files", value=file.name)
+    return [UploadFileSpec(name=file.name, size=file.stat().st_size, sha256=sha256_of(file)) for file in files]
+
+
+def send_files(transport: Transport, upload: UploadView, files: Sequence[Path], on_bytes: OnBytes) -> UploadView:
+    """Send what the service does not have yet, and complete the upload.
+
+    Raises:
+        RequestError: `files` are not those of the upload.
+        Unavailable: parts failed more often in a row than the retry policy allows.
+    """
+    local = {file.name: file for file in files}
+    for remote in upload.files:
+        if remote.name not in local:
+            raise RequestError(f"upload {upload.id} wants a file named {remote.name}", field="files")
+        _send_file(transport, upload.id, remote, local[remote.name], on_bytes)
+    response = transport.send("POST", f"/v1/uploads/{upload.id}/complete", headers=_same_every_time(upload.id))
+    return UploadView.model_validate_json(response.content)
+
+
+def _same_every_time(upload_id: str) -> dict[str, str]:
+    return {"Idempotency-Key": f"complete-{upload_id}"}
+
+
+def _send_file(transport: Transport, upload_id: str, remote: UploadFileView, path: Path, on_bytes: OnBytes) -> None:
+    url = f"/v1/uploads/{upload_id}/files/{quote(remote.name, safe='')}"
+    offset, failures = remote.offset, 0
+    on_bytes(offset)
+    with path.open("rb") as file:
+        while offset < remote.size:
+            file.seek(offset)
+            part = file.read(min(PART_BYTES, remote.size - offset))
+            if not part:
+                raise RequestError(f"{path} became shorter while it was sent", field="files", value=path.name)
+            reached = _send_part(transport, url, part, offset, remote.size)
+            failures = 0 if reached > offset else failures + 1
+            if failures >= transport.retry.attempts:
+                raise Unavailable(f"the service takes no more of {remote.name} after {offset} bytes")
+            if failures:
+                time.sleep(transport.retry.delay(failures))
+            on_bytes(reached - offset)
+            offset = reached
+
+
+def _send_part(transport: Transport, url: str, part: bytes, offset: int, size: int) -> int:
+    """Send one part; the offset that the service has reached, whatever became of the answer."""
+    content_range = f"bytes {offset}-{offset + len(part) - 1}/{size}"
+    try:
+        response = transport.send("PUT", url, content=part, headers={"Content-Range": content_range})
+    except Conflict:
+        # An earlier try of this part did arrive, though its answer was lost.
+        response = transport.send("HEAD", url)
+    reached = response.headers.get("Upload-Offset", "")
+    return int(reached) if re.fullmatch(r"[0-9]+", reached) else offset + len(part)
