@@ -31,10 +31,14 @@ class RuntimeSupport:
     bits: frozenset[int]
     group_sizes: frozenset[int] | None = None
     """None: any group size."""
+    asymmetric_bits: frozenset[int] | None = None
+    """Widths that it loads with zero points; None: all of `bits`."""
     note: str = ""
 
     def loads(self, scheme: Scheme) -> bool:
-        return scheme.bits in self.bits and (self.group_sizes is None or scheme.group_size in self.group_sizes)
+        """Whether a linear in this scheme is within the runtime's limits."""
+        bits = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
+        return scheme.bits in bits and (self.group_sizes is None or scheme.group_size in self.group_sizes)
 
 
 @dataclass(frozen=True)
@@ -75,14 +79,17 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
                     "peft",
                     Support.TESTED,
                     frozenset({2, 3, 4, 8}),
-                    note="LoRA on a model loaded with CompressedTensorsConfig(run_compressed=False)",
+                    note="LoRA on a model loaded with CompressedTensorsConfig(run_compressed=False); the model card "
+                    "has the lines for mixed widths",
                 ),
                 RuntimeSupport(
                     "vllm",
                     Support.BY_RULES,
                     frozenset({4, 8}),
                     group_sizes=frozenset({PER_CHANNEL, 32, 64, 128}),
-                    note="input features of a linear divisible by the group on every tensor-parallel rank",
+                    asymmetric_bits=frozenset({4}),
+                    note="one scheme for q, k, v and one for gate, up; inputs of a linear divisible by the group on "
+                    "every tensor-parallel rank",
                 ),
             ),
         ),

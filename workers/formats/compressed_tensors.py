@@ -1,0 +1,135 @@
+"""The `pack-quantized` format of compressed-tensors, which transformers and vLLM load.
+
+For a linear `name` of shape (out, in), with b bits and groups of g inputs:
+
+    name.weight_packed      int32 (out, ceil(in * b / 32))       unsigned codes, dense along the inputs
+    name.weight_scale       model dtype (out, in / g)            of either sign
+    name.weight_zero_point  int32 (ceil(out * b / 32), in / g)   dense along the outputs; asymmetric only
+    name.weight_shape       int64 (2)                            (out, in)
+
+compressed-tensors speaks of signed int8 codes and stores them plus 2^(b-1), which are our unsigned codes; so do its
+zero points. It multiplies in the scale's dtype. Since codes and zero points are exact in bf16 and fp16, that is one
+rounding of the exact product, as in `AffineWeight.dequantize`, if and only if the scale has the weight's dtype.
+"""
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from app.domain.errors import CorruptCheckpoint, FormatCannotHold
+from app.domain.formats import FORMATS, ExportFormat
+from app.domain.methods import PER_CHANNEL, Scheme
+from workers.numerics.packing import pack_words, unpack_words
+from workers.numerics.quantized import AffineWeight
+
+FORMAT = "pack-quantized"
+
+
+def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
+    """Scales have the model's dtype: the loaders create them so, and would round any other."""
+    return model_dtype
+
+
+def compress(name: str, weight: AffineWeight) -> dict[str, Tensor]:
+    """The stored tensors of the linear `name`, by full name.
+
+    Raises:
+        FormatCannotHold: bits that the format does not hold, or a scale that it would have to round.
+    """
+    _refuse(name, weight)
+    bits = weight.scheme.bits
+    tensors = {
+        f"{name}.weight_packed": pack_words(weight.codes, bits),
+        f"{name}.weight_scale": weight.scale.contiguous(),
+        f"{name}.weight_shape": torch.tensor(weight.shape, dtype=torch.int64),
+    }
+    if weight.zero_point is not None:
+        tensors[f"{name}.weight_zero_point"] = pack_words(weight.zero_point.T.contiguous(), bits).T.contiguous()
+    return tensors
+
+
+def decompress(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> AffineWeight:
+    """The exact inverse of `compress`.
+
+    Raises:
+        CorruptCheckpoint: a tensor is missing, or their shapes do not fit together.
+    """
+    try:
+        out_features, in_features = (int(n) for n in tensors[f"{name}.weight_shape"])
+        scale = tensors[f"{name}.weight_scale"]
+        packed = tensors[f"{name}.weight_packed"]
+        zero = None if scheme.symmetric else tensors[f"{name}.weight_zero_point"]
+    except KeyError as missing:
+        raise CorruptCheckpoint(f"tensor {missing} is missing", field=name) from missing
+    if packed.shape != (out_features, -(-in_features * scheme.bits // 32)) or scale.shape[0] != out_features:
+        raise CorruptCheckpoint(f"tensors of {name} do not fit its shape ({out_features}, {in_features})", field=name)
+    codes = unpack_words(packed, scheme.bits, in_features)
+    if zero is not None:
+        zero = unpack_words(zero.T.contiguous(), scheme.bits, out_features).T.contiguous()
+    return AffineWeight(codes, scale, zero, scheme, dtype)
+
+
+def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str, object]:
+    """The `quantization_config` of config.json.
+
+    schemes   every quantized linear by module name
+    ignored   module names of all other linears, the head included
+
+    One scheme for all: its group targets the class `Linear`, less `ignored`. Several: a group for each, with the
+    concrete names of its linears, because a class as target of two groups lets the first one win everywhere.
+    """
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    mixed = len(groups) > 1
+    return {
+        "quant_method": "compressed-tensors",
+        "format": FORMAT,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": sorted(ignored),
+        "config_groups": {
+            f"group_{index}": _group(scheme, names if mixed else ["Linear"])
+            for index, (scheme, names) in enumerate(groups.items())
+        },
+    }
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, object]:
+    per_channel = scheme.group_size == PER_CHANNEL
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": scheme.symmetric,
+            "strategy": "channel" if per_channel else "group",
+            "group_size": None if per_channel else scheme.group_size,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": FORMAT,
+    }
+
+
+def _refuse(name: str, weight: AffineWeight) -> None:
+    info = FORMATS[ExportFormat.COMPRESSED_TENSORS]
+    if weight.scheme.bits not in info.bits:
+        widths = ", ".join(map(str, sorted(info.bits)))
+        raise FormatCannotHold(
+            f"compressed-tensors holds {widths} bits, not {weight.scheme.bits}",
+            field=name,
+            value=weight.scheme.bits,
+            hint='change bits, or ask for formats: ["native"]',
+        )
+    if weight.scale.dtype != weight.dtype:
+        raise FormatCannotHold(
+            f"compressed-tensors stores scales as {weight.dtype}; these are {weight.scale.dtype}, and rounding them "
+            "would change the weights",
+            field=name,
+            value=str(weight.scale.dtype),
+            hint="quantize again with this format among the job's formats",
+        )
