@@ -30,6 +30,8 @@ quantized stream (as in AutoRound's code); the parameters kept are those with th
 not on the step's own minibatch. Left out: activation quantization, norm and bias tuning.
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -37,6 +39,10 @@ from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts import BlockTask, TuningSettings
 from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
 from workers.numerics.quantized import BlockResult, LinearResult
+
+EVERY_ROW = slice(None)
+CACHED_ELEMENTS = 131_072
+"""Elements of a chunk: a handful of fp32 tensors of this size fit the second-level cache."""
 
 
 class SignRound:
@@ -66,53 +72,59 @@ class RoundedWeight:
 
     @torch.no_grad()
     def weight(self) -> Tensor:
-        to = self._grid()
-        codes, _ = round_to_grid(self._weight, to, self._offset)
-        return _dequantize(codes, to).view(self._shape).to(self._dtype)
+        hat = torch.empty(self._shape, dtype=self._dtype, device=self._weight.device)
+        for rows in self._row_chunks():
+            to = self._grid(rows)
+            codes, _ = round_to_grid(self._weight[rows], to, self._offset[rows])
+            hat[rows] = _dequantize(codes, to).flatten(1)
+        return hat
 
     @torch.no_grad()
     def step(self, gradient: Tensor, learning_rate: float) -> None:
         """The signed step of the module docstring, then alpha and beta back into [0, 1]."""
-        d_offset, d_alpha, d_beta = self.gradients(gradient)
-        self._offset.sub_(d_offset.sign_(), alpha=learning_rate)
-        self._alpha.sub_(d_alpha.sign_(), alpha=learning_rate).clamp_(0, 1)
-        self._beta.sub_(d_beta.sign_(), alpha=learning_rate).clamp_(0, 1)
+        for rows in self._row_chunks():
+            d_offset, d_alpha, d_beta = self.gradients(gradient[rows], rows)
+            self._offset[rows].sub_(d_offset.sign_(), alpha=learning_rate)
+            self._alpha[rows].sub_(d_alpha.sign_(), alpha=learning_rate).clamp_(0, 1)
+            self._beta[rows].sub_(d_beta.sign_(), alpha=learning_rate).clamp_(0, 1)
 
-    def gradients(self, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """dL/dV, dL/dalpha and dL/dbeta for D = `gradient`, by the formulas of the module docstring."""
-        to = self._grid()
-        d = gradient.reshape(self._weight.shape).to(self._weight.dtype)
-        codes, free = round_to_grid(self._weight, to, self._offset)
+    def gradients(self, gradient: Tensor, rows: slice = EVERY_ROW) -> tuple[Tensor, Tensor, Tensor]:
+        """dL/dV, dL/dalpha and dL/dbeta of some rows for D = `gradient`, by the formulas of the module docstring."""
+        to, weight = self._grid(rows), self._weight[rows]
+        d = gradient.reshape(weight.shape).to(weight.dtype)
+        codes, free = round_to_grid(weight, to, self._offset[rows])
         inside = codes == free
         scale = to.scale.unsqueeze(-1)
         steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
         d_inside = d * inside
-        d_scale = (d * steps - d_inside * self._weight / scale).sum(-1)
-        d_offset = d_inside.mul_(scale)
-        if to.zero is None:
-            return d_offset, *self._symmetric_range_gradients(d_scale, to)
-        d_zero = -to.scale * (d * ~inside).sum(-1)
-        return d_offset, *self._asymmetric_range_gradients(d_scale, d_zero, to)
+        d_scale = (d * steps).sum(-1) - (d_inside * weight).sum(-1) / to.scale
+        d_zero = -to.scale * (d.sum(-1) - d_inside.sum(-1))
+        return d_inside.mul_(scale), *self._range_gradients(d_scale, d_zero, to, rows)
 
     def result(self) -> LinearResult:
         to = self._grid()
         codes, _ = round_to_grid(self._weight, to, self._offset)
         return LinearResult(affine_weight(codes, to, self._scheme, self._scale_dtype, self._dtype))
 
-    def _grid(self) -> Grid:
-        return grid(self._ranges, self._scheme, self._scale_dtype, self._alpha, self._beta)
+    def _grid(self, rows: slice = EVERY_ROW) -> Grid:
+        alpha, beta = self._alpha[rows], self._beta[rows]
+        return grid(self._ranges.rows(rows), self._scheme, self._scale_dtype, alpha, beta)
 
-    def _symmetric_range_gradients(self, d_scale: Tensor, to: Grid) -> tuple[Tensor, Tensor]:
-        levels = -to.lowest
-        low_wins = -self._alpha * self._ranges.low > self._beta * self._ranges.high
-        d_alpha = d_scale * torch.where(low_wins, -self._ranges.low / levels, 0)
-        return d_alpha, d_scale * torch.where(low_wins, 0, -self._ranges.high / levels)
+    def _range_gradients(self, d_scale: Tensor, d_zero: Tensor, to: Grid, rows: slice) -> tuple[Tensor, Tensor]:
+        """dL/dalpha and dL/dbeta from dL/ds and dL/dz, each (rows, groups)."""
+        low, high, alpha = self._ranges.low[rows], self._ranges.high[rows], self._alpha[rows]
+        if to.zero is None:
+            low_wins = -alpha * low > self._beta[rows] * high
+            d_alpha = d_scale * torch.where(low_wins, low / to.lowest, 0)
+            return d_alpha, d_scale * torch.where(low_wins, 0, high / to.lowest)
+        d_scale = d_scale + d_zero * alpha * low / to.scale.square()
+        return -d_zero * low / to.scale - d_scale * low / to.highest, d_scale * high / to.highest
 
-    def _asymmetric_range_gradients(self, d_scale: Tensor, d_zero: Tensor, to: Grid) -> tuple[Tensor, Tensor]:
-        low, high, top = self._ranges.low, self._ranges.high, to.highest
-        d_scale = d_scale + d_zero * self._alpha * low / to.scale.square()
-        d_alpha = d_zero * (-low / to.scale) - d_scale * low / top
-        return d_alpha, d_scale * high / top
+    def _row_chunks(self) -> Iterator[slice]:
+        """Slices of rows: on a CPU as many as stay in its cache through a chain of operations, else all."""
+        count = len(self._weight)
+        size = count if self._weight.is_cuda else max(1, CACHED_ELEMENTS // self._shape[1])
+        return (slice(start, start + size) for start in range(0, count, size))
 
 
 def _dequantize(codes: Tensor, to: Grid) -> Tensor:

@@ -45,6 +45,9 @@ class GroupRange:
         """Of a grouped weight, (out, groups, G)."""
         return cls(weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0))
 
+    def rows(self, rows: slice) -> "GroupRange":
+        return GroupRange(self.low[rows], self.high[rows])
+
 
 @dataclass(frozen=True)
 class Grid:
