@@ -1,0 +1,119 @@
+"""`bitwright demo`: from nothing to a loaded, generating checkpoint, through the same service that users run."""
+
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from app.cli.connection import DataDirOption
+from app.cli.embedded import EmbeddedService
+from app.cli.jobs import download_checkpoint
+from app.cli.loading import load_and_generate
+from app.cli.render import format_seconds, out, report_table, times_table
+from app.cli.submit import set_fields, set_section
+from app.cli.watch import finish, follow_job
+from app.domain.errors import InternalError
+from app.settings import get_settings
+
+HUB = "https://huggingface.co"
+HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
+HUB_SECONDS = 2.0
+PROMPT = "The list of built-in functions"
+
+
+def demo(
+    model: Annotated[
+        str | None, typer.Option(help="Hub id or folder; default: a small Hub model, or one trained on the spot.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Method or recipe: see `bitwright methods`.")] = "signround",
+    bits: Annotated[int | None, typer.Option(help="Width of a weight, 2 to 8.")] = 4,
+    preset: Annotated[str | None, typer.Option(help="light, default or best.", show_default="light")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1: all.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Form of the scheme.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Tuning steps a block.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a calibration sequence.")] = None,
+    format: Annotated[list[str] | None, typer.Option("--format", help="Checkpoint format.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same request and seed: same codes.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")] = None,
+    prompt: Annotated[str, typer.Option(help="What the loaded checkpoint is to go on with.")] = PROMPT,
+    output: Annotated[Path | None, typer.Option(help="Where the checkpoint goes; default: in the data folder.")] = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Start the service, quantize a model, download the checkpoint, load it in a fresh process and generate."""
+    console = out()
+    with ExitStack() as stack:
+        folder = stack.enter_context(_data_folder(data_dir))
+        model = model or _default_model(folder)
+        local = Path(model).expanduser()
+        body: dict[str, Any] = {"model": str(local.resolve()) if local.is_dir() else model, "method": method}
+        scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "steps": steps}
+        set_fields(body, scheme | {"formats": format, "seed": seed, "preset": _preset(method, preset)})
+        set_section(body, "calibration", {"num_samples": samples, "sequence_length": sequence_length})
+        roots = [local.resolve()] if local.is_dir() else []
+        console.print(f"Starting the service; its log: {folder / 'serve.log'}", soft_wrap=True)
+        service = stack.enter_context(EmbeddedService(folder, model_roots=roots, device=device))
+        client = stack.enter_context(service.client())
+        job = client.submit(body)
+        console.print(f"Submitted {job.id} to {service.url}", soft_wrap=True)
+        job = follow_job(client, job.id, console)
+        if job.report is None:
+            finish(job, as_json=False)
+            raise InternalError(f"{job.id} {job.status.value} without a report")
+        checkpoint = output or folder / "checkpoints" / job.id
+        download_checkpoint(client, job.id, checkpoint, None)
+        console.print(f"Checkpoint: {checkpoint.absolute()}", soft_wrap=True)
+        loaded = load_and_generate(checkpoint, prompt)
+        console.print(f"Loaded in a fresh Python with {loaded.loader} in {format_seconds(loaded.seconds)}; it says:")
+        console.print(f"    {loaded.text}", markup=False, soft_wrap=True)
+        console.print()
+        console.print(report_table(job.report))
+        console.print()
+        console.print(times_table(job.report))
+
+
+def _preset(method: str, preset: str | None) -> str | None:
+    """ "light" for the tuned method by its plain name; a recipe's own preset, and methods without one, stay."""
+    return "light" if preset is None and method == "signround" else preset
+
+
+@contextmanager
+def _data_folder(data_dir: Path | None) -> Iterator[Path]:
+    """The given folder, or a temporary one that is kept, since the checkpoint lies in it."""
+    folder = data_dir.expanduser().absolute() if data_dir else Path(tempfile.mkdtemp(prefix="bitwright-demo-"))
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    yield folder
+
+
+def _default_model(folder: Path) -> str:
+    """A small Hub model when the Hub answers at once, else the folder of a tiny one trained here and now."""
+    console = out()
+    settings = get_settings()
+    hub = settings.hub_endpoint or HUB
+    if settings.hub_enabled and _hub_answers(hub):
+        console.print(f"The Hub answers; the model is {HUB_MODEL} (about 270 MB to fetch).")
+        return HUB_MODEL
+    target = folder / "tiny-model"
+    if not (target / "config.json").exists():
+        console.print(f"{hub} does not answer, so a tiny model is trained here first. That takes about a minute.")
+        trained = subprocess.run([sys.executable, "-m", "workers.engine.tiny_model", str(target)], check=False)
+        if trained.returncode != 0:
+            raise InternalError(
+                f"training the tiny model ended with exit code {trained.returncode}",
+                hint="give a model of your own with --model",
+            )
+    console.print(f"The model is the tiny one in {target}.", soft_wrap=True)
+    return str(target)
+
+
+def _hub_answers(hub: str) -> bool:
+    try:
+        return httpx.get(f"{hub}/api/models/{HUB_MODEL}", timeout=HUB_SECONDS, follow_redirects=True).is_success
+    except httpx.HTTPError:
+        return False

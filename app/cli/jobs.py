@@ -1,0 +1,135 @@
+"""`jobs`, `show`, `cancel`, `retry`, `download`, `methods`: one request each."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import BaseModel
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from app.cli.render import err, job_table, jobs_table, methods_table, out, report_table, times_table
+from app.client import Client
+from app.domain.errors import RequestError
+from app.domain.jobs import JobStatus
+
+JobArgument = Annotated[str, typer.Argument(help="Id of the job, job_...", show_default=False)]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def list_jobs(
+    status: Annotated[JobStatus | None, typer.Option(help="Only jobs with this status.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only jobs with this method.")] = None,
+    model: Annotated[str | None, typer.Option(help="Only jobs on this model.")] = None,
+    metadata: Annotated[
+        list[str] | None, typer.Option(help="Only jobs with this label, as name=value. May be given several times.")
+    ] = None,
+    limit: Annotated[int, typer.Option(min=1, max=1000, help="At most so many, newest first.")] = 20,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """List jobs, newest first."""
+    filters = {"status": status, "method": method, "model": model, "metadata": parse_labels(metadata)}
+    with connect(url, key, data_dir) as client:
+        jobs = [job for job, _ in zip(client.jobs(limit=min(limit, 100), **filters), range(limit), strict=False)]
+    if as_json:
+        for job in jobs:
+            print_json(job)
+        return
+    out().print(jobs_table(jobs))
+
+
+def show(
+    job_id: JobArgument,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Show one job with its attempts and report."""
+    with connect(url, key, data_dir) as client:
+        job = client.job(job_id)
+    if as_json:
+        print_json(job)
+        return
+    out().print(job_table(job))
+    if job.report is not None:
+        out().print()
+        out().print(report_table(job.report))
+        out().print()
+        out().print(times_table(job.report))
+
+
+def cancel(job_id: JobArgument, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None) -> None:
+    """Cancel a job; a running one ends within seconds."""
+    with connect(url, key, data_dir) as client:
+        job = client.cancel(job_id)
+    ending = "cancelled" if job.status is JobStatus.CANCELLED else "ends within seconds"
+    out().print(f"{job.id} {ending}")
+
+
+def retry(job_id: JobArgument, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None) -> None:
+    """Queue a failed or cancelled job again; its finished blocks are kept."""
+    with connect(url, key, data_dir) as client:
+        job = client.retry(job_id)
+    out().print(f"{job.id} {job.status.value}")
+
+
+def download(
+    job_id: JobArgument,
+    folder: Annotated[Path | None, typer.Argument(help="Where to; default: a folder named by the job's id.")] = None,
+    format: Annotated[
+        str | None, typer.Option("--format", help="Which checkpoint; default: the first that is not native.")
+    ] = None,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Download a checkpoint; goes on where an earlier download was cut, and checks every file's SHA-256."""
+    with connect(url, key, data_dir) as client:
+        target = download_checkpoint(client, job_id, folder or Path(job_id), format)
+    typer.echo(target)
+
+
+def download_checkpoint(client: Client, job_id: str, folder: Path, format: str | None) -> Path:
+    """Download with a progress bar on standard error (none when that is not a terminal)."""
+    artifacts = client.checkpoint(job_id, format=format)
+    console = err()
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("download", total=sum(artifact.size for artifact in artifacts))
+        for artifact in artifacts:
+            client.download_artifact(artifact, folder, lambda count: progress.advance(task, count))
+    return folder
+
+
+def methods(
+    as_json: JsonOption = False, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None
+) -> None:
+    """List quantization methods and recipes."""
+    with connect(url, key, data_dir) as client:
+        listed = client.methods()
+    if as_json:
+        print_json(listed)
+        return
+    out().print(methods_table(listed))
+
+
+def parse_labels(labels: list[str] | None) -> dict[str, str]:
+    """{"commit": "abc"} from ["commit=abc"].
+
+    Raises:
+        RequestError: one has no "=".
+    """
+    pairs = [label.partition("=") for label in labels or []]
+    for name, equals, _ in pairs:
+        if not equals or not name:
+            raise RequestError(f"{name!r} is not name=value", field="metadata", value=name)
+    return {name: value for name, _, value in pairs}
+
+
+def print_json(view: BaseModel) -> None:
+    """One JSON object on one line."""
+    typer.echo(view.model_dump_json())

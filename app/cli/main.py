@@ -1,0 +1,63 @@
+"""The `bitwright` command: its groups, and how errors become exit codes.
+
+0  done; with --wait, watch and demo: the job succeeded
+1  the job failed or missed a requirement, or the service failed
+2  bad request: a flag, the request, the key or an id is wrong
+3  the service cannot be reached
+"""
+
+from typing import Any
+
+import typer
+from typer.core import TyperGroup
+
+from app.cli import demo, jobs, keys, processes, serve, submit, watch
+from app.cli.render import print_error
+from app.domain.errors import BitwrightError, RequestError, Unavailable
+
+EXIT_FAILED, EXIT_BAD_REQUEST, EXIT_UNREACHABLE = 1, 2, 3
+EXIT_INTERRUPTED = 130
+
+
+def exit_code(error: BitwrightError) -> int:
+    """The exit code that tells a script what kind of error it was."""
+    if isinstance(error, Unavailable):
+        return EXIT_UNREACHABLE
+    return EXIT_BAD_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
+
+
+class ReportingGroup(TyperGroup):
+    """Prints an error of ours as a few lines, without a trace, and exits with its code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        try:
+            return super().invoke(ctx)
+        except BitwrightError as error:
+            print_error(error)
+            raise typer.Exit(exit_code(error)) from error
+        except KeyboardInterrupt as interrupt:
+            raise typer.Exit(EXIT_INTERRUPTED) from interrupt
+
+
+app = typer.Typer(
+    cls=ReportingGroup,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Quantization as a service: submit a language model, get back a checkpoint that simply loads.",
+)
+app.command()(demo.demo)
+app.command()(serve.serve)
+app.command()(submit.submit)
+app.command()(watch.watch)
+app.command("jobs")(jobs.list_jobs)
+app.command()(jobs.show)
+app.command()(jobs.cancel)
+app.command()(jobs.retry)
+app.command()(jobs.download)
+app.command()(jobs.methods)
+app.add_typer(keys.app, name="keys")
+app.command()(processes.worker)
+app.command()(processes.sweep)
+app.command()(processes.migrate)

@@ -1,0 +1,167 @@
+"""What people see: tables, errors, sizes and times. Programs use --json."""
+
+from collections.abc import Iterable
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from app.domain.errors import BitwrightError
+from app.domain.jobs import JobStatus
+from app.domain.report import Report
+from app.domain.views import JobView, MethodList
+
+STATUS_STYLES = {
+    JobStatus.QUEUED: "yellow",
+    JobStatus.RUNNING: "cyan",
+    JobStatus.SUCCEEDED: "green",
+    JobStatus.FAILED: "red",
+    JobStatus.CANCELLED: "magenta",
+}
+
+
+def out() -> Console:
+    """Standard output. Made anew each time, because tests and pipes replace it."""
+    return Console(highlight=False)
+
+
+def err() -> Console:
+    """Standard error."""
+    return Console(stderr=True, highlight=False)
+
+
+def print_error(error: BitwrightError) -> None:
+    """Code, cause, every field at fault, and the way out."""
+    console = err()
+    console.print(Text.assemble((f"{error.code}: ", "bold red"), error.detail), soft_wrap=True)
+    for problem in error.errors:
+        sent = f" (got {problem.value!r})" if problem.value is not None else ""
+        console.print(Text(f"  {problem.field}: {problem.detail}{sent}"), soft_wrap=True)
+    if error.hint:
+        console.print(Text(f"  {error.hint}"), soft_wrap=True)
+
+
+def format_bytes(count: float) -> str:
+    """3 significant digits in decimal units, as disks and the Hub count."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def format_seconds(seconds: float) -> str:
+    """ "4.2 s", "3 min 05 s" or "2 h 10 min"."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def format_age(moment: datetime) -> str:
+    """How long ago, coarsely."""
+    return format_seconds(max(0.0, (datetime.now(UTC) - moment).total_seconds())) + " ago"
+
+
+def status_text(status: JobStatus) -> Text:
+    return Text(status.value, style=STATUS_STYLES[status])
+
+
+def progress_text(job: JobView) -> str:
+    """Stage and share done of a running job; the error's code of a failed one."""
+    if job.error is not None:
+        return job.error.code
+    if job.progress is None or job.status is not JobStatus.RUNNING:
+        return ""
+    p = job.progress
+    eta = f", {format_seconds(p.eta_seconds)} left" if p.eta_seconds is not None else ""
+    return f"{p.stage.value} {p.done:.4g}/{p.total:.4g} {p.unit}{eta}"
+
+
+def jobs_table(jobs: Iterable[JobView]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("job", "status", "model", "method", "created", "progress"):
+        table.add_column(column, overflow="fold", no_wrap=column == "job")
+    for job in jobs:
+        table.add_row(
+            job.id, status_text(job.status), job.model, job.method, format_age(job.created_at), progress_text(job)
+        )
+    return table
+
+
+def job_table(job: JobView) -> Table:
+    """One job, its attempts and, once there, its report."""
+    table = _pairs()
+    table.add_row("job", job.id)
+    table.add_row("status", status_text(job.status))
+    table.add_row("model", job.model)
+    table.add_row("method", job.method)
+    quantization = job.request.quantization
+    table.add_row(
+        "scheme",
+        f"{quantization.bits} bits, group {quantization.group_size}, "
+        + ("symmetric" if quantization.symmetric else "asymmetric"),
+    )
+    table.add_row("formats", ", ".join(job.request.formats))
+    table.add_row("created", job.created_at.isoformat(timespec="seconds"))
+    if progress := progress_text(job):
+        table.add_row("progress", progress)
+    for attempt in job.attempts:
+        text = f"{attempt.status}, {attempt.blocks_done} blocks" + (f", {attempt.error.code}" if attempt.error else "")
+        table.add_row(f"attempt {attempt.number}", text)
+    if job.error is not None:
+        table.add_row("error", Text(f"{job.error.code}: {job.error.detail}", style="red"))
+    for name, value in job.metadata.items():
+        table.add_row(f"metadata {name}", value)
+    return table
+
+
+def report_table(report: Report) -> Table:
+    """Size, quality and time: before and after."""
+    table = Table(box=None, pad_edge=False)
+    for column in ("", "before", "after"):
+        table.add_column(column, justify="left" if not column else "right")
+    size, quality = report.size, report.quality
+    table.add_row("size", format_bytes(size.bytes_original), format_bytes(size.bytes_quantized))
+    original_bits = 8 * size.bytes_original / max(1, report.model.parameters)
+    table.add_row("bits per weight, quantized linears", f"{original_bits:.2f}", f"{size.bits_per_weight:.3f}")
+    table.add_row("bits per weight, whole model", f"{original_bits:.2f}", f"{size.bits_per_weight_model:.3f}")
+    if quality is not None:
+        table.add_row("perplexity", f"{quality.perplexity_original:.3f}", f"{quality.perplexity:.3f}")
+        table.add_row("KL to the original, nats a token", "0", f"{quality.kl_divergence:.5f}")
+        table.add_row("same most likely token", "100 %", f"{100 * quality.top1_agreement:.1f} %")
+    return table
+
+
+def times_table(report: Report) -> Table:
+    """Wall time by stage, and the peak of memory."""
+    table = _pairs()
+    for stage, seconds in report.seconds.items():
+        table.add_row(stage, format_seconds(seconds))
+    table.add_row("peak host memory", format_bytes(report.peak_memory.host_bytes))
+    if report.peak_memory.device_bytes is not None:
+        table.add_row("peak device memory", format_bytes(report.peak_memory.device_bytes))
+    return table
+
+
+def methods_table(methods: MethodList) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for column in ("method", "what it does", "paper", "presets"):
+        table.add_column(column, overflow="fold")
+    for method in methods.items:
+        paper = f"arXiv:{method.paper}" if method.paper else ""
+        table.add_row(method.name, method.summary, paper, ", ".join(method.presets))
+    for recipe in methods.recipes:
+        stands_for = ", ".join(f"{name}={value}" for name, value in recipe.expands_to.items())
+        table.add_row(recipe.name, f"short for {stands_for}", "", "")
+    return table
+
+
+def _pairs() -> Table:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    return table

@@ -1,0 +1,210 @@
+"""`bitwright serve`: the whole service in one command.
+
+The API runs in this process; the broker, one worker and the sweep are its children. Without BITWRIGHT_* variables all
+of it lives in one data folder, and nothing listens but the API on the loopback address.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import structlog
+import typer
+
+from app.cli.broker import broker_program, broker_url, runtime_folder
+from app.cli.children import Children, Program
+from app.cli.connection import DataDirOption, Endpoint, load_endpoint, save_endpoint
+from app.cli.environment import apply
+from app.cli.processes import sweep_command, worker_command
+from app.cli.render import out
+from app.domain.access import Scope
+from app.domain.errors import Conflict, Unauthenticated, Unavailable
+from app.logs import configure_logging
+from app.settings import Settings
+
+log = structlog.get_logger(__name__)
+
+BOOTSTRAP_TENANT = "default"
+LOCK_NAME = "serve.lock"
+STREAMS_END_SECONDS = 3
+"""Open event streams and downloads get so long to end when the service stops."""
+
+
+def serve(
+    data_dir: DataDirOption = None,
+    host: Annotated[str | None, typer.Option(help="Address to bind.", show_default="127.0.0.1")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to bind; 0: any free one.", show_default="8080")
+    ] = None,
+    model_root: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder under which local models and datasets may be read. May be given several times."),
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")] = None,
+    no_worker: Annotated[bool, typer.Option("--no-worker", help="Serve the API and the sweep only.")] = False,
+) -> None:
+    """Start the API, a worker, the sweep and a broker; stop them with Ctrl-C."""
+    roots = os.pathsep.join(str(root.expanduser().absolute()) for root in model_root) if model_root else None
+    flags = {"data_dir": data_dir, "host": host, "port": port, "model_roots": roots, "device": device}
+    settings = apply(flags)
+    with ExitStack() as stack:
+        stack.enter_context(_signals_as_interrupts())
+        stack.enter_context(_data_folder_lock(settings.data_dir))
+        listener = stack.enter_context(_bind(settings))
+        programs = []
+        if not settings.broker_url:
+            folder = stack.enter_context(runtime_folder())
+            programs.append(broker_program(folder))
+            settings = apply({"broker_url": broker_url(folder)})
+        configure_logging(settings)
+        key, is_new = _prepare_database(settings)
+        programs += _service_programs(with_worker=not no_worker)
+        children = Children(programs, environment=dict(os.environ))
+        stack.callback(children.stop)
+        children.start()
+        endpoint = Endpoint(url=_url(settings, listener), key=key, pid=os.getpid())
+        if not _serve_api(listener, lambda: _announce(settings, endpoint, is_new)):
+            raise Unavailable("the API did not start", hint="its own messages are above")
+
+
+def _service_programs(*, with_worker: bool) -> list[Program]:
+    sweep = Program("sweep", sweep_command(), stop_seconds=5.0)
+    # A running attempt gives its job back when its worker is told to end; it gets the time to do so.
+    worker = Program("worker", worker_command(), stop_seconds=15.0)
+    return [worker, sweep] if with_worker else [sweep]
+
+
+def _prepare_database(settings: Settings) -> tuple[str, bool]:
+    """Newest schema, and a key for this user: the stored one if it is still good, else a new one (then True)."""
+    from app.store.keys import authenticate, ensure_tenant, issue_key  # noqa: PLC0415 (needs the `api` extra)
+    from app.store.session import Database, migrate  # noqa: PLC0415
+
+    migrate(settings.database_url)
+    database = Database(settings.database_url)
+    try:
+        stored = load_endpoint(settings.data_dir)
+        with database.transaction() as session:
+            if stored is not None and stored.key is not None:
+                try:
+                    authenticate(session, stored.key)
+                except Unauthenticated:
+                    log.info("stored_key_refused")
+                else:
+                    return stored.key, False
+            tenant = ensure_tenant(session, BOOTSTRAP_TENANT)
+            _, plaintext = issue_key(session, tenant.id, name="bootstrap", scopes=frozenset(Scope))
+            return plaintext, True
+    finally:
+        database.close()
+
+
+def _announce(settings: Settings, endpoint: Endpoint, is_new: bool) -> None:
+    """Say where the service is, and leave address and key where the other commands find them."""
+    path = save_endpoint(settings.data_dir, endpoint)
+    console = out()
+    console.print(f"Bitwright serves {endpoint.url}", soft_wrap=True)
+    console.print(f"Data folder: {settings.data_dir}", soft_wrap=True)
+    if is_new:
+        console.print(f"API key, shown once and stored in {path}: {endpoint.key}", soft_wrap=True)
+    sys.stdout.flush()
+
+
+def _serve_api(listener: socket.socket, announce: Callable[[], None]) -> bool:
+    """Run the API until a signal; whether it ever came up."""
+    import uvicorn  # noqa: PLC0415 (needs the `api` extra)
+
+    server = uvicorn.Server(
+        uvicorn.Config(
+            "app.api.main:app",
+            log_config=None,
+            timeout_graceful_shutdown=STREAMS_END_SECONDS,
+            server_header=False,
+        )
+    )
+    ended = threading.Event()
+
+    def announce_when_up() -> None:
+        while not ended.wait(0.02):
+            if server.started:
+                announce()
+                return
+
+    thread = threading.Thread(target=announce_when_up, name="announce")
+    thread.start()
+    try:
+        server.run(sockets=[listener])
+    except KeyboardInterrupt:
+        log.info("interrupted")
+    finally:
+        ended.set()
+        thread.join()
+    return server.started
+
+
+@contextmanager
+def _signals_as_interrupts() -> Iterator[None]:
+    """SIGTERM and SIGHUP end this process as Ctrl-C does: through every `finally`, so that no child is left.
+
+    uvicorn takes SIGINT and SIGTERM for itself while it serves, and raises them again when it has ended.
+    """
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _data_folder_lock(data_dir: Path) -> Iterator[None]:
+    """Hold the data folder: a second `serve` on it would fight for workspaces and the stored address.
+
+    Raises:
+        Conflict: another `serve` holds it.
+    """
+    import fcntl  # noqa: PLC0415 (not on Windows, where only `serve` is missing)
+
+    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (data_dir / LOCK_NAME).open("a+") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stored = load_endpoint(data_dir)
+            where = f" at {stored.url}" if stored is not None else ""
+            raise Conflict(
+                f"a service already runs on {data_dir}{where}", hint="use it, or give another folder with --data-dir"
+            ) from None
+        yield
+
+
+@contextmanager
+def _bind(settings: Settings) -> Iterator[socket.socket]:
+    """A socket on the configured address, bound before anything starts, so that a taken port costs nothing."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(settings.host, settings.port, type=socket.SOCK_STREAM)[
+            0
+        ]
+        listener = socket.socket(family, kind, protocol)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+    except OSError as error:
+        where = f"{settings.host}:{settings.port}"
+        raise Conflict(f"cannot listen on {where}: {error.strerror}", hint="choose another --port; 0 is any") from error
+    with listener:
+        yield listener
+
+
+def _url(settings: Settings, listener: socket.socket) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.host, settings.host)  # noqa: S104 (not bound here)
+    return f"http://{host}:{listener.getsockname()[1]}"

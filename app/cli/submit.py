@@ -1,0 +1,143 @@
+"""`bitwright submit`: a request from flags, from a YAML or JSON file, or from a file with flags on top."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+
+from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from app.cli.jobs import JsonOption, parse_labels, print_json
+from app.cli.render import err, out
+from app.cli.watch import finish, follow_job
+from app.domain.errors import MalformedBody, RequestError
+from app.domain.jobs import SHORTHAND
+
+
+def submit(
+    model: Annotated[str | None, typer.Argument(help="Hub id, folder, or id of an upload.", show_default=False)] = None,
+    file: Annotated[
+        Path | None, typer.Option("--file", "-f", help="Request as YAML or JSON; - is standard input. Flags win.")
+    ] = None,
+    method: Annotated[str | None, typer.Option(help="Method or recipe: see `bitwright methods`.")] = None,
+    bits: Annotated[int | None, typer.Option(help="Width of a weight, 2 to 8.")] = None,
+    group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1: all.")] = None,
+    symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Form of the scheme.")] = None,
+    preset: Annotated[str | None, typer.Option(help="light, default or best.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Tuning steps a block.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Calibration text: builtin, Hub id, JSONL file, upload.")] = None,
+    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens a calibration sequence.")] = None,
+    evaluation: Annotated[bool, typer.Option("--evaluation/--no-evaluation", help="Measure before and after.")] = True,
+    ignore: Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave as they are.")] = None,
+    override: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS for the linears that match.")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option("--format", help="Checkpoint format; see GET /v1/formats.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Same request and seed: same codes.")] = None,
+    device: Annotated[str | None, typer.Option(help="any, cpu or cuda.")] = None,
+    priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
+    max_perplexity_ratio: Annotated[float | None, typer.Option(help="Fail above this ratio.")] = None,
+    max_kl_divergence: Annotated[float | None, typer.Option(help="Fail above this divergence, nats a token.")] = None,
+    min_top1_agreement: Annotated[float | None, typer.Option(help="Fail below this share.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(help="A label, name=value.")] = None,
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and print the full request; queue nothing.")
+    ] = False,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job; the exit code tells how it ended.")] = False,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Submit a job. Prints its id; with --wait, follows it to its end."""
+    body = read_request(file) if file is not None else {}
+    set_fields(body, {"model": _absolute(model), "seed": seed, "device": device, "priority": priority})
+    scheme = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    set_quantization(body, scheme | {"preset": preset, "steps": steps}, ignore, parse_overrides(override))
+    calibration = {"dataset": _absolute(dataset), "num_samples": samples, "sequence_length": sequence_length}
+    set_section(body, "calibration", calibration)
+    limits = {"max_perplexity_ratio": max_perplexity_ratio, "max_kl_divergence": max_kl_divergence}
+    set_section(body, "require", limits | {"min_top1_agreement": min_top1_agreement})
+    set_section(body, "metadata", parse_labels(metadata))
+    set_fields(body, {"formats": format})
+    if not evaluation:
+        body["evaluation"] = None
+    with connect(url, key, data_dir) as client:
+        if dry_run:
+            print_json(client.preflight(body))
+            return
+        job = client.submit(body, idempotency_key=idempotency_key)
+        if not wait:
+            print_json(job) if as_json else typer.echo(job.id)
+            return
+        err().print(job.id)
+        job = follow_job(client, job.id, err() if as_json else out())
+    finish(job, as_json=as_json)
+
+
+def read_request(path: Path) -> dict[str, Any]:
+    """The request in a YAML or JSON file (JSON is YAML); "-" is standard input.
+
+    Raises:
+        MalformedBody: it cannot be read, or is not an object.
+    """
+    try:
+        text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
+        body = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise MalformedBody(f"{path} is not a readable YAML or JSON file: {error}", field="file") from error
+    if not isinstance(body, dict):
+        raise MalformedBody(f"{path} holds {type(body).__name__}, not an object with the request's fields")
+    return body
+
+
+def set_fields(body: dict[str, Any], flags: dict[str, Any]) -> None:
+    """Put the flags that were given into `body`."""
+    body.update({name: value for name, value in flags.items() if value is not None})
+
+
+def set_section(body: dict[str, Any], name: str, flags: dict[str, Any]) -> None:
+    """Put the flags that were given into the object `body[name]`."""
+    given = {field: value for field, value in flags.items() if value is not None}
+    if given:
+        body[name] = {**(body.get(name) or {}), **given}
+
+
+def set_quantization(
+    body: dict[str, Any], flags: dict[str, Any], ignore: list[str] | None, overrides: dict[str, dict[str, int]]
+) -> None:
+    """Put method and scheme where the request has them: inside `quantization` if it is there, else in shorthand."""
+    if (ignore or overrides) and "quantization" not in body:  # the shorthand has no module rules
+        body["quantization"] = {name: body.pop(name) for name in SHORTHAND if name in body}
+    target = body.get("quantization", body)
+    if not isinstance(target, dict):
+        raise RequestError("quantization must be an object", field="quantization", value=target)
+    set_fields(target, flags)
+    rules: dict[str, Any] = {}
+    set_fields(rules, {"ignore": ignore or None, "overrides": overrides or None})
+    set_section(target, "modules", rules)
+
+
+def parse_overrides(overrides: list[str] | None) -> dict[str, dict[str, int]]:
+    """{"*.down_proj": {"bits": 8}} from ["*.down_proj=8"].
+
+    Raises:
+        RequestError: one is not PATTERN=BITS.
+    """
+    parsed = {}
+    for override in overrides or []:
+        pattern, _, bits = override.rpartition("=")
+        if not pattern or not bits.isdecimal():
+            raise RequestError(f"{override!r} is not PATTERN=BITS", field="override", value=override)
+        parsed[pattern] = {"bits": int(bits)}
+    return parsed
+
+
+def _absolute(source: str | None) -> str | None:
+    """A path that exists here as an absolute one: the service has another working folder."""
+    if source is None or not Path(source).expanduser().exists():
+        return source
+    return str(Path(source).expanduser().absolute())

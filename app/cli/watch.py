@@ -1,0 +1,164 @@
+"""`bitwright watch`: a job as it runs. Live bars on a terminal, plain lines elsewhere."""
+
+from typing import Annotated, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from app.cli.jobs import JobArgument, print_json
+from app.cli.render import err, format_seconds, out, print_error, report_table
+from app.client import Client
+from app.domain.errors import ERRORS, BitwrightError, InternalError
+from app.domain.events import BlockEvent, ErrorData, Event, MetricEvent, ProgressEvent, Stage, StatusEvent, WarningEvent
+from app.domain.jobs import JobStatus
+from app.domain.views import EventView, JobView
+
+PLAIN_SECONDS = 10.0
+"""Between two plain lines of progress within one stage."""
+
+
+def watch(
+    job_id: JobArgument,
+    as_json: Annotated[bool, typer.Option("--json", help="Print every event as a JSON line.")] = False,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Follow a job to its end; the exit code tells how it ended. Ctrl-C leaves the job running."""
+    with connect(url, key, data_dir) as client:
+        job = client.wait(job_id, on_event=print_json) if as_json else follow_job(client, job_id, out())
+    finish(job, as_json=as_json)
+
+
+def finish(job: JobView, *, as_json: bool) -> None:
+    """Print the outcome.
+
+    Raises:
+        typer.Exit: with 1, when the job did not succeed.
+    """
+    if as_json:
+        print_json(job)
+    if job.status is JobStatus.SUCCEEDED:
+        if not as_json and job.report is not None:
+            out().print(report_table(job.report))
+        return
+    err().print(f"{job.id} {job.status.value}")
+    if job.error is not None:
+        print_error(error_of(job.error))
+    raise typer.Exit(1)
+
+
+def error_of(data: ErrorData) -> BitwrightError:
+    """A stored error as the exception that it was."""
+    kind = ERRORS.get(data.code, InternalError)
+    return kind(data.detail, field=data.field, value=data.value, hint=data.hint)
+
+
+def follow_job(client: Client, job_id: str, console: Console) -> JobView:
+    """Show the job's events on `console` until it is final; the final job."""
+    if not console.is_terminal:
+        return client.wait(job_id, on_event=PlainView(console).show)
+    columns = (
+        TextColumn("{task.description:<10}"),
+        BarColumn(bar_width=30),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[unit]}"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console) as progress:
+        return client.wait(job_id, on_event=LiveView(progress).show)
+
+
+class View(Protocol):
+    """Shows one event after the other."""
+
+    def show(self, stored: EventView) -> None: ...
+
+
+class LiveView:
+    """A bar a stage, with the time that is left and the loss of the latest block."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._bars: dict[Stage, TaskID] = {}
+        self._loss = ""
+
+    def show(self, stored: EventView) -> None:
+        """Move a bar, or print a line above the bars."""
+        event = stored.event
+        if isinstance(event, BlockEvent):
+            self._loss = loss_text(event)
+        elif isinstance(event, ProgressEvent):
+            self._move(event)
+        elif line := line_of(event):
+            self._progress.console.print(line)
+
+    def _move(self, event: ProgressEvent) -> None:
+        if event.stage not in self._bars:
+            self._end_others()
+            self._bars[event.stage] = self._progress.add_task(event.stage.value, total=event.total, unit="", note="")
+        note = [f"{format_seconds(event.eta_seconds)} left"] if event.eta_seconds is not None else []
+        if event.stage is Stage.QUANTIZE and self._loss:
+            note.append(self._loss)
+        self._progress.update(
+            self._bars[event.stage],
+            completed=event.done,
+            total=event.total,
+            unit=event.unit,
+            note=", ".join(note),
+        )
+
+    def _end_others(self) -> None:
+        for bar in self._bars.values():
+            self._progress.update(bar, note="")
+            self._progress.stop_task(bar)
+
+
+class PlainView:
+    """A line an event; progress at the start of a stage and every few seconds."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._stage: Stage | None = None
+        self._shown_at = 0.0
+
+    def show(self, stored: EventView) -> None:
+        """Print a line, or nothing."""
+        event, moment = stored.event, stored.created_at
+        if isinstance(event, ProgressEvent):
+            at = moment.timestamp()
+            if event.stage is self._stage and at - self._shown_at < PLAIN_SECONDS:
+                return
+            self._stage, self._shown_at = event.stage, at
+        if line := line_of(event):
+            self._console.print(Text(f"{moment:%H:%M:%S} ") + line, soft_wrap=True)
+
+
+def line_of(event: Event) -> Text | None:
+    """An event as a line; None for logs, which are for those who look for a cause."""
+    if isinstance(event, StatusEvent):
+        why = f": {event.error.code}: {event.error.detail}" if event.error is not None else ""
+        return Text(f"{event.status.value}, attempt {event.attempt}{why}")
+    if isinstance(event, ProgressEvent):
+        eta = f", {format_seconds(event.eta_seconds)} left" if event.eta_seconds is not None else ""
+        return Text(f"{event.stage.value} {event.done:.4g}/{event.total:.4g} {event.unit}{eta}")
+    if isinstance(event, BlockEvent):
+        return Text(f"block {event.index + 1}/{event.total} {loss_text(event)} in {format_seconds(event.seconds)}")
+    if isinstance(event, MetricEvent):
+        return Text(f"{event.name} {event.value:.6g}")
+    if isinstance(event, WarningEvent):
+        return Text(f"warning {event.code}: {event.message}", style="yellow")
+    return None
+
+
+def loss_text(event: BlockEvent) -> str:
+    """The block's loss before and after tuning."""
+    if event.loss is None:
+        return ""
+    if event.loss_initial is None:
+        return f"loss {event.loss:.3g}"
+    return f"loss {event.loss_initial:.3g} -> {event.loss:.3g}"
