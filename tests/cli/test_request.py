@@ -1,0 +1,66 @@
+"""What `submit` sends: flags, files, and flags on top of files, judged by the parser that the service uses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.cli.jobs import parse_labels
+from app.cli.submit import parse_overrides, read_request, set_quantization
+from app.domain.errors import MalformedBody, RequestError
+from app.domain.jobs import JobRequest
+
+
+def test_flags_alone_make_a_shorthand_request() -> None:
+    body: dict[str, Any] = {"model": "org/name"}
+    set_quantization(body, {"method": "signround", "bits": 3, "group_size": None}, None, {})
+    assert body == {"model": "org/name", "method": "signround", "bits": 3}
+
+
+def test_module_rules_move_a_shorthand_request_into_its_full_form() -> None:
+    body: dict[str, Any] = {"model": "org/name", "method": "rtn", "bits": 4}
+    set_quantization(body, {"bits": 3}, ["lm_head", "*.o_proj"], parse_overrides(["*.down_proj=8"]))
+    request = JobRequest.parse(body)
+    assert request.quantization.bits == 3
+    assert request.quantization.modules.ignore == ("lm_head", "*.o_proj")
+    assert request.quantization.scheme("model.layers.0.mlp.down_proj") == request.quantization.schemes()["*.down_proj"]
+
+
+def test_flags_win_over_the_full_form_of_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("model: org/name\nquantization:\n  method: signround\n  bits: 4\n  group_size: 128\n")
+    body = read_request(file)
+    set_quantization(body, {"bits": 2}, None, {})
+    quantization = JobRequest.parse(body).quantization
+    assert (quantization.bits, quantization.group_size) == (2, 128)
+
+
+def test_json_is_read_as_well(tmp_path: Path) -> None:
+    file = tmp_path / "job.json"
+    file.write_text('{"model": "org/name", "method": "rtn", "bits": 8}')
+    assert JobRequest.parse(read_request(file)).quantization.bits == 8
+
+
+@pytest.mark.parametrize("text", ["- a\n- list\n", "{unclosed", "!!python/object:os.system {}"])
+def test_a_file_that_is_no_request_is_a_bad_request(tmp_path: Path, text: str) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text(text)
+    with pytest.raises(MalformedBody):
+        read_request(file)
+
+
+def test_a_missing_file_is_a_bad_request(tmp_path: Path) -> None:
+    with pytest.raises(MalformedBody, match="nowhere"):
+        read_request(tmp_path / "nowhere.yaml")
+
+
+@pytest.mark.parametrize("override", ["down_proj", "=4", "down_proj=four", "down_proj="])
+def test_an_override_that_is_not_pattern_and_bits_is_a_bad_request(override: str) -> None:
+    with pytest.raises(RequestError, match="PATTERN=BITS"):
+        parse_overrides([override])
+
+
+def test_labels() -> None:
+    assert parse_labels(["commit=abc", "url=a=b"]) == {"commit": "abc", "url": "a=b"}
+    with pytest.raises(RequestError, match="name=value"):
+        parse_labels(["commit"])
