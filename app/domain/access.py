@@ -1,0 +1,26 @@
+"""Who may do what: the scopes of an API key and the principal that a key stands for."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Scope(StrEnum):
+    """What a key may do. Each scope includes those before it."""
+
+    READ = "read"
+    SUBMIT = "submit"
+    ADMIN = "admin"
+
+
+@dataclass(frozen=True)
+class Principal:
+    """The owner of a valid key."""
+
+    tenant_id: str
+    key_id: str
+    scopes: frozenset[Scope]
+
+    def allows(self, needed: Scope) -> bool:
+        """Whether one of the scopes is, or includes, `needed`."""
+        order = list(Scope)
+        return any(order.index(scope) >= order.index(needed) for scope in self.scopes)

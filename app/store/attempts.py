@@ -1,0 +1,231 @@
+"""A worker's side of a job: claim it, write for it under the fence, end it.
+
+The fence: every write says which attempt it is for, and takes effect only while that attempt is the job's latest, is
+running, and its lease has not run out. So of a worker that slept through its lease nothing arrives.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import ColumnElement, case, delete, func, insert, select, update
+from sqlalchemy.orm import Session, aliased
+from sqlalchemy.sql.dml import ReturningUpdate
+
+from app.domain.errors import AttemptSuperseded, BitwrightError
+from app.domain.events import AttemptEvent, BlockEvent, ProgressEvent
+from app.domain.jobs import DeviceClass, JobRequest, JobStatus
+from app.domain.report import Report
+from app.store.clock import now, seconds_from_now
+from app.store.endings import close_attempt, end_with_error
+from app.store.endings import requeue_lost  # noqa: F401 - part of the worker's side, told here
+from app.store.ids import new_id
+from app.store.models import Artifact, Attempt, Event, Job
+from app.store.status import NOT_RUNNING, enter
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A job that this worker now holds."""
+
+    job_id: str
+    tenant_id: str
+    attempt: int
+    request: JobRequest
+    micro_batch_divisor: int
+    created_at: datetime
+
+
+@dataclass(frozen=True)
+class NewArtifact:
+    """A file that an attempt made and whose bytes are in the blob store."""
+
+    format: str
+    path: str
+    """Relative to the checkpoint's folder, with forward slashes."""
+    sha256: str
+    size: int
+    media_type: str
+
+
+def claim(session: Session, *, worker_id: str, device_class: DeviceClass, lease_seconds: float) -> Claim | None:
+    """Take the next job that this worker may run, in one statement; None if there is none.
+
+    Highest priority first, then the tenant with the fewest running jobs, then the oldest. On PostgreSQL, rows that
+    another claim has locked are skipped; on SQLite, one transaction writes at a time.
+    """
+    held = {
+        "attempt": Job.attempt + 1,
+        "fruitless_attempts": Job.fruitless_attempts + 1,
+        "worker_id": worker_id,
+        "lease_expires_at": seconds_from_now(lease_seconds),
+        "started_at": func.coalesce(Job.started_at, now()),
+        "error": None,
+    }
+    entered = enter(session, JobStatus.RUNNING, Job.id == _next_job(device_class), values=held)
+    if entered is None:
+        return None
+    number = {"job_id": entered.job_id, "number": entered.attempt, "tenant_id": entered.tenant_id}
+    session.add(Attempt(**number, worker_id=worker_id, status=JobStatus.RUNNING))
+    session.flush()
+    job = session.get_one(Job, entered.job_id, populate_existing=True)
+    return Claim(
+        job_id=job.id,
+        tenant_id=job.tenant_id,
+        attempt=job.attempt,
+        request=JobRequest.model_validate(job.request),
+        micro_batch_divisor=job.micro_batch_divisor,
+        created_at=job.created_at,
+    )
+
+
+def _eligible(job: type[Job], device_class: DeviceClass) -> tuple[ColumnElement[bool], ...]:
+    return (
+        job.status == JobStatus.QUEUED,
+        job.available_at <= now(),
+        job.device.in_(["any", device_class.value]),
+    )
+
+
+def _next_job(device_class: DeviceClass) -> ColumnElement[str]:
+    waiting, busy = aliased(Job, name="waiting"), aliased(Job, name="busy")
+    load = (
+        select(busy.tenant_id, func.count().label("running"))
+        .where(busy.status == JobStatus.RUNNING)
+        .group_by(busy.tenant_id)
+        .subquery("load")
+    )
+    return (
+        select(waiting.id)
+        .outerjoin(load, load.c.tenant_id == waiting.tenant_id)
+        .where(*_eligible(waiting, device_class))
+        .order_by(waiting.priority.desc(), func.coalesce(load.c.running, 0), waiting.id)
+        .limit(1)
+        .with_for_update(of=waiting, skip_locked=True)
+        .scalar_subquery()
+    )
+
+
+class AttemptWriter:
+    """All writes for one attempt. Each raises `AttemptSuperseded` once the attempt no longer holds the job."""
+
+    def __init__(self, session: Session, job_id: str, attempt: int) -> None:
+        self._session = session
+        self._job_id = job_id
+        self._attempt = attempt
+
+    def renew(self, lease_seconds: float) -> bool:
+        """Hold the job for `lease_seconds` from now; whether a caller has asked to cancel it."""
+        statement = (
+            update(Job)
+            .where(*self._fence())
+            .values(lease_expires_at=seconds_from_now(lease_seconds))
+            .returning(Job.cancel_requested)
+            .execution_options(synchronize_session=False)
+        )
+        row = self._session.execute(statement).one_or_none()
+        if row is None:
+            raise self._superseded()
+        asked: bool = row.cancel_requested
+        return asked
+
+    def append(self, events: Sequence[AttemptEvent]) -> None:
+        """Store events in this order, numbered after the job's latest; one statement fences and numbers them.
+
+        Raises:
+            NumericalFailure: a number in an event is not finite.
+        """
+        if not events:
+            return
+        blocks = [event.index for event in events if isinstance(event, BlockEvent)]
+        row = self._session.execute(self._count(events, blocks)).one_or_none()
+        if row is None:
+            raise self._superseded()
+        first = row.last_event - len(events) + 1
+        common = {"job_id": self._job_id, "tenant_id": row.tenant_id, "attempt": self._attempt}
+        rows = [{"sequence": first + i, "data": e.model_dump(mode="json")} for i, e in enumerate(events)]
+        self._session.execute(insert(Event), [common | row for row in rows])
+        if blocks:
+            mine = (Attempt.job_id == self._job_id, Attempt.number == self._attempt)
+            more = {"blocks_done": Attempt.blocks_done + len(blocks)}
+            self._session.execute(update(Attempt).where(*mine).values(more))
+
+    def succeed(self, report: Report, artifacts: Sequence[NewArtifact]) -> None:
+        """End the job well: report, artifacts, status and event, all or nothing.
+
+        Raises:
+            NumericalFailure: a number in the report is not finite.
+        """
+        values = {"report": report.model_dump(mode="json"), "error": None, "finished_at": now(), **NOT_RUNNING}
+        entered = enter(self._session, JobStatus.SUCCEEDED, *self._fence(), values=values)
+        if entered is None:
+            raise self._superseded()
+        self._replace_artifacts(entered.tenant_id, artifacts)
+        close_attempt(self._session, self._job_id, self._attempt, JobStatus.SUCCEEDED)
+
+    def fail(
+        self, error: BitwrightError, *, report: Report | None = None, artifacts: Sequence[NewArtifact] = ()
+    ) -> JobStatus:
+        """End the attempt with an error: `error.retry` decides whether the job waits for another. The job's new status.
+
+        A missed requirement keeps its report and artifacts: give them. A job that a caller asked to cancel is
+        cancelled, whatever the error.
+        """
+        job = self._locked()
+        status = end_with_error(self._session, job, error, report)
+        if report is not None or artifacts:
+            self._replace_artifacts(job.tenant_id, artifacts)
+        return status
+
+    def cancelled(self) -> None:
+        """End the job because a caller asked for it."""
+        values = {"finished_at": now(), **NOT_RUNNING}
+        if enter(self._session, JobStatus.CANCELLED, *self._fence(), values=values) is None:
+            raise self._superseded()
+        close_attempt(self._session, self._job_id, self._attempt, JobStatus.CANCELLED)
+
+    def release(self) -> None:
+        """Give the job back at once and uncounted: the worker shuts down, and neither it nor the job is at fault."""
+        job = self._locked()
+        values = {"available_at": now(), "fruitless_attempts": max(job.fruitless_attempts - 1, 0), **NOT_RUNNING}
+        enter(self._session, JobStatus.QUEUED, *self._fence(), values=values)
+        close_attempt(self._session, self._job_id, self._attempt, JobStatus.QUEUED)
+
+    def _fence(self) -> tuple[ColumnElement[bool], ...]:
+        return (
+            Job.id == self._job_id,
+            Job.attempt == self._attempt,
+            Job.status == JobStatus.RUNNING,
+            Job.lease_expires_at > now(),
+        )
+
+    def _locked(self) -> Job:
+        query = select(Job).where(*self._fence()).with_for_update().execution_options(populate_existing=True)
+        job = self._session.scalars(query).one_or_none()
+        if job is None:
+            raise self._superseded()
+        return job
+
+    def _count(self, events: Sequence[AttemptEvent], blocks: Sequence[int]) -> ReturningUpdate[int, str]:
+        """The statement that takes numbers for events and keeps what they tell of the job's progress."""
+        values: dict[str, Any] = {"last_event": Job.last_event + len(events), "updated_at": now()}
+        progress = [event for event in events if isinstance(event, ProgressEvent)]
+        if progress:
+            values["progress"] = progress[-1].model_dump(mode="json")
+        if blocks:
+            # A block that an earlier attempt had finished is no progress: else an endless loop of them would count.
+            done = max(blocks) + 1
+            values["fruitless_attempts"] = case((Job.blocks_done < done, 0), else_=Job.fruitless_attempts)
+            values["blocks_done"] = case((Job.blocks_done < done, done), else_=Job.blocks_done)
+        counted = update(Job).where(*self._fence()).values(values).execution_options(synchronize_session=False)
+        return counted.returning(Job.last_event, Job.tenant_id)
+
+    def _replace_artifacts(self, tenant_id: str, artifacts: Sequence[NewArtifact]) -> None:
+        self._session.execute(delete(Artifact).where(Artifact.job_id == self._job_id))
+        owner = {"job_id": self._job_id, "tenant_id": tenant_id}
+        self._session.add_all(Artifact(id=new_id("art"), **owner, **vars(artifact)) for artifact in artifacts)
+        self._session.flush()
+
+    def _superseded(self) -> AttemptSuperseded:
+        return AttemptSuperseded(f"attempt {self._attempt} no longer holds job {self._job_id}")

@@ -1,0 +1,73 @@
+"""Idempotency-Key: the same key with the same request gives the same job, for a day."""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from typing import Self
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from app.domain.errors import InvalidRequest, KeyReused
+from app.domain.jobs import JobRequest
+from app.store.clock import now, seconds_from_now
+from app.store.models import IdempotencyKey
+from app.store.upsert import upsert
+
+KEPT_SECONDS = 24 * 3600
+KEY_SHAPE = re.compile(r"[\x21-\x7e]{1,255}")
+
+
+@dataclass(frozen=True)
+class Idempotency:
+    """A caller's key and what it stands for."""
+
+    key: str
+    fingerprint: str
+    """sha256, 64 hex digits, of what was asked for."""
+
+    @classmethod
+    def of(cls, key: str, request: JobRequest) -> Self:
+        """The key for a request; shorthand and full form of one request have one fingerprint.
+
+        Raises:
+            InvalidRequest: the key is not 1 to 255 visible ASCII characters.
+        """
+        if not KEY_SHAPE.fullmatch(key):
+            detail = "an Idempotency-Key is 1 to 255 visible ASCII characters, without spaces"
+            raise InvalidRequest(detail, field="Idempotency-Key", value=key)
+        # Not sorted by name: the order of modules.overrides is part of the request.
+        return cls(key=key, fingerprint=hashlib.sha256(request.model_dump_json().encode()).hexdigest())
+
+
+def take_key(session: Session, tenant_id: str, idempotency: Idempotency, job_id: str) -> str:
+    """The id of the job that the key stands for: `job_id` if the key was free or had expired, else the earlier job's.
+
+    A second transaction with the key waits here until the first ends, then sees what that one stored.
+
+    Raises:
+        KeyReused: the key stands for another request.
+    """
+    fresh = {
+        "fingerprint": idempotency.fingerprint,
+        "job_id": job_id,
+        "created_at": now(),
+        "expires_at": seconds_from_now(KEPT_SECONDS),
+    }
+    statement = (
+        upsert(session, IdempotencyKey)
+        .values(tenant_id=tenant_id, key=idempotency.key, **fresh)
+        .on_conflict_do_update(
+            index_elements=["tenant_id", "key"], set_=fresh, where=IdempotencyKey.expires_at <= now()
+        )
+        .returning(IdempotencyKey.job_id)
+    )
+    if session.execute(statement).one_or_none() is not None:
+        return job_id
+    mine = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == idempotency.key)
+    earlier = session.execute(select(IdempotencyKey.job_id, IdempotencyKey.fingerprint).where(*mine)).one()
+    if earlier.fingerprint != idempotency.fingerprint:
+        detail = "this Idempotency-Key was used for another request in the last 24 hours; use a new key"
+        raise KeyReused(detail, field="Idempotency-Key", value=idempotency.key)
+    standing: str = earlier.job_id
+    return standing

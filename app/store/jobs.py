@@ -1,0 +1,222 @@
+"""A tenant's jobs, as the API sees them."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from sqlalchemy import ColumnElement, Select, delete, func, select, update
+from sqlalchemy.orm import Session
+
+from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
+from app.domain.jobs import FINAL_STATUSES, JobRequest, JobStatus
+from app.domain.sources import LocalModel, ModelSource, UploadedModel, UploadedText
+from app.store.clock import now
+from app.store.idempotency import Idempotency, take_key
+from app.store.ids import is_id, new_id, require_id
+from app.store.models import Attempt, Job, JobLabel, JobUpload, Upload
+from app.store.status import begin, enter
+
+Item = TypeVar("Item")
+MAX_PAGE = 1000
+
+
+@dataclass(frozen=True)
+class Page(Generic[Item]):
+    """A part of a list; `next_cursor` asks for the part after it, None at the end."""
+
+    items: Sequence[Item]
+    next_cursor: str | None
+
+
+class JobRepository:
+    """The jobs of one tenant; ids of other tenants' jobs do not exist here."""
+
+    def __init__(self, session: Session, tenant_id: str) -> None:
+        self._session = session
+        self._tenant_id = tenant_id
+
+    def add(self, request: JobRequest, *, idempotency: Idempotency | None = None) -> Job:
+        """Queue a job. For a repeated key, the earlier job with `replayed` set.
+
+        Raises:
+            InvalidRequest: an upload that the request names does not exist or is not complete.
+            KeyReused: the key was used for another request.
+        """
+        job_id = new_id("job")
+        if idempotency is not None:
+            standing = take_key(self._session, self._tenant_id, idempotency, job_id)
+            if standing != job_id:
+                earlier = self.get(standing)
+                earlier.replayed = True
+                return earlier
+        uploads = self._uploads(request)
+        begin(self._session, _queued(job_id, self._tenant_id, request))
+        for name, value in request.metadata.items():
+            self._session.add(JobLabel(job_id=job_id, tenant_id=self._tenant_id, name=name, value=value))
+        for upload_id in uploads:
+            self._session.add(JobUpload(job_id=job_id, tenant_id=self._tenant_id, upload_id=upload_id))
+        self._session.flush()
+        return self.get(job_id)
+
+    def get(self, job_id: str) -> Job:
+        """The job as it is now.
+
+        Raises:
+            NotFound: the tenant has no such job.
+        """
+        return self._one(job_id, select(Job))
+
+    def page(
+        self,
+        *,
+        after: str | None,
+        limit: int,
+        status: JobStatus | None = None,
+        method: str | None = None,
+        model: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Page[Job]:
+        """Up to `limit` jobs, newest first, that match every filter given; `after` is a page's `next_cursor`.
+
+        Raises:
+            InvalidRequest: `after` is no cursor.
+        """
+        if after is not None and not is_id("job", after):
+            raise InvalidRequest(
+                "the cursor is not one that a page gave; start without one", field="after", value=after
+            )
+        texts = [method, model, *(metadata or {}), *(metadata or {}).values()]
+        if any("\0" in text for text in texts if text is not None):
+            return Page(items=[], next_cursor=None)  # no stored text holds NUL, and PostgreSQL refuses to compare it
+        where: list[ColumnElement[bool]] = [Job.tenant_id == self._tenant_id]
+        where += [Job.id < after] if after is not None else []
+        where += [Job.status == status] if status is not None else []
+        where += [Job.method == method] if method is not None else []
+        where += [Job.model == model] if model is not None else []
+        where += [Job.id.in_(self._labelled(name, value)) for name, value in (metadata or {}).items()]
+        limit = min(max(limit, 1), MAX_PAGE)
+        found = self._session.scalars(select(Job).where(*where).order_by(Job.id.desc()).limit(limit + 1)).all()
+        items = found[:limit]
+        return Page(items=items, next_cursor=items[-1].id if len(found) > limit else None)
+
+    def cancel(self, job_id: str) -> Job:
+        """End a queued job at once; ask a running one's worker to end it.
+
+        Raises:
+            NotFound: the tenant has no such job.
+            IllegalTransition: the job has ended already.
+        """
+        job = self._locked(job_id)
+        if job.status is JobStatus.QUEUED:
+            enter(self._session, JobStatus.CANCELLED, Job.id == job_id, values={"finished_at": now()})
+        elif job.status is JobStatus.RUNNING:
+            asked = {"cancel_requested": True, "updated_at": now()}
+            self._session.execute(update(Job).where(Job.id == job_id).values(asked))
+        else:
+            raise _illegal(job, "cancelled", "only queued and running jobs can be cancelled")
+        return self.get(job_id)
+
+    def retry(self, job_id: str) -> Job:
+        """Queue a failed or cancelled job again, as if it had never been tried; finished blocks are still adopted.
+
+        Raises:
+            NotFound: the tenant has no such job.
+            IllegalTransition: the job did not fail and was not cancelled.
+        """
+        job = self._locked(job_id)
+        afresh: dict[str, object] = {
+            "available_at": now(),
+            "finished_at": None,
+            "cancel_requested": False,
+            "error": None,
+            "fruitless_attempts": 0,
+            "micro_batch_divisor": 1,
+        }
+        if job.status not in (JobStatus.FAILED, JobStatus.CANCELLED):
+            raise _illegal(job, "retried", "only failed and cancelled jobs can be retried")
+        enter(self._session, JobStatus.QUEUED, Job.id == job_id, values=afresh)
+        return self.get(job_id)
+
+    def delete(self, job_id: str) -> None:
+        """Remove an ended job with its events, attempts and artifacts; a later sweep frees bytes that nobody names.
+
+        Raises:
+            NotFound: the tenant has no such job.
+            Conflict: the job has not ended.
+        """
+        job = self._locked(job_id)
+        if job.status not in FINAL_STATUSES:
+            raise Conflict(f"job {job_id} is {job.status.value}; cancel it before deleting it", value=job.status.value)
+        self._session.execute(delete(Job).where(Job.id == job_id))
+        self._session.expunge(job)
+
+    def attempts(self, job_id: str) -> Sequence[Attempt]:
+        """The job's attempts, first to last.
+
+        Raises:
+            NotFound: the tenant has no such job.
+        """
+        self.get(job_id)
+        return self._session.scalars(select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.number)).all()
+
+    def _locked(self, job_id: str) -> Job:
+        return self._one(job_id, select(Job).with_for_update())
+
+    def _one(self, job_id: str, query: Select[Job]) -> Job:
+        require_id("job", job_id, "job")
+        query = query.where(Job.id == job_id, Job.tenant_id == self._tenant_id)
+        job = self._session.scalars(query.execution_options(populate_existing=True)).one_or_none()
+        if job is None:
+            raise NotFound(f"there is no job {job_id}", value=job_id)
+        return job
+
+    def _labelled(self, name: str, value: str) -> Select[str]:
+        mine = (JobLabel.tenant_id == self._tenant_id, JobLabel.name == name, JobLabel.value == value)
+        return select(JobLabel.job_id).where(*mine)
+
+    def _uploads(self, request: JobRequest) -> frozenset[str]:
+        """Ids of the uploads that the request reads, locked so that none is deleted meanwhile."""
+        named = _named_uploads(request)
+        for field, upload_id in named.items():
+            mine = (Upload.id == upload_id, Upload.tenant_id == self._tenant_id)
+            upload = self._session.scalars(select(Upload).where(*mine).with_for_update(read=True)).one_or_none()
+            if upload is None:
+                raise InvalidRequest(f"there is no upload {upload_id}", field=field, value=upload_id)
+            if not upload.complete:
+                detail = f"upload {upload_id} is not complete; send its files and complete it first"
+                raise InvalidRequest(detail, field=field, value=upload_id)
+        return frozenset(named.values())
+
+
+def count_by_status(session: Session) -> dict[JobStatus, int]:
+    """How many jobs of all tenants are in each status, for metrics."""
+    rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).tuples().all()
+    return dict.fromkeys(JobStatus, 0) | dict(rows)
+
+
+def _queued(job_id: str, tenant_id: str, request: JobRequest) -> Job:
+    return Job(
+        id=job_id,
+        tenant_id=tenant_id,
+        request=request.model_dump(mode="json"),
+        method=request.quantization.method,
+        model=model_label(request.model),
+        device=request.device,
+        priority=request.priority,
+    )
+
+
+def model_label(source: ModelSource) -> str:
+    """The source's shorthand: what lists show and filter by."""
+    return source.path if isinstance(source, LocalModel) else source.id
+
+
+def _named_uploads(request: JobRequest) -> dict[str, str]:
+    sources = {"model": request.model, "calibration.dataset": request.calibration.dataset}
+    if request.evaluation is not None:
+        sources["evaluation.dataset"] = request.evaluation.dataset
+    return {f"{name}.id": s.id for name, s in sources.items() if isinstance(s, UploadedModel | UploadedText)}
+
+
+def _illegal(job: Job, verb: str, rule: str) -> IllegalTransition:
+    return IllegalTransition(f"job {job.id} is {job.status.value} and cannot be {verb}; {rule}", value=job.status.value)

@@ -1,0 +1,289 @@
+"""The tables. Every row of a tenant carries `tenant_id`; workers and the sweep's lease belong to the service."""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    CheckConstraint,
+    Enum,
+    ForeignKey,
+    ForeignKeyConstraint,
+    Index,
+    MetaData,
+    String,
+    Text,
+    UniqueConstraint,
+    text,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
+
+from app.domain.jobs import JobStatus
+from app.store.clock import Instant, now
+
+NAMING = {
+    "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+    "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+    "ck": "ck_%(table_name)s_%(constraint_name)s",
+    "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+    "pk": "pk_%(table_name)s",
+}
+
+JsonObject = dict[str, Any]
+"""Stored as text, never as PostgreSQL's jsonb: the order of `modules.overrides` has a meaning, and jsonb loses it."""
+
+Status = Enum(
+    JobStatus,
+    native_enum=False,
+    length=16,
+    values_callable=lambda statuses: [status.value for status in statuses],
+    create_constraint=True,
+    name="status",
+)
+Id = String(30)
+Sha256 = String(64)
+
+
+class Base(DeclarativeBase):
+    """Registry of the tables, with names for every constraint so that migrations can address them."""
+
+    metadata = MetaData(naming_convention=NAMING)
+    type_annotation_map = {  # noqa: RUF012
+        datetime: Instant(),
+        JsonObject: JSON(none_as_null=True),
+        list[str]: JSON(none_as_null=True),
+    }
+
+
+class Tenant(Base):
+    """Who owns jobs, keys, artifacts and uploads."""
+
+    __tablename__ = "tenant"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    name: Mapped[str] = mapped_column(String(200), unique=True)
+    created_at: Mapped[datetime] = mapped_column(default=now())
+
+
+class ApiKey(Base):
+    """A key, known only by the sha256 of its text: 190 random bits need no slow hash."""
+
+    __tablename__ = "api_key"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), index=True)
+    name: Mapped[str] = mapped_column(String(200))
+    digest: Mapped[str] = mapped_column(Sha256, unique=True)
+    start: Mapped[str] = mapped_column(String(8))
+    """The first characters, so that people can tell keys apart."""
+    scopes: Mapped[list[str]]
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    revoked_at: Mapped[datetime | None]
+
+
+class Job(Base):
+    """A job's present state. Its history is in `Event`, its runs are in `Attempt`."""
+
+    __tablename__ = "job"
+    __table_args__ = (
+        CheckConstraint("(status = 'running') = (lease_expires_at IS NOT NULL)", name="lease_while_running"),
+        Index("ix_job_tenant_id_id", "tenant_id", "id"),
+        Index("ix_job_claim", "status", "device", "priority", "id"),
+        Index("ix_job_lease", "lease_expires_at", postgresql_where=text("lease_expires_at IS NOT NULL")),
+    )
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
+    status: Mapped[JobStatus] = mapped_column(Status)
+    request: Mapped[JsonObject]
+    """The full form of the request."""
+    method: Mapped[str] = mapped_column(String(64))
+    model: Mapped[str] = mapped_column(Text)
+    """Shorthand of the model's source."""
+    device: Mapped[str] = mapped_column(String(8))
+    """`any`, `cpu` or `cuda`."""
+    priority: Mapped[int]
+    attempt: Mapped[int] = mapped_column(default=0)
+    """Number of the latest attempt; the fence of every write for it."""
+    cancel_requested: Mapped[bool] = mapped_column(default=False)
+    progress: Mapped[JsonObject | None]
+    """The latest `ProgressEvent`."""
+    error: Mapped[JsonObject | None]
+    """`ErrorData` of the attempt that ended last, while the job is not running or succeeded."""
+    report: Mapped[JsonObject | None]
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    available_at: Mapped[datetime] = mapped_column(default=now())
+    """No claim before this time: the back-off after a fault."""
+    started_at: Mapped[datetime | None]
+    """Start of the first attempt."""
+    finished_at: Mapped[datetime | None]
+    updated_at: Mapped[datetime] = mapped_column(default=now())
+    last_event: Mapped[int] = mapped_column(default=0)
+    """Sequence number of the latest event."""
+    worker_id: Mapped[str | None] = mapped_column(String(200))
+    """Who holds the lease; None while no attempt runs."""
+    lease_expires_at: Mapped[datetime | None]
+    micro_batch_divisor: Mapped[int] = mapped_column(default=1)
+    blocks_done: Mapped[int] = mapped_column(default=0)
+    """Blocks that any attempt has made durable."""
+    fruitless_attempts: Mapped[int] = mapped_column(default=0)
+    """Consecutive attempts, the running one included, that made no new block durable."""
+
+    replayed = False
+    """True on the object that `JobRepository.add` returns for a repeated Idempotency-Key. Not a column."""
+
+    @property
+    def metadata_(self) -> dict[str, str]:
+        """The caller's own labels."""
+        return dict(self.request.get("metadata", {}))
+
+
+class JobLabel(Base):
+    """One entry of a request's metadata, for lists to filter by with one index on every database."""
+
+    __tablename__ = "job_label"
+    __table_args__ = (Index("ix_job_label_tenant_id_name_value", "tenant_id", "name", "value"),)
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    value: Mapped[str] = mapped_column(String(512))
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
+
+
+class JobUpload(Base):
+    """An upload that a job reads; it cannot be deleted while the job may still run."""
+
+    __tablename__ = "job_upload"
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    upload_id: Mapped[str] = mapped_column(
+        Id, ForeignKey("upload.id", ondelete="CASCADE"), primary_key=True, index=True
+    )
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
+
+
+class Attempt(Base):
+    """One run of a job by one worker."""
+
+    __tablename__ = "attempt"
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    number: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
+    worker_id: Mapped[str] = mapped_column(String(200))
+    status: Mapped[JobStatus] = mapped_column(Status)
+    """running, or how it ended; queued if it was given back unfinished."""
+    started_at: Mapped[datetime] = mapped_column(default=now())
+    finished_at: Mapped[datetime | None]
+    error: Mapped[JsonObject | None]
+    blocks_done: Mapped[int] = mapped_column(default=0)
+
+
+class Event(Base):
+    """What a job told, numbered from 1 without gaps."""
+
+    __tablename__ = "event"
+
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
+    sequence: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
+    attempt: Mapped[int]
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    data: Mapped[JsonObject]
+
+
+class Artifact(Base):
+    """One file of a checkpoint that a job made; its bytes are the blob of that hash."""
+
+    __tablename__ = "artifact"
+    __table_args__ = (UniqueConstraint("job_id", "format", "path"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
+    job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"))
+    format: Mapped[str] = mapped_column(String(64))
+    path: Mapped[str] = mapped_column(String(1024))
+    sha256: Mapped[str] = mapped_column(Sha256, index=True)
+    size: Mapped[int] = mapped_column(BigInteger)
+    media_type: Mapped[str] = mapped_column(String(200))
+    created_at: Mapped[datetime] = mapped_column(default=now())
+
+
+class Upload(Base):
+    """Files that a caller sends: a checkpoint, or one JSONL text."""
+
+    __tablename__ = "upload"
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    expires_at: Mapped[datetime]
+    """An upload that is not complete by then is removed."""
+    completed_at: Mapped[datetime | None]
+    files: Mapped[list["UploadFile"]] = relationship(order_by="UploadFile.position", lazy="selectin", viewonly=True)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every file has arrived and was checked."""
+        return self.completed_at is not None
+
+    @property
+    def status(self) -> str:
+        """`open` or `complete`."""
+        return "complete" if self.complete else "open"
+
+
+class UploadFile(Base):
+    """One file of an upload and how many of its bytes have arrived."""
+
+    __tablename__ = "upload_file"
+
+    upload_id: Mapped[str] = mapped_column(Id, ForeignKey("upload.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(1024), primary_key=True)
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
+    position: Mapped[int]
+    size: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(Sha256, index=True)
+    offset: Mapped[int] = mapped_column("received", BigInteger, default=0)
+    """Bytes received so far; the next part starts here."""
+
+
+class Worker(Base):
+    """A process that runs jobs, and what it can hold."""
+
+    __tablename__ = "worker"
+
+    id: Mapped[str] = mapped_column(String(200), primary_key=True)
+    device_class: Mapped[str] = mapped_column(String(8))
+    capacity: Mapped[JsonObject]
+    """What it can hold: device name, memory and disk in bytes, versions."""
+    started_at: Mapped[datetime] = mapped_column(default=now())
+    last_seen_at: Mapped[datetime] = mapped_column(default=now())
+
+
+class SweepLease(Base):
+    """Which of several sweeps is at work."""
+
+    __tablename__ = "sweep_lease"
+
+    name: Mapped[str] = mapped_column(String(64), primary_key=True)
+    holder: Mapped[str] = mapped_column(String(200))
+    expires_at: Mapped[datetime]
+
+
+class IdempotencyKey(Base):
+    """A caller's Idempotency-Key and the job that it made."""
+
+    __tablename__ = "idempotency_key"
+    __table_args__ = (
+        # The key is taken before its job is written, so the reference is checked at commit.
+        ForeignKeyConstraint(["job_id"], ["job.id"], ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+    )
+
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), primary_key=True)
+    key: Mapped[str] = mapped_column(String(255), primary_key=True)
+    fingerprint: Mapped[str] = mapped_column(Sha256)
+    job_id: Mapped[str] = mapped_column(Id, index=True)
+    created_at: Mapped[datetime] = mapped_column(default=now())
+    expires_at: Mapped[datetime]

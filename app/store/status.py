@@ -1,0 +1,74 @@
+"""The one place that writes a job's status: checked against TRANSITIONS, told as an event, in one transaction."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from sqlalchemy import ColumnElement, update
+from sqlalchemy.orm import Session
+
+from app.domain.errors import BitwrightError
+from app.domain.events import ErrorData, StatusEvent
+from app.domain.jobs import TRANSITIONS, JobStatus
+from app.store.clock import now
+from app.store.models import Event, Job
+
+NOT_RUNNING: Mapping[str, object] = {"worker_id": None, "lease_expires_at": None}
+"""What a job that leaves `running` gives up."""
+
+
+@dataclass(frozen=True)
+class Entered:
+    """The job that entered a status."""
+
+    job_id: str
+    tenant_id: str
+    attempt: int
+
+
+def begin(session: Session, job: Job) -> None:
+    """Store a new job, queued, with its first event."""
+    job.status, job.last_event, job.attempt = JobStatus.QUEUED, 1, 0
+    session.add(job)
+    session.flush()
+    _tell(session, job.id, job.tenant_id, sequence=1, event=StatusEvent(status=job.status, attempt=0))
+
+
+def enter(
+    session: Session,
+    status: JobStatus,
+    *where: ColumnElement[bool],
+    values: Mapping[str, object],
+    error: ErrorData | None = None,
+) -> Entered | None:
+    """Move the one job that `where` selects to `status` and append the status event.
+
+    None if no job matches, or the one that does is in a status from which TRANSITIONS does not lead to `status`.
+    The UPDATE itself checks that, so no other transaction can come between.
+    """
+    before = [origin for origin, targets in TRANSITIONS.items() if status in targets]
+    statement = (
+        update(Job)
+        .where(Job.status.in_(before), *where)
+        .values({"status": status, "last_event": Job.last_event + 1, "updated_at": now(), **values})
+        .returning(Job.id, Job.tenant_id, Job.attempt, Job.last_event)
+        .execution_options(synchronize_session=False)
+    )
+    row = session.execute(statement).one_or_none()
+    if row is None:
+        return None
+    event = StatusEvent(status=status, attempt=row.attempt, error=error)
+    _tell(session, row.id, row.tenant_id, sequence=row.last_event, event=event)
+    return Entered(job_id=row.id, tenant_id=row.tenant_id, attempt=row.attempt)
+
+
+def error_data(error: BitwrightError) -> ErrorData:
+    """The error as it is stored and sent."""
+    value = error.value if isinstance(error.value, str | int | float | bool) else None
+    return ErrorData(code=error.code, detail=error.detail, field=error.field, value=value, hint=error.hint)
+
+
+def _tell(session: Session, job_id: str, tenant_id: str, *, sequence: int, event: StatusEvent) -> None:
+    data = event.model_dump(mode="json")
+    row = Event(job_id=job_id, sequence=sequence, tenant_id=tenant_id, attempt=event.attempt, data=data)
+    session.add(row)
+    session.flush()

@@ -1,0 +1,85 @@
+"""Which workers there are, what waits for them, and which sweep is at work."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sqlalchemy import and_, delete, func, select, update
+from sqlalchemy.orm import Session
+
+from app.domain.jobs import DeviceClass, JobStatus
+from app.store.clock import now, seconds_from_now
+from app.store.models import Job, SweepLease, Worker
+from app.store.upsert import upsert
+
+FRESH_SECONDS = 90.0
+"""A worker that has not been seen for this long is not listed."""
+
+
+@dataclass(frozen=True)
+class WorkerState:
+    """A worker and the job that it runs; None if it is idle."""
+
+    worker: Worker
+    job_id: str | None
+
+
+def register(
+    session: Session, worker_id: str, device_class: DeviceClass, capacity: Mapping[str, object] | None = None
+) -> None:
+    """Say that a worker has started and what it can hold (device name, memory and disk in bytes, versions)."""
+    told = {"device_class": device_class.value, "capacity": dict(capacity or {}), "last_seen_at": now()}
+    fresh = {**told, "started_at": now()}
+    statement = upsert(session, Worker).values(id=worker_id, **fresh)
+    session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=fresh))
+
+
+def heartbeat(session: Session, worker_id: str) -> bool:
+    """Say that a worker is alive; False if it is not registered (any more)."""
+    seen = update(Worker).where(Worker.id == worker_id).values(last_seen_at=now()).returning(Worker.id)
+    return session.execute(seen).one_or_none() is not None
+
+
+def gone(session: Session, worker_id: str) -> None:
+    """Say that a worker has ended."""
+    session.execute(delete(Worker).where(Worker.id == worker_id))
+
+
+def list_workers(session: Session, *, fresh_seconds: float = FRESH_SECONDS) -> Sequence[WorkerState]:
+    """The workers seen in the last `fresh_seconds`, by id."""
+    running = and_(Job.worker_id == Worker.id, Job.status == JobStatus.RUNNING)
+    query = (
+        select(Worker, func.min(Job.id))
+        .outerjoin(Job, running)
+        .where(Worker.last_seen_at > seconds_from_now(-fresh_seconds))
+        .group_by(Worker.id)
+        .order_by(Worker.id)
+    )
+    return [WorkerState(worker, job_id) for worker, job_id in session.execute(query)]
+
+
+def forget_workers(session: Session, *, unseen_seconds: float) -> None:
+    """Remove workers that ended without a word."""
+    session.execute(delete(Worker).where(Worker.last_seen_at <= seconds_from_now(-unseen_seconds)))
+
+
+def waiting(session: Session) -> dict[str, int]:
+    """How many jobs could be claimed now, by device: `any`, `cpu` or `cuda`."""
+    query = (
+        select(Job.device, func.count())
+        .where(Job.status == JobStatus.QUEUED, Job.available_at <= now())
+        .group_by(Job.device)
+    )
+    return dict(session.execute(query).tuples().all())
+
+
+def sweep_lease(session: Session, holder: str, seconds: float) -> bool:
+    """Take or renew the right to sweep for `seconds`; False while another holds it."""
+    mine = {"holder": holder, "expires_at": seconds_from_now(seconds)}
+    free = (SweepLease.expires_at <= now()) | (SweepLease.holder == holder)
+    statement = (
+        upsert(session, SweepLease)
+        .values(name="sweep", **mine)
+        .on_conflict_do_update(index_elements=["name"], set_=mine, where=free)
+        .returning(SweepLease.holder)
+    )
+    return session.execute(statement).one_or_none() is not None

@@ -1,0 +1,48 @@
+"""Alembic's entry: a connection given by `migrate`, or one to BITWRIGHT_DATABASE_URL (`-x url=...`) for people."""
+
+import os
+
+from alembic import context
+from sqlalchemy import Connection, text
+
+from app.store.models import Base
+from app.store.session import Database
+
+LOCK = 0x6269_7477
+"""Key of the PostgreSQL advisory lock under which one process at a time migrates ("bitw")."""
+
+
+def run(connection: Connection) -> None:
+    """Migrate within the connection's transaction: all of it or nothing, on SQLite too."""
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
+    context.configure(
+        connection=connection,
+        target_metadata=Base.metadata,
+        transactional_ddl=True,
+        render_as_batch=True,
+        compare_type=True,
+    )
+    with context.begin_transaction():
+        context.run_migrations()
+
+
+def url() -> str:
+    """The database that a person means."""
+    given = context.get_x_argument(as_dictionary=True).get("url") or os.environ.get("BITWRIGHT_DATABASE_URL")
+    if not given:
+        raise SystemExit("set BITWRIGHT_DATABASE_URL, or pass -x url=sqlite:///file.db")
+    return given
+
+
+if context.is_offline_mode():
+    context.configure(url=url(), target_metadata=Base.metadata, literal_binds=True)
+    with context.begin_transaction():
+        context.run_migrations()
+elif "connection" in context.config.attributes:
+    run(context.config.attributes["connection"])
+else:
+    database = Database(url())
+    with database.engine.begin() as own:
+        run(own)
+    database.close()
