@@ -44,7 +44,9 @@ class BlockReport(ReportPart):
     name: str
     loss_initial: float | None = Field(description="MSE of the block's output with the method's start values.")
     loss: float | None = Field(description="MSE of the block's output with the result, on the same sequences.")
-    output_error: float = Field(description="||Y - Y_hat|| / ||Y|| over the calibration set.")
+    output_error: float | None = Field(
+        description="||Y - Y_hat|| / ||Y|| over the calibration windows, or the evaluation windows if there are none."
+    )
     seconds: float
     linears: tuple[LinearReport, ...]
 

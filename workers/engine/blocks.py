@@ -1,0 +1,335 @@
+"""A model whose weights come and go: built on meta, one block real at a time.
+
+transformers builds the modules from the configuration without memory for weights (the meta device). Buffers such as
+rotary frequencies are in no checkpoint; transformers' own initialization computes them. A block's weights are read
+when its turn comes and dropped after.
+
+What the model passes to a block besides hidden states (masks, rotary embeddings, positions) depends on the sequence
+length and on the block's layer type, not on the tokens: it is captured once a length for every block, in one pass in
+which recorders stand in for all blocks.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, rename_source_key
+
+from app.domain.architectures import read_dimensions
+from app.domain.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
+from workers.contracts import BlockForward
+from workers.engine.architectures import Layout, layout_of
+from workers.engine.checkpoint import FLOAT_DTYPES, Checkpoint
+
+
+@dataclass(frozen=True)
+class BlockCall:
+    """What the model passes to one block besides the hidden states, for one sequence of a certain length."""
+
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+
+    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """block(hidden, ...) for any batch (batch, length, width)."""
+        output = block(hidden, *self.arguments, **self.keywords)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+
+class StreamedModel:
+    """A causal language model on `device` of which only the parts in use have memory.
+
+    Raises (from `open`):
+        UnsupportedArchitecture: its model_type has no row in the table, or it needs code of its own.
+        CorruptCheckpoint: names or shapes of the checkpoint's tensors do not fit the architecture.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        model: PreTrainedModel,
+        *,
+        layout: Layout,
+        sources: Mapping[str, str],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self.model = model
+        self.layout = layout
+        self.sources = sources
+        self.dtype = dtype
+        self.device = device
+
+    @classmethod
+    def open(cls, checkpoint: Checkpoint, device: torch.device) -> "StreamedModel":
+        """Builds the modules without weights and checks every name and shape of the checkpoint against them."""
+        layout = layout_of(checkpoint.config)
+        read_dimensions(checkpoint.config)
+        config = _configuration(checkpoint)
+        dtype = _model_dtype(config, checkpoint)
+        model = _empty_model(config, dtype, device)
+        sources = _tensor_sources(model, checkpoint)
+        return cls(checkpoint, model, layout=layout, sources=sources, dtype=dtype, device=device)
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        return self.model.config
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head is the embedding matrix."""
+        return f"{self.layout.head}.weight" not in self.sources
+
+    @property
+    def blocks(self) -> nn.ModuleList:
+        found = self.model.get_submodule(self.layout.blocks)
+        if not isinstance(found, nn.ModuleList):
+            raise TypeError(f"{self.layout.blocks} is {type(found).__name__}, not ModuleList")
+        return found
+
+    def block_linears(self, index: int) -> dict[str, nn.Linear]:
+        """The linears of a block by their names inside it; on meta unless the block is loaded."""
+        return {n: m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Every linear that may be quantized, by full module name: those of all blocks, and the head."""
+        found = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        return {n: m for n, m in found.items() if n.startswith(self.layout.blocks + ".") or n == self.layout.head}
+
+    @contextmanager
+    def loaded(self, *names: str) -> Iterator[None]:
+        """The modules of these names with their weights on the device; on meta again afterwards.
+
+        Raises:
+            NumericalFailure: a weight is not finite.
+        """
+        real = [(module, leaf) for name in names for module, leaf in self._load(name)]
+        try:
+            yield
+        finally:
+            for module, leaf in real:
+                weight = module._parameters[leaf]
+                assert weight is not None  # noqa: S101 - for the type checker; `_load` put it there
+                module._parameters[leaf] = _parameter(torch.empty_like(weight, device="meta"))
+
+    def _load(self, name: str) -> list[tuple[nn.Module, str]]:
+        found = []
+        for prefix, module in self.model.get_submodule(name).named_modules(prefix=name):
+            for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
+                module._parameters[leaf] = _parameter(self._weight(f"{prefix}.{leaf}"))
+                found.append((module, leaf))
+        return found
+
+    def _weight(self, parameter: str) -> Tensor:
+        if self.tied and parameter == f"{self.layout.head}.weight":
+            parameter = f"{self.layout.embeddings}.weight"
+        weight = self.checkpoint.read(self.sources[parameter]).to(self.device, self.dtype)
+        if not torch.isfinite(weight).all():
+            raise NumericalFailure(
+                f"{parameter} holds values that are not finite in {self.dtype}", field="model", value=parameter
+            )
+        return weight
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Hidden states before block 0, (batch, length, width); the embeddings must be loaded."""
+        hidden: Tensor = self.model.get_submodule(self.layout.embeddings)(ids)
+        return hidden
+
+    @torch.no_grad()
+    def capture_calls(self, length: int) -> tuple[BlockCall, ...]:
+        """What each block is called with for sequences of `length` tokens; needs no weights."""
+        decoder = self.model.get_submodule(self.layout.decoder)
+        hidden = torch.zeros(1, length, self._width, dtype=self.dtype, device=self.device)
+        with self._stand_ins() as recorders, self._identity(self.layout.final_norm):
+            decoder(inputs_embeds=hidden, use_cache=False)
+        return tuple(BlockCall(*recorder.calls[0]) for recorder in recorders)
+
+    @torch.no_grad()
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary) of hidden states after the last block; norm and head must be loaded.
+
+        The model's own forward runs with blocks that pass their input on, so that whatever it does around norm and
+        head (Gemma's soft cap) is done.
+        """
+        with self._stand_ins():
+            found: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        return found
+
+    @property
+    def _width(self) -> int:
+        return int(self.model.get_input_embeddings().weight.shape[1])
+
+    @contextmanager
+    def _stand_ins(self) -> Iterator[list["_Recorder"]]:
+        blocks = self.blocks
+        recorders = [_Recorder(block) for block in blocks]
+        parent, _, leaf = self.layout.blocks.rpartition(".")
+        owner = self.model.get_submodule(parent)
+        setattr(owner, leaf, nn.ModuleList(recorders))
+        try:
+            yield recorders
+        finally:
+            setattr(owner, leaf, blocks)
+
+    @contextmanager
+    def _identity(self, name: str) -> Iterator[None]:
+        parent, _, leaf = name.rpartition(".")
+        owner, original = self.model.get_submodule(parent), self.model.get_submodule(name)
+        setattr(owner, leaf, nn.Identity())
+        try:
+            yield
+        finally:
+            setattr(owner, leaf, original)
+
+
+class _Recorder(nn.Module):
+    """Stands in for a block: notes what it is called with and passes the hidden states on."""
+
+    def __init__(self, block: nn.Module) -> None:
+        super().__init__()
+        # Not a submodule: the model asks a block for plain attributes such as its attention type.
+        object.__setattr__(self, "block", block)
+        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(object.__getattribute__(self, "block"), name)
+
+    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
+        self.calls.append((arguments, keywords))
+        return hidden
+
+
+@torch.no_grad()
+def run_block(
+    forward: BlockForward, block: nn.Module, source: Tensor, target: Tensor, *, micro_batch: int, device: torch.device
+) -> None:
+    """target[i] = block(source[i]) for all sequences, `micro_batch` at a time; the two may be the same tensor."""
+    for start in range(0, len(source), micro_batch):
+        part = slice(start, start + micro_batch)
+        target[part] = forward(block, source[part].to(device, non_blocking=True)).to(target.device)
+
+
+def _parameter(value: Tensor) -> nn.Parameter:
+    return nn.Parameter(value, requires_grad=False)
+
+
+def _configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
+    try:
+        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its validators raise
+        raise CorruptCheckpoint(
+            f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {error}", field="model"
+        ) from error
+
+
+def _model_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
+    """The dtype that the configuration names, else that of the first floating-point tensor."""
+    if isinstance(config.dtype, torch.dtype):
+        return config.dtype
+    dtypes = [FLOAT_DTYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_DTYPES]
+    return dtypes[0] if dtypes else torch.float32
+
+
+def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except Exception as error:
+        raise UnsupportedArchitecture(
+            f"transformers cannot build this {config.model_type} model: {error}", field="model"
+        ) from error
+    model.eval().requires_grad_(False)
+    _fill_buffers(model, device)
+    return model
+
+
+def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
+    """Gives every buffer memory and the value that transformers' own initialization computes for it.
+
+    Raises:
+        UnsupportedArchitecture: a buffer is left that this initialization does not fill.
+    """
+    for name, module in model.named_modules():
+        empty = [leaf for leaf, buffer in module._buffers.items() if buffer is not None]
+        for leaf in empty:
+            # NaN first, so that a buffer that nothing fills is seen.
+            module._buffers[leaf] = torch.full_like(module._buffers[leaf], torch.nan, device="cpu")
+        if empty:
+            model._init_weights(module)
+        for leaf in empty:
+            buffer = module._buffers[leaf]
+            if buffer is None or buffer.isnan().any():
+                raise UnsupportedArchitecture(f"nothing computes the buffer {name}.{leaf}", field="model")
+            module._buffers[leaf] = buffer.to(device)
+
+
+def _tensor_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+    """Full parameter name -> name of the checkpoint's tensor that fills it, by transformers' own name mapping.
+
+    Raises:
+        CorruptCheckpoint: a tensor fills no parameter, a parameter has no tensor, or their shapes differ.
+    """
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    state = dict.fromkeys(parameters, True)
+    sources: dict[str, str] = {}
+    for name, tensor in checkpoint.tensors.items():
+        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if _is_ignored(model, target):
+            continue
+        if target not in parameters or converter is not None:
+            raise CorruptCheckpoint(
+                f"the tensor {name} belongs to no parameter of {type(model).__name__}", field="model", value=name
+            )
+        if tuple(parameters[target].shape) != tensor.shape or tensor.dtype not in FLOAT_DTYPES:
+            wanted = tuple(parameters[target].shape)
+            raise CorruptCheckpoint(
+                f"{name} is {tensor.dtype} of shape {tensor.shape}; config.json promises floats of shape {wanted}",
+                field="model",
+                value=name,
+            )
+        sources[target] = name
+    _settle_tied_head(model, checkpoint, sources)
+    missing = [n for n in parameters if n not in sources and n not in _tied_names(model)]
+    if missing:
+        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
+        raise CorruptCheckpoint(
+            f"the checkpoint has no tensor for the parameter {missing[0]}{more}", field="model", value=missing[0]
+        )
+    return sources
+
+
+def _is_ignored(model: PreTrainedModel, name: str) -> bool:
+    """Names that transformers itself leaves aside, such as the rotary frequencies of old Llama checkpoints."""
+    patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$"}
+    return any(re.search(pattern, name) for pattern in patterns)
+
+
+def _tied_names(model: PreTrainedModel) -> dict[str, str]:
+    """Parameter -> the parameter that it is tied to."""
+    return dict(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else {}
+
+
+def _settle_tied_head(model: PreTrainedModel, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
+    """Drops a stored copy of a tied parameter, having seen that it is one."""
+    for copy, original in _tied_names(model).items():
+        if copy in sources and original in sources:
+            stored = sources.pop(copy)
+            if not torch.equal(checkpoint.read(stored), checkpoint.read(sources[original])):
+                raise CorruptCheckpoint(
+                    f"config.json ties {copy} to {original}, but the checkpoint's tensors differ",
+                    field="model",
+                    value=stored,
+                    hint="set tie_word_embeddings to false in config.json, or remove the extra tensor",
+                )
+        elif copy in sources:
+            sources[original] = sources.pop(copy)

@@ -1,0 +1,191 @@
+"""Texts as token windows: what a method observes (calibration) and what judges it (evaluation).
+
+Documents are tokenized, joined with the end-of-sequence token, and cut into windows of one length without padding, so
+that no token is dropped or masked. Each window starts with the beginning-of-sequence token where the tokenizer writes
+one: models such as Gemma are far off without it. Windows are chosen from those read by a seeded permutation.
+"""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from app.domain.errors import CorruptCheckpoint, InvalidDataset
+from app.domain.jobs import Calibration, Evaluation
+from app.domain.report import TextReport
+from app.domain.sources import DatasetSource, ModelSource
+from workers.engine.documents import Document, Half, builtin_documents, half_of, read_jsonl
+
+SURPLUS = 2
+"""Windows read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows and how to name them: `ids` int64 (samples, length), on the host."""
+
+    ids: Tensor
+    source: str
+    overlapping: bool = False
+    """Whether windows overlap because the text is short; only builtin text may."""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+    def report(self) -> TextReport:
+        samples, length = self.ids.shape
+        return TextReport(
+            source=self.source, sha256=self.sha256, num_samples=samples, sequence_length=length, tokens=samples * length
+        )
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; code in the folder is never run.
+
+    Raises:
+        CorruptCheckpoint: there is none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        raise CorruptCheckpoint(
+            f"the tokenizer cannot be read: {error}", field="model", hint="add tokenizer.json to the checkpoint"
+        ) from error
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase, part: Calibration, path: Path | None, seed: int, evaluation_path: Path | None
+) -> Windows:
+    """The windows that calibrate; of the calibration half where the evaluation reads the same text.
+
+    Raises:
+        InvalidDataset: the file is not as documented, or too short.
+    """
+    shared = path is None or (evaluation_path is not None and path.samefile(evaluation_path))
+    documents = _documents(path, "calibration.dataset", Half.CALIBRATION if shared else None)
+    return _windows(tokenizer, documents, part, name="calibration", seed=seed, overlap=path is None)
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase, part: Evaluation, path: Path | None, seed: int, calibration_path: Path | None
+) -> Windows:
+    """The windows that judge. Text that is in the calibration file is left out, wherever else it stands.
+
+    Raises:
+        InvalidDataset: the file is not as documented, or too short without the calibration's text.
+    """
+    if path is None or calibration_path is None:
+        shared = path is None
+        documents = _documents(path, "evaluation.dataset", Half.EVALUATION if shared else None)
+    elif path.samefile(calibration_path):
+        documents = _documents(path, "evaluation.dataset", Half.EVALUATION)
+    else:
+        used = {_key(document) for document in read_jsonl(calibration_path, "calibration.dataset")}
+        documents = (d for d in read_jsonl(path, "evaluation.dataset") if _key(d) not in used)
+    return _windows(tokenizer, documents, part, name="evaluation", seed=seed, overlap=path is None)
+
+
+def _documents(path: Path | None, name: str, half: Half | None) -> Iterator[Document]:
+    documents: Iterable[Document] = builtin_documents() if path is None else read_jsonl(path, name)
+    return (document for document in documents if half is None or half_of(document) is half)
+
+
+def _key(document: Document) -> bytes:
+    return hashlib.sha256(repr(document).encode("utf-8", "surrogatepass")).digest()
+
+
+def source_label(source: DatasetSource | ModelSource) -> str:
+    """A source in shorthand, for the report."""
+    for field in ("id", "path"):
+        if hasattr(source, field):
+            return str(getattr(source, field))
+    return source.source
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    part: Calibration | Evaluation,
+    *,
+    name: str,
+    seed: int,
+    overlap: bool,
+) -> Windows:
+    start = [tokenizer.bos_token_id] if _writes_start(tokenizer) else []
+    length = part.sequence_length - len(start)
+    encode = _encoder(tokenizer, f"{name}.dataset")
+    stream = _token_stream(tokenizer, documents, encode, enough=SURPLUS * part.num_samples * length)
+    offsets = list(range(0, len(stream) - length + 1, length))
+    short = len(offsets) < part.num_samples
+    if short and overlap and len(stream) > length:
+        offsets = _spread(len(stream) - length, part.num_samples)
+    if len(offsets) < part.num_samples:
+        raise _too_short(part, name, len(stream), len(offsets))
+    chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: part.num_samples]
+    rows = [start + stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
+    return Windows(torch.tensor(rows, dtype=torch.int64), source_label(part.dataset), overlapping=short)
+
+
+def _spread(last: int, count: int) -> list[int]:
+    """`count` offsets from 0 to `last`, evenly apart; all different where there is room."""
+    return [round(i * last / max(1, count - 1)) for i in range(count)]
+
+
+def _token_stream(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    encode: Callable[[Document], list[int]],
+    enough: int,
+) -> list[int]:
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    stream: list[int] = []
+    for document in documents:
+        stream += encode(document) + end
+        if len(stream) >= enough:
+            break
+    return stream
+
+
+def _encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Callable[[Document], list[int]]:
+    def encode(document: Document) -> list[int]:
+        text = document if isinstance(document, str) else _conversation(tokenizer, document, name)
+        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return ids
+
+    return encode
+
+
+def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Document, name: str) -> str:
+    """The messages through the checkpoint's chat template, which transformers renders in a sandbox."""
+    if not tokenizer.chat_template:
+        raise InvalidDataset(
+            f"{name}: a row has messages, but the model's tokenizer has no chat template",
+            field=name,
+            hint='give rows with "text", or an instruction-tuned model',
+        )
+    try:
+        text = tokenizer.apply_chat_template(messages, tokenize=False)
+    except Exception as error:  # a template is the checkpoint's own program and may raise anything
+        raise InvalidDataset(f"{name}: the chat template refuses a conversation: {error}", field=name) from error
+    start = tokenizer.bos_token
+    return str(text).removeprefix(start) if start else str(text)
+
+
+def _writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _too_short(part: Calibration | Evaluation, name: str, tokens: int, windows: int) -> InvalidDataset:
+    return InvalidDataset(
+        f"{name}.dataset has {tokens} tokens, {windows} windows of {part.sequence_length}; "
+        f"{part.num_samples} are asked for",
+        field=f"{name}.dataset",
+        value=tokens,
+        hint=f"give more text, or set {name}.num_samples to at most {windows} or {name}.sequence_length lower",
+    )

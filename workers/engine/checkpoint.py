@@ -1,0 +1,193 @@
+"""A model folder, read lazily: safetensors only, every header checked before it is believed.
+
+`app.domain.safetensors_header` holds each header against its file's size. Tensors are mapped from the file when they
+are asked for, so that opening a 140 GB checkpoint costs a few megabytes. Pickled weights are never opened.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from app.domain.errors import CorruptCheckpoint, SourceNotFound, UnsafeCheckpoint
+from app.domain.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
+
+MAX_JSON_BYTES = 100_000_000
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, the file's name for its dtype, and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+class Checkpoint:
+    """An open checkpoint folder: `config` (config.json, decoded) and `tensors` (stored name to place)."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Reads config.json and the headers of all weight files.
+
+        Raises:
+            SourceNotFound: there is no such folder, or no config.json or no weights in it.
+            UnsafeCheckpoint: it has no safetensors, but pickled weights.
+            CorruptCheckpoint: a header or the index contradicts the files.
+        """
+        config_file = folder / "config.json"
+        if not config_file.is_file():
+            raise SourceNotFound(
+                f"{folder} holds no config.json", field="model", value=str(folder), hint="name a checkpoint folder"
+            )
+        config = _read_json(config_file)
+        index = folder / INDEX
+        tensors = _indexed_tensors(folder, index) if index.is_file() else _single_file_tensors(folder)
+        return cls(folder, config, tensors)
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files that hold its tensors."""
+        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.size for entry in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the host, in the dtype of the file, memory-mapped.
+
+        Raises:
+            CorruptCheckpoint: the file does not hold what its header says.
+        """
+        file = self.tensors[name].file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt", device="cpu")
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CorruptCheckpoint(f"{file.name}: cannot read {name}: {error}", field="model") from error
+        return tensor
+
+    def close(self) -> None:
+        """Lets go of the mapped files."""
+        self._open.clear()
+
+    def digest(self, revision: str | None) -> str:
+        """Identity of the weights without reading them: headers and sizes, and times unless a revision pins them."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.files:
+            status = file.stat()
+            digest.update(f"{file.name}:{status.st_size}:{revision or status.st_mtime_ns}:".encode())
+            digest.update(_header_bytes(file))
+        return digest.hexdigest()
+
+
+def read_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by its checked header.
+
+    Raises:
+        CorruptCheckpoint: the header's length, JSON, dtypes, shapes or offsets contradict each other or the file.
+    """
+    entries = parse_header(_header_bytes(file), file.stat().st_size, file.name)
+    return {name: StoredTensor(file, entry.dtype, entry.shape) for name, entry in entries.items()}
+
+
+def _header_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        length = header_length(stream.read(LENGTH_BYTES), file.stat().st_size, file.name)
+        return stream.read(length)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise CorruptCheckpoint(f"{file.name} is larger than {MAX_JSON_BYTES} bytes", field="model", value=file.name)
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{file.name} is not JSON: {error}", field="model", value=file.name) from error
+    if not isinstance(value, dict):
+        raise CorruptCheckpoint(f"{file.name} is not a JSON object", field="model", value=file.name)
+    return value
+
+
+def _single_file_tensors(folder: Path) -> dict[str, StoredTensor]:
+    single = folder / SINGLE
+    if single.is_file():
+        return read_tensors(single)
+    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
+    if pickled:
+        raise UnsafeCheckpoint(
+            f"the checkpoint has only pickled weights ({pickled[0]}), which can run code when they are opened",
+            field="model",
+            value=pickled[0],
+            hint="save it as safetensors (model.save_pretrained(folder)), or use a revision that holds safetensors",
+        )
+    raise SourceNotFound(
+        f"{folder} holds neither {SINGLE} nor {INDEX}",
+        field="model",
+        value=str(folder),
+        hint="name a folder with safetensors weights",
+    )
+
+
+def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptCheckpoint(f"{index.name} has no weight_map", field="model", value=index.name)
+    found: dict[str, StoredTensor] = {}
+    for name in sorted({_plain_name(index, name) for name in weight_map.values()}):
+        if not (folder / name).is_file():
+            raise CorruptCheckpoint(
+                f"{index.name} names {name}, which is not in the folder",
+                field="model",
+                value=name,
+                hint="fetch or upload the missing file",
+            )
+        for tensor, entry in read_tensors(folder / name).items():
+            if tensor in found:
+                raise CorruptCheckpoint(f"{tensor} is in {found[tensor].file.name} and in {name}", field="model")
+            found[tensor] = entry
+    for tensor, name in weight_map.items():
+        if tensor not in found or found[tensor].file.name != name:
+            raise CorruptCheckpoint(
+                f"{index.name} says that {tensor} is in {name}, where it is not", field="model", value=tensor
+            )
+    return found
+
+
+def _plain_name(index: Path, name: object) -> str:
+    """A plain file name; anything that could leave the folder is refused."""
+    plain = isinstance(name, str) and not set(name) & set("/\\:\0")
+    if not plain or not str(name).endswith(".safetensors"):
+        raise CorruptCheckpoint(
+            f"{index.name}: {name!r} is not the plain name of a .safetensors file beside it",
+            field="model",
+            value=name,
+            hint="name only files in the checkpoint's own folder",
+        )
+    return str(name)

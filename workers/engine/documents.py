@@ -1,0 +1,121 @@
+"""Where texts come from: the running Python's own reference text, or a JSONL file; each split in two by hash.
+
+The split is by the text itself: a document's sha256 puts it into the calibration half or the evaluation half, always
+the same one, so that no evaluation ever reads what calibrated.
+"""
+
+import ast
+import hashlib
+import json
+import pydoc_data.topics
+import sysconfig
+from collections.abc import Iterator, Mapping
+from enum import StrEnum
+from pathlib import Path
+from typing import Any
+
+from app.domain.errors import InvalidDataset
+
+MAX_LINE_BYTES = 64 << 20
+SHORTEST_DOCSTRING = 100
+"""Characters; shorter ones say little."""
+SKIPPED_FOLDERS = frozenset({"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "pydoc_data"})
+
+Document = str | list[dict[str, Any]]
+"""Plain text, or the messages of a conversation."""
+
+
+class Half(StrEnum):
+    CALIBRATION = "calibration"
+    EVALUATION = "evaluation"
+
+
+def half_of(document: Document) -> Half:
+    """The half that a document belongs to, by its content alone."""
+    content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+    return Half.CALIBRATION if digest[0] % 2 == 0 else Half.EVALUATION
+
+
+def builtin_documents() -> Iterator[str]:
+    """The language reference of `pydoc_data.topics`, then the standard library's docstrings; each text once."""
+    seen = set()
+    for text in _reference_texts():
+        if text not in seen:
+            seen.add(text)
+            yield text
+
+
+def _reference_texts() -> Iterator[str]:
+    topics = pydoc_data.topics.topics
+    yield from (topics[name] for name in sorted(topics))
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for file in sorted(root.rglob("*.py")):
+        if not SKIPPED_FOLDERS & set(file.relative_to(root).parts):
+            yield from _docstrings(file)
+
+
+def _docstrings(file: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError, OSError):
+        return
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and len(text) >= SHORTEST_DOCSTRING:
+                yield text
+            pending.extend(reversed(node.body))
+
+
+def read_jsonl(file: Path, name: str) -> Iterator[Document]:
+    """The documents of a JSONL file; `name` is the request's name for it, for messages.
+
+    A line is an object with `text`, with `prompt` and `completion`, or with `messages`.
+
+    Raises:
+        InvalidDataset: the file is missing or empty, or a line is something else.
+    """
+    if not file.is_file():
+        raise InvalidDataset(f"{name}: there is no file {file.name}", field=name, value=str(file))
+    found = False
+    with file.open("rb") as stream:
+        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
+            if len(line) > MAX_LINE_BYTES:
+                raise _bad_line(name, number, f"longer than {MAX_LINE_BYTES} bytes", line[:200])
+            if line.strip():
+                found = True
+                yield _document(name, number, line)
+    if not found:
+        raise InvalidDataset(f"{name}: {file.name} is empty", field=name, value=file.name, hint=WANTED)
+
+
+WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion", or with "messages"'
+
+
+def _document(name: str, number: int, line: bytes) -> Document:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise _bad_line(name, number, f"not JSON ({error})", line) from error
+    if not isinstance(row, Mapping):
+        raise _bad_line(name, number, "not a JSON object", line)
+    if isinstance(row.get("text"), str):
+        return str(row["text"])
+    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        return str(row["prompt"]) + str(row["completion"])
+    messages = row.get("messages")
+    if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
+        return messages
+    raise _bad_line(name, number, f"none of the known fields, but {sorted(map(str, row))[:8]}", line)
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
+
+
+def _bad_line(name: str, number: int, problem: str, line: bytes) -> InvalidDataset:
+    shown = line[:200].decode("utf-8", "replace").rstrip()
+    return InvalidDataset(f"{name}: line {number} is {problem}", field=name, value=shown, hint=WANTED)

@@ -1,0 +1,253 @@
+"""A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from app.domain.errors import InvalidDataset
+from app.domain.events import AttemptOrder, ResultLine, Stage
+from app.domain.formats import ExportFormat
+from app.domain.methods import Scheme
+from app.domain.report import BlockReport, ModelReport, Quality, Report, SizeReport
+from workers.engine.block_pass import BlockPass
+from workers.engine.blocks import StreamedModel
+from workers.engine.calibration import Windows, calibration_windows, evaluation_windows, load_tokenizer, source_label
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.clock import StageClock, peak_memory
+from workers.engine.evaluation import measure
+from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_schemes, reproducible
+from workers.engine.registry import METHODS
+from workers.engine.reporter import Reporter
+from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
+from workers.engine.streams import Stream
+from workers.formats.writer import CheckpointWriter
+
+CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
+"""Fields of a request that decide the codes."""
+
+
+def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
+    """Does what `order` says. Checkpoints go to `workspace`/output/<format>, finished blocks to `workspace`/state.
+
+    Raises:
+        InputError: the model, its data or the request's numbers do not fit together.
+        InvalidRequest: the head is to be quantized but tied to the embeddings.
+    """
+    clock = StageClock(Stage.LOAD)
+    device = open_device(order)
+    with reproducible(device):
+        reporter.progress(Stage.LOAD, 0, 1, "models")
+        checkpoint = Checkpoint.open(Path(order.model_path))
+        model = StreamedModel.open(checkpoint, device)
+        schemes = plan_schemes(model, order.request.quantization)
+        reporter.progress(Stage.LOAD, 1, 1, "models")
+        clock.enter(Stage.CALIBRATE)
+        texts = read_texts(order, model, reporter)
+        job = _Job(order, workspace, reporter, clock, model, schemes, texts, make_plan(order, model, texts.sizes()))
+        return _run_blocks(job)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The windows of a job; `calibration` is None for methods that look at weights alone."""
+
+    calibration: Windows | None
+    evaluation: Windows | None
+
+    def sizes(self) -> list[tuple[int, int]]:
+        """(samples, length) of each."""
+        found = [w.ids.shape for w in (self.calibration, self.evaluation) if w is not None]
+        return [(shape[0], shape[1]) for shape in found]
+
+
+@dataclass(frozen=True)
+class _Job:
+    order: AttemptOrder
+    workspace: Path
+    reporter: Reporter
+    clock: StageClock
+    model: StreamedModel
+    schemes: dict[str, Scheme]
+    texts: Texts
+    plan: Plan
+
+
+def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> Texts:
+    """Calibration and evaluation windows of an order.
+
+    Raises:
+        InvalidDataset: a file is not as documented or too short, or windows are longer than the model's positions.
+    """
+    request = order.request
+    tokenizer = load_tokenizer(Path(order.model_path))
+    paths = [None if p is None else Path(p) for p in (order.calibration_path, order.evaluation_path)]
+    calibration = evaluation = None
+    if METHODS[request.quantization.method].needs_inputs:
+        _check_length(model, "calibration", request.calibration.sequence_length)
+        calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
+    if request.evaluation is not None:
+        _check_length(model, "evaluation", request.evaluation.sequence_length)
+        used = paths[0] if calibration is not None else None
+        evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used)
+    for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
+        if windows is not None:
+            _check_vocabulary(model, windows)
+            if windows.overlapping:
+                reporter.warning(
+                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
+                )
+    return Texts(calibration, evaluation)
+
+
+def _check_length(model: StreamedModel, name: str, length: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InvalidDataset(
+            f"{name}.sequence_length is {length}; the model has {positions} positions",
+            field=f"{name}.sequence_length",
+            value=length,
+            hint=f"ask for at most {positions}",
+        )
+
+
+def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
+    size = model.config.get_text_config().vocab_size
+    if int(windows.ids.max()) >= size:
+        raise InvalidDataset(
+            f"the tokenizer makes the token id {int(windows.ids.max())}; the model knows {size}",
+            field="model",
+            hint="give the tokenizer that belongs to the model",
+        )
+
+
+def _run_blocks(job: _Job) -> ResultLine:
+    texts, model = job.texts, job.model
+    with model.loaded(model.layout.embeddings):
+        calibration, evaluation = (
+            None if windows is None else Stream(model, windows.ids, job.plan, keep_inputs=windows is texts.calibration)
+            for windows in (texts.calibration, texts.evaluation)
+        )
+    state = ResumeState(job.workspace / "state", _fingerprint(job), ShardLayout(job.schemes, model.dtype))
+    if state.resumed:
+        job.reporter.log("blocks_resumed", blocks=state.resumed)
+    job.clock.enter(Stage.QUANTIZE)
+    blocks = BlockPass(
+        model=model,
+        spec=job.order.request.quantization,
+        schemes=job.schemes,
+        plan=job.plan,
+        seed=job.order.request.seed,
+        calibration=calibration,
+        evaluation=evaluation,
+        state=state,
+        clock=job.clock,
+        reporter=job.reporter,
+    )
+    reports = blocks.run()
+    head = blocks.quantize_head()
+    if head is not None:
+        job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
+    del calibration, blocks
+    job.clock.enter(Stage.EVALUATE)
+    quality = None if evaluation is None else _evaluate(job, evaluation, head)
+    job.clock.enter(Stage.EXPORT)
+    return _export(job, state, reports, quality)
+
+
+def _fingerprint(job: _Job) -> str:
+    request = job.order.request.model_dump(mode="json", include=CODES_DEPEND_ON)
+    windows = job.texts.calibration
+    return fingerprint(
+        {
+            "request": request,
+            "model": job.model.checkpoint.digest(job.order.model_revision),
+            "calibration": None if windows is None else windows.sha256,
+            "code": code_version(),
+            "plan": asdict(job.plan),
+        }
+    )
+
+
+def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None) -> Quality:
+    windows = job.texts.evaluation
+    assert windows is not None  # noqa: S101 - for the type checker; the stream was made of them
+
+    def tick(share: float) -> None:
+        job.reporter.progress(Stage.EVALUATE, share * len(windows.ids), len(windows.ids), "windows")
+
+    quality = measure(job.model, stream.original, stream.quantized, windows, quantized_head=head, tick=tick)
+    for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
+        job.reporter.metric(name, getattr(quality, name))
+    return quality
+
+
+def _export(job: _Job, state: ResumeState, blocks: tuple[BlockReport, ...], quality: Quality | None) -> ResultLine:
+    """Writes every format from the durable blocks, and the report into each."""
+    formats = list(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
+    writers = {f: CheckpointWriter(job.workspace / "output" / f.value, f, job.model.checkpoint) for f in formats}
+    stored_bits, weights, total = 0, 0, len(state.blocks)
+    for done in range(total):
+        for name, weight in state.load(done).items():
+            stored_bits += weight.stored_bits()
+            weights += weight.codes.numel()
+            source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
+            for writer in writers.values():
+                writer.add_linear(source, weight, module=name)
+        job.reporter.progress(Stage.EXPORT, done + 1, total + 1, "blocks")
+    size = _size(job, stored_bits, weights)
+    ignored = [name for name in job.model.linears() if name not in job.schemes]
+    for writer in writers.values():
+        writer.finish(_report(job, state, blocks, quality, size), ignored=ignored)
+    job.reporter.progress(Stage.EXPORT, total + 1, total + 1, "blocks")
+    report = _report(job, state, blocks, quality, size)
+    job.model.checkpoint.close()
+    return ResultLine(report=report, checkpoints={f.value: f"output/{f.value}" for f in formats})
+
+
+def _size(job: _Job, stored_bits: int, weights: int) -> SizeReport:
+    checkpoint = job.model.checkpoint
+    quantized = sum(checkpoint.tensors[job.model.sources[f"{name}.weight"]].size for name in job.schemes)
+    after = checkpoint.size - quantized + stored_bits // 8
+    return SizeReport(
+        bytes_original=checkpoint.size,
+        bytes_quantized=after,
+        quantized_weights=weights,
+        bits_per_weight=stored_bits / weights if weights else 0.0,
+        bits_per_weight_model=after * 8 / _parameters(job.model),
+    )
+
+
+def _parameters(model: StreamedModel) -> int:
+    return sum(parameter.numel() for name, parameter in model.model.named_parameters() if name in model.sources)
+
+
+def _report(
+    job: _Job, state: ResumeState, blocks: tuple[BlockReport, ...], quality: Quality | None, size: SizeReport
+) -> Report:
+    request, windows = job.order.request, job.texts.calibration
+    resumed = min(state.resumed, len(blocks))
+    return Report(
+        version=version("bitwright"),
+        method=request.quantization.method,
+        seed=request.seed,
+        device=job.order.device,
+        plan=plan_report(job.plan),
+        model=ModelReport(
+            source=source_label(request.model),
+            revision=job.order.model_revision,
+            architecture=type(job.model.model).__name__,
+            dtype=job.plan.dtype,
+            parameters=_parameters(job.model),
+        ),
+        calibration=None if windows is None else windows.report(),
+        quality=quality,
+        blocks=blocks,
+        size=size,
+        seconds=job.clock.seconds(),
+        peak_memory=peak_memory(job.model.device),
+        blocks_computed=len(blocks) - resumed,
+        blocks_resumed=resumed,
+        warnings=tuple(job.reporter.warnings),
+    )

@@ -1,0 +1,201 @@
+"""Decisions before the first block: device, threads, dtypes, micro-batch, where activations live, what is quantized."""
+
+import hashlib
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import nn
+
+from app.domain.errors import IndivisibleGroup, InvalidRequest, UnknownModule
+from app.domain.events import AttemptOrder
+from app.domain.formats import ExportFormat
+from app.domain.methods import PER_CHANNEL, Scheme, WeightSpec
+from workers.engine.blocks import StreamedModel
+from workers.formats import compressed_tensors
+
+TOKENS_AT_ONCE_CPU = 4096
+ACTIVATION_SHARE = 0.4
+"""Of a GPU's memory that the streams may take before they move to the host."""
+TUNING_SHARE = 0.3
+"""Of a GPU's memory that a micro-batch with gradients may take."""
+LARGEST_MICRO_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the engine decided; in the report, and in the fingerprint that a resumed attempt must share.
+
+    micro_batch     sequences that go through a block at once, with gradients
+    activations     where the streams live
+    scale_dtype     of stored scales, learned from the formats before anything is optimized
+    """
+
+    device: str
+    threads: int
+    dtype: str
+    scale_dtype: str
+    micro_batch: int
+    activations: Literal["device", "host"]
+    torch_version: str
+
+
+def open_device(order: AttemptOrder) -> torch.device:
+    """The order's device, and as many threads as the process may use."""
+    torch.set_num_threads(available_threads())
+    if order.device == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", order.device_index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def available_threads() -> int:
+    """Processors that the affinity mask and the cgroup's quota leave to this process, at least 1."""
+    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quota = _cgroup_processors(Path("/sys/fs/cgroup"))
+    return max(1, affinity if quota is None else min(affinity, int(quota)))
+
+
+def _cgroup_processors(root: Path) -> float | None:
+    """Quota over period, of cgroup v2 or v1; None where there is no limit."""
+    for quota_file, period_file in (("cpu.max", "cpu.max"), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        try:
+            quota = (root / quota_file).read_text().split()[0]
+            period = (root / period_file).read_text().split()[-1]
+        except (OSError, IndexError):
+            continue
+        if quota.isdigit() and period.isdigit() and int(period) > 0:
+            return int(quota) / int(period)
+    return None
+
+
+@contextmanager
+def reproducible(device: torch.device) -> Iterator[None]:
+    """Deterministic kernels on a GPU while the context lasts; on a CPU they are deterministic anyway."""
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+
+
+def make_plan(order: AttemptOrder, model: StreamedModel, sizes: list[tuple[int, int]]) -> Plan:
+    """sizes: (samples, length) of each stream's windows."""
+    longest = max((length for _, length in sizes), default=1)
+    return Plan(
+        device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads(),
+        dtype=_name(model.dtype),
+        scale_dtype=_name(scale_dtype(order.request.formats, model.dtype)),
+        micro_batch=max(1, _micro_batch(model, longest) // order.micro_batch_divisor),
+        activations=_activations_place(model, sizes),
+        torch_version=torch.__version__,
+    )
+
+
+def plan_report(plan: Plan) -> dict[str, str | int | float | bool | None]:
+    """The plan as the report shows it."""
+    return dict(asdict(plan))
+
+
+def scale_dtype(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which every one of the formats stores scales without rounding them."""
+    if ExportFormat.COMPRESSED_TENSORS in formats:
+        return compressed_tensors.scale_dtype(dtype)
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _micro_batch(model: StreamedModel, length: int) -> int:
+    if model.device.type != "cuda":
+        return max(1, min(LARGEST_MICRO_BATCH, TOKENS_AT_ONCE_CPU // length))
+    config = model.config.get_text_config()
+    # What autograd keeps of a block, in units of the width and of the MLP's width, measured on Llama blocks.
+    a_token = (24 * config.hidden_size + 6 * config.intermediate_size) * model.dtype.itemsize
+    budget = TUNING_SHARE * torch.cuda.get_device_properties(model.device).total_memory
+    return max(1, min(LARGEST_MICRO_BATCH, int(budget // (a_token * length))))
+
+
+def _activations_place(model: StreamedModel, sizes: list[tuple[int, int]]) -> Literal["device", "host"]:
+    if model.device.type != "cuda":
+        return "host"
+    width = model.config.get_text_config().hidden_size
+    # X_fp, X_q and Y.
+    needed = 3 * sum(samples * length for samples, length in sizes) * width * model.dtype.itemsize
+    fits = needed <= ACTIVATION_SHARE * torch.cuda.get_device_properties(model.device).total_memory
+    return "device" if fits else "host"
+
+
+def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
+    """Full name -> scheme of every linear that is to be quantized.
+
+    Raises:
+        UnknownModule: a pattern matches no linear.
+        IndivisibleGroup: a group size does not divide a linear's inputs.
+        InvalidRequest: the head is to be quantized, but it is the embedding matrix.
+    """
+    linears = model.linears()
+    for field, patterns in (("ignore", spec.modules.ignore), ("overrides", tuple(spec.modules.overrides))):
+        for pattern in patterns:
+            _check_pattern(field, pattern, linears)
+    schemes = {name: scheme for name in linears if (scheme := spec.scheme(name)) is not None}
+    if model.layout.head in schemes and model.tied:
+        raise InvalidRequest(
+            f"{model.layout.head} shares its matrix with the embeddings, which must stay as they are",
+            field="quantization.modules.ignore",
+            value=model.layout.head,
+            hint=f'add "{model.layout.head}" to modules.ignore',
+        )
+    for name, scheme in schemes.items():
+        _check_group(name, linears[name].in_features, scheme)
+    return schemes
+
+
+def _check_pattern(field: str, pattern: str, linears: Mapping[str, nn.Linear]) -> None:
+    if not any(fnmatchcase(name, pattern) for name in linears):
+        raise UnknownModule(
+            f"{pattern!r} matches no linear of the model",
+            field=f"quantization.modules.{field}",
+            value=pattern,
+            hint=f"linears are named like {next(iter(linears))}",
+        )
+
+
+def _check_group(name: str, columns: int, scheme: Scheme) -> None:
+    size = scheme.group_size
+    if size == PER_CHANNEL or (size > 0 and columns % size == 0):
+        return
+    dividing = [n for n in range(8, columns + 1) if columns % n == 0]
+    common = [n for n in dividing if n & (n - 1) == 0] or dividing[:8]
+    raise IndivisibleGroup(
+        f"group_size {size} does not divide the {columns} inputs of {name}",
+        field="quantization.group_size",
+        value=size,
+        hint=f"group sizes that divide {columns}: {', '.join(map(str, common))}; or -1, one group a row; or an "
+        "override for this linear",
+    )
+
+
+def block_seed(seed: int, index: int) -> int:
+    """The seed of a block: the same for every run of a request."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1

@@ -1,0 +1,125 @@
+"""Finished blocks on disk, so that a killed attempt costs at most the block in hand.
+
+    state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
+    state/block-00000.safetensors  the block's linears as in the native format
+
+A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
+only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
+only shards whose hash matches.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors.torch import load, save
+
+from app.domain.methods import Scheme
+from app.domain.report import BlockReport
+from workers.durable import replace_file
+from workers.formats import native
+from workers.numerics.quantized import AffineWeight
+
+
+class FinishedBlock(BaseModel):
+    """A durable block; `report` is None for the head, which is no block."""
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    file: str
+    sha256: str
+    report: BlockReport | None
+
+
+class StateFile(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    blocks: tuple[FinishedBlock, ...] = ()
+
+
+@dataclass(frozen=True)
+class ShardLayout:
+    """What the shards do not say themselves: each linear's scheme and the dtype of its dequantized weight."""
+
+    schemes: Mapping[str, Scheme]
+    dtype: torch.dtype
+
+
+class ResumeState:
+    """The state folder of a workspace, held by one attempt."""
+
+    def __init__(self, folder: Path, fingerprint: str, layout: ShardLayout) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._layout = layout
+        self._state = self._adopt(fingerprint)
+        self.resumed = len(self._state.blocks)
+
+    @property
+    def blocks(self) -> tuple[FinishedBlock, ...]:
+        return self._state.blocks
+
+    def save(self, index: int, weights: Mapping[str, AffineWeight], report: BlockReport | None) -> None:
+        """Makes a block durable; `weights` by full linear name. Returns when a crash can no longer lose it."""
+        tensors = {
+            key: tensor.cpu().contiguous()
+            for name, weight in weights.items()
+            for key, tensor in native.compress(name, weight).items()
+        }
+        data = save(tensors)
+        file = f"block-{index:05d}.safetensors"
+        replace_file(self._folder / file, data)
+        block = FinishedBlock(index=index, file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
+        self._state = StateFile(fingerprint=self._state.fingerprint, blocks=(*self.blocks, block))
+        replace_file(self._folder / "state.json", self._state.model_dump_json().encode())
+
+    def load(self, index: int) -> dict[str, AffineWeight]:
+        """The weights of a finished block by full linear name, on the host."""
+        tensors = load((self._folder / self.blocks[index].file).read_bytes())
+        names = {key.rpartition(".")[0]: None for key in tensors}
+        return {
+            name: native.decompress(name, tensors, self._layout.schemes[name], self._layout.dtype) for name in names
+        }
+
+    def _adopt(self, fingerprint: str) -> StateFile:
+        empty = StateFile(fingerprint=fingerprint)
+        try:
+            found = StateFile.model_validate_json((self._folder / "state.json").read_bytes())
+        except (OSError, ValidationError):
+            return empty
+        if found.fingerprint != fingerprint:
+            return empty
+        sound = []
+        for position, block in enumerate(found.blocks):
+            if block.index != position or not self._is_sound(block):
+                break
+            sound.append(block)
+        return StateFile(fingerprint=fingerprint, blocks=tuple(sound))
+
+    def _is_sound(self, block: FinishedBlock) -> bool:
+        try:
+            data = (self._folder / Path(block.file).name).read_bytes()
+        except OSError:
+            return False
+        return hashlib.sha256(data).hexdigest() == block.sha256
+
+
+def fingerprint(parts: Mapping[str, object]) -> str:
+    """sha256 of everything that decides the codes."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def code_version() -> str:
+    """sha256 of the sources that compute codes."""
+    digest = hashlib.sha256()
+    workers = Path(__file__).parent.parent
+    for folder in ("engine", "methods", "numerics", "formats"):
+        for file in sorted((workers / folder).glob("*.py")):
+            digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
