@@ -1,0 +1,161 @@
+"""`python -m tests.workers.scripted_attempt WORKSPACE`: an attempt that does what `metadata.script` of its order says.
+
+A real process on the real lifeline, pipe and lock; only the computation is left out. Steps are separated by commas:
+
+    block           report the next block as finished         progress:N      N progress events at once
+    sleep:S         sleep                                     spin            compute for ever, deaf to everything
+    file:NAME:TEXT  write a file of the checkpoint            raw:TEXT        write TEXT to the pipe as it is
+    long:BYTES      write one line of this length             signal:NAME     send a signal to itself
+    fail:CODE       report a failure, exit code 1             exit:CODE       end at once
+    raise:NAME      raise that builtin exception              ignore-term     ignore SIGTERM
+    once:STEP       only in the first attempt                 child           start a grandchild that sleeps
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from app.domain.errors import error_from_code
+from app.domain.events import AttemptOrder, BlockEvent, LogEvent, ProgressEvent, ResultLine, Stage
+from app.domain.report import ModelReport, PeakMemory, Quality, Report, SizeReport, TextReport
+from workers.attempt import take_lock
+from workers.faults import as_bitwright_error
+from workers.lifeline import (
+    EXIT_FAILED,
+    REPORT_FD,
+    SILENCE_SECONDS,
+    ReportPipe,
+    follow_supervisor,
+    log_as_json,
+    prefer_for_oom_kill,
+)
+
+BLOCKS = 100
+
+
+def main(arguments: list[str]) -> int:
+    follow_supervisor()
+    prefer_for_oom_kill()
+    log_as_json()
+    workspace = Path(arguments[0])
+    pipe = ReportPipe()
+    take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + 10)
+    order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
+    script = Script(order, workspace, pipe)
+    try:
+        for step in order.request.metadata.get("script", "").split(","):
+            script.do(step)
+    except BaseException as error:
+        pipe.fail(as_bitwright_error(error))
+        return EXIT_FAILED
+    pipe.write(ResultLine(report=report(order), checkpoints={"native": "output/native"}))
+    return 0
+
+
+class Script:
+    def __init__(self, order: AttemptOrder, workspace: Path, pipe: ReportPipe) -> None:
+        self.order, self.workspace, self.pipe = order, workspace, pipe
+        self.blocks = 0
+
+    def do(self, step: str) -> None:
+        name, _, argument = step.partition(":")
+        if name == "once":
+            if self.order.attempt == 1:
+                self.do(argument)
+        elif name:
+            STEPS[name](self, argument)
+
+    def block(self, _: str) -> None:
+        event = BlockEvent(index=self.blocks, total=BLOCKS, name=f"model.layers.{self.blocks}", seconds=0.1)
+        self.pipe.write(event)
+        self.blocks += 1
+
+    def progress(self, count: str) -> None:
+        for done in range(int(count)):
+            self.pipe.write(ProgressEvent(stage=Stage.QUANTIZE, done=done + 1, total=int(count), unit="blocks"))
+
+    def file(self, argument: str) -> None:
+        name, _, text = argument.partition(":")
+        path = self.workspace / "output" / "native" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def raw(self, text: str) -> None:
+        os.write(int(os.environ[REPORT_FD]), text.encode() + b"\n")
+
+    def long(self, size: str) -> None:
+        for _ in range(int(size) // 1024):
+            os.write(int(os.environ[REPORT_FD]), b"x" * 1024)
+        self.raw("")
+
+    def spin(self, _: str) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.pipe.write(LogEvent(event="spinning"))
+        while True:
+            sum(range(10_000))
+
+    def fail(self, code: str) -> None:
+        raise error_from_code(code, "as the script says")
+
+    def raise_(self, name: str) -> None:
+        builtins = {"MemoryError": MemoryError, "ValueError": ValueError}
+        raise builtins[name]("as the script says")
+
+    def child(self, _: str) -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        self.pipe.write(LogEvent(event="grandchild", fields={"pid": child.pid}))
+
+    def network(self, _: str) -> None:
+        names = sorted(name for name in os.environ if name.startswith(("HF_", "BITWRIGHT_")))
+        self.pipe.write(LogEvent(event="environment", fields={"names": json.dumps(names)}))
+
+
+STEPS: dict[str, Callable[[Script, str], object]] = {
+    "block": Script.block,
+    "progress": Script.progress,
+    "sleep": lambda _, seconds: time.sleep(float(seconds)),
+    "file": Script.file,
+    "raw": Script.raw,
+    "long": Script.long,
+    "spin": Script.spin,
+    "signal": lambda _, name: os.kill(os.getpid(), signal.Signals[name]),
+    "fail": Script.fail,
+    "raise": Script.raise_,
+    "exit": lambda _, code: os._exit(int(code)),
+    "ignore-term": lambda _, __: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    "child": Script.child,
+    "environment": Script.network,
+}
+
+
+def report(order: AttemptOrder) -> Report:
+    """A report whose quality is known: perplexity 10 before and 12 after."""
+    text = TextReport(source="builtin", sha256="0" * 64, num_samples=1, sequence_length=16, tokens=16)
+    quality = Quality(text=text, perplexity_original=10.0, perplexity=12.0, kl_divergence=0.1, top1_agreement=0.9)
+    return Report(
+        version="0",
+        method=order.request.quantization.method,
+        seed=order.request.seed,
+        device=order.device,
+        plan={},
+        model=ModelReport(source="local", revision=None, architecture="x", dtype="float32", parameters=1),
+        calibration=None,
+        quality=quality if order.request.evaluation else None,
+        blocks=(),
+        size=SizeReport(
+            bytes_original=2, bytes_quantized=1, quantized_weights=1, bits_per_weight=4.0, bits_per_weight_model=8.0
+        ),
+        seconds={"total": 1.0},
+        peak_memory=PeakMemory(host_bytes=1),
+        blocks_computed=0,
+        blocks_resumed=0,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

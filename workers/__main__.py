@@ -1,0 +1,47 @@
+"""`python -m workers`: one worker, serving one class of device."""
+
+import sys
+
+import structlog
+
+from app.logs import configure_logging
+from app.settings import get_settings
+from app.store.blobs import open_blobs
+from app.store.ids import new_id
+from app.store.session import Database
+from workers.celery_app import run_worker
+from workers.context import WorkerContext
+from workers.devices import capacity
+
+log = structlog.get_logger(__name__)
+
+
+def main() -> int:
+    """Run a worker with the settings of the environment; the process's exit code."""
+    settings = get_settings()
+    configure_logging(settings)
+    if not settings.broker_url:
+        log.error("broker_not_configured", hint="set BITWRIGHT_BROKER_URL, or run `bitwright serve`")
+        return 2
+    try:
+        machine = capacity(settings.device, settings.workspace_dir)
+    except RuntimeError as error:
+        log.error("device_missing", reason=str(error))
+        return 2
+    database = Database(settings.database_url)
+    context = WorkerContext(
+        worker_id=f"{settings.worker_name}.{new_id('wrk')}",
+        capacity=machine,
+        settings=settings,
+        database=database,
+        blobs=open_blobs(settings.blob_url),
+    )
+    try:
+        run_worker(context)
+    finally:
+        database.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""`python -m workers.attempt WORKSPACE`: one attempt at one job, in a process of its own.
+
+It knows no database, broker, bucket or key, and no network: its order lies in the workspace, its words go through a
+pipe, its results into the workspace. Whatever goes wrong becomes one `failed` line and exit code 1.
+"""
+
+import fcntl
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+
+import structlog
+
+from app.domain.errors import InternalError
+from app.domain.events import AttemptOrder, ResultLine
+from workers.faults import as_bitwright_error
+from workers.lifeline import (
+    EXIT_FAILED,
+    SILENCE_SECONDS,
+    ReportPipe,
+    follow_supervisor,
+    log_as_json,
+    prefer_for_oom_kill,
+)
+
+LOCK_MARGIN_SECONDS = 10.0
+"""An abandoned attempt lets go of the workspace after the silence that it tolerates; this comes on top."""
+
+log = structlog.get_logger(__name__)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the attempt whose order lies in the workspace folder `arguments[0]`; the exit code."""
+    follow_supervisor()
+    prefer_for_oom_kill()
+    log_as_json()
+    report = ReportPipe()
+    workspace = Path(arguments[0])
+    try:
+        lock = take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + LOCK_MARGIN_SECONDS)
+        order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
+        report.write(_run(order, workspace, report))
+    except BaseException as error:
+        known = as_bitwright_error(error)
+        log.error("attempt_failed", code=known.code, exc_info=error)
+        report.fail(known)
+        return EXIT_FAILED
+    os.close(lock)
+    return 0
+
+
+def take_lock(path: Path, *, seconds: float) -> int:
+    """Hold the workspace alone; the open file whose end releases it.
+
+    Raises:
+        InternalError: another attempt did not let go within `seconds`.
+    """
+    handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise InternalError("another attempt still holds the workspace") from None
+            time.sleep(0.1)
+        else:
+            return handle
+
+
+def _run(order: AttemptOrder, workspace: Path, report: ReportPipe) -> ResultLine:
+    # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
+    shutil.rmtree(workspace / "output", ignore_errors=True)
+    # torch takes seconds to load: lock and lifeline come first.
+    from workers.engine.pipeline import run  # noqa: PLC0415
+    from workers.engine.reporter import Reporter  # noqa: PLC0415
+
+    return run(order, workspace, Reporter(report.write))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

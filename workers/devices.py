@@ -1,0 +1,80 @@
+"""What this machine can hold. torch is asked in a process of its own: the worker never loads it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import structlog
+
+from app.domain.jobs import DeviceClass
+from workers.process import child_environment
+
+PROBE = """
+import json, torch
+found = torch.cuda.is_available()
+first = torch.cuda.get_device_properties(0) if found else None
+print(json.dumps({"name": first.name, "memory": first.total_memory} if found else None))
+"""
+PROBE_SECONDS = 120
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a worker computes on, and its sizes in bytes; of several GPUs, the first visible one."""
+
+    device: DeviceClass
+    device_name: str | None
+    device_memory_bytes: int | None
+    host_memory_bytes: int
+    disk_bytes: int
+
+
+def capacity(wanted: str, workspace_dir: Path) -> Capacity:
+    """The device class to serve ("auto": cuda where torch finds one) and what the machine has.
+
+    Raises:
+        RuntimeError: cuda is wanted and torch finds none.
+    """
+    gpu = None if wanted == "cpu" else _probe()
+    if wanted == "cuda" and gpu is None:
+        raise RuntimeError("BITWRIGHT_DEVICE is cuda, but torch finds no CUDA device")
+    workspace_dir.mkdir(parents=True, exist_ok=True)
+    return Capacity(
+        device=DeviceClass.CPU if gpu is None else DeviceClass.CUDA,
+        device_name=None if gpu is None else str(gpu["name"]),
+        device_memory_bytes=None if gpu is None else int(gpu["memory"]),
+        host_memory_bytes=_host_memory(),
+        disk_bytes=shutil.disk_usage(workspace_dir).free,
+    )
+
+
+def _probe() -> dict[str, str | int] | None:
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            env=child_environment({}),
+            capture_output=True,
+            check=True,
+            timeout=PROBE_SECONDS,
+        )
+    except (subprocess.SubprocessError, OSError) as error:
+        log.warning("device_probe_failed", error=type(error).__name__)
+        return None
+    found: dict[str, str | int] | None = json.loads(answer.stdout.splitlines()[-1])
+    return found
+
+
+def _host_memory() -> int:
+    """Of the machine, or of the cgroup where that is smaller."""
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+    except OSError:
+        return machine
+    return min(machine, int(limit)) if limit.isdigit() else machine

@@ -1,0 +1,49 @@
+"""What the children are told through their environment, and what is kept from them."""
+
+import os
+
+from app.settings import Settings
+from app.store.attempts import Claim
+from workers.lifeline import ATTEMPT, JOB_ID
+from workers.process import child_environment
+from workers.workspace import Workspace
+
+NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "CURL_CA_BUNDLE")
+
+ALWAYS = {
+    # Else transformers sends model id and token to a public service when a repository holds only pickles.
+    "DISABLE_SAFETENSORS_CONVERSION": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONUNBUFFERED": "1",
+    # A library's deprecation is no news for who reads a job's log.
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def attempt_environment(workspace: Workspace, claim: Claim) -> dict[str, str]:
+    """Of the attempt: offline, and with caches that go with the workspace."""
+    return child_environment(ALWAYS | OFFLINE | _names(claim) | {"HF_HOME": str(workspace.folder / "cache")})
+
+
+def fetch_environment(settings: Settings, workspace: Workspace, claim: Claim) -> dict[str, str]:
+    """Of the fetch: the only child with the network's settings and the Hub token."""
+    network = {
+        name: value
+        for wanted in NETWORK
+        for name in (wanted, wanted.lower())
+        if (value := os.environ.get(name)) is not None
+    }
+    if settings.hub_endpoint:
+        network["HF_ENDPOINT"] = settings.hub_endpoint
+    if settings.hub_token:
+        network["HF_TOKEN"] = settings.hub_token.get_secret_value()
+    return child_environment(ALWAYS | _names(claim) | network | {"HF_HOME": str(workspace.folder / "cache")})
+
+
+def _names(claim: Claim) -> dict[str, str]:
+    """For the child's log lines."""
+    return {JOB_ID: claim.job_id, ATTEMPT: str(claim.attempt)}

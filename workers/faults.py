@@ -1,0 +1,34 @@
+"""Any exception of a child process as an error with a code."""
+
+import errno
+import sys
+
+from app.domain.errors import BitwrightError, CudaError, DiskFull, InternalError, OutOfGpuMemory, OutOfMemory
+
+
+def as_bitwright_error(error: BaseException) -> BitwrightError:
+    """The error to report. torch's kinds are known by name, so that nothing is imported for it."""
+    if isinstance(error, BitwrightError):
+        return error
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    text = str(error)
+    first = text.splitlines()[0] if text else type(error).__name__
+    hint = "fewer calibration samples, shorter sequences or a smaller batch_size need less"
+    if "OutOfMemoryError" in kinds or "CUDA out of memory" in text:
+        return OutOfGpuMemory(f"the GPU's memory was exhausted{_peak()}: {first}", hint=hint)
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or _is(error, errno.ENOMEM):
+        return OutOfMemory("the machine's memory was exhausted", hint=hint)
+    if "AcceleratorError" in kinds or "CUDA error" in text or "CUBLAS_STATUS" in text:
+        return CudaError(f"the GPU reported a fault: {first}")
+    if _is(error, errno.ENOSPC) or _is(error, errno.EDQUOT):
+        return DiskFull("the worker's disk is full", hint="free space under the workspace folder, and retry")
+    return InternalError(f"{type(error).__name__}; the attempt's log has more")
+
+
+def _is(error: BaseException, number: int) -> bool:
+    return isinstance(error, OSError) and error.errno == number
+
+
+def _peak() -> str:
+    torch = sys.modules.get("torch")
+    return "" if torch is None else f" (peak {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB)"

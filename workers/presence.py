@@ -1,0 +1,61 @@
+"""A worker's row in the store: it says that the worker lives and what it can hold."""
+
+import threading
+from dataclasses import asdict
+from importlib.metadata import version
+
+import structlog
+
+from app.domain.errors import Unavailable
+from app.queue import notify_workers
+from app.store.workers import gone, heartbeat, register
+from workers.context import WorkerContext
+
+HEARTBEAT_SECONDS = 10.0
+
+log = structlog.get_logger(__name__)
+
+
+class Presence:
+    """Registers the worker and renews its row from a thread until `stop`."""
+
+    def __init__(self, context: WorkerContext) -> None:
+        self._context = context
+        self._done = threading.Event()
+        self._thread = threading.Thread(target=self._keep, name="presence", daemon=True)
+
+    def start(self) -> None:
+        """Register, and ring for this class once: jobs may have waited for a first worker."""
+        if self._thread.is_alive():  # the broker was lost and found: Celery is ready once more
+            return
+        log.info("worker_started", worker_id=self._context.worker_id, device=self._context.device.value)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Remove the row. Safe to call if `start` never was."""
+        self._done.set()
+        if not self._thread.is_alive():
+            return
+        self._thread.join()
+        try:
+            with self._context.database.transaction() as session:
+                gone(session, self._context.worker_id)
+        except Unavailable:
+            log.warning("worker_not_removed")
+
+    def _keep(self) -> None:
+        self._tell()
+        notify_workers(self._context.device.value)
+        while not self._done.wait(HEARTBEAT_SECONDS):
+            self._tell()
+
+    def _tell(self) -> None:
+        context = self._context
+        try:
+            with context.database.transaction() as session:
+                if not heartbeat(session, context.worker_id):
+                    told = {"version": version("bitwright"), **asdict(context.capacity)}
+                    told.pop("device")
+                    register(session, context.worker_id, context.device, told)
+        except Unavailable:
+            log.warning("heartbeat_failed")

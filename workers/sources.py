@@ -1,0 +1,146 @@
+"""Where an attempt finds its model and texts on this machine.
+
+Local paths are checked against the roots again (the request was checked on another machine, perhaps long ago), uploads
+are taken from the blob store, and what is left for the Hub goes into a `FetchOrder`.
+"""
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from app.domain.errors import InvalidDataset, NotFound, SourceForbidden, SourceNotFound
+from app.domain.jobs import JobRequest
+from app.domain.sources import (
+    DatasetSource,
+    HubDataset,
+    HubModel,
+    LocalModel,
+    LocalText,
+    UploadedModel,
+    UploadedText,
+)
+from app.store.uploads import UploadRepository
+from workers.context import WorkerContext
+from workers.orders import FetchOrder, TextOrder
+from workers.workspace import Workspace
+
+CHARACTERS_PER_TOKEN = 12
+"""More than any tokenizer's average on text, so that a fetched head of a dataset is long enough."""
+
+
+def fetch_order(request: JobRequest, workspace: Workspace, data_dir: Path) -> FetchOrder:
+    """What the request wants from the Hub. Equal datasets are fetched once, into one file."""
+    model = request.model if isinstance(request.model, HubModel) else None
+    calibration, evaluation = request.calibration, request.evaluation
+    texts = {"calibration": calibration.dataset, "evaluation": evaluation.dataset if evaluation else None}
+    sizes = {
+        "calibration": calibration.num_samples * calibration.sequence_length,
+        "evaluation": evaluation.num_samples * evaluation.sequence_length if evaluation else 0,
+    }
+    same = texts["calibration"] == texts["evaluation"]
+    orders = {
+        role: TextOrder(
+            dataset=dataset,
+            path=str(workspace.sources / f"{'calibration' if same else role}.jsonl"),
+            characters=CHARACTERS_PER_TOKEN * (sum(sizes.values()) if same else sizes[role]),
+        )
+        for role, dataset in texts.items()
+        if isinstance(dataset, HubDataset)
+    }
+    return FetchOrder(model=model, models_folder=str(data_dir / "hub"), **orders)
+
+
+def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, workspace: Workspace) -> str | None:
+    """The folder of a local or uploaded checkpoint; None for one that the fetch brings.
+
+    Raises:
+        SourceNotFound: no such folder or upload.
+        SourceForbidden: the folder lies outside the roots.
+    """
+    model = request.model
+    if isinstance(model, LocalModel):
+        return str(under_roots(model.path, context.settings.model_roots, field="model"))
+    if isinstance(model, UploadedModel):
+        return str(materialise_upload(context, tenant_id, model.id, workspace, field="model"))
+    return None
+
+
+def text_path(
+    context: WorkerContext, tenant_id: str, dataset: DatasetSource | None, workspace: Workspace, *, field: str
+) -> str | None:
+    """The file of a local or uploaded text; None for builtin text and for what the fetch brings.
+
+    Raises:
+        SourceNotFound, SourceForbidden: as for models.
+        InvalidDataset: an upload of several files.
+    """
+    if isinstance(dataset, LocalText):
+        return str(under_roots(dataset.path, context.settings.model_roots, field=field))
+    if isinstance(dataset, UploadedText):
+        folder = materialise_upload(context, tenant_id, dataset.id, workspace, field=field)
+        files = [path for path in folder.rglob("*") if path.is_file()]
+        if len(files) != 1:
+            hint = "upload one JSONL file; a line is an object with text, prompt and completion, or messages"
+            raise InvalidDataset(f"the upload holds {len(files)} files", field=field, value=dataset.id, hint=hint)
+        return str(files[0])
+    return None
+
+
+def under_roots(path: str, roots: Iterable[Path], *, field: str) -> Path:
+    """The real path, if it exists and lies under a root (links are followed first).
+
+    Raises:
+        SourceForbidden: it does not lie under a root; whether it exists is not told.
+        SourceNotFound: it does not exist.
+    """
+    resolved = Path(path).expanduser().resolve()
+    if not any(resolved.is_relative_to(root.resolve()) for root in roots):
+        hint = "the service's operator names the allowed folders in BITWRIGHT_MODEL_ROOTS"
+        raise SourceForbidden("the path lies under none of the allowed folders", field=field, value=path, hint=hint)
+    if not resolved.exists():
+        raise SourceNotFound("there is no such path on the worker's machine", field=field, value=path)
+    return resolved
+
+
+def materialise_upload(
+    context: WorkerContext, tenant_id: str, upload_id: str, workspace: Workspace, *, field: str
+) -> Path:
+    """The folder with the upload's files, taken from the blob store unless an earlier attempt did it.
+
+    Raises:
+        SourceNotFound: no such complete upload of this tenant.
+    """
+    try:
+        with context.database.reading() as session:
+            upload = UploadRepository(session, tenant_id).get(upload_id)
+            files = [(file.name, file.sha256, file.size) for file in upload.files]
+            complete = upload.complete
+    except NotFound as error:
+        raise SourceNotFound(error.detail, field=field, value=upload_id, hint="upload it again") from error
+    if not complete:
+        raise SourceNotFound("the upload is not complete", field=field, value=upload_id, hint="complete it, and retry")
+    folder = workspace.sources / upload_id
+    for name, sha256, size in files:
+        target = (folder / name).resolve()
+        if not target.is_relative_to(folder.resolve()):
+            raise SourceForbidden("the upload names a file outside its folder", field=field, value=name)
+        if not (target.exists() and target.stat().st_size == size):
+            _materialise(context, sha256, target)
+    return folder
+
+
+def _materialise(context: WorkerContext, sha256: str, target: Path) -> None:
+    """A hard link to the blob where that is possible (same disk), else a copy, whole or not at all."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    temporary.unlink(missing_ok=True)
+    local = context.blobs.path(sha256)
+    try:
+        if local is None:
+            raise OSError  # a bucket: no file to link to
+        temporary.hardlink_to(local)
+    except OSError:
+        with context.blobs.open(sha256) as source, temporary.open("wb") as copy:
+            shutil.copyfileobj(source, copy, 1 << 20)
+    temporary.replace(target)

@@ -1,0 +1,197 @@
+"""The only place where store and engine meet: runs an attempt, keeps its lease, stores what it made.
+
+Nothing here computes; nothing in the attempt's process knows a database, a broker, a bucket or a key.
+"""
+
+import errno
+import time
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import structlog
+
+from app.domain.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
+from app.domain.events import AttemptOrder, ErrorData, FailedLine, FetchedLine, ResultLine
+from app.domain.jobs import JobStatus
+from app.store.attempts import AttemptWriter, Claim
+from workers.context import WorkerContext
+from workers.endings import error_of_exit, oom_kills
+from workers.environments import attempt_environment, fetch_environment
+from workers.event_buffer import EventBuffer, LineReader
+from workers.lease import JobCancelled, LeaseKeeper, WorkerStopping
+from workers.orders import FetchOrder
+from workers.outputs import store_outputs
+from workers.process import ChildProcess
+from workers.requirements import missed_requirement
+from workers.sources import fetch_order, model_path, text_path
+from workers.workspace import Workspace
+
+POLL_SECONDS = 0.2
+CONCLUDE_SECONDS = 120.0
+"""How long an attempt's end waits for a database that is away, before the sweep has to find out."""
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+def supervise(context: WorkerContext, claim: Claim) -> JobStatus | None:
+    """Run a claimed attempt to its end and write how it ended.
+
+    Returns the status that the job has then; None if this attempt lost the job, or could not write its end.
+    """
+    with structlog.contextvars.bound_contextvars(job_id=claim.job_id, attempt=claim.attempt):
+        log.info("attempt_started", worker_id=context.worker_id, device=context.device.value)
+        try:
+            with LeaseKeeper(context, claim) as lease:
+                status = _to_the_end(_Attempt(context, claim, lease))
+        except AttemptSuperseded:
+            log.warning("attempt_superseded")
+            return None
+        except Unavailable:
+            log.error("attempt_end_not_written")
+            return None
+        log.info("attempt_ended", status=status.value)
+        return status
+
+
+def _to_the_end(attempt: "_Attempt") -> JobStatus:
+    try:
+        return attempt.run()
+    except AttemptSuperseded:
+        raise
+    except JobCancelled:
+        attempt.write(lambda writer: writer.cancelled())
+        return JobStatus.CANCELLED
+    except WorkerStopping:
+        attempt.write(lambda writer: writer.release())
+        return JobStatus.QUEUED
+    except BitwrightError as error:
+        log.warning("attempt_failed", code=error.code, detail=error.detail)
+        return attempt.fail(error)
+    except OSError as error:
+        log.exception("supervisor_failed")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return attempt.fail(
+            DiskFull("the worker's disk is full") if full else InternalError(f"{type(error).__name__} on the worker")
+        )
+    except Exception as error:
+        log.exception("supervisor_failed")
+        return attempt.fail(InternalError(f"{type(error).__name__} on the worker"))
+
+
+class _Attempt:
+    """One attempt in the supervisor's hands."""
+
+    def __init__(self, context: WorkerContext, claim: Claim, lease: LeaseKeeper) -> None:
+        self._context = context
+        self._claim = claim
+        self._lease = lease
+        self._events = EventBuffer(context, claim)
+        self._workspace = Workspace.open(context.settings.workspace_dir, claim.job_id)
+
+    def run(self) -> JobStatus:
+        """Sources, attempt, storage. Raises whatever ends the attempt early."""
+        self._lease.check()
+        self._workspace.write(self._workspace.order, self._order())
+        result = self._listen_for(
+            ResultLine, self._context.attempt_module, attempt_environment(self._workspace, self._claim)
+        )
+        artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
+        missed = missed_requirement(self._claim.request.require, result.report)
+        self._events.flush()
+        if missed is not None:
+            return self.write(lambda writer: writer.fail(missed, report=result.report, artifacts=artifacts))
+        self.write(lambda writer: writer.succeed(result.report, artifacts))
+        self._workspace.remove()
+        return JobStatus.SUCCEEDED
+
+    def fail(self, error: BitwrightError) -> JobStatus:
+        """Write the attempt's error; the status that the job has then."""
+        return self.write(lambda writer: writer.fail(error))
+
+    def write(self, action: Callable[[AttemptWriter], T]) -> T:
+        """Do one fenced write in a transaction of its own, waiting for a database that is away.
+
+        Raises:
+            AttemptSuperseded: another attempt holds the job. Also after a commit whose answer was lost: it is written.
+            Unavailable: the database stayed away.
+        """
+        deadline = time.monotonic() + CONCLUDE_SECONDS
+        while True:
+            try:
+                with self._context.database.transaction() as session:
+                    return action(AttemptWriter(session, self._claim.job_id, self._claim.attempt))
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+
+    def _order(self) -> AttemptOrder:
+        request, tenant = self._claim.request, self._claim.tenant_id
+        evaluated = request.evaluation.dataset if request.evaluation else None
+        found = (self._context, tenant)
+        model = model_path(*found, request, self._workspace)
+        calibration = text_path(*found, request.calibration.dataset, self._workspace, field="calibration.dataset")
+        evaluation = text_path(*found, evaluated, self._workspace, field="evaluation.dataset")
+        wanted = fetch_order(request, self._workspace, self._context.settings.data_dir)
+        fetched = None if wanted.empty else self._fetch(wanted)
+        return AttemptOrder(
+            job_id=self._claim.job_id,
+            attempt=self._claim.attempt,
+            request=request,
+            model_path=model or (fetched.model_path if fetched else ""),
+            model_revision=fetched.model_revision if fetched else None,
+            calibration_path=calibration or (fetched.calibration_path if fetched else None),
+            evaluation_path=evaluation or (fetched.evaluation_path if fetched else None),
+            device=self._context.device.value,
+            micro_batch_divisor=self._claim.micro_batch_divisor,
+        )
+
+    def _fetch(self, wanted: FetchOrder) -> FetchedLine:
+        if not self._context.settings.hub_enabled:
+            hint = "use a local path, an upload or the builtin text, or ask the operator to set BITWRIGHT_HUB_ENABLED"
+            raise SourceForbidden("this service may not fetch from the Hub", field="model", hint=hint)
+        self._workspace.write(self._workspace.fetch_order, wanted)
+        environment = fetch_environment(self._context.settings, self._workspace, self._claim)
+        return self._listen_for(FetchedLine, "workers.fetch", environment)
+
+    def _listen_for(self, wanted: type[T], module: str, environment: Mapping[str, str]) -> T:
+        """Run a child to its end, pass its events on, and return the line of the type `wanted` that it ended with."""
+        reader, endings = LineReader(), _Endings()
+        kills_before = oom_kills()
+        with ChildProcess(
+            [module, str(self._workspace.folder)],
+            environment=environment,
+            log_path=self._workspace.log,
+            silence_seconds=float(self._context.settings.lease_seconds),
+        ) as child:
+            log.info("process_started", module=module, pid=child.pid)
+            while not child.ended():
+                self._hear(child.lines(POLL_SECONDS), reader, endings)
+                self._events.flush_if_due()
+                self._lease.check()
+            self._hear(child.remaining_lines(), reader, endings)
+            code = child.finish()
+            log.info("process_ended", module=module, code=code, ignored=reader.ignored + child.dropped_lines)
+        self._events.flush()
+        what = "fetch" if wanted is FetchedLine else "attempt"
+        if code == 0 and isinstance(endings.result, wanted):
+            return endings.result
+        raise error_of_exit(code, endings.failed, oom_killed=oom_kills() > kills_before, what=what)
+
+    def _hear(self, raw_lines: list[bytes], reader: LineReader, endings: "_Endings") -> None:
+        for raw in raw_lines:
+            line = reader.read(raw)
+            if isinstance(line, ResultLine | FetchedLine):
+                endings.result = line
+            elif isinstance(line, FailedLine):
+                endings.failed = line.error
+            elif line is not None:
+                self._events.add(line)
+
+
+class _Endings:
+    """The last words of a child."""
+
+    result: ResultLine | FetchedLine | None = None
+    failed: ErrorData | None = None

@@ -1,0 +1,136 @@
+"""`python -m workers.sweep`: the process that notices what nobody else notices.
+
+Each round it takes back jobs whose workers fell silent, rings for idle workers where jobs wait, and now and then throws
+away what is past its retention. Many may run: a lease in the database lets one work. It needs the database alone; with
+the broker away it goes on, and rings again when the broker is back.
+"""
+
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping
+
+import structlog
+
+from app.domain.errors import BitwrightError, Unavailable
+from app.domain.jobs import DeviceClass
+from app.logs import configure_logging
+from app.queue import notify_workers
+from app.settings import Settings, get_settings
+from app.store.blobs import BlobStore, open_blobs
+from app.store.endings import requeue_lost
+from app.store.garbage import collect_blobs, remove_expired_keys, remove_old_jobs
+from app.store.ids import new_id
+from app.store.session import Database
+from app.store.uploads import remove_expired_uploads
+from app.store.workers import forget_workers, list_workers, sweep_lease, waiting
+
+LEASE_ROUNDS = 3
+"""The sweep's own lease lasts for this many rounds."""
+RETENTION_SECONDS = 600.0
+"""Between two rounds of throwing away."""
+UNSEEN_SECONDS = 86_400.0
+DAY = 86_400.0
+
+log = structlog.get_logger(__name__)
+
+
+class Sweep:
+    """One sweeping process; `holder` names it in the lease."""
+
+    def __init__(self, settings: Settings, database: Database, blobs: BlobStore, holder: str) -> None:
+        self._settings = settings
+        self._database = database
+        self._blobs = blobs
+        self._holder = holder
+        self._retention_due = time.monotonic()
+
+    def round(self) -> bool:
+        """Do what is due; False if another sweep has the lease.
+
+        Raises:
+            Unavailable: the database is away.
+        """
+        seconds = max(LEASE_ROUNDS * self._settings.sweep_interval_seconds, 1.0)
+        with self._database.transaction() as session:
+            if not sweep_lease(session, self._holder, seconds):
+                return False
+        self.requeue()
+        self.ring()
+        if time.monotonic() >= self._retention_due:
+            self._retention_due = time.monotonic() + RETENTION_SECONDS
+            self.throw_away()
+        return True
+
+    def requeue(self) -> None:
+        """Take back the jobs of workers that fell silent."""
+        with self._database.transaction() as session:
+            lost = requeue_lost(session)
+        for job_id, _device in lost:
+            log.warning("job_taken_back", job_id=job_id)
+
+    def ring(self) -> None:
+        """One message for each idle worker that a waiting job could use."""
+        with self._database.reading() as session:
+            jobs = waiting(session)
+            idle = [DeviceClass(state.worker.device_class) for state in list_workers(session) if state.job_id is None]
+        for device, times in rings(jobs, idle).items():
+            for _ in range(times):
+                notify_workers(device.value)
+
+    def throw_away(self) -> None:
+        """Delete rows past their retention, then bytes that no row names."""
+        with self._database.transaction() as session:
+            remove_expired_keys(session)
+            uploads = remove_expired_uploads(session)
+            forget_workers(session, unseen_seconds=UNSEEN_SECONDS)
+            days = self._settings.job_retention_days
+            jobs = remove_old_jobs(session, older_than_seconds=days * DAY) if days else []
+        blobs = collect_blobs(self._database, self._blobs)
+        log.info("retention_done", jobs=len(jobs), uploads=len(uploads), blobs=len(blobs))
+
+
+def rings(jobs: Mapping[str, int], idle: list[DeviceClass]) -> dict[DeviceClass, int]:
+    """How often to ring for each class: at most once an idle worker, and no more often than jobs wait for it."""
+    return {
+        device: min(idle.count(device), jobs.get("any", 0) + jobs.get(device.value, 0))
+        for device in DeviceClass
+        if device in idle
+    }
+
+
+def run(sweep: Sweep, interval: float, stopping: threading.Event) -> None:
+    """Sweep every `interval` seconds until `stopping` is set. No error of a round ends it."""
+    while not stopping.is_set():
+        try:
+            sweep.round()
+        except Unavailable:
+            log.warning("database_unreachable")
+        except (BitwrightError, OSError):
+            log.exception("sweep_failed")
+        stopping.wait(interval)
+
+
+def main() -> int:
+    """Sweep with the settings of the environment until SIGTERM or SIGINT."""
+    settings = get_settings()
+    configure_logging(settings)
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    database = Database(settings.database_url)
+    holder = f"{socket.gethostname()}.{os.getpid()}.{new_id('wrk')}"
+    sweep = Sweep(settings, database, open_blobs(settings.blob_url), holder)
+    log.info("sweep_started", holder=holder, interval=settings.sweep_interval_seconds)
+    try:
+        run(sweep, settings.sweep_interval_seconds, stopping)
+    finally:
+        database.close()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
