@@ -17,7 +17,7 @@ ARGS ?=
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu lint format types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu lint format docs types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -40,6 +40,9 @@ test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 lint: $(VENV)/.dev ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+docs: $(VENV)/.test ## Write the parts of the documentation that are made from the code
+	$(BIN)/python -m tests.documentation
 
 format: $(VENV)/.dev ## Mend style and format where ruff can
 	$(BIN)/ruff check --fix .

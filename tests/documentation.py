@@ -1,0 +1,229 @@
+"""The parts of the documentation that are made from the code; `make docs` writes them.
+
+A generated part stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`; `PARTS` says where and from what.
+`tests/test_documentation.py` holds that writing them again would change nothing.
+"""
+
+import ast
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import MappingProxyType
+
+from app.domain.formats import FORMATS, RuntimeSupport, Support
+from app.domain.methods import METHODS, PER_CHANNEL, PRESETS, RECIPES
+from app.settings import Settings
+
+ROOT = Path(__file__).resolve().parent.parent
+
+FOLDERS = MappingProxyType(
+    {
+        "app": "Everything that needs no torch: API, store, client, command line",
+        "app/domain": "Pure types: pydantic and the standard library only",
+        "app/store": "SQLAlchemy; the only place with SQL",
+        "app/api": "FastAPI",
+        "app/client": "The typed HTTP client",
+        "app/cli": "The `bitwright` command",
+        "workers": "Celery on one side of a process boundary, torch on the other; never FastAPI",
+        "workers/engine": "Loads, streams, calibrates, tunes, resumes, evaluates",
+        "workers/formats": "Checkpoint formats, each an exact inverse of itself",
+        "workers/methods": "One file a method",
+        "workers/numerics": "Codes, scales and packing",
+        "migrations": "Alembic",
+        "migrations/versions": "One file a change of the tables",
+        "benchmarks": "Measurements side by side; never part of the tests",
+        "tests": "Mirrors app/ and workers/",
+        "tests/api": "The HTTP interface, through a real server or client",
+        "tests/cli": "The command line",
+        "tests/client": "The client against real sockets",
+        "tests/conformance": "Suites that every method or format must pass",
+        "tests/domain": "Requests, formats and errors",
+        "tests/e2e": "Whole jobs with real processes, faults included",
+        "tests/engine": "Streaming, resume and evaluation against plain transformers",
+        "tests/formats": "Tensors and configurations of each format",
+        "tests/methods": "Methods against their formulas",
+        "tests/numerics": "Rounding and packing",
+        "tests/store": "One suite on SQLite and on PostgreSQL",
+        "tests/workers": "Supervision, fetching and the sweep",
+        "docs": "Documentation beyond this page",
+        "docs/adr": "Decisions, one page each",
+    }
+)
+"""A line for each folder, in the order of the tree. A folder without Python files is left out until it has one."""
+
+FILES = MappingProxyType(
+    {
+        ".ci/run": "What must hold before a change lands",
+        ".pre-commit-config.yaml": "Git hooks, offline",
+        "AGENTS.md": "House rules for whoever writes code here, in short",
+        "CHANGELOG.md": "What changed, for users",
+        "Dockerfile": "Targets `api` (no torch) and `worker`",
+        "Makefile": "Every command of the project: `make help`",
+        "alembic.ini": "Where Alembic finds the migrations",
+        "constraints.txt": "The exact versions that the tests run with",
+        "docker-compose.yml": "PostgreSQL, Valkey, migrate, api, worker, sweep",
+        "pyproject.toml": "Packages, extras, and the settings of every tool",
+        "docs/adding-a-method.md": "The four touches of a new method",
+        "docs/errors.md": "Every error code and its way out",
+        "docs/operations.md": "Settings, scaling, backup, upgrades, security, what happens when something dies",
+        "docs/results.md": "Measured figures and how to reproduce them",
+    }
+)
+"""Files that cannot describe themselves."""
+
+
+LONGEST_LINE = 125
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def methods_table() -> str:
+    rows = []
+    for name, info in METHODS.items():
+        paper = f"[arXiv:{info.paper}](https://arxiv.org/abs/{info.paper})" if info.paper else "none"
+        rows.append([f"`{name}`", info.summary, paper, "yes" if info.needs_calibration else "no"])
+    return table(("method", "what it does", "paper", "calibration text"), rows)
+
+
+def presets_table() -> str:
+    rows = [[f"`{n}`", str(p.steps), str(p.num_samples), str(p.sequence_length)] for n, p in PRESETS.items()]
+    return table(("preset", "steps a block", "sequences", "tokens a sequence"), rows)
+
+
+def recipes_table() -> str:
+    rows = [
+        [f"`{name}`", ", ".join(f"`{field}`: `{value}`" for field, value in fields.items())]
+        for name, fields in RECIPES.items()
+    ]
+    return table(("recipe", "stands for"), rows)
+
+
+def formats_table() -> str:
+    rows = []
+    for name, info in FORMATS.items():
+        methods = ", ".join(f"`{m}`" for m, method in METHODS.items() if method.produces in info.kinds)
+        held = f"{_numbers(info.bits)} bits, {_symmetries(info.symmetries)}"
+        rows += [[f"`{name.value}`", methods, held, *_runtime_cells(runtime)] for runtime in info.runtimes]
+    return table(("format", "methods", "holds", "runtime", "loads", "known"), rows)
+
+
+def _runtime_cells(runtime: RuntimeSupport) -> list[str]:
+    sizes = "any group size"
+    if runtime.group_sizes is not None:
+        finite = sorted(size for size in runtime.group_sizes if size != PER_CHANNEL)
+        sizes = f"groups of {', '.join(map(str, finite))}"
+        sizes += " or per channel" if PER_CHANNEL in runtime.group_sizes else ""
+    loads = f"{_numbers(runtime.bits)} bits, {sizes}" + (f"; {runtime.note}" if runtime.note else "")
+    return [runtime.runtime, loads, "tested" if runtime.support is Support.TESTED else "by its rules"]
+
+
+def _numbers(values: frozenset[int]) -> str:
+    ordered = sorted(values)
+    whole = len(ordered) > 2 and ordered == list(range(ordered[0], ordered[-1] + 1))
+    return f"{ordered[0]} to {ordered[-1]}" if whole else ", ".join(map(str, ordered))
+
+
+def _symmetries(values: frozenset[bool]) -> str:
+    return " or ".join(word for flag, word in ((True, "symmetric"), (False, "asymmetric")) if flag in values)
+
+
+def settings_table() -> str:
+    rows = [
+        [f"`BITWRIGHT_{name.upper()}`", _default(name), field.description or ""]
+        for name, field in Settings.model_fields.items()
+    ]
+    return table(("variable", "default", "meaning"), rows)
+
+
+MADE_DEFAULTS = MappingProxyType(
+    {
+        "data_dir": "`~/.local/share/bitwright`",
+        "database_url": "SQLite in the data folder",
+        "blob_url": "`blobs` in the data folder",
+        "workspace_dir": "`workspaces` in the data folder",
+        "worker_name": "the host's name",
+    }
+)
+"""Defaults that a function makes, in words."""
+
+
+def _default(name: str) -> str:
+    field = Settings.model_fields[name]
+    if field.default_factory is not None:
+        return MADE_DEFAULTS[name]
+    value = field.default
+    if isinstance(value, bool):
+        return f"`{str(value).lower()}`"
+    return f"`{value}`" if isinstance(value, int | float) or value else ""
+
+
+def tree() -> str:
+    entries = list(_tree_entries())
+    width = max(len(label) for label, _ in entries) + 2
+    return "```\n" + "\n".join(f"{label:<{width}}{summary}" for label, summary in entries) + "\n```"
+
+
+def _tree_entries() -> Iterator[tuple[str, str]]:
+    """Indented name and line of every folder, of every module outside the tests, and of the other files."""
+    for folder, summary in FOLDERS.items():
+        path = ROOT / folder
+        if not any(path.rglob("*.py")) and not any(path.glob("*.md")):
+            continue
+        yield _label(folder) + "/", summary
+        if not folder.startswith(("tests", "migrations/versions")):
+            modules = sorted(module for module in path.glob("*.py") if module.stem != "__init__")
+            yield from ((_label(f"{folder}/{module.name}"), _first_sentence(module)) for module in modules)
+        yield from ((_label(name), line) for name, line in FILES.items() if name.rpartition("/")[0] == folder)
+    yield from ((name, line) for name, line in FILES.items() if name.rpartition("/")[0] not in FOLDERS)
+
+
+def _label(path: str) -> str:
+    return "  " * path.count("/") + path.rpartition("/")[2]
+
+
+def _first_sentence(module: Path) -> str:
+    """The first sentence of a module's docstring, up to a colon or semicolon where it is long."""
+    docstring = ast.get_docstring(ast.parse(module.read_text(encoding="utf-8"))) or ""
+    paragraph = " ".join(docstring.split("\n\n", maxsplit=1)[0].split())
+    sentence = re.split(r"(?<=[a-z0-9)`])\. ", paragraph, maxsplit=1)[0].rstrip(".:")
+    return sentence if len(sentence) <= LONGEST_LINE else re.split(r"[:;] ", sentence, maxsplit=1)[0]
+
+
+PARTS: MappingProxyType[str, tuple[str, Callable[[], str]]] = MappingProxyType(
+    {
+        "methods": ("README.md", methods_table),
+        "presets": ("README.md", presets_table),
+        "recipes": ("README.md", recipes_table),
+        "formats": ("README.md", formats_table),
+        "settings": ("README.md", settings_table),
+        "tree": ("README.md", tree),
+    }
+)
+"""Name of a generated part -> the document that it stands in, and what makes it."""
+
+
+def with_part(document: str, name: str, content: str) -> str:
+    """`document` with the part `name` replaced.
+
+    Raises:
+        ValueError: the document has no such part, or has it twice.
+    """
+    pattern = re.compile(rf"(<!-- begin: {name} -->\n).*?(<!-- end: {name} -->)", re.DOTALL)
+    made, count = pattern.subn(lambda match: f"{match[1]}\n{content}\n\n{match[2]}", document)
+    if count != 1:
+        raise ValueError(f"the part {name!r} stands {count} times in the document, not once")
+    return made
+
+
+def write() -> None:
+    """Write every generated part into its document."""
+    for name, (document, make) in PARTS.items():
+        path = ROOT / document
+        path.write_text(with_part(path.read_text(encoding="utf-8"), name, make()), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    write()

@@ -1,0 +1,178 @@
+"""The documentation says what the code does: generated parts are fresh, examples are valid, names exist."""
+
+import ast
+import json
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import pytest
+
+from app.api.main import create_app
+from app.domain.errors import ERRORS, FieldProblem
+from app.domain.jobs import JobRequest
+from app.domain.methods import METHODS
+from app.domain.views import UploadRequest
+from tests.command_lines import check_bitwright
+from tests.documentation import FILES, FOLDERS, PARTS, ROOT, with_part
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+def code_blocks(document: str, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", document, re.DOTALL | re.MULTILINE)
+
+
+def shell_commands(document: str) -> list[list[str]]:
+    """The words of every command in a document's `sh` blocks; of a pipeline, its first command."""
+    joined = "\n".join(code_blocks(document, "sh")).replace("\\\n", " ")
+    commands = []
+    for line in _complete_lines(joined):
+        words = shlex.split(line, comments=True)
+        if words:
+            commands.append(words[: words.index("|")] if "|" in words else words)
+    return commands
+
+
+def _complete_lines(text: str) -> list[str]:
+    """Lines, with those of a quoted string that spans several put together."""
+    lines: list[str] = []
+    open_quote = False
+    for line in text.splitlines():
+        if open_quote:
+            lines[-1] += "\n" + line
+        else:
+            lines.append(line)
+        open_quote ^= line.count("'") % 2 == 1
+    return lines
+
+
+CURLS = [words for words in shell_commands(README) if words[0] == "curl"]
+ROUTES = create_app().openapi()["paths"]
+
+
+def curl_target(words: list[str]) -> tuple[str, str]:
+    """Method and route of a curl command; variables stand for path parameters."""
+    stated = dict(pairwise(words))
+    method = stated.get("-X") or ("HEAD" if "-I" in words else "GET")
+    url = next(word for word in words if word.startswith("$BITWRIGHT"))
+    path = re.sub(r"\$[A-Z]+", "{}", urlsplit(url.removeprefix("$BITWRIGHT")).path)
+    return method, path.replace("calibration.jsonl", "{}")
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_generated_part_is_fresh(name: str) -> None:
+    document, make = PARTS[name]
+    text = (ROOT / document).read_text(encoding="utf-8")
+    assert with_part(text, name, make()) == text, "run `make docs`"
+
+
+def test_every_folder_with_code_has_a_line() -> None:
+    packages = {
+        folder.relative_to(ROOT).as_posix()
+        for top in ("app", "workers", "migrations", "tests", "benchmarks")
+        for folder in [ROOT / top, *(ROOT / top).rglob("*")]
+        if folder.is_dir() and any(folder.glob("*.py"))
+    }
+    assert packages - FOLDERS.keys() == set()
+
+
+def test_every_file_of_the_tree_exists() -> None:
+    assert [name for name in FILES if not (ROOT / name).is_file()] == []
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    assert pages - FILES.keys() == set()
+
+
+@pytest.mark.parametrize("words", CURLS, ids=lambda words: " ".join(curl_target(words)))
+def test_curl_example_names_a_route(words: list[str]) -> None:
+    method, path = curl_target(words)
+    methods = {re.sub(r"\{[^}]+\}", "{}", route): set(operations) for route, operations in ROUTES.items()}
+    assert path in methods
+    assert method.lower() in methods[path]
+
+
+def test_curl_examples_show_the_whole_life_of_a_job() -> None:
+    shown = {curl_target(words) for words in CURLS}
+    assert shown >= {
+        ("POST", "/v1/jobs"),
+        ("GET", "/v1/jobs/{}"),
+        ("GET", "/v1/jobs/{}/events"),
+        ("GET", "/v1/jobs/{}/archive"),
+        ("GET", "/v1/artifacts/{}/content"),
+        ("PUT", "/v1/uploads/{}/files/{}"),
+    }
+
+
+def test_bodies_of_the_curl_examples_are_valid() -> None:
+    parsed = 0
+    for words in CURLS:
+        if "-d" not in words:
+            continue
+        body = json.loads(words[words.index("-d") + 1])
+        if curl_target(words)[1] == "/v1/uploads":
+            UploadRequest.model_validate(body)
+        else:
+            assert JobRequest.parse(body).quantization.method in METHODS
+        parsed += 1
+    assert parsed == sum(words[words.index("-X") + 1] == "POST" for words in CURLS if "-d" in words) >= 3
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_python_and_json_examples_can_be_read(path: Path) -> None:
+    document = path.read_text(encoding="utf-8")
+    for code in code_blocks(document, "python"):
+        ast.parse(code)
+    for code in code_blocks(document, "json"):
+        json.loads(code)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(path: Path) -> None:
+    targets = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
+    local = [target for target in targets if not urlsplit(target).scheme]
+    assert [target for target in local if not (path.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_commands_can_be_given(path: Path) -> None:
+    document = path.read_text(encoding="utf-8")
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    inline = [shlex.split(code) for code in re.findall(r"`((?:make|bitwright) [^`]+)`", document)]
+    for words in [*shell_commands(document), *inline]:
+        if words[0] == "make":
+            assert words[1] in targets
+        if words[0] == "bitwright" and "--help" not in words:
+            check_bitwright([word for word in words[1:] if word != "&"])
+
+
+ERROR_ROW = re.compile(r"^\| `(\w+)` \| (\d{3}) \| (\w+) \| (.+?) \| .+ \|$", re.MULTILINE)
+
+
+def test_every_error_code_is_documented() -> None:
+    rows = ERROR_ROW.findall((ROOT / "docs" / "errors.md").read_text(encoding="utf-8"))
+    documented = {code: (int(status), retry, title) for code, status, retry, title in rows}
+    assert documented == {code: (e.status, e.retry.value, e.title) for code, e in ERRORS.items()}
+    assert len(rows) == len(documented)
+
+
+def test_every_code_of_a_field_problem_is_documented() -> None:
+    """The codes that the domain gives to `FieldProblem` or maps pydantic's errors to, read from its source."""
+    domain = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "app" / "domain").glob("*.py")]
+    given = {
+        keyword.value.value
+        for tree in domain
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and getattr(call.func, "id", "") == FieldProblem.__name__
+        for keyword in call.keywords
+        if keyword.arg == "code" and isinstance(keyword.value, ast.Constant)
+    }
+    document = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").partition("## Codes of field problems")[2]
+    assert given <= set(re.findall(r"^\| `(\w+)` \|", document, re.MULTILINE))
+    assert "unknown_method" in given
+
+
+def test_the_house_rules_stay_short() -> None:
+    assert len((ROOT / "AGENTS.md").read_text(encoding="utf-8").splitlines()) <= 150
