@@ -1,0 +1,53 @@
+# syntax=docker/dockerfile:1
+# Two images of one tree: `api` has no torch and also runs migrate and sweep; `worker` has it. Both run as a user
+# without rights, with the versions of constraints.txt.
+
+ARG PYTHON=3.11
+
+FROM python:${PYTHON}-slim AS build
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
+WORKDIR /source
+RUN python -m venv /opt/bitwright
+ENV PATH=/opt/bitwright/bin:$PATH
+COPY pyproject.toml constraints.txt README.md LICENSE ./
+
+# The libraries first: they change less often than the code.
+FROM build AS build-api
+RUN --mount=type=cache,target=/root/.cache/pip \
+    mkdir app && touch app/__init__.py && pip install -c constraints.txt '.[api]' && pip uninstall -y bitwright
+COPY app app
+COPY workers workers
+COPY migrations migrations
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt '.[api]'
+
+FROM build AS build-worker
+RUN --mount=type=cache,target=/root/.cache/pip \
+    mkdir app && touch app/__init__.py && pip install -c constraints.txt '.[worker]' && pip uninstall -y bitwright
+COPY app app
+COPY workers workers
+COPY migrations migrations
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt '.[worker]'
+
+FROM python:${PYTHON}-slim AS runtime
+RUN useradd --system --uid 10001 --create-home bitwright \
+    && install -d -o bitwright -g bitwright /var/lib/bitwright /var/lib/bitwright-workspaces
+ENV PATH=/opt/bitwright/bin:$PATH PYTHONUNBUFFERED=1 \
+    BITWRIGHT_DATA_DIR=/var/lib/bitwright BITWRIGHT_LOG_FORMAT=json BITWRIGHT_ENVIRONMENT=production
+WORKDIR /var/lib/bitwright
+VOLUME /var/lib/bitwright
+STOPSIGNAL SIGTERM
+
+FROM runtime AS api
+COPY --from=build-api /opt/bitwright /opt/bitwright
+USER bitwright
+EXPOSE 8080
+HEALTHCHECK --interval=10s --timeout=5s --start-period=20s --retries=3 \
+    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8080/readyz', timeout=4)"]
+CMD ["uvicorn", "--factory", "app.api.main:create_app", "--host", "0.0.0.0", "--port", "8080"]
+
+FROM runtime AS worker
+COPY --from=build-worker /opt/bitwright /opt/bitwright
+# What a container runtime with NVIDIA's toolkit looks for; without a GPU they change nothing.
+ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+USER bitwright
+CMD ["bitwright", "worker"]
