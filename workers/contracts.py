@@ -1,13 +1,13 @@
 """The seam between the engine and the methods: what a method is given for a block, and what it must return.
 
-A method that learns describes each linear as a `TrainableWeight` and hands them to `task.tune`, the engine's one
+A method that learns describes a block's linears as `TrainableWeights` and hands them to `task.tune`, the engine's one
 tuning loop. Everything such a method learns acts through the weight, so the loop needs no more than the weight's
 value and gives back no more than the gradient with respect to it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,19 +22,36 @@ class BlockForward(Protocol):
     def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor: ...
 
 
-class TrainableWeight(Protocol):
-    """A linear's weight as a function of what a method learns."""
+class TrainableWeights(Protocol):
+    """Some linears' weights as a function of what a method learns, flat: one tensor holds them one after another.
 
-    def weight(self) -> Tensor:
-        """W_hat of the present parameters in the model's dtype, (out, in)."""
+    Every tensor stays where it is on the device and no method waits for the device, so that the loop can capture its
+    steps once and replay them for each block of the same shape.
+    """
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, int]]:
+        """(out, in) of each linear by its name inside the block, in the order in which they lie in flat tensors."""
         ...
 
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
-        """Moves the parameters once, given dL/dW_hat, (out, in); called after `weight`."""
+    def write(self, out: Tensor) -> None:
+        """Writes W_hat of the present parameters into `out`, flat, in the model's dtype."""
         ...
 
-    def result(self) -> LinearResult:
-        """The quantized weight of the present parameters, sharing no memory with them."""
+    def step(self, gradient: Tensor, rate: Tensor) -> None:
+        """Moves the parameters once, given dL/dW_hat, flat, and the learning rate, a number on the device."""
+        ...
+
+    def keep(self, better: Tensor) -> None:
+        """Remembers the present parameters' result if `better`, a truth value on the device."""
+        ...
+
+    def adopt(self, other: Self) -> None:
+        """Takes over the start of another block's weights of the same shapes."""
+        ...
+
+    def results(self) -> dict[str, LinearResult]:
+        """What was remembered last, sharing no memory with the parameters."""
         ...
 
 
@@ -100,7 +117,7 @@ class Tune(Protocol):
     """The engine's tuning loop (`workers.engine.tuning.tune`)."""
 
     def __call__(
-        self, task: BlockTask, weights: Mapping[str, TrainableWeight], settings: TuningSettings
+        self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings
     ) -> TuningOutcome: ...
 
 

@@ -1,5 +1,6 @@
 """The tuning loop's own promises: accumulation, held-out choice, schedule and restoration."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -9,7 +10,7 @@ from torch import Tensor
 from app.domain.errors import NumericalFailure
 from app.domain.methods import Scheme
 from tests.methods.toy_block import toy_task
-from workers.contracts import TuningSettings
+from workers.contracts import BlockTask, TuningSettings
 from workers.engine.tuning import is_checked, minibatches, split, tune
 from workers.methods.rtn import quantize_weight
 from workers.numerics.quantized import LinearResult
@@ -18,62 +19,97 @@ SCHEME = Scheme(bits=4, group_size=16, symmetric=True)
 
 
 @dataclass
-class RecordedWeight:
-    """A trainable weight that keeps what the loop gives it; descends if `moves`."""
+class RecordedWeights:
+    """Trainable weights that keep what the loop gives them; each step moves them by `moves` times the gradient."""
 
     value: Tensor
     moves: float = 0.0
     gradients: list[Tensor] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)
+    kept: Tensor | None = None
 
-    def weight(self) -> Tensor:
-        return self.value
+    @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        return {"up": (self.value.shape[0], self.value.shape[1])}
 
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
+    def write(self, out: Tensor) -> None:
+        out.copy_(self.value.flatten())
+
+    def step(self, gradient: Tensor, rate: Tensor) -> None:
         self.gradients.append(gradient.clone())
-        self.rates.append(learning_rate)
-        self.value = self.value - self.moves * gradient
+        self.rates.append(float(rate))
+        self.value = self.value - self.moves * gradient.view_as(self.value)
 
-    def result(self) -> LinearResult:
-        return LinearResult(quantize_weight(self.value, SCHEME, torch.float32))
+    def keep(self, better: Tensor) -> None:
+        if better:
+            self.kept = self.value.clone()
+
+    def adopt(self, other: "RecordedWeights") -> None:
+        self.value = other.value
+
+    def results(self) -> dict[str, LinearResult]:
+        assert self.kept is not None
+        return {"up": LinearResult(quantize_weight(self.kept, SCHEME, torch.float32))}
+
+
+def weights_of(task: BlockTask, factor: float = 0.9, moves: float = 0.0) -> RecordedWeights:
+    return RecordedWeights(task.linear("up").weight.detach() * factor, moves)
+
+
+def test_the_gradient_is_autograds() -> None:
+    task = toy_task({"up": SCHEME})
+    weights = weights_of(task)
+    tune(task, [weights], TuningSettings(1, 8, 0.1))
+    training, _ = split(len(task.inputs), task.seed)
+    batch = minibatches(training, TuningSettings(1, 8, 0.1), task.seed)[0]
+    parameter = (task.linear("up").weight.detach() * 0.9).requires_grad_()
+    output = torch.func.functional_call(task.block, {"up.weight": parameter}, task.inputs[batch])
+    (output - task.targets[batch]).square().mean().backward()
+    assert parameter.grad is not None
+    torch.testing.assert_close(weights.gradients[0].view_as(parameter), parameter.grad)
 
 
 def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
     gradients = []
     for micro_batch in (8, 3, 1):
         task = toy_task({"up": SCHEME}, micro_batch=micro_batch)
-        weight = RecordedWeight(task.linear("up").weight.detach() * 0.9)
-        tune(task, {"up": weight}, TuningSettings(1, 8, 0.1))
-        gradients.append(weight.gradients[0])
+        weights = weights_of(task)
+        tune(task, [weights], TuningSettings(1, 8, 0.1))
+        gradients.append(weights.gradients[0])
     torch.testing.assert_close(gradients[0], gradients[1])
     torch.testing.assert_close(gradients[0], gradients[2])
 
 
 def test_the_rate_decays_linearly_to_zero() -> None:
     task = toy_task({"up": SCHEME})
-    weight = RecordedWeight(task.linear("up").weight.detach())
-    tune(task, {"up": weight}, TuningSettings(4, 8, 0.8))
-    assert weight.rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
+    weights = weights_of(task)
+    tune(task, [weights], TuningSettings(4, 8, 0.8))
+    assert weights.rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
 def test_the_start_is_kept_when_steps_only_harm() -> None:
     task = toy_task({"up": SCHEME})
-    weight = RecordedWeight(task.linear("up").weight.detach() * 0.9, moves=-1000.0)
-    start = weight.result().weight.codes
-    outcome = tune(task, {"up": weight}, TuningSettings(5, 8, 0.1))
+    weights = weights_of(task, moves=-1000.0)
+    start = quantize_weight(weights.value, SCHEME, torch.float32)
+    outcome = tune(task, [weights], TuningSettings(5, 8, 0.1))
     assert outcome.best_step == 0
     assert outcome.loss == outcome.loss_initial
-    assert torch.equal(outcome.linears["up"].weight.codes, start)
+    assert torch.equal(outcome.linears["up"].weight.codes, start.codes)
 
 
 def test_the_block_comes_back_whole_even_after_an_error() -> None:
     task = toy_task({"up": SCHEME})
-    original = task.linear("up").weight
-    broken = RecordedWeight(torch.full_like(original, float("nan")))
+    original = task.linear("up")
     with pytest.raises(NumericalFailure):
-        tune(task, {"up": broken}, TuningSettings(2, 8, 0.1))
-    assert task.linear("up").weight is original
+        tune(task, [weights_of(task, factor=math.nan)], TuningSettings(2, 8, 0.1))
+    assert task.linear("up") is original
     assert all(parameter.requires_grad for parameter in task.block.parameters())
+
+
+def test_a_loss_that_ends_as_nan_is_an_error() -> None:
+    task = toy_task({"up": SCHEME})
+    with pytest.raises(NumericalFailure, match="after tuning"):
+        tune(task, [weights_of(task, moves=math.nan)], TuningSettings(2, 8, 0.1))
 
 
 def test_held_out_sequences_never_train() -> None:
@@ -86,17 +122,18 @@ def test_held_out_sequences_never_train() -> None:
 
 
 def test_minibatches_pass_over_all_sequences_before_any_repeats() -> None:
-    drawn = minibatches(torch.arange(24), 8, seed=0)
-    first_pass = torch.cat([next(drawn) for _ in range(3)])
-    assert sorted(first_pass.tolist()) == list(range(24))
-    assert len(next(minibatches(torch.arange(3), 8, seed=0))) == 3
+    batches = minibatches(torch.arange(24), TuningSettings(7, 8, 0.1), seed=0)
+    assert batches.shape == (7, 8)
+    assert sorted(batches[:3].flatten().tolist()) == sorted(batches[3:6].flatten().tolist()) == list(range(24))
+    assert minibatches(torch.arange(3), TuningSettings(2, 8, 0.1), seed=0).shape == (2, 3)
+    assert minibatches(torch.arange(3), TuningSettings(0, 8, 0.1), seed=0).shape == (0, 3)
 
 
 def test_progress_is_told_and_the_last_step_is_checked() -> None:
     shares: list[float] = []
     task = replace(toy_task({"up": SCHEME}), tick=shares.append)
-    tune(task, {"up": RecordedWeight(task.linear("up").weight.detach())}, TuningSettings(4, 8, 0.1))
-    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    tune(task, [weights_of(task)], TuningSettings(4, 8, 0.1))
+    assert shares == pytest.approx([0.5, 0.75, 1.0])
     for steps in (1, 7, 50, 200, 1000):
         checked = [step for step in range(1, steps + 1) if is_checked(step, steps)]
         assert checked[-1] == steps

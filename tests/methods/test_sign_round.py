@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from app.domain.methods import RTNSpec, Scheme, SignRoundSpec
 from tests.methods.toy_block import toy_task
 from workers.methods.rtn import RTN, quantize_weight
-from workers.methods.sign_round import RoundedWeight, SignRound
+from workers.methods.sign_round import RoundedWeights, SignRound, gradients
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
@@ -31,7 +31,7 @@ class RoundSTE(torch.autograd.Function):
 def by_autograd(weight: Tensor, scheme: Scheme, v: Tensor, alpha: Tensor, beta: Tensor) -> Tensor:
     """w_hat by the paper's formula, differentiable; an independent writing of it."""
     group = weight.shape[1] if scheme.group_size == -1 else scheme.group_size
-    w = weight.view(weight.shape[0], -1, group)
+    w = weight.view(-1, group)
     low, high = w.min(-1).values.clamp(max=0), w.max(-1).values.clamp(min=0)
     rounded = RoundSTE.apply
     if scheme.symmetric:
@@ -53,23 +53,29 @@ def test_a_step_equals_autograd_in_fp64(scheme: Scheme) -> None:
     torch.manual_seed(2)
     weight = torch.randn(12, 48, dtype=torch.float64)
     inputs, target = torch.randn(20, 48, dtype=torch.float64), torch.randn(20, 12, dtype=torch.float64)
-    ours = RoundedWeight(weight, scheme, torch.float64)
-    v, alpha, beta = (t.clone().requires_grad_() for t in (ours._offset, ours._alpha, ours._beta))
+    width = 48 if scheme.group_size == -1 else scheme.group_size
+    ours = RoundedWeights({"only": weight}, scheme, width, torch.float64)
+    v, alpha, beta = (t.clone().requires_grad_() for t in (ours.state.offset, ours.state.alpha, ours.state.beta))
+    hat = torch.empty_like(weight)
     for step in range(6):
         expected = by_autograd(weight, scheme, v, alpha, beta)
-        assert torch.equal(ours.weight(), expected.detach())
+        ours.write(hat)
+        assert torch.equal(hat, expected.detach())
         loss = ((inputs @ expected.T - target) ** 2).mean()
         grads = torch.autograd.grad(loss, (expected, v, alpha, beta), allow_unused=True)
-        for hand, auto in zip(ours.gradients(grads[0]), grads[1:], strict=True):
-            torch.testing.assert_close(hand, torch.zeros_like(hand) if auto is None else auto, rtol=1e-10, atol=1e-13)
+        d = grads[0].view(-1, width)
+        for hand, auto in zip(gradients(ours.state, d, scheme, torch.float64), grads[1:], strict=True):
+            wanted = torch.zeros_like(hand) if auto is None else auto.view_as(hand)
+            torch.testing.assert_close(hand, wanted, rtol=1e-10, atol=1e-13)
         rate = 0.05 * (1 - step / 6)
-        ours.step(grads[0], rate)
+        ours.step(grads[0], torch.tensor(rate, dtype=torch.float64))
         with torch.no_grad():
             for parameter, gradient in zip((v, alpha, beta), grads[1:], strict=True):
                 parameter.sub_(rate * torch.sign(gradient))
             alpha.clamp_(0, 1)
             beta.clamp_(0, 1)
-    assert not torch.equal(ours.weight(), quantize_weight(weight, scheme, torch.float64).dequantize())
+    ours.write(hat)
+    assert not torch.equal(hat, quantize_weight(weight, scheme, torch.float64).dequantize())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -92,7 +98,7 @@ def test_tuning_lowers_the_block_error_and_leaves_the_block_as_it_was(bits: int)
     assert result.loss_initial is not None
     assert result.loss < 0.8 * result.loss_initial
     assert all(torch.equal(before[name], tensor) for name, tensor in task.block.state_dict().items())
-    assert all(isinstance(task.linear(name).weight, nn.Parameter) for name in ("up", "down"))
+    assert all(isinstance(task.linear(name), nn.Linear) for name in ("up", "down"))
 
 
 def test_the_same_seed_gives_the_same_codes_and_another_seed_others() -> None:
@@ -103,6 +109,18 @@ def test_the_same_seed_gives_the_same_codes_and_another_seed_others() -> None:
     other = SignRound().quantize_block(replace(task, seed=99), spec).linears["up"].weight
     assert torch.equal(first.codes, second.codes)
     assert not torch.equal(first.codes, other.codes)
+
+
+def test_original_inputs_are_used_when_asked_for() -> None:
+    """With `quantized_inputs` off, what the quantized stream holds does not matter."""
+    scheme = Scheme(bits=3, group_size=16, symmetric=True)
+    task = toy_task(schemes={"up": scheme, "down": scheme})
+    spec = SignRoundSpec(steps=10, quantized_inputs=False)
+    codes = [
+        SignRound().quantize_block(replace(task, inputs=inputs), spec).linears["up"].weight.codes
+        for inputs in (task.inputs, torch.randn_like(task.inputs))
+    ]
+    assert torch.equal(*codes)
 
 
 def test_a_loss_reported_is_the_loss_of_the_result() -> None:

@@ -16,12 +16,13 @@ Rounding passes gradients straight through. With D = dL/dw_hat and m = [q was no
 
 | symbol | variable | shape |
 |---|---|---|
-| w | `_weight` | (out, groups, G) |
-| V | `_offset` | (out, groups, G), fp32 |
-| alpha, beta | `_alpha`, `_beta` | (out, groups), fp32 |
-| D | `gradient` | (out, in), the model's dtype |
+| w | `weight` | (groups, G), the model's dtype: the groups of all linears of one scheme, one after another |
+| V | `offset` | (groups, G), fp32 |
+| alpha, beta | `alpha`, `beta` | (groups,), fp32 |
+| lo, hi | `ranges` | (groups,), fp32 |
+| D | `gradient` | (groups, G), the model's dtype |
 
-Cost: a step is a forward and a backward of the block and a few passes over its weights; memory, V and one copy of the
+Cost: a step is a forward and a backward of the block and one pass over its weights; memory, V and one copy of the
 integer result besides. The step is written by hand, since only signs of the gradients are used: no graph is kept for
 the quantizer. With 0 steps the result is round to nearest.
 
@@ -30,17 +31,19 @@ quantized stream (as in AutoRound's code); the parameters kept are those with th
 not on the step's own minibatch. Left out: activation quantization, norm and bias tuning.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts import BlockTask, TuningSettings
-from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
-from workers.numerics.quantized import BlockResult, LinearResult
+from workers.numerics.affine import Grid, GroupRange, grid, round_to_grid
+from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
 
-EVERY_ROW = slice(None)
+EVERY_GROUP = slice(None)
 CACHED_ELEMENTS = 131_072
 """Elements of a chunk: a handful of fp32 tensors of this size fit the second-level cache."""
 
@@ -49,84 +52,164 @@ class SignRound:
     needs_inputs = True
 
     def quantize_block(self, task: BlockTask, spec: SignRoundSpec) -> BlockResult:
-        weights = {
-            name: RoundedWeight(task.linear(name).weight.detach(), scheme, task.scale_dtype)
-            for name, scheme in task.schemes.items()
-        }
         rate = spec.learning_rate or 1 / max(spec.steps, 1)
-        outcome = task.tune(task, weights, TuningSettings(spec.steps, spec.batch_size, rate))
+        settings = TuningSettings(spec.steps, spec.batch_size, rate)
+        source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
+        outcome = task.tune(source, rounded_weights(task), settings)
         return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss)
 
 
-class RoundedWeight:
-    """One linear's weight with its V, alpha and beta; a `TrainableWeight`."""
+def rounded_weights(task: BlockTask) -> list["RoundedWeights"]:
+    """The block's linears, those of the same scheme and group width together."""
+    alike: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
+    for name, scheme in task.schemes.items():
+        weight = task.linear(name).weight.detach()
+        width = weight.shape[1] if scheme.group_size < 0 else scheme.group_size
+        alike.setdefault((scheme, width), {})[name] = weight
+    return [RoundedWeights(w, scheme, width, task.scale_dtype) for (scheme, width), w in alike.items()]
 
-    def __init__(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> None:
-        self._scheme, self._scale_dtype, self._dtype, self._shape = scheme, scale_dtype, weight.dtype, weight.shape
-        working = torch.float64 if weight.dtype == torch.float64 else torch.float32
-        self._weight = grouped(weight.to(working), scheme.group_size)
-        self._ranges = GroupRange.of(self._weight)
-        self._offset = torch.zeros_like(self._weight)
-        self._alpha = torch.ones_like(self._ranges.low)
-        self._beta = torch.ones_like(self._ranges.low)
+
+@dataclass(frozen=True)
+class Rounding:
+    """What is learned and what it is learned for; see the module docstring for shapes."""
+
+    weight: Tensor
+    low: Tensor
+    high: Tensor
+    offset: Tensor
+    alpha: Tensor
+    beta: Tensor
+
+    @classmethod
+    def start(cls, weight: Tensor) -> "Rounding":
+        """V = 0 and alpha = beta = 1: round to nearest."""
+        ranges = GroupRange.of(weight.to(working_dtype(weight)))
+        one = torch.ones_like(ranges.low)
+        offset = torch.zeros_like(weight, dtype=working_dtype(weight))
+        return cls(weight, ranges.low, ranges.high, offset, one, one.clone())
+
+    def part(self, groups: slice) -> "Rounding":
+        return Rounding(*(getattr(self, f.name)[groups] for f in fields(self)))
+
+    def grid(self, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
+        return grid(GroupRange(self.low, self.high), scheme, scale_dtype, self.alpha, self.beta)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The result remembered: stored codes (groups, G) uint8, scale (groups,) and zero point (groups,) uint8."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor
+
+
+class RoundedWeights:
+    """Linears of one scheme with their V, alpha and beta: the `TrainableWeights` of SignRound."""
+
+    def __init__(self, weights: Mapping[str, Tensor], scheme: Scheme, width: int, scale_dtype: torch.dtype) -> None:
+        self.shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+        self._scheme, self._scale_dtype = scheme, scale_dtype
+        self.state = Rounding.start(torch.cat([weight.reshape(-1, width) for weight in weights.values()]))
+        groups = self.state.low
+        self._kept = Kept(
+            codes=torch.zeros_like(self.state.weight, dtype=torch.uint8),
+            scale=torch.zeros_like(groups, dtype=scale_dtype),
+            zero_point=torch.zeros_like(groups, dtype=torch.uint8),
+        )
 
     @torch.no_grad()
-    def weight(self) -> Tensor:
-        hat = torch.empty(self._shape, dtype=self._dtype, device=self._weight.device)
-        for rows in self._row_chunks():
-            to = self._grid(rows)
-            codes, _ = round_to_grid(self._weight[rows], to, self._offset[rows])
-            hat[rows] = _dequantize(codes, to).flatten(1)
-        return hat
+    def write(self, out: Tensor) -> None:
+        hat = out.view(self.state.weight.shape)
+        for groups in self._chunks():
+            part = self.state.part(groups)
+            to = part.grid(self._scheme, self._scale_dtype)
+            codes, _ = _codes(part, to)
+            hat[groups] = _steps(codes, to) * to.scale.unsqueeze(-1)
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, learning_rate: float) -> None:
+    def step(self, gradient: Tensor, rate: Tensor) -> None:
         """The signed step of the module docstring, then alpha and beta back into [0, 1]."""
-        for rows in self._row_chunks():
-            d_offset, d_alpha, d_beta = self.gradients(gradient[rows], rows)
-            self._offset[rows].sub_(d_offset.sign_(), alpha=learning_rate)
-            self._alpha[rows].sub_(d_alpha.sign_(), alpha=learning_rate).clamp_(0, 1)
-            self._beta[rows].sub_(d_beta.sign_(), alpha=learning_rate).clamp_(0, 1)
+        gradient = gradient.view(self.state.weight.shape)
+        for groups in self._chunks():
+            part = self.state.part(groups)
+            d_offset, d_alpha, d_beta = gradients(part, gradient[groups], self._scheme, self._scale_dtype)
+            part.offset.sub_(d_offset.sign_().mul_(rate))
+            part.alpha.sub_(d_alpha.sign_().mul_(rate)).clamp_(0, 1)
+            part.beta.sub_(d_beta.sign_().mul_(rate)).clamp_(0, 1)
 
-    def gradients(self, gradient: Tensor, rows: slice = EVERY_ROW) -> tuple[Tensor, Tensor, Tensor]:
-        """dL/dV, dL/dalpha and dL/dbeta of some rows for D = `gradient`, by the formulas of the module docstring."""
-        to, weight = self._grid(rows), self._weight[rows]
-        d = gradient.reshape(weight.shape).to(weight.dtype)
-        codes, free = round_to_grid(weight, to, self._offset[rows])
-        inside = codes == free
-        scale = to.scale.unsqueeze(-1)
-        steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
-        d_inside = d * inside
-        d_scale = (d * steps).sum(-1) - (d_inside * weight).sum(-1) / to.scale
-        d_zero = -to.scale * (d.sum(-1) - d_inside.sum(-1))
-        return d_inside.mul_(scale), *self._range_gradients(d_scale, d_zero, to, rows)
+    @torch.no_grad()
+    def keep(self, better: Tensor) -> None:
+        for groups in self._chunks():
+            part = self.state.part(groups)
+            to = part.grid(self._scheme, self._scale_dtype)
+            codes, _ = _codes(part, to)
+            _overwrite(self._kept.codes[groups], codes.sub_(to.lowest), better)
+            _overwrite(self._kept.scale[groups], to.scale, better)
+            if to.zero is not None:
+                _overwrite(self._kept.zero_point[groups], to.zero, better)
 
-    def result(self) -> LinearResult:
-        to = self._grid()
-        codes, _ = round_to_grid(self._weight, to, self._offset)
-        return LinearResult(affine_weight(codes, to, self._scheme, self._scale_dtype, self._dtype))
+    def adopt(self, other: "RoundedWeights") -> None:
+        for field in fields(self.state):
+            getattr(self.state, field.name).copy_(getattr(other.state, field.name))
 
-    def _grid(self, rows: slice = EVERY_ROW) -> Grid:
-        alpha, beta = self._alpha[rows], self._beta[rows]
-        return grid(self._ranges.rows(rows), self._scheme, self._scale_dtype, alpha, beta)
+    def results(self) -> dict[str, LinearResult]:
+        results, first = {}, 0
+        for name, shape in self.shapes.items():
+            groups = slice(first, first := first + math.prod(shape) // self.state.weight.shape[1])
+            weight = AffineWeight(
+                codes=self._kept.codes[groups].reshape(shape).clone(),
+                scale=self._kept.scale[groups].reshape(shape[0], -1).clone(),
+                zero_point=None
+                if self._scheme.symmetric
+                else self._kept.zero_point[groups].reshape(shape[0], -1).clone(),
+                scheme=self._scheme,
+                dtype=self.state.weight.dtype,
+            )
+            results[name] = LinearResult(weight)
+        return results
 
-    def _range_gradients(self, d_scale: Tensor, d_zero: Tensor, to: Grid, rows: slice) -> tuple[Tensor, Tensor]:
-        """dL/dalpha and dL/dbeta from dL/ds and dL/dz, each (rows, groups)."""
-        low, high, alpha = self._ranges.low[rows], self._ranges.high[rows], self._alpha[rows]
-        if to.zero is None:
-            low_wins = -alpha * low > self._beta[rows] * high
-            d_alpha = d_scale * torch.where(low_wins, low / to.lowest, 0)
-            return d_alpha, d_scale * torch.where(low_wins, 0, high / to.lowest)
-        d_scale = d_scale + d_zero * alpha * low / to.scale.square()
-        return -d_zero * low / to.scale - d_scale * low / to.highest, d_scale * high / to.highest
-
-    def _row_chunks(self) -> Iterator[slice]:
-        """Slices of rows: on a CPU as many as stay in its cache through a chain of operations, else all."""
-        count = len(self._weight)
-        size = count if self._weight.is_cuda else max(1, CACHED_ELEMENTS // self._shape[1])
+    def _chunks(self) -> Iterator[slice]:
+        """Slices of groups: on a CPU as many as stay in its cache through a chain of operations, else all."""
+        count, width = self.state.weight.shape
+        size = count if self.state.weight.is_cuda else max(1, CACHED_ELEMENTS // width)
         return (slice(start, start + size) for start in range(0, count, size))
 
 
-def _dequantize(codes: Tensor, to: Grid) -> Tensor:
-    steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
-    return steps * to.scale.unsqueeze(-1)
+def gradients(part: Rounding, d: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dV, dL/dalpha and dL/dbeta for D = `d` (groups, G), by the formulas of the module docstring."""
+    to = part.grid(scheme, scale_dtype)
+    weight, d = part.weight.to(part.offset.dtype), d.to(part.offset.dtype)
+    codes, free = _codes(part, to)
+    d_inside = d * (codes == free)
+    d_scale = (d * _steps(codes, to)).sum(-1) - (d_inside * weight).sum(-1) / to.scale
+    d_zero = -to.scale * (d.sum(-1) - d_inside.sum(-1))
+    return d_inside.mul_(to.scale.unsqueeze(-1)), *_range_gradients(part, d_scale, d_zero, to)
+
+
+def working_dtype(weight: Tensor) -> torch.dtype:
+    """fp32, or fp64 for fp64 weights."""
+    return torch.float64 if weight.dtype == torch.float64 else torch.float32
+
+
+def _range_gradients(part: Rounding, d_scale: Tensor, d_zero: Tensor, to: Grid) -> tuple[Tensor, Tensor]:
+    """dL/dalpha and dL/dbeta from dL/ds and dL/dz, each (groups,)."""
+    if to.zero is None:
+        low_wins = -part.alpha * part.low > part.beta * part.high
+        d_alpha = d_scale * torch.where(low_wins, part.low / to.lowest, 0)
+        return d_alpha, d_scale * torch.where(low_wins, 0, part.high / to.lowest)
+    d_scale = d_scale + d_zero * part.alpha * part.low / to.scale.square()
+    return -d_zero * part.low / to.scale - d_scale * part.low / to.highest, d_scale * part.high / to.highest
+
+
+def _codes(part: Rounding, to: Grid) -> tuple[Tensor, Tensor]:
+    return round_to_grid(part.weight.to(part.offset.dtype), to, part.offset)
+
+
+def _steps(codes: Tensor, to: Grid) -> Tensor:
+    """q - z"""
+    return codes if to.zero is None else codes - to.zero.unsqueeze(-1)
+
+
+def _overwrite(kept: Tensor, value: Tensor, better: Tensor) -> None:
+    kept.copy_(torch.where(better, value.to(kept.dtype), kept))
