@@ -53,6 +53,11 @@ def _workspaces(data: dict[str, Any]) -> Path:
     return folder / "workspaces"
 
 
+def _upload_parts(data: dict[str, Any]) -> Path:
+    folder: Path = data["data_dir"]
+    return folder / "uploads"
+
+
 Folder = Annotated[Path, AfterValidator(_absolute)]
 
 
@@ -69,6 +74,10 @@ class Settings(BaseSettings):
     broker_url: str = Field(default="", description="redis:// URL; empty: `serve` starts a broker of its own.")
     blob_url: str = Field(default_factory=_blobs_url, description="file:// folder or s3:// bucket of artifact bytes.")
     workspace_dir: Folder = Field(default_factory=_workspaces, description="Scratch folders of running jobs.")
+    upload_dir: Folder = Field(
+        default_factory=_upload_parts,
+        description="Parts of incomplete uploads; shared by all API processes, a folder an upload.",
+    )
     model_roots: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split_paths)] = Field(
         default=(), description="Folders under which local models and datasets may lie, divided like $PATH."
     )
@@ -90,7 +99,6 @@ class Settings(BaseSettings):
     job_retention_days: int | None = Field(
         default=None, ge=1, description="Final jobs older than this are deleted with their artifacts; unset: kept."
     )
-    upload_retention_hours: int = Field(default=24, ge=1, description="Incomplete uploads older than this are deleted.")
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="What a worker computes on.")
     worker_name: str = Field(default_factory=socket.gethostname, description="First part of a worker's id.")
 

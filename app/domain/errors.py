@@ -6,6 +6,7 @@ BitwrightError
 |   |-- Unauthenticated       401  unauthenticated       no key, or an unknown or revoked one
 |   |-- MissingScope          403  missing_scope         the key lacks a scope
 |   |-- NotFound              404  not_found             no such id for this tenant
+|   |-- MethodNotAllowed      405  method_not_allowed    the path exists, but not for this method
 |   |-- Conflict              409  conflict              the resource is in another state
 |   |   |-- IllegalTransition 409  illegal_transition    e.g. cancel of a finished job
 |   |   `-- RequestInProgress 409  request_in_progress   same Idempotency-Key still running
@@ -121,6 +122,10 @@ class MissingScope(RequestError):
 
 class NotFound(RequestError):
     code, title, status = "not_found", "Not found", 404
+
+
+class MethodNotAllowed(RequestError):
+    code, title, status = "method_not_allowed", "The path does not take this method", 405
 
 
 class Conflict(RequestError):

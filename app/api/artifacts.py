@@ -1,0 +1,99 @@
+"""The files that a job made: listed, or sent with everything that a careful downloader asks for."""
+
+from pathlib import PurePosixPath
+from typing import Any
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from app.api.auth import Reader
+from app.api.content import (
+    Span,
+    conditions,
+    representation_headers,
+    selected_span,
+    sha256_digest,
+    stream,
+)
+from app.api.deps import BlobsOf, DatabaseOf
+from app.api.documentation import binary, problems, text_header
+from app.api.representations import artifact_view
+from app.domain.errors import StorageError
+from app.domain.views import ArtifactView, Page
+from app.store.artifacts import ArtifactRepository
+
+router = APIRouter(tags=["artifacts"])
+
+HEADERS = {
+    "ETag": "The content's SHA-256, in quotes; strong.",
+    "Repr-Digest": "SHA-256 of the whole content (RFC 9530).",
+    "Accept-Ranges": "`bytes`.",
+    "Content_Disposition": "`attachment` with the file's name.",
+    "Content_Length": "Bytes of this answer.",
+}
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: binary("The whole content.", "application/octet-stream", **HEADERS),
+    206: binary("The range asked for.", "application/octet-stream", Content_Range="Its place.", **HEADERS),
+    304: {"description": "The caller has it already.", "headers": {"ETag": text_header("As in If-None-Match.")}},
+    **problems("not_found", "precondition_failed", "range_not_satisfiable"),
+}
+
+
+@router.get(
+    "/v1/jobs/{job_id}/artifacts",
+    summary="List a job's artifacts",
+    operation_id="list_artifacts",
+    responses=problems("not_found"),
+)
+def list_artifacts(job_id: str, principal: Reader, database: DatabaseOf) -> Page[ArtifactView]:
+    """All files of a job by format and path; none before it has succeeded."""
+    with database.reading() as session:
+        found = ArtifactRepository(session, principal.tenant_id).of_job(job_id)
+        return Page(items=[artifact_view(artifact) for artifact in found])
+
+
+@router.get(
+    "/v1/artifacts/{artifact_id}/content",
+    summary="Download an artifact",
+    operation_id="get_artifact_content",
+    response_class=Response,
+    responses=RESPONSES,
+)
+def get_content(
+    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf
+) -> Response:
+    """The bytes of a file, or one range of them. With several ranges, or one that does not parse, all of it comes."""
+    with database.reading() as session:
+        artifact = ArtifactRepository(session, principal.tenant_id).get(artifact_id)
+    etag = f'"{artifact.sha256}"'
+    headers = representation_headers(etag, PurePosixPath(artifact.path).name)
+    headers |= {"Repr-Digest": sha256_digest(artifact.sha256), "Accept-Ranges": "bytes"}
+    if conditions(request.headers, etag):
+        return Response(status_code=304, headers={"ETag": etag, "Cache-Control": headers["Cache-Control"]})
+    span = selected_span(request.headers, etag, artifact.size) if request.method == "GET" else None
+    if not blobs.exists(artifact.sha256):
+        raise StorageError(f"the bytes of artifact {artifact_id} are missing in the blob store")
+    status, part = 200, span or Span(0, artifact.size)
+    if span is not None:
+        status = 206
+        headers["Content-Range"] = f"bytes {span.start}-{span.start + span.length - 1}/{artifact.size}"
+    chunks = (
+        iter(())
+        if request.method == "HEAD"
+        else blobs.read_range(artifact.sha256, part.start, part.start + part.length)
+    )
+    return stream(chunks, part.length, media_type=artifact.media_type, headers=headers, status=status)
+
+
+@router.head(
+    "/v1/artifacts/{artifact_id}/content",
+    summary="Headers of an artifact's content",
+    operation_id="head_artifact_content",
+    response_class=Response,
+    responses=RESPONSES,
+)
+def head_content(
+    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf
+) -> Response:
+    """What GET would answer, without the bytes."""
+    return get_content(artifact_id, request, principal, database, blobs)

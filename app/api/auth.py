@@ -1,0 +1,62 @@
+"""Who asks, and what they may do: `Authorization: Bearer bw_...`, checked on every route under /v1."""
+
+from typing import Annotated
+
+import structlog
+from fastapi import Depends
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from app.api.deps import DatabaseOf
+from app.domain.access import Principal, Scope
+from app.domain.errors import MissingScope, Unauthenticated
+from app.store.keys import authenticate
+
+bearer = HTTPBearer(
+    auto_error=False,
+    scheme_name="ApiKey",
+    bearerFormat="bw_ and 38 letters and digits",
+    description="An API key, sent as `Authorization: Bearer bw_…`. Its scopes are read, submit, admin; each includes "
+    "those before it. `bitwright keys create` makes one.",
+)
+
+
+def find_principal(
+    database: DatabaseOf, credentials: Annotated[HTTPAuthorizationCredentials | None, Depends(bearer)]
+) -> Principal:
+    """The owner of the request's key.
+
+    Raises:
+        Unauthenticated: no key, or none that is valid.
+    """
+    if credentials is None:
+        hint = "send the header `Authorization: Bearer bw_…`; `bitwright keys create` makes a key"
+        raise Unauthenticated("the request has no API key", hint=hint)
+    with database.reading() as session:
+        principal = authenticate(session, credentials.credentials)
+    structlog.contextvars.bind_contextvars(tenant_id=principal.tenant_id, key_id=principal.key_id)
+    return principal
+
+
+Caller = Annotated[Principal, Depends(find_principal)]
+
+
+def reader(principal: Caller) -> Principal:
+    """The caller, who may read."""
+    return _allow(principal, Scope.READ)
+
+
+def submitter(principal: Caller) -> Principal:
+    """The caller, who may submit, cancel and upload."""
+    return _allow(principal, Scope.SUBMIT)
+
+
+def _allow(principal: Principal, needed: Scope) -> Principal:
+    if not principal.allows(needed):
+        have = ", ".join(sorted(principal.scopes)) or "none"
+        detail = f"this needs a key with the scope {needed.value}; yours has: {have}"
+        raise MissingScope(detail, value=needed.value, hint=f"`bitwright keys create --scope {needed.value}` makes one")
+    return principal
+
+
+Reader = Annotated[Principal, Depends(reader)]
+Submitter = Annotated[Principal, Depends(submitter)]

@@ -1,0 +1,56 @@
+"""What a process of the API holds for its lifetime, and the aliases by which endpoints ask for it."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from app.api.event_feed import EventFeed
+from app.api.metrics import Metrics
+from app.settings import Settings
+from app.store.blobs import BlobStore
+from app.store.session import Database
+
+
+def get_state(request: Request) -> "State":
+    """The state that `create_app` made."""
+    state: State = request.app.state.bitwright
+    return state
+
+
+def _settings(state: Annotated["State", Depends(get_state)]) -> Settings:
+    return state.settings
+
+
+def _database(state: Annotated["State", Depends(get_state)]) -> Database:
+    return state.database
+
+
+def _blobs(state: Annotated["State", Depends(get_state)]) -> BlobStore:
+    return state.blobs
+
+
+def _feed(state: Annotated["State", Depends(get_state)]) -> EventFeed:
+    return state.feed
+
+
+def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
+    return state.metrics
+
+
+@dataclass(frozen=True)
+class State:
+    """Everything that requests share."""
+
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    feed: EventFeed
+    metrics: Metrics
+
+
+SettingsOf = Annotated[Settings, Depends(_settings)]
+DatabaseOf = Annotated[Database, Depends(_database)]
+BlobsOf = Annotated[BlobStore, Depends(_blobs)]
+FeedOf = Annotated[EventFeed, Depends(_feed)]
+MetricsOf = Annotated[Metrics, Depends(_metrics)]

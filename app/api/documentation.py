@@ -1,0 +1,75 @@
+"""What the OpenAPI document says besides the code: problem responses, headers, examples."""
+
+from typing import Any
+
+from app.api.errors import MEDIA_TYPE
+from app.domain.errors import ERRORS, RequestError
+from app.domain.views import Problem
+
+ALWAYS = ("unauthenticated", "missing_scope", "malformed_body", "invalid_request", "unavailable", "internal_error")
+"""Codes that any route with a key may answer with."""
+
+DESCRIPTION = """\
+Submit a language model, a method and a width; a worker calibrates and quantizes it; follow the events; download a
+checkpoint that simply loads.
+
+* Every route under `/v1` needs `Authorization: Bearer bw_…`.
+* Errors are RFC 9457 problem documents; programs look at `code`, `errors` lists every problem of a request at once.
+* Lists are pages: give a page's `next_cursor` as `after` to get the next one.
+* Times are UTC, RFC 3339. Ids are prefixed and sort by time.
+"""
+
+TAGS = [
+    {"name": "jobs", "description": "Submit, list, cancel, retry and delete jobs."},
+    {"name": "events", "description": "What a job tells while it runs."},
+    {"name": "artifacts", "description": "The files that a job made."},
+    {"name": "uploads", "description": "Send a checkpoint or a text in parts."},
+    {"name": "catalogue", "description": "What there is: methods, formats, workers."},
+    {"name": "health", "description": "For orchestrators and monitoring."},
+]
+
+
+def problems(*codes: str, public: bool = False) -> dict[int | str, dict[str, Any]]:
+    """OpenAPI responses for these error codes and, unless the route is `public`, those that every route has."""
+    by_status: dict[int, list[str]] = {}
+    for code in (*codes, *(() if public else ALWAYS)):
+        by_status.setdefault(ERRORS[code].status, []).append(code)
+    return {status: _problem(status, found) for status, found in sorted(by_status.items())}
+
+
+def _problem(status: int, codes: list[str]) -> dict[str, Any]:
+    lines = "; ".join(f"`{code}`: {ERRORS[code].title}" for code in codes)
+    examples = {code: {"summary": ERRORS[code].title, "value": _example(status, code)} for code in codes}
+    schema = {"$ref": f"#/components/schemas/{Problem.__name__}"}
+    response: dict[str, Any] = {"description": lines, "content": {MEDIA_TYPE: {"schema": schema, "examples": examples}}}
+    if status in (429, 503):
+        response["headers"] = {"Retry-After": text_header("Seconds to wait.", "integer")}
+    return response
+
+
+def _example(status: int, code: str) -> dict[str, Any]:
+    error = ERRORS[code]
+    kind = "the request" if issubclass(error, RequestError) else "the service or the input"
+    return {
+        "type": f"urn:bitwright:problem:{code}",
+        "title": error.title,
+        "status": status,
+        "code": code,
+        "detail": f"One sentence about what is wrong with {kind}.",
+        "instance": "/v1/jobs",
+        "request_id": "9f86d081884c7d659a2feaa0c55ad015",
+    }
+
+
+def text_header(description: str, kind: str = "string") -> dict[str, Any]:
+    """An OpenAPI response header."""
+    return {"description": description, "schema": {"type": kind}}
+
+
+def binary(description: str, media_type: str, **headers: str) -> dict[str, Any]:
+    """An OpenAPI response of raw bytes; `headers` are names, with `_` for `-`, and descriptions."""
+    return {
+        "description": description,
+        "content": {media_type: {"schema": {"type": "string", "format": "binary"}}},
+        "headers": {name.replace("_", "-"): text_header(text) for name, text in headers.items()},
+    }

@@ -1,0 +1,140 @@
+"""Every error as an RFC 9457 problem document with a stable `code`, whoever raised it.
+
+Errors of the domain carry their status and code; errors of the framework are mapped to them here. What nobody foresaw
+becomes `internal_error`: the log has the cause, the caller gets the request's id and nothing else.
+"""
+
+from collections.abc import Mapping
+from http import HTTPStatus
+
+import structlog
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from app.domain.errors import (
+    BitwrightError,
+    BodyTooLarge,
+    FieldProblem,
+    InternalError,
+    InvalidRequest,
+    MalformedBody,
+    MethodNotAllowed,
+    NotFound,
+    RequestError,
+    Unauthenticated,
+    shorten,
+)
+from app.domain.views import Problem
+
+MEDIA_TYPE = "application/problem+json"
+RETRY_AFTER_SECONDS = 5
+log = structlog.get_logger(__name__)
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Make every error that leaves an endpoint a problem document."""
+    app.add_exception_handler(BitwrightError, _on_domain_error)
+    app.add_exception_handler(RequestValidationError, _on_validation_error)
+    app.add_exception_handler(HTTPException, _on_http_exception)
+
+
+def problem_response(
+    error: BitwrightError, *, instance: str, request_id: str | None, headers: Mapping[str, str] | None = None
+) -> Response:
+    """The problem document of an error, with the headers that its status asks for."""
+    problem = Problem(
+        type=f"urn:bitwright:problem:{error.code}",
+        title=error.title,
+        status=error.status,
+        code=error.code,
+        detail=error.detail,
+        instance=instance,
+        field=error.field,
+        value=error.value,
+        hint=error.hint,
+        errors=list(error.errors),
+        request_id=request_id,
+    )
+    content = problem.model_dump(mode="json", exclude_none=True)
+    extra = dict(headers or {})
+    if error.status == HTTPStatus.UNAUTHORIZED:
+        extra["WWW-Authenticate"] = 'Bearer realm="bitwright"'
+    if error.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
+        extra["Retry-After"] = str(RETRY_AFTER_SECONDS)
+    return JSONResponse(content, status_code=error.status, headers=extra, media_type=MEDIA_TYPE)
+
+
+def respond(request: Request, error: BitwrightError, headers: Mapping[str, str] | None = None) -> Response:
+    """`problem_response` for a request at hand."""
+    request_id = request.scope.get("bitwright.request_id")
+    return problem_response(error, instance=request.url.path, request_id=request_id, headers=headers)
+
+
+def _on_domain_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, BitwrightError):
+        raise error
+    if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        log.error("request_failed", code=error.code, detail=error.detail, exc_info=error)
+    return respond(request, error, getattr(error, "headers", None))
+
+
+def _on_validation_error(request: Request, error: Exception) -> Response:
+    if not isinstance(error, RequestValidationError):
+        raise error
+    return respond(request, error_from_validation(error))
+
+
+def error_from_validation(error: RequestValidationError) -> RequestError:
+    """Our error for what FastAPI found wrong with parameters or body."""
+    items = error.errors()
+    if any(item["type"] == "json_invalid" for item in items):
+        position = items[0]["loc"][-1]
+        cause = items[0].get("ctx", {}).get("error", "not JSON")
+        return MalformedBody(f"the body is not JSON: {cause} at character {position}", field="body")
+    problems = tuple(
+        FieldProblem(
+            # The first part says where (body, query, path, header); a body's fields go by their own names.
+            field=".".join(str(part) for part in (item["loc"][1:] if item["loc"][0] == "body" else item["loc"]))
+            or "body",
+            code="missing_field" if item["type"] == "missing" else _code(item["type"]),
+            detail=item["msg"][0].lower() + item["msg"][1:],
+            value=None if item["type"] == "missing" else shorten(item.get("input")),
+        )
+        for item in items
+    )
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return InvalidRequest(f"{first.field}: {first.detail}{more}", errors=problems)
+
+
+def _code(kind: str) -> str:
+    if kind == "extra_forbidden":
+        return "unknown_field"
+    if kind.startswith(("greater_than", "less_than", "too_long", "too_short", "string_too")):
+        return "out_of_range"
+    return "wrong_type" if kind.endswith(("_type", "_parsing")) else "invalid_value"
+
+
+def _on_http_exception(request: Request, error: Exception) -> Response:
+    if not isinstance(error, HTTPException):
+        raise error
+    return respond(request, error_from_status(error.status_code, str(error.detail), request), error.headers)
+
+
+def error_from_status(status: int, detail: str, request: Request) -> BitwrightError:
+    """Our error for an HTTP status that the framework chose."""
+    if status == HTTPStatus.NOT_FOUND:
+        return NotFound(f"there is nothing at {request.url.path}", hint="GET /openapi.json lists all paths")
+    if status == HTTPStatus.METHOD_NOT_ALLOWED:
+        return MethodNotAllowed(
+            f"{request.url.path} does not take {request.method}", hint="the Allow header lists what it takes"
+        )
+    if status == HTTPStatus.REQUEST_ENTITY_TOO_LARGE:
+        return BodyTooLarge(detail)
+    if status in (HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN):
+        return Unauthenticated(detail)
+    if status >= HTTPStatus.INTERNAL_SERVER_ERROR:
+        return InternalError("an unexpected error; the service's log has it under the request id")
+    return MalformedBody(detail)

@@ -1,0 +1,69 @@
+"""Rough numbers for a dry run: bytes on disk, memory, time. Meant to be right within a factor of about two."""
+
+from typing import Any
+
+from app.api.inspection import Inspection
+from app.domain.jobs import JobRequest
+from app.domain.methods import PER_CHANNEL, Scheme, SignRoundSpec
+
+SCALE_BITS = 16
+HEAVY_BYTES = 2  # bf16
+TUNING_BYTES = 16
+"""A weight under tuning: itself, its fp32 copy, rounding offset and gradient."""
+FLOPS_PER_SECOND = {"cpu": 6e10, "cuda": 1.5e14}
+"""What a small CPU worker and a data-centre GPU sustain in this engine's block passes."""
+BACKWARD = 3.5
+"""Forward, backward and recomputing of fake-quantized weights, in forward passes."""
+
+
+def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
+    """Estimates of a job on a checkpoint that could be looked at."""
+    shapes = inspection.dimensions.linears()
+    block_weights = sum(out * width for out, width in inspection.dimensions.block_linears().values())
+    quantized, bits = 0, 0.0
+    for name, (out, width) in shapes.items():
+        scheme = request.quantization.scheme(name)
+        if scheme is not None:
+            quantized += out * width
+            bits += out * width * bits_per_weight(scheme, width)
+    rest = max(inspection.weights - quantized, 0)
+    checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
+    activations = _activation_bytes(request, inspection)
+    return {
+        "weights": inspection.weights,
+        "weights_quantized": quantized,
+        "bits_per_weight": round(bits / quantized, 3) if quantized else None,
+        "bytes_original": inspection.tensor_bytes,
+        "bytes_checkpoint": checkpoint,
+        "disk_bytes": checkpoint * len({*request.formats, "native"}) + int(bits / 8),
+        "host_memory_bytes": 3 * activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
+        "device_memory_bytes": block_weights * TUNING_BYTES + activations // 4 + (1 << 30),
+        "seconds": {device: round(_flops(request, inspection) / speed) for device, speed in FLOPS_PER_SECOND.items()},
+    }
+
+
+def bits_per_weight(scheme: Scheme, in_features: int) -> float:
+    """Bits of a weight with its share of scale and zero point."""
+    group = in_features if scheme.group_size == PER_CHANNEL else scheme.group_size
+    return scheme.bits + (SCALE_BITS + (0 if scheme.symmetric else scheme.bits)) / group
+
+
+def _activation_bytes(request: JobRequest, inspection: Inspection) -> int:
+    """One stream of hidden states over the calibration set."""
+    tokens = request.calibration.num_samples * request.calibration.sequence_length
+    return tokens * inspection.dimensions.hidden * HEAVY_BYTES
+
+
+def _flops(request: JobRequest, inspection: Inspection) -> float:
+    dimensions, spec = inspection.dimensions, request.quantization
+    linear_flops = 2.0 * sum(out * width for out, width in dimensions.linears().values())
+    tokens = 0.0
+    if isinstance(spec, SignRoundSpec):
+        length, samples = request.calibration.sequence_length, request.calibration.num_samples
+        tokens += samples * length * 3  # capture, targets, and the quantized stream
+        tokens += spec.steps * min(spec.batch_size, samples) * length * BACKWARD
+    if request.evaluation is not None:
+        tokens += 2.0 * request.evaluation.num_samples * request.evaluation.sequence_length
+    head = 2.0 * dimensions.vocabulary * dimensions.hidden
+    scored = 0 if request.evaluation is None else request.evaluation.num_samples * request.evaluation.sequence_length
+    return linear_flops * tokens + 2 * head * scored

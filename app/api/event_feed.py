@@ -1,0 +1,134 @@
+"""Live events for any number of streams from one poll of the store a process.
+
+A stream first subscribes, then replays what is stored, then takes what the poll brings: nothing falls between. A stream
+that reads too slowly loses its place in memory, not its events: it is told to replay from the store.
+"""
+
+import asyncio
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import structlog
+from starlette.concurrency import run_in_threadpool
+
+from app.domain.errors import TooManyRequests
+from app.store.events import StoredEvent
+
+BACKLOG = 256
+"""Events that wait in memory for one stream."""
+POLL_LIMIT = 1000
+LONGEST_PAUSE_SECONDS = 10.0
+
+log = structlog.get_logger(__name__)
+
+ReadEvents = Callable[[Mapping[str, int]], Sequence[StoredEvent]]
+"""read({job_id: after}) -> stored events of those jobs with a greater sequence, in order within a job."""
+
+
+@dataclass(eq=False)
+class Subscription:
+    """What the poll has brought for one stream. `lagging`: some of it was dropped; replay from the store."""
+
+    job_id: str
+    waiting: list[StoredEvent] = field(default_factory=list)
+    lagging: bool = False
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def offer(self, events: Iterable[StoredEvent]) -> None:
+        """Add events, or drop all of them if the stream has fallen behind."""
+        if not self.lagging:
+            self.waiting.extend(events)
+        if len(self.waiting) > BACKLOG:
+            self.waiting, self.lagging = [], True
+        self._news.set()
+
+    def take(self) -> tuple[list[StoredEvent], bool]:
+        """Everything that waits, and whether the stream must replay instead; both are reset."""
+        taken, lagging = self.waiting, self.lagging
+        self.waiting, self.lagging = [], False
+        self._news.clear()
+        return taken, lagging
+
+    async def wait(self, seconds: float) -> bool:
+        """Until there is news (True), or `seconds` are over (False)."""
+        try:
+            await asyncio.wait_for(self._news.wait(), seconds)
+        except TimeoutError:
+            return False
+        return True
+
+
+class EventFeed:
+    """Polls the store while anyone listens. Used from the event loop alone."""
+
+    def __init__(self, read: ReadEvents, *, poll_seconds: float, max_streams: int) -> None:
+        self._read = read
+        self._poll_seconds = poll_seconds
+        self._max_streams = max_streams
+        self._subscribers: dict[str, set[Subscription]] = {}
+        self._cursors: dict[str, int] = {}
+        self._listening = asyncio.Event()
+
+    @property
+    def streams(self) -> int:
+        """Streams that are open now."""
+        return sum(map(len, self._subscribers.values()))
+
+    def require_room(self) -> None:
+        """Refuse one stream too many.
+
+        Raises:
+            TooManyRequests: the process serves as many streams as it may.
+        """
+        if self.streams >= self._max_streams:
+            detail = f"this process serves {self._max_streams} event streams already"
+            raise TooManyRequests(detail, hint="poll the JSON page of events instead, or try again later")
+
+    @contextmanager
+    def subscribe(self, job_id: str, newest: int) -> Iterator[Subscription]:
+        """Receive events of the job that are newer than `newest`, the last one stored when this was called."""
+        subscription = Subscription(job_id)
+        self._subscribers.setdefault(job_id, set()).add(subscription)
+        self._cursors.setdefault(job_id, newest)
+        self._listening.set()
+        try:
+            yield subscription
+        finally:
+            self._unsubscribe(subscription)
+
+    def _unsubscribe(self, subscription: Subscription) -> None:
+        remaining = self._subscribers[subscription.job_id]
+        remaining.discard(subscription)
+        if not remaining:
+            del self._subscribers[subscription.job_id], self._cursors[subscription.job_id]
+        if not self._subscribers:
+            self._listening.clear()
+
+    async def run(self) -> None:
+        """Poll until cancelled. A store that fails is asked again, less and less often."""
+        pause = self._poll_seconds
+        while True:
+            await self._listening.wait()
+            try:
+                full = await self.poll()
+                pause = 0.0 if full else self._poll_seconds
+            except Exception:
+                pause = min(max(pause, self._poll_seconds) * 2, LONGEST_PAUSE_SECONDS)
+                log.warning("event_poll_failed", again_after_seconds=pause, exc_info=True)
+            await asyncio.sleep(pause)
+
+    async def poll(self) -> bool:
+        """One look at the store; whether it had more than one answer holds."""
+        events = await run_in_threadpool(self._read, dict(self._cursors))
+        by_job: dict[str, list[StoredEvent]] = {}
+        for event in events:
+            by_job.setdefault(event.job_id, []).append(event)
+        for job_id, news in by_job.items():
+            # A job without listeners now has no cursor; one that was joined again may be further on.
+            fresh = [event for event in news if event.sequence > self._cursors.get(job_id, event.sequence)]
+            if fresh:
+                self._cursors[job_id] = fresh[-1].sequence
+                for subscription in self._subscribers[job_id]:
+                    subscription.offer(fresh)
+        return len(events) >= POLL_LIMIT

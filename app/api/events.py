@@ -1,0 +1,94 @@
+"""What a job tells: a page of JSON, or a live stream for who accepts `text/event-stream`."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, Query, Request, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import JSONResponse, StreamingResponse
+
+from app.api.auth import Reader
+from app.api.deps import DatabaseOf, FeedOf
+from app.api.documentation import problems
+from app.api.event_stream import HEADERS, MEDIA_TYPE, JobEvents, stream_events
+from app.api.representations import event_view
+from app.domain.errors import InvalidRequest
+from app.domain.jobs import FINAL_STATUSES
+from app.domain.views import EventPage
+
+router = APIRouter(tags=["events"])
+
+EXAMPLE = (
+    'id: 3\nevent: progress\ndata: {"sequence": 3, "created_at": "2026-01-05T10:00:00Z", "attempt": 1, "event": …}\n\n'
+)
+RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "A page, or a stream that ends after the job's last event.",
+        "model": EventPage,
+        "content": {MEDIA_TYPE: {"schema": {"type": "string"}, "example": EXAMPLE}},
+    },
+    204: {"description": "Stream only: the job is final and every event was seen. Do not reconnect."},
+    **problems("not_found", "too_many_requests"),
+}
+
+
+@router.get(
+    "/v1/jobs/{job_id}/events",
+    summary="Read or follow a job's events",
+    operation_id="list_events",
+    responses=RESPONSES,
+    response_model=None,
+)
+async def get_events(
+    *,
+    job_id: str,
+    request: Request,
+    principal: Reader,
+    database: DatabaseOf,
+    feed: FeedOf,
+    after: Annotated[int, Query(ge=0, description="Only events with a greater sequence.")] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Events a page.")] = 100,
+    last_event_id: Annotated[
+        str | None, Header(max_length=20, description="Stream only: continue after this event.")
+    ] = None,
+) -> Response:
+    """Events in order. With `Accept: text/event-stream` they come live, those after Last-Event-ID first."""
+    source = JobEvents(database, principal.tenant_id, job_id)
+    if not accepts_stream(request.headers.get("accept", "")):
+        page = await run_in_threadpool(_page, source, after, limit)
+        return JSONResponse(page.model_dump(mode="json"))
+    start = after if last_event_id is None else parse_last_event_id(last_event_id)
+    job = await run_in_threadpool(source.job)
+    if job.status in FINAL_STATUSES and start >= job.last_event:
+        return Response(status_code=204)
+    feed.require_room()
+    body = stream_events(feed, source, job.last_event, start)
+    return StreamingResponse(body, media_type=MEDIA_TYPE, headers=HEADERS)
+
+
+def _page(source: JobEvents, after: int, limit: int) -> EventPage:
+    found = source.page(after, limit)
+    return EventPage(
+        items=[event_view(event) for event in found],
+        next_after=found[-1].sequence if len(found) == limit else None,
+    )
+
+
+def accepts_stream(accept: str) -> bool:
+    """Whether `text/event-stream` is named, and not refused with q=0."""
+    for part in accept.split(","):
+        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+        if kind == MEDIA_TYPE:
+            return not any(parameter.replace(" ", "") in {"q=0", "q=0.0", "q=0.00"} for parameter in parameters)
+    return False
+
+
+def parse_last_event_id(value: str) -> int:
+    """The sequence number that a client resumes after; empty means from the start.
+
+    Raises:
+        InvalidRequest: it is not one that a stream gave.
+    """
+    if value and not (value.isascii() and value.isdecimal()):
+        detail = "Last-Event-ID is the number of an event of this job"
+        raise InvalidRequest(detail, field="Last-Event-ID", value=value)
+    return int(value or 0)

@@ -1,0 +1,39 @@
+"""What a checkpoint can be written as, and who loads it."""
+
+from fastapi import APIRouter
+
+from app.api.auth import Reader
+from app.api.documentation import problems
+from app.domain.formats import FORMATS, ExportFormat, FormatInfo, RuntimeSupport
+from app.domain.views import FormatView, Page, RuntimeView
+
+router = APIRouter(tags=["catalogue"])
+
+
+@router.get("/v1/formats", summary="List export formats", operation_id="list_formats", responses=problems())
+def list_formats(_principal: Reader) -> Page[FormatView]:
+    """Every export format, what it can hold, and the runtimes that load it: tested here, or by their own rules."""
+    return Page(items=[format_view(name, info) for name, info in FORMATS.items()])
+
+
+def format_view(name: ExportFormat, info: FormatInfo) -> FormatView:
+    """A row of the table of formats."""
+    return FormatView(
+        name=name.value,
+        title=info.title,
+        summary=info.summary,
+        kinds=sorted(info.kinds),
+        bits=sorted(info.bits),
+        symmetric=sorted(info.symmetries),
+        runtimes=[_runtime_view(runtime) for runtime in info.runtimes],
+    )
+
+
+def _runtime_view(runtime: RuntimeSupport) -> RuntimeView:
+    return RuntimeView(
+        runtime=runtime.runtime,
+        support=runtime.support.value,
+        bits=sorted(runtime.bits),
+        group_sizes=None if runtime.group_sizes is None else sorted(runtime.group_sizes),
+        note=runtime.note,
+    )

@@ -1,0 +1,56 @@
+"""Probes and metrics. They need no key and tell nothing of any tenant."""
+
+from typing import Literal
+
+import structlog
+from fastapi import APIRouter, Response
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from pydantic import BaseModel, Field
+
+from app.api.deps import DatabaseOf, MetricsOf
+from app.api.documentation import problems
+from app.domain.errors import Unavailable
+from app.store.session import schema_is_current
+
+router = APIRouter(tags=["health"])
+log = structlog.get_logger(__name__)
+
+
+class Health(BaseModel):
+    """Answer of a probe."""
+
+    status: Literal["ok"] = Field(default="ok", description="Always `ok`; a failing probe answers with a problem.")
+
+
+@router.get("/livez", summary="Is the process alive?", operation_id="livez")
+def livez() -> Health:
+    """Looks at nothing else: a database that is down is no reason to restart the API."""
+    return Health()
+
+
+@router.get(
+    "/readyz",
+    summary="Can the service take requests?",
+    operation_id="readyz",
+    responses=problems("unavailable", public=True),
+)
+def readyz(database: DatabaseOf) -> Health:
+    """Whether the database answers and has this version's schema. The broker may be down: the sweep stands in."""
+    if not schema_is_current(database):
+        raise Unavailable("the database has another schema", hint="run `bitwright migrate`")
+    return Health()
+
+
+@router.get(
+    "/metrics",
+    summary="Metrics for Prometheus",
+    operation_id="metrics",
+    response_class=Response,
+    responses={
+        200: {"description": "Prometheus text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
+        **problems("unavailable", public=True),
+    },
+)
+def get_metrics(metrics: MetricsOf) -> Response:
+    """Requests, event streams, and jobs by status."""
+    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)

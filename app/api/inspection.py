@@ -1,0 +1,155 @@
+"""A look at a checkpoint before a job is queued: configuration, shapes and safetensors headers, no torch, no weights.
+
+It reads names, sizes and headers through `CheckpointFiles`, so a local folder and an upload are judged alike.
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Protocol
+
+from app.domain.architectures import Dimensions, read_dimensions
+from app.domain.errors import CorruptCheckpoint, UnsafeCheckpoint
+from app.domain.safetensors_header import DTYPE_BITS, LENGTH_BYTES, TensorEntry, header_length, parse_header
+
+CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 4 << 20, 64 << 20
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Suffixes of weights that run code when they are loaded."""
+
+
+class CheckpointFiles(Protocol):
+    """A checkpoint's files by name."""
+
+    def names(self) -> Sequence[str]: ...
+
+    def size(self, name: str) -> int: ...
+
+    def read(self, name: str, start: int, length: int) -> bytes: ...
+
+
+@dataclass(frozen=True)
+class FolderFiles:
+    """The files of a local folder. Links may lead elsewhere (a Hub cache is made of them), but not out of `roots`."""
+
+    folder: Path
+    roots: tuple[Path, ...]
+
+    def names(self) -> Sequence[str]:
+        """Plain files directly in the folder."""
+        return sorted(entry.name for entry in os.scandir(self.folder) if entry.is_file())
+
+    def size(self, name: str) -> int:
+        """Bytes of the file."""
+        return self._path(name).stat().st_size
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Up to `length` bytes from `start`."""
+        with self._path(name).open("rb") as file:
+            file.seek(start)
+            return file.read(length)
+
+    def _path(self, name: str) -> Path:
+        path = self.folder / name
+        if not lies_under(path, self.roots):
+            raise CorruptCheckpoint(f"{name} is a link out of the allowed folders", field="model.path", value=name)
+        return path
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint holds: its shapes, and its tensors' bytes and number of weights."""
+
+    dimensions: Dimensions
+    tensor_bytes: int
+    weights: int
+    tokenizer: bool
+
+
+def lies_under(path: Path, roots: Sequence[Path]) -> bool:
+    """Whether the path, with every link and `..` resolved, is one of the roots or lies under one."""
+    real = os.path.realpath(path)
+    return any(os.path.commonpath([real, base]) == base for base in map(os.path.realpath, roots))
+
+
+def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
+    """Judge a checkpoint.
+
+    Raises:
+        UnsupportedArchitecture: not a `model_type` that can be quantized, or quantized already.
+        UnsafeCheckpoint: its weights are pickled.
+        CorruptCheckpoint: a file is missing, truncated, or says what cannot be true.
+    """
+    names = frozenset(files.names())
+    dimensions = read_dimensions(_read_json(files, CONFIG, MAX_CONFIG_BYTES, names))
+    shards = _shards(files, names)
+    tensors: dict[str, TensorEntry] = {}
+    for shard, promised in shards.items():
+        found = _read_header(files, shard)
+        missing = sorted(promised - found.keys())
+        if missing:
+            raise CorruptCheckpoint(f"{INDEX} says that {shard} holds {missing[0]}, but it does not", field=INDEX)
+        tensors |= found
+    return Inspection(
+        dimensions=dimensions,
+        tensor_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
+        weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in tensors.values()),
+        tokenizer=bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}),
+    )
+
+
+def _shards(files: CheckpointFiles, names: frozenset[str]) -> dict[str, set[str]]:
+    """Weight files to the tensors that the index promises in each; a single file promises nothing."""
+    if SINGLE in names:
+        return {SINGLE: set()}
+    if INDEX not in names:
+        pickled = sorted(name for name in names if name.endswith(PICKLED))
+        found = f"only {pickled[0]}, which runs code when it is loaded" if pickled else "no weights"
+        hint = f"convert the checkpoint to safetensors, as {SINGLE} or as shards with {INDEX}"
+        raise UnsafeCheckpoint(f"the checkpoint holds {found}", field="model", hint=hint)
+    weight_map = _read_json(files, INDEX, MAX_INDEX_BYTES, names).get("weight_map")
+    if not isinstance(weight_map, Mapping) or not weight_map:
+        raise CorruptCheckpoint(f"{INDEX} has no weight_map", field=INDEX)
+    shards: dict[str, set[str]] = {}
+    for tensor, shard in weight_map.items():
+        if not is_plain_name(shard) or not shard.endswith(".safetensors"):
+            detail = f"{INDEX} puts {tensor!r} into {shard!r}; it may only name .safetensors files of its own folder"
+            raise CorruptCheckpoint(detail, field=INDEX, value=shard)
+        if shard not in names:
+            raise CorruptCheckpoint(f"{INDEX} names {shard}, which is missing", field=INDEX, value=shard)
+        shards.setdefault(shard, set()).add(tensor)
+    return shards
+
+
+def is_plain_name(name: object) -> bool:
+    """Whether this is the name of a file, with no folder in it, for POSIX and Windows alike."""
+    return (
+        isinstance(name, str)
+        and 0 < len(name) <= 255
+        and name not in (".", "..")
+        and name == PurePosixPath(name).name
+        and not any(character in '\\/:*?"<>|' or ord(character) < 32 or ord(character) == 127 for character in name)
+    )
+
+
+def _read_json(files: CheckpointFiles, name: str, limit: int, names: frozenset[str]) -> Mapping[str, object]:
+    if name not in names:
+        raise CorruptCheckpoint(f"the checkpoint has no {name}", field="model", hint="name the folder that holds it")
+    size = files.size(name)
+    if size > limit:
+        raise CorruptCheckpoint(f"{name} has {size} bytes; at most {limit} are read", field=name, value=size)
+    try:
+        decoded = json.loads(files.read(name, 0, size))
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{name} is not JSON: {error}", field=name) from error
+    if not isinstance(decoded, Mapping):
+        raise CorruptCheckpoint(f"{name} is no JSON object", field=name)
+    return decoded
+
+
+def _read_header(files: CheckpointFiles, name: str) -> dict[str, TensorEntry]:
+    size = files.size(name)
+    length = header_length(files.read(name, 0, LENGTH_BYTES), size, name)
+    return parse_header(files.read(name, LENGTH_BYTES, length), size, name)

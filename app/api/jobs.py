@@ -1,0 +1,233 @@
+"""Jobs: submit, look, cancel, retry, delete."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import structlog
+from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
+
+from app.api.auth import Reader, Submitter
+from app.api.deps import BlobsOf, DatabaseOf, MetricsOf, SettingsOf
+from app.api.documentation import problems, text_header
+from app.api.job_examples import REQUEST_BODY
+from app.api.preflight import run_preflight
+from app.api.representations import job_view
+from app.domain.errors import InvalidRequest
+from app.domain.jobs import JobRequest, JobStatus
+from app.domain.views import JobView, Page, PreflightView
+from app.queue import notify_workers
+from app.store.idempotency import Idempotency
+from app.store.jobs import JobRepository
+from app.store.session import Database
+from app.store.uploads import UploadRepository
+
+router = APIRouter(tags=["jobs"])
+log = structlog.get_logger(__name__)
+
+POLL_AFTER_SECONDS = 2
+METADATA_PREFIX = "metadata."
+INPUT_PROBLEMS = (
+    "source_not_found",
+    "source_forbidden",
+    "unsupported_architecture",
+    "unsafe_checkpoint",
+    "corrupt_checkpoint",
+    "group_size_does_not_divide",
+    "invalid_dataset",
+    "unknown_module",
+)
+ACCEPTED = {
+    "description": "The job is queued, or was by an earlier request with the same Idempotency-Key.",
+    "headers": {
+        "Location": text_header("The job."),
+        "Retry-After": text_header("Seconds to wait before asking for it.", "integer"),
+        "Idempotency-Replayed": text_header("`true` if an earlier request had made the job."),
+    },
+}
+
+
+@router.post(
+    "/v1/jobs",
+    summary="Submit a job",
+    operation_id="create_job",
+    status_code=202,
+    response_model=JobView,
+    openapi_extra=REQUEST_BODY,
+    responses={
+        200: {"description": "Dry run: nothing is stored.", "model": PreflightView},
+        202: ACCEPTED,
+        **problems("body_too_large", "idempotency_key_reused", *INPUT_PROBLEMS),
+    },
+)
+def create_job(
+    *,
+    body: Annotated[Any, Body()],
+    response: Response,
+    background: BackgroundTasks,
+    principal: Submitter,
+    settings: SettingsOf,
+    database: DatabaseOf,
+    blobs: BlobsOf,
+    metrics: MetricsOf,
+    dry_run: Annotated[bool, Query(description="Check, expand and estimate; store nothing.")] = False,
+    idempotency_key: Annotated[
+        str | None, Header(description="1 to 255 visible characters. Within a day, the same key gives the same job.")
+    ] = None,
+) -> Any:
+    """Queue a job from its shorthand or its full form. All problems of a request are reported at once.
+
+    A local path must lie under a configured folder. A checkpoint that the service can see is looked at: its
+    architecture, its shapes against the group size, its safetensors headers.
+    """
+    refuse_nul(body)
+    request = JobRequest.parse(body)
+    idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
+    with database.reading() as session:
+        found = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+    if dry_run:
+        view = PreflightView(request=found.request, estimates=found.estimates, warnings=found.warnings)
+        return Response(view.model_dump_json(), media_type="application/json")
+    with database.transaction() as session:
+        job = JobRepository(session, principal.tenant_id).add(found.request, idempotency=idempotency)
+        view_of_job = job_view(job, [])
+    response.headers["Location"] = f"/v1/jobs/{job.id}"
+    response.headers["Retry-After"] = str(POLL_AFTER_SECONDS)
+    if job.replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+        return view_of_job
+    metrics.submitted.labels(job.method).inc()
+    log.info("job_queued", job_id=job.id, tenant_id=principal.tenant_id, method=job.method, device=job.device)
+    # After the commit, and after the answer: a broker that is down keeps no caller waiting.
+    background.add_task(notify_workers, job.device)
+    return view_of_job
+
+
+def refuse_nul(value: object, path: str = "") -> None:
+    """Refuse U+0000 in any text of the body: no file name or database text can hold it.
+
+    Raises:
+        InvalidRequest: with the path of the first one.
+    """
+    if isinstance(value, str) and "\0" in value:
+        raise InvalidRequest(f"{path or 'body'}: a text may not hold the character U+0000", field=path or "body")
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            refuse_nul(key, path)
+            refuse_nul(item, f"{path}.{key}" if path else str(key))
+    elif isinstance(value, list):
+        for index, item in enumerate(value):
+            refuse_nul(item, f"{path}.{index}" if path else str(index))
+
+
+@router.get(
+    "/v1/jobs",
+    summary="List jobs",
+    operation_id="list_jobs",
+    responses=problems(),
+    openapi_extra={
+        "parameters": [
+            {
+                "name": "metadata",
+                "in": "query",
+                "description": "Only jobs with these labels, e.g. `metadata.commit=abc123`; several must all match.",
+                "required": False,
+                "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+                "style": "form",
+                "explode": True,
+            }
+        ]
+    },
+)
+def list_jobs(
+    *,
+    request: Request,
+    principal: Reader,
+    database: DatabaseOf,
+    after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200, description="Jobs a page.")] = 50,
+    status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
+    method: Annotated[str | None, Query(max_length=64, description="Only jobs of this method.")] = None,
+    model: Annotated[
+        str | None, Query(max_length=4096, description="Only jobs on this model, as lists show it.")
+    ] = None,
+) -> Page[JobView]:
+    """Jobs, newest first. Attempts and report are left out; GET of a single job has them.
+
+    Labels filter by `metadata.<name>=<value>`.
+    """
+    labels = {
+        name.removeprefix(METADATA_PREFIX): value
+        for name, value in request.query_params.items()
+        if name.startswith(METADATA_PREFIX)
+    }
+    with database.reading() as session:
+        page = JobRepository(session, principal.tenant_id).page(
+            after=after, limit=limit, status=status, method=method, model=model, metadata=labels or None
+        )
+        return Page(items=[job_view(job) for job in page.items], next_cursor=page.next_cursor)
+
+
+@router.get(
+    "/v1/jobs/{job_id}",
+    summary="Get a job",
+    operation_id="get_job",
+    responses=problems("not_found"),
+)
+def get_job(job_id: str, principal: Reader, database: DatabaseOf) -> JobView:
+    """A job with its request in full, its progress, its attempts, and its report once it has succeeded."""
+    return read_job(database, principal.tenant_id, job_id)
+
+
+def read_job(database: Database, tenant_id: str, job_id: str) -> JobView:
+    """The job as it is now, attempts and report included."""
+    with database.reading() as session:
+        repository = JobRepository(session, tenant_id)
+        return job_view(repository.get(job_id), repository.attempts(job_id))
+
+
+@router.delete(
+    "/v1/jobs/{job_id}",
+    summary="Delete a job",
+    operation_id="delete_job",
+    status_code=204,
+    responses=problems("not_found", "conflict"),
+)
+def delete_job(job_id: str, principal: Submitter, database: DatabaseOf) -> None:
+    """Remove a final job with its events and artifacts. Cancel one that is not final first."""
+    with database.transaction() as session:
+        JobRepository(session, principal.tenant_id).delete(job_id)
+    log.info("job_deleted", job_id=job_id)
+
+
+@router.post(
+    "/v1/jobs/{job_id}/cancel",
+    summary="Cancel a job",
+    operation_id="cancel_job",
+    status_code=202,
+    responses={
+        202: {"description": "Cancelled, or asked of the worker: see `status` and `cancel_requested`."},
+        **problems("not_found", "illegal_transition"),
+    },
+)
+def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf) -> JobView:
+    """End a queued job at once; a running one's process ends within seconds."""
+    with database.transaction() as session:
+        JobRepository(session, principal.tenant_id).cancel(job_id)
+    log.info("job_cancel_requested", job_id=job_id)
+    return read_job(database, principal.tenant_id, job_id)
+
+
+@router.post(
+    "/v1/jobs/{job_id}/retry",
+    summary="Retry a job",
+    operation_id="retry_job",
+    status_code=202,
+    responses={202: {"description": "Queued again."}, **problems("not_found", "illegal_transition")},
+)
+def retry_job(job_id: str, principal: Submitter, database: DatabaseOf, background: BackgroundTasks) -> JobView:
+    """Queue a failed or cancelled job again. Blocks that were finished are not computed again."""
+    with database.transaction() as session:
+        job = JobRepository(session, principal.tenant_id).retry(job_id)
+    log.info("job_retried", job_id=job_id)
+    background.add_task(notify_workers, job.device)
+    return read_job(database, principal.tenant_id, job_id)

@@ -1,0 +1,86 @@
+"""The application. `uvicorn --factory app.api.main:create_app` serves it with settings from the environment."""
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from importlib.metadata import version
+
+from fastapi import FastAPI
+
+from app.api import archive, artifacts, events, formats, health, jobs, methods, uploads, workers
+from app.api.deps import State
+from app.api.documentation import DESCRIPTION, TAGS
+from app.api.errors import install_error_handlers
+from app.api.event_feed import POLL_LIMIT, EventFeed
+from app.api.metrics import Metrics
+from app.api.middleware import BodyLimit, RequestContext
+from app.logs import configure_logging
+from app.settings import Settings, get_settings
+from app.store.blobs import open_blobs
+from app.store.events import StoredEvent, events_after
+from app.store.jobs import count_by_status
+from app.store.session import Database
+
+ROUTERS = tuple(
+    module.router for module in (jobs, events, artifacts, archive, uploads, methods, formats, workers, health)
+)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """An application on the store that the settings name; the schema must be there (`migrate`)."""
+    if settings is None:
+        settings = get_settings()
+        configure_logging(settings)
+    state = build_state(settings)
+    app = FastAPI(
+        title="Bitwright",
+        summary="Quantization as a service.",
+        description=DESCRIPTION,
+        version=version("bitwright"),
+        openapi_tags=TAGS,
+        lifespan=_lifespan,
+        license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
+    )
+    app.state.bitwright = state
+    for router in ROUTERS:
+        app.include_router(router)
+    install_error_handlers(app)
+    # The one added last is outermost.
+    app.add_middleware(BodyLimit, limit=settings.max_body_bytes)
+    app.add_middleware(RequestContext, observe=state.metrics.observe)
+    return app
+
+
+def build_state(settings: Settings) -> State:
+    """What the application's requests share."""
+    database = Database(settings.database_url)
+
+    def read_events(cursors: Mapping[str, int]) -> Sequence[StoredEvent]:
+        with database.reading() as session:
+            return events_after(session, cursors, POLL_LIMIT)
+
+    def count_jobs() -> Mapping[str, int]:
+        with database.reading() as session:
+            return {status.value: count for status, count in count_by_status(session).items()}
+
+    feed = EventFeed(read_events, poll_seconds=settings.event_poll_seconds, max_streams=settings.max_streams)
+    return State(
+        settings=settings,
+        database=database,
+        blobs=open_blobs(settings.blob_url),
+        feed=feed,
+        metrics=Metrics(count_jobs, lambda: feed.streams),
+    )
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    state: State = app.state.bitwright
+    poller = asyncio.create_task(state.feed.run(), name="event-feed")
+    try:
+        yield
+    finally:
+        poller.cancel()
+        with suppress(asyncio.CancelledError):
+            await poller
+        state.database.close()

@@ -1,0 +1,267 @@
+"""What can be known of a job before it is queued. A dry run shows it; a real submission refuses the same things."""
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from app.api.estimates import estimate
+from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint, lies_under
+from app.domain.architectures import Dimensions, matches_module
+from app.domain.errors import (
+    ERRORS,
+    BitwrightError,
+    FieldProblem,
+    IndivisibleGroup,
+    InputError,
+    InvalidDataset,
+    InvalidRequest,
+    NotFound,
+    SourceForbidden,
+    SourceNotFound,
+    UnknownModule,
+)
+from app.domain.formats import FORMATS
+from app.domain.jobs import JobRequest
+from app.domain.methods import PER_CHANNEL, WeightSpec
+from app.domain.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
+from app.settings import Settings
+from app.store.blobs import BlobStore
+from app.store.models import Upload
+from app.store.uploads import UploadRepository
+
+Source = HubModel | LocalModel | UploadedModel | HubDataset | LocalText | UploadedText
+
+
+@dataclass(frozen=True)
+class UploadFiles:
+    """The files of a complete upload, for inspection."""
+
+    blobs: BlobStore
+    files: Mapping[str, tuple[str, int]]
+    """Name -> (sha256, size)."""
+
+    def names(self) -> Sequence[str]:
+        """All file names."""
+        return sorted(self.files)
+
+    def size(self, name: str) -> int:
+        """Bytes of the file."""
+        return self.files[name][1]
+
+    def read(self, name: str, start: int, length: int) -> bytes:
+        """Up to `length` bytes from `start`."""
+        with self.blobs.open(self.files[name][0], start) as file:
+            return file.read(length)
+
+
+@dataclass
+class Preflight:
+    """The request as it will be stored, and what was found out about it."""
+
+    request: JobRequest
+    estimates: dict[str, Any] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    problems: list[FieldProblem] = field(default_factory=list)
+
+    def add(self, error: BitwrightError, path: str) -> None:
+        """Note an error about the field at `path`."""
+        detail = f"{error.detail}; {error.hint}" if error.hint else error.detail
+        self.problems.append(FieldProblem(field=path, code=error.code, detail=detail, value=error.value))
+
+
+def run_preflight(request: JobRequest, settings: Settings, uploads: UploadRepository, blobs: BlobStore) -> Preflight:
+    """Look at everything that the request names and that this machine can see.
+
+    Raises:
+        InputError: everything that is wrong is of one kind, e.g. group sizes that do not divide.
+        InvalidRequest: several kinds of problems, all of them in `errors`.
+    """
+    found = Preflight(request)
+    model = _resolve_model(found, settings, uploads, blobs)
+    found.request = found.request.model_copy(update=_resolve_texts(found, settings, uploads))
+    if model is not None:
+        inspection = _inspect(found, model)
+        if inspection is not None:
+            check_shapes(found, inspection.dimensions)
+            found.estimates = estimate(found.request, inspection)
+    found.warnings += runtime_warnings(found.request)
+    if found.problems:
+        raise _refusal(found.problems)
+    return found
+
+
+def _refusal(problems: list[FieldProblem]) -> BitwrightError:
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    codes = {problem.code for problem in problems}
+    kind = ERRORS.get(first.code, InvalidRequest) if len(codes) == 1 else InvalidRequest
+    if not issubclass(kind, InputError):
+        kind = InvalidRequest
+    detail = f"{first.field}: {first.detail}{more}"
+    return kind(detail, field=first.field, value=first.value, errors=tuple(problems))
+
+
+def _resolve_model(
+    found: Preflight, settings: Settings, uploads: UploadRepository, blobs: BlobStore
+) -> CheckpointFiles | None:
+    """The checkpoint's files, where this machine has them; a local path is replaced by the real one."""
+    model = found.request.model
+    if isinstance(model, LocalModel):
+        path = _resolve_path(found, model.path, settings, "model.path")
+        if path is None:
+            return None
+        found.request = found.request.model_copy(update={"model": LocalModel(path=str(path))})
+        if path.is_file():
+            found.add(
+                SourceNotFound("this is a file; name the folder that holds config.json", value=model.path), "model.path"
+            )
+        return FolderFiles(path, settings.model_roots) if path.is_dir() else None
+    if isinstance(model, UploadedModel):
+        upload = _complete_upload(found, model.id, uploads, "model.id")
+        return None if upload is None else UploadFiles(blobs, {f.name: (f.sha256, f.size) for f in upload.files})
+    _check_hub(found, settings, "model")
+    return None
+
+
+def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> dict[str, object]:
+    """The request's sections with their local texts' real paths."""
+    sections: dict[str, object] = {}
+    for name in ("calibration", "evaluation"):
+        section = getattr(found.request, name)
+        if section is None:
+            continue
+        dataset, where = section.dataset, f"{name}.dataset"
+        if isinstance(dataset, LocalText):
+            path = _resolve_path(found, dataset.path, settings, f"{where}.path")
+            if path is not None:
+                sections[name] = section.model_copy(update={"dataset": LocalText(path=str(path))})
+                if path.is_dir():
+                    error = InvalidDataset("this is a folder; name a JSONL file", value=dataset.path)
+                    found.add(error, f"{where}.path")
+        elif isinstance(dataset, UploadedText):
+            upload = _complete_upload(found, dataset.id, uploads, f"{where}.id")
+            if upload is not None and not is_text_upload(upload):
+                error = InvalidDataset("the upload is not one .jsonl file", value=dataset.id)
+                found.add(error, f"{where}.id")
+        elif isinstance(dataset, HubDataset):
+            _check_hub(found, settings, where)
+    return sections
+
+
+def is_text_upload(upload: Upload) -> bool:
+    """Whether the upload is a text: one JSONL file."""
+    return len(upload.files) == 1 and upload.files[0].name.endswith(".jsonl")
+
+
+def _resolve_path(found: Preflight, given: str, settings: Settings, path: str) -> Path | None:
+    """The real path, links followed; None with a problem noted if it is not one that may be read."""
+    roots = settings.model_roots
+    allowed = ", ".join(map(str, roots)) or "none is configured"
+    hint = f"it must lie under one of BITWRIGHT_MODEL_ROOTS ({allowed})"
+    expanded = Path(given).expanduser() if given.startswith("~/") else Path(given)
+    if not expanded.is_absolute():
+        error = SourceForbidden("a local path must be absolute: the service has another working folder", value=given)
+        found.add(error, path)
+        return None
+    if not lies_under(expanded, roots):
+        found.add(SourceForbidden(f"{given} is outside the folders that may be read", value=given, hint=hint), path)
+        return None
+    real = Path(os.path.realpath(expanded))
+    if not real.exists():
+        if any(root.is_dir() and real.is_relative_to(os.path.realpath(root)) for root in roots):
+            found.add(SourceNotFound(f"there is nothing at {given}", value=given, hint="check the path"), path)
+            return None
+        found.warnings.append(f"{path}: {given} is not on the API's machine; the worker will look for it")
+    return real
+
+
+def _complete_upload(found: Preflight, upload_id: str, uploads: UploadRepository, path: str) -> Upload | None:
+    try:
+        upload = uploads.get(upload_id)
+    except NotFound as error:
+        found.add(SourceNotFound(error.detail, value=upload_id, hint="POST /v1/uploads makes one"), path)
+        return None
+    if not upload.complete:
+        hint = f"send its files, then POST /v1/uploads/{upload_id}/complete"
+        found.add(SourceNotFound("the upload is not complete", value=upload_id, hint=hint), path)
+        return None
+    return upload
+
+
+def _check_hub(found: Preflight, settings: Settings, path: str) -> None:
+    if not settings.hub_enabled:
+        hint = "use a local path, an upload, or builtin text"
+        found.add(SourceForbidden("this service does not fetch from the Hub", hint=hint), path)
+
+
+def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
+    try:
+        inspection = inspect_checkpoint(files)
+    except InputError as error:
+        found.add(error, "model")
+        return None
+    except OSError as error:
+        found.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}"), "model")
+        return None
+    if not inspection.tokenizer:
+        found.warnings.append("model: the checkpoint has no tokenizer, which calibration and evaluation need")
+    return inspection
+
+
+def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
+    """Group sizes against the inputs of the linears that they apply to, and patterns against the names."""
+    spec, shapes = found.request.quantization, dimensions.linears()
+    named = {**shapes, "lm_head": (dimensions.vocabulary, dimensions.hidden)}
+    rules = "quantization.modules"
+    for index, pattern in enumerate(spec.modules.ignore):
+        if not matches_module(pattern, named):
+            found.add(_unknown(pattern, shapes), f"{rules}.ignore.{index}")
+    for pattern in spec.modules.overrides:
+        if not matches_module(pattern, named):
+            found.add(_unknown(pattern, shapes), f"{rules}.overrides.{pattern}")
+    for size, name in _indivisible(spec, shapes).items():
+        width = shapes[name][1]
+        able = [group for group in (32, 64, 128, 256) if width % group == 0]
+        hint = f"use {', '.join(map(str, able)) + ' or ' if able else ''}-1 (per channel)"
+        detail = f"{size} does not divide the {width} inputs of {name}"
+        found.add(IndivisibleGroup(detail, value=size, hint=hint), _group_field(spec, size))
+
+
+def _indivisible(spec: WeightSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[int, str]:
+    """Group size -> the first linear whose inputs it does not divide."""
+    found: dict[int, str] = {}
+    for name, (_, width) in shapes.items():
+        scheme = spec.scheme(name)
+        if scheme is None or scheme.group_size == PER_CHANNEL:
+            continue
+        if scheme.group_size < 1 or width % scheme.group_size:
+            found.setdefault(scheme.group_size, name)
+    return found
+
+
+def _group_field(spec: WeightSpec, size: int) -> str:
+    """Path of the field that gave this group size."""
+    for pattern, override in spec.modules.overrides.items():
+        if override.group_size == size:
+            return f"quantization.modules.overrides.{pattern}.group_size"
+    return "quantization.group_size"
+
+
+def _unknown(pattern: str, shapes: Mapping[str, object]) -> UnknownModule:
+    example = next(iter(shapes))
+    return UnknownModule(f"{pattern!r} matches no linear of the model", value=pattern, hint=f"a name is like {example}")
+
+
+def runtime_warnings(request: JobRequest) -> list[str]:
+    """Runtimes that load a requested format, but not with these widths or groups."""
+    warnings = []
+    schemes = set(request.quantization.schemes().values())
+    for name in request.formats:
+        for runtime in FORMATS[name].runtimes:
+            for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size)):
+                if not runtime.loads(scheme):
+                    how = f"{scheme.bits} bits with group size {scheme.group_size}"
+                    warnings.append(f"{runtime.runtime} does not load {name.value} of {how} ({runtime.support.value})")
+    return warnings

@@ -1,0 +1,81 @@
+"""Rows of the store as the views that the API answers with."""
+
+from collections.abc import Sequence
+
+from app.domain.events import ErrorData, ProgressEvent
+from app.domain.jobs import JobRequest
+from app.domain.report import Report
+from app.domain.views import (
+    ArtifactView,
+    AttemptView,
+    EventView,
+    JobView,
+    UploadFileView,
+    UploadView,
+)
+from app.store.events import StoredEvent
+from app.store.models import Artifact, Attempt, Job, Upload
+
+
+def job_view(job: Job, attempts: Sequence[Attempt] | None = None) -> JobView:
+    """A job; `attempts` is None in lists, where the report is left out too: it has a line for every linear."""
+    return JobView(
+        id=job.id,
+        status=job.status,
+        method=job.method,
+        model=job.model,
+        request=JobRequest.model_validate(job.request),
+        attempt=job.attempt,
+        attempts=[attempt_view(attempt) for attempt in attempts or ()],
+        cancel_requested=job.cancel_requested,
+        progress=ProgressEvent.model_validate(job.progress) if job.progress else None,
+        error=ErrorData.model_validate(job.error) if job.error else None,
+        report=Report.model_validate(job.report) if job.report and attempts is not None else None,
+        metadata=job.metadata_,
+        last_event=job.last_event,
+        created_at=job.created_at,
+        updated_at=job.updated_at,
+        started_at=job.started_at,
+        finished_at=job.finished_at,
+    )
+
+
+def attempt_view(attempt: Attempt) -> AttemptView:
+    """One try at a job."""
+    return AttemptView(
+        number=attempt.number,
+        worker_id=attempt.worker_id,
+        status=attempt.status.value,
+        started_at=attempt.started_at,
+        finished_at=attempt.finished_at,
+        error=ErrorData.model_validate(attempt.error) if attempt.error else None,
+        blocks_done=attempt.blocks_done,
+    )
+
+
+def event_view(stored: StoredEvent) -> EventView:
+    """A stored event."""
+    return EventView(sequence=stored.sequence, created_at=stored.created_at, attempt=stored.attempt, event=stored.event)
+
+
+def artifact_view(artifact: Artifact) -> ArtifactView:
+    """A stored file."""
+    return ArtifactView(
+        id=artifact.id,
+        job_id=artifact.job_id,
+        format=artifact.format,
+        path=artifact.path,
+        sha256=artifact.sha256,
+        size=artifact.size,
+        media_type=artifact.media_type,
+        created_at=artifact.created_at,
+    )
+
+
+def upload_view(upload: Upload) -> UploadView:
+    """An upload and how much of each file has arrived."""
+    files = [
+        UploadFileView(name=file.name, size=file.size, sha256=file.sha256, offset=file.offset) for file in upload.files
+    ]
+    status = "complete" if upload.complete else "open"
+    return UploadView(id=upload.id, status=status, files=files, created_at=upload.created_at)

@@ -1,0 +1,356 @@
+"""Uploads: a checkpoint or a text in parts, resumed where a connection broke, checked by hash when complete."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import structlog
+from fastapi import APIRouter, Header, Request, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from app.api.auth import Submitter
+from app.api.deps import BlobsOf, DatabaseOf, SettingsOf
+from app.api.documentation import problems, text_header
+from app.api.inspection import CONFIG, PICKLED, is_plain_name
+from app.api.representations import upload_view
+from app.api.upload_parts import PartsFolder
+from app.domain.errors import (
+    BodyTooLarge,
+    Conflict,
+    FieldProblem,
+    InvalidDataset,
+    InvalidRequest,
+    MalformedBody,
+    NotFound,
+    UnsafeCheckpoint,
+)
+from app.domain.jsonl import check_jsonl
+from app.domain.views import UploadRequest, UploadView
+from app.settings import Settings
+from app.store.blobs import BlobStore
+from app.store.models import Upload, UploadFile
+from app.store.session import Database
+from app.store.uploads import NewUploadFile, UploadRepository
+
+router = APIRouter(tags=["uploads"])
+log = structlog.get_logger(__name__)
+
+CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
+BUFFER = 1 << 20
+OFFSET = {"Upload-Offset": text_header("Bytes of the file that have arrived; the next part starts here.", "integer")}
+PART_BODY: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "description": "The bytes of the part.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+
+
+@router.post(
+    "/v1/uploads",
+    summary="Begin an upload",
+    operation_id="create_upload",
+    status_code=201,
+    responses={
+        201: {"description": "Open for parts.", "headers": {"Location": text_header("The upload.")}},
+        **problems("body_too_large", "unsafe_checkpoint"),
+    },
+)
+def create_upload(
+    body: UploadRequest, response: Response, principal: Submitter, settings: SettingsOf, database: DatabaseOf
+) -> UploadView:
+    """Announce names, sizes and hashes: one `.jsonl` file of text, or the files of a checkpoint."""
+    check_files(body, settings)
+    files = [NewUploadFile(file.name, file.size, file.sha256) for file in body.files]
+    with database.transaction() as session:
+        view = upload_view(UploadRepository(session, principal.tenant_id).create(files))
+    response.headers["Location"] = f"/v1/uploads/{view.id}"
+    return view
+
+
+def check_files(body: UploadRequest, settings: Settings) -> None:
+    """Whether these files can become something that a job reads.
+
+    Raises:
+        InvalidRequest: bad names, or neither a text nor a checkpoint.
+        UnsafeCheckpoint: pickled weights among them.
+        BodyTooLarge: together larger than the service takes.
+    """
+    names = [file.name for file in body.files]
+    bad = tuple(
+        FieldProblem(
+            field=f"files.{index}.name",
+            code="invalid_value",
+            detail="a name is a plain file name, without folders and control characters",
+            value=name,
+        )
+        for index, name in enumerate(names)
+        if not is_plain_name(name)
+    )
+    if bad:
+        raise InvalidRequest(f"{bad[0].field}: {bad[0].detail}", field=bad[0].field, value=bad[0].value, errors=bad)
+    pickled = next((name for name in names if name.endswith(PICKLED)), None)
+    if pickled is not None:
+        hint = "convert the weights to safetensors and leave this file out"
+        raise UnsafeCheckpoint(f"{pickled} runs code when it is loaded", field="files", value=pickled, hint=hint)
+    text = len(names) == 1 and names[0].endswith(".jsonl")
+    if not text and not (CONFIG in names and any(name.endswith(".safetensors") for name in names)):
+        hint = "send one file named *.jsonl, or config.json with *.safetensors and the tokenizer's files"
+        raise InvalidRequest("these files are neither a text nor a checkpoint", field="files", value=names, hint=hint)
+    total = sum(file.size for file in body.files)
+    if total > settings.max_upload_bytes:
+        detail = f"the files have {total} bytes together; the service takes {settings.max_upload_bytes}"
+        raise BodyTooLarge(detail, field="files", value=total)
+
+
+@router.get(
+    "/v1/uploads/{upload_id}",
+    summary="Get an upload",
+    operation_id="get_upload",
+    responses=problems("not_found"),
+)
+def get_upload(upload_id: str, principal: Submitter, database: DatabaseOf) -> UploadView:
+    """An upload and how much of each file has arrived."""
+    with database.reading() as session:
+        return upload_view(UploadRepository(session, principal.tenant_id).get(upload_id))
+
+
+@router.delete(
+    "/v1/uploads/{upload_id}",
+    summary="Delete an upload",
+    operation_id="delete_upload",
+    status_code=204,
+    responses=problems("not_found", "conflict"),
+)
+def delete_upload(upload_id: str, principal: Submitter, settings: SettingsOf, database: DatabaseOf) -> None:
+    """Remove an upload that no unfinished job reads."""
+    with database.transaction() as session:
+        UploadRepository(session, principal.tenant_id).delete(upload_id)
+    PartsFolder(settings.upload_dir, upload_id).remove()
+
+
+@router.head(
+    "/v1/uploads/{upload_id}/files/{name}",
+    summary="How much of a file has arrived?",
+    operation_id="head_upload_file",
+    response_class=Response,
+    responses={200: {"description": "The offset.", "headers": OFFSET}, **problems("not_found")},
+)
+def head_file(upload_id: str, name: str, principal: Submitter, database: DatabaseOf) -> Response:
+    """Where to go on after a connection broke."""
+    with database.reading() as session:
+        _, file = find_file(UploadRepository(session, principal.tenant_id), upload_id, name)
+    return Response(headers={"Upload-Offset": str(file.offset)})
+
+
+def find_file(uploads: UploadRepository, upload_id: str, name: str) -> tuple[Upload, UploadFile]:
+    """A file of an upload.
+
+    Raises:
+        NotFound: the tenant has no such upload, or it has no such file.
+    """
+    upload = uploads.get(upload_id)
+    file = next((file for file in upload.files if file.name == name), None)
+    if file is None:
+        raise NotFound(f"upload {upload_id} has no file {name[:255]!r}", value=name)
+    return upload, file
+
+
+@router.put(
+    "/v1/uploads/{upload_id}/files/{name}",
+    summary="Send a part of a file",
+    operation_id="put_upload_part",
+    status_code=204,
+    response_class=Response,
+    openapi_extra=PART_BODY,
+    responses={
+        204: {"description": "The part has arrived.", "headers": OFFSET},
+        **problems("not_found", "conflict", "request_in_progress"),
+    },
+)
+async def put_part(
+    *,
+    upload_id: str,
+    name: str,
+    request: Request,
+    principal: Submitter,
+    settings: SettingsOf,
+    database: DatabaseOf,
+    content_range: Annotated[
+        str | None, Header(description="`bytes first-last/size`; without it, the body is the whole file.")
+    ] = None,
+) -> Response:
+    """Append a part to a file. What arrived before a connection broke is kept: HEAD tells how far that is."""
+    target = Target(database, principal.tenant_id, upload_id, name)
+    await run_in_threadpool(target.find)  # before there is a folder, the upload must be the caller's
+    parts = PartsFolder(settings.upload_dir, upload_id)
+    with parts.locked():
+        # Read again under the lock: the part before this one may just have been noted.
+        file = await run_in_threadpool(target.find)
+        start, end = parse_content_range(content_range, file.size)
+        if start != file.offset:
+            raise Conflict(f"{name} has {file.offset} bytes; the next part starts there", value=start)
+        if parts.present(file.position) < start:
+            await run_in_threadpool(target.restart)
+            raise Conflict(f"the first bytes of {name} are lost; send it from the start", value=start)
+        reached = start
+        try:
+            reached = await _receive(request, parts, file.position, start, end)
+        except _Torn as torn:
+            reached = torn.reached
+            raise MalformedBody(torn.detail, field="Content-Range", value=content_range) from torn
+        finally:
+            if reached > start:
+                await run_in_threadpool(target.advance, start, reached)
+    return Response(status_code=204, headers={"Upload-Offset": str(reached)})
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file of a tenant's upload, as the store knows it."""
+
+    database: Database
+    tenant_id: str
+    upload_id: str
+    name: str
+
+    def find(self) -> UploadFile:
+        """The file, which still takes bytes.
+
+        Raises:
+            NotFound: the tenant has no such upload, or it has no such file.
+            Conflict: the upload is complete.
+        """
+        with self.database.reading() as session:
+            upload, file = find_file(UploadRepository(session, self.tenant_id), self.upload_id, self.name)
+        if upload.complete:
+            raise Conflict(f"upload {self.upload_id} is complete and takes no more bytes")
+        return file
+
+    def advance(self, start: int, end: int) -> None:
+        """Note that these bytes are on disk."""
+        with self.database.transaction() as session:
+            UploadRepository(session, self.tenant_id).advance(self.upload_id, self.name, start=start, end=end)
+
+    def restart(self) -> None:
+        """Forget the file's bytes."""
+        with self.database.transaction() as session:
+            UploadRepository(session, self.tenant_id).restart(self.upload_id, self.name)
+
+
+class _Torn(Exception):
+    """A body that is not as long as its Content-Range says; `reached` is the offset up to which it counts."""
+
+    def __init__(self, detail: str, reached: int) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.reached = reached
+
+
+def parse_content_range(value: str | None, size: int) -> tuple[int, int]:
+    """First byte and the byte after the last one of the part.
+
+    Raises:
+        InvalidRequest: not a range of this file.
+    """
+    if value is None:
+        return 0, size
+    match = CONTENT_RANGE.fullmatch(value.strip())
+    if match is None:
+        detail = "Content-Range is `bytes first-last/size`"
+        raise InvalidRequest(detail, field="Content-Range", value=value)
+    first, last, total = map(int, match.groups())
+    if total != size or last < first or last >= size:
+        detail = f"the part must lie within the {size} bytes that were announced"
+        raise InvalidRequest(detail, field="Content-Range", value=value)
+    return first, last + 1
+
+
+async def _receive(request: Request, parts: PartsFolder, position: int, start: int, end: int) -> int:
+    """Write the body to disk; the offset reached, which is `end`.
+
+    Raises:
+        _Torn: the body ended early or is too long. What counts is on disk.
+    """
+    reached, buffer = start, bytearray()
+    file = await run_in_threadpool(parts.open_at, position, start)
+    detail = ""
+    with file:
+        try:
+            async for chunk in request.stream():
+                if reached + len(buffer) + len(chunk) > end:
+                    detail = "the body is longer than its Content-Range says"
+                    break
+                buffer += chunk
+                if len(buffer) >= BUFFER:
+                    reached += await run_in_threadpool(file.write, bytes(buffer))
+                    buffer.clear()
+        except ClientDisconnect:
+            detail = "the connection broke"
+        reached += await run_in_threadpool(file.write, bytes(buffer))
+        await run_in_threadpool(_sync, file)
+    if detail or reached < end:
+        raise _Torn(detail or f"the body ended {end - reached} bytes early", reached)
+    return reached
+
+
+def _sync(file: Any) -> None:
+    file.flush()
+    os.fsync(file.fileno())
+
+
+@router.post(
+    "/v1/uploads/{upload_id}/complete",
+    summary="Complete an upload",
+    operation_id="complete_upload",
+    responses=problems("not_found", "conflict", "request_in_progress", "invalid_dataset"),
+)
+def complete_upload(
+    upload_id: str, principal: Submitter, settings: SettingsOf, database: DatabaseOf, blobs: BlobsOf
+) -> UploadView:
+    """Check every file against its hash, and every line of a text, and make the upload usable. May be repeated."""
+    with database.reading() as session:
+        upload = UploadRepository(session, principal.tenant_id).get(upload_id)
+    if upload.complete:
+        return upload_view(upload)
+    parts = PartsFolder(settings.upload_dir, upload.id)
+    with parts.locked():
+        _require_all_bytes(upload)
+        for file in upload.files:
+            _keep(file, parts, database, blobs)
+        with database.transaction() as session:
+            view = upload_view(UploadRepository(session, principal.tenant_id).complete(upload_id))
+    parts.remove()
+    log.info("upload_completed", upload_id=upload_id, files=len(view.files))
+    return view
+
+
+def _require_all_bytes(upload: Upload) -> None:
+    missing = [f"{file.name} ({file.offset} of {file.size} bytes)" for file in upload.files if file.offset < file.size]
+    if missing:
+        raise Conflict(f"not all bytes have arrived: {', '.join(missing[:10])}")
+
+
+def _keep(file: UploadFile, parts: PartsFolder, database: Database, blobs: BlobStore) -> None:
+    """Move a file into the blob store if it is what was announced.
+
+    Raises:
+        InvalidRequest: its hash is another one; its bytes are forgotten, so that it can be sent again.
+        InvalidDataset: a line of a text is no record.
+    """
+    with parts.open_at(file.position, file.size) as stream:
+        if file.name.endswith(".jsonl"):
+            try:
+                check_jsonl(stream, file.name)
+            except InvalidDataset as error:
+                log.info("upload_refused", upload_id=file.upload_id, code=error.code)
+                raise
+    blob = blobs.put(parts.path(file.position))
+    if blob.sha256 != file.sha256:
+        Target(database, file.tenant_id, file.upload_id, file.name).restart()
+        detail = f"{file.name} arrived with SHA-256 {blob.sha256}, not {file.sha256}"
+        hint = "send the file again, or begin an upload with the right hash"
+        raise InvalidRequest(detail, field=f"files.{file.position}.sha256", value=blob.sha256, hint=hint)

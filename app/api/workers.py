@@ -1,0 +1,40 @@
+"""Who computes."""
+
+from fastapi import APIRouter
+from sqlalchemy.orm import Session
+
+from app.api.auth import Reader
+from app.api.deps import DatabaseOf
+from app.api.documentation import problems
+from app.domain.errors import NotFound
+from app.domain.views import Page, WorkerView
+from app.store.jobs import JobRepository
+from app.store.workers import WorkerState, list_workers
+
+router = APIRouter(tags=["catalogue"])
+
+
+@router.get("/v1/workers", summary="List workers", operation_id="list_workers", responses=problems())
+def get_workers(principal: Reader, database: DatabaseOf) -> Page[WorkerView]:
+    """The workers that were alive a moment ago. A worker's job is named only if it is yours."""
+    with database.reading() as session:
+        return Page(items=[_worker_view(session, principal.tenant_id, state) for state in list_workers(session)])
+
+
+def _worker_view(session: Session, tenant_id: str, state: WorkerState) -> WorkerView:
+    return WorkerView(
+        id=state.worker.id,
+        device=state.worker.device_class,
+        capacity=dict(state.worker.capacity),
+        job_id=_own_job(session, tenant_id, state.job_id),
+        last_seen_at=state.worker.last_seen_at,
+    )
+
+
+def _own_job(session: Session, tenant_id: str, job_id: str | None) -> str | None:
+    if job_id is None:
+        return None
+    try:
+        return JobRepository(session, tenant_id).get(job_id).id
+    except NotFound:
+        return None
