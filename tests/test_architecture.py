@@ -104,12 +104,13 @@ def test_import_contracts_hold() -> None:
 
 
 def test_only_the_session_module_commits() -> None:
+    """A transaction's commit takes no argument; a Hub commit that is looked up does."""
     found = [
         f"{relative(path)}:{call.lineno}"
         for path in SOURCES
         if relative(path) != "app/store/session.py"
         for call in calls(path)
-        if isinstance(call.func, ast.Attribute) and call.func.attr == "commit"
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "commit" and not call.args
     ]
     assert found == []
 
@@ -150,10 +151,11 @@ def test_only_the_settings_read_the_environment() -> None:
 
 
 def test_only_the_cli_prints() -> None:
+    """The loader is a program of its own: it lies in every native checkpoint."""
     found = [
         f"{relative(path)}:{call.lineno}"
         for path in SOURCES
-        if not relative(path).startswith("app/cli/")
+        if not relative(path).startswith(("app/cli/", "workers/formats/load_bitwright.py"))
         for call in calls(path)
         if dotted(call.func) == "print"
     ]
