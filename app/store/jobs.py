@@ -190,8 +190,8 @@ class JobRepository:
 
 def count_by_status(session: Session) -> dict[JobStatus, int]:
     """How many jobs of all tenants are in each status, for metrics."""
-    rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).tuples().all()
-    return dict.fromkeys(JobStatus, 0) | dict(rows)
+    rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
+    return dict.fromkeys(JobStatus, 0) | {row[0]: row[1] for row in rows}
 
 
 def _queued(job_id: str, tenant_id: str, request: JobRequest) -> Job:

@@ -69,7 +69,7 @@ def waiting(session: Session) -> dict[str, int]:
         .where(Job.status == JobStatus.QUEUED, Job.available_at <= now())
         .group_by(Job.device)
     )
-    return dict(session.execute(query).tuples().all())
+    return {row[0]: row[1] for row in session.execute(query)}
 
 
 def sweep_lease(session: Session, holder: str, seconds: float) -> bool:

@@ -1,0 +1,63 @@
+"""Fixtures that tests of several parts share. Servers start once a session, and only if a test asks for them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+
+from app.store.session import migrate
+from tests import servers
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[URL]:
+    """A real PostgreSQL server, as its superuser."""
+    given = servers.given_postgres()
+    if given is not None:
+        yield given
+        return
+    with servers.postgres_server() as url:
+        yield url
+
+
+@pytest.fixture(scope="session")
+def migrated_template(postgres: URL) -> Iterator[str]:
+    """Name of a PostgreSQL database with the newest schema, from which tests copy theirs."""
+    with servers.postgres_database(postgres) as url:
+        migrate(servers.text(url))
+        assert url.database is not None
+        yield url.database
+
+
+@pytest.fixture
+def postgres_url(postgres: URL, migrated_template: str) -> Iterator[str]:
+    """URL of a fresh PostgreSQL database with the newest schema and no rows."""
+    with servers.postgres_database(postgres, migrated_template) as url:
+        yield servers.text(url)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    """URL of a fresh SQLite database with the newest schema and no rows."""
+    url = f"sqlite:///{tmp_path / 'bitwright.db'}"
+    migrate(url)
+    return url
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """Each database in turn, fresh."""
+    name = "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture(scope="session")
+def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real Valkey that the whole session shares."""
+    given = servers.given_broker()
+    if given is not None:
+        yield given
+        return
+    with servers.valkey_server(tmp_path_factory.mktemp("valkey")) as running:
+        yield running.url
