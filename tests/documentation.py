@@ -144,6 +144,7 @@ MADE_DEFAULTS = MappingProxyType(
         "database_url": "SQLite in the data folder",
         "blob_url": "`blobs` in the data folder",
         "workspace_dir": "`workspaces` in the data folder",
+        "upload_dir": "`uploads` in the data folder",
         "worker_name": "the host's name",
     }
 )
