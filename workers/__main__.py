@@ -13,10 +13,10 @@ from workers.celery_app import run_worker
 from workers.context import WorkerContext
 from workers.devices import capacity
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger("workers")
 
 
-def main() -> int:
+def main(attempt_module: str = "workers.attempt") -> int:
     """Run a worker with the settings of the environment; the process's exit code."""
     settings = get_settings()
     configure_logging(settings)
@@ -35,6 +35,7 @@ def main() -> int:
         settings=settings,
         database=database,
         blobs=open_blobs(settings.blob_url),
+        attempt_module=attempt_module,
     )
     try:
         run_worker(context)

@@ -28,7 +28,7 @@ from workers.lifeline import (
 LOCK_MARGIN_SECONDS = 10.0
 """An abandoned attempt lets go of the workspace after the silence that it tolerates; this comes on top."""
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger("workers.attempt")
 
 
 def main(arguments: list[str]) -> int:

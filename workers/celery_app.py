@@ -6,7 +6,10 @@ be one more process that can outlive its parent: here worker and supervisor are 
 with it. Celery's own time limits, which `threads` lacks, are not used: the supervisor has its own.
 """
 
+import warnings
+
 from celery import Celery, signals
+from celery.exceptions import CPendingDeprecationWarning, SecurityWarning
 from kombu import Queue
 
 from app.logs import configure_logging
@@ -33,7 +36,11 @@ def worker_app(context: WorkerContext) -> Celery:
         worker_redirect_stdouts=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
     )
-    app.task(name=WORK_TASK, ignore_result=True)(lambda device_class: work(context, device_class))
+
+    def ring(device_class: str) -> None:
+        work(context, device_class)
+
+    app.task(name=WORK_TASK, ignore_result=True)(ring)
     return app
 
 
@@ -42,6 +49,10 @@ def run_worker(context: WorkerContext) -> None:
 
     On SIGTERM the attempt in hand is ended and its job given back at once.
     """
+    # Root is a danger where messages are pickled; ours are JSON. And what Celery 6 will do to late acknowledgements on
+    # a lost connection is no matter to messages that are acknowledged early.
+    warnings.filterwarnings("ignore", category=SecurityWarning)
+    warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
     presence = Presence(context)
     signals.setup_logging.connect(lambda **_: configure_logging(context.settings), weak=False)
     signals.worker_ready.connect(lambda **_: presence.start(), weak=False)
@@ -52,6 +63,7 @@ def run_worker(context: WorkerContext) -> None:
                 "worker",
                 f"--hostname={context.worker_id}",
                 f"--loglevel={context.settings.log_level}",
+                "--quiet",
                 "--without-gossip",
                 "--without-mingle",
                 "--without-heartbeat",

@@ -49,7 +49,7 @@ COMPLETE = ".complete"
 TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
 """HTTPError of the HTTP library that this version of huggingface_hub stands on (httpx or httpx2)."""
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger("workers.fetch")
 
 
 def main(arguments: list[str]) -> int:

@@ -35,7 +35,7 @@ RETENTION_SECONDS = 600.0
 UNSEEN_SECONDS = 86_400.0
 DAY = 86_400.0
 
-log = structlog.get_logger(__name__)
+log = structlog.get_logger("workers.sweep")
 
 
 class Sweep:

