@@ -9,16 +9,16 @@ from app.cli.main import app
 
 
 def check_bitwright(words: Sequence[str]) -> None:
-    """Fail unless `words`, after `bitwright`, name a command and arguments that it takes.
+    """Fail unless `words`, after `bitwright`, name a group of commands, or a command and arguments that it takes.
 
     Raises:
         Exception: typer's own, which says what is wrong.
     """
     group = typer.main.get_command(app)
     rest = list(words)
-    while isinstance(group, TyperGroup):
+    while isinstance(group, TyperGroup) and rest:
         name = rest.pop(0)
         assert name in group.commands, f"bitwright has no command {name}; it has: {', '.join(group.commands)}"
         group = group.commands[name]
-    assert isinstance(group, TyperCommand)
-    group.make_context(group.name or "", rest)
+    if isinstance(group, TyperCommand):
+        group.make_context(group.name or "", rest)
