@@ -74,7 +74,12 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
             bits=frozenset({2, 3, 4, 8}),
             symmetries=frozenset({True, False}),
             runtimes=(
-                RuntimeSupport("transformers", Support.TESTED, frozenset({2, 3, 4, 8})),
+                RuntimeSupport(
+                    "transformers",
+                    Support.TESTED,
+                    frozenset({2, 3, 4, 8}),
+                    note="from_pretrained; mixed widths with zero points through the loader in the artifact",
+                ),
                 RuntimeSupport(
                     "peft",
                     Support.TESTED,

@@ -12,7 +12,7 @@ zero points. It multiplies in the scale's dtype. Since codes and zero points are
 rounding of the exact product, as in `AffineWeight.dequantize`, if and only if the scale has the weight's dtype.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -62,7 +62,8 @@ def decompress(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, dtype: 
         zero = None if scheme.symmetric else tensors[f"{name}.weight_zero_point"]
     except KeyError as missing:
         raise CorruptCheckpoint(f"tensor {missing} is missing", field=name) from missing
-    if packed.shape != (out_features, -(-in_features * scheme.bits // 32)) or scale.shape[0] != out_features:
+    fits = packed.shape == (out_features, _words(in_features, scheme.bits)) and scale.shape[0] == out_features
+    if not fits or (zero is not None and zero.shape != (_words(out_features, scheme.bits), scale.shape[1])):
         raise CorruptCheckpoint(f"tensors of {name} do not fit its shape ({out_features}, {in_features})", field=name)
     codes = unpack_words(packed, scheme.bits, in_features)
     if zero is not None:
@@ -79,6 +80,9 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
     One scheme for all: its group targets the class `Linear`, less `ignored`. Several: a group for each, with the
     concrete names of its linears, because a class as target of two groups lets the first one win everywhere.
     """
+    # compressed-tensors 0.20 expects packed zero points unpacked when transformers 5.23 loads weights packed, and
+    # refuses the checkpoint; unpacking while loading works. `run_compressed` is the name that older releases know too.
+    unpacked = {"run_compressed": False} if unpacks_on_load(schemes.values()) else {}
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
@@ -94,7 +98,24 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
             f"group_{index}": _group(scheme, names if mixed else ["Linear"])
             for index, (scheme, names) in enumerate(groups.items())
         },
+        **unpacked,
     }
+
+
+def unpacks_on_load(schemes: Iterable[Scheme]) -> bool:
+    """Whether config.json asks transformers to unpack the weights while loading: one scheme, asymmetric."""
+    found = set(schemes)
+    return len(found) == 1 and not any(scheme.symmetric for scheme in found)
+
+
+def needs_loader(schemes: Iterable[Scheme]) -> bool:
+    """Whether transformers 5.23 cannot load the checkpoint by itself: several schemes, one of them asymmetric.
+
+    Loaded packed, it stumbles over the zero points; unpacked while loading, every linear gets the first group's scheme.
+    compressed-tensors decompresses each tensor correctly; the one-file loader does the same for the whole model.
+    """
+    found = set(schemes)
+    return len(found) > 1 and not all(scheme.symmetric for scheme in found)
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, object]:
@@ -113,6 +134,10 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, object]:
         "output_activations": None,
         "format": FORMAT,
     }
+
+
+def _words(count: int, bits: int) -> int:
+    return -(-count * bits // 32)
 
 
 def _refuse(name: str, weight: AffineWeight) -> None:

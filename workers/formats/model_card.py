@@ -10,17 +10,19 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Scheme
 from app.domain.report import Quality, Report
 from app.domain.sources import HUB_ID, UPLOAD_ID
+from workers.formats.compressed_tensors import needs_loader
 from workers.formats.runtimes import vllm_refusals
 
-LOAD_NATIVE = """\
+LOAD_BITWRIGHT = """\
 ```python
 from load_bitwright import load          # the file in this folder; needs torch, safetensors and transformers
 from transformers import AutoTokenizer
 
 model = load("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```
+```"""
 
+ABOUT_NATIVE = """\
 The loader makes an ordinary floating-point model. The weight files hold the codes and scales as they were made; ask
 Bitwright for another format to run them packed."""
 
@@ -31,6 +33,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer    # and: pip insta
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```"""
+
+ABOUT_MIXED = """\
+`from_pretrained` of transformers 5.23 does not load mixed widths with zero points; the loader makes an ordinary
+floating-point model from the same tensors."""
 
 LOAD_VLLM = """\
 vLLM, by its rules (not tested here):
@@ -44,20 +50,27 @@ To train a LoRA on it with peft, load the weights unpacked:
 
 ```python
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
 {load}
 model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
 ```"""
 
 LORA_LOAD = """\
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
 model = AutoModelForCausalLM.from_pretrained(
     "{folder}", quantization_config=CompressedTensorsConfig(run_compressed=False)
 )"""
 
 LORA_LOAD_MIXED = """\
+from transformers import AutoModelForCausalLM
+
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 model.hf_quantizer.compressor.decompress_model(model)"""
+
+LORA_LOAD_BITWRIGHT = """\
+from load_bitwright import load
+
+model = load("{folder}")"""
 
 
 def model_card(report: Report, export_format: ExportFormat, schemes: Mapping[str, Scheme], licence: str | None) -> str:
@@ -111,13 +124,18 @@ def _summary(report: Report, export_format: ExportFormat, schemes: Mapping[str, 
 def _loading(export_format: ExportFormat, schemes: Mapping[str, Scheme]) -> list[str]:
     folder = "path/to/this/folder"
     if export_format is ExportFormat.NATIVE:
-        return [LOAD_NATIVE.format(folder=folder)]
+        return [LOAD_BITWRIGHT.format(folder=folder), ABOUT_NATIVE]
     refusals = vllm_refusals(schemes)
     vllm = f"vLLM does not load it, by its rules: {refusals[0]}." if refusals else LOAD_VLLM.format(folder=folder)
-    # transformers 5.23 unpacks every linear by the first group's scheme when it unpacks while loading, so a checkpoint
-    # of mixed widths is loaded packed and unpacked afterwards by compressed-tensors, which asks each linear's group.
-    load = LORA_LOAD_MIXED if len(set(schemes.values())) > 1 else LORA_LOAD
-    return [LOAD_TRANSFORMERS.format(folder=folder), vllm, LORA.format(load=load.format(folder=folder))]
+    if needs_loader(schemes.values()):
+        plain, lora = f"{LOAD_BITWRIGHT}\n\n{ABOUT_MIXED}", LORA_LOAD_BITWRIGHT
+    elif len(set(schemes.values())) > 1:
+        # transformers 5.23 unpacks every linear by the first group's scheme when it unpacks while loading; unpacked
+        # afterwards by compressed-tensors, each has its own.
+        plain, lora = LOAD_TRANSFORMERS, LORA_LOAD_MIXED
+    else:
+        plain, lora = LOAD_TRANSFORMERS, LORA_LOAD
+    return [plain.format(folder=folder), vllm, LORA.format(load=lora.format(folder=folder))]
 
 
 def _quality_table(quality: Quality) -> str:

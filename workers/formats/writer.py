@@ -100,10 +100,10 @@ class CheckpointWriter:
             if name not in quantized:
                 self._shards.add({name: self._source.read(name)})
         self._shards.finish()
-        self._write_config(sorted({*ignored, *self._unquantized_matrices()}))
+        self._write_config(sorted({*ignored, *self._unquantized_matrices()} - self._targets().keys()))
         _copy_files(self._source.folder, self._folder)
         write_json(self._folder / "report.json", report.model_dump(mode="json"))
-        card = model_card(report, self._format, self._schemes_by_module(), _licence_file(self._folder))
+        card = model_card(report, self._format, self._schemes, _licence_file(self._folder))
         (self._folder / "README.md").write_text(card, encoding="utf-8")
         return sorted(file for file in self._folder.rglob("*") if file.is_file())
 
@@ -115,20 +115,22 @@ class CheckpointWriter:
         yield "lm_head"
         for name in self._source.tensors:
             module = name.removesuffix(".weight")
-            if module != name and module not in self._schemes and len(self._source.tensors[name].shape) == 2:
+            if module != name and len(self._source.tensors[name].shape) == 2:
                 yield module
 
     def _write_config(self, ignored: list[str]) -> None:
         config = {**self._source.config, **self._dtype_fields()}
         if self._format is ExportFormat.NATIVE:
             write_json(self._folder / "bitwright.json", native.describe(self._schemes, self._dtypes))
-            shutil.copyfile(native.LOADER, self._folder / native.LOADER.name)
         else:
-            config["quantization_config"] = compressed_tensors.config(self._schemes_by_module(), ignored)
+            config["quantization_config"] = compressed_tensors.config(self._targets(), ignored)
+        if self._format is ExportFormat.NATIVE or compressed_tensors.needs_loader(self._schemes.values()):
+            shutil.copyfile(native.LOADER, self._folder / native.LOADER.name)
         write_json(self._folder / "config.json", config)
 
-    def _schemes_by_module(self) -> dict[str, Scheme]:
-        return {self._modules[name]: scheme for name, scheme in self._schemes.items()}
+    def _targets(self) -> dict[str, Scheme]:
+        """Schemes by module name, and by name in the checkpoint too where a runtime may go by that."""
+        return self._schemes | {self._modules[name]: scheme for name, scheme in self._schemes.items()}
 
     def _dtype_fields(self) -> dict[str, str]:
         """The dtype that loaders take by default must be the one whose rounding the scales were made for."""

@@ -25,43 +25,54 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
     rows, count = codes.shape
     if bits < 8 and codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits")
-    lanes = pad(codes, (0, -count % 8)).unflatten(1, (-1, 8))
+    lanes = pad(codes, (0, -count % 8)).reshape(rows, -1, 8)
     stream = codes.new_zeros(rows, lanes.shape[1], bits)
     for lane in range(8):
         byte, shift = divmod(lane * bits, 8)
         stream[..., byte] |= lanes[..., lane] << shift
         if shift + bits > 8:
             stream[..., byte + 1] |= lanes[..., lane] >> (8 - shift)
-    return stream.flatten(1)[:, : packed_bytes(count, bits)].contiguous()
+    return stream.flatten(1)[:, : packed_bytes(count, bits)].clone(memory_format=torch.contiguous_format)
 
 
 def unpack_bytes(stream: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_bytes`: uint8 (rows, at least packed_bytes(count, bits)) -> uint8 (rows, count)."""
-    needed = -(-count // 8) * bits
-    stream = pad(stream[:, :needed], (0, max(0, needed - stream.shape[1]))).unflatten(1, (-1, bits))
-    lanes = stream.new_empty(*stream.shape[:2], 8)
+    steps = -(-count // 8)
+    stream = pad(stream[:, : steps * bits], (0, max(0, steps * bits - stream.shape[1]))).reshape(-1, steps, bits)
+    lanes = stream.new_empty(len(stream), steps, 8)
     for lane in range(8):
         byte, shift = divmod(lane * bits, 8)
         lanes[..., lane] = stream[..., byte] >> shift
         if shift + bits > 8:
             lanes[..., lane] |= stream[..., byte + 1] << (8 - shift)
-    return (lanes & (2**bits - 1)).flatten(1)[:, :count].contiguous()
+    codes: Tensor = (lanes & (2**bits - 1)).flatten(1)[:, :count]
+    return codes.contiguous()
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
     """Pack each row into little-endian words: uint8 (rows, count) -> int32 (rows, ceil(count * bits / 32))."""
     stream = pack_bytes(codes, bits)
-    words = pad(stream, (0, -stream.shape[1] % 4)).contiguous().view(torch.int32)
-    return words if sys.byteorder == "little" else _swap(words)
+    return _as_words(pad(stream, (0, -stream.shape[1] % 4)))
 
 
 def unpack_words(words: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_words`: int32 (rows, words) -> uint8 (rows, count)."""
-    words = words.contiguous() if sys.byteorder == "little" else _swap(words)
-    return unpack_bytes(words.view(torch.uint8), bits, count)
+    return unpack_bytes(_as_bytes(words), bits, count)
 
 
-def _swap(words: Tensor) -> Tensor:
-    """The bytes of each int32 in reverse order."""
-    octets = words.contiguous().view(torch.uint8).unflatten(1, (-1, 4)).flip(-1)
-    return octets.flatten(1).contiguous().view(torch.int32)
+# Flat tensors are viewed as another dtype: a matrix of one row or column counts as contiguous whatever its strides,
+# and the view refuses some of them. The flips are for big-endian hosts.
+
+
+def _as_words(stream: Tensor) -> Tensor:
+    octets = stream.flatten()
+    if sys.byteorder == "big":
+        octets = octets.view(-1, 4).flip(1).flatten()
+    return octets.view(torch.int32).view(len(stream), -1)
+
+
+def _as_bytes(words: Tensor) -> Tensor:
+    octets = words.flatten().view(torch.uint8)
+    if sys.byteorder == "big":
+        octets = octets.view(-1, 4).flip(1).flatten()
+    return octets.view(len(words), -1)

@@ -1,0 +1,218 @@
+"""What every format must keep: a weight goes in and comes out bit for bit, and every runtime sees the same numbers."""
+
+import importlib.util
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from app.domain.formats import FORMATS, ExportFormat
+from app.domain.methods import Scheme
+from tests.formats.examples import (
+    TOKENS,
+    Source,
+    assert_same,
+    linears,
+    logits,
+    random_weight,
+    scheme,
+    tiny_llama,
+    write_quantized,
+)
+from workers.formats import compressed_tensors, native
+
+CODECS: dict[ExportFormat, Any] = {
+    ExportFormat.NATIVE: native,
+    ExportFormat.COMPRESSED_TENSORS: compressed_tensors,
+}
+CT = ExportFormat.COMPRESSED_TENSORS
+UNIFORM = [scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (32, -1) for symmetric in (True, False)]
+MIXED_SYMMETRIC = [scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, True), scheme(2, 32, True)]
+MIXED = [scheme(4, 32, True), scheme(8, -1, False), scheme(3, 16, False), scheme(2, 32, True)]
+"""The last row of each kind: one scheme after the other, linear by linear."""
+
+
+peft_meets_transformers = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+"""peft 0.21 still asks models by the name that transformers 5.23 deprecates."""
+
+
+def label(value: object) -> str:
+    """A readable test id of a list of schemes: w4g32 is symmetric, w4g32z has zero points."""
+    if not isinstance(value, Sequence):
+        return str(value)
+    return "+".join(f"w{s.bits}g{s.group_size}{'' if s.symmetric else 'z'}" for s in value)
+
+
+def test_every_format_of_the_table_has_a_codec() -> None:
+    assert CODECS.keys() == FORMATS.keys()
+
+
+@st.composite
+def weights(draw: st.DrawFn, export_format: ExportFormat) -> Any:
+    info = FORMATS[export_format]
+    group = draw(st.sampled_from([-1, 1, 3, 8, 32]))
+    columns = draw(st.integers(1, 70)) if group == -1 else group * draw(st.integers(1, 5))
+    of = scheme(draw(st.sampled_from(sorted(info.bits))), group, draw(st.sampled_from(sorted(info.symmetries))))
+    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
+    return random_weight((draw(st.integers(1, 40)), columns), of, dtype, draw(st.integers(0, 2**31)))
+
+
+@pytest.mark.parametrize("export_format", FORMATS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=60)
+def test_decompress_inverts_compress(export_format: ExportFormat, data: st.DataObject) -> None:
+    weight = data.draw(weights(export_format))
+    codec = CODECS[export_format]
+    tensors = codec.compress("model.layers.0.mlp.up_proj", weight)
+    assert all(name.startswith("model.layers.0.mlp.up_proj.") for name in tensors)
+    assert all(tensor.is_contiguous() for tensor in tensors.values())
+    assert_same(codec.decompress("model.layers.0.mlp.up_proj", tensors, weight.scheme, weight.dtype), weight)
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=100)
+def test_compressed_tensors_dequantizes_the_same_bits(data: st.DataObject) -> None:
+    weight = data.draw(weights(CT))
+    stored = {name.removeprefix("x."): t for name, t in compressed_tensors.compress("x", weight).items()}
+    config = QuantizationConfig.model_validate(compressed_tensors.config({"x": weight.scheme}, []))
+    theirs = PackedQuantizationCompressor.decompress(stored, config.config_groups["group_0"])["weight"]
+    assert theirs.dtype == weight.dtype
+    assert torch.equal(theirs, weight.dequantize())
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
+    return tiny_llama(tmp_path_factory.mktemp("source"))
+
+
+def load_unpacked(folder: Path) -> Any:
+    """As the model card says for training."""
+    with warnings.catch_warnings():
+        # transformers tells that it takes the rest of the configuration from the checkpoint, which is what we want.
+        warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+        options = CompressedTensorsConfig(run_compressed=False)
+        return AutoModelForCausalLM.from_pretrained(folder, quantization_config=options)
+
+
+def assert_logits_agree(model: Any, expected: Any) -> None:
+    """Within 2 bf16 ulp at the largest logit."""
+    ours, theirs = logits(expected), logits(model)
+    largest = ours.abs().max()
+    ulp = torch.finfo(torch.bfloat16).eps * 2.0 ** torch.floor(torch.log2(largest.float()))
+    assert (ours.float() - theirs.float()).abs().max() <= 2 * ulp
+
+
+def assert_weights_equal(model: nn.Module, expected: nn.Module) -> None:
+    found = dict(linears(model))
+    for name, linear in linears(expected):
+        assert torch.equal(found[name].weight, linear.weight), name
+
+
+@pytest.mark.parametrize("schemes", [*([s] for s in UNIFORM), MIXED_SYMMETRIC], ids=label)
+def test_transformers_loads_what_was_written(tmp_path: Path, source: Source, schemes: Sequence[Scheme]) -> None:
+    expected = write_quantized(source, tmp_path / "out", CT, schemes)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert_logits_agree(model, expected)  # the first call unpacks what was loaded packed
+    assert_weights_equal(model, expected)
+
+
+@pytest.mark.parametrize("schemes", [*([s] for s in UNIFORM), MIXED_SYMMETRIC, MIXED], ids=label)
+def test_every_stored_linear_decompresses_to_our_weight(
+    tmp_path: Path, source: Source, schemes: Sequence[Scheme]
+) -> None:
+    expected = write_quantized(source, tmp_path / "out", CT, schemes)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    config = QuantizationConfig.model_validate(_config(tmp_path / "out")["quantization_config"])
+    for name, linear in linears(expected):
+        groups = [g for g in config.config_groups.values() if set(g.targets) & {name, "Linear"}]
+        stored = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+        assert len(groups) == 1
+        assert torch.equal(PackedQuantizationCompressor.decompress(stored, groups[0])["weight"], linear.weight)
+
+
+@peft_meets_transformers
+@pytest.mark.parametrize(
+    "schemes", [[UNIFORM[0]], [scheme(4, 32, True)], [scheme(4, 32, False)], [UNIFORM[-1]]], ids=label
+)
+def test_a_lora_attaches_and_learns(tmp_path: Path, source: Source, schemes: Sequence[Scheme]) -> None:
+    expected = write_quantized(source, tmp_path / "out", CT, schemes)
+    model = load_unpacked(tmp_path / "out")
+    assert_weights_equal(model, expected)
+    _train_lora(model)
+
+
+@peft_meets_transformers
+def test_a_lora_attaches_to_mixed_widths(tmp_path: Path, source: Source) -> None:
+    expected = write_quantized(source, tmp_path / "out", CT, MIXED_SYMMETRIC)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model.hf_quantizer.compressor.decompress_model(model)
+    assert_weights_equal(model, expected)
+    _train_lora(model)
+
+
+@peft_meets_transformers
+def test_mixed_widths_with_zero_points_come_with_a_loader(tmp_path: Path, source: Source) -> None:
+    expected = write_quantized(source, tmp_path / "out", CT, MIXED)
+    model = _loader(tmp_path / "out").load(tmp_path / "out")
+    assert_weights_equal(model, expected)
+    assert_logits_agree(model, expected)
+    _train_lora(model)
+
+
+@pytest.mark.parametrize(
+    "schemes", [[scheme(5, 16, True)], [scheme(7, -1, False)], [scheme(3, 32, True), *MIXED]], ids=label
+)
+@pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
+def test_the_native_loader_gives_identical_weights(
+    tmp_path: Path, source: Source, schemes: Sequence[Scheme], shard_bytes: int
+) -> None:
+    expected = write_quantized(source, tmp_path / "out", ExportFormat.NATIVE, schemes, shard_bytes)
+    model = _loader(tmp_path / "out").load(tmp_path / "out")
+    assert_weights_equal(model, expected)
+    assert torch.equal(logits(model), logits(expected))
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "config.json").read_text())
+    assert isinstance(found, dict)
+    return found
+
+
+def _loader(folder: Path) -> ModuleType:
+    """The loader that lies in the artifact, not the one of this repository."""
+    spec = importlib.util.spec_from_file_location("load_bitwright", folder / "load_bitwright.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _train_lora(model: Any) -> None:
+    """One step moves the adapter and nothing else."""
+    before: dict[str, Tensor] = {name: linear.weight.clone() for name, linear in linears(model)}
+    adapted = get_peft_model(model, LoraConfig(r=4, target_modules="all-linear"))
+    loss = adapted(TOKENS, labels=TOKENS).loss
+    loss.backward()
+    gradients = {name: p.grad for name, p in adapted.named_parameters() if p.requires_grad}
+    assert len(gradients) == 2 * len(before)
+    assert all(gradient is not None for gradient in gradients.values())
+    assert any(gradient.abs().max() > 0 for gradient in gradients.values() if gradient is not None)
+    for name, module in adapted.base_model.model.named_modules():
+        if name in before:
+            assert torch.equal(module.base_layer.weight, before[name])
+            assert module.base_layer.weight.grad is None

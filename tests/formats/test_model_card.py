@@ -1,0 +1,106 @@
+"""The card promises what holds: its lines are run, and vLLM is named only within vLLM's rules."""
+
+import re
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from app.domain.formats import ExportFormat
+from app.domain.methods import Scheme
+from app.domain.report import Quality, Report, TextReport
+from tests.formats.examples import REPORT, linears, scheme, tiny_llama, write_quantized
+from workers.formats.model_card import model_card
+from workers.formats.runtimes import vllm_refusals
+
+CT, NATIVE = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE
+W4, W8, W3Z, W4Z = scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, False), scheme(4, 32, False)
+TEXT = TextReport(source="builtin", sha256="ab" * 32, num_samples=4, sequence_length=64, tokens=256)
+
+
+def card(export_format: ExportFormat, report: Report = REPORT, **schemes: Scheme) -> str:
+    return model_card(report, export_format, schemes, "LICENSE")
+
+
+def code_blocks(text: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("export_format", "schemes"),
+    [(CT, [W4]), (CT, [W4Z]), (CT, [W4, W8]), (CT, [W4, W3Z]), (NATIVE, [W3Z, W8])],
+    ids=["symmetric", "asymmetric", "mixed", "mixed-asymmetric", "native"],
+)
+def test_every_line_of_the_card_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_format: ExportFormat, schemes: Sequence[Scheme]
+) -> None:
+    out = tmp_path / "out"
+    expected = write_quantized(tiny_llama(tmp_path / "source"), out, export_format, schemes)
+    monkeypatch.syspath_prepend(str(out))
+    blocks = code_blocks((out / "README.md").read_text())
+    assert len(blocks) == (1 if export_format is NATIVE else 2)
+    for block in blocks:
+        # The tiny model's tokenizer.json is no tokenizer; its line is the same for every checkpoint.
+        lines = [line for line in block.splitlines() if not line.startswith("tokenizer")]
+        names: dict[str, Any] = {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="You passed `quantization_config`")
+            exec("\n".join(lines).replace("path/to/this/folder", str(out)), names)
+        model = names["model"]
+        model(torch.tensor([[1, 2, 3]]))
+        found = {name: m for name, m in model.named_modules() if name.endswith("_proj")}
+        for name, linear in linears(expected):
+            match = next(m for full, m in found.items() if full.endswith(name))
+            assert torch.equal(getattr(match, "base_layer", match).weight, linear.weight), name
+
+
+def test_front_matter_names_a_hub_model_and_nothing_else() -> None:
+    matter = yaml.safe_load(card(CT, a=W4).split("---")[1])
+    assert matter["base_model"] == "org/tiny"
+    assert matter["tags"] == ["bitwright", "compressed-tensors"]
+    for source in ("/models/tiny", "upl_01abc"):
+        local = REPORT.model_copy(update={"model": REPORT.model.model_copy(update={"source": source})})
+        assert "base_model" not in yaml.safe_load(card(CT, local, a=W4).split("---")[1])
+
+
+def test_quality_and_calibration_are_told_where_measured() -> None:
+    quality = Quality(text=TEXT, perplexity_original=10, perplexity=10.5, kl_divergence=0.0123, top1_agreement=0.9)
+    text = card(CT, REPORT.model_copy(update={"quality": quality, "calibration": TEXT}), a=W4)
+    assert "| perplexity | 10.0000 | 10.5000 |" in text
+    assert "| same most likely token | 100 % | 90.00 % |" in text
+    assert "4 sequences of 64 tokens of `builtin`" in text
+    assert "## Quality" not in card(CT, a=W4)
+
+
+def test_the_paper_is_cited() -> None:
+    assert "https://arxiv.org/abs/2309.05516" in card(CT, REPORT.model_copy(update={"method": "signround"}), a=W4)
+
+
+@pytest.mark.parametrize(
+    ("of", "refused"),
+    [
+        *(((bits, group, True), bits not in (4, 8)) for bits in range(2, 9) for group in (-1, 32, 64, 128)),
+        *(((4, group, True), True) for group in (16, 48, 256)),
+        ((4, 128, False), False),
+        ((8, 128, False), True),
+    ],
+)
+def test_vllm_rules(of: tuple[int, int, bool], refused: bool) -> None:
+    found = scheme(*of)
+    assert bool(vllm_refusals({"model.layers.0.mlp.down_proj": found})) is refused
+    assert ("vllm serve" in card(CT, a=found)) is not refused
+
+
+def test_vllm_needs_one_scheme_for_what_it_runs_as_one() -> None:
+    attention = dict.fromkeys([f"model.layers.0.self_attn.{part}_proj" for part in "qkv"], W4)
+    assert vllm_refusals(attention) == []
+    assert vllm_refusals(attention | {"model.layers.0.mlp.down_proj": W8}) == []
+    refusals = vllm_refusals(attention | {"model.layers.0.self_attn.v_proj": W8})
+    assert refusals == ["it runs q_proj, k_proj, v_proj of model.layers.0.self_attn as one, and their schemes differ"]
+    gate_only = {"model.layers.0.mlp.gate_proj": W4}
+    assert "gate_proj, up_proj" in vllm_refusals(gate_only)[0]
