@@ -8,17 +8,19 @@ from typer.core import TyperCommand, TyperGroup
 from app.cli.main import app
 
 
-def check_bitwright(words: Sequence[str]) -> None:
-    """Fail unless `words`, after `bitwright`, name a group of commands, or a command and arguments that it takes.
+def check_bitwright(words: Sequence[str], *, mention: bool = False) -> None:
+    """Fail unless `words`, after `bitwright`, are a command and arguments that it takes.
+
+    A mention in running text names a command, or a group of them, and may leave arguments out.
 
     Raises:
         Exception: typer's own, which says what is wrong.
     """
     group = typer.main.get_command(app)
     rest = list(words)
-    while isinstance(group, TyperGroup) and rest:
+    while isinstance(group, TyperGroup) and (rest or not mention):
         name = rest.pop(0)
         assert name in group.commands, f"bitwright has no command {name}; it has: {', '.join(group.commands)}"
         group = group.commands[name]
     if isinstance(group, TyperCommand):
-        group.make_context(group.name or "", rest)
+        group.make_context(group.name or "", rest, resilient_parsing=mention)

@@ -140,12 +140,15 @@ def test_links_lead_somewhere(path: Path) -> None:
 def test_commands_can_be_given(path: Path) -> None:
     document = path.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    inline = [shlex.split(code) for code in re.findall(r"`((?:make|bitwright) [^`]+)`", document)]
-    for words in [*shell_commands(document), *inline]:
-        if words[0] == "make":
-            assert words[1] in targets
-        if words[0] == "bitwright" and "--help" not in words:
+    mentions = [shlex.split(code) for code in re.findall(r"`((?:make|bitwright) [^`]+)`", document)]
+    commands = shell_commands(document)
+    assert [words[1] for words in [*commands, *mentions] if words[0] == "make" and words[1] not in targets] == []
+    for words in commands:
+        if words[0] == "bitwright":
             check_bitwright([word for word in words[1:] if word != "&"])
+    for words in mentions:
+        if words[0] == "bitwright" and "--help" not in words:
+            check_bitwright(words[1:], mention=True)
 
 
 ERROR_ROW = re.compile(r"^\| `(\w+)` \| (\d{3}) \| (\w+) \| (.+?) \| .+ \|$", re.MULTILINE)
