@@ -9,6 +9,8 @@ A real process on the real lifeline, pipe and lock; only the computation is left
     fail:CODE       report a failure, exit code 1             exit:CODE       end at once
     raise:NAME      raise that builtin exception              ignore-term     ignore SIGTERM
     once:STEP       only in the first attempt                 child           start a grandchild that sleeps
+    log:EVENT       write a log line                          outside         a result that names a folder outside
+    environment     report the names of its variables
 """
 
 import json
@@ -19,6 +21,8 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+import structlog
 
 from app.domain.errors import error_from_code
 from app.domain.events import AttemptOrder, BlockEvent, LogEvent, ProgressEvent, ResultLine, Stage
@@ -110,8 +114,12 @@ class Script:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         self.pipe.write(LogEvent(event="grandchild", fields={"pid": child.pid}))
 
-    def network(self, _: str) -> None:
-        names = sorted(name for name in os.environ if name.startswith(("HF_", "BITWRIGHT_")))
+    def outside(self, _: str) -> None:
+        self.pipe.write(ResultLine(report=report(self.order), checkpoints={"native": "../.."}))
+        os._exit(0)
+
+    def environment(self, _: str) -> None:
+        names = sorted(name for name in os.environ)
         self.pipe.write(LogEvent(event="environment", fields={"names": json.dumps(names)}))
 
 
@@ -129,7 +137,9 @@ STEPS: dict[str, Callable[[Script, str], object]] = {
     "exit": lambda _, code: os._exit(int(code)),
     "ignore-term": lambda _, __: signal.signal(signal.SIGTERM, signal.SIG_IGN),
     "child": Script.child,
-    "environment": Script.network,
+    "environment": Script.environment,
+    "outside": Script.outside,
+    "log": lambda _, event: structlog.get_logger("script").info(event),
 }
 
 
