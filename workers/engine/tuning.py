@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,21 +74,17 @@ class TunedLinear(nn.Module):
 
 class _LinearIntoBuffer(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: torch.autograd.function.FunctionCtx, x: Tensor, weight: Tensor, bias: Tensor | None, linear: TunedLinear
-    ) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: TunedLinear) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.linear = linear
         return nn.functional.linear(x, weight, bias)
 
     @staticmethod
-    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, weight = ctx.saved_tensors  # type: ignore[attr-defined]
-        linear = ctx.linear  # type: ignore[attr-defined]
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), linear, grad = ctx.saved_tensors, ctx.linear, gradients[0]
         rows = grad.flatten(0, -2)
         torch.addmm(linear.gradient, rows.T, x.flatten(0, -2), beta=int(linear.adds), out=linear.gradient)
-        needed = ctx.needs_input_grad[0]  # type: ignore[attr-defined]
-        return (grad @ weight if needed else None), None, None, None
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
 
 
 @contextmanager
