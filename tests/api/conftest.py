@@ -1,0 +1,144 @@
+"""An application on a real store: a tenant with keys of each scope, a stranger, and a hand that does a worker's writes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+import pytest
+from starlette.testclient import TestClient
+
+from app.api.main import create_app
+from app.domain.access import Scope
+from app.domain.errors import BitwrightError
+from app.domain.events import AttemptEvent
+from app.domain.jobs import DeviceClass
+from app.settings import Settings
+from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
+from app.store.blobs import open_blobs
+from app.store.keys import ensure_tenant, issue_key
+from app.store.session import Database
+from tests.store.samples import report
+
+SHORTHAND = {"model": "org/model", "method": "rtn", "bits": 4}
+
+
+@dataclass(frozen=True)
+class Api:
+    """An application with its store, and clients of several callers."""
+
+    settings: Settings
+    database: Database
+    folder: Path
+    tenant_id: str
+    client: TestClient
+    """May submit."""
+    reader: TestClient
+    stranger: TestClient
+    """May submit, as another tenant."""
+    anonymous: TestClient
+    key: str
+
+    def submit(self, **fields: object) -> str:
+        """Queue a job; its id."""
+        response = self.client.post("/v1/jobs", json={**SHORTHAND, **fields})
+        assert response.status_code == 202, response.text
+        return str(response.json()["id"])
+
+    def claim(self) -> Claim:
+        """Take the next job, as a worker does."""
+        with self.database.transaction() as session:
+            held = claim(session, worker_id="worker-1", device_class=DeviceClass.CPU, lease_seconds=600)
+        assert held is not None
+        return held
+
+    def tell(self, held: Claim, *events: AttemptEvent) -> None:
+        """Store events of an attempt."""
+        with self.database.transaction() as session:
+            AttemptWriter(session, held.job_id, held.attempt).append(events)
+
+    def succeed(self, held: Claim, checkpoints: Mapping[str, Mapping[str, bytes]] | None = None) -> None:
+        """End a job with these files: format -> path -> content."""
+        artifacts = [
+            self._store(export_format, path, content)
+            for export_format, files in (checkpoints or {}).items()
+            for path, content in files.items()
+        ]
+        with self.database.transaction() as session:
+            AttemptWriter(session, held.job_id, held.attempt).succeed(report(), artifacts)
+
+    def fail(self, held: Claim, error: BitwrightError) -> None:
+        """End an attempt with an error."""
+        with self.database.transaction() as session:
+            AttemptWriter(session, held.job_id, held.attempt).fail(error)
+
+    def _store(self, export_format: str, path: str, content: bytes) -> NewArtifact:
+        source = self.folder / "made"
+        source.write_bytes(content)
+        blob = open_blobs(self.settings.blob_url).put(source)
+        return NewArtifact(export_format, path, blob.sha256, blob.size, "application/octet-stream")
+
+
+def problem(response: httpx.Response, status: int, code: str) -> dict[str, object]:
+    """The problem document of an answer that must be one."""
+    assert response.status_code == status, response.text
+    assert response.headers["content-type"] == "application/problem+json"
+    body: dict[str, object] = response.json()
+    assert (body["status"], body["code"]) == (status, code), body
+    assert body["request_id"] == response.headers["x-request-id"]
+    return body
+
+
+def make_settings(folder: Path, database_url: str, **fields: object) -> Settings:
+    """Settings on one folder, with `models` as the only root."""
+    roots = (folder / "models",)
+    roots[0].mkdir(exist_ok=True)
+    values = {"data_dir": folder, "database_url": database_url, "model_roots": roots, "event_poll_seconds": 0.02}
+    return Settings.model_validate({**values, **fields})
+
+
+@pytest.fixture
+def settings(tmp_path: Path, sqlite_url: str) -> Settings:
+    """Settings of an API on SQLite."""
+    return make_settings(tmp_path, sqlite_url)
+
+
+@pytest.fixture
+def api(settings: Settings) -> Iterator[Api]:
+    """An API on SQLite."""
+    yield from run_api(settings)
+
+
+@pytest.fixture
+def any_api(tmp_path: Path, database_url: str) -> Iterator[Api]:
+    """An API on each database in turn."""
+    yield from run_api(make_settings(tmp_path, database_url))
+
+
+def run_api(settings: Settings) -> Iterator[Api]:
+    """The application of these settings, with tenants and keys."""
+    application = create_app(settings)
+    database = Database(settings.database_url)
+    with database.transaction() as session:
+        tenant, stranger = ensure_tenant(session, "first").id, ensure_tenant(session, "second").id
+        _, submitter = issue_key(session, tenant, name="submitter", scopes=frozenset({Scope.SUBMIT}))
+        _, reader = issue_key(session, tenant, name="reader", scopes=frozenset({Scope.READ}))
+        _, other = issue_key(session, stranger, name="other", scopes=frozenset({Scope.SUBMIT}))
+
+    def client(key: str | None) -> TestClient:
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        return TestClient(application, headers=headers, raise_server_exceptions=False)
+
+    with client(submitter) as main:
+        yield Api(
+            settings=settings,
+            database=database,
+            folder=settings.data_dir,
+            tenant_id=tenant,
+            client=main,
+            reader=client(reader),
+            stranger=client(other),
+            anonymous=client(None),
+            key=submitter,
+        )
+    database.close()

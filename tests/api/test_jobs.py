@@ -1,0 +1,146 @@
+"""Jobs over HTTP, on SQLite and on a real PostgreSQL."""
+
+import pytest
+
+from app.domain.errors import InvalidDataset
+from app.domain.jobs import DeviceClass
+from app.store.workers import register
+from tests.api.checkpoints import write_checkpoint
+from tests.api.conftest import SHORTHAND, Api, problem
+from tests.store.samples import block, progress
+
+
+def test_a_job_goes_from_post_to_its_report(any_api: Api) -> None:
+    response = any_api.client.post("/v1/jobs", json={**SHORTHAND, "metadata": {"commit": "abc"}})
+    assert response.status_code == 202
+    job = response.json()
+    assert response.headers["location"] == f"/v1/jobs/{job['id']}"
+    assert int(response.headers["retry-after"]) > 0
+    assert job["status"] == "queued"
+    assert job["request"]["model"] == {"source": "hub", "id": "org/model", "revision": "main"}
+    assert job["request"]["quantization"]["group_size"] == 64
+
+    held = any_api.claim()
+    any_api.tell(held, progress(1.0), block(0))
+    running = any_api.reader.get(response.headers["location"]).json()
+    assert (running["status"], running["attempt"], running["progress"]["done"]) == ("running", 1, 1.0)
+    any_api.succeed(held)
+    done = any_api.reader.get(response.headers["location"]).json()
+    assert done["status"] == "succeeded"
+    assert done["report"]["size"]["bits_per_weight"] == 4.0
+    assert [(attempt["number"], attempt["status"]) for attempt in done["attempts"]] == [(1, "succeeded")]
+    assert done["finished_at"].endswith("Z")
+
+
+def test_lists_are_pages_that_filter(any_api: Api) -> None:
+    first = any_api.submit(metadata={"commit": "a", "branch": "x"})
+    second = any_api.submit(method="signround", metadata={"commit": "b"})
+    third = any_api.submit(model="org/other")
+
+    def ids(query: str) -> list[str]:
+        return [job["id"] for job in any_api.reader.get(f"/v1/jobs?{query}").json()["items"]]
+
+    assert ids("") == [third, second, first]
+    assert ids("method=signround") == [second]
+    assert ids("model=org/other") == [third]
+    assert ids("metadata.commit=a&metadata.branch=x") == [first]
+    assert ids("metadata.commit=a&metadata.branch=y") == []
+    assert ids("status=running") == []
+    assert any_api.stranger.get("/v1/jobs").json() == {"items": [], "next_cursor": None}
+    page = any_api.reader.get("/v1/jobs?limit=2").json()
+    assert [job["id"] for job in page["items"]] == [third, second]
+    last = any_api.reader.get("/v1/jobs", params={"limit": 2, "after": page["next_cursor"]}).json()
+    assert ([job["id"] for job in last["items"]], last["next_cursor"]) == ([first], None)
+
+
+def test_a_repeated_key_gives_the_same_job(any_api: Api) -> None:
+    headers = {"Idempotency-Key": "run-17"}
+    first = any_api.client.post("/v1/jobs", json=SHORTHAND, headers=headers)
+    again = any_api.client.post("/v1/jobs", json=SHORTHAND, headers=headers)
+    assert first.json()["id"] == again.json()["id"]
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
+    other = any_api.client.post("/v1/jobs", json={**SHORTHAND, "bits": 8}, headers=headers)
+    problem(other, 422, "idempotency_key_reused")
+    assert len(any_api.client.get("/v1/jobs").json()["items"]) == 1
+    assert any_api.stranger.post("/v1/jobs", json=SHORTHAND, headers=headers).json()["id"] != first.json()["id"]
+
+
+def test_cancel_retry_and_delete_follow_the_states(any_api: Api) -> None:
+    job_id = any_api.submit()
+    url = f"/v1/jobs/{job_id}"
+    problem(any_api.client.post(f"{url}/retry"), 409, "illegal_transition")
+    problem(any_api.client.delete(url), 409, "conflict")
+    cancelled = any_api.client.post(f"{url}/cancel")
+    assert (cancelled.status_code, cancelled.json()["status"]) == (202, "cancelled")
+    problem(any_api.client.post(f"{url}/cancel"), 409, "illegal_transition")
+    assert any_api.client.post(f"{url}/retry").json()["status"] == "queued"
+    held = any_api.claim()
+    asked = any_api.client.post(f"{url}/cancel").json()
+    assert (asked["status"], asked["cancel_requested"]) == ("running", True)
+    any_api.fail(held, InvalidDataset("line 3 is not JSON"))
+    assert any_api.client.get(url).json()["status"] == "cancelled"
+    any_api.client.post(f"{url}/retry")
+    any_api.fail(any_api.claim(), InvalidDataset("line 3 is not JSON"))
+    failed = any_api.client.get(url).json()
+    assert (failed["status"], failed["error"]["code"]) == ("failed", "invalid_dataset")
+    assert any_api.client.delete(url).status_code == 204
+    problem(any_api.client.get(url), 404, "not_found")
+
+
+def test_a_dry_run_stores_nothing(api: Api) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny", shards=True)
+    body = {"model": str(folder), "method": "signround", "bits": 3, "group_size": 16, "preset": "light"}
+    answer = api.client.post("/v1/jobs?dry_run=true", json=body)
+    assert answer.status_code == 200
+    view = answer.json()
+    assert view["request"]["quantization"]["steps"] == 50
+    linears = 2 * (64 * 64 * 2 + 32 * 64 * 2 + 3 * 64 * 192)
+    assert view["estimates"]["weights_quantized"] == linears
+    assert view["estimates"]["bits_per_weight"] == 3 + 16 / 16
+    assert view["estimates"]["seconds"]["cpu"] >= view["estimates"]["seconds"]["cuda"]
+    assert any("vllm does not load" in warning and "3 bits" in warning for warning in view["warnings"])
+    assert api.client.get("/v1/jobs").json()["items"] == []
+
+
+@pytest.mark.parametrize("model", ["gemma3", "qwen3"])
+def test_shapes_follow_each_architecture(api: Api, model: str) -> None:
+    config = {
+        "model_type": "gemma3",
+        "text_config": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2},
+    }
+    if model == "qwen3":
+        config = {"model_type": "qwen3", "num_attention_heads": 2, "num_key_value_heads": 1}
+    folder = write_checkpoint(api.folder / "models" / model, config)
+    view = api.client.post("/v1/jobs?dry_run=true", json={"model": str(folder), "method": "rtn"}).json()
+    heads, shared, width = (8, 4, 256) if model == "gemma3" else (2, 1, 128)
+    attention = 2 * 64 * heads * width + 2 * 64 * shared * width
+    assert view["estimates"]["weights_quantized"] == 2 * (attention + 3 * 64 * 192)
+
+
+def test_a_stored_local_path_is_the_real_one(api: Api) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny")
+    (api.folder / "models" / "link").symlink_to(folder)
+    job_id = api.submit(model=str(api.folder / "models" / "link" / ".." / "tiny"))
+    assert api.client.get(f"/v1/jobs/{job_id}").json()["request"]["model"]["path"] == str(folder)
+
+
+def test_workers_show_only_ones_own_jobs(api: Api) -> None:
+    with api.database.transaction() as session:
+        register(session, "worker-1", DeviceClass.CPU, {"host_memory_bytes": 5})
+    job_id = api.submit()
+    api.claim()
+    mine, theirs = (client.get("/v1/workers").json()["items"] for client in (api.client, api.stranger))
+    assert (mine[0]["id"], mine[0]["device"], mine[0]["job_id"]) == ("worker-1", "cpu", job_id)
+    assert theirs[0]["job_id"] is None
+
+
+def test_methods_and_formats_are_listed(api: Api) -> None:
+    methods = api.reader.get("/v1/methods").json()
+    signround = next(item for item in methods["items"] if item["name"] == "signround")
+    assert signround["paper"] == "2309.05516"
+    assert signround["parameters"]["properties"]["steps"]["maximum"] == 20_000
+    assert any(recipe["name"] == "auto-round-light" for recipe in methods["recipes"])
+    formats = {item["name"]: item for item in api.reader.get("/v1/formats").json()["items"]}
+    vllm = next(item for item in formats["compressed-tensors"]["runtimes"] if item["runtime"] == "vllm")
+    assert (vllm["support"], vllm["bits"]) == ("by_rules", [4, 8])
