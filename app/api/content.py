@@ -2,12 +2,14 @@
 
 import base64
 import re
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass
+from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from app.domain.errors import PreconditionFailed, RangeNotSatisfiable
 
@@ -102,4 +104,19 @@ def sha256_digest(sha256: str) -> str:
 def stream(chunks: Iterator[bytes], length: int, *, media_type: str, headers: dict[str, str], status: int) -> Response:
     """An answer of known length that is sent while it is read."""
     every = {**headers, "Content-Length": str(length)}
-    return StreamingResponse(chunks, status_code=status, media_type=media_type, headers=every)
+    return _ClosingResponse(chunks, status_code=status, media_type=media_type, headers=every)
+
+
+class _ClosingResponse(StreamingResponse):
+    """Closes what it reads from even when the caller goes away; Starlette leaves that to the collector."""
+
+    def __init__(self, chunks: Iterator[bytes], **options: Any) -> None:
+        super().__init__(chunks, **options)
+        self._chunks = chunks
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            if isinstance(self._chunks, Generator):
+                self._chunks.close()

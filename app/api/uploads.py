@@ -342,6 +342,7 @@ def _keep(file: UploadFile, parts: PartsFolder, database: Database, blobs: BlobS
         InvalidDataset: a line of a text is no record.
     """
     with parts.open_at(file.position, file.size) as stream:
+        stream.seek(0)
         if file.name.endswith(".jsonl"):
             try:
                 check_jsonl(stream, file.name)

@@ -251,7 +251,15 @@ class _BucketReader(RawIOBase):
 
 
 def _read_range(reader: BinaryIO, sha256: str, length: int) -> Iterator[bytes]:
+    chunks = _chunks(reader, sha256, length)
+    # A generator that was never started closes nothing when it is closed, as for a caller who has gone away.
+    next(chunks)
+    return chunks
+
+
+def _chunks(reader: BinaryIO, sha256: str, length: int) -> Iterator[bytes]:
     with closing(reader):
+        yield b""
         while length > 0:
             chunk = reader.read(min(CHUNK, length))
             if not chunk:
