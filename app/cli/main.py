@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 
 from app.cli import demo, jobs, keys, processes, serve, submit, watch
 from app.cli.render import print_error
-from app.domain.errors import BitwrightError, RequestError, Unavailable
+from app.domain.errors import BitwrightError, InputError, RequestError, Unavailable
 
 EXIT_FAILED, EXIT_BAD_REQUEST, EXIT_UNREACHABLE = 1, 2, 3
 EXIT_INTERRUPTED = 130
@@ -23,7 +23,7 @@ def exit_code(error: BitwrightError) -> int:
     """The exit code that tells a script what kind of error it was."""
     if isinstance(error, Unavailable):
         return EXIT_UNREACHABLE
-    return EXIT_BAD_REQUEST if isinstance(error, RequestError) else EXIT_FAILED
+    return EXIT_BAD_REQUEST if isinstance(error, RequestError | InputError) else EXIT_FAILED
 
 
 class ReportingGroup(TyperGroup):

@@ -122,7 +122,8 @@ def _serve_api(listener: socket.socket, announce: Callable[[], None]) -> bool:
 
     server = uvicorn.Server(
         uvicorn.Config(
-            "app.api.main:app",
+            "app.api.main:create_app",
+            factory=True,
             log_config=None,
             timeout_graceful_shutdown=STREAMS_END_SECONDS,
             server_header=False,

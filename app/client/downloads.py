@@ -123,7 +123,7 @@ def _receive(
     with transport.stream(path, headers=headers, read_timeout=READ_TIMEOUT_SECONDS) as response:
         # All of it came although a part was asked for (a proxy may drop Range): what is here already is skipped.
         skip = 0 if response.status_code == httpx.codes.PARTIAL_CONTENT else start
-        for received in response.iter_bytes(CHUNK):
+        for received in response.iter_bytes():
             chunk, skip = received[skip:], max(0, skip - len(received))
             file.write(chunk)
             update(chunk)

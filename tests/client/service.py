@@ -1,0 +1,115 @@
+"""The real API on a loopback port with a real SQLite and blob folder, and a hand that does a worker's writes."""
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import uvicorn
+
+from app.api.main import create_app
+from app.client import Client, RetryPolicy
+from app.domain.access import Scope
+from app.domain.events import AttemptEvent
+from app.domain.jobs import DeviceClass
+from app.domain.report import ModelReport, PeakMemory, Report, SizeReport
+from app.settings import Settings
+from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
+from app.store.blobs import BlobStore, open_blobs
+from app.store.keys import ensure_tenant, issue_key
+from app.store.session import Database, migrate
+
+QUICK = RetryPolicy(attempts=4, first_seconds=0.01, longest_seconds=0.05)
+
+
+@dataclass(frozen=True)
+class Service:
+    """A running service and the store behind it."""
+
+    port: int
+    key: str
+    database: Database
+    blobs: BlobStore
+    folder: Path
+
+    @property
+    def address(self) -> tuple[str, int]:
+        return ("127.0.0.1", self.port)
+
+    def client(self, url: str | None = None, retry: RetryPolicy = QUICK) -> Client:
+        return Client(url or f"http://127.0.0.1:{self.port}", self.key, retry=retry)
+
+    def claim(self) -> Claim:
+        """Take the next job, as a worker does."""
+        with self.database.transaction() as session:
+            claimed = claim(session, worker_id="worker-1", device_class=DeviceClass.CPU, lease_seconds=600)
+        assert claimed is not None
+        return claimed
+
+    def tell(self, claimed: Claim, events: Sequence[AttemptEvent]) -> None:
+        """Store events of the attempt."""
+        with self.database.transaction() as session:
+            AttemptWriter(session, claimed.job_id, claimed.attempt).append(events)
+
+    def succeed(self, claimed: Claim, files: Mapping[str, bytes] | None = None) -> None:
+        """End the job with these files as its compressed-tensors checkpoint."""
+        artifacts = [self._store(path, content) for path, content in (files or {}).items()]
+        with self.database.transaction() as session:
+            AttemptWriter(session, claimed.job_id, claimed.attempt).succeed(report(), artifacts)
+
+    def _store(self, path: str, content: bytes) -> NewArtifact:
+        source = self.folder / "source"
+        source.write_bytes(content)
+        blob = self.blobs.put(source)
+        assert blob.sha256 == hashlib.sha256(content).hexdigest()
+        return NewArtifact("compressed-tensors", path, blob.sha256, blob.size, "application/octet-stream")
+
+
+def report() -> Report:
+    """A small report; its numbers mean nothing."""
+    return Report(
+        version="0",
+        method="rtn",
+        seed=0,
+        device="cpu",
+        plan={},
+        model=ModelReport(source="org/name", revision=None, architecture="llama", dtype="float32", parameters=8),
+        calibration=None,
+        quality=None,
+        blocks=(),
+        size=SizeReport(
+            bytes_original=32, bytes_quantized=8, quantized_weights=8, bits_per_weight=4.5, bits_per_weight_model=8.0
+        ),
+        seconds={"total": 1.0},
+        peak_memory=PeakMemory(host_bytes=1),
+        blocks_computed=0,
+        blocks_resumed=0,
+    )
+
+
+@contextmanager
+def running_service(folder: Path) -> Iterator[Service]:
+    """Start the API in a thread on a free port."""
+    settings = Settings(data_dir=folder, environment="test", event_poll_seconds=0.02)
+    migrate(settings.database_url)
+    database = Database(settings.database_url)
+    with database.transaction() as session:
+        tenant = ensure_tenant(session, "default")
+        _, key = issue_key(session, tenant.id, name="test", scopes=frozenset(Scope))
+    config = uvicorn.Config(create_app(settings), port=0, log_config=None, timeout_graceful_shutdown=1)
+    server = uvicorn.Server(config)
+    thread = threading.Thread(target=server.run, name="api")
+    thread.start()
+    try:
+        while not server.started:
+            assert thread.is_alive()
+            time.sleep(0.01)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        yield Service(port, key, database, open_blobs(settings.blob_url), folder)
+    finally:
+        server.should_exit = True
+        thread.join()
+        database.close()

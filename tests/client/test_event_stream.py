@@ -1,0 +1,40 @@
+"""The wire format of server-sent events, by the examples of the HTML standard (section 9.2.6)."""
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from app.client.event_stream import ServerSentEvent, parse_events
+
+
+def parse(text: str) -> list[ServerSentEvent]:
+    return list(parse_events(text.splitlines()))
+
+
+def test_data_over_several_lines() -> None:
+    assert parse("data: YHOO\ndata: +2\ndata: 10\n\n") == [ServerSentEvent("", "message", "YHOO\n+2\n10")]
+
+
+def test_comments_ids_and_fields_without_a_value() -> None:
+    stream = ": test stream\n\ndata: first event\nid: 1\n\ndata:second event\nid\n\ndata:  third event\n\n"
+    assert parse(stream) == [
+        ServerSentEvent("1", "message", "first event"),
+        ServerSentEvent("", "message", "second event"),
+        ServerSentEvent("", "message", " third event"),
+    ]
+
+
+def test_an_event_that_the_end_cuts_off_is_dropped() -> None:
+    assert parse("id: 1\ndata: whole\n\nid: 2\ndata: cut off\n") == [ServerSentEvent("1", "message", "whole")]
+
+
+def test_an_event_without_data_is_none_and_does_not_name_the_next() -> None:
+    assert parse("event: ping\n\ndata: x\n\n") == [ServerSentEvent("", "message", "x")]
+
+
+LINE = st.text(st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp")), max_size=20)
+
+
+@given(st.lists(st.tuples(st.integers(1, 999), LINE.filter(bool)), max_size=5))
+def test_what_is_written_is_read(events: list[tuple[int, str]]) -> None:
+    lines = [line for number, data in events for line in (f"id: {number}", "event: e", f"data: {data}", "")]
+    assert [(int(e.id), e.data) for e in parse_events(lines)] == events
