@@ -113,9 +113,9 @@ class EventFeed:
             try:
                 full = await self.poll()
                 pause = 0.0 if full else self._poll_seconds
-            except Exception:
+            except Exception as error:
                 pause = min(max(pause, self._poll_seconds) * 2, LONGEST_PAUSE_SECONDS)
-                log.warning("event_poll_failed", again_after_seconds=pause, exc_info=True)
+                log.warning("event_poll_failed", again_after_seconds=pause, error=repr(error))
             await asyncio.sleep(pause)
 
     async def poll(self) -> bool:

@@ -1,0 +1,157 @@
+"""Artifacts and archives: ranges, validators, digests, and bytes that never change."""
+
+import base64
+import hashlib
+import io
+import tarfile
+
+import pytest
+
+from app.api.content import Unsatisfiable, attachment, parse_range
+from tests.api.conftest import Api, problem
+
+WEIGHTS = bytes(range(256)) * 2000
+NAMES = {
+    "compressed-tensors": {
+        "config.json": b"{}",
+        "model.safetensors": WEIGHTS,
+        "empty": b"",
+        "x" * 150 + ".json": b"long",
+    },
+    "native": {"model.safetensors": b"native", "sub/ü.txt": b"text"},
+}
+
+
+@pytest.fixture
+def job_id(api: Api) -> str:
+    """A succeeded job with two checkpoints."""
+    job = api.submit()
+    api.succeed(api.claim(), NAMES)
+    return job
+
+
+def content_url(api: Api, job_id: str, path: str, export_format: str = "compressed-tensors") -> str:
+    """Where the bytes of a file are."""
+    items = api.client.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]
+    found = next(item for item in items if (item["path"], item["format"]) == (path, export_format))
+    return f"/v1/artifacts/{found['id']}/content"
+
+
+def test_the_whole_content_comes_with_its_hash(api: Api, job_id: str) -> None:
+    url = content_url(api, job_id, "model.safetensors")
+    answer = api.reader.get(url)
+    assert (answer.status_code, answer.content) == (200, WEIGHTS)
+    digest = hashlib.sha256(WEIGHTS)
+    assert answer.headers["etag"] == f'"{digest.hexdigest()}"'
+    assert answer.headers["repr-digest"] == f"sha-256=:{base64.b64encode(digest.digest()).decode()}:"
+    assert answer.headers["accept-ranges"] == "bytes"
+    assert answer.headers["content-disposition"] == 'attachment; filename="model.safetensors"'
+    assert "immutable" in answer.headers["cache-control"]
+    head = api.reader.head(url)
+    assert (head.status_code, head.content) == (200, b"")
+    assert head.headers["content-length"] == str(len(WEIGHTS))
+    assert api.reader.get(content_url(api, job_id, "empty")).content == b""
+    named = api.reader.get(content_url(api, job_id, "sub/ü.txt", "native"))
+    assert named.headers["content-disposition"] == "attachment; filename=\"_.txt\"; filename*=UTF-8''%C3%BC.txt"
+
+
+@pytest.mark.parametrize(
+    ("value", "start", "stop"),
+    [("bytes=0-0", 0, 1), ("bytes=10-", 10, None), ("bytes=-7", -7, None), ("bytes=5-9999999999", 5, None)],
+)
+def test_a_range_is_a_part(api: Api, job_id: str, value: str, start: int, stop: int | None) -> None:
+    url = content_url(api, job_id, "model.safetensors")
+    answer = api.reader.get(url, headers={"Range": value})
+    part = WEIGHTS[start:stop]
+    assert (answer.status_code, answer.content) == (206, part)
+    first = start % len(WEIGHTS)
+    assert answer.headers["content-range"] == f"bytes {first}-{first + len(part) - 1}/{len(WEIGHTS)}"
+    assert answer.headers["content-length"] == str(len(part))
+    assert answer.headers["repr-digest"] == api.reader.head(url).headers["repr-digest"]
+
+
+@pytest.mark.parametrize(
+    "value", ["bytes=0-1,5-6", "bytes=5-2", "bytes=-", "lines=0-1", "bytes=a-b", "bytes=" + "0-1," * 9999]
+)
+def test_a_range_that_cannot_be_read_gives_all(api: Api, job_id: str, value: str) -> None:
+    answer = api.reader.get(content_url(api, job_id, "model.safetensors"), headers={"Range": value})
+    assert (answer.status_code, len(answer.content)) == (200, len(WEIGHTS))
+
+
+@pytest.mark.parametrize("value", [f"bytes={len(WEIGHTS)}-", "bytes=-0", "bytes=999999999999-"])
+def test_a_range_outside_is_refused(api: Api, job_id: str, value: str) -> None:
+    answer = api.reader.get(content_url(api, job_id, "model.safetensors"), headers={"Range": value})
+    problem(answer, 416, "range_not_satisfiable")
+    assert answer.headers["content-range"] == f"bytes */{len(WEIGHTS)}"
+
+
+def test_validators_decide(api: Api, job_id: str) -> None:
+    url = content_url(api, job_id, "model.safetensors")
+    etag = api.reader.head(url).headers["etag"]
+
+    def status(**headers: str) -> int:
+        return api.reader.get(
+            url, headers={name.replace("_", "-"): value for name, value in headers.items()}
+        ).status_code
+
+    assert status(Range="bytes=0-1", If_Range=etag) == 206
+    assert status(Range="bytes=0-1", If_Range='"other"') == 200
+    assert status(Range="bytes=0-1", If_Range=f"W/{etag}") == 200
+    assert status(If_None_Match=f'"x", W/{etag}') == 304
+    assert status(If_None_Match="*") == 304
+    assert status(If_None_Match='"x"') == 200
+    assert status(If_Match=etag) == 200
+    problem(api.reader.get(url, headers={"If-Match": '"x"'}), 412, "precondition_failed")
+
+
+def test_an_archive_is_the_checkpoint_byte_for_byte_every_time(api: Api, job_id: str) -> None:
+    url = f"/v1/jobs/{job_id}/archive"
+    answer = api.reader.get(url)
+    assert answer.headers["content-length"] == str(len(answer.content))
+    assert answer.headers["content-disposition"] == f'attachment; filename="{job_id}-compressed-tensors.tar"'
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        members = archive.getmembers()
+        held = {member.name: archive.extractfile(member) for member in members}
+        contents = {name.split("/", 1)[1]: file.read() for name, file in held.items() if file}
+    assert contents == NAMES["compressed-tensors"]
+    assert all((member.mtime, member.uid, member.mode, member.isfile()) == (0, 0, 0o644, True) for member in members)
+    assert {member.name.split("/")[0] for member in members} == {f"{job_id}-compressed-tensors"}
+    again = api.reader.get(url)
+    assert (again.content, again.headers["etag"]) == (answer.content, answer.headers["etag"])
+    assert api.reader.get(url, headers={"If-None-Match": answer.headers["etag"]}).status_code == 304
+    head = api.reader.head(url)
+    assert head.headers["content-length"] == str(len(answer.content))
+    native = api.reader.get(url, params={"format": "native"})
+    assert native.headers["etag"] != answer.headers["etag"]
+    with tarfile.open(fileobj=io.BytesIO(native.content)) as archive:
+        assert [name.split("/", 1)[1] for name in archive.getnames()] == ["model.safetensors", "sub/ü.txt"]
+
+
+def test_an_archive_needs_artifacts(api: Api) -> None:
+    job_id = api.submit()
+    problem(api.reader.get(f"/v1/jobs/{job_id}/archive"), 409, "conflict")
+    problem(api.reader.get(f"/v1/jobs/{job_id}/archive?format=zip"), 422, "invalid_request")
+    assert api.reader.get(f"/v1/jobs/{job_id}/artifacts").json()["items"] == []
+    api.succeed(api.claim(), {"native": {"a": b"a"}})
+    problem(api.reader.get(f"/v1/jobs/{job_id}/archive?format=compressed-tensors"), 404, "not_found")
+    assert api.reader.get(f"/v1/jobs/{job_id}/archive").status_code == 200
+
+
+def test_lost_bytes_are_an_error_and_not_an_empty_file(api: Api, job_id: str) -> None:
+    digest = hashlib.sha256(WEIGHTS).hexdigest()
+    (api.settings.data_dir / "blobs" / digest[:2] / digest).unlink()
+    problem(api.reader.get(content_url(api, job_id, "model.safetensors")), 500, "storage_error")
+    problem(api.reader.get(f"/v1/jobs/{job_id}/archive"), 500, "storage_error")
+
+
+def test_ranges_of_nothing() -> None:
+    with pytest.raises(Unsatisfiable):
+        parse_range("bytes=0-", 0)
+    with pytest.raises(Unsatisfiable):
+        parse_range("bytes=-5", 0)
+
+
+def test_a_name_cannot_break_out_of_its_header() -> None:
+    header = attachment('a"\r\nX: y\\.bin')
+    assert "\r" not in header
+    assert header.startswith('attachment; filename="a___X: y_.bin"; filename*=')
