@@ -5,7 +5,7 @@
 ARG PYTHON=3.11
 
 FROM python:${PYTHON}-slim AS build
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_COMPILE=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1
 WORKDIR /source
 RUN python -m venv /opt/bitwright
 ENV PATH=/opt/bitwright/bin:$PATH
