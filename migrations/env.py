@@ -3,19 +3,14 @@
 import os
 
 from alembic import context
-from sqlalchemy import Connection, text
+from sqlalchemy import Connection
 
 from app.store.models import Base
-from app.store.session import Database
-
-LOCK = 0x6269_7477
-"""Key of the PostgreSQL advisory lock under which one process at a time migrates ("bitw")."""
+from app.store.session import Database, lock_schema
 
 
 def run(connection: Connection) -> None:
     """Migrate within the connection's transaction: all of it or nothing, on SQLite too."""
-    if connection.dialect.name == "postgresql":
-        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": LOCK})
     context.configure(
         connection=connection,
         target_metadata=Base.metadata,
@@ -44,5 +39,6 @@ elif "connection" in context.config.attributes:
 else:
     database = Database(url())
     with database.engine.begin() as own:
+        lock_schema(own)
         run(own)
     database.close()

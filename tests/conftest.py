@@ -1,5 +1,6 @@
 """Fixtures that tests of several parts share. Servers start once a session, and only if a test asks for them."""
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,12 +38,18 @@ def postgres_url(postgres: URL, migrated_template: str) -> Iterator[str]:
         yield servers.text(url)
 
 
+@pytest.fixture(scope="session")
+def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SQLite database with the newest schema, from which tests copy theirs."""
+    file = tmp_path_factory.mktemp("template") / "bitwright.db"
+    migrate(f"sqlite:///{file}")
+    return file
+
+
 @pytest.fixture
-def sqlite_url(tmp_path: Path) -> str:
+def sqlite_url(tmp_path: Path, migrated_file: Path) -> str:
     """URL of a fresh SQLite database with the newest schema and no rows."""
-    url = f"sqlite:///{tmp_path / 'bitwright.db'}"
-    migrate(url)
-    return url
+    return f"sqlite:///{shutil.copy(migrated_file, tmp_path)}"
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
@@ -61,3 +68,11 @@ def broker_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         return
     with servers.valkey_server(tmp_path_factory.mktemp("valkey")) as running:
         yield running.url
+
+
+@pytest.fixture(scope="session")
+def tiny_model() -> Path:
+    """Folder of a small trained checkpoint with a tokenizer: two Llama blocks, width 128, bf16, untied head."""
+    from tests.tiny_model import tiny_model_folder
+
+    return tiny_model_folder()

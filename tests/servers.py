@@ -58,7 +58,7 @@ def postgres_server() -> Iterator[URL]:
         subprocess.run([*map(str, setup), "--locale=C"], check=True, stdout=subprocess.DEVNULL, user=user, cwd=folder)
         options = [word for name, value in POSTGRES_OPTIONS.items() for word in ("-c", f"{name}={value}")]
         command = [binaries / "postgres", "-D", data, "-k", folder, *options]
-        with _running([str(word) for word in command], folder, user=user, stop=signal.SIGINT) as process:
+        with _running([str(word) for word in command], folder, user=user, stop=signal.SIGQUIT) as process:
             url = URL.create("postgresql+psycopg", "postgres", database="postgres", query={"host": str(folder)})
             _wait(lambda: psycopg.connect(_libpq(url), connect_timeout=2).close(), process, folder)
             yield url

@@ -18,6 +18,7 @@ from app.domain.events import AttemptEvent, BlockEvent, ProgressEvent
 from app.domain.jobs import DeviceClass, JobRequest, JobStatus
 from app.domain.report import Report
 from app.store.clock import now, seconds_from_now
+from app.store.documents import document
 from app.store.endings import (
     close_attempt,
     end_with_error,
@@ -147,7 +148,7 @@ class AttemptWriter:
             raise self._superseded()
         first = row.last_event - len(events) + 1
         common = {"job_id": self._job_id, "tenant_id": row.tenant_id, "attempt": self._attempt}
-        rows = [{"sequence": first + i, "data": e.model_dump(mode="json")} for i, e in enumerate(events)]
+        rows = [{"sequence": first + i, "data": document(e)} for i, e in enumerate(events)]
         self._session.execute(insert(Event), [common | row for row in rows])
         if blocks:
             mine = (Attempt.job_id == self._job_id, Attempt.number == self._attempt)
@@ -160,7 +161,7 @@ class AttemptWriter:
         Raises:
             NumericalFailure: a number in the report is not finite.
         """
-        values = {"report": report.model_dump(mode="json"), "error": None, "finished_at": now(), **NOT_RUNNING}
+        values = {"report": document(report), "error": None, "finished_at": now(), **NOT_RUNNING}
         entered = enter(self._session, JobStatus.SUCCEEDED, *self._fence(), values=values)
         if entered is None:
             raise self._superseded()
@@ -215,7 +216,7 @@ class AttemptWriter:
         values: dict[str, Any] = {"last_event": Job.last_event + len(events), "updated_at": now()}
         progress = [event for event in events if isinstance(event, ProgressEvent)]
         if progress:
-            values["progress"] = progress[-1].model_dump(mode="json")
+            values["progress"] = document(progress[-1])
         if blocks:
             # A block that an earlier attempt had finished is no progress: else an endless loop of them would count.
             done = max(blocks) + 1

@@ -10,6 +10,7 @@ from app.domain.events import ErrorData
 from app.domain.jobs import MAX_ATTEMPTS_WITHOUT_PROGRESS, JobStatus
 from app.domain.report import Report
 from app.store.clock import now, seconds_from_now
+from app.store.documents import document
 from app.store.models import Attempt, Job
 from app.store.status import NOT_RUNNING, enter, error_data
 
@@ -27,9 +28,9 @@ def end_with_error(session: Session, job: Job, error: BitwrightError, report: Re
     if status is not JobStatus.QUEUED:
         values = {**values, "finished_at": now()}
     if report is not None:
-        values = {**values, "report": report.model_dump(mode="json")}
+        values = {**values, "report": document(report)}
     if status is not JobStatus.CANCELLED:
-        values = {**values, "error": told.model_dump(mode="json")}
+        values = {**values, "error": document(told)}
     this = (Job.id == job.id, Job.attempt == job.attempt)
     event_error = told if status is not JobStatus.CANCELLED else None
     enter(session, status, *this, values={**values, **NOT_RUNNING}, error=event_error)
@@ -42,7 +43,7 @@ def close_attempt(
     session: Session, job_id: str, number: int, status: JobStatus, error: ErrorData | None = None
 ) -> None:
     """Write how an attempt ended; its row is never changed again."""
-    values = {"status": status, "finished_at": now(), "error": error and error.model_dump(mode="json")}
+    values = {"status": status, "finished_at": now(), "error": error and document(error)}
     session.execute(update(Attempt).where(Attempt.job_id == job_id, Attempt.number == number).values(values))
 
 

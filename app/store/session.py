@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -10,15 +11,17 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, event, make_url
+from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.domain.errors import NumericalFailure, Unavailable
+from app.domain.errors import Unavailable
 
 BUSY_SECONDS = 30
 """How long a write waits for another one on SQLite before it fails."""
 READING = "bitwright_reading"
+SCHEMA_LOCK = 0x6269_7477  # "bitw"
+TO_JSON = partial(json.dumps, allow_nan=False, separators=(",", ":"))
 
 
 class Database:
@@ -62,11 +65,21 @@ def migrate(url: str) -> None:
     engine = _create_engine(url)
     try:
         with _translated(), engine.begin() as connection:
+            lock_schema(connection)
             config = _alembic_config()
             config.attributes["connection"] = connection
             command.upgrade(config, "head")
     finally:
         engine.dispose()
+
+
+def lock_schema(connection: Connection) -> None:
+    """Let one transaction at a time migrate: SQLite's began with the write lock, PostgreSQL's takes one here.
+
+    Alembic keeps its environment in module globals, so this also keeps threads of one process apart.
+    """
+    if connection.dialect.name == "postgresql":
+        connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": SCHEMA_LOCK})
 
 
 def schema_is_current(database: Database) -> bool:
@@ -86,7 +99,7 @@ def _create_engine(url: str) -> Engine:
     parsed = make_url(url)
     if parsed.drivername in {"postgres", "postgresql"}:
         parsed = parsed.set(drivername="postgresql+psycopg")
-    options: dict[str, Any] = {"json_serializer": _to_json, "pool_size": 5, "max_overflow": 35}
+    options: dict[str, Any] = {"json_serializer": TO_JSON, "pool_size": 5, "max_overflow": 35}
     if parsed.get_backend_name() == "sqlite":
         engine = create_engine(parsed, connect_args={"timeout": BUSY_SECONDS}, **options)
         event.listen(engine, "connect", _prepare_sqlite)
@@ -106,13 +119,6 @@ def _begin_sqlite(connection: Connection) -> None:
     reading = bool(connection.get_execution_options().get(READING))
     connection.exec_driver_sql(f"PRAGMA query_only = {int(reading)}")
     connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
-
-
-def _to_json(value: object) -> str:
-    try:
-        return json.dumps(value, allow_nan=False, separators=(",", ":"))
-    except ValueError as error:
-        raise NumericalFailure("a value that is not finite cannot be stored as JSON") from error
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from app.domain.errors import BitwrightError
 from app.domain.events import ErrorData, StatusEvent
 from app.domain.jobs import TRANSITIONS, JobStatus
 from app.store.clock import now
+from app.store.documents import document
 from app.store.models import Event, Job
 
 NOT_RUNNING: Mapping[str, object] = {"worker_id": None, "lease_expires_at": None}
@@ -68,7 +69,7 @@ def error_data(error: BitwrightError) -> ErrorData:
 
 
 def _tell(session: Session, job_id: str, tenant_id: str, *, sequence: int, event: StatusEvent) -> None:
-    data = event.model_dump(mode="json")
+    data = document(event)
     row = Event(job_id=job_id, sequence=sequence, tenant_id=tenant_id, attempt=event.attempt, data=data)
     session.add(row)
     session.flush()

@@ -71,7 +71,7 @@ class UploadRepository:
             InvalidRequest: the part runs past the file's size.
         """
         upload, file = self._open_file(upload_id, name)
-        if not start <= end <= file.size:
+        if not 0 <= start <= end <= file.size:
             detail = f"bytes {start} to {end} are not within the {file.size} bytes announced for {name}"
             raise InvalidRequest(detail, field="Content-Range", value=f"{start}-{end}")
         if start != file.offset:

@@ -1,11 +1,13 @@
 """Every test of the store runs on SQLite and on a real PostgreSQL."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from app.store.keys import ensure_tenant
 from app.store.session import Database
+from tests import servers
 
 
 @pytest.fixture
@@ -28,3 +30,13 @@ def stranger(database: Database) -> str:
     """Id of another tenant."""
     with database.transaction() as session:
         return ensure_tenant(session, "second").id
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """Each database in turn, without any table."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'empty.db'}"
+        return
+    with servers.postgres_database(request.getfixturevalue("postgres")) as url:
+        yield servers.text(url)

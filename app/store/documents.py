@@ -1,0 +1,33 @@
+"""Typed messages as JSON columns."""
+
+import math
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from app.domain.errors import NumericalFailure
+from app.store.models import JsonObject
+
+
+def document(message: BaseModel) -> JsonObject:
+    """The message as JSON has it.
+
+    Raises:
+        NumericalFailure: a number is not finite, which JSON cannot say; the detail names it.
+    """
+    data = message.model_dump(mode="json")
+    for path, number in _numbers("", data):
+        if not math.isfinite(number):
+            raise NumericalFailure(f"{path} is {number}, not a finite number", field=path, value=str(number))
+    return data
+
+
+def _numbers(path: str, value: object) -> Iterator[tuple[str, float]]:
+    if isinstance(value, float):
+        yield path, value
+    elif isinstance(value, dict):
+        for key, part in value.items():
+            yield from _numbers(f"{path}.{key}" if path else str(key), part)
+    elif isinstance(value, list):
+        for index, part in enumerate(value):
+            yield from _numbers(f"{path}.{index}", part)

@@ -1,0 +1,181 @@
+"""One suite for every blob store."""
+
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+
+from app.domain.errors import StorageError
+from app.store.blobs import CHUNK, BlobStore, BucketBlobs, FolderBlobs, open_blobs
+
+ABSENT = "0" * 64
+
+
+def _bucket(folder: Path) -> BlobStore:
+    from obstore.store import LocalStore
+
+    folder.mkdir()
+    return BucketBlobs(LocalStore(str(folder)))
+
+
+def _memory(folder: Path) -> BlobStore:
+    from obstore.store import MemoryStore
+
+    return BucketBlobs(MemoryStore())
+
+
+STORES: dict[str, Callable[[Path], BlobStore]] = {"folder": FolderBlobs, "bucket": _bucket, "memory": _memory}
+
+
+@pytest.fixture(params=STORES)
+def blobs(request: pytest.FixtureRequest, tmp_path: Path) -> BlobStore:
+    return STORES[request.param](tmp_path / "blobs")
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Callable[[bytes], Path]:
+    def to_file(content: bytes) -> Path:
+        path = tmp_path / f"source-{hashlib.sha256(content).hexdigest()[:8]}"
+        path.write_bytes(content)
+        return path
+
+    return to_file
+
+
+@pytest.mark.parametrize("size", [0, 1, CHUNK - 1, CHUNK, 2 * CHUNK + 17])
+def test_what_was_put_is_read(blobs: BlobStore, write: Callable[[bytes], Path], size: int) -> None:
+    content = os.urandom(size)
+    blob = blobs.put(write(content))
+    assert (blob.sha256, blob.size) == (hashlib.sha256(content).hexdigest(), size)
+    with blobs.open(blob.sha256) as reader:
+        assert reader.read() == content
+    with blobs.open(blob.sha256, start=size // 2) as reader:
+        assert reader.read() == content[size // 2 :]
+    assert b"".join(blobs.read_range(blob.sha256, 0, size)) == content
+    assert b"".join(blobs.read_range(blob.sha256, size // 3, size - size // 4)) == content[size // 3 : size - size // 4]
+    assert blobs.exists(blob.sha256)
+
+
+def test_equal_bytes_are_one_blob(blobs: BlobStore, write: Callable[[bytes], Path]) -> None:
+    first, second = blobs.put(write(b"same")), blobs.put(write(b"same"))
+    other = blobs.put(write(b"other"))
+    assert first == second
+    assert sorted((entry.sha256, entry.size) for entry in blobs.entries()) == sorted(
+        [(first.sha256, 4), (other.sha256, 5)]
+    )
+
+
+def test_putting_again_makes_a_blob_new(blobs: BlobStore, write: Callable[[bytes], Path]) -> None:
+    blob = blobs.put(write(b"x"))
+    place = blobs.path(blob.sha256)
+    if place is not None:
+        os.utime(place, (1, 1))
+    before = blobs.modified(blob.sha256)
+    blobs.put(write(b"x"))
+    after = blobs.modified(blob.sha256)
+    assert before is not None
+    assert after is not None
+    assert after >= before
+    assert abs(datetime.now(UTC) - after) < timedelta(minutes=1)
+    assert [entry.modified for entry in blobs.entries()] == [after]
+
+
+def test_a_deleted_blob_is_gone(blobs: BlobStore, write: Callable[[bytes], Path]) -> None:
+    kept, blob = blobs.put(write(b"kept")), blobs.put(write(b"x"))
+    for _ in range(2):
+        blobs.delete(blob.sha256)
+    assert not blobs.exists(blob.sha256)
+    assert blobs.modified(blob.sha256) is None
+    assert [entry.sha256 for entry in blobs.entries()] == [kept.sha256]
+    with pytest.raises(StorageError):
+        blobs.open(blob.sha256)
+
+
+def test_an_absent_blob_is_a_storage_error(blobs: BlobStore, tmp_path: Path) -> None:
+    assert not blobs.exists(ABSENT)
+    for read in (lambda: blobs.open(ABSENT), lambda: list(blobs.read_range(ABSENT, 0, 1))):
+        with pytest.raises(StorageError):
+            read()
+    with pytest.raises(StorageError):
+        blobs.put(tmp_path / "no such file")
+    assert list(blobs.entries()) == []
+
+
+def test_a_blob_that_is_too_short_is_noticed(blobs: BlobStore, write: Callable[[bytes], Path]) -> None:
+    blob = blobs.put(write(b"12345"))
+    with pytest.raises(StorageError, match="1 bytes shorter"):
+        list(blobs.read_range(blob.sha256, 0, 6))
+
+
+@pytest.mark.parametrize(
+    "name", ["", "../../etc/passwd", "/etc/passwd", "a" * 63, "A" * 64, "a" * 64 + "\n", "a" * 65, "a/" * 32, "\0" * 64]
+)
+def test_only_a_hash_names_a_blob(blobs: BlobStore, name: str) -> None:
+    uses = (blobs.open, blobs.exists, blobs.delete, blobs.path, blobs.modified)
+    for use in (*uses, lambda n: list(blobs.read_range(n, 0, 1))):
+        with pytest.raises(StorageError, match="hexadecimal"):
+            use(name)
+
+
+def test_many_may_put_the_same_bytes_at_once(blobs: BlobStore, write: Callable[[bytes], Path]) -> None:
+    source = write(os.urandom(3 * CHUNK))
+    start = threading.Barrier(6)
+
+    def put(_: int) -> str:
+        start.wait()
+        return blobs.put(source).sha256
+
+    with ThreadPoolExecutor(6) as pool:
+        names = set(pool.map(put, range(6)))
+    assert len(names) == 1
+    with blobs.open(names.pop()) as reader:
+        assert reader.read() == source.read_bytes()
+    assert len(list(blobs.entries())) == 1
+
+
+def test_a_put_that_is_killed_leaves_no_blob(tmp_path: Path) -> None:
+    source = tmp_path / "fifo"
+    os.mkfifo(source)
+    code = "import sys, pathlib; from app.store.blobs import FolderBlobs; "
+    code += "FolderBlobs(pathlib.Path(sys.argv[1])).put(pathlib.Path(sys.argv[2]))"
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "b"), str(source)])
+    with source.open("wb") as pipe:
+        pipe.write(b"x" * CHUNK)
+        pipe.flush()
+        process.kill()
+        process.wait()
+    blobs = FolderBlobs(tmp_path / "b")
+    assert list(blobs.entries()) == []
+    assert not blobs.exists(hashlib.sha256(b"x" * CHUNK).hexdigest())
+
+
+def test_a_failed_put_leaves_no_file(tmp_path: Path) -> None:
+    blobs = FolderBlobs(tmp_path / "b")
+    with pytest.raises(StorageError):
+        blobs.put(tmp_path)
+    assert [path for path in (tmp_path / "b").rglob("*") if path.is_file()] == []
+
+
+def test_an_open_reader_outlives_its_blob(tmp_path: Path, write: Callable[[bytes], Path]) -> None:
+    blobs = FolderBlobs(tmp_path / "b")
+    blob = blobs.put(write(b"12345"))
+    with blobs.open(blob.sha256) as reader:
+        blobs.delete(blob.sha256)
+        assert reader.read() == b"12345"
+
+
+def test_urls_open_stores(tmp_path: Path, write: Callable[[bytes], Path]) -> None:
+    folder = tmp_path / "a b"
+    for url in (str(folder), folder.as_uri()):
+        assert isinstance(open_blobs(url), FolderBlobs)
+    blob = open_blobs(str(folder)).put(write(b"x"))
+    assert open_blobs(folder.as_uri()).exists(blob.sha256)
+    assert open_blobs(str(folder)).path(blob.sha256) == folder / blob.sha256[:2] / blob.sha256
+    assert isinstance(open_blobs("memory:///"), BucketBlobs)

@@ -1,0 +1,99 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.config import Config
+from alembic.config import main as command_line
+from alembic.script import ScriptDirectory
+from sqlalchemy import inspect, text
+from sqlalchemy.exc import IntegrityError
+
+from app.store.models import Base
+from app.store.session import Database, migrate, schema_is_current
+from tests.store.samples import add
+
+ROOT = Path(__file__).parents[2]
+
+
+def alembic(database: Database, step: str) -> None:
+    """Run `alembic check` or `alembic downgrade base` on this database, as a person would."""
+    config = Config(str(ROOT / "alembic.ini"))
+    with database.engine.begin() as connection:
+        config.attributes["connection"] = connection
+        if step == "check":
+            command.check(config)
+        else:
+            command.downgrade(config, step)
+
+
+def test_models_and_migrations_agree(database: Database) -> None:
+    alembic(database, "check")
+    assert schema_is_current(database)
+
+
+def test_a_table_that_no_migration_makes_is_noticed(database: Database) -> None:
+    with database.engine.begin() as connection:
+        connection.execute(text("DROP TABLE sweep_lease"))
+    with pytest.raises(Exception, match="sweep_lease"):
+        alembic(database, "check")
+
+
+def test_down_and_up_again(database: Database, database_url: str) -> None:
+    alembic(database, "base")
+    assert not schema_is_current(database)
+    assert inspect(database.engine).get_table_names() == ["alembic_version"]
+    migrate(database_url)
+    assert schema_is_current(database)
+    assert set(inspect(database.engine).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_an_empty_database_is_not_current(empty_url: str) -> None:
+    database = Database(empty_url)
+    assert not schema_is_current(database)
+    database.close()
+
+
+def test_a_migration_that_fails_leaves_nothing(empty_url: str) -> None:
+    database = Database(empty_url)
+    with database.engine.begin() as connection:
+        connection.execute(text("CREATE TABLE upload_file (x INTEGER)"))  # in the way of the last table
+    with pytest.raises(Exception, match=r"upload_file|not available"):
+        migrate(empty_url)
+    assert inspect(database.engine).get_table_names() == ["upload_file"]
+    database.close()
+
+
+def test_there_is_one_line_of_versions() -> None:
+    config = Config()
+    config.set_main_option("script_location", str(ROOT / "migrations"))
+    assert len(ScriptDirectory.from_config(config).get_heads()) == 1
+
+
+def test_the_command_line_reads_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("BITWRIGHT_DATABASE_URL", f"sqlite:///{tmp_path / 'x.db'}")
+    command_line(["upgrade", "head"])
+    command_line(["check"])
+    monkeypatch.delenv("BITWRIGHT_DATABASE_URL")
+    with pytest.raises(SystemExit, match="BITWRIGHT_DATABASE_URL"):
+        command_line(["check"])
+
+
+def test_migrate_needs_no_folder(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'a%20b.db'}"
+    code = f"from app.store.session import migrate; migrate({url!r})"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    database = Database(url)
+    assert schema_is_current(database)
+    database.close()
+
+
+@pytest.mark.parametrize(
+    "change", ["status = 'running'", "status = 'done'", "lease_expires_at = created_at", "tenant_id = 'tnt_none'"]
+)
+def test_the_database_itself_refuses_what_cannot_be(database: Database, tenant: str, change: str) -> None:
+    add(database, tenant)
+    with pytest.raises(IntegrityError), database.transaction() as session:
+        session.execute(text(f"UPDATE job SET {change}"))

@@ -1,0 +1,160 @@
+import pytest
+from sqlalchemy import update
+
+from app.domain.errors import Conflict, InvalidRequest, NotFound
+from app.store.clock import seconds_from_now
+from app.store.ids import new_id
+from app.store.jobs import JobRepository
+from app.store.models import Upload
+from app.store.session import Database
+from app.store.uploads import NewUploadFile, UploadRepository, remove_expired_uploads
+from tests.store.samples import request
+
+TEXT = NewUploadFile("text.jsonl", 10, "a" * 64)
+EMPTY = NewUploadFile("empty.json", 0, "b" * 64)
+
+
+def create(database: Database, tenant: str, *files: NewUploadFile) -> str:
+    with database.transaction() as session:
+        return UploadRepository(session, tenant).create(files).id
+
+
+def complete(database: Database, tenant: str) -> str:
+    upload_id = create(database, tenant, TEXT)
+    with database.transaction() as session:
+        uploads = UploadRepository(session, tenant)
+        uploads.advance(upload_id, TEXT.name, start=0, end=TEXT.size)
+        uploads.complete(upload_id)
+    return upload_id
+
+
+def test_parts_add_up_to_a_complete_upload(database: Database, tenant: str) -> None:
+    upload_id = create(database, tenant, TEXT, EMPTY)
+    with database.transaction() as session:
+        uploads = UploadRepository(session, tenant)
+        assert uploads.get(upload_id).status == "open"
+        with pytest.raises(Conflict, match=r"text\.jsonl \(0 of 10"):
+            uploads.complete(upload_id)
+        uploads.advance(upload_id, TEXT.name, start=0, end=4)
+    with database.transaction() as session:
+        uploads = UploadRepository(session, tenant)
+        assert [(f.name, f.offset) for f in uploads.get(upload_id).files] == [(TEXT.name, 4), (EMPTY.name, 0)]
+        uploads.advance(upload_id, TEXT.name, start=4, end=10)
+        done = uploads.complete(upload_id)
+        assert (done.status, done.complete) == ("complete", True)
+        assert uploads.complete(upload_id).completed_at == done.completed_at
+        with pytest.raises(Conflict, match="no more bytes"):
+            uploads.advance(upload_id, TEXT.name, start=10, end=10)
+        with pytest.raises(Conflict):
+            uploads.restart(upload_id, TEXT.name)
+
+
+@pytest.mark.parametrize(("start", "end"), [(3, 5), (5, 7)])
+def test_a_part_starts_where_the_last_one_ended(database: Database, tenant: str, start: int, end: int) -> None:
+    upload_id = create(database, tenant, TEXT)
+    with database.transaction() as session:
+        uploads = UploadRepository(session, tenant)
+        uploads.advance(upload_id, TEXT.name, start=0, end=4)
+        with pytest.raises(Conflict, match="has 4 bytes") as caught:
+            uploads.advance(upload_id, TEXT.name, start=start, end=end)
+        assert caught.value.value == 4
+
+
+@pytest.mark.parametrize(("start", "end"), [(0, 11), (5, 4), (-1, 4)])
+def test_a_part_lies_within_the_file(database: Database, tenant: str, start: int, end: int) -> None:
+    upload_id = create(database, tenant, TEXT)
+    with database.transaction() as session, pytest.raises(InvalidRequest):
+        UploadRepository(session, tenant).advance(upload_id, TEXT.name, start=start, end=end)
+
+
+def test_a_file_with_another_hash_starts_again(database: Database, tenant: str) -> None:
+    upload_id = create(database, tenant, TEXT)
+    with database.transaction() as session:
+        uploads = UploadRepository(session, tenant)
+        uploads.advance(upload_id, TEXT.name, start=0, end=10)
+        assert uploads.restart(upload_id, TEXT.name).files[0].offset == 0
+
+
+@pytest.mark.parametrize(
+    ("files", "fields"),
+    [
+        ([], ["files"]),
+        ([TEXT] * 1025, ["files"]),
+        ([TEXT, TEXT], ["files.1.name"]),
+        ([NewUploadFile("", -1, "A" * 64)], ["files.0.name", "files.0.size", "files.0.sha256"]),
+        *(
+            ([NewUploadFile(name, 1, "a" * 64)], ["files.0.name"])
+            for name in ("../x", "a/b", "/etc/passwd", ".", "..", "a\\b", "C:x", "a\0", "a\n", "x" * 256)
+        ),
+        ([NewUploadFile("x", 2**63, "a" * 64)], ["files.0.size"]),
+    ],
+)
+def test_every_problem_of_an_upload_is_named(
+    database: Database, tenant: str, files: list[NewUploadFile], fields: list[str]
+) -> None:
+    with database.transaction() as session, pytest.raises(InvalidRequest) as caught:
+        UploadRepository(session, tenant).create(files)
+    assert [problem.field for problem in caught.value.errors] == fields
+
+
+def test_another_tenant_has_no_such_upload(database: Database, tenant: str, stranger: str) -> None:
+    upload_id = complete(database, tenant)
+    with database.transaction() as session:
+        theirs = UploadRepository(session, stranger)
+        for use in (theirs.get, theirs.complete, theirs.delete):
+            with pytest.raises(NotFound):
+                use(upload_id)
+        with pytest.raises(NotFound):
+            theirs.advance(upload_id, TEXT.name, start=0, end=1)
+        with pytest.raises(InvalidRequest, match="no upload"):
+            JobRepository(session, stranger).add(request(model=upload_id))
+
+
+def test_a_file_that_was_not_announced_is_not_found(database: Database, tenant: str) -> None:
+    upload_id = create(database, tenant, TEXT)
+    with database.transaction() as session, pytest.raises(NotFound):
+        UploadRepository(session, tenant).advance(upload_id, "other\0", start=0, end=0)
+
+
+@pytest.mark.parametrize(
+    ("place", "field"),
+    [
+        ("model", "model.id"),
+        ("calibration", "calibration.dataset.id"),
+        ("evaluation", "evaluation.dataset.id"),
+    ],
+)
+def test_a_job_reads_only_complete_uploads(database: Database, tenant: str, place: str, field: str) -> None:
+    def asked(upload_id: str) -> dict[str, object]:
+        return {place: upload_id if place == "model" else {"dataset": upload_id}}
+
+    still_open = create(database, tenant, TEXT)
+    with database.transaction() as session:
+        for upload_id, told in ((new_id("upl"), "no upload"), (still_open, "not complete")):
+            with pytest.raises(InvalidRequest, match=told) as caught:
+                JobRepository(session, tenant).add(request(**asked(upload_id)))
+            assert caught.value.field == field
+
+
+def test_an_upload_that_a_job_reads_stays(database: Database, tenant: str) -> None:
+    upload_id = complete(database, tenant)
+    with database.transaction() as session:
+        job_id = JobRepository(session, tenant).add(request(calibration={"dataset": upload_id})).id
+    with database.transaction() as session, pytest.raises(Conflict, match=job_id):
+        UploadRepository(session, tenant).delete(upload_id)
+    with database.transaction() as session:
+        JobRepository(session, tenant).cancel(job_id)
+        UploadRepository(session, tenant).delete(upload_id)
+    with database.reading() as session:
+        with pytest.raises(NotFound):
+            UploadRepository(session, tenant).get(upload_id)
+        assert JobRepository(session, tenant).get(job_id).id == job_id
+
+
+def test_only_uploads_left_open_expire(database: Database, tenant: str) -> None:
+    done, late, fresh = complete(database, tenant), create(database, tenant, TEXT), create(database, tenant, TEXT)
+    with database.transaction() as session:
+        session.execute(update(Upload).where(Upload.id != fresh).values(expires_at=seconds_from_now(-1)))
+        assert remove_expired_uploads(session) == [late]
+    with database.reading() as session:
+        assert [UploadRepository(session, tenant).get(kept).status for kept in (done, fresh)] == ["complete", "open"]
