@@ -40,7 +40,7 @@ from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts import BlockTask, TuningSettings
-from workers.numerics.affine import Grid, GroupRange, grid, round_to_grid
+from workers.numerics.affine import SMALLEST_SCALE, Grid, GroupRange, grid, round_to_grid
 from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
 
 EVERY_GROUP = slice(None)
@@ -117,6 +117,10 @@ class RoundedWeights:
             scale=torch.zeros_like(groups, dtype=scale_dtype),
             zero_point=torch.zeros_like(groups, dtype=torch.uint8),
         )
+
+    @property
+    def smallest_scale(self) -> float:
+        return SMALLEST_SCALE[self._scale_dtype]
 
     @torch.no_grad()
     def write(self, out: Tensor) -> None:

@@ -1,0 +1,235 @@
+"""Triton kernels of the fake quantizer: one pass over a block's weights does what eager code does in twenty.
+
+`round_weights` computes, for every group of G columns (formulas: `workers.methods.sign_round`), any of
+
+    STEP   V, alpha, beta moved by the signs of their gradients for D = dL/dw_hat
+    WRITE  w_hat of the (new) parameters
+    KEEP   codes, scale and zero point stored where a flag on the device says so
+
+in fp32, reading each weight once. Bytes a weight for STEP and WRITE together, bf16 weights: w 2, V 4 + 4, D 2,
+w_hat 2. Divisions and roundings are those of IEEE (nearest, ties to even), so that codes equal the eager reference's;
+sums over a group may differ in the last bits, which can flip the sign of a gradient next to zero. A NaN in D moves
+nothing and is counted, since comparisons would hide it.
+
+The interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the reference.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAM_ELEMENTS = 4096
+"""Weights that a program handles; at least one group."""
+
+TO_NEAREST = tl.constexpr(12582912.0)
+"""1.5 * 2^23: adding and subtracting it rounds an fp32 below 2^22 to the nearest integer, ties to even."""
+
+STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The tensors of the kernel, all contiguous: (groups, G) or (groups,).
+
+    gradient, hat    of the weight's dtype     offset, low, high, alpha, beta    fp32
+    codes, zero      uint8                     scale    the dtype that stores scales
+    rate             fp32 number               better   truth value               faults   int32 number
+    """
+
+    weight: Tensor
+    offset: Tensor
+    low: Tensor
+    high: Tensor
+    alpha: Tensor
+    beta: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+
+
+def write(groups: Groups, bits: int, symmetric: bool, smallest: float, hat: Tensor) -> None:
+    """hat <- w_hat of the present parameters."""
+    _launch(groups, bits, symmetric, smallest, hat=hat)
+
+
+def step(
+    groups: Groups, bits: int, symmetric: bool, smallest: float, gradient: Tensor, rate: Tensor, faults: Tensor
+) -> None:
+    """Moves V, alpha and beta; adds the number of groups with NaN in their gradient to `faults`."""
+    _launch(groups, bits, symmetric, smallest, gradient=gradient, rate=rate, faults=faults)
+
+
+def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Tensor) -> None:
+    """codes, scale and zero <- the present result, if `better`."""
+    _launch(groups, bits, symmetric, smallest, better=better)
+
+
+def _launch(
+    groups: Groups,
+    bits: int,
+    symmetric: bool,
+    smallest: float,
+    *,
+    hat: Tensor | None = None,
+    gradient: Tensor | None = None,
+    rate: Tensor | None = None,
+    faults: Tensor | None = None,
+    better: Tensor | None = None,
+) -> None:
+    count, width = groups.weight.shape
+    padded = triton.next_power_of_2(width)
+    rows = max(1, PROGRAM_ELEMENTS // padded)
+    unused = groups.weight
+    _round_weights[(triton.cdiv(count, rows),)](
+        groups.weight,
+        groups.offset,
+        groups.low,
+        groups.high,
+        groups.alpha,
+        groups.beta,
+        groups.codes,
+        groups.scale,
+        groups.zero,
+        unused if hat is None else hat,
+        unused if gradient is None else gradient,
+        unused if rate is None else rate,
+        unused if faults is None else faults,
+        unused if better is None else better,
+        count,
+        width,
+        smallest,
+        BITS=bits,
+        SYMMETRIC=symmetric,
+        ROWS=rows,
+        WIDTH=padded,
+        STORED_AS=STORED[groups.scale.dtype],
+        STEP=gradient is not None,
+        WRITE=hat is not None,
+        KEEP=better is not None,
+        num_warps=8 if padded > PROGRAM_ELEMENTS else 4,
+    )
+
+
+@triton.jit
+def _sign(x):  # type: ignore[no-untyped-def]
+    return tl.where(x > 0, 1.0, tl.where(x < 0, -1.0, 0.0))
+
+
+@triton.jit
+def _stored(x, STORED_AS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """An fp32 rounded to what STORED_AS can hold, as fp32; by its bits for bf16, which the interpreter truncates."""
+    if STORED_AS == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        x = x.to(STORED_AS).to(tl.float32)
+    return x
+
+
+@triton.jit
+def _grid(low, high, alpha, beta, smallest, BITS: tl.constexpr, SYMMETRIC: tl.constexpr, STORED_AS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Scale, rounded as it is stored, and zero point (0 where symmetric)."""
+    low, high = low * alpha, high * beta
+    if SYMMETRIC:
+        scale = tl.where(-low > high, -low, -high) / (2.0 ** (BITS - 1))
+        scale = tl.where(scale < 0, tl.minimum(scale, -smallest), tl.maximum(scale, smallest))
+        scale = _stored(scale, STORED_AS)
+        zero = scale * 0.0
+    else:
+        scale = tl.maximum(tl.div_rn(high - low, low * 0.0 + (2.0**BITS - 1)), smallest)
+        scale = _stored(scale, STORED_AS)
+        zero = (tl.div_rn(-low, scale) + TO_NEAREST) - TO_NEAREST
+        zero = tl.minimum(tl.maximum(zero, 0.0), 2.0**BITS - 1)
+    return scale, zero
+
+
+@triton.jit
+def _codes(weight, offset, scale, zero, BITS: tl.constexpr, SYMMETRIC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """q before and after clamping, in the grid's own range."""
+    lowest = -(2.0 ** (BITS - 1)) if SYMMETRIC else 0.0
+    highest = 2.0 ** (BITS - 1) - 1 if SYMMETRIC else 2.0**BITS - 1
+    free = tl.div_rn(weight, scale[:, None] + weight * 0.0) + offset
+    free = tl.minimum(tl.maximum(free, -4194304.0), 4194303.0)
+    free = ((free + TO_NEAREST) - TO_NEAREST) + zero[:, None]
+    return free, tl.minimum(tl.maximum(free, lowest), highest)
+
+
+@triton.jit
+def _round_weights(  # type: ignore[no-untyped-def]
+    WEIGHT,
+    OFFSET,
+    LOW,
+    HIGH,
+    ALPHA,
+    BETA,
+    CODES,
+    SCALE,
+    ZERO,
+    HAT,
+    GRADIENT,
+    RATE,
+    FAULTS,
+    BETTER,
+    count,
+    width,
+    smallest,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STORED_AS: tl.constexpr,
+    STEP: tl.constexpr,
+    WRITE: tl.constexpr,
+    KEEP: tl.constexpr,
+):
+    if KEEP and tl.load(BETTER) == 0:
+        return
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    real_row = row < count
+    real = real_row[:, None] & (column < width)[None, :]
+    at = row[:, None] * width + column[None, :]
+    weight = tl.load(WEIGHT + at, mask=real, other=0.0).to(tl.float32)
+    offset = tl.load(OFFSET + at, mask=real, other=0.0)
+    low = tl.load(LOW + row, mask=real_row, other=-1.0)
+    high = tl.load(HIGH + row, mask=real_row, other=1.0)
+    alpha = tl.load(ALPHA + row, mask=real_row, other=1.0)
+    beta = tl.load(BETA + row, mask=real_row, other=1.0)
+    scale, zero = _grid(low, high, alpha, beta, smallest, BITS, SYMMETRIC, STORED_AS)
+    free, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
+    if STEP:
+        rate = tl.load(RATE)
+        d = tl.load(GRADIENT + at, mask=real, other=0.0).to(tl.float32)
+        d_inside = tl.where(free == codes, d, 0.0)
+        steps = codes - zero[:, None]
+        d_scale = tl.sum(d * steps, 1) - tl.div_rn(tl.sum(d_inside * weight, 1), scale)
+        if SYMMETRIC:
+            low_wins = -alpha * low > beta * high
+            lowest = -(2.0 ** (BITS - 1))
+            d_alpha = d_scale * tl.where(low_wins, low / lowest, 0.0)
+            d_beta = d_scale * tl.where(low_wins, 0.0, high / lowest)
+        else:
+            d_zero = -scale * (tl.sum(d, 1) - tl.sum(d_inside, 1))
+            d_scale += d_zero * alpha * low / (scale * scale)
+            d_alpha = -d_zero * low / scale - d_scale * low / (2.0**BITS - 1)
+            d_beta = d_scale * high / (2.0**BITS - 1)
+        tl.atomic_add(FAULTS, tl.sum((d_scale != d_scale).to(tl.int32), 0))
+        offset -= rate * _sign(d_inside * scale[:, None])
+        alpha = tl.minimum(tl.maximum(alpha - rate * _sign(d_alpha), 0.0), 1.0)
+        beta = tl.minimum(tl.maximum(beta - rate * _sign(d_beta), 0.0), 1.0)
+        tl.store(OFFSET + at, offset, mask=real)
+        tl.store(ALPHA + row, alpha, mask=real_row)
+        tl.store(BETA + row, beta, mask=real_row)
+        scale, zero = _grid(low, high, alpha, beta, smallest, BITS, SYMMETRIC, STORED_AS)
+        free, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
+    if WRITE:
+        hat = _stored((codes - zero[:, None]) * scale[:, None], HAT.dtype.element_ty)
+        tl.store(HAT + at, hat.to(HAT.dtype.element_ty), mask=real)
+    if KEEP:
+        lowest = -(2.0 ** (BITS - 1)) if SYMMETRIC else 0.0
+        tl.store(CODES + at, (codes - lowest).to(tl.uint8), mask=real)
+        tl.store(SCALE + row, scale.to(STORED_AS), mask=real_row)
+        tl.store(ZERO + row, zero.to(tl.uint8), mask=real_row)
