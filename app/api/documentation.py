@@ -4,6 +4,7 @@ from typing import Any
 
 from app.api.errors import MEDIA_TYPE
 from app.domain.errors import ERRORS, RequestError
+from app.domain.jobs import JobRequest
 from app.domain.views import Problem
 
 ALWAYS = ("unauthenticated", "missing_scope", "malformed_body", "invalid_request", "unavailable", "internal_error")
@@ -35,6 +36,16 @@ def problems(*codes: str, public: bool = False) -> dict[int | str, dict[str, Any
     for code in (*codes, *(() if public else ALWAYS)):
         by_status.setdefault(ERRORS[code].status, []).append(code)
     return {status: _problem(status, found) for status, found in sorted(by_status.items())}
+
+
+def complete_document(document: dict[str, Any]) -> dict[str, Any]:
+    """Add the schemas that only descriptions refer to."""
+    schemas = document["components"]["schemas"]
+    for model in (Problem, JobRequest):
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= {name: part for name, part in schema.pop("$defs", {}).items() if name not in schemas}
+        schemas.setdefault(model.__name__, schema)
+    return document
 
 
 def _problem(status: int, codes: list[str]) -> dict[str, Any]:

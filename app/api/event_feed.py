@@ -108,6 +108,10 @@ class EventFeed:
     async def run(self) -> None:
         """Poll until cancelled. A store that fails is asked again, less and less often."""
         pause = self._poll_seconds
+        # Bound to the loop that runs it: an application may be started again in another one.
+        self._listening = asyncio.Event()
+        if self._subscribers:
+            self._listening.set()
         while True:
             await self._listening.wait()
             try:

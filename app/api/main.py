@@ -4,12 +4,13 @@ import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 
 from app.api import archive, artifacts, events, formats, health, jobs, methods, uploads, workers
 from app.api.deps import State
-from app.api.documentation import DESCRIPTION, TAGS
+from app.api.documentation import DESCRIPTION, TAGS, complete_document
 from app.api.errors import install_error_handlers
 from app.api.event_feed import POLL_LIMIT, EventFeed
 from app.api.metrics import Metrics
@@ -32,7 +33,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         settings = get_settings()
         configure_logging(settings)
     state = build_state(settings)
-    app = FastAPI(
+    app = Application(
         title="Bitwright",
         summary="Quantization as a service.",
         description=DESCRIPTION,
@@ -71,6 +72,16 @@ def build_state(settings: Settings) -> State:
         feed=feed,
         metrics=Metrics(count_jobs, lambda: feed.streams),
     )
+
+
+class Application(FastAPI):
+    """FastAPI with an OpenAPI document that holds the schemas of problems, too."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The document; made once."""
+        if self.openapi_schema is None:
+            complete_document(super().openapi())
+        return super().openapi()
 
 
 @asynccontextmanager

@@ -1,10 +1,10 @@
-"""An application on a real store: a tenant with keys of each scope, a stranger, and a hand that does a worker's writes."""
+"""An application on a real store: a tenant with keys, a stranger, and a hand that does a worker's writes."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
-import httpx
 import pytest
 from starlette.testclient import TestClient
 
@@ -79,7 +79,22 @@ class Api:
         return NewArtifact(export_format, path, blob.sha256, blob.size, "application/octet-stream")
 
 
-def problem(response: httpx.Response, status: int, code: str) -> dict[str, object]:
+class Answer(Protocol):
+    """What tests look at of an answer, whichever HTTP client it came through."""
+
+    @property
+    def status_code(self) -> int: ...
+
+    @property
+    def text(self) -> str: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    def json(self) -> Any: ...
+
+
+def problem(response: Answer, status: int, code: str) -> dict[str, object]:
     """The problem document of an answer that must be one."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/problem+json"

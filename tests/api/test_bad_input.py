@@ -12,16 +12,16 @@ from tests.api.conftest import SHORTHAND, Api, problem
 
 BODIES: list[tuple[str, Any, str, str]] = [
     ("unknown method", {**SHORTHAND, "method": "magic"}, "unknown_method", "method"),
-    ("bits 0", {**SHORTHAND, "bits": 0}, "out_of_range", "quantization.bits"),
-    ("bits 9", {**SHORTHAND, "bits": 9}, "out_of_range", "quantization.bits"),
-    ("bits 1.5", {**SHORTHAND, "bits": 1.5}, "wrong_type", "quantization.bits"),
-    ("bits true", {**SHORTHAND, "bits": True}, "wrong_type", "quantization.bits"),
-    ("5 bits in a format without them", {**SHORTHAND, "bits": 5}, "format_cannot_hold", "quantization.bits"),
+    ("bits 0", {**SHORTHAND, "bits": 0}, "out_of_range", "bits"),
+    ("bits 9", {**SHORTHAND, "bits": 9}, "out_of_range", "bits"),
+    ("bits 1.5", {**SHORTHAND, "bits": 1.5}, "wrong_type", "bits"),
+    ("bits true", {**SHORTHAND, "bits": True}, "wrong_type", "bits"),
+    ("5 bits in a format without them", {**SHORTHAND, "bits": 5}, "format_cannot_hold", "bits"),
     ("unknown field", {**SHORTHAND, "bit": 4}, "unknown_field", "bit"),
     ("unknown field below", {**SHORTHAND, "calibration": {"samples": 1}}, "unknown_field", "calibration.samples"),
     ("no model", {"method": "rtn"}, "missing_field", "model"),
-    ("no method", {"model": "org/model"}, "missing_field", "quantization"),
-    ("no Hub id", {**SHORTHAND, "model": "org/../model"}, "invalid_value", "model.id"),
+    ("no method", {"model": "org/model"}, "missing_field", "method"),
+    ("no Hub id", {**SHORTHAND, "model": "org/../model"}, "invalid_value", "model"),
     ("NUL in a text", {**SHORTHAND, "metadata": {"a": "b\0"}}, "invalid_request", "metadata.a"),
     ("too many labels", {**SHORTHAND, "metadata": {str(i): "" for i in range(17)}}, "out_of_range", "metadata"),
 ]
@@ -41,7 +41,7 @@ def test_all_problems_come_at_once(api: Api) -> None:
     body = {"model": 7, "method": "rtn", "bits": 9, "seed": -1, "colour": "red"}
     found = problem(api.client.post("/v1/jobs", json=body), 422, "invalid_request")
     assert isinstance(found["errors"], list)
-    assert {"model", "quantization.bits", "seed", "colour"} <= {error["field"] for error in found["errors"]}
+    assert {"model", "bits", "seed", "colour"} <= {error["field"] for error in found["errors"]}
 
 
 @pytest.mark.parametrize("body", [[], "text", 7, None])

@@ -105,7 +105,7 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
 
 @pytest.mark.parametrize("model", ["gemma3", "qwen3"])
 def test_shapes_follow_each_architecture(api: Api, model: str) -> None:
-    config = {
+    config: dict[str, object] = {
         "model_type": "gemma3",
         "text_config": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2},
     }

@@ -7,6 +7,7 @@ import schemathesis
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from openapi_spec_validator import validate
 
+from app.api.main import create_app
 from tests.api.conftest import Api
 
 METHODS = ("get", "put", "post", "delete", "patch", "head")
@@ -64,19 +65,20 @@ def test_examples_of_the_document_are_accepted(api: Api) -> None:
 
 def test_every_operation_keeps_what_the_document_promises(api: Api) -> None:
     """A few dozen generated calls an operation, valid and invalid ones, the same ones every time."""
-    schema = schemathesis.openapi.from_asgi("/openapi.json", api.client.app)
+    schema = schemathesis.openapi.from_asgi("/openapi.json", create_app(api.settings))
     made = [result.ok() for result in schema.get_all_operations()]
     called: set[str] = set()
     for operation in made:
-        for mode in schemathesis.GenerationMode.POSITIVE, schemathesis.GenerationMode.NEGATIVE:
-            _call(api, operation, mode, called)
+        _call(api, operation, schemathesis.GenerationMode.POSITIVE, called)
+        if operation.body or any(operation.iter_parameters()):
+            _call(api, operation, schemathesis.GenerationMode.NEGATIVE, called)
     assert {operation.label for operation in made} == called
 
 
 def _call(api: Api, operation: Any, mode: schemathesis.GenerationMode, called: set[str]) -> None:
     @seed(20250105)
     @settings(
-        max_examples=10,
+        max_examples=6,
         deadline=None,
         database=None,
         phases=[Phase.explicit, Phase.generate],
