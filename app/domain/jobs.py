@@ -12,8 +12,23 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from app.domain.errors import FieldProblem, InvalidRequest, shorten
 from app.domain.formats import ExportFormat, format_problems
-from app.domain.methods import METHODS, PRESETS, RECIPES, QuantizationSpec, SignRoundSpec
-from app.domain.sources import BuiltinText, DatasetSource, ModelSource, expand_source
+from app.domain.methods import QuantizationSpec
+from app.domain.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
+from app.domain.shorthand import SHORTHAND, Expansion, expand
+from app.domain.sources import BuiltinText, DatasetSource, ModelSource
+
+__all__ = [
+    "FINAL_STATUSES",
+    "MAX_ATTEMPTS_WITHOUT_PROGRESS",
+    "SHORTHAND",
+    "TRANSITIONS",
+    "Calibration",
+    "DeviceClass",
+    "Evaluation",
+    "JobRequest",
+    "JobStatus",
+    "Requirements",
+]
 
 
 class JobStatus(StrEnum):
@@ -74,14 +89,21 @@ class Evaluation(RequestPart):
 
 
 class Requirements(RequestPart):
-    """Limits that the result must keep; a job that misses one fails with `requirement_missed` and keeps its artifacts."""
+    """Limits that the result must keep. A job that misses one fails with `requirement_missed`; its artifacts stay."""
 
     max_perplexity_ratio: float | None = Field(
-        default=None, gt=0, description="Perplexity after over before, at most this."
+        default=None, strict=True, gt=0, allow_inf_nan=False, description="Perplexity after over before, at most this."
     )
-    max_kl_divergence: float | None = Field(default=None, gt=0, description="Nats a token against the original model.")
+    max_kl_divergence: float | None = Field(
+        default=None, strict=True, gt=0, allow_inf_nan=False, description="Nats a token against the original model."
+    )
     min_top1_agreement: float | None = Field(
-        default=None, ge=0, le=1, description="Share of tokens where the most likely next token is the same."
+        default=None,
+        strict=True,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of tokens where the most likely next token is the same.",
     )
 
 
@@ -122,123 +144,48 @@ class JobRequest(RequestPart):
             InvalidRequest: with every problem found in `errors`.
         """
         if not isinstance(body, Mapping):
-            raise InvalidRequest(f"the body must be a JSON object, not {type(body).__name__}", value=body)
-        expanded, problems = expand(dict(body))
-        request = None
+            detail = f"the body must be a JSON object, not {_json_type(body)}"
+            problem = FieldProblem(field="body", code="wrong_type", detail=detail, value=shorten(body))
+            raise InvalidRequest(detail, field="body", value=body, errors=(problem,))
+        expansion = expand(body)
+        problems = _added(expansion.problems, text_problems(body))
         try:
-            request = cls.model_validate(expanded)
+            request = cls.model_validate(expansion.body)
         except ValidationError as error:
-            reported = {p.field for p in problems}
-            problems += [p for p in _field_problems(error) if p.field not in reported]
-        if request is not None:
-            problems += format_problems(request.quantization, request.formats)
-        if problems or request is None:
-            raise InvalidRequest(_summary(problems), errors=tuple(problems))
+            problems = _added(problems, field_problems(error, cls, body))
+        problems += _format_problems(expansion, body)
+        if problems:
+            raise InvalidRequest(_summary(problems), errors=tuple(problems[:MAX_PROBLEMS]))
         return request
 
 
-SHORTHAND = ("method", *sorted(SignRoundSpec.model_fields.keys() - {"method", "modules"}))
-"""Fields of `quantization` that may stand at the top of the request instead."""
+class _FormatPart(BaseModel):
+    """The fields that decide whether a format can hold the result; judged even if others are wrong."""
+
+    quantization: QuantizationSpec
+    formats: tuple[ExportFormat, ...] = (ExportFormat.COMPRESSED_TENSORS,)
 
 
-def expand(body: dict[str, object]) -> tuple[dict[str, object], list[FieldProblem]]:
-    """The full form of a shorthand body, not yet validated, and the problems that only expansion can see."""
-    problems: list[FieldProblem] = []
-    given = {name: body.pop(name) for name in SHORTHAND if name in body}
-    quantization = body.get("quantization")
-    if given and quantization is not None:
-        names = ", ".join(given)
-        detail = f"give {names} either at the top or inside quantization, not both"
-        problems.append(FieldProblem(field="quantization", code="conflicting_fields", detail=detail))
-    elif quantization is None:
-        quantization = given
-    if isinstance(quantization, Mapping):
-        quantization, found = _expand_quantization(dict(quantization), at_top=bool(given))
-        problems += found
-    body["quantization"] = quantization
-    if "model" in body:
-        body["model"] = expand_source(body["model"])
-    for part in ("calibration", "evaluation"):
-        section = body.get(part)
-        if isinstance(section, Mapping) and "dataset" in section:
-            body[part] = {**section, "dataset": expand_source(section["dataset"])}
-    _apply_preset(body)
-    return body, problems
+def _format_problems(expansion: Expansion, body: Mapping[str, object]) -> list[FieldProblem]:
+    try:
+        part = _FormatPart.model_validate(expansion.body)
+    except ValidationError:
+        return []
+    found = format_problems(part.quantization, part.formats)
+    # What a stand-in for an unknown method produces says nothing of the method that was meant.
+    fitting = [problem for problem in found if expansion.method_known or not problem.field.startswith("formats.")]
+    return [problem.model_copy(update={"field": as_written(body, problem.field)}) for problem in fitting]
 
 
-def _expand_quantization(given: dict[str, object], at_top: bool) -> tuple[dict[str, object], list[FieldProblem]]:
-    prefix = "" if at_top else "quantization."
-    name = given.get("method")
-    if isinstance(name, str) and name in RECIPES:
-        given = {**given, **RECIPES[name]}
-        name = given["method"]
-    if isinstance(name, str) and name in METHODS:
-        return given, []
-    known = ", ".join([*METHODS, *RECIPES])
-    if name is None:
-        detail = f"name a method; there are: {known}"
-        return given, [FieldProblem(field="quantization", code="missing_field", detail=detail)]
-    detail = f"there is no method {shorten(name)!r}; there are: {known}"
-    problem = FieldProblem(field=prefix + "method", code="unknown_method", detail=detail, value=shorten(name))
-    return {**given, "method": "rtn"} if set(given) <= {"method", "bits", "group_size"} else given, [problem]
+def _added(known: list[FieldProblem], found: list[FieldProblem]) -> list[FieldProblem]:
+    """Both, less what is found of a field whose problem is known: it would be the same mistake in other words."""
+    fields = {problem.field for problem in known}
+    return known + [problem for problem in found if problem.field not in fields]
 
 
-def _apply_preset(body: dict[str, object]) -> None:
-    """Fill steps and the calibration's size from the preset where the request is silent."""
-    quantization = body.get("quantization")
-    if not isinstance(quantization, dict) or quantization.get("method") != "signround":
-        return
-    preset = PRESETS.get(str(quantization.get("preset", "default")))
-    if preset is None:
-        return
-    quantization.setdefault("steps", preset.steps)
-    calibration = body.get("calibration", {})
-    if isinstance(calibration, Mapping):
-        size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}
-        body["calibration"] = size | dict(calibration)
-
-
-CODES = MappingProxyType(
-    {"missing": "missing_field", "extra_forbidden": "unknown_field", "json_invalid": "malformed_body"}
-)
-"""Our code for pydantic's error types that have one of their own; the rest fall into three classes."""
-
-
-def _field_problems(error: ValidationError) -> list[FieldProblem]:
-    return [
-        FieldProblem(
-            field=_path(item["loc"]),
-            code=_problem_code(item["type"]),
-            detail=_problem_detail(item["type"], item["msg"]),
-            value=None if item["type"] == "missing" else shorten(item["input"]),
-        )
-        for item in error.errors(include_url=False)
-    ]
-
-
-TAGS = frozenset({"rtn", "signround", "hub", "local", "upload", "builtin"})
-"""Tags of discriminated unions: pydantic puts them into a path, a request body does not."""
-
-
-def _path(location: tuple[int | str, ...]) -> str:
-    parts = [part for i, part in enumerate(location) if i == 0 or part not in TAGS]
-    return ".".join(str(part) for part in parts if part != "[key]")
-
-
-def _problem_code(kind: str) -> str:
-    if kind in CODES:
-        return CODES[kind]
-    if kind.startswith(("greater_than", "less_than", "too_long", "too_short", "string_too")):
-        return "out_of_range"
-    return "invalid_value" if kind.startswith(("literal", "enum", "union", "value", "string_pattern")) else "wrong_type"
-
-
-def _problem_detail(kind: str, message: str) -> str:
-    if kind == "extra_forbidden":
-        return "there is no such field; remove it, or see GET /v1/methods for the fields of each method"
-    if kind == "missing":
-        return "this field is needed"
-    return message[0].lower() + message[1:]
+def _json_type(value: object) -> str:
+    names = {str: "a string", list: "an array", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
 
 
 def _summary(problems: list[FieldProblem]) -> str:

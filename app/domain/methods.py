@@ -9,20 +9,30 @@ from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
 MIN_BITS, MAX_BITS = 2, 8
 PER_CHANNEL = -1
 
 Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS, description="Width of a code in bits.")]
+
+
+def _not_zero(group_size: int) -> int:
+    if group_size == 0:
+        raise ValueError("must be a whole number, 1 to 65536, or -1 for one group a row")
+    return group_size
+
+
 GroupSize = Annotated[
     int,
     Field(
         strict=True,
         ge=-1,
         le=65536,
+        json_schema_extra={"not": {"const": 0}},
         description="Consecutive input columns that share a scale; must divide every linear's inputs. -1: per channel.",
     ),
+    AfterValidator(_not_zero),
 ]
 Symmetric = Annotated[
     bool,
@@ -52,11 +62,16 @@ class SchemeOverride(Spec):
     symmetric: Symmetric | None = None
 
 
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
 class ModuleRules(Spec):
     """Which linears are quantized, and which differ. Patterns are globs over full module names."""
 
-    ignore: tuple[str, ...] = Field(default=("lm_head",), description="Linears that keep their 16-bit weight.")
-    overrides: dict[str, SchemeOverride] = Field(
+    ignore: tuple[Pattern, ...] = Field(
+        default=("lm_head",), max_length=256, description="Linears that keep their 16-bit weight."
+    )
+    overrides: dict[Pattern, SchemeOverride] = Field(
         default_factory=dict,
         max_length=256,
         description="Pattern to changed bits, group_size or symmetric; of several matches, later ones win.",
@@ -107,10 +122,17 @@ class SignRoundSpec(WeightSpec):
     steps: int = Field(default=200, strict=True, ge=0, le=20_000, description="Tuning steps a block; 0 equals RTN.")
     batch_size: int = Field(default=8, strict=True, ge=1, le=1024, description="Sequences a step.")
     learning_rate: float | None = Field(
-        default=None, gt=0, le=1, description="First step of the linear decay to 0; null means 1/steps."
+        default=None,
+        strict=True,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="First step of the linear decay to 0; null means 1/steps.",
     )
     quantized_inputs: bool = Field(
-        default=True, description="Feed a block the output of the quantized blocks before it, not of the original ones."
+        default=True,
+        strict=True,
+        description="Feed a block the output of the quantized blocks before it, not of the original ones.",
     )
 
 

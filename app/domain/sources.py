@@ -39,7 +39,9 @@ class UploadedModel(Source):
     """A checkpoint sent through /v1/uploads."""
 
     source: Literal["upload"] = "upload"
-    id: str = Field(pattern=UPLOAD_ID, description="Id of a completed upload.")
+    id: str = Field(
+        pattern=UPLOAD_ID, description="Id of a completed upload.", examples=["upl_0123456789abcdefghjkmnpqrs"]
+    )
 
 
 ModelSource = Annotated[HubModel | LocalModel | UploadedModel, Field(discriminator="source")]
@@ -75,7 +77,11 @@ class UploadedText(Source):
     """A JSONL file sent through /v1/uploads."""
 
     source: Literal["upload"] = "upload"
-    id: str = Field(pattern=UPLOAD_ID, description="Id of a completed upload of one JSONL file.")
+    id: str = Field(
+        pattern=UPLOAD_ID,
+        description="Id of a completed upload of one JSONL file.",
+        examples=["upl_0123456789abcdefghjkmnpqrs"],
+    )
 
 
 DatasetSource = Annotated[BuiltinText | HubDataset | LocalText | UploadedText, Field(discriminator="source")]

@@ -1,0 +1,220 @@
+"""What pydantic found wrong, as problems that name the field as the caller wrote it and say the way out.
+
+Both come from the model's JSON Schema: followed along the error's location it tells which parts of that are tags of
+unions, which a body does not have, and ends at what the field allows.
+"""
+
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+from types import MappingProxyType
+
+from pydantic import BaseModel, ValidationError
+
+from app.domain.errors import FieldProblem, shorten
+
+Location = tuple[int | str, ...]
+Schema = Mapping[str, object]
+
+MAX_PROBLEMS = 100
+"""A body of a million wrong fields gets an answer of this many."""
+
+CODES = MappingProxyType(
+    {
+        "missing": "missing_field",
+        "union_tag_not_found": "missing_field",
+        "extra_forbidden": "unknown_field",
+        "value_error": "out_of_range",  # what our own validators raise; their message says what is right
+    }
+)
+RANGES = ("greater_than", "less_than", "too_long", "too_short", "string_too", "finite_number", "int_parsing_size")
+VALUES = ("literal", "enum", "union_tag_invalid", "value", "string_pattern", "string_unicode")
+
+
+def field_problems(error: ValidationError, model: type[BaseModel], body: Mapping[str, object]) -> list[FieldProblem]:
+    """A problem for each error of validating the full form of `body` as `model`."""
+    schema = _schema(model)
+    definitions = _part(schema, "$defs")
+    problems = []
+    for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
+        kind, context = item["type"], item.get("ctx", {})
+        path, node = _follow(schema, definitions, item["loc"])
+        value = item["input"]
+        if kind.startswith("union_tag"):
+            tag = str(context["discriminator"]).strip("'")
+            path, value = (*path, tag), context.get("tag")
+            detail = f"must be {_choice(node)}"
+        elif kind == "extra_forbidden":
+            detail = _unknown_field(schema, definitions, item["loc"])
+        elif kind == "missing":
+            detail, value = f"this field is needed: {_allowed(node, definitions)}", None
+        elif item["loc"][-1] == "[key]":
+            _, parent = _follow(schema, definitions, item["loc"][:-2])
+            detail = f"the name must be {_text(_part(parent, 'propertyNames'))}"
+        else:
+            detail = str(context["error"]) if kind == "value_error" else f"must be {_allowed(node, definitions)}"
+        field = as_written(body, ".".join(map(str, path)))
+        problems.append(FieldProblem(field=field, code=_code(kind), detail=detail, value=shorten(value)))
+    return problems
+
+
+@lru_cache
+def _schema(model: type[BaseModel]) -> Schema:
+    return model.model_json_schema()
+
+
+def as_written(body: Mapping[str, object], field: str) -> str:
+    """The path of a field of the full form in the body that the caller sent, which may be shorthand.
+
+    "quantization.bits" is "bits" where there is no `quantization`; "model.id" is "model" where that is a text.
+    """
+    parts = field.split(".")
+    if parts[0] == "quantization" and body.get("quantization") is None:
+        return ".".join(parts[1:]) or "method"
+    value: object = body
+    for depth, part in enumerate(parts):
+        if isinstance(value, str):
+            return ".".join(parts[:depth])
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return field
+
+
+def text_problems(body: Mapping[str, object]) -> list[FieldProblem]:
+    """Texts and names in the body that no database, file system or UTF-8 can hold: U+0000 and lone surrogates."""
+    problems: list[FieldProblem] = []
+    waiting: list[tuple[str, object]] = [("", body)]
+    while waiting and len(problems) < MAX_PROBLEMS:
+        path, value = waiting.pop()
+        children: Sequence[tuple[object, object]] = ()
+        if isinstance(value, str) and _is_unstorable(value):
+            detail = "a text must not hold the character U+0000 or half of a surrogate pair; remove it"
+            problems.append(
+                FieldProblem(field=path or "body", code="invalid_value", detail=detail, value=shorten(value))
+            )
+        elif isinstance(value, Mapping):
+            waiting += [(path, key) for key in value]
+            children = list(value.items())
+        elif isinstance(value, list):
+            children = list(enumerate(value))
+        waiting += [
+            (f"{path}.{shorten(str(key))}" if path else str(shorten(str(key))), child) for key, child in children
+        ]
+    return problems
+
+
+def _is_unstorable(text: str) -> bool:
+    return "\0" in text or any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def _follow(schema: Schema, definitions: Schema, location: Location) -> tuple[Location, Schema]:
+    """The location without tags of unions, and the schema it leads to ({} where it leads to an unknown field)."""
+    path: Location = ()
+    node = schema
+    for part in location:
+        node = _resolve(node, definitions)
+        tags = _part(_part(node, "discriminator"), "mapping")
+        if tags:
+            node = {"$ref": tags[str(part)]} if part in tags else {}
+        elif part != "[key]":
+            path = (*path, part)
+            properties, others = _part(node, "properties"), node.get("additionalProperties")
+            node = (
+                _part(properties, str(part)) or _part(node, "items") or (others if isinstance(others, Mapping) else {})
+            )
+    return path, _resolve(node, definitions)
+
+
+def _resolve(node: Schema, definitions: Schema) -> Schema:
+    """The schema behind references and behind "or null"."""
+    while True:
+        options = [option for option in _list(node, "anyOf") if option.get("type") != "null"]
+        if "$ref" in node:
+            node = _part(definitions, str(node["$ref"]).rpartition("/")[2])
+        elif len(options) == 1:
+            node = {**node, **options[0]}
+            node.pop("anyOf")
+        else:
+            return node
+
+
+def _unknown_field(schema: Schema, definitions: Schema, location: Location) -> str:
+    _, parent = _follow(schema, definitions, location[:-1])
+    known = list(_part(parent, "properties"))
+    near = get_close_matches(str(location[-1]), known, n=1)
+    meant = f"did you mean {near[0]}? " if near else ""
+    return f"there is no such field; {meant}there are: {', '.join(known)}"
+
+
+def _allowed(node: Schema, definitions: Schema) -> str:
+    """What a field takes, in words."""
+    if "enum" in node or "const" in node:
+        return _one_of([str(value) for value in _values(node)])
+    if "discriminator" in node:
+        name = _part(node, "discriminator")["propertyName"]
+        return f"an object with {name} ({_choice(node)}), or a short text that stands for one"
+    match node.get("type"):
+        case "integer" | "number":
+            return _number(node)
+        case "boolean":
+            return "true or false"
+        case "string":
+            return _text(node)
+        case "array":
+            entries = _resolve(_part(node, "items"), definitions)
+            most = f" of at most {node['maxItems']}" if "maxItems" in node else ""
+            return f"a list{most}, each {_allowed(entries, definitions)}"
+        case _:
+            most = f" of at most {node['maxProperties']} fields" if "maxProperties" in node else ""
+            return f"an object{most}"
+
+
+def _number(node: Schema) -> str:
+    noun = "a whole number" if node["type"] == "integer" else "a number"
+    low, high, above = node.get("minimum"), node.get("maximum"), node.get("exclusiveMinimum")
+    if low is not None and high is not None:
+        return f"{noun}, {low} to {high}"
+    bounds = [
+        *([f"above {above}"] if above is not None else []),
+        *([f"at least {low}"] if low is not None else []),
+        *([f"at most {high}"] if high is not None else []),
+    ]
+    return f"{noun} {' and '.join(bounds)}".rstrip()
+
+
+def _text(node: Schema) -> str:
+    examples = node.get("examples")
+    if isinstance(examples, list):
+        return f"a text like {examples[0]}"
+    least, most = node.get("minLength", 0), node.get("maxLength")
+    return "a text" if most is None else f"a text of {least} to {most} characters"
+
+
+def _choice(node: Schema) -> str:
+    return _one_of(list(_part(_part(node, "discriminator"), "mapping")))
+
+
+def _one_of(values: list[str]) -> str:
+    return values[0] if len(values) == 1 else f"{', '.join(values[:-1])} or {values[-1]}"
+
+
+def _values(node: Schema) -> list[object]:
+    found = node.get("enum", [node.get("const")])
+    return list(found) if isinstance(found, list) else []
+
+
+def _code(kind: str) -> str:
+    if kind in CODES:
+        return CODES[kind]
+    if kind.startswith(RANGES):
+        return "out_of_range"
+    return "invalid_value" if kind.startswith(VALUES) else "wrong_type"
+
+
+def _part(node: Schema, name: str) -> Schema:
+    found = node.get(name)
+    return found if isinstance(found, Mapping) else {}
+
+
+def _list(node: Schema, name: str) -> list[Schema]:
+    found = node.get(name)
+    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []

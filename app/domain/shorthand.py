@@ -1,0 +1,119 @@
+"""Shorthand requests and what they stand for. Expansion fills in structure, never judges values: validation does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from app.domain.errors import FieldProblem, shorten
+from app.domain.methods import METHODS, PRESETS, RECIPES
+from app.domain.sources import expand_source
+
+SHORTHAND = (
+    "method",
+    *sorted({name for info in METHODS.values() for name in info.spec.model_fields} - {"method", "modules"}),
+)
+"""Fields of `quantization` that may stand at the top of the request instead."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The full form of a body, not yet validated.
+
+    problems       those that only the expansion can see
+    method_known   False: the method is missing or unknown, and another stands in so that the rest can be judged
+    """
+
+    body: dict[str, object]
+    problems: list[FieldProblem]
+    method_known: bool
+
+
+def expand(given: Mapping[str, object]) -> Expansion:
+    """The full form of a body in shorthand or full form. `given` is not changed."""
+    body = dict(given)
+    problems: list[FieldProblem] = []
+    top = {name: body.pop(name) for name in SHORTHAND if name in body}
+    inner = body.get("quantization")
+    if inner is None:
+        quantization: object = top
+    else:
+        quantization = inner
+        problems += [_given_twice(name, value) for name, value in top.items()]
+    method_known = False
+    if isinstance(quantization, Mapping):
+        prefix = "" if inner is None else "quantization."
+        quantization, found, method_known = _expand_quantization(quantization, prefix)
+        problems += found
+    body["quantization"] = quantization
+    _expand_sources(body)
+    _apply_preset(body)
+    return Expansion(body, problems, method_known)
+
+
+def _given_twice(name: str, value: object) -> FieldProblem:
+    detail = f"move {name} into quantization: its fields stand either there or at the top, not in both places"
+    return FieldProblem(field=name, code="conflicting_fields", detail=detail, value=shorten(value))
+
+
+def _expand_quantization(
+    given: Mapping[str, object], prefix: str
+) -> tuple[dict[str, object], list[FieldProblem], bool]:
+    fields = dict(given)
+    name = fields.get("method")
+    problems: list[FieldProblem] = []
+    if isinstance(name, str) and name in RECIPES:
+        recipe = RECIPES[name]
+        problems += [
+            _against_recipe(prefix + field, name, meant, fields[field])
+            for field, meant in recipe.items()
+            if field != "method" and fields.get(field, meant) != meant
+        ]
+        fields |= recipe
+    if isinstance(fields.get("method"), str) and fields["method"] in METHODS:
+        return fields, problems, True
+    return _with_stand_in(fields), [*problems, _method_problem(prefix, name, "method" in given)], False
+
+
+def _against_recipe(field: str, recipe: str, meant: object, value: object) -> FieldProblem:
+    detail = f"method {recipe!r} stands for {meant!r} here; leave the field out, or name the method itself"
+    return FieldProblem(field=field, code="conflicting_fields", detail=detail, value=shorten(value))
+
+
+def _method_problem(prefix: str, name: object, is_given: bool) -> FieldProblem:
+    known = ", ".join([*METHODS, *RECIPES])
+    if not is_given or name is None:
+        detail = f"name a method; there are: {known}"
+        return FieldProblem(field=f"{prefix}method", code="missing_field", detail=detail)
+    detail = f"there is no method {shorten(name)!r}; there are: {known}"
+    return FieldProblem(field=f"{prefix}method", code="unknown_method", detail=detail, value=shorten(name))
+
+
+def _with_stand_in(fields: dict[str, object]) -> dict[str, object]:
+    """The fields under the method that has most of them, without those that only another method has."""
+    own = {name: set(info.spec.model_fields) for name, info in METHODS.items()}
+    method = max(own, key=lambda name: len(own[name] & fields.keys()))
+    foreign = set().union(*own.values()) - own[method]
+    return {name: value for name, value in fields.items() if name not in foreign} | {"method": method}
+
+
+def _expand_sources(body: dict[str, object]) -> None:
+    if "model" in body:
+        body["model"] = expand_source(body["model"])
+    for part in ("calibration", "evaluation"):
+        section = body.get(part)
+        if isinstance(section, Mapping) and "dataset" in section:
+            body[part] = {**section, "dataset": expand_source(section["dataset"])}
+
+
+def _apply_preset(body: dict[str, object]) -> None:
+    """Fill steps and the calibration's size from the preset where the request is silent."""
+    quantization = body.get("quantization")
+    if not isinstance(quantization, dict) or quantization.get("method") != "signround":
+        return
+    preset = PRESETS.get(str(quantization.get("preset", "default")))
+    if preset is None:
+        return
+    quantization.setdefault("steps", preset.steps)
+    calibration = body.get("calibration", {})
+    if isinstance(calibration, Mapping):
+        size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}
+        body["calibration"] = size | dict(calibration)

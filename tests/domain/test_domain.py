@@ -1,0 +1,135 @@
+"""States, schemes, formats and sources: the tables that the rest of the service reads."""
+
+import pytest
+
+from app.domain.errors import ERRORS
+from app.domain.events import ATTEMPT_LINE, EVENT, LogEvent
+from app.domain.formats import FORMATS, ExportFormat, Support, format_problems
+from app.domain.jobs import FINAL_STATUSES, TRANSITIONS, JobStatus
+from app.domain.methods import METHODS, PRESETS, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
+from app.domain.sources import expand_source
+
+
+def scheme(bits: int, group_size: int = 64, symmetric: bool = True) -> Scheme:
+    return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def test_transitions_cover_every_status() -> None:
+    assert set(TRANSITIONS) == set(JobStatus)
+    assert set().union(*TRANSITIONS.values()) == set(JobStatus)
+
+
+def test_a_final_status_is_left_only_by_a_retry() -> None:
+    assert {JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED} == FINAL_STATUSES
+    for status in JobStatus:
+        if status in FINAL_STATUSES:
+            assert TRANSITIONS[status] <= {JobStatus.QUEUED}
+    assert TRANSITIONS[JobStatus.SUCCEEDED] == frozenset()
+
+
+def test_every_status_can_be_reached_and_ended() -> None:
+    reached, waiting = set(), [JobStatus.QUEUED]
+    while waiting:
+        status = waiting.pop()
+        if status not in reached:
+            reached.add(status)
+            waiting += TRANSITIONS[status]
+    assert reached == set(JobStatus)
+    for status in set(JobStatus) - FINAL_STATUSES:
+        assert TRANSITIONS[status] & FINAL_STATUSES
+
+
+def test_later_overrides_win_and_ignored_linears_have_no_scheme() -> None:
+    spec = RTNSpec.model_validate(
+        {
+            "bits": 4,
+            "modules": {
+                "ignore": ["lm_head", "*.o_proj"],
+                "overrides": {"*.mlp.*": {"bits": 8}, "*.down_proj": {"group_size": -1, "symmetric": False}},
+            },
+        }
+    )
+    assert spec.scheme("model.layers.0.self_attn.q_proj") == scheme(4)
+    assert spec.scheme("model.layers.0.mlp.up_proj") == scheme(8)
+    assert spec.scheme("model.layers.0.mlp.down_proj") == scheme(8, -1, False)
+    assert spec.scheme("model.layers.0.self_attn.o_proj") is None
+    assert spec.scheme("lm_head") is None
+
+
+def test_every_method_names_its_spec_and_paper() -> None:
+    for name, info in METHODS.items():
+        assert info.spec.model_fields["method"].default == name
+        assert info.paper is None or info.paper.count(".") == 1
+        assert all(
+            field.description for key, field in info.spec.model_fields.items() if key not in ("method", "modules")
+        )
+    assert SignRoundSpec().steps == PRESETS[SignRoundSpec().preset].steps
+
+
+def test_every_method_has_a_format() -> None:
+    for info in METHODS.values():
+        assert any(info.produces in found.kinds for found in FORMATS.values())
+
+
+def test_native_holds_everything() -> None:
+    native = FORMATS[ExportFormat.NATIVE]
+    assert native.kinds >= {info.produces for info in METHODS.values()}
+    assert (native.bits, native.symmetries) == (frozenset(range(2, 9)), frozenset({True, False}))
+
+
+@pytest.mark.parametrize("export_format", ExportFormat)
+def test_the_table_knows_every_format_and_a_tested_runtime(export_format: ExportFormat) -> None:
+    info = FORMATS[export_format]
+    assert any(runtime.support is Support.TESTED for runtime in info.runtimes)
+    for runtime in info.runtimes:
+        assert runtime.bits <= info.bits
+        assert (runtime.asymmetric_bits or frozenset()) <= runtime.bits
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("export_format", ExportFormat)
+def test_a_format_refuses_exactly_the_widths_that_it_lacks(
+    bits: int, symmetric: bool, export_format: ExportFormat
+) -> None:
+    found = format_problems(RTNSpec(bits=bits, symmetric=symmetric), (export_format,))
+    held = bits in FORMATS[export_format].bits
+    assert [problem.field for problem in found] == ([] if held else ["quantization.bits"])
+    assert all(problem.code in ERRORS for problem in found)
+    assert all('["native"]' in problem.detail for problem in found)
+
+
+def test_an_override_that_the_format_lacks_is_named_by_its_pattern() -> None:
+    spec = RTNSpec.model_validate({"modules": {"overrides": {"*.down_proj": SchemeOverride(bits=7)}}})
+    found = format_problems(spec, (ExportFormat.NATIVE, ExportFormat.COMPRESSED_TENSORS))
+    assert [(problem.field, problem.value) for problem in found] == [
+        ("quantization.modules.overrides.*.down_proj.bits", 7)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("of", "loads"),
+    [
+        (scheme(4, 128), True),
+        (scheme(8, -1), True),
+        (scheme(4, 32, False), True),
+        (scheme(3, 64), False),
+        (scheme(4, 16), False),
+        (scheme(8, 64, False), False),
+    ],
+)
+def test_vllm_by_its_rules(of: Scheme, loads: bool) -> None:
+    vllm = next(r for r in FORMATS[ExportFormat.COMPRESSED_TENSORS].runtimes if r.runtime == "vllm")
+    assert vllm.support is Support.BY_RULES
+    assert vllm.loads(of) is loads
+
+
+@pytest.mark.parametrize("value", [None, 4, ["a"], {"source": "hub"}])
+def test_only_texts_are_shorthand_of_a_source(value: object) -> None:
+    assert expand_source(value) is value
+
+
+def test_events_go_through_a_line_of_json() -> None:
+    event = LogEvent(event="block_quantized", fields={"block": 3})
+    assert EVENT.validate_json(event.model_dump_json()) == event
+    assert ATTEMPT_LINE.validate_json(event.model_dump_json()) == event
