@@ -1,5 +1,6 @@
 """Fixtures that tests of several parts share. Servers start once a session, and only if a test asks for them."""
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,10 @@ from sqlalchemy import URL
 
 from app.store.session import migrate
 from tests import servers
+
+# Before anything imports Triton: without a GPU its kernels run in the interpreter.
+if not Path("/dev/nvidiactl").exists():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture(scope="session")

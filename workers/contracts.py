@@ -46,8 +46,16 @@ class TrainableWeights(Protocol):
         """Remembers the present parameters' result if `better`, a truth value on the device."""
         ...
 
+    def restart(self) -> None:
+        """Back to the start, nothing remembered."""
+        ...
+
     def adopt(self, other: Self) -> None:
         """Takes over the start of another block's weights of the same shapes."""
+        ...
+
+    def faults(self) -> int:
+        """Times since the start that a gradient held NaN, which moves nothing."""
         ...
 
     def results(self) -> dict[str, LinearResult]:
@@ -66,12 +74,16 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class TuningOutcome:
-    """The results of the step with the lowest held-out loss, and that loss at the start and then."""
+    """The results of the step with the lowest held-out loss, and that loss at the start and then.
+
+    faults   gradients that held NaN, see `TrainableWeights.faults`
+    """
 
     linears: dict[str, LinearResult]
     loss_initial: float
     loss: float
     best_step: int
+    faults: int
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from app.domain.errors import NumericalFailure
 from app.domain.methods import Scheme
 from tests.methods.toy_block import toy_task
 from workers.contracts import BlockTask, TuningSettings
-from workers.engine.tuning import is_checked, minibatches, split, tune
+from workers.engine.tuning import is_checked, minibatches, split
 from workers.methods.rtn import quantize_weight
 from workers.numerics.quantized import LinearResult
 
@@ -44,6 +44,12 @@ class RecordedWeights:
         if better:
             self.kept = self.value.clone()
 
+    def restart(self) -> None:
+        self.kept = None
+
+    def faults(self) -> int:
+        return 0
+
     def adopt(self, other: "RecordedWeights") -> None:
         self.value = other.value
 
@@ -59,7 +65,7 @@ def weights_of(task: BlockTask, factor: float = 0.9, moves: float = 0.0) -> Reco
 def test_the_gradient_is_autograds() -> None:
     task = toy_task({"up": SCHEME})
     weights = weights_of(task)
-    tune(task, [weights], TuningSettings(1, 8, 0.1))
+    task.tune(task, [weights], TuningSettings(1, 8, 0.1))
     training, _ = split(len(task.inputs), task.seed)
     batch = minibatches(training, TuningSettings(1, 8, 0.1), task.seed)[0]
     parameter = (task.linear("up").weight.detach() * 0.9).requires_grad_()
@@ -74,7 +80,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
     for micro_batch in (8, 3, 1):
         task = toy_task({"up": SCHEME}, micro_batch=micro_batch)
         weights = weights_of(task)
-        tune(task, [weights], TuningSettings(1, 8, 0.1))
+        task.tune(task, [weights], TuningSettings(1, 8, 0.1))
         gradients.append(weights.gradients[0])
     torch.testing.assert_close(gradients[0], gradients[1])
     torch.testing.assert_close(gradients[0], gradients[2])
@@ -83,7 +89,7 @@ def test_micro_batches_give_the_gradient_of_the_whole_batch() -> None:
 def test_the_rate_decays_linearly_to_zero() -> None:
     task = toy_task({"up": SCHEME})
     weights = weights_of(task)
-    tune(task, [weights], TuningSettings(4, 8, 0.8))
+    task.tune(task, [weights], TuningSettings(4, 8, 0.8))
     assert weights.rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
@@ -91,7 +97,7 @@ def test_the_start_is_kept_when_steps_only_harm() -> None:
     task = toy_task({"up": SCHEME})
     weights = weights_of(task, moves=-1000.0)
     start = quantize_weight(weights.value, SCHEME, torch.float32)
-    outcome = tune(task, [weights], TuningSettings(5, 8, 0.1))
+    outcome = task.tune(task, [weights], TuningSettings(5, 8, 0.1))
     assert outcome.best_step == 0
     assert outcome.loss == outcome.loss_initial
     assert torch.equal(outcome.linears["up"].weight.codes, start.codes)
@@ -101,7 +107,7 @@ def test_the_block_comes_back_whole_even_after_an_error() -> None:
     task = toy_task({"up": SCHEME})
     original = task.linear("up")
     with pytest.raises(NumericalFailure):
-        tune(task, [weights_of(task, factor=math.nan)], TuningSettings(2, 8, 0.1))
+        task.tune(task, [weights_of(task, factor=math.nan)], TuningSettings(2, 8, 0.1))
     assert task.linear("up") is original
     assert all(parameter.requires_grad for parameter in task.block.parameters())
 
@@ -109,7 +115,7 @@ def test_the_block_comes_back_whole_even_after_an_error() -> None:
 def test_a_loss_that_ends_as_nan_is_an_error() -> None:
     task = toy_task({"up": SCHEME})
     with pytest.raises(NumericalFailure, match="after tuning"):
-        tune(task, [weights_of(task, moves=math.nan)], TuningSettings(2, 8, 0.1))
+        task.tune(task, [weights_of(task, moves=math.nan)], TuningSettings(2, 8, 0.1))
 
 
 def test_held_out_sequences_never_train() -> None:
@@ -132,7 +138,7 @@ def test_minibatches_pass_over_all_sequences_before_any_repeats() -> None:
 def test_progress_is_told_and_the_last_step_is_checked() -> None:
     shares: list[float] = []
     task = replace(toy_task({"up": SCHEME}), tick=shares.append)
-    tune(task, [weights_of(task)], TuningSettings(4, 8, 0.1))
+    task.tune(task, [weights_of(task)], TuningSettings(4, 8, 0.1))
     assert shares == pytest.approx([0.5, 0.75, 1.0])
     for steps in (1, 7, 50, 200, 1000):
         checked = [step for step in range(1, steps + 1) if is_checked(step, steps)]

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from app.domain.methods import Scheme
 from workers.contracts import BlockTask
-from workers.engine.tuning import tune
+from workers.engine.tuning import Tuner
 
 
 class ToyBlock(nn.Module):
@@ -39,5 +39,5 @@ def toy_task(schemes: dict[str, Scheme], samples: int = 32, length: int = 24, mi
         seed=7,
         micro_batch=micro_batch,
         tick=lambda _: None,
-        tune=tune,
+        tune=Tuner().tune,
     )

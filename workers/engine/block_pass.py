@@ -20,7 +20,7 @@ from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState
 from workers.engine.streams import Stream, second_moments
-from workers.engine.tuning import tune
+from workers.engine.tuning import Tuner
 from workers.numerics.quantized import AffineWeight, BlockResult
 
 
@@ -40,6 +40,7 @@ class BlockPass:
     seed: int
     calibration: Stream | None
     evaluation: Stream | None
+    tuner: Tuner
     state: ResumeState
     clock: StageClock
     reporter: Reporter
@@ -121,7 +122,7 @@ class BlockPass:
             seed=block_seed(self.seed, index),
             micro_batch=self.plan.micro_batch,
             tick=tick,  # type: ignore[arg-type]
-            tune=tune,
+            tune=self.tuner.tune,
         )
 
     def _advance_original(self, index: int, block: nn.Module, only: Stream | None) -> None:

@@ -22,6 +22,7 @@ from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
 from workers.engine.streams import Stream
+from workers.engine.tuning import Tuner
 from workers.formats.writer import CheckpointWriter
 
 CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
@@ -141,6 +142,7 @@ def _run_blocks(job: _Job) -> ResultLine:
         seed=job.order.request.seed,
         calibration=calibration,
         evaluation=evaluation,
+        tuner=Tuner(job.reporter.log),
         state=state,
         clock=job.clock,
         reporter=job.reporter,

@@ -6,125 +6,98 @@ Each step the block runs forward and backward under autograd on a minibatch, the
 written into the block anew. The loss on a fixed held-out set of sequences decides which step's result is kept; the
 start counts as a candidate, so the result is never worse there than the start.
 
-Nothing in a step waits for the device: batches, rates, losses and the choice live there. A tuned linear computes its
-weight's gradient straight into a flat buffer, so that the weights of a block step in one pass.
+Nothing in a step waits for the device: batches, rates, losses and the choice live there. On a GPU a step is captured
+once as a CUDA graph and replayed for every block of the same shape (`workers.engine.tuned_block` has the block that the
+graph works on). Where capture is impossible the same steps run eagerly.
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.domain.errors import NumericalFailure
 from workers.contracts import BlockTask, TrainableWeights, TuningOutcome, TuningSettings
+from workers.engine.tuned_block import TunedBlock, shape_of
 
 MOST_HELD_OUT = 16
 HELD_OUT_SHARE = 8
 """One sequence in eight is held out, at most sixteen."""
 CHECKS = 20
 """Times that the held-out loss would be measured over a whole run; the first third is left out."""
+WARM_UPS = 2
+"""Eager steps before a capture, in which libraries allocate what they keep."""
 
 
-def tune(task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
-    """Tunes `weights` in place and returns the best results seen.
+class Tuner:
+    """Tunes block after block; `tune` is the `Tune` of the methods.
 
-    Raises:
-        NumericalFailure: the loss is not finite at the start or at the end.
+    log   told an event's name and fields when the tuner falls back to a slower way
     """
-    with tuned_block(task, weights) as tuned:
-        run = _Run.begin(task, weights, settings, tuned)
+
+    def __init__(self, log: Callable[..., None] = lambda *_, **__: None) -> None:
+        self._log = log
+        self._run: _Run | None = None
+
+    def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
+        """Tunes `weights` and returns the best results seen; on running out of memory, again with less at once.
+
+        Raises:
+            NumericalFailure: the loss is not finite at the start or at the end.
+            torch.OutOfMemoryError: not even one sequence at a time fits.
+        """
+        micro_batch = min(task.micro_batch, settings.batch_size)
+        while True:
+            try:
+                return self._tune(task, weights, settings, micro_batch)
+            except torch.OutOfMemoryError:
+                if micro_batch == 1:
+                    raise
+            # Outside the except clause: the exception holds the tensors of the failed step.
+            self._run = None
+            torch.cuda.empty_cache()
+            micro_batch = max(1, micro_batch // 2)
+            self._log("micro_batch_lowered", block=task.index, micro_batch=micro_batch)
+            for part in weights:
+                part.restart()
+
+    def _tune(
+        self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+    ) -> TuningOutcome:
+        run = self._run
+        if run is not None and run.fits(task, weights, settings, micro_batch):
+            run.adopt(task, weights)
+        else:
+            self._run = run = _Run.begin(task, weights, settings, micro_batch)
+            run.prepare(self._log)
+        run.start()
         for step in range(settings.steps):
             run.step()
             if is_checked(step + 1, settings.steps):
                 run.check()
                 task.tick((step + 1) / settings.steps)
-    return run.outcome()
-
-
-@dataclass(frozen=True)
-class FlatWeights:
-    """W_hat of one `TrainableWeights` and the gradient with respect to it, flat; the block's linears are views."""
-
-    value: Tensor
-    gradient: Tensor
-
-
-class TunedLinear(nn.Module):
-    """y = x W^T + b, with dL/dW written (or added, for a later micro-batch) into `gradient`.
-
-    weight    (out, in), a view of a flat buffer that requires a gradient so that autograd comes this way
-    gradient  (out, in), a view of the flat gradient
-    """
-
-    def __init__(self, weight: Tensor, gradient: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = bias
-        self.gradient = gradient
-        self.adds = False
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _LinearIntoBuffer.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
-        return y
-
-
-class _LinearIntoBuffer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: TunedLinear) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.linear = linear
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), linear, grad = ctx.saved_tensors, ctx.linear, gradients[0]
-        rows = grad.flatten(0, -2)
-        torch.addmm(linear.gradient, rows.T, x.flatten(0, -2), beta=int(linear.adds), out=linear.gradient)
-        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
-
-
-@contextmanager
-def tuned_block(task: BlockTask, weights: Sequence[TrainableWeights]) -> Iterator[list[FlatWeights]]:
-    """The block with a `TunedLinear` for each tuned linear, and nothing else trainable; restored afterwards."""
-    originals = {name: task.linear(name) for part in weights for name in part.shapes}
-    trainable = [p for p in task.block.parameters() if p.requires_grad]
-    task.block.requires_grad_(False)
-    try:
-        yield [_flatten(task, part, originals) for part in weights]
-    finally:
-        for name, original in originals.items():
-            task.block.set_submodule(name, original)
-        for parameter in trainable:
-            parameter.requires_grad_(True)
-
-
-def _flatten(task: BlockTask, part: TrainableWeights, originals: dict[str, nn.Linear]) -> FlatWeights:
-    first = originals[next(iter(part.shapes))].weight
-    size = sum(math.prod(shape) for shape in part.shapes.values())
-    flat = FlatWeights(*(torch.zeros(size, dtype=first.dtype, device=first.device) for _ in range(2)))
-    sizes = [math.prod(shape) for shape in part.shapes.values()]
-    pieces = zip(part.shapes.items(), torch.split(flat.value, sizes), torch.split(flat.gradient, sizes), strict=True)
-    for (name, shape), value, gradient in pieces:
-        tuned = TunedLinear(value.view(shape), gradient.view(shape), originals[name].bias)
-        task.block.set_submodule(name, tuned)
-    return flat
+        outcome = run.outcome()
+        if task.device.type != "cuda":
+            self._run = None  # only a captured step is worth its memory
+        return outcome
 
 
 @dataclass
 class _Run:
-    """One block's tuning: what is on the device between steps.
+    """One block's tuning, and after it that of any other block of the same shape.
 
-    count   steps done, int64     best, initial   held-out losses, fp64     best_step   count when `best` was measured
+    What changes from step to step is on the device: `count` steps done (int64); `loss` of the last check, the
+    lowest so far, `best`, and the first, `initial` (fp64); `best_step`, the count when `best` was measured.
     """
 
     task: BlockTask
+    shape: tuple[object, ...]
+    block: TunedBlock
     weights: Sequence[TrainableWeights]
-    flats: Sequence[FlatWeights]
-    linears: list[TunedLinear]
+    settings: TuningSettings
+    micro_batch: int
     batches: Tensor
     rates: Tensor
     held_out: Tensor
@@ -132,60 +105,102 @@ class _Run:
     loss: Tensor
     best: Tensor
     best_step: Tensor
-    initial: Tensor
+    initial: float = math.nan
+    step: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
 
     @classmethod
     def begin(
-        cls,
-        task: BlockTask,
-        weights: Sequence[TrainableWeights],
-        settings: TuningSettings,
-        flats: Sequence[FlatWeights],
+        cls, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
     ) -> "_Run":
+        device, source = task.device, task.inputs.device
         training, held_out = split(len(task.inputs), task.seed)
-        steps = torch.arange(settings.steps, dtype=torch.float64)
-        rates = settings.learning_rate * (1 - steps / max(settings.steps, 1))
-        worst = torch.full((), math.inf, dtype=torch.float64, device=task.device)
         run = cls(
             task=task,
+            shape=_shape(task, weights, settings, micro_batch),
+            block=TunedBlock.of(task, weights),
             weights=weights,
-            flats=flats,
-            linears=[m for m in task.block.modules() if isinstance(m, TunedLinear)],
-            batches=minibatches(training, settings, task.seed).to(task.inputs.device),
-            rates=rates.to(task.device, torch.float32),
-            held_out=held_out.to(task.inputs.device),
-            count=torch.zeros((), dtype=torch.int64, device=task.device),
-            loss=worst.clone(),
-            best=worst.clone(),
-            best_step=torch.zeros((), dtype=torch.int64, device=task.device),
-            initial=worst,
+            settings=settings,
+            micro_batch=micro_batch,
+            batches=minibatches(training, settings, task.seed).to(source),
+            rates=torch.zeros(settings.steps, dtype=torch.float32, device=device),
+            held_out=held_out.to(source),
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            loss=torch.full((), math.inf, dtype=torch.float64, device=device),
+            best=torch.full((), math.inf, dtype=torch.float64, device=device),
+            best_step=torch.zeros((), dtype=torch.int64, device=device),
         )
-        run._write()
-        run.check()
-        run.initial = run.loss.clone()
-        run._demand_finite(run.initial, "before")
+        run.step, run.check = run._step, run._check
         return run
 
-    def step(self) -> None:
+    def fits(
+        self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+    ) -> bool:
+        """Whether this run's tensors and captured steps serve another block."""
+        return self.shape == _shape(task, weights, settings, micro_batch)
+
+    def adopt(self, task: BlockTask, weights: Sequence[TrainableWeights]) -> None:
+        """Takes over another block: its parameters, its weights' start, its seed."""
+        self.task = task
+        self.block.adopt(task.block)
+        for mine, other in zip(self.weights, weights, strict=True):
+            mine.adopt(other)
+        training, held_out = split(len(task.inputs), task.seed)
+        self.batches.copy_(minibatches(training, self.settings, task.seed))
+        self.held_out.copy_(held_out)
+
+    def prepare(self, log: Callable[..., None]) -> None:
+        """Captures step and check where that is possible."""
+        if self.task.device.type != "cuda" or self.task.inputs.device != self.task.device or not self.settings.steps:
+            return
+        try:
+            step, check = capture(self._step, self.rates), capture(self._check, self.rates)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log("capture_failed", block=self.task.index, reason=str(error)[:200])
+        else:
+            self.step, self.check = step, check
+
+    def start(self) -> None:
+        """Everything to its start; the start's own loss is the first candidate.
+
+        Raises:
+            NumericalFailure: that loss is not finite.
+        """
+        steps = torch.arange(self.settings.steps, dtype=torch.float64)
+        self.rates.copy_(self.settings.learning_rate * (1 - steps / max(self.settings.steps, 1)))
+        self.count.zero_()
+        self.best.fill_(math.inf)
+        self._write()
+        self.check()
+        self.initial = self._demand_finite("before")
+
+    def outcome(self) -> TuningOutcome:
+        self._demand_finite("after")
+        linears = {name: result for weights in self.weights for name, result in weights.results().items()}
+        faults = sum(weights.faults() for weights in self.weights)
+        return TuningOutcome(linears, self.initial, float(self.best), int(self.best_step), faults)
+
+    def _step(self) -> None:
         """One minibatch: gradients, the weights' step, the new weights into the block."""
         at = self.count.view(1)
         batch = self.batches.index_select(0, at.to(self.batches.device))[0]
-        for number, part in enumerate(torch.split(batch, self.task.micro_batch)):
-            for linear in self.linears:
-                linear.adds = number > 0
+        for number, part in enumerate(torch.split(batch, self.micro_batch)):
+            self.block.add_gradients(number > 0)
             loss = self._error(part).float().square().mean()
             torch.autograd.backward(loss * (len(part) / len(batch)))
         rate = self.rates.index_select(0, at)[0]
-        for weights, flat in zip(self.weights, self.flats, strict=True):
+        for weights, flat in zip(self.weights, self.block.flats, strict=True):
             weights.step(flat.gradient, rate)
         self._write()
         self.count += 1
 
     @torch.no_grad()
-    def check(self) -> None:
+    def _check(self) -> None:
         """Measures the held-out loss and keeps the present weights if it is the lowest so far."""
         self.loss.zero_()
-        for part in torch.split(self.held_out, self.task.micro_batch):
+        for part in torch.split(self.held_out, self.micro_batch):
             error = self._error(part).float().square().mean(dtype=torch.float64)
             self.loss += error * (len(part) / len(self.held_out))
         better = self.loss < self.best
@@ -194,27 +209,55 @@ class _Run:
         for weights in self.weights:
             weights.keep(better)
 
-    def outcome(self) -> TuningOutcome:
-        self._demand_finite(self.loss, "after")
-        linears = {name: result for weights in self.weights for name, result in weights.results().items()}
-        return TuningOutcome(linears, float(self.initial), float(self.best), int(self.best_step))
-
     def _error(self, samples: Tensor) -> Tensor:
         inputs = self.task.inputs.index_select(0, samples).to(self.task.device, non_blocking=True)
         targets = self.task.targets.index_select(0, samples).to(self.task.device, non_blocking=True)
-        return self.task.forward(self.task.block, inputs) - targets
+        return self.task.forward(self.block.module, inputs) - targets
 
     def _write(self) -> None:
-        for weights, flat in zip(self.weights, self.flats, strict=True):
+        for weights, flat in zip(self.weights, self.block.flats, strict=True):
             weights.write(flat.value)
 
-    def _demand_finite(self, loss: Tensor, when: str) -> None:
-        if not math.isfinite(value := float(loss)):
+    def _demand_finite(self, when: str) -> float:
+        if not math.isfinite(value := float(self.loss)):
             raise NumericalFailure(
                 f"block {self.task.index}: the output error is {value} {when} tuning",
                 field="quantization",
                 hint="look for NaN in the model's weights, or use more bits or a lower learning rate",
             )
+        return value
+
+
+def capture(function: Callable[[], None], rates: Tensor) -> Callable[[], None]:
+    """`function` as a replay of a CUDA graph; it runs a few times on the way, with all rates 0, so nothing moves."""
+    rates.zero_()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        function()
+    return graph.replay
+
+
+def _shape(
+    task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+) -> tuple[object, ...]:
+    """What a captured step depends on beside the values in its tensors."""
+    activations = [(t.data_ptr(), tuple(t.shape), t.dtype) for t in (task.inputs, task.targets)]
+    kinds = [(type(w), tuple(w.shapes.items())) for w in weights]
+    return (
+        settings,
+        micro_batch,
+        activations,
+        kinds,
+        tuple(task.schemes.items()),
+        id(task.forward),
+        shape_of(task.block),
+    )
 
 
 def is_checked(step: int, steps: int) -> bool:

@@ -34,6 +34,10 @@ not on the step's own minibatch. Left out: activation quantization, norm and bia
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,7 +47,6 @@ from workers.contracts import BlockTask, TuningSettings
 from workers.numerics.affine import SMALLEST_SCALE, Grid, GroupRange, grid, round_to_grid
 from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
 
-EVERY_GROUP = slice(None)
 CACHED_ELEMENTS = 131_072
 """Elements of a chunk: a handful of fp32 tensors of this size fit the second-level cache."""
 
@@ -56,7 +59,8 @@ class SignRound:
         settings = TuningSettings(spec.steps, spec.batch_size, rate)
         source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
         outcome = task.tune(source, rounded_weights(task), settings)
-        return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss)
+        counters = {"best_step": float(outcome.best_step), "nan_gradients": float(outcome.faults)}
+        return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss, counters)
 
 
 def rounded_weights(task: BlockTask) -> list["RoundedWeights"]:
@@ -108,7 +112,9 @@ class RoundedWeights:
     """Linears of one scheme with their V, alpha and beta: the `TrainableWeights` of SignRound."""
 
     def __init__(self, weights: Mapping[str, Tensor], scheme: Scheme, width: int, scale_dtype: torch.dtype) -> None:
-        self.shapes = {name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()}
+        self.shapes: Mapping[str, tuple[int, int]] = {
+            name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()
+        }
         self._scheme, self._scale_dtype = scheme, scale_dtype
         self.state = Rounding.start(torch.cat([weight.reshape(-1, width) for weight in weights.values()]))
         groups = self.state.low
@@ -117,13 +123,14 @@ class RoundedWeights:
             scale=torch.zeros_like(groups, dtype=scale_dtype),
             zero_point=torch.zeros_like(groups, dtype=torch.uint8),
         )
-
-    @property
-    def smallest_scale(self) -> float:
-        return SMALLEST_SCALE[self._scale_dtype]
+        self._faults = torch.zeros(1, dtype=torch.int32, device=groups.device)
+        self._fused = kernels_for(self.state.weight)
 
     @torch.no_grad()
     def write(self, out: Tensor) -> None:
+        if self._fused is not None:
+            self._fused.write(self._groups(self._fused), *self._grid_settings(), hat=out)
+            return
         hat = out.view(self.state.weight.shape)
         for groups in self._chunks():
             part = self.state.part(groups)
@@ -134,16 +141,24 @@ class RoundedWeights:
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor) -> None:
         """The signed step of the module docstring, then alpha and beta back into [0, 1]."""
+        if self._fused is not None:
+            groups, settings = self._groups(self._fused), self._grid_settings()
+            self._fused.step(groups, *settings, gradient=gradient, rate=rate, faults=self._faults)
+            return
         gradient = gradient.view(self.state.weight.shape)
         for groups in self._chunks():
             part = self.state.part(groups)
             d_offset, d_alpha, d_beta = gradients(part, gradient[groups], self._scheme, self._scale_dtype)
-            part.offset.sub_(d_offset.sign_().mul_(rate))
-            part.alpha.sub_(d_alpha.sign_().mul_(rate)).clamp_(0, 1)
-            part.beta.sub_(d_beta.sign_().mul_(rate)).clamp_(0, 1)
+            self._faults += d_alpha.isnan().sum(dtype=torch.int32)
+            part.offset.sub_(d_offset.nan_to_num_().sign_().mul_(rate))
+            part.alpha.sub_(d_alpha.nan_to_num_().sign_().mul_(rate)).clamp_(0, 1)
+            part.beta.sub_(d_beta.nan_to_num_().sign_().mul_(rate)).clamp_(0, 1)
 
     @torch.no_grad()
     def keep(self, better: Tensor) -> None:
+        if self._fused is not None:
+            self._fused.keep(self._groups(self._fused), *self._grid_settings(), better=better)
+            return
         for groups in self._chunks():
             part = self.state.part(groups)
             to = part.grid(self._scheme, self._scale_dtype)
@@ -153,9 +168,19 @@ class RoundedWeights:
             if to.zero is not None:
                 _overwrite(self._kept.zero_point[groups], to.zero, better)
 
+    def restart(self) -> None:
+        self.state.offset.zero_()
+        self.state.alpha.fill_(1)
+        self.state.beta.fill_(1)
+        self._faults.zero_()
+
     def adopt(self, other: "RoundedWeights") -> None:
         for field in fields(self.state):
             getattr(self.state, field.name).copy_(getattr(other.state, field.name))
+        self._faults.zero_()
+
+    def faults(self) -> int:
+        return int(self._faults)
 
     def results(self) -> dict[str, LinearResult]:
         results, first = {}, 0
@@ -173,10 +198,20 @@ class RoundedWeights:
             results[name] = LinearResult(weight)
         return results
 
+    def _groups(self, fused: ModuleType) -> Any:
+        """This object's tensors as the kernels take them."""
+        state, kept = self.state, self._kept
+        learned = (state.weight, state.offset, state.low, state.high, state.alpha, state.beta)
+        return fused.Groups(*learned, kept.codes, kept.scale, kept.zero_point)
+
+    def _grid_settings(self) -> tuple[int, bool, float]:
+        """Bits, symmetry and least scale, as the kernels take them."""
+        return self._scheme.bits, self._scheme.symmetric, SMALLEST_SCALE[self._scale_dtype]
+
     def _chunks(self) -> Iterator[slice]:
-        """Slices of groups: on a CPU as many as stay in its cache through a chain of operations, else all."""
+        """Slices of groups: as many as stay in a CPU's cache through a chain of operations, or fit a GPU easily."""
         count, width = self.state.weight.shape
-        size = count if self.state.weight.is_cuda else max(1, CACHED_ELEMENTS // width)
+        size = max(1, (CACHED_ELEMENTS << 8 if self.state.weight.is_cuda else CACHED_ELEMENTS) // width)
         return (slice(start, start + size) for start in range(0, count, size))
 
 
@@ -189,6 +224,13 @@ def gradients(part: Rounding, d: Tensor, scheme: Scheme, scale_dtype: torch.dtyp
     d_scale = (d * _steps(codes, to)).sum(-1) - (d_inside * weight).sum(-1) / to.scale
     d_zero = -to.scale * (d.sum(-1) - d_inside.sum(-1))
     return d_inside.mul_(to.scale.unsqueeze(-1)), *_range_gradients(part, d_scale, d_zero, to)
+
+
+def kernels_for(weight: Tensor) -> ModuleType | None:
+    """The module of Triton kernels where it serves this weight: on a GPU, for dtypes that fp32 holds."""
+    if not weight.is_cuda or weight.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    return import_module("workers.numerics.kernels")
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

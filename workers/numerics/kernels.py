@@ -121,7 +121,7 @@ def _sign(x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _stored(x, STORED_AS: tl.constexpr):  # type: ignore[no-untyped-def]
     """An fp32 rounded to what STORED_AS can hold, as fp32; by its bits for bf16, which the interpreter truncates."""
-    if STORED_AS == tl.bfloat16:
+    if tl.bfloat16 == STORED_AS:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
     else:
@@ -207,7 +207,7 @@ def _round_weights(  # type: ignore[no-untyped-def]
         steps = codes - zero[:, None]
         d_scale = tl.sum(d * steps, 1) - tl.div_rn(tl.sum(d_inside * weight, 1), scale)
         if SYMMETRIC:
-            low_wins = -alpha * low > beta * high
+            low_wins = beta * high < -alpha * low
             lowest = -(2.0 ** (BITS - 1))
             d_alpha = d_scale * tl.where(low_wins, low / lowest, 0.0)
             d_beta = d_scale * tl.where(low_wins, 0.0, high / lowest)
@@ -216,7 +216,7 @@ def _round_weights(  # type: ignore[no-untyped-def]
             d_scale += d_zero * alpha * low / (scale * scale)
             d_alpha = -d_zero * low / scale - d_scale * low / (2.0**BITS - 1)
             d_beta = d_scale * high / (2.0**BITS - 1)
-        tl.atomic_add(FAULTS, tl.sum((d_scale != d_scale).to(tl.int32), 0))
+        tl.atomic_add(FAULTS, tl.sum((d_scale != d_scale).to(tl.int32), 0))  # noqa: PLR0124 - NaN alone differs
         offset -= rate * _sign(d_inside * scale[:, None])
         alpha = tl.minimum(tl.maximum(alpha - rate * _sign(d_alpha), 0.0), 1.0)
         beta = tl.minimum(tl.maximum(beta - rate * _sign(d_beta), 0.0), 1.0)
