@@ -48,7 +48,7 @@ def configure_logging(settings: "LogSettings") -> None:
         logging.getLogger(name).propagate = True
     # The API writes its own access line, with the request's id and the time that it took.
     logging.getLogger("uvicorn.access").disabled = True
-    for name in ("httpx", "httpcore", "alembic.runtime.migration"):
+    for name in ("httpx", "httpcore", "alembic"):
         logging.getLogger(name).setLevel("WARNING")
 
 

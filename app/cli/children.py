@@ -21,7 +21,12 @@ FIRST_DELAY_SECONDS = 0.5
 LONGEST_DELAY_SECONDS = 30.0
 HEALTHY_SECONDS = 60.0
 """A child that lived for so long starts again at once and with the shortest delay after that."""
-READY_SECONDS = 20.0
+READY_SECONDS = 60.0
+
+
+def tied_to_this_process(command: Sequence[str]) -> list[str]:
+    """`command` in a form that ends when this process (on Linux: the thread that starts it) ends, however it ends."""
+    return [sys.executable, "-m", "app.cli.tether", str(os.getpid()), *command]
 
 
 @dataclass(frozen=True)
@@ -98,9 +103,11 @@ class Children:
             self._up.set()
 
     def _spawn(self, child: _Child) -> None:
-        command = [sys.executable, "-m", "app.cli.tether", str(os.getpid()), *child.program.command]
         child.process = subprocess.Popen(
-            command, env=dict(self.environment), stdin=subprocess.DEVNULL, start_new_session=True
+            tied_to_this_process(child.program.command),
+            env=dict(self.environment),
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
         )
         child.started = time.monotonic()
         log.info("child_started", name=child.program.name, pid=child.process.pid)

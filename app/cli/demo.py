@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import httpx
 import typer
 
+from app.cli.children import tied_to_this_process
 from app.cli.connection import DataDirOption
 from app.cli.embedded import EmbeddedService
 from app.cli.jobs import download_checkpoint
@@ -102,7 +103,8 @@ def _default_model(folder: Path) -> str:
     target = folder / "tiny-model"
     if not (target / "config.json").exists():
         console.print(f"{hub} does not answer, so a tiny model is trained here first. That takes about a minute.")
-        trained = subprocess.run([sys.executable, "-m", "workers.engine.tiny_model", str(target)], check=False)
+        training = [sys.executable, "-m", "workers.engine.tiny_model", str(target)]
+        trained = subprocess.run(tied_to_this_process(training), check=False)
         if trained.returncode != 0:
             raise InternalError(
                 f"training the tiny model ended with exit code {trained.returncode}",

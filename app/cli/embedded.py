@@ -1,6 +1,5 @@
 """A whole service of one's own for as long as a `with` block lasts: `bitwright serve` as a child process."""
 
-import os
 import subprocess
 import sys
 import time
@@ -9,11 +8,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from app.cli.children import tied_to_this_process
 from app.cli.connection import Endpoint, load_endpoint
 from app.client import Client
 from app.domain.errors import BitwrightError, Unavailable
 
-START_SECONDS = 60.0
+START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 LOG_NAME = "serve.log"
 
@@ -36,11 +36,10 @@ class EmbeddedService:
             Unavailable: it ended or was not ready in time; its last words are in the hint.
         """
         command = [sys.executable, "-m", "app.cli", "serve", *self._flags]
-        tether = [sys.executable, "-m", "app.cli.tether", str(os.getpid()), *command]
         with (self._data_dir / LOG_NAME).open("ab") as log:
             # A session of its own: Ctrl-C goes to this process, which then ends the service in order.
             self._process = subprocess.Popen(
-                tether, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                tied_to_this_process(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
             )
         try:
             self._endpoint = self._await_ready(self._process)

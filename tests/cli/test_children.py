@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,26 +11,9 @@ import pytest
 from app.cli.broker import LONGEST_SOCKET_PATH, SOCKET_NAME, answers, broker_program, broker_url, runtime_folder
 from app.cli.children import Children, Program
 from app.domain.errors import Unavailable
+from tests.cli.processes import alive, eventually
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")
-
-
-def eventually(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if condition():
-            return True
-        time.sleep(0.02)
-    return condition()
-
-
-def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie does not."""
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
 
 
 def test_a_killed_child_is_started_again() -> None:

@@ -1,0 +1,73 @@
+"""Looking at real processes from outside."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+
+def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+    """Whether the condition holds before the time is over."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        time.sleep(0.02)
+    return condition()
+
+
+def alive(pid: int) -> bool:
+    """Whether the process runs; a zombie does not."""
+    try:
+        return _stat(pid)[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def descendants(pid: int) -> set[int]:
+    """Every process below `pid`, in whatever group or session."""
+    parents: dict[int, int] = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parents[int(entry.name)] = int(_stat(int(entry.name))[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+    found, rest = set[int](), {pid}
+    while rest:
+        rest = {child for child, parent in parents.items() if parent in rest} - found
+        found |= rest
+    return found
+
+
+def command_of(pid: int) -> str:
+    """The command line of a process; "" if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+def bitwright(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run the command to its end, with no settings but those given."""
+    return subprocess.run(
+        [sys.executable, "-m", "app.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env={**clean_environment(), **environment},
+        timeout=120,
+        check=False,
+    )
+
+
+def clean_environment() -> Mapping[str, str]:
+    """This process's environment without settings of Bitwright, and with wide output."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("BITWRIGHT_")}
+    return {**kept, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+
+
+def _stat(pid: int) -> list[str]:
+    """State, parent and so on: the fields after the command's name, which may hold anything."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()

@@ -1,0 +1,106 @@
+"""What a script sees of each kind of error, against the real API."""
+
+import json
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cli.processes import bitwright
+from tests.client.service import Service, running_service
+
+
+@pytest.fixture(scope="module")
+def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
+    with running_service(tmp_path_factory.mktemp("service")) as running:
+        yield running
+
+
+def flags(service: Service) -> tuple[str, ...]:
+    return ("--url", f"http://127.0.0.1:{service.port}", "--key", service.key)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["org/name", "--method", "rtn", "--bits", "9"], "bits"),
+        (["org/name", "--method", "nonesuch"], "there is no method"),
+        (["--method", "rtn"], "model"),
+        (["/etc", "--method", "rtn"], "model"),
+        (["org/name", "--method", "rtn", "--format", "floppy"], "formats"),
+        (["org/name", "--method", "rtn", "--override", "x"], "PATTERN=BITS"),
+        (["org/name", "--bits", "four"], "--bits"),
+        (["--file", "/nonexistent.yaml"], "/nonexistent.yaml"),
+        (["org/name", "--no-such-flag"], "--no-such-flag"),
+    ],
+)
+def test_a_bad_request_exits_with_2(service: Service, arguments: list[str], message: str) -> None:
+    done = bitwright("submit", *arguments, *flags(service))
+    assert done.returncode == 2, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+
+
+def test_a_wrong_key_and_an_unknown_job_exit_with_2(service: Service) -> None:
+    url = flags(service)[:2]
+    stranger = bitwright("jobs", *url, BITWRIGHT_KEY="bw_wrong")
+    assert (stranger.returncode, stranger.stderr.split(":")[0]) == (2, "unauthenticated")
+    unknown = bitwright("show", "job_00000000000000000000000000", *flags(service))
+    assert (unknown.returncode, unknown.stderr.split(":")[0]) == (2, "not_found")
+
+
+def test_an_unreachable_service_exits_with_3(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    done = bitwright("jobs", "--url", f"http://127.0.0.1:{port}", "--data-dir", str(tmp_path))
+    assert done.returncode == 3
+    assert str(port) in done.stderr
+    assert "bitwright serve" in done.stderr
+
+
+def test_a_stored_key_goes_to_no_other_address(service: Service, tmp_path: Path) -> None:
+    (tmp_path / "client.json").write_text(json.dumps({"url": "http://127.0.0.1:1", "key": service.key}))
+    done = bitwright("jobs", *flags(service)[:2], "--data-dir", str(tmp_path))
+    assert (done.returncode, done.stderr.split(":")[0]) == (2, "unauthenticated")
+
+
+def test_a_dry_run_prints_the_full_request_and_queues_nothing(service: Service) -> None:
+    arguments = ["org/name", "--method", "signround", "--preset", "light", "--metadata", "dry=run"]
+    done = bitwright("submit", *arguments, "--dry-run", *flags(service))
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["request"]["quantization"]["steps"] == 50
+    assert bitwright("jobs", "--json", "--metadata", "dry=run", *flags(service)).stdout == ""
+
+
+def test_a_file_and_flags_make_one_request(service: Service, tmp_path: Path) -> None:
+    file = tmp_path / "job.yaml"
+    file.write_text("model: org/name\nmethod: rtn\nbits: 8\nmetadata: {from: file}\n")
+    arguments = ["--file", str(file), "--bits", "3", "--metadata", "more=yes", "--json"]
+    done = bitwright("submit", *arguments, *flags(service))
+    assert done.returncode == 0, done.stderr
+    job = json.loads(done.stdout)
+    assert job["request"]["quantization"]["bits"] == 3
+    assert job["metadata"] == {"from": "file", "more": "yes"}
+
+
+def test_methods_are_listed(service: Service) -> None:
+    done = bitwright("methods", *flags(service))
+    assert done.returncode == 0
+    assert "arXiv:2309.05516" in done.stdout
+
+
+def test_keys_are_made_listed_and_revoked(service: Service) -> None:
+    where = ("--data-dir", str(service.folder))
+    made = bitwright("keys", "create", "--name", "ci", "--scope", "read", *where)
+    key = made.stdout.strip()
+    assert key.startswith("bw_")
+    url = flags(service)[:2]
+    assert bitwright("jobs", *url, "--key", key).returncode == 0
+    refused = bitwright("submit", "org/name", "--method", "rtn", *url, "--key", key)
+    assert (refused.returncode, refused.stderr.split(":")[0]) == (2, "missing_scope")
+    row = next(line for line in bitwright("keys", "list", *where).stdout.splitlines() if " ci " in line)
+    assert key not in row
+    assert bitwright("keys", "revoke", row.split()[0], *where).returncode == 0
+    assert bitwright("jobs", *url, "--key", key).returncode == 2
