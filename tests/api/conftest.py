@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import pytest
+import structlog
 from starlette.testclient import TestClient
 
 from app.api.main import create_app
@@ -110,6 +111,21 @@ def make_settings(folder: Path, database_url: str, **fields: object) -> Settings
     roots[0].mkdir(exist_ok=True)
     values = {"data_dir": folder, "database_url": database_url, "model_roots": roots, "event_poll_seconds": 0.02}
     return Settings.model_validate({**values, **fields})
+
+
+@pytest.fixture(autouse=True)
+def plain_logs() -> Iterator[None]:
+    """Log lines as text on standard output. The default renders every traceback with all its variables: seconds."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.format_exc_info,
+            structlog.processors.KeyValueRenderer(key_order=["event"]),
+        ]
+    )
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture
