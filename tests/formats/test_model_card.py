@@ -88,6 +88,17 @@ def test_quality_and_calibration_are_told_where_measured() -> None:
     assert "## Quality" not in card(CT, a=W4)
 
 
+def test_the_line_that_misreads_mixed_widths_is_warned_of_and_not_given() -> None:
+    for schemes in ({"a": W4, "b": W8}, {"a": W4, "b": W3Z}):
+        text = card(CT, **schemes)
+        assert "do not load it with `CompressedTensorsConfig(dequantize=True)`" in text
+        assert not any("CompressedTensorsConfig" in block for block in code_blocks(text))
+    for uniform in (W4, W4Z):
+        text = card(CT, a=uniform, b=uniform)
+        assert "do not load" not in text
+        assert "CompressedTensorsConfig(run_compressed=False)" in code_blocks(text)[1]
+
+
 def test_the_paper_is_cited() -> None:
     assert "https://arxiv.org/abs/2309.05516" in card(CT, REPORT.model_copy(update={"method": "signround"}), a=W4)
 

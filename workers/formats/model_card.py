@@ -54,6 +54,11 @@ from peft import LoraConfig, get_peft_model
 model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
 ```"""
 
+ABOUT_UNPACKING = """\
+Linears of this checkpoint differ in width or group, so do not load it with `CompressedTensorsConfig(dequantize=True)`
+or `run_compressed=False`: transformers 5.23 then reads every linear by the first group's scheme, with wrong weights
+and without an error where the shapes happen to fit."""
+
 LORA_LOAD = """\
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -128,11 +133,11 @@ def _loading(export_format: ExportFormat, schemes: Mapping[str, Scheme]) -> list
     refusals = vllm_refusals(schemes)
     vllm = f"vLLM does not load it, by its rules: {refusals[0]}." if refusals else LOAD_VLLM.format(folder=folder)
     if needs_loader(schemes.values()):
-        plain, lora = f"{LOAD_BITWRIGHT}\n\n{ABOUT_MIXED}", LORA_LOAD_BITWRIGHT
+        plain, lora = f"{LOAD_BITWRIGHT}\n\n{ABOUT_MIXED}\n\n{ABOUT_UNPACKING}", LORA_LOAD_BITWRIGHT
     elif len(set(schemes.values())) > 1:
         # transformers 5.23 unpacks every linear by the first group's scheme when it unpacks while loading; unpacked
         # afterwards by compressed-tensors, each has its own.
-        plain, lora = LOAD_TRANSFORMERS, LORA_LOAD_MIXED
+        plain, lora = f"{LOAD_TRANSFORMERS}\n\n{ABOUT_UNPACKING}", LORA_LOAD_MIXED
     else:
         plain, lora = LOAD_TRANSFORMERS, LORA_LOAD
     return [plain.format(folder=folder), vllm, LORA.format(load=lora.format(folder=folder))]
