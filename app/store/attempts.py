@@ -19,11 +19,7 @@ from app.domain.jobs import DeviceClass, JobRequest, JobStatus
 from app.domain.report import Report
 from app.store.clock import now, seconds_from_now
 from app.store.documents import document
-from app.store.endings import (
-    close_attempt,
-    end_with_error,
-    requeue_lost,  # noqa: F401 - part of the worker's side, told here
-)
+from app.store.endings import close_attempt, end_with_error
 from app.store.ids import new_id
 from app.store.models import Artifact, Attempt, Event, Job
 from app.store.status import NOT_RUNNING, enter

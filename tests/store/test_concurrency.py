@@ -58,11 +58,12 @@ def claim_all(url: str, worker: str, found: "multiprocessing.Queue[tuple[str, li
     found.put((worker, held))
 
 
-def test_processes_never_hold_one_attempt_twice(database: Database, database_url: str, tenant: str) -> None:
+def test_processes_never_hold_one_attempt_twice(database: Database, tenant: str) -> None:
     jobs = [add(database, tenant) for _ in range(24)]
+    url = database.engine.url.render_as_string(hide_password=False)
     spawn = multiprocessing.get_context("spawn")
     found = spawn.Queue()
-    workers = [spawn.Process(target=claim_all, args=(database_url, f"w{n}", found)) for n in range(3)]
+    workers = [spawn.Process(target=claim_all, args=(url, f"w{n}", found)) for n in range(3)]
     for worker in workers:
         worker.start()
     held = dict(found.get(timeout=120) for _ in workers)

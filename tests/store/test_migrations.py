@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,6 +27,14 @@ def alembic(database: Database, step: str) -> None:
             command.check(config)
         else:
             command.downgrade(config, step)
+
+
+@pytest.fixture
+def database(database_url: str) -> Iterator[Database]:
+    """A database of its own, since these tests change its tables."""
+    opened = Database(database_url)
+    yield opened
+    opened.close()
 
 
 def test_models_and_migrations_agree(database: Database) -> None:
