@@ -1,7 +1,6 @@
-"""Whole installations of real processes."""
+"""Whole installations of real processes. One serves all tests of a module: starting five processes takes a while."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -9,27 +8,32 @@ import pytest
 from app.store.session import migrate
 from tests.e2e.installation import Installation
 
-Install = Callable[..., Installation]
-
-
-@pytest.fixture
-def install(tmp_path: Path, model: Path) -> Iterator[Install]:
-    """Makes installations with an empty database; nothing of them is left at the end."""
-    with ExitStack() as stack:
-
-        def make(**options: object) -> Installation:
-            folder = tmp_path / f"installation{len(list(tmp_path.iterdir()))}"
-            made = Installation(folder, model, **options)  # type: ignore[arg-type]
-            migrate(made.database_url)
-            return stack.enter_context(made)
-
-        yield make
-
 
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real Llama of six blocks, trained for a few seconds: faults care for files and processes, not for quality."""
+    """A real Llama, trained for a few seconds: faults care for files and processes, not for quality."""
     from workers.engine.tiny_model import Recipe, make_tiny_model
 
-    recipe = Recipe(vocabulary=512, width=64, intermediate=192, blocks=6, positions=512, steps=40, batch=4)
+    recipe = Recipe(vocabulary=512, width=64, intermediate=192, blocks=8, positions=512, steps=30, batch=2, length=64)
     return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", recipe)
+
+
+@pytest.fixture(scope="module")
+def shared(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
+) -> Iterator[Installation]:
+    """An installation over an empty database; the module's WORKER_MODULE says what a worker runs."""
+    folder = tmp_path_factory.mktemp("installation")
+    with Installation(folder, model, worker_module=request.module.WORKER_MODULE) as made:
+        migrate(made.database_url)
+        yield made
+
+
+@pytest.fixture
+def installed(shared: Installation) -> Iterator[Installation]:
+    """The module's installation with everything but the second worker running."""
+    shared.ensure("valkey", "sweep", "api", "worker0")
+    yield shared
+    shared.tell()
+    if shared["worker1"].running():
+        shared["worker1"].stop()

@@ -45,6 +45,7 @@ class Process:
     environment: Mapping[str, str]
     log: Path
     process: subprocess.Popen[bytes] | None = None
+    told: int = 0
 
     def start(self) -> None:
         with self.log.open("ab") as log:
@@ -86,7 +87,7 @@ class Installation:
     folder: Path
     model: Path
     settings: dict[str, str] = field(default_factory=dict)
-    worker_count: int = 1
+    worker_count: int = 2
     worker_module: str = "workers"
 
     def __post_init__(self) -> None:
@@ -128,8 +129,8 @@ class Installation:
         return [process for name, process in self.processes.items() if name.startswith("worker")]
 
     def start(self, *names: str) -> Self:
-        """Start the named parts, or all."""
-        for name in names or self.processes:
+        """Start the named parts."""
+        for name in names:
             self[name].start()
         return self
 
@@ -213,14 +214,19 @@ class Installation:
     def __enter__(self) -> Self:
         return self
 
+    def ensure(self, *names: str) -> None:
+        """Start those of the named parts that do not run."""
+        self.start(*(name for name in names if not self[name].running()))
+
     def tell(self) -> None:
-        """Print the ends of all logs; pytest shows them if the test failed."""
+        """Print what the logs say since the last call; pytest shows it if the test failed."""
         for process in self.processes.values():
             if process.log.exists():
-                sys.stdout.write(f"--- {process.name}\n{process.log.read_text()[-4000:]}\n")
+                text = process.log.read_text()
+                sys.stdout.write(f"--- {process.name}\n{text[process.told :][-6000:]}\n")
+                process.told = len(text)
 
     def __exit__(self, *_: object) -> None:
         self.close()
-        self.tell()
         self.client.close()
         self.database.close()

@@ -8,17 +8,15 @@ from pathlib import Path
 
 import redis
 
-from tests.e2e.conftest import Install
 from tests.e2e.installation import Installation
 from tests.workers.bench import alive, wait_for
 
-SCRIPTED = "tests.workers.scripted_worker"
+WORKER_MODULE = "tests.workers.scripted_worker"
 GOOD = "block,sleep:0.2,file:a.json:{}"
 
 
-def test_a_killed_worker_takes_its_attempt_along_and_the_job_goes_on(install: Install) -> None:
+def test_a_killed_worker_takes_its_attempt_along_and_the_job_goes_on(installed: Installation) -> None:
     """SIGKILL of the worker: within five seconds no process of its attempt is alive, grandchildren included."""
-    installed = install(worker_module=SCRIPTED).start()
     job_id = installed.submit("once:child,once:spin," + GOOD)
     installed.log_event(job_id, "spinning")
     attempt = installed.attempt_pids()
@@ -33,9 +31,10 @@ def test_a_killed_worker_takes_its_attempt_along_and_the_job_goes_on(install: In
     ]
 
 
-def test_a_worker_that_wakes_after_its_lease_writes_nothing(install: Install) -> None:
+def test_a_worker_that_wakes_after_its_lease_writes_nothing(installed: Installation) -> None:
     """SIGSTOP of the worker, not of its attempt: that ends by itself, the job moves on, the sleeper is fenced."""
-    installed = install(worker_module=SCRIPTED, worker_count=2).start()
+    installed.start("worker1")
+    wait_for(lambda: len(installed.client.workers()) == 2, 40, what="two workers")
     job_id = installed.submit("once:spin," + GOOD)
     installed.log_event(job_id, "spinning")
     holder = next(
@@ -56,9 +55,8 @@ def test_a_worker_that_wakes_after_its_lease_writes_nothing(install: Install) ->
     installed.wait_for_status(again, "succeeded")
 
 
-def test_a_flushed_broker_loses_nothing_and_two_workers_never_hold_one_job(install: Install) -> None:
-    installed = install(worker_module=SCRIPTED, worker_count=2)
-    installed.start("valkey", "sweep", "api")
+def test_a_flushed_broker_loses_nothing_and_two_workers_never_hold_one_job(installed: Installation) -> None:
+    installed["worker0"].stop()
     jobs = [installed.submit(GOOD) for _ in range(6)]
     broker = redis.Redis(port=installed.broker_port)
     wait_for(lambda: broker.llen("work.cpu"), what="messages")
@@ -82,8 +80,7 @@ def assert_one_after_another(spans: list[tuple[datetime, datetime | None]]) -> N
         assert ended <= started
 
 
-def test_a_killed_broker_delays_and_loses_nothing(install: Install) -> None:
-    installed = install(worker_module=SCRIPTED).start()
+def test_a_killed_broker_delays_and_loses_nothing(installed: Installation) -> None:
     first = installed.submit("block,sleep:2,file:a.json:{}")
     installed.wait_for_status(first, "running")
     installed["valkey"].kill()
@@ -95,8 +92,7 @@ def test_a_killed_broker_delays_and_loses_nothing(install: Install) -> None:
     installed.wait_for_status(third, "succeeded")
 
 
-def test_cancel_by_http_frees_the_process_in_five_seconds(install: Install) -> None:
-    installed = install(worker_module=SCRIPTED).start()
+def test_cancel_by_http_frees_the_process_in_five_seconds(installed: Installation) -> None:
     job_id = installed.submit("block,spin")
     installed.log_event(job_id, "spinning")
     attempt = installed.attempt_pids()
@@ -109,8 +105,7 @@ def test_cancel_by_http_frees_the_process_in_five_seconds(install: Install) -> N
     assert installed["worker0"].running()
 
 
-def test_a_worker_that_is_asked_to_end_gives_its_job_back(install: Install) -> None:
-    installed = install(worker_module=SCRIPTED).start()
+def test_a_worker_that_is_asked_to_end_gives_its_job_back(installed: Installation) -> None:
     job_id = installed.submit("once:spin," + GOOD)
     installed.log_event(job_id, "spinning")
     attempt = installed.attempt_pids()
@@ -122,8 +117,7 @@ def test_a_worker_that_is_asked_to_end_gives_its_job_back(install: Install) -> N
     installed.wait_for_status(job_id, "succeeded")
 
 
-def test_logs_carry_job_and_attempt_from_post_to_the_last_block(install: Install) -> None:
-    installed = install(worker_module=SCRIPTED).start()
+def test_logs_carry_job_and_attempt_from_post_to_the_last_block(installed: Installation) -> None:
     job_id = installed.submit("log:in_the_attempt,fail:corrupt_checkpoint")
     installed.wait_for_status(job_id, "failed")
     said = {name: installed[name].log.read_text() for name in ("api", "worker0")}
