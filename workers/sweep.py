@@ -6,6 +6,7 @@ the broker away it goes on, and rings again when the broker is back.
 """
 
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -89,6 +90,8 @@ class Sweep:
             forget_workers(session, unseen_seconds=UNSEEN_SECONDS)
             days = self._settings.job_retention_days
             jobs = remove_old_jobs(session, older_than_seconds=days * DAY) if days else []
+        for upload_id in uploads:
+            shutil.rmtree(self._settings.upload_dir / upload_id, ignore_errors=True)
         blobs = collect_blobs(self._database, self._blobs)
         log.info("retention_done", jobs=len(jobs), uploads=len(uploads), blobs=len(blobs))
 

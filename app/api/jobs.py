@@ -7,6 +7,7 @@ import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
 
 from app.api.auth import Reader, Submitter
+from app.api.capacity import capacity_warnings
 from app.api.deps import BlobsOf, DatabaseOf, MetricsOf, SettingsOf
 from app.api.documentation import problems, text_header
 from app.api.job_examples import REQUEST_BODY
@@ -20,6 +21,7 @@ from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
 from app.store.session import Database
 from app.store.uploads import UploadRepository
+from app.store.workers import list_workers
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger(__name__)
@@ -84,6 +86,9 @@ def create_job(
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
     with database.reading() as session:
         found = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+        if dry_run:
+            alive = [state.worker for state in list_workers(session)]
+            found.warnings += capacity_warnings(found.request, found.estimates, alive)
     if dry_run:
         view = PreflightView(request=found.request, estimates=found.estimates, warnings=found.warnings)
         return Response(view.model_dump_json(), media_type="application/json")

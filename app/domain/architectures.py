@@ -19,15 +19,13 @@ MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 1024, 1 << 20, 1 << 24
 class Architecture:
     """A supported `model_type`.
 
-    blocks       full module name of the list of decoder blocks
-    text_config  field of config.json that holds the language model's configuration; None: the file itself
-    defaults     what transformers assumes where config.json is silent
+    blocks    full module name of the list of decoder blocks
+    defaults  what transformers assumes where config.json is silent
     """
 
     model_type: str
     title: str
     blocks: str = "model.layers"
-    text_config: str | None = None
     defaults: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -44,13 +42,6 @@ ARCHITECTURES: MappingProxyType[str, Architecture] = MappingProxyType(
             Architecture("qwen2", "Qwen2 and Qwen2.5"),
             Architecture("qwen3", "Qwen3", defaults=MappingProxyType({"head_dim": 128})),
             Architecture("gemma3_text", "Gemma 3, text only", defaults=GEMMA3_DEFAULTS),
-            Architecture(
-                "gemma3",
-                "Gemma 3 (the vision tower stays as it is)",
-                blocks="model.language_model.layers",
-                text_config="text_config",
-                defaults=GEMMA3_DEFAULTS,
-            ),
         )
     }
 )
@@ -110,8 +101,7 @@ def read_dimensions(config: Mapping[str, object]) -> Dimensions:
         CorruptCheckpoint: a number is missing, not a whole number, or out of any sensible range.
     """
     architecture = find_architecture(config)
-    source = _language_model(config, architecture)
-    values = {**architecture.defaults, **{key: value for key, value in source.items() if value is not None}}
+    values = {**architecture.defaults, **{key: value for key, value in config.items() if value is not None}}
     heads = _number(values, "num_attention_heads", MAX_WIDTH)
     hidden = _number(values, "hidden_size", MAX_WIDTH)
     values = {"num_key_value_heads": heads, "head_dim": hidden // heads} | values
@@ -124,7 +114,7 @@ def read_dimensions(config: Mapping[str, object]) -> Dimensions:
         key_value_heads=_number(values, "num_key_value_heads", MAX_WIDTH),
         head_dim=_number(values, "head_dim", MAX_WIDTH),
         vocabulary=_number(values, "vocab_size", MAX_VOCABULARY),
-        tied_embeddings=bool(values.get("tie_word_embeddings", architecture.model_type.startswith("gemma3"))),
+        tied_embeddings=bool(values.get("tie_word_embeddings", architecture.model_type == "gemma3_text")),
     )
 
 
@@ -145,16 +135,6 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
     if config.get("quantization_config") is not None:
         detail = "config.json has a quantization_config: the checkpoint is quantized already"
         raise UnsupportedArchitecture(detail, field="model", hint="start from the 16-bit checkpoint")
-    return found
-
-
-def _language_model(config: Mapping[str, object], architecture: Architecture) -> Mapping[str, object]:
-    if architecture.text_config is None:
-        return config
-    found = config.get(architecture.text_config)
-    if not isinstance(found, Mapping):
-        detail = f"config.json has no object {architecture.text_config!r}"
-        raise CorruptCheckpoint(detail, field=architecture.text_config, value=found)
     return found
 
 

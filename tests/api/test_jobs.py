@@ -103,19 +103,38 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
     assert api.client.get("/v1/jobs").json()["items"] == []
 
 
-@pytest.mark.parametrize("model", ["gemma3", "qwen3"])
+HEADS = ("num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
+
+
+@pytest.mark.parametrize("model", ["gemma3_text", "qwen3"])
 def test_shapes_follow_each_architecture(api: Api, model: str) -> None:
-    config: dict[str, object] = {
-        "model_type": "gemma3",
-        "text_config": {"hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2},
-    }
+    # Gemma 3 leaves out what its defaults say; the heads here are those.
+    config: dict[str, object] = {"model_type": "gemma3_text", **dict.fromkeys(HEADS)}
     if model == "qwen3":
         config = {"model_type": "qwen3", "num_attention_heads": 2, "num_key_value_heads": 1}
     folder = write_checkpoint(api.folder / "models" / model, config)
     view = api.client.post("/v1/jobs?dry_run=true", json={"model": str(folder), "method": "rtn"}).json()
-    heads, shared, width = (8, 4, 256) if model == "gemma3" else (2, 1, 128)
+    heads, shared, width = (8, 4, 256) if model == "gemma3_text" else (2, 1, 128)
     attention = 2 * 64 * heads * width + 2 * 64 * shared * width
     assert view["estimates"]["weights_quantized"] == 2 * (attention + 3 * 64 * 192)
+
+
+def test_a_dry_run_tells_what_the_workers_cannot_hold(api: Api) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny")
+    body = {"model": str(folder), "method": "signround", "device": "cpu"}
+
+    def warnings() -> str:
+        return " ".join(api.client.post("/v1/jobs?dry_run=true", json=body).json()["warnings"])
+
+    assert "no cpu worker is alive" in warnings()
+    with api.database.transaction() as session:
+        register(session, "gpu-1", DeviceClass.CUDA, {"host_memory_bytes": 1 << 40})
+        register(session, "cpu-1", DeviceClass.CPU, {"host_memory_bytes": 1 << 20, "disk_bytes": 1 << 40})
+    assert "GiB of memory; the largest worker has 0.0 GiB" in warnings()
+    assert "disk" not in warnings()
+    with api.database.transaction() as session:
+        register(session, "cpu-2", DeviceClass.CPU, {"host_memory_bytes": 1 << 40, "disk_bytes": 1 << 40})
+    assert "GiB" not in warnings()
 
 
 def test_a_stored_local_path_is_the_real_one(api: Api) -> None:

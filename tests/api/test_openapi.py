@@ -78,7 +78,7 @@ def test_every_operation_keeps_what_the_document_promises(api: Api) -> None:
 def _call(api: Api, operation: Any, mode: schemathesis.GenerationMode, called: set[str]) -> None:
     @seed(20250105)
     @settings(
-        max_examples=6,
+        max_examples=4,
         deadline=None,
         database=None,
         phases=[Phase.explicit, Phase.generate],
