@@ -1,6 +1,7 @@
 """Fixtures that tests of several parts share. Servers start once a session, and only if a test asks for them."""
 
 import os
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from sqlalchemy import URL
 
 from app.store.session import migrate
 from tests import servers
+
+# The models of the tests are tiny: threads would wait for each other longer than they compute. Read when torch loads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidiactl").exists():

@@ -73,6 +73,9 @@ def take_lock(path: Path, *, seconds: float) -> int:
 def _run(order: AttemptOrder, workspace: Path, report: ReportPipe) -> ResultLine:
     # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
     shutil.rmtree(workspace / "output", ignore_errors=True)
+    # Threads that wait for each other sleep rather than spin: on a shared machine spinning costs many times the work.
+    # OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch takes seconds to load: lock and lifeline come first.
     from workers.engine.pipeline import run  # noqa: PLC0415
     from workers.engine.reporter import Reporter  # noqa: PLC0415

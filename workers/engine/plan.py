@@ -57,10 +57,15 @@ def open_device(order: AttemptOrder) -> torch.device:
 
 
 def available_threads() -> int:
-    """Processors that the affinity mask and the cgroup's quota leave to this process, at least 1."""
-    affinity = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """Processors that the affinity mask, the cgroup's quota and OMP_NUM_THREADS leave to this process, at least 1."""
+    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     quota = _cgroup_processors(Path("/sys/fs/cgroup"))
-    return max(1, affinity if quota is None else min(affinity, int(quota)))
+    if quota is not None:
+        limits.append(int(quota))
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit():
+        limits.append(int(asked))
+    return max(1, min(limits))
 
 
 def _cgroup_processors(root: Path) -> float | None:

@@ -1,0 +1,58 @@
+"""A model with a tokenizer that is trained for seconds, and a way to run the pipeline on it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.domain.events import AttemptLine, AttemptOrder, ResultLine
+from app.domain.jobs import JobRequest
+from workers.engine.pipeline import run
+from workers.engine.reporter import Reporter
+from workers.engine.tiny_model import Recipe, make_tiny_model
+
+TEXTS = {
+    "calibration": {"num_samples": 8, "sequence_length": 32},
+    "evaluation": {"num_samples": 4, "sequence_length": 48},
+}
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three Llama blocks of width 64, bf16, with a tokenizer; barely trained."""
+    recipe = Recipe(vocabulary=400, width=64, intermediate=192, blocks=3, positions=256, steps=30, batch=4, length=64)
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "small", recipe)
+
+
+def run_job(
+    model: Path, workspace: Path, lines: list[AttemptLine] | None = None, order: Any = None, **request: Any
+) -> ResultLine:
+    """Runs the pipeline over small texts; `request` is the body, fields of `quantization` at its top."""
+    quantization = {"method": "rtn", "bits": 4, "group_size": 32}
+    quantization |= {name: request.pop(name) for name in list(request) if name not in JobRequest.model_fields}
+    body = {"model": str(model), "quantization": quantization, **TEXTS, **request}
+    workspace.mkdir(parents=True, exist_ok=True)
+    sink = [] if lines is None else lines
+    given = AttemptOrder(
+        job_id="job_1",
+        attempt=1,
+        request=JobRequest.parse(json.loads(json.dumps(body))),
+        model_path=str(model),
+        device="cpu",
+        **(order or {}),
+    )
+    return run(given, workspace, Reporter(sink.append))
+
+
+@pytest.fixture
+def write_lines(tmp_path: Path) -> Callable[..., Path]:
+    """Writes JSONL files."""
+
+    def write(name: str, rows: list[Any]) -> Path:
+        file = tmp_path / name
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return file
+
+    return write
