@@ -1,14 +1,10 @@
 """Uploads: a checkpoint or a text in parts, resumed where a connection broke, checked by hash when complete."""
 
-import os
-import re
-from dataclasses import dataclass
 from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.requests import ClientDisconnect
 
 from app.api.auth import Submitter
 from app.api.deps import BlobsOf, DatabaseOf, SettingsOf
@@ -16,6 +12,7 @@ from app.api.documentation import problems, text_header
 from app.api.inspection import CONFIG, PICKLED, is_plain_name
 from app.api.representations import upload_view
 from app.api.upload_parts import PartsFolder
+from app.api.upload_receiving import Target, TornPart, find_file, parse_content_range, receive_part
 from app.domain.errors import (
     BodyTooLarge,
     Conflict,
@@ -23,7 +20,6 @@ from app.domain.errors import (
     InvalidDataset,
     InvalidRequest,
     MalformedBody,
-    NotFound,
     UnsafeCheckpoint,
 )
 from app.domain.jsonl import check_jsonl
@@ -37,8 +33,6 @@ from app.store.uploads import NewUploadFile, UploadRepository
 router = APIRouter(tags=["uploads"])
 log = structlog.get_logger(__name__)
 
-CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
-BUFFER = 1 << 20
 OFFSET = {"Upload-Offset": text_header("Bytes of the file that have arrived; the next part starts here.", "integer")}
 PART_BODY: dict[str, Any] = {
     "requestBody": {
@@ -146,19 +140,6 @@ def head_file(upload_id: str, name: str, principal: Submitter, database: Databas
     return Response(headers={"Upload-Offset": str(file.offset)})
 
 
-def find_file(uploads: UploadRepository, upload_id: str, name: str) -> tuple[Upload, UploadFile]:
-    """A file of an upload.
-
-    Raises:
-        NotFound: the tenant has no such upload, or it has no such file.
-    """
-    upload = uploads.get(upload_id)
-    file = next((file for file in upload.files if file.name == name), None)
-    if file is None:
-        raise NotFound(f"upload {upload_id} has no file {name[:255]!r}", value=name)
-    return upload, file
-
-
 @router.put(
     "/v1/uploads/{upload_id}/files/{name}",
     summary="Send a part of a file",
@@ -198,108 +179,14 @@ async def put_part(
             raise Conflict(f"the first bytes of {name} are lost; send it from the start", value=start)
         reached = start
         try:
-            reached = await _receive(request, parts, file.position, start, end)
-        except _Torn as torn:
+            reached = await receive_part(request, parts, file.position, start, end)
+        except TornPart as torn:
             reached = torn.reached
             raise MalformedBody(torn.detail, field="Content-Range", value=content_range) from torn
         finally:
             if reached > start:
                 await run_in_threadpool(target.advance, start, reached)
     return Response(status_code=204, headers={"Upload-Offset": str(reached)})
-
-
-@dataclass(frozen=True)
-class Target:
-    """A file of a tenant's upload, as the store knows it."""
-
-    database: Database
-    tenant_id: str
-    upload_id: str
-    name: str
-
-    def find(self) -> UploadFile:
-        """The file, which still takes bytes.
-
-        Raises:
-            NotFound: the tenant has no such upload, or it has no such file.
-            Conflict: the upload is complete.
-        """
-        with self.database.reading() as session:
-            upload, file = find_file(UploadRepository(session, self.tenant_id), self.upload_id, self.name)
-        if upload.complete:
-            raise Conflict(f"upload {self.upload_id} is complete and takes no more bytes")
-        return file
-
-    def advance(self, start: int, end: int) -> None:
-        """Note that these bytes are on disk."""
-        with self.database.transaction() as session:
-            UploadRepository(session, self.tenant_id).advance(self.upload_id, self.name, start=start, end=end)
-
-    def restart(self) -> None:
-        """Forget the file's bytes."""
-        with self.database.transaction() as session:
-            UploadRepository(session, self.tenant_id).restart(self.upload_id, self.name)
-
-
-class _Torn(Exception):
-    """A body that is not as long as its Content-Range says; `reached` is the offset up to which it counts."""
-
-    def __init__(self, detail: str, reached: int) -> None:
-        super().__init__(detail)
-        self.detail = detail
-        self.reached = reached
-
-
-def parse_content_range(value: str | None, size: int) -> tuple[int, int]:
-    """First byte and the byte after the last one of the part.
-
-    Raises:
-        InvalidRequest: not a range of this file.
-    """
-    if value is None:
-        return 0, size
-    match = CONTENT_RANGE.fullmatch(value.strip())
-    if match is None:
-        detail = "Content-Range is `bytes first-last/size`"
-        raise InvalidRequest(detail, field="Content-Range", value=value)
-    first, last, total = map(int, match.groups())
-    if total != size or last < first or last >= size:
-        detail = f"the part must lie within the {size} bytes that were announced"
-        raise InvalidRequest(detail, field="Content-Range", value=value)
-    return first, last + 1
-
-
-async def _receive(request: Request, parts: PartsFolder, position: int, start: int, end: int) -> int:
-    """Write the body to disk; the offset reached, which is `end`.
-
-    Raises:
-        _Torn: the body ended early or is too long. What counts is on disk.
-    """
-    reached, buffer = start, bytearray()
-    file = await run_in_threadpool(parts.open_at, position, start)
-    detail = ""
-    with file:
-        try:
-            async for chunk in request.stream():
-                if reached + len(buffer) + len(chunk) > end:
-                    detail = "the body is longer than its Content-Range says"
-                    break
-                buffer += chunk
-                if len(buffer) >= BUFFER:
-                    reached += await run_in_threadpool(file.write, bytes(buffer))
-                    buffer.clear()
-        except ClientDisconnect:
-            detail = "the connection broke"
-        reached += await run_in_threadpool(file.write, bytes(buffer))
-        await run_in_threadpool(_sync, file)
-    if detail or reached < end:
-        raise _Torn(detail or f"the body ended {end - reached} bytes early", reached)
-    return reached
-
-
-def _sync(file: Any) -> None:
-    file.flush()
-    os.fsync(file.fileno())
 
 
 @router.post(

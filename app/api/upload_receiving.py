@@ -1,0 +1,126 @@
+"""One part of an upload's file: where it goes, how its bytes are received, and what counts of a broken one."""
+
+import os
+import re
+from dataclasses import dataclass
+from typing import BinaryIO
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from app.api.upload_parts import PartsFolder
+from app.domain.errors import Conflict, InvalidRequest, NotFound
+from app.store.models import Upload, UploadFile
+from app.store.session import Database
+from app.store.uploads import UploadRepository
+
+CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
+BUFFER = 1 << 20
+
+
+def find_file(uploads: UploadRepository, upload_id: str, name: str) -> tuple[Upload, UploadFile]:
+    """A file of an upload.
+
+    Raises:
+        NotFound: the tenant has no such upload, or it has no such file.
+    """
+    upload = uploads.get(upload_id)
+    file = next((file for file in upload.files if file.name == name), None)
+    if file is None:
+        raise NotFound(f"upload {upload_id} has no file {name[:255]!r}", value=name)
+    return upload, file
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file of a tenant's upload, as the store knows it."""
+
+    database: Database
+    tenant_id: str
+    upload_id: str
+    name: str
+
+    def find(self) -> UploadFile:
+        """The file, which still takes bytes.
+
+        Raises:
+            NotFound: the tenant has no such upload, or it has no such file.
+            Conflict: the upload is complete.
+        """
+        with self.database.reading() as session:
+            upload, file = find_file(UploadRepository(session, self.tenant_id), self.upload_id, self.name)
+        if upload.complete:
+            raise Conflict(f"upload {self.upload_id} is complete and takes no more bytes")
+        return file
+
+    def advance(self, start: int, end: int) -> None:
+        """Note that these bytes are on disk."""
+        with self.database.transaction() as session:
+            UploadRepository(session, self.tenant_id).advance(self.upload_id, self.name, start=start, end=end)
+
+    def restart(self) -> None:
+        """Forget the file's bytes."""
+        with self.database.transaction() as session:
+            UploadRepository(session, self.tenant_id).restart(self.upload_id, self.name)
+
+
+class TornPart(Exception):
+    """A body that is not as long as its Content-Range says; `reached` is the offset up to which it counts."""
+
+    def __init__(self, detail: str, reached: int) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.reached = reached
+
+
+def parse_content_range(value: str | None, size: int) -> tuple[int, int]:
+    """First byte and the byte after the last one of the part.
+
+    Raises:
+        InvalidRequest: not a range of this file.
+    """
+    if value is None:
+        return 0, size
+    match = CONTENT_RANGE.fullmatch(value.strip())
+    if match is None:
+        detail = "Content-Range is `bytes first-last/size`"
+        raise InvalidRequest(detail, field="Content-Range", value=value)
+    first, last, total = map(int, match.groups())
+    if total != size or last < first or last >= size:
+        detail = f"the part must lie within the {size} bytes that were announced"
+        raise InvalidRequest(detail, field="Content-Range", value=value)
+    return first, last + 1
+
+
+async def receive_part(request: Request, parts: PartsFolder, position: int, start: int, end: int) -> int:
+    """Write the body to disk; the offset reached, which is `end`.
+
+    Raises:
+        TornPart: the body ended early or is too long. What counts is on disk.
+    """
+    reached, buffer = start, bytearray()
+    file = await run_in_threadpool(parts.open_at, position, start)
+    detail = ""
+    with file:
+        try:
+            async for chunk in request.stream():
+                if reached + len(buffer) + len(chunk) > end:
+                    detail = "the body is longer than its Content-Range says"
+                    break
+                buffer += chunk
+                if len(buffer) >= BUFFER:
+                    reached += await run_in_threadpool(file.write, bytes(buffer))
+                    buffer.clear()
+        except ClientDisconnect:
+            detail = "the connection broke"
+        reached += await run_in_threadpool(file.write, bytes(buffer))
+        await run_in_threadpool(_sync, file)
+    if detail or reached < end:
+        raise TornPart(detail or f"the body ended {end - reached} bytes early", reached)
+    return reached
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
