@@ -14,6 +14,9 @@ graph works on). Where capture is impossible the same steps run eagerly.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -25,7 +28,7 @@ from workers.engine.tuned_block import TunedBlock, shape_of
 MOST_HELD_OUT = 16
 HELD_OUT_SHARE = 8
 """One sequence in eight is held out, at most sixteen."""
-CHECKS = 20
+CHECKS = 10
 """Times that the held-out loss would be measured over a whole run; the first third is left out."""
 WARM_UPS = 2
 """Eager steps before a capture, in which libraries allocate what they keep."""
@@ -34,11 +37,13 @@ WARM_UPS = 2
 class Tuner:
     """Tunes block after block; `tune` is the `Tune` of the methods.
 
-    log   told an event's name and fields when the tuner falls back to a slower way
+    log    told an event's name and fields when the tuner falls back to a slower way
+    fused  whether hand-fused parts may stand in for the model's own modules on a GPU
     """
 
-    def __init__(self, log: Callable[..., None] = lambda *_, **__: None) -> None:
+    def __init__(self, log: Callable[..., None] = lambda *_, **__: None, *, fused: bool = True) -> None:
         self._log = log
+        self._fused = fused
         self._run: _Run | None = None
 
     def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
@@ -70,7 +75,7 @@ class Tuner:
         if run is not None and run.fits(task, weights, settings, micro_batch):
             run.adopt(task, weights)
         else:
-            self._run = run = _Run.begin(task, weights, settings, micro_batch)
+            self._run = run = _Run.begin(task, weights, settings, micro_batch, fused=self._fused)
             run.prepare(self._log)
         run.start()
         for step in range(settings.steps):
@@ -105,20 +110,31 @@ class _Run:
     loss: Tensor
     best: Tensor
     best_step: Tensor
+    kernels: ModuleType | None
     initial: float = math.nan
     step: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
 
     @classmethod
     def begin(
-        cls, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+        cls,
+        task: BlockTask,
+        weights: Sequence[TrainableWeights],
+        settings: TuningSettings,
+        micro_batch: int,
+        *,
+        fused: bool,
     ) -> "_Run":
         device, source = task.device, task.inputs.device
         training, held_out = split(len(task.inputs), task.seed)
+        block, kernels = TunedBlock.of(task, weights), kernels_for(task) if fused else None
+        if kernels is not None:
+            import_module("workers.engine.fused_block").fuse(block.module)
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
-            block=TunedBlock.of(task, weights),
+            block=block,
+            kernels=kernels,
             weights=weights,
             settings=settings,
             micro_batch=micro_batch,
@@ -151,7 +167,7 @@ class _Run:
 
     def prepare(self, log: Callable[..., None]) -> None:
         """Captures step and check where that is possible."""
-        if self.task.device.type != "cuda" or self.task.inputs.device != self.task.device or not self.settings.steps:
+        if self.task.device.type != "cuda" or self.task.inputs.device.type != "cuda" or not self.settings.steps:
             return
         try:
             step, check = capture(self._step, self.rates), capture(self._check, self.rates)
@@ -188,8 +204,7 @@ class _Run:
         batch = self.batches.index_select(0, at.to(self.batches.device))[0]
         for number, part in enumerate(torch.split(batch, self.micro_batch)):
             self.block.add_gradients(number > 0)
-            loss = self._error(part).float().square().mean()
-            torch.autograd.backward(loss * (len(part) / len(batch)))
+            torch.autograd.backward(self._loss(part) * (len(part) / len(batch)))
         rate = self.rates.index_select(0, at)[0]
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
             weights.step(flat.gradient, rate)
@@ -201,18 +216,22 @@ class _Run:
         """Measures the held-out loss and keeps the present weights if it is the lowest so far."""
         self.loss.zero_()
         for part in torch.split(self.held_out, self.micro_batch):
-            error = self._error(part).float().square().mean(dtype=torch.float64)
-            self.loss += error * (len(part) / len(self.held_out))
+            self.loss += self._loss(part).double() * (len(part) / len(self.held_out))
         better = self.loss < self.best
         self.best.copy_(torch.where(better, self.loss, self.best))
         self.best_step.copy_(torch.where(better, self.count, self.best_step))
         for weights in self.weights:
             weights.keep(better)
 
-    def _error(self, samples: Tensor) -> Tensor:
+    def _loss(self, samples: Tensor) -> Tensor:
+        """Mean squared error of the block's output for some sequences, fp32."""
+        if self.kernels is not None:
+            output = self.task.forward(self.block.module, self.kernels.take_rows(self.task.inputs, samples))
+            fused: Tensor = self.kernels.mean_square(output, self.task.targets, samples)
+            return fused
         inputs = self.task.inputs.index_select(0, samples).to(self.task.device, non_blocking=True)
         targets = self.task.targets.index_select(0, samples).to(self.task.device, non_blocking=True)
-        return self.task.forward(self.block.module, inputs) - targets
+        return (self.task.forward(self.block.module, inputs) - targets).float().square().mean()
 
     def _write(self) -> None:
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
@@ -226,6 +245,14 @@ class _Run:
                 hint="look for NaN in the model's weights, or use more bits or a lower learning rate",
             )
         return value
+
+
+def kernels_for(task: BlockTask) -> ModuleType | None:
+    """The kernels of a block's parts where they serve: everything on one GPU, and Triton installed."""
+    on_gpu = task.device.type == "cuda" and task.inputs.is_cuda and task.targets.is_cuda
+    if not on_gpu or task.inputs.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    return import_module("workers.numerics.block_kernels")
 
 
 def capture(function: Callable[[], None], rates: Tensor) -> Callable[[], None]:
@@ -261,7 +288,7 @@ def _shape(
 
 
 def is_checked(step: int, steps: int) -> bool:
-    """Whether the held-out loss is measured after this step: some twenty times a run, in its last two thirds."""
+    """Whether the held-out loss is measured after this step: some seven times a run, in its last two thirds."""
     every = max(1, steps // CHECKS)
     return step == steps or (step % every == 0 and 3 * step >= steps)
 

@@ -1,0 +1,130 @@
+"""Time and memory of tuning one block: random Llama-shaped weights, random inputs, the engine's own loop.
+
+    python -m benchmarks.block_tuning --shape smollm2 --steps 200
+    python -m benchmarks.block_tuning --shape llama-8b --group-size 128 --steps 50 --profile
+
+Speed does not depend on the values; quality is measured elsewhere (docs/results.md). Prints one JSON line a case.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+from app.domain.methods import Scheme, SignRoundSpec
+from workers.contracts import BlockTask
+from workers.engine.blocks import BlockCall
+from workers.engine.tuning import Tuner
+from workers.methods.sign_round import SignRound
+
+
+@dataclass(frozen=True)
+class Shape:
+    hidden: int
+    intermediate: int
+    heads: int
+    key_value_heads: int
+
+
+SHAPES = {
+    "smollm2": Shape(576, 1536, 9, 3),
+    "llama-8b": Shape(4096, 14336, 32, 8),
+}
+
+
+def make_task(
+    shape: Shape, scheme: Scheme, samples: int, length: int, micro_batch: int, device: torch.device
+) -> BlockTask:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=shape.hidden,
+        intermediate_size=shape.intermediate,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.key_value_heads,
+        max_position_embeddings=max(length, 2048),
+        attn_implementation="sdpa",
+    )
+    block = LlamaDecoderLayer(config, 0).to(device, torch.bfloat16).requires_grad_(False)
+    hidden = torch.randn(samples, length, shape.hidden, dtype=torch.bfloat16, device=device)
+    positions = torch.arange(length, device=device)[None]
+    rotary = LlamaRotaryEmbedding(config).to(device)(hidden[:1], positions)
+    call = BlockCall((), {"position_embeddings": rotary, "position_ids": positions, "attention_mask": None})
+    with torch.no_grad():
+        targets = torch.cat([call(block, part) for part in torch.split(hidden, micro_batch)])
+    linears = {name: scheme for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    return BlockTask(
+        index=0,
+        block=block,
+        forward=call,
+        inputs=hidden + 0.02 * torch.randn_like(hidden),
+        inputs_fp=hidden,
+        targets=targets,
+        schemes=linears,
+        scale_dtype=torch.bfloat16,
+        device=device,
+        seed=0,
+        micro_batch=micro_batch,
+        tick=lambda _: None,
+        tune=Tuner(lambda event, **fields: print(json.dumps({"event": event} | fields))).tune,
+    )
+
+
+def timed(task: BlockTask, spec: SignRoundSpec) -> dict[str, float]:
+    synchronize(task.device)
+    start = time.perf_counter()
+    result = SignRound().quantize_block(task, spec)
+    synchronize(task.device)
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "loss_initial": result.loss_initial or 0.0, "loss": result.loss or 0.0}
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="smollm2")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--asymmetric", action="store_true")
+    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--micro-batch", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=3, help="blocks tuned one after another; the first is cold")
+    parser.add_argument("--profile", action="store_true", help="a table of kernels for the last block")
+    given = parser.parse_args()
+
+    device = torch.device(given.device)
+    scheme = Scheme(bits=given.bits, group_size=given.group_size, symmetric=not given.asymmetric)
+    task = make_task(SHAPES[given.shape], scheme, given.samples, given.length, given.micro_batch, device)
+    spec = SignRoundSpec(steps=given.steps, preset="light" if given.steps < 100 else "default")
+    for number in range(given.blocks):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        last = given.profile and number == given.blocks - 1
+        if last:
+            with torch.profiler.profile() as profile:
+                result = timed(replace(task, index=number), spec)
+            print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=60))
+        else:
+            result = timed(replace(task, index=number), spec)
+        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
+        line = vars(given) | {
+            "block": number,
+            "peak_gib": peak,
+            "ms_a_step": 1e3 * result["seconds"] / max(given.steps, 1),
+        }
+        print(json.dumps(line | result))
+
+
+if __name__ == "__main__":
+    main()
