@@ -1,7 +1,6 @@
 """Fixtures that tests of several parts share. Servers start once a session, and only if a test asks for them."""
 
 import os
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path

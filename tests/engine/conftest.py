@@ -40,8 +40,7 @@ def run_job(
         attempt=1,
         request=JobRequest.parse(json.loads(json.dumps(body))),
         model_path=str(model),
-        device="cpu",
-        **(order or {}),
+        **({"device": "cpu"} | (order or {})),
     )
     return run(given, workspace, Reporter(sink.append))
 

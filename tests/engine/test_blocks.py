@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import PreTrainedModel
 
 from app.domain.architectures import ARCHITECTURES
 from app.domain.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
@@ -130,7 +131,7 @@ def test_a_weight_that_is_not_finite_is_named_when_it_is_read(tmp_path: Path) ->
         pass
 
 
-def rewrite(folder: Path, change: object) -> torch.nn.Module:
+def rewrite(folder: Path, change: object) -> PreTrainedModel:
     """A random llama whose stored tensors went through `change`."""
     from safetensors.torch import load_file, save_file
 

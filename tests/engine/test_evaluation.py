@@ -46,7 +46,8 @@ def test_measures_are_those_of_their_definitions(
     def logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         made = whole.model.norm(states) @ weight.T
         cap = getattr(whole.config, "final_logit_softcapping", None)
-        return (made if cap is None else cap * torch.tanh(made / cap)).double()[:, :-1]
+        capped: torch.Tensor = made if cap is None else cap * torch.tanh(made / cap)
+        return capped.double()[:, :-1]
 
     p = logits(hidden, whole.get_output_embeddings().weight.detach()).log_softmax(-1)
     q = logits(noisy, head).log_softmax(-1)

@@ -21,8 +21,8 @@ from app.domain.errors import (
 )
 from app.domain.events import AttemptLine, BlockEvent, MetricEvent, ProgressEvent, ResultLine, Stage, WarningEvent
 from tests.engine.conftest import run_job
-from workers.engine import block_pass
 from workers.engine.plan import available_threads, block_seed
+from workers.engine.registry import METHODS
 from workers.numerics.quantized import BlockResult
 
 TUNED: dict[str, Any] = {"method": "signround", "bits": 3, "steps": 12, "batch_size": 4, "learning_rate": 0.05}
@@ -103,7 +103,7 @@ class Interrupted(Exception):
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, block: int) -> Callable[[], None]:
     """The method raises when it comes to `block`; calling the result ends that. Counts in `calls`."""
-    method = block_pass.METHODS["signround"]
+    method = METHODS["signround"]
     original = method.quantize_block
 
     def quantize(task: Any, spec: Any) -> BlockResult:
@@ -317,7 +317,7 @@ def test_code_in_the_model_folder_never_runs(small_model: Path, tmp_path: Path) 
 
 
 def test_signround_is_closer_than_rounding_on_a_trained_model(tiny_model: Path, tmp_path: Path) -> None:
-    size = {
+    size: dict[str, Any] = {
         "calibration": {"num_samples": 48, "sequence_length": 64},
         "evaluation": {"num_samples": 16, "sequence_length": 64},
     }
