@@ -7,6 +7,7 @@ Speed does not depend on the values; quality is measured elsewhere (docs/results
 """
 
 import argparse
+import contextlib
 import json
 import time
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts import BlockTask
 from workers.engine.blocks import BlockCall
+from workers.engine.plan import reproducible
 from workers.engine.tuning import Tuner
 from workers.methods.sign_round import SignRound
 
@@ -38,7 +40,7 @@ SHAPES = {
 
 
 def make_task(
-    shape: Shape, scheme: Scheme, samples: int, length: int, micro_batch: int, device: torch.device
+    shape: Shape, scheme: Scheme, samples: int, length: int, micro_batch: int, device: torch.device, *, fused: bool
 ) -> BlockTask:
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -70,7 +72,7 @@ def make_task(
         seed=0,
         micro_batch=micro_batch,
         tick=lambda _: None,
-        tune=Tuner(lambda event, **fields: print(json.dumps({"event": event} | fields))).tune,
+        tune=Tuner(lambda event, **fields: print(json.dumps({"event": event} | fields)), fused=fused).tune,
     )
 
 
@@ -100,30 +102,35 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--micro-batch", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=3, help="blocks tuned one after another; the first is cold")
+    parser.add_argument("--generic", action="store_true", help="without hand-fused parts")
+    parser.add_argument("--fast-attention", action="store_true", help="allow kernels that are not deterministic")
     parser.add_argument("--profile", action="store_true", help="a table of kernels for the last block")
     given = parser.parse_args()
 
     device = torch.device(given.device)
     scheme = Scheme(bits=given.bits, group_size=given.group_size, symmetric=not given.asymmetric)
-    task = make_task(SHAPES[given.shape], scheme, given.samples, given.length, given.micro_batch, device)
+    task = make_task(
+        SHAPES[given.shape], scheme, given.samples, given.length, given.micro_batch, device, fused=not given.generic
+    )
     spec = SignRoundSpec(steps=given.steps, preset="light" if given.steps < 100 else "default")
-    for number in range(given.blocks):
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        last = given.profile and number == given.blocks - 1
-        if last:
-            with torch.profiler.profile() as profile:
-                result = timed(replace(task, index=number), spec)
-            print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=60))
-        else:
+    with contextlib.nullcontext() if given.fast_attention else reproducible(device):
+        for number in range(given.blocks):
+            measure(task, spec, given, number)
+
+
+def measure(task: BlockTask, spec: SignRoundSpec, given: argparse.Namespace, number: int) -> None:
+    on_gpu = task.device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    if given.profile and number == given.blocks - 1:
+        with torch.profiler.profile() as profile:
             result = timed(replace(task, index=number), spec)
-        peak = torch.cuda.max_memory_allocated() / 2**30 if device.type == "cuda" else None
-        line = vars(given) | {
-            "block": number,
-            "peak_gib": peak,
-            "ms_a_step": 1e3 * result["seconds"] / max(given.steps, 1),
-        }
-        print(json.dumps(line | result))
+        print(profile.key_averages().table(sort_by="self_cuda_time_total", row_limit=30, max_name_column_width=60))
+    else:
+        result = timed(replace(task, index=number), spec)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None
+    line = vars(given) | {"block": number, "peak_gib": peak, "ms_a_step": 1e3 * result["seconds"] / max(given.steps, 1)}
+    print(json.dumps(line | result))
 
 
 if __name__ == "__main__":
