@@ -72,7 +72,7 @@ def demo(
         console.print(f"Checkpoint: {checkpoint.absolute()}", soft_wrap=True)
         loaded = load_and_generate(checkpoint, prompt)
         console.print(f"Loaded in a fresh Python with {loaded.loader} in {format_seconds(loaded.seconds)}; it says:")
-        console.print(f"    {loaded.text}", markup=False, soft_wrap=True)
+        console.print(f"    {loaded.text.strip()}", markup=False, soft_wrap=True)
         console.print()
         console.print(report_table(job.report))
         console.print()

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from app.domain.errors import BitwrightError
+from app.domain.events import ProgressEvent
 from app.domain.jobs import JobStatus
 from app.domain.report import Report
 from app.domain.views import JobView, MethodList
@@ -51,6 +52,13 @@ def format_bytes(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def format_amount(progress: ProgressEvent) -> str:
+    """ "3/30 blocks", "1.2 MB of 4 MB"."""
+    if progress.unit == "bytes":
+        return f"{format_bytes(progress.done)} of {format_bytes(progress.total)}"
+    return f"{progress.done:.4g}/{progress.total:.4g} {progress.unit}"
+
+
 def format_seconds(seconds: float) -> str:
     """ "4.2 s", "3 min 05 s" or "2 h 10 min"."""
     if seconds < 60:
@@ -78,7 +86,7 @@ def progress_text(job: JobView) -> str:
         return ""
     p = job.progress
     eta = f", {format_seconds(p.eta_seconds)} left" if p.eta_seconds is not None else ""
-    return f"{p.stage.value} {p.done:.4g}/{p.total:.4g} {p.unit}{eta}"
+    return f"{p.stage.value} {format_amount(p)}{eta}"
 
 
 def jobs_table(jobs: Iterable[JobView]) -> Table:

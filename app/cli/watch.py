@@ -4,12 +4,12 @@ from typing import Annotated, Protocol
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
 from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
 from app.cli.jobs import JobArgument, print_json
-from app.cli.render import err, format_seconds, out, print_error, report_table
+from app.cli.render import err, format_amount, format_seconds, out, print_error, report_table
 from app.client import Client
 from app.domain.errors import ERRORS, BitwrightError, InternalError
 from app.domain.events import BlockEvent, ErrorData, Event, MetricEvent, ProgressEvent, Stage, StatusEvent, WarningEvent
@@ -64,8 +64,7 @@ def follow_job(client: Client, job_id: str, console: Console) -> JobView:
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=30),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[amount]}"),
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}"),
     )
@@ -100,7 +99,7 @@ class LiveView:
     def _move(self, event: ProgressEvent) -> None:
         if event.stage not in self._bars:
             self._end_others()
-            self._bars[event.stage] = self._progress.add_task(event.stage.value, total=event.total, unit="", note="")
+            self._bars[event.stage] = self._progress.add_task(event.stage.value, total=event.total, amount="", note="")
         note = [f"{format_seconds(event.eta_seconds)} left"] if event.eta_seconds is not None else []
         if event.stage is Stage.QUANTIZE and self._loss:
             note.append(self._loss)
@@ -108,7 +107,7 @@ class LiveView:
             self._bars[event.stage],
             completed=event.done,
             total=event.total,
-            unit=event.unit,
+            amount=format_amount(event),
             note=", ".join(note),
         )
 
@@ -145,7 +144,7 @@ def line_of(event: Event) -> Text | None:
         return Text(f"{event.status.value}, attempt {event.attempt}{why}")
     if isinstance(event, ProgressEvent):
         eta = f", {format_seconds(event.eta_seconds)} left" if event.eta_seconds is not None else ""
-        return Text(f"{event.stage.value} {event.done:.4g}/{event.total:.4g} {event.unit}{eta}")
+        return Text(f"{event.stage.value} {format_amount(event)}{eta}")
     if isinstance(event, BlockEvent):
         return Text(f"block {event.index + 1}/{event.total} {loss_text(event)} in {format_seconds(event.seconds)}")
     if isinstance(event, MetricEvent):

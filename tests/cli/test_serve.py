@@ -4,8 +4,10 @@ import json
 import os
 import signal
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,21 @@ from tests.cli.processes import alive, bitwright, command_of, descendants, event
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}
 
 
+class EmptyHub(BaseHTTPRequestHandler):
+    """Answers as the Hub does about a repository that is not there."""
+
+    def do_GET(self) -> None:
+        self.send_response(404)
+        self.send_header("X-Error-Code", "RepoNotFound")
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Say nothing."""
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("serve")
@@ -26,8 +43,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def service(folder: Path) -> Iterator[EmbeddedService]:
-    with EmbeddedService(folder) as running:
-        yield running
+    """A service whose Hub has no repository: a job on a model of it fails, and only a worker can say so."""
+    with pytest.MonkeyPatch.context() as environment, ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub) as hub:
+        threading.Thread(target=hub.serve_forever, daemon=True).start()
+        environment.setenv("BITWRIGHT_HUB_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        with EmbeddedService(folder) as running:
+            yield running
+        hub.shutdown()
 
 
 def child(service: EmbeddedService, part: str) -> int | None:
@@ -67,6 +89,7 @@ def test_a_job_that_fails_exits_with_1(service: EmbeddedService, folder: Path) -
     failed = bitwright("submit", "org/name", "--method", "rtn", "--wait", "--data-dir", str(folder))
     assert failed.returncode == 1, failed.stdout + failed.stderr
     assert "failed" in failed.stderr
+    assert "source_not_found: " in failed.stderr
 
 
 @pytest.mark.parametrize("killed", ["valkey-server", "-m workers.sweep", "-m workers "])
@@ -78,7 +101,7 @@ def test_a_killed_child_comes_back_and_the_service_with_it(service: EmbeddedServ
     assert eventually(lambda: child(service, killed) not in {None, first})
     with service.client() as client:
         assert client.ready()
-        # Without the hub, a job on a model of it fails; that it does shows that broker, worker and sweep are at work.
+        # It fails, and only a worker that claimed it can say so.
         job = client.submit(REQUEST)
         assert client.wait(job.id).status is JobStatus.FAILED
 
