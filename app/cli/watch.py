@@ -84,6 +84,7 @@ class LiveView:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._bars: dict[Stage, TaskID] = {}
+        self._latest: ProgressEvent | None = None
         self._loss = ""
 
     def show(self, stored: EventView) -> None:
@@ -98,8 +99,9 @@ class LiveView:
 
     def _move(self, event: ProgressEvent) -> None:
         if event.stage not in self._bars:
-            self._end_others()
+            self._complete_latest()
             self._bars[event.stage] = self._progress.add_task(event.stage.value, total=event.total, amount="", note="")
+        self._latest = event
         note = [f"{format_seconds(event.eta_seconds)} left"] if event.eta_seconds is not None else []
         if event.stage is Stage.QUANTIZE and self._loss:
             note.append(self._loss)
@@ -111,9 +113,12 @@ class LiveView:
             note=", ".join(note),
         )
 
-    def _end_others(self) -> None:
-        for bar in self._bars.values():
-            self._progress.update(bar, note="")
+    def _complete_latest(self) -> None:
+        """Fill the bar of the stage that the next one follows: its last progress may not have been kept."""
+        if self._latest is not None:
+            full = self._latest.model_copy(update={"done": self._latest.total})
+            bar = self._bars[full.stage]
+            self._progress.update(bar, completed=full.done, amount=format_amount(full), note="")
             self._progress.stop_task(bar)
 
 
