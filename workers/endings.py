@@ -13,8 +13,8 @@ CGROUP_ROOT = Path("/sys/fs/cgroup")
 def oom_kills(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int:
     """How often the kernel has killed in this process's cgroup for want of memory; 0 where nobody counts."""
     with suppress(OSError, ValueError):
-        own = next(line.split("::", 1)[1] for line in membership.read_text().splitlines() if line.startswith("0::"))
-        for folder in (root / own.strip("/"), root):
+        own = [line[3:] for line in membership.read_text().splitlines() if line.startswith("0::")]
+        for folder in (*(root / path.strip("/") for path in own), *([root] if own else [])):
             events = folder / "memory.events"
             if events.exists():
                 counts = dict(line.split() for line in events.read_text().splitlines())

@@ -10,12 +10,31 @@ from tests.e2e.installation import Installation
 
 
 @pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A real Llama, trained for a few seconds: faults care for files and processes, not for quality."""
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder under which an installation may read models."""
+    return tmp_path_factory.mktemp("models")
+
+
+@pytest.fixture(scope="session")
+def model(models: Path) -> Path:
+    """A real Llama of four blocks."""
+    return train(models, blocks=4)
+
+
+@pytest.fixture(scope="session")
+def long_model(models: Path) -> Path:
+    """The same with ten blocks: time for many kills."""
+    return train(models, blocks=10)
+
+
+def train(folder: Path, blocks: int) -> Path:
+    """A few seconds of training: faults care for files and processes, not for quality."""
     from workers.engine.tiny_model import Recipe, make_tiny_model
 
-    recipe = Recipe(vocabulary=512, width=64, intermediate=192, blocks=8, positions=512, steps=30, batch=2, length=64)
-    return make_tiny_model(tmp_path_factory.mktemp("models") / "tiny", recipe)
+    recipe = Recipe(
+        vocabulary=512, width=64, intermediate=192, blocks=blocks, positions=512, steps=30, batch=2, length=64
+    )
+    return make_tiny_model(folder / f"blocks{blocks}", recipe)
 
 
 @pytest.fixture(scope="module")

@@ -157,7 +157,7 @@ class Installation:
 
     def submit(self, script: str = "", **fields: object) -> str:
         """Queue a job by HTTP; its id. `script` is for scripted workers."""
-        body = {"model": str(self.model), "method": "rtn", "bits": 4, "metadata": {"script": script}, **fields}
+        body = {"model": str(self.model), "bits": 4, "method": "rtn", "metadata": {"script": script}, **fields}
         return self.client.submit(body).id
 
     def job(self, job_id: str) -> Job:
@@ -169,8 +169,13 @@ class Installation:
             return list(JobRepository(session, self.tenant_id).attempts(job_id))
 
     def events(self, job_id: str) -> list[Event]:
+        return [event for _, event in self.numbered_events(job_id)]
+
+    def numbered_events(self, job_id: str) -> list[tuple[int, Event]]:
+        """Each event with the number of its attempt."""
         with self.database.reading() as session:
-            return [stored.event for stored in EventRepository(session, self.tenant_id).page(job_id, 0, 5000)]
+            page = EventRepository(session, self.tenant_id).page(job_id, 0, 5000)
+            return [(stored.attempt, stored.event) for stored in page]
 
     def log_event(self, job_id: str, name: str, seconds: float = 40) -> dict[str, object]:
         """The fields of a log event of the job; waits for it."""

@@ -147,15 +147,20 @@ def report(order: AttemptOrder) -> Report:
     """A report whose quality is known: perplexity 10 before and 12 after."""
     text = TextReport(source="builtin", sha256="0" * 64, num_samples=1, sequence_length=16, tokens=16)
     quality = Quality(text=text, perplexity_original=10.0, perplexity=12.0, kl_divergence=0.1, top1_agreement=0.9)
+    return bare_report(quality if order.request.evaluation else None)
+
+
+def bare_report(quality: Quality | None) -> Report:
+    """The least that a report holds."""
     return Report(
         version="0",
-        method=order.request.quantization.method,
-        seed=order.request.seed,
-        device=order.device,
+        method="rtn",
+        seed=0,
+        device="cpu",
         plan={},
         model=ModelReport(source="local", revision=None, architecture="x", dtype="float32", parameters=1),
         calibration=None,
-        quality=quality if order.request.evaluation else None,
+        quality=quality,
         blocks=(),
         size=SizeReport(
             bytes_original=2, bytes_quantized=1, quantized_weights=1, bits_per_weight=4.0, bits_per_weight_model=8.0

@@ -1,0 +1,85 @@
+"""A real job on the real engine, small enough to be killed again and again."""
+
+import os
+import signal
+import time
+from contextlib import suppress
+from pathlib import Path
+from random import Random
+
+from app.domain.events import BlockEvent, ProgressEvent
+from app.domain.jobs import MAX_ATTEMPTS_WITHOUT_PROGRESS, JobStatus
+from app.store.models import Job
+from tests.e2e.installation import Installation
+from tests.workers.bench import wait_for
+
+TEXT = {"num_samples": 8, "sequence_length": 64}
+
+
+def submit(installed: Installation, model: Path, *, steps: int) -> str:
+    """Queue a SignRound job of `steps` steps a block; its id."""
+    request: dict[str, object] = {"method": "signround", "group_size": 32, "steps": steps, "formats": []}
+    texts = {"calibration": TEXT, "evaluation": {**TEXT, "num_samples": 2}}
+    return installed.submit(model=str(model), **request, **texts)
+
+
+def tensor_hashes(installed: Installation, job_id: str) -> dict[str, str]:
+    """sha256 of every file of tensors that the job stored, by format and path."""
+    artifacts = installed.client.artifacts(job_id)
+    found = {f"{a.format}/{a.path}": a.sha256 for a in artifacts if Path(a.path).suffix == ".safetensors"}
+    assert found
+    return found
+
+
+def blocks_computed(installed: Installation, job_id: str) -> list[int]:
+    """Indices of the blocks that any attempt has quantized, in order; a block that was adopted is not among them."""
+    return [event.index for event in installed.events(job_id) if isinstance(event, BlockEvent)]
+
+
+def wait_until_quantizing(installed: Installation, job_id: str, attempt: int, seconds: float = 90) -> None:
+    """Wait until this attempt tells that it works on a block."""
+
+    def quantizing() -> bool:
+        job = installed.job(job_id)
+        assert job.status is not JobStatus.SUCCEEDED, "the job was too quick to be killed"
+        told = [e for n, e in installed.numbered_events(job_id) if n == attempt and isinstance(e, ProgressEvent)]
+        return any(event.stage == "quantize" for event in told)
+
+    wait_for(quantizing, seconds, what=f"attempt {attempt} at its blocks")
+
+
+class Chaos:
+    """Kills parts of an installation at moments that a seed decides, and starts them again."""
+
+    def __init__(self, installed: Installation, job_id: str, seed: int, longest_pause: float) -> None:
+        self._installed = installed
+        self._job_id = job_id
+        self._random = Random(seed)
+        self._longest_pause = longest_pause
+        self.kills: list[str] = []
+
+    def strike(self, parts: tuple[str, ...] = ("attempt", "worker0", "api", "valkey")) -> None:
+        """Kill one part at a random moment while the job is not finished."""
+        part = self._random.choice(parts)
+        if part in ("attempt", "worker0"):
+            wait_for(self._installed.attempt_pids, 90, what="a process of an attempt")
+            # Three fruitless attempts are borne; the fourth would rightly fail the job.
+            wait_for(lambda: self._job().fruitless_attempts <= MAX_ATTEMPTS_WITHOUT_PROGRESS, 240, what="a new block")
+        struck_at = time.monotonic() + self._random.uniform(0, self._longest_pause)
+        wait_for(lambda: time.monotonic() >= struck_at, self._longest_pause + 5)
+        assert self._job().finished_at is None, f"the job was finished after {self.kills}"
+        if part == "attempt":
+            self._kill_attempt()
+        else:
+            self._installed[part].kill()
+            self._installed[part].start()
+        self.kills.append(part)
+
+    def _job(self) -> Job:
+        return self._installed.job(self._job_id)
+
+    def _kill_attempt(self) -> None:
+        found: list[int] = []
+        wait_for(lambda: found.extend(self._installed.attempt_pids()) or found, 90, what="a process of an attempt")
+        with suppress(ProcessLookupError):
+            os.kill(found[0], signal.SIGKILL)

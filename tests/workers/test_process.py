@@ -1,0 +1,125 @@
+"""A child is heard, bounded and never outlives its supervisor."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.workers.bench import alive, wait_for
+from workers.lifeline import ATTEMPT, EXIT_ABANDONED, JOB_ID, REPORT_FD, SILENCE_SECONDS, SUPERVISOR_PID
+from workers.process import ChildProcess, LineSplitter, child_environment
+
+CHILD = "tests.workers.faithful_child"
+NAMES = {JOB_ID: "job_x", ATTEMPT: "1"}
+
+
+@given(st.lists(st.binary(max_size=12)), st.integers(1, 40))
+def test_lines_do_not_depend_on_how_the_stream_is_cut(pieces: list[bytes], size: int) -> None:
+    stream = b"".join(pieces)
+    whole = LineSplitter().feed(stream)
+    cut = LineSplitter()
+    found = [line for i in range(0, len(stream), size) for line in cut.feed(stream[i : i + size])]
+    assert found == whole == stream.split(b"\n")[:-1]
+
+
+@given(st.lists(st.binary(max_size=30).filter(lambda line: b"\n" not in line)), st.integers(1, 7))
+def test_lines_beyond_the_limit_are_dropped_and_counted(lines: list[bytes], size: int) -> None:
+    splitter = LineSplitter(limit=10)
+    stream = b"".join(line + b"\n" for line in lines)
+    found = [line for i in range(0, len(stream), size) for line in splitter.feed(stream[i : i + size])]
+    assert found == [line for line in lines if len(line) <= 10]
+    assert splitter.dropped == len(lines) - len(found)
+
+
+def test_a_line_without_end_takes_no_memory() -> None:
+    splitter = LineSplitter(limit=1000)
+    for _ in range(10_000):
+        splitter.feed(b"x" * 100)
+    assert sum(map(len, splitter._parts)) <= 1000
+
+
+def start(tmp_path: Path, *arguments: str, silence: float = 20) -> ChildProcess:
+    return ChildProcess(
+        [CHILD, *arguments], environment=child_environment(NAMES), log_path=tmp_path / "log", silence_seconds=silence
+    )
+
+
+def first_line(child: ChildProcess) -> bytes:
+    found: list[bytes] = []
+    wait_for(lambda: found or found.extend(child.lines(0.2)) or found, what="a line")
+    return found[0]
+
+
+def test_leaving_the_block_ends_a_deaf_child_and_its_children(tmp_path: Path) -> None:
+    with start(tmp_path, "deaf") as child:
+        grandchild = int(first_line(child))
+        assert alive(child.pid)
+        assert alive(grandchild)
+        asked = time.monotonic()
+    assert time.monotonic() - asked < 3
+    wait_for(lambda: not alive(child.pid) and not alive(grandchild), 2)
+
+
+def test_the_last_words_of_a_child_are_heard(tmp_path: Path) -> None:
+    with start(tmp_path, "say", "200000") as child:
+        heard = []
+        while not child.ended():
+            heard += child.lines(0.05)
+        heard += child.remaining_lines()
+        assert child.finish() == 0
+    assert heard == [b"%d" % i for i in range(200_000)]
+
+
+def test_a_child_runs_on_while_it_hears_its_supervisor(tmp_path: Path) -> None:
+    with start(tmp_path, "wait", silence=2.5) as child:
+        first_line(child)
+        time.sleep(4)
+        assert not child.ended()
+
+
+@pytest.mark.parametrize("how", ["silence", "end of file"])
+def test_a_child_without_a_supervisor_ends(tmp_path: Path, how: str) -> None:
+    """A supervisor that is stopped writes nothing; one that died closes the pipe."""
+    reading, writing = os.pipe()
+    environment = child_environment(NAMES) | {
+        REPORT_FD: str(writing),
+        SUPERVISOR_PID: str(os.getpid()),
+        SILENCE_SECONDS: "1.0" if how == "silence" else "600",
+    }
+    command = [sys.executable, "-m", CHILD, "wait"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=(writing,)) as child:
+        os.close(writing)
+        assert os.read(reading, 10)
+        assert child.stdin is not None
+        if how == "end of file":
+            child.stdin.close()
+        assert child.wait(5) == EXIT_ABANDONED
+    os.close(reading)
+
+
+def test_a_killed_supervisor_takes_its_child_along(tmp_path: Path) -> None:
+    supervisor = subprocess.Popen(
+        [sys.executable, "-m", CHILD, "supervise", str(tmp_path / "log")],
+        stdout=subprocess.PIPE,
+        env=child_environment(NAMES),
+    )
+    assert supervisor.stdout is not None
+    child = int(supervisor.stdout.readline())
+    assert alive(child)
+    supervisor.send_signal(signal.SIGKILL)
+    supervisor.wait()
+    supervisor.stdout.close()
+    wait_for(lambda: not alive(child), 2, what="the child's end")
+
+
+def test_a_child_whose_supervisor_died_before_it_started_ends(tmp_path: Path) -> None:
+    environment = child_environment(NAMES) | {REPORT_FD: "1", SUPERVISOR_PID: "1", SILENCE_SECONDS: "600"}
+    command = [sys.executable, "-m", CHILD, "wait"]
+    ended = subprocess.run(command, check=False, env=environment, stdin=subprocess.DEVNULL, timeout=20)
+    assert ended.returncode == EXIT_ABANDONED
