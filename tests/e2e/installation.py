@@ -195,7 +195,8 @@ class Installation:
 
     def attempt_pids(self) -> list[int]:
         """Attempts and fetches of every worker that lives."""
-        return [pid for worker in self.workers if worker.running() for pid in children(worker.pid)]
+        found = [pid for worker in self.workers if worker.running() for pid in children(worker.pid)]
+        return [pid for pid in found if alive(pid)]
 
     def wait_until_idle(self, *pids: int, seconds: float) -> None:
         """Wait until none of the processes computes."""
