@@ -1,4 +1,4 @@
-"""The same engine on a GPU: same request, same codes; where activations live changes nothing; close to the CPU."""
+"""The same engine on a GPU: same request and plan, same codes; close to the CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -28,18 +28,27 @@ def differing(first: Path, second: Path) -> list[str]:
     return [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def test_a_gpu_gives_the_same_codes_again_wherever_activations_live(
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_gpu_gives_the_same_codes_again(
+    place: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "host":
+        monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+    first, again = (run_job(small_model, tmp_path / name, **ON_GPU, **TUNED).report for name in "ab")
+    assert first.plan["activations"] == place
+    assert differing(tmp_path / "a", tmp_path / "b") == []
+    assert first.peak_memory.device_bytes
+    assert first.quality == again.quality
+
+
+def test_rounding_is_the_same_wherever_activations_live(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = run_job(small_model, tmp_path / "a", **ON_GPU, **TUNED).report
-    run_job(small_model, tmp_path / "b", **ON_GPU, **TUNED)
-    assert differing(tmp_path / "a", tmp_path / "b") == []
+    on_device = run_job(small_model, tmp_path / "a", **ON_GPU).report
     monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
-    host = run_job(small_model, tmp_path / "c", **ON_GPU, **TUNED).report
-    assert (first.plan["activations"], host.plan["activations"]) == ("device", "host")
-    assert differing(tmp_path / "a", tmp_path / "c") == []
-    assert first.peak_memory.device_bytes
-    assert first.quality == host.quality
+    on_host = run_job(small_model, tmp_path / "b", **ON_GPU).report
+    assert (on_device.plan["activations"], on_host.plan["activations"]) == ("device", "host")
+    assert on_device.quality == on_host.quality
 
 
 def test_a_gpu_and_a_cpu_round_alike(small_model: Path, tmp_path: Path) -> None:
