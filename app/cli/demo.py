@@ -27,6 +27,10 @@ HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
 HUB_SECONDS = 2.0
 PROMPT = "The list of built-in functions"
 
+SAMPLES, SEQUENCE_LENGTH, BATCH_SIZE = 64, 256, 4
+EVALUATION = {"num_samples": 16, "sequence_length": 512}
+"""Little text, so that two processor cores are done in minutes; a job of your own takes its preset's sizes."""
+
 
 def demo(
     model: Annotated[
@@ -38,8 +42,9 @@ def demo(
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1: all.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Form of the scheme.")] = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps a block.")] = None,
-    samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens a calibration sequence.")] = None,
+    samples: Annotated[int, typer.Option(help="Calibration sequences.")] = SAMPLES,
+    sequence_length: Annotated[int, typer.Option(help="Tokens a calibration sequence.")] = SEQUENCE_LENGTH,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a tuning step.", show_default="4")] = None,
     format: Annotated[list[str] | None, typer.Option("--format", help="Checkpoint format.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same request and seed: same codes.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")] = None,
@@ -55,8 +60,10 @@ def demo(
         local = Path(model).expanduser()
         body: dict[str, Any] = {"model": str(local.resolve()) if local.is_dir() else model, "method": method}
         scheme = {"bits": bits, "group_size": group_size, "symmetric": symmetric, "steps": steps}
-        set_fields(body, scheme | {"formats": format, "seed": seed, "preset": _preset(method, preset)})
+        quick = _quick_tuning(method, preset, batch_size)
+        set_fields(body, scheme | {"formats": format, "seed": seed} | quick)
         set_section(body, "calibration", {"num_samples": samples, "sequence_length": sequence_length})
+        set_section(body, "evaluation", EVALUATION)
         roots = [local.resolve()] if local.is_dir() else []
         console.print(f"Starting the service; its log: {folder / 'serve.log'}", soft_wrap=True)
         service = stack.enter_context(EmbeddedService(folder, model_roots=roots, device=device))
@@ -79,9 +86,11 @@ def demo(
         console.print(times_table(job.report))
 
 
-def _preset(method: str, preset: str | None) -> str | None:
-    """ "light" for the tuned method by its plain name; a recipe's own preset, and methods without one, stay."""
-    return "light" if preset is None and method == "signround" else preset
+def _quick_tuning(method: str, preset: str | None, batch_size: int | None) -> dict[str, str | int | None]:
+    """The light preset and small batches for the tuned method by its plain name; recipes keep their own."""
+    if method != "signround":
+        return {"preset": preset, "batch_size": batch_size}
+    return {"preset": preset or "light", "batch_size": batch_size or BATCH_SIZE}
 
 
 @contextmanager
