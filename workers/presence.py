@@ -1,6 +1,7 @@
 """A worker's row in the store: it says that the worker lives and what it can hold."""
 
 import threading
+import time
 from dataclasses import asdict
 from importlib.metadata import version
 
@@ -8,10 +9,15 @@ import structlog
 
 from app.domain.errors import Unavailable
 from app.queue import notify_workers
+from app.store.attempts import has_ended
 from app.store.workers import gone, heartbeat, register
 from workers.context import WorkerContext
+from workers.workspace import prune
 
 HEARTBEAT_SECONDS = 10.0
+PRUNE_SECONDS = 3600.0
+UNUSED_SECONDS = 7 * 86_400.0
+"""So long a failed or cancelled job can be retried from its last block on the same machine."""
 
 log = structlog.get_logger(__name__)
 
@@ -46,8 +52,26 @@ class Presence:
     def _keep(self) -> None:
         self._tell()
         notify_workers(self._context.device.value)
+        pruned_at = -PRUNE_SECONDS
         while not self._done.wait(HEARTBEAT_SECONDS):
             self._tell()
+            if time.monotonic() - pruned_at > PRUNE_SECONDS:
+                pruned_at = time.monotonic()
+                self._prune()
+
+    def _prune(self) -> None:
+        """Delete old scratch folders of jobs that have ended, or are no more. Only this machine can see them."""
+
+        def in_use(job_id: str) -> bool:
+            with self._context.database.reading() as session:
+                return not has_ended(session, job_id)
+
+        try:
+            pruned = prune(self._context.settings.workspace_dir, unused_seconds=UNUSED_SECONDS, in_use=in_use)
+        except (Unavailable, OSError):
+            log.warning("workspaces_not_pruned")
+        else:
+            log.info("workspaces_pruned", jobs=len(pruned))
 
     def _tell(self) -> None:
         context = self._context

@@ -15,7 +15,7 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.domain.errors import AttemptSuperseded, BitwrightError
 from app.domain.events import AttemptEvent, BlockEvent, ProgressEvent
-from app.domain.jobs import DeviceClass, JobRequest, JobStatus
+from app.domain.jobs import FINAL_STATUSES, DeviceClass, JobRequest, JobStatus
 from app.domain.report import Report
 from app.store.clock import now, seconds_from_now
 from app.store.documents import document
@@ -78,6 +78,12 @@ def claim(session: Session, *, worker_id: str, device_class: DeviceClass, lease_
         micro_batch_divisor=job.micro_batch_divisor,
         created_at=job.created_at,
     )
+
+
+def has_ended(session: Session, job_id: str) -> bool:
+    """Whether a job of any tenant is in a final status, or is no more: its worker's scratch folder may go."""
+    status = session.scalar(select(Job.status).where(Job.id == job_id))
+    return status is None or status in FINAL_STATUSES
 
 
 def _eligible(job: type[Job], device_class: DeviceClass) -> tuple[ColumnElement[bool], ...]:

@@ -1,11 +1,13 @@
 """Whole installations of real processes. One serves all tests of a module: starting five processes takes a while."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from app.store.session import migrate
+from tests import servers
 from tests.e2e.installation import Installation
 
 
@@ -41,10 +43,15 @@ def train(folder: Path, blocks: int) -> Path:
 def shared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
 ) -> Iterator[Installation]:
-    """An installation over an empty database; the module's WORKER_MODULE says what a worker runs."""
+    """An installation over an empty database; the module's DATABASE and WORKER_MODULE say of what kind."""
     folder = tmp_path_factory.mktemp("installation")
-    with Installation(folder, model, worker_module=request.module.WORKER_MODULE) as made:
-        migrate(made.database_url)
+    with ExitStack() as stack:
+        url = f"sqlite:///{folder}/data/bitwright.db"
+        if request.module.DATABASE == "postgresql":
+            server = request.getfixturevalue("postgres")
+            url = servers.text(stack.enter_context(servers.postgres_database(server)))
+        made = stack.enter_context(Installation(folder, model, url, worker_module=request.module.WORKER_MODULE))
+        migrate(url)
         yield made
 
 

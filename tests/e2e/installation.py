@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -82,11 +82,11 @@ class Process:
 
 @dataclass
 class Installation:
-    """Broker, API, sweep and workers over one database; `settings` are BITWRIGHT_ variables without the prefix."""
+    """Broker, API, sweep and workers over one database."""
 
     folder: Path
     model: Path
-    settings: dict[str, str] = field(default_factory=dict)
+    database_url: str
     worker_count: int = 2
     worker_module: str = "workers"
 
@@ -95,7 +95,8 @@ class Installation:
         self.processes: dict[str, Process] = {}
         (self.folder / "logs").mkdir(parents=True, exist_ok=True)
         (self.folder / "data").mkdir(exist_ok=True)
-        defaults = {
+        settings = {
+            "DATABASE_URL": self.database_url,
             "DATA_DIR": str(self.folder / "data"),
             "BROKER_URL": f"redis://127.0.0.1:{self.broker_port}/0",
             "MODEL_ROOTS": str(self.model.parent),
@@ -106,7 +107,7 @@ class Installation:
             "PORT": str(self.port),
             "HUB_ENABLED": "false",
         }
-        self.variables = {f"BITWRIGHT_{name}": value for name, value in (defaults | self.settings).items()}
+        self.variables = {f"BITWRIGHT_{name}": value for name, value in settings.items()}
         self.add(
             "valkey", [str(get_binary_path()), "--port", str(self.broker_port), "--save", "", "--dir", str(self.folder)]
         )
@@ -133,10 +134,6 @@ class Installation:
         for name in names:
             self[name].start()
         return self
-
-    @property
-    def database_url(self) -> str:
-        return self.settings.get("DATABASE_URL", f"sqlite:///{self.folder}/data/bitwright.db")
 
     @cached_property
     def database(self) -> Database:

@@ -18,9 +18,15 @@ TEXT = {"num_samples": 8, "sequence_length": 64}
 
 def submit(installed: Installation, model: Path, *, steps: int) -> str:
     """Queue a SignRound job of `steps` steps a block; its id."""
-    request: dict[str, object] = {"method": "signround", "group_size": 32, "steps": steps, "formats": []}
-    texts = {"calibration": TEXT, "evaluation": {**TEXT, "num_samples": 2}}
-    return installed.submit(model=str(model), **request, **texts)
+    return installed.submit(
+        model=str(model),
+        method="signround",
+        group_size=32,
+        steps=steps,
+        formats=[],
+        calibration=TEXT,
+        evaluation={**TEXT, "num_samples": 2},
+    )
 
 
 def tensor_hashes(installed: Installation, job_id: str) -> dict[str, str]:

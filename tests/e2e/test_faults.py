@@ -12,6 +12,7 @@ from tests.e2e.installation import Installation
 from tests.workers.bench import alive, wait_for
 
 WORKER_MODULE = "tests.workers.scripted_worker"
+DATABASE = "postgresql"
 GOOD = "block,sleep:0.2,file:a.json:{}"
 
 

@@ -14,6 +14,7 @@ from tests.e2e.installation import Installation
 from tests.e2e.real_job import Chaos, blocks_computed, submit, tensor_hashes, wait_until_quantizing
 
 WORKER_MODULE = "workers"
+DATABASE = "sqlite"
 
 
 def undisturbed(installed: Installation, model: Path, *, steps: int, blocks: int) -> dict[str, str]:

@@ -81,10 +81,15 @@ class Bench:
     def claim(self) -> Claim:
         """Take the next job, waiting out a back-off."""
         found: list[Claim] = []
-        wait_for(lambda: found or self._try_claim(found), what="a claimable job")
+
+        def look() -> bool:
+            found.extend(self._try_claim())
+            return bool(found)
+
+        wait_for(look, what="a claimable job")
         return found[0]
 
-    def _try_claim(self, found: list[Claim]) -> None:
+    def _try_claim(self) -> list[Claim]:
         with self.context.database.transaction() as session:
             claimed = claim(
                 session,
@@ -92,8 +97,7 @@ class Bench:
                 device_class=self.context.device,
                 lease_seconds=self.context.settings.lease_seconds,
             )
-        if claimed is not None:
-            found.append(claimed)
+        return [] if claimed is None else [claimed]
 
     def run(self) -> JobStatus | None:
         """Claim and supervise one attempt to its end."""

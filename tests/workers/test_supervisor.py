@@ -16,6 +16,7 @@ from app.store.endings import requeue_lost
 from app.store.models import Job
 from tests.workers.bench import Bench, alive, wait_for
 from workers import supervisor
+from workers.outputs import store_outputs
 from workers.supervisor import supervise
 
 
@@ -148,10 +149,9 @@ def test_a_lost_lease_is_noticed_before_files_are_committed(bench: Bench, monkey
     """The lease goes in the last moment: after the files are stored, before the transaction."""
     job_id = bench.submit("block,file:a.json:{}")
     claimed = bench.claim()
-    store = supervisor.store_outputs
 
     def store_and_lose(*arguments: object) -> object:
-        stored = store(*arguments)  # type: ignore[arg-type]
+        stored = store_outputs(*arguments)  # type: ignore[arg-type]
         with bench.context.database.transaction() as session:
             session.execute(update(Job).where(Job.id == job_id).values(attempt=Job.attempt + 1))
         return stored

@@ -1,0 +1,81 @@
+"""A worker's row, and the scratch folders that only it can see."""
+
+import os
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from app.domain.jobs import DeviceClass
+from app.store.workers import forget_workers, list_workers
+from tests.workers.bench import Bench, wait_for
+from workers import presence
+from workers.devices import capacity
+from workers.presence import Presence
+from workers.workspace import Workspace, prune
+
+
+def present(bench: Bench) -> list[str]:
+    with bench.context.database.reading() as session:
+        return [state.worker.id for state in list_workers(session)]
+
+
+def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "HEARTBEAT_SECONDS", 0.05)
+    me = Presence(bench.context)
+    me.start()
+    me.start()  # Celery is ready once more after a lost connection
+    try:
+        wait_for(lambda: present(bench) == [bench.context.worker_id])
+        with bench.context.database.transaction() as session:
+            forget_workers(session, unseen_seconds=-1)
+        wait_for(lambda: present(bench) == [bench.context.worker_id], what="registering again")
+        with bench.context.database.reading() as session:
+            (state,) = list_workers(session)
+        assert state.worker.device_class == "cpu"
+        assert state.worker.capacity["host_memory_bytes"] == 1 << 30
+    finally:
+        me.stop()
+    assert present(bench) == []
+
+
+def test_a_worker_that_never_was_ready_leaves_nothing(bench: Bench) -> None:
+    Presence(bench.context).stop()
+    assert present(bench) == []
+
+
+def test_only_old_folders_of_ended_jobs_are_pruned(sqlite_bench: Bench, tmp_path: Path) -> None:
+    root = sqlite_bench.context.settings.workspace_dir
+    waiting = sqlite_bench.submit("")
+    long_ago = time.time() - 100
+    for name in (waiting, "job_gone", "job_young", "other"):
+        folder = Workspace.open(root, name).folder
+        (folder / "state").mkdir()
+        if name != "job_young":
+            os.utime(folder / "used", (long_ago, long_ago))
+    pruned = prune(root, unused_seconds=50, in_use=lambda job_id: job_id == waiting)
+    assert pruned == ["job_gone"]
+    assert {folder.name for folder in root.iterdir()} == {waiting, "job_young", "other"}
+    assert prune(tmp_path / "nothing", unused_seconds=0, in_use=lambda _: False) == []
+
+
+def test_a_presence_prunes_what_the_store_knows_to_have_ended(
+    sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(presence, "UNUSED_SECONDS", -1.0)
+    queued, failed = sqlite_bench.submit("", priority=-1), sqlite_bench.submit("fail:unknown_module")
+    sqlite_bench.run()
+    Workspace.open(sqlite_bench.context.settings.workspace_dir, queued)
+    assert sqlite_bench.workspace(failed).exists()
+    Presence(replace(sqlite_bench.context))._prune()
+    assert not sqlite_bench.workspace(failed).exists()
+    assert sqlite_bench.workspace(queued).exists()
+
+
+def test_capacity_of_this_machine(tmp_path: Path) -> None:
+    found = capacity("cpu", tmp_path / "scratch")
+    assert found.device is DeviceClass.CPU
+    assert found.device_name is None
+    assert 1 << 28 < found.host_memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert found.disk_bytes > 0
