@@ -87,11 +87,12 @@ class _Attempt:
         self._claim = claim
         self._lease = lease
         self._events = EventBuffer(context, claim)
-        self._workspace = Workspace.open(context.settings.workspace_dir, claim.job_id)
+        self._workspace = Workspace.of(context.settings.workspace_dir, claim.job_id)
 
     def run(self) -> JobStatus:
         """Sources, attempt, storage. Raises whatever ends the attempt early."""
         self._lease.check()
+        self._workspace.open()
         self._workspace.write(self._workspace.order, self._order())
         result = self._listen_for(
             ResultLine, self._context.attempt_module, attempt_environment(self._workspace, self._claim)

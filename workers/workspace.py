@@ -25,12 +25,14 @@ class Workspace:
     folder: Path
 
     @classmethod
-    def open(cls, root: Path, job_id: str) -> "Workspace":
-        """The job's folder under `root`, made if it is not there."""
-        workspace = cls(root / job_id)
-        workspace.sources.mkdir(parents=True, exist_ok=True)
-        (workspace.folder / "used").touch()
-        return workspace
+    def of(cls, root: Path, job_id: str) -> "Workspace":
+        """The job's folder under `root`, which need not be there."""
+        return cls(root / job_id)
+
+    def open(self) -> None:
+        """Make the folder if it is not there, and note that it is used."""
+        self.sources.mkdir(parents=True, exist_ok=True)
+        (self.folder / "used").touch()
 
     @property
     def order(self) -> Path:

@@ -50,8 +50,9 @@ def test_only_old_folders_of_ended_jobs_are_pruned(sqlite_bench: Bench, tmp_path
     waiting = sqlite_bench.submit("")
     long_ago = time.time() - 100
     for name in (waiting, "job_gone", "job_young", "other"):
-        folder = Workspace.open(root, name).folder
-        (folder / "state").mkdir()
+        workspace = Workspace.of(root, name)
+        workspace.open()
+        folder = workspace.folder
         if name != "job_young":
             os.utime(folder / "used", (long_ago, long_ago))
     pruned = prune(root, unused_seconds=50, in_use=lambda job_id: job_id == waiting)
@@ -66,7 +67,7 @@ def test_a_presence_prunes_what_the_store_knows_to_have_ended(
     monkeypatch.setattr(presence, "UNUSED_SECONDS", -1.0)
     queued, failed = sqlite_bench.submit("", priority=-1), sqlite_bench.submit("fail:unknown_module")
     sqlite_bench.run()
-    Workspace.open(sqlite_bench.context.settings.workspace_dir, queued)
+    Workspace.of(sqlite_bench.context.settings.workspace_dir, queued).open()
     assert sqlite_bench.workspace(failed).exists()
     Presence(replace(sqlite_bench.context))._prune()
     assert not sqlite_bench.workspace(failed).exists()

@@ -34,7 +34,9 @@ def upload(bench: Bench, files: dict[str, bytes], *, complete: bool = True) -> s
 
 @pytest.fixture
 def workspace(sqlite_bench: Bench) -> Workspace:
-    return Workspace.open(sqlite_bench.context.settings.workspace_dir, "job_x")
+    workspace = Workspace.of(sqlite_bench.context.settings.workspace_dir, "job_x")
+    workspace.open()
+    return workspace
 
 
 def test_a_path_must_really_lie_under_a_root(tmp_path: Path) -> None:

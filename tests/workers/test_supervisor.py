@@ -233,3 +233,13 @@ def test_a_path_that_left_the_roots_is_refused_by_the_worker(sqlite_bench: Bench
     job_id = sqlite_bench.submit("", model=str(sqlite_bench.model.parent / "link" / "etc"))
     assert sqlite_bench.run() is JobStatus.FAILED
     assert error_code(sqlite_bench, job_id) == "source_forbidden"
+
+
+def test_a_worker_without_room_says_so(sqlite_bench: Bench) -> None:
+    """The workspace folder cannot be made: the job goes back, and the worker lives."""
+    sqlite_bench.context.settings.workspace_dir.write_text("a file is in the way")
+    job_id = sqlite_bench.submit("")
+    assert sqlite_bench.run() is JobStatus.QUEUED
+    error = sqlite_bench.attempts(job_id)[0].error
+    assert error is not None
+    assert error["code"] == "internal_error"
