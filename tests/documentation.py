@@ -6,12 +6,12 @@ A generated part stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`;
 
 import ast
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
 from app.domain.formats import FORMATS, RuntimeSupport, Support
-from app.domain.methods import METHODS, PER_CHANNEL, PRESETS, RECIPES
+from app.domain.methods import METHODS, PER_CHANNEL, RECIPES
 from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -89,16 +89,20 @@ def methods_table() -> str:
 
 
 def presets_table() -> str:
-    rows = [[f"`{n}`", str(p.steps), str(p.num_samples), str(p.sequence_length)] for n, p in PRESETS.items()]
-    return table(("preset", "steps a block", "sequences", "tokens a sequence"), rows)
+    rows = [
+        [f"`{name}`", f"`{preset}`", _fields(p.spec), str(p.num_samples), str(p.sequence_length)]
+        for name, info in METHODS.items()
+        for preset, p in info.presets.items()
+    ]
+    return table(("method", "preset", "sets", "sequences", "tokens a sequence"), rows)
 
 
 def recipes_table() -> str:
-    rows = [
-        [f"`{name}`", ", ".join(f"`{field}`: `{value}`" for field, value in fields.items())]
-        for name, fields in RECIPES.items()
-    ]
-    return table(("recipe", "stands for"), rows)
+    return table(("recipe", "stands for"), [[f"`{name}`", _fields(fields)] for name, fields in RECIPES.items()])
+
+
+def _fields(fields: Mapping[str, object]) -> str:
+    return ", ".join(f"`{field}`: `{value}`" for field, value in fields.items())
 
 
 def formats_table() -> str:

@@ -4,7 +4,7 @@ from typing import Any
 
 from app.api.inspection import Inspection
 from app.domain.jobs import JobRequest
-from app.domain.methods import PER_CHANNEL, Scheme, SignRoundSpec
+from app.domain.methods import METHODS, PER_CHANNEL, Scheme
 
 SCALE_BITS = 16
 HEAVY_BYTES = 2  # bf16
@@ -29,6 +29,7 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     rest = max(inspection.weights - quantized, 0)
     checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
     activations = _activation_bytes(request, inspection)
+    tuned = request.quantization.tuned_sequences(request.calibration.num_samples) > 0
     return {
         "weights": inspection.weights,
         "weights_quantized": quantized,
@@ -36,8 +37,8 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
         "bytes_original": inspection.tensor_bytes,
         "bytes_checkpoint": checkpoint,
         "disk_bytes": checkpoint * len({*request.formats, "native"}) + int(bits / 8),
-        "host_memory_bytes": 3 * activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
-        "device_memory_bytes": block_weights * TUNING_BYTES + activations // 4 + (1 << 30),
+        "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
+        "device_memory_bytes": block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES) + (1 << 30),
         "seconds": {device: round(_flops(request, inspection) / speed) for device, speed in FLOPS_PER_SECOND.items()},
     }
 
@@ -49,21 +50,26 @@ def bits_per_weight(scheme: Scheme, in_features: int) -> float:
 
 
 def _activation_bytes(request: JobRequest, inspection: Inspection) -> int:
-    """One stream of hidden states over the calibration set."""
-    tokens = request.calibration.num_samples * request.calibration.sequence_length
+    """Hidden states that are kept: inputs, targets and the quantized stream to calibrate, two streams to evaluate."""
+    tokens = 3 * _calibration_tokens(request) + 2 * _evaluation_tokens(request)
     return tokens * inspection.dimensions.hidden * HEAVY_BYTES
 
 
+def _calibration_tokens(request: JobRequest) -> int:
+    needed = METHODS[request.quantization.method].needs_calibration
+    return request.calibration.num_samples * request.calibration.sequence_length if needed else 0
+
+
+def _evaluation_tokens(request: JobRequest) -> int:
+    part = request.evaluation
+    return 0 if part is None else part.num_samples * part.sequence_length
+
+
 def _flops(request: JobRequest, inspection: Inspection) -> float:
-    dimensions, spec = inspection.dimensions, request.quantization
+    dimensions, calibration = inspection.dimensions, request.calibration
     linear_flops = 2.0 * sum(out * width for out, width in dimensions.linears().values())
-    tokens = 0.0
-    if isinstance(spec, SignRoundSpec):
-        length, samples = request.calibration.sequence_length, request.calibration.num_samples
-        tokens += samples * length * 3  # capture, targets, and the quantized stream
-        tokens += spec.steps * min(spec.batch_size, samples) * length * BACKWARD
-    if request.evaluation is not None:
-        tokens += 2.0 * request.evaluation.num_samples * request.evaluation.sequence_length
+    forward = 3 * _calibration_tokens(request)  # capture, targets, and the quantized stream
+    tuned = request.quantization.tuned_sequences(calibration.num_samples) * calibration.sequence_length
+    evaluated = _evaluation_tokens(request)
     head = 2.0 * dimensions.vocabulary * dimensions.hidden
-    scored = 0 if request.evaluation is None else request.evaluation.num_samples * request.evaluation.sequence_length
-    return linear_flops * tokens + 2 * head * scored
+    return linear_flops * (forward + BACKWARD * tuned + 2 * evaluated) + 2 * head * evaluated

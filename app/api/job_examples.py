@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from app.domain.methods import MAX_BITS, METHODS, MIN_BITS
+
 SHORTHAND_EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M", "method": "signround", "bits": 4}
 FULL_EXAMPLE = {
     "model": {"source": "hub", "id": "HuggingFaceTB/SmolLM2-135M", "revision": "main"},
@@ -31,10 +33,13 @@ SHORTHAND_SCHEMA: dict[str, Any] = {
             "examples": ["HuggingFaceTB/SmolLM2-135M"],
         },
         "method": {"type": "string", "description": "A method or recipe of GET /v1/methods."},
-        "bits": {"type": "integer", "minimum": 2, "maximum": 8},
+        "bits": {"type": "integer", "minimum": MIN_BITS, "maximum": MAX_BITS},
         "group_size": {"type": "integer", "minimum": -1},
         "symmetric": {"type": "boolean"},
-        "preset": {"type": "string", "enum": ["light", "default", "best"]},
+        "preset": {
+            "type": "string",
+            "enum": list(dict.fromkeys(preset for info in METHODS.values() for preset in info.presets)),
+        },
     },
 }
 

@@ -4,7 +4,8 @@ A spec is a method's parameters and nothing else. `METHODS` lists every method w
 shorthand names that stand for parts of a request.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -105,6 +106,10 @@ class WeightSpec(Spec):
             for pattern, override in self.modules.overrides.items()
         }
 
+    def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
+        """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
+        return 0
+
 
 class RTNSpec(WeightSpec):
     """Round to nearest. Looks at the weights alone."""
@@ -135,31 +140,35 @@ class SignRoundSpec(WeightSpec):
         description="Feed a block the output of the quantized blocks before it, not of the original ones.",
     )
 
+    def tuned_sequences(self, num_samples: int) -> int:
+        """A batch a step."""
+        return self.steps * min(self.batch_size, num_samples)
+
 
 QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]
 
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset stands for: `steps` a block over `num_samples` sequences of `sequence_length` tokens."""
+    """What a preset fills in where the request is silent: fields of the method's spec, and the calibration's size."""
 
-    steps: int
+    spec: Mapping[str, int]
     num_samples: int
     sequence_length: int
 
 
-PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
+SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
-        "light": Preset(steps=50, num_samples=128, sequence_length=512),
-        "default": Preset(steps=200, num_samples=128, sequence_length=2048),
-        "best": Preset(steps=1000, num_samples=512, sequence_length=2048),
+        "light": Preset({"steps": 50}, num_samples=128, sequence_length=512),
+        "default": Preset({"steps": 200}, num_samples=128, sequence_length=2048),
+        "best": Preset({"steps": 1000}, num_samples=512, sequence_length=2048),
     }
 )
 
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """What /v1/methods tells of a method."""
+    """A method: what /v1/methods tells of it, and what requests, estimates and tables follow from."""
 
     spec: type[WeightSpec]
     title: str
@@ -168,7 +177,8 @@ class MethodInfo:
     """arXiv number, None where there is no paper."""
     produces: Literal["affine", "codebook"]
     needs_calibration: bool
-    presets: tuple[str, ...] = ()
+    presets: Mapping[str, Preset] = field(default_factory=lambda: MappingProxyType({}))
+    """By the values of the spec's field `preset`; none if it has no such field."""
 
 
 METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
@@ -188,7 +198,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             paper="2309.05516",
             produces="affine",
             needs_calibration=True,
-            presets=tuple(PRESETS),
+            presets=SIGNROUND_PRESETS,
         ),
     }
 )

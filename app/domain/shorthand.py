@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.domain.errors import FieldProblem, shorten
-from app.domain.methods import METHODS, PRESETS, RECIPES
+from app.domain.methods import METHODS, RECIPES
 from app.domain.sources import expand_source
 
 SHORTHAND = (
@@ -105,14 +105,19 @@ def _expand_sources(body: dict[str, object]) -> None:
 
 
 def _apply_preset(body: dict[str, object]) -> None:
-    """Fill steps and the calibration's size from the preset where the request is silent."""
+    """Fill the method's own fields and the calibration's size from the preset where the request is silent."""
     quantization = body.get("quantization")
-    if not isinstance(quantization, dict) or quantization.get("method") != "signround":
+    if not isinstance(quantization, dict):
         return
-    preset = PRESETS.get(str(quantization.get("preset", "default")))
+    info = METHODS[quantization["method"]]
+    if not info.presets:
+        return
+    name = quantization.get("preset", info.spec.model_fields["preset"].default)
+    preset = info.presets.get(str(name))
     if preset is None:
         return
-    quantization.setdefault("steps", preset.steps)
+    for field, value in preset.spec.items():
+        quantization.setdefault(field, value)
     calibration = body.get("calibration", {})
     if isinstance(calibration, Mapping):
         size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}

@@ -1,12 +1,14 @@
 """States, schemes, formats and sources: the tables that the rest of the service reads."""
 
+from typing import get_args
+
 import pytest
 
 from app.domain.errors import ERRORS
 from app.domain.events import ATTEMPT_LINE, EVENT, LogEvent
 from app.domain.formats import FORMATS, ExportFormat, Support, format_problems
 from app.domain.jobs import FINAL_STATUSES, TRANSITIONS, JobStatus
-from app.domain.methods import METHODS, PRESETS, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
+from app.domain.methods import METHODS, QuantizationSpec, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
 from app.domain.sources import expand_source
 
 
@@ -63,7 +65,26 @@ def test_every_method_names_its_spec_and_paper() -> None:
         assert all(
             field.description for key, field in info.spec.model_fields.items() if key not in ("method", "modules")
         )
-    assert SignRoundSpec().steps == PRESETS[SignRoundSpec().preset].steps
+
+
+def test_every_method_may_be_asked_for() -> None:
+    assert set(get_args(get_args(QuantizationSpec)[0])) == {info.spec for info in METHODS.values()}
+
+
+@pytest.mark.parametrize("name", [name for name, info in METHODS.items() if info.presets])
+def test_presets_are_the_values_of_the_specs_field_and_its_defaults_are_one_of_them(name: str) -> None:
+    info = METHODS[name]
+    field = info.spec.model_fields["preset"]
+    assert set(get_args(field.annotation)) == set(info.presets)
+    for preset in info.presets.values():
+        assert info.spec.model_validate(dict(preset.spec))
+    assert info.spec.model_validate(dict(info.presets[field.default].spec)) == info.spec()
+
+
+def test_what_does_not_calibrate_does_not_tune() -> None:
+    for info in METHODS.values():
+        assert info.needs_calibration or info.spec().tuned_sequences(100) == 0
+    assert SignRoundSpec(steps=10, batch_size=8).tuned_sequences(4) == 40
 
 
 def test_every_method_has_a_format() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from app.domain.errors import InvalidRequest
 from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
-from app.domain.methods import METHODS, PRESETS, RECIPES, SignRoundSpec
+from app.domain.methods import METHODS, RECIPES
 from app.domain.problems import MAX_PROBLEMS, as_written
 from app.domain.shorthand import SHORTHAND, expand
 from app.domain.sources import HubModel, LocalModel, UploadedModel
@@ -77,14 +77,16 @@ def test_a_text_stands_for_a_source(given: object, source: object) -> None:
     assert JobRequest.parse({"model": given, "method": "rtn"}).model == source
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-def test_a_preset_fills_what_the_request_leaves_open(preset: str) -> None:
-    meant = PRESETS[preset]
-    request = JobRequest.parse({**BASE, "preset": preset, "calibration": {"num_samples": 7}})
-    assert isinstance(request.quantization, SignRoundSpec)
-    assert request.quantization.steps == meant.steps
+@pytest.mark.parametrize(
+    ("method", "preset"), [(method, preset) for method, info in METHODS.items() for preset in info.presets]
+)
+def test_a_preset_fills_what_the_request_leaves_open(method: str, preset: str) -> None:
+    meant, body = METHODS[method].presets[preset], {"model": "org/name", "method": method, "preset": preset}
+    request = JobRequest.parse({**body, "calibration": {"num_samples": 7}})
+    assert meant.spec.items() <= request.quantization.model_dump().items()
     assert (request.calibration.num_samples, request.calibration.sequence_length) == (7, meant.sequence_length)
-    assert JobRequest.parse({**BASE, "preset": preset, "steps": 3}).quantization.model_dump()["steps"] == 3
+    for field, value in meant.spec.items():
+        assert JobRequest.parse({**body, field: value + 1}).quantization.model_dump()[field] == value + 1
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
