@@ -82,10 +82,4 @@ class ReportPipe:
 
     def fail(self, error: BitwrightError) -> None:
         """Send the `failed` line of an error."""
-        self.write(FailedLine(error=error_data(error)))
-
-
-def error_data(error: BitwrightError) -> ErrorData:
-    """An error as it travels: over the pipe, into the table, to the caller."""
-    value = error.value if isinstance(error.value, str | int | float | bool) else None
-    return ErrorData(code=error.code, detail=error.detail, field=error.field, value=value, hint=error.hint)
+        self.write(FailedLine(error=ErrorData.of(error)))

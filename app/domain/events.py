@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
+from app.domain.errors import BitwrightError
 from app.domain.jobs import JobRequest, JobStatus
 from app.domain.report import Report
 
@@ -37,6 +38,12 @@ class ErrorData(Message):
     field: str | None = None
     value: str | int | float | bool | None = None
     hint: str | None = None
+
+    @classmethod
+    def of(cls, error: BitwrightError) -> "ErrorData":
+        """The error as it travels: over a pipe, into the table, to the caller."""
+        value = error.value if isinstance(error.value, str | int | float | bool) else None
+        return cls(code=error.code, detail=error.detail, field=error.field, value=value, hint=error.hint)
 
 
 class StatusEvent(Message):

@@ -12,7 +12,7 @@ from app.domain.report import Report
 from app.store.clock import now, seconds_from_now
 from app.store.documents import document
 from app.store.models import Attempt, Job
-from app.store.status import NOT_RUNNING, enter, error_data
+from app.store.status import NOT_RUNNING, enter
 
 BACK_OFF_SECONDS = 1.0
 """Delay after a fault; doubled with each further attempt that made no progress."""
@@ -24,7 +24,7 @@ SMALLER_DIVISOR = 2
 def end_with_error(session: Session, job: Job, error: BitwrightError, report: Report | None = None) -> JobStatus:
     """End the attempt that holds `job`, a row that the session has locked and found running. The new status."""
     status, values = _verdict(job, error)
-    told = error_data(error)
+    told = ErrorData.of(error)
     if status is not JobStatus.QUEUED:
         values = {**values, "finished_at": now()}
     if report is not None:

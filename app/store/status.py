@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, update
 from sqlalchemy.orm import Session
 
-from app.domain.errors import BitwrightError
 from app.domain.events import ErrorData, StatusEvent
 from app.domain.jobs import TRANSITIONS, JobStatus
 from app.store.clock import now
@@ -60,12 +59,6 @@ def enter(
     event = StatusEvent(status=status, attempt=row.attempt, error=error)
     _tell(session, row.id, row.tenant_id, sequence=row.last_event, event=event)
     return Entered(job_id=row.id, tenant_id=row.tenant_id, attempt=row.attempt)
-
-
-def error_data(error: BitwrightError) -> ErrorData:
-    """The error as it is stored and sent."""
-    value = error.value if isinstance(error.value, str | int | float | bool) else None
-    return ErrorData(code=error.code, detail=error.detail, field=error.field, value=value, hint=error.hint)
 
 
 def _tell(session: Session, job_id: str, tenant_id: str, *, sequence: int, event: StatusEvent) -> None:

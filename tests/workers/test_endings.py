@@ -11,7 +11,6 @@ from app.domain.errors import BitwrightError, CorruptCheckpoint
 from app.domain.events import ErrorData
 from workers.endings import error_of_exit, oom_kills
 from workers.faults import as_bitwright_error
-from workers.lifeline import error_data
 
 SAID = ErrorData(code="corrupt_checkpoint", detail="bad", field="model", value="x", hint="mend it")
 
@@ -37,7 +36,7 @@ def test_error_of_exit(code: int, said: ErrorData | None, oom: bool, expected: s
 def test_an_error_arrives_as_it_was_sent() -> None:
     error = error_of_exit(1, SAID, oom_killed=False)
     assert isinstance(error, CorruptCheckpoint)
-    assert error_data(error) == SAID
+    assert ErrorData.of(error) == SAID
 
 
 def test_oom_kills_are_read_from_the_own_cgroup(tmp_path: Path) -> None:
