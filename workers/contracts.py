@@ -97,6 +97,7 @@ class BlockTask:
     inputs_fp   X_fp, the same of the original blocks
     targets     Y = block(X_fp), (samples, length, width)
     schemes     linear name inside the block -> its scheme; ignored linears are absent
+    moments     linear name -> sum over tokens of x_j^2 of its inputs in the original stream, fp32 (in,); may be empty
     scale_dtype dtype in which the formats of this job store scales
     seed        of this block
     micro_batch sequences that fit through the block at once with gradients
@@ -110,6 +111,7 @@ class BlockTask:
     inputs_fp: Tensor
     targets: Tensor
     schemes: Mapping[str, Scheme]
+    moments: Mapping[str, Tensor]
     scale_dtype: torch.dtype
     device: torch.device
     seed: int

@@ -134,6 +134,11 @@ class SignRoundSpec(WeightSpec):
         allow_inf_nan=False,
         description="First step of the linear decay to 0; null means 1/steps.",
     )
+    scale_search: bool = Field(
+        default=True,
+        description="Start from the ranges with the least rounding error, weighted by the inputs' second moments, "
+        "instead of the groups' full ranges; of no effect with 0 steps.",
+    )
     quantized_inputs: bool = Field(
         default=True,
         strict=True,

@@ -34,6 +34,7 @@ def toy_task(schemes: dict[str, Scheme], samples: int = 32, length: int = 24, mi
         inputs_fp=hidden,
         targets=targets,
         schemes=schemes,
+        moments={},
         scale_dtype=torch.float32,
         device=torch.device("cpu"),
         seed=7,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from workers.methods.sign_round import RoundedWeights
+from workers.numerics.affine import SMALLEST_SCALE, GroupRange, grid, round_to_grid, search_range
 
 kernels = pytest.importorskip("workers.numerics.kernels")
 
@@ -30,7 +31,7 @@ class ByKernels:
         kernels.write(self.groups(), *self._fixed, hat=out)
 
     def step(self, gradient: Tensor, rate: Tensor) -> None:
-        kernels.step(self.groups(), *self._fixed, gradient=gradient, rate=rate, faults=self.faults)
+        kernels.step(self.groups(), *self._fixed, gradient=gradient, rate=rate, faults=self.faults, limits=(0.0, 1.0))
 
     def keep(self, better: Tensor) -> None:
         kernels.keep(self.groups(), *self._fixed, better=better)
@@ -122,3 +123,27 @@ def test_nan_in_a_gradient_is_counted_and_moves_nothing() -> None:
     assert float(other.state.offset[3, 7]) == 0.0
     assert bool((other.state.offset[4] != 0).any())
     assert not other.state.offset.isnan().any()
+
+
+@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@given(**CASES)
+def test_searched_ranges_equal_the_reference(
+    seed: int, rows: int, width: int, bits: int, symmetric: bool, magnitude: float, dtype: torch.dtype
+) -> None:
+    """As good to the last bits of a sum; two candidates that close may be taken for each other."""
+    torch.manual_seed(seed)
+    weight = (torch.randn(rows, width * 2) * 10**magnitude).to(dtype).to(DEVICE)
+    moments = torch.rand(2, width, device=DEVICE) * 10
+    scheme = Scheme(bits=bits, group_size=width, symmetric=symmetric)
+    groups = weight.view(-1, width)
+    repeated = moments.repeat(rows, 1)
+    eager = search_range(groups.float(), repeated, scheme, torch.bfloat16)
+    low, high = kernels.search_range(groups, moments, bits, symmetric, SMALLEST_SCALE[torch.bfloat16], torch.bfloat16)
+    errors = []
+    for ranges in (eager, GroupRange(low, high), GroupRange.of(groups.float())):
+        to = grid(ranges, scheme, torch.bfloat16)
+        codes, _ = round_to_grid(groups.float(), to)
+        steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
+        errors.append(((steps * to.scale.unsqueeze(-1) - groups.float()).square() * repeated).sum(-1))
+    torch.testing.assert_close(errors[1], errors[0], rtol=1e-4, atol=0)
+    assert bool((errors[0] <= errors[2] * (1 + 1e-5)).all())

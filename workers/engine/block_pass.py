@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -70,7 +70,7 @@ class BlockPass:
         if index >= self.state.resumed:
             with self.model.loaded(head):
                 container = nn.ModuleDict({"head": self.model.model.get_submodule(head)})
-                task = self._task(index, container, {"head": self.schemes[head]}, lambda _: None)
+                task = self._task(index, container, {"head": self.schemes[head]}, {}, lambda _: None)
                 result = METHODS["rtn"].quantize_block(task, self.spec)
             self.state.save(index, {head: result.linears["head"].weight}, None)
         return self.state.load(index)[head].dequantize()
@@ -83,7 +83,7 @@ class BlockPass:
             observed = self.calibration or self.evaluation
             self._advance_original(index, block, only=observed)
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
-        task = self._task(index, block, schemes, lambda share: progress.tick(index, share))
+        task = self._task(index, block, schemes, moments, lambda share: progress.tick(index, share))
         result = METHODS[self.spec.model_dump()["method"]].quantize_block(task, self.spec)
         linears = self._put(index, result, schemes, moments)
         self._advance_quantized(index, block)
@@ -105,7 +105,14 @@ class BlockPass:
         prefix = self.model.layout.block(index)
         return [name for name in self.model.block_linears(index) if f"{prefix}.{name}" in self.schemes]
 
-    def _task(self, index: int, block: nn.Module, schemes: Mapping[str, Scheme], tick: object) -> BlockTask:
+    def _task(
+        self,
+        index: int,
+        block: nn.Module,
+        schemes: Mapping[str, Scheme],
+        moments: Mapping[str, Tensor],
+        tick: Callable[[float], None],
+    ) -> BlockTask:
         stream = self.calibration
         empty = torch.empty(0, 0, 0, dtype=self.model.dtype)
         is_block = index < len(self.model.blocks)
@@ -117,11 +124,12 @@ class BlockPass:
             inputs_fp=empty if stream is None else stream.inputs_fp,
             targets=empty if stream is None else stream.original,
             schemes=schemes,
+            moments=moments,
             scale_dtype=getattr(torch, self.plan.scale_dtype),
             device=self.model.device,
             seed=block_seed(self.seed, index),
             micro_batch=self.plan.micro_batch,
-            tick=tick,  # type: ignore[arg-type]
+            tick=tick,
             tune=self.tuner.tune,
         )
 

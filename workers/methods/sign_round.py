@@ -26,9 +26,12 @@ Cost: a step is a forward and a backward of the block and one pass over its weig
 integer result besides. The step is written by hand, since only signs of the gradients are used: no graph is kept for
 the quantizer. With 0 steps the result is round to nearest.
 
-Different from the paper: the original block's output comes from the original stream and the quantized block sees the
-quantized stream (as in AutoRound's code); the parameters kept are those with the lowest loss on held-out sequences,
-not on the step's own minibatch. Left out: activation quantization, norm and bias tuning.
+The start (`scale_search`) may shrink lo and hi first: of some range factors, those with the least rounding error when
+columns are weighted by their inputs' second moments. alpha and beta then stay in [1/2, 3/2].
+
+Different from the paper: that start; the original block's output comes from the original stream and the quantized
+block sees the quantized stream (as in AutoRound's code); the parameters kept are those with the lowest loss on held-out
+sequences, not on the step's own minibatch. Left out: activation quantization, norm and bias tuning.
 """
 
 import math
@@ -36,7 +39,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
-from types import ModuleType
+from types import MappingProxyType, ModuleType
 from typing import Any
 
 import torch
@@ -44,9 +47,11 @@ from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts import BlockTask, TuningSettings
-from workers.numerics.affine import SMALLEST_SCALE, Grid, GroupRange, grid, round_to_grid
+from workers.numerics.affine import SMALLEST_SCALE, Grid, GroupRange, grid, round_to_grid, search_range
 from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
 
+FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
+"""Of alpha and beta: a full range may only shrink, a searched one may also widen."""
 CACHED_ELEMENTS = 131_072
 """Elements of a chunk: a handful of fp32 tensors of this size fit the second-level cache."""
 
@@ -58,19 +63,48 @@ class SignRound:
         rate = spec.learning_rate or 1 / max(spec.steps, 1)
         settings = TuningSettings(spec.steps, spec.batch_size, rate)
         source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
-        outcome = task.tune(source, rounded_weights(task), settings)
+        outcome = task.tune(source, rounded_weights(task, search=spec.scale_search and spec.steps > 0), settings)
         counters = {"best_step": float(outcome.best_step), "nan_gradients": float(outcome.faults)}
         return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss, counters)
 
 
-def rounded_weights(task: BlockTask) -> list["RoundedWeights"]:
+def rounded_weights(task: BlockTask, *, search: bool) -> list["RoundedWeights"]:
     """The block's linears, those of the same scheme and group width together."""
     alike: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
     for name, scheme in task.schemes.items():
         weight = task.linear(name).weight.detach()
         width = weight.shape[1] if scheme.group_size < 0 else scheme.group_size
         alike.setdefault((scheme, width), {})[name] = weight
-    return [RoundedWeights(w, scheme, width, task.scale_dtype) for (scheme, width), w in alike.items()]
+    moments = task.moments if search else {}
+    return [RoundedWeights(w, scheme, width, task.scale_dtype, moments) for (scheme, width), w in alike.items()]
+
+
+def start_ranges(
+    weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], scheme: Scheme, width: int, scale_dtype: torch.dtype
+) -> GroupRange:
+    """lo and hi of all groups, one linear after another; searched for linears whose inputs' moments are known."""
+    ranges = []
+    for name, weight in weights.items():
+        groups = weight.reshape(-1, width)
+        fused = kernels_for(groups)
+        if name not in moments:
+            ranges.append(GroupRange.of(groups.to(working_dtype(weight))))
+        elif fused is not None:
+            settings = (scheme.bits, scheme.symmetric, SMALLEST_SCALE[scale_dtype], scale_dtype)
+            ranges.append(GroupRange(*fused.search_range(groups, moments[name].view(-1, width), *settings)))
+        else:
+            ranges.append(_search_in_chunks(groups, moments[name].view(-1, width), scheme, scale_dtype))
+    return GroupRange(torch.cat([r.low for r in ranges]), torch.cat([r.high for r in ranges]))
+
+
+def _search_in_chunks(groups: Tensor, moments: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupRange:
+    """Whole rows of the linear at a time, as many as stay in the cache."""
+    count = len(moments) * max(1, CACHED_ELEMENTS // moments.numel())
+    found = []
+    for part in torch.split(groups, count):
+        repeated = moments.to(working_dtype(part)).repeat(len(part) // len(moments), 1)
+        found.append(search_range(part.to(repeated.dtype), repeated, scheme, scale_dtype))
+    return GroupRange(torch.cat([r.low for r in found]), torch.cat([r.high for r in found]))
 
 
 @dataclass(frozen=True)
@@ -85,9 +119,8 @@ class Rounding:
     beta: Tensor
 
     @classmethod
-    def start(cls, weight: Tensor) -> "Rounding":
+    def start(cls, weight: Tensor, ranges: GroupRange) -> "Rounding":
         """V = 0 and alpha = beta = 1: round to nearest."""
-        ranges = GroupRange.of(weight.to(working_dtype(weight)))
         one = torch.ones_like(ranges.low)
         offset = torch.zeros_like(weight, dtype=working_dtype(weight))
         return cls(weight, ranges.low, ranges.high, offset, one, one.clone())
@@ -111,12 +144,21 @@ class Kept:
 class RoundedWeights:
     """Linears of one scheme with their V, alpha and beta: the `TrainableWeights` of SignRound."""
 
-    def __init__(self, weights: Mapping[str, Tensor], scheme: Scheme, width: int, scale_dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        weights: Mapping[str, Tensor],
+        scheme: Scheme,
+        width: int,
+        scale_dtype: torch.dtype,
+        moments: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> None:
         self.shapes: Mapping[str, tuple[int, int]] = {
             name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()
         }
         self._scheme, self._scale_dtype = scheme, scale_dtype
-        self.state = Rounding.start(torch.cat([weight.reshape(-1, width) for weight in weights.values()]))
+        self._limits = SEARCHED_LIMITS if moments else FULL_LIMITS
+        ranges = start_ranges(weights, moments, scheme, width, scale_dtype)
+        self.state = Rounding.start(torch.cat([weight.reshape(-1, width) for weight in weights.values()]), ranges)
         groups = self.state.low
         self._kept = Kept(
             codes=torch.zeros_like(self.state.weight, dtype=torch.uint8),
@@ -140,10 +182,11 @@ class RoundedWeights:
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor) -> None:
-        """The signed step of the module docstring, then alpha and beta back into [0, 1]."""
+        """The signed step of the module docstring, then alpha and beta back into their limits."""
         if self._fused is not None:
             groups, settings = self._groups(self._fused), self._grid_settings()
-            self._fused.step(groups, *settings, gradient=gradient, rate=rate, faults=self._faults)
+            step = {"gradient": gradient, "rate": rate, "faults": self._faults, "limits": self._limits}
+            self._fused.step(groups, *settings, **step)
             return
         gradient = gradient.view(self.state.weight.shape)
         for groups in self._chunks():
@@ -151,8 +194,8 @@ class RoundedWeights:
             d_offset, d_alpha, d_beta = gradients(part, gradient[groups], self._scheme, self._scale_dtype)
             self._faults += d_alpha.isnan().sum(dtype=torch.int32)
             part.offset.sub_(d_offset.nan_to_num_().sign_().mul_(rate))
-            part.alpha.sub_(d_alpha.nan_to_num_().sign_().mul_(rate)).clamp_(0, 1)
-            part.beta.sub_(d_beta.nan_to_num_().sign_().mul_(rate)).clamp_(0, 1)
+            part.alpha.sub_(d_alpha.nan_to_num_().sign_().mul_(rate)).clamp_(*self._limits)
+            part.beta.sub_(d_beta.nan_to_num_().sign_().mul_(rate)).clamp_(*self._limits)
 
     @torch.no_grad()
     def keep(self, better: Tensor) -> None:

@@ -21,6 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from workers.numerics.affine import ASYMMETRIC_FACTORS, SMALLEST_FACTOR, SYMMETRIC_FACTORS
+
 PROGRAM_ELEMENTS = 4096
 """Weights that a program handles; at least one group."""
 
@@ -56,15 +58,56 @@ def write(groups: Groups, bits: int, symmetric: bool, smallest: float, hat: Tens
 
 
 def step(
-    groups: Groups, bits: int, symmetric: bool, smallest: float, gradient: Tensor, rate: Tensor, faults: Tensor
+    groups: Groups,
+    bits: int,
+    symmetric: bool,
+    smallest: float,
+    *,
+    gradient: Tensor,
+    rate: Tensor,
+    faults: Tensor,
+    limits: tuple[float, float],
 ) -> None:
-    """Moves V, alpha and beta; adds the number of groups with NaN in their gradient to `faults`."""
-    _launch(groups, bits, symmetric, smallest, gradient=gradient, rate=rate, faults=faults)
+    """Moves V, alpha and beta, the latter within `limits`; adds the number of groups with NaN gradients to `faults`."""
+    _launch(groups, bits, symmetric, smallest, gradient=gradient, rate=rate, faults=faults, limits=limits)
 
 
 def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Tensor) -> None:
     """codes, scale and zero <- the present result, if `better`."""
     _launch(groups, bits, symmetric, smallest, better=better)
+
+
+def search_range(
+    weight: Tensor, moments: Tensor, bits: int, symmetric: bool, smallest: float, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`workers.numerics.affine.search_range` in one pass: low and high, fp32 (groups,).
+
+    weight   (groups, G), contiguous
+    moments  fp32 (columns // G, G): of the linear's input columns; its rows of groups repeat in this order
+    """
+    count, width = weight.shape
+    low, high = (torch.empty(count, dtype=torch.float32, device=weight.device) for _ in range(2))
+    padded = triton.next_power_of_2(width)
+    rows = max(1, PROGRAM_ELEMENTS // padded)
+    _search_range[(triton.cdiv(count, rows),)](
+        weight,
+        moments,
+        low,
+        high,
+        count,
+        width,
+        len(moments),
+        smallest,
+        BITS=bits,
+        SYMMETRIC=symmetric,
+        ROWS=rows,
+        WIDTH=padded,
+        STORED_AS=STORED[scale_dtype],
+        FACTORS=SYMMETRIC_FACTORS if symmetric else ASYMMETRIC_FACTORS,
+        SHRINK=1 - SMALLEST_FACTOR,
+        num_warps=8 if padded > PROGRAM_ELEMENTS else 4,
+    )
+    return low, high
 
 
 def _launch(
@@ -78,6 +121,7 @@ def _launch(
     rate: Tensor | None = None,
     faults: Tensor | None = None,
     better: Tensor | None = None,
+    limits: tuple[float, float] = (0.0, 1.0),
 ) -> None:
     count, width = groups.weight.shape
     padded = triton.next_power_of_2(width)
@@ -101,6 +145,7 @@ def _launch(
         count,
         width,
         smallest,
+        *limits,
         BITS=bits,
         SYMMETRIC=symmetric,
         ROWS=rows,
@@ -176,6 +221,8 @@ def _round_weights(  # type: ignore[no-untyped-def]
     count,
     width,
     smallest,
+    least,
+    most,
     BITS: tl.constexpr,
     SYMMETRIC: tl.constexpr,
     ROWS: tl.constexpr,
@@ -218,8 +265,8 @@ def _round_weights(  # type: ignore[no-untyped-def]
             d_beta = d_scale * high / (2.0**BITS - 1)
         tl.atomic_add(FAULTS, tl.sum((d_scale != d_scale).to(tl.int32), 0))  # noqa: PLR0124 - NaN alone differs
         offset -= rate * _sign(d_inside * scale[:, None])
-        alpha = tl.minimum(tl.maximum(alpha - rate * _sign(d_alpha), 0.0), 1.0)
-        beta = tl.minimum(tl.maximum(beta - rate * _sign(d_beta), 0.0), 1.0)
+        alpha = tl.minimum(tl.maximum(alpha - rate * _sign(d_alpha), least), most)
+        beta = tl.minimum(tl.maximum(beta - rate * _sign(d_beta), least), most)
         tl.store(OFFSET + at, offset, mask=real)
         tl.store(ALPHA + row, alpha, mask=real_row)
         tl.store(BETA + row, beta, mask=real_row)
@@ -233,3 +280,57 @@ def _round_weights(  # type: ignore[no-untyped-def]
         tl.store(CODES + at, (codes - lowest).to(tl.uint8), mask=real)
         tl.store(SCALE + row, scale.to(STORED_AS), mask=real_row)
         tl.store(ZERO + row, zero.to(tl.uint8), mask=real_row)
+
+
+@triton.jit
+def _search_range(  # type: ignore[no-untyped-def]
+    WEIGHT,
+    MOMENTS,
+    LOW,
+    HIGH,
+    count,
+    width,
+    groups_a_row,
+    smallest,
+    BITS: tl.constexpr,
+    SYMMETRIC: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STORED_AS: tl.constexpr,
+    FACTORS: tl.constexpr,
+    SHRINK: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    real_row = row < count
+    real = real_row[:, None] & (column < width)[None, :]
+    weight = tl.load(WEIGHT + row[:, None] * width + column[None, :], mask=real, other=0.0).to(tl.float32)
+    moment_row = (row % groups_a_row)[:, None] * width
+    moments = tl.load(MOMENTS + moment_row + column[None, :], mask=real, other=0.0)
+    full_low = tl.minimum(tl.min(weight, 1), 0.0)
+    full_high = tl.maximum(tl.max(weight, 1), 0.0)
+    best_low, best_high = full_low, full_high
+    least = full_low * 0.0 + float("inf")
+    one = full_low * 0.0 + 1.0
+    low_wins = full_high < -full_low
+    widest = tl.maximum(-full_low, full_high)
+    tries = 2 * FACTORS if SYMMETRIC else FACTORS * FACTORS
+    for i in range(tries):
+        if SYMMETRIC:
+            reach = widest * (1 - SHRINK * (i // 2) / (FACTORS - 1))
+            by_low = low_wins == (i % 2 == 0)
+            low = tl.where(by_low, -reach, 0.0)
+            high = tl.where(by_low, 0.0, reach)
+        else:
+            low = full_low * (1 - SHRINK * (i // FACTORS) / (FACTORS - 1))
+            high = full_high * (1 - SHRINK * (i % FACTORS) / (FACTORS - 1))
+        scale, zero = _grid(low, high, one, one, smallest, BITS, SYMMETRIC, STORED_AS)
+        _free, codes = _codes(weight, weight * 0.0, scale, zero, BITS, SYMMETRIC)
+        error = (codes - zero[:, None]) * scale[:, None] - weight
+        total = tl.sum(error * error * moments, 1)
+        better = total < least
+        least = tl.where(better, total, least)
+        best_low = tl.where(better, low, best_low)
+        best_high = tl.where(better, high, best_high)
+    tl.store(LOW + row, best_low, mask=real_row)
+    tl.store(HIGH + row, best_high, mask=real_row)
