@@ -8,23 +8,21 @@ from typing import Any
 
 from app.api.estimates import estimate
 from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint, lies_under
-from app.domain.architectures import Dimensions, matches_module
+from app.domain.architectures import HEAD, Dimensions
 from app.domain.errors import (
     ERRORS,
     BitwrightError,
     FieldProblem,
-    IndivisibleGroup,
     InputError,
     InvalidDataset,
     InvalidRequest,
     NotFound,
     SourceForbidden,
     SourceNotFound,
-    UnknownModule,
 )
 from app.domain.formats import FORMATS
 from app.domain.jobs import JobRequest
-from app.domain.methods import PER_CHANNEL, WeightSpec
+from app.domain.module_rules import rule_errors
 from app.domain.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
 from app.settings import Settings
 from app.store.blobs import BlobStore
@@ -212,46 +210,9 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
 
 def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
     """Group sizes against the inputs of the linears that they apply to, and patterns against the names."""
-    spec, shapes = found.request.quantization, dimensions.linears()
-    named = {**shapes, "lm_head": (dimensions.vocabulary, dimensions.hidden)}
-    rules = "quantization.modules"
-    for index, pattern in enumerate(spec.modules.ignore):
-        if not matches_module(pattern, named):
-            found.add(_unknown(pattern, shapes), f"{rules}.ignore.{index}")
-    for pattern in spec.modules.overrides:
-        if not matches_module(pattern, named):
-            found.add(_unknown(pattern, shapes), f"{rules}.overrides.{pattern}")
-    for size, name in _indivisible(spec, shapes).items():
-        width = shapes[name][1]
-        able = [group for group in (32, 64, 128, 256) if width % group == 0]
-        hint = f"use {', '.join(map(str, able)) + ' or ' if able else ''}-1 (per channel)"
-        detail = f"{size} does not divide the {width} inputs of {name}"
-        found.add(IndivisibleGroup(detail, value=size, hint=hint), _group_field(spec, size))
-
-
-def _indivisible(spec: WeightSpec, shapes: Mapping[str, tuple[int, int]]) -> dict[int, str]:
-    """Group size -> the first linear whose inputs it does not divide."""
-    found: dict[int, str] = {}
-    for name, (_, width) in shapes.items():
-        scheme = spec.scheme(name)
-        if scheme is None or scheme.group_size == PER_CHANNEL:
-            continue
-        if scheme.group_size < 1 or width % scheme.group_size:
-            found.setdefault(scheme.group_size, name)
-    return found
-
-
-def _group_field(spec: WeightSpec, size: int) -> str:
-    """Path of the field that gave this group size."""
-    for pattern, override in spec.modules.overrides.items():
-        if override.group_size == size:
-            return f"quantization.modules.overrides.{pattern}.group_size"
-    return "quantization.group_size"
-
-
-def _unknown(pattern: str, shapes: Mapping[str, object]) -> UnknownModule:
-    example = next(iter(shapes))
-    return UnknownModule(f"{pattern!r} matches no linear of the model", value=pattern, hint=f"a name is like {example}")
+    inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
+    for error in rule_errors(found.request.quantization, inputs, head=HEAD, tied=dimensions.tied_embeddings):
+        found.add(error, error.field or "quantization")
 
 
 def runtime_warnings(request: JobRequest) -> list[str]:

@@ -6,11 +6,12 @@ numbers of the configuration. So a group size is checked when a job is posted, w
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from fnmatch import fnmatchcase
 from types import MappingProxyType
 
 from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture
 
+HEAD = "lm_head"
+"""Full module name of the output head, in all architectures."""
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 1024, 1 << 20, 1 << 24
 """Far above any published model: a configuration beyond them is damaged or hostile, and never sizes a buffer."""
 
@@ -86,11 +87,6 @@ class Dimensions:
     def embedding_weights(self) -> int:
         """Weights that stay 16 bit: the embedding and, if it is not tied to it, the output head."""
         return self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
-
-
-def matches_module(pattern: str, names: Mapping[str, object]) -> bool:
-    """Whether a glob of `modules` names at least one linear."""
-    return any(fnmatchcase(name, pattern) for name in names)
 
 
 def read_dimensions(config: Mapping[str, object]) -> Dimensions:

@@ -3,20 +3,18 @@
 import hashlib
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import nn
 
-from app.domain.errors import IndivisibleGroup, InvalidRequest, UnknownModule
 from app.domain.events import AttemptOrder
 from app.domain.formats import ExportFormat
-from app.domain.methods import PER_CHANNEL, Scheme, WeightSpec
+from app.domain.methods import Scheme, WeightSpec
+from app.domain.module_rules import rule_errors
 from workers.engine.blocks import StreamedModel
 from workers.formats import compressed_tensors
 
@@ -157,48 +155,12 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     Raises:
         UnknownModule: a pattern matches no linear.
         IndivisibleGroup: a group size does not divide a linear's inputs.
-        InvalidRequest: the head is to be quantized, but it is the embedding matrix.
+        InvalidRequest: the head is to be quantized, but it is the embedding matrix; or nothing is left to quantize.
     """
-    linears = model.linears()
-    for field, patterns in (("ignore", spec.modules.ignore), ("overrides", tuple(spec.modules.overrides))):
-        for pattern in patterns:
-            _check_pattern(field, pattern, linears)
-    schemes = {name: scheme for name in linears if (scheme := spec.scheme(name)) is not None}
-    if model.layout.head in schemes and model.tied:
-        raise InvalidRequest(
-            f"{model.layout.head} shares its matrix with the embeddings, which must stay as they are",
-            field="quantization.modules.ignore",
-            value=model.layout.head,
-            hint=f'add "{model.layout.head}" to modules.ignore',
-        )
-    for name, scheme in schemes.items():
-        _check_group(name, linears[name].in_features, scheme)
-    return schemes
-
-
-def _check_pattern(field: str, pattern: str, linears: Mapping[str, nn.Linear]) -> None:
-    if not any(fnmatchcase(name, pattern) for name in linears):
-        raise UnknownModule(
-            f"{pattern!r} matches no linear of the model",
-            field=f"quantization.modules.{field}",
-            value=pattern,
-            hint=f"linears are named like {next(iter(linears))}",
-        )
-
-
-def _check_group(name: str, columns: int, scheme: Scheme) -> None:
-    size = scheme.group_size
-    if size == PER_CHANNEL or (size > 0 and columns % size == 0):
-        return
-    dividing = [n for n in range(8, columns + 1) if columns % n == 0]
-    common = [n for n in dividing if n & (n - 1) == 0] or dividing[:8]
-    raise IndivisibleGroup(
-        f"group_size {size} does not divide the {columns} inputs of {name}",
-        field="quantization.group_size",
-        value=size,
-        hint=f"group sizes that divide {columns}: {', '.join(map(str, common))}; or -1, one group a row; or an "
-        "override for this linear",
-    )
+    inputs = {name: linear.in_features for name, linear in model.linears().items()}
+    for error in rule_errors(spec, inputs, head=model.layout.head, tied=model.tied):
+        raise error
+    return {name: scheme for name in inputs if (scheme := spec.scheme(name)) is not None}
 
 
 def block_seed(seed: int, index: int) -> int:

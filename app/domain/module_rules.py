@@ -1,0 +1,102 @@
+"""Do the rules of a request fit the linears of its model? One answer for the API before a job and for the engine in it.
+
+`inputs` is always full module name -> in_features of every linear that may be quantized, the output head included.
+"""
+
+from collections.abc import Iterable, Mapping
+from fnmatch import fnmatchcase
+
+from app.domain.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnknownModule
+from app.domain.methods import PER_CHANNEL, WeightSpec
+
+RULES = "quantization.modules"
+SMALLEST_NAMED = 8
+"""Smaller groups than this cost more for their scales than most widths; hints leave them out."""
+
+
+def rule_errors(
+    spec: WeightSpec, inputs: Mapping[str, int], *, head: str, tied: bool
+) -> list[InputError | RequestError]:
+    """Everything in `spec` that does not fit, each with field, value and hint.
+
+    head   full module name of the output head
+    tied   whether it is the embedding matrix
+    """
+    errors: list[InputError | RequestError] = []
+    patterns = {f"{RULES}.ignore.{index}": pattern for index, pattern in enumerate(spec.modules.ignore)}
+    patterns |= {f"{RULES}.overrides.{pattern}": pattern for pattern in spec.modules.overrides}
+    errors += [unknown_module(field, p, inputs) for field, p in patterns.items() if not matches_any(p, inputs)]
+    quantized = [name for name in inputs if spec.scheme(name) is not None]
+    if tied and head in quantized:
+        errors.append(
+            InvalidRequest(
+                f"{head} shares its matrix with the embeddings, which must stay as they are",
+                field=f"{RULES}.ignore",
+                value=head,
+                hint=f'add "{head}" to modules.ignore',
+            )
+        )
+    if not quantized:
+        errors.append(
+            InvalidRequest(
+                "every linear of the model is ignored, so there is nothing to quantize",
+                field=f"{RULES}.ignore",
+                value=", ".join(spec.modules.ignore),
+                hint="ignore fewer linears",
+            )
+        )
+    return [*errors, *_indivisible(spec, inputs, quantized)]
+
+
+def matches_any(pattern: str, names: Iterable[str]) -> bool:
+    """Whether a glob of `modules` names at least one of the linears."""
+    return any(fnmatchcase(name, pattern) for name in names)
+
+
+def unknown_module(field: str, pattern: str, names: Iterable[str]) -> UnknownModule:
+    """The error for a pattern that matches none of the linears."""
+    hint = f"linears are named like {next(iter(names))}"
+    return UnknownModule(f"{pattern!r} matches no linear of the model", field=field, value=pattern, hint=hint)
+
+
+def divides(group_size: int, width: int) -> bool:
+    """Whether `width` inputs fall into whole groups."""
+    return group_size == PER_CHANNEL or (group_size > 0 and width % group_size == 0)
+
+
+def dividing_sizes(width: int) -> list[int]:
+    """Group sizes worth naming for `width` inputs: the powers of two that divide it, or a few other divisors."""
+    powers = [1 << k for k in range(width.bit_length()) if 1 << k >= SMALLEST_NAMED and width % (1 << k) == 0]
+    if powers:
+        return powers
+    few = (size for size in range(SMALLEST_NAMED, width + 1) if width % size == 0)
+    return [size for size, _ in zip(few, range(SMALLEST_NAMED), strict=False)]
+
+
+def _indivisible(spec: WeightSpec, inputs: Mapping[str, int], quantized: Iterable[str]) -> list[IndivisibleGroup]:
+    """One error for each field that gave a size which does not divide, about the first linear that it is wrong for."""
+    found: dict[str, IndivisibleGroup] = {}
+    for name in quantized:
+        scheme, width = spec.scheme(name), inputs[name]
+        if scheme is None or divides(scheme.group_size, width):
+            continue
+        field = _field_of_group(spec, name)
+        if field not in found:
+            sizes = ", ".join(map(str, [*dividing_sizes(width), PER_CHANNEL]))
+            found[field] = IndivisibleGroup(
+                f"group_size {scheme.group_size} does not divide the {width} inputs of {name}",
+                field=field,
+                value=scheme.group_size,
+                hint=f"use one of {sizes} (one group a row), or an override for this linear",
+            )
+    return list(found.values())
+
+
+def _field_of_group(spec: WeightSpec, name: str) -> str:
+    """Path of the field that gave the linear its group size: of several overrides, the last one."""
+    giving = [
+        pattern
+        for pattern, override in spec.modules.overrides.items()
+        if override.group_size is not None and fnmatchcase(name, pattern)
+    ]
+    return f"{RULES}.overrides.{giving[-1]}.group_size" if giving else "quantization.group_size"
