@@ -7,7 +7,7 @@ import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
 
 from app.api.auth import Reader, Submitter
-from app.api.capacity import capacity_warnings
+from app.api.capacity import capacity_warnings, require_capacity
 from app.api.deps import BlobsOf, DatabaseOf, MetricsOf, SettingsOf
 from app.api.documentation import problems, text_header
 from app.api.job_examples import REQUEST_BODY
@@ -58,7 +58,7 @@ ACCEPTED = {
     responses={
         200: {"description": "Dry run: nothing is stored.", "model": PreflightView},
         202: ACCEPTED,
-        **problems("body_too_large", "idempotency_key_reused", *INPUT_PROBLEMS),
+        **problems("body_too_large", "idempotency_key_reused", "exceeds_capacity", *INPUT_PROBLEMS),
     },
 )
 def create_job(
@@ -86,8 +86,9 @@ def create_job(
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
     with database.reading() as session:
         found = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+        alive = [state.worker for state in list_workers(session)]
+        require_capacity(found.request, found.estimates, alive)
         if dry_run:
-            alive = [state.worker for state in list_workers(session)]
             found.warnings += capacity_warnings(found.request, found.estimates, alive)
     if dry_run:
         view = PreflightView(request=found.request, estimates=found.estimates, warnings=found.warnings)

@@ -129,12 +129,34 @@ def test_a_dry_run_tells_what_the_workers_cannot_hold(api: Api) -> None:
     assert "no cpu worker is alive" in warnings()
     with api.database.transaction() as session:
         register(session, "gpu-1", DeviceClass.CUDA, {"host_memory_bytes": 1 << 40})
-        register(session, "cpu-1", DeviceClass.CPU, {"host_memory_bytes": 1 << 20, "disk_bytes": 1 << 40})
-    assert "GiB of memory; the largest worker has 0.0 GiB" in warnings()
+        register(session, "cpu-1", DeviceClass.CPU, {"host_memory_bytes": 7 << 27, "disk_bytes": 1 << 40})
+    assert "GiB of memory; the largest worker has 0.9 GiB" in warnings()
     assert "disk" not in warnings()
     with api.database.transaction() as session:
         register(session, "cpu-2", DeviceClass.CPU, {"host_memory_bytes": 1 << 40, "disk_bytes": 1 << 40})
     assert "GiB" not in warnings()
+
+
+@pytest.mark.parametrize("query", ["", "?dry_run=true"])
+def test_a_job_that_no_worker_could_ever_hold_is_refused(api: Api, query: str) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny")
+    body = {"model": str(folder), "method": "signround", "device": "cpu"}
+    url = f"/v1/jobs{query}"
+    accepted = 200 if query else 202
+    assert api.client.post(url, json=body).status_code == accepted, "a larger worker may come"
+    with api.database.transaction() as session:
+        register(session, "gpu-1", DeviceClass.CUDA, {"host_memory_bytes": 1 << 40})
+        register(session, "cpu-1", DeviceClass.CPU, {"host_memory_bytes": 1 << 28, "disk_total_bytes": 1 << 40})
+    found = problem(api.client.post(url, json=body), 422, "exceeds_capacity")
+    assert "GiB of memory, and 0.2 GiB is what there is" in str(found["detail"])
+    assert found["hint"]
+    assert api.client.post(url, json={**body, "device": "any"}).status_code == accepted, "the GPU worker holds it"
+    with api.database.transaction() as session:
+        register(session, "cpu-2", DeviceClass.CPU, {"host_memory_bytes": 1 << 40, "disk_total_bytes": 1 << 10})
+    assert "disk" in str(problem(api.client.post(url, json=body), 422, "exceeds_capacity")["detail"])
+    with api.database.transaction() as session:
+        register(session, "cpu-3", DeviceClass.CPU, {})
+    assert api.client.post(url, json=body).status_code == accepted, "a worker that does not tell may hold it"
 
 
 def test_a_stored_local_path_is_the_real_one(api: Api) -> None:
