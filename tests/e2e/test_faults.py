@@ -93,6 +93,17 @@ def test_a_killed_broker_delays_and_loses_nothing(installed: Installation) -> No
     installed.wait_for_status(third, "succeeded")
 
 
+def test_a_killed_api_is_missed_by_nobody(installed: Installation) -> None:
+    """The job goes on without it, and a client that waits sees the end."""
+    job_id = installed.submit("block,sleep:2,file:a.json:{}")
+    installed.wait_for_status(job_id, "running")
+    installed["api"].kill()
+    installed.wait_for_status(job_id, "succeeded")
+    installed["api"].start()
+    assert installed.client.wait(job_id).status.value == "succeeded"
+    assert [artifact.path for artifact in installed.client.artifacts(job_id)] == ["a.json"]
+
+
 def test_cancel_by_http_frees_the_process_in_five_seconds(installed: Installation) -> None:
     job_id = installed.submit("block,spin")
     installed.log_event(job_id, "spinning")
