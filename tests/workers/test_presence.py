@@ -61,15 +61,18 @@ def test_only_old_folders_of_ended_jobs_are_pruned(sqlite_bench: Bench, tmp_path
     assert prune(tmp_path / "nothing", unused_seconds=0, in_use=lambda _: False) == []
 
 
-def test_a_presence_prunes_what_the_store_knows_to_have_ended(
-    sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(presence, "UNUSED_SECONDS", -1.0)
+def test_a_presence_prunes_what_the_store_knows_to_have_ended(sqlite_bench: Bench) -> None:
+    settings = sqlite_bench.context.settings
     queued, failed = sqlite_bench.submit("", priority=-1), sqlite_bench.submit("fail:unknown_module")
     sqlite_bench.run()
-    Workspace.of(sqlite_bench.context.settings.workspace_dir, queued).open()
+    Workspace.of(settings.workspace_dir, queued).open()
+    long_ago = time.time() - 8 * 86_400
+    for job_id in (queued, failed):
+        os.utime(sqlite_bench.workspace(job_id) / "used", (long_ago, long_ago))
+    patient = settings.model_copy(update={"workspace_retention_days": 9.0})
+    Presence(replace(sqlite_bench.context, settings=patient))._prune()
     assert sqlite_bench.workspace(failed).exists()
-    Presence(replace(sqlite_bench.context))._prune()
+    Presence(sqlite_bench.context)._prune()
     assert not sqlite_bench.workspace(failed).exists()
     assert sqlite_bench.workspace(queued).exists()
 
