@@ -56,7 +56,7 @@ class Retry(StrEnum):
 
     NEVER = "never"
     SMALLER = "smaller"  # one more attempt, with smaller micro-batches
-    LATER = "later"  # back to the queue after a delay, while attempts remain
+    LATER = "later"  # back to the queue after a delay, while retries remain
 
 
 class FieldProblem(BaseModel):
