@@ -66,6 +66,18 @@ def test_a_repeated_key_gives_the_same_job(any_api: Api) -> None:
     assert any_api.stranger.post("/v1/jobs", json=SHORTHAND, headers=headers).json()["id"] != first.json()["id"]
 
 
+def test_a_repeated_key_gives_the_job_even_if_it_would_be_refused_now(api: Api) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny")
+    body, headers = {**SHORTHAND, "model": str(folder)}, {"Idempotency-Key": "run-18"}
+    first = api.client.post("/v1/jobs", json=body, headers=headers)
+    (folder / "config.json").unlink()
+    problem(api.client.post("/v1/jobs", json=body), 422, "corrupt_checkpoint")
+    again = api.client.post("/v1/jobs", json=body, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert again.headers["idempotency-replayed"] == "true"
+    problem(api.client.post("/v1/jobs", json={**body, "bits": 8}, headers=headers), 422, "idempotency_key_reused")
+
+
 def test_cancel_retry_and_delete_follow_the_states(any_api: Api) -> None:
     job_id = any_api.submit()
     url = f"/v1/jobs/{job_id}"
