@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 import pytest
+from sqlalchemy import update
 
 from app.domain.errors import (
     AttemptKilled,
@@ -327,6 +328,29 @@ def test_a_retry_by_hand_starts_the_count_again(database: Database, tenant: str)
         with database.transaction() as session:
             job = JobRepository(session, tenant).retry(job_id)
             assert job.error is None
+
+
+def test_a_released_job_that_a_caller_cancelled_is_cancelled(database: Database, tenant: str) -> None:
+    job_id = add(database, tenant)
+    held = take(database)
+    with database.transaction() as session:
+        JobRepository(session, tenant).cancel(job_id)
+    with database.transaction() as session:
+        assert AttemptWriter(session, job_id, held.attempt).release() is JobStatus.CANCELLED
+    assert get(database, tenant, job_id).status is JobStatus.CANCELLED
+    assert try_take(database) is None
+
+
+def test_a_request_that_this_version_does_not_understand_stands_in_nobodys_way(database: Database, tenant: str) -> None:
+    stale, fine = add(database, tenant), add(database, tenant)
+    with database.transaction() as session:
+        stored = {**request().model_dump(mode="json"), "from_the_future": True}
+        session.execute(update(Job).where(Job.id == stale).values(request=stored))
+    assert take(database).job_id == fine
+    job = get(database, tenant, stale)
+    assert (job.status, job.worker_id) == (JobStatus.FAILED, None)
+    assert job.error is not None
+    assert job.error["code"] == "invalid_request"
 
 
 def test_a_released_job_waits_for_nobody_and_is_not_blamed(database: Database, tenant: str) -> None:
