@@ -82,5 +82,5 @@ class Presence:
                     told = {"version": version("bitwright"), **asdict(context.capacity)}
                     told.pop("device")
                     register(session, context.worker_id, context.device, told)
-        except Unavailable:
-            log.warning("heartbeat_failed")
+        except Exception as error:  # whatever it is: a worker without a heartbeat is rung for no more
+            log.warning("heartbeat_failed", error=type(error).__name__)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy.orm import Session
 
 from app.domain.jobs import DeviceClass
 from app.store.workers import forget_workers, list_workers
@@ -38,6 +39,24 @@ def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.Mon
     finally:
         me.stop()
     assert present(bench) == []
+
+
+def test_no_fault_ends_the_heartbeat(sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "HEARTBEAT_SECONDS", 0.05)
+    real, faults = presence.heartbeat, iter([RuntimeError("a driver's own")])
+
+    def sometimes(session: Session, worker_id: str) -> bool:
+        if fault := next(faults, None):
+            raise fault
+        return real(session, worker_id)
+
+    monkeypatch.setattr(presence, "heartbeat", sometimes)
+    me = Presence(sqlite_bench.context)
+    me.start()
+    try:
+        wait_for(lambda: present(sqlite_bench) == [sqlite_bench.context.worker_id], what="the second heartbeat")
+    finally:
+        me.stop()
 
 
 def test_a_worker_that_never_was_ready_leaves_nothing(bench: Bench) -> None:
