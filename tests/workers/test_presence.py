@@ -9,7 +9,7 @@ import pytest
 from sqlalchemy.orm import Session
 
 from app.domain.jobs import DeviceClass
-from app.store.workers import forget_workers, list_workers
+from app.store.workers import forget_workers, heartbeat, list_workers
 from tests.workers.bench import Bench, wait_for
 from workers import presence
 from workers.devices import capacity
@@ -43,12 +43,12 @@ def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.Mon
 
 def test_no_fault_ends_the_heartbeat(sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(presence, "HEARTBEAT_SECONDS", 0.05)
-    real, faults = presence.heartbeat, iter([RuntimeError("a driver's own")])
+    faults = iter([RuntimeError("a driver's own")])
 
     def sometimes(session: Session, worker_id: str) -> bool:
         if fault := next(faults, None):
             raise fault
-        return real(session, worker_id)
+        return heartbeat(session, worker_id)
 
     monkeypatch.setattr(presence, "heartbeat", sometimes)
     me = Presence(sqlite_bench.context)
