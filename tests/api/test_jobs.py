@@ -111,6 +111,9 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
     assert view["estimates"]["weights_quantized"] == linears
     assert view["estimates"]["bits_per_weight"] == 3 + 16 / 16
     assert view["estimates"]["seconds"]["cpu"] >= view["estimates"]["seconds"]["cuda"]
+    untuned = api.client.post("/v1/jobs?dry_run=true", json={"model": str(folder), "method": "rtn"}).json()
+    for name in ("host_memory_bytes", "device_memory_bytes"):
+        assert untuned["estimates"][name] < view["estimates"][name], "it keeps no calibration and tunes nothing"
     assert any("vllm does not load" in warning and "3 bits" in warning for warning in view["warnings"])
     assert api.client.get("/v1/jobs").json()["items"] == []
 

@@ -114,10 +114,11 @@ def test_parsing_leaves_the_body_alone() -> None:
     assert json.dumps(body) == before
 
 
+THERE_ARE = f"there are: {', '.join(METHODS)}"
 TABLE: list[tuple[str, dict[str, Any], str, str, str]] = [
-    ("unknown method", {**BASE, "method": "gptqq"}, "method", "unknown_method", "there are: rtn, signround"),
-    ("method no text", {**BASE, "method": 4}, "method", "unknown_method", "there are: rtn, signround"),
-    ("no method", {"model": "org/name"}, "method", "missing_field", "there are: rtn, signround"),
+    ("unknown method", {**BASE, "method": "gptqq"}, "method", "unknown_method", THERE_ARE),
+    ("method no text", {**BASE, "method": 4}, "method", "unknown_method", THERE_ARE),
+    ("no method", {"model": "org/name"}, "method", "missing_field", THERE_ARE),
     ("null method", {**BASE, "method": None}, "method", "missing_field", "there are: rtn"),
     (
         "no method inside",
@@ -342,7 +343,9 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     """Valid requests in either form."""
     method = draw(st.sampled_from([*METHODS, *RECIPES]))
     tuned = {"steps": st.integers(0, 500), "batch_size": st.integers(1, 64), "learning_rate": st.floats(0.001, 1)}
-    fields = draw(st.fixed_dictionaries({}, optional=SCHEMES | ({} if method == "rtn" else tuned)))
+    spec = METHODS[str(RECIPES.get(method, {}).get("method", method))].spec
+    known = {name: values for name, values in tuned.items() if name in spec.model_fields}
+    fields = draw(st.fixed_dictionaries({}, optional=SCHEMES | known))
     body: dict[str, Any] = draw(
         st.fixed_dictionaries(
             {"model": st.sampled_from(["org/name", "/models/x", "upl_0abc", {"source": "hub", "id": "gpt2"}])},
