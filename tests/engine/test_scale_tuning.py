@@ -15,7 +15,7 @@ from app.domain.events import AttemptLine, LogEvent, ProgressEvent, Stage, Warni
 from app.domain.methods import Scheme
 from tests.engine.conftest import run_job
 from tests.engine.random_models import LENGTH, VOCABULARY, save_random_model
-from workers.engine import output_head, scale_plan, scale_stage, scale_tuning
+from workers.engine import evaluation, scale_plan, scale_stage, scale_tuning
 from workers.engine.architectures import LAYOUTS
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import Checkpoint
@@ -105,7 +105,7 @@ def begin(task: ScaleTask, fit: Fit, check: Callable[[ScaleTuning], None]) -> No
 def test_the_gradient_is_autograds_through_the_whole_model(
     architecture: str, fit: Fit, ignored: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(output_head.LOGITS_AT_ONCE, "cpu", 7 * VOCABULARY)
+    monkeypatch.setitem(evaluation.LOGITS_AT_ONCE, "cpu", 7 * VOCABULARY)
     task, batch = make_task(tmp_path, architecture, torch.float64, ignored=ignored), torch.tensor([4, 0, 3, 1])
 
     def check(tuning: ScaleTuning) -> None:
@@ -181,7 +181,7 @@ def test_rates_rise_and_fall() -> None:
 
 
 def test_memory_decides_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(scale_plan.LOGITS_AT_ONCE, "cpu", 0)
+    monkeypatch.setitem(evaluation.LOGITS_AT_ONCE, "cpu", 0)
     task = make_task(tmp_path, "llama")
 
     def fit_of(memory: float, held: int = 0) -> Fit | Skipped:

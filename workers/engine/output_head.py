@@ -6,6 +6,7 @@ teacher's and the student's, and the gradient in place of the teacher's. The nor
 (`workers.numerics.divergence`).
 """
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ class OutputHead:
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL(teacher || student) summed over tokens, fp64; hidden states (batch, length, width)."""
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        for part, fixed in self._chunks(student, teacher):
+        for part, fixed in self._chunks(student.contiguous(), teacher):
             with torch.no_grad(), self._head(self.quantized):
                 total += divergence(self._logits(part), self._teacher(fixed))[0].sum(dtype=torch.float64)
         return total
@@ -58,9 +59,8 @@ class OutputHead:
         Of the sum, not of the mean: its numbers are of the size of probabilities, which half precision holds.
         """
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        gradient = torch.empty_like(student)
-        parts = torch.split(gradient.view(-1, gradient.shape[-1]), self.tokens_at_once)
-        for (part, fixed), out in zip(self._chunks(student, teacher), parts, strict=True):
+        student, gradient = student.contiguous(), torch.empty(student.shape, dtype=student.dtype, device=student.device)
+        for part, fixed, out in self._chunks(student, teacher, gradient):
             leaf, target = part.detach().requires_grad_(), self._teacher(fixed)
             with torch.enable_grad(), self._head(self.quantized):
                 logits = self._logits(leaf)
@@ -71,9 +71,10 @@ class OutputHead:
             total += each.sum(dtype=torch.float64)
         return total, gradient
 
-    def _chunks(self, student: Tensor, teacher: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        flat = (torch.split(hidden.flatten(0, -2), self.tokens_at_once) for hidden in (student, teacher))
-        return zip(*flat, strict=True)
+    def _chunks(self, *hidden: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Views of (tokens, width), of about equal size."""
+        count = math.ceil(hidden[0].shape[:-1].numel() / self.tokens_at_once)
+        return zip(*(torch.tensor_split(states.view(-1, states.shape[-1]), count) for states in hidden), strict=True)
 
     @torch.no_grad()
     def _teacher(self, hidden: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ evaluation    its quantized stream goes through all blocks again, with the weigh
 """
 
 import time
+from collections.abc import Callable
 
 from torch import Tensor
 
@@ -13,6 +14,7 @@ from app.domain.events import Stage
 from app.domain.report import ScaleReport
 from workers.engine.block_pass import BlockPass
 from workers.engine.plan import block_seed
+from workers.engine.reporter import Reporter
 from workers.engine.scale_plan import ScaleTask, Skipped
 from workers.engine.scale_tuning import ScaleOutcome, tune_scales
 from workers.engine.streams import Stream
@@ -43,6 +45,7 @@ def run_scale_stage(blocks: BlockPass, head: Tensor | None) -> ScaleReport | Non
 
 def _tune(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | None) -> ScaleReport | None:
     blocks.clock.enter(Stage.SCALES)
+    blocks.reporter.progress(Stage.SCALES, 0, steps, "steps")
     started = time.perf_counter()
     blocks.tuner.release()
     with blocks.model.loaded(blocks.model.layout.embeddings):
@@ -76,9 +79,20 @@ def _task(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | Non
         seed=block_seed(blocks.seed, "scales"),
         micro_batch=blocks.plan.micro_batch,
         held_bytes=sum(2 * s.original.nbytes for s in streams if s.original.device == model.device),
-        tick=lambda done: blocks.reporter.progress(Stage.SCALES, done, steps, "steps"),
+        tick=_progress(blocks.reporter, steps),
         log=blocks.reporter.log,
     )
+
+
+def _progress(reporter: Reporter, steps: int) -> Callable[[int], None]:
+    """Tells the steps done, and the time left at their rate from now on."""
+    started = time.monotonic()
+
+    def tell(done: int) -> None:
+        left = (time.monotonic() - started) * (steps - done) / done
+        reporter.progress(Stage.SCALES, done, steps, "steps", left)
+
+    return tell
 
 
 def _report(outcome: ScaleOutcome, steps: int, seconds: float) -> ScaleReport:
