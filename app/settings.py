@@ -99,6 +99,11 @@ class Settings(BaseSettings):
     job_retention_days: int | None = Field(
         default=None, ge=1, description="Final jobs older than this are deleted with their artifacts; unset: kept."
     )
+    workspace_retention_days: float = Field(
+        default=7.0,
+        ge=0,
+        description="So long a worker keeps what a retry of a failed or cancelled job goes on from.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="What a worker computes on.")
     worker_name: str = Field(default_factory=socket.gethostname, description="First part of a worker's id.")
 

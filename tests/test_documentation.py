@@ -15,6 +15,7 @@ from app.domain.errors import ERRORS, FieldProblem
 from app.domain.jobs import JobRequest
 from app.domain.methods import METHODS
 from app.domain.views import UploadRequest
+from app.settings import Settings
 from tests.command_lines import check_bitwright
 from tests.documentation import FILES, FOLDERS, PARTS, ROOT, with_part
 
@@ -149,6 +150,13 @@ def test_commands_can_be_given(path: Path) -> None:
     for words in mentions:
         if words[0] == "bitwright" and "--help" not in words:
             check_bitwright(words[1:], mention=True)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_variables_exist(path: Path) -> None:
+    known = {f"BITWRIGHT_{name.upper()}" for name in Settings.model_fields} | {"BITWRIGHT_URL", "BITWRIGHT_KEY"}
+    named = set(re.findall(r"BITWRIGHT_[A-Z_]*[A-Z]", path.read_text(encoding="utf-8")))
+    assert {name for name in named - known if not name.startswith("BITWRIGHT_TEST_")} == set()
 
 
 ERROR_ROW = re.compile(r"^\| `(\w+)` \| (\d{3}) \| (\w+) \| (.+?) \| .+ \|$", re.MULTILINE)

@@ -33,6 +33,8 @@ class Capacity:
     device_memory_bytes: int | None
     host_memory_bytes: int
     disk_bytes: int
+    """Free when the worker started."""
+    disk_total_bytes: int
 
 
 def capacity(wanted: str, workspace_dir: Path) -> Capacity:
@@ -45,12 +47,14 @@ def capacity(wanted: str, workspace_dir: Path) -> Capacity:
     if wanted == "cuda" and gpu is None:
         raise RuntimeError("BITWRIGHT_DEVICE is cuda, but torch finds no CUDA device")
     workspace_dir.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(workspace_dir)
     return Capacity(
         device=DeviceClass.CPU if gpu is None else DeviceClass.CUDA,
         device_name=None if gpu is None else str(gpu["name"]),
         device_memory_bytes=None if gpu is None else int(gpu["memory"]),
         host_memory_bytes=host_memory(),
-        disk_bytes=shutil.disk_usage(workspace_dir).free,
+        disk_bytes=disk.free,
+        disk_total_bytes=disk.total,
     )
 
 

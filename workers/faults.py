@@ -5,6 +5,9 @@ import sys
 
 from app.domain.errors import BitwrightError, CudaError, DiskFull, InternalError, OutOfGpuMemory, OutOfMemory
 
+GPU_EXHAUSTED = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""torch's allocator; what allocates past it (pinned memory, graphs); cuBLAS for its workspace."""
+
 
 def as_bitwright_error(error: BaseException) -> BitwrightError:
     """The error to report. torch's kinds are known by name, so that nothing is imported for it."""
@@ -14,13 +17,13 @@ def as_bitwright_error(error: BaseException) -> BitwrightError:
     text = str(error)
     first = text.splitlines()[0] if text else type(error).__name__
     hint = "fewer calibration samples, shorter sequences or a smaller batch_size need less"
-    if "OutOfMemoryError" in kinds or "CUDA out of memory" in text:
+    if "OutOfMemoryError" in kinds or any(words in text for words in GPU_EXHAUSTED):
         return OutOfGpuMemory(f"the GPU's memory was exhausted{_peak()}: {first}", hint=hint)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or _is(error, errno.ENOMEM):
         return OutOfMemory("the machine's memory was exhausted", hint=hint)
     if "AcceleratorError" in kinds or "CUDA error" in text or "CUBLAS_STATUS" in text:
         return CudaError(f"the GPU reported a fault: {first}")
-    if _is(error, errno.ENOSPC) or _is(error, errno.EDQUOT):
+    if _is(error, errno.ENOSPC) or _is(error, errno.EDQUOT) or "No space left on device" in text:  # safetensors' own
         return DiskFull("the worker's disk is full", hint="free space under the workspace folder, and retry")
     return InternalError(f"{type(error).__name__}; the attempt's log has more")
 

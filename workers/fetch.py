@@ -5,6 +5,7 @@ job; only safetensors, JSON and tokenizer files are taken; nothing that is fetch
 """
 
 import json
+import os
 import shutil
 import sys
 import threading
@@ -60,6 +61,7 @@ def main(arguments: list[str]) -> int:
     workspace = Path(arguments[0])
     try:
         order = FetchOrder.model_validate_json((workspace / "fetch.json").read_bytes())
+        leave_working_folder(workspace)
         report.write(fetch(order, workspace, report))
     except BaseException as error:
         known = as_bitwright_error(error)
@@ -67,6 +69,14 @@ def main(arguments: list[str]) -> int:
         report.fail(known)
         return EXIT_FAILED
     return 0
+
+
+def leave_working_folder(workspace: Path) -> None:
+    """Work in an empty folder: `datasets` takes an id that is also a path from here for that local folder."""
+    empty = workspace / "empty"
+    shutil.rmtree(empty, ignore_errors=True)
+    empty.mkdir()
+    os.chdir(empty)
 
 
 def fetch(order: FetchOrder, workspace: Path, report: ReportPipe) -> FetchedLine:

@@ -1,7 +1,7 @@
 """What a child process of the supervisor does so that it never outlives it, and how it reports.
 
 Standard input is the control pipe: the supervisor writes a byte a second. End of file means that it died; silence
-means that it is stopped or its machine was asleep, so that its lease may be gone. Either way the child ends at once.
+means that it is stopped, so that its lease may be gone. Either way the child ends at once, with all that it started.
 """
 
 import ctypes
@@ -10,10 +10,10 @@ import select
 import signal
 import sys
 import threading
-import time
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 import structlog
 
@@ -35,22 +35,32 @@ PR_SET_PDEATHSIG = 1
 
 
 def follow_supervisor() -> None:
-    """Arrange that this process ends with its supervisor. Call it before anything that takes time."""
-    with suppress(OSError, AttributeError):  # prctl is Linux's own; elsewhere the control pipe does the work
+    """Arrange that this process and all that it starts end with its supervisor. Call it first, before any thread.
+
+    The kernel ends this process when its supervisor dies. A guard, forked here, listens to the control pipe and ends
+    the whole process group; it needs nothing from this process, which may be deep in a computation or stopped.
+    """
+    if os.getpgrp() != os.getpid():
+        os.setpgrp()
+    with suppress(OSError, AttributeError):  # prctl is Linux's own; elsewhere the guard does the work
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != int(os.environ[SUPERVISOR_PID]):
         os._exit(EXIT_ABANDONED)
-    silence = float(os.environ[SILENCE_SECONDS])
-    threading.Thread(target=_watch_control, args=(sys.stdin.fileno(), silence), name="lifeline", daemon=True).start()
+    if os.fork() == 0:
+        _guard(sys.stdin.fileno(), float(os.environ[SILENCE_SECONDS]))
 
 
-def _watch_control(control: int, silence: float) -> None:
-    heard = time.monotonic()
-    while True:
-        readable, _, _ = select.select([control], [], [], max(0.0, heard + silence - time.monotonic()))
-        if not readable or not os.read(control, 4096):
-            os._exit(EXIT_ABANDONED)
-        heard = time.monotonic()
+def _guard(control: int, silence: float) -> NoReturn:
+    """End the process group, this process included, at end of file or after `silence` seconds without a byte."""
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        os.close(int(os.environ[REPORT_FD]))
+        while select.select([control], [], [], silence)[0] and os.read(control, 4096):
+            pass
+    finally:
+        os.killpg(0, signal.SIGKILL)
+    raise AssertionError("not reached")
 
 
 def prefer_for_oom_kill() -> None:

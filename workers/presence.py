@@ -16,8 +16,7 @@ from workers.workspace import prune
 
 HEARTBEAT_SECONDS = 10.0
 PRUNE_SECONDS = 3600.0
-UNUSED_SECONDS = 7 * 86_400.0
-"""So long a failed or cancelled job can be retried from its last block on the same machine."""
+DAY = 86_400.0
 
 log = structlog.get_logger(__name__)
 
@@ -66,8 +65,10 @@ class Presence:
             with self._context.database.reading() as session:
                 return not has_ended(session, job_id)
 
+        settings = self._context.settings
         try:
-            pruned = prune(self._context.settings.workspace_dir, unused_seconds=UNUSED_SECONDS, in_use=in_use)
+            unused = settings.workspace_retention_days * DAY
+            pruned = prune(settings.workspace_dir, unused_seconds=unused, in_use=in_use)
         except (Unavailable, OSError):
             log.warning("workspaces_not_pruned")
         else:
@@ -81,5 +82,5 @@ class Presence:
                     told = {"version": version("bitwright"), **asdict(context.capacity)}
                     told.pop("device")
                     register(session, context.worker_id, context.device, told)
-        except Unavailable:
-            log.warning("heartbeat_failed")
+        except Exception as error:  # whatever it is: a worker without a heartbeat is rung for no more
+            log.warning("heartbeat_failed", error=type(error).__name__)

@@ -23,6 +23,7 @@ MAX_LINE_BYTES = 32 << 20
 PULSE_SECONDS = 1.0
 GRACE_SECONDS = 1.0
 """Between asking a child to end and ending it."""
+ORPHAN_SECONDS = 1.0
 
 PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
 PASSED_ON_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "TORCH", "PYTORCH_", "TRITON_", "PYTHON")
@@ -144,6 +145,7 @@ class ChildProcess:
         if self._process.returncode is None:
             self._end_group(grace_seconds)
             self._process.wait()
+            self._reap_orphans()
         self._closing.set()
         return self._process.returncode
 
@@ -154,6 +156,14 @@ class ChildProcess:
         while not self.ended() and time.monotonic() < deadline:
             time.sleep(0.02)
         self._signal(signal.SIGKILL)
+
+    def _reap_orphans(self) -> None:
+        """As process 1 of a container, this process inherits what the child leaves behind, and must bury it."""
+        deadline = time.monotonic() + ORPHAN_SECONDS
+        with suppress(ChildProcessError):
+            while time.monotonic() < deadline:
+                if os.waitpid(-self.pid, os.WNOHANG) == (0, 0):
+                    time.sleep(0.01)
 
     def _signal(self, number: signal.Signals) -> None:
         with suppress(ProcessLookupError, PermissionError):

@@ -98,7 +98,7 @@ def under_roots(path: str, roots: Iterable[Path], *, field: str) -> Path:
     if not any(resolved.is_relative_to(root.resolve()) for root in roots):
         hint = "the service's operator names the allowed folders in BITWRIGHT_MODEL_ROOTS"
         raise SourceForbidden("the path lies under none of the allowed folders", field=field, value=path, hint=hint)
-    if not resolved.exists():
+    if not os.path.exists(resolved):  # Path.exists raises for a name that is too long
         raise SourceNotFound("there is no such path on the worker's machine", field=field, value=path)
     return resolved
 

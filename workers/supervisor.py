@@ -63,8 +63,7 @@ def _to_the_end(attempt: "_Attempt") -> JobStatus:
         attempt.write(lambda writer: writer.cancelled())
         return JobStatus.CANCELLED
     except WorkerStopping:
-        attempt.write(lambda writer: writer.release())
-        return JobStatus.QUEUED
+        return attempt.write(lambda writer: writer.release())
     except BitwrightError as error:
         log.warning("attempt_failed", code=error.code, detail=error.detail)
         return attempt.fail(error)

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 
 import structlog
 
-from app.domain.errors import BitwrightError, Unavailable
+from app.domain.errors import Unavailable
 from app.domain.jobs import DeviceClass
 from app.logs import configure_logging
 from app.queue import notify_workers
@@ -112,7 +112,7 @@ def run(sweep: Sweep, interval: float, stopping: threading.Event) -> None:
             sweep.round()
         except Unavailable:
             log.warning("database_unreachable")
-        except (BitwrightError, OSError):
+        except Exception:  # a bucket's or a driver's own kind, too
             log.exception("sweep_failed")
         stopping.wait(interval)
 

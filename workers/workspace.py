@@ -5,6 +5,7 @@ fetch.json        what the fetch is to do            state/            finished 
 fetched.json      the commit that the job is pinned to
 sources/          uploads and datasets, materialised attempt.log       what the processes say, JSON lines
 lock              held by the attempt                used              touched at every use; for retention
+empty/            where the fetch works
 """
 
 import shutil

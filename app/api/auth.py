@@ -32,12 +32,19 @@ def find_principal(
         hint = "send the header `Authorization: Bearer bw_…`; `bitwright keys create` makes a key"
         raise Unauthenticated("the request has no API key", hint=hint)
     with database.reading() as session:
-        principal = authenticate(session, credentials.credentials)
+        return authenticate(session, credentials.credentials)
+
+
+async def name_caller(principal: Annotated[Principal, Depends(find_principal)]) -> Principal:
+    """The caller, named on every log line of the request from here on.
+
+    A coroutine, because what a function binds in the thread pool ends with its call.
+    """
     structlog.contextvars.bind_contextvars(tenant_id=principal.tenant_id, key_id=principal.key_id)
     return principal
 
 
-Caller = Annotated[Principal, Depends(find_principal)]
+Caller = Annotated[Principal, Depends(name_caller)]
 
 
 def reader(principal: Caller) -> Principal:

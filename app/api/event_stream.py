@@ -59,7 +59,10 @@ async def stream_events(feed: EventFeed, source: JobEvents, newest: int, after: 
         yield f"retry: {RECONNECT_MILLISECONDS}\n\n".encode()
         replaying = True
         while True:
-            events, replaying = await _next_events(source, subscription, told, replaying)
+            try:
+                events, replaying = await _next_events(source, subscription, told, replaying)
+            except NotFound:  # deleted meanwhile
+                return
             for event in events:
                 yield encode(event)
                 told = event.sequence

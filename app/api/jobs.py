@@ -1,24 +1,23 @@
 """Jobs: submit, look, cancel, retry, delete."""
 
-from collections.abc import Mapping
 from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
 
 from app.api.auth import Reader, Submitter
-from app.api.capacity import capacity_warnings
+from app.api.capacity import capacity_warnings, require_capacity
 from app.api.deps import BlobsOf, DatabaseOf, MetricsOf, SettingsOf
 from app.api.documentation import problems, text_header
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
 from app.api.representations import job_view
-from app.domain.errors import InvalidRequest
 from app.domain.jobs import JobRequest, JobStatus
 from app.domain.views import JobView, Page, PreflightView
 from app.queue import notify_workers
 from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
+from app.store.models import Job
 from app.store.session import Database
 from app.store.uploads import UploadRepository
 from app.store.workers import list_workers
@@ -58,7 +57,7 @@ ACCEPTED = {
     responses={
         200: {"description": "Dry run: nothing is stored.", "model": PreflightView},
         202: ACCEPTED,
-        **problems("body_too_large", "idempotency_key_reused", *INPUT_PROBLEMS),
+        **problems("body_too_large", "idempotency_key_reused", "exceeds_capacity", *INPUT_PROBLEMS),
     },
 )
 def create_job(
@@ -81,47 +80,39 @@ def create_job(
     A local path must lie under a configured folder. A checkpoint that the service can see is looked at: its
     architecture, its shapes against the group size, its safetensors headers.
     """
-    refuse_nul(body)
     request = JobRequest.parse(body)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
     with database.reading() as session:
+        if idempotency is not None and not dry_run:
+            # Before anything is looked at: the model may be gone by now, and the job is there all the same.
+            earlier = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
+            if earlier is not None:
+                return _accepted(earlier, response)
         found = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+        alive = [state.worker for state in list_workers(session)]
+        require_capacity(found.request, found.estimates, alive)
         if dry_run:
-            alive = [state.worker for state in list_workers(session)]
             found.warnings += capacity_warnings(found.request, found.estimates, alive)
     if dry_run:
         view = PreflightView(request=found.request, estimates=found.estimates, warnings=found.warnings)
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
         job = JobRepository(session, principal.tenant_id).add(found.request, idempotency=idempotency)
-        view_of_job = job_view(job, [])
+        view_of_job = _accepted(job, response)
+    if not job.replayed:
+        metrics.submitted.labels(job.method).inc()
+        log.info("job_queued", job_id=job.id, method=job.method, device=job.device)
+        # After the commit, and after the answer: a broker that is down keeps no caller waiting.
+        background.add_task(notify_workers, job.device)
+    return view_of_job
+
+
+def _accepted(job: Job, response: Response) -> JobView:
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["Retry-After"] = str(POLL_AFTER_SECONDS)
     if job.replayed:
         response.headers["Idempotency-Replayed"] = "true"
-        return view_of_job
-    metrics.submitted.labels(job.method).inc()
-    log.info("job_queued", job_id=job.id, tenant_id=principal.tenant_id, method=job.method, device=job.device)
-    # After the commit, and after the answer: a broker that is down keeps no caller waiting.
-    background.add_task(notify_workers, job.device)
-    return view_of_job
-
-
-def refuse_nul(value: object, path: str = "") -> None:
-    """Refuse U+0000 in any text of the body: no file name or database text can hold it.
-
-    Raises:
-        InvalidRequest: with the path of the first one.
-    """
-    if isinstance(value, str) and "\0" in value:
-        raise InvalidRequest(f"{path or 'body'}: a text may not hold the character U+0000", field=path or "body")
-    if isinstance(value, Mapping):
-        for key, item in value.items():
-            refuse_nul(key, path)
-            refuse_nul(item, f"{path}.{key}" if path else str(key))
-    elif isinstance(value, list):
-        for index, item in enumerate(value):
-            refuse_nul(item, f"{path}.{index}" if path else str(index))
+    return job_view(job, [])
 
 
 @router.get(

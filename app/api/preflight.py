@@ -167,7 +167,7 @@ def _resolve_path(found: Preflight, given: str, settings: Settings, path: str) -
         found.add(SourceForbidden(f"{given} is outside the folders that may be read", value=given, hint=hint), path)
         return None
     real = Path(os.path.realpath(expanded))
-    if not real.exists():
+    if not os.path.exists(real):  # Path.exists raises for a name that is too long
         if any(root.is_dir() and real.is_relative_to(os.path.realpath(root)) for root in roots):
             found.add(SourceNotFound(f"there is nothing at {given}", value=given, hint="check the path"), path)
             return None

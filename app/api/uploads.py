@@ -199,12 +199,16 @@ def complete_upload(
     upload_id: str, principal: Submitter, settings: SettingsOf, database: DatabaseOf, blobs: BlobsOf
 ) -> UploadView:
     """Check every file against its hash, and every line of a text, and make the upload usable. May be repeated."""
-    with database.reading() as session:
-        upload = UploadRepository(session, principal.tenant_id).get(upload_id)
+    upload = _read(database, principal.tenant_id, upload_id)
     if upload.complete:
         return upload_view(upload)
     parts = PartsFolder(settings.upload_dir, upload.id)
     with parts.locked():
+        # Read again under the lock: another request may just have completed it, and its parts are gone.
+        upload = _read(database, principal.tenant_id, upload_id)
+        if upload.complete:
+            parts.remove()
+            return upload_view(upload)
         _require_all_bytes(upload)
         for file in upload.files:
             _keep(file, parts, database, blobs)
@@ -213,6 +217,11 @@ def complete_upload(
     parts.remove()
     log.info("upload_completed", upload_id=upload_id, files=len(view.files))
     return view
+
+
+def _read(database: Database, tenant_id: str, upload_id: str) -> Upload:
+    with database.reading() as session:
+        return UploadRepository(session, tenant_id).get(upload_id)
 
 
 def _require_all_bytes(upload: Upload) -> None:

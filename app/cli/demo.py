@@ -27,7 +27,7 @@ HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
 HUB_SECONDS = 2.0
 PROMPT = "The list of built-in functions"
 
-SAMPLES, SEQUENCE_LENGTH, BATCH_SIZE = 64, 256, 4
+SAMPLES, SEQUENCE_LENGTH, BATCH_SIZE = 64, 256, 2
 EVALUATION = {"num_samples": 16, "sequence_length": 512}
 """Little text, so that two processor cores are done in minutes; a job of your own takes its preset's sizes."""
 
@@ -44,7 +44,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(help="Tuning steps a block.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = SAMPLES,
     sequence_length: Annotated[int, typer.Option(help="Tokens a calibration sequence.")] = SEQUENCE_LENGTH,
-    batch_size: Annotated[int | None, typer.Option(help="Sequences a tuning step.", show_default="4")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Sequences a tuning step.", show_default="2")] = None,
     format: Annotated[list[str] | None, typer.Option("--format", help="Checkpoint format.")] = None,
     seed: Annotated[int | None, typer.Option(help="Same request and seed: same codes.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")] = None,

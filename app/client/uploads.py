@@ -3,12 +3,13 @@
 import re
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from app.client.downloads import OnBytes, sha256_of
 from app.client.transport import Transport
-from app.domain.errors import Conflict, RequestError, Unavailable
+from app.domain.errors import Conflict, RequestError, RequestInProgress, Unavailable
 from app.domain.views import UploadFileSpec, UploadFileView, UploadView
 
 PART_BYTES = 8 << 20
@@ -41,12 +42,16 @@ def send_files(transport: Transport, upload: UploadView, files: Sequence[Path], 
         if remote.name not in local:
             raise RequestError(f"upload {upload.id} wants a file named {remote.name}", field="files")
         _send_file(transport, upload.id, remote, local[remote.name], on_bytes)
-    response = transport.send("POST", f"/v1/uploads/{upload.id}/complete", headers=_same_every_time(upload.id))
-    return UploadView.model_validate_json(response.content)
+    return _complete(transport, upload.id)
 
 
-def _same_every_time(upload_id: str) -> dict[str, str]:
-    return {"Idempotency-Key": f"complete-{upload_id}"}
+def _complete(transport: Transport, upload_id: str) -> UploadView:
+    """Wait until the service has checked every byte, however long that takes: it says that it is at it."""
+    while True:
+        with suppress(RequestInProgress):
+            headers = {"Idempotency-Key": f"complete-{upload_id}"}
+            response = transport.send("POST", f"/v1/uploads/{upload_id}/complete", headers=headers)
+            return UploadView.model_validate_json(response.content)
 
 
 def _send_file(transport: Transport, upload_id: str, remote: UploadFileView, path: Path, on_bytes: OnBytes) -> None:

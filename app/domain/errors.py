@@ -15,6 +15,7 @@ BitwrightError
 |   |-- RangeNotSatisfiable   416  range_not_satisfiable
 |   |-- InvalidRequest        422  invalid_request       all problems at once in `errors`
 |   |-- KeyReused             422  idempotency_key_reused
+|   |-- ExceedsCapacity       422  exceeds_capacity      no worker could ever hold the job
 |   `-- TooManyRequests       429  too_many_requests
 |-- InputError                the job's model or data cannot be used     (job fails at once)
 |   |-- SourceNotFound             source_not_found
@@ -55,7 +56,7 @@ class Retry(StrEnum):
 
     NEVER = "never"
     SMALLER = "smaller"  # one more attempt, with smaller micro-batches
-    LATER = "later"  # back to the queue after a delay, while attempts remain
+    LATER = "later"  # back to the queue after a delay, while retries remain
 
 
 class FieldProblem(BaseModel):
@@ -171,6 +172,10 @@ class InvalidRequest(RequestError):
 
 class KeyReused(RequestError):
     code, title, status = "idempotency_key_reused", "The Idempotency-Key was used for another request", 422
+
+
+class ExceedsCapacity(RequestError):
+    code, title, status = "exceeds_capacity", "No worker could hold the job", 422
 
 
 class TooManyRequests(RequestError):

@@ -19,7 +19,7 @@ from app.domain.sources import BuiltinText, DatasetSource, ModelSource
 
 __all__ = [
     "FINAL_STATUSES",
-    "MAX_ATTEMPTS_WITHOUT_PROGRESS",
+    "MAX_RETRIES_WITHOUT_PROGRESS",
     "SHORTHAND",
     "TRANSITIONS",
     "Calibration",
@@ -58,7 +58,8 @@ TRANSITIONS: MappingProxyType[JobStatus, frozenset[JobStatus]] = MappingProxyTyp
 
 FINAL_STATUSES = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
 
-MAX_ATTEMPTS_WITHOUT_PROGRESS = 3
+MAX_RETRIES_WITHOUT_PROGRESS = 3
+"""After the first attempt of a row of attempts that finish no new block: three retries, four attempts in all."""
 
 
 class DeviceClass(StrEnum):

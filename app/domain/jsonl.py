@@ -1,7 +1,7 @@
 """Texts as JSONL: what a line may be. An upload is judged by it when it is completed, a calibration when it reads."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import BinaryIO
 
 from app.domain.errors import InvalidDataset
@@ -11,21 +11,27 @@ WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion"
 
 
 def check_jsonl(stream: BinaryIO, name: str) -> int:
-    """The number of records of a JSONL file; `name` is for messages.
+    """The number of records of a JSONL file. Raises as `read_records`."""
+    return sum(1 for _ in read_records(stream, name))
+
+
+def read_records(stream: BinaryIO, name: str) -> Iterator[Mapping[str, object]]:
+    """The records of a JSONL file, one after the other; `name` is for messages.
+
+    A record holds `text`, or `prompt` and `completion`, or `messages`; of several, the first of these counts.
 
     Raises:
         InvalidDataset: a line, named by its number, is no record, or there is none at all.
     """
-    records = 0
+    found = False
     for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
         if len(line) > MAX_LINE_BYTES:
             raise bad_line(name, number, f"longer than {MAX_LINE_BYTES} bytes", line)
         if line.strip():
-            parse_record(line, number, name)
-            records += 1
-    if not records:
-        raise InvalidDataset(f"{name} holds no text", field=name, hint=WANTED)
-    return records
+            found = True
+            yield parse_record(line, number, name)
+    if not found:
+        raise InvalidDataset(f"{name} holds no text", field=name, value=name, hint=WANTED)
 
 
 def parse_record(line: bytes, number: int, name: str) -> Mapping[str, object]:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pydantic import ValidationError
 from sqlalchemy import ColumnElement, case, delete, func, insert, select, update
 from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from app.domain.errors import AttemptSuperseded, BitwrightError
+from app.domain.errors import AttemptSuperseded, BitwrightError, InvalidRequest
 from app.domain.events import AttemptEvent, BlockEvent, ProgressEvent
 from app.domain.jobs import FINAL_STATUSES, DeviceClass, JobRequest, JobStatus
 from app.domain.report import Report
@@ -54,7 +55,31 @@ def claim(session: Session, *, worker_id: str, device_class: DeviceClass, lease_
 
     Highest priority first, then the tenant with the fewest running jobs, then the oldest. On PostgreSQL, rows that
     another claim has locked are skipped; on SQLite, one transaction writes at a time.
+
+    A job whose request another version of the service stored and this one does not understand fails, and the next one
+    is taken: it must not stand in the way of all others.
     """
+    while (job := _take(session, worker_id, device_class, lease_seconds)) is not None:
+        try:
+            asked = JobRequest.model_validate(job.request)
+        except ValidationError as error:
+            detail = (
+                f"this version of the service does not understand the stored request: {error.error_count()} problems"
+            )
+            end_with_error(session, job, InvalidRequest(detail, field="request", hint="submit the job again"))
+            continue
+        return Claim(
+            job_id=job.id,
+            tenant_id=job.tenant_id,
+            attempt=job.attempt,
+            request=asked,
+            micro_batch_divisor=job.micro_batch_divisor,
+            created_at=job.created_at,
+        )
+    return None
+
+
+def _take(session: Session, worker_id: str, device_class: DeviceClass, lease_seconds: float) -> Job | None:
     held = {
         "attempt": Job.attempt + 1,
         "fruitless_attempts": Job.fruitless_attempts + 1,
@@ -69,15 +94,7 @@ def claim(session: Session, *, worker_id: str, device_class: DeviceClass, lease_
     number = {"job_id": entered.job_id, "number": entered.attempt, "tenant_id": entered.tenant_id}
     session.add(Attempt(**number, worker_id=worker_id, status=JobStatus.RUNNING))
     session.flush()
-    job = session.get_one(Job, entered.job_id, populate_existing=True)
-    return Claim(
-        job_id=job.id,
-        tenant_id=job.tenant_id,
-        attempt=job.attempt,
-        request=JobRequest.model_validate(job.request),
-        micro_batch_divisor=job.micro_batch_divisor,
-        created_at=job.created_at,
-    )
+    return session.get_one(Job, entered.job_id, populate_existing=True)
 
 
 def has_ended(session: Session, job_id: str) -> bool:
@@ -191,12 +208,19 @@ class AttemptWriter:
             raise self._superseded()
         close_attempt(self._session, self._job_id, self._attempt, JobStatus.CANCELLED)
 
-    def release(self) -> None:
-        """Give the job back at once and uncounted: the worker shuts down, and neither it nor the job is at fault."""
+    def release(self) -> JobStatus:
+        """Give the job back at once and uncounted: the worker shuts down, and neither it nor the job is at fault.
+
+        A job that a caller asked to cancel is cancelled. The job's new status.
+        """
         job = self._locked()
+        if job.cancel_requested:
+            self.cancelled()
+            return JobStatus.CANCELLED
         values = {"available_at": now(), "fruitless_attempts": max(job.fruitless_attempts - 1, 0), **NOT_RUNNING}
         enter(self._session, JobStatus.QUEUED, *self._fence(), values=values)
         close_attempt(self._session, self._job_id, self._attempt, JobStatus.QUEUED)
+        return JobStatus.QUEUED
 
     def _fence(self) -> tuple[ColumnElement[bool], ...]:
         return (

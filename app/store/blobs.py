@@ -73,6 +73,9 @@ class BlobStore(Protocol):
     def modified(self, sha256: str) -> datetime | None:
         """When the blob was last put; None if it is not there."""
 
+    def tidy(self, before: datetime) -> None:
+        """Remove what a `put` that was killed has left, if nobody has written to it since `before`."""
+
 
 def open_blobs(url: str) -> BlobStore:
     """The store at `url`: a folder (`file:///folder` or a path), or `s3://bucket/prefix` and the like."""
@@ -145,6 +148,8 @@ class FolderBlobs:
     def entries(self) -> Iterator[BlobEntry]:
         """See `BlobStore.entries`."""
         for place in self._folder.glob("[0-9a-f][0-9a-f]/*"):
+            if not SHA256_SHAPE.fullmatch(place.name):  # a file system's own, such as NFS's .nfs0000...
+                continue
             with suppress(FileNotFoundError):
                 status = place.stat()
                 yield BlobEntry(place.name, status.st_size, datetime.fromtimestamp(status.st_mtime, UTC))
@@ -155,6 +160,13 @@ class FolderBlobs:
             return datetime.fromtimestamp(self._place(sha256).stat().st_mtime, UTC)
         except FileNotFoundError:
             return None
+
+    def tidy(self, before: datetime) -> None:
+        """See `BlobStore.tidy`."""
+        for file in self._incoming.iterdir():
+            with suppress(FileNotFoundError):
+                if file.stat().st_mtime < before.timestamp():
+                    file.unlink()
 
     def _place(self, sha256: str) -> Path:
         return self._folder / _checked(sha256)[:2] / sha256
@@ -228,6 +240,9 @@ class BucketBlobs:
             return cast(datetime, obstore.head(self._store, _key(sha256))["last_modified"])
         except FileNotFoundError:
             return None
+
+    def tidy(self, before: datetime) -> None:
+        """See `BlobStore.tidy`: the parts of an upload that was not completed are the bucket's own to expire."""
 
 
 class _BucketReader(RawIOBase):

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.domain.errors import BitwrightError, Retry, WorkerLost
 from app.domain.events import ErrorData
-from app.domain.jobs import MAX_ATTEMPTS_WITHOUT_PROGRESS, JobStatus
+from app.domain.jobs import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
 from app.domain.report import Report
 from app.store.clock import now, seconds_from_now
 from app.store.documents import document
@@ -69,7 +69,7 @@ def _verdict(job: Job, error: BitwrightError) -> tuple[JobStatus, Mapping[str, o
     if error.retry is Retry.SMALLER and job.micro_batch_divisor < SMALLER_DIVISOR:
         smaller = job.micro_batch_divisor * SMALLER_DIVISOR
         return JobStatus.QUEUED, {"micro_batch_divisor": smaller, "available_at": now()}
-    if error.retry is Retry.LATER and job.fruitless_attempts <= MAX_ATTEMPTS_WITHOUT_PROGRESS:
+    if error.retry is Retry.LATER and job.fruitless_attempts <= MAX_RETRIES_WITHOUT_PROGRESS:
         return JobStatus.QUEUED, {"available_at": seconds_from_now(back_off(job.fruitless_attempts))}
     return JobStatus.FAILED, {}
 

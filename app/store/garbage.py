@@ -1,8 +1,10 @@
 """What nobody needs any more: expired rows, and blobs that no row names."""
 
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
+from itertools import islice
 
-from sqlalchemy import delete, exists, select
+from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
 from app.domain.jobs import FINAL_STATUSES
@@ -11,8 +13,9 @@ from app.store.clock import now, seconds_from_now
 from app.store.models import Artifact, IdempotencyKey, Job, Upload, UploadFile
 from app.store.session import Database
 
-GRACE_SECONDS = 3600.0
-"""A blob is stored before the row that names it is committed; one put more recently than this is left alone."""
+GRACE_SECONDS = 24 * 3600.0
+"""A blob is stored before the row that names it is committed, and a large checkpoint or upload takes hours to store."""
+HASHES_A_QUERY = 500
 
 
 def remove_expired_keys(session: Session) -> None:
@@ -29,27 +32,27 @@ def remove_old_jobs(session: Session, *, older_than_seconds: float) -> list[str]
 def collect_blobs(database: Database, blobs: BlobStore, *, grace_seconds: float = GRACE_SECONDS) -> list[str]:
     """Delete the blobs that no artifact and no complete upload names; their hashes."""
     before = datetime.now(UTC) - timedelta(seconds=grace_seconds)
+    blobs.tidy(before)
     deleted = []
-    for entry in blobs.entries():
-        if entry.modified >= before:
-            continue
+    old = (entry.sha256 for entry in blobs.entries() if entry.modified < before)
+    while some := list(islice(old, HASHES_A_QUERY)):
         with database.reading() as session:
-            if is_referenced(session, entry.sha256):
-                continue
-        # Asked again: the bytes may have been put anew since they were listed.
-        modified = blobs.modified(entry.sha256)
-        if modified is not None and modified < before:
-            blobs.delete(entry.sha256)
-            deleted.append(entry.sha256)
+            unnamed = set(some) - named_blobs(session, some)
+        for sha256 in sorted(unnamed):
+            # Asked again: the bytes may have been put anew since they were listed.
+            modified = blobs.modified(sha256)
+            if modified is not None and modified < before:
+                blobs.delete(sha256)
+                deleted.append(sha256)
     return deleted
 
 
-def is_referenced(session: Session, sha256: str) -> bool:
-    """Whether an artifact or a complete upload of any tenant names these bytes."""
-    artifact = exists().where(Artifact.sha256 == sha256)
-    upload = (
-        exists()
-        .where(UploadFile.sha256 == sha256)
-        .where(Upload.id == UploadFile.upload_id, Upload.completed_at.is_not(None))
+def named_blobs(session: Session, hashes: Collection[str]) -> set[str]:
+    """Those of the hashes that an artifact or a complete upload of any tenant names."""
+    artifacts = select(Artifact.sha256).where(Artifact.sha256.in_(hashes))
+    uploads = (
+        select(UploadFile.sha256)
+        .join(Upload, Upload.id == UploadFile.upload_id)
+        .where(UploadFile.sha256.in_(hashes), Upload.completed_at.is_not(None))
     )
-    return bool(session.scalar(select(artifact | upload)))
+    return set(session.scalars(artifacts)) | set(session.scalars(uploads))

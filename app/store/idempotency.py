@@ -8,7 +8,7 @@ from typing import Self
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.domain.errors import InvalidRequest, KeyReused
+from app.domain.errors import Conflict, InvalidRequest, KeyReused
 from app.domain.jobs import JobRequest
 from app.store.clock import now, seconds_from_now
 from app.store.models import IdempotencyKey
@@ -47,6 +47,7 @@ def take_key(session: Session, tenant_id: str, idempotency: Idempotency, job_id:
 
     Raises:
         KeyReused: the key stands for another request.
+        Conflict: it ended to stand for one while this looked.
     """
     fresh = {
         "fingerprint": idempotency.fingerprint,
@@ -64,8 +65,23 @@ def take_key(session: Session, tenant_id: str, idempotency: Idempotency, job_id:
     )
     if session.execute(statement).one_or_none() is not None:
         return job_id
+    standing = find_key(session, tenant_id, idempotency)
+    if standing is None:
+        raise Conflict("the earlier job of this Idempotency-Key has just been deleted; send the request again")
+    return standing
+
+
+def find_key(session: Session, tenant_id: str, idempotency: Idempotency) -> str | None:
+    """The id of the job that the key stands for now; None if it is free.
+
+    Raises:
+        KeyReused: the key stands for another request.
+    """
     mine = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == idempotency.key)
-    earlier = session.execute(select(IdempotencyKey.job_id, IdempotencyKey.fingerprint).where(*mine)).one()
+    query = select(IdempotencyKey.job_id, IdempotencyKey.fingerprint).where(*mine, IdempotencyKey.expires_at > now())
+    earlier = session.execute(query).one_or_none()
+    if earlier is None:
+        return None
     if earlier.fingerprint != idempotency.fingerprint:
         detail = "this Idempotency-Key was used for another request in the last 24 hours; use a new key"
         raise KeyReused(detail, field="Idempotency-Key", value=idempotency.key)

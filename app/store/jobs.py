@@ -11,7 +11,7 @@ from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, NotFo
 from app.domain.jobs import FINAL_STATUSES, JobRequest, JobStatus
 from app.domain.sources import LocalModel, ModelSource, UploadedModel, UploadedText
 from app.store.clock import now
-from app.store.idempotency import Idempotency, take_key
+from app.store.idempotency import Idempotency, find_key, take_key
 from app.store.ids import is_id, new_id, require_id
 from app.store.models import Attempt, Job, JobLabel, JobUpload, Upload
 from app.store.status import begin, enter
@@ -57,6 +57,19 @@ class JobRepository:
             self._session.add(JobUpload(job_id=job_id, tenant_id=self._tenant_id, upload_id=upload_id))
         self._session.flush()
         return self.get(job_id)
+
+    def find_replayed(self, idempotency: Idempotency) -> Job | None:
+        """The job that an earlier request with this key made, with `replayed` set; None if the key is free.
+
+        Raises:
+            KeyReused: the key was used for another request.
+        """
+        standing = find_key(self._session, self._tenant_id, idempotency)
+        if standing is None:
+            return None
+        earlier = self.get(standing)
+        earlier.replayed = True
+        return earlier
 
     def get(self, job_id: str) -> Job:
         """The job as it is now.

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from app.domain.errors import shorten
 from tests.api.checkpoints import CONFIG, safetensors, with_header, write_checkpoint, write_index
 from tests.api.conftest import SHORTHAND, Api, problem
 
@@ -22,7 +23,7 @@ BODIES: list[tuple[str, Any, str, str]] = [
     ("no model", {"method": "rtn"}, "missing_field", "model"),
     ("no method", {"model": "org/model"}, "missing_field", "method"),
     ("no Hub id", {**SHORTHAND, "model": "org/../model"}, "invalid_value", "model"),
-    ("NUL in a text", {**SHORTHAND, "metadata": {"a": "b\0"}}, "invalid_request", "metadata.a"),
+    ("NUL in a text", {**SHORTHAND, "metadata": {"a": "b\0"}}, "invalid_value", "metadata.a"),
     ("too many labels", {**SHORTHAND, "metadata": {str(i): "" for i in range(17)}}, "out_of_range", "metadata"),
 ]
 
@@ -196,6 +197,7 @@ def test_an_override_that_does_not_divide_is_named(api: Api) -> None:
         ("./models", "source_forbidden", "absolute"),
         ("{models}/none", "source_not_found", "nothing at"),
         ("{models}/file", "source_not_found", "folder"),
+        ("{models}/" + 300 * "x", "source_not_found", "nothing at"),
     ],
 )
 def test_a_path_must_lie_under_a_root_and_be_there(api: Api, path: str, code: str, says: str) -> None:
@@ -205,7 +207,7 @@ def test_a_path_must_lie_under_a_root_and_be_there(api: Api, path: str, code: st
     (models / "file").write_text("")
     given = path.format(models=models)
     found = problem(api.client.post("/v1/jobs", json={**SHORTHAND, "model": given}), 422, code)
-    assert (found["field"], found["value"]) == ("model.path", given)
+    assert (found["field"], found["value"]) == ("model.path", shorten(given))
     assert says in str(found["detail"])
 
 

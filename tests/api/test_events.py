@@ -11,6 +11,7 @@ import pytest
 import uvicorn
 
 from app.api.event_feed import BACKLOG, EventFeed
+from app.api.event_stream import JobEvents, stream_events
 from app.api.events import accepts_stream
 from app.api.main import create_app
 from app.domain.errors import InvalidDataset, TooManyRequests
@@ -178,6 +179,19 @@ def test_one_poll_feeds_all_streams() -> None:
         assert feed.streams == 0
 
     asyncio.run(scenario())
+
+
+def test_a_stream_of_a_job_that_is_deleted_ends(api: Api) -> None:
+    job_id = api.submit()
+    api.client.post(f"/v1/jobs/{job_id}/cancel")
+    assert api.client.delete(f"/v1/jobs/{job_id}").status_code == 204
+
+    async def scenario() -> list[bytes]:
+        feed = EventFeed(lambda _: [], poll_seconds=1, max_streams=3)
+        source = JobEvents(api.database, api.tenant_id, job_id)
+        return [chunk async for chunk in stream_events(feed, source, newest=2, after=0)]
+
+    assert asyncio.run(scenario()) == [b"retry: 2000\n\n"]
 
 
 def test_a_slow_stream_is_told_to_replay_and_costs_no_memory() -> None:

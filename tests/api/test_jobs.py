@@ -66,6 +66,18 @@ def test_a_repeated_key_gives_the_same_job(any_api: Api) -> None:
     assert any_api.stranger.post("/v1/jobs", json=SHORTHAND, headers=headers).json()["id"] != first.json()["id"]
 
 
+def test_a_repeated_key_gives_the_job_even_if_it_would_be_refused_now(api: Api) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny")
+    body, headers = {**SHORTHAND, "model": str(folder)}, {"Idempotency-Key": "run-18"}
+    first = api.client.post("/v1/jobs", json=body, headers=headers)
+    (folder / "config.json").unlink()
+    problem(api.client.post("/v1/jobs", json=body), 422, "corrupt_checkpoint")
+    again = api.client.post("/v1/jobs", json=body, headers=headers)
+    assert (again.status_code, again.json()["id"]) == (202, first.json()["id"])
+    assert again.headers["idempotency-replayed"] == "true"
+    problem(api.client.post("/v1/jobs", json={**body, "bits": 8}, headers=headers), 422, "idempotency_key_reused")
+
+
 def test_cancel_retry_and_delete_follow_the_states(any_api: Api) -> None:
     job_id = any_api.submit()
     url = f"/v1/jobs/{job_id}"
@@ -129,12 +141,34 @@ def test_a_dry_run_tells_what_the_workers_cannot_hold(api: Api) -> None:
     assert "no cpu worker is alive" in warnings()
     with api.database.transaction() as session:
         register(session, "gpu-1", DeviceClass.CUDA, {"host_memory_bytes": 1 << 40})
-        register(session, "cpu-1", DeviceClass.CPU, {"host_memory_bytes": 1 << 20, "disk_bytes": 1 << 40})
-    assert "GiB of memory; the largest worker has 0.0 GiB" in warnings()
+        register(session, "cpu-1", DeviceClass.CPU, {"host_memory_bytes": 7 << 27, "disk_bytes": 1 << 40})
+    assert "GiB of memory; the largest worker has 0.9 GiB" in warnings()
     assert "disk" not in warnings()
     with api.database.transaction() as session:
         register(session, "cpu-2", DeviceClass.CPU, {"host_memory_bytes": 1 << 40, "disk_bytes": 1 << 40})
     assert "GiB" not in warnings()
+
+
+@pytest.mark.parametrize("query", ["", "?dry_run=true"])
+def test_a_job_that_no_worker_could_ever_hold_is_refused(api: Api, query: str) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny")
+    body = {"model": str(folder), "method": "signround", "device": "cpu"}
+    url = f"/v1/jobs{query}"
+    accepted = 200 if query else 202
+    assert api.client.post(url, json=body).status_code == accepted, "a larger worker may come"
+    with api.database.transaction() as session:
+        register(session, "gpu-1", DeviceClass.CUDA, {"host_memory_bytes": 1 << 40})
+        register(session, "cpu-1", DeviceClass.CPU, {"host_memory_bytes": 1 << 28, "disk_total_bytes": 1 << 40})
+    found = problem(api.client.post(url, json=body), 422, "exceeds_capacity")
+    assert "GiB of memory, and 0.2 GiB is what there is" in str(found["detail"])
+    assert found["hint"]
+    assert api.client.post(url, json={**body, "device": "any"}).status_code == accepted, "the GPU worker holds it"
+    with api.database.transaction() as session:
+        register(session, "cpu-2", DeviceClass.CPU, {"host_memory_bytes": 1 << 40, "disk_total_bytes": 1 << 10})
+    assert "disk" in str(problem(api.client.post(url, json=body), 422, "exceeds_capacity")["detail"])
+    with api.database.transaction() as session:
+        register(session, "cpu-3", DeviceClass.CPU, {})
+    assert api.client.post(url, json=body).status_code == accepted, "a worker that does not tell may hold it"
 
 
 def test_a_stored_local_path_is_the_real_one(api: Api) -> None:

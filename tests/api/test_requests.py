@@ -37,6 +37,15 @@ def test_a_reader_may_not_submit(api: Api) -> None:
         assert "submit" in str(found["detail"])
 
 
+def test_every_line_of_a_request_names_its_caller(api: Api, capsys: pytest.CaptureFixture[str]) -> None:
+    api.submit()
+    lines = [line for line in capsys.readouterr().out.splitlines() if "job_queued" in line or "request_served" in line]
+    assert len(lines) == 2
+    for line in lines:
+        assert f"tenant_id='{api.tenant_id}'" in line
+        assert "key_id='key_" in line
+
+
 def test_unknown_paths_and_methods_are_problems(api: Api) -> None:
     problem(api.client.get("/v1/nothing"), 404, "not_found")
     answer = api.client.put("/v1/jobs")

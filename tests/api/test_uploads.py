@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,25 @@ def test_parts_make_a_file_and_a_text_calibrates_a_job(any_api: Api) -> None:
     any_api.client.post(f"/v1/jobs/{job_id}/cancel")
     assert any_api.client.delete(f"/v1/uploads/{upload_id}").status_code == 204
     problem(any_api.client.get(f"/v1/uploads/{upload_id}"), 404, "not_found")
+
+
+def test_two_completions_at_once_are_one(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload_id = send(api, {"text.jsonl": TEXT})
+    url = f"/v1/uploads/{upload_id}/complete"
+    locked, others = PartsFolder.locked, []
+
+    @contextmanager
+    def locked_by_another_first(parts: PartsFolder) -> Iterator[None]:
+        monkeypatch.setattr(PartsFolder, "locked", locked)
+        others.append(api.client.post(url))
+        with locked(parts):
+            yield
+
+    monkeypatch.setattr(PartsFolder, "locked", locked_by_another_first)
+    answer = api.client.post(url)
+    assert [answer.status_code, others[0].status_code] == [200, 200]
+    assert answer.json() == others[0].json()
+    assert not (api.settings.upload_dir / upload_id).exists()
 
 
 def checkpoint_files(folder: Path) -> dict[str, bytes]:

@@ -2,10 +2,12 @@
 
 import hashlib
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
+from app.api.upload_parts import PartsFolder
 from app.client.downloads import partial_path, target_path
 from app.domain.errors import NotFound, RequestError, StorageError, Unavailable
 from app.domain.views import ArtifactView
@@ -119,6 +121,24 @@ def test_a_path_never_leaves_the_folder(artifacts: list[ArtifactView], tmp_path:
 def test_a_format_that_the_job_does_not_have(service: Service, artifacts: list[ArtifactView], tmp_path: Path) -> None:
     with service.client() as client, pytest.raises(NotFound, match="it has: compressed-tensors"):
         client.download(artifacts[0].job_id, tmp_path, format="native")
+
+
+def test_a_completion_that_takes_long_is_waited_for(service: Service, tmp_path: Path) -> None:
+    text = tmp_path / "text.jsonl"
+    text.write_text('{"text": "some words"}\n')
+    with ThreadPoolExecutor() as threads, service.client() as client:
+        upload = client.upload([text])
+        begun = client._transport.send(
+            "POST", "/v1/uploads", json={"files": [upload.files[0].model_dump(exclude={"offset"})]}
+        ).json()["id"]
+        url = f"/v1/uploads/{begun}/files/{text.name}"
+        client._transport.send("PUT", url, content=text.read_bytes())
+        with PartsFolder(service.folder / "uploads", begun).locked():
+            # Another request is at it for longer than all tries of one request take.
+            waiting = threads.submit(client.upload, [text], upload_id=begun)
+            with pytest.raises(TimeoutError):
+                waiting.result(timeout=1)
+        assert waiting.result(timeout=10).status == "complete"
 
 
 def test_an_upload_arrives_though_connections_break(

@@ -36,6 +36,14 @@ def children(pid: int) -> Iterator[int]:
                 yield from children(child)
 
 
+def command_line(pid: int) -> str:
+    """How a process was started; an attempt's names the folder of its job. Empty if the process is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""
+
+
 @dataclass
 class Process:
     """One part of an installation: how it is started, and its present process."""
@@ -190,10 +198,10 @@ class Installation:
         wait_for(lambda: self.job(job_id).status.value in wanted, seconds, what=f"{job_id} {wanted}")
         return self.job(job_id)
 
-    def attempt_pids(self) -> list[int]:
-        """Attempts and fetches of every worker that lives."""
+    def attempt_pids(self, job_id: str = "") -> list[int]:
+        """Attempts and fetches of every worker that lives, and what they started; or the processes of one job alone."""
         found = [pid for worker in self.workers if worker.running() for pid in children(worker.pid)]
-        return [pid for pid in found if alive(pid)]
+        return [pid for pid in found if alive(pid) and job_id in command_line(pid)]
 
     def wait_until_idle(self, *pids: int, seconds: float) -> None:
         """Wait until none of the processes computes."""

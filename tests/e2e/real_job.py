@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 from app.domain.events import BlockEvent, ProgressEvent
-from app.domain.jobs import MAX_ATTEMPTS_WITHOUT_PROGRESS, JobStatus
+from app.domain.jobs import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
 from app.store.models import Job
 from tests.e2e.installation import Installation
 from tests.workers.bench import wait_for
@@ -94,7 +94,7 @@ class Chaos:
             self._installed[part].start()
 
     def _bearable(self) -> bool:
-        return bool(self._installed.attempt_pids()) and self._job().fruitless_attempts <= MAX_ATTEMPTS_WITHOUT_PROGRESS
+        return bool(self._installed.attempt_pids()) and self._job().fruitless_attempts <= MAX_RETRIES_WITHOUT_PROGRESS
 
     def _pause(self) -> None:
         time.sleep(self._random.uniform(0, self._longest_pause))

@@ -21,9 +21,9 @@ def test_a_killed_worker_takes_its_attempt_along_and_the_job_goes_on(installed: 
     job_id = installed.submit("once:child,once:spin," + GOOD)
     installed.log_event(job_id, "spinning")
     attempt = installed.attempt_pids()
-    assert attempt
+    assert installed.log_event(job_id, "grandchild")["pid"] in attempt
     installed["worker0"].kill()
-    installed.wait_until_idle(*attempt[:1], seconds=5)
+    installed.wait_until_idle(*attempt, seconds=5)
     installed["worker0"].start()
     installed.wait_for_status(job_id, "succeeded")
     assert [(a.number, a.error and a.error["code"]) for a in installed.attempts(job_id)] == [
@@ -91,6 +91,17 @@ def test_a_killed_broker_delays_and_loses_nothing(installed: Installation) -> No
     third = installed.submit(GOOD)
     installed["valkey"].start()
     installed.wait_for_status(third, "succeeded")
+
+
+def test_a_killed_api_is_missed_by_nobody(installed: Installation) -> None:
+    """The job goes on without it, and a client that waits sees the end."""
+    job_id = installed.submit("block,sleep:2,file:a.json:{}")
+    installed.wait_for_status(job_id, "running")
+    installed["api"].kill()
+    installed.wait_for_status(job_id, "succeeded")
+    installed["api"].start()
+    assert installed.client.wait(job_id).status.value == "succeeded"
+    assert [artifact.path for artifact in installed.client.artifacts(job_id)] == ["a.json"]
 
 
 def test_cancel_by_http_frees_the_process_in_five_seconds(installed: Installation) -> None:

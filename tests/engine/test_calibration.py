@@ -120,6 +120,8 @@ def assert_disjoint(
         {"text": "one two"},
         {"prompt": "one", "completion": " two"},
         {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two"}]},
+        {"text": "one \ud83d two"},
+        {"messages": [{"role": "user", "content": "one"}, {"role": "assistant", "content": "two\udc00"}]},
     ],
 )
 def test_the_kinds_of_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, write_lines: Write) -> None:
@@ -133,14 +135,14 @@ def test_the_kinds_of_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBa
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ("", "empty"),
-        ("\n\n", "empty"),
+        ("", "holds no text"),
+        ("\n\n", "holds no text"),
         ("not json\n", "line 1 is not JSON"),
         ('{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
-        ('{"text": 5}\n', "line 1 is none of the known fields"),
-        ('{"prompt": "a"}\n', "none of the known fields"),
-        ('{"messages": []}\n', "none of the known fields"),
-        ('{"messages": ["hello"]}\n', "none of the known fields"),
+        ('{"text": 5}\n', "line 1 is an object without text"),
+        ('{"prompt": "a"}\n', "an object without text"),
+        ('{"messages": []}\n', "an object without text"),
+        ('{"messages": ["hello"]}\n', "an object without text"),
         ("[" * 100_000 + "\n", "line 1 is not JSON"),
     ],
 )

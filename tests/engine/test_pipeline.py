@@ -20,6 +20,7 @@ from app.domain.errors import (
     UnknownModule,
 )
 from app.domain.events import AttemptLine, BlockEvent, MetricEvent, ProgressEvent, ResultLine, Stage, WarningEvent
+from app.domain.report import Report
 from tests.engine.conftest import run_job
 from workers.engine.plan import available_threads, block_seed
 from workers.engine.registry import METHODS
@@ -66,6 +67,8 @@ def test_a_job_is_reported_as_it_is(method: dict[str, Any], small_model: Path, t
     assert {line.name for line in lines if isinstance(line, MetricEvent)} > {"perplexity", "kl_divergence"}
     stages = [line.stage for line in lines if isinstance(line, ProgressEvent)]
     assert list(dict.fromkeys(stages)) == [Stage.LOAD, Stage.QUANTIZE, Stage.EVALUATE, Stage.EXPORT]
+    for folder in result.checkpoints.values():
+        assert Report.model_validate_json((tmp_path / folder / "report.json").read_text()) == report
 
 
 def test_what_is_reported_is_what_the_written_checkpoint_does(small_model: Path, tmp_path: Path) -> None:

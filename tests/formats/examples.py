@@ -126,7 +126,8 @@ def write_quantized(
         weight = random_weight(shape, schemes[index % len(schemes)], linear.weight.dtype, seed=index)
         writer.add_linear(name, weight)
         linear.weight.data = weight.dequantize()
-    writer.finish(REPORT)
+    writer.finish()
+    writer.describe(REPORT)
     assert isinstance(model, nn.Module)
     return model
 

@@ -37,7 +37,7 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(
 ) -> None:
     writer = CheckpointWriter(tmp_path / "out", export_format, source)
     writer.add_linear("model.layers.0.mlp.up_proj", random_weight((96, 64), W4))
-    writer.finish(REPORT)
+    writer.finish()
     found = stored(tmp_path / "out")
     assert "model.layers.0.mlp.up_proj.weight" not in found
     for name in source.tensors.keys() - {"model.layers.0.mlp.up_proj.weight"}:
@@ -89,7 +89,7 @@ def test_native_comes_with_its_loader_and_description(tmp_path: Path, source: So
 def test_config_names_every_linear_that_stays(tmp_path: Path, source: Source) -> None:
     writer = CheckpointWriter(tmp_path / "out", CT, source)
     writer.add_linear("model.layers.0.mlp.up_proj", random_weight((96, 64), W4))
-    writer.finish(REPORT, ignored=["model.vision"])
+    writer.finish(ignored=["model.vision"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     ignored = config["quantization_config"]["ignore"]
     matrices = {name.removesuffix(".weight") for name, tensor in source.tensors.items() if tensor.ndim == 2}
@@ -102,7 +102,7 @@ def test_a_quantized_head_is_not_ignored(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "source", tied=False)
     writer = CheckpointWriter(tmp_path / "out", CT, source)
     writer.add_linear("lm_head", random_weight((96, 64), W4))
-    writer.finish(REPORT)
+    writer.finish()
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert "lm_head" not in ignored
     assert "model.layers.0.mlp.up_proj" in ignored
@@ -112,7 +112,7 @@ def test_a_module_under_another_name_is_targeted_by_both(tmp_path: Path, source:
     writer = CheckpointWriter(tmp_path / "out", CT, source)
     writer.add_linear("model.layers.0.mlp.up_proj", random_weight((96, 64), W4), module="language.up_proj")
     writer.add_linear("model.layers.0.mlp.gate_proj", random_weight((96, 64), scheme(8, -1, True)))
-    writer.finish(REPORT)
+    writer.finish()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     targets = [group["targets"] for group in config["config_groups"].values()]
     assert targets == [["model.layers.0.mlp.up_proj", "language.up_proj"], ["model.layers.0.mlp.gate_proj"]]

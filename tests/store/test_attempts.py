@@ -1,6 +1,7 @@
 from collections.abc import Callable
 
 import pytest
+from sqlalchemy import update
 
 from app.domain.errors import (
     AttemptKilled,
@@ -15,7 +16,7 @@ from app.domain.errors import (
     TimeLimitExceeded,
 )
 from app.domain.events import AttemptEvent, LogEvent, MetricEvent, StatusEvent, WarningEvent
-from app.domain.jobs import FINAL_STATUSES, MAX_ATTEMPTS_WITHOUT_PROGRESS, TRANSITIONS, DeviceClass, JobStatus
+from app.domain.jobs import FINAL_STATUSES, MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS, DeviceClass, JobStatus
 from app.store.artifacts import ArtifactRepository
 from app.store.attempts import AttemptWriter, Claim
 from app.store.endings import MAX_BACK_OFF_SECONDS, back_off, requeue_lost
@@ -272,7 +273,7 @@ def test_a_time_limit_is_not_tried_again(database: Database, tenant: str) -> Non
 
 def test_a_fault_waits_longer_each_time_and_then_fails(database: Database, tenant: str) -> None:
     job_id = add(database, tenant)
-    for number in range(1, MAX_ATTEMPTS_WITHOUT_PROGRESS + 1):
+    for number in range(1, MAX_RETRIES_WITHOUT_PROGRESS + 1):
         assert fail(database, take(database), AttemptKilled("signal 9")) is JobStatus.QUEUED
         job = get(database, tenant, job_id)
         assert 0 <= (job.available_at - job.updated_at).total_seconds() - back_off(number) < 1
@@ -281,7 +282,7 @@ def test_a_fault_waits_longer_each_time_and_then_fails(database: Database, tenan
     assert fail(database, take(database), AttemptKilled("signal 9")) is JobStatus.FAILED
     with database.reading() as session:
         attempts = JobRepository(session, tenant).attempts(job_id)
-    assert [a.number for a in attempts] == list(range(1, MAX_ATTEMPTS_WITHOUT_PROGRESS + 2))
+    assert [a.number for a in attempts] == list(range(1, MAX_RETRIES_WITHOUT_PROGRESS + 2))
     assert [a.error and a.error["code"] for a in attempts] == ["attempt_killed"] * len(attempts)
     assert all(a.finished_at is not None for a in attempts)
 
@@ -295,43 +296,66 @@ def test_back_off_grows_to_a_limit() -> None:
 
 def test_attempts_that_finish_a_new_block_do_not_count(database: Database, tenant: str) -> None:
     job_id = add(database, tenant)
-    for index in range(MAX_ATTEMPTS_WITHOUT_PROGRESS + 4):
+    for index in range(MAX_RETRIES_WITHOUT_PROGRESS + 4):
         held = take(database)
         tell(database, held, block(index))
         assert fail(database, held, AttemptKilled("signal 9")) is JobStatus.QUEUED
         end_back_off(database, job_id)
-    assert get(database, tenant, job_id).attempt == MAX_ATTEMPTS_WITHOUT_PROGRESS + 4
+    assert get(database, tenant, job_id).attempt == MAX_RETRIES_WITHOUT_PROGRESS + 4
 
 
 def test_blocks_that_were_finished_before_are_no_progress(database: Database, tenant: str) -> None:
     job_id = add(database, tenant)
     ends = []
-    for _ in range(MAX_ATTEMPTS_WITHOUT_PROGRESS + 2):
+    for _ in range(MAX_RETRIES_WITHOUT_PROGRESS + 2):
         held = take(database)
         tell(database, held, block(0), progress(1), block(1))
         ends.append(fail(database, held, AttemptKilled("signal 9")))
         end_back_off(database, job_id)
-    assert ends == [JobStatus.QUEUED] * (MAX_ATTEMPTS_WITHOUT_PROGRESS + 1) + [JobStatus.FAILED]
+    assert ends == [JobStatus.QUEUED] * (MAX_RETRIES_WITHOUT_PROGRESS + 1) + [JobStatus.FAILED]
 
 
 def test_a_retry_by_hand_starts_the_count_again(database: Database, tenant: str) -> None:
     job_id = add(database, tenant)
     for _ in range(2):
         ends = []
-        for _ in range(MAX_ATTEMPTS_WITHOUT_PROGRESS + 1):
+        for _ in range(MAX_RETRIES_WITHOUT_PROGRESS + 1):
             ends.append(fail(database, take(database), CudaError("Xid 31")))
             if ends[-1] is JobStatus.QUEUED:
                 end_back_off(database, job_id)
         assert ends[-1] is JobStatus.FAILED
-        assert ends[:-1] == [JobStatus.QUEUED] * MAX_ATTEMPTS_WITHOUT_PROGRESS
+        assert ends[:-1] == [JobStatus.QUEUED] * MAX_RETRIES_WITHOUT_PROGRESS
         with database.transaction() as session:
             job = JobRepository(session, tenant).retry(job_id)
             assert job.error is None
 
 
+def test_a_released_job_that_a_caller_cancelled_is_cancelled(database: Database, tenant: str) -> None:
+    job_id = add(database, tenant)
+    held = take(database)
+    with database.transaction() as session:
+        JobRepository(session, tenant).cancel(job_id)
+    with database.transaction() as session:
+        assert AttemptWriter(session, job_id, held.attempt).release() is JobStatus.CANCELLED
+    assert get(database, tenant, job_id).status is JobStatus.CANCELLED
+    assert try_take(database) is None
+
+
+def test_a_request_that_this_version_does_not_understand_stands_in_nobodys_way(database: Database, tenant: str) -> None:
+    stale, fine = add(database, tenant), add(database, tenant)
+    with database.transaction() as session:
+        stored = {**request().model_dump(mode="json"), "from_the_future": True}
+        session.execute(update(Job).where(Job.id == stale).values(request=stored))
+    assert take(database).job_id == fine
+    job = get(database, tenant, stale)
+    assert (job.status, job.worker_id) == (JobStatus.FAILED, None)
+    assert job.error is not None
+    assert job.error["code"] == "invalid_request"
+
+
 def test_a_released_job_waits_for_nobody_and_is_not_blamed(database: Database, tenant: str) -> None:
     job_id = add(database, tenant)
-    for _ in range(MAX_ATTEMPTS_WITHOUT_PROGRESS + 3):
+    for _ in range(MAX_RETRIES_WITHOUT_PROGRESS + 3):
         held = take(database)
         with database.transaction() as session:
             AttemptWriter(session, job_id, held.attempt).release()

@@ -154,6 +154,18 @@ def test_a_put_that_is_killed_leaves_no_blob(tmp_path: Path) -> None:
     blobs = FolderBlobs(tmp_path / "b")
     assert list(blobs.entries()) == []
     assert not blobs.exists(hashlib.sha256(b"x" * CHUNK).hexdigest())
+    assert len(list((tmp_path / "b" / "incoming").iterdir())) == 1
+    blobs.tidy(datetime.now(UTC) - timedelta(hours=1))
+    assert len(list((tmp_path / "b" / "incoming").iterdir())) == 1, "it may still be written"
+    blobs.tidy(datetime.now(UTC) + timedelta(hours=1))
+    assert list((tmp_path / "b" / "incoming").iterdir()) == []
+
+
+def test_a_file_that_is_no_blob_is_not_listed(tmp_path: Path, write: Callable[[bytes], Path]) -> None:
+    blobs = FolderBlobs(tmp_path / "b")
+    blob = blobs.put(write(b"x"))
+    (tmp_path / "b" / blob.sha256[:2] / ".nfs000000000001").write_bytes(b"")
+    assert [entry.sha256 for entry in blobs.entries()] == [blob.sha256]
 
 
 def test_a_failed_put_leaves_no_file(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 from sqlalchemy import update
 
 from app.domain.errors import NotFound
+from app.store import garbage
 from app.store.attempts import AttemptWriter, NewArtifact
 from app.store.blobs import Blob, FolderBlobs
 from app.store.clock import seconds_from_now
@@ -61,6 +62,16 @@ def test_a_blob_lives_as_long_as_any_job_names_it(
     delete(database, stranger, second)
     assert collect_blobs(database, blobs) == [shared.sha256]
     assert list(blobs.entries()) == []
+
+
+def test_more_blobs_than_one_query_asks_for(
+    database: Database, tenant: str, blobs: FolderBlobs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(garbage, "HASHES_A_QUERY", 2)
+    made = [put(blobs, tmp_path, f"blob {number}") for number in range(5)]
+    finish(database, tenant, made[0], made[3])
+    assert set(collect_blobs(database, blobs)) == {made[n].sha256 for n in (1, 2, 4)}
+    assert {entry.sha256 for entry in blobs.entries()} == {made[0].sha256, made[3].sha256}
 
 
 def test_bytes_that_were_just_put_are_left_alone(database: Database, blobs: FolderBlobs, tmp_path: Path) -> None:

@@ -24,7 +24,12 @@ from workers.devices import Capacity
 from workers.supervisor import supervise
 
 CPU = Capacity(
-    device=DeviceClass.CPU, device_name=None, device_memory_bytes=None, host_memory_bytes=1 << 30, disk_bytes=1 << 30
+    device=DeviceClass.CPU,
+    device_name=None,
+    device_memory_bytes=None,
+    host_memory_bytes=1 << 30,
+    disk_bytes=1 << 30,
+    disk_total_bytes=1 << 31,
 )
 
 
@@ -46,6 +51,19 @@ def alive(pid: int) -> bool:
     return state not in "ZX"
 
 
+def make_context(folder: Path, database: Database, **settings: object) -> WorkerContext:
+    """A worker with its files under `folder`, whose attempts follow scripts."""
+    values = {"data_dir": folder, "model_roots": (folder / "models",), "lease_seconds": 6, **settings}
+    return WorkerContext(
+        worker_id=f"test.{new_id('wrk')}",
+        capacity=CPU,
+        settings=Settings.model_validate(values),
+        database=database,
+        blobs=FolderBlobs(folder / "blobs"),
+        attempt_module="tests.workers.scripted_attempt",
+    )
+
+
 @dataclass
 class Bench:
     """A database with one tenant, and a worker."""
@@ -59,15 +77,7 @@ class Bench:
         """A worker with its files under `folder`."""
         model = folder / "models" / "m"
         model.mkdir(parents=True)
-        values = {"data_dir": folder, "model_roots": (folder / "models",), "lease_seconds": 6, **settings}
-        context = WorkerContext(
-            worker_id=f"test.{new_id('wrk')}",
-            capacity=CPU,
-            settings=Settings.model_validate(values),
-            database=database,
-            blobs=FolderBlobs(folder / "blobs"),
-            attempt_module="tests.workers.scripted_attempt",
-        )
+        context = make_context(folder, database, **settings)
         with database.transaction() as session:
             tenant_id = ensure_tenant(session, new_id("tnt")).id
         return cls(context, tenant_id, model)

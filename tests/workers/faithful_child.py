@@ -30,13 +30,13 @@ def main(what: str, argument: str = "") -> None:
 
 
 def supervise(log: Path) -> None:
-    """Be the supervisor of a child that waits; print its id."""
+    """Be the supervisor of a deaf child; print its id and its child's."""
     environment = child_environment({name: os.environ[name] for name in (JOB_ID, ATTEMPT)})
-    arguments = ["tests.workers.faithful_child", "wait"]
+    arguments = ["tests.workers.faithful_child", "deaf"]
     with ChildProcess(arguments, environment=environment, log_path=log, silence_seconds=600) as child:
-        while not child.lines(0.1):
+        while not (grandchild := child.lines(0.1)):
             pass
-        os.write(1, b"%d\n" % child.pid)
+        os.write(1, b"%d %s\n" % (child.pid, grandchild[0]))
         time.sleep(600)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from app.domain.errors import BitwrightError, CorruptCheckpoint
 from app.domain.events import ErrorData
@@ -63,6 +64,10 @@ def test_oom_kills_are_read_from_the_own_cgroup(tmp_path: Path) -> None:
         (RuntimeError("CUDA error: an illegal memory access was encountered"), "cuda_error"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 1"), "out_of_memory"),
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), "cuda_error"),
+        (torch.AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be"), "out_of_gpu_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`"), "out_of_gpu_memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `x`"), "cuda_error"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk_full"),
         (KeyError("x"), "internal_error"),
         (KeyboardInterrupt(), "internal_error"),
     ],

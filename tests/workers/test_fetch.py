@@ -138,6 +138,21 @@ def test_a_dataset_becomes_a_jsonl_head(online: Bench, hub: Hub) -> None:
     assert 2 * 16 * 12 <= Path(path).stat().st_size < 2 * 16 * 12 + 200
 
 
+def test_an_id_is_never_a_folder_of_the_worker(
+    online: Bench, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "org" / "text").mkdir(parents=True)
+    (tmp_path / "org" / "text" / "train.jsonl").write_text('{"text": "of the worker"}\n' * 100)
+    monkeypatch.chdir(tmp_path)
+    hub.repositories["datasets/org/text"] = {"train.jsonl": b'{"text": "of the Hub"}\n' * 100}
+    job_id = dataset_job(online, "org/text")
+    online.run()
+    path = order(online, job_id).calibration_path
+    assert path is not None
+    assert "of the Hub" in Path(path).read_text()
+    assert "of the worker" not in Path(path).read_text()
+
+
 @pytest.mark.parametrize(
     ("dataset", "code"),
     [

@@ -6,9 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sqlalchemy.orm import Session
 
 from app.domain.jobs import DeviceClass
-from app.store.workers import forget_workers, list_workers
+from app.store.workers import forget_workers, heartbeat, list_workers
 from tests.workers.bench import Bench, wait_for
 from workers import presence
 from workers.devices import capacity
@@ -40,6 +41,24 @@ def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.Mon
     assert present(bench) == []
 
 
+def test_no_fault_ends_the_heartbeat(sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(presence, "HEARTBEAT_SECONDS", 0.05)
+    faults = iter([RuntimeError("a driver's own")])
+
+    def sometimes(session: Session, worker_id: str) -> bool:
+        if fault := next(faults, None):
+            raise fault
+        return heartbeat(session, worker_id)
+
+    monkeypatch.setattr(presence, "heartbeat", sometimes)
+    me = Presence(sqlite_bench.context)
+    me.start()
+    try:
+        wait_for(lambda: present(sqlite_bench) == [sqlite_bench.context.worker_id], what="the second heartbeat")
+    finally:
+        me.stop()
+
+
 def test_a_worker_that_never_was_ready_leaves_nothing(bench: Bench) -> None:
     Presence(bench.context).stop()
     assert present(bench) == []
@@ -61,15 +80,18 @@ def test_only_old_folders_of_ended_jobs_are_pruned(sqlite_bench: Bench, tmp_path
     assert prune(tmp_path / "nothing", unused_seconds=0, in_use=lambda _: False) == []
 
 
-def test_a_presence_prunes_what_the_store_knows_to_have_ended(
-    sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(presence, "UNUSED_SECONDS", -1.0)
+def test_a_presence_prunes_what_the_store_knows_to_have_ended(sqlite_bench: Bench) -> None:
+    settings = sqlite_bench.context.settings
     queued, failed = sqlite_bench.submit("", priority=-1), sqlite_bench.submit("fail:unknown_module")
     sqlite_bench.run()
-    Workspace.of(sqlite_bench.context.settings.workspace_dir, queued).open()
+    Workspace.of(settings.workspace_dir, queued).open()
+    long_ago = time.time() - 8 * 86_400
+    for job_id in (queued, failed):
+        os.utime(sqlite_bench.workspace(job_id) / "used", (long_ago, long_ago))
+    patient = settings.model_copy(update={"workspace_retention_days": 9.0})
+    Presence(replace(sqlite_bench.context, settings=patient))._prune()
     assert sqlite_bench.workspace(failed).exists()
-    Presence(replace(sqlite_bench.context))._prune()
+    Presence(sqlite_bench.context)._prune()
     assert not sqlite_bench.workspace(failed).exists()
     assert sqlite_bench.workspace(queued).exists()
 
@@ -79,4 +101,4 @@ def test_capacity_of_this_machine(tmp_path: Path) -> None:
     assert found.device is DeviceClass.CPU
     assert found.device_name is None
     assert 1 << 28 < found.host_memory_bytes <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert found.disk_bytes > 0
+    assert 0 < found.disk_bytes <= found.disk_total_bytes

@@ -100,23 +100,33 @@ def test_a_child_without_a_supervisor_ends(tmp_path: Path, how: str) -> None:
         assert child.stdin is not None
         if how == "end of file":
             child.stdin.close()
-        assert child.wait(5) == EXIT_ABANDONED
+        assert child.wait(5) == -signal.SIGKILL
     os.close(reading)
 
 
-def test_a_killed_supervisor_takes_its_child_along(tmp_path: Path) -> None:
+def test_a_killed_supervisor_takes_its_child_and_grandchild_along(tmp_path: Path) -> None:
     supervisor = subprocess.Popen(
         [sys.executable, "-m", CHILD, "supervise", str(tmp_path / "log")],
         stdout=subprocess.PIPE,
         env=child_environment(NAMES),
     )
     assert supervisor.stdout is not None
-    child = int(supervisor.stdout.readline())
+    child, grandchild = map(int, supervisor.stdout.readline().split())
     assert alive(child)
+    assert alive(grandchild)
     supervisor.send_signal(signal.SIGKILL)
     supervisor.wait()
     supervisor.stdout.close()
-    wait_for(lambda: not alive(child), 2, what="the child's end")
+    wait_for(lambda: not alive(child) and not alive(grandchild), 2, what="the end of both")
+
+
+def test_a_stopped_child_without_a_supervisor_ends(tmp_path: Path) -> None:
+    """The guard needs nothing from the child itself."""
+    with start(tmp_path, "wait", silence=3) as child:
+        first_line(child)
+        os.kill(child.pid, signal.SIGSTOP)
+        child._closing.set()  # the pulse stops
+        wait_for(child.ended, 6, what="the end by the guard")
 
 
 def test_a_child_whose_supervisor_died_before_it_started_ends(tmp_path: Path) -> None:

@@ -59,6 +59,16 @@ def test_a_restarted_broker_hears_the_next_message(broker: redis.Redis) -> None:
     assert len(messages(broker, "work.cpu")) == 2
 
 
+def test_a_broker_that_refuses_raises_nothing(broker: redis.Redis) -> None:
+    limit = broker.config_get("maxmemory")["maxmemory"] or 0
+    broker.config_set("maxmemory", 1)
+    try:
+        notify_workers("cpu")
+    finally:
+        broker.config_set("maxmemory", limit)
+    assert messages(broker, "work.cpu") == []
+
+
 @pytest.mark.parametrize("url", ["redis://127.0.0.1:1/0", "redis+socket:///no/such.sock", ""])
 def test_a_broker_out_of_reach_raises_nothing_and_takes_no_time(use_broker: pytest.MonkeyPatch, url: str) -> None:
     use_broker.setenv("BITWRIGHT_BROKER_URL", url)

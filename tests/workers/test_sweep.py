@@ -76,7 +76,7 @@ def test_of_many_sweeps_one_works_until_it_falls_silent(bench: Bench, rung: list
 
 
 def test_no_error_of_a_round_ends_the_sweep(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    faults = iter([Unavailable("away"), OSError("disk")])
+    faults = iter([Unavailable("away"), OSError("disk"), RuntimeError("a bucket's own fault")])
     stopping = threading.Event()
 
     def fail(_: Sweep) -> bool:

@@ -154,6 +154,8 @@ def _token_stream(
 def _encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Callable[[Document], list[int]]:
     def encode(document: Document) -> list[int]:
         text = document if isinstance(document, str) else _conversation(tokenizer, document, name)
+        # JSON may hold half of a surrogate pair, which tokenizers refuse: it becomes U+FFFD, as in any UTF-8 reader.
+        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from app.domain.errors import InvalidDataset
+from app.domain.jsonl import read_records
 
-MAX_LINE_BYTES = 64 << 20
 SHORTEST_DOCSTRING = 100
 """Characters; shorter ones say little."""
 SKIPPED_FOLDERS = frozenset({"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "pydoc_data"})
@@ -71,51 +71,22 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 
 def read_jsonl(file: Path, name: str) -> Iterator[Document]:
-    """The documents of a JSONL file; `name` is the request's name for it, for messages.
-
-    A line is an object with `text`, with `prompt` and `completion`, or with `messages`.
+    """The documents of a JSONL file (`app.domain.jsonl`); `name` is the request's name for it, for messages.
 
     Raises:
-        InvalidDataset: the file is missing or empty, or a line is something else.
+        InvalidDataset: the file is missing or empty, or a line is no record.
     """
     if not file.is_file():
         raise InvalidDataset(f"{name}: there is no file {file.name}", field=name, value=str(file))
-    found = False
     with file.open("rb") as stream:
-        for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
-            if len(line) > MAX_LINE_BYTES:
-                raise _bad_line(name, number, f"longer than {MAX_LINE_BYTES} bytes", line[:200])
-            if line.strip():
-                found = True
-                yield _document(name, number, line)
-    if not found:
-        raise InvalidDataset(f"{name}: {file.name} is empty", field=name, value=file.name, hint=WANTED)
+        yield from map(_document, read_records(stream, name))
 
 
-WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion", or with "messages"'
-
-
-def _document(name: str, number: int, line: bytes) -> Document:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise _bad_line(name, number, f"not JSON ({error})", line) from error
-    if not isinstance(row, Mapping):
-        raise _bad_line(name, number, "not a JSON object", line)
-    if isinstance(row.get("text"), str):
-        return str(row["text"])
-    if isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
-        return str(row["prompt"]) + str(row["completion"])
-    messages = row.get("messages")
-    if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
-        return messages
-    raise _bad_line(name, number, f"none of the known fields, but {sorted(map(str, row))[:8]}", line)
-
-
-def _is_message(value: object) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and "content" in value
-
-
-def _bad_line(name: str, number: int, problem: str, line: bytes) -> InvalidDataset:
-    shown = line[:200].decode("utf-8", "replace").rstrip()
-    return InvalidDataset(f"{name}: line {number} is {problem}", field=name, value=shown, hint=WANTED)
+def _document(record: Mapping[str, object]) -> Document:
+    messages = record.get("messages")
+    if isinstance(record.get("text"), str):
+        return str(record["text"])
+    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
+        return str(record["prompt"]) + str(record["completion"])
+    assert isinstance(messages, list)  # noqa: S101 (else it would be no record)
+    return messages

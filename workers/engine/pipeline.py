@@ -197,7 +197,7 @@ def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None) -> Quality:
 
 
 def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
-    """Writes every format from the durable blocks, and the report into each."""
+    """Writes every format from the durable blocks, and the same report into each."""
     formats = list(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
     writers = {f: CheckpointWriter(job.workspace / "output" / f.value, f, job.model.checkpoint) for f in formats}
     stored_bits, weights, total = 0, 0, len(state.blocks)
@@ -209,12 +209,13 @@ def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
             for writer in writers.values():
                 writer.add_linear(source, weight, module=name)
         job.reporter.progress(Stage.EXPORT, done + 1, total + 1, "blocks")
-    size = _size(job, stored_bits, weights)
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
-        writer.finish(_report(job, state, found, size), ignored=ignored)
+        writer.finish(ignored=ignored)
+    report = _report(job, state, found, _size(job, stored_bits, weights))
+    for writer in writers.values():
+        writer.describe(report)
     job.reporter.progress(Stage.EXPORT, total + 1, total + 1, "blocks")
-    report = _report(job, state, found, size)
     job.model.checkpoint.close()
     return ResultLine(report=report, checkpoints={f.value: f"output/{f.value}" for f in formats})
 

@@ -2,7 +2,8 @@
 
     writer = CheckpointWriter(folder, ExportFormat.COMPRESSED_TENSORS, source)
     writer.add_linear("model.layers.0.mlp.up_proj", weight)      # any number of times
-    writer.finish(report)
+    writer.finish()
+    writer.describe(report)
 
 What is not quantized (embeddings, norms, biases, the head) is copied bit by bit, and so are the tokenizer, the
 generation configuration, the chat template and the licence. Code from the source (`*.py`) never is.
@@ -90,8 +91,8 @@ class CheckpointWriter:
         self._schemes[name], self._dtypes[name] = weight.scheme, weight.dtype
         self._modules[name] = module or name
 
-    def finish(self, report: Report, *, ignored: Collection[str] = ()) -> list[Path]:
-        """Copy the rest of the checkpoint, write its JSON files and the model card; all files of the folder.
+    def finish(self, *, ignored: Collection[str] = ()) -> None:
+        """Copy the rest of the checkpoint and write its configuration.
 
         ignored   module names of linears that stay as they are; those that the source's tensors tell are added
         """
@@ -102,6 +103,9 @@ class CheckpointWriter:
         self._shards.finish()
         self._write_config(sorted({*ignored, *self._unquantized_matrices()} - self._targets().keys()))
         _copy_files(self._source.folder, self._folder)
+
+    def describe(self, report: Report) -> list[Path]:
+        """Add the report and the model card, after `finish`; all files of the folder."""
         write_json(self._folder / "report.json", report.model_dump(mode="json"))
         card = model_card(report, self._format, self._schemes, _licence_file(self._folder))
         (self._folder / "README.md").write_text(card, encoding="utf-8")

@@ -52,8 +52,8 @@ from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Of alpha and beta: a full range may only shrink, a searched one may also widen."""
-CACHED_ELEMENTS = 131_072
-"""Elements of a chunk: a handful of fp32 tensors of this size fit the second-level cache."""
+CACHED_ELEMENTS = 524_288
+"""Elements of a chunk: as fp32 they about fill two cores' second-level caches."""
 
 
 class SignRound:
@@ -254,7 +254,7 @@ class RoundedWeights:
     def _chunks(self) -> Iterator[slice]:
         """Slices of groups: as many as stay in a CPU's cache through a chain of operations, or fit a GPU easily."""
         count, width = self.state.weight.shape
-        size = max(1, (CACHED_ELEMENTS << 8 if self.state.weight.is_cuda else CACHED_ELEMENTS) // width)
+        size = max(1, (CACHED_ELEMENTS << 6 if self.state.weight.is_cuda else CACHED_ELEMENTS) // width)
         return (slice(start, start + size) for start in range(0, count, size))
 
 

@@ -1,0 +1,179 @@
+"""SignRound here against auto-round: same model, calibration text, samples and GPU, judged by the same code.
+
+    python -m benchmarks.against_auto_round MODEL --calibration calibration.jsonl --valid valid.jsonl \
+        --schemes W4g64 W3g64a W2g64a --presets default light --seeds 0 1 2 --auto-round --output results.jsonl
+
+One JSON line a run: seconds, perplexity and KL(original || quantized) per token on windows of 1024 tokens. Seconds of
+ours are those of the report but for evaluation and export, as auto-round's are those of its `quantize()`. The first run
+of the process is cold: its kernels are compiled in it. auto-round needs the packages auto-round and datasets.
+"""
+
+import argparse
+import json
+import math
+import random
+import re
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.domain.events import AttemptOrder
+from app.domain.jobs import JobRequest
+from app.domain.methods import Scheme
+from workers.engine.pipeline import run
+from workers.engine.reporter import Reporter
+from workers.formats.load_bitwright import load
+
+SAMPLES, LENGTH = 128, 2048
+WINDOW = 1024
+
+
+def parse_scheme(text: str) -> Scheme:
+    """ "W3g64a": 3 bits, groups of 64, asymmetric."""
+    found = re.fullmatch(r"W(\d)g(-?\d+)(a?)", text)
+    if found is None:
+        raise SystemExit(f"{text!r} is not like W4g64 or W3g64a")
+    return Scheme(bits=int(found[1]), group_size=int(found[2]), symmetric=not found[3])
+
+
+def read_text(path: str) -> str:
+    return "\n\n".join(json.loads(line)["text"] for line in Path(path).read_text().splitlines())
+
+
+class Judge:
+    """Perplexity and KL to the original over the first windows of a text."""
+
+    def __init__(self, model: str, text: str, windows: int, device: str) -> None:
+        ids: Tensor = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[0]
+        self._windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, 1, WINDOW)[:windows].to(device)
+        self._original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
+
+    @torch.inference_mode()
+    def __call__(self, model: Any) -> dict[str, float]:
+        model = model.to(self._windows.device, torch.bfloat16)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._windows.device)
+        for window in self._windows:
+            ours, theirs = (m(window).logits[0, :-1].float().log_softmax(-1) for m in (model, self._original))
+            target = window[0, 1:, None]
+            kl = (theirs.exp() * (theirs - ours)).sum()
+            sums += torch.stack([-ours.gather(1, target).sum(), -theirs.gather(1, target).sum(), kl]).double()
+        nll, nll_original, kl = (sums / (len(self._windows) * (WINDOW - 1))).tolist()
+        return {"perplexity": math.exp(nll), "perplexity_original": math.exp(nll_original), "kl": kl}
+
+
+def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, judge: Judge) -> dict[str, Any]:
+    quantization = {"method": "signround", "preset": preset} | scheme.model_dump()
+    if preset == "recipe":  # the peer's own
+        quantization |= {"preset": "default", "scale_search": False}
+    model, text = (str(Path(path).resolve()) for path in (given.model, given.calibration))
+    body = {
+        "model": model,
+        "quantization": quantization,
+        "calibration": {
+            "dataset": {"source": "local", "path": text},
+            "num_samples": SAMPLES,
+            "sequence_length": LENGTH,
+        },
+        "evaluation": None,
+        "formats": ["native"],
+        "seed": seed,
+    }
+    order = AttemptOrder(
+        job_id="job_benchmark",
+        attempt=1,
+        request=JobRequest.parse(body),
+        model_path=model,
+        calibration_path=text,
+        device="cuda" if torch.cuda.is_available() else "cpu",
+    )
+    events: list[Any] = []
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        report = run(order, Path(folder), Reporter(events.append)).report
+        wall = time.perf_counter() - start
+        quality = judge(load(Path(folder) / "output" / "native"))
+    falls = [e.event for e in events if e.type == "log"]
+    seconds = {name: round(value, 3) for name, value in report.seconds.items()}
+    working = sum(value for name, value in seconds.items() if name not in {"evaluate", "export", "total"})
+    peak = report.peak_memory.device_bytes
+    return (
+        {"wall": round(wall, 2), "seconds": round(working, 2), "stages": seconds, "log": falls}
+        | quality
+        | {"peak_gib": None if peak is None else round(peak / 2**30, 2)}
+    )
+
+
+def peer(given: argparse.Namespace, scheme: Scheme, seed: int, judge: Judge) -> dict[str, Any]:
+    from auto_round import AutoRound
+
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    ids = tokenizer(read_text(given.calibration))["input_ids"]
+    chosen = random.Random(seed)
+    starts = [chosen.randrange(0, len(ids) - LENGTH - 64) for _ in range(SAMPLES)]
+    with tempfile.NamedTemporaryFile("w", suffix=".jsonl", delete=False) as file:
+        # A little more than needed: tokenizing the text again may shorten it.
+        file.writelines(json.dumps({"text": tokenizer.decode(ids[s : s + LENGTH + 32])}) + "\n" for s in starts)
+    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.bfloat16)
+    start = time.perf_counter()
+    engine = AutoRound(
+        model,
+        tokenizer,
+        bits=scheme.bits,
+        group_size=scheme.group_size,
+        sym=scheme.symmetric,
+        iters=200,
+        nsamples=SAMPLES,
+        seqlen=LENGTH,
+        batch_size=8,
+        dataset=file.name,
+        seed=seed,
+    )
+    model, _ = engine.quantize()
+    seconds = time.perf_counter() - start
+    return {"seconds": round(seconds, 2)} | judge(model)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--valid", required=True)
+    parser.add_argument("--schemes", nargs="+", default=["W4g64", "W3g64a", "W2g64a"])
+    parser.add_argument("--presets", nargs="*", default=["recipe", "default", "light"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--auto-round", action="store_true", help="run the peer, too, with the first seed")
+    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--output", type=Path, required=True)
+    given = parser.parse_args()
+    judge = Judge(given.model, read_text(given.valid), given.windows, "cuda" if torch.cuda.is_available() else "cpu")
+    with given.output.open("a") as output:
+        for text in given.schemes:
+            scheme = parse_scheme(text)
+            runs = [(preset, seed) for preset in given.presets for seed in given.seeds]
+            for preset, seed in runs:
+                write(
+                    output,
+                    {"by": "bitwright", "scheme": text, "preset": preset, "seed": seed}
+                    | ours(given, scheme, preset, seed, judge),
+                )
+            if given.auto_round:
+                write(
+                    output,
+                    {"by": "auto-round", "scheme": text, "seed": given.seeds[0]}
+                    | peer(given, scheme, given.seeds[0], judge),
+                )
+
+
+def write(output: Any, line: dict[str, Any]) -> None:
+    print(json.dumps(line), flush=True)
+    output.write(json.dumps(line) + "\n")
+    output.flush()
+
+
+if __name__ == "__main__":
+    main()
