@@ -1,7 +1,6 @@
 """What this machine can hold. torch is asked in a process of its own: the worker never loads it."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from pathlib import Path
 import structlog
 
 from app.domain.jobs import DeviceClass
+from workers.memory import host_memory
 from workers.process import child_environment
 
 PROBE = """
@@ -52,7 +52,7 @@ def capacity(wanted: str, workspace_dir: Path) -> Capacity:
         device=DeviceClass.CPU if gpu is None else DeviceClass.CUDA,
         device_name=None if gpu is None else str(gpu["name"]),
         device_memory_bytes=None if gpu is None else int(gpu["memory"]),
-        host_memory_bytes=_host_memory(),
+        host_memory_bytes=host_memory(),
         disk_bytes=disk.free,
         disk_total_bytes=disk.total,
     )
@@ -72,13 +72,3 @@ def _probe() -> dict[str, str | int] | None:
         return None
     found: dict[str, str | int] | None = json.loads(answer.stdout.splitlines()[-1])
     return found
-
-
-def _host_memory() -> int:
-    """Of the machine, or of the cgroup where that is smaller."""
-    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-    except OSError:
-        return machine
-    return min(machine, int(limit)) if limit.isdigit() else machine

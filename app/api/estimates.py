@@ -4,7 +4,7 @@ from typing import Any
 
 from app.api.inspection import Inspection
 from app.domain.jobs import JobRequest
-from app.domain.methods import METHODS, PER_CHANNEL, Scheme
+from app.domain.methods import METHODS, PER_CHANNEL, SCALE_BATCH_SIZE, Scheme
 
 SCALE_BITS = 16
 HEAVY_BYTES = 2  # bf16
@@ -71,5 +71,8 @@ def _flops(request: JobRequest, inspection: Inspection) -> float:
     forward = 3 * _calibration_tokens(request)  # capture, targets, and the quantized stream
     tuned = request.quantization.tuned_sequences(calibration.num_samples) * calibration.sequence_length
     evaluated = _evaluation_tokens(request)
+    sequences = min(SCALE_BATCH_SIZE, calibration.num_samples)
+    scaled = request.quantization.end_to_end_steps() * sequences * calibration.sequence_length
     head = 2.0 * dimensions.vocabulary * dimensions.hidden
-    return linear_flops * (forward + BACKWARD * tuned + 2 * evaluated) + 2 * head * evaluated
+    through_blocks = linear_flops * (forward + BACKWARD * (tuned + scaled) + 2 * evaluated)
+    return through_blocks + head * (2 * evaluated + 3 * scaled)  # teacher, student, and back

@@ -26,6 +26,7 @@ def submit(
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Form of the scheme.")] = None,
     preset: Annotated[str | None, typer.Option(help="light, default or best.")] = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps a block.")] = None,
+    scale_steps: Annotated[int | None, typer.Option(help="Steps that tune all scales together; 0: none.")] = None,
     dataset: Annotated[str | None, typer.Option(help="Calibration text: builtin, Hub id, JSONL file, upload.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a calibration sequence.")] = None,
@@ -56,7 +57,8 @@ def submit(
     body = read_request(file) if file is not None else {}
     set_fields(body, {"model": _absolute(model), "seed": seed, "device": device, "priority": priority})
     scheme = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
-    set_quantization(body, scheme | {"preset": preset, "steps": steps}, ignore, parse_overrides(override))
+    tuning = {"preset": preset, "steps": steps, "scale_steps": scale_steps}
+    set_quantization(body, scheme | tuning, ignore, parse_overrides(override))
     calibration = {"dataset": _absolute(dataset), "num_samples": samples, "sequence_length": sequence_length}
     set_section(body, "calibration", calibration)
     limits = {"max_perplexity_ratio": max_perplexity_ratio, "max_kl_divergence": max_kl_divergence}

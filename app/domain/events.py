@@ -21,6 +21,7 @@ class Stage(StrEnum):
     LOAD = "load"
     CALIBRATE = "calibrate"
     QUANTIZE = "quantize"
+    SCALES = "scales"
     EVALUATE = "evaluate"
     EXPORT = "export"
     STORE = "store"

@@ -110,6 +110,10 @@ class WeightSpec(Spec):
         """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
         return 0
 
+    def end_to_end_steps(self) -> int:
+        """Steps that tune the scales of the whole model after the last block; 0 leaves that stage out."""
+        return 0
+
 
 class RTNSpec(WeightSpec):
     """Round to nearest. Looks at the weights alone."""
@@ -117,12 +121,17 @@ class RTNSpec(WeightSpec):
     method: Literal["rtn"] = "rtn"
 
 
+SCALE_BATCH_SIZE = 4
+"""Sequences of a step that tunes scales end to end."""
+
+
 class SignRoundSpec(WeightSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
     method: Literal["signround"] = "signround"
     preset: Literal["light", "default", "best"] = Field(
-        default="default", description="Fills steps and the calibration's size where they are not given."
+        default="default",
+        description="Fills both numbers of steps and the calibration's size where they are not given.",
     )
     steps: int = Field(default=200, strict=True, ge=0, le=20_000, description="Tuning steps a block; 0 equals RTN.")
     batch_size: int = Field(default=8, strict=True, ge=1, le=1024, description="Sequences a step.")
@@ -144,10 +153,22 @@ class SignRoundSpec(WeightSpec):
         strict=True,
         description="Feed a block the output of the quantized blocks before it, not of the original ones.",
     )
+    scale_steps: int = Field(
+        default=0,
+        strict=True,
+        ge=0,
+        le=20_000,
+        description="Steps that tune all scales together against the original model's next-token distribution once "
+        "every block is done, codes fixed; 0 leaves that out. Skipped with a warning where the model does not fit.",
+    )
 
     def tuned_sequences(self, num_samples: int) -> int:
         """A batch a step."""
         return self.steps * min(self.batch_size, num_samples)
+
+    def end_to_end_steps(self) -> int:
+        """The spec's `scale_steps`."""
+        return self.scale_steps
 
 
 QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]
@@ -164,9 +185,9 @@ class Preset:
 
 SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
-        "light": Preset({"steps": 50}, num_samples=128, sequence_length=512),
-        "default": Preset({"steps": 200}, num_samples=128, sequence_length=2048),
-        "best": Preset({"steps": 1000}, num_samples=512, sequence_length=2048),
+        "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=512),
+        "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
+        "best": Preset({"steps": 200, "scale_steps": 100}, num_samples=128, sequence_length=2048),
     }
 )
 

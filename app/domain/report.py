@@ -51,6 +51,20 @@ class BlockReport(ReportPart):
     linears: tuple[LinearReport, ...]
 
 
+class ScaleReport(ReportPart):
+    """The stage that tunes all scales together, codes fixed, against the original model's next-token distribution."""
+
+    steps: int
+    kl_initial: float = Field(description="KL(original || quantized) on held-out calibration text, with old scales.")
+    kl: float = Field(description="The same with the scales that were kept.")
+    kept: bool = Field(description="False: the tuned scales were no better there, so the old ones stayed.")
+    held_out: int = Field(description="Calibration sequences that judged and never trained.")
+    micro_batch: int = Field(description="Sequences that went through the model at once.")
+    blocks_recomputed: int = Field(description="Blocks whose activations did not fit and were computed again.")
+    captured: bool = Field(description="Whether a step was replayed as one CUDA graph.")
+    seconds: float
+
+
 class ModelReport(ReportPart):
     source: str = Field(description="Shorthand of the model source.")
     revision: str | None
@@ -87,7 +101,10 @@ class Report(ReportPart):
     model: ModelReport
     calibration: TextReport | None
     quality: Quality | None
-    blocks: tuple[BlockReport, ...]
+    blocks: tuple[BlockReport, ...] = Field(description="As they were quantized, before scales were tuned together.")
+    scales: ScaleReport | None = Field(
+        default=None, description="None if scales were not tuned end to end, or that was skipped; see the warnings."
+    )
     size: SizeReport
     seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")
     peak_memory: PeakMemory

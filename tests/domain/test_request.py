@@ -45,6 +45,7 @@ def test_shorthand_and_full_form_are_the_same_request() -> None:
                 "batch_size": 8,
                 "learning_rate": None,
                 "quantized_inputs": True,
+                "scale_steps": 0,
                 "modules": {"ignore": ["lm_head"], "overrides": {}},
             },
             "calibration": {"dataset": {"source": "builtin"}, "num_samples": 128, "sequence_length": 2048},
@@ -145,6 +146,15 @@ TABLE: list[tuple[str, dict[str, Any], str, str, str]] = [
     ("group size -2", {**BASE, "group_size": -2}, "group_size", "out_of_range", "-1 to 65536"),
     ("symmetric text", {**BASE, "symmetric": "yes"}, "symmetric", "wrong_type", "true or false"),
     ("preset", {**BASE, "preset": "fast"}, "preset", "invalid_value", "light, default or best"),
+    ("scale steps", {**BASE, "scale_steps": -1}, "scale_steps", "out_of_range", "0"),
+    ("whole scale steps", {**BASE, "scale_steps": 1.5}, "scale_steps", "wrong_type", "whole number"),
+    (
+        "scale steps of rtn",
+        {"model": "org/name", "method": "rtn", "scale_steps": 1},
+        "scale_steps",
+        "unknown_field",
+        "",
+    ),
     ("steps", {**BASE, "steps": -1}, "steps", "out_of_range", "0 to 20000"),
     ("learning rate", {**BASE, "learning_rate": 0}, "learning_rate", "out_of_range", "above 0 and at most 1"),
     ("learning rate NaN", {**BASE, "learning_rate": float("nan")}, "learning_rate", "out_of_range", "above 0"),
@@ -315,7 +325,7 @@ def test_expansion_knows_whether_the_method_is_real() -> None:
     assert expand(BASE).method_known
     unknown = expand({"model": "org/name", "method": "awq", "steps": 3})
     assert not unknown.method_known
-    assert unknown.body["quantization"] == {"method": "signround", "steps": 3}
+    assert unknown.body["quantization"] == {"method": "signround", "steps": 3, "scale_steps": 0}
 
 
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)

@@ -7,14 +7,17 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from app.domain.events import AttemptLine, LogEvent
 from tests.engine.conftest import run_job
-from workers.engine import plan
+from workers.engine import fused_block, plan, scale_tuning
+from workers.engine.scale_plan import Fit
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 TUNED: dict[str, Any] = {"method": "signround", "bits": 3, "steps": 12, "batch_size": 4, "learning_rate": 0.05}
+SCALED: dict[str, Any] = TUNED | {"bits": 2, "symmetric": False, "scale_steps": 24}
 ON_GPU: dict[str, Any] = {"order": {"device": "cuda"}}
 
 
@@ -58,3 +61,45 @@ def test_a_gpu_and_a_cpu_round_alike(small_model: Path, tmp_path: Path) -> None:
     assert on_gpu.quality is not None
     assert on_cpu.quality is not None
     assert on_gpu.quality.kl_divergence == pytest.approx(on_cpu.quality.kl_divergence, rel=0.05)
+
+
+def test_scales_are_tuned_in_one_captured_step_and_the_same_again(small_model: Path, tmp_path: Path) -> None:
+    first, again = (run_job(small_model, tmp_path / name, **ON_GPU, **SCALED).report.scales for name in "ab")
+    assert differing(tmp_path / "a", tmp_path / "b") == []
+    assert first is not None
+    assert again is not None
+    assert first.captured
+    assert first.kept
+    assert first.kl < first.kl_initial
+    assert (first.kl_initial, first.kl) == (again.kl_initial, again.kl)
+
+
+def test_eager_steps_give_the_scales_of_captured_ones(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_job(small_model, tmp_path / "a", **ON_GPU, **SCALED)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(scale_tuning, "capture", refuse)
+    lines: list[AttemptLine] = []
+    report = run_job(small_model, tmp_path / "b", lines, **ON_GPU, **SCALED).report
+    assert report.scales is not None
+    assert not report.scales.captured
+    assert any(isinstance(line, LogEvent) and line.event == "capture_failed" for line in lines)
+    assert differing(tmp_path / "a", tmp_path / "b") == []
+
+
+def test_fused_parts_and_recomputed_blocks_gain_as_much(
+    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = [run_job(small_model, tmp_path / "a", **ON_GPU, **SCALED).report.scales]
+    monkeypatch.setattr(scale_tuning, "find_fit", lambda _: Fit(2, 3))
+    found.append(run_job(small_model, tmp_path / "b", **ON_GPU, **SCALED).report.scales)
+    monkeypatch.setattr(fused_block, "fuse", lambda _: 0)
+    found.append(run_job(small_model, tmp_path / "c", **ON_GPU, **SCALED).report.scales)
+    gains = [report.kl / report.kl_initial for report in found if report is not None]
+    assert len(gains) == 3
+    assert max(gains) < 1
+    assert gains == pytest.approx([gains[0]] * 3, rel=0.1)

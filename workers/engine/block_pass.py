@@ -62,6 +62,13 @@ class BlockPass:
             progress.end(index, computed=finished is None)
         return tuple(reports)
 
+    def replay_quantized(self, stream: Stream) -> None:
+        """X_q of a rewound stream through all blocks again, with the weights that are durable now."""
+        for index, block in enumerate(self.model.blocks):
+            weights = {f"{n}.weight": w.to(self.model.device).dequantize() for n, w in self.state.load(index).items()}
+            with self.model.loaded(self.model.layout.block(index), given=weights):
+                stream.advance_quantized(index, block)
+
     def quantize_head(self) -> Tensor | None:
         """Rounds the head to nearest, if it is to be quantized; its dequantized weight."""
         head, index = self.model.layout.head, len(self.model.blocks)
@@ -84,7 +91,8 @@ class BlockPass:
             self._advance_original(index, block, only=observed)
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
         task = self._task(index, block, schemes, moments, lambda share: progress.tick(index, share))
-        result = METHODS[self.spec.model_dump()["method"]].quantize_block(task, self.spec)
+        method = METHODS[self.spec.model_dump()["method"]]
+        result = method.quantize_block(task, self.spec) if schemes else BlockResult({})
         linears = self._put(index, result, schemes, moments)
         self._advance_quantized(index, block)
         report = self._report(index, result, linears, time.perf_counter() - started)

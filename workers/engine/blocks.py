@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from app.domain.architectures import read_dimensions
 from app.domain.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
@@ -104,13 +106,15 @@ class StreamedModel:
         return {n: m for n, m in found.items() if n.startswith(self.layout.blocks + ".") or n == self.layout.head}
 
     @contextmanager
-    def loaded(self, *names: str) -> Iterator[None]:
+    def loaded(self, *names: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
         """The modules of these names with their weights on the device; on meta again afterwards.
+
+        given   tensors that take the place of the checkpoint's, by full parameter name; those are not read
 
         Raises:
             NumericalFailure: a weight is not finite.
         """
-        real = [(module, leaf) for name in names for module, leaf in self._load(name)]
+        real = [(module, leaf) for name in names for module, leaf in self._load(name, given)]
         try:
             yield
         finally:
@@ -119,11 +123,12 @@ class StreamedModel:
                 assert weight is not None  # noqa: S101 - for the type checker; `_load` put it there
                 module._parameters[leaf] = _parameter(torch.empty_like(weight, device="meta"))
 
-    def _load(self, name: str) -> list[tuple[nn.Module, str]]:
+    def _load(self, name: str, given: Mapping[str, Tensor]) -> list[tuple[nn.Module, str]]:
         found = []
         for prefix, module in self.model.get_submodule(name).named_modules(prefix=name):
             for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
-                module._parameters[leaf] = _parameter(self._weight(f"{prefix}.{leaf}"))
+                value = given.get(f"{prefix}.{leaf}")
+                module._parameters[leaf] = _parameter(self._weight(f"{prefix}.{leaf}") if value is None else value)
                 found.append((module, leaf))
         return found
 
@@ -147,7 +152,7 @@ class StreamedModel:
         """What each block is called with for sequences of `length` tokens; needs no weights."""
         decoder = self.model.get_submodule(self.layout.decoder)
         hidden = torch.zeros(1, length, self._width, dtype=self.dtype, device=self.device)
-        with self._stand_ins() as recorders, self._identity(self.layout.final_norm):
+        with self._stand_ins() as recorders, self._swapped(self.layout.final_norm, nn.Identity()):
             decoder(inputs_embeds=hidden, use_cache=False)
         return tuple(BlockCall(*recorder.calls[0]) for recorder in recorders)
 
@@ -159,6 +164,17 @@ class StreamedModel:
         head (Gemma's soft cap) is done.
         """
         with self._stand_ins():
+            found: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        return found
+
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """`logits` without the decoder: its norm, then what the model does after it. Autograd works.
+
+        No masks are made, so that many tokens cost no more than their logits. Equal to `logits` where the decoder does
+        nothing but its norm after its blocks.
+        """
+        norm = self.model.get_submodule(self.layout.final_norm)
+        with self._swapped(self.layout.decoder, _Normed(norm)):
             found: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
         return found
 
@@ -179,10 +195,10 @@ class StreamedModel:
             setattr(owner, leaf, blocks)
 
     @contextmanager
-    def _identity(self, name: str) -> Iterator[None]:
+    def _swapped(self, name: str, module: nn.Module) -> Iterator[None]:
         parent, _, leaf = name.rpartition(".")
         owner, original = self.model.get_submodule(parent), self.model.get_submodule(name)
-        setattr(owner, leaf, nn.Identity())
+        setattr(owner, leaf, module)
         try:
             yield
         finally:
@@ -204,6 +220,17 @@ class _Recorder(nn.Module):
     def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
         self.calls.append((arguments, keywords))
         return hidden
+
+
+class _Normed(nn.Module):
+    """Stands in for a decoder whose blocks are done."""
+
+    def __init__(self, norm: nn.Module) -> None:
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
 
 
 @torch.no_grad()

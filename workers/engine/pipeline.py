@@ -10,7 +10,7 @@ from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from app.domain.report import BlockReport, ModelReport, Quality, Report, SizeReport
+from app.domain.report import BlockReport, ModelReport, Quality, Report, ScaleReport, SizeReport
 from workers.engine.block_pass import BlockPass
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows, load_tokenizer, source_label
@@ -21,6 +21,7 @@ from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
+from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
 from workers.formats.writer import CheckpointWriter
@@ -61,6 +62,15 @@ class Texts:
         """(samples, length) of each."""
         found = [w.ids.shape for w in (self.calibration, self.evaluation) if w is not None]
         return [(shape[0], shape[1]) for shape in found]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the report tells beside sizes and times."""
+
+    blocks: tuple[BlockReport, ...]
+    scales: ScaleReport | None
+    quality: Quality | None
 
 
 @dataclass(frozen=True)
@@ -151,11 +161,12 @@ def _run_blocks(job: _Job) -> ResultLine:
     head = blocks.quantize_head()
     if head is not None:
         job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
+    scales = run_scale_stage(blocks, head)
     del calibration, blocks
     job.clock.enter(Stage.EVALUATE)
     quality = None if evaluation is None else _evaluate(job, evaluation, head)
     job.clock.enter(Stage.EXPORT)
-    return _export(job, state, reports, quality)
+    return _export(job, state, Findings(reports, scales, quality))
 
 
 def _fingerprint(job: _Job) -> str:
@@ -185,7 +196,7 @@ def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None) -> Quality:
     return quality
 
 
-def _export(job: _Job, state: ResumeState, blocks: tuple[BlockReport, ...], quality: Quality | None) -> ResultLine:
+def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
     """Writes every format from the durable blocks, and the same report into each."""
     formats = list(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
     writers = {f: CheckpointWriter(job.workspace / "output" / f.value, f, job.model.checkpoint) for f in formats}
@@ -201,7 +212,7 @@ def _export(job: _Job, state: ResumeState, blocks: tuple[BlockReport, ...], qual
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
         writer.finish(ignored=ignored)
-    report = _report(job, state, blocks, quality, _size(job, stored_bits, weights))
+    report = _report(job, state, found, _size(job, stored_bits, weights))
     for writer in writers.values():
         writer.describe(report)
     job.reporter.progress(Stage.EXPORT, total + 1, total + 1, "blocks")
@@ -226,11 +237,9 @@ def _parameters(model: StreamedModel) -> int:
     return sum(parameter.numel() for name, parameter in model.model.named_parameters() if name in model.sources)
 
 
-def _report(
-    job: _Job, state: ResumeState, blocks: tuple[BlockReport, ...], quality: Quality | None, size: SizeReport
-) -> Report:
+def _report(job: _Job, state: ResumeState, found: Findings, size: SizeReport) -> Report:
     request, windows = job.order.request, job.texts.calibration
-    resumed = min(state.resumed, len(blocks))
+    resumed = min(state.resumed, len(found.blocks))
     return Report(
         version=version("bitwright"),
         method=request.quantization.method,
@@ -245,12 +254,13 @@ def _report(
             parameters=_parameters(job.model),
         ),
         calibration=None if windows is None else windows.report(),
-        quality=quality,
-        blocks=blocks,
+        quality=found.quality,
+        blocks=found.blocks,
+        scales=found.scales,
         size=size,
         seconds=job.clock.seconds(),
         peak_memory=peak_memory(job.model.device),
-        blocks_computed=len(blocks) - resumed,
+        blocks_computed=len(found.blocks) - resumed,
         blocks_resumed=resumed,
         warnings=tuple(job.reporter.warnings),
     )

@@ -132,11 +132,15 @@ def _name(dtype: torch.dtype) -> str:
 def _micro_batch(model: StreamedModel, length: int) -> int:
     if model.device.type != "cuda":
         return max(1, min(LARGEST_MICRO_BATCH, TOKENS_AT_ONCE_CPU // length))
-    config = model.config.get_text_config()
-    # What autograd keeps of a block, in units of the width and of the MLP's width, measured on Llama blocks.
-    a_token = (24 * config.hidden_size + 6 * config.intermediate_size) * model.dtype.itemsize
     budget = TUNING_SHARE * torch.cuda.get_device_properties(model.device).total_memory
-    return max(1, min(LARGEST_MICRO_BATCH, int(budget // (a_token * length))))
+    return max(1, min(LARGEST_MICRO_BATCH, int(budget // (graph_bytes(model) * length))))
+
+
+def graph_bytes(model: StreamedModel) -> int:
+    """What autograd keeps of a block for each token."""
+    config = model.config.get_text_config()
+    # In units of the width and of the MLP's width, measured on Llama blocks.
+    return int((24 * config.hidden_size + 6 * config.intermediate_size) * model.dtype.itemsize)
 
 
 def _activations_place(model: StreamedModel, sizes: list[tuple[int, int]]) -> Literal["device", "host"]:
@@ -163,6 +167,6 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     return {name: scheme for name in inputs if (scheme := spec.scheme(name)) is not None}
 
 
-def block_seed(seed: int, index: int) -> int:
-    """The seed of a block: the same for every run of a request."""
+def block_seed(seed: int, index: int | Literal["scales"]) -> int:
+    """The seed of a block, or of the tuning of all scales: the same for every run of a request."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1

@@ -2,24 +2,26 @@
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
     state/block-00000.safetensors  the block's linears as in the native format
+    state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
 
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
 only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
-only shards whose hash matches.
+only shards whose hash matches. Scales tuned end to end belong to all blocks, and are adopted only with all of them.
 """
 
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load, save
+from torch import Tensor
 
 from app.domain.methods import Scheme
-from app.domain.report import BlockReport
+from app.domain.report import BlockReport, ScaleReport
 from workers.durable import replace_file
 from workers.formats import native
 from workers.numerics.quantized import AffineWeight
@@ -36,11 +38,22 @@ class FinishedBlock(BaseModel):
     report: BlockReport | None
 
 
+class FinishedScales(BaseModel):
+    """The durable result of tuning scales end to end; no scales in the file if the old ones stayed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    sha256: str
+    report: ScaleReport
+
+
 class StateFile(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     fingerprint: str
     blocks: tuple[FinishedBlock, ...] = ()
+    scales: FinishedScales | None = None
 
 
 @dataclass(frozen=True)
@@ -59,11 +72,17 @@ class ResumeState:
         self._folder = folder
         self._layout = layout
         self._state = self._adopt(fingerprint)
+        self._scales = {} if self._state.scales is None else load(self._read(self._state.scales.file))
         self.resumed = len(self._state.blocks)
 
     @property
     def blocks(self) -> tuple[FinishedBlock, ...]:
         return self._state.blocks
+
+    @property
+    def scales(self) -> ScaleReport | None:
+        """The report of the stage that tunes scales end to end, if it is done."""
+        return None if self._state.scales is None else self._state.scales.report
 
     def save(self, index: int, weights: Mapping[str, AffineWeight], report: BlockReport | None) -> None:
         """Makes a block durable; `weights` by full linear name. Returns when a crash can no longer lose it."""
@@ -76,16 +95,31 @@ class ResumeState:
         file = f"block-{index:05d}.safetensors"
         replace_file(self._folder / file, data)
         block = FinishedBlock(index=index, file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
-        self._state = StateFile(fingerprint=self._state.fingerprint, blocks=(*self.blocks, block))
-        replace_file(self._folder / "state.json", self._state.model_dump_json().encode())
+        self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
+
+    def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
+        """Makes scales durable that take the place of the blocks' own, by full linear name; `load` then gives them."""
+        self._scales = {name: scale.cpu().contiguous() for name, scale in scales.items()}
+        data, file = save(self._scales), "scales.safetensors"
+        replace_file(self._folder / file, data)
+        finished = FinishedScales(file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
+        self._replace_state(self._state.model_copy(update={"scales": finished}))
 
     def load(self, index: int) -> dict[str, AffineWeight]:
         """The weights of a finished block by full linear name, on the host."""
-        tensors = load((self._folder / self.blocks[index].file).read_bytes())
+        tensors = load(self._read(self.blocks[index].file))
         names = {key.rpartition(".")[0]: None for key in tensors}
-        return {
+        weights = {
             name: native.decompress(name, tensors, self._layout.schemes[name], self._layout.dtype) for name in names
         }
+        return {name: replace(w, scale=self._scales.get(name, w.scale)) for name, w in weights.items()}
+
+    def _replace_state(self, state: StateFile) -> None:
+        self._state = state
+        replace_file(self._folder / "state.json", state.model_dump_json().encode())
+
+    def _read(self, file: str) -> bytes:
+        return (self._folder / Path(file).name).read_bytes()
 
     def _adopt(self, fingerprint: str) -> StateFile:
         empty = StateFile(fingerprint=fingerprint)
@@ -100,14 +134,15 @@ class ResumeState:
             if block.index != position or not self._is_sound(block):
                 break
             sound.append(block)
-        return StateFile(fingerprint=fingerprint, blocks=tuple(sound))
+        whole = len(sound) == len(found.blocks) and found.scales is not None and self._is_sound(found.scales)
+        return StateFile(fingerprint=fingerprint, blocks=tuple(sound), scales=found.scales if whole else None)
 
-    def _is_sound(self, block: FinishedBlock) -> bool:
+    def _is_sound(self, shard: FinishedBlock | FinishedScales) -> bool:
         try:
-            data = (self._folder / Path(block.file).name).read_bytes()
+            data = self._read(shard.file)
         except OSError:
             return False
-        return hashlib.sha256(data).hexdigest() == block.sha256
+        return hashlib.sha256(data).hexdigest() == shard.sha256
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:

@@ -30,9 +30,10 @@ class Stream:
 
     def __init__(self, model: StreamedModel, ids: Tensor, plan: Plan, *, keep_inputs: bool) -> None:
         self._device = model.device
+        self._ids = ids
         self._micro_batch = plan.micro_batch
         self.calls = model.capture_calls(ids.shape[1])
-        self.original = _embeddings(model, ids, plan)
+        self.original = _embeddings(model, ids, _buffer(model, ids, plan))
         self.quantized = self.original.clone()
         self.inputs_fp = torch.empty_like(self.original) if keep_inputs else self.original
 
@@ -50,6 +51,11 @@ class Stream:
             self.calls[index], block, self.quantized, self.quantized, micro_batch=self._micro_batch, device=self._device
         )
 
+    def rewind(self, model: StreamedModel) -> None:
+        """X_q <- the embeddings, as before block 0; the embedding matrix must be loaded. The kept inputs are let go."""
+        self.inputs_fp = self.original
+        _embeddings(model, self._ids, self.quantized)
+
     def call(self, index: int) -> BlockCall:
         """How the model calls a block on these windows."""
         return self.calls[index]
@@ -66,13 +72,17 @@ class Stream:
         return (difference / total) ** 0.5 if total else 0.0
 
 
-def _embeddings(model: StreamedModel, ids: Tensor, plan: Plan) -> Tensor:
-    """The windows' embeddings; the embedding matrix must be loaded."""
+def _buffer(model: StreamedModel, ids: Tensor, plan: Plan) -> Tensor:
+    """Uninitialized hidden states of the windows, where the plan has them."""
     width = model.config.get_text_config().hidden_size
     on_device = plan.activations == "device"
     pinned = not on_device and model.device.type == "cuda"
     place = model.device if on_device else torch.device("cpu")
-    hidden = torch.empty(*ids.shape, width, dtype=model.dtype, device=place, pin_memory=pinned)
+    return torch.empty(*ids.shape, width, dtype=model.dtype, device=place, pin_memory=pinned)
+
+
+def _embeddings(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """The windows' embeddings, written to `hidden`; the embedding matrix must be loaded."""
     for row in range(len(ids)):
         hidden[row] = model.embed(ids[row : row + 1].to(model.device))[0]
     return hidden

@@ -68,6 +68,10 @@ class Tuner:
             for part in weights:
                 part.restart()
 
+    def release(self) -> None:
+        """Lets go of the captured steps and their memory."""
+        self._run = None
+
     def _tune(
         self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
     ) -> TuningOutcome:

@@ -1,0 +1,258 @@
+"""All blocks of a quantized model at once on the device, their weights functions of the groups' scales alone.
+
+Codes stay as they are stored, one byte each. Linears of one scheme lie one after another in flat buffers, so that one
+pass writes the weights of the whole model; the gradient with respect to a weight lives only until it is summed into
+its groups. What a block computes besides is the model's own module, whatever its architecture; on a GPU hand-fused
+parts stand in where there are any (`workers.engine.fused_block`).
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.methods import PER_CHANNEL, Scheme
+from workers.engine.blocks import BlockCall, StreamedModel
+from workers.numerics.affine import store_scale
+from workers.numerics.group_scales import add_scale_gradient, dequantize_groups, scale_kernels
+from workers.numerics.quantized import AffineWeight
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a linear lies: its groups in the flat buffers of its family, and in those of all families."""
+
+    family: int
+    groups: slice
+    overall: slice
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The linears of one scheme and group width, flat.
+
+    codes   q, uint8 (groups, G)          start  s before tuning, fp32 or fp64 (groups,)
+    zero    z, uint8 (groups,), or the constant one of symmetric schemes
+    value   w_hat, (groups, G), the model's dtype
+    overall its groups in what is flat over all families
+    """
+
+    codes: Tensor
+    zero: Tensor | int
+    start: Tensor
+    value: Tensor
+    overall: slice
+
+
+class GroupScales:
+    """The scales of many linears as s*(1 + p), rounded to the dtype that stores them; p is fp32 (or fp64) and flat.
+
+    change    p of all groups
+    gradient  sum over a group of D*(q - z), D the gradient with respect to the weight; times s it is the gradient of p
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme], model: StreamedModel
+    ) -> None:
+        """shapes and schemes by full linear name; `put` fills in codes and scales."""
+        self.places, sizes = _places(shapes, schemes)
+        self._working = torch.promote_types(model.dtype, torch.float32)
+        self.families, first = [], 0
+        for (scheme, width), count in sizes.items():
+            self.families.append(self._family(scheme, width, slice(first, first := first + count), model))
+        self.change, self.gradient, self.start = (
+            torch.zeros(first, dtype=self._working, device=model.device) for _ in range(3)
+        )
+        self._stored: dict[str, torch.dtype] = {}
+
+    def put(self, name: str, weight: AffineWeight) -> None:
+        """Takes over the codes, zero points and scales of a linear."""
+        place = self.places[name]
+        family = self.families[place.family]
+        family.codes[place.groups] = weight.codes.view(-1, family.codes.shape[1]).to(family.codes.device)
+        family.start[place.groups] = weight.scale.flatten().to(family.start)
+        self.start[place.overall] = family.start[place.groups]
+        if weight.zero_point is not None and isinstance(family.zero, Tensor):
+            family.zero[place.groups] = weight.zero_point.flatten().to(family.zero.device)
+        self._stored[name] = weight.scale.dtype
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """The weights of the present scales, as they would be stored."""
+        for family in self.families:
+            scale = self._rounded(family.start, self.change[family.overall])
+            dequantize_groups(family.codes, scale, family.zero, family.value)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """The present scales in the dtype that stores them, (out, groups) by full linear name."""
+        found = {}
+        for name, place in self.places.items():
+            scale = self._rounded(self.start[place.overall], self.change[place.overall])
+            found[name] = scale.view(place.shape[0], -1).to(self._stored[name])
+        return found
+
+    def linear(self, name: str, bias: nn.Parameter | None) -> "ScaledLinear":
+        """A module that computes with the linear's weight, and adds to its groups' gradients."""
+        place = self.places[name]
+        family = self.families[place.family]
+        zero = family.zero if isinstance(family.zero, int) else family.zero[place.groups]
+        weight = family.value[place.groups].view(place.shape)
+        return ScaledLinear(weight, bias, family.codes[place.groups], zero, self.gradient[place.overall])
+
+    def _rounded(self, start: Tensor, change: Tensor) -> Tensor:
+        (dtype,) = set(self._stored.values())
+        return store_scale(start * (1 + change), dtype)
+
+    def _family(self, scheme: Scheme, width: int, overall: slice, model: StreamedModel) -> Family:
+        count = overall.stop - overall.start
+        codes = torch.zeros(count, width, dtype=torch.uint8, device=model.device)
+        return Family(
+            codes=codes,
+            zero=2 ** (scheme.bits - 1) if scheme.symmetric else torch.zeros_like(codes[:, 0]),
+            start=torch.zeros(count, dtype=self._working, device=model.device),
+            value=torch.zeros(count, width, dtype=model.dtype, device=model.device),
+            overall=overall,
+        )
+
+
+def _places(
+    shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
+) -> tuple[dict[str, Place], dict[tuple[Scheme, int], int]]:
+    """Each linear's place, and the groups of each family by scheme and width."""
+    members: dict[tuple[Scheme, int], list[str]] = {}
+    for name, shape in shapes.items():
+        width = shape[1] if schemes[name].group_size == PER_CHANNEL else schemes[name].group_size
+        members.setdefault((schemes[name], width), []).append(name)
+    places, sizes, first = {}, {}, 0
+    for number, ((scheme, width), names) in enumerate(members.items()):
+        here = 0
+        for name in names:
+            count = math.prod(shapes[name]) // width
+            overall = slice(first + here, first + here + count)
+            places[name] = Place(number, slice(here, here := here + count), overall, shapes[name])
+        sizes[scheme, width] = here
+        first += here
+    return places, sizes
+
+
+class ScaledLinear(nn.Module):
+    """y = x W_hat^T + b, with the gradient by W_hat summed into `gradient`, a number a group.
+
+    weight    (out, in), a view of a flat buffer that requires a gradient so that autograd comes this way
+    """
+
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, codes: Tensor, zero: Tensor | int, gradient: Tensor
+    ) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = bias
+        self.codes, self.zero, self.gradient = codes, zero, gradient
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _ScaledProduct.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _ScaledProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: ScaledLinear) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.linear = linear
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), linear, grad = ctx.saved_tensors, ctx.linear, gradients[0]
+        by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
+        add_scale_gradient(by_weight.view(linear.codes.shape), linear.codes, linear.zero, linear.gradient)
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
+
+
+@dataclass(frozen=True)
+class ScaledBlocks:
+    """The blocks of a model, one after another.
+
+    first       the first block with a quantized linear: no gradient is asked for before it
+    recomputed  blocks, from the first on, whose graphs are not kept but made again when their turn comes
+    """
+
+    blocks: Sequence[nn.Module]
+    calls: Sequence[BlockCall]
+    scales: GroupScales
+    first: int
+    recomputed: int
+
+    @classmethod
+    def load(
+        cls,
+        model: StreamedModel,
+        calls: Sequence[BlockCall],
+        schemes: Mapping[str, Scheme],
+        weights: Callable[[int], Mapping[str, AffineWeight]],
+        *,
+        recomputed: int,
+        fused: bool,
+    ) -> "ScaledBlocks":
+        """The blocks on the device; `schemes` of their quantized linears, whose weights `weights` gives by block."""
+        linears = model.linears()
+        shapes = {n: (linears[n].out_features, linears[n].in_features) for n in schemes}
+        scales = GroupScales(shapes, schemes, model)
+        blocks = [_load_block(model, index, scales, weights(index), fused=fused) for index in range(len(calls))]
+        quantized = [i for i, b in enumerate(blocks) if any(isinstance(m, ScaledLinear) for m in b.modules())]
+        scales.write()
+        return cls(blocks, calls, scales, quantized[0], recomputed)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the last block, (batch, length, width), from those before the first."""
+        for block, call in zip(self.blocks, self.calls, strict=True):
+            hidden = call(block, hidden)
+        return hidden
+
+    def add_gradients(self, hidden: Tensor, loss: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """The loss, whose gradients by the weights are added to those of the groups' scales.
+
+        loss    of hidden states after the last block: its value, and its gradient by them
+        """
+        inputs: list[Tensor] = []
+        outputs: list[Tensor | None] = []
+        for index, (block, call) in enumerate(zip(self.blocks, self.calls, strict=True)):
+            kept = index >= max(self.recomputed, self.first)
+            inputs.append(hidden.detach().requires_grad_(index > self.first))
+            with torch.set_grad_enabled(kept):
+                hidden = call(block, inputs[-1])
+            outputs.append(hidden if kept else None)
+        value, gradient = loss(hidden.detach())
+        for index in reversed(range(self.first, len(self.blocks))):
+            output, source = outputs.pop(), inputs.pop()
+            if output is None:
+                with torch.enable_grad():
+                    output = self.calls[index](self.blocks[index], source)
+            torch.autograd.backward(output, gradient)
+            if source.grad is not None:
+                gradient = source.grad
+        return value
+
+
+def _load_block(
+    model: StreamedModel, index: int, scales: GroupScales, weights: Mapping[str, AffineWeight], *, fused: bool
+) -> nn.Module:
+    """A copy of a block with a `ScaledLinear` for every quantized linear, whose original weight is never read."""
+    prefix = model.layout.block(index)
+    with model.loaded(prefix, given={f"{name}.weight": torch.empty(0, dtype=model.dtype) for name in weights}):
+        block = copy.deepcopy(model.blocks[index])
+    for name, weight in weights.items():
+        scales.put(name, weight)
+        inside = name.removeprefix(prefix + ".")
+        block.set_submodule(inside, scales.linear(name, getattr(block.get_submodule(inside), "bias", None)))
+    if fused and scale_kernels(scales.families[0].value) is not None:
+        import_module("workers.engine.fused_block").fuse(block)
+    return block

@@ -1,0 +1,69 @@
+"""Weights as functions of their scales alone: the product, and the gradient of the scales.
+
+With q the codes, z the zero points and s the scale of a group of G columns:
+
+    w_hat = s*(q - z)                 in fp32, rounded once: the bits of `AffineWeight.dequantize`
+    dL/ds = sum_group D*(q - z)       D = dL/dw_hat
+
+Both read codes as they are stored, one byte each, and need no copy of the weight in fp32.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+CACHED_ELEMENTS = 131_072
+"""Elements of a chunk on a CPU: a few fp32 tensors of this size fit the second-level cache."""
+CHUNK_ELEMENTS = CACHED_ELEMENTS << 8
+
+
+def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor | int, out: Tensor) -> None:
+    """out <- scale*(codes - zero).
+
+    codes (groups, G) uint8; scale (groups,) fp32 or fp64; zero (groups,) uint8, or one number for all; out (groups, G).
+    """
+    kernels = scale_kernels(out)
+    if kernels is not None:
+        kernels.dequantize(codes, scale, zero, out)
+        return
+    for part in _chunks(codes):
+        out[part] = _steps(codes[part], _of(zero, part), torch.float32).mul_(scale[part].float().unsqueeze(-1))
+
+
+def add_scale_gradient(gradient: Tensor, codes: Tensor, zero: Tensor | int, out: Tensor) -> None:
+    """out += sum over each group of gradient*(codes - zero); gradient (groups, G), out (groups,) fp32 or fp64."""
+    kernels = scale_kernels(gradient)
+    if kernels is not None:
+        kernels.add_scale_gradient(gradient, codes, zero, out)
+        return
+    for part in _chunks(codes):
+        out[part] += _steps(codes[part], _of(zero, part), out.dtype).mul_(gradient[part]).sum(-1)
+
+
+def scale_kernels(tensor: Tensor) -> ModuleType | None:
+    """The module of Triton kernels where it serves this tensor: on a GPU, for dtypes that fp32 holds."""
+    return _kernels() if tensor.is_cuda and tensor.dtype != torch.float64 else None
+
+
+@lru_cache
+def _kernels() -> ModuleType | None:
+    return None if find_spec("triton") is None else import_module("workers.numerics.scale_kernels")
+
+
+def _steps(codes: Tensor, zero: Tensor | int, dtype: torch.dtype) -> Tensor:
+    """q - z"""
+    return codes.to(dtype).sub_(zero if isinstance(zero, int) else zero.to(dtype).unsqueeze(-1))
+
+
+def _of(zero: Tensor | int, part: slice) -> Tensor | int:
+    return zero if isinstance(zero, int) else zero[part]
+
+
+def _chunks(codes: Tensor) -> Iterator[slice]:
+    size = max(1, (CHUNK_ELEMENTS if codes.is_cuda else CACHED_ELEMENTS) // codes.shape[1])
+    return (slice(start, start + size) for start in range(0, len(codes), size))

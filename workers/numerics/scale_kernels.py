@@ -1,0 +1,138 @@
+"""Triton kernels of end-to-end scale tuning; formulas in `workers.numerics.group_scales` and `.divergence`.
+
+    dequantize          reads 1 byte a code, writes w_hat
+    add_scale_gradient  reads D and 1 byte a code, writes a number a group
+    divergence          reads both logits twice and writes the gradient over the teacher's: no fp32 copy of either
+
+Each program owns its groups or its token, so nothing is added in an order that may change. Arithmetic is fp32. The
+interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the reference.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAM_ELEMENTS = 4096
+"""Weights that a program handles; at least one group."""
+VOCABULARY_ELEMENTS = 4096
+"""Logits of a token that are read at once."""
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | int, out: Tensor) -> None:
+    """out <- scale*(codes - zero); scale fp32."""
+    grid, sizes = _programs(codes)
+    _dequantize[grid](codes, scale, *_zero(codes, zero), out, *codes.shape, **sizes)
+
+
+def add_scale_gradient(gradient: Tensor, codes: Tensor, zero: Tensor | int, out: Tensor) -> None:
+    """out += sum over each group of gradient*(codes - zero); out fp32."""
+    grid, sizes = _programs(codes)
+    _add_scale_gradient[grid](gradient, codes, *_zero(codes, zero), out, *codes.shape, **sizes)
+
+
+def divergence(student: Tensor, teacher: Tensor) -> Tensor:
+    """KL of each token, fp32 (tokens,); the gradient by the student's logits takes the place of `teacher`."""
+    tokens, vocabulary = student.shape
+    each = torch.empty(tokens, dtype=torch.float32, device=student.device)
+    block = min(VOCABULARY_ELEMENTS, triton.next_power_of_2(vocabulary))
+    _divergence[(tokens,)](student, teacher, each, vocabulary, BLOCK=block, num_warps=8)
+    return each
+
+
+def _programs(codes: Tensor) -> tuple[tuple[int], dict[str, int]]:
+    padded = triton.next_power_of_2(codes.shape[1])
+    groups = max(1, PROGRAM_ELEMENTS // padded)
+    return (triton.cdiv(len(codes), groups),), {"GROUPS": groups, "WIDTH": padded}
+
+
+def _zero(codes: Tensor, zero: Tensor | int) -> tuple[Tensor, int, bool]:
+    """Zero points (any tensor where there are none), the one number for all, and whether there are zero points."""
+    return (codes, zero, False) if isinstance(zero, int) else (zero, 0, True)
+
+
+@triton.jit
+def _steps(CODES, ZERO, middle, group, column, count, width, STORED_ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
+    """q - z of some groups, 0 outside of them; where they lie; and which elements are real."""
+    real = (group < count)[:, None] & (column < width)[None, :]
+    at = group[:, None] * width + column[None, :]
+    steps = tl.load(CODES + at, mask=real, other=0).to(tl.float32)
+    if STORED_ZERO:
+        steps -= tl.load(ZERO + group, mask=group < count, other=0).to(tl.float32)[:, None]
+    else:
+        steps -= middle
+    return tl.where(real, steps, 0.0), at, real
+
+
+@triton.jit
+def _dequantize(  # type: ignore[no-untyped-def]
+    CODES,
+    SCALE,
+    ZERO,
+    middle,
+    STORED_ZERO: tl.constexpr,
+    OUT,
+    count,
+    width,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    column = tl.arange(0, WIDTH)
+    steps, at, real = _steps(CODES, ZERO, middle, group, column, count, width, STORED_ZERO)
+    scale = tl.load(SCALE + group, mask=group < count, other=0.0).to(tl.float32)
+    tl.store(OUT + at, (steps * scale[:, None]).to(OUT.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _add_scale_gradient(  # type: ignore[no-untyped-def]
+    D,
+    CODES,
+    ZERO,
+    middle,
+    STORED_ZERO: tl.constexpr,
+    OUT,
+    count,
+    width,
+    GROUPS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    group = tl.program_id(0).to(tl.int64) * GROUPS + tl.arange(0, GROUPS)
+    column = tl.arange(0, WIDTH)
+    steps, at, real = _steps(CODES, ZERO, middle, group, column, count, width, STORED_ZERO)
+    d = tl.load(D + at, mask=real, other=0.0).to(tl.float32)
+    before = tl.load(OUT + group, mask=group < count, other=0.0)
+    tl.store(OUT + group, before + tl.sum(d * steps, 1), mask=group < count)
+
+
+@triton.jit
+def _divergence(STUDENT, TEACHER, EACH, vocabulary, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    u_top = -float("inf")
+    t_top = -float("inf")
+    u_sum = 0.0
+    t_sum = 0.0
+    for first in range(0, vocabulary, BLOCK):
+        real = first + column < vocabulary
+        at = token * vocabulary + first + column
+        u = tl.load(STUDENT + at, mask=real, other=-float("inf")).to(tl.float32)
+        t = tl.load(TEACHER + at, mask=real, other=-float("inf")).to(tl.float32)
+        u_next = tl.maximum(u_top, tl.max(u, 0))
+        t_next = tl.maximum(t_top, tl.max(t, 0))
+        u_sum = u_sum * tl.exp(u_top - u_next) + tl.sum(tl.exp(u - u_next), 0)
+        t_sum = t_sum * tl.exp(t_top - t_next) + tl.sum(tl.exp(t - t_next), 0)
+        u_top = u_next
+        t_top = t_next
+    u_total = u_top + tl.log(u_sum)
+    t_total = t_top + tl.log(t_sum)
+    each = 0.0
+    for first in range(0, vocabulary, BLOCK):
+        real = first + column < vocabulary
+        at = token * vocabulary + first + column
+        log_q = tl.where(real, tl.load(STUDENT + at, mask=real, other=0.0).to(tl.float32) - u_total, 0.0)
+        log_p = tl.where(real, tl.load(TEACHER + at, mask=real, other=0.0).to(tl.float32) - t_total, 0.0)
+        p = tl.exp(log_p)
+        each += tl.sum(p * (log_p - log_q), 0)
+        tl.store(TEACHER + at, (tl.exp(log_q) - p).to(TEACHER.dtype.element_ty), mask=real)
+    tl.store(EACH + token, each)
