@@ -203,7 +203,7 @@ def test_a_superseded_attempt_writes_nothing(database: Database, tenant: str, ta
         assert ArtifactRepository(session, tenant).of_job(job_id) == []
 
 
-@pytest.mark.parametrize("status", FINAL_STATUSES)
+@pytest.mark.parametrize("status", sorted(FINAL_STATUSES))
 def test_nothing_is_written_after_the_end(database: Database, tenant: str, status: JobStatus) -> None:
     job_id = add(database, tenant)
     held = take(database)
