@@ -14,6 +14,9 @@ from tests import servers
 # The models of the tests are tiny: threads would wait for each other longer than they compute. Read when torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Before anything imports torch: threads that wait sleep, so that tests in two processes do not starve each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -25,6 +25,7 @@ def undisturbed(installed: Installation, job_id: str, blocks: int) -> dict[str, 
     return tensor_hashes(installed, job_id)
 
 
+@pytest.mark.slow
 def test_three_kills_within_one_block(installed: Installation, model: Path) -> None:
     """A second worker runs the same request undisturbed, at the same time."""
     installed.start("worker1")
