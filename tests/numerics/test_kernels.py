@@ -59,7 +59,7 @@ CASES = {
 }
 
 
-@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(**CASES)
 def test_weights_and_kept_results_equal_the_reference(
     seed: int, rows: int, width: int, bits: int, symmetric: bool, magnitude: float, dtype: torch.dtype
@@ -85,7 +85,7 @@ def test_weights_and_kept_results_equal_the_reference(
             assert torch.equal(ours.weight.zero_point, theirs.weight.zero_point)
 
 
-@settings(max_examples=25, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(**CASES)
 def test_steps_equal_the_reference(
     seed: int, rows: int, width: int, bits: int, symmetric: bool, magnitude: float, dtype: torch.dtype
@@ -125,7 +125,7 @@ def test_nan_in_a_gradient_is_counted_and_moves_nothing() -> None:
     assert not other.state.offset.isnan().any()
 
 
-@settings(max_examples=15, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
+@settings(max_examples=8, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))
 @given(**CASES)
 def test_searched_ranges_equal_the_reference(
     seed: int, rows: int, width: int, bits: int, symmetric: bool, magnitude: float, dtype: torch.dtype
