@@ -11,6 +11,7 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass, replace
+from importlib import import_module
 
 import torch
 from torch import nn
@@ -51,7 +52,9 @@ def make_task(
         max_position_embeddings=max(length, 2048),
         attn_implementation="sdpa",
     )
-    block = LlamaDecoderLayer(config, 0).to(device, torch.bfloat16).requires_grad_(False)
+    block: nn.Module = LlamaDecoderLayer(config, 0).to(device, torch.bfloat16).requires_grad_(False)
+    if fused and device.type == "cuda":
+        block = import_module("workers.engine.fused_block").fuse(block)
     hidden = torch.randn(samples, length, shape.hidden, dtype=torch.bfloat16, device=device)
     positions = torch.arange(length, device=device)[None]
     rotary = LlamaRotaryEmbedding(config).to(device)(hidden[:1], positions)
@@ -73,7 +76,7 @@ def make_task(
         seed=0,
         micro_batch=micro_batch,
         tick=lambda _: None,
-        tune=Tuner(lambda event, **fields: print(json.dumps({"event": event} | fields)), fused=fused).tune,
+        tune=Tuner(lambda event, **fields: print(json.dumps({"event": event} | fields))).tune,
     )
 
 

@@ -7,7 +7,7 @@ value and gives back no more than the gradient with respect to it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,9 @@ from workers.numerics.quantized import BlockResult, LinearResult
 
 
 class BlockForward(Protocol):
-    """Calls a block as its model does (masks, rotary): hidden (batch, length, width) -> the same shape."""
+    """Calls a block, or a method of it, as its model does (masks, rotary) on hidden (batch, length, width)."""
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor: ...
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Any: ...
 
 
 class TrainableWeights(Protocol):
@@ -38,8 +38,11 @@ class TrainableWeights(Protocol):
         """Writes W_hat of the present parameters into `out`, flat, in the model's dtype."""
         ...
 
-    def step(self, gradient: Tensor, rate: Tensor) -> None:
-        """Moves the parameters once, given dL/dW_hat, flat, and the learning rate, a number on the device."""
+    def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
+        """Moves the parameters once, given dL/dW_hat, flat, and the learning rate, a number on the device.
+
+        The new W_hat goes into `out`, as `write` does it. For fp16 the gradient is a constant times dL/dW_hat.
+        """
         ...
 
     def keep(self, better: Tensor) -> None:

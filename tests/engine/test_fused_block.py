@@ -1,6 +1,7 @@
 """Hand-fused parts against transformers' own modules: the same outputs and gradients, module by module and whole."""
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,10 +13,18 @@ from transformers.models.mistral.modeling_mistral import MistralDecoderLayer
 from transformers.models.qwen2.modeling_qwen2 import Qwen2DecoderLayer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
+from app.domain.methods import Scheme
+from tests.methods.toy_block import toy_task
+from workers.engine.blocks import BlockCall
+from workers.engine.gradient_linear import GradientLinear
+from workers.engine.tuned_block import TunedBlock
+from workers.methods.sign_round import rounded_weights
+
 pytest.importorskip("triton")
-from workers.engine.fused_block import fuse
+from workers.engine.fused_block import FusedBlock, fuse
 from workers.numerics import block_kernels
 
+SCHEME = Scheme(bits=4, group_size=16, symmetric=True)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {
     "hidden_size": 48,
@@ -26,23 +35,24 @@ SIZES = {
     "num_hidden_layers": 1,
 }
 BLOCKS = [
-    pytest.param(LlamaConfig, LlamaDecoderLayer, 4, id="llama"),
-    pytest.param(MistralConfig, MistralDecoderLayer, 4, id="mistral"),
-    pytest.param(Qwen2Config, Qwen2DecoderLayer, 4, id="qwen2"),
-    pytest.param(Qwen3Config, Qwen3DecoderLayer, 6, id="qwen3"),
+    pytest.param(LlamaConfig, LlamaDecoderLayer, id="llama"),
+    pytest.param(MistralConfig, MistralDecoderLayer, id="mistral"),
+    pytest.param(Qwen2Config, Qwen2DecoderLayer, id="qwen2"),
+    pytest.param(Qwen3Config, Qwen3DecoderLayer, id="qwen3"),
 ]
 
 
-@pytest.mark.parametrize(("config_class", "block_class", "parts"), BLOCKS)
-def test_a_fused_block_equals_the_models_own(config_class: Any, block_class: Any, parts: int) -> None:
+@pytest.mark.parametrize(("config_class", "block_class"), BLOCKS)
+def test_a_fused_block_equals_the_models_own(config_class: Any, block_class: Any) -> None:
     torch.manual_seed(0)
     config = config_class(**SIZES, attn_implementation="sdpa")
     block = block_class(config, 0).to(DEVICE).float()
     for name, parameter in block.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    fused = copy.deepcopy(block)
-    assert fuse(fused) == parts
+    fused = fuse(copy.deepcopy(block))
+    assert isinstance(fused, FusedBlock)
+    assert dict(fused.named_parameters()).keys() == dict(block.named_parameters()).keys()
     hidden = torch.randn(2, 7, 48, device=DEVICE)
     angles = LlamaRotaryEmbedding(LlamaConfig(**SIZES)).to(DEVICE)(hidden, torch.arange(7, device=DEVICE)[None])
     results = []
@@ -62,27 +72,79 @@ def test_a_fused_block_equals_the_models_own(config_class: Any, block_class: Any
 
 
 def test_what_is_not_known_stays() -> None:
-    class OtherMLP(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x
-
-    block = nn.Sequential(OtherMLP(), nn.Linear(4, 4))
-    assert fuse(block) == 0
-    assert isinstance(block[0], OtherMLP)
+    block = nn.Sequential(nn.Linear(4, 4))
+    assert fuse(block) is block
+    other = LlamaDecoderLayer(LlamaConfig(**SIZES, hidden_act="gelu"), 0)
+    assert fuse(other) is other
 
 
-def test_mean_square_and_its_gradient_are_the_formula() -> None:
+@pytest.mark.parametrize(("config_class", "block_class"), BLOCKS)
+def test_linears_that_are_joined_give_the_gradients_of_single_ones(config_class: Any, block_class: Any) -> None:
+    """The whole tuned block: flat weights, joined products, the sum left to the loss; autograd of the model's own."""
+    torch.manual_seed(0)
+    config = config_class(**SIZES, attn_implementation="sdpa")
+    block = block_class(config, 0).to(DEVICE).float().requires_grad_(False)
+    for name, parameter in block.named_parameters():
+        if "bias" in name:
+            nn.init.uniform_(parameter, -1, 1)
+    hidden = torch.randn(4, 7, 48, device=DEVICE)
+    angles = LlamaRotaryEmbedding(LlamaConfig(**SIZES)).to(DEVICE)(hidden, torch.arange(7, device=DEVICE)[None])
+    call = BlockCall((), {"position_embeddings": angles, "attention_mask": None})
+    schemes = {n: SCHEME for n, m in block.named_modules() if isinstance(m, nn.Linear)}
+    base = toy_task({})
+    targets = torch.randn_like(hidden)
+    task = replace(base, block=block, forward=call, schemes=schemes, inputs=hidden, targets=targets)
+    task = replace(task, device=torch.device(DEVICE))
+    weights = rounded_weights(replace(task, block=fuse(copy.deepcopy(block))), search=False)
+    tuned = TunedBlock.of(replace(task, block=fuse(copy.deepcopy(block))), weights)
+    assert isinstance(tuned.module, FusedBlock)
+    weights[0].write(tuned.flats[0].value)
+    joined = [m.joined for m in tuned.module.modules() if getattr(m, "together", ())]
+    assert len(joined) == 2
+    assert None not in joined
+    index = torch.tensor([2, 0], device=DEVICE)
+    parts = call(tuned.module.summands, block_kernels.take_rows(hidden, index))
+    loss, gradient = block_kernels.square_error(parts, targets, index, 0.5, 2.0)
+    torch.autograd.backward(parts, [gradient, gradient])
+    written = dict(tuned.module.named_parameters())
+    for name, linear in block.named_modules():
+        if name in schemes:
+            linear.weight = nn.Parameter(written[f"{name}.weight"].detach().clone())
+    expected: torch.Tensor = 0.5 * (call(block, hidden[index]) - targets[index]).square().mean()
+    torch.autograd.backward(expected)
+    torch.testing.assert_close(loss, expected.detach())
+    flat = torch.cat([block.get_submodule(name).weight.grad.flatten() for name in schemes])
+    torch.testing.assert_close(tuned.flats[0].gradient, 2 * flat, rtol=1e-4, atol=1e-6)
+
+
+def test_another_blocks_biases_reach_the_joined_product() -> None:
+    config = Qwen2Config(**SIZES, attn_implementation="sdpa")
+    one, other = (fuse(Qwen2DecoderLayer(config, 0).to(DEVICE).float()) for _ in range(2))
+    for bias in (m.bias for m in other.modules() if isinstance(m, nn.Linear) and m.bias is not None):
+        nn.init.uniform_(bias, 1, 2)
+    schemes = {n: SCHEME for n, m in one.named_modules() if isinstance(m, nn.Linear)}
+    task = replace(toy_task({}), block=one, schemes=schemes, device=torch.device(DEVICE))
+    tuned = TunedBlock.of(task, rounded_weights(task, search=False))
+    tuned.adopt(other)
+    assert isinstance(tuned.module, FusedBlock)
+    joined = tuned.module.self_attn.joined
+    assert isinstance(joined, GradientLinear)
+    parameters = dict(other.named_parameters())
+    wanted = torch.cat([parameters[f"self_attn.{n}_proj.bias"] for n in "qkv"])
+    assert joined.bias is not None
+    assert torch.equal(joined.bias, wanted)
+
+
+def test_the_square_error_is_the_formula() -> None:
     torch.manual_seed(1)
     targets = torch.randn(6, 5, 9, device=DEVICE)
-    output = torch.randn(3, 5, 9, device=DEVICE, requires_grad=True)
+    parts = list(torch.randn(2, 3, 5, 9, device=DEVICE))
     index = torch.tensor([4, 0, 4], device=DEVICE)
-    loss = block_kernels.mean_square(output, targets, index)
-    (3 * loss).backward()
-    expected = (output.detach() - targets[index]).square().mean()
-    torch.testing.assert_close(loss.detach(), expected)
-    wanted = 6 * (output.detach() - targets[index]) / output.numel()
-    assert output.grad is not None
-    torch.testing.assert_close(output.grad, wanted)
+    for given in (parts, parts[:1]):
+        error = torch.stack(given).sum(0) - targets[index]
+        loss, gradient = block_kernels.square_error(given, targets, index, 0.25, 3.0)
+        torch.testing.assert_close(loss, 0.25 * error.square().mean())
+        torch.testing.assert_close(gradient, 3 * 0.5 * error / error.numel())
 
 
 def test_rows_are_taken_whole() -> None:

@@ -35,10 +35,11 @@ class RecordedWeights:
     def write(self, out: Tensor) -> None:
         out.copy_(self.value.flatten())
 
-    def step(self, gradient: Tensor, rate: Tensor) -> None:
+    def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         self.gradients.append(gradient.clone())
         self.rates.append(float(rate))
         self.value = self.value - self.moves * gradient.view_as(self.value)
+        self.write(out)
 
     def keep(self, better: Tensor) -> None:
         if better:

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -203,8 +204,8 @@ class BlockPass:
         )
 
 
-def _no_forward(block: nn.Module, hidden: Tensor) -> Tensor:
-    raise TypeError(f"{type(block).__name__} is given to a method without inputs: {tuple(hidden.shape)}")
+def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:
+    raise TypeError(f"{block} is given to a method without inputs: {tuple(hidden.shape)}")
 
 
 def _ratio(change: Tensor, original: Tensor, moments: Tensor | None) -> float:

@@ -10,9 +10,11 @@ which recorders stand in for all blocks.
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -37,11 +39,10 @@ class BlockCall:
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
 
-    def __call__(self, block: nn.Module, hidden: Tensor) -> Tensor:
-        """block(hidden, ...) for any batch (batch, length, width)."""
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Any:
+        """block(hidden, ...) for any batch (batch, length, width); of a tuple of outputs, the first."""
         output = block(hidden, *self.arguments, **self.keywords)
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found
+        return output[0] if isinstance(output, tuple) else output
 
 
 class StreamedModel:
@@ -77,6 +78,7 @@ class StreamedModel:
         config = _configuration(checkpoint)
         dtype = _model_dtype(config, checkpoint)
         model = _empty_model(config, dtype, device)
+        _fuse_blocks(model.get_submodule(layout.blocks), dtype, device)
         sources = _tensor_sources(model, checkpoint)
         return cls(checkpoint, model, layout=layout, sources=sources, dtype=dtype, device=device)
 
@@ -275,6 +277,15 @@ def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
     model.eval().requires_grad_(False)
     _fill_buffers(model, device)
     return model
+
+
+def _fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+    """Puts hand-fused blocks in place of those of a known class, on a GPU, where Triton is installed."""
+    if device.type != "cuda" or dtype == torch.float64 or find_spec("triton") is None:
+        return
+    fused_block = import_module("workers.engine.fused_block")
+    for name, block in blocks.named_children():
+        setattr(blocks, name, fused_block.fuse(block))
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

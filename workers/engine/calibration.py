@@ -8,6 +8,7 @@ one: models such as Gemma are far off without it. Windows are chosen from those 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -22,6 +23,8 @@ from workers.engine.documents import Document, Half, builtin_documents, half_of,
 
 SURPLUS = 2
 """Windows read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
+DOCUMENTS_AT_ONCE = 256
+"""Given to the tokenizer together: it works on them in as many threads as there are processors."""
 
 
 @dataclass(frozen=True)
@@ -139,24 +142,29 @@ def _spread(last: int, count: int) -> list[int]:
 def _token_stream(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
-    encode: Callable[[Document], list[int]],
+    encode: Callable[[list[Document]], list[list[int]]],
     enough: int,
 ) -> list[int]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
-    for document in documents:
-        stream += encode(document) + end
-        if len(stream) >= enough:
-            break
+    rest = iter(documents)
+    while batch := list(islice(rest, DOCUMENTS_AT_ONCE)):
+        for ids in encode(batch):
+            stream += ids + end
+            if len(stream) >= enough:
+                return stream
     return stream
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Callable[[Document], list[int]]:
-    def encode(document: Document) -> list[int]:
+def _encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Callable[[list[Document]], list[list[int]]]:
+    def text_of(document: Document) -> str:
         text = document if isinstance(document, str) else _conversation(tokenizer, document, name)
         # JSON may hold half of a surrogate pair, which tokenizers refuse: it becomes U+FFFD, as in any UTF-8 reader.
-        text = text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+    def encode(documents: list[Document]) -> list[list[int]]:
+        texts = [text_of(document) for document in documents]
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
     return encode

@@ -37,7 +37,6 @@ class ScaleTask:
     held_bytes      memory that other tensors of the job hold
     tick            told the steps done
     log             told an event's name and fields when a slower way is taken
-    fused           whether hand-fused parts may stand in for the model's own modules on a GPU
     """
 
     model: StreamedModel
@@ -53,7 +52,6 @@ class ScaleTask:
     held_bytes: int
     tick: Callable[[int], None] = lambda _: None
     log: Callable[..., None] = lambda *_, **__: None
-    fused: bool = True
 
 
 @dataclass(frozen=True)

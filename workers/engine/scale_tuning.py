@@ -142,9 +142,7 @@ class ScaleTuning:
         device, source = task.model.device, task.inputs.device
         training, held_out = split(len(task.inputs), task.seed)
         settings = TuningSettings(task.steps, SCALE_BATCH_SIZE, LEARNING_RATE)
-        blocks = ScaledBlocks.load(
-            task.model, task.calls, task.schemes, task.weights, recomputed=fit.recomputed, fused=task.fused
-        )
+        blocks = ScaledBlocks.load(task.model, task.calls, task.schemes, task.weights, recomputed=fit.recomputed)
         return cls(
             task=task,
             fit=fit,

@@ -2,24 +2,24 @@
 
 Codes stay as they are stored, one byte each. Linears of one scheme lie one after another in flat buffers, so that one
 pass writes the weights of the whole model; the gradient with respect to a weight lives only until it is summed into
-its groups. What a block computes besides is the model's own module, whatever its architecture; on a GPU hand-fused
-parts stand in where there are any (`workers.engine.fused_block`).
+its groups. What a block computes besides is the model's own module, whatever its architecture.
 """
 
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from typing import Any
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
 
 from app.domain.methods import PER_CHANNEL, Scheme
 from workers.engine.blocks import BlockCall, StreamedModel
+from workers.engine.gradient_linear import GradientLinear
+from workers.engine.tuned_block import replace_linears
 from workers.numerics.affine import store_scale
-from workers.numerics.group_scales import add_scale_gradient, dequantize_groups, scale_kernels
+from workers.numerics.group_scales import add_scale_gradient, dequantize_groups
 from workers.numerics.quantized import AffineWeight
 
 
@@ -98,13 +98,37 @@ class GroupScales:
             found[name] = scale.view(place.shape[0], -1).to(self._stored[name])
         return found
 
-    def linear(self, name: str, bias: nn.Parameter | None) -> "ScaledLinear":
-        """A module that computes with the linear's weight, and adds to its groups' gradients."""
-        place = self.places[name]
+    def linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
+        """The linears of these names as one, which adds to their groups' gradients.
+
+        None unless they lie one after another.
+        """
+        place = self._place(names)
+        if place is None:
+            return None
         family = self.families[place.family]
+        codes, gradient = family.codes[place.groups], self.gradient[place.overall]
         zero = family.zero if isinstance(family.zero, int) else family.zero[place.groups]
-        weight = family.value[place.groups].view(place.shape)
-        return ScaledLinear(weight, bias, family.codes[place.groups], zero, self.gradient[place.overall])
+
+        def receive(by_output: Tensor, x: Tensor) -> None:
+            add_scale_gradient((by_output.T @ x).view(codes.shape), codes, zero, gradient)
+
+        return GradientLinear(family.value[place.groups].view(place.shape), bias, receive)
+
+    def _place(self, names: Sequence[str]) -> Place | None:
+        places = [self.places[name] for name in names if name in self.places]
+        adjacent = all(
+            (a.family, a.groups.stop, a.shape[1]) == (b.family, b.groups.start, b.shape[1]) for a, b in pairwise(places)
+        )
+        if len(places) < len(names) or not adjacent:
+            return None
+        first, last = places[0], places[-1]
+        return Place(
+            family=first.family,
+            groups=slice(first.groups.start, last.groups.stop),
+            overall=slice(first.overall.start, last.overall.stop),
+            shape=(sum(place.shape[0] for place in places), first.shape[1]),
+        )
 
     def _rounded(self, start: Tensor, change: Tensor) -> Tensor:
         (dtype,) = set(self._stored.values())
@@ -142,40 +166,6 @@ def _places(
     return places, sizes
 
 
-class ScaledLinear(nn.Module):
-    """y = x W_hat^T + b, with the gradient by W_hat summed into `gradient`, a number a group.
-
-    weight    (out, in), a view of a flat buffer that requires a gradient so that autograd comes this way
-    """
-
-    def __init__(
-        self, weight: Tensor, bias: nn.Parameter | None, codes: Tensor, zero: Tensor | int, gradient: Tensor
-    ) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = bias
-        self.codes, self.zero, self.gradient = codes, zero, gradient
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _ScaledProduct.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
-        return y
-
-
-class _ScaledProduct(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: ScaledLinear) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.linear = linear
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), linear, grad = ctx.saved_tensors, ctx.linear, gradients[0]
-        by_weight = grad.flatten(0, -2).T @ x.flatten(0, -2)
-        add_scale_gradient(by_weight.view(linear.codes.shape), linear.codes, linear.zero, linear.gradient)
-        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
-
-
 @dataclass(frozen=True)
 class ScaledBlocks:
     """The blocks of a model, one after another.
@@ -199,14 +189,13 @@ class ScaledBlocks:
         weights: Callable[[int], Mapping[str, AffineWeight]],
         *,
         recomputed: int,
-        fused: bool,
     ) -> "ScaledBlocks":
         """The blocks on the device; `schemes` of their quantized linears, whose weights `weights` gives by block."""
         linears = model.linears()
         shapes = {n: (linears[n].out_features, linears[n].in_features) for n in schemes}
         scales = GroupScales(shapes, schemes, model)
-        blocks = [_load_block(model, index, scales, weights(index), fused=fused) for index in range(len(calls))]
-        quantized = [i for i, b in enumerate(blocks) if any(isinstance(m, ScaledLinear) for m in b.modules())]
+        blocks = [_load_block(model, index, scales, weights(index)) for index in range(len(calls))]
+        quantized = [i for i, b in enumerate(blocks) if any(isinstance(m, GradientLinear) for m in b.modules())]
         scales.write()
         return cls(blocks, calls, scales, quantized[0], recomputed)
 
@@ -243,16 +232,17 @@ class ScaledBlocks:
 
 
 def _load_block(
-    model: StreamedModel, index: int, scales: GroupScales, weights: Mapping[str, AffineWeight], *, fused: bool
+    model: StreamedModel, index: int, scales: GroupScales, weights: Mapping[str, AffineWeight]
 ) -> nn.Module:
-    """A copy of a block with a `ScaledLinear` for every quantized linear, whose original weight is never read."""
+    """A copy of a block with a `GradientLinear` for every quantized linear, whose original weight is never read."""
     prefix = model.layout.block(index)
     with model.loaded(prefix, given={f"{name}.weight": torch.empty(0, dtype=model.dtype) for name in weights}):
         block = copy.deepcopy(model.blocks[index])
     for name, weight in weights.items():
         scales.put(name, weight)
-        inside = name.removeprefix(prefix + ".")
-        block.set_submodule(inside, scales.linear(name, getattr(block.get_submodule(inside), "bias", None)))
-    if fused and scale_kernels(scales.families[0].value) is not None:
-        import_module("workers.engine.fused_block").fuse(block)
+    replace_linears(
+        block,
+        [name.removeprefix(prefix + ".") for name in weights],
+        lambda names, bias: scales.linear([f"{prefix}.{name}" for name in names], bias),
+    )
     return block

@@ -5,15 +5,19 @@ The tuned block is a copy: the loop may keep it from block to block while the mo
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workers.contracts import BlockTask, TrainableWeights
+from workers.engine.gradient_linear import GradientLinear
 
+MakeLinear = Callable[[Sequence[str], nn.Parameter | None], GradientLinear | None]
+"""Some linears as one, with the bias of all, by their names; None if their weights do not lie one after another."""
 PLAIN = (bool, int, float, str, type(None))
 NOT_SHAPE = frozenset({"training", "layer_idx"})
 """Plain attributes of modules that differ from block to block without changing what a block computes."""
@@ -21,19 +25,48 @@ NOT_SHAPE = frozenset({"training", "layer_idx"})
 
 @dataclass(frozen=True)
 class FlatWeights:
-    """W_hat of one `TrainableWeights` and the gradient with respect to it, flat; the block's linears are views."""
+    """W_hat of one `TrainableWeights` and the gradient with respect to it, flat; the block's linears are views.
+
+    shapes   (out, in) by linear, in the order in which they lie
+    """
 
     value: Tensor
     gradient: Tensor
+    shapes: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def like(cls, example: Tensor, shapes: Mapping[str, tuple[int, int]]) -> "FlatWeights":
+        """Zeros of the dtype and on the device of `example`."""
+        size = sum(map(math.prod, shapes.values()))
+        value, gradient = (torch.zeros(size, dtype=example.dtype, device=example.device) for _ in range(2))
+        return cls(value, gradient, shapes)
+
+    def views(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """Weight and gradient (sum of out, in) of linears as one; None unless they lie one after another here."""
+        order = list(self.shapes)
+        first = order.index(names[0]) if names[0] in order else 0
+        if order[first : first + len(names)] != list(names) or len({self.shapes[n][1] for n in names}) > 1:
+            return None
+        starts = [0, *accumulate(map(math.prod, self.shapes.values()))]
+        place = slice(starts[first], starts[first + len(names)])
+        columns = self.shapes[names[0]][1]
+        return self.value[place].view(-1, columns), self.gradient[place].view(-1, columns)
+
+
+@dataclass
+class Accumulation:
+    """Whether the next backward adds to the gradients instead of overwriting them."""
+
+    adds: bool = False
 
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """The copy of a block, with a `TunedLinear` for every linear that is tuned and nothing else trainable."""
+    """The copy of a block, with a `GradientLinear` for every linear that is tuned and nothing else trainable."""
 
     module: nn.Module
     flats: tuple[FlatWeights, ...]
-    linears: tuple["TunedLinear", ...]
+    accumulation: Accumulation
 
     @classmethod
     def of(cls, task: BlockTask, weights: Sequence[TrainableWeights]) -> "TunedBlock":
@@ -41,58 +74,65 @@ class TunedBlock:
         tuned = {name for part in weights for name in part.shapes}
         skipped: dict[int, Any] = {id(weight := task.linear(n).weight): nn.Parameter(weight[:0]) for n in tuned}
         module = copy.deepcopy(task.block, skipped).requires_grad_(False)
-        flats = tuple(_flatten(module, part, task) for part in weights)
-        return cls(module, flats, tuple(m for m in module.modules() if isinstance(m, TunedLinear)))
+        flats = tuple(FlatWeights.like(task.linear(next(iter(part.shapes))).weight, part.shapes) for part in weights)
+        block = cls(module, flats, Accumulation())
+        replace_linears(module, tuned, block._linear)
+        return block
 
     def adopt(self, block: nn.Module) -> None:
         """The parameters and buffers of another block of the same shape, but for the tuned weights."""
         others = dict(block.named_parameters()) | dict(block.named_buffers())
-        tuned = {id(linear.weight) for linear in self.linears}
+        tuned = {id(m.weight) for m in self.module.modules() if isinstance(m, GradientLinear)}
         for name, mine in [*self.module.named_parameters(), *self.module.named_buffers()]:
             if id(mine) not in tuned:
                 mine.data.copy_(others[name])
 
-    def add_gradients(self, adds: bool) -> None:
-        """Whether the next backward adds to the gradients instead of overwriting them."""
-        for linear in self.linears:
-            linear.adds = adds
+    def _linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
+        """The linears of these names as one; None unless they lie one after another in a flat buffer."""
+        found = [views for flat in self.flats if (views := flat.views(names)) is not None]
+        if not found:
+            return None
+        (weight, gradient), accumulation = found[0], self.accumulation
+
+        def receive(by_output: Tensor, x: Tensor) -> None:
+            if accumulation.adds:
+                gradient.addmm_(by_output.T, x)
+            else:
+                torch.mm(by_output.T, x, out=gradient)
+
+        return GradientLinear(weight, bias, receive)
 
 
-class TunedLinear(nn.Module):
-    """y = x W^T + b, with dL/dW written into (or added to) `gradient`.
+def replace_linears(module: nn.Module, names: Iterable[str], make: MakeLinear) -> None:
+    """Puts what `make` makes of them in place of some linears of `module`.
 
-    weight    (out, in), a view of a flat buffer that requires a gradient so that autograd comes this way
-    gradient  (out, in), a view of the flat gradient
+    Parts that can compute several linears of the same input at once do so, where `make` can: such a part names them in
+    `together`, and takes their product from `joined` if that is set.
     """
+    for name in names:
+        single = make([name], getattr(module.get_submodule(name), "bias", None))
+        if single is not None:
+            module.set_submodule(name, single)
+    for prefix, part in module.named_modules():
+        together: tuple[str, ...] = getattr(part, "together", ())
+        if not together:
+            continue
+        biases = _shared_biases([part.get_submodule(name) for name in together])
+        joined = make([f"{prefix}.{name}" if prefix else name for name in together], biases)
+        # Not a submodule: its parameters are those of the linears that it joins.
+        object.__setattr__(part, "joined", joined)
 
-    def __init__(self, weight: Tensor, gradient: Tensor, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-        self.bias = bias
-        self.gradient = gradient
-        self.adds = False
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _LinearIntoBuffer.apply(x, self.weight, self.bias, self)  # type: ignore[no-untyped-call]
-        return y
-
-
-class _LinearIntoBuffer(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, linear: TunedLinear) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.linear = linear
-        return nn.functional.linear(x, weight, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (x, weight), linear, grad = ctx.saved_tensors, ctx.linear, gradients[0]
-        rows = grad.flatten(0, -2)
-        if linear.adds:
-            linear.gradient.addmm_(rows.T, x.flatten(0, -2))
-        else:
-            torch.mm(rows.T, x.flatten(0, -2), out=linear.gradient)
-        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
+def _shared_biases(linears: Sequence[nn.Module]) -> nn.Parameter | None:
+    """The biases of some linears as one tensor, of which theirs become views."""
+    biases = [getattr(linear, "bias", None) for linear in linears]
+    found = [bias for bias in biases if bias is not None]
+    if len(found) < len(biases):
+        return None
+    whole = torch.cat([bias.detach() for bias in found])
+    for linear, piece in zip(linears, torch.split(whole, [len(bias) for bias in found]), strict=True):
+        linear.bias = nn.Parameter(piece, requires_grad=False)
+    return nn.Parameter(whole, requires_grad=False)
 
 
 def shape_of(block: nn.Module) -> tuple[object, ...]:
@@ -104,15 +144,3 @@ def shape_of(block: nn.Module) -> tuple[object, ...]:
 def _plain_attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
     found = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)}
     return tuple(sorted((k, v) for k, v in found.items() if k not in NOT_SHAPE))
-
-
-def _flatten(module: nn.Module, part: TrainableWeights, task: BlockTask) -> FlatWeights:
-    """Flat buffers for one set of weights, with the module's linears as views of them."""
-    example = task.linear(next(iter(part.shapes))).weight
-    sizes = [math.prod(shape) for shape in part.shapes.values()]
-    value, gradient = (torch.zeros(sum(sizes), dtype=example.dtype, device=example.device) for _ in range(2))
-    pieces = zip(part.shapes.items(), torch.split(value, sizes), torch.split(gradient, sizes), strict=True)
-    for (name, shape), mine, its_gradient in pieces:
-        bias = getattr(module.get_submodule(name), "bias", None)
-        module.set_submodule(name, TunedLinear(mine.view(shape), its_gradient.view(shape), bias))
-    return FlatWeights(value, gradient)

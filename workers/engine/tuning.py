@@ -30,6 +30,8 @@ HELD_OUT_SHARE = 8
 """One sequence in eight is held out, at most sixteen."""
 CHECKS = 10
 """Times that the held-out loss would be measured over a whole run; the first third is left out."""
+LOSS_SCALE = {torch.float16: 2.0**15}
+"""By dtype: what gradients are multiplied by so that those of a mean over millions of numbers do not vanish."""
 WARM_UPS = 2
 """Eager steps before a capture, in which libraries allocate what they keep."""
 
@@ -38,12 +40,10 @@ class Tuner:
     """Tunes block after block; `tune` is the `Tune` of the methods.
 
     log    told an event's name and fields when the tuner falls back to a slower way
-    fused  whether hand-fused parts may stand in for the model's own modules on a GPU
     """
 
-    def __init__(self, log: Callable[..., None] = lambda *_, **__: None, *, fused: bool = True) -> None:
+    def __init__(self, log: Callable[..., None] = lambda *_, **__: None) -> None:
         self._log = log
-        self._fused = fused
         self._run: _Run | None = None
 
     def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
@@ -79,7 +79,7 @@ class Tuner:
         if run is not None and run.fits(task, weights, settings, micro_batch):
             run.adopt(task, weights)
         else:
-            self._run = run = _Run.begin(task, weights, settings, micro_batch, fused=self._fused)
+            self._run = run = _Run.begin(task, weights, settings, micro_batch)
             run.prepare(self._log)
         run.start()
         for step in range(settings.steps):
@@ -121,24 +121,15 @@ class _Run:
 
     @classmethod
     def begin(
-        cls,
-        task: BlockTask,
-        weights: Sequence[TrainableWeights],
-        settings: TuningSettings,
-        micro_batch: int,
-        *,
-        fused: bool,
+        cls, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
     ) -> "_Run":
         device, source = task.device, task.inputs.device
         training, held_out = split(len(task.inputs), task.seed)
-        block, kernels = TunedBlock.of(task, weights), kernels_for(task) if fused else None
-        if kernels is not None:
-            import_module("workers.engine.fused_block").fuse(block.module)
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
-            block=block,
-            kernels=kernels,
+            block=TunedBlock.of(task, weights),
+            kernels=kernels_for(task),
             weights=weights,
             settings=settings,
             micro_batch=micro_batch,
@@ -192,7 +183,8 @@ class _Run:
         self.rates.copy_(self.settings.learning_rate * (1 - steps / max(self.settings.steps, 1)))
         self.count.zero_()
         self.best.fill_(math.inf)
-        self._write()
+        for weights, flat in zip(self.weights, self.block.flats, strict=True):
+            weights.write(flat.value)
         self.check()
         self.initial = self._demand_finite("before")
 
@@ -207,12 +199,11 @@ class _Run:
         at = self.count.view(1)
         batch = self.batches.index_select(0, at.to(self.batches.device))[0]
         for number, part in enumerate(torch.split(batch, self.micro_batch)):
-            self.block.add_gradients(number > 0)
-            torch.autograd.backward(self._loss(part) * (len(part) / len(batch)))
+            self.block.accumulation.adds = number > 0
+            self._add_gradients(part, len(part) / len(batch))
         rate = self.rates.index_select(0, at)[0]
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
-            weights.step(flat.gradient, rate)
-        self._write()
+            weights.step(flat.gradient, rate, flat.value)
         self.count += 1
 
     @torch.no_grad()
@@ -220,26 +211,43 @@ class _Run:
         """Measures the held-out loss and keeps the present weights if it is the lowest so far."""
         self.loss.zero_()
         for part in torch.split(self.held_out, self.micro_batch):
-            self.loss += self._loss(part).double() * (len(part) / len(self.held_out))
+            parts = self._outputs(part)
+            self.loss += self._error(parts, part, len(part) / len(self.held_out))[0]
         better = self.loss < self.best
         self.best.copy_(torch.where(better, self.loss, self.best))
         self.best_step.copy_(torch.where(better, self.count, self.best_step))
         for weights in self.weights:
             weights.keep(better)
 
-    def _loss(self, samples: Tensor) -> Tensor:
-        """Mean squared error of the block's output for some sequences, fp32."""
-        if self.kernels is not None:
-            output = self.task.forward(self.block.module, self.kernels.take_rows(self.task.inputs, samples))
-            fused: Tensor = self.kernels.mean_square(output, self.task.targets, samples)
-            return fused
-        inputs = self.task.inputs.index_select(0, samples).to(self.task.device, non_blocking=True)
-        targets = self.task.targets.index_select(0, samples).to(self.task.device, non_blocking=True)
-        return (self.task.forward(self.block.module, inputs) - targets).float().square().mean()
+    def _add_gradients(self, samples: Tensor, share: float) -> None:
+        """Adds the weights' gradients of `share` times the error of some sequences."""
+        parts = self._outputs(samples)
+        _, gradient = self._error(parts, samples, share)
+        trained = [part for part in parts if part.requires_grad]
+        torch.autograd.backward(trained, [gradient] * len(trained))
 
-    def _write(self) -> None:
-        for weights, flat in zip(self.weights, self.block.flats, strict=True):
-            weights.write(flat.value)
+    def _outputs(self, samples: Tensor) -> list[Tensor]:
+        """The block's output for some sequences, as one tensor or as two that add up to it."""
+        forward, module = self.task.forward, self.block.module
+        if self.kernels is None:
+            inputs = self.task.inputs.index_select(0, samples).to(self.task.device, non_blocking=True)
+            return [forward(module, inputs)]
+        inputs, summands = self.kernels.take_rows(self.task.inputs, samples), getattr(module, "summands", None)
+        return [forward(module, inputs)] if summands is None else list(forward(summands, inputs))
+
+    @torch.no_grad()
+    def _error(self, parts: list[Tensor], samples: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """`share` times the mean squared error of outputs, fp32, and `LOSS_SCALE` times its gradient by them."""
+        scaled = LOSS_SCALE.get(parts[0].dtype, 1.0)
+        if self.kernels is not None:
+            loss, gradient = self.kernels.square_error(parts, self.task.targets, samples, share, scaled)
+            return loss, gradient
+        (output,) = parts
+        targets = self.task.targets.index_select(0, samples).to(self.task.device, non_blocking=True)
+        # In half precision the difference is rounded as the outputs are; squares and their mean are not.
+        error = (output - targets).to(torch.promote_types(output.dtype, torch.float32))
+        loss = error.square().mean() * share
+        return loss, error.mul_(2 * share * scaled / error.numel()).to(output.dtype)
 
     def _demand_finite(self, when: str) -> float:
         if not math.isfinite(value := float(self.loss)):

@@ -181,11 +181,11 @@ class RoundedWeights:
             hat[groups] = _steps(codes, to) * to.scale.unsqueeze(-1)
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, rate: Tensor) -> None:
+    def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         """The signed step of the module docstring, then alpha and beta back into their limits."""
         if self._fused is not None:
             groups, settings = self._groups(self._fused), self._grid_settings()
-            step = {"gradient": gradient, "rate": rate, "faults": self._faults, "limits": self._limits}
+            step = {"gradient": gradient, "rate": rate, "faults": self._faults, "limits": self._limits, "hat": out}
             self._fused.step(groups, *settings, **step)
             return
         gradient = gradient.view(self.state.weight.shape)
@@ -196,6 +196,7 @@ class RoundedWeights:
             part.offset.sub_(d_offset.nan_to_num_().sign_().mul_(rate))
             part.alpha.sub_(d_alpha.nan_to_num_().sign_().mul_(rate)).clamp_(*self._limits)
             part.beta.sub_(d_beta.nan_to_num_().sign_().mul_(rate)).clamp_(*self._limits)
+        self.write(out)
 
     @torch.no_grad()
     def keep(self, better: Tensor) -> None:

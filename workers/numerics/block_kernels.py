@@ -4,13 +4,15 @@ Each is one pass over its activations where eager code makes several, and an aut
 drives the block. Weights of norms are not trained here, so none gets a gradient. Arithmetic is fp32; results are
 rounded to the activations' dtype where transformers rounds them.
 
-    rms_norm     y = w * round(x / sqrt(mean(x^2) + eps))
-    silu_mul     y = round(silu(g)) * u
-    rotate       (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head
-    mean_square  L = mean((y - t[index])^2), with dL/dy made in the same pass
-    take_rows    x[index], rows of any size
+    rms_norm      y = w * round(x / sqrt(mean(x^2) + eps))
+    add_rms_norm  h = round(x + u), and the norm of h
+    silu_mul      y = round(silu(g)) * u
+    turn          (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head of queries or keys
+    square_error  L = share * mean((y - t[index])^2) and dL/dy, y given as a tensor or as two that add up to it
+    take_rows     x[index], rows of any size
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -20,7 +22,8 @@ from torch import Tensor
 
 ROW_ELEMENTS = 4096
 """Elements that a program handles in row-wise kernels; at least one row."""
-FLAT_ELEMENTS = 2048
+COLUMN_ELEMENTS = 2048
+"""The most that a program handles of one row in elementwise kernels."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -29,22 +32,45 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     return y
 
 
-def silu_mul(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, elementwise."""
-    y: Tensor = _SiluMul.apply(gate, up)  # type: ignore[no-untyped-call]
+def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """h = x + update and the norm of h, all (..., width); weight (width,)."""
+    h, y = _AddRMSNorm.apply(x, update, weight, eps)  # type: ignore[no-untyped-call]
+    return h, y
+
+
+def silu_mul(*gate_up: Tensor) -> Tensor:
+    """silu(gate) * up, elementwise; the two as two tensors (..., width) or packed in one, (..., 2 width)."""
+    y: Tensor = _SiluMul.apply(*gate_up)  # type: ignore[no-untyped-call]
     return y
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of x (batch, length, heads, width) by angles (length, width), equal in both halves."""
-    y: Tensor = _Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
-    return y
+def turn(*heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys turned by their positions, and values as they are, each (batch, length, its heads, width).
+
+    heads    queries, keys and values like that, or packed in one tensor (batch, length, sum of counts, width)
+    counts   heads of queries, keys and values
+    cos, sin (length, width), equal in both halves
+    """
+    query, key, value = _Turn.apply(cos, sin, tuple(counts), *heads)  # type: ignore[no-untyped-call]
+    return query, key, value
 
 
-def mean_square(output: Tensor, targets: Tensor, index: Tensor) -> Tensor:
-    """mean((output - targets[index])^2) in fp32; output (batch, ...), targets (samples, ...), index (batch,)."""
-    loss: Tensor = _MeanSquare.apply(output, targets, index)  # type: ignore[no-untyped-call]
-    return loss
+def square_error(
+    parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, scaled: float
+) -> tuple[Tensor, Tensor]:
+    """share * mean((y - targets[index])^2) in fp32, and `scaled` times its gradient by y in y's dtype.
+
+    parts   one or two tensors (batch, ...) whose sum is y      targets (samples, ...)      index (batch,)
+    Not for autograd.
+    """
+    first, last = parts[0].contiguous(), parts[-1].contiguous()
+    row, gradient = first[0].numel(), torch.empty_like(first)
+    sums = torch.empty(len(first), triton.cdiv(row, ROW_ELEMENTS), dtype=torch.float32, device=first.device)
+    factor = share / first.numel()
+    _square_error[tuple(sums.shape)](
+        first, last, targets, index, gradient, sums, row, factor * 2 * scaled, ADDED=len(parts) > 1, BLOCK=ROW_ELEMENTS
+    )
+    return sums.sum() * factor, gradient
 
 
 def take_rows(source: Tensor, index: Tensor) -> Tensor:
@@ -59,68 +85,100 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        y, width = torch.empty_like(x), x.shape[-1]
-        inverse = torch.empty(x.numel() // width, dtype=torch.float32, device=x.device)
-        grid, sizes = _rows(len(inverse), width)
-        _rms_norm[grid](x, weight, y, inverse, len(inverse), width, eps, **sizes)
+        y, inverse = _normed(x, None, x, weight, eps)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, inverse = ctx.saved_tensors
-        d_x = torch.empty_like(x)
-        grid, sizes = _rows(len(inverse), x.shape[-1])
-        _rms_norm_backward[grid](gradients[0].contiguous(), x, weight, inverse, d_x, len(inverse), x.shape[-1], **sizes)
-        return d_x, None, None
+        return _norm_backward(gradients[0], None, *ctx.saved_tensors), None, None
+
+
+class _AddRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        h = torch.empty_like(x, memory_format=torch.contiguous_format)
+        y, inverse = _normed(x.contiguous(), update.contiguous(), h, weight, eps)
+        ctx.save_for_backward(h, weight, inverse)
+        return h, y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        d_h = _norm_backward(gradients[1], gradients[0], *ctx.saved_tensors)
+        return d_h, d_h, None, None
 
 
 class _SiluMul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        y = torch.empty_like(gate)
-        _silu_mul[_flat(y)](gate, up, y, y.numel(), BLOCK=FLAT_ELEMENTS)
-        ctx.save_for_backward(gate, up)
+    def forward(ctx: Any, *gate_up: Tensor) -> Tensor:
+        gate_up = tuple(t.contiguous() for t in gate_up)
+        ctx.save_for_backward(*gate_up)
+        gate, up = _halves(gate_up)
+        y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+        grid, sizes = _columns(gate)
+        _silu_mul[grid](gate, up, y, gate.stride(-2), gate.shape[-1], **sizes)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gate, up = ctx.saved_tensors
-        d_gate, d_up = torch.empty_like(gate), torch.empty_like(up)
+        d_gate_up = tuple(torch.empty_like(t) for t in ctx.saved_tensors)
+        (gate, up), (d_gate, d_up) = _halves(ctx.saved_tensors), _halves(d_gate_up)
+        grid, sizes = _columns(gate)
         d_y = gradients[0].contiguous()
-        _silu_mul_backward[_flat(d_y)](d_y, gate, up, d_gate, d_up, d_y.numel(), BLOCK=FLAT_ELEMENTS)
-        return d_gate, d_up
+        _silu_mul_backward[grid](d_y, gate, up, d_gate, d_up, gate.stride(-2), gate.shape[-1], **sizes)
+        return d_gate_up
 
 
-class _Rotate(torch.autograd.Function):
+class _Turn(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(ctx: Any, cos: Tensor, sin: Tensor, counts: tuple[int, int, int], *heads: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(cos, sin)
-        return _rotated(x, cos, sin, backward=False)
+        ctx.counts, ctx.packed = counts, len(heads) == 1
+        parts = torch.split(heads[0], list(counts), dim=2) if ctx.packed else heads
+        return torch.split(_turned(parts, counts, cos, sin, backward=False), list(counts), dim=2)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _rotated(gradients[0], *ctx.saved_tensors, backward=True), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
+        found = _turned(gradients, ctx.counts, *ctx.saved_tensors, backward=True)
+        return None, None, None, *((found,) if ctx.packed else torch.split(found, list(ctx.counts), dim=2))
 
 
-class _MeanSquare(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, output: Tensor, targets: Tensor, index: Tensor) -> Tensor:
-        output = output.contiguous()
-        row, gradient = output[0].numel(), torch.empty_like(output)
-        parts = triton.cdiv(row, ROW_ELEMENTS)
-        sums = torch.empty(len(output), parts, dtype=torch.float32, device=output.device)
-        _mean_square[(len(output), parts)](
-            output, targets, index, gradient, sums, row, 1.0 / output.numel(), BLOCK=ROW_ELEMENTS
-        )
-        ctx.save_for_backward(gradient)
-        return sums.sum() / output.numel()
+def _normed(x: Tensor, update: Tensor | None, h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The norm of x, or of h <- x + update, and 1/sqrt(mean square + eps), fp32 (rows,)."""
+    y, width = torch.empty_like(x), x.shape[-1]
+    inverse = torch.empty(x.numel() // width, dtype=torch.float32, device=x.device)
+    grid, sizes = _rows(len(inverse), width)
+    added = update is not None
+    _rms_norm[grid](x, update if added else x, h, weight, y, inverse, len(inverse), width, eps, ADDED=added, **sizes)
+    return y, inverse
 
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return gradient.mul_(gradients[0]), None, None
+
+def _norm_backward(d_y: Tensor, d_h: Tensor | None, h: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+    """The gradient by h, whose own is `d_h` besides what comes through the norm."""
+    found, d_y = torch.empty_like(h), d_y.contiguous()
+    grid, sizes = _rows(len(inverse), h.shape[-1])
+    added = d_h is not None
+    also = d_y if d_h is None else d_h.contiguous()
+    _rms_norm_backward[grid](d_y, also, h, weight, inverse, found, len(inverse), h.shape[-1], ADDED=added, **sizes)
+    return found
+
+
+def _turned(
+    parts: Sequence[Tensor], counts: tuple[int, int, int], cos: Tensor, sin: Tensor, *, backward: bool
+) -> Tensor:
+    """Queries, keys and values, packed: (batch, length, sum of counts, width)."""
+    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in parts]
+    batch, length, _, width = parts[0].shape
+    packed = torch.empty(batch, length, sum(counts), width, dtype=parts[0].dtype, device=parts[0].device)
+    strides = [stride for part in parts for stride in part.stride()[:3]]
+    sizes = {"QUERIES": triton.next_power_of_2(counts[0]), "KEYS": triton.next_power_of_2(max(counts[1:]))}
+    half = {"HALF": triton.next_power_of_2(width // 2), "BACKWARD": backward}
+    _turn[(batch * length,)](*parts, packed, cos, sin, *strides, length, *counts, width // 2, **sizes, **half)
+    return packed
+
+
+def _halves(gate_up: Sequence[Tensor]) -> Sequence[Tensor]:
+    return gate_up if len(gate_up) == 2 else gate_up[0].chunk(2, dim=-1)
 
 
 def _rows(count: int, width: int) -> tuple[tuple[int], dict[str, int]]:
@@ -129,25 +187,27 @@ def _rows(count: int, width: int) -> tuple[tuple[int], dict[str, int]]:
     return (triton.cdiv(count, rows),), {"ROWS": rows, "WIDTH": padded, "num_warps": 8 if padded > ROW_ELEMENTS else 4}
 
 
-def _flat(x: Tensor) -> tuple[int]:
-    return (triton.cdiv(x.numel(), FLAT_ELEMENTS),)
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor, *, backward: bool) -> Tensor:
-    batch, length, heads, width = x.shape
-    y = torch.empty(batch, length, heads, width, dtype=x.dtype, device=x.device)
-    sizes = {"HEADS": triton.next_power_of_2(heads), "HALF": triton.next_power_of_2(width // 2)}
-    _rotate[(batch * length,)](x, cos, sin, y, *x.stride(), length, heads, width // 2, BACKWARD=backward, **sizes)
-    return y
+def _columns(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
+    """A grid over rows and pieces of columns; pieces divide the width if a large power of two does."""
+    width = x.shape[-1]
+    even = width & -width
+    block = min(COLUMN_ELEMENTS, even if even >= 256 else triton.next_power_of_2(width))
+    return (x.numel() // width, triton.cdiv(width, block)), {"BLOCK": block, "num_warps": max(1, min(4, block // 256))}
 
 
 @triton.jit
-def _rms_norm(X, W, Y, INVERSE, count, width, eps, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm(  # type: ignore[no-untyped-def]
+    X, UPDATE, H, W, Y, INVERSE, count, width, eps, ADDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     real = (row < count)[:, None] & (column < width)[None, :]
     at = row[:, None] * width + column[None, :]
     x = tl.load(X + at, mask=real, other=0.0).to(tl.float32)
+    if ADDED:
+        x += tl.load(UPDATE + at, mask=real, other=0.0).to(tl.float32)
+        x = x.to(H.dtype.element_ty).to(tl.float32)
+        tl.store(H + at, x.to(H.dtype.element_ty), mask=real)
     w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
     inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps)
     normal = (x * inverse[:, None]).to(Y.dtype.element_ty).to(tl.float32)
@@ -156,85 +216,126 @@ def _rms_norm(X, W, Y, INVERSE, count, width, eps, ROWS: tl.constexpr, WIDTH: tl
 
 
 @triton.jit
-def _rms_norm_backward(DY, X, W, INVERSE, DX, count, width, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # type: ignore[no-untyped-def]
+def _rms_norm_backward(  # type: ignore[no-untyped-def]
+    DY, DH, H, W, INVERSE, D, count, width, ADDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     real = (row < count)[:, None] & (column < width)[None, :]
     at = row[:, None] * width + column[None, :]
     w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
     inverse = tl.load(INVERSE + row, mask=row < count, other=0.0)[:, None]
-    normal = tl.load(X + at, mask=real, other=0.0).to(tl.float32) * inverse
+    normal = tl.load(H + at, mask=real, other=0.0).to(tl.float32) * inverse
     d_normal = tl.load(DY + at, mask=real, other=0.0).to(tl.float32) * w[None, :]
     along = (tl.sum(d_normal * normal, 1) / width)[:, None]
-    tl.store(DX + at, (inverse * (d_normal - normal * along)).to(DX.dtype.element_ty), mask=real)
+    d = inverse * (d_normal - normal * along)
+    if ADDED:
+        d += tl.load(DH + at, mask=real, other=0.0).to(tl.float32)
+    tl.store(D + at, d.to(D.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _silu_mul(GATE, UP, Y, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    g = tl.load(GATE + at, mask=at < count, other=0.0).to(tl.float32)
-    u = tl.load(UP + at, mask=at < count, other=0.0).to(tl.float32)
+def _silu_mul(GATE, UP, Y, per_row, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = column < width
+    g = tl.load(GATE + row * per_row + column, mask=real, other=0.0).to(tl.float32)
+    u = tl.load(UP + row * per_row + column, mask=real, other=0.0).to(tl.float32)
     silu = (g / (1.0 + tl.exp(-g))).to(Y.dtype.element_ty).to(tl.float32)
-    tl.store(Y + at, (silu * u).to(Y.dtype.element_ty), mask=at < count)
+    tl.store(Y + row * width + column, (silu * u).to(Y.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _silu_mul_backward(DY, GATE, UP, DGATE, DUP, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    d = tl.load(DY + at, mask=at < count, other=0.0).to(tl.float32)
-    g = tl.load(GATE + at, mask=at < count, other=0.0).to(tl.float32)
-    u = tl.load(UP + at, mask=at < count, other=0.0).to(tl.float32)
+def _silu_mul_backward(DY, GATE, UP, DGATE, DUP, per_row, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    real = column < width
+    d = tl.load(DY + row * width + column, mask=real, other=0.0).to(tl.float32)
+    g = tl.load(GATE + row * per_row + column, mask=real, other=0.0).to(tl.float32)
+    u = tl.load(UP + row * per_row + column, mask=real, other=0.0).to(tl.float32)
     sigmoid = 1.0 / (1.0 + tl.exp(-g))
     silu = g * sigmoid
-    tl.store(DUP + at, (d * silu).to(DUP.dtype.element_ty), mask=at < count)
+    tl.store(DUP + row * per_row + column, (d * silu).to(DUP.dtype.element_ty), mask=real)
     d_gate = d * u * (sigmoid + silu * (1.0 - sigmoid))
-    tl.store(DGATE + at, d_gate.to(DGATE.dtype.element_ty), mask=at < count)
+    tl.store(DGATE + row * per_row + column, d_gate.to(DGATE.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _rotate(  # type: ignore[no-untyped-def]
-    X,
+def _turn_heads(  # type: ignore[no-untyped-def]
+    SOURCE, TARGET, cos, sin, per_head, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr, STILL: tl.constexpr
+):
+    """The heads of one token: from SOURCE, `per_head` apart, to TARGET, one after another."""
+    head = tl.arange(0, HEADS)[:, None]
+    column = tl.arange(0, HALF)[None, :]
+    real = (head < heads) & (column < half)
+    a = tl.load(SOURCE + head * per_head + column, mask=real, other=0.0).to(tl.float32)
+    b = tl.load(SOURCE + head * per_head + column + half, mask=real, other=0.0).to(tl.float32)
+    first, second = a, b
+    if not STILL:
+        first, second = a * cos - b * sin, b * cos + a * sin
+    at = head * half * 2 + column
+    tl.store(TARGET + at, first.to(TARGET.dtype.element_ty), mask=real)
+    tl.store(TARGET + at + half, second.to(TARGET.dtype.element_ty), mask=real)
+
+
+@triton.jit
+def _turn(  # type: ignore[no-untyped-def]
+    Q,
+    K,
+    V,
+    PACKED,
     COS,
     SIN,
-    Y,
-    per_batch,
-    per_token,
-    per_head,
-    per_column,
+    q_batch,
+    q_token,
+    q_head,
+    k_batch,
+    k_token,
+    k_head,
+    v_batch,
+    v_token,
+    v_head,
     length,
-    heads,
+    queries,
+    keys,
+    values,
     half,
-    HEADS: tl.constexpr,
+    QUERIES: tl.constexpr,
+    KEYS: tl.constexpr,
     HALF: tl.constexpr,
     BACKWARD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
-    position = token % length
-    head = tl.arange(0, HEADS)
+    batch, position = token // length, token % length
     column = tl.arange(0, HALF)
-    real = (head < heads)[:, None] & (column < half)[None, :]
-    source = (token // length) * per_batch + position * per_token + head[:, None] * per_head
-    source += column[None, :] * per_column
-    target = token * heads * half * 2 + head[:, None] * half * 2 + column[None, :]
-    cos = tl.load(COS + position * half * 2 + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
-    sin = tl.load(SIN + position * half * 2 + column, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    angle = position * half * 2 + column
+    cos = tl.load(COS + angle, mask=column < half, other=0.0).to(tl.float32)[None, :]
+    sin = tl.load(SIN + angle, mask=column < half, other=0.0).to(tl.float32)[None, :]
     if BACKWARD:
         sin = -sin
-    a = tl.load(X + source, mask=real, other=0.0).to(tl.float32)
-    b = tl.load(X + source + half * per_column, mask=real, other=0.0).to(tl.float32)
-    tl.store(Y + target, (a * cos - b * sin).to(Y.dtype.element_ty), mask=real)
-    tl.store(Y + target + half, (b * cos + a * sin).to(Y.dtype.element_ty), mask=real)
+    to = PACKED + token * (queries + keys + values) * half * 2
+    _turn_heads(Q + batch * q_batch + position * q_token, to, cos, sin, q_head, queries, half, QUERIES, HALF, False)
+    to += queries * half * 2
+    _turn_heads(K + batch * k_batch + position * k_token, to, cos, sin, k_head, keys, half, KEYS, HALF, False)
+    to += keys * half * 2
+    _turn_heads(V + batch * v_batch + position * v_token, to, cos, sin, v_head, values, half, KEYS, HALF, True)
 
 
 @triton.jit
-def _mean_square(Y, TARGETS, INDEX, GRADIENT, SUMS, row, share, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _square_error(  # type: ignore[no-untyped-def]
+    FIRST, LAST, TARGETS, INDEX, GRADIENT, SUMS, row, factor, ADDED: tl.constexpr, BLOCK: tl.constexpr
+):
     sample = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < row
-    y = tl.load(Y + sample * row + column, mask=real, other=0.0).to(tl.float32)
+    at = sample * row + column
+    y = tl.load(FIRST + at, mask=real, other=0.0).to(tl.float32)
+    if ADDED:
+        y += tl.load(LAST + at, mask=real, other=0.0).to(tl.float32)
+        y = y.to(GRADIENT.dtype.element_ty).to(tl.float32)
     t = tl.load(TARGETS + tl.load(INDEX + sample) * row + column, mask=real, other=0.0).to(tl.float32)
     error = y - t
-    tl.store(GRADIENT + sample * row + column, (2.0 * share * error).to(GRADIENT.dtype.element_ty), mask=real)
+    tl.store(GRADIENT + at, (factor * error).to(GRADIENT.dtype.element_ty), mask=real)
     tl.store(SUMS + sample * tl.num_programs(1) + tl.program_id(1), tl.sum(error * error, 0))
 
 

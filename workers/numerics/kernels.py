@@ -67,9 +67,13 @@ def step(
     rate: Tensor,
     faults: Tensor,
     limits: tuple[float, float],
+    hat: Tensor,
 ) -> None:
-    """Moves V, alpha and beta, the latter within `limits`; adds the number of groups with NaN gradients to `faults`."""
-    _launch(groups, bits, symmetric, smallest, gradient=gradient, rate=rate, faults=faults, limits=limits)
+    """Moves V, alpha and beta, the latter within `limits`; hat <- the new w_hat.
+
+    Adds the number of groups with NaN gradients to `faults`.
+    """
+    _launch(groups, bits, symmetric, smallest, gradient=gradient, rate=rate, faults=faults, limits=limits, hat=hat)
 
 
 def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Tensor) -> None:

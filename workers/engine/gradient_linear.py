@@ -1,0 +1,43 @@
+"""A linear whose weight's gradient is handed over as soon as it can be computed, instead of being kept by autograd."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Receive = Callable[[Tensor, Tensor], None]
+"""Given dL/dy (tokens, out) and x (tokens, in), from which dL/dW = (dL/dy)^T x."""
+
+
+class GradientLinear(nn.Module):
+    """y = x W^T + b.
+
+    weight    (out, in), a view of a flat buffer; requires a gradient, so that autograd comes this way
+    bias      (out,), not trained
+    receive   told what the weight's gradient is made of; the parameter itself gets none
+    """
+
+    def __init__(self, weight: Tensor, bias: nn.Parameter | None, receive: Receive) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+        self.bias = bias
+        self.receive = receive
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = _Product.apply(x, self.weight, self.bias, self.receive)  # type: ignore[no-untyped-call]
+        return y
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, receive: Receive) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.receive = receive
+        return nn.functional.linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), grad = ctx.saved_tensors, gradients[0]
+        ctx.receive(grad.flatten(0, -2), x.flatten(0, -2))
+        return (grad @ weight if ctx.needs_input_grad[0] else None), None, None, None
