@@ -1,5 +1,7 @@
 """The Triton kernels against the eager reference: on a GPU if there is one, else in Triton's interpreter."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -20,7 +22,7 @@ class ByKernels:
     """`RoundedWeights` whose every pass is a kernel's."""
 
     def __init__(self, weights: RoundedWeights) -> None:
-        self._of, self._kept, self.state = weights, weights._kept, weights.state
+        self._of, self._kept = weights, weights._kept
         self._fixed = weights._grid_settings()
         self.faults = torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
@@ -107,6 +109,31 @@ def test_steps_equal_the_reference(
             theirs.copy_(ours)
         assert torch.equal(hats[0][~near], hats[1][~near])
     assert int(fused.faults) == 0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_offsets_counted_in_sixteen_bits_take_the_same_steps(symmetric: bool) -> None:
+    steps, rate = 9, 0.1
+    _, other, fused = pair(3, 6, 32, 3, symmetric, 0.0, torch.float32)
+    _, counted, fused_counted = pair(3, 6, 32, 3, symmetric, 0.0, torch.float32)
+    counted.state = replace(counted.state, offset=torch.zeros_like(counted.state.offset, dtype=torch.int16))
+    counted._unit = kernels.offset_unit(steps, rate)
+    assert counted._unit is not None
+    hats = [torch.empty_like(other.state.weight) for _ in range(2)]
+    for step in range(steps):
+        gradient = torch.randn_like(other.state.weight)
+        now = torch.tensor(rate * (1 - step / steps), device=DEVICE)
+        fused.step(gradient, now, hats[0])
+        fused_counted.step(gradient, now, hats[1])
+    assert int(counted.state.offset.abs().max()) > steps
+    torch.testing.assert_close(counted.state.offset * counted._unit, other.state.offset, rtol=0, atol=1e-6)
+    assert float((hats[0] == hats[1]).float().mean()) > 0.99
+
+
+def test_what_sixteen_bits_cannot_count_is_not_counted() -> None:
+    assert kernels.offset_unit(255, 1.0) == 1 / 255
+    assert kernels.offset_unit(256, 1.0) is None
+    assert kernels.offset_unit(0, 1.0) is None
 
 
 def test_nothing_is_kept_unless_better() -> None:

@@ -17,7 +17,7 @@ Rounding passes gradients straight through. With D = dL/dw_hat and m = [q was no
 | symbol | variable | shape |
 |---|---|---|
 | w | `weight` | (groups, G), the model's dtype: the groups of all linears of one scheme, one after another |
-| V | `offset` | (groups, G), fp32 |
+| V | `offset` | (groups, G), fp32; on a GPU int16 in multiples of lr/T (`workers.numerics.kernels`) |
 | alpha, beta | `alpha`, `beta` | (groups,), fp32 |
 | lo, hi | `ranges` | (groups,), fp32 |
 | D | `gradient` | (groups, G), the model's dtype |
@@ -63,20 +63,27 @@ class SignRound:
         rate = spec.learning_rate or 1 / max(spec.steps, 1)
         settings = TuningSettings(spec.steps, spec.batch_size, rate)
         source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
-        outcome = task.tune(source, rounded_weights(task, search=spec.scale_search and spec.steps > 0), settings)
+        weights = rounded_weights(task, search=spec.scale_search and spec.steps > 0, settings=settings)
+        outcome = task.tune(source, weights, settings)
         counters = {"best_step": float(outcome.best_step), "nan_gradients": float(outcome.faults)}
         return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss, counters)
 
 
-def rounded_weights(task: BlockTask, *, search: bool) -> list["RoundedWeights"]:
-    """The block's linears, those of the same scheme and group width together."""
+def rounded_weights(task: BlockTask, *, search: bool, settings: TuningSettings | None = None) -> list["RoundedWeights"]:
+    """The block's linears, those of the same scheme and group width together.
+
+    search    whether ranges start from those with the least rounding error
+    settings  of the steps to come; where they are known, V may be counted in steps
+    """
     alike: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
     for name, scheme in task.schemes.items():
         weight = task.linear(name).weight.detach()
         width = weight.shape[1] if scheme.group_size < 0 else scheme.group_size
         alike.setdefault((scheme, width), {})[name] = weight
     moments = task.moments if search else {}
-    return [RoundedWeights(w, scheme, width, task.scale_dtype, moments) for (scheme, width), w in alike.items()]
+    return [
+        RoundedWeights(w, scheme, width, task.scale_dtype, moments, settings) for (scheme, width), w in alike.items()
+    ]
 
 
 def start_ranges(
@@ -119,10 +126,10 @@ class Rounding:
     beta: Tensor
 
     @classmethod
-    def start(cls, weight: Tensor, ranges: GroupRange) -> "Rounding":
-        """V = 0 and alpha = beta = 1: round to nearest."""
+    def start(cls, weight: Tensor, ranges: GroupRange, *, counted: bool = False) -> "Rounding":
+        """V = 0 and alpha = beta = 1: round to nearest. `counted`: V is in 16 bits."""
         one = torch.ones_like(ranges.low)
-        offset = torch.zeros_like(weight, dtype=working_dtype(weight))
+        offset = torch.zeros_like(weight, dtype=torch.int16 if counted else working_dtype(weight))
         return cls(weight, ranges.low, ranges.high, offset, one, one.clone())
 
     def part(self, groups: slice) -> "Rounding":
@@ -151,6 +158,7 @@ class RoundedWeights:
         width: int,
         scale_dtype: torch.dtype,
         moments: Mapping[str, Tensor] = MappingProxyType({}),
+        settings: TuningSettings | None = None,
     ) -> None:
         self.shapes: Mapping[str, tuple[int, int]] = {
             name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()
@@ -158,7 +166,12 @@ class RoundedWeights:
         self._scheme, self._scale_dtype = scheme, scale_dtype
         self._limits = SEARCHED_LIMITS if moments else FULL_LIMITS
         ranges = start_ranges(weights, moments, scheme, width, scale_dtype)
-        self.state = Rounding.start(torch.cat([weight.reshape(-1, width) for weight in weights.values()]), ranges)
+        weight = torch.cat([weight.reshape(-1, width) for weight in weights.values()])
+        self._fused = kernels_for(weight)
+        self._unit: float | None = None
+        if self._fused is not None and settings is not None:
+            self._unit = self._fused.offset_unit(settings.steps, settings.learning_rate)
+        self.state = Rounding.start(weight, ranges, counted=self._unit is not None)
         groups = self.state.low
         self._kept = Kept(
             codes=torch.zeros_like(self.state.weight, dtype=torch.uint8),
@@ -166,7 +179,6 @@ class RoundedWeights:
             zero_point=torch.zeros_like(groups, dtype=torch.uint8),
         )
         self._faults = torch.zeros(1, dtype=torch.int32, device=groups.device)
-        self._fused = kernels_for(self.state.weight)
 
     @torch.no_grad()
     def write(self, out: Tensor) -> None:
@@ -246,7 +258,7 @@ class RoundedWeights:
         """This object's tensors as the kernels take them."""
         state, kept = self.state, self._kept
         learned = (state.weight, state.offset, state.low, state.high, state.alpha, state.beta)
-        return fused.Groups(*learned, kept.codes, kept.scale, kept.zero_point)
+        return fused.Groups(*learned, kept.codes, kept.scale, kept.zero_point, self._unit or 1.0)
 
     def _grid_settings(self) -> tuple[int, bool, float]:
         """Bits, symmetry and least scale, as the kernels take them."""
