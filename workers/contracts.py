@@ -130,6 +130,16 @@ class BlockTask:
         return module
 
 
+@dataclass(frozen=True)
+class WarmUp:
+    """What a method's kernels will be compiled for: (in_features, scheme) of the linears, dtypes and device."""
+
+    linears: frozenset[tuple[int, Scheme]]
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    device: torch.device
+
+
 class Tune(Protocol):
     """The engine's tuning loop (`workers.engine.tuning.tune`)."""
 

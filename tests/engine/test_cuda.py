@@ -1,5 +1,8 @@
 """The same engine on a GPU: same request and plan, same codes; close to the CPU."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,29 @@ def differing(first: Path, second: Path) -> list[str]:
     one, other = codes(first), codes(second)
     assert one.keys() == other.keys()
     return [name for name in one if not torch.equal(one[name], other[name])]
+
+
+def test_no_kernel_is_compiled_after_the_texts_are_read(small_model: Path, tmp_path: Path) -> None:
+    """In a fresh process and with an empty cache: those of the blocks are all compiled by the warm-up."""
+    script = (
+        "import sys; from pathlib import Path; from triton import knobs\n"
+        "from tests.engine.conftest import run_job; from workers.engine import pipeline\n"
+        "compiled, read = [], pipeline._run_blocks\n"
+        "knobs.runtime.jit_cache_hook = lambda **given: compiled.append(given['fn'].name) and None\n"
+        "def watch(job):\n    compiled.clear()\n    return read(job)\n"
+        "pipeline._run_blocks = watch\n"
+        f"run_job(Path({str(small_model)!r}), Path(sys.argv[1]), order={{'device': 'cuda'}}, **{TUNED!r})\n"
+        "print('compiled', sorted(compiled))\n"
+    )
+    environment = os.environ | {"TRITON_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", script, str(tmp_path / "job")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.splitlines()[-1:] == ["compiled []"], done.stdout + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize("place", ["device", "host"])

@@ -177,3 +177,14 @@ def test_searched_ranges_equal_the_reference(
         errors.append(((steps * to.scale.unsqueeze(-1) - groups.float()).square() * repeated).sum(-1))
     torch.testing.assert_close(errors[1], errors[0], rtol=1e-4, atol=0)
     assert bool((errors[0] <= errors[2] * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_warm_ups_launch_every_kernel(counted: bool) -> None:
+    """What a launch writes shows that it ran; that no kernel is compiled later is seen on a GPU (test_cuda)."""
+    calls = kernels.warm_ups(
+        96, 32, 4, True, 1e-10, dtypes=(torch.bfloat16, torch.bfloat16), counted=counted, device=torch.device(DEVICE)
+    )
+    assert len(calls) == 4
+    low, high = [call() for call in calls][-1]
+    assert low.shape == high.shape == (48,)

@@ -6,10 +6,13 @@ parameters keep their names, so that nothing else sees a difference. A class tha
 architecture runs without this file.
 """
 
+from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from workers.numerics import block_kernels
 from workers.numerics.block_kernels import add_rms_norm, rms_norm, silu_mul, turn
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -118,6 +121,15 @@ class FusedBlock(nn.Module):
         norm = self.post_attention_layernorm
         residual, normal = add_rms_norm(hidden_states, attended, norm.weight, norm.eps)
         return [residual, self.mlp(normal)]
+
+
+def warm_ups(block: FusedBlock, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
+    """Calls that compile the kernels of such blocks (`workers.engine.warm_up`)."""
+    attention, mlp = block.self_attn, block.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
+    heads = [projection.weight.shape[0] // attention.head_dim for projection in projections]
+    inner, width = mlp.gate_proj.weight.shape
+    return block_kernels.warm_ups((width, inner), heads, attention.head_dim, dtype, device)
 
 
 def fuse(block: nn.Module) -> nn.Module:

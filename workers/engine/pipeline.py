@@ -5,6 +5,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder, ResultLine, Stage
@@ -17,13 +18,14 @@ from workers.engine.calibration import Windows, calibration_windows, evaluation_
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
-from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_schemes, reproducible
+from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_schemes, reproducible, scale_dtype
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
+from workers.engine.warm_up import compiling
 from workers.formats.writer import CheckpointWriter
 
 CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
@@ -44,9 +46,11 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         checkpoint = Checkpoint.open(Path(order.model_path))
         model = StreamedModel.open(checkpoint, device)
         schemes = plan_schemes(model, order.request.quantization)
+        tokenizer = load_tokenizer(Path(order.model_path))
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
-        texts = read_texts(order, model, reporter)
+        with compiling(model, schemes, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
+            texts = read_texts(order, model, tokenizer, reporter)
         job = _Job(order, workspace, reporter, clock, model, schemes, texts, make_plan(order, model, texts.sizes()))
         return _run_blocks(job)
 
@@ -85,14 +89,15 @@ class _Job:
     plan: Plan
 
 
-def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> Texts:
+def read_texts(
+    order: AttemptOrder, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
+) -> Texts:
     """Calibration and evaluation windows of an order.
 
     Raises:
         InvalidDataset: a file is not as documented or too short, or windows are longer than the model's positions.
     """
     request = order.request
-    tokenizer = load_tokenizer(Path(order.model_path))
     paths = [None if p is None else Path(p) for p in (order.calibration_path, order.evaluation_path)]
     calibration = evaluation = None
     if METHODS[request.quantization.method].needs_inputs:

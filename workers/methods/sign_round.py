@@ -35,7 +35,7 @@ sequences, not on the step's own minibatch. Left out: activation quantization, n
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -46,7 +46,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
-from workers.contracts import BlockTask, TuningSettings
+from workers.contracts import BlockTask, TuningSettings, WarmUp
 from workers.numerics.affine import SMALLEST_SCALE, Grid, GroupRange, grid, round_to_grid, search_range
 from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
 
@@ -59,6 +59,9 @@ CACHED_ELEMENTS = 524_288
 class SignRound:
     needs_inputs = True
 
+    def warm_ups(self, kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
+        return warm_ups(kinds, spec)
+
     def quantize_block(self, task: BlockTask, spec: SignRoundSpec) -> BlockResult:
         rate = spec.learning_rate or 1 / max(spec.steps, 1)
         settings = TuningSettings(spec.steps, spec.batch_size, rate)
@@ -67,6 +70,21 @@ class SignRound:
         outcome = task.tune(source, weights, settings)
         counters = {"best_step": float(outcome.best_step), "nan_gradients": float(outcome.faults)}
         return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss, counters)
+
+
+def warm_ups(task: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
+    """Calls that compile this method's kernels for the linears of a model; none where there are no such kernels."""
+    kinds = {(scheme, columns) for columns, scheme in task.linears}
+    found: list[Callable[[], object]] = []
+    for scheme, columns in kinds:
+        width = columns if scheme.group_size < 0 else scheme.group_size
+        fused = kernels_for(torch.empty(0, dtype=task.dtype, device=task.device))
+        if fused is not None:
+            grid_settings = (scheme.bits, scheme.symmetric, SMALLEST_SCALE[task.scale_dtype])
+            counted = fused.offset_unit(spec.steps, 1.0) is not None
+            given = {"dtypes": (task.dtype, task.scale_dtype), "counted": counted, "device": task.device}
+            found += fused.warm_ups(columns, width, *grid_settings, **given)
+    return found
 
 
 def rounded_weights(task: BlockTask, *, search: bool, settings: TuningSettings | None = None) -> list["RoundedWeights"]:

@@ -17,7 +17,9 @@ most T*(T + 1)/2 of them (`offset_unit`). That is exact where a sum in fp32 roun
 The interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the reference.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -123,6 +125,45 @@ def search_range(
         **sizes,
     )
     return low, high
+
+
+def warm_ups(
+    columns: int,
+    width: int,
+    bits: int,
+    symmetric: bool,
+    smallest: float,
+    *,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    counted: bool,
+    device: torch.device,
+) -> list[Callable[[], object]]:
+    """A launch of each kernel on a few rows, which compiles what a linear of so many columns will need.
+
+    dtypes   of weights and of stored scales      counted   whether V is in 16 bits
+    """
+    weight = torch.ones(16 * columns // width, width, dtype=dtypes[0], device=device)
+    one, codes = torch.ones(len(weight), device=device), torch.zeros_like(weight, dtype=torch.uint8)
+    offset = torch.zeros_like(weight, dtype=torch.int16 if counted else torch.float32)
+    groups = Groups(weight, offset, -one, one, one, one.clone(), codes, one.to(dtypes[1]), codes[:, 0].contiguous())
+    moments = torch.ones(columns // width, width, device=device)
+    better, faults = torch.ones((), dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int32, device=device)
+    grid = (bits, symmetric, smallest)
+    return [
+        partial(write, groups, *grid, torch.empty_like(weight)),
+        partial(
+            step,
+            groups,
+            *grid,
+            gradient=weight,
+            rate=one[0],
+            faults=faults,
+            limits=(0.5, 1.5),
+            hat=torch.empty_like(weight),
+        ),
+        partial(keep, groups, *grid, better),
+        partial(search_range, weight, moments, *grid, dtypes[1]),
+    ]
 
 
 def _programs(count: int, width: int) -> tuple[tuple[int], dict[str, int]]:
