@@ -14,14 +14,13 @@ nothing and is counted, since comparisons would hide it.
 The interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the reference.
 """
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from workers.numerics.affine import ASYMMETRIC_FACTORS, SMALLEST_FACTOR, SYMMETRIC_FACTORS
+from workers.numerics.rounding_operators import Groups
 
 PROGRAM_ELEMENTS = 4096
 """Weights that a program handles; at least one group."""
@@ -30,26 +29,6 @@ TO_NEAREST = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding and subtracting it rounds an fp32 below 2^22 to the nearest integer, ties to even."""
 
 STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The tensors of the kernel, all contiguous: (groups, G) or (groups,).
-
-    gradient, hat    of the weight's dtype     offset, low, high, alpha, beta    fp32
-    codes, zero      uint8                     scale    the dtype that stores scales
-    rate             fp32 number               better   truth value               faults   int32 number
-    """
-
-    weight: Tensor
-    offset: Tensor
-    low: Tensor
-    high: Tensor
-    alpha: Tensor
-    beta: Tensor
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
 
 
 def write(groups: Groups, bits: int, symmetric: bool, smallest: float, hat: Tensor) -> None:
@@ -84,7 +63,7 @@ def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Te
 def search_range(
     weight: Tensor, moments: Tensor, bits: int, symmetric: bool, smallest: float, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`workers.numerics.affine.search_range` in one pass: low and high, fp32 (groups,).
+    """`workers.numerics.rounding_operators.search_range` in one pass: low and high, fp32 (groups,).
 
     weight   (groups, G), contiguous
     moments  fp32 (columns // G, G): of the linear's input columns; its rows of groups repeat in this order
