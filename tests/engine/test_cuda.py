@@ -130,7 +130,7 @@ def test_recomputed_blocks_gain_as_much(small_model: Path, tmp_path: Path, monke
 
 def test_the_models_own_blocks_gain_too(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other codes come out of the blocks (roundings differ), so only the direction is the same."""
-    monkeypatch.setattr(fused_block, "fuse", lambda block: block)
+    monkeypatch.setattr(fused_block, "fuse", lambda block, _: block)
     report = run_job(small_model, tmp_path / "a", **ON_GPU, **SCALED).report.scales
     assert report is not None
     assert report.captured

@@ -124,7 +124,7 @@ def test_graph_eager_and_cpu_agree_in_full_precision(tmp_path: Path, monkeypatch
     eager = tune(tmp_path, "cuda")
     assert eager.log == ["capture_failed"]
     assert_agree(captured, eager, gradient=1e-5, codes=0.999, loss=1e-3)
-    monkeypatch.setattr(fused_block, "fuse", lambda block: block)
+    monkeypatch.setattr(fused_block, "fuse", lambda block, _: block)
     assert_agree(tune(tmp_path, "cuda"), on_cpu, gradient=1e-5, codes=0.999, loss=1e-3)
 
 
@@ -140,7 +140,7 @@ def test_every_architecture_is_captured(
     architecture: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
-        monkeypatch.setattr(fused_block, "fuse", lambda block: block)
+        monkeypatch.setattr(fused_block, "fuse", lambda block, _: block)
     save_random_model(tmp_path, architecture)
     for index in (0, 1):
         on_gpu, on_cpu = tune(tmp_path, "cuda", index), tune(tmp_path, "cpu", index)

@@ -13,8 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from app.domain.architectures import read_dimensions
 from app.domain.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
 from workers.contracts import BlockForward
+from workers.engine import fused_block
 from workers.engine.architectures import Layout, layout_of
 from workers.engine.checkpoint import FLOAT_DTYPES, Checkpoint
 
@@ -280,12 +279,12 @@ def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
 
 
 def _fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Puts hand-fused blocks in place of those of a known class, on a GPU, where Triton is installed."""
-    if device.type != "cuda" or dtype == torch.float64 or find_spec("triton") is None:
+    """Puts hand-fused blocks in place of those of a known class, where there are parts for the device."""
+    parts = fused_block.Parts.on(device, dtype)
+    if parts is None:
         return
-    fused_block = import_module("workers.engine.fused_block")
     for name, block in blocks.named_children():
-        setattr(blocks, name, fused_block.fuse(block))
+        setattr(blocks, name, fused_block.fuse(block, parts))
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

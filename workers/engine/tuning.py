@@ -260,7 +260,9 @@ class _Run:
 
 
 def kernels_for(task: BlockTask) -> ModuleType | None:
-    """The kernels of a block's parts where they serve: everything on one GPU, and Triton installed."""
+    """What works on a block's parts where it serves: kernels on one GPU with Triton, operators on a CPU."""
+    if task.device.type == "cpu":
+        return import_module("workers.numerics.block_operators")
     on_gpu = task.device.type == "cuda" and task.inputs.is_cuda and task.targets.is_cuda
     if not on_gpu or task.inputs.dtype == torch.float64 or find_spec("triton") is None:
         return None

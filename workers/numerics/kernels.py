@@ -18,7 +18,6 @@ The interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the test
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -27,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.numerics.affine import ASYMMETRIC_FACTORS, SMALLEST_FACTOR, SYMMETRIC_FACTORS
+from workers.numerics.rounding_operators import Groups
 
 PROGRAM_ELEMENTS = 1024
 """Weights that a program handles; at least one group. Eight a thread: more take so many registers that too few programs
@@ -38,29 +38,6 @@ TO_NEAREST = tl.constexpr(12582912.0)
 LARGEST_COUNT = 2**15 - 1
 
 STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-
-
-@dataclass(frozen=True)
-class Groups:
-    """The tensors of the kernel, all contiguous: (groups, G) or (groups,).
-
-    gradient, hat    of the weight's dtype     offset, low, high, alpha, beta    fp32
-    codes, zero      uint8                     scale    the dtype that stores scales
-    rate             fp32 number               better   truth value               faults   int32 number
-
-    offset is fp32, or int16 in multiples of `unit`
-    """
-
-    weight: Tensor
-    offset: Tensor
-    low: Tensor
-    high: Tensor
-    alpha: Tensor
-    beta: Tensor
-    codes: Tensor
-    scale: Tensor
-    zero: Tensor
-    unit: float = 1.0
 
 
 def offset_unit(steps: int, learning_rate: float) -> float | None:
@@ -100,7 +77,7 @@ def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Te
 def search_range(
     weight: Tensor, moments: Tensor, bits: int, symmetric: bool, smallest: float, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """`workers.numerics.affine.search_range` in one pass: low and high, fp32 (groups,).
+    """`workers.numerics.rounding_operators.search_range` in one pass: low and high, fp32 (groups,).
 
     weight   (groups, G), contiguous
     moments  fp32 (columns // G, G): of the linear's input columns; its rows of groups repeat in this order
