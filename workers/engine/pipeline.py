@@ -140,10 +140,11 @@ def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
 
 def _run_blocks(job: _Job) -> ResultLine:
     texts, model = job.texts, job.model
+    keep_inputs = job.order.request.quantization.needs_original_inputs()
     with model.loaded(model.layout.embeddings):
         calibration, evaluation = (
-            None if windows is None else Stream(model, windows.ids, job.plan, keep_inputs=windows is texts.calibration)
-            for windows in (texts.calibration, texts.evaluation)
+            None if windows is None else Stream(model, windows.ids, job.plan, keep_inputs=keep)
+            for windows, keep in ((texts.calibration, keep_inputs), (texts.evaluation, False))
         )
     state = ResumeState(job.workspace / "state", _fingerprint(job), ShardLayout(job.schemes, model.dtype))
     if state.resumed:
