@@ -1,11 +1,10 @@
-"""Finished blocks on disk, so that a killed attempt costs at most the block in hand.
+"""Finished blocks on disk, so that a killed attempt costs little: `workers.engine.block_pass` says how much.
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
     state/block-00000.safetensors  the block's linears as in the native format
     state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
 
-A block's shard is durable before state.json names it, and state.json is replaced whole. A block's method begins when
-the block before it is durable (`workers.engine.block_pass`). An attempt adopts what it finds
+A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
 only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
 only shards whose hash matches. Scales tuned end to end belong to all blocks, and are adopted only with all of them.
 """

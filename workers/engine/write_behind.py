@@ -1,7 +1,6 @@
-"""What must become durable is written in a thread while the next block begins.
+"""What must become durable is written in a thread of its own while the next block is worked on.
 
-The rule that bounds what a kill costs: whoever computes waits, before it computes on, for all that was given to be
-written (`WriteBehind.wait`). So at any moment either the block in hand or the one before it can be lost, never both.
+On a GPU the thread packs and copies on a stream of its own. Errors of the thread are raised in the thread that waits.
 """
 
 from collections.abc import Callable
@@ -41,11 +40,11 @@ class WriteBehind:
         """Returns when all that was given is written.
 
         Raises:
-            Exception: what the first write that failed raised, as it was.
+            Exception: what the first write that failed raised, as it was; again at every later call.
         """
-        given, self._given = self._given, []
-        for future in given:
-            future.result()
+        while self._given:
+            self._given[0].result()
+            self._given.pop(0)
 
     def __enter__(self) -> Self:
         return self
