@@ -1,6 +1,6 @@
 """A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +18,16 @@ from workers.engine.calibration import Windows, calibration_windows, evaluation_
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
-from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_schemes, reproducible, scale_dtype
+from workers.engine.plan import (
+    Plan,
+    StreamSize,
+    make_plan,
+    open_device,
+    plan_report,
+    plan_schemes,
+    reproducible,
+    scale_dtype,
+)
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
@@ -51,8 +60,11 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         clock.enter(Stage.CALIBRATE)
         with compiling(model, schemes, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
             texts = read_texts(order, model, tokenizer, reporter)
-        job = _Job(order, workspace, reporter, clock, model, schemes, texts, make_plan(order, model, texts.sizes()))
-        return _run_blocks(job)
+        plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
+        reporter.log(
+            "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
+        )
+        return _run_blocks(_Job(order, workspace, reporter, clock, model, schemes, texts, plan))
 
 
 @dataclass(frozen=True)
@@ -62,10 +74,10 @@ class Texts:
     calibration: Windows | None
     evaluation: Windows | None
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """(samples, length) of each."""
-        found = [w.ids.shape for w in (self.calibration, self.evaluation) if w is not None]
-        return [(shape[0], shape[1]) for shape in found]
+    def streams(self, keep_inputs: bool) -> list[StreamSize]:
+        """The sizes of their streams; that of the calibration has its inputs besides if they are kept."""
+        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 2))
+        return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
 
 
 @dataclass(frozen=True)
@@ -184,7 +196,7 @@ def _fingerprint(job: _Job) -> str:
             "model": job.model.checkpoint.digest(job.order.model_revision),
             "calibration": None if windows is None else windows.sha256,
             "code": code_version(),
-            "plan": asdict(job.plan),
+            "plan": job.plan.decides_codes(),
         }
     )
 
