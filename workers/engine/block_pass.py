@@ -81,8 +81,8 @@ class BlockPass:
     def replay_quantized(self, stream: Stream) -> None:
         """X_q of a rewound stream through all blocks again, with the weights that are durable now."""
         with closing(BlockReader(self.model, self.state).quantized_blocks()) as blocks:
-            for index, weights in enumerate(blocks):
-                with self.model.filled(weights):
+            for index, block in enumerate(blocks):
+                with self.model.filled(block.original):
                     stream.advance_quantized(index, self.model.blocks[index])
 
     def quantize_head(self) -> Tensor | None:
@@ -119,9 +119,8 @@ class BlockPass:
         errors = self._put(index, result, moments)
         self._advance_quantized(index, block)
         output = None if observed is None else observed.squared_error()
-        writer.give(
-            partial(self._finish, shard, BlockFindings(index, prefix, started, result, schemes, errors, output))
-        )
+        findings = BlockFindings(index, prefix, started, result, schemes, errors, output)
+        writer.give(partial(self._finish, shard, findings))
 
     def _write_shard(self, index: int, result: BlockResult) -> Shard:
         prefix = self.model.layout.block(index)

@@ -87,7 +87,7 @@ def error_sums(quantized: Tensor, original: Tensor, moments: Tensor | None) -> T
     """
     columns = torch.zeros(2, original.shape[1], dtype=torch.float64, device=original.device)
     rows = max(1, CHUNK_ELEMENTS[original.device.type] // original.shape[1])
-    for w_hat, w in zip(quantized.split(rows), original.split(rows), strict=True):
+    for w_hat, w in zip(torch.split(quantized, rows), torch.split(original, rows), strict=True):
         columns[0] += (w_hat.float() - w.float()).square_().sum(0, dtype=torch.float64)
         columns[1] += w.float().square().sum(0, dtype=torch.float64)
     weighted = columns if moments is None else torch.cat([columns, columns * moments.double()])

@@ -30,7 +30,7 @@ class Minibatches:
             self._staging = _Staging((inputs, targets), device, batch=batches.shape[1], fixed=len(held_out))
             self.inputs, self.targets = self._staging.rows
             rows = torch.arange(len(self.inputs), device=device)
-            self._batch, self.held_out = rows.split([batches.shape[1], len(held_out)])
+            self._batch, self.held_out = torch.split(rows, [batches.shape[1], len(held_out)])
         else:
             self.inputs, self.targets = inputs, targets
             self._batches, self.held_out = batches.to(device), held_out.to(device)

@@ -1,5 +1,6 @@
 """A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +29,7 @@ from workers.engine.plan import (
     reproducible,
     scale_dtype,
 )
+from workers.engine.read_ahead import read_ahead
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
@@ -215,18 +217,19 @@ def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None) -> Quality:
 
 
 def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
-    """Writes every format from the durable blocks, and the same report into each."""
+    """Writes every format from the durable blocks, each read while one is packed, and the same report into each."""
     formats = list(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
     writers = {f: CheckpointWriter(job.workspace / "output" / f.value, f, job.model.checkpoint) for f in formats}
     stored_bits, weights, total = 0, 0, len(state.blocks)
-    for done in range(total):
-        for name, weight in state.load(done).items():
-            stored_bits += weight.stored_bits()
-            weights += weight.codes.numel()
-            source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
-            for writer in writers.values():
-                writer.add_linear(source, weight, module=name)
-        job.reporter.progress(Stage.EXPORT, done + 1, total + 1, "blocks")
+    with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
+        for done, block in enumerate(blocks, start=1):
+            for name, weight in block.items():
+                stored_bits += weight.stored_bits()
+                weights += weight.codes.numel()
+                source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
+                for writer in writers.values():
+                    writer.add_linear(source, weight, module=name)
+            job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
         writer.finish(ignored=ignored)

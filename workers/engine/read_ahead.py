@@ -5,8 +5,8 @@ waits for a disk. Memory: besides the block in hand one more (of finished blocks
 dequantized weights), and two pinned buffers of `CHUNK_BYTES`.
 """
 
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Generator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeVar
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from workers.engine.blocks import StreamedModel
 from workers.engine.resume import ResumeState
-from workers.engine.side_stream import SideStream, hand_over, mark
+from workers.engine.side_stream import Mark, SideStream, hand_over, mark
 
 T = TypeVar("T")
 CHUNK_BYTES = 1 << 25
@@ -26,8 +26,8 @@ CHUNK_BYTES = 1 << 25
 class ReadBlock:
     """Weights of a block on the device by full parameter name; whoever uses them takes them out.
 
-    original    all of them, as in the checkpoint
-    quantized   dequantized weights of its quantized linears, if it is finished; else empty
+    original    of all parameters
+    quantized   dequantized ones that replace them later, of quantized linears; empty if the block is not finished
     """
 
     original: dict[str, Tensor]
@@ -46,65 +46,67 @@ class BlockReader:
     def __init__(self, model: StreamedModel, state: ResumeState) -> None:
         self._model = model
         self._state = state
+        self._upload = Upload(model.device) if model.device.type == "cuda" else None
 
-    def blocks(self) -> Iterator[ReadBlock]:
+    def blocks(self) -> Generator[ReadBlock, None, None]:
         """Original weights of all blocks, and quantized ones of those that `state` held from the start.
 
         Raises:
             NumericalFailure: a weight is not finite.
         """
-        upload = Upload(self._model.device) if self._model.device.type == "cuda" else None
 
         def read(index: int) -> ReadBlock:
             quantized = self._quantized(index) if index < self._state.resumed else {}
-            return ReadBlock(self._model.read(self._model.layout.block(index), upload=upload), quantized)
+            return ReadBlock(self._read(index, {}), quantized)
 
+        return self._each(read)
+
+    def quantized_blocks(self) -> Generator[ReadBlock, None, None]:
+        """Weights of all blocks, which must be finished: dequantized ones stand for the original of their linears."""
+        return self._each(lambda index: ReadBlock(self._read(index, self._quantized(index)), {}))
+
+    def _each(self, read: Callable[[int], ReadBlock]) -> Generator[ReadBlock, None, None]:
         with closing(read_ahead(read, len(self._model.blocks), self._model.device)) as blocks:
             for block in blocks:
                 block.hand_over()
                 yield block
 
-    def quantized_blocks(self) -> Iterator[dict[str, Tensor]]:
-        """All weights of all blocks, which must be finished: those of quantized linears are the dequantized ones."""
-
-        def read(index: int) -> ReadBlock:
-            given = self._quantized(index)
-            return ReadBlock({}, self._model.read(self._model.layout.block(index), given))
-
-        with closing(read_ahead(read, len(self._model.blocks), self._model.device)) as blocks:
-            for block in blocks:
-                block.hand_over()
-                yield block.quantized
+    def _read(self, index: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return self._model.read(self._model.layout.block(index), given, self._upload)
 
     def _quantized(self, index: int) -> dict[str, Tensor]:
         weights = self._state.load(index)
         return {f"{name}.weight": weight.to(self._model.device).dequantize() for name, weight in weights.items()}
 
 
-def read_ahead(read: Callable[[int], T], count: int, device: torch.device) -> Iterator[T]:
+def read_ahead(read: Callable[[int], T], count: int, device: torch.device) -> Generator[T, None, None]:
     """read(0), ..., read(count - 1); each runs in a thread from the moment on that the one before it is asked for.
 
-    Nothing is kept of an item that was given. What `read` raises is raised where that item is asked for. Close the
-    iterator (`contextlib.closing`) when not all items are taken.
+    Nothing is kept of an item that was given. What `read` raises is raised where that item is asked for; but if the
+    device has no room for two, the item is read when it is asked for. Close the iterator (`contextlib.closing`) when
+    not all items are taken.
     """
     side = SideStream(device)
+
+    def start(index: int) -> Future[T]:
+        # Not before the device is done with the item before the last, whose memory this one takes.
+        before = mark(device)
+
+        def run() -> T:
+            with side.running(after=before):
+                return read(index)
+
+        return thread.submit(run)
+
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
-
-        def start(index: int) -> Callable[[], T]:
-            # Not before the device is done with the item before the last, whose memory this one takes.
-            before = mark(device)
-
-            def run() -> T:
-                with side.running(after=before):
-                    return read(index)
-
-            return thread.submit(run).result
-
-        waiting = [start(0)] if count else []
+        following = start(0) if count else None
         for index in range(count):
-            item = [waiting.pop()()]
-            if index + 1 < count:
-                waiting.append(start(index + 1))
+            assert following is not None  # noqa: S101 - for the type checker
+            if isinstance(following.exception(), torch.OutOfMemoryError):
+                following = None  # holds what was read so far
+                following = start(index)
+            item = [following.result()]
+            following = start(index + 1) if index + 1 < count else None
             yield item.pop()
 
 
@@ -114,37 +116,33 @@ class Upload:
     While one pinned buffer is copied to the device the other one is filled, which is when the disk is read.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._device = device
-        self._buffers = [_Pinned.of(CHUNK_BYTES) for _ in range(2)]
+        self._buffers = [_Pinned(chunk_bytes, device) for _ in range(2)]
+        self._chunk_bytes = chunk_bytes
 
     def __call__(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         """`source` on the device in `dtype`, once the stream is there."""
         target = torch.empty(source.shape, dtype=dtype, device=self._device)
-        for place, part in zip(
-            target.view(-1).split(CHUNK_BYTES // dtype.itemsize),
-            source.reshape(-1).split(CHUNK_BYTES // dtype.itemsize),
-            strict=True,
-        ):
+        size = self._chunk_bytes // dtype.itemsize
+        for part, place in zip(torch.split(source.reshape(-1), size), torch.split(target.view(-1), size), strict=True):
             self._buffers.reverse()
             self._buffers[0].send(part, place)
         return target
 
 
-@dataclass(frozen=True)
 class _Pinned:
-    """A pinned buffer of bytes, and the event after which it may be filled again."""
+    """A buffer that may be filled again when its last copy to the device is done."""
 
-    data: Tensor
-    free: torch.cuda.Event
-
-    @classmethod
-    def of(cls, size: int) -> "_Pinned":
-        return cls(torch.empty(size, dtype=torch.uint8, pin_memory=True), torch.cuda.Event())
+    def __init__(self, size: int, device: torch.device) -> None:
+        self._device = device
+        self._data = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+        self._sent: Mark = None
 
     def send(self, part: Tensor, place: Tensor) -> None:
-        self.free.synchronize()  # type: ignore[no-untyped-call]
-        staged = self.data[: place.nbytes].view(place.dtype)
+        if self._sent is not None:
+            self._sent.synchronize()
+        staged = self._data[: place.nbytes].view(place.dtype)
         staged.copy_(part)
         place.copy_(staged, non_blocking=True)
-        self.free.record()
+        self._sent = mark(self._device)

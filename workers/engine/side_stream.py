@@ -28,17 +28,17 @@ class SideStream:
             yield
             return
         if after is not None:
-            after.synchronize()  # type: ignore[no-untyped-call]
+            after.synchronize()
         with torch.cuda.stream(self._stream):
             yield
-        self._stream.synchronize()  # type: ignore[no-untyped-call]
+        self._stream.synchronize()
 
 
 def mark(device: torch.device) -> Mark:
     """All that the calling thread has given the device up to now."""
     if device.type != "cuda":
         return None
-    event = torch.cuda.Event(blocking=True)
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
     event.record(torch.cuda.current_stream(device))
     return event
 

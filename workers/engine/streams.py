@@ -72,7 +72,7 @@ class Stream:
         """||Y - Y_hat||^2 and ||Y||^2 of the streams as they are, fp64 (2,), on the device; nothing waits for it."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         rows = max(1, CHUNK_ELEMENTS[self._device.type] // max(1, self.original[0].numel()))
-        for part in zip(self.original.split(rows), self.quantized.split(rows), strict=True):
+        for part in zip(torch.split(self.original, rows), torch.split(self.quantized, rows), strict=True):
             y, y_hat = (states.to(self._device, non_blocking=True).float() for states in part)
             sums[0] += (y_hat - y).square_().sum(dtype=torch.float64)
             sums[1] += y.square().sum(dtype=torch.float64)
@@ -97,19 +97,20 @@ def _embeddings(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """sum over tokens of x_j^2 for the inputs of each linear, fp32 (in_features,), once the context has ended."""
-    watch, found = _InputWatch(), dict[str, Tensor]()
+    """sum over tokens of x_j^2 for the inputs of each linear, (in_features,): fp64 in the context, fp32 after it."""
+    watch = _InputWatch()
     handles = [linear.register_forward_pre_hook(partial(watch, name)) for name, linear in linears.items()]
     try:
-        yield found
+        yield watch.sums
     finally:
         for handle in handles:
             handle.remove()
-    found |= {name: total.float() for name, total in watch.sums.items()}
+    for name, total in watch.sums.items():
+        watch.sums[name] = total.float()
 
 
 class _InputWatch:
-    """Sums up what linears are called with. A tensor that several get in a row (queries, keys and values) counts once.
+    """Sums up what linears are called with. What several get one after another (queries, keys, values) is summed once.
 
     sums    linear name -> fp64 (in_features,)
     """
@@ -120,24 +121,19 @@ class _InputWatch:
 
     def __call__(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:  # noqa: ARG002 - a hook
         x = arguments[0]
-        squares = self._known(x)
-        if squares is None:
-            squares = column_squares(x.detach())
-            self._last = (x, x._version, squares)
-        self.sums[name] = self.sums[name] + squares if name in self.sums else squares
-
-    def _known(self, x: Tensor) -> Tensor | None:
         if self._last is None or self._last[0] is not x or self._last[1] != x._version:
-            return None
-        return self._last[2]
+            self._last = (x, x._version, column_squares(x.detach()))
+        squares = self._last[2]
+        self.sums[name] = self.sums[name] + squares if name in self.sums else squares.clone()
 
 
 def column_squares(x: Tensor) -> Tensor:
     """sum of x_j^2 over all dimensions but the last, fp64 (width,), without a copy of x in fp32."""
     rows = x.flatten(0, -2)
     if x.is_cuda:
-        return torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32).double().square()
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        return norms.double().square()
     total = torch.zeros(x.shape[-1], dtype=torch.float64)
-    for part in rows.split(max(1, CHUNK_ELEMENTS["cpu"] // x.shape[-1])):
+    for part in torch.split(rows, max(1, CHUNK_ELEMENTS["cpu"] // x.shape[-1])):
         total += part.float().square().sum(0)
     return total
