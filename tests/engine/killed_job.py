@@ -15,6 +15,7 @@ from typing import Any
 
 from app.domain.events import AttemptLine, BlockEvent
 from tests.engine.conftest import run_job
+from workers.durable import replace_file
 from workers.engine import resume
 from workers.engine.registry import METHODS
 
@@ -61,7 +62,7 @@ class Lines(list[AttemptLine]):
 def watch(log: Path, moment: str) -> None:
     """Notes where methods begin and end, and arranges for the kill."""
     method = METHODS["signround"]
-    quantize_block, replace_file = method.quantize_block, resume.replace_file
+    quantize_block = method.quantize_block
     when, _, number = moment.partition(":")
     written = 0
 
@@ -81,7 +82,7 @@ def watch(log: Path, moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     method.quantize_block = quantize  # type: ignore[method-assign]
-    resume.replace_file = write
+    vars(resume)["replace_file"] = write
 
 
 def note(log: Path, what: str, block: int) -> None:

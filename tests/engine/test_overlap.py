@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from app.domain.errors import DiskFull, NumericalFailure, OutOfGpuMemory
 from app.domain.events import AttemptLine, BlockEvent
 from tests.engine.conftest import run_job
-from workers.engine import resume
+from workers.durable import replace_file
 from workers.engine.blocks import StreamedModel
 from workers.engine.registry import METHODS
 from workers.engine.resume import ResumeState
@@ -131,7 +131,7 @@ def test_a_block_is_told_of_when_it_is_durable_and_all_are_at_the_end(small_mode
 
 def failing_write(number: int, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """The `number`th file that is to become durable meets an error, and so does every later one."""
-    replace_file, calls = resume.replace_file, Counter[str]()
+    calls = Counter[str]()
 
     def write(path: Path, data: bytes) -> None:
         calls["write"] += 1
@@ -139,7 +139,7 @@ def failing_write(number: int, error: Exception, monkeypatch: pytest.MonkeyPatch
             raise error
         replace_file(path, data)
 
-    monkeypatch.setattr(resume, "replace_file", write)
+    monkeypatch.setattr("workers.engine.resume.replace_file", write)
 
 
 def durable(workspace: Path) -> list[int]:

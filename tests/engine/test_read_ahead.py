@@ -33,7 +33,12 @@ def wait_until(seen: list[int], count: int) -> None:
 
 def test_the_next_item_is_read_while_one_is_used_and_no_other() -> None:
     read: list[int] = []
-    with closing(read_ahead(lambda index: read.append(index) or index, 5, CPU)) as items:
+
+    def note(index: int) -> int:
+        read.append(index)
+        return index
+
+    with closing(read_ahead(note, 5, CPU)) as items:
         for index in range(5):
             assert next(items) == index
             wait_until(read, min(index + 2, 5))

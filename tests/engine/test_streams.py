@@ -61,7 +61,12 @@ def test_each_linear_has_the_moments_of_what_it_was_called_with(
     in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     summed: list[int] = []
-    monkeypatch.setattr(streams, "column_squares", lambda x: summed.append(x.shape[-1]) or column_squares(x))
+
+    def noted(x: Tensor) -> Tensor:
+        summed.append(x.shape[-1])
+        return column_squares(x)
+
+    monkeypatch.setattr(streams, "column_squares", noted)
     torch.manual_seed(0)
     module = Gated(in_place=in_place)
     parts = [torch.randn(3, 5, 24), torch.randn(2, 5, 24)]

@@ -14,9 +14,14 @@ CPU = torch.device("cpu")
 def test_what_is_given_is_done_in_order_beside_the_main_thread() -> None:
     done: list[object] = []
     hold = threading.Event()
+
+    def write() -> str:
+        done.append(threading.current_thread())
+        return "result"
+
     with WriteBehind(CPU) as writer:
         writer.give(hold.wait)
-        result = writer.give(lambda: done.append(threading.current_thread()) or "result")
+        result = writer.give(write)
         writer.give(lambda: done.append(result.result()))
         assert done == []
         hold.set()
