@@ -114,6 +114,11 @@ class WeightSpec(Spec):
         """Steps that tune the scales of the whole model after the last block; 0 leaves that stage out."""
         return 0
 
+    def needs_original_inputs(self) -> bool:
+        """Whether the method looks at what the original blocks before a block put out, which then is kept: half as
+        much memory for activations again."""
+        return True
+
 
 class RTNSpec(WeightSpec):
     """Round to nearest. Looks at the weights alone."""
@@ -169,6 +174,10 @@ class SignRoundSpec(WeightSpec):
     def end_to_end_steps(self) -> int:
         """The spec's `scale_steps`."""
         return self.scale_steps
+
+    def needs_original_inputs(self) -> bool:
+        """Only in place of the quantized blocks' outputs."""
+        return not self.quantized_inputs
 
 
 QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]

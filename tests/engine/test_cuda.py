@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,12 @@ from safetensors.torch import load_file
 
 from app.domain.events import AttemptLine, LogEvent
 from tests.engine.conftest import run_job
-from workers.engine import fused_block, plan, scale_tuning
+from workers.engine import fused_block, plan, scale_tuning, tuning
+from workers.engine.blocks import StreamedModel
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.read_ahead import Upload, read_ahead
 from workers.engine.scale_plan import Fit
+from workers.engine.side_stream import hand_over
 
 pytestmark = [
     pytest.mark.gpu,
@@ -79,6 +84,52 @@ def test_rounding_is_the_same_wherever_activations_live(
     on_host = run_job(small_model, tmp_path / "b", **ON_GPU).report
     assert (on_device.plan["activations"], on_host.plan["activations"]) == ("device", "host")
     assert on_device.quality == on_host.quality
+
+
+@pytest.mark.parametrize("quantized_inputs", [True, False])
+def test_tuning_is_captured_and_the_same_wherever_activations_live(
+    quantized_inputs: bool, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[AttemptLine] = []
+    tuned = ON_GPU | TUNED | {"quantized_inputs": quantized_inputs}
+    on_device = run_job(small_model, tmp_path / "a", lines, **tuned).report
+    monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+    on_host = run_job(small_model, tmp_path / "b", lines, **tuned).report
+    assert (on_device.plan["activations"], on_host.plan["activations"]) == ("device", "host")
+    assert differing(tmp_path / "a", tmp_path / "b") == []
+    assert on_device.quality == on_host.quality
+    assert "capture_failed" not in {line.event for line in lines if isinstance(line, LogEvent)}
+
+
+@pytest.mark.parametrize("place", ["device", "host"])
+def test_a_step_is_captured_once_for_all_blocks(
+    place: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if place == "host":
+        monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+    captures, capture = Counter[str](), tuning.capture
+
+    def counted(*given: Any) -> Any:
+        captures["all"] += 1
+        return capture(*given)
+
+    monkeypatch.setattr(tuning, "capture", counted)
+    run_job(small_model, tmp_path, **ON_GPU, **TUNED)
+    assert captures["all"] == 2, "a step and a check"
+
+
+def test_blocks_read_ahead_are_those_of_the_checkpoint(small_model: Path) -> None:
+    """Through pinned memory in small pieces, while the main stream is busy."""
+    device = torch.device("cuda")
+    model = StreamedModel.open(Checkpoint.open(small_model), device)
+    upload = Upload(device, chunk_bytes=1 << 10)
+    busy = torch.randn(4096, 4096, device=device)
+    for index, weights in enumerate(read_ahead(lambda i: model.read(model.layout.block(i), {}, upload), 3, device)):
+        for _ in range(20):
+            busy = busy @ busy / 64
+        expected = model.read(model.layout.block(index))
+        assert weights.keys() == expected.keys()
+        assert all(torch.equal(hand_over(weights[name]), expected[name]) for name in expected)
 
 
 def test_a_gpu_and_a_cpu_round_alike(small_model: Path, tmp_path: Path) -> None:

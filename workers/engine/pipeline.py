@@ -1,6 +1,7 @@
 """A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
 
-from dataclasses import asdict, dataclass
+from contextlib import closing
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +19,17 @@ from workers.engine.calibration import Windows, calibration_windows, evaluation_
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
-from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_schemes, reproducible, scale_dtype
+from workers.engine.plan import (
+    Plan,
+    StreamSize,
+    make_plan,
+    open_device,
+    plan_report,
+    plan_schemes,
+    reproducible,
+    scale_dtype,
+)
+from workers.engine.read_ahead import read_ahead
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
@@ -51,8 +62,11 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         clock.enter(Stage.CALIBRATE)
         with compiling(model, schemes, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
             texts = read_texts(order, model, tokenizer, reporter)
-        job = _Job(order, workspace, reporter, clock, model, schemes, texts, make_plan(order, model, texts.sizes()))
-        return _run_blocks(job)
+        plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
+        reporter.log(
+            "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
+        )
+        return _run_blocks(_Job(order, workspace, reporter, clock, model, schemes, texts, plan))
 
 
 @dataclass(frozen=True)
@@ -62,10 +76,10 @@ class Texts:
     calibration: Windows | None
     evaluation: Windows | None
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """(samples, length) of each."""
-        found = [w.ids.shape for w in (self.calibration, self.evaluation) if w is not None]
-        return [(shape[0], shape[1]) for shape in found]
+    def streams(self, keep_inputs: bool) -> list[StreamSize]:
+        """The sizes of their streams; that of the calibration has its inputs besides if they are kept."""
+        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 2))
+        return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
 
 
 @dataclass(frozen=True)
@@ -140,10 +154,11 @@ def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
 
 def _run_blocks(job: _Job) -> ResultLine:
     texts, model = job.texts, job.model
+    keep_inputs = job.order.request.quantization.needs_original_inputs()
     with model.loaded(model.layout.embeddings):
         calibration, evaluation = (
-            None if windows is None else Stream(model, windows.ids, job.plan, keep_inputs=windows is texts.calibration)
-            for windows in (texts.calibration, texts.evaluation)
+            None if windows is None else Stream(model, windows.ids, job.plan, keep_inputs=keep)
+            for windows, keep in ((texts.calibration, keep_inputs), (texts.evaluation, False))
         )
     state = ResumeState(job.workspace / "state", _fingerprint(job), ShardLayout(job.schemes, model.dtype))
     if state.resumed:
@@ -183,7 +198,7 @@ def _fingerprint(job: _Job) -> str:
             "model": job.model.checkpoint.digest(job.order.model_revision),
             "calibration": None if windows is None else windows.sha256,
             "code": code_version(),
-            "plan": asdict(job.plan),
+            "plan": job.plan.decides_codes(),
         }
     )
 
@@ -202,18 +217,19 @@ def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None) -> Quality:
 
 
 def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
-    """Writes every format from the durable blocks, and the same report into each."""
+    """Writes every format from the durable blocks, each read while one is packed, and the same report into each."""
     formats = list(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
     writers = {f: CheckpointWriter(job.workspace / "output" / f.value, f, job.model.checkpoint) for f in formats}
     stored_bits, weights, total = 0, 0, len(state.blocks)
-    for done in range(total):
-        for name, weight in state.load(done).items():
-            stored_bits += weight.stored_bits()
-            weights += weight.codes.numel()
-            source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
-            for writer in writers.values():
-                writer.add_linear(source, weight, module=name)
-        job.reporter.progress(Stage.EXPORT, done + 1, total + 1, "blocks")
+    with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
+        for done, block in enumerate(blocks, start=1):
+            for name, weight in block.items():
+                stored_bits += weight.stored_bits()
+                weights += weight.codes.numel()
+                source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
+                for writer in writers.values():
+                    writer.add_linear(source, weight, module=name)
+            job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
         writer.finish(ignored=ignored)

@@ -1,4 +1,4 @@
-"""Finished blocks on disk, so that a killed attempt costs at most the block in hand.
+"""Finished blocks on disk, so that a killed attempt costs little: `workers.engine.block_pass` says how much.
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
     state/block-00000.safetensors  the block's linears as in the native format
@@ -64,6 +64,14 @@ class ShardLayout:
     dtype: torch.dtype
 
 
+@dataclass(frozen=True)
+class Shard:
+    """A durable file in the state folder, and its sha256."""
+
+    file: str
+    sha256: str
+
+
 class ResumeState:
     """The state folder of a workspace, held by one attempt."""
 
@@ -86,23 +94,27 @@ class ResumeState:
 
     def save(self, index: int, weights: Mapping[str, AffineWeight], report: BlockReport | None) -> None:
         """Makes a block durable; `weights` by full linear name. Returns when a crash can no longer lose it."""
+        self.finish(index, self.write_shard(index, weights), report)
+
+    def write_shard(self, index: int, weights: Mapping[str, AffineWeight]) -> Shard:
+        """A block's weights, by full linear name, in a durable file that does not count before `finish`."""
         tensors = {
             key: tensor.cpu().contiguous()
             for name, weight in weights.items()
             for key, tensor in native.compress(name, weight).items()
         }
-        data = save(tensors)
-        file = f"block-{index:05d}.safetensors"
-        replace_file(self._folder / file, data)
-        block = FinishedBlock(index=index, file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
+        return self._write(f"block-{index:05d}.safetensors", tensors)
+
+    def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
+        """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
+        block = FinishedBlock(index=index, file=shard.file, sha256=shard.sha256, report=report)
         self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
 
     def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
         """Makes scales durable that take the place of the blocks' own, by full linear name; `load` then gives them."""
         self._scales = {name: scale.cpu().contiguous() for name, scale in scales.items()}
-        data, file = save(self._scales), "scales.safetensors"
-        replace_file(self._folder / file, data)
-        finished = FinishedScales(file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
+        shard = self._write("scales.safetensors", self._scales)
+        finished = FinishedScales(file=shard.file, sha256=shard.sha256, report=report)
         self._replace_state(self._state.model_copy(update={"scales": finished}))
 
     def load(self, index: int) -> dict[str, AffineWeight]:
@@ -113,6 +125,11 @@ class ResumeState:
             name: native.decompress(name, tensors, self._layout.schemes[name], self._layout.dtype) for name in names
         }
         return {name: replace(w, scale=self._scales.get(name, w.scale)) for name, w in weights.items()}
+
+    def _write(self, file: str, tensors: dict[str, Tensor]) -> Shard:
+        data = save(tensors)
+        replace_file(self._folder / file, data)
+        return Shard(file, hashlib.sha256(data).hexdigest())
 
     def _replace_state(self, state: StateFile) -> None:
         self._state = state

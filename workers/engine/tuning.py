@@ -8,7 +8,7 @@ start counts as a candidate, so the result is never worse there than the start.
 
 Nothing in a step waits for the device: batches, rates, losses and the choice live there. On a GPU a step is captured
 once as a CUDA graph and replayed for every block of the same shape (`workers.engine.tuned_block` has the block that the
-graph works on). Where capture is impossible the same steps run eagerly.
+graph works on, `workers.engine.minibatches` the sequences). Where capture is impossible the same steps run eagerly.
 """
 
 import math
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from app.domain.errors import NumericalFailure
 from workers.contracts import BlockTask, TrainableWeights, TuningOutcome, TuningSettings
+from workers.engine.minibatches import Minibatches, address
 from workers.engine.tuned_block import TunedBlock, shape_of
 
 MOST_HELD_OUT = 16
@@ -83,6 +84,7 @@ class Tuner:
             run.prepare(self._log)
         run.start()
         for step in range(settings.steps):
+            run.data.bring()
             run.step()
             if is_checked(step + 1, settings.steps):
                 run.check()
@@ -107,9 +109,8 @@ class _Run:
     weights: Sequence[TrainableWeights]
     settings: TuningSettings
     micro_batch: int
-    batches: Tensor
+    data: Minibatches
     rates: Tensor
-    held_out: Tensor
     count: Tensor
     loss: Tensor
     best: Tensor
@@ -123,19 +124,18 @@ class _Run:
     def begin(
         cls, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
     ) -> "_Run":
-        device, source = task.device, task.inputs.device
-        training, held_out = split(len(task.inputs), task.seed)
+        device = task.device
+        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings))
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
             block=TunedBlock.of(task, weights),
-            kernels=kernels_for(task),
+            kernels=kernels_for(data.inputs),
             weights=weights,
             settings=settings,
             micro_batch=micro_batch,
-            batches=minibatches(training, settings, task.seed).to(source),
+            data=data,
             rates=torch.zeros(settings.steps, dtype=torch.float32, device=device),
-            held_out=held_out.to(source),
             count=torch.zeros((), dtype=torch.int64, device=device),
             loss=torch.full((), math.inf, dtype=torch.float64, device=device),
             best=torch.full((), math.inf, dtype=torch.float64, device=device),
@@ -156,14 +156,13 @@ class _Run:
         self.block.adopt(task.block)
         for mine, other in zip(self.weights, weights, strict=True):
             mine.adopt(other)
-        training, held_out = split(len(task.inputs), task.seed)
-        self.batches.copy_(minibatches(training, self.settings, task.seed))
-        self.held_out.copy_(held_out)
+        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings))
 
     def prepare(self, log: Callable[..., None]) -> None:
         """Captures step and check where that is possible."""
-        if self.task.device.type != "cuda" or self.task.inputs.device.type != "cuda" or not self.settings.steps:
+        if self.task.device.type != "cuda" or not self.settings.steps:
             return
+        self.data.start()
         try:
             step, check = capture(self._step, self.rates), capture(self._check, self.rates)
         except torch.OutOfMemoryError:
@@ -181,6 +180,7 @@ class _Run:
         """
         steps = torch.arange(self.settings.steps, dtype=torch.float64)
         self.rates.copy_(self.settings.learning_rate * (1 - steps / max(self.settings.steps, 1)))
+        self.data.start()
         self.count.zero_()
         self.best.fill_(math.inf)
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
@@ -197,7 +197,7 @@ class _Run:
     def _step(self) -> None:
         """One minibatch: gradients, the weights' step, the new weights into the block."""
         at = self.count.view(1)
-        batch = self.batches.index_select(0, at.to(self.batches.device))[0]
+        batch = self.data.rows(at)
         for number, part in enumerate(torch.split(batch, self.micro_batch)):
             self.block.accumulation.adds = number > 0
             self._add_gradients(part, len(part) / len(batch))
@@ -210,40 +210,39 @@ class _Run:
     def _check(self) -> None:
         """Measures the held-out loss and keeps the present weights if it is the lowest so far."""
         self.loss.zero_()
-        for part in torch.split(self.held_out, self.micro_batch):
+        for part in torch.split(self.data.held_out, self.micro_batch):
             parts = self._outputs(part)
-            self.loss += self._error(parts, part, len(part) / len(self.held_out))[0]
+            self.loss += self._error(parts, part, len(part) / len(self.data.held_out))[0]
         better = self.loss < self.best
         self.best.copy_(torch.where(better, self.loss, self.best))
         self.best_step.copy_(torch.where(better, self.count, self.best_step))
         for weights in self.weights:
             weights.keep(better)
 
-    def _add_gradients(self, samples: Tensor, share: float) -> None:
+    def _add_gradients(self, rows: Tensor, share: float) -> None:
         """Adds the weights' gradients of `share` times the error of some sequences."""
-        parts = self._outputs(samples)
-        _, gradient = self._error(parts, samples, share)
+        parts = self._outputs(rows)
+        _, gradient = self._error(parts, rows, share)
         trained = [part for part in parts if part.requires_grad]
         torch.autograd.backward(trained, [gradient] * len(trained))
 
-    def _outputs(self, samples: Tensor) -> list[Tensor]:
+    def _outputs(self, rows: Tensor) -> list[Tensor]:
         """The block's output for some sequences, as one tensor or as two that add up to it."""
         forward, module = self.task.forward, self.block.module
         if self.kernels is None:
-            inputs = self.task.inputs.index_select(0, samples).to(self.task.device, non_blocking=True)
-            return [forward(module, inputs)]
-        inputs, summands = self.kernels.take_rows(self.task.inputs, samples), getattr(module, "summands", None)
+            return [forward(module, self.data.inputs.index_select(0, rows))]
+        inputs, summands = self.kernels.take_rows(self.data.inputs, rows), getattr(module, "summands", None)
         return [forward(module, inputs)] if summands is None else list(forward(summands, inputs))
 
     @torch.no_grad()
-    def _error(self, parts: list[Tensor], samples: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def _error(self, parts: list[Tensor], rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """`share` times the mean squared error of outputs, fp32, and `LOSS_SCALE` times its gradient by them."""
         scaled = LOSS_SCALE.get(parts[0].dtype, 1.0)
         if self.kernels is not None:
-            loss, gradient = self.kernels.square_error(parts, self.task.targets, samples, share, scaled)
+            loss, gradient = self.kernels.square_error(parts, self.data.targets, rows, share, scaled)
             return loss, gradient
         (output,) = parts
-        targets = self.task.targets.index_select(0, samples).to(self.task.device, non_blocking=True)
+        targets = self.data.targets.index_select(0, rows)
         # In half precision the difference is rounded as the outputs are; squares and their mean are not.
         error = (output - targets).to(torch.promote_types(output.dtype, torch.float32))
         loss = error.square().mean() * share
@@ -259,12 +258,11 @@ class _Run:
         return value
 
 
-def kernels_for(task: BlockTask) -> ModuleType | None:
-    """What works on a block's parts where it serves: kernels on one GPU with Triton, operators on a CPU."""
-    if task.device.type == "cpu":
+def kernels_for(inputs: Tensor) -> ModuleType | None:
+    """What works on a block's parts where it serves: operators on a CPU, kernels on a GPU with Triton."""
+    if inputs.device.type == "cpu":
         return import_module("workers.numerics.block_operators")
-    on_gpu = task.device.type == "cuda" and task.inputs.is_cuda and task.targets.is_cuda
-    if not on_gpu or task.inputs.dtype == torch.float64 or find_spec("triton") is None:
+    if not inputs.is_cuda or inputs.dtype == torch.float64 or find_spec("triton") is None:
         return None
     return import_module("workers.numerics.block_kernels")
 
@@ -279,7 +277,8 @@ def capture(function: Callable[[], None], rates: Tensor) -> Callable[[], None]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads read and write blocks meanwhile; CUDA shall watch what this one does.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay
 
@@ -288,7 +287,7 @@ def _shape(
     task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
 ) -> tuple[object, ...]:
     """What a captured step depends on beside the values in its tensors."""
-    activations = [(t.data_ptr(), tuple(t.shape), t.dtype) for t in (task.inputs, task.targets)]
+    activations = [address(tensor, task.device) for tensor in (task.inputs, task.targets)]
     kinds = [(type(w), tuple(w.shapes.items())) for w in weights]
     return (
         settings,
@@ -299,6 +298,12 @@ def _shape(
         id(task.forward),
         shape_of(task.block),
     )
+
+
+def _samples(task: BlockTask, settings: TuningSettings) -> dict[str, Tensor]:
+    """Which sequences train and which judge, as `Minibatches` takes them."""
+    training, held_out = split(len(task.inputs), task.seed)
+    return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
 
 
 def is_checked(step: int, steps: int) -> bool:
