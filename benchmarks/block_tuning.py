@@ -86,7 +86,7 @@ def timed(task: BlockTask, spec: SignRoundSpec) -> dict[str, float]:
     result = SignRound().quantize_block(task, spec)
     synchronize(task.device)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "loss_initial": result.loss_initial or 0.0, "loss": result.loss or 0.0}
+    return {"seconds": seconds, "loss_initial": float(result.loss_initial or 0), "loss": float(result.loss or 0)}
 
 
 def synchronize(device: torch.device) -> None:

@@ -164,7 +164,7 @@ def ours(given: argparse.Namespace, *, search: bool) -> dict[str, Any]:
         result, times = timed(lambda: SignRound().quantize_block(task, spec))
         for name, linear in result.linears.items():
             stage.model.block_linears(0)[name].weight = nn.Parameter(linear.weight.dequantize(), requires_grad=False)
-        losses = {"loss_initial": result.loss_initial, "loss": result.loss}
+        losses = {"loss_initial": float(result.loss_initial or 0), "loss": float(result.loss or 0)}
         return times | losses | {"error": stage.error(stage.block, targets)}
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Scheme, WeightSpec
-from workers.numerics.quantized import BlockResult, LinearResult
+from workers.numerics.quantized import BlockResult, LinearResult, Number
 
 
 class BlockForward(Protocol):
@@ -57,7 +57,7 @@ class TrainableWeights(Protocol):
         """Takes over the start of another block's weights of the same shapes."""
         ...
 
-    def faults(self) -> int:
+    def faults(self) -> Number:
         """Times since the start that a gradient held NaN, which moves nothing."""
         ...
 
@@ -79,14 +79,16 @@ class TuningSettings:
 class TuningOutcome:
     """The results of the step with the lowest held-out loss, and that loss at the start and then.
 
+    On a GPU numbers are tensors: reading one waits for the device, and a loss that is not finite is an error.
+
     faults   gradients that held NaN, see `TrainableWeights.faults`
     """
 
     linears: dict[str, LinearResult]
-    loss_initial: float
-    loss: float
-    best_step: int
-    faults: int
+    loss_initial: Number
+    loss: Number
+    best_step: Number
+    faults: Number
 
 
 @dataclass(frozen=True)

@@ -71,7 +71,7 @@ def tune(folder: Path, device: str, index: int = 0, micro_batch: int = 4) -> Tun
     assert result.loss is not None
     assert result.loss_initial is not None
     codes = torch.cat([linear.weight.codes.flatten().cpu() for linear in result.linears.values()])
-    return Tuned(first, codes, result.loss_initial, result.loss, log)
+    return Tuned(first, codes, float(result.loss_initial), float(result.loss), log)
 
 
 def one_step_gradient(task: BlockTask) -> Tensor:

@@ -49,13 +49,14 @@ class BlockFindings:
         found = iter(torch.cat(sums).tolist() if sums else [])
         linears = tuple(self._linear(name, [next(found) for _ in part]) for name, part in self.linears.items())
         error = None if self.output is None else _ratio(next(found), next(found))
-        for value in (error, self.result.loss):
+        losses = [None if loss is None else float(loss) for loss in (self.result.loss_initial, self.result.loss)]
+        for value in (error, *losses):
             self._demand_finite(value)
         return BlockReport(
             index=self.index,
             name=self.name,
-            loss_initial=self.result.loss_initial,
-            loss=self.result.loss,
+            loss_initial=losses[0],
+            loss=losses[1],
             output_error=error,
             seconds=time.perf_counter() - self.started,
             linears=linears,

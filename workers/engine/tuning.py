@@ -25,6 +25,7 @@ from app.domain.errors import NumericalFailure
 from workers.contracts import BlockTask, TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.minibatches import Minibatches, address
 from workers.engine.tuned_block import TunedBlock, shape_of
+from workers.numerics.quantized import Number
 
 MOST_HELD_OUT = 16
 HELD_OUT_SHARE = 8
@@ -116,7 +117,7 @@ class _Run:
     best: Tensor
     best_step: Tensor
     kernels: ModuleType | None
-    initial: float = math.nan
+    initial: Number = math.nan
     step: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
 
@@ -176,7 +177,7 @@ class _Run:
         """Everything to its start; the start's own loss is the first candidate.
 
         Raises:
-            NumericalFailure: that loss is not finite.
+            NumericalFailure: that loss is not finite; on a GPU whoever reads the outcome has to look.
         """
         steps = torch.arange(self.settings.steps, dtype=torch.float64)
         self.rates.copy_(self.settings.learning_rate * (1 - steps / max(self.settings.steps, 1)))
@@ -186,13 +187,16 @@ class _Run:
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
             weights.write(flat.value)
         self.check()
-        self.initial = self._demand_finite("before")
+        self.initial = self._measured("before")
 
     def outcome(self) -> TuningOutcome:
-        self._demand_finite("after")
+        last = self._measured("after")
         linears = {name: result for weights in self.weights for name, result in weights.results().items()}
         faults = sum(weights.faults() for weights in self.weights)
-        return TuningOutcome(linears, self.initial, float(self.best), int(self.best_step), faults)
+        if not isinstance(last, Tensor):
+            return TuningOutcome(linears, self.initial, float(self.best), int(self.best_step), faults)
+        best = torch.where(last.isfinite(), self.best, last)
+        return TuningOutcome(linears, self.initial, best, self.best_step.clone(), faults)
 
     def _step(self) -> None:
         """One minibatch: gradients, the weights' step, the new weights into the block."""
@@ -248,7 +252,10 @@ class _Run:
         loss = error.square().mean() * share
         return loss, error.mul_(2 * share * scaled / error.numel()).to(output.dtype)
 
-    def _demand_finite(self, when: str) -> float:
+    def _measured(self, when: str) -> Number:
+        """The loss of the last check; a number of its own on a GPU, where nobody waits for it here."""
+        if self.loss.is_cuda:
+            return self.loss.clone()
         if not math.isfinite(value := float(self.loss)):
             raise NumericalFailure(
                 f"block {self.task.index}: the output error is {value} {when} tuning",

@@ -47,7 +47,7 @@ from torch import Tensor
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts import BlockTask, TuningSettings, WarmUp
 from workers.numerics.affine import SMALLEST_SCALE, GroupRange
-from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
+from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult, Number
 from workers.numerics.rounding_operators import Groups
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
@@ -66,7 +66,7 @@ class SignRound:
         source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
         weights = rounded_weights(task, search=spec.scale_search and spec.steps > 0, settings=settings)
         outcome = task.tune(source, weights, settings)
-        counters = {"best_step": float(outcome.best_step), "nan_gradients": float(outcome.faults)}
+        counters = {"best_step": outcome.best_step, "nan_gradients": outcome.faults}
         return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss, counters)
 
 
@@ -182,8 +182,8 @@ class RoundedWeights:
             tensor.copy_(theirs[name])
         self._faults.zero_()
 
-    def faults(self) -> int:
-        return int(self._faults)
+    def faults(self) -> Number:
+        return self._faults[0].clone() if self._faults.is_cuda else int(self._faults)
 
     def results(self) -> dict[str, LinearResult]:
         results, first = {}, 0

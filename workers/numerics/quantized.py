@@ -14,6 +14,10 @@ from torch import Tensor
 from app.domain.methods import PER_CHANNEL, Scheme
 
 
+Number = float | Tensor
+"""A number, or one that the device still computes: reading it waits for the device."""
+
+
 @dataclass(frozen=True)
 class AffineWeight:
     """A linear's weight as integer codes with a scale, and a zero point unless symmetric, for each group.
@@ -73,6 +77,6 @@ class BlockResult:
     """
 
     linears: dict[str, LinearResult]
-    loss_initial: float | None = None
-    loss: float | None = None
-    counters: dict[str, float] = field(default_factory=dict)
+    loss_initial: Number | None = None
+    loss: Number | None = None
+    counters: dict[str, Number] = field(default_factory=dict)
