@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from app.domain.errors import InternalError
-from app.domain.events import BlockEvent
+from app.domain.events import BlockEvent, LogEvent
 from app.domain.methods import Scheme, SignRoundSpec
 from app.domain.report import Report
 from tests.engine.conftest import TEXTS, run_job
@@ -21,7 +21,7 @@ from tests.engine.test_tuning import RecordedWeights, weights_of
 from tests.methods.toy_block import toy_task
 from workers.contracts import BlockTask, TuningOutcome, TuningSettings
 from workers.engine import tuning
-from workers.engine.ranks import Ranks
+from workers.engine.ranks import Ranks, joined
 from workers.engine.streams import second_moments
 from workers.engine.tuning import Tuner, minibatches, split
 from workers.methods.sign_round import SignRound
@@ -53,12 +53,8 @@ def run_on_both(pair: RankPair, function: Callable[..., Any], *arguments: Any) -
 
 def connected(rank: int, store: Path, compute: Callable[[Ranks], Any]) -> Any:
     """What `compute` returns while the ranks can reach each other."""
-    file = dist.FileStore(str(store), SIZE)  # type: ignore[attr-defined]
-    dist.init_process_group("gloo", store=file, rank=rank, world_size=SIZE)
-    try:
-        return compute(Ranks(rank, SIZE))
-    finally:
-        dist.destroy_process_group()
+    with joined(Ranks(rank, SIZE), str(store), torch.device("cpu")) as ranks:
+        return compute(ranks)
 
 
 def exchange(ranks: Ranks) -> dict[str, Any]:
@@ -299,3 +295,23 @@ def test_ranks_that_disagree_fail_before_anything_is_kept(pair: RankPair, small_
 def test_moments_of_a_rank_without_windows_are_zeros() -> None:
     with second_moments({"a": torch.nn.Linear(3, 2)}) as moments:
         assert moments["a"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ranks_on_gpus_replay_graphs_around_their_exchange(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
+    """Also where the two share one GPU, and gloo carries what NCCL would."""
+    quantization = SCALED | {"group_size": 32}
+    body = {"quantization": quantization, **TEXTS}
+    runs = run_on_both(pair, run_job_on_ranks, small_model, tmp_path / "gpu", body, 1, "cuda")
+    report = report_of(runs)
+    assert_same_made(runs)
+    assert not [line for line in runs[0].lines if isinstance(line, LogEvent) and line.event == "capture_failed"]
+    assert report.scales is not None
+    assert report.scales.captured
+    one = run_job(small_model, tmp_path / "one", **SCALED, order={"device": "cuda"}).report
+    for found, expected in zip(report.blocks, one.blocks, strict=True):
+        assert found.loss is not None
+        assert found.loss_initial is not None
+        assert found.loss < found.loss_initial
+        assert found.output_error == pytest.approx(expected.output_error, rel=0.3)
