@@ -93,7 +93,7 @@ class TuningOutcome:
 
 @dataclass(frozen=True)
 class BlockTask:
-    """One decoder block to quantize.
+    """One decoder block to quantize. Where several ranks share the work, samples are those of this rank.
 
     block       the original block on `device`, weights in the model's dtype; a method may replace weights while it
                 works, and leaves the module as it found it

@@ -119,6 +119,10 @@ class WeightSpec(Spec):
         much memory for activations again."""
         return True
 
+    def shared_batch(self) -> int:
+        """Sequences of a step that several GPUs may divide among themselves; 0 if they would gain nothing."""
+        return 0
+
 
 class RTNSpec(WeightSpec):
     """Round to nearest. Looks at the weights alone."""
@@ -178,6 +182,10 @@ class SignRoundSpec(WeightSpec):
     def needs_original_inputs(self) -> bool:
         """Only in place of the quantized blocks' outputs."""
         return not self.quantized_inputs
+
+    def shared_batch(self) -> int:
+        """A step's batch, if there are steps."""
+        return self.batch_size if self.steps else 0
 
 
 QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]

@@ -160,7 +160,7 @@ def test_eager_steps_give_the_scales_of_captured_ones(
     def refuse(*_: object) -> None:
         raise RuntimeError("no capture")
 
-    monkeypatch.setattr(scale_tuning, "capture", refuse)
+    monkeypatch.setattr(scale_tuning, "captured", refuse)
     lines: list[AttemptLine] = []
     report = run_job(small_model, tmp_path / "b", lines, **ON_GPU, **SCALED).report
     assert report.scales is not None

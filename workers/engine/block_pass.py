@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.domain.errors import InternalError
 from app.domain.events import BlockEvent, Stage
 from app.domain.methods import Scheme, WeightSpec
 from app.domain.report import BlockReport
@@ -27,6 +28,7 @@ from workers.engine.block_report import BlockFindings, error_sums
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
 from workers.engine.plan import Plan, block_seed
+from workers.engine.ranks import ALONE, Ranks
 from workers.engine.read_ahead import BlockReader
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
@@ -44,6 +46,7 @@ class BlockPass:
     calibration   what the method observes; None where it looks at weights alone
     evaluation    what judges the result; rides along in the same pass
     schemes       of every quantized linear, by full name
+    ranks         who takes the same pass over other windows; what is exchanged, the main thread exchanges
     """
 
     model: StreamedModel
@@ -57,12 +60,14 @@ class BlockPass:
     state: ResumeState
     clock: StageClock
     reporter: Reporter
+    ranks: Ranks = ALONE
 
     def run(self) -> tuple[BlockReport, ...]:
         """Quantizes every block that `state` does not hold; replays the others forward. All are durable at the end.
 
         Raises:
             NumericalFailure: a weight or an output is not finite.
+            InternalError: the ranks have computed different weights for a block.
         """
         total, resumed = len(self.model.blocks), self.state.resumed
         progress = _Progress(self.reporter, total)
@@ -96,6 +101,7 @@ class BlockPass:
                 task = self._task(index, container, {"head": self.schemes[head]}, {}, lambda _: None)
                 result = METHODS["rtn"].quantize_block(task, self.spec)
             self.state.save(index, {head: result.linears["head"].weight}, None)
+            self.state.settle()
         return self.state.load(index)[head].dequantize()
 
     def _quantize(self, index: int, progress: "_Progress", writer: WriteBehind) -> None:
@@ -105,6 +111,7 @@ class BlockPass:
         observed = self.calibration or self.evaluation
         with second_moments({n: self.model.block_linears(index)[n] for n in schemes}) as moments:
             self._advance_original(index, block, only=observed)
+            self._sum_moments(moments, {n: self.model.block_linears(index)[n] for n in schemes})
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
 
         def tick(share: float) -> None:
@@ -114,13 +121,27 @@ class BlockPass:
         task = self._task(index, block, schemes, moments, tick)
         method = METHODS[self.spec.model_dump()["method"]]
         result = method.quantize_block(task, self.spec) if schemes else BlockResult({})
+        self._demand_agreement(index, result)
         writer.wait()
         shard = writer.give(partial(self._write_shard, index, result))
         errors = self._put(index, result, moments)
         self._advance_quantized(index, block)
         output = None if observed is None else observed.squared_error()
+        self.ranks.sum_(*([] if output is None else [output]))
         findings = BlockFindings(index, prefix, started, result, schemes, errors, output)
         writer.give(partial(self._finish, shard, findings))
+
+    def _sum_moments(self, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
+        """Over all ranks; one that has no window to look at has nothing to add."""
+        if self.ranks.alone:
+            return
+        for name, linear in linears.items():
+            zeros = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+            self.ranks.sum_(moments.setdefault(name, zeros))
+
+    def _demand_agreement(self, index: int, result: BlockResult) -> None:
+        if not self.ranks.alone and not self.ranks.agree(_checksum(result)):
+            raise InternalError(f"block {index}: the ranks have computed different weights")
 
     def _write_shard(self, index: int, result: BlockResult) -> Shard:
         prefix = self.model.layout.block(index)
@@ -202,6 +223,13 @@ class BlockPass:
 
 def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:
     raise TypeError(f"{block} is given to a method without inputs: {tuple(hidden.shape)}")
+
+
+def _checksum(result: BlockResult) -> int:
+    """The sum of all bytes of codes, scales and zero points: different, but for a chance, if any of them is."""
+    parts = [part for linear in result.linears.values() for part in vars(linear.weight).values()]
+    tensors = [part.flatten().view(torch.uint8) for part in parts if isinstance(part, Tensor)]
+    return sum(int(tensor.sum(dtype=torch.int64)) for tensor in tensors)
 
 
 def _event(report: BlockReport, total: int) -> BlockEvent:

@@ -1,6 +1,7 @@
 """A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
 
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -29,6 +30,7 @@ from workers.engine.plan import (
     reproducible,
     scale_dtype,
 )
+from workers.engine.ranks import Ranks, joined
 from workers.engine.read_ahead import read_ahead
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
@@ -50,8 +52,26 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         InputError: the model, its data or the request's numbers do not fit together.
         InvalidRequest: the head is to be quantized but tied to the embeddings.
     """
+    with _opened(order, workspace, reporter, rank=0) as job:
+        state, found = _with_ranks(job, 0)
+        job.clock.enter(Stage.EXPORT)
+        return _export(job, state, found)
+
+
+def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
+    """What every further rank of an order does while the first is in `run`: the same up to the export, mute.
+
+    Raises what `run` raises, and where it does, unless only this rank meets the cause.
+    """
+    with _opened(order, workspace, Reporter(lambda _: None), rank) as job:
+        _with_ranks(job, rank)
+
+
+@contextmanager
+def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) -> Iterator["_Job"]:
+    """The job with its model, texts and plan, on a rank's device."""
     clock = StageClock(Stage.LOAD)
-    device = open_device(order)
+    device = open_device(order, rank)
     with reproducible(device):
         reporter.progress(Stage.LOAD, 0, 1, "models")
         checkpoint = Checkpoint.open(Path(order.model_path))
@@ -66,7 +86,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
         )
-        return _run_blocks(_Job(order, workspace, reporter, clock, model, schemes, texts, plan))
+        yield _Job(order, workspace, reporter, clock, model, schemes, texts, plan)
 
 
 @dataclass(frozen=True)
@@ -152,15 +172,21 @@ def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
         )
 
 
-def _run_blocks(job: _Job) -> ResultLine:
+def _with_ranks(job: _Job, rank: int) -> tuple[ResumeState, Findings]:
+    with joined(Ranks(rank, job.order.world_size), job.order.rendezvous, job.model.device) as ranks:
+        return _run_blocks(job, ranks)
+
+
+def _run_blocks(job: _Job, ranks: Ranks) -> tuple[ResumeState, Findings]:
+    """All that the ranks do together."""
     texts, model = job.texts, job.model
     keep_inputs = job.order.request.quantization.needs_original_inputs()
     with model.loaded(model.layout.embeddings):
         calibration, evaluation = (
-            None if windows is None else Stream(model, windows.ids, job.plan, keep_inputs=keep)
+            None if windows is None else Stream(model, ranks.share(windows.ids), job.plan, keep_inputs=keep)
             for windows, keep in ((texts.calibration, keep_inputs), (texts.evaluation, False))
         )
-    state = ResumeState(job.workspace / "state", _fingerprint(job), ShardLayout(job.schemes, model.dtype))
+    state = ResumeState(job.workspace / "state", _fingerprint(job), ShardLayout(job.schemes, model.dtype), ranks)
     if state.resumed:
         job.reporter.log("blocks_resumed", blocks=state.resumed)
     job.clock.enter(Stage.QUANTIZE)
@@ -172,21 +198,22 @@ def _run_blocks(job: _Job) -> ResultLine:
         seed=job.order.request.seed,
         calibration=calibration,
         evaluation=evaluation,
-        tuner=Tuner(job.reporter.log),
+        tuner=Tuner(job.reporter.log, ranks),
         state=state,
         clock=job.clock,
         reporter=job.reporter,
+        ranks=ranks,
     )
     reports = blocks.run()
+    state.settle()
     head = blocks.quantize_head()
     if head is not None:
         job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
     scales = run_scale_stage(blocks, head)
     del calibration, blocks
     job.clock.enter(Stage.EVALUATE)
-    quality = None if evaluation is None else _evaluate(job, evaluation, head)
-    job.clock.enter(Stage.EXPORT)
-    return _export(job, state, Findings(reports, scales, quality))
+    quality = None if evaluation is None else _evaluate(job, evaluation, head, ranks)
+    return state, Findings(reports, scales, quality)
 
 
 def _fingerprint(job: _Job) -> str:
@@ -203,14 +230,16 @@ def _fingerprint(job: _Job) -> str:
     )
 
 
-def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None) -> Quality:
+def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None, ranks: Ranks) -> Quality:
     windows = job.texts.evaluation
     assert windows is not None  # noqa: S101 - for the type checker; the stream was made of them
 
     def tick(share: float) -> None:
         job.reporter.progress(Stage.EVALUATE, share * len(windows.ids), len(windows.ids), "windows")
 
-    quality = measure(job.model, stream.original, stream.quantized, windows, quantized_head=head, tick=tick)
+    quality = measure(
+        job.model, stream.original, stream.quantized, windows, quantized_head=head, tick=tick, ranks=ranks
+    )
     for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
         job.reporter.metric(name, getattr(quality, name))
     return quality

@@ -1,11 +1,12 @@
 """Decisions before the first block: device, threads, dtypes, micro-batch, where activations live, what is quantized."""
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -35,15 +36,17 @@ LARGEST_MICRO_BATCH = 32
 class Plan:
     """What the engine decided; in the report, and most of it in the fingerprint that a resumed attempt must share.
 
+    world_size      ranks that share the windows of each text (`workers.engine.ranks`)
     micro_batch     sequences that go through a block at once, with gradients
     scale_dtype     of stored scales, learned from the formats before anything is optimized
     activations     where the streams live; codes are the same wherever that is
     activation_bytes, activation_budget
-                    what the streams need, and what the device could give them; None for a device without memory of
-                    its own
+                    what a rank's streams need, and what its device could give them; None for a device without memory
+                    of its own
     """
 
     device: str
+    world_size: int
     threads: int
     dtype: str
     scale_dtype: str
@@ -67,12 +70,13 @@ class StreamSize:
     tensors: int
 
 
-def open_device(order: AttemptOrder) -> torch.device:
-    """The order's device, and as many threads as the process may use."""
-    torch.set_num_threads(available_threads())
+def open_device(order: AttemptOrder, rank: int = 0) -> torch.device:
+    """The device of a rank of the order, and as many threads as the process may use of what all ranks may."""
+    torch.set_num_threads(max(1, available_threads() // order.world_size))
     if order.device == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", order.device_index)
+    # Ranks that outnumber the GPUs share them: nothing that a worker asks for, but a way to test with one.
+    device = torch.device("cuda", (order.device_index + rank) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -123,12 +127,14 @@ def reproducible(device: torch.device) -> Iterator[None]:
 
 
 def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[StreamSize]) -> Plan:
-    """Plans a job over these streams. The model must not be loaded yet."""
+    """Plans a job over these streams, which its ranks share. The model must not be loaded yet."""
+    streams = [replace(stream, samples=math.ceil(stream.samples / order.world_size)) for stream in streams]
     longest = max((stream.length for stream in streams), default=1)
     micro_batch = max(1, _micro_batch(model, longest) // order.micro_batch_divisor)
     needed, budget = _activation_bytes(model, streams), _activation_budget(model, longest, micro_batch)
     return Plan(
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        world_size=order.world_size,
         threads=torch.get_num_threads(),
         dtype=_name(model.dtype),
         scale_dtype=_name(scale_dtype(order.request.formats, model.dtype)),

@@ -7,11 +7,14 @@
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
 only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
 only shards whose hash matches. Scales tuned end to end belong to all blocks, and are adopted only with all of them.
+
+Of several ranks, which all make the same weights, the first writes and the others read what it wrote; all of them adopt
+the same blocks.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +26,7 @@ from torch import Tensor
 from app.domain.methods import Scheme
 from app.domain.report import BlockReport, ScaleReport
 from workers.durable import replace_file
+from workers.engine.ranks import ALONE, Ranks
 from workers.formats import native
 from workers.numerics.quantized import AffineWeight
 
@@ -73,13 +77,17 @@ class Shard:
 
 
 class ResumeState:
-    """The state folder of a workspace, held by one attempt."""
+    """The state folder of a workspace, held by one attempt; every rank of it makes one of these at the same time.
 
-    def __init__(self, folder: Path, fingerprint: str, layout: ShardLayout) -> None:
+    On any rank but the first, what is saved is only noted: it is there for `load` after `settle`.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, layout: ShardLayout, ranks: Ranks = ALONE) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._layout = layout
-        self._state = self._adopt(fingerprint)
+        self._ranks = ranks
+        self._state = self._agreed(self._adopt(fingerprint))
         self._scales = {} if self._state.scales is None else load(self._read(self._state.scales.file))
         self.resumed = len(self._state.blocks)
 
@@ -98,11 +106,14 @@ class ResumeState:
 
     def write_shard(self, index: int, weights: Mapping[str, AffineWeight]) -> Shard:
         """A block's weights, by full linear name, in a durable file that does not count before `finish`."""
-        tensors = {
-            key: tensor.cpu().contiguous()
-            for name, weight in weights.items()
-            for key, tensor in native.compress(name, weight).items()
-        }
+
+        def tensors() -> dict[str, Tensor]:
+            return {
+                key: tensor.cpu().contiguous()
+                for name, weight in weights.items()
+                for key, tensor in native.compress(name, weight).items()
+            }
+
         return self._write(f"block-{index:05d}.safetensors", tensors)
 
     def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
@@ -113,9 +124,13 @@ class ResumeState:
     def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
         """Makes scales durable that take the place of the blocks' own, by full linear name; `load` then gives them."""
         self._scales = {name: scale.cpu().contiguous() for name, scale in scales.items()}
-        shard = self._write("scales.safetensors", self._scales)
+        shard = self._write("scales.safetensors", lambda: self._scales)
         finished = FinishedScales(file=shard.file, sha256=shard.sha256, report=report)
         self._replace_state(self._state.model_copy(update={"scales": finished}))
+
+    def settle(self) -> None:
+        """Returns once what every rank has saved until now can be loaded by all of them."""
+        self._ranks.wait()
 
     def load(self, index: int) -> dict[str, AffineWeight]:
         """The weights of a finished block by full linear name, on the host."""
@@ -126,14 +141,17 @@ class ResumeState:
         }
         return {name: replace(w, scale=self._scales.get(name, w.scale)) for name, w in weights.items()}
 
-    def _write(self, file: str, tensors: dict[str, Tensor]) -> Shard:
-        data = save(tensors)
+    def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]]) -> Shard:
+        if not self._ranks.leads:
+            return Shard(file, "")
+        data = save(tensors())
         replace_file(self._folder / file, data)
         return Shard(file, hashlib.sha256(data).hexdigest())
 
     def _replace_state(self, state: StateFile) -> None:
         self._state = state
-        replace_file(self._folder / "state.json", state.model_dump_json().encode())
+        if self._ranks.leads:
+            replace_file(self._folder / "state.json", state.model_dump_json().encode())
 
     def _read(self, file: str) -> bytes:
         return (self._folder / Path(file).name).read_bytes()
@@ -153,6 +171,12 @@ class ResumeState:
             sound.append(block)
         whole = len(sound) == len(found.blocks) and found.scales is not None and self._is_sound(found.scales)
         return StateFile(fingerprint=fingerprint, blocks=tuple(sound), scales=found.scales if whole else None)
+
+    def _agreed(self, found: StateFile) -> StateFile:
+        """What every rank has found; none goes on before all have looked, so none sees what another writes."""
+        blocks = self._ranks.least(len(found.blocks))
+        scales = self._ranks.least(int(found.scales is not None))
+        return found.model_copy(update={"blocks": found.blocks[:blocks], "scales": found.scales if scales else None})
 
     def _is_sound(self, shard: FinishedBlock | FinishedScales) -> bool:
         try:

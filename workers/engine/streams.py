@@ -71,7 +71,7 @@ class Stream:
     def squared_error(self) -> Tensor:
         """||Y - Y_hat||^2 and ||Y||^2 of the streams as they are, fp64 (2,), on the device; nothing waits for it."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
-        rows = max(1, CHUNK_ELEMENTS[self._device.type] // max(1, self.original[0].numel()))
+        rows = max(1, CHUNK_ELEMENTS[self._device.type] // max(1, self.original[:1].numel()))
         for part in zip(torch.split(self.original, rows), torch.split(self.quantized, rows), strict=True):
             y, y_hat = (states.to(self._device, non_blocking=True).float() for states in part)
             sums[0] += (y_hat - y).square_().sum(dtype=torch.float64)

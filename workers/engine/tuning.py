@@ -9,11 +9,15 @@ start counts as a candidate, so the result is never worse there than the start.
 Nothing in a step waits for the device: batches, rates, losses and the choice live there. On a GPU a step is captured
 once as a CUDA graph and replayed for every block of the same shape (`workers.engine.tuned_block` has the block that the
 graph works on, `workers.engine.minibatches` the sequences). Where capture is impossible the same steps run eagerly.
+
+With several ranks (`workers.engine.ranks`) each has its share of the sequences, splits that for itself, and puts 1/W of
+every batch and of the held-out set together from it. L is the mean of their means; D and the held-out loss are summed
+over the ranks, between two graphs where there would be one, and all take the same step.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -24,6 +28,7 @@ from torch import Tensor
 from app.domain.errors import NumericalFailure
 from workers.contracts import BlockTask, TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.minibatches import Minibatches, address
+from workers.engine.ranks import ALONE, Ranks
 from workers.engine.tuned_block import TunedBlock, shape_of
 from workers.numerics.quantized import Number
 
@@ -42,10 +47,12 @@ class Tuner:
     """Tunes block after block; `tune` is the `Tune` of the methods.
 
     log    told an event's name and fields when the tuner falls back to a slower way
+    ranks  who tunes along; every one of them must call `tune` with the same settings
     """
 
-    def __init__(self, log: Callable[..., None] = lambda *_, **__: None) -> None:
+    def __init__(self, log: Callable[..., None] = lambda *_, **__: None, ranks: Ranks = ALONE) -> None:
         self._log = log
+        self._ranks = ranks
         self._run: _Run | None = None
 
     def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
@@ -53,14 +60,16 @@ class Tuner:
 
         Raises:
             NumericalFailure: the loss is not finite at the start or at the end.
-            torch.OutOfMemoryError: not even one sequence at a time fits.
+            torch.OutOfMemoryError: not even one sequence at a time fits; or, with several ranks, this one has run out
+                while others wait for it.
         """
+        settings = replace(settings, batch_size=self._ranks.part(settings.batch_size))
         micro_batch = min(task.micro_batch, settings.batch_size)
         while True:
             try:
                 return self._tune(task, weights, settings, micro_batch)
             except torch.OutOfMemoryError:
-                if micro_batch == 1:
+                if micro_batch == 1 or not self._ranks.alone:
                     raise
             # Outside the except clause: the exception holds the tensors of the failed step.
             self._run = None
@@ -81,7 +90,7 @@ class Tuner:
         if run is not None and run.fits(task, weights, settings, micro_batch):
             run.adopt(task, weights)
         else:
-            self._run = run = _Run.begin(task, weights, settings, micro_batch)
+            self._run = run = _Run.begin(task, weights, settings, micro_batch, self._ranks)
             run.prepare(self._log)
         run.start()
         for step in range(settings.steps):
@@ -117,21 +126,28 @@ class _Run:
     best: Tensor
     best_step: Tensor
     kernels: ModuleType | None
+    ranks: Ranks
     initial: Number = math.nan
     step: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
 
     @classmethod
     def begin(
-        cls, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+        cls,
+        task: BlockTask,
+        weights: Sequence[TrainableWeights],
+        settings: TuningSettings,
+        micro_batch: int,
+        ranks: Ranks,
     ) -> "_Run":
         device = task.device
-        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings))
+        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings, ranks))
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
             block=TunedBlock.of(task, weights),
             kernels=kernels_for(data.inputs),
+            ranks=ranks,
             weights=weights,
             settings=settings,
             micro_batch=micro_batch,
@@ -157,7 +173,7 @@ class _Run:
         self.block.adopt(task.block)
         for mine, other in zip(self.weights, weights, strict=True):
             mine.adopt(other)
-        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings))
+        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings, self.ranks))
 
     def prepare(self, log: Callable[..., None]) -> None:
         """Captures step and check where that is possible."""
@@ -165,7 +181,8 @@ class _Run:
             return
         self.data.start()
         try:
-            step, check = capture(self._step, self.rates), capture(self._check, self.rates)
+            step = captured(self._gradients, self._sum_gradients, self._move, self.rates, self.ranks)
+            check = captured(self._measure, self._sum_loss, self._choose, self.rates, self.ranks)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -200,23 +217,43 @@ class _Run:
 
     def _step(self) -> None:
         """One minibatch: gradients, the weights' step, the new weights into the block."""
-        at = self.count.view(1)
-        batch = self.data.rows(at)
+        self._gradients()
+        self._sum_gradients()
+        self._move()
+
+    def _gradients(self) -> None:
+        batch = self.data.rows(self.count.view(1))
         for number, part in enumerate(torch.split(batch, self.micro_batch)):
             self.block.accumulation.adds = number > 0
-            self._add_gradients(part, len(part) / len(batch))
-        rate = self.rates.index_select(0, at)[0]
+            self._add_gradients(part, len(part) / (len(batch) * self.ranks.size))
+
+    def _sum_gradients(self) -> None:
+        self.ranks.sum_(*(flat.gradient for flat in self.block.flats))
+
+    def _move(self) -> None:
+        rate = self.rates.index_select(0, self.count.view(1))[0]
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
             weights.step(flat.gradient, rate, flat.value)
         self.count += 1
 
-    @torch.no_grad()
     def _check(self) -> None:
         """Measures the held-out loss and keeps the present weights if it is the lowest so far."""
+        self._measure()
+        self._sum_loss()
+        self._choose()
+
+    @torch.no_grad()
+    def _measure(self) -> None:
         self.loss.zero_()
         for part in torch.split(self.data.held_out, self.micro_batch):
             parts = self._outputs(part)
-            self.loss += self._error(parts, part, len(part) / len(self.data.held_out))[0]
+            self.loss += self._error(parts, part, len(part) / (len(self.data.held_out) * self.ranks.size))[0]
+
+    def _sum_loss(self) -> None:
+        self.ranks.sum_(self.loss)
+
+    @torch.no_grad()
+    def _choose(self) -> None:
         better = self.loss < self.best
         self.best.copy_(torch.where(better, self.loss, self.best))
         self.best_step.copy_(torch.where(better, self.count, self.best_step))
@@ -290,6 +327,27 @@ def capture(function: Callable[[], None], rates: Tensor) -> Callable[[], None]:
     return graph.replay
 
 
+def captured(
+    before: Callable[[], None], exchange: Callable[[], None], after: Callable[[], None], rates: Tensor, ranks: Ranks
+) -> Callable[[], None]:
+    """The three one after another: one graph without the exchange for a world of one, else it runs between two."""
+    if ranks.alone:
+
+        def both() -> None:
+            before()
+            after()
+
+        return capture(both, rates)
+    first, second = capture(before, rates), capture(after, rates)
+
+    def replay() -> None:
+        first()
+        exchange()
+        second()
+
+    return replay
+
+
 def _shape(
     task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
 ) -> tuple[object, ...]:
@@ -307,9 +365,9 @@ def _shape(
     )
 
 
-def _samples(task: BlockTask, settings: TuningSettings) -> dict[str, Tensor]:
+def _samples(task: BlockTask, settings: TuningSettings, ranks: Ranks) -> dict[str, Tensor]:
     """Which sequences train and which judge, as `Minibatches` takes them."""
-    training, held_out = split(len(task.inputs), task.seed)
+    training, held_out = split(len(task.inputs), task.seed, ranks.part(MOST_HELD_OUT))
     return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
 
 
@@ -319,10 +377,10 @@ def is_checked(step: int, steps: int) -> bool:
     return step == steps or (step % every == 0 and 3 * step >= steps)
 
 
-def split(samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the held-out sequences; a single sequence serves as both."""
+def split(samples: int, seed: int, most: int = MOST_HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Indices of the training and of the held-out sequences, at most `most`; a single sequence serves as both."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    count = max(1, min(MOST_HELD_OUT, samples // HELD_OUT_SHARE))
+    count = max(1, min(most, samples // HELD_OUT_SHARE))
     return (order, order) if samples == 1 else (order[count:], order[:count])
 
 
