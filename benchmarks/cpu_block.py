@@ -1,4 +1,4 @@
-"""Time of tuning one block on a CPU, here and by auto-round: a checkpoint's first block, the same texts, the same recipe.
+"""Time of tuning one block on a CPU, here and by auto-round: a checkpoint's first block, same texts, same recipe.
 
     python -m benchmarks.cpu_block MODEL --rounds 3
     taskset -c 0,1 python -m benchmarks.cpu_block MODEL --sides ours light --rounds 1
@@ -8,7 +8,7 @@ W4, the full ranges as the start and 50 steps of 8 sequences, in a process of it
 is ours from searched ranges, and `peer-compiled` is auto-round with torch.compile, compiling included. One JSON line a
 run, and at the end one with the ratios of the quickest runs.
 
-seconds   ours: `SignRound.quantize_block`, from block, X_q and Y to codes: start, steps, eight held-out losses, results.
+seconds   ours: `SignRound.quantize_block`, from block, X_q and Y to codes: start, steps, eight held-out losses.
           auto-round: its quantizer's `quantize_block`, from the same to the fake-quantized block; no held-out losses.
           Neither includes loading, tokenizing or the passes that make X_q and Y.
 cpu       processor seconds of the process in the meantime, those of threads that spin while they wait included
@@ -96,7 +96,7 @@ def in_its_process(given: argparse.Namespace, side: str, folder: Path) -> dict[s
         environment |= ALLOCATOR
     numbers = [f"--{name}={getattr(given, name)}" for name in ("steps", "batch", "samples", "length")]
     command = [sys.executable, "-m", "benchmarks.cpu_block", str(folder), "--run", side, *numbers]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(command, env=environment, capture_output=True, check=False, text=True)
     if done.returncode != 0:
         print(json.dumps({"side": side, "failed": done.stderr.splitlines()[-1:]}), flush=True)
         return None

@@ -126,7 +126,8 @@ class _Turn(torch.autograd.Function):
 
 def _lengths(rows: Tensor) -> Tensor:
     """Euclidean lengths of the last dimension, which stays with size 1; fp32 or wider."""
-    return torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=_wide(rows))
+    lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1, keepdim=True, dtype=_wide(rows))
+    return lengths
 
 
 def _wide(x: Tensor) -> torch.dtype:
@@ -156,7 +157,7 @@ def _turned(parts: Sequence[Tensor], counts: tuple[int, int, int], cos: Tensor, 
     half = width // 2
     cos, sin = cos[:, None, :half], sin[:, None, :half]
     for x, y in zip(parts, (query, key), strict=False):
-        (a, b), (first, second) = x.split(half, -1), y.split(half, -1)
+        (a, b), (first, second) = torch.split(x, half, -1), torch.split(y, half, -1)
         torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)
         torch.mul(b, cos, out=second).addcmul_(a, sin)
     value.copy_(parts[2])

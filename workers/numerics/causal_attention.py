@@ -43,7 +43,9 @@ def scaled_dot_product_attention(
 ) -> Tensor:
     """torch's own, with the arguments and the result of `attend`."""
     output = nn.functional.scaled_dot_product_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)),
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
         attn_mask=mask,
         is_causal=mask is None,
         scale=scaling,
@@ -62,7 +64,7 @@ class _TiledAttention(torch.autograd.Function):
             part = _by_group(query, rows, groups)
             scores = _scaled_product(part, keys[:, : rows.stop].mT, scaling)
             count = rows.stop - rows.start
-            scores.unflatten(1, (-1, count))[..., rows].add_(_later(count, scores.dtype))
+            scores.view(len(scores), -1, count, scores.shape[-1])[..., rows].add_(_later(count, scores.dtype))
             probabilities = scores.softmax(-1)
             _put_by_group(output, rows, groups, torch.bmm(probabilities, values[:, : rows.stop]))
             if any(ctx.needs_input_grad):
@@ -101,15 +103,21 @@ def _tiles(length: int) -> Iterator[slice]:
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
+def _grouped(x: Tensor, groups: int) -> Tensor:
+    """(batch, length, heads, width) as (batch, groups, heads / groups, length, width), a view."""
+    batch, length, heads, width = x.shape
+    return x.view(batch, length, groups, heads // groups, width).permute(0, 2, 3, 1, 4)
+
+
 def _by_group(x: Tensor, rows: slice, groups: int) -> Tensor:
     """Positions `rows` of x (batch, length, heads, width) as (batch * groups, heads / groups * rows, width)."""
-    part = x[:, rows].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    part = _grouped(x[:, rows], groups)
     return part.reshape(len(x) * groups, -1, x.shape[-1])
 
 
 def _put_by_group(x: Tensor, rows: slice, groups: int, value: Tensor) -> None:
     """The inverse of `_by_group`: writes `value` to positions `rows` of x."""
-    part = x[:, rows].unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)
+    part = _grouped(x[:, rows], groups)
     part.copy_(value.view(part.shape))
 
 

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from app.domain.methods import PER_CHANNEL, Scheme
 
-
 Number = float | Tensor
 """A number, or one that the device still computes: reading it waits for the device."""
 

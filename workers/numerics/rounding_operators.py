@@ -9,8 +9,9 @@ derivative of clamping (`hardtanh_backward`), and the sign of 0 and of NaN is 0.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,13 +53,13 @@ class Groups:
     zero: Tensor
     unit: float = 1.0
 
-    def tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Any]:
         """All of them by name."""
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
     def part(self, rows: slice) -> "Groups":
-        return Groups(**{name: tensor[rows] for name, tensor in self.tensors().items()})
+        return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
 
     def grid(self, bits: int, symmetric: bool) -> Grid:
         """Of the present alpha and beta."""
@@ -227,7 +228,8 @@ def _search_asymmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: to
 
 def _length(error: Tensor, roots: Tensor) -> Tensor:
     """sqrt(sum of moments * error^2) of each group; `error` is used up."""
-    return torch.linalg.vector_norm(error.mul_(roots), dim=-1)
+    length: Tensor = torch.linalg.vector_norm(error.mul_(roots), dim=-1)
+    return length
 
 
 def _write(part: Groups, to: Grid, work: Buffers, hat: Tensor) -> None:
