@@ -57,8 +57,11 @@ def main(arguments: list[str]) -> int:
     """Fetch what the order in the workspace folder `arguments[0]` names; the exit code."""
     follow_supervisor()
     log_as_json()
-    report = ReportPipe()
-    workspace = Path(arguments[0])
+    return obey(Path(arguments[0]), ReportPipe())
+
+
+def obey(workspace: Path, report: ReportPipe) -> int:
+    """Fetch what the order in the workspace names, and say how that ended; the exit code."""
     try:
         order = FetchOrder.model_validate_json((workspace / "fetch.json").read_bytes())
         leave_working_folder(workspace)
