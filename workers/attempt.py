@@ -41,7 +41,7 @@ def main(arguments: list[str]) -> int:
     try:
         lock = take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + LOCK_MARGIN_SECONDS)
         order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
-        report.write(_run(order, workspace, report))
+        report.write(run_order(order, workspace, report))
     except BaseException as error:
         known = as_bitwright_error(error)
         log.error("attempt_failed", code=known.code, exc_info=error)
@@ -70,7 +70,8 @@ def take_lock(path: Path, *, seconds: float) -> int:
             return handle
 
 
-def _run(order: AttemptOrder, workspace: Path, report: ReportPipe) -> ResultLine:
+def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe) -> ResultLine:
+    """Do what the order says, with the engine, in this process."""
     # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
     shutil.rmtree(workspace / "output", ignore_errors=True)
     # Threads that wait for each other sleep rather than spin: on a shared machine spinning costs many times the work.
