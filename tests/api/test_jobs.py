@@ -1,9 +1,11 @@
 """Jobs over HTTP, on SQLite and on a real PostgreSQL."""
 
 import pytest
+from sqlalchemy import update
 
 from app.domain.errors import InvalidDataset
 from app.domain.jobs import DeviceClass
+from app.store.models import Job
 from app.store.workers import register
 from tests.api.checkpoints import write_checkpoint
 from tests.api.conftest import SHORTHAND, Api, problem
@@ -189,6 +191,28 @@ def test_workers_show_only_ones_own_jobs(api: Api) -> None:
     mine, theirs = (client.get("/v1/workers").json()["items"] for client in (api.client, api.stranger))
     assert (mine[0]["id"], mine[0]["device"], mine[0]["job_id"]) == ("worker-1", "cpu", job_id)
     assert theirs[0]["job_id"] is None
+
+
+def test_a_job_of_another_version_is_told_as_it_was_stored(any_api: Api) -> None:
+    """Neither the request nor the report that it stored is one that this version knows."""
+    fine = any_api.submit()
+    stale = any_api.submit(metadata={"commit": "abc"})
+    any_api.succeed(any_api.claim())
+    any_api.succeed(any_api.claim())
+    told = any_api.client.get(f"/v1/jobs/{stale}").json()
+    request = {**told["request"], "quantization": {"method": "of-the-future", "bits": 4}}
+    values = {"request": request, "report": {"version": "9"}, "error": {"no": "code"}, "progress": {"stage": "dream"}}
+    with any_api.database.transaction() as session:
+        session.execute(update(Job).where(Job.id == stale).values(values))
+    listed = any_api.reader.get("/v1/jobs").json()["items"]
+    assert [job["id"] for job in listed] == [stale, fine]
+    alone = any_api.reader.get(f"/v1/jobs/{stale}")
+    assert alone.status_code == 200
+    for job in (listed[0], alone.json()):
+        assert job["request"] == request
+        assert (job["report"], job["error"], job["progress"]) == (None, None, None)
+        assert (job["status"], job["model"], job["metadata"]) == ("succeeded", "org/model", {"commit": "abc"})
+    assert [attempt["status"] for attempt in alone.json()["attempts"]] == ["succeeded"]
 
 
 def test_methods_and_formats_are_listed(api: Api) -> None:

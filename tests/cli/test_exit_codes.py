@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import structlog
+from sqlalchemy import update
 
+from app.store.models import Job
 from tests.cli.processes import bitwright, command
 from tests.client.service import Service, running_service
 
@@ -87,6 +89,17 @@ def test_a_file_and_flags_make_one_request(service: Service, tmp_path: Path) -> 
     job = json.loads(done.stdout)
     assert job["request"]["quantization"]["bits"] == 3
     assert job["metadata"] == {"from": "file", "more": "yes"}
+
+
+def test_a_job_of_another_version_is_listed_and_shown(service: Service) -> None:
+    job_id = json.loads(command("submit", "org/name", "--method", "rtn", "--json", *flags(service)).stdout)["id"]
+    with service.database.transaction() as session:
+        session.execute(update(Job).where(Job.id == job_id).values(request={"from": "the future"}))
+    assert job_id in command("jobs", *flags(service)).stdout
+    shown = command("show", job_id, *flags(service))
+    assert shown.returncode == 0
+    assert "of another version" in shown.stdout
+    assert json.loads(command("show", job_id, "--json", *flags(service)).stdout)["request"] == {"from": "the future"}
 
 
 def test_methods_are_listed(service: Service) -> None:
