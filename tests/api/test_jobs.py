@@ -1,5 +1,7 @@
 """Jobs over HTTP, on SQLite and on a real PostgreSQL."""
 
+from pathlib import Path
+
 import pytest
 from sqlalchemy import update
 
@@ -7,8 +9,8 @@ from app.domain.errors import InvalidDataset
 from app.domain.jobs import DeviceClass
 from app.store.models import Job
 from app.store.workers import register
-from tests.api.checkpoints import write_checkpoint
-from tests.api.conftest import SHORTHAND, Api, problem
+from tests.api.checkpoints import as_hub_cache, write_checkpoint
+from tests.api.conftest import SHORTHAND, Api, make_settings, problem, run_api
 from tests.store.samples import block, progress
 
 
@@ -120,6 +122,7 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
     assert api.client.get("/v1/jobs").json()["items"] == []
 
 
+SNAPSHOTS, BLOBS = "cache/models--org--model/snapshots", "cache/models--org--model/blobs"
 HEADS = ("num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
 
 
@@ -181,6 +184,20 @@ def test_a_stored_local_path_is_the_real_one(api: Api) -> None:
     (api.folder / "models" / "link").symlink_to(folder)
     job_id = api.submit(model=str(api.folder / "models" / "link" / ".." / "tiny"))
     assert api.client.get(f"/v1/jobs/{job_id}").json()["request"]["model"]["path"] == str(folder)
+
+
+@pytest.mark.parametrize(("roots", "accepted"), [(["cache"], True), ([SNAPSHOTS], False), ([SNAPSHOTS, BLOBS], True)])
+def test_a_snapshot_of_a_hub_cache_is_a_model_where_a_root_holds_its_blobs(
+    tmp_path: Path, sqlite_url: str, roots: list[str], accepted: bool
+) -> None:
+    snapshot = as_hub_cache(write_checkpoint(tmp_path / "made"), tmp_path / "cache")
+    settings = make_settings(tmp_path, sqlite_url, model_roots=[tmp_path / root for root in roots])
+    for api in run_api(settings):
+        answer = api.client.post("/v1/jobs", json={**SHORTHAND, "model": str(snapshot)})
+        if accepted:
+            assert (answer.status_code, answer.json()["request"]["model"]["path"]) == (202, str(snapshot))
+        else:
+            assert "config.json is a link" in str(problem(answer, 422, "source_forbidden")["detail"])
 
 
 def test_workers_show_only_ones_own_jobs(api: Api) -> None:
