@@ -30,7 +30,7 @@ CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer's average on text, so that a fetched head of a dataset is long enough."""
 
 
-def fetch_order(request: JobRequest, workspace: Workspace, data_dir: Path) -> FetchOrder:
+def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) -> FetchOrder:
     """What the request wants from the Hub. Equal datasets are fetched once, into one file."""
     model = request.model if isinstance(request.model, HubModel) else None
     calibration, evaluation = request.calibration, request.evaluation
@@ -49,7 +49,7 @@ def fetch_order(request: JobRequest, workspace: Workspace, data_dir: Path) -> Fe
         for role, dataset in texts.items()
         if isinstance(dataset, HubDataset)
     }
-    return FetchOrder(model=model, models_folder=str(data_dir / "hub"), **orders)
+    return FetchOrder(model=model, models_folder=str(models_folder), **orders)
 
 
 def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, workspace: Workspace) -> str | None:

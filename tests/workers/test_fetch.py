@@ -16,6 +16,7 @@ from app.domain.jobs import JobRequest, JobStatus
 from tests.workers.bench import Bench
 from tests.workers.hub_server import COMMIT, Hub, running_hub
 from workers.environments import fetch_environment
+from workers.hub_cache import prune_models
 from workers.lifeline import REPORT_FD
 from workers.sources import fetch_order
 from workers.supervisor import supervise
@@ -90,6 +91,17 @@ def test_a_retry_stays_on_its_commit_although_the_branch_moved(online: Bench, hu
     assert hub.requests[before:] == [], "the pin and the files are there"
 
 
+def test_a_model_that_an_attempt_reads_is_not_pruned(online: Bench) -> None:
+    online.submit("hang", model=MODEL)
+    running, root = online.start(), online.context.settings.hub_dir
+    running.log_event("hanging")
+    assert prune_models(root, unused_seconds=-1) == []
+    online.context.stopping.set()
+    running.wait()
+    assert prune_models(root, unused_seconds=-1) == [f"org--tiny@{COMMIT}"]
+    assert list(root.iterdir()) == []
+
+
 def test_a_source_that_is_not_there_fails_the_job(online: Bench) -> None:
     job_id = online.submit("", model="org/none")
     assert online.run() is JobStatus.FAILED
@@ -105,7 +117,7 @@ def fetch_errors(bench: Bench, requests: Sequence[dict[str, object]]) -> list[Er
         workspace = Workspace.of(bench.context.settings.workspace_dir, f"job_{number}")
         workspace.open()
         request = JobRequest.parse({"model": "/m", "method": "signround", "evaluation": None, **fields})
-        workspace.write(workspace.fetch_order, fetch_order(request, workspace, bench.context.settings.data_dir))
+        workspace.write(workspace.fetch_order, fetch_order(request, workspace, bench.context.settings.hub_dir))
         folders.append(str(workspace.folder))
     bench.submit("")
     environment = fetch_environment(bench.context.settings, workspace, bench.claim()) | {REPORT_FD: "1"}
