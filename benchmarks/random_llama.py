@@ -11,6 +11,7 @@ import argparse
 import json
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
+    parser.add_argument("--shape", choices=["llama-8b"], default="llama-8b")
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--presets", nargs="+", default=["default", "light"])
@@ -90,7 +91,7 @@ def measured(given: argparse.Namespace, folder: Path, preset: str, number: int) 
     return {
         "preset": preset,
         "shape": given.shape,
-        "seconds_a_block": [round(after - before, 3) for before, after in zip(told, told[1:], strict=False)],
+        "seconds_a_block": [round(after - before, 3) for before, after in pairwise(told)],
         "stages": {name: round(value, 2) for name, value in report.seconds.items()},
         "peak_gib": None if peak is None else round(peak / 2**30, 2),
     }

@@ -145,7 +145,7 @@ def test_what_the_hub_does_not_give(online: Bench, hub: Hub) -> None:
     hub.gated.add("models/org/gated")
     hub.repositories["models/org/pickled"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
     hub.repositories["datasets/org/columns"] = {"train.jsonl": b'{"a": 1}\n'}
-    requests = [*(fields for fields, _, _ in REFUSALS), {"model": MODEL}]
+    requests: list[dict[str, object]] = [*(fields for fields, _, _ in REFUSALS), {"model": MODEL}]
     *errors, last = fetch_errors(online, requests)
     assert last is None, "a model that is there comes through the same way"
     for error, (fields, code, field) in zip(errors, REFUSALS, strict=True):
