@@ -44,9 +44,9 @@ ROWS_ONLY = {"USE_TORCH": "0"}
 """`datasets` loads torch where it is installed: seconds, and for tensors that a fetch never makes."""
 
 WAITING = {
-    # Threads that wait for each other look again for some ten microseconds, then sleep. By default GNU OpenMP's spin for
-    # milliseconds: on a busy machine they take half of the processor time that the others need, on an idle one they
-    # gain nothing.
+    # Threads that wait for each other look again for some ten microseconds, then sleep. By default those of GNU OpenMP
+    # spin for milliseconds: on a busy machine they take half of the processor time that the others need, on an idle
+    # one they gain nothing.
     "GOMP_SPINCOUNT": "1000",
 }
 WAITING_IS_GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
