@@ -167,7 +167,8 @@ class ScaleTuning:
         if self.task.model.device.type != "cuda" or self.task.inputs.device.type != "cuda":
             return
         try:
-            self.replay = captured(self._add_gradients, self._sum_gradients, self._move, self.rates, self.task.ranks)
+            still = (self.rates, self.count)
+            self.replay = captured(self._add_gradients, self._sum_gradients, self._move, still, self.task.ranks)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:

@@ -16,7 +16,7 @@ over the ranks, between two graphs where there would be one, and all take the sa
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -181,8 +181,9 @@ class _Run:
             return
         self.data.start()
         try:
-            step = captured(self._gradients, self._sum_gradients, self._move, self.rates, self.ranks)
-            check = captured(self._measure, self._sum_loss, self._choose, self.rates, self.ranks)
+            still = (self.rates, self.count)
+            step = captured(self._gradients, self._sum_gradients, self._move, still, self.ranks)
+            check = captured(self._measure, self._sum_loss, self._choose, still, self.ranks)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -311,14 +312,18 @@ def kernels_for(inputs: Tensor) -> ModuleType | None:
     return import_module("workers.numerics.block_kernels")
 
 
-def capture(function: Callable[[], None], rates: Tensor) -> Callable[[], None]:
-    """`function` as a replay of a CUDA graph; it runs a few times on the way, with all rates 0, so nothing moves."""
-    rates.zero_()
+def capture(function: Callable[[], None], still: Iterable[Tensor]) -> Callable[[], None]:
+    """`function` as a replay of a CUDA graph; it runs a few times on the way, each time with `still` filled with 0.
+
+    With rates of 0 nothing moves, and a count of 0 steps keeps within the batches, of which there may be only one.
+    """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(WARM_UPS):
+            _clear(still)
             function()
+        _clear(still)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # Other threads read and write blocks meanwhile; CUDA shall watch what this one does.
@@ -327,8 +332,17 @@ def capture(function: Callable[[], None], rates: Tensor) -> Callable[[], None]:
     return graph.replay
 
 
+def _clear(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.zero_()
+
+
 def captured(
-    before: Callable[[], None], exchange: Callable[[], None], after: Callable[[], None], rates: Tensor, ranks: Ranks
+    before: Callable[[], None],
+    exchange: Callable[[], None],
+    after: Callable[[], None],
+    still: tuple[Tensor, ...],
+    ranks: Ranks,
 ) -> Callable[[], None]:
     """The three one after another: one graph without the exchange for a world of one, else it runs between two."""
     if ranks.alone:
@@ -337,8 +351,8 @@ def captured(
             before()
             after()
 
-        return capture(both, rates)
-    first, second = capture(before, rates), capture(after, rates)
+        return capture(both, still)
+    first, second = capture(before, still), capture(after, still)
 
     def replay() -> None:
         first()
