@@ -203,7 +203,7 @@ def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
     stored_bits, weights, total = 0, 0, len(state.blocks)
     for done in range(total):
         for name, weight in state.load(done).items():
-            stored_bits += weight.stored_bits()
+            stored_bits += weight.stored_bits().total
             weights += weight.codes.numel()
             source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
             for writer in writers.values():
