@@ -23,6 +23,7 @@ def format_view(name: ExportFormat, info: FormatInfo) -> FormatView:
         title=info.title,
         summary=info.summary,
         kinds=sorted(info.kinds),
+        low_rank=info.low_rank.value,
         bits=sorted(info.bits),
         symmetric=sorted(info.symmetries),
         runtimes=[_runtime_view(runtime) for runtime in info.runtimes],

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,35 +16,45 @@ from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from app.domain.formats import FORMATS, ExportFormat
-from app.domain.methods import Scheme
+from app.domain.errors import FormatCannotHold
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule
+from app.domain.methods import Form, Scheme
 from tests.formats.examples import (
     TOKENS,
+    Made,
     Source,
     assert_same,
+    codebook_made,
     linears,
     logits,
-    random_weight,
+    random_result,
     scheme,
     tiny_llama,
     write_quantized,
 )
-from workers.formats import compressed_tensors, native
+from workers.formats import compressed_tensors, merged, native, peft_adapter
+from workers.formats.stored_linear import StoredLinear, StoredLowRank
+from workers.formats.writer import COMPRESS
+from workers.numerics.normal_float import DoubleQuantization
+from workers.numerics.quantized import LinearResult
 
-CODECS: dict[ExportFormat, Any] = {
-    ExportFormat.NATIVE: native,
-    ExportFormat.COMPRESSED_TENSORS: compressed_tensors,
-}
-CT = ExportFormat.COMPRESSED_TENSORS
+CT, NATIVE, MERGED, PEFT = (ExportFormat(name) for name in ("compressed-tensors", "native", "merged", "peft"))
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 UNIFORM = [scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (32, -1) for symmetric in (True, False)]
 MIXED_SYMMETRIC = [scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, True), scheme(2, 32, True)]
 MIXED = [scheme(4, 32, True), scheme(8, -1, False), scheme(3, 16, False), scheme(2, 32, True)]
 """The last row of each kind: one scheme after the other, linear by linear."""
 
+
+NOT_FOR_COMPRESSED_TENSORS = [
+    codebook_made(4, 32),
+    Made(scheme(4, 32, True), rank=2),
+    Made(scheme(4, 32, False), offset=True),
+]
 
 peft_meets_transformers = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 """peft 0.21 still asks models by the name that transformers 5.23 deprecates."""
@@ -56,37 +67,101 @@ def label(value: object) -> str:
     return "+".join(f"w{s.bits}g{s.group_size}{'' if s.symmetric else 'z'}" for s in value)
 
 
-def test_every_format_of_the_table_has_a_codec() -> None:
-    assert CODECS.keys() == FORMATS.keys()
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def through_native(result: LinearResult) -> LinearResult:
+    return native.decompress(NAME, native.compress(NAME, result), StoredLinear.of(result))
+
+
+def through_compressed_tensors(result: LinearResult) -> LinearResult:
+    tensors, weight = compressed_tensors.compress(NAME, result), result.weight
+    return LinearResult(compressed_tensors.decompress(NAME, tensors, weight.scheme, weight.dtype))
+
+
+def through_peft(result: LinearResult) -> LinearResult:
+    low_rank = result.low_rank
+    assert low_rank is not None
+    stored = StoredLowRank(rank=low_rank.rank, alpha=low_rank.alpha)
+    config = json.loads(json.dumps(peft_adapter.config({NAME: stored}, [])))
+    return replace(result, low_rank=peft_adapter.decompress(NAME, peft_adapter.compress(NAME, low_rank), config))
+
+
+INVERTIBLE = {NATIVE: through_native, CT: through_compressed_tensors, PEFT: through_peft}
+
+
+def test_every_format_of_the_table_is_held_to_the_suite() -> None:
+    """What is merged has no codes any more: it is held to its numbers instead."""
+    assert INVERTIBLE.keys() | {MERGED} == FORMATS.keys()
+    assert COMPRESS.keys() | {PEFT} == FORMATS.keys()
 
 
 @st.composite
-def weights(draw: st.DrawFn, export_format: ExportFormat) -> Any:
+def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
+    """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
+    form = draw(st.sampled_from(sorted(info.kinds)))
     group = draw(st.sampled_from([-1, 1, 3, 8, 32]))
     columns = draw(st.integers(1, 70)) if group == -1 else group * draw(st.integers(1, 5))
-    of = scheme(draw(st.sampled_from(sorted(info.bits))), group, draw(st.sampled_from(sorted(info.symmetries))))
-    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-    return random_weight((draw(st.integers(1, 40)), columns), of, dtype, draw(st.integers(0, 2**31)))
+    symmetric = form is Form.CODEBOOK or draw(st.sampled_from(sorted(info.symmetries)))
+    second = st.builds(
+        DoubleQuantization, st.sampled_from([2, 3, 4, 8]), st.sampled_from([BF16, F16, F32]), st.sampled_from([4, 16])
+    )
+    lowest = {LowRankRule.BESIDE: 0, LowRankRule.IS: 1}.get(info.low_rank)
+    made = Made(
+        scheme=scheme(draw(st.sampled_from(sorted(info.bits))), group, symmetric),
+        form=form,
+        absmax=draw(st.one_of(st.sampled_from([BF16, F16, F32]), second)),
+        offset=form is Form.AFFINE and not symmetric and export_format is not CT and draw(st.booleans()),
+        rank=0 if lowest == 0 else draw(st.integers(lowest or 0, 5)),
+        alpha=draw(st.sampled_from([1.0, 16.0, 0.5])),
+        factors=draw(st.sampled_from([BF16, F32])),
+    )
+    dtype = draw(st.sampled_from([BF16, F16, F32]))
+    return random_result((draw(st.integers(1, 40)), columns), made, dtype, draw(st.integers(0, 2**31)))
 
 
-@pytest.mark.parametrize("export_format", FORMATS)
+@pytest.mark.parametrize("export_format", INVERTIBLE)
 @given(data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 def test_decompress_inverts_compress(export_format: ExportFormat, data: st.DataObject) -> None:
-    weight = data.draw(weights(export_format))
-    codec = CODECS[export_format]
-    tensors = codec.compress("model.layers.0.mlp.up_proj", weight)
-    assert all(name.startswith("model.layers.0.mlp.up_proj.") for name in tensors)
+    result = data.draw(results(export_format))
+    assert_same(INVERTIBLE[export_format](result), result)
+
+
+@pytest.mark.parametrize("export_format", COMPRESS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_tensors_are_named_after_their_linear_and_share_no_memory(
+    export_format: ExportFormat, data: st.DataObject
+) -> None:
+    result = data.draw(results(export_format))
+    tensors = COMPRESS[export_format](NAME, result)
+    assert all(name.startswith(NAME + ".") for name in tensors)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    assert_same(codec.decompress("model.layers.0.mlp.up_proj", tensors, weight.scheme, weight.dtype), weight)
+    other = COMPRESS[export_format]("other", data.draw(results(export_format)))
+    assert save({**tensors, **other})  # safetensors refuses tensors that share memory, such as a codebook
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_merged_is_the_weight_that_the_result_stands_for(data: st.DataObject) -> None:
+    result = data.draw(results(MERGED))
+    assert_same(merged.compress(NAME, result), {f"{NAME}.weight": result.dequantize()})
+
+
+@pytest.mark.parametrize("made", NOT_FOR_COMPRESSED_TENSORS, ids=str)
+def test_compressed_tensors_refuses_what_it_would_have_to_change(made: Made) -> None:
+    with pytest.raises(FormatCannotHold, match="whole zero points, without low-rank factors"):
+        compressed_tensors.compress(NAME, random_result((32, 64), made))
 
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=100)
 def test_compressed_tensors_dequantizes_the_same_bits(data: st.DataObject) -> None:
-    weight = data.draw(weights(CT))
-    stored = {name.removeprefix("x."): t for name, t in compressed_tensors.compress("x", weight).items()}
+    result = data.draw(results(CT))
+    weight, tensors = result.affine, compressed_tensors.compress("x", result)
+    stored = {name.removeprefix("x."): t for name, t in tensors.items()}
     config = QuantizationConfig.model_validate(compressed_tensors.config({"x": weight.scheme}, []))
     theirs = PackedQuantizationCompressor.decompress(stored, config.config_groups["group_0"])["weight"]
     assert theirs.dtype == weight.dtype

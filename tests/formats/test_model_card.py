@@ -14,9 +14,10 @@ import yaml
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from app.domain.report import Quality, Report, TextReport
-from tests.formats.examples import REPORT, linears, scheme, tiny_llama, write_quantized
+from tests.formats.examples import REPORT, linears, random_result, scheme, tiny_llama, write_quantized
 from workers.formats.model_card import model_card
 from workers.formats.runtimes import vllm_refusals
+from workers.formats.stored_linear import StoredLinear
 
 CT, NATIVE = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE
 W4, W8, W3Z, W4Z = scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, False), scheme(4, 32, False)
@@ -24,7 +25,8 @@ TEXT = TextReport(source="builtin", sha256="ab" * 32, num_samples=4, sequence_le
 
 
 def card(export_format: ExportFormat, report: Report = REPORT, **schemes: Scheme) -> str:
-    return model_card(report, export_format, schemes, "LICENSE")
+    linears = {n: StoredLinear.of(random_result((32, 32), of)) for n, of in schemes.items()}
+    return model_card(report, export_format, linears, "LICENSE")
 
 
 def code_blocks(text: str) -> list[str]:

@@ -1,4 +1,7 @@
-"""Block by block: targets from the original stream, the method, the quantized weights in place, the next inputs."""
+"""Block by block: targets from the original stream, the method, the quantized weights in place, the next inputs.
+
+A linear with a low-rank correction gets the sum in one matrix, so that the quantized stream sees the corrected block.
+"""
 
 import math
 import time
@@ -11,7 +14,7 @@ from torch import Tensor, nn
 
 from app.domain.errors import NumericalFailure
 from app.domain.events import BlockEvent, Stage
-from app.domain.methods import Scheme, WeightSpec
+from app.domain.methods import Form, Scheme, WeightSpec
 from app.domain.report import BlockReport, LinearReport
 from workers.contracts import BlockTask
 from workers.engine.blocks import StreamedModel
@@ -22,7 +25,7 @@ from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState
 from workers.engine.streams import Stream, second_moments
 from workers.engine.tuning import Tuner
-from workers.numerics.quantized import AffineWeight, BlockResult
+from workers.numerics.quantized import BlockResult, CodebookWeight, LinearResult
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class BlockPass:
     def replay_quantized(self, stream: Stream) -> None:
         """X_q of a rewound stream through all blocks again, with the weights that are durable now."""
         for index, block in enumerate(self.model.blocks):
-            weights = {f"{n}.weight": w.to(self.model.device).dequantize() for n, w in self.state.load(index).items()}
+            weights = {f"{n}.weight": r.to(self.model.device).dequantize() for n, r in self.state.load(index).items()}
             with self.model.loaded(self.model.layout.block(index), given=weights):
                 stream.advance_quantized(index, block)
 
@@ -80,7 +83,7 @@ class BlockPass:
                 container = nn.ModuleDict({"head": self.model.model.get_submodule(head)})
                 task = self._task(index, container, {"head": self.schemes[head]}, {}, lambda _: None)
                 result = METHODS["rtn"].quantize_block(task, self.spec)
-            self.state.save(index, {head: result.linears["head"].weight}, None)
+            self.state.save(index, {head: result.linears["head"]}, None)
         return self.state.load(index)[head].dequantize()
 
     def _quantize(self, index: int, progress: "_Progress") -> BlockReport:
@@ -94,10 +97,10 @@ class BlockPass:
         task = self._task(index, block, schemes, moments, lambda share: progress.tick(index, share))
         method = METHODS[self.spec.model_dump()["method"]]
         result = method.quantize_block(task, self.spec) if schemes else BlockResult({})
-        linears = self._put(index, result, schemes, moments)
+        linears = self._put(index, result, moments)
         self._advance_quantized(index, block)
         report = self._report(index, result, linears, time.perf_counter() - started)
-        self.state.save(index, {f"{prefix}.{n}": r.weight for n, r in result.linears.items()}, report)
+        self.state.save(index, {f"{prefix}.{n}": r for n, r in result.linears.items()}, report)
         self.reporter.block(_event(report, len(self.model.blocks)))
         return report
 
@@ -105,8 +108,8 @@ class BlockPass:
         block, prefix = self.model.blocks[index], self.model.layout.block(index)
         for stream in (self.calibration, self.evaluation):
             self._advance_original(index, block, only=stream)
-        for name, weight in self.state.load(index).items():
-            self._replace(index, name.removeprefix(prefix + "."), weight)
+        for name, linear in self.state.load(index).items():
+            self._replace(index, name.removeprefix(prefix + "."), linear)
         self._advance_quantized(index, block)
         return report
 
@@ -157,27 +160,27 @@ class BlockPass:
         return Stage.EVALUATE if stream is self.evaluation else Stage.QUANTIZE
 
     @torch.no_grad()
-    def _put(
-        self, index: int, result: BlockResult, schemes: Mapping[str, Scheme], moments: Mapping[str, Tensor]
-    ) -> tuple[LinearReport, ...]:
-        """Puts the dequantized weights into the block and says how far they are from the original ones."""
+    def _put(self, index: int, result: BlockResult, moments: Mapping[str, Tensor]) -> tuple[LinearReport, ...]:
+        """Puts the weights that the results stand for into the block; how far they are from the original ones."""
         reports = []
         for name, linear in result.linears.items():
             original = self.model.block_linears(index)[name].weight.float()
-            change = self._replace(index, name, linear.weight).float() - original
+            change = self._replace(index, name, linear).float() - original
             reports.append(
                 LinearReport(
                     name=f"{self.model.layout.block(index)}.{name}",
                     shape=linear.weight.shape,
-                    **schemes[name].model_dump(),
+                    form=Form.CODEBOOK if isinstance(linear.weight, CodebookWeight) else Form.AFFINE,
+                    **linear.weight.scheme.model_dump(),
+                    rank=None if linear.low_rank is None else linear.low_rank.rank,
                     weight_error=_ratio(change, original, None),
                     output_error=_ratio(change, original, moments[name]) if name in moments else None,
                 )
             )
         return tuple(reports)
 
-    def _replace(self, index: int, name: str, weight: AffineWeight) -> Tensor:
-        value = weight.to(self.model.device).dequantize()
+    def _replace(self, index: int, name: str, linear: LinearResult) -> Tensor:
+        value = linear.to(self.model.device).dequantize()
         self.model.block_linears(index)[name].weight = nn.Parameter(value, requires_grad=False)
         return value
 

@@ -10,7 +10,7 @@ from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from app.domain.report import BlockReport, ModelReport, Quality, Report, ScaleReport, SizeReport
+from app.domain.report import BlockReport, ModelReport, Quality, Report, ScaleReport, SizeReport, StoredParts
 from workers.engine.block_pass import BlockPass
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows, load_tokenizer, source_label
@@ -20,11 +20,12 @@ from workers.engine.evaluation import measure
 from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_schemes, reproducible
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
-from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
+from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
-from workers.formats.writer import CheckpointWriter
+from workers.formats.writer import open_writers
+from workers.numerics.quantized import StoredBits
 
 CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
 """Fields of a request that decide the codes."""
@@ -140,7 +141,7 @@ def _run_blocks(job: _Job) -> ResultLine:
             None if windows is None else Stream(model, windows.ids, job.plan, keep_inputs=windows is texts.calibration)
             for windows in (texts.calibration, texts.evaluation)
         )
-    state = ResumeState(job.workspace / "state", _fingerprint(job), ShardLayout(job.schemes, model.dtype))
+    state = ResumeState(job.workspace / "state", _fingerprint(job))
     if state.resumed:
         job.reporter.log("blocks_resumed", blocks=state.resumed)
     job.clock.enter(Stage.QUANTIZE)
@@ -198,21 +199,21 @@ def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None) -> Quality:
 
 def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
     """Writes every format from the durable blocks, and the same report into each."""
-    formats = list(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
-    writers = {f: CheckpointWriter(job.workspace / "output" / f.value, f, job.model.checkpoint) for f in formats}
-    stored_bits, weights, total = 0, 0, len(state.blocks)
+    formats = tuple(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
+    writers = open_writers(job.workspace / "output", formats, job.model.checkpoint)
+    stored, weights, total = StoredBits(), 0, len(state.blocks)
     for done in range(total):
-        for name, weight in state.load(done).items():
-            stored_bits += weight.stored_bits().total
-            weights += weight.codes.numel()
+        for name, result in state.load(done).items():
+            stored += result.stored_bits()
+            weights += result.weight.codes.numel()
             source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
             for writer in writers.values():
-                writer.add_linear(source, weight, module=name)
+                writer.add_linear(source, result, module=name)
         job.reporter.progress(Stage.EXPORT, done + 1, total + 1, "blocks")
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
         writer.finish(ignored=ignored)
-    report = _report(job, state, found, _size(job, stored_bits, weights))
+    report = _report(job, state, found, _size(job, stored, weights))
     for writer in writers.values():
         writer.describe(report)
     job.reporter.progress(Stage.EXPORT, total + 1, total + 1, "blocks")
@@ -220,16 +221,17 @@ def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
     return ResultLine(report=report, checkpoints={f.value: f"output/{f.value}" for f in formats})
 
 
-def _size(job: _Job, stored_bits: int, weights: int) -> SizeReport:
-    checkpoint = job.model.checkpoint
+def _size(job: _Job, stored: StoredBits, weights: int) -> SizeReport:
+    checkpoint, count = job.model.checkpoint, max(1, weights)
     quantized = sum(checkpoint.tensors[job.model.sources[f"{name}.weight"]].size for name in job.schemes)
-    after = checkpoint.size - quantized + stored_bits // 8
+    after = checkpoint.size - quantized + stored.total // 8
     return SizeReport(
         bytes_original=checkpoint.size,
         bytes_quantized=after,
         quantized_weights=weights,
-        bits_per_weight=stored_bits / weights if weights else 0.0,
+        bits_per_weight=stored.total / count,
         bits_per_weight_model=after * 8 / _parameters(job.model),
+        parts=StoredParts(**{name: bits / count for name, bits in asdict(stored).items()}),
     )
 
 

@@ -1,7 +1,7 @@
 """Finished blocks on disk, so that a killed attempt costs at most the block in hand.
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
-    state/block-00000.safetensors  the block's linears as in the native format
+    state/block-00000.safetensors  the block's linears as in the native format; its header describes each of them
     state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
 
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
@@ -12,19 +12,22 @@ only shards whose hash matches. Scales tuned end to end belong to all blocks, an
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from app.domain.methods import Scheme
 from app.domain.report import BlockReport, ScaleReport
+from app.domain.safetensors_header import LENGTH_BYTES
 from workers.durable import replace_file
 from workers.formats import native
-from workers.numerics.quantized import AffineWeight
+from workers.formats.stored_linear import StoredLinear
+from workers.numerics.quantized import AffineWeight, LinearResult
+
+LINEARS = TypeAdapter(dict[str, StoredLinear])
+"""What a shard's header says of its linears, by full name."""
 
 
 class FinishedBlock(BaseModel):
@@ -56,21 +59,12 @@ class StateFile(BaseModel):
     scales: FinishedScales | None = None
 
 
-@dataclass(frozen=True)
-class ShardLayout:
-    """What the shards do not say themselves: each linear's scheme and the dtype of its dequantized weight."""
-
-    schemes: Mapping[str, Scheme]
-    dtype: torch.dtype
-
-
 class ResumeState:
     """The state folder of a workspace, held by one attempt."""
 
-    def __init__(self, folder: Path, fingerprint: str, layout: ShardLayout) -> None:
+    def __init__(self, folder: Path, fingerprint: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._layout = layout
         self._state = self._adopt(fingerprint)
         self._scales = {} if self._state.scales is None else load(self._read(self._state.scales.file))
         self.resumed = len(self._state.blocks)
@@ -84,14 +78,15 @@ class ResumeState:
         """The report of the stage that tunes scales end to end, if it is done."""
         return None if self._state.scales is None else self._state.scales.report
 
-    def save(self, index: int, weights: Mapping[str, AffineWeight], report: BlockReport | None) -> None:
-        """Makes a block durable; `weights` by full linear name. Returns when a crash can no longer lose it."""
+    def save(self, index: int, linears: Mapping[str, LinearResult], report: BlockReport | None) -> None:
+        """Makes a block durable; `linears` by full name. Returns when a crash can no longer lose it."""
         tensors = {
             key: tensor.cpu().contiguous()
-            for name, weight in weights.items()
-            for key, tensor in native.compress(name, weight).items()
+            for name, result in linears.items()
+            for key, tensor in native.compress(name, result).items()
         }
-        data = save(tensors)
+        stored = {name: StoredLinear.of(result) for name, result in linears.items()}
+        data = save(tensors, metadata={"linears": LINEARS.dump_json(stored).decode()})
         file = f"block-{index:05d}.safetensors"
         replace_file(self._folder / file, data)
         block = FinishedBlock(index=index, file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
@@ -105,14 +100,17 @@ class ResumeState:
         finished = FinishedScales(file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
         self._replace_state(self._state.model_copy(update={"scales": finished}))
 
-    def load(self, index: int) -> dict[str, AffineWeight]:
-        """The weights of a finished block by full linear name, on the host."""
-        tensors = load(self._read(self.blocks[index].file))
-        names = {key.rpartition(".")[0]: None for key in tensors}
-        weights = {
-            name: native.decompress(name, tensors, self._layout.schemes[name], self._layout.dtype) for name in names
-        }
-        return {name: replace(w, scale=self._scales.get(name, w.scale)) for name, w in weights.items()}
+    def load(self, index: int) -> dict[str, LinearResult]:
+        """The linears of a finished block by full name, on the host."""
+        data = self._read(self.blocks[index].file)
+        tensors, stored = load(data), described_linears(data)
+        return {name: self._with_scale(name, native.decompress(name, tensors, stored[name])) for name in stored}
+
+    def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
+        """The result with the scale that was tuned end to end, if there is one: only affine weights have one."""
+        if name not in self._scales or not isinstance(result.weight, AffineWeight):
+            return result
+        return replace(result, weight=replace(result.weight, scale=self._scales[name]))
 
     def _replace_state(self, state: StateFile) -> None:
         self._state = state
@@ -143,6 +141,12 @@ class ResumeState:
         except OSError:
             return False
         return hashlib.sha256(data).hexdigest() == shard.sha256
+
+
+def described_linears(shard: bytes) -> dict[str, StoredLinear]:
+    """What the header of a block's shard says of its linears, by full name."""
+    end = LENGTH_BYTES + int.from_bytes(shard[:LENGTH_BYTES], "little")
+    return LINEARS.validate_json(json.loads(shard[LENGTH_BYTES:end])["__metadata__"]["linears"])
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:

@@ -19,8 +19,9 @@ Double quantization in the form of LQ-LoRA (Guo et al., arXiv:2311.12023, and it
     a_hat  = off + m*a_code/(2^b1 - 1)      bits a weight: b0 + b1/B0 + b2/(B0*B1)
 
 Codes are found with the stored a_hat, not with a: what is compared is what ships. QLoRA's own second level (8-bit
-floats around the mean) takes the same bits and is not built. Different from LQ-LoRA's code: groups lie within rows, and
-the last of the B1 may be fewer, so that any number of groups will do; the formula leaves out `off`, one number a linear.
+floats around the mean) takes the same bits and is not built. Different from LQ-LoRA's code: groups lie within rows,
+and the last of the B1 may be fewer, so that any number of groups will do. The formula leaves out `off`, one number a
+linear.
 """
 
 from dataclasses import dataclass

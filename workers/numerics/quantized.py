@@ -105,9 +105,10 @@ class QuantizedAbsmax:
 
     def dequantize(self) -> Tensor:
         """a_hat, fp32 (out, groups)."""
-        scale = self.scale.float().repeat_interleave(self.superblock)[: self.codes.numel()].view(self.codes.shape)
+        scale: Tensor = self.scale.float().repeat_interleave(self.superblock)
+        scale = scale[: self.codes.numel()].view(self.codes.shape)
         # By the reciprocal: dividing by a number gives other last bits on a GPU than on a CPU.
-        return self.codes.float() * scale * (1 / (2**self.bits - 1)) + self.offset
+        return self.codes.float() * scale * (1 / ((1 << self.bits) - 1)) + self.offset
 
     def to(self, device: torch.device | str) -> "QuantizedAbsmax":
         codes, scale, offset = (part.to(device) for part in (self.codes, self.scale, self.offset))
@@ -209,6 +210,17 @@ class LinearResult:
 
     weight: QuantizedWeight
     low_rank: LowRank | None = None
+
+    @property
+    def affine(self) -> AffineWeight:
+        """The weight, for those who know that it is affine.
+
+        Raises:
+            TypeError: it is not.
+        """
+        if not isinstance(self.weight, AffineWeight):
+            raise TypeError(f"the weight is a {type(self.weight).__name__}, not affine")
+        return self.weight
 
     def dequantize(self) -> Tensor:
         """The weight that the linear stands for, (out, in) in the weight's dtype.
