@@ -16,7 +16,7 @@ from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
@@ -50,6 +50,14 @@ MIXED = [scheme(4, 32, True), scheme(8, -1, False), scheme(3, 16, False), scheme
 """The last row of each kind: one scheme after the other, linear by linear."""
 
 
+EVERY_FORM = [
+    Made(scheme(3, 16, False), rank=3),
+    codebook_made(4, 32),
+    codebook_made(2, 16, DoubleQuantization(3, F16, 5), rank=2),
+    Made(scheme(5, -1, True), rank=4, alpha=1.0, factors=F32),
+    Made(scheme(4, 32, False), offset=True),
+    codebook_made(3, -1, F32),
+]
 NOT_FOR_COMPRESSED_TENSORS = [
     codebook_made(4, 32),
     Made(scheme(4, 32, True), rank=2),
@@ -62,8 +70,8 @@ peft_meets_transformers = pytest.mark.filterwarnings("ignore:`is_gradient_checkp
 
 def label(value: object) -> str:
     """A readable test id of a list of schemes: w4g32 is symmetric, w4g32z has zero points."""
-    if not isinstance(value, Sequence):
-        return str(value)
+    if value is EVERY_FORM or not isinstance(value, Sequence):
+        return "every-form" if value is EVERY_FORM else str(value)
     return "+".join(f"w{s.bits}g{s.group_size}{'' if s.symmetric else 'z'}" for s in value)
 
 
@@ -249,16 +257,46 @@ def test_mixed_widths_with_zero_points_come_with_a_loader(tmp_path: Path, source
 
 
 @pytest.mark.parametrize(
-    "schemes", [[scheme(5, 16, True)], [scheme(7, -1, False)], [scheme(3, 32, True), *MIXED]], ids=label
+    "made", [[scheme(5, 16, True)], [scheme(7, -1, False)], [scheme(3, 32, True), *MIXED], EVERY_FORM], ids=label
 )
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
 def test_the_native_loader_gives_identical_weights(
-    tmp_path: Path, source: Source, schemes: Sequence[Scheme], shard_bytes: int
+    tmp_path: Path, source: Source, made: Sequence[Made | Scheme], shard_bytes: int
 ) -> None:
-    expected = write_quantized(source, tmp_path / "out", ExportFormat.NATIVE, schemes, shard_bytes)
+    expected = write_quantized(source, tmp_path / "out", NATIVE, made, shard_bytes)
     model = _loader(tmp_path / "out").load(tmp_path / "out")
     assert_weights_equal(model, expected)
     assert torch.equal(logits(model), logits(expected))
+
+
+def test_the_native_loader_gives_the_base_alone_on_request(tmp_path: Path, source: Source) -> None:
+    write_quantized(source, tmp_path / "out", NATIVE, EVERY_FORM)
+    bare = [replace(made, rank=0) for made in EVERY_FORM]
+    expected = write_quantized(source, tmp_path / "bare", NATIVE, bare)
+    loader = _loader(tmp_path / "out")
+    assert_weights_equal(loader.load(tmp_path / "out", merge=False), expected)
+    assert not torch.equal(logits(loader.load(tmp_path / "out")), logits(expected))
+
+
+@pytest.mark.parametrize("part", ["lora_a", "absmax_codes", "zero_point", "offset", "codebook"])
+def test_the_native_loader_refuses_a_checkpoint_that_lacks_a_tensor(tmp_path: Path, source: Source, part: str) -> None:
+    write_quantized(source, tmp_path / "out", NATIVE, EVERY_FORM)
+    tensors = load_file(tmp_path / "out" / "weights.safetensors")
+    lost = next(name for name in tensors if name.endswith(f".{part}"))
+    save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "out" / "weights.safetensors")
+    with pytest.raises(ValueError, match=part):
+        _loader(tmp_path / "out").load_weights(tmp_path / "out")
+
+
+@pytest.mark.parametrize("made", [[scheme(4, 32, True)], MIXED, EVERY_FORM], ids=label)
+def test_a_merged_checkpoint_is_an_ordinary_one(tmp_path: Path, source: Source, made: Sequence[Made | Scheme]) -> None:
+    expected = write_quantized(source, tmp_path / "out", MERGED, made, shard_bytes=20_000)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert_weights_equal(model, expected)
+    assert torch.equal(logits(model), logits(expected))
+    config = _config(tmp_path / "out")
+    assert config == {**json.loads(json.dumps(source.config)), "dtype": "bfloat16"}
 
 
 def _config(folder: Path) -> dict[str, Any]:
