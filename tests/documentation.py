@@ -143,6 +143,12 @@ def _held(info: FormatInfo) -> str:
     if info.low_rank is LowRankRule.IS:
         return LOW_RANK[info.low_rank]
     weights = f"{_numbers(info.bits)} bits, {_symmetries(info.symmetries)}"
+    if info.asymmetric_bits is not None:
+        weights = f"{_numbers(info.bits)} bits symmetric, {_numbers(info.asymmetric_bits)} asymmetric"
+    if info.group_multiple > 1:
+        weights += f", groups of multiples of {info.group_multiple} or per channel"
+    if info.architectures is not None:
+        weights += f", {', '.join(sorted(info.architectures))}"
     codebook = ", or on a codebook" if Form.CODEBOOK in info.kinds else ""
     return f"{weights}{codebook}; low-rank factors {LOW_RANK[info.low_rank]}"
 

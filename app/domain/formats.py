@@ -8,7 +8,7 @@ rule that joins them: with `peft` among a job's formats, every other format but 
 `peft` checkpoint is the adapter that belongs to it; without it, the factors must be in the checkpoint.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -22,6 +22,15 @@ class ExportFormat(StrEnum):
     COMPRESSED_TENSORS = "compressed-tensors"
     MERGED = "merged"
     PEFT = "peft"
+    GGUF = "gguf"
+
+
+class ScaleDtype(StrEnum):
+    """In which dtype a format stores scales; methods learn it before they optimize, so a job has only one."""
+
+    ANY = "any"
+    MODEL = "the model's dtype"
+    FLOAT16 = "float16"
 
 
 class LowRankRule(StrEnum):
@@ -65,7 +74,10 @@ class RuntimeSupport:
 class FormatInfo:
     """What /v1/formats tells of a format.
 
-    kinds   forms of quantized weights that it holds
+    kinds             forms of quantized weights that it holds
+    asymmetric_bits   widths with zero points; None: all of `bits`
+    group_multiple    groups are multiples of so many columns; per channel, rows are
+    architectures     `model_type`s that it is written for; None: all
     """
 
     title: str
@@ -75,6 +87,10 @@ class FormatInfo:
     bits: frozenset[int]
     symmetries: frozenset[bool]
     runtimes: tuple[RuntimeSupport, ...]
+    scales: ScaleDtype = ScaleDtype.ANY
+    asymmetric_bits: frozenset[int] | None = None
+    group_multiple: int = 1
+    architectures: frozenset[str] | None = None
 
 
 ALL_BITS = frozenset(range(MIN_BITS, MAX_BITS + 1))
@@ -100,6 +116,7 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
             low_rank=LowRankRule.BESIDE,
             bits=frozenset({2, 3, 4, 8}),
             symmetries=frozenset({True, False}),
+            scales=ScaleDtype.MODEL,
             runtimes=(
                 RuntimeSupport(
                     "transformers",
@@ -154,6 +171,22 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
                 ),
             ),
         ),
+        ExportFormat.GGUF: FormatInfo(
+            title="GGUF",
+            summary="One file for llama.cpp: Q4_0 and Q4_1 for 2 to 4 bits, Q5_0 and Q5_1 for 5, Q8_0 for 6 to 8.",
+            kinds=frozenset({Form.AFFINE}),
+            low_rank=LowRankRule.BESIDE,
+            bits=ALL_BITS,
+            symmetries=frozenset({True, False}),
+            scales=ScaleDtype.FLOAT16,
+            asymmetric_bits=frozenset({2, 3, 4, 5}),
+            group_multiple=32,
+            architectures=frozenset({"llama", "mistral", "qwen2", "qwen3"}),
+            runtimes=(
+                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained with gguf_file"),
+                RuntimeSupport("llama.cpp", Support.TESTED, ALL_BITS, note="byte-level BPE tokenizers"),
+            ),
+        ),
     }
 )
 
@@ -181,6 +214,52 @@ def format_problems(spec: WeightSpec, formats: tuple[ExportFormat, ...]) -> list
             )
         for pattern, scheme in spec.schemes().items():
             problems += _scheme_problems(name, FORMATS[name], pattern, scheme)
+    return problems + _scale_problems(formats)
+
+
+def model_problems(formats: tuple[ExportFormat, ...], model_type: str, inputs: Mapping[str, int]) -> list[FieldProblem]:
+    """Everything about a model that one of `formats` cannot hold.
+
+    model_type   of its config.json
+    inputs       in_features of every linear that is to be quantized, by full name
+    """
+    problems = []
+    for index, name in enumerate(formats):
+        info, details = FORMATS[name], []
+        if info.architectures is not None and model_type not in info.architectures:
+            known = ", ".join(sorted(info.architectures))
+            details.append(f"{name.value} is written for {known}, not for {model_type}")
+        for linear, columns in inputs.items():
+            if columns % info.group_multiple:
+                details.append(
+                    f"{name.value} holds rows of whole blocks of {info.group_multiple}; {linear} has {columns} "
+                    "inputs: add it to modules.ignore"
+                )
+                break
+        problems += [
+            FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
+            for detail in details
+        ]
+    return problems
+
+
+def _scale_problems(formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
+    """A format whose scales have another dtype than those of the formats before it."""
+    first: ExportFormat | None = None
+    problems = []
+    for index, name in enumerate(formats):
+        scales = FORMATS[name].scales
+        if scales is ScaleDtype.ANY:
+            continue
+        if first is not None and scales is not FORMATS[first].scales:
+            detail = (
+                f"{name.value} stores scales as {scales.value}, {first.value} as {FORMATS[first].scales.value}, and "
+                "neither rounds them; make a job for each"
+            )
+            problems.append(
+                FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
+            )
+        first = first or name
     return problems
 
 
@@ -208,9 +287,21 @@ def _form_refusal(spec: WeightSpec, name: ExportFormat, formats: tuple[ExportFor
 def _scheme_problems(name: ExportFormat, info: FormatInfo, pattern: str, scheme: Scheme) -> list[FieldProblem]:
     where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
     problems = []
+    if scheme.group_size != PER_CHANNEL and scheme.group_size % info.group_multiple:
+        detail = f"{name.value} holds groups of multiples of {info.group_multiple}, or -1; not {scheme.group_size}"
+        problems.append(
+            FieldProblem(field=where + "group_size", code="format_cannot_hold", detail=detail, value=scheme.group_size)
+        )
     if scheme.bits not in info.bits:
         widths = ", ".join(map(str, sorted(info.bits)))
         detail = f'{name.value} holds {widths} bits, not {scheme.bits}; change bits, or ask for formats: ["native"]'
+        problems.append(FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits))
+    elif not scheme.symmetric and info.asymmetric_bits is not None and scheme.bits not in info.asymmetric_bits:
+        widths = ", ".join(map(str, sorted(info.asymmetric_bits)))
+        detail = (
+            f"{name.value} holds asymmetric weights of {widths} bits, not {scheme.bits}; set symmetric to true, or "
+            'ask for formats: ["native"]'
+        )
         problems.append(FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits))
     if scheme.symmetric not in info.symmetries:
         word = "symmetric" if scheme.symmetric else "asymmetric"

@@ -170,6 +170,9 @@ class FormatView(View):
     )
     bits: list[int]
     symmetric: list[bool]
+    asymmetric_bits: list[int] | None = Field(default=None, description="Widths with zero points; null: all of bits.")
+    group_multiple: int = Field(default=1, description="Groups are multiples of so many columns.")
+    architectures: list[str] | None = Field(default=None, description="`model_type`s that it takes; null: all.")
     runtimes: list[RuntimeView]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from app.domain.errors import FormatCannotHold
-from app.domain.formats import FORMATS, ExportFormat, LowRankRule
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, ScaleDtype
 from app.domain.methods import Form, Scheme
 from tests.formats.examples import (
     TOKENS,
@@ -36,13 +36,14 @@ from tests.formats.examples import (
     tiny_llama,
     write_quantized,
 )
-from workers.formats import compressed_tensors, merged, native, peft_adapter
+from workers.formats import compressed_tensors, gguf_blocks, merged, native, peft_adapter
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.formats.writer import COMPRESS
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import LinearResult
 
-CT, NATIVE, MERGED, PEFT = (ExportFormat(name) for name in ("compressed-tensors", "native", "merged", "peft"))
+CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
+PEFT, GGUF = ExportFormat.PEFT, ExportFormat.GGUF
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 UNIFORM = [scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (32, -1) for symmetric in (True, False)]
 MIXED_SYMMETRIC = [scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, True), scheme(2, 32, True)]
@@ -95,13 +96,18 @@ def through_peft(result: LinearResult) -> LinearResult:
     return replace(result, low_rank=peft_adapter.decompress(NAME, peft_adapter.compress(NAME, low_rank), config))
 
 
-INVERTIBLE = {NATIVE: through_native, CT: through_compressed_tensors, PEFT: through_peft}
+def through_gguf(result: LinearResult) -> LinearResult:
+    packed, weight = gguf_blocks.pack(NAME, result.affine), result.affine
+    return LinearResult(gguf_blocks.unpack(packed.data, packed.kind, weight.scheme, weight.dtype))
+
+
+INVERTIBLE = {NATIVE: through_native, CT: through_compressed_tensors, PEFT: through_peft, GGUF: through_gguf}
 
 
 def test_every_format_of_the_table_is_held_to_the_suite() -> None:
     """What is merged has no codes any more: it is held to its numbers instead."""
     assert INVERTIBLE.keys() | {MERGED} == FORMATS.keys()
-    assert COMPRESS.keys() | {PEFT} == FORMATS.keys()
+    assert COMPRESS.keys() | {PEFT, GGUF} == FORMATS.keys()
 
 
 @st.composite
@@ -109,23 +115,27 @@ def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
     """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
     form = draw(st.sampled_from(sorted(info.kinds)))
-    group = draw(st.sampled_from([-1, 1, 3, 8, 32]))
-    columns = draw(st.integers(1, 70)) if group == -1 else group * draw(st.integers(1, 5))
+    multiple = info.group_multiple
+    group = draw(st.sampled_from([-1, *(size for size in (1, 3, 8, 32, 96) if size % multiple == 0)]))
+    columns = (
+        multiple * draw(st.integers(1, max(3, 70 // multiple))) if group == -1 else group * draw(st.integers(1, 5))
+    )
     symmetric = form is Form.CODEBOOK or draw(st.sampled_from(sorted(info.symmetries)))
+    bits = info.bits if symmetric or info.asymmetric_bits is None else info.asymmetric_bits
     second = st.builds(
         DoubleQuantization, st.sampled_from([2, 3, 4, 8]), st.sampled_from([BF16, F16, F32]), st.sampled_from([4, 16])
     )
     lowest = {LowRankRule.BESIDE: 0, LowRankRule.IS: 1}.get(info.low_rank)
     made = Made(
-        scheme=scheme(draw(st.sampled_from(sorted(info.bits))), group, symmetric),
+        scheme=scheme(draw(st.sampled_from(sorted(bits))), group, symmetric),
         form=form,
         absmax=draw(st.one_of(st.sampled_from([BF16, F16, F32]), second)),
-        offset=form is Form.AFFINE and not symmetric and export_format is not CT and draw(st.booleans()),
+        offset=form is Form.AFFINE and not symmetric and Form.CODEBOOK in info.kinds and draw(st.booleans()),
         rank=0 if lowest == 0 else draw(st.integers(lowest or 0, 5)),
         alpha=draw(st.sampled_from([1.0, 16.0, 0.5])),
         factors=draw(st.sampled_from([BF16, F32])),
     )
-    dtype = draw(st.sampled_from([BF16, F16, F32]))
+    dtype = F16 if info.scales is ScaleDtype.FLOAT16 else draw(st.sampled_from([BF16, F16, F32]))
     return random_result((draw(st.integers(1, 40)), columns), made, dtype, draw(st.integers(0, 2**31)))
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from app.domain.errors import InvalidRequest
 from app.domain.formats import FORMATS
 from app.domain.jobs import JobRequest
-from app.domain.methods import METHODS, RECIPES, Form
+from app.domain.methods import METHODS, RECIPES
 from app.domain.problems import MAX_PROBLEMS, as_written
 from app.domain.shorthand import SHORTHAND, expand
 from app.domain.sources import HubModel, LocalModel, UploadedModel
@@ -347,7 +347,7 @@ TEXT_PARTS = st.fixed_dictionaries(
     {}, optional={"dataset": DATASETS, "num_samples": st.integers(1, 64), "sequence_length": st.integers(16, 512)}
 )
 RATIOS = st.floats(0.125, 8) | st.none()
-FOR_ALL_METHODS = [f.value for f, info in FORMATS.items() if Form.AFFINE in info.kinds and info.low_rank != "is"]
+FOR_ALL_METHODS = [f.value for f, info in FORMATS.items() if info.low_rank != "is" and info.group_multiple == 1]
 
 
 @st.composite

@@ -47,6 +47,23 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(
     assert all(name.startswith("model.layers.0.mlp.up_proj.") for name in found)
 
 
+@pytest.mark.parametrize("export_format", [CT, NATIVE, ExportFormat.MERGED])
+def test_a_tensor_that_quantization_changed_takes_the_place_of_the_source_s(
+    tmp_path: Path, source: Source, export_format: ExportFormat
+) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    writer = CheckpointWriter(tmp_path / "out", export_format, source)
+    writer.add_tensor(name, source.tensors[name] * 2)
+    writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))
+    for wrong in (("model.nothing.weight", source.tensors[name]), (name, torch.ones(3))):
+        with pytest.raises(InternalError, match="of this shape"):
+            writer.add_tensor(*wrong)
+    writer.finish()
+    found = stored(tmp_path / "out")
+    assert torch.equal(found[name], source.tensors[name] * 2)
+    assert torch.equal(found["model.norm.weight"], source.tensors["model.norm.weight"])
+
+
 @pytest.mark.parametrize(("export_format", "stem"), [(CT, "model"), (NATIVE, "weights")])
 def test_shards_are_small_and_indexed(tmp_path: Path, source: Source, export_format: ExportFormat, stem: str) -> None:
     write_quantized(source, tmp_path / "out", export_format, [W4], shard_bytes=20_000)

@@ -24,7 +24,7 @@ from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
-from workers.formats.writer import open_writers
+from workers.formats.writer import check_model, open_writers
 from workers.numerics.quantized import StoredBits
 
 CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
@@ -37,6 +37,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
     Raises:
         InputError: the model, its data or the request's numbers do not fit together.
         InvalidRequest: the head is to be quantized but tied to the embeddings.
+        FormatCannotHold: a format of the request cannot hold this model.
     """
     clock = StageClock(Stage.LOAD)
     device = open_device(order)
@@ -45,6 +46,8 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         checkpoint = Checkpoint.open(Path(order.model_path))
         model = StreamedModel.open(checkpoint, device)
         schemes = plan_schemes(model, order.request.quantization)
+        inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
+        check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         texts = read_texts(order, model, reporter)
@@ -213,6 +216,8 @@ def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
         writer.finish(ignored=ignored)
+        for code, message in writer.warnings.items():
+            job.reporter.warning(code, message)
     report = _report(job, state, found, _size(job, stored, weights))
     for writer in writers.values():
         writer.describe(report)

@@ -26,11 +26,6 @@ from workers.numerics.quantized import AffineWeight, LinearResult
 FORMAT = "pack-quantized"
 
 
-def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """Scales have the model's dtype: the loaders create them so, and would round any other."""
-    return model_dtype
-
-
 def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     """The stored tensors of the linear `name`, by full name.
 

@@ -54,6 +54,29 @@ vLLM, by its rules (not tested here):
 vllm serve {folder}
 ```"""
 
+LOAD_LLAMA_CPP = """\
+llama.cpp, and what is built on it:
+
+```sh
+llama-cli -m {folder}/model.gguf
+```"""
+
+LOAD_GGUF = """\
+transformers makes an ordinary floating-point model of it (and needs `pip install gguf`):
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+model = AutoModelForCausalLM.from_pretrained(
+    "{folder}", gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True)
+)
+tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="model.gguf")
+```"""
+
+ABOUT_GGUF_BASE = """\
+**This is the quantized base alone.** The low-rank factors that belong to it are the `peft` checkpoint of the same job;
+llama.cpp's `convert_lora_to_gguf.py` converts such adapters. The figures below are those of both together."""
+
 LORA = """\
 To train a LoRA on it with peft, {how}:
 
@@ -130,6 +153,9 @@ def loading_lines(
             ABOUT_NATIVE,
             *([ABOUT_CORRECTIONS.format(folder=FOLDER)] if corrected else []),
         ]
+    if export_format is ExportFormat.GGUF:
+        about = [ABOUT_GGUF_BASE] if base_alone(formats) else []
+        return [*about, LOAD_LLAMA_CPP.format(folder=FOLDER), LOAD_GGUF.format(folder=FOLDER)]
     if export_format is ExportFormat.MERGED:
         plain, vllm = LOAD_PLAIN.format(folder=FOLDER), LOAD_VLLM.format(folder=FOLDER)
         how, load = "it needs nothing else", PLAIN.format(folder=FOLDER)

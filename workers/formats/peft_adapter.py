@@ -95,6 +95,9 @@ class AdapterWriter:
         if result.low_rank is not None:
             self._tensors |= {key: t.cpu().contiguous() for key, t in compress(module, result.low_rank).items()}
 
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Nothing: what quantization changed besides belongs to the base."""
+
     def finish(self, *, ignored: Collection[str] = ()) -> None:
         """Write the adapter; `ignored` are the module names of linears that were not quantized.
 
@@ -108,6 +111,11 @@ class AdapterWriter:
         write_json(self._folder / "adapter_config.json", config(adapted, others))
         save_file(self._tensors, self._folder / "adapter_model.safetensors", metadata={"format": "pt"})
         copy_files(self._source.folder, self._folder, LICENCES)
+
+    @property
+    def warnings(self) -> Mapping[str, str]:
+        """None: nothing is rounded here."""
+        return {}
 
     def describe(self, report: Report) -> list[Path]:
         """Add the report and the model card, after `finish`; all files of the folder."""

@@ -8,6 +8,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from app.domain.errors import InternalError
+
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
 COPIED = (
     "tokenizer*",
@@ -36,6 +38,16 @@ class SourceCheckpoint(Protocol):
     @property
     def tensors(self) -> Mapping[str, Any]: ...
     def read(self, name: str) -> Tensor: ...
+
+
+def check_tensor(source: SourceCheckpoint, name: str, tensor: Tensor) -> None:
+    """Whether a tensor may take the place of the source's.
+
+    Raises:
+        InternalError: the source has no tensor of that name and shape.
+    """
+    if name not in source.tensors or tuple(source.tensors[name].shape) != tuple(tensor.shape):
+        raise InternalError(f"the source checkpoint has no tensor {name} of this shape", field=name)
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str] = COPIED) -> None:

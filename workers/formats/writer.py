@@ -2,11 +2,13 @@
 
     writers = open_writers(folder, (ExportFormat.MERGED, ExportFormat.PEFT), source)
     writer.add_linear("model.layers.0.mlp.up_proj", result)      # of each writer, any number of times
+    writer.add_tensor("model.layers.0.input_layernorm.weight", tensor)
     writer.finish()
     writer.describe(report)
 
-What is not quantized (embeddings, norms, biases, the head) is copied bit by bit, and so are the tokenizer, the
-generation configuration, the chat template and the licence. Code from the source (`*.py`) never is.
+What is not quantized (embeddings, norms, biases, the head) is copied bit by bit unless `add_tensor` replaced it, and
+so are the tokenizer, the generation configuration, the chat template and the licence. Code from the source (`*.py`)
+never is.
 
 Where `peft` is among the formats of a job, every checkpoint but `native` holds the quantized base alone.
 """
@@ -19,15 +21,15 @@ from typing import Protocol
 
 from torch import Tensor
 
-from app.domain.errors import InternalError
-from app.domain.formats import ExportFormat, base_alone
+from app.domain.errors import FormatCannotHold, InternalError
+from app.domain.formats import ExportFormat, base_alone, model_problems
 from app.domain.methods import Scheme
 from app.domain.report import Report
-from workers.formats import compressed_tensors, merged, native
+from workers.formats import compressed_tensors, gguf_file, merged, native
 from workers.formats.model_card import model_card
 from workers.formats.peft_adapter import AdapterWriter
 from workers.formats.shards import SHARD_BYTES, ShardWriter, write_json
-from workers.formats.source_files import SourceCheckpoint, copy_files, licence_file
+from workers.formats.source_files import SourceCheckpoint, check_tensor, copy_files, licence_file
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import LinearResult
 
@@ -45,20 +47,45 @@ class Writer(Protocol):
     """One export of a job. `folder` is the writer's own: what an earlier attempt left in it is removed."""
 
     def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None: ...
+    def add_tensor(self, name: str, tensor: Tensor) -> None: ...
     def finish(self, *, ignored: Collection[str] = ()) -> None: ...
     def describe(self, report: Report) -> list[Path]: ...
+
+    @property
+    def warnings(self) -> Mapping[str, str]:
+        """Code and message of what the caller should know, after the last linear."""
+        ...
 
 
 def open_writers(
     folder: Path, formats: Collection[ExportFormat], source: SourceCheckpoint
 ) -> Mapping[ExportFormat, Writer]:
     """A writer for each format of a job, in a folder of its name under `folder`."""
-    return {
-        name: AdapterWriter(folder / name.value, source, formats)
-        if name is ExportFormat.PEFT
-        else CheckpointWriter(folder / name.value, name, source, formats=formats)
-        for name in formats
-    }
+    return {name: _open(folder / name.value, name, source, formats) for name in formats}
+
+
+def check_model(
+    formats: tuple[ExportFormat, ...], source: SourceCheckpoint, model_type: str, inputs: Mapping[str, int]
+) -> None:
+    """Whether the formats can hold a model, before anything is computed.
+
+    inputs   in_features of every linear that is to be quantized, by full name
+
+    Raises:
+        FormatCannotHold: one of them cannot.
+    """
+    for problem in model_problems(formats, model_type, inputs):
+        raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value)
+    if ExportFormat.GGUF in formats:
+        gguf_file.check_source(source)
+
+
+def _open(folder: Path, name: ExportFormat, source: SourceCheckpoint, formats: Collection[ExportFormat]) -> Writer:
+    if name is ExportFormat.PEFT:
+        return AdapterWriter(folder, source, formats)
+    if name is ExportFormat.GGUF:
+        return gguf_file.GGUFFile(folder, source, formats)
+    return CheckpointWriter(folder, name, source, formats=formats)
 
 
 class CheckpointWriter:
@@ -83,6 +110,7 @@ class CheckpointWriter:
         self._shards = ShardWriter(folder, stem, shard_bytes)
         self._linears: dict[str, StoredLinear] = {}
         self._modules: dict[str, str] = {}
+        self._replaced: set[str] = set()
 
     def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
         """Store a quantized linear.
@@ -101,14 +129,20 @@ class CheckpointWriter:
         self._linears[name] = StoredLinear.of(result)
         self._modules[name] = module or name
 
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
+        check_tensor(self._source, name, tensor)
+        self._shards.add({name: tensor})
+        self._replaced.add(name)
+
     def finish(self, *, ignored: Collection[str] = ()) -> None:
         """Copy the rest of the checkpoint and write its configuration.
 
         ignored   module names of linears that stay as they are; those that the source's tensors tell are added
         """
-        quantized = {f"{name}.weight" for name in self._linears}
+        written = {f"{name}.weight" for name in self._linears} | self._replaced
         for name in self._source.tensors:
-            if name not in quantized:
+            if name not in written:
                 self._shards.add({name: self._source.read(name)})
         self._shards.finish()
         self._write_config(sorted({*ignored, *self._unquantized_matrices()} - self._targets().keys()))
@@ -120,6 +154,11 @@ class CheckpointWriter:
         card = model_card(report, self._format, self._linears, licence_file(self._folder), self._formats)
         (self._folder / "README.md").write_text(card, encoding="utf-8")
         return sorted(file for file in self._folder.rglob("*") if file.is_file())
+
+    @property
+    def warnings(self) -> Mapping[str, str]:
+        """None: nothing is rounded here."""
+        return {}
 
     def _unquantized_matrices(self) -> Iterable[str]:
         """Modules with a matrix that is not quantized: other linears, and embeddings, where listing does no harm.
