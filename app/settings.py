@@ -105,6 +105,9 @@ class Settings(BaseSettings):
         description="So long a worker keeps what a retry of a failed or cancelled job goes on from.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="What a worker computes on.")
+    devices: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+        default=1, description="GPUs that a worker gives to a job, `all` that it sees or so many; on a CPU, processes."
+    )
     worker_name: str = Field(default_factory=socket.gethostname, description="First part of a worker's id.")
 
     log_format: Literal["json", "console"] = Field(default="console", description="One JSON object a line, or text.")

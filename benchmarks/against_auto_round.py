@@ -4,8 +4,10 @@
         --schemes W4g64 W3g64a W2g64a --presets default light --seeds 0 1 2 --auto-round --output results.jsonl
 
 One JSON line a run: seconds, perplexity and KL(original || quantized) per token on windows of 1024 tokens. Seconds of
-ours are those of the report but for evaluation and export, as auto-round's are those of its `quantize()`. The first run
-of the process is cold: its kernels are compiled in it. auto-round needs the packages auto-round and datasets.
+ours are those of the report but for loading, evaluation and export, as auto-round's are those of its `quantize()`, for
+which model and tokenizer are loaded already. The first run of the process is cold: its kernels are compiled in it.
+A preset brings its own number and length of sequences; `recipe` is auto-round's own (200 steps from full ranges, 128
+sequences of 2048 tokens), and `--length` overrides all. auto-round needs the packages auto-round and datasets.
 """
 
 import argparse
@@ -68,17 +70,14 @@ class Judge:
 
 def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, judge: Judge) -> dict[str, Any]:
     quantization = {"method": "signround", "preset": preset} | scheme.model_dump()
-    if preset == "recipe":  # the peer's own
+    if preset == "recipe":
         quantization |= {"preset": "default", "scale_search": False}
     model, text = (str(Path(path).resolve()) for path in (given.model, given.calibration))
     body = {
         "model": model,
         "quantization": quantization,
-        "calibration": {
-            "dataset": {"source": "local", "path": text},
-            "num_samples": SAMPLES,
-            "sequence_length": LENGTH,
-        },
+        "calibration": {"dataset": {"source": "local", "path": text}}
+        | ({} if given.length is None else {"sequence_length": given.length}),
         "evaluation": None,
         "formats": ["native"],
         "seed": seed,
@@ -97,12 +96,14 @@ def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, judg
         report = run(order, Path(folder), Reporter(events.append)).report
         wall = time.perf_counter() - start
         quality = judge(load(Path(folder) / "output" / "native"))
-    falls = [e.event for e in events if e.type == "log"]
+    falls = sorted({e.event for e in events if e.type == "log"})
+    texts = report.calibration
+    tokens = None if texts is None else [texts.num_samples, texts.sequence_length]
     seconds = {name: round(value, 3) for name, value in report.seconds.items()}
-    working = sum(value for name, value in seconds.items() if name not in {"evaluate", "export", "total"})
+    working = sum(value for name, value in seconds.items() if name not in {"load", "evaluate", "export", "total"})
     peak = report.peak_memory.device_bytes
     return (
-        {"wall": round(wall, 2), "seconds": round(working, 2), "stages": seconds, "log": falls}
+        {"wall": round(wall, 2), "seconds": round(working, 2), "stages": seconds, "log": falls, "calibration": tokens}
         | quality
         | {"peak_gib": None if peak is None else round(peak / 2**30, 2)}
     )
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--presets", nargs="*", default=["recipe", "default", "light"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--auto-round", action="store_true", help="run the peer, too, with the first seed")
+    parser.add_argument("--length", type=int, help="tokens of a calibration sequence, for ours")
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()

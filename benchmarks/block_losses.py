@@ -42,7 +42,8 @@ class Compared:
         assert rounded.loss is not None
         assert result.loss_initial is not None
         assert result.loss is not None
-        self.rows.append({"block": task.index, "rtn": rounded.loss, "start": result.loss_initial, "tuned": result.loss})
+        losses = {"rtn": rounded.loss, "start": result.loss_initial, "tuned": result.loss}
+        self.rows.append({"block": task.index} | {name: float(loss) for name, loss in losses.items()})
         return result
 
 

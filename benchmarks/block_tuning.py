@@ -11,7 +11,6 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass, replace
-from importlib import import_module
 
 import torch
 from torch import nn
@@ -21,6 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts import BlockTask
 from workers.engine.blocks import BlockCall
+from workers.engine.fused_block import Parts, fuse
 from workers.engine.plan import reproducible
 from workers.engine.tuning import Tuner
 from workers.methods.sign_round import SignRound
@@ -53,8 +53,8 @@ def make_task(
         attn_implementation="sdpa",
     )
     block: nn.Module = LlamaDecoderLayer(config, 0).to(device, torch.bfloat16).requires_grad_(False)
-    if fused and device.type == "cuda":
-        block = import_module("workers.engine.fused_block").fuse(block)
+    parts = Parts.on(device, torch.bfloat16) if fused else None
+    block = block if parts is None else fuse(block, parts)
     hidden = torch.randn(samples, length, shape.hidden, dtype=torch.bfloat16, device=device)
     positions = torch.arange(length, device=device)[None]
     rotary = LlamaRotaryEmbedding(config).to(device)(hidden[:1], positions)
@@ -86,7 +86,7 @@ def timed(task: BlockTask, spec: SignRoundSpec) -> dict[str, float]:
     result = SignRound().quantize_block(task, spec)
     synchronize(task.device)
     seconds = time.perf_counter() - start
-    return {"seconds": seconds, "loss_initial": result.loss_initial or 0.0, "loss": result.loss or 0.0}
+    return {"seconds": seconds, "loss_initial": float(result.loss_initial or 0), "loss": float(result.loss or 0)}
 
 
 def synchronize(device: torch.device) -> None:

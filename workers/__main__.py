@@ -24,7 +24,7 @@ def main(attempt_module: str = "workers.attempt") -> int:
         log.error("broker_not_configured", hint="set BITWRIGHT_BROKER_URL, or run `bitwright serve`")
         return 2
     try:
-        machine = capacity(settings.device, settings.workspace_dir)
+        machine = capacity(settings.device, settings.workspace_dir, settings.devices)
     except RuntimeError as error:
         log.error("device_missing", reason=str(error))
         return 2

@@ -1,7 +1,10 @@
-"""`python -m workers.attempt WORKSPACE`: one attempt at one job, in a process of its own.
+"""`python -m workers.attempt WORKSPACE [RANK]`: one attempt at one job, in a process of its own, or in several.
 
 It knows no database, broker, bucket or key, and no network: its order lies in the workspace, its words go through a
 pipe, its results into the workspace. Whatever goes wrong becomes one `failed` line and exit code 1.
+
+Of several ranks (0 unless it is said) the first holds the workspace, writes and reports; the others only say what
+failed. A rank never waits for the others once it has failed.
 """
 
 import fcntl
@@ -10,11 +13,12 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import structlog
 
 from app.domain.errors import InternalError
-from app.domain.events import AttemptOrder, ResultLine
+from app.domain.events import AttemptOrder
 from workers.faults import as_bitwright_error
 from workers.lifeline import (
     EXIT_FAILED,
@@ -32,27 +36,37 @@ log = structlog.get_logger("workers.attempt")
 
 
 def main(arguments: list[str]) -> int:
-    """Run the attempt whose order lies in the workspace folder `arguments[0]`; the exit code."""
+    """Run the attempt whose order lies in the folder `arguments[0]`, as rank `arguments[1]`; the exit code."""
     follow_supervisor()
     prefer_for_oom_kill()
     log_as_json()
     report = ReportPipe()
-    workspace = Path(arguments[0])
+    workspace, rank = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0
+    structlog.contextvars.bind_contextvars(**({"rank": rank} if rank else {}))
     try:
-        lock = take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + LOCK_MARGIN_SECONDS)
+        if rank == 0:
+            take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + LOCK_MARGIN_SECONDS)
         order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
-        report.write(_run(order, workspace, report))
+        _run(order, workspace, rank, report)
     except BaseException as error:
         known = as_bitwright_error(error)
         log.error("attempt_failed", code=known.code, exc_info=error)
         report.fail(known)
-        return EXIT_FAILED
-    os.close(lock)
+        leave(EXIT_FAILED)
+    if rank:
+        leave(0)
     return 0
 
 
+def leave(code: int) -> NoReturn:
+    """End at once: a device's library may wait for ranks that are gone before it lets the interpreter end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def take_lock(path: Path, *, seconds: float) -> int:
-    """Hold the workspace alone; the open file whose end releases it.
+    """Hold the workspace alone until the process ends, or until the open file that is returned is closed.
 
     Raises:
         InternalError: another attempt did not let go within `seconds`.
@@ -70,17 +84,21 @@ def take_lock(path: Path, *, seconds: float) -> int:
             return handle
 
 
-def _run(order: AttemptOrder, workspace: Path, report: ReportPipe) -> ResultLine:
-    # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
-    shutil.rmtree(workspace / "output", ignore_errors=True)
+def _run(order: AttemptOrder, workspace: Path, rank: int, report: ReportPipe) -> None:
+    if rank == 0:
+        # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
+        shutil.rmtree(workspace / "output", ignore_errors=True)
     # Threads that wait for each other sleep rather than spin: on a shared machine spinning costs many times the work.
     # OpenMP reads this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # torch takes seconds to load: lock and lifeline come first.
-    from workers.engine.pipeline import run  # noqa: PLC0415
+    from workers.engine.pipeline import assist, run  # noqa: PLC0415
     from workers.engine.reporter import Reporter  # noqa: PLC0415
 
-    return run(order, workspace, Reporter(report.write))
+    if rank:
+        assist(order, workspace, rank)
+    else:
+        report.write(run(order, workspace, Reporter(report.write)))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Scheme, WeightSpec
-from workers.numerics.quantized import BlockResult, LinearResult
+from workers.numerics.quantized import BlockResult, LinearResult, Number
 
 
 class BlockForward(Protocol):
@@ -57,7 +57,7 @@ class TrainableWeights(Protocol):
         """Takes over the start of another block's weights of the same shapes."""
         ...
 
-    def faults(self) -> int:
+    def faults(self) -> Number:
         """Times since the start that a gradient held NaN, which moves nothing."""
         ...
 
@@ -79,19 +79,21 @@ class TuningSettings:
 class TuningOutcome:
     """The results of the step with the lowest held-out loss, and that loss at the start and then.
 
+    On a GPU numbers are tensors: reading one waits for the device, and a loss that is not finite is an error.
+
     faults   gradients that held NaN, see `TrainableWeights.faults`
     """
 
     linears: dict[str, LinearResult]
-    loss_initial: float
-    loss: float
-    best_step: int
-    faults: int
+    loss_initial: Number
+    loss: Number
+    best_step: Number
+    faults: Number
 
 
 @dataclass(frozen=True)
 class BlockTask:
-    """One decoder block to quantize.
+    """One decoder block to quantize. Where several ranks share the work, samples are those of this rank.
 
     block       the original block on `device`, weights in the model's dtype; a method may replace weights while it
                 works, and leaves the module as it found it
@@ -128,6 +130,16 @@ class BlockTask:
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{name} is {type(module).__name__}, not Linear")
         return module
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What a method's kernels will be compiled for: (in_features, scheme) of the linears, dtypes and device."""
+
+    linears: frozenset[tuple[int, Scheme]]
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    device: torch.device
 
 
 class Tune(Protocol):

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import structlog
 
@@ -17,7 +18,8 @@ PROBE = """
 import json, torch
 found = torch.cuda.is_available()
 first = torch.cuda.get_device_properties(0) if found else None
-print(json.dumps({"name": first.name, "memory": first.total_memory} if found else None))
+count = torch.cuda.device_count()
+print(json.dumps({"name": first.name, "memory": first.total_memory, "count": count} if found else None))
 """
 PROBE_SECONDS = 120
 
@@ -26,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a worker computes on, and its sizes in bytes; of several GPUs, the first visible one."""
+    """What a worker computes on, and its sizes in bytes; of several GPUs, those of the first visible one."""
 
     device: DeviceClass
     device_name: str | None
@@ -35,17 +37,22 @@ class Capacity:
     disk_bytes: int
     """Free when the worker started."""
     disk_total_bytes: int
+    devices: int = 1
+    """GPUs, or processes on a CPU, that a job may take."""
 
 
-def capacity(wanted: str, workspace_dir: Path) -> Capacity:
+def capacity(wanted: str, workspace_dir: Path, devices: int | Literal["all"] = 1) -> Capacity:
     """The device class to serve ("auto": cuda where torch finds one) and what the machine has.
 
     Raises:
-        RuntimeError: cuda is wanted and torch finds none.
+        RuntimeError: cuda is wanted and torch finds none, or fewer than are wanted.
     """
     gpu = None if wanted == "cpu" else _probe()
     if wanted == "cuda" and gpu is None:
         raise RuntimeError("BITWRIGHT_DEVICE is cuda, but torch finds no CUDA device")
+    visible = 1 if gpu is None else int(gpu["count"])
+    if gpu is not None and devices != "all" and devices > visible:
+        raise RuntimeError(f"BITWRIGHT_DEVICES is {devices}, but torch finds {visible} CUDA devices")
     workspace_dir.mkdir(parents=True, exist_ok=True)
     disk = shutil.disk_usage(workspace_dir)
     return Capacity(
@@ -55,6 +62,7 @@ def capacity(wanted: str, workspace_dir: Path) -> Capacity:
         host_memory_bytes=host_memory(),
         disk_bytes=disk.free,
         disk_total_bytes=disk.total,
+        devices=visible if devices == "all" else devices,
     )
 
 

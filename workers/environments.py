@@ -1,6 +1,7 @@
 """What the children are told through their environment, and what is kept from them."""
 
 import os
+import sys
 
 from app.settings import Settings
 from app.store.attempts import Claim
@@ -29,14 +30,23 @@ ALLOCATOR = {
     "MALLOC_TOP_PAD_": str(64 << 20),
 }
 
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+RANKS = {
+    # Ranks of a job are on one machine, and nothing else has business with them.
+    "GLOO_SOCKET_IFNAME": LOOPBACK,
+    "NCCL_SOCKET_IFNAME": LOOPBACK,
+    # Multicast objects belong to the whole host, and attempts end by SIGKILL.
+    "NCCL_NVLS_ENABLE": "0",
+}
+"""What an operator has set goes first."""
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def attempt_environment(workspace: Workspace, claim: Claim) -> dict[str, str]:
     """Of the attempt: offline, and with caches that go with the workspace."""
-    return child_environment(
-        ALWAYS | ALLOCATOR | OFFLINE | _names(claim) | {"HF_HOME": str(workspace.folder / "cache")}
-    )
+    own = ALWAYS | ALLOCATOR | OFFLINE | _names(claim) | {"HF_HOME": str(workspace.folder / "cache")}
+    return RANKS | child_environment(own)
 
 
 def fetch_environment(settings: Settings, workspace: Workspace, claim: Claim) -> dict[str, str]:

@@ -22,6 +22,7 @@ from workers.lease import JobCancelled, LeaseKeeper, WorkerStopping
 from workers.orders import FetchOrder
 from workers.outputs import store_outputs
 from workers.process import ChildProcess
+from workers.ranks import world_size
 from workers.requirements import missed_requirement
 from workers.sources import fetch_order, model_path, text_path
 from workers.workspace import Workspace
@@ -92,10 +93,10 @@ class _Attempt:
         """Sources, attempt, storage. Raises whatever ends the attempt early."""
         self._lease.check()
         self._workspace.open()
-        self._workspace.write(self._workspace.order, self._order())
-        result = self._listen_for(
-            ResultLine, self._context.attempt_module, attempt_environment(self._workspace, self._claim)
-        )
+        order = self._order()
+        self._workspace.write(self._workspace.order, order)
+        environment = attempt_environment(self._workspace, self._claim)
+        result = self._listen_for(ResultLine, self._context.attempt_module, environment, ranks=order.world_size)
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
         missed = missed_requirement(self._claim.request.require, result.report)
         self._events.flush()
@@ -144,6 +145,8 @@ class _Attempt:
             calibration_path=calibration or (fetched.calibration_path if fetched else None),
             evaluation_path=evaluation or (fetched.evaluation_path if fetched else None),
             device=self._context.device.value,
+            world_size=world_size(request, self._context.capacity.devices),
+            rendezvous=str(self._workspace.rendezvous(self._claim.attempt)),
             micro_batch_divisor=self._claim.micro_batch_divisor,
         )
 
@@ -155,17 +158,19 @@ class _Attempt:
         environment = fetch_environment(self._context.settings, self._workspace, self._claim)
         return self._listen_for(FetchedLine, "workers.fetch", environment)
 
-    def _listen_for(self, wanted: type[T], module: str, environment: Mapping[str, str]) -> T:
+    def _listen_for(self, wanted: type[T], module: str, environment: Mapping[str, str], ranks: int = 1) -> T:
         """Run a child to its end, pass its events on, and return the line of the type `wanted` that it ended with."""
         reader, endings = LineReader(), _Endings()
+        folder = str(self._workspace.folder)
         kills_before = oom_kills()
         with ChildProcess(
-            [module, str(self._workspace.folder)],
+            [module, folder],
+            peers=[[module, folder, str(rank)] for rank in range(1, ranks)],
             environment=environment,
             log_path=self._workspace.log,
             silence_seconds=float(self._context.settings.lease_seconds),
         ) as child:
-            log.info("process_started", module=module, pid=child.pid)
+            log.info("process_started", module=module, pid=child.pid, ranks=ranks)
             while not child.ended():
                 self._hear(child.lines(POLL_SECONDS), reader, endings)
                 self._events.flush_if_due()
@@ -185,7 +190,8 @@ class _Attempt:
             if isinstance(line, ResultLine | FetchedLine):
                 endings.result = line
             elif isinstance(line, FailedLine):
-                endings.failed = line.error
+                # Of several ranks the first to speak has the cause, the others only miss it.
+                endings.failed = endings.failed or line.error
             elif line is not None:
                 self._events.add(line)
 

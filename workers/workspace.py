@@ -5,6 +5,7 @@ fetch.json        what the fetch is to do            state/            finished 
 fetched.json      the commit that the job is pinned to
 sources/          uploads and datasets, materialised attempt.log       what the processes say, JSON lines
 lock              held by the attempt                used              touched at every use; for retention
+rendezvous-N      where the ranks of attempt N meet
 empty/            where the fetch works
 """
 
@@ -62,6 +63,12 @@ class Workspace:
     @property
     def lock(self) -> Path:
         return self.folder / "lock"
+
+    def rendezvous(self, attempt: int) -> Path:
+        """The file by which the ranks of an attempt find each other; those of earlier attempts are removed."""
+        for old in self.folder.glob("rendezvous-*"):
+            old.unlink(missing_ok=True)
+        return self.folder / f"rendezvous-{attempt}"
 
     def write(self, path: Path, message: BaseModel) -> None:
         """Put a message into a file, whole or not at all."""

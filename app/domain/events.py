@@ -156,5 +156,7 @@ class AttemptOrder(Message):
     calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     device: Literal["cpu", "cuda"]
-    device_index: int = 0
+    device_index: int = Field(default=0, description="Of the first rank; the others follow.")
+    world_size: int = Field(default=1, ge=1, description="Processes that compute the job together, each a rank.")
+    rendezvous: str = Field(default="", description="Path of a new file by which several ranks find each other.")
     micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")

@@ -134,6 +134,15 @@ class WeightSpec(Spec):
         """Steps that tune the scales of the whole model after the last block; 0 leaves that stage out."""
         return 0
 
+    def needs_original_inputs(self) -> bool:
+        """Whether the method looks at what the original blocks before a block put out, which then is kept: half as
+        much memory for activations again."""
+        return True
+
+    def shared_batch(self) -> int:
+        """Sequences of a step that several GPUs may divide among themselves; 0 if they would gain nothing."""
+        return 0
+
 
 class RTNSpec(WeightSpec):
     """Round to nearest. Looks at the weights alone."""
@@ -189,6 +198,14 @@ class SignRoundSpec(WeightSpec):
     def end_to_end_steps(self) -> int:
         """The spec's `scale_steps`."""
         return self.scale_steps
+
+    def needs_original_inputs(self) -> bool:
+        """Only in place of the quantized blocks' outputs."""
+        return not self.quantized_inputs
+
+    def shared_batch(self) -> int:
+        """A step's batch, if there are steps."""
+        return self.batch_size if self.steps else 0
 
 
 QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]

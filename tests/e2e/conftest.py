@@ -43,14 +43,17 @@ def train(folder: Path, blocks: int) -> Path:
 def shared(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, model: Path
 ) -> Iterator[Installation]:
-    """An installation over an empty database; the module's DATABASE and WORKER_MODULE say of what kind."""
+    """An installation over an empty database; the module's DATABASE, WORKER_MODULE and SETTINGS say of what kind."""
     folder = tmp_path_factory.mktemp("installation")
     with ExitStack() as stack:
         url = f"sqlite:///{folder}/data/bitwright.db"
         if request.module.DATABASE == "postgresql":
             server = request.getfixturevalue("postgres")
             url = servers.text(stack.enter_context(servers.postgres_database(server)))
-        made = stack.enter_context(Installation(folder, model, url, worker_module=request.module.WORKER_MODULE))
+        settings = getattr(request.module, "SETTINGS", {})
+        made = stack.enter_context(
+            Installation(folder, model, url, worker_module=request.module.WORKER_MODULE, settings=settings)
+        )
         migrate(url)
         yield made
 

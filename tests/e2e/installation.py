@@ -7,7 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Self
@@ -90,13 +90,14 @@ class Process:
 
 @dataclass
 class Installation:
-    """Broker, API, sweep and workers over one database."""
+    """Broker, API, sweep and workers over one database; `settings` are more of them, without BITWRIGHT_."""
 
     folder: Path
     model: Path
     database_url: str
     worker_count: int = 2
     worker_module: str = "workers"
+    settings: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.port, self.broker_port = free_port(), free_port()
@@ -114,6 +115,7 @@ class Installation:
             "DEVICE": "cpu",
             "PORT": str(self.port),
             "HUB_ENABLED": "false",
+            **self.settings,
         }
         self.variables = {f"BITWRIGHT_{name}": value for name, value in settings.items()}
         self.add(

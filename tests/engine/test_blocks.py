@@ -1,5 +1,6 @@
 """Block by block is the whole model: logits, names, buffers, memory."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_the_sliding_window_matters_in_that_comparison(architecture: str, tmp_pa
     assert not torch.equal(model(ids).logits, model(changed).logits)
 
 
+@pytest.mark.parametrize(("architecture", "distinct"), [("llama", 1), ("qwen3", 1), ("gemma3_text", 2)])
+def test_blocks_that_are_called_alike_share_their_call(architecture: str, distinct: int, tmp_path: Path) -> None:
+    """A captured step serves blocks of one call; Gemma's layers are of two kinds."""
+    save_random_model(tmp_path, architecture)
+    calls = open_model(tmp_path).capture_calls(LENGTH)
+    assert len(calls) == 4
+    assert len(set(map(id, calls))) == distinct
+    assert calls[0] is calls[2]
+    assert (calls[0] is calls[1]) == (distinct == 1)
+
+
 def test_every_architecture_of_the_domain_that_has_no_layout_is_refused_by_name(tmp_path: Path) -> None:
     assert set(LAYOUTS) <= set(ARCHITECTURES)
     assert set(LAYOUTS) == set(PECULIARITIES)
@@ -73,6 +85,12 @@ def test_only_the_parts_in_use_have_memory(tmp_path: Path) -> None:
     with model.loaded(model.layout.block(1)):
         real = {n for n, p in model.model.named_parameters() if p.device.type == "cpu"}
         assert real == {f"model.layers.1.{n}" for n, _ in model.blocks[1].named_parameters()}
+    assert {p.device.type for p in model.model.parameters()} == {"meta"}
+    weights = model.read(model.layout.block(1))
+    assert {p.device.type for p in model.model.parameters()} == {"meta"}, "reading alone fills nothing"
+    with model.filled(weights):
+        assert {n for n, p in model.model.named_parameters() if p.device.type == "cpu"} == real
+        assert weights == {}
     assert {p.device.type for p in model.model.parameters()} == {"meta"}
 
 
@@ -120,9 +138,10 @@ def test_a_stored_copy_of_a_tied_head_must_be_a_copy(tmp_path: Path) -> None:
         open_model(tmp_path)
 
 
-def test_a_weight_that_is_not_finite_is_named_when_it_is_read(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_named_when_it_is_read(value: float, tmp_path: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors["model.layers.3.mlp.down_proj.weight"][1, 2] = torch.inf
+        tensors["model.layers.3.mlp.down_proj.weight"][1, 2] = value
         return tensors
 
     rewrite(tmp_path, spoil)

@@ -21,7 +21,7 @@ from workers.engine.tuned_block import TunedBlock
 from workers.methods.sign_round import rounded_weights
 
 pytest.importorskip("triton")
-from workers.engine.fused_block import FusedBlock, fuse
+from workers.engine.fused_block import FusedBlock, Parts, fuse
 from workers.numerics import block_kernels
 
 SCHEME = Scheme(bits=4, group_size=16, symmetric=True)
@@ -34,6 +34,8 @@ SIZES = {
     "head_dim": 16,
     "num_hidden_layers": 1,
 }
+KERNELS = Parts.kernels()
+PARTS = [pytest.param(KERNELS, id="kernels"), pytest.param(Parts.operators(), id="operators")]
 BLOCKS = [
     pytest.param(LlamaConfig, LlamaDecoderLayer, id="llama"),
     pytest.param(MistralConfig, MistralDecoderLayer, id="mistral"),
@@ -43,14 +45,15 @@ BLOCKS = [
 
 
 @pytest.mark.parametrize(("config_class", "block_class"), BLOCKS)
-def test_a_fused_block_equals_the_models_own(config_class: Any, block_class: Any) -> None:
+@pytest.mark.parametrize("parts", PARTS)
+def test_a_fused_block_equals_the_models_own(config_class: Any, block_class: Any, parts: Parts) -> None:
     torch.manual_seed(0)
     config = config_class(**SIZES, attn_implementation="sdpa")
     block = block_class(config, 0).to(DEVICE).float()
     for name, parameter in block.named_parameters():
         if "norm" in name:
             nn.init.uniform_(parameter, 0.5, 1.5)
-    fused = fuse(copy.deepcopy(block))
+    fused = fuse(copy.deepcopy(block), parts)
     assert isinstance(fused, FusedBlock)
     assert dict(fused.named_parameters()).keys() == dict(block.named_parameters()).keys()
     hidden = torch.randn(2, 7, 48, device=DEVICE)
@@ -73,13 +76,16 @@ def test_a_fused_block_equals_the_models_own(config_class: Any, block_class: Any
 
 def test_what_is_not_known_stays() -> None:
     block = nn.Sequential(nn.Linear(4, 4))
-    assert fuse(block) is block
+    assert fuse(block, KERNELS) is block
     other = LlamaDecoderLayer(LlamaConfig(**SIZES, hidden_act="gelu"), 0)
-    assert fuse(other) is other
+    assert fuse(other, KERNELS) is other
 
 
 @pytest.mark.parametrize(("config_class", "block_class"), BLOCKS)
-def test_linears_that_are_joined_give_the_gradients_of_single_ones(config_class: Any, block_class: Any) -> None:
+@pytest.mark.parametrize("parts", PARTS)
+def test_linears_that_are_joined_give_the_gradients_of_single_ones(
+    config_class: Any, block_class: Any, parts: Parts
+) -> None:
     """The whole tuned block: flat weights, joined products, the sum left to the loss; autograd of the model's own."""
     torch.manual_seed(0)
     config = config_class(**SIZES, attn_implementation="sdpa")
@@ -95,17 +101,17 @@ def test_linears_that_are_joined_give_the_gradients_of_single_ones(config_class:
     targets = torch.randn_like(hidden)
     task = replace(base, block=block, forward=call, schemes=schemes, inputs=hidden, targets=targets)
     task = replace(task, device=torch.device(DEVICE))
-    weights = rounded_weights(replace(task, block=fuse(copy.deepcopy(block))), search=False)
-    tuned = TunedBlock.of(replace(task, block=fuse(copy.deepcopy(block))), weights)
+    weights = rounded_weights(replace(task, block=fuse(copy.deepcopy(block), parts)), search=False)
+    tuned = TunedBlock.of(replace(task, block=fuse(copy.deepcopy(block), parts)), weights)
     assert isinstance(tuned.module, FusedBlock)
     weights[0].write(tuned.flats[0].value)
     joined = [m.joined for m in tuned.module.modules() if getattr(m, "together", ())]
-    assert len(joined) == 2
+    assert len(joined) == 1 + parts.packs_gate_up
     assert None not in joined
     index = torch.tensor([2, 0], device=DEVICE)
-    parts = call(tuned.module.summands, block_kernels.take_rows(hidden, index))
-    loss, gradient = block_kernels.square_error(parts, targets, index, 0.5, 2.0)
-    torch.autograd.backward(parts, [gradient, gradient])
+    summands = call(tuned.module.summands, block_kernels.take_rows(hidden, index))
+    loss, gradient = block_kernels.square_error(summands, targets, index, 0.5, 2.0)
+    torch.autograd.backward(summands, [gradient, gradient])
     written = dict(tuned.module.named_parameters())
     for name, linear in block.named_modules():
         if name in schemes:
@@ -117,9 +123,10 @@ def test_linears_that_are_joined_give_the_gradients_of_single_ones(config_class:
     torch.testing.assert_close(tuned.flats[0].gradient, 2 * flat, rtol=1e-4, atol=1e-6)
 
 
-def test_another_blocks_biases_reach_the_joined_product() -> None:
+@pytest.mark.parametrize("parts", PARTS)
+def test_another_blocks_biases_reach_the_joined_product(parts: Parts) -> None:
     config = Qwen2Config(**SIZES, attn_implementation="sdpa")
-    one, other = (fuse(Qwen2DecoderLayer(config, 0).to(DEVICE).float()) for _ in range(2))
+    one, other = (fuse(Qwen2DecoderLayer(config, 0).to(DEVICE).float(), parts) for _ in range(2))
     for bias in (m.bias for m in other.modules() if isinstance(m, nn.Linear) and m.bias is not None):
         nn.init.uniform_(bias, 1, 2)
     schemes = {n: SCHEME for n, m in one.named_modules() if isinstance(m, nn.Linear)}

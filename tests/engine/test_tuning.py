@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from app.domain.errors import NumericalFailure
 from app.domain.methods import Scheme
 from tests.methods.toy_block import toy_task
 from workers.contracts import BlockTask, TuningSettings
-from workers.engine.tuning import is_checked, minibatches, split
+from workers.engine.tuning import Tuner, is_checked, minibatches, split
 from workers.methods.rtn import quantize_weight
 from workers.numerics.quantized import LinearResult
 
@@ -117,6 +118,29 @@ def test_a_loss_that_ends_as_nan_is_an_error() -> None:
     task = toy_task({"up": SCHEME})
     with pytest.raises(NumericalFailure, match="after tuning"):
         task.tune(task, [weights_of(task, moves=math.nan)], TuningSettings(2, 8, 0.1))
+
+
+def test_running_out_of_memory_lowers_the_micro_batch_and_changes_nothing_else() -> None:
+    undisturbed = toy_task({"up": SCHEME})
+    weights = weights_of(undisturbed)
+    undisturbed.tune(undisturbed, [weights], TuningSettings(2, 8, 0.1))
+
+    def forward(block: Any, hidden: Tensor) -> Any:
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("too many at once")
+        return block(hidden)
+
+    log: list[tuple[str, int]] = []
+    tuner = Tuner(lambda event, **fields: log.append((event, fields["micro_batch"])))
+    task = replace(undisturbed, forward=forward, tune=tuner.tune)
+    lowered = weights_of(task)
+    outcome = task.tune(task, [lowered], TuningSettings(2, 8, 0.1))
+    assert log == [("micro_batch_lowered", 4), ("micro_batch_lowered", 2)]
+    assert math.isfinite(outcome.loss)
+    torch.testing.assert_close(lowered.gradients[-1], weights.gradients[-1])
+    task = replace(task, forward=lambda block, hidden: forward(block, hidden.repeat(3, 1, 1)))
+    with pytest.raises(torch.OutOfMemoryError):
+        task.tune(task, [weights_of(task)], TuningSettings(2, 8, 0.1))
 
 
 def test_held_out_sequences_never_train() -> None:

@@ -1,4 +1,6 @@
-"""The Triton kernels against the eager reference: on a GPU if there is one, else in Triton's interpreter."""
+"""The Triton kernels against the same in torch's operators: on a GPU if there is one, else in Triton's interpreter."""
+
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,8 +9,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from app.domain.methods import Scheme
+from tests.numerics import plain_rounding
 from workers.methods.sign_round import RoundedWeights
-from workers.numerics.affine import SMALLEST_SCALE, GroupRange, grid, round_to_grid, search_range
+from workers.numerics import rounding_operators
+from workers.numerics.affine import SMALLEST_SCALE, GroupRange
 
 kernels = pytest.importorskip("workers.numerics.kernels")
 
@@ -20,22 +24,19 @@ class ByKernels:
     """`RoundedWeights` whose every pass is a kernel's."""
 
     def __init__(self, weights: RoundedWeights) -> None:
-        self._of, self._kept, self.state = weights, weights._kept, weights.state
+        self._of = weights
         self._fixed = weights._grid_settings()
         self.faults = torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
-    def groups(self) -> object:
-        return self._of._groups(kernels)
-
     def write(self, out: Tensor) -> None:
-        kernels.write(self.groups(), *self._fixed, hat=out)
+        kernels.write(self._of.state, *self._fixed, hat=out)
 
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         given = {"gradient": gradient, "rate": rate, "faults": self.faults, "limits": (0.0, 1.0), "hat": out}
-        kernels.step(self.groups(), *self._fixed, **given)
+        kernels.step(self._of.state, *self._fixed, **given)
 
     def keep(self, better: Tensor) -> None:
-        kernels.keep(self.groups(), *self._fixed, better=better)
+        kernels.keep(self._of.state, *self._fixed, better=better)
 
 
 def pair(
@@ -46,6 +47,7 @@ def pair(
     weight[0] = 0
     scheme = Scheme(bits=bits, group_size=width, symmetric=symmetric)
     eager, other = (RoundedWeights({"w": weight}, scheme, width, torch.bfloat16) for _ in range(2))
+    eager._kernels = rounding_operators  # also on a GPU
     return eager, other, ByKernels(other)
 
 
@@ -109,12 +111,38 @@ def test_steps_equal_the_reference(
     assert int(fused.faults) == 0
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_offsets_counted_in_sixteen_bits_take_the_same_steps(symmetric: bool) -> None:
+    steps, rate = 9, 0.1
+    _, other, fused = pair(3, 6, 32, 3, symmetric, 0.0, torch.float32)
+    _, counted, fused_counted = pair(3, 6, 32, 3, symmetric, 0.0, torch.float32)
+    unit = kernels.offset_unit(steps, rate)
+    assert unit is not None
+    zeros = torch.zeros_like(counted.state.offset, dtype=torch.int16)
+    counted.state = replace(counted.state, offset=zeros, unit=unit)
+    hats = [torch.empty_like(other.state.weight) for _ in range(2)]
+    for step in range(steps):
+        gradient = torch.randn_like(other.state.weight)
+        now = torch.tensor(rate * (1 - step / steps), device=DEVICE)
+        fused.step(gradient, now, hats[0])
+        fused_counted.step(gradient, now, hats[1])
+    assert int(counted.state.offset.abs().max()) > steps
+    torch.testing.assert_close(counted.state.offset * unit, other.state.offset, rtol=0, atol=1e-6)
+    assert float((hats[0] == hats[1]).float().mean()) > 0.99
+
+
+def test_what_sixteen_bits_cannot_count_is_not_counted() -> None:
+    assert kernels.offset_unit(255, 1.0) == 1 / 255
+    assert kernels.offset_unit(256, 1.0) is None
+    assert kernels.offset_unit(0, 1.0) is None
+
+
 def test_nothing_is_kept_unless_better() -> None:
     _, other, fused = pair(0, 4, 32, 4, False, 0.0, torch.float32)
     fused.keep(torch.tensor(False, device=DEVICE))
-    assert not other._kept.codes.any()
+    assert not other.state.codes.any()
     fused.keep(torch.tensor(True, device=DEVICE))
-    assert other._kept.codes.any()
+    assert other.state.codes.any()
 
 
 def test_nan_in_a_gradient_is_counted_and_moves_nothing() -> None:
@@ -140,13 +168,22 @@ def test_searched_ranges_equal_the_reference(
     scheme = Scheme(bits=bits, group_size=width, symmetric=symmetric)
     groups = weight.view(-1, width)
     repeated = moments.repeat(rows, 1)
-    eager = search_range(groups.float(), repeated, scheme, torch.bfloat16)
+    eager = plain_rounding.search_range(groups.float(), repeated, scheme, torch.bfloat16)
     low, high = kernels.search_range(groups, moments, bits, symmetric, SMALLEST_SCALE[torch.bfloat16], torch.bfloat16)
-    errors = []
-    for ranges in (eager, GroupRange(low, high), GroupRange.of(groups.float())):
-        to = grid(ranges, scheme, torch.bfloat16)
-        codes, _ = round_to_grid(groups.float(), to)
-        steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
-        errors.append(((steps * to.scale.unsqueeze(-1) - groups.float()).square() * repeated).sum(-1))
+    errors = [
+        plain_rounding.rounding_error(groups.float(), repeated, ranges, scheme, torch.bfloat16)
+        for ranges in (eager, GroupRange(low, high), GroupRange.of(groups.float()))
+    ]
     torch.testing.assert_close(errors[1], errors[0], rtol=1e-4, atol=0)
     assert bool((errors[0] <= errors[2] * (1 + 1e-5)).all())
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_warm_ups_launch_every_kernel(counted: bool) -> None:
+    """What a launch writes shows that it ran; that no kernel is compiled later is seen on a GPU (test_cuda)."""
+    calls = kernels.warm_ups(
+        96, 32, 4, True, 1e-10, dtypes=(torch.bfloat16, torch.bfloat16), counted=counted, device=torch.device(DEVICE)
+    )
+    assert len(calls) == 4
+    low, high = [call() for call in calls][-1]
+    assert low.shape == high.shape == (48,)

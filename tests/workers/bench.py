@@ -3,7 +3,7 @@
 import json
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -84,7 +84,12 @@ class Bench:
 
     def submit(self, script: str, **fields: object) -> str:
         """Queue a job whose attempts follow `script`; its id."""
-        body = {"model": str(self.model), "method": "rtn", "bits": 4, "metadata": {"script": script}, **fields}
+        return self.submit_body(
+            {"model": str(self.model), "method": "rtn", "bits": 4, "metadata": {"script": script}, **fields}
+        )
+
+    def submit_body(self, body: Mapping[str, object]) -> str:
+        """Queue a job; its id."""
         with self.context.database.transaction() as session:
             return JobRepository(session, self.tenant_id).add(JobRequest.parse(body)).id
 

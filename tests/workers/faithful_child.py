@@ -1,4 +1,9 @@
-"""`python -m tests.workers.faithful_child WHAT`: a child process on the real lifeline, for tests of that alone."""
+"""`python -m tests.workers.faithful_child WHAT`: a child process on the real lifeline, for tests of that alone.
+
+say N           write the numbers below N      wait             say "here" and sleep
+deaf            start a child of its own, say its id and sleep, whatever SIGTERM says
+end CODE        end at once with this code     supervise LOG    be the supervisor of two deaf children, say all ids
+"""
 
 import os
 import signal
@@ -20,6 +25,8 @@ def main(what: str, argument: str = "") -> None:
         with os.fdopen(report, "wb") as pipe:
             pipe.writelines(b"%d\n" % i for i in range(int(argument)))
         return
+    if what == "end":
+        os._exit(int(argument))
     if what == "deaf":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         grandchild = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -30,13 +37,16 @@ def main(what: str, argument: str = "") -> None:
 
 
 def supervise(log: Path) -> None:
-    """Be the supervisor of a deaf child; print its id and its child's."""
+    """Be the supervisor of a deaf child and its deaf peer; print their ids and those of their children."""
     environment = child_environment({name: os.environ[name] for name in (JOB_ID, ATTEMPT)})
     arguments = ["tests.workers.faithful_child", "deaf"]
-    with ChildProcess(arguments, environment=environment, log_path=log, silence_seconds=600) as child:
-        while not (grandchild := child.lines(0.1)):
-            pass
-        os.write(1, b"%d %s\n" % (child.pid, grandchild[0]))
+    with ChildProcess(
+        arguments, environment=environment, log_path=log, silence_seconds=600, peers=[arguments]
+    ) as child:
+        grandchildren: list[bytes] = []
+        while len(grandchildren) < len(child.pids):
+            grandchildren += child.lines(0.1)
+        os.write(1, b" ".join([*(b"%d" % pid for pid in child.pids), *grandchildren]) + b"\n")
         time.sleep(600)
 
 

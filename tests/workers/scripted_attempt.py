@@ -1,4 +1,4 @@
-"""`python -m tests.workers.scripted_attempt WORKSPACE`: an attempt that does what `metadata.script` of its order says.
+"""`python -m tests.workers.scripted_attempt WORKSPACE [RANK]`: an attempt that does what `metadata.script` says.
 
 A real process on the real lifeline, pipe and lock; only the computation is left out. Steps are separated by commas:
 
@@ -10,7 +10,10 @@ A real process on the real lifeline, pipe and lock; only the computation is left
     raise:NAME      raise that builtin exception              ignore-term     ignore SIGTERM
     once:STEP       only in the first attempt                 child           start a grandchild that sleeps
     log:EVENT       write a log line                          outside         a result that names a folder outside
-    environment     report the names of its variables
+    environment     report the names of its variables         rank:N:STEP     only as this rank
+    pid             report its process id and rank            lost:N          wait for rank N's end, which told
+                                                                              its pid, and fail over it
+A step is the first rank's unless `rank` says otherwise.
 """
 
 import json
@@ -46,32 +49,35 @@ def main(arguments: list[str]) -> int:
     follow_supervisor()
     prefer_for_oom_kill()
     log_as_json()
-    workspace = Path(arguments[0])
+    workspace, rank = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0
     pipe = ReportPipe()
-    take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + 10)
+    if rank == 0:
+        take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + 10)
     order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
-    script = Script(order, workspace, pipe)
+    script = Script(order, workspace, rank, pipe)
     try:
         for step in order.request.metadata.get("script", "").split(","):
             script.do(step)
     except BaseException as error:
         pipe.fail(as_bitwright_error(error))
         return EXIT_FAILED
+    if rank:
+        return 0
     pipe.write(ResultLine(report=report(order), checkpoints={"native": "output/native"}))
     return 0
 
 
 class Script:
-    def __init__(self, order: AttemptOrder, workspace: Path, pipe: ReportPipe) -> None:
-        self.order, self.workspace, self.pipe = order, workspace, pipe
+    def __init__(self, order: AttemptOrder, workspace: Path, rank: int, pipe: ReportPipe) -> None:
+        self.order, self.workspace, self.rank, self.pipe = order, workspace, rank, pipe
         self.blocks = 0
 
     def do(self, step: str) -> None:
+        rank, step = step.split(":", 2)[1:] if step.startswith("rank:") else ("0", step)
         name, _, argument = step.partition(":")
-        if name == "once":
-            if self.order.attempt == 1:
-                self.do(argument)
-        elif name:
+        if name == "once" and self.order.attempt == 1:
+            self.do(argument)
+        elif name not in ("", "once") and self.rank == int(rank):
             STEPS[name](self, argument)
 
     def block(self, _: str) -> None:
@@ -122,6 +128,17 @@ class Script:
         names = sorted(name for name in os.environ)
         self.pipe.write(LogEvent(event="environment", fields={"names": json.dumps(names)}))
 
+    def pid(self, _: str) -> None:
+        self.pipe.write(LogEvent(event=f"rank_{self.rank}", fields={"pid": os.getpid()}))
+        take_lock(self.workspace / f".rank-{self.rank}", seconds=0)
+        (self.workspace / f".rank-{self.rank}").rename(self.workspace / f"rank-{self.rank}")
+
+    def lost(self, rank: str) -> None:
+        while not (self.workspace / f"rank-{rank}").exists():
+            time.sleep(0.01)
+        take_lock(self.workspace / f"rank-{rank}", seconds=600)
+        raise RuntimeError("connection closed by peer")
+
 
 STEPS: dict[str, Callable[[Script, str], object]] = {
     "block": Script.block,
@@ -139,6 +156,8 @@ STEPS: dict[str, Callable[[Script, str], object]] = {
     "child": Script.child,
     "environment": Script.environment,
     "outside": Script.outside,
+    "pid": Script.pid,
+    "lost": Script.lost,
     "log": lambda _, event: structlog.get_logger("script").info(event),
 }
 

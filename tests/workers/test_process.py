@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from tests.workers.bench import alive, wait_for
 from workers.lifeline import ATTEMPT, EXIT_ABANDONED, JOB_ID, REPORT_FD, SILENCE_SECONDS, SUPERVISOR_PID
-from workers.process import ChildProcess, LineSplitter, child_environment
+from workers.process import ChildProcess, LineSplitter, cause, child_environment
 
 CHILD = "tests.workers.faithful_child"
 NAMES = {JOB_ID: "job_x", ATTEMPT: "1"}
@@ -44,9 +44,13 @@ def test_a_line_without_end_takes_no_memory() -> None:
     assert sum(map(len, splitter._parts)) <= 1000
 
 
-def start(tmp_path: Path, *arguments: str, silence: float = 20) -> ChildProcess:
+def start(tmp_path: Path, *arguments: str, silence: float = 20, peers: list[list[str]] | None = None) -> ChildProcess:
     return ChildProcess(
-        [CHILD, *arguments], environment=child_environment(NAMES), log_path=tmp_path / "log", silence_seconds=silence
+        [CHILD, *arguments],
+        environment=child_environment(NAMES),
+        log_path=tmp_path / "log",
+        silence_seconds=silence,
+        peers=[[CHILD, *peer] for peer in peers or []],
     )
 
 
@@ -104,20 +108,70 @@ def test_a_child_without_a_supervisor_ends(tmp_path: Path, how: str) -> None:
     os.close(reading)
 
 
-def test_a_killed_supervisor_takes_its_child_and_grandchild_along(tmp_path: Path) -> None:
+def test_all_processes_of_a_child_end_with_the_block_and_are_deaf_to_nothing(tmp_path: Path) -> None:
+    with start(tmp_path, "deaf", peers=[["deaf"], ["deaf"]]) as child:
+        grandchildren: list[int] = []
+        while len(grandchildren) < 3:
+            grandchildren += map(int, child.lines(0.2))
+        assert len(set(child.pids)) == 3
+        assert not child.ended()
+        asked = time.monotonic()
+    assert time.monotonic() - asked < 3
+    wait_for(lambda: not any(map(alive, child.pids + grandchildren)), 2)
+
+
+@pytest.mark.parametrize("by", ["an exit code", "a signal"])
+def test_the_end_of_a_peer_is_the_end_of_the_child(by: str, tmp_path: Path) -> None:
+    with start(tmp_path, "deaf", peers=[["wait"], ["end", "3"] if by == "an exit code" else ["wait"]]) as child:
+        first_line(child)
+        if by == "a signal":
+            os.kill(child.pids[2], signal.SIGKILL)
+        wait_for(child.ended, 5, what="the end of the child")
+        assert child.finish() == (3 if by == "an exit code" else -signal.SIGKILL)
+        assert child.finish() == child.finish()
+    wait_for(lambda: not any(map(alive, child.pids)), 2)
+
+
+def test_a_peer_that_is_done_ends_nothing(tmp_path: Path) -> None:
+    with start(tmp_path, "wait", peers=[["end", "0"]]) as child:
+        wait_for(lambda: not alive(child.pids[1]))
+        assert not child.ended()
+        os.kill(child.pid, signal.SIGKILL)
+        wait_for(child.ended)
+        assert child.finish() == -signal.SIGKILL
+
+
+@pytest.mark.parametrize(
+    ("codes", "expected"),
+    [
+        ([None], None),
+        ([0], 0),
+        ([0, -9], 0),  # the result is there: what a peer dies of afterwards is no matter
+        ([1, None], 1),
+        ([None, 0, 7], 7),
+        ([1, -9], -9),  # the first process misses the one that was killed
+        ([-6, -9, 1], -9),
+        ([None, 0, None], None),
+    ],
+)
+def test_the_code_that_tells_why_a_child_ended(codes: list[int | None], expected: int | None) -> None:
+    assert cause(codes) == expected
+
+
+def test_a_killed_supervisor_takes_its_children_and_grandchildren_along(tmp_path: Path) -> None:
     supervisor = subprocess.Popen(
         [sys.executable, "-m", CHILD, "supervise", str(tmp_path / "log")],
         stdout=subprocess.PIPE,
         env=child_environment(NAMES),
     )
     assert supervisor.stdout is not None
-    child, grandchild = map(int, supervisor.stdout.readline().split())
-    assert alive(child)
-    assert alive(grandchild)
+    pids = list(map(int, supervisor.stdout.readline().split()))
+    assert len(pids) == 4
+    assert all(map(alive, pids))
     supervisor.send_signal(signal.SIGKILL)
     supervisor.wait()
     supervisor.stdout.close()
-    wait_for(lambda: not alive(child) and not alive(grandchild), 2, what="the end of both")
+    wait_for(lambda: not any(map(alive, pids)), 2, what="the end of all")
 
 
 def test_a_stopped_child_without_a_supervisor_ends(tmp_path: Path) -> None:

@@ -1,31 +1,44 @@
 """Block by block: targets from the original stream, the method, the quantized weights in place, the next inputs.
 
 A linear with a low-rank correction gets the sum in one matrix, so that the quantized stream sees the corrected block.
+
+While a block is worked on, the next one is read (`workers.engine.read_ahead`) and the one before it is packed and made
+durable (`workers.engine.write_behind`). Between blocks nothing waits for the device but the thread that writes.
+
+What a kill costs: a method's word on its progress, and its result, are taken only when the block before is durable. So
+of all blocks whose method ended at most one is lost, with what was done of the block in hand; and where the method
+tells its progress (the tuning loop does after a third of its steps), that is less than a block.
 """
 
-import math
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.errors import NumericalFailure
+from app.domain.errors import InternalError
 from app.domain.events import BlockEvent, Stage
-from app.domain.methods import Form, Scheme, WeightSpec
-from app.domain.report import BlockReport, LinearReport
+from app.domain.methods import Scheme, WeightSpec
+from app.domain.report import BlockReport
 from workers.contracts import BlockTask
+from workers.engine.block_report import BlockFindings, error_sums
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
 from workers.engine.plan import Plan, block_seed
+from workers.engine.ranks import ALONE, Ranks
+from workers.engine.read_ahead import BlockReader
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
-from workers.engine.resume import ResumeState
+from workers.engine.resume import ResumeState, Shard
 from workers.engine.streams import Stream, second_moments
 from workers.engine.tuning import Tuner
-from workers.numerics.quantized import BlockResult, CodebookWeight, LinearResult
+from workers.engine.write_behind import WriteBehind
+from workers.numerics.quantized import BlockResult
 
 
 @dataclass(frozen=True)
@@ -35,6 +48,7 @@ class BlockPass:
     calibration   what the method observes; None where it looks at weights alone
     evaluation    what judges the result; rides along in the same pass
     schemes       of every quantized linear, by full name
+    ranks         who takes the same pass over other windows; what is exchanged, the main thread exchanges
     """
 
     model: StreamedModel
@@ -48,30 +62,35 @@ class BlockPass:
     state: ResumeState
     clock: StageClock
     reporter: Reporter
+    ranks: Ranks = ALONE
 
     def run(self) -> tuple[BlockReport, ...]:
-        """Quantizes every block that `state` does not hold; replays the others forward.
+        """Quantizes every block that `state` does not hold; replays the others forward. All are durable at the end.
 
         Raises:
-            NumericalFailure: an output is not finite.
+            NumericalFailure: a weight or an output is not finite.
+            InternalError: the ranks have computed different weights for a block.
         """
-        total = len(self.model.blocks)
+        total, resumed = len(self.model.blocks), self.state.resumed
         progress = _Progress(self.reporter, total)
-        reports = []
-        for index in range(total):
-            progress.begin(index)
-            with self.model.loaded(self.model.layout.block(index)):
-                finished = self.state.blocks[index].report if index < self.state.resumed else None
-                reports.append(self._replay(index, finished) if finished else self._quantize(index, progress))
-            progress.end(index, computed=finished is None)
-        return tuple(reports)
+        with WriteBehind(self.model.device) as writer, closing(BlockReader(self.model, self.state).blocks()) as blocks:
+            for index in range(total):
+                progress.begin(index)
+                block = next(blocks)
+                with self.model.filled(block.original):
+                    if index < resumed:
+                        self._replay(index, block.quantized)
+                    else:
+                        self._quantize(index, progress, writer)
+                progress.end(index, computed=index >= resumed)
+        return tuple(block.report for block in self.state.blocks[:total] if block.report is not None)
 
     def replay_quantized(self, stream: Stream) -> None:
         """X_q of a rewound stream through all blocks again, with the weights that are durable now."""
-        for index, block in enumerate(self.model.blocks):
-            weights = {f"{n}.weight": r.to(self.model.device).dequantize() for n, r in self.state.load(index).items()}
-            with self.model.loaded(self.model.layout.block(index), given=weights):
-                stream.advance_quantized(index, block)
+        with closing(BlockReader(self.model, self.state).quantized_blocks()) as blocks:
+            for index, block in enumerate(blocks):
+                with self.model.filled(block.original):
+                    stream.advance_quantized(index, self.model.blocks[index])
 
     def quantize_head(self) -> Tensor | None:
         """Rounds the head to nearest, if it is to be quantized; its dequantized weight."""
@@ -84,34 +103,65 @@ class BlockPass:
                 task = self._task(index, container, {"head": self.schemes[head]}, {}, lambda _: None)
                 result = METHODS["rtn"].quantize_block(task, self.spec)
             self.state.save(index, {head: result.linears["head"]}, None)
+            self.state.settle()
         return self.state.load(index)[head].dequantize()
 
-    def _quantize(self, index: int, progress: "_Progress") -> BlockReport:
+    def _quantize(self, index: int, progress: "_Progress", writer: WriteBehind) -> None:
         started = time.perf_counter()
         block, prefix = self.model.blocks[index], self.model.layout.block(index)
         schemes = {n: self.schemes[f"{prefix}.{n}"] for n in self._quantized_linears(index)}
+        observed = self.calibration or self.evaluation
         with second_moments({n: self.model.block_linears(index)[n] for n in schemes}) as moments:
-            observed = self.calibration or self.evaluation
             self._advance_original(index, block, only=observed)
+            self._sum_moments(moments, {n: self.model.block_linears(index)[n] for n in schemes})
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
-        task = self._task(index, block, schemes, moments, lambda share: progress.tick(index, share))
+
+        def tick(share: float) -> None:
+            writer.wait()
+            progress.tick(index, share)
+
+        task = self._task(index, block, schemes, moments, tick)
         method = METHODS[self.spec.model_dump()["method"]]
         result = method.quantize_block(task, self.spec) if schemes else BlockResult({})
-        linears = self._put(index, result, moments)
+        self._demand_agreement(index, result)
+        writer.wait()
+        shard = writer.give(partial(self._write_shard, index, result))
+        errors = self._put(index, result, moments)
         self._advance_quantized(index, block)
-        report = self._report(index, result, linears, time.perf_counter() - started)
-        self.state.save(index, {f"{prefix}.{n}": r for n, r in result.linears.items()}, report)
-        self.reporter.block(_event(report, len(self.model.blocks)))
-        return report
+        output = None if observed is None else observed.squared_error()
+        self.ranks.sum_(*([] if output is None else [output]))
+        findings = BlockFindings(index, prefix, started, result, errors, output)
+        writer.give(partial(self._finish, shard, findings))
 
-    def _replay(self, index: int, report: BlockReport) -> BlockReport:
+    def _sum_moments(self, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
+        """Over all ranks; one that has no window to look at has nothing to add."""
+        if self.ranks.alone:
+            return
+        for name, linear in linears.items():
+            zeros = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+            self.ranks.sum_(moments.setdefault(name, zeros))
+
+    def _demand_agreement(self, index: int, result: BlockResult) -> None:
+        if not self.ranks.alone and not self.ranks.agree(_checksum(result)):
+            raise InternalError(f"block {index}: the ranks have computed different weights")
+
+    def _write_shard(self, index: int, result: BlockResult) -> Shard:
+        prefix = self.model.layout.block(index)
+        return self.state.write_shard(index, {f"{prefix}.{n}": r for n, r in result.linears.items()})
+
+    def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
+        """Makes a block count, and tells of it when it does."""
+        report = findings.report()
+        self.state.finish(findings.index, shard.result(), report)
+        self.reporter.block(_event(report, len(self.model.blocks)))
+
+    def _replay(self, index: int, quantized: dict[str, Tensor]) -> None:
         block, prefix = self.model.blocks[index], self.model.layout.block(index)
         for stream in (self.calibration, self.evaluation):
             self._advance_original(index, block, only=stream)
-        for name, linear in self.state.load(index).items():
-            self._replace(index, name.removeprefix(prefix + "."), linear)
+        for name in list(quantized):
+            self._replace(index, name.removeprefix(prefix + ".").removesuffix(".weight"), quantized.pop(name))
         self._advance_quantized(index, block)
-        return report
 
     def _quantized_linears(self, index: int) -> list[str]:
         prefix = self.model.layout.block(index)
@@ -133,7 +183,7 @@ class BlockPass:
             block=block,
             forward=stream.call(index) if stream is not None and is_block else _no_forward,
             inputs=empty if stream is None else stream.quantized,
-            inputs_fp=empty if stream is None else stream.inputs_fp,
+            inputs_fp=empty if stream is None or stream.inputs_fp is None else stream.inputs_fp,
             targets=empty if stream is None else stream.original,
             schemes=schemes,
             moments=moments,
@@ -159,65 +209,28 @@ class BlockPass:
     def _stage_of(self, stream: Stream) -> Stage:
         return Stage.EVALUATE if stream is self.evaluation else Stage.QUANTIZE
 
-    @torch.no_grad()
-    def _put(self, index: int, result: BlockResult, moments: Mapping[str, Tensor]) -> tuple[LinearReport, ...]:
-        """Puts the weights that the results stand for into the block; how far they are from the original ones."""
-        reports = []
+    def _put(self, index: int, result: BlockResult, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Puts the weights that the results stand for into the block; how far they are off, by name inside it."""
+        errors = {}
         for name, linear in result.linears.items():
-            original = self.model.block_linears(index)[name].weight.float()
-            change = self._replace(index, name, linear).float() - original
-            reports.append(
-                LinearReport(
-                    name=f"{self.model.layout.block(index)}.{name}",
-                    shape=linear.weight.shape,
-                    form=Form.CODEBOOK if isinstance(linear.weight, CodebookWeight) else Form.AFFINE,
-                    **linear.weight.scheme.model_dump(),
-                    rank=None if linear.low_rank is None else linear.low_rank.rank,
-                    weight_error=_ratio(change, original, None),
-                    output_error=_ratio(change, original, moments[name]) if name in moments else None,
-                )
-            )
-        return tuple(reports)
+            original = self.model.block_linears(index)[name].weight
+            value = linear.to(self.model.device).dequantize()
+            errors[name] = error_sums(value, original, moments.get(name))
+            self._replace(index, name, value)
+        return errors
 
-    def _replace(self, index: int, name: str, linear: LinearResult) -> Tensor:
-        value = linear.to(self.model.device).dequantize()
+    def _replace(self, index: int, name: str, value: Tensor) -> None:
         self.model.block_linears(index)[name].weight = nn.Parameter(value, requires_grad=False)
-        return value
-
-    def _report(
-        self, index: int, result: BlockResult, linears: tuple[LinearReport, ...], seconds: float
-    ) -> BlockReport:
-        observed = self.calibration or self.evaluation
-        error = observed.output_error() if observed is not None else None
-        for value in (error, result.loss):
-            if value is not None and not math.isfinite(value):
-                raise NumericalFailure(
-                    f"block {index}: the output error is {value}",
-                    field="quantization",
-                    hint="use more bits, smaller groups or a lower learning rate",
-                )
-        return BlockReport(
-            index=index,
-            name=self.model.layout.block(index),
-            loss_initial=result.loss_initial,
-            loss=result.loss,
-            output_error=error,
-            seconds=seconds,
-            linears=linears,
-        )
 
 
 def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:
     raise TypeError(f"{block} is given to a method without inputs: {tuple(hidden.shape)}")
 
 
-def _ratio(change: Tensor, original: Tensor, moments: Tensor | None) -> float:
-    """||change|| / ||original||, columns weighted by `moments` (in_features,)."""
-    norms = [m.square().sum(0, dtype=torch.float64) for m in (change, original)]
-    if moments is not None:
-        norms = [norm * moments.double() for norm in norms]
-    difference, total = (float(norm.sum()) for norm in norms)
-    return (difference / total) ** 0.5 if total else 0.0
+def _checksum(result: BlockResult) -> int:
+    """The sum of all bytes of what the results are made of: different, but for a chance, if any of them is."""
+    tensors = [tensor for linear in result.linears.values() for tensor in linear.tensors()]
+    return sum(int(tensor.flatten().view(torch.uint8).sum(dtype=torch.int64)) for tensor in tensors)
 
 
 def _event(report: BlockReport, total: int) -> BlockEvent:

@@ -2,7 +2,7 @@
 
 transformers builds the modules from the configuration without memory for weights (the meta device). Buffers such as
 rotary frequencies are in no checkpoint; transformers' own initialization computes them. A block's weights are read
-when its turn comes and dropped after.
+for its turn (`workers.engine.read_ahead` reads them a block early) and dropped after.
 
 What the model passes to a block besides hidden states (masks, rotary embeddings, positions) depends on the sequence
 length and on the block's layer type, not on the tokens: it is captured once a length for every block, in one pass in
@@ -13,8 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from types import MappingProxyType
 from typing import Any
 
@@ -28,6 +26,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from app.domain.architectures import read_dimensions
 from app.domain.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
 from workers.contracts import BlockForward
+from workers.engine import fused_block
 from workers.engine.architectures import Layout, layout_of
 from workers.engine.checkpoint import FLOAT_DTYPES, Checkpoint
 
@@ -43,6 +42,11 @@ class BlockCall:
         """block(hidden, ...) for any batch (batch, length, width); of a tuple of outputs, the first."""
         output = block(hidden, *self.arguments, **self.keywords)
         return output[0] if isinstance(output, tuple) else output
+
+    @property
+    def identity(self) -> tuple[object, ...]:
+        """Equal for calls with the very same objects."""
+        return (*map(id, self.arguments), *((name, id(value)) for name, value in self.keywords.items()))
 
 
 class StreamedModel:
@@ -116,33 +120,75 @@ class StreamedModel:
         Raises:
             NumericalFailure: a weight is not finite.
         """
-        real = [(module, leaf) for name in names for module, leaf in self._load(name, given)]
+        weights = {parameter: weight for name in names for parameter, weight in self.read(name, given).items()}
+        with self.filled(weights):
+            yield
+
+    @contextmanager
+    def filled(self, weights: dict[str, Tensor]) -> Iterator[None]:
+        """Parameters with these weights, by full name; on meta again afterwards. Takes the tensors out of `weights`."""
+        places = {name: self._place(name) for name in weights}
+        for name, (module, leaf) in places.items():
+            module._parameters[leaf] = _parameter(weights.pop(name))
         try:
             yield
         finally:
-            for module, leaf in real:
+            for module, leaf in places.values():
                 weight = module._parameters[leaf]
-                assert weight is not None  # noqa: S101 - for the type checker; `_load` put it there
+                assert weight is not None  # noqa: S101 - for the type checker; it was put there
                 module._parameters[leaf] = _parameter(torch.empty_like(weight, device="meta"))
 
-    def _load(self, name: str, given: Mapping[str, Tensor]) -> list[tuple[nn.Module, str]]:
-        found = []
-        for prefix, module in self.model.get_submodule(name).named_modules(prefix=name):
-            for leaf in [leaf for leaf, parameter in module._parameters.items() if parameter is not None]:
-                value = given.get(f"{prefix}.{leaf}")
-                module._parameters[leaf] = _parameter(self._weight(f"{prefix}.{leaf}") if value is None else value)
-                found.append((module, leaf))
+    def read(
+        self,
+        name: str,
+        given: Mapping[str, Tensor] = MappingProxyType({}),
+        upload: Callable[[Tensor, torch.dtype], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
+        """The weights of a module by full parameter name, on the device; changes nothing, so any thread may call it.
+
+        given   tensors that take the place of the checkpoint's, by full parameter name; those are not read
+        upload  brings a tensor to the device in a dtype
+
+        Raises:
+            NumericalFailure: a weight is not finite.
+        """
+        upload = upload or self._upload
+        found, read = {}, {}
+        for parameter in self._parameter_names(name):
+            if parameter in given:
+                found[parameter] = given[parameter]
+            else:
+                found[parameter] = read[parameter] = upload(self._stored(parameter), self.dtype)
+        self._demand_finite(read)
         return found
 
-    def _weight(self, parameter: str) -> Tensor:
+    def _upload(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        return tensor.to(self.device, dtype)
+
+    def _parameter_names(self, name: str) -> list[str]:
+        modules = self.model.get_submodule(name).named_modules(prefix=name)
+        return [f"{p}.{leaf}" for p, module in modules for leaf, w in module._parameters.items() if w is not None]
+
+    def _place(self, parameter: str) -> tuple[nn.Module, str]:
+        owner, _, leaf = parameter.rpartition(".")
+        return self.model.get_submodule(owner), leaf
+
+    def _stored(self, parameter: str) -> Tensor:
         if self.tied and parameter == f"{self.layout.head}.weight":
             parameter = f"{self.layout.embeddings}.weight"
-        weight = self.checkpoint.read(self.sources[parameter]).to(self.device, self.dtype)
-        if not torch.isfinite(weight).all():
-            raise NumericalFailure(
-                f"{parameter} holds values that are not finite in {self.dtype}", field="model", value=parameter
-            )
-        return weight
+        return self.checkpoint.read(self.sources[parameter])
+
+    def _demand_finite(self, weights: Mapping[str, Tensor]) -> None:
+        """One pass over each weight without a copy, and one wait for the device in all."""
+        if not weights:
+            return
+        # The smallest and the largest value: NaN if there is one.
+        extremes = torch.stack([torch.stack(torch.aminmax(weight)) for weight in weights.values()])
+        for parameter, is_finite in zip(weights, extremes.isfinite().all(1).tolist(), strict=True):
+            if not is_finite:
+                raise NumericalFailure(
+                    f"{parameter} holds values that are not finite in {self.dtype}", field="model", value=parameter
+                )
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states before block 0, (batch, length, width); the embeddings must be loaded."""
@@ -151,12 +197,17 @@ class StreamedModel:
 
     @torch.no_grad()
     def capture_calls(self, length: int) -> tuple[BlockCall, ...]:
-        """What each block is called with for sequences of `length` tokens; needs no weights."""
+        """What each block is called with for sequences of `length` tokens; needs no weights.
+
+        Blocks that are called with the same objects share one call, so that what is made for it serves them all.
+        """
         decoder = self.model.get_submodule(self.layout.decoder)
         hidden = torch.zeros(1, length, self._width, dtype=self.dtype, device=self.device)
         with self._stand_ins() as recorders, self._swapped(self.layout.final_norm, nn.Identity()):
             decoder(inputs_embeds=hidden, use_cache=False)
-        return tuple(BlockCall(*recorder.calls[0]) for recorder in recorders)
+        calls = [BlockCall(*recorder.calls[0]) for recorder in recorders]
+        first = {call.identity: call for call in reversed(calls)}
+        return tuple(first[call.identity] for call in calls)
 
     @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
@@ -239,10 +290,14 @@ class _Normed(nn.Module):
 def run_block(
     forward: BlockForward, block: nn.Module, source: Tensor, target: Tensor, *, micro_batch: int, device: torch.device
 ) -> None:
-    """target[i] = block(source[i]) for all sequences, `micro_batch` at a time; the two may be the same tensor."""
-    for start in range(0, len(source), micro_batch):
-        part = slice(start, start + micro_batch)
-        target[part] = forward(block, source[part].to(device, non_blocking=True)).to(target.device)
+    """target[i] = block(source[i]) for all sequences, `micro_batch` at a time; the two may be the same tensor.
+
+    Waits for a GPU only at the end, and only where the target is in host memory.
+    """
+    for before, after in zip(torch.split(source, micro_batch), torch.split(target, micro_batch), strict=True):
+        after.copy_(forward(block, before.to(device, non_blocking=True)), non_blocking=True)
+    if device.type == "cuda" and not target.is_cuda:
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _parameter(value: Tensor) -> nn.Parameter:
@@ -280,12 +335,12 @@ def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.dev
 
 
 def _fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Puts hand-fused blocks in place of those of a known class, on a GPU, where Triton is installed."""
-    if device.type != "cuda" or dtype == torch.float64 or find_spec("triton") is None:
+    """Puts hand-fused blocks in place of those of a known class, where there are parts for the device."""
+    parts = fused_block.Parts.on(device, dtype)
+    if parts is None:
         return
-    fused_block = import_module("workers.engine.fused_block")
     for name, block in blocks.named_children():
-        setattr(blocks, name, fused_block.fuse(block))
+        setattr(blocks, name, fused_block.fuse(block, parts))
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

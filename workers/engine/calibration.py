@@ -24,7 +24,7 @@ from workers.engine.documents import Document, Half, builtin_documents, half_of,
 SURPLUS = 2
 """Windows read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
 DOCUMENTS_AT_ONCE = 256
-"""Given to the tokenizer together: it works on them in as many threads as there are processors."""
+"""At the most, given to the tokenizer together: it works on them in as many threads as there are processors."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +147,9 @@ def _token_stream(
 ) -> list[int]:
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
-    rest = iter(documents)
-    while batch := list(islice(rest, DOCUMENTS_AT_ONCE)):
+    rest, size = iter(documents), 1  # a few windows need only a few documents
+    while batch := list(islice(rest, size)):
+        size = min(2 * size, DOCUMENTS_AT_ONCE)
         for ids in encode(batch):
             stream += ids + end
             if len(stream) >= enough:

@@ -19,9 +19,12 @@ from app.domain.errors import NumericalFailure
 from app.domain.report import Quality
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows
+from workers.engine.ranks import ALONE, Ranks
 
 LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
-"""Elements of one logit matrix; some five of them are held in fp32."""
+"""Elements of one logit matrix."""
+LOGITS_BYTES = 5 * 4
+"""For each of these elements: some five matrices are held in fp32."""
 
 
 @torch.no_grad()
@@ -33,10 +36,12 @@ def measure(
     *,
     quantized_head: Tensor | None,
     tick: Callable[[float], None],
+    ranks: Ranks = ALONE,
 ) -> Quality:
     """Quality on `windows`, whose hidden states after the last block are given, each (samples, length, width).
 
     quantized_head  dequantized weight of the head where that is quantized too
+    ranks           who measures along; the hidden states are those of this rank's share of the windows
 
     Raises:
         NumericalFailure: the original or the quantized model's output is not finite.
@@ -44,7 +49,8 @@ def measure(
     head = model.model.get_submodule(model.layout.head)
     sums = torch.zeros(4, dtype=torch.float64)
     step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
-    samples, length = windows.ids.shape
+    ids = ranks.share(windows.ids)
+    samples, length = ids.shape
     with model.loaded(model.layout.final_norm, model.layout.head):
         weights = [head.weight, head.weight if quantized_head is None else _frozen(quantized_head.to(model.device))]
         for sample in range(samples):
@@ -54,11 +60,12 @@ def measure(
                 for stream, weight in zip((original, quantized), weights, strict=True):
                     head.weight = weight
                     logits.append(model.logits(stream[sample : sample + 1, part].to(model.device))[0])
-                following = windows.ids[sample, part.start + 1 : part.stop + 1].to(model.device)
+                following = ids[sample, part.start + 1 : part.stop + 1].to(model.device)
                 sums += _token_sums(logits[0], logits[1], following).cpu()
             tick((sample + 1) / samples)
         head.weight = weights[0]
-    return _quality(sums, samples * (length - 1), windows)
+    ranks.sum_(sums)
+    return _quality(sums, len(windows.ids) * (length - 1), windows)
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:

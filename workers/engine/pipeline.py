@@ -1,10 +1,13 @@
 """A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
 
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder, ResultLine, Stage
@@ -17,13 +20,25 @@ from workers.engine.calibration import Windows, calibration_windows, evaluation_
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
-from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_schemes, reproducible
+from workers.engine.plan import (
+    Plan,
+    StreamSize,
+    make_plan,
+    open_device,
+    plan_report,
+    plan_schemes,
+    reproducible,
+    scale_dtype,
+)
+from workers.engine.ranks import Ranks, joined
+from workers.engine.read_ahead import read_ahead
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
+from workers.engine.warm_up import compiling
 from workers.formats.writer import check_model, open_writers
 from workers.numerics.quantized import StoredBits
 
@@ -39,8 +54,26 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         InvalidRequest: the head is to be quantized but tied to the embeddings.
         FormatCannotHold: a format of the request cannot hold this model.
     """
+    with _opened(order, workspace, reporter, rank=0) as job:
+        state, found = _with_ranks(job, 0)
+        job.clock.enter(Stage.EXPORT)
+        return _export(job, state, found)
+
+
+def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
+    """What every further rank of an order does while the first is in `run`: the same up to the export, mute.
+
+    Raises what `run` raises, and where it does, unless only this rank meets the cause.
+    """
+    with _opened(order, workspace, Reporter(lambda _: None), rank) as job:
+        _with_ranks(job, rank)
+
+
+@contextmanager
+def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) -> Iterator["_Job"]:
+    """The job with its model, texts and plan, on a rank's device."""
     clock = StageClock(Stage.LOAD)
-    device = open_device(order)
+    device = open_device(order, rank)
     with reproducible(device):
         reporter.progress(Stage.LOAD, 0, 1, "models")
         checkpoint = Checkpoint.open(Path(order.model_path))
@@ -48,11 +81,16 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         schemes = plan_schemes(model, order.request.quantization)
         inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
+        tokenizer = load_tokenizer(Path(order.model_path))
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
-        texts = read_texts(order, model, reporter)
-        job = _Job(order, workspace, reporter, clock, model, schemes, texts, make_plan(order, model, texts.sizes()))
-        return _run_blocks(job)
+        with compiling(model, schemes, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
+            texts = read_texts(order, model, tokenizer, reporter)
+        plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
+        reporter.log(
+            "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
+        )
+        yield _Job(order, workspace, reporter, clock, model, schemes, texts, plan)
 
 
 @dataclass(frozen=True)
@@ -62,10 +100,10 @@ class Texts:
     calibration: Windows | None
     evaluation: Windows | None
 
-    def sizes(self) -> list[tuple[int, int]]:
-        """(samples, length) of each."""
-        found = [w.ids.shape for w in (self.calibration, self.evaluation) if w is not None]
-        return [(shape[0], shape[1]) for shape in found]
+    def streams(self, keep_inputs: bool) -> list[StreamSize]:
+        """The sizes of their streams; that of the calibration has its inputs besides if they are kept."""
+        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 2))
+        return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
 
 
 @dataclass(frozen=True)
@@ -89,14 +127,15 @@ class _Job:
     plan: Plan
 
 
-def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> Texts:
+def read_texts(
+    order: AttemptOrder, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
+) -> Texts:
     """Calibration and evaluation windows of an order.
 
     Raises:
         InvalidDataset: a file is not as documented or too short, or windows are longer than the model's positions.
     """
     request = order.request
-    tokenizer = load_tokenizer(Path(order.model_path))
     paths = [None if p is None else Path(p) for p in (order.calibration_path, order.evaluation_path)]
     calibration = evaluation = None
     if METHODS[request.quantization.method].needs_inputs:
@@ -137,14 +176,21 @@ def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
         )
 
 
-def _run_blocks(job: _Job) -> ResultLine:
+def _with_ranks(job: _Job, rank: int) -> tuple[ResumeState, Findings]:
+    with joined(Ranks(rank, job.order.world_size), job.order.rendezvous, job.model.device) as ranks:
+        return _run_blocks(job, ranks)
+
+
+def _run_blocks(job: _Job, ranks: Ranks) -> tuple[ResumeState, Findings]:
+    """All that the ranks do together."""
     texts, model = job.texts, job.model
+    keep_inputs = job.order.request.quantization.needs_original_inputs()
     with model.loaded(model.layout.embeddings):
         calibration, evaluation = (
-            None if windows is None else Stream(model, windows.ids, job.plan, keep_inputs=windows is texts.calibration)
-            for windows in (texts.calibration, texts.evaluation)
+            None if windows is None else Stream(model, ranks.share(windows.ids), job.plan, keep_inputs=keep)
+            for windows, keep in ((texts.calibration, keep_inputs), (texts.evaluation, False))
         )
-    state = ResumeState(job.workspace / "state", _fingerprint(job))
+    state = ResumeState(job.workspace / "state", _fingerprint(job), ranks)
     if state.resumed:
         job.reporter.log("blocks_resumed", blocks=state.resumed)
     job.clock.enter(Stage.QUANTIZE)
@@ -156,21 +202,22 @@ def _run_blocks(job: _Job) -> ResultLine:
         seed=job.order.request.seed,
         calibration=calibration,
         evaluation=evaluation,
-        tuner=Tuner(job.reporter.log),
+        tuner=Tuner(job.reporter.log, ranks),
         state=state,
         clock=job.clock,
         reporter=job.reporter,
+        ranks=ranks,
     )
     reports = blocks.run()
+    state.settle()
     head = blocks.quantize_head()
     if head is not None:
         job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
     scales = run_scale_stage(blocks, head)
     del calibration, blocks
     job.clock.enter(Stage.EVALUATE)
-    quality = None if evaluation is None else _evaluate(job, evaluation, head)
-    job.clock.enter(Stage.EXPORT)
-    return _export(job, state, Findings(reports, scales, quality))
+    quality = None if evaluation is None else _evaluate(job, evaluation, head, ranks)
+    return state, Findings(reports, scales, quality)
 
 
 def _fingerprint(job: _Job) -> str:
@@ -182,37 +229,40 @@ def _fingerprint(job: _Job) -> str:
             "model": job.model.checkpoint.digest(job.order.model_revision),
             "calibration": None if windows is None else windows.sha256,
             "code": code_version(),
-            "plan": asdict(job.plan),
+            "plan": job.plan.decides_codes(),
         }
     )
 
 
-def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None) -> Quality:
+def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None, ranks: Ranks) -> Quality:
     windows = job.texts.evaluation
     assert windows is not None  # noqa: S101 - for the type checker; the stream was made of them
 
     def tick(share: float) -> None:
         job.reporter.progress(Stage.EVALUATE, share * len(windows.ids), len(windows.ids), "windows")
 
-    quality = measure(job.model, stream.original, stream.quantized, windows, quantized_head=head, tick=tick)
+    quality = measure(
+        job.model, stream.original, stream.quantized, windows, quantized_head=head, tick=tick, ranks=ranks
+    )
     for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
         job.reporter.metric(name, getattr(quality, name))
     return quality
 
 
 def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
-    """Writes every format from the durable blocks, and the same report into each."""
+    """Writes every format from the durable blocks, each read while one is packed, and the same report into each."""
     formats = tuple(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
     writers = open_writers(job.workspace / "output", formats, job.model.checkpoint)
     stored, weights, total = StoredBits(), 0, len(state.blocks)
-    for done in range(total):
-        for name, result in state.load(done).items():
-            stored += result.stored_bits()
-            weights += result.weight.codes.numel()
-            source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
-            for writer in writers.values():
-                writer.add_linear(source, result, module=name)
-        job.reporter.progress(Stage.EXPORT, done + 1, total + 1, "blocks")
+    with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
+        for done, block in enumerate(blocks, start=1):
+            for name, result in block.items():
+                stored += result.stored_bits()
+                weights += result.weight.codes.numel()
+                source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
+                for writer in writers.values():
+                    writer.add_linear(source, result, module=name)
+            job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
         writer.finish(ignored=ignored)

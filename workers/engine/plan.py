@@ -1,11 +1,12 @@
 """Decisions before the first block: device, threads, dtypes, micro-batch, where activations live, what is quantized."""
 
 import hashlib
+import math
 import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -16,10 +17,15 @@ from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme, WeightSpec
 from app.domain.module_rules import rule_errors
 from workers.engine.blocks import StreamedModel
+from workers.engine.evaluation import LOGITS_AT_ONCE, LOGITS_BYTES
 
 TOKENS_AT_ONCE_CPU = 4096
-ACTIVATION_SHARE = 0.4
-"""Of a GPU's memory that the streams may take before they move to the host."""
+MEMORY_STEP = 1 << 30
+"""Free memory of a GPU is rounded down to this, so that the same machine gives the same plan."""
+ACTIVATION_SHARE = 0.9
+"""Of what else is left of a GPU's memory that the streams may take before they move to the host."""
+TUNED_BYTES = 16
+"""What tuning keeps of a weight, beside the block: its value, gradient, learned offset, kept code and copies."""
 TUNING_SHARE = 0.3
 """Of a GPU's memory that a micro-batch with gradients may take."""
 LARGEST_MICRO_BATCH = 32
@@ -27,28 +33,49 @@ LARGEST_MICRO_BATCH = 32
 
 @dataclass(frozen=True)
 class Plan:
-    """What the engine decided; in the report, and in the fingerprint that a resumed attempt must share.
+    """What the engine decided; in the report, and most of it in the fingerprint that a resumed attempt must share.
 
+    world_size      ranks that share the windows of each text (`workers.engine.ranks`)
     micro_batch     sequences that go through a block at once, with gradients
-    activations     where the streams live
     scale_dtype     of stored scales, learned from the formats before anything is optimized
+    activations     where the streams live; codes are the same wherever that is
+    activation_bytes, activation_budget
+                    what a rank's streams need, and what its device could give them; None for a device without memory
+                    of its own
     """
 
     device: str
+    world_size: int
     threads: int
     dtype: str
     scale_dtype: str
     micro_batch: int
-    activations: Literal["device", "host"]
     torch_version: str
+    activations: Literal["device", "host"]
+    activation_bytes: int
+    activation_budget: int | None
+
+    def decides_codes(self) -> dict[str, object]:
+        """The part of the plan that a resumed attempt must share."""
+        return {name: value for name, value in asdict(self).items() if not name.startswith("activation")}
 
 
-def open_device(order: AttemptOrder) -> torch.device:
-    """The order's device, and as many threads as the process may use."""
-    torch.set_num_threads(available_threads())
+@dataclass(frozen=True)
+class StreamSize:
+    """Windows of a text, and how many tensors of hidden states their stream has."""
+
+    samples: int
+    length: int
+    tensors: int
+
+
+def open_device(order: AttemptOrder, rank: int = 0) -> torch.device:
+    """The device of a rank of the order, and as many threads as the process may use of what all ranks may."""
+    torch.set_num_threads(max(1, available_threads() // order.world_size))
     if order.device == "cpu":
         return torch.device("cpu")
-    device = torch.device("cuda", order.device_index)
+    # Ranks that outnumber the GPUs share them: nothing that a worker asks for, but a way to test with one.
+    device = torch.device("cuda", (order.device_index + rank) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device
 
@@ -98,17 +125,23 @@ def reproducible(device: torch.device) -> Iterator[None]:
         torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
 
 
-def make_plan(order: AttemptOrder, model: StreamedModel, sizes: list[tuple[int, int]]) -> Plan:
-    """sizes: (samples, length) of each stream's windows."""
-    longest = max((length for _, length in sizes), default=1)
+def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[StreamSize]) -> Plan:
+    """Plans a job over these streams, which its ranks share. The model must not be loaded yet."""
+    streams = [replace(stream, samples=math.ceil(stream.samples / order.world_size)) for stream in streams]
+    longest = max((stream.length for stream in streams), default=1)
+    micro_batch = max(1, _micro_batch(model, longest) // order.micro_batch_divisor)
+    needed, budget = _activation_bytes(model, streams), _activation_budget(model, longest, micro_batch)
     return Plan(
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
+        world_size=order.world_size,
         threads=torch.get_num_threads(),
         dtype=_name(model.dtype),
         scale_dtype=_name(scale_dtype(order.request.formats, model.dtype)),
-        micro_batch=max(1, _micro_batch(model, longest) // order.micro_batch_divisor),
-        activations=_activations_place(model, sizes),
+        micro_batch=micro_batch,
         torch_version=torch.__version__,
+        activations="device" if budget is not None and needed <= budget else "host",
+        activation_bytes=needed,
+        activation_budget=budget,
     )
 
 
@@ -148,14 +181,31 @@ def graph_bytes(model: StreamedModel) -> int:
     return int((24 * config.hidden_size + 6 * config.intermediate_size) * model.dtype.itemsize)
 
 
-def _activations_place(model: StreamedModel, sizes: list[tuple[int, int]]) -> Literal["device", "host"]:
+def _activation_bytes(model: StreamedModel, streams: list[StreamSize]) -> int:
+    elements = sum(stream.samples * stream.length * stream.tensors for stream in streams)
+    return int(elements * model.config.get_text_config().hidden_size * model.dtype.itemsize)
+
+
+def _activation_budget(model: StreamedModel, length: int, micro_batch: int) -> int | None:
+    """Bytes of the device that are free now and that nothing else will need; None on a CPU."""
     if model.device.type != "cuda":
-        return "host"
-    width = model.config.get_text_config().hidden_size
-    # X_fp, X_q and Y.
-    needed = 3 * sum(samples * length for samples, length in sizes) * width * model.dtype.itemsize
-    fits = needed <= ACTIVATION_SHARE * torch.cuda.get_device_properties(model.device).total_memory
-    return "device" if fits else "host"
+        return None
+    free = torch.cuda.mem_get_info(model.device)[0] // MEMORY_STEP * MEMORY_STEP
+    return max(0, int(ACTIVATION_SHARE * (free - working_bytes(model, length, micro_batch))))
+
+
+def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
+    """The most that a job needs on the device beside its streams: while a block is tuned, or while logits are made.
+
+    length, micro_batch   of the sequences that go through a block at once with gradients
+    """
+    item, config = model.dtype.itemsize, model.config.get_text_config()
+    block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
+    # Besides the block in hand there is the next one (`workers.engine.read_ahead`).
+    tuning = 2 * block * item + block * TUNED_BYTES + micro_batch * length * graph_bytes(model)
+    head = config.vocab_size * config.hidden_size * item
+    logits = min(LOGITS_AT_ONCE["cuda"], length * config.vocab_size) * LOGITS_BYTES
+    return int(max(tuning, head + logits))
 
 
 def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:

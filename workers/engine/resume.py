@@ -1,4 +1,4 @@
-"""Finished blocks on disk, so that a killed attempt costs at most the block in hand.
+"""Finished blocks on disk, so that a killed attempt costs little: `workers.engine.block_pass` says how much.
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
     state/block-00000.safetensors  the block's linears as in the native format; its header describes each of them
@@ -7,12 +7,15 @@
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
 only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
 only shards whose hash matches. Scales tuned end to end belong to all blocks, and are adopted only with all of them.
+
+Of several ranks, which all make the same weights, the first writes and the others read what it wrote; all of them adopt
+the same blocks.
 """
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
@@ -22,6 +25,7 @@ from torch import Tensor
 from app.domain.report import BlockReport, ScaleReport
 from app.domain.safetensors_header import LENGTH_BYTES
 from workers.durable import replace_file
+from workers.engine.ranks import ALONE, Ranks
 from workers.formats import native
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -59,13 +63,25 @@ class StateFile(BaseModel):
     scales: FinishedScales | None = None
 
 
-class ResumeState:
-    """The state folder of a workspace, held by one attempt."""
+@dataclass(frozen=True)
+class Shard:
+    """A durable file in the state folder, and its sha256."""
 
-    def __init__(self, folder: Path, fingerprint: str) -> None:
+    file: str
+    sha256: str
+
+
+class ResumeState:
+    """The state folder of a workspace, held by one attempt; every rank of it makes one of these at the same time.
+
+    On any rank but the first, what is saved is only noted: it is there for `load` after `settle`.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, ranks: Ranks = ALONE) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._state = self._adopt(fingerprint)
+        self._ranks = ranks
+        self._state = self._agreed(self._adopt(fingerprint))
         self._scales = {} if self._state.scales is None else load(self._read(self._state.scales.file))
         self.resumed = len(self._state.blocks)
 
@@ -80,25 +96,37 @@ class ResumeState:
 
     def save(self, index: int, linears: Mapping[str, LinearResult], report: BlockReport | None) -> None:
         """Makes a block durable; `linears` by full name. Returns when a crash can no longer lose it."""
-        tensors = {
-            key: tensor.cpu().contiguous()
-            for name, result in linears.items()
-            for key, tensor in native.compress(name, result).items()
-        }
+        self.finish(index, self.write_shard(index, linears), report)
+
+    def write_shard(self, index: int, linears: Mapping[str, LinearResult]) -> Shard:
+        """A block's linears, by full name, in a durable file that does not count before `finish`."""
         stored = {name: StoredLinear.of(result) for name, result in linears.items()}
-        data = save(tensors, metadata={"linears": LINEARS.dump_json(stored).decode()})
-        file = f"block-{index:05d}.safetensors"
-        replace_file(self._folder / file, data)
-        block = FinishedBlock(index=index, file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
+
+        def tensors() -> dict[str, Tensor]:
+            return {
+                key: tensor.cpu().contiguous()
+                for name, result in linears.items()
+                for key, tensor in native.compress(name, result).items()
+            }
+
+        about = {"linears": LINEARS.dump_json(stored).decode()}
+        return self._write(f"block-{index:05d}.safetensors", tensors, about)
+
+    def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
+        """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
+        block = FinishedBlock(index=index, file=shard.file, sha256=shard.sha256, report=report)
         self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
 
     def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
         """Makes scales durable that take the place of the blocks' own, by full linear name; `load` then gives them."""
         self._scales = {name: scale.cpu().contiguous() for name, scale in scales.items()}
-        data, file = save(self._scales), "scales.safetensors"
-        replace_file(self._folder / file, data)
-        finished = FinishedScales(file=file, sha256=hashlib.sha256(data).hexdigest(), report=report)
+        shard = self._write("scales.safetensors", lambda: self._scales, {})
+        finished = FinishedScales(file=shard.file, sha256=shard.sha256, report=report)
         self._replace_state(self._state.model_copy(update={"scales": finished}))
+
+    def settle(self) -> None:
+        """Returns once what every rank has saved until now can be loaded by all of them."""
+        self._ranks.wait()
 
     def load(self, index: int) -> dict[str, LinearResult]:
         """The linears of a finished block by full name, on the host."""
@@ -112,9 +140,17 @@ class ResumeState:
             return result
         return replace(result, weight=replace(result.weight, scale=self._scales[name]))
 
+    def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]], about: dict[str, str]) -> Shard:
+        if not self._ranks.leads:
+            return Shard(file, "")
+        data = save(tensors(), metadata=about)
+        replace_file(self._folder / file, data)
+        return Shard(file, hashlib.sha256(data).hexdigest())
+
     def _replace_state(self, state: StateFile) -> None:
         self._state = state
-        replace_file(self._folder / "state.json", state.model_dump_json().encode())
+        if self._ranks.leads:
+            replace_file(self._folder / "state.json", state.model_dump_json().encode())
 
     def _read(self, file: str) -> bytes:
         return (self._folder / Path(file).name).read_bytes()
@@ -134,6 +170,12 @@ class ResumeState:
             sound.append(block)
         whole = len(sound) == len(found.blocks) and found.scales is not None and self._is_sound(found.scales)
         return StateFile(fingerprint=fingerprint, blocks=tuple(sound), scales=found.scales if whole else None)
+
+    def _agreed(self, found: StateFile) -> StateFile:
+        """What every rank has found; none goes on before all have looked, so none sees what another writes."""
+        blocks = self._ranks.least(len(found.blocks))
+        scales = self._ranks.least(int(found.scales is not None))
+        return found.model_copy(update={"blocks": found.blocks[:blocks], "scales": found.scales if scales else None})
 
     def _is_sound(self, shard: FinishedBlock | FinishedScales) -> bool:
         try:

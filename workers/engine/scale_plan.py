@@ -14,6 +14,7 @@ from app.domain.methods import SCALE_BATCH_SIZE, Scheme
 from workers.engine.blocks import BlockCall, StreamedModel
 from workers.engine.evaluation import LOGITS_AT_ONCE
 from workers.engine.plan import graph_bytes
+from workers.engine.ranks import ALONE, Ranks
 from workers.memory import host_memory
 from workers.numerics.quantized import AffineWeight
 
@@ -30,13 +31,14 @@ class ScaleTask:
     schemes         of the blocks' quantized linears, by full name
     weights         of a block by its index, by full linear name
     calls           how the model calls each block on these sequences
-    inputs          hidden states before the first block, (samples, length, width)
+    inputs          hidden states before the first block, (samples, length, width), of this rank's sequences
     targets         those of the original model after the last block, the same shape
     quantized_head  dequantized weight of the head, where that is quantized too
     micro_batch     sequences that may go through a block at once with gradients
     held_bytes      memory that other tensors of the job hold
     tick            told the steps done
     log             told an event's name and fields when a slower way is taken
+    ranks           who tunes along, each over its own sequences
     """
 
     model: StreamedModel
@@ -52,6 +54,12 @@ class ScaleTask:
     held_bytes: int
     tick: Callable[[int], None] = lambda _: None
     log: Callable[..., None] = lambda *_, **__: None
+    ranks: Ranks = ALONE
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of this rank in every step."""
+        return self.ranks.part(SCALE_BATCH_SIZE)
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ def find_fit(task: ScaleTask) -> Fit | Skipped:
     memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
     allowed = MEMORY_SHARE[device.type] * memory - task.held_bytes
     fixed = _resident_bytes(task)
-    micro_batch = min(task.micro_batch, SCALE_BATCH_SIZE, len(task.inputs))
+    micro_batch = min(task.micro_batch, task.batch_size, len(task.inputs))
     while True:
         sequences = micro_batch * length
         graph = graph_bytes(model) * sequences

@@ -98,6 +98,7 @@ def _task(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | Non
         held_bytes=sum(2 * s.original.nbytes for s in streams if s.original.device == model.device),
         tick=_progress(blocks.reporter, steps),
         log=blocks.reporter.log,
+        ranks=blocks.ranks,
     )
 
 

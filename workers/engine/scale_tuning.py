@@ -27,7 +27,8 @@ and the activations of all blocks where they fit; of the first blocks only the i
 blocks are computed twice. Where not even that fits, by an estimate, the stage is left out.
 
 On a GPU a step is captured once and replayed (`workers.engine.tuning.capture`); elsewhere, or where capture fails, the
-same steps run eagerly. Left out: the head's own scales, zero points, norms, and any text but the calibration's.
+same steps run eagerly. Several ranks each hold all blocks, and sum dL/dp over their sequences. Left out: the head's own
+scales, zero points, norms, and any text but the calibration's.
 """
 
 import math
@@ -39,12 +40,11 @@ import torch
 from torch import Tensor
 
 from app.domain.errors import NumericalFailure
-from app.domain.methods import SCALE_BATCH_SIZE
 from workers.contracts import TuningSettings
 from workers.engine.output_head import OutputHead
 from workers.engine.scale_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scaled_blocks import ScaledBlocks
-from workers.engine.tuning import capture, minibatches, split
+from workers.engine.tuning import MOST_HELD_OUT, captured, minibatches, split
 
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 10
@@ -78,14 +78,19 @@ def tune_scales(task: ScaleTask) -> ScaleOutcome | Skipped:
 
     Raises:
         NumericalFailure: the divergence is not finite before tuning.
+        torch.OutOfMemoryError: one of several ranks has run out while others wait for it.
     """
     if not task.schemes:
         return Skipped("no linear of a block is quantized")
     fit = find_fit(task)
+    if not task.ranks.least(int(isinstance(fit, Fit))):
+        return fit if isinstance(fit, Skipped) else Skipped("it does not fit on every device")
     while isinstance(fit, Fit):
         try:
             return _tune(task, fit)
         except torch.OutOfMemoryError:
+            if not task.ranks.alone:
+                raise
             lowered = fit.lowered(len(task.calls))
         # Outside the except clause: the exception holds the tensors of the failed step.
         torch.cuda.empty_cache()
@@ -109,10 +114,11 @@ def _tune(task: ScaleTask, fit: Fit) -> ScaleOutcome | Skipped:
                 field="quantization",
                 hint="use more bits or smaller groups",
             )
-        captured = tuning.prepare()
+        tuning.prepare()
         tuning.run()
         after = tuning.held_out_divergence()
-        return ScaleOutcome(tuning.blocks.scales.stored(), before, after, len(tuning.held_out), fit, captured)
+        held_out = task.ranks.total(len(tuning.held_out))
+        return ScaleOutcome(tuning.blocks.scales.stored(), before, after, held_out, fit, tuning.replay is not None)
 
 
 @dataclass
@@ -120,7 +126,7 @@ class ScaleTuning:
     """The state of the stage. What changes from step to step is on the device; `count` is steps done, int64.
 
     mean, square    Adam's m and v
-    batches         indices of every step's sequences, (steps, batch), where the inputs are
+    batches         indices of this rank's sequences in every step, (steps, batch), where the inputs are
     replay          the captured step, where there is one
     """
 
@@ -140,8 +146,8 @@ class ScaleTuning:
     def begin(cls, task: ScaleTask, fit: Fit, head: OutputHead) -> "ScaleTuning":
         """Loads the blocks; `head` must stay loaded."""
         device, source = task.model.device, task.inputs.device
-        training, held_out = split(len(task.inputs), task.seed)
-        settings = TuningSettings(task.steps, SCALE_BATCH_SIZE, LEARNING_RATE)
+        training, held_out = split(len(task.inputs), task.seed, task.ranks.part(MOST_HELD_OUT))
+        settings = TuningSettings(task.steps, task.batch_size, LEARNING_RATE)
         blocks = ScaledBlocks.load(task.model, task.calls, task.schemes, task.weights, recomputed=fit.recomputed)
         return cls(
             task=task,
@@ -156,18 +162,16 @@ class ScaleTuning:
             square=torch.zeros_like(blocks.scales.change),
         )
 
-    def prepare(self) -> bool:
-        """Captures the step where that is possible; whether it did."""
+    def prepare(self) -> None:
+        """Captures the step where that is possible."""
         if self.task.model.device.type != "cuda" or self.task.inputs.device.type != "cuda":
-            return False
+            return
         try:
-            self.replay = capture(self.step, self.rates)
+            self.replay = captured(self._add_gradients, self._sum_gradients, self._move, self.rates, self.task.ranks)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             self.task.log("capture_failed", stage="scales", reason=str(error)[:200])
-            return False
-        return True
 
     def run(self) -> None:
         """All steps, from the start."""
@@ -184,29 +188,40 @@ class ScaleTuning:
                 self.task.tick(done)
 
     def gradient(self, batch: Tensor) -> Tensor:
-        """dL/dp of the mean over the tokens of some sequences, flat (groups,)."""
+        """dL/dp of the mean over the tokens of some sequences, flat (groups,); this rank's part of the mean of all."""
         scales = self.blocks.scales
         scales.gradient.zero_()
         for part in torch.split(batch, self.fit.micro_batch):
             inputs, targets = self._rows(part)
             self.blocks.add_gradients(inputs, partial(self.head.gradient, teacher=targets))
-        return scales.gradient.mul_(scales.start).div_(len(batch) * self.task.inputs.shape[1])
+        return scales.gradient.mul_(scales.start).div_(len(batch) * self.task.inputs.shape[1] * self.task.ranks.size)
 
     def held_out_divergence(self) -> float:
-        """Mean KL a token of the held-out sequences, with the weights as they are."""
+        """Mean KL a token of the held-out sequences, with the weights as they are; the mean of all ranks'."""
         total = torch.zeros((), dtype=torch.float64, device=self.task.model.device)
         for part in torch.split(self.held_out, self.fit.micro_batch):
             inputs, targets = self._rows(part)
             total += self.head.divergence(self.blocks.forward(inputs), targets)
-        return float(total) / (len(self.held_out) * self.task.inputs.shape[1])
+        mean = total / (len(self.held_out) * self.task.inputs.shape[1] * self.task.ranks.size)
+        self.task.ranks.sum_(mean)
+        return float(mean)
 
     def step(self) -> None:
         """One minibatch: the gradient, Adam's step, the new weights."""
-        at = self.count.view(1)
-        batch = self.batches.index_select(0, at.to(self.batches.device))[0]
+        self._add_gradients()
+        self._sum_gradients()
+        self._move()
+
+    def _add_gradients(self) -> None:
+        self.gradient(self.batches.index_select(0, self.count.view(1).to(self.batches.device))[0])
+
+    def _sum_gradients(self) -> None:
+        self.task.ranks.sum_(self.blocks.scales.gradient)
+
+    def _move(self) -> None:
         # A number that is not finite moves nothing; comparisons would hide it, and Adam would keep it.
-        gradient = self.gradient(batch).nan_to_num_(0.0, 0.0, 0.0)
-        rate = self.rates.index_select(0, at)[0]
+        gradient = self.blocks.scales.gradient.nan_to_num_(0.0, 0.0, 0.0)
+        rate = self.rates.index_select(0, self.count.view(1))[0]
         self.count += 1
         self.mean.lerp_(gradient, 1 - BETAS[0])
         self.square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])

@@ -6,25 +6,25 @@ The target of block k is block_k(X_fp), and the quantized block sees X_q, so tha
 the blocks before it. Before block 0 both are the embeddings.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from workers.engine.blocks import BlockCall, StreamedModel, run_block
 from workers.engine.plan import Plan
 
-CHUNK_ELEMENTS = 1 << 24
-"""Elements that are held in fp32 at a time when errors are summed."""
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Elements that are held in fp32 at a time when squares are summed: on a CPU, what stays in its caches."""
 
 
 class Stream:
     """One set of windows in both streams.
 
     original    X_fp; after `advance_original`, the original block's output
-    inputs_fp   X_fp before the block, kept only where a method needs it
+    inputs_fp   X_fp before the block; None unless a method needs it
     quantized   X_q; after `advance_quantized`, the quantized block's output
     """
 
@@ -33,27 +33,34 @@ class Stream:
         self._ids = ids
         self._micro_batch = plan.micro_batch
         self.calls = model.capture_calls(ids.shape[1])
-        self.original = _embeddings(model, ids, _buffer(model, ids, plan))
-        self.quantized = self.original.clone()
-        self.inputs_fp = torch.empty_like(self.original) if keep_inputs else self.original
+        self.original, self.quantized = (_buffer(model, ids, plan) for _ in range(2))
+        self.inputs_fp = _buffer(model, ids, plan) if keep_inputs else None
+        self.quantized.copy_(_embeddings(model, ids, self.original))
 
     def advance_original(self, index: int, block: nn.Module) -> None:
         """X_fp <- block(X_fp)."""
-        if self.inputs_fp is not self.original:
-            self.original, self.inputs_fp = self.inputs_fp, self.original
-        run_block(
-            self.calls[index], block, self.inputs_fp, self.original, micro_batch=self._micro_batch, device=self._device
-        )
+        self._run(index, block, self._kept_inputs(), self.original)
 
     def advance_quantized(self, index: int, block: nn.Module) -> None:
         """X_q <- block(X_q)."""
-        run_block(
-            self.calls[index], block, self.quantized, self.quantized, micro_batch=self._micro_batch, device=self._device
-        )
+        self._run(index, block, self.quantized, self.quantized)
+
+    def _kept_inputs(self) -> Tensor:
+        """X_fp before the block, where it is not overwritten if a method needs it."""
+        if self.inputs_fp is None:
+            return self.original
+        if self.original.is_cuda:
+            # Steps that are captured once for all blocks find their targets where they were.
+            return self.inputs_fp.copy_(self.original)
+        self.original, self.inputs_fp = self.inputs_fp, self.original
+        return self.inputs_fp
+
+    def _run(self, index: int, block: nn.Module, source: Tensor, target: Tensor) -> None:
+        run_block(self.calls[index], block, source, target, micro_batch=self._micro_batch, device=self._device)
 
     def rewind(self, model: StreamedModel) -> None:
         """X_q <- the embeddings, as before block 0; the embedding matrix must be loaded. The kept inputs are let go."""
-        self.inputs_fp = self.original
+        self.inputs_fp = None
         _embeddings(model, self._ids, self.quantized)
 
     def call(self, index: int) -> BlockCall:
@@ -61,15 +68,15 @@ class Stream:
         return self.calls[index]
 
     @torch.no_grad()
-    def output_error(self) -> float:
-        """||Y - Y_hat|| / ||Y|| of the streams as they are."""
-        difference = total = 0.0
-        rows = max(1, CHUNK_ELEMENTS // max(1, self.original[0].numel()))
-        for start in range(0, len(self.original), rows):
-            y = self.original[start : start + rows].float()
-            difference += float((y - self.quantized[start : start + rows].float()).square().sum(dtype=torch.float64))
-            total += float(y.square().sum(dtype=torch.float64))
-        return (difference / total) ** 0.5 if total else 0.0
+    def squared_error(self) -> Tensor:
+        """||Y - Y_hat||^2 and ||Y||^2 of the streams as they are, fp64 (2,), on the device; nothing waits for it."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        rows = max(1, CHUNK_ELEMENTS[self._device.type] // max(1, self.original[:1].numel()))
+        for part in zip(torch.split(self.original, rows), torch.split(self.quantized, rows), strict=True):
+            y, y_hat = (states.to(self._device, non_blocking=True).float() for states in part)
+            sums[0] += (y_hat - y).square_().sum(dtype=torch.float64)
+            sums[1] += y.square().sum(dtype=torch.float64)
+        return sums
 
 
 def _buffer(model: StreamedModel, ids: Tensor, plan: Plan) -> Tensor:
@@ -90,20 +97,43 @@ def _embeddings(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
 
 @contextmanager
 def second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
-    """sum over tokens of x_j^2 for the inputs of each linear, fp32 (in_features,), while the context lasts."""
-    sums: dict[str, Tensor] = {}
-    handles: list[RemovableHandle] = []
-
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def add(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:  # noqa: ARG001 - a hook's signature
-            squares = arguments[0].detach().float().square().flatten(0, -2).sum(0)
-            sums[name] = sums[name] + squares if name in sums else squares
-
-        return add
-
+    """sum over tokens of x_j^2 for the inputs of each linear, (in_features,): fp64 in the context, fp32 after it."""
+    watch = _InputWatch()
+    handles = [linear.register_forward_pre_hook(partial(watch, name)) for name, linear in linears.items()]
     try:
-        handles = [linear.register_forward_pre_hook(watch(name)) for name, linear in linears.items()]
-        yield sums
+        yield watch.sums
     finally:
         for handle in handles:
             handle.remove()
+    for name, total in watch.sums.items():
+        watch.sums[name] = total.float()
+
+
+class _InputWatch:
+    """Sums up what linears are called with. What several get one after another (queries, keys, values) is summed once.
+
+    sums    linear name -> fp64 (in_features,)
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    def __call__(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:  # noqa: ARG002 - a hook
+        x = arguments[0]
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            self._last = (x, x._version, column_squares(x.detach()))
+        squares = self._last[2]
+        self.sums[name] = self.sums[name] + squares if name in self.sums else squares.clone()
+
+
+def column_squares(x: Tensor) -> Tensor:
+    """sum of x_j^2 over all dimensions but the last, fp64 (width,), without a copy of x in fp32."""
+    rows = x.flatten(0, -2)
+    if x.is_cuda:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        return norms.double().square()
+    total = torch.zeros(x.shape[-1], dtype=torch.float64)
+    for part in torch.split(rows, max(1, CHUNK_ELEMENTS["cpu"] // x.shape[-1])):
+        total += part.float().square().sum(0)
+    return total

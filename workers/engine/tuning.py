@@ -8,12 +8,16 @@ start counts as a candidate, so the result is never worse there than the start.
 
 Nothing in a step waits for the device: batches, rates, losses and the choice live there. On a GPU a step is captured
 once as a CUDA graph and replayed for every block of the same shape (`workers.engine.tuned_block` has the block that the
-graph works on). Where capture is impossible the same steps run eagerly.
+graph works on, `workers.engine.minibatches` the sequences). Where capture is impossible the same steps run eagerly.
+
+With several ranks (`workers.engine.ranks`) each has its share of the sequences, splits that for itself, and puts 1/W of
+every batch and of the held-out set together from it. L is the mean of their means; D and the held-out loss are summed
+over the ranks, between two graphs where there would be one, and all take the same step.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
@@ -23,7 +27,10 @@ from torch import Tensor
 
 from app.domain.errors import NumericalFailure
 from workers.contracts import BlockTask, TrainableWeights, TuningOutcome, TuningSettings
+from workers.engine.minibatches import Minibatches, address
+from workers.engine.ranks import ALONE, Ranks
 from workers.engine.tuned_block import TunedBlock, shape_of
+from workers.numerics.quantized import Number
 
 MOST_HELD_OUT = 16
 HELD_OUT_SHARE = 8
@@ -40,10 +47,12 @@ class Tuner:
     """Tunes block after block; `tune` is the `Tune` of the methods.
 
     log    told an event's name and fields when the tuner falls back to a slower way
+    ranks  who tunes along; every one of them must call `tune` with the same settings
     """
 
-    def __init__(self, log: Callable[..., None] = lambda *_, **__: None) -> None:
+    def __init__(self, log: Callable[..., None] = lambda *_, **__: None, ranks: Ranks = ALONE) -> None:
         self._log = log
+        self._ranks = ranks
         self._run: _Run | None = None
 
     def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
@@ -51,14 +60,16 @@ class Tuner:
 
         Raises:
             NumericalFailure: the loss is not finite at the start or at the end.
-            torch.OutOfMemoryError: not even one sequence at a time fits.
+            torch.OutOfMemoryError: not even one sequence at a time fits; or, with several ranks, this one has run out
+                while others wait for it.
         """
+        settings = replace(settings, batch_size=self._ranks.part(settings.batch_size))
         micro_batch = min(task.micro_batch, settings.batch_size)
         while True:
             try:
                 return self._tune(task, weights, settings, micro_batch)
             except torch.OutOfMemoryError:
-                if micro_batch == 1:
+                if micro_batch == 1 or not self._ranks.alone:
                     raise
             # Outside the except clause: the exception holds the tensors of the failed step.
             self._run = None
@@ -79,10 +90,11 @@ class Tuner:
         if run is not None and run.fits(task, weights, settings, micro_batch):
             run.adopt(task, weights)
         else:
-            self._run = run = _Run.begin(task, weights, settings, micro_batch)
+            self._run = run = _Run.begin(task, weights, settings, micro_batch, self._ranks)
             run.prepare(self._log)
         run.start()
         for step in range(settings.steps):
+            run.data.bring()
             run.step()
             if is_checked(step + 1, settings.steps):
                 run.check()
@@ -107,35 +119,40 @@ class _Run:
     weights: Sequence[TrainableWeights]
     settings: TuningSettings
     micro_batch: int
-    batches: Tensor
+    data: Minibatches
     rates: Tensor
-    held_out: Tensor
     count: Tensor
     loss: Tensor
     best: Tensor
     best_step: Tensor
     kernels: ModuleType | None
-    initial: float = math.nan
+    ranks: Ranks
+    initial: Number = math.nan
     step: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
 
     @classmethod
     def begin(
-        cls, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+        cls,
+        task: BlockTask,
+        weights: Sequence[TrainableWeights],
+        settings: TuningSettings,
+        micro_batch: int,
+        ranks: Ranks,
     ) -> "_Run":
-        device, source = task.device, task.inputs.device
-        training, held_out = split(len(task.inputs), task.seed)
+        device = task.device
+        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings, ranks))
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
             block=TunedBlock.of(task, weights),
-            kernels=kernels_for(task),
+            kernels=kernels_for(data.inputs),
+            ranks=ranks,
             weights=weights,
             settings=settings,
             micro_batch=micro_batch,
-            batches=minibatches(training, settings, task.seed).to(source),
+            data=data,
             rates=torch.zeros(settings.steps, dtype=torch.float32, device=device),
-            held_out=held_out.to(source),
             count=torch.zeros((), dtype=torch.int64, device=device),
             loss=torch.full((), math.inf, dtype=torch.float64, device=device),
             best=torch.full((), math.inf, dtype=torch.float64, device=device),
@@ -156,16 +173,16 @@ class _Run:
         self.block.adopt(task.block)
         for mine, other in zip(self.weights, weights, strict=True):
             mine.adopt(other)
-        training, held_out = split(len(task.inputs), task.seed)
-        self.batches.copy_(minibatches(training, self.settings, task.seed))
-        self.held_out.copy_(held_out)
+        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings, self.ranks))
 
     def prepare(self, log: Callable[..., None]) -> None:
         """Captures step and check where that is possible."""
-        if self.task.device.type != "cuda" or self.task.inputs.device.type != "cuda" or not self.settings.steps:
+        if self.task.device.type != "cuda" or not self.settings.steps:
             return
+        self.data.start()
         try:
-            step, check = capture(self._step, self.rates), capture(self._check, self.rates)
+            step = captured(self._gradients, self._sum_gradients, self._move, self.rates, self.ranks)
+            check = captured(self._measure, self._sum_loss, self._choose, self.rates, self.ranks)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -177,79 +194,105 @@ class _Run:
         """Everything to its start; the start's own loss is the first candidate.
 
         Raises:
-            NumericalFailure: that loss is not finite.
+            NumericalFailure: that loss is not finite; on a GPU whoever reads the outcome has to look.
         """
         steps = torch.arange(self.settings.steps, dtype=torch.float64)
         self.rates.copy_(self.settings.learning_rate * (1 - steps / max(self.settings.steps, 1)))
+        self.data.start()
         self.count.zero_()
         self.best.fill_(math.inf)
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
             weights.write(flat.value)
         self.check()
-        self.initial = self._demand_finite("before")
+        self.initial = self._measured("before")
 
     def outcome(self) -> TuningOutcome:
-        self._demand_finite("after")
+        last = self._measured("after")
         linears = {name: result for weights in self.weights for name, result in weights.results().items()}
         faults = sum(weights.faults() for weights in self.weights)
-        return TuningOutcome(linears, self.initial, float(self.best), int(self.best_step), faults)
+        if not isinstance(last, Tensor):
+            return TuningOutcome(linears, self.initial, float(self.best), int(self.best_step), faults)
+        best = torch.where(last.isfinite(), self.best, last)
+        return TuningOutcome(linears, self.initial, best, self.best_step.clone(), faults)
 
     def _step(self) -> None:
         """One minibatch: gradients, the weights' step, the new weights into the block."""
-        at = self.count.view(1)
-        batch = self.batches.index_select(0, at.to(self.batches.device))[0]
+        self._gradients()
+        self._sum_gradients()
+        self._move()
+
+    def _gradients(self) -> None:
+        batch = self.data.rows(self.count.view(1))
         for number, part in enumerate(torch.split(batch, self.micro_batch)):
             self.block.accumulation.adds = number > 0
-            self._add_gradients(part, len(part) / len(batch))
-        rate = self.rates.index_select(0, at)[0]
+            self._add_gradients(part, len(part) / (len(batch) * self.ranks.size))
+
+    def _sum_gradients(self) -> None:
+        self.ranks.sum_(*(flat.gradient for flat in self.block.flats))
+
+    def _move(self) -> None:
+        rate = self.rates.index_select(0, self.count.view(1))[0]
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
             weights.step(flat.gradient, rate, flat.value)
         self.count += 1
 
-    @torch.no_grad()
     def _check(self) -> None:
         """Measures the held-out loss and keeps the present weights if it is the lowest so far."""
+        self._measure()
+        self._sum_loss()
+        self._choose()
+
+    @torch.no_grad()
+    def _measure(self) -> None:
         self.loss.zero_()
-        for part in torch.split(self.held_out, self.micro_batch):
+        for part in torch.split(self.data.held_out, self.micro_batch):
             parts = self._outputs(part)
-            self.loss += self._error(parts, part, len(part) / len(self.held_out))[0]
+            self.loss += self._error(parts, part, len(part) / (len(self.data.held_out) * self.ranks.size))[0]
+
+    def _sum_loss(self) -> None:
+        self.ranks.sum_(self.loss)
+
+    @torch.no_grad()
+    def _choose(self) -> None:
         better = self.loss < self.best
         self.best.copy_(torch.where(better, self.loss, self.best))
         self.best_step.copy_(torch.where(better, self.count, self.best_step))
         for weights in self.weights:
             weights.keep(better)
 
-    def _add_gradients(self, samples: Tensor, share: float) -> None:
+    def _add_gradients(self, rows: Tensor, share: float) -> None:
         """Adds the weights' gradients of `share` times the error of some sequences."""
-        parts = self._outputs(samples)
-        _, gradient = self._error(parts, samples, share)
+        parts = self._outputs(rows)
+        _, gradient = self._error(parts, rows, share)
         trained = [part for part in parts if part.requires_grad]
         torch.autograd.backward(trained, [gradient] * len(trained))
 
-    def _outputs(self, samples: Tensor) -> list[Tensor]:
+    def _outputs(self, rows: Tensor) -> list[Tensor]:
         """The block's output for some sequences, as one tensor or as two that add up to it."""
         forward, module = self.task.forward, self.block.module
         if self.kernels is None:
-            inputs = self.task.inputs.index_select(0, samples).to(self.task.device, non_blocking=True)
-            return [forward(module, inputs)]
-        inputs, summands = self.kernels.take_rows(self.task.inputs, samples), getattr(module, "summands", None)
+            return [forward(module, self.data.inputs.index_select(0, rows))]
+        inputs, summands = self.kernels.take_rows(self.data.inputs, rows), getattr(module, "summands", None)
         return [forward(module, inputs)] if summands is None else list(forward(summands, inputs))
 
     @torch.no_grad()
-    def _error(self, parts: list[Tensor], samples: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    def _error(self, parts: list[Tensor], rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """`share` times the mean squared error of outputs, fp32, and `LOSS_SCALE` times its gradient by them."""
         scaled = LOSS_SCALE.get(parts[0].dtype, 1.0)
         if self.kernels is not None:
-            loss, gradient = self.kernels.square_error(parts, self.task.targets, samples, share, scaled)
+            loss, gradient = self.kernels.square_error(parts, self.data.targets, rows, share, scaled)
             return loss, gradient
         (output,) = parts
-        targets = self.task.targets.index_select(0, samples).to(self.task.device, non_blocking=True)
+        targets = self.data.targets.index_select(0, rows)
         # In half precision the difference is rounded as the outputs are; squares and their mean are not.
         error = (output - targets).to(torch.promote_types(output.dtype, torch.float32))
         loss = error.square().mean() * share
         return loss, error.mul_(2 * share * scaled / error.numel()).to(output.dtype)
 
-    def _demand_finite(self, when: str) -> float:
+    def _measured(self, when: str) -> Number:
+        """The loss of the last check; a number of its own on a GPU, where nobody waits for it here."""
+        if self.loss.is_cuda:
+            return self.loss.clone()
         if not math.isfinite(value := float(self.loss)):
             raise NumericalFailure(
                 f"block {self.task.index}: the output error is {value} {when} tuning",
@@ -259,10 +302,11 @@ class _Run:
         return value
 
 
-def kernels_for(task: BlockTask) -> ModuleType | None:
-    """The kernels of a block's parts where they serve: everything on one GPU, and Triton installed."""
-    on_gpu = task.device.type == "cuda" and task.inputs.is_cuda and task.targets.is_cuda
-    if not on_gpu or task.inputs.dtype == torch.float64 or find_spec("triton") is None:
+def kernels_for(inputs: Tensor) -> ModuleType | None:
+    """What works on a block's parts where it serves: operators on a CPU, kernels on a GPU with Triton."""
+    if inputs.device.type == "cpu":
+        return import_module("workers.numerics.block_operators")
+    if not inputs.is_cuda or inputs.dtype == torch.float64 or find_spec("triton") is None:
         return None
     return import_module("workers.numerics.block_kernels")
 
@@ -277,16 +321,38 @@ def capture(function: Callable[[], None], rates: Tensor) -> Callable[[], None]:
             function()
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # Other threads read and write blocks meanwhile; CUDA shall watch what this one does.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         function()
     return graph.replay
+
+
+def captured(
+    before: Callable[[], None], exchange: Callable[[], None], after: Callable[[], None], rates: Tensor, ranks: Ranks
+) -> Callable[[], None]:
+    """The three one after another: one graph without the exchange for a world of one, else it runs between two."""
+    if ranks.alone:
+
+        def both() -> None:
+            before()
+            after()
+
+        return capture(both, rates)
+    first, second = capture(before, rates), capture(after, rates)
+
+    def replay() -> None:
+        first()
+        exchange()
+        second()
+
+    return replay
 
 
 def _shape(
     task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
 ) -> tuple[object, ...]:
     """What a captured step depends on beside the values in its tensors."""
-    activations = [(t.data_ptr(), tuple(t.shape), t.dtype) for t in (task.inputs, task.targets)]
+    activations = [address(tensor, task.device) for tensor in (task.inputs, task.targets)]
     kinds = [(type(w), tuple(w.shapes.items())) for w in weights]
     return (
         settings,
@@ -299,16 +365,22 @@ def _shape(
     )
 
 
+def _samples(task: BlockTask, settings: TuningSettings, ranks: Ranks) -> dict[str, Tensor]:
+    """Which sequences train and which judge, as `Minibatches` takes them."""
+    training, held_out = split(len(task.inputs), task.seed, ranks.part(MOST_HELD_OUT))
+    return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
+
+
 def is_checked(step: int, steps: int) -> bool:
     """Whether the held-out loss is measured after this step: some seven times a run, in its last two thirds."""
     every = max(1, steps // CHECKS)
     return step == steps or (step % every == 0 and 3 * step >= steps)
 
 
-def split(samples: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the held-out sequences; a single sequence serves as both."""
+def split(samples: int, seed: int, most: int = MOST_HELD_OUT) -> tuple[Tensor, Tensor]:
+    """Indices of the training and of the held-out sequences, at most `most`; a single sequence serves as both."""
     order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    count = max(1, min(MOST_HELD_OUT, samples // HELD_OUT_SHARE))
+    count = max(1, min(most, samples // HELD_OUT_SHARE))
     return (order, order) if samples == 1 else (order[count:], order[:count])
 
 

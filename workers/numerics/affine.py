@@ -15,7 +15,6 @@ computed, so that what is optimized is what is shipped. The full-range symmetric
 (arXiv:2309.05516 and its code); a zero range keeps a tiny positive scale.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -105,42 +104,8 @@ SYMMETRIC_FACTORS, ASYMMETRIC_FACTORS = 31, 11
 """Range factors tried from 1 down to the smallest: for each sign of the scale, and for each side of the range."""
 
 
-def search_range(weight: Tensor, moments: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupRange:
-    """The shrunk range of each group with the least sum_j moments_j * (w_hat_j - w_j)^2, rounded to nearest.
-
-    weight    grouped, (groups, G), fp32 or wider
-    moments   the same shape or one that broadcasts: second moments of the input columns
-    Symmetric groups try a scale of either sign, asymmetric ones every pair of factors for the two sides.
-    """
-    full = GroupRange.of(weight)
-    best, least = full, torch.full_like(full.low, torch.inf)
-    for candidate in range_candidates(full, scheme):
-        to = grid(candidate, scheme, scale_dtype)
-        codes, _ = round_to_grid(weight, to)
-        steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
-        error = (steps * to.scale.unsqueeze(-1) - weight).square_().mul_(moments).sum(-1)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = GroupRange(torch.where(better, candidate.low, best.low), torch.where(better, candidate.high, best.high))
-    return best
-
-
-def range_candidates(full: GroupRange, scheme: Scheme) -> Iterator[GroupRange]:
-    """The ranges that `search_range` tries, the full one first."""
-    if not scheme.symmetric:
-        factors = _factors(ASYMMETRIC_FACTORS)
-        yield from (GroupRange(full.low * a, full.high * b) for a in factors for b in factors)
-        return
-    low_wins, nothing = -full.low > full.high, torch.zeros_like(full.low)
-    widest = torch.maximum(-full.low, full.high)
-    for factor in _factors(SYMMETRIC_FACTORS):
-        for same_sign in (True, False):
-            by_low = low_wins == same_sign
-            reach = widest * factor
-            yield GroupRange(torch.where(by_low, -reach, nothing), torch.where(by_low, nothing, reach))
-
-
-def _factors(count: int) -> list[float]:
+def range_factors(count: int) -> list[float]:
+    """Evenly from 1 to `SMALLEST_FACTOR`."""
     return [1 - (1 - SMALLEST_FACTOR) * i / (count - 1) for i in range(count)]
 
 

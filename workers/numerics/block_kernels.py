@@ -12,7 +12,7 @@ rounded to the activations' dtype where transformers rounds them.
     take_rows     x[index], rows of any size
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -79,6 +79,39 @@ def take_rows(source: Tensor, index: Tensor) -> Tensor:
     size = source[0].numel()
     _take_rows[(len(index), triton.cdiv(size, ROW_ELEMENTS))](source, index, rows, size, BLOCK=ROW_ELEMENTS)
     return rows
+
+
+def warm_ups(
+    sizes: tuple[int, int], heads: Sequence[int], head_width: int, dtype: torch.dtype, device: torch.device
+) -> list[Callable[[], object]]:
+    """Calls on a few tokens, forward and backward, which compile what blocks of these sizes will need.
+
+    sizes   of hidden states and of the MLP's inside      heads   of queries, keys and values
+    """
+
+    def hidden(*shape: int) -> Tensor:
+        return torch.ones(2, 16, *shape, dtype=dtype, device=device, requires_grad=True)
+
+    width, inner = sizes
+    weight, index = torch.ones(width, dtype=dtype, device=device), torch.zeros(2, dtype=torch.int64, device=device)
+    angles = {part: torch.ones(16, head_width, dtype=dtype, device=device) for part in ("cos", "sin")}
+
+    def both_ways(function: Callable[[], Any]) -> None:
+        outputs = function()
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+    def at_the_end() -> None:
+        rows = take_rows(hidden(width).detach(), index)
+        square_error([rows, rows], rows, index, 1.0, 1.0)
+
+    return [
+        lambda: rms_norm(hidden(width).detach(), weight, 1e-5),
+        lambda: both_ways(lambda: add_rms_norm(hidden(width), hidden(width), weight, 1e-5)),
+        lambda: both_ways(lambda: silu_mul(hidden(2 * inner))),
+        lambda: both_ways(lambda: turn(hidden(sum(heads), head_width), counts=heads, **angles)),
+        at_the_end,
+    ]
 
 
 class _RMSNorm(torch.autograd.Function):

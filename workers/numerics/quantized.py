@@ -10,12 +10,16 @@ affine weight has the constant zero point 2^(bits-1), which is not stored; its s
 side of a group's range may take the extra code (SignRound's full range).
 """
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import torch
 from torch import Tensor
 
 from app.domain.methods import PER_CHANNEL, Scheme
+
+Number = float | Tensor
+"""A number, or one that the device still computes: reading it waits for the device."""
 
 
 @dataclass(frozen=True)
@@ -231,6 +235,10 @@ class LinearResult:
         base = self.weight.dequantize()
         return base if self.low_rank is None else (base.float() + self.low_rank.product()).to(base.dtype)
 
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is stored, in a fixed order."""
+        return _tensors(self)
+
     def to(self, device: torch.device | str) -> "LinearResult":
         return LinearResult(self.weight.to(device), None if self.low_rank is None else self.low_rank.to(device))
 
@@ -249,13 +257,21 @@ class BlockResult:
     """
 
     linears: dict[str, LinearResult]
-    loss_initial: float | None = None
-    loss: float | None = None
-    counters: dict[str, float] = field(default_factory=dict)
+    loss_initial: Number | None = None
+    loss: Number | None = None
+    counters: dict[str, Number] = field(default_factory=dict)
 
 
 def _columns(codes: Tensor, scheme: Scheme) -> int:
     return codes.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif is_dataclass(part):
+        for each in fields(part):
+            yield from _tensors(getattr(part, each.name))
 
 
 def _bits(tensor: Tensor) -> int:

@@ -1,0 +1,115 @@
+"""Two real processes that stay, so that every test of ranks need not wait until torch is loaded twice."""
+
+import json
+import multiprocessing
+from collections.abc import Callable
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+from unittest.mock import patch
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from app.domain.events import AttemptLine, AttemptOrder, ResultLine
+from app.domain.jobs import JobRequest
+from workers.engine import pipeline, resume
+from workers.engine.reporter import Reporter
+
+SIZE = 2
+
+
+class RankPair:
+    """Runs a function of the rank and other arguments on both ranks at once."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._connections: list[Connection] = []
+        self._processes = []
+        for rank in range(SIZE):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=serve, args=(rank, theirs), daemon=True)
+            process.start()
+            self._connections.append(mine)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 200) -> list[Any]:
+        """What the function returns on each rank, or the exception that it raises."""
+        for connection in self._connections:
+            connection.send((function, arguments))
+        answers = []
+        for connection in self._connections:
+            if not connection.poll(seconds):
+                raise TimeoutError(f"{function.__name__} did not return")
+            answers.append(connection.recv())
+        return answers
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+
+
+def serve(rank: int, connection: Connection) -> None:
+    torch.set_num_threads(1)
+    while True:
+        function, arguments = connection.recv()
+        try:
+            connection.send(function(rank, *arguments))
+        except Exception as error:
+            connection.send(error)
+
+
+def order_of(model: Path, workspace: Path, body: dict[str, Any], attempt: int, device: str) -> AttemptOrder:
+    return AttemptOrder(
+        job_id="job_1",
+        attempt=attempt,
+        request=JobRequest.parse(json.loads(json.dumps({"model": str(model)} | body))),
+        model_path=str(model),
+        world_size=SIZE,
+        rendezvous=str(workspace / f"rendezvous-{attempt}"),
+        device="cuda" if device == "cuda" else "cpu",
+    )
+
+
+@dataclass(frozen=True)
+class RankRun:
+    """What a rank did in a job: the result and lines of the first one, and the tensors that each made by block."""
+
+    result: ResultLine | None
+    lines: list[AttemptLine]
+    made: dict[int, dict[str, Tensor]]
+
+
+def run_job_on_ranks(
+    rank: int, model: Path, workspace: Path, body: dict[str, Any], attempt: int = 1, device: str = "cpu"
+) -> RankRun:
+    """A job, as one of the ranks."""
+    made: dict[int, dict[str, Tensor]] = {}
+    lines: list[AttemptLine] = []
+    save = resume.ResumeState.save
+
+    def record(state: resume.ResumeState, index: int, weights: Any, report: Any) -> None:
+        made[index] = {f"{n}.{k}": t.cpu().clone() for n, w in weights.items() for k, t in tensors(w).items()}
+        save(state, index, weights, report)
+
+    try:
+        with patch.object(resume.ResumeState, "save", record):
+            order, result = order_of(model, workspace, body, attempt, device), None
+            if rank:
+                pipeline.assist(order, workspace, rank)
+            else:
+                result = pipeline.run(order, workspace, Reporter(lines.append))
+            return RankRun(result, lines, made)
+    finally:
+        if dist.is_initialized():  # after an error of all ranks
+            dist.destroy_process_group()
+
+
+def tensors(weight: Any) -> dict[str, Tensor]:
+    return {name: part for name, part in vars(weight).items() if isinstance(part, Tensor)}

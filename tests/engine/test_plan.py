@@ -1,0 +1,74 @@
+"""Where activations live follows from the memory that is there, and the same machine plans the same again."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from app.domain.events import AttemptOrder
+from app.domain.jobs import JobRequest
+from tests.engine.random_models import save_random_model
+from workers.engine.blocks import StreamedModel
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.plan import Plan, StreamSize, make_plan, working_bytes
+
+GB = 1 << 30
+PlanWith = Callable[..., Plan]
+
+
+@pytest.fixture
+def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
+    """Plans for a GPU of 80 GB with so much free, and streams of such sizes."""
+    save_random_model(tmp_path, "llama")
+    model = StreamedModel.open(Checkpoint.open(tmp_path), torch.device("cpu"))
+    model.device = torch.device("cuda", 0)
+    order = AttemptOrder(
+        job_id="job_1",
+        attempt=1,
+        request=JobRequest.parse({"model": str(tmp_path), "method": "rtn", "group_size": 16}),
+        model_path=str(tmp_path),
+        device="cuda",
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
+
+    def plan(free: int, *streams: StreamSize) -> Plan:
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GB))
+        return make_plan(order, model, list(streams))
+
+    plan.model = model  # type: ignore[attr-defined]
+    return plan
+
+
+def test_activations_stay_on_the_device_while_they_fit(plan_with: PlanWith) -> None:
+    size = StreamSize(samples=1 << 14, length=100, tensors=2)  # of width 32, fp32
+    needed = (1 << 14) * 100 * 2 * 32 * 4
+    small = plan_with(8 * GB, size)
+    assert (small.activations, small.activation_bytes) == ("device", needed)
+    assert small.activation_budget is not None
+    assert needed <= small.activation_budget < 8 * GB
+    more = replace(size, samples=small.activation_budget * size.samples // needed + size.samples)
+    assert plan_with(8 * GB, more).activations == "host"
+    assert plan_with(8 * GB, size, more).activation_bytes == needed + needed // size.samples * more.samples
+    assert plan_with(40 * GB, more).activations == "device"
+    assert plan_with(0, size).activation_budget == 0
+
+
+def test_a_little_more_or_less_free_memory_changes_nothing(plan_with: PlanWith) -> None:
+    size = StreamSize(samples=100, length=100, tensors=3)
+    first = plan_with(8 * GB + 10, size)
+    assert plan_with(8 * GB + 900_000_000, size) == first
+    assert plan_with(7 * GB, size) != first
+    assert plan_with(7 * GB, size).decides_codes() == first.decides_codes(), "codes are the same wherever they are"
+    assert set(first.decides_codes()) == {"device", "threads", "dtype", "scale_dtype", "micro_batch", "torch_version"}
+
+
+def test_what_the_device_needs_besides_grows_with_what_tuning_holds(plan_with: PlanWith) -> None:
+    model: StreamedModel = plan_with.model  # type: ignore[attr-defined]
+    block = sum(p.numel() for p in model.blocks[0].parameters())
+    least = working_bytes(model, 1, 1)
+    assert least > block * (2 * 4 + 4 + 4 + 4), "two blocks; value, gradient and offset of every weight"
+    assert working_bytes(model, 4096, 32) - working_bytes(model, 4096, 16) == 16 * 4096 * (24 * 32 + 6 * 64) * 4

@@ -1,0 +1,317 @@
+"""Two ranks, which are real processes, compute what one does: the same gradient, the same steps, the same codes."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from app.domain.errors import InternalError
+from app.domain.events import BlockEvent, LogEvent
+from app.domain.methods import Scheme, SignRoundSpec
+from app.domain.report import Report
+from tests.engine.conftest import TEXTS, run_job
+from tests.engine.rank_pair import SIZE, RankPair, RankRun, run_job_on_ranks
+from tests.engine.test_tuning import RecordedWeights, weights_of
+from tests.methods.toy_block import toy_task
+from workers.contracts import BlockTask, TuningOutcome, TuningSettings
+from workers.engine import tuning
+from workers.engine.ranks import Ranks, joined
+from workers.engine.streams import second_moments
+from workers.engine.tuning import Tuner, minibatches, split
+from workers.methods.sign_round import SignRound
+from workers.numerics.quantized import BlockResult
+
+SCHEME = Scheme(bits=3, group_size=16, symmetric=True)
+SETTINGS = TuningSettings(6, 8, 0.1)
+TUNED: dict[str, Any] = {"method": "signround", "bits": 3, "group_size": 32, "steps": 12, "batch_size": 4}
+SCALED: dict[str, Any] = TUNED | {"bits": 2, "symmetric": False, "scale_steps": 16}
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[RankPair]:
+    with RankPair() as found:
+        yield found
+
+
+def run_on_both(pair: RankPair, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """What both ranks return; what they raise is raised."""
+    found = pair.run(function, *arguments)
+    for answer in found:
+        if isinstance(answer, Exception):
+            raise answer
+    return found
+
+
+# ---- What is exchanged -------------------------------------------------------------------------------------------
+
+
+def connected(rank: int, store: Path, compute: Callable[[Ranks], Any]) -> Any:
+    """What `compute` returns while the ranks can reach each other."""
+    with joined(Ranks(rank, SIZE), str(store), torch.device("cpu")) as ranks:
+        return compute(ranks)
+
+
+def exchange(ranks: Ranks) -> dict[str, Any]:
+    sums = torch.arange(3.0, dtype=torch.bfloat16) + ranks.rank
+    ranks.sum_(sums)
+    return {
+        "sum": sums.tolist(),
+        "total": ranks.total(5 + ranks.rank),
+        "least": ranks.least(7 - ranks.rank),
+        "agree": (ranks.agree(4), ranks.agree(ranks.rank)),
+        "share": ranks.share(torch.arange(5)).tolist(),
+        "part": (ranks.part(8), ranks.part(1)),
+        "leads": ranks.leads,
+    }
+
+
+def test_ranks_exchange_sums_and_share_all_rows(pair: RankPair, tmp_path: Path) -> None:
+    first, second = run_on_both(pair, connected, tmp_path / "store", exchange)
+    assert first["share"] + second["share"] == [0, 2, 4, 1, 3]
+    assert (first["leads"], second["leads"]) == (True, False)
+    for found in (first, second):
+        assert found["sum"] == [1, 3, 5]
+        assert (found["total"], found["least"], found["part"]) == (11, 6, (4, 1))
+        assert found["agree"] == (True, False)
+
+
+def test_a_world_of_one_exchanges_nothing(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("an exchange")
+
+    monkeypatch.setattr(dist, "all_reduce", refuse)
+    monkeypatch.setattr(dist, "init_process_group", refuse)
+    assert run_job(small_model, tmp_path, **SCALED).report.plan["world_size"] == 1
+    rows = torch.arange(4)
+    assert Ranks().share(rows).data_ptr() == rows.data_ptr()
+
+
+# ---- The tuner -----------------------------------------------------------------------------------------------------
+
+
+def double_task() -> BlockTask:
+    task = toy_task({"up": SCHEME, "down": SCHEME})
+    inputs, targets = task.inputs.double(), task.targets.double()
+    return replace(task, block=task.block.double(), inputs=inputs, inputs_fp=inputs, targets=targets)
+
+
+def shared_task(ranks: Ranks) -> BlockTask:
+    task = double_task()
+    inputs, targets = ranks.share(task.inputs), ranks.share(task.targets)
+    return replace(task, inputs=inputs, inputs_fp=inputs, targets=targets, tune=Tuner(ranks=ranks).tune)
+
+
+def union(local: Callable[[int], Tensor]) -> Tensor:
+    """Indices among all samples of what each rank has picked among its own; along the last dimension."""
+    return torch.cat([local(rank) * SIZE + rank for rank in range(SIZE)], dim=-1)
+
+
+def splits_of(samples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    shares = [len(range(rank, samples, SIZE)) for rank in range(SIZE)]
+    return [split(share, seed, tuning.MOST_HELD_OUT // SIZE) for share in shares]
+
+
+def batches_of(samples: int, settings: TuningSettings, seed: int) -> Tensor:
+    """Every step's minibatch of all ranks together, as indices among all samples."""
+    own = replace(settings, batch_size=settings.batch_size // SIZE)
+    return union(lambda rank: minibatches(splits_of(samples, seed)[rank][0], own, seed))
+
+
+def tune_recorded(ranks: Ranks, moves: float) -> tuple[TuningOutcome, RecordedWeights]:
+    task = shared_task(ranks)
+    weights = weights_of(task, moves=moves)
+    return task.tune(task, [weights], SETTINGS), weights
+
+
+def recorded_still(ranks: Ranks) -> tuple[TuningOutcome, RecordedWeights]:
+    return tune_recorded(ranks, 0.0)
+
+
+def test_the_summed_gradient_is_that_of_one_process_over_the_whole_batch(pair: RankPair, tmp_path: Path) -> None:
+    """The oracle is autograd in fp64, without the tuner; errors become fp32 before they are squared, as in the loop."""
+    found = run_on_both(pair, connected, tmp_path / "store", recorded_still)
+    task = double_task()
+    parameter = (task.linear("up").weight.detach() * 0.9).requires_grad_()
+    batches = batches_of(len(task.inputs), SETTINGS, task.seed)
+    assert batches.shape == (6, 8)
+    for step, batch in enumerate(batches):
+        assert len(set(batch.tolist())) == 8
+        output = torch.func.functional_call(task.block, {"up.weight": parameter}, task.inputs[batch])
+        loss = (output - task.targets[batch]).float().square().mean()
+        (expected,) = torch.autograd.grad(loss, parameter)
+        for _, weights in found:
+            gradient = weights.gradients[step].view_as(expected)
+            torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-10 * float(expected.abs().max()))
+    held_out = union(lambda rank: splits_of(len(task.inputs), task.seed)[rank][1])
+    assert not set(held_out.tolist()) & set(batches.flatten().tolist())
+    with torch.no_grad():
+        output = torch.func.functional_call(task.block, {"up.weight": parameter}, task.inputs[held_out])
+        error = float((output - task.targets[held_out]).square().mean())
+    assert [outcome.loss_initial for outcome, _ in found] == pytest.approx([error, error], rel=1e-6)
+
+
+def tuned(ranks: Ranks) -> BlockResult:
+    task = shared_task(ranks)
+    return SignRound().quantize_block(task, SignRoundSpec(steps=40, batch_size=8, scale_search=False))
+
+
+def test_two_ranks_tune_as_one_process_does_with_their_batches(
+    pair: RankPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = run_on_both(pair, connected, tmp_path / "store", tuned)
+
+    def split_as_ranks(samples: int, seed: int, most: int = 0) -> tuple[Tensor, Tensor]:
+        parts = splits_of(samples, seed)
+        return union(lambda rank: parts[rank][0]), union(lambda rank: parts[rank][1])
+
+    def batches_as_ranks(_: Tensor, settings: TuningSettings, seed: int) -> Tensor:
+        return batches_of(32, settings, seed)
+
+    monkeypatch.setattr(tuning, "split", split_as_ranks)
+    monkeypatch.setattr(tuning, "minibatches", batches_as_ranks)
+    one = SignRound().quantize_block(double_task(), SignRoundSpec(steps=40, batch_size=8, scale_search=False))
+    assert one.loss is not None
+    assert one.loss_initial is not None
+    assert one.loss < 0.9 * one.loss_initial
+    assert (first.loss, first.loss_initial) == (second.loss, second.loss_initial)
+    assert first.loss == pytest.approx(one.loss, rel=1e-3)
+    for name in one.linears:
+        mine, other, alone = (result.linears[name].affine for result in (first, second, one))
+        assert torch.equal(mine.codes, other.codes)
+        assert torch.equal(mine.scale, other.scale)
+        assert (mine.codes != alone.codes).float().mean() < 1e-3
+
+
+# ---- Whole jobs ----------------------------------------------------------------------------------------------------
+
+
+def job_on_ranks(pair: RankPair, model: Path, workspace: Path, attempt: int = 1, **request: Any) -> list[RankRun]:
+    """The rank's runs; `request` as in `run_job`."""
+    quantization = {"method": "rtn", "bits": 4, "group_size": 32}
+    quantization |= {n: request.pop(n) for n in list(request) if n not in ("evaluation", "calibration", "formats")}
+    workspace.mkdir(exist_ok=True)
+    body = {"quantization": quantization, **TEXTS, **request}
+    return run_on_both(pair, run_job_on_ranks, model, workspace, body, attempt)
+
+
+def report_of(runs: list[RankRun]) -> Report:
+    assert runs[0].result is not None
+    assert runs[1].result is None
+    assert runs[1].lines == []
+    return runs[0].result.report
+
+
+def assert_same_made(runs: list[RankRun]) -> None:
+    first, second = (run.made for run in runs)
+    assert first.keys() == second.keys()
+    for index, made in first.items():
+        assert made.keys() == second[index].keys()
+        assert all(torch.equal(made[name], second[index][name]) for name in made)
+
+
+def test_rounding_on_two_ranks_is_rounding_on_one(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
+    """One window of evaluation: the second rank has nothing to look at."""
+    text: dict[str, Any] = {"evaluation": {"num_samples": 1, "sequence_length": 48}}
+    runs = job_on_ranks(pair, small_model, tmp_path / "two", **text)
+    two, one = report_of(runs), run_job(small_model, tmp_path / "one", **text).report
+    assert two.plan["world_size"] == 2
+    assert_same_made(runs)
+    weights = [(tmp_path / name / "output/native/weights.safetensors").read_bytes() for name in ("one", "two")]
+    assert weights[0] == weights[1]
+    assert two.quality == one.quality
+    for found, expected in zip(two.blocks, one.blocks, strict=True):
+        assert found.model_copy(update={"seconds": 0}) == expected.model_copy(update={"seconds": 0})
+
+
+def test_two_ranks_make_the_same_weights_and_close_ones_to_one_ranks(
+    pair: RankPair, small_model: Path, tmp_path: Path
+) -> None:
+    """Nine windows, which two do not divide; the head and all scales are tuned or rounded, too."""
+    sizes = {"calibration": {"num_samples": 9, "sequence_length": 32}}
+    request = SCALED | sizes | {"modules": {"ignore": []}, "formats": ["native"]}
+    runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
+    two, one = report_of(runs), run_job(small_model, tmp_path / "one", **request).report
+    assert_same_made(runs)
+    assert sorted(runs[0].made) == [0, 1, 2, 3]
+    assert [line.index for line in runs[0].lines if isinstance(line, BlockEvent)] == [0, 1, 2]
+    assert two.calibration == one.calibration
+    assert two.quality is not None
+    assert one.quality is not None
+    assert two.quality.perplexity_original == pytest.approx(one.quality.perplexity_original, rel=1e-6)
+    assert two.quality.kl_divergence == pytest.approx(one.quality.kl_divergence, rel=0.3)
+    assert two.scales is not None
+    assert two.scales.held_out == 2
+    for found, expected in zip(two.blocks, one.blocks, strict=True):
+        assert found.loss is not None
+        assert found.loss_initial is not None
+        assert found.loss < found.loss_initial
+        assert found.output_error == pytest.approx(expected.output_error, rel=0.3)
+
+
+def test_a_job_on_two_ranks_goes_on_from_its_blocks(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
+    whole = report_of(job_on_ranks(pair, small_model, tmp_path / "a", **SCALED))
+    files = {file.name: file.read_bytes() for file in (tmp_path / "a/state").iterdir()}
+    damaged = bytearray(files["block-00002.safetensors"])
+    damaged[-1] ^= 1
+    (tmp_path / "a/state/block-00002.safetensors").write_bytes(damaged)
+    runs = job_on_ranks(pair, small_model, tmp_path / "a", 2, **SCALED)
+    again = report_of(runs)
+    assert (again.blocks_computed, again.blocks_resumed) == (1, 2)
+    assert [sorted(run.made) for run in runs] == [[2], [2]]
+    assert again.quality == whole.quality
+    assert {f.name for f in (tmp_path / "a/state").iterdir()} == set(files)
+    for name in ("block-00002.safetensors", "scales.safetensors"):
+        assert (tmp_path / "a/state" / name).read_bytes() == files[name]
+
+
+def differing_job(rank: int, model: Path, workspace: Path, body: dict[str, Any]) -> RankRun:
+    """As `run_job_on_ranks`, but the second rank has other codes in one place of its second block."""
+    quantize = SignRound.quantize_block
+
+    def differ(self: SignRound, task: BlockTask, spec: SignRoundSpec) -> BlockResult:
+        result = quantize(self, task, spec)
+        if rank == 1 and task.index == 1:
+            next(iter(result.linears.values())).weight.codes[0, 0] ^= 1
+        return result
+
+    with patch.object(SignRound, "quantize_block", differ):
+        return run_job_on_ranks(rank, model, workspace, body)
+
+
+def test_ranks_that_disagree_fail_before_anything_is_kept(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
+    found = pair.run(differing_job, small_model, tmp_path, {"quantization": TUNED, **TEXTS})
+    for error in found:
+        assert isinstance(error, InternalError)
+        assert "block 1" in str(error)
+    assert not (tmp_path / "state/block-00001.safetensors").exists()
+
+
+def test_moments_of_a_rank_without_windows_are_zeros() -> None:
+    with second_moments({"a": torch.nn.Linear(3, 2)}) as moments:
+        assert moments["a"].tolist() == [0, 0, 0]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_ranks_on_gpus_replay_graphs_around_their_exchange(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
+    """Also where the two share one GPU, and gloo carries what NCCL would."""
+    quantization = SCALED | {"group_size": 32}
+    body = {"quantization": quantization, **TEXTS}
+    runs = run_on_both(pair, run_job_on_ranks, small_model, tmp_path / "gpu", body, 1, "cuda")
+    report = report_of(runs)
+    assert_same_made(runs)
+    assert not [line for line in runs[0].lines if isinstance(line, LogEvent) and line.event == "capture_failed"]
+    assert report.scales is not None
+    assert report.scales.captured
+    one = run_job(small_model, tmp_path / "one", **SCALED, order={"device": "cuda"}).report
+    for found, expected in zip(report.blocks, one.blocks, strict=True):
+        assert found.loss is not None
+        assert found.loss_initial is not None
+        assert found.loss < found.loss_initial
+        assert found.output_error == pytest.approx(expected.output_error, rel=0.3)

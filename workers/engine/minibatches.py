@@ -1,0 +1,121 @@
+"""The sequences that tuning steps read: on the device, at addresses that never change, wherever activations live.
+
+Where inputs and targets are on the device, steps pick their rows out of them. Where they are in host memory, a step's
+rows come through two buffers on the device: a side stream fills `ahead` with the next step's rows while the present
+step runs, and before the next step they are copied to the rows that steps read. So a copy from the host hides behind
+a step, and a step can be captured. The held-out rows, which are read several times, are brought once a run.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+
+class Minibatches:
+    """Of one run of steps, and after it of others over tensors of the same shapes.
+
+    inputs, targets   what steps read, (rows, length, width)
+    held_out          rows of these that judge and never train
+
+    A run is `start`, then for each step `bring` and `rows`.
+    """
+
+    def __init__(
+        self, inputs: Tensor, targets: Tensor, device: torch.device, *, batches: Tensor, held_out: Tensor
+    ) -> None:
+        """inputs and targets (samples, length, width), samples of each step (steps, batch), held-out ones (count,)."""
+        self._staging: _Staging | None = None
+        if is_far(inputs, device):
+            self._staging = _Staging((inputs, targets), device, batch=batches.shape[1], fixed=len(held_out))
+            self.inputs, self.targets = self._staging.rows
+            rows = torch.arange(len(self.inputs), device=device)
+            self._batch, self.held_out = torch.split(rows, [batches.shape[1], len(held_out)])
+        else:
+            self.inputs, self.targets = inputs, targets
+            self._batches, self.held_out = batches.to(device), held_out.to(device)
+        self.adopt(inputs, targets, batches=batches, held_out=held_out)
+
+    def adopt(self, inputs: Tensor, targets: Tensor, *, batches: Tensor, held_out: Tensor) -> None:
+        """Takes over another run's samples: of the same tensors, or of any of their shapes in host memory."""
+        if self._staging is None:
+            self._batches.copy_(batches)
+            self.held_out.copy_(held_out)
+        else:
+            self._staging.adopt((inputs, targets), batches.tolist(), held_out.tolist())
+
+    def start(self) -> None:
+        """To the first step; afterwards `inputs` and `targets` hold real rows."""
+        if self._staging is not None:
+            self._staging.start()
+
+    def bring(self) -> None:
+        """Has the next step's rows in their place when the device gets to that step; waits for nothing."""
+        if self._staging is not None:
+            self._staging.bring()
+
+    def rows(self, done: Tensor) -> Tensor:
+        """Rows of the present step, (batch,), on the device, as `done` (1,), int64, counts steps there."""
+        return self._batch if self._staging is not None else self._batches.index_select(0, done)[0]
+
+
+def is_far(tensor: Tensor, device: torch.device) -> bool:
+    """Whether a tensor must be copied to be used on the device."""
+    return tensor.device.type != device.type
+
+
+def address(tensor: Tensor, device: torch.device) -> tuple[object, ...]:
+    """What a captured step depends on that reads this tensor through `Minibatches`."""
+    return (None if is_far(tensor, device) else tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
+
+
+class _Staging:
+    """Rows of tensors in (pinned) host memory: `rows` holds those of the present step, then the fixed ones."""
+
+    def __init__(self, sources: tuple[Tensor, ...], device: torch.device, *, batch: int, fixed: int) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self._batch = batch
+        self.rows, self._ahead = (
+            tuple(torch.empty(count, *s.shape[1:], dtype=s.dtype, device=device) for s in sources)
+            for count in (batch + fixed, batch)
+        )
+        if self._stream is not None:
+            for tensor in self._ahead:
+                tensor.record_stream(self._stream)
+
+    def adopt(self, sources: tuple[Tensor, ...], batches: list[list[int]], fixed: list[int]) -> None:
+        self._sources, self._batches, self._fixed = sources, batches, fixed
+
+    def start(self) -> None:
+        for rows, source in zip(self.rows, self._sources, strict=True):
+            _fill(rows[self._batch :], source, self._fixed)
+        self._left = iter(self._batches)
+        self._fetch()
+        self._take()  # for a capture; the first step takes these rows once more
+
+    def bring(self) -> None:
+        self._take()
+        self._fetch()
+
+    def _fetch(self) -> None:
+        """Begins to copy the rows of the step after the next `_take`, if there is one."""
+        samples = next(self._left, None)
+        if samples is None:
+            return
+        if self._stream is not None:
+            # Not before the host rows are written, nor before the rows of the last fetch are taken.
+            self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
+            for ahead, source in zip(self._ahead, self._sources, strict=True):
+                _fill(ahead, source, samples)
+
+    def _take(self) -> None:
+        if self._stream is not None:
+            torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+        for rows, ahead in zip(self.rows, self._ahead, strict=True):
+            rows[: self._batch].copy_(ahead)
+
+
+def _fill(rows: Tensor, source: Tensor, samples: list[int]) -> None:
+    for row, sample in zip(rows, samples, strict=True):
+        row.copy_(source[sample], non_blocking=True)

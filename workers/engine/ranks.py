@@ -1,0 +1,102 @@
+"""The processes that compute one job together, as one of them sees it.
+
+Every rank runs the whole pipeline, block by block, over its own share of the windows: rank r of W takes the windows r,
+r + W, r + 2W and so on of each text. What a rank derives from sums over windows it derives from the sums over all
+ranks, which are the same bits on each of them, so every rank takes the same steps and makes the same codes, and
+nothing but sums is exchanged: the gradient once a step, a few numbers a block. The first rank alone writes and speaks.
+
+Numbers on a GPU go through NCCL, those on the host through gloo; the ranks find each other by a file in the workspace.
+A rank that is lost breaks the exchange of the others; the supervisor ends what is left.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for another: at the start, for one that reads the text more slowly or waits for the lock."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """`size` processes, of which this is number `rank`. A world of one exchanges nothing."""
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the rank that writes files and is heard."""
+        return self.rank == 0
+
+    @property
+    def alone(self) -> bool:
+        return self.size == 1
+
+    def share(self, rows: Tensor) -> Tensor:
+        """This rank's rows of a tensor that all ranks hold: every `size`-th, so that shares differ by one at most."""
+        return rows[self.rank :: self.size]
+
+    def part(self, count: int) -> int:
+        """This rank's part of so many sequences, the same for every rank; at least 1."""
+        return max(1, count // self.size)
+
+    def sum_(self, *tensors: Tensor) -> None:
+        """Each tensor becomes its sum over all ranks, in place; on a GPU in the order of its stream, unawaited."""
+        if not self.alone:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def total(self, number: int) -> int:
+        """The sum of every rank's number."""
+        found = torch.tensor(number)
+        self.sum_(found)
+        return int(found)
+
+    def least(self, number: int) -> int:
+        """The lowest of every rank's number."""
+        found = torch.tensor(number)
+        if not self.alone:
+            dist.all_reduce(found, op=dist.ReduceOp.MIN)
+        return int(found)
+
+    def agree(self, number: int) -> bool:
+        """Whether every rank has this number."""
+        return self.least(number) == -self.least(-number)
+
+    def wait(self) -> None:
+        """Returns once every rank is here."""
+        self.total(0)
+
+
+ALONE = Ranks()
+
+
+@contextmanager
+def joined(ranks: Ranks, rendezvous: str, device: torch.device) -> Iterator[Ranks]:
+    """The ranks while they can reach each other; waits until all are there. `rendezvous` is the path of a new file.
+
+    Raises:
+        RuntimeError: a rank is missing, or lost later on.
+    """
+    if ranks.alone:
+        yield ranks
+        return
+    store = dist.FileStore(rendezvous, ranks.size)  # type: ignore[attr-defined]
+    by = backend(device, ranks.size)
+    dist.init_process_group(by, store=store, rank=ranks.rank, world_size=ranks.size, timeout=PATIENCE)
+    yield ranks
+    # Not after an error: a group that has lost a member may wait for it, and the process is about to end.
+    dist.destroy_process_group()
+
+
+def backend(device: torch.device, size: int) -> str:
+    """What carries the sums. NCCL wants a GPU for each rank; where ranks share one, for a test, gloo does without."""
+    if device.type != "cuda" or torch.cuda.device_count() < size:
+        return "gloo"
+    return "cpu:gloo,cuda:nccl"
