@@ -104,6 +104,11 @@ class Settings(BaseSettings):
         ge=0,
         description="So long a worker keeps what a retry of a failed or cancelled job goes on from.",
     )
+    hub_retention_days: float = Field(
+        default=30.0,
+        ge=1,
+        description="So long a worker keeps a model that it fetched from the Hub after its last use.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="What a worker computes on.")
     devices: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
         default=1, description="GPUs that a worker gives to a job, `all` that it sees or so many; on a CPU, processes."
@@ -112,6 +117,11 @@ class Settings(BaseSettings):
 
     log_format: Literal["json", "console"] = Field(default="console", description="One JSON object a line, or text.")
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
+
+    @property
+    def hub_dir(self) -> Path:
+        """Where workers keep models from the Hub, a folder each, for the next job."""
+        return self.data_dir / "hub"
 
     @property
     def heartbeat_seconds(self) -> float:

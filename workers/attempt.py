@@ -47,7 +47,7 @@ def main(arguments: list[str]) -> int:
         if rank == 0:
             take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + LOCK_MARGIN_SECONDS)
         order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
-        _run(order, workspace, rank, report)
+        run_order(order, workspace, report, rank)
     except BaseException as error:
         known = as_bitwright_error(error)
         log.error("attempt_failed", code=known.code, exc_info=error)
@@ -84,7 +84,8 @@ def take_lock(path: Path, *, seconds: float) -> int:
             return handle
 
 
-def _run(order: AttemptOrder, workspace: Path, rank: int, report: ReportPipe) -> None:
+def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe, rank: int = 0) -> None:
+    """Do what the order says, with the engine, in this process; the first rank reports the result."""
     if rank == 0:
         # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
         shutil.rmtree(workspace / "output", ignore_errors=True)

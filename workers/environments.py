@@ -40,6 +40,9 @@ RANKS = {
 }
 """What an operator has set goes first."""
 
+ROWS_ONLY = {"USE_TORCH": "0"}
+"""`datasets` loads torch where it is installed: seconds, and for tensors that a fetch never makes."""
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -61,7 +64,9 @@ def fetch_environment(settings: Settings, workspace: Workspace, claim: Claim) ->
         network["HF_ENDPOINT"] = settings.hub_endpoint
     if settings.hub_token:
         network["HF_TOKEN"] = settings.hub_token.get_secret_value()
-    return child_environment(ALWAYS | _names(claim) | network | {"HF_HOME": str(workspace.folder / "cache")})
+    return child_environment(
+        ALWAYS | ROWS_ONLY | _names(claim) | network | {"HF_HOME": str(workspace.folder / "cache")}
+    )
 
 
 def _names(claim: Claim) -> dict[str, str]:

@@ -39,6 +39,7 @@ from app.domain.errors import (
 from app.domain.events import FetchedLine, ProgressEvent, Stage
 from workers.durable import replace_file
 from workers.faults import as_bitwright_error
+from workers.hub_cache import holding
 from workers.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
 from workers.orders import FetchOrder, TextOrder
 
@@ -57,8 +58,11 @@ def main(arguments: list[str]) -> int:
     """Fetch what the order in the workspace folder `arguments[0]` names; the exit code."""
     follow_supervisor()
     log_as_json()
-    report = ReportPipe()
-    workspace = Path(arguments[0])
+    return obey(Path(arguments[0]), ReportPipe())
+
+
+def obey(workspace: Path, report: ReportPipe) -> int:
+    """Fetch what the order in the workspace names, and say how that ended; the exit code."""
     try:
         order = FetchOrder.model_validate_json((workspace / "fetch.json").read_bytes())
         leave_working_folder(workspace)
@@ -127,8 +131,13 @@ def fetch_model(repo_id: str, commit: str, models_folder: Path, report: ReportPi
         DiskFull: its files do not fit.
     """
     folder = models_folder / f"{repo_id.replace('/', '--')}@{commit}"
-    if (folder / COMPLETE).exists():
-        return folder
+    with holding(folder):
+        if not (folder / COMPLETE).exists():
+            _download(repo_id, commit, folder, report)
+    return folder
+
+
+def _download(repo_id: str, commit: str, folder: Path, report: ReportPipe) -> None:
     siblings = HfApi().model_info(repo_id, revision=commit, files_metadata=True).siblings or []
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     wanted = list(filter_repo_objects(sizes, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
@@ -136,14 +145,12 @@ def fetch_model(repo_id: str, commit: str, models_folder: Path, report: ReportPi
         hint = "convert it to safetensors; pickled weights can run code and are never loaded"
         raise UnsafeCheckpoint("the repository holds no safetensors", field="model", value=repo_id, hint=hint)
     total = sum(sizes[name] for name in wanted)
-    folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if total > free:
         raise DiskFull(f"the checkpoint has {total} bytes, the worker's disk has {free} left", value=repo_id)
     with progress_of(folder, total, report):
         snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=wanted)
     (folder / COMPLETE).touch()
-    return folder
 
 
 @contextmanager

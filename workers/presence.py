@@ -12,6 +12,7 @@ from app.queue import notify_workers
 from app.store.attempts import has_ended
 from app.store.workers import gone, heartbeat, register
 from workers.context import WorkerContext
+from workers.hub_cache import prune_models
 from workers.workspace import prune
 
 HEARTBEAT_SECONDS = 10.0
@@ -59,7 +60,10 @@ class Presence:
                 self._prune()
 
     def _prune(self) -> None:
-        """Delete old scratch folders of jobs that have ended, or are no more. Only this machine can see them."""
+        """Delete what nobody has used for long and no job needs. Only this machine can see it.
+
+        Scratch folders of jobs that have ended, or are no more; models from the Hub.
+        """
 
         def in_use(job_id: str) -> bool:
             with self._context.database.reading() as session:
@@ -69,10 +73,11 @@ class Presence:
         try:
             unused = settings.workspace_retention_days * DAY
             pruned = prune(settings.workspace_dir, unused_seconds=unused, in_use=in_use)
-        except (Unavailable, OSError):
-            log.warning("workspaces_not_pruned")
+            models = prune_models(settings.hub_dir, unused_seconds=settings.hub_retention_days * DAY)
+        except (Unavailable, OSError) as error:
+            log.warning("disk_not_pruned", error=type(error).__name__)
         else:
-            log.info("workspaces_pruned", jobs=len(pruned))
+            log.info("disk_pruned", jobs=len(pruned), models=len(models))
 
     def _tell(self) -> None:
         context = self._context

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from app.domain.errors import InvalidDataset, NotFound, SourceForbidden, SourceNotFound
 from app.domain.jobs import JobRequest
+from app.domain.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.sources import (
     DatasetSource,
     HubDataset,
@@ -29,7 +30,7 @@ CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer's average on text, so that a fetched head of a dataset is long enough."""
 
 
-def fetch_order(request: JobRequest, workspace: Workspace, data_dir: Path) -> FetchOrder:
+def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) -> FetchOrder:
     """What the request wants from the Hub. Equal datasets are fetched once, into one file."""
     model = request.model if isinstance(request.model, HubModel) else None
     calibration, evaluation = request.calibration, request.evaluation
@@ -48,7 +49,7 @@ def fetch_order(request: JobRequest, workspace: Workspace, data_dir: Path) -> Fe
         for role, dataset in texts.items()
         if isinstance(dataset, HubDataset)
     }
-    return FetchOrder(model=model, models_folder=str(data_dir / "hub"), **orders)
+    return FetchOrder(model=model, models_folder=str(models_folder), **orders)
 
 
 def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, workspace: Workspace) -> str | None:
@@ -56,11 +57,13 @@ def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, work
 
     Raises:
         SourceNotFound: no such folder or upload.
-        SourceForbidden: the folder lies outside the roots.
+        SourceForbidden: the folder lies outside the roots, or a link in it leads there.
     """
-    model = request.model
+    model, roots = request.model, context.settings.model_roots
     if isinstance(model, LocalModel):
-        return str(under_roots(model.path, context.settings.model_roots, field="model"))
+        folder = under_roots(model.path, roots, field="model")
+        check_links(folder, roots)
+        return str(folder)
     if isinstance(model, UploadedModel):
         return str(materialise_upload(context, tenant_id, model.id, workspace, field="model"))
     return None
@@ -95,9 +98,9 @@ def under_roots(path: str, roots: Iterable[Path], *, field: str) -> Path:
         SourceNotFound: it does not exist.
     """
     resolved = Path(path).expanduser().resolve()
-    if not any(resolved.is_relative_to(root.resolve()) for root in roots):
-        hint = "the service's operator names the allowed folders in BITWRIGHT_MODEL_ROOTS"
-        raise SourceForbidden("the path lies under none of the allowed folders", field=field, value=path, hint=hint)
+    if not lies_under(resolved, roots):
+        detail = "the path lies under none of the allowed folders"
+        raise SourceForbidden(detail, field=field, value=path, hint=ALLOWED_HINT)
     if not os.path.exists(resolved):  # Path.exists raises for a name that is too long
         raise SourceNotFound("there is no such path on the worker's machine", field=field, value=path)
     return resolved

@@ -6,6 +6,8 @@ Nothing here computes; nothing in the attempt's process knows a database, a brok
 import errno
 import time
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
 from typing import TypeVar
 
 import structlog
@@ -18,6 +20,7 @@ from workers.context import WorkerContext
 from workers.endings import error_of_exit, oom_kills
 from workers.environments import attempt_environment, fetch_environment
 from workers.event_buffer import EventBuffer, LineReader
+from workers.hub_cache import holding
 from workers.lease import JobCancelled, LeaseKeeper, WorkerStopping
 from workers.orders import FetchOrder
 from workers.outputs import store_outputs
@@ -96,7 +99,9 @@ class _Attempt:
         order = self._order()
         self._workspace.write(self._workspace.order, order)
         environment = attempt_environment(self._workspace, self._claim)
-        result = self._listen_for(ResultLine, self._context.attempt_module, environment, ranks=order.world_size)
+        # Only a model from the Hub has a revision; its folder is shared, and pruned when nobody uses it.
+        with holding(Path(order.model_path)) if order.model_revision else nullcontext():
+            result = self._listen_for(ResultLine, self._context.attempt_module, environment, ranks=order.world_size)
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
         missed = missed_requirement(self._claim.request.require, result.report)
         self._events.flush()
@@ -134,7 +139,7 @@ class _Attempt:
         model = model_path(*found, request, self._workspace)
         calibration = text_path(*found, request.calibration.dataset, self._workspace, field="calibration.dataset")
         evaluation = text_path(*found, evaluated, self._workspace, field="evaluation.dataset")
-        wanted = fetch_order(request, self._workspace, self._context.settings.data_dir)
+        wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
         fetched = None if wanted.empty else self._fetch(wanted)
         return AttemptOrder(
             job_id=self._claim.job_id,

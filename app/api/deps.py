@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import Depends, Request
+from fastapi import Depends, Header, Request
 
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
@@ -54,3 +54,10 @@ DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
+IdempotencyHeader = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        description="1 to 255 visible characters. Within a day, the same key gives what the first request made.",
+    ),
+]

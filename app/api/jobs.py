@@ -3,11 +3,11 @@
 from typing import Annotated, Any
 
 import structlog
-from fastapi import APIRouter, BackgroundTasks, Body, Header, Query, Request, Response
+from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 
 from app.api.auth import Reader, Submitter
 from app.api.capacity import capacity_warnings, require_capacity
-from app.api.deps import BlobsOf, DatabaseOf, MetricsOf, SettingsOf
+from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, SettingsOf
 from app.api.documentation import problems, text_header
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
@@ -71,9 +71,7 @@ def create_job(
     blobs: BlobsOf,
     metrics: MetricsOf,
     dry_run: Annotated[bool, Query(description="Check, expand and estimate; store nothing.")] = False,
-    idempotency_key: Annotated[
-        str | None, Header(description="1 to 255 visible characters. Within a day, the same key gives the same job.")
-    ] = None,
+    idempotency_key: IdempotencyHeader = None,
 ) -> Any:
     """Queue a job from its shorthand or its full form. All problems of a request are reported at once.
 

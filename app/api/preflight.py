@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from app.api.estimates import estimate
-from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint, lies_under
+from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
 from app.domain.architectures import HEAD, Dimensions
 from app.domain.errors import (
     ERRORS,
@@ -23,6 +23,7 @@ from app.domain.errors import (
 from app.domain.formats import FORMATS, model_problems
 from app.domain.jobs import JobRequest
 from app.domain.module_rules import rule_errors
+from app.domain.roots import check_links, lies_under
 from app.domain.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
 from app.settings import Settings
 from app.store.blobs import BlobStore
@@ -115,12 +116,21 @@ def _resolve_model(
             found.add(
                 SourceNotFound("this is a file; name the folder that holds config.json", value=model.path), "model.path"
             )
-        return FolderFiles(path, settings.model_roots) if path.is_dir() else None
+        return _local_files(found, path, settings) if path.is_dir() else None
     if isinstance(model, UploadedModel):
         upload = _complete_upload(found, model.id, uploads, "model.id")
         return None if upload is None else UploadFiles(blobs, {f.name: (f.sha256, f.size) for f in upload.files})
     _check_hub(found, settings, "model")
     return None
+
+
+def _local_files(found: Preflight, folder: Path, settings: Settings) -> CheckpointFiles | None:
+    try:
+        check_links(folder, settings.model_roots)
+    except SourceForbidden as error:
+        found.add(error, "model.path")
+        return None
+    return FolderFiles(folder)
 
 
 def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> dict[str, object]:

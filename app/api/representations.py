@@ -1,6 +1,10 @@
 """Rows of the store as the views that the API answers with."""
 
 from collections.abc import Sequence
+from typing import TypeVar
+
+import structlog
+from pydantic import BaseModel, ValidationError
 
 from app.domain.events import ErrorData, ProgressEvent
 from app.domain.jobs import JobRequest
@@ -14,23 +18,29 @@ from app.domain.views import (
     UploadView,
 )
 from app.store.events import StoredEvent
-from app.store.models import Artifact, Attempt, Job, Upload
+from app.store.models import Artifact, Attempt, Job, JsonObject, Upload
+
+Part = TypeVar("Part", bound=BaseModel)
+log = structlog.get_logger(__name__)
 
 
 def job_view(job: Job, attempts: Sequence[Attempt] | None = None) -> JobView:
-    """A job; `attempts` is None in lists, where the report is left out too: it has a line for every linear."""
+    """A job; `attempts` is None in lists, where the report is left out too: it has a line for every linear.
+
+    A job that another version of the service has stored is told as far as this one understands it.
+    """
     return JobView(
         id=job.id,
         status=job.status,
         method=job.method,
         model=job.model,
-        request=JobRequest.model_validate(job.request),
+        request=_understood(JobRequest, job.request, job.id) or job.request,
         attempt=job.attempt,
         attempts=[attempt_view(attempt) for attempt in attempts or ()],
         cancel_requested=job.cancel_requested,
-        progress=ProgressEvent.model_validate(job.progress) if job.progress else None,
-        error=ErrorData.model_validate(job.error) if job.error else None,
-        report=Report.model_validate(job.report) if job.report and attempts is not None else None,
+        progress=_understood(ProgressEvent, job.progress, job.id),
+        error=_understood(ErrorData, job.error, job.id),
+        report=_understood(Report, job.report, job.id) if attempts is not None else None,
         metadata=job.metadata_,
         last_event=job.last_event,
         created_at=job.created_at,
@@ -48,9 +58,19 @@ def attempt_view(attempt: Attempt) -> AttemptView:
         status=attempt.status.value,
         started_at=attempt.started_at,
         finished_at=attempt.finished_at,
-        error=ErrorData.model_validate(attempt.error) if attempt.error else None,
+        error=_understood(ErrorData, attempt.error, attempt.job_id),
         blocks_done=attempt.blocks_done,
     )
+
+
+def _understood(kind: type[Part], stored: JsonObject | None, job_id: str) -> Part | None:
+    if stored is None:
+        return None
+    try:
+        return kind.model_validate(stored)
+    except ValidationError as error:
+        log.warning("stored_part_not_understood", job_id=job_id, part=kind.__name__, problems=error.error_count())
+        return None
 
 
 def event_view(stored: StoredEvent) -> EventView:

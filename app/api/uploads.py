@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.api.auth import Submitter
-from app.api.deps import BlobsOf, DatabaseOf, SettingsOf
+from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, SettingsOf
 from app.api.documentation import problems, text_header
 from app.api.inspection import CONFIG, PICKLED, is_plain_name
 from app.api.representations import upload_view
@@ -26,6 +26,7 @@ from app.domain.jsonl import check_jsonl
 from app.domain.views import UploadRequest, UploadView
 from app.settings import Settings
 from app.store.blobs import BlobStore
+from app.store.idempotency import Idempotency
 from app.store.models import Upload, UploadFile
 from app.store.session import Database
 from app.store.uploads import NewUploadFile, UploadRepository
@@ -34,6 +35,13 @@ router = APIRouter(tags=["uploads"])
 log = structlog.get_logger(__name__)
 
 OFFSET = {"Upload-Offset": text_header("Bytes of the file that have arrived; the next part starts here.", "integer")}
+CREATED = {
+    "description": "Open for parts; with a repeated Idempotency-Key, the earlier upload as it is by now.",
+    "headers": {
+        "Location": text_header("The upload."),
+        "Idempotency-Replayed": text_header("`true` if an earlier request had made the upload."),
+    },
+}
 PART_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -48,21 +56,35 @@ PART_BODY: dict[str, Any] = {
     summary="Begin an upload",
     operation_id="create_upload",
     status_code=201,
-    responses={
-        201: {"description": "Open for parts.", "headers": {"Location": text_header("The upload.")}},
-        **problems("body_too_large", "unsafe_checkpoint"),
-    },
+    responses={201: CREATED, **problems("body_too_large", "unsafe_checkpoint", "idempotency_key_reused")},
 )
 def create_upload(
-    body: UploadRequest, response: Response, principal: Submitter, settings: SettingsOf, database: DatabaseOf
+    body: UploadRequest,
+    response: Response,
+    principal: Submitter,
+    settings: SettingsOf,
+    database: DatabaseOf,
+    idempotency_key: IdempotencyHeader = None,
 ) -> UploadView:
     """Announce names, sizes and hashes: one `.jsonl` file of text, or the files of a checkpoint."""
+    idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, body)
+    if idempotency is not None:
+        with database.reading() as session:
+            earlier = UploadRepository(session, principal.tenant_id).find_replayed(idempotency)
+        if earlier is not None:
+            return _created(earlier, response)
     check_files(body, settings)
     files = [NewUploadFile(file.name, file.size, file.sha256) for file in body.files]
     with database.transaction() as session:
-        view = upload_view(UploadRepository(session, principal.tenant_id).create(files))
-    response.headers["Location"] = f"/v1/uploads/{view.id}"
-    return view
+        upload = UploadRepository(session, principal.tenant_id).create(files, idempotency=idempotency)
+        return _created(upload, response)
+
+
+def _created(upload: Upload, response: Response) -> UploadView:
+    response.headers["Location"] = f"/v1/uploads/{upload.id}"
+    if upload.replayed:
+        response.headers["Idempotency-Replayed"] = "true"
+    return upload_view(upload)
 
 
 def check_files(body: UploadRequest, settings: Settings) -> None:

@@ -64,7 +64,7 @@ def demo(
         set_fields(body, scheme | {"formats": format, "seed": seed} | quick)
         set_section(body, "calibration", {"num_samples": samples, "sequence_length": sequence_length})
         set_section(body, "evaluation", EVALUATION)
-        roots = [local.resolve()] if local.is_dir() else []
+        roots = _model_roots(local)
         console.print(f"Starting the service; its log: {folder / 'serve.log'}", soft_wrap=True)
         service = stack.enter_context(EmbeddedService(folder, model_roots=roots, device=device))
         client = stack.enter_context(service.client())
@@ -84,6 +84,14 @@ def demo(
         console.print(report_table(job.report))
         console.print()
         console.print(times_table(job.report))
+
+
+def _model_roots(model: Path) -> list[Path]:
+    """What the service may read. A snapshot in a Hub cache is all links to blobs beside the snapshots."""
+    if not model.is_dir():
+        return []
+    folder = model.resolve()
+    return [folder.parents[1] if folder.parent.name == "snapshots" else folder]
 
 
 def _quick_tuning(method: str, preset: str | None, batch_size: int | None) -> dict[str, str | int | None]:
@@ -111,7 +119,7 @@ def _default_model(folder: Path) -> str:
         return HUB_MODEL
     target = folder / "tiny-model"
     if not (target / "config.json").exists():
-        console.print(f"{hub} does not answer, so a tiny model is trained here first. That takes about a minute.")
+        console.print(f"{hub} does not answer, so a tiny model is trained here first, in less than a minute.")
         training = [sys.executable, "-m", "workers.engine.tiny_model", str(target)]
         trained = subprocess.run(tied_to_this_process(training), check=False)
         if trained.returncode != 0:

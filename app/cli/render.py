@@ -9,7 +9,7 @@ from rich.text import Text
 
 from app.domain.errors import BitwrightError
 from app.domain.events import ProgressEvent
-from app.domain.jobs import JobStatus
+from app.domain.jobs import JobRequest, JobStatus
 from app.domain.report import Report
 from app.domain.views import JobView, MethodList
 
@@ -107,13 +107,16 @@ def job_table(job: JobView) -> Table:
     table.add_row("status", status_text(job.status))
     table.add_row("model", job.model)
     table.add_row("method", job.method)
-    quantization = job.request.quantization
-    table.add_row(
-        "scheme",
-        f"{quantization.bits} bits, group {quantization.group_size}, "
-        + ("symmetric" if quantization.symmetric else "asymmetric"),
-    )
-    table.add_row("formats", ", ".join(job.request.formats))
+    if isinstance(job.request, JobRequest):
+        quantization = job.request.quantization
+        table.add_row(
+            "scheme",
+            f"{quantization.bits} bits, group {quantization.group_size}, "
+            + ("symmetric" if quantization.symmetric else "asymmetric"),
+        )
+        table.add_row("formats", ", ".join(job.request.formats))
+    else:
+        table.add_row("request", Text("of another version; --json shows it as it was stored", style="dim"))
     table.add_row("created", job.created_at.isoformat(timespec="seconds"))
     if progress := progress_text(job):
         table.add_row("progress", progress)

@@ -47,13 +47,19 @@ class JobView(View):
     status: JobStatus
     method: str
     model: str = Field(description="Shorthand of the model source.")
-    request: JobRequest = Field(description="The full form, every default filled in.")
+    request: JobRequest | dict[str, Any] = Field(
+        union_mode="left_to_right",
+        description="The full form, every default filled in. What another version of the service has stored, and this "
+        "one does not understand, is an object as it was stored.",
+    )
     attempt: int = Field(default=0, description="Number of the latest attempt; 0 before the first.")
     attempts: list[AttemptView] = Field(default_factory=list, description="Oldest first; filled for a single job only.")
     cancel_requested: bool = False
     progress: ProgressEvent | None = None
     error: ErrorData | None = None
-    report: Report | None = None
+    report: Report | None = Field(
+        default=None, description="Once succeeded, of a single job; null if another version's is not understood."
+    )
     metadata: dict[str, str] = Field(default_factory=dict)
     last_event: int = Field(default=0, description="Sequence number of the newest event.")
     created_at: datetime

@@ -1,21 +1,23 @@
-"""Idempotency-Key: the same key with the same request gives the same job, for a day."""
+"""Idempotency-Key: the same key with the same request gives the same job or upload, for a day."""
 
 import hashlib
 import re
 from dataclasses import dataclass
 from typing import Self
 
+from pydantic import BaseModel
 from sqlalchemy import select
-from sqlalchemy.orm import Session
+from sqlalchemy.orm import InstrumentedAttribute, Session
 
 from app.domain.errors import Conflict, InvalidRequest, KeyReused
-from app.domain.jobs import JobRequest
 from app.store.clock import now, seconds_from_now
 from app.store.models import IdempotencyKey
 from app.store.upsert import upsert
 
 KEPT_SECONDS = 24 * 3600
 KEY_SHAPE = re.compile(r"[\x21-\x7e]{1,255}")
+Made = InstrumentedAttribute[str | None]
+"""The column of what a key stands for: `IdempotencyKey.job_id` or `IdempotencyKey.upload_id`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,7 @@ class Idempotency:
     """sha256, 64 hex digits, of what was asked for."""
 
     @classmethod
-    def of(cls, key: str, request: JobRequest) -> Self:
+    def of(cls, key: str, request: BaseModel) -> Self:
         """The key for a request; shorthand and full form of one request have one fingerprint.
 
         Raises:
@@ -40,8 +42,8 @@ class Idempotency:
         return cls(key=key, fingerprint=hashlib.sha256(request.model_dump_json().encode()).hexdigest())
 
 
-def take_key(session: Session, tenant_id: str, idempotency: Idempotency, job_id: str) -> str:
-    """The id of the job that the key stands for: `job_id` if the key was free or had expired, else the earlier job's.
+def take_key(session: Session, tenant_id: str, idempotency: Idempotency, made: Made, made_id: str) -> str:
+    """The id of what the key stands for: `made_id` if the key was free or had expired, else the earlier one's.
 
     A second transaction with the key waits here until the first ends, then sees what that one stored.
 
@@ -51,7 +53,9 @@ def take_key(session: Session, tenant_id: str, idempotency: Idempotency, job_id:
     """
     fresh = {
         "fingerprint": idempotency.fingerprint,
-        "job_id": job_id,
+        "job_id": None,
+        "upload_id": None,
+        made.key: made_id,
         "created_at": now(),
         "expires_at": seconds_from_now(KEPT_SECONDS),
     }
@@ -61,29 +65,29 @@ def take_key(session: Session, tenant_id: str, idempotency: Idempotency, job_id:
         .on_conflict_do_update(
             index_elements=["tenant_id", "key"], set_=fresh, where=IdempotencyKey.expires_at <= now()
         )
-        .returning(IdempotencyKey.job_id)
+        .returning(IdempotencyKey.key)
     )
     if session.execute(statement).one_or_none() is not None:
-        return job_id
-    standing = find_key(session, tenant_id, idempotency)
+        return made_id
+    standing = find_key(session, tenant_id, idempotency, made)
     if standing is None:
-        raise Conflict("the earlier job of this Idempotency-Key has just been deleted; send the request again")
+        raise Conflict("what this Idempotency-Key stood for has just been deleted; send the request again")
     return standing
 
 
-def find_key(session: Session, tenant_id: str, idempotency: Idempotency) -> str | None:
-    """The id of the job that the key stands for now; None if it is free.
+def find_key(session: Session, tenant_id: str, idempotency: Idempotency, made: Made) -> str | None:
+    """The id of what the key stands for now; None if it is free.
 
     Raises:
         KeyReused: the key stands for another request.
     """
     mine = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == idempotency.key)
-    query = select(IdempotencyKey.job_id, IdempotencyKey.fingerprint).where(*mine, IdempotencyKey.expires_at > now())
+    query = select(IdempotencyKey.fingerprint, made).where(*mine, IdempotencyKey.expires_at > now())
     earlier = session.execute(query).one_or_none()
     if earlier is None:
         return None
-    if earlier.fingerprint != idempotency.fingerprint:
+    fingerprint, standing = earlier
+    if fingerprint != idempotency.fingerprint:
         detail = "this Idempotency-Key was used for another request in the last 24 hours; use a new key"
         raise KeyReused(detail, field="Idempotency-Key", value=idempotency.key)
-    standing: str = earlier.job_id
     return standing

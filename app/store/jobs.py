@@ -13,7 +13,7 @@ from app.domain.sources import LocalModel, ModelSource, UploadedModel, UploadedT
 from app.store.clock import now
 from app.store.idempotency import Idempotency, find_key, take_key
 from app.store.ids import is_id, new_id, require_id
-from app.store.models import Attempt, Job, JobLabel, JobUpload, Upload
+from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload
 from app.store.status import begin, enter
 
 Item = TypeVar("Item")
@@ -44,7 +44,7 @@ class JobRepository:
         """
         job_id = new_id("job")
         if idempotency is not None:
-            standing = take_key(self._session, self._tenant_id, idempotency, job_id)
+            standing = take_key(self._session, self._tenant_id, idempotency, IdempotencyKey.job_id, job_id)
             if standing != job_id:
                 earlier = self.get(standing)
                 earlier.replayed = True
@@ -64,7 +64,7 @@ class JobRepository:
         Raises:
             KeyReused: the key was used for another request.
         """
-        standing = find_key(self._session, self._tenant_id, idempotency)
+        standing = find_key(self._session, self._tenant_id, idempotency, IdempotencyKey.job_id)
         if standing is None:
             return None
         earlier = self.get(standing)

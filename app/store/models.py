@@ -223,6 +223,9 @@ class Upload(Base):
     completed_at: Mapped[datetime | None]
     files: Mapped[list["UploadFile"]] = relationship(order_by="UploadFile.position", lazy="selectin", viewonly=True)
 
+    replayed = False
+    """True on the object that `UploadRepository.create` returns for a repeated Idempotency-Key. Not a column."""
+
     @property
     def complete(self) -> bool:
         """Whether every file has arrived and was checked."""
@@ -273,17 +276,20 @@ class SweepLease(Base):
 
 
 class IdempotencyKey(Base):
-    """A caller's Idempotency-Key and the job that it made."""
+    """A caller's Idempotency-Key and what it made: a job or an upload."""
 
     __tablename__ = "idempotency_key"
     __table_args__ = (
-        # The key is taken before its job is written, so the reference is checked at commit.
+        # The key is taken before what it stands for is written, so the references are checked at commit.
         ForeignKeyConstraint(["job_id"], ["job.id"], ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        ForeignKeyConstraint(["upload_id"], ["upload.id"], ondelete="CASCADE", deferrable=True, initially="DEFERRED"),
+        CheckConstraint("(job_id IS NULL) != (upload_id IS NULL)", name="stands_for_one"),
     )
 
     tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), primary_key=True)
     key: Mapped[str] = mapped_column(String(255), primary_key=True)
     fingerprint: Mapped[str] = mapped_column(Sha256)
-    job_id: Mapped[str] = mapped_column(Id, index=True)
+    job_id: Mapped[str | None] = mapped_column(Id, index=True)
+    upload_id: Mapped[str | None] = mapped_column(Id, index=True)
     created_at: Mapped[datetime] = mapped_column(default=now())
     expires_at: Mapped[datetime]

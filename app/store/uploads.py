@@ -11,8 +11,9 @@ from app.domain.errors import Conflict, FieldProblem, InvalidRequest, NotFound
 from app.domain.jobs import FINAL_STATUSES
 from app.store.blobs import SHA256_SHAPE
 from app.store.clock import now, seconds_from_now
+from app.store.idempotency import Idempotency, find_key, take_key
 from app.store.ids import new_id, require_id
-from app.store.models import Job, JobUpload, Upload, UploadFile
+from app.store.models import IdempotencyKey, Job, JobUpload, Upload, UploadFile
 
 OPEN_SECONDS = 24 * 3600
 """An upload that is not complete by then is removed."""
@@ -37,22 +38,37 @@ class UploadRepository:
         self._session = session
         self._tenant_id = tenant_id
 
-    def create(self, files: Sequence[NewUploadFile]) -> Upload:
-        """A new upload of these files, none of whose bytes have arrived.
+    def create(self, files: Sequence[NewUploadFile], *, idempotency: Idempotency | None = None) -> Upload:
+        """A new upload of these files, none of whose bytes have arrived. For a repeated key, the earlier upload.
 
         Raises:
             InvalidRequest: with every problem of names, sizes and hashes in `errors`.
+            KeyReused: the key was used for another request.
         """
+        upload_id = new_id("upl")
+        if idempotency is not None:
+            standing = take_key(self._session, self._tenant_id, idempotency, IdempotencyKey.upload_id, upload_id)
+            if standing != upload_id:
+                return self._replayed(standing)
         problems = _problems(files)
         if problems:
             raise InvalidRequest(problems[0].detail, errors=tuple(problems))
-        upload = Upload(id=new_id("upl"), tenant_id=self._tenant_id, expires_at=seconds_from_now(OPEN_SECONDS))
+        upload = Upload(id=upload_id, tenant_id=self._tenant_id, expires_at=seconds_from_now(OPEN_SECONDS))
         self._session.add(upload)
         self._session.flush()
         owner = {"upload_id": upload.id, "tenant_id": self._tenant_id}
         self._session.add_all(UploadFile(position=i, **owner, **vars(file)) for i, file in enumerate(files))
         self._session.flush()
         return self.get(upload.id)
+
+    def find_replayed(self, idempotency: Idempotency) -> Upload | None:
+        """The upload that an earlier request with this key made, with `replayed` set; None if the key is free.
+
+        Raises:
+            KeyReused: the key was used for another request.
+        """
+        standing = find_key(self._session, self._tenant_id, idempotency, IdempotencyKey.upload_id)
+        return None if standing is None else self._replayed(standing)
 
     def get(self, upload_id: str) -> Upload:
         """The upload and, in `files`, how much of each has arrived.
@@ -123,6 +139,11 @@ class UploadRepository:
             raise Conflict(f"job {reader} reads upload {upload_id} and has not ended; cancel it first", value=reader)
         self._session.execute(delete(Upload).where(Upload.id == upload_id))
         self._session.expunge(upload)
+
+    def _replayed(self, upload_id: str) -> Upload:
+        earlier = self.get(upload_id)
+        earlier.replayed = True
+        return earlier
 
     def _one(self, upload_id: str, *, lock: bool) -> Upload:
         require_id("upl", upload_id, "upload")

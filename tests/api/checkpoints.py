@@ -37,6 +37,18 @@ def write_checkpoint(folder: Path, config: Mapping[str, Any] | None = None, *, s
     return folder
 
 
+def as_hub_cache(checkpoint: Path, cache: Path) -> Path:
+    """The same checkpoint as huggingface_hub keeps it: a snapshot of links to blobs that lie beside all snapshots."""
+    repository = cache / "models--org--model"
+    snapshot, blobs = repository / "snapshots" / "0123abc", repository / "blobs"
+    for folder in (snapshot, blobs):
+        folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(checkpoint.iterdir())):
+        (blobs / str(number)).write_bytes(file.read_bytes())
+        (snapshot / file.name).symlink_to(Path("..", "..", "blobs", str(number)))
+    return snapshot
+
+
 def write_index(folder: Path, weight_map: Mapping[str, object]) -> None:
     """An index that says so."""
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from app.domain.errors import shorten
-from tests.api.checkpoints import CONFIG, safetensors, with_header, write_checkpoint, write_index
+from tests.api.checkpoints import CONFIG, with_header, write_checkpoint, write_index
 from tests.api.conftest import SHORTHAND, Api, problem
 
 CT = ["compressed-tensors"]
@@ -120,11 +120,13 @@ def _sharded(weight_map: dict[str, object]) -> Callable[[Path], None]:
     return spoil
 
 
-def _link_out(folder: Path) -> None:
-    secret = folder.parent.parent / "secret.safetensors"
-    secret.write_bytes(safetensors({"a": (2,)}))
-    (folder / "model.safetensors").unlink()
-    (folder / "model.safetensors").symlink_to(secret)
+def _link_out(name: str) -> Callable[[Path], None]:
+    def spoil(folder: Path) -> None:
+        secret = folder.parent.parent / "secret"
+        (folder / name).rename(secret)
+        (folder / name).symlink_to(secret)
+
+    return spoil
 
 
 def _config(text: str) -> Callable[[Path], None]:
@@ -154,7 +156,8 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("index of a missing file", _sharded({"a": "model-2.safetensors"}), "corrupt_checkpoint", "missing"),
     ("index that lies", _sharded({"a": "model-00001-of-00001.safetensors"}), "corrupt_checkpoint", "does not"),
     ("index of nothing", _sharded({}), "corrupt_checkpoint", "weight_map"),
-    ("link out of the roots", _link_out, "corrupt_checkpoint", "link"),
+    ("link out of the roots", _link_out("model.safetensors"), "source_forbidden", "model.safetensors is a link"),
+    ("tokenizer out of the roots", _link_out("tokenizer.json"), "source_forbidden", "tokenizer.json is a link"),
     ("no config", lambda folder: (folder / "config.json").unlink(), "corrupt_checkpoint", "config.json"),
     ("config is not JSON", _config("{"), "corrupt_checkpoint", "config.json"),
     ("unknown architecture", _changed(model_type="mamba"), "unsupported_architecture", "llama"),

@@ -1,12 +1,16 @@
 """Jobs over HTTP, on SQLite and on a real PostgreSQL."""
 
+from pathlib import Path
+
 import pytest
+from sqlalchemy import update
 
 from app.domain.errors import InvalidDataset
 from app.domain.jobs import DeviceClass
+from app.store.models import Job
 from app.store.workers import register
-from tests.api.checkpoints import write_checkpoint
-from tests.api.conftest import SHORTHAND, Api, problem
+from tests.api.checkpoints import as_hub_cache, write_checkpoint
+from tests.api.conftest import SHORTHAND, Api, make_settings, problem, run_api
 from tests.store.samples import block, progress
 
 
@@ -123,6 +127,7 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
     assert api.client.get("/v1/jobs").json()["items"] == []
 
 
+SNAPSHOTS, BLOBS = "cache/models--org--model/snapshots", "cache/models--org--model/blobs"
 HEADS = ("num_attention_heads", "num_key_value_heads", "vocab_size", "tie_word_embeddings")
 
 
@@ -186,6 +191,20 @@ def test_a_stored_local_path_is_the_real_one(api: Api) -> None:
     assert api.client.get(f"/v1/jobs/{job_id}").json()["request"]["model"]["path"] == str(folder)
 
 
+@pytest.mark.parametrize(("roots", "accepted"), [(["cache"], True), ([SNAPSHOTS], False), ([SNAPSHOTS, BLOBS], True)])
+def test_a_snapshot_of_a_hub_cache_is_a_model_where_a_root_holds_its_blobs(
+    tmp_path: Path, sqlite_url: str, roots: list[str], accepted: bool
+) -> None:
+    snapshot = as_hub_cache(write_checkpoint(tmp_path / "made"), tmp_path / "cache")
+    settings = make_settings(tmp_path, sqlite_url, model_roots=[tmp_path / root for root in roots])
+    for api in run_api(settings):
+        answer = api.client.post("/v1/jobs", json={**SHORTHAND, "model": str(snapshot)})
+        if accepted:
+            assert (answer.status_code, answer.json()["request"]["model"]["path"]) == (202, str(snapshot))
+        else:
+            assert "config.json is a link" in str(problem(answer, 422, "source_forbidden")["detail"])
+
+
 def test_workers_show_only_ones_own_jobs(api: Api) -> None:
     with api.database.transaction() as session:
         register(session, "worker-1", DeviceClass.CPU, {"host_memory_bytes": 5})
@@ -194,6 +213,28 @@ def test_workers_show_only_ones_own_jobs(api: Api) -> None:
     mine, theirs = (client.get("/v1/workers").json()["items"] for client in (api.client, api.stranger))
     assert (mine[0]["id"], mine[0]["device"], mine[0]["job_id"]) == ("worker-1", "cpu", job_id)
     assert theirs[0]["job_id"] is None
+
+
+def test_a_job_of_another_version_is_told_as_it_was_stored(any_api: Api) -> None:
+    """Neither the request nor the report that it stored is one that this version knows."""
+    fine = any_api.submit()
+    stale = any_api.submit(metadata={"commit": "abc"})
+    any_api.succeed(any_api.claim())
+    any_api.succeed(any_api.claim())
+    told = any_api.client.get(f"/v1/jobs/{stale}").json()
+    request = {**told["request"], "quantization": {"method": "of-the-future", "bits": 4}}
+    values = {"request": request, "report": {"version": "9"}, "error": {"no": "code"}, "progress": {"stage": "dream"}}
+    with any_api.database.transaction() as session:
+        session.execute(update(Job).where(Job.id == stale).values(values))
+    listed = any_api.reader.get("/v1/jobs").json()["items"]
+    assert [job["id"] for job in listed] == [stale, fine]
+    alone = any_api.reader.get(f"/v1/jobs/{stale}")
+    assert alone.status_code == 200
+    for job in (listed[0], alone.json()):
+        assert job["request"] == request
+        assert (job["report"], job["error"], job["progress"]) == (None, None, None)
+        assert (job["status"], job["model"], job["metadata"]) == ("succeeded", "org/model", {"commit": "abc"})
+    assert [attempt["status"] for attempt in alone.json()["attempts"]] == ["succeeded"]
 
 
 def test_methods_and_formats_are_listed(api: Api) -> None:

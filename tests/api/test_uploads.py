@@ -7,10 +7,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from starlette.testclient import TestClient
 
 from app.api.upload_parts import PartsFolder
 from tests.api.checkpoints import write_checkpoint
-from tests.api.conftest import SHORTHAND, Api, problem
+from tests.api.conftest import SHORTHAND, Answer, Api, problem
 
 TEXT = b'{"text": "one"}\n\n{"prompt": "a", "completion": "b"}\n{"messages": [{"role": "user", "content": "c"}]}\n'
 
@@ -65,6 +66,32 @@ def test_parts_make_a_file_and_a_text_calibrates_a_job(any_api: Api) -> None:
     any_api.client.post(f"/v1/jobs/{job_id}/cancel")
     assert any_api.client.delete(f"/v1/uploads/{upload_id}").status_code == 204
     problem(any_api.client.get(f"/v1/uploads/{upload_id}"), 404, "not_found")
+
+
+def test_a_repeated_key_gives_the_same_upload(any_api: Api) -> None:
+    size = len(TEXT)
+    announced = [{"name": "text.jsonl", "size": size, "sha256": hashlib.sha256(TEXT).hexdigest()}]
+    headers = {"Idempotency-Key": "run-19"}
+
+    def post(client: TestClient, files: object = announced) -> Answer:
+        return client.post("/v1/uploads", json={"files": files}, headers=headers)
+
+    first = post(any_api.client)
+    url = first.headers["location"]
+    part = {"Content-Range": f"bytes 0-9/{size}"}
+    assert any_api.client.put(f"{url}/files/text.jsonl", content=TEXT[:10], headers=part).status_code == 204
+    again = post(any_api.client)
+    assert (again.status_code, again.headers["location"]) == (201, url)
+    assert again.json()["files"][0]["offset"] == 10, "the upload as it is by now"
+    assert "idempotency-replayed" not in first.headers
+    assert again.headers["idempotency-replayed"] == "true"
+    problem(post(any_api.client, [{**announced[0], "size": 1}]), 422, "idempotency_key_reused")
+    problem(any_api.client.post("/v1/jobs", json=SHORTHAND, headers=headers), 422, "idempotency_key_reused")
+    assert post(any_api.stranger).headers["location"] != url
+    assert any_api.client.delete(url).status_code == 204
+    assert post(any_api.client).headers["location"] != url, "a key goes with what it stands for"
+    bad = any_api.client.post("/v1/uploads", json={"files": announced}, headers={"Idempotency-Key": "a b"})
+    assert problem(bad, 422, "invalid_request")["field"] == "Idempotency-Key"
 
 
 def test_two_completions_at_once_are_one(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Looking at real processes from outside."""
+"""Commands run to their end, here or in a process of their own, and real processes looked at from outside."""
 
 import os
 import subprocess
@@ -6,6 +6,12 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from unittest.mock import patch
+
+from typer.testing import CliRunner
+
+from app.cli.main import app
+from app.settings import get_settings
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -60,6 +66,20 @@ def bitwright(*arguments: str, **environment: str) -> subprocess.CompletedProces
         timeout=120,
         check=False,
     )
+
+
+def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, for what needs no process of its own: interpreters take a second to start.
+
+    What the command leaves in the environment and in the settings is taken back.
+    """
+    get_settings.cache_clear()
+    with patch.dict(os.environ, {**clean_environment(), **environment}, clear=True):
+        done = CliRunner().invoke(app, arguments)
+    get_settings.cache_clear()
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        raise done.exception
+    return subprocess.CompletedProcess(arguments, done.exit_code, done.stdout, done.stderr)
 
 
 def clean_environment() -> Mapping[str, str]:

@@ -16,7 +16,7 @@ from app.cli.connection import load_endpoint
 from app.cli.embedded import LOG_NAME, EmbeddedService
 from app.domain.errors import Unavailable
 from app.domain.jobs import JobStatus
-from tests.cli.processes import alive, bitwright, command_of, descendants, eventually
+from tests.cli.processes import alive, bitwright, command, command_of, descendants, eventually
 
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}
 
@@ -71,22 +71,22 @@ def test_address_and_key_are_where_the_other_commands_find_them(service: Embedde
 def test_a_submitted_job_is_listed_shown_and_cancelled(service: EmbeddedService, folder: Path) -> None:
     where = ("--data-dir", str(folder))
     # A device that this service's worker is not: the job stays in the queue.
-    job_id = bitwright("submit", "org/name", "--method", "rtn", "--device", "cuda", *where).stdout.strip()
+    job_id = command("submit", "org/name", "--method", "rtn", "--device", "cuda", *where).stdout.strip()
     assert job_id.startswith("job_")
-    assert job_id in bitwright("jobs", "--status", "queued", *where).stdout
-    shown = json.loads(bitwright("show", job_id, "--json", *where).stdout)
+    assert job_id in command("jobs", "--status", "queued", *where).stdout
+    shown = json.loads(command("show", job_id, "--json", *where).stdout)
     assert shown["request"]["quantization"]["method"] == "rtn"
-    assert bitwright("cancel", job_id, *where).stdout.strip() == f"{job_id} cancelled"
-    watched = bitwright("watch", job_id, *where)
+    assert command("cancel", job_id, *where).stdout.strip() == f"{job_id} cancelled"
+    watched = command("watch", job_id, *where)
     assert watched.returncode == 1
     assert "cancelled" in watched.stdout
-    again = bitwright("cancel", job_id, *where)
+    again = command("cancel", job_id, *where)
     assert again.returncode == 2
     assert again.stderr.startswith("illegal_transition: ")
 
 
 def test_a_job_that_fails_exits_with_1(service: EmbeddedService, folder: Path) -> None:
-    failed = bitwright("submit", "org/name", "--method", "rtn", "--wait", "--data-dir", str(folder))
+    failed = command("submit", "org/name", "--method", "rtn", "--wait", "--data-dir", str(folder))
     assert failed.returncode == 1, failed.stdout + failed.stderr
     assert "failed" in failed.stderr
     assert "source_not_found: " in failed.stderr
@@ -126,39 +126,34 @@ def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_ends_the_service_and_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
-    service = EmbeddedService(tmp_path, model_roots=[tmp_path])
-    with service:
-        assert eventually(lambda: child(service, "-m workers ") is not None)
-        below = descendants(service.pid)
-        runtime = next(part for pid in below for part in command_of(pid).split() if part.endswith("valkey.sock"))
-        assert len(below) >= 3
-        with service.client() as client:  # an open stream must not hold the service up
-            stream = client.events(client.submit(REQUEST | {"device": "cuda"}).id)
-            next(stream)
-            started = time.monotonic()
-            os.kill(service.pid, number)
-            assert eventually(lambda: not alive(service.pid), seconds=30)
-            assert time.monotonic() - started < 25
-    assert [command_of(pid) for pid in below if alive(pid)] == []
-    assert not Path(runtime).parent.exists()
-
-
-def test_nothing_outlives_a_killed_service(tmp_path: Path) -> None:
-    service = EmbeddedService(tmp_path)
-    with service:
-        below = descendants(service.pid)
-        os.kill(service.pid, signal.SIGKILL)
-        assert eventually(lambda: not any(alive(pid) for pid in below), seconds=5)
-
-
-def test_the_key_outlives_the_service(tmp_path: Path) -> None:
-    keys = []
-    for _ in range(2):
-        with EmbeddedService(tmp_path):
+def test_a_signal_ends_the_service_and_leaves_no_process_but_the_key(tmp_path: Path) -> None:
+    """Three lives of one data folder, each ended by another signal though a stream is open."""
+    keys = set()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        with EmbeddedService(tmp_path, model_roots=[tmp_path]) as service:
+            assert eventually(lambda: child(service, "-m workers ") is not None)
+            below = descendants(service.pid)
+            runtime = next(part for pid in below for part in command_of(pid).split() if part.endswith("valkey.sock"))
+            assert len(below) >= 3
             endpoint = load_endpoint(tmp_path)
             assert endpoint is not None
-            keys.append(endpoint.key)
-    assert keys[0] == keys[1]
+            keys.add(endpoint.key)
+            with service.client() as client:
+                stream = client.events(client.submit(REQUEST | {"device": "cuda"}).id)
+                next(stream)
+                started = time.monotonic()
+                os.kill(service.pid, number)
+                assert eventually(lambda: not alive(service.pid), seconds=30)
+                assert time.monotonic() - started < 25
+        assert [command_of(pid) for pid in below if alive(pid)] == [], number
+        assert not Path(runtime).parent.exists()
+    assert len(keys) == 1
     assert (tmp_path / LOG_NAME).read_text().count("API key, shown once") == 1
+
+
+def test_nothing_outlives_a_killed_service(service: EmbeddedService) -> None:
+    """The last test of this file: the others use the same service."""
+    below = descendants(service.pid)
+    assert len(below) >= 3
+    os.kill(service.pid, signal.SIGKILL)
+    assert eventually(lambda: not any(alive(pid) for pid in below), seconds=5)

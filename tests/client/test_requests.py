@@ -8,7 +8,7 @@ import pytest
 from app.client import Client, RetryPolicy
 from app.client.transport import retry_after
 from app.domain.errors import IllegalTransition, InvalidRequest, NotFound, RequestError, Unauthenticated, Unavailable
-from app.domain.jobs import JobStatus
+from app.domain.jobs import JobRequest, JobStatus
 from tests.client.cutting_proxy import CutAnswer, CuttingProxy, Refuse
 from tests.client.service import QUICK, Service
 
@@ -19,6 +19,7 @@ def test_a_job_goes_in_and_comes_out_with_every_default(service: Service) -> Non
     with service.client() as client:
         job = client.submit(REQUEST | {"metadata": {"commit": "in-and-out"}})
         assert job.status is JobStatus.QUEUED
+        assert isinstance(job.request, JobRequest)
         assert job.request.quantization.group_size == 64
         assert client.job(job.id) == job
         assert [j.id for j in client.jobs(metadata={"commit": "in-and-out"})] == [job.id]

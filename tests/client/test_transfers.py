@@ -6,11 +6,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from sqlalchemy import select
 
 from app.api.upload_parts import PartsFolder
 from app.client.downloads import partial_path, target_path
 from app.domain.errors import NotFound, RequestError, StorageError, Unavailable
 from app.domain.views import ArtifactView
+from app.store.models import UploadFile
 from tests.client.cutting_proxy import Corrupt, CutAnswer, CuttingProxy, Fate, Pass
 from tests.client.service import Service
 
@@ -158,6 +160,9 @@ def test_an_upload_arrives_though_connections_break(
     ]
     assert sum(sent) == text.stat().st_size
     assert len(proxy.heard) > 4
+    with service.database.reading() as session:
+        made = session.scalars(select(UploadFile.upload_id).where(UploadFile.sha256 == upload.files[0].sha256))
+        assert made.all() == [upload.id], "the creation whose answer was lost is the one that counts"
 
 
 def test_two_files_of_one_name_and_a_missing_file_are_refused(service: Service, tmp_path: Path) -> None:

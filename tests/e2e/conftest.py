@@ -8,6 +8,7 @@ import pytest
 
 from app.store.session import migrate
 from tests import servers
+from tests.api.checkpoints import write_checkpoint
 from tests.e2e.installation import Installation
 
 
@@ -19,8 +20,14 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(models: Path) -> Path:
-    """A real Llama of four blocks."""
-    return train(models, blocks=4)
+    """A checkpoint that passes the API's inspection and holds nothing: scripted attempts read none."""
+    return write_checkpoint(models / "hollow")
+
+
+@pytest.fixture(scope="session")
+def short_model(models: Path) -> Path:
+    """A real Llama of two blocks."""
+    return train(models, blocks=2)
 
 
 @pytest.fixture(scope="session")

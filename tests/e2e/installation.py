@@ -200,6 +200,10 @@ class Installation:
         wait_for(lambda: self.job(job_id).status.value in wanted, seconds, what=f"{job_id} {wanted}")
         return self.job(job_id)
 
+    def workspace(self, job_id: str) -> Path:
+        """The job's scratch folder."""
+        return self.folder / "data" / "workspaces" / job_id
+
     def attempt_pids(self, job_id: str = "") -> list[int]:
         """Attempts and fetches of every worker that lives, and what they started; or the processes of one job alone."""
         found = [pid for worker in self.workers if worker.running() for pid in children(worker.pid)]

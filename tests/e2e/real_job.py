@@ -4,10 +4,11 @@ import os
 import signal
 import time
 from contextlib import suppress
+from hashlib import sha256
 from pathlib import Path
 from random import Random
 
-from app.domain.events import BlockEvent, ProgressEvent
+from app.domain.events import AttemptOrder, BlockEvent, ProgressEvent
 from app.domain.jobs import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
 from app.store.models import Job
 from tests.e2e.installation import Installation
@@ -37,21 +38,37 @@ def tensor_hashes(installed: Installation, job_id: str) -> dict[str, str]:
     return found
 
 
+def order_of(installed: Installation, job_id: str) -> AttemptOrder:
+    """What the running attempt of the job was told to do."""
+    return AttemptOrder.model_validate_json((installed.workspace(job_id) / "order.json").read_bytes())
+
+
+def run_undisturbed(order: AttemptOrder, folder: Path) -> dict[str, str]:
+    """The same order carried out in this process, as `tensor_hashes` tells it."""
+    from workers.engine.pipeline import run
+    from workers.engine.reporter import Reporter
+
+    run(order, folder, Reporter(lambda _: None))
+    output = folder / "output"
+    files = output.rglob("*.safetensors")
+    return {file.relative_to(output).as_posix(): sha256(file.read_bytes()).hexdigest() for file in files}
+
+
 def blocks_computed(installed: Installation, job_id: str) -> list[int]:
     """Indices of the blocks that any attempt has quantized, in order; a block that was adopted is not among them."""
     return [event.index for event in installed.events(job_id) if isinstance(event, BlockEvent)]
 
 
-def wait_until_quantizing(installed: Installation, job_id: str, attempt: int, seconds: float = 90) -> None:
-    """Wait until this attempt tells that it works on a block."""
+def wait_until_quantizing(installed: Installation, job_id: str, attempt: int, *, blocks_done: int) -> None:
+    """Wait until this attempt tells that it works on a block, with so many behind it."""
 
     def quantizing() -> bool:
         job = installed.job(job_id)
         assert job.status is not JobStatus.SUCCEEDED, "the job was too quick to be killed"
         told = [e for n, e in installed.numbered_events(job_id) if n == attempt and isinstance(e, ProgressEvent)]
-        return any(event.stage == "quantize" for event in told)
+        return any(event.stage == "quantize" and event.done >= blocks_done for event in told)
 
-    wait_for(quantizing, seconds, what=f"attempt {attempt} at its blocks")
+    wait_for(quantizing, 120, what=f"attempt {attempt} at its blocks")
 
 
 class Chaos:

@@ -4,7 +4,6 @@ import signal
 import time
 from datetime import datetime
 from itertools import pairwise
-from pathlib import Path
 
 import redis
 
@@ -18,8 +17,8 @@ GOOD = "block,sleep:0.2,file:a.json:{}"
 
 def test_a_killed_worker_takes_its_attempt_along_and_the_job_goes_on(installed: Installation) -> None:
     """SIGKILL of the worker: within five seconds no process of its attempt is alive, grandchildren included."""
-    job_id = installed.submit("once:child,once:spin," + GOOD)
-    installed.log_event(job_id, "spinning")
+    job_id = installed.submit("once:child,once:hang," + GOOD)
+    installed.log_event(job_id, "hanging")
     attempt = installed.attempt_pids()
     assert installed.log_event(job_id, "grandchild")["pid"] in attempt
     installed["worker0"].kill()
@@ -36,8 +35,8 @@ def test_a_worker_that_wakes_after_its_lease_writes_nothing(installed: Installat
     """SIGSTOP of the worker, not of its attempt: that ends by itself, the job moves on, the sleeper is fenced."""
     installed.start("worker1")
     wait_for(lambda: len(installed.client.workers()) == 2, 40, what="two workers")
-    job_id = installed.submit("once:spin," + GOOD)
-    installed.log_event(job_id, "spinning")
+    job_id = installed.submit("once:hang," + GOOD)
+    installed.log_event(job_id, "hanging")
     holder = next(
         worker for worker in installed.workers if installed.attempts(job_id)[0].worker_id.startswith(worker.name)
     )
@@ -105,8 +104,8 @@ def test_a_killed_api_is_missed_by_nobody(installed: Installation) -> None:
 
 
 def test_cancel_by_http_frees_the_process_in_five_seconds(installed: Installation) -> None:
-    job_id = installed.submit("block,spin")
-    installed.log_event(job_id, "spinning")
+    job_id = installed.submit("block,hang")
+    installed.log_event(job_id, "hanging")
     attempt = installed.attempt_pids()
     assert attempt
     asked = time.monotonic()
@@ -118,8 +117,8 @@ def test_cancel_by_http_frees_the_process_in_five_seconds(installed: Installatio
 
 
 def test_a_worker_that_is_asked_to_end_gives_its_job_back(installed: Installation) -> None:
-    job_id = installed.submit("once:spin," + GOOD)
-    installed.log_event(job_id, "spinning")
+    job_id = installed.submit("once:hang," + GOOD)
+    installed.log_event(job_id, "hanging")
     attempt = installed.attempt_pids()
     assert installed["worker0"].stop() == 0
     assert not any(map(alive, attempt))
@@ -133,12 +132,8 @@ def test_logs_carry_job_and_attempt_from_post_to_the_last_block(installed: Insta
     job_id = installed.submit("log:in_the_attempt,fail:corrupt_checkpoint")
     installed.wait_for_status(job_id, "failed")
     said = {name: installed[name].log.read_text() for name in ("api", "worker0")}
-    said["attempt"] = attempt_log(installed, job_id).read_text()
+    said["attempt"] = (installed.workspace(job_id) / "attempt.log").read_text()
     for name, text in said.items():
         assert job_id in text, name
     for name in ("worker0", "attempt"):
         assert '"attempt": 1' in said[name]
-
-
-def attempt_log(installed: Installation, job_id: str) -> Path:
-    return installed.folder / "data" / "workspaces" / job_id / "attempt.log"

@@ -17,7 +17,7 @@ SETTINGS = {"DEVICES": "2"}
 def test_ranks_end_with_their_worker_and_at_a_cancel(installed: Installation, model: Path) -> None:
     """Two ranks and a guard for each; within five seconds none of them is alive."""
     job_id = submit(installed, model, steps=60)
-    wait_until_quantizing(installed, job_id, 1, seconds=200)
+    wait_until_quantizing(installed, job_id, 1, blocks_done=0)
     ranks = installed.attempt_pids(job_id)
     assert len(ranks) == 4
     installed["worker0"].kill()
@@ -32,7 +32,7 @@ def test_ranks_end_with_their_worker_and_at_a_cancel(installed: Installation, mo
     assert {worker.capacity["devices"] for worker in installed.client.workers()} == {2}
 
     endless = submit(installed, model, steps=20_000)
-    wait_until_quantizing(installed, endless, 1, seconds=200)
+    wait_until_quantizing(installed, endless, 1, blocks_done=0)
     ranks = installed.attempt_pids(endless)
     assert len(ranks) == 4
     installed.client.cancel(endless)

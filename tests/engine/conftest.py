@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 
 from app.domain.events import AttemptLine, AttemptOrder, ResultLine
 from app.domain.jobs import JobRequest
+from app.domain.report import Report
 from workers.engine.pipeline import run
 from workers.engine.reporter import Reporter
 from workers.engine.tiny_model import Recipe, make_tiny_model
@@ -43,6 +45,25 @@ def run_job(
         **({"device": "cpu"} | (order or {})),
     )
     return run(given, workspace, Reporter(sink.append))
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job that has run: its workspace, its result, what it told. Tests that go on from it copy the workspace."""
+
+    workspace: Path
+    result: ResultLine
+    lines: list[AttemptLine]
+
+    @property
+    def report(self) -> Report:
+        return self.result.report
+
+
+def finish(model: Path, workspace: Path, **request: Any) -> Finished:
+    """Runs a job as `run_job` does, and keeps all that came of it."""
+    lines: list[AttemptLine] = []
+    return Finished(workspace, run_job(model, workspace, lines, **request), lines)
 
 
 @pytest.fixture

@@ -92,14 +92,14 @@ def run_job_on_ranks(
     """A job, as one of the ranks."""
     made: dict[int, dict[str, Tensor]] = {}
     lines: list[AttemptLine] = []
-    save = resume.ResumeState.save
+    write = resume.ResumeState.write_shard
 
-    def record(state: resume.ResumeState, index: int, weights: Any, report: Any) -> None:
+    def record(state: resume.ResumeState, index: int, weights: Any) -> resume.Shard:
         made[index] = {f"{n}.{k}": t.cpu().clone() for n, w in weights.items() for k, t in tensors(w).items()}
-        save(state, index, weights, report)
+        return write(state, index, weights)
 
     try:
-        with patch.object(resume.ResumeState, "save", record):
+        with patch.object(resume.ResumeState, "write_shard", record):
             order, result = order_of(model, workspace, body, attempt, device), None
             if rank:
                 pipeline.assist(order, workspace, rank)

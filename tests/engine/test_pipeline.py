@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,24 @@ from app.domain.errors import (
 )
 from app.domain.events import AttemptLine, BlockEvent, MetricEvent, ProgressEvent, ResultLine, Stage, WarningEvent
 from app.domain.report import Report
-from tests.engine.conftest import run_job
+from tests.engine.conftest import Finished, finish, run_job
 from workers.engine.plan import available_threads, block_seed
 from workers.engine.registry import METHODS
 from workers.numerics.quantized import BlockResult
 
 TUNED: dict[str, Any] = {"method": "signround", "bits": 3, "steps": 12, "batch_size": 4, "learning_rate": 0.05}
+
+
+@pytest.fixture(scope="module")
+def tuned(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A tuned job that nobody disturbed."""
+    return finish(small_model, tmp_path_factory.mktemp("tuned"), **TUNED)
+
+
+@pytest.fixture(scope="module")
+def rounded(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A job that rounds to nearest."""
+    return finish(small_model, tmp_path_factory.mktemp("rounded"), bits=3)
 
 
 def codes(workspace: Path) -> dict[str, torch.Tensor]:
@@ -39,17 +52,17 @@ def assert_same_codes(first: Path, second: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-@pytest.mark.parametrize("method", [{"method": "rtn"}, TUNED])
-def test_a_job_is_reported_as_it_is(method: dict[str, Any], small_model: Path, tmp_path: Path) -> None:
-    lines: list[AttemptLine] = []
-    result = run_job(small_model, tmp_path, lines, **method)
+@pytest.mark.parametrize("method", ["rounded", "tuned"])
+def test_a_job_is_reported_as_it_is(method: str, small_model: Path, request: pytest.FixtureRequest) -> None:
+    finished: Finished = request.getfixturevalue(method)
+    result, lines = finished.result, finished.lines
     report = result.report
     assert sum(s for stage, s in report.seconds.items() if stage != "total") == pytest.approx(report.seconds["total"])
     assert set(report.seconds) == {"load", "calibrate", "quantize", "evaluate", "export", "total"}
     assert [b.index for b in report.blocks] == [0, 1, 2]
     assert (report.blocks_computed, report.blocks_resumed) == (3, 0)
     assert report.size.quantized_weights == 3 * (2 * 64 * 64 + 2 * 32 * 64 + 3 * 64 * 192)
-    assert report.size.bits_per_weight == method.get("bits", 4) + 16 / 32
+    assert report.size.bits_per_weight == 3 + 16 / 32
     assert report.model.parameters == sum(
         p.numel() for p in AutoModelForCausalLM.from_pretrained(small_model).parameters()
     )
@@ -57,7 +70,7 @@ def test_a_job_is_reported_as_it_is(method: dict[str, Any], small_model: Path, t
     assert report.quality is not None
     assert 0 < report.quality.kl_divergence < 2
     assert 0.3 < report.quality.top1_agreement <= 1
-    assert (report.calibration is None) == (method["method"] == "rtn")
+    assert (report.calibration is None) == (method == "rounded")
     for block in report.blocks:
         assert len(block.linears) == 7
         assert all(0 < linear.weight_error < 0.3 and linear.output_error for linear in block.linears)
@@ -68,13 +81,12 @@ def test_a_job_is_reported_as_it_is(method: dict[str, Any], small_model: Path, t
     stages = [line.stage for line in lines if isinstance(line, ProgressEvent)]
     assert list(dict.fromkeys(stages)) == [Stage.LOAD, Stage.QUANTIZE, Stage.EVALUATE, Stage.EXPORT]
     for folder in result.checkpoints.values():
-        assert Report.model_validate_json((tmp_path / folder / "report.json").read_text()) == report
+        assert Report.model_validate_json((finished.workspace / folder / "report.json").read_text()) == report
 
 
-def test_what_is_reported_is_what_the_written_checkpoint_does(small_model: Path, tmp_path: Path) -> None:
-    result = run_job(small_model, tmp_path, bits=3)
-    folder = tmp_path / result.checkpoints["compressed-tensors"]
-    quality = result.report.quality
+def test_what_is_reported_is_what_the_written_checkpoint_does(small_model: Path, rounded: Finished) -> None:
+    folder = rounded.workspace / rounded.result.checkpoints["compressed-tensors"]
+    quality = rounded.report.quality
     assert quality is not None
     from app.domain.jobs import Evaluation
     from workers.engine.calibration import evaluation_windows, load_tokenizer
@@ -89,13 +101,14 @@ def test_what_is_reported_is_what_the_written_checkpoint_does(small_model: Path,
         assert perplexity == pytest.approx(math.exp(loss), rel=2e-3)
 
 
-def test_the_same_request_gives_the_same_codes(small_model: Path, tmp_path: Path) -> None:
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        run_job(small_model, tmp_path / name, seed=seed, **TUNED)
-    assert_same_codes(tmp_path / "a", tmp_path / "b")
-    run_job(small_model, tmp_path / "rtn", bits=3)
-    for other in ("c", "rtn"):
-        one, two = codes(tmp_path / "a"), codes(tmp_path / other)
+def test_the_same_request_gives_the_same_codes(
+    small_model: Path, tuned: Finished, rounded: Finished, tmp_path: Path
+) -> None:
+    run_job(small_model, tmp_path / "again", **TUNED)
+    assert_same_codes(tuned.workspace, tmp_path / "again")
+    run_job(small_model, tmp_path / "other seed", seed=1, **TUNED)
+    for other in (tmp_path / "other seed", rounded.workspace):
+        one, two = codes(tuned.workspace), codes(other)
         blocks = {name.split(".")[2] for name in one if not torch.equal(one[name], two[name])}
         assert blocks >= {"0", "1", "2"}, f"tuning changes every block, and so does another seed: {other}"
 
@@ -104,45 +117,44 @@ class Interrupted(Exception):
     pass
 
 
-def interrupt_at(monkeypatch: pytest.MonkeyPatch, block: int) -> Callable[[], None]:
-    """The method raises when it comes to `block`; calling the result ends that. Counts in `calls`."""
-    method = METHODS["signround"]
+@pytest.fixture(scope="module")
+def interrupted(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The workspace of a tuned job whose method failed when it came to the last of three blocks."""
+    workspace, method = tmp_path_factory.mktemp("interrupted"), METHODS["signround"]
     original = method.quantize_block
 
     def quantize(task: Any, spec: Any) -> BlockResult:
-        if task.index == block:
+        if task.index == 2:
             raise Interrupted
         return original(task, spec)
 
-    monkeypatch.setattr(method, "quantize_block", quantize)
-    return lambda: monkeypatch.setattr(method, "quantize_block", original)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(method, "quantize_block", quantize)
+        with pytest.raises(Interrupted):
+            run_job(small_model, workspace, **TUNED)
+    return workspace
 
 
-def interrupted(model: Path, workspace: Path, monkeypatch: pytest.MonkeyPatch, **request: Any) -> None:
-    mend = interrupt_at(monkeypatch, 2)
-    with pytest.raises(Interrupted):
-        run_job(model, workspace, **TUNED, **request)
-    mend()
+@pytest.fixture
+def cut(interrupted: Path, tmp_path: Path) -> Path:
+    """A copy of that workspace, to go on from."""
+    return Path(shutil.copytree(interrupted, tmp_path / "cut"))
 
 
-def test_a_resumed_job_has_the_codes_of_an_undisturbed_one(
-    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = run_job(small_model, tmp_path / "whole", **TUNED).report
-    interrupted(small_model, tmp_path / "cut", monkeypatch)
-    resumed = run_job(small_model, tmp_path / "cut", **TUNED).report
+def test_a_resumed_job_has_the_codes_of_an_undisturbed_one(small_model: Path, tuned: Finished, cut: Path) -> None:
+    resumed, whole = run_job(small_model, cut, **TUNED).report, tuned.report
     assert (resumed.blocks_computed, resumed.blocks_resumed) == (1, 2)
-    assert_same_codes(tmp_path / "whole", tmp_path / "cut")
+    assert_same_codes(tuned.workspace, cut)
     assert resumed.quality == whole.quality
     for one, other in zip(resumed.blocks, whole.blocks, strict=True):
         assert one.model_copy(update={"seconds": 0}) == other.model_copy(update={"seconds": 0})
 
 
-def test_a_finished_job_resumes_whole(small_model: Path, tmp_path: Path) -> None:
-    first = run_job(small_model, tmp_path, **TUNED)
-    again = run_job(small_model, tmp_path, **TUNED)
+def test_a_finished_job_resumes_whole(small_model: Path, tuned: Finished, tmp_path: Path) -> None:
+    workspace = shutil.copytree(tuned.workspace, tmp_path / "again")
+    again = run_job(small_model, workspace, **TUNED)
     assert again.report.blocks_resumed == 3
-    assert again.report.quality == first.report.quality
+    assert again.report.quality == tuned.report.quality
 
 
 def other_seed(_: Path) -> dict[str, Any]:
@@ -199,18 +211,18 @@ def test_only_what_is_sound_and_belongs_to_the_request_is_adopted(
     change: Callable[[Path], dict[str, Any]],
     adopted: int,
     small_model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
+    cut: Path,
 ) -> None:
-    interrupted(small_model, tmp_path, monkeypatch)
-    report = run_job(small_model, tmp_path, **(TUNED | change(tmp_path / "state"))).report
+    report = run_job(small_model, cut, **(TUNED | change(cut / "state"))).report
     assert report.blocks_resumed == adopted
     assert report.blocks_computed == 3 - adopted
 
 
-def test_smaller_micro_batches_change_the_plan_and_little_else(small_model: Path, tmp_path: Path) -> None:
-    whole = run_job(small_model, tmp_path / "a", **TUNED).report
-    parts = run_job(small_model, tmp_path / "b", order={"micro_batch_divisor": 16}, **TUNED).report
+def test_smaller_micro_batches_change_the_plan_and_little_else(
+    small_model: Path, tuned: Finished, tmp_path: Path
+) -> None:
+    whole = tuned.report
+    parts = run_job(small_model, tmp_path, order={"micro_batch_divisor": 16}, **TUNED).report
     assert (whole.plan["micro_batch"], parts.plan["micro_batch"]) == (32, 2)
     assert whole.quality is not None
     assert parts.quality is not None
@@ -233,12 +245,11 @@ def test_overrides_and_ignored_linears(small_model: Path, tmp_path: Path) -> Non
     assert "model.layers.1.mlp.up_proj.weight_packed" in stored
 
 
-def test_an_untied_head_is_rounded_when_it_is_not_ignored(small_model: Path, tmp_path: Path) -> None:
+def test_an_untied_head_is_rounded_when_it_is_not_ignored(small_model: Path, tuned: Finished, tmp_path: Path) -> None:
     lines: list[AttemptLine] = []
-    plain = run_job(small_model, tmp_path / "plain", **TUNED).report
     for _ in range(2):  # the second run resumes everything, the head too
         result = run_job(small_model, tmp_path / "head", lines, modules={"ignore": []}, formats=["native"], **TUNED)
-        assert result.report.size.quantized_weights == plain.size.quantized_weights + 400 * 64
+        assert result.report.size.quantized_weights == tuned.report.size.quantized_weights + 400 * 64
     assert result.report.blocks_resumed == 3
     assert "head_rounded" in {line.code for line in lines if isinstance(line, WarningEvent)}
     assert "lm_head.codes" in codes(tmp_path / "head")

@@ -1,5 +1,6 @@
 """End-to-end scale tuning: its gradient, what it must not touch, and that it never makes a model worse."""
 
+import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from app.domain.events import AttemptLine, LogEvent, ProgressEvent, Stage, WarningEvent
 from app.domain.methods import Scheme
-from tests.engine.conftest import run_job
+from tests.engine.conftest import Finished, finish, run_job
 from tests.engine.random_models import LENGTH, VOCABULARY, save_random_model
 from workers.engine import evaluation, scale_plan, scale_stage, scale_tuning
 from workers.engine.architectures import LAYOUTS
@@ -240,6 +241,18 @@ TUNED: dict[str, Any] = {
 SCALED: dict[str, Any] = TUNED | {"scale_steps": 20}
 
 
+@pytest.fixture(scope="module")
+def plain(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """A job that leaves scales as they are."""
+    return finish(small_model, tmp_path_factory.mktemp("plain"), **TUNED)
+
+
+@pytest.fixture(scope="module")
+def scaled(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The same job with scales tuned, undisturbed."""
+    return finish(small_model, tmp_path_factory.mktemp("scaled"), **SCALED)
+
+
 def stored(workspace: Path) -> dict[str, Tensor]:
     return load_file(workspace / "output/native/weights.safetensors")
 
@@ -254,53 +267,49 @@ def assert_same(first: Path, second: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_a_job_tunes_scales_and_nothing_else(small_model: Path, tmp_path: Path) -> None:
-    lines: list[AttemptLine] = []
-    plain = run_job(small_model, tmp_path / "plain", **TUNED).report
-    report = run_job(small_model, tmp_path / "scaled", lines, **SCALED).report
-    before, after = stored(tmp_path / "plain"), stored(tmp_path / "scaled")
+def test_a_job_tunes_scales_and_nothing_else(plain: Finished, scaled: Finished) -> None:
+    before, after = stored(plain.workspace), stored(scaled.workspace)
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert {name.rpartition(".")[2] for name in changed} == {"scale"}
     assert {name.split(".")[2] for name in changed} == {"0", "1", "2"}
-    assert plain.scales is None
+    report = scaled.report
+    assert plain.report.scales is None
     assert report.scales is not None
     assert report.scales.kept
     assert report.scales.kl < report.scales.kl_initial
     assert (report.scales.steps, report.scales.held_out) == (20, 3)
     assert report.quality is not None
-    assert plain.quality is not None
-    assert report.quality.kl_divergence != plain.quality.kl_divergence
-    assert report.quality.perplexity_original == plain.quality.perplexity_original
+    assert plain.report.quality is not None
+    assert report.quality.kl_divergence != plain.report.quality.kl_divergence
+    assert report.quality.perplexity_original == plain.report.quality.perplexity_original
     assert sum(s for stage, s in report.seconds.items() if stage != "total") == pytest.approx(report.seconds["total"])
     assert report.seconds["scales"] == pytest.approx(report.scales.seconds, rel=0.2, abs=0.1)
-    progress = [line for line in lines if isinstance(line, ProgressEvent)]
+    progress = [line for line in scaled.lines if isinstance(line, ProgressEvent)]
     assert list(dict.fromkeys(line.stage for line in progress))[1:3] == [Stage.QUANTIZE, Stage.SCALES]
     assert [line.done for line in progress if line.stage is Stage.SCALES][-1] == 20
-    assert warnings(lines) == set()
+    assert warnings(scaled.lines) == set()
 
 
-def test_the_quality_is_that_of_the_written_checkpoint(small_model: Path, tmp_path: Path) -> None:
+def test_the_quality_is_that_of_the_written_checkpoint(small_model: Path, scaled: Finished) -> None:
     from app.domain.jobs import Evaluation
     from workers.engine.calibration import evaluation_windows, load_tokenizer
 
-    result = run_job(small_model, tmp_path, **SCALED)
     ids = evaluation_windows(
         load_tokenizer(small_model), Evaluation(num_samples=4, sequence_length=48), None, 0, None
     ).ids
     logs = []
-    for path in (small_model, tmp_path / result.checkpoints["compressed-tensors"]):
+    for path in (small_model, scaled.workspace / scaled.result.checkpoints["compressed-tensors"]):
         with torch.no_grad():
             logits = AutoModelForCausalLM.from_pretrained(path, dtype=torch.bfloat16)(ids).logits[:, :-1]
         logs.append(logits.float().log_softmax(-1))
     divergence = (logs[0].exp() * (logs[0] - logs[1])).sum(-1).mean()
-    assert result.report.quality is not None
-    assert result.report.quality.kl_divergence == pytest.approx(float(divergence), rel=1e-2)
+    assert scaled.report.quality is not None
+    assert scaled.report.quality.kl_divergence == pytest.approx(float(divergence), rel=1e-2)
 
 
-def test_the_same_request_gives_the_same_scales(small_model: Path, tmp_path: Path) -> None:
-    for name in "ab":
-        run_job(small_model, tmp_path / name, **SCALED)
-    assert_same(tmp_path / "a", tmp_path / "b")
+def test_the_same_request_gives_the_same_scales(small_model: Path, scaled: Finished, tmp_path: Path) -> None:
+    run_job(small_model, tmp_path, **SCALED)
+    assert_same(scaled.workspace, tmp_path)
 
 
 class Interrupted(Exception):
@@ -309,10 +318,8 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize("moment", ["in the middle", "before it is durable", "after it is durable"])
 def test_a_resumed_job_has_the_scales_of_an_undisturbed_one(
-    moment: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    moment: str, small_model: Path, scaled: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = run_job(small_model, tmp_path / "whole", **SCALED).report
-
     def interrupt(*_: object, **__: object) -> None:
         raise Interrupted
 
@@ -324,11 +331,11 @@ def test_a_resumed_job_has_the_scales_of_an_undisturbed_one(
     with monkeypatch.context() as patch:
         patch.setattr(places[moment], interrupt)
         with pytest.raises(Interrupted):
-            run_job(small_model, tmp_path / "cut", **SCALED)
+            run_job(small_model, tmp_path, **SCALED)
     if moment == "after it is durable":
         monkeypatch.setattr(scale_stage, "tune_scales", interrupt)
-    resumed = run_job(small_model, tmp_path / "cut", **SCALED).report
-    assert_same(tmp_path / "whole", tmp_path / "cut")
+    resumed, whole = run_job(small_model, tmp_path, **SCALED).report, scaled.report
+    assert_same(scaled.workspace, tmp_path)
     assert (resumed.blocks_computed, resumed.blocks_resumed) == (0, 3)
     assert resumed.quality == whole.quality
     assert resumed.scales is not None
@@ -337,46 +344,43 @@ def test_a_resumed_job_has_the_scales_of_an_undisturbed_one(
 
 
 @pytest.mark.parametrize("damaged", ["scales.safetensors", "block-00001.safetensors"])
-def test_damaged_scales_are_tuned_anew(damaged: str, small_model: Path, tmp_path: Path) -> None:
-    run_job(small_model, tmp_path / "whole", **SCALED)
-    run_job(small_model, tmp_path / "again", **SCALED)
-    file = tmp_path / "again/state" / damaged
+def test_damaged_scales_are_tuned_anew(damaged: str, small_model: Path, scaled: Finished, tmp_path: Path) -> None:
+    shutil.copytree(scaled.workspace, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "state" / damaged
     data = bytearray(file.read_bytes())
     data[-1] ^= 1
     file.write_bytes(data)
     lines: list[AttemptLine] = []
-    run_job(small_model, tmp_path / "again", lines, **SCALED)
+    run_job(small_model, tmp_path, lines, **SCALED)
     assert any(isinstance(line, ProgressEvent) and line.stage is Stage.SCALES for line in lines)
-    assert_same(tmp_path / "whole", tmp_path / "again")
+    assert_same(scaled.workspace, tmp_path)
 
 
 def test_scales_that_are_no_better_are_not_kept(
-    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, plain: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = run_job(small_model, tmp_path / "plain", **TUNED).report
     monkeypatch.setattr(scale_tuning, "LEARNING_RATE", 3.0)
     for _ in range(2):  # the second run takes the verdict over
         lines: list[AttemptLine] = []
-        report = run_job(small_model, tmp_path / "scaled", lines, **SCALED).report
+        report = run_job(small_model, tmp_path, lines, **SCALED).report
         assert warnings(lines) == {"scale_tuning_rejected"}
-        assert_same(tmp_path / "plain", tmp_path / "scaled")
+        assert_same(plain.workspace, tmp_path)
         assert report.scales is not None
         assert not report.scales.kept
         assert report.scales.kl == report.scales.kl_initial
-        assert report.quality == plain.quality
+        assert report.quality == plain.report.quality
     assert report.blocks_resumed == 3
 
 
 def test_a_model_that_does_not_fit_keeps_its_scales(
-    small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, plain: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = run_job(small_model, tmp_path / "plain", **TUNED).report
     monkeypatch.setattr(scale_plan, "host_memory", lambda: 1 << 20)
     lines: list[AttemptLine] = []
-    report = run_job(small_model, tmp_path / "scaled", lines, **SCALED).report
-    assert_same(tmp_path / "plain", tmp_path / "scaled")
+    report = run_job(small_model, tmp_path, lines, **SCALED).report
+    assert_same(plain.workspace, tmp_path)
     assert report.scales is None
-    assert report.quality == plain.quality
+    assert report.quality == plain.report.quality
     (warning,) = [line for line in lines if isinstance(line, WarningEvent)]
     assert warning.code == "scale_tuning_skipped"
     assert "GB" in warning.message

@@ -19,6 +19,7 @@ from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.session import Database, migrate
+from app.store.uploads import NewUploadFile, UploadRepository
 from app.store.workers import sweep_lease
 from tests.store.samples import add, get, let_lease_run_out, report, request, take, try_take
 
@@ -166,8 +167,23 @@ def test_one_key_at_one_moment_makes_one_job(database: Database, tenant: str) ->
             job = JobRepository(session, tenant).add(request(), idempotency=key)
             return job.id, job.replayed
 
-    made = together(8, post)
-    assert len({job_id for job_id, _ in made}) == 1
+    assert_one(together(8, post))
+
+
+def test_one_key_at_one_moment_makes_one_upload(database: Database, tenant: str) -> None:
+    files = [NewUploadFile("text.jsonl", 3, "0" * 64)]
+
+    def post(_: int) -> tuple[str, bool]:
+        with database.transaction() as session:
+            upload = UploadRepository(session, tenant).create(files, idempotency=Idempotency("k", "f" * 64))
+            return upload.id, upload.replayed
+
+    assert_one(together(8, post))
+
+
+def assert_one(made: list[tuple[str, bool]]) -> None:
+    """All got the same thing, and one of them made it."""
+    assert len({thing for thing, _ in made}) == 1
     assert sorted(replayed for _, replayed in made) == [False] + [True] * 7
 
 

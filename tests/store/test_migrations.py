@@ -8,14 +8,18 @@ from alembic import command
 from alembic.config import Config
 from alembic.config import main as command_line
 from alembic.script import ScriptDirectory
-from sqlalchemy import inspect, text
+from sqlalchemy import inspect, select, text
 from sqlalchemy.exc import IntegrityError
 
-from app.store.models import Base
+from app.store.idempotency import Idempotency
+from app.store.jobs import JobRepository
+from app.store.models import Base, IdempotencyKey
 from app.store.session import Database, migrate, schema_is_current
-from tests.store.samples import add
+from app.store.uploads import NewUploadFile, UploadRepository
+from tests.store.samples import add, request
 
 ROOT = Path(__file__).parents[2]
+TEXT = NewUploadFile("text.jsonl", 3, "0" * 64)
 
 
 def alembic(database: Database, step: str) -> None:
@@ -56,6 +60,26 @@ def test_down_and_up_again(database: Database, database_url: str) -> None:
     migrate(database_url)
     assert schema_is_current(database)
     assert set(inspect(database.engine).get_table_names()) == {*Base.metadata.tables, "alembic_version"}
+
+
+def test_keys_of_the_release_before_are_kept(database: Database, database_url: str, tenant: str) -> None:
+    """0002 makes room for uploads in the table of keys: SQLite builds that table anew."""
+    key = Idempotency.of("k", request())
+    with database.transaction() as session:
+        job_id = JobRepository(session, tenant).add(request(), idempotency=key).id
+    alembic(database, "0001")
+    migrate(database_url)
+    with database.transaction() as session:
+        found = JobRepository(session, tenant).find_replayed(key)
+        assert found is not None
+        assert found.id == job_id
+        upload = UploadRepository(session, tenant).create([TEXT], idempotency=Idempotency("u", "0" * 64))
+        upload_id = upload.id
+    with database.transaction() as session:
+        JobRepository(session, tenant).cancel(job_id)
+        JobRepository(session, tenant).delete(job_id)
+        UploadRepository(session, tenant).delete(upload_id)
+        assert session.scalars(select(IdempotencyKey)).all() == []
 
 
 def test_an_empty_database_is_not_current(empty_url: str) -> None:

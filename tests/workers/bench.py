@@ -39,7 +39,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 15.0, what: str =
     while not condition():
         if time.monotonic() > deadline:
             raise TimeoutError(f"{what} did not come true within {seconds} s")
-        time.sleep(0.02)
+        time.sleep(0.05)
 
 
 def alive(pid: int) -> bool:

@@ -3,7 +3,7 @@
 A real process on the real lifeline, pipe and lock; only the computation is left out. Steps are separated by commas:
 
     block           report the next block as finished         progress:N      N progress events at once
-    sleep:S         sleep                                     spin            compute for ever, deaf to everything
+    sleep:S         sleep                                     hang            go on for ever, deaf to everything
     file:NAME:TEXT  write a file of the checkpoint            raw:TEXT        write TEXT to the pipe as it is
     long:BYTES      write one line of this length             signal:NAME     send a signal to itself
     fail:CODE       report a failure, exit code 1             exit:CODE       end at once
@@ -103,11 +103,11 @@ class Script:
             os.write(int(os.environ[REPORT_FD]), b"x" * 1024)
         self.raw("")
 
-    def spin(self, _: str) -> None:
+    def hang(self, _: str) -> None:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        self.pipe.write(LogEvent(event="spinning"))
+        self.pipe.write(LogEvent(event="hanging"))
         while True:
-            sum(range(10_000))
+            time.sleep(0.05)  # tests beside this one compute
 
     def fail(self, code: str) -> None:
         raise error_from_code(code, "as the script says")
@@ -147,7 +147,7 @@ STEPS: dict[str, Callable[[Script, str], object]] = {
     "file": Script.file,
     "raw": Script.raw,
     "long": Script.long,
-    "spin": Script.spin,
+    "hang": Script.hang,
     "signal": lambda _, name: os.kill(os.getpid(), signal.Signals[name]),
     "fail": Script.fail,
     "raise": Script.raise_,

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.errors import InternalError
+from app.domain.errors import InternalError, UnsafeCheckpoint
 from app.domain.events import ATTEMPT_LINE, AttemptOrder, FailedLine
 from app.domain.jobs import JobRequest
-from workers.attempt import take_lock
-from workers.lifeline import ATTEMPT, EXIT_FAILED, JOB_ID
+from workers.attempt import run_order, take_lock
+from workers.lifeline import ATTEMPT, EXIT_FAILED, JOB_ID, REPORT_FD, ReportPipe
 from workers.process import ChildProcess, child_environment
 
 
@@ -56,7 +56,8 @@ def test_an_order_that_is_no_order(tmp_path: Path) -> None:
     assert "ValidationError" in str(logged[0]["exception"])
 
 
-def test_a_model_of_pickles_is_the_callers_fault(tmp_path: Path) -> None:
+def test_a_model_of_pickles_is_the_callers_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has torch already; `tests/e2e/test_kills.py` starts real ones."""
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text('{"model_type": "llama"}')
     (tmp_path / "model" / "pytorch_model.bin").write_bytes(b"pickle")
@@ -64,8 +65,8 @@ def test_a_model_of_pickles_is_the_callers_fault(tmp_path: Path) -> None:
     (tmp_path / "output" / "native" / "half.safetensors").write_text("of a killed attempt")
     request = JobRequest.parse({"model": str(tmp_path / "model"), "method": "rtn"})
     order = AttemptOrder(job_id="job_x", attempt=3, request=request, model_path=str(tmp_path / "model"), device="cpu")
-    (tmp_path / "order.json").write_text(order.model_dump_json())
-    code, failed, _ = run_attempt(tmp_path)
-    assert code == EXIT_FAILED
-    assert [line.error.code for line in failed] == ["unsafe_checkpoint"]
+    with (tmp_path / "lines").open("wb") as lines:
+        monkeypatch.setenv(REPORT_FD, str(lines.fileno()))
+        with pytest.raises(UnsafeCheckpoint):
+            run_order(order, tmp_path, ReportPipe())
     assert not (tmp_path / "output").exists(), "what an earlier attempt wrote is gone"

@@ -13,6 +13,7 @@ from app.store.workers import forget_workers, heartbeat, list_workers
 from tests.workers.bench import Bench, wait_for
 from workers import presence
 from workers.devices import capacity
+from workers.hub_cache import holding
 from workers.presence import Presence
 from workers.workspace import Workspace, prune
 
@@ -94,6 +95,22 @@ def test_a_presence_prunes_what_the_store_knows_to_have_ended(sqlite_bench: Benc
     Presence(sqlite_bench.context)._prune()
     assert not sqlite_bench.workspace(failed).exists()
     assert sqlite_bench.workspace(queued).exists()
+
+
+def test_a_presence_prunes_models_that_nobody_has_used_for_long(sqlite_bench: Bench) -> None:
+    settings = sqlite_bench.context.settings
+    names = ["org--held@1", "org--old@1", "org--young@1"]
+    for name, days in zip(names, (40, 40, 20), strict=True):
+        with holding(settings.hub_dir / name):
+            pass
+        then = time.time() - days * 86_400
+        os.utime(settings.hub_dir / name / ".used", (then, then))
+    with holding(settings.hub_dir / names[0]):
+        Presence(sqlite_bench.context)._prune()
+    assert sorted(path.name for path in settings.hub_dir.iterdir()) == ["org--held@1", "org--young@1"]
+    eager = settings.model_copy(update={"hub_retention_days": 15.0})
+    Presence(replace(sqlite_bench.context, settings=eager))._prune()
+    assert [path.name for path in settings.hub_dir.iterdir()] == ["org--held@1"]
 
 
 def test_capacity_of_this_machine(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from app.domain.jobs import JobRequest
 from app.store.blobs import BlobStore
 from app.store.keys import ensure_tenant
 from app.store.uploads import NewUploadFile, UploadRepository
+from tests.api.checkpoints import as_hub_cache, write_checkpoint
 from tests.workers.bench import Bench
 from workers.sources import fetch_order, materialise_upload, model_path, text_path, under_roots
 from workers.workspace import Workspace
@@ -55,6 +56,31 @@ def test_a_path_must_really_lie_under_a_root(tmp_path: Path) -> None:
     for name in ("nothing", "x" * 300):
         with pytest.raises(SourceNotFound):
             under_roots(str(root / name), [root], field="model")
+
+
+def test_links_of_a_local_model_stay_under_the_roots(sqlite_bench: Bench, workspace: Workspace, tmp_path: Path) -> None:
+    """The worker looks again: the API may have another disk, and it looked some time ago."""
+
+    def found(model: Path) -> str | None:
+        request = JobRequest.parse({"model": str(model), "method": "rtn"})
+        return model_path(sqlite_bench.context, sqlite_bench.tenant_id, request, workspace)
+
+    root = sqlite_bench.model.parent
+    snapshot = as_hub_cache(write_checkpoint(tmp_path / "made"), root / "cache")
+    assert found(snapshot) == str(snapshot)
+    templates = snapshot / "additional_chat_templates"
+    (root / "templates").mkdir()
+    templates.symlink_to(root / "templates")
+    assert found(snapshot) == str(snapshot)
+    outside = tmp_path / "secret"
+    outside.write_text("of the operator")
+    for link in (snapshot / "LICENSE", root / "templates" / "a.jinja"):
+        link.symlink_to(outside)
+        with pytest.raises(SourceForbidden, match=f"{link.name} is a link out of the allowed folders") as caught:
+            found(snapshot)
+        assert "BITWRIGHT_MODEL_ROOTS" in str(caught.value.hint)
+        link.unlink()
+    assert found(snapshot) == str(snapshot)
 
 
 def test_an_uploaded_checkpoint_becomes_a_folder(sqlite_bench: Bench, workspace: Workspace) -> None:

@@ -107,10 +107,10 @@ def test_lines_that_are_no_lines_do_no_harm(sqlite_bench: Bench) -> None:
 
 
 def test_a_cancel_frees_the_process_within_five_seconds(bench: Bench) -> None:
-    job_id = bench.submit("child,block,spin")
+    job_id = bench.submit("child,block,hang")
     running = bench.start()
     grandchild = running.log_event("grandchild")["pid"]
-    running.log_event("spinning")
+    running.log_event("hanging")
     asked = time.monotonic()
     bench.cancel(job_id)
     assert running.wait() is JobStatus.CANCELLED
@@ -121,7 +121,7 @@ def test_a_cancel_frees_the_process_within_five_seconds(bench: Bench) -> None:
 
 
 def test_an_attempt_that_runs_too_long_fails(sqlite_bench: Bench) -> None:
-    job_id = sqlite_bench.submit("spin", time_limit_seconds=2)
+    job_id = sqlite_bench.submit("hang", time_limit_seconds=2)
     started = time.monotonic()
     assert sqlite_bench.run() is JobStatus.FAILED
     assert time.monotonic() - started < 8
@@ -129,10 +129,10 @@ def test_an_attempt_that_runs_too_long_fails(sqlite_bench: Bench) -> None:
 
 
 def test_a_supervisor_that_lost_its_lease_kills_its_attempt_and_writes_nothing(bench: Bench) -> None:
-    job_id = bench.submit("child,block,spin")
+    job_id = bench.submit("child,block,hang")
     running = bench.start()
     grandchild = running.log_event("grandchild")["pid"]
-    running.log_event("spinning")
+    running.log_event("hanging")
     with bench.context.database.transaction() as session:
         session.execute(update(Job).where(Job.id == job_id).values(lease_expires_at=seconds_from_now(-1)))
         assert requeue_lost(session) == [(job_id, "any")]
@@ -171,9 +171,9 @@ def test_a_missed_requirement_fails_the_job_and_keeps_its_files(bench: Bench) ->
 
 
 def test_a_stopping_worker_gives_the_job_back_uncounted(sqlite_bench: Bench) -> None:
-    job_id = sqlite_bench.submit("once:spin,file:a.json:{}")
+    job_id = sqlite_bench.submit("once:hang,file:a.json:{}")
     running = sqlite_bench.start()
-    running.log_event("spinning")
+    running.log_event("hanging")
     sqlite_bench.context.stopping.set()
     assert running.wait() is JobStatus.QUEUED
     assert sqlite_bench.job(job_id).fruitless_attempts == 0

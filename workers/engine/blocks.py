@@ -294,6 +294,8 @@ def run_block(
 
     Waits for a GPU only at the end, and only where the target is in host memory.
     """
+    if not len(source):
+        return
     for before, after in zip(torch.split(source, micro_batch), torch.split(target, micro_batch), strict=True):
         after.copy_(forward(block, before.to(device, non_blocking=True)), non_blocking=True)
     if device.type == "cuda" and not target.is_cuda:

@@ -35,17 +35,16 @@ LARGEST_MICRO_BATCH = 32
 class Plan:
     """What the engine decided; in the report, and most of it in the fingerprint that a resumed attempt must share.
 
-    world_size      ranks that share the windows of each text (`workers.engine.ranks`)
     micro_batch     sequences that go through a block at once, with gradients
     scale_dtype     of stored scales, learned from the formats before anything is optimized
     activations     where the streams live; codes are the same wherever that is
     activation_bytes, activation_budget
                     what a rank's streams need, and what its device could give them; None for a device without memory
                     of its own
+    world_size      ranks that share the windows of each text (`workers.engine.ranks`)
     """
 
     device: str
-    world_size: int
     threads: int
     dtype: str
     scale_dtype: str
@@ -54,6 +53,7 @@ class Plan:
     activations: Literal["device", "host"]
     activation_bytes: int
     activation_budget: int | None
+    world_size: int = 1
 
     def decides_codes(self) -> dict[str, object]:
         """The part of the plan that a resumed attempt must share."""
@@ -133,7 +133,6 @@ def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[StreamSiz
     needed, budget = _activation_bytes(model, streams), _activation_budget(model, longest, micro_batch)
     return Plan(
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
-        world_size=order.world_size,
         threads=torch.get_num_threads(),
         dtype=_name(model.dtype),
         scale_dtype=_name(scale_dtype(order.request.formats, model.dtype)),
@@ -142,6 +141,7 @@ def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[StreamSiz
         activations="device" if budget is not None and needed <= budget else "host",
         activation_bytes=needed,
         activation_budget=budget,
+        world_size=order.world_size,
     )
 
 

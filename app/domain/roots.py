@@ -1,0 +1,30 @@
+"""The configured folders under which local models and texts may lie, every link followed."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from app.domain.errors import SourceForbidden
+
+ALLOWED_HINT = "the service's operator names the allowed folders in BITWRIGHT_MODEL_ROOTS"
+
+
+def lies_under(path: str | Path, roots: Iterable[Path]) -> bool:
+    """Whether the path, with every link and `..` resolved, is one of the roots or lies under one."""
+    real = os.path.realpath(path)
+    return any(os.path.commonpath([real, base]) == base for base in map(os.path.realpath, roots))
+
+
+def check_links(folder: Path, roots: tuple[Path, ...]) -> None:
+    """Refuse a model's folder with a link out of the roots. Links among the roots are fine: a Hub cache has many.
+
+    It looks at the folder and at the folders in it; nothing that reads a model goes deeper.
+
+    Raises:
+        SourceForbidden: names the first such link.
+    """
+    for entry in sorted([*folder.glob("*"), *folder.glob("*/*")]):
+        if not lies_under(entry, roots):
+            name = entry.relative_to(folder).as_posix()
+            detail = f"{name} is a link out of the allowed folders"
+            raise SourceForbidden(detail, field="model.path", value=name, hint=ALLOWED_HINT)
