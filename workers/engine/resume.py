@@ -143,7 +143,7 @@ class ResumeState:
     def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]], about: dict[str, str]) -> Shard:
         if not self._ranks.leads:
             return Shard(file, "")
-        data = save(tensors(), metadata=about)
+        data = save(tensors(), metadata=about or None)
         replace_file(self._folder / file, data)
         return Shard(file, hashlib.sha256(data).hexdigest())
 
