@@ -146,19 +146,20 @@ class _Bytes:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._stream = file.open("wb")
+        self._size = 0
         self._entries: list[tuple[str, Kind, int, tuple[int, ...]]] = []
         self.names: set[str] = set()
 
     def add(self, name: str, data: Tensor, kind: Kind, *, source: str | None = None) -> None:
         """uint8 (..., bytes a row); `source` is the tensor's name in the source checkpoint."""
-        self._entries.append((name, kind, self._stream.tell(), tuple(data.shape)))
-        data.contiguous().numpy().tofile(self._stream)
+        self._entries.append((name, kind, self._size, tuple(data.shape)))
+        with self._file.open("ab") as stream:
+            data.contiguous().numpy().tofile(stream)
+        self._size += data.numel()
         self.names.add(source or name)
 
     def write(self, writer: GGUFWriter) -> None:
         """The whole GGUF file; what was collected is removed."""
-        self._stream.close()
         for name, kind, offset, shape in self._entries:
             data = np.memmap(self._file, dtype=np.uint8, mode="r", offset=offset, shape=shape)
             writer.add_tensor(name, data, raw_dtype=kind)
