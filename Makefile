@@ -9,8 +9,8 @@ PIP_ARGS ?=
 BIN := $(VENV)/bin
 
 MODEL ?=
-METHOD ?= signround
-BITS ?= 4
+METHOD ?=
+BITS ?=
 PRESET ?=
 ARGS ?=
 
@@ -27,7 +27,7 @@ help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
 
 demo: $(VENV)/.embedded ## Quantize a model end to end: make demo MODEL=<folder or Hub id> METHOD=signround BITS=4 PRESET=light
-	$(BIN)/bitwright demo $(if $(MODEL),--model '$(MODEL)') --method $(METHOD) --bits $(BITS) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
+	$(BIN)/bitwright demo $(if $(MODEL),--model '$(MODEL)') $(if $(METHOD),--method $(METHOD)) $(if $(BITS),--bits $(BITS)) $(if $(PRESET),--preset $(PRESET)) $(ARGS)
 
 serve: $(VENV)/.embedded ## Start the whole service embedded: API, worker, sweep, broker
 	$(BIN)/bitwright serve $(ARGS)

@@ -43,13 +43,27 @@ RANKS = {
 ROWS_ONLY = {"USE_TORCH": "0"}
 """`datasets` loads torch where it is installed: seconds, and for tensors that a fetch never makes."""
 
+WAITING = {
+    # Threads that wait for each other look again for some ten microseconds, then sleep. By default those of GNU OpenMP
+    # spin for milliseconds: on a busy machine they take half of the processor time that the others need, on an idle
+    # one they gain nothing.
+    "GOMP_SPINCOUNT": "1000",
+}
+WAITING_IS_GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""Variables by which whoever runs the worker decides this."""
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
 def attempt_environment(workspace: Workspace, claim: Claim) -> dict[str, str]:
     """Of the attempt: offline, and with caches that go with the workspace."""
-    own = ALWAYS | ALLOCATOR | OFFLINE | _names(claim) | {"HF_HOME": str(workspace.folder / "cache")}
-    return RANKS | child_environment(own)
+    caches = {"HF_HOME": str(workspace.folder / "cache")}
+    return RANKS | child_environment(ALWAYS | ALLOCATOR | waiting() | OFFLINE | _names(claim) | caches)
+
+
+def waiting() -> dict[str, str]:
+    """How threads wait, unless this process's environment says so."""
+    return {} if any(name in os.environ for name in WAITING_IS_GIVEN) else WAITING
 
 
 def fetch_environment(settings: Settings, workspace: Workspace, claim: Claim) -> dict[str, str]:

@@ -27,7 +27,7 @@ ORPHAN_SECONDS = 1.0
 
 PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
 PASSED_ON_PREFIXES = (
-    *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "OMP_", "MKL_"),
+    *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "GLOO_", "OMP_", "GOMP_", "MKL_"),
     *("TORCH", "PYTORCH_", "TRITON_", "PYTHON"),
 )
 

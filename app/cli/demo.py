@@ -20,6 +20,7 @@ from app.cli.render import format_seconds, out, report_table, times_table
 from app.cli.submit import set_fields, set_section
 from app.cli.watch import finish, follow_job
 from app.domain.errors import InternalError
+from app.domain.methods import METHODS
 from app.settings import get_settings
 
 HUB = "https://huggingface.co"
@@ -27,6 +28,7 @@ HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
 HUB_SECONDS = 2.0
 PROMPT = "The list of built-in functions"
 
+METHOD, BITS = "signround", 4
 SAMPLES, SEQUENCE_LENGTH, BATCH_SIZE = 64, 256, 2
 EVALUATION = {"num_samples": 16, "sequence_length": 512}
 """Little text, so that two processor cores are done in minutes; a job of your own takes its preset's sizes."""
@@ -36,8 +38,8 @@ def demo(
     model: Annotated[
         str | None, typer.Option(help="Hub id or folder; default: a small Hub model, or one trained on the spot.")
     ] = None,
-    method: Annotated[str, typer.Option(help="Method or recipe: see `bitwright methods`.")] = "signround",
-    bits: Annotated[int | None, typer.Option(help="Width of a weight, 2 to 8.")] = 4,
+    method: Annotated[str, typer.Option(help="Method or recipe: see `bitwright methods`.")] = METHOD,
+    bits: Annotated[int | None, typer.Option(help="Width of a weight, 2 to 8.")] = BITS,
     preset: Annotated[str | None, typer.Option(help="light, default or best.", show_default="light")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1: all.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Form of the scheme.")] = None,
@@ -95,10 +97,13 @@ def _model_roots(model: Path) -> list[Path]:
 
 
 def _quick_tuning(method: str, preset: str | None, batch_size: int | None) -> dict[str, str | int | None]:
-    """The light preset and small batches for the tuned method by its plain name; recipes keep their own."""
-    if method != "signround":
-        return {"preset": preset, "batch_size": batch_size}
-    return {"preset": preset or "light", "batch_size": batch_size or BATCH_SIZE}
+    """The light preset and small batches for a method that has them; a recipe keeps its own."""
+    info = METHODS.get(method)
+    if info is not None and "light" in info.presets:
+        preset = preset or "light"
+    if info is not None and "batch_size" in info.spec.model_fields:
+        batch_size = batch_size or min(BATCH_SIZE, info.spec.model_fields["batch_size"].default)
+    return {"preset": preset, "batch_size": batch_size}
 
 
 @contextmanager

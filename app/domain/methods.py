@@ -222,7 +222,7 @@ class Preset:
 
 SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
-        "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=512),
+        "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "best": Preset({"steps": 200, "scale_steps": 100}, num_samples=128, sequence_length=2048),
     }

@@ -19,7 +19,7 @@ from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import open_blobs
 from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database
-from tests.store.samples import report
+from tests.reports import report
 
 SHORTHAND = {"model": "org/model", "method": "rtn", "bits": 4}
 

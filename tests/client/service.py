@@ -15,12 +15,12 @@ from app.client import Client, RetryPolicy
 from app.domain.access import Scope
 from app.domain.events import AttemptEvent
 from app.domain.jobs import DeviceClass
-from app.domain.report import ModelReport, PeakMemory, Report, SizeReport
 from app.settings import Settings
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import BlobStore, open_blobs
 from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database, migrate
+from tests.reports import report
 
 QUICK = RetryPolicy(attempts=4, first_seconds=0.01, longest_seconds=0.05)
 
@@ -66,28 +66,6 @@ class Service:
         blob = self.blobs.put(source)
         assert blob.sha256 == hashlib.sha256(content).hexdigest()
         return NewArtifact("compressed-tensors", path, blob.sha256, blob.size, "application/octet-stream")
-
-
-def report() -> Report:
-    """A small report; its numbers mean nothing."""
-    return Report(
-        version="0",
-        method="rtn",
-        seed=0,
-        device="cpu",
-        plan={},
-        model=ModelReport(source="org/name", revision=None, architecture="llama", dtype="float32", parameters=8),
-        calibration=None,
-        quality=None,
-        blocks=(),
-        size=SizeReport(
-            bytes_original=32, bytes_quantized=8, quantized_weights=8, bits_per_weight=4.5, bits_per_weight_model=8.0
-        ),
-        seconds={"total": 1.0},
-        peak_memory=PeakMemory(host_bytes=1),
-        blocks_computed=0,
-        blocks_resumed=0,
-    )
 
 
 @contextmanager

@@ -40,7 +40,8 @@ def test_block_by_block_gives_the_logits_of_the_whole_model(architecture: str, t
     with torch.no_grad():
         expected = whole(ids).logits
     found = streamed_logits(open_model(tmp_path), ids, micro_batch=2)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    # Fused blocks add in another order: a few units in the last place of sums of this size.
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=3e-5)
 
 
 @pytest.mark.parametrize("architecture", ["mistral", "qwen2", "gemma3_text"])

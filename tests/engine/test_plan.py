@@ -63,7 +63,8 @@ def test_a_little_more_or_less_free_memory_changes_nothing(plan_with: PlanWith) 
     assert plan_with(8 * GB + 900_000_000, size) == first
     assert plan_with(7 * GB, size) != first
     assert plan_with(7 * GB, size).decides_codes() == first.decides_codes(), "codes are the same wherever they are"
-    assert set(first.decides_codes()) == {"device", "threads", "dtype", "scale_dtype", "micro_batch", "torch_version"}
+    assert first.decides_codes().keys() >= {"device", "dtype", "scale_dtype", "micro_batch", "torch_version"}
+    assert not {name for name in first.decides_codes() if name.startswith("activation")}
 
 
 def test_what_the_device_needs_besides_grows_with_what_tuning_holds(plan_with: PlanWith) -> None:

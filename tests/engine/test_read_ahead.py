@@ -47,6 +47,19 @@ def test_the_next_item_is_read_while_one_is_used_and_no_other() -> None:
         assert next(items, None) is None
 
 
+def test_an_item_is_given_while_the_next_is_being_read() -> None:
+    given = threading.Event()
+
+    def read(index: int) -> int:
+        assert index == 0 or given.wait(5), "the item before was held back"
+        return index
+
+    with closing(read_ahead(read, 2, CPU)) as items:
+        assert next(items) == 0
+        given.set()
+        assert next(items) == 1
+
+
 def test_items_are_read_in_one_thread_which_ends_with_them() -> None:
     threads = set()
     items = read_ahead(lambda _: threads.add(threading.current_thread()), 4, CPU)

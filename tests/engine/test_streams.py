@@ -19,7 +19,18 @@ from workers.engine.streams import Stream, column_squares, second_moments
 from workers.methods.rtn import quantize_weight
 
 SMALL = {"cpu": 300}
-PLAN = Plan("cpu", 1, "float32", "float32", 2, "", "host", 0, None)
+PLAN = Plan(
+    device="cpu",
+    world_size=1,
+    threads=1,
+    dtype="float32",
+    scale_dtype="float32",
+    micro_batch=2,
+    torch_version=torch.__version__,
+    activations="host",
+    activation_bytes=0,
+    activation_budget=None,
+)
 
 
 class Gated(nn.Module):

@@ -1,4 +1,4 @@
-"""Requests, events and reports that the store's tests are about."""
+"""Requests, events and artifacts that the store's tests are about."""
 
 import time
 from typing import Any
@@ -7,7 +7,6 @@ from sqlalchemy import update
 
 from app.domain.events import BlockEvent, ProgressEvent, Stage
 from app.domain.jobs import DeviceClass, JobRequest
-from app.domain.report import ModelReport, PeakMemory, Report, SizeReport
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.clock import now, seconds_from_now
 from app.store.jobs import JobRepository
@@ -78,28 +77,6 @@ def progress(done: float) -> ProgressEvent:
 def artifact(path: str = "model.safetensors", sha256: str = "a" * 64, size: int = 3) -> NewArtifact:
     """A file of the native checkpoint."""
     return NewArtifact("native", path, sha256, size, "application/octet-stream")
-
-
-def report(**seconds: float) -> Report:
-    """A report without blocks."""
-    return Report(
-        version="0",
-        method="rtn",
-        seed=0,
-        device="cpu",
-        plan={},
-        model=ModelReport(source="org/model", revision=None, architecture="llama", dtype="bfloat16", parameters=8),
-        calibration=None,
-        quality=None,
-        blocks=(),
-        size=SizeReport(
-            bytes_original=16, bytes_quantized=4, quantized_weights=8, bits_per_weight=4.0, bits_per_weight_model=4.0
-        ),
-        seconds=seconds or {"total": 1.0},
-        peak_memory=PeakMemory(host_bytes=1),
-        blocks_computed=0,
-        blocks_resumed=0,
-    )
 
 
 def wait_until(deadline_seconds: float, condition: Any) -> None:

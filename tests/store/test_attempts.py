@@ -25,6 +25,7 @@ from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.session import Database
 from app.store.status import enter
+from tests.reports import report
 from tests.store.samples import (
     add,
     artifact,
@@ -33,7 +34,6 @@ from tests.store.samples import (
     get,
     let_lease_run_out,
     progress,
-    report,
     request,
     take,
     tell,
@@ -169,7 +169,7 @@ def test_a_number_that_is_not_finite_is_refused_by_name(database: Database, tena
         with database.transaction() as session, pytest.raises(NumericalFailure, match="value"):
             AttemptWriter(session, held.job_id, held.attempt).append([MetricEvent(name="kl", value=value)])
         with database.transaction() as session, pytest.raises(NumericalFailure, match=r"seconds\.total"):
-            AttemptWriter(session, held.job_id, held.attempt).succeed(report(total=value), [])
+            AttemptWriter(session, held.job_id, held.attempt).succeed(report(seconds={"total": value}), [])
 
 
 WRITES: dict[str, Callable[[AttemptWriter], object]] = {

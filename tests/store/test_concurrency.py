@@ -21,7 +21,8 @@ from app.store.models import Job
 from app.store.session import Database, migrate
 from app.store.uploads import NewUploadFile, UploadRepository
 from app.store.workers import sweep_lease
-from tests.store.samples import add, get, let_lease_run_out, report, request, take, try_take
+from tests.reports import report
+from tests.store.samples import add, get, let_lease_run_out, request, take, try_take
 
 T = TypeVar("T")
 

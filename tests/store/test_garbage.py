@@ -16,7 +16,8 @@ from app.store.jobs import JobRepository
 from app.store.models import IdempotencyKey, Job
 from app.store.session import Database
 from app.store.uploads import NewUploadFile, UploadRepository
-from tests.store.samples import add, get, report, request, take
+from tests.reports import report
+from tests.store.samples import add, get, request, take
 
 
 @pytest.fixture

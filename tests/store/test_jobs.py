@@ -16,7 +16,8 @@ from app.store.ids import new_id
 from app.store.jobs import JobRepository, count_by_status
 from app.store.models import Base, IdempotencyKey
 from app.store.session import Database
-from tests.store.samples import add, artifact, block, get, report, request, take, tell
+from tests.reports import report
+from tests.store.samples import add, artifact, block, get, request, take, tell
 
 JOB_TABLES = [table for name, table in Base.metadata.tables.items() if name not in {"tenant", "api_key"}]
 

@@ -17,7 +17,8 @@ from app.store.workers import (
     sweep_lease,
     waiting,
 )
-from tests.store.samples import add, report, take
+from tests.reports import report
+from tests.store.samples import add, take
 
 
 def states(database: Database) -> dict[str, str | None]:

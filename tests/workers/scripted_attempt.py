@@ -29,7 +29,8 @@ import structlog
 
 from app.domain.errors import error_from_code
 from app.domain.events import AttemptOrder, BlockEvent, LogEvent, ProgressEvent, ResultLine, Stage
-from app.domain.report import ModelReport, PeakMemory, Quality, Report, SizeReport, TextReport
+from app.domain.report import Report
+from tests.reports import QUALITY, report
 from workers.attempt import take_lock
 from workers.faults import as_bitwright_error
 from workers.lifeline import (
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
         return EXIT_FAILED
     if rank:
         return 0
-    pipe.write(ResultLine(report=report(order), checkpoints={"native": "output/native"}))
+    pipe.write(ResultLine(report=report_for(order), checkpoints={"native": "output/native"}))
     return 0
 
 
@@ -121,7 +122,7 @@ class Script:
         self.pipe.write(LogEvent(event="grandchild", fields={"pid": child.pid}))
 
     def outside(self, _: str) -> None:
-        self.pipe.write(ResultLine(report=report(self.order), checkpoints={"native": "../.."}))
+        self.pipe.write(ResultLine(report=report_for(self.order), checkpoints={"native": "../.."}))
         os._exit(0)
 
     def environment(self, _: str) -> None:
@@ -162,33 +163,9 @@ STEPS: dict[str, Callable[[Script, str], object]] = {
 }
 
 
-def report(order: AttemptOrder) -> Report:
+def report_for(order: AttemptOrder) -> Report:
     """A report whose quality is known: perplexity 10 before and 12 after."""
-    text = TextReport(source="builtin", sha256="0" * 64, num_samples=1, sequence_length=16, tokens=16)
-    quality = Quality(text=text, perplexity_original=10.0, perplexity=12.0, kl_divergence=0.1, top1_agreement=0.9)
-    return bare_report(quality if order.request.evaluation else None)
-
-
-def bare_report(quality: Quality | None) -> Report:
-    """The least that a report holds."""
-    return Report(
-        version="0",
-        method="rtn",
-        seed=0,
-        device="cpu",
-        plan={},
-        model=ModelReport(source="local", revision=None, architecture="x", dtype="float32", parameters=1),
-        calibration=None,
-        quality=quality,
-        blocks=(),
-        size=SizeReport(
-            bytes_original=2, bytes_quantized=1, quantized_weights=1, bits_per_weight=4.0, bits_per_weight_model=8.0
-        ),
-        seconds={"total": 1.0},
-        peak_memory=PeakMemory(host_bytes=1),
-        blocks_computed=0,
-        blocks_resumed=0,
-    )
+    return report(quality=QUALITY if order.request.evaluation else None)
 
 
 if __name__ == "__main__":

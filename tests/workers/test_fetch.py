@@ -174,6 +174,7 @@ def test_a_dataset_becomes_a_jsonl_head_and_its_id_is_never_a_folder_of_the_work
     (tmp_path / "org" / "text").mkdir(parents=True)
     (tmp_path / "org" / "text" / "train.jsonl").write_text('{"text": "of the worker"}\n' * 100)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))  # the attempt is a module of the tests
     rows = [{"text": f"row {i} " + "x" * 40, "junk": i} for i in range(1000)]
     data = "".join(json.dumps(row) + "\n" for row in rows).encode()
     hub.repositories["datasets/org/text"] = {"train.jsonl": data}

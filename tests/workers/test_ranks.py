@@ -162,7 +162,7 @@ TELL = "pid,rank:1:pid,rank:2:pid,"
 
 
 def test_a_cancel_ends_all_ranks_within_five_seconds(scripted_ranks: Bench) -> None:
-    job_id = submit_script(scripted_ranks, TELL + "spin,rank:1:spin,rank:2:spin")
+    job_id = submit_script(scripted_ranks, TELL + "hang,rank:1:hang,rank:2:hang")
     running = scripted_ranks.start()
     pids = pids_of(running)
     assert all(map(alive, pids))
@@ -176,11 +176,11 @@ def test_a_cancel_ends_all_ranks_within_five_seconds(scripted_ranks: Bench) -> N
     ("script", "code"),
     [
         ("rank:1:fail:group_size_does_not_divide,lost:1,rank:2:lost:1", "group_size_does_not_divide"),
-        ("rank:2:raise:MemoryError,spin,rank:1:spin", "out_of_memory"),
+        ("rank:2:raise:MemoryError,hang,rank:1:hang", "out_of_memory"),
         ("rank:1:signal:SIGKILL,lost:1,rank:2:lost:1", "attempt_killed"),
-        ("rank:2:exit:7,spin", "internal_error"),
+        ("rank:2:exit:7,hang", "internal_error"),
         ("signal:SIGSEGV,rank:1:lost:0,rank:2:lost:0", "attempt_killed"),
-        ("fail:corrupt_checkpoint,rank:1:spin,rank:2:spin", "corrupt_checkpoint"),
+        ("fail:corrupt_checkpoint,rank:1:hang,rank:2:hang", "corrupt_checkpoint"),
     ],
 )
 def test_the_rank_that_failed_first_decides_the_code(script: str, code: str, scripted_ranks: Bench) -> None:

@@ -9,7 +9,6 @@ length and on the block's layer type, not on the tokens: it is captured once a l
 which recorders stand in for all blocks.
 """
 
-import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,17 +17,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, rename_source_key
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from app.domain.architectures import read_dimensions
-from app.domain.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
+from app.domain.errors import NumericalFailure
 from workers.contracts import BlockForward
-from workers.engine import fused_block
 from workers.engine.architectures import Layout, layout_of
-from workers.engine.checkpoint import FLOAT_DTYPES, Checkpoint
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.empty_model import configuration, empty_model, fuse_blocks, model_dtype, tensor_sources
 
 
 @dataclass(frozen=True)
@@ -79,11 +76,11 @@ class StreamedModel:
         """Builds the modules without weights and checks every name and shape of the checkpoint against them."""
         layout = layout_of(checkpoint.config)
         read_dimensions(checkpoint.config)
-        config = _configuration(checkpoint)
-        dtype = _model_dtype(config, checkpoint)
-        model = _empty_model(config, dtype, device)
-        _fuse_blocks(model.get_submodule(layout.blocks), dtype, device)
-        sources = _tensor_sources(model, checkpoint)
+        config = configuration(checkpoint)
+        dtype = model_dtype(config, checkpoint)
+        model = empty_model(config, dtype, device)
+        fuse_blocks(model.get_submodule(layout.blocks), dtype, device)
+        sources = tensor_sources(model, checkpoint)
         return cls(checkpoint, model, layout=layout, sources=sources, dtype=dtype, device=device)
 
     @property
@@ -304,127 +301,3 @@ def run_block(
 
 def _parameter(value: Tensor) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=False)
-
-
-def _configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
-    try:
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its validators raise
-        raise CorruptCheckpoint(
-            f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {error}", field="model"
-        ) from error
-
-
-def _model_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the configuration names, else that of the first floating-point tensor."""
-    if isinstance(config.dtype, torch.dtype):
-        return config.dtype
-    dtypes = [FLOAT_DTYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_DTYPES]
-    return dtypes[0] if dtypes else torch.float32
-
-
-def _empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    try:
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except Exception as error:
-        raise UnsupportedArchitecture(
-            f"transformers cannot build this {config.model_type} model: {error}", field="model"
-        ) from error
-    model.eval().requires_grad_(False)
-    _fill_buffers(model, device)
-    return model
-
-
-def _fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
-    """Puts hand-fused blocks in place of those of a known class, where there are parts for the device."""
-    parts = fused_block.Parts.on(device, dtype)
-    if parts is None:
-        return
-    for name, block in blocks.named_children():
-        setattr(blocks, name, fused_block.fuse(block, parts))
-
-
-def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
-    """Gives every buffer memory and the value that transformers' own initialization computes for it.
-
-    Raises:
-        UnsupportedArchitecture: a buffer is left that this initialization does not fill.
-    """
-    for name, module in model.named_modules():
-        empty = [leaf for leaf, buffer in module._buffers.items() if buffer is not None]
-        for leaf in empty:
-            # NaN first, so that a buffer that nothing fills is seen.
-            module._buffers[leaf] = torch.full_like(module._buffers[leaf], torch.nan, device="cpu")
-        if empty:
-            model._init_weights(module)
-        for leaf in empty:
-            buffer = module._buffers[leaf]
-            if buffer is None or buffer.isnan().any():
-                raise UnsupportedArchitecture(f"nothing computes the buffer {name}.{leaf}", field="model")
-            module._buffers[leaf] = buffer.to(device)
-
-
-def _tensor_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
-    """Full parameter name -> name of the checkpoint's tensor that fills it, by transformers' own name mapping.
-
-    Raises:
-        CorruptCheckpoint: a tensor fills no parameter, a parameter has no tensor, or their shapes differ.
-    """
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if not isinstance(t, WeightConverter)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = dict.fromkeys(parameters, True)
-    sources: dict[str, str] = {}
-    for name, tensor in checkpoint.tensors.items():
-        target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if _is_ignored(model, target):
-            continue
-        if target not in parameters or converter is not None:
-            raise CorruptCheckpoint(
-                f"the tensor {name} belongs to no parameter of {type(model).__name__}", field="model", value=name
-            )
-        if tuple(parameters[target].shape) != tensor.shape or tensor.dtype not in FLOAT_DTYPES:
-            wanted = tuple(parameters[target].shape)
-            raise CorruptCheckpoint(
-                f"{name} is {tensor.dtype} of shape {tensor.shape}; config.json promises floats of shape {wanted}",
-                field="model",
-                value=name,
-            )
-        sources[target] = name
-    _settle_tied_head(model, checkpoint, sources)
-    missing = [n for n in parameters if n not in sources and n not in _tied_names(model)]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CorruptCheckpoint(
-            f"the checkpoint has no tensor for the parameter {missing[0]}{more}", field="model", value=missing[0]
-        )
-    return sources
-
-
-def _is_ignored(model: PreTrainedModel, name: str) -> bool:
-    """Names that transformers itself leaves aside, such as the rotary frequencies of old Llama checkpoints."""
-    patterns = set(model._keys_to_ignore_on_load_unexpected or ()) | {r"rotary_emb\.inv_freq$"}
-    return any(re.search(pattern, name) for pattern in patterns)
-
-
-def _tied_names(model: PreTrainedModel) -> dict[str, str]:
-    """Parameter -> the parameter that it is tied to."""
-    return dict(model.all_tied_weights_keys) if model.config.get_text_config().tie_word_embeddings else {}
-
-
-def _settle_tied_head(model: PreTrainedModel, checkpoint: Checkpoint, sources: dict[str, str]) -> None:
-    """Drops a stored copy of a tied parameter, having seen that it is one."""
-    for copy, original in _tied_names(model).items():
-        if copy in sources and original in sources:
-            stored = sources.pop(copy)
-            if not torch.equal(checkpoint.read(stored), checkpoint.read(sources[original])):
-                raise CorruptCheckpoint(
-                    f"config.json ties {copy} to {original}, but the checkpoint's tensors differ",
-                    field="model",
-                    value=stored,
-                    hint="set tie_word_embeddings to false in config.json, or remove the extra tensor",
-                )
-        elif copy in sources:
-            sources[original] = sources.pop(copy)

@@ -21,7 +21,7 @@ from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows
 from workers.engine.ranks import ALONE, Ranks
 
-LOGITS_AT_ONCE = {"cpu": 1 << 24, "cuda": 1 << 27}
+LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Elements of one logit matrix."""
 LOGITS_BYTES = 5 * 4
 """For each of these elements: some five matrices are held in fp32."""

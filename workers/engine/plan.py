@@ -29,6 +29,8 @@ TUNED_BYTES = 16
 TUNING_SHARE = 0.3
 """Of a GPU's memory that a micro-batch with gradients may take."""
 LARGEST_MICRO_BATCH = 32
+TOKENS_AT_ONCE_GPU = 16_384
+"""Enough to fill a GPU; more only takes memory, for the MLP's insides first."""
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def _micro_batch(model: StreamedModel, length: int) -> int:
     if model.device.type != "cuda":
         return max(1, min(LARGEST_MICRO_BATCH, TOKENS_AT_ONCE_CPU // length))
     budget = TUNING_SHARE * torch.cuda.get_device_properties(model.device).total_memory
-    return max(1, min(LARGEST_MICRO_BATCH, int(budget // (graph_bytes(model) * length))))
+    most = min(LARGEST_MICRO_BATCH, max(1, TOKENS_AT_ONCE_GPU // length))
+    return max(1, min(most, int(budget // (graph_bytes(model) * length))))
 
 
 def graph_bytes(model: StreamedModel) -> int:

@@ -1,4 +1,4 @@
-"""Finished blocks on disk, so that a killed attempt costs little: `workers.engine.block_pass` says how much.
+"""Finished blocks on disk, so that a killed attempt costs at most the block in hand and the one being written.
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
     state/block-00000.safetensors  the block's linears as in the native format; its header describes each of them

@@ -62,6 +62,9 @@ class Grid:
     lowest: int
     highest: int
 
+    def rows(self, rows: slice) -> "Grid":
+        return Grid(self.scale[rows], None if self.zero is None else self.zero[rows], self.lowest, self.highest)
+
 
 def grid(
     ranges: GroupRange,

@@ -8,8 +8,8 @@ are made of weights: on a CPU an operator that makes or takes them costs as much
 derivative of clamping (`hardtanh_backward`), and the sign of 0 and of NaN is 0.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any
 
@@ -58,9 +58,6 @@ class Groups:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if isinstance(value, Tensor)}
 
-    def part(self, rows: slice) -> "Groups":
-        return replace(self, **{name: tensor[rows] for name, tensor in self.tensors().items()})
-
     def grid(self, bits: int, symmetric: bool) -> Grid:
         """Of the present alpha and beta."""
         ranges = GroupRange(self.low, self.high)
@@ -89,18 +86,17 @@ def warm_ups(*_: object, **__: object) -> list[Callable[[], object]]:
 
 def write(groups: Groups, bits: int, symmetric: bool, smallest: float, hat: Tensor) -> None:  # noqa: ARG001 - see grid
     """hat <- w_hat of the present parameters."""
-    hat = hat.view(groups.weight.shape)
+    to, hat = groups.grid(bits, symmetric), hat.view(groups.weight.shape)
     for rows, work in _chunks(groups):
-        part = groups.part(rows)
-        work.weight.copy_(part.weight)
-        _write(part, part.grid(bits, symmetric), work, hat[rows])
+        part = to.rows(rows)
+        hat[rows] = _steps(_codes(groups, rows, part, work), part).mul_(part.scale.unsqueeze(-1))
 
 
 def step(
     groups: Groups,
     bits: int,
     symmetric: bool,
-    smallest: float,  # noqa: ARG001 - see grid
+    smallest: float,
     *,
     gradient: Tensor,
     rate: Tensor,
@@ -112,52 +108,60 @@ def step(
 
     Adds the number of groups with NaN gradients to `faults`.
     """
-    gradient, hat = (x.view(groups.weight.shape) for x in (gradient, hat))
+    to = groups.grid(bits, symmetric)
+    sums = [torch.empty_like(groups.low) for _ in range(2 if symmetric else 4)]
+    move, gradient = to.scale.sign().mul_(-rate).unsqueeze(-1), gradient.view(groups.weight.shape)
     for rows, work in _chunks(groups):
-        part = groups.part(rows)
-        to = part.grid(bits, symmetric)
-        work.weight.copy_(part.weight)
-        d_alpha, d_beta = gradients(part, to, work, gradient[rows])
-        faults += d_alpha.isnan().sum(dtype=faults.dtype)
-        part.offset.addcmul_(work.gradient.sign_(), to.scale.sign().mul_(-rate).unsqueeze(-1))
-        for factor, by_factor in ((part.alpha, d_alpha), (part.beta, d_beta)):
-            factor.sub_(by_factor.nan_to_num_().sign_().mul_(rate)).clamp_(*limits)
-        _write(part, part.grid(bits, symmetric), work, hat[rows])
+        inside = _gradients(groups, rows, to.rows(rows), work, gradient[rows], sums)
+        groups.offset[rows].addcmul_(inside.sign_(), move[rows])
+    d_alpha, d_beta = _range_gradients(groups, to, sums)
+    faults += d_alpha.isnan().sum(dtype=faults.dtype)
+    for factor, by_factor in ((groups.alpha, d_alpha), (groups.beta, d_beta)):
+        factor.sub_(by_factor.nan_to_num_().sign_().mul_(rate)).clamp_(*limits)
+    write(groups, bits, symmetric, smallest, hat)
 
 
-def gradients(part: Groups, to: Grid, work: Buffers, d: Tensor) -> tuple[Tensor, Tensor]:
-    """dL/dalpha and dL/dbeta, (groups,), for D = `d` (groups, G); D*m, of which dL/dV is s times, in `work.gradient`.
+def _gradients(groups: Groups, rows: slice, to: Grid, work: Buffers, d: Tensor, sums: Sequence[Tensor]) -> Tensor:
+    """D*m of a chunk, of which dL/dV is s times, for D = `d`.
 
-    Takes the weights in `work.weight`.
+    Puts into `sums` those of D*(q - z), D*m*w and, where there are four, of D and D*m over each group.
     """
+    by_steps, by_weight, *by_zero = (total[rows] for total in sums)
     d = work.gradient.copy_(d)
-    steps = _steps(_codes(part, to, work), to)
-    d_scale = torch.mul(d, steps, out=work.codes).sum(-1)
-    d_all = None if to.zero is None else d.sum(-1)
-    beyond = to.lowest - 0.5, to.highest + 0.5
-    torch.ops.aten.hardtanh_backward.grad_input(d, work.free, *beyond, grad_input=d)
-    d_scale -= torch.mul(d, work.weight, out=work.codes).sum(-1).div_(to.scale)
-    if to.zero is None or d_all is None:
-        low_wins = -part.alpha * part.low > part.beta * part.high
-        d_alpha = d_scale * torch.where(low_wins, part.low / to.lowest, 0)
-        return d_alpha, d_scale * torch.where(low_wins, 0, part.high / to.lowest)
-    d_zero = -to.scale * (d_all - d.sum(-1))
-    d_scale += d_zero * part.alpha * part.low / to.scale.square()
-    return -d_zero * part.low / to.scale - d_scale * part.low / to.highest, d_scale * part.high / to.highest
+    steps = _steps(_codes(groups, rows, to, work), to)
+    torch.sum(torch.mul(d, steps, out=work.codes), -1, out=by_steps)
+    if by_zero:
+        torch.sum(d, -1, out=by_zero[0])
+    inside = torch.ops.aten.hardtanh_backward.grad_input(d, work.free, to.lowest - 0.5, to.highest + 0.5, grad_input=d)
+    torch.sum(torch.mul(inside, work.weight, out=work.codes), -1, out=by_weight)
+    if by_zero:
+        torch.sum(inside, -1, out=by_zero[1])
+    return d
+
+
+def _range_gradients(groups: Groups, to: Grid, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """dL/dalpha and dL/dbeta, (groups,), from the sums of `_gradients`."""
+    by_steps, by_weight, *by_zero = sums
+    d_scale = by_steps - by_weight.div_(to.scale)
+    if to.zero is None:
+        low_wins = -groups.alpha * groups.low > groups.beta * groups.high
+        d_alpha = d_scale * torch.where(low_wins, groups.low / to.lowest, 0)
+        return d_alpha, d_scale * torch.where(low_wins, 0, groups.high / to.lowest)
+    d_zero = -to.scale * (by_zero[0] - by_zero[1])
+    d_scale += d_zero * groups.alpha * groups.low / to.scale.square()
+    return -d_zero * groups.low / to.scale - d_scale * groups.low / to.highest, d_scale * groups.high / to.highest
 
 
 def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Tensor) -> None:  # noqa: ARG001
     """codes, scale and zero <- the present result, if `better`."""
     if not better.is_cuda and not better:
         return
+    to = groups.grid(bits, symmetric)
+    _overwrite(groups.scale, to.scale, better)
+    if to.zero is not None:
+        _overwrite(groups.zero, to.zero, better)
     for rows, work in _chunks(groups):
-        part = groups.part(rows)
-        to = part.grid(bits, symmetric)
-        work.weight.copy_(part.weight)
-        _overwrite(part.codes, _codes(part, to, work).sub_(to.lowest), better)
-        _overwrite(part.scale, to.scale, better)
-        if to.zero is not None:
-            _overwrite(part.zero, to.zero, better)
+        _overwrite(groups.codes[rows], _codes(groups, rows, to.rows(rows), work).sub_(to.lowest), better)
 
 
 def search_range(
@@ -232,13 +236,10 @@ def _length(error: Tensor, roots: Tensor) -> Tensor:
     return length
 
 
-def _write(part: Groups, to: Grid, work: Buffers, hat: Tensor) -> None:
-    hat.copy_(_steps(_codes(part, to, work), to).mul_(to.scale.unsqueeze(-1)))
-
-
-def _codes(part: Groups, to: Grid, work: Buffers) -> Tensor:
-    """q in `work.codes`, and the same before clamping in `work.free`; takes the weights in `work.weight`."""
-    free = torch.addcdiv(part.offset, work.weight, to.scale.unsqueeze(-1), out=work.free).round_()
+def _codes(groups: Groups, rows: slice, to: Grid, work: Buffers) -> Tensor:
+    """q of a chunk in `work.codes`, the same before clamping in `work.free` and w in `work.weight`."""
+    weight = work.weight.copy_(groups.weight[rows])
+    free = torch.addcdiv(groups.offset[rows], weight, to.scale.unsqueeze(-1), out=work.free).round_()
     if to.zero is not None:
         free += to.zero.unsqueeze(-1)
     return torch.clamp(free, to.lowest, to.highest, out=work.codes)
