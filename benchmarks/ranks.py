@@ -85,8 +85,8 @@ def measure(task: BlockTask, spec: SignRoundSpec, ranks: Ranks) -> dict[str, flo
     slowest = -ranks.least(-round(1e6 * (time.perf_counter() - start)))
     return {
         "seconds": slowest / 1e6,
-        "loss_initial": result.loss_initial,
-        "loss": result.loss,
+        "loss_initial": float(result.loss_initial or 0),
+        "loss": float(result.loss or 0),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if on_gpu else None,
     }
 

@@ -52,7 +52,7 @@ def _complete_lines(text: str) -> list[str]:
 
 
 CURLS = [words for words in shell_commands(README) if words[0] == "curl"]
-ROUTES = create_app().openapi()["paths"]
+ROUTES = create_app(Settings()).openapi()["paths"]
 
 
 def curl_target(words: list[str]) -> tuple[str, str]:

@@ -99,7 +99,7 @@ class BlockTask:
                 works, and leaves the module as it found it
     forward     calls the block as the model does
     inputs      X_q, (samples, length, width): what the quantized blocks before this one produce
-    inputs_fp   X_fp, the same of the original blocks
+    inputs_fp   X_fp, the same of the original blocks; empty unless the spec's `needs_original_inputs` says so
     targets     Y = block(X_fp), (samples, length, width)
     schemes     linear name inside the block -> its scheme; ignored linears are absent
     moments     linear name -> sum over tokens of x_j^2 of its inputs in the original stream, fp32 (in,); may be empty

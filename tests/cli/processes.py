@@ -14,7 +14,7 @@ from app.cli.main import app
 from app.settings import get_settings
 
 
-def eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
+def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
     """Whether the condition holds before the time is over."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:

@@ -17,12 +17,12 @@ from tests.client.service import Service, running_service
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """The API runs in this process, as do most commands: it logs to a file, so that their output is their own."""
-    folder = tmp_path_factory.mktemp("service")
+    folder, before = tmp_path_factory.mktemp("service"), structlog.get_config()
     with (folder / "api.log").open("w") as log, running_service(folder) as running:
-        structlog.reset_defaults()  # a command that ran in this process may have left its own
+        structlog.reset_defaults()
         structlog.configure(logger_factory=structlog.PrintLoggerFactory(log))
         yield running
-    structlog.reset_defaults()
+    structlog.configure(**before)
 
 
 def flags(service: Service) -> tuple[str, ...]:

@@ -184,7 +184,7 @@ class Installation:
             page = EventRepository(session, self.tenant_id).page(job_id, 0, 5000)
             return [(stored.attempt, stored.event) for stored in page]
 
-    def log_event(self, job_id: str, name: str, seconds: float = 40) -> dict[str, object]:
+    def log_event(self, job_id: str, name: str, seconds: float = 60) -> dict[str, object]:
         """The fields of a log event of the job; waits for it."""
         found: list[dict[str, object]] = []
 

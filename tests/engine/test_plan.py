@@ -35,9 +35,9 @@ def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
 
-    def plan(free: int, *streams: StreamSize) -> Plan:
+    def plan(free: int, *streams: StreamSize, world_size: int = 1) -> Plan:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GB))
-        return make_plan(order, model, list(streams))
+        return make_plan(order.model_copy(update={"world_size": world_size}), model, list(streams))
 
     plan.model = model  # type: ignore[attr-defined]
     return plan
@@ -65,6 +65,14 @@ def test_a_little_more_or_less_free_memory_changes_nothing(plan_with: PlanWith) 
     assert plan_with(7 * GB, size).decides_codes() == first.decides_codes(), "codes are the same wherever they are"
     assert first.decides_codes().keys() >= {"device", "dtype", "scale_dtype", "micro_batch", "torch_version"}
     assert not {name for name in first.decides_codes() if name.startswith("activation")}
+
+
+def test_ranks_share_what_streams_need(plan_with: PlanWith) -> None:
+    """Three windows on two ranks: one of them has two."""
+    three, two = (StreamSize(samples=samples, length=100, tensors=3) for samples in (3, 2))
+    shared = plan_with(8 * GB, three, world_size=2)
+    assert shared.world_size == 2
+    assert shared.activation_bytes == plan_with(8 * GB, two).activation_bytes
 
 
 def test_what_the_device_needs_besides_grows_with_what_tuning_holds(plan_with: PlanWith) -> None:

@@ -21,10 +21,10 @@ from tests.engine.test_tuning import RecordedWeights, weights_of
 from tests.methods.toy_block import toy_task
 from workers.contracts import BlockTask, TuningOutcome, TuningSettings
 from workers.engine import tuning
-from workers.engine.ranks import Ranks, joined
+from workers.engine.ranks import Ranks, checksum, joined
 from workers.engine.tuning import Tuner, minibatches, split
 from workers.methods.sign_round import SignRound
-from workers.numerics.quantized import BlockResult
+from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=True)
 SETTINGS = TuningSettings(6, 8, 0.1)
@@ -279,6 +279,22 @@ def differing_job(rank: int, model: Path, workspace: Path, body: dict[str, Any])
 
     with patch.object(SignRound, "quantize_block", differ):
         return run_job_on_ranks(rank, model, workspace, body)
+
+
+def test_a_checksum_looks_into_every_tensor() -> None:
+    weight = AffineWeight(
+        codes=torch.tensor([[0, 1, 2, 3]], dtype=torch.uint8),
+        scale=torch.tensor([[0.5, 0.25]], dtype=torch.bfloat16),
+        zero_point=torch.tensor([[1, 2]], dtype=torch.uint8),
+        scheme=Scheme(bits=2, group_size=2, symmetric=False),
+        dtype=torch.bfloat16,
+    )
+    whole = checksum([LinearResult(weight)])
+    assert whole == checksum([LinearResult(weight.to("cpu"))])
+    for name in ("codes", "scale", "zero_point"):
+        other = getattr(weight, name).clone()
+        other[0, 0] += 1
+        assert checksum([LinearResult(replace(weight, **{name: other}))]) != whole
 
 
 def test_ranks_that_disagree_fail_before_anything_is_kept(pair: RankPair, small_model: Path, tmp_path: Path) -> None:

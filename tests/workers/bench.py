@@ -33,7 +33,7 @@ CPU = Capacity(
 )
 
 
-def wait_for(condition: Callable[[], object], seconds: float = 15.0, what: str = "the condition") -> None:
+def wait_for(condition: Callable[[], object], seconds: float = 60.0, what: str = "the condition") -> None:
     """Wait until `condition` is true."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -167,7 +167,7 @@ class Running:
     def _run(self) -> None:
         self.status = supervise(self._bench.context, self.claim)
 
-    def wait(self, seconds: float = 20.0) -> JobStatus | None:
+    def wait(self, seconds: float = 60.0) -> JobStatus | None:
         """The status after the attempt's end."""
         self._thread.join(seconds)
         if self._thread.is_alive():

@@ -30,7 +30,7 @@ from workers.engine.block_report import BlockFindings, error_sums
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
 from workers.engine.plan import Plan, block_seed
-from workers.engine.ranks import ALONE, Ranks
+from workers.engine.ranks import ALONE, Ranks, checksum
 from workers.engine.read_ahead import BlockReader
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
@@ -142,7 +142,7 @@ class BlockPass:
             self.ranks.sum_(moments.setdefault(name, zeros))
 
     def _demand_agreement(self, index: int, result: BlockResult) -> None:
-        if not self.ranks.alone and not self.ranks.agree(_checksum(result)):
+        if not self.ranks.alone and not self.ranks.agree(checksum(result.linears.values())):
             raise InternalError(f"block {index}: the ranks have computed different weights")
 
     def _write_shard(self, index: int, result: BlockResult) -> Shard:
@@ -225,12 +225,6 @@ class BlockPass:
 
 def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:
     raise TypeError(f"{block} is given to a method without inputs: {tuple(hidden.shape)}")
-
-
-def _checksum(result: BlockResult) -> int:
-    """The sum of all bytes of what the results are made of: different, but for a chance, if any of them is."""
-    tensors = [tensor for linear in result.linears.values() for tensor in linear.tensors()]
-    return sum(int(tensor.flatten().view(torch.uint8).sum(dtype=torch.int64)) for tensor in tensors)
 
 
 def _event(report: BlockReport, total: int) -> BlockEvent:
