@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from app.domain.formats import FORMATS, RuntimeSupport, Support
-from app.domain.methods import METHODS, PER_CHANNEL, RECIPES
+from app.domain.formats import FORMATS, FormatInfo, LowRankRule, RuntimeSupport, Support
+from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
 from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,7 +28,7 @@ FOLDERS = MappingProxyType(
         "workers/engine": "Loads, streams, calibrates, tunes, resumes, evaluates",
         "workers/formats": "Checkpoint formats, each an exact inverse of itself",
         "workers/methods": "One file a method",
-        "workers/numerics": "Codes, scales and packing",
+        "workers/numerics": "Codes, scales, codebooks and packing",
         "migrations": "Alembic",
         "migrations/versions": "One file a change of the tables",
         "benchmarks": "Measurements side by side; never part of the tests",
@@ -42,7 +42,7 @@ FOLDERS = MappingProxyType(
         "tests/engine": "Streaming, resume and evaluation against plain transformers",
         "tests/formats": "Tensors and configurations of each format",
         "tests/methods": "Methods against their formulas",
-        "tests/numerics": "Rounding and packing",
+        "tests/numerics": "Rounding, codebooks and packing",
         "tests/store": "One suite on SQLite and on PostgreSQL",
         "tests/workers": "Supervision, fetching and the sweep",
         "docs": "Documentation beyond this page",
@@ -108,8 +108,8 @@ def _fields(fields: Mapping[str, object]) -> str:
 def formats_table() -> str:
     rows = []
     for name, info in FORMATS.items():
-        methods = ", ".join(f"`{m}`" for m, method in METHODS.items() if method.produces in info.kinds)
-        held = f"{_numbers(info.bits)} bits, {_symmetries(info.symmetries)}"
+        methods = ", ".join(f"`{m}`" for m, method in METHODS.items() if _can_hold(info, method)) or "none yet"
+        held = _held(info)
         rows += [[f"`{name.value}`", methods, held, *_runtime_cells(runtime)] for runtime in info.runtimes]
     return table(("format", "methods", "holds", "runtime", "loads", "known"), rows)
 
@@ -122,6 +122,35 @@ def _runtime_cells(runtime: RuntimeSupport) -> list[str]:
         sizes += " or per channel" if PER_CHANNEL in runtime.group_sizes else ""
     loads = f"{_numbers(runtime.bits)} bits, {sizes}" + (f"; {runtime.note}" if runtime.note else "")
     return [runtime.runtime, loads, "tested" if runtime.support is Support.TESTED else "by its rules"]
+
+
+LOW_RANK = MappingProxyType(
+    {
+        LowRankRule.KEEPS: "kept beside them",
+        LowRankRule.MERGES: "added in, unless `peft` is asked for too",
+        LowRankRule.BESIDE: "only together with `peft`",
+        LowRankRule.IS: "low-rank factors alone",
+    }
+)
+
+
+def _can_hold(info: FormatInfo, method: MethodInfo) -> bool:
+    makes_factors = Form.LOW_RANK in method.produces
+    return bool(method.produces & info.kinds) and (makes_factors or info.low_rank is not LowRankRule.IS)
+
+
+def _held(info: FormatInfo) -> str:
+    if info.low_rank is LowRankRule.IS:
+        return LOW_RANK[info.low_rank]
+    weights = f"{_numbers(info.bits)} bits, {_symmetries(info.symmetries)}"
+    if info.asymmetric_bits is not None:
+        weights = f"{_numbers(info.bits)} bits symmetric, {_numbers(info.asymmetric_bits)} asymmetric"
+    if info.group_multiple > 1:
+        weights += f", groups of multiples of {info.group_multiple} or per channel"
+    if info.architectures is not None:
+        weights += f", {', '.join(sorted(info.architectures))}"
+    codebook = ", or on a codebook" if Form.CODEBOOK in info.kinds else ""
+    return f"{weights}{codebook}; low-rank factors {LOW_RANK[info.low_rank]}"
 
 
 def _numbers(values: frozenset[int]) -> str:

@@ -3,6 +3,7 @@
 from typing import Any
 
 from app.api.inspection import Inspection
+from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
 from app.domain.methods import METHODS, PER_CHANNEL, SCALE_BATCH_SIZE, Scheme
 
@@ -18,14 +19,8 @@ BACKWARD = 3.5
 
 def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     """Estimates of a job on a checkpoint that could be looked at."""
-    shapes = inspection.dimensions.linears()
     block_weights = sum(out * width for out, width in inspection.dimensions.block_linears().values())
-    quantized, bits = 0, 0.0
-    for name, (out, width) in shapes.items():
-        scheme = request.quantization.scheme(name)
-        if scheme is not None:
-            quantized += out * width
-            bits += out * width * bits_per_weight(scheme, width)
+    quantized, bits = _quantized_bits(request, inspection)
     rest = max(inspection.weights - quantized, 0)
     checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
     activations = _activation_bytes(request, inspection)
@@ -36,11 +31,29 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
         "bits_per_weight": round(bits / quantized, 3) if quantized else None,
         "bytes_original": inspection.tensor_bytes,
         "bytes_checkpoint": checkpoint,
-        "disk_bytes": checkpoint * len({*request.formats, "native"}) + int(bits / 8),
+        "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8),
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
         "device_memory_bytes": block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES) + (1 << 30),
         "seconds": {device: round(_flops(request, inspection) / speed) for device, speed in FLOPS_PER_SECOND.items()},
     }
+
+
+def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, float]:
+    """Weights that are quantized, and the bits of what is stored of them, low-rank factors included."""
+    quantized, bits = 0, 0.0
+    adapter_bits = request.quantization.adapter_rank() * HEAVY_BYTES * 8
+    for name, (out, width) in inspection.dimensions.linears().items():
+        scheme = request.quantization.scheme(name)
+        if scheme is not None:
+            quantized += out * width
+            bits += out * width * bits_per_weight(scheme, width) + adapter_bits * (out + width)
+    return quantized, bits
+
+
+def _checkpoints_bytes(request: JobRequest, inspection: Inspection, packed: int) -> int:
+    """All checkpoints of the job; `packed` is the size of one that stores what the method made."""
+    dense, formats = inspection.weights * HEAVY_BYTES, {*request.formats, ExportFormat.NATIVE}
+    return sum(dense if name is ExportFormat.MERGED else packed for name in formats if name is not ExportFormat.PEFT)
 
 
 def bits_per_weight(scheme: Scheme, in_features: int) -> float:

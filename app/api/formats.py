@@ -23,8 +23,12 @@ def format_view(name: ExportFormat, info: FormatInfo) -> FormatView:
         title=info.title,
         summary=info.summary,
         kinds=sorted(info.kinds),
+        low_rank=info.low_rank.value,
         bits=sorted(info.bits),
         symmetric=sorted(info.symmetries),
+        asymmetric_bits=None if info.asymmetric_bits is None else sorted(info.asymmetric_bits),
+        group_multiple=info.group_multiple,
+        architectures=None if info.architectures is None else sorted(info.architectures),
         runtimes=[_runtime_view(runtime) for runtime in info.runtimes],
     )
 

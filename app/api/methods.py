@@ -26,7 +26,7 @@ def method_view(name: str, info: MethodInfo) -> MethodView:
         title=info.title,
         summary=info.summary,
         paper=info.paper,
-        produces=info.produces,
+        produces=sorted(info.produces),
         needs_calibration=info.needs_calibration,
         presets=list(info.presets),
         parameters=info.spec.model_json_schema(),

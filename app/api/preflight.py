@@ -20,7 +20,7 @@ from app.domain.errors import (
     SourceForbidden,
     SourceNotFound,
 )
-from app.domain.formats import FORMATS
+from app.domain.formats import FORMATS, model_problems
 from app.domain.jobs import JobRequest
 from app.domain.module_rules import rule_errors
 from app.domain.roots import check_links, lies_under
@@ -219,10 +219,13 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
 
 
 def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
-    """Group sizes against the inputs of the linears that they apply to, and patterns against the names."""
+    """Group sizes and formats against the linears that they apply to, and patterns against the names."""
     inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
-    for error in rule_errors(found.request.quantization, inputs, head=HEAD, tied=dimensions.tied_embeddings):
+    spec, formats = found.request.quantization, found.request.formats
+    for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
         found.add(error, error.field or "quantization")
+    quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
+    found.problems += model_problems(formats, dimensions.architecture.model_type, quantized)
 
 
 def runtime_warnings(request: JobRequest) -> list[str]:

@@ -139,6 +139,8 @@ def report_table(report: Report) -> Table:
     table.add_row("size", format_bytes(size.bytes_original), format_bytes(size.bytes_quantized))
     original_bits = 8 * size.bytes_original / max(1, report.model.parameters)
     table.add_row("bits per weight, quantized linears", f"{original_bits:.2f}", f"{size.bits_per_weight:.3f}")
+    if size.parts is not None and size.parts.adapters:
+        table.add_row("of these, low-rank factors", "", f"{size.parts.adapters:.3f}")
     table.add_row("bits per weight, whole model", f"{original_bits:.2f}", f"{size.bits_per_weight_model:.3f}")
     if quality is not None:
         table.add_row("perplexity", f"{quality.perplexity_original:.3f}", f"{quality.perplexity:.3f}")

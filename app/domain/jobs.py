@@ -122,7 +122,8 @@ class JobRequest(RequestPart):
     formats: tuple[ExportFormat, ...] = Field(
         default=(ExportFormat.COMPRESSED_TENSORS,),
         max_length=8,
-        description="Checkpoints to write; `native` is kept besides.",
+        description="Checkpoints to write; `native` is kept besides. Where the method makes other forms than affine "
+        "weights, the default is what holds them: see GET /v1/formats.",
     )
     seed: int = Field(
         default=0, strict=True, ge=0, le=2**63 - 1, description="Same request, device and plan: same codes."

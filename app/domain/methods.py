@@ -6,6 +6,7 @@ shorthand names that stand for parts of a request.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
 from typing import Annotated, Literal
@@ -41,6 +42,17 @@ Symmetric = Annotated[
         strict=True, description="True: zero point at mid range, scale of either sign (full range). False: asymmetric."
     ),
 ]
+
+
+class Form(StrEnum):
+    """What a method makes of a linear; a format says which of them it holds."""
+
+    AFFINE = "affine"
+    """Integer codes with a scale a group, and a zero point or an offset."""
+    CODEBOOK = "codebook"
+    """Indices into a table of values (NormalFloat) with a largest magnitude a group."""
+    LOW_RANK = "low-rank"
+    """Besides one of the others: two factors whose product is added to it, as in LoRA."""
 
 
 class Spec(BaseModel):
@@ -105,6 +117,14 @@ class WeightSpec(Spec):
             pattern: Scheme.model_validate(default | override.model_dump(exclude_none=True))
             for pattern, override in self.modules.overrides.items()
         }
+
+    def forms(self) -> frozenset[Form]:
+        """What these parameters make of the linears of the blocks."""
+        return frozenset({Form.AFFINE})
+
+    def adapter_rank(self) -> int:
+        """Rank of the factors beside each linear; 0: there are none."""
+        return 0
 
     def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
         """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
@@ -218,7 +238,8 @@ class MethodInfo:
     summary: str
     paper: str | None
     """arXiv number, None where there is no paper."""
-    produces: Literal["affine", "codebook"]
+    produces: frozenset[Form]
+    """All that its spec's `forms` may say."""
     needs_calibration: bool
     presets: Mapping[str, Preset] = field(default_factory=lambda: MappingProxyType({}))
     """By the values of the spec's field `preset`; none if it has no such field."""
@@ -231,7 +252,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="Round to nearest",
             summary="The baseline: each weight goes to the nearest code of its group's range.",
             paper=None,
-            produces="affine",
+            produces=frozenset({Form.AFFINE}),
             needs_calibration=False,
         ),
         "signround": MethodInfo(
@@ -239,7 +260,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="SignRound",
             summary="Tunes rounding and clipping ranges of a block's linears against the original block's output.",
             paper="2309.05516",
-            produces="affine",
+            produces=frozenset({Form.AFFINE}),
             needs_calibration=True,
             presets=SIGNROUND_PRESETS,
         ),

@@ -2,6 +2,8 @@
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.domain.methods import Form
+
 
 class ReportPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,10 +32,12 @@ class Quality(ReportPart):
 class LinearReport(ReportPart):
     name: str
     shape: tuple[int, int] = Field(description="(out_features, in_features)")
+    form: Form = Field(default=Form.AFFINE, description="Of the quantized weight: affine or codebook.")
     bits: int
     group_size: int
     symmetric: bool
-    weight_error: float = Field(description="||W - W_hat|| / ||W||, Frobenius.")
+    rank: int | None = Field(default=None, description="Of the low-rank correction beside it; null: there is none.")
+    weight_error: float = Field(description="||W - W_hat|| / ||W||, Frobenius; W_hat with its correction.")
     output_error: float | None = Field(
         default=None, description="The same norm weighted by the inputs' second moments (diagonal)."
     )
@@ -73,14 +77,24 @@ class ModelReport(ReportPart):
     parameters: int
 
 
+class StoredParts(ReportPart):
+    """Bits for each quantized weight by what they hold; together they are `bits_per_weight`."""
+
+    codes: float
+    scales: float = Field(description="Scales with zero points or offsets; the codebooks' absmax with all its levels.")
+    codebooks: float
+    adapters: float = Field(description="Low-rank factors, as stored.")
+
+
 class SizeReport(ReportPart):
-    """Bytes of tensors; `bits_per_weight` counts codes, scales and zero points as stored by the native format."""
+    """Bytes of tensors; everything that the native format stores of the quantized linears counts."""
 
     bytes_original: int
     bytes_quantized: int
     quantized_weights: int = Field(description="Weights that were quantized.")
-    bits_per_weight: float = Field(description="Of the quantized linears alone.")
+    bits_per_weight: float = Field(description="Of the quantized linears alone, low-rank factors included.")
     bits_per_weight_model: float = Field(description="Of all parameters, embeddings included.")
+    parts: StoredParts | None = Field(default=None, description="What `bits_per_weight` is made of.")
 
 
 class PeakMemory(ReportPart):

@@ -3,7 +3,10 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pydantic import ValidationError
+
 from app.domain.errors import FieldProblem, shorten
+from app.domain.formats import default_formats
 from app.domain.methods import METHODS, RECIPES
 from app.domain.sources import expand_source
 
@@ -46,6 +49,7 @@ def expand(given: Mapping[str, object]) -> Expansion:
     body["quantization"] = quantization
     _expand_sources(body)
     _apply_preset(body)
+    _fill_formats(body)
     return Expansion(body, problems, method_known)
 
 
@@ -122,3 +126,15 @@ def _apply_preset(body: dict[str, object]) -> None:
     if isinstance(calibration, Mapping):
         size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}
         body["calibration"] = size | dict(calibration)
+
+
+def _fill_formats(body: dict[str, object]) -> None:
+    """The formats that hold what the method makes, where the request names none and its method is described well."""
+    quantization = body.get("quantization")
+    if "formats" in body or not isinstance(quantization, dict):
+        return
+    try:
+        spec = METHODS[quantization["method"]].spec.model_validate(quantization)
+    except ValidationError:
+        return
+    body["formats"] = list(default_formats(spec))

@@ -136,7 +136,7 @@ class MethodView(View):
     title: str
     summary: str
     paper: str | None = Field(default=None, description="arXiv number.")
-    produces: str
+    produces: list[str] = Field(description="Forms of what it makes of a linear: affine, codebook, low-rank.")
     needs_calibration: bool
     presets: list[str] = Field(default_factory=list)
     parameters: dict[str, Any] = Field(description="JSON Schema of `quantization` with this method.")
@@ -168,9 +168,17 @@ class FormatView(View):
     name: str
     title: str
     summary: str
-    kinds: list[str]
+    kinds: list[str] = Field(description="Forms of quantized weights that it holds.")
+    low_rank: str = Field(
+        default="beside",
+        description="What it does with low-rank factors. keeps: holds them; merges: adds them to its weights, unless "
+        "`peft` is asked for too; beside: holds the weights alone, only together with `peft`; is: holds them alone.",
+    )
     bits: list[int]
     symmetric: list[bool]
+    asymmetric_bits: list[int] | None = Field(default=None, description="Widths with zero points; null: all of bits.")
+    group_multiple: int = Field(default=1, description="Groups are multiples of so many columns.")
+    architectures: list[str] | None = Field(default=None, description="`model_type`s that it takes; null: all.")
     runtimes: list[RuntimeView]
 
 

@@ -11,6 +11,7 @@ from app.domain.errors import shorten
 from tests.api.checkpoints import CONFIG, with_header, write_checkpoint, write_index
 from tests.api.conftest import SHORTHAND, Api, problem
 
+CT = ["compressed-tensors"]
 BODIES: list[tuple[str, Any, str, str]] = [
     ("unknown method", {**SHORTHAND, "method": "magic"}, "unknown_method", "method"),
     ("bits 0", {**SHORTHAND, "bits": 0}, "out_of_range", "bits"),
@@ -18,6 +19,8 @@ BODIES: list[tuple[str, Any, str, str]] = [
     ("bits 1.5", {**SHORTHAND, "bits": 1.5}, "wrong_type", "bits"),
     ("bits true", {**SHORTHAND, "bits": True}, "wrong_type", "bits"),
     ("5 bits in a format without them", {**SHORTHAND, "bits": 5}, "format_cannot_hold", "bits"),
+    ("an adapter where none is made", {**SHORTHAND, "formats": ["peft"]}, "format_cannot_hold", "formats.0"),
+    ("two dtypes of scales", {**SHORTHAND, "formats": [*CT, "gguf"]}, "format_cannot_hold", "formats.1"),
     ("unknown field", {**SHORTHAND, "bit": 4}, "unknown_field", "bit"),
     ("unknown field below", {**SHORTHAND, "calibration": {"samples": 1}}, "unknown_field", "calibration.samples"),
     ("no model", {"method": "rtn"}, "missing_field", "model"),
@@ -261,3 +264,17 @@ def test_another_tenants_ids_do_not_exist(api: Api) -> None:
 @pytest.mark.parametrize("job_id", ["job_1", "job_%00", "..", "job_" + "z" * 5000, "art_" + "0" * 26, "💥"])
 def test_ids_that_are_none_are_not_found(api: Api, job_id: str) -> None:
     assert api.client.get(f"/v1/jobs/{job_id}").status_code == 404
+
+
+@pytest.mark.parametrize(
+    ("spoil", "says"),
+    [(_changed(model_type="gemma3_text"), "not for gemma3_text"), (_changed(intermediate_size=80), "has 80 inputs")],
+)
+def test_a_model_that_a_format_cannot_hold_is_refused(api: Api, spoil: Callable[[Path], None], says: str) -> None:
+    folder = write_checkpoint(api.folder / "models" / "other")
+    spoil(folder)
+    body = {**SHORTHAND, "model": str(folder), "group_size": -1}
+    assert api.client.post("/v1/jobs?dry_run=true", json=body | {"formats": ["merged"]}).status_code == 200
+    found = problem(api.client.post("/v1/jobs", json=body | {"formats": ["merged", "gguf"]}), 422, "format_cannot_hold")
+    assert says in str(found["detail"])
+    assert found["field"] == "formats.1"

@@ -118,6 +118,11 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
     untuned = api.client.post("/v1/jobs?dry_run=true", json={"model": str(folder), "method": "rtn"}).json()
     for name in ("host_memory_bytes", "device_memory_bytes"):
         assert untuned["estimates"][name] < view["estimates"][name], "it keeps no calibration and tunes nothing"
+    packed, merged = ({**body, "formats": [name]} for name in ("native", "merged"))
+    sizes = [
+        api.client.post("/v1/jobs?dry_run=true", json=b).json()["estimates"]["disk_bytes"] for b in (packed, merged)
+    ]
+    assert sizes[1] - sizes[0] == 2 * view["estimates"]["weights"], "a checkpoint of the weights in 16 bits more"
     assert any("vllm does not load" in warning and "3 bits" in warning for warning in view["warnings"])
     assert api.client.get("/v1/jobs").json()["items"] == []
 

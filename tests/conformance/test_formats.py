@@ -4,6 +4,7 @@ import importlib.util
 import json
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,35 +16,54 @@ from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from app.domain.formats import FORMATS, ExportFormat
-from app.domain.methods import Scheme
+from app.domain.errors import FormatCannotHold
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, ScaleDtype
+from app.domain.methods import Form, Scheme
 from tests.formats.examples import (
     TOKENS,
+    Made,
     Source,
     assert_same,
+    codebook_made,
     linears,
     logits,
-    random_weight,
+    random_result,
     scheme,
     tiny_llama,
     write_quantized,
 )
-from workers.formats import compressed_tensors, native
+from workers.formats import compressed_tensors, gguf_blocks, merged, native, peft_adapter
+from workers.formats.stored_linear import StoredLinear, StoredLowRank
+from workers.formats.writer import COMPRESS
+from workers.numerics.normal_float import DoubleQuantization
+from workers.numerics.quantized import LinearResult
 
-CODECS: dict[ExportFormat, Any] = {
-    ExportFormat.NATIVE: native,
-    ExportFormat.COMPRESSED_TENSORS: compressed_tensors,
-}
-CT = ExportFormat.COMPRESSED_TENSORS
+CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
+PEFT, GGUF = ExportFormat.PEFT, ExportFormat.GGUF
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 UNIFORM = [scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (32, -1) for symmetric in (True, False)]
 MIXED_SYMMETRIC = [scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, True), scheme(2, 32, True)]
 MIXED = [scheme(4, 32, True), scheme(8, -1, False), scheme(3, 16, False), scheme(2, 32, True)]
 """The last row of each kind: one scheme after the other, linear by linear."""
 
+
+EVERY_FORM = [
+    Made(scheme(3, 16, False), rank=3),
+    codebook_made(4, 32),
+    codebook_made(2, 16, DoubleQuantization(3, F16, 5), rank=2),
+    Made(scheme(5, -1, True), rank=4, alpha=1.0, factors=F32),
+    Made(scheme(4, 32, False), offset=True),
+    codebook_made(3, -1, F32),
+]
+NOT_FOR_COMPRESSED_TENSORS = [
+    codebook_made(4, 32),
+    Made(scheme(4, 32, True), rank=2),
+    Made(scheme(4, 32, False), offset=True),
+]
 
 peft_meets_transformers = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 """peft 0.21 still asks models by the name that transformers 5.23 deprecates."""
@@ -51,42 +71,115 @@ peft_meets_transformers = pytest.mark.filterwarnings("ignore:`is_gradient_checkp
 
 def label(value: object) -> str:
     """A readable test id of a list of schemes: w4g32 is symmetric, w4g32z has zero points."""
-    if not isinstance(value, Sequence):
-        return str(value)
+    if value is EVERY_FORM or not isinstance(value, Sequence):
+        return "every-form" if value is EVERY_FORM else str(value)
     return "+".join(f"w{s.bits}g{s.group_size}{'' if s.symmetric else 'z'}" for s in value)
 
 
-def test_every_format_of_the_table_has_a_codec() -> None:
-    assert CODECS.keys() == FORMATS.keys()
+NAME = "model.layers.0.mlp.up_proj"
+
+
+def through_native(result: LinearResult) -> LinearResult:
+    return native.decompress(NAME, native.compress(NAME, result), StoredLinear.of(result))
+
+
+def through_compressed_tensors(result: LinearResult) -> LinearResult:
+    tensors, weight = compressed_tensors.compress(NAME, result), result.weight
+    return LinearResult(compressed_tensors.decompress(NAME, tensors, weight.scheme, weight.dtype))
+
+
+def through_peft(result: LinearResult) -> LinearResult:
+    low_rank = result.low_rank
+    assert low_rank is not None
+    stored = StoredLowRank(rank=low_rank.rank, alpha=low_rank.alpha)
+    config = json.loads(json.dumps(peft_adapter.config({NAME: stored}, [])))
+    return replace(result, low_rank=peft_adapter.decompress(NAME, peft_adapter.compress(NAME, low_rank), config))
+
+
+def through_gguf(result: LinearResult) -> LinearResult:
+    packed, weight = gguf_blocks.pack(NAME, result.affine), result.affine
+    return LinearResult(gguf_blocks.unpack(packed.data, packed.kind, weight.scheme, weight.dtype))
+
+
+INVERTIBLE = {NATIVE: through_native, CT: through_compressed_tensors, PEFT: through_peft, GGUF: through_gguf}
+
+
+def test_every_format_of_the_table_is_held_to_the_suite() -> None:
+    """What is merged has no codes any more: it is held to its numbers instead."""
+    assert INVERTIBLE.keys() | {MERGED} == FORMATS.keys()
+    assert COMPRESS.keys() | {PEFT, GGUF} == FORMATS.keys()
 
 
 @st.composite
-def weights(draw: st.DrawFn, export_format: ExportFormat) -> Any:
+def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
+    """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
-    group = draw(st.sampled_from([-1, 1, 3, 8, 32]))
-    columns = draw(st.integers(1, 70)) if group == -1 else group * draw(st.integers(1, 5))
-    of = scheme(draw(st.sampled_from(sorted(info.bits))), group, draw(st.sampled_from(sorted(info.symmetries))))
-    dtype = draw(st.sampled_from([torch.bfloat16, torch.float16, torch.float32]))
-    return random_weight((draw(st.integers(1, 40)), columns), of, dtype, draw(st.integers(0, 2**31)))
+    form = draw(st.sampled_from(sorted(info.kinds)))
+    multiple = info.group_multiple
+    group = draw(st.sampled_from([-1, *(size for size in (1, 3, 8, 32, 96) if size % multiple == 0)]))
+    columns = (
+        multiple * draw(st.integers(1, max(3, 70 // multiple))) if group == -1 else group * draw(st.integers(1, 5))
+    )
+    symmetric = form is Form.CODEBOOK or draw(st.sampled_from(sorted(info.symmetries)))
+    bits = info.bits if symmetric or info.asymmetric_bits is None else info.asymmetric_bits
+    second = st.builds(
+        DoubleQuantization, st.sampled_from([2, 3, 4, 8]), st.sampled_from([BF16, F16, F32]), st.sampled_from([4, 16])
+    )
+    lowest = {LowRankRule.BESIDE: 0, LowRankRule.IS: 1}.get(info.low_rank)
+    made = Made(
+        scheme=scheme(draw(st.sampled_from(sorted(bits))), group, symmetric),
+        form=form,
+        absmax=draw(st.one_of(st.sampled_from([BF16, F16, F32]), second)),
+        offset=form is Form.AFFINE and not symmetric and Form.CODEBOOK in info.kinds and draw(st.booleans()),
+        rank=0 if lowest == 0 else draw(st.integers(lowest or 0, 5)),
+        alpha=draw(st.sampled_from([1.0, 16.0, 0.5])),
+        factors=draw(st.sampled_from([BF16, F32])),
+    )
+    dtype = F16 if info.scales is ScaleDtype.FLOAT16 else draw(st.sampled_from([BF16, F16, F32]))
+    return random_result((draw(st.integers(1, 40)), columns), made, dtype, draw(st.integers(0, 2**31)))
 
 
-@pytest.mark.parametrize("export_format", FORMATS)
+@pytest.mark.parametrize("export_format", INVERTIBLE)
 @given(data=st.data())
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=80)
 def test_decompress_inverts_compress(export_format: ExportFormat, data: st.DataObject) -> None:
-    weight = data.draw(weights(export_format))
-    codec = CODECS[export_format]
-    tensors = codec.compress("model.layers.0.mlp.up_proj", weight)
-    assert all(name.startswith("model.layers.0.mlp.up_proj.") for name in tensors)
+    result = data.draw(results(export_format))
+    assert_same(INVERTIBLE[export_format](result), result)
+
+
+@pytest.mark.parametrize("export_format", COMPRESS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_tensors_are_named_after_their_linear_and_share_no_memory(
+    export_format: ExportFormat, data: st.DataObject
+) -> None:
+    result = data.draw(results(export_format))
+    tensors = COMPRESS[export_format](NAME, result)
+    assert all(name.startswith(NAME + ".") for name in tensors)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    assert_same(codec.decompress("model.layers.0.mlp.up_proj", tensors, weight.scheme, weight.dtype), weight)
+    other = COMPRESS[export_format]("other", data.draw(results(export_format)))
+    assert save({**tensors, **other})  # safetensors refuses tensors that share memory, such as a codebook
+
+
+@given(data=st.data())
+@settings(deadline=None, max_examples=40)
+def test_merged_is_the_weight_that_the_result_stands_for(data: st.DataObject) -> None:
+    result = data.draw(results(MERGED))
+    assert_same(merged.compress(NAME, result), {f"{NAME}.weight": result.dequantize()})
+
+
+@pytest.mark.parametrize("made", NOT_FOR_COMPRESSED_TENSORS, ids=str)
+def test_compressed_tensors_refuses_what_it_would_have_to_change(made: Made) -> None:
+    with pytest.raises(FormatCannotHold, match="whole zero points, without low-rank factors"):
+        compressed_tensors.compress(NAME, random_result((32, 64), made))
 
 
 @given(data=st.data())
 @settings(deadline=None, max_examples=100)
 def test_compressed_tensors_dequantizes_the_same_bits(data: st.DataObject) -> None:
-    weight = data.draw(weights(CT))
-    stored = {name.removeprefix("x."): t for name, t in compressed_tensors.compress("x", weight).items()}
+    result = data.draw(results(CT))
+    weight, tensors = result.affine, compressed_tensors.compress("x", result)
+    stored = {name.removeprefix("x."): t for name, t in tensors.items()}
     config = QuantizationConfig.model_validate(compressed_tensors.config({"x": weight.scheme}, []))
     theirs = PackedQuantizationCompressor.decompress(stored, config.config_groups["group_0"])["weight"]
     assert theirs.dtype == weight.dtype
@@ -174,16 +267,46 @@ def test_mixed_widths_with_zero_points_come_with_a_loader(tmp_path: Path, source
 
 
 @pytest.mark.parametrize(
-    "schemes", [[scheme(5, 16, True)], [scheme(7, -1, False)], [scheme(3, 32, True), *MIXED]], ids=label
+    "made", [[scheme(5, 16, True)], [scheme(7, -1, False)], [scheme(3, 32, True), *MIXED], EVERY_FORM], ids=label
 )
 @pytest.mark.parametrize("shard_bytes", [1 << 30, 20_000])
 def test_the_native_loader_gives_identical_weights(
-    tmp_path: Path, source: Source, schemes: Sequence[Scheme], shard_bytes: int
+    tmp_path: Path, source: Source, made: Sequence[Made | Scheme], shard_bytes: int
 ) -> None:
-    expected = write_quantized(source, tmp_path / "out", ExportFormat.NATIVE, schemes, shard_bytes)
+    expected = write_quantized(source, tmp_path / "out", NATIVE, made, shard_bytes)
     model = _loader(tmp_path / "out").load(tmp_path / "out")
     assert_weights_equal(model, expected)
     assert torch.equal(logits(model), logits(expected))
+
+
+def test_the_native_loader_gives_the_base_alone_on_request(tmp_path: Path, source: Source) -> None:
+    write_quantized(source, tmp_path / "out", NATIVE, EVERY_FORM)
+    bare = [replace(made, rank=0) for made in EVERY_FORM]
+    expected = write_quantized(source, tmp_path / "bare", NATIVE, bare)
+    loader = _loader(tmp_path / "out")
+    assert_weights_equal(loader.load(tmp_path / "out", merge=False), expected)
+    assert not torch.equal(logits(loader.load(tmp_path / "out")), logits(expected))
+
+
+@pytest.mark.parametrize("part", ["lora_a", "absmax_codes", "zero_point", "offset", "codebook"])
+def test_the_native_loader_refuses_a_checkpoint_that_lacks_a_tensor(tmp_path: Path, source: Source, part: str) -> None:
+    write_quantized(source, tmp_path / "out", NATIVE, EVERY_FORM)
+    tensors = load_file(tmp_path / "out" / "weights.safetensors")
+    lost = next(name for name in tensors if name.endswith(f".{part}"))
+    save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "out" / "weights.safetensors")
+    with pytest.raises(ValueError, match=part):
+        _loader(tmp_path / "out").load_weights(tmp_path / "out")
+
+
+@pytest.mark.parametrize("made", [[scheme(4, 32, True)], MIXED, EVERY_FORM], ids=label)
+def test_a_merged_checkpoint_is_an_ordinary_one(tmp_path: Path, source: Source, made: Sequence[Made | Scheme]) -> None:
+    expected = write_quantized(source, tmp_path / "out", MERGED, made, shard_bytes=20_000)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    assert_weights_equal(model, expected)
+    assert torch.equal(logits(model), logits(expected))
+    config = _config(tmp_path / "out")
+    assert config == {**json.loads(json.dumps(source.config)), "dtype": "bfloat16"}
 
 
 def _config(folder: Path) -> dict[str, Any]:

@@ -6,9 +6,9 @@ import pytest
 
 from app.domain.errors import ERRORS
 from app.domain.events import ATTEMPT_LINE, EVENT, LogEvent
-from app.domain.formats import FORMATS, ExportFormat, Support, format_problems
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Support, default_formats, format_problems
 from app.domain.jobs import FINAL_STATUSES, TRANSITIONS, JobStatus
-from app.domain.methods import METHODS, QuantizationSpec, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
+from app.domain.methods import METHODS, Form, QuantizationSpec, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
 from app.domain.sources import expand_source
 
 
@@ -89,12 +89,14 @@ def test_what_does_not_calibrate_does_not_tune() -> None:
 
 def test_every_method_has_a_format() -> None:
     for info in METHODS.values():
-        assert any(info.produces in found.kinds for found in FORMATS.values())
+        assert info.spec().forms() <= info.produces
+        assert format_problems(info.spec(), default_formats(info.spec())) == []
 
 
 def test_native_holds_everything() -> None:
     native = FORMATS[ExportFormat.NATIVE]
-    assert native.kinds >= {info.produces for info in METHODS.values()}
+    assert native.kinds | {Form.LOW_RANK} == set(Form)
+    assert native.low_rank is LowRankRule.KEEPS
     assert (native.bits, native.symmetries) == (frozenset(range(2, 9)), frozenset({True, False}))
 
 
@@ -114,10 +116,61 @@ def test_a_format_refuses_exactly_the_widths_that_it_lacks(
     bits: int, symmetric: bool, export_format: ExportFormat
 ) -> None:
     found = format_problems(RTNSpec(bits=bits, symmetric=symmetric), (export_format,))
-    held = bits in FORMATS[export_format].bits
+    found = [problem for problem in found if not problem.field.startswith("formats.")]
+    info = FORMATS[export_format]
+    held = bits in info.bits and (symmetric or info.asymmetric_bits is None or bits in info.asymmetric_bits)
     assert [problem.field for problem in found] == ([] if held else ["quantization.bits"])
     assert all(problem.code in ERRORS for problem in found)
     assert all('["native"]' in problem.detail for problem in found)
+
+
+class MadeSpec(RTNSpec):
+    """A method that makes what the test says."""
+
+    made: frozenset[Form]
+
+    def forms(self) -> frozenset[Form]:
+        return self.made
+
+
+NF, LORA = frozenset({Form.CODEBOOK}), frozenset({Form.LOW_RANK})
+AFFINE = frozenset({Form.AFFINE})
+CT, MERGED, PEFT, NATIVE = (ExportFormat(n) for n in ("compressed-tensors", "merged", "peft", "native"))
+
+
+@pytest.mark.parametrize(
+    ("made", "formats", "refused"),
+    [
+        (AFFINE, (NATIVE, CT, MERGED), {}),
+        (AFFINE, (CT, PEFT), {1: "peft holds low-rank factors, and rtn makes none"}),
+        (AFFINE | LORA, (NATIVE, MERGED, PEFT), {}),
+        (AFFINE | LORA, (CT, PEFT), {}),
+        (AFFINE | LORA, (NATIVE, CT), {1: 'without the low-rank factors of rtn; add "peft"'}),
+        (NF, (NATIVE, MERGED), {}),
+        (NF, (PEFT, MERGED), {0: "makes none"}),
+        (NF, (CT,), {0: "cannot hold the codebook weights of rtn; formats that can: merged, native, peft"}),
+        (NF | LORA, (MERGED, PEFT), {}),
+        (NF | LORA, (CT, PEFT), {0: "cannot hold the codebook weights"}),
+        (NF | AFFINE, (CT, MERGED), {0: "cannot hold the codebook weights"}),
+    ],
+)
+def test_formats_refuse_the_forms_that_they_cannot_hold(
+    made: frozenset[Form], formats: tuple[ExportFormat, ...], refused: dict[int, str]
+) -> None:
+    found = format_problems(MadeSpec(made=made), formats)
+    assert [problem.field for problem in found] == [f"formats.{index}" for index in refused]
+    for problem, words in zip(found, refused.values(), strict=True):
+        assert problem.code == "format_cannot_hold"
+        assert words in problem.detail
+
+
+@pytest.mark.parametrize(
+    ("made", "formats"),
+    [(AFFINE, (CT,)), (AFFINE | LORA, (CT, PEFT)), (NF, (MERGED,)), (NF | LORA, (MERGED, PEFT))],
+)
+def test_default_formats_hold_what_is_made(made: frozenset[Form], formats: tuple[ExportFormat, ...]) -> None:
+    assert default_formats(MadeSpec(made=made)) == formats
+    assert format_problems(MadeSpec(made=made), formats) == []
 
 
 def test_an_override_that_the_format_lacks_is_named_by_its_pattern() -> None:

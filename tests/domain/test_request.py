@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.domain.errors import InvalidRequest
-from app.domain.formats import ExportFormat
+from app.domain.formats import FORMATS
 from app.domain.jobs import JobRequest
 from app.domain.methods import METHODS, RECIPES
 from app.domain.problems import MAX_PROBLEMS, as_written
@@ -191,7 +191,8 @@ TABLE: list[tuple[str, dict[str, Any], str, str, str]] = [
         "unknown_field",
         "did you mean num_samples?",
     ),
-    ("format", {**BASE, "formats": ["gguf"]}, "formats.0", "invalid_value", "native or compressed-tensors"),
+    ("format", {**BASE, "formats": ["onnx"]}, "formats.0", "invalid_value", "native, compressed-tensors, merged"),
+    ("no adapter", {**BASE, "formats": ["native", "peft"]}, "formats.1", "format_cannot_hold", "signround makes none"),
     ("formats text", {**BASE, "formats": "native"}, "formats", "wrong_type", "a list of at most 8"),
     ("seed", {**BASE, "seed": -1}, "seed", "out_of_range", "0 to 9223372036854775807"),
     ("huge seed", {**BASE, "seed": 10**400}, "seed", "out_of_range", "0 to 9223372036854775807"),
@@ -346,6 +347,7 @@ TEXT_PARTS = st.fixed_dictionaries(
     {}, optional={"dataset": DATASETS, "num_samples": st.integers(1, 64), "sequence_length": st.integers(16, 512)}
 )
 RATIOS = st.floats(0.125, 8) | st.none()
+FOR_ALL_METHODS = [f.value for f, info in FORMATS.items() if info.low_rank != "is" and info.group_multiple == 1]
 
 
 @st.composite
@@ -362,7 +364,7 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
             optional={
                 "calibration": TEXT_PARTS,
                 "evaluation": TEXT_PARTS | st.none(),
-                "formats": st.lists(st.sampled_from([f.value for f in ExportFormat]), max_size=3),
+                "formats": st.lists(st.sampled_from(FOR_ALL_METHODS), max_size=3),
                 "seed": st.integers(0, 2**63 - 1),
                 "require": st.fixed_dictionaries({}, optional={"max_perplexity_ratio": RATIOS}) | st.none(),
                 "device": st.sampled_from(["any", "cpu", "cuda"]),

@@ -179,7 +179,7 @@ def test_two_ranks_tune_as_one_process_does_with_their_batches(
     assert (first.loss, first.loss_initial) == (second.loss, second.loss_initial)
     assert first.loss == pytest.approx(one.loss, rel=1e-3)
     for name in one.linears:
-        mine, other, alone = (result.linears[name].weight for result in (first, second, one))
+        mine, other, alone = (result.linears[name].affine for result in (first, second, one))
         assert torch.equal(mine.codes, other.codes)
         assert torch.equal(mine.scale, other.scale)
         assert (mine.codes != alone.codes).float().mean() < 1e-3

@@ -15,7 +15,7 @@ from tests.engine.random_models import save_random_model
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.read_ahead import BlockReader, Upload, read_ahead
-from workers.engine.resume import ResumeState, ShardLayout
+from workers.engine.resume import ResumeState
 
 CPU = torch.device("cpu")
 
@@ -124,10 +124,10 @@ def test_an_upload_is_the_tensor_in_another_dtype(dtype: torch.dtype) -> None:
 def test_blocks_come_whole_and_only_unfinished_ones_without_quantized_weights(tmp_path: Path) -> None:
     save_random_model(tmp_path / "model", "qwen2")
     model = StreamedModel.open(Checkpoint.open(tmp_path / "model"), CPU)
-    state = ResumeState(tmp_path / "state", "fingerprint", ShardLayout({}, torch.float32))
+    state = ResumeState(tmp_path / "state", "fingerprint")
     for index in range(2):
         state.save(index, {}, None)
-    state = ResumeState(tmp_path / "state", "fingerprint", ShardLayout({}, torch.float32))
+    state = ResumeState(tmp_path / "state", "fingerprint")
     assert state.resumed == 2
     for index, block in enumerate(BlockReader(model, state).blocks()):
         assert block.quantized == {}

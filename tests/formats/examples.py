@@ -1,7 +1,7 @@
-"""Random weights in every scheme, a report, and a tiny random Llama to write and to load."""
+"""Random results in every form and scheme, a report, and a tiny random Llama to write and to load."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,18 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from app.domain.formats import ExportFormat
-from app.domain.methods import Scheme
+from app.domain.methods import Form, Scheme
 from app.domain.report import ModelReport, PeakMemory, Report, SizeReport
-from workers.formats.writer import CheckpointWriter
-from workers.numerics.quantized import AffineWeight
+from workers.formats.writer import CheckpointWriter, Writer
+from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook
+from workers.numerics.quantized import (
+    AffineWeight,
+    CodebookWeight,
+    LinearResult,
+    LowRank,
+    QuantizedAbsmax,
+    QuantizedWeight,
+)
 
 TOKENS = torch.randint(0, 96, (2, 17), generator=torch.Generator().manual_seed(3))
 
@@ -48,29 +56,89 @@ def scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
     return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
 
 
-def random_weight(
-    shape: tuple[int, int], of: Scheme, dtype: torch.dtype = torch.bfloat16, seed: int = 0
-) -> AffineWeight:
-    """Every code and zero point alike likely, scales of both signs."""
+@dataclass(frozen=True)
+class Made:
+    """What a method might make of a linear.
+
+    absmax    how a codebook weight's maxima are stored
+    offset    whether an affine weight has a fractional offset in place of its zero point
+    rank      of the low-rank correction; 0: none
+    """
+
+    scheme: Scheme
+    form: Form = Form.AFFINE
+    absmax: AbsmaxFormat = torch.bfloat16
+    offset: bool = False
+    rank: int = 0
+    alpha: float = 16.0
+    factors: torch.dtype = torch.bfloat16
+
+
+def codebook_made(bits: int, group_size: int, absmax: AbsmaxFormat = torch.bfloat16, rank: int = 0) -> Made:
+    return Made(scheme(bits, group_size, True), Form.CODEBOOK, absmax, rank=rank)
+
+
+def random_result(
+    shape: tuple[int, int], made: Made | Scheme, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> LinearResult:
+    """Every code and zero point alike likely, scales of both signs, a correction about as large as a code's step."""
+    made = made if isinstance(made, Made) else Made(made)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
-    groups = 1 if of.group_size == -1 else columns // of.group_size
-    codes = torch.randint(0, 2**of.bits, shape, dtype=torch.uint8, generator=generator)
-    scale = (torch.randn(rows, groups, generator=generator) * 0.1 / 2**of.bits).to(dtype)
-    zero = torch.randint(0, 2**of.bits, (rows, groups), dtype=torch.uint8, generator=generator)
-    return AffineWeight(codes, scale, None if of.symmetric else zero, of, dtype)
+    groups = 1 if made.scheme.group_size == -1 else columns // made.scheme.group_size
+    codes = torch.randint(0, 2**made.scheme.bits, shape, dtype=torch.uint8, generator=generator)
+    scale = torch.randn(rows, groups, generator=generator) * 0.1
+    make = _codebook_weight if made.form is Form.CODEBOOK else _affine_weight
+    return LinearResult(make(codes, scale, made, dtype, generator), _low_rank(shape, made, generator))
 
 
-def assert_same(first: AffineWeight, second: AffineWeight) -> None:
-    """Equal in every bit and every property."""
-    assert torch.equal(first.codes, second.codes)
-    assert first.codes.dtype == second.codes.dtype
-    assert torch.equal(first.scale, second.scale)
-    assert first.scale.dtype == second.scale.dtype
-    assert (first.zero_point is None) == (second.zero_point is None)
-    if first.zero_point is not None and second.zero_point is not None:
-        assert torch.equal(first.zero_point, second.zero_point)
-    assert (first.scheme, first.dtype) == (second.scheme, second.dtype)
+def _affine_weight(
+    codes: Tensor, scale: Tensor, made: Made, dtype: torch.dtype, generator: torch.Generator
+) -> QuantizedWeight:
+    bits, scale = made.scheme.bits, (scale / 2**made.scheme.bits).to(dtype)
+    if made.offset:
+        offset = torch.randn(scale.shape, generator=generator) * 0.1
+        return AffineWeight(codes, scale, None, made.scheme, dtype, offset)
+    zero = torch.randint(0, 2**bits, scale.shape, dtype=torch.uint8, generator=generator)
+    return AffineWeight(codes, scale, None if made.scheme.symmetric else zero, made.scheme, dtype)
+
+
+def _codebook_weight(
+    codes: Tensor, scale: Tensor, made: Made, dtype: torch.dtype, generator: torch.Generator
+) -> QuantizedWeight:
+    absmax: Tensor | QuantizedAbsmax
+    if isinstance(made.absmax, DoubleQuantization):
+        to = made.absmax
+        levels = torch.randint(0, 2**to.bits, scale.shape, dtype=torch.uint8, generator=generator)
+        second = torch.rand(-(-scale.numel() // to.superblock), generator=generator).to(to.dtype) * 0.1
+        absmax = QuantizedAbsmax(levels, second, torch.tensor(0.01), to.bits, to.superblock)
+    else:
+        absmax = scale.abs().to(made.absmax)
+    return CodebookWeight(codes, codebook(made.scheme.bits), absmax, made.scheme, dtype)
+
+
+def _low_rank(shape: tuple[int, int], made: Made, generator: torch.Generator) -> LowRank | None:
+    if not made.rank:
+        return None
+    left, right = (torch.randn(s, generator=generator) * 0.1 for s in ((shape[0], made.rank), (made.rank, shape[1])))
+    return LowRank.of_product(left, right, made.alpha, made.factors)
+
+
+def assert_same(first: object, second: object) -> None:
+    """Equal in every bit and every property, part by part."""
+    if isinstance(first, Tensor) and isinstance(second, Tensor):
+        assert first.dtype == second.dtype
+        assert torch.equal(first, second)
+    elif isinstance(first, dict) and isinstance(second, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_same(first[key], second[key])
+    elif is_dataclass(first):
+        assert type(first) is type(second)
+        for field in fields(first):
+            assert_same(getattr(first, field.name), getattr(second, field.name))
+    else:
+        assert first == second
 
 
 @dataclass(frozen=True)
@@ -116,16 +184,29 @@ def linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
 
 
 def write_quantized(
-    source: Source, folder: Path, export_format: ExportFormat, schemes: Sequence[Scheme], shard_bytes: int = 1 << 30
+    source: Source,
+    folder: Path,
+    export_format: ExportFormat,
+    made: Sequence[Made | Scheme],
+    shard_bytes: int = 1 << 30,
+    formats: Collection[ExportFormat] = (),
 ) -> nn.Module:
-    """Write the source with random codes, schemes in turn; the original model with their dequantized weights."""
+    """Write the source with random results, made in turn; the original model with the weights that they stand for.
+
+    formats   all of the job's; with `peft` among them the written checkpoint holds the base alone
+    """
+    writer = CheckpointWriter(folder, export_format, source, shard_bytes, formats=formats)
+    return write_with(writer, source, made)
+
+
+def write_with(writer: Writer, source: Source, made: Sequence[Made | Scheme]) -> nn.Module:
+    """`write_quantized` with a writer of one's own."""
     model = AutoModelForCausalLM.from_pretrained(source.folder).eval()
-    writer = CheckpointWriter(folder, export_format, source, shard_bytes)
     for index, (name, linear) in enumerate(linears(model)):
         shape = (linear.out_features, linear.in_features)
-        weight = random_weight(shape, schemes[index % len(schemes)], linear.weight.dtype, seed=index)
-        writer.add_linear(name, weight)
-        linear.weight.data = weight.dequantize()
+        result = random_result(shape, made[index % len(made)], linear.weight.dtype, seed=index)
+        writer.add_linear(name, result)
+        linear.weight.data = result.dequantize()
     writer.finish()
     writer.describe(REPORT)
     assert isinstance(model, nn.Module)

@@ -1,19 +1,19 @@
 """What the two formats store for a linear, and how damage is told."""
 
-from types import ModuleType
-
 import pytest
 import torch
 
 from app.domain.errors import CorruptCheckpoint
-from tests.formats.examples import random_weight, scheme
+from tests.formats.examples import Made, codebook_made, random_result, scheme
 from workers.formats import compressed_tensors, native
+from workers.formats.stored_linear import StoredLinear
+from workers.numerics.normal_float import DoubleQuantization
 
 SCHEME = scheme(3, 16, False)
 
 
 def test_compressed_tensors_layout() -> None:
-    tensors = compressed_tensors.compress("x", random_weight((40, 48), SCHEME))
+    tensors = compressed_tensors.compress("x", random_result((40, 48), SCHEME))
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()} == {
         "x.weight_packed": (torch.int32, (40, 5)),  # 48 * 3 = 144 bits
         "x.weight_scale": (torch.bfloat16, (40, 3)),
@@ -24,44 +24,62 @@ def test_compressed_tensors_layout() -> None:
 
 
 def test_a_symmetric_linear_stores_no_zero_point() -> None:
-    weight = random_weight((8, 16), scheme(4, 16, True))
+    weight = random_result((8, 16), scheme(4, 16, True))
     assert compressed_tensors.compress("x", weight).keys() == {"x.weight_packed", "x.weight_scale", "x.weight_shape"}
     assert native.compress("x", weight).keys() == {"x.codes", "x.scale", "x.shape"}
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(2, 16, True), (5, -1, False), (7, 8, False)])
-def test_native_stores_the_bits_that_the_report_counts(bits: int, group_size: int, symmetric: bool) -> None:
-    weight = random_weight((24, 48), scheme(bits, group_size, symmetric))
-    tensors = native.compress("x", weight)
-    stored = sum(t.numel() * t.element_size() * 8 for name, t in tensors.items() if name != "x.shape")
-    assert weight.stored_bits() <= stored < weight.stored_bits() + 8
-
-
 @pytest.mark.parametrize(
-    ("codec", "part"),
+    "made",
     [
-        *(
-            (compressed_tensors, part)
-            for part in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
-        ),
-        *((native, part) for part in ("codes", "scale", "shape", "zero_point")),
+        *(Made(scheme(*of)) for of in ((2, 16, True), (5, -1, False), (7, 8, False))),
+        Made(scheme(3, 8, False), offset=True, rank=3, factors=torch.float32),
+        codebook_made(4, 16),
+        codebook_made(3, 8, DoubleQuantization(3, torch.bfloat16, 16), rank=2),
     ],
+    ids=str,
 )
-def test_a_missing_tensor_is_named(codec: ModuleType, part: str) -> None:
-    tensors = codec.compress("x", random_weight((40, 48), SCHEME))
+def test_native_stores_the_bits_that_the_report_counts(made: Made) -> None:
+    result = random_result((24, 48), made)
+    tensors = native.compress("x", result)
+    stored = sum(t.numel() * t.element_size() * 8 for name, t in tensors.items() if name != "x.shape")
+    assert result.stored_bits().total <= stored < result.stored_bits().total + 8
+
+
+PLAIN = Made(SCHEME, rank=2)
+DOUBLE = codebook_made(3, 16, DoubleQuantization(4, torch.float16, 5), rank=2)
+SINGLE = codebook_made(3, 16)
+OFFSET = Made(SCHEME, offset=True)
+NATIVE_PARTS = [
+    *((PLAIN, part) for part in ("codes", "scale", "shape", "zero_point", "lora_a", "lora_b")),
+    *((DOUBLE, part) for part in ("codes", "codebook", "absmax_codes", "absmax_scale", "absmax_offset", "lora_b")),
+    *((SINGLE, "absmax"), (OFFSET, "offset")),
+]
+
+
+@pytest.mark.parametrize(("made", "part"), NATIVE_PARTS, ids=str)
+def test_native_tells_a_missing_or_misshapen_tensor(made: Made, part: str) -> None:
+    result = random_result((40, 48), made)
+    stored = StoredLinear.of(result)
+    tensors = native.compress("x", result)
+    shorter = tensors[f"x.{part}"][1:] if tensors[f"x.{part}"].ndim else torch.zeros(2)
+    with pytest.raises(CorruptCheckpoint, match="do not fit its shape"):
+        native.decompress("x", tensors | {f"x.{part}": shorter}, stored)
     del tensors[f"x.{part}"]
     with pytest.raises(CorruptCheckpoint, match=rf"x\.{part}"):
-        codec.decompress("x", tensors, SCHEME, torch.bfloat16)
+        native.decompress("x", tensors, stored)
 
 
-@pytest.mark.parametrize("codec", [compressed_tensors, native])
-@pytest.mark.parametrize("part", ["packed", "scale", "zero_point"])
-def test_tensors_that_do_not_fit_together_are_refused(codec: ModuleType, part: str) -> None:
-    tensors = codec.compress("x", random_weight((40, 48), SCHEME))
-    prefix, name = ("weight_", part) if codec is compressed_tensors else ("", part.replace("packed", "codes"))
-    tensors[f"x.{prefix}{name}"] = tensors[f"x.{prefix}{name}"][1:]
-    with pytest.raises(CorruptCheckpoint, match=r"do not fit its shape \(40, 48\)"):
-        codec.decompress("x", tensors, SCHEME, torch.bfloat16)
+@pytest.mark.parametrize("part", ["packed", "scale", "shape", "zero_point"])
+def test_compressed_tensors_tells_a_missing_or_misshapen_tensor(part: str) -> None:
+    tensors = compressed_tensors.compress("x", random_result((40, 48), SCHEME))
+    shorter = {f"x.weight_{part}": tensors[f"x.weight_{part}"][1:]}
+    if part != "shape":
+        with pytest.raises(CorruptCheckpoint, match=r"do not fit its shape \(40, 48\)"):
+            compressed_tensors.decompress("x", tensors | shorter, SCHEME, torch.bfloat16)
+    del tensors[f"x.weight_{part}"]
+    with pytest.raises(CorruptCheckpoint, match=rf"x\.weight_{part}"):
+        compressed_tensors.decompress("x", tensors, SCHEME, torch.bfloat16)
 
 
 def test_one_scheme_targets_the_class_and_several_the_names() -> None:

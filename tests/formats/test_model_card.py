@@ -14,17 +14,32 @@ import yaml
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from app.domain.report import Quality, Report, TextReport
-from tests.formats.examples import REPORT, linears, scheme, tiny_llama, write_quantized
+from tests.formats.examples import (
+    REPORT,
+    Made,
+    codebook_made,
+    linears,
+    logits,
+    random_result,
+    scheme,
+    tiny_llama,
+    write_quantized,
+    write_with,
+)
 from workers.formats.model_card import model_card
+from workers.formats.peft_adapter import AdapterWriter
 from workers.formats.runtimes import vllm_refusals
+from workers.formats.stored_linear import StoredLinear
 
-CT, NATIVE = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE
+CT, NATIVE, MERGED, PEFT = (ExportFormat(name) for name in ("compressed-tensors", "native", "merged", "peft"))
 W4, W8, W3Z, W4Z = scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, False), scheme(4, 32, False)
+FORMS = [Made(W3Z, rank=2), codebook_made(4, 32), codebook_made(2, 16, rank=3)]
 TEXT = TextReport(source="builtin", sha256="ab" * 32, num_samples=4, sequence_length=64, tokens=256)
 
 
 def card(export_format: ExportFormat, report: Report = REPORT, **schemes: Scheme) -> str:
-    return model_card(report, export_format, schemes, "LICENSE")
+    linears = {n: StoredLinear.of(random_result((32, 32), of)) for n, of in schemes.items()}
+    return model_card(report, export_format, linears, "LICENSE")
 
 
 def code_blocks(text: str) -> list[str]:
@@ -46,11 +61,11 @@ def run_file(file: Path) -> Any:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("export_format", "schemes"),
-    [(CT, [W4]), (CT, [W4Z]), (CT, [W4, W8]), (CT, [W4, W3Z]), (NATIVE, [W3Z, W8])],
-    ids=["symmetric", "asymmetric", "mixed", "mixed-asymmetric", "native"],
+    [(CT, [W4]), (CT, [W4Z]), (CT, [W4, W8]), (CT, [W4, W3Z]), (NATIVE, [W3Z, W8]), (NATIVE, FORMS), (MERGED, FORMS)],
+    ids=["symmetric", "asymmetric", "mixed", "mixed-asymmetric", "native", "native-forms", "merged"],
 )
 def test_every_line_of_the_card_runs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_format: ExportFormat, schemes: Sequence[Scheme]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_format: ExportFormat, schemes: Sequence[Made | Scheme]
 ) -> None:
     out = tmp_path / "out"
     expected = write_quantized(tiny_llama(tmp_path / "source"), out, export_format, schemes)
@@ -68,6 +83,41 @@ def test_every_line_of_the_card_runs(
         for name, linear in linears(expected):
             match = next(m for full, m in found.items() if full.endswith(name))
             assert torch.equal(getattr(match, "base_layer", match).weight, linear.weight), name
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    ("base", "made"),
+    [(MERGED, FORMS), (CT, [Made(W4, rank=2)]), (CT, [Made(W4, rank=2), Made(W8, rank=2)]), (NATIVE, FORMS)],
+    ids=["merged", "packed", "packed-mixed", "native"],
+)
+def test_the_cards_of_base_and_adapter_lead_to_each_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: ExportFormat, made: Sequence[Made]
+) -> None:
+    source, formats = tiny_llama(tmp_path / "source"), tuple({base: None, PEFT: None})
+    write_quantized(source, tmp_path / "base", base, made, formats=formats)
+    expected = write_with(AdapterWriter(tmp_path / "adapter", source, formats), source, made)
+    monkeypatch.syspath_prepend(str(tmp_path / "base"))
+    cards = {name: (tmp_path / name / "README.md").read_text() for name in ("base", "adapter")}
+    assert ("This is the quantized base alone" in cards["base"]) == (base is not NATIVE)
+    blocks = [block for name in cards for block in code_blocks(cards[name]) if "PeftModel" in block]
+    assert len(blocks) == (1 if base is NATIVE else 2)
+    for number, block in enumerate(blocks):
+        of_adapter = number == len(blocks) - 1
+        text = block.replace("path/to/this/folder", str(tmp_path / ("adapter" if of_adapter else "base")))
+        text = text.replace("path/to/the/base", str(tmp_path / "base"))
+        file = tmp_path / f"block{number}.py"
+        file.write_text(text.replace("path/to/the/adapter", str(tmp_path / "adapter")))
+        assert (logits(run_file(file).model) - logits(expected)).abs().max() < 0.1
+
+
+def test_forms_are_told_apart() -> None:
+    made = {"a": Made(W4, rank=2), "b": codebook_made(2, 16), "c": Made(W4Z, offset=True)}
+    linears = {name: StoredLinear.of(random_result((32, 32), one)) for name, one in made.items()}
+    text = model_card(REPORT, NATIVE, linears, None)
+    assert "| 1 | 4 | 32 | fixed | rank 2, alpha 16 |" in text
+    assert "| 1 | 2 | 16 | none: codes index a codebook | none |" in text
+    assert "| 1 | 4 | 32 | an offset of each group | none |" in text
 
 
 def test_front_matter_names_a_hub_model_and_nothing_else() -> None:

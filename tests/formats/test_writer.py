@@ -1,6 +1,7 @@
 """What a checkpoint folder holds, whatever its format."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,9 @@ from torch import Tensor
 from app.domain.errors import FormatCannotHold, InternalError
 from app.domain.formats import ExportFormat
 from app.domain.report import Report
-from tests.formats.examples import REPORT, Source, random_weight, scheme, tiny_llama, write_quantized
+from tests.formats.examples import REPORT, Source, random_result, scheme, tiny_llama, write_quantized
 from workers.formats.writer import CheckpointWriter
+from workers.numerics.quantized import LinearResult
 
 CT, NATIVE = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE
 W4 = scheme(4, 32, True)
@@ -36,13 +38,30 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(
     tmp_path: Path, source: Source, export_format: ExportFormat
 ) -> None:
     writer = CheckpointWriter(tmp_path / "out", export_format, source)
-    writer.add_linear("model.layers.0.mlp.up_proj", random_weight((96, 64), W4))
+    writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))
     writer.finish()
     found = stored(tmp_path / "out")
     assert "model.layers.0.mlp.up_proj.weight" not in found
     for name in source.tensors.keys() - {"model.layers.0.mlp.up_proj.weight"}:
         assert torch.equal(found.pop(name), source.tensors[name]), name
     assert all(name.startswith("model.layers.0.mlp.up_proj.") for name in found)
+
+
+@pytest.mark.parametrize("export_format", [CT, NATIVE, ExportFormat.MERGED])
+def test_a_tensor_that_quantization_changed_takes_the_place_of_the_source_s(
+    tmp_path: Path, source: Source, export_format: ExportFormat
+) -> None:
+    name = "model.layers.0.input_layernorm.weight"
+    writer = CheckpointWriter(tmp_path / "out", export_format, source)
+    writer.add_tensor(name, source.tensors[name] * 2)
+    writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))
+    for wrong in (("model.nothing.weight", source.tensors[name]), (name, torch.ones(3))):
+        with pytest.raises(InternalError, match="of this shape"):
+            writer.add_tensor(*wrong)
+    writer.finish()
+    found = stored(tmp_path / "out")
+    assert torch.equal(found[name], source.tensors[name] * 2)
+    assert torch.equal(found["model.norm.weight"], source.tensors["model.norm.weight"])
 
 
 @pytest.mark.parametrize(("export_format", "stem"), [(CT, "model"), (NATIVE, "weights")])
@@ -79,7 +98,7 @@ def test_the_files_that_belong_to_a_model_come_along_and_code_does_not(tmp_path:
 def test_native_comes_with_its_loader_and_description(tmp_path: Path, source: Source) -> None:
     write_quantized(source, tmp_path / "out", NATIVE, [scheme(5, -1, False)])
     description = json.loads((tmp_path / "out" / "bitwright.json").read_text())
-    expected = {"bits": 5, "group_size": -1, "symmetric": False, "dtype": "bfloat16"}
+    expected = {"form": "affine", "bits": 5, "group_size": -1, "symmetric": False, "dtype": "bfloat16"}
     assert description["linears"]["model.layers.1.self_attn.q_proj"] == expected
     assert len(description["linears"]) == 14
     assert (tmp_path / "out" / "load_bitwright.py").exists()
@@ -88,7 +107,7 @@ def test_native_comes_with_its_loader_and_description(tmp_path: Path, source: So
 
 def test_config_names_every_linear_that_stays(tmp_path: Path, source: Source) -> None:
     writer = CheckpointWriter(tmp_path / "out", CT, source)
-    writer.add_linear("model.layers.0.mlp.up_proj", random_weight((96, 64), W4))
+    writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))
     writer.finish(ignored=["model.vision"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     ignored = config["quantization_config"]["ignore"]
@@ -101,7 +120,7 @@ def test_config_names_every_linear_that_stays(tmp_path: Path, source: Source) ->
 def test_a_quantized_head_is_not_ignored(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "source", tied=False)
     writer = CheckpointWriter(tmp_path / "out", CT, source)
-    writer.add_linear("lm_head", random_weight((96, 64), W4))
+    writer.add_linear("lm_head", random_result((96, 64), W4))
     writer.finish()
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
     assert "lm_head" not in ignored
@@ -110,8 +129,8 @@ def test_a_quantized_head_is_not_ignored(tmp_path: Path) -> None:
 
 def test_a_module_under_another_name_is_targeted_by_both(tmp_path: Path, source: Source) -> None:
     writer = CheckpointWriter(tmp_path / "out", CT, source)
-    writer.add_linear("model.layers.0.mlp.up_proj", random_weight((96, 64), W4), module="language.up_proj")
-    writer.add_linear("model.layers.0.mlp.gate_proj", random_weight((96, 64), scheme(8, -1, True)))
+    writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4), module="language.up_proj")
+    writer.add_linear("model.layers.0.mlp.gate_proj", random_result((96, 64), scheme(8, -1, True)))
     writer.finish()
     config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
     targets = [group["targets"] for group in config["config_groups"].values()]
@@ -132,8 +151,8 @@ def test_what_an_earlier_attempt_left_is_gone(tmp_path: Path, source: Source) ->
 
 
 def test_a_scale_of_another_dtype_is_refused_not_rounded(tmp_path: Path, source: Source) -> None:
-    weight = random_weight((96, 64), W4, torch.float16)
-    rounded = type(weight)(weight.codes, weight.scale, None, W4, torch.bfloat16)
+    weight = random_result((96, 64), W4, torch.float16).affine
+    rounded = LinearResult(replace(weight, dtype=torch.bfloat16))
     with pytest.raises(FormatCannotHold, match=r"stores scales as torch\.bfloat16; these are torch\.float16"):
         CheckpointWriter(tmp_path / "out", CT, source).add_linear("model.layers.0.mlp.up_proj", rounded)
     CheckpointWriter(tmp_path / "out", NATIVE, source).add_linear("model.layers.0.mlp.up_proj", rounded)
@@ -142,7 +161,7 @@ def test_a_scale_of_another_dtype_is_refused_not_rounded(tmp_path: Path, source:
 def test_bits_that_the_format_cannot_hold_are_refused(tmp_path: Path, source: Source) -> None:
     with pytest.raises(FormatCannotHold, match="holds 2, 3, 4, 8 bits, not 5") as refused:
         CheckpointWriter(tmp_path / "out", CT, source).add_linear(
-            "model.layers.0.mlp.up_proj", random_weight((96, 64), scheme(5, 32, True))
+            "model.layers.0.mlp.up_proj", random_result((96, 64), scheme(5, 32, True))
         )
     assert refused.value.field == "model.layers.0.mlp.up_proj"
     assert refused.value.hint is not None
@@ -151,7 +170,7 @@ def test_bits_that_the_format_cannot_hold_are_refused(tmp_path: Path, source: So
 def test_a_linear_that_the_source_lacks_or_that_comes_twice_is_an_error(tmp_path: Path, source: Source) -> None:
     writer = CheckpointWriter(tmp_path / "out", CT, source)
     with pytest.raises(InternalError, match=r"no tensor model\.up_proj\.weight"):
-        writer.add_linear("model.up_proj", random_weight((96, 64), W4))
-    writer.add_linear("model.layers.0.mlp.up_proj", random_weight((96, 64), W4))
+        writer.add_linear("model.up_proj", random_result((96, 64), W4))
+    writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))
     with pytest.raises(ValueError, match="stored twice"):
-        writer.add_linear("model.layers.0.mlp.up_proj", random_weight((96, 64), W4))
+        writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))

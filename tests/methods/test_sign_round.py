@@ -84,8 +84,8 @@ def test_no_steps_equal_round_to_nearest(scheme: Scheme) -> None:
     nearest = RTN().quantize_block(task, RTNSpec()).linears
     untuned = SignRound().quantize_block(task, SignRoundSpec(steps=0)).linears
     for name, result in nearest.items():
-        assert torch.equal(result.weight.codes, untuned[name].weight.codes)
-        assert torch.equal(result.weight.scale, untuned[name].weight.scale)
+        assert torch.equal(result.affine.codes, untuned[name].affine.codes)
+        assert torch.equal(result.affine.scale, untuned[name].affine.scale)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -81,11 +81,11 @@ def test_weights_and_kept_results_equal_the_reference(
     fused.keep(yes)
     assert torch.equal(*hats)
     for ours, theirs in zip(eager.results().values(), other.results().values(), strict=True):
-        assert torch.equal(ours.weight.codes, theirs.weight.codes)
-        assert torch.equal(ours.weight.scale, theirs.weight.scale)
-        assert (ours.weight.zero_point is None) == symmetric
-        if ours.weight.zero_point is not None and theirs.weight.zero_point is not None:
-            assert torch.equal(ours.weight.zero_point, theirs.weight.zero_point)
+        assert torch.equal(ours.affine.codes, theirs.affine.codes)
+        assert torch.equal(ours.affine.scale, theirs.affine.scale)
+        assert (ours.affine.zero_point is None) == symmetric
+        if ours.affine.zero_point is not None and theirs.affine.zero_point is not None:
+            assert torch.equal(ours.affine.zero_point, theirs.affine.zero_point)
 
 
 @settings(max_examples=10, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))

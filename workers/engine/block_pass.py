@@ -1,5 +1,7 @@
 """Block by block: targets from the original stream, the method, the quantized weights in place, the next inputs.
 
+A linear with a low-rank correction gets the sum in one matrix, so that the quantized stream sees the corrected block.
+
 While a block is worked on, the next one is read (`workers.engine.read_ahead`) and the one before it is packed and made
 durable (`workers.engine.write_behind`). Between blocks nothing waits for the device but the thread that writes.
 
@@ -100,7 +102,7 @@ class BlockPass:
                 container = nn.ModuleDict({"head": self.model.model.get_submodule(head)})
                 task = self._task(index, container, {"head": self.schemes[head]}, {}, lambda _: None)
                 result = METHODS["rtn"].quantize_block(task, self.spec)
-            self.state.save(index, {head: result.linears["head"].weight}, None)
+            self.state.save(index, {head: result.linears["head"]}, None)
             self.state.settle()
         return self.state.load(index)[head].dequantize()
 
@@ -128,7 +130,7 @@ class BlockPass:
         self._advance_quantized(index, block)
         output = None if observed is None else observed.squared_error()
         self.ranks.sum_(*([] if output is None else [output]))
-        findings = BlockFindings(index, prefix, started, result, schemes, errors, output)
+        findings = BlockFindings(index, prefix, started, result, errors, output)
         writer.give(partial(self._finish, shard, findings))
 
     def _sum_moments(self, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
@@ -145,7 +147,7 @@ class BlockPass:
 
     def _write_shard(self, index: int, result: BlockResult) -> Shard:
         prefix = self.model.layout.block(index)
-        return self.state.write_shard(index, {f"{prefix}.{n}": r.weight for n, r in result.linears.items()})
+        return self.state.write_shard(index, {f"{prefix}.{n}": r for n, r in result.linears.items()})
 
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
         """Makes a block count, and tells of it when it does."""
@@ -208,11 +210,11 @@ class BlockPass:
         return Stage.EVALUATE if stream is self.evaluation else Stage.QUANTIZE
 
     def _put(self, index: int, result: BlockResult, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Puts the dequantized weights into the block; how far they are from the original ones, by name inside it."""
+        """Puts the weights that the results stand for into the block; how far they are off, by name inside it."""
         errors = {}
         for name, linear in result.linears.items():
             original = self.model.block_linears(index)[name].weight
-            value = linear.weight.to(self.model.device).dequantize()
+            value = linear.to(self.model.device).dequantize()
             errors[name] = error_sums(value, original, moments.get(name))
             self._replace(index, name, value)
         return errors

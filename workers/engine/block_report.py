@@ -1,6 +1,7 @@
 """What is told of a quantized block: sums made on the device with the block, numbers read once, when it is done.
 
-For a linear W, its change D = W_hat - W and its inputs' second moments m, and for the block's output Y:
+For a linear W, its change D = W_hat - W (W_hat with its low-rank correction) and its inputs' second moments m, and for
+the block's output Y:
 
     weight_error = sqrt(sum D^2 / sum W^2)          output_error = sqrt(sum_ij m_j D_ij^2 / sum_ij m_j W_ij^2)
     of the block: output_error = ||Y - Y_hat|| / ||Y||
@@ -15,10 +16,10 @@ import torch
 from torch import Tensor
 
 from app.domain.errors import NumericalFailure
-from app.domain.methods import Scheme
+from app.domain.methods import Form
 from app.domain.report import BlockReport, LinearReport
 from workers.engine.streams import CHUNK_ELEMENTS
-from workers.numerics.quantized import BlockResult
+from workers.numerics.quantized import BlockResult, CodebookWeight
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,6 @@ class BlockFindings:
     name: str
     started: float
     result: BlockResult
-    schemes: Mapping[str, Scheme]
     linears: Mapping[str, Tensor]
     output: Tensor | None
 
@@ -63,10 +63,13 @@ class BlockFindings:
         )
 
     def _linear(self, name: str, sums: list[float]) -> LinearReport:
+        weight, low_rank = self.result.linears[name].weight, self.result.linears[name].low_rank
         return LinearReport(
             name=f"{self.name}.{name}",
-            shape=self.result.linears[name].weight.shape,
-            **self.schemes[name].model_dump(),
+            shape=weight.shape,
+            form=Form.CODEBOOK if isinstance(weight, CodebookWeight) else Form.AFFINE,
+            **weight.scheme.model_dump(),
+            rank=None if low_rank is None else low_rank.rank,
             weight_error=_ratio(*sums[:2]),
             output_error=_ratio(*sums[2:]) if sums[2:] else None,
         )

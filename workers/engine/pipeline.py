@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from app.domain.report import BlockReport, ModelReport, Quality, Report, ScaleReport, SizeReport
+from app.domain.report import BlockReport, ModelReport, Quality, Report, ScaleReport, SizeReport, StoredParts
 from workers.engine.block_pass import BlockPass
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows, load_tokenizer, source_label
@@ -34,12 +34,13 @@ from workers.engine.ranks import Ranks, joined
 from workers.engine.read_ahead import read_ahead
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
-from workers.engine.resume import ResumeState, ShardLayout, code_version, fingerprint
+from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
 from workers.engine.warm_up import compiling
-from workers.formats.writer import CheckpointWriter
+from workers.formats.writer import check_model, open_writers
+from workers.numerics.quantized import StoredBits
 
 CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
 """Fields of a request that decide the codes."""
@@ -51,6 +52,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
     Raises:
         InputError: the model, its data or the request's numbers do not fit together.
         InvalidRequest: the head is to be quantized but tied to the embeddings.
+        FormatCannotHold: a format of the request cannot hold this model.
     """
     with _opened(order, workspace, reporter, rank=0) as job:
         state, found = _with_ranks(job, 0)
@@ -77,6 +79,8 @@ def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int)
         checkpoint = Checkpoint.open(Path(order.model_path))
         model = StreamedModel.open(checkpoint, device)
         schemes = plan_schemes(model, order.request.quantization)
+        inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
+        check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
         tokenizer = load_tokenizer(Path(order.model_path))
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
@@ -186,7 +190,7 @@ def _run_blocks(job: _Job, ranks: Ranks) -> tuple[ResumeState, Findings]:
             None if windows is None else Stream(model, ranks.share(windows.ids), job.plan, keep_inputs=keep)
             for windows, keep in ((texts.calibration, keep_inputs), (texts.evaluation, False))
         )
-    state = ResumeState(job.workspace / "state", _fingerprint(job), ShardLayout(job.schemes, model.dtype), ranks)
+    state = ResumeState(job.workspace / "state", _fingerprint(job), ranks)
     if state.resumed:
         job.reporter.log("blocks_resumed", blocks=state.resumed)
     job.clock.enter(Stage.QUANTIZE)
@@ -247,22 +251,24 @@ def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None, ranks: Ranks
 
 def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
     """Writes every format from the durable blocks, each read while one is packed, and the same report into each."""
-    formats = list(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
-    writers = {f: CheckpointWriter(job.workspace / "output" / f.value, f, job.model.checkpoint) for f in formats}
-    stored_bits, weights, total = 0, 0, len(state.blocks)
+    formats = tuple(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
+    writers = open_writers(job.workspace / "output", formats, job.model.checkpoint)
+    stored, weights, total = StoredBits(), 0, len(state.blocks)
     with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
         for done, block in enumerate(blocks, start=1):
-            for name, weight in block.items():
-                stored_bits += weight.stored_bits()
-                weights += weight.codes.numel()
+            for name, result in block.items():
+                stored += result.stored_bits()
+                weights += result.weight.codes.numel()
                 source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
                 for writer in writers.values():
-                    writer.add_linear(source, weight, module=name)
+                    writer.add_linear(source, result, module=name)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
         writer.finish(ignored=ignored)
-    report = _report(job, state, found, _size(job, stored_bits, weights))
+        for code, message in writer.warnings.items():
+            job.reporter.warning(code, message)
+    report = _report(job, state, found, _size(job, stored, weights))
     for writer in writers.values():
         writer.describe(report)
     job.reporter.progress(Stage.EXPORT, total + 1, total + 1, "blocks")
@@ -270,16 +276,17 @@ def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
     return ResultLine(report=report, checkpoints={f.value: f"output/{f.value}" for f in formats})
 
 
-def _size(job: _Job, stored_bits: int, weights: int) -> SizeReport:
-    checkpoint = job.model.checkpoint
+def _size(job: _Job, stored: StoredBits, weights: int) -> SizeReport:
+    checkpoint, count = job.model.checkpoint, max(1, weights)
     quantized = sum(checkpoint.tensors[job.model.sources[f"{name}.weight"]].size for name in job.schemes)
-    after = checkpoint.size - quantized + stored_bits // 8
+    after = checkpoint.size - quantized + stored.total // 8
     return SizeReport(
         bytes_original=checkpoint.size,
         bytes_quantized=after,
         quantized_weights=weights,
-        bits_per_weight=stored_bits / weights if weights else 0.0,
+        bits_per_weight=stored.total / count,
         bits_per_weight_model=after * 8 / _parameters(job.model),
+        parts=StoredParts(**{name: bits / count for name, bits in asdict(stored).items()}),
     )
 
 

@@ -13,12 +13,11 @@ from typing import Literal
 import torch
 
 from app.domain.events import AttemptOrder
-from app.domain.formats import ExportFormat
+from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme, WeightSpec
 from app.domain.module_rules import rule_errors
 from workers.engine.blocks import StreamedModel
 from workers.engine.evaluation import LOGITS_AT_ONCE, LOGITS_BYTES
-from workers.formats import compressed_tensors
 
 TOKENS_AT_ONCE_CPU = 4096
 MEMORY_STEP = 1 << 30
@@ -154,9 +153,15 @@ def plan_report(plan: Plan) -> dict[str, str | int | float | bool | None]:
 
 
 def scale_dtype(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which every one of the formats stores scales without rounding them."""
-    if ExportFormat.COMPRESSED_TENSORS in formats:
-        return compressed_tensors.scale_dtype(dtype)
+    """The dtype in which every one of the formats stores scales without rounding them.
+
+    Formats that differ in it do not go together: the request is refused.
+    """
+    wanted = {FORMATS[name].scales for name in formats}
+    if ScaleDtype.MODEL in wanted:
+        return dtype
+    if ScaleDtype.FLOAT16 in wanted:
+        return torch.float16
     return torch.float32 if dtype == torch.float64 else dtype
 
 

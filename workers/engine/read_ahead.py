@@ -75,8 +75,8 @@ class BlockReader:
         return self._model.read(self._model.layout.block(index), given, self._upload)
 
     def _quantized(self, index: int) -> dict[str, Tensor]:
-        weights = self._state.load(index)
-        return {f"{name}.weight": weight.to(self._model.device).dequantize() for name, weight in weights.items()}
+        linears = self._state.load(index)
+        return {f"{name}.weight": result.to(self._model.device).dequantize() for name, result in linears.items()}
 
 
 def read_ahead(read: Callable[[int], T], count: int, device: torch.device) -> Generator[T, None, None]:

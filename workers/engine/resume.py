@@ -1,7 +1,7 @@
 """Finished blocks on disk, so that a killed attempt costs at most the block in hand and the one being written.
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
-    state/block-00000.safetensors  the block's linears as in the native format
+    state/block-00000.safetensors  the block's linears as in the native format; its header describes each of them
     state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
 
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
@@ -18,17 +18,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from app.domain.methods import Scheme
 from app.domain.report import BlockReport, ScaleReport
+from app.domain.safetensors_header import LENGTH_BYTES
 from workers.durable import replace_file
 from workers.engine.ranks import ALONE, Ranks
 from workers.formats import native
-from workers.numerics.quantized import AffineWeight
+from workers.formats.stored_linear import StoredLinear
+from workers.numerics.quantized import AffineWeight, LinearResult
+
+LINEARS = TypeAdapter(dict[str, StoredLinear])
+"""What a shard's header says of its linears, by full name."""
 
 
 class FinishedBlock(BaseModel):
@@ -61,14 +64,6 @@ class StateFile(BaseModel):
 
 
 @dataclass(frozen=True)
-class ShardLayout:
-    """What the shards do not say themselves: each linear's scheme and the dtype of its dequantized weight."""
-
-    schemes: Mapping[str, Scheme]
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class Shard:
     """A durable file in the state folder, and its sha256."""
 
@@ -82,10 +77,9 @@ class ResumeState:
     On any rank but the first, what is saved is only noted: it is there for `load` after `settle`.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, layout: ShardLayout, ranks: Ranks = ALONE) -> None:
+    def __init__(self, folder: Path, fingerprint: str, ranks: Ranks = ALONE) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._layout = layout
         self._ranks = ranks
         self._state = self._agreed(self._adopt(fingerprint))
         self._scales = {} if self._state.scales is None else load(self._read(self._state.scales.file))
@@ -100,21 +94,23 @@ class ResumeState:
         """The report of the stage that tunes scales end to end, if it is done."""
         return None if self._state.scales is None else self._state.scales.report
 
-    def save(self, index: int, weights: Mapping[str, AffineWeight], report: BlockReport | None) -> None:
-        """Makes a block durable; `weights` by full linear name. Returns when a crash can no longer lose it."""
-        self.finish(index, self.write_shard(index, weights), report)
+    def save(self, index: int, linears: Mapping[str, LinearResult], report: BlockReport | None) -> None:
+        """Makes a block durable; `linears` by full name. Returns when a crash can no longer lose it."""
+        self.finish(index, self.write_shard(index, linears), report)
 
-    def write_shard(self, index: int, weights: Mapping[str, AffineWeight]) -> Shard:
-        """A block's weights, by full linear name, in a durable file that does not count before `finish`."""
+    def write_shard(self, index: int, linears: Mapping[str, LinearResult]) -> Shard:
+        """A block's linears, by full name, in a durable file that does not count before `finish`."""
+        stored = {name: StoredLinear.of(result) for name, result in linears.items()}
 
         def tensors() -> dict[str, Tensor]:
             return {
                 key: tensor.cpu().contiguous()
-                for name, weight in weights.items()
-                for key, tensor in native.compress(name, weight).items()
+                for name, result in linears.items()
+                for key, tensor in native.compress(name, result).items()
             }
 
-        return self._write(f"block-{index:05d}.safetensors", tensors)
+        about = {"linears": LINEARS.dump_json(stored).decode()}
+        return self._write(f"block-{index:05d}.safetensors", tensors, about)
 
     def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
         """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
@@ -124,7 +120,7 @@ class ResumeState:
     def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
         """Makes scales durable that take the place of the blocks' own, by full linear name; `load` then gives them."""
         self._scales = {name: scale.cpu().contiguous() for name, scale in scales.items()}
-        shard = self._write("scales.safetensors", lambda: self._scales)
+        shard = self._write("scales.safetensors", lambda: self._scales, {})
         finished = FinishedScales(file=shard.file, sha256=shard.sha256, report=report)
         self._replace_state(self._state.model_copy(update={"scales": finished}))
 
@@ -132,19 +128,22 @@ class ResumeState:
         """Returns once what every rank has saved until now can be loaded by all of them."""
         self._ranks.wait()
 
-    def load(self, index: int) -> dict[str, AffineWeight]:
-        """The weights of a finished block by full linear name, on the host."""
-        tensors = load(self._read(self.blocks[index].file))
-        names = {key.rpartition(".")[0]: None for key in tensors}
-        weights = {
-            name: native.decompress(name, tensors, self._layout.schemes[name], self._layout.dtype) for name in names
-        }
-        return {name: replace(w, scale=self._scales.get(name, w.scale)) for name, w in weights.items()}
+    def load(self, index: int) -> dict[str, LinearResult]:
+        """The linears of a finished block by full name, on the host."""
+        data = self._read(self.blocks[index].file)
+        tensors, stored = load(data), described_linears(data)
+        return {name: self._with_scale(name, native.decompress(name, tensors, stored[name])) for name in stored}
 
-    def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]]) -> Shard:
+    def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
+        """The result with the scale that was tuned end to end, if there is one: only affine weights have one."""
+        if name not in self._scales or not isinstance(result.weight, AffineWeight):
+            return result
+        return replace(result, weight=replace(result.weight, scale=self._scales[name]))
+
+    def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]], about: dict[str, str]) -> Shard:
         if not self._ranks.leads:
             return Shard(file, "")
-        data = save(tensors())
+        data = save(tensors(), metadata=about or None)
         replace_file(self._folder / file, data)
         return Shard(file, hashlib.sha256(data).hexdigest())
 
@@ -184,6 +183,12 @@ class ResumeState:
         except OSError:
             return False
         return hashlib.sha256(data).hexdigest() == shard.sha256
+
+
+def described_linears(shard: bytes) -> dict[str, StoredLinear]:
+    """What the header of a block's shard says of its linears, by full name."""
+    end = LENGTH_BYTES + int.from_bytes(shard[:LENGTH_BYTES], "little")
+    return LINEARS.validate_json(json.loads(shard[LENGTH_BYTES:end])["__metadata__"]["linears"])
 
 
 def fingerprint(parts: Mapping[str, object]) -> str:

@@ -3,14 +3,19 @@
 calibration   rewound to the embeddings; its original stream, after the last block, is the teacher
 state         the tuned scales, durable, in place of the blocks' own; a retry takes them over, or repeats the stage
 evaluation    its quantized stream goes through all blocks again, with the weights that ship
+
+Only affine weights have such scales: where a method made a codebook or low-rank factors, the stage is left out and the
+report's warnings say so.
 """
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
 from app.domain.events import Stage
+from app.domain.methods import Form
 from app.domain.report import ScaleReport
 from workers.engine.block_pass import BlockPass
 from workers.engine.plan import block_seed
@@ -18,6 +23,7 @@ from workers.engine.reporter import Reporter
 from workers.engine.scale_plan import ScaleTask, Skipped
 from workers.engine.scale_tuning import ScaleOutcome, tune_scales
 from workers.engine.streams import Stream
+from workers.numerics.quantized import AffineWeight
 
 
 def run_scale_stage(blocks: BlockPass, head: Tensor | None) -> ScaleReport | None:
@@ -47,10 +53,7 @@ def _tune(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | Non
     blocks.clock.enter(Stage.SCALES)
     blocks.reporter.progress(Stage.SCALES, 0, steps, "steps")
     started = time.perf_counter()
-    blocks.tuner.release()
-    with blocks.model.loaded(blocks.model.layout.embeddings):
-        calibration.rewind(blocks.model)
-    outcome = tune_scales(_task(blocks, calibration, steps, head))
+    outcome = _outcome(blocks, calibration, steps, head)
     if isinstance(outcome, Skipped):
         blocks.reporter.warning("scale_tuning_skipped", f"scales were not tuned end to end: {outcome.reason}")
         return None
@@ -64,13 +67,27 @@ def _tune(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | Non
     return report
 
 
+def _outcome(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | None) -> ScaleOutcome | Skipped:
+    if blocks.spec.forms() != {Form.AFFINE}:
+        return Skipped("only affine weights without low-rank factors have scales that can be tuned alone")
+    blocks.tuner.release()
+    with blocks.model.loaded(blocks.model.layout.embeddings):
+        calibration.rewind(blocks.model)
+    return tune_scales(_task(blocks, calibration, steps, head))
+
+
+def affine_weights(blocks: BlockPass, index: int) -> dict[str, AffineWeight]:
+    """The weights of a finished block by full linear name."""
+    return {name: result.affine for name, result in blocks.state.load(index).items()}
+
+
 def _task(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | None) -> ScaleTask:
     model = blocks.model
     streams = [s for s in (calibration, blocks.evaluation) if s is not None]
     return ScaleTask(
         model=model,
         schemes={name: scheme for name, scheme in blocks.schemes.items() if name != model.layout.head},
-        weights=blocks.state.load,
+        weights=partial(affine_weights, blocks),
         calls=calibration.calls,
         inputs=calibration.quantized,
         targets=calibration.original,

@@ -21,23 +21,19 @@ from app.domain.errors import CorruptCheckpoint, FormatCannotHold
 from app.domain.formats import FORMATS, ExportFormat
 from app.domain.methods import PER_CHANNEL, Scheme
 from workers.numerics.packing import pack_words, unpack_words
-from workers.numerics.quantized import AffineWeight
+from workers.numerics.quantized import AffineWeight, LinearResult
 
 FORMAT = "pack-quantized"
 
 
-def scale_dtype(model_dtype: torch.dtype) -> torch.dtype:
-    """Scales have the model's dtype: the loaders create them so, and would round any other."""
-    return model_dtype
-
-
-def compress(name: str, weight: AffineWeight) -> dict[str, Tensor]:
+def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     """The stored tensors of the linear `name`, by full name.
 
     Raises:
-        FormatCannotHold: bits that the format does not hold, or a scale that it would have to round.
+        FormatCannotHold: another form than an affine weight alone, bits that the format does not hold, or a scale that
+            it would have to round.
     """
-    _refuse(name, weight)
+    weight = _held(name, result)
     bits = weight.scheme.bits
     tensors = {
         f"{name}.weight_packed": pack_words(weight.codes, bits),
@@ -140,8 +136,15 @@ def _words(count: int, bits: int) -> int:
     return -(-count * bits // 32)
 
 
-def _refuse(name: str, weight: AffineWeight) -> None:
-    info = FORMATS[ExportFormat.COMPRESSED_TENSORS]
+def _held(name: str, result: LinearResult) -> AffineWeight:
+    """The weight, if it is one that the format holds."""
+    weight, info = result.weight, FORMATS[ExportFormat.COMPRESSED_TENSORS]
+    if not isinstance(weight, AffineWeight) or weight.offset is not None or result.low_rank is not None:
+        raise FormatCannotHold(
+            "compressed-tensors holds affine weights with whole zero points, without low-rank factors",
+            field=name,
+            hint='ask for formats: ["merged"], or add "peft" for the low-rank factors',
+        )
     if weight.scheme.bits not in info.bits:
         widths = ", ".join(map(str, sorted(info.bits)))
         raise FormatCannotHold(
@@ -158,3 +161,4 @@ def _refuse(name: str, weight: AffineWeight) -> None:
             value=str(weight.scale.dtype),
             hint="quantize again with this format among the job's formats",
         )
+    return weight

@@ -5,16 +5,25 @@
 
 or, to see only the weights:    python load_bitwright.py path/to/checkpoint
 
-A quantized linear stands for the weight  scale * (codes - zero_point), computed in fp32 and rounded once. Its tensors:
+A quantized linear stands for the weight below, computed in fp32 and rounded once. Its tensors, each after `name.`:
 
-    native              compressed-tensors      shape, dtype
-    name.codes          name.weight_packed      (out, inputs packed) uint8 | int32: dense along a row, lowest bit first
-    name.scale          name.weight_scale       (out, groups): one for each group of consecutive inputs, of either sign
-    name.zero_point     name.weight_zero_point  dense, row after row, uint8 | dense along the outputs, int32
-    name.shape          name.weight_shape       (2) int64: (out, in)
+    affine, native      compressed-tensors      scale * (codes - zero_point), or scale * codes + offset
+    codes               weight_packed           (out, inputs packed) uint8 | int32: dense along a row, lowest bit first
+    scale               weight_scale            (out, groups): one for each group of consecutive inputs, of either sign
+    zero_point          weight_zero_point       dense, row after row, uint8 | dense along the outputs, int32
+    offset                                      (out, groups): in place of a zero point
+    shape               weight_shape            (2) int64: (out, in)
 
-A symmetric linear has no zero_point tensor: it is 2^(bits-1). Bits, group size (-1: one group a row) and symmetry of
-each are in `bitwright.json` (native) or in the quantization_config of `config.json`.
+    codebook, native    absmax * codebook[codes]
+    codes, shape        as above
+    codebook            (2^bits) fp32
+    absmax              (out, groups); or  absmax_offset + absmax_scale * absmax_codes / (2^b - 1),  where the codes of
+                        b bits are dense, row after row, and consecutive groups share a scale
+
+    lora_a, lora_b      (rank, in), (out, rank): (alpha / rank) * lora_b @ lora_a is added, and the sum rounded again
+
+A symmetric linear has no zero_point tensor: it is 2^(bits-1). Widths, group size (-1: one group a row), symmetry and
+alpha of each are in `bitwright.json` (native) or in the quantization_config of `config.json`.
 """
 
 import json
@@ -26,11 +35,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-VERSION = 1
+VERSION = 2
+PARTS = (
+    *("codes", "shape", "scale", "zero_point", "offset", "lora_a", "lora_b"),
+    *("codebook", "absmax", "absmax_codes", "absmax_scale", "absmax_offset"),
+)
+PACKED = {"codes": "packed", "scale": "scale", "zero_point": "zero_point", "shape": "shape"}
+"""Parts of a linear -> their names in compressed-tensors, after `weight_`."""
 
 
-def load(folder: str | Path, **options: Any) -> Any:
-    """The model with dequantized weights; `options` go to `from_pretrained` (device_map, attn_implementation, ...)."""
+def load(folder: str | Path, *, merge: bool = True, **options: Any) -> Any:
+    """The model with dequantized weights; `options` go to `from_pretrained` (device_map, attn_implementation, ...).
+
+    merge   whether low-rank corrections are added to the weights; without them it is the base of a peft adapter
+    """
     from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (the weights alone need no transformers)
 
     config = AutoConfig.from_pretrained(folder)
@@ -39,11 +57,13 @@ def load(folder: str | Path, **options: Any) -> Any:
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config))
     options.setdefault("dtype", config.dtype or torch.float32)
-    return model_class.from_pretrained(None, config=config, state_dict=load_weights(folder), **options).eval()
+    return model_class.from_pretrained(
+        None, config=config, state_dict=load_weights(folder, merge=merge), **options
+    ).eval()
 
 
-def load_weights(folder: str | Path) -> dict[str, Tensor]:
-    """Every tensor of the original checkpoint by its name, quantized ones dequantized.
+def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]:
+    """Every tensor of the original checkpoint by its name, quantized ones dequantized; `merge` as in `load`.
 
     Raises:
         ValueError: the files contradict each other; the message names the file or tensor.
@@ -51,16 +71,19 @@ def load_weights(folder: str | Path) -> dict[str, Tensor]:
     folder = Path(folder)
     native = (folder / "bitwright.json").exists()
     tensors = read_tensors(folder, "weights" if native else "model")
+    stored = {part: f".{part}" for part in PARTS} if native else {p: f".weight_{n}" for p, n in PACKED.items()}
     weights = {}
-    for name, scheme in (native_schemes(folder) if native else packed_schemes(folder, tensors)).items():
-        stored = {"codes": "codes" if native else "packed", "scale": "scale", "zero": "zero_point", "shape": "shape"}
-        prefix = name + ("." if native else ".weight_")
-        parts = {part: tensors.pop(prefix + ending, None) for part, ending in stored.items()}
-        weights[f"{name}.weight"] = dequantize(name, scheme, parts)
+    for name, linear in (native_linears(folder) if native else packed_linears(folder, tensors)).items():
+        parts = {p: tensors.pop(name + ending) for p, ending in stored.items() if name + ending in tensors}
+        expected = expected_parts(linear)
+        if parts.keys() != expected:
+            raise ValueError(f"{name}: has the tensors {sorted(parts)}; it should have {sorted(expected)}")
+        weight = dequantize(name, linear, parts)
+        weights[f"{name}.weight"] = corrected(weight, linear, parts) if merge and "low_rank" in linear else weight
     return tensors | weights
 
 
-def native_schemes(folder: Path) -> dict[str, dict[str, Any]]:
+def native_linears(folder: Path) -> dict[str, dict[str, Any]]:
     """What `bitwright.json` says of each quantized linear."""
     description = json.loads((folder / "bitwright.json").read_text(encoding="utf-8"))
     if description.get("format") != "bitwright" or description.get("version") != VERSION:
@@ -69,22 +92,23 @@ def native_schemes(folder: Path) -> dict[str, dict[str, Any]]:
     return linears
 
 
-def packed_schemes(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
+def packed_linears(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """What the quantization_config of `config.json` says of each linear that has packed weights."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     by_target = {target: group["weights"] for group in config["config_groups"].values() for target in group["targets"]}
-    schemes = {}
+    linears = {}
     for name in sorted(key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")):
         weights = by_target.get(name, by_target.get("Linear"))
         if weights is None:
             raise ValueError(f"config.json: no group of quantization_config names {name}")
-        schemes[name] = {
+        linears[name] = {
+            "form": "affine",
             "bits": weights["num_bits"],
             "group_size": weights["group_size"] or -1,
             "symmetric": weights["symmetric"],
             "dtype": str(tensors[f"{name}.weight_scale"].dtype).removeprefix("torch."),
         }
-    return schemes
+    return linears
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -103,23 +127,61 @@ def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
     return tensors
 
 
-def dequantize(name: str, scheme: dict[str, Any], parts: dict[str, Tensor | None]) -> Tensor:
-    """The weight (out, in) of one linear: scale * (codes - zero_point)."""
-    packed, scale, zero_point, shape = parts["codes"], parts["scale"], parts["zero"], parts["shape"]
-    if packed is None or scale is None or shape is None or (zero_point is None) != scheme["symmetric"]:
-        raise ValueError(f"{name}: a tensor is missing, or there is one too many")
-    bits, (rows, columns) = scheme["bits"], shape.tolist()
-    groups = 1 if scheme["group_size"] == -1 else columns // scheme["group_size"]
+def expected_parts(linear: dict[str, Any]) -> set[str]:
+    """The tensors that a linear of this description has."""
+    if linear["form"] == "affine":
+        zero = set() if linear["symmetric"] else {"offset" if linear.get("offset") else "zero_point"}
+        parts = {"codes", "shape", "scale"} | zero
+    else:
+        level = {"absmax_codes", "absmax_scale", "absmax_offset"} if "absmax" in linear else {"absmax"}
+        parts = {"codes", "shape", "codebook"} | level
+    return parts | ({"lora_a", "lora_b"} if "low_rank" in linear else set())
+
+
+def dequantize(name: str, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
+    """The weight (out, in) of one linear, without a correction."""
+    packed, bits, (rows, columns) = parts["codes"], linear["bits"], parts["shape"].tolist()
+    groups = 1 if linear["group_size"] == -1 else columns // linear["group_size"]
     width = -(-columns * bits // (8 * packed.element_size()))
-    if packed.shape != (rows, width) or scale.shape != (rows, groups) or columns % groups:
-        raise ValueError(f"{name}: codes {tuple(packed.shape)} and scale {tuple(scale.shape)} do not fit {scheme}")
-    codes = unpack(packed, bits, columns).float().view(rows, groups, -1)
+    by_group = [parts[part] for part in ("scale", "offset", "absmax") if part in parts]
+    if packed.shape != (rows, width) or columns % groups or any(t.shape != (rows, groups) for t in by_group):
+        raise ValueError(f"{name}: tensors of {rows} x {columns} weights do not fit {linear}")
+    codes = unpack(packed, bits, columns).view(rows, groups, -1)
+    value = affine(codes, linear, parts) if linear["form"] == "affine" else from_codebook(codes, linear, parts)
+    return value.view(rows, columns).to(getattr(torch, linear["dtype"]))
+
+
+def affine(codes: Tensor, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
+    """scale * (codes - zero_point) or scale * codes + offset, fp32 (out, groups, columns)."""
+    scale, bits = parts["scale"].float().unsqueeze(-1), linear["bits"]
+    if "offset" in parts:
+        return codes.float() * scale + parts["offset"].float().unsqueeze(-1)
     zero: Tensor | float = 2.0 ** (bits - 1)
-    if zero_point is not None and zero_point.dtype == torch.uint8:
-        zero = unpack(zero_point.unsqueeze(0), bits, rows * groups).float().view(rows, groups, 1)
-    elif zero_point is not None:
-        zero = unpack(zero_point.T, bits, rows).T.float().reshape(rows, groups, 1)
-    return ((codes - zero) * scale.float().unsqueeze(-1)).view(rows, columns).to(getattr(torch, scheme["dtype"]))
+    if "zero_point" in parts:
+        stream, shape = parts["zero_point"], parts["scale"].shape
+        in_rows = stream.dtype == torch.uint8
+        points = unpack(stream.unsqueeze(0), bits, shape.numel()) if in_rows else unpack(stream.T, bits, shape[0]).T
+        zero = points.float().reshape(*shape, 1)
+    return (codes.float() - zero) * scale
+
+
+def from_codebook(codes: Tensor, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
+    """absmax * codebook[codes], fp32 (out, groups, columns)."""
+    absmax = parts.get("absmax")
+    if absmax is None:
+        level = linear["absmax"]
+        first = unpack(parts["absmax_codes"].unsqueeze(0), level["bits"], codes.shape[:2].numel()).view(codes.shape[:2])
+        scale = parts["absmax_scale"].float().repeat_interleave(level["superblock"])[: first.numel()].view(first.shape)
+        absmax = first.float() * scale * (1 / ((1 << level["bits"]) - 1)) + parts["absmax_offset"]
+    values = parts["codebook"].index_select(0, codes.flatten().int()).view(codes.shape)
+    weight: Tensor = values * absmax.float().unsqueeze(-1)
+    return weight
+
+
+def corrected(weight: Tensor, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
+    """The weight plus its low-rank correction, rounded to the weight's dtype."""
+    scaling: float = linear["low_rank"]["alpha"] / linear["low_rank"]["rank"]
+    return (weight.float() + (parts["lora_b"].float() @ parts["lora_a"].float()) * scaling).to(weight.dtype)
 
 
 def unpack(stream: Tensor, bits: int, count: int) -> Tensor:

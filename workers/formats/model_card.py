@@ -2,94 +2,37 @@
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import yaml
 
 from app.domain.formats import ExportFormat
-from app.domain.methods import METHODS, Scheme
-from app.domain.report import Quality, Report
+from app.domain.methods import METHODS, Form
+from app.domain.report import Quality, Report, SizeReport
 from app.domain.sources import HUB_ID, UPLOAD_ID
-from workers.formats.compressed_tensors import needs_loader
-from workers.formats.runtimes import vllm_refusals
-
-LOAD_BITWRIGHT = """\
-```python
-from load_bitwright import load          # the file in this folder; needs torch, safetensors and transformers
-from transformers import AutoTokenizer
-
-model = load("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```"""
-
-ABOUT_NATIVE = """\
-The loader makes an ordinary floating-point model. The weight files hold the codes and scales as they were made; ask
-Bitwright for another format to run them packed."""
-
-LOAD_TRANSFORMERS = """\
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer    # and: pip install compressed-tensors
-
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-tokenizer = AutoTokenizer.from_pretrained("{folder}")
-```"""
-
-ABOUT_MIXED = """\
-`from_pretrained` of transformers 5.23 does not load mixed widths with zero points; the loader makes an ordinary
-floating-point model from the same tensors."""
-
-LOAD_VLLM = """\
-vLLM, by its rules (not tested here):
-
-```sh
-vllm serve {folder}
-```"""
-
-LORA = """\
-To train a LoRA on it with peft, load the weights unpacked:
-
-```python
-from peft import LoraConfig, get_peft_model
-{load}
-model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear"))
-```"""
-
-ABOUT_UNPACKING = """\
-Linears of this checkpoint differ in width or group, so do not load it with `CompressedTensorsConfig(dequantize=True)`
-or `run_compressed=False`: transformers 5.23 then reads every linear by the first group's scheme, with wrong weights
-and without an error where the shapes happen to fit."""
-
-LORA_LOAD = """\
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
-
-model = AutoModelForCausalLM.from_pretrained(
-    "{folder}", quantization_config=CompressedTensorsConfig(run_compressed=False)
-)"""
-
-LORA_LOAD_MIXED = """\
-from transformers import AutoModelForCausalLM
-
-model = AutoModelForCausalLM.from_pretrained("{folder}")
-model.hf_quantizer.compressor.decompress_model(model)"""
-
-LORA_LOAD_BITWRIGHT = """\
-from load_bitwright import load
-
-model = load("{folder}")"""
+from workers.formats.loading_lines import loading_lines
+from workers.formats.stored_linear import StoredLinear
 
 
-def model_card(report: Report, export_format: ExportFormat, schemes: Mapping[str, Scheme], licence: str | None) -> str:
+def model_card(
+    report: Report,
+    export_format: ExportFormat,
+    linears: Mapping[str, StoredLinear],
+    licence: str | None,
+    formats: Collection[ExportFormat] = (),
+) -> str:
     """The card as Markdown with the Hub's front matter.
 
-    schemes   every quantized linear by module name
+    linears   every quantized linear by module name
     licence   name of the licence file beside the card, if the source had one
+    formats   all of the job's
     """
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(report, export_format), sort_keys=False)}---",
         f"# {_title(report)}",
-        _summary(report, export_format, schemes),
+        _summary(report, export_format, linears),
         "## Load",
-        *_loading(export_format, schemes),
+        *loading_lines(export_format, linears, formats),
         *(["## Quality", _quality_table(report.quality)] if report.quality else []),
         "## Size",
         _size(report),
@@ -100,8 +43,13 @@ def model_card(report: Report, export_format: ExportFormat, schemes: Mapping[str
 
 
 def _front_matter(report: Report, export_format: ExportFormat) -> dict[str, object]:
-    matter: dict[str, object] = {"library_name": "transformers", "tags": ["bitwright", export_format.value]}
-    if _is_hub_id(report.model.source):
+    adapter = export_format is ExportFormat.PEFT
+    matter: dict[str, object] = {
+        "library_name": "peft" if adapter else "transformers",
+        "tags": ["bitwright", export_format.value],
+    }
+    # The Hub would load an adapter onto the model that is named here, and this one's base is another.
+    if _is_hub_id(report.model.source) and not adapter:
         matter |= {"base_model": report.model.source, "base_model_relation": "quantized"}
     return matter
 
@@ -115,32 +63,23 @@ def _title(report: Report) -> str:
     return f"{name}, {report.size.bits_per_weight:.2f} bits per weight"
 
 
-def _summary(report: Report, export_format: ExportFormat, schemes: Mapping[str, Scheme]) -> str:
+def _summary(report: Report, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
     info = METHODS[report.method]
     paper = f" ([arXiv {info.paper}](https://arxiv.org/abs/{info.paper}))" if info.paper else ""
     lines = [f"Quantized by Bitwright {report.version} with {info.title}{paper}, format `{export_format.value}`.", ""]
-    lines += ["| linears | bits | group size | zero point |", "|---|---|---|---|"]
-    for scheme, count in Counter(schemes.values()).most_common():
-        group = "per channel" if scheme.group_size == -1 else str(scheme.group_size)
-        lines.append(f"| {count} | {scheme.bits} | {group} | {'fixed' if scheme.symmetric else 'of each group'} |")
+    lines += ["| linears | bits | group size | zero point | low-rank factors |", "|---|---|---|---|---|"]
+    for linear, count in Counter(linears.values()).most_common():
+        group = "per channel" if linear.group_size == -1 else str(linear.group_size)
+        low_rank = linear.low_rank
+        factors = "none" if low_rank is None else f"rank {low_rank.rank}, alpha {low_rank.alpha:g}"
+        lines.append(f"| {count} | {linear.bits} | {group} | {_zero_point(linear)} | {factors} |")
     return "\n".join(lines)
 
 
-def _loading(export_format: ExportFormat, schemes: Mapping[str, Scheme]) -> list[str]:
-    folder = "path/to/this/folder"
-    if export_format is ExportFormat.NATIVE:
-        return [LOAD_BITWRIGHT.format(folder=folder), ABOUT_NATIVE]
-    refusals = vllm_refusals(schemes)
-    vllm = f"vLLM does not load it, by its rules: {refusals[0]}." if refusals else LOAD_VLLM.format(folder=folder)
-    if needs_loader(schemes.values()):
-        plain, lora = f"{LOAD_BITWRIGHT}\n\n{ABOUT_MIXED}\n\n{ABOUT_UNPACKING}", LORA_LOAD_BITWRIGHT
-    elif len(set(schemes.values())) > 1:
-        # transformers 5.23 unpacks every linear by the first group's scheme when it unpacks while loading; unpacked
-        # afterwards by compressed-tensors, each has its own.
-        plain, lora = f"{LOAD_TRANSFORMERS}\n\n{ABOUT_UNPACKING}", LORA_LOAD_MIXED
-    else:
-        plain, lora = LOAD_TRANSFORMERS, LORA_LOAD
-    return [plain.format(folder=folder), vllm, LORA.format(load=lora.format(folder=folder))]
+def _zero_point(linear: StoredLinear) -> str:
+    if linear.form is Form.CODEBOOK:
+        return "none: codes index a codebook"
+    return "an offset of each group" if linear.offset else "fixed" if linear.symmetric else "of each group"
 
 
 def _quality_table(quality: Quality) -> str:
@@ -162,9 +101,17 @@ def _size(report: Report) -> str:
     size = report.size
     return (
         f"{size.bytes_original / 1e6:.1f} MB of tensors before, {size.bytes_quantized / 1e6:.1f} MB after, counted as "
-        f"the native format stores them: {size.bits_per_weight:.3f} bits for each quantized weight, scales included, "
+        f"the native format stores them: {size.bits_per_weight:.3f} bits for each quantized weight{_parts(size)}, "
         f"and {size.bits_per_weight_model:.3f} for each weight of the model."
     )
+
+
+def _parts(size: SizeReport) -> str:
+    """What the bits of a weight are made of, as far as there is something."""
+    if size.parts is None:
+        return ", scales included"
+    named = {name: bits for name, bits in size.parts.model_dump().items() if bits}
+    return " (" + ", ".join(f"{name} {bits:.3f}" for name, bits in named.items()) + ")"
 
 
 def _provenance(report: Report, licence: str | None) -> str:

@@ -2,73 +2,185 @@
 
 For a linear `name` of shape (out, in), with b bits (2 to 8) and groups of g inputs:
 
-    name.codes       uint8 (out, ceil(in * b / 8))         dense along the inputs, lowest bit first
-    name.scale       fp16, bf16 or fp32 (out, in / g)      of either sign
-    name.zero_point  uint8 (ceil(out * (in / g) * b / 8))  dense, row after row; asymmetric only
-    name.shape       int64 (2)                             (out, in)
+    name.codes          uint8 (out, ceil(in * b / 8))         dense along the inputs, lowest bit first
+    name.shape          int64 (2)                             (out, in)
+  affine
+    name.scale          fp16, bf16 or fp32 (out, in / g)      of either sign
+    name.zero_point     uint8 (ceil(out * (in / g) * b / 8))  dense, row after row; asymmetric without an offset
+    name.offset         floating point (out, in / g)          in place of a zero point
+  codebook
+    name.codebook       fp32 (2^b)
+    name.absmax         fp16, bf16 or fp32 (out, in / g); or, with a second level of b1 bits for B1 groups:
+    name.absmax_codes   uint8 (ceil(out * (in / g) * b1 / 8))  dense, row after row
+    name.absmax_scale   fp16, bf16 or fp32 (ceil(out * (in / g) / B1))
+    name.absmax_offset  fp32 ()
+  with a low-rank correction
+    name.lora_a         floating point (rank, in)
+    name.lora_b         the same dtype (out, rank)
 
-`bitwright.json` says the scheme of every quantized linear and the dtype of its dequantized weight. Nothing is rounded:
-codes and scales are those that the method made, and other formats are made from them later. The weight files are not
-called model.safetensors, so that `from_pretrained` says that it finds no weights rather than fill them at random.
+`bitwright.json` describes every quantized linear (`StoredLinear`). Nothing is rounded: codes and scales are those that
+the method made, and other formats are made from them later. The weight files are not called model.safetensors, so that
+`from_pretrained` says that it finds no weights rather than fill them at random.
+
+The loader makes a model whose weights have the corrections in them (`LinearResult.dequantize`), which is what the
+engine evaluated; or, on request, the quantized base alone, for the adapter of the `peft` checkpoint.
 """
 
 from collections.abc import Mapping
+from math import prod
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from app.domain.errors import CorruptCheckpoint
-from app.domain.methods import Scheme
+from app.domain.methods import Form
+from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.packing import pack_bytes, packed_bytes, unpack_bytes
-from workers.numerics.quantized import AffineWeight
+from workers.numerics.quantized import (
+    AffineWeight,
+    CodebookWeight,
+    LinearResult,
+    LowRank,
+    QuantizedAbsmax,
+    QuantizedWeight,
+)
 
-VERSION = 1
+VERSION = 2
 LOADER = Path(__file__).with_name("load_bitwright.py")
 """Copied into every native checkpoint."""
 
 
-def compress(name: str, weight: AffineWeight) -> dict[str, Tensor]:
+def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     """The stored tensors of the linear `name`, by full name."""
-    bits = weight.scheme.bits
-    tensors = {
-        f"{name}.codes": pack_bytes(weight.codes, bits),
-        f"{name}.scale": weight.scale.contiguous(),
-        f"{name}.shape": torch.tensor(weight.shape, dtype=torch.int64),
+    weight, low_rank = result.weight, result.low_rank
+    parts = {
+        "codes": pack_bytes(weight.codes, weight.scheme.bits),
+        "shape": torch.tensor(weight.shape, dtype=torch.int64),
+        **(_affine_parts(weight) if isinstance(weight, AffineWeight) else _codebook_parts(weight)),
+        **({} if low_rank is None else {"lora_a": low_rank.a.contiguous(), "lora_b": low_rank.b.contiguous()}),
     }
-    if weight.zero_point is not None:
-        tensors[f"{name}.zero_point"] = pack_bytes(weight.zero_point.reshape(1, -1), bits).flatten()
-    return tensors
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
 
 
-def decompress(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> AffineWeight:
+def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -> LinearResult:
     """The exact inverse of `compress`.
 
     Raises:
         CorruptCheckpoint: a tensor is missing, or their shapes do not fit together.
     """
-    try:
-        packed, scale = tensors[f"{name}.codes"], tensors[f"{name}.scale"]
-        out_features, in_features = (int(n) for n in tensors[f"{name}.shape"])
-        zero = None if scheme.symmetric else tensors[f"{name}.zero_point"]
-    except KeyError as missing:
-        raise CorruptCheckpoint(f"tensor {missing} is missing", field=name) from missing
-    fits = packed.shape == (out_features, packed_bytes(in_features, scheme.bits)) and scale.shape[0] == out_features
-    if not fits or (zero is not None and len(zero) != packed_bytes(scale.numel(), scheme.bits)):
-        raise CorruptCheckpoint(f"tensors of {name} do not fit its shape ({out_features}, {in_features})", field=name)
-    codes = unpack_bytes(packed, scheme.bits, in_features)
-    if zero is not None:
-        zero = unpack_bytes(zero.unsqueeze(0), scheme.bits, scale.numel()).view_as(scale)
-    return AffineWeight(codes, scale, zero, scheme, dtype)
+    parts = _Parts(name, tensors)
+    read = _affine_weight if stored.form is Form.AFFINE else _codebook_weight
+    return LinearResult(read(parts, stored), None if stored.low_rank is None else _low_rank(parts, stored.low_rank))
 
 
-def describe(schemes: Mapping[str, Scheme], dtypes: Mapping[str, torch.dtype]) -> dict[str, object]:
-    """The content of `bitwright.json`: scheme and dtype of every quantized linear by its name in the checkpoint."""
+def describe(linears: Mapping[str, StoredLinear]) -> dict[str, object]:
+    """The content of `bitwright.json`: every quantized linear by its name in the checkpoint."""
     return {
         "format": "bitwright",
         "version": VERSION,
-        "linears": {
-            name: {**scheme.model_dump(), "dtype": str(dtypes[name]).removeprefix("torch.")}
-            for name, scheme in schemes.items()
-        },
+        "linears": {name: stored.model_dump(exclude_defaults=True) for name, stored in linears.items()},
     }
+
+
+class _Parts:
+    """The tensors of one linear by their last name, and its shape."""
+
+    def __init__(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        self._name, self._tensors = name, tensors
+        self.shape = torch.Size(int(n) for n in self["shape"])
+        if len(self.shape) != 2:
+            raise self.misfit()
+
+    def __getitem__(self, part: str) -> Tensor:
+        try:
+            return self._tensors[f"{self._name}.{part}"]
+        except KeyError as missing:
+            raise CorruptCheckpoint(f"tensor {missing} is missing", field=self._name) from missing
+
+    def codes(self, stored: StoredLinear) -> Tensor:
+        """uint8 (out, in)"""
+        packed, (out_features, in_features) = self["codes"], self.shape
+        if packed.shape != (out_features, packed_bytes(in_features, stored.bits)):
+            raise self.misfit()
+        return unpack_bytes(packed, stored.bits, in_features)
+
+    def dense(self, part: str, bits: int, shape: torch.Size) -> Tensor:
+        """The codes of that part, uint8 of that shape, which are packed row after row."""
+        packed = self[part]
+        if packed.shape != (packed_bytes(prod(shape), bits),):
+            raise self.misfit()
+        return unpack_bytes(packed.unsqueeze(0), bits, prod(shape)).view(shape)
+
+    def of_groups(self, part: str, stored: StoredLinear) -> Tensor:
+        """A tensor with a number for each group."""
+        tensor = self[part]
+        if tensor.shape != self.groups(stored):
+            raise self.misfit()
+        return tensor
+
+    def groups(self, stored: StoredLinear) -> torch.Size:
+        """(out, groups)"""
+        out_features, in_features = self.shape
+        return torch.Size((out_features, 1 if stored.group_size < 0 else in_features // stored.group_size))
+
+    def misfit(self) -> CorruptCheckpoint:
+        return CorruptCheckpoint(f"tensors of {self._name} do not fit its shape {tuple(self.shape)}", field=self._name)
+
+
+def _affine_parts(weight: AffineWeight) -> dict[str, Tensor]:
+    parts = {"scale": weight.scale.contiguous()}
+    if weight.zero_point is not None:
+        parts["zero_point"] = pack_bytes(weight.zero_point.reshape(1, -1), weight.scheme.bits).flatten()
+    if weight.offset is not None:
+        parts["offset"] = weight.offset.contiguous()
+    return parts
+
+
+def _affine_weight(parts: _Parts, stored: StoredLinear) -> QuantizedWeight:
+    scale = parts.of_groups("scale", stored)
+    offset = parts.of_groups("offset", stored) if stored.offset else None
+    zero = None
+    if not stored.symmetric and offset is None:
+        zero = parts.dense("zero_point", stored.bits, scale.shape)
+    return AffineWeight(parts.codes(stored), scale, zero, stored.scheme, _dtype(stored), offset)
+
+
+def _codebook_parts(weight: CodebookWeight) -> dict[str, Tensor]:
+    # A codebook is one tensor for many linears, and safetensors refuses tensors that share memory.
+    parts = {"codebook": weight.codebook.clone()}
+    if isinstance(weight.absmax, Tensor):
+        return parts | {"absmax": weight.absmax.contiguous()}
+    return parts | {
+        "absmax_codes": pack_bytes(weight.absmax.codes.reshape(1, -1), weight.absmax.bits).flatten(),
+        "absmax_scale": weight.absmax.scale.contiguous(),
+        "absmax_offset": weight.absmax.offset.clone(),
+    }
+
+
+def _codebook_weight(parts: _Parts, stored: StoredLinear) -> QuantizedWeight:
+    codebook, level = parts["codebook"], stored.absmax
+    absmax: Tensor | QuantizedAbsmax
+    if level is None:
+        absmax = parts.of_groups("absmax", stored)
+    else:
+        codes = parts.dense("absmax_codes", level.bits, parts.groups(stored))
+        scale, offset = parts["absmax_scale"], parts["absmax_offset"]
+        if scale.shape != (-(-codes.numel() // level.superblock),) or offset.numel() != 1:
+            raise parts.misfit()
+        absmax = QuantizedAbsmax(codes, scale, offset, level.bits, level.superblock)
+    if codebook.shape != (2**stored.bits,):
+        raise parts.misfit()
+    return CodebookWeight(parts.codes(stored), codebook, absmax, stored.scheme, _dtype(stored))
+
+
+def _low_rank(parts: _Parts, stored: StoredLowRank) -> LowRank:
+    low_rank, (out_features, in_features) = LowRank(parts["lora_a"], parts["lora_b"], stored.alpha), parts.shape
+    if (low_rank.a.shape, low_rank.b.shape) != ((stored.rank, in_features), (out_features, stored.rank)):
+        raise parts.misfit()
+    return low_rank
+
+
+def _dtype(stored: StoredLinear) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, stored.dtype)
+    return dtype

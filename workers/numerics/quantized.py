@@ -1,12 +1,17 @@
 """The common representation: N methods produce it, M formats consume it, and no method knows a format.
 
     AffineWeight    W_hat = scale * (codes - zero_point)      one scale a group of consecutive input columns
+                    W_hat = scale * codes + offset            the same with a fractional offset a group
+    CodebookWeight  W_hat = absmax * codebook[codes]          one absmax a group; it may be quantized itself
+    LowRank         (alpha / rank) * b @ a                    added to one of the above
 
-`codes` are unsigned, 0 .. 2^bits - 1. A symmetric weight has the constant zero point 2^(bits-1), which is not stored;
-its scale may be negative, so that the larger side of a group's range may take the extra code (SignRound's full range).
+A linear stands for W_hat, or for W_hat plus its low-rank product. `codes` are unsigned, 0 .. 2^bits - 1. A symmetric
+affine weight has the constant zero point 2^(bits-1), which is not stored; its scale may be negative, so that the larger
+side of a group's range may take the extra code (SignRound's full range).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import torch
 from torch import Tensor
@@ -18,18 +23,116 @@ Number = float | Tensor
 
 
 @dataclass(frozen=True)
+class StoredBits:
+    """Bits that a result takes, packed, by what they hold.
+
+    scales    what each group has: scale and zero point or offset, or absmax with all its levels
+    adapters  low-rank factors
+    """
+
+    codes: int = 0
+    scales: int = 0
+    codebooks: int = 0
+    adapters: int = 0
+
+    @property
+    def total(self) -> int:
+        return sum(getattr(self, part.name) for part in fields(self))
+
+    def __add__(self, other: "StoredBits") -> "StoredBits":
+        return StoredBits(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+
+
+@dataclass(frozen=True)
 class AffineWeight:
-    """A linear's weight as integer codes with a scale, and a zero point unless symmetric, for each group.
+    """A linear's weight as integer codes with a scale for each group, and a zero point or offset unless symmetric.
 
     codes       uint8, (out, in)
     scale       scale_dtype (fp16, bf16 or fp32), (out, groups)
-    zero_point  uint8, (out, groups); None if symmetric
+    zero_point  uint8, (out, groups); None if symmetric, or if there is an offset
     dtype       of the dequantized weight
+    offset      floating point, (out, groups), in place of a zero point: what a merged adapter leaves
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
+    scheme: Scheme
+    dtype: torch.dtype
+    offset: Tensor | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Columns a group; the number of inputs where the scheme says per channel."""
+        return _columns(self.codes, self.scheme)
+
+    def dequantize(self) -> Tensor:
+        """W_hat in `dtype`, (out, in): product (and sum with an offset) in fp32, one rounding."""
+        codes = self.codes.float().view(self.shape[0], -1, self.group_size)
+        scale = self.scale.float().unsqueeze(-1)
+        if self.offset is not None:
+            return (codes * scale + self.offset.float().unsqueeze(-1)).view(self.shape).to(self.dtype)
+        zero = 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else self.zero_point.float().unsqueeze(-1)
+        return ((codes - zero) * scale).view(self.shape).to(self.dtype)
+
+    def to(self, device: torch.device | str) -> "AffineWeight":
+        zero, offset = (None if part is None else part.to(device) for part in (self.zero_point, self.offset))
+        return AffineWeight(self.codes.to(device), self.scale.to(device), zero, self.scheme, self.dtype, offset)
+
+    def stored_bits(self) -> StoredBits:
+        """Bits of codes, scales and zero points or offsets."""
+        zero = 0 if self.zero_point is None else self.zero_point.numel() * self.scheme.bits
+        offset = 0 if self.offset is None else _bits(self.offset)
+        return StoredBits(codes=self.codes.numel() * self.scheme.bits, scales=_bits(self.scale) + zero + offset)
+
+
+@dataclass(frozen=True)
+class QuantizedAbsmax:
+    """The absmax of each group in a second level of codes: a_hat = offset + scale * codes / (2^bits - 1).
+
+    codes       uint8, (out, groups)
+    scale       fp16, bf16 or fp32, (superblocks,): one for `superblock` consecutive groups, row after row; the last
+                may have fewer
+    offset      fp32, (): one for the whole linear
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+    bits: int
+    superblock: int
+
+    def dequantize(self) -> Tensor:
+        """a_hat, fp32 (out, groups)."""
+        scale: Tensor = self.scale.float().repeat_interleave(self.superblock)
+        scale = scale[: self.codes.numel()].view(self.codes.shape)
+        # By the reciprocal: dividing by a number gives other last bits on a GPU than on a CPU.
+        return self.codes.float() * scale * (1 / ((1 << self.bits) - 1)) + self.offset
+
+    def to(self, device: torch.device | str) -> "QuantizedAbsmax":
+        codes, scale, offset = (part.to(device) for part in (self.codes, self.scale, self.offset))
+        return QuantizedAbsmax(codes, scale, offset, self.bits, self.superblock)
+
+
+@dataclass(frozen=True)
+class CodebookWeight:
+    """A linear's weight as indices into a codebook, with the largest magnitude of each group.
+
+    codes     uint8, (out, in)
+    codebook  fp32, (2^bits,), ascending, within [-1, 1]
+    absmax    floating point (out, groups), or the same in codes of its own
+    scheme    bits and group size; symmetric, since there is no zero point
+    dtype     of the dequantized weight
+    """
+
+    codes: Tensor
+    codebook: Tensor
+    absmax: Tensor | QuantizedAbsmax
     scheme: Scheme
     dtype: torch.dtype
 
@@ -41,30 +144,108 @@ class AffineWeight:
     @property
     def group_size(self) -> int:
         """Columns a group; the number of inputs where the scheme says per channel."""
-        return self.codes.shape[1] if self.scheme.group_size == PER_CHANNEL else self.scheme.group_size
+        return _columns(self.codes, self.scheme)
 
     def dequantize(self) -> Tensor:
         """W_hat in `dtype`, (out, in): product in fp32, one rounding."""
-        zero = 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else self.zero_point.float().unsqueeze(-1)
-        steps = self.codes.float().view(self.shape[0], -1, self.group_size) - zero
-        return (steps * self.scale.float().unsqueeze(-1)).view(self.shape).to(self.dtype)
+        absmax = self.absmax.float() if isinstance(self.absmax, Tensor) else self.absmax.dequantize()
+        values = self.codebook.index_select(0, self.codes.flatten().int()).view(self.shape[0], -1, self.group_size)
+        return (values * absmax.unsqueeze(-1)).view(self.shape).to(self.dtype)
 
-    def to(self, device: torch.device | str) -> "AffineWeight":
-        zero = None if self.zero_point is None else self.zero_point.to(device)
-        return AffineWeight(self.codes.to(device), self.scale.to(device), zero, self.scheme, self.dtype)
+    def to(self, device: torch.device | str) -> "CodebookWeight":
+        codes, codebook, absmax = self.codes.to(device), self.codebook.to(device), self.absmax.to(device)
+        return CodebookWeight(codes, codebook, absmax, self.scheme, self.dtype)
 
-    def stored_bits(self) -> int:
-        """Bits of codes, scales and zero points, packed."""
-        groups = self.scale.numel()
-        zero = 0 if self.zero_point is None else groups * self.scheme.bits
-        return self.codes.numel() * self.scheme.bits + groups * self.scale.element_size() * 8 + zero
+    def stored_bits(self) -> StoredBits:
+        """Bits of codes, of the absmax with all its levels, and of the codebook."""
+        if isinstance(self.absmax, Tensor):
+            scales = _bits(self.absmax)
+        else:
+            first = self.absmax.codes.numel() * self.absmax.bits
+            scales = first + _bits(self.absmax.scale) + _bits(self.absmax.offset)
+        codes = self.codes.numel() * self.scheme.bits
+        return StoredBits(codes=codes, scales=scales, codebooks=_bits(self.codebook))
+
+
+QuantizedWeight = AffineWeight | CodebookWeight
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A correction of low rank: (alpha / rank) * b @ a is added to the quantized weight, as peft's LoRA does.
+
+    a      (rank, in): peft's lora_A
+    b      (out, rank): peft's lora_B, the same dtype
+    alpha  peft's lora_alpha; what is stored in a and b already has its factor taken out, see `of_product`
+    """
+
+    a: Tensor
+    b: Tensor
+    alpha: float
+
+    @classmethod
+    def of_product(cls, left: Tensor, right: Tensor, alpha: float, dtype: torch.dtype) -> "LowRank":
+        """The correction left @ right at full strength, whatever alpha: both factors are divided by sqrt(alpha/rank).
+
+        left (out, rank), right (rank, in); rounded to `dtype` once, after the division.
+        """
+        root = (alpha / right.shape[0]) ** 0.5
+        return cls((right / root).to(dtype), (left / root).to(dtype), alpha)
+
+    @property
+    def rank(self) -> int:
+        return self.a.shape[0]
+
+    def product(self) -> Tensor:
+        """(alpha / rank) * b @ a, fp32 (out, in)."""
+        return (self.b.float() @ self.a.float()) * (self.alpha / self.rank)
+
+    def to(self, device: torch.device | str) -> "LowRank":
+        return LowRank(self.a.to(device), self.b.to(device), self.alpha)
+
+    def stored_bits(self) -> StoredBits:
+        """Bits of both factors."""
+        return StoredBits(adapters=_bits(self.a) + _bits(self.b))
 
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What a method makes of one linear."""
+    """What a method makes of one linear: its quantized weight, and a low-rank correction if the method makes one."""
 
-    weight: AffineWeight
+    weight: QuantizedWeight
+    low_rank: LowRank | None = None
+
+    @property
+    def affine(self) -> AffineWeight:
+        """The weight, for those who know that it is affine.
+
+        Raises:
+            TypeError: it is not.
+        """
+        if not isinstance(self.weight, AffineWeight):
+            raise TypeError(f"the weight is a {type(self.weight).__name__}, not affine")
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        """The weight that the linear stands for, (out, in) in the weight's dtype.
+
+        With a correction the sum of the *rounded* W_hat and the product is rounded once more: what peft makes of the
+        same adapter when it merges it into a base that is loaded in that dtype.
+        """
+        base = self.weight.dequantize()
+        return base if self.low_rank is None else (base.float() + self.low_rank.product()).to(base.dtype)
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that is stored, in a fixed order."""
+        return _tensors(self)
+
+    def to(self, device: torch.device | str) -> "LinearResult":
+        return LinearResult(self.weight.to(device), None if self.low_rank is None else self.low_rank.to(device))
+
+    def stored_bits(self) -> StoredBits:
+        """Bits of the weight and of its correction."""
+        bits = self.weight.stored_bits()
+        return bits if self.low_rank is None else bits + self.low_rank.stored_bits()
 
 
 @dataclass(frozen=True)
@@ -79,3 +260,19 @@ class BlockResult:
     loss_initial: Number | None = None
     loss: Number | None = None
     counters: dict[str, Number] = field(default_factory=dict)
+
+
+def _columns(codes: Tensor, scheme: Scheme) -> int:
+    return codes.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif is_dataclass(part):
+        for each in fields(part):
+            yield from _tensors(getattr(part, each.name))
+
+
+def _bits(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size() * 8

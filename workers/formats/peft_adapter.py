@@ -1,0 +1,125 @@
+"""The `peft` format: the low-rank corrections of all linears as one LoRA adapter, which stock peft loads.
+
+    adapter_config.json             targets, rank and alpha; by patterns where linears differ
+    adapter_model.safetensors       base_model.model.<name>.lora_A.weight (rank, in), .lora_B.weight (out, rank)
+
+peft computes y = x W^T + (alpha / rank) * (x A^T) B^T, where W is the dequantized base: the weights of the `merged` or
+`compressed-tensors` checkpoint of the same job, or of `native` without its corrections. A and B are stored as the
+method made them, with alpha's factor taken out (`LowRank.of_product`), so that the correction acts at full strength
+whatever alpha and rank, and training goes on from exactly this point.
+
+The configuration names no base on purpose: the original model is the wrong one, and would load without an error.
+"""
+
+import shutil
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from re import escape
+from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from app.domain.errors import FormatCannotHold
+from app.domain.formats import ExportFormat
+from app.domain.report import Report
+from workers.formats.model_card import model_card
+from workers.formats.shards import write_json
+from workers.formats.source_files import LICENCES, SourceCheckpoint, copy_files, licence_file
+from workers.formats.stored_linear import StoredLinear, StoredLowRank
+from workers.numerics.quantized import LinearResult, LowRank
+
+
+def compress(name: str, low_rank: LowRank) -> dict[str, Tensor]:
+    """The stored tensors of the linear `name`, a module name."""
+    prefix = f"base_model.model.{name}"
+    return {f"{prefix}.lora_A.weight": low_rank.a, f"{prefix}.lora_B.weight": low_rank.b}
+
+
+def decompress(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
+    """The exact inverse of `compress`, with what `config` wrote."""
+    a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
+    return LowRank(a, b, config["alpha_pattern"].get(escape(name), config["lora_alpha"]))
+
+
+def config(adapted: Mapping[str, StoredLowRank], others: Collection[str]) -> dict[str, object]:
+    """The content of adapter_config.json.
+
+    adapted   each linear with a correction, by module name
+    others    module names of the model's other linears
+    """
+    usual = Counter(adapted.values()).most_common(1)[0][0]
+    # peft matches patterns as regular expressions at the end of a module's name.
+    differing = {escape(name): low_rank for name, low_rank in adapted.items() if low_rank != usual}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": targets(adapted, others),
+        "r": usual.rank,
+        "lora_alpha": usual.alpha,
+        "rank_pattern": {name: low_rank.rank for name, low_rank in differing.items()},
+        "alpha_pattern": {name: low_rank.alpha for name, low_rank in differing.items()},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+
+
+def targets(adapted: Collection[str], others: Collection[str]) -> list[str]:
+    """Last names, as people and runtimes expect, where they name exactly the adapted linears; else full names."""
+    last = {name.rpartition(".")[2] for name in adapted}
+    unambiguous = last.isdisjoint(name.rpartition(".")[2] for name in others)
+    return sorted(last if unambiguous else adapted)
+
+
+class AdapterWriter:
+    """One adapter folder; `formats` are all of its job's. Factors are held until `finish`: peft reads one file."""
+
+    def __init__(self, folder: Path, source: SourceCheckpoint, formats: Collection[ExportFormat]) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._folder, self._source, self._formats = folder, source, formats
+        self._tensors: dict[str, Tensor] = {}
+        self._linears: dict[str, StoredLinear] = {}
+
+    def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
+        """Keep a linear's correction, if it has one; `module` is its name in the transformers model, if another."""
+        module = module or name
+        self._linears[module] = StoredLinear.of(result)
+        if result.low_rank is not None:
+            self._tensors |= {key: t.cpu().contiguous() for key, t in compress(module, result.low_rank).items()}
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Nothing: what quantization changed besides belongs to the base."""
+
+    def finish(self, *, ignored: Collection[str] = ()) -> None:
+        """Write the adapter; `ignored` are the module names of linears that were not quantized.
+
+        Raises:
+            FormatCannotHold: no linear has a correction.
+        """
+        adapted = {name: linear.low_rank for name, linear in self._linears.items() if linear.low_rank is not None}
+        if not adapted:
+            raise FormatCannotHold("the result has no low-rank factors, and peft holds nothing else", field="formats")
+        others = {*ignored, *self._linears} - adapted.keys()
+        write_json(self._folder / "adapter_config.json", config(adapted, others))
+        save_file(self._tensors, self._folder / "adapter_model.safetensors", metadata={"format": "pt"})
+        copy_files(self._source.folder, self._folder, LICENCES)
+
+    @property
+    def warnings(self) -> Mapping[str, str]:
+        """None: nothing is rounded here."""
+        return {}
+
+    def describe(self, report: Report) -> list[Path]:
+        """Add the report and the model card, after `finish`; all files of the folder."""
+        write_json(self._folder / "report.json", report.model_dump(mode="json"))
+        card = model_card(report, ExportFormat.PEFT, self._linears, licence_file(self._folder), self._formats)
+        (self._folder / "README.md").write_text(card, encoding="utf-8")
+        return sorted(file for file in self._folder.rglob("*") if file.is_file())

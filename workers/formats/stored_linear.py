@@ -1,0 +1,63 @@
+"""What a checkpoint says of a quantized linear beside its tensors: its form, its scheme, its low-rank correction."""
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.domain.methods import Form, Scheme
+from workers.numerics.quantized import AffineWeight, CodebookWeight, LinearResult, QuantizedAbsmax
+
+
+class Description(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StoredAbsmax(Description):
+    """The second level of a codebook weight's absmax: width of its codes, and groups that share a scale."""
+
+    bits: int = Field(ge=1, le=8)
+    superblock: int = Field(ge=1)
+
+
+class StoredLowRank(Description):
+    """The low-rank correction beside a weight."""
+
+    rank: int = Field(ge=1)
+    alpha: float
+
+
+class StoredLinear(Description):
+    """What the tensors of a linear do not say themselves.
+
+    dtype     of the dequantized weight, torch's name
+    absmax    None: as one floating-point number a group
+    """
+
+    form: Literal[Form.AFFINE, Form.CODEBOOK]
+    bits: int
+    group_size: int
+    symmetric: bool
+    dtype: str
+    offset: bool = False
+    absmax: StoredAbsmax | None = None
+    low_rank: StoredLowRank | None = None
+
+    @classmethod
+    def of(cls, result: LinearResult) -> "StoredLinear":
+        weight, low_rank = result.weight, result.low_rank
+        absmax = weight.absmax if isinstance(weight, CodebookWeight) else None
+        second = None
+        if isinstance(absmax, QuantizedAbsmax):
+            second = StoredAbsmax(bits=absmax.bits, superblock=absmax.superblock)
+        return cls(
+            form=Form.CODEBOOK if isinstance(weight, CodebookWeight) else Form.AFFINE,
+            **weight.scheme.model_dump(),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            offset=isinstance(weight, AffineWeight) and weight.offset is not None,
+            absmax=second,
+            low_rank=None if low_rank is None else StoredLowRank(rank=low_rank.rank, alpha=low_rank.alpha),
+        )
+
+    @property
+    def scheme(self) -> Scheme:
+        return Scheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
