@@ -204,18 +204,19 @@ def shape_for(spec: GroupedSpec, in_features: int, out_features: int, group_size
             group though the kind promises to merge into the quantized weight. The hint names those that would do.
     """
     group = in_features if group_size == PER_CHANNEL else group_size
+    form: Literal["pair", "single"] = "pair"
     match spec:
         case LoRASpec():
-            pool, repeat, form, rank = 1, 1, "pair", spec.rank
+            pool, repeat, rank = 1, 1, spec.rank
         case QALoRASpec():
-            pool, repeat, form, rank = group, 1, "pair", spec.rank
+            pool, repeat, rank = group, 1, spec.rank
         case QBaRASpec():
             _check_repeat(spec.repeat_out, out_features)
             _check_pool(spec.pool_in, in_features, 1)
-            pool, repeat, form = spec.pool_in, spec.repeat_out, "pair"
+            pool, repeat = spec.pool_in, spec.repeat_out
             rank = equal_rank(spec.rank, in_features, out_features, pool, repeat)
         case QABLoRASpec():
-            pool, repeat, form = group if spec.pool_in is None else spec.pool_in, spec.repeat_out, "pair"
+            pool, repeat = group if spec.pool_in is None else spec.pool_in, spec.repeat_out
             _check_repeat(repeat, out_features)
             _check_pool(pool, in_features, group)
             rank = equal_rank(spec.rank, in_features, out_features, pool, repeat)

@@ -84,7 +84,7 @@ class GroupedAdapter(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The update, (.., out) in the dtype of `x` (.., in)."""
         shape = self.shape
-        pooled = x if shape.pool_in == 1 else x.unflatten(-1, (shape.pooled, shape.pool_in)).mean(-1)
+        pooled = x if shape.pool_in == 1 else x.reshape(*x.shape[:-1], shape.pooled, shape.pool_in).mean(-1)
         pooled = self.dropout(pooled)
         if shape.form == "single":
             distinct = nn.functional.linear(pooled, self.m.to(x.dtype)) * shape.scale

@@ -10,7 +10,7 @@ by Delta/sc, which is right for one of the two conventions alone; the offset nee
 
 What is not exact, and is measured: beta' is stored in `offset_dtype`, and weights are rounded to their own dtype when
 they are dequantized. Where a runtime wants integer zero points, z' = clamp(round(-beta'/sc), 0, 2^b - 1) moves a
-group's weights by up to half a step, and more where it is clamped: only on request (`round_offset`), with the error told.
+group's weights by up to half a step, and more where it is clamped: only on request (`round_offset`), and with its error.
 
 A weight on a codebook has no offset and is refused; so is an update that varies within a group (`group_delta`). Nothing
 is dropped silently.
@@ -101,7 +101,10 @@ def offsets(weight: AffineWeight) -> Tensor:
 
 def exact_weight(weight: AffineWeight) -> Tensor:
     """What the stored numbers stand for before any rounding, fp64 (out, in)."""
-    codes, scale = weight.codes.double().unflatten(1, (-1, weight.group_size)), weight.scale.double().unsqueeze(-1)
+    codes, scale = (
+        weight.codes.double().view(len(weight.codes), -1, weight.group_size),
+        weight.scale.double().unsqueeze(-1),
+    )
     if weight.offset is not None:
         return (scale * codes + weight.offset.double().unsqueeze(-1)).flatten(1)
     middle = 2.0 ** (weight.scheme.bits - 1)
@@ -136,7 +139,7 @@ def _prove(before: AffineWeight, after: AffineWeight, delta: Tensor) -> MergePro
     spread = delta.repeat_interleave(before.group_size, 1)
     exact = exact_weight(before) + spread
     moved = offsets(before) + delta
-    codes = before.codes.double().unflatten(1, (-1, before.group_size))
+    codes = before.codes.double().view(len(before.codes), -1, before.group_size)
     folded = (before.scale.double().unsqueeze(-1) * codes + moved.unsqueeze(-1)).flatten(1)
     return MergeProof(
         codes_before=_digest(before.codes),
