@@ -10,7 +10,8 @@ by Delta/sc, which is right for one of the two conventions alone; the offset nee
 
 What is not exact, and is measured: beta' is stored in `offset_dtype`, and weights are rounded to their own dtype when
 they are dequantized. Where a runtime wants integer zero points, z' = clamp(round(-beta'/sc), 0, 2^b - 1) moves a
-group's weights by up to half a step, and more where it is clamped: only on request (`round_offset`), and with its error.
+group's weights by up to half a step, and more where it is clamped: only on request (`round_offset`), and with its
+error.
 
 A weight on a codebook has no offset and is refused; so is an update that varies within a group (`group_delta`). Nothing
 is dropped silently.
