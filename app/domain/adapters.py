@@ -196,6 +196,7 @@ class AdapterShape:
         return min(self.rank, self.pooled, self.distinct)
 
 
+@lru_cache(maxsize=4096)
 def shape_for(spec: GroupedSpec, in_features: int, out_features: int, group_size: int) -> AdapterShape:
     """The adapter of a linear (out_features, in_features) whose weight has groups of `group_size` inputs (-1: a row).
 
