@@ -2,9 +2,10 @@
 
 import json
 import multiprocessing
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
@@ -19,12 +20,17 @@ from workers.engine import pipeline, resume
 from workers.engine.reporter import Reporter
 
 SIZE = 2
+AFTER_AN_ERROR = 20.0
+"""Seconds that a rank has to end in after another one's error."""
 
 
 class RankPair:
     """Runs a function of the rank and other arguments on both ranks at once."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
@@ -36,23 +42,35 @@ class RankPair:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 200) -> list[Any]:
-        """What the function returns on each rank, or the exception that it raises."""
+        """What the function returns on each rank, or the exception that it raises.
+
+        A rank that waits for another one, which has failed, is given up; both processes are new then.
+        """
         for connection in self._connections:
             connection.send((function, arguments))
-        answers = []
-        for connection in self._connections:
-            if not connection.poll(seconds):
-                raise TimeoutError(f"{function.__name__} did not return")
-            answers.append(connection.recv())
-        return answers
+        answers: dict[Connection, Any] = {}
+        until = time.monotonic() + seconds
+        while waiting := [c for c in self._connections if c not in answers]:
+            ready = wait(waiting, max(0.0, until - time.monotonic()))
+            if not ready:
+                self._stop()
+                self._start()
+                return [*answers.values(), TimeoutError(f"{function.__name__} did not return on every rank")]
+            answers |= {c: c.recv() for c in self._connections if c in ready}
+            if any(isinstance(answer, Exception) for answer in answers.values()):
+                until = min(until, time.monotonic() + AFTER_AN_ERROR)
+        return [answers[connection] for connection in self._connections]
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+        self._stop()
 
 
 def serve(rank: int, connection: Connection) -> None:
