@@ -1,7 +1,9 @@
 """Two real processes that stay, so that every test of ranks need not wait until torch is loaded twice."""
 
+import faulthandler
 import json
 import multiprocessing
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,8 +20,11 @@ from app.domain.events import AttemptLine, AttemptOrder, ResultLine
 from app.domain.jobs import JobRequest
 from workers.engine import pipeline, resume
 from workers.engine.reporter import Reporter
+from workers.environments import RANKS
 
 SIZE = 2
+STUCK = 60.0
+"""Seconds after which a rank prints where its threads are."""
 AFTER_AN_ERROR = 20.0
 """Seconds that a rank has to end in after another one's error."""
 
@@ -75,12 +80,16 @@ class RankPair:
 
 def serve(rank: int, connection: Connection) -> None:
     torch.set_num_threads(1)
+    for name, value in RANKS.items():  # as an attempt's ranks have it
+        os.environ.setdefault(name, value)
     while True:
         function, arguments = connection.recv()
+        faulthandler.dump_traceback_later(STUCK)
         try:
             connection.send(function(rank, *arguments))
         except Exception as error:
             connection.send(error)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def order_of(model: Path, workspace: Path, body: dict[str, Any], attempt: int, device: str) -> AttemptOrder:
