@@ -221,6 +221,8 @@ def test_decided_gates_are_deterministic_in_training() -> None:
     assert not torch.equal(adapter(x), adapter(x))
     adapter.progress(1.0)
     assert torch.equal(adapter(x), adapter.eval()(x))
+    held = {name for name, parameter in adapter.named_parameters() if not parameter.requires_grad}
+    assert held == {"gate_rank", "gate_a", "gate_b"}
 
 
 def _fit(adapter: BayesianLoRA | GroupedAdapter, data: tuple[Tensor, Tensor], steps: int = 500) -> None:

@@ -11,16 +11,16 @@
     loss = task loss + mu * penalty,     penalty = sum of expected BOPs / sum of BOPs of all ranks at 16 bits
     BOPs of a linear = tokens * b_x * E[rank] * (in * E[bits of A] + out * E[bits of B]),    b_x = 16
 
-Source: Meo et al., Bayesian-LoRA (arXiv:2406.13046). Only its abstracts were available. From
-them: priors over the quantization levels *and* over the rank of the learned low-rank matrices, differentiable gates
+Source: Meo et al., Bayesian-LoRA (arXiv:2406.13046). Only its abstracts were available. From them:
+priors over the quantization levels *and* over the rank of the learned low-rank matrices, differentiable gates
 for both, found for every low-rank matrix, judged by bit operations. From Bayesian Bits (arXiv:2005.07093), on which
 it builds: the residual decomposition, the hard-concrete gates, that the penalty counts bit operations, and the
 threshold at the end. Everything else is a reconstruction, and no figure of the paper may be expected of it:
 
 - rank gates are independent of each other, and 2 bits are always on: rank gates are what removes a factor
 - one Monte-Carlo sample of the gates a step; the penalty is the expectation itself
-- gates are decided for the last 30% of training (`progress`), so that the factors adapt to what is left: Bayesian Bits
-  finetunes so, too
+- gates are decided, and held, for the last 30% of training (`progress`), so that the factors adapt to what is left;
+  Bayesian Bits finetunes so, too
 - the widest is 16 bits, since the comparison is with the same rank at 16 bits
 - ranges are relative to the largest magnitude of the factor at the time, since B starts at 0 and has no range to learn
   from; a floor keeps them from 0
@@ -130,8 +130,10 @@ class BayesianLoRA(nn.Module):
         self.range_a, self.range_b = parameter(), parameter()
 
     def progress(self, share: float) -> None:
-        """Told before a step which share of the training is done: gates are decided for the last part of it."""
+        """Told before a step which share of the training is done: gates are decided, and held, for the last part."""
         self.settled = share >= SETTLED_FROM
+        for gate in (self.gate_rank, self.gate_a, self.gate_b):
+            gate.requires_grad_(not self.settled)
 
     def penalty(self) -> Tensor:
         """Its term of the loss: mu times its share of the expected bit operations; 0 once gates are decided."""
