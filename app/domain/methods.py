@@ -54,6 +54,10 @@ class Scheme(Spec):
     group_size: GroupSize
     symmetric: Symmetric
 
+    def width(self, in_features: int) -> int:
+        """Columns of a group of a linear with so many inputs."""
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
 
 class SchemeOverride(Spec):
     """What an override changes for the linears that its pattern matches."""

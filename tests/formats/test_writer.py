@@ -45,6 +45,22 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(
     assert all(name.startswith("model.layers.0.mlp.up_proj.") for name in found)
 
 
+@pytest.mark.parametrize("export_format", [CT, NATIVE])
+def test_a_tensor_that_changed_takes_the_place_of_the_sources(
+    tmp_path: Path, source: Source, export_format: ExportFormat
+) -> None:
+    name, writer = "model.layers.0.input_layernorm.weight", CheckpointWriter(tmp_path / "out", export_format, source)
+    writer.add_tensor(name, torch.full((64,), 0.5, dtype=torch.bfloat16))
+    for other, shape in ((name, (63,)), ("model.layers.0.bias", (64,))):
+        with pytest.raises(InternalError, match="has no tensor"):
+            writer.add_tensor(other, torch.zeros(shape))
+    writer.finish()
+    found = stored(tmp_path / "out")
+    assert found.keys() == source.tensors.keys()
+    assert [n for n, tensor in found.items() if not torch.equal(tensor, source.tensors[n])] == [name]
+    assert torch.equal(found[name], torch.full((64,), 0.5, dtype=torch.bfloat16))
+
+
 @pytest.mark.parametrize(("export_format", "stem"), [(CT, "model"), (NATIVE, "weights")])
 def test_shards_are_small_and_indexed(tmp_path: Path, source: Source, export_format: ExportFormat, stem: str) -> None:
     write_quantized(source, tmp_path / "out", export_format, [W4], shard_bytes=20_000)

@@ -1,7 +1,7 @@
 """Finished blocks on disk, so that a killed attempt costs at most the block in hand and the one being written.
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
-    state/block-00000.safetensors  the block's linears as in the native format
+    state/block-00000.safetensors  the block's linears as in the native format, and other parameters that changed
     state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
 
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
@@ -17,6 +17,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -32,7 +33,10 @@ from workers.numerics.quantized import AffineWeight
 
 
 class FinishedBlock(BaseModel):
-    """A durable block; `report` is None for the head, which is no block."""
+    """A durable block; `report` is None for the head, which is no block.
+
+    parameters   names of the file's tensors that are not of quantized linears
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -40,6 +44,7 @@ class FinishedBlock(BaseModel):
     file: str
     sha256: str
     report: BlockReport | None
+    parameters: tuple[str, ...] = ()
 
 
 class FinishedScales(BaseModel):
@@ -70,10 +75,11 @@ class ShardLayout:
 
 @dataclass(frozen=True)
 class Shard:
-    """A durable file in the state folder, and its sha256."""
+    """A durable file in the state folder, its sha256, and which of its tensors are not of quantized linears."""
 
     file: str
     sha256: str
+    parameters: tuple[str, ...] = ()
 
 
 class ResumeState:
@@ -104,21 +110,29 @@ class ResumeState:
         """Makes a block durable; `weights` by full linear name. Returns when a crash can no longer lose it."""
         self.finish(index, self.write_shard(index, weights), report)
 
-    def write_shard(self, index: int, weights: Mapping[str, AffineWeight]) -> Shard:
-        """A block's weights, by full linear name, in a durable file that does not count before `finish`."""
+    def write_shard(
+        self,
+        index: int,
+        weights: Mapping[str, AffineWeight],
+        parameters: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Shard:
+        """A block's weights in a durable file that does not count before `finish`.
+
+        weights     by full linear name
+        parameters  others that changed with them, by full name
+        """
 
         def tensors() -> dict[str, Tensor]:
-            return {
-                key: tensor.cpu().contiguous()
-                for name, weight in weights.items()
-                for key, tensor in native.compress(name, weight).items()
-            }
+            stored = [native.compress(name, weight) for name, weight in weights.items()]
+            return {key: tensor.cpu().contiguous() for part in (*stored, parameters) for key, tensor in part.items()}
 
-        return self._write(f"block-{index:05d}.safetensors", tensors)
+        return replace(self._write(f"block-{index:05d}.safetensors", tensors), parameters=tuple(parameters))
 
     def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
         """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
-        block = FinishedBlock(index=index, file=shard.file, sha256=shard.sha256, report=report)
+        block = FinishedBlock(
+            index=index, file=shard.file, sha256=shard.sha256, report=report, parameters=shard.parameters
+        )
         self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
 
     def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
@@ -134,12 +148,19 @@ class ResumeState:
 
     def load(self, index: int) -> dict[str, AffineWeight]:
         """The weights of a finished block by full linear name, on the host."""
-        tensors = load(self._read(self.blocks[index].file))
-        names = {key.rpartition(".")[0]: None for key in tensors}
+        block = self.blocks[index]
+        tensors = load(self._read(block.file))
+        names = {key.rpartition(".")[0]: None for key in tensors if key not in block.parameters}
         weights = {
             name: native.decompress(name, tensors, self._layout.schemes[name], self._layout.dtype) for name in names
         }
         return {name: replace(w, scale=self._scales.get(name, w.scale)) for name, w in weights.items()}
+
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        """Other parameters that a finished block changed, by full name, on the host."""
+        block = self.blocks[index]
+        tensors = load(self._read(block.file)) if block.parameters else {}
+        return {name: tensors[name] for name in block.parameters}
 
     def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]]) -> Shard:
         if not self._ranks.leads:

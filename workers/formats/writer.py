@@ -2,11 +2,13 @@
 
     writer = CheckpointWriter(folder, ExportFormat.COMPRESSED_TENSORS, source)
     writer.add_linear("model.layers.0.mlp.up_proj", weight)      # any number of times
+    writer.add_tensor("model.layers.0.input_layernorm.weight", tensor)
     writer.finish()
     writer.describe(report)
 
-What is not quantized (embeddings, norms, biases, the head) is copied bit by bit, and so are the tokenizer, the
-generation configuration, the chat template and the licence. Code from the source (`*.py`) never is.
+What is not quantized (embeddings, norms, biases, the head) is copied bit by bit unless `add_tensor` replaced it, and
+so are the tokenizer, the generation configuration, the chat template and the licence. Code from the source (`*.py`)
+never is.
 """
 
 import shutil
@@ -74,6 +76,7 @@ class CheckpointWriter:
         self._schemes: dict[str, Scheme] = {}
         self._dtypes: dict[str, torch.dtype] = {}
         self._modules: dict[str, str] = {}
+        self._replaced: set[str] = set()
 
     def add_linear(self, name: str, weight: AffineWeight, *, module: str | None = None) -> None:
         """Store a quantized linear.
@@ -91,14 +94,21 @@ class CheckpointWriter:
         self._schemes[name], self._dtypes[name] = weight.scheme, weight.dtype
         self._modules[name] = module or name
 
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
+        if name not in self._source.tensors or tuple(self._source.tensors[name].shape) != tuple(tensor.shape):
+            raise InternalError(f"the source checkpoint has no tensor {name} of this shape", field=name)
+        self._shards.add({name: tensor})
+        self._replaced.add(name)
+
     def finish(self, *, ignored: Collection[str] = ()) -> None:
         """Copy the rest of the checkpoint and write its configuration.
 
         ignored   module names of linears that stay as they are; those that the source's tensors tell are added
         """
-        quantized = {f"{name}.weight" for name in self._schemes}
+        written = {f"{name}.weight" for name in self._schemes} | self._replaced
         for name in self._source.tensors:
-            if name not in quantized:
+            if name not in written:
                 self._shards.add({name: self._source.read(name)})
         self._shards.finish()
         self._write_config(sorted({*ignored, *self._unquantized_matrices()} - self._targets().keys()))

@@ -6,7 +6,8 @@
 its scale may be negative, so that the larger side of a group's range may take the extra code (SignRound's full range).
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -53,6 +54,15 @@ class AffineWeight:
         zero = None if self.zero_point is None else self.zero_point.to(device)
         return AffineWeight(self.codes.to(device), self.scale.to(device), zero, self.scheme, self.dtype)
 
+    def split(self, rows: Sequence[int]) -> tuple["AffineWeight", ...]:
+        """Weights of so many outputs each, one after another."""
+        parts, first = [], 0
+        for count in rows:
+            part = slice(first, first := first + count)
+            zero = None if self.zero_point is None else self.zero_point[part]
+            parts.append(replace(self, codes=self.codes[part], scale=self.scale[part], zero_point=zero))
+        return tuple(parts)
+
     def stored_bits(self) -> int:
         """Bits of codes, scales and zero points, packed."""
         groups = self.scale.numel()
@@ -61,10 +71,32 @@ class AffineWeight:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Scales that moved between a linear and its neighbours: its weight stands for W * columns / rows.
+
+    rows     s of the outputs, fp32 or fp64 (out, 1), or 1
+    columns  s of the inputs, fp32 or fp64 (in,), or 1
+    """
+
+    rows: Tensor | float = 1.0
+    columns: Tensor | float = 1.0
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """W (out, in) with the scales in it."""
+        return weight * self.columns / self.rows
+
+    def undo(self, weight: Tensor) -> Tensor:
+        """The W of a weight with the scales in it, in the scales' dtype if there are any."""
+        moved = isinstance(self.rows, Tensor) or isinstance(self.columns, Tensor)
+        return weight * self.rows / self.columns if moved else weight
+
+
+@dataclass(frozen=True)
 class LinearResult:
     """What a method makes of one linear."""
 
     weight: AffineWeight
+    scaling: Scaling = Scaling()
 
 
 @dataclass(frozen=True)
@@ -73,9 +105,13 @@ class BlockResult:
 
     Losses are mean squared errors of the block's output on the method's held-out sequences; None for methods
     that do not look at it.
+
+    parameters  others that change with the linears (norms, biases) by name inside the block, in the model's dtype
+    counters    what happened how often, for the report
     """
 
     linears: dict[str, LinearResult]
     loss_initial: Number | None = None
     loss: Number | None = None
     counters: dict[str, Number] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
