@@ -138,6 +138,30 @@ SCALE_BATCH_SIZE = 4
 """Sequences of a step that tunes scales end to end."""
 
 
+class GPTQSpec(WeightSpec):
+    """GPTQ: columns rounded in turn, each column's error made up for by those that are not rounded yet."""
+
+    method: Literal["gptq"] = "gptq"
+    damping: float = Field(
+        default=0.01,
+        strict=True,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Added to the Hessian's diagonal, as a share of its mean (percdamp); raised if that is too little.",
+    )
+    act_order: bool = Field(
+        default=True,
+        strict=True,
+        description="Take columns by falling Hessian diagonal instead of in their order. Groups stay consecutive "
+        "columns, with scales from the original weights (static groups).",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """What Hessians and their factors cost, in sequences that are tuned on: about one for each that calibrates."""
+        return num_samples
+
+
 class SignRoundSpec(WeightSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
@@ -192,7 +216,7 @@ class SignRoundSpec(WeightSpec):
         return self.batch_size if self.steps else 0
 
 
-QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]
+QuantizationSpec = Annotated[RTNSpec | GPTQSpec | SignRoundSpec, Field(discriminator="method")]
 
 
 @dataclass(frozen=True)
@@ -237,6 +261,14 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             paper=None,
             produces="affine",
             needs_calibration=False,
+        ),
+        "gptq": MethodInfo(
+            spec=GPTQSpec,
+            title="GPTQ",
+            summary="Rounds a linear's columns in turn; those not rounded yet make up for each one's error.",
+            paper="2210.17323",
+            produces="affine",
+            needs_calibration=True,
         ),
         "signround": MethodInfo(
             spec=SignRoundSpec,
