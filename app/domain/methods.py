@@ -162,6 +162,33 @@ class GPTQSpec(WeightSpec):
         return num_samples
 
 
+class AWQSpec(WeightSpec):
+    """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
+
+    method: Literal["awq"] = "awq"
+    search_samples: int = Field(
+        default=32,
+        strict=True,
+        ge=1,
+        le=65_536,
+        description="Calibration sequences on which candidate scales are judged; all of them are observed.",
+    )
+    clip_search: bool = Field(
+        default=True,
+        strict=True,
+        description="Clip the groups' ranges where that lowers the error of their products with the inputs.",
+    )
+    quantized_inputs: bool = Field(
+        default=False,
+        strict=True,
+        description="Observe what the quantized blocks before a block put out, instead of the original ones.",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """What the search costs, in sequences that are tuned on: 20 candidates for each part of a block."""
+        return num_samples + 8 * min(self.search_samples, num_samples)
+
+
 class SignRoundSpec(WeightSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
@@ -216,7 +243,7 @@ class SignRoundSpec(WeightSpec):
         return self.batch_size if self.steps else 0
 
 
-QuantizationSpec = Annotated[RTNSpec | GPTQSpec | SignRoundSpec, Field(discriminator="method")]
+QuantizationSpec = Annotated[RTNSpec | GPTQSpec | AWQSpec | SignRoundSpec, Field(discriminator="method")]
 
 
 @dataclass(frozen=True)
@@ -267,6 +294,15 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="GPTQ",
             summary="Rounds a linear's columns in turn; those not rounded yet make up for each one's error.",
             paper="2210.17323",
+            produces="affine",
+            needs_calibration=True,
+        ),
+        "awq": MethodInfo(
+            spec=AWQSpec,
+            title="AWQ",
+            summary="Scales up the columns of large inputs before rounding, folds the inverse into norms and linears "
+            "before them, and clips ranges.",
+            paper="2306.00978",
             produces="affine",
             needs_calibration=True,
         ),

@@ -4,6 +4,7 @@ from types import MappingProxyType
 from typing import Any
 
 from workers.contracts import BlockMethod
+from workers.methods.awq import AWQ
 from workers.methods.gptq import GPTQ
 from workers.methods.rtn import RTN
 from workers.methods.sign_round import SignRound
@@ -12,6 +13,7 @@ METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
     {
         "rtn": RTN(),
         "gptq": GPTQ(),
+        "awq": AWQ(),
         "signround": SignRound(),
     }
 )
