@@ -243,7 +243,38 @@ class SignRoundSpec(WeightSpec):
         return self.batch_size if self.steps else 0
 
 
-QuantizationSpec = Annotated[RTNSpec | GPTQSpec | AWQSpec | SignRoundSpec, Field(discriminator="method")]
+class OmniQuantSpec(WeightSpec):
+    """OmniQuant's learnable weight clipping: each group's range tuned by AdamW, block by block."""
+
+    method: Literal["omniquant"] = "omniquant"
+    preset: Literal["light", "default", "best"] = Field(
+        default="default", description="Fills epochs, aug_loss and the calibration's size where they are not given."
+    )
+    epochs: int = Field(
+        default=20,
+        strict=True,
+        ge=0,
+        le=1000,
+        description="Passes over the calibration sequences a block; with 0 every range is shrunk to 0.982 of itself.",
+    )
+    batch_size: int = Field(default=1, strict=True, ge=1, le=1024, description="Sequences a step.")
+    learning_rate: float = Field(
+        default=5e-3, strict=True, gt=0, le=1, allow_inf_nan=False, description="Of every step."
+    )
+    aug_loss: bool = Field(
+        default=False,
+        strict=True,
+        description="Also keep close to what the original block makes of the quantized inputs.",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """Every sequence an epoch."""
+        return self.epochs * num_samples
+
+
+QuantizationSpec = Annotated[
+    RTNSpec | GPTQSpec | AWQSpec | OmniQuantSpec | SignRoundSpec, Field(discriminator="method")
+]
 
 
 @dataclass(frozen=True)
@@ -260,6 +291,14 @@ SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
         "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "best": Preset({"steps": 200, "scale_steps": 100}, num_samples=128, sequence_length=2048),
+    }
+)
+
+OMNIQUANT_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
+    {
+        "light": Preset({"epochs": 5, "aug_loss": False}, num_samples=128, sequence_length=512),
+        "default": Preset({"epochs": 20, "aug_loss": False}, num_samples=128, sequence_length=2048),
+        "best": Preset({"epochs": 40, "aug_loss": True}, num_samples=128, sequence_length=2048),
     }
 )
 
@@ -305,6 +344,15 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             paper="2306.00978",
             produces="affine",
             needs_calibration=True,
+        ),
+        "omniquant": MethodInfo(
+            spec=OmniQuantSpec,
+            title="OmniQuant",
+            summary="Tunes how far each group's range is clipped against the original block's output.",
+            paper="2308.13137",
+            produces="affine",
+            needs_calibration=True,
+            presets=OMNIQUANT_PRESETS,
         ),
         "signround": MethodInfo(
             spec=SignRoundSpec,
