@@ -1,6 +1,5 @@
 """GPTQ, AWQ and OmniQuant through the whole engine: closer than rounding, resumable, and written as they were made."""
 
-import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -139,16 +138,16 @@ def test_norms_that_awq_changed_are_written_in_place_of_the_sources_and_all_else
 def test_scales_are_tuned_behind_the_norms_that_awq_changed(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The stage starts from the model that the blocks left: not from one with the source's norms."""
-    plain = run_job(small_model, tmp_path / "plain", bits=4, **SPECS["awq"]).report
-    monkeypatch.setattr(AWQSpec, "end_to_end_steps", lambda _: 2)
-    for _ in range(2):  # the second run replays everything
-        report = run_job(small_model, tmp_path / "tuned", bits=4, **SPECS["awq"]).report
-    assert report.blocks_resumed == 3
-    assert report.scales is not None
-    assert report.quality is not None
+    """The stage starts from the model that the blocks left and ends with it: not with one with the source's norms."""
+    job: dict[str, Any] = {"bits": 3, **SPECS["awq"]}
+    plain = run_job(small_model, tmp_path / "plain", **job).report
+    monkeypatch.setattr(AWQSpec, "end_to_end_steps", lambda _: 12)
+    tuned, resumed = (run_job(small_model, tmp_path / "tuned", **job).report for _ in range(2))
+    assert resumed.blocks_resumed == 3
+    assert tuned.scales is not None
+    assert tuned.scales.kept, "the evaluation goes through the blocks again"
+    assert tuned.quality is not None
     assert plain.quality is not None
-    assert report.scales.kl_initial < 3 * plain.quality.kl_divergence
-    assert report.quality.kl_divergence < 1.5 * plain.quality.kl_divergence
-    description = json.loads((tmp_path / "tuned/output/native/bitwright.json").read_text())
-    assert len(description["linears"]) == 21
+    assert tuned.scales.kl_initial < 3 * plain.quality.kl_divergence
+    assert tuned.quality.kl_divergence < 1.1 * plain.quality.kl_divergence
+    assert resumed.quality == tuned.quality
