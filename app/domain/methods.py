@@ -161,6 +161,10 @@ class GPTQSpec(WeightSpec):
         """What Hessians and their factors cost, in sequences that are tuned on: about one for each that calibrates."""
         return num_samples
 
+    def needs_original_inputs(self) -> bool:
+        """Linears are observed in the quantized stream alone."""
+        return False
+
 
 class AWQSpec(WeightSpec):
     """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
@@ -187,6 +191,10 @@ class AWQSpec(WeightSpec):
     def tuned_sequences(self, num_samples: int) -> int:
         """What the search costs, in sequences that are tuned on: 20 candidates for each part of a block."""
         return num_samples + 8 * min(self.search_samples, num_samples)
+
+    def needs_original_inputs(self) -> bool:
+        """Only in place of the quantized blocks' outputs."""
+        return not self.quantized_inputs
 
 
 class SignRoundSpec(WeightSpec):
@@ -270,6 +278,10 @@ class OmniQuantSpec(WeightSpec):
     def tuned_sequences(self, num_samples: int) -> int:
         """Every sequence an epoch."""
         return self.epochs * num_samples
+
+    def needs_original_inputs(self) -> bool:
+        """Targets are enough."""
+        return False
 
 
 QuantizationSpec = Annotated[
