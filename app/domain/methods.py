@@ -134,6 +134,8 @@ class RTNSpec(WeightSpec):
     method: Literal["rtn"] = "rtn"
 
 
+ANY_SHARE = 840
+"""A batch that any number of devices up to 8 divides: of methods that sum over all sequences at once."""
 SCALE_BATCH_SIZE = 4
 """Sequences of a step that tunes scales end to end."""
 
@@ -165,6 +167,10 @@ class GPTQSpec(WeightSpec):
         """Linears are observed in the quantized stream alone."""
         return False
 
+    def shared_batch(self) -> int:
+        """Hessians are sums over sequences."""
+        return ANY_SHARE
+
 
 class AWQSpec(WeightSpec):
     """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
@@ -195,6 +201,10 @@ class AWQSpec(WeightSpec):
     def needs_original_inputs(self) -> bool:
         """Only in place of the quantized blocks' outputs."""
         return not self.quantized_inputs
+
+    def shared_batch(self) -> int:
+        """All that is observed and judged is a sum over sequences."""
+        return ANY_SHARE
 
 
 class SignRoundSpec(WeightSpec):
@@ -282,6 +292,10 @@ class OmniQuantSpec(WeightSpec):
     def needs_original_inputs(self) -> bool:
         """Targets are enough."""
         return False
+
+    def shared_batch(self) -> int:
+        """A step's batch, if there are steps."""
+        return self.batch_size if self.epochs else 0
 
 
 QuantizationSpec = Annotated[

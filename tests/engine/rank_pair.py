@@ -94,9 +94,10 @@ def run_job_on_ranks(
     lines: list[AttemptLine] = []
     write = resume.ResumeState.write_shard
 
-    def record(state: resume.ResumeState, index: int, weights: Any) -> resume.Shard:
+    def record(state: resume.ResumeState, index: int, weights: Any, parameters: Any = None) -> resume.Shard:
         made[index] = {f"{n}.{k}": t.cpu().clone() for n, w in weights.items() for k, t in tensors(w).items()}
-        return write(state, index, weights)
+        made[index] |= {n: tensor.cpu().clone() for n, tensor in (parameters or {}).items()}
+        return write(state, index, weights, parameters or {})
 
     try:
         with patch.object(resume.ResumeState, "write_shard", record):
