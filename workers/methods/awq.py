@@ -74,8 +74,11 @@ class AWQ:
             clips = spec.clip_search and name not in unclipped
             hessian = observed[name].hessian(task.schemes[name]) if clips else None
             results[name] = LinearResult(quantize_weight(task, name, scaling, hessian), scaling)
-        counters = {"scales_moved": float(len(folds)), "scales_kept": float(len(task.folds) - len(folds))}
-        return BlockResult(results, counters=counters, parameters=parameters)
+        return BlockResult(
+            results,
+            counters={"scales_moved": float(len(folds)), "scales_kept": float(len(task.folds) - len(folds))},
+            parameters=parameters,
+        )
 
 
 @dataclass

@@ -44,7 +44,7 @@ from app.domain.methods import OmniQuantSpec, Scheme
 from workers.contracts import BlockTask, TuningSettings
 from workers.numerics.affine import Grid, GroupRange, grid, round_to_grid
 from workers.numerics.learned_ranges import Kept, chunks, range_gradients, steps, working_dtype
-from workers.numerics.quantized import BlockResult, LinearResult
+from workers.numerics.quantized import BlockResult, LinearResult, Number
 
 START = 4.0
 """Of l and u."""
@@ -60,7 +60,7 @@ class OmniQuant:
         settings = TuningSettings(count, spec.batch_size, spec.learning_rate, schedule="constant")
         weights = [ClippedWeights(w, scheme, width, task.scale_dtype) for (scheme, width), w in task.alike().items()]
         outcome = task.tune(augmented(task) if spec.aug_loss else task, weights, settings)
-        counters = {"best_step": float(outcome.best_step), "nan_gradients": float(outcome.faults)}
+        counters = {"best_step": outcome.best_step, "nan_gradients": outcome.faults}
         return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss, counters)
 
 
@@ -142,8 +142,8 @@ class ClippedWeights:
         self.ranges.high.copy_(other.ranges.high)
         self.logits.copy_(other.logits)
 
-    def faults(self) -> int:
-        return int(self._faults)
+    def faults(self) -> Number:
+        return self._faults.clone() if self._faults.is_cuda else int(self._faults)
 
     def results(self) -> dict[str, LinearResult]:
         return self._kept.results(self.shapes, self._scheme, self.weight.dtype)
