@@ -21,7 +21,8 @@ with H_g the group's diagonal block of H = 2 X^T X (`workers.numerics.hessian`):
 | s | `scale` | (in,), fp32 |
 | H_g of all groups | `hessian` | (groups, G, G), fp32 |
 
-Cost: two forward passes of the block, twenty of each part over `search_samples` sequences, ten times out*in*G.
+Cost: a forward pass of the block; over `search_samples` sequences four more, and twenty of each part; for clipping,
+ten times out*in*G operations.
 
 Different from the paper's code: s is taken back from the norm's weight as its dtype holds it, so that the norm's
 rounding is no error; H_g is of all tokens, where the code takes 512 of them; an input that no token ever lit counts as

@@ -7,8 +7,8 @@ For the rows W of a linear with inputs X (tokens, in), as they come out of the q
                          e_j = (W[:, j] - w_hat_j) / U[j, j]
                          W[:, j+1:] <- W[:, j+1:] - e_j U[j, j+1:]
 
-which makes tr((W - W_hat) H (W - W_hat)^T) as small as it gets when codes are chosen in this order. Updates reach the
-columns of the current lazy batch (128) at once and the others by one product at its end.
+so that each column's error raises tr((W - W_hat) H (W - W_hat)^T) by the least that the columns left can bring it to.
+Updates reach the columns of the current lazy batch (128) at once and the others by one product at its end.
 
 A group's scale comes from its weights when its first column's turn comes, errors made so far made up for. With
 `act_order`, columns come in the order of falling diag H, and all scales from the original weights before the first of
