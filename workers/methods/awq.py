@@ -3,7 +3,7 @@
 Rounding errors of a column count as much as its inputs are large. Before rounding, column j is multiplied by s_j and
 its input divided by it, for the linears of a block that share an input (q, k, v; gate, up) or have one alone (o, down):
 
-    s = mean|X|^alpha / sqrt(max_j * min_j),      alpha in {0, 1/20, ..., 19/20}
+    s = x^alpha / sqrt(max x^alpha * min x^alpha),   x = mean of abs(X) over tokens,   alpha in {0, 1/20, ..., 19/20}
     min over alpha of  || f(X; Q(W s) / s) - f(X; W) ||^2
 
 f is the part of the block around those linears (attention for q, k, v; the MLP for gate, up; o and down themselves),
@@ -11,13 +11,13 @@ Q rounds to nearest (`workers.numerics.affine`), and alpha = 0 is s = 1. 1/s goe
 weight or the rows of the linear before, so that nothing is computed at run time and the floating-point block stays
 what it was. Then each group's range is clipped to +-m, for linears whose output does not only decide a softmax:
 
-    m = c * max|W s|,   c in {1, 19/20, ..., 11/20},   min over c of  (w_hat - w) H_g (w_hat - w)^T
+    m = c * max abs(W s),   c in {1, 19/20, ..., 11/20},   min over c of  (w_hat - w) H_g (w_hat - w)^T
 
 with H_g the group's diagonal block of H = 2 X^T X (`workers.numerics.hessian`): the error of the group's own products.
 
 | symbol | variable | shape |
 |---|---|---|
-| mean|X| | `magnitude` | (in,), fp32 |
+| x | `magnitude` | (in,), fp32 |
 | s | `scale` | (in,), fp32 |
 | H_g of all groups | `hessian` | (groups, G, G), fp32 |
 
@@ -98,7 +98,7 @@ class Observed:
             hessian.add(x)
 
     def magnitude(self) -> Tensor:
-        """mean|X| (in,), the mean of all columns for those that were never lit."""
+        """x (in,), the mean of all columns for those that were never lit."""
         mean = self.total / self.tokens
         return torch.where(mean > 0, mean, mean.mean().clamp(min=torch.finfo(mean.dtype).tiny))
 

@@ -14,8 +14,8 @@ through, rounding of z none. `workers.numerics.learned_ranges` has dL/dalpha and
     m <- 0.9*m + 0.1*g,   v <- 0.999*v + 0.001*g^2,   g = dL/dl
     l <- l - lr * m/(1 - 0.9^t) / (sqrt(v/(1 - 0.999^t)) + 1e-8)
 
-The two losses of aug_loss differ by a constant from twice the distance to the mean of both targets, and Adam does not
-see the two: so that mean is the target, and the losses that are reported are those to it.
+The two losses of aug_loss add up to a constant and twice the loss to the mean of both targets, and a factor of two is
+nothing to Adam: so that mean is the target, and the losses that are reported are those to it.
 
 | symbol | variable | shape |
 |---|---|---|
