@@ -5,9 +5,11 @@ tuning loop. Everything such a method learns acts through the weight, so the loo
 value and gives back no more than the gradient with respect to it.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from functools import partial
+from typing import Any, Literal, Protocol, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -68,11 +70,12 @@ class TrainableWeights(Protocol):
 
 @dataclass(frozen=True)
 class TuningSettings:
-    """Steps of a block: each over `batch_size` sequences, the learning rate decaying linearly to 0."""
+    """Steps of a block: each over `batch_size` sequences, the learning rate constant or decaying linearly to 0."""
 
     steps: int
     batch_size: int
     learning_rate: float
+    schedule: Literal["linear", "constant"] = "linear"
 
 
 @dataclass(frozen=True)
@@ -92,6 +95,25 @@ class TuningOutcome:
 
 
 @dataclass(frozen=True)
+class Fold:
+    """Two neighbours inside a block between which scales can move: output j of `source` over s_j, column j of every
+    one of `linears` times s_j, and the block computes the same.
+
+    source     name of a norm or of a linear inside the block
+    linears    all that its output goes into, if only through elementwise products or sums over tokens
+    judged     the module inside the block whose output says what rounding `linears` costs
+    unclipped  those of `linears` whose output only decides a softmax
+    offset     what a norm adds to its weight before it multiplies
+    """
+
+    source: str
+    linears: tuple[str, ...]
+    judged: str
+    unclipped: tuple[str, ...] = ()
+    offset: float = 0.0
+
+
+@dataclass(frozen=True)
 class BlockTask:
     """One decoder block to quantize. Where several ranks share the work, samples are those of this rank.
 
@@ -107,6 +129,9 @@ class BlockTask:
     seed        of this block
     micro_batch sequences that fit through the block at once with gradients
     tick        told the share of the block that is done, 0 to 1; may be called often
+    folds       where scales can move inside the block, in the order of the forward pass
+    log         told an event's name and fields when a method falls back to something worse
+    sum_        makes tensors their sums over all processes that share the samples, in place
     """
 
     index: int
@@ -123,6 +148,9 @@ class BlockTask:
     micro_batch: int
     tick: Callable[[float], None]
     tune: "Tune"
+    folds: Sequence[Fold] = ()
+    log: Callable[..., None] = lambda *_, **__: None
+    sum_: Callable[..., None] = lambda *_: None
 
     def linear(self, name: str) -> nn.Linear:
         """The block's linear of that name."""
@@ -130,6 +158,35 @@ class BlockTask:
         if not isinstance(module, nn.Linear):
             raise TypeError(f"{name} is {type(module).__name__}, not Linear")
         return module
+
+    def total(self, number: int) -> int:
+        """The sum of a number over all processes that share the samples."""
+        found = torch.tensor(number)
+        self.sum_(found)
+        return int(found)
+
+    def alike(self) -> dict[tuple[Scheme, int], dict[str, Tensor]]:
+        """Weights by name, those of the same scheme and group width together."""
+        found: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
+        for name, scheme in self.schemes.items():
+            weight = self.linear(name).weight.detach()
+            found.setdefault((scheme, scheme.width(weight.shape[1])), {})[name] = weight
+        return found
+
+    def passes(self, inputs: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """Forward passes of the block over hidden states (samples, length, width), a micro-batch each."""
+        for part in torch.split(inputs, self.micro_batch):
+            yield partial(self.forward, self.block, part.to(self.device, non_blocking=True))
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Weights of linears that are replaced while the context lasts come back afterwards."""
+        weights = {name: self.linear(name).weight for name in self.schemes}
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                self.linear(name).weight = weight
 
 
 @dataclass(frozen=True)

@@ -66,6 +66,10 @@ class Scheme(Spec):
     group_size: GroupSize
     symmetric: Symmetric
 
+    def width(self, in_features: int) -> int:
+        """Columns of a group of a linear with so many inputs."""
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
 
 class SchemeOverride(Spec):
     """What an override changes for the linears that its pattern matches."""
@@ -150,8 +154,77 @@ class RTNSpec(WeightSpec):
     method: Literal["rtn"] = "rtn"
 
 
+ANY_SHARE = 840
+"""A batch that any number of devices up to 8 divides: of methods that sum over all sequences at once."""
 SCALE_BATCH_SIZE = 4
 """Sequences of a step that tunes scales end to end."""
+
+
+class GPTQSpec(WeightSpec):
+    """GPTQ: columns rounded in turn, each column's error made up for by those that are not rounded yet."""
+
+    method: Literal["gptq"] = "gptq"
+    damping: float = Field(
+        default=0.01,
+        strict=True,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Added to the Hessian's diagonal, as a share of its mean (percdamp); raised if that is too little.",
+    )
+    act_order: bool = Field(
+        default=True,
+        strict=True,
+        description="Take columns by falling Hessian diagonal instead of in their order. Groups stay consecutive "
+        "columns, with scales from the original weights (static groups).",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """What Hessians and their factors cost, in sequences that are tuned on: about one for each that calibrates."""
+        return num_samples
+
+    def needs_original_inputs(self) -> bool:
+        """Linears are observed in the quantized stream alone."""
+        return False
+
+    def shared_batch(self) -> int:
+        """Hessians are sums over sequences."""
+        return ANY_SHARE
+
+
+class AWQSpec(WeightSpec):
+    """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
+
+    method: Literal["awq"] = "awq"
+    search_samples: int = Field(
+        default=32,
+        strict=True,
+        ge=1,
+        le=65_536,
+        description="Calibration sequences on which candidate scales are judged; all of them are observed.",
+    )
+    clip_search: bool = Field(
+        default=True,
+        strict=True,
+        description="Clip the groups' ranges where that lowers the error of their products with the inputs.",
+    )
+    quantized_inputs: bool = Field(
+        default=False,
+        strict=True,
+        description="Observe what the quantized blocks before a block put out, instead of the original ones.",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """What the search costs, in sequences that are tuned on: 20 candidates for each part of a block."""
+        return num_samples + 8 * min(self.search_samples, num_samples)
+
+    def needs_original_inputs(self) -> bool:
+        """Only in place of the quantized blocks' outputs."""
+        return not self.quantized_inputs
+
+    def shared_batch(self) -> int:
+        """All that is observed and judged is a sum over sequences."""
+        return ANY_SHARE
 
 
 class SignRoundSpec(WeightSpec):
@@ -208,7 +281,46 @@ class SignRoundSpec(WeightSpec):
         return self.batch_size if self.steps else 0
 
 
-QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]
+class OmniQuantSpec(WeightSpec):
+    """OmniQuant's learnable weight clipping: each group's range tuned by AdamW, block by block."""
+
+    method: Literal["omniquant"] = "omniquant"
+    preset: Literal["light", "default", "best"] = Field(
+        default="default", description="Fills epochs, aug_loss and the calibration's size where they are not given."
+    )
+    epochs: int = Field(
+        default=20,
+        strict=True,
+        ge=0,
+        le=1000,
+        description="Passes over the calibration sequences a block; with 0 every range is shrunk to 0.982 of itself.",
+    )
+    batch_size: int = Field(default=1, strict=True, ge=1, le=1024, description="Sequences a step.")
+    learning_rate: float = Field(
+        default=5e-3, strict=True, gt=0, le=1, allow_inf_nan=False, description="Of every step."
+    )
+    aug_loss: bool = Field(
+        default=False,
+        strict=True,
+        description="Also keep close to what the original block makes of the quantized inputs.",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """Every sequence an epoch."""
+        return self.epochs * num_samples
+
+    def needs_original_inputs(self) -> bool:
+        """Targets are enough."""
+        return False
+
+    def shared_batch(self) -> int:
+        """A step's batch, if there are steps."""
+        return self.batch_size if self.epochs else 0
+
+
+QuantizationSpec = Annotated[
+    RTNSpec | GPTQSpec | AWQSpec | OmniQuantSpec | SignRoundSpec, Field(discriminator="method")
+]
 
 
 @dataclass(frozen=True)
@@ -225,6 +337,14 @@ SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
         "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "best": Preset({"steps": 200, "scale_steps": 100}, num_samples=128, sequence_length=2048),
+    }
+)
+
+OMNIQUANT_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
+    {
+        "light": Preset({"epochs": 5, "aug_loss": False}, num_samples=128, sequence_length=512),
+        "default": Preset({"epochs": 20, "aug_loss": False}, num_samples=128, sequence_length=2048),
+        "best": Preset({"epochs": 40, "aug_loss": True}, num_samples=128, sequence_length=2048),
     }
 )
 
@@ -254,6 +374,32 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             paper=None,
             produces=frozenset({Form.AFFINE}),
             needs_calibration=False,
+        ),
+        "gptq": MethodInfo(
+            spec=GPTQSpec,
+            title="GPTQ",
+            summary="Rounds a linear's columns in turn; those not rounded yet make up for each one's error.",
+            paper="2210.17323",
+            produces=frozenset({Form.AFFINE}),
+            needs_calibration=True,
+        ),
+        "awq": MethodInfo(
+            spec=AWQSpec,
+            title="AWQ",
+            summary="Scales up the columns of large inputs before rounding, folds the inverse into norms and linears "
+            "before them, and clips ranges.",
+            paper="2306.00978",
+            produces=frozenset({Form.AFFINE}),
+            needs_calibration=True,
+        ),
+        "omniquant": MethodInfo(
+            spec=OmniQuantSpec,
+            title="OmniQuant",
+            summary="Tunes how far each group's range is clipped against the original block's output.",
+            paper="2308.13137",
+            produces=frozenset({Form.AFFINE}),
+            needs_calibration=True,
+            presets=OMNIQUANT_PRESETS,
         ),
         "signround": MethodInfo(
             spec=SignRoundSpec,

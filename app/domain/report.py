@@ -53,6 +53,9 @@ class BlockReport(ReportPart):
     )
     seconds: float
     linears: tuple[LinearReport, ...]
+    counters: dict[str, float] = Field(
+        default_factory=dict, description="What happened how often: fallbacks, the best step, and the like; by method."
+    )
 
 
 class ScaleReport(ReportPart):

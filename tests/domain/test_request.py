@@ -87,7 +87,8 @@ def test_a_preset_fills_what_the_request_leaves_open(method: str, preset: str) -
     assert meant.spec.items() <= request.quantization.model_dump().items()
     assert (request.calibration.num_samples, request.calibration.sequence_length) == (7, meant.sequence_length)
     for field, value in meant.spec.items():
-        assert JobRequest.parse({**body, field: value + 1}).quantization.model_dump()[field] == value + 1
+        other = not value if isinstance(value, bool) else value + 1
+        assert JobRequest.parse({**body, field: other}).quantization.model_dump()[field] == other
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -324,7 +325,7 @@ def test_as_written() -> None:
 
 def test_expansion_knows_whether_the_method_is_real() -> None:
     assert expand(BASE).method_known
-    unknown = expand({"model": "org/name", "method": "awq", "steps": 3})
+    unknown = expand({"model": "org/name", "method": "nothing", "steps": 3})
     assert not unknown.method_known
     assert unknown.body["quantization"] == {"method": "signround", "steps": 3, "scale_steps": 0}
 

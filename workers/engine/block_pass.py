@@ -142,12 +142,14 @@ class BlockPass:
             self.ranks.sum_(moments.setdefault(name, zeros))
 
     def _demand_agreement(self, index: int, result: BlockResult) -> None:
-        if not self.ranks.alone and not self.ranks.agree(checksum(result.linears.values())):
+        made = (*result.linears.values(), *result.parameters.values())
+        if not self.ranks.alone and not self.ranks.agree(checksum(made)):
             raise InternalError(f"block {index}: the ranks have computed different weights")
 
     def _write_shard(self, index: int, result: BlockResult) -> Shard:
         prefix = self.model.layout.block(index)
-        return self.state.write_shard(index, {f"{prefix}.{n}": r for n, r in result.linears.items()})
+        linears = {f"{prefix}.{name}": linear for name, linear in result.linears.items()}
+        return self.state.write_shard(index, linears, {f"{prefix}.{n}": v for n, v in result.parameters.items()})
 
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
         """Makes a block count, and tells of it when it does."""
@@ -160,7 +162,7 @@ class BlockPass:
         for stream in (self.calibration, self.evaluation):
             self._advance_original(index, block, only=stream)
         for name in list(quantized):
-            self._replace(index, name.removeprefix(prefix + ".").removesuffix(".weight"), quantized.pop(name))
+            self._replace(index, name.removeprefix(prefix + "."), quantized.pop(name))
         self._advance_quantized(index, block)
 
     def _quantized_linears(self, index: int) -> list[str]:
@@ -193,6 +195,9 @@ class BlockPass:
             micro_batch=self.plan.micro_batch,
             tick=tick,
             tune=self.tuner.tune,
+            folds=self.model.layout.folds,
+            log=self.reporter.log,
+            sum_=self.ranks.sum_,
         )
 
     def _advance_original(self, index: int, block: nn.Module, only: Stream | None) -> None:
@@ -210,17 +215,23 @@ class BlockPass:
         return Stage.EVALUATE if stream is self.evaluation else Stage.QUANTIZE
 
     def _put(self, index: int, result: BlockResult, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Puts the weights that the results stand for into the block; how far they are off, by name inside it."""
+        """Puts what the results stand for, and what changed with them, into the block.
+
+        How far the weights are from the original ones, by linear; scales that moved are taken back for that.
+        """
         errors = {}
         for name, linear in result.linears.items():
             original = self.model.block_linears(index)[name].weight
             value = linear.to(self.model.device).dequantize()
-            errors[name] = error_sums(value, original, moments.get(name))
+            errors[name] = error_sums(linear.scaling.undo(value), original, moments.get(name))
+            self._replace(index, f"{name}.weight", value)
+        for name, value in result.parameters.items():
             self._replace(index, name, value)
         return errors
 
-    def _replace(self, index: int, name: str, value: Tensor) -> None:
-        self.model.block_linears(index)[name].weight = nn.Parameter(value, requires_grad=False)
+    def _replace(self, index: int, parameter: str, value: Tensor) -> None:
+        owner, _, leaf = parameter.rpartition(".")
+        setattr(self.model.blocks[index].get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
 
 
 def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:

@@ -262,6 +262,9 @@ def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
                 source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
                 for writer in writers.values():
                     writer.add_linear(source, result, module=name)
+            for name, tensor in state.parameters(done - 1).items():
+                for writer in writers.values():
+                    writer.add_tensor(job.model.sources[name], tensor)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():

@@ -4,12 +4,18 @@ from types import MappingProxyType
 from typing import Any
 
 from workers.contracts import BlockMethod
+from workers.methods.awq import AWQ
+from workers.methods.gptq import GPTQ
+from workers.methods.omniquant import OmniQuant
 from workers.methods.rtn import RTN
 from workers.methods.sign_round import SignRound
 
 METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
     {
         "rtn": RTN(),
+        "gptq": GPTQ(),
+        "awq": AWQ(),
+        "omniquant": OmniQuant(),
         "signround": SignRound(),
     }
 )
