@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MIN_BITS, MAX_BITS = 2, 8
 PER_CHANNEL = -1
@@ -318,8 +318,60 @@ class OmniQuantSpec(WeightSpec):
         return self.batch_size if self.epochs else 0
 
 
+Rank = Annotated[
+    int,
+    Field(
+        strict=True, ge=1, le=4096, description="Of the low-rank factors; at most the smaller side of a linear counts."
+    ),
+]
+Alpha = Annotated[
+    float,
+    Field(
+        gt=0,
+        le=65_536,
+        allow_inf_nan=False,
+        description="LoRA's alpha: in finetuning the factors' product is multiplied by alpha/rank.",
+    ),
+]
+
+
+class LoftQSpec(WeightSpec):
+    """LoftQ: quantization and a low-rank correction found in turn, each for what the other leaves of the weight."""
+
+    method: Literal["loftq"] = "loftq"
+    base: Literal["normal-float", "affine"] = Field(
+        default="normal-float", description="What weights are rounded to: NormalFloat codebooks or evenly spaced codes."
+    )
+    double_quantization: bool = Field(
+        default=False,
+        strict=True,
+        description="Store the codebooks' largest magnitudes in 8 bits, with one fp32 scale for 256 of them.",
+    )
+    rank: Rank = 64
+    alpha: Alpha = 16.0
+    iterations: int = Field(
+        default=5, strict=True, ge=1, le=100, description="Of the alternation; the best one is the result."
+    )
+
+    @model_validator(mode="after")
+    def _codebooks_have_no_zero_point(self) -> Self:
+        if self.base == "normal-float" and not all(scheme.symmetric for scheme in self.schemes().values()):
+            raise ValueError('NormalFloat is symmetric: leave symmetric true, or set base to "affine"')
+        if self.base == "affine" and self.double_quantization:
+            raise ValueError('double_quantization is for base "normal-float"; leave it out with "affine"')
+        return self
+
+    def forms(self) -> frozenset[Form]:
+        """By the base."""
+        return frozenset({Form.AFFINE if self.base == "affine" else Form.CODEBOOK, Form.LOW_RANK})
+
+    def adapter_rank(self) -> int:
+        """The spec's `rank`."""
+        return self.rank
+
+
 QuantizationSpec = Annotated[
-    RTNSpec | GPTQSpec | AWQSpec | OmniQuantSpec | SignRoundSpec, Field(discriminator="method")
+    RTNSpec | GPTQSpec | AWQSpec | OmniQuantSpec | SignRoundSpec | LoftQSpec, Field(discriminator="method")
 ]
 
 
@@ -409,6 +461,14 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             produces=frozenset({Form.AFFINE}),
             needs_calibration=True,
             presets=SIGNROUND_PRESETS,
+        ),
+        "loftq": MethodInfo(
+            spec=LoftQSpec,
+            title="LoftQ",
+            summary="Rounds to NormalFloat or an affine grid and corrects what is lost by low-rank factors, in turn.",
+            paper="2310.08659",
+            produces=frozenset(Form),
+            needs_calibration=False,
         ),
     }
 )

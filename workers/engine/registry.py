@@ -6,6 +6,7 @@ from typing import Any
 from workers.contracts import BlockMethod
 from workers.methods.awq import AWQ
 from workers.methods.gptq import GPTQ
+from workers.methods.loftq import LoftQ
 from workers.methods.omniquant import OmniQuant
 from workers.methods.rtn import RTN
 from workers.methods.sign_round import SignRound
@@ -17,5 +18,6 @@ METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
         "awq": AWQ(),
         "omniquant": OmniQuant(),
         "signround": SignRound(),
+        "loftq": LoftQ(),
     }
 )
