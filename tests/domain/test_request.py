@@ -358,14 +358,17 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     tuned = {"steps": st.integers(0, 500), "batch_size": st.integers(1, 64), "learning_rate": st.floats(0.001, 1)}
     spec = METHODS[str(RECIPES.get(method, {}).get("method", method))].spec
     known = {name: values for name, values in tuned.items() if name in spec.model_fields}
-    fields = draw(st.fixed_dictionaries({}, optional=SCHEMES | known))
+    corrected = Form.LOW_RANK in spec().forms()
+    any_scheme = {"base": st.just("affine")} if method == "loftq" else {}
+    fields = draw(st.fixed_dictionaries(any_scheme, optional=SCHEMES | known))
+    formats = st.lists(st.sampled_from(FOR_ALL_METHODS), max_size=3)
     body: dict[str, Any] = draw(
         st.fixed_dictionaries(
             {"model": st.sampled_from(["org/name", "/models/x", "upl_0abc", {"source": "hub", "id": "gpt2"}])},
             optional={
                 "calibration": TEXT_PARTS,
                 "evaluation": TEXT_PARTS | st.none(),
-                "formats": st.lists(st.sampled_from(FOR_ALL_METHODS), max_size=3),
+                "formats": formats.map(lambda names: [*names, "peft"]) if corrected else formats,
                 "seed": st.integers(0, 2**63 - 1),
                 "require": st.fixed_dictionaries({}, optional={"max_perplexity_ratio": RATIOS}) | st.none(),
                 "device": st.sampled_from(["any", "cpu", "cuda"]),
