@@ -7,7 +7,7 @@ value and gives back no more than the gradient with respect to it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, Protocol, Self, TypeVar
 
@@ -113,6 +113,10 @@ class Fold:
     offset: float = 0.0
 
 
+def _no_other_method(task: "BlockTask", spec: WeightSpec) -> BlockResult:
+    raise TypeError(f"block {task.index} cannot be given to {spec}: this task knows no other method")
+
+
 @dataclass(frozen=True)
 class BlockTask:
     """One decoder block to quantize. Where several ranks share the work, samples are those of this rank.
@@ -132,6 +136,7 @@ class BlockTask:
     folds       where scales can move inside the block, in the order of the forward pass
     log         told an event's name and fields when a method falls back to something worse
     sum_        makes tensors their sums over all processes that share the samples, in place
+    quantize    the same block by another method, named by its spec: where a method starts from another's result
     """
 
     index: int
@@ -151,6 +156,7 @@ class BlockTask:
     folds: Sequence[Fold] = ()
     log: Callable[..., None] = lambda *_, **__: None
     sum_: Callable[..., None] = lambda *_: None
+    quantize: "Quantize" = _no_other_method
 
     def linear(self, name: str) -> nn.Linear:
         """The block's linear of that name."""
@@ -177,6 +183,21 @@ class BlockTask:
         """Forward passes of the block over hidden states (samples, length, width), a micro-batch each."""
         for part in torch.split(inputs, self.micro_batch):
             yield partial(self.forward, self.block, part.to(self.device, non_blocking=True))
+
+    @torch.no_grad()
+    def augmented(self) -> "BlockTask":
+        """The task for || F(X_q; W_hat) - F(X_fp; W) ||^2 + || F(X_q; W_hat) - F(X_q; W) ||^2 (OmniQuant's aug loss).
+
+        The two add up to a constant and twice the loss to the mean of both targets, and a factor of two is nothing to
+        Adam: so that mean is the target, in the targets' dtype, and losses that are reported are those to it.
+        """
+        targets, first = torch.empty_like(self.targets), 0
+        for forward in self.passes(self.inputs):
+            own = forward()
+            part = slice(first, first := first + len(own))
+            wide = torch.promote_types(own.dtype, torch.float32)
+            targets[part] = (own.to(targets.device, wide) + self.targets[part]) / 2
+        return replace(self, targets=targets)
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -205,6 +226,12 @@ class Tune(Protocol):
     def __call__(
         self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings
     ) -> TuningOutcome: ...
+
+
+class Quantize(Protocol):
+    """A block by the method that a spec names; its schemes are the task's."""
+
+    def __call__(self, task: BlockTask, spec: WeightSpec) -> BlockResult: ...
 
 
 S_contra = TypeVar("S_contra", bound=WeightSpec, contravariant=True)

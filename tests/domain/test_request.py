@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from app.domain.errors import InvalidRequest
 from app.domain.formats import FORMATS
 from app.domain.jobs import JobRequest
-from app.domain.methods import METHODS, RECIPES
+from app.domain.methods import METHODS, RECIPES, Form
 from app.domain.problems import MAX_PROBLEMS, as_written
 from app.domain.shorthand import SHORTHAND, expand
 from app.domain.sources import HubModel, LocalModel, UploadedModel
@@ -357,9 +357,9 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     method = draw(st.sampled_from([*METHODS, *RECIPES]))
     tuned = {"steps": st.integers(0, 500), "batch_size": st.integers(1, 64), "learning_rate": st.floats(0.001, 1)}
     spec = METHODS[str(RECIPES.get(method, {}).get("method", method))].spec
-    known = {name: values for name, values in tuned.items() if name in spec.model_fields}
+    known: dict[str, Any] = {name: values for name, values in tuned.items() if name in spec.model_fields}
     corrected = Form.LOW_RANK in spec().forms()
-    any_scheme = {"base": st.just("affine")} if method == "loftq" else {}
+    any_scheme: dict[str, Any] = {"base": st.just("affine")} if method == "loftq" else {}
     fields = draw(st.fixed_dictionaries(any_scheme, optional=SCHEMES | known))
     formats = st.lists(st.sampled_from(FOR_ALL_METHODS), max_size=3)
     body: dict[str, Any] = draw(

@@ -150,6 +150,10 @@ def test_a_gpu_and_a_cpu_round_alike(small_model: Path, tmp_path: Path) -> None:
         {"method": "awq", "search_samples": 4},
         {"method": "omniquant", "epochs": 3, "batch_size": 2, "learning_rate": 0.03},
         {"method": "omniquant", "epochs": 3, "batch_size": 2, "learning_rate": 0.03, "aug_loss": True},
+        {"method": "loftq", "base": "affine", "rank": 4},
+        {"method": "apiq", "steps": 20, "rank": 4, "aug_loss": True},
+        {"method": "apiq", "steps": 20, "rank": 4, "base": "signround", "freeze_base": True},
+        {"method": "apiq", "steps": 20, "rank": 4, "granularity": "layer"},
     ],
     ids=str,
 )

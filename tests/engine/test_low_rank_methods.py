@@ -20,7 +20,13 @@ from workers.numerics.quantized import BlockResult
 
 RANK = 8
 LOFTQ: dict[str, Any] = {"method": "loftq", "bits": 3, "rank": RANK, "iterations": 3}
-METHODS_OF_THIS_FILE = {"loftq": LOFTQ, "loftq-affine": LOFTQ | {"base": "affine", "symmetric": False}}
+APIQ: dict[str, Any] = {"method": "apiq", "bits": 2, "rank": RANK, "steps": 60, "learning_rate": 2e-3}
+METHODS_OF_THIS_FILE = {
+    "loftq": LOFTQ,
+    "loftq-affine": LOFTQ | {"base": "affine", "symmetric": False},
+    "apiq-block": APIQ | {"steps": 20},
+    "apiq-layer": APIQ | {"steps": 10, "granularity": "layer"},
+}
 
 
 def errors(report: Report) -> dict[str, float]:
@@ -38,6 +44,21 @@ def test_loftq_s_weights_are_nearer_than_round_to_nearest_s(base: str, small_mod
     assert ours.quality is not None
     assert alone.quality is not None
     assert ours.quality.kl_divergence < 0.9 * alone.quality.kl_divergence
+
+
+@pytest.mark.parametrize("granularity", ["block", "layer"])
+def test_apiq_keeps_more_of_the_model_than_rounding_with_the_best_factors(
+    granularity: str, small_model: Path, tmp_path: Path
+) -> None:
+    """One iteration of LoftQ on the same grid is RTN and the SVD of what it loses."""
+    grid = {"bits": 2, "rank": RANK, "symmetric": False}
+    fixed = LOFTQ | grid | {"base": "affine", "iterations": 1}
+    found = []
+    for number, spec in enumerate((APIQ | grid | {"granularity": granularity}, fixed)):
+        quality = run_job(small_model, tmp_path / str(number), **spec).report.quality
+        assert quality is not None
+        found.append(quality.kl_divergence)
+    assert found[0] < 0.9 * found[1]
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from app.domain.methods import OmniQuantSpec, RTNSpec, Scheme
 from tests.methods.toy_block import toy_task
-from workers.methods import omniquant
-from workers.methods.omniquant import ClippedWeights, OmniQuant, augmented
+from workers.methods.omniquant import ClippedWeights, OmniQuant
 from workers.methods.rtn import RTN
+from workers.numerics import clipped_groups
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
@@ -57,8 +57,8 @@ def test_steps_equal_autograd_and_adamw_in_fp64(scheme: Scheme) -> None:
     inputs, target = torch.randn(20, 48, dtype=torch.float64), torch.randn(20, 12, dtype=torch.float64)
     width = 48 if scheme.group_size == -1 else scheme.group_size
     ours = ClippedWeights({"only": weight}, scheme, width, torch.float64)
-    lower, upper = (row.clone().requires_grad_() for row in ours.logits)
-    optimizer = torch.optim.AdamW([lower, upper], lr=RATE, weight_decay=0)
+    lower, upper = (row.clone().requires_grad_() for row in ours.groups.logits)
+    optimizer = torch.optim.AdamW([lower, upper], lr=RATE, weight_decay=0, eps=1e-15)
     hat = torch.empty_like(weight)
     for _ in range(6):
         expected = by_autograd(weight, scheme, lower, upper)
@@ -67,16 +67,17 @@ def test_steps_equal_autograd_and_adamw_in_fp64(scheme: Scheme) -> None:
         optimizer.zero_grad()
         (d,) = torch.autograd.grad(((inputs @ expected.T - target) ** 2).mean(), expected, retain_graph=True)
         lower.grad, upper.grad = torch.autograd.grad(expected, (lower, upper), d)
-        torch.testing.assert_close(ours.gradients(d), torch.stack([lower.grad, upper.grad]), rtol=1e-10, atol=1e-14)
+        found = ours.groups.gradients(d.view(ours.groups.weight.shape))
+        torch.testing.assert_close(found, torch.stack([lower.grad, upper.grad]), rtol=1e-10, atol=1e-14)
         ours.step(d.flatten(), torch.tensor(RATE, dtype=torch.float64), hat.flatten())
         optimizer.step()
-        torch.testing.assert_close(ours.logits, torch.stack([lower, upper]).detach(), rtol=1e-10, atol=1e-12)
-    assert (ours.logits - omniquant.START).abs().max() > 4 * RATE
+        torch.testing.assert_close(ours.groups.logits, torch.stack([lower, upper]).detach(), rtol=1e-10, atol=1e-12)
+    assert (ours.groups.logits - clipped_groups.START).abs().max() > 4 * RATE
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_unclipped_it_is_round_to_nearest(scheme: Scheme, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(omniquant, "START", math.inf)
+    monkeypatch.setattr(clipped_groups, "START", math.inf)
     task = toy_task(schemes={"up": scheme, "down": scheme})
     nearest = RTN().quantize_block(task, RTNSpec()).linears
     frozen = OmniQuant().quantize_block(task, OmniQuantSpec(epochs=0)).linears
@@ -118,7 +119,7 @@ def test_the_augmented_target_stands_for_both_losses() -> None:
     block, hidden = task.block.double(), task.inputs.double()
     with torch.no_grad():
         task = replace(task, inputs=hidden + 0.3 * torch.randn_like(hidden), targets=block(hidden))
-        own, mean = block(task.inputs), augmented(task).targets
+        own, mean = block(task.inputs), task.augmented().targets
     rests = []
     for seed in range(3):
         torch.manual_seed(seed)
@@ -127,7 +128,7 @@ def test_the_augmented_target_stands_for_both_losses() -> None:
         rests.append(both - 2 * float((output - mean).square().mean()))
     assert rests == pytest.approx([rests[0]] * 3, rel=1e-9)
     assert rests[0] > 0.01
-    assert augmented(task).inputs is task.inputs
+    assert task.augmented().inputs is task.inputs
 
 
 def test_a_gradient_with_nan_moves_nothing_and_is_counted() -> None:
@@ -136,8 +137,8 @@ def test_a_gradient_with_nan_moves_nothing_and_is_counted() -> None:
     d[0] = math.nan
     weights.step(d, torch.tensor(RATE), torch.empty_like(d))
     assert weights.faults() == 1
-    assert torch.equal(weights.logits[:, 0], torch.full((2,), omniquant.START))
-    assert (weights.logits[:, 1:] != omniquant.START).any()
+    assert torch.equal(weights.groups.logits[:, 0], torch.full((2,), clipped_groups.START))
+    assert (weights.groups.logits[:, 1:] != clipped_groups.START).any()
     weights.restart()
     assert weights.faults() == 0
-    assert torch.equal(weights.logits, torch.full_like(weights.logits, omniquant.START))
+    assert torch.equal(weights.groups.logits, torch.full_like(weights.groups.logits, clipped_groups.START))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from app.domain.methods import Scheme
 from workers.contracts import BlockTask, Fold
+from workers.engine.registry import METHODS
 from workers.engine.tuning import Tuner
 
 
@@ -79,5 +80,6 @@ def _task(block: nn.Module, hidden: Tensor, **given: Any) -> BlockTask:
         "micro_batch": 8,
         "tick": lambda _: None,
         "tune": Tuner().tune,
+        "quantize": lambda task, spec: METHODS[spec.model_dump()["method"]].quantize_block(task, spec),
     }
     return BlockTask(**(fields | given))

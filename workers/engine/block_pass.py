@@ -121,8 +121,7 @@ class BlockPass:
             progress.tick(index, share)
 
         task = self._task(index, block, schemes, moments, tick)
-        method = METHODS[self.spec.model_dump()["method"]]
-        result = method.quantize_block(task, self.spec) if schemes else BlockResult({})
+        result = _quantize_block(task, self.spec) if schemes else BlockResult({})
         self._demand_agreement(index, result)
         writer.wait()
         shard = writer.give(partial(self._write_shard, index, result))
@@ -198,6 +197,7 @@ class BlockPass:
             folds=self.model.layout.folds,
             log=self.reporter.log,
             sum_=self.ranks.sum_,
+            quantize=_quantize_block,
         )
 
     def _advance_original(self, index: int, block: nn.Module, only: Stream | None) -> None:
@@ -232,6 +232,10 @@ class BlockPass:
     def _replace(self, index: int, parameter: str, value: Tensor) -> None:
         owner, _, leaf = parameter.rpartition(".")
         setattr(self.model.blocks[index].get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _quantize_block(task: BlockTask, spec: WeightSpec) -> BlockResult:
+    return METHODS[spec.model_dump()["method"]].quantize_block(task, spec)
 
 
 def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:

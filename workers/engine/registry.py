@@ -4,6 +4,7 @@ from types import MappingProxyType
 from typing import Any
 
 from workers.contracts import BlockMethod
+from workers.methods.apiq import ApiQ
 from workers.methods.awq import AWQ
 from workers.methods.gptq import GPTQ
 from workers.methods.loftq import LoftQ
@@ -19,5 +20,6 @@ METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
         "omniquant": OmniQuant(),
         "signround": SignRound(),
         "loftq": LoftQ(),
+        "apiq": ApiQ(),
     }
 )

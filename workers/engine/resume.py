@@ -17,6 +17,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from types import MappingProxyType
 
@@ -221,7 +222,7 @@ def code_version() -> str:
     """sha256 of the sources that compute codes."""
     digest = hashlib.sha256()
     workers = Path(__file__).parent.parent
-    for folder in ("engine", "methods", "numerics", "formats"):
-        for file in sorted((workers / folder).glob("*.py")):
-            digest.update(file.name.encode() + file.read_bytes())
+    folders = [sorted((workers / name).glob("*.py")) for name in ("engine", "methods", "numerics", "formats")]
+    for file in (workers / "contracts.py", workers / "layer_tasks.py", *chain.from_iterable(folders)):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

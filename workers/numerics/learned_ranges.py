@@ -42,10 +42,13 @@ def steps(codes: Tensor, to: Grid) -> Tensor:
 
 
 def range_gradients(
-    d: Tensor, weight: Tensor, ranges: GroupRange, alpha: Tensor, beta: Tensor, to: Grid
+    d: Tensor, weight: Tensor, ranges: GroupRange, alpha: Tensor, beta: Tensor, to: Grid, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """dL/dalpha and dL/dbeta, (groups,), for D = `d` (groups, G) and the grid `to` of these ranges and factors."""
-    codes, free = round_to_grid(weight, to)
+    """dL/dalpha and dL/dbeta, (groups,), for D = `d` (groups, G) and the grid `to` of these ranges and factors.
+
+    offset  v of `round_to_grid`
+    """
+    codes, free = round_to_grid(weight, to, offset)
     d_scale = (d * steps(codes, to)).sum(-1) - (d * (codes == free) * weight).sum(-1) / to.scale
     if to.zero is not None:
         return -d_scale * ranges.low / to.highest, d_scale * ranges.high / to.highest

@@ -49,4 +49,5 @@ def _leading_directions(matrix: Tensor, rank: int, seed: int) -> Tensor:
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
     small = basis.T @ matrix
     values = torch.linalg.eigh(small.double() @ small.double().T).eigenvectors[:, -rank:].flip(1)
-    return basis @ values.to(matrix.dtype)
+    directions: Tensor = basis @ values.to(matrix.dtype)
+    return directions
