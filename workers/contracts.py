@@ -6,13 +6,13 @@ value and gives back no more than the gradient with respect to it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol, Self, TypeVar
+from dataclasses import dataclass, field
+from typing import Any, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.methods import Scheme, WeightSpec
+from app.domain.methods import AbsmaxScheme, Candidate, Scheme, WeightSpec
 from workers.numerics.quantized import BlockResult, LinearResult
 
 
@@ -90,6 +90,33 @@ class TuningOutcome:
 
 
 @dataclass(frozen=True)
+class Fisher:
+    """Squared gradients of the calibration text's loss by a linear's weight, summed over sequences, F (out, in).
+
+    rows      sum_j F_ij, fp32 (out,)
+    columns   sum_i F_ij, fp32 (in,)
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """One linear whose width a budget decides: what each way to store it would cost in error.
+
+    weight       (out, in) on the device, the model's dtype
+    fisher       where the spec asks for it
+    """
+
+    weight: Tensor
+    candidates: tuple[Candidate, ...]
+    fisher: Fisher | None
+    scale_dtype: torch.dtype
+    seed: int
+
+
+@dataclass(frozen=True)
 class BlockTask:
     """One decoder block to quantize.
 
@@ -104,6 +131,8 @@ class BlockTask:
     scale_dtype dtype in which the formats of this job store scales
     seed        of this block
     micro_batch sequences that fit through the block at once with gradients
+    absmax      linear name -> second level of codes for a codebook's maxima, where the budget chose one
+    fisher      linear name -> its Fisher information, where the spec asks for it
     tick        told the share of the block that is done, 0 to 1; may be called often
     """
 
@@ -121,6 +150,8 @@ class BlockTask:
     micro_batch: int
     tick: Callable[[float], None]
     tune: "Tune"
+    absmax: Mapping[str, AbsmaxScheme] = field(default_factory=dict)
+    fisher: Mapping[str, Fisher] = field(default_factory=dict)
 
     def linear(self, name: str) -> nn.Linear:
         """The block's linear of that name."""
@@ -147,3 +178,12 @@ class BlockMethod(Protocol[S_contra]):
     needs_inputs: bool
 
     def quantize_block(self, task: BlockTask, spec: S_contra) -> BlockResult: ...
+
+
+@runtime_checkable
+class ScoringMethod(Protocol[S_contra]):
+    """A method that says itself what a budget weighs; else the engine weighs the rounding error of the outputs."""
+
+    def candidate_errors(self, task: ScoreTask, spec: S_contra) -> list[float]:
+        """An error for each candidate, in one unit for all linears of a model."""
+        ...

@@ -4,14 +4,24 @@ A spec is a method's parameters and nothing else. `METHODS` lists every method w
 shorthand names that stand for parts of a request.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
+from itertools import product
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
 
 MIN_BITS, MAX_BITS = 2, 8
 PER_CHANNEL = -1
@@ -59,12 +69,99 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+SCALE_BITS = 16
+"""Of a stored scale, where its dtype is not known yet."""
+
+
 class Scheme(Spec):
     """How one linear's weight is stored."""
 
     bits: Bits
     group_size: GroupSize
     symmetric: Symmetric
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = SCALE_BITS) -> float:
+        """Bits of a weight with its share of scale and zero point."""
+        group = _columns(self, in_features)
+        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / group
+
+
+def _each_once(choices: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(choices)) < len(choices):
+        raise ValueError("must name each width once")
+    return tuple(sorted(choices))
+
+
+class BitBudget(Spec):
+    """Widths that are chosen for each linear, by how much each of them would cost its output."""
+
+    average: float = Field(
+        strict=True,
+        ge=MIN_BITS,
+        le=16,
+        allow_inf_nan=False,
+        description="At most this many bits a weight over all linears of the blocks, scales and zero points included, "
+        "low-rank factors and the output head not.",
+    )
+    choices: Annotated[tuple[Bits, ...], AfterValidator(_each_once)] = Field(
+        default=(2, 3, 4, 8), min_length=1, max_length=MAX_BITS - MIN_BITS + 1, description="Widths to choose from."
+    )
+
+    @model_validator(mode="after")
+    def _is_in_reach(self) -> Self:
+        if self.average < self.choices[0]:
+            raise ValueError(f"average must be at least {self.choices[0]}, the least of choices")
+        return self
+
+
+def _json_type(value: object) -> str:
+    return "object" if isinstance(value, Mapping | BitBudget) else "integer"
+
+
+Width = Annotated[
+    Annotated[Bits, Tag("integer")] | Annotated[BitBudget, Tag("object")],
+    Discriminator(_json_type),
+    Field(description='Width of a code in bits, or a budget: {"average": 2.75, "choices": [2, 3, 4]}.'),
+]
+
+
+FloatName = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class AbsmaxScheme:
+    """A second level of codes for the largest magnitudes of a codebook's groups: b1 = `bits`, b2 = `dtype`, B1."""
+
+    bits: int
+    dtype: FloatName
+    superblock: int
+
+    @property
+    def dtype_bits(self) -> int:
+        return 32 if self.dtype == "float32" else 16
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store a linear, of those that a budget chooses from.
+
+    absmax   None: one floating-point number a group
+    """
+
+    scheme: Scheme
+    absmax: AbsmaxScheme | None = None
+
+    def stored_bits(self, shape: tuple[int, int], scale_bits: int = SCALE_BITS) -> int:
+        """Bits of a linear (out, in): codes, and scales with zero points or the maxima with both their levels.
+
+        What a linear has but once (a codebook, the least of its maxima) is left out, as in LQ-LoRA's count.
+        """
+        weights = shape[0] * shape[1]
+        groups = weights // _columns(self.scheme, shape[1])
+        if self.absmax is not None:
+            superblocks = -(-groups // self.absmax.superblock)
+            return self.scheme.bits * weights + self.absmax.bits * groups + self.absmax.dtype_bits * superblocks
+        return self.scheme.bits * weights + (scale_bits + (0 if self.scheme.symmetric else self.scheme.bits)) * groups
 
 
 class SchemeOverride(Spec):
@@ -95,28 +192,46 @@ class ModuleRules(Spec):
 class WeightSpec(Spec):
     """Parameters that every weight quantizer has."""
 
-    bits: Bits = 4
+    bits: Width = 4
     group_size: GroupSize = 64
     symmetric: Symmetric = True
     modules: ModuleRules = ModuleRules()
 
     def scheme(self, name: str) -> Scheme | None:
-        """The scheme of the linear with this full module name; None if it is ignored."""
+        """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
         if any(fnmatchcase(name, pattern) for pattern in self.modules.ignore):
             return None
-        values = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        for pattern, override in self.modules.overrides.items():
-            if fnmatchcase(name, pattern):
-                values |= override.model_dump(exclude_none=True)
-        return Scheme.model_validate(values)
+        return self._schemes(o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))[-1]
 
-    def schemes(self) -> dict[str, Scheme]:
-        """The default scheme under the key "" and each override's, alone, under its pattern."""
-        default = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        return {"": Scheme.model_validate(default)} | {
-            pattern: Scheme.model_validate(default | override.model_dump(exclude_none=True))
-            for pattern, override in self.modules.overrides.items()
-        }
+    def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
+        """What the budget chooses from for the linear of that name: one where its width is given; none if ignored."""
+        if self.scheme(name) is None:
+            return ()
+        overrides = (o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))
+        return tuple(Candidate(scheme) for scheme in self._schemes(overrides))
+
+    def schemes(self) -> tuple[tuple[str, Scheme], ...]:
+        """The default's schemes with the pattern "", and each override's, alone, with its own: of a budget, several."""
+        given = {"": (), **{pattern: (override,) for pattern, override in self.modules.overrides.items()}}
+        return tuple((pattern, scheme) for pattern, overrides in given.items() for scheme in self._schemes(overrides))
+
+    def _schemes(self, overrides: Iterable[SchemeOverride]) -> list[Scheme]:
+        """All that these overrides leave, by rising width."""
+        values: dict[str, object] = {"group_size": self.group_size, "symmetric": self.symmetric}
+        for override in overrides:
+            values |= override.model_dump(exclude_none=True)
+        if "bits" in values:
+            return [Scheme.model_validate(values)]
+        widths = self.bits.choices if isinstance(self.bits, BitBudget) else (self.bits,)
+        return [Scheme.model_validate({"bits": width} | values) for width in widths]
+
+    def budget(self) -> BitBudget | None:
+        """The budget, where widths are chosen by it."""
+        return self.bits if isinstance(self.bits, BitBudget) else None
+
+    def least_bits(self, name: str, in_features: int) -> float:
+        """Bits a weight, scales included, of the cheapest way to store a linear that is not ignored."""
+        return min(c.scheme.bits_per_weight(in_features) for c in self.candidates(name, in_features))
 
     def forms(self) -> frozenset[Form]:
         """What these parameters make of the linears of the blocks."""
@@ -125,6 +240,10 @@ class WeightSpec(Spec):
     def adapter_rank(self) -> int:
         """Rank of the factors beside each linear; 0: there are none."""
         return 0
+
+    def needs_fisher(self) -> bool:
+        """Whether the engine measures the loss's squared gradients by the weights before the first block."""
+        return False
 
     def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
         """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
@@ -191,7 +310,102 @@ class SignRoundSpec(WeightSpec):
         return self.scale_steps
 
 
-QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]
+PRESET_ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=256)
+"""Double quantization where no budget chooses: that of LQ-LoRA's "nf4" and "nf3"."""
+
+
+class LQLoRASpec(WeightSpec):
+    """LQ-LoRA: NormalFloat with double quantization and low-rank factors, found together, under a budget of bits."""
+
+    method: Literal["lq-lora"] = "lq-lora"
+    bits: Width = BitBudget(average=2.75)
+    group_size: GroupSize = Field(default=64, description="Where bits is one width; a budget chooses of group_sizes.")
+    symmetric: Literal[True] = True
+    rank: int = Field(default=64, strict=True, ge=1, le=1024, description="Of the low-rank factors beside each linear.")
+    alpha: float = Field(
+        default=16.0,
+        strict=True,
+        gt=0,
+        le=65536,
+        allow_inf_nan=False,
+        description="lora_alpha of the adapter. The calibrated product does not depend on it.",
+    )
+    iterations: int = Field(
+        default=100, strict=True, ge=1, le=1000, description="At most; a linear stops once its error no longer falls."
+    )
+    fisher: bool = Field(
+        default=True,
+        strict=True,
+        description="Weight errors by the empirical Fisher information on the calibration text, by rows and columns.",
+    )
+    group_sizes: tuple[Annotated[int, Field(strict=True, ge=8, le=65536)], ...] = Field(
+        default=(16, 32, 64),
+        min_length=1,
+        max_length=8,
+        description="B0 of a budget's grid, where it divides the inputs.",
+    )
+    absmax_bits: tuple[Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS)], ...] = Field(
+        default=(2, 3, 4, 8), min_length=1, max_length=7, description="b1 of the grid: width of the groups' maxima."
+    )
+    absmax_dtypes: tuple[FloatName, ...] = Field(
+        default=("bfloat16", "float16", "float32"),
+        min_length=1,
+        max_length=3,
+        description="b2 of the grid: dtype of the maxima's scales.",
+    )
+    superblocks: tuple[Annotated[int, Field(strict=True, ge=1, le=65536)], ...] = Field(
+        default=(16, 64, 256), min_length=1, max_length=8, description="B1 of the grid: groups that share such a scale."
+    )
+
+    def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:
+        """The grid (b0, b1, b2, B0, B1), less what overrides fix and group sizes that do not divide."""
+        schemes = [candidate.scheme for candidate in super().candidates(name, in_features)]
+        if self.budget() is None:
+            return tuple(Candidate(scheme, PRESET_ABSMAX) for scheme in schemes)
+        given = [o.group_size for p, o in self.modules.overrides.items() if fnmatchcase(name, p) and o.group_size]
+        sizes = given[-1:] or [size for size in self.group_sizes if in_features % size == 0] or self.group_sizes[:1]
+        grid = product(sizes, self.absmax_bits, self.absmax_dtypes, self.superblocks)
+        return tuple(
+            Candidate(scheme.model_copy(update={"group_size": size}), AbsmaxScheme(bits, dtype, superblock))
+            for size, bits, dtype, superblock in grid
+            for scheme in schemes
+        )
+
+    def scheme(self, name: str) -> Scheme | None:
+        """As in every method; under a budget with the smallest group size, which divides if any does."""
+        found = super().scheme(name)
+        fixed = any(o.group_size for p, o in self.modules.overrides.items() if fnmatchcase(name, p))
+        if found is None or fixed or self.budget() is None:
+            return found
+        return found.model_copy(update={"group_size": min(self.group_sizes)})
+
+    def least_bits(self, name: str, in_features: int) -> float:
+        """Of the grid's cheapest configuration."""
+        return min(
+            c.scheme.bits
+            + (c.absmax.bits + c.absmax.dtype_bits / c.absmax.superblock) / _columns(c.scheme, in_features)
+            for c in self.candidates(name, in_features)
+            if c.absmax is not None
+        )
+
+    def forms(self) -> frozenset[Form]:
+        """NormalFloat codes and factors, whatever the parameters."""
+        return frozenset({Form.CODEBOOK, Form.LOW_RANK})
+
+    def adapter_rank(self) -> int:
+        """The spec's `rank`."""
+        return self.rank
+
+    def needs_fisher(self) -> bool:
+        """The spec's `fisher`."""
+        return self.fisher
+
+
+def _columns(scheme: Scheme, in_features: int) -> int:
+    return in_features if scheme.group_size == PER_CHANNEL else scheme.group_size
+
+
+QuantizationSpec = Annotated[RTNSpec | SignRoundSpec | LQLoRASpec, Field(discriminator="method")]
 
 
 @dataclass(frozen=True)
@@ -247,6 +461,15 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             needs_calibration=True,
             presets=SIGNROUND_PRESETS,
         ),
+        "lq-lora": MethodInfo(
+            spec=LQLoRASpec,
+            title="LQ-LoRA",
+            summary="NormalFloat codes plus low-rank factors by alternating decomposition, each linear with its share "
+            "of a budget of bits, weighted by Fisher information.",
+            paper="2311.12023",
+            produces=frozenset({Form.CODEBOOK, Form.LOW_RANK}),
+            needs_calibration=True,
+        ),
     }
 )
 
@@ -255,6 +478,7 @@ RECIPES: MappingProxyType[str, dict[str, object]] = MappingProxyType(
         "auto-round": {"method": "signround"},
         "auto-round-light": {"method": "signround", "preset": "light"},
         "auto-round-best": {"method": "signround", "preset": "best"},
+        "lq-lora-unweighted": {"method": "lq-lora", "fisher": False},
     }
 )
 """Shorthand `method` names that are not methods, with the shorthand fields that they stand for."""

@@ -20,6 +20,7 @@ from workers.contracts import BlockTask
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
 from workers.engine.plan import Plan, block_seed
+from workers.engine.preparation import Prepared
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState
@@ -35,6 +36,7 @@ class BlockPass:
     calibration   what the method observes; None where it looks at weights alone
     evaluation    what judges the result; rides along in the same pass
     schemes       of every quantized linear, by full name
+    prepared      what was found out about the whole model before
     """
 
     model: StreamedModel
@@ -44,6 +46,7 @@ class BlockPass:
     seed: int
     calibration: Stream | None
     evaluation: Stream | None
+    prepared: Prepared
     tuner: Tuner
     state: ResumeState
     clock: StageClock
@@ -128,6 +131,7 @@ class BlockPass:
         stream = self.calibration
         empty = torch.empty(0, 0, 0, dtype=self.model.dtype)
         is_block = index < len(self.model.blocks)
+        absmax, fisher = self.prepared.of_block(self.model.layout.block(index))
         return BlockTask(
             index=index,
             block=block,
@@ -143,6 +147,8 @@ class BlockPass:
             micro_batch=self.plan.micro_batch,
             tick=tick,
             tune=self.tuner.tune,
+            absmax=absmax,
+            fisher=fisher,
         )
 
     def _advance_original(self, index: int, block: nn.Module, only: Stream | None) -> None:

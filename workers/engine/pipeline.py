@@ -1,6 +1,6 @@
 """A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
 from workers.engine.plan import Plan, make_plan, open_device, plan_report, plan_schemes, reproducible
-from workers.engine.registry import METHODS
+from workers.engine.preparation import Preparation, Prepared, digest, is_needed, needs_text
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
@@ -48,13 +48,14 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         texts = read_texts(order, model, reporter)
-        job = _Job(order, workspace, reporter, clock, model, schemes, texts, make_plan(order, model, texts.sizes()))
-        return _run_blocks(job)
+        plan = make_plan(order, model, texts.sizes())
+        job = _Job(order, workspace, reporter, clock, model, schemes, texts, plan, Prepared())
+        return _run_blocks(_prepare(job))
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The windows of a job; `calibration` is None for methods that look at weights alone."""
+    """The windows of a job; `calibration` is None where weights alone are looked at."""
 
     calibration: Windows | None
     evaluation: Windows | None
@@ -84,6 +85,7 @@ class _Job:
     schemes: dict[str, Scheme]
     texts: Texts
     plan: Plan
+    prepared: Prepared
 
 
 def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> Texts:
@@ -96,7 +98,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter) ->
     tokenizer = load_tokenizer(Path(order.model_path))
     paths = [None if p is None else Path(p) for p in (order.calibration_path, order.evaluation_path)]
     calibration = evaluation = None
-    if METHODS[request.quantization.method].needs_inputs:
+    if needs_text(request.quantization):
         _check_length(model, "calibration", request.calibration.sequence_length)
         calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
     if request.evaluation is not None:
@@ -134,6 +136,30 @@ def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
         )
 
 
+def _prepare(job: _Job) -> _Job:
+    """The job with what its spec asks to know of the whole model before the first block."""
+    request, windows = job.order.request, job.texts.calibration
+    if windows is None or not is_needed(request.quantization):
+        return job
+
+    def tick(share: float) -> None:
+        total = len(job.model.blocks)
+        job.reporter.progress(Stage.CALIBRATE, share * total, total, "blocks")
+
+    preparation = Preparation(
+        model=job.model,
+        spec=request.quantization,
+        plan=job.plan,
+        seed=request.seed,
+        ids=windows.ids,
+        folder=job.workspace / "state",
+        fingerprint=_fingerprint(job),
+        tick=tick,
+    )
+    prepared = preparation.run()
+    return replace(job, prepared=prepared, schemes=job.schemes | dict(prepared.schemes))
+
+
 def _run_blocks(job: _Job) -> ResultLine:
     texts, model = job.texts, job.model
     with model.loaded(model.layout.embeddings):
@@ -153,6 +179,7 @@ def _run_blocks(job: _Job) -> ResultLine:
         seed=job.order.request.seed,
         calibration=calibration,
         evaluation=evaluation,
+        prepared=job.prepared,
         tuner=Tuner(job.reporter.log),
         state=state,
         clock=job.clock,
@@ -180,6 +207,7 @@ def _fingerprint(job: _Job) -> str:
             "calibration": None if windows is None else windows.sha256,
             "code": code_version(),
             "plan": asdict(job.plan),
+            "prepared": digest(job.prepared),
         }
     )
 
@@ -258,6 +286,7 @@ def _report(job: _Job, state: ResumeState, found: Findings, size: SizeReport) ->
         calibration=None if windows is None else windows.report(),
         quality=found.quality,
         blocks=found.blocks,
+        allocation=job.prepared.report,
         scales=found.scales,
         size=size,
         seconds=job.clock.seconds(),

@@ -4,6 +4,7 @@ from types import MappingProxyType
 from typing import Any
 
 from workers.contracts import BlockMethod
+from workers.methods.lq_lora import LQLoRA
 from workers.methods.rtn import RTN
 from workers.methods.sign_round import SignRound
 
@@ -11,5 +12,6 @@ METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
     {
         "rtn": RTN(),
         "signround": SignRound(),
+        "lq-lora": LQLoRA(),
     }
 )
