@@ -320,7 +320,7 @@ class LQLoRASpec(WeightSpec):
     method: Literal["lq-lora"] = "lq-lora"
     bits: Width = BitBudget(average=2.75)
     group_size: GroupSize = Field(default=64, description="Where bits is one width; a budget chooses of group_sizes.")
-    symmetric: Literal[True] = True
+    symmetric: Literal[True] = Field(default=True, description="NormalFloat has no zero point.")
     rank: int = Field(default=64, strict=True, ge=1, le=1024, description="Of the low-rank factors beside each linear.")
     alpha: float = Field(
         default=16.0,

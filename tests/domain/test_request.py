@@ -347,7 +347,7 @@ TEXT_PARTS = st.fixed_dictionaries(
     {}, optional={"dataset": DATASETS, "num_samples": st.integers(1, 64), "sequence_length": st.integers(16, 512)}
 )
 RATIOS = st.floats(0.125, 8) | st.none()
-FOR_ALL_METHODS = [f.value for f, info in FORMATS.items() if Form.AFFINE in info.kinds and info.low_rank != "is"]
+FOR_ALL_METHODS = [f for f, info in FORMATS.items() if Form.AFFINE in info.kinds and info.low_rank != "is"]
 
 
 @st.composite
@@ -357,14 +357,20 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     tuned = {"steps": st.integers(0, 500), "batch_size": st.integers(1, 64), "learning_rate": st.floats(0.001, 1)}
     spec = METHODS[str(RECIPES.get(method, {}).get("method", method))].spec
     known = {name: values for name, values in tuned.items() if name in spec.model_fields}
-    fields = draw(st.fixed_dictionaries({}, optional=SCHEMES | known))
+    scheme = {n: v for n, v in SCHEMES.items() if n != "symmetric" or spec.model_fields[n].annotation is bool}
+    fields = draw(st.fixed_dictionaries({}, optional=scheme | known))
+    formats = [
+        f
+        for f in FOR_ALL_METHODS
+        if METHODS[spec.model_fields["method"].default].produces - {Form.LOW_RANK} <= FORMATS[f].kinds
+    ]
     body: dict[str, Any] = draw(
         st.fixed_dictionaries(
             {"model": st.sampled_from(["org/name", "/models/x", "upl_0abc", {"source": "hub", "id": "gpt2"}])},
             optional={
                 "calibration": TEXT_PARTS,
                 "evaluation": TEXT_PARTS | st.none(),
-                "formats": st.lists(st.sampled_from(FOR_ALL_METHODS), max_size=3),
+                "formats": st.lists(st.sampled_from(formats), max_size=3),
                 "seed": st.integers(0, 2**63 - 1),
                 "require": st.fixed_dictionaries({}, optional={"max_perplexity_ratio": RATIOS}) | st.none(),
                 "device": st.sampled_from(["any", "cpu", "cuda"]),

@@ -10,15 +10,16 @@ r_ij = e_ij + lam*c_ij - min_k (e_ik + lam*c_ik) >= 0, any solution x of cost C 
     sum_i e_i,x_i  =  L(lam) + sum_i r_i,x_i + lam*(B - C)
 
 so that the last two terms are its gap, choices with r above the best gap known are out for good, and what is left is
-solved by a dynamic programme over (cost, error) states that starts with the items of the smallest r. It is exact unless
-more than `STATES` states that do not dominate each other are alive at a time; then those with the least r stay, and the
-gap says what that can have cost. This is the minimal-core scheme of Pisinger (A minimal algorithm for the
-multiple-choice knapsack problem, 1995), stated with multipliers.
+solved by a dynamic programme over (cost, error) states that starts with the items of the smallest r. It is exact, and
+known to be, unless more than `STATES` states that do not dominate each other are alive at a time; then those with the
+least r stay, and no solution is better than L(lam) plus the least r that was dropped. This is the minimal-core scheme
+of Pisinger (A minimal algorithm for the multiple-choice knapsack problem, 1995), stated with multipliers.
 
 Deterministic. Cost about items * STATES * choices left; costs are whole numbers, so that no budget is exceeded by
 rounding.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -91,9 +92,10 @@ def allocate(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], 
     if least > budget:
         raise ValueError(f"the cheapest choices cost {least}, more than the budget of {budget}")
     relaxed = _relax(c, e, budget)
-    choices = _fill(c, e, _search(c, relaxed, budget), budget)
+    found, proven = _search(c, relaxed, budget)
+    choices = _fill(c, e, found, budget)
     cost, error = _sums(c, e, choices)
-    return Allocation(tuple(choices), cost, error, min(error, relaxed.bound))
+    return Allocation(tuple(choices), cost, error, min(error, relaxed.bound + proven))
 
 
 def _sums(c: list[Whole], e: list[Real], choices: Sequence[int]) -> tuple[int, float]:
@@ -139,19 +141,20 @@ def _relax(c: list[Whole], e: list[Real], budget: int) -> _Relaxed:
         base[i], spent = hulls[i][k + 1], spent + cost
     weighted = [error + multiplier * cost for cost, error in zip(c, e, strict=True)]
     reduced = []
-    for cost, error, both in zip(c, e, weighted, strict=True):
-        r = np.full(len(cost), np.inf)
-        index = _undominated(cost, error)
+    for item_cost, error, both in zip(c, e, weighted, strict=True):
+        r = np.full(len(item_cost), np.inf)
+        index = _undominated(item_cost, error)
         r[index] = both[index] - both.min()
         reduced.append(r)
     return _Relaxed(multiplier, float(sum(w.min() for w in weighted)) - multiplier * budget, base, reduced)
 
 
-def _search(c: list[Whole], relaxed: _Relaxed, budget: int) -> list[int]:
-    """The best solution of the dynamic programme."""
+def _search(c: list[Whole], relaxed: _Relaxed, budget: int) -> tuple[list[int], float]:
+    """The best solution of the dynamic programme, and how far above L any solution is proven to be."""
     base, lam = relaxed.base, relaxed.multiplier
     slack = budget - sum(int(cost[x]) for cost, x in zip(c, base, strict=True))
     gap, best, closed = lam * slack, (0, 0), CLOSED * max(abs(relaxed.bound), lam * slack)
+    dropped = math.inf
     order = sorted(range(len(c)), key=lambda i: (np.delete(relaxed.reduced[i], base[i]).min(initial=np.inf), i))
     stages = [_States(np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int64), np.zeros(1, np.int64))]
     falls = np.array([int(c[i].min()) - int(c[i][base[i]]) for i in order] + [0])
@@ -160,13 +163,16 @@ def _search(c: list[Whole], relaxed: _Relaxed, budget: int) -> list[int]:
         if gap <= closed or relaxed.reduced[i][np.arange(len(c[i])) != base[i]].min(initial=np.inf) >= gap:
             break  # no later item has a smaller one
         states = _extended(stages[-1], c[i] - c[i][base[i]], relaxed.reduced[i], base[i], gap)
-        states = _pruned(states, lam, int(room[stage]))
+        states = _undominated_states(states, lam, int(room[stage]))
+        if len(states.cost) > STATES:
+            states, least = _least_reduced(states)
+            dropped = min(dropped, least)
         stages.append(states)
         fits = np.flatnonzero(states.cost <= slack)
         gaps = states.reduced[fits] + lam * (slack - states.cost[fits])
         if len(fits) and gaps.min() < gap:
             gap, best = float(gaps.min()), (stage, int(fits[gaps.argmin()]))
-    return _traced(stages, order, base, best)
+    return _traced(stages, order, base, best), min(gap, dropped)
 
 
 def _extended(states: _States, cost: Whole, reduced: Real, base: int, gap: float) -> _States:
@@ -182,16 +188,19 @@ def _extended(states: _States, cost: Whole, reduced: Real, base: int, gap: float
     return extended.take(np.flatnonzero(extended.reduced < gap))
 
 
-def _pruned(states: _States, lam: float, room: int) -> _States:
+def _undominated_states(states: _States, lam: float, room: int) -> _States:
     """Without states that cannot come back into the budget or that another one beats in cost and in error."""
     states = states.take(np.flatnonzero(states.cost <= room))
     error = states.reduced - lam * states.cost
     order = np.lexsort((error, states.cost))
     least = np.minimum.accumulate(np.concatenate([[np.inf], error[order][:-1]]))
-    states = states.take(order[error[order] < least])
-    if len(states.cost) > STATES:
-        states = states.take(np.sort(np.argsort(states.reduced, kind="stable")[:STATES]))
-    return states
+    return states.take(order[error[order] < least])
+
+
+def _least_reduced(states: _States) -> tuple[_States, float]:
+    """The `STATES` states with the least r, and the least r of the others."""
+    order = np.argsort(states.reduced, kind="stable")
+    return states.take(np.sort(order[:STATES])), float(states.reduced[order[STATES]])
 
 
 def _traced(stages: list[_States], order: list[int], base: list[int], best: tuple[int, int]) -> list[int]:
