@@ -52,7 +52,8 @@ def test_an_interrupted_job_spends_the_budget_once_and_the_same_way(
 ) -> None:
     spec = GRID | {"bits": {"average": 3.0, "choices": [2, 3, 4]}, "absmax_bits": [3], "iterations": 2}
     whole = run_job(small_model, tmp_path / "whole", **spec)
-    quantize, seen = LQLoRA.quantize_block, []
+    quantize = LQLoRA.quantize_block
+    seen: list[int] = []
 
     def until_the_last(self: LQLoRA, task: Any, spec: Any) -> Any:
         if task.index == 2 and not seen:

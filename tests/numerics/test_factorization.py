@@ -42,12 +42,14 @@ def alternating(a: Tensor, weights: Tensor, rank: int) -> Tensor:
     for _ in range(60):
         left = torch.stack([solve(right.T, row, w) for row, w in zip(a, weights, strict=True)])
         right = torch.stack([solve(left, column, w) for column, w in zip(a.T, weights.T, strict=True)]).T
-    return (weights.sqrt() * (a - left @ right)).norm()
+    error: Tensor = (weights.sqrt() * (a - left @ right)).norm()
+    return error
 
 
 def solve(basis: Tensor, values: Tensor, weights: Tensor) -> Tensor:
     root = weights.sqrt()
-    return torch.linalg.lstsq(basis * root[:, None], values * root).solution
+    found: Tensor = torch.linalg.lstsq(basis * root[:, None], values * root).solution
+    return found
 
 
 def test_rows_without_weight_and_ranks_beyond_the_matrix_stay_finite() -> None:

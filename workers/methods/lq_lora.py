@@ -93,7 +93,8 @@ class RankOne:
 
     def error(self, difference: Tensor) -> Tensor:
         """|| sqrt(F) * difference ||_F, fp64 ()."""
-        return (self.rows[:, None] * difference * self.columns).double().norm()
+        squares: Tensor = (self.rows[:, None] * difference * self.columns).square().sum(dtype=torch.float64)
+        return squares.sqrt()
 
 
 @dataclass(frozen=True)
