@@ -7,14 +7,14 @@ value and gives back no more than the gradient with respect to it.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Literal, Protocol, Self, TypeVar
+from typing import Any, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.methods import Scheme, WeightSpec
+from app.domain.methods import AbsmaxScheme, Candidate, Scheme, WeightSpec
 from workers.numerics.quantized import BlockResult, LinearResult, Number
 
 
@@ -118,6 +118,33 @@ def _no_other_method(task: "BlockTask", spec: WeightSpec) -> BlockResult:
 
 
 @dataclass(frozen=True)
+class Fisher:
+    """Squared gradients of the calibration text's loss by a linear's weight, summed over sequences, F (out, in).
+
+    rows      sum_j F_ij, fp32 (out,)
+    columns   sum_i F_ij, fp32 (in,)
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """One linear whose width a budget decides: what each way to store it would cost in error.
+
+    weight       (out, in) on the device, the model's dtype
+    fisher       where the spec asks for it
+    """
+
+    weight: Tensor
+    candidates: tuple[Candidate, ...]
+    fisher: Fisher | None
+    scale_dtype: torch.dtype
+    seed: int
+
+
+@dataclass(frozen=True)
 class BlockTask:
     """One decoder block to quantize. Where several ranks share the work, samples are those of this rank.
 
@@ -132,6 +159,8 @@ class BlockTask:
     scale_dtype dtype in which the formats of this job store scales
     seed        of this block
     micro_batch sequences that fit through the block at once with gradients
+    absmax      linear name -> second level of codes for a codebook's maxima, where the budget chose one
+    fisher      linear name -> its Fisher information, where the spec asks for it
     tick        told the share of the block that is done, 0 to 1; may be called often
     folds       where scales can move inside the block, in the order of the forward pass
     log         told an event's name and fields when a method falls back to something worse
@@ -157,6 +186,8 @@ class BlockTask:
     log: Callable[..., None] = lambda *_, **__: None
     sum_: Callable[..., None] = lambda *_: None
     quantize: "Quantize" = _no_other_method
+    absmax: Mapping[str, AbsmaxScheme] = field(default_factory=dict)
+    fisher: Mapping[str, Fisher] = field(default_factory=dict)
 
     def linear(self, name: str) -> nn.Linear:
         """The block's linear of that name."""
@@ -243,3 +274,12 @@ class BlockMethod(Protocol[S_contra]):
     needs_inputs: bool
 
     def quantize_block(self, task: BlockTask, spec: S_contra) -> BlockResult: ...
+
+
+@runtime_checkable
+class ScoringMethod(Protocol[S_contra]):
+    """A method that says itself what a budget weighs; else the engine weighs the rounding error of the outputs."""
+
+    def candidate_errors(self, task: ScoreTask, spec: S_contra) -> list[float]:
+        """An error for each candidate, in one unit for all linears of a model."""
+        ...

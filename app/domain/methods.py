@@ -11,16 +11,19 @@ from typing import Annotated
 
 from pydantic import Field
 
-from app.domain.low_rank_specs import ApiQSpec, LoftQSpec
+from app.domain.budgets import BitBudget, Candidate
+from app.domain.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
 from app.domain.schemes import (
     MAX_BITS,
     MIN_BITS,
     PER_CHANNEL,
+    PRESET_ABSMAX,
+    SCALE_BITS,
+    AbsmaxScheme,
     Form,
     ModuleRules,
     Scheme,
     SchemeOverride,
-    WeightSpec,
 )
 from app.domain.weight_specs import (
     SCALE_BATCH_SIZE,
@@ -29,6 +32,7 @@ from app.domain.weight_specs import (
     OmniQuantSpec,
     RTNSpec,
     SignRoundSpec,
+    WeightSpec,
 )
 
 __all__ = [
@@ -36,12 +40,18 @@ __all__ = [
     "METHODS",
     "MIN_BITS",
     "PER_CHANNEL",
+    "PRESET_ABSMAX",
     "RECIPES",
     "SCALE_BATCH_SIZE",
+    "SCALE_BITS",
     "AWQSpec",
+    "AbsmaxScheme",
     "ApiQSpec",
+    "BitBudget",
+    "Candidate",
     "Form",
     "GPTQSpec",
+    "LQLoRASpec",
     "LoftQSpec",
     "MethodInfo",
     "ModuleRules",
@@ -56,7 +66,7 @@ __all__ = [
 ]
 
 QuantizationSpec = Annotated[
-    RTNSpec | GPTQSpec | AWQSpec | OmniQuantSpec | SignRoundSpec | LoftQSpec | ApiQSpec,
+    RTNSpec | GPTQSpec | AWQSpec | OmniQuantSpec | SignRoundSpec | LoftQSpec | ApiQSpec | LQLoRASpec,
     Field(discriminator="method"),
 ]
 
@@ -174,6 +184,15 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             needs_calibration=True,
             presets=APIQ_PRESETS,
         ),
+        "lq-lora": MethodInfo(
+            spec=LQLoRASpec,
+            title="LQ-LoRA",
+            summary="NormalFloat codes plus low-rank factors by alternating decomposition, each linear with its share "
+            "of a budget of bits, weighted by Fisher information.",
+            paper="2311.12023",
+            produces=frozenset({Form.CODEBOOK, Form.LOW_RANK}),
+            needs_calibration=True,
+        ),
     }
 )
 
@@ -182,6 +201,7 @@ RECIPES: MappingProxyType[str, dict[str, object]] = MappingProxyType(
         "auto-round": {"method": "signround"},
         "auto-round-light": {"method": "signround", "preset": "light"},
         "auto-round-best": {"method": "signround", "preset": "best"},
+        "lq-lora-unweighted": {"method": "lq-lora", "fisher": False},
         "apiq-bw": {"method": "apiq", "granularity": "block"},
         "apiq-lw": {"method": "apiq", "granularity": "layer"},
     }

@@ -1,8 +1,8 @@
-"""How a linear's weight may be stored, and the parameters that every weight quantizer has."""
+"""How a linear's weight may be stored, and the rules that tell linears apart."""
 
+from dataclasses import dataclass
 from enum import StrEnum
-from fnmatch import fnmatchcase
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -52,6 +52,10 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+SCALE_BITS = 16
+"""Of a stored scale, where its dtype is not known yet."""
+
+
 class Scheme(Spec):
     """How one linear's weight is stored."""
 
@@ -62,6 +66,30 @@ class Scheme(Spec):
     def width(self, in_features: int) -> int:
         """Columns of a group of a linear with so many inputs."""
         return in_features if self.group_size == PER_CHANNEL else self.group_size
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = SCALE_BITS) -> float:
+        """Bits of a weight with its share of scale and zero point."""
+        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.width(in_features)
+
+
+FloatName = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class AbsmaxScheme:
+    """A second level of codes for the largest magnitudes of a codebook's groups: b1 = `bits`, b2 = `dtype`, B1."""
+
+    bits: int
+    dtype: FloatName
+    superblock: int
+
+    @property
+    def dtype_bits(self) -> int:
+        return 32 if self.dtype == "float32" else 16
+
+
+PRESET_ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=256)
+"""QLoRA's: 0.127 bits a weight at groups of 64. LQ-LoRA's "nf4" and "nf3" have it too."""
 
 
 class SchemeOverride(Spec):
@@ -87,55 +115,3 @@ class ModuleRules(Spec):
         description="Pattern to changed bits, group_size or symmetric; of several matches, later ones win.",
         examples=[{"model.layers.*.mlp.down_proj": {"bits": 8}}],
     )
-
-
-class WeightSpec(Spec):
-    """Parameters that every weight quantizer has."""
-
-    bits: Bits = 4
-    group_size: GroupSize = 64
-    symmetric: Symmetric = True
-    modules: ModuleRules = ModuleRules()
-
-    def scheme(self, name: str) -> Scheme | None:
-        """The scheme of the linear with this full module name; None if it is ignored."""
-        if any(fnmatchcase(name, pattern) for pattern in self.modules.ignore):
-            return None
-        values = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        for pattern, override in self.modules.overrides.items():
-            if fnmatchcase(name, pattern):
-                values |= override.model_dump(exclude_none=True)
-        return Scheme.model_validate(values)
-
-    def schemes(self) -> dict[str, Scheme]:
-        """The default scheme under the key "" and each override's, alone, under its pattern."""
-        default = {"bits": self.bits, "group_size": self.group_size, "symmetric": self.symmetric}
-        return {"": Scheme.model_validate(default)} | {
-            pattern: Scheme.model_validate(default | override.model_dump(exclude_none=True))
-            for pattern, override in self.modules.overrides.items()
-        }
-
-    def forms(self) -> frozenset[Form]:
-        """What these parameters make of the linears of the blocks."""
-        return frozenset({Form.AFFINE})
-
-    def adapter_rank(self) -> int:
-        """Rank of the factors beside each linear; 0: there are none."""
-        return 0
-
-    def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
-        """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
-        return 0
-
-    def end_to_end_steps(self) -> int:
-        """Steps that tune the scales of the whole model after the last block; 0 leaves that stage out."""
-        return 0
-
-    def needs_original_inputs(self) -> bool:
-        """Whether the method looks at what the original blocks before a block put out, which then is kept: half as
-        much memory for activations again."""
-        return True
-
-    def shared_batch(self) -> int:
-        """Sequences of a step that several GPUs may divide among themselves; 0 if they would gain nothing."""
-        return 0

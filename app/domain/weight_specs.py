@@ -1,10 +1,13 @@
-"""Frozen specs of the methods that make quantized weights alone."""
+"""Frozen specs: the parameters that every weight quantizer has, and the methods that make quantized weights alone."""
 
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
 from typing import Literal
 
 from pydantic import Field
 
-from app.domain.schemes import WeightSpec
+from app.domain.budgets import BitBudget, Candidate, Width
+from app.domain.schemes import Form, GroupSize, ModuleRules, Scheme, SchemeOverride, Spec, Symmetric
 
 ANY_SHARE = 840
 """A batch that any number of devices up to 8 divides: of methods that sum over all sequences at once."""
@@ -12,10 +15,88 @@ SCALE_BATCH_SIZE = 4
 """Sequences of a step that tunes scales end to end."""
 
 
+class WeightSpec(Spec):
+    """Parameters that every weight quantizer has."""
+
+    bits: Width = 4
+    group_size: GroupSize = 64
+    symmetric: Symmetric = True
+    modules: ModuleRules = ModuleRules()
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
+        if any(fnmatchcase(name, pattern) for pattern in self.modules.ignore):
+            return None
+        return self._schemes(o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))[-1]
+
+    def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
+        """What the budget chooses from for the linear of that name: one where its width is given; none if ignored."""
+        if self.scheme(name) is None:
+            return ()
+        overrides = (o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))
+        return tuple(Candidate(scheme) for scheme in self._schemes(overrides))
+
+    def schemes(self) -> tuple[tuple[str, Scheme], ...]:
+        """The default's schemes with the pattern "", and each override's, alone, with its own: of a budget, several."""
+        given = {"": (), **{pattern: (override,) for pattern, override in self.modules.overrides.items()}}
+        return tuple((pattern, scheme) for pattern, overrides in given.items() for scheme in self._schemes(overrides))
+
+    def _schemes(self, overrides: Iterable[SchemeOverride]) -> list[Scheme]:
+        """All that these overrides leave, by rising width."""
+        values: dict[str, object] = {"group_size": self.group_size, "symmetric": self.symmetric}
+        for override in overrides:
+            values |= override.model_dump(exclude_none=True)
+        if "bits" in values:
+            return [Scheme.model_validate(values)]
+        widths = self.bits.choices if isinstance(self.bits, BitBudget) else (self.bits,)
+        return [Scheme.model_validate({"bits": width} | values) for width in widths]
+
+    def budget(self) -> BitBudget | None:
+        """The budget, where widths are chosen by it."""
+        return self.bits if isinstance(self.bits, BitBudget) else None
+
+    def least_bits(self, name: str, in_features: int) -> float:
+        """Bits a weight, scales included, of the cheapest way to store a linear that is not ignored."""
+        return min(c.scheme.bits_per_weight(in_features) for c in self.candidates(name, in_features))
+
+    def forms(self) -> frozenset[Form]:
+        """What these parameters make of the linears of the blocks."""
+        return frozenset({Form.AFFINE})
+
+    def adapter_rank(self) -> int:
+        """Rank of the factors beside each linear; 0: there are none."""
+        return 0
+
+    def needs_fisher(self) -> bool:
+        """Whether the engine measures the loss's squared gradients by the weights before the first block."""
+        return False
+
+    def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
+        """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
+        return 0
+
+    def end_to_end_steps(self) -> int:
+        """Steps that tune the scales of the whole model after the last block; 0 leaves that stage out."""
+        return 0
+
+    def needs_original_inputs(self) -> bool:
+        """Whether the method looks at what the original blocks before a block put out, which then is kept: half as
+        much memory for activations again."""
+        return True
+
+    def shared_batch(self) -> int:
+        """Sequences of a step that several GPUs may divide among themselves; 0 if they would gain nothing."""
+        return 0
+
+
 class RTNSpec(WeightSpec):
     """Round to nearest. Looks at the weights alone."""
 
     method: Literal["rtn"] = "rtn"
+
+    def needs_original_inputs(self) -> bool:
+        """Text is for a budget alone."""
+        return False
 
 
 class GPTQSpec(WeightSpec):

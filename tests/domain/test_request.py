@@ -348,7 +348,7 @@ TEXT_PARTS = st.fixed_dictionaries(
     {}, optional={"dataset": DATASETS, "num_samples": st.integers(1, 64), "sequence_length": st.integers(16, 512)}
 )
 RATIOS = st.floats(0.125, 8) | st.none()
-FOR_ALL_METHODS = [f.value for f, info in FORMATS.items() if info.low_rank != "is" and info.group_multiple == 1]
+FOR_ALL_METHODS = [f for f, info in FORMATS.items() if info.low_rank != "is" and info.group_multiple == 1]
 
 
 @st.composite
@@ -360,8 +360,11 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     known: dict[str, Any] = {name: values for name, values in tuned.items() if name in spec.model_fields}
     corrected = Form.LOW_RANK in spec().forms()
     any_scheme: dict[str, Any] = {"base": st.just("affine")} if method == "loftq" else {}
-    fields = draw(st.fixed_dictionaries(any_scheme, optional=SCHEMES | known))
-    formats = st.lists(st.sampled_from(FOR_ALL_METHODS), max_size=3)
+    scheme = {n: v for n, v in SCHEMES.items() if n != "symmetric" or spec.model_fields[n].annotation is bool}
+    fields = draw(st.fixed_dictionaries(any_scheme, optional=scheme | known))
+    kinds = {Form.AFFINE} if method == "loftq" else spec().forms() - {Form.LOW_RANK}
+    names = [name.value for name in FOR_ALL_METHODS if kinds <= FORMATS[name].kinds]
+    formats = st.lists(st.sampled_from(names), max_size=3)
     body: dict[str, Any] = draw(
         st.fixed_dictionaries(
             {"model": st.sampled_from(["org/name", "/models/x", "upl_0abc", {"source": "hub", "id": "gpt2"}])},

@@ -284,6 +284,35 @@ def test_what_two_ranks_observe_is_what_one_observes(
         assert same.float().mean() > 0.97
 
 
+BUDGETS: list[dict[str, Any]] = [
+    {"method": "gptq", "bits": {"average": 3.5, "choices": [2, 3, 4]}},
+    {"method": "lq-lora", "bits": {"average": 3.2, "choices": [2, 3, 4]}, "rank": 4, "iterations": 2},
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_two_ranks_spend_a_budget_as_one_does_and_adopt_how_it_was_spent(
+    budget: dict[str, Any], pair: RankPair, small_model: Path, tmp_path: Path
+) -> None:
+    """Nine windows, of which each rank sees a share; second moments and Fisher information are sums over all."""
+    sizes = {"calibration": {"num_samples": 9, "sequence_length": 32}}
+    grid = {"group_sizes": [32], "absmax_bits": [3, 8], "superblocks": [16]} if budget["method"] == "lq-lora" else {}
+    request = budget | grid | sizes | {"formats": ["native"], "evaluation": None}
+    runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
+    two, one = report_of(runs), run_job(small_model, tmp_path / "one", **request).report
+    assert_same_made(runs)
+    assert two.allocation is not None
+    assert one.allocation is not None
+    assert two.allocation.linears == one.allocation.linears
+    assert two.allocation.error == pytest.approx(one.allocation.error, rel=1e-2)
+    assert two.allocation.reached <= two.allocation.average
+    prepared = (tmp_path / "two/state/prepared.json").read_bytes()
+    (tmp_path / "two/state/state.json").unlink()
+    again = report_of(job_on_ranks(pair, small_model, tmp_path / "two", 2, **request))
+    assert (tmp_path / "two/state/prepared.json").read_bytes() == prepared
+    assert again.allocation == two.allocation, "the seconds too: nothing was measured again"
+
+
 def test_a_job_on_two_ranks_goes_on_from_its_blocks(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
     whole = report_of(job_on_ranks(pair, small_model, tmp_path / "a", **SCALED))
     files = {file.name: file.read_bytes() for file in (tmp_path / "a/state").iterdir()}

@@ -47,8 +47,9 @@ CASES = [
 def test_the_second_half_step_never_raises_the_error_of_its_quantized_weight(
     spec: LoftQSpec, *, symmetric: bool
 ) -> None:
-    w = weight().double()
-    found = list(iterates(w, quantizer(spec, scheme(spec.bits, symmetric=symmetric), F32, torch.float64), 4, 6, seed=0))
+    assert isinstance(spec.bits, int)
+    w, to = weight().double(), scheme(spec.bits, symmetric=symmetric)
+    found = list(iterates(w, quantizer(spec, to, F32, torch.float64), 4, 6, seed=0))
     for now in found:
         assert now.error <= now.before
         q = now.quantized.dequantize()

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from workers.numerics import low_rank
-from workers.numerics.low_rank import best_factors
+from workers.numerics.low_rank import best_factors, weighted_factors
 
 
 def matrix(rows: int, columns: int) -> Tensor:
@@ -62,3 +62,41 @@ def test_large_matrices_come_near_the_optimum_and_repeat(monkeypatch: pytest.Mon
     left, right = best_factors(e.T.contiguous(), 16, seed=3)
     assert left.shape == (160, 16)
     assert rest(e.T, (left, right)) < 1.01 * optimum
+
+
+def test_weighted_factors_are_the_optimum_where_the_weights_are_of_rank_one() -> None:
+    """Against Eckart and Young on the scaled matrix, and against a descent that knows all of F."""
+    e, generator = matrix(40, 24), torch.Generator().manual_seed(1)
+    rows, columns = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.05 for size in e.shape)
+    left, right = weighted_factors(e, 5, rows, columns)
+    error = float((rows[:, None] * (e - left @ right) * columns).norm())
+    optimum = float(torch.linalg.svdvals(rows[:, None] * e * columns)[5:].norm())
+    assert error == pytest.approx(optimum, rel=1e-6)
+    plain = best_factors(e, 5)
+    assert error < 0.98 * float((rows[:, None] * (e - plain[0] @ plain[1]) * columns).norm())
+    assert error <= alternating(e, rows.outer(columns).square(), 5) * (1 + 1e-6)
+
+
+def alternating(e: Tensor, weights: Tensor, rank: int) -> float:
+    """|| sqrt(F) (E - L R) || by alternating weighted least squares, each row and column solved for itself."""
+    right = torch.randn(rank, e.shape[1], generator=torch.Generator().manual_seed(2), dtype=e.dtype)
+    for _ in range(60):
+        left = torch.stack([solve(right.T, row, w) for row, w in zip(e, weights, strict=True)])
+        right = torch.stack([solve(left, column, w) for column, w in zip(e.T, weights.T, strict=True)]).T
+    return float((weights.sqrt() * (e - left @ right)).norm())
+
+
+def solve(basis: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    root = weights.sqrt()
+    found: Tensor = torch.linalg.lstsq(basis * root[:, None], values * root).solution
+    return found
+
+
+def test_rows_and_columns_without_weight_stay_finite() -> None:
+    e = matrix(12, 20)
+    rows, columns = torch.ones(12, dtype=torch.float64), torch.ones(20, dtype=torch.float64)
+    rows[3], columns[5] = 0, 0
+    left, right = weighted_factors(e, 12, rows, columns)
+    assert left.isfinite().all()
+    assert right.isfinite().all()
+    assert (left @ right)[:3, :5] == pytest.approx(e[:3, :5], abs=1e-8)

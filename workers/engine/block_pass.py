@@ -30,12 +30,13 @@ from workers.engine.block_report import BlockFindings, error_sums
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
 from workers.engine.plan import Plan, block_seed
+from workers.engine.preparation import Prepared
 from workers.engine.ranks import ALONE, Ranks, checksum
 from workers.engine.read_ahead import BlockReader
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, Shard
-from workers.engine.streams import Stream, second_moments
+from workers.engine.streams import Stream, second_moments, sum_moments
 from workers.engine.tuning import Tuner
 from workers.engine.write_behind import WriteBehind
 from workers.numerics.quantized import BlockResult
@@ -48,6 +49,7 @@ class BlockPass:
     calibration   what the method observes; None where it looks at weights alone
     evaluation    what judges the result; rides along in the same pass
     schemes       of every quantized linear, by full name
+    prepared      what was found out about the whole model before
     ranks         who takes the same pass over other windows; what is exchanged, the main thread exchanges
     """
 
@@ -58,6 +60,7 @@ class BlockPass:
     seed: int
     calibration: Stream | None
     evaluation: Stream | None
+    prepared: Prepared
     tuner: Tuner
     state: ResumeState
     clock: StageClock
@@ -113,7 +116,7 @@ class BlockPass:
         observed = self.calibration or self.evaluation
         with second_moments({n: self.model.block_linears(index)[n] for n in schemes}) as moments:
             self._advance_original(index, block, only=observed)
-            self._sum_moments(moments, {n: self.model.block_linears(index)[n] for n in schemes})
+            sum_moments(self.ranks, moments, {n: self.model.block_linears(index)[n] for n in schemes})
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
 
         def tick(share: float) -> None:
@@ -131,14 +134,6 @@ class BlockPass:
         self.ranks.sum_(*([] if output is None else [output]))
         findings = BlockFindings(index, prefix, started, result, errors, output)
         writer.give(partial(self._finish, shard, findings))
-
-    def _sum_moments(self, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
-        """Over all ranks; one that has no window to look at has nothing to add."""
-        if self.ranks.alone:
-            return
-        for name, linear in linears.items():
-            zeros = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
-            self.ranks.sum_(moments.setdefault(name, zeros))
 
     def _demand_agreement(self, index: int, result: BlockResult) -> None:
         made = (*result.linears.values(), *result.parameters.values())
@@ -179,6 +174,7 @@ class BlockPass:
         stream = self.calibration
         empty = torch.empty(0, 0, 0, dtype=self.model.dtype)
         is_block = index < len(self.model.blocks)
+        absmax, fisher = self.prepared.of_block(self.model.layout.block(index))
         return BlockTask(
             index=index,
             block=block,
@@ -198,6 +194,8 @@ class BlockPass:
             log=self.reporter.log,
             sum_=self.ranks.sum_,
             quantize=_quantize_block,
+            absmax=absmax,
+            fisher=fisher,
         )
 
     def _advance_original(self, index: int, block: nn.Module, only: Stream | None) -> None:

@@ -8,6 +8,7 @@ from workers.methods.apiq import ApiQ
 from workers.methods.awq import AWQ
 from workers.methods.gptq import GPTQ
 from workers.methods.loftq import LoftQ
+from workers.methods.lq_lora import LQLoRA
 from workers.methods.omniquant import OmniQuant
 from workers.methods.rtn import RTN
 from workers.methods.sign_round import SignRound
@@ -21,5 +22,6 @@ METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
         "signround": SignRound(),
         "loftq": LoftQ(),
         "apiq": ApiQ(),
+        "lq-lora": LQLoRA(),
     }
 )

@@ -33,16 +33,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from app.domain.methods import LoftQSpec, Scheme
+from app.domain.methods import PRESET_ABSMAX, LoftQSpec, Scheme
 from workers.contracts import BlockTask
 from workers.numerics import normal_float
 from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
 from workers.numerics.low_rank import best_factors
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult, LowRank, QuantizedWeight
-
-DOUBLE = DoubleQuantization(bits=8, dtype=torch.float32, superblock=256)
-"""QLoRA's size of the second level: 0.127 bits a weight at groups of 64."""
 
 Quantize = Callable[[Tensor], QuantizedWeight]
 
@@ -93,7 +90,7 @@ def quantizer(spec: LoftQSpec, scheme: Scheme, scale_dtype: torch.dtype, dtype: 
     """What Q_t is made with; `dtype` is that of the dequantized weight."""
     if spec.base == "affine":
         return partial(_round_to_nearest, scheme=scheme, scale_dtype=scale_dtype, dtype=dtype)
-    absmax = DOUBLE if spec.double_quantization else scale_dtype
+    absmax = DoubleQuantization.of(PRESET_ABSMAX) if spec.double_quantization else scale_dtype
     return partial(normal_float.quantize, scheme=scheme, absmax=absmax, dtype=dtype)
 
 

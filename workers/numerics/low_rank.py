@@ -1,4 +1,4 @@
-"""The best approximation of a matrix by one of low rank, as two factors that share its singular values.
+"""The best approximation of a matrix by one of low rank, plain or weighted by rows and columns, as two factors.
 
     E ~ L R,    L = U sqrt(S)  (out, rank),   R = sqrt(S) V^T  (rank, in),   U S V^T the leading part of E's SVD
 
@@ -9,6 +9,13 @@ below 1e-8 of the largest is noise in that.
 Larger matrices: randomized subspace iteration (Halko, Martinsson & Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1) with
 32 directions besides the rank and 4 passes; seeded, the same on every device. What quantization leaves behind has
 singular values that fall slowly, the hard case: on the rest of NF3 its norm was 0.3% above the least one.
+
+Weighted (LQ-LoRA, Guo et al., arXiv:2311.12023, section 3.3): for weights F ~ u v^T of rank one, with
+D_r = diag(sqrt(u)) and D_c = diag(sqrt(v)),
+
+    min || sqrt(F) * (E - L R) ||_F  =  min || D_r E D_c - (D_r L)(R D_c) ||_F
+
+so that the factors of D_r E D_c, taken back by D_r^-1 and D_c^-1, are exact where F is of rank one.
 """
 
 import torch
@@ -17,6 +24,8 @@ from torch import Tensor
 EXACT_UP_TO = 2048
 OVERSAMPLED = 32
 PASSES = 4
+SMALLEST_WEIGHT = 1e-6
+"""Of the largest: rows and columns without any weight would be divided by 0."""
 
 
 @torch.no_grad()
@@ -37,6 +46,15 @@ def best_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tens
     # A direction in which nothing is left gets zeros on both sides.
     inverse = torch.where(root > 0, 1 / root, 0)
     return (u * root).to(matrix.dtype), (projected * inverse.unsqueeze(1)).to(matrix.dtype)
+
+
+@torch.no_grad()
+def weighted_factors(matrix: Tensor, rank: int, rows: Tensor, columns: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """As `best_factors`, for sqrt(u) = `rows` (out,) and sqrt(v) = `columns` (in,), at least 0, not all of them 0."""
+    by_row = rows.clamp(min=SMALLEST_WEIGHT * float(rows.max())).unsqueeze(1)
+    by_column = columns.clamp(min=SMALLEST_WEIGHT * float(columns.max()))
+    left, right = best_factors(by_row * matrix * by_column, rank, seed)
+    return left / by_row, right / by_column
 
 
 def _leading_directions(matrix: Tensor, rank: int, seed: int) -> Tensor:
