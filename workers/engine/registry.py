@@ -4,12 +4,24 @@ from types import MappingProxyType
 from typing import Any
 
 from workers.contracts import BlockMethod
+from workers.methods.apiq import ApiQ
+from workers.methods.awq import AWQ
+from workers.methods.gptq import GPTQ
+from workers.methods.loftq import LoftQ
+from workers.methods.lq_lora import LQLoRA
+from workers.methods.omniquant import OmniQuant
 from workers.methods.rtn import RTN
 from workers.methods.sign_round import SignRound
 
 METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
     {
         "rtn": RTN(),
+        "gptq": GPTQ(),
+        "awq": AWQ(),
+        "omniquant": OmniQuant(),
         "signround": SignRound(),
+        "loftq": LoftQ(),
+        "apiq": ApiQ(),
+        "lq-lora": LQLoRA(),
     }
 )
