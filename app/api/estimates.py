@@ -6,10 +6,9 @@ from app.api.inspection import Inspection
 from app.domain.adapter_rules import trained_parameters
 from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
-from app.domain.methods import METHODS, PER_CHANNEL, SCALE_BATCH_SIZE, Scheme
+from app.domain.methods import METHODS, SCALE_BATCH_SIZE, SCALE_BITS
 from app.domain.sources import GeneratedText
 
-SCALE_BITS = 16
 HEAVY_BYTES = 2  # bf16
 TUNING_BYTES = 16
 """A weight under tuning: itself, its fp32 copy, rounding offset and gradient."""
@@ -54,12 +53,13 @@ def _adapter_parameters(request: JobRequest, inspection: Inspection) -> int | No
 def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, float]:
     """Weights that are quantized, and the bits of what is stored of them, low-rank factors included."""
     quantized, bits = 0, 0.0
-    adapter_bits = request.quantization.adapter_rank() * HEAVY_BYTES * 8
+    adapter_bits, budget = request.quantization.adapter_rank() * HEAVY_BYTES * 8, request.quantization.budget()
     for name, (out, width) in inspection.dimensions.linears().items():
         scheme = request.quantization.scheme(name)
         if scheme is not None:
+            each = scheme.bits_per_weight(width, SCALE_BITS) if budget is None else budget.average
             quantized += out * width
-            bits += out * width * bits_per_weight(scheme, width) + adapter_bits * (out + width)
+            bits += out * width * each + adapter_bits * (out + width)
     return quantized, bits
 
 
@@ -69,12 +69,6 @@ def _checkpoints_bytes(request: JobRequest, inspection: Inspection, packed: int)
     return sum(dense if name is ExportFormat.MERGED else packed for name in formats if name is not ExportFormat.PEFT)
 
 
-def bits_per_weight(scheme: Scheme, in_features: int) -> float:
-    """Bits of a weight with its share of scale and zero point."""
-    group = in_features if scheme.group_size == PER_CHANNEL else scheme.group_size
-    return scheme.bits + (SCALE_BITS + (0 if scheme.symmetric else scheme.bits)) / group
-
-
 def _activation_bytes(request: JobRequest, inspection: Inspection) -> int:
     """Hidden states that are kept: inputs, targets and the quantized stream to calibrate, two streams to evaluate."""
     tokens = 3 * _calibration_tokens(request) + 2 * _evaluation_tokens(request)
@@ -82,7 +76,7 @@ def _activation_bytes(request: JobRequest, inspection: Inspection) -> int:
 
 
 def _calibration_tokens(request: JobRequest) -> int:
-    needed = METHODS[request.quantization.method].needs_calibration
+    needed = METHODS[request.quantization.method].needs_calibration or request.quantization.budget() is not None
     return request.calibration.num_samples * request.calibration.sequence_length if needed else 0
 
 
@@ -94,7 +88,8 @@ def _evaluation_tokens(request: JobRequest) -> int:
 def _flops(request: JobRequest, inspection: Inspection) -> float:
     dimensions, calibration = inspection.dimensions, request.calibration
     linear_flops = 2.0 * sum(out * width for out, width in dimensions.linears().values())
-    forward = 3 * _calibration_tokens(request)  # capture, targets, and the quantized stream
+    passes = 3 if request.quantization.budget() is None else 4  # capture, targets, quantized stream; sensitivities
+    forward = passes * _calibration_tokens(request)
     tuned = request.quantization.tuned_sequences(calibration.num_samples) * calibration.sequence_length
     evaluated = _evaluation_tokens(request)
     sequences = min(SCALE_BATCH_SIZE, calibration.num_samples)

@@ -235,7 +235,7 @@ def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
 def runtime_warnings(request: JobRequest) -> list[str]:
     """Runtimes that load a requested format, but not with these widths or groups."""
     warnings = []
-    schemes = set(request.quantization.schemes().values())
+    schemes = {scheme for _, scheme in request.quantization.schemes()}
     for name in request.formats:
         for runtime in FORMATS[name].runtimes:
             for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size)):

@@ -10,6 +10,7 @@ from rich.text import Text
 from app.domain.errors import BitwrightError
 from app.domain.events import ProgressEvent
 from app.domain.jobs import JobRequest, JobStatus
+from app.domain.methods import WeightSpec
 from app.domain.report import Report
 from app.domain.views import JobView, MethodList
 
@@ -100,6 +101,13 @@ def jobs_table(jobs: Iterable[JobView]) -> Table:
     return table
 
 
+def _bits_text(quantization: WeightSpec) -> str:
+    budget = quantization.budget()
+    if budget is None:
+        return f"{quantization.bits} bits"
+    return f"{budget.average:g} bits a weight of {', '.join(map(str, budget.choices))}"
+
+
 def job_table(job: JobView) -> Table:
     """One job, its attempts and, once there, its report."""
     table = _pairs()
@@ -111,7 +119,7 @@ def job_table(job: JobView) -> Table:
         quantization = job.request.quantization
         table.add_row(
             "scheme",
-            f"{quantization.bits} bits, group {quantization.group_size}, "
+            f"{_bits_text(quantization)}, group {quantization.group_size}, "
             + ("symmetric" if quantization.symmetric else "asymmetric"),
         )
         table.add_row("formats", ", ".join(job.request.formats))

@@ -31,7 +31,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from app.domain.errors import MisalignedAdapter
-from app.domain.methods import PER_CHANNEL, Spec
+from app.domain.schemes import PER_CHANNEL, Spec
 
 Pooling = Literal["mean", "sum"]
 Factor = Annotated[int, Field(strict=True, ge=1, le=65_536)]

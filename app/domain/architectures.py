@@ -16,6 +16,10 @@ MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 1024, 1 << 20, 1 << 24
 """Far above any published model: a configuration beyond them is damaged or hostile, and never sizes a buffer."""
 
 
+SHARED_INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
+"""Linears of a block that read the same input, which runtimes join into one: a budget gives them one width."""
+
+
 @dataclass(frozen=True)
 class Architecture:
     """A supported `model_type`.

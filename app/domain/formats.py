@@ -218,8 +218,9 @@ def format_problems(
             problems.append(
                 FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
             )
-        for pattern, scheme in spec.schemes().items():
-            problems += _scheme_problems(name, FORMATS[name], pattern, scheme)
+        for pattern, scheme in spec.schemes():
+            found = _scheme_problems(name, FORMATS[name], pattern, scheme)
+            problems += [problem for problem in found if problem not in problems]
     return problems + _scale_problems(formats)
 
 

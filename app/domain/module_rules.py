@@ -3,6 +3,7 @@
 `inputs` is always full module name -> in_features of every linear that may be quantized, the output head included.
 """
 
+import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
@@ -45,7 +46,8 @@ def rule_errors(
                 hint="ignore fewer linears",
             )
         )
-    return [*errors, *_indivisible(spec, inputs, quantized)]
+    found = [*errors, *_indivisible(spec, inputs, quantized)]
+    return found or _out_of_reach(spec, inputs, [name for name in quantized if name != head])
 
 
 def matches_any(pattern: str, names: Iterable[str]) -> bool:
@@ -90,6 +92,26 @@ def _indivisible(spec: WeightSpec, inputs: Mapping[str, int], quantized: Iterabl
                 hint=f"use one of {sizes} (one group a row), or an override for this linear",
             )
     return list(found.values())
+
+
+def _out_of_reach(
+    spec: WeightSpec, inputs: Mapping[str, int], quantized: Iterable[str]
+) -> list[InputError | RequestError]:
+    """The error of a budget below what even the linear with the cheapest choice takes."""
+    budget, least = spec.budget(), min((spec.least_bits(name, inputs[name]) for name in quantized), default=0.0)
+    if budget is None or budget.average >= least:
+        return []
+    return [over_budget(budget.average, least)]
+
+
+def over_budget(average: float, least: float) -> InvalidRequest:
+    """The error for a budget that the cheapest choices exceed."""
+    return InvalidRequest(
+        f"with scales and zero points the cheapest choices take {least:.4g} bits a weight, more than {average:g}",
+        field="quantization.bits.average",
+        value=average,
+        hint=f"ask for at least {math.ceil(least * 100) / 100:g}, smaller choices or larger groups",
+    )
 
 
 def _field_of_group(spec: WeightSpec, name: str) -> str:

@@ -117,6 +117,9 @@ def _follow(schema: Schema, definitions: Schema, location: Location) -> tuple[Lo
         tags = _part(_part(node, "discriminator"), "mapping")
         if tags:
             node = {"$ref": tags[str(part)]} if part in tags else {}
+        elif "oneOf" in node:  # told apart by JSON type, which is the tag
+            options = (_resolve(option, definitions) for option in _list(node, "oneOf"))
+            node = next((option for option in options if option.get("type") == part), {})
         elif part != "[key]":
             path = (*path, part)
             properties, others = _part(node, "properties"), node.get("additionalProperties")

@@ -53,6 +53,9 @@ class BlockReport(ReportPart):
     )
     seconds: float
     linears: tuple[LinearReport, ...]
+    counters: dict[str, float] = Field(
+        default_factory=dict, description="What happened how often: fallbacks, the best step, and the like; by method."
+    )
 
 
 class ScaleReport(ReportPart):
@@ -106,6 +109,28 @@ class AdapterReport(ReportPart):
     merge: MergeReport | None = Field(default=None, description="None where nothing was folded.")
 
 
+class AllocatedLinear(ReportPart):
+    name: str
+    bits: int = Field(description="Width of a code.")
+    group_size: int
+    bits_per_weight: float = Field(description="Scales and zero points included, low-rank factors not.")
+    absmax: str | None = Field(
+        default=None, description="How a codebook's maxima are stored: width, dtype and groups of their scale."
+    )
+
+
+class AllocationReport(ReportPart):
+    """How a budget of bits was spent."""
+
+    average: float = Field(description="Bits a weight that were asked for.")
+    reached: float = Field(description="Bits a weight that the choices take, never more.")
+    error: float = Field(description="Sum over linears of what their choices cost in error.")
+    gap: float = Field(description="At most this share of the error is above the least that the budget allows.")
+    seconds: float = Field(description="Scoring and solving.")
+    solver_seconds: float = Field(description="Solving alone.")
+    linears: tuple[AllocatedLinear, ...]
+
+
 class ModelReport(ReportPart):
     source: str = Field(description="Shorthand of the model source.")
     revision: str | None
@@ -153,6 +178,7 @@ class Report(ReportPart):
     calibration: TextReport | None
     quality: Quality | None
     blocks: tuple[BlockReport, ...] = Field(description="As they were quantized, before scales were tuned together.")
+    allocation: AllocationReport | None = Field(default=None, description="None if bits was not a budget.")
     scales: ScaleReport | None = Field(
         default=None, description="None if scales were not tuned end to end, or that was skipped; see the warnings."
     )

@@ -23,7 +23,10 @@ def test_module_rules_move_a_shorthand_request_into_its_full_form() -> None:
     request = JobRequest.parse(body)
     assert request.quantization.bits == 3
     assert request.quantization.modules.ignore == ("lm_head", "*.o_proj")
-    assert request.quantization.scheme("model.layers.0.mlp.down_proj") == request.quantization.schemes()["*.down_proj"]
+    assert (
+        request.quantization.scheme("model.layers.0.mlp.down_proj")
+        == dict(request.quantization.schemes())["*.down_proj"]
+    )
 
 
 def test_flags_win_over_the_full_form_of_a_file(tmp_path: Path) -> None:

@@ -10,7 +10,8 @@ from app.domain.adapter_rules import shape_errors, trained_parameters
 from app.domain.adapters import ADAPTERS, LoRASpec, QAHiRASpec, QBaRASpec
 from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
-from app.domain.methods import RTNSpec, Spec
+from app.domain.methods import RTNSpec
+from app.domain.schemes import Spec
 from tests.domain.test_request import problems
 
 TEXT = {"finetune": {"dataset": "upl_0abc"}}

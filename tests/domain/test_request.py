@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from app.domain.errors import InvalidRequest
 from app.domain.formats import FORMATS
 from app.domain.jobs import JobRequest
-from app.domain.methods import METHODS, RECIPES
+from app.domain.methods import METHODS, RECIPES, Form
 from app.domain.problems import MAX_PROBLEMS, as_written
 from app.domain.shorthand import SHORTHAND, expand
 from app.domain.sources import HubModel, LocalModel, UploadedModel
@@ -87,7 +87,8 @@ def test_a_preset_fills_what_the_request_leaves_open(method: str, preset: str) -
     assert meant.spec.items() <= request.quantization.model_dump().items()
     assert (request.calibration.num_samples, request.calibration.sequence_length) == (7, meant.sequence_length)
     for field, value in meant.spec.items():
-        assert JobRequest.parse({**body, field: value + 1}).quantization.model_dump()[field] == value + 1
+        other = not value if isinstance(value, bool) else value + 1
+        assert JobRequest.parse({**body, field: other}).quantization.model_dump()[field] == other
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -324,7 +325,7 @@ def test_as_written() -> None:
 
 def test_expansion_knows_whether_the_method_is_real() -> None:
     assert expand(BASE).method_known
-    unknown = expand({"model": "org/name", "method": "awq", "steps": 3})
+    unknown = expand({"model": "org/name", "method": "nothing", "steps": 3})
     assert not unknown.method_known
     assert unknown.body["quantization"] == {"method": "signround", "steps": 3, "scale_steps": 0}
 
@@ -349,7 +350,7 @@ TEXT_PARTS = st.fixed_dictionaries(
     {}, optional={"dataset": DATASETS, "num_samples": st.integers(1, 64), "sequence_length": st.integers(16, 512)}
 )
 RATIOS = st.floats(0.125, 8) | st.none()
-FOR_ALL_METHODS = [f.value for f, info in FORMATS.items() if info.low_rank != "is" and info.group_multiple == 1]
+FOR_ALL_METHODS = [f for f, info in FORMATS.items() if info.low_rank != "is" and info.group_multiple == 1]
 
 
 @st.composite
@@ -358,17 +359,22 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     method = draw(st.sampled_from([*METHODS, *RECIPES]))
     tuned = {"steps": st.integers(0, 500), "batch_size": st.integers(1, 64), "learning_rate": st.floats(0.001, 1)}
     spec = METHODS[str(RECIPES.get(method, {}).get("method", method))].spec
-    known = {name: values for name, values in tuned.items() if name in spec.model_fields}
-    narrow = NORMAL_FLOAT if method == "nf" else {}
-    fields = draw(st.fixed_dictionaries({}, optional=SCHEMES | known | narrow))
-    formats = [name for name in FOR_ALL_METHODS if method != "nf" or name != "compressed-tensors"]
+    known: dict[str, Any] = {name: values for name, values in tuned.items() if name in spec.model_fields}
+    corrected = Form.LOW_RANK in spec().forms()
+    any_scheme: dict[str, Any] = {"base": st.just("affine")} if method == "loftq" else {}
+    scheme = {n: v for n, v in SCHEMES.items() if n != "symmetric" or spec.model_fields[n].annotation is bool}
+    narrow: dict[str, Any] = NORMAL_FLOAT if method == "nf" else {}
+    fields = draw(st.fixed_dictionaries(any_scheme, optional=scheme | known | narrow))
+    kinds = {Form.AFFINE} if method == "loftq" else spec().forms() - {Form.LOW_RANK}
+    names = [name.value for name in FOR_ALL_METHODS if kinds <= FORMATS[name].kinds]
+    formats = st.lists(st.sampled_from(names), max_size=3)
     body: dict[str, Any] = draw(
         st.fixed_dictionaries(
             {"model": st.sampled_from(["org/name", "/models/x", "upl_0abc", {"source": "hub", "id": "gpt2"}])},
             optional={
                 "calibration": TEXT_PARTS,
                 "evaluation": TEXT_PARTS | st.none(),
-                "formats": st.lists(st.sampled_from(formats), max_size=3),
+                "formats": formats.map(lambda names: [*names, "peft"]) if corrected else formats,
                 "seed": st.integers(0, 2**63 - 1),
                 "require": st.fixed_dictionaries({}, optional={"max_perplexity_ratio": RATIOS}) | st.none(),
                 "device": st.sampled_from(["any", "cpu", "cuda"]),

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from app.domain.events import AttemptLine, AttemptOrder, ResultLine
 from app.domain.jobs import JobRequest
 from app.domain.report import Report
+from workers.engine.evaluation import measure
 from workers.engine.pipeline import run
 from workers.engine.reporter import Reporter
 from workers.engine.tiny_model import Recipe, make_tiny_model
@@ -64,6 +68,30 @@ def finish(model: Path, workspace: Path, **request: Any) -> Finished:
     """Runs a job as `run_job` does, and keeps all that came of it."""
     lines: list[AttemptLine] = []
     return Finished(workspace, run_job(model, workspace, lines, **request), lines)
+
+
+@pytest.fixture(scope="session")
+def single_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model in fp32, where every rounding that differs would show."""
+    folder = tmp_path_factory.mktemp("single")
+    AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).save_pretrained(folder)
+    for file in small_model.glob("tokenizer*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def engine_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
+    """Evaluation windows and the logits of the quantized stream, as the engine has them when it measures."""
+    found: list[tuple[Tensor, Tensor]] = []
+
+    def watch(model: Any, original: Tensor, quantized: Tensor, windows: Any, **rest: Any) -> Any:
+        with model.loaded(model.layout.final_norm, model.layout.head):
+            found.append((windows.ids, model.logits(quantized)))
+        return measure(model, original, quantized, windows, **rest)
+
+    monkeypatch.setattr("workers.engine.pipeline.measure", watch)
+    return found
 
 
 @pytest.fixture

@@ -37,9 +37,11 @@ PECULIARITIES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A random model whose norms and biases are not at their neutral start values."""
-    config = AutoConfig.for_model(architecture, **(SHAPE | PECULIARITIES[architecture]))
+def random_model(
+    architecture: str, *, seed: int = 0, dtype: torch.dtype = torch.float32, **shape: Any
+) -> PreTrainedModel:
+    """A random model whose norms and biases are not at their neutral values; `shape` changes its configuration."""
+    config = AutoConfig.for_model(architecture, **(SHAPE | PECULIARITIES[architecture] | shape))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
     for parameter in model.parameters():

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
@@ -121,9 +121,10 @@ def run_job_on_ranks(
     lines: list[AttemptLine] = []
     write = resume.ResumeState.write_shard
 
-    def record(state: resume.ResumeState, index: int, weights: Any) -> resume.Shard:
+    def record(state: resume.ResumeState, index: int, weights: Any, parameters: Any = None) -> resume.Shard:
         made[index] = {f"{n}.{k}": t.cpu().clone() for n, w in weights.items() for k, t in tensors(w).items()}
-        return write(state, index, weights)
+        made[index] |= {n: tensor.cpu().clone() for n, tensor in (parameters or {}).items()}
+        return write(state, index, weights, parameters or {})
 
     try:
         with patch.object(resume.ResumeState, "write_shard", record):
@@ -138,5 +139,13 @@ def run_job_on_ranks(
             dist.destroy_process_group()
 
 
-def tensors(weight: Any) -> dict[str, Tensor]:
-    return {name: part for name, part in vars(weight).items() if isinstance(part, Tensor)}
+def tensors(part: Any, path: str = "") -> dict[str, Tensor]:
+    """Every tensor in a dataclass, and in those that it holds."""
+    if isinstance(part, Tensor):
+        return {path: part}
+    if not is_dataclass(part):
+        return {}
+    found: dict[str, Tensor] = {}
+    for field in fields(part):
+        found |= tensors(getattr(part, field.name), f"{path}.{field.name}")
+    return found

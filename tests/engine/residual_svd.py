@@ -106,8 +106,8 @@ def register(monkeypatch: pytest.MonkeyPatch) -> ResidualSVD:
     for module in ("app.domain.methods", "app.domain.formats", "app.domain.shorthand", "workers.formats.model_card"):
         monkeypatch.setattr(f"{module}.METHODS", named)
     code = MappingProxyType({**METHODS, "residual-svd": method})
-    for module in ("workers.engine.registry", "workers.engine.pipeline", "workers.engine.block_pass"):
-        monkeypatch.setattr(f"{module}.METHODS", code)
+    for module in ("registry", "pipeline", "preparation", "budget", "block_pass"):
+        monkeypatch.setattr(f"workers.engine.{module}.METHODS", code)
     monkeypatch.setattr("app.domain.jobs._FormatPart", AnyMethodFormats)
     monkeypatch.setattr("tests.engine.conftest.JobRequest", AnyMethodRequest)
     return method

@@ -141,6 +141,37 @@ def test_a_gpu_and_a_cpu_round_alike(small_model: Path, tmp_path: Path) -> None:
     assert on_gpu.quality.kl_divergence == pytest.approx(on_cpu.quality.kl_divergence, rel=0.05)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    "method",
+    [
+        {"method": "gptq"},
+        {"method": "gptq", "act_order": False},
+        {"method": "awq", "search_samples": 4},
+        {"method": "omniquant", "epochs": 3, "batch_size": 2, "learning_rate": 0.03},
+        {"method": "omniquant", "epochs": 3, "batch_size": 2, "learning_rate": 0.03, "aug_loss": True},
+        {"method": "loftq", "base": "affine", "rank": 4},
+        {"method": "apiq", "steps": 20, "rank": 4, "aug_loss": True},
+        {"method": "apiq", "steps": 20, "rank": 4, "base": "signround", "freeze_base": True},
+        {"method": "apiq", "steps": 20, "rank": 4, "granularity": "layer"},
+    ],
+    ids=str,
+)
+def test_a_method_gives_the_same_codes_again_and_errors_as_on_a_cpu(
+    method: dict[str, Any], symmetric: bool, small_model: Path, tmp_path: Path
+) -> None:
+    job, lines = {"bits": 3, "symmetric": symmetric, **method}, list[AttemptLine]()
+    first = run_job(small_model, tmp_path / "a", lines, **ON_GPU, **job).report
+    run_job(small_model, tmp_path / "b", **ON_GPU, **job)
+    on_cpu = run_job(small_model, tmp_path / "c", **job).report
+    assert differing(tmp_path / "a", tmp_path / "b") == []
+    assert not [line for line in lines if isinstance(line, LogEvent) and line.event == "capture_failed"]
+    for mine, other in zip(first.blocks, on_cpu.blocks, strict=True):
+        assert mine.output_error == pytest.approx(other.output_error, rel=0.1)
+        for one, two in zip(mine.linears, other.linears, strict=True):
+            assert one.output_error == pytest.approx(two.output_error, rel=0.15)
+
+
 def test_scales_are_tuned_in_one_captured_step_and_the_same_again(small_model: Path, tmp_path: Path) -> None:
     first, again = (run_job(small_model, tmp_path / name, **ON_GPU, **SCALED).report.scales for name in "ab")
     assert differing(tmp_path / "a", tmp_path / "b") == []

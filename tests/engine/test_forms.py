@@ -1,6 +1,5 @@
 """Codebooks and low-rank factors from a method through resume, evaluation and every format, in the real engine."""
 
-import importlib.util
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from transformers import AutoModelForCausalLM
 
 from app.domain.errors import InvalidRequest
 from app.domain.events import AttemptLine, ResultLine, WarningEvent
@@ -20,7 +19,7 @@ from app.domain.methods import Form
 from app.domain.report import Report
 from tests.engine import residual_svd
 from tests.engine.conftest import run_job
-from workers.engine.evaluation import measure
+from tests.engine.loading import base_of, loader, logits
 
 RANK = 4
 CODEBOOK: dict[str, Any] = {"method": "residual-svd", "bits": 3, "rank": RANK, "superblock": 16}
@@ -30,58 +29,6 @@ AFFINE: dict[str, Any] = {"method": "residual-svd", "bits": 3, "rank": RANK, "ba
 @pytest.fixture
 def method(monkeypatch: pytest.MonkeyPatch) -> residual_svd.ResidualSVD:
     return residual_svd.register(monkeypatch)
-
-
-@pytest.fixture(scope="module")
-def single_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model in fp32, where every rounding that differs would show."""
-    folder = tmp_path_factory.mktemp("single")
-    AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32).save_pretrained(folder)
-    for file in small_model.glob("tokenizer*"):
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
-
-
-@pytest.fixture
-def engine_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """Evaluation windows and the logits of the quantized stream, as the engine has them when it measures."""
-    found: list[tuple[Tensor, Tensor]] = []
-
-    def watch(model: Any, original: Tensor, quantized: Tensor, windows: Any, **rest: Any) -> Any:
-        with model.loaded(model.layout.final_norm, model.layout.head):
-            found.append((windows.ids, model.logits(quantized)))
-        return measure(model, original, quantized, windows, **rest)
-
-    monkeypatch.setattr("workers.engine.pipeline.measure", watch)
-    return found
-
-
-@torch.no_grad()
-def logits(model: Any, ids: Tensor) -> Tensor:
-    found = model(ids).logits
-    assert isinstance(found, Tensor)
-    return found
-
-
-def loader(folder: Path) -> Any:
-    """The loader that lies in the artifact."""
-    spec = importlib.util.spec_from_file_location("load_bitwright", folder / "load_bitwright.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def base_of(folder: Path) -> Any:
-    """The base of an adapter, as the adapter's card says for each format."""
-    if folder.name == "native":
-        return loader(folder).load(folder, merge=False)
-    if folder.name == "compressed-tensors":
-        config = CompressedTensorsConfig(run_compressed=False)
-        with pytest.warns(UserWarning, match="You passed `quantization_config`"):
-            return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
-    return AutoModelForCausalLM.from_pretrained(folder)
 
 
 def linears(model: Any) -> Iterator[tuple[str, Tensor]]:

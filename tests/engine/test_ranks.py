@@ -9,10 +9,12 @@ from unittest.mock import patch
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor
 
 from app.domain.errors import InternalError
 from app.domain.events import BlockEvent, LogEvent
+from app.domain.jobs import JobRequest
 from app.domain.methods import Scheme, SignRoundSpec
 from app.domain.report import Report
 from tests.engine.conftest import TEXTS, run_job
@@ -25,6 +27,7 @@ from workers.engine.ranks import Ranks, checksum, joined
 from workers.engine.tuning import Tuner, minibatches, split
 from workers.methods.sign_round import SignRound
 from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
+from workers.ranks import world_size
 
 SCHEME = Scheme(bits=3, group_size=16, symmetric=True)
 SETTINGS = TuningSettings(6, 8, 0.1)
@@ -249,6 +252,65 @@ def test_two_ranks_make_the_same_weights_and_close_ones_to_one_ranks(
         assert found.loss_initial is not None
         assert found.loss < found.loss_initial
         assert found.output_error == pytest.approx(expected.output_error, rel=0.3)
+
+
+OBSERVING: list[dict[str, Any]] = [
+    {"method": "gptq"},
+    {"method": "awq", "search_samples": 16},
+    {"method": "omniquant", "epochs": 2, "batch_size": 2, "aug_loss": True},
+    {"method": "apiq", "steps": 12, "batch_size": 2, "rank": 4},
+    {"method": "apiq", "steps": 12, "batch_size": 4, "rank": 4, "granularity": "layer"},
+    {"method": "apiq", "steps": 12, "batch_size": 6, "rank": 4, "base": "signround", "aug_loss": True},
+]
+
+
+@pytest.mark.parametrize("method", OBSERVING, ids=str)
+def test_what_two_ranks_observe_is_what_one_observes(
+    method: dict[str, Any], pair: RankPair, small_model: Path, tmp_path: Path
+) -> None:
+    """Nine windows, of which each rank sees a share; without steps, the first block has all but the same codes."""
+    request = {"bits": 3, "group_size": 32, "calibration": {"num_samples": 9, "sequence_length": 32}, **method}
+    assert world_size(JobRequest.parse({"model": "org/name", **request}), SIZE) == SIZE
+    runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
+    two, one = report_of(runs), run_job(small_model, tmp_path / "one", **request).report
+    assert_same_made(runs)
+    for found, expected in zip(two.blocks, one.blocks, strict=True):
+        assert found.output_error == pytest.approx(expected.output_error, rel=0.1)
+        assert found.counters.keys() == expected.counters.keys()
+    if method["method"] in ("gptq", "awq"):
+        codes = [load_file(tmp_path / name / "output/native/weights.safetensors") for name in ("one", "two")]
+        names = [name for name in codes[0] if name.startswith("model.layers.0.") and name.endswith(".codes")]
+        same = torch.cat([(codes[0][name] == codes[1][name]).flatten() for name in names])
+        assert same.float().mean() > 0.97
+
+
+BUDGETS: list[dict[str, Any]] = [
+    {"method": "gptq", "bits": {"average": 3.5, "choices": [2, 3, 4]}},
+    {"method": "lq-lora", "bits": {"average": 3.2, "choices": [2, 3, 4]}, "rank": 4, "iterations": 2},
+]
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=str)
+def test_two_ranks_spend_a_budget_as_one_does_and_adopt_how_it_was_spent(
+    budget: dict[str, Any], pair: RankPair, small_model: Path, tmp_path: Path
+) -> None:
+    """Nine windows, of which each rank sees a share; second moments and Fisher information are sums over all."""
+    sizes = {"calibration": {"num_samples": 9, "sequence_length": 32}}
+    grid = {"group_sizes": [32], "absmax_bits": [3, 8], "superblocks": [16]} if budget["method"] == "lq-lora" else {}
+    request = budget | grid | sizes | {"formats": ["native"], "evaluation": None}
+    runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
+    two, one = report_of(runs), run_job(small_model, tmp_path / "one", **request).report
+    assert_same_made(runs)
+    assert two.allocation is not None
+    assert one.allocation is not None
+    assert two.allocation.linears == one.allocation.linears
+    assert two.allocation.error == pytest.approx(one.allocation.error, rel=1e-2)
+    assert two.allocation.reached <= two.allocation.average
+    prepared = (tmp_path / "two/state/prepared.json").read_bytes()
+    (tmp_path / "two/state/state.json").unlink()
+    again = report_of(job_on_ranks(pair, small_model, tmp_path / "two", 2, **request))
+    assert (tmp_path / "two/state/prepared.json").read_bytes() == prepared
+    assert again.allocation == two.allocation, "the seconds too: nothing was measured again"
 
 
 def test_a_job_on_two_ranks_goes_on_from_its_blocks(pair: RankPair, small_model: Path, tmp_path: Path) -> None:

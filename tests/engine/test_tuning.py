@@ -95,6 +95,13 @@ def test_the_rate_decays_linearly_to_zero() -> None:
     assert weights.rates == pytest.approx([0.8, 0.6, 0.4, 0.2])
 
 
+def test_the_rate_can_stay() -> None:
+    task = toy_task({"up": SCHEME})
+    weights = weights_of(task)
+    task.tune(task, [weights], TuningSettings(4, 8, 0.8, schedule="constant"))
+    assert weights.rates == pytest.approx([0.8] * 4)
+
+
 def test_the_start_is_kept_when_steps_only_harm() -> None:
     task = toy_task({"up": SCHEME})
     weights = weights_of(task, moves=-1000.0)

@@ -51,17 +51,25 @@ def test_what_is_not_quantized_is_copied_bit_for_bit(
 def test_a_tensor_that_quantization_changed_takes_the_place_of_the_source_s(
     tmp_path: Path, source: Source, export_format: ExportFormat
 ) -> None:
-    name = "model.layers.0.input_layernorm.weight"
+    """Every other tensor stays as it is; the linear's own is another."""
+    name, linear = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj"
     writer = CheckpointWriter(tmp_path / "out", export_format, source)
     writer.add_tensor(name, source.tensors[name] * 2)
-    writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))
-    for wrong in (("model.nothing.weight", source.tensors[name]), (name, torch.ones(3))):
+    writer.add_linear(linear, random_result((96, 64), W4))
+    wrong = (
+        (name, torch.ones(3)),
+        ("model.nothing.weight", source.tensors[name]),
+        ("model.layers.0.bias", torch.ones(64)),
+    )
+    for other, tensor in wrong:
         with pytest.raises(InternalError, match="of this shape"):
-            writer.add_tensor(*wrong)
+            writer.add_tensor(other, tensor)
     writer.finish()
     found = stored(tmp_path / "out")
     assert torch.equal(found[name], source.tensors[name] * 2)
-    assert torch.equal(found["model.norm.weight"], source.tensors["model.norm.weight"])
+    same = source.tensors.keys() - {name, f"{linear}.weight"}
+    assert {n for n in found if not n.startswith(f"{linear}.")} == same | {name}
+    assert all(torch.equal(found[other], source.tensors[other]) for other in same)
 
 
 @pytest.mark.parametrize(("export_format", "stem"), [(CT, "model"), (NATIVE, "weights")])

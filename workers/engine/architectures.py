@@ -10,6 +10,25 @@ from dataclasses import dataclass
 from types import MappingProxyType
 
 from app.domain.architectures import find_architecture
+from workers.contracts import Fold
+
+
+def folds(*, before_mlp: str = "post_attention_layernorm", offset: float = 0.0) -> tuple[Fold, ...]:
+    """Where scales can move in a block of the Llama shape.
+
+    before_mlp  the norm whose output goes into the gated MLP
+    offset      what norms add to their weights: 1 where they multiply by 1 + w
+
+    That attention mixes values by sums over tokens and that `up` meets `gate` in a product cannot be seen from calls
+    or shapes; `tests/engine/test_folds.py` holds every row against its model in fp64.
+    """
+    query_key, value = ("self_attn.q_proj", "self_attn.k_proj"), "self_attn.v_proj"
+    return (
+        Fold("input_layernorm", (*query_key, value), "self_attn", unclipped=query_key, offset=offset),
+        Fold(value, ("self_attn.o_proj",), "self_attn.o_proj"),
+        Fold(before_mlp, ("mlp.gate_proj", "mlp.up_proj"), "mlp", offset=offset),
+        Fold("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
+    )
 
 
 @dataclass(frozen=True)
@@ -18,6 +37,7 @@ class Layout:
 
     decoder     the module whose forward makes masks and rotary embeddings and runs the blocks
     blocks      its list of decoder blocks
+    folds       where scales can move inside a block
     """
 
     decoder: str = "model"
@@ -25,6 +45,7 @@ class Layout:
     blocks: str = "model.layers"
     final_norm: str = "model.norm"
     head: str = "lm_head"
+    folds: tuple[Fold, ...] = folds()
 
     def block(self, index: int) -> str:
         """Full module name of a block."""
@@ -37,7 +58,7 @@ LAYOUTS: MappingProxyType[str, Layout] = MappingProxyType(
         "mistral": Layout(),
         "qwen2": Layout(),
         "qwen3": Layout(),
-        "gemma3_text": Layout(),
+        "gemma3_text": Layout(folds=folds(before_mlp="pre_feedforward_layernorm", offset=1.0)),
     }
 )
 """By `model_type` of config.json."""

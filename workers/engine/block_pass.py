@@ -30,12 +30,13 @@ from workers.engine.block_report import BlockFindings, error_sums
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
 from workers.engine.plan import Plan, block_seed
+from workers.engine.preparation import Prepared
 from workers.engine.ranks import ALONE, Ranks, checksum
 from workers.engine.read_ahead import BlockReader
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, Shard
-from workers.engine.streams import Stream, second_moments
+from workers.engine.streams import Stream, second_moments, sum_moments
 from workers.engine.tuning import Tuner
 from workers.engine.write_behind import WriteBehind
 from workers.numerics.quantized import BlockResult
@@ -48,6 +49,7 @@ class BlockPass:
     calibration   what the method observes; None where it looks at weights alone
     evaluation    what judges the result; rides along in the same pass
     schemes       of every quantized linear, by full name
+    prepared      what was found out about the whole model before
     ranks         who takes the same pass over other windows; what is exchanged, the main thread exchanges
     """
 
@@ -58,6 +60,7 @@ class BlockPass:
     seed: int
     calibration: Stream | None
     evaluation: Stream | None
+    prepared: Prepared
     tuner: Tuner
     state: ResumeState
     clock: StageClock
@@ -113,7 +116,7 @@ class BlockPass:
         observed = self.calibration or self.evaluation
         with second_moments({n: self.model.block_linears(index)[n] for n in schemes}) as moments:
             self._advance_original(index, block, only=observed)
-            self._sum_moments(moments, {n: self.model.block_linears(index)[n] for n in schemes})
+            sum_moments(self.ranks, moments, {n: self.model.block_linears(index)[n] for n in schemes})
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
 
         def tick(share: float) -> None:
@@ -121,8 +124,7 @@ class BlockPass:
             progress.tick(index, share)
 
         task = self._task(index, block, schemes, moments, tick)
-        method = METHODS[self.spec.model_dump()["method"]]
-        result = method.quantize_block(task, self.spec) if schemes else BlockResult({})
+        result = _quantize_block(task, self.spec) if schemes else BlockResult({})
         self._demand_agreement(index, result)
         writer.wait()
         shard = writer.give(partial(self._write_shard, index, result))
@@ -133,21 +135,15 @@ class BlockPass:
         findings = BlockFindings(index, prefix, started, result, errors, output)
         writer.give(partial(self._finish, shard, findings))
 
-    def _sum_moments(self, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
-        """Over all ranks; one that has no window to look at has nothing to add."""
-        if self.ranks.alone:
-            return
-        for name, linear in linears.items():
-            zeros = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
-            self.ranks.sum_(moments.setdefault(name, zeros))
-
     def _demand_agreement(self, index: int, result: BlockResult) -> None:
-        if not self.ranks.alone and not self.ranks.agree(checksum(result.linears.values())):
+        made = (*result.linears.values(), *result.parameters.values())
+        if not self.ranks.alone and not self.ranks.agree(checksum(made)):
             raise InternalError(f"block {index}: the ranks have computed different weights")
 
     def _write_shard(self, index: int, result: BlockResult) -> Shard:
         prefix = self.model.layout.block(index)
-        return self.state.write_shard(index, {f"{prefix}.{n}": r for n, r in result.linears.items()})
+        linears = {f"{prefix}.{name}": linear for name, linear in result.linears.items()}
+        return self.state.write_shard(index, linears, {f"{prefix}.{n}": v for n, v in result.parameters.items()})
 
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
         """Makes a block count, and tells of it when it does."""
@@ -160,7 +156,7 @@ class BlockPass:
         for stream in (self.calibration, self.evaluation):
             self._advance_original(index, block, only=stream)
         for name in list(quantized):
-            self._replace(index, name.removeprefix(prefix + ".").removesuffix(".weight"), quantized.pop(name))
+            self._replace(index, name.removeprefix(prefix + "."), quantized.pop(name))
         self._advance_quantized(index, block)
 
     def _quantized_linears(self, index: int) -> list[str]:
@@ -178,6 +174,7 @@ class BlockPass:
         stream = self.calibration
         empty = torch.empty(0, 0, 0, dtype=self.model.dtype)
         is_block = index < len(self.model.blocks)
+        absmax, fisher = self.prepared.of_block(self.model.layout.block(index))
         return BlockTask(
             index=index,
             block=block,
@@ -193,6 +190,12 @@ class BlockPass:
             micro_batch=self.plan.micro_batch,
             tick=tick,
             tune=self.tuner.tune,
+            folds=self.model.layout.folds,
+            log=self.reporter.log,
+            sum_=self.ranks.sum_,
+            quantize=_quantize_block,
+            absmax=absmax,
+            fisher=fisher,
         )
 
     def _advance_original(self, index: int, block: nn.Module, only: Stream | None) -> None:
@@ -210,17 +213,27 @@ class BlockPass:
         return Stage.EVALUATE if stream is self.evaluation else Stage.QUANTIZE
 
     def _put(self, index: int, result: BlockResult, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Puts the weights that the results stand for into the block; how far they are off, by name inside it."""
+        """Puts what the results stand for, and what changed with them, into the block.
+
+        How far the weights are from the original ones, by linear; scales that moved are taken back for that.
+        """
         errors = {}
         for name, linear in result.linears.items():
             original = self.model.block_linears(index)[name].weight
             value = linear.to(self.model.device).dequantize()
-            errors[name] = error_sums(value, original, moments.get(name))
+            errors[name] = error_sums(linear.scaling.undo(value), original, moments.get(name))
+            self._replace(index, f"{name}.weight", value)
+        for name, value in result.parameters.items():
             self._replace(index, name, value)
         return errors
 
-    def _replace(self, index: int, name: str, value: Tensor) -> None:
-        self.model.block_linears(index)[name].weight = nn.Parameter(value, requires_grad=False)
+    def _replace(self, index: int, parameter: str, value: Tensor) -> None:
+        owner, _, leaf = parameter.rpartition(".")
+        setattr(self.model.blocks[index].get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
+
+
+def _quantize_block(task: BlockTask, spec: WeightSpec) -> BlockResult:
+    return METHODS[spec.model_dump()["method"]].quantize_block(task, spec)
 
 
 def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:

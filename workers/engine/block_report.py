@@ -60,6 +60,7 @@ class BlockFindings:
             output_error=error,
             seconds=time.perf_counter() - self.started,
             linears=linears,
+            counters={name: float(count) for name, count in self.result.counters.items()},
         )
 
     def _linear(self, name: str, sums: list[float]) -> LinearReport:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from workers.engine.plan import (
     reproducible,
     scale_dtype,
 )
+from workers.engine.preparation import Preparation, Prepared, digest, is_needed, needs_text
 from workers.engine.ranks import Ranks, joined
 from workers.engine.read_ahead import read_ahead
 from workers.engine.registry import METHODS
@@ -56,8 +57,8 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         InvalidRequest: the head is to be quantized but tied to the embeddings.
         FormatCannotHold: a format of the request cannot hold this model.
     """
-    with _opened(order, workspace, reporter, rank=0) as job:
-        state, found = _with_ranks(job, 0)
+    with _opened(order, workspace, reporter, rank=0) as opened:
+        job, state, found = _with_ranks(opened, 0)
         job.clock.enter(Stage.EXPORT)
         return _export(job, state, found)
 
@@ -92,12 +93,12 @@ def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int)
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
         )
-        yield _Job(order, workspace, reporter, clock, model, schemes, texts, plan)
+        yield _Job(order, workspace, reporter, clock, model, schemes, texts, plan, Prepared())
 
 
 @dataclass(frozen=True)
 class Texts:
-    """The windows of a job; `calibration` is None for methods that look at weights alone."""
+    """The windows of a job; `calibration` is None where weights alone are looked at."""
 
     calibration: Windows | None
     evaluation: Windows | None
@@ -127,6 +128,7 @@ class _Job:
     schemes: dict[str, Scheme]
     texts: Texts
     plan: Plan
+    prepared: Prepared
 
 
 def _generation(
@@ -158,7 +160,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
     request, tokenizer = order.request, generation.tokenizer
     paths = [None if p is None else Path(p) for p in (order.calibration_path, order.evaluation_path)]
     calibration = evaluation = None
-    if METHODS[request.quantization.method].needs_inputs:
+    if needs_text(request.quantization):
         _check_length(model, "calibration", request.calibration.sequence_length)
         if isinstance(request.calibration.dataset, GeneratedText):
             calibration = generated_windows(request.calibration, request.seed, generation)
@@ -199,19 +201,46 @@ def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
         )
 
 
-def _with_ranks(job: _Job, rank: int) -> tuple[ResumeState, Findings]:
+def _with_ranks(job: _Job, rank: int) -> tuple[_Job, ResumeState, Findings]:
     with joined(Ranks(rank, job.order.world_size), job.order.rendezvous, job.model.device) as ranks:
-        return _run_blocks(job, ranks)
+        job = _prepared(job, ranks)
+        return job, *_run_blocks(job, ranks)
+
+
+def _prepared(job: _Job, ranks: Ranks) -> _Job:
+    """The job with what its spec asks to know of the whole model before the first block."""
+    request, windows = job.order.request, job.texts.calibration
+    if windows is None or not is_needed(request.quantization):
+        return job
+
+    def tick(share: float) -> None:
+        total = len(job.model.blocks)
+        job.reporter.progress(Stage.CALIBRATE, share * total, total, "blocks")
+
+    preparation = Preparation(
+        model=job.model,
+        spec=request.quantization,
+        plan=job.plan,
+        seed=request.seed,
+        ids=ranks.share(windows.ids),
+        folder=job.workspace / "state",
+        fingerprint=_fingerprint(job),
+        tick=tick,
+        ranks=ranks,
+    )
+    prepared = preparation.run()
+    return replace(job, prepared=prepared, schemes=job.schemes | dict(prepared.schemes))
 
 
 def _run_blocks(job: _Job, ranks: Ranks) -> tuple[ResumeState, Findings]:
     """All that the ranks do together."""
     texts, model = job.texts, job.model
     keep_inputs = job.order.request.quantization.needs_original_inputs()
+    observed = texts.calibration if METHODS[job.order.request.quantization.method].needs_inputs else None
     with model.loaded(model.layout.embeddings):
         calibration, evaluation = (
             None if windows is None else Stream(model, ranks.share(windows.ids), job.plan, keep_inputs=keep)
-            for windows, keep in ((texts.calibration, keep_inputs), (texts.evaluation, False))
+            for windows, keep in ((observed, keep_inputs), (texts.evaluation, False))
         )
     state = ResumeState(job.workspace / "state", _fingerprint(job), ranks)
     if state.resumed:
@@ -225,6 +254,7 @@ def _run_blocks(job: _Job, ranks: Ranks) -> tuple[ResumeState, Findings]:
         seed=job.order.request.seed,
         calibration=calibration,
         evaluation=evaluation,
+        prepared=job.prepared,
         tuner=Tuner(job.reporter.log, ranks),
         state=state,
         clock=job.clock,
@@ -253,6 +283,7 @@ def _fingerprint(job: _Job) -> str:
             "calibration": None if windows is None else windows.sha256,
             "code": code_version(),
             "plan": job.plan.decides_codes(),
+            "prepared": digest(job.prepared),
         }
     )
 
@@ -285,6 +316,9 @@ def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
                 source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
                 for writer in writers.values():
                     writer.add_linear(source, result, module=name)
+            for name, tensor in state.parameters(done - 1).items():
+                for writer in writers.values():
+                    writer.add_tensor(job.model.sources[name], tensor)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     ignored = [name for name in job.model.linears() if name not in job.schemes]
     for writer in writers.values():
@@ -336,6 +370,7 @@ def _report(job: _Job, state: ResumeState, found: Findings, size: SizeReport) ->
         calibration=None if windows is None else windows.report(),
         quality=found.quality,
         blocks=found.blocks,
+        allocation=job.prepared.report,
         scales=found.scales,
         size=size,
         seconds=job.clock.seconds(),

@@ -27,7 +27,8 @@ class ReadBlock:
     """Weights of a block on the device by full parameter name; whoever uses them takes them out.
 
     original    of all parameters
-    quantized   dequantized ones that replace them later, of quantized linears; empty if the block is not finished
+    quantized   those that replace them later: dequantized ones of quantized linears, and what changed with them;
+                empty if the block is not finished
     """
 
     original: dict[str, Tensor]
@@ -62,7 +63,7 @@ class BlockReader:
         return self._each(read)
 
     def quantized_blocks(self) -> Generator[ReadBlock, None, None]:
-        """Weights of all blocks, which must be finished: dequantized ones stand for the original of their linears."""
+        """Weights of all blocks, which must be finished: as they are quantized."""
         return self._each(lambda index: ReadBlock(self._read(index, self._quantized(index)), {}))
 
     def _each(self, read: Callable[[int], ReadBlock]) -> Generator[ReadBlock, None, None]:
@@ -75,8 +76,9 @@ class BlockReader:
         return self._model.read(self._model.layout.block(index), given, self._upload)
 
     def _quantized(self, index: int) -> dict[str, Tensor]:
-        linears = self._state.load(index)
-        return {f"{name}.weight": result.to(self._model.device).dequantize() for name, result in linears.items()}
+        device, linears = self._model.device, self._state.load(index)
+        changed = {name: value.to(device) for name, value in self._state.parameters(index).items()}
+        return {f"{name}.weight": result.to(device).dequantize() for name, result in linears.items()} | changed
 
 
 def read_ahead(read: Callable[[int], T], count: int, device: torch.device) -> Generator[T, None, None]:

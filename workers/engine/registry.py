@@ -4,7 +4,13 @@ from types import MappingProxyType
 from typing import Any
 
 from workers.contracts import BlockMethod
+from workers.methods.apiq import ApiQ
+from workers.methods.awq import AWQ
+from workers.methods.gptq import GPTQ
+from workers.methods.loftq import LoftQ
+from workers.methods.lq_lora import LQLoRA
 from workers.methods.normal_float import NormalFloat
+from workers.methods.omniquant import OmniQuant
 from workers.methods.rtn import RTN
 from workers.methods.sign_round import SignRound
 
@@ -12,6 +18,12 @@ METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
     {
         "rtn": RTN(),
         "nf": NormalFloat(),
+        "gptq": GPTQ(),
+        "awq": AWQ(),
+        "omniquant": OmniQuant(),
         "signround": SignRound(),
+        "loftq": LoftQ(),
+        "apiq": ApiQ(),
+        "lq-lora": LQLoRA(),
     }
 )

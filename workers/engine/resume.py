@@ -1,7 +1,8 @@
 """Finished blocks on disk, so that a killed attempt costs at most the block in hand and the one being written.
 
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
-    state/block-00000.safetensors  the block's linears as in the native format; its header describes each of them
+    state/block-00000.safetensors  the block's linears as in the native format, described in the header, and other
+                                 parameters that changed
     state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
 
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
@@ -16,7 +17,9 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors.torch import load, save
@@ -35,7 +38,10 @@ LINEARS = TypeAdapter(dict[str, StoredLinear])
 
 
 class FinishedBlock(BaseModel):
-    """A durable block; `report` is None for the head, which is no block."""
+    """A durable block; `report` is None for the head, which is no block.
+
+    parameters   names of the file's tensors that are not of quantized linears
+    """
 
     model_config = ConfigDict(frozen=True)
 
@@ -43,6 +49,7 @@ class FinishedBlock(BaseModel):
     file: str
     sha256: str
     report: BlockReport | None
+    parameters: tuple[str, ...] = ()
 
 
 class FinishedScales(BaseModel):
@@ -65,10 +72,11 @@ class StateFile(BaseModel):
 
 @dataclass(frozen=True)
 class Shard:
-    """A durable file in the state folder, and its sha256."""
+    """A durable file in the state folder, its sha256, and which of its tensors are not of quantized linears."""
 
     file: str
     sha256: str
+    parameters: tuple[str, ...] = ()
 
 
 class ResumeState:
@@ -98,23 +106,31 @@ class ResumeState:
         """Makes a block durable; `linears` by full name. Returns when a crash can no longer lose it."""
         self.finish(index, self.write_shard(index, linears), report)
 
-    def write_shard(self, index: int, linears: Mapping[str, LinearResult]) -> Shard:
-        """A block's linears, by full name, in a durable file that does not count before `finish`."""
+    def write_shard(
+        self,
+        index: int,
+        linears: Mapping[str, LinearResult],
+        parameters: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Shard:
+        """A block's weights in a durable file that does not count before `finish`.
+
+        linears     by full name
+        parameters  others that changed with them, by full name
+        """
         stored = {name: StoredLinear.of(result) for name, result in linears.items()}
 
         def tensors() -> dict[str, Tensor]:
-            return {
-                key: tensor.cpu().contiguous()
-                for name, result in linears.items()
-                for key, tensor in native.compress(name, result).items()
-            }
+            parts = [native.compress(name, result) for name, result in linears.items()]
+            return {key: tensor.cpu().contiguous() for part in (*parts, parameters) for key, tensor in part.items()}
 
         about = {"linears": LINEARS.dump_json(stored).decode()}
-        return self._write(f"block-{index:05d}.safetensors", tensors, about)
+        return replace(self._write(f"block-{index:05d}.safetensors", tensors, about), parameters=tuple(parameters))
 
     def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
         """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
-        block = FinishedBlock(index=index, file=shard.file, sha256=shard.sha256, report=report)
+        block = FinishedBlock(
+            index=index, file=shard.file, sha256=shard.sha256, report=report, parameters=shard.parameters
+        )
         self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
 
     def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
@@ -133,6 +149,12 @@ class ResumeState:
         data = self._read(self.blocks[index].file)
         tensors, stored = load(data), described_linears(data)
         return {name: self._with_scale(name, native.decompress(name, tensors, stored[name])) for name in stored}
+
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        """Other parameters that a finished block changed, by full name, on the host."""
+        block = self.blocks[index]
+        tensors = load(self._read(block.file)) if block.parameters else {}
+        return {name: tensors[name] for name in block.parameters}
 
     def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
         """The result with the scale that was tuned end to end, if there is one: only affine weights have one."""
@@ -200,7 +222,7 @@ def code_version() -> str:
     """sha256 of the sources that compute codes."""
     digest = hashlib.sha256()
     workers = Path(__file__).parent.parent
-    for folder in ("engine", "methods", "numerics", "formats"):
-        for file in sorted((workers / folder).glob("*.py")):
-            digest.update(file.name.encode() + file.read_bytes())
+    folders = [sorted((workers / name).glob("*.py")) for name in ("engine", "methods", "numerics", "formats")]
+    for file in (workers / "contracts.py", workers / "layer_tasks.py", *chain.from_iterable(folders)):
+        digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

@@ -6,6 +6,7 @@ same machine always gives the same plan, and so the same scales.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ class ScaleTask:
     quantized_head  dequantized weight of the head, where that is quantized too
     micro_batch     sequences that may go through a block at once with gradients
     held_bytes      memory that other tensors of the job hold
+    changed         other parameters of a block that quantizing it changed, by full name
     tick            told the steps done
     log             told an event's name and fields when a slower way is taken
     ranks           who tunes along, each over its own sequences
@@ -52,6 +54,7 @@ class ScaleTask:
     seed: int
     micro_batch: int
     held_bytes: int
+    changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({})
     tick: Callable[[int], None] = lambda _: None
     log: Callable[..., None] = lambda *_, **__: None
     ranks: Ranks = ALONE

@@ -88,6 +88,7 @@ def _task(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | Non
         model=model,
         schemes={name: scheme for name, scheme in blocks.schemes.items() if name != model.layout.head},
         weights=partial(affine_weights, blocks),
+        changed=blocks.state.parameters,
         calls=calibration.calls,
         inputs=calibration.quantized,
         targets=calibration.original,

@@ -148,7 +148,14 @@ class ScaleTuning:
         device, source = task.model.device, task.inputs.device
         training, held_out = split(len(task.inputs), task.seed, task.ranks.part(MOST_HELD_OUT))
         settings = TuningSettings(task.steps, task.batch_size, LEARNING_RATE)
-        blocks = ScaledBlocks.load(task.model, task.calls, task.schemes, task.weights, recomputed=fit.recomputed)
+        blocks = ScaledBlocks.load(
+            task.model,
+            task.calls,
+            task.schemes,
+            task.weights,
+            changed=task.changed,
+            recomputed=fit.recomputed,
+        )
         return cls(
             task=task,
             fit=fit,

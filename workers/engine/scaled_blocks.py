@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 
 import torch
 from torch import Tensor, nn
@@ -188,13 +189,18 @@ class ScaledBlocks:
         schemes: Mapping[str, Scheme],
         weights: Callable[[int], Mapping[str, AffineWeight]],
         *,
+        changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({}),
         recomputed: int,
     ) -> "ScaledBlocks":
-        """The blocks on the device; `schemes` of their quantized linears, whose weights `weights` gives by block."""
+        """The blocks on the device, as they are quantized.
+
+        schemes   of their quantized linears, whose weights `weights` gives by block
+        changed   a block's other parameters that differ from the checkpoint's, by full name
+        """
         linears = model.linears()
         shapes = {n: (linears[n].out_features, linears[n].in_features) for n in schemes}
         scales = GroupScales(shapes, schemes, model)
-        blocks = [_load_block(model, index, scales, weights(index)) for index in range(len(calls))]
+        blocks = [_load_block(model, index, scales, weights(index), changed(index)) for index in range(len(calls))]
         quantized = [i for i, b in enumerate(blocks) if any(isinstance(m, GradientLinear) for m in b.modules())]
         scales.write()
         return cls(blocks, calls, scales, quantized[0], recomputed)
@@ -232,11 +238,16 @@ class ScaledBlocks:
 
 
 def _load_block(
-    model: StreamedModel, index: int, scales: GroupScales, weights: Mapping[str, AffineWeight]
+    model: StreamedModel,
+    index: int,
+    scales: GroupScales,
+    weights: Mapping[str, AffineWeight],
+    changed: Mapping[str, Tensor],
 ) -> nn.Module:
     """A copy of a block with a `GradientLinear` for every quantized linear, whose original weight is never read."""
     prefix = model.layout.block(index)
-    with model.loaded(prefix, given={f"{name}.weight": torch.empty(0, dtype=model.dtype) for name in weights}):
+    unread = {f"{name}.weight": torch.empty(0, dtype=model.dtype) for name in weights}
+    with model.loaded(prefix, given=unread | {name: value.to(model.device) for name, value in changed.items()}):
         block = copy.deepcopy(model.blocks[index])
     for name, weight in weights.items():
         scales.put(name, weight)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from workers.engine.blocks import BlockCall, StreamedModel, run_block
 from workers.engine.plan import Plan
+from workers.engine.ranks import Ranks
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Elements that are held in fp32 at a time when squares are summed: on a CPU, what stays in its caches."""
@@ -107,6 +108,15 @@ def second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tenso
             handle.remove()
     for name, total in watch.sums.items():
         watch.sums[name] = total.float()
+
+
+def sum_moments(ranks: Ranks, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
+    """Over all ranks, inside the context of `second_moments`; one that has no window to look at has nothing to add."""
+    if ranks.alone:
+        return
+    for name, linear in linears.items():
+        zeros = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+        ranks.sum_(moments.setdefault(name, zeros))
 
 
 class _InputWatch:

@@ -190,6 +190,8 @@ class _Run:
             log("capture_failed", block=self.task.index, reason=str(error)[:200])
         else:
             self.step, self.check = step, check
+        for weights in self.weights:
+            weights.restart()  # a capture's steps move no parameter, but what an optimizer remembers
 
     def start(self) -> None:
         """Everything to its start; the start's own loss is the first candidate.
@@ -197,8 +199,9 @@ class _Run:
         Raises:
             NumericalFailure: that loss is not finite; on a GPU whoever reads the outcome has to look.
         """
-        steps = torch.arange(self.settings.steps, dtype=torch.float64)
-        self.rates.copy_(self.settings.learning_rate * (1 - steps / max(self.settings.steps, 1)))
+        done = torch.arange(self.settings.steps, dtype=torch.float64)
+        decay = done / max(self.settings.steps, 1) if self.settings.schedule == "linear" else torch.zeros_like(done)
+        self.rates.copy_(self.settings.learning_rate * (1 - decay))
         self.data.start()
         self.count.zero_()
         self.best.fill_(math.inf)

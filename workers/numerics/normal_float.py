@@ -31,7 +31,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from app.domain.methods import PER_CHANNEL, Scheme
+from app.domain.methods import PER_CHANNEL, AbsmaxScheme, Scheme
 from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax
 
 OUTERMOST = 0.9677083
@@ -53,6 +53,10 @@ class DoubleQuantization:
     bits: int
     dtype: torch.dtype
     superblock: int
+
+    @classmethod
+    def of(cls, absmax: AbsmaxScheme) -> "DoubleQuantization":
+        return cls(absmax.bits, getattr(torch, absmax.dtype), absmax.superblock)
 
 
 AbsmaxFormat = torch.dtype | DoubleQuantization

@@ -10,8 +10,8 @@ affine weight has the constant zero point 2^(bits-1), which is not stored; its s
 side of a group's range may take the extra code (SignRound's full range).
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -83,6 +83,15 @@ class AffineWeight:
     def to(self, device: torch.device | str) -> "AffineWeight":
         zero, offset = (None if part is None else part.to(device) for part in (self.zero_point, self.offset))
         return AffineWeight(self.codes.to(device), self.scale.to(device), zero, self.scheme, self.dtype, offset)
+
+    def split(self, rows: Sequence[int]) -> tuple["AffineWeight", ...]:
+        """Weights of so many outputs each, one after another."""
+        parts, first = [], 0
+        for count in rows:
+            part = slice(first, first := first + count)
+            zero, offset = (None if rest is None else rest[part] for rest in (self.zero_point, self.offset))
+            parts.append(replace(self, codes=self.codes[part], scale=self.scale[part], zero_point=zero, offset=offset))
+        return tuple(parts)
 
     def stored_bits(self) -> StoredBits:
         """Bits of codes, scales and zero points or offsets."""
@@ -209,11 +218,33 @@ class LowRank:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Scales that moved between a linear and its neighbours: its weight stands for W * columns / rows.
+
+    rows     s of the outputs, fp32 or fp64 (out, 1), or 1
+    columns  s of the inputs, fp32 or fp64 (in,), or 1
+    """
+
+    rows: Tensor | float = 1.0
+    columns: Tensor | float = 1.0
+
+    def apply(self, weight: Tensor) -> Tensor:
+        """W (out, in) with the scales in it."""
+        return weight * self.columns / self.rows
+
+    def undo(self, weight: Tensor) -> Tensor:
+        """The W of a weight with the scales in it, in the scales' dtype if there are any."""
+        moved = isinstance(self.rows, Tensor) or isinstance(self.columns, Tensor)
+        return weight * self.rows / self.columns if moved else weight
+
+
+@dataclass(frozen=True)
 class LinearResult:
     """What a method makes of one linear: its quantized weight, and a low-rank correction if the method makes one."""
 
     weight: QuantizedWeight
     low_rank: LowRank | None = None
+    scaling: Scaling = Scaling()
 
     @property
     def affine(self) -> AffineWeight:
@@ -235,12 +266,9 @@ class LinearResult:
         base = self.weight.dequantize()
         return base if self.low_rank is None else (base.float() + self.low_rank.product()).to(base.dtype)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """Everything that is stored, in a fixed order."""
-        return _tensors(self)
-
     def to(self, device: torch.device | str) -> "LinearResult":
-        return LinearResult(self.weight.to(device), None if self.low_rank is None else self.low_rank.to(device))
+        low_rank = None if self.low_rank is None else self.low_rank.to(device)
+        return replace(self, weight=self.weight.to(device), low_rank=low_rank)
 
     def stored_bits(self) -> StoredBits:
         """Bits of the weight and of its correction."""
@@ -254,24 +282,20 @@ class BlockResult:
 
     Losses are mean squared errors of the block's output on the method's held-out sequences; None for methods
     that do not look at it.
+
+    parameters  others that change with the linears (norms, biases) by name inside the block, in the model's dtype
+    counters    what happened how often, for the report
     """
 
     linears: dict[str, LinearResult]
     loss_initial: Number | None = None
     loss: Number | None = None
     counters: dict[str, Number] = field(default_factory=dict)
+    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _columns(codes: Tensor, scheme: Scheme) -> int:
     return codes.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
-
-
-def _tensors(part: object) -> Iterator[Tensor]:
-    if isinstance(part, Tensor):
-        yield part
-    elif is_dataclass(part):
-        for each in fields(part):
-            yield from _tensors(getattr(part, each.name))
 
 
 def _bits(tensor: Tensor) -> int:

@@ -1,0 +1,117 @@
+"""How a linear's weight may be stored, and the rules that tell linears apart."""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+MIN_BITS, MAX_BITS = 2, 8
+PER_CHANNEL = -1
+
+Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS, description="Width of a code in bits.")]
+
+
+def _not_zero(group_size: int) -> int:
+    if group_size == 0:
+        raise ValueError("must be a whole number, 1 to 65536, or -1 for one group a row")
+    return group_size
+
+
+GroupSize = Annotated[
+    int,
+    Field(
+        strict=True,
+        ge=-1,
+        le=65536,
+        json_schema_extra={"not": {"const": 0}},
+        description="Consecutive input columns that share a scale; must divide every linear's inputs. -1: per channel.",
+    ),
+    AfterValidator(_not_zero),
+]
+Symmetric = Annotated[
+    bool,
+    Field(
+        strict=True, description="True: zero point at mid range, scale of either sign (full range). False: asymmetric."
+    ),
+]
+
+
+class Form(StrEnum):
+    """What a method makes of a linear; a format says which of them it holds."""
+
+    AFFINE = "affine"
+    """Integer codes with a scale a group, and a zero point or an offset."""
+    CODEBOOK = "codebook"
+    """Indices into a table of values (NormalFloat) with a largest magnitude a group."""
+    LOW_RANK = "low-rank"
+    """Besides one of the others: two factors whose product is added to it, as in LoRA."""
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+SCALE_BITS = 16
+"""Of a stored scale, where its dtype is not known yet."""
+
+
+class Scheme(Spec):
+    """How one linear's weight is stored."""
+
+    bits: Bits
+    group_size: GroupSize
+    symmetric: Symmetric
+
+    def width(self, in_features: int) -> int:
+        """Columns of a group of a linear with so many inputs."""
+        return in_features if self.group_size == PER_CHANNEL else self.group_size
+
+    def bits_per_weight(self, in_features: int, scale_bits: int = SCALE_BITS) -> float:
+        """Bits of a weight with its share of scale and zero point."""
+        return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.width(in_features)
+
+
+FloatName = Literal["float16", "bfloat16", "float32"]
+
+
+@dataclass(frozen=True)
+class AbsmaxScheme:
+    """A second level of codes for the largest magnitudes of a codebook's groups: b1 = `bits`, b2 = `dtype`, B1."""
+
+    bits: int
+    dtype: FloatName
+    superblock: int
+
+    @property
+    def dtype_bits(self) -> int:
+        return 32 if self.dtype == "float32" else 16
+
+
+PRESET_ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=256)
+"""QLoRA's: 0.127 bits a weight at groups of 64. LQ-LoRA's "nf4" and "nf3" have it too."""
+
+
+class SchemeOverride(Spec):
+    """What an override changes for the linears that its pattern matches."""
+
+    bits: Bits | None = None
+    group_size: GroupSize | None = None
+    symmetric: Symmetric | None = None
+
+
+Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
+class ModuleRules(Spec):
+    """Which linears are quantized, and which differ. Patterns are globs over full module names."""
+
+    ignore: tuple[Pattern, ...] = Field(
+        default=("lm_head",), max_length=256, description="Linears that keep their 16-bit weight."
+    )
+    overrides: dict[Pattern, SchemeOverride] = Field(
+        default_factory=dict,
+        max_length=256,
+        description="Pattern to changed bits, group_size or symmetric; of several matches, later ones win.",
+        examples=[{"model.layers.*.mlp.down_proj": {"bits": 8}}],
+    )

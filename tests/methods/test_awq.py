@@ -1,0 +1,187 @@
+"""AWQ: scales move without changing what is computed, and what is rounded with them comes closer."""
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from app.domain.methods import AWQSpec, RTNSpec, Scheme
+from tests.methods.toy_block import GATED_FOLDS, gated_task
+from workers.contracts import BlockTask, Fold
+from workers.methods import awq
+from workers.methods.awq import AWQ, clip_ranges, observe, search_scale, settle
+from workers.methods.rtn import RTN
+from workers.numerics.affine import GroupRange, grid, grouped, round_to_grid
+from workers.numerics.quantized import BlockResult
+
+W3 = Scheme(bits=3, group_size=16, symmetric=False)
+GATED: dict[str, Scheme] = {"gate": W3, "up": W3, "down": Scheme(bits=3, group_size=-1, symmetric=True)}
+
+
+def output(task: BlockTask, result: BlockResult) -> Tensor:
+    """Of the block with everything that the method changed in place."""
+    weights = {f"{name}.weight": linear.weight.dequantize() for name, linear in result.linears.items()}
+    with torch.no_grad():
+        found: Tensor = functional_call(task.block, weights | result.parameters, task.inputs)
+    return found
+
+
+def output_error(task: BlockTask, result: BlockResult) -> float:
+    return float((output(task, result) - task.targets).square().mean())
+
+
+@pytest.mark.parametrize("spec", [AWQSpec(), AWQSpec(clip_search=False), AWQSpec(search_samples=3)], ids=str)
+def test_a_block_with_outliers_comes_closer_than_with_rounding(spec: AWQSpec) -> None:
+    task = gated_task(GATED)
+    before = {name: tensor.clone() for name, tensor in task.block.state_dict().items()}
+    result = AWQ().quantize_block(task, spec)
+    assert output_error(task, result) < 0.7 * output_error(task, RTN().quantize_block(task, RTNSpec()))
+    assert result.linears.keys() == GATED.keys()
+    assert result.parameters.keys() == {"norm.weight", "up.bias"}
+    assert result.counters == {"scales_moved": 2, "scales_kept": 0}
+    assert all(torch.equal(before[name], tensor) for name, tensor in task.block.state_dict().items())
+    again = AWQ().quantize_block(replace(task, seed=99), spec)
+    for name, linear in result.linears.items():
+        assert torch.equal(linear.weight.codes, again.linears[name].weight.codes)
+
+
+def test_without_rounding_the_block_computes_what_it_did() -> None:
+    """In fp64, weights with the found scales in them and the changed parameters give the original output."""
+    task = in_double(gated_task(GATED))
+    result = AWQ().quantize_block(task, AWQSpec())
+    weights = {}
+    for name, linear in result.linears.items():
+        assert not isinstance(linear.scaling.columns, float)
+        assert (linear.scaling.columns.max() / linear.scaling.columns.min()) > 1.2, "a test of scales that are not 1"
+        weights[f"{name}.weight"] = linear.scaling.apply(task.linear(name).weight)
+        torch.testing.assert_close(linear.scaling.undo(weights[f"{name}.weight"]), task.linear(name).weight)
+    with torch.no_grad():
+        folded = functional_call(task.block, weights | result.parameters, task.inputs)
+        halves = functional_call(task.block, weights, task.inputs)
+    torch.testing.assert_close(folded, task.targets, rtol=1e-10, atol=1e-10)
+    assert (halves - task.targets).abs().max() > 0.1
+
+
+def in_double(task: BlockTask) -> BlockTask:
+    block, hidden = task.block.double(), task.inputs.double()
+    with torch.no_grad():
+        return replace(task, inputs=hidden, inputs_fp=hidden, targets=block(hidden))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_scale_is_what_the_stored_norm_divides_by(dtype: torch.dtype, offset: float) -> None:
+    torch.manual_seed(0)
+    norm = nn.RMSNorm(64)
+    norm.weight.data = torch.randn(64).to(dtype)
+    norm.weight.data[:2] = -offset
+    block = nn.ModuleDict({"norm": norm})
+    wanted = torch.rand(64) * 4 + 0.1
+    scale, changed = settle(block, Fold("norm", (), "", offset=offset), wanted)
+    before, after = (w.float() + offset for w in (norm.weight.detach(), changed["norm.weight"]))
+    torch.testing.assert_close(after * scale, before, rtol=1e-6, atol=0)
+    assert changed["norm.weight"].dtype == dtype
+    assert torch.equal(scale[:2], torch.ones(2)), "a norm that puts out 0 has nothing to divide"
+    torch.testing.assert_close(scale[2:], wanted[2:], rtol=0.3 if offset and dtype == torch.bfloat16 else 0.01, atol=0)
+
+
+def test_candidates_are_judged_by_the_output_of_the_part() -> None:
+    """The scale chosen is the one of twenty with the least error, computed from the formula."""
+    task = gated_task(GATED)
+    fold, magnitude = GATED_FOLDS[0], observe(task, task.inputs)["gate"].magnitude()
+    lit = task.inputs.new_tensor([channel != 9 for channel in range(32)]).bool()
+    with torch.no_grad():
+        mean = nn.functional.rms_norm(task.inputs, (32,), task.block.get_parameter("norm.weight"), 1e-6).abs()
+    torch.testing.assert_close(magnitude[lit], mean.flatten(0, 1).mean(0)[lit])
+    errors, scales = [], []
+    for step in range(20):
+        s = magnitude ** (step / 20)
+        s = s / (s.max() * s.min()).sqrt()
+        weights = {}
+        for name in fold.linears:
+            w = grouped(task.linear(name).weight * s, 16)
+            to = grid(GroupRange.of(w), W3, torch.float32)
+            hat = (round_to_grid(w, to)[0] - to.zero.unsqueeze(-1)) * to.scale.unsqueeze(-1)  # type: ignore[union-attr]
+            weights[f"{name}.weight"] = hat.view(48, 32) / s
+        with torch.no_grad():
+            out = functional_call(task.block, weights, task.inputs[:5])
+        errors.append(float((out - task.targets[:5]).double().square().sum()))
+        scales.append(s)
+    best = min(range(20), key=errors.__getitem__)
+    assert errors[best] < 0.9 * errors[0]
+    with torch.no_grad():
+        found = search_scale(task, fold, magnitude, task.inputs[:5])
+    torch.testing.assert_close(found, scales[best])
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_range_is_clipped_where_its_products_gain(symmetric: bool) -> None:
+    """Of the ten ranges, the one whose products with the inputs are closest, computed from the inputs themselves."""
+    torch.manual_seed(2)
+    scheme = Scheme(bits=3, group_size=8, symmetric=symmetric)
+    w, x = torch.randn(6, 24, dtype=torch.float64), torch.randn(200, 24, dtype=torch.float64)
+    w[:, 3] *= 4
+    x[:, 3] *= 0.05  # large weights that hardly matter
+    groups, parts = grouped(w, 8), x.view(200, 3, 8)
+    found = clip_ranges(groups, 2 * torch.einsum("tgi,tgj->gij", parts, parts), scheme, torch.float32)
+    costs = []
+    for step in range(10):
+        widest = groups.abs().amax(-1) * (1 - step / 20)
+        low, high = groups.amin(-1).clamp(max=0).maximum(-widest), groups.amax(-1).clamp(min=0).minimum(widest)
+        to = grid(GroupRange(low, high), scheme, torch.float32)
+        codes, _ = round_to_grid(groups, to)
+        hat = (codes if to.zero is None else codes - to.zero.unsqueeze(-1)) * to.scale.unsqueeze(-1)
+        costs.append(torch.einsum("ogi,tgi->ogt", hat - groups, parts).square().sum(-1))
+    best = torch.stack(costs).argmin(0)
+    m = groups.abs().amax(-1) * (1 - best / 20)
+    torch.testing.assert_close(found.low, groups.amin(-1).clamp(max=0).maximum(-m))
+    torch.testing.assert_close(found.high, groups.amax(-1).clamp(min=0).minimum(m))
+    assert len(best.unique()) > 3
+
+
+def test_linears_whose_output_only_decides_a_softmax_are_not_clipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    clipped: list[tuple[int, ...]] = []
+
+    def note(w: Tensor, *_: object) -> GroupRange:
+        clipped.append(tuple(w.shape))
+        return GroupRange.of(w)
+
+    monkeypatch.setattr(awq, "clip_ranges", note)
+    folds = (replace(GATED_FOLDS[0], unclipped=("gate",)), GATED_FOLDS[1])
+    AWQ().quantize_block(gated_task(GATED, folds=folds), AWQSpec())
+    assert clipped == [(48, 2, 16), (32, 1, 48)]
+    AWQ().quantize_block(gated_task(GATED, folds=folds), AWQSpec(clip_search=False))
+    assert len(clipped) == 2
+
+
+@pytest.mark.parametrize(
+    ("missing", "changed"), [("gate", {"up.bias"}), ("up", set()), ("down", {"norm.weight"})], ids=str
+)
+def test_no_scale_moves_through_a_linear_that_keeps_its_weight(missing: str, changed: set[str]) -> None:
+    task = gated_task({name: scheme for name, scheme in GATED.items() if name != missing})
+    result = AWQ().quantize_block(task, AWQSpec())
+    assert result.parameters.keys() == changed
+    assert result.counters["scales_moved"] == len(changed)
+    assert output_error(task, result) < output_error(task, RTN().quantize_block(task, RTNSpec()))
+
+
+def test_no_scale_moves_where_the_source_has_fewer_outputs() -> None:
+    task = gated_task(GATED, folds=(Fold("down", ("up",), "up"), Fold("gate", ("down",), "down")))
+    assert [awq._applies(task, fold) for fold in task.folds] == [True, True]
+    narrow = nn.Linear(32, 24)
+    task.block.set_submodule("gate", narrow)
+    assert [awq._applies(task, fold) for fold in task.folds] == [True, False]
+
+
+def test_original_inputs_are_observed_unless_told_otherwise() -> None:
+    task = gated_task(GATED)
+    other: dict[str, Any] = {"inputs": task.inputs.roll(3, dims=-1)}
+    original, same, changed = (
+        AWQ().quantize_block(replace(task, **fields), AWQSpec(quantized_inputs=quantized)).linears["up"].weight
+        for fields, quantized in (({}, False), (other, False), (other, True))
+    )
+    assert torch.equal(original.codes, same.codes)
+    assert not torch.equal(original.codes, changed.codes)

@@ -1,0 +1,125 @@
+"""LQ-LoRA's decomposition against its own statement in fp64, and its configurations against the paper's numbers."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from app.domain.methods import AbsmaxScheme, BitBudget, Candidate, LQLoRASpec, Scheme
+from workers.contracts import Fisher, ScoreTask
+from workers.methods.lq_lora import LQLoRA, RankOne, decompose, quantize
+from workers.numerics.normal_float import DoubleQuantization, bits_per_weight
+
+ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=16)
+SCHEME = Scheme(bits=2, group_size=16, symmetric=True)
+
+
+def layer(out: int = 48, width: int = 64, seed: int = 0) -> Tensor:
+    """A weight of decaying spectrum with noise, bf16 values in fp32."""
+    generator = torch.Generator().manual_seed(seed)
+    a, b, noise = (torch.randn(*s, generator=generator) for s in ((out, 8), (8, width), (out, width)))
+    return (0.02 * (a * torch.linspace(2, 0.2, 8)) @ b / 3 + 0.02 * noise).bfloat16().float()
+
+
+def fisher_of(weight: Tensor) -> tuple[Fisher, Tensor]:
+    """Rank-one Fisher information: its sums, and all of it."""
+    generator = torch.Generator().manual_seed(5)
+    rows, columns = (torch.rand(size, generator=generator) ** 2 + 0.01 for size in weight.shape)
+    whole = rows.outer(columns)
+    return Fisher(whole.sum(1), whole.sum(0)), whole
+
+
+def test_bits_of_every_configuration_are_the_paper_s() -> None:
+    spec = LQLoRASpec(bits=BitBudget(average=2.75))
+    shape = (1024, 4096)
+    grid = spec.candidates("model.layers.0.mlp.up_proj", shape[1])
+    assert len(grid) == 4 * 4 * 3 * 3 * 3
+    found = []
+    for choice in grid:
+        assert choice.absmax is not None
+        c = choice.absmax
+        expected = choice.scheme.bits + c.bits / choice.scheme.group_size
+        expected += c.dtype_bits / (choice.scheme.group_size * c.superblock)
+        stored = DoubleQuantization(c.bits, getattr(torch, c.dtype), c.superblock)
+        assert bits_per_weight(choice.scheme.bits, choice.scheme.group_size, stored) == pytest.approx(expected)
+        found.append(choice.stored_bits(shape) / (shape[0] * shape[1]))
+        assert found[-1] == pytest.approx(expected, abs=1e-12)
+    assert min(found) == pytest.approx(2.032227, abs=5e-7)
+    assert max(found) == pytest.approx(8.625)
+    assert spec.least_bits("x", 4096) == pytest.approx(2.032227, abs=5e-7)
+    for bits, expected in ((4, 4.126953), (3, 3.126953)):
+        (preset,) = LQLoRASpec(bits=bits).candidates("x", 4096)
+        assert preset.stored_bits(shape) / (shape[0] * shape[1]) == pytest.approx(expected, abs=5e-7)
+
+
+def test_what_a_choice_costs_is_what_its_weight_stores() -> None:
+    """Also where the last superblock is not full; beside the codebook and the least maximum, 32 bits."""
+    weight = layer(40, 96)
+    for bits, group, superblock in ((2, 16, 16), (3, 32, 64), (4, 96, 256)):
+        choice = Candidate(Scheme(bits=bits, group_size=group, symmetric=True), AbsmaxScheme(3, "bfloat16", superblock))
+        stored = quantize(weight, choice.scheme, choice.absmax).stored_bits()
+        assert choice.stored_bits((40, 96)) == stored.codes + stored.scales - 32
+
+
+def test_group_sizes_that_do_not_divide_are_left_out_and_overrides_win() -> None:
+    overrides = {"overrides": {"*.o_proj": {"group_size": 48, "bits": 4}}}
+    spec = LQLoRASpec.model_validate({"modules": overrides})
+    assert {c.scheme.group_size for c in spec.candidates("model.layers.0.mlp.up_proj", 96)} == {16, 32}
+    fixed = spec.candidates("model.layers.0.self_attn.o_proj", 96)
+    assert {(c.scheme.bits, c.scheme.group_size) for c in fixed} == {(4, 48)}
+    assert len(fixed) == 4 * 3 * 3
+    assert spec.candidates("lm_head", 96) == ()
+
+
+def test_the_unweighted_loop_is_the_iteration_of_loftq_in_another_order() -> None:
+    """Exact SVD in fp64 and quantization by turns: the same errors, and the best iterate is returned."""
+    weight = layer()
+    found = decompose(
+        weight, SCHEME, ABSMAX, RankOne.of(None, weight), rank=40, iterations=20, seed=0
+    )  # 40 + 10 columns: the decomposition is exact
+    quantized, errors, best = torch.zeros_like(weight).double(), [], None
+    for _ in found.errors:
+        u, s, v = torch.linalg.svd(weight.double() - quantized, full_matrices=False)
+        product = (u[:, :40] * s[:40]) @ v[:40]
+        quantized = quantize((weight - product).float(), SCHEME, ABSMAX).dequantize().double()
+        errors.append(float((weight - quantized - product).norm()))
+        best = quantized + product if best is None or errors[-1] < min(errors[:-1]) else best
+    assert found.errors == pytest.approx(errors, rel=2e-2)
+    assert found.errors[0] == pytest.approx(errors[0], rel=1e-4)
+    result = found.base.dequantize() + found.left @ found.right
+    assert float((weight - result).norm()) == pytest.approx(min(found.errors), rel=1e-5)
+    assert all(later < earlier for earlier, later in zip(found.errors[:-2], found.errors[1:-1], strict=True))
+
+
+def test_fisher_weighting_lowers_the_error_that_it_weighs() -> None:
+    weight = layer()
+    fisher, whole = fisher_of(weight)
+    errors = []
+    for known in (fisher, None):
+        found = decompose(weight, SCHEME, ABSMAX, RankOne.of(known, weight), rank=8, iterations=30, seed=0)
+        errors.append(float((whole.sqrt() * (weight - found.base.dequantize() - found.left @ found.right)).norm()))
+        if known is not None:
+            assert errors[0] == pytest.approx(min(found.errors), rel=1e-4), "the sums give back all of a rank-one F"
+    assert errors[0] < 0.97 * errors[1]
+
+
+def test_scores_are_squared_errors_in_the_unit_of_the_information() -> None:
+    weight, spec = layer(), LQLoRASpec(rank=8)
+    fisher, whole = fisher_of(weight)
+    choices = tuple(Candidate(SCHEME.model_copy(update={"bits": bits}), ABSMAX) for bits in (2, 3, 4, 8))
+    task = ScoreTask(weight.bfloat16(), choices, fisher, torch.bfloat16, seed=0)
+    scores = LQLoRA().candidate_errors(task, spec)
+    assert all(later < earlier / 2 for earlier, later in itertools.pairwise(scores))
+    once = decompose(weight, choices[1].scheme, ABSMAX, RankOne.of(fisher, weight), rank=8, iterations=1, seed=0)
+    exact = (whole * (weight - once.base.dequantize() - once.left @ once.right).square()).sum()
+    assert scores[1] == pytest.approx(float(exact), rel=1e-4)
+    larger = replace(task, fisher=Fisher(4 * fisher.rows, 4 * fisher.columns))
+    assert LQLoRA().candidate_errors(larger, spec) == pytest.approx([4 * score for score in scores], rel=1e-4)
+
+
+def test_information_of_zero_is_as_none() -> None:
+    weight = layer()
+    nothing = Fisher(torch.zeros(48), torch.zeros(64))
+    assert torch.equal(RankOne.of(nothing, weight).rows, torch.ones(48))

@@ -1,0 +1,102 @@
+"""Best factors against the full SVD in fp64, which is the optimum (Eckart and Young)."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from workers.numerics import low_rank
+from workers.numerics.low_rank import best_factors, weighted_factors
+
+
+def matrix(rows: int, columns: int) -> Tensor:
+    """Singular values that fall slowly, as those of what quantization leaves."""
+    return torch.randn(rows, columns, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def rest(e: Tensor, factors: tuple[Tensor, Tensor]) -> float:
+    left, right = factors
+    return float((e - left @ right).norm())
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)], ids=str)
+def test_small_matrices_get_the_optimum(shape: tuple[int, int]) -> None:
+    e = matrix(*shape)
+    u, s, v = torch.linalg.svd(e, full_matrices=False)
+    for rank in (1, 7, 24):
+        left, right = best_factors(e, rank)
+        assert (left.shape, right.shape) == ((shape[0], rank), (rank, shape[1]))
+        best = (u[:, :rank] * s[:rank]) @ v[:rank]
+        assert torch.allclose(left @ right, best, atol=1e-10)
+        assert torch.allclose(left.norm(dim=0), right.norm(dim=1)), "the singular values are shared"
+        assert torch.allclose(left.norm(dim=0).square(), s[:rank])
+
+
+def test_single_precision_loses_no_more_than_its_rounding() -> None:
+    e = matrix(40, 64)
+    exact, single = rest(e, best_factors(e, 8)), rest(e, tuple(f.double() for f in best_factors(e.float(), 8)))  # type: ignore[arg-type]
+    assert single == pytest.approx(exact, rel=1e-6)
+
+
+def test_a_rank_above_the_smaller_side_is_cut_to_it_and_leaves_nothing() -> None:
+    left, right = best_factors(matrix(6, 20), 64)
+    assert left.shape == (6, 6)
+    assert torch.allclose(left @ right, matrix(6, 20))
+
+
+def test_where_nothing_is_left_factors_are_zero_and_finite() -> None:
+    e = matrix(16, 3) @ matrix(3, 20)
+    for e_, most in ((torch.zeros(4, 6), 0.0), (e, 1e-6)):
+        left, right = best_factors(e_, 5)
+        assert left.isfinite().all()
+        assert right.isfinite().all()
+        assert rest(e_, (left, right)) <= most
+
+
+def test_large_matrices_come_near_the_optimum_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    e = matrix(96, 160)
+    optimum = rest(e, best_factors(e, 16))
+    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 32)
+    found = best_factors(e, 16, seed=3)
+    assert optimum < rest(e, found) < 1.01 * optimum
+    assert all(torch.equal(a, b) for a, b in zip(found, best_factors(e, 16, seed=3), strict=True))
+    left, right = best_factors(e.T.contiguous(), 16, seed=3)
+    assert left.shape == (160, 16)
+    assert rest(e.T, (left, right)) < 1.01 * optimum
+
+
+def test_weighted_factors_are_the_optimum_where_the_weights_are_of_rank_one() -> None:
+    """Against Eckart and Young on the scaled matrix, and against a descent that knows all of F."""
+    e, generator = matrix(40, 24), torch.Generator().manual_seed(1)
+    rows, columns = (torch.rand(size, generator=generator, dtype=torch.float64) + 0.05 for size in e.shape)
+    left, right = weighted_factors(e, 5, rows, columns)
+    error = float((rows[:, None] * (e - left @ right) * columns).norm())
+    optimum = float(torch.linalg.svdvals(rows[:, None] * e * columns)[5:].norm())
+    assert error == pytest.approx(optimum, rel=1e-6)
+    plain = best_factors(e, 5)
+    assert error < 0.98 * float((rows[:, None] * (e - plain[0] @ plain[1]) * columns).norm())
+    assert error <= alternating(e, rows.outer(columns).square(), 5) * (1 + 1e-6)
+
+
+def alternating(e: Tensor, weights: Tensor, rank: int) -> float:
+    """|| sqrt(F) (E - L R) || by alternating weighted least squares, each row and column solved for itself."""
+    right = torch.randn(rank, e.shape[1], generator=torch.Generator().manual_seed(2), dtype=e.dtype)
+    for _ in range(60):
+        left = torch.stack([solve(right.T, row, w) for row, w in zip(e, weights, strict=True)])
+        right = torch.stack([solve(left, column, w) for column, w in zip(e.T, weights.T, strict=True)]).T
+    return float((weights.sqrt() * (e - left @ right)).norm())
+
+
+def solve(basis: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+    root = weights.sqrt()
+    found: Tensor = torch.linalg.lstsq(basis * root[:, None], values * root).solution
+    return found
+
+
+def test_rows_and_columns_without_weight_stay_finite() -> None:
+    e = matrix(12, 20)
+    rows, columns = torch.ones(12, dtype=torch.float64), torch.ones(20, dtype=torch.float64)
+    rows[3], columns[5] = 0, 0
+    left, right = weighted_factors(e, 12, rows, columns)
+    assert left.isfinite().all()
+    assert right.isfinite().all()
+    assert (left @ right)[:3, :5] == pytest.approx(e[:3, :5], abs=1e-8)

@@ -1,0 +1,248 @@
+"""AWQ (Lin et al., arXiv:2306.00978): scales that spare the columns of large inputs, then clipped ranges.
+
+Rounding errors of a column count as much as its inputs are large. Before rounding, column j is multiplied by s_j and
+its input divided by it, for the linears of a block that share an input (q, k, v; gate, up) or have one alone (o, down):
+
+    s = x^alpha / sqrt(max x^alpha * min x^alpha),   x = mean of abs(X) over tokens,   alpha in {0, 1/20, ..., 19/20}
+    min over alpha of  || f(X; Q(W s) / s) - f(X; W) ||^2
+
+f is the part of the block around those linears (attention for q, k, v; the MLP for gate, up; o and down themselves),
+Q rounds to nearest (`workers.numerics.affine`), and alpha = 0 is s = 1. 1/s goes where the input comes from, a norm's
+weight or the rows of the linear before, so that nothing is computed at run time and the floating-point block stays
+what it was. Then each group's range is clipped to +-m, for linears whose output does not only decide a softmax:
+
+    m = c * max abs(W s),   c in {1, 19/20, ..., 11/20},   min over c of  (w_hat - w) H_g (w_hat - w)^T
+
+with H_g the group's diagonal block of H = 2 X^T X (`workers.numerics.hessian`): the error of the group's own products.
+
+| symbol | variable | shape |
+|---|---|---|
+| x | `magnitude` | (in,), fp32 |
+| s | `scale` | (in,), fp32 |
+| H_g of all groups | `hessian` | (groups, G, G), fp32 |
+
+Cost: a forward pass of the block; over `search_samples` sequences four more, and twenty of each part; for clipping,
+ten times out*in*G operations.
+
+Different from the paper's code: s is taken back from the norm's weight as its dtype holds it, so that the norm's
+rounding is no error; H_g is of all tokens, where the code takes 512 of them; an input that no token ever lit counts as
+a mean one. Scales that would move through a linear that is not quantized stay 1, and so do those behind v where it has
+fewer outputs than o has inputs (grouped queries); both are counted. Left out: scales from weights as well as inputs.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.methods import AWQSpec, Scheme
+from workers.contracts import BlockTask, Fold
+from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.hessian import Hessian, input_groups, watched
+from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult, Number, Scaling
+
+STEPS = 20
+"""Parts that the interval of alpha, and that of c, is cut into."""
+SMALLEST_CLIP = 0.5
+"""Values of c are above it."""
+
+
+class AWQ:
+    needs_inputs = True
+
+    @torch.no_grad()
+    def quantize_block(self, task: BlockTask, spec: AWQSpec) -> BlockResult:
+        inputs = task.inputs if spec.quantized_inputs else task.inputs_fp
+        observed = observe(task, inputs)
+        folds = [fold for fold in task.folds if _applies(task, fold)]
+        scalings = dict.fromkeys(task.schemes, Scaling())
+        parameters: dict[str, Tensor] = {}
+        for done, fold in enumerate(folds, start=1):
+            magnitude = observed[fold.linears[0]].magnitude()
+            wanted = search_scale(task, fold, magnitude, inputs[: spec.search_samples])
+            scale, changed = settle(task.block, fold, wanted)
+            parameters |= changed
+            scalings |= {name: replace(scalings[name], columns=scale) for name in fold.linears}
+            if fold.source in scalings:
+                scalings[fold.source] = replace(scalings[fold.source], rows=scale.unsqueeze(1))
+            task.tick(0.9 * done / len(folds))
+        unclipped = {name for fold in task.folds for name in fold.unclipped}
+        results = {}
+        for name, scaling in scalings.items():
+            clips = spec.clip_search and name not in unclipped
+            hessian = observed[name].hessian(task.schemes[name]) if clips else None
+            results[name] = LinearResult(quantize_weight(task, name, scaling, hessian), scaling=scaling)
+        moved, kept = float(len(folds)), float(len(task.folds) - len(folds))
+        counters: dict[str, Number] = {"scales_moved": moved, "scales_kept": kept}
+        return BlockResult(results, counters=counters, parameters=parameters)
+
+
+@dataclass
+class Observed:
+    """What an input looked like, for the linears that share it: sums of |x|, and H in blocks of each group width."""
+
+    total: Tensor
+    hessians: dict[int, Hessian]
+    tokens: int = 0
+
+    def add(self, x: Tensor) -> None:
+        """Takes in (tokens, in)."""
+        self.total += x.abs().sum(0, dtype=self.total.dtype)
+        self.tokens += len(x)
+        for hessian in self.hessians.values():
+            hessian.add(x)
+
+    def magnitude(self) -> Tensor:
+        """x (in,), the mean of all columns for those that were never lit."""
+        mean = self.total / self.tokens
+        return torch.where(mean > 0, mean, mean.mean().clamp(min=torch.finfo(mean.dtype).tiny))
+
+    def hessian(self, scheme: Scheme) -> Tensor:
+        """The diagonal blocks of H for the groups of a scheme, (groups, G, G)."""
+        return self.hessians[scheme.width(len(self.total))].matrix()
+
+
+def observe(task: BlockTask, inputs: Tensor) -> dict[str, Observed]:
+    """What the linears are given in forward passes of the block over `inputs`, by name."""
+    linears = {name: task.linear(name) for name in task.schemes}
+    observed: dict[str, Observed] = {}
+    firsts = {}
+    for names in input_groups(linears, next(task.passes(inputs[:1]))):
+        first = linears[names[0]]
+        columns, dtype = first.in_features, torch.promote_types(first.weight.dtype, torch.float32)
+        widths = {task.schemes[name].width(columns) for name in names}
+        hessians = {width: Hessian(columns, width, dtype, task.device) for width in widths}
+        shared = Observed(torch.zeros(columns, dtype=dtype, device=task.device), hessians)
+        observed |= dict.fromkeys(names, shared)
+        firsts[names[0]] = first
+    with watched(firsts, lambda name, x: observed[name].add(x.flatten(0, -2))):
+        for forward in task.passes(inputs):
+            forward()
+    for name in firsts:
+        task.sum_(observed[name].total, *(hessian.sum for hessian in observed[name].hessians.values()))
+        observed[name].tokens = task.total(observed[name].tokens)
+    return observed
+
+
+def search_scale(task: BlockTask, fold: Fold, magnitude: Tensor, inputs: Tensor) -> Tensor:
+    """The s of the module docstring for one fold, (in,), judged on the block's `inputs`."""
+    calls = _calls(task, inputs, task.block.get_submodule(fold.judged))
+    targets = [call() for call in calls]
+    weights = {name: task.linear(name).weight for name in fold.linears}
+    candidates = [_scale(magnitude, step / STEPS) for step in range(STEPS)]
+    errors = torch.zeros(STEPS, dtype=torch.float64, device=magnitude.device)
+    with task.restored():
+        for step, scale in enumerate(candidates):
+            for name, weight in weights.items():
+                rounded = _round(scale * weight.to(scale.dtype), task.schemes[name], task.scale_dtype)
+                task.linear(name).weight = nn.Parameter((rounded / scale).to(weight.dtype), requires_grad=False)
+            for call, target in zip(calls, targets, strict=True):
+                errors[step] += (call().to(scale.dtype) - target).square().sum(dtype=torch.float64)
+    task.sum_(errors)
+    return candidates[int(errors.nan_to_num(torch.inf).argmin())]
+
+
+def settle(block: nn.Module, fold: Fold, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Divides what comes out of a fold's source by `scale`: the parameters that change, and s as they can hold it.
+
+    A norm's weight changes; of a linear, whose rows are still to be rounded, only the bias.
+    """
+    source, changed = block.get_submodule(fold.source), {}
+    if not isinstance(source, nn.Linear):
+        weight = source.get_parameter("weight")
+        factor = weight.to(scale.dtype) + fold.offset
+        stored = (factor / scale - fold.offset).to(weight.dtype)
+        exact = factor / (stored.to(scale.dtype) + fold.offset)
+        sound = exact.isfinite() & (exact > 0)
+        scale = torch.where(sound, exact, 1)
+        changed[f"{fold.source}.weight"] = torch.where(sound, stored, weight)
+    bias = getattr(source, "bias", None)
+    if bias is not None:
+        changed[f"{fold.source}.bias"] = (bias.to(scale.dtype) / scale).to(bias.dtype)
+    return scale, changed
+
+
+def quantize_weight(task: BlockTask, name: str, scaling: Scaling, hessian: Tensor | None) -> AffineWeight:
+    """Rounds a linear with the scales in it; `hessian` (groups, G, G) clips the groups' ranges, None leaves them."""
+    weight, scheme = task.linear(name).weight, task.schemes[name]
+    w = scaling.apply(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+    w = grouped(w, scheme.group_size)
+    ranges = GroupRange.of(w)
+    if hessian is not None:
+        # A scaled column meets an input over s.
+        s = torch.ones_like(w[0]) if isinstance(scaling.columns, float) else scaling.columns.view_as(w[0])
+        ranges = clip_ranges(w, hessian / (s.unsqueeze(1) * s.unsqueeze(2)), scheme, task.scale_dtype)
+    to = grid(ranges, scheme, task.scale_dtype)
+    return affine_weight(round_to_grid(w, to)[0], to, scheme, task.scale_dtype, weight.dtype)
+
+
+def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupRange:
+    """The range +-m within its own of each group of `w` (out, groups, G) with the least (w_hat - w) H_g (w_hat - w)^T.
+
+    hessian   (groups, G, G), of the inputs that meet `w`
+    """
+    full = GroupRange.of(w)
+    widest = torch.maximum(-full.low, full.high)
+    best, least = full, torch.full_like(widest, torch.inf)
+    for step in range(round(STEPS * (1 - SMALLEST_CLIP))):
+        m = widest * (1 - step / STEPS)
+        clipped = GroupRange(torch.maximum(full.low, -m), torch.minimum(full.high, m))
+        to = grid(clipped, scheme, scale_dtype)
+        error = (_dequantize(round_to_grid(w, to)[0], to) - w).transpose(0, 1)
+        cost = ((error @ hessian) * error).sum(-1).T
+        better = cost < least
+        least = torch.where(better, cost, least)
+        best = GroupRange(torch.where(better, clipped.low, best.low), torch.where(better, clipped.high, best.high))
+    return best
+
+
+def _applies(task: BlockTask, fold: Fold) -> bool:
+    """Whether all linears of a fold are quantized and the source has a number for each of their columns."""
+    source = task.block.get_submodule(fold.source)
+    is_linear = isinstance(source, nn.Linear)
+    if not set(fold.linears) <= task.schemes.keys() or (is_linear and fold.source not in task.schemes):
+        return False
+    columns = task.linear(fold.linears[0]).in_features
+    return not is_linear or task.linear(fold.source).out_features == columns
+
+
+def _scale(magnitude: Tensor, alpha: float) -> Tensor:
+    scale = magnitude.pow(alpha).clamp(min=1e-4)
+    return scale / (scale.max() * scale.min()).sqrt()
+
+
+def _round(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+    """Q: rounded to nearest, (out, in), in the dtype given."""
+    w = grouped(weight, scheme.group_size)
+    to = grid(GroupRange.of(w), scheme, scale_dtype)
+    return _dequantize(round_to_grid(w, to)[0], to).view_as(weight)
+
+
+def _dequantize(codes: Tensor, to: Grid) -> Tensor:
+    steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
+    return steps * to.scale.unsqueeze(-1)
+
+
+def _calls(task: BlockTask, inputs: Tensor, part: nn.Module) -> list[Callable[[], Tensor]]:
+    """How the block calls one of its parts in forward passes over `inputs`, to be repeated."""
+    calls: list[Callable[[], Tensor]] = []
+
+    def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+        calls.append(partial(_call, module, *arguments, **keywords))
+
+    handle = part.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        for forward in task.passes(inputs):
+            forward()
+    finally:
+        handle.remove()
+    return calls
+
+
+def _call(part: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
+    output = part(*arguments, **keywords)
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found

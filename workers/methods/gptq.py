@@ -1,0 +1,169 @@
+"""GPTQ (Frantar et al., arXiv:2210.17323): columns are rounded in turn, the rest of each row makes up for the error.
+
+For the rows W of a linear with inputs X (tokens, in), as they come out of the quantized blocks and linears before it:
+
+    H = 2 X^T X,   lambda = damping * mean(diag H),   (H + lambda I)^-1 = U^T U,  U upper triangular
+    for j = 0 .. in-1:   w_hat_j = s*(q - z),  q = round of W[:, j] on its group's grid (`workers.numerics.affine`)
+                         e_j = (W[:, j] - w_hat_j) / U[j, j]
+                         W[:, j+1:] <- W[:, j+1:] - e_j U[j, j+1:]
+
+so that each column's error raises tr((W - W_hat) H (W - W_hat)^T) by the least that the columns left can bring it to.
+Updates reach the columns of the current lazy batch (128) at once and the others by one product at its end.
+
+A group's scale comes from its weights when its first column's turn comes, errors made so far made up for. With
+`act_order`, columns come in the order of falling diag H, and all scales from the original weights before the first of
+them (static groups): a stored group is still G consecutive columns.
+
+True sequential order: linears are taken in the order in which the block calls them; each sees what the already
+quantized ones before it make of the quantized stream. Linears that get the same tensor (q, k, v) share H and U; where
+they share a scheme too, their rows are rounded together.
+
+| symbol | variable | shape |
+|---|---|---|
+| W | `columns` | (in, rows), fp32, transposed: a column's weights lie together |
+| H | `hessian` | (in, in), fp32 |
+| U | `factor` | (in, in), fp32 |
+| e of a lazy batch | `errors` | (128, rows), fp32 |
+
+Cost: less than two forward passes of the block; for H, 2*in^2 operations a token, and out*in^2 for the updates.
+
+Different from the paper's code: U from one factorization (`workers.numerics.hessian`); columns that no token ever lit
+are rounded to nearest, where the code sets them to 0; where H is not positive definite even with 100 times the damping,
+a linear is rounded to nearest, which is logged and counted. A group that begins inside a lazy batch sees that batch's
+updates. With H = I the result is round to nearest. Left out: searching for the range with the least squared error.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.methods import GPTQSpec, Scheme
+from workers.contracts import BlockTask
+from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs
+from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
+
+LAZY_COLUMNS = 128
+"""Columns whose updates are kept from the rest of the row until all of them are rounded."""
+
+
+@dataclass(frozen=True)
+class Elimination:
+    """The order in which columns are rounded, (in,), and U of H in that order.
+
+    static    whether the groups' scales are those of the original weights; else their columns come in the stored order
+    retries   times that the damping was raised
+    """
+
+    order: Tensor
+    factor: Tensor
+    static: bool
+    retries: int = 0
+
+    @classmethod
+    def of(cls, hessian: Tensor, damping: float, *, act_order: bool) -> "Elimination | None":
+        """For H (in, in); None where it cannot be factorized."""
+        falling = hessian.diagonal().argsort(descending=True, stable=True)
+        order = falling if act_order else torch.arange(len(hessian), device=hessian.device)
+        factor, retries = inverse_factor(hessian[order][:, order], damping)
+        return None if factor is None else cls(order, factor, act_order, retries)
+
+    @classmethod
+    def none(cls, hessian: Tensor) -> "Elimination":
+        """U = I: every column is rounded to nearest."""
+        identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+        return cls(torch.arange(len(hessian), device=hessian.device), identity, static=False)
+
+
+class GPTQ:
+    needs_inputs = True
+
+    @torch.no_grad()
+    def quantize_block(self, task: BlockTask, spec: GPTQSpec) -> BlockResult:
+        results: dict[str, LinearResult] = {}
+        counters: Counter[str] = Counter(damping_raised=0, rounded_to_nearest=0)
+        with task.restored():
+            linears = {name: task.linear(name) for name in task.schemes}
+            for names in input_groups(linears, next(task.passes(task.inputs[:1]))):
+                elimination = self._eliminate(task, names, spec, counters)
+                for scheme, alike in _by_scheme(task.schemes, names).items():
+                    rows = torch.cat([linears[name].weight for name in alike])
+                    together = quantize_weight(rows, elimination, scheme, task.scale_dtype)
+                    parts = together.split([linears[name].out_features for name in alike])
+                    results |= {name: LinearResult(part) for name, part in zip(alike, parts, strict=True)}
+                for name in names:
+                    linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
+                task.tick(len(results) / len(linears))
+        return BlockResult(results, counters={name: float(count) for name, count in counters.items()})
+
+    def _eliminate(
+        self, task: BlockTask, names: tuple[str, ...], spec: GPTQSpec, counters: Counter[str]
+    ) -> Elimination:
+        """For linears that share their inputs, from what these are now."""
+        first = task.linear(names[0])
+        hessian = Hessian(first.in_features, first.in_features, first.weight.dtype, task.device)
+        see_inputs(first, task.passes(task.inputs), hessian.add)
+        task.sum_(hessian.sum)
+        matrix = hessian.matrix()[0]
+        found = Elimination.of(matrix, spec.damping, act_order=spec.act_order)
+        told = {"block": task.index, "linears": ", ".join(names)}
+        if found is None:
+            counters["rounded_to_nearest"] += len(names)
+            task.log("hessian_not_positive_definite", **told)
+            return Elimination.none(matrix)
+        if found.retries:
+            counters["damping_raised"] += len(names)
+            task.log("damping_raised", retries=found.retries, **told)
+        return found
+
+
+def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
+    """The formulas of the module docstring for a weight (rows, in) of any float dtype."""
+    order, factor = elimination.order.tolist(), elimination.factor
+    whole = grouped(weight.to(factor.dtype), scheme.group_size)
+    to = grid(GroupRange.of(whole), scheme, scale_dtype)
+    columns = weight.T[elimination.order].to(factor.dtype, copy=True)
+    codes, width = torch.empty_like(columns), whole.shape[2]
+    for batch in _lazy_batches(len(columns), LAZY_COLUMNS if elimination.static else width):
+        errors = torch.empty_like(columns[batch])
+        for j in range(batch.start, batch.stop):
+            group, place = divmod(order[j], width)
+            if place == 0 and not elimination.static:
+                _put(to, group, grid(GroupRange.of(columns[j : j + width].T), scheme, scale_dtype))
+            codes[order[j]], w_hat = _round_column(columns[j], to, group)
+            error = torch.div(columns[j] - w_hat, factor[j, j], out=errors[j - batch.start])
+            columns[j + 1 : batch.stop].addr_(factor[j, j + 1 : batch.stop], error, alpha=-1)
+        columns[batch.stop :].addmm_(factor[batch, batch.stop :].T, errors, alpha=-1)
+    return affine_weight(grouped(codes.T, scheme.group_size), to, scheme, scale_dtype, weight.dtype)
+
+
+def _round_column(column: Tensor, to: Grid, group: int) -> tuple[Tensor, Tensor]:
+    """q and w_hat of one column, (rows,)."""
+    scale, zero = to.scale[:, group], None if to.zero is None else to.zero[:, group]
+    codes = round_to_grid(column.unsqueeze(1), Grid(scale, zero, to.lowest, to.highest))[0].squeeze(1)
+    return codes, scale * (codes if zero is None else codes - zero)
+
+
+def _put(to: Grid, group: int, found: Grid) -> None:
+    """Overwrites the grid of one group; `found` is (rows,)."""
+    to.scale[:, group] = found.scale
+    if to.zero is not None and found.zero is not None:
+        to.zero[:, group] = found.zero
+
+
+def _lazy_batches(columns: int, width: int) -> Iterator[slice]:
+    """At most `LAZY_COLUMNS` columns each, begun where a group begins, so that groups see all updates before them."""
+    stride = max(width, LAZY_COLUMNS // width * width)
+    for first in range(0, columns, stride):
+        last = min(first + stride, columns)
+        yield from (slice(start, min(start + LAZY_COLUMNS, last)) for start in range(first, last, LAZY_COLUMNS))
+
+
+def _by_scheme(schemes: Mapping[str, Scheme], names: tuple[str, ...]) -> dict[Scheme, list[str]]:
+    alike: dict[Scheme, list[str]] = {}
+    for name in names:
+        alike.setdefault(schemes[name], []).append(name)
+    return alike

@@ -1,0 +1,139 @@
+"""LQ-LoRA (Guo et al., arXiv:2311.12023): a weight as quantized part plus low-rank part, found by turns.
+
+    W ~ Q + L1 L2,   Q on the NormalFloat grid of configuration c = (b0, b1, b2, B0, B1),   rank(L1 L2) = R
+
+    Q <- 0,  then repeat      L1, L2 <- SVD_R(W - Q)          Q <- quantize_c(W - L1 L2)
+                              e <- || sqrt(F) * (W - Q - L1 L2) ||_F        until e no longer falls
+
+    symbol    variable            shape, meaning
+    W         weight              (out, in), fp32
+    Q         base                its codes, and maxima in two levels (`workers.numerics.normal_float`)
+    L1, L2    left, right         (out, R), (R, in)
+    F         rows, columns       Fisher information as u v^T: sqrt(u) (out,), sqrt(v) (in,); all 1 without it
+    c         scheme, absmax      of the linear's share of the budget
+
+The budget (the paper's integer programme) is the engine's: it chooses c for each linear so that the sum of the squared
+errors is least (`workers.numerics.allocation`, in place of a licensed solver). F is the empirical one: squared
+gradients of the language-model loss, a sequence an example, summed over the calibration text
+(`workers.engine.fisher`).
+
+Cost of a linear: `iterations` times a decomposition (`workers.numerics.low_rank`: exact for sides up to 2,048, then
+randomized, O(out*in*R)) and a rounding; to choose, one decomposition and a rounding for each of the configurations.
+
+Different from the authors' code: the best iterate is returned, not the one after it. F is known by its row and column
+sums alone, for the error too, so that it takes (out + in) numbers; the authors use those for the SVD and all of F
+for the error. To choose c, errors are those of the first iteration, whose L1 L2 = SVD_R(W) does not depend on c; the
+authors run every configuration to the end. The b2 of a budget includes fp16 and bf16, which cost the same: 432
+configurations, as in the code. Left out: data parallel scoring, and 8-bit factors at evaluation.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import PRESET_ABSMAX, AbsmaxScheme, LQLoRASpec, Scheme
+from workers.contracts import BlockTask, Fisher, ScoreTask
+from workers.numerics import normal_float
+from workers.numerics.low_rank import weighted_factors
+from workers.numerics.normal_float import DoubleQuantization
+from workers.numerics.quantized import BlockResult, CodebookWeight, LinearResult, LowRank
+
+
+class LQLoRA:
+    needs_inputs = True
+
+    def quantize_block(self, task: BlockTask, spec: LQLoRASpec) -> BlockResult:
+        results = {}
+        for name, scheme in task.schemes.items():
+            results[name] = self._quantize(task, name, scheme, spec)
+            task.tick(len(results) / len(task.schemes))
+        return BlockResult(results)
+
+    @torch.no_grad()
+    def candidate_errors(self, task: ScoreTask, spec: LQLoRASpec) -> list[float]:
+        """Squared weighted error of each configuration after one iteration."""
+        weight, weights = task.weight.float(), RankOne.of(task.fisher, task.weight)
+        left, right = weighted_factors(weight, spec.rank, weights.rows, weights.columns, task.seed)
+        rest = weight - left @ right
+        errors = [weights.error(rest - quantize(rest, c.scheme, c.absmax).dequantize()) for c in task.candidates]
+        # One wait for the device, not one for each configuration.
+        return torch.stack(errors).square().tolist()
+
+    @torch.no_grad()
+    def _quantize(self, task: BlockTask, name: str, scheme: Scheme, spec: LQLoRASpec) -> LinearResult:
+        weight = task.linear(name).weight
+        found = decompose(
+            weight.float(),
+            scheme,
+            task.absmax.get(name, PRESET_ABSMAX),
+            RankOne.of(task.fisher.get(name), weight),
+            rank=spec.rank,
+            iterations=spec.iterations,
+            seed=task.seed,
+        )
+        low_rank = LowRank.of_product(found.left, found.right, spec.alpha, weight.dtype)
+        return LinearResult(replace(found.base, dtype=weight.dtype), low_rank)
+
+
+@dataclass(frozen=True)
+class RankOne:
+    """sqrt(F) as an outer product: sqrt(u) (out,) and sqrt(v) (in,), with u v^T as large in sum as F."""
+
+    rows: Tensor
+    columns: Tensor
+
+    @classmethod
+    def of(cls, fisher: Fisher | None, weight: Tensor) -> "RankOne":
+        """From the sums of F; all 1 where there is none, or where it is 0 throughout."""
+        if fisher is None or not bool(fisher.rows.sum() > 0):
+            return cls(*(torch.ones(size, device=weight.device) for size in weight.shape))
+        rows, columns = (part.to(weight.device, torch.float32) for part in (fisher.rows, fisher.columns))
+        return cls(rows.sqrt(), (columns / columns.sum()).sqrt())
+
+    def error(self, difference: Tensor) -> Tensor:
+        """|| sqrt(F) * difference ||_F, fp64 ()."""
+        squares: Tensor = (self.rows[:, None] * difference * self.columns).square().sum(dtype=torch.float64)
+        return squares.sqrt()
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """W ~ base + left @ right; errors of every iteration, of which the least one is returned."""
+
+    base: CodebookWeight
+    left: Tensor
+    right: Tensor
+    errors: tuple[float, ...]
+
+
+def decompose(
+    weight: Tensor,
+    scheme: Scheme,
+    absmax: AbsmaxScheme | None,
+    weights: RankOne,
+    *,
+    rank: int,
+    iterations: int,
+    seed: int,
+) -> Decomposition:
+    """The loop of the module docstring for a weight (out, in), fp32."""
+    quantized, best = torch.zeros_like(weight), None
+    errors: list[float] = []
+    for _ in range(iterations):
+        left, right = weighted_factors(weight - quantized, rank, weights.rows, weights.columns, seed)
+        product = left @ right
+        base = quantize(weight - product, scheme, absmax)
+        quantized = base.dequantize()
+        errors.append(float(weights.error(weight - quantized - product)))
+        if best is not None and errors[-1] >= min(errors[:-1]):
+            break
+        best = Decomposition(base, left, right, ())
+    assert best is not None  # noqa: S101 - for the type checker; the first iteration is the best so far
+    return replace(best, errors=tuple(errors))
+
+
+def quantize(weight: Tensor, scheme: Scheme, absmax: AbsmaxScheme | None) -> CodebookWeight:
+    """Nearest NormalFloat values of an fp32 weight, dequantized to fp32."""
+    stored = DoubleQuantization.of(PRESET_ABSMAX if absmax is None else absmax)
+    return normal_float.quantize(weight, scheme, stored, torch.float32)
