@@ -97,7 +97,8 @@ def test_a_row_that_cannot_be_learned_is_named(
 def test_a_template_that_rewrites_earlier_turns_is_refused(small_model: Path, write_lines: Write) -> None:
     tokenizer = load_tokenizer(small_model)
     tokenizer.chat_template = (
-        "{% for m in messages %}{{ m['role'] }}:{% if loop.last and m['role'] == 'assistant' %}*{% endif %}{{ m['content'] }}\n{% endfor %}"
+        "{% for m in messages %}{{ m['role'] }}:{% if loop.last and m['role'] == 'assistant' %}*{% endif %}"
+        "{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
     file = write_lines("rows.jsonl", [{"messages": CONVERSATION}])
