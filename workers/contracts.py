@@ -159,3 +159,22 @@ class BlockMethod(Protocol[S_contra]):
     needs_inputs: bool
 
     def quantize_block(self, task: BlockTask, spec: S_contra) -> BlockResult: ...
+
+
+class AttachAdapters(Protocol):
+    """Makes the adapters that training puts beside quantized linears, on the device of their weights.
+
+    An adapter is a module with fp32 parameters (fp64 beside fp64 weights), all of which are trained. It is called as
+    adapter(x) with the inputs of its linear (..., in) and returns what is added to the output, (..., out) in the dtype
+    of x. It may have, besides:
+
+    penalty()   a term of the loss of every step, a scalar
+    rates       learning rates of parameters of their own, by name; those are not decayed
+    """
+
+    def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
+        """By full linear name, for a block's linears; the same for the same seed.
+
+        An adapter takes over the `low_rank` of its linear: beside it the weight alone is the base.
+        """
+        ...

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.numerics.quantized import QuantizedWeight
+from workers.numerics.quantized import LinearResult, QuantizedWeight
 
 MakeWeight = Callable[[], Tensor]
 """W_hat, (out, in), in the compute dtype."""
@@ -59,6 +59,6 @@ class _Product(torch.autograd.Function):
         return by_input, None, None, by_output if ctx.needs_input_grad[3] else None
 
 
-def rebuilt(weight: QuantizedWeight, dtype: torch.dtype) -> MakeWeight:
+def rebuilt(weight: QuantizedWeight | LinearResult, dtype: torch.dtype) -> MakeWeight:
     """Makes W_hat from a weight on its device, each time anew."""
     return lambda: weight.dequantize().to(dtype)
