@@ -14,7 +14,13 @@ def of(**fields: Any) -> Finetune:
 
 def test_the_defaults_are_those_of_the_documentation() -> None:
     found = of().model_dump(exclude={"dataset"})
-    expected = {"steps": 200, "batch_size": 8, "sequence_length": 512, "learning_rate": 2e-4, "warmup_share": 0.03}
+    expected: dict[str, object] = {
+        "steps": 200,
+        "batch_size": 8,
+        "sequence_length": 512,
+        "learning_rate": 2e-4,
+        "warmup_share": 0.03,
+    }
     expected |= {"schedule": "constant", "weight_decay": 0.0, "clip_norm": 0.3, "loss_on": "completion"}
     assert found.items() >= expected.items()
     assert of(steps=1000).warmup_steps() == 30

@@ -67,7 +67,12 @@ def test_no_gradient_of_the_weight_is_made_and_no_weight_is_kept() -> None:
     saved: list[Tensor] = []
     linear = AdaptedLinear(make, None, None)
     x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True)
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
         y = linear(x)
     assert saved == []
     y.sum().backward()

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +22,7 @@ from tests.engine.random_models import LENGTH, save_random_model
 from tests.engine.small_lora import SmallLoRA, attach_small
 from tests.engine.test_examples import random_examples
 from tests.engine.test_resident_model import results_of
+from workers.contracts import AdapterTraining
 from workers.engine import training
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import Checkpoint
@@ -98,12 +99,14 @@ def run(
     recomputed: int = 0,
     held_out: bool = True,
     ranks: Ranks = ALONE,
+    kind: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Trained:
     lines: list[AttemptLine] = []
     with opened(folder, attach, recomputed) as model:
         task = TrainingTask(
             resident=model,
+            kind=AdapterTraining(attach, **(kind or {})),
             part=part_of(**fields),
             training=sequences(1),
             held_out=sequences(2, 8) if held_out else None,
@@ -196,27 +199,38 @@ def test_training_learns_and_says_so(folder: Path, tmp_path: Path) -> None:
     assert (steps[0].done, steps[-1].done, steps[-1].total) == (0, 40, 40)
 
 
-def test_what_a_parameter_and_a_penalty_of_its_own_do(folder: Path, tmp_path: Path) -> None:
-    """`a` has a rate of 0 and stays; the penalty pulls `b` to 1 as plain gradient descent on it would begin."""
+def test_what_a_rate_and_a_penalty_of_its_own_do(folder: Path, tmp_path: Path) -> None:
+    """`a` has a rate of nearly 0 and stays; the penalty pulls `b` to 1."""
 
-    class Pulled(SmallLoRA):
-        rates = {"a": 1e-30}  # noqa: RUF012
-
-        def penalty(self) -> Tensor:
-            return 1e6 * (self.b - 1).square().sum()
-
-    def attach(linears: Any, seed: int) -> dict[str, nn.Module]:
-        found = attach_small(linears)
-        for module in found.values():
-            module.__class__ = Pulled
-        return found
+    def penalty(adapters: Sequence[nn.Module]) -> Tensor:
+        return torch.stack([1e6 * (adapter.b - 1).square().sum() for adapter in adapters]).sum()
 
     with opened(folder, attach_plain) as model:
         before = {name: adapter.state_dict() for name, adapter in model.adapters.items()}
-    found = run(folder, tmp_path, attach=attach, steps=3, warmup_share=0.0, weight_decay=0.5)
+    kind = {"rates": lambda _: {"a": 1e-30}, "penalty": penalty}
+    found = run(folder, tmp_path, kind=kind, steps=3, warmup_share=0.0, weight_decay=0.5)
     for name, tensors in found.adapters.items():
         torch.testing.assert_close(tensors["a"], before[name]["a"], rtol=0, atol=1e-7)
         assert tensors["b"].min() > 0.02
+
+
+def test_parameters_that_settle_move_no_more(folder: Path, tmp_path: Path) -> None:
+    """After half of the steps `a` is held; it is what it was then, also after an interruption."""
+
+    def settle(adapter: nn.Module) -> None:
+        adapter.a.requires_grad_(False)  # type: ignore[union-attr,operator]
+
+    kind = {"settle": settle, "settle_share": 0.5}
+    half = run(folder, tmp_path / "half", steps=6)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 10)
+        with pytest.raises(Interrupted):
+            run(folder, tmp_path / "cut", kind=kind)
+    resumed, whole = (run(folder, tmp_path / name, kind=kind) for name in ("cut", "whole"))
+    assert_same(resumed, whole)
+    for name, tensors in whole.adapters.items():
+        assert torch.equal(tensors["a"], half.adapters[name]["a"])
+        assert not torch.equal(tensors["b"], half.adapters[name]["b"])
 
 
 # ---- What must change nothing ----------------------------------------------------------------------------------------
@@ -343,7 +357,7 @@ def loss_on(model: ResidentModel, text: PackedSequences) -> float:
 def test_a_loss_that_is_not_finite_ends_the_job(folder: Path, tmp_path: Path) -> None:
     def attach(linears: Any, seed: int) -> dict[str, nn.Module]:
         found = attach_small(linears)
-        next(iter(found.values())).b.data.fill_(math.nan)  # type: ignore[union-attr,operator]
+        next(iter(found.values())).b.data.fill_(math.nan)  # type: ignore[operator]
         return found
 
     with pytest.raises(NumericalFailure, match="held-out text the loss is nan after 0 steps"):

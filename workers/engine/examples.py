@@ -142,7 +142,8 @@ def _row(
         prompt, completion = readable(record["prompt"]), readable(record["completion"])
         if not completion:
             raise InvalidDataset(f"{place}: completion is empty", field=NAME, hint="drop the row")
-        text, spans, ends = prompt + completion, ((len(prompt), len(prompt) + len(completion)),), True
+        text, ends = prompt + completion, True
+        spans: tuple[Span, ...] = ((len(prompt), len(text)),)
     else:
         text, spans = _turns(tokenizer, record["messages"], place, asks=part.loss_on == "completion")
         ends = False

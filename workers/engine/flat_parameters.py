@@ -7,7 +7,7 @@
 Parameters of one learning rate are one flat tensor, of which the modules' own are views; so are their gradients.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +23,12 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 @dataclass(frozen=True)
 class FlatGroup:
-    """Parameters that share a learning rate: `rate` of their own, or the schedule's where that is None."""
+    """Parameters that share a learning rate: `rate` of their own, or the schedule's where that is None.
 
+    members   the parameters, in the order in which they lie
+    """
+
+    members: tuple[nn.Parameter, ...]
     value: nn.Parameter
     gradient: Tensor
     rate: float | None
@@ -33,16 +37,24 @@ class FlatGroup:
 class FlatParameters:
     """All parameters of some modules, trained together.
 
-    decay   of parameters without a rate of their own
+    rates   of a module's parameters that have a learning rate of their own, by name
+    decay   of the others
     """
 
-    def __init__(self, modules: Mapping[str, nn.Module], *, decay: float, clip_norm: float | None) -> None:
-        """`modules` by name; their parameters become views of flat tensors, and stay that."""
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        rates: Callable[[nn.Module], Mapping[str, float]],
+        *,
+        decay: float,
+        clip_norm: float | None,
+    ) -> None:
+        """The parameters of `modules` become views of flat tensors, and stay that."""
         members: dict[float | None, list[nn.Parameter]] = {}
-        for module in modules.values():
-            rates: Mapping[str, float] = getattr(module, "rates", {})
+        for module in modules:
+            own = rates(module)
             for name, parameter in module.named_parameters():
-                members.setdefault(rates.get(name), []).append(parameter)
+                members.setdefault(own.get(name), []).append(parameter)
         self._groups = [_flat(parameters, rate) for rate, parameters in members.items()]
         self._clip_norm = clip_norm
         self._adam = torch.optim.AdamW(
@@ -77,7 +89,7 @@ class FlatParameters:
         rate    of the schedule; groups with one of their own get `share` of theirs
         A gradient with a number that is not finite moves nothing but what momentum moves.
         """
-        norm = torch.stack([torch.linalg.vector_norm(group.gradient) for group in self._groups]).norm()
+        norm: Tensor = torch.stack([torch.linalg.vector_norm(group.gradient) for group in self._groups]).norm()
         factor = torch.ones_like(norm) if self._clip_norm is None else (self._clip_norm / (norm + 1e-6)).clamp(max=1)
         factor = torch.where(norm.isfinite(), factor, 0)
         for group, settings in zip(self._groups, self._adam.param_groups, strict=True):
@@ -85,6 +97,13 @@ class FlatParameters:
             settings["lr"] = rate if group.rate is None else group.rate * share
         self._adam.step()
         return norm
+
+    @torch.no_grad()
+    def hold_still(self) -> None:
+        """Parameters that no longer require a gradient move no more, not by momentum either."""
+        for group in self._groups:
+            trained = [torch.full((member.numel(),), member.requires_grad) for member in group.members]
+            self._adam.state[group.value]["exp_avg"].mul_(torch.cat(trained).to(group.value.device))
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all that a step reads, but for its gradient, on the host."""
@@ -131,4 +150,4 @@ def _flat(parameters: list[nn.Parameter], rate: float | None) -> FlatGroup:
         parameter.grad = gradient[place].view(parameter.shape)
     whole = nn.Parameter(value)
     whole.grad = gradient
-    return FlatGroup(whole, gradient, rate)
+    return FlatGroup(tuple(parameters), whole, gradient, rate)

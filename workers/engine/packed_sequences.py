@@ -39,6 +39,11 @@ class PackedSequences:
         """Tokens of the longest sequence."""
         return int((self.documents >= 0).sum(-1).max())
 
+    @property
+    def tokens(self) -> int:
+        """Of all sequences, without padding."""
+        return int((self.documents >= 0).sum())
+
     @classmethod
     def pack(cls, examples: Sequence[Example], length: int, *, together: bool) -> "PackedSequences":
         """Sequences of at most `length` tokens; one example in each unless they are packed `together`."""

@@ -11,15 +11,32 @@ from transformers import PreTrainedTokenizerBase
 
 from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder, ResultLine, Stage
+from app.domain.finetuning import finetune_of
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from app.domain.report import BlockReport, ModelReport, Quality, Report, ScaleReport, SizeReport, StoredParts
+from app.domain.report import (
+    BlockReport,
+    ModelReport,
+    PeakMemory,
+    Quality,
+    Report,
+    ScaleReport,
+    SizeReport,
+    StoredParts,
+)
 from workers.engine.block_pass import BlockPass
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows, load_tokenizer, source_label
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
+from workers.engine.finetuning_stage import (
+    Finetuned,
+    FinetuningStage,
+    FinetuningTexts,
+    read_finetuning_texts,
+    run_finetuning,
+)
 from workers.engine.plan import (
     Plan,
     StreamSize,
@@ -32,7 +49,7 @@ from workers.engine.plan import (
 )
 from workers.engine.ranks import Ranks, joined
 from workers.engine.read_ahead import read_ahead
-from workers.engine.registry import METHODS
+from workers.engine.registry import METHODS, adapters_of
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
@@ -95,10 +112,11 @@ def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int)
 
 @dataclass(frozen=True)
 class Texts:
-    """The windows of a job; `calibration` is None for methods that look at weights alone."""
+    """The texts of a job; `calibration` is None for methods that look at weights alone."""
 
     calibration: Windows | None
     evaluation: Windows | None
+    finetuning: FinetuningTexts | None = None
 
     def streams(self, keep_inputs: bool) -> list[StreamSize]:
         """The sizes of their streams; that of the calibration has its inputs besides if they are kept."""
@@ -113,6 +131,7 @@ class Findings:
     blocks: tuple[BlockReport, ...]
     scales: ScaleReport | None
     quality: Quality | None
+    finetuned: Finetuned | None = None
 
 
 @dataclass(frozen=True)
@@ -136,23 +155,29 @@ def read_texts(
         InvalidDataset: a file is not as documented or too short, or windows are longer than the model's positions.
     """
     request = order.request
-    paths = [None if p is None else Path(p) for p in (order.calibration_path, order.evaluation_path)]
-    calibration = evaluation = None
+    given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
+    paths = [None if path is None else Path(path) for path in given]
+    calibration = evaluation = finetuning = None
+    part = finetune_of(request)
+    if part is not None:
+        _check_length(model, "finetune", part.sequence_length)
+        finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
+        _check_vocabulary(model, finetuning.training.ids)
     if METHODS[request.quantization.method].needs_inputs:
         _check_length(model, "calibration", request.calibration.sequence_length)
         calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
         used = paths[0] if calibration is not None else None
-        evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used)
+        evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
     for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
         if windows is not None:
-            _check_vocabulary(model, windows)
+            _check_vocabulary(model, windows.ids)
             if windows.overlapping:
                 reporter.warning(
                     "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
                 )
-    return Texts(calibration, evaluation)
+    return Texts(calibration, evaluation, finetuning)
 
 
 def _check_length(model: StreamedModel, name: str, length: int) -> None:
@@ -166,11 +191,11 @@ def _check_length(model: StreamedModel, name: str, length: int) -> None:
         )
 
 
-def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
+def _check_vocabulary(model: StreamedModel, ids: torch.Tensor) -> None:
     size = model.config.get_text_config().vocab_size
-    if int(windows.ids.max()) >= size:
+    if int(ids.max()) >= size:
         raise InvalidDataset(
-            f"the tokenizer makes the token id {int(windows.ids.max())}; the model knows {size}",
+            f"the tokenizer makes the token id {int(ids.max())}; the model knows {size}",
             field="model",
             hint="give the tokenizer that belongs to the model",
         )
@@ -214,10 +239,40 @@ def _run_blocks(job: _Job, ranks: Ranks) -> tuple[ResumeState, Findings]:
     if head is not None:
         job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
     scales = run_scale_stage(blocks, head)
+    blocks.tuner.release()
     del calibration, blocks
+    finetuned = _finetune(job, state, evaluation, head, ranks)
     job.clock.enter(Stage.EVALUATE)
     quality = None if evaluation is None else _evaluate(job, evaluation, head, ranks)
-    return state, Findings(reports, scales, quality)
+    return state, Findings(reports, scales, quality, finetuned)
+
+
+def _finetune(
+    job: _Job, state: ResumeState, evaluation: Stream | None, head: torch.Tensor | None, ranks: Ranks
+) -> Finetuned | None:
+    request, texts = job.order.request, job.texts.finetuning
+    part = finetune_of(request)
+    if part is None or texts is None:
+        return None
+    job.clock.enter(Stage.FINETUNE)
+    return run_finetuning(
+        FinetuningStage(
+            model=job.model,
+            part=part,
+            texts=texts,
+            kind=adapters_of(request),
+            names=frozenset(name for name in job.schemes if name != job.model.layout.head),
+            state=state,
+            folder=job.workspace / "state",
+            identity={"codes": _fingerprint(job), "adapter": request.model_dump(mode="json", include={"adapter"})},
+            head=head,
+            evaluation=evaluation,
+            seed=request.seed,
+            divisor=job.order.micro_batch_divisor,
+            reporter=job.reporter,
+            ranks=ranks,
+        )
+    )
 
 
 def _fingerprint(job: _Job) -> str:
@@ -314,10 +369,20 @@ def _report(job: _Job, state: ResumeState, found: Findings, size: SizeReport) ->
         quality=found.quality,
         blocks=found.blocks,
         scales=found.scales,
+        finetuning=None if found.finetuned is None else found.finetuned.report,
         size=size,
         seconds=job.clock.seconds(),
-        peak_memory=peak_memory(job.model.device),
+        peak_memory=_peak_memory(job, found),
         blocks_computed=len(found.blocks) - resumed,
         blocks_resumed=resumed,
         warnings=tuple(job.reporter.warnings),
     )
+
+
+def _peak_memory(job: _Job, found: Findings) -> PeakMemory:
+    """Of the whole job: the stage that finetunes counts anew."""
+    peak = peak_memory(job.model.device)
+    before = None if found.finetuned is None else found.finetuned.peak_before
+    if before is None or peak.device_bytes is None:
+        return peak
+    return peak.model_copy(update={"device_bytes": max(before, peak.device_bytes)})

@@ -200,7 +200,7 @@ def code_version() -> str:
     """sha256 of the sources that compute codes."""
     digest = hashlib.sha256()
     workers = Path(__file__).parent.parent
-    for folder in ("engine", "methods", "numerics", "formats"):
+    for folder in ("engine", "methods", "adapters", "numerics", "formats"):
         for file in sorted((workers / folder).glob("*.py")):
             digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

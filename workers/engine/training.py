@@ -28,6 +28,7 @@ from app.domain.errors import InternalError, NumericalFailure
 from app.domain.events import CheckpointEvent
 from app.domain.finetuning import Finetune
 from app.domain.report import Judgement
+from workers.contracts import AdapterTraining
 from workers.engine.flat_parameters import FlatParameters
 from workers.engine.packed_sequences import Batch, Order, PackedSequences, Step, batch_of
 from workers.engine.ranks import ALONE, Ranks
@@ -49,6 +50,7 @@ class TrainingTask:
     """
 
     resident: ResidentModel
+    kind: AdapterTraining
     part: Finetune
     training: PackedSequences
     held_out: PackedSequences | None
@@ -108,7 +110,9 @@ class _Training:
     def begin(cls, task: TrainingTask) -> "_Training":
         """Takes over the last checkpoint, if there is one."""
         part, device = task.part, task.resident.model.device
-        parameters = FlatParameters(task.resident.adapters, decay=part.weight_decay, clip_norm=part.clip_norm)
+        parameters = FlatParameters(
+            task.resident.adapters.values(), task.kind.rates, decay=part.weight_decay, clip_norm=part.clip_norm
+        )
         _demand_agreement(parameters, task.ranks)
         judges = _judges(task)
         self = cls(
@@ -126,6 +130,8 @@ class _Training:
             parameters.restore(saved)
             self.losses.copy_(saved["losses"])
             self.best = [saved[name].to(device) for name in sorted(saved) if name.startswith("best.")]
+            if self.progress.step > self._settles_after:
+                self._settle()
         return self
 
     def run(self) -> TrainingOutcome:
@@ -177,6 +183,8 @@ class _Training:
     def _step(self, index: int, step: Step) -> None:
         """One step of the optimizer; nothing waits for the device."""
         task = self.task
+        if index == self._settles_after:
+            self._settle()
         torch.manual_seed(_step_seed(task.seed, index, task.ranks.rank))
         self._set_mode(training=True)
         self.parameters.clear()
@@ -186,19 +194,31 @@ class _Training:
                 loss = task.resident.loss(batch) / step.targets
                 loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
-            self._add_penalties()
+            self._add_penalty()
         self.parameters.sum_over(task.ranks)
         task.ranks.sum_(total)
         share = rate_share(task.part, index)
         self.parameters.step(task.part.learning_rate * share, share)
         self.losses[index] = total
 
-    def _add_penalties(self) -> None:
-        """The gradients of what adapters add to the loss, once over all ranks."""
-        found = [adapter.penalty() for adapter in self.task.resident.adapters.values() if hasattr(adapter, "penalty")]
-        if found:
-            penalty = torch.stack(found).sum() / self.task.ranks.size
+    def _add_penalty(self) -> None:
+        """The gradient of what adapters add to the loss, once over all ranks."""
+        kind, adapters = self.task.kind, list(self.task.resident.adapters.values())
+        if kind.penalty is not None:
+            penalty = kind.penalty(adapters) / self.task.ranks.size
             penalty.backward()  # type: ignore[no-untyped-call]
+
+    @property
+    def _settles_after(self) -> int:
+        """Steps before the adapters settle; as many as there are if they never do."""
+        part, kind = self.task.part, self.task.kind
+        return part.steps if kind.settle is None else math.floor(kind.settle_share * part.steps)
+
+    def _settle(self) -> None:
+        for adapter in self.task.resident.adapters.values():
+            assert self.task.kind.settle is not None  # noqa: S101 - for the type checker
+            self.task.kind.settle(adapter)
+        self.parameters.hold_still()
 
     @torch.no_grad()
     def _judge(self) -> None:

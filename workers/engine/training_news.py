@@ -56,7 +56,7 @@ class TrainingNews:
         self._seconds += spent
         self._tokens += tokens
         done = index + 1
-        if self._copy is not None and (self._copy.arrives is None or self._copy.arrives.query()):
+        if self._copy is not None and (self._copy.arrives is None or self._copy.arrives.query()):  # type: ignore[no-untyped-call]
             self._tell(self._copy)
         if now >= self._due and self._copy is None:
             self._due = now + INTERVAL_SECONDS

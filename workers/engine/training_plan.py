@@ -95,9 +95,10 @@ def _fixed_bytes(model: StreamedModel, names: set[str], weights: int, *, keeps: 
     """What the model, its adapters and a chunk of logits take."""
     item, config = model.dtype.itemsize, model.config.get_text_config()
     others = sum(p.numel() for n, p in model.model.named_parameters() if n.removesuffix(".weight") not in names)
-    largest = max((model.linears()[name].weight.numel() for name in names), default=0)
+    largest: int = max((model.linears()[name].weight.numel() for name in names), default=0)
     stored = weights * item if keeps else weights + 3 * largest * 4
-    return others * item + stored + weights * ADAPTER_SHARE * ADAPTER_BYTES + _logits(model, config.vocab_size)
+    adapters = weights * ADAPTER_SHARE * ADAPTER_BYTES
+    return float(others * item + stored + adapters + _logits(model, config.vocab_size))
 
 
 def _logits(model: StreamedModel, vocabulary: int) -> int:
