@@ -229,5 +229,5 @@ def test_evaluation_text_is_never_learned(small_model: Path, rows: Path, tmp_pat
     assert len(alone.examples.training) == len(WORDS) ** 2
     assert 0.3 < len(shared.examples.training) / len(alone.examples.training) < 0.7
     evaluation = Evaluation(num_samples=1, sequence_length=16)
-    with pytest.raises(InvalidDataset, match="evaluation.dataset has 0 tokens"):
+    with pytest.raises(InvalidDataset, match=r"evaluation\.dataset has 0 tokens"):
         evaluation_windows(tokenizer, evaluation, Path(shutil.copy(rows, tmp_path)), 0, None, rows)

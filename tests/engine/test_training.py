@@ -203,7 +203,7 @@ def test_what_a_rate_and_a_penalty_of_its_own_do(folder: Path, tmp_path: Path) -
     """`a` has a rate of nearly 0 and stays; the penalty pulls `b` to 1."""
 
     def penalty(adapters: Sequence[nn.Module]) -> Tensor:
-        return torch.stack([1e6 * (adapter.b - 1).square().sum() for adapter in adapters]).sum()
+        return torch.stack([1e6 * (adapter.get_parameter("b") - 1).square().sum() for adapter in adapters]).sum()
 
     with opened(folder, attach_plain) as model:
         before = {name: adapter.state_dict() for name, adapter in model.adapters.items()}
@@ -218,7 +218,7 @@ def test_parameters_that_settle_move_no_more(folder: Path, tmp_path: Path) -> No
     """After half of the steps `a` is held; it is what it was then, also after an interruption."""
 
     def settle(adapter: nn.Module) -> None:
-        adapter.a.requires_grad_(False)  # type: ignore[union-attr,operator]
+        adapter.get_parameter("a").requires_grad_(False)
 
     kind = {"settle": settle, "settle_share": 0.5}
     half = run(folder, tmp_path / "half", steps=6)

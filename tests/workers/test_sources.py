@@ -133,5 +133,6 @@ def test_what_the_hub_is_asked_for(workspace: Workspace, tmp_path: Path) -> None
     assert order.calibration is not None
     assert order.calibration == order.evaluation, "equal datasets are fetched once"
     assert order.calibration.characters >= 400 * 4
+    assert order.finetuning is None
     local = JobRequest.parse({"model": "/m", "method": "rtn", "evaluation": None})
     assert fetch_order(local, workspace, tmp_path).empty

@@ -7,9 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedTokenizerBase
 
-from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.finetuning import finetune_of
 from app.domain.formats import ExportFormat
@@ -26,20 +24,17 @@ from app.domain.report import (
 )
 from workers.engine.block_pass import BlockPass
 from workers.engine.blocks import StreamedModel
-from workers.engine.calibration import Windows, calibration_windows, evaluation_windows, load_tokenizer, source_label
+from workers.engine.calibration import load_tokenizer, source_label
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
 from workers.engine.finetuning_stage import (
     Finetuned,
     FinetuningStage,
-    FinetuningTexts,
-    read_finetuning_texts,
     run_finetuning,
 )
 from workers.engine.plan import (
     Plan,
-    StreamSize,
     make_plan,
     open_device,
     plan_report,
@@ -49,11 +44,12 @@ from workers.engine.plan import (
 )
 from workers.engine.ranks import Ranks, joined
 from workers.engine.read_ahead import read_ahead
-from workers.engine.registry import METHODS, adapters_of
+from workers.engine.registry import adapters_of
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
+from workers.engine.texts import Texts, read_texts
 from workers.engine.tuning import Tuner
 from workers.engine.warm_up import compiling
 from workers.formats.writer import check_model, open_writers
@@ -111,20 +107,6 @@ def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int)
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The texts of a job; `calibration` is None for methods that look at weights alone."""
-
-    calibration: Windows | None
-    evaluation: Windows | None
-    finetuning: FinetuningTexts | None = None
-
-    def streams(self, keep_inputs: bool) -> list[StreamSize]:
-        """The sizes of their streams; that of the calibration has its inputs besides if they are kept."""
-        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 2))
-        return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
-
-
-@dataclass(frozen=True)
 class Findings:
     """What the report tells beside sizes and times."""
 
@@ -144,61 +126,6 @@ class _Job:
     schemes: dict[str, Scheme]
     texts: Texts
     plan: Plan
-
-
-def read_texts(
-    order: AttemptOrder, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
-) -> Texts:
-    """Calibration and evaluation windows of an order.
-
-    Raises:
-        InvalidDataset: a file is not as documented or too short, or windows are longer than the model's positions.
-    """
-    request = order.request
-    given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
-    paths = [None if path is None else Path(path) for path in given]
-    calibration = evaluation = finetuning = None
-    part = finetune_of(request)
-    if part is not None:
-        _check_length(model, "finetune", part.sequence_length)
-        finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
-        _check_vocabulary(model, finetuning.training.ids)
-    if METHODS[request.quantization.method].needs_inputs:
-        _check_length(model, "calibration", request.calibration.sequence_length)
-        calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
-    if request.evaluation is not None:
-        _check_length(model, "evaluation", request.evaluation.sequence_length)
-        used = paths[0] if calibration is not None else None
-        evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
-    for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
-        if windows is not None:
-            _check_vocabulary(model, windows.ids)
-            if windows.overlapping:
-                reporter.warning(
-                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
-                )
-    return Texts(calibration, evaluation, finetuning)
-
-
-def _check_length(model: StreamedModel, name: str, length: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise InvalidDataset(
-            f"{name}.sequence_length is {length}; the model has {positions} positions",
-            field=f"{name}.sequence_length",
-            value=length,
-            hint=f"ask for at most {positions}",
-        )
-
-
-def _check_vocabulary(model: StreamedModel, ids: torch.Tensor) -> None:
-    size = model.config.get_text_config().vocab_size
-    if int(ids.max()) >= size:
-        raise InvalidDataset(
-            f"the tokenizer makes the token id {int(ids.max())}; the model knows {size}",
-            field="model",
-            hint="give the tokenizer that belongs to the model",
-        )
 
 
 def _with_ranks(job: _Job, rank: int) -> tuple[ResumeState, Findings]:
