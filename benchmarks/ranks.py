@@ -23,6 +23,7 @@ from workers.contracts import BlockTask
 from workers.engine.plan import available_threads, reproducible
 from workers.engine.ranks import Ranks, joined
 from workers.engine.tuning import Tuner
+from workers.environments import RANKS
 from workers.methods.sign_round import SignRound
 
 
@@ -44,6 +45,8 @@ def main() -> None:
         if world > found:
             print(json.dumps({"world": world, "skipped": f"{found} {given.device} devices"}))
             continue
+        for name, value in RANKS.items():
+            os.environ.setdefault(name, value)
         with tempfile.TemporaryDirectory() as folder:
             torch.multiprocessing.spawn(tune, args=(world, folder, given), nprocs=world)
 

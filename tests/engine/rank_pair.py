@@ -1,10 +1,13 @@
 """Two real processes that stay, so that every test of ranks need not wait until torch is loaded twice."""
 
+import faulthandler
 import json
 import multiprocessing
+import os
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any, Self
 from unittest.mock import patch
@@ -17,14 +20,22 @@ from app.domain.events import AttemptLine, AttemptOrder, ResultLine
 from app.domain.jobs import JobRequest
 from workers.engine import pipeline, resume
 from workers.engine.reporter import Reporter
+from workers.environments import RANKS
 
 SIZE = 2
+STUCK = 60.0
+"""Seconds after which a rank prints where its threads are."""
+AFTER_AN_ERROR = 20.0
+"""Seconds that a rank has to end in after another one's error."""
 
 
 class RankPair:
     """Runs a function of the rank and other arguments on both ranks at once."""
 
     def __init__(self) -> None:
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         self._connections: list[Connection] = []
         self._processes = []
@@ -36,33 +47,49 @@ class RankPair:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 200) -> list[Any]:
-        """What the function returns on each rank, or the exception that it raises."""
+        """What the function returns on each rank, or the exception that it raises.
+
+        A rank that waits for another one, which has failed, is given up; both processes are new then.
+        """
         for connection in self._connections:
             connection.send((function, arguments))
-        answers = []
-        for connection in self._connections:
-            if not connection.poll(seconds):
-                raise TimeoutError(f"{function.__name__} did not return")
-            answers.append(connection.recv())
-        return answers
+        answers: dict[Connection, Any] = {}
+        until = time.monotonic() + seconds
+        while waiting := [c for c in self._connections if c not in answers]:
+            ready = wait(waiting, max(0.0, until - time.monotonic()))
+            if not ready:
+                self._stop()
+                self._start()
+                return [*answers.values(), TimeoutError(f"{function.__name__} did not return on every rank")]
+            answers |= {c: c.recv() for c in self._connections if c in ready}
+            if any(isinstance(answer, Exception) for answer in answers.values()):
+                until = min(until, time.monotonic() + AFTER_AN_ERROR)
+        return [answers[connection] for connection in self._connections]
+
+    def _stop(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process in self._processes:
-            process.kill()
-            process.join()
+        self._stop()
 
 
 def serve(rank: int, connection: Connection) -> None:
     torch.set_num_threads(1)
+    for name, value in RANKS.items():  # as an attempt's ranks have it
+        os.environ.setdefault(name, value)
     while True:
         function, arguments = connection.recv()
+        faulthandler.dump_traceback_later(STUCK)
         try:
             connection.send(function(rank, *arguments))
         except Exception as error:
             connection.send(error)
+        faulthandler.cancel_dump_traceback_later()
 
 
 def order_of(model: Path, workspace: Path, body: dict[str, Any], attempt: int, device: str) -> AttemptOrder:

@@ -47,7 +47,7 @@ def test_no_kernel_is_compiled_after_the_texts_are_read(small_model: Path, tmp_p
         "from tests.engine.conftest import run_job; from workers.engine import pipeline\n"
         "compiled, read = [], pipeline._run_blocks\n"
         "knobs.runtime.jit_cache_hook = lambda **given: compiled.append(given['fn'].name) and None\n"
-        "def watch(job):\n    compiled.clear()\n    return read(job)\n"
+        "def watch(*given):\n    compiled.clear()\n    return read(*given)\n"
         "pipeline._run_blocks = watch\n"
         f"run_job(Path({str(small_model)!r}), Path(sys.argv[1]), order={{'device': 'cuda'}}, **{TUNED!r})\n"
         "print('compiled', sorted(compiled))\n"

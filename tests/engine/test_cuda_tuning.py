@@ -22,6 +22,8 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 STEPS = 24
+CAUSES = 6
+"""Independent numbers behind a token's hidden state."""
 SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
 
 
@@ -37,12 +39,16 @@ class Tuned:
 
 
 def tune(folder: Path, device: str, index: int = 0, micro_batch: int = 4) -> Tuned:
-    """Tunes one block of a checkpoint on random hidden states, the same everywhere."""
+    """Tunes one block of a checkpoint on random hidden states, the same everywhere.
+
+    Their channels go together, as a model's do: for independent ones rounding to nearest leaves nothing to gain.
+    """
     place = torch.device(device)
     model = StreamedModel.open(Checkpoint.open(folder), place)
     forward = model.capture_calls(LENGTH)[index]
     generator = torch.Generator().manual_seed(1)
-    inputs = torch.randn(16, LENGTH, model.config.get_text_config().hidden_size, generator=generator)
+    mixing = torch.randn(CAUSES, model.config.get_text_config().hidden_size, generator=generator)
+    inputs = torch.randn(32, LENGTH, CAUSES, generator=generator) @ mixing
     inputs = inputs.to(place, model.dtype)
     log: list[str] = []
     with model.loaded(model.layout.block(index)), torch.no_grad():
@@ -128,10 +134,17 @@ def test_graph_eager_and_cpu_agree_in_full_precision(tmp_path: Path, monkeypatch
     assert_agree(tune(tmp_path, "cuda"), on_cpu, gradient=1e-5, codes=0.999, loss=1e-3)
 
 
-def test_losses_agree_in_half_precision(tmp_path: Path) -> None:
+def test_half_precision_agrees_where_no_sign_decides(tmp_path: Path) -> None:
+    """The start's loss and the first gradient; later on, a few signs that rounding turns lead such small blocks apart.
+
+    `benchmarks.agreement` compares the losses of real blocks after all steps.
+    """
     save_random_model(tmp_path, "llama", dtype=torch.bfloat16)
     on_gpu, on_cpu = tune(tmp_path, "cuda"), tune(tmp_path, "cpu")
-    assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=0.01)
+    assert on_gpu.loss_initial == pytest.approx(on_cpu.loss_initial, rel=0.01)
+    assert float((on_gpu.gradient - on_cpu.gradient).norm() / on_cpu.gradient.norm()) < 0.05
+    assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=0.2)
+    assert on_gpu.loss < 0.7 * on_gpu.loss_initial
 
 
 @pytest.mark.parametrize("fused", [True, False])

@@ -309,9 +309,10 @@ def test_ranks_that_disagree_fail_before_anything_is_kept(pair: RankPair, small_
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_ranks_on_gpus_replay_graphs_around_their_exchange(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
     """Also where the two share one GPU, and gloo carries what NCCL would."""
-    quantization = SCALED | {"group_size": 32}
-    body = {"quantization": quantization, **TEXTS}
-    runs = run_on_both(pair, run_job_on_ranks, small_model, tmp_path / "gpu", body, 1, "cuda")
+    workspace = tmp_path / "two"
+    workspace.mkdir()
+    body = {"quantization": SCALED, **TEXTS}
+    runs = run_on_both(pair, run_job_on_ranks, small_model, workspace, body, 1, "cuda")
     report = report_of(runs)
     assert_same_made(runs)
     assert not [line for line in runs[0].lines if isinstance(line, LogEvent) and line.event == "capture_failed"]
