@@ -8,11 +8,13 @@ in the backward pass, so that of all weights one exists at a time.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workers.numerics.packed_weight import PackedWeight, unpack_kernels
 from workers.numerics.quantized import LinearResult, QuantizedWeight
 
 MakeWeight = Callable[[], Tensor]
@@ -60,5 +62,11 @@ class _Product(torch.autograd.Function):
 
 
 def rebuilt(weight: QuantizedWeight | LinearResult, dtype: torch.dtype) -> MakeWeight:
-    """Makes W_hat from a weight on its device, each time anew."""
-    return lambda: weight.dequantize().to(dtype)
+    """Makes W_hat from a weight on its device, each time anew; on a GPU from packed codes."""
+    if isinstance(weight, LinearResult):
+        result = weight
+        return lambda: result.dequantize().to(dtype)
+    if weight.dtype == dtype and unpack_kernels(weight.codes) is not None:
+        return partial(PackedWeight.of(weight).dequantize, dtype)
+    plain = weight
+    return lambda: plain.dequantize().to(dtype)

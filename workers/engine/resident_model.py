@@ -85,17 +85,24 @@ class ResidentModel:
         mask = None if mask is None else mask[..., :length, :length]
         if batch.documents is not None:
             angles = tuple(part[0][batch.positions] for part in angles)
-            mask = _within_documents(mask, batch.documents)
+            mask = _within_documents(mask, batch.documents, self.dtype)
         changed = {"attention_mask": mask, "position_embeddings": angles, "position_ids": batch.positions}
         return BlockCall(call.arguments, call.keywords | changed)
 
 
-def _within_documents(mask: Tensor | None, documents: Tensor) -> Tensor:
-    """Which positions a position sees, bool (rows, 1, length, length): those of its own example that `mask` allows."""
+def _within_documents(mask: Tensor | None, documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which positions a position sees, (rows, 1, length, length): those of its own example that `mask` allows.
+
+    Truth values, or on a GPU what is added to the scores, 0 or -inf.
+    """
     length = documents.shape[1]
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=documents.device).tril()
-    return mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    sees: Tensor = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    if not documents.is_cuda:
+        return sees
+    # As attention's kernel adds it: else each block would make this of the truth values.
+    return torch.where(sees, 0.0, -torch.inf).to(dtype)
 
 
 class _InDtype(nn.Module):

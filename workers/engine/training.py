@@ -94,6 +94,7 @@ class _Training:
 
     losses      of each step, fp32 (steps,), on the device
     best        parameters of the best judgement, where there is `patience`
+    deterministic   whether every operator still has a deterministic kernel
     """
 
     task: TrainingTask
@@ -105,6 +106,7 @@ class _Training:
     progress: TrainingProgress
     resumed: int
     best: list[Tensor] = field(default_factory=list)
+    deterministic: bool = True
 
     @classmethod
     def begin(cls, task: TrainingTask) -> "_Training":
@@ -187,19 +189,32 @@ class _Training:
             self._settle()
         torch.manual_seed(_step_seed(task.seed, index, task.ranks.rank))
         self._set_mode(training=True)
-        self.parameters.clear()
-        total = torch.zeros_like(self.losses[0])
-        with deterministic_attention(task.resident.model.device):
-            for batch in step.batches:
-                loss = task.resident.loss(batch) / step.targets
-                loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
-            self._add_penalty()
+        try:
+            total = self._add_gradients(step)
+        except RuntimeError as error:
+            if not self.deterministic or "deterministic" not in str(error):
+                raise
+            # An adapter uses an operator that has no deterministic kernel: then attention need not have one either.
+            task.reporter.log("training_not_deterministic", reason=str(error)[:200])
+            self.deterministic = False
+            total = self._add_gradients(step)
         self.parameters.sum_over(task.ranks)
         task.ranks.sum_(total)
         share = rate_share(task.part, index)
         self.parameters.step(task.part.learning_rate * share, share)
         self.losses[index] = total
+
+    def _add_gradients(self, step: Step) -> Tensor:
+        """The gradients of this rank's part of a step; its part of the loss, on the device."""
+        self.parameters.clear()
+        total = torch.zeros_like(self.losses[0])
+        with strictly_deterministic(self.task.resident.model.device if self.deterministic else None):
+            for batch in step.batches:
+                loss = self.task.resident.loss(batch) / step.targets
+                loss.backward()  # type: ignore[no-untyped-call]
+                total += loss.detach()
+            self._add_penalty()
+        return total
 
     def _add_penalty(self) -> None:
         """The gradient of what adapters add to the loss, once over all ranks."""
@@ -311,9 +326,13 @@ def _not_finite(what: str) -> NumericalFailure:
 
 
 @contextmanager
-def deterministic_attention(device: torch.device) -> Iterator[None]:
-    """Attention's gradient by the deterministic kernel: torch takes another one where it may only warn."""
-    if device.type != "cuda":
+def strictly_deterministic(device: torch.device | None) -> Iterator[None]:
+    """Only deterministic kernels on a GPU; attention's gradient has one, but not where torch may only warn.
+
+    Raises:
+        RuntimeError: an operator has none.
+    """
+    if device is None or device.type != "cuda":
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
