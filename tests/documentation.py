@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from app.domain.adapter_recipes import ADAPTER_RECIPES
+from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule, RuntimeSupport, Support
 from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
 from app.settings import Settings
@@ -26,6 +28,7 @@ FOLDERS = MappingProxyType(
         "app/cli": "The `bitwright` command",
         "workers": "Celery on one side of a process boundary, torch on the other; never FastAPI",
         "workers/engine": "Loads, streams, calibrates, tunes, resumes, evaluates",
+        "workers/adapters": "What is trained beside quantized weights, and how it is merged into them",
         "workers/formats": "Checkpoint formats, each an exact inverse of itself",
         "workers/methods": "One file a method",
         "workers/numerics": "Codes, scales, codebooks and packing",
@@ -33,6 +36,7 @@ FOLDERS = MappingProxyType(
         "migrations/versions": "One file a change of the tables",
         "benchmarks": "Measurements side by side; never part of the tests",
         "tests": "Mirrors app/ and workers/",
+        "tests/adapters": "Adapters and merges against dense fp64 algebra",
         "tests/api": "The HTTP interface, through a real server or client",
         "tests/cli": "The command line",
         "tests/client": "The client against real sockets",
@@ -98,7 +102,25 @@ def presets_table() -> str:
 
 
 def recipes_table() -> str:
-    return table(("recipe", "stands for"), [[f"`{name}`", _fields(fields)] for name, fields in RECIPES.items()])
+    rows = [[f"`{name}`", _fields(fields)] for name, fields in RECIPES.items()]
+    for name, recipe in ADAPTER_RECIPES.items():
+        base = _fields(recipe.quantization)
+        rows.append([f"`{name}`", f"{base}, `adapter`: `{recipe.kind}`; needs `finetune.dataset`"])
+    return table(("recipe", "stands for"), rows)
+
+
+def adapters_table() -> str:
+    rows = [
+        [
+            f"`{kind}`",
+            info.summary,
+            f"[arXiv:{info.paper}](https://arxiv.org/abs/{info.paper})",
+            "exactly, into the group offset" if info.merges_quantized else "in floating point",
+            "a peft directory" if info.stock_peft else "a file with its own loader",
+        ]
+        for kind, info in ADAPTERS.items()
+    ]
+    return table(("adapter", "what is trained", "paper", "merges", "stays apart as"), rows)
 
 
 def _fields(fields: Mapping[str, object]) -> str:
@@ -231,6 +253,7 @@ PARTS: MappingProxyType[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "methods": ("README.md", methods_table),
         "presets": ("README.md", presets_table),
         "recipes": ("README.md", recipes_table),
+        "adapters": ("README.md", adapters_table),
         "formats": ("README.md", formats_table),
         "settings": ("README.md", settings_table),
         "tree": ("README.md", tree),

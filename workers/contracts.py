@@ -7,7 +7,6 @@ value and gives back no more than the gradient with respect to it.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, Protocol, Self, TypeVar
 
 import torch
@@ -167,7 +166,12 @@ class AttachAdapters(Protocol):
 
     An adapter is a module with fp32 parameters (fp64 beside fp64 weights), all of which are trained. It is called as
     adapter(x) with the inputs of its linear (..., in) and returns what is added to the output, (..., out) in the dtype
-    of x. Random numbers that it draws while it trains are torch's global ones: each step seeds them.
+    of x. Random numbers that it draws while it trains are torch's global ones: each step seeds them. It may have:
+
+    rates            learning rates of parameters of their own, by name; those are not decayed
+    penalty()        a term of every step's loss, a scalar on the device
+    progress(share)  told before each step which share of the training is done; a parameter that it then excludes from
+                     gradients moves no more, not by momentum either
     """
 
     def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
@@ -176,23 +180,3 @@ class AttachAdapters(Protocol):
         An adapter takes over the `low_rank` of its linear: beside it the weight alone is the base.
         """
         ...
-
-
-def _no_rates(_: nn.Module) -> Mapping[str, float]:
-    return MappingProxyType({})
-
-
-@dataclass(frozen=True)
-class AdapterTraining:
-    """What training knows of a kind of adapters.
-
-    rates         learning rates of an adapter's parameters of their own, by name; those are not decayed
-    penalty       of all adapters: a term of every step's loss, a scalar
-    settle        called once for each adapter after `settle_share` of the steps: may stop parameters from being trained
-    """
-
-    attach: AttachAdapters
-    rates: Callable[[nn.Module], Mapping[str, float]] = _no_rates
-    penalty: Callable[[Sequence[nn.Module]], Tensor] | None = None
-    settle: Callable[[nn.Module], None] | None = None
-    settle_share: float = 1.0

@@ -10,7 +10,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from app.domain.errors import InvalidDataset, NotFound, SourceForbidden, SourceNotFound
-from app.domain.finetuning import finetune_of
 from app.domain.jobs import JobRequest
 from app.domain.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.sources import (
@@ -48,7 +47,7 @@ def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) 
 
 def _texts(request: JobRequest) -> list[tuple[str, DatasetSource, int]]:
     """Role, dataset and the tokens that are read of it at the most, of every text of a request."""
-    calibration, evaluation, finetune = request.calibration, request.evaluation, finetune_of(request)
+    calibration, evaluation, finetune = request.calibration, request.evaluation, request.finetune
     found = [("calibration", calibration.dataset, calibration.num_samples * calibration.sequence_length)]
     if evaluation is not None:
         found.append(("evaluation", evaluation.dataset, evaluation.num_samples * evaluation.sequence_length))

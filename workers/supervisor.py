@@ -14,7 +14,6 @@ import structlog
 
 from app.domain.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
 from app.domain.events import AttemptOrder, ErrorData, FailedLine, FetchedLine, ResultLine
-from app.domain.finetuning import finetune_of
 from app.domain.jobs import JobStatus
 from app.store.attempts import AttemptWriter, Claim
 from workers.context import WorkerContext
@@ -140,7 +139,7 @@ class _Attempt:
         model = model_path(*found, request, self._workspace)
         calibration = text_path(*found, request.calibration.dataset, self._workspace, field="calibration.dataset")
         evaluation = text_path(*found, evaluated, self._workspace, field="evaluation.dataset")
-        finetune = finetune_of(request)
+        finetune = request.finetune
         learned = text_path(*found, finetune.dataset if finetune else None, self._workspace, field="finetune.dataset")
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
         fetched = None if wanted.empty else self._fetch(wanted)

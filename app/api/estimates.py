@@ -3,6 +3,7 @@
 from typing import Any
 
 from app.api.inspection import Inspection
+from app.domain.adapter_rules import trained_parameters
 from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
 from app.domain.methods import METHODS, PER_CHANNEL, SCALE_BATCH_SIZE, Scheme
@@ -31,11 +32,19 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
         "bits_per_weight": round(bits / quantized, 3) if quantized else None,
         "bytes_original": inspection.tensor_bytes,
         "bytes_checkpoint": checkpoint,
+        "adapter_parameters": _adapter_parameters(request, inspection),
         "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8),
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
         "device_memory_bytes": block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES) + (1 << 30),
         "seconds": {device: round(_flops(request, inspection) / speed) for device, speed in FLOPS_PER_SECOND.items()},
     }
+
+
+def _adapter_parameters(request: JobRequest, inspection: Inspection) -> int | None:
+    """Trainable numbers; None where nothing is trained."""
+    if request.adapter is None:
+        return None
+    return trained_parameters(request.quantization, request.adapter, inspection.dimensions.linears())
 
 
 def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, float]:

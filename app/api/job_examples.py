@@ -5,6 +5,14 @@ from typing import Any
 from app.domain.methods import MAX_BITS, METHODS, MIN_BITS
 
 SHORTHAND_EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M", "method": "signround", "bits": 4}
+FINETUNE_EXAMPLE = {
+    "model": "HuggingFaceTB/SmolLM2-135M",
+    "method": "qa-hira",
+    "bits": 4,
+    "rank": 16,
+    "finetune": {"dataset": "builtin", "steps": 500},
+    "merge": "quantized",
+}
 FULL_EXAMPLE = {
     "model": {"source": "hub", "id": "HuggingFaceTB/SmolLM2-135M", "revision": "main"},
     "quantization": {
@@ -36,6 +44,7 @@ SHORTHAND_SCHEMA: dict[str, Any] = {
         "bits": {"type": "integer", "minimum": MIN_BITS, "maximum": MAX_BITS},
         "group_size": {"type": "integer", "minimum": -1},
         "symmetric": {"type": "boolean"},
+        "rank": {"type": "integer", "minimum": 1, "description": "Of the adapter, where the recipe trains one."},
         "preset": {
             "type": "string",
             "enum": list(dict.fromkeys(preset for info in METHODS.values() for preset in info.presets)),
@@ -52,6 +61,7 @@ REQUEST_BODY: dict[str, Any] = {
                 "schema": {"anyOf": [SHORTHAND_SCHEMA, {"$ref": "#/components/schemas/JobRequest"}]},
                 "examples": {
                     "shorthand": {"summary": "Shorthand", "value": SHORTHAND_EXAMPLE},
+                    "finetune": {"summary": "Quantize, finetune, merge", "value": FINETUNE_EXAMPLE},
                     "full": {"summary": "Full form", "value": FULL_EXAMPLE},
                 },
             }

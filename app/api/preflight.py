@@ -8,6 +8,7 @@ from typing import Any
 
 from app.api.estimates import estimate
 from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
+from app.domain.adapter_rules import shape_errors
 from app.domain.architectures import HEAD, Dimensions
 from app.domain.errors import (
     ERRORS,
@@ -136,7 +137,7 @@ def _local_files(found: Preflight, folder: Path, settings: Settings) -> Checkpoi
 def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> dict[str, object]:
     """The request's sections with their local texts' real paths."""
     sections: dict[str, object] = {}
-    for name in ("calibration", "evaluation"):
+    for name in ("calibration", "evaluation", "finetune"):
         section = getattr(found.request, name)
         if section is None:
             continue
@@ -219,11 +220,14 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
 
 
 def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
-    """Group sizes and formats against the linears that they apply to, and patterns against the names."""
+    """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names."""
     inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
     spec, formats = found.request.quantization, found.request.formats
     for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
         found.add(error, error.field or "quantization")
+    adapter = found.request.adapter
+    for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter is not None else ():
+        found.add(misfit, misfit.field or "adapter")
     quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
     found.problems += model_problems(formats, dimensions.architecture.model_type, quantized)
 

@@ -27,6 +27,8 @@ BitwrightError
 |   |-- InvalidDataset             invalid_dataset
 |   |-- UnknownModule              unknown_module
 |   |-- FormatCannotHold           format_cannot_hold
+|   |-- MisalignedAdapter          misaligned_adapter
+|   |-- OffsetNotRepresentable     offset_not_representable
 |   |-- NumericalFailure           numerical_failure
 |   `-- RequirementMissed          requirement_missed
 |-- ResourceError             the machine was too small
@@ -220,6 +222,14 @@ class UnknownModule(InputError):
 
 class FormatCannotHold(InputError):
     code, title = "format_cannot_hold", "The format cannot hold the result"
+
+
+class MisalignedAdapter(InputError):
+    code, title = "misaligned_adapter", "An adapter's pools or tiles do not fit a linear or its groups"
+
+
+class OffsetNotRepresentable(InputError):
+    code, title = "offset_not_representable", "A merged adapter's offsets cannot be stored as asked"
 
 
 class NumericalFailure(InputError):

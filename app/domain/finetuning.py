@@ -94,9 +94,3 @@ class Finetune(BaseModel):
     def warmup_steps(self) -> int:
         """Steps with a rising learning rate."""
         return round(self.warmup_share * self.steps)
-
-
-def finetune_of(request: object) -> Finetune | None:
-    """What a request says of finetuning, if it does."""
-    found: Finetune | None = getattr(request, "finetune", None)
-    return found

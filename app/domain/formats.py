@@ -196,18 +196,24 @@ def base_alone(formats: Collection[ExportFormat]) -> bool:
     return ExportFormat.PEFT in formats
 
 
-def default_formats(spec: WeightSpec) -> tuple[ExportFormat, ...]:
-    """For a request that names none: packed where the weights are affine, and the adapter where there is one."""
-    forms = spec.forms()
+def default_formats(spec: WeightSpec, forms: frozenset[Form] | None = None) -> tuple[ExportFormat, ...]:
+    """For a request that names none: packed where the weights are affine, and the adapter where there is one.
+
+    forms   of what the job makes of a linear, if not the method's alone
+    """
+    forms = spec.forms() if forms is None else forms
     packed = ExportFormat.COMPRESSED_TENSORS if forms <= {Form.AFFINE, Form.LOW_RANK} else ExportFormat.MERGED
     return (packed, ExportFormat.PEFT) if Form.LOW_RANK in forms else (packed,)
 
 
-def format_problems(spec: WeightSpec, formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
-    """Everything in `spec` that one of `formats` cannot hold, overrides included."""
+def format_problems(
+    spec: WeightSpec, formats: tuple[ExportFormat, ...], forms: frozenset[Form] | None = None
+) -> list[FieldProblem]:
+    """Everything in `spec` that one of `formats` cannot hold, overrides included; `forms` as in `default_formats`."""
+    forms = spec.forms() if forms is None else forms
     problems = []
     for index, name in enumerate(formats):
-        detail = _form_refusal(spec, name, formats)
+        detail = _form_refusal(spec, name, formats, forms)
         if detail is not None:
             problems.append(
                 FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
@@ -263,9 +269,11 @@ def _scale_problems(formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
     return problems
 
 
-def _form_refusal(spec: WeightSpec, name: ExportFormat, formats: tuple[ExportFormat, ...]) -> str | None:
+def _form_refusal(
+    spec: WeightSpec, name: ExportFormat, formats: tuple[ExportFormat, ...], forms: frozenset[Form]
+) -> str | None:
     """Why a format cannot hold what the spec makes of a linear, whatever its scheme."""
-    info, method, forms = FORMATS[name], spec.model_dump()["method"], spec.forms()
+    info, method = FORMATS[name], spec.model_dump()["method"]
     foreign = sorted(forms - {Form.LOW_RANK} - info.kinds)
     if foreign:
         able = ", ".join(sorted(f.value for f, i in FORMATS.items() if forms - {Form.LOW_RANK} <= i.kinds))

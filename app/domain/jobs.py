@@ -10,8 +10,11 @@ from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from app.domain.adapter_rules import result_problems
+from app.domain.adapters import AdapterSpec
 from app.domain.errors import FieldProblem, InvalidRequest, shorten
-from app.domain.formats import ExportFormat, format_problems
+from app.domain.finetuning import Finetune
+from app.domain.formats import ExportFormat
 from app.domain.methods import QuantizationSpec
 from app.domain.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
 from app.domain.shorthand import SHORTHAND, Expansion, expand
@@ -117,6 +120,21 @@ class JobRequest(RequestPart):
 
     model: ModelSource
     quantization: QuantizationSpec
+    adapter: AdapterSpec | None = Field(
+        default=None, description="What is trained beside the quantized linears; with `finetune` alone, a LoRA."
+    )
+    finetune: Finetune | None = Field(default=None, description="The text that the adapter learns, and how long.")
+    merge: Literal["quantized", "16bit"] | None = Field(
+        default=None,
+        description="quantized: fold the adapter into the groups' offsets, codes and scales as they are. 16bit: add it "
+        "to dequantized weights. null: it stays apart.",
+    )
+    round_offset: bool = Field(
+        default=False,
+        strict=True,
+        description="With merge quantized: integer zero points, which every runtime takes, at the cost of an error "
+        "that the report tells.",
+    )
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
     formats: tuple[ExportFormat, ...] = Field(
@@ -155,7 +173,7 @@ class JobRequest(RequestPart):
             request = cls.model_validate(expansion.body)
         except ValidationError as error:
             problems = _added(problems, field_problems(error, cls, body))
-        problems += _format_problems(expansion, body)
+        problems += _adapter_problems(expansion) + _format_problems(expansion, body)
         if problems:
             raise InvalidRequest(_summary(problems), errors=tuple(problems[:MAX_PROBLEMS]))
         return request
@@ -166,6 +184,16 @@ class _FormatPart(BaseModel):
 
     quantization: QuantizationSpec
     formats: tuple[ExportFormat, ...] = (ExportFormat.COMPRESSED_TENSORS,)
+    adapter: AdapterSpec | None = None
+    merge: Literal["quantized", "16bit"] | None = None
+    round_offset: bool = False
+
+
+def _adapter_problems(expansion: Expansion) -> list[FieldProblem]:
+    if expansion.body.get("adapter") is None or expansion.body.get("finetune") is not None:
+        return []
+    detail = 'an adapter is trained on a text: this field is needed, e.g. {"dataset": "upl_..."}'
+    return [FieldProblem(field="finetune", code="missing_field", detail=detail)]
 
 
 def _format_problems(expansion: Expansion, body: Mapping[str, object]) -> list[FieldProblem]:
@@ -173,7 +201,7 @@ def _format_problems(expansion: Expansion, body: Mapping[str, object]) -> list[F
         part = _FormatPart.model_validate(expansion.body)
     except ValidationError:
         return []
-    found = format_problems(part.quantization, part.formats)
+    found = result_problems(part.quantization, part.formats, part.adapter, part.merge, part.round_offset)
     # What a stand-in for an unknown method produces says nothing of the method that was meant.
     fitting = [problem for problem in found if expansion.method_known or not problem.field.startswith("formats.")]
     return [problem.model_copy(update={"field": as_written(body, problem.field)}) for problem in fitting]

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from fnmatch import fnmatchcase
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
 MIN_BITS, MAX_BITS = 2, 8
 PER_CHANNEL = -1
@@ -150,6 +150,29 @@ class RTNSpec(WeightSpec):
     method: Literal["rtn"] = "rtn"
 
 
+class NormalFloatSpec(WeightSpec):
+    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
+
+    method: Literal["nf"] = "nf"
+    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
+    double_quantization: bool = Field(
+        default=True,
+        strict=True,
+        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
+        "a weight in place of 4.25 with groups of 64.",
+    )
+
+    @model_validator(mode="after")
+    def _is_symmetric(self) -> Self:
+        if not all(scheme.symmetric for scheme in self.schemes().values()):
+            raise ValueError("NormalFloat is symmetric: leave symmetric true")
+        return self
+
+    def forms(self) -> frozenset[Form]:
+        """Codes of a codebook."""
+        return frozenset({Form.CODEBOOK})
+
+
 SCALE_BATCH_SIZE = 4
 """Sequences of a step that tunes scales end to end."""
 
@@ -208,7 +231,7 @@ class SignRoundSpec(WeightSpec):
         return self.batch_size if self.steps else 0
 
 
-QuantizationSpec = Annotated[RTNSpec | SignRoundSpec, Field(discriminator="method")]
+QuantizationSpec = Annotated[RTNSpec | NormalFloatSpec | SignRoundSpec, Field(discriminator="method")]
 
 
 @dataclass(frozen=True)
@@ -253,6 +276,14 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="The baseline: each weight goes to the nearest code of its group's range.",
             paper=None,
             produces=frozenset({Form.AFFINE}),
+            needs_calibration=False,
+        ),
+        "nf": MethodInfo(
+            spec=NormalFloatSpec,
+            title="NormalFloat",
+            summary="Each weight goes to the nearest quantile of a normal distribution: QLoRA's base, 2 to 4 bits.",
+            paper="2305.14314",
+            produces=frozenset({Form.CODEBOOK}),
             needs_calibration=False,
         ),
         "signround": MethodInfo(

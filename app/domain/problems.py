@@ -71,6 +71,8 @@ def as_written(body: Mapping[str, object], field: str) -> str:
     parts = field.split(".")
     if parts[0] == "quantization" and body.get("quantization") is None:
         return ".".join(parts[1:]) or "method"
+    if parts[0] == "adapter" and body.get("adapter") is None:
+        return "method" if parts[1:] in ([], ["kind"]) else ".".join(parts[1:])
     value: object = body
     for depth, part in enumerate(parts):
         if isinstance(value, str):

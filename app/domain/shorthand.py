@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
+from app.domain.adapter_recipes import ADAPTER_RECIPES, expand_adapter
+from app.domain.adapter_rules import default_result_formats
+from app.domain.adapters import AdapterSpec
 from app.domain.errors import FieldProblem, shorten
-from app.domain.formats import default_formats
 from app.domain.methods import METHODS, RECIPES
 from app.domain.sources import expand_source
 
@@ -30,10 +32,18 @@ class Expansion:
     method_known: bool
 
 
+class _AdapterPart(BaseModel):
+    """The fields beside `quantization` that the formats follow from."""
+
+    adapter: AdapterSpec | None = None
+    merge: str | None = None
+    round_offset: bool = False
+
+
 def expand(given: Mapping[str, object]) -> Expansion:
     """The full form of a body in shorthand or full form. `given` is not changed."""
     body = dict(given)
-    problems: list[FieldProblem] = []
+    problems = expand_adapter(body)
     top = {name: body.pop(name) for name in SHORTHAND if name in body}
     inner = body.get("quantization")
     if inner is None:
@@ -83,7 +93,7 @@ def _against_recipe(field: str, recipe: str, meant: object, value: object) -> Fi
 
 
 def _method_problem(prefix: str, name: object, is_given: bool) -> FieldProblem:
-    known = ", ".join([*METHODS, *RECIPES])
+    known = ", ".join([*METHODS, *RECIPES, *ADAPTER_RECIPES])
     if not is_given or name is None:
         detail = f"name a method; there are: {known}"
         return FieldProblem(field=f"{prefix}method", code="missing_field", detail=detail)
@@ -102,7 +112,7 @@ def _with_stand_in(fields: dict[str, object]) -> dict[str, object]:
 def _expand_sources(body: dict[str, object]) -> None:
     if "model" in body:
         body["model"] = expand_source(body["model"])
-    for part in ("calibration", "evaluation"):
+    for part in ("calibration", "evaluation", "finetune"):
         section = body.get(part)
         if isinstance(section, Mapping) and "dataset" in section:
             body[part] = {**section, "dataset": expand_source(section["dataset"])}
@@ -135,6 +145,7 @@ def _fill_formats(body: dict[str, object]) -> None:
         return
     try:
         spec = METHODS[quantization["method"]].spec.model_validate(quantization)
+        part = _AdapterPart.model_validate(body)
     except ValidationError:
         return
-    body["formats"] = list(default_formats(spec))
+    body["formats"] = list(default_result_formats(spec, part.adapter, part.merge, part.round_offset))

@@ -149,8 +149,21 @@ class RecipeView(View):
     expands_to: dict[str, Any]
 
 
+class AdapterView(View):
+    """A kind of adapter that `adapter` of a request may name."""
+
+    kind: str
+    title: str
+    summary: str
+    paper: str = Field(description="arXiv number.")
+    merges_quantized: bool = Field(description="Whether it folds into the offsets of affine weights, exactly.")
+    stock_peft: bool = Field(description="Whether stock peft loads its factors.")
+    parameters: dict[str, Any] = Field(description="JSON Schema of `adapter` with this kind.")
+
+
 class MethodList(View):
     items: list[MethodView]
+    adapters: list[AdapterView] = Field(default_factory=list)
     recipes: list[RecipeView] = Field(default_factory=list)
 
 

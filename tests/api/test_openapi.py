@@ -58,7 +58,7 @@ def test_the_document_is_valid_and_complete(api: Api) -> None:
 def test_examples_of_the_document_are_accepted(api: Api) -> None:
     document = api.anonymous.get("/openapi.json").json()
     body = document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]
-    assert {"shorthand", "full"} == set(body["examples"])
+    assert {"shorthand", "finetune", "full"} == set(body["examples"])
     for example in body["examples"].values():
         assert api.client.post("/v1/jobs?dry_run=true", json=example["value"]).status_code == 200
 

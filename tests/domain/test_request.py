@@ -342,6 +342,8 @@ MODULES = st.fixed_dictionaries(
         "overrides": st.dictionaries(TEXTS, st.fixed_dictionaries({}, optional=SCHEMES), max_size=3),
     },
 )
+NORMAL_FLOAT = {"bits": st.sampled_from([2, 3, 4]), "symmetric": st.just(True)}
+IGNORED = st.fixed_dictionaries({}, optional={"ignore": st.lists(TEXTS, max_size=3)})
 DATASETS = st.sampled_from(["builtin", "org/data", "/texts/a.jsonl", "upl_0abc", {"source": "builtin"}])
 TEXT_PARTS = st.fixed_dictionaries(
     {}, optional={"dataset": DATASETS, "num_samples": st.integers(1, 64), "sequence_length": st.integers(16, 512)}
@@ -357,14 +359,16 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     tuned = {"steps": st.integers(0, 500), "batch_size": st.integers(1, 64), "learning_rate": st.floats(0.001, 1)}
     spec = METHODS[str(RECIPES.get(method, {}).get("method", method))].spec
     known = {name: values for name, values in tuned.items() if name in spec.model_fields}
-    fields = draw(st.fixed_dictionaries({}, optional=SCHEMES | known))
+    narrow = NORMAL_FLOAT if method == "nf" else {}
+    fields = draw(st.fixed_dictionaries({}, optional=SCHEMES | known | narrow))
+    formats = [name for name in FOR_ALL_METHODS if method != "nf" or name != "compressed-tensors"]
     body: dict[str, Any] = draw(
         st.fixed_dictionaries(
             {"model": st.sampled_from(["org/name", "/models/x", "upl_0abc", {"source": "hub", "id": "gpt2"}])},
             optional={
                 "calibration": TEXT_PARTS,
                 "evaluation": TEXT_PARTS | st.none(),
-                "formats": st.lists(st.sampled_from(FOR_ALL_METHODS), max_size=3),
+                "formats": st.lists(st.sampled_from(formats), max_size=3),
                 "seed": st.integers(0, 2**63 - 1),
                 "require": st.fixed_dictionaries({}, optional={"max_perplexity_ratio": RATIOS}) | st.none(),
                 "device": st.sampled_from(["any", "cpu", "cuda"]),
@@ -376,7 +380,7 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
     )
     if draw(st.booleans()):
         return body | {"method": method} | fields
-    return body | {"quantization": {"method": method, **fields, "modules": draw(MODULES)}}
+    return body | {"quantization": {"method": method, **fields, "modules": draw(IGNORED if narrow else MODULES)}}
 
 
 @given(bodies())

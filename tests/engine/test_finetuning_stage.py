@@ -21,7 +21,6 @@ from app.domain.sources import BuiltinText
 from tests.engine.conftest import TEXTS
 from tests.engine.small_lora import SmallLoRA, attach_small
 from tests.engine.test_training import Interrupted, interrupt_at
-from workers.contracts import AdapterTraining
 from workers.engine import pipeline
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import evaluation_windows, load_tokenizer
@@ -32,10 +31,6 @@ from workers.engine.resume import ResumeState
 from workers.numerics.quantized import LinearResult
 
 WORDS = ["grid", "scale", "code", "block", "linear", "group", "rank", "token"]
-
-
-class FinetuningRequest(JobRequest):
-    finetune: Finetune | None = None
 
 
 @dataclass
@@ -53,6 +48,8 @@ class Job:
             "model": {"source": "local", "path": str(model)},
             "quantization": {"method": "rtn", "bits": 3, "group_size": 32, **(quantization or {})},
             **TEXTS,
+            "adapter": {"kind": "lora"},
+            "formats": ["native"],
             "finetune": {
                 "dataset": {"source": "builtin"} if rows is None else {"source": "local", "path": str(rows)},
                 **{"steps": 20, "batch_size": 4, "sequence_length": 64, "learning_rate": 0.01, "checkpoint_every": 5},
@@ -62,7 +59,7 @@ class Job:
         order = AttemptOrder(
             job_id="job_1",
             attempt=1,
-            request=FinetuningRequest.model_validate(body),
+            request=JobRequest.model_validate(body),
             model_path=str(model),
             finetuning_path=None if rows is None else str(rows),
             device="cpu",
@@ -75,7 +72,7 @@ class Job:
 
         self.workspace.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "adapters_of", lambda _: AdapterTraining(attach))
+            patch.setattr(pipeline, "attach_adapters", lambda *_: attach)
             return run(order, self.workspace, Reporter(self.lines.append)).report
 
     def told(self, kind: type) -> list[Any]:
@@ -138,9 +135,7 @@ def test_the_evaluation_is_of_the_model_with_its_adapters(whole: tuple[Job, Repo
 
     job, report = whole
     assert report.quality is not None
-    part = FinetuningRequest.model_validate(
-        {"model": {"source": "local", "path": "/x"}, **QUANTIZED, **TEXTS}
-    ).evaluation
+    part = JobRequest.model_validate({"model": {"source": "local", "path": "/x"}, **QUANTIZED, **TEXTS}).evaluation
     assert part is not None
     ids = evaluation_windows(load_tokenizer(small_model), part, None, 0).ids
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.bfloat16)

@@ -3,12 +3,12 @@
 import json
 import math
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,7 +22,6 @@ from tests.engine.random_models import LENGTH, save_random_model
 from tests.engine.small_lora import SmallLoRA, attach_small
 from tests.engine.test_examples import random_examples
 from tests.engine.test_resident_model import results_of
-from workers.contracts import AdapterTraining
 from workers.engine import training
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import Checkpoint
@@ -59,13 +58,6 @@ class DroppingLoRA(SmallLoRA):
         return super().forward(nn.functional.dropout(x, 0.1, self.training))
 
 
-def attach_dropping(linears: Any, seed: int) -> dict[str, nn.Module]:
-    found = attach_small(linears)
-    for module in found.values():
-        module.__class__ = DroppingLoRA
-    return found
-
-
 def attach_plain(linears: Any, seed: int) -> dict[str, nn.Module]:
     return attach_small(linears)
 
@@ -99,14 +91,12 @@ def run(
     recomputed: int = 0,
     held_out: bool = True,
     ranks: Ranks = ALONE,
-    kind: dict[str, Any] | None = None,
     **fields: Any,
 ) -> Trained:
     lines: list[AttemptLine] = []
     with opened(folder, attach, recomputed) as model:
         task = TrainingTask(
             resident=model,
-            kind=AdapterTraining(attach, **(kind or {})),
             part=part_of(**fields),
             training=sequences(1),
             held_out=sequences(2, 8) if held_out else None,
@@ -199,34 +189,49 @@ def test_training_learns_and_says_so(folder: Path, tmp_path: Path) -> None:
     assert (steps[0].done, steps[-1].done, steps[-1].total) == (0, 40, 40)
 
 
+class PulledLoRA(SmallLoRA):
+    """`a` has a rate of nearly 0; the penalty pulls `b` to 1."""
+
+    rates: ClassVar = {"a": 1e-30}
+
+    def penalty(self) -> Tensor:
+        return 1e6 * (self.b - 1).square().sum()
+
+
+class SettlingLoRA(SmallLoRA):
+    """After half of the steps `a` is held."""
+
+    def progress(self, share: float) -> None:
+        self.a.requires_grad_(share < 0.5)
+
+
+def as_class(kind: type[SmallLoRA]) -> Any:
+    def attach(linears: Any, seed: int) -> dict[str, nn.Module]:
+        found = attach_small(linears)
+        for module in found.values():
+            module.__class__ = kind
+        return found
+
+    return attach
+
+
 def test_what_a_rate_and_a_penalty_of_its_own_do(folder: Path, tmp_path: Path) -> None:
-    """`a` has a rate of nearly 0 and stays; the penalty pulls `b` to 1."""
-
-    def penalty(adapters: Sequence[nn.Module]) -> Tensor:
-        return torch.stack([1e6 * (adapter.get_parameter("b") - 1).square().sum() for adapter in adapters]).sum()
-
     with opened(folder, attach_plain) as model:
         before = {name: adapter.state_dict() for name, adapter in model.adapters.items()}
-    kind = {"rates": lambda _: {"a": 1e-30}, "penalty": penalty}
-    found = run(folder, tmp_path, kind=kind, steps=3, warmup_share=0.0, weight_decay=0.5)
+    found = run(folder, tmp_path, attach=as_class(PulledLoRA), steps=3, warmup_share=0.0, weight_decay=0.5)
     for name, tensors in found.adapters.items():
         torch.testing.assert_close(tensors["a"], before[name]["a"], rtol=0, atol=1e-7)
         assert tensors["b"].min() > 0.02
 
 
 def test_parameters_that_settle_move_no_more(folder: Path, tmp_path: Path) -> None:
-    """After half of the steps `a` is held; it is what it was then, also after an interruption."""
-
-    def settle(adapter: nn.Module) -> None:
-        adapter.get_parameter("a").requires_grad_(False)
-
-    kind = {"settle": settle, "settle_share": 0.5}
+    """They are what they were then, also after an interruption."""
     half = run(folder, tmp_path / "half", steps=6)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, 10)
         with pytest.raises(Interrupted):
-            run(folder, tmp_path / "cut", kind=kind)
-    resumed, whole = (run(folder, tmp_path / name, kind=kind) for name in ("cut", "whole"))
+            run(folder, tmp_path / "cut", attach=as_class(SettlingLoRA))
+    resumed, whole = (run(folder, tmp_path / name, attach=as_class(SettlingLoRA)) for name in ("cut", "whole"))
     assert_same(resumed, whole)
     for name, tensors in whole.adapters.items():
         assert torch.equal(tensors["a"], half.adapters[name]["a"])
@@ -259,15 +264,15 @@ FIELDS: dict[str, Any] = {"validation_every": 3, "patience": 2, "learning_rate":
 @pytest.mark.parametrize("steps", [1, 4, 6, 11])
 def test_an_interrupted_run_ends_with_the_same_bits(steps: int, folder: Path, tmp_path: Path) -> None:
     """Random numbers in each step, judgements and the best of them included."""
-    whole = run(folder, tmp_path / "whole", attach=attach_dropping, **FIELDS)
+    whole = run(folder, tmp_path / "whole", attach=as_class(DroppingLoRA), **FIELDS)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, steps)
         with pytest.raises(Interrupted):
-            run(folder, tmp_path / "cut", attach=attach_dropping, **FIELDS)
-    resumed = run(folder, tmp_path / "cut", attach=attach_dropping, **FIELDS)
+            run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **FIELDS)
+    resumed = run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **FIELDS)
     assert resumed.outcome.resumed == steps // 4 * 4
     assert_same(whole, resumed)
-    again = run(folder, tmp_path / "cut", attach=attach_dropping, **FIELDS)
+    again = run(folder, tmp_path / "cut", attach=as_class(DroppingLoRA), **FIELDS)
     assert_same(whole, again)
     assert again.outcome.resumed == whole.outcome.progress.step
     assert not again.told(MetricEvent)
@@ -325,8 +330,8 @@ def test_only_a_sound_checkpoint_of_the_same_training_is_adopted(
 
 
 def test_micro_batches_and_recomputed_blocks_change_little_or_nothing(folder: Path, tmp_path: Path) -> None:
-    whole = run(folder, tmp_path / "a", attach=attach_dropping)
-    again = run(folder, tmp_path / "b", attach=attach_dropping, recomputed=4)
+    whole = run(folder, tmp_path / "a", attach=as_class(DroppingLoRA))
+    again = run(folder, tmp_path / "b", attach=as_class(DroppingLoRA), recomputed=4)
     assert_same(whole, again)
     parts = run(folder, tmp_path / "c", micro_batch=1)
     torch.testing.assert_close(parts.outcome.losses, run(folder, tmp_path / "d").outcome.losses, rtol=2e-3, atol=0)

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.domain.finetuning import Finetune
 from app.domain.report import FinetuningReport, LossPoint, TextReport
-from workers.contracts import AdapterTraining
+from workers.contracts import AttachAdapters
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import source_label
 from workers.engine.documents import Half
@@ -58,7 +58,7 @@ class FinetuningStage:
     model: StreamedModel
     part: Finetune
     texts: FinetuningTexts
-    kind: AdapterTraining
+    attach: AttachAdapters
     names: frozenset[str]
     state: ResumeState
     folder: Path
@@ -115,11 +115,10 @@ def run_finetuning(stage: FinetuningStage) -> Finetuned:
     stage.reporter.log("training_planned", **asdict(plan))
     seed = block_seed(stage.seed, "finetune")
     how = Residence(length=part.sequence_length, keeps=plan.keeps, recomputed=plan.recomputed)
-    with resident(model, stage.state.load, stage.kind.attach, how, seed=seed, head=stage.head) as found:
+    with resident(model, stage.state.load, stage.attach, how, seed=seed, head=stage.head) as found:
         outcome = train(
             TrainingTask(
                 resident=found,
-                kind=stage.kind,
                 part=part,
                 training=texts.training,
                 held_out=texts.held_out,

@@ -7,7 +7,7 @@
 Parameters of one learning rate are one flat tensor, of which the modules' own are views; so are their gradients.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -37,22 +37,14 @@ class FlatGroup:
 class FlatParameters:
     """All parameters of some modules, trained together.
 
-    rates   of a module's parameters that have a learning rate of their own, by name
-    decay   of the others
+    decay   of parameters without a learning rate of their own (`workers.contracts.AttachAdapters`)
     """
 
-    def __init__(
-        self,
-        modules: Iterable[nn.Module],
-        rates: Callable[[nn.Module], Mapping[str, float]],
-        *,
-        decay: float,
-        clip_norm: float | None,
-    ) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, decay: float, clip_norm: float | None) -> None:
         """The parameters of `modules` become views of flat tensors, and stay that."""
         members: dict[float | None, list[nn.Parameter]] = {}
         for module in modules:
-            own = rates(module)
+            own: Mapping[str, float] = getattr(module, "rates", {})
             for name, parameter in module.named_parameters():
                 members.setdefault(own.get(name), []).append(parameter)
         self._groups = [_flat(parameters, rate) for rate, parameters in members.items()]

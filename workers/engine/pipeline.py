@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from app.domain.events import AttemptOrder, ResultLine, Stage
-from app.domain.finetuning import finetune_of
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from app.domain.report import (
@@ -44,7 +43,7 @@ from workers.engine.plan import (
 )
 from workers.engine.ranks import Ranks, joined
 from workers.engine.read_ahead import read_ahead
-from workers.engine.registry import adapters_of
+from workers.engine.registry import attach_adapters
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
@@ -178,17 +177,20 @@ def _finetune(
     job: _Job, state: ResumeState, evaluation: Stream | None, head: torch.Tensor | None, ranks: Ranks
 ) -> Finetuned | None:
     request, texts = job.order.request, job.texts.finetuning
-    part = finetune_of(request)
-    if part is None or texts is None:
+    part, adapter = request.finetune, request.adapter
+    if part is None or adapter is None or texts is None:
         return None
     job.clock.enter(Stage.FINETUNE)
+    linears = job.model.linears()
+    names = [name for name in job.schemes if name != job.model.layout.head]
+    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in names}
     return run_finetuning(
         FinetuningStage(
             model=job.model,
             part=part,
             texts=texts,
-            kind=adapters_of(request),
-            names=frozenset(name for name in job.schemes if name != job.model.layout.head),
+            attach=attach_adapters(adapter, shapes),
+            names=frozenset(names),
             state=state,
             folder=job.workspace / "state",
             identity={"codes": _fingerprint(job), "adapter": request.model_dump(mode="json", include={"adapter"})},

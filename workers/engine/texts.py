@@ -8,7 +8,6 @@ from transformers import PreTrainedTokenizerBase
 
 from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder
-from app.domain.finetuning import finetune_of
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows
 from workers.engine.finetuning_stage import FinetuningTexts, read_finetuning_texts
@@ -43,7 +42,7 @@ def read_texts(
     given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
     paths = [None if path is None else Path(path) for path in given]
     calibration = evaluation = finetuning = None
-    part = finetune_of(request)
+    part = request.finetune
     if part is not None:
         _check_length(model, "finetune", part.sequence_length)
         finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])

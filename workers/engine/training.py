@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +29,6 @@ from app.domain.errors import InternalError, NumericalFailure
 from app.domain.events import CheckpointEvent
 from app.domain.finetuning import Finetune
 from app.domain.report import Judgement
-from workers.contracts import AdapterTraining
 from workers.engine.flat_parameters import FlatParameters
 from workers.engine.packed_sequences import Batch, Order, PackedSequences, Step, batch_of
 from workers.engine.ranks import ALONE, Ranks
@@ -50,7 +50,6 @@ class TrainingTask:
     """
 
     resident: ResidentModel
-    kind: AdapterTraining
     part: Finetune
     training: PackedSequences
     held_out: PackedSequences | None
@@ -112,9 +111,8 @@ class _Training:
     def begin(cls, task: TrainingTask) -> "_Training":
         """Takes over the last checkpoint, if there is one."""
         part, device = task.part, task.resident.model.device
-        parameters = FlatParameters(
-            task.resident.adapters.values(), task.kind.rates, decay=part.weight_decay, clip_norm=part.clip_norm
-        )
+        adapters = task.resident.adapters.values()
+        parameters = FlatParameters(adapters, decay=part.weight_decay, clip_norm=part.clip_norm)
         _demand_agreement(parameters, task.ranks)
         judges = _judges(task)
         self = cls(
@@ -132,8 +130,6 @@ class _Training:
             parameters.restore(saved)
             self.losses.copy_(saved["losses"])
             self.best = [saved[name].to(device) for name in sorted(saved) if name.startswith("best.")]
-            if self.progress.step > self._settles_after:
-                self._settle()
         return self
 
     def run(self) -> TrainingOutcome:
@@ -185,8 +181,7 @@ class _Training:
     def _step(self, index: int, step: Step) -> None:
         """One step of the optimizer; nothing waits for the device."""
         task = self.task
-        if index == self._settles_after:
-            self._settle()
+        self._tell_adapters(index / task.part.steps)
         torch.manual_seed(_step_seed(task.seed, index, task.ranks.rank))
         self._set_mode(training=True)
         try:
@@ -218,22 +213,24 @@ class _Training:
 
     def _add_penalty(self) -> None:
         """The gradient of what adapters add to the loss, once over all ranks."""
-        kind, adapters = self.task.kind, list(self.task.resident.adapters.values())
-        if kind.penalty is not None:
-            penalty = kind.penalty(adapters) / self.task.ranks.size
-            penalty.backward()  # type: ignore[no-untyped-call]
+        terms = [adapter.penalty() for adapter in self._with("penalty")]
+        if terms:
+            penalty = torch.stack(terms).sum() / self.task.ranks.size
+            if penalty.requires_grad:
+                penalty.backward()  # type: ignore[no-untyped-call]
 
-    @property
-    def _settles_after(self) -> int:
-        """Steps before the adapters settle; as many as there are if they never do."""
-        part, kind = self.task.part, self.task.kind
-        return part.steps if kind.settle is None else math.floor(kind.settle_share * part.steps)
+    def _tell_adapters(self, share: float) -> None:
+        """Which share of the training is done; what they exclude from gradients then is held."""
+        told = self._with("progress")
+        before = [parameter.requires_grad for adapter in told for parameter in adapter.parameters()]
+        for adapter in told:
+            adapter.progress(share)
+        if before != [parameter.requires_grad for adapter in told for parameter in adapter.parameters()]:
+            self.parameters.hold_still()
 
-    def _settle(self) -> None:
-        for adapter in self.task.resident.adapters.values():
-            assert self.task.kind.settle is not None  # noqa: S101 - for the type checker
-            self.task.kind.settle(adapter)
-        self.parameters.hold_still()
+    def _with(self, attribute: str) -> list[Any]:
+        """The adapters that have something of what they may have."""
+        return [adapter for adapter in self.task.resident.adapters.values() if hasattr(adapter, attribute)]
 
     @torch.no_grad()
     def _judge(self) -> None:

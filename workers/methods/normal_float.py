@@ -1,0 +1,33 @@
+"""NormalFloat, round to nearest: the base that QLoRA trains an adapter on (Dettmers et al., arXiv:2305.14314).
+
+    a = max |w| of a group,  q = argmin_i |w/a - c_i|,  w_hat = a*c_q         c: quantiles of a normal distribution
+    a_hat = off + m*a_code/(2^8 - 1)                                          with double quantization, found first
+
+Formulas, and what differs from bitsandbytes in the second level: `workers.numerics.normal_float`. Bits a weight with
+groups of 64: 4.127 with double quantization, 4.25 or 4.5 with maxima in 16 or 32 bits.
+
+Looks at the weights alone, one linear at a time; cost O(out*in).
+"""
+
+import torch
+
+from app.domain.methods import NormalFloatSpec
+from workers.contracts import BlockTask
+from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, quantize
+from workers.numerics.quantized import BlockResult, LinearResult
+
+QLORA = DoubleQuantization(bits=8, dtype=torch.float32, superblock=256)
+"""The sizes of QLoRA's second level."""
+
+
+class NormalFloat:
+    needs_inputs = False
+
+    @torch.no_grad()
+    def quantize_block(self, task: BlockTask, spec: NormalFloatSpec) -> BlockResult:
+        absmax: AbsmaxFormat = QLORA if spec.double_quantization else task.scale_dtype
+        results = {}
+        for name, scheme in task.schemes.items():
+            weight = task.linear(name).weight
+            results[name] = LinearResult(quantize(weight, scheme, absmax, weight.dtype))
+        return BlockResult(results)
