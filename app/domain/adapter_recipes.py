@@ -92,5 +92,7 @@ def _lora_of(holder: Mapping[str, object]) -> dict[str, object]:
     """A LoRA of the rank and alpha of the method's factors, where its spec has these fields."""
     info = METHODS.get(str(holder.get("method")))
     known = info.spec.model_fields if info else {}
-    shared = {field: holder.get(field, known[field].default) for field in ("rank", "alpha") if field in known}
+    shared: dict[str, object] = {
+        field: holder.get(field, known[field].default) for field in ("rank", "alpha") if field in known
+    }
     return {"kind": "lora", **shared}

@@ -108,6 +108,43 @@ class FinetuningReport(ReportPart):
     peak_device_bytes: int | None = Field(description="Most memory of the device that this stage held.")
 
 
+class BitOperations(ReportPart):
+    """Bit operations a token of gated adapters; activations count 16 bits. Against the same ranks at 16 bits."""
+
+    adapter: int = Field(description="Of the adapters alone, as they are stored.")
+    adapter_16bit: int
+    adapter_saving: float = Field(description="Share that is saved.")
+    model: int = Field(description="With the products of the quantized linears beside them.")
+    model_16bit: int
+    model_saving: float
+    ranks: dict[str, int] = Field(description="By linear: what is left.")
+    bits: dict[str, tuple[int, int]] = Field(description="By linear: widths of A and B.")
+
+
+class MergeReport(ReportPart):
+    """The proof of a merge into quantized weights; errors are the largest over all weights, absolute."""
+
+    codes_and_scales_kept: bool = Field(description="Whether hashes before and after are the same.")
+    linears: int
+    rounded: bool = Field(description="Whether offsets became integer zero points.")
+    error_exact: float = Field(description="Of the algebra, in fp64.")
+    error_stored: float = Field(description="With offsets or zero points as stored.")
+    error_shipped: float = Field(description="Of the weights in the dtype that ships.")
+
+
+class AdapterReport(ReportPart):
+    """What was trained beside the quantized linears."""
+
+    kind: str
+    rank: int = Field(description="Of the request: of the LoRA with as many parameters.")
+    inner_ranks: tuple[int, int] = Field(description="Least and largest real rank of an adapter.")
+    parameters: int = Field(description="Trained numbers, gates included.")
+    flops_per_token: int = Field(description="Of a forward pass through all adapters.")
+    bits_per_weight: float = Field(description="As stored in the adapter file, for each weight of the linears.")
+    bit_operations: BitOperations | None = Field(default=None, description="Of kinds with gates.")
+    merge: MergeReport | None = Field(default=None, description="None where nothing was folded.")
+
+
 class ModelReport(ReportPart):
     source: str = Field(description="Shorthand of the model source.")
     revision: str | None
@@ -159,6 +196,7 @@ class Report(ReportPart):
         default=None, description="None if scales were not tuned end to end, or that was skipped; see the warnings."
     )
     finetuning: FinetuningReport | None = Field(default=None, description="None where nothing was trained.")
+    adapter: AdapterReport | None = Field(default=None, description="None where nothing was trained.")
     size: SizeReport
     seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")
     peak_memory: PeakMemory

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from app.domain.adapters import AdapterShape, BayesianLoRASpec
-from workers.adapters.bayesian import BayesianLoRA, bops_report, penalty
+from workers.adapters.bayesian import BayesianLoRA, bops_report, full_bops
 from workers.adapters.gates import (
     WIDTHS,
     decide,
@@ -191,26 +191,48 @@ def test_bit_operations_are_those_of_a_counter() -> None:
 
 def test_the_penalty_is_the_share_of_expected_bit_operations() -> None:
     adapters = [random_adapter(6, 1), random_adapter(3, 2)]
-    assert float(penalty(adapters).detach()) == pytest.approx(1, abs=0.005)
+    together = 16 * 16 * (6 + 3) * (32 + 24)
+    assert sum(full_bops(adapter.spec, 32, 24) for adapter in adapters) == together
+
+    def total() -> float:
+        return float(sum(adapter.penalty() for adapter in adapters).detach())  # type: ignore[union-attr]
+
+    for adapter in adapters:
+        adapter.shared_bops = together
+    assert total() == pytest.approx(adapters[0].spec.penalty, rel=0.005)
     with torch.no_grad():
         for adapter in adapters:
             adapter.gate_rank.fill_(-20)
-    assert float(penalty(adapters).detach()) < 1e-6
+    assert total() < 1e-6
+    with torch.no_grad():
+        adapters[0].gate_rank.fill_(6)
+    adapters[0].progress(0.69)
+    assert total() == pytest.approx(adapters[0].spec.penalty * 2 / 3, rel=0.005)
+    adapters[0].progress(0.7)
+    assert total() < 1e-6
 
 
-def _fit(adapter: torch.nn.Module, mu: float, data: tuple[Tensor, Tensor]) -> None:
-    gates = list(adapter.gates()) if isinstance(adapter, BayesianLoRA) else []
-    known = {id(gate) for gate in gates}
-    groups = [{"params": [p for p in adapter.parameters() if id(p) not in known], "lr": 1e-2}]
-    groups += [{"params": gates, "lr": 0.05}] if gates else []
+def test_decided_gates_are_deterministic_in_training() -> None:
+    adapter = random_adapter()
+    x = torch.randn(4, 32, dtype=F64, generator=generator(5))
+    with torch.no_grad():
+        adapter.gate_rank.fill_(0)
+    torch.manual_seed(0)
+    assert not torch.equal(adapter(x), adapter(x))
+    adapter.progress(1.0)
+    assert torch.equal(adapter(x), adapter.eval()(x))
+
+
+def _fit(adapter: BayesianLoRA | GroupedAdapter, data: tuple[Tensor, Tensor], steps: int = 500) -> None:
+    rates = adapter.rates if isinstance(adapter, BayesianLoRA) else {}
+    groups = [{"params": [p], "lr": rates.get(name, 1e-2)} for name, p in adapter.named_parameters()]
     optimizer, x, y = torch.optim.Adam(groups), *data
-    for step in range(500):
+    for step in range(steps):
         rows = torch.randint(0, len(x), (128,), generator=generator(step))
         loss = (adapter(x[rows]) - y[rows]).square().mean()
         if isinstance(adapter, BayesianLoRA):
-            if step == 350:
-                adapter.settle()
-            loss = loss + (0 if adapter.settled else mu * penalty([adapter]))
+            adapter.progress(step / steps)
+            loss = loss + adapter.penalty()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -224,9 +246,9 @@ def test_the_penalty_saves_most_bit_operations_at_nearly_the_same_loss() -> None
     train, held_out = (x[:2000], y[:2000]), (x[2000:], y[2000:])
     torch.manual_seed(0)
     plain = GroupedAdapter(AdapterShape(32, 24, 1, 1, "pair", 8, 8.0, 8), generator=generator(5))
-    gated = BayesianLoRA(BayesianLoRASpec(rank=8, alpha=8), 32, 24, generator=generator(5))
-    _fit(plain, 0, train)
-    _fit(gated, 0.3, train)
+    gated = BayesianLoRA(BayesianLoRASpec(rank=8, alpha=8, penalty=0.3), 32, 24, generator=generator(5))
+    _fit(plain, train)
+    _fit(gated, train)
     with torch.no_grad():
         losses = [float((m.eval()(held_out[0]) - held_out[1]).square().mean()) for m in (plain, gated)]
     untrained = float(held_out[1].square().mean())
@@ -238,7 +260,7 @@ def test_the_penalty_saves_most_bit_operations_at_nearly_the_same_loss() -> None
 
 def test_what_no_task_needs_is_pruned() -> None:
     x = torch.randn(500, 32, generator=generator(3))
-    gated = BayesianLoRA(BayesianLoRASpec(rank=4), 32, 24, generator=generator(5))
+    gated = BayesianLoRA(BayesianLoRASpec(rank=4, penalty=1), 32, 24, generator=generator(5))
     torch.manual_seed(0)
-    _fit(gated, 1.0, (x, torch.zeros(500, 24)))
+    _fit(gated, (x, torch.zeros(500, 24)))
     assert gated.compact().rank == 0

@@ -61,9 +61,8 @@ def random_case(seed: int) -> tuple[AffineWeight, GroupedAdapter, int]:
     group = choose.choice([16, 32, 64, 128])
     shape = (choose.choice([8, 24, 40]), group * choose.choice([1, 2, 3, 6]))
     scheme = Scheme(bits=choose.randint(2, 8), group_size=group, symmetric=choose.random() < 0.5)
-    spec: GroupedSpec = choose.choice(
-        [QALoRASpec(rank=4), QAHiRASpec(rank=2), QABLoRASpec(rank=4, alpha=5), QAHiRASpec(repeat_out=4)]
-    )
+    specs: list[GroupedSpec] = [QALoRASpec(rank=4), QAHiRASpec(rank=2), QABLoRASpec(rank=4, alpha=5)]
+    spec = choose.choice([*specs, QAHiRASpec(repeat_out=4)])
     weight = quantized(scheme, shape, seed, choose.choice(DTYPES))
     return weight, trained(spec, shape, group, seed), group
 

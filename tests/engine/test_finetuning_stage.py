@@ -72,7 +72,7 @@ class Job:
 
         self.workspace.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "attach_adapters", lambda *_: attach)
+            patch.setattr(pipeline, "Attach", lambda *_: attach)
             return run(order, self.workspace, Reporter(self.lines.append)).report
 
     def told(self, kind: type) -> list[Any]:

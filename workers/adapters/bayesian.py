@@ -19,7 +19,7 @@ threshold at the end. Everything else is a reconstruction, and no figure of the 
 
 - rank gates are independent of each other, and 2 bits are always on: rank gates are what removes a factor
 - one Monte-Carlo sample of the gates a step; the penalty is the expectation itself
-- gates are decided for the last part of training (`settle`), so that the factors adapt to what is left: Bayesian Bits
+- gates are decided for the last 30% of training (`progress`), so that the factors adapt to what is left: Bayesian Bits
   finetunes so, too
 - the widest is 16 bits, since the comparison is with the same rank at 16 bits
 - ranges are relative to the largest magnitude of the factor at the time, since B starts at 0 and has no range to learn
@@ -30,7 +30,7 @@ ADR 12 has the reasons. In evaluation mode gates are decided: on or off. `compac
 stores both factors as integers with a scale each.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import sqrt
 
@@ -54,6 +54,8 @@ ACTIVATION_BITS = 16
 OPEN = 6.0
 """phi at the start: on with a probability of 0.9995."""
 SMALLEST_LIMIT = 1e-6
+SETTLED_FROM = 0.7
+"""Share of the training after which gates are decided."""
 
 Gate = Callable[[Tensor], Tensor]
 """From parameters phi to gates z."""
@@ -95,6 +97,9 @@ class BayesianLoRA(nn.Module):
     """A trainable update of one linear: `forward(x)` is what is added to the base's output.
 
     While training gates are drawn by torch's own generator: who wants a step again seeds it.
+
+    rates         learning rates of gates and ranges, by name; they are not decayed
+    shared_bops   what `penalty` is a share of: all ranks at 16 bits of all adapters that are trained together
     """
 
     def __init__(
@@ -109,6 +114,8 @@ class BayesianLoRA(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.scale, self.settled = spec.alpha / spec.rank, False
+        self.shared_bops = self.full_bops
+        self.rates = dict.fromkeys(("gate_rank", "gate_a", "gate_b", "range_a", "range_b"), spec.gate_learning_rate)
         self.dropout = nn.Dropout(spec.dropout)
         bound = 1 / sqrt(in_features)
         start = torch.rand(spec.rank, in_features, generator=generator) * (2 * bound) - bound
@@ -122,15 +129,15 @@ class BayesianLoRA(nn.Module):
         self.gate_a, self.gate_b = (parameter(len(WIDTHS) - 1, value=OPEN) for _ in "ab")
         self.range_a, self.range_b = parameter(), parameter()
 
-    def gates(self) -> Iterable[nn.Parameter]:
-        """What learns at its own rate, without weight decay: gates and ranges."""
-        return [self.gate_rank, self.gate_a, self.gate_b, self.range_a, self.range_b]
+    def progress(self, share: float) -> None:
+        """Told before a step which share of the training is done: gates are decided for the last part of it."""
+        self.settled = share >= SETTLED_FROM
 
-    def settle(self) -> None:
-        """Decide the gates for good: what trains on are the factors and ranges that are left, as in Bayesian Bits."""
-        self.settled = True
-        for gate in (self.gate_rank, self.gate_a, self.gate_b):
-            gate.requires_grad_(False)
+    def penalty(self) -> Tensor:
+        """Its term of the loss: mu times its share of the expected bit operations; 0 once gates are decided."""
+        if self.settled:
+            return self.gate_rank.new_zeros(())
+        return self.expected_bops() * (self.spec.penalty / self.shared_bops)
 
     def forward(self, x: Tensor) -> Tensor:
         """The update, (.., out) in the dtype of `x` (.., in)."""
@@ -165,7 +172,7 @@ class BayesianLoRA(nn.Module):
     @property
     def full_bops(self) -> int:
         """Bit operations a token with all ranks at 16 bits."""
-        return ACTIVATION_BITS * WIDTHS[-1] * self.spec.rank * (self.in_features + self.out_features)
+        return full_bops(self.spec, self.in_features, self.out_features)
 
     def decided_bops(self) -> int:
         """Bit operations a token of what `compact` leaves."""
@@ -178,10 +185,9 @@ class BayesianLoRA(nn.Module):
         return a, b, gate(self.gate_rank)
 
 
-def penalty(adapters: Iterable[BayesianLoRA]) -> Tensor:
-    """Expected bit operations of all adapters as a share of those of all ranks at 16 bits, differentiable; 0 to 1."""
-    every = list(adapters)
-    return torch.stack([each.expected_bops() for each in every]).sum() / sum(each.full_bops for each in every)
+def full_bops(spec: BayesianLoRASpec, in_features: int, out_features: int) -> int:
+    """Bit operations a token of an adapter with all ranks at 16 bits."""
+    return ACTIVATION_BITS * WIDTHS[-1] * spec.rank * (in_features + out_features)
 
 
 @dataclass(frozen=True)

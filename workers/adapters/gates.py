@@ -67,7 +67,7 @@ def residual_quantize(values: Tensor, limit: Tensor, gates: Tensor) -> Tensor:
 
 def step_of(limit: Tensor, bits: int) -> Tensor:
     """s_k: the distance of the levels of that width."""
-    return limit * 2 / (2**bits - 1)
+    return limit * 2 / ((1 << bits) - 1)
 
 
 def decided_bits(phi: Tensor) -> int:
@@ -79,8 +79,9 @@ def decided_bits(phi: Tensor) -> int:
 def expected_bits(phi: Tensor) -> Tensor:
     """E[bits] = 2 + 2 q4 + 4 q4 q8 + 8 q4 q8 q16, differentiable."""
     reached = keep_probability(phi).cumprod(0)
-    more = torch.tensor([b - a for a, b in pairwise(WIDTHS)], dtype=phi.dtype, device=phi.device)
-    return WIDTHS[0] + (more * reached).sum()
+    more: Tensor = torch.tensor([b - a for a, b in pairwise(WIDTHS)], dtype=phi.dtype, device=phi.device)
+    expected: Tensor = WIDTHS[0] + (more * reached).sum()
+    return expected
 
 
 def _round(x: Tensor) -> Tensor:

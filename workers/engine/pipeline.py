@@ -21,6 +21,7 @@ from app.domain.report import (
     SizeReport,
     StoredParts,
 )
+from workers.adapters.attaching import Attach
 from workers.engine.block_pass import BlockPass
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import load_tokenizer, source_label
@@ -43,7 +44,6 @@ from workers.engine.plan import (
 )
 from workers.engine.ranks import Ranks, joined
 from workers.engine.read_ahead import read_ahead
-from workers.engine.registry import attach_adapters
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
@@ -189,7 +189,7 @@ def _finetune(
             model=job.model,
             part=part,
             texts=texts,
-            attach=attach_adapters(adapter, shapes),
+            attach=Attach(adapter, shapes),
             names=frozenset(names),
             state=state,
             folder=job.workspace / "state",

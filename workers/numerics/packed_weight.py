@@ -107,5 +107,5 @@ def _pack(codes: Tensor, width: int) -> Tensor:
 
 def _unpack(packed: Tensor, width: int, shape: tuple[int, int]) -> Tensor:
     shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
-    codes = (packed.unsqueeze(-1) >> shifts) & (2**width - 1)
+    codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**width - 1)
     return codes.flatten()[: shape[0] * shape[1]].view(shape)
