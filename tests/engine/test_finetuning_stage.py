@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from app.domain.errors import InvalidDataset
@@ -19,8 +20,10 @@ from app.domain.jobs import Evaluation, JobRequest
 from app.domain.report import Report
 from app.domain.sources import BuiltinText
 from tests.engine.conftest import TEXTS
-from tests.engine.small_lora import SmallLoRA, attach_small
 from tests.engine.test_training import Interrupted, interrupt_at
+from workers.adapters.attaching import Attach
+from workers.adapters.grouped import GroupedAdapter
+from workers.contracts import AttachAdapters
 from workers.engine import pipeline
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import evaluation_windows, load_tokenizer
@@ -48,7 +51,7 @@ class Job:
             "model": {"source": "local", "path": str(model)},
             "quantization": {"method": "rtn", "bits": 3, "group_size": 32, **(quantization or {})},
             **TEXTS,
-            "adapter": {"kind": "lora"},
+            "adapter": {"kind": "lora", "rank": 4},
             "formats": ["native"],
             "finetune": {
                 "dataset": {"source": "builtin"} if rows is None else {"source": "local", "path": str(rows)},
@@ -65,14 +68,17 @@ class Job:
             device="cpu",
         )
 
-        def attach(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
-            made = attach_small(linears)
-            self.adapters |= made
-            return made
+        def recorded(*of: Any) -> AttachAdapters:
+            def attach(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
+                made = Attach(*of)(linears, seed)
+                self.adapters |= made
+                return made
+
+            return attach
 
         self.workspace.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "Attach", lambda *_: attach)
+            patch.setattr(pipeline, "Attach", recorded)
             return run(order, self.workspace, Reporter(self.lines.append)).report
 
     def told(self, kind: type) -> list[Any]:
@@ -141,8 +147,9 @@ def test_the_evaluation_is_of_the_model_with_its_adapters(whole: tuple[Job, Repo
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.bfloat16)
     for name, base in finished_weights(small_model, job.workspace).items():
         adapter = job.adapters[name]
-        assert isinstance(adapter, SmallLoRA)
-        model.get_submodule(name).weight.data = (base.float() + adapter.b @ adapter.a).to(torch.bfloat16).detach()
+        assert isinstance(adapter, GroupedAdapter)
+        update = adapter.delta_weight().float().detach()
+        model.get_submodule(name).weight.data = (base.float() + update).to(torch.bfloat16)
     with torch.no_grad():
         logits = model(ids).logits[:, :-1].float()
     loss = nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
@@ -188,6 +195,59 @@ def test_other_codes_begin_training_anew(small_model: Path, rows: Path, tmp_path
     report = job.run(small_model, rows, {"bits": 4}, steps=2)
     assert report.finetuning is not None
     assert (report.finetuning.steps_resumed, report.blocks_resumed) == (0, 0)
+
+
+SHORTHAND: dict[str, Any] = {"bits": 4, "group_size": 32, "rank": 4, "calibration": TEXTS["calibration"]}
+
+
+def run_shorthand(model: Path, rows: Path, workspace: Path, **fields: Any) -> Report:
+    finetune = {"dataset": str(rows), "steps": 12, "batch_size": 4, "sequence_length": 64, "learning_rate": 0.02}
+    body = {"model": str(model), **SHORTHAND, **fields, "finetune": finetune, "evaluation": TEXTS["evaluation"]}
+    order = AttemptOrder(
+        job_id="job_1",
+        attempt=1,
+        request=JobRequest.parse(body),
+        model_path=str(model),
+        finetuning_path=str(rows),
+        device="cpu",
+    )
+    workspace.mkdir()
+    return run(order, workspace, Reporter(lambda _: None)).report
+
+
+def native(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / "output/native/weights.safetensors")
+
+
+def test_a_merged_adapter_leaves_codes_and_scales_as_they_were(small_model: Path, rows: Path, tmp_path: Path) -> None:
+    """QA-LoRA, from shorthand: the native checkpoint holds the base's codes and other offsets."""
+    report = run_shorthand(small_model, rows, tmp_path / "job", method="qa-lora", merge="quantized")
+    assert report.adapter is not None
+    assert report.adapter.merge is not None
+    assert report.adapter.merge.codes_and_scales_kept
+    assert report.finetuning is not None
+    assert report.adapter.parameters == report.finetuning.trainable_parameters
+    assert report.finetuning.loss_after is not None
+    assert report.finetuning.loss_before is not None
+    assert report.finetuning.loss_after < report.finetuning.loss_before
+    assert (tmp_path / "job/output/adapter/load_adapter.py").is_file()
+    shipped, state = native(tmp_path / "job"), tmp_path / "job/state"
+    for index in range(3):
+        base = load_file(state / f"block-{index:05d}.safetensors")
+        kept = [key for key in base if key.endswith((".codes", ".scale"))]
+        assert len(kept) == 14
+        assert all(torch.equal(shipped[key], base[key]) for key in kept)
+    assert any(key.endswith(".offset") for key in shipped)
+
+
+@pytest.mark.parametrize("method", ["qlora", "q-bara", "qa-hira", "bayesian-lora"])
+def test_every_recipe_trains_from_shorthand(method: str, small_model: Path, rows: Path, tmp_path: Path) -> None:
+    report = run_shorthand(small_model, rows, tmp_path / "job", method=method)
+    assert report.adapter is not None
+    assert report.finetuning is not None
+    assert report.finetuning.losses[-1].loss < report.finetuning.losses[0].loss
+    assert (tmp_path / "job/output/adapter/adapter.safetensors").is_file()
+    assert (tmp_path / "job/output/native/report.json").is_file()
 
 
 def test_builtin_text_and_a_quantized_head(small_model: Path, tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,6 +28,7 @@ from workers.engine.calibration import load_tokenizer, source_label
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
+from workers.engine.export import Export, TrainedAdapters
 from workers.engine.finetuning_stage import (
     Finetuned,
     FinetuningStage,
@@ -43,7 +44,6 @@ from workers.engine.plan import (
     scale_dtype,
 )
 from workers.engine.ranks import Ranks, joined
-from workers.engine.read_ahead import read_ahead
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
@@ -51,7 +51,7 @@ from workers.engine.streams import Stream
 from workers.engine.texts import Texts, read_texts
 from workers.engine.tuning import Tuner
 from workers.engine.warm_up import compiling
-from workers.formats.writer import check_model, open_writers
+from workers.formats.writer import check_model
 from workers.numerics.quantized import StoredBits
 
 CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
@@ -234,30 +234,25 @@ def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None, ranks: Ranks
 
 
 def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
-    """Writes every format from the durable blocks, each read while one is packed, and the same report into each."""
-    formats = tuple(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
-    writers = open_writers(job.workspace / "output", formats, job.model.checkpoint)
-    stored, weights, total = StoredBits(), 0, len(state.blocks)
-    with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
-        for done, block in enumerate(blocks, start=1):
-            for name, result in block.items():
-                stored += result.stored_bits()
-                weights += result.weight.codes.numel()
-                source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
-                for writer in writers.values():
-                    writer.add_linear(source, result, module=name)
-            job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
-    ignored = [name for name in job.model.linears() if name not in job.schemes]
-    for writer in writers.values():
-        writer.finish(ignored=ignored)
-        for code, message in writer.warnings.items():
-            job.reporter.warning(code, message)
-    report = _report(job, state, found, _size(job, stored, weights))
-    for writer in writers.values():
-        writer.describe(report)
-    job.reporter.progress(Stage.EXPORT, total + 1, total + 1, "blocks")
+    """Writes every format from the durable blocks, and the same report into each."""
+    request, finetuned = job.order.request, found.finetuned
+    trained = None
+    if finetuned is not None and request.adapter is not None:
+        trained = TrainedAdapters(request.adapter, finetuned.adapters, request.merge, request.round_offset)
+    export = Export(
+        model=job.model,
+        folder=job.workspace / "output",
+        formats=tuple(dict.fromkeys([*request.formats, ExportFormat.NATIVE])),
+        ignored=tuple(name for name in job.model.linears() if name not in job.schemes),
+        trained=trained,
+        reporter=job.reporter,
+    )
+    exported = export.write(state)
+    report = _report(job, state, found, _size(job, exported.stored, exported.weights))
+    report = report.model_copy(update={"adapter": exported.adapter, "warnings": tuple(job.reporter.warnings)})
+    checkpoints = export.describe(exported, report)
     job.model.checkpoint.close()
-    return ResultLine(report=report, checkpoints={f.value: f"output/{f.value}" for f in formats})
+    return ResultLine(report=report, checkpoints=checkpoints)
 
 
 def _size(job: _Job, stored: StoredBits, weights: int) -> SizeReport:
