@@ -91,12 +91,16 @@ def shape_errors(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[str, t
 
 def trained_parameters(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[str, tuple[int, int]]) -> int:
     """Trainable numbers of the adapters of linears (out, in) that fit; gates are not counted."""
-    shapes = (
-        _shape(adapter, scheme.group_size, *shape)
-        for name, shape in linears.items()
-        if (scheme := spec.scheme(name)) is not None
-    )
-    return sum(shape.parameters for shape in shapes)
+    count = 0
+    for name, (out_features, in_features) in linears.items():
+        scheme = spec.scheme(name)
+        if scheme is None:
+            continue
+        try:
+            count += _shape(adapter, scheme.group_size, out_features, in_features).parameters
+        except (MisalignedAdapter, ValueError):
+            continue  # told by `shape_errors`, and by the rules of groups
+    return count
 
 
 def _shape(adapter: AdapterSpec, group_size: int, out_features: int, in_features: int) -> AdapterShape:

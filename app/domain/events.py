@@ -173,7 +173,7 @@ class AttemptOrder(Message):
     request: JobRequest
     model_path: str
     model_revision: str | None = None
-    calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin or generated text.")
     evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     finetuning_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     device: Literal["cpu", "cuda"]

@@ -278,3 +278,22 @@ def test_a_model_that_a_format_cannot_hold_is_refused(api: Api, spoil: Callable[
     found = problem(api.client.post("/v1/jobs", json=body | {"formats": ["merged", "gguf"]}), 422, "format_cannot_hold")
     assert says in str(found["detail"])
     assert found["field"] == "formats.1"
+
+
+def test_an_adapter_that_does_not_fit_is_refused_with_what_does(api: Api) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny")
+    body = {"model": str(folder), "method": "qa-hira", "group_size": 16, "finetune": {"dataset": "builtin"}}
+    fitting = api.client.post("/v1/jobs?dry_run=true", json=body).json()
+    assert fitting["request"]["adapter"]["kind"] == "qa-hira"
+    assert fitting["estimates"]["adapter_parameters"] > 0
+    body["adapter"] = {"pool_in": 24}
+    found = problem(api.client.post("/v1/jobs", json=body), 422, "misaligned_adapter")
+    assert found["field"] == "adapter.pool_in"
+    assert "use one of 16, 32, 64" in str(found["detail"])
+
+
+def test_a_text_to_learn_from_must_be_readable(api: Api) -> None:
+    folder = write_checkpoint(api.folder / "models" / "tiny")
+    body = {"model": str(folder), "method": "qlora", "finetune": {"dataset": "/etc/passwd"}}
+    found = problem(api.client.post("/v1/jobs", json=body), 422, "source_forbidden")
+    assert found["field"] == "finetune.dataset.path"

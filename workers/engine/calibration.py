@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from app.domain.errors import CorruptCheckpoint, InvalidDataset
 from app.domain.jobs import Calibration, Evaluation
 from app.domain.report import TextReport
-from app.domain.sources import DatasetSource, ModelSource
+from app.domain.sources import CalibrationSource, DatasetSource, ModelSource
 from workers.engine.documents import Document, Half, builtin_documents, half_of, read_jsonl
 
 SURPLUS = 2
@@ -101,7 +101,7 @@ def _key(document: Document) -> bytes:
     return hashlib.sha256(repr(document).encode("utf-8", "surrogatepass")).digest()
 
 
-def source_label(source: DatasetSource | ModelSource) -> str:
+def source_label(source: CalibrationSource | DatasetSource | ModelSource) -> str:
     """A source in shorthand, for the report."""
     for field in ("id", "path"):
         if hasattr(source, field):
@@ -200,9 +200,14 @@ def conversation(
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The beginning-of-sequence token, where the tokenizer writes one."""
-    ids, start = tokenizer("a", verbose=False)["input_ids"], tokenizer.bos_token_id
-    return [start] if start is not None and bool(ids) and ids[0] == start else []
+    """The beginning-of-sequence token, where the tokenizer puts it before a text."""
+    return [tokenizer.bos_token_id] if writes_start(tokenizer) else []
+
+
+def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts the beginning-of-sequence token before a text."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
 def _too_short(part: Calibration | Evaluation, name: str, tokens: int, windows: int) -> InvalidDataset:

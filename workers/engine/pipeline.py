@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
@@ -34,6 +35,7 @@ from workers.engine.finetuning_stage import (
     FinetuningStage,
     run_finetuning,
 )
+from workers.engine.generated_text import Generation
 from workers.engine.plan import (
     Plan,
     make_plan,
@@ -97,7 +99,7 @@ def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int)
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         with compiling(model, schemes, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
-            texts = read_texts(order, model, tokenizer, reporter)
+            texts = read_texts(order, model, reporter, _generation(order, workspace, model, tokenizer, reporter, rank))
         plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
@@ -125,6 +127,25 @@ class _Job:
     schemes: dict[str, Scheme]
     texts: Texts
     plan: Plan
+
+
+def _generation(
+    order: AttemptOrder,
+    workspace: Path,
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+    rank: int,
+) -> Generation:
+    wanted = order.request.calibration.num_samples
+    return Generation(
+        checkpoint=model.checkpoint,
+        tokenizer=tokenizer,
+        device=model.device,
+        kept=workspace / "generated.safetensors",
+        leads=rank == 0,
+        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, wanted, "windows"),
+    )
 
 
 def _with_ranks(job: _Job, rank: int) -> tuple[ResumeState, Findings]:

@@ -4,13 +4,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
 
 from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder
+from app.domain.sources import GeneratedText
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows
 from workers.engine.finetuning_stage import FinetuningTexts, read_finetuning_texts
+from workers.engine.generated_text import Generation, generated_windows
 from workers.engine.plan import StreamSize
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
@@ -30,15 +31,14 @@ class Texts:
         return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
 
 
-def read_texts(
-    order: AttemptOrder, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
-) -> Texts:
-    """Calibration and evaluation windows of an order.
+def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation) -> Texts:
+    """All texts of an order; those that the model writes itself are drawn by `generation`.
 
     Raises:
-        InvalidDataset: a file is not as documented or too short, or windows are longer than the model's positions.
+        InvalidDataset: a file is not as documented or too short, windows are longer than the model's positions, or
+            the model is to write text and does not fit whole.
     """
-    request = order.request
+    request, tokenizer = order.request, generation.tokenizer
     given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
     paths = [None if path is None else Path(path) for path in given]
     calibration = evaluation = finetuning = None
@@ -49,7 +49,10 @@ def read_texts(
         _check_vocabulary(model, finetuning.training.ids)
     if METHODS[request.quantization.method].needs_inputs:
         _check_length(model, "calibration", request.calibration.sequence_length)
-        calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
+        if isinstance(request.calibration.dataset, GeneratedText):
+            calibration = generated_windows(request.calibration, request.seed, generation)
+        else:
+            calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
         used = paths[0] if calibration is not None else None
