@@ -45,7 +45,7 @@ def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) 
     return FetchOrder(model=model, models_folder=str(models_folder), **orders)
 
 
-def _texts(request: JobRequest) -> list[tuple[str, DatasetSource, int]]:
+def _texts(request: JobRequest) -> list[tuple[str, CalibrationSource, int]]:
     """Role, dataset and the tokens that are read of it at the most, of every text of a request."""
     calibration, evaluation, finetune = request.calibration, request.evaluation, request.finetune
     found = [("calibration", calibration.dataset, calibration.num_samples * calibration.sequence_length)]
