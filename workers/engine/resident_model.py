@@ -9,6 +9,7 @@ for them: attention only within an example, positions from 0 in each.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -134,12 +135,14 @@ def resident(
     *,
     seed: int,
     head: Tensor | None = None,
+    changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({}),
 ) -> Iterator[ResidentModel]:
     """The model while it is loaded, with new adapters.
 
     load     quantized linears of a block by full name
     attach   makes the adapters of a block's linears
     head     dequantized weight of the head, where that is quantized
+    changed  other parameters of a block that quantization changed, by full name
 
     Raises:
         UnsupportedArchitecture: the model does more after its blocks than norm and head.
@@ -153,7 +156,8 @@ def resident(
             results = {name: result.to(model.device) for name, result in load(index).items()}
             made = attach(results, block_seed(seed, index))
             adapters |= {name: adapter.to(model.device) for name, adapter in made.items()}
-            given = {f"{name}.weight": torch.empty(0, dtype=dtype) for name in results}
+            given = {name: value.to(model.device, dtype) for name, value in changed(index).items()}
+            given |= {f"{name}.weight": torch.empty(0, dtype=dtype) for name in results}
             stack.enter_context(model.filled(_read(model, layout.block(index), dtype, given)))
             for name, result in results.items():
                 stack.enter_context(_adapted(model, name, _base(result, made.get(name), dtype, how), made.get(name)))
