@@ -7,7 +7,7 @@ import structlog
 from pydantic import ValidationError
 
 from app.domain.errors import Unavailable
-from app.domain.events import ATTEMPT_LINE, AttemptEvent, AttemptLine, BlockEvent, ProgressEvent
+from app.domain.events import ATTEMPT_LINE, AttemptEvent, AttemptLine, BlockEvent, CheckpointEvent, ProgressEvent
 from app.store.attempts import AttemptWriter, Claim
 from workers.context import WorkerContext
 
@@ -43,7 +43,7 @@ class LineReader:
 class EventBuffer:
     """Collects events and writes them once a second; of the progress events in between, the last one.
 
-    A finished block is written at once: it decides whether the attempt counts as fruitless.
+    A finished block or checkpoint is written at once: it decides whether the attempt counts as fruitless.
     """
 
     def __init__(self, context: WorkerContext, claim: Claim) -> None:
@@ -60,7 +60,7 @@ class EventBuffer:
             self._progress = event
             return
         self._events.append(event)
-        self._urgent = self._urgent or isinstance(event, BlockEvent)
+        self._urgent = self._urgent or isinstance(event, BlockEvent | CheckpointEvent)
 
     def flush_if_due(self) -> None:
         """Write what waits, if a second has passed or a block has ended. Raises as `flush`."""

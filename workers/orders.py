@@ -26,8 +26,9 @@ class FetchOrder(BaseModel):
     models_folder: str
     calibration: TextOrder | None = None
     evaluation: TextOrder | None = None
+    finetuning: TextOrder | None = None
 
     @property
     def empty(self) -> bool:
         """Whether the job needs nothing from the Hub."""
-        return self.model is None and self.calibration is None and self.evaluation is None
+        return not any((self.model, self.calibration, self.evaluation, self.finetuning))

@@ -33,23 +33,29 @@ CHARACTERS_PER_TOKEN = 12
 def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) -> FetchOrder:
     """What the request wants from the Hub. Equal datasets are fetched once, into one file."""
     model = request.model if isinstance(request.model, HubModel) else None
-    calibration, evaluation = request.calibration, request.evaluation
-    texts = {"calibration": calibration.dataset, "evaluation": evaluation.dataset if evaluation else None}
-    sizes = {
-        "calibration": calibration.num_samples * calibration.sequence_length,
-        "evaluation": evaluation.num_samples * evaluation.sequence_length if evaluation else 0,
-    }
-    same = texts["calibration"] == texts["evaluation"]
-    orders = {
-        role: TextOrder(
+    wanted = [(role, dataset, size) for role, dataset, size in _texts(request) if isinstance(dataset, HubDataset)]
+    orders: dict[str, TextOrder] = {}
+    for role, dataset, _ in wanted:
+        sharing = [(other, size) for other, same, size in wanted if same == dataset]
+        orders[role] = TextOrder(
             dataset=dataset,
-            path=str(workspace.sources / f"{'calibration' if same else role}.jsonl"),
-            characters=CHARACTERS_PER_TOKEN * (sum(sizes.values()) if same else sizes[role]),
+            path=str(workspace.sources / f"{sharing[0][0]}.jsonl"),
+            characters=CHARACTERS_PER_TOKEN * sum(size for _, size in sharing),
         )
-        for role, dataset in texts.items()
-        if isinstance(dataset, HubDataset)
-    }
     return FetchOrder(model=model, models_folder=str(models_folder), **orders)
+
+
+def _texts(request: JobRequest) -> list[tuple[str, CalibrationSource, int]]:
+    """Role, dataset and the tokens that are read of it at the most, of every text of a request."""
+    calibration, evaluation, finetune = request.calibration, request.evaluation, request.finetune
+    found = [("calibration", calibration.dataset, calibration.num_samples * calibration.sequence_length)]
+    if evaluation is not None:
+        found.append(("evaluation", evaluation.dataset, evaluation.num_samples * evaluation.sequence_length))
+    if finetune is not None:
+        held_out = finetune.validation_sequences if finetune.validation_share else 0
+        sequences = finetune.steps * finetune.batch_size + held_out
+        found.append(("finetuning", finetune.dataset, sequences * finetune.sequence_length))
+    return found
 
 
 def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, workspace: Workspace) -> str | None:

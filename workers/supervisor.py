@@ -139,6 +139,8 @@ class _Attempt:
         model = model_path(*found, request, self._workspace)
         calibration = text_path(*found, request.calibration.dataset, self._workspace, field="calibration.dataset")
         evaluation = text_path(*found, evaluated, self._workspace, field="evaluation.dataset")
+        finetune = request.finetune
+        learned = text_path(*found, finetune.dataset if finetune else None, self._workspace, field="finetune.dataset")
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
         fetched = None if wanted.empty else self._fetch(wanted)
         return AttemptOrder(
@@ -149,6 +151,7 @@ class _Attempt:
             model_revision=fetched.model_revision if fetched else None,
             calibration_path=calibration or (fetched.calibration_path if fetched else None),
             evaluation_path=evaluation or (fetched.evaluation_path if fetched else None),
+            finetuning_path=learned or (fetched.finetuning_path if fetched else None),
             device=self._context.device.value,
             world_size=world_size(request, self._context.capacity.devices),
             rendezvous=str(self._workspace.rendezvous(self._claim.attempt)),

@@ -12,7 +12,17 @@ from app.cli.jobs import JobArgument, print_json
 from app.cli.render import err, format_amount, format_seconds, out, print_error, report_table
 from app.client import Client
 from app.domain.errors import ERRORS, BitwrightError, InternalError
-from app.domain.events import BlockEvent, ErrorData, Event, MetricEvent, ProgressEvent, Stage, StatusEvent, WarningEvent
+from app.domain.events import (
+    BlockEvent,
+    CheckpointEvent,
+    ErrorData,
+    Event,
+    MetricEvent,
+    ProgressEvent,
+    Stage,
+    StatusEvent,
+    WarningEvent,
+)
 from app.domain.jobs import JobStatus
 from app.domain.views import EventView, JobView
 
@@ -92,6 +102,8 @@ class LiveView:
         event = stored.event
         if isinstance(event, BlockEvent):
             self._loss = loss_text(event)
+        elif isinstance(event, MetricEvent) and event.step is not None:
+            self._loss = f"loss {event.value:.3g}" if event.name == "loss" else self._loss
         elif isinstance(event, ProgressEvent):
             self._move(event)
         elif line := line_of(event):
@@ -103,7 +115,7 @@ class LiveView:
             self._bars[event.stage] = self._progress.add_task(event.stage.value, total=event.total, amount="", note="")
         self._latest = event
         note = [f"{format_seconds(event.eta_seconds)} left"] if event.eta_seconds is not None else []
-        if event.stage is Stage.QUANTIZE and self._loss:
+        if event.stage in (Stage.QUANTIZE, Stage.FINETUNE) and self._loss:
             note.append(self._loss)
         self._progress.update(
             self._bars[event.stage],
@@ -153,7 +165,10 @@ def line_of(event: Event) -> Text | None:
     if isinstance(event, BlockEvent):
         return Text(f"block {event.index + 1}/{event.total} {loss_text(event)} in {format_seconds(event.seconds)}")
     if isinstance(event, MetricEvent):
-        return Text(f"{event.name} {event.value:.6g}")
+        at = "" if event.step is None else f"step {event.step} "
+        return Text(f"{at}{event.name} {event.value:.6g}")
+    if isinstance(event, CheckpointEvent):
+        return Text(f"step {event.step}/{event.total} is durable")
     if isinstance(event, WarningEvent):
         return Text(f"warning {event.code}: {event.message}", style="yellow")
     return None

@@ -22,6 +22,7 @@ class Stage(StrEnum):
     CALIBRATE = "calibrate"
     QUANTIZE = "quantize"
     SCALES = "scales"
+    FINETUNE = "finetune"
     EVALUATE = "evaluate"
     EXPORT = "export"
     STORE = "store"
@@ -81,6 +82,15 @@ class BlockEvent(Message):
     seconds: float
 
 
+class CheckpointEvent(Message):
+    """Training up to `step` is durable: a retry goes on from there."""
+
+    type: Literal["checkpoint"] = "checkpoint"
+    step: int
+    total: int
+    milestone: int = Field(description="Number of what the job has finished before, blocks and checkpoints together.")
+
+
 class MetricEvent(Message):
     """A measured number, e.g. perplexity."""
 
@@ -123,6 +133,7 @@ class FetchedLine(Message):
     model_revision: str | None = Field(default=None, description="Commit of the Hub repository.")
     calibration_path: str | None = None
     evaluation_path: str | None = None
+    finetuning_path: str | None = None
 
 
 class FailedLine(Message):
@@ -133,11 +144,20 @@ class FailedLine(Message):
 
 
 Event = Annotated[
-    StatusEvent | ProgressEvent | BlockEvent | MetricEvent | WarningEvent | LogEvent, Field(discriminator="type")
+    StatusEvent | ProgressEvent | BlockEvent | CheckpointEvent | MetricEvent | WarningEvent | LogEvent,
+    Field(discriminator="type"),
 ]
-AttemptEvent = ProgressEvent | BlockEvent | MetricEvent | WarningEvent | LogEvent
+AttemptEvent = ProgressEvent | BlockEvent | CheckpointEvent | MetricEvent | WarningEvent | LogEvent
 AttemptLine = Annotated[
-    ProgressEvent | BlockEvent | MetricEvent | WarningEvent | LogEvent | ResultLine | FetchedLine | FailedLine,
+    ProgressEvent
+    | BlockEvent
+    | CheckpointEvent
+    | MetricEvent
+    | WarningEvent
+    | LogEvent
+    | ResultLine
+    | FetchedLine
+    | FailedLine,
     Field(discriminator="type"),
 ]
 
@@ -155,6 +175,7 @@ class AttemptOrder(Message):
     model_revision: str | None = None
     calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin or generated text.")
     evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    finetuning_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     device: Literal["cpu", "cuda"]
     device_index: int = Field(default=0, description="Of the first rank; the others follow.")
     world_size: int = Field(default=1, ge=1, description="Processes that compute the job together, each a rank.")

@@ -16,7 +16,12 @@ def check_jsonl(stream: BinaryIO, name: str) -> int:
 
 
 def read_records(stream: BinaryIO, name: str) -> Iterator[Mapping[str, object]]:
-    """The records of a JSONL file, one after the other; `name` is for messages.
+    """The records of a JSONL file, one after the other; `name` is for messages. Raises as `numbered_records`."""
+    return (record for _, record in numbered_records(stream, name))
+
+
+def numbered_records(stream: BinaryIO, name: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The records with the numbers of their lines, from 1.
 
     A record holds `text`, or `prompt` and `completion`, or `messages`; of several, the first of these counts.
 
@@ -29,7 +34,7 @@ def read_records(stream: BinaryIO, name: str) -> Iterator[Mapping[str, object]]:
             raise bad_line(name, number, f"longer than {MAX_LINE_BYTES} bytes", line)
         if line.strip():
             found = True
-            yield parse_record(line, number, name)
+            yield number, parse_record(line, number, name)
     if not found:
         raise InvalidDataset(f"{name} holds no text", field=name, value=name, hint=WANTED)
 

@@ -72,6 +72,45 @@ class ScaleReport(ReportPart):
     seconds: float
 
 
+class Judgement(ReportPart):
+    """A loss on held-out text: nats a token that is learned."""
+
+    step: int = Field(description="Steps done before it.")
+    loss: float
+
+
+class LossPoint(ReportPart):
+    """The mean training loss of the steps since the point before, up to `step`."""
+
+    step: int
+    loss: float
+
+
+class FinetuningReport(ReportPart):
+    """The stage that trains the adapter beside the quantized weights."""
+
+    text: TextReport = Field(description="All sequences of the dataset that may be learned, and their tokens.")
+    held_out_sequences: int = Field(description="Sequences that judge and are never learned.")
+    rows_cut: int = Field(description="Rows whose completion lost its end: the sequence was full.")
+    rows_dropped: int = Field(description="Rows with nothing to learn within a sequence.")
+    trainable_parameters: int
+    steps: int = Field(description="Steps asked for.")
+    steps_done: int
+    steps_kept: int = Field(description="Steps after which the parameters are that were kept.")
+    steps_resumed: int = Field(description="Steps adopted from earlier attempts.")
+    stopped_early: bool
+    losses: tuple[LossPoint, ...]
+    loss_before: float | None = Field(description="On held-out sequences, before training; null: there are none.")
+    loss_after: float | None = Field(description="The same with the parameters that were kept.")
+    judgements: tuple[Judgement, ...]
+    micro_batch: int = Field(description="Sequences that went through the model at once.")
+    blocks_recomputed: int = Field(description="Blocks whose activations were computed again for the gradient.")
+    weights_kept: bool = Field(description="Whether dequantized weights stayed in memory.")
+    tokens_per_second: float = Field(description="Read by training steps, over all devices.")
+    seconds: float = Field(description="Of training steps, all attempts together.")
+    peak_device_bytes: int | None = Field(description="Most memory of the device that this stage held.")
+
+
 class BitOperations(ReportPart):
     """Bit operations a token of gated adapters; activations count 16 bits. Against the same ranks at 16 bits."""
 
@@ -182,6 +221,7 @@ class Report(ReportPart):
     scales: ScaleReport | None = Field(
         default=None, description="None if scales were not tuned end to end, or that was skipped; see the warnings."
     )
+    finetuning: FinetuningReport | None = Field(default=None, description="None where nothing was trained.")
     adapter: AdapterReport | None = Field(default=None, description="None where nothing was trained.")
     size: SizeReport
     seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")

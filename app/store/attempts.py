@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.domain.errors import AttemptSuperseded, BitwrightError, InvalidRequest
-from app.domain.events import AttemptEvent, BlockEvent, ProgressEvent
+from app.domain.events import AttemptEvent, BlockEvent, CheckpointEvent, ProgressEvent
 from app.domain.jobs import FINAL_STATUSES, DeviceClass, JobRequest, JobStatus
 from app.domain.report import Report
 from app.store.clock import now, seconds_from_now
@@ -162,7 +162,8 @@ class AttemptWriter:
         if not events:
             return
         blocks = [event.index for event in events if isinstance(event, BlockEvent)]
-        row = self._session.execute(self._count(events, blocks)).one_or_none()
+        milestones = blocks + [event.milestone for event in events if isinstance(event, CheckpointEvent)]
+        row = self._session.execute(self._count(events, milestones)).one_or_none()
         if row is None:
             raise self._superseded()
         first = row.last_event - len(events) + 1
@@ -237,15 +238,15 @@ class AttemptWriter:
             raise self._superseded()
         return job
 
-    def _count(self, events: Sequence[AttemptEvent], blocks: Sequence[int]) -> ReturningUpdate[int, str]:
+    def _count(self, events: Sequence[AttemptEvent], milestones: Sequence[int]) -> ReturningUpdate[int, str]:
         """The statement that takes numbers for events and keeps what they tell of the job's progress."""
         values: dict[str, Any] = {"last_event": Job.last_event + len(events), "updated_at": now()}
         progress = [event for event in events if isinstance(event, ProgressEvent)]
         if progress:
             values["progress"] = document(progress[-1])
-        if blocks:
+        if milestones:
             # A block that an earlier attempt had finished is no progress: else an endless loop of them would count.
-            done = max(blocks) + 1
+            done = max(milestones) + 1
             values["fruitless_attempts"] = case((Job.blocks_done < done, 0), else_=Job.fruitless_attempts)
             values["blocks_done"] = case((Job.blocks_done < done, done), else_=Job.blocks_done)
         counted = update(Job).where(*self._fence()).values(values).execution_options(synchronize_session=False)

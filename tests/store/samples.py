@@ -5,7 +5,7 @@ from typing import Any
 
 from sqlalchemy import update
 
-from app.domain.events import BlockEvent, ProgressEvent, Stage
+from app.domain.events import BlockEvent, CheckpointEvent, ProgressEvent, Stage
 from app.domain.jobs import DeviceClass, JobRequest
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.clock import now, seconds_from_now
@@ -46,7 +46,7 @@ def try_take(
         return claim(session, worker_id=worker, device_class=device, lease_seconds=lease)
 
 
-def tell(database: Database, held: Claim, *events: BlockEvent | ProgressEvent) -> None:
+def tell(database: Database, held: Claim, *events: BlockEvent | CheckpointEvent | ProgressEvent) -> None:
     """Append events to an attempt."""
     with database.transaction() as session:
         AttemptWriter(session, held.job_id, held.attempt).append(events)

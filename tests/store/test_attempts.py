@@ -15,7 +15,7 @@ from app.domain.errors import (
     RequirementMissed,
     TimeLimitExceeded,
 )
-from app.domain.events import AttemptEvent, LogEvent, MetricEvent, StatusEvent, WarningEvent
+from app.domain.events import AttemptEvent, CheckpointEvent, LogEvent, MetricEvent, StatusEvent, WarningEvent
 from app.domain.jobs import FINAL_STATUSES, MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS, DeviceClass, JobStatus
 from app.store.artifacts import ArtifactRepository
 from app.store.attempts import AttemptWriter, Claim
@@ -264,6 +264,24 @@ def test_out_of_memory_is_tried_once_more_with_smaller_batches(
     with database.transaction() as session:
         JobRepository(session, tenant).retry(job_id)
     assert take(database).micro_batch_divisor == 1
+
+
+def test_a_checkpoint_of_training_is_progress_and_the_same_one_again_is_none(database: Database, tenant: str) -> None:
+    job_id = add(database, tenant)
+    blocks = [block(index) for index in range(3)]
+    for attempt in range(12):
+        held = take(database)
+        tell(database, held, *(blocks if attempt == 0 else ()))
+        checkpoint = CheckpointEvent(step=10 * attempt, total=1000, milestone=3 + attempt)
+        tell(database, held, checkpoint)
+        assert fail(database, held, AttemptKilled("signal 9")) is JobStatus.QUEUED
+        end_back_off(database, job_id)
+    for _ in range(MAX_RETRIES_WITHOUT_PROGRESS + 1):
+        held = take(database)
+        tell(database, held, checkpoint)
+        status = fail(database, held, AttemptKilled("signal 9"))
+        end_back_off(database, job_id)
+    assert status is JobStatus.FAILED
 
 
 def test_a_time_limit_is_not_tried_again(database: Database, tenant: str) -> None:

@@ -133,5 +133,12 @@ def test_what_the_hub_is_asked_for(workspace: Workspace, tmp_path: Path) -> None
     assert order.calibration is not None
     assert order.calibration == order.evaluation, "equal datasets are fetched once"
     assert order.calibration.characters >= 400 * 4
+    assert order.finetuning is None
+    learned = {"dataset": "org/text", "steps": 3, "batch_size": 2, "sequence_length": 50, "validation_share": 0.0}
+    trained = JobRequest.parse({"model": "org/model", "method": "qlora", "finetune": learned, "evaluation": same})
+    order = fetch_order(trained, workspace, tmp_path)
+    assert order.finetuning is not None
+    assert order.finetuning == order.evaluation
+    assert order.finetuning.characters >= (200 + 3 * 2 * 50) * 4
     local = JobRequest.parse({"model": "/m", "method": "rtn", "evaluation": None})
     assert fetch_order(local, workspace, tmp_path).empty

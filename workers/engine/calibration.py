@@ -75,21 +75,20 @@ def calibration_windows(
 
 
 def evaluation_windows(
-    tokenizer: PreTrainedTokenizerBase, part: Evaluation, path: Path | None, seed: int, calibration_path: Path | None
+    tokenizer: PreTrainedTokenizerBase, part: Evaluation, path: Path | None, seed: int, *used: Path | None
 ) -> Windows:
-    """The windows that judge. Text that is in the calibration file is left out, wherever else it stands.
+    """The windows that judge. Text of the files that are `used` otherwise is left out, wherever else it stands.
 
     Raises:
-        InvalidDataset: the file is not as documented, or too short without the calibration's text.
+        InvalidDataset: the file is not as documented, or too short without the other files' text.
     """
-    if path is None or calibration_path is None:
-        shared = path is None
-        documents = _documents(path, "evaluation.dataset", Half.EVALUATION if shared else None)
-    elif path.samefile(calibration_path):
-        documents = _documents(path, "evaluation.dataset", Half.EVALUATION)
-    else:
-        used = {_key(document) for document in read_jsonl(calibration_path, "calibration.dataset")}
-        documents = (d for d in read_jsonl(path, "evaluation.dataset") if _key(d) not in used)
+    others = [other for other in used if path is not None and other is not None]
+    shared = path is None or any(path.samefile(other) for other in others)
+    documents = _documents(path, "evaluation.dataset", Half.EVALUATION if shared else None)
+    apart = [other for other in others if path is not None and not path.samefile(other)]
+    if apart:
+        keys = {_key(document) for other in apart for document in read_jsonl(other, "the job's other dataset")}
+        documents = (document for document in documents if _key(document) not in keys)
     return _windows(tokenizer, documents, part, name="evaluation", seed=seed, overlap=path is None)
 
 
@@ -119,7 +118,7 @@ def _windows(
     seed: int,
     overlap: bool,
 ) -> Windows:
-    start = [tokenizer.bos_token_id] if writes_start(tokenizer) else []
+    start = start_tokens(tokenizer)
     length = part.sequence_length - len(start)
     encode = _encoder(tokenizer, f"{name}.dataset")
     stream = _token_stream(tokenizer, documents, encode, enough=SURPLUS * part.num_samples * length)
@@ -159,9 +158,7 @@ def _token_stream(
 
 def _encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Callable[[list[Document]], list[list[int]]]:
     def text_of(document: Document) -> str:
-        text = document if isinstance(document, str) else _conversation(tokenizer, document, name)
-        # JSON may hold half of a surrogate pair, which tokenizers refuse: it becomes U+FFFD, as in any UTF-8 reader.
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+        return readable(document if isinstance(document, str) else conversation(tokenizer, document, name))
 
     def encode(documents: list[Document]) -> list[list[int]]:
         texts = [text_of(document) for document in documents]
@@ -171,20 +168,40 @@ def _encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Callable[[list[Do
     return encode
 
 
-def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Document, name: str) -> str:
-    """The messages through the checkpoint's chat template, which transformers renders in a sandbox."""
+def readable(text: str) -> str:
+    """A text that tokenizers take: JSON may hold half of a surrogate pair, which becomes U+FFFD, as in any reader."""
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+
+
+def conversation(
+    tokenizer: PreTrainedTokenizerBase, messages: Document, name: str, *, asks_for_answer: bool = False
+) -> str:
+    """The messages through the checkpoint's chat template, which transformers renders in a sandbox.
+
+    Without the beginning-of-sequence token that a template may write. With `asks_for_answer` the text ends where the
+    assistant's turn begins. `name` is for messages: the dataset, or a line of it.
+
+    Raises:
+        InvalidDataset: there is no template, or it refuses the messages.
+    """
+    field = name.partition(":")[0]
     if not tokenizer.chat_template:
         raise InvalidDataset(
             f"{name}: a row has messages, but the model's tokenizer has no chat template",
-            field=name,
+            field=field,
             hint='give rows with "text", or an instruction-tuned model',
         )
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False)
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks_for_answer)
     except Exception as error:  # a template is the checkpoint's own program and may raise anything
-        raise InvalidDataset(f"{name}: the chat template refuses a conversation: {error}", field=name) from error
+        raise InvalidDataset(f"{name}: the chat template refuses a conversation: {error}", field=field) from error
     start = tokenizer.bos_token
     return str(text).removeprefix(start) if start else str(text)
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer puts it before a text."""
+    return [tokenizer.bos_token_id] if writes_start(tokenizer) else []
 
 
 def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from app.domain.errors import InvalidDataset
-from app.domain.jsonl import read_records
+from app.domain.jsonl import numbered_records
 
 SHORTEST_DOCSTRING = 100
 """Characters; shorter ones say little."""
@@ -32,9 +32,13 @@ class Half(StrEnum):
 
 def half_of(document: Document) -> Half:
     """The half that a document belongs to, by its content alone."""
+    return Half.CALIBRATION if hash_of(document)[0] % 2 == 0 else Half.EVALUATION
+
+
+def hash_of(document: Document) -> bytes:
+    """sha256 of the content."""
     content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
-    digest = hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
-    return Half.CALIBRATION if digest[0] % 2 == 0 else Half.EVALUATION
+    return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
 
 
 def builtin_documents() -> Iterator[str]:
@@ -76,13 +80,19 @@ def read_jsonl(file: Path, name: str) -> Iterator[Document]:
     Raises:
         InvalidDataset: the file is missing or empty, or a line is no record.
     """
+    return (document_of(record) for _, record in read_rows(file, name))
+
+
+def read_rows(file: Path, name: str) -> Iterator[tuple[int, Mapping[str, object]]]:
+    """The records of a JSONL file with the numbers of their lines. Raises as `read_jsonl`."""
     if not file.is_file():
         raise InvalidDataset(f"{name}: there is no file {file.name}", field=name, value=str(file))
     with file.open("rb") as stream:
-        yield from map(_document, read_records(stream, name))
+        yield from numbered_records(stream, name)
 
 
-def _document(record: Mapping[str, object]) -> Document:
+def document_of(record: Mapping[str, object]) -> Document:
+    """What a record holds: its text, prompt and completion as one, or its messages."""
     messages = record.get("messages")
     if isinstance(record.get("text"), str):
         return str(record["text"])

@@ -105,8 +105,9 @@ class FusedAttention(nn.Module):
         self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
         self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
-        self.q_norm, self.k_norm = (None if norm is None else FusedRMSNorm(norm, parts) for norm in norms)
         self.head_dim = int(attention.head_dim)
+        self.counts = [linear.weight.shape[0] // self.head_dim for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        self.q_norm, self.k_norm = (None if norm is None else FusedRMSNorm(norm, parts) for norm in norms)
         self.scaling = float(attention.scaling)
 
     def forward(
@@ -116,14 +117,13 @@ class FusedAttention(nn.Module):
         attention_mask: Tensor | None = None,
         **_: Any,
     ) -> Tensor:
-        query, key, value = self._turned(hidden_states, *(part[0] for part in position_embeddings))
+        query, key, value = self._turned(hidden_states, *position_embeddings)
         projected: Tensor = self.o_proj(self.parts.attend(query, key, value, attention_mask, self.scaling))
         return projected
 
     def _turned(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, turned by their positions, and values, (batch, length, heads, head_dim)."""
-        projections = (self.q_proj, self.k_proj, self.v_proj)
-        counts = [projection.weight.shape[0] // self.head_dim for projection in projections]
+        projections, counts = (self.q_proj, self.k_proj, self.v_proj), self.counts
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         if self.joined is not None and self.q_norm is None:
             return self.parts.turn(self.joined(hidden).view(shape), counts=counts, cos=cos, sin=sin)
@@ -162,8 +162,7 @@ class FusedBlock(nn.Module):
 def warm_ups(block: FusedBlock, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
     """Calls that compile the kernels of such blocks (`workers.engine.warm_up`)."""
     attention, mlp = block.self_attn, block.mlp
-    projections = (attention.q_proj, attention.k_proj, attention.v_proj)
-    heads = [projection.weight.shape[0] // attention.head_dim for projection in projections]
+    heads = attention.counts
     inner, width = mlp.gate_proj.weight.shape
     kernels = import_module("workers.numerics.block_kernels")
     found: list[Callable[[], object]] = kernels.warm_ups((width, inner), heads, attention.head_dim, dtype, device)

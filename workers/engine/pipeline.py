@@ -1,7 +1,7 @@
 """A job's computation from order to checkpoints: load, calibrate, block by block, evaluate, export, report."""
 
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -9,22 +9,35 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from app.domain.report import BlockReport, ModelReport, Quality, Report, ScaleReport, SizeReport, StoredParts
-from app.domain.sources import GeneratedText
+from app.domain.report import (
+    BlockReport,
+    ModelReport,
+    PeakMemory,
+    Quality,
+    Report,
+    ScaleReport,
+    SizeReport,
+    StoredParts,
+)
+from workers.adapters.attaching import Attach
 from workers.engine.block_pass import BlockPass
 from workers.engine.blocks import StreamedModel
-from workers.engine.calibration import Windows, calibration_windows, evaluation_windows, load_tokenizer, source_label
+from workers.engine.calibration import load_tokenizer, source_label
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
-from workers.engine.generated_text import Generation, generated_windows
+from workers.engine.export import Export, TrainedAdapters
+from workers.engine.finetuning_stage import (
+    Finetuned,
+    FinetuningStage,
+    run_finetuning,
+)
+from workers.engine.generated_text import Generation
 from workers.engine.plan import (
     Plan,
-    StreamSize,
     make_plan,
     open_device,
     plan_report,
@@ -32,17 +45,17 @@ from workers.engine.plan import (
     reproducible,
     scale_dtype,
 )
-from workers.engine.preparation import Preparation, Prepared, digest, is_needed, needs_text
+from workers.engine.preparation import Preparation, Prepared, digest, is_needed
 from workers.engine.ranks import Ranks, joined
-from workers.engine.read_ahead import read_ahead
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
+from workers.engine.texts import Texts, read_texts
 from workers.engine.tuning import Tuner
 from workers.engine.warm_up import compiling
-from workers.formats.writer import check_model, open_writers
+from workers.formats.writer import check_model
 from workers.numerics.quantized import StoredBits
 
 CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
@@ -97,25 +110,13 @@ def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int)
 
 
 @dataclass(frozen=True)
-class Texts:
-    """The windows of a job; `calibration` is None where weights alone are looked at."""
-
-    calibration: Windows | None
-    evaluation: Windows | None
-
-    def streams(self, keep_inputs: bool) -> list[StreamSize]:
-        """The sizes of their streams; that of the calibration has its inputs besides if they are kept."""
-        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 2))
-        return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
-
-
-@dataclass(frozen=True)
 class Findings:
     """What the report tells beside sizes and times."""
 
     blocks: tuple[BlockReport, ...]
     scales: ScaleReport | None
     quality: Quality | None
+    finetuned: Finetuned | None = None
 
 
 @dataclass(frozen=True)
@@ -148,57 +149,6 @@ def _generation(
         leads=rank == 0,
         tick=lambda done: reporter.progress(Stage.CALIBRATE, done, wanted, "windows"),
     )
-
-
-def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation) -> Texts:
-    """Calibration and evaluation windows of an order; those that the model writes itself are drawn by `generation`.
-
-    Raises:
-        InvalidDataset: a file is not as documented or too short, windows are longer than the model's positions, or
-            the model is to write text and does not fit whole.
-    """
-    request, tokenizer = order.request, generation.tokenizer
-    paths = [None if p is None else Path(p) for p in (order.calibration_path, order.evaluation_path)]
-    calibration = evaluation = None
-    if needs_text(request.quantization):
-        _check_length(model, "calibration", request.calibration.sequence_length)
-        if isinstance(request.calibration.dataset, GeneratedText):
-            calibration = generated_windows(request.calibration, request.seed, generation)
-        else:
-            calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
-    if request.evaluation is not None:
-        _check_length(model, "evaluation", request.evaluation.sequence_length)
-        used = paths[0] if calibration is not None else None
-        evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used)
-    for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
-        if windows is not None:
-            _check_vocabulary(model, windows)
-            if windows.overlapping:
-                reporter.warning(
-                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
-                )
-    return Texts(calibration, evaluation)
-
-
-def _check_length(model: StreamedModel, name: str, length: int) -> None:
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and length > positions:
-        raise InvalidDataset(
-            f"{name}.sequence_length is {length}; the model has {positions} positions",
-            field=f"{name}.sequence_length",
-            value=length,
-            hint=f"ask for at most {positions}",
-        )
-
-
-def _check_vocabulary(model: StreamedModel, windows: Windows) -> None:
-    size = model.config.get_text_config().vocab_size
-    if int(windows.ids.max()) >= size:
-        raise InvalidDataset(
-            f"the tokenizer makes the token id {int(windows.ids.max())}; the model knows {size}",
-            field="model",
-            hint="give the tokenizer that belongs to the model",
-        )
 
 
 def _with_ranks(job: _Job, rank: int) -> tuple[_Job, ResumeState, Findings]:
@@ -267,10 +217,43 @@ def _run_blocks(job: _Job, ranks: Ranks) -> tuple[ResumeState, Findings]:
     if head is not None:
         job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
     scales = run_scale_stage(blocks, head)
+    blocks.tuner.release()
     del calibration, blocks
+    finetuned = _finetune(job, state, evaluation, head, ranks)
     job.clock.enter(Stage.EVALUATE)
     quality = None if evaluation is None else _evaluate(job, evaluation, head, ranks)
-    return state, Findings(reports, scales, quality)
+    return state, Findings(reports, scales, quality, finetuned)
+
+
+def _finetune(
+    job: _Job, state: ResumeState, evaluation: Stream | None, head: torch.Tensor | None, ranks: Ranks
+) -> Finetuned | None:
+    request, texts = job.order.request, job.texts.finetuning
+    part, adapter = request.finetune, request.adapter
+    if part is None or adapter is None or texts is None:
+        return None
+    job.clock.enter(Stage.FINETUNE)
+    linears = job.model.linears()
+    names = [name for name in job.schemes if name != job.model.layout.head]
+    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in names}
+    return run_finetuning(
+        FinetuningStage(
+            model=job.model,
+            part=part,
+            texts=texts,
+            attach=Attach(adapter, shapes),
+            names=frozenset(names),
+            state=state,
+            folder=job.workspace / "state",
+            identity={"codes": _fingerprint(job), "adapter": request.model_dump(mode="json", include={"adapter"})},
+            head=head,
+            evaluation=evaluation,
+            seed=request.seed,
+            divisor=job.order.micro_batch_divisor,
+            reporter=job.reporter,
+            ranks=ranks,
+        )
+    )
 
 
 def _fingerprint(job: _Job) -> str:
@@ -304,33 +287,25 @@ def _evaluate(job: _Job, stream: Stream, head: torch.Tensor | None, ranks: Ranks
 
 
 def _export(job: _Job, state: ResumeState, found: Findings) -> ResultLine:
-    """Writes every format from the durable blocks, each read while one is packed, and the same report into each."""
-    formats = tuple(dict.fromkeys([*job.order.request.formats, ExportFormat.NATIVE]))
-    writers = open_writers(job.workspace / "output", formats, job.model.checkpoint)
-    stored, weights, total = StoredBits(), 0, len(state.blocks)
-    with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
-        for done, block in enumerate(blocks, start=1):
-            for name, result in block.items():
-                stored += result.stored_bits()
-                weights += result.weight.codes.numel()
-                source = job.model.sources[f"{name}.weight"].removesuffix(".weight")
-                for writer in writers.values():
-                    writer.add_linear(source, result, module=name)
-            for name, tensor in state.parameters(done - 1).items():
-                for writer in writers.values():
-                    writer.add_tensor(job.model.sources[name], tensor)
-            job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
-    ignored = [name for name in job.model.linears() if name not in job.schemes]
-    for writer in writers.values():
-        writer.finish(ignored=ignored)
-        for code, message in writer.warnings.items():
-            job.reporter.warning(code, message)
-    report = _report(job, state, found, _size(job, stored, weights))
-    for writer in writers.values():
-        writer.describe(report)
-    job.reporter.progress(Stage.EXPORT, total + 1, total + 1, "blocks")
+    """Writes every format from the durable blocks, and the same report into each."""
+    request, finetuned = job.order.request, found.finetuned
+    trained = None
+    if finetuned is not None and request.adapter is not None:
+        trained = TrainedAdapters(request.adapter, finetuned.adapters, request.merge, request.round_offset)
+    export = Export(
+        model=job.model,
+        folder=job.workspace / "output",
+        formats=tuple(dict.fromkeys([*request.formats, ExportFormat.NATIVE])),
+        ignored=tuple(name for name in job.model.linears() if name not in job.schemes),
+        trained=trained,
+        reporter=job.reporter,
+    )
+    exported = export.write(state)
+    report = _report(job, state, found, _size(job, exported.stored, exported.weights))
+    report = report.model_copy(update={"adapter": exported.adapter, "warnings": tuple(job.reporter.warnings)})
+    checkpoints = export.describe(exported, report)
     job.model.checkpoint.close()
-    return ResultLine(report=report, checkpoints={f.value: f"output/{f.value}" for f in formats})
+    return ResultLine(report=report, checkpoints=checkpoints)
 
 
 def _size(job: _Job, stored: StoredBits, weights: int) -> SizeReport:
@@ -372,10 +347,20 @@ def _report(job: _Job, state: ResumeState, found: Findings, size: SizeReport) ->
         blocks=found.blocks,
         allocation=job.prepared.report,
         scales=found.scales,
+        finetuning=None if found.finetuned is None else found.finetuned.report,
         size=size,
         seconds=job.clock.seconds(),
-        peak_memory=peak_memory(job.model.device),
+        peak_memory=_peak_memory(job, found),
         blocks_computed=len(found.blocks) - resumed,
         blocks_resumed=resumed,
         warnings=tuple(job.reporter.warnings),
     )
+
+
+def _peak_memory(job: _Job, found: Findings) -> PeakMemory:
+    """Of the whole job: the stage that finetunes counts anew."""
+    peak = peak_memory(job.model.device)
+    before = None if found.finetuned is None else found.finetuned.peak_before
+    if before is None or peak.device_bytes is None:
+        return peak
+    return peak.model_copy(update={"device_bytes": max(before, peak.device_bytes)})

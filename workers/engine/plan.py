@@ -225,6 +225,6 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     return {name: scheme for name in inputs if (scheme := spec.scheme(name)) is not None}
 
 
-def block_seed(seed: int, index: int | Literal["scales"]) -> int:
-    """The seed of a block, or of the tuning of all scales: the same for every run of a request."""
+def block_seed(seed: int, index: int | Literal["scales", "finetune"]) -> int:
+    """The seed of a block, of the tuning of all scales, or of finetuning: the same for every run of a request."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1

@@ -7,6 +7,7 @@ from typing import Literal
 from app.domain.events import (
     AttemptLine,
     BlockEvent,
+    CheckpointEvent,
     LogEvent,
     MetricEvent,
     ProgressEvent,
@@ -35,6 +36,10 @@ class Reporter:
 
     def block(self, event: BlockEvent) -> None:
         """A block is quantized and durable."""
+        self._write(event)
+
+    def checkpoint(self, event: CheckpointEvent) -> None:
+        """Training up to a step is durable."""
         self._write(event)
 
     def metric(self, name: str, value: float, step: int | None = None) -> None:

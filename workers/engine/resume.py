@@ -222,7 +222,9 @@ def code_version() -> str:
     """sha256 of the sources that compute codes."""
     digest = hashlib.sha256()
     workers = Path(__file__).parent.parent
-    folders = [sorted((workers / name).glob("*.py")) for name in ("engine", "methods", "numerics", "formats")]
+    folders = [
+        sorted((workers / name).glob("*.py")) for name in ("engine", "methods", "adapters", "numerics", "formats")
+    ]
     for file in (workers / "contracts.py", workers / "layer_tasks.py", *chain.from_iterable(folders)):
         digest.update(file.name.encode() + file.read_bytes())
     return digest.hexdigest()

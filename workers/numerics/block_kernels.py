@@ -49,7 +49,7 @@ def turn(*heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor) -> tup
 
     heads    queries, keys and values like that, or packed in one tensor (batch, length, sum of counts, width)
     counts   heads of queries, keys and values
-    cos, sin (length, width), equal in both halves
+    cos, sin (batch, length, width), or (1, length, width) where positions are the same; equal in both halves
     """
     query, key, value = _Turn.apply(cos, sin, tuple(counts), *heads)  # type: ignore[no-untyped-call]
     return query, key, value
@@ -206,7 +206,9 @@ def _turned(
     strides = [stride for part in parts for stride in part.stride()[:3]]
     sizes = {"QUERIES": triton.next_power_of_2(counts[0]), "KEYS": triton.next_power_of_2(max(counts[1:]))}
     half = {"HALF": triton.next_power_of_2(width // 2), "BACKWARD": backward}
-    _turn[(batch * length,)](*parts, packed, cos, sin, *strides, length, *counts, width // 2, **sizes, **half)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    angles = cos.numel() // width
+    _turn[(batch * length,)](*parts, packed, cos, sin, *strides, length, angles, *counts, width // 2, **sizes, **half)
     return packed
 
 
@@ -329,6 +331,7 @@ def _turn(  # type: ignore[no-untyped-def]
     v_token,
     v_head,
     length,
+    angles,
     queries,
     keys,
     values,
@@ -341,7 +344,7 @@ def _turn(  # type: ignore[no-untyped-def]
     token = tl.program_id(0).to(tl.int64)
     batch, position = token // length, token % length
     column = tl.arange(0, HALF)
-    angle = position * half * 2 + column
+    angle = token % angles * half * 2 + column
     cos = tl.load(COS + angle, mask=column < half, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(SIN + angle, mask=column < half, other=0.0).to(tl.float32)[None, :]
     if BACKWARD:

@@ -39,7 +39,7 @@ def turn(*heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor) -> tup
 
     heads    queries, keys and values like that, or packed in one tensor (batch, length, sum of counts, width)
     counts   heads of queries, keys and values
-    cos, sin (length, width), equal in both halves
+    cos, sin (batch, length, width), or (1, length, width) where positions are the same; equal in both halves
     """
     query, key, value = _Turn.apply(cos, sin, tuple(counts), *heads)  # type: ignore[no-untyped-call]
     return query, key, value
@@ -155,7 +155,7 @@ def _turned(parts: Sequence[Tensor], counts: tuple[int, int, int], cos: Tensor, 
     packed = torch.empty(batch, length, sum(counts), width, dtype=parts[0].dtype)
     query, key, value = torch.split(packed, list(counts), dim=2)
     half = width // 2
-    cos, sin = cos[:, None, :half], sin[:, None, :half]
+    cos, sin = cos[..., None, :half], sin[..., None, :half]
     for x, y in zip(parts, (query, key), strict=False):
         (a, b), (first, second) = torch.split(x, half, -1), torch.split(y, half, -1)
         torch.mul(a, cos, out=first).addcmul_(b, sin, value=-1)

@@ -42,6 +42,9 @@ def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
     """torch's own, with the arguments and the result of `attend`."""
+    if mask is not None and query.is_cuda and key.shape[2] < query.shape[2]:
+        # With a mask only the slow kernel shares keys between heads.
+        key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
     output = nn.functional.scaled_dot_product_attention(
         query.transpose(1, 2),
         key.transpose(1, 2),

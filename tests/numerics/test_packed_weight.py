@@ -1,0 +1,66 @@
+"""Packed codes give the very weights of the representation that they were packed from; so does the kernel."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from app.domain.methods import PER_CHANNEL, Scheme
+from workers.numerics.packed_weight import PackedWeight
+from workers.numerics.quantized import AffineWeight, CodebookWeight, QuantizedAbsmax, QuantizedWeight
+
+OUT, IN = 6, 48
+
+
+def weight_of(form: str, bits: int, group_size: int) -> QuantizedWeight:
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (OUT, IN), generator=generator).to(torch.uint8)
+    scheme = Scheme(bits=bits, group_size=group_size, symmetric=form in ("symmetric", "codebook", "double"))
+    groups = 1 if group_size == PER_CHANNEL else IN // group_size
+    scale = (torch.rand(OUT, groups, generator=generator) + 0.1).bfloat16()
+    if form == "symmetric":
+        return AffineWeight(codes, scale, None, scheme, torch.bfloat16)
+    if form == "zero":
+        zero = torch.randint(0, 2**bits, scale.shape, generator=generator).to(torch.uint8)
+        return AffineWeight(codes, scale, zero, scheme, torch.bfloat16)
+    if form == "offset":
+        return AffineWeight(codes, scale, None, scheme, torch.bfloat16, torch.randn(scale.shape, generator=generator))
+    table = torch.linspace(-1, 1, 2**bits) ** 3
+    if form == "codebook":
+        return CodebookWeight(codes, table, scale.float(), scheme, torch.bfloat16)
+    second = torch.randint(0, 256, scale.shape, generator=generator).to(torch.uint8)
+    absmax = QuantizedAbsmax(second, torch.rand(-(-second.numel() // 4)), torch.tensor(0.3), 8, 4)
+    return CodebookWeight(codes, table, absmax, scheme, torch.bfloat16)
+
+
+FORMS = ["symmetric", "zero", "offset", "codebook", "double"]
+
+
+@pytest.mark.parametrize("group_size", [16, PER_CHANNEL])
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("form", FORMS)
+def test_packed_weights_are_the_weights(form: str, bits: int, group_size: int) -> None:
+    weight = weight_of(form, bits, group_size)
+    packed = PackedWeight.of(weight)
+    assert packed.packed.numel() == OUT * IN * {2: 2, 3: 4, 4: 4}.get(bits, 8) // 8
+    assert torch.equal(packed.dequantize(torch.bfloat16), weight.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("form", FORMS)
+def test_the_kernel_makes_the_same_weights(form: str, bits: int) -> None:
+    pytest.importorskip("triton")
+    from workers.numerics import unpack_kernels
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The interpreter cuts bf16 off instead of rounding it.
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    weight = replace(weight_of(form, bits, 16), dtype=dtype).to(device)
+    packed = PackedWeight.of(weight)
+    scale = packed.scale if isinstance(packed.scale, torch.Tensor) else packed.scale.dequantize()
+    out = torch.empty(OUT, IN, dtype=dtype, device=device)
+    unpack_kernels.unpack(packed, scale, out)
+    if form == "offset":  # product and sum may be rounded at once
+        torch.testing.assert_close(out, weight.dequantize())
+    else:
+        assert torch.equal(out, weight.dequantize())

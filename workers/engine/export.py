@@ -1,0 +1,124 @@
+"""From durable blocks and trained adapters to checkpoints: each linear once through its merge and every writer."""
+
+from collections.abc import Mapping
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from app.domain.adapters import AdapterSpec
+from app.domain.events import Stage
+from app.domain.formats import ExportFormat
+from app.domain.report import AdapterReport, Report
+from workers.adapters.attaching import Merge, finished, report, stored
+from workers.adapters.merging import MergeProof
+from workers.engine.blocks import StreamedModel
+from workers.engine.read_ahead import read_ahead
+from workers.engine.reporter import Reporter
+from workers.engine.resume import ResumeState
+from workers.formats.adapter_file import describe_adapter, write_adapter
+from workers.formats.writer import Writer, open_writers
+from workers.numerics.quantized import LinearResult, StoredBits
+
+ADAPTER = "adapter"
+"""The folder of the adapter file."""
+
+
+@dataclass(frozen=True)
+class TrainedAdapters:
+    """Adapters by full linear name, and what the request wants of them."""
+
+    spec: AdapterSpec
+    modules: Mapping[str, nn.Module]
+    merge: Merge
+    round_offset: bool
+
+
+@dataclass
+class Exported:
+    """What was written.
+
+    blocks            how many were written
+    stored, weights   bits of all quantized linears as they ship, and how many weights they are
+    """
+
+    writers: Mapping[ExportFormat, Writer]
+    blocks: int
+    stored: StoredBits = field(default_factory=StoredBits)
+    weights: int = 0
+    adapter: AdapterReport | None = None
+
+
+@dataclass(frozen=True)
+class Export:
+    """What the export works with; `ignored` are linears that stay as they are."""
+
+    model: StreamedModel
+    folder: Path
+    formats: tuple[ExportFormat, ...]
+    ignored: tuple[str, ...]
+    trained: TrainedAdapters | None
+    reporter: Reporter
+
+    def write(self, state: ResumeState) -> Exported:
+        """Every checkpoint but its report; a block is read while the one before it is packed.
+
+        Raises:
+            FormatCannotHold: a format would have to change a weight.
+            MisalignedAdapter, OffsetNotRepresentable: an adapter cannot be folded in.
+        """
+        total, bases, proofs = len(state.blocks), dict[str, LinearResult](), list[MergeProof]()
+        exported = Exported(open_writers(self.folder, self.formats, self.model.checkpoint), total)
+        with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
+            for done, block in enumerate(blocks, start=1):
+                for name, base in block.items():
+                    self._write_linear(name, base, exported, proofs)
+                if self.trained is not None:
+                    bases |= {name: _outline(base) for name, base in block.items() if name in self.trained.modules}
+                for name, tensor in state.parameters(done - 1).items():
+                    for writer in exported.writers.values():
+                        writer.add_tensor(self.model.sources[name], tensor)
+                self.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
+        for writer in exported.writers.values():
+            writer.finish(ignored=self.ignored)
+            for code, message in writer.warnings.items():
+                self.reporter.warning(code, message)
+        if self.trained is not None:
+            trained = self.trained
+            exported.adapter = report(trained.spec, trained.modules, bases, proofs, trained.merge)
+            kept = {name: stored(module) for name, module in trained.modules.items()}
+            write_adapter(self.folder / ADAPTER, trained.spec.kind, kept)
+        return exported
+
+    def describe(self, exported: Exported, told: Report) -> dict[str, str]:
+        """The report into every checkpoint; their folders by format, relative to the workspace."""
+        for writer in exported.writers.values():
+            writer.describe(told)
+        names = [name.value for name in exported.writers]
+        if self.trained is not None:
+            describe_adapter(self.folder / ADAPTER, self.trained.spec.kind, told)
+            names.append(ADAPTER)
+        self.reporter.progress(Stage.EXPORT, exported.blocks + 1, exported.blocks + 1, "blocks")
+        return {name: f"{self.folder.name}/{name}" for name in names}
+
+    def _write_linear(self, name: str, base: LinearResult, exported: Exported, proofs: list[MergeProof]) -> None:
+        result, trained = base, self.trained
+        if trained is not None and name in trained.modules:
+            module = trained.modules[name].to("cpu")
+            # An offset that is to be rounded is rounded once, before any format gets it, so that all hold the same.
+            dtype = torch.float16 if ExportFormat.GGUF in self.formats else torch.float32
+            made = finished(name, base, module, trained.merge, round_offset=trained.round_offset, offset_dtype=dtype)
+            result = made.result.to("cpu")
+            proofs += [] if made.proof is None else [made.proof]
+        exported.stored += result.stored_bits()
+        exported.weights += result.weight.codes.numel()
+        source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
+        for writer in exported.writers.values():
+            writer.add_linear(source, result, module=name)
+
+
+def _outline(result: LinearResult) -> LinearResult:
+    """The result without its codes, which the report only counts."""
+    return LinearResult(replace(result.weight, codes=result.weight.codes.to("meta")))

@@ -1,0 +1,207 @@
+"""The stage that trains adapters beside the finished quantized weights: what it takes over, and what it leaves.
+
+texts        read before anything is quantized, so that a row that cannot be learned is named at once
+state        the finished blocks, whose weights are the base; checkpoints of training lie beside them
+evaluation   its quantized stream goes through all blocks again, with the adapters
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from app.domain.finetuning import Finetune
+from app.domain.report import FinetuningReport, LossPoint, TextReport
+from workers.contracts import AttachAdapters
+from workers.engine.blocks import StreamedModel
+from workers.engine.calibration import source_label
+from workers.engine.documents import Half
+from workers.engine.examples import Examples, read_examples
+from workers.engine.packed_sequences import PackedSequences
+from workers.engine.plan import block_seed
+from workers.engine.ranks import Ranks
+from workers.engine.reporter import Reporter
+from workers.engine.resident_model import Residence, resident
+from workers.engine.resume import ResumeState, fingerprint
+from workers.engine.streams import Stream
+from workers.engine.training import TrainingOutcome, TrainingTask, train
+from workers.engine.training_plan import TrainingPlan, plan_training
+from workers.engine.training_state import TrainingState
+
+MOST_POINTS = 50
+"""Of the loss curve in the report."""
+
+
+@dataclass(frozen=True)
+class FinetuningTexts:
+    """What a job learns from: its rows, and the sequences that they make."""
+
+    examples: Examples
+    training: PackedSequences
+    held_out: PackedSequences | None
+    sha256: str
+
+
+@dataclass(frozen=True)
+class FinetuningStage:
+    """What the stage works with.
+
+    names        of the quantized linears of the blocks
+    head         dequantized weight of the head, where that is quantized too
+    identity     of everything but this stage that decides what it trains
+    divisor      by which micro-batches are smaller after an attempt that ran out of memory
+    """
+
+    model: StreamedModel
+    part: Finetune
+    texts: FinetuningTexts
+    attach: AttachAdapters
+    names: frozenset[str]
+    state: ResumeState
+    folder: Path
+    identity: Mapping[str, object]
+    head: Tensor | None
+    evaluation: Stream | None
+    seed: int
+    divisor: int
+    reporter: Reporter
+    ranks: Ranks
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """Trained adapters by full linear name, on the device, and the report.
+
+    peak_before   most bytes of the device that were held before the stage
+    """
+
+    adapters: Mapping[str, nn.Module]
+    report: FinetuningReport
+    peak_before: int | None
+
+
+def read_finetuning_texts(
+    tokenizer: PreTrainedTokenizerBase, part: Finetune, path: Path | None, evaluation_path: Path | None
+) -> FinetuningTexts:
+    """The text of a request; of the calibration half where the evaluation reads the same file.
+
+    Raises:
+        InvalidDataset: a row cannot be learned, or nothing is left to learn.
+    """
+    shared = path is not None and evaluation_path is not None and path.samefile(evaluation_path)
+    examples = read_examples(tokenizer, part, path, Half.CALIBRATION if shared else None)
+    training, held_out = (
+        PackedSequences.pack(found, part.sequence_length, together=part.packing) if found else None
+        for found in (examples.training, examples.validation)
+    )
+    assert training is not None  # noqa: S101 - for the type checker; else reading would have failed
+    return FinetuningTexts(examples, training, held_out, examples.sha256)
+
+
+def run_finetuning(stage: FinetuningStage) -> Finetuned:
+    """Trains the adapters, from their last checkpoint on, and evaluates with them.
+
+    Raises:
+        NumericalFailure: the loss is not finite.
+        UnsupportedArchitecture: the model does more after its blocks than norm and head.
+    """
+    model, part, texts = stage.model, stage.part, stage.texts
+    peak_before = _forget_peak(model.device)
+    lengths = [text.length for text in (texts.training, texts.held_out) if text is not None]
+    plan = plan_training(model, set(stage.names), part, max(lengths), divisor=stage.divisor, ranks=stage.ranks)
+    stage.reporter.log("training_planned", **asdict(plan))
+    seed = block_seed(stage.seed, "finetune")
+    how = Residence(length=part.sequence_length, keeps=plan.keeps, recomputed=plan.recomputed)
+    state = stage.state
+    with resident(model, state.load, stage.attach, how, seed=seed, head=stage.head, changed=state.parameters) as found:
+        outcome = train(
+            TrainingTask(
+                resident=found,
+                part=part,
+                training=texts.training,
+                held_out=texts.held_out,
+                micro_batch=plan.micro_batch,
+                seed=seed,
+                state=TrainingState(stage.folder, _fingerprint(stage, plan), stage.ranks),
+                reporter=stage.reporter,
+                ranks=stage.ranks,
+                milestones=len(model.blocks),
+            )
+        )
+        peak = _peak(model.device)
+        if stage.evaluation is not None:
+            found.advance(stage.evaluation)
+    report = _report(stage, plan, outcome, peak)
+    for name, value in (("finetuning_loss_before", report.loss_before), ("finetuning_loss", report.loss_after)):
+        if value is not None:
+            stage.reporter.metric(name, value)
+    return Finetuned(found.adapters, report, peak_before)
+
+
+def _fingerprint(stage: FinetuningStage, plan: TrainingPlan) -> str:
+    parts = {"finetune": stage.part.model_dump(mode="json"), "text": stage.texts.sha256, "plan": asdict(plan)}
+    return fingerprint({**stage.identity, **parts})
+
+
+def _report(stage: FinetuningStage, plan: TrainingPlan, outcome: TrainingOutcome, peak: int | None) -> FinetuningReport:
+    texts, part, progress = stage.texts, stage.part, outcome.progress
+    judgements = progress.judgements
+    kept = progress.best_step if part.patience is not None and progress.best_step is not None else progress.step
+    after = [judgement.loss for judgement in judgements if judgement.step == kept]
+    return FinetuningReport(
+        text=TextReport(
+            source=source_label(part.dataset),
+            sha256=texts.sha256,
+            num_samples=len(texts.training),
+            sequence_length=part.sequence_length,
+            tokens=texts.training.tokens,
+        ),
+        held_out_sequences=0 if texts.held_out is None else min(len(texts.held_out), part.validation_sequences),
+        rows_cut=texts.examples.cut,
+        rows_dropped=texts.examples.dropped,
+        trainable_parameters=outcome.parameters,
+        steps=part.steps,
+        steps_done=progress.step,
+        steps_kept=kept,
+        steps_resumed=outcome.resumed,
+        stopped_early=progress.step < part.steps,
+        losses=tuple(_curve(outcome.losses)),
+        loss_before=judgements[0].loss if judgements else None,
+        loss_after=after[-1] if after else None,
+        judgements=judgements,
+        micro_batch=plan.micro_batch,
+        blocks_recomputed=plan.recomputed,
+        weights_kept=plan.keeps,
+        tokens_per_second=progress.tokens / progress.seconds if progress.seconds else 0.0,
+        seconds=progress.seconds,
+        peak_device_bytes=peak,
+    )
+
+
+def _curve(losses: Tensor) -> Iterator[LossPoint]:
+    """Means over runs of steps of about equal number; steps whose loss was not finite are left out."""
+    count, first = min(MOST_POINTS, len(losses)), 0
+    for number in range(1, count + 1):
+        last = len(losses) * number // count
+        part = losses[first:last]
+        sound = part[part.isfinite()]
+        if len(sound):
+            yield LossPoint(step=last, loss=float(sound.mean()))
+        first = last
+
+
+def _forget_peak(device: torch.device) -> int | None:
+    """The peak of the device's memory until now; from now on it is counted anew, without what is only cached."""
+    if device.type != "cuda":
+        return None
+    peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    return peak
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

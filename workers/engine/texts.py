@@ -1,0 +1,88 @@
+"""All texts of a job, read before anything is computed: what calibrates, what judges, what an adapter learns."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from app.domain.errors import InvalidDataset
+from app.domain.events import AttemptOrder
+from app.domain.sources import GeneratedText
+from workers.engine.blocks import StreamedModel
+from workers.engine.calibration import Windows, calibration_windows, evaluation_windows
+from workers.engine.finetuning_stage import FinetuningTexts, read_finetuning_texts
+from workers.engine.generated_text import Generation, generated_windows
+from workers.engine.plan import StreamSize
+from workers.engine.preparation import needs_text
+from workers.engine.reporter import Reporter
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a job; `calibration` is None for methods that look at weights alone."""
+
+    calibration: Windows | None
+    evaluation: Windows | None
+    finetuning: FinetuningTexts | None = None
+
+    def streams(self, keep_inputs: bool) -> list[StreamSize]:
+        """The sizes of their streams; that of the calibration has its inputs besides if they are kept."""
+        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 2))
+        return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
+
+
+def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation) -> Texts:
+    """All texts of an order; those that the model writes itself are drawn by `generation`.
+
+    Raises:
+        InvalidDataset: a file is not as documented or too short, windows are longer than the model's positions, or
+            the model is to write text and does not fit whole.
+    """
+    request, tokenizer = order.request, generation.tokenizer
+    given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
+    paths = [None if path is None else Path(path) for path in given]
+    calibration = evaluation = finetuning = None
+    part = request.finetune
+    if part is not None:
+        _check_length(model, "finetune", part.sequence_length)
+        finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
+        _check_vocabulary(model, finetuning.training.ids)
+    if needs_text(request.quantization):
+        _check_length(model, "calibration", request.calibration.sequence_length)
+        if isinstance(request.calibration.dataset, GeneratedText):
+            calibration = generated_windows(request.calibration, request.seed, generation)
+        else:
+            calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
+    if request.evaluation is not None:
+        _check_length(model, "evaluation", request.evaluation.sequence_length)
+        used = paths[0] if calibration is not None else None
+        evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
+    for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
+        if windows is not None:
+            _check_vocabulary(model, windows.ids)
+            if windows.overlapping:
+                reporter.warning(
+                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
+                )
+    return Texts(calibration, evaluation, finetuning)
+
+
+def _check_length(model: StreamedModel, name: str, length: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InvalidDataset(
+            f"{name}.sequence_length is {length}; the model has {positions} positions",
+            field=f"{name}.sequence_length",
+            value=length,
+            hint=f"ask for at most {positions}",
+        )
+
+
+def _check_vocabulary(model: StreamedModel, ids: Tensor) -> None:
+    size = model.config.get_text_config().vocab_size
+    if int(ids.max()) >= size:
+        raise InvalidDataset(
+            f"the tokenizer makes the token id {int(ids.max())}; the model knows {size}",
+            field="model",
+            hint="give the tokenizer that belongs to the model",
+        )

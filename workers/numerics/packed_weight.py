@@ -1,0 +1,111 @@
+"""Quantized weights as training holds them: codes packed in memory, W_hat made by one pass over them.
+
+    affine      w_hat = scale * (code - zero)       or scale * code + offset
+    codebook    w_hat = absmax * codebook[code]
+
+Codes of up to 2 bits lie four in a byte, up to 4 bits two, wider ones one; the first in the lowest bits. Arithmetic is
+that of `workers.numerics.quantized`: fp32, rounded once. On a GPU one kernel unpacks, scales and rounds
+(`workers.numerics.unpack_kernels`); elsewhere torch does, for tests.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from workers.numerics.quantized import AffineWeight, CodebookWeight, QuantizedAbsmax, QuantizedWeight
+
+Kind = Literal["middle", "zero", "offset", "codebook"]
+
+
+@dataclass(frozen=True)
+class PackedWeight:
+    """A weight (out, in), row after row.
+
+    packed     uint8 (ceil(out * in / codes a byte),)
+    width      bits that a code takes here: 2, 4 or 8
+    group_size consecutive columns that share a scale
+    scale      of each group, (out, groups), or in codes of its own
+    other      zero points uint8 or offsets (out, groups), or the codebook fp32; None with the constant zero point
+    middle     that constant
+    """
+
+    packed: Tensor
+    width: int
+    shape: tuple[int, int]
+    group_size: int
+    kind: Kind
+    scale: Tensor | QuantizedAbsmax
+    other: Tensor | None
+    middle: float
+
+    @classmethod
+    def of(cls, weight: QuantizedWeight) -> "PackedWeight":
+        """The weight on its device."""
+        width = next(width for width in (2, 4, 8) if weight.scheme.bits <= width)
+        packed, middle = _pack(weight.codes, width), 2.0 ** (weight.scheme.bits - 1)
+        kind: Kind = "codebook"
+        scale: Tensor | QuantizedAbsmax
+        other: Tensor | None
+        if isinstance(weight, CodebookWeight):
+            scale, other = weight.absmax, weight.codebook.contiguous()
+        else:
+            kind, other = _zero(weight)
+            scale = weight.scale
+        return cls(packed, width, weight.shape, weight.group_size, kind, scale, other, middle)
+
+    def dequantize(self, dtype: torch.dtype) -> Tensor:
+        """W_hat, (out, in)."""
+        scale = self.scale if isinstance(self.scale, Tensor) else self.scale.dequantize()
+        kernels = unpack_kernels(self.packed)
+        if kernels is not None:
+            out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
+            kernels.unpack(self, scale, out)
+            return out
+        codes = _unpack(self.packed, self.width, self.shape).view(self.shape[0], -1, self.group_size)
+        return self._scaled(codes, scale.float().unsqueeze(-1)).view(self.shape).to(dtype)
+
+    def _scaled(self, codes: Tensor, scale: Tensor) -> Tensor:
+        if self.other is None:
+            return (codes.float() - self.middle) * scale
+        if self.kind == "codebook":
+            return self.other[codes.int()] * scale
+        other = self.other.float().unsqueeze(-1)
+        return codes.float() * scale + other if self.kind == "offset" else (codes.float() - other) * scale
+
+
+def _zero(weight: AffineWeight) -> tuple[Kind, Tensor | None]:
+    if weight.offset is not None:
+        return "offset", weight.offset.contiguous()
+    return ("middle", None) if weight.zero_point is None else ("zero", weight.zero_point.contiguous())
+
+
+def unpack_kernels(tensor: Tensor) -> ModuleType | None:
+    """The module of Triton kernels where it serves this tensor."""
+    return _kernels() if tensor.is_cuda else None
+
+
+@lru_cache
+def _kernels() -> ModuleType | None:
+    return None if find_spec("triton") is None else import_module("workers.numerics.unpack_kernels")
+
+
+def _pack(codes: Tensor, width: int) -> Tensor:
+    """uint8 codes, flat, several in a byte."""
+    each = 8 // width
+    flat = torch.nn.functional.pad(codes.flatten(), (0, -codes.numel() % each)).view(-1, each)
+    packed = flat[:, 0].clone()
+    for index in range(1, each):
+        packed |= flat[:, index] << (index * width)
+    return packed
+
+
+def _unpack(packed: Tensor, width: int, shape: tuple[int, int]) -> Tensor:
+    shifts = torch.arange(0, 8, width, dtype=torch.uint8, device=packed.device)
+    codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**width - 1)
+    return codes.flatten()[: shape[0] * shape[1]].view(shape)

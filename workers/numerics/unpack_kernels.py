@@ -1,0 +1,58 @@
+"""The Triton kernel that makes W_hat from packed codes; formulas in `workers.numerics.packed_weight`.
+
+It reads 2, 4 or 8 bits a code and writes w_hat. With offsets the compiler may round the product and the sum at once;
+everything else is the reference's, bit for bit. The interpreter runs the same code on a CPU (TRITON_INTERPRET=1).
+"""
+
+from typing import TYPE_CHECKING
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from workers.numerics.packed_weight import PackedWeight
+
+PROGRAM_ELEMENTS = 2048
+"""Weights that a program makes."""
+KINDS = ("middle", "zero", "offset", "codebook")
+
+
+def unpack(weight: "PackedWeight", scale: Tensor, out: Tensor) -> None:
+    """out (out, in) <- W_hat; scale (out, groups)."""
+    count = out.numel()
+    other = weight.packed if weight.other is None else weight.other
+    _unpack[(triton.cdiv(count, PROGRAM_ELEMENTS),)](
+        weight.packed,
+        scale.contiguous(),
+        other,
+        out,
+        count,
+        weight.group_size,
+        weight.middle,
+        WIDTH=weight.width,
+        KIND=KINDS.index(weight.kind),
+        BLOCK=PROGRAM_ELEMENTS,
+    )
+
+
+@triton.jit
+def _unpack(  # type: ignore[no-untyped-def]
+    PACKED, SCALE, OTHER, OUT, count, group_size, middle, WIDTH: tl.constexpr, KIND: tl.constexpr, BLOCK: tl.constexpr
+):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    real = at < count
+    each: tl.constexpr = 8 // WIDTH
+    byte = tl.load(PACKED + at // each, mask=real, other=0).to(tl.int32)
+    code = (byte >> ((at % each) * WIDTH).to(tl.int32)) & (2**WIDTH - 1)
+    group = at // group_size
+    scale = tl.load(SCALE + group, mask=real, other=0.0).to(tl.float32)
+    if KIND == 3:
+        value = tl.load(OTHER + code, mask=real, other=0.0) * scale
+    elif KIND == 2:
+        value = code.to(tl.float32) * scale + tl.load(OTHER + group, mask=real, other=0.0).to(tl.float32)
+    elif KIND == 1:
+        value = (code.to(tl.float32) - tl.load(OTHER + group, mask=real, other=0).to(tl.float32)) * scale
+    else:
+        value = (code.to(tl.float32) - middle) * scale
+    tl.store(OUT + at, value.to(OUT.dtype.element_ty), mask=real)
