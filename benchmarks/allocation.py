@@ -5,7 +5,7 @@
 Fisher information and scores are measured once, by the engine's own code; each budget is then solved. A JSON line for
 the measuring, and one a budget. `uniform` is the best single configuration for all linears that fits the budget, and
 `error_at_its_bits` what the allocation reaches with no more bits than that. Errors are sums over linears of squared
-weighted errors after one iteration, what the allocation minimizes.
+weighted errors after one iteration, what the allocation minimizes; they say nothing of perplexity by themselves.
 """
 
 import argparse
