@@ -12,6 +12,8 @@ MODEL ?=
 METHOD ?=
 BITS ?=
 PRESET ?=
+CALIBRATION ?=
+VALID ?=
 ARGS ?=
 
 # Containers often set this. Without bytecode every process compiles all that it imports: 10 s of work instead of 4 for
@@ -21,7 +23,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu lint format docs types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu results lint format docs types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -40,6 +42,10 @@ test-slow: $(VENV)/.test ## Run the tests that take longer than half a minute ea
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+results: $(VENV)/.test ## Measure the missing cells of docs/results.md: make results MODEL=<folder> CALIBRATION=<jsonl> VALID=<jsonl>
+	$(BIN)/python -m benchmarks.results '$(MODEL)' --calibration '$(CALIBRATION)' --valid '$(VALID)' $(ARGS)
+	$(BIN)/python -m tests.documentation
 
 lint: $(VENV)/.dev ## Check style and format
 	$(BIN)/ruff check .

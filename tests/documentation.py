@@ -13,6 +13,7 @@ from types import MappingProxyType
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule, RuntimeSupport, Support
 from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
 from app.settings import Settings
+from benchmarks.results_table import results
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -34,6 +35,7 @@ FOLDERS = MappingProxyType(
         "benchmarks": "Measurements side by side; never part of the tests",
         "tests": "Mirrors app/ and workers/",
         "tests/api": "The HTTP interface, through a real server or client",
+        "tests/benchmarks": "The list of measurements and the tables made of them",
         "tests/cli": "The command line",
         "tests/client": "The client against real sockets",
         "tests/conformance": "Suites that every method or format must pass",
@@ -234,6 +236,7 @@ PARTS: MappingProxyType[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "formats": ("README.md", formats_table),
         "settings": ("README.md", settings_table),
         "tree": ("README.md", tree),
+        "results": ("docs/results.md", results),
     }
 )
 """Name of a generated part -> the document that it stands in, and what makes it."""

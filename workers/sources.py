@@ -13,7 +13,7 @@ from app.domain.errors import InvalidDataset, NotFound, SourceForbidden, SourceN
 from app.domain.jobs import JobRequest
 from app.domain.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.sources import (
-    DatasetSource,
+    CalibrationSource,
     HubDataset,
     HubModel,
     LocalModel,
@@ -70,9 +70,14 @@ def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, work
 
 
 def text_path(
-    context: WorkerContext, tenant_id: str, dataset: DatasetSource | None, workspace: Workspace, *, field: str
+    context: WorkerContext,
+    tenant_id: str,
+    dataset: CalibrationSource | None,
+    workspace: Workspace,
+    *,
+    field: str,
 ) -> str | None:
-    """The file of a local or uploaded text; None for builtin text and for what the fetch brings.
+    """The file of a local or uploaded text; None for builtin and generated text and for what the fetch brings.
 
     Raises:
         SourceNotFound, SourceForbidden: as for models.

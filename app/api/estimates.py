@@ -6,6 +6,7 @@ from app.api.inspection import Inspection
 from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
 from app.domain.methods import METHODS, SCALE_BATCH_SIZE, SCALE_BITS
+from app.domain.sources import GeneratedText
 
 HEAVY_BYTES = 2  # bf16
 TUNING_BYTES = 16
@@ -24,6 +25,9 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
     activations = _activation_bytes(request, inspection)
     tuned = request.quantization.tuned_sequences(request.calibration.num_samples) > 0
+    # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
+    generated = _calibration_tokens(request) > 0 and isinstance(request.calibration.dataset, GeneratedText)
+    resident = inspection.tensor_bytes * 4 // 3 if generated else 0
     return {
         "weights": inspection.weights,
         "weights_quantized": quantized,
@@ -32,7 +36,7 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
         "bytes_checkpoint": checkpoint,
         "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8),
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
-        "device_memory_bytes": block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES) + (1 << 30),
+        "device_memory_bytes": max(block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES), resident) + (1 << 30),
         "seconds": {device: round(_flops(request, inspection) / speed) for device, speed in FLOPS_PER_SECOND.items()},
     }
 

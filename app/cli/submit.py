@@ -27,7 +27,9 @@ def submit(
     preset: Annotated[str | None, typer.Option(help="light, default or best.")] = None,
     steps: Annotated[int | None, typer.Option(help="Tuning steps a block.")] = None,
     scale_steps: Annotated[int | None, typer.Option(help="Steps that tune all scales together; 0: none.")] = None,
-    dataset: Annotated[str | None, typer.Option(help="Calibration text: builtin, Hub id, JSONL file, upload.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Calibration text: builtin, generated, Hub id, JSONL, upload.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration sequences.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens a calibration sequence.")] = None,
     evaluation: Annotated[bool, typer.Option("--evaluation/--no-evaluation", help="Measure before and after.")] = True,

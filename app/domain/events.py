@@ -153,7 +153,7 @@ class AttemptOrder(Message):
     request: JobRequest
     model_path: str
     model_revision: str | None = None
-    calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin or generated text.")
     evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     device: Literal["cpu", "cuda"]
     device_index: int = Field(default=0, description="Of the first rank; the others follow.")

@@ -15,7 +15,7 @@ from app.domain.formats import ExportFormat, format_problems
 from app.domain.methods import QuantizationSpec
 from app.domain.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
 from app.domain.shorthand import SHORTHAND, Expansion, expand
-from app.domain.sources import BuiltinText, DatasetSource, ModelSource
+from app.domain.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
 
 __all__ = [
     "FINAL_STATUSES",
@@ -76,7 +76,7 @@ class RequestPart(BaseModel):
 class Calibration(RequestPart):
     """Text that the method observes: `num_samples` sequences of `sequence_length` tokens."""
 
-    dataset: DatasetSource = BuiltinText()
+    dataset: CalibrationSource = BuiltinText()
     num_samples: int = Field(default=128, strict=True, ge=1, le=65_536, description="Sequences.")
     sequence_length: int = Field(default=2048, strict=True, ge=16, le=131_072, description="Tokens a sequence.")
 

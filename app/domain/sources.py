@@ -4,6 +4,7 @@
 "/folder", "./folder", "~/folder"   -> local (must lie under a configured root)
 "upl_..."                           -> upload
 "builtin"                           -> builtin (datasets only)
+"generated"                         -> generated (calibration only)
 """
 
 from typing import Annotated, Literal
@@ -56,6 +57,15 @@ class BuiltinText(Source):
     source: Literal["builtin"] = "builtin"
 
 
+class GeneratedText(Source):
+    """Text that the model itself writes, token by token at temperature 1: for calibration alone.
+
+    The worker holds the whole model meanwhile, and time grows with `num_samples` times `sequence_length`.
+    """
+
+    source: Literal["generated"] = "generated"
+
+
 class HubDataset(Source):
     """A dataset repository on the Hub; rows need `text`, `prompt` and `completion`, or `messages`."""
 
@@ -85,14 +95,17 @@ class UploadedText(Source):
 
 
 DatasetSource = Annotated[BuiltinText | HubDataset | LocalText | UploadedText, Field(discriminator="source")]
+CalibrationSource = Annotated[
+    BuiltinText | GeneratedText | HubDataset | LocalText | UploadedText, Field(discriminator="source")
+]
 
 
 def expand_source(value: object) -> object:
     """A shorthand string as a source object; anything else unchanged, for validation to judge."""
     if not isinstance(value, str):
         return value
-    if value == "builtin":
-        return {"source": "builtin"}
+    if value in ("builtin", "generated"):
+        return {"source": value}
     if value.startswith("upl_"):
         return {"source": "upload", "id": value}
     if value.startswith(("/", "./", "../", "~", ".")):

@@ -18,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from app.domain.errors import CorruptCheckpoint, InvalidDataset
 from app.domain.jobs import Calibration, Evaluation
 from app.domain.report import TextReport
-from app.domain.sources import DatasetSource, ModelSource
+from app.domain.sources import CalibrationSource, DatasetSource, ModelSource
 from workers.engine.documents import Document, Half, builtin_documents, half_of, read_jsonl
 
 SURPLUS = 2
@@ -102,7 +102,7 @@ def _key(document: Document) -> bytes:
     return hashlib.sha256(repr(document).encode("utf-8", "surrogatepass")).digest()
 
 
-def source_label(source: DatasetSource | ModelSource) -> str:
+def source_label(source: CalibrationSource | DatasetSource | ModelSource) -> str:
     """A source in shorthand, for the report."""
     for field in ("id", "path"):
         if hasattr(source, field):
@@ -119,7 +119,7 @@ def _windows(
     seed: int,
     overlap: bool,
 ) -> Windows:
-    start = [tokenizer.bos_token_id] if _writes_start(tokenizer) else []
+    start = [tokenizer.bos_token_id] if writes_start(tokenizer) else []
     length = part.sequence_length - len(start)
     encode = _encoder(tokenizer, f"{name}.dataset")
     stream = _token_stream(tokenizer, documents, encode, enough=SURPLUS * part.num_samples * length)
@@ -187,7 +187,8 @@ def _conversation(tokenizer: PreTrainedTokenizerBase, messages: Document, name: 
     return str(text).removeprefix(start) if start else str(text)
 
 
-def _writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts the beginning-of-sequence token before a text."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 

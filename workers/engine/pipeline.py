@@ -14,12 +14,14 @@ from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from app.domain.report import BlockReport, ModelReport, Quality, Report, ScaleReport, SizeReport, StoredParts
+from app.domain.sources import GeneratedText
 from workers.engine.block_pass import BlockPass
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows, load_tokenizer, source_label
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
 from workers.engine.evaluation import measure
+from workers.engine.generated_text import Generation, generated_windows
 from workers.engine.plan import (
     Plan,
     StreamSize,
@@ -86,7 +88,7 @@ def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int)
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         with compiling(model, schemes, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
-            texts = read_texts(order, model, tokenizer, reporter)
+            texts = read_texts(order, model, reporter, _generation(order, workspace, model, tokenizer, reporter, rank))
         plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
@@ -129,20 +131,41 @@ class _Job:
     prepared: Prepared
 
 
-def read_texts(
-    order: AttemptOrder, model: StreamedModel, tokenizer: PreTrainedTokenizerBase, reporter: Reporter
-) -> Texts:
-    """Calibration and evaluation windows of an order.
+def _generation(
+    order: AttemptOrder,
+    workspace: Path,
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+    rank: int,
+) -> Generation:
+    wanted = order.request.calibration.num_samples
+    return Generation(
+        checkpoint=model.checkpoint,
+        tokenizer=tokenizer,
+        device=model.device,
+        kept=workspace / "generated.safetensors",
+        leads=rank == 0,
+        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, wanted, "windows"),
+    )
+
+
+def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation) -> Texts:
+    """Calibration and evaluation windows of an order; those that the model writes itself are drawn by `generation`.
 
     Raises:
-        InvalidDataset: a file is not as documented or too short, or windows are longer than the model's positions.
+        InvalidDataset: a file is not as documented or too short, windows are longer than the model's positions, or
+            the model is to write text and does not fit whole.
     """
-    request = order.request
+    request, tokenizer = order.request, generation.tokenizer
     paths = [None if p is None else Path(p) for p in (order.calibration_path, order.evaluation_path)]
     calibration = evaluation = None
     if needs_text(request.quantization):
         _check_length(model, "calibration", request.calibration.sequence_length)
-        calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
+        if isinstance(request.calibration.dataset, GeneratedText):
+            calibration = generated_windows(request.calibration, request.seed, generation)
+        else:
+            calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
         used = paths[0] if calibration is not None else None
