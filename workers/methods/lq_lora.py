@@ -20,6 +20,11 @@ gradients of the language-model loss, a sequence an example, summed over the cal
 Cost of a linear: `iterations` times a decomposition (`workers.numerics.low_rank`: exact for sides up to 2,048, then
 randomized, O(out*in*R)) and a rounding; to choose, one decomposition and a rounding for each of the configurations.
 
+NF2 has no value between -1 and 0, so one rounding leaves a mean error, which adds up from block to block; only further
+iterations move it into L1 L2. On an MLP linear of SmolLM2-135M (groups of 32, R = 64) it was 0.17 of the root mean
+square error after one iteration and 0.02 after nine: few iterations are no cheap preview of 2 bits. The scores that
+choose c are of one iteration all the same, and make NF2 look worse than it ends (0.45 of the weight against 0.38).
+
 Different from the authors' code: the best iterate is returned, not the one after it. F is known by its row and column
 sums alone, for the error too, so that it takes (out + in) numbers; the authors use those for the SVD and all of F
 for the error. To choose c, errors are those of the first iteration, whose L1 L2 = SVD_R(W) does not depend on c; the
