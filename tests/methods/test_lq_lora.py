@@ -9,7 +9,7 @@ from torch import Tensor
 
 from app.domain.methods import AbsmaxScheme, BitBudget, Candidate, LQLoRASpec, Scheme
 from workers.contracts import Fisher, ScoreTask
-from workers.methods.lq_lora import LQLoRA, RankOne, decompose, quantize
+from workers.methods.lq_lora import SCORED_ROWS, LQLoRA, RankOne, decompose, quantize, scored_rows
 from workers.numerics.normal_float import DoubleQuantization, bits_per_weight
 
 ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=16)
@@ -117,6 +117,24 @@ def test_scores_are_squared_errors_in_the_unit_of_the_information() -> None:
     assert scores[1] == pytest.approx(float(exact), rel=1e-4)
     larger = replace(task, fisher=Fisher(4 * fisher.rows, 4 * fisher.columns))
     assert LQLoRA().candidate_errors(larger, spec) == pytest.approx([4 * score for score in scores], rel=1e-4)
+
+
+def test_some_rows_stand_for_all_of_a_larger_linear() -> None:
+    """Roughly, and by the same factor for every candidate; of a small one all rows are looked at."""
+    assert torch.equal(scored_rows(SCORED_ROWS), torch.arange(SCORED_ROWS))
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(700, 96, generator=generator) * torch.rand(700, 1, generator=generator)
+    fisher = Fisher(torch.rand(700, generator=generator).double() + 0.5, torch.rand(96, generator=generator).double())
+    rows, part = scored_rows(700), RankOne.of(fisher, weight)
+    assert len(rows) == SCORED_ROWS
+    found, exact = [], []
+    for bits in (2, 3, 4):
+        rest = weight - quantize(weight, SCHEME.model_copy(update={"bits": bits}), ABSMAX).dequantize()
+        exact.append(float(part.error(rest)) ** 2)
+        found.append(float(part.standing_for_all(rows).error(rest[rows])) ** 2)
+    assert found == pytest.approx(exact, rel=0.3)
+    ratios = [one / other for one, other in zip(found, exact, strict=True)]
+    assert max(ratios) / min(ratios) < 1.04
 
 
 def test_information_of_zero_is_as_none() -> None:
