@@ -50,7 +50,7 @@ def training_events(installed: Installation, job_id: str, attempt: int) -> list[
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_ten_kills_of_a_training_job(installed: Installation, short_model: Path, tmp_path: Path) -> None:
-    job_id, chosen = submit_training(installed, short_model, steps=3000), Random(10)
+    job_id, chosen = submit_training(installed, short_model, steps=1500), Random(10)
     for attempt in range(1, KILLS + 1):
         # At most three attempts in a row may bring nothing; a kill after the first checkpoint of one never counts.
         bearable = installed.job(job_id).fruitless_attempts < MAX_RETRIES_WITHOUT_PROGRESS

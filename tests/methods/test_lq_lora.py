@@ -134,7 +134,7 @@ def test_some_rows_stand_for_all_of_a_larger_linear() -> None:
         found.append(float(part.standing_for_all(rows).error(rest[rows])) ** 2)
     assert found == pytest.approx(exact, rel=0.3)
     ratios = [one / other for one, other in zip(found, exact, strict=True)]
-    assert max(ratios) / min(ratios) < 1.04
+    assert max(ratios) / min(ratios) < 1.1
 
 
 def test_information_of_zero_is_as_none() -> None:

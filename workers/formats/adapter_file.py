@@ -52,8 +52,9 @@ def write_adapter(
         if parts and parts.keys() != PARTS[str(facts["form"])]:
             raise ValueError(f"{name}: tensors {sorted(parts)} are not those of the form {facts['form']}")
         tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
-    linears = json.dumps({name: dict(facts) for name, (facts, _) in adapters.items()})
-    save_file(tensors, folder / FILE, {"format": FORMAT, "version": VERSION, "kind": kind, "linears": linears})
+    linears = {name: dict(facts) for name, (facts, _) in adapters.items()}
+    # One entry: safetensors writes several in an order of its own, and the same adapter shall be the same bytes.
+    save_file(tensors, folder / FILE, {FORMAT: json.dumps({"version": VERSION, "kind": kind, "linears": linears})})
     shutil.copyfile(LOADER, folder / LOADER.name)
 
 

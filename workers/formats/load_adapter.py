@@ -6,7 +6,8 @@
     attach(model, "path/to/adapter")            # adds the updates in each forward pass; returns what takes them away
     merge(model, "path/to/adapter")             # or: adds them to the weights once, in the weights' dtype
 
-adapter.safetensors says in its metadata, as JSON under `linears`, what its tensors mean for each linear W (out, in):
+adapter.safetensors has JSON in its metadata, under `bitwright-adapter`: `version`, `kind`, and `linears`, which says
+what the tensors mean for each linear W (out, in):
 
     y = W x + scale * U(core(P(x)))     P: mean over `pool_in` neighbours;  U: each output `repeat_out` times
     form pair       core = B A          name.a (rank, in/pool_in), name.b (out/repeat_out, rank), fp32
@@ -42,11 +43,11 @@ def read(folder: str | Path) -> dict[str, tuple[dict[str, Any], list[Tensor]]]:
     """
     found = {}
     with safe_open(Path(folder) / FILE, framework="pt") as stored:
-        told = stored.metadata() or {}
-        if told.get("format") != FORMAT or told.get("version") != VERSION:
+        told = json.loads((stored.metadata() or {}).get(FORMAT, "{}"))
+        if told.get("version") != VERSION:
             raise ValueError(f"{FILE}: this loader reads version {VERSION} of {FORMAT}")
         names = set(stored.keys())
-        for name, linear in json.loads(told["linears"]).items():
+        for name, linear in told["linears"].items():
             expected = PARTS[linear["form"]]
             parts = {part: stored.get_tensor(f"{name}.{part}") for part in expected if f"{name}.{part}" in names}
             if not parts:
