@@ -17,6 +17,9 @@ FLOPS_PER_SECOND = {"cpu": 6e10, "cuda": 1.5e14}
 BACKWARD = 3.5
 """Forward, backward and recomputing of fake-quantized weights, in forward passes."""
 
+TRAINING = 2.0
+"""Forward, and backward for activations alone, in forward passes: no weight of the base has a gradient."""
+
 
 def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     """Estimates of a job on a checkpoint that could be looked at."""
@@ -29,6 +32,7 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
     generated = _calibration_tokens(request) > 0 and isinstance(request.calibration.dataset, GeneratedText)
     resident = inspection.tensor_bytes * 4 // 3 if generated else 0
+    resident = max(resident, _training_bytes(request, inspection, checkpoint))
     return {
         "weights": inspection.weights,
         "weights_quantized": quantized,
@@ -48,6 +52,20 @@ def _adapter_parameters(request: JobRequest, inspection: Inspection) -> int | No
     if request.adapter is None:
         return None
     return trained_parameters(request.quantization, request.adapter, inspection.dimensions.linears())
+
+
+def _training_bytes(request: JobRequest, inspection: Inspection, packed: int) -> int:
+    """Finetuning holds the quantized model whole, and of each parameter of the adapter value, gradient and moments."""
+    if request.finetune is None:
+        return 0
+    states = 16 * (_adapter_parameters(request, inspection) or 0)
+    block = max(out * width for out, width in inspection.dimensions.block_linears().values())
+    return packed + states + block * HEAVY_BYTES
+
+
+def _trained_tokens(request: JobRequest) -> int:
+    part = request.finetune
+    return 0 if part is None else part.steps * part.batch_size * part.sequence_length
 
 
 def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, float]:
@@ -95,5 +113,6 @@ def _flops(request: JobRequest, inspection: Inspection) -> float:
     sequences = min(SCALE_BATCH_SIZE, calibration.num_samples)
     scaled = request.quantization.end_to_end_steps() * sequences * calibration.sequence_length
     head = 2.0 * dimensions.vocabulary * dimensions.hidden
-    through_blocks = linear_flops * (forward + BACKWARD * (tuned + scaled) + 2 * evaluated)
-    return through_blocks + head * (2 * evaluated + 3 * scaled)  # teacher, student, and back
+    trained = _trained_tokens(request)
+    through_blocks = linear_flops * (forward + BACKWARD * (tuned + scaled) + TRAINING * trained + 2 * evaluated)
+    return through_blocks + head * (2 * evaluated + 3 * scaled + TRAINING * trained)  # teacher, student, and back

@@ -1,6 +1,7 @@
 """Jobs over HTTP, on SQLite and on a real PostgreSQL."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from sqlalchemy import update
@@ -125,6 +126,24 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
     assert sizes[1] - sizes[0] == 2 * view["estimates"]["weights"], "a checkpoint of the weights in 16 bits more"
     assert any("vllm does not load" in warning and "3 bits" in warning for warning in view["warnings"])
     assert api.client.get("/v1/jobs").json()["items"] == []
+
+
+def test_a_dry_run_prices_finetuning(api: Api) -> None:
+    """By its steps in time, by the whole model and the adapter's states in memory."""
+    folder = write_checkpoint(api.folder / "models" / "tiny", shards=True)
+
+    def estimates(steps: int, rank: int) -> dict[str, Any]:
+        part = {"dataset": "builtin", "steps": steps, "batch_size": 64, "sequence_length": 4096}
+        body = {"model": str(folder), "method": "qlora", "group_size": 16, "rank": rank, "finetune": part}
+        answer = api.client.post("/v1/jobs?dry_run=true", json=body)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()["estimates"]
+        return found | {"seconds": found["seconds"]["cpu"]}
+
+    short, long, wide = estimates(1000, 4), estimates(2000, 4), estimates(1000, 8)
+    assert long["seconds"] == pytest.approx(2 * short["seconds"], rel=0.05)
+    more = wide["adapter_parameters"] - short["adapter_parameters"]
+    assert wide["device_memory_bytes"] - short["device_memory_bytes"] >= 16 * more > 0
 
 
 SNAPSHOTS, BLOBS = "cache/models--org--model/snapshots", "cache/models--org--model/blobs"
