@@ -127,6 +127,7 @@ def test_some_rows_stand_for_all_of_a_larger_linear() -> None:
     fisher = Fisher(torch.rand(700, generator=generator).double() + 0.5, torch.rand(96, generator=generator).double())
     rows, part = scored_rows(700), RankOne.of(fisher, weight)
     assert len(rows) == SCORED_ROWS
+    assert all(len(scored_rows(count).unique()) == SCORED_ROWS for count in range(SCORED_ROWS, 400))
     found, exact = [], []
     for bits in (2, 3, 4):
         rest = weight - quantize(weight, SCHEME.model_copy(update={"bits": bits}), ABSMAX).dequantize()

@@ -152,12 +152,12 @@ def decompose(
 def scored_rows(count: int) -> Tensor:
     """Indices of the rows that are looked at to choose a configuration: all of a few, else strips evenly apart.
 
-    A strip holds whole superblocks of groups, or nearly so.
+    A strip holds whole superblocks of groups, or nearly so; no row is in two.
     """
     if count <= SCORED_ROWS:
         return torch.arange(count)
     starts = torch.linspace(0, count - STRIP, SCORED_ROWS // STRIP).round().long()
-    return (starts.unsqueeze(1) + torch.arange(STRIP)).flatten().unique()
+    return (starts.unsqueeze(1) + torch.arange(STRIP)).flatten()
 
 
 def quantize(weight: Tensor, scheme: Scheme, absmax: AbsmaxScheme | None) -> CodebookWeight:
