@@ -11,7 +11,6 @@ from app.domain.adapters import (
     AdapterSpec,
     BayesianLoRASpec,
     LoRASpec,
-    QABLoRASpec,
     QAHiRASpec,
     QALoRASpec,
     QBaRASpec,
@@ -19,6 +18,7 @@ from app.domain.adapters import (
 from app.domain.errors import InvalidRequest, MisalignedAdapter, OffsetNotRepresentable
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
+from tests.adapters.examples import SPECS
 from tests.formats.examples import Made, codebook_made, random_result
 from workers.adapters.attaching import Attach, adapted, finished, known, report
 from workers.adapters.bayesian import BayesianLoRA
@@ -31,14 +31,6 @@ from workers.numerics.quantized import AffineWeight, LinearResult
 SHAPES = {"up": (48, 64), "down": (64, 96)}
 SYMMETRIC = Scheme(bits=4, group_size=32, symmetric=True)
 ASYMMETRIC = Scheme(bits=4, group_size=32, symmetric=False)
-SPECS: list[AdapterSpec] = [
-    LoRASpec(rank=4),
-    QALoRASpec(rank=4),
-    QBaRASpec(rank=4),
-    QAHiRASpec(rank=2),
-    QABLoRASpec(rank=3),
-    BayesianLoRASpec(rank=4),
-]
 MERGING = [spec for spec in SPECS if ADAPTERS[spec.kind].merges_quantized]
 
 

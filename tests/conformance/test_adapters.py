@@ -15,14 +15,9 @@ from transformers import AutoModelForCausalLM
 from app.domain.adapters import (
     ADAPTERS,
     AdapterSpec,
-    BayesianLoRASpec,
-    LoRASpec,
-    QABLoRASpec,
-    QAHiRASpec,
-    QALoRASpec,
-    QBaRASpec,
 )
 from app.domain.formats import ExportFormat
+from tests.adapters.examples import SPECS
 from tests.formats.examples import REPORT, Source, codebook_made, linears, logits, random_result, scheme, tiny_llama
 from workers.adapters.attaching import Attach, Merge, finished, stored
 from workers.adapters.bayesian import BayesianLoRA
@@ -31,14 +26,6 @@ from workers.formats.writer import open_writers
 from workers.numerics.quantized import LinearResult
 
 NATIVE, MERGED, PEFT = ExportFormat.NATIVE, ExportFormat.MERGED, ExportFormat.PEFT
-SPECS: list[AdapterSpec] = [
-    LoRASpec(rank=4),
-    QALoRASpec(rank=4),
-    QBaRASpec(rank=4),
-    QAHiRASpec(rank=2),
-    QABLoRASpec(rank=3),
-    BayesianLoRASpec(rank=4),
-]
 FOLDING = [spec for spec in SPECS if ADAPTERS[spec.kind].merges_quantized]
 STOCK = [spec for spec in SPECS if ADAPTERS[spec.kind].stock_peft]
 

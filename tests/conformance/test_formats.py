@@ -1,12 +1,10 @@
 """What every format must keep: a weight goes in and comes out bit for bit, and every runtime sees the same numbers."""
 
-import importlib.util
 import json
 import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -23,6 +21,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from app.domain.errors import FormatCannotHold
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, ScaleDtype
 from app.domain.methods import Form, Scheme
+from tests.engine.loading import loader
 from tests.formats.examples import (
     TOKENS,
     Made,
@@ -258,9 +257,9 @@ def test_a_lora_attaches_to_mixed_widths(tmp_path: Path, source: Source) -> None
 
 
 @peft_meets_transformers
-def test_mixed_widths_with_zero_points_come_with_a_loader(tmp_path: Path, source: Source) -> None:
+def test_mixed_widths_with_zero_points_come_with_aloader(tmp_path: Path, source: Source) -> None:
     expected = write_quantized(source, tmp_path / "out", CT, MIXED)
-    model = _loader(tmp_path / "out").load(tmp_path / "out")
+    model = loader(tmp_path / "out").load(tmp_path / "out")
     assert_weights_equal(model, expected)
     assert_logits_agree(model, expected)
     _train_lora(model)
@@ -274,7 +273,7 @@ def test_the_native_loader_gives_identical_weights(
     tmp_path: Path, source: Source, made: Sequence[Made | Scheme], shard_bytes: int
 ) -> None:
     expected = write_quantized(source, tmp_path / "out", NATIVE, made, shard_bytes)
-    model = _loader(tmp_path / "out").load(tmp_path / "out")
+    model = loader(tmp_path / "out").load(tmp_path / "out")
     assert_weights_equal(model, expected)
     assert torch.equal(logits(model), logits(expected))
 
@@ -283,9 +282,9 @@ def test_the_native_loader_gives_the_base_alone_on_request(tmp_path: Path, sourc
     write_quantized(source, tmp_path / "out", NATIVE, EVERY_FORM)
     bare = [replace(made, rank=0) for made in EVERY_FORM]
     expected = write_quantized(source, tmp_path / "bare", NATIVE, bare)
-    loader = _loader(tmp_path / "out")
-    assert_weights_equal(loader.load(tmp_path / "out", merge=False), expected)
-    assert not torch.equal(logits(loader.load(tmp_path / "out")), logits(expected))
+    shipped = loader(tmp_path / "out")
+    assert_weights_equal(shipped.load(tmp_path / "out", merge=False), expected)
+    assert not torch.equal(logits(shipped.load(tmp_path / "out")), logits(expected))
 
 
 @pytest.mark.parametrize("part", ["lora_a", "absmax_codes", "zero_point", "offset", "codebook"])
@@ -295,7 +294,7 @@ def test_the_native_loader_refuses_a_checkpoint_that_lacks_a_tensor(tmp_path: Pa
     lost = next(name for name in tensors if name.endswith(f".{part}"))
     save_file({n: t for n, t in tensors.items() if n != lost}, tmp_path / "out" / "weights.safetensors")
     with pytest.raises(ValueError, match=part):
-        _loader(tmp_path / "out").load_weights(tmp_path / "out")
+        loader(tmp_path / "out").load_weights(tmp_path / "out")
 
 
 @pytest.mark.parametrize("made", [[scheme(4, 32, True)], MIXED, EVERY_FORM], ids=label)
@@ -313,16 +312,6 @@ def _config(folder: Path) -> dict[str, Any]:
     found = json.loads((folder / "config.json").read_text())
     assert isinstance(found, dict)
     return found
-
-
-def _loader(folder: Path) -> ModuleType:
-    """The loader that lies in the artifact, not the one of this repository."""
-    spec = importlib.util.spec_from_file_location("load_bitwright", folder / "load_bitwright.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def _train_lora(model: Any) -> None:

@@ -182,25 +182,26 @@ class _Training:
         """One step of the optimizer; nothing waits for the device."""
         task = self.task
         self._tell_adapters(index / task.part.steps)
-        torch.manual_seed(_step_seed(task.seed, index, task.ranks.rank))
+        seed = _step_seed(task.seed, index, task.ranks.rank)
         self._set_mode(training=True)
         try:
-            total = self._add_gradients(step)
+            total = self._add_gradients(step, seed)
         except RuntimeError as error:
             if not self.deterministic or "deterministic" not in str(error):
                 raise
             # An adapter uses an operator that has no deterministic kernel: then attention need not have one either.
             task.reporter.log("training_not_deterministic", reason=str(error)[:200])
             self.deterministic = False
-            total = self._add_gradients(step)
+            total = self._add_gradients(step, seed)
         self.parameters.sum_over(task.ranks)
         task.ranks.sum_(total)
         share = rate_share(task.part, index)
         self.parameters.step(task.part.learning_rate * share, share)
         self.losses[index] = total
 
-    def _add_gradients(self, step: Step) -> Tensor:
+    def _add_gradients(self, step: Step, seed: int) -> Tensor:
         """The gradients of this rank's part of a step; its part of the loss, on the device."""
+        torch.manual_seed(seed)  # also where a step is done over: it draws what it would have drawn
         self.parameters.clear()
         total = torch.zeros_like(self.losses[0])
         with strictly_deterministic(self.task.resident.model.device if self.deterministic else None):
