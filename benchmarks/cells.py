@@ -26,6 +26,7 @@ class Cell:
     bits          column: width of a code, or the average of a budget
     quantization  the request's `quantization`, bits and all
     text          where the calibration text comes from: the file that was given, or the source of that name
+    training      what the request says besides of an adapter that is trained; None where nothing is
     """
 
     arm: str
@@ -33,6 +34,7 @@ class Cell:
     seed: int
     quantization: Mapping[str, Any] = field(hash=False)
     text: str = "file"
+    training: Mapping[str, Any] | None = field(default=None, hash=False)
 
     @property
     def key(self) -> str:

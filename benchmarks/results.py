@@ -5,27 +5,41 @@
 Cells are those of `benchmarks.cells`; `--only` picks rows by name. A run begins no cell after `--seconds`, so that it
 fits into a limit, and the next run goes on. `make docs` makes the table in docs/results.md from the file.
 
-seconds   of the job, less loading, evaluation and export
-peak_gib  of the GPU where there is one, else of the process
+With `--training` there are also the cells of `benchmarks.finetuning_cells`; those of one base share its blocks.
+
+seconds      of the job, less loading, evaluation and export; of finetuning alone where there is some
+peak_gib     of the GPU where there is one, else of the process
+loss         of training: the mean over the last tenth of the steps, nats a token
+held_out     the loss on the evaluation text with the trained adapters, nats a token
+merged       the same of the merged checkpoint, as it loads
 """
 
 import argparse
+import hashlib
 import json
+import math
+import shutil
 import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
 
 from app.domain.events import AttemptOrder
 from app.domain.jobs import JobRequest
 from app.domain.report import Report
 from benchmarks.cells import Cell, cells
+from benchmarks.finetuning_cells import finetuning_cells
 from benchmarks.results_table import FILE, lines
+from workers.engine.calibration import evaluation_windows, load_tokenizer
 from workers.engine.pipeline import run
 from workers.engine.reporter import Reporter
+from workers.formats.load_bitwright import load
 
 OUTSIDE = {"load", "evaluate", "export", "total"}
 
@@ -35,26 +49,31 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--valid", required=True)
+    parser.add_argument("--training", help="text that adapters learn; without it nothing is finetuned")
     parser.add_argument("--only", nargs="+", help="rows to measure, by name; else all")
     parser.add_argument("--bits", nargs="+", type=float, help="columns to measure; else all")
+    parser.add_argument("--seeds", nargs="+", type=int, help="seeds to measure; else all")
     parser.add_argument("--seconds", type=float, default=540, help="begin no cell later than this")
     parser.add_argument("--output", type=Path, default=FILE)
     given = parser.parse_args()
     until = time.monotonic() + given.seconds
     left = list(missing(given.output, _chosen(given)))
-    for number, cell in enumerate(left):
-        if time.monotonic() > until:
-            print(f"{len(left) - number} cells are left; run this again", flush=True)
-            break
-        line = measured(cell, given)
-        with given.output.open("a") as output:
-            output.write(json.dumps(line) + "\n")
-        print(json.dumps(line), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        for number, cell in enumerate(left):
+            if time.monotonic() > until:
+                print(f"{len(left) - number} cells are left; run this again", flush=True)
+                break
+            line = measured(cell, given, Path(folder))
+            with given.output.open("a") as output:
+                output.write(json.dumps(line) + "\n")
+            print(json.dumps(line), flush=True)
 
 
 def _chosen(given: argparse.Namespace) -> Iterable[Cell]:
-    for cell in cells():
-        if (given.only is None or cell.arm in given.only) and (given.bits is None or cell.bits in given.bits):
+    trained = () if given.training is None else finetuning_cells()
+    for cell in (*cells(), *trained):
+        picked = ((given.only, cell.arm), (given.bits, cell.bits), (given.seeds, cell.seed))
+        if all(wanted is None or value in wanted for wanted, value in picked):
             yield cell
 
 
@@ -64,11 +83,61 @@ def missing(file: Path, wanted: Iterable[Cell]) -> Iterable[Cell]:
     return (cell for cell in wanted if cell.key not in found)
 
 
-def measured(cell: Cell, given: argparse.Namespace) -> dict[str, Any]:
-    """The line of a cell."""
-    with tempfile.TemporaryDirectory() as folder:
-        report = run(order(cell, given), Path(folder), Reporter(lambda _: None)).report
-    return {"key": cell.key, "arm": cell.arm, "bits": cell.bits, "seed": cell.seed} | _figures(report)
+def measured(cell: Cell, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """The line of a cell; jobs with the same base find its blocks in a folder below `folder`."""
+    named = {"key": cell.key, "arm": cell.arm, "bits": cell.bits, "seed": cell.seed}
+    workspace = folder / hashlib.sha256(json.dumps([cell.quantization, cell.seed]).encode()).hexdigest()[:16]
+    workspace.mkdir(exist_ok=True)
+    given_order = order(cell, given)
+    report = run(given_order, workspace, Reporter(lambda _: None)).report
+    line = named | _figures(report)
+    if cell.training is None:
+        shutil.rmtree(workspace)
+        return line
+    line |= _training_figures(report) | {"merged": round(_merged_loss(given_order, workspace / "output"), 5)}
+    shutil.rmtree(workspace / "output")
+    return line
+
+
+def _training_figures(report: Report) -> dict[str, Any]:
+    found, adapter, quality = report.finetuning, report.adapter, report.quality
+    assert found is not None
+    assert adapter is not None
+    assert quality is not None
+    last = found.losses[-max(1, len(found.losses) // 10) :]
+    peak = found.peak_device_bytes or report.peak_memory.host_bytes
+    return {
+        "loss": round(fmean(point.loss for point in last), 5),
+        "held_out": round(math.log(quality.perplexity), 5),
+        "parameters": adapter.parameters,
+        "seconds": round(found.seconds, 2),
+        "tokens_per_second": round(found.tokens_per_second),
+        "peak_gib": round(peak / 2**30, 2),
+        "merge_error": None if adapter.merge is None else adapter.merge.error_shipped,
+        "bit_operations_saved": None if adapter.bit_operations is None else adapter.bit_operations.adapter_saving,
+    }
+
+
+@torch.no_grad()
+def _merged_loss(given: AttemptOrder, output: Path) -> float:
+    """The loss of the checkpoint that a job left, on its evaluation text: nats a token."""
+    part = given.request.evaluation
+    assert part is not None
+    folder = output / "merged"
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto") if folder.exists() else load(output / "native")
+    model = model.to(given.device)
+    windows = evaluation_windows(
+        load_tokenizer(Path(given.model_path)),
+        part,
+        Path(str(given.evaluation_path)),
+        given.request.seed,
+        *(None if path is None else Path(path) for path in (given.calibration_path, given.finetuning_path)),
+    )
+    losses = []
+    for window in windows.ids.to(given.device):
+        logits = model(window[None]).logits[0, :-1].float()
+        losses.append(float(nn.functional.cross_entropy(logits, window[1:].long())))
+    return fmean(losses)
 
 
 def _figures(report: Report) -> dict[str, Any]:
@@ -93,6 +162,7 @@ def order(cell: Cell, given: argparse.Namespace) -> AttemptOrder:
     model, calibration, valid = (str(Path(p).resolve()) for p in (given.model, given.calibration, given.valid))
     from_file = cell.text == "file"
     dataset = {"source": "local", "path": calibration} if from_file else {"source": cell.text}
+    training = None if cell.training is None else str(Path(given.training).resolve())
     body = {
         "model": model,
         "quantization": dict(cell.quantization),
@@ -104,7 +174,7 @@ def order(cell: Cell, given: argparse.Namespace) -> AttemptOrder:
         },
         "formats": ["native"],
         "seed": cell.seed,
-    }
+    } | _training_parts(cell, training)
     return AttemptOrder(
         job_id="job_benchmark",
         attempt=1,
@@ -112,8 +182,18 @@ def order(cell: Cell, given: argparse.Namespace) -> AttemptOrder:
         model_path=model,
         calibration_path=calibration if from_file else None,
         evaluation_path=valid,
+        finetuning_path=training,
         device="cuda" if torch.cuda.is_available() else "cpu",
     )
+
+
+def _training_parts(cell: Cell, text: str | None) -> dict[str, Any]:
+    """What a request says of an adapter, its text included."""
+    if cell.training is None:
+        return {}
+    finetune = {**cell.training["finetune"], "dataset": {"source": "local", "path": text}}
+    formats = ["native"] if cell.training["merge"] == "quantized" else ["merged"]
+    return {**cell.training, "finetune": finetune, "formats": formats}
 
 
 if __name__ == "__main__":

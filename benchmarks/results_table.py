@@ -11,6 +11,8 @@ from benchmarks.cells import Cell, cells
 FILE = Path(__file__).with_name("results.jsonl")
 MISSING = "missing"
 Line = dict[str, Any]
+Rows = dict[str, dict[float, list[Line | None]]]
+"""A row's cells by column, one for each seed; None for what was not measured."""
 
 
 def lines(file: Path = FILE) -> list[Line]:
@@ -19,22 +21,27 @@ def lines(file: Path = FILE) -> list[Line]:
 
 def tables(found: Sequence[Line], wanted: Iterable[Cell]) -> str:
     """One table of KL and perplexity by row and width, and one of time and memory."""
-    by_key = {line["key"]: line for line in found}
-    arms: dict[str, dict[float, list[Line | None]]] = {}
-    for cell in wanted:
-        arms.setdefault(cell.arm, {}).setdefault(cell.bits, []).append(by_key.get(cell.key))
-    widths = sorted({bits for columns in arms.values() for bits in columns}, reverse=True)
+    arms, widths = by_row(found, wanted)
     header = ["method", *(f"{bits:g} bits" for bits in widths)]
     quality = [[arm, *(_quality(columns.get(bits)) for bits in widths)] for arm, columns in arms.items()]
     cost = [[arm, *(_cost(columns.get(bits)) for bits in widths)] for arm, columns in arms.items()]
     texts = [
         _originals(found),
         "KL divergence (perplexity); the mean of the seeds where there are several, with their spread:",
-        _table(header, quality),
+        table(header, quality),
         "Seconds, peak memory and bits per weight, adapters included:",
-        _table(header, cost),
+        table(header, cost),
     ]
     return "\n\n".join(texts)
+
+
+def by_row(found: Sequence[Line], wanted: Iterable[Cell]) -> tuple[Rows, list[float]]:
+    """The lines of the wanted cells by row and column, and the columns, widest first."""
+    by_key = {line["key"]: line for line in found}
+    rows: Rows = {}
+    for cell in wanted:
+        rows.setdefault(cell.arm, {}).setdefault(cell.bits, []).append(by_key.get(cell.key))
+    return rows, sorted({bits for columns in rows.values() for bits in columns}, reverse=True)
 
 
 def _originals(found: Sequence[Line]) -> str:
@@ -51,9 +58,8 @@ def _quality(given: list[Line | None] | None) -> str:
     if not found:
         return MISSING
     kl = [line["kl"] for line in found]
-    spread = f" ± {(max(kl) - min(kl)) / 2:.3f}" if len(kl) > 1 else ""
     seeds = f", {len(found)} of {len(given)} seeds" if len(found) < len(given) else ""
-    return f"{fmean(kl):.4f}{spread} ({fmean(line['perplexity'] for line in found):.2f}{seeds})"
+    return f"{fmean(kl):.4f}{spread(kl)} ({fmean(line['perplexity'] for line in found):.2f}{seeds})"
 
 
 def _cost(given: list[Line | None] | None) -> str:
@@ -67,7 +73,13 @@ def _cost(given: list[Line | None] | None) -> str:
     return f"{seconds:.0f} s{place}, {memory:.1f} GiB, {found[0]['bits_per_weight']:.3f}"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def spread(values: Sequence[float]) -> str:
+    """Half of what lies between the least and the largest."""
+    return f" ± {(max(values) - min(values)) / 2:.3f}" if len(values) > 1 else ""
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """As Markdown."""
     return "\n".join("| " + " | ".join(row) + " |" for row in (header, ["---"] * len(header), *rows))
 
 

@@ -15,6 +15,7 @@ from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule, RuntimeSupport, Support
 from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
 from app.settings import Settings
+from benchmarks.finetuning_table import finetuning_results
 from benchmarks.results_table import results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -260,6 +261,7 @@ PARTS: MappingProxyType[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "settings": ("README.md", settings_table),
         "tree": ("README.md", tree),
         "results": ("docs/results.md", results),
+        "finetuning results": ("docs/results.md", finetuning_results),
     }
 )
 """Name of a generated part -> the document that it stands in, and what makes it."""

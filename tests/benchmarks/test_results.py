@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.cells import Cell, cells
+from app.domain.adapters import ADAPTERS, shape_for
+from benchmarks.cells import GROUP_SIZE, Cell, cells
+from benchmarks.finetuning_cells import ARMS, finetuning_cells
+from benchmarks.finetuning_table import finetuning_tables
 from benchmarks.results import missing, order
 from benchmarks.results_table import lines, tables
 
-CELLS = list(cells())
+CELLS = [*cells(), *finetuning_cells()]
 FIGURES = {"perplexity_original": 27.0, "peak_gib": 1.5, "device": "cpu", "bits_per_weight": 4.25, "seconds": 3.0}
 
 
@@ -26,10 +29,36 @@ def test_keys_are_unique() -> None:
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.key)
 def test_every_cell_is_a_valid_request(cell: Cell, tmp_path: Path) -> None:
-    given = argparse.Namespace(model=tmp_path, calibration=tmp_path / "a.jsonl", valid=tmp_path / "b.jsonl")
+    a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
+    given = argparse.Namespace(model=tmp_path, calibration=a, valid=b, training=c)
     made = order(cell, given).request
     assert made.quantization.model_dump()["method"] == cell.quantization["method"]
     assert made.seed == cell.seed
+    assert (made.finetune is not None) == (made.adapter is not None) == (cell.training is not None)
+
+
+@pytest.mark.parametrize("budget", [3, 16])
+def test_arms_of_a_budget_train_as_many_parameters(budget: int) -> None:
+    """Within 5 % of the LoRA's, over the linears of a SmolLM2 block; QA-HiRA can only meet the small budget."""
+    shapes = [(576, 576), (576, 192), (576, 192), (576, 576), (576, 1536), (576, 1536), (1536, 576)]
+    counts = {}
+    for name, arm in ARMS.items():
+        if budget in arm.ranks and arm.kind != "bayesian-lora":
+            spec = ADAPTERS[arm.kind].spec(rank=arm.ranks[budget])
+            counts[name] = sum(shape_for(spec, *shape, GROUP_SIZE).parameters for shape in shapes)
+    assert ("qa-hira" in counts) == (budget == 3)
+    assert all(abs(count / counts["qlora"] - 1) < 0.05 for count in counts.values()), counts
+    assert ARMS["bayesian-lora"].ranks == ARMS["qlora"].ranks, "the same pair, with a few gates"
+
+
+def test_the_table_of_finetuning_shows_losses_before_and_after_the_merge() -> None:
+    cells = [Cell("a, rank 3", 2, seed, {}) for seed in (0, 1)]
+    figures = {"loss": 2.5, "merged": 3.25, "parameters": 1000, "tokens_per_second": 5000, "seconds": 20, "peak_gib": 2}
+    found = [{"key": c.key, "held_out": 3.0 + c.seed / 5} | figures for c in cells]
+    made = finetuning_tables(found, [*cells, Cell("b, rank 3", 2, 0, {})])
+    assert "| a, rank 3 | 3.1000 ± 0.100, merged 3.2500 ± 0.000 |" in made
+    assert "| a, rank 3 | 1,000, 20 s, 5,000, 2.0 GiB |" in made
+    assert "| b, rank 3 | missing |" in made
 
 
 def test_measured_cells_are_skipped(tmp_path: Path) -> None:

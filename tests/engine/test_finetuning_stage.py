@@ -43,15 +43,21 @@ class Job:
     workspace: Path
     lines: list[AttemptLine] = field(default_factory=list)
     adapters: dict[str, nn.Module] = field(default_factory=dict)
+    device: str = "cpu"
 
     def run(
-        self, model: Path, rows: Path | None, quantization: Mapping[str, Any] | None = None, **fields: Any
+        self,
+        model: Path,
+        rows: Path | None,
+        quantization: Mapping[str, Any] | None = None,
+        adapter: Mapping[str, Any] | None = None,
+        **fields: Any,
     ) -> Report:
         body = {
             "model": {"source": "local", "path": str(model)},
             "quantization": {"method": "rtn", "bits": 3, "group_size": 32, **(quantization or {})},
             **TEXTS,
-            "adapter": {"kind": "lora", "rank": 4},
+            "adapter": {"kind": "lora", "rank": 4, **(adapter or {})},
             "formats": ["native"],
             "finetune": {
                 "dataset": {"source": "builtin"} if rows is None else {"source": "local", "path": str(rows)},
@@ -65,7 +71,7 @@ class Job:
             request=JobRequest.model_validate(body),
             model_path=str(model),
             finetuning_path=None if rows is None else str(rows),
-            device="cpu",
+            device=self.device,
         )
 
         def recorded(*of: Any) -> AttachAdapters:

@@ -11,9 +11,10 @@ import torch
 from app.domain.events import AttemptOrder
 from app.domain.jobs import JobRequest
 from tests.engine.random_models import save_random_model
+from workers.engine import plan
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import Checkpoint
-from workers.engine.plan import Plan, StreamSize, make_plan, working_bytes
+from workers.engine.plan import PASS_BYTES, STREAM_BYTES, Plan, StreamSize, make_plan, working_bytes
 
 GB = 1 << 30
 PlanWith = Callable[..., Plan]
@@ -44,17 +45,30 @@ def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
 
 
 def test_activations_stay_on_the_device_while_they_fit(plan_with: PlanWith) -> None:
-    size = StreamSize(samples=1 << 14, length=100, tensors=2)  # of width 32, fp32
-    needed = (1 << 14) * 100 * 2 * 32 * 4
-    small = plan_with(8 * GB, size)
+    size = StreamSize(samples=1 << 12, length=100, tensors=2)  # of width 32, fp32
+    needed = (1 << 12) * 100 * 2 * 32 * 4
+    small = plan_with(4 * GB, size)
     assert (small.activations, small.activation_bytes) == ("device", needed)
     assert small.activation_budget is not None
-    assert needed <= small.activation_budget < 8 * GB
+    assert needed <= small.activation_budget < 4 * GB
     more = replace(size, samples=small.activation_budget * size.samples // needed + size.samples)
-    assert plan_with(8 * GB, more).activations == "host"
-    assert plan_with(8 * GB, size, more).activation_bytes == needed + needed // size.samples * more.samples
+    assert plan_with(4 * GB, more).activations == "host"
+    assert plan_with(4 * GB, size, more).activation_bytes == needed + needed // size.samples * more.samples
     assert plan_with(40 * GB, more).activations == "device"
     assert plan_with(0, size).activation_budget == 0
+
+
+def test_wide_streams_leave_the_device_alone(plan_with: PlanWith) -> None:
+    """Their copies are hidden behind the work; what is free belongs to others."""
+    size = StreamSize(samples=STREAM_BYTES // (100 * 2 * 32 * 4), length=100, tensors=2)
+    assert plan_with(80 * GB, size).activations == "device"
+    assert plan_with(80 * GB, replace(size, samples=size.samples + 1)).activations == "host"
+
+
+def test_passes_take_as_much_at_once_as_their_memory_holds(plan_with: PlanWith) -> None:
+    a_token = (4 * 32 + 3 * 64) * 4
+    assert plan_with(8 * GB, StreamSize(1, 100, 1)).pass_batch == PASS_BYTES // (100 * a_token)
+    assert plan_with(8 * GB, StreamSize(1, PASS_BYTES, 1)).pass_batch == 1
 
 
 def test_a_little_more_or_less_free_memory_changes_nothing(plan_with: PlanWith) -> None:
@@ -75,9 +89,12 @@ def test_ranks_share_what_streams_need(plan_with: PlanWith) -> None:
     assert shared.activation_bytes == plan_with(8 * GB, two).activation_bytes
 
 
-def test_what_the_device_needs_besides_grows_with_what_tuning_holds(plan_with: PlanWith) -> None:
+def test_what_the_device_needs_besides_grows_with_what_tuning_holds(
+    plan_with: PlanWith, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model: StreamedModel = plan_with.model  # type: ignore[attr-defined]
     block = sum(p.numel() for p in model.blocks[0].parameters())
+    monkeypatch.setattr(plan, "PASS_BYTES", 0)
     least = working_bytes(model, 1, 1)
     assert least > block * (2 * 4 + 4 + 4 + 4), "two blocks; value, gradient and offset of every weight"
     assert working_bytes(model, 4096, 32) - working_bytes(model, 4096, 16) == 16 * 4096 * (24 * 32 + 6 * 64) * 4

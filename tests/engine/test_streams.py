@@ -26,6 +26,7 @@ PLAN = Plan(
     dtype="float32",
     scale_dtype="float32",
     micro_batch=2,
+    pass_batch=2,
     torch_version=torch.__version__,
     activations="host",
     activation_bytes=0,

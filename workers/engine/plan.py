@@ -31,6 +31,10 @@ TUNING_SHARE = 0.3
 LARGEST_MICRO_BATCH = 32
 TOKENS_AT_ONCE_GPU = 16_384
 """Enough to fill a GPU; more only takes memory, for the MLP's insides first."""
+PASS_BYTES = 1 << 31
+"""Of a GPU's memory that a pass without gradients may take: small models are bound by the calls, not by the work."""
+STREAM_BYTES = 3 << 30
+"""Streams beyond this live in host memory, however much is free: copies are hidden behind the work of such widths."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,7 @@ class Plan:
     """What the engine decided; in the report, and most of it in the fingerprint that a resumed attempt must share.
 
     micro_batch     sequences that go through a block at once, with gradients
+    pass_batch      the same without gradients
     scale_dtype     of stored scales, learned from the formats before anything is optimized
     activations     where the streams live; codes are the same wherever that is
     activation_bytes, activation_budget
@@ -51,6 +56,7 @@ class Plan:
     dtype: str
     scale_dtype: str
     micro_batch: int
+    pass_batch: int
     torch_version: str
     activations: Literal["device", "host"]
     activation_bytes: int
@@ -139,8 +145,9 @@ def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[StreamSiz
         dtype=_name(model.dtype),
         scale_dtype=_name(scale_dtype(order.request.formats, model.dtype)),
         micro_batch=micro_batch,
+        pass_batch=max(1, _pass_batch(model, longest) // order.micro_batch_divisor),
         torch_version=torch.__version__,
-        activations="device" if budget is not None and needed <= budget else "host",
+        activations="device" if budget is not None and needed <= min(budget, STREAM_BYTES) else "host",
         activation_bytes=needed,
         activation_budget=budget,
         world_size=order.world_size,
@@ -177,6 +184,18 @@ def _micro_batch(model: StreamedModel, length: int) -> int:
     return max(1, min(most, int(budget // (graph_bytes(model) * length))))
 
 
+def _pass_batch(model: StreamedModel, length: int) -> int:
+    if model.device.type != "cuda":
+        return _micro_batch(model, length)
+    return max(1, PASS_BYTES // (_pass_bytes(model) * length))
+
+
+def _pass_bytes(model: StreamedModel) -> int:
+    """What a block holds of each token at once without autograd."""
+    config = model.config.get_text_config()
+    return int((4 * config.hidden_size + 3 * config.intermediate_size) * model.dtype.itemsize)
+
+
 def graph_bytes(model: StreamedModel) -> int:
     """What autograd keeps of a block for each token."""
     config = model.config.get_text_config()
@@ -198,7 +217,7 @@ def _activation_budget(model: StreamedModel, length: int, micro_batch: int) -> i
 
 
 def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
-    """The most that a job needs on the device beside its streams: while a block is tuned, or while logits are made.
+    """The most that a job needs on the device beside its streams: in a pass, while tuning, or while making logits.
 
     length, micro_batch   of the sequences that go through a block at once with gradients
     """
@@ -208,7 +227,7 @@ def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
     tuning = 2 * block * item + block * TUNED_BYTES + micro_batch * length * graph_bytes(model)
     head = config.vocab_size * config.hidden_size * item
     logits = min(LOGITS_AT_ONCE["cuda"], length * config.vocab_size) * LOGITS_BYTES
-    return int(max(tuning, head + logits))
+    return int(max(tuning, 2 * block * item + PASS_BYTES, head + logits))
 
 
 def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:

@@ -32,7 +32,7 @@ class Stream:
     def __init__(self, model: StreamedModel, ids: Tensor, plan: Plan, *, keep_inputs: bool) -> None:
         self._device = model.device
         self._ids = ids
-        self._micro_batch = plan.micro_batch
+        self._pass_batch = plan.pass_batch
         self.calls = model.capture_calls(ids.shape[1])
         self.original, self.quantized = (_buffer(model, ids, plan) for _ in range(2))
         self.inputs_fp = _buffer(model, ids, plan) if keep_inputs else None
@@ -57,7 +57,7 @@ class Stream:
         return self.inputs_fp
 
     def _run(self, index: int, block: nn.Module, source: Tensor, target: Tensor) -> None:
-        run_block(self.calls[index], block, source, target, micro_batch=self._micro_batch, device=self._device)
+        run_block(self.calls[index], block, source, target, micro_batch=self._pass_batch, device=self._device)
 
     def rewind(self, model: StreamedModel) -> None:
         """X_q <- the embeddings, as before block 0; the embedding matrix must be loaded. The kept inputs are let go."""

@@ -154,8 +154,9 @@ class _SiluMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        d_gate_up = tuple(torch.empty_like(t) for t in ctx.saved_tensors)
-        (gate, up), (d_gate, d_up) = _halves(ctx.saved_tensors), _halves(d_gate_up)
+        gate_up = ctx.saved_tensors  # once: where blocks are recomputed, it may not be asked for again
+        d_gate_up = tuple(torch.empty_like(t) for t in gate_up)
+        (gate, up), (d_gate, d_up) = _halves(gate_up), _halves(d_gate_up)
         grid, sizes = _columns(gate)
         d_y = gradients[0].contiguous()
         _silu_mul_backward[grid](d_y, gate, up, d_gate, d_up, gate.stride(-2), gate.shape[-1], **sizes)

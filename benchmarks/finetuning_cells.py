@@ -1,0 +1,85 @@
+"""The cells of the table of finetuning: every adapter at 4, 3 and 2 bits on one base, with as many parameters each.
+
+The base is SignRound's, asymmetric, so that every adapter can be folded into it; only the arm that starts from ApiQ has
+a base of its own. Two budgets of parameters: that of the LoRA of rank 3, which QA-HiRA aligned to the groups can meet
+within 4 %, and that of rank 16, which it cannot.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+from benchmarks.cells import GROUP_SIZE, SEEDS_OF_LEARNED, WIDTHS, Cell
+
+STEPS, BATCH_SIZE, LENGTH = 100, 8, 512
+BASE: Mapping[str, Any] = MappingProxyType({"method": "signround", "group_size": GROUP_SIZE, "symmetric": False})
+QUANTIZED, SIXTEEN_BIT = "quantized", "16bit"
+
+
+@dataclass(frozen=True)
+class AdapterArm:
+    """A row of the table.
+
+    kind           of the adapter
+    ranks          the request's rank by budget; no entry where the kind cannot meet it within 5 %
+    learning_rate  the best of 5e-4, 1e-3, 2e-3 and 4e-3 at 3 bits
+    merge          how it is folded into the base afterwards
+    apiq           whether base and start are ApiQ's
+    """
+
+    kind: str
+    ranks: Mapping[int, int]
+    learning_rate: float
+    merge: str = SIXTEEN_BIT
+    apiq: bool = False
+
+
+ARMS: MappingProxyType[str, AdapterArm] = MappingProxyType(
+    {
+        "qlora": AdapterArm("lora", {3: 3, 16: 16}, 1e-3),
+        "qa-lora": AdapterArm("qa-lora", {3: 6, 16: 31}, 1e-3, QUANTIZED),
+        "q-bara": AdapterArm("q-bara", {3: 3, 16: 16}, 1e-3),
+        "qa-hira": AdapterArm("qa-hira", {3: 3}, 1e-3, QUANTIZED),
+        "bayesian-lora": AdapterArm("bayesian-lora", {3: 3, 16: 16}, 1e-3),
+        "lora from apiq": AdapterArm("lora", {3: 3, 16: 16}, 1e-3, apiq=True),
+    }
+)
+BUDGETS = (3, 16)
+"""Ranks of the LoRA with as many parameters."""
+
+
+def finetuning_cells() -> Iterator[Cell]:
+    """All cells: those of one base one after another."""
+    for bits in WIDTHS:
+        for seed in SEEDS_OF_LEARNED if bits == min(WIDTHS) else (0,):
+            for budget in BUDGETS:
+                for name, arm in ARMS.items():
+                    if budget in arm.ranks:
+                        yield cell(name, arm, budget, bits, seed)
+
+
+def cell(name: str, arm: AdapterArm, budget: int, bits: int, seed: int, rate: float | None = None) -> Cell:
+    """One job: alpha is the rank, so that every update has the factor 1."""
+    rank = arm.ranks[budget]
+    quantization = {**BASE, "bits": bits}
+    if arm.apiq:
+        quantization |= {"method": "apiq", "granularity": "block", "base": "signround", "rank": rank, "alpha": rank}
+    training = {
+        "adapter": {"kind": arm.kind, "rank": rank, "alpha": float(rank)},
+        "finetune": {
+            "steps": STEPS,
+            "batch_size": BATCH_SIZE,
+            "sequence_length": LENGTH,
+            "learning_rate": arm.learning_rate if rate is None else rate,
+            "schedule": "cosine",
+            "validation_share": 0.0,
+        },
+        "merge": arm.merge,
+    }
+    return Cell(row(name, budget), bits, seed, quantization, training=training)
+
+
+def row(name: str, budget: int) -> str:
+    """The name of a row: an arm with a budget."""
+    return f"{name}, rank {budget}"

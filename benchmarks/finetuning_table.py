@@ -1,0 +1,63 @@
+"""The tables that docs/results.md shows of the finetuned cells; a cell that was not measured is shown as missing."""
+
+from collections.abc import Callable, Iterable, Sequence
+from statistics import fmean
+
+from benchmarks.cells import Cell
+from benchmarks.finetuning_cells import finetuning_cells
+from benchmarks.results_table import MISSING, Line, by_row, lines, spread, table
+
+Show = Callable[[Sequence[Line]], str]
+
+
+def finetuning_tables(found: Sequence[Line], wanted: Iterable[Cell]) -> str:
+    """Losses before and after the merge by row and width, and what training cost."""
+    rows, widths = by_row(found, wanted)
+    header = ["adapter, budget", *(f"{bits:g} bits" for bits in widths)]
+
+    def shown(show: Show) -> str:
+        return table(
+            header, [[row, *(_cell(columns.get(bits), show) for bits in widths)] for row, columns in rows.items()]
+        )
+
+    return "\n\n".join(
+        [
+            "Loss on held-out text, nats a token: with the trained adapter, and of the merged checkpoint; the mean of "
+            "the seeds where there are several, with their spread:",
+            shown(_held_out),
+            "Loss of training, the last tenth of the steps:",
+            shown(lambda cells: _mean(cells, "loss")),
+            "Trained parameters, seconds of training, tokens a second, peak memory:",
+            shown(_cost),
+        ]
+    )
+
+
+def _cell(given: list[Line | None] | None, show: Show) -> str:
+    if given is None:
+        return ""
+    found = [line for line in given if line is not None]
+    if not found:
+        return MISSING
+    partly = f" ({len(found)} of {len(given)} seeds)" if len(found) < len(given) else ""
+    return show(found) + partly
+
+
+def _held_out(found: Sequence[Line]) -> str:
+    return f"{_mean(found, 'held_out')}, merged {_mean(found, 'merged')}"
+
+
+def _mean(found: Sequence[Line], name: str) -> str:
+    values = [line[name] for line in found]
+    return f"{fmean(values):.4f}{spread(values)}"
+
+
+def _cost(found: Sequence[Line]) -> str:
+    seconds, speed = (fmean(line[name] for line in found) for name in ("seconds", "tokens_per_second"))
+    memory = max(line["peak_gib"] for line in found)
+    return f"{found[0]['parameters']:,}, {seconds:.0f} s, {speed:,.0f}, {memory:.1f} GiB"
+
+
+def finetuning_results() -> str:
+    """All tables of the file."""
+    return finetuning_tables(lines(), finetuning_cells())

@@ -1,0 +1,81 @@
+"""Finetuning on a GPU: it learns as on a CPU, repeats itself bit for bit, and goes on where it was killed."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from app.domain.events import LogEvent
+from app.domain.report import FinetuningReport
+from tests.engine.test_finetuning_stage import Job, rows
+from tests.engine.test_training import Interrupted, interrupt_at
+from workers.engine import training_plan
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+__all__ = ["rows"]  # the fixture
+ARMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "lora on a codebook": ({"method": "nf", "group_size": 32}, {"kind": "lora"}),
+    "lora on 2 bits": ({"bits": 2, "symmetric": False}, {"kind": "lora", "dropout": 0.1}),
+    "qa-lora": ({"symmetric": False}, {"kind": "qa-lora"}),
+    "q-bara": ({"bits": 4}, {"kind": "q-bara"}),
+    "qa-hira": ({"symmetric": False}, {"kind": "qa-hira"}),
+    "bayesian-lora": ({"bits": 4}, {"kind": "bayesian-lora"}),
+}
+
+
+def finetuned(job: Job, *given: Any, **fields: Any) -> FinetuningReport:
+    found = job.run(*given, **fields).finetuning
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_gpu_learns_as_a_cpu_does(arm: str, small_model: Path, rows: Path, tmp_path: Path) -> None:
+    """bf16 products are summed in another order there, so losses agree, and not their bits."""
+    quantization, adapter = ARMS[arm]
+    on_gpu = finetuned(Job(tmp_path / "gpu", device="cuda"), small_model, rows, quantization, adapter)
+    on_cpu = finetuned(Job(tmp_path / "cpu"), small_model, rows, quantization, adapter)
+    assert on_gpu.trainable_parameters == on_cpu.trainable_parameters
+    assert on_gpu.peak_device_bytes
+    assert on_gpu.loss_before == pytest.approx(on_cpu.loss_before, rel=0.01)
+    assert on_gpu.losses[0].loss == pytest.approx(on_cpu.losses[0].loss, rel=0.01)
+    assert on_gpu.loss_before is not None
+    assert on_gpu.loss_after is not None
+    assert on_gpu.loss_after < on_gpu.loss_before
+    if not adapter.get("dropout") and adapter["kind"] != "bayesian-lora":  # the devices draw other random numbers
+        assert on_gpu.loss_after == pytest.approx(on_cpu.loss_after, rel=0.05)
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_a_killed_job_ends_with_the_adapters_of_an_undisturbed_one(
+    arm: str, small_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    quantization, adapter = ARMS[arm]
+    whole, cut = (Job(tmp_path / name, device="cuda") for name in ("whole", "cut"))
+    whole.run(small_model, rows, quantization, adapter)
+    with pytest.MonkeyPatch.context() as patch:
+        interrupt_at(patch, 7)
+        with pytest.raises(Interrupted):
+            cut.run(small_model, rows, quantization, adapter)
+    assert finetuned(cut, small_model, rows, quantization, adapter).steps_resumed == 5
+    expected = whole.trained()
+    assert [name for name, tensor in cut.trained().items() if not torch.equal(tensor, expected[name])] == []
+    assert "training_not_deterministic" not in {line.event for line in whole.told(LogEvent)}
+
+
+def test_weights_made_anew_train_the_same_adapters_as_kept_ones(
+    small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With activations recomputed, too."""
+    kept = Job(tmp_path / "kept", device="cuda")
+    kept.run(small_model, rows)
+    made = Job(tmp_path / "made", device="cuda")
+    monkeypatch.setitem(training_plan.KEPT_SHARE, "cuda", 0.0)
+    report = finetuned(made, small_model, rows, gradient_checkpointing=True)
+    assert not report.weights_kept
+    expected = kept.trained()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in made.trained().items())
