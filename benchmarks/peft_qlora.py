@@ -22,7 +22,8 @@ seconds_a_step   from one wait for the device to another, with no wait between t
 peak_gib         most memory of the device that tensors take; peak_before_gib: until then, loading included
 loss             of the very first step, before anything is learned, and of the last
 
-bitsandbytes is used where it can be imported; `--peer-path` names a folder that it was installed to.
+bitsandbytes is used where it can be imported; `--peer-path` names a folder that it was installed to. `--sides` and
+`--recompute` take a part of the eight runs, so that it fits into a limit. Without a GPU there are no peaks.
 """
 
 import argparse
@@ -75,11 +76,13 @@ NUMBERS = ("steps", "warm_up", "batch", "length", "rank")
 
 def main() -> None:
     given = arguments().parse_args()
-    if given.steps <= given.warm_up:
-        sys.exit(f"--steps is {given.steps}: more than --warm-up, {given.warm_up}, are needed")
+    if not 0 < given.warm_up < given.steps:
+        sys.exit(f"--warm-up is {given.warm_up}: at least 1 and fewer than --steps, {given.steps}, are needed")
     if given.run is not None:
         print(json.dumps(run(given)), flush=True)
         return
+    if given.text is None:
+        sys.exit("--text is missing: a JSONL file whose rows have `text`")
     with tempfile.TemporaryDirectory() as folder:
         prepare(given, Path(folder))
         wanted = product(given.recompute, given.sides)
@@ -108,7 +111,8 @@ def arguments() -> argparse.ArgumentParser:
 def prepare(given: argparse.Namespace, folder: Path) -> None:
     """The sequences, int32 (sequences, length), and for a shape its random model; in `folder`."""
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    texts = [json.loads(line)["text"] for line in given.text.read_text().splitlines()]
+    with given.text.open() as lines:
+        texts = [json.loads(line)["text"] for line in lines]
     ids = [token for text in texts for token in (*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id)]
     count = len(ids) // given.length
     if count == 0:
