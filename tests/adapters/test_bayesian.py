@@ -49,8 +49,9 @@ def test_gates_up_to_k_bits_are_the_uniform_quantizer_of_k_bits(bits: int, limit
     step = 2 * limit / (2**bits - 1)
     inside = limit * (1 - 1e-7)
     plain = (x.clamp(-inside, inside) / step).round() * step
-    # 4 ulp of the largest value, which at 16 bits are about 1e-11 of a step.
-    assert (found - plain).abs().max() < max(1e-11 * step, 2 * torch.finfo(F64).eps * limit)
+    # Where the range is no power of two, 4 ulp of it are a little more than 1e-11 of a step at 16 bits.
+    rounding = 0 if limit == 1 else 2 * torch.finfo(F64).eps * limit
+    assert (found - plain).abs().max() < max(1e-11 * step, rounding)
     assert len(torch.unique((found / step).round())) <= 2**bits - 1
     assert float(step_of(torch.tensor(limit, dtype=F64), bits)) == pytest.approx(step, rel=1e-15)
 
@@ -82,7 +83,7 @@ def test_the_probability_of_a_gate_is_the_papers_and_that_of_samples(phi: float,
 
 
 def test_a_gate_is_on_in_the_end_above_minus_0_935() -> None:
-    assert decide(torch.tensor([6.0, 0.0, -0.93, -0.94, -2.0])).tolist() == [1, 1, 1, 0, 0]
+    assert decide(torch.tensor([6.0, 0.0, -0.935, -0.936, -2.0])).tolist() == [1, 1, 1, 0, 0]
 
 
 @pytest.mark.parametrize(("phi", "bits"), [((6, 6, 6), 16), ((6, 6, -6), 8), ((6, -6, 6), 4), ((-6, 6, 6), 2)])

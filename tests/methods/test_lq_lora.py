@@ -93,6 +93,22 @@ def test_the_unweighted_loop_is_the_iteration_of_loftq_in_another_order() -> Non
     assert all(later < earlier for earlier, later in zip(found.errors[:-2], found.errors[1:-1], strict=True))
 
 
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_errors_fall_until_the_last_iteration_and_the_best_is_kept(bits: int, *, weighted: bool) -> None:
+    scheme, stopped = SCHEME.model_copy(update={"bits": bits}), 0
+    for seed in range(4):
+        weight = layer(seed=seed)
+        weights = RankOne.of(fisher_of(weight)[0] if weighted else None, weight)
+        found = decompose(weight, scheme, ABSMAX, weights, rank=8, iterations=30, seed=seed)
+        kept = float(weights.error(weight - found.base.dequantize() - found.left @ found.right))
+        assert kept == pytest.approx(min(found.errors), rel=1e-5)
+        assert all(later < earlier for earlier, later in itertools.pairwise(found.errors[:-1]))
+        stopped += len(found.errors) < 30
+        assert len(found.errors) == 30 or found.errors[-1] >= found.errors[-2], "it goes on while it helps"
+    assert stopped, "some end because the last was worse, so that the last would not do"
+
+
 def test_fisher_weighting_lowers_the_error_that_it_weighs() -> None:
     weight = layer()
     fisher, whole = fisher_of(weight)

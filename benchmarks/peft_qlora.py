@@ -1,0 +1,374 @@
+"""A training step of QLoRA, here and by peft with bitsandbytes: same model, sequences and hyperparameters, one GPU.
+
+    python -m benchmarks.peft_qlora MODEL --text train.jsonl --steps 30 --batch 8 --length 512 --rank 16
+    python -m benchmarks.peft_qlora MODEL --text train.jsonl --shape llama-8b --blocks 16
+
+A LoRA beside every linear of the blocks, alpha 16, no dropout; NF4 in blocks of 64 with double quantization below;
+AdamW (fused), learning rate 2e-4, norm of the gradient at most 0.3. The rows' `text` is cut into sequences of full
+length, so that there is no padding, and both sides read the same ones in the same order. With `--shape` the model is a
+random Llama of that shape, tokenized by MODEL, whose weights are a large part of the memory.
+
+ours         the engine's stage as a job runs it: its plan decides whether dequantized weights are kept
+packed       the same, but weights stay packed and are made anew for each use, as where they would not fit
+peer         peft and transformers as QLoRA's authors prepare the model: norms in fp32, the rest that is not quantized
+             in bf16, autocast to bf16
+peer-16bit   the same with norms in bf16, which takes less memory
+
+Each runs without and with recomputation of activations (gradient checkpointing of every block), in a process of its
+own, one after another. One JSON line each, and at the end one with ratios of ours to theirs. Of the steps after
+`--warm-up`:
+
+seconds_a_step   from one wait for the device to another, with no wait between them
+peak_gib         most memory of the device that tensors take; peak_before_gib: until then, loading included
+loss             of the very first step, before anything is learned, and of the last
+
+bitsandbytes is used where it can be imported; `--peer-path` names a folder that it was installed to. `--sides` and
+`--recompute` take a part of the eight runs, so that it fits into a limit. Without a GPU there are no peaks.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from importlib import metadata
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from app.domain.adapters import LoRASpec
+from app.domain.finetuning import Finetune
+from app.domain.schemes import Scheme
+from app.domain.sources import BuiltinText
+from benchmarks.random_llama import write_model
+from workers.adapters.attaching import Attach
+from workers.engine import training_plan
+from workers.engine.blocks import StreamedModel
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.examples import Examples
+from workers.engine.finetuning_stage import FinetuningStage, FinetuningTexts, run_finetuning
+from workers.engine.flat_parameters import FlatParameters
+from workers.engine.packed_sequences import Order, PackedSequences
+from workers.engine.plan import available_threads, block_seed, reproducible
+from workers.engine.ranks import ALONE
+from workers.engine.reporter import Reporter
+from workers.engine.resume import ResumeState
+from workers.environments import ALLOCATOR, OFFLINE
+from workers.methods.normal_float import QLORA
+from workers.numerics.normal_float import quantize
+from workers.numerics.quantized import LinearResult
+
+OURS, PEERS = ("ours", "packed"), ("peer", "peer-16bit")
+NF4 = Scheme(bits=4, group_size=64, symmetric=True)
+ALPHA, RATE, CLIP_NORM, SEED = 16, 2e-4, 0.3, 0
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+NUMBERS = ("steps", "warm_up", "batch", "length", "rank")
+
+
+def main() -> None:
+    given = arguments().parse_args()
+    if not 0 < given.warm_up < given.steps:
+        sys.exit(f"--warm-up is {given.warm_up}: at least 1 and fewer than --steps, {given.steps}, are needed")
+    if given.run is not None:
+        print(json.dumps(run(given)), flush=True)
+        return
+    if given.text is None:
+        sys.exit("--text is missing: a JSONL file whose rows have `text`")
+    with tempfile.TemporaryDirectory() as folder:
+        prepare(given, Path(folder))
+        wanted = product(given.recompute, given.sides)
+        runs = [in_its_process(given, side, recompute, Path(folder)) for recompute, side in wanted]
+    print(json.dumps(summary([found for found in runs if found is not None])))
+
+
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", type=Path, help="folder of a checkpoint")
+    parser.add_argument("--text", type=Path, help="JSONL with `text`")
+    parser.add_argument("--sides", nargs="+", choices=OURS + PEERS, default=[*OURS, *PEERS])
+    parser.add_argument("--recompute", nargs="+", choices=["no", "yes"], default=["no", "yes"])
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, default=512)
+    parser.add_argument("--rank", type=int, default=16)
+    parser.add_argument("--shape", choices=["llama-8b"])
+    parser.add_argument("--blocks", type=int, default=16, help="of --shape")
+    parser.add_argument("--peer-path", type=Path)
+    parser.add_argument("--run", choices=OURS + PEERS, help=argparse.SUPPRESS)
+    return parser
+
+
+def prepare(given: argparse.Namespace, folder: Path) -> None:
+    """The sequences, int32 (sequences, length), and for a shape its random model; in `folder`."""
+    tokenizer = AutoTokenizer.from_pretrained(given.model)
+    with given.text.open() as lines:
+        texts = [json.loads(line)["text"] for line in lines]
+    ids = [token for text in texts for token in (*tokenizer(text, verbose=False)["input_ids"], tokenizer.eos_token_id)]
+    count = len(ids) // given.length
+    if count == 0:
+        sys.exit(f"--text has {len(ids)} tokens; a sequence has {given.length}")
+    rows = torch.tensor(ids[: count * given.length], dtype=torch.int32).view(count, given.length)
+    save_file({"ids": rows}, folder / "sequences.safetensors")
+    if given.shape is None:
+        (folder / "model").symlink_to(given.model.resolve())
+        return
+    shape = {"shape": given.shape, "tokenizer": given.model, "blocks": given.blocks, "length": given.length}
+    write_model(argparse.Namespace(**shape), folder / "model")
+
+
+def in_its_process(given: argparse.Namespace, side: str, recompute: str, folder: Path) -> dict[str, Any] | None:
+    """What one side printed last; None where it failed. Ours runs in an attempt's environment."""
+    environment = os.environ | OFFLINE
+    if given.peer_path is not None and side in PEERS:
+        environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", "."), str(given.peer_path)])
+    if side in OURS:
+        environment |= ALLOCATOR
+    numbers = [f"--{name.replace('_', '-')}={getattr(given, name)}" for name in NUMBERS]
+    command = [sys.executable, "-m", "benchmarks.peft_qlora", str(folder), "--run", side, "--recompute", recompute]
+    done = subprocess.run([*command, *numbers], env=environment, capture_output=True, check=False, text=True)
+    if done.returncode != 0:
+        failed = {"side": side, "recompute": recompute, "failed": done.stderr.splitlines()[-8:]}
+        print(json.dumps(failed), flush=True)
+        return None
+    line: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(json.dumps(line), flush=True)
+    return line
+
+
+def run(given: argparse.Namespace) -> dict[str, Any]:
+    """The line of one side."""
+    torch.set_num_threads(available_threads())
+    clock = Clock(given.warm_up, given.steps, tokens=given.batch * given.length)
+    recomputes = given.recompute == ["yes"]
+    train = theirs if given.run in PEERS else ours
+    found = train(given, clock, recomputes=recomputes)
+    return {"side": given.run, "recompute": recomputes} | clock.figures() | found
+
+
+@dataclass
+class Clock:
+    """Time and memory of the steps after the warm-up: `tick` is called after each step."""
+
+    warm_up: int
+    steps: int
+    tokens: int
+    done: int = 0
+    began: float = 0.0
+    seconds: float = 0.0
+    peaks: list[int] = field(default_factory=list)
+
+    def tick(self) -> None:
+        self.done += 1
+        if self.done == self.warm_up:
+            self._look()
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            self.began = time.perf_counter()
+        if self.done == self.steps:
+            self._look()
+            self.seconds = time.perf_counter() - self.began
+
+    def figures(self) -> dict[str, Any]:
+        a_step = self.seconds / (self.steps - self.warm_up)
+        before, after = [round(peak / 2**30, 3) for peak in self.peaks] or (None, None)
+        return {
+            "seconds_a_step": round(a_step, 5),
+            "tokens_a_second": round(self.tokens / a_step, 1),
+            "peak_gib": after,
+            "peak_before_gib": before,
+        }
+
+    def _look(self) -> None:
+        """Waits for the device."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+            self.peaks.append(torch.cuda.max_memory_allocated())
+
+
+def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[str, Any]:
+    """The stage of a job that finetunes, on blocks that are quantized and durable as a job leaves them."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    if given.run == "packed":
+        training_plan.KEPT_SHARE.update(dict.fromkeys(training_plan.KEPT_SHARE, 0.0))
+    part = Finetune(
+        dataset=BuiltinText(),  # only named in the report
+        steps=given.steps,
+        batch_size=given.batch,
+        sequence_length=given.length,
+        learning_rate=RATE,
+        clip_norm=CLIP_NORM,
+        warmup_share=0.0,
+        validation_share=0.0,
+        checkpoint_every=given.steps,
+        gradient_checkpointing=recomputes,
+    )
+    with reproducible(device), tempfile.TemporaryDirectory() as folder:
+        model = StreamedModel.open(Checkpoint.open(given.model / "model"), device)
+        state, shapes = quantized(model, Path(folder))
+        stage = FinetuningStage(
+            model=model,
+            part=part,
+            texts=FinetuningTexts(Examples(), sequences(given), None, "benchmark"),
+            attach=Attach(LoRASpec(rank=given.rank, alpha=ALPHA), shapes),
+            names=frozenset(shapes),
+            state=state,
+            folder=Path(folder),
+            identity={},
+            head=None,
+            evaluation=None,
+            seed=SEED,
+            divisor=1,
+            reporter=Reporter(lambda _: None),
+            ranks=ALONE,
+        )
+        tick_after_steps(clock)
+        report = run_finetuning(stage).report
+    return {
+        "loss": losses([point.loss for point in report.losses]),
+        "trained": report.trainable_parameters,
+        "micro_batch": report.micro_batch,
+        "weights_kept": report.weights_kept,
+    }
+
+
+def quantized(model: StreamedModel, folder: Path) -> tuple[ResumeState, dict[str, tuple[int, int]]]:
+    """The blocks' linears in NF4, and (out, in) of each by full name."""
+    state = ResumeState(folder, "benchmark")
+    shapes: dict[str, tuple[int, int]] = {}
+    for index in range(len(model.blocks)):
+        block = model.layout.block(index)
+        with model.loaded(block), torch.no_grad():
+            results = {
+                f"{block}.{name}": LinearResult(quantize(linear.weight, NF4, QLORA, linear.weight.dtype))
+                for name, linear in model.block_linears(index).items()
+            }
+        state.save(index, results, None)
+        shapes |= {name: result.weight.shape for name, result in results.items()}
+    return state, shapes
+
+
+def tick_after_steps(clock: Clock) -> None:
+    """The clock ticks after each step of the engine's optimizer, the last thing that a step gives to the device."""
+    take = FlatParameters.step
+
+    def step(self: FlatParameters, rate: float, share: float) -> Tensor:
+        norm = take(self, rate, share)
+        clock.tick()
+        return norm
+
+    FlatParameters.step = step  # type: ignore[method-assign]
+
+
+def theirs(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[str, Any]:
+    """A loop of its own, as a trainer has it: nothing waits for the device."""
+    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    torch.manual_seed(SEED)
+    model = peer_model(given, device, recomputes=recomputes)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
+    read = sequences(given)
+    order = Order(read, given.batch, given.batch, block_seed(SEED, "finetune"))
+    found: list[Tensor] = []
+    for index in range(given.steps):
+        ids = read.ids[order.rows(index)].long()
+        ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, CLIP_NORM)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        found.append(loss.detach())
+        clock.tick()
+    return {"loss": losses(torch.stack(found).tolist()), "trained": sum(p.numel() for p in trained)}
+
+
+def peer_model(given: argparse.Namespace, device: torch.device, *, recomputes: bool) -> nn.Module:
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import BitsAndBytesConfig
+
+    model = AutoModelForCausalLM.from_pretrained(
+        given.model / "model",
+        dtype=torch.bfloat16,
+        device_map={"": 0 if device.type == "cuda" else "cpu"},
+        quantization_config=BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        ),
+    )
+    model = prepare_model_for_kbit_training(
+        model, use_gradient_checkpointing=recomputes, gradient_checkpointing_kwargs={"use_reentrant": False}
+    )
+    # That made everything fp32 that is not quantized; QLoRA's own script leaves only norms so.
+    for outer in (model.get_input_embeddings(), model.get_output_embeddings()):
+        outer.to(torch.bfloat16)
+    if given.run == "peer-16bit":
+        for name, module in model.named_modules():
+            if name.endswith("norm"):
+                module.to(torch.bfloat16)
+    lora = LoraConfig(
+        r=given.rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    found: nn.Module = get_peft_model(model, lora)
+    return found.train()
+
+
+def sequences(given: argparse.Namespace) -> PackedSequences:
+    """One example in each; every token but the first is learned, as a causal language model's loss has it."""
+    ids = load_file(given.model / "sequences.safetensors")["ids"]
+    targets = torch.ones_like(ids, dtype=torch.bool)
+    targets[:, -1] = False
+    return PackedSequences(ids, torch.zeros_like(ids), targets)
+
+
+def losses(found: list[float]) -> list[float]:
+    """Of the first and the last step (of more than 50 steps here: means of those around them)."""
+    return [round(found[0], 4), round(found[-1], 4)]
+
+
+def summary(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """How many times as fast ours is, and its share of their memory; both sides train as many numbers."""
+    by = {(line["recompute"], line["side"]): line for line in runs}
+    pairs = [
+        (r, one, other) for r, one, other in product((False, True), OURS, PEERS) if {(r, one), (r, other)} <= set(by)
+    ]
+    ratios = {
+        f"{one} / {other}{', recomputed' if recomputed else ''}": {
+            "speed": ratio(by[recomputed, one], by[recomputed, other], "tokens_a_second"),
+            "memory": ratio(by[recomputed, one], by[recomputed, other], "peak_gib"),
+            "same_parameters": by[recomputed, one]["trained"] == by[recomputed, other]["trained"],
+        }
+        for recomputed, one, other in pairs
+    }
+    return {"ratio": ratios} | machine()
+
+
+def ratio(one: dict[str, Any], other: dict[str, Any], figure: str) -> float | None:
+    return None if one[figure] is None else round(one[figure] / other[figure], 3)
+
+
+def machine() -> dict[str, Any]:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "another path"
+    return {"device": device, "versions": found}
+
+
+if __name__ == "__main__":
+    main()
