@@ -225,7 +225,9 @@ def model_label(source: ModelSource) -> str:
 
 
 def _named_uploads(request: JobRequest) -> dict[str, str]:
-    sources = {"model": request.model, "calibration.dataset": request.calibration.dataset}
+    sources: dict[str, object] = {"model": request.model}
+    if request.base_job is None:  # else nothing is calibrated
+        sources["calibration.dataset"] = request.calibration.dataset
     if request.evaluation is not None:
         sources["evaluation.dataset"] = request.evaluation.dataset
     return {f"{name}.id": s.id for name, s in sources.items() if isinstance(s, UploadedModel | UploadedText)}
