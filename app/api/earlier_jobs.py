@@ -55,7 +55,7 @@ def _demand_adapter(job_id: str, request: Mapping[str, Any]) -> None:
     adapter = continued_adapter(request)
     if adapter is not None and adapter["kind"] == "bayesian-lora":
         detail = f"job {job_id} has trained a bayesian-lora: its gates are decided, and what is stored is rounded"
-        hint = "train it in one job with more steps, or leave base_job out: the same request and seed give the same codes"
+        hint = "train it in one job with more steps; without base_job the same request and seed give the same codes"
         raise _refusal(UnusableBaseJob, detail, hint, job_id)
 
 

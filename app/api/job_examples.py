@@ -80,9 +80,7 @@ REQUEST_BODY: dict[str, Any] = {
         "required": True,
         "content": {
             "application/json": {
-                "schema": {
-                    "anyOf": [SHORTHAND_SCHEMA, CONTINUED_SCHEMA, {"$ref": "#/components/schemas/JobRequest"}]
-                },
+                "schema": {"anyOf": [SHORTHAND_SCHEMA, CONTINUED_SCHEMA, {"$ref": "#/components/schemas/JobRequest"}]},
                 "examples": {
                     "shorthand": {"summary": "Shorthand", "value": SHORTHAND_EXAMPLE},
                     "finetune": {"summary": "Quantize, finetune, merge", "value": FINETUNE_EXAMPLE},

@@ -85,8 +85,8 @@ def create_job(
     """
     with database.reading() as session:
         tenant = (session, principal.tenant_id)
-        earlier = find_earlier(body, JobRepository(*tenant), ArtifactRepository(*tenant), blobs)
-    request = JobRequest.parse(body, earlier)
+        start = find_earlier(body, JobRepository(*tenant), ArtifactRepository(*tenant), blobs)
+    request = JobRequest.parse(body, start)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
     with database.reading() as session:
         if idempotency is not None and not dry_run:

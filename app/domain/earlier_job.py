@@ -220,9 +220,7 @@ def _of_quantization(earlier: EarlierJob, field: str, value: object) -> FieldPro
 
 
 def _differs(earlier: EarlierJob, field: object, own: object) -> str:
-    return (
-        f"the job starts from {earlier.id}, whose {field} is {own}; leave it out, or leave base_job out to quantize anew"
-    )
+    return f"the job starts from {earlier.id}, whose {field} is {own}; leave it out, or leave base_job out to quantize anew"
 
 
 def _conflict(field: str, detail: str, value: object) -> FieldProblem:

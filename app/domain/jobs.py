@@ -120,6 +120,7 @@ class JobRequest(RequestPart):
     """The full form of a request, every default filled in."""
 
     model: ModelSource
+    quantization: QuantizationSpec
     base_job: str | None = Field(
         default=None,
         pattern=JOB_ID,
@@ -127,7 +128,6 @@ class JobRequest(RequestPart):
         "and `quantization` are that job's and may be left out, and so is `adapter` if it trained one, which goes on.",
         examples=["job_0123456789abcdefghjkmnpqrs"],
     )
-    quantization: QuantizationSpec
     adapter: AdapterSpec | None = Field(
         default=None, description="What is trained beside the quantized linears; with `finetune` alone, a LoRA."
     )
@@ -212,9 +212,7 @@ def _adapter_problems(expansion: Expansion) -> list[FieldProblem]:
     return [FieldProblem(field="finetune", code="missing_field", detail=detail)]
 
 
-def _format_problems(
-    expansion: Expansion, body: Mapping[str, object], folded: Folded | None
-) -> list[FieldProblem]:
+def _format_problems(expansion: Expansion, body: Mapping[str, object], folded: Folded | None) -> list[FieldProblem]:
     try:
         part = _FormatPart.model_validate(expansion.body)
     except ValidationError:
