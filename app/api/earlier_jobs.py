@@ -13,16 +13,18 @@ from app.domain.methods import WeightSpec
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
 from app.store.jobs import JobRepository
-from app.store.models import Artifact
+from app.store.models import Artifact, Job
 
 MAX_DESCRIPTION_BYTES = 64 << 20
 ANEW = "or leave base_job out to quantize anew"
 
 
 def find_earlier(
-    body: object, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore
+    body: object, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore, replayed: Job | None = None
 ) -> EarlierJob | None:
     """The earlier job that a body names; None if it names none.
+
+    replayed   what the request's Idempotency-Key stands for: it is there even if its start is gone by now
 
     Raises:
         SourceNotFound: this tenant has no such job.
@@ -31,6 +33,15 @@ def find_earlier(
     job_id = named_job(body) if isinstance(body, Mapping) else None
     if job_id is None:
         return None
+    try:
+        return _earlier(job_id, jobs, artifacts, blobs)
+    except InputError:
+        if replayed is None or replayed.request.get("base_job") != job_id:
+            raise
+        return _as_taken_over(job_id, replayed)
+
+
+def _earlier(job_id: str, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore) -> EarlierJob:
     try:
         job, stored = jobs.get(job_id), artifacts.of_job(job_id)
     except NotFound as error:
@@ -47,8 +58,20 @@ def find_earlier(
     full = request.model_dump(mode="json")
     _demand_adapter(job_id, full)
     description = _description(job_id, _demand_files(job_id, full, stored, blobs), blobs)
-    revision = (job.report or {}).get("model", {}).get("revision")
-    return EarlierJob(job_id, full, revision, _folded(request.quantization, description))
+    return EarlierJob(job_id, full, _revision(job.report), _folded(request.quantization, description))
+
+
+def _revision(report: Mapping[str, Any] | None) -> str | None:
+    """The commit of the Hub model that a report names; another version's may name it elsewhere."""
+    model = (report or {}).get("model")
+    revision = model.get("revision") if isinstance(model, Mapping) else None
+    return revision if isinstance(revision, str) else None
+
+
+def _as_taken_over(job_id: str, replayed: Job) -> EarlierJob:
+    """The earlier job as far as a job that was made of it tells: enough to see whether a request is the same again."""
+    folded: Folded | None = "offsets" if replayed.request["formats"] == ["native"] else None
+    return EarlierJob(job_id, {**replayed.request, "merge": None}, folded=folded)
 
 
 def _demand_adapter(job_id: str, request: Mapping[str, Any]) -> None:

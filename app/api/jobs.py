@@ -85,7 +85,9 @@ def create_job(
     """
     with database.reading() as session:
         tenant = (session, principal.tenant_id)
-        start = find_earlier(body, JobRepository(*tenant), ArtifactRepository(*tenant), blobs)
+        jobs = JobRepository(*tenant)
+        replayed = None if idempotency_key is None or dry_run else jobs.made_by(idempotency_key)
+        start = find_earlier(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
     request = JobRequest.parse(body, start)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
     with database.reading() as session:

@@ -214,13 +214,13 @@ def _elsewhere(earlier: EarlierJob) -> str:
 
 def _of_quantization(earlier: EarlierJob, field: str, value: object) -> FieldProblem:
     detail = _differs(earlier, field, shorten(earlier.request["quantization"].get(field)))
-    if field == "method" and value in ADAPTER_RECIPES:
+    if field == "method" and str(value) in ADAPTER_RECIPES:
         detail += f'; for its adapter alone give "adapter": {{"kind": "{ADAPTER_RECIPES[str(value)].kind}"}}'
     return _conflict(f"quantization.{field}", detail, value)
 
 
 def _differs(earlier: EarlierJob, field: object, own: object) -> str:
-    return f"the job starts from {earlier.id}, whose {field} is {own}; leave it out, or leave base_job out to quantize anew"
+    return f"the job starts from {earlier.id}, whose {field} is {own}; leave it out, or base_job, to quantize anew"
 
 
 def _conflict(field: str, detail: str, value: object) -> FieldProblem:

@@ -140,7 +140,12 @@ def test_naming_another_model_is_said_with_everything_else(api: Api) -> None:
 
 def test_a_dry_run_prices_no_quantization(api: Api) -> None:
     folder = write_checkpoint(api.folder / "models" / "tiny", shards=True)
-    quantized = {"model": str(folder), "method": "signround", "group_size": 16, "calibration": {"num_samples": 999}}
+    quantized: dict[str, Any] = {
+        "model": str(folder),
+        "method": "signround",
+        "group_size": 16,
+        "calibration": {"num_samples": 999},
+    }
     job_id = make(api, **quantized)
 
     def estimates(body: dict[str, Any]) -> dict[str, Any]:
@@ -167,10 +172,17 @@ def test_a_calibration_text_that_is_gone_is_no_matter(api: Api, tmp_path: Path) 
     assert answer.status_code == 202, answer.text
 
 
-@pytest.mark.parametrize("part", ["request", "report"])
-def test_a_job_of_another_version_is_refused_or_understood(api: Api, part: str) -> None:
-    job_id = make(api)
-    values = {part: {"quantization": {"method": "of-the-future"}} if part == "request" else {"version": "9"}}
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("request", {"quantization": {"method": "of-the-future"}}),
+        ("report", {"version": "9"}),
+        ("report", {"model": "org/model"}),
+        ("report", {"model": {"revision": 7}}),
+    ],
+)
+def test_a_job_of_another_version_is_refused_or_understood(api: Api, part: str, value: dict[str, Any]) -> None:
+    job_id, values = make(api), {part: value}
     with api.database.transaction() as session:
         session.execute(update(Job).where(Job.id == job_id).values(values))
     answer = api.client.post("/v1/jobs", json={"base_job": job_id, **FINETUNE})
@@ -180,8 +192,31 @@ def test_a_job_of_another_version_is_refused_or_understood(api: Api, part: str) 
         assert answer.status_code == 202, "it only has no commit to pin"
 
 
-def test_a_repeated_key_gives_the_same_continued_job(api: Api) -> None:
-    body, headers = {"base_job": make(api), **FINETUNE}, {"Idempotency-Key": "run-19"}
-    first, again = (api.client.post("/v1/jobs", json=body, headers=headers) for _ in range(2))
-    assert again.json()["id"] == first.json()["id"]
-    assert again.headers["idempotency-replayed"] == "true"
+@pytest.mark.parametrize(
+    ("made", "asked"),
+    [
+        ({"method": "signround"}, {}),
+        ({"method": "rtn"}, {"adapter": {"kind": "qa-lora"}, "merge": "quantized"}),
+        ({"method": "rtn", "formats": ["merged"]}, {"adapter": {"kind": "lora", "rank": 4, "dropout": 0.1}}),
+        ({"method": "qlora", **FINETUNE}, {}),
+        ({"method": "rtn", "bits": 5, "formats": ["native"]}, {}),
+    ],
+)
+def test_a_repeated_key_gives_the_same_job_even_if_its_start_is_gone(
+    any_api: Api, made: dict[str, Any], asked: dict[str, Any]
+) -> None:
+    job_id = make(any_api, **made)
+    body, headers = {"base_job": job_id, **FINETUNE, **asked}, {"Idempotency-Key": "run-19"}
+    if made.get("bits") == 5:
+        body["formats"] = ["native"]
+    first, again = (any_api.client.post("/v1/jobs", json=body, headers=headers) for _ in range(2))
+    assert first.status_code == 202, first.text
+    any_api.client.delete(f"/v1/jobs/{job_id}")
+    later = any_api.client.post("/v1/jobs", json=body, headers=headers)
+    for answer in (again, later):
+        assert answer.json()["id"] == first.json()["id"], answer.text
+        assert answer.headers["idempotency-replayed"] == "true"
+    problem(any_api.client.post("/v1/jobs", json={**body, "seed": 1}, headers=headers), 422, "idempotency_key_reused")
+    problem(any_api.client.post("/v1/jobs", json=body), 422, "source_not_found")
+    other = {**body, "base_job": "job_" + "0" * 26}
+    problem(any_api.client.post("/v1/jobs", json=other, headers=headers), 422, "source_not_found")

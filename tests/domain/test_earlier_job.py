@@ -4,13 +4,16 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from app.domain.adapters import LoRASpec, QALoRASpec
 from app.domain.earlier_job import EarlierJob, Folded, is_read, named_job
 from app.domain.errors import FieldProblem, InvalidRequest
 from app.domain.formats import ExportFormat
-from app.domain.jobs import JobRequest
+from app.domain.jobs import SHORTHAND, JobRequest
 from app.domain.sources import HubModel
+from tests.domain.test_request import JSON
 
 ID = "job_01k6z3f8c2v9q4w7x5y1t0r8ab"
 FINETUNE: dict[str, Any] = {"finetune": {"dataset": "builtin"}}
@@ -166,3 +169,15 @@ def test_the_files_that_are_read_of_an_earlier_job() -> None:
         *(False, True),
         *(False, False),
     ]
+
+
+@given(st.sampled_from([*JobRequest.model_fields, *SHORTHAND]), JSON, st.sampled_from([SIGNROUND, QA_LORA]))
+@settings(deadline=None, max_examples=200)
+def test_any_json_is_parsed_or_refused_with_a_reason(field: str, value: Any, before: dict[str, Any]) -> None:
+    start, body = earlier(before), {"base_job": ID, **FINETUNE, field: value}
+    try:
+        request = JobRequest.parse(body, start)
+    except InvalidRequest:
+        assert all(name and len(problem.detail) > 10 for name, problem in problems(body, start).items())
+    else:
+        assert JobRequest.parse(request.model_dump(mode="json"), start) == request

@@ -37,7 +37,7 @@ def has_checkpoint(installed: Installation, job_id: str) -> bool:
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_finetune_goes_on_from_another_jobs_result(killed: bool, installed: Installation, short_model: Path) -> None:
-    small = {"evaluation": {"num_samples": 2, "sequence_length": 64}}
+    small: dict[str, Any] = {"evaluation": {"num_samples": 2, "sequence_length": 64}}
     rows = short_model.parent / "rows.jsonl"
     rows.write_text("".join(json.dumps({"text": f"row {number} of {number * number}"}) + "\n" for number in range(200)))
     base: dict[str, Any] = {"method": "qa-lora", "group_size": 32, "rank": 4}
@@ -47,7 +47,7 @@ def test_a_finetune_goes_on_from_another_jobs_result(killed: bool, installed: In
 
     body = {"base_job": first, **small, "finetune": finetune(rows, 400 if killed else 20)}
     second = installed.client.submit(body).id
-    wait_for(lambda: (installed.workspace(second) / "order.json").exists(), 60, what="an attempt")
+    wait_for((installed.workspace(second) / "order.json").exists, 60, what="an attempt")
     installed.client.delete(first)
     if killed:
         wait_for(lambda: has_checkpoint(installed, second), 60, what="a checkpoint")

@@ -1,4 +1,4 @@
-"""What an earlier job made, brought to the worker that goes on from it: the files that are read, whole and undamaged."""
+"""What an earlier job made, brought to the worker that goes on from it: what is read of it, whole and undamaged."""
 
 import json
 from dataclasses import replace

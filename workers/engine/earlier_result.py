@@ -26,11 +26,11 @@ from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme
 from app.domain.report import BlockReport
 from workers.engine.blocks import StreamedModel
-from workers.engine.checkpoint import MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
+from workers.engine.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
 from workers.engine.plan import scale_dtype
 from workers.formats import native
 from workers.formats.stored_linear import StoredLinear
-from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
+from workers.numerics.quantized import BlockResult, LinearResult
 
 HINT = "leave base_job out to quantize anew"
 _LINEARS = TypeAdapter(dict[str, StoredLinear])
@@ -135,10 +135,12 @@ class EarlierResult:
         strict = [name for name in formats if FORMATS[name].scales is not ScaleDtype.ANY]
         wanted = scale_dtype(formats, self.model.dtype)
         for name in sorted(self.linears) if strict else ():
-            weight = self.linear(name).weight
-            if isinstance(weight, AffineWeight) and weight.scale.dtype != wanted:
+            source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
+            scale = self.native.tensors.get(f"{source}.scale")
+            found = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
+            if found is not None and found != wanted:
                 raise FormatCannotHold(
-                    f"{strict[0].value} stores scales as {wanted}; those of the earlier job are {weight.scale.dtype}",
+                    f"{strict[0].value} stores scales as {wanted}; those of the earlier job are {found}",
                     field="formats",
                     value=strict[0].value,
                     hint=f"ask for native or merged, or for the formats of the earlier job, or {HINT}",
