@@ -61,15 +61,13 @@ SHORTHAND_SCHEMA: dict[str, Any] = {
 CONTINUED_SCHEMA: dict[str, Any] = {
     "type": "object",
     "title": "Continued",
-    "description": "Finetuning that starts from the result of an earlier job. Every other field of the full form may "
-    "stand beside; model and quantization are those of that job.",
-    "required": ["base_job", "finetune"],
+    "description": "Finetuning that starts from the result of an earlier job, named as `base_job` or as `model`. Every "
+    "other field of the full form may stand beside; model and quantization are those of that job.",
+    "required": ["finetune"],
+    "anyOf": [{"required": ["base_job"]}, {"required": ["model"]}],
     "properties": {
-        "base_job": {
-            "type": "string",
-            "pattern": JOB_ID,
-            "description": "A job of yours that succeeded. As `model` it means the same.",
-        },
+        "base_job": {"type": "string", "pattern": JOB_ID, "description": "A job of yours that succeeded."},
+        "model": {"type": "string", "pattern": JOB_ID, "description": "The same."},
         "finetune": {"$ref": "#/components/schemas/Finetune"},
     },
 }

@@ -112,8 +112,9 @@ def _name_job(body: dict[str, object]) -> Iterator[FieldProblem]:
     if not isinstance(model, str) or not model.startswith(START):
         return
     del body["model"]
-    body.setdefault("base_job", model)
-    if job is not None and job != model:
+    if job is None:
+        body["base_job"] = model
+    elif job != model:
         yield _conflict("model", f"base_job names another job, {shorten(job)}; leave one of the two out", model)
 
 
@@ -200,8 +201,8 @@ def _take_adapter(body: dict[str, object], earlier: EarlierJob) -> Iterator[Fiel
         yield _conflict("adapter.kind", detail, kind)
         return
     body["adapter"] = {**own, **given}
-    for field in own.keys() & given.keys() - CHANGEABLE:
-        if given[field] != own[field]:
+    for field in own:
+        if field not in CHANGEABLE and given.get(field, own[field]) != own[field]:
             detail = f"the adapter goes on from that of {earlier.id}, whose {field} is {own[field]}; leave {field} out"
             yield _conflict(f"adapter.{field}", detail, given[field])
 
@@ -214,13 +215,15 @@ def _elsewhere(earlier: EarlierJob) -> str:
 
 def _of_quantization(earlier: EarlierJob, field: str, value: object) -> FieldProblem:
     detail = _differs(earlier, field, shorten(earlier.request["quantization"].get(field)))
-    if field == "method" and str(value) in ADAPTER_RECIPES:
-        detail += f'; for its adapter alone give "adapter": {{"kind": "{ADAPTER_RECIPES[str(value)].kind}"}}'
+    if field == "method" and isinstance(value, str) and value in ADAPTER_RECIPES:
+        detail += f'; for its adapter alone give "adapter": {{"kind": "{ADAPTER_RECIPES[value].kind}"}}'
     return _conflict(f"quantization.{field}", detail, value)
 
 
 def _differs(earlier: EarlierJob, field: object, own: object) -> str:
-    return f"the job starts from {earlier.id}, whose {field} is {own}; leave it out, or base_job, to quantize anew"
+    return (
+        f"the job starts from {earlier.id}, whose {field} is {own}; leave it out; without base_job it is quantized anew"
+    )
 
 
 def _conflict(field: str, detail: str, value: object) -> FieldProblem:

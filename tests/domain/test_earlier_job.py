@@ -38,7 +38,8 @@ def test_model_quantization_and_calibration_are_those_of_the_earlier_job() -> No
     assert (request.quantization, request.calibration) == (before.quantization, before.calibration)
     assert request.model == HubModel(id="org/name", revision="abc123"), "the commit that was quantized, not the branch"
     assert (request.base_job, request.adapter) == (ID, LoRASpec())
-    assert JobRequest.parse({"model": ID, **FINETUNE}, start) == request, "as a fine-tuned model's name elsewhere"
+    for named in ({"model": ID}, {"model": ID, "base_job": None}, {"model": ID, "base_job": ID}):
+        assert JobRequest.parse({**named, **FINETUNE}, start) == request, "as a fine-tuned model's name elsewhere"
     assert JobRequest.parse(request.model_dump(mode="json"), start) == request, "the full form says the same"
 
 
