@@ -48,7 +48,9 @@ def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) 
 def _texts(request: JobRequest) -> list[tuple[str, CalibrationSource, int]]:
     """Role, dataset and the tokens that are read of it at the most, of every text of a request."""
     calibration, evaluation, finetune = request.calibration, request.evaluation, request.finetune
-    found = [("calibration", calibration.dataset, calibration.num_samples * calibration.sequence_length)]
+    found: list[tuple[str, CalibrationSource, int]] = []
+    if request.base_job is None:
+        found.append(("calibration", calibration.dataset, calibration.num_samples * calibration.sequence_length))
     if evaluation is not None:
         found.append(("evaluation", evaluation.dataset, evaluation.num_samples * evaluation.sequence_length))
     if finetune is not None:

@@ -17,6 +17,7 @@ from app.domain.events import AttemptOrder, ErrorData, FailedLine, FetchedLine, 
 from app.domain.jobs import JobStatus
 from app.store.attempts import AttemptWriter, Claim
 from workers.context import WorkerContext
+from workers.earlier_results import earlier_result
 from workers.endings import error_of_exit, oom_kills
 from workers.environments import attempt_environment, fetch_environment
 from workers.event_buffer import EventBuffer, LineReader
@@ -137,10 +138,13 @@ class _Attempt:
         evaluated = request.evaluation.dataset if request.evaluation else None
         found = (self._context, tenant)
         model = model_path(*found, request, self._workspace)
-        calibration = text_path(*found, request.calibration.dataset, self._workspace, field="calibration.dataset")
+        # Nothing is calibrated where blocks are taken from an earlier job.
+        observed = request.calibration.dataset if request.base_job is None else None
+        calibration = text_path(*found, observed, self._workspace, field="calibration.dataset")
         evaluation = text_path(*found, evaluated, self._workspace, field="evaluation.dataset")
         finetune = request.finetune
         learned = text_path(*found, finetune.dataset if finetune else None, self._workspace, field="finetune.dataset")
+        earlier = earlier_result(*found, request.base_job, self._workspace)
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
         fetched = None if wanted.empty else self._fetch(wanted)
         return AttemptOrder(
@@ -152,6 +156,7 @@ class _Attempt:
             calibration_path=calibration or (fetched.calibration_path if fetched else None),
             evaluation_path=evaluation or (fetched.evaluation_path if fetched else None),
             finetuning_path=learned or (fetched.finetuning_path if fetched else None),
+            base_path=earlier,
             device=self._context.device.value,
             world_size=world_size(request, self._context.capacity.devices),
             rendezvous=str(self._workspace.rendezvous(self._claim.attempt)),

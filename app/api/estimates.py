@@ -28,11 +28,12 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     rest = max(inspection.weights - quantized, 0)
     checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
     activations = _activation_bytes(request, inspection)
-    tuned = request.quantization.tuned_sequences(request.calibration.num_samples) > 0
+    tuned = _tuned_sequences(request) > 0
     # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
     generated = _calibration_tokens(request) > 0 and isinstance(request.calibration.dataset, GeneratedText)
     resident = inspection.tensor_bytes * 4 // 3 if generated else 0
     resident = max(resident, _training_bytes(request, inspection, checkpoint))
+    taken = checkpoint if request.base_job else 0  # the earlier job's native checkpoint, on the worker's disk
     return {
         "weights": inspection.weights,
         "weights_quantized": quantized,
@@ -40,7 +41,7 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
         "bytes_original": inspection.tensor_bytes,
         "bytes_checkpoint": checkpoint,
         "adapter_parameters": _adapter_parameters(request, inspection),
-        "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8),
+        "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8) + taken,
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
         "device_memory_bytes": max(block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES), resident) + (1 << 30),
         "seconds": {device: round(_flops(request, inspection) / speed) for device, speed in FLOPS_PER_SECOND.items()},
@@ -95,7 +96,13 @@ def _activation_bytes(request: JobRequest, inspection: Inspection) -> int:
 
 def _calibration_tokens(request: JobRequest) -> int:
     needed = METHODS[request.quantization.method].needs_calibration or request.quantization.budget() is not None
-    return request.calibration.num_samples * request.calibration.sequence_length if needed else 0
+    read = needed and request.base_job is None
+    return request.calibration.num_samples * request.calibration.sequence_length if read else 0
+
+
+def _tuned_sequences(request: JobRequest) -> int:
+    """Of each block; none where blocks are taken from an earlier job."""
+    return 0 if request.base_job else request.quantization.tuned_sequences(request.calibration.num_samples)
 
 
 def _evaluation_tokens(request: JobRequest) -> int:
@@ -108,10 +115,11 @@ def _flops(request: JobRequest, inspection: Inspection) -> float:
     linear_flops = 2.0 * sum(out * width for out, width in dimensions.linears().values())
     passes = 3 if request.quantization.budget() is None else 4  # capture, targets, quantized stream; sensitivities
     forward = passes * _calibration_tokens(request)
-    tuned = request.quantization.tuned_sequences(calibration.num_samples) * calibration.sequence_length
+    tuned = _tuned_sequences(request) * calibration.sequence_length
     evaluated = _evaluation_tokens(request)
     sequences = min(SCALE_BATCH_SIZE, calibration.num_samples)
-    scaled = request.quantization.end_to_end_steps() * sequences * calibration.sequence_length
+    scale_steps = 0 if request.base_job else request.quantization.end_to_end_steps()
+    scaled = scale_steps * sequences * calibration.sequence_length
     head = 2.0 * dimensions.vocabulary * dimensions.hidden
     trained = _trained_tokens(request)
     through_blocks = linear_flops * (forward + BACKWARD * (tuned + scaled) + TRAINING * trained + 2 * evaluated)

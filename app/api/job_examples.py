@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from app.domain.earlier_job import JOB_ID
 from app.domain.methods import MAX_BITS, METHODS, MIN_BITS
 
 SHORTHAND_EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M", "method": "signround", "bits": 4}
@@ -12,6 +13,10 @@ FINETUNE_EXAMPLE = {
     "rank": 16,
     "finetune": {"dataset": "builtin", "steps": 500},
     "merge": "quantized",
+}
+CONTINUED_EXAMPLE = {
+    "base_job": "job_01k6z3f8c2v9q4w7x5y1t0r8ab",
+    "finetune": {"dataset": "builtin", "steps": 500},
 }
 FULL_EXAMPLE = {
     "model": {"source": "hub", "id": "HuggingFaceTB/SmolLM2-135M", "revision": "main"},
@@ -53,15 +58,31 @@ SHORTHAND_SCHEMA: dict[str, Any] = {
 }
 
 
+CONTINUED_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "title": "Continued",
+    "description": "Finetuning that starts from the result of an earlier job, named as `base_job` or as `model`. Every "
+    "other field of the full form may stand beside; model and quantization are those of that job.",
+    "required": ["finetune"],
+    "anyOf": [{"required": ["base_job"]}, {"required": ["model"]}],
+    "properties": {
+        "base_job": {"type": "string", "pattern": JOB_ID, "description": "A job of yours that succeeded."},
+        "model": {"type": "string", "pattern": JOB_ID, "description": "The same."},
+        "finetune": {"$ref": "#/components/schemas/Finetune"},
+    },
+}
+
+
 REQUEST_BODY: dict[str, Any] = {
     "requestBody": {
         "required": True,
         "content": {
             "application/json": {
-                "schema": {"anyOf": [SHORTHAND_SCHEMA, {"$ref": "#/components/schemas/JobRequest"}]},
+                "schema": {"anyOf": [SHORTHAND_SCHEMA, CONTINUED_SCHEMA, {"$ref": "#/components/schemas/JobRequest"}]},
                 "examples": {
                     "shorthand": {"summary": "Shorthand", "value": SHORTHAND_EXAMPLE},
                     "finetune": {"summary": "Quantize, finetune, merge", "value": FINETUNE_EXAMPLE},
+                    "continued": {"summary": "Finetune an earlier job's result", "value": CONTINUED_EXAMPLE},
                     "full": {"summary": "Full form", "value": FULL_EXAMPLE},
                 },
             }

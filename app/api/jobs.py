@@ -9,12 +9,14 @@ from app.api.auth import Reader, Submitter
 from app.api.capacity import capacity_warnings, require_capacity
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, SettingsOf
 from app.api.documentation import problems, text_header
+from app.api.earlier_jobs import find_earlier
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
 from app.api.representations import job_view
 from app.domain.jobs import JobRequest, JobStatus
 from app.domain.views import JobView, Page, PreflightView
 from app.queue import notify_workers
+from app.store.artifacts import ArtifactRepository
 from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
 from app.store.models import Job
@@ -30,6 +32,7 @@ METADATA_PREFIX = "metadata."
 INPUT_PROBLEMS = (
     "source_not_found",
     "source_forbidden",
+    "base_job_unusable",
     "unsupported_architecture",
     "unsafe_checkpoint",
     "corrupt_checkpoint",
@@ -77,8 +80,15 @@ def create_job(
 
     A local path must lie under a configured folder. A checkpoint that the service can see is looked at: its
     architecture, its shapes against the group size, its safetensors headers.
+
+    With `base_job`, or a job's id as `model`, finetuning starts from that job's result instead of quantizing.
     """
-    request = JobRequest.parse(body)
+    with database.reading() as session:
+        tenant = (session, principal.tenant_id)
+        jobs = JobRepository(*tenant)
+        replayed = None if idempotency_key is None or dry_run else jobs.made_by(idempotency_key)
+        start = find_earlier(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
+    request = JobRequest.parse(body, start)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
     with database.reading() as session:
         if idempotency is not None and not dry_run:

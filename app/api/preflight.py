@@ -139,7 +139,8 @@ def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadReposito
     sections: dict[str, object] = {}
     for name in ("calibration", "evaluation", "finetune"):
         section = getattr(found.request, name)
-        if section is None:
+        unread = name == "calibration" and found.request.base_job is not None
+        if section is None or unread:
             continue
         dataset, where = section.dataset, f"{name}.dataset"
         if isinstance(dataset, LocalText):

@@ -123,6 +123,8 @@ def job_table(job: JobView) -> Table:
             + ("symmetric" if quantization.symmetric else "asymmetric"),
         )
         table.add_row("formats", ", ".join(job.request.formats))
+        if job.request.base_job is not None:
+            table.add_row("starts from", job.request.base_job)
     else:
         table.add_row("request", Text("of another version; --json shows it as it was stored", style="dim"))
     table.add_row("created", job.created_at.isoformat(timespec="seconds"))

@@ -16,7 +16,10 @@ from app.domain.jobs import SHORTHAND
 
 
 def submit(
-    model: Annotated[str | None, typer.Argument(help="Hub id, folder, or id of an upload.", show_default=False)] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(help="Hub id, folder, or id of an upload or of a job to finetune.", show_default=False),
+    ] = None,
     file: Annotated[
         Path | None, typer.Option("--file", "-f", help="Request as YAML or JSON; - is standard input. Flags win.")
     ] = None,

@@ -57,7 +57,7 @@ def expand_adapter(body: dict[str, object]) -> list[FieldProblem]:
     name, problems = holder.get("method"), list[FieldProblem]()
     if isinstance(name, str) and name in ADAPTER_RECIPES:
         recipe = ADAPTER_RECIPES[name]
-        problems += _expand_recipe(body, name, recipe)
+        problems += expand_recipe(body, name, recipe)
         fields = {**recipe.quantization, **holder, "method": recipe.quantization["method"]}
         if holder is inner:
             body["quantization"] = fields
@@ -68,7 +68,8 @@ def expand_adapter(body: dict[str, object]) -> list[FieldProblem]:
     return problems
 
 
-def _expand_recipe(body: dict[str, object], name: str, recipe: AdapterRecipe) -> list[FieldProblem]:
+def expand_recipe(body: dict[str, object], name: str, recipe: AdapterRecipe) -> list[FieldProblem]:
+    """Puts the adapter that a recipe names into `body`, with its shorthand fields; what contradicts it."""
     given, problems = body.get("adapter"), []
     top = {field: body.pop(field) for field in ADAPTER_SHORTHAND if field in body}
     if given is None:

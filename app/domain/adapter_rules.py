@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 
 from app.domain.adapters import ADAPTERS, AdapterFields, AdapterShape, AdapterSpec, GroupedSpec, shape_for
+from app.domain.earlier_job import Folded
 from app.domain.errors import FieldProblem, InputError, MisalignedAdapter
 from app.domain.formats import ExportFormat, default_formats, format_problems
 from app.domain.methods import Form, WeightSpec
@@ -22,13 +23,19 @@ def result_forms(spec: WeightSpec, adapter: AdapterSpec | None, merge: str | Non
 
 
 def default_result_formats(
-    spec: WeightSpec, adapter: AdapterSpec | None, merge: str | None, round_offset: bool
+    spec: WeightSpec,
+    adapter: AdapterSpec | None,
+    merge: str | None,
+    round_offset: bool,
+    folded: Folded | None = None,
 ) -> tuple[ExportFormat, ...]:
-    """For a request that names none."""
+    """For a request that names none; `folded` as in `result_problems`."""
     if adapter is not None and merge == "quantized":
         return (ExportFormat.COMPRESSED_TENSORS if round_offset else ExportFormat.NATIVE,)
     if adapter is not None and merge == "16bit":
         return (ExportFormat.MERGED,)
+    if folded == "offsets":
+        return (ExportFormat.NATIVE,)
     return default_formats(spec, result_forms(spec, adapter, merge))
 
 
@@ -38,15 +45,21 @@ def result_problems(
     adapter: AdapterSpec | None,
     merge: str | None,
     round_offset: bool,
+    folded: Folded | None = None,
 ) -> list[FieldProblem]:
-    """Everything in a request that its formats cannot hold, or that its merge cannot do."""
-    stored = as_merged(spec) if adapter is not None and merge == "quantized" else spec
+    """Everything in a request that its formats cannot hold, or that its merge cannot do.
+
+    folded   what holds an adapter that lies in the weights from the start
+    """
+    stored = as_merged(spec) if folded or (adapter is not None and merge == "quantized") else spec
     found = format_problems(stored, formats, result_forms(spec, adapter, merge))
     if adapter is None:
         return found + _without_adapter(merge, round_offset)
     found += _start_problems(spec, adapter) + _peft_problems(adapter, formats)
     if merge == "quantized":
         found += _fold_problems(spec, formats, adapter, round_offset)
+    elif folded == "offsets":
+        found += _offset_problems(formats, 'merge: "quantized" with round_offset')
     if merge == "16bit":
         found += [
             _problem(
@@ -164,11 +177,13 @@ def _fold_problems(
         return [_problem("merge", "offset_not_representable", detail, "quantized")]
     if round_offset:
         return []
-    detail = (
-        "{} stores integer zero points: ask for native or gguf, or set round_offset and read its error in the report"
-    )
+    return _offset_problems(formats, "set round_offset and read its error in the report")
+
+
+def _offset_problems(formats: Sequence[ExportFormat], reason: str) -> list[FieldProblem]:
+    detail = "{} stores integer zero points: ask for native or gguf, or {}"
     return [
-        _problem(f"formats.{index}", "offset_not_representable", detail.format(name.value), name)
+        _problem(f"formats.{index}", "offset_not_representable", detail.format(name.value, reason), name)
         for index, name in enumerate(formats)
         if name not in HOLDS_OFFSETS and name is not ExportFormat.PEFT
     ]

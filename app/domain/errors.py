@@ -20,6 +20,7 @@ BitwrightError
 |-- InputError                the job's model or data cannot be used     (job fails at once)
 |   |-- SourceNotFound             source_not_found
 |   |-- SourceForbidden            source_forbidden
+|   |-- UnusableBaseJob            base_job_unusable
 |   |-- UnsupportedArchitecture    unsupported_architecture
 |   |-- UnsafeCheckpoint           unsafe_checkpoint
 |   |-- CorruptCheckpoint          corrupt_checkpoint
@@ -194,6 +195,10 @@ class SourceNotFound(InputError):
 
 class SourceForbidden(InputError):
     code, title = "source_forbidden", "The model or dataset may not be read"
+
+
+class UnusableBaseJob(InputError):
+    code, title = "base_job_unusable", "No job can start from this earlier job"
 
 
 class UnsupportedArchitecture(InputError):

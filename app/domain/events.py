@@ -176,6 +176,9 @@ class AttemptOrder(Message):
     calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin or generated text.")
     evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     finetuning_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    base_path: str | None = Field(
+        default=None, description="Folder with the checkpoints of the job that this one starts from, by format."
+    )
     device: Literal["cpu", "cuda"]
     device_index: int = Field(default=0, description="Of the first rank; the others follow.")
     world_size: int = Field(default=1, ge=1, description="Processes that compute the job together, each a rank.")

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 
 from app.domain.adapter_rules import result_problems
 from app.domain.adapters import AdapterSpec
+from app.domain.earlier_job import JOB_ID, EarlierJob, Folded
 from app.domain.errors import FieldProblem, InvalidRequest, shorten
 from app.domain.finetuning import Finetune
 from app.domain.formats import ExportFormat
@@ -120,6 +121,13 @@ class JobRequest(RequestPart):
 
     model: ModelSource
     quantization: QuantizationSpec
+    base_job: str | None = Field(
+        default=None,
+        pattern=JOB_ID,
+        description="An earlier job of yours that succeeded: finetuning starts from its result, bit for bit. `model` "
+        "and `quantization` are that job's and may be left out, and so is `adapter` if it trained one, which goes on.",
+        examples=["job_0123456789abcdefghjkmnpqrs"],
+    )
     adapter: AdapterSpec | None = Field(
         default=None, description="What is trained beside the quantized linears; with `finetune` alone, a LoRA."
     )
@@ -157,8 +165,10 @@ class JobRequest(RequestPart):
     )
 
     @classmethod
-    def parse(cls, body: object) -> Self:
+    def parse(cls, body: object, earlier: EarlierJob | None = None) -> Self:
         """The request from a decoded JSON body, in shorthand or full form.
+
+        earlier   the job that the body starts from (`app.domain.earlier_job.named_job`)
 
         Raises:
             InvalidRequest: with every problem found in `errors`.
@@ -167,13 +177,14 @@ class JobRequest(RequestPart):
             detail = f"the body must be a JSON object, not {_json_type(body)}"
             problem = FieldProblem(field="body", code="wrong_type", detail=detail, value=shorten(body))
             raise InvalidRequest(detail, field="body", value=body, errors=(problem,))
-        expansion = expand(body)
+        expansion = expand(body, earlier)
         problems = _added(expansion.problems, text_problems(body))
         try:
             request = cls.model_validate(expansion.body)
         except ValidationError as error:
             problems = _added(problems, field_problems(error, cls, body))
-        problems += _adapter_problems(expansion) + _format_problems(expansion, body)
+        problems += _adapter_problems(expansion)
+        problems += _format_problems(expansion, body, None if earlier is None else earlier.folded)
         if problems:
             raise InvalidRequest(_summary(problems), errors=tuple(problems[:MAX_PROBLEMS]))
         return request
@@ -190,18 +201,23 @@ class _FormatPart(BaseModel):
 
 
 def _adapter_problems(expansion: Expansion) -> list[FieldProblem]:
-    if expansion.body.get("adapter") is None or expansion.body.get("finetune") is not None:
+    if expansion.body.get("finetune") is not None:
+        return []
+    if expansion.body.get("base_job") is not None:
+        detail = 'a job starts from an earlier one to finetune: this field is needed, e.g. {"dataset": "upl_..."}'
+        return [FieldProblem(field="finetune", code="missing_field", detail=detail)]
+    if expansion.body.get("adapter") is None:
         return []
     detail = 'an adapter is trained on a text: this field is needed, e.g. {"dataset": "upl_..."}'
     return [FieldProblem(field="finetune", code="missing_field", detail=detail)]
 
 
-def _format_problems(expansion: Expansion, body: Mapping[str, object]) -> list[FieldProblem]:
+def _format_problems(expansion: Expansion, body: Mapping[str, object], folded: Folded | None) -> list[FieldProblem]:
     try:
         part = _FormatPart.model_validate(expansion.body)
     except ValidationError:
         return []
-    found = result_problems(part.quantization, part.formats, part.adapter, part.merge, part.round_offset)
+    found = result_problems(part.quantization, part.formats, part.adapter, part.merge, part.round_offset, folded)
     # What a stand-in for an unknown method produces says nothing of the method that was meant.
     fitting = [problem for problem in found if expansion.method_known or not problem.field.startswith("formats.")]
     return [problem.model_copy(update={"field": as_written(body, problem.field)}) for problem in fitting]

@@ -203,6 +203,16 @@ class PeakMemory(ReportPart):
     device_bytes: int | None = None
 
 
+class BaseReport(ReportPart):
+    """The earlier job whose result this one started from."""
+
+    job_id: str
+    blocks_adopted: int = Field(description="Blocks that were taken over as they are, none of them quantized again.")
+    adapter_continued: bool = Field(
+        description="Whether the adapter started at that job's values: trained ones, or factors that its method made."
+    )
+
+
 class Report(ReportPart):
     """What was done and what came of it."""
 
@@ -216,7 +226,10 @@ class Report(ReportPart):
     model: ModelReport
     calibration: TextReport | None
     quality: Quality | None
-    blocks: tuple[BlockReport, ...] = Field(description="As they were quantized, before scales were tuned together.")
+    base: BaseReport | None = Field(default=None, description="None if this job quantized the model itself.")
+    blocks: tuple[BlockReport, ...] = Field(
+        description="As they were quantized, before scales were tuned together. With `base`, its errors of linears."
+    )
     allocation: AllocationReport | None = Field(default=None, description="None if bits was not a budget.")
     scales: ScaleReport | None = Field(
         default=None, description="None if scales were not tuned end to end, or that was skipped; see the warnings."

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ValidationError
 from app.domain.adapter_recipes import ADAPTER_RECIPES, expand_adapter
 from app.domain.adapter_rules import default_result_formats
 from app.domain.adapters import AdapterSpec
+from app.domain.earlier_job import EarlierJob, Folded, start_from
 from app.domain.errors import FieldProblem, shorten
 from app.domain.methods import METHODS, RECIPES
 from app.domain.sources import expand_source
@@ -40,10 +41,14 @@ class _AdapterPart(BaseModel):
     round_offset: bool = False
 
 
-def expand(given: Mapping[str, object]) -> Expansion:
-    """The full form of a body in shorthand or full form. `given` is not changed."""
+def expand(given: Mapping[str, object], earlier: EarlierJob | None = None) -> Expansion:
+    """The full form of a body in shorthand or full form. `given` is not changed.
+
+    earlier   the job that the body starts from
+    """
     body = dict(given)
-    problems = expand_adapter(body)
+    problems = start_from(body, earlier)
+    problems += expand_adapter(body)
     top = {name: body.pop(name) for name in SHORTHAND if name in body}
     inner = body.get("quantization")
     if inner is None:
@@ -59,7 +64,7 @@ def expand(given: Mapping[str, object]) -> Expansion:
     body["quantization"] = quantization
     _expand_sources(body)
     _apply_preset(body)
-    _fill_formats(body)
+    _fill_formats(body, None if earlier is None else earlier.folded)
     return Expansion(body, problems, method_known)
 
 
@@ -138,7 +143,7 @@ def _apply_preset(body: dict[str, object]) -> None:
         body["calibration"] = size | dict(calibration)
 
 
-def _fill_formats(body: dict[str, object]) -> None:
+def _fill_formats(body: dict[str, object], folded: Folded | None) -> None:
     """The formats that hold what the method makes, where the request names none and its method is described well."""
     quantization = body.get("quantization")
     if "formats" in body or not isinstance(quantization, dict):
@@ -148,4 +153,4 @@ def _fill_formats(body: dict[str, object]) -> None:
         part = _AdapterPart.model_validate(body)
     except ValidationError:
         return
-    body["formats"] = list(default_result_formats(spec, part.adapter, part.merge, part.round_offset))
+    body["formats"] = list(default_result_formats(spec, part.adapter, part.merge, part.round_offset, folded))

@@ -75,6 +75,12 @@ def take_key(session: Session, tenant_id: str, idempotency: Idempotency, made: M
     return standing
 
 
+def made_by(session: Session, tenant_id: str, key: str, made: Made) -> str | None:
+    """The id of what a key stands for now, whatever was asked for; None if it is free."""
+    mine = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key)
+    return session.scalars(select(made).where(*mine, IdempotencyKey.expires_at > now())).one_or_none()
+
+
 def find_key(session: Session, tenant_id: str, idempotency: Idempotency, made: Made) -> str | None:
     """The id of what the key stands for now; None if it is free.
 

@@ -11,7 +11,7 @@ from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, NotFo
 from app.domain.jobs import FINAL_STATUSES, JobRequest, JobStatus
 from app.domain.sources import LocalModel, ModelSource, UploadedModel, UploadedText
 from app.store.clock import now
-from app.store.idempotency import Idempotency, find_key, take_key
+from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
 from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload
 from app.store.status import begin, enter
@@ -70,6 +70,11 @@ class JobRepository:
         earlier = self.get(standing)
         earlier.replayed = True
         return earlier
+
+    def made_by(self, key: str) -> Job | None:
+        """The job that an Idempotency-Key stands for, whatever its request was; None if the key is free."""
+        standing = made_by(self._session, self._tenant_id, key, IdempotencyKey.job_id)
+        return None if standing is None else self.get(standing)
 
     def get(self, job_id: str) -> Job:
         """The job as it is now.
@@ -225,7 +230,9 @@ def model_label(source: ModelSource) -> str:
 
 
 def _named_uploads(request: JobRequest) -> dict[str, str]:
-    sources = {"model": request.model, "calibration.dataset": request.calibration.dataset}
+    sources: dict[str, object] = {"model": request.model}
+    if request.base_job is None:  # else nothing is calibrated
+        sources["calibration.dataset"] = request.calibration.dataset
     if request.evaluation is not None:
         sources["evaluation.dataset"] = request.evaluation.dataset
     return {f"{name}.id": s.id for name, s in sources.items() if isinstance(s, UploadedModel | UploadedText)}

@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from openapi_spec_validator import validate
 
 from app.api.main import create_app
-from tests.api.conftest import Api
+from tests.api.conftest import Api, problem
 
 METHODS = ("get", "put", "post", "delete", "patch", "head")
 
@@ -58,9 +58,16 @@ def test_the_document_is_valid_and_complete(api: Api) -> None:
 def test_examples_of_the_document_are_accepted(api: Api) -> None:
     document = api.anonymous.get("/openapi.json").json()
     body = document["paths"]["/v1/jobs"]["post"]["requestBody"]["content"]["application/json"]
-    assert {"shorthand", "finetune", "full"} == set(body["examples"])
-    for example in body["examples"].values():
-        assert api.client.post("/v1/jobs?dry_run=true", json=example["value"]).status_code == 200
+    examples = {name: example["value"] for name, example in body["examples"].items()}
+    assert {"shorthand", "finetune", "continued", "full"} == set(examples)
+    unknown = problem(api.client.post("/v1/jobs?dry_run=true", json=examples["continued"]), 422, "source_not_found")
+    assert unknown["value"] == examples["continued"]["base_job"]
+    api.submit(formats=["native"])
+    held = api.claim()
+    api.succeed(held, {"native": {"bitwright.json": b'{"linears": {}}', "weights.safetensors": b""}})
+    examples["continued"]["base_job"] = held.job_id
+    for example in examples.values():
+        assert api.client.post("/v1/jobs?dry_run=true", json=example).status_code == 200
 
 
 def test_every_operation_keeps_what_the_document_promises(api: Api) -> None:

@@ -92,12 +92,15 @@ def serve(rank: int, connection: Connection) -> None:
         faulthandler.cancel_dump_traceback_later()
 
 
-def order_of(model: Path, workspace: Path, body: dict[str, Any], attempt: int, device: str) -> AttemptOrder:
+def order_of(
+    model: Path, workspace: Path, body: dict[str, Any], attempt: int, device: str, base: Path | None = None
+) -> AttemptOrder:
     return AttemptOrder(
         job_id="job_1",
         attempt=attempt,
         request=JobRequest.parse(json.loads(json.dumps({"model": str(model)} | body))),
         model_path=str(model),
+        base_path=None if base is None else str(base),
         world_size=SIZE,
         rendezvous=str(workspace / f"rendezvous-{attempt}"),
         device="cuda" if device == "cuda" else "cpu",
@@ -114,9 +117,15 @@ class RankRun:
 
 
 def run_job_on_ranks(
-    rank: int, model: Path, workspace: Path, body: dict[str, Any], attempt: int = 1, device: str = "cpu"
+    rank: int,
+    model: Path,
+    workspace: Path,
+    body: dict[str, Any],
+    attempt: int = 1,
+    device: str = "cpu",
+    base: Path | None = None,
 ) -> RankRun:
-    """A job, as one of the ranks."""
+    """A job, as one of the ranks; `base` has the checkpoints that it starts from."""
     made: dict[int, dict[str, Tensor]] = {}
     lines: list[AttemptLine] = []
     write = resume.ResumeState.write_shard
@@ -128,7 +137,7 @@ def run_job_on_ranks(
 
     try:
         with patch.object(resume.ResumeState, "write_shard", record):
-            order, result = order_of(model, workspace, body, attempt, device), None
+            order, result = order_of(model, workspace, body, attempt, device, base), None
             if rank:
                 pipeline.assist(order, workspace, rank)
             else:

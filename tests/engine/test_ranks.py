@@ -386,3 +386,24 @@ def test_ranks_on_gpus_replay_graphs_around_their_exchange(pair: RankPair, small
         assert found.loss_initial is not None
         assert found.loss < found.loss_initial
         assert found.output_error == pytest.approx(expected.output_error, rel=0.3)
+
+
+# ---- What is taken over --------------------------------------------------------------------------------------------
+
+
+def test_ranks_take_over_the_same_blocks(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
+    """Each reads the earlier result itself; the one that writes stores what both have."""
+    run_job(small_model, tmp_path / "earlier", method="rtn")
+    base = tmp_path / "earlier/output"
+    part = {"dataset": "builtin", "steps": 2, "batch_size": 4, "sequence_length": 32, "validation_sequences": 4}
+    body = {"base_job": "job_1", "method": "rtn", "group_size": 32, **TEXTS, "formats": ["native"], "finetune": part}
+    (tmp_path / "job").mkdir()
+    first, second = run_on_both(pair, run_job_on_ranks, small_model, tmp_path / "job", body, 1, "cpu", base)
+    assert first.made.keys() == {0, 1, 2}
+    for index, made in first.made.items():
+        assert made.keys() == second.made[index].keys()
+        assert all(torch.equal(tensor, second.made[index][name]) for name, tensor in made.items())
+    before = load_file(base / "native/weights.safetensors")
+    after = load_file(tmp_path / "job/output/native/weights.safetensors")
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert first.result.report.base.blocks_adopted == 3

@@ -10,14 +10,14 @@ beside the base, which the evaluation sees before a merge.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec, shape_for
-from app.domain.errors import InternalError, InvalidRequest
+from app.domain.errors import CorruptCheckpoint, InternalError, InvalidRequest
 from app.domain.report import AdapterReport, BitOperations, MergeReport
 from workers.adapters.bayesian import BayesianLoRA, bops_report, full_bops
 from workers.adapters.grouped import GroupedAdapter
@@ -33,10 +33,12 @@ class Attach:
     """Makes the adapters of a block's linears (`workers.contracts`).
 
     shapes   (out, in) of every linear of the job that gets one, by full name
+    trained  parameters at which adapters start, by full name; a LoRA's come with its linear
     """
 
     spec: AdapterSpec
     shapes: Mapping[str, tuple[int, int]]
+    trained: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
         """By full linear name, on the device of their weights; the same for the same seed.
@@ -45,6 +47,7 @@ class Attach:
 
         Raises:
             InvalidRequest: another kind cannot.
+            CorruptCheckpoint: trained parameters are not those of the kind.
             MisalignedAdapter: the kind does not fit a linear's shape or groups.
         """
         generator = torch.Generator().manual_seed(seed)
@@ -64,7 +67,17 @@ class Attach:
             gated.shared_bops = sum(full_bops(spec, columns, rows) for rows, columns in self.shapes.values())
             return gated
         shape = shape_for(spec, in_features, out_features, result.weight.scheme.group_size)
-        return GroupedAdapter(shape, spec.dropout, device=device, generator=generator)
+        adapter = GroupedAdapter(shape, spec.dropout, device=device, generator=generator)
+        if self.trained:
+            _restore(name, adapter, self.trained.get(name, {}))
+        return adapter
+
+
+def _restore(name: str, adapter: GroupedAdapter, trained: Mapping[str, Tensor]) -> None:
+    wanted = {key: (tensor.shape, tensor.dtype) for key, tensor in adapter.state_dict().items()}
+    if {key: (tensor.shape, tensor.dtype) for key, tensor in trained.items()} != wanted:
+        raise CorruptCheckpoint(f"the earlier job's adapter of {name} has other tensors", field="base_job", value=name)
+    adapter.load_state_dict(dict(trained))
 
 
 @dataclass(frozen=True)

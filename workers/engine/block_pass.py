@@ -29,6 +29,7 @@ from workers.contracts import BlockTask
 from workers.engine.block_report import BlockFindings, error_sums
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
+from workers.engine.earlier_result import EarlierResult
 from workers.engine.plan import Plan, block_seed
 from workers.engine.preparation import Prepared
 from workers.engine.ranks import ALONE, Ranks, checksum
@@ -39,7 +40,7 @@ from workers.engine.resume import ResumeState, Shard
 from workers.engine.streams import Stream, second_moments, sum_moments
 from workers.engine.tuning import Tuner
 from workers.engine.write_behind import WriteBehind
-from workers.numerics.quantized import BlockResult
+from workers.numerics.quantized import BlockResult, LinearResult
 
 
 @dataclass(frozen=True)
@@ -66,9 +67,10 @@ class BlockPass:
     clock: StageClock
     reporter: Reporter
     ranks: Ranks = ALONE
+    earlier: EarlierResult | None = None
 
     def run(self) -> tuple[BlockReport, ...]:
-        """Quantizes every block that `state` does not hold; replays the others forward. All are durable at the end.
+        """Quantizes or takes over every block that `state` does not hold; replays the others. All are durable then.
 
         Raises:
             NumericalFailure: a weight or an output is not finite.
@@ -101,13 +103,17 @@ class BlockPass:
         if head not in self.schemes:
             return None
         if index >= self.state.resumed:
-            with self.model.loaded(head):
-                container = nn.ModuleDict({"head": self.model.model.get_submodule(head)})
-                task = self._task(index, container, {"head": self.schemes[head]}, {}, lambda _: None)
-                result = METHODS["rtn"].quantize_block(task, self.spec)
-            self.state.save(index, {head: result.linears["head"]}, None)
+            self.state.save(index, {head: self._head(index, head)}, None)
             self.state.settle()
         return self.state.load(index)[head].dequantize()
+
+    def _head(self, index: int, head: str) -> LinearResult:
+        if self.earlier is not None:
+            return self.earlier.linear(head)
+        with self.model.loaded(head):
+            container = nn.ModuleDict({"head": self.model.model.get_submodule(head)})
+            task = self._task(index, container, {"head": self.schemes[head]}, {}, lambda _: None)
+            return METHODS["rtn"].quantize_block(task, self.spec).linears["head"]
 
     def _quantize(self, index: int, progress: "_Progress", writer: WriteBehind) -> None:
         started = time.perf_counter()
@@ -123,8 +129,11 @@ class BlockPass:
             writer.wait()
             progress.tick(index, share)
 
-        task = self._task(index, block, schemes, moments, tick)
-        result = _quantize_block(task, self.spec) if schemes else BlockResult({})
+        if self.earlier is not None:
+            result = self.earlier.block(index)
+        else:
+            task = self._task(index, block, schemes, moments, tick)
+            result = _quantize_block(task, self.spec) if schemes else BlockResult({})
         self._demand_agreement(index, result)
         writer.wait()
         shard = writer.give(partial(self._write_shard, index, result))
@@ -148,6 +157,7 @@ class BlockPass:
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
         """Makes a block count, and tells of it when it does."""
         report = findings.report()
+        report = report if self.earlier is None else self.earlier.told(report)
         self.state.finish(findings.index, shard.result(), report)
         self.reporter.block(_event(report, len(self.model.blocks)))
 
@@ -224,7 +234,7 @@ class BlockPass:
             errors[name] = error_sums(linear.scaling.undo(value), original, moments.get(name))
             self._replace(index, f"{name}.weight", value)
         for name, value in result.parameters.items():
-            self._replace(index, name, value)
+            self._replace(index, name, value.to(self.model.device))
         return errors
 
     def _replace(self, index: int, parameter: str, value: Tensor) -> None:

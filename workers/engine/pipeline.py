@@ -9,10 +9,12 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from app.domain.errors import InternalError
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from app.domain.report import (
+    BaseReport,
     BlockReport,
     ModelReport,
     PeakMemory,
@@ -28,6 +30,7 @@ from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import load_tokenizer, source_label
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock, peak_memory
+from workers.engine.earlier_result import EarlierResult
 from workers.engine.evaluation import measure
 from workers.engine.export import Export, TrainedAdapters
 from workers.engine.finetuning_stage import (
@@ -58,7 +61,7 @@ from workers.engine.warm_up import compiling
 from workers.formats.writer import check_model
 from workers.numerics.quantized import StoredBits
 
-CODES_DEPEND_ON = {"quantization", "calibration", "seed"}
+CODES_DEPEND_ON = {"base_job", "quantization", "calibration", "seed"}
 """Fields of a request that decide the codes."""
 
 
@@ -97,16 +100,29 @@ def _opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int)
         schemes = plan_schemes(model, order.request.quantization)
         inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
+        earlier = _earlier(order, model, set(schemes))
+        schemes = schemes if earlier is None else earlier.schemes
         tokenizer = load_tokenizer(Path(order.model_path))
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
-        with compiling(model, schemes, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
+        compiled = schemes if earlier is None else {}
+        with compiling(model, compiled, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
             texts = read_texts(order, model, reporter, _generation(order, workspace, model, tokenizer, reporter, rank))
         plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
         )
-        yield _Job(order, workspace, reporter, clock, model, schemes, texts, plan, Prepared())
+        yield _Job(order, workspace, reporter, clock, model, schemes, texts, plan, Prepared(), earlier)
+
+
+def _earlier(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> EarlierResult | None:
+    if order.request.base_job is None:
+        return None
+    if order.base_path is None:
+        raise InternalError("the order has no folder of the job that this one starts from", field="base_job")
+    earlier = EarlierResult.open(Path(order.base_path), model, quantized)
+    earlier.demand_held(order.request.formats)
+    return earlier
 
 
 @dataclass(frozen=True)
@@ -130,6 +146,7 @@ class _Job:
     texts: Texts
     plan: Plan
     prepared: Prepared
+    earlier: EarlierResult | None = None
 
 
 def _generation(
@@ -210,11 +227,12 @@ def _run_blocks(job: _Job, ranks: Ranks) -> tuple[ResumeState, Findings]:
         clock=job.clock,
         reporter=job.reporter,
         ranks=ranks,
+        earlier=job.earlier,
     )
     reports = blocks.run()
     state.settle()
     head = blocks.quantize_head()
-    if head is not None:
+    if head is not None and job.earlier is None:
         job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
     scales = run_scale_stage(blocks, head)
     blocks.tuner.release()
@@ -241,7 +259,7 @@ def _finetune(
             model=job.model,
             part=part,
             texts=texts,
-            attach=Attach(adapter, shapes),
+            attach=Attach(adapter, shapes, {} if job.earlier is None else job.earlier.adapters),
             names=frozenset(names),
             state=state,
             folder=job.workspace / "state",
@@ -344,6 +362,7 @@ def _report(job: _Job, state: ResumeState, found: Findings, size: SizeReport) ->
         ),
         calibration=None if windows is None else windows.report(),
         quality=found.quality,
+        base=_base_report(job, len(found.blocks)),
         blocks=found.blocks,
         allocation=job.prepared.report,
         scales=found.scales,
@@ -351,10 +370,17 @@ def _report(job: _Job, state: ResumeState, found: Findings, size: SizeReport) ->
         size=size,
         seconds=job.clock.seconds(),
         peak_memory=_peak_memory(job, found),
-        blocks_computed=len(found.blocks) - resumed,
+        blocks_computed=len(found.blocks) - resumed if job.earlier is None else 0,
         blocks_resumed=resumed,
         warnings=tuple(job.reporter.warnings),
     )
+
+
+def _base_report(job: _Job, blocks: int) -> BaseReport | None:
+    earlier, job_id = job.earlier, job.order.request.base_job
+    if earlier is None or job_id is None:
+        return None
+    return BaseReport(job_id=job_id, blocks_adopted=blocks, adapter_continued=earlier.continues)
 
 
 def _peak_memory(job: _Job, found: Findings) -> PeakMemory:

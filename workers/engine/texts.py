@@ -1,5 +1,6 @@
 """All texts of a job, read before anything is computed: what calibrates, what judges, what an adapter learns."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder
+from app.domain.jobs import JobRequest
 from app.domain.sources import GeneratedText
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows
@@ -47,7 +49,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
         _check_length(model, "finetune", part.sequence_length)
         finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
         _check_vocabulary(model, finetuning.training.ids)
-    if needs_text(request.quantization):
+    if request.base_job is None and needs_text(request.quantization):
         _check_length(model, "calibration", request.calibration.sequence_length)
         if isinstance(request.calibration.dataset, GeneratedText):
             calibration = generated_windows(request.calibration, request.seed, generation)
@@ -55,7 +57,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
             calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
-        used = paths[0] if calibration is not None else None
+        used = _calibration_file(request, paths) if needs_text(request.quantization) else None
         evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
     for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
         if windows is not None:
@@ -65,6 +67,15 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
                     "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
                 )
     return Texts(calibration, evaluation, finetuning)
+
+
+def _calibration_file(request: JobRequest, paths: Sequence[Path | None]) -> Path | None:
+    """The file that calibrated. Where an earlier job did, it is known only if evaluation reads the same dataset."""
+    if request.base_job is None:
+        return paths[0]
+    evaluation = request.evaluation
+    shared = evaluation is not None and evaluation.dataset == request.calibration.dataset
+    return paths[1] if shared else None
 
 
 def _check_length(model: StreamedModel, name: str, length: int) -> None:
