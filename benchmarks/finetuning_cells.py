@@ -38,9 +38,9 @@ class AdapterArm:
 ARMS: MappingProxyType[str, AdapterArm] = MappingProxyType(
     {
         "qlora": AdapterArm("lora", {3: 3, 16: 16}, 1e-3),
-        "qa-lora": AdapterArm("qa-lora", {3: 6, 16: 31}, 1e-3, QUANTIZED),
+        "qa-lora": AdapterArm("qa-lora", {3: 6, 16: 31}, 4e-3, QUANTIZED),
         "q-bara": AdapterArm("q-bara", {3: 3, 16: 16}, 1e-3),
-        "qa-hira": AdapterArm("qa-hira", {3: 3}, 1e-3, QUANTIZED),
+        "qa-hira": AdapterArm("qa-hira", {3: 3}, 4e-3, QUANTIZED),
         "bayesian-lora": AdapterArm("bayesian-lora", {3: 3, 16: 16}, 1e-3),
         "lora from apiq": AdapterArm("lora", {3: 3, 16: 16}, 1e-3, apiq=True),
     }
