@@ -87,6 +87,22 @@ def test_rounding_is_the_same_wherever_activations_live(
     assert on_device.quality == on_host.quality
 
 
+@pytest.mark.parametrize("pass_batch", [1, 3])
+def test_passes_in_several_parts_are_the_same_wherever_activations_live(
+    pass_batch: int, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eight windows, or three parts of which the last is shorter, through two arrivals and two departures."""
+    monkeypatch.setattr(plan, "PASS_BYTES", pass_batch * 48 * (4 * 64 + 3 * 192) * 2)
+    on_device = run_job(small_model, tmp_path / "a", **ON_GPU).report
+    monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+    on_host = run_job(small_model, tmp_path / "b", **ON_GPU).report
+    assert (on_device.plan["pass_batch"], on_host.plan["pass_batch"]) == (pass_batch, pass_batch)
+    assert (on_device.plan["activations"], on_host.plan["activations"]) == ("device", "host")
+    assert on_device.quality == on_host.quality
+    for mine, other in zip(on_device.blocks, on_host.blocks, strict=True):
+        assert mine.output_error == other.output_error
+
+
 @pytest.mark.parametrize("quantized_inputs", [True, False])
 def test_tuning_is_captured_and_the_same_wherever_activations_live(
     quantized_inputs: bool, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

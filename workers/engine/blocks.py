@@ -12,6 +12,7 @@ which recorders stand in for all blocks.
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +27,7 @@ from workers.contracts import BlockForward
 from workers.engine.architectures import Layout, layout_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.empty_model import configuration, empty_model, fuse_blocks, model_dtype, tensor_sources
+from workers.engine.transit import in_transit
 
 
 @dataclass(frozen=True)
@@ -293,10 +295,11 @@ def run_block(
     """
     if not len(source):
         return
+    if device.type == "cuda" and not source.is_cuda and not target.is_cuda:
+        in_transit(partial(forward, block), source, target, rows=micro_batch, device=device)
+        return
     for before, after in zip(torch.split(source, micro_batch), torch.split(target, micro_batch), strict=True):
-        after.copy_(forward(block, before.to(device, non_blocking=True)), non_blocking=True)
-    if device.type == "cuda" and not target.is_cuda:
-        torch.cuda.current_stream(device).synchronize()
+        after.copy_(forward(block, before.to(device)))
 
 
 def _parameter(value: Tensor) -> nn.Parameter:
