@@ -1,11 +1,13 @@
 """Best factors against the full SVD in fp64, which is the optimum (Eckart and Young)."""
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
 
 from workers.numerics import low_rank
-from workers.numerics.low_rank import best_factors, weighted_factors
+from workers.numerics.low_rank import FollowedFactors, best_factors, weighted_factors
 
 
 def matrix(rows: int, columns: int) -> Tensor:
@@ -100,3 +102,34 @@ def test_rows_and_columns_without_weight_stay_finite() -> None:
     assert left.isfinite().all()
     assert right.isfinite().all()
     assert (left @ right)[:3, :5] == pytest.approx(e[:3, :5], abs=1e-8)
+
+
+@pytest.mark.parametrize("shape", [(40, 60), (60, 40)])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_followed_factors_begin_exact_and_come_to_the_optimum_of_a_matrix_that_stays(
+    shape: tuple[int, int], *, weighted: bool
+) -> None:
+    generator = torch.Generator().manual_seed(3)
+    first, second = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    rows, columns = (torch.rand(n, generator=generator, dtype=torch.float64) + 0.1 for n in shape)
+    if not weighted:
+        rows, columns = torch.ones_like(rows), torch.ones_like(columns)
+    follow = FollowedFactors(6, rows, columns)
+    left, right = follow.of(first)
+    torch.testing.assert_close(left @ right, torch.matmul(*weighted_factors(first, 6, rows, columns)))
+    errors = []
+    for _ in range(60):
+        left, right = follow.of(second)
+        errors.append(float((rows[:, None] * (second - left @ right) * columns).norm()))
+    optimum = torch.linalg.svdvals(rows[:, None] * second * columns)[6:].norm()
+    assert all(later <= earlier * (1 + 1e-12) for earlier, later in itertools.pairwise(errors))
+    assert errors[0] > 1.01 * float(optimum), "one pass is not enough for another matrix"
+    assert errors[-1] == pytest.approx(float(optimum), rel=1e-6)
+
+
+def test_where_all_directions_are_followed_factors_are_exact() -> None:
+    ones = torch.ones(10), torch.ones(12)
+    follow = FollowedFactors(4, *ones)
+    for seed in range(3):
+        matrix = torch.randn(10, 12, generator=torch.Generator().manual_seed(seed))
+        torch.testing.assert_close(torch.matmul(*follow.of(matrix)), torch.matmul(*weighted_factors(matrix, 4, *ones)))

@@ -16,7 +16,13 @@ D_r = diag(sqrt(u)) and D_c = diag(sqrt(v)),
     min || sqrt(F) * (E - L R) ||_F  =  min || D_r E D_c - (D_r L)(R D_c) ||_F
 
 so that the factors of D_r E D_c, taken back by D_r^-1 and D_c^-1, are exact where F is of rank one.
+
+Matrices that change a little from one to the next (`FollowedFactors`): an orthogonal iteration from the last one's
+leading directions, one pass E E^T U each, in place of a decomposition. For a fixed E a pass never raises the error,
+since tr(U^T E E^T U) never falls.
 """
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +30,8 @@ from torch import Tensor
 EXACT_UP_TO = 2048
 OVERSAMPLED = 32
 PASSES = 4
+FOLLOWED_BESIDES = 8
+"""Directions besides the rank that are followed from one matrix to the next."""
 SMALLEST_WEIGHT = 1e-6
 """Of the largest: rows and columns without any weight would be divided by 0."""
 
@@ -34,27 +42,73 @@ def best_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tens
     if matrix.shape[0] > matrix.shape[1]:
         right, left = best_factors(matrix.T, rank, seed)
         return left.T, right.T
-    rank = min(rank, matrix.shape[0])
-    if len(matrix) <= EXACT_UP_TO:
-        wide = matrix.double()
-        u = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -rank:].flip(1)
-    else:
-        wide = matrix
-        u = _leading_directions(matrix, rank, seed)
-    projected = u.T @ wide
-    root = torch.linalg.vector_norm(projected, dim=1).sqrt()
-    # A direction in which nothing is left gets zeros on both sides.
-    inverse = torch.where(root > 0, 1 / root, 0)
-    return (u * root).to(matrix.dtype), (projected * inverse.unsqueeze(1)).to(matrix.dtype)
+    u = _directions(matrix, min(rank, matrix.shape[0]), seed)
+    return _factors(u, matrix)
 
 
 @torch.no_grad()
 def weighted_factors(matrix: Tensor, rank: int, rows: Tensor, columns: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     """As `best_factors`, for sqrt(u) = `rows` (out,) and sqrt(v) = `columns` (in,), at least 0, not all of them 0."""
-    by_row = rows.clamp(min=SMALLEST_WEIGHT * float(rows.max())).unsqueeze(1)
-    by_column = columns.clamp(min=SMALLEST_WEIGHT * float(columns.max()))
+    by_row, by_column = _divisors(rows, columns)
     left, right = best_factors(by_row * matrix * by_column, rank, seed)
     return left / by_row, right / by_column
+
+
+@dataclass
+class FollowedFactors:
+    """Weighted factors of one matrix after another, each near the last; the first are those of `weighted_factors`.
+
+    directions   of the last matrix, (smaller side, rank + `FOLLOWED_BESIDES`), orthonormal
+    """
+
+    rank: int
+    rows: Tensor
+    columns: Tensor
+    seed: int = 0
+    directions: Tensor | None = None
+
+    @torch.no_grad()
+    def of(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        """L (out, k) and R (k, in) for k = min(rank, out, in), nearly the best ones."""
+        by_row, by_column = _divisors(self.rows, self.columns)
+        weighted = by_row * matrix * by_column
+        if weighted.shape[0] > weighted.shape[1]:
+            right, left = self._follow(weighted.T)
+            return left.T / by_row, right.T / by_column
+        left, right = self._follow(weighted)
+        return left / by_row, right / by_column
+
+    def _follow(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
+        count = min(self.rank + FOLLOWED_BESIDES, len(matrix))
+        if self.directions is None or count == len(matrix):
+            self.directions = _directions(matrix, count, self.seed).to(matrix.dtype)
+        else:
+            self.directions = _sorted(torch.linalg.qr(matrix @ (matrix.T @ self.directions)).Q, matrix)
+        return _factors(self.directions[:, : self.rank], matrix)
+
+
+def _divisors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """D_r (out, 1) and D_c (in,), without zeros."""
+    by_row = rows.clamp(min=SMALLEST_WEIGHT * float(rows.max())).unsqueeze(1)
+    return by_row, columns.clamp(min=SMALLEST_WEIGHT * float(columns.max()))
+
+
+def _directions(matrix: Tensor, count: int, seed: int) -> Tensor:
+    """Left singular vectors (out, count), the leading first, of a matrix that is no taller than wide."""
+    if len(matrix) > EXACT_UP_TO:
+        return _leading_directions(matrix, count, seed)
+    wide = matrix.double()
+    directions: Tensor = torch.linalg.eigh(wide @ wide.T).eigenvectors[:, -count:].flip(1)
+    return directions
+
+
+def _factors(u: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """U sqrt(S) and sqrt(S) V^T in the dtype of `matrix`, from U, in which what is small is computed."""
+    projected = u.T @ matrix.to(u.dtype)
+    root = torch.linalg.vector_norm(projected, dim=1).sqrt()
+    # A direction in which nothing is left gets zeros on both sides.
+    inverse = torch.where(root > 0, 1 / root, 0)
+    return (u * root).to(matrix.dtype), (projected * inverse.unsqueeze(1)).to(matrix.dtype)
 
 
 def _leading_directions(matrix: Tensor, rank: int, seed: int) -> Tensor:
@@ -65,7 +119,11 @@ def _leading_directions(matrix: Tensor, rank: int, seed: int) -> Tensor:
     basis = torch.linalg.qr(matrix @ start).Q
     for _ in range(PASSES):
         basis = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.T @ basis).Q).Q
-    small = basis.T @ matrix
-    values = torch.linalg.eigh(small.double() @ small.double().T).eigenvectors[:, -rank:].flip(1)
-    directions: Tensor = basis @ values.to(matrix.dtype)
-    return directions
+    return _sorted(basis, matrix)[:, :rank]
+
+
+def _sorted(basis: Tensor, matrix: Tensor) -> Tensor:
+    """The same space in the directions that the matrix has in it, the leading first."""
+    small = (basis.T @ matrix).double()
+    turned: Tensor = basis @ torch.linalg.eigh(small @ small.T).eigenvectors.flip(1).to(matrix.dtype)
+    return turned
