@@ -3,7 +3,9 @@
     python -m benchmarks.results MODEL --calibration calibration.jsonl --valid valid.jsonl --seconds 540
 
 Cells are those of `benchmarks.cells`; `--only` picks rows by name. A run begins no cell after `--seconds`, so that it
-fits into a limit, and the next run goes on. `make docs` makes the table in docs/results.md from the file.
+fits into a limit, and the next run goes on. `make docs` makes the table in docs/results.md from the file. With
+`--processes` several work side by side, on all GPUs in turn, each with its share of the processors: more cells in the
+same time, but their seconds are then upper bounds.
 
 With `--training` there are also the cells of `benchmarks.finetuning_cells`; those of one base share its blocks.
 
@@ -18,10 +20,13 @@ import argparse
 import hashlib
 import json
 import math
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -54,10 +59,14 @@ def main() -> None:
     parser.add_argument("--bits", nargs="+", type=float, help="columns to measure; else all")
     parser.add_argument("--seeds", nargs="+", type=int, help="seeds to measure; else all")
     parser.add_argument("--seconds", type=float, default=540, help="begin no cell later than this")
+    parser.add_argument("--processes", type=int, default=1, help="that measure side by side")
+    parser.add_argument("--share", type=int, nargs=2, default=(0, 1), help=argparse.SUPPRESS)
     parser.add_argument("--output", type=Path, default=FILE)
     given = parser.parse_args()
+    if given.processes > 1:
+        sys.exit(side_by_side(given.processes, sys.argv[1:]))
     until = time.monotonic() + given.seconds
-    left = list(missing(given.output, _chosen(given)))
+    left = share(list(missing(given.output, _chosen(given))), *given.share)
     with tempfile.TemporaryDirectory() as folder:
         for number, cell in enumerate(left):
             if time.monotonic() > until:
@@ -67,6 +76,36 @@ def main() -> None:
             with given.output.open("a") as output:
                 output.write(json.dumps(line) + "\n")
             print(json.dumps(line), flush=True)
+
+
+def side_by_side(count: int, arguments: Sequence[str]) -> int:
+    """Runs this program `count` times, each with its share of cells, processors and GPUs; 1 if one of them failed."""
+    processors = sorted(os.sched_getaffinity(0))
+    each = max(1, len(processors) // count)
+    running = []
+    for index in range(count):
+        # Threads that wait sleep: spinning ones would take the processors of the others.
+        own = os.environ | {"OMP_NUM_THREADS": str(each), "OMP_WAIT_POLICY": "PASSIVE"}
+        if torch.cuda.is_available():
+            own["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
+        # The last of the options counts.
+        one = [*arguments, "--processes", "1", "--share", str(index), str(count)]
+        running.append(subprocess.Popen([sys.executable, "-m", "benchmarks.results", *one], env=own))
+    ended = [process.wait() for process in running]
+    return int(any(ended))
+
+
+def share(wanted: Sequence[Cell], index: int, count: int) -> list[Cell]:
+    """Every `count`-th group of cells from `index` on; those of one base and seed stay together."""
+    groups: dict[str, list[Cell]] = {}
+    for cell in wanted:
+        groups.setdefault(_base(cell), []).append(cell)
+    return [cell for group in list(groups.values())[index::count] for cell in group]
+
+
+def _base(cell: Cell) -> str:
+    """What cells share that have the same quantized blocks."""
+    return hashlib.sha256(json.dumps([dict(cell.quantization), cell.text, cell.seed]).encode()).hexdigest()[:16]
 
 
 def _chosen(given: argparse.Namespace) -> Iterable[Cell]:
@@ -86,7 +125,7 @@ def missing(file: Path, wanted: Iterable[Cell]) -> Iterable[Cell]:
 def measured(cell: Cell, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The line of a cell; jobs with the same base find its blocks in a folder below `folder`."""
     named = {"key": cell.key, "arm": cell.arm, "bits": cell.bits, "seed": cell.seed}
-    workspace = folder / hashlib.sha256(json.dumps([cell.quantization, cell.seed]).encode()).hexdigest()[:16]
+    workspace = folder / _base(cell)
     workspace.mkdir(exist_ok=True)
     given_order = order(cell, given)
     report = run(given_order, workspace, Reporter(lambda _: None)).report

@@ -1,6 +1,7 @@
 """The table of results: every cell is a request that the service takes, and what is missing is shown as missing."""
 
 import argparse
+import itertools
 import json
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from app.domain.adapters import ADAPTERS, shape_for
 from benchmarks.cells import GROUP_SIZE, Cell, cells
 from benchmarks.finetuning_cells import ARMS, finetuning_cells
 from benchmarks.finetuning_table import finetuning_tables
-from benchmarks.results import missing, order
+from benchmarks.results import missing, order, share
 from benchmarks.results_table import lines, tables
 
 CELLS = [*cells(), *finetuning_cells()]
@@ -66,6 +67,15 @@ def test_measured_cells_are_skipped(tmp_path: Path) -> None:
     assert list(missing(file, CELLS)) == CELLS
     file.write_text(json.dumps(line(CELLS[1], 0.5)) + "\n")
     assert list(missing(file, CELLS)) == [CELLS[0], *CELLS[2:]]
+
+
+@pytest.mark.parametrize("count", [1, 3, 200])
+def test_processes_share_the_cells_and_none_splits_those_of_a_base(count: int) -> None:
+    parts = [share(CELLS, index, count) for index in range(count)]
+    assert sorted(cell.key for part in parts for cell in part) == sorted(cell.key for cell in CELLS)
+    trained = [{(c.bits, c.seed) for c in part if c.arm.startswith("qa-lora")} for part in parts]
+    for one, other in itertools.combinations(trained, 2):
+        assert not one & other
 
 
 def test_the_table_shows_means_spread_and_what_is_missing() -> None:
