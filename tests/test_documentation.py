@@ -9,6 +9,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+import yaml
 
 from app.api.main import create_app
 from app.domain.errors import ERRORS, FieldProblem
@@ -119,6 +120,12 @@ def test_bodies_of_the_curl_examples_are_valid() -> None:
             assert JobRequest.parse(body).quantization.method in METHODS
         parsed += 1
     assert parsed == sum(words[words.index("-X") + 1] == "POST" for words in CURLS if "-d" in words) >= 3
+
+
+def test_files_of_the_command_line_are_valid_requests() -> None:
+    files = [yaml.safe_load(code) for code in code_blocks(README, "yaml")]
+    parsed = [JobRequest.parse({"model": "ORG/MODEL", **body}) for body in files]
+    assert [request.finetune is not None for request in parsed] == [True]
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
