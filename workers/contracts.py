@@ -252,7 +252,7 @@ class WarmUp:
 
 
 class Tune(Protocol):
-    """The engine's tuning loop (`workers.engine.tuning.tune`)."""
+    """The engine's tuning loop (`workers.engine.tuning.Tuner`)."""
 
     def __call__(
         self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings

@@ -22,9 +22,10 @@ from tests.engine.rank_pair import SIZE, RankPair, RankRun, run_job_on_ranks
 from tests.engine.test_tuning import RecordedWeights, weights_of
 from tests.methods.toy_block import toy_task
 from workers.contracts import BlockTask, TuningOutcome, TuningSettings
-from workers.engine import tuning
+from workers.engine import sample_order, tuning
 from workers.engine.ranks import Ranks, checksum, joined
-from workers.engine.tuning import Tuner, minibatches, split
+from workers.engine.sample_order import minibatches, split
+from workers.engine.tuning import Tuner
 from workers.methods.sign_round import SignRound
 from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
 from workers.ranks import world_size
@@ -115,7 +116,7 @@ def union(local: Callable[[int], Tensor]) -> Tensor:
 
 def splits_of(samples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
     shares = [len(range(rank, samples, SIZE)) for rank in range(SIZE)]
-    return [split(share, seed, tuning.MOST_HELD_OUT // SIZE) for share in shares]
+    return [split(share, seed, sample_order.MOST_HELD_OUT // SIZE) for share in shares]
 
 
 def batches_of(samples: int, settings: TuningSettings, seed: int) -> Tensor:

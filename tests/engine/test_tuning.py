@@ -12,7 +12,8 @@ from app.domain.errors import NumericalFailure
 from app.domain.methods import Scheme
 from tests.methods.toy_block import toy_task
 from workers.contracts import BlockTask, TuningSettings
-from workers.engine.tuning import Tuner, is_checked, minibatches, split
+from workers.engine.sample_order import minibatches, split
+from workers.engine.tuning import Tuner, is_checked
 from workers.methods.rtn import quantize_weight
 from workers.numerics.quantized import LinearResult
 

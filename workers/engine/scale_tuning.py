@@ -42,9 +42,10 @@ from torch import Tensor
 from app.domain.errors import NumericalFailure
 from workers.contracts import TuningSettings
 from workers.engine.output_head import OutputHead
+from workers.engine.sample_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.scale_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scaled_blocks import ScaledBlocks
-from workers.engine.tuning import MOST_HELD_OUT, captured, minibatches, split
+from workers.engine.tuning import captured
 
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 10

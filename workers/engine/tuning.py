@@ -29,12 +29,10 @@ from app.domain.errors import NumericalFailure
 from workers.contracts import BlockTask, TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.minibatches import Minibatches, address
 from workers.engine.ranks import ALONE, Ranks
+from workers.engine.sample_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.tuned_block import TunedBlock, shape_of
 from workers.numerics.quantized import Number
 
-MOST_HELD_OUT = 16
-HELD_OUT_SHARE = 8
-"""One sequence in eight is held out, at most sixteen."""
 CHECKS = 10
 """Times that the held-out loss would be measured over a whole run; the first third is left out."""
 LOSS_SCALE = {torch.float16: 2.0**15}
@@ -392,22 +390,3 @@ def is_checked(step: int, steps: int) -> bool:
     """Whether the held-out loss is measured after this step: some seven times a run, in its last two thirds."""
     every = max(1, steps // CHECKS)
     return step == steps or (step % every == 0 and 3 * step >= steps)
-
-
-def split(samples: int, seed: int, most: int = MOST_HELD_OUT) -> tuple[Tensor, Tensor]:
-    """Indices of the training and of the held-out sequences, at most `most`; a single sequence serves as both."""
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    count = max(1, min(most, samples // HELD_OUT_SHARE))
-    return (order, order) if samples == 1 else (order[count:], order[:count])
-
-
-def minibatches(samples: Tensor, settings: TuningSettings, seed: int) -> Tensor:
-    """Indices of every step's minibatch, (steps, batch); each pass is shuffled anew and its ragged tail dropped."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    size = min(settings.batch_size, len(samples))
-    a_pass = len(samples) // size
-    passes = [
-        samples[torch.randperm(len(samples), generator=generator)][: a_pass * size].view(a_pass, size)
-        for _ in range(math.ceil(settings.steps / a_pass))
-    ]
-    return torch.cat([torch.empty(0, size, dtype=torch.int64), *passes])[: settings.steps]
