@@ -87,11 +87,6 @@ class Dimensions:
             for name, shape in self.block_linears().items()
         }
 
-    @property
-    def embedding_weights(self) -> int:
-        """Weights that stay 16 bit: the embedding and, if it is not tied to it, the output head."""
-        return self.vocabulary * self.hidden * (1 if self.tied_embeddings else 2)
-
 
 def read_dimensions(config: Mapping[str, object]) -> Dimensions:
     """The shapes that a decoded `config.json` promises.

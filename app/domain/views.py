@@ -211,14 +211,6 @@ class PreflightView(View):
     warnings: list[str] = Field(default_factory=list)
 
 
-class KeyView(View):
-    id: str
-    name: str
-    scopes: list[str]
-    created_at: datetime
-    revoked_at: datetime | None = None
-
-
 class Problem(View):
     """RFC 9457 problem document."""
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from app.domain.errors import OffsetNotRepresentable
-from workers.numerics.quantized import AffineWeight, LinearResult, QuantizedWeight
+from workers.numerics.quantized import AffineWeight, QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,6 @@ def with_zero_points(weight: AffineWeight, wanted: Tensor) -> AffineWeight:
     zero = (-wanted / weight.scale.double()).round().clamp(0, top).to(torch.uint8)
     scheme = weight.scheme.model_copy(update={"symmetric": False})
     return AffineWeight(weight.codes, weight.scale, zero, scheme, weight.dtype)
-
-
-def shipped_error(result: LinearResult, exact: Tensor) -> float:
-    """How far the weight that a linear stands for is from `exact`, (out, in): what a merge in floating point rounds."""
-    return float((result.dequantize().double() - exact.double()).abs().max())
 
 
 def _with_offsets(weight: AffineWeight, wanted: Tensor, dtype: torch.dtype, name: str) -> AffineWeight:
