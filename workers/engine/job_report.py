@@ -1,0 +1,106 @@
+"""The report of a job: what its stages found, what its checkpoints take, and what it cost."""
+
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+
+from app.domain.report import (
+    BaseReport,
+    BlockReport,
+    ModelReport,
+    PeakMemory,
+    Quality,
+    Report,
+    ScaleReport,
+    SizeReport,
+    StoredParts,
+)
+from workers.engine.blocks import StreamedModel
+from workers.engine.calibration import source_label
+from workers.engine.clock import peak_memory
+from workers.engine.finetuning_stage import Finetuned
+from workers.engine.opened_job import OpenedJob
+from workers.engine.plan import plan_report
+from workers.engine.resume import ResumeState
+from workers.numerics.quantized import StoredBits
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What the report tells beside sizes and times."""
+
+    blocks: tuple[BlockReport, ...]
+    scales: ScaleReport | None
+    quality: Quality | None
+    finetuned: Finetuned | None = None
+
+
+def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeReport) -> Report:
+    """Everything but what the export tells: its adapters, and the warnings that come with it."""
+    request, windows = job.order.request, job.texts.calibration
+    resumed = min(state.resumed, len(found.blocks))
+    return Report(
+        version=version("bitwright"),
+        method=request.quantization.method,
+        seed=request.seed,
+        device=job.order.device,
+        plan=plan_report(job.plan),
+        model=ModelReport(
+            source=source_label(request.model),
+            revision=job.order.model_revision,
+            architecture=type(job.model.model).__name__,
+            dtype=job.plan.dtype,
+            parameters=_parameters(job.model),
+        ),
+        calibration=None if windows is None else windows.report(),
+        quality=found.quality,
+        base=_base_report(job, len(found.blocks)),
+        blocks=found.blocks,
+        allocation=job.prepared.report,
+        scales=found.scales,
+        finetuning=None if found.finetuned is None else found.finetuned.report,
+        size=size,
+        seconds=job.clock.seconds(),
+        peak_memory=_peak_memory(job, found),
+        blocks_computed=len(found.blocks) - resumed if job.earlier is None else 0,
+        blocks_resumed=resumed,
+        warnings=tuple(job.reporter.warnings),
+    )
+
+
+def _base_report(job: OpenedJob, blocks: int) -> BaseReport | None:
+    earlier, job_id = job.earlier, job.order.request.base_job
+    if earlier is None or job_id is None:
+        return None
+    return BaseReport(job_id=job_id, blocks_adopted=blocks, adapter_continued=earlier.continues)
+
+
+def _peak_memory(job: OpenedJob, found: Findings) -> PeakMemory:
+    """Of the whole job: the stage that finetunes counts anew."""
+    peak = peak_memory(job.model.device)
+    before = None if found.finetuned is None else found.finetuned.peak_before
+    if before is None or peak.device_bytes is None:
+        return peak
+    return peak.model_copy(update={"device_bytes": max(before, peak.device_bytes)})
+
+
+def size_of(job: OpenedJob, stored: StoredBits, weights: int) -> SizeReport:
+    """What the job's linears take as they ship.
+
+    stored    bits of all quantized linears, by what they hold
+    weights   how many weights they are
+    """
+    checkpoint, count = job.model.checkpoint, max(1, weights)
+    quantized = sum(checkpoint.tensors[job.model.sources[f"{name}.weight"]].size for name in job.schemes)
+    after = checkpoint.size - quantized + stored.total // 8
+    return SizeReport(
+        bytes_original=checkpoint.size,
+        bytes_quantized=after,
+        quantized_weights=weights,
+        bits_per_weight=stored.total / count,
+        bits_per_weight_model=after * 8 / _parameters(job.model),
+        parts=StoredParts(**{name: bits / count for name, bits in asdict(stored).items()}),
+    )
+
+
+def _parameters(model: StreamedModel) -> int:
+    return sum(parameter.numel() for name, parameter in model.model.named_parameters() if name in model.sources)

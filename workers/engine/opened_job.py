@@ -1,0 +1,108 @@
+"""A job as all of its stages find it: model, texts, schemes and plan, read and decided before its first block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from app.domain.errors import InternalError
+from app.domain.events import AttemptOrder, Stage
+from app.domain.methods import Scheme
+from workers.engine.blocks import StreamedModel
+from workers.engine.calibration import load_tokenizer
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.clock import StageClock
+from workers.engine.earlier_result import EarlierResult
+from workers.engine.generated_text import Generation
+from workers.engine.plan import Plan, make_plan, open_device, plan_schemes, reproducible, scale_dtype
+from workers.engine.preparation import Prepared
+from workers.engine.reporter import Reporter
+from workers.engine.texts import Texts, read_texts
+from workers.engine.warm_up import compiling
+from workers.formats.writer import check_model
+
+
+@dataclass(frozen=True)
+class OpenedJob:
+    """An order with everything that was read for it and decided before its first block.
+
+    schemes    of every linear that is quantized, by full name
+    prepared   what the method asked to know of the whole model; nothing until that was found out
+    earlier    the result that this job starts from
+    """
+
+    order: AttemptOrder
+    workspace: Path
+    reporter: Reporter
+    clock: StageClock
+    model: StreamedModel
+    schemes: dict[str, Scheme]
+    texts: Texts
+    plan: Plan
+    prepared: Prepared
+    earlier: EarlierResult | None = None
+
+
+@contextmanager
+def opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) -> Iterator[OpenedJob]:
+    """The job on a rank's device, with the clock at the stage that comes after loading.
+
+    Raises:
+        InputError: the model, its data or the request's numbers do not fit together.
+        InvalidRequest: the head is to be quantized but tied to the embeddings.
+        FormatCannotHold: a format of the request cannot hold this model.
+        CorruptCheckpoint: the earlier job's files are not a result of this model.
+    """
+    clock = StageClock(Stage.LOAD)
+    device = open_device(order, rank)
+    with reproducible(device):
+        reporter.progress(Stage.LOAD, 0, 1, "models")
+        checkpoint = Checkpoint.open(Path(order.model_path))
+        model = StreamedModel.open(checkpoint, device)
+        schemes = plan_schemes(model, order.request.quantization)
+        inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
+        check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
+        earlier = _earlier(order, model, set(schemes))
+        schemes = schemes if earlier is None else earlier.schemes
+        tokenizer = load_tokenizer(Path(order.model_path))
+        reporter.progress(Stage.LOAD, 1, 1, "models")
+        clock.enter(Stage.CALIBRATE)
+        compiled = schemes if earlier is None else {}
+        with compiling(model, compiled, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
+            texts = read_texts(order, model, reporter, _generation(order, workspace, model, tokenizer, reporter, rank))
+        plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
+        reporter.log(
+            "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
+        )
+        yield OpenedJob(order, workspace, reporter, clock, model, schemes, texts, plan, Prepared(), earlier)
+
+
+def _earlier(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> EarlierResult | None:
+    if order.request.base_job is None:
+        return None
+    if order.base_path is None:
+        raise InternalError("the order has no folder of the job that this one starts from", field="base_job")
+    earlier = EarlierResult.open(Path(order.base_path), model, quantized)
+    earlier.demand_held(order.request.formats)
+    return earlier
+
+
+def _generation(
+    order: AttemptOrder,
+    workspace: Path,
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+    rank: int,
+) -> Generation:
+    wanted = order.request.calibration.num_samples
+    return Generation(
+        checkpoint=model.checkpoint,
+        tokenizer=tokenizer,
+        device=model.device,
+        kept=workspace / "generated.safetensors",
+        leads=rank == 0,
+        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, wanted, "windows"),
+    )
