@@ -2,7 +2,8 @@
 
 from collections.abc import Mapping, Sequence
 
-from app.domain.adapters import ADAPTERS, AdapterFields, AdapterShape, AdapterSpec, GroupedSpec, shape_for
+from app.domain.adapter_shapes import shape_for
+from app.domain.adapters import ADAPTERS, AdapterFields, AdapterShape, AdapterSpec, GroupedSpec
 from app.domain.earlier_job import Folded
 from app.domain.errors import FieldProblem, InputError, MisalignedAdapter
 from app.domain.formats import ExportFormat, default_formats, format_problems

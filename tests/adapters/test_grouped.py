@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from app.domain.adapter_shapes import divisors, shape_for
 from app.domain.adapters import (
     AdapterShape,
     BayesianLoRASpec,
@@ -15,8 +16,6 @@ from app.domain.adapters import (
     QAHiRASpec,
     QALoRASpec,
     QBaRASpec,
-    divisors,
-    shape_for,
 )
 from app.domain.errors import MisalignedAdapter
 from workers.adapters.grouped import GroupedAdapter

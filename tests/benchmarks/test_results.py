@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.adapters import ADAPTERS, shape_for
+from app.domain.adapter_shapes import shape_for
+from app.domain.adapters import ADAPTERS
 from benchmarks.cells import GROUP_SIZE, Cell, cells
 from benchmarks.finetuning_cells import ARMS, finetuning_cells
 from benchmarks.finetuning_table import finetuning_tables

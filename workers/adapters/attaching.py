@@ -16,7 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec, shape_for
+from app.domain.adapter_shapes import shape_for
+from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec
 from app.domain.errors import CorruptCheckpoint, InternalError, InvalidRequest
 from app.domain.report import AdapterReport, BitOperations, MergeReport
 from workers.adapters.bayesian import BayesianLoRA, bops_report, full_bops
