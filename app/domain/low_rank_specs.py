@@ -19,7 +19,7 @@ from app.domain.schemes import (
     Scheme,
     Symmetric,
 )
-from app.domain.weight_specs import RTNSpec, SignRoundSpec, WeightSpec
+from app.domain.weight_specs import BatchSize, LearningRate, PresetName, RTNSpec, SignRoundSpec, Steps, WeightSpec
 
 Rank = Annotated[
     int,
@@ -77,7 +77,7 @@ class ApiQSpec(WeightSpec):
     """ApiQ: clipping and low-rank factors trained together against the original model's activations."""
 
     method: Literal["apiq"] = "apiq"
-    preset: Literal["light", "default", "best"] = Field(
+    preset: PresetName = Field(
         default="default", description="Fills steps and the calibration's size where they are not given."
     )
     symmetric: Symmetric = False
@@ -87,20 +87,13 @@ class ApiQSpec(WeightSpec):
     )
     rank: Rank = 64
     alpha: Alpha = 16.0
-    steps: int = Field(
+    steps: Steps = Field(
         default=512,
-        strict=True,
-        ge=0,
-        le=20_000,
         description="Tuning steps of a block, or of the linears of one input with granularity layer.",
     )
-    batch_size: int = Field(default=1, strict=True, ge=1, le=1024, description="Sequences a step.")
-    learning_rate: float = Field(
-        default=5e-4, strict=True, gt=0, le=1, allow_inf_nan=False, description="Of the low-rank factors."
-    )
-    range_learning_rate: float = Field(
-        default=5e-3, strict=True, gt=0, le=1, allow_inf_nan=False, description="Of the clipping of ranges."
-    )
+    batch_size: BatchSize = 1
+    learning_rate: LearningRate = Field(default=5e-4, description="Of the low-rank factors.")
+    range_learning_rate: LearningRate = Field(default=5e-3, description="Of the clipping of ranges.")
     weight_decay: float = Field(
         default=0.1,
         strict=True,

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -13,6 +13,11 @@ ANY_SHARE = 840
 """A batch that any number of devices up to 8 divides: of methods that sum over all sequences at once."""
 SCALE_BATCH_SIZE = 4
 """Sequences of a step that tunes scales end to end."""
+
+PresetName = Literal["light", "default", "best"]
+Steps = Annotated[int, Field(strict=True, ge=0, le=20_000)]
+BatchSize = Annotated[int, Field(strict=True, ge=1, le=1024, description="Sequences a step.")]
+LearningRate = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 
 
 class WeightSpec(Spec):
@@ -193,19 +198,14 @@ class SignRoundSpec(WeightSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
     method: Literal["signround"] = "signround"
-    preset: Literal["light", "default", "best"] = Field(
+    preset: PresetName = Field(
         default="default",
         description="Fills both numbers of steps and the calibration's size where they are not given.",
     )
-    steps: int = Field(default=200, strict=True, ge=0, le=20_000, description="Tuning steps a block; 0 equals RTN.")
-    batch_size: int = Field(default=8, strict=True, ge=1, le=1024, description="Sequences a step.")
-    learning_rate: float | None = Field(
-        default=None,
-        strict=True,
-        gt=0,
-        le=1,
-        allow_inf_nan=False,
-        description="First step of the linear decay to 0; null means 1/steps.",
+    steps: Steps = Field(default=200, description="Tuning steps a block; 0 equals RTN.")
+    batch_size: BatchSize = 8
+    learning_rate: LearningRate | None = Field(
+        default=None, description="First step of the linear decay to 0; null means 1/steps."
     )
     scale_search: bool = Field(
         default=True,
@@ -217,11 +217,8 @@ class SignRoundSpec(WeightSpec):
         strict=True,
         description="Feed a block the output of the quantized blocks before it, not of the original ones.",
     )
-    scale_steps: int = Field(
+    scale_steps: Steps = Field(
         default=0,
-        strict=True,
-        ge=0,
-        le=20_000,
         description="Steps that tune all scales together against the original model's next-token distribution once "
         "every block is done, codes fixed; 0 leaves that out. Skipped with a warning where the model does not fit.",
     )
@@ -247,7 +244,7 @@ class OmniQuantSpec(WeightSpec):
     """OmniQuant's learnable weight clipping: each group's range tuned by AdamW, block by block."""
 
     method: Literal["omniquant"] = "omniquant"
-    preset: Literal["light", "default", "best"] = Field(
+    preset: PresetName = Field(
         default="default", description="Fills epochs, aug_loss and the calibration's size where they are not given."
     )
     epochs: int = Field(
@@ -257,10 +254,8 @@ class OmniQuantSpec(WeightSpec):
         le=1000,
         description="Passes over the calibration sequences a block; with 0 every range is shrunk to 0.982 of itself.",
     )
-    batch_size: int = Field(default=1, strict=True, ge=1, le=1024, description="Sequences a step.")
-    learning_rate: float = Field(
-        default=5e-3, strict=True, gt=0, le=1, allow_inf_nan=False, description="Of every step."
-    )
+    batch_size: BatchSize = 1
+    learning_rate: LearningRate = Field(default=5e-3, description="Of every step.")
     aug_loss: bool = Field(
         default=False,
         strict=True,
