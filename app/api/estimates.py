@@ -72,13 +72,13 @@ def _trained_tokens(request: JobRequest) -> int:
 def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, float]:
     """Weights that are quantized, and the bits of what is stored of them, low-rank factors included."""
     quantized, bits = 0, 0.0
-    adapter_bits, budget = request.quantization.adapter_rank() * HEAVY_BYTES * 8, request.quantization.budget()
+    factor_bits, budget = request.quantization.factors_rank() * HEAVY_BYTES * 8, request.quantization.budget()
     for name, (out, width) in inspection.dimensions.linears().items():
         scheme = request.quantization.scheme(name)
         if scheme is not None:
             each = scheme.bits_per_weight(width, SCALE_BITS) if budget is None else budget.average
             quantized += out * width
-            bits += out * width * each + adapter_bits * (out + width)
+            bits += out * width * each + factor_bits * (out + width)
     return quantized, bits
 
 

@@ -87,15 +87,15 @@ def create_job(
         tenant = (session, principal.tenant_id)
         jobs = JobRepository(*tenant)
         replayed = None if idempotency_key is None or dry_run else jobs.made_by(idempotency_key)
-        start = find_earlier(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
-    request = JobRequest.parse(body, start)
+        earlier = find_earlier(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
+    request = JobRequest.parse(body, earlier)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
     with database.reading() as session:
         if idempotency is not None and not dry_run:
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
-            earlier = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
-            if earlier is not None:
-                return _accepted(earlier, response)
+            made = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
+            if made is not None:
+                return _accepted(made, response)
         found = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
         alive = [state.worker for state in list_workers(session)]
         require_capacity(found.request, found.estimates, alive)

@@ -68,7 +68,7 @@ class LoftQSpec(WeightSpec):
         """By the base."""
         return frozenset({Form.AFFINE if self.base == "affine" else Form.CODEBOOK, Form.LOW_RANK})
 
-    def adapter_rank(self) -> int:
+    def factors_rank(self) -> int:
         """The spec's `rank`."""
         return self.rank
 
@@ -124,7 +124,7 @@ class ApiQSpec(WeightSpec):
         """Affine weights and factors."""
         return frozenset({Form.AFFINE, Form.LOW_RANK})
 
-    def adapter_rank(self) -> int:
+    def factors_rank(self) -> int:
         """The spec's `rank`."""
         return self.rank
 
@@ -211,7 +211,7 @@ class LQLoRASpec(WeightSpec):
         """NormalFloat codes and factors, whatever the parameters."""
         return frozenset({Form.CODEBOOK, Form.LOW_RANK})
 
-    def adapter_rank(self) -> int:
+    def factors_rank(self) -> int:
         """The spec's `rank`."""
         return self.rank
 

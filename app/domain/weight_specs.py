@@ -68,7 +68,7 @@ class WeightSpec(Spec):
         """What these parameters make of the linears of the blocks."""
         return frozenset({Form.AFFINE})
 
-    def adapter_rank(self) -> int:
+    def factors_rank(self) -> int:
         """Rank of the factors beside each linear; 0: there are none."""
         return 0
 

@@ -33,7 +33,7 @@ class ResidualSVDSpec(WeightSpec):
     def forms(self) -> frozenset[Form]:
         return frozenset({Form(self.base)} | ({Form.LOW_RANK} if self.rank else set()))
 
-    def adapter_rank(self) -> int:
+    def factors_rank(self) -> int:
         return self.rank
 
     def end_to_end_steps(self) -> int:

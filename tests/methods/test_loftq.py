@@ -151,4 +151,4 @@ def test_parameters_that_make_no_sense_are_refused(fields: dict[str, object], wo
 def test_forms_follow_from_the_base() -> None:
     assert LoftQSpec().forms() == {Form.CODEBOOK, Form.LOW_RANK}
     assert LoftQSpec(base="affine", symmetric=False).forms() == {Form.AFFINE, Form.LOW_RANK}
-    assert LoftQSpec(rank=8).adapter_rank() == 8
+    assert LoftQSpec(rank=8).factors_rank() == 8

@@ -144,7 +144,7 @@ class _Run:
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
             block=TunedBlock.of(task, weights),
-            kernels=kernels_for(data.inputs),
+            kernels=block_kernels_for(data.inputs),
             ranks=ranks,
             weights=weights,
             settings=settings,
@@ -304,7 +304,7 @@ class _Run:
         return value
 
 
-def kernels_for(inputs: Tensor) -> ModuleType | None:
+def block_kernels_for(inputs: Tensor) -> ModuleType | None:
     """What works on a block's parts where it serves: operators on a CPU, kernels on a GPU with Triton."""
     if inputs.device.type == "cpu":
         return import_module("workers.numerics.block_operators")

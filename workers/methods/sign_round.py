@@ -73,7 +73,7 @@ class SignRound:
 def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
     """Calls that compile this method's kernels for the linears of a model; none where there is nothing to compile."""
     found: list[Callable[[], object]] = []
-    kernels = kernels_for(torch.empty(0, dtype=kinds.dtype, device=kinds.device))
+    kernels = rounding_kernels_for(torch.empty(0, dtype=kinds.dtype, device=kinds.device))
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
     for columns, scheme in kinds.linears:
         width = columns if scheme.group_size < 0 else scheme.group_size
@@ -109,7 +109,7 @@ def start_ranges(
         groups = weight.reshape(-1, width)
         if name in moments:
             settings = (scheme.bits, scheme.symmetric, SMALLEST_SCALE[scale_dtype], scale_dtype)
-            kernels = kernels_for(groups)
+            kernels = rounding_kernels_for(groups)
             ranges.append(GroupRange(*kernels.search_range(groups, moments[name].view(-1, width), *settings)))
         else:
             ranges.append(GroupRange.of(groups.to(working_dtype(weight))))
@@ -151,7 +151,7 @@ class RoundedWeights:
         self._limits = SEARCHED_LIMITS if moments else FULL_LIMITS
         ranges = start_ranges(weights, moments, scheme, width, scale_dtype)
         weight = torch.cat([w.reshape(-1, width) for w in weights.values()])
-        self._kernels = kernels_for(weight)
+        self._kernels = rounding_kernels_for(weight)
         unit = None if settings is None else self._kernels.offset_unit(settings.steps, settings.learning_rate)
         self.state = start(weight, ranges, scale_dtype, unit)
         self._faults = torch.zeros(1, dtype=torch.int32, device=weight.device)
@@ -204,7 +204,7 @@ class RoundedWeights:
         return self._scheme.bits, self._scheme.symmetric, SMALLEST_SCALE[self._scale_dtype]
 
 
-def kernels_for(weight: Tensor) -> ModuleType:
+def rounding_kernels_for(weight: Tensor) -> ModuleType:
     """What works on this weight: Triton's kernels on a GPU, for dtypes that fp32 holds; else torch's operators."""
     triton = weight.is_cuda and weight.dtype != torch.float64 and find_spec("triton") is not None
     return import_module(f"workers.numerics.{'kernels' if triton else 'rounding_operators'}")
