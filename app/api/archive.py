@@ -14,7 +14,7 @@ from app.api.content import conditions, representation_headers, stream
 from app.api.deps import BlobsOf, DatabaseOf
 from app.api.documentation import binary, problems, text_header
 from app.domain.errors import Conflict, NotFound, StorageError
-from app.domain.formats import ExportFormat
+from app.domain.formats import ExportFormat, first_choice
 from app.domain.jobs import JobStatus
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
@@ -137,7 +137,7 @@ def choose_format(job_id: str, status: JobStatus, artifacts: Sequence[Artifact],
         hint = "wait for the status succeeded"
         raise Conflict(f"job {job_id} is {status.value} and has no artifacts", value=status.value, hint=hint)
     if wanted is None:
-        return next((name for name in formats if name != ExportFormat.NATIVE), formats[0])
+        return first_choice(formats)
     if wanted not in formats:
         there = ", ".join(formats)
         raise NotFound(f"job {job_id} has no {wanted} checkpoint; it has: {there}", field="format", value=wanted)

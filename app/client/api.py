@@ -11,6 +11,7 @@ from app.client.event_stream import follow
 from app.client.transport import RetryPolicy, Transport
 from app.client.uploads import describe_files, send_files
 from app.domain.errors import NotFound, RequestError
+from app.domain.formats import ExportFormat, first_choice
 from app.domain.jobs import JobRequest, JobStatus
 from app.domain.views import (
     ArtifactView,
@@ -27,7 +28,6 @@ from app.domain.views import (
 )
 
 DEFAULT_URL = "http://127.0.0.1:8080"
-NATIVE = "native"
 
 
 class Client:
@@ -164,7 +164,7 @@ class Client:
         """The artifacts that make up one checkpoint of the job; `format` as in `download`."""
         artifacts = self.artifacts(job_id)
         formats = list(dict.fromkeys(a.format for a in artifacts))
-        chosen = format or next((f for f in formats if f != NATIVE), NATIVE)
+        chosen = format or (first_choice(formats) if formats else ExportFormat.NATIVE.value)
         if chosen not in formats:
             there = ", ".join(formats) or "none (it has not succeeded)"
             raise NotFound(f"job {job_id} has no {chosen} checkpoint; it has: {there}", field="format", value=chosen)

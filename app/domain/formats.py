@@ -8,7 +8,7 @@ rule that joins them: with `peft` among a job's formats, every other format but 
 `peft` checkpoint is the adapter that belongs to it; without it, the factors must be in the checkpoint.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
@@ -189,6 +189,18 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
         ),
     }
 )
+
+
+ADAPTER_FOLDER = "adapter"
+"""Where the adapter file of a job that trains is kept, beside its checkpoints; no format of its own."""
+
+
+def first_choice(kept: Iterable[str]) -> str:
+    """Of what a job keeps, by name, what a caller gets who names none.
+
+    A checkpoint that was asked for; else `native`, which is always kept; the adapter, which is no model, never before.
+    """
+    return min(kept, key=lambda name: (name == ADAPTER_FOLDER, name == ExportFormat.NATIVE))
 
 
 def base_alone(formats: Collection[ExportFormat]) -> bool:

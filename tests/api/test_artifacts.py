@@ -127,6 +127,22 @@ def test_an_archive_is_the_checkpoint_byte_for_byte_every_time(api: Api, job_id:
         assert [name.split("/", 1)[1] for name in archive.getnames()] == ["model.safetensors", "sub/ü.txt"]
 
 
+@pytest.mark.parametrize(
+    ("kept", "first"),
+    [
+        (["adapter", "compressed-tensors", "native", "peft"], "compressed-tensors"),
+        (["adapter", "merged", "native"], "merged"),
+        (["adapter", "native"], "native"),
+    ],
+)
+def test_a_job_that_trains_gives_its_model_and_not_the_adapter(api: Api, kept: list[str], first: str) -> None:
+    job_id = api.submit()
+    api.succeed(api.claim(), {name: {"file": name.encode()} for name in kept})
+    answer = api.reader.get(f"/v1/jobs/{job_id}/archive")
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        assert archive.getnames() == [f"{job_id}-{first}/file"]
+
+
 def test_an_archive_needs_artifacts(api: Api) -> None:
     job_id = api.submit()
     problem(api.reader.get(f"/v1/jobs/{job_id}/archive"), 409, "conflict")

@@ -10,7 +10,7 @@ from torch import nn
 
 from app.domain.adapters import AdapterSpec
 from app.domain.events import Stage
-from app.domain.formats import ExportFormat
+from app.domain.formats import ADAPTER_FOLDER, ExportFormat
 from app.domain.report import AdapterReport, Report
 from workers.adapters.attaching import Merge, finished, report, stored
 from workers.adapters.merging import MergeProof
@@ -21,9 +21,6 @@ from workers.engine.resume import ResumeState
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.writer import Writer, open_writers
 from workers.numerics.quantized import LinearResult, StoredBits
-
-ADAPTER = "adapter"
-"""The folder of the adapter file."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +86,7 @@ class Export:
             trained = self.trained
             exported.adapter = report(trained.spec, trained.modules, bases, proofs, trained.merge)
             kept = {name: stored(module) for name, module in trained.modules.items()}
-            write_adapter(self.folder / ADAPTER, trained.spec.kind, kept)
+            write_adapter(self.folder / ADAPTER_FOLDER, trained.spec.kind, kept)
         return exported
 
     def describe(self, exported: Exported, told: Report) -> dict[str, str]:
@@ -98,8 +95,8 @@ class Export:
             writer.describe(told)
         names = [name.value for name in exported.writers]
         if self.trained is not None:
-            describe_adapter(self.folder / ADAPTER, self.trained.spec.kind, told)
-            names.append(ADAPTER)
+            describe_adapter(self.folder / ADAPTER_FOLDER, self.trained.spec.kind, told)
+            names.append(ADAPTER_FOLDER)
         self.reporter.progress(Stage.EXPORT, exported.blocks + 1, exported.blocks + 1, "blocks")
         return {name: f"{self.folder.name}/{name}" for name in names}
 
