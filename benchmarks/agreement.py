@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from app.domain.events import AttemptOrder
 from app.domain.jobs import JobRequest
 from benchmarks.cpu_block import cut
-from workers.engine import tuning
+from workers.engine import captured_step
 from workers.engine.pipeline import run
 from workers.engine.reporter import Reporter
 
@@ -85,7 +85,7 @@ def refused() -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise RuntimeError("no capture")
 
-    with patch.object(tuning, "capture", refuse):
+    with patch.object(captured_step, "capture", refuse):
         yield
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from app.domain.events import AttemptLine, LogEvent
 from tests.engine.conftest import run_job
-from workers.engine import fused_block, plan, scale_tuning, tuning
+from workers.engine import captured_step, fused_block, plan, scale_tuning
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.read_ahead import Upload, read_ahead
@@ -124,13 +124,13 @@ def test_a_step_is_captured_once_for_all_blocks(
 ) -> None:
     if place == "host":
         monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
-    captures, capture = Counter[str](), tuning.capture
+    captures, capture = Counter[str](), captured_step.capture
 
     def counted(*given: Any) -> Any:
         captures["all"] += 1
         return capture(*given)
 
-    monkeypatch.setattr(tuning, "capture", counted)
+    monkeypatch.setattr(captured_step, "capture", counted)
     run_job(small_model, tmp_path, **ON_GPU, **TUNED)
     assert captures["all"] == 2, "a step and a check"
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from app.domain.methods import Scheme, SignRoundSpec
 from tests.engine.random_models import LENGTH, PECULIARITIES, save_random_model
 from workers.contracts import BlockTask
-from workers.engine import fused_block, tuning
+from workers.engine import captured_step, fused_block, tuning
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.tuning import Tuner
@@ -126,7 +126,7 @@ def test_graph_eager_and_cpu_agree_in_full_precision(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise RuntimeError("no capture")
 
-    monkeypatch.setattr(tuning, "capture", refuse)
+    monkeypatch.setattr(captured_step, "capture", refuse)
     eager = tune(tmp_path, "cuda")
     assert eager.log == ["capture_failed"]
     assert_agree(captured, eager, gradient=1e-5, codes=0.999, loss=1e-3)

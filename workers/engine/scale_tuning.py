@@ -26,7 +26,7 @@ over codes and weights. Memory: w_hat and q of all blocks (3 bytes a weight in h
 and the activations of all blocks where they fit; of the first blocks only the inputs where they do not, and those
 blocks are computed twice. Where not even that fits, by an estimate, the stage is left out.
 
-On a GPU a step is captured once and replayed (`workers.engine.tuning.capture`); elsewhere, or where capture fails, the
+On a GPU a step is captured once and replayed (`workers.engine.captured_step`); elsewhere, or where capture fails, the
 same steps run eagerly. Several ranks each hold all blocks, and sum dL/dp over their sequences. Left out: the head's own
 scales, zero points, norms, and any text but the calibration's.
 """
@@ -41,11 +41,11 @@ from torch import Tensor
 
 from app.domain.errors import NumericalFailure
 from workers.contracts import TuningSettings
+from workers.engine.captured_step import captured
 from workers.engine.output_head import OutputHead
 from workers.engine.sample_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.scale_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scaled_blocks import ScaledBlocks
-from workers.engine.tuning import captured
 
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 10

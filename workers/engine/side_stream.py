@@ -2,7 +2,7 @@
 
 A thread waits for what the main thread has given the device before (`Mark`), never the other way round: the main
 thread takes up results when they are whole. A capture in the main thread is not disturbed
-(`workers.engine.tuning.capture` asks CUDA to watch its own thread only).
+(`workers.engine.captured_step` asks CUDA to watch its own thread only).
 """
 
 from collections.abc import Iterator

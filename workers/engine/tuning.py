@@ -7,8 +7,9 @@ written into the block anew. The loss on a fixed held-out set of sequences decid
 start counts as a candidate, so the result is never worse there than the start.
 
 Nothing in a step waits for the device: batches, rates, losses and the choice live there. On a GPU a step is captured
-once as a CUDA graph and replayed for every block of the same shape (`workers.engine.tuned_block` has the block that the
-graph works on, `workers.engine.minibatches` the sequences). Where capture is impossible the same steps run eagerly.
+once (`workers.engine.captured_step`) and replayed for every block of the same shape (`workers.engine.tuned_block` has
+the block that the graph works on, `workers.engine.minibatches` the sequences). Where capture is impossible the same
+steps run eagerly.
 
 With several ranks (`workers.engine.ranks`) each has its share of the sequences, splits that for itself, and puts 1/W of
 every batch and of the held-out set together from it. L is the mean of their means; D and the held-out loss are summed
@@ -16,7 +17,7 @@ over the ranks, between two graphs where there would be one, and all take the sa
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
 from importlib.util import find_spec
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from app.domain.errors import NumericalFailure
 from workers.contracts import BlockTask, TrainableWeights, TuningOutcome, TuningSettings
+from workers.engine.captured_step import captured
 from workers.engine.minibatches import Minibatches, address
 from workers.engine.ranks import ALONE, Ranks
 from workers.engine.sample_order import MOST_HELD_OUT, minibatches, split
@@ -37,8 +39,6 @@ CHECKS = 10
 """Times that the held-out loss would be measured over a whole run; the first third is left out."""
 LOSS_SCALE = {torch.float16: 2.0**15}
 """By dtype: what gradients are multiplied by so that those of a mean over millions of numbers do not vanish."""
-WARM_UPS = 2
-"""Eager steps before a capture, in which libraries allocate what they keep."""
 
 
 class Tuner:
@@ -311,56 +311,6 @@ def block_kernels_for(inputs: Tensor) -> ModuleType | None:
     if not inputs.is_cuda or inputs.dtype == torch.float64 or find_spec("triton") is None:
         return None
     return import_module("workers.numerics.block_kernels")
-
-
-def capture(function: Callable[[], None], still: Iterable[Tensor]) -> Callable[[], None]:
-    """`function` as a replay of a CUDA graph; it runs a few times on the way, each time with `still` filled with 0.
-
-    With rates of 0 nothing moves, and a count of 0 steps keeps within the batches, of which there may be only one.
-    """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            _clear(still)
-            function()
-        _clear(still)
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    # Other threads read and write blocks meanwhile; CUDA shall watch what this one does.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        function()
-    return graph.replay
-
-
-def _clear(tensors: Iterable[Tensor]) -> None:
-    for tensor in tensors:
-        tensor.zero_()
-
-
-def captured(
-    before: Callable[[], None],
-    exchange: Callable[[], None],
-    after: Callable[[], None],
-    still: tuple[Tensor, ...],
-    ranks: Ranks,
-) -> Callable[[], None]:
-    """The three one after another: one graph without the exchange for a world of one, else it runs between two."""
-    if ranks.alone:
-
-        def both() -> None:
-            before()
-            after()
-
-        return capture(both, still)
-    first, second = capture(before, still), capture(after, still)
-
-    def replay() -> None:
-        first()
-        exchange()
-        second()
-
-    return replay
 
 
 def _shape(

@@ -1,0 +1,72 @@
+"""A step as CUDA graphs: captured once, replayed for every further step on the same tensors.
+
+A graph replays kernels on addresses, so whatever changes from step to step must lie in tensors that stay where they
+are. With several ranks the exchange between them is in no graph: a step is then two graphs with the exchange between.
+"""
+
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor
+
+from workers.engine.ranks import Ranks
+
+WARM_UPS = 2
+"""Eager steps before a capture, in which libraries allocate what they keep."""
+
+
+def captured(
+    before: Callable[[], None],
+    exchange: Callable[[], None],
+    after: Callable[[], None],
+    still: tuple[Tensor, ...],
+    ranks: Ranks,
+) -> Callable[[], None]:
+    """The three one after another: one graph without the exchange for a world of one, else it runs between two.
+
+    still   tensors that are 0 while the step is tried: rates, so that nothing moves, and counts
+
+    Raises:
+        RuntimeError: something in a step cannot be captured.
+        torch.OutOfMemoryError: a step does not fit.
+    """
+    if ranks.alone:
+
+        def both() -> None:
+            before()
+            after()
+
+        return capture(both, still)
+    first, second = capture(before, still), capture(after, still)
+
+    def replay() -> None:
+        first()
+        exchange()
+        second()
+
+    return replay
+
+
+def capture(function: Callable[[], None], still: Iterable[Tensor]) -> Callable[[], None]:
+    """`function` as a replay of a CUDA graph; it runs a few times on the way, each time with `still` filled with 0.
+
+    With rates of 0 nothing moves, and a count of 0 steps keeps within the batches, of which there may be only one.
+    """
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            _clear(still)
+            function()
+        _clear(still)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads read and write blocks meanwhile; CUDA shall watch what this one does.
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        function()
+    return graph.replay
+
+
+def _clear(tensors: Iterable[Tensor]) -> None:
+    for tensor in tensors:
+        tensor.zero_()
