@@ -9,9 +9,13 @@ LEAST_WINDOWS = 2
 def world_size(request: JobRequest, devices: int) -> int:
     """The ranks that a job gets of a worker's `devices`: the most that divide the method's batches evenly.
 
-    Rather fewer ranks than devices than another batch: a step has as many sequences as its request asks for. A method
-    that divides nothing gets one.
+    Rather fewer ranks than devices than another batch: a step has as many sequences as its request asks for. Where
+    nothing is quantized by the batch, finetuning decides, whose batches need not be divided evenly; a job that shares
+    neither gets one.
     """
-    batch, windows = request.quantization.shared_batch(), request.calibration.num_samples
-    shared = [n for n in range(2, devices + 1) if batch and batch % n == 0 and windows >= LEAST_WINDOWS * n]
-    return max(shared, default=1)
+    batch = 0 if request.base_job is not None else request.quantization.shared_batch()
+    trained = 0 if request.finetune is None else request.finetune.batch_size
+    if not batch:
+        return max(1, min(devices, trained))
+    windows = request.calibration.num_samples
+    return max((n for n in range(2, devices + 1) if batch % n == 0 and windows >= LEAST_WINDOWS * n), default=1)

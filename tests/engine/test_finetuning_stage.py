@@ -14,7 +14,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from app.domain.errors import InvalidDataset
-from app.domain.events import AttemptLine, AttemptOrder, CheckpointEvent, MetricEvent, ProgressEvent, Stage
+from app.domain.events import (
+    AttemptLine,
+    AttemptOrder,
+    BlockEvent,
+    CheckpointEvent,
+    LogEvent,
+    MetricEvent,
+    ProgressEvent,
+    Stage,
+)
 from app.domain.finetuning import Finetune
 from app.domain.jobs import Evaluation, JobRequest
 from app.domain.report import Report
@@ -28,8 +37,10 @@ from workers.engine import pipeline
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import evaluation_windows, load_tokenizer
 from workers.engine.checkpoint import Checkpoint
+from workers.engine.packed_sequences import Batch
 from workers.engine.pipeline import run
 from workers.engine.reporter import Reporter
+from workers.engine.resident_model import ResidentModel
 from workers.engine.resume import ResumeState
 from workers.numerics.quantized import LinearResult
 
@@ -193,6 +204,53 @@ def test_an_interrupted_job_ends_with_the_same_adapters(
     assert other.finetuning is not None
     assert other.finetuning.steps_resumed == 0
     assert other.blocks_resumed == 3, "the base is the same"
+
+
+def too_many_at_once(patch: pytest.MonkeyPatch, most: int) -> None:
+    """Memory for `most` sequences with gradients."""
+    loss = ResidentModel.loss
+
+    def limited(self: ResidentModel, batch: Batch) -> Tensor:
+        if torch.is_grad_enabled() and len(batch.ids) > most:
+            raise torch.OutOfMemoryError("too many at once")
+        return loss(self, batch)
+
+    patch.setattr(ResidentModel, "loss", limited)
+
+
+def test_a_stage_that_runs_out_of_memory_goes_on_with_less_at_once_and_keeps_the_blocks(
+    whole: tuple[Job, Report], small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_many_at_once(monkeypatch, 1)
+    job = Job(tmp_path / "less")
+    report = job.run(small_model, rows)
+    assert report.finetuning is not None
+    assert whole[1].finetuning is not None
+    assert (whole[1].finetuning.micro_batch, report.finetuning.micro_batch) == (4, 1)
+    assert len(job.told(BlockEvent)) == 3, "each block once"
+    assert [line.fields["micro_batch"] for line in job.told(LogEvent) if line.event == "training_lowered"] == [4, 2]
+    assert report.finetuning.loss_before == pytest.approx(whole[1].finetuning.loss_before, rel=1e-6)
+    assert report.finetuning.loss_after == pytest.approx(whole[1].finetuning.loss_after, rel=0.02)
+    monkeypatch.undo()
+    with pytest.MonkeyPatch.context() as patch:
+        too_many_at_once(patch, 1)
+        again = Job(tmp_path / "again")
+        interrupt_at(patch, 9)  # two that fail, and seven
+        with pytest.raises(Interrupted):
+            again.run(small_model, rows)
+    resumed = again.run(small_model, rows)
+    assert resumed.finetuning is not None
+    assert (resumed.finetuning.micro_batch, resumed.finetuning.steps_resumed) == (1, 5)
+    expected = job.trained()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in again.trained().items())
+
+
+def test_memory_for_not_even_one_sequence_is_an_error(
+    small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    too_many_at_once(monkeypatch, 0)
+    with pytest.raises(torch.OutOfMemoryError):
+        Job(tmp_path / "none").run(small_model, rows, steps=2)
 
 
 def test_other_codes_begin_training_anew(small_model: Path, rows: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 from unittest.mock import patch
 
@@ -195,7 +196,7 @@ def test_two_ranks_tune_as_one_process_does_with_their_batches(
 def job_on_ranks(pair: RankPair, model: Path, workspace: Path, attempt: int = 1, **request: Any) -> list[RankRun]:
     """The rank's runs; `request` as in `run_job`."""
     quantization = {"method": "rtn", "bits": 4, "group_size": 32}
-    quantization |= {n: request.pop(n) for n in list(request) if n not in ("evaluation", "calibration", "formats")}
+    quantization |= {name: request.pop(name) for name in list(request) if name not in JobRequest.model_fields}
     workspace.mkdir(exist_ok=True)
     body = {"quantization": quantization, **TEXTS, **request}
     return run_on_both(pair, run_job_on_ranks, model, workspace, body, attempt)
@@ -275,14 +276,47 @@ def test_what_two_ranks_observe_is_what_one_observes(
     runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
     two, one = report_of(runs), run_job(small_model, tmp_path / "one", **request).report
     assert_same_made(runs)
+    errors = [fmean(block.output_error or 0.0 for block in report.blocks) for report in (two, one)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1), [b.output_error for b in (*two.blocks, *one.blocks)]
     for found, expected in zip(two.blocks, one.blocks, strict=True):
-        assert found.output_error == pytest.approx(expected.output_error, rel=0.1)
+        # A step goes by signs: where one is near to call, sums in another order take the two apart.
+        assert found.output_error == pytest.approx(expected.output_error, rel=0.25)
         assert found.counters.keys() == expected.counters.keys()
     if method["method"] in ("gptq", "awq"):
         codes = [load_file(tmp_path / name / "output/native/weights.safetensors") for name in ("one", "two")]
         names = [name for name in codes[0] if name.startswith("model.layers.0.") and name.endswith(".codes")]
         same = torch.cat([(codes[0][name] == codes[1][name]).flatten() for name in names])
         assert same.float().mean() > 0.97
+
+
+EACH_FOR_ITSELF: list[dict[str, Any]] = [
+    {"method": "rtn", "bits": 3, "group_size": 32},
+    {"method": "nf", "bits": 4, "group_size": 32},
+    {"method": "loftq", "bits": 3, "group_size": 32, "rank": 4},
+]
+
+
+@pytest.mark.parametrize("method", EACH_FOR_ITSELF, ids=str)
+def test_two_ranks_finetune_a_base_that_each_makes_for_itself(
+    method: dict[str, Any], pair: RankPair, small_model: Path, tmp_path: Path
+) -> None:
+    part = {"dataset": {"source": "builtin"}, "steps": 6, "batch_size": 3, "sequence_length": 32, "learning_rate": 0.01}
+    request = {**method, "formats": ["native"], "finetune": part}
+    assert world_size(JobRequest.parse({"model": "org/name", **request}), SIZE) == SIZE
+    runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
+    two, one = report_of(runs).finetuning, run_job(small_model, tmp_path / "one", **request).report.finetuning
+    assert_same_made(runs)
+    made = [load_file(tmp_path / name / "output/native/weights.safetensors") for name in ("one", "two")]
+    codes = [name for name in made[0] if name.endswith(".codes")]
+    assert codes
+    assert all(torch.equal(made[0][name], made[1][name]) for name in codes)
+    assert two is not None
+    assert one is not None
+    assert one.loss_after != one.loss_before
+    for found, expected in [(two.loss_before, one.loss_before), (two.loss_after, one.loss_after)]:
+        assert found == pytest.approx(expected, rel=2e-3)
+    for mine, other in zip(two.losses, one.losses, strict=True):
+        assert mine.loss == pytest.approx(other.loss, rel=2e-3)
 
 
 BUDGETS: list[dict[str, Any]] = [

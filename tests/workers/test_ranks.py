@@ -44,6 +44,24 @@ def test_a_job_gets_the_ranks_that_divide_its_batch(
     assert world_size(JobRequest.parse(body), devices) == expected
 
 
+@pytest.mark.parametrize(
+    ("body", "devices", "expected"),
+    [
+        ({"method": "qlora"}, 4, 4),
+        ({"method": "qa-lora"}, 16, 8),  # not more than sequences a step
+        ({"method": "qlora"}, 3, 3),  # evenly or not
+        ({"method": "loftq", "rank": 8}, 2, 2),
+        ({"quantization": {"method": "signround", "batch_size": 6}}, 4, 3),
+        ({"quantization": {"method": "signround", "batch_size": 6}, "base_job": "job_1"}, 4, 4),  # nothing is tuned
+    ],
+)
+def test_finetuning_takes_the_ranks_that_the_method_leaves_open(
+    body: dict[str, object], devices: int, expected: int
+) -> None:
+    request = JobRequest.parse({"model": "/m", "finetune": {"dataset": {"source": "builtin"}}} | body)
+    assert world_size(request, devices) == expected
+
+
 def test_a_worker_counts_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(devices, "_probe", lambda: {"name": "A GPU", "memory": 1 << 30, "count": 4})
     found = {wanted: devices.capacity("cuda", tmp_path, wanted).devices for wanted in (1, 3, "all")}

@@ -24,7 +24,7 @@ from workers.engine.packed_sequences import PackedSequences
 from workers.engine.plan import block_seed
 from workers.engine.ranks import Ranks
 from workers.engine.reporter import Reporter
-from workers.engine.resident_model import Residence, resident
+from workers.engine.resident_model import Residence, ResidentModel, resident
 from workers.engine.resume import ResumeState, fingerprint
 from workers.engine.streams import Stream
 from workers.engine.training import TrainingOutcome, TrainingTask, train
@@ -104,41 +104,87 @@ def read_finetuning_texts(
 def run_finetuning(stage: FinetuningStage) -> Finetuned:
     """Trains the adapters, from their last checkpoint on, and evaluates with them.
 
+    On running out of memory the stage begins again with half as many sequences at once; the blocks are not touched.
+
     Raises:
         NumericalFailure: the loss is not finite.
         UnsupportedArchitecture: the model does more after its blocks than norm and head.
     """
-    model, part, texts = stage.model, stage.part, stage.texts
-    peak_before = _forget_peak(model.device)
-    lengths = [text.length for text in (texts.training, texts.held_out) if text is not None]
-    plan = plan_training(model, set(stage.names), part, max(lengths), divisor=stage.divisor, ranks=stage.ranks)
-    stage.reporter.log("training_planned", **asdict(plan))
-    seed = block_seed(stage.seed, "finetune")
-    how = Residence(length=part.sequence_length, keeps=plan.keeps, recomputed=plan.recomputed)
-    state = stage.state
-    with resident(model, state.load, stage.attach, how, seed=seed, head=stage.head, changed=state.parameters) as found:
-        outcome = train(
-            TrainingTask(
-                resident=found,
-                part=part,
-                training=texts.training,
-                held_out=texts.held_out,
-                micro_batch=plan.micro_batch,
-                seed=seed,
-                state=TrainingState(stage.folder, _fingerprint(stage, plan), stage.ranks),
-                reporter=stage.reporter,
-                ranks=stage.ranks,
-                milestones=len(model.blocks),
-            )
-        )
-        peak = _peak(model.device)
-        if stage.evaluation is not None:
-            found.advance(stage.evaluation)
-    report = _report(stage, plan, outcome, peak)
-    for name, value in (("finetuning_loss_before", report.loss_before), ("finetuning_loss", report.loss_after)):
+    peak_before, divisor = _forget_peak(stage.model.device), _last_divisor(stage)
+    while (trained := _trained(stage, divisor)) is None:
+        # Here, where nothing holds the tensors of the failed step any more.
+        _forget_peak(stage.model.device)
+        divisor *= 2
+    for name, value in (
+        ("finetuning_loss_before", trained.report.loss_before),
+        ("finetuning_loss", trained.report.loss_after),
+    ):
         if value is not None:
             stage.reporter.metric(name, value)
-    return Finetuned(found.adapters, report, peak_before)
+    return Finetuned(trained.adapters, trained.report, peak_before)
+
+
+def _last_divisor(stage: FinetuningStage) -> int:
+    """That of the last checkpoint, where an earlier attempt had to lower it; the stage's own if there is none."""
+    divisor, micro_batch = stage.divisor, 2
+    while stage.ranks.alone and micro_batch > 1:
+        plan = _plan(stage, divisor)
+        if TrainingState(stage.folder, _fingerprint(stage, plan)).progress.step:
+            return divisor
+        divisor, micro_batch = divisor * 2, plan.micro_batch
+    return stage.divisor
+
+
+def _plan(stage: FinetuningStage, divisor: int) -> TrainingPlan:
+    longest = max(text.length for text in (stage.texts.training, stage.texts.held_out) if text is not None)
+    return plan_training(stage.model, set(stage.names), stage.part, longest, divisor=divisor, ranks=stage.ranks)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    adapters: Mapping[str, nn.Module]
+    report: FinetuningReport
+
+
+def _trained(stage: FinetuningStage, divisor: int) -> _Trained | None:
+    """Training and evaluation with micro-batches smaller by `divisor`; None if memory ran out and less may do.
+
+    Raises:
+        torch.OutOfMemoryError: not even one sequence at a time fits; or other ranks wait for this one.
+    """
+    model, plan = stage.model, _plan(stage, divisor)
+    stage.reporter.log("training_planned", **asdict(plan))
+    how = Residence(length=stage.part.sequence_length, keeps=plan.keeps, recomputed=plan.recomputed)
+    seed, state = block_seed(stage.seed, "finetune"), stage.state
+    try:
+        with resident(
+            model, state.load, stage.attach, how, seed=seed, head=stage.head, changed=state.parameters
+        ) as found:
+            outcome = train(_task(stage, plan, found, seed))
+            peak = _peak(model.device)
+            if stage.evaluation is not None:
+                found.advance(stage.evaluation)
+            return _Trained(found.adapters, _report(stage, plan, outcome, peak))
+    except torch.OutOfMemoryError:
+        if plan.micro_batch == 1 or not stage.ranks.alone:
+            raise
+    stage.reporter.log("training_lowered", micro_batch=plan.micro_batch)
+    return None
+
+
+def _task(stage: FinetuningStage, plan: TrainingPlan, found: ResidentModel, seed: int) -> TrainingTask:
+    return TrainingTask(
+        resident=found,
+        part=stage.part,
+        training=stage.texts.training,
+        held_out=stage.texts.held_out,
+        micro_batch=plan.micro_batch,
+        seed=seed,
+        state=TrainingState(stage.folder, _fingerprint(stage, plan), stage.ranks),
+        reporter=stage.reporter,
+        ranks=stage.ranks,
+        milestones=len(stage.model.blocks),
+    )
 
 
 def _fingerprint(stage: FinetuningStage, plan: TrainingPlan) -> str:
