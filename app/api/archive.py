@@ -4,7 +4,7 @@ import hashlib
 import tarfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
@@ -37,9 +37,14 @@ RESPONSES = {
     304: {"description": "The caller has it already.", "headers": {"ETag": text_header("As in If-None-Match.")}},
     **problems("not_found", "conflict", "precondition_failed"),
 }
+Kept = ExportFormat | Literal["adapter"]
+"""What a job may keep: checkpoints, and the adapter file of one that trains (`ADAPTER_FOLDER`)."""
 FormatName = Annotated[
-    ExportFormat | None,
-    Query(alias="format", description="Which checkpoint; the first that is not `native`, if none is named."),
+    Kept | None,
+    Query(
+        alias="format",
+        description="Which checkpoint, or `adapter`; the first checkpoint that is not `native`, if none is named.",
+    ),
 ]
 
 
@@ -125,7 +130,7 @@ def head_archive(
     )
 
 
-def choose_format(job_id: str, status: JobStatus, artifacts: Sequence[Artifact], wanted: ExportFormat | None) -> str:
+def choose_format(job_id: str, status: JobStatus, artifacts: Sequence[Artifact], wanted: Kept | None) -> str:
     """The format to pack.
 
     Raises:
@@ -141,7 +146,7 @@ def choose_format(job_id: str, status: JobStatus, artifacts: Sequence[Artifact],
     if wanted not in formats:
         there = ", ".join(formats)
         raise NotFound(f"job {job_id} has no {wanted} checkpoint; it has: {there}", field="format", value=wanted)
-    return wanted.value
+    return str(wanted)
 
 
 def tar_member(name: str, size: int, sha256: str) -> Member:

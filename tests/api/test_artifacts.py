@@ -141,6 +141,9 @@ def test_a_job_that_trains_gives_its_model_and_not_the_adapter(api: Api, kept: l
     answer = api.reader.get(f"/v1/jobs/{job_id}/archive")
     with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
         assert archive.getnames() == [f"{job_id}-{first}/file"]
+    answer = api.reader.get(f"/v1/jobs/{job_id}/archive", params={"format": "adapter"})
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        assert archive.getnames() == [f"{job_id}-adapter/file"], "unless it is asked for"
 
 
 def test_an_archive_needs_artifacts(api: Api) -> None:
