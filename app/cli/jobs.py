@@ -1,5 +1,7 @@
-"""`jobs`, `show`, `cancel`, `retry`, `download`, `methods`: one request each."""
+"""`jobs`, `show`, `cancel`, `retry`, `download`, `methods`: one request each; `upload`, as many as its files need."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +12,7 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
 from app.cli.render import err, job_table, jobs_table, methods_table, out, report_table, times_table
 from app.client import Client
+from app.client.downloads import OnBytes
 from app.domain.errors import RequestError
 from app.domain.jobs import JobStatus
 
@@ -96,13 +99,34 @@ def download(
 def download_checkpoint(client: Client, job_id: str, folder: Path, format: str | None) -> Path:
     """Download with a progress bar on standard error (none when that is not a terminal)."""
     artifacts = client.checkpoint(job_id, format=format)
+    with byte_bar("download", sum(artifact.size for artifact in artifacts)) as on_bytes:
+        for artifact in artifacts:
+            client.download_artifact(artifact, folder, on_bytes)
+    return folder
+
+
+def upload(
+    files: Annotated[list[Path], typer.Argument(help="A dataset, or the files of a model.", show_default=False)],
+    resume: Annotated[str | None, typer.Option(help="Id of an upload of these files that was cut off.")] = None,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Send files to the service; prints the id that a request names as a dataset or a model."""
+    found = [file for file in files if file.is_file()]
+    with connect(url, key, data_dir) as client, byte_bar("upload", sum(f.stat().st_size for f in found)) as on_bytes:
+        sent = client.upload(files, upload_id=resume, on_bytes=on_bytes)
+    typer.echo(sent.id)
+
+
+@contextmanager
+def byte_bar(what: str, total: int) -> Iterator[OnBytes]:
+    """A progress bar on standard error, none when that is not a terminal; takes bytes as they move."""
     console = err()
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("download", total=sum(artifact.size for artifact in artifacts))
-        for artifact in artifacts:
-            client.download_artifact(artifact, folder, lambda count: progress.advance(task, count))
-    return folder
+        task = progress.add_task(what, total=total)
+        yield lambda count: progress.advance(task, count)
 
 
 def methods(

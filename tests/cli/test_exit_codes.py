@@ -50,6 +50,25 @@ def test_a_bad_request_exits_with_2(service: Service, arguments: list[str], mess
     assert "job_" not in done.stdout
 
 
+def test_an_upload_prints_the_id_that_a_request_takes(service: Service, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"text": "a row"}\n' * 100)
+    done = command("upload", str(rows), *flags(service))
+    assert done.returncode == 0, done.stderr
+    upload = done.stdout.strip()
+    assert upload.startswith("upl_")
+    request = tmp_path / "request.yaml"
+    request.write_text(f"method: qlora\nfinetune: {{dataset: {upload}}}\n")
+    job = command("submit", "org/name", "--file", str(request), *flags(service))
+    assert (job.returncode, job.stdout[:4]) == (0, "job_"), job.stderr
+    again = command("upload", str(rows), "--resume", upload, *flags(service))
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    missing = command("upload", str(tmp_path / "none.jsonl"), *flags(service))
+    assert missing.returncode == 2
+    assert "none.jsonl is not a file" in missing.stderr
+
+
 def test_a_wrong_key_and_an_unknown_job_exit_with_2(service: Service) -> None:
     url = flags(service)[:2]
     stranger = bitwright("jobs", *url, BITWRIGHT_KEY="bw_wrong")
