@@ -31,6 +31,7 @@ def text(tmp_path: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sides", [OURS, pytest.param((OURS[0], *PEERS), marks=needs_bitsandbytes)], ids=str)
 def test_all_sides_train_the_same_numbers_from_the_same_loss(sides: tuple[str, ...], text: Path) -> None:
     *runs, last = lines(text, *sides)

@@ -35,7 +35,8 @@ def has_checkpoint(installed: Installation, job_id: str) -> bool:
     return any(isinstance(event, CheckpointEvent) for event in installed.events(job_id))
 
 
-@pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", [False, True])
 def test_a_finetune_goes_on_from_another_jobs_result(killed: bool, installed: Installation, short_model: Path) -> None:
     small: dict[str, Any] = {"evaluation": {"num_samples": 2, "sequence_length": 64}}
     rows = short_model.parent / "rows.jsonl"

@@ -1,6 +1,6 @@
 """A real job on the real engine, killed: it ends with the codes of an undisturbed run and computes little twice.
 
-The campaign of twenty kills is slow; `make test-slow` runs it.
+They take minutes: `make test-slow` runs them.
 """
 
 import os
@@ -25,6 +25,7 @@ WORKER_MODULE = "workers"
 DATABASE = "sqlite"
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_three_kills_within_one_block(installed: Installation, short_model: Path, tmp_path: Path) -> None:
     """All in the second block, so that the first is adopted three times."""

@@ -2,7 +2,7 @@
 
 import json
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.domain.errors import InvalidDataset
 from app.domain.jobs import Calibration, Evaluation
+from workers.engine import documents
 from workers.engine.calibration import calibration_windows, evaluation_windows, load_tokenizer
 from workers.engine.documents import Half, builtin_documents, half_of, read_jsonl
 
@@ -192,3 +193,23 @@ def test_a_hostile_or_broken_template_fails_the_job_and_runs_nothing(
 def test_half_of_a_conversation_depends_on_its_content_alone() -> None:
     messages = [{"role": "user", "content": "hi"}]
     assert half_of(messages) is half_of(json.loads(json.dumps(messages)))
+
+
+def test_builtin_text_is_found_once_and_no_farther_than_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+
+    def texts() -> Iterator[str]:
+        for text in ("a", "b", "a", "c"):
+            found.append(text)
+            yield text
+
+    monkeypatch.setattr(documents, "_reference_texts", texts)
+    documents._builtin.cache_clear()
+    try:
+        first, second = builtin_documents(), builtin_documents()
+        assert (next(first), next(first), next(second)) == ("a", "b", "a")
+        assert found == ["a", "b"]
+        assert (list(second), list(first), list(builtin_documents())) == (["b", "c"], ["c"], ["a", "b", "c"])
+        assert found == ["a", "b", "a", "c"]
+    finally:
+        documents._builtin.cache_clear()

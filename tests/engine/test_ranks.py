@@ -290,7 +290,6 @@ def test_what_two_ranks_observe_is_what_one_observes(
 
 
 EACH_FOR_ITSELF: list[dict[str, Any]] = [
-    {"method": "rtn", "bits": 3, "group_size": 32},
     {"method": "nf", "bits": 4, "group_size": 32},
     {"method": "loftq", "bits": 3, "group_size": 32, "rank": 4},
 ]

@@ -11,7 +11,10 @@ import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterator, Mapping
 from enum import StrEnum
+from functools import cache
+from itertools import count, islice
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from app.domain.errors import InvalidDataset
@@ -42,12 +45,47 @@ def hash_of(document: Document) -> bytes:
 
 
 def builtin_documents() -> Iterator[str]:
-    """The language reference of `pydoc_data.topics`, then the standard library's docstrings; each text once."""
+    """The language reference of `pydoc_data.topics`, then the standard library's docstrings; each text once.
+
+    All of it takes seconds to find, so that a process looks no farther than somebody has read, and once.
+    """
+    return iter(_builtin())
+
+
+@cache
+def _builtin() -> "_Remembered":
+    return _Remembered(_once(_reference_texts()))
+
+
+def _once(texts: Iterator[str]) -> Iterator[str]:
     seen = set()
-    for text in _reference_texts():
+    for text in texts:
         if text not in seen:
             seen.add(text)
             yield text
+
+
+class _Remembered:
+    """What an iterator gives, for several readers."""
+
+    def __init__(self, source: Iterator[str]) -> None:
+        self._source = source
+        self._found: list[str] = []
+        self._lock = Lock()
+
+    def __iter__(self) -> Iterator[str]:
+        for index in count():
+            with self._lock:
+                if index == len(self._found) and not self._advance():
+                    return
+                text = self._found[index]
+            yield text
+
+    def _advance(self) -> bool:
+        """Whether there was one more."""
+        before = len(self._found)
+        self._found.extend(islice(self._source, 1))
+        return len(self._found) > before
 
 
 def _reference_texts() -> Iterator[str]:
