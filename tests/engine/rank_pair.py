@@ -18,6 +18,7 @@ from torch import Tensor
 
 from app.domain.events import AttemptLine, AttemptOrder, ResultLine
 from app.domain.jobs import JobRequest
+from app.domain.sources import LocalText
 from workers.engine import pipeline, resume
 from workers.engine.reporter import Reporter
 from workers.environments import RANKS
@@ -95,11 +96,14 @@ def serve(rank: int, connection: Connection) -> None:
 def order_of(
     model: Path, workspace: Path, body: dict[str, Any], attempt: int, device: str, base: Path | None = None
 ) -> AttemptOrder:
+    request = JobRequest.parse(json.loads(json.dumps({"model": str(model)} | body)))
+    learned = None if request.finetune is None else request.finetune.dataset
     return AttemptOrder(
         job_id="job_1",
         attempt=attempt,
-        request=JobRequest.parse(json.loads(json.dumps({"model": str(model)} | body))),
+        request=request,
         model_path=str(model),
+        finetuning_path=learned.path if isinstance(learned, LocalText) else None,
         base_path=None if base is None else str(base),
         world_size=SIZE,
         rendezvous=str(workspace / f"rendezvous-{attempt}"),

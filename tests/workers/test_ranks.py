@@ -138,7 +138,7 @@ def wait_for_block(bench: Bench, running: Running) -> None:
 
 
 def test_the_end_of_one_rank_is_the_attempts_and_the_next_goes_on(two_ranks: Bench) -> None:
-    job_id = submit(two_ranks, steps=150)
+    job_id = submit(two_ranks, steps=80)
     running = two_ranks.start()
     wait_for_block(two_ranks, running)
     pids = rank_pids(two_ranks.workspace(job_id))
