@@ -35,7 +35,7 @@ serve: $(VENV)/.embedded ## Start the whole service embedded: API, worker, sweep
 	$(BIN)/bitwright serve $(ARGS)
 
 test: $(VENV)/.test ## Run the tests, real PostgreSQL and Valkey included (ARGS go to pytest)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu' $(ARGS)
 
 test-slow: $(VENV)/.test ## Run the tests that take longer than half a minute each
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)

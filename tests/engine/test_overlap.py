@@ -195,6 +195,7 @@ def test_a_block_that_cannot_be_read_costs_none_of_those_before(
     assert durable(tmp_path) == [0, 1]
 
 
+@pytest.mark.slow
 def test_a_kill_costs_at_most_one_block_whose_method_ended(small_model: Path, tmp_path: Path) -> None:
     """SIGKILL of a real process within its writes: before a shard, between shard and state.json, after state.json."""
     moments = ["before:1", "before:4", "after:2"]

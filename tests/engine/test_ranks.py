@@ -257,13 +257,16 @@ def test_two_ranks_make_the_same_weights_and_close_ones_to_one_ranks(
         assert found.output_error == pytest.approx(expected.output_error, rel=0.3)
 
 
-OBSERVING: list[dict[str, Any]] = [
+OBSERVING: list[Any] = [
     {"method": "gptq"},
     {"method": "awq", "search_samples": 16},
     {"method": "omniquant", "epochs": 2, "batch_size": 2, "aug_loss": True},
     {"method": "apiq", "steps": 12, "batch_size": 2, "rank": 4},
     {"method": "apiq", "steps": 12, "batch_size": 4, "rank": 4, "granularity": "layer"},
-    {"method": "apiq", "steps": 12, "batch_size": 6, "rank": 4, "base": "signround", "aug_loss": True},
+    pytest.param(
+        {"method": "apiq", "steps": 12, "batch_size": 6, "rank": 4, "base": "signround", "aug_loss": True},
+        marks=pytest.mark.slow,
+    ),
 ]
 
 

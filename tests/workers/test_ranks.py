@@ -137,6 +137,7 @@ def wait_for_block(bench: Bench, running: Running) -> None:
     wait_for(finished, 150, what="the first block")
 
 
+@pytest.mark.slow
 def test_the_end_of_one_rank_is_the_attempts_and_the_next_goes_on(two_ranks: Bench) -> None:
     job_id = submit(two_ranks, steps=80)
     running = two_ranks.start()
