@@ -37,7 +37,7 @@ serve: $(VENV)/.embedded ## Start the whole service embedded: API, worker, sweep
 test: $(VENV)/.test ## Run the tests, real PostgreSQL and Valkey included (ARGS go to pytest)
 	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu' $(ARGS)
 
-test-slow: $(VENV)/.test ## Run the tests that take longer than half a minute each
+test-slow: $(VENV)/.test ## Run the tests that take long: many kills, whole services, several processes of torch
 	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device

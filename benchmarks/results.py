@@ -66,7 +66,8 @@ def main() -> None:
     if given.processes > 1:
         sys.exit(side_by_side(given.processes, sys.argv[1:]))
     until = time.monotonic() + given.seconds
-    left = share(list(missing(given.output, _chosen(given))), *given.share)
+    # Shared before the measured ones are left out: other processes add some meanwhile.
+    left = list(missing(given.output, share(list(_chosen(given)), *given.share)))
     with tempfile.TemporaryDirectory() as folder:
         for number, cell in enumerate(left):
             if time.monotonic() > until:
@@ -82,12 +83,13 @@ def side_by_side(count: int, arguments: Sequence[str]) -> int:
     """Runs this program `count` times, each with its share of cells, processors and GPUs; 1 if one of them failed."""
     processors = sorted(os.sched_getaffinity(0))
     each = max(1, len(processors) // count)
-    running = []
+    named = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(torch.cuda.device_count())))
+    running, gpus = [], named.split(",")
     for index in range(count):
         # Threads that wait sleep: spinning ones would take the processors of the others.
         own = os.environ | {"OMP_NUM_THREADS": str(each), "OMP_WAIT_POLICY": "PASSIVE"}
         if torch.cuda.is_available():
-            own["CUDA_VISIBLE_DEVICES"] = str(index % torch.cuda.device_count())
+            own["CUDA_VISIBLE_DEVICES"] = gpus[index % len(gpus)]
         # The last of the options counts.
         one = [*arguments, "--processes", "1", "--share", str(index), str(count)]
         running.append(subprocess.Popen([sys.executable, "-m", "benchmarks.results", *one], env=own))

@@ -18,8 +18,12 @@ ALWAYS = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "DO_NOT_TRACK": "1",
     "PYTHONUNBUFFERED": "1",
-    # A library's deprecation is no news for who reads a job's log.
     "TOKENIZERS_PARALLELISM": "false",
+}
+
+TOKENIZING = {
+    # An attempt never forks, which is what tokenizers warn of.
+    "TOKENIZERS_PARALLELISM": "true",
 }
 
 ALLOCATOR = {
@@ -58,7 +62,7 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 def attempt_environment(workspace: Workspace, claim: Claim) -> dict[str, str]:
     """Of the attempt: offline, and with caches that go with the workspace."""
     caches = {"HF_HOME": str(workspace.folder / "cache")}
-    return RANKS | child_environment(ALWAYS | ALLOCATOR | waiting() | OFFLINE | _names(claim) | caches)
+    return RANKS | child_environment(ALWAYS | TOKENIZING | ALLOCATOR | waiting() | OFFLINE | _names(claim) | caches)
 
 
 def waiting() -> dict[str, str]:

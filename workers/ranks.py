@@ -13,9 +13,9 @@ def world_size(request: JobRequest, devices: int) -> int:
     nothing is quantized by the batch, finetuning decides, whose batches need not be divided evenly; a job that shares
     neither gets one.
     """
-    batch = 0 if request.base_job is not None else request.quantization.shared_batch()
-    trained = 0 if request.finetune is None else request.finetune.batch_size
+    quantizes = request.base_job is None
+    batch = request.quantization.shared_batch() if quantizes else 0
+    most = min(devices, request.calibration.num_samples // LEAST_WINDOWS) if quantizes else devices
     if not batch:
-        return max(1, min(devices, trained))
-    windows = request.calibration.num_samples
-    return max((n for n in range(2, devices + 1) if batch % n == 0 and windows >= LEAST_WINDOWS * n), default=1)
+        return max(1, min(most, 0 if request.finetune is None else request.finetune.batch_size))
+    return max((n for n in range(2, most + 1) if batch % n == 0), default=1)

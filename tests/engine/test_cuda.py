@@ -183,11 +183,14 @@ def test_a_method_gives_the_same_codes_again_and_errors_as_on_a_cpu(
     on_cpu = run_job(small_model, tmp_path / "c", **job).report
     assert differing(tmp_path / "a", tmp_path / "b") == []
     assert not [line for line in lines if isinstance(line, LogEvent) and line.event == "capture_failed"]
-    # Over all blocks and linears: steps by a gradient's sign take some of them apart by more.
-    blocks = [fmean(block.output_error or 0.0 for block in report.blocks) for report in (first, on_cpu)]
-    linears = [fmean(x.output_error or 0.0 for b in report.blocks for x in b.linears) for report in (first, on_cpu)]
-    assert blocks[0] == pytest.approx(blocks[1], rel=0.1)
-    assert linears[0] == pytest.approx(linears[1], rel=0.1)
+    errors = [fmean(block.output_error or 0.0 for block in report.blocks) for report in (first, on_cpu)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    # SignRound's steps go by signs: where one is near to call, sums in another order take two blocks apart.
+    near = 2.5 if method.get("base") == "signround" else 1.0
+    for mine, other in zip(first.blocks, on_cpu.blocks, strict=True):
+        assert mine.output_error == pytest.approx(other.output_error, rel=0.1 * near)
+        for one, two in zip(mine.linears, other.linears, strict=True):
+            assert one.output_error == pytest.approx(two.output_error, rel=0.15 * near)
 
 
 def test_scales_are_tuned_in_one_captured_step_and_the_same_again(small_model: Path, tmp_path: Path) -> None:

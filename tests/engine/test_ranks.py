@@ -281,10 +281,11 @@ def test_what_two_ranks_observe_is_what_one_observes(
     two, one = report_of(runs), run_job(small_model, tmp_path / "one", **request).report
     assert_same_made(runs)
     errors = [fmean(block.output_error or 0.0 for block in report.blocks) for report in (two, one)]
-    assert errors[0] == pytest.approx(errors[1], rel=0.1), [b.output_error for b in (*two.blocks, *one.blocks)]
+    assert errors[0] == pytest.approx(errors[1], rel=0.1)
+    # SignRound's steps go by signs: where one is near to call, sums in another order take two blocks apart.
+    near = 0.25 if method.get("base") == "signround" else 0.1
     for found, expected in zip(two.blocks, one.blocks, strict=True):
-        # A step goes by signs: where one is near to call, sums in another order take the two apart.
-        assert found.output_error == pytest.approx(expected.output_error, rel=0.25)
+        assert found.output_error == pytest.approx(expected.output_error, rel=near)
         assert found.counters.keys() == expected.counters.keys()
     if method["method"] in ("gptq", "awq"):
         codes = [load_file(tmp_path / name / "output/native/weights.safetensors") for name in ("one", "two")]

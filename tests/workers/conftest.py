@@ -7,6 +7,7 @@ import pytest
 
 from app.store.session import Database
 from tests.workers.bench import Bench
+from workers.workspace import Workspace
 
 
 @pytest.fixture
@@ -23,3 +24,10 @@ def sqlite_bench(tmp_path: Path, sqlite_url: str) -> Iterator[Bench]:
     database = Database(sqlite_url)
     yield Bench.make(tmp_path / "bench", database)
     database.close()
+
+
+@pytest.fixture
+def workspace(sqlite_bench: Bench) -> Workspace:
+    workspace = Workspace.of(sqlite_bench.context.settings.workspace_dir, "job_x")
+    workspace.open()
+    return workspace

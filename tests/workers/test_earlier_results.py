@@ -51,13 +51,6 @@ def blob_of(bench: Bench, job_id: str, path: str) -> Path:
     return found
 
 
-@pytest.fixture
-def workspace(sqlite_bench: Bench) -> Workspace:
-    workspace = Workspace.of(sqlite_bench.context.settings.workspace_dir, "job_x")
-    workspace.open()
-    return workspace
-
-
 def in_bucket(bench: Bench) -> WorkerContext:
     """The same worker with its blobs in a bucket, which has no files to link to."""
     bucket = BucketBlobs(MemoryStore())

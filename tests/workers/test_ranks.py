@@ -51,6 +51,11 @@ def test_a_job_gets_the_ranks_that_divide_its_batch(
         ({"method": "qa-lora"}, 16, 8),  # not more than sequences a step
         ({"method": "qlora"}, 3, 3),  # evenly or not
         ({"method": "loftq", "rank": 8}, 2, 2),
+        (
+            {"method": "lq-lora", "bits": {"average": 3}, "calibration": {"num_samples": 5}},
+            4,
+            2,
+        ),  # two windows for each
         ({"quantization": {"method": "signround", "batch_size": 6}}, 4, 3),
         ({"quantization": {"method": "signround", "batch_size": 6}, "base_job": "job_1"}, 4, 4),  # nothing is tuned
     ],

@@ -33,13 +33,6 @@ def upload(bench: Bench, files: dict[str, bytes], *, complete: bool = True) -> s
     return upload_id
 
 
-@pytest.fixture
-def workspace(sqlite_bench: Bench) -> Workspace:
-    workspace = Workspace.of(sqlite_bench.context.settings.workspace_dir, "job_x")
-    workspace.open()
-    return workspace
-
-
 def test_a_path_must_really_lie_under_a_root(tmp_path: Path) -> None:
     root, outside = tmp_path / "root", tmp_path / "root-of-another"
     for folder in (root / "model", outside):

@@ -10,11 +10,11 @@ import json
 import pydoc_data.topics
 import sysconfig
 from collections.abc import Iterator, Mapping
+from copy import copy
 from enum import StrEnum
 from functools import cache
-from itertools import count, islice
+from itertools import tee
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from app.domain.errors import InvalidDataset
@@ -49,12 +49,13 @@ def builtin_documents() -> Iterator[str]:
 
     All of it takes seconds to find, so that a process looks no farther than somebody has read, and once.
     """
-    return iter(_builtin())
+    return copy(_builtin())
 
 
 @cache
-def _builtin() -> "_Remembered":
-    return _Remembered(_once(_reference_texts()))
+def _builtin() -> Iterator[str]:
+    """Never advanced itself; its copies share what they have found."""
+    return tee(_once(_reference_texts()), 1)[0]
 
 
 def _once(texts: Iterator[str]) -> Iterator[str]:
@@ -63,29 +64,6 @@ def _once(texts: Iterator[str]) -> Iterator[str]:
         if text not in seen:
             seen.add(text)
             yield text
-
-
-class _Remembered:
-    """What an iterator gives, for several readers."""
-
-    def __init__(self, source: Iterator[str]) -> None:
-        self._source = source
-        self._found: list[str] = []
-        self._lock = Lock()
-
-    def __iter__(self) -> Iterator[str]:
-        for index in count():
-            with self._lock:
-                if index == len(self._found) and not self._advance():
-                    return
-                text = self._found[index]
-            yield text
-
-    def _advance(self) -> bool:
-        """Whether there was one more."""
-        before = len(self._found)
-        self._found.extend(islice(self._source, 1))
-        return len(self._found) > before
 
 
 def _reference_texts() -> Iterator[str]:

@@ -111,27 +111,27 @@ def run_finetuning(stage: FinetuningStage) -> Finetuned:
         UnsupportedArchitecture: the model does more after its blocks than norm and head.
     """
     peak_before, divisor = _forget_peak(stage.model.device), _last_divisor(stage)
-    while (trained := _trained(stage, divisor)) is None:
+    while (trained := _trained(stage, divisor, peak_before)) is None:
         # Here, where nothing holds the tensors of the failed step any more.
         _forget_peak(stage.model.device)
         divisor *= 2
-    for name, value in (
-        ("finetuning_loss_before", trained.report.loss_before),
-        ("finetuning_loss", trained.report.loss_after),
-    ):
+    report = trained.report
+    for name, value in (("finetuning_loss_before", report.loss_before), ("finetuning_loss", report.loss_after)):
         if value is not None:
             stage.reporter.metric(name, value)
-    return Finetuned(trained.adapters, trained.report, peak_before)
+    return trained
 
 
 def _last_divisor(stage: FinetuningStage) -> int:
     """That of the last checkpoint, where an earlier attempt had to lower it; the stage's own if there is none."""
-    divisor, micro_batch = stage.divisor, 2
-    while stage.ranks.alone and micro_batch > 1:
+    divisor = stage.divisor
+    while stage.ranks.alone:
         plan = _plan(stage, divisor)
         if TrainingState(stage.folder, _fingerprint(stage, plan)).progress.step:
             return divisor
-        divisor, micro_batch = divisor * 2, plan.micro_batch
+        if plan.micro_batch == 1:
+            break
+        divisor *= 2
     return stage.divisor
 
 
@@ -140,13 +140,7 @@ def _plan(stage: FinetuningStage, divisor: int) -> TrainingPlan:
     return plan_training(stage.model, set(stage.names), stage.part, longest, divisor=divisor, ranks=stage.ranks)
 
 
-@dataclass(frozen=True)
-class _Trained:
-    adapters: Mapping[str, nn.Module]
-    report: FinetuningReport
-
-
-def _trained(stage: FinetuningStage, divisor: int) -> _Trained | None:
+def _trained(stage: FinetuningStage, divisor: int, peak_before: int | None) -> Finetuned | None:
     """Training and evaluation with micro-batches smaller by `divisor`; None if memory ran out and less may do.
 
     Raises:
@@ -164,7 +158,7 @@ def _trained(stage: FinetuningStage, divisor: int) -> _Trained | None:
             peak = _peak(model.device)
             if stage.evaluation is not None:
                 found.advance(stage.evaluation)
-            return _Trained(found.adapters, _report(stage, plan, outcome, peak))
+            return Finetuned(found.adapters, _report(stage, plan, outcome, peak), peak_before)
     except torch.OutOfMemoryError:
         if plan.micro_batch == 1 or not stage.ranks.alone:
             raise

@@ -97,8 +97,9 @@ class TrainingState:
     def _found(self) -> TrainingFile | None:
         try:
             found = TrainingFile.model_validate_json((self._folder / "training.json").read_bytes())
+            if found.fingerprint != self._fingerprint:
+                return None
             data = (self._folder / Path(found.file).name).read_bytes()
         except (OSError, ValidationError):
             return None
-        sound = hashlib.sha256(data).hexdigest() == found.sha256
-        return found if sound and found.fingerprint == self._fingerprint else None
+        return found if hashlib.sha256(data).hexdigest() == found.sha256 else None

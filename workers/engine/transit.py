@@ -24,8 +24,10 @@ def in_transit(
     main = torch.cuda.current_stream(device)
     coming, going = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
     arrivals, departures = ([torch.empty_like(part[side], device=device) for part in parts[:2]] for side in range(2))
-    for stream in (coming, going):
+    for stream, buffers in ((coming, arrivals), (going, departures)):
         stream.wait_stream(main)  # whose memory the buffers were
+        for buffer in buffers:
+            buffer.record_stream(stream)  # should `work` fail, no copy in flight hits memory of somebody else
     arrived, used, sent = (list[torch.cuda.Event]() for _ in range(3))
 
     def fetch(index: int) -> None:

@@ -22,7 +22,7 @@ leading directions, one pass E E^T U each, in place of a decomposition. For a fi
 since tr(U^T E E^T U) never falls.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -39,11 +39,7 @@ SMALLEST_WEIGHT = 1e-6
 @torch.no_grad()
 def best_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     """L (out, k) and R (k, in) for k = min(rank, out, in), in the dtype of `matrix` (out, in), fp32 or fp64."""
-    if matrix.shape[0] > matrix.shape[1]:
-        right, left = best_factors(matrix.T, rank, seed)
-        return left.T, right.T
-    u = _directions(matrix, min(rank, matrix.shape[0]), seed)
-    return _factors(u, matrix)
+    return _on_wide(matrix, lambda wide: _factors(_directions(wide, min(rank, len(wide)), seed), wide))
 
 
 @torch.no_grad()
@@ -54,37 +50,38 @@ def weighted_factors(matrix: Tensor, rank: int, rows: Tensor, columns: Tensor, s
     return left / by_row, right / by_column
 
 
-@dataclass
 class FollowedFactors:
     """Weighted factors of one matrix after another, each near the last; the first are those of `weighted_factors`.
 
-    directions   of the last matrix, (smaller side, rank + `FOLLOWED_BESIDES`), orthonormal
+    What is kept are the last matrix's leading directions, (smaller side, rank + `FOLLOWED_BESIDES`), orthonormal.
     """
 
-    rank: int
-    rows: Tensor
-    columns: Tensor
-    seed: int = 0
-    directions: Tensor | None = None
+    def __init__(self, rank: int, rows: Tensor, columns: Tensor, seed: int = 0) -> None:
+        self._rank, self._seed = rank, seed
+        self._by_row, self._by_column = _divisors(rows, columns)
+        self._directions: Tensor | None = None
 
     @torch.no_grad()
     def of(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
         """L (out, k) and R (k, in) for k = min(rank, out, in), nearly the best ones."""
-        by_row, by_column = _divisors(self.rows, self.columns)
-        weighted = by_row * matrix * by_column
-        if weighted.shape[0] > weighted.shape[1]:
-            right, left = self._follow(weighted.T)
-            return left.T / by_row, right.T / by_column
-        left, right = self._follow(weighted)
-        return left / by_row, right / by_column
+        left, right = _on_wide(self._by_row * matrix * self._by_column, self._follow)
+        return left / self._by_row, right / self._by_column
 
-    def _follow(self, matrix: Tensor) -> tuple[Tensor, Tensor]:
-        count = min(self.rank + FOLLOWED_BESIDES, len(matrix))
-        if self.directions is None or count == len(matrix):
-            self.directions = _directions(matrix, count, self.seed).to(matrix.dtype)
+    def _follow(self, wide: Tensor) -> tuple[Tensor, Tensor]:
+        count = min(self._rank + FOLLOWED_BESIDES, len(wide))
+        if self._directions is None or count == len(wide):
+            self._directions = _directions(wide, count, self._seed).to(wide.dtype)
         else:
-            self.directions = _sorted(torch.linalg.qr(matrix @ (matrix.T @ self.directions)).Q, matrix)
-        return _factors(self.directions[:, : self.rank], matrix)
+            self._directions = _sorted(torch.linalg.qr(wide @ (wide.T @ self._directions)).Q, wide)
+        return _factors(self._directions[:, : self._rank], wide)
+
+
+def _on_wide(matrix: Tensor, factors: Callable[[Tensor], tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The factors of a matrix by a function of one that is no taller than wide."""
+    if matrix.shape[0] <= matrix.shape[1]:
+        return factors(matrix)
+    right, left = factors(matrix.T)
+    return left.T, right.T
 
 
 def _divisors(rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
