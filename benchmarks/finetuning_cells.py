@@ -21,28 +21,28 @@ QUANTIZED, SIXTEEN_BIT = "quantized", "16bit"
 class AdapterArm:
     """A row of the table.
 
-    kind           of the adapter
-    ranks          the request's rank by budget; no entry where the kind cannot meet it within 5 %
-    learning_rate  4e-3 where inputs are means over a group, else 1e-3; none was searched for
-    merge          how it is folded into the base afterwards
-    apiq           whether base and start are ApiQ's
+    kind     of the adapter
+    ranks    the request's rank by budget; no entry where the kind cannot meet it within 5 %
+    rates    learning rates by budget, as `benchmarks.learning_rates` found them
+    merge    how it is folded into the base afterwards
+    apiq     whether base and start are ApiQ's
     """
 
     kind: str
     ranks: Mapping[int, int]
-    learning_rate: float
+    rates: Mapping[int, float]
     merge: str = SIXTEEN_BIT
     apiq: bool = False
 
 
 ARMS: MappingProxyType[str, AdapterArm] = MappingProxyType(
     {
-        "qlora": AdapterArm("lora", {3: 3, 16: 16}, 1e-3),
-        "qa-lora": AdapterArm("qa-lora", {3: 6, 16: 31}, 4e-3, QUANTIZED),
-        "q-bara": AdapterArm("q-bara", {3: 3, 16: 16}, 1e-3),
-        "qa-hira": AdapterArm("qa-hira", {3: 3}, 4e-3, QUANTIZED),
-        "bayesian-lora": AdapterArm("bayesian-lora", {3: 3, 16: 16}, 1e-3),
-        "lora from apiq": AdapterArm("lora", {3: 3, 16: 16}, 1e-3, apiq=True),
+        "qlora": AdapterArm("lora", {3: 3, 16: 16}, {3: 1e-3, 16: 1e-3}),
+        "qa-lora": AdapterArm("qa-lora", {3: 6, 16: 31}, {3: 4e-3, 16: 4e-3}, QUANTIZED),
+        "q-bara": AdapterArm("q-bara", {3: 3, 16: 16}, {3: 1e-3, 16: 1e-3}),
+        "qa-hira": AdapterArm("qa-hira", {3: 3}, {3: 4e-3}, QUANTIZED),
+        "bayesian-lora": AdapterArm("bayesian-lora", {3: 3, 16: 16}, {3: 1e-3, 16: 1e-3}),
+        "lora from apiq": AdapterArm("lora", {3: 3, 16: 16}, {3: 1e-3, 16: 1e-3}, apiq=True),
     }
 )
 BUDGETS = (3, 16)
@@ -71,7 +71,7 @@ def cell(name: str, arm: AdapterArm, budget: int, bits: int, seed: int) -> Cell:
             "steps": STEPS,
             "batch_size": BATCH_SIZE,
             "sequence_length": LENGTH,
-            "learning_rate": arm.learning_rate,
+            "learning_rate": arm.rates[budget],
             "schedule": "cosine",
             "validation_share": 0.0,
         },

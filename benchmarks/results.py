@@ -101,11 +101,11 @@ def share(wanted: Sequence[Cell], index: int, count: int) -> list[Cell]:
     """Every `count`-th group of cells from `index` on; those of one base and seed stay together."""
     groups: dict[str, list[Cell]] = {}
     for cell in wanted:
-        groups.setdefault(_base(cell), []).append(cell)
+        groups.setdefault(base_of(cell), []).append(cell)
     return [cell for group in list(groups.values())[index::count] for cell in group]
 
 
-def _base(cell: Cell) -> str:
+def base_of(cell: Cell) -> str:
     """What cells share that have the same quantized blocks."""
     return hashlib.sha256(json.dumps([dict(cell.quantization), cell.text, cell.seed]).encode()).hexdigest()[:16]
 
@@ -127,7 +127,7 @@ def missing(file: Path, wanted: Iterable[Cell]) -> Iterable[Cell]:
 def measured(cell: Cell, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """The line of a cell; jobs with the same base find its blocks in a folder below `folder`."""
     named = {"key": cell.key, "arm": cell.arm, "bits": cell.bits, "seed": cell.seed}
-    workspace = folder / _base(cell)
+    workspace = folder / base_of(cell)
     workspace.mkdir(exist_ok=True)
     given_order = order(cell, given)
     report = run(given_order, workspace, Reporter(lambda _: None)).report

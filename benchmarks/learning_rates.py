@@ -1,0 +1,86 @@
+"""The learning rate of each arm of the table of finetuning, searched where the table does not look.
+
+    python -m benchmarks.learning_rates MODEL --calibration calibration.jsonl --training train.jsonl --bits 3
+
+Each arm trains at each of `RATES` as its cell does, seed 0, on nine tenths of the training text; the other tenth
+judges after the last step. The text that the table judges on is not read. One JSON line a job, and at the end one with
+the best rate of each arm; a best rate at either end of `RATES` says that the search was too narrow.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from app.domain.errors import NumericalFailure
+from benchmarks.cells import Cell
+from benchmarks.finetuning_cells import ARMS, BUDGETS, cell
+from benchmarks.results import base_of, order
+from workers.engine.pipeline import run
+from workers.engine.reporter import Reporter
+
+RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+JUDGING_SHARE = 0.1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--calibration", required=True)
+    parser.add_argument("--training", required=True)
+    parser.add_argument("--bits", type=int, default=3)
+    parser.add_argument("--only", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=list(BUDGETS))
+    given = parser.parse_args()
+    given.valid = given.training  # of which an order only names the path: nothing is evaluated
+    found: dict[str, dict[float, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for arm, rate, searched in searches(given):
+            loss = judged(searched, given, Path(folder))
+            found.setdefault(arm, {})[rate] = loss
+            print(json.dumps({"arm": arm, "rate": rate, "loss": round(loss, 5)}), flush=True)
+    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in found.items()}))
+
+
+def searches(given: argparse.Namespace) -> Iterator[tuple[str, float, Cell]]:
+    """Rows, rates and their cells; those of one base one after another."""
+    for name in given.only:
+        for budget in given.budgets:
+            if budget not in ARMS[name].ranks:
+                continue
+            made = cell(name, ARMS[name], budget, given.bits, seed=0)
+            for rate in RATES:
+                yield made.arm, rate, with_rate(made, rate)
+
+
+def with_rate(made: Cell, rate: float) -> Cell:
+    """The cell with another rate, and with text that judges."""
+    assert made.training is not None
+    finetune = {**made.training["finetune"], "learning_rate": rate, "validation_share": JUDGING_SHARE}
+    return replace(made, training={**made.training, "finetune": finetune})
+
+
+def judged(searched: Cell, given: argparse.Namespace, folder: Path) -> float:
+    """The loss on the share that judges, after the last step, infinite where training failed.
+
+    Jobs with the same base share its blocks.
+    """
+    wanted = order(searched, given)
+    wanted = wanted.model_copy(update={"request": wanted.request.model_copy(update={"evaluation": None})})
+    workspace = folder / base_of(searched)
+    workspace.mkdir(exist_ok=True)
+    try:
+        finetuning = run(wanted, workspace, Reporter(lambda _: None)).report.finetuning
+    except NumericalFailure:
+        return math.inf
+    shutil.rmtree(workspace / "output")
+    assert finetuning is not None
+    return finetuning.judgements[-1].loss
+
+
+if __name__ == "__main__":
+    main()
