@@ -8,7 +8,8 @@ AdamW (fused), learning rate 2e-4, norm of the gradient at most 0.3. The rows' `
 length, so that there is no padding, and both sides read the same ones in the same order. With `--shape` the model is a
 random Llama of that shape, tokenized by MODEL, whose weights are a large part of the memory.
 
-ours         the engine's stage as a job runs it: its plan decides whether dequantized weights are kept
+ours         the engine's stage as a job runs it: its plan decides whether dequantized weights are kept, which they are
+             not where activations are computed again
 packed       the same, but weights stay packed and are made anew for each use, as where they would not fit
 peer         peft and transformers as QLoRA's authors prepare the model: norms in fp32, the rest that is not quantized
              in bf16, autocast to bf16
@@ -214,13 +215,13 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
     )
     with reproducible(device), tempfile.TemporaryDirectory() as folder:
         model = StreamedModel.open(Checkpoint.open(given.model / "model"), device)
-        state, shapes = quantized(model, Path(folder))
+        state, names = quantized(model, Path(folder))
         stage = FinetuningStage(
             model=model,
             part=part,
             texts=FinetuningTexts(Examples(), sequences(given), None, "benchmark"),
-            attach=Attach(LoRASpec(rank=given.rank, alpha=ALPHA), shapes),
-            names=frozenset(shapes),
+            attach=Attach(LoRASpec(rank=given.rank, alpha=ALPHA)),
+            names=names,
             state=state,
             folder=Path(folder),
             identity={},
@@ -241,10 +242,10 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
     }
 
 
-def quantized(model: StreamedModel, folder: Path) -> tuple[ResumeState, dict[str, tuple[int, int]]]:
-    """The blocks' linears in NF4, and (out, in) of each by full name."""
+def quantized(model: StreamedModel, folder: Path) -> tuple[ResumeState, frozenset[str]]:
+    """The blocks' linears in NF4, and their full names."""
     state = ResumeState(folder, "benchmark")
-    shapes: dict[str, tuple[int, int]] = {}
+    names: set[str] = set()
     for index in range(len(model.blocks)):
         block = model.layout.block(index)
         with model.loaded(block), torch.no_grad():
@@ -253,8 +254,8 @@ def quantized(model: StreamedModel, folder: Path) -> tuple[ResumeState, dict[str
                 for name, linear in model.block_linears(index).items()
             }
         state.save(index, results, None)
-        shapes |= {name: result.weight.shape for name, result in results.items()}
-    return state, shapes
+        names |= set(results)
+    return state, frozenset(names)
 
 
 def tick_after_steps(clock: Clock) -> None:

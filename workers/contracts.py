@@ -293,9 +293,13 @@ class AttachAdapters(Protocol):
     of x. Random numbers that it draws while it trains are torch's global ones: each step seeds them. It may have:
 
     rates            learning rates of parameters of their own, by name; those are not decayed
-    penalty()        a term of every step's loss, a scalar on the device
     progress(share)  told before each step which share of the training is done; a parameter that it then excludes from
                      gradients moves no more, not by momentum either
+
+    and its class, of all adapters of the job at once:
+
+    penalty(adapters)   a term of every step's loss, a scalar on the device
+    together(adapters)  a context around the passes of each batch: what adapters can compute together is computed there
     """
 
     def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:

@@ -192,14 +192,11 @@ def test_bit_operations_are_those_of_a_counter() -> None:
 
 def test_the_penalty_is_the_share_of_expected_bit_operations() -> None:
     adapters = [random_adapter(6, 1), random_adapter(3, 2)]
-    together = 16 * 16 * (6 + 3) * (32 + 24)
-    assert sum(full_bops(adapter.spec, 32, 24) for adapter in adapters) == together
+    assert sum(full_bops(adapter.spec, 32, 24) for adapter in adapters) == 16 * 16 * (6 + 3) * (32 + 24)
 
     def total() -> float:
-        return float(sum(adapter.penalty() for adapter in adapters).detach())  # type: ignore[union-attr]
+        return float(BayesianLoRA.penalty(adapters).detach())
 
-    for adapter in adapters:
-        adapter.shared_bops = together
     assert total() == pytest.approx(adapters[0].spec.penalty, rel=0.005)
     with torch.no_grad():
         for adapter in adapters:
@@ -226,6 +223,43 @@ def test_decided_gates_are_deterministic_in_training() -> None:
     assert held == {"gate_rank", "gate_a", "gate_b"}
 
 
+def test_adapters_of_several_shapes_compute_together_what_each_computes_alone() -> None:
+    """With gates that are certain; parameters get the same gradients."""
+    both = [[random_adapter(6, 1), random_adapter(3, 2), random_adapter(6, 3)] for _ in range(2)]
+    x = torch.randn(4, 32, dtype=F64, generator=generator(5))
+    for adapters in both:
+        for index, adapter in enumerate(adapters):
+            with torch.no_grad():
+                adapter.gate_rank.copy_((torch.arange(len(adapter.gate_rank)) % 3 - 0.5) * 80)
+                adapter.gate_a[index:] = -40
+                adapter.range_b.fill_(0.1 * index)
+    alone, together = both
+    loss = torch.stack([adapter(x).square().sum() for adapter in alone]).sum()
+    loss.backward()
+    with BayesianLoRA.together(together):
+        same = torch.stack([adapter(x).square().sum() for adapter in together]).sum()
+    same.backward()
+    assert float(loss.detach()) == pytest.approx(float(same.detach()), rel=1e-12)
+    for one, other in zip(alone, together, strict=True):
+        for (name, mine), its in zip(one.named_parameters(), other.parameters(), strict=True):
+            assert mine.grad is not None, name
+            assert its.grad is not None, name
+            assert torch.allclose(mine.grad, its.grad, rtol=1e-10, atol=1e-12), name
+
+
+def test_a_sample_lasts_as_long_as_adapters_compute_together() -> None:
+    adapter, x = random_adapter(), torch.randn(4, 32, dtype=F64, generator=generator(5))
+    with torch.no_grad():
+        adapter.gate_rank.fill_(0)
+    torch.manual_seed(0)
+    with BayesianLoRA.together([adapter]):
+        first = adapter(x)
+        assert torch.equal(adapter(x), first)
+    with BayesianLoRA.together([adapter]):
+        assert not torch.equal(adapter(x), first)
+    assert not torch.equal(adapter(x), adapter(x))
+
+
 def _fit(adapter: BayesianLoRA | GroupedAdapter, data: tuple[Tensor, Tensor], steps: int = 500) -> None:
     rates = adapter.rates if isinstance(adapter, BayesianLoRA) else {}
     groups = [{"params": [p], "lr": rates.get(name, 1e-2)} for name, p in adapter.named_parameters()]
@@ -235,7 +269,7 @@ def _fit(adapter: BayesianLoRA | GroupedAdapter, data: tuple[Tensor, Tensor], st
         loss = (adapter(x[rows]) - y[rows]).square().mean()
         if isinstance(adapter, BayesianLoRA):
             adapter.progress(step / steps)
-            loss = loss + adapter.penalty()
+            loss = loss + BayesianLoRA.penalty([adapter])
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

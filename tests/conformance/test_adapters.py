@@ -49,8 +49,7 @@ class Job:
             shape = (linear.out_features, linear.in_features)
             self.results[name] = random_result(shape, made, torch.float32, seed=index)
             linear.weight.data = self.results[name].dequantize()
-        shapes = {name: result.weight.shape for name, result in self.results.items()}
-        self.adapters = Attach(spec, shapes)(self.results, seed=1)
+        self.adapters = Attach(spec)(self.results, seed=1)
         generator = torch.Generator().manual_seed(2)
         with torch.no_grad():
             for index, adapter in enumerate(self.adapters.values()):

@@ -184,9 +184,9 @@ def test_a_method_gives_the_same_codes_again_and_errors_as_on_a_cpu(
     assert differing(tmp_path / "a", tmp_path / "b") == []
     assert not [line for line in lines if isinstance(line, LogEvent) and line.event == "capture_failed"]
     errors = [fmean(block.output_error or 0.0 for block in report.blocks) for report in (first, on_cpu)]
-    assert errors[0] == pytest.approx(errors[1], rel=0.1)
-    # SignRound's steps go by signs: where one is near to call, sums in another order take two blocks apart.
+    # SignRound's steps go by signs: where one is near to call, sums in another order take two blocks apart, either way.
     near = 2.5 if method.get("base") == "signround" else 1.0
+    assert errors[0] == pytest.approx(errors[1], rel=0.1 * near)
     for mine, other in zip(first.blocks, on_cpu.blocks, strict=True):
         assert mine.output_error == pytest.approx(other.output_error, rel=0.1 * near)
         for one, two in zip(mine.linears, other.linears, strict=True):

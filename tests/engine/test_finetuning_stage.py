@@ -206,6 +206,20 @@ def test_an_interrupted_job_ends_with_the_same_adapters(
     assert other.blocks_resumed == 3, "the base is the same"
 
 
+def test_where_blocks_are_computed_again_no_dequantized_weight_is_kept(
+    whole: tuple[Job, Report], small_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Both save memory, and change no bit of what is trained."""
+    before, job = whole[1].finetuning, Job(tmp_path)
+    found = job.run(small_model, rows, gradient_checkpointing=True).finetuning
+    assert before is not None
+    assert found is not None
+    assert (before.blocks_recomputed, before.weights_kept) == (0, True)
+    assert (found.blocks_recomputed, found.weights_kept) == (3, False)
+    expected = whole[0].trained()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in job.trained().items())
+
+
 def too_many_at_once(patch: pytest.MonkeyPatch, most: int) -> None:
     """Memory for `most` sequences with gradients."""
     loss = ResidentModel.loss

@@ -3,7 +3,7 @@
 import json
 import math
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -194,8 +194,9 @@ class PulledLoRA(SmallLoRA):
 
     rates: ClassVar = {"a": 1e-30}
 
-    def penalty(self) -> Tensor:
-        return 1e6 * (self.b - 1).square().sum()
+    @staticmethod
+    def penalty(adapters: Sequence["PulledLoRA"]) -> Tensor:
+        return torch.stack([1e6 * (adapter.b - 1).square().sum() for adapter in adapters]).sum()
 
 
 class SettlingLoRA(SmallLoRA):

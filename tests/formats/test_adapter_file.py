@@ -42,7 +42,7 @@ class Pair(nn.Module):
 def trained(spec: AdapterSpec) -> dict[str, nn.Module]:
     scheme = Scheme(bits=4, group_size=16, symmetric=True)
     results = {name: random_result(shape, scheme, seed=n) for n, (name, shape) in enumerate(SHAPES.items())}
-    adapters = Attach(spec, SHAPES)(results, seed=1)
+    adapters = Attach(spec)(results, seed=1)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for adapter in adapters.values():

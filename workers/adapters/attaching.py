@@ -1,7 +1,6 @@
 """An adapter's life beside a job's linears: attached, trained elsewhere, then merged, handed to a format, and reported.
 
-    attach = Attach(spec, shapes)                       shapes of all linears that are quantized
-    modules = attach(results_of_a_block, seed)          trained by the engine
+    modules = Attach(spec)(results_of_a_block, seed)    trained by the engine
     finished(name, result, module, merge).result        what formats write of the linear
     stored(module)                                      what the adapter file holds of it
 
@@ -20,7 +19,7 @@ from app.domain.adapter_shapes import shape_for
 from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec
 from app.domain.errors import CorruptCheckpoint, InternalError, InvalidRequest
 from app.domain.report import AdapterReport, BitOperations, MergeReport
-from workers.adapters.bayesian import BayesianLoRA, bops_report, full_bops
+from workers.adapters.bayesian import BayesianLoRA, bops_report
 from workers.adapters.grouped import GroupedAdapter
 from workers.adapters.merging import MergeProof, fold
 from workers.numerics.quantized import LinearResult
@@ -33,12 +32,10 @@ Merge = Literal["quantized", "16bit"] | None
 class Attach:
     """Makes the adapters of a block's linears (`workers.contracts`).
 
-    shapes   (out, in) of every linear of the job that gets one, by full name
     trained  parameters at which adapters start, by full name; a LoRA's come with its linear
     """
 
     spec: AdapterSpec
-    shapes: Mapping[str, tuple[int, int]]
     trained: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
 
     def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
@@ -64,9 +61,7 @@ class Attach:
                 f"{name} has low-rank factors, and a {spec.kind} cannot go on from them", field="adapter.kind"
             )
         if isinstance(spec, BayesianLoRASpec):
-            gated = BayesianLoRA(spec, in_features, out_features, device=device, generator=generator)
-            gated.shared_bops = sum(full_bops(spec, columns, rows) for rows, columns in self.shapes.values())
-            return gated
+            return BayesianLoRA(spec, in_features, out_features, device=device, generator=generator)
         shape = shape_for(spec, in_features, out_features, result.weight.scheme.group_size)
         adapter = GroupedAdapter(shape, spec.dropout, device=device, generator=generator)
         if self.trained:

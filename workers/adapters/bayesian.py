@@ -28,9 +28,13 @@ threshold at the end. Everything else is a reconstruction, and no figure of the 
 
 ADR 12 has the reasons. In evaluation mode gates are decided: on or off. `compact` drops the ranks that are off and
 stores both factors as integers with a scale each.
+
+Cost: what is gated is small but takes some fifty operators a factor, forward alone. So adapters of one shape are gated
+in one stack (`together`): that, and not the sizes, decides the time of a step.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
 
@@ -57,8 +61,8 @@ SMALLEST_LIMIT = 1e-6
 SETTLED_FROM = 0.7
 """Share of the training after which gates are decided."""
 
-Gate = Callable[[Tensor], Tensor]
-"""From parameters phi to gates z."""
+Gated = tuple[Tensor, Tensor, Tensor]
+"""Qa(A) (R, in), Qb(B) (out, R) and the gates of the ranks, (R,)."""
 
 
 @dataclass(frozen=True)
@@ -98,8 +102,7 @@ class BayesianLoRA(nn.Module):
 
     While training gates are drawn by torch's own generator: who wants a step again seeds it.
 
-    rates         learning rates of gates and ranges, by name; they are not decayed
-    shared_bops   what `penalty` is a share of: all ranks at 16 bits of all adapters that are trained together
+    rates   learning rates of gates and ranges, by name; they are not decayed
     """
 
     def __init__(
@@ -114,7 +117,7 @@ class BayesianLoRA(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.spec = in_features, out_features, spec
         self.scale, self.settled = spec.alpha / spec.rank, False
-        self.shared_bops = self.full_bops
+        self._drawn: Gated | None = None
         self.rates = dict.fromkeys(("gate_rank", "gate_a", "gate_b", "range_a", "range_b"), spec.gate_learning_rate)
         self.dropout = nn.Dropout(spec.dropout)
         bound = 1 / sqrt(in_features)
@@ -135,21 +138,37 @@ class BayesianLoRA(nn.Module):
         for gate in (self.gate_rank, self.gate_a, self.gate_b):
             gate.requires_grad_(not self.settled)
 
-    def penalty(self) -> Tensor:
-        """Its term of the loss: mu times its share of the expected bit operations; 0 once gates are decided."""
-        if self.settled:
-            return self.gate_rank.new_zeros(())
-        return self.expected_bops() * (self.spec.penalty / self.shared_bops)
+    @staticmethod
+    @contextmanager
+    def together(adapters: Sequence["BayesianLoRA"]) -> Iterator[None]:
+        """While it lasts, calls of these adapters use factors and gates that were computed, and drawn, once for all."""
+        for alike in _by_shape(adapters):
+            for adapter, drawn in zip(alike, _gated(alike), strict=True):
+                adapter._drawn = drawn
+        try:
+            yield
+        finally:
+            for adapter in adapters:
+                adapter._drawn = None
+
+    @staticmethod
+    def penalty(adapters: Sequence["BayesianLoRA"]) -> Tensor:
+        """The term of the loss of all adapters that are trained together; 0 once gates are decided."""
+        first = adapters[0]
+        if first.settled:
+            return first.gate_rank.new_zeros(())
+        return expected_bops(adapters) * (first.spec.penalty / sum(adapter.full_bops for adapter in adapters))
 
     def forward(self, x: Tensor) -> Tensor:
         """The update, (.., out) in the dtype of `x` (.., in)."""
-        a, b, ranks = self._gated(sample if self.training and not self.settled else decide)
+        a, b, ranks = _gated([self])[0] if self._drawn is None else self._drawn
         inner = nn.functional.linear(self.dropout(x), a.to(x.dtype)) * (ranks * self.scale).to(x.dtype)
         return nn.functional.linear(inner, b.to(x.dtype))
 
     def delta_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The update with decided gates as a dense matrix, (out, in)."""
-        a, b, ranks = (part.to(dtype) for part in self._gated(decide))
+        (decided,) = _gated([self], held=True)
+        a, b, ranks = (part.to(dtype) for part in decided)
         return (b * ranks) @ a * self.scale
 
     @torch.no_grad()
@@ -166,11 +185,6 @@ class BayesianLoRA(nn.Module):
         """The decided adapter as peft's factors; None if no rank is left."""
         return self.compact().low_rank(dtype)
 
-    def expected_bops(self) -> Tensor:
-        """Bit operations a token by the gates' probabilities, differentiable."""
-        a, b = self.in_features * expected_bits(self.gate_a), self.out_features * expected_bits(self.gate_b)
-        return ACTIVATION_BITS * keep_probability(self.gate_rank).sum() * (a + b)
-
     @property
     def full_bops(self) -> int:
         """Bit operations a token with all ranks at 16 bits."""
@@ -181,10 +195,15 @@ class BayesianLoRA(nn.Module):
         a, b = self.in_features * decided_bits(self.gate_a), self.out_features * decided_bits(self.gate_b)
         return ACTIVATION_BITS * int(decide(self.gate_rank).sum()) * (a + b)
 
-    def _gated(self, gate: Gate) -> tuple[Tensor, Tensor, Tensor]:
-        a = residual_quantize(self.a, _limit(self.a, self.range_a), gate(self.gate_a))
-        b = residual_quantize(self.b, _limit(self.b, self.range_b), gate(self.gate_b))
-        return a, b, gate(self.gate_rank)
+
+def expected_bops(adapters: Iterable[BayesianLoRA]) -> Tensor:
+    """Bit operations a token of all adapters by their gates' probabilities, differentiable, ()."""
+    parts = []
+    for alike in _by_shape(adapters):
+        a, b = (expected_bits(_stacked(alike, gate)) for gate in ("gate_a", "gate_b"))
+        kept = keep_probability(_stacked(alike, "gate_rank")).sum(-1)
+        parts.append((kept * (alike[0].in_features * a + alike[0].out_features * b)).sum())
+    return ACTIVATION_BITS * torch.stack(parts).sum()
 
 
 def full_bops(spec: BayesianLoRASpec, in_features: int, out_features: int) -> int:
@@ -235,13 +254,41 @@ def bops_report(adapters: Mapping[str, BayesianLoRA], base_bits: Mapping[str, in
     )
 
 
-def _limit(factor: Tensor, log_range: Tensor) -> Tensor:
-    return factor.detach().abs().amax().clamp(min=SMALLEST_LIMIT) * log_range.exp()
+def _by_shape(adapters: Iterable[BayesianLoRA]) -> list[list[BayesianLoRA]]:
+    found: dict[tuple[int, int, int], list[BayesianLoRA]] = {}
+    for adapter in adapters:
+        found.setdefault((*adapter.b.shape, adapter.in_features), []).append(adapter)
+    return list(found.values())
+
+
+def _stacked(alike: Sequence[BayesianLoRA], name: str) -> Tensor:
+    return torch.stack([getattr(adapter, name) for adapter in alike])
+
+
+def _gated(alike: Sequence[BayesianLoRA], *, held: bool = False) -> list[Gated]:
+    """What adapters of one shape and state compute with; where gates are held, or nothing is trained, decided ones."""
+    first = alike[0]
+    gate = decide if held or first.settled or not first.training else sample
+    a, b = (
+        _quantized(_stacked(alike, factor), _stacked(alike, log_range), gate(_stacked(alike, phi)))
+        for factor, log_range, phi in (("a", "range_a", "gate_a"), ("b", "range_b", "gate_b"))
+    )
+    return list(zip(a.unbind(), b.unbind(), gate(_stacked(alike, "gate_rank")).unbind(), strict=True))
+
+
+def _quantized(factors: Tensor, log_ranges: Tensor, gates: Tensor) -> Tensor:
+    """Of factors (count, .., ..), with a range (count,) and gates (count, 3) each."""
+    return residual_quantize(factors, _limits(factors, log_ranges)[:, None, None], gates.T[..., None, None])
+
+
+def _limits(factors: Tensor, log_ranges: Tensor) -> Tensor:
+    """b of factors (.., rows, columns)."""
+    return factors.detach().abs().amax((-2, -1)).clamp(min=SMALLEST_LIMIT) * log_ranges.exp()
 
 
 def _codes(factor: Tensor, log_range: Tensor, phi: Tensor) -> tuple[Tensor, Tensor, int]:
     bits = decided_bits(phi)
-    limit = _limit(factor, log_range)
+    limit = _limits(factor, log_range)
     step = step_of(limit, bits)
     codes = (residual_quantize(factor, limit, decide(phi)) / step).round()
     return codes.to(torch.int8 if bits <= 8 else torch.int16), step.float(), bits

@@ -50,7 +50,10 @@ def decide(phi: Tensor) -> Tensor:
 
 
 def residual_quantize(values: Tensor, limit: Tensor, gates: Tensor) -> Tensor:
-    """x_q of values of any shape for the range [-limit, limit] and gates (z_4, z_8, z_16), each in [0, 1]."""
+    """x_q of values of any shape for the range [-limit, limit] and gates (z_4, z_8, z_16), each in [0, 1].
+
+    limit, and each of the gates, of any shape that goes with that of the values.
+    """
     # Within by more than the last bits, so that nothing rounds to a level beyond the last.
     inside = limit * (1 - max(1e-7, 4 * torch.finfo(values.dtype).eps))
     x = torch.minimum(torch.maximum(values, -inside), inside)
@@ -77,10 +80,10 @@ def decided_bits(phi: Tensor) -> int:
 
 
 def expected_bits(phi: Tensor) -> Tensor:
-    """E[bits] = 2 + 2 q4 + 4 q4 q8 + 8 q4 q8 q16, differentiable."""
-    reached = keep_probability(phi).cumprod(0)
+    """E[bits] = 2 + 2 q4 + 4 q4 q8 + 8 q4 q8 q16 of gates (.., 3), differentiable."""
+    reached = keep_probability(phi).cumprod(-1)
     more: Tensor = torch.tensor([b - a for a, b in pairwise(WIDTHS)], dtype=phi.dtype, device=phi.device)
-    expected: Tensor = WIDTHS[0] + (more * reached).sum()
+    expected: Tensor = WIDTHS[0] + (more * reached).sum(-1)
     return expected
 
 

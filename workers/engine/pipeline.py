@@ -134,16 +134,13 @@ def _finetune(
     if part is None or adapter is None or texts is None:
         return None
     job.clock.enter(Stage.FINETUNE)
-    linears = job.model.linears()
-    names = [name for name in job.schemes if name != job.model.layout.head]
-    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in names}
     return run_finetuning(
         FinetuningStage(
             model=job.model,
             part=part,
             texts=texts,
-            attach=Attach(adapter, shapes, {} if job.earlier is None else job.earlier.adapters),
-            names=frozenset(names),
+            attach=Attach(adapter, {} if job.earlier is None else job.earlier.adapters),
+            names=frozenset(job.schemes) - {job.model.layout.head},
             state=state,
             folder=job.workspace / "state",
             identity={"codes": _fingerprint(job), "adapter": request.model_dump(mode="json", include={"adapter"})},

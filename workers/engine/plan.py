@@ -33,8 +33,8 @@ TOKENS_AT_ONCE_GPU = 16_384
 """Enough to fill a GPU; more only takes memory, for the MLP's insides first."""
 PASS_BYTES = 1 << 31
 """Of a GPU's memory that a pass without gradients may take: the fewer the calls, the less to launch."""
-STREAM_BYTES = 3 << 30
-"""Streams beyond this live in host memory, however much is free: copies are hidden behind the work of such widths."""
+STREAM_BYTES = 6 << 30
+"""Streams beyond this live in host memory, however much is free: copies hide behind the work of such widths, nearly."""
 
 
 @dataclass(frozen=True)

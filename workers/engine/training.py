@@ -16,14 +16,14 @@ the random numbers of a step follow from the seed and the step's number alone, a
 
 import hashlib
 import math
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.domain.errors import InternalError, NumericalFailure
 from app.domain.events import CheckpointEvent
@@ -206,32 +206,43 @@ class _Training:
         total = torch.zeros_like(self.losses[0])
         with strictly_deterministic(self.task.resident.model.device if self.deterministic else None):
             for batch in step.batches:
-                loss = self.task.resident.loss(batch) / step.targets
-                loss.backward()  # type: ignore[no-untyped-call]
+                with self._together():
+                    loss = self.task.resident.loss(batch) / step.targets
+                    loss.backward()  # type: ignore[no-untyped-call]
                 total += loss.detach()
             self._add_penalty()
         return total
 
     def _add_penalty(self) -> None:
         """The gradient of what adapters add to the loss, once over all ranks."""
-        terms = [adapter.penalty() for adapter in self._with("penalty")]
-        if terms:
-            penalty = torch.stack(terms).sum() / self.task.ranks.size
+        for penalty_of, adapters in self._kinds("penalty"):
+            penalty = penalty_of(adapters) / self.task.ranks.size
             if penalty.requires_grad:
-                penalty.backward()  # type: ignore[no-untyped-call]
+                penalty.backward()
 
     def _tell_adapters(self, share: float) -> None:
         """Which share of the training is done; what they exclude from gradients then is held."""
-        told = self._with("progress")
+        told: list[Any] = [adapter for adapter in self.task.resident.adapters.values() if hasattr(adapter, "progress")]
         before = [parameter.requires_grad for adapter in told for parameter in adapter.parameters()]
         for adapter in told:
             adapter.progress(share)
         if before != [parameter.requires_grad for adapter in told for parameter in adapter.parameters()]:
             self.parameters.hold_still()
 
-    def _with(self, attribute: str) -> list[Any]:
-        """The adapters that have something of what they may have."""
-        return [adapter for adapter in self.task.resident.adapters.values() if hasattr(adapter, attribute)]
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Around the passes of a batch: what all adapters of a kind compute at once."""
+        with ExitStack() as stack:
+            for together, adapters in self._kinds("together"):
+                stack.enter_context(together(adapters))
+            yield
+
+    def _kinds(self, function: str) -> list[tuple[Callable[..., Any], list[nn.Module]]]:
+        """What kinds of adapters have for all of theirs, where they have it, and these adapters."""
+        kinds: dict[type[nn.Module], list[nn.Module]] = {}
+        for adapter in self.task.resident.adapters.values():
+            kinds.setdefault(type(adapter), []).append(adapter)
+        return [(getattr(kind, function), adapters) for kind, adapters in kinds.items() if hasattr(kind, function)]
 
     @torch.no_grad()
     def _judge(self) -> None:
@@ -240,7 +251,8 @@ class _Training:
         self._set_mode(training=False)
         total = torch.zeros((), dtype=torch.float64, device=self.losses.device)
         for batch in self.judges:
-            total += task.resident.loss(batch)
+            with self._together():
+                total += task.resident.loss(batch)
         task.ranks.sum_(total)
         loss, progress = float(total) / self.judged, self.progress
         if not math.isfinite(loss):

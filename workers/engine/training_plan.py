@@ -18,7 +18,7 @@ from workers.memory import host_memory
 MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 """Of the device's memory that the stage may count on."""
 KEPT_SHARE = {"cuda": 0.05, "cpu": 0.2}
-"""Of it that dequantized weights may take, which saves making them anew."""
+"""Of it that dequantized weights may take, which saves making them anew; nothing where blocks are computed again."""
 ADAPTER_BYTES = 5 * 4
 """A trained number, its gradient, two moments and a copy."""
 ADAPTER_SHARE = 0.03
@@ -47,16 +47,30 @@ def plan_training(
     memory = torch.cuda.get_device_properties(model.device).total_memory if device == "cuda" else host_memory()
     linears = model.linears()
     weights = sum(linears[name].weight.numel() for name in names)
-    keeps = weights * model.dtype.itemsize <= KEPT_SHARE[device] * memory
-    allowed = MEMORY_SHARE[device] * memory - _fixed_bytes(model, names, weights, keeps=keeps)
+    fits = weights * model.dtype.itemsize <= KEPT_SHARE[device] * memory
     most = max(1, (TOKENS_AT_ONCE_GPU if device == "cuda" else TOKENS_AT_ONCE_CPU) // length)
     micro_batch = max(1, min(ranks.part(part.batch_size), most) // divisor)
-    needs = _Needs(
-        graph=graph_bytes(model) * length,
-        inputs=blocks * model.config.get_text_config().hidden_size * model.dtype.itemsize * length,
-        allowed=allowed,
-        blocks=blocks,
-    )
+
+    def plan(*, keeps: bool) -> TrainingPlan:
+        allowed = MEMORY_SHARE[device] * memory - _fixed_bytes(model, names, weights, keeps=keeps)
+        needs = _Needs(
+            graph=graph_bytes(model) * length,
+            inputs=blocks * model.config.get_text_config().hidden_size * model.dtype.itemsize * length,
+            allowed=allowed,
+            blocks=blocks,
+        )
+        return _planned(needs, part, micro_batch, length, device, keeps=keeps)
+
+    kept = plan(keeps=fits)
+    # Where memory is so short that blocks are computed again, weights are what it is spent on last.
+    return plan(keeps=False) if kept.keeps and kept.recomputed else kept
+
+
+def _planned(
+    needs: "_Needs", part: Finetune, micro_batch: int, length: int, device: str, *, keeps: bool
+) -> TrainingPlan:
+    """As many sequences at once as memory allows, up to `micro_batch`."""
+    blocks = needs.blocks
     if part.gradient_checkpointing is not None:
         recomputed = blocks if part.gradient_checkpointing else 0
         while micro_batch > 1 and needs.recomputed(micro_batch) > recomputed:
