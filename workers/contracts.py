@@ -294,7 +294,8 @@ class AttachAdapters(Protocol):
 
     rates            learning rates of parameters of their own, by name; those are not decayed
     progress(share)  told before each step which share of the training is done; a parameter that it then excludes from
-                     gradients moves no more, not by momentum either
+                     gradients moves no more, not by momentum either. What it computes changes at no other time: its
+                     passes may be captured
 
     and its class, of all adapters of the job at once:
 

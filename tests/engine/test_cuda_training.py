@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from app.domain.events import LogEvent
 from app.domain.report import FinetuningReport
 from tests.engine.test_finetuning_stage import Job, rows
 from tests.engine.test_training import Interrupted, interrupt_at
-from workers.engine import training_plan
+from workers.engine import captured_passes, training_plan
+from workers.engine.packed_sequences import Batch
 
 pytestmark = [
     pytest.mark.gpu,
@@ -65,6 +67,47 @@ def test_a_killed_job_ends_with_the_adapters_of_an_undisturbed_one(
     expected = whole.trained()
     assert [name for name, tensor in cut.trained().items() if not torch.equal(tensor, expected[name])] == []
     assert "training_not_deterministic" not in {line.event for line in whole.told(LogEvent)}
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_captured_passes_train_what_eager_ones_do(
+    arm: str, small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit, with batches of several shapes: the rows differ in length, and do not share sequences."""
+    quantization, adapter = ARMS[arm]
+    captured, eager = (Job(tmp_path / name, device="cuda") for name in ("captured", "eager"))
+    runs, replay = list[Batch](), captured_passes._Graphs.run
+
+    def counted(graphs: Any, batch: Batch, targets: int) -> Tensor:
+        runs.append(batch)
+        return replay(graphs, batch, targets)
+
+    monkeypatch.setattr(captured_passes._Graphs, "run", counted)
+    finetuned(captured, small_model, rows, quantization, adapter, packing=False)
+    assert len(runs) > 10
+    assert "training_capture_failed" not in {line.event for line in captured.told(LogEvent)}
+    monkeypatch.setattr(captured_passes, "MOST_SHAPES", 0)
+    before = len(runs)
+    finetuned(eager, small_model, rows, quantization, adapter, packing=False)
+    assert len(runs) == before
+    expected = eager.trained()
+    assert [name for name, tensor in captured.trained().items() if not torch.equal(tensor, expected[name])] == []
+
+
+def test_where_a_capture_fails_training_goes_on(
+    small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, failing = (Job(tmp_path / name, device="cuda") for name in ("whole", "failing"))
+    finetuned(whole, small_model, rows)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(captured_passes._Graphs, "of", refuse)
+    finetuned(failing, small_model, rows)
+    assert "training_capture_failed" in {line.event for line in failing.told(LogEvent)}
+    expected = whole.trained()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in failing.trained().items())
 
 
 def test_weights_made_anew_train_the_same_adapters_as_kept_ones(

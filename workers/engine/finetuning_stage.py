@@ -173,6 +173,7 @@ def _task(stage: FinetuningStage, plan: TrainingPlan, found: ResidentModel, seed
         training=stage.texts.training,
         held_out=stage.texts.held_out,
         micro_batch=plan.micro_batch,
+        captures=plan.captures,
         seed=seed,
         state=TrainingState(stage.folder, _fingerprint(stage, plan), stage.ranks),
         reporter=stage.reporter,

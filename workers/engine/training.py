@@ -11,7 +11,8 @@ where held-out text judges, and at a checkpoint.
 
 The same request on the same device gives the same bits, whether it is interrupted or not: the order of sequences and
 the random numbers of a step follow from the seed and the step's number alone, and a checkpoint holds all else
-(`workers.engine.training_state`). On a GPU attention's gradient has a deterministic kernel, which is asked for.
+(`workers.engine.training_state`). On a GPU attention's gradient has a deterministic kernel, which is asked for, and a
+small model's passes are captured (`workers.engine.captured_passes`).
 """
 
 import hashlib
@@ -29,6 +30,7 @@ from app.domain.errors import InternalError, NumericalFailure
 from app.domain.events import CheckpointEvent
 from app.domain.finetuning import Finetune
 from app.domain.report import Judgement
+from workers.engine.captured_passes import Passes
 from workers.engine.flat_parameters import FlatParameters
 from workers.engine.packed_sequences import Batch, Order, PackedSequences, Step, batch_of
 from workers.engine.ranks import ALONE, Ranks
@@ -46,6 +48,7 @@ class TrainingTask:
 
     training, held_out   sequences of all ranks
     micro_batch          sequences through the model at once
+    captures             whether passes may be captured (`workers.engine.captured_passes`)
     milestones           blocks and the like that the job has finished before
     """
 
@@ -59,6 +62,7 @@ class TrainingTask:
     reporter: Reporter
     ranks: Ranks = ALONE
     milestones: int = 0
+    captures: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ class _Training:
     losses: Tensor
     progress: TrainingProgress
     resumed: int
+    passes: Passes
     best: list[Tensor] = field(default_factory=list)
     deterministic: bool = True
 
@@ -124,6 +129,7 @@ class _Training:
             losses=torch.full((part.steps,), torch.nan, device=device),
             progress=task.state.progress,
             resumed=task.state.progress.step,
+            passes=Passes(task.resident, partial(_together, task.resident), task.reporter.log, captures=task.captures),
         )
         saved = task.state.tensors()
         if saved:
@@ -201,21 +207,19 @@ class _Training:
 
     def _add_gradients(self, step: Step, seed: int) -> Tensor:
         """The gradients of this rank's part of a step; its part of the loss, on the device."""
-        torch.manual_seed(seed)  # also where a step is done over: it draws what it would have drawn
-        self.parameters.clear()
         total = torch.zeros_like(self.losses[0])
         with strictly_deterministic(self.task.resident.model.device if self.deterministic else None):
-            for batch in step.batches:
-                with self._together():
-                    loss = self.task.resident.loss(batch) / step.targets
-                    loss.backward()  # type: ignore[no-untyped-call]
-                total += loss.detach()
+            passes = [self.passes.of(batch) for batch in step.batches]
+            torch.manual_seed(seed)  # also where a step is done over: it draws what it would have drawn
+            self.parameters.clear()
+            for batch, run in zip(step.batches, passes, strict=True):
+                total += run(batch, step.targets)
             self._add_penalty()
         return total
 
     def _add_penalty(self) -> None:
         """The gradient of what adapters add to the loss, once over all ranks."""
-        for penalty_of, adapters in self._kinds("penalty"):
+        for penalty_of, adapters in _kinds(self.task.resident, "penalty"):
             penalty = penalty_of(adapters) / self.task.ranks.size
             if penalty.requires_grad:
                 penalty.backward()
@@ -229,21 +233,6 @@ class _Training:
         if before != [parameter.requires_grad for adapter in told for parameter in adapter.parameters()]:
             self.parameters.hold_still()
 
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Around the passes of a batch: what all adapters of a kind compute at once."""
-        with ExitStack() as stack:
-            for together, adapters in self._kinds("together"):
-                stack.enter_context(together(adapters))
-            yield
-
-    def _kinds(self, function: str) -> list[tuple[Callable[..., Any], list[nn.Module]]]:
-        """What kinds of adapters have for all of theirs, where they have it, and these adapters."""
-        kinds: dict[type[nn.Module], list[nn.Module]] = {}
-        for adapter in self.task.resident.adapters.values():
-            kinds.setdefault(type(adapter), []).append(adapter)
-        return [(getattr(kind, function), adapters) for kind, adapters in kinds.items() if hasattr(kind, function)]
-
     @torch.no_grad()
     def _judge(self) -> None:
         """The loss on held-out text with the parameters as they are; waits for the device."""
@@ -251,7 +240,7 @@ class _Training:
         self._set_mode(training=False)
         total = torch.zeros((), dtype=torch.float64, device=self.losses.device)
         for batch in self.judges:
-            with self._together():
+            with _together(task.resident):
                 total += task.resident.loss(batch)
         task.ranks.sum_(total)
         loss, progress = float(total) / self.judged, self.progress
@@ -296,6 +285,23 @@ class _Training:
         task.state.save(progress, tensors)
         milestone = task.milestones + math.ceil(progress.step / task.part.checkpoint_every) - 1 + int(progress.done)
         task.reporter.checkpoint(CheckpointEvent(step=progress.step, total=task.part.steps, milestone=milestone))
+
+
+@contextmanager
+def _together(resident: ResidentModel) -> Iterator[None]:
+    """Around the passes of a batch: what all adapters of a kind compute at once."""
+    with ExitStack() as stack:
+        for together, adapters in _kinds(resident, "together"):
+            stack.enter_context(together(adapters))
+        yield
+
+
+def _kinds(resident: ResidentModel, function: str) -> list[tuple[Callable[..., Any], list[nn.Module]]]:
+    """What kinds of adapters have for all of theirs, where they have it, and these adapters."""
+    kinds: dict[type[nn.Module], list[nn.Module]] = {}
+    for adapter in resident.adapters.values():
+        kinds.setdefault(type(adapter), []).append(adapter)
+    return [(getattr(kind, function), adapters) for kind, adapters in kinds.items() if hasattr(kind, function)]
 
 
 def rate_share(part: Finetune, index: int) -> float:

@@ -4,7 +4,7 @@ The estimate counts against all of the device's memory, not against what happens
 same machine always gives the same plan, and so the same adapter.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,6 +19,8 @@ MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 """Of the device's memory that the stage may count on."""
 KEPT_SHARE = {"cuda": 0.05, "cpu": 0.2}
 """Of it that dequantized weights may take, which saves making them anew; nothing where blocks are computed again."""
+CAPTURED_SHARE = 0.25
+"""Of a GPU's memory that activations may take if passes are to be captured, whose pool has room for them twice."""
 ADAPTER_BYTES = 5 * 4
 """A trained number, its gradient, two moments and a copy."""
 ADAPTER_SHARE = 0.03
@@ -29,11 +31,15 @@ FULL_TOKENS = {"cuda": 4096, "cpu": 512}
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """micro_batch: sequences at once; recomputed: blocks, from the first on; keeps: dequantized weights."""
+    """micro_batch: sequences at once; recomputed: blocks, from the first on; keeps: dequantized weights.
+
+    captures   whether passes may be captured; what is trained is the same
+    """
 
     micro_batch: int
     recomputed: int
     keeps: bool
+    captures: bool = False
 
 
 def plan_training(
@@ -61,9 +67,13 @@ def plan_training(
         )
         return _planned(needs, part, micro_batch, length, device, keeps=keeps)
 
-    kept = plan(keeps=fits)
-    # Where memory is so short that blocks are computed again, weights are what it is spent on last.
-    return plan(keeps=False) if kept.keeps and kept.recomputed else kept
+    found = plan(keeps=fits)
+    if found.keeps and found.recomputed:
+        # Where memory is so short that blocks are computed again, weights are what it is spent on last.
+        found = plan(keeps=False)
+    activations = blocks * graph_bytes(model) * length * found.micro_batch
+    captures = device == "cuda" and not found.recomputed and activations <= CAPTURED_SHARE * memory
+    return replace(found, captures=captures)
 
 
 def _planned(
