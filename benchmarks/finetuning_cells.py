@@ -37,12 +37,12 @@ class AdapterArm:
 
 ARMS: MappingProxyType[str, AdapterArm] = MappingProxyType(
     {
-        "qlora": AdapterArm("lora", {3: 3, 16: 16}, {3: 1e-3, 16: 1e-3}),
-        "qa-lora": AdapterArm("qa-lora", {3: 6, 16: 31}, {3: 4e-3, 16: 4e-3}, QUANTIZED),
-        "q-bara": AdapterArm("q-bara", {3: 3, 16: 16}, {3: 1e-3, 16: 1e-3}),
-        "qa-hira": AdapterArm("qa-hira", {3: 3}, {3: 4e-3}, QUANTIZED),
-        "bayesian-lora": AdapterArm("bayesian-lora", {3: 3, 16: 16}, {3: 1e-3, 16: 1e-3}),
-        "lora from apiq": AdapterArm("lora", {3: 3, 16: 16}, {3: 1e-3, 16: 1e-3}, apiq=True),
+        "qlora": AdapterArm("lora", {3: 3, 16: 16}, {3: 1e-3, 16: 5e-4}),
+        "qa-lora": AdapterArm("qa-lora", {3: 6, 16: 31}, {3: 1.6e-2, 16: 4e-3}, QUANTIZED),
+        "q-bara": AdapterArm("q-bara", {3: 3, 16: 16}, {3: 2e-3, 16: 1e-3}),
+        "qa-hira": AdapterArm("qa-hira", {3: 3}, {3: 3.2e-2}, QUANTIZED),
+        "bayesian-lora": AdapterArm("bayesian-lora", {3: 3, 16: 16}, {3: 2e-3, 16: 5e-4}),
+        "lora from apiq": AdapterArm("lora", {3: 3, 16: 16}, {3: 1e-3, 16: 5e-4}, apiq=True),
     }
 )
 BUDGETS = (3, 16)

@@ -23,7 +23,7 @@ from benchmarks.results import base_of, order
 from workers.engine.pipeline import run
 from workers.engine.reporter import Reporter
 
-RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
+RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 JUDGING_SHARE = 0.1
 
 

@@ -20,7 +20,8 @@ own, one after another. One JSON line each, and at the end one with ratios of ou
 `--warm-up`:
 
 seconds_a_step   from one wait for the device to another, with no wait between them
-peak_gib         most memory of the device that tensors take; peak_before_gib: until then, loading included
+peak_gib         most memory of the device that tensors take, over the whole run: what captured steps work in is only
+                 counted while they are captured, in the warm-up
 loss             of the very first step, before anything is learned, and of the last
 
 bitsandbytes is used where it can be imported; `--peer-path` names a folder that it was installed to. `--sides` and
@@ -35,7 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -158,7 +159,7 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
 
 @dataclass
 class Clock:
-    """Time and memory of the steps after the warm-up: `tick` is called after each step."""
+    """Time of the steps after the warm-up, and the most memory until the end: `tick` is called after each step."""
 
     warm_up: int
     steps: int
@@ -166,34 +167,29 @@ class Clock:
     done: int = 0
     began: float = 0.0
     seconds: float = 0.0
-    peaks: list[int] = field(default_factory=list)
+    peak: int | None = None
 
     def tick(self) -> None:
         self.done += 1
         if self.done == self.warm_up:
-            self._look()
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            self._wait()
             self.began = time.perf_counter()
         if self.done == self.steps:
-            self._look()
+            self._wait()
             self.seconds = time.perf_counter() - self.began
 
     def figures(self) -> dict[str, Any]:
         a_step = self.seconds / (self.steps - self.warm_up)
-        before, after = [round(peak / 2**30, 3) for peak in self.peaks] or (None, None)
         return {
             "seconds_a_step": round(a_step, 5),
             "tokens_a_second": round(self.tokens / a_step, 1),
-            "peak_gib": after,
-            "peak_before_gib": before,
+            "peak_gib": None if self.peak is None else round(self.peak / 2**30, 3),
         }
 
-    def _look(self) -> None:
-        """Waits for the device."""
+    def _wait(self) -> None:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.peaks.append(torch.cuda.max_memory_allocated())
+            self.peak = torch.cuda.max_memory_allocated()
 
 
 def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[str, Any]:
