@@ -6,7 +6,7 @@ within 4 %, and that of rank 16, which it cannot.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +26,7 @@ class AdapterArm:
     rates    learning rates by budget, as `benchmarks.learning_rates` found them
     merge    how it is folded into the base afterwards
     apiq     whether base and start are ApiQ's
+    fields   what else the request says of the adapter
     """
 
     kind: str
@@ -33,6 +34,7 @@ class AdapterArm:
     rates: Mapping[int, float]
     merge: str = SIXTEEN_BIT
     apiq: bool = False
+    fields: Mapping[str, float] = field(default_factory=lambda: MappingProxyType({}))
 
 
 ARMS: MappingProxyType[str, AdapterArm] = MappingProxyType(
@@ -41,7 +43,10 @@ ARMS: MappingProxyType[str, AdapterArm] = MappingProxyType(
         "qa-lora": AdapterArm("qa-lora", {3: 6, 16: 31}, {3: 1.6e-2, 16: 4e-3}, QUANTIZED),
         "q-bara": AdapterArm("q-bara", {3: 3, 16: 16}, {3: 2e-3, 16: 1e-3}),
         "qa-hira": AdapterArm("qa-hira", {3: 3}, {3: 3.2e-2}, QUANTIZED),
-        "bayesian-lora": AdapterArm("bayesian-lora", {3: 3, 16: 16}, {3: 2e-3, 16: 5e-4}),
+        # The gates' rate of the time: in 100 steps none closes.
+        "bayesian-lora": AdapterArm(
+            "bayesian-lora", {3: 3, 16: 16}, {3: 2e-3, 16: 5e-4}, fields={"gate_learning_rate": 0.05}
+        ),
         "lora from apiq": AdapterArm("lora", {3: 3, 16: 16}, {3: 1e-3, 16: 5e-4}, apiq=True),
     }
 )
@@ -66,7 +71,7 @@ def cell(name: str, arm: AdapterArm, budget: int, bits: int, seed: int) -> Cell:
     if arm.apiq:
         quantization |= {"method": "apiq", "granularity": "block", "base": "signround", "rank": rank, "alpha": rank}
     training = {
-        "adapter": {"kind": arm.kind, "rank": rank, "alpha": float(rank)},
+        "adapter": {"kind": arm.kind, "rank": rank, "alpha": float(rank), **arm.fields},
         "finetune": {
             "steps": STEPS,
             "batch_size": BATCH_SIZE,

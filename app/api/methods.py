@@ -48,5 +48,6 @@ def adapter_view(kind: str, info: AdapterInfo) -> AdapterView:
         paper=info.paper,
         merges_quantized=info.merges_quantized,
         stock_peft=info.stock_peft,
+        learning_rate=info.learning_rate,
         parameters=info.spec.model_json_schema(),
     )

@@ -34,6 +34,11 @@ Factor = Annotated[int, Field(strict=True, ge=1, le=65_536)]
 RepeatOut = Annotated[Factor, Field(description="Times that each output is repeated; must divide its outputs.")]
 
 
+GATE_TRAVEL = 27
+"""A gate's learning rate times the steps: what one moves that is pulled one way all the time. It starts 7 from closing,
+and is decided after 70 % of the steps, of which a schedule takes some more."""
+
+
 class AdapterFields(Spec):
     """What every adapter has."""
 
@@ -128,7 +133,7 @@ class BayesianLoRASpec(AdapterFields):
         gt=0,
         le=1,
         allow_inf_nan=False,
-        description="Of the gates and of the ranges of the quantizers.",
+        description=f"Of the gates. Where the request is silent: {GATE_TRAVEL:g} / steps, so that gates can close.",
     )
 
 
@@ -197,6 +202,8 @@ class AdapterInfo:
 
     merges_quantized   whether it folds into the offsets of an affine base, exactly
     stock_peft         whether its factors are a LoRA that stock peft loads
+    learning_rate      where the request is silent: QLoRA's for a plain pair; a mean over a group is so much smaller
+                       than an input that it wants a multiple, which docs/results.md found
     """
 
     spec: type[AdapterFields]
@@ -205,13 +212,20 @@ class AdapterInfo:
     paper: str
     merges_quantized: bool
     stock_peft: bool
+    learning_rate: float = 2e-4
 
 
 ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(
     {
         "lora": AdapterInfo(LoRASpec, "LoRA", "A pair of low rank beside each linear.", "2305.14314", False, True),
         "qa-lora": AdapterInfo(
-            QALoRASpec, "QA-LoRA", "A pair on inputs pooled over the quantization group.", "2309.14717", True, False
+            QALoRASpec,
+            "QA-LoRA",
+            "A pair on inputs pooled over the quantization group.",
+            "2309.14717",
+            True,
+            False,
+            learning_rate=1.6e-3,
         ),
         "q-bara": AdapterInfo(
             QBaRASpec,
@@ -220,6 +234,7 @@ ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(
             "2407.17029",
             False,
             False,
+            learning_rate=4e-4,
         ),
         "qa-hira": AdapterInfo(
             QAHiRASpec,
@@ -228,9 +243,16 @@ ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(
             "2407.17029",
             True,
             False,
+            learning_rate=3.2e-3,
         ),
         "qa-blora": AdapterInfo(
-            QABLoRASpec, "QA-BLoRA", "Q-BaRA's pair, aligned with the groups.", "2407.17029", True, False
+            QABLoRASpec,
+            "QA-BLoRA",
+            "Q-BaRA's pair, aligned with the groups.",
+            "2407.17029",
+            True,
+            False,
+            learning_rate=1.6e-3,
         ),
         "bayesian-lora": AdapterInfo(
             BayesianLoRASpec,

@@ -27,7 +27,13 @@ class Finetune(BaseModel):
         default=512, strict=True, ge=16, le=131_072, description="Tokens a sequence at the most."
     )
     learning_rate: float = Field(
-        default=2e-4, strict=True, gt=0, le=1, allow_inf_nan=False, description="After warm-up, before decay."
+        default=2e-4,
+        strict=True,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="After warm-up, before decay. Where the request is silent, what suits its adapter: see "
+        "`adapters` in GET /v1/methods.",
     )
     warmup_share: float = Field(
         default=0.03, strict=True, ge=0, lt=1, allow_inf_nan=False, description="Of the steps, with a rising rate."

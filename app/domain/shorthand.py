@@ -7,9 +7,10 @@ from pydantic import BaseModel, ValidationError
 
 from app.domain.adapter_recipes import ADAPTER_RECIPES, expand_adapter
 from app.domain.adapter_rules import default_result_formats
-from app.domain.adapters import AdapterSpec
+from app.domain.adapters import ADAPTERS, GATE_TRAVEL, AdapterSpec, BayesianLoRASpec
 from app.domain.earlier_job import EarlierJob, Folded, start_from
 from app.domain.errors import FieldProblem, shorten
+from app.domain.finetuning import Finetune
 from app.domain.methods import METHODS, RECIPES
 from app.domain.sources import expand_source
 
@@ -64,6 +65,7 @@ def expand(given: Mapping[str, object], earlier: EarlierJob | None = None) -> Ex
     body["quantization"] = quantization
     _expand_sources(body)
     _apply_preset(body)
+    _fill_learning_rates(body)
     _fill_formats(body, None if earlier is None else earlier.folded)
     return Expansion(body, problems, method_known)
 
@@ -141,6 +143,22 @@ def _apply_preset(body: dict[str, object]) -> None:
     if isinstance(calibration, Mapping):
         size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}
         body["calibration"] = size | dict(calibration)
+
+
+def _fill_learning_rates(body: dict[str, object]) -> None:
+    """Those that suit the kind of adapter, and of gates the number of steps, where the request is silent."""
+    adapter, finetune = body.get("adapter"), body.get("finetune")
+    if not isinstance(adapter, Mapping) or not isinstance(finetune, Mapping):
+        return
+    info = ADAPTERS.get(str(adapter.get("kind")))
+    if info is None:
+        return
+    # A sum over a pool is not small, as a mean is.
+    rate = info.learning_rate if adapter.get("pooling") != "sum" else ADAPTERS["lora"].learning_rate
+    body["finetune"] = {"learning_rate": rate, **finetune}
+    steps = finetune.get("steps", Finetune.model_fields["steps"].default)
+    if info.spec is BayesianLoRASpec and isinstance(steps, int) and steps > 0:
+        body["adapter"] = {"gate_learning_rate": min(1.0, GATE_TRAVEL / steps), **adapter}
 
 
 def _fill_formats(body: dict[str, object], folded: Folded | None) -> None:

@@ -60,7 +60,8 @@ class BuiltinText(Source):
 class GeneratedText(Source):
     """Text that the model itself writes, token by token at temperature 1: for calibration alone.
 
-    The worker holds the whole model meanwhile, and time grows with `num_samples` times `sequence_length`.
+    The worker holds the whole model meanwhile, and time grows with `num_samples` times `sequence_length`. What a small
+    model writes is worse text to calibrate on than the builtin one, where that is in its language.
     """
 
     source: Literal["generated"] = "generated"

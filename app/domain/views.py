@@ -158,6 +158,7 @@ class AdapterView(View):
     paper: str = Field(description="arXiv number.")
     merges_quantized: bool = Field(description="Whether it folds into the offsets of affine weights, exactly.")
     stock_peft: bool = Field(description="Whether stock peft loads its factors.")
+    learning_rate: float = Field(description="Of `finetune`, where the request is silent.")
     parameters: dict[str, Any] = Field(description="JSON Schema of `adapter` with this kind.")
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from app.domain.adapter_recipes import ADAPTER_RECIPES
 from app.domain.adapter_rules import shape_errors, trained_parameters
-from app.domain.adapters import ADAPTERS, LoRASpec, QAHiRASpec, QBaRASpec
+from app.domain.adapters import ADAPTERS, BayesianLoRASpec, LoRASpec, QAHiRASpec, QBaRASpec
 from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
 from app.domain.methods import RTNSpec
@@ -134,6 +134,35 @@ def test_a_mistake_is_named_with_its_way_out(body: dict[str, Any], field: str, c
 def test_all_problems_come_at_once() -> None:
     found = problems({**MODEL, "method": "qa-hira", "bits": 9, "rank": 0, "merge": "x", "seed": -1})
     assert found.keys() == {"finetune", "bits", "rank", "merge", "seed"}
+
+
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_a_silent_request_learns_at_the_rate_of_its_adapter(kind: str) -> None:
+    """In the request as it is stored and shown; a rate that is given stays."""
+    body = {**MODEL, "method": "rtn", "symmetric": False, "adapter": {"kind": kind}}
+    silent = JobRequest.parse({**body, **TEXT}).finetune
+    given = JobRequest.parse({**body, "finetune": {**TEXT["finetune"], "learning_rate": 0.5}}).finetune
+    assert silent is not None
+    assert given is not None
+    assert silent.learning_rate == ADAPTERS[kind].learning_rate
+    assert given.learning_rate == 0.5
+
+
+def test_pooled_inputs_learn_at_a_multiple_of_a_loras_rate_unless_they_are_sums() -> None:
+    rates = {kind: info.learning_rate for kind, info in ADAPTERS.items()}
+    assert rates["lora"] < rates["q-bara"] < rates["qa-lora"] < rates["qa-hira"]
+    summed = JobRequest.parse({**MODEL, **TEXT, "method": "qa-lora", "adapter": {"pooling": "sum"}}).finetune
+    assert summed is not None
+    assert summed.learning_rate == rates["lora"]
+
+
+@pytest.mark.parametrize(("steps", "rate"), [(100, 0.27), (1000, 0.027), (10, 1.0)])
+def test_gates_can_close_within_the_steps(steps: int, rate: float) -> None:
+    body = {**MODEL, "method": "bayesian-lora", "finetune": {**TEXT["finetune"], "steps": steps}}
+    for given, expected in (({}, rate), ({"gate_learning_rate": 0.01}, 0.01)):
+        adapter = JobRequest.parse({**body, "adapter": given}).adapter
+        assert isinstance(adapter, BayesianLoRASpec)
+        assert adapter.gate_learning_rate == pytest.approx(expected)
 
 
 def test_every_kind_is_described() -> None:

@@ -326,6 +326,9 @@ def test_every_recipe_trains_from_shorthand(method: str, small_model: Path, rows
     assert report.finetuning.losses[-1].loss < report.finetuning.losses[0].loss
     assert (tmp_path / "job/output/adapter/adapter.safetensors").is_file()
     assert (tmp_path / "job/output/native/report.json").is_file()
+    assert (report.adapter.bit_operations is not None) == (method == "bayesian-lora")
+    if report.adapter.bit_operations is not None:
+        assert report.adapter.bit_operations.adapter_saving > 0.3, "gates close in however few steps"
 
 
 def test_builtin_text_and_a_quantized_head(small_model: Path, tmp_path: Path) -> None:
