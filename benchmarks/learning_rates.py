@@ -9,7 +9,6 @@ the best rate of each arm; a best rate at either end of `RATES` says that the se
 
 import argparse
 import json
-import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -41,9 +40,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for arm, rate, searched in searches(given):
             loss = judged(searched, given, Path(folder))
+            if loss is None:
+                print(json.dumps({"arm": arm, "rate": rate, "loss": None}), flush=True)
+                continue
             found.setdefault(arm, {})[rate] = loss
             print(json.dumps({"arm": arm, "rate": rate, "loss": round(loss, 5)}), flush=True)
-    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in found.items()}))
+    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in found.items() if losses}))
 
 
 def searches(given: argparse.Namespace) -> Iterator[tuple[str, float, Cell]]:
@@ -64,8 +66,8 @@ def with_rate(made: Cell, rate: float) -> Cell:
     return replace(made, training={**made.training, "finetune": finetune})
 
 
-def judged(searched: Cell, given: argparse.Namespace, folder: Path) -> float:
-    """The loss on the share that judges, after the last step, infinite where training failed.
+def judged(searched: Cell, given: argparse.Namespace, folder: Path) -> float | None:
+    """The loss on the share that judges, after the last step; None where training failed.
 
     Jobs with the same base share its blocks.
     """
@@ -76,7 +78,7 @@ def judged(searched: Cell, given: argparse.Namespace, folder: Path) -> float:
     try:
         finetuning = run(wanted, workspace, Reporter(lambda _: None)).report.finetuning
     except NumericalFailure:
-        return math.inf
+        return None
     shutil.rmtree(workspace / "output")
     assert finetuning is not None
     return finetuning.judgements[-1].loss

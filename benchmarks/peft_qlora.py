@@ -20,8 +20,8 @@ own, one after another. One JSON line each, and at the end one with ratios of ou
 `--warm-up`:
 
 seconds_a_step   from one wait for the device to another, with no wait between them
-peak_gib         most memory of the device that tensors take, over the whole run: what captured steps work in is only
-                 counted while they are captured, in the warm-up
+peak_gib         most memory of the device that tensors take while training, warm-up included: what captured steps work
+                 in is only counted while they are captured
 loss             of the very first step, before anything is learned, and of the last
 
 bitsandbytes is used where it can be imported; `--peer-path` names a folder that it was installed to. `--sides` and
@@ -276,6 +276,8 @@ def theirs(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict
     read = sequences(given)
     order = Order(read, given.batch, given.batch, block_seed(SEED, "finetune"))
     found: list[Tensor] = []
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # as the engine's stage does
     for index in range(given.steps):
         ids = read.ids[order.rows(index)].long()
         ids = ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids

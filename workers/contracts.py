@@ -294,13 +294,17 @@ class AttachAdapters(Protocol):
 
     rates            learning rates of parameters of their own, by name; those are not decayed
     progress(share)  told before each step which share of the training is done; a parameter that it then excludes from
-                     gradients moves no more, not by momentum either. What it computes changes at no other time: its
-                     passes may be captured
+                     gradients moves no more, not by momentum either. Its passes may be captured: what it computes
+                     changes by that at no other time
 
     and its class, of all adapters of the job at once:
 
     penalty(adapters)   a term of every step's loss, a scalar on the device
     together(adapters)  a context around the passes of each batch: what adapters can compute together is computed there
+
+    and the maker itself:
+
+    pass_bytes   that `together` keeps for each trained number until the passes have ended
     """
 
     def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:

@@ -27,7 +27,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from app.domain.schemes import Spec
+from app.domain.schemes import Spec, without_default
 
 Pooling = Literal["mean", "sum"]
 Factor = Annotated[int, Field(strict=True, ge=1, le=65_536)]
@@ -134,6 +134,7 @@ class BayesianLoRASpec(AdapterFields):
         le=1,
         allow_inf_nan=False,
         description=f"Of the gates. Where the request is silent: {GATE_TRAVEL:g} / steps, so that gates can close.",
+        json_schema_extra=without_default,
     )
 
 
@@ -203,7 +204,7 @@ class AdapterInfo:
     merges_quantized   whether it folds into the offsets of an affine base, exactly
     stock_peft         whether its factors are a LoRA that stock peft loads
     learning_rate      where the request is silent: QLoRA's for a plain pair; a mean over a group is so much smaller
-                       than an input that it wants a multiple, which docs/results.md found
+                       than an input that it wants a multiple (docs/results.md; qa-blora has that of qa-lora)
     """
 
     spec: type[AdapterFields]

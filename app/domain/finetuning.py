@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from app.domain.schemes import without_default
 from app.domain.sources import DatasetSource
 
 
@@ -34,6 +35,7 @@ class Finetune(BaseModel):
         allow_inf_nan=False,
         description="After warm-up, before decay. Where the request is silent, what suits its adapter: see "
         "`adapters` in GET /v1/methods.",
+        json_schema_extra=without_default,
     )
     warmup_share: float = Field(
         default=0.03, strict=True, ge=0, lt=1, allow_inf_nan=False, description="Of the steps, with a rising rate."

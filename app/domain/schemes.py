@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
 
@@ -10,6 +10,11 @@ MIN_BITS, MAX_BITS = 2, 8
 PER_CHANNEL = -1
 
 Bits = Annotated[int, Field(strict=True, ge=MIN_BITS, le=MAX_BITS, description="Width of a code in bits.")]
+
+
+def without_default(schema: dict[str, Any]) -> None:
+    """Of a field that a silent request gets another value for than this model would: clients shall not send it."""
+    schema.pop("default", None)
 
 
 def _not_zero(group_size: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 from app.domain.adapter_recipes import ADAPTER_RECIPES
 from app.domain.adapter_rules import shape_errors, trained_parameters
 from app.domain.adapters import ADAPTERS, BayesianLoRASpec, LoRASpec, QAHiRASpec, QBaRASpec
+from app.domain.finetuning import Finetune
 from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
 from app.domain.methods import RTNSpec
@@ -163,6 +164,14 @@ def test_gates_can_close_within_the_steps(steps: int, rate: float) -> None:
         adapter = JobRequest.parse({**body, "adapter": given}).adapter
         assert isinstance(adapter, BayesianLoRASpec)
         assert adapter.gate_learning_rate == pytest.approx(expected)
+
+
+def test_schemas_give_no_default_where_a_silent_request_gets_something_else() -> None:
+    """Else a form that fills defaults in would send them."""
+    for field, model in (("learning_rate", Finetune), ("gate_learning_rate", BayesianLoRASpec)):
+        shown = model.model_json_schema()["properties"][field]
+        assert "default" not in shown
+        assert "silent" in shown["description"]
 
 
 def test_every_kind_is_described() -> None:

@@ -13,6 +13,7 @@ from tests.engine.test_finetuning_stage import Job, rows
 from tests.engine.test_training import Interrupted, interrupt_at
 from workers.engine import captured_passes, training_plan
 from workers.engine.packed_sequences import Batch
+from workers.engine.resident_model import ResidentModel
 
 pytestmark = [
     pytest.mark.gpu,
@@ -94,16 +95,36 @@ def test_captured_passes_train_what_eager_ones_do(
     assert [name for name, tensor in captured.trained().items() if not torch.equal(tensor, expected[name])] == []
 
 
+def test_captured_passes_train_what_eager_ones_do_with_weights_made_anew(
+    small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a large model; sequences hold several examples here."""
+    kept, made = (Job(tmp_path / name, device="cuda") for name in ("kept", "made"))
+    monkeypatch.setattr(captured_passes, "MOST_SHAPES", 0)
+    finetuned(kept, small_model, rows)
+    monkeypatch.undo()
+    monkeypatch.setitem(training_plan.KEPT_SHARE, "cuda", 0.0)
+    assert not finetuned(made, small_model, rows).weights_kept
+    assert "training_capture_failed" not in {line.event for line in made.told(LogEvent)}
+    expected = kept.trained()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in made.trained().items())
+
+
 def test_where_a_capture_fails_training_goes_on(
     small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Within the capture: there the pass waits for the device."""
     whole, failing = (Job(tmp_path / name, device="cuda") for name in ("whole", "failing"))
     finetuned(whole, small_model, rows)
+    hidden = ResidentModel.hidden
 
-    def refuse(*_: object, **__: object) -> None:
-        raise RuntimeError("no capture")
+    def waiting(self: ResidentModel, batch: Batch) -> Tensor:
+        found = hidden(self, batch)
+        if torch.cuda.is_current_stream_capturing():
+            float(found.sum())
+        return found
 
-    monkeypatch.setattr(captured_passes._Graphs, "of", refuse)
+    monkeypatch.setattr(ResidentModel, "hidden", waiting)
     finetuned(failing, small_model, rows)
     assert "training_capture_failed" in {line.event for line in failing.told(LogEvent)}
     expected = whole.trained()

@@ -11,7 +11,7 @@ import torch
 from app.domain.events import AttemptOrder
 from app.domain.jobs import JobRequest
 from tests.engine.random_models import save_random_model
-from workers.engine import plan
+from workers.engine import plan, training_plan
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.plan import PASS_BYTES, STREAM_BYTES, Plan, StreamSize, make_plan, working_bytes
@@ -98,3 +98,13 @@ def test_what_the_device_needs_besides_grows_with_what_tuning_holds(
     least = working_bytes(model, 1, 1)
     assert least > block * (2 * 4 + 4 + 4 + 4), "two blocks; value, gradient and offset of every weight"
     assert working_bytes(model, 4096, 32) - working_bytes(model, 4096, 16) == 16 * 4096 * (24 * 32 + 6 * 64) * 4
+
+
+@pytest.mark.parametrize(
+    ("activations", "fixed", "captures"), [(20, 40, True), (25, 35, True), (26, 0, False), (20, 46, False)]
+)
+def test_passes_are_captured_where_eager_ones_fit_beside_their_pool(
+    activations: float, fixed: float, captures: bool
+) -> None:
+    """Of 100 units of memory, 85 of which the stage may count on."""
+    assert training_plan._may_capture(activations, fixed, 100) is captures

@@ -19,7 +19,7 @@ from app.domain.adapter_shapes import shape_for
 from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec
 from app.domain.errors import CorruptCheckpoint, InternalError, InvalidRequest
 from app.domain.report import AdapterReport, BitOperations, MergeReport
-from workers.adapters.bayesian import BayesianLoRA, bops_report
+from workers.adapters.bayesian import GATED_BYTES, BayesianLoRA, bops_report
 from workers.adapters.grouped import GroupedAdapter
 from workers.adapters.merging import MergeProof, fold
 from workers.numerics.quantized import LinearResult
@@ -37,6 +37,11 @@ class Attach:
 
     spec: AdapterSpec
     trained: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def pass_bytes(self) -> int:
+        """Of each trained number, while a batch goes through."""
+        return GATED_BYTES if isinstance(self.spec, BayesianLoRASpec) else 0
 
     def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
         """By full linear name, on the device of their weights; the same for the same seed.

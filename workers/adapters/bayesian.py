@@ -58,6 +58,8 @@ ACTIVATION_BITS = 16
 OPEN = 6.0
 """phi at the start: on with a probability of 0.9995."""
 SMALLEST_LIMIT = 1e-6
+GATED_BYTES = 60
+"""That a gated factor's graph keeps for each number: some dozen tensors of its size, in fp32."""
 RANGE_RATE = 0.02
 """Learning rate of the logarithms of ranges: at the gates' rate in a short training, 0.27, losses were higher."""
 SETTLED_FROM = 0.7

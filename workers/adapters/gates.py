@@ -81,10 +81,9 @@ def decided_bits(phi: Tensor) -> int:
 
 def expected_bits(phi: Tensor) -> Tensor:
     """E[bits] = 2 + 2 q4 + 4 q4 q8 + 8 q4 q8 q16 of gates (.., 3), differentiable."""
-    reached = keep_probability(phi).cumprod(-1)
-    more: Tensor = torch.tensor([b - a for a, b in pairwise(WIDTHS)], dtype=phi.dtype, device=phi.device)
-    expected: Tensor = WIDTHS[0] + (more * reached).sum(-1)
-    return expected
+    reached = keep_probability(phi).cumprod(-1).unbind(-1)
+    more = [(b - a) * probability for (a, b), probability in zip(pairwise(WIDTHS), reached, strict=True)]
+    return WIDTHS[0] + torch.stack(more).sum(0)
 
 
 def _round(x: Tensor) -> Tensor:

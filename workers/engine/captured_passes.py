@@ -7,14 +7,13 @@
 A pair of graphs serves batches of one shape, and reads them where the first one lay. What a pass needs lives in one
 pool, which the pairs share, since a pair has finished before another begins. A shape that comes but a few times is not
 worth a pair; nor is a model whose activations take much of the device (`workers.engine.training_plan`), which is not
-bound by launches either.
+bound by launches either. Adapters that hold some of their parameters from a step on begin with new pairs.
 
 Random numbers are those of eager passes: a replay goes on from the generator's seed and offset.
 """
 
 from collections import Counter
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -22,18 +21,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.engine.captured_step import WARM_UPS
+from workers.engine.captured_step import WARM_UPS, capturing
 from workers.engine.packed_sequences import Batch
 from workers.engine.resident_model import ResidentModel
 from workers.engine.token_loss import token_loss
 
 EAGER_FIRST = 2
-"""Batches of a shape that go through eagerly before it is captured."""
+"""Batches of a shape that are met before it is captured."""
 MOST_SHAPES = 4
 """Pairs of graphs at most."""
 
-Together = Callable[[], AbstractContextManager[None]]
-"""A context around the passes of a batch (`workers.contracts.AttachAdapters`)."""
+Shape = tuple[int | bool, ...]
+"""Rows and tokens of a batch, and whether each row is one example."""
 Pass = Callable[[Batch, int], Tensor]
 """Adds to the adapters' gradients those of a batch's summed loss by a number of targets; its loss by them, ()."""
 
@@ -44,42 +43,54 @@ class Passes:
     log   told an event's name and fields where a shape cannot be captured; then none is, from there on
     """
 
-    def __init__(
-        self, resident: ResidentModel, together: Together, log: Callable[..., None], *, captures: bool
-    ) -> None:
-        self._resident, self._together, self._log = resident, together, log
+    def __init__(self, resident: ResidentModel, log: Callable[..., None], *, captures: bool) -> None:
+        self._resident, self._log = resident, log
         self._captures = captures and resident.model.device.type == "cuda"
-        self._seen: Counter[tuple[object, ...]] = Counter()
-        self._graphs: dict[tuple[object, ...], _Graphs] = {}
+        self._trained: list[nn.Parameter] = []
+        self._seen: Counter[Shape] = Counter()
+        self._graphs: dict[Shape, _Graphs] = {}
 
     def of(self, batch: Batch) -> Pass:
-        """The pass for a batch. It may try passes on the way, which draws random numbers."""
+        """The pass for a batch. It may try passes on the way, which draws random numbers.
+
+        Raises:
+            RuntimeError: deterministic kernels are asked for, and one operator has none.
+        """
         if not self._captures:
             return self._eager
         trained = _trained(self._resident.adapters.values())
-        # Adapters that stop training some of their parameters compute something else from then on.
-        shape = (tuple(batch.ids.shape), batch.documents is None, len(trained))
+        if len(trained) != len(self._trained):
+            self._trained = trained
+            self._forget()
+        shape = (*batch.ids.shape, batch.documents is None)
         self._seen[shape] += 1
         if shape not in self._graphs and len(self._graphs) < MOST_SHAPES and self._seen[shape] > EAGER_FIRST:
-            self._capture(shape, batch, trained)
+            self._capture(shape, batch)
         graphs = self._graphs.get(shape)
         return self._eager if graphs is None else graphs.run
 
     def _eager(self, batch: Batch, targets: int) -> Tensor:
-        with self._together():
+        with self._resident.together():
             loss = self._resident.loss(batch) / targets
             loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()
 
-    def _capture(self, shape: tuple[object, ...], batch: Batch, trained: list[nn.Parameter]) -> None:
+    def _forget(self) -> None:
+        self._seen.clear()
+        self._graphs.clear()
+
+    def _capture(self, shape: Shape, batch: Batch) -> None:
         pool = next((graphs.forward.pool() for graphs in self._graphs.values()), None)
         try:
-            self._graphs[shape] = _Graphs.of(self._resident, self._together, batch, trained, pool)
+            self._graphs[shape] = _Graphs.of(self._resident, batch, self._trained, pool)
         except RuntimeError as error:  # out of memory, too: an eager pass may still fit
+            if "deterministic" in str(error):
+                raise
             self._captures = False
-            self._graphs.clear()
+            self._forget()
             self._log("training_capture_failed", reason=str(error)[:200])
-        torch.cuda.empty_cache()
+        else:
+            torch.cuda.empty_cache()  # of what the passes that were tried took
 
 
 @dataclass(frozen=True)
@@ -99,14 +110,7 @@ class _Graphs:
     backward: torch.cuda.CUDAGraph
 
     @classmethod
-    def of(
-        cls,
-        resident: ResidentModel,
-        together: Together,
-        batch: Batch,
-        trained: list[nn.Parameter],
-        pool: Any,
-    ) -> "_Graphs":
+    def of(cls, resident: ResidentModel, batch: Batch, trained: list[nn.Parameter], pool: Any) -> "_Graphs":
         """Captures them for batches like this one, in the memory pool of other graphs or (None) in one of their own.
 
         Raises:
@@ -124,7 +128,7 @@ class _Graphs:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(WARM_UPS):
-                with together():
+                with resident.together():
                     hidden = resident.hidden(own)
                     torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
             by_hidden = torch.zeros_like(hidden)
@@ -132,10 +136,9 @@ class _Graphs:
         torch.cuda.current_stream().wait_stream(stream)
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-        # Other threads read batches meanwhile; CUDA shall watch what this one does.
-        with torch.cuda.graph(forward, pool=pool, capture_error_mode="thread_local"), together():
+        with capturing(forward, pool), resident.together():
             hidden = resident.hidden(own)
-        with torch.cuda.graph(backward, pool=forward.pool(), capture_error_mode="thread_local"):
+        with capturing(backward, forward.pool()):
             _add(trained, torch.autograd.grad(hidden, trained, by_hidden, allow_unused=True))
         return cls(resident, own, hidden.detach(), by_hidden, forward, backward)
 

@@ -4,7 +4,9 @@ A graph replays kernels on addresses, so whatever changes from step to step must
 are. With several ranks the exchange between them is in no graph: a step is then two graphs with the exchange between.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,10 +63,25 @@ def capture(function: Callable[[], None], still: Iterable[Tensor]) -> Callable[[
         _clear(still)
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    # Other threads read and write blocks meanwhile; CUDA shall watch what this one does.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with capturing(graph):
         function()
     return graph.replay
+
+
+@contextmanager
+def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
+    """What runs in it becomes the graph, in the memory pool of other graphs or (None) in one of its own.
+
+    Raises:
+        RuntimeError: something cannot be captured, or memory has run out; the current stream is that of before.
+    """
+    before = torch.cuda.current_stream()
+    try:
+        # Other threads read and write meanwhile; CUDA shall watch what this one does.
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            yield
+    finally:
+        torch.cuda.set_stream(before)  # an end by an error leaves the capture's
 
 
 def _clear(tensors: Iterable[Tensor]) -> None:

@@ -137,7 +137,11 @@ def _last_divisor(stage: FinetuningStage) -> int:
 
 def _plan(stage: FinetuningStage, divisor: int) -> TrainingPlan:
     longest = max(text.length for text in (stage.texts.training, stage.texts.held_out) if text is not None)
-    return plan_training(stage.model, set(stage.names), stage.part, longest, divisor=divisor, ranks=stage.ranks)
+    pass_bytes = getattr(stage.attach, "pass_bytes", 0)
+    names = set(stage.names)
+    return plan_training(
+        stage.model, names, stage.part, longest, divisor=divisor, ranks=stage.ranks, pass_bytes=pass_bytes
+    )
 
 
 def _trained(stage: FinetuningStage, divisor: int, peak_before: int | None) -> Finetuned | None:
@@ -183,7 +187,8 @@ def _task(stage: FinetuningStage, plan: TrainingPlan, found: ResidentModel, seed
 
 
 def _fingerprint(stage: FinetuningStage, plan: TrainingPlan) -> str:
-    parts = {"finetune": stage.part.model_dump(mode="json"), "text": stage.texts.sha256, "plan": asdict(plan)}
+    decides = {name: value for name, value in asdict(plan).items() if name != "captures"}
+    parts = {"finetune": stage.part.model_dump(mode="json"), "text": stage.texts.sha256, "plan": decides}
     return fingerprint({**stage.identity, **parts})
 
 

@@ -65,6 +65,25 @@ class ResidentModel:
                 hidden = call(block, hidden)
         return hidden
 
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around the passes of a batch: what all adapters of a kind compute at once (`AttachAdapters`)."""
+        with ExitStack() as stack:
+            for together, adapters in self._kinds("together"):
+                stack.enter_context(together(adapters))
+            yield
+
+    def penalties(self) -> list[Tensor]:
+        """What kinds of adapters add to a step's loss, each (); some may have no gradient."""
+        return [penalty(adapters) for penalty, adapters in self._kinds("penalty")]
+
+    def _kinds(self, function: str) -> list[tuple[Callable[..., Any], list[nn.Module]]]:
+        """What kinds of adapters have for all of theirs, where they have it, and these adapters."""
+        kinds: dict[type[nn.Module], list[nn.Module]] = {}
+        for adapter in self.adapters.values():
+            kinds.setdefault(type(adapter), []).append(adapter)
+        return [(getattr(kind, function), adapters) for kind, adapters in kinds.items() if hasattr(kind, function)]
+
     @torch.no_grad()
     def advance(self, stream: Stream) -> None:
         """A stream's X_q, rewound to the embeddings, through all blocks with their adapters."""

@@ -17,14 +17,14 @@ small model's passes are captured (`workers.engine.captured_passes`).
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing, contextmanager
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from app.domain.errors import InternalError, NumericalFailure
 from app.domain.events import CheckpointEvent
@@ -129,7 +129,7 @@ class _Training:
             losses=torch.full((part.steps,), torch.nan, device=device),
             progress=task.state.progress,
             resumed=task.state.progress.step,
-            passes=Passes(task.resident, partial(_together, task.resident), task.reporter.log, captures=task.captures),
+            passes=Passes(task.resident, task.reporter.log, captures=task.captures),
         )
         saved = task.state.tensors()
         if saved:
@@ -219,10 +219,9 @@ class _Training:
 
     def _add_penalty(self) -> None:
         """The gradient of what adapters add to the loss, once over all ranks."""
-        for penalty_of, adapters in _kinds(self.task.resident, "penalty"):
-            penalty = penalty_of(adapters) / self.task.ranks.size
+        for penalty in self.task.resident.penalties():
             if penalty.requires_grad:
-                penalty.backward()
+                (penalty / self.task.ranks.size).backward()  # type: ignore[no-untyped-call]
 
     def _tell_adapters(self, share: float) -> None:
         """Which share of the training is done; what they exclude from gradients then is held."""
@@ -240,7 +239,7 @@ class _Training:
         self._set_mode(training=False)
         total = torch.zeros((), dtype=torch.float64, device=self.losses.device)
         for batch in self.judges:
-            with _together(task.resident):
+            with task.resident.together():
                 total += task.resident.loss(batch)
         task.ranks.sum_(total)
         loss, progress = float(total) / self.judged, self.progress
@@ -285,23 +284,6 @@ class _Training:
         task.state.save(progress, tensors)
         milestone = task.milestones + math.ceil(progress.step / task.part.checkpoint_every) - 1 + int(progress.done)
         task.reporter.checkpoint(CheckpointEvent(step=progress.step, total=task.part.steps, milestone=milestone))
-
-
-@contextmanager
-def _together(resident: ResidentModel) -> Iterator[None]:
-    """Around the passes of a batch: what all adapters of a kind compute at once."""
-    with ExitStack() as stack:
-        for together, adapters in _kinds(resident, "together"):
-            stack.enter_context(together(adapters))
-        yield
-
-
-def _kinds(resident: ResidentModel, function: str) -> list[tuple[Callable[..., Any], list[nn.Module]]]:
-    """What kinds of adapters have for all of theirs, where they have it, and these adapters."""
-    kinds: dict[type[nn.Module], list[nn.Module]] = {}
-    for adapter in resident.adapters.values():
-        kinds.setdefault(type(adapter), []).append(adapter)
-    return [(getattr(kind, function), adapters) for kind, adapters in kinds.items() if hasattr(kind, function)]
 
 
 def rate_share(part: Finetune, index: int) -> float:

@@ -20,7 +20,7 @@ MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
 KEPT_SHARE = {"cuda": 0.05, "cpu": 0.2}
 """Of it that dequantized weights may take, which saves making them anew; nothing where blocks are computed again."""
 CAPTURED_SHARE = 0.25
-"""Of a GPU's memory that activations may take if passes are to be captured, whose pool has room for them twice."""
+"""Of a GPU's memory that activations may take if passes are to be captured."""
 ADAPTER_BYTES = 5 * 4
 """A trained number, its gradient, two moments and a copy."""
 ADAPTER_SHARE = 0.03
@@ -43,11 +43,19 @@ class TrainingPlan:
 
 
 def plan_training(
-    model: StreamedModel, names: set[str], part: Finetune, length: int, *, divisor: int = 1, ranks: Ranks = ALONE
+    model: StreamedModel,
+    names: set[str],
+    part: Finetune,
+    length: int,
+    *,
+    divisor: int = 1,
+    ranks: Ranks = ALONE,
+    pass_bytes: int = 0,
 ) -> TrainingPlan:
     """The plan for sequences of `length` tokens at the most; `names` of the quantized linears.
 
-    divisor   by which micro-batches are smaller after an attempt that ran out of memory
+    divisor      by which micro-batches are smaller after an attempt that ran out of memory
+    pass_bytes   that adapters keep for each trained number while a batch goes through
     """
     device, blocks = model.device.type, len(model.blocks)
     memory = torch.cuda.get_device_properties(model.device).total_memory if device == "cuda" else host_memory()
@@ -58,7 +66,7 @@ def plan_training(
     micro_batch = max(1, min(ranks.part(part.batch_size), most) // divisor)
 
     def plan(*, keeps: bool) -> TrainingPlan:
-        allowed = MEMORY_SHARE[device] * memory - _fixed_bytes(model, names, weights, keeps=keeps)
+        allowed = MEMORY_SHARE[device] * memory - _fixed_bytes(model, names, weights, pass_bytes, keeps=keeps)
         needs = _Needs(
             graph=graph_bytes(model) * length,
             inputs=blocks * model.config.get_text_config().hidden_size * model.dtype.itemsize * length,
@@ -71,9 +79,16 @@ def plan_training(
     if found.keeps and found.recomputed:
         # Where memory is so short that blocks are computed again, weights are what it is spent on last.
         found = plan(keeps=False)
+    if device != "cuda" or found.recomputed:
+        return found
     activations = blocks * graph_bytes(model) * length * found.micro_batch
-    captures = device == "cuda" and not found.recomputed and activations <= CAPTURED_SHARE * memory
-    return replace(found, captures=captures)
+    fixed = _fixed_bytes(model, names, weights, pass_bytes, keeps=found.keeps)
+    return replace(found, captures=_may_capture(activations, fixed, memory))
+
+
+def _may_capture(activations: float, fixed: float, memory: float) -> bool:
+    """Whether the pool of captured passes leaves room for eager ones, of other batches and of text that judges."""
+    return activations <= CAPTURED_SHARE * memory and fixed + 2 * activations <= MEMORY_SHARE["cuda"] * memory
 
 
 def _planned(
@@ -115,13 +130,13 @@ class _Needs:
         return max(1, self.blocks - int(left // (self.graph * micro_batch)))
 
 
-def _fixed_bytes(model: StreamedModel, names: set[str], weights: int, *, keeps: bool) -> float:
+def _fixed_bytes(model: StreamedModel, names: set[str], weights: int, pass_bytes: int, *, keeps: bool) -> float:
     """What the model, its adapters and a chunk of logits take."""
     item, config = model.dtype.itemsize, model.config.get_text_config()
     others = sum(p.numel() for n, p in model.model.named_parameters() if n.removesuffix(".weight") not in names)
     largest: int = max((model.linears()[name].weight.numel() for name in names), default=0)
     stored = weights * item if keeps else weights + 3 * largest * 4
-    adapters = weights * ADAPTER_SHARE * ADAPTER_BYTES
+    adapters = weights * ADAPTER_SHARE * (ADAPTER_BYTES + pass_bytes)
     return float(others * item + stored + adapters + _logits(model, config.vocab_size))
 
 
