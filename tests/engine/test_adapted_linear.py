@@ -1,10 +1,12 @@
 """The linear beside which an adapter is trained, against autograd through the dense weight in fp64."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from app.domain.methods import Scheme
 from tests.engine.small_lora import SmallLoRA
@@ -79,6 +81,31 @@ def test_no_gradient_of_the_weight_is_made_and_no_weight_is_kept() -> None:
     assert len(made) == 2
     assert all(not w.requires_grad and w.grad is None for w in made)
     assert not list(linear.parameters())
+
+
+@pytest.mark.parametrize(("saves", "times"), [(False, 3), (True, 2)])
+def test_where_a_block_is_computed_again_its_weights_are_made_twice_and_nothing_else_changes(
+    saves: bool, times: int
+) -> None:
+    made, alive = list[int](), list[int]()
+    weight = WEIGHTS[0].dequantize()
+
+    def make() -> Tensor:
+        made.append(1)
+        fresh = weight.clone()
+        weakref.finalize(fresh, alive.append, 1)
+        return fresh
+
+    x = torch.randn(2, IN, dtype=torch.float64, requires_grad=True, generator=torch.Generator().manual_seed(1))
+    linear = AdaptedLinear(make, None, None, saves=saves)
+    block = nn.Sequential(linear, nn.Tanh())
+    y = checkpoint(block, x, use_reentrant=False)
+    assert len(alive) == 1, "what the first pass saved is dropped"
+    y.square().sum().backward()
+    assert len(made) == times
+    assert len(alive) == times, "nothing is held after the backward pass"
+    (expected,) = torch.autograd.grad((x @ weight.T).tanh().square().sum(), x)
+    torch.testing.assert_close(x.grad, expected, rtol=1e-12, atol=0)
 
 
 def test_a_linear_without_anything_trained_before_it_makes_its_weight_once() -> None:

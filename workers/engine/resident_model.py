@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from app.domain.errors import UnsupportedArchitecture
 from workers.contracts import AttachAdapters
-from workers.engine.adapted_linear import AdaptedLinear, rebuilt
+from workers.engine.adapted_linear import AdaptedLinear, MakeWeight, rebuilt
 from workers.engine.blocks import BlockCall, StreamedModel
 from workers.engine.packed_sequences import Batch
 from workers.engine.plan import block_seed
@@ -179,7 +179,8 @@ def resident(
             given |= {f"{name}.weight": torch.empty(0, dtype=dtype) for name in results}
             stack.enter_context(model.filled(_read(model, layout.block(index), dtype, given)))
             for name, result in results.items():
-                stack.enter_context(_adapted(model, name, _base(result, made.get(name), dtype, how), made.get(name)))
+                base, saves = _base(result, made.get(name), dtype, how), not how.keeps and index < how.recomputed
+                stack.enter_context(_adapted(model, name, base, made.get(name), saves=saves))
         found = ResidentModel(model, adapters, calls, dtype, how.recomputed)
         _demand_plain_head(found)
         yield found
@@ -199,9 +200,7 @@ def _read(model: StreamedModel, name: str, dtype: torch.dtype, given: Mapping[st
     return model.read(name, given, lambda tensor, _: tensor.to(model.device, dtype))
 
 
-def _base(
-    result: LinearResult, adapter: nn.Module | None, dtype: torch.dtype, how: Residence
-) -> Tensor | Callable[[], Tensor]:
+def _base(result: LinearResult, adapter: nn.Module | None, dtype: torch.dtype, how: Residence) -> Tensor | MakeWeight:
     """W_hat, or what makes it. An adapter takes over the low-rank correction that came with the weight."""
     weight = result.weight if adapter is not None or result.low_rank is None else result
     return weight.dequantize().to(dtype) if how.keeps else rebuilt(weight, dtype)
@@ -209,11 +208,11 @@ def _base(
 
 @contextmanager
 def _adapted(
-    model: StreamedModel, name: str, base: Tensor | Callable[[], Tensor], adapter: nn.Module | None
+    model: StreamedModel, name: str, base: Tensor | MakeWeight, adapter: nn.Module | None, *, saves: bool
 ) -> Iterator[None]:
     """A linear with its adapter in place of the plain one."""
     plain = model.model.get_submodule(name)
-    model.model.set_submodule(name, AdaptedLinear(base, plain.bias, adapter))
+    model.model.set_submodule(name, AdaptedLinear(base, plain.bias, adapter, saves=saves))
     try:
         yield
     finally:

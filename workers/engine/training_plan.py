@@ -135,7 +135,8 @@ def _fixed_bytes(model: StreamedModel, names: set[str], weights: int, pass_bytes
     item, config = model.dtype.itemsize, model.config.get_text_config()
     others = sum(p.numel() for n, p in model.model.named_parameters() if n.removesuffix(".weight") not in names)
     largest: int = max((model.linears()[name].weight.numel() for name in names), default=0)
-    stored = weights * item if keeps else weights + 3 * largest * 4
+    # Made anew, all weights of one block may exist at a time (`workers.engine.adapted_linear`).
+    stored = weights * item if keeps else weights * (1 + item / len(model.blocks)) + 3 * largest * 4
     adapters = weights * ADAPTER_SHARE * (ADAPTER_BYTES + pass_bytes)
     return float(others * item + stored + adapters + _logits(model, config.vocab_size))
 
