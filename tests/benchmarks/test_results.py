@@ -12,6 +12,7 @@ from app.domain.adapters import ADAPTERS
 from benchmarks.cells import GROUP_SIZE, Cell, cells
 from benchmarks.finetuning_cells import ARMS, finetuning_cells
 from benchmarks.finetuning_table import finetuning_tables
+from benchmarks.learning_rates import JUDGING_SHARE, RATES, searches
 from benchmarks.results import missing, order, share
 from benchmarks.results_table import lines, tables
 
@@ -37,6 +38,23 @@ def test_every_cell_is_a_valid_request(cell: Cell, tmp_path: Path) -> None:
     assert made.quantization.model_dump()["method"] == cell.quantization["method"]
     assert made.seed == cell.seed
     assert (made.finetune is not None) == (made.adapter is not None) == (cell.training is not None)
+
+
+def test_rates_are_searched_for_every_arm_as_its_cell_trains_but_for_text_that_judges(tmp_path: Path) -> None:
+    given = argparse.Namespace(only=list(ARMS), budgets=[3, 16], bits=3, model=tmp_path)
+    given.calibration = given.valid = given.training = tmp_path / "text.jsonl"
+    found = list(searches(given))
+    cells = {cell.arm: cell for cell in finetuning_cells() if cell.bits == 3}
+    assert {(arm, rate) for arm, rate, _ in found} == {(arm, rate) for arm in cells for rate in RATES}
+    for arm, rate, cell in found:
+        made, measured = order(cell, given).request, order(cells[arm], given).request
+        assert made.finetune is not None
+        assert measured.finetune is not None
+        assert made.finetune.learning_rate == rate
+        assert made.finetune.validation_share == JUDGING_SHARE
+        assert measured.finetune.learning_rate in RATES
+        same = {"learning_rate": rate, "validation_share": JUDGING_SHARE}
+        assert made == measured.model_copy(update={"finetune": measured.finetune.model_copy(update=same)})
 
 
 @pytest.mark.parametrize("budget", [3, 16])

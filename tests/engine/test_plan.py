@@ -104,7 +104,10 @@ def test_what_the_device_needs_besides_grows_with_what_tuning_holds(
     ("activations", "fixed", "captures"), [(20, 40, True), (25, 35, True), (26, 0, False), (20, 46, False)]
 )
 def test_passes_are_captured_where_eager_ones_fit_beside_their_pool(
-    activations: float, fixed: float, captures: bool
+    activations: int, fixed: float, captures: bool
 ) -> None:
-    """Of 100 units of memory, 85 of which the stage may count on."""
-    assert training_plan._may_capture(activations, fixed, 100) is captures
+    """Of 100 bytes of memory, 85 of which the stage may count on."""
+    needs = training_plan._Needs(
+        "cuda", 100, blocks=1, length=8, kept=0, fixed={False: fixed}, graph=activations, inputs=0
+    )
+    assert needs.has_room_for_pool(training_plan.TrainingPlan(1, 0, keeps=False)) is captures

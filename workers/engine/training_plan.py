@@ -4,7 +4,9 @@ The estimate counts against all of the device's memory, not against what happens
 same machine always gives the same plan, and so the same adapter.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
 import torch
 
@@ -57,89 +59,86 @@ def plan_training(
     divisor      by which micro-batches are smaller after an attempt that ran out of memory
     pass_bytes   that adapters keep for each trained number while a batch goes through
     """
-    device, blocks = model.device.type, len(model.blocks)
-    memory = torch.cuda.get_device_properties(model.device).total_memory if device == "cuda" else host_memory()
-    linears = model.linears()
-    weights = sum(linears[name].weight.numel() for name in names)
-    fits = weights * model.dtype.itemsize <= KEPT_SHARE[device] * memory
-    most = max(1, (TOKENS_AT_ONCE_GPU if device == "cuda" else TOKENS_AT_ONCE_CPU) // length)
-    micro_batch = max(1, min(ranks.part(part.batch_size), most) // divisor)
-
-    def plan(*, keeps: bool) -> TrainingPlan:
-        allowed = MEMORY_SHARE[device] * memory - _fixed_bytes(model, names, weights, pass_bytes, keeps=keeps)
-        needs = _Needs(
-            graph=graph_bytes(model) * length,
-            inputs=blocks * model.config.get_text_config().hidden_size * model.dtype.itemsize * length,
-            allowed=allowed,
-            blocks=blocks,
-        )
-        return _planned(needs, part, micro_batch, length, device, keeps=keeps)
-
-    found = plan(keeps=fits)
+    needs = _Needs.of(model, names, length, pass_bytes)
+    at_once = TOKENS_AT_ONCE_GPU if needs.device == "cuda" else TOKENS_AT_ONCE_CPU
+    most = max(1, min(ranks.part(part.batch_size), max(1, at_once // length)) // divisor)
+    found = _planned(needs, part, most, keeps=needs.kept <= KEPT_SHARE[needs.device] * needs.memory)
     if found.keeps and found.recomputed:
         # Where memory is so short that blocks are computed again, weights are what it is spent on last.
-        found = plan(keeps=False)
-    if device != "cuda" or found.recomputed:
-        return found
-    activations = blocks * graph_bytes(model) * length * found.micro_batch
-    fixed = _fixed_bytes(model, names, weights, pass_bytes, keeps=found.keeps)
-    return replace(found, captures=_may_capture(activations, fixed, memory))
+        found = _planned(needs, part, most, keeps=False)
+    return replace(found, captures=needs.device == "cuda" and not found.recomputed and needs.has_room_for_pool(found))
 
 
-def _may_capture(activations: float, fixed: float, memory: float) -> bool:
-    """Whether the pool of captured passes leaves room for eager ones, of other batches and of text that judges."""
-    return activations <= CAPTURED_SHARE * memory and fixed + 2 * activations <= MEMORY_SHARE["cuda"] * memory
-
-
-def _planned(
-    needs: "_Needs", part: Finetune, micro_batch: int, length: int, device: str, *, keeps: bool
-) -> TrainingPlan:
+def _planned(needs: "_Needs", part: Finetune, micro_batch: int, *, keeps: bool) -> TrainingPlan:
     """As many sequences at once as memory allows, up to `micro_batch`."""
     blocks = needs.blocks
     if part.gradient_checkpointing is not None:
         recomputed = blocks if part.gradient_checkpointing else 0
-        while micro_batch > 1 and needs.recomputed(micro_batch) > recomputed:
+        while micro_batch > 1 and needs.recomputed(micro_batch, keeps=keeps) > recomputed:
             micro_batch = (micro_batch + 1) // 2
         return TrainingPlan(micro_batch, recomputed, keeps)
-    while micro_batch > 1 and _is_worth_halving(needs.recomputed(micro_batch), micro_batch, length, device, blocks):
+    while micro_batch > 1 and needs.is_worth_halving(micro_batch, keeps=keeps):
         micro_batch = (micro_batch + 1) // 2
-    return TrainingPlan(micro_batch, min(blocks, needs.recomputed(micro_batch)), keeps)
-
-
-def _is_worth_halving(recomputed: int, micro_batch: int, length: int, device: str, blocks: int) -> bool:
-    """Whether something must be saved, and fewer sequences at once are better than blocks that are computed again."""
-    return recomputed > blocks or (recomputed > 0 and micro_batch * length > FULL_TOKENS[device])
+    return TrainingPlan(micro_batch, min(blocks, needs.recomputed(micro_batch, keeps=keeps)), keeps)
 
 
 @dataclass(frozen=True)
 class _Needs:
-    """Bytes for each sequence: of a block's graph, and of all blocks' inputs; and what they all may take."""
+    """Bytes that training takes.
 
+    memory          of the device
+    kept            of all dequantized weights
+    fixed           what the model, its adapters and a chunk of logits take, by whether these weights are kept
+    graph, inputs   for each sequence of `length` tokens: of a block's graph, and of all blocks' inputs
+    """
+
+    device: str
+    memory: int
+    blocks: int
+    length: int
+    kept: int
+    fixed: Mapping[bool, float]
     graph: int
     inputs: int
-    allowed: float
-    blocks: int
 
-    def recomputed(self, micro_batch: int) -> int:
+    @classmethod
+    def of(cls, model: StreamedModel, names: set[str], length: int, pass_bytes: int) -> "_Needs":
+        device, item, blocks = model.device.type, model.dtype.itemsize, len(model.blocks)
+        config, linears = model.config.get_text_config(), model.linears()
+        sizes = [linears[name].weight.numel() for name in names]
+        others = sum(p.numel() for n, p in model.model.named_parameters() if n.removesuffix(".weight") not in names)
+        logits = max(LOGITS_AT_ONCE[device], config.vocab_size) * LOGITS_BYTES
+        fixed = others * item + sum(sizes) * ADAPTER_SHARE * (ADAPTER_BYTES + pass_bytes) + logits
+        # Made anew, all weights of one block may exist at a time (`workers.engine.adapted_linear`).
+        packed = sum(sizes) * (1 + item / blocks) + 3 * max(sizes, default=0) * 4
+        return cls(
+            device=device,
+            memory=torch.cuda.get_device_properties(model.device).total_memory if device == "cuda" else host_memory(),
+            blocks=blocks,
+            length=length,
+            kept=sum(sizes) * item,
+            fixed=MappingProxyType({True: fixed + sum(sizes) * item, False: fixed + packed}),
+            graph=graph_bytes(model) * length,
+            inputs=blocks * config.hidden_size * item * length,
+        )
+
+    def recomputed(self, micro_batch: int, *, keeps: bool) -> int:
         """Blocks to compute again; one more than there are if even that does not fit."""
-        if self.blocks * self.graph * micro_batch <= self.allowed:
+        allowed = MEMORY_SHARE[self.device] * self.memory - self.fixed[keeps]
+        if self.blocks * self.graph * micro_batch <= allowed:
             return 0
-        left = self.allowed - (self.graph + self.inputs) * micro_batch
+        left = allowed - (self.graph + self.inputs) * micro_batch
         if left < 0:
             return self.blocks + 1
         return max(1, self.blocks - int(left // (self.graph * micro_batch)))
 
+    def is_worth_halving(self, micro_batch: int, *, keeps: bool) -> bool:
+        """Whether something must be saved, and fewer sequences are better than blocks that are computed again."""
+        recomputed = self.recomputed(micro_batch, keeps=keeps)
+        return recomputed > self.blocks or (recomputed > 0 and micro_batch * self.length > FULL_TOKENS[self.device])
 
-def _fixed_bytes(model: StreamedModel, names: set[str], weights: int, pass_bytes: int, *, keeps: bool) -> float:
-    """What the model, its adapters and a chunk of logits take."""
-    item, config = model.dtype.itemsize, model.config.get_text_config()
-    others = sum(p.numel() for n, p in model.model.named_parameters() if n.removesuffix(".weight") not in names)
-    largest: int = max((model.linears()[name].weight.numel() for name in names), default=0)
-    # Made anew, all weights of one block may exist at a time (`workers.engine.adapted_linear`).
-    stored = weights * item if keeps else weights * (1 + item / len(model.blocks)) + 3 * largest * 4
-    adapters = weights * ADAPTER_SHARE * (ADAPTER_BYTES + pass_bytes)
-    return float(others * item + stored + adapters + _logits(model, config.vocab_size))
-
-
-def _logits(model: StreamedModel, vocabulary: int) -> int:
-    return max(LOGITS_AT_ONCE[model.device.type], vocabulary) * LOGITS_BYTES
+    def has_room_for_pool(self, plan: TrainingPlan) -> bool:
+        """Whether the pool of captured passes leaves room for eager ones, of other batches and of text that judges."""
+        activations, fixed = self.blocks * self.graph * plan.micro_batch, self.fixed[plan.keeps]
+        most = MEMORY_SHARE[self.device] * self.memory
+        return activations <= CAPTURED_SHARE * self.memory and fixed + 2 * activations <= most
