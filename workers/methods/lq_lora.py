@@ -55,7 +55,7 @@ SCORED_ROWS, STRIP = 64, 16
 
 
 class LQLoRA:
-    needs_inputs = True
+    needs_inputs = False
 
     def quantize_block(self, task: BlockTask, spec: LQLoRASpec) -> BlockResult:
         results = {}
