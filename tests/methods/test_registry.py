@@ -1,10 +1,13 @@
 """The registry has code for every method that a request may name."""
 
 from app.domain.methods import METHODS as NAMED
+from workers.engine.preparation import needs_text
 from workers.engine.registry import METHODS
 
 
 def test_every_method_has_code_that_keeps_what_its_entry_says() -> None:
+    """Of calibration text: either blocks run on it, or it is read for Fisher information or a budget, as by default."""
     assert METHODS.keys() == NAMED.keys()
-    for name, method in METHODS.items():
-        assert method.needs_inputs == NAMED[name].needs_calibration
+    for name, info in NAMED.items():
+        assert needs_text(info.spec()) == info.needs_calibration, name
+    assert not METHODS["lq-lora"].needs_inputs, "weights and Fisher information are all that it looks at"
