@@ -40,12 +40,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for arm, rate, searched in searches(given):
             loss = judged(searched, given, Path(folder))
-            if loss is None:
-                print(json.dumps({"arm": arm, "rate": rate, "loss": None}), flush=True)
-                continue
-            found.setdefault(arm, {})[rate] = loss
-            print(json.dumps({"arm": arm, "rate": rate, "loss": round(loss, 5)}), flush=True)
-    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in found.items() if losses}))
+            print(json.dumps({"arm": arm, "rate": rate, "loss": loss}), flush=True)
+            if loss is not None:
+                found.setdefault(arm, {})[rate] = loss
+    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in found.items()}))
 
 
 def searches(given: argparse.Namespace) -> Iterator[tuple[str, float, Cell]]:

@@ -34,6 +34,8 @@ Factor = Annotated[int, Field(strict=True, ge=1, le=65_536)]
 RepeatOut = Annotated[Factor, Field(description="Times that each output is repeated; must divide its outputs.")]
 
 
+LEARNING_RATE = 2e-4
+"""QLoRA's: of a pair on all inputs."""
 GATE_TRAVEL = 27
 """A gate's learning rate times the steps: what one moves that is pulled one way all the time. It starts 7 from closing,
 and is decided after 70 % of the steps, of which a schedule takes some more."""
@@ -213,7 +215,7 @@ class AdapterInfo:
     paper: str
     merges_quantized: bool
     stock_peft: bool
-    learning_rate: float = 2e-4
+    learning_rate: float = LEARNING_RATE
 
 
 ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(

@@ -8,6 +8,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from app.domain.adapters import LEARNING_RATE
 from app.domain.schemes import without_default
 from app.domain.sources import DatasetSource
 
@@ -28,7 +29,7 @@ class Finetune(BaseModel):
         default=512, strict=True, ge=16, le=131_072, description="Tokens a sequence at the most."
     )
     learning_rate: float = Field(
-        default=2e-4,
+        default=LEARNING_RATE,
         strict=True,
         gt=0,
         le=1,

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from app.domain.adapter_recipes import ADAPTER_RECIPES, expand_adapter
 from app.domain.adapter_rules import default_result_formats
-from app.domain.adapters import ADAPTERS, GATE_TRAVEL, AdapterSpec, BayesianLoRASpec
+from app.domain.adapters import ADAPTERS, GATE_TRAVEL, LEARNING_RATE, AdapterSpec, BayesianLoRASpec
 from app.domain.earlier_job import EarlierJob, Folded, start_from
 from app.domain.errors import FieldProblem, shorten
 from app.domain.finetuning import Finetune
@@ -154,7 +154,7 @@ def _fill_learning_rates(body: dict[str, object]) -> None:
     if info is None:
         return
     # A sum over a pool is not small, as a mean is.
-    rate = info.learning_rate if adapter.get("pooling") != "sum" else ADAPTERS["lora"].learning_rate
+    rate = info.learning_rate if adapter.get("pooling") != "sum" else LEARNING_RATE
     body["finetune"] = {"learning_rate": rate, **finetune}
     steps = finetune.get("steps", Finetune.model_fields["steps"].default)
     if info.spec is BayesianLoRASpec and isinstance(steps, int) and steps > 0:

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from app.domain.adapters import AdapterShape, BayesianLoRASpec
-from workers.adapters.bayesian import BayesianLoRA, bops_report, full_bops
+from workers.adapters.bayesian import BayesianLoRA, bops_report
 from workers.adapters.gates import (
     WIDTHS,
     decide,
@@ -192,7 +192,7 @@ def test_bit_operations_are_those_of_a_counter() -> None:
 
 def test_the_penalty_is_the_share_of_expected_bit_operations() -> None:
     adapters = [random_adapter(6, 1), random_adapter(3, 2)]
-    assert sum(full_bops(adapter.spec, 32, 24) for adapter in adapters) == 16 * 16 * (6 + 3) * (32 + 24)
+    assert sum(adapter.full_bops for adapter in adapters) == 16 * 16 * (6 + 3) * (32 + 24)
 
     def total() -> float:
         return float(BayesianLoRA.penalty(adapters).detach())

@@ -70,13 +70,9 @@ def test_a_killed_job_ends_with_the_adapters_of_an_undisturbed_one(
     assert "training_not_deterministic" not in {line.event for line in whole.told(LogEvent)}
 
 
-@pytest.mark.parametrize("arm", ARMS)
-def test_captured_passes_train_what_eager_ones_do(
-    arm: str, small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bit for bit, with batches of several shapes: the rows differ in length, and do not share sequences."""
-    quantization, adapter = ARMS[arm]
-    captured, eager = (Job(tmp_path / name, device="cuda") for name in ("captured", "eager"))
+@pytest.fixture
+def replayed(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """Batches that went through captured passes."""
     runs, replay = list[Batch](), captured_passes._Graphs.run
 
     def counted(graphs: Any, batch: Batch, targets: int) -> Tensor:
@@ -84,27 +80,44 @@ def test_captured_passes_train_what_eager_ones_do(
         return replay(graphs, batch, targets)
 
     monkeypatch.setattr(captured_passes._Graphs, "run", counted)
+    return runs
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_captured_passes_train_what_eager_ones_do(
+    arm: str,
+    small_model: Path,
+    rows: Path,
+    tmp_path: Path,
+    replayed: list[Batch],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Bit for bit, with batches of several shapes: the rows differ in length, and do not share sequences."""
+    quantization, adapter = ARMS[arm]
+    captured, eager = (Job(tmp_path / name, device="cuda") for name in ("captured", "eager"))
     finetuned(captured, small_model, rows, quantization, adapter, packing=False)
-    assert len(runs) > 10
+    assert len(replayed) > 10
     assert "training_capture_failed" not in {line.event for line in captured.told(LogEvent)}
     monkeypatch.setattr(captured_passes, "MOST_SHAPES", 0)
-    before = len(runs)
+    before = len(replayed)
     finetuned(eager, small_model, rows, quantization, adapter, packing=False)
-    assert len(runs) == before
+    assert len(replayed) == before
     expected = eager.trained()
     assert [name for name, tensor in captured.trained().items() if not torch.equal(tensor, expected[name])] == []
 
 
 def test_captured_passes_train_what_eager_ones_do_with_weights_made_anew(
-    small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    small_model: Path, rows: Path, tmp_path: Path, replayed: list[Batch], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in a large model; sequences hold several examples here."""
     kept, made = (Job(tmp_path / name, device="cuda") for name in ("kept", "made"))
-    monkeypatch.setattr(captured_passes, "MOST_SHAPES", 0)
-    finetuned(kept, small_model, rows)
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(captured_passes, "MOST_SHAPES", 0)
+        finetuned(kept, small_model, rows)
+    assert not replayed
     monkeypatch.setitem(training_plan.KEPT_SHARE, "cuda", 0.0)
     assert not finetuned(made, small_model, rows).weights_kept
+    assert any(batch.documents is not None for batch in replayed)
     assert "training_capture_failed" not in {line.event for line in made.told(LogEvent)}
     expected = kept.trained()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in made.trained().items())

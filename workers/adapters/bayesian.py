@@ -193,7 +193,7 @@ class BayesianLoRA(nn.Module):
     @property
     def full_bops(self) -> int:
         """Bit operations a token with all ranks at 16 bits."""
-        return full_bops(self.spec, self.in_features, self.out_features)
+        return ACTIVATION_BITS * WIDTHS[-1] * self.spec.rank * (self.in_features + self.out_features)
 
     def decided_bops(self) -> int:
         """Bit operations a token of what `compact` leaves."""
@@ -209,11 +209,6 @@ def expected_bops(adapters: Iterable[BayesianLoRA]) -> Tensor:
         kept = keep_probability(_stacked(alike, "gate_rank")).sum(-1)
         parts.append((kept * (alike[0].in_features * a + alike[0].out_features * b)).sum())
     return ACTIVATION_BITS * torch.stack(parts).sum()
-
-
-def full_bops(spec: BayesianLoRASpec, in_features: int, out_features: int) -> int:
-    """Bit operations a token of an adapter with all ranks at 16 bits."""
-    return ACTIVATION_BITS * WIDTHS[-1] * spec.rank * (in_features + out_features)
 
 
 @dataclass(frozen=True)

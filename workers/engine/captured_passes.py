@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.engine.captured_step import WARM_UPS, capturing
+from workers.engine.captured_step import capturing, warm_up
 from workers.engine.packed_sequences import Batch
 from workers.engine.resident_model import ResidentModel
 from workers.engine.token_loss import token_loss
@@ -40,12 +40,13 @@ Pass = Callable[[Batch, int], Tensor]
 class Passes:
     """Finds the pass for a batch: a captured one where there is one, or will be from now on, else the eager one.
 
-    log   told an event's name and fields where a shape cannot be captured; then none is, from there on
+    log        told an event's name and fields where a shape cannot be captured; then none is, from there on
+    captures   whether any may be, which a plan allows on a GPU alone
     """
 
     def __init__(self, resident: ResidentModel, log: Callable[..., None], *, captures: bool) -> None:
         self._resident, self._log = resident, log
-        self._captures = captures and resident.model.device.type == "cuda"
+        self._captures = captures
         self._trained: list[nn.Parameter] = []
         self._seen: Counter[Shape] = Counter()
         self._graphs: dict[Shape, _Graphs] = {}
@@ -124,20 +125,18 @@ class _Graphs:
             batch.following,
             batch.tokens,
         )
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(WARM_UPS):
-                with resident.together():
-                    hidden = resident.hidden(own)
-                    torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
-            by_hidden = torch.zeros_like(hidden)
-            del hidden
-        torch.cuda.current_stream().wait_stream(stream)
+
+        def both() -> None:
+            with resident.together():
+                hidden = resident.hidden(own)
+            torch.autograd.grad(hidden, trained, torch.zeros_like(hidden), allow_unused=True)
+
+        warm_up(both)
         torch.cuda.empty_cache()
         forward, backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with capturing(forward, pool), resident.together():
             hidden = resident.hidden(own)
+        by_hidden = torch.zeros_like(hidden)
         with capturing(backward, forward.pool()):
             _add(trained, torch.autograd.grad(hidden, trained, by_hidden, allow_unused=True))
         return cls(resident, own, hidden.detach(), by_hidden, forward, backward)

@@ -54,18 +54,27 @@ def capture(function: Callable[[], None], still: Iterable[Tensor]) -> Callable[[
 
     With rates of 0 nothing moves, and a count of 0 steps keeps within the batches, of which there may be only one.
     """
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(WARM_UPS):
-            _clear(still)
-            function()
+
+    def try_still() -> None:
         _clear(still)
-    torch.cuda.current_stream().wait_stream(stream)
+        function()
+
+    warm_up(try_still)
+    _clear(still)
     graph = torch.cuda.CUDAGraph()
     with capturing(graph):
         function()
     return graph.replay
+
+
+def warm_up(function: Callable[[], None]) -> None:
+    """Runs what is to be captured a few times, on a stream of its own as a capture does."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UPS):
+            function()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 @contextmanager
