@@ -84,7 +84,7 @@ def run_preflight(request: JobRequest, settings: Settings, uploads: UploadReposi
     if model is not None:
         inspection = _inspect(found, model)
         if inspection is not None:
-            check_shapes(found, inspection.dimensions)
+            check_shapes(found, inspection.dimensions, inspection.config)
             found.estimates = estimate(found.request, inspection)
     found.warnings += runtime_warnings(found.request)
     if found.problems:
@@ -220,8 +220,11 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
     return inspection
 
 
-def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
-    """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names."""
+def check_shapes(found: Preflight, dimensions: Dimensions, config: Mapping[str, object]) -> None:
+    """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names.
+
+    config   the model's config.json, decoded
+    """
     inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
     spec, formats = found.request.quantization, found.request.formats
     for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
@@ -230,7 +233,7 @@ def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
     for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter is not None else ():
         found.add(misfit, misfit.field or "adapter")
     quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
-    found.problems += model_problems(formats, dimensions.architecture.model_type, quantized)
+    found.problems += model_problems(formats, dimensions.architecture.model_type, quantized, config)
 
 
 def runtime_warnings(request: JobRequest) -> list[str]:

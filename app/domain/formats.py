@@ -14,6 +14,8 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from app.domain.errors import FieldProblem
+from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.domain.gguf_rules import gguf_refusals
 from app.domain.methods import MAX_BITS, METHODS, MIN_BITS, PER_CHANNEL, Form, Scheme, WeightSpec
 
 
@@ -181,9 +183,15 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
             scales=ScaleDtype.FLOAT16,
             asymmetric_bits=frozenset({2, 3, 4, 5}),
             group_multiple=32,
-            architectures=frozenset({"llama", "mistral", "qwen2", "qwen3"}),
+            architectures=frozenset(GGUF_ARCHITECTURES),
             runtimes=(
-                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained with gguf_file"),
+                RuntimeSupport(
+                    "transformers",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="from_pretrained with gguf_file, where transformers makes the same model of the file: not with "
+                    "Llama 3's rotary scaling, nor with biases; the model card says which",
+                ),
                 RuntimeSupport("llama.cpp", Support.TESTED, ALL_BITS, note="byte-level BPE tokenizers"),
             ),
         ),
@@ -236,11 +244,17 @@ def format_problems(
     return problems + _scale_problems(formats)
 
 
-def model_problems(formats: tuple[ExportFormat, ...], model_type: str, inputs: Mapping[str, int]) -> list[FieldProblem]:
+def model_problems(
+    formats: tuple[ExportFormat, ...],
+    model_type: str,
+    inputs: Mapping[str, int],
+    config: Mapping[str, object] | None = None,
+) -> list[FieldProblem]:
     """Everything about a model that one of `formats` cannot hold.
 
     model_type   of its config.json
     inputs       in_features of every linear that is to be quantized, by full name
+    config       its config.json, decoded
     """
     problems = []
     for index, name in enumerate(formats):
@@ -255,6 +269,8 @@ def model_problems(formats: tuple[ExportFormat, ...], model_type: str, inputs: M
                     "inputs: add it to modules.ignore"
                 )
                 break
+        if name is ExportFormat.GGUF and config is not None:
+            details += gguf_refusals(model_type, config)
         problems += [
             FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
             for detail in details

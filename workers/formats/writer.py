@@ -74,7 +74,7 @@ def check_model(
     Raises:
         FormatCannotHold: one of them cannot.
     """
-    for problem in model_problems(formats, model_type, inputs):
+    for problem in model_problems(formats, model_type, inputs, source.config):
         raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value)
     if ExportFormat.GGUF in formats:
         gguf_file.check_source(source)
