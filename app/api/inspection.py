@@ -82,7 +82,7 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
     for shard, promised in shards.items():
         missing = sorted(promised - tensors.keys())
         if missing:
-            detail = f"{INDEX} says that {shard} holds {missing[0]}, but neither it nor another shard does"
+            detail = f"{INDEX} says that {shard} holds {missing[0]}, but it does not, nor does another shard"
             raise CorruptCheckpoint(detail, field=INDEX)
     return Inspection(
         config=config,

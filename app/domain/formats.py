@@ -189,8 +189,8 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
                     "transformers",
                     Support.TESTED,
                     ALL_BITS,
-                    note="from_pretrained with gguf_file, where transformers makes the same model of the file: not with "
-                    "Llama 3's rotary scaling, nor with biases; the model card says which",
+                    note="from_pretrained with gguf_file, where transformers makes the same model of it: not with "
+                    "Llama 3's rotary scaling, nor with biases; the model card says",
                 ),
                 RuntimeSupport("llama.cpp", Support.TESTED, ALL_BITS, note="byte-level BPE tokenizers"),
             ),

@@ -77,8 +77,8 @@ def _biases(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
     for name in architecture.biases:
         if config.get(name):
             yield (
-                f"config.json has {name} = {config[name]!r}, and llama.cpp's {architecture.name} has no tensors for such "
-                "biases: it would not load the file"
+                f"config.json has {name} = {config[name]!r}, and llama.cpp's {architecture.name} has no tensors for "
+                "such biases: it would not load the file"
             )
 
 
@@ -135,8 +135,8 @@ def _heads(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
     numbers = isinstance(width, int) and isinstance(heads, int) and isinstance(hidden, int)
     if architecture.square and numbers and width * heads != hidden:  # type: ignore[operator]
         yield (
-            f"config.json has head_dim = {width}, and llama.cpp's {architecture.name} takes {heads} heads for the whole "
-            f"hidden_size of {hidden}"
+            f"config.json has head_dim = {width}, and llama.cpp's {architecture.name} takes {heads} heads for the "
+            f"whole hidden_size of {hidden}"
         )
 
 
@@ -145,7 +145,7 @@ def _layers(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
     if isinstance(layers, int) and layers > MAX_LAYERS:
         yield f"config.json has num_hidden_layers = {layers}, and llama.cpp holds at most {MAX_LAYERS}"
     if config.get("per_layer_config"):
-        yield f"config.json has per_layer_config, and llama.cpp's {architecture.name} has the same numbers in all layers"
+        yield f"config.json has per_layer_config, and llama.cpp's {architecture.name} has the same numbers in all"
 
 
 CHECKS: tuple[Callable[[GgufArchitecture, Config], Iterator[str]], ...] = (
