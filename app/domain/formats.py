@@ -192,7 +192,12 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
                     note="from_pretrained with gguf_file, where transformers makes the same model of it: not with "
                     "Llama 3's rotary scaling, nor with biases; the model card says",
                 ),
-                RuntimeSupport("llama.cpp", Support.TESTED, ALL_BITS, note="byte-level BPE tokenizers"),
+                RuntimeSupport(
+                    "llama.cpp",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="byte-level BPE tokenizers; text that is not normalized to NFC stays so there",
+                ),
             ),
         ),
     }

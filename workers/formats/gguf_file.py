@@ -21,6 +21,7 @@ from app.domain.errors import FormatCannotHold
 from app.domain.formats import ExportFormat, base_alone
 from app.domain.report import Report
 from workers.formats.gguf_blocks import pack
+from workers.formats.gguf_in_transformers import read_back
 from workers.formats.gguf_metadata import Architecture
 from workers.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from workers.formats.model_card import model_card
@@ -111,7 +112,9 @@ class GGUFFile:
     def describe(self, report: Report) -> list[Path]:
         """Add the report and the model card, after `finish`; all files of the folder."""
         write_json(self._folder / "report.json", report.model_dump(mode="json"))
-        card = model_card(report, ExportFormat.GGUF, self._linears, licence_file(self._folder), self._formats)
+        reading = read_back(self._folder, FILE, self._architecture.config, self._source.folder)
+        licence = licence_file(self._folder)
+        card = model_card(report, ExportFormat.GGUF, self._linears, licence, self._formats, reading=reading)
         (self._folder / "README.md").write_text(card, encoding="utf-8")
         return sorted(file for file in self._folder.rglob("*") if file.is_file())
 

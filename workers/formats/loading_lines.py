@@ -5,10 +5,12 @@ from collections.abc import Collection, Mapping
 from app.domain.formats import ExportFormat, base_alone
 from app.domain.methods import Scheme
 from workers.formats.compressed_tensors import needs_loader
+from workers.formats.gguf_in_transformers import Reading
 from workers.formats.runtimes import vllm_refusals
 from workers.formats.stored_linear import StoredLinear
 
 FOLDER, BASE, ADAPTER = "path/to/this/folder", "path/to/the/base", "path/to/the/adapter"
+SOURCE = "path/to/the/original/model"
 
 LOAD_BITWRIGHT = """\
 ```python
@@ -62,16 +64,24 @@ llama-cli -m {folder}/model.gguf
 ```"""
 
 LOAD_GGUF = """\
-transformers makes an ordinary floating-point model of it (and needs `pip install gguf`):
+transformers makes an ordinary floating-point model of it (and needs `pip install gguf`), in float32 unless a dtype is
+given:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 model = AutoModelForCausalLM.from_pretrained(
-    "{folder}", gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True)
+    "{folder}", gguf_file="model.gguf", quantization_config=GgufConfig(dequantize=True), dtype="{dtype}"
 )
-tokenizer = AutoTokenizer.from_pretrained("{folder}", gguf_file="model.gguf")
+tokenizer = AutoTokenizer.from_pretrained({tokenizer})
 ```"""
+
+ABOUT_GGUF_IN_TRANSFORMERS = """\
+Not with transformers: 5.23 makes another model of this file, without an error. Of the original {what}. Ask for the
+format `merged` to load it there."""
+
+ABOUT_GGUF_TOKENIZER = """\
+transformers 5.23 would make another tokenizer of this file: take the original model's, as the lines do."""
 
 ABOUT_GGUF_BASE = """\
 **This is the quantized base alone.** The low-rank factors that belong to it are the `peft` checkpoint of the same job;
@@ -136,11 +146,16 @@ model = load("{folder}", merge=False)"""
 
 
 def loading_lines(
-    export_format: ExportFormat, linears: Mapping[str, StoredLinear], formats: Collection[ExportFormat]
+    export_format: ExportFormat,
+    linears: Mapping[str, StoredLinear],
+    formats: Collection[ExportFormat],
+    *,
+    reading: Reading | None = None,
 ) -> list[str]:
     """Paragraphs that say how to load a checkpoint of that format, whose job has `formats` in all.
 
     linears   every quantized linear by module name
+    reading   of a GGUF file: what transformers makes of it
     """
     schemes = {name: linear.scheme for name, linear in linears.items()}
     if export_format is ExportFormat.PEFT:
@@ -155,7 +170,7 @@ def loading_lines(
         ]
     if export_format is ExportFormat.GGUF:
         about = [ABOUT_GGUF_BASE] if base_alone(formats) else []
-        return [*about, LOAD_LLAMA_CPP.format(folder=FOLDER), LOAD_GGUF.format(folder=FOLDER)]
+        return [*about, LOAD_LLAMA_CPP.format(folder=FOLDER), *_gguf_in_transformers(linears, reading or Reading())]
     if export_format is ExportFormat.MERGED:
         plain, vllm = LOAD_PLAIN.format(folder=FOLDER), LOAD_VLLM.format(folder=FOLDER)
         how, load = "it needs nothing else", PLAIN.format(folder=FOLDER)
@@ -165,6 +180,16 @@ def loading_lines(
     if base_alone(formats):
         return [f"{ABOUT_BASE}\n\n{WITH_ADAPTER.format(load=load, adapter=ADAPTER)}", f"By itself:\n\n{plain}", vllm]
     return [plain, vllm, LORA.format(how=how, load=load)]
+
+
+def _gguf_in_transformers(linears: Mapping[str, StoredLinear], reading: Reading) -> list[str]:
+    """The lines for transformers, where it makes the model of the file that the file holds."""
+    if reading.other_model:
+        return [ABOUT_GGUF_IN_TRANSFORMERS.format(what="; ".join(reading.other_model))]
+    dtype = min({linear.dtype for linear in linears.values()}, default="float32")
+    tokenizer = f'"{SOURCE}"' if reading.other_tokens else f'"{FOLDER}", gguf_file="model.gguf"'
+    lines = LOAD_GGUF.format(folder=FOLDER, dtype=dtype, tokenizer=tokenizer)
+    return [lines, *([ABOUT_GGUF_TOKENIZER] if reading.other_tokens else [])]
 
 
 def _base(schemes: Mapping[str, Scheme], formats: Collection[ExportFormat]) -> tuple[str, str]:

@@ -10,6 +10,7 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form
 from app.domain.report import Quality, Report, SizeReport
 from app.domain.sources import HUB_ID, UPLOAD_ID
+from workers.formats.gguf_in_transformers import Reading
 from workers.formats.loading_lines import loading_lines
 from workers.formats.stored_linear import StoredLinear
 
@@ -20,19 +21,22 @@ def model_card(
     linears: Mapping[str, StoredLinear],
     licence: str | None,
     formats: Collection[ExportFormat] = (),
+    *,
+    reading: Reading | None = None,
 ) -> str:
     """The card as Markdown with the Hub's front matter.
 
     linears   every quantized linear by module name
     licence   name of the licence file beside the card, if the source had one
     formats   all of the job's
+    reading   of a GGUF file: what transformers makes of it
     """
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(report, export_format), sort_keys=False)}---",
         f"# {_title(report)}",
         _summary(report, export_format, linears),
         "## Load",
-        *loading_lines(export_format, linears, formats),
+        *loading_lines(export_format, linears, formats, reading=reading),
         *(["## Quality", _quality_table(report.quality)] if report.quality else []),
         "## Size",
         _size(report),
