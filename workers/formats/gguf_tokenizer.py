@@ -6,9 +6,9 @@ names (`tokenizer.ggml.pre`). The name is found from the pre-tokenizer, part by 
 describes is refused, because a near miss would load and tokenize wrongly. SentencePiece tokenizers (Llama 2, Gemma) are
 not written.
 
-Nothing is left to llama.cpp's defaults: whether tokens are put around a text differs there by the name of the rules, and
-where a file names no end of a sequence it is token 11. Normalization to NFC, which Qwen's tokenizers have, is not known to
-llama.cpp: text that is not in that form is split into other tokens there.
+Nothing is left to llama.cpp's defaults: whether tokens are put around a text differs there by the name of the rules,
+and where a file names no end of a sequence it is token 11. Normalization to NFC, which Qwen's tokenizers have, is not
+known to llama.cpp: text that is not in that form is split into other tokens there.
 """
 
 import json
