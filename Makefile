@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 PIP_ARGS ?=
+LLAMA_CPP ?= .cache/llama.cpp
 BIN := $(VENV)/bin
 
 MODEL ?=
@@ -23,7 +24,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu results lint format docs types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu test-llama-cpp results lint format docs types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -42,6 +43,9 @@ test-slow: $(VENV)/.test ## Run the tests that take long: many kills, whole serv
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-llama-cpp: $(VENV)/.test $(LLAMA_CPP)/.installed ## Hold GGUF files against a real llama.cpp (built, from npm; Linux, x86-64)
+	BITWRIGHT_TEST_LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(BIN)/python -m pytest -m slow tests/engine/test_gguf_in_llama_cpp.py $(ARGS)
 
 results: $(VENV)/.test ## Measure the missing cells of docs/results.md: make results MODEL=<folder> CALIBRATION=<jsonl> VALID=<jsonl>
 	$(BIN)/python -m benchmarks.results '$(MODEL)' --calibration '$(CALIBRATION)' --valid '$(VALID)' $(ARGS)
@@ -84,6 +88,10 @@ clean: ## Remove the virtual environment and caches
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Bitwright needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+$(LLAMA_CPP)/.installed:
+	npm install --ignore-scripts --no-audit --no-fund --prefix $(LLAMA_CPP) node-llama-cpp@3.22.1
+	touch $@
 
 # Compiling every file of torch on installation takes longer than compiling those that are used, when they are.
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python

@@ -10,11 +10,15 @@ import torch
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import Tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.api.inspection import FolderFiles, inspect_checkpoint
 from app.domain.errors import CorruptCheckpoint
+from tests.engine.conftest import run_job
+from tests.engine.gguf_models import LLAMA_3, save_model, save_tokenizer
 from tests.engine.random_models import LENGTH, VOCABULARY, random_model, save_random_model
+from workers.engine.calibration import load_tokenizer
 from workers.engine.checkpoint import INDEX, SINGLE, Checkpoint
 from workers.engine.empty_model import configuration, empty_model, model_dtype, tensor_sources
 
@@ -197,3 +201,16 @@ def test_the_dtype_is_the_one_that_transformers_takes(change: Change, tmp_path: 
     expected = AutoModelForCausalLM.from_pretrained(folder).dtype
     assert expected is not torch.float32
     assert model_dtype(configuration(checkpoint), checkpoint) is expected
+
+
+def test_texts_are_split_as_transformers_splits_them_whatever_the_file_says(tmp_path: Path) -> None:
+    source = save_model(tmp_path / "source", "qwen2")
+    save_tokenizer(source, LLAMA_3)
+    text = "In 1234567 years, cafe\u0301"
+    expected = AutoTokenizer.from_pretrained(source)(text)["input_ids"]
+    says = Tokenizer.from_file(str(source / "tokenizer.json")).encode(text).ids
+    assert expected != says, "Qwen2Tokenizer has rules of its own"
+    assert load_tokenizer(source)(text)["input_ids"] == expected
+    result = run_job(source, tmp_path, formats=["merged", "native"])
+    for place in result.checkpoints.values():
+        assert AutoTokenizer.from_pretrained(tmp_path / place)(text)["input_ids"] == expected

@@ -21,8 +21,8 @@ from app.domain.errors import FormatCannotHold
 from app.domain.formats import ExportFormat, base_alone
 from app.domain.report import Report
 from workers.formats.gguf_blocks import pack
-from workers.formats.gguf_in_transformers import read_back
 from workers.formats.gguf_metadata import Architecture
+from workers.formats.gguf_read_back import read_back
 from workers.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from workers.formats.model_card import model_card
 from workers.formats.shards import write_json

@@ -206,9 +206,9 @@ def _add_special(
     for add, token in zip(adding, stops, strict=False):
         add(token)
     for role in ROLES:
-        token = tokenizer.id_of(role)
-        if token is not None and token < vocabulary:
-            getattr(writer, f"add_{role}_token_id")(token)
+        special = tokenizer.id_of(role)
+        if special is not None and special < vocabulary:
+            getattr(writer, f"add_{role}_token_id")(special)
 
 
 def _tokens(tokenizer: SourceTokenizer, vocabulary: int) -> tuple[list[str], list[TokenType]]:

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping
 from app.domain.formats import ExportFormat, base_alone
 from app.domain.methods import Scheme
 from workers.formats.compressed_tensors import needs_loader
-from workers.formats.gguf_in_transformers import Reading
+from workers.formats.gguf_read_back import Reading
 from workers.formats.runtimes import vllm_refusals
 from workers.formats.stored_linear import StoredLinear
 

@@ -10,7 +10,7 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form
 from app.domain.report import Quality, Report, SizeReport
 from app.domain.sources import HUB_ID, UPLOAD_ID
-from workers.formats.gguf_in_transformers import Reading
+from workers.formats.gguf_read_back import Reading
 from workers.formats.loading_lines import loading_lines
 from workers.formats.stored_linear import StoredLinear
 
