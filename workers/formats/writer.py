@@ -8,7 +8,7 @@
 
 What is not quantized (embeddings, norms, biases, the head) is copied bit by bit unless `add_tensor` replaced it, and
 so are the tokenizer, the generation configuration, the chat template and the licence. Code from the source (`*.py`)
-never is.
+never is, and neither are the names by which its configurations call that code.
 
 Where `peft` is among the formats of a job, every checkpoint but `native` holds the quantized base alone.
 """
@@ -29,7 +29,7 @@ from workers.formats import compressed_tensors, gguf_file, merged, native
 from workers.formats.model_card import model_card
 from workers.formats.peft_adapter import AdapterWriter
 from workers.formats.shards import SHARD_BYTES, ShardWriter, write_json
-from workers.formats.source_files import SourceCheckpoint, check_tensor, copy_files, licence_file
+from workers.formats.source_files import SourceCheckpoint, check_tensor, copy_files, licence_file, without_code
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import LinearResult
 
@@ -172,7 +172,7 @@ class CheckpointWriter:
                 yield module
 
     def _write_config(self, ignored: list[str]) -> None:
-        config = {**self._source.config, **self._dtype_fields()}
+        config = {**without_code(self._source.config), **self._dtype_fields()}
         loader = self._format is ExportFormat.NATIVE
         if self._format is ExportFormat.NATIVE:
             write_json(self._folder / "bitwright.json", native.describe(self._linears))
