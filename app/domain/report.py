@@ -1,5 +1,7 @@
 """The report of a succeeded job: `report.json` of every checkpoint and `report` of GET /v1/jobs/{id}."""
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.methods import Form
@@ -90,6 +92,12 @@ class FinetuningReport(ReportPart):
     """The stage that trains the adapter beside the quantized weights."""
 
     text: TextReport = Field(description="All sequences of the dataset that may be learned, and their tokens.")
+    dataset_kind: Literal["hub", "local", "upload", "builtin"] | None = Field(
+        default=None, description="Where the dataset is; null: an older report."
+    )
+    learning_rate: float | None = Field(default=None, description="After warm-up, before decay.")
+    batch_size: int | None = Field(default=None, description="Sequences a step, over all micro-batches and devices.")
+    tokens_read: int | None = Field(default=None, description="By the steps, padding excluded, all attempts together.")
     held_out_sequences: int = Field(description="Sequences that judge and are never learned.")
     rows_cut: int = Field(description="Rows whose completion lost its end: the sequence was full.")
     rows_dropped: int = Field(description="Rows with nothing to learn within a sequence.")
@@ -172,6 +180,9 @@ class AllocationReport(ReportPart):
 
 class ModelReport(ReportPart):
     source: str = Field(description="Shorthand of the model source.")
+    kind: Literal["hub", "local", "upload"] | None = Field(
+        default=None, description="Where the model is; null: an older report."
+    )
     revision: str | None
     architecture: str
     dtype: str
@@ -203,6 +214,16 @@ class PeakMemory(ReportPart):
     device_bytes: int | None = None
 
 
+class EarlierTraining(ReportPart):
+    """An adapter that an earlier job trained, as far as this job's start holds it."""
+
+    adapter: str = Field(description="Its kind.")
+    text: TextReport
+    dataset_kind: Literal["hub", "local", "upload", "builtin"] | None = None
+    steps: int = Field(description="Steps after which the parameters are that were kept.")
+    folded: bool = Field(description="Whether it lies in the quantized weights; else training goes on from it.")
+
+
 class BaseReport(ReportPart):
     """The earlier job whose result this one started from."""
 
@@ -210,6 +231,9 @@ class BaseReport(ReportPart):
     blocks_adopted: int = Field(description="Blocks that were taken over as they are, none of them quantized again.")
     adapter_continued: bool = Field(
         description="Whether the adapter started at that job's values: trained ones, or factors that its method made."
+    )
+    training: tuple[EarlierTraining, ...] = Field(
+        default=(), description="What that job and those before it trained, the first one first."
     )
 
 

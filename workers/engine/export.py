@@ -19,6 +19,7 @@ from workers.engine.read_ahead import read_ahead
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState
 from workers.formats.adapter_file import describe_adapter, write_adapter
+from workers.formats.identity import Identity
 from workers.formats.writer import Writer, open_writers
 from workers.numerics.quantized import LinearResult, StoredBits
 
@@ -50,7 +51,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Export:
-    """What the export works with; `ignored` are linears that stay as they are."""
+    """What the export works with; `ignored` are linears that stay as they are, `identity` is what the job makes."""
 
     model: StreamedModel
     folder: Path
@@ -58,6 +59,7 @@ class Export:
     ignored: tuple[str, ...]
     trained: TrainedAdapters | None
     reporter: Reporter
+    identity: Identity | None = None
 
     def write(self, state: ResumeState) -> Exported:
         """Every checkpoint but its report; a block is read while the one before it is packed.
@@ -67,7 +69,8 @@ class Export:
             MisalignedAdapter, OffsetNotRepresentable: an adapter cannot be folded in.
         """
         total, bases, proofs = len(state.blocks), dict[str, LinearResult](), list[MergeProof]()
-        exported = Exported(open_writers(self.folder, self.formats, self.model.checkpoint), total)
+        writers = open_writers(self.folder, self.formats, self.model.checkpoint, self.identity)
+        exported = Exported(writers, total)
         with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
             for done, block in enumerate(blocks, start=1):
                 for name, base in block.items():
@@ -95,7 +98,7 @@ class Export:
             writer.describe(told)
         names = [name.value for name in exported.writers]
         if self.trained is not None:
-            describe_adapter(self.folder / ADAPTER_FOLDER, self.trained.spec.kind, told)
+            describe_adapter(self.folder / ADAPTER_FOLDER, self.trained.spec.kind, told, self.model.checkpoint.folder)
             names.append(ADAPTER_FOLDER)
         self.reporter.progress(Stage.EXPORT, exported.blocks + 1, exported.blocks + 1, "blocks")
         return {name: f"{self.folder.name}/{name}" for name in names}

@@ -21,6 +21,7 @@ from workers.engine.finetuning_stage import Finetuned
 from workers.engine.opened_job import OpenedJob
 from workers.engine.plan import plan_report
 from workers.engine.resume import ResumeState
+from workers.formats.identity import Identity
 from workers.numerics.quantized import StoredBits
 
 
@@ -46,6 +47,7 @@ def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeRep
         plan=plan_report(job.plan),
         model=ModelReport(
             source=source_label(request.model),
+            kind=request.model.source,
             revision=job.order.model_revision,
             architecture=type(job.model.model).__name__,
             dtype=job.plan.dtype,
@@ -67,11 +69,30 @@ def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeRep
     )
 
 
+def identity_of(job: OpenedJob, found: Findings) -> Identity:
+    """What the job makes, for files that say so before there is a report."""
+    request, model = job.order.request, source_label(job.order.request.model)
+    trained = found.finetuned is not None and request.adapter is not None
+    return Identity(
+        version=version("bitwright"),
+        model=model,
+        model_id=model if request.model.source == "hub" else None,
+        revision=job.order.model_revision,
+        method=request.quantization.method,
+        adapter=request.adapter.kind if trained and request.adapter is not None else None,
+        folded=trained and request.merge == "quantized",
+        finetuning=None if found.finetuned is None else found.finetuned.report,
+        earlier=() if job.earlier is None else job.earlier.training,
+    )
+
+
 def _base_report(job: OpenedJob, blocks: int) -> BaseReport | None:
     earlier, job_id = job.earlier, job.order.request.base_job
     if earlier is None or job_id is None:
         return None
-    return BaseReport(job_id=job_id, blocks_adopted=blocks, adapter_continued=earlier.continues)
+    return BaseReport(
+        job_id=job_id, blocks_adopted=blocks, adapter_continued=earlier.continues, training=earlier.training
+    )
 
 
 def _peak_memory(job: OpenedJob, found: Findings) -> PeakMemory:

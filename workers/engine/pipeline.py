@@ -13,7 +13,7 @@ from workers.engine.block_pass import BlockPass
 from workers.engine.evaluation import measure
 from workers.engine.export import Export, TrainedAdapters
 from workers.engine.finetuning_stage import Finetuned, FinetuningStage, run_finetuning
-from workers.engine.job_report import Findings, report_of, size_of
+from workers.engine.job_report import Findings, identity_of, report_of, size_of
 from workers.engine.opened_job import OpenedJob, opened
 from workers.engine.preparation import Preparation, digest, is_needed
 from workers.engine.ranks import Ranks, joined
@@ -197,6 +197,7 @@ def _export(job: OpenedJob, state: ResumeState, found: Findings) -> ResultLine:
         ignored=tuple(name for name in job.model.linears() if name not in job.schemes),
         trained=trained,
         reporter=job.reporter,
+        identity=identity_of(job, found),
     )
     exported = export.write(state)
     report = report_of(job, state, found, size_of(job, exported.stored, exported.weights))
