@@ -84,7 +84,7 @@ def model_card(
     sections = [
         header(front_matter(identity, part, export_format, source, licence_copied)),
         f"# {title(identity, part)}{_bits(report, part, export_format, linears)}",
-        _summary(report, export_format, linears),
+        _summary(report, part, export_format, linears),
         "## Load",
         *loading_lines(export_format, linears, formats, apart=apart, model_id=identity.model_id),
         *training(report),
@@ -130,19 +130,30 @@ def _bits(report: Report, part: Part, export_format: ExportFormat, linears: Mapp
     return f", {size.bits_per_weight - factors:.2f} bits per weight"
 
 
-def _summary(report: Report, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
+def _summary(report: Report, part: Part, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
     info = METHODS[report.method]
     paper = f" ([arXiv {info.paper}](https://arxiv.org/abs/{info.paper}))" if info.paper else ""
     told = f"Quantized by Bitwright {report.version} with {info.title}{paper}, format `{export_format.value}`."
-    if report.finetuning is not None and report.adapter is not None:
-        told += f" Then finetuned with {adapter_title(report.adapter.kind)} on {code(report.finetuning.text.source)}."
-    lines = [told, "", "| linears | bits | group size | zero point | low-rank factors |", "|---|---|---|---|---|"]
+    lines = [told + _finetuned(report, part), ""]
+    lines += ["| linears | bits | group size | zero point | low-rank factors |", "|---|---|---|---|---|"]
     for linear, count in Counter(linears.values()).most_common():
         group = "per channel" if linear.group_size == -1 else str(linear.group_size)
         low_rank = linear.low_rank
         factors = "none" if low_rank is None else f"rank {low_rank.rank}, alpha {low_rank.alpha:g}"
         lines.append(f"| {count} | {linear.bits} | {group} | {_zero_point(linear)} | {factors} |")
     return "\n".join(lines)
+
+
+def _finetuned(report: Report, part: Part) -> str:
+    """What was trained after the quantization, and whether it is here."""
+    if report.finetuning is None or report.adapter is None:
+        return ""
+    trained = f"{adapter_title(report.adapter.kind)} on {code(report.finetuning.text.source)}"
+    if part is Part.WHOLE:
+        return f" Then finetuned: {trained}, which is in these weights."
+    if part is Part.BASE:
+        return f" Then finetuned: {trained}, which is not in this folder."
+    return f" Then finetuned: {trained}, which is this adapter."
 
 
 def _zero_point(linear: StoredLinear) -> str:
