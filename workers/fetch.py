@@ -43,9 +43,9 @@ from workers.hub_cache import holding
 from workers.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
 from workers.orders import FetchOrder, TextOrder
 
-ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "README.md")
-ALLOWED += ("*.tiktoken", "*.spm", "*.tokenizer", "vocab.bpe", "bpe.codes")
-ALLOWED += ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+VOCABULARIES = ("tokenizer*", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "vocab.bpe", "bpe.codes")
+ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", *VOCABULARIES, *LICENCES)
 IGNORED = (".*", "onnx/*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
 TEXT_COLUMNS = ("text", "prompt", "completion", "messages")
 FORBIDDEN, NOT_FOUND = (401, 403), 404

