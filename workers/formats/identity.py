@@ -19,6 +19,7 @@ from app.domain.report import EarlierTraining, FinetuningReport, Report
 from app.domain.sources import HUB_ID, UPLOAD_ID
 from workers.formats.stored_linear import StoredLinear
 
+CACHED = re.compile(r"[\\/](?:models|datasets)--(?:[\w.-]+?--)?([\w.-]+)[\\/]snapshots[\\/][0-9a-f]+[\\/]?$")
 Kind = Literal["hub", "local", "upload", "builtin"] | None
 
 
@@ -162,7 +163,10 @@ def hub_id(source: str, kind: Kind) -> str | None:
 
 
 def last_part(source: str) -> str:
-    """Of an id or a path, in one line."""
+    """Of an id or a path, in one line; of a snapshot in a Hub's cache the repository's name, not the commit."""
+    cached = CACHED.search(source)
+    if cached is not None:
+        return cached[1]
     return " ".join(re.split(r"[/\\]", source.rstrip("/\\"))[-1].split()) or source
 
 
