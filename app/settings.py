@@ -109,6 +109,9 @@ class Settings(BaseSettings):
         ge=1,
         description="So long a worker keeps a model that it fetched from the Hub after its last use.",
     )
+    worker_poll_seconds: float = Field(
+        default=3.0, ge=0.1, le=300, allow_inf_nan=False, description="How often an idle worker asks for work unrung."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="What a worker computes on.")
     devices: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
         default=1, description="GPUs that a worker gives to a job, `all` that it sees or so many; on a CPU, processes."

@@ -41,7 +41,7 @@ SUPERVISION = frozenset(
     f"workers/{name}.py"
     for name in (
         *("__main__", "celery_app", "devices", "earlier_results", "endings", "event_buffer", "fetch", "hub_cache"),
-        *("lease", "orders", "outputs", "presence", "requirements", "sources", "supervisor", "sweep"),
+        *("lease", "orders", "outputs", "presence", "requirements", "runner", "sources", "supervisor", "sweep"),
         *("tasks", "context"),
     )
 )
