@@ -21,7 +21,7 @@ from app.domain.errors import Unavailable
 from app.domain.jobs import DeviceClass
 from app.logs import configure_logging
 from app.queue import notify_workers, silence
-from app.settings import Settings, get_settings
+from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import BlobStore, open_blobs
 from app.store.endings import requeue_lost
 from app.store.garbage import collect_blobs, remove_expired_keys, remove_old_jobs
@@ -121,8 +121,9 @@ def run(sweep: Sweep, interval: float, stopping: threading.Event) -> None:
 
 def main() -> int:
     """Sweep with the settings of the environment until SIGTERM or SIGINT."""
-    settings = get_settings()
+    settings = settings_or_exit()
     configure_logging(settings)
+    warn_of_unknown_variables()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
