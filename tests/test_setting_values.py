@@ -199,8 +199,8 @@ def test_a_hosts_name_of_any_kind_names_a_worker(monkeypatch: pytest.MonkeyPatch
     ],
     ids=lambda words: " ".join(words[1:]),
 )
-def test_processes_and_commands_say_it_without_a_trace(command: list[str], tmp_path: Path) -> None:
-    environment = os.environ | {"BITWRIGHT_BROKER_URL": "amqp://u:secret@host", "BITWRIGHT_DATA_DIR": str(tmp_path)}
+def test_processes_and_commands_say_it_without_a_trace(command: list[str]) -> None:
+    environment = os.environ | {"BITWRIGHT_BROKER_URL": "amqp://u:secret@host"}
     done = subprocess.run(
         [sys.executable, *command], env=environment, capture_output=True, text=True, check=False, timeout=60
     )
