@@ -1,9 +1,7 @@
 """The sources of a request are found by its types: no list of them is kept by hand."""
 
-from collections.abc import Mapping
-
 import pytest
-from pydantic import BaseModel, create_model
+from pydantic import BaseModel
 
 from app.domain.events import TEXT_ROLES, AttemptOrder, FetchedLine
 from app.domain.jobs import JobRequest
@@ -61,18 +59,21 @@ def test_every_text_has_a_place_in_the_orders_and_a_size(field: str) -> None:
     assert all(tokens_read(named.part) > 0 for named in named_sources(request) if named.field == field)
 
 
+class Inner(BaseModel):
+    dataset: DatasetSource = BuiltinText()
+
+
+class Held(BaseModel):
+    several: tuple[DatasetSource, ...] = ()
+    named: dict[str, DatasetSource] = {}
+    inner: list[Inner] = []
+
+
 def test_sources_in_lists_and_mappings_are_found_and_replaced() -> None:
     """No request has such a field today; the walk must not be blind to the first one."""
-    held = create_model(
-        "Held",
-        several=(tuple[DatasetSource, ...], ()),
-        named=(dict[str, DatasetSource], {}),
-        inner=(list[create_model("Inner", dataset=(DatasetSource, BuiltinText()))], []),  # type: ignore[misc]
-    )
-    assert set(source_fields(held)) == {"several", "named", "inner.dataset"}
-    upload: Mapping[str, str] = {"source": "upload", "id": UPLOAD}
-    inner = [{"dataset": upload}]
-    part: BaseModel = held(several=({"source": "builtin"}, upload), named={"a": upload}, inner=inner)
+    assert set(source_fields(Held)) == {"several", "named", "inner.dataset"}
+    upload = UploadedText(id=UPLOAD)
+    part = Held(several=(BuiltinText(), upload), named={"a": upload}, inner=[Inner(dataset=upload)])
     found = {named.field for named in named_sources(part) if isinstance(named.source, UploadedText)}
     assert found == {"several.1", "named.a", "inner.0.dataset"}
     for field in found:

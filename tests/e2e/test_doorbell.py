@@ -151,8 +151,7 @@ def heard(installed: Installation) -> set[str]:
     """Queues that some worker listens to."""
     client = redis.Redis(port=installed.broker_port, decode_responses=True)
     try:
-        keys = client.keys("_kombu.binding.work.*")
-        return {key.removeprefix("_kombu.binding.") for key in keys}
+        return {str(key).removeprefix("_kombu.binding.") for key in client.keys("_kombu.binding.work.*")}
     finally:
         client.close()
 

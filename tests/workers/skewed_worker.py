@@ -17,7 +17,7 @@ class _AlsoTheTrueOne(type):
         return isinstance(instance, true_datetime)
 
 
-class SkewedDatetime(true_datetime, metaclass=_AlsoTheTrueOne):
+class SkewedDatetime(clock.datetime, metaclass=_AlsoTheTrueOne):
     """`datetime` that tells the wrong time."""
 
     @classmethod

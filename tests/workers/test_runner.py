@@ -11,6 +11,7 @@ import pytest
 from sqlalchemy import event
 
 from app.domain.jobs import JobStatus
+from app.store.attempts import work_waits
 from app.store.session import Database
 from tests.workers.bench import Bench, make_context, wait_for
 from workers import runner as running
@@ -93,7 +94,7 @@ def test_an_idle_worker_asks_seldom_and_writes_nothing(sqlite_bench: Bench, runn
 
 def test_no_fault_ends_it(sqlite_bench: Bench, runners: list[Runner], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(running, "LONGEST_WAIT_SECONDS", 0.1)
-    faults, waits = iter([RuntimeError("a driver's own")]), running.work_waits
+    faults, waits = iter([RuntimeError("a driver's own")]), work_waits
 
     def sometimes(*arguments: object) -> bool:
         if fault := next(faults, None):
