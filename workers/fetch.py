@@ -36,7 +36,7 @@ from app.domain.errors import (
     Unavailable,
     UnsafeCheckpoint,
 )
-from app.domain.events import FetchedLine, ProgressEvent, Stage
+from app.domain.events import TEXT_ROLES, FetchedLine, ProgressEvent, Stage
 from workers.durable import replace_file
 from workers.faults import as_bitwright_error
 from workers.hub_cache import holding
@@ -93,10 +93,11 @@ def fetch(order: FetchOrder, workspace: Path, report: ReportPipe) -> FetchedLine
         with hub_errors("model", order.model.id):
             revision = pins.commit("model", partial(_commit, "model", order.model.id, order.model.revision))
             folder = str(fetch_model(order.model.id, revision, Path(order.models_folder), report))
-    texts = {"calibration": order.calibration, "evaluation": order.evaluation, "finetuning": order.finetuning}
-    for role, text in texts.items():
+    texts: dict[str, TextOrder | None] = {role: getattr(order, role) for role in TEXT_ROLES.values()}
+    for field, role in TEXT_ROLES.items():
+        text = texts[role]
         if text is not None and not Path(text.path).exists():
-            with hub_errors(f"{'finetune' if role == 'finetuning' else role}.dataset", text.dataset.id):
+            with hub_errors(field, text.dataset.id):
                 commit = pins.commit(role, partial(_commit, "dataset", text.dataset.id, text.dataset.revision))
                 write_text(text, commit)
     paths = {f"{role}_path": None if text is None else text.path for role, text in texts.items()}

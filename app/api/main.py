@@ -16,7 +16,7 @@ from app.api.event_feed import POLL_LIMIT, EventFeed
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestContext
 from app.logs import configure_logging
-from app.settings import Settings, get_settings
+from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
@@ -30,8 +30,9 @@ ROUTERS = tuple(
 def create_app(settings: Settings | None = None) -> FastAPI:
     """An application on the store that the settings name; the schema must be there (`migrate`)."""
     if settings is None:
-        settings = get_settings()
+        settings = settings_or_exit()
         configure_logging(settings)
+        warn_of_unknown_variables()
     state = build_state(settings)
     app = Application(
         title="Bitwright",

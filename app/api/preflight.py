@@ -24,14 +24,13 @@ from app.domain.errors import (
 from app.domain.formats import FORMATS, model_problems
 from app.domain.jobs import JobRequest
 from app.domain.module_rules import rule_errors
+from app.domain.request_sources import read_sources, with_source
 from app.domain.roots import check_links, lies_under
-from app.domain.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
+from app.domain.sources import HubDataset, LocalModel, LocalText, UploadedModel, UploadedText
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
 from app.store.uploads import UploadRepository
-
-Source = HubModel | LocalModel | UploadedModel | HubDataset | LocalText | UploadedText
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def run_preflight(request: JobRequest, settings: Settings, uploads: UploadReposi
     """
     found = Preflight(request)
     model = _resolve_model(found, settings, uploads, blobs)
-    found.request = found.request.model_copy(update=_resolve_texts(found, settings, uploads))
+    _resolve_texts(found, settings, uploads)
     if model is not None:
         inspection = _inspect(found, model)
         if inspection is not None:
@@ -134,19 +133,14 @@ def _local_files(found: Preflight, folder: Path, settings: Settings) -> Checkpoi
     return FolderFiles(folder)
 
 
-def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> dict[str, object]:
-    """The request's sections with their local texts' real paths."""
-    sections: dict[str, object] = {}
-    for name in ("calibration", "evaluation", "finetune"):
-        section = getattr(found.request, name)
-        unread = name == "calibration" and found.request.base_job is not None
-        if section is None or unread:
-            continue
-        dataset, where = section.dataset, f"{name}.dataset"
+def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> None:
+    """Look at every text that the job reads; a local one is replaced by its real path."""
+    for named in read_sources(found.request):
+        dataset, where = named.source, named.field
         if isinstance(dataset, LocalText):
             path = _resolve_path(found, dataset.path, settings, f"{where}.path")
             if path is not None:
-                sections[name] = section.model_copy(update={"dataset": LocalText(path=str(path))})
+                found.request = with_source(found.request, where, LocalText(path=str(path)))
                 if path.is_dir():
                     error = InvalidDataset("this is a folder; name a JSONL file", value=dataset.path)
                     found.add(error, f"{where}.path")
@@ -157,7 +151,6 @@ def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadReposito
                 found.add(error, f"{where}.id")
         elif isinstance(dataset, HubDataset):
             _check_hub(found, settings, where)
-    return sections
 
 
 def is_text_upload(upload: Upload) -> bool:

@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
 from app.domain.jobs import FINAL_STATUSES, JobRequest, JobStatus
-from app.domain.sources import LocalModel, ModelSource, UploadedModel, UploadedText
+from app.domain.request_sources import read_uploads
+from app.domain.sources import LocalModel, ModelSource
 from app.store.clock import now
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
@@ -194,7 +195,7 @@ class JobRepository:
 
     def _uploads(self, request: JobRequest) -> frozenset[str]:
         """Ids of the uploads that the request reads, locked so that none is deleted meanwhile."""
-        named = _named_uploads(request)
+        named = read_uploads(request)
         for field, upload_id in named.items():
             mine = (Upload.id == upload_id, Upload.tenant_id == self._tenant_id)
             upload = self._session.scalars(select(Upload).where(*mine).with_for_update(read=True)).one_or_none()
@@ -227,15 +228,6 @@ def _queued(job_id: str, tenant_id: str, request: JobRequest) -> Job:
 def model_label(source: ModelSource) -> str:
     """The source's shorthand: what lists show and filter by."""
     return source.path if isinstance(source, LocalModel) else source.id
-
-
-def _named_uploads(request: JobRequest) -> dict[str, str]:
-    sources: dict[str, object] = {"model": request.model}
-    if request.base_job is None:  # else nothing is calibrated
-        sources["calibration.dataset"] = request.calibration.dataset
-    if request.evaluation is not None:
-        sources["evaluation.dataset"] = request.evaluation.dataset
-    return {f"{name}.id": s.id for name, s in sources.items() if isinstance(s, UploadedModel | UploadedText)}
 
 
 def _illegal(job: Job, verb: str, rule: str) -> IllegalTransition:

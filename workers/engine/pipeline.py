@@ -19,7 +19,7 @@ from workers.engine.preparation import Preparation, digest, is_needed
 from workers.engine.ranks import Ranks, joined
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
-from workers.engine.resume import ResumeState, code_version, fingerprint
+from workers.engine.resume import ResumeState, code_version, fingerprint, library_versions
 from workers.engine.scale_stage import run_scale_stage
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
@@ -163,6 +163,7 @@ def _fingerprint(job: OpenedJob) -> str:
             "model": job.model.checkpoint.digest(job.order.model_revision),
             "calibration": None if windows is None else windows.sha256,
             "code": code_version(),
+            "libraries": library_versions(),
             "plan": job.plan.decides_codes(),
             "prepared": digest(job.prepared),
         }
