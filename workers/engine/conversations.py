@@ -8,7 +8,7 @@ writes is an error, never a row without it. The answer holds for all rows of the
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -83,7 +83,10 @@ class ChatTemplate:
             self._shapes[key] = self._shape(talk)
         shape = self._shapes[key]
         messages = self.put(talk, shape.form)
-        return Written(self.render(talk, messages), messages, shape)
+        text = self.render(talk, messages)
+        if any(thought not in text for message in talk.messages for thought in _inner_thoughts(message)):
+            shape = replace(shape, left_out=True)
+        return Written(text, messages, shape)
 
     def put(self, talk: Conversation, form: Form) -> list[Fields]:
         """The messages of a conversation as the template takes them, in texts that tokenizers take."""
@@ -130,9 +133,11 @@ class ChatTemplate:
         source = self.source(talk)
         if source not in self._parts:
             text, parts = (self._probed(each, source) for each in (PROBE, [{"type": "text", "text": PROBE}]))
-            takes_texts = text is None or text.count(PROBE) == 2
-            takes_parts = parts == text if takes_texts else parts is not None and parts.count(PROBE) == 2
-            self._parts[source] = takes_texts, takes_parts and parts is not None
+            takes_parts = parts is not None and (parts == text if text is not None else parts.count(PROBE) == 2)
+            takes_texts = text is not None and text.count(PROBE) == 2
+            if not takes_texts and parts is not None:  # a template for images may take every text for a list of parts
+                takes_parts = parts.count(PROBE) == 2
+            self._parts[source] = takes_texts or not takes_parts, takes_parts
         return self._parts[source]
 
     def _probed(self, content: object, source: str) -> str | None:
@@ -150,15 +155,17 @@ class ChatTemplate:
         """
         self._demand_variables(talk)
         has_calls = any("tool_calls" in message.fields for message in talk.messages)
-        first: InvalidDataset | None = None
+        refused: list[InvalidDataset] = []
+        unwritten: list[InvalidDataset] = []
         for form in FORMS if has_calls else FORMS[:1]:
+            errors = refused
             try:
                 self.render(talk, self.put(talk, form))
+                errors = unwritten
                 return self._proven(talk, form)
             except InvalidDataset as error:
-                first = first or error
-        assert first is not None  # noqa: S101 - there is at least one form
-        raise first
+                errors.append(error)
+        raise [*unwritten, *refused][0]  # what a template leaves out says more than what it wants to be given
 
     def _demand_variables(self, talk: Conversation) -> None:
         for name in talk.settings:
@@ -216,6 +223,8 @@ class ChatTemplate:
         elif "thought" in word:
             field = next(name for name in REASONING if message.fields.get(name))
             hint = "drop it, or write it into content as the model does"
+        elif message.role == "assistant":
+            field, hint = "content", "drop it, or say it in a message of its own; the template writes calls alone"
         else:
             field, hint = "content", "drop the message, or say it in one of role user or system"
         detail = f"{message.path}.{field} (role {message.role}) is not written by the model's chat template"
@@ -282,6 +291,13 @@ def _outline(talk: Conversation) -> list[object]:
         fields["tool_calls"] = [bool(call["function"]["arguments"]) for call in message.fields.get("tool_calls", ())]
         messages.append(fields)
     return [messages, [json_name(tool.get("function")) for tool in talk.tools], talk.settings]
+
+
+def _inner_thoughts(message: Message) -> Iterator[str]:
+    """What an assistant thinks within its content, which some templates cut off."""
+    for text in message.texts if message.role == "assistant" else ():
+        before, tag, _ = text.partition("</think>")
+        yield readable(before.rpartition("<think>")[2].strip()) if tag else ""
 
 
 def _word(index: int, kind: str, part: int = 0) -> str:

@@ -18,7 +18,7 @@ from workers.engine.marked_template import KEY, Marks, Piece, marked, pieces
 Span = tuple[int, int]
 """First character, and the one after the last."""
 
-FIRST_WORDS = ("<think>", "<thinking>", "[THINK]", "<|START_THINKING|>", "<|START_RESPONSE|>", "<|channel>thought")
+FIRST_WORDS = ("<think>", "<thinking>", "[THINK]", "<|START_THINKING|>", "<|channel>thought")
 """What a model says before its answer. A generation prompt may say it for the model, and still it is learned."""
 ASKING = Conversation((Message("user", {"role": "user", "content": "?"}),))
 """What precedes a first turn, to see how its template asks for it."""
@@ -61,9 +61,8 @@ class Turns:
         turns = [index for index, message in enumerate(talk.messages) if message.learned]
         for index in turns:
             if not written.shape.answers[index]:
-                problem = f"messages.{index} is an empty answer" + " as the template writes it" * _has_words(
-                    talk, index
-                )
+                told = "" if talk.messages[index].is_blank else " as the chat template writes it"
+                problem = f"{talk.messages[index].path} is an empty answer{told}"
                 raise self.template.error(talk, problem, "drop the row, or give the message weight 0")
         if not found.tags:
             return tuple(span for index in turns for span in self._turn(found, index))
@@ -86,9 +85,12 @@ class Turns:
         """Whether what a template marks as generated is learned: not if it is of a turn that is only read."""
         if all(message.learned for message in found.talk.messages if message.role == "assistant"):
             return True
-        if piece.owner is None:
+        owner = piece.owner
+        if owner is None and all(other.owner is None for other in found.pieces if other.first >= piece.first):
+            owner = len(found.talk.messages) - 1  # what is written after all turns ends the last
+        if owner is None:
             raise self._lost(found.talk, "some turn")
-        return found.talk.messages[piece.owner].learned
+        return found.talk.messages[owner].learned
 
     def _marked(self, talk: Conversation, written: Written) -> _Marked:
         """The text once more, with marks.
@@ -116,17 +118,23 @@ class Turns:
         after = text[end:]
         if index == last and all(piece.owner is None for piece in found.pieces if piece.first >= end):
             spans[-1] = (first, len(text))
-        elif not text[first:end].rstrip().endswith(self._ends):
+        elif not text[first:end].rstrip().endswith(self._ends) and not self._goes_on(found, end):
             token = next((token for token in self._ends if after.startswith(token)), "")
             spans[-1] = (first, end + len(token))
         return [span for span in spans if span[0] < span[1]]
+
+    def _goes_on(self, found: _Marked, place: int) -> bool:
+        """Whether an assistant's words follow, as part of the same turn or as a turn that needed no asking."""
+        owners = [piece.owner for piece in found.pieces if piece.first >= place]
+        return any(found.talk.messages[owner].role == "assistant" for owner in owners[:1] if owner is not None)
 
     def _begin(self, found: _Marked, index: int, span: Span) -> int:
         """Where the generation prompt of a turn ends."""
         region = found.written.text[slice(*span)]
         prompt = self._prompt(found, index)
-        if prompt in region:
-            return span[0] + region.index(prompt) + len(prompt)
+        for asked in filter(None, (prompt, self._prompt(found, 0))):
+            if asked in region:
+                return span[0] + region.index(asked) + len(asked)
         same = (wanted == written for wanted, written in zip(prompt, region, strict=False))
         return span[0] + sum(1 for _ in takewhile(bool, same))
 
