@@ -1,4 +1,4 @@
-"""Messages of a conversation, and the tools beside them: every field that OpenAI, trl, axolotl and ShareGPT document.
+"""Messages of a conversation and the tools beside them: fields that OpenAI, trl, axolotl and ShareGPT document.
 
 role, content     a text, or parts of type "text"; content may be missing where there are tool calls or reasoning
 weight, train     0 or false: an assistant's turn that is read and not learned
