@@ -91,6 +91,7 @@ ROWS: Mapping[str, dict[str, Any]] = {
     "ends with the user": {"messages": [USER, ONE, AGAIN]},
     "tool call": {"messages": [USER, call("Rome"), RESULT, ONE, AGAIN, TWO], "tools": [TOOL]},
     "last is a call": {"messages": [SYSTEM, USER, call("Rome")], "tools": [TOOL]},
+    "call without tools": {"messages": [USER, call("Rome"), RESULT, ONE]},
     "call with words": {"messages": [USER, call("Rome", content="Looking it up."), RESULT, ONE], "tools": [TOOL]},
     "two calls": {
         "messages": [
