@@ -22,7 +22,7 @@ class Health(BaseModel):
     status: Literal["ok"] = Field(default="ok", description="Always `ok`; a failing probe answers with a problem.")
 
 
-@router.get("/livez", summary="Is the process alive?", operation_id="livez")
+@router.get("/livez", summary="Is the process alive?", operation_id="livez", responses=problems("invalid_request", public=True))
 def livez() -> Health:
     """Looks at nothing else: a database that is down is no reason to restart the API."""
     return Health()
@@ -32,7 +32,7 @@ def livez() -> Health:
     "/readyz",
     summary="Can the service take requests?",
     operation_id="readyz",
-    responses=problems("unavailable", public=True),
+    responses=problems("unavailable", "invalid_request", public=True),
 )
 def readyz(database: DatabaseOf) -> Health:
     """Whether the database answers and has this version's schema. The broker may be down: the sweep stands in."""
@@ -48,7 +48,7 @@ def readyz(database: DatabaseOf) -> Health:
     response_class=Response,
     responses={
         200: {"description": "Prometheus text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-        **problems("unavailable", public=True),
+        **problems("unavailable", "invalid_request", public=True),
     },
 )
 def get_metrics(metrics: MetricsOf) -> Response:
