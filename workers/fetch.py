@@ -34,9 +34,10 @@ from app.domain.errors import (
     SourceForbidden,
     SourceNotFound,
     Unavailable,
-    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
 )
 from app.domain.events import FetchedLine, ProgressEvent, Stage
+from app.domain.foreign_files import foreign_files
 from workers.durable import replace_file
 from workers.faults import as_bitwright_error
 from workers.hub_cache import holding
@@ -127,7 +128,7 @@ def fetch_model(repo_id: str, commit: str, models_folder: Path, report: ReportPi
     """The folder with the checkpoint's files, downloaded unless another job did it. Real files, no links.
 
     Raises:
-        UnsafeCheckpoint: the repository holds no safetensors.
+        UnsafeCheckpoint, UnsupportedCheckpoint: the repository holds no safetensors, but something else or nothing.
         DiskFull: its files do not fit.
     """
     folder = models_folder / f"{repo_id.replace('/', '--')}@{commit}"
@@ -141,9 +142,12 @@ def _download(repo_id: str, commit: str, folder: Path, report: ReportPipe) -> No
     siblings = HfApi().model_info(repo_id, revision=commit, files_metadata=True).siblings or []
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     wanted = list(filter_repo_objects(sizes, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
+    foreign = foreign_files(sizes)
+    if foreign is not None:
+        raise foreign.refusal("model")
     if not any(name.endswith(".safetensors") for name in wanted):
-        hint = "convert it to safetensors; pickled weights can run code and are never loaded"
-        raise UnsafeCheckpoint("the repository holds no safetensors", field="model", value=repo_id, hint=hint)
+        hint = "name a repository with config.json and safetensors"
+        raise UnsupportedCheckpoint("the repository holds no weights", field="model", value=repo_id, hint=hint)
     total = sum(sizes[name] for name in wanted)
     free = shutil.disk_usage(folder).free
     if total > free:

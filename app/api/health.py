@@ -22,7 +22,9 @@ class Health(BaseModel):
     status: Literal["ok"] = Field(default="ok", description="Always `ok`; a failing probe answers with a problem.")
 
 
-@router.get("/livez", summary="Is the process alive?", operation_id="livez", responses=problems("invalid_request", public=True))
+@router.get(
+    "/livez", summary="Is the process alive?", operation_id="livez", responses=problems("invalid_request", public=True)
+)
 def livez() -> Health:
     """Looks at nothing else: a database that is down is no reason to restart the API."""
     return Health()

@@ -59,9 +59,7 @@ def query_problems(route: Any, given: Sequence[tuple[str, str]]) -> list[FieldPr
 
 def declared_parameters(route: Any) -> tuple[list[str], list[str]]:
     """Names of the query parameters that a route reads, and prefixes of those of which it reads any."""
-    known = dict.fromkeys(
-        parameter.alias for each in _dependants(route.dependant) for parameter in each.query_params
-    )
+    known = dict.fromkeys(parameter.alias for each in _dependants(route.dependant) for parameter in each.query_params)
     extra = (route.openapi_extra or {}).get("parameters", [])
     families = [p["name"] for p in extra if p["in"] == "query" and p["schema"].get("type") == "object"]
     return list(known), [f"{name}." for name in families]

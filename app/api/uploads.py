@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from app.api.auth import Submitter
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, SettingsOf
 from app.api.documentation import problems, text_header
-from app.api.inspection import CONFIG, PICKLED, is_plain_name
+from app.api.inspection import CONFIG, is_plain_name
 from app.api.representations import upload_view
 from app.api.upload_parts import PartsFolder
 from app.api.upload_receiving import Target, TornPart, find_file, parse_content_range, receive_part
@@ -22,6 +22,7 @@ from app.domain.errors import (
     MalformedBody,
     UnsafeCheckpoint,
 )
+from app.domain.foreign_files import PICKLED, foreign_files
 from app.domain.jsonl import check_jsonl
 from app.domain.views import UploadRequest, UploadView
 from app.settings import Settings
@@ -56,7 +57,10 @@ PART_BODY: dict[str, Any] = {
     summary="Begin an upload",
     operation_id="create_upload",
     status_code=201,
-    responses={201: CREATED, **problems("body_too_large", "unsafe_checkpoint", "idempotency_key_reused")},
+    responses={
+        201: CREATED,
+        **problems("body_too_large", "unsafe_checkpoint", "unsupported_checkpoint", "idempotency_key_reused"),
+    },
 )
 def create_upload(
     body: UploadRequest,
@@ -93,6 +97,7 @@ def check_files(body: UploadRequest, settings: Settings) -> None:
     Raises:
         InvalidRequest: bad names, or neither a text nor a checkpoint.
         UnsafeCheckpoint: pickled weights among them.
+        UnsupportedCheckpoint: a model in files of another kind.
         BodyTooLarge: together larger than the service takes.
     """
     names = [file.name for file in body.files]
@@ -112,6 +117,9 @@ def check_files(body: UploadRequest, settings: Settings) -> None:
     if pickled is not None:
         hint = "convert the weights to safetensors and leave this file out"
         raise UnsafeCheckpoint(f"{pickled} runs code when it is loaded", field="files", value=pickled, hint=hint)
+    foreign = foreign_files(names)
+    if foreign is not None and (CONFIG not in names or not foreign.file.endswith(".safetensors")):
+        raise foreign.refusal("files")
     text = len(names) == 1 and names[0].endswith(".jsonl")
     if not text and not (CONFIG in names and any(name.endswith(".safetensors") for name in names)):
         hint = "send one file named *.jsonl, or config.json with *.safetensors and the tokenizer's files"

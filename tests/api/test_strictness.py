@@ -1,4 +1,4 @@
-"""Nothing that a caller sends is passed over in silence: query parameters, fields, bodies, and names that stand twice."""
+"""Nothing that a caller sends is passed over in silence: query parameters, fields, bodies, names that stand twice."""
 
 from typing import Any
 
@@ -107,7 +107,9 @@ def test_a_name_that_stands_twice_in_a_body_is_refused(api: Api) -> None:
 def test_a_body_that_is_sent_as_something_else_is_told_so(api: Api) -> None:
     form = {"Content-Type": "application/x-www-form-urlencoded"}
     answer = api.client.post("/v1/jobs", content='{"model": "org/model", "method": "rtn"}', headers=form)
-    assert "send Content-Type: application/json" in details(problem(answer, 422, "invalid_request"))["header.Content-Type"]
+    assert (
+        "send Content-Type: application/json" in details(problem(answer, 422, "invalid_request"))["header.Content-Type"]
+    )
     parts = api.client.post("/v1/uploads", files={"file": ("a.jsonl", b"{}")})
     assert "multipart/form-data" in details(problem(parts, 422, "invalid_request"))["header.Content-Type"]
 

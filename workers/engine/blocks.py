@@ -51,6 +51,8 @@ class BlockCall:
 class StreamedModel:
     """A causal language model on `device` of which only the parts in use have memory.
 
+    `left_out` are tensors of the checkpoint that the model does not have; its `checkpoint` is without them.
+
     Raises (from `open`):
         UnsupportedArchitecture: its model_type has no row in the table, or it needs code of its own.
         CorruptCheckpoint: names or shapes of the checkpoint's tensors do not fit the architecture.
@@ -65,8 +67,10 @@ class StreamedModel:
         sources: Mapping[str, str],
         dtype: torch.dtype,
         device: torch.device,
+        left_out: tuple[str, ...] = (),
     ) -> None:
         self.checkpoint = checkpoint
+        self.left_out = left_out
         self.model = model
         self.layout = layout
         self.sources = sources
@@ -82,8 +86,9 @@ class StreamedModel:
         dtype = model_dtype(config, checkpoint)
         model = empty_model(config, dtype, device)
         fuse_blocks(model.get_submodule(layout.blocks), dtype, device)
-        sources = tensor_sources(model, checkpoint)
-        return cls(checkpoint, model, layout=layout, sources=sources, dtype=dtype, device=device)
+        sources, foreign = tensor_sources(model, checkpoint, layout.blocks)
+        kept = checkpoint.without(foreign)
+        return cls(kept, model, layout=layout, sources=sources, dtype=dtype, device=device, left_out=tuple(foreign))
 
     @property
     def config(self) -> PreTrainedConfig:

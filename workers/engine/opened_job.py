@@ -15,6 +15,7 @@ from workers.engine.calibration import load_tokenizer
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock
 from workers.engine.earlier_result import EarlierResult
+from workers.engine.foreign_tensors import left_out_warning
 from workers.engine.generated_text import Generation
 from workers.engine.plan import Plan, make_plan, open_device, plan_schemes, reproducible, scale_dtype
 from workers.engine.preparation import Prepared
@@ -61,6 +62,9 @@ def opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) 
         reporter.progress(Stage.LOAD, 0, 1, "models")
         checkpoint = Checkpoint.open(Path(order.model_path))
         model = StreamedModel.open(checkpoint, device)
+        checkpoint = model.checkpoint
+        if model.left_out:
+            reporter.warning("tensors_left_out", left_out_warning(model.left_out))
         schemes = plan_schemes(model, order.request.quantization)
         inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
