@@ -30,6 +30,7 @@ from workers.engine.block_report import BlockFindings, error_sums
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
 from workers.engine.earlier_result import EarlierResult
+from workers.engine.overflow import blaming_the_original
 from workers.engine.plan import Plan, block_seed
 from workers.engine.preparation import Prepared
 from workers.engine.ranks import ALONE, Ranks, checksum
@@ -73,9 +74,16 @@ class BlockPass:
         """Quantizes or takes over every block that `state` does not hold; replays the others. All are durable then.
 
         Raises:
-            NumericalFailure: a weight or an output is not finite.
+            NumericalFailure: a weight or an output is not finite; it says whether the original model's is.
             InternalError: the ranks have computed different weights for a block.
         """
+        with blaming_the_original(self.model.dtype, self._original_states):
+            return self._run()
+
+    def _original_states(self) -> list[Tensor]:
+        return [stream.original for stream in (self.calibration, self.evaluation) if stream is not None]
+
+    def _run(self) -> tuple[BlockReport, ...]:
         total, resumed = len(self.model.blocks), self.state.resumed
         progress = _Progress(self.reporter, total)
         with WriteBehind(self.model.device) as writer, closing(BlockReader(self.model, self.state).blocks()) as blocks:

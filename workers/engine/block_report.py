@@ -18,6 +18,7 @@ from torch import Tensor
 from app.domain.errors import NumericalFailure
 from app.domain.methods import Form
 from app.domain.report import BlockReport, LinearReport
+from workers.engine.overflow import ALSO_DTYPE
 from workers.engine.streams import CHUNK_ELEMENTS
 from workers.numerics.quantized import BlockResult, CodebookWeight
 
@@ -80,7 +81,7 @@ class BlockFindings:
             raise NumericalFailure(
                 f"block {self.index}: the output error is {value}",
                 field="quantization",
-                hint="use more bits, smaller groups or a lower learning rate",
+                hint="use more bits, smaller groups or a lower learning rate" + ALSO_DTYPE,
             )
 
 

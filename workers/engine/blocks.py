@@ -22,11 +22,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from app.domain.architectures import read_dimensions
-from app.domain.errors import NumericalFailure
 from workers.contracts import BlockForward
 from workers.engine.architectures import Layout, layout_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.empty_model import configuration, empty_model, fuse_blocks, model_dtype, tensor_sources
+from workers.engine.overflow import weight_overflow
 from workers.engine.transit import in_transit
 
 
@@ -190,9 +190,7 @@ class StreamedModel:
         extremes = torch.stack([torch.stack(torch.aminmax(weight)) for weight in weights.values()])
         for parameter, is_finite in zip(weights, extremes.isfinite().all(1).tolist(), strict=True):
             if not is_finite:
-                raise NumericalFailure(
-                    f"{parameter} holds values that are not finite in {self.dtype}", field="model", value=parameter
-                )
+                raise weight_overflow(parameter, self._stored(parameter), self.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states before block 0, (batch, length, width); the embeddings must be loaded."""

@@ -23,6 +23,7 @@ from workers.engine.documents import Document, Half, builtin_documents, half_of,
 
 SURPLUS = 2
 """Windows read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 DOCUMENTS_AT_ONCE = 256
 """At the most, given to the tokenizer together: it works on them in as many threads as there are processors."""
 
@@ -47,8 +48,8 @@ class Windows:
         )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; code in the folder is never run.
+def load_tokenizer(folder: Path, needed_for: str = "its text") -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; code in the folder is never run. `needed_for` says what of the request reads text.
 
     Raises:
         CorruptCheckpoint: there is none that transformers can read.
@@ -56,9 +57,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise CorruptCheckpoint(
-            f"the tokenizer cannot be read: {error}", field="model", hint="add tokenizer.json to the checkpoint"
-        ) from error
+        if there := _tokenizer_files(folder):
+            detail = f"the tokenizer ({', '.join(there)}) cannot be read: {_first_line(error, folder)}"
+            hint = "save it as tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        else:
+            detail = f"the model has no tokenizer, and {needed_for} needs one"
+            hint = "add tokenizer.json and tokenizer_config.json of the model; or ask for a job that reads no text"
+        raise CorruptCheckpoint(detail, field="model", hint=hint) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files that are a tokenizer's."""
+    return bool(_tokenizer_files(folder))
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    return sorted({file.name for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
+
+
+def _first_line(error: Exception, folder: Path) -> str:
+    """An error's own words, short, and without the folder of this machine."""
+    words = str(error).strip().replace(f"{folder}/", "").replace(str(folder), "the model's folder")
+    return (words.splitlines() or [type(error).__name__])[0][:300]
 
 
 def calibration_windows(
@@ -194,7 +214,12 @@ def conversation(
     try:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks_for_answer)
     except Exception as error:  # a template is the checkpoint's own program and may raise anything
-        raise InvalidDataset(f"{name}: the chat template refuses a conversation: {error}", field=field) from error
+        hint = (
+            "give conversations that the model's template takes (many want user and assistant in turn, and no system "
+            'turn), or rows with "text"'
+        )
+        refusal = f"{name}: the model's chat template refuses a conversation: {str(error)[:300]}"
+        raise InvalidDataset(refusal, field=field, hint=hint) from error
     start = tokenizer.bos_token
     return str(text).removeprefix(start) if start else str(text)
 

@@ -11,7 +11,7 @@ from app.domain.errors import InternalError
 from app.domain.events import AttemptOrder, Stage
 from app.domain.methods import Scheme
 from workers.engine.blocks import StreamedModel
-from workers.engine.calibration import load_tokenizer
+from workers.engine.calibration import has_tokenizer, load_tokenizer
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock
 from workers.engine.earlier_result import EarlierResult
@@ -20,7 +20,7 @@ from workers.engine.generated_text import Generation
 from workers.engine.plan import Plan, make_plan, open_device, plan_schemes, reproducible, scale_dtype
 from workers.engine.preparation import Prepared
 from workers.engine.reporter import Reporter
-from workers.engine.texts import Texts, read_texts
+from workers.engine.texts import Texts, read_texts, readers_of
 from workers.engine.warm_up import compiling
 from workers.formats.writer import check_model
 
@@ -70,17 +70,28 @@ def opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) 
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
         earlier = _earlier(order, model, set(schemes))
         schemes = schemes if earlier is None else earlier.schemes
-        tokenizer = load_tokenizer(Path(order.model_path))
+        tokenizer = _tokenizer(order, reporter)
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         compiled = schemes if earlier is None else {}
         with compiling(model, compiled, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
-            texts = read_texts(order, model, reporter, _generation(order, workspace, model, tokenizer, reporter, rank))
+            reading = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
+            texts = read_texts(order, model, reporter, reading)
         plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
         )
         yield OpenedJob(order, workspace, reporter, clock, model, schemes, texts, plan, Prepared(), earlier)
+
+
+def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBase | None:
+    """The tokenizer if anything of the job reads text; None, with a warning where the result has none, if not."""
+    readers, folder = readers_of(order.request), Path(order.model_path)
+    if readers:
+        return load_tokenizer(folder, " and ".join(readers))
+    if not has_tokenizer(folder):
+        reporter.warning("no_tokenizer", "the model has no tokenizer, so none goes with the result")
+    return None
 
 
 def _earlier(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> EarlierResult | None:

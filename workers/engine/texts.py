@@ -33,13 +33,26 @@ class Texts:
         return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
 
 
-def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation) -> Texts:
-    """All texts of an order; those that the model writes itself are drawn by `generation`.
+def readers_of(request: JobRequest) -> list[str]:
+    """The parts of a request that read text, and so need the model's tokenizer."""
+    calibrates = request.base_job is None and needs_text(request.quantization)
+    parts = {
+        "finetune": request.finetune is not None,
+        "calibration": calibrates,
+        "evaluation": request.evaluation is not None,
+    }
+    return [name for name, reads in parts.items() if reads]
+
+
+def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation | None) -> Texts:
+    """All texts of an order; those that the model writes itself are drawn by `generation`: None if nothing is read.
 
     Raises:
         InvalidDataset: a file is not as documented or too short, windows are longer than the model's positions, or
             the model is to write text and does not fit whole.
     """
+    if generation is None:
+        return Texts(None, None)
     request, tokenizer = order.request, generation.tokenizer
     given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
     paths = [None if path is None else Path(path) for path in given]
