@@ -9,6 +9,7 @@ from typing import Any
 from app.api.estimates import estimate
 from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
 from app.domain.adapter_rules import shape_errors
+from app.domain.advice import dishonoured_rank, starved_calibration
 from app.domain.architectures import HEAD, Dimensions
 from app.domain.errors import (
     ERRORS,
@@ -27,6 +28,7 @@ from app.domain.jobs import JobRequest
 from app.domain.module_rules import rule_errors
 from app.domain.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
+from app.domain.workload import readers_of
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
@@ -86,8 +88,12 @@ def run_preflight(request: JobRequest, settings: Settings, uploads: UploadReposi
         inspection = _inspect(found, model)
         if inspection is not None:
             check_shapes(found, inspection.dimensions)
+            linears = inspection.dimensions.linears()
+            short = dishonoured_rank(found.request.quantization, found.request.adapter, linears)
+            found.warnings += [short] if short else []
             found.estimates = estimate(found.request, inspection)
-    found.warnings += runtime_warnings(found.request)
+    starved = starved_calibration(found.request)
+    found.warnings += [*([starved] if starved else []), *runtime_warnings(found.request)]
     if found.problems:
         raise _refusal(found.problems)
     return found
@@ -228,7 +234,9 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
         found.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
         return None
     if not inspection.tokenizer:
-        found.warnings.append("model: the checkpoint has no tokenizer, which calibration and evaluation need")
+        readers = " and ".join(readers_of(found.request))
+        reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
+        found.warnings.append(f"model: the checkpoint has no tokenizer, {reason}")
     return inspection
 
 

@@ -156,6 +156,9 @@ def report_table(report: Report) -> Table:
         table.add_row("perplexity", f"{quality.perplexity_original:.3f}", f"{quality.perplexity:.3f}")
         table.add_row("KL to the original, nats a token", "0", f"{quality.kl_divergence:.5f}")
         table.add_row("same most likely token", "100 %", f"{100 * quality.top1_agreement:.1f} %")
+    if (nearest := report.round_to_nearest) is not None:
+        told = f"perplexity {nearest.perplexity:.3f}, KL {nearest.kl_divergence:.5f}"
+        table.add_row("round to nearest, same scheme", "", told)
     if report.scales is not None and report.scales.kept:
         before, after = f"{report.scales.kl_initial:.5f}", f"{report.scales.kl:.5f}"
         table.add_row("KL on held-out calibration text, scales tuned", before, after)

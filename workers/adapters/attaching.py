@@ -166,6 +166,7 @@ def report(
         rank=spec.rank,
         inner_ranks=(min(ranks), max(ranks)),
         parameters=sum(sum(p.numel() for p in module.parameters()) for module in modules.values()),
+        parameters_lora=sum(spec.rank * sum(results[name].weight.shape) for name in modules if name in results),
         flops_per_token=sum(_flops(module) for module in modules.values()),
         bits_per_weight=bits / max(1, weights),
         bit_operations=_bit_operations(gated, results) if gated else None,

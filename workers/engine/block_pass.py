@@ -35,6 +35,7 @@ from workers.engine.plan import Plan, block_seed
 from workers.engine.preparation import Prepared
 from workers.engine.ranks import ALONE, Ranks, checksum
 from workers.engine.read_ahead import BlockReader
+from workers.engine.reference import rounded
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, Shard
@@ -132,6 +133,7 @@ class BlockPass:
             self._advance_original(index, block, only=observed)
             sum_moments(self.ranks, moments, {n: self.model.block_linears(index)[n] for n in schemes})
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
+        self._advance_reference(index, block)
 
         def tick(share: float) -> None:
             writer.wait()
@@ -173,6 +175,7 @@ class BlockPass:
         block, prefix = self.model.blocks[index], self.model.layout.block(index)
         for stream in (self.calibration, self.evaluation):
             self._advance_original(index, block, only=stream)
+        self._advance_reference(index, block)
         for name in list(quantized):
             self._replace(index, name.removeprefix(prefix + "."), quantized.pop(name))
         self._advance_quantized(index, block)
@@ -220,6 +223,18 @@ class BlockPass:
         if only is not None:
             with self.clock.during(self._stage_of(only)):
                 only.advance_original(index, block)
+
+    def _advance_reference(self, index: int, block: nn.Module) -> None:
+        """Before anything changes the block's weights."""
+        stream, prefix = self.evaluation, self.model.layout.block(index)
+        if stream is None or stream.reference is None:
+            return
+        schemes = {name: self.schemes[f"{prefix}.{name}"] for name in self._quantized_linears(index)}
+        with (
+            self.clock.during(Stage.EVALUATE),
+            rounded(self.model.block_linears(index), schemes, getattr(torch, self.plan.scale_dtype)),
+        ):
+            stream.advance_reference(index, block)
 
     def _advance_quantized(self, index: int, block: nn.Module) -> None:
         for stream in (self.calibration, self.evaluation):

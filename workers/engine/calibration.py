@@ -36,6 +36,8 @@ class Windows:
     source: str
     overlapping: bool = False
     """Whether windows overlap because the text is short; only builtin text may."""
+    text_tokens: int | None = None
+    """Tokens of the whole text, where windows overlap."""
 
     @property
     def sha256(self) -> str:
@@ -150,7 +152,9 @@ def _windows(
         raise _too_short(part, name, len(stream), len(offsets))
     chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: part.num_samples]
     rows = [start + stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
-    return Windows(torch.tensor(rows, dtype=torch.int64), source_label(part.dataset), overlapping=short)
+    return Windows(
+        torch.tensor(rows, dtype=torch.int64), source_label(part.dataset), short, len(stream) if short else None
+    )
 
 
 def _spread(last: int, count: int) -> list[int]:

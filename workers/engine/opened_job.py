@@ -7,9 +7,12 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from app.domain.advice import dishonoured_rank
+from app.domain.architectures import read_dimensions
 from app.domain.errors import InternalError
 from app.domain.events import AttemptOrder, Stage
 from app.domain.methods import Scheme
+from app.domain.workload import has_reference, readers_of
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import has_tokenizer, load_tokenizer
 from workers.engine.checkpoint import Checkpoint
@@ -20,7 +23,7 @@ from workers.engine.generated_text import Generation
 from workers.engine.plan import Plan, make_plan, open_device, plan_schemes, reproducible, scale_dtype
 from workers.engine.preparation import Prepared
 from workers.engine.reporter import Reporter
-from workers.engine.texts import Texts, read_texts, readers_of
+from workers.engine.texts import Texts, read_texts
 from workers.engine.warm_up import compiling
 from workers.formats.writer import check_model
 
@@ -32,6 +35,7 @@ class OpenedJob:
     schemes    of every linear that is quantized, by full name
     prepared   what the method asked to know of the whole model; nothing until that was found out
     earlier    the result that this job starts from
+    reference  whether round to nearest is measured besides
     """
 
     order: AttemptOrder
@@ -44,6 +48,7 @@ class OpenedJob:
     plan: Plan
     prepared: Prepared
     earlier: EarlierResult | None = None
+    reference: bool = False
 
 
 @contextmanager
@@ -77,11 +82,24 @@ def opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) 
         with compiling(model, compiled, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
             reading = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
             texts = read_texts(order, model, reporter, reading)
-        plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
+        _advise(order, model, reporter)
+        reference = has_reference(order.request, read_dimensions(checkpoint.config))
+        streams = texts.streams(order.request.quantization.needs_original_inputs(), reference)
+        plan = make_plan(order, model, streams)
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
         )
-        yield OpenedJob(order, workspace, reporter, clock, model, schemes, texts, plan, Prepared(), earlier)
+        prepared = Prepared()
+        yield OpenedJob(order, workspace, reporter, clock, model, schemes, texts, plan, prepared, earlier, reference)
+
+
+def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> None:
+    request = order.request
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in model.linears().items()}
+    shapes.pop(model.layout.head, None)
+    short = dishonoured_rank(request.quantization, request.adapter, shapes)
+    if short is not None:
+        reporter.warning("rank_not_reached", short)
 
 
 def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBase | None:

@@ -11,6 +11,7 @@ from app.domain.methods import METHODS, Form
 from app.domain.report import Quality, Report, SizeReport
 from app.domain.sources import HUB_ID, UPLOAD_ID
 from workers.formats.loading_lines import loading_lines
+from workers.formats.reference_lines import reference_lines
 from workers.formats.stored_linear import StoredLinear
 
 
@@ -34,6 +35,7 @@ def model_card(
         "## Load",
         *loading_lines(export_format, linears, formats),
         *(["## Quality", _quality_table(report.quality)] if report.quality else []),
+        *reference_lines(report.round_to_nearest),
         "## Size",
         _size(report),
         "## Provenance",
