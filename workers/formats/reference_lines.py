@@ -8,6 +8,6 @@ def reference_lines(reference: Reference | None) -> list[str]:
     if reference is None:
         return []
     return [
-        f"Round to nearest with the same scheme, on the same text: perplexity {reference.perplexity:.4f}, KL divergence "
-        f"{reference.kl_divergence:.5f}, same most likely token {100 * reference.top1_agreement:.2f} %."
+        f"Round to nearest with the same scheme, on the same text: perplexity {reference.perplexity:.4f}, "
+        f"KL divergence {reference.kl_divergence:.5f}, same most likely token {100 * reference.top1_agreement:.2f} %."
     ]
