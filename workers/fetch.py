@@ -120,7 +120,8 @@ class Pins:
 def _commit(repo_type: str, repo_id: str, revision: str) -> str:
     info = HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision)
     if info.sha is None:
-        raise SourceNotFound("the Hub names no commit for this revision", field="revision", value=revision)
+        hint = "name a branch, a tag or a commit that exists"
+        raise SourceNotFound("the Hub names no commit for this revision", field="revision", value=revision, hint=hint)
     return info.sha
 
 
@@ -191,9 +192,11 @@ def write_text(order: TextOrder, commit: str) -> None:
         rows = load_dataset(dataset.id, dataset.config, split=dataset.split, revision=commit, streaming=True)
         lines = list(text_lines(rows, order))
     except ValueError as error:  # an unknown configuration or split, a file that is no table
-        raise InvalidDataset(f"{error}".splitlines()[0], field="dataset", value=dataset.id) from error
+        hint = "name a configuration and a split that the dataset has, and that is a table of text"
+        raise InvalidDataset(f"{error}".splitlines()[0][:300], field="dataset", value=dataset.id, hint=hint) from error
     if not lines:
-        raise InvalidDataset("the split has no rows", field="dataset.split", value=dataset.split)
+        hint = "name another split of the dataset"
+        raise InvalidDataset("the split has no rows", field="dataset.split", value=dataset.split, hint=hint)
     replace_file(Path(order.path), "".join(lines).encode())
 
 
@@ -242,7 +245,8 @@ def _of_status(error: HfHubHTTPError, field: str, repo_id: str) -> BitwrightErro
         hint = "the operator's token, BITWRIGHT_HUB_TOKEN, must be allowed to read it"
         return SourceForbidden(f"the Hub answers {status}", field=field, value=repo_id, hint=hint)
     if status == NOT_FOUND:
-        return SourceNotFound("the Hub has no such file", field=field, value=repo_id)
+        hint = "check the id and the revision"
+        return SourceNotFound("the Hub has no such file", field=field, value=repo_id, hint=hint)
     return Unavailable(f"the Hub answers {status}", field=field, value=repo_id)
 
 

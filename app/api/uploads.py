@@ -30,7 +30,7 @@ from app.store.blobs import BlobStore
 from app.store.idempotency import Idempotency
 from app.store.models import Upload, UploadFile
 from app.store.session import Database
-from app.store.uploads import NewUploadFile, UploadRepository
+from app.store.uploads import SEND_THE_REST, NewUploadFile, UploadRepository
 
 router = APIRouter(tags=["uploads"])
 log = structlog.get_logger(__name__)
@@ -127,7 +127,8 @@ def check_files(body: UploadRequest, settings: Settings) -> None:
     total = sum(file.size for file in body.files)
     if total > settings.max_upload_bytes:
         detail = f"the files have {total} bytes together; the service takes {settings.max_upload_bytes}"
-        raise BodyTooLarge(detail, field="files", value=total)
+        hint = "leave files out that no job reads, or ask the operator to raise BITWRIGHT_MAX_UPLOAD_BYTES"
+        raise BodyTooLarge(detail, field="files", value=total, hint=hint)
 
 
 @router.get(
@@ -203,16 +204,18 @@ async def put_part(
         file = await run_in_threadpool(target.find)
         start, end = parse_content_range(content_range, file.size)
         if start != file.offset:
-            raise Conflict(f"{name} has {file.offset} bytes; the next part starts there", value=start)
+            detail = f"{name} has {file.offset} bytes; the next part starts there"
+            raise Conflict(detail, value=start, hint="send from that offset on")
         if parts.present(file.position) < start:
             await run_in_threadpool(target.restart)
-            raise Conflict(f"the first bytes of {name} are lost; send it from the start", value=start)
+            raise Conflict(f"the first bytes of {name} are lost", value=start, hint="send it from the start")
         reached = start
         try:
             reached = await receive_part(request, parts, file.position, start, end)
         except TornPart as torn:
             reached = torn.reached
-            raise MalformedBody(torn.detail, field="Content-Range", value=content_range) from torn
+            hint = "what counts is kept: HEAD tells where to go on"
+            raise MalformedBody(torn.detail, field="Content-Range", value=content_range, hint=hint) from torn
         finally:
             if reached > start:
                 await run_in_threadpool(target.advance, start, reached)
@@ -257,7 +260,7 @@ def _read(database: Database, tenant_id: str, upload_id: str) -> Upload:
 def _require_all_bytes(upload: Upload) -> None:
     missing = [f"{file.name} ({file.offset} of {file.size} bytes)" for file in upload.files if file.offset < file.size]
     if missing:
-        raise Conflict(f"not all bytes have arrived: {', '.join(missing[:10])}")
+        raise Conflict(f"not all bytes have arrived: {', '.join(missing[:10])}", hint=SEND_THE_REST)
 
 
 def _keep(file: UploadFile, parts: PartsFolder, database: Database, blobs: BlobStore) -> None:

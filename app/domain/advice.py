@@ -47,9 +47,12 @@ def dishonoured_rank(
     A kind that trades shape for rank promises the parameters of the LoRA of that rank; the others promise an update of
     that rank.
     """
-    if adapter is None:
-        return None
     quantized = {name: shape for name, shape in linears.items() if spec.scheme(name) is not None}
+    if adapter is None:
+        rank, most = spec.factors_rank(), min((min(shape) for shape in quantized.values()), default=None)
+        if most is None or rank <= most:
+            return None
+        return f"rank: {rank} is not reached: factors have at most rank {most} on the narrowest of these linears"
     wanted = sum(adapter.rank * (out + width) for out, width in quantized.values())
     found = trained_parameters(spec, adapter, quantized)
     least = min((_update_rank(spec, adapter, name, *shape) for name, shape in quantized.items()), default=adapter.rank)

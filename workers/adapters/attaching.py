@@ -63,7 +63,9 @@ class Attach:
             if isinstance(spec, LoRASpec):
                 return GroupedAdapter.continued(result.low_rank, spec.dropout)
             raise InvalidRequest(
-                f"{name} has low-rank factors, and a {spec.kind} cannot go on from them", field="adapter.kind"
+                f"{name} has low-rank factors, and a {spec.kind} cannot go on from them",
+                field="adapter.kind",
+                hint="take the kind lora, or a method that makes no factors",
             )
         if isinstance(spec, BayesianLoRASpec):
             return BayesianLoRA(spec, in_features, out_features, device=device, generator=generator)

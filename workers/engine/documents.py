@@ -102,7 +102,8 @@ def read_jsonl(file: Path, name: str) -> Iterator[Document]:
 def read_rows(file: Path, name: str) -> Iterator[tuple[int, Mapping[str, object]]]:
     """The records of a JSONL file with the numbers of their lines. Raises as `read_jsonl`."""
     if not file.is_file():
-        raise InvalidDataset(f"{name}: there is no file {file.name}", field=name, value=str(file))
+        hint = "name a JSONL file that is there"
+        raise InvalidDataset(f"{name}: there is no file {file.name}", field=name, value=file.name, hint=hint)
     with file.open("rb") as stream:
         yield from numbered_records(stream, name)
 

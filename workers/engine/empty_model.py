@@ -24,7 +24,9 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators raise
         raise CorruptCheckpoint(
-            f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {error}", field="model"
+            f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {_words(error)}",
+            field="model",
+            hint="mend that field of config.json, or take the file that came with the weights",
         ) from error
 
 
@@ -47,11 +49,18 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise UnsupportedArchitecture(
-            f"transformers cannot build this {config.model_type} model: {error}", field="model"
+            f"transformers cannot build this {config.model_type} model: {_words(error)}",
+            field="model",
+            hint="mend config.json so that AutoModelForCausalLM.from_config takes it without code of the model's own",
         ) from error
     model.eval().requires_grad_(False)
     _fill_buffers(model, device)
     return model
+
+
+def _words(error: Exception) -> str:
+    """An error's own words, short: transformers writes whole configurations into some."""
+    return " ".join(str(error).split())[:300]
 
 
 def fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -79,7 +88,8 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
         for leaf in empty:
             buffer = module._buffers[leaf]
             if buffer is None or buffer.isnan().any():
-                raise UnsupportedArchitecture(f"nothing computes the buffer {name}.{leaf}", field="model")
+                hint = "choose a model that transformers builds from its config.json alone"
+                raise UnsupportedArchitecture(f"nothing computes the buffer {name}.{leaf}", field="model", hint=hint)
             module._buffers[leaf] = buffer.to(device)
 
 
