@@ -11,8 +11,9 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from app.domain.architectures import Dimensions, read_dimensions
-from app.domain.errors import CorruptCheckpoint, UnsupportedCheckpoint
+from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture, UnsupportedCheckpoint
 from app.domain.foreign_files import INDEX, SINGLE, foreign_files
+from app.domain.quantized_tensors import HINT, quantized_tensor
 from app.domain.safetensors_header import DTYPE_BITS, LENGTH_BYTES, TensorEntry, header_length, parse_header
 
 CONFIG = "config.json"
@@ -81,6 +82,10 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
         if missing:
             raise CorruptCheckpoint(f"{INDEX} says that {shard} holds {missing[0]}, but it does not", field=INDEX)
         tensors |= found
+    quantized = quantized_tensor((name, entry.dtype) for name, entry in tensors.items())
+    if quantized is not None:
+        detail = f"the checkpoint is quantized already: {quantized[0]} is {quantized[1]}"
+        raise UnsupportedArchitecture(detail, field="model", value=quantized[0], hint=HINT)
     return Inspection(
         dimensions=dimensions,
         tensor_bytes=sum(entry.end - entry.begin for entry in tensors.values()),

@@ -164,8 +164,9 @@ class JobRepository:
         """
         job = self._locked(job_id)
         if job.status not in FINAL_STATUSES:
-            hint = f"cancel it first: POST /v1/jobs/{job_id}/cancel"
-            raise Conflict(f"job {job_id} is {job.status.value}, not final", value=job.status.value, hint=hint)
+            hint = f"POST /v1/jobs/{job_id}/cancel, or wait for its end"
+            detail = f"job {job_id} is {job.status.value}; cancel it before deleting it"
+            raise Conflict(detail, value=job.status.value, hint=hint)
         self._session.execute(delete(Job).where(Job.id == job_id))
         self._session.expunge(job)
 
