@@ -28,7 +28,7 @@ from app.domain.jobs import JobRequest
 from app.domain.module_rules import rule_errors
 from app.domain.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
-from app.domain.workload import readers_of
+from app.domain.workload import readers_of, reads_calibration
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
@@ -234,7 +234,7 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
         found.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
         return None
     if not inspection.tokenizer:
-        readers = " and ".join(readers_of(found.request))
+        readers = " and ".join(readers_of(found.request, observes=reads_calibration(found.request.quantization)))
         reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
         found.warnings.append(f"model: the checkpoint has no tokenizer, {reason}")
     return inspection

@@ -19,15 +19,19 @@ REFERENCE_SHARE = 0.1
 
 def reads_calibration(spec: WeightSpec) -> bool:
     """Whether a method with these parameters, its budget or its weighting looks at calibration text."""
-    observes = METHODS[spec.model_dump()["method"]].needs_calibration and not isinstance(spec, LQLoRASpec)
+    info = METHODS.get(spec.model_dump()["method"])
+    observes = info is not None and info.needs_calibration and not isinstance(spec, LQLoRASpec)
     return observes or spec.budget() is not None or spec.needs_fisher()
 
 
-def readers_of(request: JobRequest) -> list[str]:
-    """The parts of a request that read text, and so need the model's tokenizer."""
+def readers_of(request: JobRequest, *, observes: bool) -> list[str]:
+    """The parts of a request that read text, and so need the model's tokenizer.
+
+    observes   whether its method does: `reads_calibration`, or what the engine knows of the method
+    """
     parts = {
         "finetune": request.finetune is not None,
-        "calibration": request.base_job is None and reads_calibration(request.quantization),
+        "calibration": request.base_job is None and observes,
         "evaluation": request.evaluation is not None,
     }
     return [name for name, reads in parts.items() if reads]

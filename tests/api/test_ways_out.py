@@ -1,4 +1,4 @@
-"""What a tenant is told of sources that are no checkpoint, of folders that may not be read, and of what will disappoint."""
+"""What a tenant is told of sources that are no checkpoint, of folders that may not be read, of what will disappoint."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""A model whose own float16 pass overflows is told as such by every stage; one without a tokenizer works without text."""
+"""A model whose own float16 pass overflows is told as such by every stage; without text no tokenizer is needed."""
 
 import json
 import shutil
@@ -146,8 +146,8 @@ def test_a_template_s_refusal_has_a_way_out(small_model: Path, tmp_path: Path) -
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": template}))
     rows = tmp_path / "rows.jsonl"
     rows.write_text('{"messages": [{"role": "user", "content": "a"}]}\n' * 4)
+    order, part = {"evaluation_path": str(rows)}, {"dataset": str(rows), "num_samples": 1, "sequence_length": 32}
     with pytest.raises(InvalidDataset, match="roles must alternate") as caught:
-        order, part = {"evaluation_path": str(rows)}, {"dataset": str(rows), "num_samples": 1, "sequence_length": 32}
         run_job(tmp_path / "model", tmp_path / "job", order=order, evaluation=part)
     assert 'rows with "text"' in str(caught.value.hint)
 

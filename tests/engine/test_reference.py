@@ -18,7 +18,7 @@ from workers.engine.preparation import needs_text
 
 CALIBRATION = {"num_samples": 48, "sequence_length": 64}
 EVALUATION = {"num_samples": 4, "sequence_length": 48}
-PARTS = {"calibration": CALIBRATION, "evaluation": EVALUATION}
+PARTS: dict[str, Any] = {"calibration": CALIBRATION, "evaluation": EVALUATION}
 
 
 def row(model: Path, folder: Path, **request: Any) -> dict[str, float]:
@@ -115,7 +115,8 @@ SPECS: list[dict[str, Any]] = [
 def test_request_and_engine_agree_on_who_reads_text(fields: dict[str, Any]) -> None:
     request = JobRequest.parse({"model": "org/m", "evaluation": None, **fields})
     assert reads_calibration(request.quantization) == needs_text(request.quantization)
-    assert ("calibration" in readers_of(request)) == needs_text(request.quantization)
+    for observes in (True, False):
+        assert ("calibration" in readers_of(request, observes=observes)) == observes
 
 
 def test_a_quantized_head_has_a_row(small_model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from app.domain.errors import CorruptCheckpoint, SourceNotFound
+from app.domain.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
 from app.domain.foreign_files import INDEX, SINGLE, foreign_files
 from app.domain.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
 
@@ -55,7 +55,17 @@ class Checkpoint:
             SourceNotFound: there is no such folder, or no config.json or no weights in it.
             UnsafeCheckpoint, UnsupportedCheckpoint: it has pickled weights alone, or files of another kind.
             CorruptCheckpoint: a header or the index contradicts the files.
+            SourceForbidden: the worker's user may not read them.
         """
+        try:
+            return cls._open_readable(folder)
+        except PermissionError as error:
+            hint = "let the user that the worker runs as read the folder and its files"
+            detail = f"{Path(str(error.filename)).name} may not be read by the worker's user"
+            raise SourceForbidden(detail, field="model", hint=hint) from error
+
+    @classmethod
+    def _open_readable(cls, folder: Path) -> "Checkpoint":
         config_file = folder / "config.json"
         foreign = foreign_files([file.name for file in folder.iterdir()] if folder.is_dir() else [])
         if foreign is not None:
@@ -90,7 +100,8 @@ class Checkpoint:
                 self._open[file] = safe_open(file, framework="pt", device="cpu")
             tensor: Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CorruptCheckpoint(f"{file.name}: cannot read {name}: {error}", field="model") from error
+            words = error.strerror if isinstance(error, OSError) else error  # without the path on this machine
+            raise CorruptCheckpoint(f"{file.name}: cannot read {name}: {words}", field="model") from error
         return tensor
 
     def without(self, names: Collection[str]) -> "Checkpoint":

@@ -1,6 +1,7 @@
 """Builds a model's modules without weights, and says which tensor of the checkpoint fills which parameter."""
 
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -23,8 +24,9 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators raise
+        words = _words(error, checkpoint.folder)
         raise CorruptCheckpoint(
-            f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {_words(error)}",
+            f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {words}",
             field="model",
             hint="mend that field of config.json, or take the file that came with the weights",
         ) from error
@@ -58,9 +60,10 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
     return model
 
 
-def _words(error: Exception) -> str:
-    """An error's own words, short: transformers writes whole configurations into some."""
-    return " ".join(str(error).split())[:300]
+def _words(error: Exception, folder: Path | None = None) -> str:
+    """An error's own words without the folder, short: transformers writes whole configurations into some."""
+    words = str(error) if folder is None else str(error).replace(str(folder), "the model's folder")
+    return " ".join(words.split())[:300]
 
 
 def fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:

@@ -21,7 +21,7 @@ from workers.engine.earlier_result import EarlierResult
 from workers.engine.foreign_tensors import left_out_warning
 from workers.engine.generated_text import Generation
 from workers.engine.plan import Plan, make_plan, open_device, plan_schemes, reproducible, scale_dtype
-from workers.engine.preparation import Prepared
+from workers.engine.preparation import Prepared, needs_text
 from workers.engine.reporter import Reporter
 from workers.engine.texts import Texts, read_texts
 from workers.engine.warm_up import compiling
@@ -104,7 +104,8 @@ def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> No
 
 def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBase | None:
     """The tokenizer if anything of the job reads text; None, with a warning where the result has none, if not."""
-    readers, folder = readers_of(order.request), Path(order.model_path)
+    readers = readers_of(order.request, observes=needs_text(order.request.quantization))
+    folder = Path(order.model_path)
     if readers:
         return load_tokenizer(folder, " and ".join(readers))
     if not has_tokenizer(folder):
