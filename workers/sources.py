@@ -116,7 +116,8 @@ def under_roots(path: str, roots: Iterable[Path], *, field: str) -> Path:
         detail = "the path lies under none of the allowed folders"
         raise SourceForbidden(detail, field=field, value=path, hint=ALLOWED_HINT)
     if not os.path.exists(resolved):  # Path.exists raises for a name that is too long
-        raise SourceNotFound("there is no such path on the worker's machine", field=field, value=path)
+        hint = "check the path; where the worker is another machine than yours, send the files with `bitwright upload`"
+        raise SourceNotFound("there is no such path on the worker's machine", field=field, value=path, hint=hint)
     return resolved
 
 
@@ -141,7 +142,8 @@ def materialise_upload(
     for name, sha256, size in files:
         target = (folder / name).resolve()
         if not target.is_relative_to(folder.resolve()):
-            raise SourceForbidden("the upload names a file outside its folder", field=field, value=name)
+            hint = "upload the files again, by plain names"
+            raise SourceForbidden("the upload names a file outside its folder", field=field, value=name, hint=hint)
         if not (target.exists() and target.stat().st_size == size):
             _materialise(context, sha256, target)
     return folder

@@ -23,7 +23,9 @@ class Health(BaseModel):
     status: Literal["ok"] = Field(default="ok", description="Always `ok`; a failing probe answers with a problem.")
 
 
-@router.get("/livez", summary="Is the process alive?", operation_id="livez")
+@router.get(
+    "/livez", summary="Is the process alive?", operation_id="livez", responses=problems("invalid_request", public=True)
+)
 def livez() -> Health:
     """Looks at nothing else: a database that is down is no reason to restart the API."""
     return Health()
@@ -47,7 +49,7 @@ class Readiness(BaseModel):
     summary="Can the service take requests?",
     operation_id="readyz",
     response_model_exclude_none=True,
-    responses=problems("unavailable", public=True),
+    responses=problems("unavailable", "invalid_request", public=True),
 )
 def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
     """Whether the database answers and has this version's schema, and how the broker is.
@@ -67,7 +69,7 @@ def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
     response_class=Response,
     responses={
         200: {"description": "Prometheus text format.", "content": {"text/plain": {"schema": {"type": "string"}}}},
-        **problems("unavailable", public=True),
+        **problems("unavailable", "invalid_request", public=True),
     },
 )
 def get_metrics(metrics: MetricsOf) -> Response:

@@ -35,6 +35,7 @@ INPUT_PROBLEMS = (
     "base_job_unusable",
     "unsupported_architecture",
     "unsafe_checkpoint",
+    "unsupported_checkpoint",
     "corrupt_checkpoint",
     "group_size_does_not_divide",
     "invalid_dataset",

@@ -18,7 +18,7 @@ from app.domain.finetuning import Finetune
 from app.domain.formats import ExportFormat
 from app.domain.methods import QuantizationSpec
 from app.domain.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
-from app.domain.shorthand import SHORTHAND, Expansion, expand
+from app.domain.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
 
 __all__ = [
@@ -192,7 +192,7 @@ class JobRequest(RequestPart):
         try:
             request = cls.model_validate(expansion.body)
         except ValidationError as error:
-            problems = _added(problems, field_problems(error, cls, body))
+            problems = _added(problems, field_problems(error, cls, body, ALL_SHORTHAND))
         problems += _adapter_problems(expansion)
         problems += _format_problems(expansion, body, None if earlier is None else earlier.folded)
         if problems:

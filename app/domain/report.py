@@ -31,6 +31,14 @@ class Quality(ReportPart):
     top1_agreement: float = Field(description="Share of tokens with the same most likely next token.")
 
 
+class Reference(ReportPart):
+    """What round to nearest makes of the same schemes, on the same text: what a method is to do better."""
+
+    perplexity: float
+    kl_divergence: float = Field(description="KL(original || rounded), nats a token.")
+    top1_agreement: float
+
+
 class LinearReport(ReportPart):
     name: str
     shape: tuple[int, int] = Field(description="(out_features, in_features)")
@@ -150,6 +158,9 @@ class AdapterReport(ReportPart):
     rank: int = Field(description="Of the request: of the LoRA with as many parameters.")
     inner_ranks: tuple[int, int] = Field(description="Least and largest real rank of an adapter.")
     parameters: int = Field(description="Trained numbers, gates included.")
+    parameters_lora: int | None = Field(
+        default=None, description="Of a LoRA of that rank on the same linears, to compare with."
+    )
     flops_per_token: int = Field(description="Of a forward pass through all adapters.")
     bits_per_weight: float = Field(description="As stored in the adapter file, for each weight of the linears.")
     bit_operations: BitOperations | None = Field(default=None, description="Of kinds with gates.")
@@ -250,6 +261,12 @@ class Report(ReportPart):
     model: ModelReport
     calibration: TextReport | None
     quality: Quality | None
+    round_to_nearest: Reference | None = Field(
+        default=None,
+        description="Reference row of `quality`; None where nothing was measured, where the method is round to nearest "
+        "itself, and where the row would cost a tenth of the job or more.",
+    )
+    head: LinearReport | None = Field(default=None, description="The output head, where it was quantized.")
     base: BaseReport | None = Field(default=None, description="None if this job quantized the model itself.")
     blocks: tuple[BlockReport, ...] = Field(
         description="As they were quantized, before scales were tuned together. With `base`, its errors of linears."

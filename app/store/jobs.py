@@ -102,7 +102,7 @@ class JobRepository:
         """
         if after is not None and not is_id("job", after):
             raise InvalidRequest(
-                "the cursor is not one that a page gave; start without one", field="after", value=after
+                "the cursor is not one that a page gave", field="after", value=after, hint="start without one"
             )
         texts = [method, model, *(metadata or {}), *(metadata or {}).values()]
         if any("\0" in text for text in texts if text is not None):
@@ -165,7 +165,9 @@ class JobRepository:
         """
         job = self._locked(job_id)
         if job.status not in FINAL_STATUSES:
-            raise Conflict(f"job {job_id} is {job.status.value}; cancel it before deleting it", value=job.status.value)
+            hint = f"POST /v1/jobs/{job_id}/cancel, or wait for its end"
+            detail = f"job {job_id} is {job.status.value}; cancel it before deleting it"
+            raise Conflict(detail, value=job.status.value, hint=hint)
         self._session.execute(delete(Job).where(Job.id == job_id))
         self._session.expunge(job)
 
@@ -200,10 +202,12 @@ class JobRepository:
             mine = (Upload.id == upload_id, Upload.tenant_id == self._tenant_id)
             upload = self._session.scalars(select(Upload).where(*mine).with_for_update(read=True)).one_or_none()
             if upload is None:
-                raise InvalidRequest(f"there is no upload {upload_id}", field=field, value=upload_id)
+                detail = f"there is no upload {upload_id}"
+                raise InvalidRequest(detail, field=field, value=upload_id, hint="POST /v1/uploads makes one")
             if not upload.complete:
-                detail = f"upload {upload_id} is not complete; send its files and complete it first"
-                raise InvalidRequest(detail, field=field, value=upload_id)
+                hint = f"send its files, then POST /v1/uploads/{upload_id}/complete"
+                detail = f"upload {upload_id} is not complete"
+                raise InvalidRequest(detail, field=field, value=upload_id, hint=hint)
         return frozenset(named.values())
 
 

@@ -63,7 +63,9 @@ class Attach:
             if isinstance(spec, LoRASpec):
                 return GroupedAdapter.continued(result.low_rank, spec.dropout)
             raise InvalidRequest(
-                f"{name} has low-rank factors, and a {spec.kind} cannot go on from them", field="adapter.kind"
+                f"{name} has low-rank factors, and a {spec.kind} cannot go on from them",
+                field="adapter.kind",
+                hint="take the kind lora, or a method that makes no factors",
             )
         if isinstance(spec, BayesianLoRASpec):
             return BayesianLoRA(spec, in_features, out_features, device=device, generator=generator)
@@ -166,6 +168,7 @@ def report(
         rank=spec.rank,
         inner_ranks=(min(ranks), max(ranks)),
         parameters=sum(sum(p.numel() for p in module.parameters()) for module in modules.values()),
+        parameters_lora=sum(spec.rank * sum(results[name].weight.shape) for name in modules if name in results),
         flops_per_token=sum(_flops(module) for module in modules.values()),
         bits_per_weight=bits / max(1, weights),
         bit_operations=_bit_operations(gated, results) if gated else None,

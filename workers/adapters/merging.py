@@ -125,7 +125,9 @@ def _with_offsets(weight: AffineWeight, wanted: Tensor, dtype: torch.dtype, name
     stored = wanted.to(dtype)
     if not torch.isfinite(stored).all():
         raise OffsetNotRepresentable(
-            f"an offset of {float(wanted.abs().max()):.3g} is beyond what {dtype} holds", field=name or "merge"
+            f"an offset of {float(wanted.abs().max()):.3g} is beyond what {dtype} holds",
+            field=name or "merge",
+            hint="leave gguf out of formats: native holds offsets in float32; or merge to 16 bits",
         )
     scheme = weight.scheme.model_copy(update={"symmetric": False})
     return AffineWeight(weight.codes, weight.scale, None, scheme, weight.dtype, stored)

@@ -25,6 +25,7 @@ from workers.engine.documents import Document, Half, Notes, builtin_documents, h
 
 SURPLUS = 2
 """Windows read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 DOCUMENTS_AT_ONCE = 256
 """At the most, given to the tokenizer together: it works on them in as many threads as there are processors."""
 
@@ -39,6 +40,8 @@ class Windows:
     """Whether windows overlap because the text is short; only builtin text may."""
     notes: Notes = dataclasses.field(default_factory=Notes)
     """What was left of the file's rows."""
+    text_tokens: int | None = None
+    """Tokens of the whole text, where windows overlap."""
 
     @property
     def sha256(self) -> str:
@@ -51,8 +54,8 @@ class Windows:
         )
 
 
-def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The checkpoint's tokenizer; code in the folder is never run.
+def load_tokenizer(folder: Path, needed_for: str = "its text") -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; code in the folder is never run. `needed_for` says what of the request reads text.
 
     Raises:
         CorruptCheckpoint: there is none that transformers can read.
@@ -60,9 +63,28 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise CorruptCheckpoint(
-            f"the tokenizer cannot be read: {error}", field="model", hint="add tokenizer.json to the checkpoint"
-        ) from error
+        if there := _tokenizer_files(folder):
+            detail = f"the tokenizer ({', '.join(there)}) cannot be read: {_first_line(error, folder)}"
+            hint = "save it as tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        else:
+            detail = f"the model has no tokenizer, and {needed_for} needs one"
+            hint = "add tokenizer.json and tokenizer_config.json of the model; or ask for a job that reads no text"
+        raise CorruptCheckpoint(detail, field="model", hint=hint) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files that are a tokenizer's."""
+    return bool(_tokenizer_files(folder))
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    return sorted({file.name for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
+
+
+def _first_line(error: Exception, folder: Path) -> str:
+    """An error's own words, short, and without the folder of this machine."""
+    words = str(error).strip().replace(f"{folder}/", "").replace(str(folder), "the model's folder")
+    return (words.splitlines() or [type(error).__name__])[0][:300]
 
 
 def calibration_windows(
@@ -133,7 +155,13 @@ def _windows(
         raise _too_short(part, name, len(stream), len(offsets))
     chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: part.num_samples]
     rows = [start + stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
-    return Windows(torch.tensor(rows, dtype=torch.int64), source_label(part.dataset), overlapping=short, notes=notes)
+    return Windows(
+        torch.tensor(rows, dtype=torch.int64),
+        source_label(part.dataset),
+        overlapping=short,
+        text_tokens=len(stream) if short else None,
+        notes=notes,
+    )
 
 
 def _spread(last: int, count: int) -> list[int]:

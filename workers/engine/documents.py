@@ -142,7 +142,8 @@ def read_jsonl(file: Path, name: str, notes: Notes | None = None) -> Iterator[Do
 def read_rows(file: Path, name: str, notes: Notes | None = None) -> Iterator[Record]:
     """The records of a JSONL file that hold text; the others are counted in `notes`. Raises as `read_jsonl`."""
     if not file.is_file():
-        raise InvalidDataset(f"{name}: there is no file {file.name}", field=name, value=str(file))
+        hint = "name a JSONL file that is there"
+        raise InvalidDataset(f"{name}: there is no file {file.name}", field=name, value=file.name, hint=hint)
     notes = Notes() if notes is None else notes
     with file.open("rb") as stream:
         for record in numbered_records(stream, name):

@@ -186,7 +186,7 @@ def _of_the_base() -> Iterator[None]:
     try:
         yield
     except BitwrightError as error:
-        error.field, error.hint = "base_job", error.hint or HINT
+        error.field, error.hint = "base_job", HINT if error.hint == error.way_out else error.hint
         raise
 
 
@@ -209,7 +209,8 @@ def _described(file: Path) -> dict[str, StoredLinear]:
             raise CorruptCheckpoint(f"{file.name} is not of version {native.VERSION} of the native format")
         return _LINEARS.validate_python(content["linears"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{file.name} cannot be read: {error}") from error
+        words = error.strerror if isinstance(error, OSError) else error  # without the path on this machine
+        raise CorruptCheckpoint(f"{file.name} cannot be read: {words}") from error
 
 
 def _reports(file: Path) -> tuple[BlockReport, ...]:

@@ -6,9 +6,11 @@ from importlib.metadata import version
 from app.domain.report import (
     BaseReport,
     BlockReport,
+    LinearReport,
     ModelReport,
     PeakMemory,
     Quality,
+    Reference,
     Report,
     ScaleReport,
     SizeReport,
@@ -33,6 +35,8 @@ class Findings:
     scales: ScaleReport | None
     quality: Quality | None
     finetuned: Finetuned | None = None
+    reference: Reference | None = None
+    head: LinearReport | None = None
 
 
 def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeReport) -> Report:
@@ -55,6 +59,8 @@ def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeRep
         ),
         calibration=None if windows is None else windows.report(),
         quality=found.quality,
+        round_to_nearest=found.reference,
+        head=found.head,
         base=_base_report(job, len(found.blocks)),
         blocks=found.blocks,
         allocation=job.prepared.report,

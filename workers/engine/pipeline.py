@@ -7,9 +7,10 @@ import torch
 
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
-from app.domain.report import Quality
+from app.domain.report import Quality, Reference
 from workers.adapters.attaching import Attach
 from workers.engine.block_pass import BlockPass
+from workers.engine.block_report import report_of_head
 from workers.engine.evaluation import measure
 from workers.engine.export import Export, TrainedAdapters
 from workers.engine.finetuning_stage import Finetuned, FinetuningStage, run_finetuning
@@ -17,6 +18,7 @@ from workers.engine.job_report import Findings, identity_of, report_of, size_of
 from workers.engine.opened_job import OpenedJob, opened
 from workers.engine.preparation import Preparation, digest, is_needed
 from workers.engine.ranks import Ranks, joined
+from workers.engine.reference import measure_reference
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint, library_versions
@@ -89,8 +91,13 @@ def _run_blocks(job: OpenedJob, ranks: Ranks) -> tuple[ResumeState, Findings]:
     observed = texts.calibration if METHODS[job.order.request.quantization.method].needs_inputs else None
     with model.loaded(model.layout.embeddings):
         calibration, evaluation = (
-            None if windows is None else Stream(model, ranks.share(windows.ids), job.plan, keep_inputs=keep)
-            for windows, keep in ((observed, keep_inputs), (texts.evaluation, False))
+            None
+            if windows is None
+            else Stream(model, ranks.share(windows.ids), job.plan, keep_inputs=keep, reference=reference)
+            for windows, keep, reference in (
+                (observed, keep_inputs, False),
+                (texts.evaluation, False, job.reference),
+            )
         )
     state = ResumeState(job.workspace / "state", _fingerprint(job), ranks)
     if state.resumed:
@@ -123,7 +130,9 @@ def _run_blocks(job: OpenedJob, ranks: Ranks) -> tuple[ResumeState, Findings]:
     finetuned = _finetune(job, state, evaluation, head, ranks)
     job.clock.enter(Stage.EVALUATE)
     quality = None if evaluation is None else _evaluate(job, evaluation, head, ranks)
-    return state, Findings(reports, scales, quality, finetuned)
+    reference = None if evaluation is None else _reference(job, evaluation, head, ranks)
+    head_report = None if head is None else report_of_head(model, state.load(len(model.blocks)))
+    return state, Findings(reports, scales, quality, finetuned, reference, head_report)
 
 
 def _finetune(
@@ -183,6 +192,14 @@ def _evaluate(job: OpenedJob, stream: Stream, head: torch.Tensor | None, ranks: 
     for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
         job.reporter.metric(name, getattr(quality, name))
     return quality
+
+
+def _reference(job: OpenedJob, stream: Stream, head: torch.Tensor | None, ranks: Ranks) -> Reference | None:
+    windows = job.texts.evaluation
+    found = None if windows is None else measure_reference(job.model, stream, windows, head, ranks)
+    if found is not None:
+        job.reporter.metric("perplexity_round_to_nearest", found.perplexity)
+    return found
 
 
 def _export(job: OpenedJob, state: ResumeState, found: Findings) -> ResultLine:

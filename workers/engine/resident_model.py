@@ -228,4 +228,5 @@ def _demand_plain_head(resident: ResidentModel) -> None:
         if torch.equal(model.head_logits(hidden), model.logits(hidden)):
             return
     detail = f"{type(model.model).__name__} does more after its blocks than norm and head: it cannot be finetuned"
-    raise UnsupportedArchitecture(detail, field="model")
+    hint = "quantize it without finetune, or finetune a model without a cap on its logits"
+    raise UnsupportedArchitecture(detail, field="model", hint=hint)

@@ -32,6 +32,7 @@ from app.domain.finetuning import Finetune
 from app.domain.report import Judgement
 from workers.engine.captured_passes import Passes
 from workers.engine.flat_parameters import FlatParameters
+from workers.engine.overflow import ALSO_DTYPE
 from workers.engine.packed_sequences import Batch, Order, PackedSequences, Step, batch_of
 from workers.engine.ranks import ALONE, Ranks
 from workers.engine.read_ahead import read_ahead
@@ -314,13 +315,16 @@ def _demand_agreement(parameters: FlatParameters, ranks: Ranks) -> None:
         raise InternalError("the ranks start from different adapters")
 
 
+LOWER_RATE = "use a lower learning rate, or more bits" + ALSO_DTYPE
+
+
 def _step_seed(seed: int, step: int, rank: int) -> int:
     digest = hashlib.sha256(f"{seed}:step:{step}:{rank}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
 def _not_finite(what: str) -> NumericalFailure:
-    return NumericalFailure(what, field="finetune.learning_rate", hint="use a lower learning rate, or more bits")
+    return NumericalFailure(what, field="finetune.learning_rate", hint=LOWER_RATE)
 
 
 @contextmanager

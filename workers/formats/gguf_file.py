@@ -22,7 +22,7 @@ from app.domain.formats import ExportFormat, base_alone
 from app.domain.report import Report
 from workers.formats.gguf_blocks import pack
 from workers.formats.gguf_identity import add_identity
-from workers.formats.gguf_metadata import Architecture
+from workers.formats.gguf_metadata import OTHER_FORMAT, Architecture
 from workers.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
 from workers.formats.identity import Identity
 from workers.formats.model_card import describe
@@ -142,7 +142,8 @@ class GGUFFile:
     def _add(self, name: str, data: Tensor, kind: Kind) -> None:
         found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if found is None:
-            raise FormatCannotHold(f"gguf has no name for the tensor {name}", field="formats", value=name)
+            detail = f"gguf has no name for the tensor {name}"
+            raise FormatCannotHold(detail, field="formats", value=name, hint=OTHER_FORMAT)
         self._stored.add(found, data, kind, source=name)
 
 

@@ -17,6 +17,7 @@ from workers.formats.card_sections import code, quality, training
 from workers.formats.front_matter import front_matter
 from workers.formats.identity import Identity, Part, adapter_title, part_of, title
 from workers.formats.loading_lines import loading_lines
+from workers.formats.reference_lines import reference_lines
 from workers.formats.shards import write_json
 from workers.formats.source_card import SourceCard, read_source_card
 from workers.formats.source_files import SourceCheckpoint, licence_file, names_code
@@ -89,6 +90,7 @@ def model_card(
         *loading_lines(export_format, linears, formats, apart=apart, model_id=identity.model_id),
         *training(report),
         *quality(report, part, export_format),
+        *reference_lines(report.round_to_nearest),
         "## Size",
         _size(report, part, stored_bytes),
         "## Provenance",

@@ -109,7 +109,9 @@ class AdapterWriter:
         """
         adapted = {name: linear.low_rank for name, linear in self._linears.items() if linear.low_rank is not None}
         if not adapted:
-            raise FormatCannotHold("the result has no low-rank factors, and peft holds nothing else", field="formats")
+            hint = "leave peft out of formats, or take a method that makes factors, or finetune a lora"
+            detail = "the result has no low-rank factors, and peft holds nothing else"
+            raise FormatCannotHold(detail, field="formats", hint=hint)
         others = {*ignored, *self._linears} - adapted.keys()
         write_json(self._folder / "adapter_config.json", config(adapted, others))
         save_file(self._tensors, self._folder / "adapter_model.safetensors", metadata={"format": "pt"})

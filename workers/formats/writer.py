@@ -79,7 +79,8 @@ def check_model(
         FormatCannotHold: one of them cannot.
     """
     for problem in model_problems(formats, model_type, inputs):
-        raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value)
+        hint = "leave the format out, or change what its detail names; GET /v1/formats lists what each one holds"
+        raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value, hint=hint)
     if ExportFormat.GGUF in formats:
         gguf_file.check_source(source)
 
