@@ -1,7 +1,10 @@
 """The report of a succeeded job: `report.json` of every checkpoint and `report` of GET /v1/jobs/{id}."""
 
+from typing import Self
+
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.domain.formats import ADAPTER_FOLDER
 from app.domain.methods import Form
 
 
@@ -20,13 +23,35 @@ class TextReport(ReportPart):
 
 
 class Quality(ReportPart):
-    """How close the quantized model is to the original, on the evaluation text."""
+    """How close the quantized model is to the original, on the evaluation text: with the numbers that are stored."""
 
     text: TextReport
     perplexity_original: float
     perplexity: float
     kl_divergence: float = Field(description="KL(original || quantized), nats a token.")
     top1_agreement: float = Field(description="Share of tokens with the same most likely next token.")
+
+
+class Figures(ReportPart):
+    """What is measured of the quantized model, beside the original's perplexity: fields of `Quality`."""
+
+    perplexity: float
+    kl_divergence: float
+    top1_agreement: float
+
+    @classmethod
+    def of(cls, quality: Quality) -> Self:
+        """Those of a whole measurement."""
+        return cls(**quality.model_dump(include=set(Figures.model_fields)))
+
+
+class ShippedFigures(ReportPart):
+    """Figures of checkpoints that stand for the same numbers, loaded one way; on the text of `quality`."""
+
+    checkpoints: tuple[str, ...] = Field(description="By folder; each of them gives these figures.")
+    adapter: str | None = Field(description="Folder of the adapter that is loaded beside it; null: it stands alone.")
+    whole: bool = Field(description="False: the base alone, without the adapter that belongs to it.")
+    figures: Figures
 
 
 class LinearReport(ReportPart):
@@ -146,6 +171,11 @@ class AdapterReport(ReportPart):
     bits_per_weight: float = Field(description="As stored in the adapter file, for each weight of the linears.")
     bit_operations: BitOperations | None = Field(default=None, description="Of kinds with gates.")
     merge: MergeReport | None = Field(default=None, description="None where nothing was folded.")
+    before_merge: Figures | None = Field(
+        default=None,
+        description="With the adapter beside the quantized weights, as it was trained; None where nothing was merged. "
+        "What ships is `quality`.",
+    )
 
 
 class AllocatedLinear(ReportPart):
@@ -225,7 +255,14 @@ class Report(ReportPart):
     )
     model: ModelReport
     calibration: TextReport | None
-    quality: Quality | None
+    quality: Quality | None = Field(
+        description="Of the checkpoints that were asked for, the first way to load them in `shipped`."
+    )
+    shipped: tuple[ShippedFigures, ...] = Field(
+        default=(),
+        description="Every way to load what was stored, measured with the numbers that are stored: those of `quality` "
+        "first, what is not the whole result last. Empty where nothing was evaluated.",
+    )
     base: BaseReport | None = Field(default=None, description="None if this job quantized the model itself.")
     blocks: tuple[BlockReport, ...] = Field(
         description="As they were quantized, before scales were tuned together. With `base`, its errors of linears."
@@ -242,3 +279,18 @@ class Report(ReportPart):
     blocks_computed: int = Field(description="Blocks quantized by this attempt.")
     blocks_resumed: int = Field(description="Blocks adopted from earlier attempts.")
     warnings: tuple[str, ...] = ()
+
+    def quality_of(self, checkpoint: str) -> Quality | None:
+        """Quality of the whole result loaded from this folder: by itself if that can be, else with its adapter.
+
+        Of an adapter's folder: of its base with it. None where nothing was evaluated.
+        """
+        if self.quality is None:
+            return None
+        whole = [way for way in self.shipped if way.whole]
+        found = [way.figures for way in whole if checkpoint in way.checkpoints and way.adapter is None]
+        found += [way.figures for way in whole if checkpoint in (*way.checkpoints, way.adapter)]
+        if not found and checkpoint == ADAPTER_FOLDER:
+            found += [way.figures for way in whole if way.adapter is not None]
+            found += [] if self.adapter is None or self.adapter.before_merge is None else [self.adapter.before_merge]
+        return self.quality.model_copy(update=found[0].model_dump()) if found else self.quality
