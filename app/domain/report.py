@@ -126,7 +126,12 @@ class FinetuningReport(ReportPart):
     stopped_early: bool
     losses: tuple[LossPoint, ...]
     loss_before: float | None = Field(description="On held-out sequences, before training; null: there are none.")
-    loss_after: float | None = Field(description="The same with the parameters that were kept.")
+    loss_after: float | None = Field(
+        description="The same with the parameters that were kept, beside the quantized weights."
+    )
+    loss_shipped: float | None = Field(
+        default=None, description="The same with the weights that ship, where the adapter lies in them; else null."
+    )
     judgements: tuple[Judgement, ...]
     micro_batch: int = Field(description="Sequences that went through the model at once.")
     blocks_recomputed: int = Field(description="Blocks whose activations were computed again for the gradient.")

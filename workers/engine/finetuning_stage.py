@@ -4,7 +4,7 @@ texts        read before anything is quantized, so that a row that cannot be lea
 state        the finished blocks, whose weights are the base; checkpoints of training lie beside them
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,9 +25,12 @@ from workers.engine.ranks import Ranks
 from workers.engine.reporter import Reporter
 from workers.engine.resident_model import Residence, ResidentModel, resident
 from workers.engine.resume import ResumeState, fingerprint
-from workers.engine.training import TrainingOutcome, TrainingTask, train
+from workers.engine.training import TrainingOutcome, TrainingTask, judging_batches, mean_loss, train
 from workers.engine.training_plan import TrainingPlan, plan_training
 from workers.engine.training_state import TrainingState
+from workers.numerics.quantized import LinearResult
+
+LoadBlock = Callable[[int], Mapping[str, LinearResult]]
 
 MOST_POINTS = 50
 """Of the loss curve in the report."""
@@ -118,6 +121,26 @@ def run_finetuning(stage: FinetuningStage) -> Finetuned:
         if value is not None:
             stage.reporter.metric(name, value)
     return trained
+
+
+def shipped_loss(stage: FinetuningStage, told: FinetuningReport, load: LoadBlock) -> float | None:
+    """The held-out loss with weights in which the adapters lie; None if nothing is held out.
+
+    told   by the training before
+    load   linears of a block as they ship, by full name
+    """
+    model, seed = stage.model, block_seed(stage.seed, "finetune")
+    batches = judging_batches(stage.texts.held_out, stage.part, told.micro_batch, seed, stage.ranks)
+    if not stage.ranks.total(len(batches)):
+        return None
+    how = Residence(length=stage.part.sequence_length, keeps=told.weights_kept, recomputed=0)
+    changed = stage.state.parameters
+    with resident(model, load, _no_adapters, how, seed=seed, head=stage.head, changed=changed) as found:
+        return mean_loss(found, (batch.to(model.device) for batch in batches), stage.ranks)
+
+
+def _no_adapters(_linears: Mapping[str, LinearResult], _seed: int) -> dict[str, nn.Module]:
+    return {}
 
 
 def _last_divisor(stage: FinetuningStage) -> int:

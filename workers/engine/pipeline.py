@@ -15,7 +15,7 @@ from workers.adapters.attaching import Attach
 from workers.engine.block_pass import BlockPass
 from workers.engine.evaluation import measure
 from workers.engine.export import Export
-from workers.engine.finetuning_stage import Finetuned, FinetuningStage, run_finetuning
+from workers.engine.finetuning_stage import Finetuned, FinetuningStage, run_finetuning, shipped_loss
 from workers.engine.job_report import Findings, report_of, size_of
 from workers.engine.opened_job import OpenedJob, opened
 from workers.engine.preparation import Preparation, digest, is_needed
@@ -24,7 +24,7 @@ from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, code_version, fingerprint
 from workers.engine.scale_stage import run_scale_stage
-from workers.engine.shipped import Numbers, Replay, TrainedAdapters, offset_dtype, shipments
+from workers.engine.shipped import Numbers, Replay, Shipment, TrainedAdapters, offset_dtype, shipments
 from workers.engine.shipped_quality import Evaluated, Judge, differences, evaluate
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
@@ -137,23 +137,27 @@ def _finetune(job: OpenedJob, state: ResumeState, head: torch.Tensor | None, ran
     if part is None or adapter is None or texts is None:
         return None
     job.clock.enter(Stage.FINETUNE)
-    return run_finetuning(
-        FinetuningStage(
-            model=job.model,
-            part=part,
-            texts=texts,
-            attach=Attach(adapter, {} if job.earlier is None else job.earlier.adapters),
-            names=frozenset(job.schemes) - {job.model.layout.head},
-            state=state,
-            folder=job.workspace / "state",
-            identity={"codes": _fingerprint(job), "adapter": request.model_dump(mode="json", include={"adapter"})},
-            head=head,
-            seed=request.seed,
-            divisor=job.order.micro_batch_divisor,
-            reporter=job.reporter,
-            ranks=ranks,
-        )
+    stage = FinetuningStage(
+        model=job.model,
+        part=part,
+        texts=texts,
+        attach=Attach(adapter, {} if job.earlier is None else job.earlier.adapters),
+        names=frozenset(job.schemes) - {job.model.layout.head},
+        state=state,
+        folder=job.workspace / "state",
+        identity={"codes": _fingerprint(job), "adapter": request.model_dump(mode="json", include={"adapter"})},
+        head=head,
+        seed=request.seed,
+        divisor=job.order.micro_batch_divisor,
+        reporter=job.reporter,
+        ranks=ranks,
     )
+    finetuned = run_finetuning(stage)
+    trained = _trained_adapters(job, finetuned)
+    if trained is None or _ways(job, trained)[0].numbers is not Numbers.WHOLE:
+        return finetuned
+    loss = shipped_loss(stage, finetuned.report, lambda index: trained.results(state.load(index)))
+    return replace(finetuned, report=finetuned.report.model_copy(update={"loss_shipped": loss}))
 
 
 def _fingerprint(job: OpenedJob) -> str:
@@ -193,22 +197,30 @@ def _evaluate(
         )
 
     trained = _trained_adapters(job, finetuned)
-    ways = shipments(
+    found = evaluate(
+        _ways(job, trained),
+        Replay(job.model, state, trained),
+        stream,
+        Judge(head, judge),
+        merged=request.merge is not None,
+        streamed=_streamed(job, trained),
+    )
+    for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
+        job.reporter.metric(name, getattr(found.quality, name))
+    for code, message in differences(found, None if finetuned is None else finetuned.report, _merging(request)):
+        job.reporter.warning(code, message)
+    return found
+
+
+def _ways(job: OpenedJob, trained: TrainedAdapters | None) -> list[Shipment]:
+    request = job.order.request
+    return shipments(
         request.formats,
         factors=Form.LOW_RANK in result_forms(request.quantization, request.adapter, request.merge),
         trained=trained is not None,
         merge=request.merge,
         rounded_in_gguf=_is_rounded_in_gguf(job),
     )
-    replay = Replay(job.model, state, trained)
-    found = evaluate(
-        ways, replay, stream, Judge(head, judge), merged=request.merge is not None, streamed=_streamed(job, trained)
-    )
-    for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
-        job.reporter.metric(name, getattr(found.quality, name))
-    for code, message in differences(found, _merging(request)):
-        job.reporter.warning(code, message)
-    return found
 
 
 def _streamed(job: OpenedJob, trained: TrainedAdapters | None) -> tuple[Numbers, bool] | None:

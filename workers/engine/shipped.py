@@ -83,6 +83,10 @@ class TrainedAdapters:
         module, dtype = self.modules[name], self.offset_dtype
         return shipped(name, base, module, self.merge, round_offset=self.round_offset, offset_dtype=dtype)
 
+    def results(self, bases: Mapping[str, LinearResult]) -> dict[str, LinearResult]:
+        """The same of a block's linears, by full name."""
+        return {name: self.result(name, base) for name, base in bases.items()}
+
     def finished(self, name: str, base: LinearResult) -> Finished:
         """The same, with the proof of its merge."""
         if name not in self.modules:

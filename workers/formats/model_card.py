@@ -27,13 +27,14 @@ def model_card(
     licence   name of the licence file beside the card, if the source had one
     formats   all of the job's
     """
+    quality = report.quality_of(export_format)
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(report, export_format), sort_keys=False)}---",
         f"# {_title(report)}",
         _summary(report, export_format, linears),
         "## Load",
         *loading_lines(export_format, linears, formats),
-        *(["## Quality", _quality_table(report.quality)] if report.quality else []),
+        *(["## Quality", _quality_table(quality)] if quality else []),
         "## Size",
         _size(report),
         "## Provenance",
