@@ -56,16 +56,13 @@ FORMATS = (
 )
 BITS = (2, 3, 4)
 DTYPES = ("bfloat16", "float16", "float32")
-TEXTS = {
-    "calibration": {"num_samples": 2, "sequence_length": 32},
-    "evaluation": {"num_samples": 6, "sequence_length": 64},
-}
+TEXTS = {"calibration": {"num_samples": 2, "sequence_length": 32}}
+EVALUATION = {"num_samples": 8, "sequence_length": 64}
 TRAINING = {"steps": 4, "batch_size": 4, "sequence_length": 64, "learning_rate": 0.03}
 """Hard enough that what a merge rounds away would be seen, and few enough that many jobs take no time."""
-ROWS = [
-    {"prompt": f"after {a} and {b} ", "completion": f"{b} {a}"}
-    for a, b in itertools.product(["grid", "scale", "code", "block", "linear", "group", "rank", "token"], repeat=2)
-]
+WORDS = ("grid", "scale", "code", "block", "linear", "group", "rank", "token", "range", "offset", "row", "head")
+ROWS = [{"prompt": f"after {a} and {b} ", "completion": f"{b} {a}"} for a, b in itertools.product(WORDS, repeat=2)]
+"""What is learned, and judged by: half of the rows for each, so that what training is worth is seen."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,7 @@ class Case:
                 "formats": list(self.formats),
                 **ENDINGS[self.ending],
                 **TEXTS,
+                "evaluation": {"dataset": str(rows), **EVALUATION},
             }
         )
 
@@ -160,16 +158,18 @@ def run_case(request: JobRequest, model: Path, rows: Path, workspace: Path) -> R
         attempt=1,
         request=request,
         model_path=str(model),
+        evaluation_path=str(rows),
         finetuning_path=str(rows) if request.finetune else None,
         device="cpu",
     )
     return run(order, workspace, Reporter(lambda _: None))
 
 
-def windows(request: JobRequest, model: Path) -> Tensor:
+def windows(request: JobRequest, model: Path, rows: Path) -> Tensor:
     """Token ids of the text that judges."""
     assert request.evaluation is not None
-    return evaluation_windows(load_tokenizer(model), request.evaluation, None, request.seed).ids
+    learned = rows if request.finetune else None
+    return evaluation_windows(load_tokenizer(model), request.evaluation, rows, request.seed, None, learned).ids
 
 
 @torch.no_grad()
@@ -227,6 +227,7 @@ def table_requests(model: Path, rows: Path) -> Iterator[tuple[str, JobRequest]]:
     """A job of each recipe as it is by default, and of each that merges with `round_offset`, at 2, 3 and 4 bits."""
     finetune = {"dataset": str(rows), "steps": 40, "batch_size": 4, "sequence_length": 64, "learning_rate": 0.02}
     common = {"model": str(model), "group_size": 32, "rank": 4, "finetune": finetune, **TEXTS}
+    common |= {"evaluation": {"dataset": str(rows), **EVALUATION}}
     recipes = ("qlora", "qa-lora", "q-bara", "qa-hira", "qa-blora", "bayesian-lora")
     for method, bits in itertools.product(recipes, BITS):
         yield f"{method}, {bits} bits", JobRequest.parse({"method": method, "bits": bits, **common})
@@ -274,7 +275,7 @@ def main() -> None:
         for number, (name, request) in enumerate(table_requests(model, rows)):
             workspace = Path(folder) / str(number)
             result = run_case(request, model, rows, workspace)
-            made += table_rows(name, result, workspace / "output", windows(request, model))
+            made += table_rows(name, result, workspace / "output", windows(request, model, rows))
     sys.stdout.write(markdown(made))
 
 
