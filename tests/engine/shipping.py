@@ -13,7 +13,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,10 @@ class Case:
         """One of each axis."""
         return self.adapter, self.base, self.ending, self.formats, self.bits, self.dtype, self.head
 
+    def at(self, bits: int, dtype: str, head: bool) -> "Case":
+        """The same kind of job elsewhere on the other axes."""
+        return replace(self, bits=bits, dtype=dtype, head=head)
+
     def __str__(self) -> str:
         head = ["head"] if self.head else []
         return "-".join(
@@ -125,13 +129,13 @@ def kinds() -> list[Case]:
 def product() -> list[Case]:
     """All kinds; widths, dtypes and whether the head is quantized in turn."""
     rest = list(itertools.product(BITS, DTYPES, (False, True)))
-    return [Case(*case.values[:4], *rest[number % len(rest)]) for number, case in enumerate(kinds())]
+    return [kind.at(*rest[number % len(rest)]) for number, kind in enumerate(kinds())]
 
 
 def pairwise() -> list[Case]:
     """Few cases with every two values that go together in one of them."""
     others = list(itertools.product(BITS, DTYPES, (False, True)))
-    every = [Case(*kind.values[:4], *rest) for kind, rest in itertools.product(kinds(), others)]
+    every = [kind.at(*rest) for kind, rest in itertools.product(kinds(), others)]
     numbers: dict[object, int] = {}
     pairs = {}
     for case in every:

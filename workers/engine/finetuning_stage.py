@@ -139,7 +139,7 @@ def shipped_loss(stage: FinetuningStage, told: FinetuningReport, load: LoadBlock
         return mean_loss(found, (batch.to(model.device) for batch in batches), stage.ranks)
 
 
-def _no_adapters(_linears: Mapping[str, LinearResult], _seed: int) -> dict[str, nn.Module]:
+def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:  # noqa: ARG001 - a protocol
     return {}
 
 

@@ -138,7 +138,7 @@ def shipments(
 
 
 def _split(names: Sequence[ExportFormat], rounded_in_gguf: bool) -> list[tuple[list[ExportFormat], bool]]:
-    apart = [name for name in names if rounded_in_gguf and name is ExportFormat.GGUF]
+    apart: list[ExportFormat] = [name for name in names if rounded_in_gguf and name is ExportFormat.GGUF]
     return [([name for name in names if name not in apart], False), (apart, True)]
 
 
@@ -223,11 +223,13 @@ class Factors(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The update, (.., out) in the factors' dtype, of `x` (.., in)."""
         inner = nn.functional.linear(x.to(self.a.dtype), self.a)
-        return nn.functional.linear(inner, self.b) * self.scale
+        update: Tensor = nn.functional.linear(inner, self.b) * self.scale
+        return update
 
 
 def _adding(update: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        return (output + update(inputs[0])).to(output.dtype)
+        found: Tensor = output + update(inputs[0])
+        return found.to(output.dtype)
 
     return add
