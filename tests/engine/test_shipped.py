@@ -57,7 +57,7 @@ def test_factors_are_applied_as_stock_peft_applies_them(dtype: torch.dtype) -> N
     base = nn.Sequential(nn.Linear(16, 24, bias=False, dtype=dtype))
     a, b = torch.randn(3, 16, generator=generator), torch.randn(24, 3, generator=generator)
     x = torch.randn(5, 16, generator=generator).to(dtype)
-    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=8, target_modules=["0"]))  # type: ignore[arg-type]
+    model = get_peft_model(base, LoraConfig(r=3, lora_alpha=8, target_modules=["0"]))
     layer = model.base_model.model[0]
     layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a.clone(), b.clone()
     update = Factors(LowRank(a, b, 8.0))
