@@ -105,7 +105,8 @@ class _Attempt:
         with holding(Path(order.model_path)) if order.model_revision else nullcontext():
             result = self._listen_for(ResultLine, self._context.attempt_module, environment, ranks=order.world_size)
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
-        missed = missed_requirement(self._claim.request.require, result.report)
+        request = self._claim.request
+        missed = missed_requirement(request.require, result.report, request.formats)
         self._events.flush()
         if missed is not None:
             return self.write(lambda writer: writer.fail(missed, report=result.report, artifacts=artifacts))

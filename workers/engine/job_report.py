@@ -2,15 +2,15 @@
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import prod
 
 from app.domain.report import (
     BaseReport,
     BlockReport,
+    Figures,
     LinearReport,
     ModelReport,
     PeakMemory,
-    Quality,
-    Reference,
     Report,
     ScaleReport,
     SizeReport,
@@ -18,11 +18,13 @@ from app.domain.report import (
 )
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import source_label
+from workers.engine.checkpoint import StoredTensor
 from workers.engine.clock import peak_memory
 from workers.engine.finetuning_stage import Finetuned
 from workers.engine.opened_job import OpenedJob
 from workers.engine.plan import plan_report
 from workers.engine.resume import ResumeState
+from workers.engine.shipped_quality import Evaluated
 from workers.formats.identity import Identity
 from workers.numerics.quantized import StoredBits
 
@@ -33,9 +35,9 @@ class Findings:
 
     blocks: tuple[BlockReport, ...]
     scales: ScaleReport | None
-    quality: Quality | None
+    evaluated: Evaluated | None
     finetuned: Finetuned | None = None
-    reference: Reference | None = None
+    reference: Figures | None = None
     head: LinearReport | None = None
 
 
@@ -58,7 +60,8 @@ def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeRep
             parameters=_parameters(job.model),
         ),
         calibration=None if windows is None else windows.report(),
-        quality=found.quality,
+        quality=None if found.evaluated is None else found.evaluated.quality,
+        shipped=() if found.evaluated is None else found.evaluated.shipped,
         round_to_nearest=found.reference,
         head=found.head,
         base=_base_report(job, len(found.blocks)),
@@ -116,18 +119,27 @@ def size_of(job: OpenedJob, stored: StoredBits, weights: int) -> SizeReport:
     stored    bits of all quantized linears, by what they hold
     weights   how many weights they are
     """
-    checkpoint, count = job.model.checkpoint, max(1, weights)
-    quantized = sum(checkpoint.tensors[job.model.sources[f"{name}.weight"]].size for name in job.schemes)
-    after = checkpoint.size - quantized + stored.total // 8
+    model, count = job.model, max(1, weights)
+    before = sum(tensor.size for tensor in _tensors(model))
+    quantized = sum(model.checkpoint.tensors[model.sources[f"{name}.weight"]].size for name in job.schemes)
+    after = before - quantized + stored.total // 8
     return SizeReport(
-        bytes_original=checkpoint.size,
+        bytes_original=before,
         bytes_quantized=after,
         quantized_weights=weights,
         bits_per_weight=stored.total / count,
-        bits_per_weight_model=after * 8 / _parameters(job.model),
+        bits_per_weight_model=after * 8 / _parameters(model),
         parts=StoredParts(**{name: bits / count for name, bits in asdict(stored).items()}),
     )
 
 
+def _tensors(model: StreamedModel) -> list[StoredTensor]:
+    """What the checkpoint holds of the model's parameters, each once.
+
+    Never the modules: stages put others in their place, and parameters without memory.
+    """
+    return [model.checkpoint.tensors[name] for name in sorted(set(model.sources.values()))]
+
+
 def _parameters(model: StreamedModel) -> int:
-    return sum(parameter.numel() for name, parameter in model.model.named_parameters() if name in model.sources)
+    return sum(prod(tensor.shape) for tensor in _tensors(model))

@@ -6,17 +6,17 @@ Figures are of the files that were measured: `figures_of` is the one place that 
 from collections.abc import Iterator
 
 from app.domain.adapters import ADAPTERS
-from app.domain.formats import ExportFormat
+from app.domain.formats import ADAPTER_FOLDER, ExportFormat
 from app.domain.report import AdapterReport, EarlierTraining, FinetuningReport, Quality, Report
 from workers.formats.identity import Part, adapter_title
 
 
-def figures_of(report: Report, export_format: ExportFormat | None) -> Quality | None:  # noqa: ARG001 - all have one
+def figures_of(report: Report, export_format: ExportFormat | None) -> Quality | None:
     """What was measured of a format's files, with the adapter where that is apart; None: nothing was.
 
     export_format   None: of the adapter file with its base
     """
-    return report.quality
+    return report.quality_of(ADAPTER_FOLDER if export_format is None else export_format)
 
 
 def code(text: str) -> str:
