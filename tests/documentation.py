@@ -74,6 +74,7 @@ FILES = MappingProxyType(
         "docs/errors.md": "Every error code and its way out",
         "docs/operations.md": "Settings, scaling, backup, upgrades, security, what happens when something dies",
         "docs/results.md": "Measured figures and how to reproduce them",
+        "docs/datasets.md": "Rows of datasets: which fields are read, what is learned of them, and what is refused",
     }
 )
 """Files that cannot describe themselves."""

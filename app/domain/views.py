@@ -196,12 +196,19 @@ class FormatView(View):
     runtimes: list[RuntimeView]
 
 
+CLOCK_SKEW = "clock_skew_seconds"
+"""What a worker calls its clock's distance from the database's, among the facts of its machine."""
+
+
 class WorkerView(View):
     id: str
     device: str
     capacity: dict[str, Any] = Field(default_factory=dict)
     job_id: str | None = None
     last_seen_at: datetime
+    clock_skew_seconds: float | None = Field(
+        default=None, description="By how much the clock of the worker's machine is ahead of the database's."
+    )
 
 
 class PreflightView(View):

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from app.domain.errors import BitwrightError, CorruptCheckpoint, SourceNotFound, UnsafeCheckpoint
+from app.domain.foreign_files import INDEX
 from tests.engine.random_models import save_random_model
-from workers.engine.checkpoint import INDEX, Checkpoint
+from workers.engine.checkpoint import Checkpoint
 
 
 def test_sharded_and_single_checkpoints_hold_the_same(tmp_path: Path) -> None:

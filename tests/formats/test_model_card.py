@@ -124,8 +124,9 @@ def test_front_matter_names_a_hub_model_and_nothing_else() -> None:
     matter = yaml.safe_load(card(CT, a=W4).split("---")[1])
     assert matter["base_model"] == "org/tiny"
     assert matter["tags"] == ["bitwright", "compressed-tensors"]
-    for source in ("/models/tiny", "upl_01abc"):
-        local = REPORT.model_copy(update={"model": REPORT.model.model_copy(update={"source": source})})
+    for source, kind in (("/models/tiny", None), ("upl_01abc", None), ("models/tiny", "local"), ("org/x", "upload")):
+        changed = REPORT.model.model_copy(update={"source": source, "kind": kind})
+        local = REPORT.model_copy(update={"model": changed})
         assert "base_model" not in yaml.safe_load(card(CT, local, a=W4).split("---")[1])
 
 

@@ -31,6 +31,9 @@ ARCHITECTURES: MappingProxyType[str, MODEL_ARCH] = MappingProxyType(
 """transformers' `model_type` -> GGUF's architecture."""
 
 
+OTHER_FORMAT = "leave gguf out of formats: compressed-tensors and merged hold this model"
+
+
 @dataclass(frozen=True)
 class Architecture:
     """What the metadata says, and what moves.
@@ -54,12 +57,13 @@ class Architecture:
         model_type = dimensions.architecture.model_type
         if model_type not in ARCHITECTURES:
             known = ", ".join(ARCHITECTURES)
-            raise FormatCannotHold(f"gguf is written for {known}, not for {model_type}", field="formats")
+            detail = f"gguf is written for {known}, not for {model_type}"
+            raise FormatCannotHold(detail, field="formats", hint=OTHER_FORMAT)
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
         kind = ARCHITECTURES[model_type]
         moved = {"q_proj": dimensions.heads, "k_proj": dimensions.key_value_heads} if kind is MODEL_ARCH.LLAMA else {}
         for refusal in gguf_refusals(model_type, config.to_dict()):
-            raise FormatCannotHold(refusal, field="formats")
+            raise FormatCannotHold(refusal, field="formats", hint=OTHER_FORMAT)
         return cls(kind, config, dimensions, moved)
 
     @property
