@@ -195,7 +195,7 @@ def load_unpacked(folder: Path) -> Any:
     with warnings.catch_warnings():
         # transformers tells that it takes the rest of the configuration from the checkpoint, which is what we want.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        options = CompressedTensorsConfig(run_compressed=False)
+        options = CompressedTensorsConfig(dequantize=True)
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=options)
 
 
