@@ -30,7 +30,7 @@ CLOSE = 0.12
 """Largest difference of a log-probability: both compute in bfloat16, each with roundings of its own."""
 
 DIVERGENCE = 0.0002
-"""Largest mean KL divergence, nats a token. What quantization itself makes of this model is ten times as much or more."""
+"""Largest mean KL divergence, nats a token: a tenth of what quantization makes of this model, or less."""
 
 TEXT = "The `with` statement is used to wrap the execution of a block with methods defined by a context manager."
 TOKENS = 12
@@ -123,7 +123,9 @@ LOADED: dict[str, dict[str, Any]] = {
     "asymmetric": {"group_size": 32, "symmetric": False},
     "per channel": {"group_size": -1},
     "per channel, asymmetric": {"group_size": -1, "symmetric": False},
-    "linears left at 16 bits": {"modules": {"ignore": ["lm_head", "*.mlp.gate_proj", "*.mlp.up_proj", "*.1.self_attn.*"]}},
+    "linears left at 16 bits": {
+        "modules": {"ignore": ["lm_head", "*.mlp.gate_proj", "*.mlp.up_proj", "*.1.self_attn.*"]}
+    },
     "mixed groups": {"group_size": 64, "modules": {"overrides": {"*.down_proj": {"group_size": 8}}}},
     "with the head": {"modules": {"ignore": []}},
     "merged": {"formats": ["merged"]},

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from app.domain.architectures import HEAD
 from app.domain.errors import CorruptCheckpoint, FormatCannotHold
-from app.domain.formats import FORMATS, ExportFormat
 from app.domain.methods import PER_CHANNEL, Scheme
 from workers.numerics.packing import pack_words, unpack_words
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -31,8 +30,7 @@ def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     """The stored tensors of the linear `name`, by full name.
 
     Raises:
-        FormatCannotHold: another form than an affine weight alone, bits that the format does not hold, or a scale that
-            it would have to round.
+        FormatCannotHold: another form than an affine weight alone, or a scale that it would have to round.
     """
     weight = _held(name, result)
     bits = weight.scheme.bits
@@ -141,20 +139,12 @@ def _words(count: int, bits: int) -> int:
 
 def _held(name: str, result: LinearResult) -> AffineWeight:
     """The weight, if it is one that the format holds."""
-    weight, info = result.weight, FORMATS[ExportFormat.COMPRESSED_TENSORS]
+    weight = result.weight
     if not isinstance(weight, AffineWeight) or weight.offset is not None or result.low_rank is not None:
         raise FormatCannotHold(
             "compressed-tensors holds affine weights with whole zero points, without low-rank factors",
             field=name,
             hint='ask for formats: ["merged"], or add "peft" for the low-rank factors',
-        )
-    if weight.scheme.bits not in info.bits:
-        widths = ", ".join(map(str, sorted(info.bits)))
-        raise FormatCannotHold(
-            f"compressed-tensors holds {widths} bits, not {weight.scheme.bits}",
-            field=name,
-            value=weight.scheme.bits,
-            hint='change bits, or ask for formats: ["native"]',
         )
     if weight.scale.dtype != weight.dtype:
         raise FormatCannotHold(
