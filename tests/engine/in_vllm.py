@@ -10,6 +10,7 @@ write). The last line of the output is a JSON object: `version`, and either `err
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -24,7 +25,7 @@ def main() -> None:
     sys.stdout.write("\n" + json.dumps(answer) + "\n")
 
 
-def run(case: dict) -> dict:
+def run(case: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 

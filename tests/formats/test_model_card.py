@@ -185,8 +185,8 @@ def test_the_adapter_s_card_serves_it_where_vllm_loads_the_base() -> None:
         linears = {name: StoredLinear.of(random_result((32, 32), one)) for name, one in made.items()}
         return model_card(REPORT, PEFT, linears, None, formats)
 
-    for formats in ((CT, PEFT), (MERGED, PEFT)):
-        alike = text(formats, a=Made(W4, rank=4), b=Made(W4, rank=4))
+    for base in (CT, MERGED):
+        alike = text((base, PEFT), a=Made(W4, rank=4), b=Made(W4, rank=4))
         assert "--enable-lora --max-lora-rank 8 --lora-modules adapter=path/to/this/folder" in alike
         assert "tested with 0.32.0" in alike
         assert "strengths differ" not in alike
