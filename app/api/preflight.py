@@ -28,6 +28,7 @@ from app.domain.jobs import JobRequest
 from app.domain.module_rules import rule_errors
 from app.domain.request_sources import read_sources, with_source
 from app.domain.roots import ALLOWED_HINT, check_links, lies_under
+from app.domain.runtimes import described, runtime_limits
 from app.domain.sources import HubDataset, LocalModel, LocalText, UploadedModel, UploadedText
 from app.domain.workload import readers_of, reads_calibration
 from app.settings import Settings
@@ -250,13 +251,11 @@ def check_shapes(found: Preflight, dimensions: Dimensions, config: Mapping[str, 
 
 
 def runtime_warnings(request: JobRequest) -> list[str]:
-    """Runtimes that load a requested format, but not with these widths or groups."""
-    warnings = []
+    """Runtimes that load a requested format, but not with these widths or groups, or not on every device."""
     schemes = {scheme for _, scheme in request.quantization.schemes()}
-    for name in request.formats:
-        for runtime in FORMATS[name].runtimes:
-            for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size)):
-                if not runtime.loads(scheme):
-                    how = f"{scheme.bits} bits with group size {scheme.group_size}"
-                    warnings.append(f"{runtime.runtime} does not load {name.value} of {how} ({runtime.support.value})")
-    return warnings
+    return [
+        warning
+        for name in request.formats
+        for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size, s.symmetric))
+        for warning in runtime_limits(FORMATS[name].runtimes, f"{name.value} of {described(scheme)}", scheme)
+    ]

@@ -18,7 +18,12 @@ BODIES: list[tuple[str, Any, str, str]] = [
     ("bits 9", {**SHORTHAND, "bits": 9}, "out_of_range", "bits"),
     ("bits 1.5", {**SHORTHAND, "bits": 1.5}, "wrong_type", "bits"),
     ("bits true", {**SHORTHAND, "bits": True}, "wrong_type", "bits"),
-    ("5 bits in a format without them", {**SHORTHAND, "bits": 5}, "format_cannot_hold", "bits"),
+    (
+        "6 bits in a format without them",
+        {**SHORTHAND, "bits": 6, "symmetric": False, "formats": ["gguf"]},
+        "format_cannot_hold",
+        "bits",
+    ),
     ("an adapter where none is made", {**SHORTHAND, "formats": ["peft"]}, "format_cannot_hold", "formats.0"),
     ("two dtypes of scales", {**SHORTHAND, "formats": [*CT, "gguf"]}, "format_cannot_hold", "formats.1"),
     ("unknown field", {**SHORTHAND, "bit": 4}, "unknown_field", "bit"),

@@ -6,7 +6,7 @@ from app.domain.formats import ExportFormat, base_alone
 from app.domain.methods import Scheme
 from workers.formats.compressed_tensors import needs_loader
 from workers.formats.gguf_read_back import Reading
-from workers.formats.runtimes import vllm_refusals
+from workers.formats.runtimes import package_needed, vllm_knowledge, vllm_lora, vllm_row
 from workers.formats.stored_linear import StoredLinear
 
 FOLDER, BASE, ADAPTER = "path/to/this/folder", "path/to/the/base", "path/to/the/adapter"
@@ -31,7 +31,7 @@ quantized base alone, for an adapter in the format `peft`."""
 
 LOAD_PACKED = """\
 ```python
-from transformers import AutoModelForCausalLM, AutoTokenizer    # and: pip install compressed-tensors
+from transformers import AutoModelForCausalLM, AutoTokenizer    # and: pip install "{package}"
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")
 tokenizer = AutoTokenizer.from_pretrained("{folder}")
@@ -50,10 +50,17 @@ ABOUT_MIXED = """\
 floating-point model from the same tensors."""
 
 LOAD_VLLM = """\
-vLLM, by its rules (not tested here):
+vLLM{known}:
 
 ```sh
 vllm serve {folder}
+```"""
+
+SERVE_ADAPTER = """\
+vLLM serves both as its model `adapter`, {known}:
+
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}
 ```"""
 
 LOAD_LLAMA_CPP = """\
@@ -149,14 +156,14 @@ By itself, which is not what was measured:"""
 
 ABOUT_UNPACKING = """\
 Linears of this checkpoint differ in width or group, so do not load it with `CompressedTensorsConfig(dequantize=True)`
-or `run_compressed=False`: transformers 5.23 then reads every linear by the first group's scheme, with wrong weights
-and without an error where the shapes happen to fit."""
+or its older name `run_compressed=False`: transformers 5.23 then reads every linear by the first group's scheme, with
+wrong weights and without an error where the shapes happen to fit."""
 
 UNPACKED = """\
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 model = AutoModelForCausalLM.from_pretrained(
-    "{folder}", quantization_config=CompressedTensorsConfig(run_compressed=False)
+    "{folder}", quantization_config=CompressedTensorsConfig(dequantize=True)
 )"""
 
 UNPACKED_MIXED = """\
@@ -206,14 +213,16 @@ def loading_lines(
     if export_format is ExportFormat.PEFT:
         where, load = _base(schemes, formats)
         named = [ABOUT_NAMED_BASE.format(model=model_id)] if model_id else []
-        return [f"{where}\n\n{WITH_ADAPTER.format(load=load, adapter=FOLDER)}", ABOUT_ADAPTER, *named]
+        serve = _serve_adapter(linears, formats)
+        return [f"{where}\n\n{WITH_ADAPTER.format(load=load, adapter=FOLDER)}", ABOUT_ADAPTER, *named, *serve]
     if export_format is ExportFormat.NATIVE:
         return _native(linears, apart)
     if export_format is ExportFormat.GGUF:
         about, transformers = _gguf_base(formats, apart), _gguf_in_transformers(linears, reading or Reading())
         return [*about, LOAD_LLAMA_CPP.format(folder=FOLDER), *transformers]
     if export_format is ExportFormat.MERGED:
-        plain, vllm = LOAD_PLAIN.format(folder=FOLDER), LOAD_VLLM.format(folder=FOLDER)
+        known = ", " + vllm_row(ExportFormat.MERGED).known()
+        plain, vllm = LOAD_PLAIN.format(folder=FOLDER), LOAD_VLLM.format(folder=FOLDER, known=known)
         how, load = "it needs nothing else", PLAIN.format(folder=FOLDER)
     else:
         plain, vllm = _packed_loading(schemes), _vllm(schemes)
@@ -287,7 +296,7 @@ def _packed_loading(schemes: Mapping[str, Scheme]) -> str:
     if needs_loader(schemes.values()):
         return f"{LOAD_BITWRIGHT}\n\n{ABOUT_MIXED}\n\n{ABOUT_UNPACKING}".format(folder=FOLDER)
     about = f"\n\n{ABOUT_UNPACKING}" if len(set(schemes.values())) > 1 else ""
-    return LOAD_PACKED.format(folder=FOLDER) + about
+    return LOAD_PACKED.format(folder=FOLDER, package=package_needed(schemes.values())) + about
 
 
 def _unpacked(schemes: Mapping[str, Scheme]) -> str:
@@ -302,5 +311,15 @@ def _unpacked(schemes: Mapping[str, Scheme]) -> str:
 
 
 def _vllm(schemes: Mapping[str, Scheme]) -> str:
-    refusals = vllm_refusals(schemes)
-    return f"vLLM does not load it, by its rules: {refusals[0]}." if refusals else LOAD_VLLM.format(folder=FOLDER)
+    known, refusal = vllm_knowledge(schemes)
+    return f"vLLM does not load it, {refusal}." if refusal else LOAD_VLLM.format(folder=FOLDER, known=known)
+
+
+def _serve_adapter(linears: Mapping[str, StoredLinear], formats: Collection[ExportFormat]) -> list[str]:
+    """The line that serves base and adapter in vLLM, where it loads the base."""
+    if not {ExportFormat.MERGED, ExportFormat.COMPRESSED_TENSORS} & set(formats):
+        return []
+    if ExportFormat.MERGED not in formats and vllm_knowledge({n: one.scheme for n, one in linears.items()})[1]:
+        return []
+    known, rank = vllm_lora([one.low_rank for one in linears.values() if one.low_rank is not None])
+    return [] if rank is None else [SERVE_ADAPTER.format(base=BASE, adapter=FOLDER, rank=rank, known=known)]

@@ -29,6 +29,7 @@ from workers.formats import compressed_tensors, gguf_file, merged, native
 from workers.formats.identity import Identity
 from workers.formats.model_card import describe
 from workers.formats.peft_adapter import AdapterWriter
+from workers.formats.runtimes import dense_words_warning, straddling
 from workers.formats.shards import SHARD_BYTES, ShardWriter, write_json
 from workers.formats.source_files import SourceCheckpoint, check_tensor, copy_files, without_code
 from workers.formats.stored_linear import StoredLinear
@@ -165,8 +166,9 @@ class CheckpointWriter:
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """None: nothing is rounded here."""
-        return {}
+        """What loading needs; nothing is rounded here."""
+        widths = straddling(self._schemes().values()) if self._format is ExportFormat.COMPRESSED_TENSORS else []
+        return {"needs_newer_package": dense_words_warning(widths)} if widths else {}
 
     def _unquantized_matrices(self) -> Iterable[str]:
         """Modules with a matrix that is not quantized: other linears, and embeddings, where listing does no harm.
