@@ -7,6 +7,7 @@ supervisor are the same process, and the attempt dies with it. Celery's own time
 used: the supervisor has its own.
 """
 
+import os
 import signal
 import time
 import warnings
@@ -18,6 +19,7 @@ from types import FrameType
 import structlog
 from celery import Celery, signals
 from celery.exceptions import CPendingDeprecationWarning, SecurityWarning
+from celery.worker import state
 from kombu import Queue
 
 from app.logs import configure_logging
@@ -112,10 +114,14 @@ def _listen(context: WorkerContext, ring: Callable[[], None]) -> None:
 
 @contextmanager
 def _stopping_on_signals(stopping: Event) -> Iterator[None]:
-    """SIGTERM and SIGINT set `stopping` before Celery has its own handlers for them, and after it has given up."""
+    """SIGTERM and SIGINT set `stopping` before Celery has its own handlers for them, and after it has given up.
+
+    Celery that is about to start looks at its own word for it first.
+    """
 
     def stop(_number: int, _frame: FrameType | None) -> None:
         stopping.set()
+        state.should_stop = os.EX_OK
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -11,6 +11,7 @@ import pytest
 import redis
 
 from app.client.api import Client
+from app.store.workers import forget_workers
 from tests.e2e.installation import Installation
 from tests.workers.bench import wait_for
 
@@ -115,6 +116,16 @@ def test_a_worker_whose_clock_is_ahead_hears_and_tells(idle: Installation) -> No
 
 
 @pytest.mark.slow
+def test_a_worker_ends_in_order_at_any_moment_of_its_start(idle: Installation) -> None:
+    """It says that it lives before it listens: whoever believes that may end it then."""
+    for _ in range(3):
+        idle["worker0"].stop()
+        idle.start("worker0")
+        wait_for(lambda: len(idle.client.workers()) == 1, 60, what="the worker's word")
+        assert idle["worker0"].stop() == 0
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("state", ["full", "dead"])
 def test_a_worker_that_starts_with_such_a_broker(idle: Installation, broker: redis.Redis, state: str) -> None:
     """It takes jobs at once, hears messages when the broker is well again, and ends in order in between."""
@@ -167,6 +178,8 @@ def test_what_a_killed_worker_held_is_taken_back_without_a_sweep(idle: Installat
         idle.wait_for_status(job_id, "succeeded", seconds=40)
     finally:
         idle["worker1"].stop()
+        with idle.database.transaction() as session:
+            forget_workers(session, unseen_seconds=-1)  # else the killed one is taken for alive for a while
     errors = [attempt.error and attempt.error["code"] for attempt in idle.attempts(job_id)]
     assert errors == ["worker_lost", None]
 
