@@ -13,6 +13,7 @@ from app.api.earlier_jobs import find_earlier
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
 from app.api.representations import job_view
+from app.domain.asked_recipe import asked_recipe
 from app.domain.jobs import JobRequest, JobStatus
 from app.domain.views import JobView, Page, PreflightView
 from app.queue import notify_workers
@@ -105,7 +106,8 @@ def create_job(
         view = PreflightView(request=found.request, estimates=found.estimates, warnings=found.warnings)
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
-        job = JobRepository(session, principal.tenant_id).add(found.request, idempotency=idempotency)
+        recipe = asked_recipe(body, found.request)
+        job = JobRepository(session, principal.tenant_id).add(found.request, recipe=recipe, idempotency=idempotency)
         view_of_job = _accepted(job, response)
     if not job.replayed:
         metrics.submitted.labels(job.method).inc()
@@ -150,7 +152,7 @@ def list_jobs(
     after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs a page.")] = 50,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
-    method: Annotated[str | None, Query(max_length=64, description="Only jobs of this method.")] = None,
+    method: Annotated[str | None, Query(max_length=64, description="Only jobs of this method or recipe.")] = None,
     model: Annotated[
         str | None, Query(max_length=4096, description="Only jobs on this model, as lists show it.")
     ] = None,

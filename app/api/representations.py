@@ -33,6 +33,7 @@ def job_view(job: Job, attempts: Sequence[Attempt] | None = None) -> JobView:
         id=job.id,
         status=job.status,
         method=job.method,
+        recipe=job.recipe,
         model=job.model,
         request=_understood(JobRequest, job.request, job.id) or job.request,
         attempt=job.attempt,

@@ -1,6 +1,6 @@
 """`jobs`, `show`, `cancel`, `retry`, `download`, `methods`: one request each; `upload`, as many as its files need."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +13,8 @@ from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
 from app.cli.render import err, job_table, jobs_table, methods_table, out, report_table, times_table
 from app.client import Client
 from app.client.downloads import OnBytes
+from app.client.uploads import choose_files
+from app.domain.delivery import ADAPTERS_ALONE
 from app.domain.errors import RequestError
 from app.domain.jobs import JobStatus
 
@@ -84,38 +86,66 @@ def download(
     job_id: JobArgument,
     folder: Annotated[Path | None, typer.Argument(help="Where to; default: a folder named by the job's id.")] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="Which checkpoint; default: the first that is not native.")
+        str | None,
+        typer.Option("--format", help="One checkpoint alone; default: the first that is not native, and its adapter."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Empty the folder first, if it holds another checkpoint.")] = (
+        False
+    ),
     url: UrlOption = None,
     key: KeyOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
-    """Download a checkpoint; goes on where an earlier download was cut, and checks every file's SHA-256."""
+    """Download a job's result; goes on where an earlier download was cut, and checks every file's SHA-256.
+
+    A base and the adapter that belongs to it come together, each in a subfolder.
+    """
     with connect(url, key, data_dir) as client:
-        target = download_checkpoint(client, job_id, folder or Path(job_id), format)
+        target = folder or Path(job_id)
+        parts = download_checkpoint(client, job_id, target, format, force=force)
+        tell_parts(target, parts, [artifact.format for artifact in client.artifacts(job_id)])
     typer.echo(target)
 
 
-def download_checkpoint(client: Client, job_id: str, folder: Path, format: str | None) -> Path:
-    """Download with a progress bar on standard error (none when that is not a terminal)."""
-    artifacts = client.checkpoint(job_id, format=format)
-    with byte_bar("download", sum(artifact.size for artifact in artifacts)) as on_bytes:
-        for artifact in artifacts:
-            client.download_artifact(artifact, folder, on_bytes)
-    return folder
+def download_checkpoint(
+    client: Client, job_id: str, folder: Path, format: str | None, *, force: bool = False
+) -> dict[Path, str]:
+    """Download with a progress bar on standard error (none when that is not a terminal); folder -> format."""
+    parts = client.parts(job_id, folder, format=format)
+    total = sum(artifact.size for artifacts in parts.values() for artifact in artifacts)
+    with byte_bar("download", total) as on_bytes:
+        client.download_parts(parts, folder, force=force, on_bytes=on_bytes)
+    return {part: artifacts[0].format for part, artifacts in parts.items()}
+
+
+def tell_parts(folder: Path, parts: Mapping[Path, str], kept: Sequence[str]) -> None:
+    """Say on standard error what lies where, and what else the job keeps."""
+    console = err()
+    if len(parts) > 1:
+        for part, name in parts.items():
+            what = "the adapter of that base" if name in ADAPTERS_ALONE else "the base"
+            console.print(f"{part}: {what}", soft_wrap=True, markup=False)
+    others = sorted(set(kept) - set(parts.values()))
+    if others:
+        console.print(f"{folder} is not all: --format brings {', '.join(others)}", soft_wrap=True, markup=False)
 
 
 def upload(
-    files: Annotated[list[Path], typer.Argument(help="A dataset, or the files of a model.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(help="A dataset, or a model: its folder or its files.", show_default=False)
+    ],
     resume: Annotated[str | None, typer.Option(help="Id of an upload of these files that was cut off.")] = None,
     url: UrlOption = None,
     key: KeyOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
     """Send files to the service; prints the id that a request names as a dataset or a model."""
-    found = [file for file in files if file.is_file()]
+    chosen = choose_files(files)
+    for path, why in chosen.left_out.items():
+        err().print(f"left out: {path} ({why})", soft_wrap=True, markup=False)
+    found = [file for file in chosen.files if file.is_file()]
     with connect(url, key, data_dir) as client, byte_bar("upload", sum(f.stat().st_size for f in found)) as on_bytes:
-        sent = client.upload(files, upload_id=resume, on_bytes=on_bytes)
+        sent = client.upload(chosen.files, upload_id=resume, on_bytes=on_bytes)
     typer.echo(sent.id)
 
 

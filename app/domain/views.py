@@ -46,6 +46,7 @@ class JobView(View):
     id: str = Field(examples=["job_01k6z3f8c2v9q4w7x5y1t0r8ab"])
     status: JobStatus
     method: str
+    recipe: str | None = Field(default=None, description="What was asked for as method, where that is short for more.")
     model: str = Field(description="Shorthand of the model source.")
     request: JobRequest | dict[str, Any] = Field(
         union_mode="left_to_right",
