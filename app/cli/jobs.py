@@ -10,13 +10,24 @@ from pydantic import BaseModel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
-from app.cli.render import err, job_table, jobs_table, methods_table, out, report_table, times_table
+from app.cli.job_details import brought, files_table, training_table
+from app.cli.render import (
+    err,
+    job_line,
+    job_table,
+    jobs_table,
+    method_lines,
+    methods_table,
+    out,
+    report_table,
+    times_table,
+)
 from app.client import Client
 from app.client.downloads import OnBytes
 from app.client.uploads import choose_files
 from app.domain.delivery import ADAPTERS_ALONE
 from app.domain.errors import RequestError
-from app.domain.jobs import JobStatus
+from app.domain.jobs import FINAL_STATUSES, JobStatus
 
 JobArgument = Annotated[str, typer.Argument(help="Id of the job, job_...", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -24,7 +35,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 
 def list_jobs(
     status: Annotated[JobStatus | None, typer.Option(help="Only jobs with this status.")] = None,
-    method: Annotated[str | None, typer.Option(help="Only jobs with this method.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only jobs of this method or recipe.")] = None,
     model: Annotated[str | None, typer.Option(help="Only jobs on this model.")] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(help="Only jobs with this label, as name=value. May be given several times.")
@@ -35,7 +46,7 @@ def list_jobs(
     key: KeyOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
-    """List jobs, newest first."""
+    """List jobs, newest first; one line each, divided by tabs, when that is not for a terminal."""
     filters = {"status": status, "method": method, "model": model, "metadata": parse_labels(metadata)}
     with connect(url, key, data_dir) as client:
         jobs = [job for job, _ in zip(client.jobs(limit=min(limit, 100), **filters), range(limit), strict=False)]
@@ -43,7 +54,12 @@ def list_jobs(
         for job in jobs:
             print_json(job)
         return
-    out().print(jobs_table(jobs))
+    console = out()
+    if console.is_terminal:
+        console.print(jobs_table(jobs))
+        return
+    for job in jobs:
+        typer.echo(job_line(job))
 
 
 def show(
@@ -56,15 +72,23 @@ def show(
     """Show one job with its attempts and report."""
     with connect(url, key, data_dir) as client:
         job = client.job(job_id)
+        artifacts = [] if as_json or job.status not in FINAL_STATUSES else client.artifacts(job_id)
     if as_json:
         print_json(job)
         return
-    out().print(job_table(job))
+    tables = [job_table(job)]
+    if artifacts:
+        tables.append(files_table(job, artifacts))
     if job.report is not None:
+        trained = training_table(job.report)
+        tables += [
+            report_table(job.report, brought(job, artifacts)),
+            *([] if trained is None else [trained]),
+            times_table(job.report),
+        ]
+    for table in tables:
+        out().print(table)
         out().print()
-        out().print(report_table(job.report))
-        out().print()
-        out().print(times_table(job.report))
 
 
 def cancel(job_id: JobArgument, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None) -> None:
@@ -162,13 +186,18 @@ def byte_bar(what: str, total: int) -> Iterator[OnBytes]:
 def methods(
     as_json: JsonOption = False, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None
 ) -> None:
-    """List quantization methods and recipes."""
+    """List quantization methods and recipes; one line each, divided by tabs, when that is not for a terminal."""
     with connect(url, key, data_dir) as client:
         listed = client.methods()
     if as_json:
         print_json(listed)
         return
-    out().print(methods_table(listed))
+    console = out()
+    if console.is_terminal:
+        console.print(methods_table(listed))
+        return
+    for line in method_lines(listed):
+        typer.echo(line)
 
 
 def parse_labels(labels: list[str] | None) -> dict[str, str]:
