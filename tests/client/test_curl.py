@@ -29,8 +29,8 @@ def content(service: Service, job: str, path: str) -> str:
     return f"/v1/artifacts/{artifact.id}/content"
 
 
-def curl(service: Service, folder: Path, *arguments: str) -> subprocess.CompletedProcess[bytes]:
-    path = os.pathsep.join([*curl_folder(folder.parent), os.environ["PATH"]])
+def curl(service: Service, folder: Path, *arguments: str, stand_in: bool = False) -> subprocess.CompletedProcess[bytes]:
+    path = os.pathsep.join([*curl_folder(folder.parent, always=stand_in), os.environ["PATH"]])
     command = ["curl", *arguments, "-H", f"Authorization: Bearer {service.key}"]
     environment = {**os.environ, "PATH": path, "CURL_HOME": str(folder)}
     return subprocess.run(command, cwd=folder, capture_output=True, env=environment, check=False, timeout=60)
@@ -43,29 +43,33 @@ def here(tmp_path: Path) -> Path:
     return folder
 
 
-def test_a_download_that_was_cut_goes_on_and_may_be_given_again(service: Service, job: str, here: Path) -> None:
+@pytest.mark.parametrize("stand_in", [False, True], ids=["curl", "stand-in"])
+def test_a_download_that_was_cut_goes_on_and_may_be_given_again(
+    service: Service, job: str, here: Path, stand_in: bool
+) -> None:
     url = content(service, job, "model.safetensors")
     resume = ("-f", "-C", "-", "-o", "model.safetensors")
     with CuttingProxy(service.address, [CutAnswer(1_000_000)]) as proxy:
-        cut = curl(service, here, *resume, proxy.url + url)
+        cut = curl(service, here, *resume, proxy.url + url, stand_in=stand_in)
         assert cut.returncode != 0
         there = (here / "model.safetensors").stat().st_size
         assert 0 < there < len(WEIGHTS)
-        done = curl(service, here, *resume, proxy.url + url)
+        done = curl(service, here, *resume, proxy.url + url, stand_in=stand_in)
         assert done.returncode == 0, done.stderr
         asked = proxy.heard[1].lower()
     assert f"range: bytes={there}-".encode() in asked
     assert (here / "model.safetensors").read_bytes() == WEIGHTS
     for _ in range(2):
-        whole = curl(service, here, *resume, f"http://127.0.0.1:{service.port}{url}")
+        whole = curl(service, here, *resume, f"http://127.0.0.1:{service.port}{url}", stand_in=stand_in)
         assert (here / "model.safetensors").read_bytes() == WEIGHTS, "all of it is there, and nothing is added"
         assert whole.returncode in (0, 22), whole.stderr
 
 
-def test_a_refusal_is_not_written_into_the_file(service: Service, job: str, here: Path) -> None:
+@pytest.mark.parametrize("stand_in", [False, True], ids=["curl", "stand-in"])
+def test_a_refusal_is_not_written_into_the_file(service: Service, job: str, here: Path, stand_in: bool) -> None:
     (here / "model.safetensors").write_bytes(WEIGHTS[:1000])
     url = f"http://127.0.0.1:{service.port}/v1/artifacts/art_{'0' * 26}/content"
-    refused = curl(service, here, "-f", "-C", "-", "-o", "model.safetensors", url)
+    refused = curl(service, here, "-f", "-C", "-", "-o", "model.safetensors", url, stand_in=stand_in)
     assert refused.returncode == 22
     assert (here / "model.safetensors").read_bytes() == WEIGHTS[:1000]
 
