@@ -45,6 +45,7 @@ FOLDERS = MappingProxyType(
         "tests/cli": "The command line",
         "tests/client": "The client against real sockets",
         "tests/conformance": "Suites that every method or format must pass",
+        "tests/documents": "Every shell and Python block of the documents, against a live service",
         "tests/domain": "Requests, formats and errors",
         "tests/e2e": "Whole jobs with real processes, faults included",
         "tests/engine": "Streaming, resume and evaluation against plain transformers",

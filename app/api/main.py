@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from app.api import archive, artifacts, events, formats, health, jobs, methods, uploads, workers
+from app.api import archive, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
 from app.api.deps import State
 from app.api.documentation import DESCRIPTION, TAGS, complete_document
 from app.api.errors import install_error_handlers
@@ -24,7 +24,7 @@ from app.store.jobs import count_by_status
 from app.store.session import Database
 
 ROUTERS = tuple(
-    module.router for module in (jobs, events, artifacts, archive, uploads, methods, formats, workers, health)
+    module.router for module in (jobs, events, artifacts, archive, uploads, methods, formats, workers, health, pages)
 )
 
 
@@ -42,6 +42,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("bitwright"),
         openapi_tags=TAGS,
         dependencies=[Depends(refuse_unread)],
+        docs_url=None,  # `app.api.pages` has both, without scripts from elsewhere
+        redoc_url=None,
         lifespan=_lifespan,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )

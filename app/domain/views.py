@@ -40,12 +40,24 @@ class AttemptView(View):
     blocks_done: int = 0
 
 
+class QueueView(View):
+    """Where a queued job stands, as things are now: later jobs of higher priority, or of others, may go before it."""
+
+    position: int = Field(description="1 is the next one, among the jobs that the same workers may take.")
+    eta_seconds: float | None = Field(
+        default=None,
+        description="Until it begins, by measured durations of jobs of the same model and method; null where no worker "
+        "is alive, or nothing like a job before it has succeeded yet.",
+    )
+
+
 class JobView(View):
     """A job as its tenant sees it."""
 
     id: str = Field(examples=["job_01k6z3f8c2v9q4w7x5y1t0r8ab"])
     status: JobStatus
     method: str
+    recipe: str | None = Field(default=None, description="What was asked for as method, where that is short for more.")
     model: str = Field(description="Shorthand of the model source.")
     request: JobRequest | dict[str, Any] = Field(
         union_mode="left_to_right",
@@ -55,6 +67,7 @@ class JobView(View):
     attempt: int = Field(default=0, description="Number of the latest attempt; 0 before the first.")
     attempts: list[AttemptView] = Field(default_factory=list, description="Oldest first; filled for a single job only.")
     cancel_requested: bool = False
+    queue: QueueView | None = Field(default=None, description="Of a queued job, unless a thousand are before it.")
     progress: ProgressEvent | None = None
     error: ErrorData | None = None
     report: Report | None = Field(

@@ -36,8 +36,8 @@ class JobRepository:
         self._session = session
         self._tenant_id = tenant_id
 
-    def add(self, request: JobRequest, *, idempotency: Idempotency | None = None) -> Job:
-        """Queue a job. For a repeated key, the earlier job with `replayed` set.
+    def add(self, request: JobRequest, *, recipe: str | None = None, idempotency: Idempotency | None = None) -> Job:
+        """Queue a job, asked for by this recipe. For a repeated key, the earlier job with `replayed` set.
 
         Raises:
             InvalidRequest: an upload that the request names does not exist or is not complete.
@@ -51,7 +51,7 @@ class JobRepository:
                 earlier.replayed = True
                 return earlier
         uploads = self._uploads(request)
-        begin(self._session, _queued(job_id, self._tenant_id, request))
+        begin(self._session, _queued(job_id, self._tenant_id, request, recipe))
         for name, value in request.metadata.items():
             self._session.add(JobLabel(job_id=job_id, tenant_id=self._tenant_id, name=name, value=value))
         for upload_id in uploads:
@@ -97,6 +97,8 @@ class JobRepository:
     ) -> Page[Job]:
         """Up to `limit` jobs, newest first, that match every filter given; `after` is a page's `next_cursor`.
 
+        method   a method, or the recipe that was asked for
+
         Raises:
             InvalidRequest: `after` is no cursor.
         """
@@ -110,7 +112,7 @@ class JobRepository:
         where: list[ColumnElement[bool]] = [Job.tenant_id == self._tenant_id]
         where += [Job.id < after] if after is not None else []
         where += [Job.status == status] if status is not None else []
-        where += [Job.method == method] if method is not None else []
+        where += [(Job.method == method) | (Job.recipe == method)] if method is not None else []
         where += [Job.model == model] if model is not None else []
         where += [Job.id.in_(self._labelled(name, value)) for name, value in (metadata or {}).items()]
         limit = min(max(limit, 1), MAX_PAGE)
@@ -217,12 +219,13 @@ def count_by_status(session: Session) -> dict[JobStatus, int]:
     return dict.fromkeys(JobStatus, 0) | {row[0]: row[1] for row in rows}
 
 
-def _queued(job_id: str, tenant_id: str, request: JobRequest) -> Job:
+def _queued(job_id: str, tenant_id: str, request: JobRequest, recipe: str | None) -> Job:
     return Job(
         id=job_id,
         tenant_id=tenant_id,
         request=request.model_dump(mode="json"),
         method=request.quantization.method,
+        recipe=recipe,
         model=model_label(request.model),
         device=request.device,
         priority=request.priority,
