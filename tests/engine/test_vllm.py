@@ -41,6 +41,7 @@ SETTINGS = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "TORCH_COMPILE_DISABLE": "1",  # or it wants a C++ compiler, and half a minute for what runs once
     "OMP_NUM_THREADS": "2",
 }
 
@@ -65,7 +66,7 @@ def in_vllm(folder: Path, adapter: Path | None, prompt: list[int], scratch: Path
     file.write_text(json.dumps(case))
     environment = {"PATH": os.environ["PATH"], "HOME": str(scratch), **SETTINGS}
     command = [python, str(Path(__file__).with_name("in_vllm.py")), str(file)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     told = json.loads(done.stdout.splitlines()[-1])
     found = torch.tensor(told.get("logprobs", []))

@@ -179,6 +179,8 @@ def test_the_card_says_why_vllm_does_not_load_a_checkpoint() -> None:
 def test_the_card_names_the_package_that_reads_dense_words(bits: int) -> None:
     newer = '"compressed-tensors>=0.18"' in card(CT, a=scheme(bits, 32, True), b=W4)
     assert newer is (bits in (3, 5, 6, 7))
+    adapted = {"a": StoredLinear.of(random_result((32, 32), Made(scheme(bits, 32, True), rank=4)))}
+    assert ("'compressed-tensors>=0.18'" in model_card(REPORT, PEFT, adapted, None, (CT, PEFT))) is newer
 
 
 def test_the_adapter_s_card_serves_it_where_vllm_loads_the_base() -> None:

@@ -287,7 +287,8 @@ def _base(schemes: Mapping[str, Scheme], formats: Collection[ExportFormat]) -> t
     if ExportFormat.MERGED in formats:
         return "The base is the `merged` checkpoint of the same job:", PLAIN.format(folder=BASE)
     if ExportFormat.COMPRESSED_TENSORS in formats:
-        where = "The base is the `compressed-tensors` checkpoint of the same job, unpacked:"
+        package = "" if needs_loader(schemes.values()) else f" (and `pip install '{package_needed(schemes.values())}'`)"
+        where = f"The base is the `compressed-tensors` checkpoint of the same job, unpacked{package}:"
         return where, _unpacked(schemes).format(folder=BASE)
     return "The base is in the `native` checkpoint of the same job:", NATIVE_BASE.format(folder=BASE)
 
