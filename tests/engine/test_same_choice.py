@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.api.inspection import FolderFiles, inspect_checkpoint
 from app.domain.errors import CorruptCheckpoint
+from app.domain.foreign_files import INDEX, SINGLE
 from tests.engine.conftest import run_job
 from tests.engine.gguf_models import LLAMA_3, save_model, save_tokenizer
 from tests.engine.random_models import LENGTH, VOCABULARY, random_model, save_random_model
 from workers.engine.calibration import load_tokenizer
-from workers.engine.checkpoint import INDEX, SINGLE, Checkpoint
+from workers.engine.checkpoint import Checkpoint
 from workers.engine.empty_model import configuration, empty_model, model_dtype, tensor_sources
 
 IDS = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -115,7 +116,7 @@ def test_the_same_tensors_as_transformers_are_read(change: Change, tmp_path: Pat
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     checkpoint = Checkpoint.open(folder)
     ours = empty_model(configuration(checkpoint), torch.float32, torch.device("cpu"))
-    sources = tensor_sources(ours, checkpoint)
+    sources, _ = tensor_sources(ours, checkpoint, "model.layers")
     state = {name: checkpoint.read(source) for name, source in sources.items()}
     assert state.keys() == dict(theirs.named_parameters()).keys()
     for name, tensor in theirs.named_parameters():
@@ -170,7 +171,7 @@ def test_two_names_of_one_parameter_are_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     model = empty_model(configuration(checkpoint), torch.float32, torch.device("cpu"))
     with pytest.raises(CorruptCheckpoint, match=r"model\.norm\.weight and norm\.weight|norm\.weight and model"):
-        tensor_sources(model, checkpoint)
+        tensor_sources(model, checkpoint, "model.layers")
 
 
 def by_the_configuration(folder: Path) -> None:
