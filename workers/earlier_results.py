@@ -70,7 +70,8 @@ def _files(context: WorkerContext, tenant_id: str, job_id: str) -> list[tuple[st
 def _place(folder: Path, name: str) -> Path:
     target = (folder / name).resolve()
     if not target.is_relative_to(folder.resolve()):
-        raise SourceForbidden("the earlier job names a file outside its folder", field="base_job", value=name)
+        detail = "the earlier job names a file outside its folder"
+        raise SourceForbidden(detail, field="base_job", value=name, hint=ANEW)
     return target
 
 

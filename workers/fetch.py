@@ -34,16 +34,19 @@ from app.domain.errors import (
     SourceForbidden,
     SourceNotFound,
     Unavailable,
-    UnsafeCheckpoint,
+    UnsupportedCheckpoint,
 )
-from app.domain.events import FetchedLine, ProgressEvent, Stage
+from app.domain.events import TEXT_ROLES, FetchedLine, ProgressEvent, Stage
+from app.domain.foreign_files import foreign_files
 from workers.durable import replace_file
 from workers.faults import as_bitwright_error
 from workers.hub_cache import holding
 from workers.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
 from workers.orders import FetchOrder, TextOrder
 
-ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*", "README.md")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+VOCABULARIES = ("tokenizer*", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "vocab.bpe", "bpe.codes")
+ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", *VOCABULARIES, *LICENCES)
 IGNORED = (".*", "onnx/*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
 TEXT_COLUMNS = ("text", "prompt", "completion", "messages")
 FORBIDDEN, NOT_FOUND = (401, 403), 404
@@ -91,10 +94,11 @@ def fetch(order: FetchOrder, workspace: Path, report: ReportPipe) -> FetchedLine
         with hub_errors("model", order.model.id):
             revision = pins.commit("model", partial(_commit, "model", order.model.id, order.model.revision))
             folder = str(fetch_model(order.model.id, revision, Path(order.models_folder), report))
-    texts = {"calibration": order.calibration, "evaluation": order.evaluation, "finetuning": order.finetuning}
-    for role, text in texts.items():
+    texts: dict[str, TextOrder | None] = {role: getattr(order, role) for role in TEXT_ROLES.values()}
+    for field, role in TEXT_ROLES.items():
+        text = texts[role]
         if text is not None and not Path(text.path).exists():
-            with hub_errors(f"{'finetune' if role == 'finetuning' else role}.dataset", text.dataset.id):
+            with hub_errors(field, text.dataset.id):
                 commit = pins.commit(role, partial(_commit, "dataset", text.dataset.id, text.dataset.revision))
                 write_text(text, commit)
     paths = {f"{role}_path": None if text is None else text.path for role, text in texts.items()}
@@ -119,7 +123,8 @@ class Pins:
 def _commit(repo_type: str, repo_id: str, revision: str) -> str:
     info = HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision)
     if info.sha is None:
-        raise SourceNotFound("the Hub names no commit for this revision", field="revision", value=revision)
+        hint = "name a branch, a tag or a commit that exists"
+        raise SourceNotFound("the Hub names no commit for this revision", field="revision", value=revision, hint=hint)
     return info.sha
 
 
@@ -127,7 +132,7 @@ def fetch_model(repo_id: str, commit: str, models_folder: Path, report: ReportPi
     """The folder with the checkpoint's files, downloaded unless another job did it. Real files, no links.
 
     Raises:
-        UnsafeCheckpoint: the repository holds no safetensors.
+        UnsafeCheckpoint, UnsupportedCheckpoint: the repository holds no safetensors, but something else or nothing.
         DiskFull: its files do not fit.
     """
     folder = models_folder / f"{repo_id.replace('/', '--')}@{commit}"
@@ -141,9 +146,12 @@ def _download(repo_id: str, commit: str, folder: Path, report: ReportPipe) -> No
     siblings = HfApi().model_info(repo_id, revision=commit, files_metadata=True).siblings or []
     sizes = {file.rfilename: file.size or 0 for file in siblings}
     wanted = list(filter_repo_objects(sizes, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
+    foreign = foreign_files(sizes)
+    if foreign is not None:
+        raise foreign.refusal("model")
     if not any(name.endswith(".safetensors") for name in wanted):
-        hint = "convert it to safetensors; pickled weights can run code and are never loaded"
-        raise UnsafeCheckpoint("the repository holds no safetensors", field="model", value=repo_id, hint=hint)
+        hint = "name a repository with config.json and safetensors"
+        raise UnsupportedCheckpoint("the repository holds no weights", field="model", value=repo_id, hint=hint)
     total = sum(sizes[name] for name in wanted)
     free = shutil.disk_usage(folder).free
     if total > free:
@@ -187,9 +195,11 @@ def write_text(order: TextOrder, commit: str) -> None:
         rows = load_dataset(dataset.id, dataset.config, split=dataset.split, revision=commit, streaming=True)
         lines = list(text_lines(rows, order))
     except ValueError as error:  # an unknown configuration or split, a file that is no table
-        raise InvalidDataset(f"{error}".splitlines()[0], field="dataset", value=dataset.id) from error
+        hint = "name a configuration and a split that the dataset has, and that is a table of text"
+        raise InvalidDataset(f"{error}".splitlines()[0][:300], field="dataset", value=dataset.id, hint=hint) from error
     if not lines:
-        raise InvalidDataset("the split has no rows", field="dataset.split", value=dataset.split)
+        hint = "name another split of the dataset"
+        raise InvalidDataset("the split has no rows", field="dataset.split", value=dataset.split, hint=hint)
     replace_file(Path(order.path), "".join(lines).encode())
 
 
@@ -238,7 +248,8 @@ def _of_status(error: HfHubHTTPError, field: str, repo_id: str) -> BitwrightErro
         hint = "the operator's token, BITWRIGHT_HUB_TOKEN, must be allowed to read it"
         return SourceForbidden(f"the Hub answers {status}", field=field, value=repo_id, hint=hint)
     if status == NOT_FOUND:
-        return SourceNotFound("the Hub has no such file", field=field, value=repo_id)
+        hint = "check the id and the revision"
+        return SourceNotFound("the Hub has no such file", field=field, value=repo_id, hint=hint)
     return Unavailable(f"the Hub answers {status}", field=field, value=repo_id)
 
 

@@ -92,9 +92,10 @@ def same_inputs(task: BlockTask) -> list[list[str]]:
     fitting = all(seen.shape[:-1] == sample.shape[:-1] for _, seen in order)
     if sorted(name for name, _ in order) != sorted(task.schemes) or not fitting:
         raise InvalidRequest(
-            'some linears do not see every token once and cannot be tuned one by one; set granularity to "block"',
+            "some linears do not see every token once and cannot be tuned one by one",
             field="quantization.granularity",
             value="layer",
+            hint='set granularity to "block"',
         )
     return found
 

@@ -10,6 +10,7 @@ from http import HTTPStatus
 import structlog
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
@@ -26,6 +27,7 @@ from app.domain.errors import (
     Unauthenticated,
     shorten,
 )
+from app.domain.problems import unknown_field
 from app.domain.views import Problem
 
 MEDIA_TYPE = "application/problem+json"
@@ -83,11 +85,13 @@ def _on_domain_error(request: Request, error: Exception) -> Response:
 def _on_validation_error(request: Request, error: Exception) -> Response:
     if not isinstance(error, RequestValidationError):
         raise error
-    return respond(request, error_from_validation(error))
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = None if field is None else field.field_info.annotation
+    return respond(request, error_from_validation(error, model if hasattr(model, "model_fields") else None))
 
 
-def error_from_validation(error: RequestValidationError) -> RequestError:
-    """Our error for what FastAPI found wrong with parameters or body."""
+def error_from_validation(error: RequestValidationError, model: type[BaseModel] | None = None) -> RequestError:
+    """Our error for what FastAPI found wrong with parameters or body; `model` is the body's."""
     items = error.errors()
     if any(item["type"] == "json_invalid" for item in items):
         position = items[0]["loc"][-1]
@@ -99,7 +103,9 @@ def error_from_validation(error: RequestValidationError) -> RequestError:
             field=".".join(str(part) for part in (item["loc"][1:] if item["loc"][0] == "body" else item["loc"]))
             or "body",
             code="missing_field" if item["type"] == "missing" else _code(item["type"]),
-            detail=item["msg"][0].lower() + item["msg"][1:],
+            detail=unknown_field(model, tuple(item["loc"][1:]))
+            if model is not None and item["type"] == "extra_forbidden"
+            else item["msg"][0].lower() + item["msg"][1:],
             value=None if item["type"] == "missing" else shorten(item.get("input")),
         )
         for item in items

@@ -4,21 +4,25 @@ from typing import Any
 
 from app.api.inspection import Inspection
 from app.domain.adapter_rules import trained_parameters
+from app.domain.architectures import HEAD
 from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
-from app.domain.methods import METHODS, SCALE_BATCH_SIZE, SCALE_BITS
+from app.domain.methods import SCALE_BITS
 from app.domain.sources import GeneratedText
+from app.domain.workload import (
+    calibration_tokens,
+    evaluation_tokens,
+    flops,
+    has_reference,
+    reference_flops,
+    tuned_sequences,
+)
 
 HEAVY_BYTES = 2  # bf16
 TUNING_BYTES = 16
 """A weight under tuning: itself, its fp32 copy, rounding offset and gradient."""
 FLOPS_PER_SECOND = {"cpu": 6e10, "cuda": 1.5e14}
 """What a small CPU worker and a data-centre GPU sustain in this engine's block passes."""
-BACKWARD = 3.5
-"""Forward, backward and recomputing of fake-quantized weights, in forward passes."""
-
-TRAINING = 2.0
-"""Forward, and backward for activations alone, in forward passes: no weight of the base has a gradient."""
 
 
 def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
@@ -28,11 +32,14 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     rest = max(inspection.weights - quantized, 0)
     checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
     activations = _activation_bytes(request, inspection)
-    tuned = _tuned_sequences(request) > 0
+    tuned = tuned_sequences(request) > 0
     # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
-    generated = _calibration_tokens(request) > 0 and isinstance(request.calibration.dataset, GeneratedText)
+    generated = calibration_tokens(request) > 0 and isinstance(request.calibration.dataset, GeneratedText)
     resident = inspection.tensor_bytes * 4 // 3 if generated else 0
     resident = max(resident, _training_bytes(request, inspection, checkpoint))
+    reference = has_reference(request, inspection.dimensions)
+    work = flops(request, inspection.dimensions)
+    work += reference_flops(request, inspection.dimensions) if reference else 0
     taken = checkpoint if request.base_job else 0  # the earlier job's native checkpoint, on the worker's disk
     return {
         "weights": inspection.weights,
@@ -44,7 +51,7 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
         "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8) + taken,
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
         "device_memory_bytes": max(block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES), resident) + (1 << 30),
-        "seconds": {device: round(_flops(request, inspection) / speed) for device, speed in FLOPS_PER_SECOND.items()},
+        "seconds": {device: round(work / speed) for device, speed in FLOPS_PER_SECOND.items()},
     }
 
 
@@ -64,13 +71,8 @@ def _training_bytes(request: JobRequest, inspection: Inspection, packed: int) ->
     return packed + states + block * HEAVY_BYTES
 
 
-def _trained_tokens(request: JobRequest) -> int:
-    part = request.finetune
-    return 0 if part is None else part.steps * part.batch_size * part.sequence_length
-
-
 def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, float]:
-    """Weights that are quantized, and the bits of what is stored of them, low-rank factors included."""
+    """Weights that are quantized, the head's too, and the bits of what is stored of them, low-rank factors included."""
     quantized, bits = 0, 0.0
     factor_bits, budget = request.quantization.factors_rank() * HEAVY_BYTES * 8, request.quantization.budget()
     for name, (out, width) in inspection.dimensions.linears().items():
@@ -79,6 +81,12 @@ def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, f
             each = scheme.bits_per_weight(width, SCALE_BITS) if budget is None else budget.average
             quantized += out * width
             bits += out * width * each + factor_bits * (out + width)
+    head = request.quantization.scheme(HEAD)
+    if head is not None and not inspection.dimensions.tied_embeddings:
+        # Rounded to nearest whatever the method, outside any budget, and without factors.
+        shape = (inspection.dimensions.vocabulary, inspection.dimensions.hidden)
+        quantized += shape[0] * shape[1]
+        bits += shape[0] * shape[1] * head.bits_per_weight(shape[1], SCALE_BITS)
     return quantized, bits
 
 
@@ -89,38 +97,8 @@ def _checkpoints_bytes(request: JobRequest, inspection: Inspection, packed: int)
 
 
 def _activation_bytes(request: JobRequest, inspection: Inspection) -> int:
-    """Hidden states that are kept: inputs, targets and the quantized stream to calibrate, two streams to evaluate."""
-    tokens = 3 * _calibration_tokens(request) + 2 * _evaluation_tokens(request)
+    """Hidden states that are kept: inputs, targets and the quantized stream to calibrate, two to evaluate, and a third
+    for the reference row."""
+    streams = 3 if has_reference(request, inspection.dimensions) else 2
+    tokens = 3 * calibration_tokens(request) + streams * evaluation_tokens(request)
     return tokens * inspection.dimensions.hidden * HEAVY_BYTES
-
-
-def _calibration_tokens(request: JobRequest) -> int:
-    needed = METHODS[request.quantization.method].needs_calibration or request.quantization.budget() is not None
-    read = needed and request.base_job is None
-    return request.calibration.num_samples * request.calibration.sequence_length if read else 0
-
-
-def _tuned_sequences(request: JobRequest) -> int:
-    """Of each block; none where blocks are taken from an earlier job."""
-    return 0 if request.base_job else request.quantization.tuned_sequences(request.calibration.num_samples)
-
-
-def _evaluation_tokens(request: JobRequest) -> int:
-    part = request.evaluation
-    return 0 if part is None else part.num_samples * part.sequence_length
-
-
-def _flops(request: JobRequest, inspection: Inspection) -> float:
-    dimensions, calibration = inspection.dimensions, request.calibration
-    linear_flops = 2.0 * sum(out * width for out, width in dimensions.linears().values())
-    passes = 3 if request.quantization.budget() is None else 4  # capture, targets, quantized stream; sensitivities
-    forward = passes * _calibration_tokens(request)
-    tuned = _tuned_sequences(request) * calibration.sequence_length
-    evaluated = _evaluation_tokens(request)
-    sequences = min(SCALE_BATCH_SIZE, calibration.num_samples)
-    scale_steps = 0 if request.base_job else request.quantization.end_to_end_steps()
-    scaled = scale_steps * sequences * calibration.sequence_length
-    head = 2.0 * dimensions.vocabulary * dimensions.hidden
-    trained = _trained_tokens(request)
-    through_blocks = linear_flops * (forward + BACKWARD * (tuned + scaled) + TRAINING * trained + 2 * evaluated)
-    return through_blocks + head * (2 * evaluated + 3 * scaled + TRAINING * trained)  # teacher, student, and back

@@ -90,5 +90,6 @@ def parse_last_event_id(value: str) -> int:
     """
     if value and not (value.isascii() and value.isdecimal()):
         detail = "Last-Event-ID is the number of an event of this job"
-        raise InvalidRequest(detail, field="Last-Event-ID", value=value)
+        hint = "send the id of the last event that arrived, or leave the header out to start from the first"
+        raise InvalidRequest(detail, field="Last-Event-ID", value=value, hint=hint)
     return int(value or 0)

@@ -11,13 +11,14 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from app.domain.architectures import Dimensions, read_dimensions
-from app.domain.errors import CorruptCheckpoint, UnsafeCheckpoint
+from app.domain.checkpoint_choice import check_choice
+from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture, UnsupportedCheckpoint
+from app.domain.foreign_files import INDEX, SINGLE, foreign_files
+from app.domain.quantized_tensors import HINT, quantized_tensor
 from app.domain.safetensors_header import DTYPE_BITS, LENGTH_BYTES, TensorEntry, header_length, parse_header
 
-CONFIG, SINGLE, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+CONFIG = "config.json"
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 4 << 20, 64 << 20
-PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
-"""Suffixes of weights that run code when they are loaded."""
 
 
 class CheckpointFiles(Protocol):
@@ -53,8 +54,9 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds: its shapes, and its tensors' bytes and number of weights."""
+    """What a checkpoint holds: its configuration and shapes, and its tensors' bytes and number of weights."""
 
+    config: Mapping[str, object]
     dimensions: Dimensions
     tensor_bytes: int
     weights: int
@@ -66,20 +68,31 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
 
     Raises:
         UnsupportedArchitecture: not a `model_type` that can be quantized, or quantized already.
-        UnsafeCheckpoint: its weights are pickled.
+        UnsafeCheckpoint, UnsupportedCheckpoint: its weights are pickled, or are none that this service reads.
         CorruptCheckpoint: a file is missing, truncated, or says what cannot be true.
     """
     names = frozenset(files.names())
-    dimensions = read_dimensions(_read_json(files, CONFIG, MAX_CONFIG_BYTES, names))
+    foreign = foreign_files(names)
+    if foreign is not None:
+        raise foreign.refusal("model")
+    config = _read_json(files, CONFIG, MAX_CONFIG_BYTES, names)
+    dimensions = read_dimensions(config)
     shards = _shards(files, names)
+    check_choice(names, SINGLE if SINGLE in names else INDEX, config)
     tensors: dict[str, TensorEntry] = {}
+    for shard in sorted(shards):
+        tensors |= _read_header(files, shard)
     for shard, promised in shards.items():
-        found = _read_header(files, shard)
-        missing = sorted(promised - found.keys())
+        missing = sorted(promised - tensors.keys())
         if missing:
-            raise CorruptCheckpoint(f"{INDEX} says that {shard} holds {missing[0]}, but it does not", field=INDEX)
-        tensors |= found
+            detail = f"{INDEX} says that {shard} holds {missing[0]}, but it does not, nor does another shard"
+            raise CorruptCheckpoint(detail, field=INDEX)
+    quantized = quantized_tensor((name, entry.dtype) for name, entry in tensors.items())
+    if quantized is not None:
+        detail = f"the checkpoint is quantized already: {quantized[0]} is {quantized[1]}"
+        raise UnsupportedArchitecture(detail, field="model", value=quantized[0], hint=HINT)
     return Inspection(
+        config=config,
         dimensions=dimensions,
         tensor_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
         weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in tensors.values()),
@@ -92,10 +105,8 @@ def _shards(files: CheckpointFiles, names: frozenset[str]) -> dict[str, set[str]
     if SINGLE in names:
         return {SINGLE: set()}
     if INDEX not in names:
-        pickled = sorted(name for name in names if name.endswith(PICKLED))
-        found = f"only {pickled[0]}, which runs code when it is loaded" if pickled else "no weights"
-        hint = f"convert the checkpoint to safetensors, as {SINGLE} or as shards with {INDEX}"
-        raise UnsafeCheckpoint(f"the checkpoint holds {found}", field="model", hint=hint)
+        hint = f"add the weights as {SINGLE}, or as shards with {INDEX}"
+        raise UnsupportedCheckpoint("the checkpoint holds no weights", field="model", hint=hint)
     weight_map = _read_json(files, INDEX, MAX_INDEX_BYTES, names).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CorruptCheckpoint(f"{INDEX} has no weight_map", field=INDEX)

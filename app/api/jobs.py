@@ -25,7 +25,7 @@ from app.store.models import Job
 from app.store.session import Database
 from app.store.uploads import UploadRepository
 from app.store.waiting import Place, places
-from app.store.workers import list_workers
+from app.store.workers import list_workers, live_classes
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger(__name__)
@@ -38,6 +38,7 @@ INPUT_PROBLEMS = (
     "base_job_unusable",
     "unsupported_architecture",
     "unsafe_checkpoint",
+    "unsupported_checkpoint",
     "corrupt_checkpoint",
     "group_size_does_not_divide",
     "invalid_dataset",
@@ -111,11 +112,12 @@ def create_job(
         recipe = asked_recipe(body, found.request)
         job = JobRepository(session, principal.tenant_id).add(found.request, recipe=recipe, idempotency=idempotency)
         view_of_job = _accepted(session, job, response)
+        alive_classes = live_classes(session)
     if not job.replayed:
         metrics.submitted.labels(job.method).inc()
         log.info("job_queued", job_id=job.id, method=job.method, device=job.device)
         # After the commit, and after the answer: a broker that is down keeps no caller waiting.
-        background.add_task(notify_workers, job.device)
+        background.add_task(notify_workers, job.device, alive_classes)
     return view_of_job
 
 
@@ -243,6 +245,7 @@ def retry_job(job_id: str, principal: Submitter, database: DatabaseOf, backgroun
     """Queue a failed or cancelled job again. Blocks that were finished are not computed again."""
     with database.transaction() as session:
         job = JobRepository(session, principal.tenant_id).retry(job_id)
+        alive = live_classes(session)
     log.info("job_retried", job_id=job_id)
-    background.add_task(notify_workers, job.device)
+    background.add_task(notify_workers, job.device, alive)
     return read_job(database, principal.tenant_id, job_id)

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
 
-from fastapi import FastAPI
+from fastapi import Depends, FastAPI
 
 from app.api import archive, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
 from app.api.deps import State
@@ -15,8 +15,9 @@ from app.api.errors import install_error_handlers
 from app.api.event_feed import POLL_LIMIT, EventFeed
 from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestContext
+from app.api.strictness import refuse_unread
 from app.logs import configure_logging
-from app.settings import Settings, get_settings
+from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
@@ -30,8 +31,9 @@ ROUTERS = tuple(
 def create_app(settings: Settings | None = None) -> FastAPI:
     """An application on the store that the settings name; the schema must be there (`migrate`)."""
     if settings is None:
-        settings = get_settings()
+        settings = settings_or_exit()
         configure_logging(settings)
+        warn_of_unknown_variables()
     state = build_state(settings)
     app = Application(
         title="Bitwright",
@@ -39,6 +41,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         description=DESCRIPTION,
         version=version("bitwright"),
         openapi_tags=TAGS,
+        dependencies=[Depends(refuse_unread)],
         docs_url=None,  # `app.api.pages` has both, without scripts from elsewhere
         redoc_url=None,
         lifespan=_lifespan,

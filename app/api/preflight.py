@@ -9,6 +9,7 @@ from typing import Any
 from app.api.estimates import estimate
 from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
 from app.domain.adapter_rules import shape_errors
+from app.domain.advice import dishonoured_rank, starved_calibration
 from app.domain.architectures import HEAD, Dimensions
 from app.domain.errors import (
     ERRORS,
@@ -21,17 +22,19 @@ from app.domain.errors import (
     SourceForbidden,
     SourceNotFound,
 )
+from app.domain.foreign_files import foreign_files
 from app.domain.formats import FORMATS, model_problems
 from app.domain.jobs import JobRequest
 from app.domain.module_rules import rule_errors
-from app.domain.roots import check_links, lies_under
-from app.domain.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
+from app.domain.request_sources import read_sources, with_source
+from app.domain.roots import ALLOWED_HINT, check_links, lies_under
+from app.domain.runtimes import described, runtime_limits
+from app.domain.sources import HubDataset, LocalModel, LocalText, UploadedModel, UploadedText
+from app.domain.workload import readers_of, reads_calibration
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
 from app.store.uploads import UploadRepository
-
-Source = HubModel | LocalModel | UploadedModel | HubDataset | LocalText | UploadedText
 
 
 @dataclass(frozen=True)
@@ -80,13 +83,17 @@ def run_preflight(request: JobRequest, settings: Settings, uploads: UploadReposi
     """
     found = Preflight(request)
     model = _resolve_model(found, settings, uploads, blobs)
-    found.request = found.request.model_copy(update=_resolve_texts(found, settings, uploads))
+    _resolve_texts(found, settings, uploads)
     if model is not None:
         inspection = _inspect(found, model)
         if inspection is not None:
-            check_shapes(found, inspection.dimensions)
+            check_shapes(found, inspection.dimensions, inspection.config)
+            linears = inspection.dimensions.linears()
+            short = dishonoured_rank(found.request.quantization, found.request.adapter, linears)
+            found.warnings += [short] if short else []
             found.estimates = estimate(found.request, inspection)
-    found.warnings += runtime_warnings(found.request)
+    starved = starved_calibration(found.request)
+    found.warnings += [*([starved] if starved else []), *runtime_warnings(found.request)]
     if found.problems:
         raise _refusal(found.problems)
     return found
@@ -114,15 +121,22 @@ def _resolve_model(
             return None
         found.request = found.request.model_copy(update={"model": LocalModel(path=str(path))})
         if path.is_file():
-            found.add(
-                SourceNotFound("this is a file; name the folder that holds config.json", value=model.path), "model.path"
-            )
+            found.add(_file_as_model(model.path), "model.path")
         return _local_files(found, path, settings) if path.is_dir() else None
     if isinstance(model, UploadedModel):
         upload = _complete_upload(found, model.id, uploads, "model.id")
         return None if upload is None else UploadFiles(blobs, {f.name: (f.sha256, f.size) for f in upload.files})
     _check_hub(found, settings, "model")
     return None
+
+
+def _file_as_model(path: str) -> InputError:
+    """Why a file is no model: what it is, where its name tells."""
+    foreign = foreign_files([Path(path).name])
+    if foreign is not None and not path.endswith(".safetensors"):
+        return foreign.refusal("model.path")
+    hint = "name the folder that holds config.json and the safetensors"
+    return SourceNotFound("this is a file, and a model is a folder", value=path, hint=hint)
 
 
 def _local_files(found: Preflight, folder: Path, settings: Settings) -> CheckpointFiles | None:
@@ -134,30 +148,26 @@ def _local_files(found: Preflight, folder: Path, settings: Settings) -> Checkpoi
     return FolderFiles(folder)
 
 
-def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> dict[str, object]:
-    """The request's sections with their local texts' real paths."""
-    sections: dict[str, object] = {}
-    for name in ("calibration", "evaluation", "finetune"):
-        section = getattr(found.request, name)
-        unread = name == "calibration" and found.request.base_job is not None
-        if section is None or unread:
-            continue
-        dataset, where = section.dataset, f"{name}.dataset"
+def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> None:
+    """Look at every text that the job reads; a local one is replaced by its real path."""
+    for named in read_sources(found.request):
+        dataset, where = named.source, named.field
         if isinstance(dataset, LocalText):
             path = _resolve_path(found, dataset.path, settings, f"{where}.path")
             if path is not None:
-                sections[name] = section.model_copy(update={"dataset": LocalText(path=str(path))})
+                found.request = with_source(found.request, where, LocalText(path=str(path)))
                 if path.is_dir():
-                    error = InvalidDataset("this is a folder; name a JSONL file", value=dataset.path)
+                    hint = "name the JSONL file in it"
+                    error = InvalidDataset("this is a folder, and a dataset is a file", value=dataset.path, hint=hint)
                     found.add(error, f"{where}.path")
         elif isinstance(dataset, UploadedText):
             upload = _complete_upload(found, dataset.id, uploads, f"{where}.id")
             if upload is not None and not is_text_upload(upload):
-                error = InvalidDataset("the upload is not one .jsonl file", value=dataset.id)
+                hint = "begin an upload of one file named *.jsonl"
+                error = InvalidDataset("the upload is not one .jsonl file", value=dataset.id, hint=hint)
                 found.add(error, f"{where}.id")
         elif isinstance(dataset, HubDataset):
             _check_hub(found, settings, where)
-    return sections
 
 
 def is_text_upload(upload: Upload) -> bool:
@@ -168,15 +178,16 @@ def is_text_upload(upload: Upload) -> bool:
 def _resolve_path(found: Preflight, given: str, settings: Settings, path: str) -> Path | None:
     """The real path, links followed; None with a problem noted if it is not one that may be read."""
     roots = settings.model_roots
-    allowed = ", ".join(map(str, roots)) or "none is configured"
-    hint = f"it must lie under one of BITWRIGHT_MODEL_ROOTS ({allowed})"
     expanded = Path(given).expanduser() if given.startswith("~/") else Path(given)
     if not expanded.is_absolute():
-        error = SourceForbidden("a local path must be absolute: the service has another working folder", value=given)
-        found.add(error, path)
+        detail = "a local path must be absolute: the service has another working folder"
+        hint = "give the whole path; or send the files with `bitwright upload` and name the id that it prints"
+        found.add(SourceForbidden(detail, value=given, hint=hint), path)
         return None
     if not lies_under(expanded, roots):
-        found.add(SourceForbidden(f"{given} is outside the folders that may be read", value=given, hint=hint), path)
+        found.add(
+            SourceForbidden(f"{given} is outside the folders that may be read", value=given, hint=ALLOWED_HINT), path
+        )
         return None
     real = Path(os.path.realpath(expanded))
     if not os.path.exists(real):  # Path.exists raises for a name that is too long
@@ -213,15 +224,21 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
         found.add(error, "model")
         return None
     except OSError as error:
-        found.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}"), "model")
+        hint = "let the user that the service runs as read the folder and its files"
+        found.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
         return None
     if not inspection.tokenizer:
-        found.warnings.append("model: the checkpoint has no tokenizer, which calibration and evaluation need")
+        readers = " and ".join(readers_of(found.request, observes=reads_calibration(found.request.quantization)))
+        reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
+        found.warnings.append(f"model: the checkpoint has no tokenizer, {reason}")
     return inspection
 
 
-def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
-    """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names."""
+def check_shapes(found: Preflight, dimensions: Dimensions, config: Mapping[str, object]) -> None:
+    """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names.
+
+    config   the model's config.json, decoded
+    """
     inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
     spec, formats = found.request.quantization, found.request.formats
     for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
@@ -230,17 +247,15 @@ def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
     for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter is not None else ():
         found.add(misfit, misfit.field or "adapter")
     quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
-    found.problems += model_problems(formats, dimensions.architecture.model_type, quantized)
+    found.problems += model_problems(formats, dimensions.architecture.model_type, quantized, config)
 
 
 def runtime_warnings(request: JobRequest) -> list[str]:
-    """Runtimes that load a requested format, but not with these widths or groups."""
-    warnings = []
+    """Runtimes that load a requested format, but not with these widths or groups, or not on every device."""
     schemes = {scheme for _, scheme in request.quantization.schemes()}
-    for name in request.formats:
-        for runtime in FORMATS[name].runtimes:
-            for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size)):
-                if not runtime.loads(scheme):
-                    how = f"{scheme.bits} bits with group size {scheme.group_size}"
-                    warnings.append(f"{runtime.runtime} does not load {name.value} of {how} ({runtime.support.value})")
-    return warnings
+    return [
+        warning
+        for name in request.formats
+        for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size, s.symmetric))
+        for warning in runtime_limits(FORMATS[name].runtimes, f"{name.value} of {described(scheme)}", scheme)
+    ]

@@ -13,7 +13,7 @@ from app.api.upload_parts import PartsFolder
 from app.domain.errors import Conflict, InvalidRequest, NotFound
 from app.store.models import Upload, UploadFile
 from app.store.session import Database
-from app.store.uploads import UploadRepository
+from app.store.uploads import BEGIN_ANEW, UploadRepository
 
 CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 BUFFER = 1 << 20
@@ -51,7 +51,7 @@ class Target:
         with self.database.reading() as session:
             upload, file = find_file(UploadRepository(session, self.tenant_id), self.upload_id, self.name)
         if upload.complete:
-            raise Conflict(f"upload {self.upload_id} is complete and takes no more bytes")
+            raise Conflict(f"upload {self.upload_id} is complete and takes no more bytes", hint=BEGIN_ANEW)
         return file
 
     def advance(self, start: int, end: int) -> None:
@@ -84,12 +84,13 @@ def parse_content_range(value: str | None, size: int) -> tuple[int, int]:
         return 0, size
     match = CONTENT_RANGE.fullmatch(value.strip())
     if match is None:
-        detail = "Content-Range is `bytes first-last/size`"
-        raise InvalidRequest(detail, field="Content-Range", value=value)
+        detail, hint = "Content-Range is `bytes first-last/size`", "e.g. `bytes 0-1023/4096`, or leave it out"
+        raise InvalidRequest(detail, field="Content-Range", value=value, hint=hint)
     first, last, total = map(int, match.groups())
     if total != size or last < first or last >= size:
         detail = f"the part must lie within the {size} bytes that were announced"
-        raise InvalidRequest(detail, field="Content-Range", value=value)
+        hint = "HEAD tells where to go on; a file of another size needs an upload of its own"
+        raise InvalidRequest(detail, field="Content-Range", value=value, hint=hint)
     return first, last + 1
 
 

@@ -9,7 +9,7 @@ from starlette.concurrency import run_in_threadpool
 from app.api.auth import Submitter
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, SettingsOf
 from app.api.documentation import problems, text_header
-from app.api.inspection import CONFIG, PICKLED, is_plain_name
+from app.api.inspection import CONFIG, is_plain_name
 from app.api.representations import upload_view
 from app.api.upload_parts import PartsFolder
 from app.api.upload_receiving import Target, TornPart, find_file, parse_content_range, receive_part
@@ -22,6 +22,7 @@ from app.domain.errors import (
     MalformedBody,
     UnsafeCheckpoint,
 )
+from app.domain.foreign_files import PICKLED, foreign_files
 from app.domain.jsonl import check_jsonl
 from app.domain.views import Page, UploadRequest, UploadView
 from app.settings import Settings
@@ -29,7 +30,7 @@ from app.store.blobs import BlobStore
 from app.store.idempotency import Idempotency
 from app.store.models import Upload, UploadFile
 from app.store.session import Database
-from app.store.uploads import NewUploadFile, UploadRepository
+from app.store.uploads import SEND_THE_REST, NewUploadFile, UploadRepository
 
 router = APIRouter(tags=["uploads"])
 log = structlog.get_logger(__name__)
@@ -56,7 +57,10 @@ PART_BODY: dict[str, Any] = {
     summary="Begin an upload",
     operation_id="create_upload",
     status_code=201,
-    responses={201: CREATED, **problems("body_too_large", "unsafe_checkpoint", "idempotency_key_reused")},
+    responses={
+        201: CREATED,
+        **problems("body_too_large", "unsafe_checkpoint", "unsupported_checkpoint", "idempotency_key_reused"),
+    },
 )
 def create_upload(
     body: UploadRequest,
@@ -93,6 +97,7 @@ def check_files(body: UploadRequest, settings: Settings) -> None:
     Raises:
         InvalidRequest: bad names, or neither a text nor a checkpoint.
         UnsafeCheckpoint: pickled weights among them.
+        UnsupportedCheckpoint: a model in files of another kind.
         BodyTooLarge: together larger than the service takes.
     """
     names = [file.name for file in body.files]
@@ -112,6 +117,9 @@ def check_files(body: UploadRequest, settings: Settings) -> None:
     if pickled is not None:
         hint = "convert the weights to safetensors and leave this file out"
         raise UnsafeCheckpoint(f"{pickled} runs code when it is loaded", field="files", value=pickled, hint=hint)
+    foreign = foreign_files(names)
+    if foreign is not None and (CONFIG not in names or not foreign.file.endswith(".safetensors")):
+        raise foreign.refusal("files")
     text = len(names) == 1 and names[0].endswith(".jsonl")
     if not text and not (CONFIG in names and any(name.endswith(".safetensors") for name in names)):
         hint = "send one file named *.jsonl, or config.json with *.safetensors and the tokenizer's files"
@@ -119,7 +127,8 @@ def check_files(body: UploadRequest, settings: Settings) -> None:
     total = sum(file.size for file in body.files)
     if total > settings.max_upload_bytes:
         detail = f"the files have {total} bytes together; the service takes {settings.max_upload_bytes}"
-        raise BodyTooLarge(detail, field="files", value=total)
+        hint = "leave files out that no job reads, or ask the operator to raise BITWRIGHT_MAX_UPLOAD_BYTES"
+        raise BodyTooLarge(detail, field="files", value=total, hint=hint)
 
 
 @router.get("/v1/uploads", summary="List uploads", operation_id="list_uploads", responses=problems())
@@ -211,16 +220,18 @@ async def put_part(
         file = await run_in_threadpool(target.find)
         start, end = parse_content_range(content_range, file.size)
         if start != file.offset:
-            raise Conflict(f"{name} has {file.offset} bytes; the next part starts there", value=start)
+            detail = f"{name} has {file.offset} bytes; the next part starts there"
+            raise Conflict(detail, value=start, hint="send from that offset on")
         if parts.present(file.position) < start:
             await run_in_threadpool(target.restart)
-            raise Conflict(f"the first bytes of {name} are lost; send it from the start", value=start)
+            raise Conflict(f"the first bytes of {name} are lost", value=start, hint="send it from the start")
         reached = start
         try:
             reached = await receive_part(request, parts, file.position, start, end)
         except TornPart as torn:
             reached = torn.reached
-            raise MalformedBody(torn.detail, field="Content-Range", value=content_range) from torn
+            hint = "what counts is kept: HEAD tells where to go on"
+            raise MalformedBody(torn.detail, field="Content-Range", value=content_range, hint=hint) from torn
         finally:
             if reached > start:
                 await run_in_threadpool(target.advance, start, reached)
@@ -265,7 +276,7 @@ def _read(database: Database, tenant_id: str, upload_id: str) -> Upload:
 def _require_all_bytes(upload: Upload) -> None:
     missing = [f"{file.name} ({file.offset} of {file.size} bytes)" for file in upload.files if file.offset < file.size]
     if missing:
-        raise Conflict(f"not all bytes have arrived: {', '.join(missing[:10])}")
+        raise Conflict(f"not all bytes have arrived: {', '.join(missing[:10])}", hint=SEND_THE_REST)
 
 
 def _keep(file: UploadFile, parts: PartsFolder, database: Database, blobs: BlobStore) -> None:

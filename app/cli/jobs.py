@@ -209,7 +209,13 @@ def parse_labels(labels: list[str] | None) -> dict[str, str]:
     pairs = [label.partition("=") for label in labels or []]
     for name, equals, _ in pairs:
         if not equals or not name:
-            raise RequestError(f"{name!r} is not name=value", field="metadata", value=name)
+            hint = "e.g. --metadata commit=abc123"
+            raise RequestError(f"{name!r} is not name=value", field="metadata", value=name, hint=hint)
+    given = [name for name, _, _ in pairs]
+    twice = next((name for name in given if given.count(name) > 1), None)
+    if twice is not None:
+        detail = f"the label {twice!r} is given twice"
+        raise RequestError(detail, field="metadata", value=twice, hint="give each label once")
     return {name: value for name, _, value in pairs}
 
 

@@ -36,14 +36,27 @@ def err() -> Console:
 
 
 def print_error(error: BitwrightError) -> None:
-    """Code, cause, every field at fault, and the way out."""
+    """Code, cause, every field at fault, and the way out; nothing of it twice."""
+    lines = error_lines(error)
     console = err()
-    console.print(Text.assemble((f"{error.code}: ", "bold red"), error.detail), soft_wrap=True)
-    for problem in error.errors:
-        sent = f" (got {problem.value!r})" if problem.value is not None else ""
-        console.print(Text(f"  {problem.field}: {problem.detail}{sent}"), soft_wrap=True)
-    if error.hint:
-        console.print(Text(f"  {error.hint}"), soft_wrap=True)
+    console.print(Text.assemble((f"{error.code}: ", "bold red"), lines[0]), soft_wrap=True)
+    for line in lines[1:]:
+        console.print(Text(f"  {line}"), soft_wrap=True)
+
+
+def error_lines(error: BitwrightError) -> list[str]:
+    """What is told of an error: its detail is that of its first problem, so with problems these are told instead."""
+    problems = [
+        f"{problem.field}: {problem.detail}{f' (got {problem.value!r})' if problem.value is not None else ''}"
+        for problem in error.errors
+    ]
+    repeats = bool(error.errors) and error.errors[0].detail in error.detail
+    if len(problems) > 1 and repeats:
+        lines = [f"{len(problems)} things are wrong", *problems]
+    else:
+        lines = problems if repeats else [error.detail, *problems]
+    hint = error.hint
+    return [*lines, *([hint] if hint and not any(hint in line for line in lines) else [])]
 
 
 def format_bytes(count: float) -> str:
@@ -199,6 +212,9 @@ def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})
         table.add_row("perplexity", f"{quality.perplexity_original:.3f}", f"{quality.perplexity:.3f}")
         table.add_row("KL to the original, nats a token", "0", f"{quality.kl_divergence:.5f}")
         table.add_row("same most likely token", "100 %", f"{100 * quality.top1_agreement:.1f} %")
+    if (nearest := report.round_to_nearest) is not None:
+        told = f"perplexity {nearest.perplexity:.3f}, KL {nearest.kl_divergence:.5f}"
+        table.add_row("round to nearest, same scheme", "", told)
     if report.scales is not None and report.scales.kept:
         before, after = f"{report.scales.kl_initial:.5f}", f"{report.scales.kl:.5f}"
         table.add_row("KL on held-out calibration text, scales tuned", before, after)

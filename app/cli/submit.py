@@ -96,12 +96,32 @@ def read_request(path: Path) -> dict[str, Any]:
     """
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        body = yaml.safe_load(text)
+        body = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise MalformedBody(f"{path} is not a readable YAML or JSON file: {error}", field="file") from error
+        hint = "write a YAML or JSON object with the request's fields, each once"
+        raise MalformedBody(f"{path} is not a readable YAML or JSON file: {error}", field="file", hint=hint) from error
     if not isinstance(body, dict):
-        raise MalformedBody(f"{path} holds {type(body).__name__}, not an object with the request's fields")
+        hint = "begin with lines such as `model: org/name` and `method: gptq`"
+        detail = f"{path} holds {type(body).__name__}, not an object with the request's fields"
+        raise MalformedBody(detail, field="file", hint=hint)
     return body
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML's safe subset, without names that stand twice in a mapping: YAML itself takes the last in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """The mapping as a dict.
+
+        Raises:
+            yaml.constructor.ConstructorError: a name stands twice.
+        """
+        names = [name.value for name, _ in node.value]
+        for name_node, _ in node.value:
+            if names.count(name_node.value) > 1 and name_node.tag != "tag:yaml.org,2002:merge":
+                problem = f"{name_node.value} stands twice"
+                raise yaml.constructor.ConstructorError(None, None, problem, name_node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def set_fields(body: dict[str, Any], flags: dict[str, Any]) -> None:
@@ -124,7 +144,8 @@ def set_quantization(
         body["quantization"] = {name: body.pop(name) for name in SHORTHAND if name in body}
     target = body.get("quantization", body)
     if not isinstance(target, dict):
-        raise RequestError("quantization must be an object", field="quantization", value=target)
+        hint = "write its fields below it, or at the top without it"
+        raise RequestError("quantization must be an object", field="quantization", value=target, hint=hint)
     set_fields(target, flags)
     rules: dict[str, Any] = {}
     set_fields(rules, {"ignore": ignore or None, "overrides": overrides or None})
@@ -137,11 +158,15 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, dict[str, int]]:
     Raises:
         RequestError: one is not PATTERN=BITS.
     """
-    parsed = {}
+    parsed: dict[str, dict[str, int]] = {}
     for override in overrides or []:
         pattern, _, bits = override.rpartition("=")
         if not pattern or not bits.isdecimal():
-            raise RequestError(f"{override!r} is not PATTERN=BITS", field="override", value=override)
+            hint = "e.g. --override '*.down_proj=8'"
+            raise RequestError(f"{override!r} is not PATTERN=BITS", field="override", value=override, hint=hint)
+        if pattern in parsed:
+            detail = f"the pattern {pattern!r} is given twice"
+            raise RequestError(detail, field="override", value=pattern, hint="give each pattern once")
         parsed[pattern] = {"bits": int(bits)}
     return parsed
 

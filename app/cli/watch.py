@@ -25,7 +25,7 @@ from app.domain.events import (
     StatusEvent,
     WarningEvent,
 )
-from app.domain.jobs import JobStatus
+from app.domain.jobs import FINAL_STATUSES, JobStatus
 from app.domain.views import ArtifactView, EventView, JobView
 
 PLAIN_SECONDS = 10.0
@@ -160,7 +160,9 @@ class PlainView:
 def line_of(event: Event) -> Text | None:
     """An event as a line; None for logs, which are for those who look for a cause."""
     if isinstance(event, StatusEvent):
-        why = f": {event.error.code}: {event.error.detail}" if event.error is not None else ""
+        why = f": {event.error.code}" if event.error is not None else ""
+        if event.error is not None and event.status not in FINAL_STATUSES:  # of those, `finish` tells the rest
+            why += f": {event.error.detail}"
         return Text(f"{event.status.value}, attempt {event.attempt}{why}")
     if isinstance(event, ProgressEvent):
         eta = f", {format_seconds(event.eta_seconds)} left" if event.eta_seconds is not None else ""

@@ -72,9 +72,11 @@ def describe_files(files: Sequence[Path]) -> list[UploadFileSpec]:
     names = [file.name for file in files]
     for file in files:
         if not file.is_file():
-            raise RequestError(f"{file} is not a file", field="files", value=str(file))
+            hint = "name files; of a folder, all the files in it"
+            raise RequestError(f"{file} is not a file", field="files", value=str(file), hint=hint)
         if names.count(file.name) > 1:
-            raise RequestError(f"two files are named {file.name}", field="files", value=file.name)
+            hint = "an upload has no folders: send files of different names"
+            raise RequestError(f"two files are named {file.name}", field="files", value=file.name, hint=hint)
     return [UploadFileSpec(name=file.name, size=file.stat().st_size, sha256=sha256_of(file)) for file in files]
 
 
@@ -88,7 +90,8 @@ def send_files(transport: Transport, upload: UploadView, files: Sequence[Path], 
     local = {file.name: file for file in files}
     for remote in upload.files:
         if remote.name not in local:
-            raise RequestError(f"upload {upload.id} wants a file named {remote.name}", field="files")
+            hint = "name the same files as when the upload began"
+            raise RequestError(f"upload {upload.id} wants a file named {remote.name}", field="files", hint=hint)
         _send_file(transport, upload.id, remote, local[remote.name], on_bytes)
     return _complete(transport, upload.id)
 
@@ -111,7 +114,10 @@ def _send_file(transport: Transport, upload_id: str, remote: UploadFileView, pat
             file.seek(offset)
             part = file.read(min(PART_BYTES, remote.size - offset))
             if not part:
-                raise RequestError(f"{path} became shorter while it was sent", field="files", value=path.name)
+                hint = "send it again when nothing writes to it any more"
+                raise RequestError(
+                    f"{path} became shorter while it was sent", field="files", value=path.name, hint=hint
+                )
             reached = _send_part(transport, url, part, offset, remote.size)
             failures = 0 if reached > offset else failures + 1
             if failures >= transport.retry.attempts:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture
+from app.domain.quantized_tensors import HINT
 
 HEAD = "lm_head"
 """Full module name of the output head, in all architectures."""
@@ -129,7 +130,11 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
         )
     if config.get("quantization_config") is not None:
         detail = "config.json has a quantization_config: the checkpoint is quantized already"
-        raise UnsupportedArchitecture(detail, field="model", hint="start from the 16-bit checkpoint")
+        raise UnsupportedArchitecture(detail, field="model", hint=HINT)
+    mlx = config.get("quantization")
+    if isinstance(mlx, Mapping) and "bits" in mlx:
+        detail = "config.json has MLX's quantization: the checkpoint is quantized already"
+        raise UnsupportedArchitecture(detail, field="model", hint=HINT)
     return found
 
 

@@ -13,6 +13,7 @@ BitwrightError
 |   |-- PreconditionFailed    412  precondition_failed   If-Match or If-Range does not hold
 |   |-- BodyTooLarge          413  body_too_large
 |   |-- RangeNotSatisfiable   416  range_not_satisfiable
+|   |-- InvalidSettings       400  invalid_settings      a variable of the environment is wrong; no HTTP answer
 |   |-- InvalidRequest        422  invalid_request       all problems at once in `errors`
 |   |-- KeyReused             422  idempotency_key_reused
 |   |-- ExceedsCapacity       422  exceeds_capacity      no worker could ever hold the job
@@ -23,6 +24,7 @@ BitwrightError
 |   |-- UnusableBaseJob            base_job_unusable
 |   |-- UnsupportedArchitecture    unsupported_architecture
 |   |-- UnsafeCheckpoint           unsafe_checkpoint
+|   |-- UnsupportedCheckpoint      unsupported_checkpoint
 |   |-- CorruptCheckpoint          corrupt_checkpoint
 |   |-- IndivisibleGroup           group_size_does_not_divide
 |   |-- InvalidDataset             invalid_dataset
@@ -76,13 +78,15 @@ class FieldProblem(BaseModel):
 class BitwrightError(Exception):
     """Any error with a code. `detail` is for people; programs look at `code`.
 
-    `field`, `value` and `hint` say which input is at fault, what it was and the way out.
+    `field`, `value` and `hint` say which input is at fault, what it was and the way out. Whoever raises it without a
+    hint of its own gives that of the class, the row of docs/errors.md; `errors` have theirs in each problem.
     """
 
     code: ClassVar[str] = "error"
     title: ClassVar[str] = "Error"
     status: ClassVar[int] = 500
     retry: ClassVar[Retry] = Retry.NEVER
+    way_out: ClassVar[str] = "The root of the tree; nothing raises it."
 
     def __init__(
         self,
@@ -97,7 +101,7 @@ class BitwrightError(Exception):
         self.detail = detail
         self.field = field
         self.value = shorten(value)
-        self.hint = hint
+        self.hint = hint or (None if errors else self.way_out)
         self.errors = errors
 
 
@@ -123,178 +127,254 @@ def _describe(value: object) -> str:
 
 class RequestError(BitwrightError):
     code, title, status = "bad_request", "Bad request", 400
+    way_out = "Mend what `detail` names."
 
 
 class MalformedBody(RequestError):
     code, title = "malformed_body", "The body is not valid JSON"
+    way_out = "Send JSON with `Content-Type: application/json`."
 
 
 class Unauthenticated(RequestError):
     code, title, status = "unauthenticated", "A valid API key is needed", 401
+    way_out = "Send `Authorization: Bearer bw_...`; `bitwright keys create` makes one."
 
 
 class MissingScope(RequestError):
     code, title, status = "missing_scope", "The API key lacks a scope", 403
+    way_out = "Use a key with the scope that `detail` names (read, submit, admin)."
 
 
 class NotFound(RequestError):
     code, title, status = "not_found", "Not found", 404
+    way_out = "Check the id; another tenant's ids look the same as ids that do not exist."
 
 
 class MethodNotAllowed(RequestError):
     code, title, status = "method_not_allowed", "The path does not take this method", 405
+    way_out = "`Allow` lists those that it takes."
 
 
 class Conflict(RequestError):
     code, title, status = "conflict", "The resource is in another state", 409
+    way_out = "Read the resource again, then decide."
 
 
 class IllegalTransition(Conflict):
     code, title = "illegal_transition", "The job's status does not allow this"
+    way_out = "Only queued and running jobs can be cancelled, only failed and cancelled ones retried."
 
 
 class RequestInProgress(Conflict):
     code, title = "request_in_progress", "A request with this Idempotency-Key is still running"
+    way_out = "Wait a second and send it again."
 
 
 class PreconditionFailed(RequestError):
     code, title, status = "precondition_failed", "A precondition does not hold", 412
+    way_out = "The content changed: start the download again without If-Match."
 
 
 class BodyTooLarge(RequestError):
     code, title, status = "body_too_large", "The body is too large", 413
+    way_out = "JSON is limited to `BITWRIGHT_MAX_BODY_BYTES`; send data through /v1/uploads, in parts."
 
 
 class RangeNotSatisfiable(RequestError):
     code, title, status = "range_not_satisfiable", "The range lies outside the content", 416
+    way_out = "Ask for a range below the `Content-Range` total."
+
+
+class InvalidSettings(RequestError):
+    code, title, status = "invalid_settings", "A setting is not valid", 400
 
 
 class InvalidRequest(RequestError):
     code, title, status = "invalid_request", "The request is not valid", 422
+    way_out = "Mend every problem that `errors` lists, with field, value and way out; or what `detail` names."
 
 
 class KeyReused(RequestError):
     code, title, status = "idempotency_key_reused", "The Idempotency-Key was used for another request", 422
+    way_out = "Use a fresh key for another body."
 
 
 class ExceedsCapacity(RequestError):
     code, title, status = "exceeds_capacity", "No worker could hold the job", 422
+    way_out = (
+        "Fewer or shorter calibration sequences, a smaller model, or a larger worker; `?dry_run=true` shows "
+        "the estimates of what fits."
+    )
 
 
 class TooManyRequests(RequestError):
     code, title, status = "too_many_requests", "Too many requests", 429
+    way_out = "Wait for `Retry-After` seconds."
 
 
 class InputError(BitwrightError):
     code, title, status = "invalid_input", "The job's input cannot be used", 422
+    way_out = "Mend what `detail` names, and submit again."
 
 
 class SourceNotFound(InputError):
     code, title = "source_not_found", "The model or dataset was not found"
+    way_out = "Check id, revision or path; a local path must lie under `BITWRIGHT_MODEL_ROOTS` on the worker."
 
 
 class SourceForbidden(InputError):
     code, title = "source_forbidden", "The model or dataset may not be read"
+    way_out = (
+        "Local folders are read under the roots alone: `bitwright serve --model-root FOLDER` "
+        "(`BITWRIGHT_MODEL_ROOTS`), or send the files with `bitwright upload`. On the Hub, accept the model's "
+        "licence and set `BITWRIGHT_HUB_TOKEN`."
+    )
 
 
 class UnusableBaseJob(InputError):
     code, title = "base_job_unusable", "No job can start from this earlier job"
+    way_out = (
+        "Name a job that succeeded, whose `native` checkpoint is still there and whose adapter can go on, or "
+        "quantize anew: leave `base_job` out."
+    )
 
 
 class UnsupportedArchitecture(InputError):
     code, title = "unsupported_architecture", "The model's architecture is not supported"
+    way_out = "Choose a model of a supported `model_type`, in 16 or 32 bits; `detail` lists them."
 
 
 class UnsafeCheckpoint(InputError):
     code, title = "unsafe_checkpoint", "The checkpoint holds no safetensors"
+    way_out = "Convert it: `.bin` and `.pt` files can run code when they are read."
+
+
+class UnsupportedCheckpoint(InputError):
+    code, title = "unsupported_checkpoint", "The files are no checkpoint that can be quantized"
+    way_out = (
+        "Give config.json with model.safetensors, or with shards and their index; `detail` says what the files are."
+    )
 
 
 class CorruptCheckpoint(InputError):
     code, title = "corrupt_checkpoint", "The checkpoint is damaged or inconsistent"
+    way_out = "Fetch or send it again; `detail` names the file or tensor."
 
 
 class IndivisibleGroup(InputError):
     code, title = "group_size_does_not_divide", "The group size does not divide a linear's inputs"
+    way_out = "Take a divisor of the size that `detail` names, -1, or an override for that linear."
 
 
 class InvalidDataset(InputError):
     code, title = "invalid_dataset", "The dataset cannot be used"
+    way_out = (
+        "JSONL, each line an object with `text`, `prompt` and `completion`, or `messages`; enough text for "
+        "the samples asked for."
+    )
 
 
 class UnknownModule(InputError):
     code, title = "unknown_module", "A module pattern matches no linear of the model"
+    way_out = "Patterns are globs over full names such as `model.layers.*.mlp.down_proj`."
 
 
 class FormatCannotHold(InputError):
     code, title = "format_cannot_hold", "The format cannot hold the result"
+    way_out = (
+        "Other bits or symmetry, or another format: see GET /v1/formats. Low-rank factors need `peft` or `merged`."
+    )
 
 
 class MisalignedAdapter(InputError):
     code, title = "misaligned_adapter", "An adapter's pools or tiles do not fit a linear or its groups"
+    way_out = "`detail` names linear and number, the hint those that fit; or leave `pool_in` and `repeat_out` out."
 
 
 class OffsetNotRepresentable(InputError):
     code, title = "offset_not_representable", "A merged adapter's offsets cannot be stored as asked"
+    way_out = (
+        "Ask for `native` or `gguf`, which hold fractional offsets; or set `round_offset` and accept the "
+        "error that the report tells."
+    )
 
 
 class NumericalFailure(InputError):
     code, title = "numerical_failure", "The computation gave a value that is not finite"
+    way_out = (
+        "Check the checkpoint, and whether its dtype overflows (bfloat16 in config.json); raise bits or lower "
+        "the learning rate."
+    )
 
 
 class RequirementMissed(InputError):
     code, title = "requirement_missed", "The result misses a requirement of the request"
+    way_out = "The report has the numbers: raise bits, or a better preset, or loosen `require`."
 
 
 class ResourceError(BitwrightError):
     code, title, status = "resource_exhausted", "The machine was too small", 507
+    way_out = "A larger machine, or less work: shorter or fewer sequences."
 
 
 class OutOfGpuMemory(ResourceError):
     code, title, retry = "out_of_gpu_memory", "The GPU's memory was exhausted", Retry.SMALLER
+    way_out = "Shorter sequences or a smaller `batch_size`; `detail` has the peak."
 
 
 class OutOfMemory(ResourceError):
     code, title, retry = "out_of_memory", "The machine's memory was exhausted", Retry.SMALLER
+    way_out = "Fewer or shorter calibration sequences; `detail` has the peak."
 
 
 class DiskFull(ResourceError):
     code, title = "disk_full", "The disk is full"
+    way_out = "Free space under `BITWRIGHT_DATA_DIR` and `BITWRIGHT_WORKSPACE_DIR`, then retry."
 
 
 class TimeLimitExceeded(ResourceError):
     code, title = "time_limit_exceeded", "The attempt ran longer than its time limit"
+    way_out = "Raise `time_limit_seconds`, then retry: finished blocks are kept."
 
 
 class PlatformError(BitwrightError):
     code, title, status, retry = "platform_error", "The service failed", 500, Retry.LATER
+    way_out = "Look into the worker's log."
 
 
 class WorkerLost(PlatformError):
     code, title = "worker_lost", "The worker stopped renewing its lease"
+    way_out = "Nothing to do: the job is taken over."
 
 
 class AttemptKilled(PlatformError):
     code, title = "attempt_killed", "The attempt's process was killed"
+    way_out = "If it repeats, look for the kernel's out-of-memory killer."
 
 
 class AttemptSuperseded(PlatformError):
     code, title, retry = "attempt_superseded", "Another attempt holds the job", Retry.NEVER
+    way_out = "Nothing to do: the newer attempt goes on."
 
 
 class CudaError(PlatformError):
     code, title = "cuda_error", "The GPU reported a fault"
+    way_out = "If it repeats, look at the driver's log; the message names the fault."
 
 
 class StorageError(PlatformError):
     code, title = "storage_error", "An artifact could not be stored or read"
+    way_out = "Check the blob store's disk or bucket."
 
 
 class Unavailable(PlatformError):
     code, title, status = "unavailable", "The service is not available now", 503
+    way_out = "Wait for `Retry-After` seconds; `/readyz` says what is missing."
 
 
 class InternalError(PlatformError):
     code, title = "internal_error", "Internal error"
+    way_out = "A defect: report it with the request's or the job's id; the log under that id has the cause."
 
 
 def _tree(root: type[BitwrightError]) -> dict[str, type[BitwrightError]]:

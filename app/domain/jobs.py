@@ -18,7 +18,7 @@ from app.domain.finetuning import Finetune
 from app.domain.formats import ExportFormat
 from app.domain.methods import QuantizationSpec
 from app.domain.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
-from app.domain.shorthand import SHORTHAND, Expansion, expand
+from app.domain.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
 
 __all__ = [
@@ -84,6 +84,11 @@ class Calibration(RequestPart):
     num_samples: int = Field(default=128, strict=True, ge=1, le=65_536, description="Sequences.")
     sequence_length: int = Field(default=2048, strict=True, ge=16, le=131_072, description="Tokens a sequence.")
 
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the dataset that are read at the most."""
+        return self.num_samples * self.sequence_length
+
 
 class Evaluation(RequestPart):
     """Text that judges the result; never text that calibrated it."""
@@ -91,6 +96,11 @@ class Evaluation(RequestPart):
     dataset: DatasetSource = BuiltinText()
     num_samples: int = Field(default=32, strict=True, ge=1, le=65_536, description="Windows.")
     sequence_length: int = Field(default=1024, strict=True, ge=16, le=131_072, description="Tokens a window.")
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the dataset that are read at the most."""
+        return self.num_samples * self.sequence_length
 
 
 class Requirements(RequestPart):
@@ -182,7 +192,7 @@ class JobRequest(RequestPart):
         try:
             request = cls.model_validate(expansion.body)
         except ValidationError as error:
-            problems = _added(problems, field_problems(error, cls, body))
+            problems = _added(problems, field_problems(error, cls, body, ALL_SHORTHAND))
         problems += _adapter_problems(expansion)
         problems += _format_problems(expansion, body, None if earlier is None else earlier.folded)
         if problems:

@@ -31,8 +31,13 @@ RANGES = ("greater_than", "less_than", "too_long", "too_short", "string_too", "f
 VALUES = ("literal", "enum", "union_tag_invalid", "value", "string_pattern", "string_unicode")
 
 
-def field_problems(error: ValidationError, model: type[BaseModel], body: Mapping[str, object]) -> list[FieldProblem]:
-    """A problem for each error of validating the full form of `body` as `model`."""
+def field_problems(
+    error: ValidationError, model: type[BaseModel], body: Mapping[str, object], shorthand: Sequence[str] = ()
+) -> list[FieldProblem]:
+    """A problem for each error of validating the full form of `body` as `model`.
+
+    shorthand   names that `body` may have at its top besides
+    """
     schema = _schema(model)
     definitions = _part(schema, "$defs")
     problems = []
@@ -45,7 +50,7 @@ def field_problems(error: ValidationError, model: type[BaseModel], body: Mapping
             path, value = (*path, tag), context.get("tag")
             detail = f"must be {_choice(node)}"
         elif kind == "extra_forbidden":
-            detail = _unknown_field(schema, definitions, item["loc"])
+            detail = unknown_field(model, item["loc"], shorthand)
         elif kind == "missing":
             detail, value = f"this field is needed: {_allowed(node, definitions)}", None
         elif item["loc"][-1] == "[key]":
@@ -142,12 +147,34 @@ def _resolve(node: Schema, definitions: Schema) -> Schema:
             return node
 
 
-def _unknown_field(schema: Schema, definitions: Schema, location: Location) -> str:
-    _, parent = _follow(schema, definitions, location[:-1])
+def unknown_field(model: type[BaseModel], location: Location, shorthand: Sequence[str] = ()) -> str:
+    """What is wrong with a name that no field at that place of a body has, and which may have been meant.
+
+    shorthand   names that may stand at the top besides the model's
+    """
+    schema = _schema(model)
+    _, parent = _follow(schema, _part(schema, "$defs"), location[:-1])
     known = list(_part(parent, "properties"))
-    near = get_close_matches(str(location[-1]), known, n=1)
-    meant = f"did you mean {near[0]}? " if near else ""
-    return f"there is no such field; {meant}there are: {', '.join(known)}"
+    short = [name for name in shorthand if name not in known] if len(location) == 1 else []
+    near = closest(str(location[-1]), [*known, *short])
+    meant = f"did you mean {near}? " if near else ""
+    if near == location[-1]:
+        meant = f"{near} stands at the top only beside a method that is the recipe of an adapter; "
+    besides = f"; in shorthand also: {', '.join(short)}" if short else ""
+    return f"there is no such field; {meant}there are: {', '.join(known)}{besides}"
+
+
+def closest(name: str, known: Sequence[str]) -> str | None:
+    """The known name that a name was probably meant for, whatever its case and dashes."""
+    plain = {_plain(each): each for each in reversed(known)}
+    wanted = _plain(name)
+    near = get_close_matches(wanted, list(plain), n=1)
+    near = near or [each for each in plain if len(wanted) > 3 and wanted in each][:1]
+    return plain[near[0]] if near else None
+
+
+def _plain(name: str) -> str:
+    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def _allowed(node: Schema, definitions: Schema) -> str:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from app.domain.errors import SourceForbidden
 
-ALLOWED_HINT = "the service's operator names the allowed folders in BITWRIGHT_MODEL_ROOTS"
+ALLOWED_HINT = (
+    "local paths are read under the operator's folders alone: `bitwright serve --model-root FOLDER` names one "
+    "(BITWRIGHT_MODEL_ROOTS); or send the files with `bitwright upload` and name the id that it prints"
+)
 
 
 def lies_under(path: str | Path, roots: Iterable[Path]) -> bool:

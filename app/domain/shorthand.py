@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from pydantic import BaseModel, ValidationError
 
-from app.domain.adapter_recipes import ADAPTER_RECIPES, expand_adapter
+from app.domain.adapter_recipes import ADAPTER_RECIPES, ADAPTER_SHORTHAND, expand_adapter
 from app.domain.adapter_rules import default_result_formats
 from app.domain.adapters import ADAPTERS, GATE_TRAVEL, LEARNING_RATE, AdapterSpec, BayesianLoRASpec
 from app.domain.earlier_job import EarlierJob, Folded, start_from
@@ -19,6 +19,8 @@ SHORTHAND = (
     *sorted({name for info in METHODS.values() for name in info.spec.model_fields} - {"method", "modules"}),
 )
 """Fields of `quantization` that may stand at the top of the request instead."""
+ALL_SHORTHAND = tuple(dict.fromkeys((*SHORTHAND, *ADAPTER_SHORTHAND)))
+"""With those of `adapter`, which may do so where `method` is the recipe of one."""
 
 
 @dataclass(frozen=True)

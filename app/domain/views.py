@@ -181,11 +181,27 @@ class MethodList(View):
     recipes: list[RecipeView] = Field(default_factory=list)
 
 
-class RuntimeView(View):
-    runtime: str
-    support: str
+class WidthsView(View):
+    version: str
     bits: list[int]
-    group_sizes: list[int] | None = None
+    symmetric: list[bool]
+
+
+class RuntimeView(View):
+    """A runtime that loads a format; one whose limits depend on the device has an entry for each."""
+
+    runtime: str
+    version: str = Field(
+        default="", description="Release that a test loaded the format in, or whose source the rules were read in."
+    )
+    devices: str = Field(default="", description="Devices that the entry speaks of; empty: all of the runtime's.")
+    support: str = Field(description="tested: by a test or benchmark of Bitwright; by_rules: read in the source.")
+    bits: list[int]
+    asymmetric_bits: list[int] | None = Field(default=None, description="Widths with zero points; null: all of bits.")
+    group_sizes: list[int] | None = Field(default=None, description="Null: all that the next two allow.")
+    smallest_group: int = 1
+    group_multiple: int = 1
+    since: list[WidthsView] = Field(default_factory=list, description="Widths that earlier releases did not take.")
     note: str = ""
 
 
@@ -209,12 +225,19 @@ class FormatView(View):
     runtimes: list[RuntimeView]
 
 
+CLOCK_SKEW = "clock_skew_seconds"
+"""What a worker calls its clock's distance from the database's, among the facts of its machine."""
+
+
 class WorkerView(View):
     id: str
     device: str
     capacity: dict[str, Any] = Field(default_factory=dict)
     job_id: str | None = None
     last_seen_at: datetime
+    clock_skew_seconds: float | None = Field(
+        default=None, description="By how much the clock of the worker's machine is ahead of the database's."
+    )
 
 
 class PreflightView(View):

@@ -18,7 +18,9 @@ def document(message: BaseModel) -> JsonObject:
     data = message.model_dump(mode="json")
     for path, number in _numbers("", data):
         if not math.isfinite(number):
-            raise NumericalFailure(f"{path} is {number}, not a finite number", field=path, value=str(number))
+            hint = "check the checkpoint and its dtype; use more bits or a lower learning rate"
+            detail = f"{path} is {number}, not a finite number"
+            raise NumericalFailure(detail, field=path, value=str(number), hint=hint)
     return data
 
 

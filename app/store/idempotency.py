@@ -37,7 +37,7 @@ class Idempotency:
         """
         if not KEY_SHAPE.fullmatch(key):
             detail = "an Idempotency-Key is 1 to 255 visible ASCII characters, without spaces"
-            raise InvalidRequest(detail, field="Idempotency-Key", value=key)
+            raise InvalidRequest(detail, field="Idempotency-Key", value=key, hint="take a UUID, for one")
         # Not sorted by name: the order of modules.overrides is part of the request.
         return cls(key=key, fingerprint=hashlib.sha256(request.model_dump_json().encode()).hexdigest())
 
@@ -71,7 +71,8 @@ def take_key(session: Session, tenant_id: str, idempotency: Idempotency, made: M
         return made_id
     standing = find_key(session, tenant_id, idempotency, made)
     if standing is None:
-        raise Conflict("what this Idempotency-Key stood for has just been deleted; send the request again")
+        detail = "what this Idempotency-Key stood for has just been deleted"
+        raise Conflict(detail, hint="send the request again")
     return standing
 
 

@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
 from app.domain.jobs import FINAL_STATUSES, JobRequest, JobStatus
-from app.domain.sources import LocalModel, ModelSource, UploadedModel, UploadedText
+from app.domain.request_sources import read_uploads
+from app.domain.sources import LocalModel, ModelSource
 from app.store.clock import now
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
@@ -103,7 +104,7 @@ class JobRepository:
         """
         if after is not None and not is_id("job", after):
             raise InvalidRequest(
-                "the cursor is not one that a page gave; start without one", field="after", value=after
+                "the cursor is not one that a page gave", field="after", value=after, hint="start without one"
             )
         texts = [method, model, *(metadata or {}), *(metadata or {}).values()]
         if any("\0" in text for text in texts if text is not None):
@@ -166,7 +167,9 @@ class JobRepository:
         """
         job = self._locked(job_id)
         if job.status not in FINAL_STATUSES:
-            raise Conflict(f"job {job_id} is {job.status.value}; cancel it before deleting it", value=job.status.value)
+            hint = f"POST /v1/jobs/{job_id}/cancel, or wait for its end"
+            detail = f"job {job_id} is {job.status.value}; cancel it before deleting it"
+            raise Conflict(detail, value=job.status.value, hint=hint)
         self._session.execute(delete(Job).where(Job.id == job_id))
         self._session.expunge(job)
 
@@ -196,15 +199,17 @@ class JobRepository:
 
     def _uploads(self, request: JobRequest) -> frozenset[str]:
         """Ids of the uploads that the request reads, locked so that none is deleted meanwhile."""
-        named = _named_uploads(request)
+        named = read_uploads(request)
         for field, upload_id in named.items():
             mine = (Upload.id == upload_id, Upload.tenant_id == self._tenant_id)
             upload = self._session.scalars(select(Upload).where(*mine).with_for_update(read=True)).one_or_none()
             if upload is None:
-                raise InvalidRequest(f"there is no upload {upload_id}", field=field, value=upload_id)
+                detail = f"there is no upload {upload_id}"
+                raise InvalidRequest(detail, field=field, value=upload_id, hint="POST /v1/uploads makes one")
             if not upload.complete:
-                detail = f"upload {upload_id} is not complete; send its files and complete it first"
-                raise InvalidRequest(detail, field=field, value=upload_id)
+                hint = f"send its files, then POST /v1/uploads/{upload_id}/complete"
+                detail = f"upload {upload_id} is not complete"
+                raise InvalidRequest(detail, field=field, value=upload_id, hint=hint)
         return frozenset(named.values())
 
 
@@ -230,15 +235,6 @@ def _queued(job_id: str, tenant_id: str, request: JobRequest, recipe: str | None
 def model_label(source: ModelSource) -> str:
     """The source's shorthand: what lists show and filter by."""
     return source.path if isinstance(source, LocalModel) else source.id
-
-
-def _named_uploads(request: JobRequest) -> dict[str, str]:
-    sources: dict[str, object] = {"model": request.model}
-    if request.base_job is None:  # else nothing is calibrated
-        sources["calibration.dataset"] = request.calibration.dataset
-    if request.evaluation is not None:
-        sources["evaluation.dataset"] = request.evaluation.dataset
-    return {f"{name}.id": s.id for name, s in sources.items() if isinstance(s, UploadedModel | UploadedText)}
 
 
 def _illegal(job: Job, verb: str, rule: str) -> IllegalTransition:

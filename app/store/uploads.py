@@ -20,6 +20,8 @@ OPEN_SECONDS = 24 * 3600
 """An upload that is not complete by then is removed."""
 MAX_FILES = 1024
 MAX_NAME = 255
+SEND_THE_REST = "send the rest, then complete it; HEAD of a file tells its offset"
+BEGIN_ANEW = "begin another upload for other files"
 
 
 @dataclass(frozen=True)
@@ -108,9 +110,12 @@ class UploadRepository:
         upload, file = self._open_file(upload_id, name)
         if not 0 <= start <= end <= file.size:
             detail = f"bytes {start} to {end} are not within the {file.size} bytes announced for {name}"
-            raise InvalidRequest(detail, field="Content-Range", value=f"{start}-{end}")
+            raise InvalidRequest(
+                detail, field="Content-Range", value=f"{start}-{end}", hint="HEAD tells where to go on"
+            )
         if start != file.offset:
-            raise Conflict(f"{name} has {file.offset} bytes; the next part starts there", value=file.offset)
+            detail = f"{name} has {file.offset} bytes; the next part starts there"
+            raise Conflict(detail, value=file.offset, hint="send from that offset on")
         self._set_offset(upload, name, end)
         return self.get(upload_id)
 
@@ -137,7 +142,7 @@ class UploadRepository:
             f"{file.name} ({file.offset} of {file.size} bytes)" for file in upload.files if file.offset < file.size
         ]
         if missing:
-            raise Conflict(f"not all bytes have arrived: {', '.join(missing[:10])}")
+            raise Conflict(f"not all bytes have arrived: {', '.join(missing[:10])}", hint=SEND_THE_REST)
         unfinished = (Upload.id == upload_id, Upload.completed_at.is_(None))
         self._session.execute(update(Upload).where(*unfinished).values(completed_at=now()))
         return self.get(upload_id)
@@ -155,7 +160,8 @@ class UploadRepository:
             readers.where(JobUpload.upload_id == upload_id, Job.status.not_in(FINAL_STATUSES)).limit(1)
         ).one_or_none()
         if reader is not None:
-            raise Conflict(f"job {reader} reads upload {upload_id} and has not ended; cancel it first", value=reader)
+            detail = f"job {reader} reads upload {upload_id} and has not ended"
+            raise Conflict(detail, value=reader, hint="cancel it first, or wait for its end")
         self._session.execute(delete(Upload).where(Upload.id == upload_id))
         self._session.expunge(upload)
 
@@ -179,7 +185,9 @@ class UploadRepository:
         if file is None:
             raise NotFound(f"upload {upload_id} has no file {name[:MAX_NAME]!r}", value=name)
         if upload.complete:
-            raise Conflict(f"upload {upload_id} is complete and takes no more bytes", value=file.offset)
+            raise Conflict(
+                f"upload {upload_id} is complete and takes no more bytes", value=file.offset, hint=BEGIN_ANEW
+            )
         return upload, file
 
     def _set_offset(self, upload: Upload, name: str, offset: int) -> None:

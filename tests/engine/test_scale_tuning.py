@@ -258,7 +258,8 @@ def stored(workspace: Path) -> dict[str, Tensor]:
 
 
 def warnings(lines: list[AttemptLine]) -> set[str]:
-    return {line.code for line in lines if isinstance(line, WarningEvent)}
+    """Codes; that a test's text is short is no news."""
+    return {line.code for line in lines if isinstance(line, WarningEvent)} - {"starved_calibration"}
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -381,8 +382,8 @@ def test_a_model_that_does_not_fit_keeps_its_scales(
     assert_same(plain.workspace, tmp_path)
     assert report.scales is None
     assert report.quality == plain.report.quality
-    (warning,) = [line for line in lines if isinstance(line, WarningEvent)]
-    assert warning.code == "scale_tuning_skipped"
+    assert warnings(lines) == {"scale_tuning_skipped"}
+    (warning,) = [line for line in lines if isinstance(line, WarningEvent) and line.code == "scale_tuning_skipped"]
     assert "GB" in warning.message
     assert not any(isinstance(line, LogEvent) and line.event == "capture_failed" for line in lines)
 

@@ -30,10 +30,12 @@ from workers.engine.block_report import BlockFindings, error_sums
 from workers.engine.blocks import StreamedModel
 from workers.engine.clock import StageClock
 from workers.engine.earlier_result import EarlierResult
+from workers.engine.overflow import blaming_the_original
 from workers.engine.plan import Plan, block_seed
 from workers.engine.preparation import Prepared
 from workers.engine.ranks import ALONE, Ranks, checksum
 from workers.engine.read_ahead import BlockReader
+from workers.engine.reference import rounded
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState, Shard
@@ -73,9 +75,16 @@ class BlockPass:
         """Quantizes or takes over every block that `state` does not hold; replays the others. All are durable then.
 
         Raises:
-            NumericalFailure: a weight or an output is not finite.
+            NumericalFailure: a weight or an output is not finite; it says whether the original model's is.
             InternalError: the ranks have computed different weights for a block.
         """
+        with blaming_the_original(self.model.dtype, self._original_states):
+            return self._run()
+
+    def _original_states(self) -> list[Tensor]:
+        return [stream.original for stream in (self.calibration, self.evaluation) if stream is not None]
+
+    def _run(self) -> tuple[BlockReport, ...]:
         total, resumed = len(self.model.blocks), self.state.resumed
         progress = _Progress(self.reporter, total)
         with WriteBehind(self.model.device) as writer, closing(BlockReader(self.model, self.state).blocks()) as blocks:
@@ -124,6 +133,7 @@ class BlockPass:
             self._advance_original(index, block, only=observed)
             sum_moments(self.ranks, moments, {n: self.model.block_linears(index)[n] for n in schemes})
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
+        self._advance_reference(index, block)
 
         def tick(share: float) -> None:
             writer.wait()
@@ -165,6 +175,7 @@ class BlockPass:
         block, prefix = self.model.blocks[index], self.model.layout.block(index)
         for stream in (self.calibration, self.evaluation):
             self._advance_original(index, block, only=stream)
+        self._advance_reference(index, block)
         for name in list(quantized):
             self._replace(index, name.removeprefix(prefix + "."), quantized.pop(name))
         self._advance_quantized(index, block)
@@ -212,6 +223,18 @@ class BlockPass:
         if only is not None:
             with self.clock.during(self._stage_of(only)):
                 only.advance_original(index, block)
+
+    def _advance_reference(self, index: int, block: nn.Module) -> None:
+        """Before anything changes the block's weights."""
+        stream, prefix = self.evaluation, self.model.layout.block(index)
+        if stream is None or stream.reference is None:
+            return
+        schemes = {name: self.schemes[f"{prefix}.{name}"] for name in self._quantized_linears(index)}
+        with (
+            self.clock.during(Stage.EVALUATE),
+            rounded(self.model.block_linears(index), schemes, getattr(torch, self.plan.scale_dtype)),
+        ):
+            stream.advance_reference(index, block)
 
     def _advance_quantized(self, index: int, block: nn.Module) -> None:
         for stream in (self.calibration, self.evaluation):

@@ -18,8 +18,10 @@ from torch import Tensor
 from app.domain.errors import NumericalFailure
 from app.domain.methods import Form
 from app.domain.report import BlockReport, LinearReport
+from workers.engine.blocks import StreamedModel
+from workers.engine.overflow import ALSO_DTYPE
 from workers.engine.streams import CHUNK_ELEMENTS
-from workers.numerics.quantized import BlockResult, CodebookWeight
+from workers.numerics.quantized import BlockResult, CodebookWeight, LinearResult
 
 
 @dataclass(frozen=True)
@@ -64,24 +66,38 @@ class BlockFindings:
         )
 
     def _linear(self, name: str, sums: list[float]) -> LinearReport:
-        weight, low_rank = self.result.linears[name].weight, self.result.linears[name].low_rank
-        return LinearReport(
-            name=f"{self.name}.{name}",
-            shape=weight.shape,
-            form=Form.CODEBOOK if isinstance(weight, CodebookWeight) else Form.AFFINE,
-            **weight.scheme.model_dump(),
-            rank=None if low_rank is None else low_rank.rank,
-            weight_error=_ratio(*sums[:2]),
-            output_error=_ratio(*sums[2:]) if sums[2:] else None,
-        )
+        return _linear_report(f"{self.name}.{name}", self.result.linears[name], sums)
 
     def _demand_finite(self, value: float | None) -> None:
         if value is not None and not math.isfinite(value):
             raise NumericalFailure(
                 f"block {self.index}: the output error is {value}",
                 field="quantization",
-                hint="use more bits, smaller groups or a lower learning rate",
+                hint="use more bits, smaller groups or a lower learning rate" + ALSO_DTYPE,
             )
+
+
+def _linear_report(name: str, result: LinearResult, sums: list[float]) -> LinearReport:
+    weight, low_rank = result.weight, result.low_rank
+    return LinearReport(
+        name=name,
+        shape=weight.shape,
+        form=Form.CODEBOOK if isinstance(weight, CodebookWeight) else Form.AFFINE,
+        **weight.scheme.model_dump(),
+        rank=None if low_rank is None else low_rank.rank,
+        weight_error=_ratio(*sums[:2]),
+        output_error=_ratio(*sums[2:]) if sums[2:] else None,
+    )
+
+
+def report_of_head(model: StreamedModel, stored: Mapping[str, LinearResult]) -> LinearReport:
+    """Of the output head, which is quantized; `stored` has it by its full name."""
+    name = model.layout.head
+    with model.loaded(name):
+        original = model.model.get_submodule(name).weight
+        assert isinstance(original, Tensor)  # noqa: S101 - for the type checker
+        sums = error_sums(stored[name].to(model.device).dequantize(), original, None)
+    return _linear_report(name, stored[name], sums.tolist())
 
 
 @torch.no_grad()

@@ -22,11 +22,11 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from app.domain.architectures import read_dimensions
-from app.domain.errors import NumericalFailure
 from workers.contracts import BlockForward
 from workers.engine.architectures import Layout, layout_of
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.empty_model import configuration, empty_model, fuse_blocks, model_dtype, tensor_sources
+from workers.engine.overflow import weight_overflow
 from workers.engine.transit import in_transit
 
 
@@ -51,6 +51,8 @@ class BlockCall:
 class StreamedModel:
     """A causal language model on `device` of which only the parts in use have memory.
 
+    `left_out` are tensors of the checkpoint that the model does not have; its `checkpoint` is without them.
+
     Raises (from `open`):
         UnsupportedArchitecture: its model_type has no row in the table, or it needs code of its own.
         CorruptCheckpoint: names or shapes of the checkpoint's tensors do not fit the architecture.
@@ -65,8 +67,10 @@ class StreamedModel:
         sources: Mapping[str, str],
         dtype: torch.dtype,
         device: torch.device,
+        left_out: tuple[str, ...] = (),
     ) -> None:
         self.checkpoint = checkpoint
+        self.left_out = left_out
         self.model = model
         self.layout = layout
         self.sources = sources
@@ -82,8 +86,9 @@ class StreamedModel:
         dtype = model_dtype(config, checkpoint)
         model = empty_model(config, dtype, device)
         fuse_blocks(model.get_submodule(layout.blocks), dtype, device)
-        sources = tensor_sources(model, checkpoint)
-        return cls(checkpoint, model, layout=layout, sources=sources, dtype=dtype, device=device)
+        sources, foreign = tensor_sources(model, checkpoint, layout.blocks)
+        kept = checkpoint.without(foreign)
+        return cls(kept, model, layout=layout, sources=sources, dtype=dtype, device=device, left_out=tuple(foreign))
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -112,7 +117,7 @@ class StreamedModel:
 
     @contextmanager
     def loaded(self, *names: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
-        """The modules of these names with their weights on the device; on meta again afterwards.
+        """The modules of these names with their weights on the device; as they were afterwards.
 
         given   tensors that take the place of the checkpoint's, by full parameter name; those are not read
 
@@ -125,17 +130,20 @@ class StreamedModel:
 
     @contextmanager
     def filled(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Parameters with these weights, by full name; on meta again afterwards. Takes the tensors out of `weights`."""
-        places = {name: self._place(name) for name in weights}
-        for name, (module, leaf) in places.items():
+        """Parameters with these weights, by full name; as they were afterwards. Takes the tensors out of `weights`.
+
+        The parameters themselves come back, whatever stood in for them: some stages put in an empty tensor where a
+        weight is never read, and shapes are asked for later.
+        """
+        places = [(*self._place(name), name) for name in weights]
+        before = [module._parameters[leaf] for module, leaf, _ in places]
+        for module, leaf, name in places:
             module._parameters[leaf] = _parameter(weights.pop(name))
         try:
             yield
         finally:
-            for module, leaf in places.values():
-                weight = module._parameters[leaf]
-                assert weight is not None  # noqa: S101 - for the type checker; it was put there
-                module._parameters[leaf] = _parameter(torch.empty_like(weight, device="meta"))
+            for (module, leaf, _), parameter in zip(places, before, strict=True):
+                module._parameters[leaf] = parameter
 
     def read(
         self,
@@ -185,9 +193,7 @@ class StreamedModel:
         extremes = torch.stack([torch.stack(torch.aminmax(weight)) for weight in weights.values()])
         for parameter, is_finite in zip(weights, extremes.isfinite().all(1).tolist(), strict=True):
             if not is_finite:
-                raise NumericalFailure(
-                    f"{parameter} holds values that are not finite in {self.dtype}", field="model", value=parameter
-                )
+                raise weight_overflow(parameter, self._stored(parameter), self.dtype)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states before block 0, (batch, length, width); the embeddings must be loaded."""

@@ -75,7 +75,8 @@ class Scoring:
             self.tick((index + 1) / len(self.model.blocks))
         for name, errors in found.items():
             if not all(map(_is_finite, errors)):
-                raise NumericalFailure(f"{name}: a choice's error is not finite", field="quantization.bits")
+                hint = "leave the widths out of choices that overflow the model's dtype, or give bits as a number"
+                raise NumericalFailure(f"{name}: a choice's error is not finite", field="quantization.bits", hint=hint)
         return found
 
     def _block_errors(self, index: int, candidates: Mapping[str, tuple[Candidate, ...]]) -> dict[str, list[float]]:

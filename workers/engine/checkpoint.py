@@ -6,7 +6,7 @@ are asked for, so that opening a 140 GB checkpoint costs a few megabytes. Pickle
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -16,13 +16,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from app.domain.errors import CorruptCheckpoint, SourceNotFound, UnsafeCheckpoint
+from app.domain.checkpoint_choice import WEIGHTS_FIELD, check_choice
+from app.domain.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
+from app.domain.foreign_files import INDEX, SINGLE, foreign_files
 from app.domain.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
 
 MAX_JSON_BYTES = 100_000_000
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
-PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -55,18 +54,42 @@ class Checkpoint:
 
         Raises:
             SourceNotFound: there is no such folder, or no config.json or no weights in it.
-            UnsafeCheckpoint: it has no safetensors, but pickled weights.
+            UnsafeCheckpoint, UnsupportedCheckpoint: it has pickled weights alone, or files of another kind.
             CorruptCheckpoint: a header or the index contradicts the files.
+            SourceForbidden: the worker's user may not read them.
         """
+        try:
+            return cls._open_readable(folder)
+        except PermissionError as error:
+            hint = "let the user that the worker runs as read the folder and its files"
+            detail = f"{Path(str(error.filename)).name} may not be read by the worker's user"
+            raise SourceForbidden(detail, field="model", hint=hint) from error
+
+    @classmethod
+    def _open_readable(cls, folder: Path) -> "Checkpoint":
         config_file = folder / "config.json"
+        foreign = foreign_files([file.name for file in folder.iterdir()] if folder.is_dir() else [])
+        if foreign is not None:
+            raise foreign.refusal("model")
         if not config_file.is_file():
-            raise SourceNotFound(
-                f"{folder} holds no config.json", field="model", value=str(folder), hint="name a checkpoint folder"
-            )
+            hint = "name a folder that holds config.json and safetensors"
+            raise SourceNotFound("the model's folder holds no config.json", field="model", hint=hint)
         config = _read_json(config_file)
-        index = folder / INDEX
-        tensors = _indexed_tensors(folder, index) if index.is_file() else _single_file_tensors(folder)
+        # As transformers chooses: one file goes before an index, which may be left over from an earlier save.
+        single = (folder / SINGLE).is_file() or not (folder / INDEX).is_file()
+        tensors = _single_file_tensors(folder) if single else _indexed_tensors(folder, folder / INDEX)
+        check_choice([file.name for file in folder.iterdir()], SINGLE if single else INDEX, config)
+        config.pop(WEIGHTS_FIELD, None)  # it names files of this folder, and results have their own
         return cls(folder, config, tensors)
+
+    @property
+    def index_dtype(self) -> str | None:
+        """The dtype that the index of the files names; mostly there is none."""
+        if any(file.name == SINGLE for file in self.files):
+            return None
+        metadata = _read_json(self.folder / INDEX).get("metadata")
+        dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
+        return dtype if isinstance(dtype, str) else None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -90,8 +113,14 @@ class Checkpoint:
                 self._open[file] = safe_open(file, framework="pt", device="cpu")
             tensor: Tensor = self._open[file].get_tensor(name)
         except (SafetensorError, OSError) as error:
-            raise CorruptCheckpoint(f"{file.name}: cannot read {name}: {error}", field="model") from error
+            words = error.strerror if isinstance(error, OSError) else error  # without the path on this machine
+            raise CorruptCheckpoint(f"{file.name}: cannot read {name}: {words}", field="model") from error
         return tensor
+
+    def without(self, names: Collection[str]) -> "Checkpoint":
+        """The same folder as if it did not hold these tensors."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
+        return Checkpoint(self.folder, self.config, kept) if names else self
 
     def close(self) -> None:
         """Lets go of the mapped files."""
@@ -139,18 +168,9 @@ def _single_file_tensors(folder: Path) -> dict[str, StoredTensor]:
     single = folder / SINGLE
     if single.is_file():
         return read_tensors(single)
-    pickled = sorted(file.name for pattern in PICKLED for file in folder.glob(pattern))
-    if pickled:
-        raise UnsafeCheckpoint(
-            f"the checkpoint has only pickled weights ({pickled[0]}), which can run code when they are opened",
-            field="model",
-            value=pickled[0],
-            hint="save it as safetensors (model.save_pretrained(folder)), or use a revision that holds safetensors",
-        )
     raise SourceNotFound(
-        f"{folder} holds neither {SINGLE} nor {INDEX}",
+        f"the model's folder holds neither {SINGLE} nor {INDEX}",
         field="model",
-        value=str(folder),
         hint="name a folder with safetensors weights",
     )
 
@@ -168,14 +188,15 @@ def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
                 value=name,
                 hint="fetch or upload the missing file",
             )
-        for tensor, entry in read_tensors(folder / name).items():
-            if tensor in found:
-                raise CorruptCheckpoint(f"{tensor} is in {found[tensor].file.name} and in {name}", field="model")
-            found[tensor] = entry
+        # All tensors of a file, and those of the last file in the order of names, as transformers loads them.
+        found |= read_tensors(folder / name)
     for tensor, name in weight_map.items():
-        if tensor not in found or found[tensor].file.name != name:
+        if tensor not in found:
             raise CorruptCheckpoint(
-                f"{index.name} says that {tensor} is in {name}, where it is not", field="model", value=tensor
+                f"{index.name} says that {tensor} is in {name}, where it is not, nor in another file that it names",
+                field="model",
+                value=tensor,
+                hint="fetch or upload the file again",
             )
     return found
 

@@ -1,6 +1,7 @@
 """Builds a model's modules without weights, and says which tensor of the checkpoint fills which parameter."""
 
 import re
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from transformers.core_model_loading import WeightConverter, rename_source_key
 from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture
 from workers.engine import fused_block
 from workers.engine.checkpoint import FLOAT_DTYPES, Checkpoint
+from workers.engine.foreign_tensors import Skeleton, demand_a_model, misfit
 
 
 def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -22,17 +24,28 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
     try:
         return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators raise
+        words = _words(error, checkpoint.folder)
         raise CorruptCheckpoint(
-            f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {error}", field="model"
+            f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {words}",
+            field="model",
+            hint="mend that field of config.json, or take the file that came with the weights",
         ) from error
 
 
 def model_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the configuration names, else that of the first floating-point tensor."""
+    """The dtype that transformers loads the model in where none is asked for.
+
+    The configuration names it; else the index does; else the first floating-point tensor, by the names of files and
+    tensors, has it.
+    """
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    dtypes = [FLOAT_DTYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_DTYPES]
-    return dtypes[0] if dtypes else torch.float32
+    named = getattr(torch, checkpoint.index_dtype or "", None)
+    if isinstance(named, torch.dtype):
+        return named
+    order = sorted(checkpoint.tensors, key=lambda name: (checkpoint.tensors[name].file.name, name))
+    dtypes = (checkpoint.tensors[name].dtype for name in order)
+    return next((FLOAT_DTYPES[dtype] for dtype in dtypes if dtype in FLOAT_DTYPES), torch.float32)
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -46,11 +59,19 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:
         raise UnsupportedArchitecture(
-            f"transformers cannot build this {config.model_type} model: {error}", field="model"
+            f"transformers cannot build this {config.model_type} model: {_words(error)}",
+            field="model",
+            hint="mend config.json so that AutoModelForCausalLM.from_config takes it without code of the model's own",
         ) from error
     model.eval().requires_grad_(False)
     _fill_buffers(model, device)
     return model
+
+
+def _words(error: Exception, folder: Path | None = None) -> str:
+    """An error's own words without the folder, short: transformers writes whole configurations into some."""
+    words = str(error) if folder is None else str(error).replace(str(folder), "the model's folder")
+    return " ".join(words.split())[:300]
 
 
 def fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
@@ -78,15 +99,20 @@ def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
         for leaf in empty:
             buffer = module._buffers[leaf]
             if buffer is None or buffer.isnan().any():
-                raise UnsupportedArchitecture(f"nothing computes the buffer {name}.{leaf}", field="model")
+                hint = "choose a model that transformers builds from its config.json alone"
+                raise UnsupportedArchitecture(f"nothing computes the buffer {name}.{leaf}", field="model", hint=hint)
             module._buffers[leaf] = buffer.to(device)
 
 
-def tensor_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, str]:
+def tensor_sources(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str) -> tuple[dict[str, str], list[str]]:
     """Full parameter name -> name of the checkpoint's tensor that fills it, by transformers' own name mapping.
 
+    Besides, the tensors that fill none and are left out. `blocks` is the name of the list of decoder blocks.
+
     Raises:
-        CorruptCheckpoint: a tensor fills no parameter, a parameter has no tensor, or their shapes differ.
+        CorruptCheckpoint: a parameter has no tensor, a tensor of a block fills none, or their shapes differ.
+        UnsupportedArchitecture: the weights are quantized already.
+        UnsupportedCheckpoint: an adapter is not merged.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     transforms = get_model_conversion_mapping(model)
@@ -94,30 +120,30 @@ def tensor_sources(model: PreTrainedModel, checkpoint: Checkpoint) -> dict[str, 
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state = dict.fromkeys(parameters, True)
     sources: dict[str, str] = {}
+    foreign: list[str] = []
     for name, tensor in checkpoint.tensors.items():
         target, converter = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
         if _is_ignored(model, target):
             continue
         if target not in parameters or converter is not None:
-            raise CorruptCheckpoint(
-                f"the tensor {name} belongs to no parameter of {type(model).__name__}", field="model", value=name
-            )
+            foreign.append(name)
+            continue
         if tuple(parameters[target].shape) != tensor.shape or tensor.dtype not in FLOAT_DTYPES:
-            wanted = tuple(parameters[target].shape)
+            raise misfit(name, tensor.dtype, tensor.shape, tuple(parameters[target].shape), target)
+        if target in sources:
             raise CorruptCheckpoint(
-                f"{name} is {tensor.dtype} of shape {tensor.shape}; config.json promises floats of shape {wanted}",
+                f"the tensors {sources[target]} and {name} are both the parameter {target}",
                 field="model",
                 value=name,
+                hint="remove one of them; transformers loads either, by the order of their names",
             )
         sources[target] = name
     _settle_tied_head(model, checkpoint, sources)
     missing = [n for n in parameters if n not in sources and n not in _tied_names(model)]
-    if missing:
-        more = f" (and {len(missing) - 1} more)" if len(missing) > 1 else ""
-        raise CorruptCheckpoint(
-            f"the checkpoint has no tensor for the parameter {missing[0]}{more}", field="model", value=missing[0]
-        )
-    return sources
+    layers = sum(1 for _ in model.get_submodule(blocks).children())
+    skeleton = Skeleton(parameters, blocks, layers, tied_head=bool(_tied_names(model)))
+    demand_a_model(skeleton, foreign, missing, {name: tensor.dtype for name, tensor in checkpoint.tensors.items()})
+    return sources, foreign
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:

@@ -19,6 +19,7 @@ from app.domain.errors import NumericalFailure
 from app.domain.report import Quality
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows
+from workers.engine.overflow import ALSO_DTYPE, original_overflows
 from workers.engine.ranks import ALONE, Ranks
 
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}
@@ -65,6 +66,8 @@ def measure(
             tick((sample + 1) / samples)
         head.weight = weights[0]
     ranks.sum_(sums)
+    if not math.isfinite(sums[0]):
+        raise original_overflows(model.dtype)
     return _quality(sums, len(windows.ids) * (length - 1), windows)
 
 
@@ -88,7 +91,7 @@ def _quality(sums: Tensor, tokens: int, windows: Windows) -> Quality:
         raise NumericalFailure(
             f"on the evaluation text the loss is {original} before and {quantized} after quantization",
             field="quantization",
-            hint="use more bits or smaller groups" if math.isfinite(original) else "the original model overflows",
+            hint="use more bits or smaller groups" + ALSO_DTYPE,
         )
     return Quality(
         text=windows.report(),

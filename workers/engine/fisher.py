@@ -13,9 +13,11 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from app.domain.errors import NumericalFailure
 from workers.contracts import Fisher
 from workers.engine.blocks import BlockCall, StreamedModel, run_block
 from workers.engine.evaluation import LOGITS_AT_ONCE
+from workers.engine.overflow import original_overflows
 from workers.engine.ranks import ALONE, Ranks
 from workers.memory import host_memory
 
@@ -45,6 +47,10 @@ def empirical_fisher(
             tick((start + len(part) * (blocks - index) / blocks) / len(ids))
     for name in sorted(names):  # the same order on every rank
         ranks.sum_(sums[name].rows, sums[name].columns)
+        if not sums[name].rows.isfinite().all():
+            detail = f"the original model's gradients by {name} are not finite in {model.dtype}"
+            hint = 'set "dtype" to "bfloat16" in the model\'s config.json, or fisher to false'
+            raise NumericalFailure(detail, field="quantization.fisher", hint=hint)
     return {name: Fisher(f.rows.cpu(), f.columns.cpu()) for name, f in sums.items()}
 
 
@@ -63,6 +69,8 @@ def _forward(model: StreamedModel, calls: tuple[BlockCall, ...], ids: Tensor, mi
         states.append(torch.empty_like(states[-1]))
         with model.loaded(model.layout.block(index)):
             run_block(calls[index], block, states[-2], states[-1], micro_batch=micro_batch, device=model.device)
+    if not states[-1].isfinite().all():
+        raise original_overflows(model.dtype)
     return states
 
 

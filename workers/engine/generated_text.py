@@ -25,6 +25,7 @@ from app.domain.jobs import Calibration
 from workers.durable import replace_file
 from workers.engine.calibration import Windows, writes_start
 from workers.engine.checkpoint import Checkpoint
+from workers.engine.overflow import original_overflows
 from workers.engine.ranks import PATIENCE
 
 MOST_AT_ONCE = 128
@@ -75,6 +76,8 @@ def _draw(part: Calibration, seed: int, by: Generation) -> Tensor:
     at_once = _at_once(model, part.sequence_length, by.device)
     drawn: list[Tensor] = []
     with _seeded(seed, by.device), torch.inference_mode():
+        if not model(start[:1].to(by.device)).logits.isfinite().all():
+            raise original_overflows(model.dtype)
         for rows in torch.split(start.to(by.device), at_once):
             drawn.append(_continue(model, rows, part.sequence_length, by.tokenizer).cpu())
             by.tick(sum(map(len, drawn)))
@@ -137,7 +140,12 @@ def _continue(model: PreTrainedModel, rows: Tensor, length: int, tokenizer: PreT
         use_cache=True,
     )
     generate: Any = model.generate
-    found: Tensor = generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
+    try:
+        found: Tensor = generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
+    except RuntimeError as error:  # torch's own words for a distribution that is none
+        if "probability tensor contains" in str(error):
+            raise original_overflows(model.dtype) from error
+        raise
     return found
 
 

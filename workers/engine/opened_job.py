@@ -7,17 +7,21 @@ from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
 
+from app.domain.advice import dishonoured_rank
+from app.domain.architectures import read_dimensions
 from app.domain.errors import InternalError
 from app.domain.events import AttemptOrder, Stage
 from app.domain.methods import Scheme
+from app.domain.workload import has_reference, readers_of
 from workers.engine.blocks import StreamedModel
-from workers.engine.calibration import load_tokenizer
+from workers.engine.calibration import has_tokenizer, load_tokenizer
 from workers.engine.checkpoint import Checkpoint
 from workers.engine.clock import StageClock
 from workers.engine.earlier_result import EarlierResult
+from workers.engine.foreign_tensors import left_out_warning
 from workers.engine.generated_text import Generation
 from workers.engine.plan import Plan, make_plan, open_device, plan_schemes, reproducible, scale_dtype
-from workers.engine.preparation import Prepared
+from workers.engine.preparation import Prepared, needs_text
 from workers.engine.reporter import Reporter
 from workers.engine.texts import Texts, read_texts
 from workers.engine.warm_up import compiling
@@ -31,6 +35,7 @@ class OpenedJob:
     schemes    of every linear that is quantized, by full name
     prepared   what the method asked to know of the whole model; nothing until that was found out
     earlier    the result that this job starts from
+    reference  whether round to nearest is measured besides
     """
 
     order: AttemptOrder
@@ -43,6 +48,7 @@ class OpenedJob:
     plan: Plan
     prepared: Prepared
     earlier: EarlierResult | None = None
+    reference: bool = False
 
 
 @contextmanager
@@ -61,22 +67,50 @@ def opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) 
         reporter.progress(Stage.LOAD, 0, 1, "models")
         checkpoint = Checkpoint.open(Path(order.model_path))
         model = StreamedModel.open(checkpoint, device)
+        checkpoint = model.checkpoint
+        if model.left_out:
+            reporter.warning("tensors_left_out", left_out_warning(model.left_out))
         schemes = plan_schemes(model, order.request.quantization)
         inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
         earlier = _earlier(order, model, set(schemes))
         schemes = schemes if earlier is None else earlier.schemes
-        tokenizer = load_tokenizer(Path(order.model_path))
+        tokenizer = _tokenizer(order, reporter)
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         compiled = schemes if earlier is None else {}
         with compiling(model, compiled, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
-            texts = read_texts(order, model, reporter, _generation(order, workspace, model, tokenizer, reporter, rank))
-        plan = make_plan(order, model, texts.streams(order.request.quantization.needs_original_inputs()))
+            reading = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
+            texts = read_texts(order, model, reporter, reading)
+        _advise(order, model, reporter)
+        reference = has_reference(order.request, read_dimensions(checkpoint.config))
+        streams = texts.streams(order.request.quantization.needs_original_inputs(), reference)
+        plan = make_plan(order, model, streams)
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
         )
-        yield OpenedJob(order, workspace, reporter, clock, model, schemes, texts, plan, Prepared(), earlier)
+        prepared = Prepared()
+        yield OpenedJob(order, workspace, reporter, clock, model, schemes, texts, plan, prepared, earlier, reference)
+
+
+def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> None:
+    request = order.request
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in model.linears().items()}
+    shapes.pop(model.layout.head, None)
+    short = dishonoured_rank(request.quantization, request.adapter, shapes)
+    if short is not None:
+        reporter.warning("rank_not_reached", short)
+
+
+def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBase | None:
+    """The tokenizer if anything of the job reads text; None, with a warning where the result has none, if not."""
+    readers = readers_of(order.request, observes=needs_text(order.request.quantization))
+    folder = Path(order.model_path)
+    if readers:
+        return load_tokenizer(folder, " and ".join(readers))
+    if not has_tokenizer(folder):
+        reporter.warning("no_tokenizer", "the model has no tokenizer, so none goes with the result")
+    return None
 
 
 def _earlier(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> EarlierResult | None:

@@ -227,7 +227,8 @@ def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
     tuning = 2 * block * item + block * TUNED_BYTES + micro_batch * length * graph_bytes(model)
     head = config.vocab_size * config.hidden_size * item
     logits = min(LOGITS_AT_ONCE["cuda"], length * config.vocab_size) * LOGITS_BYTES
-    return int(max(tuning, 2 * block * item + PASS_BYTES, head + logits))
+    # In a pass for the reference row the block's rounded weights are there besides.
+    return int(max(tuning, 3 * block * item + PASS_BYTES, head + logits))
 
 
 def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:

@@ -24,6 +24,7 @@ from workers.durable import replace_file
 from workers.engine.blocks import StreamedModel
 from workers.engine.budget import Scoring, spend
 from workers.engine.fisher import empirical_fisher
+from workers.engine.overflow import blaming_the_original
 from workers.engine.plan import Plan
 from workers.engine.ranks import ALONE, Ranks
 from workers.engine.registry import METHODS
@@ -136,7 +137,8 @@ class Preparation:
             tick=lambda done: self.tick(share + (1 - share) * done),
             ranks=self.ranks,
         )
-        chosen, report = spend(scoring, budget)
+        with blaming_the_original(self.model.dtype, lambda: [] if stream is None else [stream.original]):
+            chosen, report = spend(scoring, budget)
         return _prepared(chosen, fisher, report)
 
     def _save(self, found: Prepared) -> None:

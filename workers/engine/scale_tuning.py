@@ -43,6 +43,7 @@ from app.domain.errors import NumericalFailure
 from workers.contracts import TuningSettings
 from workers.engine.captured_step import captured
 from workers.engine.output_head import OutputHead
+from workers.engine.overflow import ALSO_DTYPE
 from workers.engine.sample_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.scale_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scaled_blocks import ScaledBlocks
@@ -113,7 +114,7 @@ def _tune(task: ScaleTask, fit: Fit) -> ScaleOutcome | Skipped:
             raise NumericalFailure(
                 f"on held-out calibration text the divergence is {before} before scales are tuned",
                 field="quantization",
-                hint="use more bits or smaller groups",
+                hint="use more bits or smaller groups" + ALSO_DTYPE,
             )
         tuning.prepare()
         tuning.run()

@@ -27,9 +27,12 @@ class Stream:
     original    X_fp; after `advance_original`, the original block's output
     inputs_fp   X_fp before the block; None unless a method needs it
     quantized   X_q; after `advance_quantized`, the quantized block's output
+    reference   the same through blocks that are rounded to nearest; None unless the report has that row
     """
 
-    def __init__(self, model: StreamedModel, ids: Tensor, plan: Plan, *, keep_inputs: bool) -> None:
+    def __init__(
+        self, model: StreamedModel, ids: Tensor, plan: Plan, *, keep_inputs: bool, reference: bool = False
+    ) -> None:
         self._device = model.device
         self._ids = ids
         self._pass_batch = plan.pass_batch
@@ -37,6 +40,7 @@ class Stream:
         self.original, self.quantized = (_buffer(model, ids, plan) for _ in range(2))
         self.inputs_fp = _buffer(model, ids, plan) if keep_inputs else None
         self.quantized.copy_(_embeddings(model, ids, self.original))
+        self.reference = _buffer(model, ids, plan).copy_(self.original) if reference else None
 
     def advance_original(self, index: int, block: nn.Module) -> None:
         """X_fp <- block(X_fp)."""
@@ -45,6 +49,11 @@ class Stream:
     def advance_quantized(self, index: int, block: nn.Module) -> None:
         """X_q <- block(X_q)."""
         self._run(index, block, self.quantized, self.quantized)
+
+    def advance_reference(self, index: int, block: nn.Module) -> None:
+        """The reference's hidden states through the block, whose weights must be the rounded ones."""
+        if self.reference is not None:
+            self._run(index, block, self.reference, self.reference)
 
     def _kept_inputs(self) -> Tensor:
         """X_fp before the block, where it is not overwritten if a method needs it."""

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from torch import Tensor
 
+from app.domain.advice import starved_calibration
 from app.domain.errors import InvalidDataset
 from app.domain.events import AttemptOrder
 from app.domain.jobs import JobRequest
 from app.domain.sources import GeneratedText
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows
+from workers.engine.documents import Notes
 from workers.engine.finetuning_stage import FinetuningTexts, read_finetuning_texts
 from workers.engine.generated_text import Generation, generated_windows
 from workers.engine.plan import StreamSize
@@ -27,19 +29,22 @@ class Texts:
     evaluation: Windows | None
     finetuning: FinetuningTexts | None = None
 
-    def streams(self, keep_inputs: bool) -> list[StreamSize]:
-        """The sizes of their streams; that of the calibration has its inputs besides if they are kept."""
-        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 2))
+    def streams(self, keep_inputs: bool, reference: bool = False) -> list[StreamSize]:
+        """The sizes of their streams; that of the calibration has its inputs besides if they are kept, and that of the
+        evaluation its reference."""
+        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
         return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
 
 
-def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation) -> Texts:
-    """All texts of an order; those that the model writes itself are drawn by `generation`.
+def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation | None) -> Texts:
+    """All texts of an order; those that the model writes itself are drawn by `generation`: None if nothing is read.
 
     Raises:
         InvalidDataset: a file is not as documented or too short, windows are longer than the model's positions, or
             the model is to write text and does not fit whole.
     """
+    if generation is None:
+        return Texts(None, None)
     request, tokenizer = order.request, generation.tokenizer
     given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
     paths = [None if path is None else Path(path) for path in given]
@@ -55,18 +60,29 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
             calibration = generated_windows(request.calibration, request.seed, generation)
         else:
             calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
+        starved = starved_calibration(request, calibration.text_tokens)
+        if starved is not None:
+            reporter.warning("starved_calibration", starved)
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
         used = _calibration_file(request, paths) if needs_text(request.quantization) else None
         evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
+    if finetuning is not None:
+        _warn(reporter, "finetune", finetuning.examples.notes)
     for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
         if windows is not None:
+            _warn(reporter, name, windows.notes)
             _check_vocabulary(model, windows.ids)
             if windows.overlapping:
                 reporter.warning(
                     "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
                 )
     return Texts(calibration, evaluation, finetuning)
+
+
+def _warn(reporter: Reporter, name: str, notes: Notes) -> None:
+    for code, message in notes.warnings(f"{name}.dataset"):
+        reporter.warning(code, message)
 
 
 def _calibration_file(request: JobRequest, paths: Sequence[Path | None]) -> Path | None:

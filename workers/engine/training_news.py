@@ -13,6 +13,7 @@ from torch import Tensor
 
 from app.domain.errors import NumericalFailure
 from app.domain.events import Stage
+from workers.engine.overflow import ALSO_DTYPE
 from workers.engine.reporter import Reporter
 from workers.engine.side_stream import Mark, mark
 from workers.engine.training_state import TrainingProgress
@@ -96,7 +97,7 @@ class TrainingNews:
             raise NumericalFailure(
                 f"the training loss is not finite at step {copy.step}",
                 field="finetune.learning_rate",
-                hint="use a lower learning rate, or more bits",
+                hint="use a lower learning rate, or more bits" + ALSO_DTYPE,
             )
         self._reporter.metric("loss", loss, copy.step)
         if copy.learning_rate:

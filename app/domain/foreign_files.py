@@ -1,0 +1,107 @@
+"""Models in files that are no checkpoint of this service: what they are, told by their names, and the way out of each.
+
+What is looked for is `config.json` with `model.safetensors`, or with shards and their index. A folder, an upload and a
+repository are judged alike, and nothing is opened.
+"""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+
+from app.domain.errors import InputError, UnsafeCheckpoint, UnsupportedCheckpoint
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Suffixes of weights that run code when they are loaded."""
+SAVE = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
+
+
+@dataclass(frozen=True)
+class ForeignFiles:
+    """What the files are, with one of them, and what to give instead."""
+
+    what: str
+    file: str
+    hint: str
+    pickled: bool = False
+
+    def refusal(self, field: str) -> InputError:
+        """The error of whoever was to read a checkpoint."""
+        kind = UnsafeCheckpoint if self.pickled else UnsupportedCheckpoint
+        return kind(f"this is {self.what} ({self.file})", field=field, value=self.file, hint=self.hint)
+
+
+ADAPTER = ForeignFiles(
+    "a PEFT adapter, not a model",
+    "adapter_config.json",
+    "give its base model (base_model_name_or_path of that file); or merge the two and give the result: "
+    "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(folder)",
+)
+PIPELINE = ForeignFiles(
+    "a diffusers pipeline, not a language model",
+    "model_index.json",
+    "give a causal language model: config.json with safetensors in one folder",
+)
+BY_SUFFIX = (
+    (
+        (".gguf", ".ggml"),
+        "a GGUF file, which llama.cpp reads and which mostly is quantized already",
+        "give the model that it was made from, as safetensors (the repository without -GGUF); this service writes GGUF "
+        'itself: ask for formats ["gguf"]',
+    ),
+    ((".onnx",), "an ONNX export", "give the PyTorch model that it was exported from, as safetensors"),
+    ((".npz",), "a model in MLX's old format", f"give the model that it was converted from, as safetensors ({SAVE})"),
+    (
+        (".h5", ".msgpack", ".tflite"),
+        "a TensorFlow or Flax checkpoint",
+        "give the PyTorch weights of the model, as safetensors: transformers before 5 converts with from_tf=True or "
+        "from_flax=True",
+    ),
+    ((".nemo",), "a NeMo archive", "convert it to the transformers layout first, with safetensors"),
+    ((".engine", ".plan"), "a TensorRT engine", "give the model that it was built from, as safetensors"),
+    ((".mlmodel", ".mlpackage"), "a Core ML model", "give the model that it was converted from, as safetensors"),
+    ((".xml",), "an OpenVINO model", "give the model that it was exported from, as safetensors"),
+)
+"""Suffixes -> what such a file is, and the way out; the first that fits."""
+CONSOLIDATED_HINT = (
+    "give the repository's other files, config.json with model*.safetensors; or convert them: transformers has "
+    "convert_mistral_weights_to_hf.py and convert_llama_weights_to_hf.py"
+)
+
+
+def foreign_files(names: Collection[str]) -> ForeignFiles | None:
+    """What is here in place of a checkpoint; None if the weights of one are here, or nothing that is known.
+
+    names   of all files, with `/` between folders
+    """
+    leaves = {PurePosixPath(name).name: name for name in sorted(names, reverse=True)}
+    if SINGLE in names or INDEX in names:
+        return None
+    for known in (ADAPTER, PIPELINE):
+        if known.file in leaves:
+            return known
+    consolidated = sorted(leaf for leaf in leaves if leaf.startswith("consolidated"))
+    if consolidated:
+        pickled = not consolidated[0].endswith((".safetensors", ".json"))
+        what = "a checkpoint in its makers' own layout, without transformers' config.json and names"
+        return ForeignFiles(what, consolidated[0], CONSOLIDATED_HINT, pickled)
+    for suffixes, what, hint in BY_SUFFIX:
+        found = sorted(leaf for leaf in leaves if leaf.lower().endswith(suffixes))
+        if found:
+            return ForeignFiles(what, found[0], hint)
+    return _weights_only(leaves)
+
+
+def _weights_only(leaves: Collection[str]) -> ForeignFiles | None:
+    pickled = sorted(leaf for leaf in leaves if leaf.lower().endswith(PICKLED) and not leaf.endswith("args.bin"))
+    other = sorted(leaf for leaf in leaves if leaf.endswith(".safetensors"))
+    if SINGLE in other or INDEX in leaves:
+        hint = "the checkpoint lies in a folder of its own there: give that folder's files"
+        return ForeignFiles("a collection with its checkpoint in another folder", other[0], hint)
+    if other:
+        hint = f"name the file {SINGLE}; several need {INDEX}, which save_pretrained writes"
+        return ForeignFiles(f"a folder whose safetensors are neither {SINGLE} nor listed by {INDEX}", other[0], hint)
+    if pickled:
+        what = "a checkpoint of pickled weights alone, which run code when they are loaded and are never opened"
+        return ForeignFiles(what, pickled[0], f"save it as safetensors, where you trust it: {SAVE}", pickled=True)
+    return None

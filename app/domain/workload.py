@@ -1,0 +1,98 @@
+"""How much a job computes, in floating-point operations, and what of it follows: estimates, and the reference row.
+
+The reference row of a report is what round to nearest makes of the same scheme on the same text, so that a figure of a
+method can be judged by what doing nothing clever gives. It is measured where it costs less than a tenth of the job.
+"""
+
+from app.domain.architectures import Dimensions
+from app.domain.jobs import JobRequest
+from app.domain.low_rank_specs import LQLoRASpec
+from app.domain.methods import METHODS, SCALE_BATCH_SIZE, WeightSpec
+
+BACKWARD = 3.5
+"""Forward, backward and recomputing of fake-quantized weights, in forward passes."""
+TRAINING = 2.0
+"""Forward, and backward for activations alone, in forward passes: no weight of the base has a gradient."""
+REFERENCE_SHARE = 0.1
+"""Of a job's work that its reference row may add."""
+
+
+def reads_calibration(spec: WeightSpec) -> bool:
+    """Whether a method with these parameters, its budget or its weighting looks at calibration text."""
+    info = METHODS.get(spec.model_dump()["method"])
+    observes = info is not None and info.needs_calibration and not isinstance(spec, LQLoRASpec)
+    return observes or spec.budget() is not None or spec.needs_fisher()
+
+
+def readers_of(request: JobRequest, *, observes: bool) -> list[str]:
+    """The parts of a request that read text, and so need the model's tokenizer.
+
+    observes   whether its method does: `reads_calibration`, or what the engine knows of the method
+    """
+    parts = {
+        "finetune": request.finetune is not None,
+        "calibration": request.base_job is None and observes,
+        "evaluation": request.evaluation is not None,
+    }
+    return [name for name, reads in parts.items() if reads]
+
+
+def calibration_tokens(request: JobRequest) -> int:
+    """Tokens that are asked for; none where no text calibrates."""
+    read = request.base_job is None and reads_calibration(request.quantization)
+    return request.calibration.num_samples * request.calibration.sequence_length if read else 0
+
+
+def evaluation_tokens(request: JobRequest) -> int:
+    """Tokens that judge."""
+    part = request.evaluation
+    return 0 if part is None else part.num_samples * part.sequence_length
+
+
+def trained_tokens(request: JobRequest) -> int:
+    """Tokens that all steps of finetuning read at the most."""
+    part = request.finetune
+    return 0 if part is None else part.steps * part.batch_size * part.sequence_length
+
+
+def tuned_sequences(request: JobRequest) -> int:
+    """Of each block; none where blocks are taken from an earlier job."""
+    return 0 if request.base_job else request.quantization.tuned_sequences(request.calibration.num_samples)
+
+
+def flops(request: JobRequest, dimensions: Dimensions) -> float:
+    """Of the whole job, but for the reference row."""
+    calibration = request.calibration
+    passes = 3 if request.quantization.budget() is None else 4  # capture, targets, quantized stream; sensitivities
+    forward = passes * calibration_tokens(request)
+    tuned = tuned_sequences(request) * calibration.sequence_length
+    evaluated = evaluation_tokens(request)
+    sequences = min(SCALE_BATCH_SIZE, calibration.num_samples)
+    scale_steps = 0 if request.base_job else request.quantization.end_to_end_steps()
+    scaled = scale_steps * sequences * calibration.sequence_length
+    trained = trained_tokens(request)
+    through_blocks = forward + BACKWARD * (tuned + scaled) + TRAINING * trained + 2 * evaluated
+    # Teacher, student, and back.
+    through_head = 2 * evaluated + 3 * scaled + TRAINING * trained
+    return _block_flops(dimensions) * through_blocks + _head_flops(dimensions) * through_head
+
+
+def reference_flops(request: JobRequest, dimensions: Dimensions) -> float:
+    """Of the reference row: one more pass of the evaluation text, and the logits of both models again."""
+    return evaluation_tokens(request) * (_block_flops(dimensions) + 2 * _head_flops(dimensions))
+
+
+def has_reference(request: JobRequest, dimensions: Dimensions) -> bool:
+    """Whether a job measures what round to nearest makes of its schemes, besides what it makes itself."""
+    if request.evaluation is None or (request.quantization.method == "rtn" and request.finetune is None):
+        return False
+    return reference_flops(request, dimensions) < REFERENCE_SHARE * flops(request, dimensions)
+
+
+def _block_flops(dimensions: Dimensions) -> float:
+    """Of a token's forward pass through all blocks."""
+    return 2.0 * sum(out * width for out, width in dimensions.linears().values())
+
+
+def _head_flops(dimensions: Dimensions) -> float:
+    return 2.0 * dimensions.vocabulary * dimensions.hidden

@@ -1,0 +1,155 @@
+"""What a tenant is told of sources that are no checkpoint, of folders that may not be read, of what will disappoint."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from app.domain.architectures import read_dimensions
+from tests.api.checkpoints import CONFIG, safetensors, write_checkpoint
+from tests.api.conftest import SHORTHAND, Api, problem
+
+DRY = "/v1/jobs?dry_run=true"
+
+
+def folder_of(api: Api, files: dict[str, bytes]) -> Path:
+    """A folder under the root with these files."""
+    folder = api.folder / "models" / "given"
+    folder.mkdir()
+    for name, content in files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": safetensors({"a": (2, 2)})}
+SOURCES: list[tuple[dict[str, bytes], str, str]] = [
+    ({"m.Q4_K_M.gguf": b"GGUF"}, "unsupported_checkpoint", "GGUF"),
+    ({"config.json": b"{}", "m.gguf": b"GGUF"}, "unsupported_checkpoint", "GGUF"),
+    (ADAPTER, "unsupported_checkpoint", "merge_and_unload"),
+    ({"config.json": b"{}", "model.onnx": b""}, "unsupported_checkpoint", "ONNX"),
+    ({"config.json": b"{}", "pytorch_model.bin": b""}, "unsafe_checkpoint", "save_pretrained"),
+    ({"params.json": b"{}", "consolidated.safetensors": b""}, "unsupported_checkpoint", "convert_mistral"),
+]
+
+
+@pytest.mark.parametrize(("files", "code", "told"), SOURCES, ids=[", ".join(row[0]) for row in SOURCES])
+def test_a_source_of_another_kind_is_named_wherever_it_comes_from(
+    api: Api, files: dict[str, bytes], code: str, told: str
+) -> None:
+    local = api.client.post(DRY, json={**SHORTHAND, "model": str(folder_of(api, files))})
+    assert told in problem(local, 422, code)["detail"]  # type: ignore[operator]
+    body = {"files": [{"name": name, "size": len(data), "sha256": "0" * 64} for name, data in files.items()]}
+    sent = problem(api.client.post("/v1/uploads", json=body), 422, code)
+    if code == "unsupported_checkpoint":
+        assert told in f"{sent['detail']} {sent['hint']}"
+
+
+def test_a_file_as_a_model_is_named(api: Api) -> None:
+    folder = folder_of(api, {"m.gguf": b"GGUF", "model.safetensors": b""})
+    found = problem(
+        api.client.post(DRY, json={**SHORTHAND, "model": str(folder / "m.gguf")}), 422, "unsupported_checkpoint"
+    )
+    assert "GGUF" in str(found["detail"])
+    plain = problem(
+        api.client.post(DRY, json={**SHORTHAND, "model": str(folder / "model.safetensors")}), 422, "source_not_found"
+    )
+    assert "name the folder" in str(plain["detail"])
+
+
+def test_a_folder_that_may_not_be_read_names_both_ways_and_no_folder_of_the_server(api: Api) -> None:
+    for path in ("/etc", str(api.folder)):
+        found = problem(api.client.post(DRY, json={**SHORTHAND, "model": path}), 422, "source_forbidden")
+        told = json.dumps({**found, "value": None, "errors": None}).replace(path + " is", "")
+        assert "--model-root" in told
+        assert "bitwright upload" in told
+        assert str(api.folder / "models") not in told
+    relative = problem(api.client.post(DRY, json={**SHORTHAND, "model": "./here"}), 422, "source_forbidden")
+    assert "bitwright upload" in str(relative["detail"])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "told"),
+    [
+        ({"model.layers.0.mlp.down_proj.weight": "F8_E4M3"}, "FP8"),
+        ({"model.layers.0.mlp.down_proj.qweight": "I32"}, "GPTQ"),
+        ({"model.layers.0.mlp.down_proj.weight": "U8"}, "U8"),
+    ],
+)
+def test_weights_that_are_quantized_already_are_seen_at_once(api: Api, tensors: dict[str, str], told: str) -> None:
+    folder = write_checkpoint(api.folder / "models" / "fp8")
+    header, position = {}, 0
+    for name, dtype in tensors.items():
+        size = 4 * (4 if dtype == "I32" else 1)
+        header[name] = {"dtype": dtype, "shape": [2, 2], "data_offsets": [position, position + size]}
+        position += size
+    text = json.dumps(header).encode()
+    (folder / "model.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + bytes(position))
+    found = problem(api.client.post(DRY, json={**SHORTHAND, "model": str(folder)}), 422, "unsupported_architecture")
+    assert told in str(found["detail"])
+    assert "16-bit" in str(found["detail"])
+
+
+def dry_run(api: Api, **fields: Any) -> dict[str, Any]:
+    """Estimates and warnings of a job on a small checkpoint."""
+    folder = api.folder / "models" / "small"
+    if not folder.exists():
+        write_checkpoint(folder, {"tie_word_embeddings": False})
+        shapes = {f"{name}.weight": shape for name, shape in read_dimensions(CONFIG).linears().items()}
+        shapes |= {f"{name}.weight": (128, 64) for name in ("model.embed_tokens", "lm_head")}
+        (folder / "model.safetensors").write_bytes(safetensors(shapes))
+    scheme = {} if "quantization" in fields else {"method": "rtn", "group_size": 32}
+    answer = api.client.post(DRY, json={"model": str(folder), **scheme, **fields})
+    assert answer.status_code == 200, answer.text
+    found: dict[str, Any] = answer.json()
+    return found
+
+
+def told_of(found: dict[str, Any], field: str) -> list[str]:
+    """The warnings about a field."""
+    return [warning for warning in found["warnings"] if warning.startswith(field)]
+
+
+def test_a_rank_that_cannot_be_reached_is_told_with_the_counts(api: Api) -> None:
+    tuned = {"dataset": "builtin"}
+    found = dry_run(api, method="qa-hira", rank=16, finetune=tuned)
+    lora = dry_run(api, method="qlora", rank=16, finetune=tuned)
+    (warning,) = told_of(found, "adapter.rank")
+    assert f"{found['estimates']['adapter_parameters']:,} trained parameters" in warning
+    assert f"a LoRA of that rank has {lora['estimates']['adapter_parameters']:,}" in warning
+    assert found["estimates"]["adapter_parameters"] < lora["estimates"]["adapter_parameters"]
+    assert told_of(lora, "adapter.rank") == []
+    assert told_of(dry_run(api, method="q-bara", rank=2, finetune=tuned), "adapter.rank") == []
+    assert "at most rank 32" in told_of(dry_run(api, method="qlora", rank=64, finetune=tuned), "adapter.rank")[0]
+    assert "at most rank 2 " in told_of(dry_run(api, method="qa-lora", rank=4, finetune=tuned), "adapter.rank")[0]
+    assert told_of(dry_run(api, method="qa-lora", rank=2, finetune=tuned), "adapter.rank") == []
+    assert "at most rank 32" in told_of(dry_run(api, method="loftq", rank=64, formats=["merged"]), "rank")[0]
+
+
+def test_starved_calibration_is_told(api: Api) -> None:
+    few = {"num_samples": 32, "sequence_length": 2048}
+    (warning,) = told_of(dry_run(api, method="gptq", calibration=few), "calibration")
+    assert "65,536 tokens" in warning
+    assert "262,144" in warning
+    assert told_of(dry_run(api, method="gptq", calibration={**few, "num_samples": 33}), "calibration") == []
+    assert told_of(dry_run(api, method="rtn", calibration=few), "calibration") == [], "it reads none"
+    light = {"num_samples": 32, "sequence_length": 512}
+    assert (
+        "65,536 that" in told_of(dry_run(api, method="omniquant", preset="light", calibration=light), "calibration")[0]
+    )
+
+
+def test_a_quantized_head_is_in_the_estimates(api: Api) -> None:
+    without = dry_run(api)["estimates"]
+    with_head = dry_run(api, quantization={"method": "rtn", "group_size": 32, "modules": {"ignore": []}})
+    # 128 x 64 weights of 4 bits and a 16-bit scale for 32 of them.
+    assert with_head["estimates"]["weights_quantized"] == without["weights_quantized"] + 128 * 64
+    assert without["bytes_checkpoint"] - with_head["estimates"]["bytes_checkpoint"] == 128 * 64 * (16 - 4.5) / 8
+
+
+def test_a_missing_tokenizer_is_told_with_who_needs_it(api: Api) -> None:
+    dry_run(api)
+    (api.folder / "models" / "small" / "tokenizer.json").unlink()
+    assert "evaluation needs: add tokenizer.json" in told_of(dry_run(api), "model")[0]
+    assert "none goes with the result" in told_of(dry_run(api, evaluation=None), "model")[0]
+    assert "calibration and evaluation" in told_of(dry_run(api, method="gptq"), "model")[0]
