@@ -222,7 +222,7 @@ def conversation(
             "give conversations that the model's template takes (many want user and assistant in turn, and no system "
             'turn), or rows with "text"'
         )
-        refusal = f"{name}: the model's chat template refuses a conversation: {str(error)[:300]}"
+        refusal = f"{name}: the chat template refuses a conversation: {str(error)[:300]}"
         raise InvalidDataset(refusal, field=field, hint=hint) from error
     start = tokenizer.bos_token
     return str(text).removeprefix(start) if start else str(text)
