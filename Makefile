@@ -5,7 +5,9 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 PIP_ARGS ?=
+LLAMA_CPP ?= .cache/llama.cpp
 BIN := $(VENV)/bin
 
 MODEL ?=
@@ -23,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu results lint format docs types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm results lint format docs types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -35,13 +37,18 @@ serve: $(VENV)/.embedded ## Start the whole service embedded: API, worker, sweep
 	$(BIN)/bitwright serve $(ARGS)
 
 test: $(VENV)/.test ## Run the tests, real PostgreSQL and Valkey included (ARGS go to pytest)
-	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m 'not slow and not gpu and not vllm' $(ARGS)
 
 test-slow: $(VENV)/.test ## Run the tests that take long: many kills, whole services, several processes of torch
-	$(BIN)/python -m pytest -m 'slow and not gpu' $(ARGS)
+	$(BIN)/python -m pytest -m 'slow and not gpu and not vllm' $(ARGS)
 
 test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
+
+test-llama-cpp: $(VENV)/.test $(LLAMA_CPP)/.installed ## Hold GGUF files against a real llama.cpp (built, from npm; Linux, x86-64)
+	BITWRIGHT_TEST_LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(BIN)/python -m pytest -m slow tests/engine/test_gguf_in_llama_cpp.py $(ARGS)
+test-vllm: $(VENV)/.test $(VLLM_VENV)/.vllm ## Load checkpoints in a real vLLM on the CPU (an environment of its own, 3 GB; Linux, x86-64)
+	BITWRIGHT_TEST_VLLM='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest -m vllm $(ARGS)
 
 results: $(VENV)/.test ## Measure the missing cells of docs/results.md: make results MODEL=<folder> CALIBRATION=<jsonl> VALID=<jsonl>
 	$(BIN)/python -m benchmarks.results '$(MODEL)' --calibration '$(CALIBRATION)' --valid '$(VALID)' $(ARGS)
@@ -78,12 +85,23 @@ image: ## Build the container images
 	docker compose build
 
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
 
 # Debian's python3 comes without ensurepip unless python3-venv is installed; pip can fill such an environment itself.
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Bitwright needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV) || { $(PYTHON) -m venv --clear --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+
+$(LLAMA_CPP)/.installed:
+	npm install --ignore-scripts --no-audit --no-fund --prefix $(LLAMA_CPP) node-llama-cpp@3.22.1
+	touch $@
+
+# vLLM wants other releases of torch and transformers than we do. Its build for the CPU asks for torch's CPU build, which
+# pip finds with PIP_ARGS='--extra-index-url https://download.pytorch.org/whl/cpu'.
+$(VLLM_VENV)/.vllm: requirements-vllm.txt
+	$(PYTHON) -m venv $(VLLM_VENV) || { $(PYTHON) -m venv --clear --without-pip $(VLLM_VENV) && $(PYTHON) -m pip --python $(VLLM_VENV)/bin/python install pip; }
+	$(VLLM_VENV)/bin/python -m pip install --quiet --no-compile --no-deps $(PIP_ARGS) -r requirements-vllm.txt
+	touch $@
 
 # Compiling every file of torch on installation takes longer than compiling those that are used, when they are.
 $(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python

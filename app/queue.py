@@ -1,24 +1,38 @@
 """The doorbell: a Celery message that says "there is work for this class of device", and nothing else.
 
-The database is the truth. A message carries no job, is acknowledged on arrival, expires, and has no result, so one
-that is lost or doubled costs nothing: `sweep` rings again.
+The database is the truth, and idle workers ask it by themselves. A message only spares them the wait: it carries no job
+and no time, is acknowledged on arrival, and has no result, so one that is lost or doubled costs nothing. A class is
+rung for only if it has a live worker and nothing lies in its queue: nothing grows while nobody reads.
 """
 
-from collections.abc import Mapping
+import threading
+import time
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from types import MappingProxyType
+from typing import Literal
 
 import structlog
 from celery import Celery
 from kombu import Queue
 from kombu.exceptions import OperationalError
+from redis.exceptions import AuthenticationError, RedisError
+from redis.exceptions import ConnectionError as BrokerAway
+from redis.exceptions import TimeoutError as BrokerSilent
 
 from app.domain.jobs import DeviceClass
 from app.settings import get_settings
 
 WORK_TASK = "workers.work"
-EXPIRES_SECONDS = 60
-"""A message that no worker took by then is dropped: the sweep has rung again since."""
+QUIET_SECONDS = 2.0
+"""After a failure, so long nobody of this process tries again: callers do not queue up before a broker that hangs."""
+PROBE_SECONDS = 1.0
+"""How long the broker may take to answer a probe, and how old an answer may be."""
+PROBE_KEY = "bitwright.probe"
+
+BrokerState = Literal["ok", "refuses", "unreachable"]
+"""Whether messages can be sent: `refuses` if it answers and takes none, as one whose memory is full does."""
 
 TRANSPORT_OPTIONS: Mapping[str, object] = MappingProxyType(
     {
@@ -34,6 +48,8 @@ TRANSPORT_OPTIONS: Mapping[str, object] = MappingProxyType(
         "connect_retries_timeout": 2,
     }
 )
+SENDING: Mapping[str, object] = MappingProxyType({"socket_timeout": 2})
+"""A worker waits for messages, which takes long; who sends one does not."""
 
 log = structlog.get_logger(__name__)
 
@@ -64,23 +80,95 @@ def celery_app(broker_url: str) -> Celery:
     return app
 
 
+class _Broker:
+    """What a process knows of the broker at one URL, and its way to it."""
+
+    def __init__(self, url: str) -> None:
+        self.url = url
+        self.sender = celery_app(url)
+        self.sender.conf.broker_transport_options = {**TRANSPORT_OPTIONS, **SENDING}
+        self._ringing = threading.Lock()
+        self._quiet_until = 0.0
+        self._probing = threading.Lock()
+        self._probed_at = -PROBE_SECONDS
+        self._state: BrokerState = "ok"
+
+    @contextmanager
+    def trying(self) -> Iterator[bool]:
+        """Whether to try now: one thread of a process at a time, so that no two find the same queue empty.
+
+        Who comes meanwhile is as good as rung for. A failure inside is logged, and keeps everybody quiet for a while.
+        """
+        if time.monotonic() < self._quiet_until or not self._ringing.acquire(blocking=False):
+            yield False
+            return
+        try:
+            yield True
+        except Exception as error:  # a transport's own kinds, too: who rings has something better to do than to fail
+            self._quiet_until = time.monotonic() + QUIET_SECONDS
+            log.warning("broker_not_reached", error=type(error).__name__, reason=_reason(error))
+        finally:
+            self._ringing.release()
+
+    def state(self) -> BrokerState:
+        """Whether it takes messages, found out at most once in `PROBE_SECONDS`."""
+        if self._probing.acquire(blocking=False):
+            try:
+                if time.monotonic() - self._probed_at >= PROBE_SECONDS:
+                    self._state = _probe(self.sender)
+                    self._probed_at = time.monotonic()
+            finally:
+                self._probing.release()
+        return self._state
+
+
 @lru_cache(maxsize=4)
-def _sender(broker_url: str) -> Celery:
-    return celery_app(broker_url)
+def _broker(broker_url: str) -> _Broker:
+    return _Broker(broker_url)
 
 
-def notify_workers(device: str) -> None:
-    """Ring for workers of `device` ("cpu", "cuda", or "any" for both). Never raises: the sweep will ring later."""
+def notify_workers(device: str, alive: Collection[DeviceClass], *, times: int = 1) -> None:
+    """Ring for workers of `device` ("cpu", "cuda", or "any" for both). Never raises: idle workers ask by themselves.
+
+    alive   classes with a live worker; no other is rung for
+    times   messages for each class, if none lies in its queue
+    """
     broker_url = get_settings().broker_url
     if not broker_url:
         log.debug("broker_not_configured", device=device)
         return
-    classes = tuple(DeviceClass) if device == "any" else (DeviceClass(device),)
-    try:
-        for device_class in classes:
-            _ring(_sender(broker_url), device_class)
-    except (OperationalError, OSError) as error:
-        log.warning("broker_unreachable", device=device, error=type(error).__name__)
+    classes = [name for name in DeviceClass if name in alive and device in ("any", name.value)]
+    broker = _broker(broker_url)
+    for device_class in classes:
+        with broker.trying() as now:
+            if now and not _length(broker.sender, device_class):
+                for _ in range(times):
+                    _ring(broker.sender, device_class)
+
+
+def silence(classes: Collection[DeviceClass]) -> None:
+    """Throw away what lies in the queues of these classes, which have no worker: messages of long ago. Never raises."""
+    broker_url = get_settings().broker_url
+    if not broker_url:
+        return
+    broker = _broker(broker_url)
+    for device_class in classes:
+        with broker.trying() as now:
+            if now and (length := _length(broker.sender, device_class)):
+                with broker.sender.connection_for_write() as connection:
+                    connection.default_channel.queue_purge(queue_name(device_class))
+                log.info("queue_emptied", device=device_class.value, messages=length)
+
+
+def broker_state(broker_url: str) -> BrokerState:
+    """Whether workers can be rung for now. Takes about a second at the most."""
+    return _broker(broker_url).state()
+
+
+def _length(sender: Celery, device_class: DeviceClass) -> int:
+    """Messages that lie in the queue; those that a worker has in hand are not among them."""
+    with sender.connection_for_write() as connection:
+        return int(connection.default_channel.queue_declare(queue_name(device_class)).message_count)
 
 
 def _ring(sender: Celery, device_class: DeviceClass) -> None:
@@ -88,9 +176,31 @@ def _ring(sender: Celery, device_class: DeviceClass) -> None:
         WORK_TASK,
         args=[device_class.value],
         queue=queue_name(device_class),
-        expires=EXPIRES_SECONDS,
         ignore_result=True,
         # A pooled connection may have outlived a restart of the broker: the second try makes a new one.
         retry=True,
         retry_policy={"max_retries": 1, "interval_start": 0, "interval_step": 0, "interval_max": 0},
     )
+
+
+def _probe(sender: Celery) -> BrokerState:
+    """Write a key that expires: a server that is full, or a replica, answers and refuses."""
+    patience = {"socket_timeout": PROBE_SECONDS, "socket_connect_timeout": PROBE_SECONDS}
+    try:
+        with sender.connection_for_write(transport_options=patience) as connection:
+            connection.default_channel.client.set(PROBE_KEY, 1, ex=60)
+    except AuthenticationError:
+        return "refuses"
+    except (BrokerAway, BrokerSilent, OSError, OperationalError):
+        return "unreachable"
+    except RedisError:
+        return "refuses"
+    except Exception as error:
+        log.warning("broker_not_probed", error=type(error).__name__)
+        return "unreachable"
+    return "ok"
+
+
+def _reason(error: Exception) -> str:
+    """The first words of what a server or a socket said; they hold no URL."""
+    return str(error).partition("\n")[0][:120]

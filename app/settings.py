@@ -7,20 +7,89 @@ starts itself.
 import json
 import os
 import socket
+import sys
+from collections.abc import Mapping
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from types import MappingProxyType
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BeforeValidator, Field, SecretStr
+import structlog
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
-KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+from app import setting_values as values
+from app.domain.errors import InvalidSettings
+
+KIB, MIB, GIB, PIB = 1 << 10, 1 << 20, 1 << 30, 1 << 50
+DAY = 86_400
+PREFIX = "BITWRIGHT_"
+NOT_SETTINGS = frozenset(
+    f"{PREFIX}{name}" for name in ("URL", "KEY", "REPORT_FD", "SUPERVISOR_PID", "SILENCE_SECONDS", "JOB_ID", "ATTEMPT")
+)
+"""Variables of ours that are no settings of the service: the client's, and what a supervisor tells its child."""
+TESTS = f"{PREFIX}TEST_"
+ALIKE = 0.8
+"""How alike a variable's name must be to a setting's to be taken for a slip; from 0 to 1."""
 
 
 @lru_cache(maxsize=1)
 def get_settings() -> "Settings":
-    """The process's settings, read once, when first asked for."""
-    return Settings()
+    """The process's settings, read once, when first asked for.
+
+    Raises:
+        InvalidSettings: a variable is not as it must be; the message names it.
+    """
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise InvalidSettings("; ".join(problems_of(error)), hint="mend the variable, or unset it") from None
+
+
+def settings_or_exit() -> "Settings":
+    """The settings of a process of the service, for its first line: it ends with exit code 2 if they are not valid."""
+    try:
+        return get_settings()
+    except InvalidSettings as error:
+        sys.stderr.write(f"{error.code}: {error.detail}\n")
+        raise SystemExit(2) from None
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """What is wrong with the settings, a sentence for each variable."""
+    told = error.errors(include_url=False, include_input=False, include_context=False)
+    return [item["msg"] for item in told if item["type"] != "default_factory_not_called"]
+
+
+def unknown_variables() -> dict[str, str | None]:
+    """Variables with our prefix that nobody reads, and the one that was meant where a name is almost that."""
+    known = [*(f"{PREFIX}{name.upper()}" for name in Settings.model_fields), *NOT_SETTINGS]
+    ours = [name for name in os.environ if name.upper().startswith(PREFIX) and not name.upper().startswith(TESTS)]
+    found: dict[str, str | None] = {}
+    for name in ours:
+        if name.upper() not in known:
+            bare = [setting.removeprefix(PREFIX) for setting in known]
+            alike = get_close_matches(name.upper().removeprefix(PREFIX), bare, n=1, cutoff=ALIKE)
+            found[name] = f"{PREFIX}{alike[0]}" if alike else None
+    return found
+
+
+def warn_of_unknown_variables() -> None:
+    """Say in the log which variables with our prefix nobody reads. One that is almost a setting is refused."""
+    for name in unknown_variables():
+        log.warning("unknown_setting", variable=name, hint="unset it, or look for its name in the README's table")
 
 
 def default_data_dir() -> Path:
@@ -29,15 +98,16 @@ def default_data_dir() -> Path:
     return Path(root).expanduser() / "bitwright"
 
 
-def _absolute(path: Path) -> Path:
-    return path.expanduser().absolute()
-
-
 def _split_paths(value: object) -> object:
     """A variable holds a JSON list, or folders divided like $PATH."""
     if not isinstance(value, str):
         return value
-    return json.loads(value) if value.lstrip().startswith("[") else [part for part in value.split(os.pathsep) if part]
+    if not value.lstrip().startswith("["):
+        return [part for part in value.split(os.pathsep) if part]
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise ValueError('a value that begins with [ must be a JSON list of folders, e.g. ["/models"]') from error
 
 
 def _sqlite_url(data: dict[str, Any]) -> str:
@@ -58,21 +128,42 @@ def _upload_parts(data: dict[str, Any]) -> Path:
     return folder / "uploads"
 
 
-Folder = Annotated[Path, AfterValidator(_absolute)]
+def _upper(value: object) -> object:
+    return value.upper() if isinstance(value, str) else value
+
+
+def _worker_name() -> str:
+    return values.as_name(socket.gethostname())
+
+
+Folder = Annotated[Path, AfterValidator(values.folder)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+log = structlog.get_logger(__name__)
 
 
 class Settings(BaseSettings):
     """One frozen object a process. Sizes are in bytes, times in seconds where no other unit is in the name."""
 
-    model_config = SettingsConfigDict(env_prefix="BITWRIGHT_", env_ignore_empty=True, frozen=True, extra="forbid")
+    model_config = SettingsConfigDict(
+        env_prefix="BITWRIGHT_", env_ignore_empty=True, frozen=True, extra="forbid", hide_input_in_errors=True
+    )
 
     environment: Literal["development", "test", "production"] = Field(
         default="development", description="Named in logs; nothing else depends on it."
     )
     data_dir: Folder = Field(default_factory=default_data_dir, description="Folder of everything that is kept.")
-    database_url: str = Field(default_factory=_sqlite_url, description="sqlite:/// or postgresql+psycopg:// URL.")
-    broker_url: str = Field(default="", description="redis:// URL; empty: `serve` starts a broker of its own.")
-    blob_url: str = Field(default_factory=_blobs_url, description="file:// folder or s3:// bucket of artifact bytes.")
+    database_url: Annotated[str, AfterValidator(values.database_url)] = Field(
+        default_factory=_sqlite_url, description="sqlite:/// or postgresql+psycopg:// URL."
+    )
+    broker_url: Annotated[str, AfterValidator(values.broker_url)] = Field(
+        default="",
+        description="redis:// or valkey:// URL, with TLS rediss:// or valkeys://; empty: `serve` starts a broker of "
+        "its own.",
+    )
+    blob_url: Annotated[str, AfterValidator(values.blob_url)] = Field(
+        default_factory=_blobs_url, description="file:// folder or s3:// bucket of artifact bytes."
+    )
     workspace_dir: Folder = Field(default_factory=_workspaces, description="Scratch folders of running jobs.")
     upload_dir: Folder = Field(
         default_factory=_upload_parts,
@@ -83,40 +174,86 @@ class Settings(BaseSettings):
     )
 
     hub_enabled: bool = Field(default=True, description="Whether workers may fetch from the Hub.")
-    hub_endpoint: str | None = Field(default=None, description="A Hub mirror instead of huggingface.co.")
-    hub_token: SecretStr | None = Field(default=None, description="Hub token for gated and private repositories.")
-
-    host: str = Field(default="127.0.0.1", description="Address that the API binds.")
-    port: int = Field(default=8080, ge=0, le=65_535, description="Port that the API binds.")
-    max_body_bytes: int = Field(default=MIB, ge=KIB, description="Largest JSON body.")
-    max_upload_bytes: int = Field(default=200 * GIB, ge=KIB, description="Largest upload, all its files together.")
-    max_streams: int = Field(default=512, ge=1, description="Event streams that a process serves at once.")
-    event_poll_seconds: float = Field(default=0.25, gt=0, le=30, description="How often streams look for events.")
-
-    lease_seconds: int = Field(default=30, ge=3, description="A running job that is silent for longer is taken back.")
-    sweep_interval_seconds: float = Field(default=5.0, gt=0, description="Between two rounds of `sweep`.")
-    job_time_limit_seconds: int = Field(default=86_400, ge=1, description="Longest attempt where a job names none.")
-    job_retention_days: int | None = Field(
-        default=None, ge=1, description="Final jobs older than this are deleted with their artifacts; unset: kept."
+    hub_endpoint: Annotated[str, AfterValidator(values.web_address)] | None = Field(
+        default=None, description="A Hub mirror instead of huggingface.co."
     )
-    workspace_retention_days: float = Field(
+    hub_token: Annotated[SecretStr, AfterValidator(values.token)] | None = Field(
+        default=None, description="Hub token for gated and private repositories."
+    )
+
+    host: Annotated[str, AfterValidator(values.bind_host)] = Field(
+        default="127.0.0.1", description="Address that the API binds."
+    )
+    port: int = Field(default=8080, ge=0, le=65_535, description="Port that the API binds.")
+    max_body_bytes: int = Field(default=MIB, ge=KIB, le=GIB, description="Largest JSON body.")
+    max_upload_bytes: int = Field(
+        default=200 * GIB, ge=KIB, le=PIB, description="Largest upload, all its files together."
+    )
+    max_streams: int = Field(default=512, ge=1, le=100_000, description="Event streams that a process serves at once.")
+    event_poll_seconds: Finite = Field(default=0.25, gt=0, le=30, description="How often streams look for events.")
+
+    lease_seconds: int = Field(
+        default=30, ge=3, le=3600, description="A running job that is silent for longer is taken back."
+    )
+    sweep_interval_seconds: Finite = Field(default=5.0, gt=0, le=3600, description="Between two rounds of `sweep`.")
+    job_time_limit_seconds: int = Field(
+        default=DAY, ge=1, le=30 * DAY, description="Longest attempt where a job names none."
+    )
+    job_retention_days: int | None = Field(
+        default=None,
+        ge=1,
+        le=36_500,
+        description="Final jobs older than this are deleted with their artifacts; unset: kept.",
+    )
+    workspace_retention_days: Finite = Field(
         default=7.0,
         ge=0,
+        le=36_500,
         description="So long a worker keeps what a retry of a failed or cancelled job goes on from.",
     )
-    hub_retention_days: float = Field(
+    hub_retention_days: Finite = Field(
         default=30.0,
         ge=1,
+        le=36_500,
         description="So long a worker keeps a model that it fetched from the Hub after its last use.",
     )
+    worker_poll_seconds: Finite = Field(
+        default=3.0, ge=0.1, le=300, description="How often an idle worker asks for work unrung."
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(default="auto", description="What a worker computes on.")
-    devices: Literal["all"] | Annotated[int, Field(ge=1)] = Field(
+    devices: Literal["all"] | Annotated[int, Field(ge=1, le=64)] = Field(
         default=1, description="GPUs that a worker gives to a job, `all` that it sees or so many; on a CPU, processes."
     )
-    worker_name: str = Field(default_factory=socket.gethostname, description="First part of a worker's id.")
+    worker_name: Annotated[str, AfterValidator(values.process_name)] = Field(
+        default_factory=_worker_name, description="First part of a worker's id."
+    )
 
     log_format: Literal["json", "console"] = Field(default="console", description="One JSON object a line, or text.")
-    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Least level logged.")
+    log_level: Annotated[Literal["DEBUG", "INFO", "WARNING", "ERROR"], BeforeValidator(_upper)] = Field(
+        default="INFO", description="Least level logged."
+    )
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _name_the_variable(cls, value: object, handler: ValidatorFunctionWrapHandler, info: ValidationInfo) -> Any:
+        """Every problem as one sentence: the variable, its value without secrets, what is wrong, the way out."""
+        try:
+            return handler(value)
+        except ValidationError as error:
+            name = str(info.field_name)
+            shown = "***" if name == "hub_token" else values.shown(value)
+            problem = _problem(name, value, error)
+            raise PydanticCustomError(
+                "setting", "{said}", {"said": f"{PREFIX}{name.upper()} is {shown}: {problem}"}
+            ) from None
+
+    @model_validator(mode="after")
+    def _no_slip_of_the_pen(self) -> Self:
+        slips = {name: meant for name, meant in unknown_variables().items() if meant is not None}
+        if slips:
+            said = "; ".join(f"{name} is no setting: did you mean {meant}?" for name, meant in slips.items())
+            raise PydanticCustomError("unknown_setting", "{said}", {"said": said})
+        return self
 
     @property
     def hub_dir(self) -> Path:
@@ -127,3 +264,28 @@ class Settings(BaseSettings):
     def heartbeat_seconds(self) -> float:
         """Between two renewals of a lease: a third of it, so that two may fail."""
         return self.lease_seconds / 3
+
+
+WAYS: Mapping[str, str] = MappingProxyType(
+    {
+        "hub_enabled": "give true or false",
+        "devices": "give `all`, or a number from 1 to 64",
+        "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
+    }
+)
+"""What a value must be, where the types alone say it badly."""
+SERVICE_LINK = (
+    "Kubernetes sets this variable for a Service named bitwright: set enableServiceLinks: false, or rename the Service"
+)
+
+
+def _problem(name: str, value: object, error: ValidationError) -> str:
+    if name == "port" and str(value).startswith("tcp://"):
+        return SERVICE_LINK
+    told = error.errors(include_url=False, include_input=False)
+    own = [str(item["ctx"]["error"]) for item in told if item["type"] == "value_error"]
+    if own:
+        return own[0]
+    if name in WAYS:
+        return WAYS[name]
+    return told[0]["msg"][0].lower() + told[0]["msg"][1:]

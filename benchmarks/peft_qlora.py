@@ -222,7 +222,6 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
             folder=Path(folder),
             identity={},
             head=None,
-            evaluation=None,
             seed=SEED,
             divisor=1,
             reporter=Reporter(lambda _: None),

@@ -141,15 +141,16 @@ def measured(cell: Cell, given: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def _training_figures(report: Report) -> dict[str, Any]:
-    found, adapter, quality = report.finetuning, report.adapter, report.quality
+    found, adapter = report.finetuning, report.adapter
     assert found is not None
     assert adapter is not None
-    assert quality is not None
+    # The adapter beside its base; what a merge makes of it is measured of the files.
+    apart = adapter.before_merge or next(way.figures for way in report.shipped if way.adapter is not None)
     last = found.losses[-max(1, len(found.losses) // 10) :]
     peak = found.peak_device_bytes or report.peak_memory.host_bytes
     return {
         "loss": round(fmean(point.loss for point in last), 5),
-        "held_out": round(math.log(quality.perplexity), 5),
+        "held_out": round(math.log(apart.perplexity), 5),
         "parameters": adapter.parameters,
         "seconds": round(found.seconds, 2),
         "tokens_per_second": round(found.tokens_per_second),

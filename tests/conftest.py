@@ -22,7 +22,7 @@ if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-LONGEST = ("e2e", "cli", "engine", "workers")
+LONGEST = ("documents", "e2e", "cli", "engine", "workers")
 """Folders whose files take longest. They begin first, so that none is left for the end, with the other process idle."""
 
 

@@ -12,8 +12,9 @@ from types import MappingProxyType
 
 from app.domain.adapter_recipes import ADAPTER_RECIPES
 from app.domain.adapters import ADAPTERS
-from app.domain.formats import FORMATS, FormatInfo, LowRankRule, RuntimeSupport, Support
+from app.domain.formats import FORMATS, FormatInfo, LowRankRule
 from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
+from app.domain.runtimes import RuntimeSupport, Support
 from app.settings import Settings
 from benchmarks.finetuning_table import finetuning_results
 from benchmarks.results_table import results
@@ -44,6 +45,7 @@ FOLDERS = MappingProxyType(
         "tests/cli": "The command line",
         "tests/client": "The client against real sockets",
         "tests/conformance": "Suites that every method or format must pass",
+        "tests/documents": "Every shell and Python block of the documents, against a live service",
         "tests/domain": "Requests, formats and errors",
         "tests/e2e": "Whole jobs with real processes, faults included",
         "tests/engine": "Streaming, resume and evaluation against plain transformers",
@@ -70,10 +72,12 @@ FILES = MappingProxyType(
         "constraints.txt": "The exact versions that the tests run with",
         "docker-compose.yml": "PostgreSQL, Valkey, migrate, api, worker, sweep",
         "pyproject.toml": "Packages, extras, and the settings of every tool",
+        "requirements-vllm.txt": "What `make test-vllm` installs",
         "docs/adding-a-method.md": "The four touches of a new method",
         "docs/errors.md": "Every error code and its way out",
         "docs/operations.md": "Settings, scaling, backup, upgrades, security, what happens when something dies",
         "docs/results.md": "Measured figures and how to reproduce them",
+        "docs/datasets.md": "Rows of datasets: which fields are read, what is learned of them, and what is refused",
     }
 )
 """Files that cannot describe themselves."""
@@ -140,13 +144,24 @@ def formats_table() -> str:
 
 
 def _runtime_cells(runtime: RuntimeSupport) -> list[str]:
-    sizes = "any group size"
+    loads = f"{_numbers(runtime.bits)} bits, {_group_sizes(runtime)}"
+    for added in runtime.since:
+        loads += f"; {_numbers(added.bits)} bits {_symmetries(added.symmetric)} since {added.version}"
+    where = f"{runtime.runtime} on {runtime.devices}" if runtime.devices else runtime.runtime
+    known = "tested" if runtime.support is Support.TESTED else "by its rules"
+    return [where, loads + (f"; {runtime.note}" if runtime.note else ""), f"{known}, {runtime.version}"]
+
+
+def _group_sizes(runtime: RuntimeSupport) -> str:
     if runtime.group_sizes is not None:
         finite = sorted(size for size in runtime.group_sizes if size != PER_CHANNEL)
         sizes = f"groups of {', '.join(map(str, finite))}"
-        sizes += " or per channel" if PER_CHANNEL in runtime.group_sizes else ""
-    loads = f"{_numbers(runtime.bits)} bits, {sizes}" + (f"; {runtime.note}" if runtime.note else "")
-    return [runtime.runtime, loads, "tested" if runtime.support is Support.TESTED else "by its rules"]
+        return sizes + (" or per channel" if PER_CHANNEL in runtime.group_sizes else "")
+    if runtime.smallest_group > 1:
+        return f"groups of {runtime.smallest_group} and more or per channel"
+    if runtime.group_multiple > 1:
+        return f"groups of multiples of {runtime.group_multiple} or per channel"
+    return "any group size"
 
 
 LOW_RANK = MappingProxyType(

@@ -5,7 +5,7 @@ import sys
 import structlog
 
 from app.logs import configure_logging
-from app.settings import get_settings
+from app.settings import settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.ids import new_id
 from app.store.session import Database
@@ -18,8 +18,9 @@ log = structlog.get_logger("workers")
 
 def main(attempt_module: str = "workers.attempt") -> int:
     """Run a worker with the settings of the environment; the process's exit code."""
-    settings = get_settings()
+    settings = settings_or_exit()
     configure_logging(settings)
+    warn_of_unknown_variables()
     if not settings.broker_url:
         log.error("broker_not_configured", hint="set BITWRIGHT_BROKER_URL, or run `bitwright serve`")
         return 2

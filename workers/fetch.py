@@ -36,7 +36,7 @@ from app.domain.errors import (
     Unavailable,
     UnsupportedCheckpoint,
 )
-from app.domain.events import FetchedLine, ProgressEvent, Stage
+from app.domain.events import TEXT_ROLES, FetchedLine, ProgressEvent, Stage
 from app.domain.foreign_files import foreign_files
 from workers.durable import replace_file
 from workers.faults import as_bitwright_error
@@ -44,7 +44,9 @@ from workers.hub_cache import holding
 from workers.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
 from workers.orders import FetchOrder, TextOrder
 
-ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja", "tokenizer*", "LICENSE*", "README.md")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+VOCABULARIES = ("tokenizer*", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "vocab.bpe", "bpe.codes")
+ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", *VOCABULARIES, *LICENCES)
 IGNORED = (".*", "onnx/*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
 TEXT_COLUMNS = ("text", "prompt", "completion", "messages")
 FORBIDDEN, NOT_FOUND = (401, 403), 404
@@ -92,10 +94,11 @@ def fetch(order: FetchOrder, workspace: Path, report: ReportPipe) -> FetchedLine
         with hub_errors("model", order.model.id):
             revision = pins.commit("model", partial(_commit, "model", order.model.id, order.model.revision))
             folder = str(fetch_model(order.model.id, revision, Path(order.models_folder), report))
-    texts = {"calibration": order.calibration, "evaluation": order.evaluation, "finetuning": order.finetuning}
-    for role, text in texts.items():
+    texts: dict[str, TextOrder | None] = {role: getattr(order, role) for role in TEXT_ROLES.values()}
+    for field, role in TEXT_ROLES.items():
+        text = texts[role]
         if text is not None and not Path(text.path).exists():
-            with hub_errors(f"{'finetune' if role == 'finetuning' else role}.dataset", text.dataset.id):
+            with hub_errors(field, text.dataset.id):
                 commit = pins.commit(role, partial(_commit, "dataset", text.dataset.id, text.dataset.revision))
                 write_text(text, commit)
     paths = {f"{role}_path": None if text is None else text.path for role, text in texts.items()}

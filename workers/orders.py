@@ -4,6 +4,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.domain.events import TEXT_ROLES
 from app.domain.sources import HubDataset, HubModel
 
 
@@ -31,4 +32,4 @@ class FetchOrder(BaseModel):
     @property
     def empty(self) -> bool:
         """Whether the job needs nothing from the Hub."""
-        return not any((self.model, self.calibration, self.evaluation, self.finetuning))
+        return not any((self.model, *(getattr(self, role) for role in TEXT_ROLES.values())))

@@ -8,9 +8,9 @@ from importlib.metadata import version
 import structlog
 
 from app.domain.errors import Unavailable
-from app.queue import notify_workers
+from app.domain.views import CLOCK_SKEW
 from app.store.attempts import has_ended
-from app.store.workers import gone, heartbeat, register
+from app.store.workers import clock_skew, describe, gone, heartbeat, register
 from workers.context import WorkerContext
 from workers.hub_cache import prune_models
 from workers.workspace import prune
@@ -18,8 +18,17 @@ from workers.workspace import prune
 HEARTBEAT_SECONDS = 10.0
 PRUNE_SECONDS = 3600.0
 DAY = 86_400.0
+SKEW_SECONDS = 2.0
+"""A clock that is further from the database's is told in the log."""
+SKEW_CHANGE_SECONDS = 1.0
+"""A clock that has moved by more against the database's is told anew."""
 
 log = structlog.get_logger(__name__)
+
+
+def changed(before: float | None, skew: float) -> bool:
+    """Whether a clock's distance from the database's is another one than was told."""
+    return before is None or abs(skew - before) > SKEW_CHANGE_SECONDS
 
 
 class Presence:
@@ -28,14 +37,26 @@ class Presence:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._done = threading.Event()
+        self._skew: float | None = None
         self._thread = threading.Thread(target=self._keep, name="presence", daemon=True)
 
     def start(self) -> None:
-        """Register, and ring for this class once: jobs may have waited for a first worker."""
-        if self._thread.is_alive():  # the broker was lost and found: Celery is ready once more
+        """Register, whether or not there is a broker. A second call does nothing."""
+        if self._thread.is_alive():
             return
         log.info("worker_started", worker_id=self._context.worker_id, device=self._context.device.value)
         self._thread.start()
+
+    def _about(self, skew: float) -> dict[str, object]:
+        told = {"version": version("bitwright"), CLOCK_SKEW: skew, **asdict(self._context.capacity)}
+        told.pop("device")
+        return told
+
+    def _warn(self, skew: float) -> None:
+        """Say that this machine's clock is wrong, when it is found to be and when it has changed by much."""
+        if abs(skew) > SKEW_SECONDS and changed(self._skew, skew):
+            hint = "set this machine's clock; jobs run all the same, but times in its logs are off"
+            log.warning("clock_skewed", seconds_ahead_of_database=skew, hint=hint)
 
     def stop(self) -> None:
         """Remove the row. Safe to call if `start` never was."""
@@ -51,7 +72,6 @@ class Presence:
 
     def _keep(self) -> None:
         self._tell()
-        notify_workers(self._context.device.value)
         pruned_at = -PRUNE_SECONDS
         while not self._done.wait(HEARTBEAT_SECONDS):
             self._tell()
@@ -82,10 +102,16 @@ class Presence:
     def _tell(self) -> None:
         context = self._context
         try:
+            with context.database.reading() as session:
+                skew = round(clock_skew(session), 3)
+            self._warn(skew)
             with context.database.transaction() as session:
                 if not heartbeat(session, context.worker_id):
-                    told = {"version": version("bitwright"), **asdict(context.capacity)}
-                    told.pop("device")
-                    register(session, context.worker_id, context.device, told)
+                    register(session, context.worker_id, context.device, self._about(skew))
+                elif changed(self._skew, skew):
+                    describe(session, context.worker_id, self._about(skew))
+                else:
+                    return
+            self._skew = skew
         except Exception as error:  # whatever it is: a worker without a heartbeat is rung for no more
             log.warning("heartbeat_failed", error=type(error).__name__)

@@ -9,15 +9,20 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from app.domain.errors import InvalidDataset, NotFound, SourceForbidden, SourceNotFound
-from app.domain.jobs import JobRequest
+from app.domain.events import TEXT_ROLES
+from app.domain.finetuning import Finetune
+from app.domain.jobs import Calibration, Evaluation, JobRequest
+from app.domain.request_sources import read_sources
 from app.domain.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.sources import (
-    CalibrationSource,
     HubDataset,
     HubModel,
     LocalModel,
     LocalText,
+    Source,
     UploadedModel,
     UploadedText,
 )
@@ -33,7 +38,11 @@ CHARACTERS_PER_TOKEN = 12
 def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) -> FetchOrder:
     """What the request wants from the Hub. Equal datasets are fetched once, into one file."""
     model = request.model if isinstance(request.model, HubModel) else None
-    wanted = [(role, dataset, size) for role, dataset, size in _texts(request) if isinstance(dataset, HubDataset)]
+    wanted = [
+        (TEXT_ROLES[named.field], named.source, tokens_read(named.part))
+        for named in read_sources(request)
+        if isinstance(named.source, HubDataset)
+    ]
     orders: dict[str, TextOrder] = {}
     for role, dataset, _ in wanted:
         sharing = [(other, size) for other, same, size in wanted if same == dataset]
@@ -45,19 +54,11 @@ def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) 
     return FetchOrder(model=model, models_folder=str(models_folder), **orders)
 
 
-def _texts(request: JobRequest) -> list[tuple[str, CalibrationSource, int]]:
-    """Role, dataset and the tokens that are read of it at the most, of every text of a request."""
-    calibration, evaluation, finetune = request.calibration, request.evaluation, request.finetune
-    found: list[tuple[str, CalibrationSource, int]] = []
-    if request.base_job is None:
-        found.append(("calibration", calibration.dataset, calibration.num_samples * calibration.sequence_length))
-    if evaluation is not None:
-        found.append(("evaluation", evaluation.dataset, evaluation.num_samples * evaluation.sequence_length))
-    if finetune is not None:
-        held_out = finetune.validation_sequences if finetune.validation_share else 0
-        sequences = finetune.steps * finetune.batch_size + held_out
-        found.append(("finetuning", finetune.dataset, sequences * finetune.sequence_length))
-    return found
+def tokens_read(part: BaseModel) -> int:
+    """Tokens of its dataset that a part of a request reads at the most."""
+    if not isinstance(part, Calibration | Evaluation | Finetune):
+        raise TypeError(f"{type(part).__name__} does not say how much of its dataset is read")
+    return part.tokens_read
 
 
 def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, workspace: Workspace) -> str | None:
@@ -80,7 +81,7 @@ def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, work
 def text_path(
     context: WorkerContext,
     tenant_id: str,
-    dataset: CalibrationSource | None,
+    dataset: Source,
     workspace: Workspace,
     *,
     field: str,

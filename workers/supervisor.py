@@ -13,8 +13,9 @@ from typing import TypeVar
 import structlog
 
 from app.domain.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
-from app.domain.events import AttemptOrder, ErrorData, FailedLine, FetchedLine, ResultLine
+from app.domain.events import TEXT_ROLES, AttemptOrder, ErrorData, FailedLine, FetchedLine, ResultLine
 from app.domain.jobs import JobStatus
+from app.domain.request_sources import read_sources
 from app.store.attempts import AttemptWriter, Claim
 from workers.context import WorkerContext
 from workers.earlier_results import earlier_result
@@ -104,7 +105,8 @@ class _Attempt:
         with holding(Path(order.model_path)) if order.model_revision else nullcontext():
             result = self._listen_for(ResultLine, self._context.attempt_module, environment, ranks=order.world_size)
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
-        missed = missed_requirement(self._claim.request.require, result.report)
+        request = self._claim.request
+        missed = missed_requirement(request.require, result.report, request.formats)
         self._events.flush()
         if missed is not None:
             return self.write(lambda writer: writer.fail(missed, report=result.report, artifacts=artifacts))
@@ -135,32 +137,30 @@ class _Attempt:
 
     def _order(self) -> AttemptOrder:
         request, tenant = self._claim.request, self._claim.tenant_id
-        evaluated = request.evaluation.dataset if request.evaluation else None
         found = (self._context, tenant)
         model = model_path(*found, request, self._workspace)
-        # Nothing is calibrated where blocks are taken from an earlier job.
-        observed = request.calibration.dataset if request.base_job is None else None
-        calibration = text_path(*found, observed, self._workspace, field="calibration.dataset")
-        evaluation = text_path(*found, evaluated, self._workspace, field="evaluation.dataset")
-        finetune = request.finetune
-        learned = text_path(*found, finetune.dataset if finetune else None, self._workspace, field="finetune.dataset")
+        texts = {
+            f"{TEXT_ROLES[named.field]}_path": text_path(*found, named.source, self._workspace, field=named.field)
+            for named in read_sources(request)
+            if named.source is not request.model
+        }
         earlier = earlier_result(*found, request.base_job, self._workspace)
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
         fetched = None if wanted.empty else self._fetch(wanted)
+        if fetched is not None:
+            texts = {name: path or getattr(fetched, name) for name, path in texts.items()}
         return AttemptOrder(
             job_id=self._claim.job_id,
             attempt=self._claim.attempt,
             request=request,
             model_path=model or (fetched.model_path if fetched else ""),
             model_revision=fetched.model_revision if fetched else None,
-            calibration_path=calibration or (fetched.calibration_path if fetched else None),
-            evaluation_path=evaluation or (fetched.evaluation_path if fetched else None),
-            finetuning_path=learned or (fetched.finetuning_path if fetched else None),
             base_path=earlier,
             device=self._context.device.value,
             world_size=world_size(request, self._context.capacity.devices),
             rendezvous=str(self._workspace.rendezvous(self._claim.attempt)),
             micro_batch_divisor=self._claim.micro_batch_divisor,
+            **texts,
         )
 
     def _fetch(self, wanted: FetchOrder) -> FetchedLine:

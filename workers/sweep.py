@@ -2,7 +2,8 @@
 
 Each round it takes back jobs whose workers fell silent, rings for idle workers where jobs wait, and now and then throws
 away what is past its retention. Many may run: a lease in the database lets one work. It needs the database alone; with
-the broker away it goes on, and rings again when the broker is back.
+the broker away it goes on, and rings again when the broker is back. Without any sweep jobs still start, and idle
+workers take back what others lost.
 """
 
 import os
@@ -19,15 +20,15 @@ import structlog
 from app.domain.errors import Unavailable
 from app.domain.jobs import DeviceClass
 from app.logs import configure_logging
-from app.queue import notify_workers
-from app.settings import Settings, get_settings
+from app.queue import notify_workers, silence
+from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import BlobStore, open_blobs
 from app.store.endings import requeue_lost
 from app.store.garbage import collect_blobs, remove_expired_keys, remove_old_jobs
 from app.store.ids import new_id
 from app.store.session import Database
 from app.store.uploads import remove_expired_uploads
-from app.store.workers import forget_workers, list_workers, sweep_lease, waiting
+from app.store.workers import forget_workers, list_workers, live_classes, sweep_lease, waiting
 
 LEASE_ROUNDS = 3
 """The sweep's own lease lasts for this many rounds."""
@@ -74,13 +75,14 @@ class Sweep:
             log.warning("job_taken_back", job_id=job_id)
 
     def ring(self) -> None:
-        """One message for each idle worker that a waiting job could use."""
+        """One message for each idle worker that a waiting job could use, and none in queues that nobody reads."""
         with self._database.reading() as session:
-            jobs = waiting(session)
+            jobs, alive = waiting(session), live_classes(session)
             idle = [DeviceClass(state.worker.device_class) for state in list_workers(session) if state.job_id is None]
+        silence(frozenset(DeviceClass) - alive)
         for device, times in rings(jobs, idle).items():
-            for _ in range(times):
-                notify_workers(device.value)
+            if times:
+                notify_workers(device.value, alive, times=times)
 
     def throw_away(self) -> None:
         """Delete rows past their retention, then bytes that no row names."""
@@ -119,8 +121,9 @@ def run(sweep: Sweep, interval: float, stopping: threading.Event) -> None:
 
 def main() -> int:
     """Sweep with the settings of the environment until SIGTERM or SIGINT."""
-    settings = get_settings()
+    settings = settings_or_exit()
     configure_logging(settings)
+    warn_of_unknown_variables()
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())

@@ -1,10 +1,14 @@
-"""The one Celery task. It takes no job from the message: it asks the database until there is none left."""
+"""The work of a worker: it takes no job from a message, but asks the database until there is none left.
+
+Before each claim it takes back what lost workers held, so that no job waits for a sweep that is not there.
+"""
 
 import structlog
 
 from app.domain.errors import Unavailable
 from app.domain.jobs import DeviceClass
 from app.store.attempts import Claim, claim
+from app.store.endings import requeue_lost
 from workers.context import WorkerContext
 from workers.supervisor import supervise
 
@@ -29,7 +33,8 @@ def work(context: WorkerContext, device_class: str) -> int:
 def _next(context: WorkerContext) -> Claim | None:
     try:
         with context.database.transaction() as session:
-            return claim(
+            lost = requeue_lost(session)
+            claimed = claim(
                 session,
                 worker_id=context.worker_id,
                 device_class=DeviceClass(context.device),
@@ -38,3 +43,6 @@ def _next(context: WorkerContext) -> Claim | None:
     except Unavailable:
         log.warning("claim_failed")
         return None
+    for job_id, _device in lost:
+        log.warning("job_taken_back", job_id=job_id)
+    return claimed

@@ -13,13 +13,13 @@ from app.api.auth import Reader
 from app.api.content import conditions, representation_headers, stream
 from app.api.deps import BlobsOf, DatabaseOf
 from app.api.documentation import binary, problems, text_header
+from app.domain.delivery import delivery
 from app.domain.errors import Conflict, NotFound, StorageError
-from app.domain.formats import ExportFormat, first_choice
-from app.domain.jobs import JobStatus
+from app.domain.formats import ExportFormat
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
 from app.store.jobs import JobRepository
-from app.store.models import Artifact
+from app.store.models import Artifact, Job
 
 router = APIRouter(tags=["artifacts"])
 MEDIA_TYPE = "application/x-tar"
@@ -43,7 +43,16 @@ FormatName = Annotated[
     Kept | None,
     Query(
         alias="format",
-        description="Which checkpoint, or `adapter`; the first checkpoint that is not `native`, if none is named.",
+        description="Which checkpoint, or `adapter`. If none is named, the first checkpoint that is not `native`; with "
+        "the adapter that belongs to it, each in a folder of its format's name.",
+    ),
+]
+FolderName = Annotated[
+    str | None,
+    Query(
+        alias="folder",
+        pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]{0,99}$",
+        description="Name of the folder that the tar unpacks to; otherwise job and format name it.",
     ),
 ]
 
@@ -82,15 +91,21 @@ def get_archive(
     database: DatabaseOf,
     blobs: BlobsOf,
     export_format: FormatName = None,
+    folder: FolderName = None,
 ) -> Response:
-    """All files of one checkpoint in a folder named after job and format. Not compressed: weights do not shrink."""
+    """A job's result in one folder: the files of a checkpoint, or folders of a base and of the adapter for it.
+
+    Not compressed: weights do not shrink.
+    """
     with database.reading() as session:
-        status = JobRepository(session, principal.tenant_id).get(job_id).status
+        job = JobRepository(session, principal.tenant_id).get(job_id)
         artifacts = ArtifactRepository(session, principal.tenant_id).of_job(job_id)
-    chosen = choose_format(job_id, status, artifacts, export_format)
-    artifacts = [artifact for artifact in artifacts if artifact.format == chosen]
-    name = f"{job_id}-{chosen}"
-    members = [tar_member(f"{name}/{artifact.path}", artifact.size, artifact.sha256) for artifact in artifacts]
+    chosen = choose_formats(job, artifacts, export_format)
+    artifacts = [artifact for artifact in artifacts if artifact.format in chosen]
+    name = folder or (f"{job_id}-{chosen[0]}" if len(chosen) == 1 else job_id)
+    members = [
+        tar_member(member_name(name, artifact, chosen), artifact.size, artifact.sha256) for artifact in artifacts
+    ]
     etag = f'"{archive_digest(members)}"'
     headers = representation_headers(etag, f"{name}.tar")
     if conditions(request.headers, etag):
@@ -118,6 +133,7 @@ def head_archive(
     database: DatabaseOf,
     blobs: BlobsOf,
     export_format: FormatName = None,
+    folder: FolderName = None,
 ) -> Response:
     """What GET would answer, without the bytes."""
     return get_archive(
@@ -127,11 +143,12 @@ def head_archive(
         database=database,
         blobs=blobs,
         export_format=export_format,
+        folder=folder,
     )
 
 
-def choose_format(job_id: str, status: JobStatus, artifacts: Sequence[Artifact], wanted: Kept | None) -> str:
-    """The format to pack.
+def choose_formats(job: Job, artifacts: Sequence[Artifact], wanted: Kept | None) -> tuple[str, ...]:
+    """The formats to pack: the one that is wanted, or those that are the job's result together.
 
     Raises:
         Conflict: the job has no artifacts yet.
@@ -140,13 +157,19 @@ def choose_format(job_id: str, status: JobStatus, artifacts: Sequence[Artifact],
     formats = list(dict.fromkeys(artifact.format for artifact in artifacts))
     if not formats:
         hint = "wait for the status succeeded"
-        raise Conflict(f"job {job_id} is {status.value} and has no artifacts", value=status.value, hint=hint)
+        detail = f"job {job.id} is {job.status.value} and has no artifacts"
+        raise Conflict(detail, value=job.status.value, hint=hint)
     if wanted is None:
-        return first_choice(formats)
+        return delivery(formats, job.request)
     if wanted not in formats:
         there = ", ".join(formats)
-        raise NotFound(f"job {job_id} has no {wanted} checkpoint; it has: {there}", field="format", value=wanted)
-    return str(wanted)
+        raise NotFound(f"job {job.id} has no {wanted} checkpoint; it has: {there}", field="format", value=wanted)
+    return (str(wanted),)
+
+
+def member_name(folder: str, artifact: Artifact, chosen: Sequence[str]) -> str:
+    """Where a file lies in the archive."""
+    return f"{folder}/{artifact.path}" if len(chosen) == 1 else f"{folder}/{artifact.format}/{artifact.path}"
 
 
 def tar_member(name: str, size: int, sha256: str) -> Member:

@@ -4,8 +4,9 @@ from fastapi import APIRouter
 
 from app.api.auth import Reader
 from app.api.documentation import problems
-from app.domain.formats import FORMATS, ExportFormat, FormatInfo, RuntimeSupport
-from app.domain.views import FormatView, Page, RuntimeView
+from app.domain.formats import FORMATS, ExportFormat, FormatInfo
+from app.domain.runtimes import RuntimeSupport
+from app.domain.views import FormatView, Page, RuntimeView, WidthsView
 
 router = APIRouter(tags=["catalogue"])
 
@@ -36,8 +37,17 @@ def format_view(name: ExportFormat, info: FormatInfo) -> FormatView:
 def _runtime_view(runtime: RuntimeSupport) -> RuntimeView:
     return RuntimeView(
         runtime=runtime.runtime,
+        version=runtime.version,
+        devices=runtime.devices,
         support=runtime.support.value,
         bits=sorted(runtime.bits),
+        asymmetric_bits=None if runtime.asymmetric_bits is None else sorted(runtime.asymmetric_bits),
         group_sizes=None if runtime.group_sizes is None else sorted(runtime.group_sizes),
+        smallest_group=runtime.smallest_group,
+        group_multiple=runtime.group_multiple,
+        since=[
+            WidthsView(version=added.version, bits=sorted(added.bits), symmetric=sorted(added.symmetric))
+            for added in runtime.since
+        ],
         note=runtime.note,
     )

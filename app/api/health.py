@@ -7,9 +7,10 @@ from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
-from app.api.deps import DatabaseOf, MetricsOf
+from app.api.deps import DatabaseOf, MetricsOf, SettingsOf
 from app.api.documentation import problems
 from app.domain.errors import Unavailable
+from app.queue import BrokerState, broker_state
 from app.store.session import schema_is_current
 
 router = APIRouter(tags=["health"])
@@ -30,17 +31,35 @@ def livez() -> Health:
     return Health()
 
 
+class Readiness(BaseModel):
+    """Answer of `/readyz`. A service that cannot take requests answers with a problem."""
+
+    status: Literal["ok", "degraded"] = Field(
+        description="`degraded`: requests are taken and jobs run, but start some seconds later: no worker is rung for."
+    )
+    broker: BrokerState | None = Field(
+        default=None,
+        description="Whether workers can be rung for. `refuses`: it answers and takes no message, as one whose memory "
+        "is full does. Left out where no broker is configured.",
+    )
+
+
 @router.get(
     "/readyz",
     summary="Can the service take requests?",
     operation_id="readyz",
+    response_model_exclude_none=True,
     responses=problems("unavailable", "invalid_request", public=True),
 )
-def readyz(database: DatabaseOf) -> Health:
-    """Whether the database answers and has this version's schema. The broker may be down: the sweep stands in."""
+def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
+    """Whether the database answers and has this version's schema, and how the broker is.
+
+    A broker that is down is no reason to take no requests: idle workers ask the database by themselves.
+    """
     if not schema_is_current(database):
         raise Unavailable("the database has another schema", hint="run `bitwright migrate`")
-    return Health()
+    broker = broker_state(settings.broker_url) if settings.broker_url else None
+    return Readiness(status="ok" if broker in ("ok", None) else "degraded", broker=broker)
 
 
 @router.get(

@@ -11,6 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from app.domain.architectures import Dimensions, read_dimensions
+from app.domain.checkpoint_choice import check_choice
 from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture, UnsupportedCheckpoint
 from app.domain.foreign_files import INDEX, SINGLE, foreign_files
 from app.domain.quantized_tensors import HINT, quantized_tensor
@@ -53,8 +54,9 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds: its shapes, and its tensors' bytes and number of weights."""
+    """What a checkpoint holds: its configuration and shapes, and its tensors' bytes and number of weights."""
 
+    config: Mapping[str, object]
     dimensions: Dimensions
     tensor_bytes: int
     weights: int
@@ -73,20 +75,24 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
     foreign = foreign_files(names)
     if foreign is not None:
         raise foreign.refusal("model")
-    dimensions = read_dimensions(_read_json(files, CONFIG, MAX_CONFIG_BYTES, names))
+    config = _read_json(files, CONFIG, MAX_CONFIG_BYTES, names)
+    dimensions = read_dimensions(config)
     shards = _shards(files, names)
+    check_choice(names, SINGLE if SINGLE in names else INDEX, config)
     tensors: dict[str, TensorEntry] = {}
+    for shard in sorted(shards):
+        tensors |= _read_header(files, shard)
     for shard, promised in shards.items():
-        found = _read_header(files, shard)
-        missing = sorted(promised - found.keys())
+        missing = sorted(promised - tensors.keys())
         if missing:
-            raise CorruptCheckpoint(f"{INDEX} says that {shard} holds {missing[0]}, but it does not", field=INDEX)
-        tensors |= found
+            detail = f"{INDEX} says that {shard} holds {missing[0]}, but it does not, nor does another shard"
+            raise CorruptCheckpoint(detail, field=INDEX)
     quantized = quantized_tensor((name, entry.dtype) for name, entry in tensors.items())
     if quantized is not None:
         detail = f"the checkpoint is quantized already: {quantized[0]} is {quantized[1]}"
         raise UnsupportedArchitecture(detail, field="model", value=quantized[0], hint=HINT)
     return Inspection(
+        config=config,
         dimensions=dimensions,
         tensor_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
         weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in tensors.values()),

@@ -4,6 +4,7 @@ from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
+from sqlalchemy.orm import Session
 
 from app.api.auth import Reader, Submitter
 from app.api.capacity import capacity_warnings, require_capacity
@@ -13,6 +14,7 @@ from app.api.earlier_jobs import find_earlier
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
 from app.api.representations import job_view
+from app.domain.asked_recipe import asked_recipe
 from app.domain.jobs import JobRequest, JobStatus
 from app.domain.views import JobView, Page, PreflightView
 from app.queue import notify_workers
@@ -22,7 +24,8 @@ from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.session import Database
 from app.store.uploads import UploadRepository
-from app.store.workers import list_workers
+from app.store.waiting import Place, places
+from app.store.workers import list_workers, live_classes
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger(__name__)
@@ -96,7 +99,7 @@ def create_job(
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
             made = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
             if made is not None:
-                return _accepted(made, response)
+                return _accepted(session, made, response)
         found = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
         alive = [state.worker for state in list_workers(session)]
         require_capacity(found.request, found.estimates, alive)
@@ -106,22 +109,28 @@ def create_job(
         view = PreflightView(request=found.request, estimates=found.estimates, warnings=found.warnings)
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
-        job = JobRepository(session, principal.tenant_id).add(found.request, idempotency=idempotency)
-        view_of_job = _accepted(job, response)
+        recipe = asked_recipe(body, found.request)
+        job = JobRepository(session, principal.tenant_id).add(found.request, recipe=recipe, idempotency=idempotency)
+        view_of_job = _accepted(session, job, response)
+        alive_classes = live_classes(session)
     if not job.replayed:
         metrics.submitted.labels(job.method).inc()
         log.info("job_queued", job_id=job.id, method=job.method, device=job.device)
         # After the commit, and after the answer: a broker that is down keeps no caller waiting.
-        background.add_task(notify_workers, job.device)
+        background.add_task(notify_workers, job.device, alive_classes)
     return view_of_job
 
 
-def _accepted(job: Job, response: Response) -> JobView:
+def _accepted(session: Session, job: Job, response: Response) -> JobView:
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["Retry-After"] = str(POLL_AFTER_SECONDS)
     if job.replayed:
         response.headers["Idempotency-Replayed"] = "true"
-    return job_view(job, [])
+    return job_view(job, [], _place(session, job))
+
+
+def _place(session: Session, job: Job) -> Place | None:
+    return places(session).get(job.id) if job.status is JobStatus.QUEUED else None
 
 
 @router.get(
@@ -151,7 +160,7 @@ def list_jobs(
     after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs a page.")] = 50,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
-    method: Annotated[str | None, Query(max_length=64, description="Only jobs of this method.")] = None,
+    method: Annotated[str | None, Query(max_length=64, description="Only jobs of this method or recipe.")] = None,
     model: Annotated[
         str | None, Query(max_length=4096, description="Only jobs on this model, as lists show it.")
     ] = None,
@@ -169,7 +178,9 @@ def list_jobs(
         page = JobRepository(session, principal.tenant_id).page(
             after=after, limit=limit, status=status, method=method, model=model, metadata=labels or None
         )
-        return Page(items=[job_view(job) for job in page.items], next_cursor=page.next_cursor)
+        queue = places(session) if any(job.status is JobStatus.QUEUED for job in page.items) else {}
+        items = [job_view(job, place=queue.get(job.id)) for job in page.items]
+        return Page(items=items, next_cursor=page.next_cursor)
 
 
 @router.get(
@@ -187,7 +198,8 @@ def read_job(database: Database, tenant_id: str, job_id: str) -> JobView:
     """The job as it is now, attempts and report included."""
     with database.reading() as session:
         repository = JobRepository(session, tenant_id)
-        return job_view(repository.get(job_id), repository.attempts(job_id))
+        job = repository.get(job_id)
+        return job_view(job, repository.attempts(job_id), _place(session, job))
 
 
 @router.delete(
@@ -233,6 +245,7 @@ def retry_job(job_id: str, principal: Submitter, database: DatabaseOf, backgroun
     """Queue a failed or cancelled job again. Blocks that were finished are not computed again."""
     with database.transaction() as session:
         job = JobRepository(session, principal.tenant_id).retry(job_id)
+        alive = live_classes(session)
     log.info("job_retried", job_id=job_id)
-    background.add_task(notify_workers, job.device)
+    background.add_task(notify_workers, job.device, alive)
     return read_job(database, principal.tenant_id, job_id)

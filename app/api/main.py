@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from app.api import archive, artifacts, events, formats, health, jobs, methods, uploads, workers
+from app.api import archive, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
 from app.api.deps import State
 from app.api.documentation import DESCRIPTION, TAGS, complete_document
 from app.api.errors import install_error_handlers
@@ -17,22 +17,23 @@ from app.api.metrics import Metrics
 from app.api.middleware import BodyLimit, RequestContext
 from app.api.strictness import refuse_unread
 from app.logs import configure_logging
-from app.settings import Settings, get_settings
+from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
 from app.store.session import Database
 
 ROUTERS = tuple(
-    module.router for module in (jobs, events, artifacts, archive, uploads, methods, formats, workers, health)
+    module.router for module in (jobs, events, artifacts, archive, uploads, methods, formats, workers, health, pages)
 )
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
     """An application on the store that the settings name; the schema must be there (`migrate`)."""
     if settings is None:
-        settings = get_settings()
+        settings = settings_or_exit()
         configure_logging(settings)
+        warn_of_unknown_variables()
     state = build_state(settings)
     app = Application(
         title="Bitwright",
@@ -41,6 +42,8 @@ def create_app(settings: Settings | None = None) -> FastAPI:
         version=version("bitwright"),
         openapi_tags=TAGS,
         dependencies=[Depends(refuse_unread)],
+        docs_url=None,  # `app.api.pages` has both, without scripts from elsewhere
+        redoc_url=None,
         lifespan=_lifespan,
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
     )

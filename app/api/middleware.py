@@ -16,7 +16,6 @@ from app.api.errors import problem_response
 from app.domain.errors import BodyTooLarge, InternalError
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
-DOCS_PATHS = ("/docs", "/redoc")
 UPLOAD_PART = re.compile(r"/v1/uploads/[^/]+/files/[^/]+")
 QUIET_PATHS = ("/livez", "/readyz", "/metrics")
 
@@ -55,7 +54,7 @@ class RequestContext:
             nonlocal status, answered_after
             if message["type"] == "http.response.start":
                 status, answered_after = message["status"], time.perf_counter() - started
-                _add_headers(MutableHeaders(scope=message), scope["path"], request_id)
+                _add_headers(MutableHeaders(scope=message), request_id)
             await send(message)
 
         try:
@@ -83,12 +82,10 @@ def _request_id(given: str | None) -> str:
     return given if given and REQUEST_ID.fullmatch(given) else token_hex(16)
 
 
-def _add_headers(headers: MutableHeaders, path: str, request_id: str) -> None:
+def _add_headers(headers: MutableHeaders, request_id: str) -> None:
     headers["X-Request-ID"] = request_id
     for name, value in SECURITY_HEADERS.items():
-        # The documentation pages load their script from a CDN.
-        if not (name == "Content-Security-Policy" and path.startswith(DOCS_PATHS)):
-            headers.setdefault(name, value)
+        headers.setdefault(name, value)
 
 
 async def _answer_internal_error(scope: Scope, receive: Receive, send: Send, request_id: str) -> None:

@@ -26,15 +26,15 @@ from app.domain.foreign_files import foreign_files
 from app.domain.formats import FORMATS, model_problems
 from app.domain.jobs import JobRequest
 from app.domain.module_rules import rule_errors
+from app.domain.request_sources import read_sources, with_source
 from app.domain.roots import ALLOWED_HINT, check_links, lies_under
-from app.domain.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
+from app.domain.runtimes import described, runtime_limits
+from app.domain.sources import HubDataset, LocalModel, LocalText, UploadedModel, UploadedText
 from app.domain.workload import readers_of, reads_calibration
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
 from app.store.uploads import UploadRepository
-
-Source = HubModel | LocalModel | UploadedModel | HubDataset | LocalText | UploadedText
 
 
 @dataclass(frozen=True)
@@ -83,11 +83,11 @@ def run_preflight(request: JobRequest, settings: Settings, uploads: UploadReposi
     """
     found = Preflight(request)
     model = _resolve_model(found, settings, uploads, blobs)
-    found.request = found.request.model_copy(update=_resolve_texts(found, settings, uploads))
+    _resolve_texts(found, settings, uploads)
     if model is not None:
         inspection = _inspect(found, model)
         if inspection is not None:
-            check_shapes(found, inspection.dimensions)
+            check_shapes(found, inspection.dimensions, inspection.config)
             linears = inspection.dimensions.linears()
             short = dishonoured_rank(found.request.quantization, found.request.adapter, linears)
             found.warnings += [short] if short else []
@@ -148,19 +148,14 @@ def _local_files(found: Preflight, folder: Path, settings: Settings) -> Checkpoi
     return FolderFiles(folder)
 
 
-def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> dict[str, object]:
-    """The request's sections with their local texts' real paths."""
-    sections: dict[str, object] = {}
-    for name in ("calibration", "evaluation", "finetune"):
-        section = getattr(found.request, name)
-        unread = name == "calibration" and found.request.base_job is not None
-        if section is None or unread:
-            continue
-        dataset, where = section.dataset, f"{name}.dataset"
+def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> None:
+    """Look at every text that the job reads; a local one is replaced by its real path."""
+    for named in read_sources(found.request):
+        dataset, where = named.source, named.field
         if isinstance(dataset, LocalText):
             path = _resolve_path(found, dataset.path, settings, f"{where}.path")
             if path is not None:
-                sections[name] = section.model_copy(update={"dataset": LocalText(path=str(path))})
+                found.request = with_source(found.request, where, LocalText(path=str(path)))
                 if path.is_dir():
                     hint = "name the JSONL file in it"
                     error = InvalidDataset("this is a folder, and a dataset is a file", value=dataset.path, hint=hint)
@@ -173,7 +168,6 @@ def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadReposito
                 found.add(error, f"{where}.id")
         elif isinstance(dataset, HubDataset):
             _check_hub(found, settings, where)
-    return sections
 
 
 def is_text_upload(upload: Upload) -> bool:
@@ -240,8 +234,11 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
     return inspection
 
 
-def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
-    """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names."""
+def check_shapes(found: Preflight, dimensions: Dimensions, config: Mapping[str, object]) -> None:
+    """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names.
+
+    config   the model's config.json, decoded
+    """
     inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
     spec, formats = found.request.quantization, found.request.formats
     for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
@@ -250,17 +247,15 @@ def check_shapes(found: Preflight, dimensions: Dimensions) -> None:
     for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter is not None else ():
         found.add(misfit, misfit.field or "adapter")
     quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
-    found.problems += model_problems(formats, dimensions.architecture.model_type, quantized)
+    found.problems += model_problems(formats, dimensions.architecture.model_type, quantized, config)
 
 
 def runtime_warnings(request: JobRequest) -> list[str]:
-    """Runtimes that load a requested format, but not with these widths or groups."""
-    warnings = []
+    """Runtimes that load a requested format, but not with these widths or groups, or not on every device."""
     schemes = {scheme for _, scheme in request.quantization.schemes()}
-    for name in request.formats:
-        for runtime in FORMATS[name].runtimes:
-            for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size)):
-                if not runtime.loads(scheme):
-                    how = f"{scheme.bits} bits with group size {scheme.group_size}"
-                    warnings.append(f"{runtime.runtime} does not load {name.value} of {how} ({runtime.support.value})")
-    return warnings
+    return [
+        warning
+        for name in request.formats
+        for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size, s.symmetric))
+        for warning in runtime_limits(FORMATS[name].runtimes, f"{name.value} of {described(scheme)}", scheme)
+    ]

@@ -14,18 +14,22 @@ from app.domain.views import (
     AttemptView,
     EventView,
     JobView,
+    QueueView,
     UploadFileView,
     UploadView,
 )
 from app.store.events import StoredEvent
 from app.store.models import Artifact, Attempt, Job, JsonObject, Upload
+from app.store.waiting import Place
 
 Part = TypeVar("Part", bound=BaseModel)
 log = structlog.get_logger(__name__)
 
 
-def job_view(job: Job, attempts: Sequence[Attempt] | None = None) -> JobView:
+def job_view(job: Job, attempts: Sequence[Attempt] | None = None, place: Place | None = None) -> JobView:
     """A job; `attempts` is None in lists, where the report is left out too: it has a line for every linear.
+
+    place   of a queued job, where it stands
 
     A job that another version of the service has stored is told as far as this one understands it.
     """
@@ -33,11 +37,13 @@ def job_view(job: Job, attempts: Sequence[Attempt] | None = None) -> JobView:
         id=job.id,
         status=job.status,
         method=job.method,
+        recipe=job.recipe,
         model=job.model,
         request=_understood(JobRequest, job.request, job.id) or job.request,
         attempt=job.attempt,
         attempts=[attempt_view(attempt) for attempt in attempts or ()],
         cancel_requested=job.cancel_requested,
+        queue=None if place is None else QueueView(position=place.position, eta_seconds=place.eta_seconds),
         progress=_understood(ProgressEvent, job.progress, job.id),
         error=_understood(ErrorData, job.error, job.id),
         report=_understood(Report, job.report, job.id) if attempts is not None else None,

@@ -1,9 +1,9 @@
 """Uploads: a checkpoint or a text in parts, resumed where a connection broke, checked by hash when complete."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import structlog
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from starlette.concurrency import run_in_threadpool
 
 from app.api.auth import Submitter
@@ -24,7 +24,7 @@ from app.domain.errors import (
 )
 from app.domain.foreign_files import PICKLED, foreign_files
 from app.domain.jsonl import check_jsonl
-from app.domain.views import UploadRequest, UploadView
+from app.domain.views import Page, UploadRequest, UploadView
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.idempotency import Idempotency
@@ -129,6 +129,22 @@ def check_files(body: UploadRequest, settings: Settings) -> None:
         detail = f"the files have {total} bytes together; the service takes {settings.max_upload_bytes}"
         hint = "leave files out that no job reads, or ask the operator to raise BITWRIGHT_MAX_UPLOAD_BYTES"
         raise BodyTooLarge(detail, field="files", value=total, hint=hint)
+
+
+@router.get("/v1/uploads", summary="List uploads", operation_id="list_uploads", responses=problems())
+def list_uploads(
+    *,
+    principal: Submitter,
+    database: DatabaseOf,
+    after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=200, description="Uploads a page.")] = 50,
+    status: Annotated[Literal["open", "complete"] | None, Query(description="Only uploads in this status.")] = None,
+) -> Page[UploadView]:
+    """Uploads, newest first, and how much of each file has arrived. Open ones go when they are a day old."""
+    complete = None if status is None else status == "complete"
+    with database.reading() as session:
+        page = UploadRepository(session, principal.tenant_id).page(after=after, limit=limit, complete=complete)
+        return Page(items=[upload_view(upload) for upload in page.items], next_cursor=page.next_cursor)
 
 
 @router.get(

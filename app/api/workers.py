@@ -7,7 +7,7 @@ from app.api.auth import Reader
 from app.api.deps import DatabaseOf
 from app.api.documentation import problems
 from app.domain.errors import NotFound
-from app.domain.views import Page, WorkerView
+from app.domain.views import CLOCK_SKEW, Page, WorkerView
 from app.store.jobs import JobRepository
 from app.store.workers import WorkerState, list_workers
 
@@ -22,10 +22,13 @@ def get_workers(principal: Reader, database: DatabaseOf) -> Page[WorkerView]:
 
 
 def _worker_view(session: Session, tenant_id: str, state: WorkerState) -> WorkerView:
+    capacity = dict(state.worker.capacity)
+    skew = capacity.pop(CLOCK_SKEW, None)
     return WorkerView(
         id=state.worker.id,
         device=state.worker.device_class,
-        capacity=dict(state.worker.capacity),
+        capacity=capacity,
+        clock_skew_seconds=skew,
         job_id=_own_job(session, tenant_id, state.job_id),
         last_seen_at=state.worker.last_seen_at,
     )

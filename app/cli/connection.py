@@ -15,6 +15,8 @@ import typer
 
 from app.client import Client
 from app.client.api import DEFAULT_URL
+from app.domain.errors import InvalidSettings
+from app.setting_values import shown, web_address
 from app.settings import get_settings
 
 FILE_NAME = "client.json"
@@ -76,11 +78,28 @@ def find_endpoint(url: str | None, key: str | None, data_dir: Path | None) -> En
     A stored key goes only to the address that it was stored with.
     """
     stored = load_endpoint(data_dir or get_settings().data_dir)
-    if url is None:
-        url = stored.url if stored is not None else DEFAULT_URL
+    if url is not None:
+        url = _checked(url)
+    elif stored is not None:
+        url = stored.url
+    else:
+        url = DEFAULT_URL
     if key is None and stored is not None and stored.url.rstrip("/") == url.rstrip("/"):
         key = stored.key
     return Endpoint(url=url, key=key)
+
+
+def _checked(url: str) -> str:
+    """The service's address, if it is one.
+
+    Raises:
+        InvalidSettings: it is not; the message says how one looks.
+    """
+    try:
+        return web_address(url)
+    except ValueError as error:
+        detail = f"BITWRIGHT_URL or --url is {shown(url)}: {error}"
+        raise InvalidSettings(detail, field="url", value=shown(url), hint="e.g. http://127.0.0.1:8080") from None
 
 
 def connect(url: str | None, key: str | None, data_dir: Path | None) -> Client:

@@ -14,11 +14,14 @@ import typer
 from app.cli.children import tied_to_this_process
 from app.cli.connection import DataDirOption
 from app.cli.embedded import EmbeddedService
+from app.cli.installed import how_to_call
+from app.cli.job_details import brought
 from app.cli.jobs import download_checkpoint
 from app.cli.loading import load_and_generate
 from app.cli.render import format_seconds, out, report_table, times_table
 from app.cli.submit import set_fields, set_section
 from app.cli.watch import finish, follow_job
+from app.client.folders import claim_folder
 from app.domain.errors import InternalError
 from app.domain.methods import METHODS
 from app.settings import get_settings
@@ -56,6 +59,8 @@ def demo(
 ) -> None:
     """Start the service, quantize a model, download the checkpoint, load it in a fresh process and generate."""
     console = out()
+    if output is not None:
+        claim_folder(output, {}, force=False)  # now, not after an hour of work
     with ExitStack() as stack:
         folder = stack.enter_context(_data_folder(data_dir))
         model = model or _default_model(folder)
@@ -74,18 +79,22 @@ def demo(
         console.print(f"Submitted {job.id} to {service.url}", soft_wrap=True)
         job = follow_job(client, job.id, console)
         if job.report is None:
-            finish(job, as_json=False)
+            finish(job, [], as_json=False)
             raise InternalError(f"{job.id} {job.status.value} without a report")
         checkpoint = output or folder / "checkpoints" / job.id
-        download_checkpoint(client, job.id, checkpoint, None)
+        parts = download_checkpoint(client, job.id, checkpoint, None)
         console.print(f"Checkpoint: {checkpoint.absolute()}", soft_wrap=True)
-        loaded = load_and_generate(checkpoint, prompt)
+        # The first is the model; of low-rank methods the factors lie beside it, for peft.
+        loaded = load_and_generate(next(iter(parts)), prompt)
         console.print(f"Loaded in a fresh Python with {loaded.loader} in {format_seconds(loaded.seconds)}; it says:")
         console.print(f"    {loaded.text.strip()}", markup=False, soft_wrap=True)
         console.print()
-        console.print(report_table(job.report))
+        console.print(report_table(job.report, brought(job, client.artifacts(job.id))))
         console.print()
         console.print(times_table(job.report))
+        if call := how_to_call():
+            console.print()
+            console.print(f"From here on, the command is {call}.", soft_wrap=True, markup=False)
 
 
 def _model_roots(model: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """`jobs`, `show`, `cancel`, `retry`, `download`, `methods`: one request each; `upload`, as many as its files need."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
@@ -10,11 +10,24 @@ from pydantic import BaseModel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
-from app.cli.render import err, job_table, jobs_table, methods_table, out, report_table, times_table
+from app.cli.job_details import brought, files_table, training_table
+from app.cli.render import (
+    err,
+    job_line,
+    job_table,
+    jobs_table,
+    method_lines,
+    methods_table,
+    out,
+    report_table,
+    times_table,
+)
 from app.client import Client
 from app.client.downloads import OnBytes
+from app.client.uploads import choose_files
+from app.domain.delivery import ADAPTERS_ALONE
 from app.domain.errors import RequestError
-from app.domain.jobs import JobStatus
+from app.domain.jobs import FINAL_STATUSES, JobStatus
 
 JobArgument = Annotated[str, typer.Argument(help="Id of the job, job_...", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
@@ -22,7 +35,7 @@ JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for program
 
 def list_jobs(
     status: Annotated[JobStatus | None, typer.Option(help="Only jobs with this status.")] = None,
-    method: Annotated[str | None, typer.Option(help="Only jobs with this method.")] = None,
+    method: Annotated[str | None, typer.Option(help="Only jobs of this method or recipe.")] = None,
     model: Annotated[str | None, typer.Option(help="Only jobs on this model.")] = None,
     metadata: Annotated[
         list[str] | None, typer.Option(help="Only jobs with this label, as name=value. May be given several times.")
@@ -33,7 +46,7 @@ def list_jobs(
     key: KeyOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
-    """List jobs, newest first."""
+    """List jobs, newest first; one line each, divided by tabs, when that is not for a terminal."""
     filters = {"status": status, "method": method, "model": model, "metadata": parse_labels(metadata)}
     with connect(url, key, data_dir) as client:
         jobs = [job for job, _ in zip(client.jobs(limit=min(limit, 100), **filters), range(limit), strict=False)]
@@ -41,7 +54,12 @@ def list_jobs(
         for job in jobs:
             print_json(job)
         return
-    out().print(jobs_table(jobs))
+    console = out()
+    if console.is_terminal:
+        console.print(jobs_table(jobs))
+        return
+    for job in jobs:
+        typer.echo(job_line(job))
 
 
 def show(
@@ -54,15 +72,23 @@ def show(
     """Show one job with its attempts and report."""
     with connect(url, key, data_dir) as client:
         job = client.job(job_id)
+        artifacts = [] if as_json or job.status not in FINAL_STATUSES else client.artifacts(job_id)
     if as_json:
         print_json(job)
         return
-    out().print(job_table(job))
+    tables = [job_table(job)]
+    if artifacts:
+        tables.append(files_table(job, artifacts))
     if job.report is not None:
+        trained = training_table(job.report)
+        tables += [
+            report_table(job.report, brought(job, artifacts)),
+            *([] if trained is None else [trained]),
+            times_table(job.report),
+        ]
+    for table in tables:
+        out().print(table)
         out().print()
-        out().print(report_table(job.report))
-        out().print()
-        out().print(times_table(job.report))
 
 
 def cancel(job_id: JobArgument, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None) -> None:
@@ -84,38 +110,66 @@ def download(
     job_id: JobArgument,
     folder: Annotated[Path | None, typer.Argument(help="Where to; default: a folder named by the job's id.")] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="Which checkpoint; default: the first that is not native.")
+        str | None,
+        typer.Option("--format", help="One checkpoint alone; default: the first that is not native, and its adapter."),
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Empty the folder first, if it holds another checkpoint.")] = (
+        False
+    ),
     url: UrlOption = None,
     key: KeyOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
-    """Download a checkpoint; goes on where an earlier download was cut, and checks every file's SHA-256."""
+    """Download a job's result; goes on where an earlier download was cut, and checks every file's SHA-256.
+
+    A base and the adapter that belongs to it come together, each in a subfolder.
+    """
     with connect(url, key, data_dir) as client:
-        target = download_checkpoint(client, job_id, folder or Path(job_id), format)
+        target = folder or Path(job_id)
+        parts = download_checkpoint(client, job_id, target, format, force=force)
+        tell_parts(target, parts, [artifact.format for artifact in client.artifacts(job_id)])
     typer.echo(target)
 
 
-def download_checkpoint(client: Client, job_id: str, folder: Path, format: str | None) -> Path:
-    """Download with a progress bar on standard error (none when that is not a terminal)."""
-    artifacts = client.checkpoint(job_id, format=format)
-    with byte_bar("download", sum(artifact.size for artifact in artifacts)) as on_bytes:
-        for artifact in artifacts:
-            client.download_artifact(artifact, folder, on_bytes)
-    return folder
+def download_checkpoint(
+    client: Client, job_id: str, folder: Path, format: str | None, *, force: bool = False
+) -> dict[Path, str]:
+    """Download with a progress bar on standard error (none when that is not a terminal); folder -> format."""
+    parts = client.parts(job_id, folder, format=format)
+    total = sum(artifact.size for artifacts in parts.values() for artifact in artifacts)
+    with byte_bar("download", total) as on_bytes:
+        client.download_parts(parts, folder, force=force, on_bytes=on_bytes)
+    return {part: artifacts[0].format for part, artifacts in parts.items()}
+
+
+def tell_parts(folder: Path, parts: Mapping[Path, str], kept: Sequence[str]) -> None:
+    """Say on standard error what lies where, and what else the job keeps."""
+    console = err()
+    if len(parts) > 1:
+        for part, name in parts.items():
+            what = "the adapter of that base" if name in ADAPTERS_ALONE else "the base"
+            console.print(f"{part}: {what}", soft_wrap=True, markup=False)
+    others = sorted(set(kept) - set(parts.values()))
+    if others:
+        console.print(f"{folder} is not all: --format brings {', '.join(others)}", soft_wrap=True, markup=False)
 
 
 def upload(
-    files: Annotated[list[Path], typer.Argument(help="A dataset, or the files of a model.", show_default=False)],
+    files: Annotated[
+        list[Path], typer.Argument(help="A dataset, or a model: its folder or its files.", show_default=False)
+    ],
     resume: Annotated[str | None, typer.Option(help="Id of an upload of these files that was cut off.")] = None,
     url: UrlOption = None,
     key: KeyOption = None,
     data_dir: DataDirOption = None,
 ) -> None:
     """Send files to the service; prints the id that a request names as a dataset or a model."""
-    found = [file for file in files if file.is_file()]
+    chosen = choose_files(files)
+    for path, why in chosen.left_out.items():
+        err().print(f"left out: {path} ({why})", soft_wrap=True, markup=False)
+    found = [file for file in chosen.files if file.is_file()]
     with connect(url, key, data_dir) as client, byte_bar("upload", sum(f.stat().st_size for f in found)) as on_bytes:
-        sent = client.upload(files, upload_id=resume, on_bytes=on_bytes)
+        sent = client.upload(chosen.files, upload_id=resume, on_bytes=on_bytes)
     typer.echo(sent.id)
 
 
@@ -132,13 +186,18 @@ def byte_bar(what: str, total: int) -> Iterator[OnBytes]:
 def methods(
     as_json: JsonOption = False, url: UrlOption = None, key: KeyOption = None, data_dir: DataDirOption = None
 ) -> None:
-    """List quantization methods and recipes."""
+    """List quantization methods and recipes; one line each, divided by tabs, when that is not for a terminal."""
     with connect(url, key, data_dir) as client:
         listed = client.methods()
     if as_json:
         print_json(listed)
         return
-    out().print(methods_table(listed))
+    console = out()
+    if console.is_terminal:
+        console.print(methods_table(listed))
+        return
+    for line in method_lines(listed):
+        typer.echo(line)
 
 
 def parse_labels(labels: list[str] | None) -> dict[str, str]:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from app.cli.connection import DataDirOption
 from app.cli.environment import use_data_dir
-from app.cli.render import err, out
+from app.cli.render import err, out, tabbed
 from app.domain.access import Scope
 from app.settings import get_settings
 
@@ -42,18 +42,20 @@ def create(
 
 @app.command("list")
 def list_keys(tenant: TenantOption = DEFAULT_TENANT, data_dir: DataDirOption = None) -> None:
-    """List keys, revoked ones too."""
+    """List keys, revoked ones too; one line each, divided by tabs, when that is not for a terminal."""
     from app.store.keys import ensure_tenant, list_keys  # noqa: PLC0415 (needs the `api` extra)
 
-    table = Table(box=None, pad_edge=False)
+    console, table = out(), Table(box=None, pad_edge=False)
     for column in ("key", "starts with", "name", "scopes", "created", "revoked"):
         table.add_column(column, no_wrap=column == "key")
     with _database(data_dir) as database, database.transaction() as session:
         for key in list_keys(session, ensure_tenant(session, tenant).id):
             revoked = key.revoked_at.isoformat(timespec="seconds") if key.revoked_at else ""
             created = key.created_at.isoformat(timespec="seconds")
-            table.add_row(key.id, key.start, key.name, ", ".join(key.scopes), created, revoked)
-    out().print(table)
+            row = (key.id, key.start, key.name, ", ".join(key.scopes), created, revoked)
+            table.add_row(*row) if console.is_terminal else typer.echo(tabbed(*row))
+    if console.is_terminal:
+        console.print(table)
 
 
 @app.command()

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from app.cli import demo, jobs, keys, processes, serve, submit, watch
+from app.cli import demo, jobs, keys, processes, serve, submit, uploads, watch
 from app.cli.render import print_error
 from app.domain.errors import BitwrightError, InputError, RequestError, Unavailable
 
@@ -57,6 +57,7 @@ app.command()(jobs.cancel)
 app.command()(jobs.retry)
 app.command()(jobs.download)
 app.command()(jobs.upload)
+app.command("uploads")(uploads.list_uploads)
 app.command()(jobs.methods)
 app.add_typer(keys.app, name="keys")
 app.command()(processes.worker)

@@ -1,7 +1,9 @@
 """What people see: tables, errors, sizes and times. Programs use --json."""
 
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from types import MappingProxyType
 
 from rich.console import Console
 from rich.table import Table
@@ -12,7 +14,7 @@ from app.domain.events import ProgressEvent
 from app.domain.jobs import JobRequest, JobStatus
 from app.domain.methods import WeightSpec
 from app.domain.report import Report
-from app.domain.views import JobView, MethodList
+from app.domain.views import JobView, MethodList, QueueView
 
 STATUS_STYLES = {
     JobStatus.QUEUED: "yellow",
@@ -93,14 +95,23 @@ def status_text(status: JobStatus) -> Text:
 
 
 def progress_text(job: JobView) -> str:
-    """Stage and share done of a running job; the error's code of a failed one."""
+    """Stage and share done of a running job, place of a queued one; the error's code of a failed one."""
     if job.error is not None:
         return job.error.code
+    if job.queue is not None:
+        return queue_text(job.queue)
     if job.progress is None or job.status is not JobStatus.RUNNING:
         return ""
     p = job.progress
     eta = f", {format_seconds(p.eta_seconds)} left" if p.eta_seconds is not None else ""
     return f"{p.stage.value} {format_amount(p)}{eta}"
+
+
+def queue_text(place: QueueView) -> str:
+    """Where a queued job stands, and when it may begin."""
+    eta = place.eta_seconds
+    begins = "" if eta is None else ", begins now" if eta < 1 else f", begins in about {format_seconds(eta)}"
+    return f"number {place.position} in the queue{begins}"
 
 
 def jobs_table(jobs: Iterable[JobView]) -> Table:
@@ -109,12 +120,29 @@ def jobs_table(jobs: Iterable[JobView]) -> Table:
         table.add_column(column, overflow="fold", no_wrap=column == "job")
     for job in jobs:
         table.add_row(
-            job.id, status_text(job.status), job.model, job.method, format_age(job.created_at), progress_text(job)
+            job.id, status_text(job.status), job.model, asked_for(job), format_age(job.created_at), progress_text(job)
         )
     return table
 
 
-def _bits_text(quantization: WeightSpec) -> str:
+def asked_for(job: JobView) -> str:
+    """The recipe that was asked for, or the method."""
+    return job.recipe or job.method
+
+
+def job_line(job: JobView) -> str:
+    """A job as one line for programs: id, status, recipe or method, model, time of creation, progress."""
+    created = job.created_at.isoformat(timespec="seconds")
+    return tabbed(job.id, job.status.value, asked_for(job), job.model, created, progress_text(job))
+
+
+def tabbed(*fields: object) -> str:
+    """Fields as one line, divided by tabs; what would break the line becomes a space."""
+    return "\t".join(" ".join(re.split(r"[\t\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", str(field))) for field in fields)
+
+
+def bits_text(quantization: WeightSpec) -> str:
+    """Width of the codes, or the budget that linears share."""
     budget = quantization.budget()
     if budget is None:
         return f"{quantization.bits} bits"
@@ -123,19 +151,23 @@ def _bits_text(quantization: WeightSpec) -> str:
 
 def job_table(job: JobView) -> Table:
     """One job, its attempts and, once there, its report."""
-    table = _pairs()
+    table = pairs()
     table.add_row("job", job.id)
     table.add_row("status", status_text(job.status))
     table.add_row("model", job.model)
-    table.add_row("method", job.method)
+    table.add_row("method", f"{job.recipe} ({job.method})" if job.recipe else job.method)
     if isinstance(job.request, JobRequest):
         quantization = job.request.quantization
         table.add_row(
             "scheme",
-            f"{_bits_text(quantization)}, group {quantization.group_size}, "
+            f"{bits_text(quantization)}, group {quantization.group_size}, "
             + ("symmetric" if quantization.symmetric else "asymmetric"),
         )
         table.add_row("formats", ", ".join(job.request.formats))
+        if job.request.adapter is not None:
+            table.add_row(
+                "adapter", adapter_text(job.request.adapter.kind, job.request.adapter.rank, job.request.merge)
+            )
         if job.request.base_job is not None:
             table.add_row("starts from", job.request.base_job)
     else:
@@ -153,13 +185,24 @@ def job_table(job: JobView) -> Table:
     return table
 
 
-def report_table(report: Report) -> Table:
-    """Size, quality and time: before and after."""
+def adapter_text(kind: str, rank: int, merge: str | None) -> str:
+    """Kind and rank of an adapter, and where it ends up."""
+    return f"{kind} of rank {rank}, " + ("stays apart" if merge is None else f"merged ({merge})")
+
+
+def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})) -> Table:
+    """Size and quality: before and after.
+
+    files   bytes on disk of what `download` brings, by format; none: of the tensors that the native format stores
+    """
     table = Table(box=None, pad_edge=False)
     for column in ("", "before", "after"):
         table.add_column(column, justify="left" if not column else "right")
     size, quality = report.size, report.quality
-    table.add_row("size", format_bytes(size.bytes_original), format_bytes(size.bytes_quantized))
+    before = format_bytes(size.bytes_original)
+    for name, bytes_ in (files or {"": size.bytes_quantized}).items():
+        table.add_row(f"size of {name}" if name else "size", before, format_bytes(bytes_))
+        before = ""
     original_bits = 8 * size.bytes_original / max(1, report.model.parameters)
     table.add_row("bits per weight, quantized linears", f"{original_bits:.2f}", f"{size.bits_per_weight:.3f}")
     if size.parts is not None and size.parts.adapters:
@@ -180,7 +223,7 @@ def report_table(report: Report) -> Table:
 
 def times_table(report: Report) -> Table:
     """Wall time by stage, and the peak of memory."""
-    table = _pairs()
+    table = pairs()
     for stage, seconds in report.seconds.items():
         table.add_row(stage, format_seconds(seconds))
     table.add_row("peak host memory", format_bytes(report.peak_memory.host_bytes))
@@ -193,16 +236,27 @@ def methods_table(methods: MethodList) -> Table:
     table = Table(box=None, pad_edge=False)
     for column in ("method", "what it does", "paper", "presets"):
         table.add_column(column, overflow="fold")
-    for method in methods.items:
-        paper = f"arXiv:{method.paper}" if method.paper else ""
-        table.add_row(method.name, method.summary, paper, ", ".join(method.presets))
-    for recipe in methods.recipes:
-        stands_for = ", ".join(f"{name}={value}" for name, value in recipe.expands_to.items())
-        table.add_row(recipe.name, f"short for {stands_for}", "", "")
+    for row in _method_rows(methods):
+        table.add_row(*row)
     return table
 
 
-def _pairs() -> Table:
+def method_lines(methods: MethodList) -> Iterator[str]:
+    """Methods and recipes as lines for programs: name, what it does, paper, presets."""
+    return (tabbed(*row) for row in _method_rows(methods))
+
+
+def _method_rows(methods: MethodList) -> Iterator[tuple[str, str, str, str]]:
+    for method in methods.items:
+        paper = f"arXiv:{method.paper}" if method.paper else ""
+        yield method.name, method.summary, paper, ", ".join(method.presets)
+    for recipe in methods.recipes:
+        stands_for = ", ".join(f"{name}={value}" for name, value in recipe.expands_to.items())
+        yield recipe.name, f"short for {stands_for}", "", ""
+
+
+def pairs() -> Table:
+    """An empty table of names and values."""
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")

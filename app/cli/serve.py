@@ -7,9 +7,8 @@ of it lives in one data folder, and nothing listens but the API on the loopback 
 import os
 import signal
 import socket
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
@@ -18,12 +17,12 @@ from typing import Annotated
 import structlog
 import typer
 
+from app.cli.announcement import Announcement, own_workers
 from app.cli.broker import broker_program, broker_url, runtime_folder
 from app.cli.children import Children, Program
-from app.cli.connection import DataDirOption, Endpoint, load_endpoint, save_endpoint
+from app.cli.connection import DataDirOption, Endpoint, load_endpoint
 from app.cli.environment import apply
 from app.cli.processes import sweep_command, worker_command
-from app.cli.render import out
 from app.domain.access import Scope
 from app.domain.errors import Conflict, Unauthenticated, Unavailable
 from app.logs import configure_logging
@@ -45,7 +44,10 @@ def serve(
     ] = None,
     model_root: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder under which local models and datasets may be read. May be given several times."),
+        typer.Option(
+            help="Folder under which local models and datasets may be read; without one, only those of the Hub and "
+            "uploads are. May be given several times."
+        ),
     ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu or cuda.", show_default="auto")] = None,
     no_worker: Annotated[bool, typer.Option("--no-worker", help="Serve the API and the sweep only.")] = False,
@@ -66,11 +68,12 @@ def serve(
         configure_logging(settings)
         key, is_new = _prepare_database(settings)
         programs += _service_programs(with_worker=not no_worker)
+        known = None if no_worker else own_workers(settings)
         children = Children(programs, environment=dict(os.environ))
         stack.callback(children.stop)
         children.start()
         endpoint = Endpoint(url=_url(settings, listener), key=key, pid=os.getpid())
-        if not _serve_api(listener, lambda: _announce(settings, endpoint, is_new)):
+        if not _serve_api(listener, Announcement(settings, endpoint, is_new, known)):
             raise Unavailable("the API did not start", hint="its own messages are above")
 
 
@@ -105,18 +108,7 @@ def _prepare_database(settings: Settings) -> tuple[str, bool]:
         database.close()
 
 
-def _announce(settings: Settings, endpoint: Endpoint, is_new: bool) -> None:
-    """Say where the service is, and leave address and key where the other commands find them."""
-    path = save_endpoint(settings.data_dir, endpoint)
-    console = out()
-    console.print(f"Bitwright serves {endpoint.url}", soft_wrap=True)
-    console.print(f"Data folder: {settings.data_dir}", soft_wrap=True)
-    if is_new:
-        console.print(f"API key, shown once and stored in {path}: {endpoint.key}", soft_wrap=True)
-    sys.stdout.flush()
-
-
-def _serve_api(listener: socket.socket, announce: Callable[[], None]) -> bool:
+def _serve_api(listener: socket.socket, announcement: Announcement) -> bool:
     """Run the API until a signal; whether it ever came up."""
     import uvicorn  # noqa: PLC0415 (needs the `api` extra)
 
@@ -131,13 +123,13 @@ def _serve_api(listener: socket.socket, announce: Callable[[], None]) -> bool:
     )
     ended = threading.Event()
 
-    def announce_when_up() -> None:
+    def announce() -> None:
         while not ended.wait(0.02):
             if server.started:
-                announce()
+                announcement.make(ended)
                 return
 
-    thread = threading.Thread(target=announce_when_up, name="announce")
+    thread = threading.Thread(target=announce, name="announce")
     thread.start()
     try:
         server.run(sockets=[listener])

@@ -8,6 +8,7 @@ import typer
 import yaml
 
 from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from app.cli.job_details import preflight_table
 from app.cli.jobs import JsonOption, parse_labels, print_json
 from app.cli.render import err, out
 from app.cli.watch import finish, follow_job
@@ -50,7 +51,7 @@ def submit(
     metadata: Annotated[list[str] | None, typer.Option(help="A label, name=value.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and print the full request; queue nothing.")
+        bool, typer.Option("--dry-run", help="Check, and print the full request with estimates; queue nothing.")
     ] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job; the exit code tells how it ended.")] = False,
     as_json: JsonOption = False,
@@ -74,7 +75,8 @@ def submit(
         body["evaluation"] = None
     with connect(url, key, data_dir) as client:
         if dry_run:
-            print_json(client.preflight(body))
+            answer = client.preflight(body)
+            print_json(answer) if as_json or not out().is_terminal else out().print(preflight_table(answer))
             return
         job = client.submit(body, idempotency_key=idempotency_key)
         if not wait:
@@ -82,7 +84,8 @@ def submit(
             return
         err().print(job.id)
         job = follow_job(client, job.id, err() if as_json else out())
-    finish(job, as_json=as_json)
+        artifacts = client.artifacts(job.id)
+    finish(job, artifacts, as_json=as_json)
 
 
 def read_request(path: Path) -> dict[str, Any]:

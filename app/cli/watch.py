@@ -1,5 +1,6 @@
 """`bitwright watch`: a job as it runs. Live bars on a terminal, plain lines elsewhere."""
 
+from collections.abc import Sequence
 from typing import Annotated, Protocol
 
 import typer
@@ -8,6 +9,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from rich.text import Text
 
 from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from app.cli.job_details import brought
 from app.cli.jobs import JobArgument, print_json
 from app.cli.render import err, format_amount, format_seconds, out, print_error, report_table
 from app.client import Client
@@ -24,7 +26,7 @@ from app.domain.events import (
     WarningEvent,
 )
 from app.domain.jobs import FINAL_STATUSES, JobStatus
-from app.domain.views import EventView, JobView
+from app.domain.views import ArtifactView, EventView, JobView
 
 PLAIN_SECONDS = 10.0
 """Between two plain lines of progress within one stage."""
@@ -40,11 +42,12 @@ def watch(
     """Follow a job to its end; the exit code tells how it ended. Ctrl-C leaves the job running."""
     with connect(url, key, data_dir) as client:
         job = client.wait(job_id, on_event=print_json) if as_json else follow_job(client, job_id, out())
-    finish(job, as_json=as_json)
+        artifacts = client.artifacts(job_id)
+    finish(job, artifacts, as_json=as_json)
 
 
-def finish(job: JobView, *, as_json: bool) -> None:
-    """Print the outcome.
+def finish(job: JobView, artifacts: Sequence[ArtifactView], *, as_json: bool) -> None:
+    """Print the outcome; the sizes are those of the files that the job keeps.
 
     Raises:
         typer.Exit: with 1, when the job did not succeed.
@@ -53,7 +56,7 @@ def finish(job: JobView, *, as_json: bool) -> None:
         print_json(job)
     if job.status is JobStatus.SUCCEEDED:
         if not as_json and job.report is not None:
-            out().print(report_table(job.report))
+            out().print(report_table(job.report, brought(job, artifacts)))
         return
     err().print(f"{job.id} {job.status.value}")
     if job.error is not None:

@@ -6,12 +6,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from app.client.downloads import OnBytes, download_artifact, ignore_bytes
+from app.client.downloads import OnBytes, download_artifact, ignore_bytes, subfolder, target_path
 from app.client.event_stream import follow
+from app.client.folders import claim_folder
 from app.client.transport import RetryPolicy, Transport
-from app.client.uploads import describe_files, send_files
+from app.client.uploads import choose_files, describe_files, send_files
+from app.domain.delivery import delivery
 from app.domain.errors import NotFound, RequestError
-from app.domain.formats import ExportFormat, first_choice
+from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest, JobStatus
 from app.domain.views import (
     ArtifactView,
@@ -150,30 +152,65 @@ class Client:
         return download_artifact(self._transport, artifact, folder, on_bytes)
 
     def download(
-        self, job_id: str, folder: Path, *, format: str | None = None, on_bytes: OnBytes = ignore_bytes
+        self,
+        job_id: str,
+        folder: Path,
+        *,
+        format: str | None = None,
+        force: bool = False,
+        on_bytes: OnBytes = ignore_bytes,
     ) -> list[Path]:
-        """The checkpoint of a job in `folder`. Without `format`: the first that is not `native`, if there is one.
+        """The result of a job in `folder`, or with `format` that one checkpoint; the paths of its files.
+
+        Without `format`: the first checkpoint that is not `native`, if there is one. Where an adapter belongs to it,
+        both come, each in a subfolder named by its format. A download that was cut goes on where it was.
 
         Raises:
+            Conflict: `folder` holds something else. `force` empties it, if it looks like a checkpoint.
             NotFound: the job has no such checkpoint.
             StorageError: a file does not have the hash that the service promised.
         """
-        return [self.download_artifact(a, folder, on_bytes) for a in self.checkpoint(job_id, format=format)]
+        return self.download_parts(self.parts(job_id, folder, format=format), folder, force=force, on_bytes=on_bytes)
 
-    def checkpoint(self, job_id: str, *, format: str | None = None) -> list[ArtifactView]:
-        """The artifacts that make up one checkpoint of the job; `format` as in `download`."""
+    def parts(self, job_id: str, folder: Path, *, format: str | None = None) -> dict[Path, list[ArtifactView]]:
+        """What `download` would bring: the artifacts of each folder, `folder` itself or some below it."""
         artifacts = self.artifacts(job_id)
-        formats = list(dict.fromkeys(a.format for a in artifacts))
-        chosen = format or (first_choice(formats) if formats else ExportFormat.NATIVE.value)
-        if chosen not in formats:
-            there = ", ".join(formats) or "none (it has not succeeded)"
+        kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
+        if not kept or (format is not None and format not in kept):
+            there = ", ".join(kept) or "none (it has not succeeded)"
+            chosen = format or ExportFormat.NATIVE.value
             raise NotFound(f"job {job_id} has no {chosen} checkpoint; it has: {there}", field="format", value=chosen)
-        return [artifact for artifact in artifacts if artifact.format == chosen]
+        together = (format,) if format is not None else delivery(kept, self.job(job_id).request)
+        return {
+            subfolder(folder, name) if len(together) > 1 else folder: [a for a in artifacts if a.format == name]
+            for name in together
+        }
+
+    def download_parts(
+        self,
+        parts: Mapping[Path, Sequence[ArtifactView]],
+        folder: Path,
+        *,
+        force: bool = False,
+        on_bytes: OnBytes = ignore_bytes,
+    ) -> list[Path]:
+        """Bring what `parts` told; arguments and errors as of `download`."""
+        done, files = claim_folder(folder, parts, force=force), []
+        for part, artifacts in parts.items():
+            for artifact in artifacts:
+                target = target_path(part, artifact)
+                if target in done:
+                    on_bytes(artifact.size)
+                else:
+                    self.download_artifact(artifact, part, on_bytes)
+                files.append(target)
+        return files
 
     def upload(
         self, files: Sequence[Path], *, upload_id: str | None = None, on_bytes: OnBytes = ignore_bytes
     ) -> UploadView:
-        """Send files; with `upload_id`, go on with an upload that was cut off."""
+        """Send files, or those of a folder; with `upload_id`, go on with an upload that was cut off."""
+        files = choose_files(files).files
         if upload_id is not None:
             return send_files(self._transport, self.upload_status(upload_id), files, on_bytes)
         body = UploadRequest(files=describe_files(files)).model_dump(mode="json")
@@ -184,6 +221,20 @@ class Client:
     def upload_status(self, upload_id: str) -> UploadView:
         """An upload and how much of each file has arrived."""
         return UploadView.model_validate_json(self._transport.send("GET", f"/v1/uploads/{upload_id}").content)
+
+    def uploads_page(self, *, after: str | None = None, limit: int = 50, status: str | None = None) -> Page[UploadView]:
+        """One page of uploads, newest first; `status` is `open` or `complete`."""
+        given = {"after": after, "limit": limit, "status": status}
+        params = {name: value for name, value in given.items() if value is not None}
+        return Page[UploadView].model_validate_json(self._transport.send("GET", "/v1/uploads", params=params).content)
+
+    def uploads(self, **filters: Any) -> Iterator[UploadView]:
+        """All uploads, newest first, page by page. Filters as in `uploads_page`."""
+        page = self.uploads_page(**filters)
+        yield from page.items
+        while page.next_cursor is not None:
+            page = self.uploads_page(**filters | {"after": page.next_cursor})
+            yield from page.items
 
     def methods(self) -> MethodList:
         """Methods and recipes, with the JSON Schema of their parameters."""

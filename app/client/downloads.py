@@ -36,6 +36,17 @@ def target_path(folder: Path, artifact: ArtifactView) -> Path:
     return folder.joinpath(*path.parts)
 
 
+def subfolder(folder: Path, name: str) -> Path:
+    """The folder of one checkpoint of several below `folder`.
+
+    Raises:
+        StorageError: the name is none of a folder.
+    """
+    if name in {"", ".", ".."} or "\0" in name or PurePosixPath(name).name != name or "\\" in name:
+        raise StorageError(f"a checkpoint is named {name!r}, which leaves its folder")
+    return folder / name
+
+
 def partial_path(target: Path, sha256: str) -> Path:
     """Where the bytes wait until they are complete. The hash in the name keeps other contents apart."""
     return target.with_name(f"{target.name}.{sha256[:12]}.partial")

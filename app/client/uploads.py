@@ -4,6 +4,7 @@ import re
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
@@ -13,14 +14,61 @@ from app.domain.errors import Conflict, RequestError, RequestInProgress, Unavail
 from app.domain.views import UploadFileSpec, UploadFileView, UploadView
 
 PART_BYTES = 8 << 20
+PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Weights that the service refuses, since they run code when they are loaded."""
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """Files to send, and what of the folders is not sent, with the reason."""
+
+    files: list[Path]
+    left_out: dict[Path, str]
+
+
+def choose_files(given: Sequence[Path]) -> Chosen:
+    """The files that were named, and of each folder the files directly in it; an upload knows no folders.
+
+    Left out of a folder: subfolders, hidden files, unfinished downloads, and pickled weights beside safetensors.
+    """
+    chosen = Chosen([], {})
+    for path in given:
+        if not path.is_dir():
+            chosen.files.append(path)
+            continue
+        entries = sorted(path.iterdir())
+        safe = any(entry.suffix == ".safetensors" for entry in entries)
+        for entry in entries:
+            why = _why_not(entry, safe=safe)
+            if why is None:
+                chosen.files.append(entry)
+            elif why:
+                chosen.left_out[entry] = why
+    return chosen
+
+
+def _why_not(entry: Path, *, safe: bool) -> str | None:
+    """Why a folder's entry is not sent; "" where nobody would expect it to be."""
+    if entry.name.startswith("."):
+        return ""
+    if entry.is_dir():
+        return "a folder"
+    if not entry.is_file():
+        return "not a file"
+    if entry.suffix == ".partial":
+        return "an unfinished download"
+    return "pickled; there are safetensors" if safe and entry.suffix in PICKLED else None
 
 
 def describe_files(files: Sequence[Path]) -> list[UploadFileSpec]:
     """Name, size and SHA-256 of each file, as POST /v1/uploads wants them.
 
     Raises:
-        RequestError: two files have the same name, or one is not a file.
+        RequestError: two files have the same name, one is not a file, or there are none.
     """
+    if not files:
+        hint = "name a .jsonl file, or the folder or the files of a model"
+        raise RequestError("there are no files to send", field="files", hint=hint)
     names = [file.name for file in files]
     for file in files:
         if not file.is_file():

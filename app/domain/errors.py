@@ -13,6 +13,7 @@ BitwrightError
 |   |-- PreconditionFailed    412  precondition_failed   If-Match or If-Range does not hold
 |   |-- BodyTooLarge          413  body_too_large
 |   |-- RangeNotSatisfiable   416  range_not_satisfiable
+|   |-- InvalidSettings       400  invalid_settings      a variable of the environment is wrong; no HTTP answer
 |   |-- InvalidRequest        422  invalid_request       all problems at once in `errors`
 |   |-- KeyReused             422  idempotency_key_reused
 |   |-- ExceedsCapacity       422  exceeds_capacity      no worker could ever hold the job
@@ -182,6 +183,10 @@ class BodyTooLarge(RequestError):
 class RangeNotSatisfiable(RequestError):
     code, title, status = "range_not_satisfiable", "The range lies outside the content", 416
     way_out = "Ask for a range below the `Content-Range` total."
+
+
+class InvalidSettings(RequestError):
+    code, title, status = "invalid_settings", "A setting is not valid", 400
 
 
 class InvalidRequest(RequestError):

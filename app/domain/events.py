@@ -4,7 +4,9 @@ An attempt writes one JSON object a line (`AttemptLine`): events, and at the end
 validates each line and stores the events.
 """
 
+from collections.abc import Mapping
 from enum import StrEnum
+from types import MappingProxyType
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
@@ -123,6 +125,12 @@ class ResultLine(Message):
     type: Literal["result"] = "result"
     report: Report
     checkpoints: dict[str, str] = Field(description="Export format to its folder, relative to the workspace.")
+
+
+TEXT_ROLES: Mapping[str, str] = MappingProxyType(
+    {"calibration.dataset": "calibration", "evaluation.dataset": "evaluation", "finetune.dataset": "finetuning"}
+)
+"""Field of a request that names a text -> what orders call it: its file is `<role>_path`."""
 
 
 class FetchedLine(Message):

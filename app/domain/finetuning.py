@@ -100,6 +100,12 @@ class Finetune(BaseModel):
             raise ValueError("patience needs validation_every and a validation_share above 0")
         return self
 
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the dataset that are read at the most."""
+        held_out = self.validation_sequences if self.validation_share else 0
+        return (self.steps * self.batch_size + held_out) * self.sequence_length
+
     def warmup_steps(self) -> int:
         """Steps with a rising learning rate."""
         return round(self.warmup_share * self.steps)

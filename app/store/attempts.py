@@ -10,7 +10,7 @@ from datetime import datetime
 from typing import Any
 
 from pydantic import ValidationError
-from sqlalchemy import ColumnElement, case, delete, func, insert, select, update
+from sqlalchemy import ColumnElement, and_, case, delete, func, insert, or_, select, update
 from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql.dml import ReturningUpdate
 
@@ -77,6 +77,13 @@ def claim(session: Session, *, worker_id: str, device_class: DeviceClass, lease_
             created_at=job.created_at,
         )
     return None
+
+
+def work_waits(session: Session, device_class: DeviceClass) -> bool:
+    """Whether a claim would find a job for this class, or a worker has lost one. It writes and locks nothing."""
+    lost = (Job.status == JobStatus.RUNNING, Job.lease_expires_at <= now())
+    found = select(Job.id).where(or_(and_(*_eligible(Job, device_class)), and_(*lost))).limit(1)
+    return session.scalars(found).first() is not None
 
 
 def _take(session: Session, worker_id: str, device_class: DeviceClass, lease_seconds: float) -> Job | None:

@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
 from app.domain.jobs import FINAL_STATUSES, JobRequest, JobStatus
-from app.domain.sources import LocalModel, ModelSource, UploadedModel, UploadedText
+from app.domain.request_sources import read_uploads
+from app.domain.sources import LocalModel, ModelSource
 from app.store.clock import now
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
@@ -35,8 +36,8 @@ class JobRepository:
         self._session = session
         self._tenant_id = tenant_id
 
-    def add(self, request: JobRequest, *, idempotency: Idempotency | None = None) -> Job:
-        """Queue a job. For a repeated key, the earlier job with `replayed` set.
+    def add(self, request: JobRequest, *, recipe: str | None = None, idempotency: Idempotency | None = None) -> Job:
+        """Queue a job, asked for by this recipe. For a repeated key, the earlier job with `replayed` set.
 
         Raises:
             InvalidRequest: an upload that the request names does not exist or is not complete.
@@ -50,7 +51,7 @@ class JobRepository:
                 earlier.replayed = True
                 return earlier
         uploads = self._uploads(request)
-        begin(self._session, _queued(job_id, self._tenant_id, request))
+        begin(self._session, _queued(job_id, self._tenant_id, request, recipe))
         for name, value in request.metadata.items():
             self._session.add(JobLabel(job_id=job_id, tenant_id=self._tenant_id, name=name, value=value))
         for upload_id in uploads:
@@ -96,6 +97,8 @@ class JobRepository:
     ) -> Page[Job]:
         """Up to `limit` jobs, newest first, that match every filter given; `after` is a page's `next_cursor`.
 
+        method   a method, or the recipe that was asked for
+
         Raises:
             InvalidRequest: `after` is no cursor.
         """
@@ -109,7 +112,7 @@ class JobRepository:
         where: list[ColumnElement[bool]] = [Job.tenant_id == self._tenant_id]
         where += [Job.id < after] if after is not None else []
         where += [Job.status == status] if status is not None else []
-        where += [Job.method == method] if method is not None else []
+        where += [(Job.method == method) | (Job.recipe == method)] if method is not None else []
         where += [Job.model == model] if model is not None else []
         where += [Job.id.in_(self._labelled(name, value)) for name, value in (metadata or {}).items()]
         limit = min(max(limit, 1), MAX_PAGE)
@@ -196,7 +199,7 @@ class JobRepository:
 
     def _uploads(self, request: JobRequest) -> frozenset[str]:
         """Ids of the uploads that the request reads, locked so that none is deleted meanwhile."""
-        named = _named_uploads(request)
+        named = read_uploads(request)
         for field, upload_id in named.items():
             mine = (Upload.id == upload_id, Upload.tenant_id == self._tenant_id)
             upload = self._session.scalars(select(Upload).where(*mine).with_for_update(read=True)).one_or_none()
@@ -216,12 +219,13 @@ def count_by_status(session: Session) -> dict[JobStatus, int]:
     return dict.fromkeys(JobStatus, 0) | {row[0]: row[1] for row in rows}
 
 
-def _queued(job_id: str, tenant_id: str, request: JobRequest) -> Job:
+def _queued(job_id: str, tenant_id: str, request: JobRequest, recipe: str | None) -> Job:
     return Job(
         id=job_id,
         tenant_id=tenant_id,
         request=request.model_dump(mode="json"),
         method=request.quantization.method,
+        recipe=recipe,
         model=model_label(request.model),
         device=request.device,
         priority=request.priority,
@@ -231,15 +235,6 @@ def _queued(job_id: str, tenant_id: str, request: JobRequest) -> Job:
 def model_label(source: ModelSource) -> str:
     """The source's shorthand: what lists show and filter by."""
     return source.path if isinstance(source, LocalModel) else source.id
-
-
-def _named_uploads(request: JobRequest) -> dict[str, str]:
-    sources: dict[str, object] = {"model": request.model}
-    if request.base_job is None:  # else nothing is calibrated
-        sources["calibration.dataset"] = request.calibration.dataset
-    if request.evaluation is not None:
-        sources["evaluation.dataset"] = request.evaluation.dataset
-    return {f"{name}.id": s.id for name, s in sources.items() if isinstance(s, UploadedModel | UploadedText)}
 
 
 def _illegal(job: Job, verb: str, rule: str) -> IllegalTransition:

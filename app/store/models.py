@@ -99,6 +99,8 @@ class Job(Base):
     request: Mapped[JsonObject]
     """The full form of the request."""
     method: Mapped[str] = mapped_column(String(64))
+    recipe: Mapped[str | None] = mapped_column(String(64))
+    """What was asked for as method, where that is short for more."""
     model: Mapped[str] = mapped_column(Text)
     """Shorthand of the model's source."""
     device: Mapped[str] = mapped_column(String(8))

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from sqlalchemy import delete, exists, select, update
+from sqlalchemy import ColumnElement, delete, exists, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, FieldProblem, InvalidRequest, NotFound
@@ -12,7 +12,8 @@ from app.domain.jobs import FINAL_STATUSES
 from app.store.blobs import SHA256_SHAPE
 from app.store.clock import now, seconds_from_now
 from app.store.idempotency import Idempotency, find_key, take_key
-from app.store.ids import new_id, require_id
+from app.store.ids import is_id, new_id, require_id
+from app.store.jobs import Page
 from app.store.models import IdempotencyKey, Job, JobUpload, Upload, UploadFile
 
 OPEN_SECONDS = 24 * 3600
@@ -79,6 +80,24 @@ class UploadRepository:
             NotFound: the tenant has no such upload.
         """
         return self._one(upload_id, lock=False)
+
+    def page(self, *, after: str | None, limit: int, complete: bool | None = None) -> Page[Upload]:
+        """Up to `limit` uploads, newest first; `after` is a page's `next_cursor`; complete ones or open ones alone.
+
+        Raises:
+            InvalidRequest: `after` is no cursor.
+        """
+        if after is not None and not is_id("upl", after):
+            raise InvalidRequest(
+                "the cursor is not one that a page gave; start without one", field="after", value=after
+            )
+        where: list[ColumnElement[bool]] = [Upload.tenant_id == self._tenant_id]
+        where += [Upload.id < after] if after is not None else []
+        if complete is not None:
+            where.append(Upload.completed_at.is_not(None) if complete else Upload.completed_at.is_(None))
+        found = self._session.scalars(select(Upload).where(*where).order_by(Upload.id.desc()).limit(limit + 1)).all()
+        items = found[:limit]
+        return Page(items=items, next_cursor=items[-1].id if len(found) > limit else None)
 
     def advance(self, upload_id: str, name: str, *, start: int, end: int) -> Upload:
         """Note that bytes from `start` up to `end` of a file have arrived; `start` must be where the last part ended.

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
 from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
@@ -13,6 +14,10 @@ from app.store.upsert import upsert
 
 FRESH_SECONDS = 90.0
 """A worker that has not been seen for this long is not listed."""
+
+
+CLOCK_READINGS = 3
+"""The one with the shortest way there and back counts."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +47,28 @@ def heartbeat(session: Session, worker_id: str) -> bool:
 def gone(session: Session, worker_id: str) -> None:
     """Say that a worker has ended."""
     session.execute(delete(Worker).where(Worker.id == worker_id))
+
+
+def describe(session: Session, worker_id: str, capacity: Mapping[str, object]) -> None:
+    """Say anew what a registered worker can hold and what is known of its machine."""
+    session.execute(update(Worker).where(Worker.id == worker_id).values(capacity=dict(capacity)))
+
+
+def live_classes(session: Session, *, fresh_seconds: float = FRESH_SECONDS) -> frozenset[DeviceClass]:
+    """The classes of device that a worker seen in the last `fresh_seconds` serves."""
+    seen = select(Worker.device_class).where(Worker.last_seen_at > seconds_from_now(-fresh_seconds)).distinct()
+    return frozenset(map(DeviceClass, session.scalars(seen)))
+
+
+def clock_skew(session: Session) -> float:
+    """Seconds by which this host's clock is ahead of the database's, as well as the way to it and back lets tell."""
+    tried = []
+    for _ in range(CLOCK_READINGS):
+        asked = datetime.now(UTC)
+        theirs = session.scalars(select(now())).one()
+        answered = datetime.now(UTC)
+        tried.append((answered - asked, asked + (answered - asked) / 2 - theirs))
+    return min(tried)[1].total_seconds()
 
 
 def list_workers(session: Session, *, fresh_seconds: float = FRESH_SECONDS) -> Sequence[WorkerState]:

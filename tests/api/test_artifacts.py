@@ -127,23 +127,49 @@ def test_an_archive_is_the_checkpoint_byte_for_byte_every_time(api: Api, job_id:
         assert [name.split("/", 1)[1] for name in archive.getnames()] == ["model.safetensors", "sub/ü.txt"]
 
 
+TRAINED = {"bits": 4, "finetune": {"dataset": "org/text"}}
+
+
+def unpacked(api: Api, job_id: str, **params: str) -> list[str]:
+    answer = api.reader.get(f"/v1/jobs/{job_id}/archive", params=params)
+    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
+        return archive.getnames()
+
+
 @pytest.mark.parametrize(
-    ("kept", "first"),
+    ("fields", "kept", "together"),
     [
-        (["adapter", "compressed-tensors", "native", "peft"], "compressed-tensors"),
-        (["adapter", "merged", "native"], "merged"),
-        (["adapter", "native"], "native"),
+        ({"method": "qlora"}, ["adapter", "merged", "native", "peft"], ["merged", "peft"]),
+        ({"method": "qlora", "formats": ["merged"]}, ["adapter", "merged", "native"], ["merged"]),
+        ({"method": "qlora", "merge": "16bit"}, ["adapter", "merged", "native"], ["merged"]),
+        ({"method": "qlora", "formats": ["peft"]}, ["adapter", "native", "peft"], ["peft"]),
+        ({"method": "qa-lora"}, ["adapter", "compressed-tensors", "native"], ["compressed-tensors", "adapter"]),
+        ({"method": "qa-lora", "formats": ["native"]}, ["adapter", "native"], ["native", "adapter"]),
+        ({"method": "qa-lora", "merge": "quantized"}, ["adapter", "native"], ["native"]),
+        ({"method": "qa-lora", "merge": "quantized", "formats": ["gguf"]}, ["adapter", "gguf", "native"], ["gguf"]),
+        ({"method": "q-bara"}, ["adapter", "merged", "native"], ["merged", "adapter"]),
     ],
 )
-def test_a_job_that_trains_gives_its_model_and_not_the_adapter(api: Api, kept: list[str], first: str) -> None:
-    job_id = api.submit()
+def test_a_job_that_trains_gives_the_base_and_the_adapter_for_it(
+    api: Api, fields: dict[str, object], kept: list[str], together: list[str]
+) -> None:
+    job_id = api.submit(**TRAINED | fields)
     api.succeed(api.claim(), {name: {"file": name.encode()} for name in kept})
-    answer = api.reader.get(f"/v1/jobs/{job_id}/archive")
-    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
-        assert archive.getnames() == [f"{job_id}-{first}/file"]
-    answer = api.reader.get(f"/v1/jobs/{job_id}/archive", params={"format": "adapter"})
-    with tarfile.open(fileobj=io.BytesIO(answer.content)) as archive:
-        assert archive.getnames() == [f"{job_id}-adapter/file"], "unless it is asked for"
+    names = unpacked(api, job_id)
+    if len(together) == 1:
+        assert names == [f"{job_id}-{together[0]}/file"]
+    else:
+        assert sorted(names) == sorted(f"{job_id}/{name}/file" for name in together)
+    assert unpacked(api, job_id, format="adapter") == [f"{job_id}-adapter/file"], "alone if it is asked for"
+
+
+def test_an_archive_unpacks_to_the_folder_that_was_asked_for(api: Api, job_id: str) -> None:
+    names = unpacked(api, job_id, format="native", folder="smollm2-w4")
+    assert names == ["smollm2-w4/model.safetensors", "smollm2-w4/sub/ü.txt"]
+    answer = api.reader.head(f"/v1/jobs/{job_id}/archive?folder=smollm2-w4")
+    assert answer.headers["content-disposition"] == 'attachment; filename="smollm2-w4.tar"'
+    for name in ("..", "a/b", "", "/etc", "a\\b", ".hidden"):
+        problem(api.reader.get(f"/v1/jobs/{job_id}/archive", params={"folder": name}), 422, "invalid_request")
 
 
 def test_an_archive_needs_artifacts(api: Api) -> None:

@@ -18,7 +18,12 @@ BODIES: list[tuple[str, Any, str, str]] = [
     ("bits 9", {**SHORTHAND, "bits": 9}, "out_of_range", "bits"),
     ("bits 1.5", {**SHORTHAND, "bits": 1.5}, "wrong_type", "bits"),
     ("bits true", {**SHORTHAND, "bits": True}, "wrong_type", "bits"),
-    ("5 bits in a format without them", {**SHORTHAND, "bits": 5}, "format_cannot_hold", "bits"),
+    (
+        "6 bits in a format without them",
+        {**SHORTHAND, "bits": 6, "symmetric": False, "formats": ["gguf"]},
+        "format_cannot_hold",
+        "bits",
+    ),
     ("an adapter where none is made", {**SHORTHAND, "formats": ["peft"]}, "format_cannot_hold", "formats.0"),
     ("two dtypes of scales", {**SHORTHAND, "formats": [*CT, "gguf"]}, "format_cannot_hold", "formats.1"),
     ("unknown field", {**SHORTHAND, "bit": 4}, "unknown_field", "bit"),
@@ -120,6 +125,10 @@ def _sharded(weight_map: dict[str, object]) -> Callable[[Path], None]:
     return spoil
 
 
+def _adapter_beside(folder: Path) -> None:
+    (folder / "adapter_config.json").write_text("{}")
+
+
 def _link_out(name: str) -> Callable[[Path], None]:
     def spoil(folder: Path) -> None:
         secret = folder.parent.parent / "secret"
@@ -156,6 +165,8 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("index of a missing file", _sharded({"a": "model-2.safetensors"}), "corrupt_checkpoint", "missing"),
     ("index that lies", _sharded({"a": "model-00001-of-00001.safetensors"}), "corrupt_checkpoint", "does not"),
     ("index of nothing", _sharded({}), "corrupt_checkpoint", "weight_map"),
+    ("an adapter beside the model", _adapter_beside, "corrupt_checkpoint", "adapter_config.json"),
+    ("weights of another name", _changed(transformers_weights="x.safetensors"), "corrupt_checkpoint", "x.safetensors"),
     ("link out of the roots", _link_out("model.safetensors"), "source_forbidden", "model.safetensors is a link"),
     ("tokenizer out of the roots", _link_out("tokenizer.json"), "source_forbidden", "tokenizer.json is a link"),
     ("no config", lambda folder: (folder / "config.json").unlink(), "corrupt_checkpoint", "config.json"),
@@ -268,7 +279,13 @@ def test_ids_that_are_none_are_not_found(api: Api, job_id: str) -> None:
 
 @pytest.mark.parametrize(
     ("spoil", "says"),
-    [(_changed(model_type="gemma3_text"), "not for gemma3_text"), (_changed(intermediate_size=80), "has 80 inputs")],
+    [
+        (_changed(model_type="gemma3_text"), "not for gemma3_text"),
+        (_changed(intermediate_size=80), "has 80 inputs"),
+        (_changed(hidden_act="gelu"), "hidden_act = 'gelu'"),
+        (_changed(model_type="mistral", sliding_window=32), "sliding_window = 32"),
+        (_changed(model_type="qwen3", attention_bias=True), "attention_bias = True"),
+    ],
 )
 def test_a_model_that_a_format_cannot_hold_is_refused(api: Api, spoil: Callable[[Path], None], says: str) -> None:
     folder = write_checkpoint(api.folder / "models" / "other")

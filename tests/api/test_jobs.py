@@ -124,7 +124,8 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
         api.client.post("/v1/jobs?dry_run=true", json=b).json()["estimates"]["disk_bytes"] for b in (packed, merged)
     ]
     assert sizes[1] - sizes[0] == 2 * view["estimates"]["weights"], "a checkpoint of the weights in 16 bits more"
-    assert any("vllm does not load" in warning and "3 bits" in warning for warning in view["warnings"])
+    (told,) = (warning for warning in view["warnings"] if warning.startswith("vllm"))
+    assert told.startswith("vllm loads compressed-tensors of 3 bits, symmetric, group size 16 from 0.25.0 on (by the")
     assert api.client.get("/v1/jobs").json()["items"] == []
 
 
@@ -263,5 +264,8 @@ def test_methods_and_formats_are_listed(api: Api) -> None:
     assert signround["parameters"]["properties"]["steps"]["maximum"] == 20_000
     assert any(recipe["name"] == "auto-round-light" for recipe in methods["recipes"])
     formats = {item["name"]: item for item in api.reader.get("/v1/formats").json()["items"]}
-    vllm = next(item for item in formats["compressed-tensors"]["runtimes"] if item["runtime"] == "vllm")
-    assert (vllm["support"], vllm["bits"]) == ("by_rules", [4, 8])
+    gpu, cpu = (item for item in formats["compressed-tensors"]["runtimes"] if item["runtime"] == "vllm")
+    assert (gpu["support"], gpu["bits"], gpu["smallest_group"]) == ("by_rules", [2, 3, 4, 5, 6, 7, 8], 16)
+    assert (gpu["version"], "NVIDIA" in gpu["devices"], gpu["since"][0]["version"]) == ("0.33.0", True, "0.25.0")
+    assert (cpu["support"], cpu["bits"], cpu["version"], cpu["devices"]) == ("tested", [4], "0.32.0", "CPUs")
+    assert all(runtime["version"] for item in formats.values() for runtime in item["runtimes"])

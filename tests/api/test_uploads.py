@@ -143,10 +143,13 @@ def test_a_damaged_uploaded_checkpoint_is_refused(api: Api) -> None:
     ("content", "says"),
     [
         (b'{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
-        (b'{"text": "a"}\n{"text": 1}\n', "line 2 is an object without text"),
-        (b'{"text": "a"}\n\n{"prompt": "only"}\n', "line 3 is an object without text"),
-        (b'{"messages": []}', "line 1 is an object without text"),
-        (b'{"messages": [{"content": "x"}]}', "line 1 is an object without text"),
+        (b'{"text": "a"}\n{"text": 1}\n', "line 2: text is a number"),
+        (b'{"text": "a"}\n\n{"prompt": "only"}\n', "line 3: prompt has no completion"),
+        (b'{"messages": []}', "line 1: messages is empty"),
+        (b'{"messages": [{"content": "x"}]}', "line 1: messages.0.role is missing"),
+        (b'{"txt": "x"}', "line 1 is an object without text"),
+        (b'{"messages": [{"role": "user", "content": "x"}], "images": ["y"]}', "line 1: images is not honoured"),
+        (b'{"text": ""}\n{"text": " "}\n', "holds no text"),
         (b"plain text\n", "line 1 is not JSON"),
         (b"\xff\xfe\n", "line 1 is not JSON"),
         (b"[" * 100_000, "line 1 is not JSON"),
@@ -158,7 +161,7 @@ def test_a_text_that_is_none_is_refused_by_line(api: Api, content: bytes, says: 
     upload_id = send(api, {"text.jsonl": content})
     found = problem(api.client.post(f"/v1/uploads/{upload_id}/complete"), 422, "invalid_dataset")
     assert says in str(found["detail"])
-    assert "prompt" in str(found["hint"])
+    assert found["hint"]
     assert api.client.get(f"/v1/uploads/{upload_id}").json()["status"] == "open"
 
 
@@ -267,3 +270,47 @@ def test_a_large_part_goes_through_in_pieces(api: Api) -> None:
     assert len(content) > 2 * api.settings.max_body_bytes
     upload_id = send(api, {"text.jsonl": content})
     assert api.client.post(f"/v1/uploads/{upload_id}/complete").status_code == 200
+
+
+def test_uploads_are_listed_page_by_page(any_api: Api) -> None:
+    opened = [begin(any_api, {"text.jsonl": TEXT}) for _ in range(3)]
+    complete = send(any_api, {"text.jsonl": TEXT})
+    assert any_api.client.post(f"/v1/uploads/{complete}/complete").status_code == 200
+    seen: list[str] = []
+    params: dict[str, str | int] = {"limit": 2}
+    while True:
+        page = any_api.client.get("/v1/uploads", params=params).json()
+        seen += [item["id"] for item in page["items"]]
+        if page["next_cursor"] is None:
+            break
+        params["after"] = page["next_cursor"]
+    assert seen == [complete, *opened[::-1]]
+    assert [u["id"] for u in any_api.client.get("/v1/uploads?status=complete").json()["items"]] == [complete]
+    assert [u["id"] for u in any_api.client.get("/v1/uploads?status=open").json()["items"]] == opened[::-1]
+    assert any_api.stranger.get("/v1/uploads").json()["items"] == []
+    problem(any_api.client.get("/v1/uploads?after=x"), 422, "invalid_request")
+    problem(any_api.client.get("/v1/uploads?status=half"), 422, "invalid_request")
+
+
+def test_a_queued_job_says_where_it_stands(any_api: Api) -> None:
+    first, second = any_api.submit(), any_api.submit(method="signround")
+    told = {job["id"]: job["queue"] for job in any_api.reader.get("/v1/jobs").json()["items"]}
+    assert told[first] == {"position": 1, "eta_seconds": None}
+    assert (
+        told[second] == any_api.reader.get(f"/v1/jobs/{second}").json()["queue"] == {"position": 2, "eta_seconds": None}
+    )
+    any_api.claim()
+    assert any_api.reader.get(f"/v1/jobs/{first}").json()["queue"] is None
+    assert any_api.reader.get(f"/v1/jobs/{second}").json()["queue"]["position"] == 1
+
+
+def test_jobs_are_filtered_by_the_recipe_that_was_asked_for(any_api: Api) -> None:
+    trained = any_api.submit(method="qlora", finetune={"dataset": "org/text"})
+    plain = any_api.submit(method="rtn")
+
+    def found(method: str) -> list[tuple[str, str, str | None]]:
+        items = any_api.reader.get("/v1/jobs", params={"method": method}).json()["items"]
+        return [(item["id"], item["method"], item["recipe"]) for item in items]
+
+    assert found("qlora") == found("nf") == [(trained, "nf", "qlora")]
+    assert found("rtn") == [(plain, "rtn", None)]

@@ -137,7 +137,7 @@ def test_keys_are_made_listed_and_revoked(service: Service) -> None:
     assert command("jobs", *url, "--key", key).returncode == 0
     refused = command("submit", "org/name", "--method", "rtn", *url, "--key", key)
     assert (refused.returncode, refused.stderr.split(":")[0]) == (2, "missing_scope")
-    row = next(line for line in command("keys", "list", *where).stdout.splitlines() if " ci " in line)
+    row = next(line for line in command("keys", "list", *where).stdout.splitlines() if "\tci\t" in line)
     assert key not in row
     assert command("keys", "revoke", row.split()[0], *where).returncode == 0
     assert command("jobs", *url, "--key", key).returncode == 2

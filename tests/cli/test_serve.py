@@ -68,6 +68,29 @@ def test_address_and_key_are_where_the_other_commands_find_them(service: Embedde
     assert (folder / LOG_NAME).read_text().count(key.key) == 1
 
 
+def test_it_says_that_it_serves_once_its_worker_lives(service: EmbeddedService, folder: Path) -> None:
+    said = (folder / LOG_NAME).read_text
+    assert eventually(lambda: "Bitwright serves" in said())
+    with service.client() as client:
+        alive_now = [worker.id for worker in client.workers()]
+    lines = said().splitlines()
+    assert f"The API answers at {service.url}" in lines
+    assert [line for line in lines if "Bitwright serves" in line] == [
+        f"Bitwright serves {service.url} with worker {name}" for name in alive_now
+    ]
+    assert any("--model-root" in line for line in lines), "nothing local can be read, and it says so"
+
+
+def test_without_a_worker_it_says_so(tmp_path: Path) -> None:
+    service = EmbeddedService(tmp_path, model_roots=[tmp_path])
+    service._flags.append("--no-worker")
+    with service, service.client() as client:
+        said = (tmp_path / LOG_NAME).read_text
+        assert eventually(lambda: f"Bitwright serves {service.url} without a worker" in said())
+        assert client.workers() == []
+    assert f"Local models may be read below: {tmp_path}" in said().splitlines()
+
+
 def test_a_submitted_job_is_listed_shown_and_cancelled(service: EmbeddedService, folder: Path) -> None:
     where = ("--data-dir", str(folder))
     # A device that this service's worker is not: the job stays in the queue.

@@ -44,7 +44,7 @@ from workers.numerics.quantized import LinearResult
 CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
 PEFT, GGUF = ExportFormat.PEFT, ExportFormat.GGUF
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-UNIFORM = [scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (32, -1) for symmetric in (True, False)]
+UNIFORM = [scheme(bits, group, symmetric) for bits in range(2, 9) for group in (32, -1) for symmetric in (True, False)]
 MIXED_SYMMETRIC = [scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, True), scheme(2, 32, True)]
 MIXED = [scheme(4, 32, True), scheme(8, -1, False), scheme(3, 16, False), scheme(2, 32, True)]
 """The last row of each kind: one scheme after the other, linear by linear."""
@@ -195,7 +195,7 @@ def load_unpacked(folder: Path) -> Any:
     with warnings.catch_warnings():
         # transformers tells that it takes the rest of the configuration from the checkpoint, which is what we want.
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")
-        options = CompressedTensorsConfig(run_compressed=False)
+        options = CompressedTensorsConfig(dequantize=True)
         return AutoModelForCausalLM.from_pretrained(folder, quantization_config=options)
 
 

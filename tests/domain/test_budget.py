@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 
 from app.domain.errors import InvalidRequest
+from app.domain.formats import ExportFormat
 from app.domain.jobs import JobRequest
 from app.domain.methods import BitBudget, LQLoRASpec, RTNSpec, Scheme
 from app.domain.module_rules import rule_errors
@@ -49,9 +50,10 @@ def test_what_a_budget_may_not_say(bits: Any, field: str, code: str, words: str)
 
 
 def test_formats_must_hold_every_choice() -> None:
-    found = problems({**BASE, "bits": {"average": 4, "choices": [3, 4, 5, 6]}})
+    wide = {**BASE, "bits": {"average": 4, "choices": [3, 4, 5, 6]}, "symmetric": False, "group_size": 64}
+    found = problems({**wide, "formats": ["gguf"]})
     assert found["bits"][0] == "format_cannot_hold"
-    assert JobRequest.parse({**BASE, "bits": {"average": 4, "choices": [3, 5]}, "formats": ["native"]})
+    assert JobRequest.parse(wide).formats == (ExportFormat.COMPRESSED_TENSORS,)
 
 
 def test_overrides_win_over_the_budget() -> None:

@@ -6,9 +6,10 @@ import pytest
 
 from app.domain.errors import ERRORS
 from app.domain.events import ATTEMPT_LINE, EVENT, LogEvent
-from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Support, default_formats, format_problems
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, default_formats, format_problems
 from app.domain.jobs import FINAL_STATUSES, TRANSITIONS, JobStatus
 from app.domain.methods import METHODS, Form, QuantizationSpec, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
+from app.domain.runtimes import Support
 from app.domain.sources import expand_source
 
 
@@ -174,28 +175,12 @@ def test_default_formats_hold_what_is_made(made: frozenset[Form], formats: tuple
 
 
 def test_an_override_that_the_format_lacks_is_named_by_its_pattern() -> None:
-    spec = RTNSpec.model_validate({"modules": {"overrides": {"*.down_proj": SchemeOverride(bits=7)}}})
-    found = format_problems(spec, (ExportFormat.NATIVE, ExportFormat.COMPRESSED_TENSORS))
+    modules = {"overrides": {"*.down_proj": SchemeOverride(bits=7)}}
+    spec = RTNSpec.model_validate({"symmetric": False, "group_size": 64, "modules": modules})
+    found = format_problems(spec, (ExportFormat.NATIVE, ExportFormat.GGUF))
     assert [(problem.field, problem.value) for problem in found] == [
         ("quantization.modules.overrides.*.down_proj.bits", 7)
     ]
-
-
-@pytest.mark.parametrize(
-    ("of", "loads"),
-    [
-        (scheme(4, 128), True),
-        (scheme(8, -1), True),
-        (scheme(4, 32, False), True),
-        (scheme(3, 64), False),
-        (scheme(4, 16), False),
-        (scheme(8, 64, False), False),
-    ],
-)
-def test_vllm_by_its_rules(of: Scheme, loads: bool) -> None:
-    vllm = next(r for r in FORMATS[ExportFormat.COMPRESSED_TENSORS].runtimes if r.runtime == "vllm")
-    assert vllm.support is Support.BY_RULES
-    assert vllm.loads(of) is loads
 
 
 @pytest.mark.parametrize("value", [None, 4, ["a"], {"source": "hub"}])

@@ -251,13 +251,23 @@ TABLE: list[tuple[str, dict[str, Any], str, str, str]] = [
     ),
     ("both places", {**FULL, "bits": 4}, "bits", "conflicting_fields", "move bits into quantization"),
     ("quantization text", {"model": "org/name", "quantization": "rtn"}, "quantization", "wrong_type", "an object"),
-    ("format width", {**BASE, "bits": 5}, "bits", "format_cannot_hold", 'formats: ["native"]'),
+    (
+        "format width",
+        {**BASE, "bits": 6, "symmetric": False, "formats": ["gguf"]},
+        "bits",
+        "format_cannot_hold",
+        'formats: ["native"]',
+    ),
     (
         "format width of an override",
-        {**FULL, "quantization": {"method": "rtn", "modules": {"overrides": {"*.a": {"bits": 6}}}}},
+        {
+            **FULL,
+            "quantization": {"method": "rtn", "symmetric": False, "modules": {"overrides": {"*.a": {"bits": 6}}}},
+            "formats": ["gguf"],
+        },
         "quantization.modules.overrides.*.a.bits",
         "format_cannot_hold",
-        "holds 2, 3, 4, 8 bits, not 6",
+        "holds asymmetric weights of 2, 3, 4, 5 bits, not 6",
     ),
 ]
 
@@ -286,7 +296,7 @@ def test_all_problems_come_at_once() -> None:
         "seed": "out_of_range",
         "colour": "unknown_field",
     }
-    found = problems({"method": "gptqq", "bits": 5})
+    found = problems({"method": "gptqq", "bits": 6, "symmetric": False, "formats": ["gguf"]})
     assert {field: code for field, (code, _) in found.items()} == {
         "model": "missing_field",
         "method": "unknown_method",

@@ -127,9 +127,11 @@ class Installation:
         for number in range(self.worker_count):
             self.add(f"worker{number}", [sys.executable, "-m", self.worker_module])
 
-    def add(self, name: str, command: list[str]) -> None:
+    def add(self, name: str, command: list[str], **settings: str) -> None:
+        """A part with its command, and settings of its own."""
         inherited = {n: v for n, v in os.environ.items() if not n.startswith("BITWRIGHT_")}
-        environment = inherited | self.variables | {"BITWRIGHT_WORKER_NAME": name, "OMP_NUM_THREADS": "1"}
+        own = {f"BITWRIGHT_{setting}": value for setting, value in settings.items()}
+        environment = inherited | self.variables | {"BITWRIGHT_WORKER_NAME": name, "OMP_NUM_THREADS": "1"} | own
         self.processes[name] = Process(name, command, environment, self.folder / "logs" / f"{name}.log")
 
     def __getitem__(self, name: str) -> Process:

@@ -32,7 +32,7 @@ def base_of(folder: Path) -> Any:
     if folder.name == "native":
         return loader(folder).load(folder, merge=False)
     if folder.name == "compressed-tensors":
-        config = CompressedTensorsConfig(run_compressed=False)
+        config = CompressedTensorsConfig(dequantize=True)
         with pytest.warns(UserWarning, match="You passed `quantization_config`"):
             return AutoModelForCausalLM.from_pretrained(folder, quantization_config=config)
     return AutoModelForCausalLM.from_pretrained(folder)

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.domain.errors import InvalidDataset
 from app.domain.jobs import Calibration, Evaluation
+from app.domain.rows import Conversation, parse_row
 from workers.engine import documents
 from workers.engine.calibration import calibration_windows, evaluation_windows, load_tokenizer
 from workers.engine.documents import Half, builtin_documents, half_of, read_jsonl
@@ -140,10 +142,10 @@ def test_the_kinds_of_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBa
         ("\n\n", "holds no text"),
         ("not json\n", "line 1 is not JSON"),
         ('{"text": "a"}\n[1]\n', "line 2 is not a JSON object"),
-        ('{"text": 5}\n', "line 1 is an object without text"),
-        ('{"prompt": "a"}\n', "an object without text"),
-        ('{"messages": []}\n', "an object without text"),
-        ('{"messages": ["hello"]}\n', "an object without text"),
+        ('{"text": 5}\n', "line 1: text is a number"),
+        ('{"prompt": "a"}\n', "line 1: prompt has no completion"),
+        ('{"messages": []}\n', "line 1: messages is empty"),
+        ('{"messages": ["hello"]}\n', r"line 1: messages\.0 is a text"),
         ("[" * 100_000 + "\n", "line 1 is not JSON"),
     ],
 )
@@ -191,8 +193,11 @@ def test_a_hostile_or_broken_template_fails_the_job_and_runs_nothing(
 
 
 def test_half_of_a_conversation_depends_on_its_content_alone() -> None:
-    messages = [{"role": "user", "content": "hi"}]
-    assert half_of(messages) is half_of(json.loads(json.dumps(messages)))
+    row: dict[str, Any] = {"messages": [{"role": "user", "content": "hi"}]}
+    rows = [row, row | {"id": 7}]
+    found = [parse_row(json.loads(json.dumps(row)))[0] for row in rows]
+    halves = [half_of(replace(row, place=str(row))) for row in found if isinstance(row, Conversation)]
+    assert halves[0] is halves[1]
 
 
 def test_builtin_text_is_found_once_and_no_farther_than_it_is_read(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -175,6 +175,10 @@ def test_an_adapter_goes_on_where_it_stood(
     assert second.report.base.adapter_continued
     third = do(small_model, tmp_path / "third", {"finetune": text}, second)
     assert third.finetuning.loss_before == second.finetuning.loss_after
+    assert third.report.base is not None
+    told = third.report.base.training
+    assert [one.text.sha256 for one in told] == [first.finetuning.text.sha256, second.finetuning.text.sha256]
+    assert not any(one.folded for one in told)
     for job in (second, third):
         codes = {key: tensor for key, tensor in job.native.items() if key.endswith(".codes")}
         assert codes
@@ -190,6 +194,13 @@ def test_a_merged_adapter_is_the_base_of_another(small_model: Path, text: dict[s
     assert second.finetuning.loss_before == pytest.approx(first.finetuning.loss_after, rel=0.02)
     assert second.report.base is not None
     assert not second.report.base.adapter_continued
+    (before_this,) = second.report.base.training
+    assert (before_this.adapter, before_this.folded) == ("qa-lora", True)
+    assert before_this.steps == first.finetuning.steps_kept
+    card = (second.output / "native/README.md").read_text()
+    assert "finetuned: QA-LoRA on " in card
+    assert ", then QA-HiRA on " in card
+    assert "it lies folded in the quantized weights" in card
     assert second.report.adapter is not None
     assert second.report.adapter.merge is not None
     assert second.report.adapter.merge.codes_and_scales_kept

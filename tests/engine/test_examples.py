@@ -82,7 +82,7 @@ def test_a_row_begins_as_the_tokenizer_begins_a_text(small_model: Path, write_li
         ({"prompt": "a", "completion": ""}, "line 2: completion is empty"),
         ({"messages": CONVERSATION[:1]}, "line 2: messages has no message whose role is assistant"),
         ({"txt": "a"}, r"line 2 is an object without text; its fields are \['txt'\]"),
-        ({"prompt": "a", "completion": 3}, "line 2 is an object without text"),
+        ({"prompt": "a", "completion": 3}, "line 2: completion is a number"),
     ],
 )
 def test_a_row_that_cannot_be_learned_is_named(
@@ -94,17 +94,17 @@ def test_a_row_that_cannot_be_learned_is_named(
     assert caught.value.hint
 
 
-def test_a_template_that_rewrites_earlier_turns_is_refused(small_model: Path, write_lines: Write) -> None:
+def test_a_template_that_rewrites_earlier_turns_is_learned_as_it_writes_them(
+    small_model: Path, write_lines: Write
+) -> None:
     tokenizer = load_tokenizer(small_model)
     tokenizer.chat_template = (
         "{% for m in messages %}{{ m['role'] }}:{% if loop.last and m['role'] == 'assistant' %}*{% endif %}"
         "{{ m['content'] }}\n{% endfor %}"
         "{% if add_generation_prompt %}assistant:{% endif %}"
     )
-    file = write_lines("rows.jsonl", [{"messages": CONVERSATION}])
-    with pytest.raises(InvalidDataset, match=r"line 1: the chat template writes messages\.1 in another way") as caught:
-        read(tokenizer, file)
-    assert "loss_on" in str(caught.value.hint)
+    (both,) = read(tokenizer, write_lines("rows.jsonl", [{"messages": CONVERSATION}])).training
+    assert learned_text(tokenizer, both) == "four bits\n*two bits\n"
     (last,) = read(tokenizer, write_lines("last.jsonl", [{"messages": CONVERSATION[:2]}])).training
     assert learned_text(tokenizer, last) == "*four bits\n"
 

@@ -60,7 +60,12 @@ def test_every_architecture_loads_with_the_weights_that_were_made(
     model_type: str, small_model: Path, tmp_path: Path
 ) -> None:
     # transformers 5.23 takes a Qwen3 head's width for 128, as in every published one, whatever the file says.
-    peculiar: dict[str, dict[str, Any]] = {"llama": {"attention_bias": True}, "qwen3": {"head_dim": 128}}
+    peculiar: dict[str, dict[str, Any]] = {
+        "llama": {"attention_bias": True},
+        "mistral": {"sliding_window": None},
+        "qwen2": {"use_sliding_window": False},
+        "qwen3": {"head_dim": 128},
+    }
     source = random_checkpoint(tmp_path / "source", small_model, model_type, **peculiar.get(model_type, {}))
     result = run_job(source, tmp_path, formats=["gguf", "merged"], bits=3)
     assert result.report.warnings == ()
@@ -223,9 +228,10 @@ def split_by(pattern: str) -> list[dict[str, Any]]:
     [
         ([BYTE_LEVEL], "gpt-2"),
         ([{"type": "Digits", "individual_digits": True}, BYTE_LEVEL], "smollm"),
-        (split_by(LLAMA_3), "llama-bpe"),
+        (split_by(LLAMA_3), "dbrx"),
         (split_by(QWEN), "qwen2"),
         (split_by(r"\p{L}+"), None),
+        ([SPLIT | {"pattern": {"Regex": QWEN}, "behavior": "Removed"}, BYTE_LEVEL | {"use_regex": False}], None),
         ([{"type": "Digits", "individual_digits": False}, BYTE_LEVEL], None),
         ([BYTE_LEVEL | {"add_prefix_space": True}], None),
         ([{"type": "Metaspace"}], None),

@@ -98,9 +98,17 @@ def test_one_scheme_targets_the_class_and_several_the_names() -> None:
 
 def test_config_asks_for_unpacking_only_where_packed_loading_fails() -> None:
     symmetric, asymmetric = scheme(4, 32, True), scheme(4, 32, False)
-    assert compressed_tensors.config({"a": asymmetric}, [])["run_compressed"] is False
-    assert "run_compressed" not in compressed_tensors.config({"a": symmetric}, [])
-    assert "run_compressed" not in compressed_tensors.config({"a": symmetric, "b": asymmetric}, [])
+    # The name that old releases of transformers know, and the one that stays.
+    keys = {"run_compressed": False, "dequantize": True}
+    assert compressed_tensors.config({"a": asymmetric}, []).items() >= keys.items()
+    assert keys.keys().isdisjoint(compressed_tensors.config({"a": symmetric}, []))
+    assert keys.keys().isdisjoint(compressed_tensors.config({"a": symmetric, "b": asymmetric}, []))
+
+
+def test_a_quantized_head_is_a_target_by_name() -> None:
+    """vLLM's head is of another class than its linears."""
+    groups = compressed_tensors.config({"a": SCHEME, "lm_head": SCHEME}, [])["config_groups"]
+    assert groups == {"group_0": _group(["Linear", "lm_head"])}
 
 
 def _group(targets: list[str]) -> dict[str, object]:

@@ -124,8 +124,9 @@ def test_front_matter_names_a_hub_model_and_nothing_else() -> None:
     matter = yaml.safe_load(card(CT, a=W4).split("---")[1])
     assert matter["base_model"] == "org/tiny"
     assert matter["tags"] == ["bitwright", "compressed-tensors"]
-    for source in ("/models/tiny", "upl_01abc"):
-        local = REPORT.model_copy(update={"model": REPORT.model.model_copy(update={"source": source})})
+    for source, kind in (("/models/tiny", None), ("upl_01abc", None), ("models/tiny", "local"), ("org/x", "upload")):
+        changed = REPORT.model.model_copy(update={"source": source, "kind": kind})
+        local = REPORT.model_copy(update={"model": changed})
         assert "base_model" not in yaml.safe_load(card(CT, local, a=W4).split("---")[1])
 
 
@@ -146,26 +147,55 @@ def test_the_line_that_misreads_mixed_widths_is_warned_of_and_not_given() -> Non
     for uniform in (W4, W4Z):
         text = card(CT, a=uniform, b=uniform)
         assert "do not load" not in text
-        assert "CompressedTensorsConfig(run_compressed=False)" in code_blocks(text)[1]
+        assert "CompressedTensorsConfig(dequantize=True)" in code_blocks(text)[1]
 
 
 def test_the_paper_is_cited() -> None:
     assert "https://arxiv.org/abs/2309.05516" in card(CT, REPORT.model_copy(update={"method": "signround"}), a=W4)
 
 
-@pytest.mark.parametrize(
-    ("of", "refused"),
-    [
-        *(((bits, group, True), bits not in (4, 8)) for bits in range(2, 9) for group in (-1, 32, 64, 128)),
-        *(((4, group, True), True) for group in (16, 48, 256)),
-        ((4, 128, False), False),
-        ((8, 128, False), True),
-    ],
-)
-def test_vllm_rules(of: tuple[int, int, bool], refused: bool) -> None:
-    found = scheme(*of)
-    assert bool(vllm_refusals({"model.layers.0.mlp.down_proj": found})) is refused
-    assert ("vllm serve" in card(CT, a=found)) is not refused
+@pytest.mark.parametrize("group", [-1, 16, 32, 48, 128, 256])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_card_names_vllm_with_its_release_and_devices(bits: int, symmetric: bool, group: int) -> None:
+    text = card(CT, a=scheme(bits, group, symmetric))
+    line = next(line for line in text.splitlines() if line.startswith("vLLM"))
+    assert "vllm serve" in text
+    assert "by the rules of 0.33.0 on NVIDIA GPUs of compute capability 7.5 or newer" in line
+    assert ("tested with 0.32.0 on CPUs" in line) is (bits == 4)
+    assert ("not tried" in line) is (bits != 4)
+    needed = "vLLM," if bits in (4, 8) else f"vLLM {'0.25.0' if symmetric else '0.31.0'} or newer,"
+    assert line.startswith(needed)
+
+
+def test_the_card_says_why_vllm_does_not_load_a_checkpoint() -> None:
+    text = card(CT, a=scheme(3, 8, True))
+    assert "vLLM does not load it, by the rules of 0.33.0 on NVIDIA GPUs" in text
+    assert "it has no kernel for 3 bits, symmetric, group size 8" in text
+    assert "vllm serve" not in text
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_the_card_names_the_package_that_reads_dense_words(bits: int) -> None:
+    newer = '"compressed-tensors>=0.18"' in card(CT, a=scheme(bits, 32, True), b=W4)
+    assert newer is (bits in (3, 5, 6, 7))
+
+
+def test_the_adapter_s_card_serves_it_where_vllm_loads_the_base() -> None:
+    def text(formats: tuple[ExportFormat, ...], **made: Made) -> str:
+        linears = {name: StoredLinear.of(random_result((32, 32), one)) for name, one in made.items()}
+        return model_card(REPORT, PEFT, linears, None, formats)
+
+    for base in (CT, MERGED):
+        alike = text((base, PEFT), a=Made(W4, rank=4), b=Made(W4, rank=4))
+        assert "--enable-lora --max-lora-rank 8 --lora-modules adapter=path/to/this/folder" in alike
+        assert "tested with 0.32.0" in alike
+        assert "strengths differ" not in alike
+    assert "0.32.0 or newer, for ranks or strengths differ" in text((CT, PEFT), a=Made(W4, rank=4), b=Made(W4, rank=9))
+    for formats in ((PEFT,), (CT, PEFT)):
+        assert "vllm serve" not in text(formats, a=Made(scheme(4, 7, True), rank=4))
+    assert "vllm serve" in text((MERGED, PEFT), a=Made(scheme(4, 7, True), rank=4))
+    assert "vllm serve" not in text((MERGED, PEFT), a=Made(W4, rank=513))
 
 
 def test_vllm_needs_one_scheme_for_what_it_runs_as_one() -> None:
@@ -174,5 +204,5 @@ def test_vllm_needs_one_scheme_for_what_it_runs_as_one() -> None:
     assert vllm_refusals(attention | {"model.layers.0.mlp.down_proj": W8}) == []
     refusals = vllm_refusals(attention | {"model.layers.0.self_attn.v_proj": W8})
     assert refusals == ["it runs q_proj, k_proj, v_proj of model.layers.0.self_attn as one, and their schemes differ"]
-    gate_only = {"model.layers.0.mlp.gate_proj": W4}
-    assert "gate_proj, up_proj" in vllm_refusals(gate_only)[0]
+    for alone in ("gate_proj", "up_proj"):
+        assert "gate_proj, up_proj" in vllm_refusals({f"model.layers.0.mlp.{alone}": W4})[0]

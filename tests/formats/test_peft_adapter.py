@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from huggingface_hub import ModelCard
+from peft import PeftConfig, PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -96,13 +97,28 @@ def test_the_file_holds_the_factors_as_they_were_made(tmp_path: Path, source: So
     assert len(tensors) == 2 * len(adapted)
 
 
-def test_one_rank_for_all_needs_no_patterns_and_names_no_base(tmp_path: Path, source: Source) -> None:
+def test_one_rank_for_all_needs_no_patterns(tmp_path: Path, source: Source) -> None:
     write_both(source, tmp_path, SAME)
     found = config(tmp_path / "peft")
     assert (found["r"], found["lora_alpha"], found["rank_pattern"], found["alpha_pattern"]) == (3, 16.0, {}, {})
     assert found["target_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
-    assert found["base_model_name_or_path"] is None
-    assert "base_model" not in (tmp_path / "peft" / "README.md").read_text()
+
+
+def test_the_model_is_named_as_peft_and_the_hub_look_for_it(tmp_path: Path, source: Source) -> None:
+    """By its id and commit where it is on the Hub; the card says that the base is another."""
+    write_both(source, tmp_path, SAME)
+    read = PeftConfig.from_pretrained(str(tmp_path / "peft"))
+    assert (read.base_model_name_or_path, read.revision) == ("org/tiny", "abc")
+    card = ModelCard.load(tmp_path / "peft" / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("org/tiny", "adapter")
+    assert "`base_model_name_or_path` in `adapter_config.json` names `org/tiny`" in card.text
+    assert "loads the original weights, which is not what was measured" in " ".join(card.text.split())
+    writer = AdapterWriter(tmp_path / "local", source, BOTH)
+    writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), SAME[0]))
+    writer.finish()
+    writer.describe(REPORT.model_copy(update={"model": REPORT.model.model_copy(update={"kind": "local"})}))
+    assert PeftConfig.from_pretrained(str(tmp_path / "local")).base_model_name_or_path is None
+    assert "base_model" not in (tmp_path / "local" / "README.md").read_text()
 
 
 def test_linears_that_differ_have_patterns_of_their_own(tmp_path: Path, source: Source) -> None:

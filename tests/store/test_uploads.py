@@ -158,3 +158,22 @@ def test_only_uploads_left_open_expire(database: Database, tenant: str) -> None:
         assert remove_expired_uploads(session) == [late]
     with database.reading() as session:
         assert [UploadRepository(session, tenant).get(kept).status for kept in (done, fresh)] == ["complete", "open"]
+
+
+def test_uploads_are_listed_in_pages_newest_first(database: Database, tenant: str, stranger: str) -> None:
+    with database.transaction() as session:
+        repository = UploadRepository(session, tenant)
+        made = [repository.create([NewUploadFile("text.jsonl", 0, "0" * 64)]).id for _ in range(5)]
+        repository.complete(made[1])
+        theirs = UploadRepository(session, stranger).create([NewUploadFile("text.jsonl", 3, "0" * 64)]).id
+    with database.reading() as session:
+        repository = UploadRepository(session, tenant)
+        first = repository.page(after=None, limit=2)
+        second = repository.page(after=first.next_cursor, limit=3)
+        assert [upload.id for upload in [*first.items, *second.items]] == made[::-1]
+        assert second.next_cursor is None
+        assert [upload.id for upload in repository.page(after=None, limit=9, complete=True).items] == [made[1]]
+        assert made[1] not in [upload.id for upload in repository.page(after=None, limit=9, complete=False).items]
+        assert [upload.id for upload in UploadRepository(session, stranger).page(after=None, limit=9).items] == [theirs]
+        with pytest.raises(InvalidRequest, match="cursor"):
+            repository.page(after="job_" + "0" * 26, limit=1)

@@ -9,10 +9,13 @@ from app.store.models import Worker
 from app.store.session import Database
 from app.store.workers import (
     FRESH_SECONDS,
+    clock_skew,
+    describe,
     forget_workers,
     gone,
     heartbeat,
     list_workers,
+    live_classes,
     register,
     sweep_lease,
     waiting,
@@ -90,3 +93,29 @@ def test_the_sweep_has_one_holder_until_its_lease_ends(database: Database, ended
         assert sweep_lease(session, "b", 60) is ended
     with database.transaction() as session:
         assert sweep_lease(session, "a", 60) is not ended
+
+
+def test_only_classes_with_a_worker_that_was_seen_are_alive(database: Database) -> None:
+    with database.transaction() as session:
+        assert live_classes(session) == frozenset()
+        register(session, "w1", DeviceClass.CPU)
+        register(session, "w2", DeviceClass.CUDA)
+        session.execute(update(Worker).where(Worker.id == "w2").values(last_seen_at=seconds_from_now(-91)))
+        assert live_classes(session) == {DeviceClass.CPU}
+
+
+def test_what_is_known_of_a_machine_can_be_told_anew(database: Database) -> None:
+    with database.transaction() as session:
+        register(session, "w1", DeviceClass.CPU, {"disk_bytes": 1})
+        (before,) = (state.worker.started_at for state in list_workers(session))
+        describe(session, "w1", {"disk_bytes": 1, "clock_skew_seconds": 3.0})
+    with database.reading() as session:
+        (state,) = list_workers(session)
+        assert state.worker.capacity == {"disk_bytes": 1, "clock_skew_seconds": 3.0}
+        assert state.worker.started_at == before
+
+
+def test_this_hosts_clock_is_the_databases(database: Database) -> None:
+    """Both run on this machine; a worker whose clock is wrong is in the end-to-end tests."""
+    with database.reading() as session:
+        assert abs(clock_skew(session)) < 0.5

@@ -27,7 +27,7 @@ def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.Mon
     monkeypatch.setattr(presence, "HEARTBEAT_SECONDS", 0.05)
     me = Presence(bench.context)
     me.start()
-    me.start()  # Celery is ready once more after a lost connection
+    me.start()
     try:
         wait_for(lambda: present(bench) == [bench.context.worker_id])
         with bench.context.database.transaction() as session:

@@ -22,7 +22,12 @@ CPU, CUDA = DeviceClass.CPU, DeviceClass.CUDA
 def rung(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The devices rung for, in place of messages; `test_queue.py` has the real ones."""
     heard: list[str] = []
-    monkeypatch.setattr(sweeping, "notify_workers", heard.append)
+
+    def hear(device: str, alive: frozenset[DeviceClass], *, times: int) -> None:
+        assert DeviceClass(device) in alive
+        heard.extend([device] * times)
+
+    monkeypatch.setattr(sweeping, "notify_workers", hear)
     return heard
 
 

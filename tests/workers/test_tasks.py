@@ -3,9 +3,13 @@
 from pathlib import Path
 
 import pytest
+from sqlalchemy import update
 
 from app.domain.errors import Unavailable
 from app.domain.jobs import JobStatus
+from app.store.attempts import work_waits
+from app.store.clock import seconds_from_now
+from app.store.models import Job
 from app.store.session import Database
 from tests.workers.bench import Bench, make_context
 from workers.celery_app import worker_app
@@ -26,6 +30,22 @@ def test_a_message_for_another_device_is_dropped(sqlite_bench: Bench) -> None:
     assert sqlite_bench.job(job_id).status is JobStatus.QUEUED
 
 
+def test_what_a_lost_worker_held_is_taken_back_before_the_next_claim(bench: Bench) -> None:
+    job_id = bench.submit("file:a.json:{}")
+    bench.claim()
+    with bench.context.database.transaction() as session:
+        assert not work_waits(session, bench.context.device)
+        session.execute(update(Job).values(lease_expires_at=seconds_from_now(-1)))
+    with bench.context.database.reading() as session:
+        assert work_waits(session, bench.context.device)
+    assert work(bench.context, "cpu") == 0, "its back-off has not passed"
+    assert bench.job(job_id).status is JobStatus.QUEUED
+    with bench.context.database.transaction() as session:
+        session.execute(update(Job).values(available_at=seconds_from_now(-1)))
+    assert work(bench.context, "cpu") == 1
+    assert bench.job(job_id).status is JobStatus.SUCCEEDED
+
+
 def test_a_stopping_worker_takes_no_job(sqlite_bench: Bench) -> None:
     sqlite_bench.submit("")
     sqlite_bench.context.stopping.set()
@@ -43,7 +63,7 @@ def test_a_database_that_is_away_ends_the_task_quietly(tmp_path: Path) -> None:
 
 
 def test_celery_keeps_and_trusts_nothing(sqlite_bench: Bench) -> None:
-    conf = worker_app(sqlite_bench.context).conf
+    conf = worker_app(sqlite_bench.context, lambda: None).conf
     assert conf.accept_content == ["json"]
     assert conf.task_serializer == "json"
     assert conf.result_backend is None
@@ -53,3 +73,4 @@ def test_celery_keeps_and_trusts_nothing(sqlite_bench: Bench) -> None:
     assert (conf.worker_prefetch_multiplier, conf.worker_concurrency, conf.worker_disable_prefetch) == (1, 1, True)
     assert [queue.name for queue in conf.task_queues] == ["work.cpu"]
     assert conf.broker_transport_options["socket_timeout"]
+    assert not conf.worker_enable_remote_control, "who can write to the broker may ring, and no more"

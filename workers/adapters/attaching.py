@@ -1,11 +1,12 @@
 """An adapter's life beside a job's linears: attached, trained elsewhere, then merged, handed to a format, and reported.
 
     modules = Attach(spec)(results_of_a_block, seed)    trained by the engine
-    finished(name, result, module, merge).result        what formats write of the linear
+    shipped(name, result, module, merge)                what formats write of the linear, and the evaluation measures
+    finished(name, result, module, merge)               the same with the proof of a merge
     stored(module)                                      what the adapter file holds of it
 
 What a linear stands for with its adapter, whatever the kind, is `adapted(result, module)`: the update as two factors
-beside the base, which the evaluation sees before a merge.
+beside the base.
 """
 
 from collections.abc import Iterable, Mapping
@@ -21,7 +22,7 @@ from app.domain.errors import CorruptCheckpoint, InternalError, InvalidRequest
 from app.domain.report import AdapterReport, BitOperations, MergeReport
 from workers.adapters.bayesian import GATED_BYTES, BayesianLoRA, bops_report
 from workers.adapters.grouped import GroupedAdapter
-from workers.adapters.merging import MergeProof, fold
+from workers.adapters.merging import MergeProof, fold, folded
 from workers.numerics.quantized import LinearResult
 
 Adapter = GroupedAdapter | BayesianLoRA
@@ -106,6 +107,28 @@ def finished(
     round_offset: bool = False,
     offset_dtype: torch.dtype = torch.float32,
 ) -> Finished:
+    """What `shipped` gives, with the proof where the adapter was folded in.
+
+    Raises:
+        MisalignedAdapter, OffsetNotRepresentable: it cannot be folded.
+    """
+    if merge != "quantized":
+        return Finished(shipped(name, result, adapter, merge))
+    delta = _group_delta(name, result, adapter)
+    made = fold(result.weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
+    return Finished(LinearResult(made.weight), made.proof)
+
+
+@torch.no_grad()
+def shipped(
+    name: str,
+    result: LinearResult,
+    adapter: nn.Module,
+    merge: Merge,
+    *,
+    round_offset: bool = False,
+    offset_dtype: torch.dtype = torch.float32,
+) -> LinearResult:
     """A linear at the end of its job: folded, or the base with factors beside it, or the base alone.
 
     The factors stay beside the base where a format adds them in (16bit) or stock peft has them (lora, bayesian-lora);
@@ -114,16 +137,21 @@ def finished(
     Raises:
         MisalignedAdapter, OffsetNotRepresentable: it cannot be folded.
     """
-    module = known(adapter)
     if merge == "quantized":
-        if isinstance(module, BayesianLoRA):
-            raise InternalError("a bayesian-lora merges in floating point alone", field=name)
-        delta = module.group_delta(result.weight.scheme.group_size)
-        folded = fold(result.weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
-        return Finished(LinearResult(folded.weight), folded.proof)
-    if merge == "16bit" or is_stock(module):
-        return Finished(adapted(result, module))
-    return Finished(LinearResult(result.weight))
+        delta = _group_delta(name, result, adapter)
+        return LinearResult(
+            folded(result.weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
+        )
+    if merge == "16bit" or is_stock(known(adapter)):
+        return adapted(result, adapter)
+    return LinearResult(result.weight)
+
+
+def _group_delta(name: str, result: LinearResult, adapter: nn.Module) -> Tensor:
+    module = known(adapter)
+    if isinstance(module, BayesianLoRA):
+        raise InternalError("a bayesian-lora merges in floating point alone", field=name)
+    return module.group_delta(result.weight.scheme.group_size)
 
 
 def is_stock(adapter: Adapter) -> bool:

@@ -72,7 +72,26 @@ def fold(
     offset_dtype: torch.dtype = torch.float32,
     round_offset: bool = False,
 ) -> Merged:
-    """The weight with an update that is one number a group, (out, groups), in fp64.
+    """The weight with an update that is one number a group, (out, groups), in fp64; arguments as in `folded`.
+
+    Raises:
+        OffsetNotRepresentable: the weight lies on a codebook, or an offset is beyond what `offset_dtype` holds.
+    """
+    merged = folded(weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
+    assert isinstance(weight, AffineWeight)  # noqa: S101 - for the type checker; else it could not be folded
+    return Merged(merged, _prove(weight, merged, delta.double()))
+
+
+@torch.no_grad()
+def folded(
+    weight: QuantizedWeight,
+    delta: Tensor,
+    *,
+    name: str = "",
+    offset_dtype: torch.dtype = torch.float32,
+    round_offset: bool = False,
+) -> AffineWeight:
+    """The weight of `fold` without its proof, which costs several passes over the dense weight.
 
     name           of the linear, for messages
     offset_dtype   in which offsets are stored
@@ -88,8 +107,7 @@ def fold(
             hint='merge in 16 bits (merge: "16bit"), or quantize the base with a method that makes affine weights',
         )
     wanted = offsets(weight) + delta.double()
-    merged = with_zero_points(weight, wanted) if round_offset else _with_offsets(weight, wanted, offset_dtype, name)
-    return Merged(merged, _prove(weight, merged, delta.double()))
+    return with_zero_points(weight, wanted) if round_offset else _with_offsets(weight, wanted, offset_dtype, name)
 
 
 def offsets(weight: AffineWeight) -> Tensor:
@@ -138,13 +156,13 @@ def _prove(before: AffineWeight, after: AffineWeight, delta: Tensor) -> MergePro
     exact = exact_weight(before) + spread
     moved = offsets(before) + delta
     codes = before.codes.double().view(len(before.codes), -1, before.group_size)
-    folded = (before.scale.double().unsqueeze(-1) * codes + moved.unsqueeze(-1)).flatten(1)
+    algebra = (before.scale.double().unsqueeze(-1) * codes + moved.unsqueeze(-1)).flatten(1)
     return MergeProof(
         codes_before=_digest(before.codes),
         codes_after=_digest(after.codes),
         scales_before=_digest(before.scale),
         scales_after=_digest(after.scale),
-        error_exact=float((folded - exact).abs().max()),
+        error_exact=float((algebra - exact).abs().max()),
         error_stored=float((exact_weight(after) - exact).abs().max()),
         error_shipped=float((after.dequantize().double() - exact).abs().max()),
         bound=_bound(after, moved, exact),

@@ -117,7 +117,7 @@ class StreamedModel:
 
     @contextmanager
     def loaded(self, *names: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
-        """The modules of these names with their weights on the device; on meta again afterwards.
+        """The modules of these names with their weights on the device; as they were afterwards.
 
         given   tensors that take the place of the checkpoint's, by full parameter name; those are not read
 
@@ -130,17 +130,20 @@ class StreamedModel:
 
     @contextmanager
     def filled(self, weights: dict[str, Tensor]) -> Iterator[None]:
-        """Parameters with these weights, by full name; on meta again afterwards. Takes the tensors out of `weights`."""
-        places = {name: self._place(name) for name in weights}
-        for name, (module, leaf) in places.items():
+        """Parameters with these weights, by full name; as they were afterwards. Takes the tensors out of `weights`.
+
+        The parameters themselves come back, whatever stood in for them: some stages put in an empty tensor where a
+        weight is never read, and shapes are asked for later.
+        """
+        places = [(*self._place(name), name) for name in weights]
+        before = [module._parameters[leaf] for module, leaf, _ in places]
+        for module, leaf, name in places:
             module._parameters[leaf] = _parameter(weights.pop(name))
         try:
             yield
         finally:
-            for module, leaf in places.values():
-                weight = module._parameters[leaf]
-                assert weight is not None  # noqa: S101 - for the type checker; it was put there
-                module._parameters[leaf] = _parameter(torch.empty_like(weight, device="meta"))
+            for (module, leaf, _), parameter in zip(places, before, strict=True):
+                module._parameters[leaf] = parameter
 
     def read(
         self,

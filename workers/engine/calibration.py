@@ -5,6 +5,7 @@ that no token is dropped or masked. Each window starts with the beginning-of-seq
 one: models such as Gemma are far off without it. Windows are chosen from those read by a seeded permutation.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,7 +20,8 @@ from app.domain.errors import CorruptCheckpoint, InvalidDataset
 from app.domain.jobs import Calibration, Evaluation
 from app.domain.report import TextReport
 from app.domain.sources import CalibrationSource, DatasetSource, ModelSource
-from workers.engine.documents import Document, Half, builtin_documents, half_of, read_jsonl
+from workers.engine.conversations import ChatTemplate, readable
+from workers.engine.documents import Document, Half, Notes, builtin_documents, half_of, hash_of, read_jsonl
 
 SURPLUS = 2
 """Windows read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
@@ -36,6 +38,8 @@ class Windows:
     source: str
     overlapping: bool = False
     """Whether windows overlap because the text is short; only builtin text may."""
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    """What was left of the file's rows."""
     text_tokens: int | None = None
     """Tokens of the whole text, where windows overlap."""
 
@@ -92,8 +96,9 @@ def calibration_windows(
         InvalidDataset: the file is not as documented, or too short.
     """
     shared = path is None or (evaluation_path is not None and path.samefile(evaluation_path))
-    documents = _documents(path, "calibration.dataset", Half.CALIBRATION if shared else None)
-    return _windows(tokenizer, documents, part, name="calibration", seed=seed, overlap=path is None)
+    notes = Notes()
+    documents = _documents(path, "calibration.dataset", Half.CALIBRATION if shared else None, notes)
+    return _windows(tokenizer, documents, part, name="calibration", seed=seed, overlap=path is None, notes=notes)
 
 
 def evaluation_windows(
@@ -106,21 +111,18 @@ def evaluation_windows(
     """
     others = [other for other in used if path is not None and other is not None]
     shared = path is None or any(path.samefile(other) for other in others)
-    documents = _documents(path, "evaluation.dataset", Half.EVALUATION if shared else None)
+    notes = Notes()
+    documents = _documents(path, "evaluation.dataset", Half.EVALUATION if shared else None, notes)
     apart = [other for other in others if path is not None and not path.samefile(other)]
     if apart:
-        keys = {_key(document) for other in apart for document in read_jsonl(other, "the job's other dataset")}
-        documents = (document for document in documents if _key(document) not in keys)
-    return _windows(tokenizer, documents, part, name="evaluation", seed=seed, overlap=path is None)
+        keys = {hash_of(document) for other in apart for document in read_jsonl(other, "the job's other dataset")}
+        documents = (document for document in documents if hash_of(document) not in keys)
+    return _windows(tokenizer, documents, part, name="evaluation", seed=seed, overlap=path is None, notes=notes)
 
 
-def _documents(path: Path | None, name: str, half: Half | None) -> Iterator[Document]:
-    documents: Iterable[Document] = builtin_documents() if path is None else read_jsonl(path, name)
+def _documents(path: Path | None, name: str, half: Half | None, notes: Notes) -> Iterator[Document]:
+    documents: Iterable[Document] = builtin_documents() if path is None else read_jsonl(path, name, notes)
     return (document for document in documents if half is None or half_of(document) is half)
-
-
-def _key(document: Document) -> bytes:
-    return hashlib.sha256(repr(document).encode("utf-8", "surrogatepass")).digest()
 
 
 def source_label(source: CalibrationSource | DatasetSource | ModelSource) -> str:
@@ -139,11 +141,12 @@ def _windows(
     name: str,
     seed: int,
     overlap: bool,
+    notes: Notes,
 ) -> Windows:
     start = start_tokens(tokenizer)
     length = part.sequence_length - len(start)
-    encode = _encoder(tokenizer, f"{name}.dataset")
-    stream = _token_stream(tokenizer, documents, encode, enough=SURPLUS * part.num_samples * length)
+    encode = _encoder(tokenizer, f"{name}.dataset", notes)
+    stream = _token_stream(documents, encode, enough=SURPLUS * part.num_samples * length)
     offsets = list(range(0, len(stream) - length + 1, length))
     short = len(offsets) < part.num_samples
     if short and overlap and len(stream) > length:
@@ -153,7 +156,11 @@ def _windows(
     chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: part.num_samples]
     rows = [start + stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
     return Windows(
-        torch.tensor(rows, dtype=torch.int64), source_label(part.dataset), short, len(stream) if short else None
+        torch.tensor(rows, dtype=torch.int64),
+        source_label(part.dataset),
+        overlapping=short,
+        text_tokens=len(stream) if short else None,
+        notes=notes,
     )
 
 
@@ -163,69 +170,49 @@ def _spread(last: int, count: int) -> list[int]:
 
 
 def _token_stream(
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Iterable[Document],
-    encode: Callable[[list[Document]], list[list[int]]],
-    enough: int,
+    documents: Iterable[Document], encode: Callable[[list[Document]], list[list[int]]], enough: int
 ) -> list[int]:
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     stream: list[int] = []
     rest, size = iter(documents), 1  # a few windows need only a few documents
     while batch := list(islice(rest, size)):
         size = min(2 * size, DOCUMENTS_AT_ONCE)
         for ids in encode(batch):
-            stream += ids + end
+            stream += ids
             if len(stream) >= enough:
                 return stream
     return stream
 
 
-def _encoder(tokenizer: PreTrainedTokenizerBase, name: str) -> Callable[[list[Document]], list[list[int]]]:
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, name: str, notes: Notes
+) -> Callable[[list[Document]], list[list[int]]]:
+    """Documents as tokens, each with the end-of-sequence token at its end, once."""
+    template = ChatTemplate(tokenizer, name)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
     def text_of(document: Document) -> str:
-        return readable(document if isinstance(document, str) else conversation(tokenizer, document, name))
+        if isinstance(document, str):
+            return without_start(tokenizer, readable(document))
+        written = template.write(document)
+        notes.add(written.shape.left_out, written.shape.unread)
+        return without_start(tokenizer, written.text)
 
     def encode(documents: list[Document]) -> list[list[int]]:
         texts = [text_of(document) for document in documents]
         ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        return ids
+        return [each if has_end(tokenizer, text) else each + end for text, each in zip(texts, ids, strict=True)]
 
     return encode
 
 
-def readable(text: str) -> str:
-    """A text that tokenizers take: JSON may hold half of a surrogate pair, which becomes U+FFFD, as in any reader."""
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+def has_end(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text ends with the end-of-sequence token already, but for whitespace."""
+    return bool(tokenizer.eos_token) and text.rstrip().endswith(tokenizer.eos_token)
 
 
-def conversation(
-    tokenizer: PreTrainedTokenizerBase, messages: Document, name: str, *, asks_for_answer: bool = False
-) -> str:
-    """The messages through the checkpoint's chat template, which transformers renders in a sandbox.
-
-    Without the beginning-of-sequence token that a template may write. With `asks_for_answer` the text ends where the
-    assistant's turn begins. `name` is for messages: the dataset, or a line of it.
-
-    Raises:
-        InvalidDataset: there is no template, or it refuses the messages.
-    """
-    field = name.partition(":")[0]
-    if not tokenizer.chat_template:
-        raise InvalidDataset(
-            f"{name}: a row has messages, but the model's tokenizer has no chat template",
-            field=field,
-            hint='give rows with "text", or an instruction-tuned model',
-        )
-    try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks_for_answer)
-    except Exception as error:  # a template is the checkpoint's own program and may raise anything
-        hint = (
-            "give conversations that the model's template takes (many want user and assistant in turn, and no system "
-            'turn), or rows with "text"'
-        )
-        refusal = f"{name}: the chat template refuses a conversation: {str(error)[:300]}"
-        raise InvalidDataset(refusal, field=field, hint=hint) from error
-    start = tokenizer.bos_token
-    return str(text).removeprefix(start) if start else str(text)
+def without_start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text without the beginning-of-sequence token that it begins with, where the tokenizer writes one itself."""
+    return text.removeprefix(tokenizer.bos_token) if writes_start(tokenizer) else text
 
 
 def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:

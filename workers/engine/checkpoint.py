@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from app.domain.checkpoint_choice import WEIGHTS_FIELD, check_choice
 from app.domain.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
 from app.domain.foreign_files import INDEX, SINGLE, foreign_files
 from app.domain.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
@@ -74,9 +75,21 @@ class Checkpoint:
             hint = "name a folder that holds config.json and safetensors"
             raise SourceNotFound("the model's folder holds no config.json", field="model", hint=hint)
         config = _read_json(config_file)
-        index = folder / INDEX
-        tensors = _indexed_tensors(folder, index) if index.is_file() else _single_file_tensors(folder)
+        # As transformers chooses: one file goes before an index, which may be left over from an earlier save.
+        single = (folder / SINGLE).is_file() or not (folder / INDEX).is_file()
+        tensors = _single_file_tensors(folder) if single else _indexed_tensors(folder, folder / INDEX)
+        check_choice([file.name for file in folder.iterdir()], SINGLE if single else INDEX, config)
+        config.pop(WEIGHTS_FIELD, None)  # it names files of this folder, and results have their own
         return cls(folder, config, tensors)
+
+    @property
+    def index_dtype(self) -> str | None:
+        """The dtype that the index of the files names; mostly there is none."""
+        if any(file.name == SINGLE for file in self.files):
+            return None
+        metadata = _read_json(self.folder / INDEX).get("metadata")
+        dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
+        return dtype if isinstance(dtype, str) else None
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -175,14 +188,15 @@ def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
                 value=name,
                 hint="fetch or upload the missing file",
             )
-        for tensor, entry in read_tensors(folder / name).items():
-            if tensor in found:
-                raise CorruptCheckpoint(f"{tensor} is in {found[tensor].file.name} and in {name}", field="model")
-            found[tensor] = entry
+        # All tensors of a file, and those of the last file in the order of names, as transformers loads them.
+        found |= read_tensors(folder / name)
     for tensor, name in weight_map.items():
-        if tensor not in found or found[tensor].file.name != name:
+        if tensor not in found:
             raise CorruptCheckpoint(
-                f"{index.name} says that {tensor} is in {name}, where it is not", field="model", value=tensor
+                f"{index.name} says that {tensor} is in {name}, where it is not, nor in another file that it names",
+                field="model",
+                value=tensor,
+                hint="fetch or upload the file again",
             )
     return found
 

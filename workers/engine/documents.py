@@ -9,23 +9,25 @@ import hashlib
 import json
 import pydoc_data.topics
 import sysconfig
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from copy import copy
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cache
 from itertools import tee
 from pathlib import Path
-from typing import Any
 
 from app.domain.errors import InvalidDataset
-from app.domain.jsonl import numbered_records
+from app.domain.jsonl import Record, numbered_records
+from app.domain.rows import Conversation, PlainText, Row, TextPair
 
 SHORTEST_DOCSTRING = 100
 """Characters; shorter ones say little."""
 SKIPPED_FOLDERS = frozenset({"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "pydoc_data"})
 
-Document = str | list[dict[str, Any]]
-"""Plain text, or the messages of a conversation."""
+Document = str | Conversation
+"""Plain text, or what a chat template makes one of."""
 
 
 class Half(StrEnum):
@@ -39,9 +41,16 @@ def half_of(document: Document) -> Half:
 
 
 def hash_of(document: Document) -> bytes:
-    """sha256 of the content."""
-    content = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+    """sha256 of the content; of a conversation's messages alone where nothing else decides its text."""
+    content = document if isinstance(document, str) else json.dumps(_said(document), sort_keys=True)
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).digest()
+
+
+def _said(document: Conversation) -> object:
+    messages = [message.fields for message in document.messages]
+    if not document.tools and not document.settings:
+        return messages
+    return {"messages": messages, "tools": document.tools, "settings": document.settings}
 
 
 def builtin_documents() -> Iterator[str]:
@@ -90,30 +99,71 @@ def _docstrings(file: Path) -> Iterator[str]:
             pending.extend(reversed(node.body))
 
 
-def read_jsonl(file: Path, name: str) -> Iterator[Document]:
+@dataclass
+class Notes:
+    """What was left while rows were read: how many held no text, and how many had columns that nobody reads.
+
+    left_out   rows of which the chat template leaves out reasoning, or words beside a call, of an earlier turn
+    """
+
+    rows: int = 0
+    empty: int = 0
+    ignored: Counter[str] = field(default_factory=Counter)
+    left_out: int = 0
+
+    def add(self, left_out: bool, unread: Iterable[str]) -> None:
+        """Counts what a chat template did not write of a row."""
+        self.left_out += left_out
+        self.ignored.update(unread)
+
+    def warnings(self, name: str) -> Iterator[tuple[str, str]]:
+        """Codes and texts of warnings; `name` is the request's name for the dataset."""
+        if self.empty:
+            yield "empty_rows", f"{name}: {self.empty} of {self.rows} rows hold no text; they are left out"
+        if self.ignored:
+            counts = ", ".join(f"{column} ({count} rows)" for column, count in sorted(self.ignored.items()))
+            yield "ignored_columns", f"{name}: columns that are not read: {counts}"
+        if self.left_out:
+            yield (
+                "template_leaves_out",
+                f"{name}: the chat template leaves out what was thought in earlier turns of {self.left_out} rows",
+            )
+
+
+def read_jsonl(file: Path, name: str, notes: Notes | None = None) -> Iterator[Document]:
     """The documents of a JSONL file (`app.domain.jsonl`); `name` is the request's name for it, for messages.
 
     Raises:
         InvalidDataset: the file is missing or empty, or a line is no record.
     """
-    return (document_of(record) for _, record in read_rows(file, name))
+    return (document_of(record.row) for record in read_rows(file, name, notes))
 
 
-def read_rows(file: Path, name: str) -> Iterator[tuple[int, Mapping[str, object]]]:
-    """The records of a JSONL file with the numbers of their lines. Raises as `read_jsonl`."""
+def read_rows(file: Path, name: str, notes: Notes | None = None) -> Iterator[Record]:
+    """The records of a JSONL file that hold text; the others are counted in `notes`. Raises as `read_jsonl`."""
     if not file.is_file():
         hint = "name a JSONL file that is there"
         raise InvalidDataset(f"{name}: there is no file {file.name}", field=name, value=file.name, hint=hint)
+    notes = Notes() if notes is None else notes
     with file.open("rb") as stream:
-        yield from numbered_records(stream, name)
+        for record in numbered_records(stream, name):
+            notes.rows += 1
+            notes.empty += record.row.is_blank
+            notes.ignored.update(record.ignored)
+            if record.row.is_blank:
+                continue
+            if isinstance(record.row, Conversation):
+                yield replace(record, row=replace(record.row, place=f"{name}: line {record.number}"))
+            else:
+                yield record
 
 
-def document_of(record: Mapping[str, object]) -> Document:
-    """What a record holds: its text, prompt and completion as one, or its messages."""
-    messages = record.get("messages")
-    if isinstance(record.get("text"), str):
-        return str(record["text"])
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        return str(record["prompt"]) + str(record["completion"])
-    assert isinstance(messages, list)  # noqa: S101 (else it would be no record)
-    return messages
+def document_of(row: Row) -> Document:
+    """What a row holds: its text, prompt and completion as one, or its conversation."""
+    match row:
+        case PlainText(text):
+            return text
+        case TextPair(prompt, completion):
+            return prompt + completion
+        case Conversation():
+            return row

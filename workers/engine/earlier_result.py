@@ -1,7 +1,8 @@
 """The result of an earlier job as the start of another: its blocks are taken over, not computed.
 
     native/bitwright.json, native/weights*.safetensors    linears bit for bit, and every other tensor of the model
-    native/report.json                                    how far each linear was from the original when it was made
+    native/report.json                                    how far each linear was from the original when it was made,
+                                                          and what was trained on it since
     adapter/adapter.safetensors                           trained parameters, of adapters that native does not hold
 
 Every header is held against its file's size before a tensor is read. What a block has beside its linears is taken over
@@ -24,7 +25,7 @@ from app.domain.earlier_job import ADAPTER_FILE, DESCRIPTION, REPORT
 from app.domain.errors import BitwrightError, CorruptCheckpoint, FormatCannotHold
 from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme
-from app.domain.report import BlockReport
+from app.domain.report import BlockReport, EarlierTraining
 from workers.engine.blocks import StreamedModel
 from workers.engine.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
 from workers.engine.plan import scale_dtype
@@ -35,6 +36,7 @@ from workers.numerics.quantized import BlockResult, LinearResult
 HINT = "leave base_job out to quantize anew"
 _LINEARS = TypeAdapter(dict[str, StoredLinear])
 _BLOCKS = TypeAdapter(tuple[BlockReport, ...])
+_TRAINING = TypeAdapter(tuple[EarlierTraining, ...])
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class EarlierResult:
     linears    what that says of quantized linears, by full module name
     adapters   trained parameters by full module name, where adapters are apart from the weights; empty otherwise
     blocks     reports of its blocks; empty where they cannot be read
+    training   what it and those before it trained; empty where that cannot be read
     """
 
     model: StreamedModel
@@ -52,6 +55,7 @@ class EarlierResult:
     linears: Mapping[str, StoredLinear]
     adapters: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     blocks: tuple[BlockReport, ...] = ()
+    training: tuple[EarlierTraining, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, model: StreamedModel, quantized: set[str]) -> "EarlierResult":
@@ -77,6 +81,7 @@ class EarlierResult:
                 linears=linears,
                 adapters=_adapters(file) if file.exists() else {},
                 blocks=_reports(folder / "native" / REPORT),
+                training=_training(folder / "native" / REPORT),
             )
             found._demand_same_model()
             return found
@@ -213,6 +218,27 @@ def _reports(file: Path) -> tuple[BlockReport, ...]:
     try:
         return _BLOCKS.validate_python(json.loads(file.read_bytes())["blocks"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError, RecursionError):
+        return ()
+
+
+def _training(file: Path) -> tuple[EarlierTraining, ...]:
+    """What the report tells of trained adapters; none where another version told it otherwise."""
+    try:
+        report = json.loads(file.read_bytes())
+        before, told, adapter = report.get("base") or {}, report.get("finetuning"), report.get("adapter")
+        found = list(before.get("training", ()))
+        if told is not None and adapter is not None:
+            found.append(
+                {
+                    "adapter": adapter["kind"],
+                    "text": told["text"],
+                    "dataset_kind": told.get("dataset_kind"),
+                    "steps": told["steps_kept"],
+                    "folded": adapter.get("merge") is not None,
+                }
+            )
+        return _TRAINING.validate_python(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError):
         return ()
 
 

@@ -33,11 +33,19 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
 
 
 def model_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:
-    """The dtype that the configuration names, else that of the first floating-point tensor."""
+    """The dtype that transformers loads the model in where none is asked for.
+
+    The configuration names it; else the index does; else the first floating-point tensor, by the names of files and
+    tensors, has it.
+    """
     if isinstance(config.dtype, torch.dtype):
         return config.dtype
-    dtypes = [FLOAT_DTYPES[t.dtype] for t in checkpoint.tensors.values() if t.dtype in FLOAT_DTYPES]
-    return dtypes[0] if dtypes else torch.float32
+    named = getattr(torch, checkpoint.index_dtype or "", None)
+    if isinstance(named, torch.dtype):
+        return named
+    order = sorted(checkpoint.tensors, key=lambda name: (checkpoint.tensors[name].file.name, name))
+    dtypes = (checkpoint.tensors[name].dtype for name in order)
+    return next((FLOAT_DTYPES[dtype] for dtype in dtypes if dtype in FLOAT_DTYPES), torch.float32)
 
 
 def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
@@ -122,6 +130,13 @@ def tensor_sources(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str) 
             continue
         if tuple(parameters[target].shape) != tensor.shape or tensor.dtype not in FLOAT_DTYPES:
             raise misfit(name, tensor.dtype, tensor.shape, tuple(parameters[target].shape), target)
+        if target in sources:
+            raise CorruptCheckpoint(
+                f"the tensors {sources[target]} and {name} are both the parameter {target}",
+                field="model",
+                value=name,
+                hint="remove one of them; transformers loads either, by the order of their names",
+            )
         sources[target] = name
     _settle_tied_head(model, checkpoint, sources)
     missing = [n for n in parameters if n not in sources and n not in _tied_names(model)]

@@ -4,17 +4,16 @@
     {"prompt": ..., "completion": ...}  the completion is learned, with the end-of-sequence token
     {"messages": [...]}                 the assistant's turns are learned, through the model's chat template
 
-A row begins with the beginning-of-sequence token where the tokenizer writes one. Prompt and completion are tokenized
-as one text; a token belongs to where its last character is. Rows are split by the hash of what they hold: some judge
-and are never learned.
+A text begins with the beginning-of-sequence token where the tokenizer writes one and ends with the end-of-sequence
+token, each once; a conversation is what its template writes. Prompt and completion are tokenized as one text; a token
+belongs to where its last character is. Rows are split by the hash of what they hold: some judge and are never learned.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,15 +21,16 @@ from transformers import PreTrainedTokenizerBase
 
 from app.domain.errors import InvalidDataset
 from app.domain.finetuning import Finetune
-from workers.engine.calibration import conversation, readable, start_tokens
-from workers.engine.documents import Half, builtin_documents, document_of, half_of, hash_of, read_rows
+from app.domain.jsonl import Record
+from app.domain.rows import Conversation, PlainText
+from workers.engine.calibration import has_end, start_tokens, without_start
+from workers.engine.conversations import ChatTemplate, readable
+from workers.engine.documents import Half, Notes, builtin_documents, document_of, half_of, hash_of, read_rows
+from workers.engine.turns import Span, Turns
 
 NAME = "finetune.dataset"
 ROWS_AT_ONCE = 256
 """Given to the tokenizer together."""
-
-Span = tuple[int, int]
-"""First character, and the one after the last."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Examples:
     validation: list[Example] = field(default_factory=list)
     cut: int = 0
     dropped: int = 0
+    notes: Notes = field(default_factory=Notes)
 
     @property
     def sha256(self) -> str:
@@ -68,10 +69,11 @@ class Examples:
 
 @dataclass(frozen=True)
 class _Row:
-    """A row as text: what of it is learned, whether it ends with the end-of-sequence token, and where it belongs."""
+    """A row as text: what of it is learned, whether tokens are put at its two ends, and where it belongs."""
 
     text: str
     spans: tuple[Span, ...]
+    starts: bool
     ends: bool
     whole: bool
     validates: float
@@ -86,7 +88,7 @@ def read_examples(
         InvalidDataset: the file is not as documented, names its line; or nothing is left to learn.
     """
     found = Examples()
-    rows = iter(_rows(tokenizer, part, path, half))
+    rows = iter(_rows(_Reader(tokenizer, part, found.notes), path, half))
     start, limit = start_tokens(tokenizer), part.sequence_length
     while batch := list(islice(rows, ROWS_AT_ONCE)):
         for row, example in zip(batch, _tokenized(tokenizer, batch, start), strict=True):
@@ -111,17 +113,59 @@ def _demand_training(found: Examples, part: Finetune) -> None:
     raise InvalidDataset(detail, field=NAME, hint="set finetune.sequence_length higher, or shorten the prompts")
 
 
-def _rows(tokenizer: PreTrainedTokenizerBase, part: Finetune, path: Path | None, half: Half | None) -> Iterator[_Row]:
-    records: Iterable[tuple[int, Mapping[str, object]]]
+class _Reader:
+    """Makes rows of records: the template that writes conversations, and where their turns are."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, part: Finetune, notes: Notes) -> None:
+        self.tokenizer, self.part, self.notes = tokenizer, part, notes
+        self.template = ChatTemplate(tokenizer, NAME)
+        self.turns = Turns(self.template)
+
+    def row(self, record: Record, validates: float) -> _Row:
+        """A record as text.
+
+        Raises:
+            InvalidDataset: it cannot be learned.
+        """
+        whole = self.part.loss_on == "all"
+        if isinstance(record.row, Conversation):
+            text, spans = self._conversation(record.row, whole)
+            return _Row(text, spans, starts=False, ends=False, whole=whole, validates=validates)
+        if isinstance(record.row, PlainText):
+            prompt, completion, whole = "", readable(record.row.text), True
+        else:
+            prompt, completion = readable(record.row.prompt), readable(record.row.completion)
+            if not completion.removesuffix(self.tokenizer.eos_token or "").strip():
+                detail = f"{NAME}: line {record.number}: completion is empty"
+                raise InvalidDataset(detail, field=NAME, hint="drop the row")
+        text = without_start(self.tokenizer, prompt + completion)
+        spans = ((0 if whole else max(0, len(text) - len(completion)), len(text)),)
+        return _Row(text, spans, starts=True, ends=not has_end(self.tokenizer, text), whole=whole, validates=validates)
+
+    def _conversation(self, talk: Conversation, whole: bool) -> tuple[str, tuple[Span, ...]]:
+        written = self.template.write(talk)
+        self.notes.add(written.shape.left_out, written.shape.unread)
+        if whole:
+            return written.text, self.turns.unweighted(talk, written)
+        if not any(message.learned for message in talk.messages):
+            assistants = any(message.role == "assistant" for message in talk.messages)
+            problem = "that is learned" if assistants else "whose role is assistant"
+            hint = "drop the row, or give one of them weight 1" if assistants else "add one, or drop the row"
+            raise self.template.error(talk, f"messages has no message {problem}", hint)
+        return written.text, self.turns.learned(talk, written)
+
+
+def _rows(reader: _Reader, path: Path | None, half: Half | None) -> Iterator[_Row]:
+    records: Iterable[Record]
     if path is None:
-        records = enumerate(({"text": text} for text in builtin_documents()), start=1)
+        records = (Record(number, PlainText(text)) for number, text in enumerate(builtin_documents(), start=1))
         half = Half.CALIBRATION
     else:
-        records = read_rows(path, NAME)
-    for number, record in records:
-        document = document_of(record)
+        records = read_rows(path, NAME, reader.notes)
+    for record in records:
+        document = document_of(record.row)
         if half is None or half_of(document) is half:
-            yield _row(tokenizer, record, part, f"{NAME}: line {number}", _share(hash_of(document)))
+            yield reader.row(record, _share(hash_of(document)))
 
 
 def _share(digest: bytes) -> float:
@@ -130,52 +174,6 @@ def _share(digest: bytes) -> float:
     Not of the first byte, which says to which half it belongs.
     """
     return int.from_bytes(digest[1:9], "big") / 2**64
-
-
-def _row(
-    tokenizer: PreTrainedTokenizerBase, record: Mapping[str, Any], part: Finetune, place: str, validates: float
-) -> _Row:
-    if isinstance(record.get("text"), str):
-        text = readable(record["text"])
-        return _Row(text, ((0, len(text)),), ends=True, whole=True, validates=validates)
-    if isinstance(record.get("prompt"), str) and isinstance(record.get("completion"), str):
-        prompt, completion = readable(record["prompt"]), readable(record["completion"])
-        if not completion:
-            raise InvalidDataset(f"{place}: completion is empty", field=NAME, hint="drop the row")
-        text, ends = prompt + completion, True
-        spans: tuple[Span, ...] = ((len(prompt), len(text)),)
-    else:
-        text, spans = _turns(tokenizer, record["messages"], place, asks=part.loss_on == "completion")
-        ends = False
-    if part.loss_on == "all":
-        spans = ((0, len(text)),)
-    return _Row(text, spans, ends=ends, whole=part.loss_on == "all", validates=validates)
-
-
-def _turns(
-    tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, Any]], place: str, *, asks: bool
-) -> tuple[str, tuple[Span, ...]]:
-    """A conversation as text, and where the assistant speaks in it, if that is asked for.
-
-    A turn begins where the template, given the messages before it, asks for an answer, and ends with what the template
-    writes after it: often the token that ends a turn.
-    """
-    text = readable(conversation(tokenizer, messages, place))
-    spans: list[Span] = []
-    for index, message in enumerate(messages if asks else ()):
-        if message["role"] != "assistant":
-            continue
-        before = readable(conversation(tokenizer, messages[:index], place, asks_for_answer=True)) if index else ""
-        through = readable(conversation(tokenizer, messages[: index + 1], place))
-        if not (text.startswith(through) and through.startswith(before)):
-            detail = f"{place}: the chat template writes messages.{index} in another way where messages follow"
-            hint = 'give a row for each turn that is learned, as its last message, or set finetune.loss_on to "all"'
-            raise InvalidDataset(detail, field=NAME, hint=hint)
-        spans.append((len(before), len(through)))
-    if asks and not spans:
-        detail = f"{place}: messages has no message whose role is assistant"
-        raise InvalidDataset(detail, field=NAME, hint='add one, or set finetune.loss_on to "all"')
-    return text, tuple(spans)
 
 
 def _tokenized(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], start: list[int]) -> Iterator[Example]:
@@ -196,10 +194,10 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], start: list
             learned = [_is_within(last, row.spans) for _, last in found["offset_mapping"][index]]
         else:
             learned = [True] * len(ids)
-        ends = end if row.ends else []
+        begins, ends = start if row.starts else [], end if row.ends else []
         yield Example(
-            ids=torch.tensor(start + ids + ends, dtype=torch.int32),
-            learned=torch.tensor([False] * len(start) + learned + [True] * len(ends), dtype=torch.bool),
+            ids=torch.tensor(begins + ids + ends, dtype=torch.int32),
+            learned=torch.tensor([False] * len(begins) + learned + [True] * len(ends), dtype=torch.bool),
         )
 
 

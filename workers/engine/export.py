@@ -6,31 +6,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch import nn
 
-from app.domain.adapters import AdapterSpec
 from app.domain.events import Stage
 from app.domain.formats import ADAPTER_FOLDER, ExportFormat
 from app.domain.report import AdapterReport, Report
-from workers.adapters.attaching import Merge, finished, report, stored
+from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.blocks import StreamedModel
 from workers.engine.read_ahead import read_ahead
 from workers.engine.reporter import Reporter
 from workers.engine.resume import ResumeState
+from workers.engine.shipped import TrainedAdapters
 from workers.formats.adapter_file import describe_adapter, write_adapter
+from workers.formats.identity import Identity
 from workers.formats.writer import Writer, open_writers
 from workers.numerics.quantized import LinearResult, StoredBits
-
-
-@dataclass(frozen=True)
-class TrainedAdapters:
-    """Adapters by full linear name, and what the request wants of them."""
-
-    spec: AdapterSpec
-    modules: Mapping[str, nn.Module]
-    merge: Merge
-    round_offset: bool
 
 
 @dataclass
@@ -50,7 +40,7 @@ class Exported:
 
 @dataclass(frozen=True)
 class Export:
-    """What the export works with; `ignored` are linears that stay as they are."""
+    """What the export works with; `ignored` are linears that stay as they are, `identity` is what the job makes."""
 
     model: StreamedModel
     folder: Path
@@ -58,6 +48,7 @@ class Export:
     ignored: tuple[str, ...]
     trained: TrainedAdapters | None
     reporter: Reporter
+    identity: Identity | None = None
 
     def write(self, state: ResumeState) -> Exported:
         """Every checkpoint but its report; a block is read while the one before it is packed.
@@ -67,7 +58,8 @@ class Export:
             MisalignedAdapter, OffsetNotRepresentable: an adapter cannot be folded in.
         """
         total, bases, proofs = len(state.blocks), dict[str, LinearResult](), list[MergeProof]()
-        exported = Exported(open_writers(self.folder, self.formats, self.model.checkpoint), total)
+        writers = open_writers(self.folder, self.formats, self.model.checkpoint, self.identity)
+        exported = Exported(writers, total)
         with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
             for done, block in enumerate(blocks, start=1):
                 for name, base in block.items():
@@ -95,19 +87,16 @@ class Export:
             writer.describe(told)
         names = [name.value for name in exported.writers]
         if self.trained is not None:
-            describe_adapter(self.folder / ADAPTER_FOLDER, self.trained.spec.kind, told)
+            describe_adapter(self.folder / ADAPTER_FOLDER, self.trained.spec.kind, told, self.model.checkpoint.folder)
             names.append(ADAPTER_FOLDER)
         self.reporter.progress(Stage.EXPORT, exported.blocks + 1, exported.blocks + 1, "blocks")
         return {name: f"{self.folder.name}/{name}" for name in names}
 
     def _write_linear(self, name: str, base: LinearResult, exported: Exported, proofs: list[MergeProof]) -> None:
-        result, trained = base, self.trained
-        if trained is not None and name in trained.modules:
-            module = trained.modules[name].to("cpu")
-            # An offset that is to be rounded is rounded once, before any format gets it, so that all hold the same.
-            dtype = torch.float16 if ExportFormat.GGUF in self.formats else torch.float32
-            made = finished(name, base, module, trained.merge, round_offset=trained.round_offset, offset_dtype=dtype)
-            result = made.result.to("cpu")
+        result = base
+        if self.trained is not None:
+            made = self.trained.finished(name, base)
+            result = made.result
             proofs += [] if made.proof is None else [made.proof]
         exported.stored += result.stored_bits()
         exported.weights += result.weight.codes.numel()

@@ -2,10 +2,9 @@
 
 texts        read before anything is quantized, so that a row that cannot be learned is named at once
 state        the finished blocks, whose weights are the base; checkpoints of training lie beside them
-evaluation   its quantized stream goes through all blocks again, with the adapters
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -26,10 +25,12 @@ from workers.engine.ranks import Ranks
 from workers.engine.reporter import Reporter
 from workers.engine.resident_model import Residence, ResidentModel, resident
 from workers.engine.resume import ResumeState, fingerprint
-from workers.engine.streams import Stream
-from workers.engine.training import TrainingOutcome, TrainingTask, train
+from workers.engine.training import TrainingOutcome, TrainingTask, judging_batches, mean_loss, train
 from workers.engine.training_plan import TrainingPlan, plan_training
 from workers.engine.training_state import TrainingState
+from workers.numerics.quantized import LinearResult
+
+LoadBlock = Callable[[int], Mapping[str, LinearResult]]
 
 MOST_POINTS = 50
 """Of the loss curve in the report."""
@@ -64,7 +65,6 @@ class FinetuningStage:
     folder: Path
     identity: Mapping[str, object]
     head: Tensor | None
-    evaluation: Stream | None
     seed: int
     divisor: int
     reporter: Reporter
@@ -73,7 +73,7 @@ class FinetuningStage:
 
 @dataclass(frozen=True)
 class Finetuned:
-    """Trained adapters by full linear name, on the device, and the report.
+    """Trained adapters by full linear name, on the host, and the report.
 
     peak_before   most bytes of the device that were held before the stage
     """
@@ -102,7 +102,7 @@ def read_finetuning_texts(
 
 
 def run_finetuning(stage: FinetuningStage) -> Finetuned:
-    """Trains the adapters, from their last checkpoint on, and evaluates with them.
+    """Trains the adapters, from their last checkpoint on.
 
     On running out of memory the stage begins again with half as many sequences at once; the blocks are not touched.
 
@@ -113,13 +113,34 @@ def run_finetuning(stage: FinetuningStage) -> Finetuned:
     peak_before, divisor = _forget_peak(stage.model.device), _last_divisor(stage)
     while (trained := _trained(stage, divisor, peak_before)) is None:
         # Here, where nothing holds the tensors of the failed step any more.
-        _forget_peak(stage.model.device)
+        peak = _forget_peak(stage.model.device)
+        peak_before = peak if peak_before is None or peak is None else max(peak_before, peak)
         divisor *= 2
     report = trained.report
     for name, value in (("finetuning_loss_before", report.loss_before), ("finetuning_loss", report.loss_after)):
         if value is not None:
             stage.reporter.metric(name, value)
     return trained
+
+
+def shipped_loss(stage: FinetuningStage, told: FinetuningReport, load: LoadBlock) -> float | None:
+    """The held-out loss with weights in which the adapters lie; None if nothing is held out.
+
+    told   by the training before
+    load   linears of a block as they ship, by full name
+    """
+    model, seed = stage.model, block_seed(stage.seed, "finetune")
+    batches = judging_batches(stage.texts.held_out, stage.part, told.micro_batch, seed, stage.ranks)
+    if not stage.ranks.total(len(batches)):
+        return None
+    how = Residence(length=stage.part.sequence_length, keeps=told.weights_kept, recomputed=0)
+    changed = stage.state.parameters
+    with resident(model, load, _no_adapters, how, seed=seed, head=stage.head, changed=changed) as found:
+        return mean_loss(found, (batch.to(model.device) for batch in batches), stage.ranks)
+
+
+def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:  # noqa: ARG001 - a protocol
+    return {}
 
 
 def _last_divisor(stage: FinetuningStage) -> int:
@@ -145,7 +166,7 @@ def _plan(stage: FinetuningStage, divisor: int) -> TrainingPlan:
 
 
 def _trained(stage: FinetuningStage, divisor: int, peak_before: int | None) -> Finetuned | None:
-    """Training and evaluation with micro-batches smaller by `divisor`; None if memory ran out and less may do.
+    """Training with micro-batches smaller by `divisor`; None if memory ran out and less may do.
 
     Raises:
         torch.OutOfMemoryError: not even one sequence at a time fits; or other ranks wait for this one.
@@ -159,10 +180,8 @@ def _trained(stage: FinetuningStage, divisor: int, peak_before: int | None) -> F
             model, state.load, stage.attach, how, seed=seed, head=stage.head, changed=state.parameters
         ) as found:
             outcome = train(_task(stage, plan, found, seed))
-            peak = _peak(model.device)
-            if stage.evaluation is not None:
-                found.advance(stage.evaluation)
-            return Finetuned(found.adapters, _report(stage, plan, outcome, peak), peak_before)
+            report = _report(stage, plan, outcome, _peak(model.device))
+            return Finetuned({n: adapter.to("cpu") for n, adapter in found.adapters.items()}, report, peak_before)
     except torch.OutOfMemoryError:
         if plan.micro_batch == 1 or not stage.ranks.alone:
             raise
@@ -205,6 +224,10 @@ def _report(stage: FinetuningStage, plan: TrainingPlan, outcome: TrainingOutcome
             sequence_length=part.sequence_length,
             tokens=texts.training.tokens,
         ),
+        dataset_kind=part.dataset.source,
+        learning_rate=part.learning_rate,
+        batch_size=part.batch_size,
+        tokens_read=progress.tokens,
         held_out_sequences=0 if texts.held_out is None else min(len(texts.held_out), part.validation_sequences),
         rows_cut=texts.examples.cut,
         rows_dropped=texts.examples.dropped,

@@ -2,15 +2,15 @@
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
+from math import prod
 
 from app.domain.report import (
     BaseReport,
     BlockReport,
+    Figures,
     LinearReport,
     ModelReport,
     PeakMemory,
-    Quality,
-    Reference,
     Report,
     ScaleReport,
     SizeReport,
@@ -18,11 +18,14 @@ from app.domain.report import (
 )
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import source_label
+from workers.engine.checkpoint import StoredTensor
 from workers.engine.clock import peak_memory
 from workers.engine.finetuning_stage import Finetuned
 from workers.engine.opened_job import OpenedJob
 from workers.engine.plan import plan_report
 from workers.engine.resume import ResumeState
+from workers.engine.shipped_quality import Evaluated
+from workers.formats.identity import Identity
 from workers.numerics.quantized import StoredBits
 
 
@@ -32,9 +35,9 @@ class Findings:
 
     blocks: tuple[BlockReport, ...]
     scales: ScaleReport | None
-    quality: Quality | None
+    evaluated: Evaluated | None
     finetuned: Finetuned | None = None
-    reference: Reference | None = None
+    reference: Figures | None = None
     head: LinearReport | None = None
 
 
@@ -50,13 +53,15 @@ def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeRep
         plan=plan_report(job.plan),
         model=ModelReport(
             source=source_label(request.model),
+            kind=request.model.source,
             revision=job.order.model_revision,
             architecture=type(job.model.model).__name__,
             dtype=job.plan.dtype,
             parameters=_parameters(job.model),
         ),
         calibration=None if windows is None else windows.report(),
-        quality=found.quality,
+        quality=None if found.evaluated is None else found.evaluated.quality,
+        shipped=() if found.evaluated is None else found.evaluated.shipped,
         round_to_nearest=found.reference,
         head=found.head,
         base=_base_report(job, len(found.blocks)),
@@ -73,11 +78,30 @@ def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeRep
     )
 
 
+def identity_of(job: OpenedJob, found: Findings) -> Identity:
+    """What the job makes, for files that say so before there is a report."""
+    request, model = job.order.request, source_label(job.order.request.model)
+    trained = found.finetuned is not None and request.adapter is not None
+    return Identity(
+        version=version("bitwright"),
+        model=model,
+        model_id=model if request.model.source == "hub" else None,
+        revision=job.order.model_revision,
+        method=request.quantization.method,
+        adapter=request.adapter.kind if trained and request.adapter is not None else None,
+        folded=trained and request.merge == "quantized",
+        finetuning=None if found.finetuned is None else found.finetuned.report,
+        earlier=() if job.earlier is None else job.earlier.training,
+    )
+
+
 def _base_report(job: OpenedJob, blocks: int) -> BaseReport | None:
     earlier, job_id = job.earlier, job.order.request.base_job
     if earlier is None or job_id is None:
         return None
-    return BaseReport(job_id=job_id, blocks_adopted=blocks, adapter_continued=earlier.continues)
+    return BaseReport(
+        job_id=job_id, blocks_adopted=blocks, adapter_continued=earlier.continues, training=earlier.training
+    )
 
 
 def _peak_memory(job: OpenedJob, found: Findings) -> PeakMemory:
@@ -95,18 +119,27 @@ def size_of(job: OpenedJob, stored: StoredBits, weights: int) -> SizeReport:
     stored    bits of all quantized linears, by what they hold
     weights   how many weights they are
     """
-    checkpoint, count = job.model.checkpoint, max(1, weights)
-    quantized = sum(checkpoint.tensors[job.model.sources[f"{name}.weight"]].size for name in job.schemes)
-    after = checkpoint.size - quantized + stored.total // 8
+    model, count = job.model, max(1, weights)
+    before = sum(tensor.size for tensor in _tensors(model))
+    quantized = sum(model.checkpoint.tensors[model.sources[f"{name}.weight"]].size for name in job.schemes)
+    after = before - quantized + stored.total // 8
     return SizeReport(
-        bytes_original=checkpoint.size,
+        bytes_original=before,
         bytes_quantized=after,
         quantized_weights=weights,
         bits_per_weight=stored.total / count,
-        bits_per_weight_model=after * 8 / _parameters(job.model),
+        bits_per_weight_model=after * 8 / _parameters(model),
         parts=StoredParts(**{name: bits / count for name, bits in asdict(stored).items()}),
     )
 
 
+def _tensors(model: StreamedModel) -> list[StoredTensor]:
+    """What the checkpoint holds of the model's parameters, each once.
+
+    Never the modules: stages put others in their place, and parameters without memory.
+    """
+    return [model.checkpoint.tensors[name] for name in sorted(set(model.sources.values()))]
+
+
 def _parameters(model: StreamedModel) -> int:
-    return sum(parameter.numel() for name, parameter in model.model.named_parameters() if name in model.sources)
+    return sum(prod(tensor.shape) for tensor in _tensors(model))

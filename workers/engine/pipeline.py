@@ -5,24 +5,29 @@ from pathlib import Path
 
 import torch
 
+from app.domain.adapter_rules import result_forms
 from app.domain.events import AttemptOrder, ResultLine, Stage
 from app.domain.formats import ExportFormat
-from app.domain.report import Quality, Reference
+from app.domain.jobs import JobRequest
+from app.domain.methods import Form
+from app.domain.report import Figures, Quality
 from workers.adapters.attaching import Attach
 from workers.engine.block_pass import BlockPass
 from workers.engine.block_report import report_of_head
 from workers.engine.evaluation import measure
-from workers.engine.export import Export, TrainedAdapters
-from workers.engine.finetuning_stage import Finetuned, FinetuningStage, run_finetuning
-from workers.engine.job_report import Findings, report_of, size_of
+from workers.engine.export import Export
+from workers.engine.finetuning_stage import Finetuned, FinetuningStage, run_finetuning, shipped_loss
+from workers.engine.job_report import Findings, identity_of, report_of, size_of
 from workers.engine.opened_job import OpenedJob, opened
 from workers.engine.preparation import Preparation, digest, is_needed
 from workers.engine.ranks import Ranks, joined
 from workers.engine.reference import measure_reference
 from workers.engine.registry import METHODS
 from workers.engine.reporter import Reporter
-from workers.engine.resume import ResumeState, code_version, fingerprint
+from workers.engine.resume import ResumeState, code_version, fingerprint, library_versions
 from workers.engine.scale_stage import run_scale_stage
+from workers.engine.shipped import Numbers, Replay, Shipment, TrainedAdapters, offset_dtype, shipments
+from workers.engine.shipped_quality import Evaluated, Judge, differences, evaluate
 from workers.engine.streams import Stream
 from workers.engine.tuning import Tuner
 
@@ -127,40 +132,41 @@ def _run_blocks(job: OpenedJob, ranks: Ranks) -> tuple[ResumeState, Findings]:
     scales = run_scale_stage(blocks, head)
     blocks.tuner.release()
     del calibration, blocks
-    finetuned = _finetune(job, state, evaluation, head, ranks)
+    finetuned = _finetune(job, state, head, ranks)
     job.clock.enter(Stage.EVALUATE)
-    quality = None if evaluation is None else _evaluate(job, evaluation, head, ranks)
+    evaluated = None if evaluation is None else _evaluate(job, state, evaluation, head, finetuned, ranks)
     reference = None if evaluation is None else _reference(job, evaluation, head, ranks)
     head_report = None if head is None else report_of_head(model, state.load(len(model.blocks)))
-    return state, Findings(reports, scales, quality, finetuned, reference, head_report)
+    return state, Findings(reports, scales, evaluated, finetuned, reference, head_report)
 
 
-def _finetune(
-    job: OpenedJob, state: ResumeState, evaluation: Stream | None, head: torch.Tensor | None, ranks: Ranks
-) -> Finetuned | None:
+def _finetune(job: OpenedJob, state: ResumeState, head: torch.Tensor | None, ranks: Ranks) -> Finetuned | None:
     request, texts = job.order.request, job.texts.finetuning
     part, adapter = request.finetune, request.adapter
     if part is None or adapter is None or texts is None:
         return None
     job.clock.enter(Stage.FINETUNE)
-    return run_finetuning(
-        FinetuningStage(
-            model=job.model,
-            part=part,
-            texts=texts,
-            attach=Attach(adapter, {} if job.earlier is None else job.earlier.adapters),
-            names=frozenset(job.schemes) - {job.model.layout.head},
-            state=state,
-            folder=job.workspace / "state",
-            identity={"codes": _fingerprint(job), "adapter": request.model_dump(mode="json", include={"adapter"})},
-            head=head,
-            evaluation=evaluation,
-            seed=request.seed,
-            divisor=job.order.micro_batch_divisor,
-            reporter=job.reporter,
-            ranks=ranks,
-        )
+    stage = FinetuningStage(
+        model=job.model,
+        part=part,
+        texts=texts,
+        attach=Attach(adapter, {} if job.earlier is None else job.earlier.adapters),
+        names=frozenset(job.schemes) - {job.model.layout.head},
+        state=state,
+        folder=job.workspace / "state",
+        identity={"codes": _fingerprint(job), "adapter": request.model_dump(mode="json", include={"adapter"})},
+        head=head,
+        seed=request.seed,
+        divisor=job.order.micro_batch_divisor,
+        reporter=job.reporter,
+        ranks=ranks,
     )
+    finetuned = run_finetuning(stage)
+    trained = _trained_adapters(job, finetuned)
+    if trained is None or _ways(job, trained)[0].numbers is not Numbers.WHOLE:
+        return finetuned
+    loss = shipped_loss(stage, finetuned.report, lambda index: trained.results(state.load(index)))
+    return replace(finetuned, report=finetuned.report.model_copy(update={"loss_shipped": loss}))
 
 
 def _fingerprint(job: OpenedJob) -> str:
@@ -172,28 +178,99 @@ def _fingerprint(job: OpenedJob) -> str:
             "model": job.model.checkpoint.digest(job.order.model_revision),
             "calibration": None if windows is None else windows.sha256,
             "code": code_version(),
+            "libraries": library_versions(),
             "plan": job.plan.decides_codes(),
             "prepared": digest(job.prepared),
         }
     )
 
 
-def _evaluate(job: OpenedJob, stream: Stream, head: torch.Tensor | None, ranks: Ranks) -> Quality:
-    windows = job.texts.evaluation
+def _evaluate(
+    job: OpenedJob,
+    state: ResumeState,
+    stream: Stream,
+    head: torch.Tensor | None,
+    finetuned: Finetuned | None,
+    ranks: Ranks,
+) -> Evaluated:
+    """Quality of everything that ships, with the numbers that `_export` stores."""
+    windows, request = job.texts.evaluation, job.order.request
     assert windows is not None  # noqa: S101 - for the type checker; the stream was made of them
 
-    def tick(share: float) -> None:
-        job.reporter.progress(Stage.EVALUATE, share * len(windows.ids), len(windows.ids), "windows")
+    def judge(head: torch.Tensor | None, number: int, count: int) -> Quality:
+        def tick(share: float) -> None:
+            total = len(windows.ids) * count
+            job.reporter.progress(Stage.EVALUATE, (number + share) / count * total, total, "windows")
 
-    quality = measure(
-        job.model, stream.original, stream.quantized, windows, quantized_head=head, tick=tick, ranks=ranks
+        return measure(
+            job.model, stream.original, stream.quantized, windows, quantized_head=head, tick=tick, ranks=ranks
+        )
+
+    trained = _trained_adapters(job, finetuned)
+    found = evaluate(
+        _ways(job, trained),
+        Replay(job.model, state, trained),
+        stream,
+        Judge(head, judge),
+        merged=request.merge is not None,
+        streamed=_streamed(job, trained),
     )
     for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
-        job.reporter.metric(name, getattr(quality, name))
-    return quality
+        job.reporter.metric(name, getattr(found.quality, name))
+    for code, message in differences(found, None if finetuned is None else finetuned.report, _merging(request)):
+        job.reporter.warning(code, message)
+    return found
 
 
-def _reference(job: OpenedJob, stream: Stream, head: torch.Tensor | None, ranks: Ranks) -> Reference | None:
+def _ways(job: OpenedJob, trained: TrainedAdapters | None) -> list[Shipment]:
+    request = job.order.request
+    return shipments(
+        request.formats,
+        factors=Form.LOW_RANK in result_forms(request.quantization, request.adapter, request.merge),
+        trained=trained is not None,
+        merge=request.merge,
+        rounded_in_gguf=_is_rounded_in_gguf(job),
+    )
+
+
+def _streamed(job: OpenedJob, trained: TrainedAdapters | None) -> tuple[Numbers, bool] | None:
+    """What the quantized stream has gone through when all blocks and scales are done."""
+    if trained is None:
+        return Numbers.WHOLE, False
+    # Weights alone, unless a method or an earlier job began with factors beside them.
+    began_with_factors = job.earlier is not None or Form.LOW_RANK in job.order.request.quantization.forms()
+    return None if began_with_factors else (Numbers.BASE, False)
+
+
+def _is_rounded_in_gguf(job: OpenedJob) -> bool:
+    """Whether the job writes a GGUF of zero points, which become fp16 offsets there."""
+    request, schemes = job.order.request, dict(job.schemes)
+    if ExportFormat.GGUF not in request.formats:
+        return False
+    if request.merge == "quantized":
+        if request.round_offset:
+            return True
+        # Offsets of all formats are fp16 then; a head has no adapter.
+        schemes = {name: scheme for name, scheme in schemes.items() if name == job.model.layout.head}
+    return any(not scheme.symmetric for scheme in schemes.values())
+
+
+def _merging(request: JobRequest) -> str:
+    """What the request's merge does, for a message."""
+    if request.merge == "16bit":
+        return "adding the adapter to rounded weights"
+    return "rounding offsets to integer zero points" if request.round_offset else "folding the adapter into offsets"
+
+
+def _trained_adapters(job: OpenedJob, finetuned: Finetuned | None) -> TrainedAdapters | None:
+    request = job.order.request
+    if finetuned is None or request.adapter is None:
+        return None
+    dtype = offset_dtype(request.formats)
+    return TrainedAdapters(request.adapter, finetuned.adapters, request.merge, request.round_offset, dtype)
+
+
+def _reference(job: OpenedJob, stream: Stream, head: torch.Tensor | None, ranks: Ranks) -> Figures | None:
     windows = job.texts.evaluation
     found = None if windows is None else measure_reference(job.model, stream, windows, head, ranks)
     if found is not None:
@@ -203,21 +280,22 @@ def _reference(job: OpenedJob, stream: Stream, head: torch.Tensor | None, ranks:
 
 def _export(job: OpenedJob, state: ResumeState, found: Findings) -> ResultLine:
     """Writes every format from the durable blocks, and the same report into each."""
-    request, finetuned = job.order.request, found.finetuned
-    trained = None
-    if finetuned is not None and request.adapter is not None:
-        trained = TrainedAdapters(request.adapter, finetuned.adapters, request.merge, request.round_offset)
+    request, evaluated = job.order.request, found.evaluated
     export = Export(
         model=job.model,
         folder=job.workspace / "output",
         formats=tuple(dict.fromkeys([*request.formats, ExportFormat.NATIVE])),
         ignored=tuple(name for name in job.model.linears() if name not in job.schemes),
-        trained=trained,
+        trained=_trained_adapters(job, found.finetuned),
         reporter=job.reporter,
+        identity=identity_of(job, found),
     )
     exported = export.write(state)
     report = report_of(job, state, found, size_of(job, exported.stored, exported.weights))
-    report = report.model_copy(update={"adapter": exported.adapter, "warnings": tuple(job.reporter.warnings)})
+    adapter = exported.adapter
+    if adapter is not None and evaluated is not None:
+        adapter = adapter.model_copy(update={"before_merge": evaluated.before_merge})
+    report = report.model_copy(update={"adapter": adapter, "warnings": tuple(job.reporter.warnings)})
     checkpoints = export.describe(exported, report)
     job.model.checkpoint.close()
     return ResultLine(report=report, checkpoints=checkpoints)

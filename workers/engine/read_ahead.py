@@ -17,9 +17,15 @@ from torch import Tensor
 from workers.engine.blocks import StreamedModel
 from workers.engine.resume import ResumeState
 from workers.engine.side_stream import Mark, SideStream, hand_over, mark
+from workers.numerics.quantized import LinearResult
 
 T = TypeVar("T")
 CHUNK_BYTES = 1 << 25
+MakeResult = Callable[[str, LinearResult], LinearResult]
+
+
+def _as_it_is(_: str, result: LinearResult) -> LinearResult:
+    return result
 
 
 @dataclass(frozen=True)
@@ -62,9 +68,12 @@ class BlockReader:
 
         return self._each(read)
 
-    def quantized_blocks(self) -> Generator[ReadBlock, None, None]:
-        """Weights of all blocks, which must be finished: as they are quantized."""
-        return self._each(lambda index: ReadBlock(self._read(index, self._quantized(index)), {}))
+    def quantized_blocks(self, made: MakeResult = _as_it_is) -> Generator[ReadBlock, None, None]:
+        """Weights of all blocks, which must be finished: as they are quantized.
+
+        made   what a linear ships as, of its full name and its result on the host; called in the thread that reads
+        """
+        return self._each(lambda index: ReadBlock(self._read(index, self._quantized(index, made)), {}))
 
     def _each(self, read: Callable[[int], ReadBlock]) -> Generator[ReadBlock, None, None]:
         with closing(read_ahead(read, len(self._model.blocks), self._model.device)) as blocks:
@@ -75,10 +84,11 @@ class BlockReader:
     def _read(self, index: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._model.read(self._model.layout.block(index), given, self._upload)
 
-    def _quantized(self, index: int) -> dict[str, Tensor]:
+    def _quantized(self, index: int, made: MakeResult = _as_it_is) -> dict[str, Tensor]:
         device, linears = self._model.device, self._state.load(index)
         changed = {name: value.to(device) for name, value in self._state.parameters(index).items()}
-        return {f"{name}.weight": result.to(device).dequantize() for name, result in linears.items()} | changed
+        weights = {f"{n}.weight": made(n, result).to(device).dequantize() for n, result in linears.items()}
+        return weights | changed
 
 
 def read_ahead(read: Callable[[int], T], count: int, device: torch.device) -> Generator[T, None, None]:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Scheme
-from app.domain.report import Reference
+from app.domain.report import Figures
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows
 from workers.engine.evaluation import measure
@@ -39,7 +39,7 @@ def rounded(
 
 def measure_reference(
     model: StreamedModel, stream: Stream, windows: Windows, head: Tensor | None, ranks: Ranks
-) -> Reference | None:
+) -> Figures | None:
     """The row, after the last block; None if `stream` has no reference.
 
     head    dequantized weight of the head where that is quantized: it is rounded to nearest anyway
@@ -52,6 +52,4 @@ def measure_reference(
     found = measure(
         model, stream.original, stream.reference, windows, quantized_head=head, tick=lambda _: None, ranks=ranks
     )
-    return Reference(
-        perplexity=found.perplexity, kl_divergence=found.kl_divergence, top1_agreement=found.top1_agreement
-    )
+    return Figures(perplexity=found.perplexity, kl_divergence=found.kl_divergence, top1_agreement=found.top1_agreement)

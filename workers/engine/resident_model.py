@@ -22,7 +22,6 @@ from workers.engine.adapted_linear import AdaptedLinear, MakeWeight, rebuilt
 from workers.engine.blocks import BlockCall, StreamedModel
 from workers.engine.packed_sequences import Batch
 from workers.engine.plan import block_seed
-from workers.engine.streams import Stream
 from workers.engine.token_loss import token_loss
 from workers.numerics.quantized import LinearResult
 
@@ -84,13 +83,6 @@ class ResidentModel:
             kinds.setdefault(type(adapter), []).append(adapter)
         return [(getattr(kind, function), adapters) for kind, adapters in kinds.items() if hasattr(kind, function)]
 
-    @torch.no_grad()
-    def advance(self, stream: Stream) -> None:
-        """A stream's X_q, rewound to the embeddings, through all blocks with their adapters."""
-        stream.rewind(self.model)
-        for index, block in enumerate(self.model.blocks):
-            stream.advance_quantized(index, _InDtype(block, self.dtype))
-
     def _calls(self, batch: Batch) -> list[BlockCall]:
         """How each block is called with a batch; blocks that share a call share its masks."""
         made: dict[int, BlockCall] = {}
@@ -123,21 +115,6 @@ def _within_documents(mask: Tensor | None, documents: Tensor, dtype: torch.dtype
         return sees
     # As attention's kernel adds it: else each block would make this of the truth values.
     return torch.where(sees, 0.0, -torch.inf).to(dtype)
-
-
-class _InDtype(nn.Module):
-    """A block that computes in a dtype, whatever it is called with."""
-
-    def __init__(self, block: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.block = block
-        self.dtype = dtype
-
-    def forward(self, hidden: Tensor, **keywords: Any) -> Tensor:
-        angles = tuple(part.to(self.dtype) for part in keywords["position_embeddings"])
-        output = self.block(hidden.to(self.dtype), **(keywords | {"position_embeddings": angles}))
-        found: Tensor = output[0] if isinstance(output, tuple) else output
-        return found.to(hidden.dtype)
 
 
 def compute_dtype(model: StreamedModel) -> torch.dtype:

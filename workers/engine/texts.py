@@ -13,6 +13,7 @@ from app.domain.jobs import JobRequest
 from app.domain.sources import GeneratedText
 from workers.engine.blocks import StreamedModel
 from workers.engine.calibration import Windows, calibration_windows, evaluation_windows
+from workers.engine.documents import Notes
 from workers.engine.finetuning_stage import FinetuningTexts, read_finetuning_texts
 from workers.engine.generated_text import Generation, generated_windows
 from workers.engine.plan import StreamSize
@@ -66,14 +67,22 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
         _check_length(model, "evaluation", request.evaluation.sequence_length)
         used = _calibration_file(request, paths) if needs_text(request.quantization) else None
         evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
+    if finetuning is not None:
+        _warn(reporter, "finetune", finetuning.examples.notes)
     for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
         if windows is not None:
+            _warn(reporter, name, windows.notes)
             _check_vocabulary(model, windows.ids)
             if windows.overlapping:
                 reporter.warning(
                     "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
                 )
     return Texts(calibration, evaluation, finetuning)
+
+
+def _warn(reporter: Reporter, name: str, notes: Notes) -> None:
+    for code, message in notes.warnings(f"{name}.dataset"):
+        reporter.warning(code, message)
 
 
 def _calibration_file(request: JobRequest, paths: Sequence[Path | None]) -> Path | None:

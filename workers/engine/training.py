@@ -17,7 +17,7 @@ small model's passes are captured (`workers.engine.captured_passes`).
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -120,7 +120,7 @@ class _Training:
         adapters = task.resident.adapters.values()
         parameters = FlatParameters(adapters, decay=part.weight_decay, clip_norm=part.clip_norm)
         _demand_agreement(parameters, task.ranks)
-        judges = _judges(task)
+        judges = judging_batches(task.held_out, part, task.micro_batch, task.seed, task.ranks)
         self = cls(
             task=task,
             parameters=parameters,
@@ -238,12 +238,7 @@ class _Training:
         """The loss on held-out text with the parameters as they are; waits for the device."""
         task = self.task
         self._set_mode(training=False)
-        total = torch.zeros((), dtype=torch.float64, device=self.losses.device)
-        for batch in self.judges:
-            with task.resident.together():
-                total += task.resident.loss(batch)
-        task.ranks.sum_(total)
-        loss, progress = float(total) / self.judged, self.progress
+        loss, progress = mean_loss(task.resident, self.judges, task.ranks), self.progress
         if not math.isfinite(loss):
             raise _not_finite(f"on held-out text the loss is {loss} after {progress.step} steps")
         task.reporter.metric("validation_loss", loss, progress.step)
@@ -296,15 +291,28 @@ def rate_share(part: Finetune, index: int) -> float:
     return {"constant": 1.0, "linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2}[part.schedule]
 
 
-def _judges(task: TrainingTask) -> list[Batch]:
-    """This rank's share of the held-out sequences, on the host."""
-    held_out = task.held_out
+def judging_batches(
+    held_out: PackedSequences | None, part: Finetune, micro_batch: int, seed: int, ranks: Ranks
+) -> list[Batch]:
+    """This rank's share of the sequences that judge, on the host."""
     if held_out is None or not len(held_out):
         return []
-    generator = torch.Generator().manual_seed(task.seed)
-    rows = torch.randperm(len(held_out), generator=generator)[: task.part.validation_sequences]
-    own = task.ranks.share(rows)
-    return [batch_of(held_out, part) for part in torch.split(own, task.micro_batch) if len(part)]
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randperm(len(held_out), generator=generator)[: part.validation_sequences]
+    return [batch_of(held_out, own) for own in torch.split(ranks.share(rows), micro_batch) if len(own)]
+
+
+@torch.no_grad()
+def mean_loss(resident: ResidentModel, batches: Iterable[Batch], ranks: Ranks) -> float:
+    """Nats a token over all ranks' batches, on the model's device; waits for it."""
+    sums = torch.zeros(2, dtype=torch.float64, device=resident.model.device)
+    for batch in batches:
+        with resident.together():
+            sums[0] += resident.loss(batch)
+        sums[1] += len(batch.places)
+    ranks.sum_(sums)
+    total, tokens = sums.tolist()
+    return total / tokens if tokens else math.nan
 
 
 def _demand_agreement(parameters: FlatParameters, ranks: Ranks) -> None:

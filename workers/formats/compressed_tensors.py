@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from app.domain.architectures import HEAD
 from app.domain.errors import CorruptCheckpoint, FormatCannotHold
-from app.domain.formats import FORMATS, ExportFormat
 from app.domain.methods import PER_CHANNEL, Scheme
 from workers.numerics.packing import pack_words, unpack_words
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -30,8 +30,7 @@ def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     """The stored tensors of the linear `name`, by full name.
 
     Raises:
-        FormatCannotHold: another form than an affine weight alone, bits that the format does not hold, or a scale that
-            it would have to round.
+        FormatCannotHold: another form than an affine weight alone, or a scale that it would have to round.
     """
     weight = _held(name, result)
     bits = weight.scheme.bits
@@ -73,16 +72,18 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
     schemes   every quantized linear by module name
     ignored   module names of all other linears, the head included
 
-    One scheme for all: its group targets the class `Linear`, less `ignored`. Several: a group for each, with the
-    concrete names of its linears, because a class as target of two groups lets the first one win everywhere.
+    One scheme for all: its group targets the class `Linear`, less `ignored`, and a quantized head by its name, since
+    vLLM's head is of another class. Several: a group for each, with the concrete names of its linears, because a class
+    as target of two groups lets the first one win everywhere.
     """
     # compressed-tensors 0.20 expects packed zero points unpacked when transformers 5.23 loads weights packed, and
-    # refuses the checkpoint; unpacking while loading works. `run_compressed` is the name that older releases know too.
-    unpacked = {"run_compressed": False} if unpacks_on_load(schemes.values()) else {}
+    # refuses the checkpoint; unpacking while loading works. transformers has deprecated `run_compressed`, which is all
+    # that its older releases know; `dequantize` takes its place.
+    unpacked = {"run_compressed": False, "dequantize": True} if unpacks_on_load(schemes.values()) else {}
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
-    mixed = len(groups) > 1
+    mixed, everywhere = len(groups) > 1, ["Linear", *(name for name in schemes if name == HEAD)]
     return {
         "quant_method": "compressed-tensors",
         "format": FORMAT,
@@ -91,7 +92,7 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
         "kv_cache_scheme": None,
         "ignore": sorted(ignored),
         "config_groups": {
-            f"group_{index}": _group(scheme, names if mixed else ["Linear"])
+            f"group_{index}": _group(scheme, names if mixed else everywhere)
             for index, (scheme, names) in enumerate(groups.items())
         },
         **unpacked,
@@ -138,20 +139,12 @@ def _words(count: int, bits: int) -> int:
 
 def _held(name: str, result: LinearResult) -> AffineWeight:
     """The weight, if it is one that the format holds."""
-    weight, info = result.weight, FORMATS[ExportFormat.COMPRESSED_TENSORS]
+    weight = result.weight
     if not isinstance(weight, AffineWeight) or weight.offset is not None or result.low_rank is not None:
         raise FormatCannotHold(
             "compressed-tensors holds affine weights with whole zero points, without low-rank factors",
             field=name,
             hint='ask for formats: ["merged"], or add "peft" for the low-rank factors',
-        )
-    if weight.scheme.bits not in info.bits:
-        widths = ", ".join(map(str, sorted(info.bits)))
-        raise FormatCannotHold(
-            f"compressed-tensors holds {widths} bits, not {weight.scheme.bits}",
-            field=name,
-            value=weight.scheme.bits,
-            hint='change bits, or ask for formats: ["native"]',
         )
     if weight.scale.dtype != weight.dtype:
         raise FormatCannotHold(

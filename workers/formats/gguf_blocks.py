@@ -15,7 +15,7 @@ half and weight j + 16 in its upper one, and fifth bits are one little-endian wo
 Asymmetric 6 to 8 bits have no type, nor have groups that are no multiple of 32.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from gguf import GGMLQuantizationType as Kind
@@ -75,13 +75,21 @@ def pack(name: str, weight: AffineWeight) -> Packed:
         codes = codes.to(torch.int16) - 2 ** (weight.scheme.bits - 1) + MIDDLE[kind]
         parts = [_bytes(scale), *_code_parts(codes, kind)]
         return Packed(kind, torch.cat(parts, -1).flatten(1), 0.0)
-    exact = _offset(weight)
-    rounded = exact.to(torch.float16)
+    exact, rounded = _offset(weight), _stored_offset(name, weight)
     moved = ((rounded.float() - exact).abs() / weight.scale.float().abs()).max()
-    if not torch.isfinite(rounded).all():
-        raise FormatCannotHold("an offset is beyond what fp16 holds", field=name, hint="use a symmetric scheme")
     parts = [_bytes(scale), _bytes(_of_blocks(weight, rounded)), *_code_parts(codes.to(torch.int16), kind)]
     return Packed(kind, torch.cat(parts, -1).flatten(1), float(moved))
+
+
+def held(name: str, weight: AffineWeight) -> AffineWeight:
+    """The weight with the numbers that `pack` stores of it: where it is asymmetric, an fp16 offset for each group.
+
+    Raises:
+        FormatCannotHold: an offset is beyond what fp16 holds.
+    """
+    if weight.scheme.symmetric:
+        return weight
+    return replace(weight, zero_point=None, offset=_stored_offset(name, weight))
 
 
 def unpack(data: Tensor, kind: Kind, scheme: Scheme, dtype: torch.dtype) -> AffineWeight:
@@ -107,6 +115,14 @@ def _offset(weight: AffineWeight) -> Tensor:
         return weight.offset.float()
     assert weight.zero_point is not None  # noqa: S101 - for the type checker: asymmetric, and no offset
     return -weight.scale.float() * weight.zero_point.float()
+
+
+def _stored_offset(name: str, weight: AffineWeight) -> Tensor:
+    """m as it is stored, fp16 (out, groups)."""
+    rounded = _offset(weight).to(torch.float16)
+    if not torch.isfinite(rounded).all():
+        raise FormatCannotHold("an offset is beyond what fp16 holds", field=name, hint="use a symmetric scheme")
+    return rounded
 
 
 def _of_blocks(weight: AffineWeight, of_groups: Tensor) -> Tensor:

@@ -21,11 +21,13 @@ from app.domain.errors import FormatCannotHold
 from app.domain.formats import ExportFormat, base_alone
 from app.domain.report import Report
 from workers.formats.gguf_blocks import pack
+from workers.formats.gguf_identity import add_identity
 from workers.formats.gguf_metadata import OTHER_FORMAT, Architecture
+from workers.formats.gguf_read_back import read_back
 from workers.formats.gguf_tokenizer import add_tokenizer, check_tokenizer
-from workers.formats.model_card import model_card
-from workers.formats.shards import write_json
-from workers.formats.source_files import LICENCES, SourceCheckpoint, check_tensor, copy_files, licence_file
+from workers.formats.identity import Identity
+from workers.formats.model_card import describe
+from workers.formats.source_files import LICENCES, SourceCheckpoint, check_tensor, copy_files
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, LinearResult
 
@@ -54,12 +56,18 @@ def check_source(source: SourceCheckpoint) -> None:
 
 
 class GGUFFile:
-    """One GGUF file in a folder of its own; `formats` are all of its job's."""
+    """One GGUF file in a folder of its own; `formats` are all of its job's, `identity` is what the job makes."""
 
-    def __init__(self, folder: Path, source: SourceCheckpoint, formats: Collection[ExportFormat]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        source: SourceCheckpoint,
+        formats: Collection[ExportFormat],
+        identity: Identity | None = None,
+    ) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._folder, self._source, self._formats = folder, source, formats
+        self._folder, self._source, self._formats, self._identity = folder, source, formats, identity
         self._architecture = Architecture.of(source)
         self._names = get_tensor_name_map(self._architecture.kind, self._architecture.dimensions.layers)
         self._linears: dict[str, StoredLinear] = {}
@@ -101,6 +109,7 @@ class GGUFFile:
         if factors is not None:
             self._stored.add("rope_freqs.weight", _as_bytes(factors), Kind.F32)
         writer = GGUFWriter(self._folder / FILE, self._architecture.name)
+        add_identity(writer, self._source, self._identity, base_alone(self._formats))
         self._architecture.add_to(writer)
         add_tokenizer(writer, self._source.folder, self._architecture.dimensions.vocabulary)
         writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -110,10 +119,10 @@ class GGUFFile:
 
     def describe(self, report: Report) -> list[Path]:
         """Add the report and the model card, after `finish`; all files of the folder."""
-        write_json(self._folder / "report.json", report.model_dump(mode="json"))
-        card = model_card(report, ExportFormat.GGUF, self._linears, licence_file(self._folder), self._formats)
-        (self._folder / "README.md").write_text(card, encoding="utf-8")
-        return sorted(file for file in self._folder.rglob("*") if file.is_file())
+        reading = read_back(self._folder, FILE, self._architecture.config, self._source.folder)
+        return describe(
+            self._folder, report, ExportFormat.GGUF, self._linears, self._formats, self._source, reading=reading
+        )
 
     @property
     def warnings(self) -> dict[str, str]:

@@ -4,8 +4,8 @@ Llama's rotary embedding pairs row i of a head with row i + d/2 in transformers 
 of q and k (and their biases) change places: (heads, 2, d/2) becomes (heads, d/2, 2). Whole rows move, with their codes
 and scales, so nothing is rounded. Qwen keeps transformers' order.
 
-Numbers that config.json leaves out are those that transformers assumes. A sliding window is not known to GGML's Llama:
-the context is limited to it, within which both compute the same.
+Numbers that config.json leaves out are those that transformers assumes. What a file cannot say is refused by the rules
+of `app.domain.gguf_rules`, held here against the configuration as transformers completes it.
 """
 
 import math
@@ -20,15 +20,13 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from app.domain.architectures import Dimensions, read_dimensions
 from app.domain.errors import FormatCannotHold
+from app.domain.gguf_rules import ARCHITECTURES as RULES
+from app.domain.gguf_rules import gguf_refusals
 from workers.formats.source_files import SourceCheckpoint
 
+KINDS = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
 ARCHITECTURES: MappingProxyType[str, MODEL_ARCH] = MappingProxyType(
-    {
-        "llama": MODEL_ARCH.LLAMA,
-        "mistral": MODEL_ARCH.LLAMA,
-        "qwen2": MODEL_ARCH.QWEN2,
-        "qwen3": MODEL_ARCH.QWEN3,
-    }
+    {model_type: KINDS[rules.name] for model_type, rules in RULES.items()}
 )
 """transformers' `model_type` -> GGUF's architecture."""
 
@@ -53,7 +51,7 @@ class Architecture:
         """Of a checkpoint.
 
         Raises:
-            FormatCannotHold: the model's type or its rotary scaling is not known here.
+            FormatCannotHold: the model's type is not known here, or its configuration says what a file cannot.
         """
         dimensions = read_dimensions(source.config)
         model_type = dimensions.architecture.model_type
@@ -64,14 +62,9 @@ class Architecture:
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
         kind = ARCHITECTURES[model_type]
         moved = {"q_proj": dimensions.heads, "k_proj": dimensions.key_value_heads} if kind is MODEL_ARCH.LLAMA else {}
-        found = cls(kind, config, dimensions, moved)
-        if found.rope["rope_type"] not in ("default", "llama3"):
-            raise FormatCannotHold(
-                f"gguf is not written for rotary scaling of the type {found.rope['rope_type']}",
-                field="formats",
-                hint=OTHER_FORMAT,
-            )
-        return found
+        for refusal in gguf_refusals(model_type, config.to_dict()):
+            raise FormatCannotHold(refusal, field="formats", hint=OTHER_FORMAT)
+        return cls(kind, config, dimensions, moved)
 
     @property
     def name(self) -> str:
@@ -94,9 +87,7 @@ class Architecture:
     def add_to(self, writer: GGUFWriter) -> None:
         """Adds the architecture's numbers."""
         numbers, config = self.dimensions, self.config
-        window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
-        context = config.max_position_embeddings
-        writer.add_context_length(min(context, window) if window else context)
+        writer.add_context_length(config.max_position_embeddings)
         writer.add_embedding_length(numbers.hidden)
         writer.add_block_count(numbers.layers)
         writer.add_feed_forward_length(numbers.intermediate)

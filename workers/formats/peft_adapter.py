@@ -8,9 +8,11 @@ peft computes y = x W^T + (alpha / rank) * (x A^T) B^T, where W is the dequantiz
 method made them, with alpha's factor taken out (`LowRank.of_product`), so that the correction acts at full strength
 whatever alpha and rank, and training goes on from exactly this point.
 
-The configuration names no base on purpose: the original model is the wrong one, and would load without an error.
+The configuration names the model that was quantized, where that is on the Hub, since the Hub and peft look an adapter's
+base up by its id. The original weights are not the base that was measured: the card says which checkpoint is.
 """
 
+import json
 import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping
@@ -24,9 +26,10 @@ from torch import Tensor
 from app.domain.errors import FormatCannotHold
 from app.domain.formats import ExportFormat
 from app.domain.report import Report
-from workers.formats.model_card import model_card
+from workers.formats.identity import Identity
+from workers.formats.model_card import describe
 from workers.formats.shards import write_json
-from workers.formats.source_files import LICENCES, SourceCheckpoint, copy_files, licence_file
+from workers.formats.source_files import LICENCES, SourceCheckpoint, copy_files
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.quantized import LinearResult, LowRank
 
@@ -120,8 +123,9 @@ class AdapterWriter:
         return {}
 
     def describe(self, report: Report) -> list[Path]:
-        """Add the report and the model card, after `finish`; all files of the folder."""
-        write_json(self._folder / "report.json", report.model_dump(mode="json"))
-        card = model_card(report, ExportFormat.PEFT, self._linears, licence_file(self._folder), self._formats)
-        (self._folder / "README.md").write_text(card, encoding="utf-8")
-        return sorted(file for file in self._folder.rglob("*") if file.is_file())
+        """Name the base, and add the report and the model card, after `finish`; all files of the folder."""
+        identity, file = Identity.of(report), self._folder / "adapter_config.json"
+        base = {"base_model_name_or_path": identity.model_id, "revision": identity.revision}
+        if identity.model_id is not None:
+            write_json(file, json.loads(file.read_bytes()) | base)
+        return describe(self._folder, report, ExportFormat.PEFT, self._linears, self._formats, self._source)

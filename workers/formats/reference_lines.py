@@ -1,9 +1,9 @@
 """The reference row of a model card: what round to nearest gives with the same scheme on the same text."""
 
-from app.domain.report import Reference
+from app.domain.report import Figures
 
 
-def reference_lines(reference: Reference | None) -> list[str]:
+def reference_lines(reference: Figures | None) -> list[str]:
     """A paragraph below the table of the quality; none where nothing was measured."""
     if reference is None:
         return []

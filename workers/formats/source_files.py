@@ -1,5 +1,6 @@
 """What a result takes over from its source: tensors that are not quantized, the tokenizer, the licence. Never code."""
 
+import json
 import shutil
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -9,23 +10,47 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from app.domain.errors import InternalError
+from workers.formats.shards import write_json
 
-LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*")
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 COPIED = (
     "tokenizer*",
     "*.model",
-    "vocab.json",
+    "*.tiktoken",
+    "*.spm",
+    "tekken.json",
+    "*.tokenizer",
+    "vocab*.json",
+    "*vocab.json",
     "vocab.txt",
+    "vocab.bpe",
+    "encoder.json",
     "merges.txt",
+    "bpe.codes",
+    "dict.txt",
+    "emoji.json",
+    "normalizer.json",
+    "byte_maps.json",
+    "word_shape.json",
+    "word_pronunciation.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "generation_config.json",
     "chat_template*",
+    "*SYSTEM_PROMPT.txt",
     "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "audio_tokenizer_config.json",
     "processor_config.json",
     *LICENCES,
 )
-"""Files of the source that belong to the result too."""
+"""Files of the source that belong to the result too: what transformers' and mistral-common's tokenizers and processors
+read, and what the licence asks for."""
+CODE = frozenset({".py", ".pyc", ".so", ".sh", ".js", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".h5"})
+"""Never copied, whatever the name: programs, and what runs one when it is read."""
+NAMES_OF_CODE = frozenset({"auto_map", "custom_pipelines"})
+"""Keys of configurations that name classes in the repository's own Python files."""
+MAX_CONFIG_BYTES = 50_000_000
 
 
 class SourceCheckpoint(Protocol):
@@ -51,16 +76,45 @@ def check_tensor(source: SourceCheckpoint, name: str, tensor: Tensor) -> None:
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str] = COPIED) -> None:
-    """Copies the files of `source` that match one of the patterns; Python files never."""
+    """Copies the files of `source` that match one of the patterns; code never, nor a configuration's names of it."""
     for file in sorted(source.iterdir()):
-        wanted = any(fnmatchcase(file.name, pattern) for pattern in patterns) and file.suffix != ".py"
+        wanted = any(fnmatchcase(file.name, pattern) for pattern in patterns) and file.suffix.lower() not in CODE
         if wanted and file.is_file():
-            shutil.copyfile(file, target / file.name)
+            _copy(file, target / file.name)
     templates = source / "additional_chat_templates"
     if patterns is COPIED and templates.is_dir():
         (target / templates.name).mkdir()
         for file in sorted(templates.glob("*.jinja")):
             shutil.copyfile(file, target / templates.name / file.name)
+
+
+def without_code(config: Any) -> Any:
+    """A configuration, decoded, without the names of code that stays behind, however deep they stand in it.
+
+    transformers would look for the code wherever `trust_remote_code` is given, and scripts give it to every model.
+    """
+    if isinstance(config, Mapping):
+        return {key: without_code(value) for key, value in config.items() if key not in NAMES_OF_CODE}
+    return [without_code(entry) for entry in config] if isinstance(config, list) else config
+
+
+def names_code(source: SourceCheckpoint) -> bool:
+    """Whether the source's configuration names code of its own."""
+    return bool(without_code(source.config) != source.config)
+
+
+def _copy(file: Path, target: Path) -> None:
+    """The same bytes, unless it is a configuration that names code."""
+    if file.name.endswith("_config.json") and file.stat().st_size <= MAX_CONFIG_BYTES:
+        try:
+            config = json.loads(file.read_bytes())
+            cleaned = without_code(config)
+        except (ValueError, RecursionError):  # no JSON: nobody reads code's names in it
+            cleaned = config = None
+        if cleaned != config:
+            write_json(target, cleaned)
+            return
+    shutil.copyfile(file, target)
 
 
 def licence_file(folder: Path) -> str | None:

@@ -8,7 +8,7 @@
 
 What is not quantized (embeddings, norms, biases, the head) is copied bit by bit unless `add_tensor` replaced it, and
 so are the tokenizer, the generation configuration, the chat template and the licence. Code from the source (`*.py`)
-never is.
+never is, and neither are the names by which its configurations call that code.
 
 Where `peft` is among the formats of a job, every checkpoint but `native` holds the quantized base alone.
 """
@@ -26,10 +26,12 @@ from app.domain.formats import ExportFormat, base_alone, model_problems
 from app.domain.methods import Scheme
 from app.domain.report import Report
 from workers.formats import compressed_tensors, gguf_file, merged, native
-from workers.formats.model_card import model_card
+from workers.formats.identity import Identity
+from workers.formats.model_card import describe
 from workers.formats.peft_adapter import AdapterWriter
+from workers.formats.runtimes import dense_words_warning, straddling
 from workers.formats.shards import SHARD_BYTES, ShardWriter, write_json
-from workers.formats.source_files import SourceCheckpoint, check_tensor, copy_files, licence_file
+from workers.formats.source_files import SourceCheckpoint, check_tensor, copy_files, without_code
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import LinearResult
 
@@ -58,10 +60,13 @@ class Writer(Protocol):
 
 
 def open_writers(
-    folder: Path, formats: Collection[ExportFormat], source: SourceCheckpoint
+    folder: Path, formats: Collection[ExportFormat], source: SourceCheckpoint, identity: Identity | None = None
 ) -> Mapping[ExportFormat, Writer]:
-    """A writer for each format of a job, in a folder of its name under `folder`."""
-    return {name: _open(folder / name.value, name, source, formats) for name in formats}
+    """A writer for each format of a job, in a folder of its name under `folder`.
+
+    identity   what the job makes, for files that say so before there is a report
+    """
+    return {name: _open(folder / name.value, name, source, formats, identity) for name in formats}
 
 
 def check_model(
@@ -74,18 +79,24 @@ def check_model(
     Raises:
         FormatCannotHold: one of them cannot.
     """
-    for problem in model_problems(formats, model_type, inputs):
+    for problem in model_problems(formats, model_type, inputs, source.config):
         hint = "leave the format out, or change what its detail names; GET /v1/formats lists what each one holds"
         raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value, hint=hint)
     if ExportFormat.GGUF in formats:
         gguf_file.check_source(source)
 
 
-def _open(folder: Path, name: ExportFormat, source: SourceCheckpoint, formats: Collection[ExportFormat]) -> Writer:
+def _open(
+    folder: Path,
+    name: ExportFormat,
+    source: SourceCheckpoint,
+    formats: Collection[ExportFormat],
+    identity: Identity | None,
+) -> Writer:
     if name is ExportFormat.PEFT:
         return AdapterWriter(folder, source, formats)
     if name is ExportFormat.GGUF:
-        return gguf_file.GGUFFile(folder, source, formats)
+        return gguf_file.GGUFFile(folder, source, formats, identity)
     return CheckpointWriter(folder, name, source, formats=formats)
 
 
@@ -151,15 +162,13 @@ class CheckpointWriter:
 
     def describe(self, report: Report) -> list[Path]:
         """Add the report and the model card, after `finish`; all files of the folder."""
-        write_json(self._folder / "report.json", report.model_dump(mode="json"))
-        card = model_card(report, self._format, self._linears, licence_file(self._folder), self._formats)
-        (self._folder / "README.md").write_text(card, encoding="utf-8")
-        return sorted(file for file in self._folder.rglob("*") if file.is_file())
+        return describe(self._folder, report, self._format, self._linears, self._formats, self._source)
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """None: nothing is rounded here."""
-        return {}
+        """What loading needs; nothing is rounded here."""
+        widths = straddling(self._schemes().values()) if self._format is ExportFormat.COMPRESSED_TENSORS else []
+        return {"needs_newer_package": dense_words_warning(widths)} if widths else {}
 
     def _unquantized_matrices(self) -> Iterable[str]:
         """Modules with a matrix that is not quantized: other linears, and embeddings, where listing does no harm.
@@ -173,7 +182,7 @@ class CheckpointWriter:
                 yield module
 
     def _write_config(self, ignored: list[str]) -> None:
-        config = {**self._source.config, **self._dtype_fields()}
+        config = {**without_code(self._source.config), **self._dtype_fields()}
         loader = self._format is ExportFormat.NATIVE
         if self._format is ExportFormat.NATIVE:
             write_json(self._folder / "bitwright.json", native.describe(self._linears))

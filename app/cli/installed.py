@@ -1,0 +1,24 @@
+"""How this installation's `bitwright` is called from the shell that somebody sits at."""
+
+import shutil
+import sys
+from pathlib import Path
+
+NAME = "bitwright"
+
+
+def how_to_call() -> str | None:
+    """The way to call the command in a shell where its name alone is not found; None where it is."""
+    script = Path(sys.executable).with_name(NAME)
+    found = shutil.which(NAME)
+    if not script.exists() or (found is not None and Path(found).resolve() == script.resolve()):
+        return None
+    activate = script.with_name("activate")
+    direct = f"`{_short(script)}`"
+    return f"{direct}, or `{NAME}` after `source {_short(activate)}`" if activate.exists() else direct
+
+
+def _short(path: Path) -> str:
+    """The path as it is typed from here."""
+    here = Path.cwd()
+    return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)

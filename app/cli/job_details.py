@@ -1,0 +1,104 @@
+"""What people see of one job beside its status: what was trained, what there is to download, what a dry run said."""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.table import Table
+from rich.text import Text
+
+from app.cli.render import adapter_text, bits_text, format_bytes, format_seconds, pairs
+from app.domain.delivery import delivery
+from app.domain.jobs import JobRequest
+from app.domain.report import Report
+from app.domain.sources import LocalModel
+from app.domain.views import ArtifactView, JobView, PreflightView
+
+
+def training_table(report: Report) -> Table | None:
+    """What was trained, how long, and the losses before and after; None where nothing was."""
+    adapter, trained = report.adapter, report.finetuning
+    if adapter is None and trained is None:
+        return None
+    table = pairs()
+    if adapter is not None:
+        least, most = adapter.inner_ranks
+        inner = f"{least}" if least == most else f"{least} to {most}"
+        table.add_row("adapter", f"{adapter.kind}, rank {adapter.rank} (inner rank {inner})")
+        table.add_row("trained parameters", f"{adapter.parameters:,}")
+    if trained is not None:
+        kept = "" if trained.steps_kept == trained.steps_done else f", the parameters after {trained.steps_kept} kept"
+        early = ", stopped early" if trained.stopped_early else ""
+        table.add_row("steps", f"{trained.steps_done} of {trained.steps}{kept}{early}")
+        if trained.losses:
+            first, last = trained.losses[0], trained.losses[-1]
+            table.add_row("training loss", f"{first.loss:.4f} to {last.loss:.4f} nats a token")
+        if trained.loss_before is not None and trained.loss_after is not None:
+            table.add_row("held-out loss", f"{trained.loss_before:.4f} to {trained.loss_after:.4f} nats a token")
+        table.add_row("trained on", f"{trained.text.source}, {trained.text.tokens:,} tokens")
+    return table
+
+
+def brought(job: JobView, artifacts: Sequence[ArtifactView]) -> dict[str, int]:
+    """Bytes on disk of what `download` brings, by format."""
+    if not artifacts:
+        return {}
+    together = delivery(list(dict.fromkeys(artifact.format for artifact in artifacts)), job.request)
+    return {name: sum(artifact.size for artifact in artifacts if artifact.format == name) for name in together}
+
+
+def sizes_text(artifacts: Iterable[ArtifactView]) -> dict[str, str]:
+    """Bytes on disk of what the job keeps, by format: all files, and the largest by its name."""
+    by_format: dict[str, list[ArtifactView]] = {}
+    for artifact in artifacts:
+        by_format.setdefault(artifact.format, []).append(artifact)
+    told = {}
+    for name, files in by_format.items():
+        largest = max(files, key=lambda artifact: artifact.size)
+        total = format_bytes(sum(artifact.size for artifact in files))
+        told[name] = f"{total} in {len(files)} files, {largest.path} {format_bytes(largest.size)}"
+    return told
+
+
+def files_table(job: JobView, artifacts: Sequence[ArtifactView]) -> Table:
+    """What there is to download, with its size: first what `download` brings, then the rest."""
+    table = pairs()
+    sizes, together = sizes_text(artifacts), list(brought(job, artifacts))
+    for name in (*together, *sorted(sizes.keys() - set(together))):
+        table.add_row(name, sizes[name] + ("" if name in together else "  (with --format)"))
+    return table
+
+
+def preflight_table(view: PreflightView) -> Table:
+    """What a dry run answered: the request's main points, estimates, warnings."""
+    table, request = pairs(), view.request
+    quantization = request.quantization
+    table.add_row("model", model_text(request))
+    form = "symmetric" if quantization.symmetric else "asymmetric"
+    table.add_row("method", quantization.method)
+    table.add_row("scheme", f"{bits_text(quantization)}, group {quantization.group_size}, {form}")
+    if request.adapter is not None:
+        table.add_row("adapter", adapter_text(request.adapter.kind, request.adapter.rank, request.merge))
+    table.add_row("formats", ", ".join(request.formats) or "native")
+    for name, value in view.estimates.items():
+        if value is not None:
+            table.add_row(f"estimate: {name.removesuffix('_bytes').replace('_', ' ')}", _estimate_text(name, value))
+    for warning in view.warnings:
+        table.add_row("warning", Text(warning, style="yellow"))
+    return table
+
+
+def model_text(request: JobRequest) -> str:
+    """Shorthand of the model's source."""
+    source = request.model
+    return source.path if isinstance(source, LocalModel) else source.id
+
+
+def _estimate_text(name: str, value: object) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{_estimate_text(name, part)} on {key}" for key, part in value.items())
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if "bytes" in name:
+            return format_bytes(value)
+        if "seconds" in name:
+            return format_seconds(value)
+        return f"{value:,}"
+    return str(value)

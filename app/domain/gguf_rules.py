@@ -1,0 +1,158 @@
+"""What a config.json may say of a model that is to become a GGUF file: llama.cpp's architectures are fixed.
+
+A GGUF file names one of llama.cpp's architectures and a few numbers. What else a configuration decides in transformers
+(the activation, biases, the mask, the rotary embedding) is built into llama.cpp, so that another value either makes a
+file that does not load or one that computes another model. Read in llama.cpp b11434 and v0.5.0, `src/models/*.cpp`;
+`tests/engine/test_gguf_in_llama_cpp.py` holds every rule against its library.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+MAX_LAYERS = 512
+"""LLAMA_MAX_LAYERS of llama.cpp."""
+SILU = frozenset({"silu", "swish"})
+SLIDING = "sliding_attention"
+WAY_OUT = 'leave gguf out, or ask for formats: ["merged"]'
+
+Config = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class GgufArchitecture:
+    """A `model_type` as llama.cpp computes it.
+
+    name        llama.cpp's name
+    rotary      types of rotary embedding that the file can say
+    biases      fields that add biases which it has no tensors for
+    square      whether heads times head_dim is the model's width
+    window      what transformers assumes of `sliding_window` where config.json is silent, if every layer slides
+    by_layer    whether layers slide one by one, as `use_sliding_window` and `layer_types` say
+    positions   what transformers assumes of `max_position_embeddings`
+    """
+
+    name: str
+    rotary: frozenset[str] = frozenset({"default"})
+    biases: tuple[str, ...] = ()
+    square: bool = False
+    window: int | None = None
+    by_layer: bool = False
+    positions: int = 32_768
+
+
+LLAMA_ROTARY = frozenset({"default", "llama3"})
+ARCHITECTURES: MappingProxyType[str, GgufArchitecture] = MappingProxyType(
+    {
+        "llama": GgufArchitecture("llama", LLAMA_ROTARY, positions=2048),
+        "mistral": GgufArchitecture("llama", LLAMA_ROTARY, window=4096, positions=131_072),
+        "qwen2": GgufArchitecture("qwen2", square=True, by_layer=True),
+        "qwen3": GgufArchitecture("qwen3", biases=("attention_bias",), by_layer=True),
+    }
+)
+"""transformers' `model_type` -> what llama.cpp makes of it."""
+
+
+def gguf_refusals(model_type: str, config: Config) -> list[str]:
+    """Everything that the configuration says and a GGUF file cannot: field, value and way out of each.
+
+    config   config.json, decoded; or transformers' reading of it, in which nothing is left out
+    """
+    architecture = ARCHITECTURES.get(model_type)
+    if architecture is None:
+        return []
+    return [f"{found}; {WAY_OUT}" for check in CHECKS for found in check(architecture, config)]
+
+
+def _activation(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
+    activation = config.get("hidden_act", "silu")
+    if activation not in SILU:
+        yield (
+            f"config.json has hidden_act = {activation!r}, and a GGUF file cannot say that: llama.cpp's "
+            f"{architecture.name} always computes silu"
+        )
+
+
+def _biases(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
+    for name in architecture.biases:
+        if config.get(name):
+            yield (
+                f"config.json has {name} = {config[name]!r}, and llama.cpp's {architecture.name} has no tensors for "
+                "such biases: it would not load the file"
+            )
+
+
+def _rotary(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
+    given = config.get("rope_scaling") or config.get("rope_parameters")
+    rope: Config = given if isinstance(given, Mapping) else {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in architecture.rotary:
+        known = " and ".join(sorted(architecture.rotary))
+        yield (
+            f"config.json has rotary scaling of the type {kind}, and gguf is written for {known} with llama.cpp's "
+            f"{architecture.name}"
+        )
+    elif kind != "default" and rope.get("partial_rotary_factor", 1) != 1:
+        yield (
+            f"config.json has partial_rotary_factor = {rope['partial_rotary_factor']!r}, and llama.cpp's "
+            f"{architecture.name} turns whole heads"
+        )
+
+
+def _window(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
+    window = _sliding_window(architecture, config)
+    positions = config.get("max_position_embeddings", architecture.positions)
+    if window is not None and isinstance(positions, int) and window < positions:
+        yield (
+            f"config.json has sliding_window = {window}, and llama.cpp's {architecture.name} attends to all "
+            f"{positions} positions (max_position_embeddings): longer texts would be computed differently. Set "
+            "max_position_embeddings to the window where the context may be as short"
+        )
+
+
+def _sliding_window(architecture: GgufArchitecture, config: Config) -> int | None:
+    """The window that at least one layer has; None without one."""
+    window = config.get("sliding_window", 4096 if architecture.by_layer else architecture.window)
+    if not isinstance(window, int) or isinstance(window, bool):
+        return None
+    if not architecture.by_layer:
+        return None if architecture.window is None else window
+    if not config.get("use_sliding_window", False):
+        return None
+    types, layers, first = (
+        config.get("layer_types"),
+        config.get("num_hidden_layers"),
+        config.get("max_window_layers", 28),
+    )
+    if isinstance(types, list):
+        return window if SLIDING in types else None
+    some = not isinstance(layers, int) or not isinstance(first, int) or first < layers
+    return window if some else None
+
+
+def _heads(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
+    width, heads, hidden = config.get("head_dim"), config.get("num_attention_heads"), config.get("hidden_size")
+    numbers = isinstance(width, int) and isinstance(heads, int) and isinstance(hidden, int)
+    if architecture.square and numbers and width * heads != hidden:  # type: ignore[operator]
+        yield (
+            f"config.json has head_dim = {width}, and llama.cpp's {architecture.name} takes {heads} heads for the "
+            f"whole hidden_size of {hidden}"
+        )
+
+
+def _layers(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
+    layers = config.get("num_hidden_layers")
+    if isinstance(layers, int) and layers > MAX_LAYERS:
+        yield f"config.json has num_hidden_layers = {layers}, and llama.cpp holds at most {MAX_LAYERS}"
+    if config.get("per_layer_config"):
+        yield f"config.json has per_layer_config, and llama.cpp's {architecture.name} has the same numbers in all"
+
+
+CHECKS: tuple[Callable[[GgufArchitecture, Config], Iterator[str]], ...] = (
+    _activation,
+    _biases,
+    _rotary,
+    _window,
+    _heads,
+    _layers,
+)

@@ -1,0 +1,103 @@
+"""A runtime that loads a format: its limits, the release that they come from, and whether a test tried them.
+
+A runtime is `tested` where a test or benchmark of this repository loads the artifact in it, else `by_rules`: the
+runtime's own limits as its source has them, which a test encodes. Either way the row names the release: limits move,
+and a table without releases goes stale unseen. A runtime whose limits depend on the device has a row for each.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from app.domain.methods import PER_CHANNEL, Scheme
+
+
+class Support(StrEnum):
+    TESTED = "tested"
+    BY_RULES = "by_rules"
+
+
+@dataclass(frozen=True)
+class WidthsSince:
+    """Widths that a runtime, or a library that it needs, has taken since one of its releases."""
+
+    version: str
+    bits: frozenset[int]
+    symmetric: frozenset[bool] = frozenset({True, False})
+
+    def holds(self, scheme: Scheme) -> bool:
+        return scheme.bits in self.bits and scheme.symmetric in self.symmetric
+
+
+@dataclass(frozen=True)
+class RuntimeSupport:
+    """A runtime that loads a format, for which schemes, on which devices, and how we know."""
+
+    runtime: str
+    support: Support
+    bits: frozenset[int]
+    group_sizes: frozenset[int] | None = None
+    """None: any group size."""
+    asymmetric_bits: frozenset[int] | None = None
+    """Widths that it loads with zero points; None: all of `bits`."""
+    note: str = ""
+    version: str = ""
+    """The release that a test loaded the format in, or whose source the rules were read in."""
+    devices: str = ""
+    """The devices that this row speaks of; empty: all that the runtime runs on."""
+    smallest_group: int = 1
+    group_multiple: int = 1
+    """Groups are multiples of so many columns; per channel is a case of its own."""
+    since: tuple[WidthsSince, ...] = ()
+    """Widths that earlier releases did not take."""
+
+    def loads(self, scheme: Scheme) -> bool:
+        """Whether a linear in this scheme is within the runtime's limits."""
+        bits = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
+        return scheme.bits in bits and self._takes_group(scheme.group_size)
+
+    def first_release(self, schemes: Iterable[Scheme]) -> str | None:
+        """The oldest release that takes all of them, where the row knows of older ones that do not."""
+        found = {added.version for scheme in schemes for added in self.since if added.holds(scheme)}
+        return max(found, key=_release, default=None)
+
+    def known(self) -> str:
+        """How we know, in which release and on which devices, in words."""
+        how = "tested with" if self.support is Support.TESTED else "by the rules of"
+        return f"{how} {self.version}" + (f" on {self.devices}" if self.devices else "")
+
+    def _takes_group(self, size: int) -> bool:
+        if self.group_sizes is not None:
+            return size in self.group_sizes
+        return size == PER_CHANNEL or (size >= self.smallest_group and size % self.group_multiple == 0)
+
+
+def described(scheme: Scheme) -> str:
+    """A scheme in words."""
+    group = "per channel" if scheme.group_size == PER_CHANNEL else f"group size {scheme.group_size}"
+    return f"{scheme.bits} bits, {'symmetric' if scheme.symmetric else 'asymmetric'}, {group}"
+
+
+def runtime_limits(rows: Iterable[RuntimeSupport], what: str, scheme: Scheme) -> list[str]:
+    """A sentence for each runtime of these rows that does not load linears of `scheme`, or only on some devices.
+
+    what   the sentence's object
+    """
+    by_runtime: dict[str, list[RuntimeSupport]] = {}
+    for row in rows:
+        by_runtime.setdefault(row.runtime, []).append(row)
+    found = []
+    for runtime, known in by_runtime.items():
+        able = [row for row in known if row.loads(scheme)]
+        unable = "; ".join(row.known() for row in known if row not in able)
+        if not able:
+            found.append(f"{runtime} does not load {what} ({unable})")
+        elif unable:
+            since = able[0].first_release([scheme])
+            first = f" from {since} on" if since else ""
+            found.append(f"{runtime} loads {what}{first} ({able[0].known()}), but not everywhere ({unable})")
+    return found
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("."))

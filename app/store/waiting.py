@@ -1,0 +1,123 @@
+"""Where queued jobs stand, and when they may begin as things are now: by the durations of jobs that succeeded."""
+
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from math import inf
+from statistics import median
+
+from sqlalchemy import and_, func, select
+from sqlalchemy.orm import Session, aliased
+
+from app.domain.jobs import JobStatus
+from app.store.clock import now
+from app.store.models import Attempt, Job, Worker
+from app.store.workers import list_workers
+
+LONGEST_QUEUE = 1000
+"""Of jobs behind these nothing is told."""
+MEASURED_JOBS = 200
+"""So many of the latest that succeeded are looked at for durations."""
+
+Kind = tuple[str, str]
+"""Model, and recipe or method: jobs of one kind take about as long."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a queued job waits for.
+
+    position      1 is the next one, among those that the same workers may take
+    eta_seconds   until it begins; None where no worker is alive, or a job before it has no measured duration
+    """
+
+    position: int
+    eta_seconds: float | None
+
+
+@dataclass(frozen=True)
+class _Waiting:
+    job_id: str
+    device: str
+    kind: Kind
+    available_in: float
+
+
+def places(session: Session) -> dict[str, Place]:
+    """The place of every queued job, whoever's it is, by its id.
+
+    The order is that of the next claim. Later ones may differ: a tenant with fewer running jobs goes first.
+    """
+    at = session.scalars(select(now())).one()
+    queue, durations = _queue(session, at), _durations(session)
+    free = _free_in(session, at, durations)
+    found: dict[str, Place] = {}
+    before = Counter[str]()
+    for job in queue:
+        position = 1 + (before.total() if job.device == "any" else before["any"] + before[job.device])
+        before[job.device] += 1
+        able = [worker for worker, (device, _) in free.items() if job.device in ("any", device)]
+        first = min(able, key=lambda worker: free[worker][1], default=None)
+        begins = inf if first is None else max(free[first][1], job.available_in)
+        if first is not None:
+            free[first] = (free[first][0], begins + durations.get(job.kind, inf))
+        found[job.job_id] = Place(position, None if begins == inf else round(begins, 1))
+    return found
+
+
+def _queue(session: Session, at: datetime) -> list[_Waiting]:
+    """Queued jobs in the order in which the next claim would look at them."""
+    busy = aliased(Job, name="busy")
+    running = (
+        select(busy.tenant_id, func.count().label("running"))
+        .where(busy.status == JobStatus.RUNNING)
+        .group_by(busy.tenant_id)
+        .subquery("load")
+    )
+    query = (
+        select(Job.id, Job.device, Job.model, Job.method, Job.recipe, Job.available_at)
+        .outerjoin(running, running.c.tenant_id == Job.tenant_id)
+        .where(Job.status == JobStatus.QUEUED)
+        .order_by(Job.priority.desc(), func.coalesce(running.c.running, 0), Job.id)
+        .limit(LONGEST_QUEUE)
+    )
+    return [
+        _Waiting(row.id, row.device, (row.model, row.recipe or row.method), max(0.0, _seconds(at, row.available_at)))
+        for row in session.execute(query)
+    ]
+
+
+def _durations(session: Session) -> Mapping[Kind, float]:
+    """Seconds that a job of each kind took, the median of the latest that succeeded."""
+    query = (
+        select(Job.model, Job.method, Job.recipe, Job.started_at, Job.finished_at)
+        .where(Job.status == JobStatus.SUCCEEDED)
+        .order_by(Job.id.desc())
+        .limit(MEASURED_JOBS)
+    )
+    taken: defaultdict[Kind, list[float]] = defaultdict(list)
+    for row in session.execute(query):
+        if row.started_at is not None and row.finished_at is not None:
+            taken[row.model, row.recipe or row.method].append(_seconds(row.started_at, row.finished_at))
+    return {kind: median(seconds) for kind, seconds in taken.items()}
+
+
+def _free_in(session: Session, at: datetime, durations: Mapping[Kind, float]) -> dict[str, tuple[str, float]]:
+    """Each live worker with its device and the seconds until it takes another job; infinite if that is unknown."""
+    mine = and_(Attempt.job_id == Job.id, Attempt.number == Job.attempt)
+    query = (
+        select(Job.worker_id, Job.model, Job.method, Job.recipe, Attempt.started_at)
+        .join(Attempt, mine)
+        .where(Job.status == JobStatus.RUNNING)
+    )
+    busy: dict[str, float] = {}
+    for row in session.execute(query):
+        left = durations.get((row.model, row.recipe or row.method), inf) - _seconds(row.started_at, at)
+        busy[row.worker_id] = left if left > 0 else inf  # it takes longer than others did: nobody knows how long
+    alive: list[Worker] = [state.worker for state in list_workers(session)]
+    return {worker.id: (worker.device_class, busy.get(worker.id, 0.0)) for worker in alive}
+
+
+def _seconds(start: datetime, end: datetime) -> float:
+    return (end - start).total_seconds()

@@ -1,0 +1,87 @@
+"""Pages for a browser: every link and asset is there, and nothing comes from elsewhere."""
+
+import base64
+import hashlib
+import re
+from html.parser import HTMLParser
+from urllib.parse import urlsplit
+
+import pytest
+from starlette.testclient import TestClient
+
+from app.api.main import create_app
+from app.settings import Settings
+from tests.api.conftest import Api, problem
+
+LOADING = {"script": "src", "link": "href", "img": "src", "iframe": "src", "redoc": "spec-url", "a": "href"}
+MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png", ".json": "application/json"}
+
+
+class Page(HTMLParser):
+    """What a page loads or links to, and its inline scripts."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.scripts: list[str] = []
+        self._inside = False
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        found = dict(attrs).get(LOADING.get(tag, ""))
+        self.loads += [found] if found else []
+        self._inside = tag == "script" and found is None
+
+    def handle_data(self, data: str) -> None:
+        if self._inside:
+            self.scripts.append(data)
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = False
+
+
+@pytest.mark.parametrize("path", ["/docs", "/redoc"])
+def test_a_documentation_page_loads_from_this_service_alone(api: Api, path: str) -> None:
+    answer = api.anonymous.get(path)
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    page = Page(answer.text)
+    loads = page.loads + re.findall(r"url: '([^']+)'", answer.text)
+    assert {urlsplit(load)[:2] for load in loads} == {("", "")}
+    assert any(load.endswith(".js") for load in loads)
+    assert "/openapi.json" in loads
+    for load in loads:
+        asset = api.anonymous.get(load)
+        assert asset.status_code == 200, load
+        suffix = "." + load.rpartition(".")[2]
+        assert asset.headers["content-type"].split(";")[0] == MEDIA_TYPES[suffix], load
+        assert len(asset.content) > 1000, load
+    policy = answer.headers["content-security-policy"]
+    assert "http" not in policy
+    for script in page.scripts:  # else a browser would not run them
+        assert f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" in policy
+
+
+def test_behind_a_prefix_the_pages_load_under_it(settings: Settings) -> None:
+    with TestClient(create_app(settings), root_path="/bitwright") as client:
+        for path in ("/docs", "/redoc"):
+            loads = Page(client.get("/bitwright" + path).text).loads
+            assert loads
+            assert all(load.startswith("/bitwright/") for load in loads), loads
+            assert all(client.get(load).status_code == 200 for load in loads)
+
+
+def test_an_unknown_asset_is_not_found(api: Api) -> None:
+    for name in ("core.py", "..%2Fcore.py", "%2e%2e%2f__init__.py"):
+        problem(api.anonymous.get(f"/docs/assets/{name}"), 404, "not_found")
+
+
+def test_the_root_says_where_to_begin(api: Api) -> None:
+    told = api.anonymous.get("/").json()
+    assert told["name"] == "Bitwright"
+    page = api.anonymous.get("/", headers={"Accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+    assert page.headers["content-type"].startswith("text/html")
+    links = Page(page.text).loads
+    assert sorted(links) == sorted(told["links"].values())
+    for link in links:
+        assert api.reader.get(link).status_code == 200, link

@@ -1,0 +1,150 @@
+"""A resumed job never mixes two versions of the code: what can change codes is in the digest."""
+
+import ast
+import importlib.util
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from workers.engine.resume import CODE, ROOT, SUPERVISION, code_files, code_version
+
+MODULE = re.compile(r"(app|workers)(\.\w+)+")
+DIGESTED = {path.relative_to(ROOT).as_posix() for path in code_files()}
+PACKAGES = sorted({Path(name).parent.as_posix() for name in DIGESTED})
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the sources, to be changed."""
+    for folder in CODE:
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    return tmp_path
+
+
+def constants(path: Path) -> Iterator[ast.Constant]:
+    """Numbers of a source file, where a change changes what is computed."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.lineno == node.end_lineno:
+            yield node
+
+
+def change_a_constant(path: Path) -> None:
+    """Another number in place of the file's first one."""
+    number = next(constants(path))
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    line = lines[number.lineno - 1].encode()
+    changed = line[: number.col_offset] + b"13579" + line[number.end_col_offset :]
+    lines[number.lineno - 1] = changed.decode()
+    path.write_text("".join(lines), encoding="utf-8")
+
+
+def test_the_digest_is_the_same_wherever_the_sources_lie(copy: Path) -> None:
+    assert code_version(copy) == code_version()
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_one_constant_of_any_package_changes_the_digest(copy: Path, package: str) -> None:
+    before = code_version(copy)
+    files = [copy / name for name in sorted(DIGESTED) if Path(name).parent.as_posix() == package]
+    change_a_constant(next(file for file in files if next(constants(file), None) is not None))
+    assert code_version(copy) != before
+
+
+@pytest.mark.parametrize("name", ["app/domain/methods.py", "app/domain/weight_specs.py", "workers/engine/tuning.py"])
+def test_one_constant_of_what_decides_grids_candidates_and_checks_changes_it(copy: Path, name: str) -> None:
+    before = code_version(copy)
+    change_a_constant(copy / name)
+    assert code_version(copy) != before
+
+
+def test_a_file_in_a_new_folder_counts_and_so_does_its_place(copy: Path) -> None:
+    """Else a move of a file into a folder of its own would take it out of the digest."""
+    moved = copy / "workers/engine/tune/tuner.py"
+    moved.parent.mkdir()
+    before = code_version(copy)
+    (copy / "workers/engine/tuning.py").rename(moved)
+    after_the_move = code_version(copy)
+    change_a_constant(moved)
+    assert len({before, after_the_move, code_version(copy)}) == 3
+
+
+def test_two_files_that_swap_their_contents_change_it(copy: Path) -> None:
+    one, other = copy / "workers/methods/gptq.py", copy / "workers/methods/awq.py"
+    before, first, second = code_version(copy), one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    assert code_version(copy) != before
+
+
+def test_what_python_or_an_editor_leaves_does_not_count(copy: Path) -> None:
+    before = code_version(copy)
+    for name in ("workers/engine/__pycache__/tuning.cpython-311.pyc", "workers/engine/.tuning.py.swp"):
+        (copy / name).parent.mkdir(exist_ok=True)
+        (copy / name).write_bytes(b"x")
+    (copy / "workers/sweep.py").write_text("CHANGED = 1\n")
+    assert code_version(copy) == before
+
+
+def source_of(module: str) -> Path | None:
+    """The file of one of our modules; None for a name that is none."""
+    if module.split(".", maxsplit=1)[0] not in {"app", "workers"}:
+        return None
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return None
+    return None if spec is None or spec.origin is None else Path(spec.origin)
+
+
+def imports(module: str, path: Path) -> Iterator[str]:
+    """Modules that a file may import: inside functions, by a name in a string, and the packages above them too."""
+    yield module.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{module} imports relatively: follow it here"
+            name = node.module or ""
+            yield name
+            yield from (f"{name}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and MODULE.fullmatch(node.value):
+            yield node.value
+
+
+def reachable(*entries: str) -> set[str]:
+    """Paths of all our modules that an attempt can load, by the import graph."""
+    found: dict[str, str] = {}
+    waiting = list(entries)
+    while waiting:
+        module = waiting.pop()
+        path = source_of(module) if module and module not in found else None
+        if path is not None:
+            found[module] = path.relative_to(ROOT).as_posix()
+            waiting += imports(module, path)
+    return set(found.values())
+
+
+NO_CODES = frozenset({"app/__init__.py", "app/logs.py", "app/settings.py"})
+"""What an attempt loads besides: the package's name and how it logs."""
+
+
+def test_every_module_that_a_run_can_reach_is_in_the_digest() -> None:
+    modules = reachable("workers.attempt", "workers.engine.pipeline")
+    assert {"workers/engine/tuning.py", "workers/methods/sign_round.py", "workers/numerics/block_kernels.py"} <= modules
+    assert modules - DIGESTED - NO_CODES == set()
+
+
+def test_every_method_adapter_and_format_is_in_the_digest() -> None:
+    """Also those that a registry would load by name, which no import graph shows."""
+    folders = ("engine", "methods", "adapters", "numerics", "formats")
+    ours = {path.relative_to(ROOT).as_posix() for f in folders for path in (ROOT / "workers" / f).rglob("*.py")}
+    assert ours <= DIGESTED
+    assert len(ours) > 50
+
+
+def test_what_is_left_out_exists_and_is_out_of_reach() -> None:
+    assert {name for name in SUPERVISION if not (ROOT / name).is_file()} == set()
+    assert SUPERVISION.isdisjoint(reachable("workers.attempt", "workers.engine.pipeline"))

@@ -1,0 +1,87 @@
+"""The same result is the same bytes in every format: one entry of metadata a safetensors file, keys in one order."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+
+from app.domain.adapters import QBaRASpec
+from app.domain.formats import ExportFormat
+from app.domain.methods import Scheme
+from tests.formats.examples import REPORT, Made, random_result, scheme, tiny_llama, write_with
+from workers.adapters.attaching import Attach, stored
+from workers.engine.checkpoint import Checkpoint
+from workers.engine.tiny_model import Recipe, make_tiny_model
+from workers.formats.adapter_file import describe_adapter, write_adapter
+from workers.formats.gguf_file import GGUFFile
+from workers.formats.identity import Identity
+from workers.formats.writer import open_writers
+
+W4, WITH_FACTORS = scheme(4, 32, True), [Made(scheme(4, 32, True), rank=2)]
+
+
+def one_entry_at_most(folder: Path) -> int:
+    """How many safetensors files it has, each held to the rule."""
+    files = sorted(folder.rglob("*.safetensors"))
+    for file in files:
+        with safe_open(file, framework="pt") as opened:
+            assert len(opened.metadata() or {}) <= 1, file.name
+    return len(files)
+
+
+def assert_same_bytes(first: Path, second: Path) -> None:
+    names = sorted(str(file.relative_to(first)) for file in first.rglob("*") if file.is_file())
+    assert names == sorted(str(file.relative_to(second)) for file in second.rglob("*") if file.is_file())
+    for name in names:
+        assert (first / name).read_bytes() == (second / name).read_bytes(), name
+
+
+def test_several_entries_come_in_an_order_of_their_own() -> None:
+    """What the rule is for; should safetensors sort them one day, it may go."""
+    entries = {f"key{number}": "value" for number in range(8)}
+    assert len({save({"x": torch.zeros(1)}, metadata=entries) for _ in range(20)}) > 1
+    assert len({save({"x": torch.zeros(1)}, metadata={"key": "value"}) for _ in range(20)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("export_format", "made"),
+    [
+        (ExportFormat.NATIVE, WITH_FACTORS),
+        (ExportFormat.MERGED, WITH_FACTORS),
+        (ExportFormat.COMPRESSED_TENSORS, [W4]),
+        (ExportFormat.PEFT, WITH_FACTORS),
+    ],
+)
+def test_every_format_of_safetensors(
+    export_format: ExportFormat, made: Sequence[Made | Scheme], tmp_path: Path
+) -> None:
+    source = tiny_llama(tmp_path / "source")
+    for name in ("first", "second"):
+        writer = open_writers(tmp_path / name, (export_format,), source)[export_format]
+        write_with(writer, source, made)
+    assert one_entry_at_most(tmp_path / "first") == 1
+    assert_same_bytes(tmp_path / "first", tmp_path / "second")
+
+
+def test_the_adapter_file_with_the_base_that_it_names(tmp_path: Path) -> None:
+    results = {f"layer.{n}": random_result((48, 64), W4, seed=n) for n in range(6)}
+    adapters = Attach(QBaRASpec(rank=4))(results, seed=1)
+    for name in ("first", "second"):
+        write_adapter(tmp_path / name, "q-bara", {key: stored(module) for key, module in adapters.items()})
+        describe_adapter(tmp_path / name, "q-bara", REPORT)
+    assert one_entry_at_most(tmp_path / "first") == 1
+    assert_same_bytes(tmp_path / "first", tmp_path / "second")
+
+
+def test_a_gguf_file(tmp_path: Path) -> None:
+    recipe = Recipe(vocabulary=400, width=64, intermediate=64, blocks=1, positions=64, steps=30, batch=1, length=16)
+    source = Checkpoint.open(make_tiny_model(tmp_path / "source", recipe))
+    for name in ("first", "second"):
+        file = GGUFFile(tmp_path / name, source, (ExportFormat.GGUF,), Identity.of(REPORT))
+        file.add_linear("model.layers.0.self_attn.o_proj", random_result((64, 64), W4, torch.float16))
+        file.finish()
+        file.describe(REPORT)
+    assert_same_bytes(tmp_path / "first", tmp_path / "second")

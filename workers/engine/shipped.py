@@ -1,0 +1,235 @@
+"""What ships of a job: whatever a format folds, adds or rounds is done before anything is measured.
+
+Checkpoints of a job need not stand for the same numbers, so there may be several `Shipment`s of it:
+
+    whole     W_hat, with what was folded into it; the product of low-rank factors added, and the sum rounded once
+    beside    W_hat, and the adapter beside it: factors as stock peft adds them, others as their own loader does
+    base      W_hat alone
+
+GGUF has fp16 offsets in place of zero points, so that its W_hat may be another. Each is measured once: the evaluation
+text goes through all blocks again with weights that are made of the finished blocks as the export makes them.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.adapters import AdapterSpec
+from app.domain.formats import ADAPTER_FOLDER, ExportFormat
+from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
+from workers.engine.blocks import StreamedModel
+from workers.engine.read_ahead import BlockReader
+from workers.engine.resume import ResumeState
+from workers.engine.streams import Stream
+from workers.formats.gguf_blocks import held
+from workers.numerics.quantized import AffineWeight, LinearResult, LowRank
+
+
+class Numbers(Enum):
+    """What a linear of a shipment computes with."""
+
+    WHOLE = "whole"
+    BESIDE = "beside"
+    BASE = "base"
+
+
+@dataclass(frozen=True)
+class Shipment:
+    """Checkpoints that give the same numbers when they are loaded one way.
+
+    checkpoints   by folder
+    adapter       folder of the adapter that is loaded beside them; None: nothing is
+    in_gguf       whether offsets are as GGUF rounds them
+    """
+
+    checkpoints: tuple[str, ...]
+    numbers: Numbers
+    adapter: str | None = None
+    in_gguf: bool = False
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it is the result, and not a part of it."""
+        return self.numbers is not Numbers.BASE
+
+    @property
+    def key(self) -> tuple[Numbers, bool]:
+        """Equal for shipments of which one measurement is enough."""
+        return self.numbers, self.in_gguf
+
+
+@dataclass(frozen=True)
+class TrainedAdapters:
+    """Adapters by full linear name, on the host, and what the request wants of them.
+
+    offset_dtype   of offsets that an adapter is folded into: one for all formats of a job, so that all hold the same
+    """
+
+    spec: AdapterSpec
+    modules: Mapping[str, nn.Module]
+    merge: Merge
+    round_offset: bool
+    offset_dtype: torch.dtype = torch.float32
+
+    def result(self, name: str, base: LinearResult) -> LinearResult:
+        """What formats write of a linear on the host; one without an adapter is its base."""
+        if name not in self.modules:
+            return base
+        module, dtype = self.modules[name], self.offset_dtype
+        return shipped(name, base, module, self.merge, round_offset=self.round_offset, offset_dtype=dtype)
+
+    def results(self, bases: Mapping[str, LinearResult]) -> dict[str, LinearResult]:
+        """The same of a block's linears, by full name."""
+        return {name: self.result(name, base) for name, base in bases.items()}
+
+    def finished(self, name: str, base: LinearResult) -> Finished:
+        """The same, with the proof of its merge."""
+        if name not in self.modules:
+            return Finished(base)
+        module, dtype = self.modules[name], self.offset_dtype
+        return finished(name, base, module, self.merge, round_offset=self.round_offset, offset_dtype=dtype)
+
+
+def offset_dtype(formats: Sequence[ExportFormat]) -> torch.dtype:
+    """Of the offsets that a job's formats store."""
+    return torch.float16 if ExportFormat.GGUF in formats else torch.float32
+
+
+def shipments(
+    formats: Sequence[ExportFormat], *, factors: bool, trained: bool, merge: Merge, rounded_in_gguf: bool
+) -> list[Shipment]:
+    """Every way to load what a job stores: the whole result as it was asked for first, what is only a part last.
+
+    formats           that were asked for; `native` is stored besides
+    factors           whether the results have low-rank factors
+    trained           whether an adapter was
+    rounded_in_gguf   whether GGUF rounds some of their offsets
+    """
+    stored = tuple(dict.fromkeys([*formats, ExportFormat.NATIVE]))
+    bases = tuple(name for name in stored if name not in (ExportFormat.PEFT, ExportFormat.NATIVE))
+    native = (ExportFormat.NATIVE,)
+    found: list[tuple[Sequence[ExportFormat], Numbers, str | None]] = []
+    if ExportFormat.PEFT in stored:
+        found += [(bases or native, Numbers.BESIDE, ExportFormat.PEFT.value), (native, Numbers.WHOLE, None)]
+        found += [(bases, Numbers.BASE, None)] if bases else []
+    elif trained and merge is None and not factors:
+        found += [(stored, Numbers.BESIDE, ADAPTER_FOLDER), (stored, Numbers.BASE, None)]
+    else:
+        found += [(stored, Numbers.WHOLE, None)]
+        found += [(native, Numbers.BESIDE, ADAPTER_FOLDER)] if trained and factors else []
+    made = [
+        Shipment(tuple(name.value for name in part), numbers, adapter, in_gguf)
+        for names, numbers, adapter in found
+        for part, in_gguf in _split(names, rounded_in_gguf)
+        if part
+    ]
+    order = [name.value for name in stored]
+
+    def turn(shipment: Shipment) -> tuple[bool, int]:
+        folders = [*shipment.checkpoints, *([shipment.adapter] if shipment.adapter in order else [])]
+        return not shipment.is_whole, min(map(order.index, folders))
+
+    return sorted(made, key=turn)
+
+
+def _split(names: Sequence[ExportFormat], rounded_in_gguf: bool) -> list[tuple[list[ExportFormat], bool]]:
+    apart: list[ExportFormat] = [name for name in names if rounded_in_gguf and name is ExportFormat.GGUF]
+    return [([name for name in names if name not in apart], False), (apart, True)]
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Takes an evaluation stream through finished blocks with the numbers of a shipment.
+
+    state     the finished blocks
+    trained   adapters, where some were
+    """
+
+    model: StreamedModel
+    state: ResumeState
+    trained: TrainedAdapters | None = None
+    _apart: dict[str, LowRank | nn.Module] = field(default_factory=dict)
+    """What stands beside linears of the blocks that were read, until they are used."""
+
+    def run(self, stream: Stream, shipment: Shipment) -> None:
+        """X_q of the stream, rewound to the embeddings, through all blocks."""
+        with self.model.loaded(self.model.layout.embeddings):
+            stream.rewind(self.model)
+
+        def made(name: str, base: LinearResult) -> LinearResult:
+            return self._made(name, base, shipment)
+
+        with closing(BlockReader(self.model, self.state).quantized_blocks(made)) as blocks:
+            for index, block in enumerate(blocks):
+                with self.model.filled(block.original), self._beside(index):
+                    stream.advance_quantized(index, self.model.blocks[index])
+
+    def head(self, shipment: Shipment) -> Tensor | None:
+        """The dequantized weight of the head, where that is quantized."""
+        if len(self.state.blocks) == len(self.model.blocks):
+            return None
+        name = self.model.layout.head
+        base = self.state.load(len(self.model.blocks))[name]
+        return self._made(name, base, shipment).to(self.model.device).dequantize()
+
+    def _made(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:
+        """What a linear's weight is dequantized from; called by the thread that reads ahead."""
+        result = base if self.trained is None else self.trained.result(name, base)
+        if shipment.numbers is not Numbers.WHOLE:
+            if shipment.numbers is Numbers.BESIDE:
+                self._set_apart(name, result)
+            # Not that of the result: what was folded in stands beside it here.
+            result = LinearResult(base.weight)
+        if shipment.in_gguf and isinstance(result.weight, AffineWeight):
+            return replace(result, weight=held(name, result.weight))
+        return result
+
+    def _set_apart(self, name: str, result: LinearResult) -> None:
+        module = None if self.trained is None else self.trained.modules.get(name)
+        if module is None or is_stock(known(module)):
+            low_rank = result.low_rank
+            if low_rank is not None:
+                self._apart[name] = low_rank
+        else:
+            self._apart[name] = module
+
+    @contextmanager
+    def _beside(self, index: int) -> Iterator[None]:
+        """A block whose linears add what was set apart."""
+        device, prefix = self.model.device, self.model.layout.block(index) + "."
+        with ExitStack() as stack:
+            for name in [name for name in self._apart if name.startswith(prefix)]:
+                found = self._apart.pop(name)
+                update = Factors(found.to(device)) if isinstance(found, LowRank) else deepcopy(found).to(device).eval()
+                linear = self.model.model.get_submodule(name)
+                stack.callback(linear.register_forward_hook(_adding(update)).remove)
+            yield
+
+
+class Factors(nn.Module):
+    """Low-rank factors as stock peft applies them: in fp32 at least, whatever the base computes in."""
+
+    def __init__(self, low_rank: LowRank) -> None:
+        super().__init__()
+        dtype = torch.promote_types(low_rank.a.dtype, torch.float32)
+        self.a, self.b = (nn.Parameter(part.to(dtype), requires_grad=False) for part in (low_rank.a, low_rank.b))
+        self.scale = low_rank.alpha / low_rank.rank
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The update, (.., out) in the factors' dtype, of `x` (.., in)."""
+        inner = nn.functional.linear(x.to(self.a.dtype), self.a)
+        update: Tensor = nn.functional.linear(inner, self.b) * self.scale
+        return update
+
+
+def _adding(update: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
+    def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        found: Tensor = output + update(inputs[0])
+        return found.to(output.dtype)
+
+    return add

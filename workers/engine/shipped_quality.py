@@ -1,0 +1,121 @@
+"""Quality of everything that a job ships, each measured with its stored numbers, and what is said where they differ."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from app.domain.errors import NumericalFailure
+from app.domain.report import Figures, FinetuningReport, Quality, ShippedFigures
+from workers.engine.shipped import Numbers, Replay, Shipment
+from workers.engine.streams import Stream
+
+NOTABLE = 0.005
+"""Relative difference of perplexities of which the report warns."""
+AS_TRAINED = Shipment((), Numbers.BESIDE)
+"""The adapter beside the quantized weights, where it is merged and this is not shipped."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What the report tells: see its fields of these names, and `AdapterReport`."""
+
+    quality: Quality
+    shipped: tuple[ShippedFigures, ...]
+    before_merge: Figures | None = None
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures a stream.
+
+    head      dequantized weight of the head, where that is quantized, as the finished blocks have it
+    measure   quality of the stream as it is with a weight of the head; also told which measurement it is, of how many
+    """
+
+    head: Tensor | None
+    measure: Callable[[Tensor | None, int, int], Quality]
+
+
+def evaluate(
+    ways: Sequence[Shipment],
+    replay: Replay,
+    stream: Stream,
+    judge: Judge,
+    *,
+    merged: bool,
+    streamed: tuple[Numbers, bool] | None,
+) -> Evaluated:
+    """Measures every one of `ways`, the first of which is what was asked for.
+
+    merged     whether an adapter is folded in or added, so that how it was trained is measured besides
+    streamed   key of what the stream has gone through already; None: it must go through the blocks again for all
+
+    Raises:
+        NumericalFailure: the original or the quantized model's output is not finite.
+    """
+    needed = {way.key: way for way in (*ways, *([AS_TRAINED] if merged else []))}
+    results = {way.key for way in ways if way.is_whole}
+    found: dict[tuple[Numbers, bool], Quality] = {}
+    for number, key in enumerate(sorted(needed, key=lambda key: key != streamed)):
+        if key != streamed:
+            replay.run(stream, needed[key])
+        head = replay.head(needed[key]) if needed[key].in_gguf else judge.head
+        try:
+            found[key] = judge.measure(head, number, len(needed))
+        except NumericalFailure:
+            if key in results:
+                raise  # what is only a part, or was only trained so, may be anything
+    figures = {key: Figures.of(quality) for key, quality in found.items()}
+    return Evaluated(
+        quality=found[ways[0].key],
+        shipped=tuple(
+            ShippedFigures(
+                checkpoints=way.checkpoints, adapter=way.adapter, whole=way.is_whole, figures=figures[way.key]
+            )
+            for way in ways
+            if way.key in figures
+        ),
+        before_merge=figures.get(AS_TRAINED.key) if merged else None,
+    )
+
+
+def differences(found: Evaluated, training: FinetuningReport | None, merging: str) -> Iterator[tuple[str, str]]:
+    """Code and message of each warning, with both figures; `merging` says what a merge does."""
+    told, before = found.quality.perplexity, found.before_merge
+    notable = before is not None and _is_notable(before.perplexity, told)
+    losses = _changed_losses(training)
+    if before is not None and (notable or losses):
+        yield (
+            "merge_changed_the_result",
+            f"{merging} changes the result: perplexity {told:.4g} as it ships, {before.perplexity:.4g} with the "
+            f"adapter beside the quantized weights, as it was trained{losses}; `quality` is of what ships",
+        )
+    for way in found.shipped:
+        if way.whole and _is_notable(way.figures.perplexity, told):
+            yield (
+                "formats_differ",
+                f"{_named(way)} gives perplexity {way.figures.perplexity:.4g}, {_named(found.shipped[0])} {told:.4g}: "
+                "they do not round alike; `quality` is of the latter",
+            )
+
+
+def _changed_losses(training: FinetuningReport | None) -> str:
+    """Held-out losses of the text that was learned, where the weights that ship have another; else nothing."""
+    if training is None or training.loss_shipped is None or training.loss_after is None:
+        return ""
+    if abs(training.loss_shipped - training.loss_after) <= NOTABLE:
+        return ""
+    return (
+        f", and on held-out text of the dataset a loss of {training.loss_shipped:.4g} in place of "
+        f"{training.loss_after:.4g}"
+    )
+
+
+def _is_notable(one: float, other: float) -> bool:
+    return abs(one - other) > NOTABLE * min(one, other)
+
+
+def _named(way: ShippedFigures) -> str:
+    names = " or ".join(way.checkpoints)
+    return names if way.adapter is None else f"{names} with {way.adapter}"
