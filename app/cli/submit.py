@@ -96,7 +96,7 @@ def read_request(path: Path) -> dict[str, Any]:
     """
     try:
         text = sys.stdin.read() if str(path) == "-" else path.read_text(encoding="utf-8")
-        body = yaml.load(text, Loader=_StrictLoader)  # noqa: S506 - a SafeLoader
+        body = _StrictLoader(text).get_single_data()
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         hint = "write a YAML or JSON object with the request's fields, each once"
         raise MalformedBody(f"{path} is not a readable YAML or JSON file: {error}", field="file", hint=hint) from error

@@ -187,6 +187,10 @@ class RangeNotSatisfiable(RequestError):
 
 class InvalidSettings(RequestError):
     code, title, status = "invalid_settings", "A setting is not valid", 400
+    way_out = (
+        "The message names the variable, its value and what it may be. Processes of the service and commands end "
+        "with it; no HTTP request is answered so."
+    )
 
 
 class InvalidRequest(RequestError):

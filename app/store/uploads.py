@@ -89,7 +89,7 @@ class UploadRepository:
         """
         if after is not None and not is_id("upl", after):
             raise InvalidRequest(
-                "the cursor is not one that a page gave; start without one", field="after", value=after
+                "the cursor is not one that a page gave", field="after", value=after, hint="start without one"
             )
         where: list[ColumnElement[bool]] = [Upload.tenant_id == self._tenant_id]
         where += [Upload.id < after] if after is not None else []

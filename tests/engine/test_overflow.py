@@ -149,7 +149,7 @@ def test_a_template_s_refusal_has_a_way_out(small_model: Path, tmp_path: Path) -
     order, part = {"evaluation_path": str(rows)}, {"dataset": str(rows), "num_samples": 1, "sequence_length": 32}
     with pytest.raises(InvalidDataset, match="roles must alternate") as caught:
         run_job(tmp_path / "model", tmp_path / "job", order=order, evaluation=part)
-    assert 'rows with "text"' in str(caught.value.hint)
+    assert "as the template wants it" in str(caught.value.hint)
 
 
 def test_short_builtin_text_is_told_as_starved(small_model: Path, tmp_path: Path) -> None:

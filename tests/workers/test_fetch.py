@@ -134,6 +134,8 @@ REFUSALS: list[tuple[dict[str, object], str, str]] = [
     ({"model": {"source": "hub", "id": MODEL, "revision": "gone"}}, "source_not_found", "model"),
     ({"model": "org/gated"}, "source_forbidden", "model"),
     ({"model": "org/pickled"}, "unsafe_checkpoint", "model"),
+    ({"model": "org/model-GGUF"}, "unsupported_checkpoint", "model"),
+    ({"model": "org/adapter"}, "unsupported_checkpoint", "model"),
     (calibrated("org/none"), "source_not_found", "calibration.dataset"),
     (calibrated("org/columns"), "invalid_dataset", ""),
     (calibrated({"source": "hub", "id": "org/columns", "split": "test"}), "invalid_dataset", "dataset"),
@@ -144,6 +146,8 @@ def test_what_the_hub_does_not_give(online: Bench, hub: Hub) -> None:
     hub.repositories["models/org/gated"] = FILES
     hub.gated.add("models/org/gated")
     hub.repositories["models/org/pickled"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
+    hub.repositories["models/org/model-GGUF"] = {"README.md": b"", "model.Q4_K_M.gguf": b"GGUF"}
+    hub.repositories["models/org/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}
     hub.repositories["datasets/org/columns"] = {"train.jsonl": b'{"a": 1}\n'}
     requests: list[dict[str, object]] = [*(fields for fields, _, _ in REFUSALS), {"model": MODEL}]
     *errors, last = fetch_errors(online, requests)
