@@ -21,7 +21,7 @@ from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import ConnectionError as BrokerAway
 from redis.exceptions import TimeoutError as BrokerSilent
 
-from app.domain.jobs import DeviceClass
+from app.domain.job_states import DeviceClass
 from app.settings import get_settings
 
 WORK_TASK = "workers.work"

@@ -24,11 +24,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.domain.events import AttemptOrder
-from app.domain.jobs import JobRequest
 from app.domain.methods import Scheme
-from workers.engine.pipeline import run
+from app.domain.request.job_request import JobRequest
+from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
+from workers.engine.run import run
 from workers.formats.load_bitwright import load
 
 SAMPLES, LENGTH = 128, 2048

@@ -21,12 +21,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from app.domain.events import AttemptOrder
-from app.domain.jobs import JobRequest
+from app.domain.request.job_request import JobRequest
 from benchmarks.cpu_block import cut
-from workers.engine import captured_step
-from workers.engine.pipeline import run
+from workers.disk.orders import AttemptOrder
+from workers.engine.device import cuda_graphs as captured_step
 from workers.engine.reporter import Reporter
+from workers.engine.run import run
 
 PATHS = {"captured": "cuda", "eager": "cuda", "cpu": "cpu"}
 

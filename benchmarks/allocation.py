@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 
-from app.domain.jobs import JobRequest
 from app.domain.methods import Candidate
-from workers.engine.blocks import StreamedModel
-from workers.engine.budget import Scoring, solve
-from workers.engine.calibration import calibration_windows, load_tokenizer
-from workers.engine.checkpoint import Checkpoint
-from workers.engine.fisher import empirical_fisher
+from app.domain.request.job_request import JobRequest
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quantize.bit_budget import Scoring, solve
+from workers.engine.quantize.fisher import empirical_fisher
+from workers.engine.text.sequences import calibration_windows, load_tokenizer
 
 
 def main() -> None:

@@ -15,17 +15,17 @@ from types import MappingProxyType
 
 import torch
 
-from app.domain.events import AttemptOrder
-from app.domain.jobs import JobRequest
 from app.domain.methods import SignRoundSpec
+from app.domain.request.job_request import JobRequest
 from benchmarks.against_auto_round import parse_scheme
-from workers.contracts import BlockTask
-from workers.engine import block_pass
-from workers.engine.pipeline import run
-from workers.engine.registry import METHODS
+from workers.contracts.blocks import BlockTask
+from workers.contracts.results import BlockResult
+from workers.disk.orders import AttemptOrder
+from workers.engine.quantize import block_pass
+from workers.engine.quantize.registry import METHODS
 from workers.engine.reporter import Reporter
+from workers.engine.run import run
 from workers.methods.sign_round import SignRound
-from workers.numerics.quantized import BlockResult
 
 
 class Compared:

@@ -18,11 +18,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
 from app.domain.methods import Scheme, SignRoundSpec
-from workers.contracts import BlockTask
-from workers.engine.blocks import BlockCall
-from workers.engine.fused_block import Parts, fuse
-from workers.engine.plan import reproducible
-from workers.engine.tuning import Tuner
+from workers.contracts.blocks import BlockTask
+from workers.engine.device.setup import reproducible
+from workers.engine.model.fused_blocks import Parts, fuse
+from workers.engine.model.streamed_model import BlockCall
+from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
 
 

@@ -34,14 +34,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.methods import Scheme, SignRoundSpec
-from workers.contracts import BlockTask
-from workers.engine.blocks import StreamedModel, run_block
-from workers.engine.checkpoint import Checkpoint
-from workers.engine.plan import available_threads
-from workers.engine.streams import second_moments
-from workers.engine.tuning import Tuner
-from workers.environments import ALLOCATOR
+from workers.contracts.blocks import BlockTask
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.streamed_model import StreamedModel, run_block
+from workers.engine.quantize.activations import second_moments
+from workers.engine.tune.tuner import Tuner
+from workers.machine import available_threads
 from workers.methods.sign_round import SignRound
+from workers.supervise.child_env import ALLOCATOR
 
 SIDES = ("ours", "light", "peer", "peer-compiled")
 FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16")

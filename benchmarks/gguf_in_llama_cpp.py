@@ -15,11 +15,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from app.domain.events import AttemptOrder
-from app.domain.jobs import Evaluation, JobRequest
-from workers.engine.calibration import evaluation_windows, load_tokenizer
-from workers.engine.pipeline import run
+from app.domain.request.job_request import Evaluation, JobRequest
+from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
+from workers.engine.run import run
+from workers.engine.text.sequences import evaluation_windows, load_tokenizer
 
 SCRIPT = Path(__file__).with_name("in_llama_cpp.mjs")
 TEXT = "Hello world, 1234 it's été\n\n  def f(x):  return"

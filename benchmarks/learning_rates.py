@@ -19,8 +19,8 @@ from app.domain.errors import NumericalFailure
 from benchmarks.cells import Cell
 from benchmarks.finetuning_cells import ARMS, BUDGETS, cell
 from benchmarks.results import base_of, order
-from workers.engine.pipeline import run
 from workers.engine.reporter import Reporter
+from workers.engine.run import run
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
 JUDGING_SHARE = 0.1

@@ -48,26 +48,29 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.adapters import LoRASpec
-from app.domain.finetuning import Finetune
-from app.domain.schemes import Scheme
-from app.domain.sources import BuiltinText
+from app.domain.methods.schemes import Scheme
+from app.domain.request.finetuning import Finetune
+from app.domain.request.sources import BuiltinText
 from benchmarks.random_llama import write_model
 from workers.adapters.attaching import Attach
-from workers.engine import training_plan
-from workers.engine.blocks import StreamedModel
-from workers.engine.checkpoint import Checkpoint
-from workers.engine.examples import Examples
-from workers.engine.finetuning_stage import FinetuningStage, FinetuningTexts, run_finetuning
-from workers.engine.flat_parameters import FlatParameters
-from workers.engine.packed_sequences import Order, PackedSequences
-from workers.engine.plan import available_threads, block_seed, reproducible
-from workers.engine.ranks import ALONE
+from workers.engine.device.process_group import ALONE
+from workers.engine.device.setup import reproducible
+from workers.engine.finetune import memory_plan as training_plan
+from workers.engine.finetune.flat_adamw import FlatParameters
+from workers.engine.finetune.stage import FinetuningStage, run_finetuning
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quantize.finished_blocks import ResumeState
 from workers.engine.reporter import Reporter
-from workers.engine.resume import ResumeState
-from workers.environments import ALLOCATOR, OFFLINE
+from workers.engine.seeds import block_seed
+from workers.engine.text.examples import Examples
+from workers.engine.text.finetuning_texts import FinetuningTexts
+from workers.engine.text.packing import Order, PackedSequences
+from workers.machine import available_threads
 from workers.methods.normal_float import QLORA
 from workers.numerics.normal_float import quantize
 from workers.numerics.quantized import LinearResult
+from workers.supervise.child_env import ALLOCATOR, OFFLINE
 
 OURS, PEERS = ("ours", "packed"), ("peer", "peer-16bit")
 NF4 = Scheme(bits=4, group_size=64, symmetric=True)

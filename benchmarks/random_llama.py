@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from app.domain.events import AttemptOrder
-from app.domain.jobs import JobRequest
+from app.domain.request.job_request import JobRequest
 from benchmarks.block_tuning import SHAPES
-from workers.engine.pipeline import run
+from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
+from workers.engine.run import run
 
 
 def main() -> None:

@@ -19,12 +19,13 @@ import torch.multiprocessing
 
 from app.domain.methods import Scheme, SignRoundSpec
 from benchmarks.block_tuning import SHAPES, make_task, synchronize
-from workers.contracts import BlockTask
-from workers.engine.plan import available_threads, reproducible
-from workers.engine.ranks import Ranks, joined
-from workers.engine.tuning import Tuner
-from workers.environments import RANKS
+from workers.contracts.blocks import BlockTask
+from workers.engine.device.process_group import Ranks, joined
+from workers.engine.device.setup import reproducible
+from workers.engine.tune.tuner import Tuner
+from workers.machine import available_threads
 from workers.methods.sign_round import SignRound
+from workers.supervise.child_env import RANKS
 
 
 def main() -> None:

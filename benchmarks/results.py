@@ -35,15 +35,15 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from app.domain.events import AttemptOrder
-from app.domain.jobs import JobRequest
 from app.domain.report import Report
+from app.domain.request.job_request import JobRequest
 from benchmarks.cells import Cell, cells
 from benchmarks.finetuning_cells import finetuning_cells
 from benchmarks.results_table import FILE, lines
-from workers.engine.calibration import evaluation_windows, load_tokenizer
-from workers.engine.pipeline import run
+from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
+from workers.engine.run import run
+from workers.engine.text.sequences import evaluation_windows, load_tokenizer
 from workers.formats.load_bitwright import load
 
 OUTSIDE = {"load", "evaluate", "export", "total"}

@@ -17,11 +17,11 @@ import venv
 from pathlib import Path
 from typing import Any
 
-from app.domain.events import AttemptOrder
-from app.domain.jobs import JobRequest
-from workers.engine.pipeline import run
+from app.domain.request.job_request import JobRequest
+from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
-from workers.engine.tiny_model import make_tiny_model
+from workers.engine.run import run
+from workers.tiny_model import make_tiny_model
 
 SCRIPT = Path(__file__).with_name("loads_dequantized.py")
 OLDER = {"5.17.0": ["huggingface_hub==1.33.0"]}

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from app.domain.adapter_recipes import ADAPTER_RECIPES
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule
 from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
+from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.runtimes import RuntimeSupport, Support
 from app.settings import Settings
 from benchmarks.finetuning_table import finetuning_results
@@ -25,37 +25,66 @@ FOLDERS = MappingProxyType(
     {
         "app": "Everything that needs no torch: API, store, client, command line",
         "app/domain": "Pure types: pydantic and the standard library only",
+        "app/domain/request": "The request: shorthand, recipes, sources, problems",
+        "app/domain/methods": "Schemes, specs and budgets of quantization methods, and their catalogue",
+        "app/domain/adapters": "Specs and shapes of adapters",
+        "app/domain/inputs": "Checks of files that strangers send",
         "app/store": "SQLAlchemy; the only place with SQL",
         "app/api": "FastAPI",
         "app/client": "The typed HTTP client",
         "app/cli": "The `bitwright` command",
         "workers": "Celery on one side of a process boundary, torch on the other; never FastAPI",
-        "workers/engine": "Loads, streams, calibrates, tunes, resumes, evaluates",
-        "workers/adapters": "What is trained beside quantized weights, and how it is merged into them",
+        "workers/supervise": "Claims a job, runs an attempt in a child process, keeps its lease, stores its results",
+        "workers/child": "Runs in the child process; no database, broker, bucket or key",
+        "workers/disk": "Workspaces, durable writes, the Hub cache",
+        "workers/contracts": "The seam between engine, methods, adapters and formats",
+        "workers/engine": "The stages of a job, in the order of `run.py`",
+        "workers/engine/model": "Checkpoint, meta model, streamed and fused blocks",
+        "workers/engine/text": "Calibration, evaluation and training text",
+        "workers/engine/device": "Device, ranks, CUDA graphs, copies behind the work",
+        "workers/engine/quantize": "Block by block: activations, method, finished blocks",
+        "workers/engine/tune": "The tuning loop that learned methods share",
+        "workers/engine/scales": "All scales tuned end to end",
+        "workers/engine/finetune": "Training of adapters beside the quantized model",
+        "workers/adapters": "Adapters: attached, trained, merged",
         "workers/formats": "Checkpoint formats, each an exact inverse of itself",
-        "workers/methods": "One file a method",
+        "workers/methods": "One file per method",
         "workers/numerics": "Codes, scales, codebooks and packing",
+        "workers/numerics/backends": "Triton kernels beside their twins in torch",
         "migrations": "Alembic",
-        "migrations/versions": "One file a change of the tables",
+        "migrations/versions": "One file per change of the tables",
         "benchmarks": "Measurements side by side; never part of the tests",
         "tests": "Mirrors app/ and workers/",
         "tests/adapters": "Adapters and merges against dense fp64 algebra",
         "tests/api": "The HTTP interface, through a real server or client",
         "tests/benchmarks": "The list of measurements and the tables made of them",
+        "tests/child": "The child's side of the process boundary, and the fetch",
         "tests/cli": "The command line",
         "tests/client": "The client against real sockets",
-        "tests/conformance": "Suites that every method or format must pass",
-        "tests/documents": "Every shell and Python block of the documents, against a live service",
+        "tests/conformance": "Suites that every method, adapter and format must pass",
+        "tests/disk": "Workspaces and caches",
         "tests/domain": "Requests, formats and errors",
+        "tests/domain/adapters": "Specs and shapes of adapters",
+        "tests/domain/methods": "Specs, budgets and module rules",
+        "tests/domain/request": "Requests, shorthand and recipes",
         "tests/e2e": "Whole jobs with real processes, faults included",
         "tests/engine": "Streaming, resume and evaluation against plain transformers",
+        "tests/engine/device": "Ranks, CUDA, reading ahead and writing behind",
+        "tests/engine/finetune": "Training, its plan and its checkpoints",
+        "tests/engine/model": "Checkpoints, streamed and fused blocks",
+        "tests/engine/quantize": "The block pass, base jobs, budgets",
+        "tests/engine/scales": "End-to-end scale tuning",
+        "tests/engine/text": "Calibration windows and training examples",
+        "tests/engine/tune": "The tuning loop",
         "tests/formats": "Tensors and configurations of each format",
         "tests/methods": "Methods against their formulas",
         "tests/numerics": "Rounding, codebooks and packing",
+        "tests/numerics/backends": "Kernels against their plain twins",
         "tests/store": "One suite on SQLite and on PostgreSQL",
-        "tests/workers": "Supervision, fetching and the sweep",
+        "tests/supervise": "Supervision, queue and sweep",
         "docs": "Documentation beyond this page",
         "docs/adr": "Decisions, one page each",
+        "tests/documents": "Every shell and Python block of the documents, against a live service",
     }
 )
 """A line for each folder, in the order of the tree. A folder without Python files is left out until it has one."""

@@ -84,8 +84,8 @@ def fresh_interpreter(code: str) -> subprocess.CompletedProcess[str]:
     [
         ("app.api.main", "torch transformers numpy workers"),
         ("app.cli.main, app.client", "torch transformers numpy sqlalchemy celery fastapi"),
-        ("workers.tasks, workers.sweep, workers.supervisor", "torch transformers fastapi"),
-        ("workers.attempt", "sqlalchemy celery fastapi httpx"),
+        ("workers.supervise.work, workers.sweep, workers.supervise.attempt_runner", "torch transformers fastapi"),
+        ("workers.child.attempt", "sqlalchemy celery fastapi httpx"),
     ],
 )
 def test_importing_modules_does_not_load(modules: str, absent: str) -> None:
@@ -193,7 +193,8 @@ def test_names_say_what_a_file_holds() -> None:
 
 
 def _vague(name: str) -> bool:
-    return not FORBIDDEN_NAMES.isdisjoint(name.lower().split("_"))
+    # `base_job` is a field of the request: there "base" has a meaning of its own.
+    return not FORBIDDEN_NAMES.isdisjoint(name.lower().replace("base_job", "").split("_"))
 
 
 def test_every_module_says_what_it_is() -> None:

@@ -13,8 +13,8 @@ import yaml
 
 from app.api.main import create_app
 from app.domain.errors import ERRORS, FieldProblem
-from app.domain.jobs import JobRequest
 from app.domain.methods import METHODS
+from app.domain.request.job_request import JobRequest
 from app.domain.views import UploadRequest
 from app.settings import Settings
 from tests.command_lines import check_bitwright

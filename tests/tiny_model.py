@@ -1,10 +1,10 @@
-"""The tiny trained model of `workers.engine.tiny_model`, trained once and kept between runs."""
+"""The tiny trained model of `workers.tiny_model`, trained once and kept between runs."""
 
 import fcntl
 import os
 from pathlib import Path
 
-from workers.engine.tiny_model import content_key, make_tiny_model
+from workers.tiny_model import content_key, make_tiny_model
 
 CACHE = Path(__file__).parent.parent / ".cache"
 

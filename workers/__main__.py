@@ -9,14 +9,14 @@ from app.settings import settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.ids import new_id
 from app.store.session import Database
-from workers.celery_app import run_worker
-from workers.context import WorkerContext
-from workers.devices import capacity
+from workers.supervise.capacity import capacity
+from workers.supervise.celery_app import run_worker
+from workers.supervise.context import WorkerContext
 
 log = structlog.get_logger("workers")
 
 
-def main(attempt_module: str = "workers.attempt") -> int:
+def main(attempt_module: str = "workers.child.attempt") -> int:
     """Run a worker with the settings of the environment; the process's exit code."""
     settings = settings_or_exit()
     configure_logging(settings)

@@ -18,7 +18,7 @@ from collections.abc import Mapping
 import structlog
 
 from app.domain.errors import Unavailable
-from app.domain.jobs import DeviceClass
+from app.domain.job_states import DeviceClass
 from app.logs import configure_logging
 from app.queue import notify_workers, silence
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables

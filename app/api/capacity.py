@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from app.domain.errors import ExceedsCapacity
-from app.domain.jobs import JobRequest
+from app.domain.request.job_request import JobRequest
 from app.store.models import Worker
 
 SIZES = {

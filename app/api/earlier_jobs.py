@@ -6,10 +6,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app.domain.earlier_job import DESCRIPTION, EarlierJob, Folded, continued_adapter, is_read, named_job
 from app.domain.errors import FieldProblem, InputError, NotFound, SourceNotFound, StorageError, UnusableBaseJob
-from app.domain.jobs import JobRequest, JobStatus
+from app.domain.job_states import JobStatus
 from app.domain.methods import WeightSpec
+from app.domain.request.base_job import DESCRIPTION, EarlierJob, Folded, continued_adapter, is_read, named_job
+from app.domain.request.job_request import JobRequest
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
 from app.store.jobs import JobRepository

@@ -27,7 +27,7 @@ from app.domain.errors import (
     Unauthenticated,
     shorten,
 )
-from app.domain.problems import unknown_field
+from app.domain.request.problems import unknown_field
 from app.domain.views import Problem
 
 MEDIA_TYPE = "application/problem+json"

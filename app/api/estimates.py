@@ -3,12 +3,12 @@
 from typing import Any
 
 from app.api.inspection import Inspection
-from app.domain.adapter_rules import trained_parameters
-from app.domain.architectures import HEAD
 from app.domain.formats import ExportFormat
-from app.domain.jobs import JobRequest
+from app.domain.inputs.architectures import HEAD
 from app.domain.methods import SCALE_BITS
-from app.domain.sources import GeneratedText
+from app.domain.request.combination_rules import trained_parameters
+from app.domain.request.job_request import JobRequest
+from app.domain.request.sources import GeneratedText
 from app.domain.workload import (
     calibration_tokens,
     evaluation_tokens,

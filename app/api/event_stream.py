@@ -8,7 +8,7 @@ from app.api.event_feed import EventFeed, Subscription
 from app.api.representations import event_view
 from app.domain.errors import NotFound
 from app.domain.events import StatusEvent
-from app.domain.jobs import FINAL_STATUSES
+from app.domain.job_states import FINAL_STATUSES
 from app.store.events import EventRepository, StoredEvent
 from app.store.jobs import JobRepository
 from app.store.models import Job

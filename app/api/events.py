@@ -12,7 +12,7 @@ from app.api.documentation import problems
 from app.api.event_stream import HEADERS, MEDIA_TYPE, JobEvents, stream_events
 from app.api.representations import event_view
 from app.domain.errors import InvalidRequest
-from app.domain.jobs import FINAL_STATUSES
+from app.domain.job_states import FINAL_STATUSES
 from app.domain.views import EventPage
 
 router = APIRouter(tags=["events"])

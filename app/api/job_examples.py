@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from app.domain.earlier_job import JOB_ID
 from app.domain.methods import MAX_BITS, METHODS, MIN_BITS
+from app.domain.request.base_job import JOB_ID
 
 SHORTHAND_EXAMPLE = {"model": "HuggingFaceTB/SmolLM2-135M", "method": "signround", "bits": 4}
 FINETUNE_EXAMPLE = {

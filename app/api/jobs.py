@@ -14,8 +14,9 @@ from app.api.earlier_jobs import find_earlier
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
 from app.api.representations import job_view
-from app.domain.asked_recipe import asked_recipe
-from app.domain.jobs import JobRequest, JobStatus
+from app.domain.job_states import JobStatus
+from app.domain.request.asked_recipe import asked_recipe
+from app.domain.request.job_request import JobRequest
 from app.domain.views import JobView, Page, PreflightView
 from app.queue import notify_workers
 from app.store.artifacts import ArtifactRepository

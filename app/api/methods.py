@@ -4,9 +4,9 @@ from fastapi import APIRouter
 
 from app.api.auth import Reader
 from app.api.documentation import problems
-from app.domain.adapter_recipes import ADAPTER_RECIPES
 from app.domain.adapters import ADAPTERS, AdapterInfo
 from app.domain.methods import METHODS, RECIPES, MethodInfo
+from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.views import AdapterView, MethodList, MethodView, RecipeView
 
 router = APIRouter(tags=["catalogue"])

@@ -8,9 +8,7 @@ from typing import Any
 
 from app.api.estimates import estimate
 from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
-from app.domain.adapter_rules import shape_errors
 from app.domain.advice import dishonoured_rank, starved_calibration
-from app.domain.architectures import HEAD, Dimensions
 from app.domain.errors import (
     ERRORS,
     BitwrightError,
@@ -22,14 +20,16 @@ from app.domain.errors import (
     SourceForbidden,
     SourceNotFound,
 )
-from app.domain.foreign_files import foreign_files
 from app.domain.formats import FORMATS, model_problems
-from app.domain.jobs import JobRequest
-from app.domain.module_rules import rule_errors
-from app.domain.request_sources import read_sources, with_source
-from app.domain.roots import ALLOWED_HINT, check_links, lies_under
+from app.domain.inputs.architectures import HEAD, Dimensions
+from app.domain.inputs.foreign_files import foreign_files
+from app.domain.inputs.roots import ALLOWED_HINT, check_links, lies_under
+from app.domain.methods.module_rules import rule_errors
+from app.domain.request.combination_rules import shape_errors
+from app.domain.request.job_request import JobRequest
+from app.domain.request.source_walk import read_sources, with_source
+from app.domain.request.sources import HubDataset, LocalModel, LocalText, UploadedModel, UploadedText
 from app.domain.runtimes import described, runtime_limits
-from app.domain.sources import HubDataset, LocalModel, LocalText, UploadedModel, UploadedText
 from app.domain.workload import readers_of, reads_calibration
 from app.settings import Settings
 from app.store.blobs import BlobStore

@@ -7,8 +7,8 @@ import structlog
 from pydantic import BaseModel, ValidationError
 
 from app.domain.events import ErrorData, ProgressEvent
-from app.domain.jobs import JobRequest
 from app.domain.report import Report
+from app.domain.request.job_request import JobRequest
 from app.domain.views import (
     ArtifactView,
     AttemptView,

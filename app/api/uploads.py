@@ -22,8 +22,8 @@ from app.domain.errors import (
     MalformedBody,
     UnsafeCheckpoint,
 )
-from app.domain.foreign_files import PICKLED, foreign_files
-from app.domain.jsonl import check_jsonl
+from app.domain.inputs.foreign_files import PICKLED, foreign_files
+from app.domain.inputs.jsonl import check_jsonl
 from app.domain.views import Page, UploadRequest, UploadView
 from app.settings import Settings
 from app.store.blobs import BlobStore

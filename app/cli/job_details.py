@@ -7,9 +7,9 @@ from rich.text import Text
 
 from app.cli.render import adapter_text, bits_text, format_bytes, format_seconds, pairs
 from app.domain.delivery import delivery
-from app.domain.jobs import JobRequest
 from app.domain.report import Report
-from app.domain.sources import LocalModel
+from app.domain.request.job_request import JobRequest
+from app.domain.request.sources import LocalModel
 from app.domain.views import ArtifactView, JobView, PreflightView
 
 

@@ -27,7 +27,7 @@ from app.client.downloads import OnBytes
 from app.client.uploads import choose_files
 from app.domain.delivery import ADAPTERS_ALONE
 from app.domain.errors import RequestError
-from app.domain.jobs import FINAL_STATUSES, JobStatus
+from app.domain.job_states import FINAL_STATUSES, JobStatus
 
 JobArgument = Annotated[str, typer.Argument(help="Id of the job, job_...", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

@@ -11,9 +11,10 @@ from rich.text import Text
 
 from app.domain.errors import BitwrightError
 from app.domain.events import ProgressEvent
-from app.domain.jobs import JobRequest, JobStatus
+from app.domain.job_states import JobStatus
 from app.domain.methods import WeightSpec
 from app.domain.report import Report
+from app.domain.request.job_request import JobRequest
 from app.domain.views import JobView, MethodList, QueueView
 
 STATUS_STYLES = {

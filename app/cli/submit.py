@@ -13,7 +13,7 @@ from app.cli.jobs import JsonOption, parse_labels, print_json
 from app.cli.render import err, out
 from app.cli.watch import finish, follow_job
 from app.domain.errors import MalformedBody, RequestError
-from app.domain.jobs import SHORTHAND
+from app.domain.request.job_request import SHORTHAND
 
 
 def submit(

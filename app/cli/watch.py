@@ -25,7 +25,7 @@ from app.domain.events import (
     StatusEvent,
     WarningEvent,
 )
-from app.domain.jobs import FINAL_STATUSES, JobStatus
+from app.domain.job_states import FINAL_STATUSES, JobStatus
 from app.domain.views import ArtifactView, EventView, JobView
 
 PLAIN_SECONDS = 10.0

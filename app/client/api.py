@@ -14,7 +14,8 @@ from app.client.uploads import choose_files, describe_files, send_files
 from app.domain.delivery import delivery
 from app.domain.errors import NotFound, RequestError
 from app.domain.formats import ExportFormat
-from app.domain.jobs import JobRequest, JobStatus
+from app.domain.job_states import JobStatus
+from app.domain.request.job_request import JobRequest
 from app.domain.views import (
     ArtifactView,
     EventPage,

@@ -9,7 +9,7 @@ import httpx
 from app.client.transport import RetryPolicy, Transport
 from app.domain.errors import TooManyRequests, Unavailable
 from app.domain.events import StatusEvent
-from app.domain.jobs import FINAL_STATUSES
+from app.domain.job_states import FINAL_STATUSES
 from app.domain.views import EventView, JobView
 
 READ_TIMEOUT_SECONDS = 45.0

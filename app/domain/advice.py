@@ -2,12 +2,12 @@
 
 from collections.abc import Mapping
 
-from app.domain.adapter_rules import trained_parameters
-from app.domain.adapter_shapes import shape_for
 from app.domain.adapters import AdapterSpec, GroupedSpec, LoRASpec, QALoRASpec
+from app.domain.adapters.shapes import shape_for
 from app.domain.errors import MisalignedAdapter
-from app.domain.jobs import Calibration, JobRequest
 from app.domain.methods import METHODS, WeightSpec
+from app.domain.request.combination_rules import trained_parameters
+from app.domain.request.job_request import Calibration, JobRequest
 from app.domain.workload import calibration_tokens
 
 STARVED = 4

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from app.domain.errors import BitwrightError
-from app.domain.jobs import JobRequest, JobStatus
+from app.domain.job_states import JobStatus
 from app.domain.report import Report
 
 
@@ -171,24 +171,3 @@ AttemptLine = Annotated[
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
 ATTEMPT_LINE: TypeAdapter[AttemptLine] = TypeAdapter(AttemptLine)
-
-
-class AttemptOrder(Message):
-    """What the supervisor tells an attempt: `order.json` in the workspace. All paths are absolute and local."""
-
-    job_id: str
-    attempt: int
-    request: JobRequest
-    model_path: str
-    model_revision: str | None = None
-    calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin or generated text.")
-    evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
-    finetuning_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
-    base_path: str | None = Field(
-        default=None, description="Folder with the checkpoints of the job that this one starts from, by format."
-    )
-    device: Literal["cpu", "cuda"]
-    device_index: int = Field(default=0, description="Of the first rank; the others follow.")
-    world_size: int = Field(default=1, ge=1, description="Processes that compute the job together, each a rank.")
-    rendezvous: str = Field(default="", description="Path of a new file by which several ranks find each other.")
-    micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")

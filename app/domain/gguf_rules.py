@@ -3,7 +3,7 @@
 A GGUF file names one of llama.cpp's architectures and a few numbers. What else a configuration decides in transformers
 (the activation, biases, the mask, the rotary embedding) is built into llama.cpp, so that another value either makes a
 file that does not load or one that computes another model. Read in llama.cpp b11434 and v0.5.0, `src/models/*.cpp`;
-`tests/engine/test_gguf_in_llama_cpp.py` holds every rule against its library.
+`tests/engine/ships/test_gguf_in_llama_cpp.py` holds every rule against its library.
 """
 
 from collections.abc import Callable, Iterator, Mapping

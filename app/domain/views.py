@@ -10,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.errors import FieldProblem
 from app.domain.events import ErrorData, Event, ProgressEvent
-from app.domain.jobs import JobRequest, JobStatus
+from app.domain.job_states import JobStatus
 from app.domain.report import Report
+from app.domain.request.job_request import JobRequest
 
 
 class View(BaseModel):

@@ -4,10 +4,10 @@ The reference row of a report is what round to nearest makes of the same scheme 
 method can be judged by what doing nothing clever gives. It is measured where it costs less than a tenth of the job.
 """
 
-from app.domain.architectures import Dimensions
-from app.domain.jobs import JobRequest
-from app.domain.low_rank_specs import LQLoRASpec
+from app.domain.inputs.architectures import Dimensions
 from app.domain.methods import METHODS, SCALE_BATCH_SIZE, WeightSpec
+from app.domain.methods.low_rank_specs import LQLoRASpec
+from app.domain.request.job_request import JobRequest
 
 BACKWARD = 3.5
 """Forward, backward and recomputing of fake-quantized weights, in forward passes."""

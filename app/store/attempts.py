@@ -16,8 +16,9 @@ from sqlalchemy.sql.dml import ReturningUpdate
 
 from app.domain.errors import AttemptSuperseded, BitwrightError, InvalidRequest
 from app.domain.events import AttemptEvent, BlockEvent, CheckpointEvent, ProgressEvent
-from app.domain.jobs import FINAL_STATUSES, DeviceClass, JobRequest, JobStatus
+from app.domain.job_states import FINAL_STATUSES, DeviceClass, JobStatus
 from app.domain.report import Report
+from app.domain.request.job_request import JobRequest
 from app.store.clock import now, seconds_from_now
 from app.store.documents import document
 from app.store.endings import close_attempt, end_with_error

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 
 from app.domain.errors import BitwrightError, Retry, WorkerLost
 from app.domain.events import ErrorData
-from app.domain.jobs import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
+from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
 from app.domain.report import Report
 from app.store.clock import now, seconds_from_now
 from app.store.documents import document

@@ -7,7 +7,7 @@ from itertools import islice
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from app.domain.jobs import FINAL_STATUSES
+from app.domain.job_states import FINAL_STATUSES
 from app.store.blobs import BlobStore
 from app.store.clock import now, seconds_from_now
 from app.store.models import Artifact, IdempotencyKey, Job, Upload, UploadFile

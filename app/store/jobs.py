@@ -8,9 +8,10 @@ from sqlalchemy import ColumnElement, Select, delete, func, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
-from app.domain.jobs import FINAL_STATUSES, JobRequest, JobStatus
-from app.domain.request_sources import read_uploads
-from app.domain.sources import LocalModel, ModelSource
+from app.domain.job_states import FINAL_STATUSES, JobStatus
+from app.domain.request.job_request import JobRequest
+from app.domain.request.source_walk import read_uploads
+from app.domain.request.sources import LocalModel, ModelSource
 from app.store.clock import now
 from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id

@@ -19,7 +19,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
-from app.domain.jobs import JobStatus
+from app.domain.job_states import JobStatus
 from app.store.clock import Instant, now
 
 NAMING = {

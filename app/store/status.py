@@ -7,7 +7,7 @@ from sqlalchemy import ColumnElement, update
 from sqlalchemy.orm import Session
 
 from app.domain.events import ErrorData, StatusEvent
-from app.domain.jobs import TRANSITIONS, JobStatus
+from app.domain.job_states import TRANSITIONS, JobStatus
 from app.store.clock import now
 from app.store.documents import document
 from app.store.models import Event, Job

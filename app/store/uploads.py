@@ -8,7 +8,7 @@ from sqlalchemy import ColumnElement, delete, exists, select, update
 from sqlalchemy.orm import Session
 
 from app.domain.errors import Conflict, FieldProblem, InvalidRequest, NotFound
-from app.domain.jobs import FINAL_STATUSES
+from app.domain.job_states import FINAL_STATUSES
 from app.store.blobs import SHA256_SHAPE
 from app.store.clock import now, seconds_from_now
 from app.store.idempotency import Idempotency, find_key, take_key

@@ -10,7 +10,7 @@ from statistics import median
 from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session, aliased
 
-from app.domain.jobs import JobStatus
+from app.domain.job_states import JobStatus
 from app.store.clock import now
 from app.store.models import Attempt, Job, Worker
 from app.store.workers import list_workers

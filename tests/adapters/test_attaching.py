@@ -24,7 +24,7 @@ from workers.adapters.attaching import Attach, adapted, finished, known, report
 from workers.adapters.bayesian import BayesianLoRA
 from workers.adapters.merging import MergeProof, exact_weight
 from workers.formats import native
-from workers.formats.gguf_blocks import pack
+from workers.formats.gguf.blocks import pack
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, LinearResult
 
@@ -169,7 +169,7 @@ def test_a_gated_adapters_penalty_is_shared_over_the_job() -> None:
 
 
 def test_formats_that_hold_a_fold_are_those_that_say_so() -> None:
-    from app.domain.adapter_rules import HOLDS_OFFSETS
+    from app.domain.request.combination_rules import HOLDS_OFFSETS
 
     assert ExportFormat.COMPRESSED_TENSORS not in HOLDS_OFFSETS
     merged = finished("up", bases(ASYMMETRIC)["up"], trained(QALoRASpec(), bases(ASYMMETRIC))["up"], "quantized").result

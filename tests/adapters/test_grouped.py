@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain.adapter_shapes import divisors, shape_for
 from app.domain.adapters import (
     AdapterShape,
     BayesianLoRASpec,
@@ -17,6 +16,7 @@ from app.domain.adapters import (
     QALoRASpec,
     QBaRASpec,
 )
+from app.domain.adapters.shapes import divisors, shape_for
 from app.domain.errors import MisalignedAdapter
 from workers.adapters.grouped import GroupedAdapter
 from workers.numerics.quantized import LowRank

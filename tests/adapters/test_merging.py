@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain.adapter_shapes import shape_for
 from app.domain.adapters import GroupedSpec, QABLoRASpec, QAHiRASpec, QALoRASpec
+from app.domain.adapters.shapes import shape_for
 from app.domain.errors import OffsetNotRepresentable
 from app.domain.methods import Scheme
 from workers.adapters.grouped import GroupedAdapter

@@ -13,7 +13,7 @@ from app.api.main import create_app
 from app.domain.access import Scope
 from app.domain.errors import BitwrightError
 from app.domain.events import AttemptEvent
-from app.domain.jobs import DeviceClass
+from app.domain.job_states import DeviceClass
 from app.settings import Settings
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import open_blobs

@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import update
 
 from app.domain.errors import InvalidDataset
-from app.domain.jobs import DeviceClass
+from app.domain.job_states import DeviceClass
 from app.store.models import Job
 from app.store.workers import register
 from tests.api.checkpoints import as_hub_cache, write_checkpoint

@@ -7,7 +7,7 @@ import pytest
 
 from tests.api.checkpoints import write_checkpoint
 from tests.api.conftest import Api, problem
-from tests.domain.request_fields import body_with, source_fields
+from tests.domain.request.request_fields import body_with, source_fields
 
 FIELDS = source_fields()
 TEXT = b'{"text": "one"}\n'

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from app.domain.architectures import read_dimensions
+from app.domain.inputs.architectures import read_dimensions
 from tests.api.checkpoints import CONFIG, safetensors, write_checkpoint
 from tests.api.conftest import SHORTHAND, Api, problem
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.adapter_shapes import shape_for
 from app.domain.adapters import ADAPTERS
+from app.domain.adapters.shapes import shape_for
 from benchmarks.cells import GROUP_SIZE, Cell, cells
 from benchmarks.finetuning_cells import ARMS, finetuning_cells
 from benchmarks.finetuning_table import finetuning_tables

@@ -7,8 +7,8 @@ import pytest
 
 from app.cli.demo import METHOD, _model_roots, _quick_tuning
 from app.cli.installed import how_to_call
+from app.domain.inputs.roots import check_links
 from app.domain.methods import METHODS
-from app.domain.roots import check_links
 from tests.api.checkpoints import as_hub_cache, write_checkpoint
 from tests.cli.processes import command
 

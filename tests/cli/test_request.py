@@ -8,7 +8,7 @@ import pytest
 from app.cli.jobs import parse_labels
 from app.cli.submit import parse_overrides, read_request, set_quantization
 from app.domain.errors import MalformedBody, RequestError
-from app.domain.jobs import JobRequest
+from app.domain.request.job_request import JobRequest
 
 
 def test_flags_alone_make_a_shorthand_request() -> None:

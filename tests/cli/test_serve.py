@@ -15,7 +15,7 @@ import pytest
 from app.cli.connection import load_endpoint
 from app.cli.embedded import LOG_NAME, EmbeddedService
 from app.domain.errors import Unavailable
-from app.domain.jobs import JobStatus
+from app.domain.job_states import JobStatus
 from tests.cli.processes import alive, bitwright, command, command_of, descendants, eventually
 
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}

@@ -8,7 +8,7 @@ from app.cli.jobs import parse_labels
 from app.cli.render import error_lines
 from app.cli.submit import parse_overrides, read_request
 from app.domain.errors import FieldProblem, InvalidRequest, MalformedBody, RequestError, SourceForbidden
-from app.domain.jobs import JobRequest
+from app.domain.request.job_request import JobRequest
 
 
 def refusal(body: dict[str, object]) -> InvalidRequest:

@@ -8,7 +8,7 @@ from rich.progress import Progress, TextColumn
 
 from app.cli.watch import LiveView, PlainView
 from app.domain.events import BlockEvent, ErrorData, Event, LogEvent, MetricEvent, ProgressEvent, Stage, StatusEvent
-from app.domain.jobs import JobStatus
+from app.domain.job_states import JobStatus
 from app.domain.views import EventView
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

@@ -14,7 +14,7 @@ from app.api.main import create_app
 from app.client import Client, RetryPolicy
 from app.domain.access import Scope
 from app.domain.events import AttemptEvent
-from app.domain.jobs import DeviceClass
+from app.domain.job_states import DeviceClass
 from app.domain.report import Report
 from app.settings import Settings
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim

@@ -6,7 +6,7 @@ import pytest
 
 from app.domain.errors import NotFound, Unavailable
 from app.domain.events import BlockEvent, ProgressEvent, Stage, StatusEvent
-from app.domain.jobs import JobStatus
+from app.domain.job_states import JobStatus
 from app.domain.views import EventView
 from tests.client.cutting_proxy import CutAnswer, CuttingProxy, Fate, Pass
 from tests.client.service import Service

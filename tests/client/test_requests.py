@@ -8,7 +8,8 @@ import pytest
 from app.client import Client, RetryPolicy
 from app.client.transport import retry_after
 from app.domain.errors import IllegalTransition, InvalidRequest, NotFound, RequestError, Unauthenticated, Unavailable
-from app.domain.jobs import JobRequest, JobStatus
+from app.domain.job_states import JobStatus
+from app.domain.request.job_request import JobRequest
 from tests.client.cutting_proxy import CutAnswer, CuttingProxy, Refuse
 from tests.client.service import QUICK, Service
 

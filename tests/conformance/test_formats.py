@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 from app.domain.errors import FormatCannotHold
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, ScaleDtype
 from app.domain.methods import Form, Scheme
-from tests.engine.loading import loader
+from tests.engine.model.loading import loader
 from tests.formats.examples import (
     TOKENS,
     Made,
@@ -35,7 +35,8 @@ from tests.formats.examples import (
     tiny_llama,
     write_quantized,
 )
-from workers.formats import compressed_tensors, gguf_blocks, merged, native, peft_adapter
+from workers.formats import compressed_tensors, merged, native, peft_adapter
+from workers.formats.gguf import blocks as gguf_blocks
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.formats.writer import COMPRESS
 from workers.numerics.normal_float import DoubleQuantization

@@ -9,11 +9,11 @@ import pytest
 
 from app.cli.connection import load_endpoint
 from app.cli.embedded import EmbeddedService
+from tests.child.hub_server import running_hub
 from tests.cli.processes import clean_environment
 from tests.documents.blocks import blocks_of
 from tests.documents.curl import curl_folder
 from tests.documents.sessions import Session
-from tests.workers.hub_server import running_hub
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"
 ADDRESS, KEY = "http://127.0.0.1:8080", "bw_..."
@@ -67,7 +67,7 @@ def commands() -> list[str]:
 
 def write_texts(folder: Path) -> None:
     """Rows that calibrate and rows that are learned."""
-    from workers.engine.tiny_model import training_text
+    from workers.tiny_model import training_text
 
     text = training_text()
     rows = [text[start : start + 1500] for start in range(0, 300_000, 1500)]
@@ -79,7 +79,7 @@ def write_texts(folder: Path) -> None:
 @pytest.fixture(scope="session")
 def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama of one block with whole positions, so that defaults of requests hold."""
-    from workers.engine.tiny_model import Recipe, make_tiny_model
+    from workers.tiny_model import Recipe, make_tiny_model
 
     recipe = Recipe(vocabulary=512, width=64, intermediate=128, blocks=1, steps=30, batch=2, length=64)
     return make_tiny_model(tmp_path_factory.mktemp("hub") / "model", recipe)

@@ -7,10 +7,10 @@ import pytest
 from app.domain.errors import ERRORS
 from app.domain.events import ATTEMPT_LINE, EVENT, LogEvent
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, default_formats, format_problems
-from app.domain.jobs import FINAL_STATUSES, TRANSITIONS, JobStatus
+from app.domain.job_states import FINAL_STATUSES, TRANSITIONS, JobStatus
 from app.domain.methods import METHODS, Form, QuantizationSpec, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
+from app.domain.request.sources import expand_source
 from app.domain.runtimes import Support
-from app.domain.sources import expand_source
 
 
 def scheme(bits: int, group_size: int = 64, symmetric: bool = True) -> Scheme:

@@ -38,7 +38,7 @@ def long_model(models: Path) -> Path:
 
 def train(folder: Path, blocks: int) -> Path:
     """A few seconds of training: faults care for files and processes, not for quality."""
-    from workers.engine.tiny_model import Recipe, make_tiny_model
+    from workers.tiny_model import Recipe, make_tiny_model
 
     recipe = Recipe(
         vocabulary=512, width=64, intermediate=192, blocks=blocks, positions=512, steps=30, batch=2, length=64

@@ -24,7 +24,7 @@ from app.store.keys import ensure_tenant, issue_key
 from app.store.models import Attempt, Job
 from app.store.session import Database
 from tests.servers import free_port
-from tests.workers.bench import alive, wait_for
+from tests.supervise.bench import alive, wait_for
 
 
 def children(pid: int) -> Iterator[int]:

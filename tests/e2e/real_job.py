@@ -8,11 +8,12 @@ from hashlib import sha256
 from pathlib import Path
 from random import Random
 
-from app.domain.events import AttemptOrder, BlockEvent, ProgressEvent
-from app.domain.jobs import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
+from app.domain.events import BlockEvent, ProgressEvent
+from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
 from app.store.models import Job
 from tests.e2e.installation import Installation
-from tests.workers.bench import wait_for
+from tests.supervise.bench import wait_for
+from workers.disk.orders import AttemptOrder
 
 TEXT = {"num_samples": 8, "sequence_length": 64}
 
@@ -45,8 +46,8 @@ def order_of(installed: Installation, job_id: str) -> AttemptOrder:
 
 def run_undisturbed(order: AttemptOrder, folder: Path) -> dict[str, str]:
     """The same order carried out in this process, as `tensor_hashes` tells it."""
-    from workers.engine.pipeline import run
     from workers.engine.reporter import Reporter
+    from workers.engine.run import run
 
     run(order, folder, Reporter(lambda _: None))
     output = folder / "output"

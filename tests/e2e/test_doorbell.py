@@ -13,9 +13,9 @@ import redis
 from app.client.api import Client
 from app.store.workers import forget_workers
 from tests.e2e.installation import Installation
-from tests.workers.bench import wait_for
+from tests.supervise.bench import wait_for
 
-WORKER_MODULE = "tests.workers.scripted_worker"
+WORKER_MODULE = "tests.supervise.scripted_worker"
 DATABASE = "postgresql"
 POLL_SECONDS = 0.5
 SETTINGS = {"WORKER_POLL_SECONDS": str(POLL_SECONDS)}
@@ -99,7 +99,7 @@ def test_a_dead_broker_and_no_sweep(idle: Installation) -> None:
 def test_a_worker_whose_clock_is_ahead_hears_and_tells(idle: Installation) -> None:
     """Three minutes: longer than any message used to be valid. Polls are put off, so that it must be a message."""
     idle["worker0"].stop()
-    command = [sys.executable, "-m", "tests.workers.skewed_worker", "180"]
+    command = [sys.executable, "-m", "tests.supervise.skewed_worker", "180"]
     idle.add("worker2", command, WORKER_POLL_SECONDS="60")
     idle.start("worker2")
     try:

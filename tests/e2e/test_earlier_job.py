@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 
 from app.domain.events import CheckpointEvent
-from app.domain.jobs import JobStatus
+from app.domain.job_states import JobStatus
 from tests.e2e.installation import Installation
 from tests.e2e.real_job import tensor_hashes
-from tests.workers.bench import wait_for
+from tests.supervise.bench import wait_for
 
 WORKER_MODULE = "workers"
 DATABASE = "sqlite"

@@ -8,9 +8,9 @@ from itertools import pairwise
 import redis
 
 from tests.e2e.installation import Installation
-from tests.workers.bench import alive, wait_for
+from tests.supervise.bench import alive, wait_for
 
-WORKER_MODULE = "tests.workers.scripted_worker"
+WORKER_MODULE = "tests.supervise.scripted_worker"
 DATABASE = "postgresql"
 GOOD = "block,sleep:0.2,file:a.json:{}"
 

@@ -9,10 +9,10 @@ from time import sleep
 import pytest
 
 from app.domain.events import AttemptLine, CheckpointEvent, ProgressEvent
-from app.domain.jobs import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
+from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
 from tests.e2e.installation import Installation
 from tests.e2e.real_job import order_of, run_undisturbed, tensor_hashes
-from tests.workers.bench import wait_for
+from tests.supervise.bench import wait_for
 
 WORKER_MODULE = "workers"
 DATABASE = "sqlite"

@@ -11,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from app.domain.events import AttemptLine, AttemptOrder, ResultLine
-from app.domain.jobs import JobRequest
+from app.domain.events import AttemptLine, ResultLine
 from app.domain.report import Report
-from workers.engine.evaluation import measure
-from workers.engine.pipeline import run
+from app.domain.request.job_request import JobRequest
+from workers.disk.orders import AttemptOrder
+from workers.engine.evaluate import measure
 from workers.engine.reporter import Reporter
-from workers.engine.tiny_model import Recipe, make_tiny_model
+from workers.engine.run import run
+from workers.tiny_model import Recipe, make_tiny_model
 
 TEXTS = {
     "calibration": {"num_samples": 8, "sequence_length": 32},
@@ -90,7 +91,7 @@ def engine_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]
             found.append((windows.ids, model.logits(quantized)))
         return measure(model, original, quantized, windows, **rest)
 
-    monkeypatch.setattr("workers.engine.pipeline.measure", watch)
+    monkeypatch.setattr("workers.engine.run.measure", watch)
     return found
 
 

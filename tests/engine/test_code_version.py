@@ -9,11 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from workers.engine.resume import CODE, ROOT, SUPERVISION, code_files, code_version
+from workers.engine.fingerprint import CODE, ROOT, SUPERVISION, code_files, code_version
 
 MODULE = re.compile(r"(app|workers)(\.\w+)+")
 DIGESTED = {path.relative_to(ROOT).as_posix() for path in code_files()}
-PACKAGES = sorted({Path(name).parent.as_posix() for name in DIGESTED})
 
 
 @pytest.fixture
@@ -29,6 +28,9 @@ def constants(path: Path) -> Iterator[ast.Constant]:
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Constant) and type(node.value) in (int, float) and node.lineno == node.end_lineno:
             yield node
+
+
+PACKAGES = sorted({Path(name).parent.as_posix() for name in DIGESTED if next(constants(ROOT / name), None)})
 
 
 def change_a_constant(path: Path) -> None:
@@ -53,7 +55,9 @@ def test_one_constant_of_any_package_changes_the_digest(copy: Path, package: str
     assert code_version(copy) != before
 
 
-@pytest.mark.parametrize("name", ["app/domain/methods.py", "app/domain/weight_specs.py", "workers/engine/tuning.py"])
+@pytest.mark.parametrize(
+    "name", ["app/domain/methods/catalogue.py", "app/domain/methods/weight_specs.py", "workers/engine/tune/tuner.py"]
+)
 def test_one_constant_of_what_decides_grids_candidates_and_checks_changes_it(copy: Path, name: str) -> None:
     before = code_version(copy)
     change_a_constant(copy / name)
@@ -62,10 +66,10 @@ def test_one_constant_of_what_decides_grids_candidates_and_checks_changes_it(cop
 
 def test_a_file_in_a_new_folder_counts_and_so_does_its_place(copy: Path) -> None:
     """Else a move of a file into a folder of its own would take it out of the digest."""
-    moved = copy / "workers/engine/tune/tuner.py"
+    moved = copy / "workers/engine/tune/inner/tuner.py"
     moved.parent.mkdir()
     before = code_version(copy)
-    (copy / "workers/engine/tuning.py").rename(moved)
+    (copy / "workers/engine/tune/tuner.py").rename(moved)
     after_the_move = code_version(copy)
     change_a_constant(moved)
     assert len({before, after_the_move, code_version(copy)}) == 3
@@ -132,8 +136,12 @@ NO_CODES = frozenset({"app/__init__.py", "app/logs.py", "app/settings.py"})
 
 
 def test_every_module_that_a_run_can_reach_is_in_the_digest() -> None:
-    modules = reachable("workers.attempt", "workers.engine.pipeline")
-    assert {"workers/engine/tuning.py", "workers/methods/sign_round.py", "workers/numerics/block_kernels.py"} <= modules
+    modules = reachable("workers.child.attempt", "workers.engine.run")
+    assert {
+        "workers/engine/tune/tuner.py",
+        "workers/methods/sign_round.py",
+        "workers/numerics/backends/block_kernels.py",
+    } <= modules
     assert modules - DIGESTED - NO_CODES == set()
 
 
@@ -146,5 +154,7 @@ def test_every_method_adapter_and_format_is_in_the_digest() -> None:
 
 
 def test_what_is_left_out_exists_and_is_out_of_reach() -> None:
-    assert {name for name in SUPERVISION if not (ROOT / name).is_file()} == set()
-    assert SUPERVISION.isdisjoint(reachable("workers.attempt", "workers.engine.pipeline"))
+    assert {name for name in SUPERVISION if not (ROOT / name).exists()} == set()
+    assert {
+        path for path in reachable("workers.child.attempt", "workers.engine.run") if path.startswith(SUPERVISION)
+    } == set()

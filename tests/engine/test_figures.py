@@ -8,17 +8,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from app.domain.finetuning import Finetune
 from app.domain.report import Report
-from app.domain.sources import BuiltinText
-from tests.engine import shipping
+from app.domain.request.finetuning import Finetune
+from app.domain.request.sources import BuiltinText
 from tests.engine.conftest import run_job
-from tests.engine.random_models import save_random_model
-from tests.engine.shipping import Case
-from workers.engine.blocks import StreamedModel
-from workers.engine.checkpoint import Checkpoint
-from workers.engine.resident_model import Residence, resident
-from workers.engine.training_plan import plan_training
+from tests.engine.model.random_models import save_random_model
+from tests.engine.ships import shipping
+from tests.engine.ships.shipping import Case
+from workers.engine.finetune.memory_plan import plan_training
+from workers.engine.finetune.resident_model import Residence, resident
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.streamed_model import StreamedModel
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 

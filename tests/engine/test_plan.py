@@ -8,13 +8,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from app.domain.events import AttemptOrder
-from app.domain.jobs import JobRequest
-from tests.engine.random_models import save_random_model
-from workers.engine import plan, training_plan
-from workers.engine.blocks import StreamedModel
-from workers.engine.checkpoint import Checkpoint
-from workers.engine.plan import PASS_BYTES, STREAM_BYTES, Plan, StreamSize, make_plan, working_bytes
+from app.domain.request.job_request import JobRequest
+from tests.engine.model.random_models import save_random_model
+from workers.disk.orders import AttemptOrder
+from workers.engine import plan
+from workers.engine.finetune import memory_plan as training_plan
+from workers.engine.memory import PASS_BYTES, working_bytes
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.plan import STREAM_BYTES, Plan, StreamSize, make_plan
 
 GB = 1 << 30
 PlanWith = Callable[..., Plan]

@@ -13,12 +13,12 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from tests.formats.examples import REPORT, Made, random_result, scheme, tiny_llama, write_with
 from workers.adapters.attaching import Attach, stored
-from workers.engine.checkpoint import Checkpoint
-from workers.engine.tiny_model import Recipe, make_tiny_model
+from workers.engine.model.checkpoint import Checkpoint
 from workers.formats.adapter_file import describe_adapter, write_adapter
-from workers.formats.gguf_file import GGUFFile
-from workers.formats.identity import Identity
+from workers.formats.cards.identity import Identity
+from workers.formats.gguf.file import GGUFFile
 from workers.formats.writer import open_writers
+from workers.tiny_model import Recipe, make_tiny_model
 
 W4, WITH_FACTORS = scheme(4, 32, True), [Made(scheme(4, 32, True), rank=2)]
 

@@ -21,9 +21,9 @@ from transformers.utils import (
 
 from app.domain.formats import ExportFormat
 from tests.formats.examples import Source, scheme, tiny_llama, write_quantized
-from workers.engine.tiny_model import Recipe, make_tiny_model
-from workers.fetch import ALLOWED, IGNORED
+from workers.child.fetch import ALLOWED, IGNORED
 from workers.formats.source_files import CODE, COPIED, without_code
+from workers.tiny_model import Recipe, make_tiny_model
 
 CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
 PROCESSORS = (IMAGE_PROCESSOR_NAME, FEATURE_EXTRACTOR_NAME, VIDEO_PROCESSOR_NAME, PROCESSOR_NAME, AUDIO_TOKENIZER_NAME)

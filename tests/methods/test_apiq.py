@@ -12,8 +12,8 @@ from app.domain.errors import InvalidRequest
 from app.domain.methods import ApiQSpec, RTNSpec, Scheme, SignRoundSpec
 from tests.methods.test_sign_round import RoundSTE
 from tests.methods.toy_block import toy_task
-from workers.contracts import BlockTask
-from workers.layer_tasks import SideBySide, quantize_in_order, same_inputs
+from workers.contracts.blocks import BlockTask
+from workers.contracts.layer_tasks import SideBySide, quantize_in_order, same_inputs
 from workers.methods.apiq import ApiQ, corrected_weights
 from workers.methods.rtn import RTN, quantize_weight
 from workers.numerics.clipped_groups import ClippedGroups

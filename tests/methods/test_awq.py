@@ -10,12 +10,12 @@ from torch.func import functional_call
 
 from app.domain.methods import AWQSpec, RTNSpec, Scheme
 from tests.methods.toy_block import GATED_FOLDS, gated_task
-from workers.contracts import BlockTask, Fold
+from workers.contracts.blocks import BlockTask, Fold
+from workers.contracts.results import BlockResult
 from workers.methods import awq
 from workers.methods.awq import AWQ, clip_ranges, observe, search_scale, settle
 from workers.methods.rtn import RTN
 from workers.numerics.affine import GroupRange, grid, grouped, round_to_grid
-from workers.numerics.quantized import BlockResult
 
 W3 = Scheme(bits=3, group_size=16, symmetric=False)
 GATED: dict[str, Scheme] = {"gate": W3, "up": W3, "down": Scheme(bits=3, group_size=-1, symmetric=True)}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from app.domain.methods import GPTQSpec, RTNSpec, Scheme
 from tests.methods.toy_block import GatedBlock, gated_task
-from workers.contracts import BlockTask
+from workers.contracts.blocks import BlockTask
 from workers.methods.gptq import GPTQ, Elimination, quantize_weight
 from workers.methods.rtn import RTN
 from workers.methods.rtn import quantize_weight as round_to_nearest

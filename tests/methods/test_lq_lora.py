@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import AbsmaxScheme, BitBudget, Candidate, LQLoRASpec, Scheme
-from workers.contracts import Fisher, ScoreTask
+from workers.contracts.blocks import Fisher, ScoreTask
 from workers.methods.lq_lora import SCORED_ROWS, LQLoRA, RankOne, decompose, quantize, scored_rows
 from workers.numerics.low_rank import weighted_factors
 from workers.numerics.normal_float import DoubleQuantization, bits_per_weight

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from app.domain.errors import InvalidRequest
-from app.domain.jobs import JobRequest
 from app.domain.methods import NormalFloatSpec, Scheme
+from app.domain.request.job_request import JobRequest
 from tests.methods.toy_block import toy_task
 from workers.methods.normal_float import NormalFloat
 from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax

@@ -1,8 +1,7 @@
 """The registry has code for every method that a request may name."""
 
 from app.domain.methods import METHODS as NAMED
-from workers.engine.preparation import needs_text
-from workers.engine.registry import METHODS
+from workers.engine.quantize.registry import METHODS, needs_text
 
 
 def test_every_method_has_code_that_keeps_what_its_entry_says() -> None:

@@ -125,7 +125,7 @@ def test_original_inputs_are_used_when_asked_for() -> None:
 
 def test_a_loss_reported_is_the_loss_of_the_result() -> None:
     """The held-out loss recomputed with the dequantized result equals the one reported."""
-    from workers.engine.sample_order import split
+    from workers.engine.tune.sample_order import split
 
     scheme = Scheme(bits=3, group_size=16, symmetric=False)
     task = toy_task(schemes={"up": scheme, "down": scheme})

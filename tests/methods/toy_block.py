@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Scheme
-from workers.contracts import BlockTask, Fold
-from workers.engine.registry import METHODS
-from workers.engine.tuning import Tuner
+from workers.contracts.blocks import BlockTask, Fold
+from workers.engine.quantize.registry import METHODS
+from workers.engine.tune.tuner import Tuner
 
 
 class ToyBlock(nn.Module):

@@ -13,7 +13,7 @@ from workers.numerics.affine import (
     range_factors,
     round_to_grid,
 )
-from workers.numerics.rounding_operators import Groups
+from workers.numerics.backends.rounding_operators import Groups
 
 
 def present_grid(groups: Groups, scheme: Scheme) -> Grid:

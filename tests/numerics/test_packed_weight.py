@@ -50,7 +50,7 @@ def test_packed_weights_are_the_weights(form: str, bits: int, group_size: int) -
 @pytest.mark.parametrize("form", FORMS)
 def test_the_kernel_makes_the_same_weights(form: str, bits: int) -> None:
     pytest.importorskip("triton")
-    from workers.numerics import unpack_kernels
+    from workers.numerics.backends import unpack_kernels
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The interpreter cuts bf16 off instead of rounding it.

@@ -16,7 +16,7 @@ from app.domain.errors import (
     TimeLimitExceeded,
 )
 from app.domain.events import AttemptEvent, CheckpointEvent, LogEvent, MetricEvent, StatusEvent, WarningEvent
-from app.domain.jobs import FINAL_STATUSES, MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS, DeviceClass, JobStatus
+from app.domain.job_states import FINAL_STATUSES, MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS, DeviceClass, JobStatus
 from app.store.artifacts import ArtifactRepository
 from app.store.attempts import AttemptWriter, Claim
 from app.store.endings import MAX_BACK_OFF_SECONDS, back_off, requeue_lost

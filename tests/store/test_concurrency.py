@@ -11,7 +11,7 @@ from sqlalchemy.exc import DBAPIError
 
 from app.domain.errors import AttemptSuperseded, Unavailable
 from app.domain.events import LogEvent
-from app.domain.jobs import DeviceClass, JobStatus
+from app.domain.job_states import DeviceClass, JobStatus
 from app.store.attempts import AttemptWriter, claim
 from app.store.endings import requeue_lost
 from app.store.events import EventRepository, events_after

@@ -6,7 +6,8 @@ from sqlalchemy import update
 
 from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, KeyReused, NotFound
 from app.domain.events import StatusEvent
-from app.domain.jobs import JobRequest, JobStatus
+from app.domain.job_states import JobStatus
+from app.domain.request.job_request import JobRequest
 from app.store.artifacts import ArtifactRepository
 from app.store.attempts import AttemptWriter
 from app.store.clock import seconds_from_now

@@ -3,7 +3,7 @@
 import pytest
 from sqlalchemy import delete, update
 
-from app.domain.jobs import DeviceClass, JobStatus
+from app.domain.job_states import DeviceClass, JobStatus
 from app.store.attempts import AttemptWriter, Claim
 from app.store.clock import seconds_from_now
 from app.store.models import Attempt, Job

@@ -2,7 +2,7 @@ import pytest
 from sqlalchemy import update
 
 from app.domain.errors import CudaError
-from app.domain.jobs import DeviceClass
+from app.domain.job_states import DeviceClass
 from app.store.attempts import AttemptWriter
 from app.store.clock import seconds_from_now
 from app.store.models import Worker

@@ -16,8 +16,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from app.domain.adapter_shapes import shape_for
 from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec
+from app.domain.adapters.shapes import shape_for
 from app.domain.errors import CorruptCheckpoint, InternalError, InvalidRequest
 from app.domain.report import AdapterReport, BitOperations, MergeReport
 from workers.adapters.bayesian import GATED_BYTES, BayesianLoRA, bops_report
@@ -31,7 +31,7 @@ Merge = Literal["quantized", "16bit"] | None
 
 @dataclass(frozen=True)
 class Attach:
-    """Makes the adapters of a block's linears (`workers.contracts`).
+    """Makes the adapters of a block's linears (`workers.contracts.blocks`).
 
     trained  parameters at which adapters start, by full name; a LoRA's come with its linear
     """

@@ -20,7 +20,7 @@ and where p is a multiple of the group g, one number for each group of a row: `g
 Papers: QLoRA (arXiv:2305.14314), QA-LoRA (arXiv:2309.14717), Q-BaRA and QA-HiRA (arXiv:2407.17029, whose second version
 calls them Q-BLoRA and QA-BLoRA). Of the last one the text was not available: p, q and s are those of the authors' code,
 which for QA-HiRA has (4, 8), no multiple of any usual group. Here the pool is always a multiple of the group, and the
-size of tiles follows from the number of parameters (`app.domain.adapter_shapes.shape_for`).
+size of tiles follows from the number of parameters (`app.domain.adapters.shapes.shape_for`).
 
 Different from the authors' code: M starts at 0, not at random numbers, so that training starts at the base as it does
 with B = 0 (M has a gradient there, as B has). Parameters are fp32, since steps of 1e-5 vanish in bf16; the products are

@@ -12,13 +12,13 @@ from app.domain.formats import ADAPTER_FOLDER, ExportFormat
 from app.domain.report import AdapterReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
-from workers.engine.blocks import StreamedModel
-from workers.engine.read_ahead import read_ahead
+from workers.engine.device.read_ahead import read_ahead
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quantize.finished_blocks import ResumeState
 from workers.engine.reporter import Reporter
-from workers.engine.resume import ResumeState
 from workers.engine.shipped import TrainedAdapters
 from workers.formats.adapter_file import describe_adapter, write_adapter
-from workers.formats.identity import Identity
+from workers.formats.cards.identity import Identity
 from workers.formats.writer import Writer, open_writers
 from workers.numerics.quantized import LinearResult, StoredBits
 

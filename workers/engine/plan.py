@@ -1,38 +1,32 @@
 """Decisions before the first block: device, threads, dtypes, micro-batch, where activations live, what is quantized."""
 
-import hashlib
 import math
-import os
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Literal
 
 import torch
 
-from app.domain.events import AttemptOrder
 from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme, WeightSpec
-from app.domain.module_rules import rule_errors
-from workers.engine.blocks import StreamedModel
-from workers.engine.evaluation import LOGITS_AT_ONCE, LOGITS_BYTES
+from app.domain.methods.module_rules import rule_errors
+from workers.disk.orders import AttemptOrder
+from workers.engine.memory import (
+    PASS_BYTES,
+    TOKENS_AT_ONCE_CPU,
+    TOKENS_AT_ONCE_GPU,
+    _pass_bytes,
+    graph_bytes,
+    working_bytes,
+)
+from workers.engine.model.streamed_model import StreamedModel
 
-TOKENS_AT_ONCE_CPU = 4096
 MEMORY_STEP = 1 << 30
 """Free memory of a GPU is rounded down to this, so that the same machine gives the same plan."""
 ACTIVATION_SHARE = 0.9
 """Of what else is left of a GPU's memory that the streams may take before they move to the host."""
-TUNED_BYTES = 16
-"""What tuning keeps of a weight, beside the block: its value, gradient, learned offset, kept code and copies."""
 TUNING_SHARE = 0.3
 """Of a GPU's memory that a micro-batch with gradients may take."""
 LARGEST_MICRO_BATCH = 32
-TOKENS_AT_ONCE_GPU = 16_384
-"""Enough to fill a GPU; more only takes memory, for the MLP's insides first."""
-PASS_BYTES = 1 << 31
-"""Of a GPU's memory that a pass without gradients may take: the fewer the calls, the less to launch."""
 STREAM_BYTES = 6 << 30
 """Streams beyond this live in host memory, however much is free: copies hide behind the work of such widths, nearly."""
 
@@ -48,7 +42,7 @@ class Plan:
     activation_bytes, activation_budget
                     what a rank's streams need, and what its device could give them; None for a device without memory
                     of its own
-    world_size      ranks that share the windows of each text (`workers.engine.ranks`)
+    world_size      ranks that share the windows of each text (`workers.engine.device.process_group`)
     """
 
     device: str
@@ -75,62 +69,6 @@ class StreamSize:
     samples: int
     length: int
     tensors: int
-
-
-def open_device(order: AttemptOrder, rank: int = 0) -> torch.device:
-    """The device of a rank of the order, and as many threads as the process may use of what all ranks may."""
-    torch.set_num_threads(max(1, available_threads() // order.world_size))
-    if order.device == "cpu":
-        return torch.device("cpu")
-    # Ranks that outnumber the GPUs share them: nothing that a worker asks for, but a way to test with one.
-    device = torch.device("cuda", (order.device_index + rank) % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def available_threads() -> int:
-    """Processors that the affinity mask, the cgroup's quota and OMP_NUM_THREADS leave to this process, at least 1."""
-    limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
-    quota = _cgroup_processors(Path("/sys/fs/cgroup"))
-    if quota is not None:
-        limits.append(int(quota))
-    asked = os.environ.get("OMP_NUM_THREADS", "")
-    if asked.isdigit():
-        limits.append(int(asked))
-    return max(1, min(limits))
-
-
-def _cgroup_processors(root: Path) -> float | None:
-    """Quota over period, of cgroup v2 or v1; None where there is no limit."""
-    for quota_file, period_file in (("cpu.max", "cpu.max"), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
-        try:
-            quota = (root / quota_file).read_text().split()[0]
-            period = (root / period_file).read_text().split()[-1]
-        except (OSError, IndexError):
-            continue
-        if quota.isdigit() and period.isdigit() and int(period) > 0:
-            return int(quota) / int(period)
-    return None
-
-
-@contextmanager
-def reproducible(device: torch.device) -> Iterator[None]:
-    """Deterministic kernels on a GPU while the context lasts; on a CPU they are deterministic anyway."""
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*deterministic.*", category=UserWarning)
-            yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
 
 
 def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[StreamSize]) -> Plan:
@@ -190,19 +128,6 @@ def _pass_batch(model: StreamedModel, length: int) -> int:
     return max(1, PASS_BYTES // (_pass_bytes(model) * length))
 
 
-def _pass_bytes(model: StreamedModel) -> int:
-    """What a block holds of each token at once without autograd."""
-    config = model.config.get_text_config()
-    return int((4 * config.hidden_size + 3 * config.intermediate_size) * model.dtype.itemsize)
-
-
-def graph_bytes(model: StreamedModel) -> int:
-    """What autograd keeps of a block for each token."""
-    config = model.config.get_text_config()
-    # In units of the width and of the MLP's width, measured on Llama blocks.
-    return int((24 * config.hidden_size + 6 * config.intermediate_size) * model.dtype.itemsize)
-
-
 def _activation_bytes(model: StreamedModel, streams: list[StreamSize]) -> int:
     elements = sum(stream.samples * stream.length * stream.tensors for stream in streams)
     return int(elements * model.config.get_text_config().hidden_size * model.dtype.itemsize)
@@ -214,21 +139,6 @@ def _activation_budget(model: StreamedModel, length: int, micro_batch: int) -> i
         return None
     free = torch.cuda.mem_get_info(model.device)[0] // MEMORY_STEP * MEMORY_STEP
     return max(0, int(ACTIVATION_SHARE * (free - working_bytes(model, length, micro_batch))))
-
-
-def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
-    """The most that a job needs on the device beside its streams: in a pass, while tuning, or while making logits.
-
-    length, micro_batch   of the sequences that go through a block at once with gradients
-    """
-    item, config = model.dtype.itemsize, model.config.get_text_config()
-    block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
-    # Besides the block in hand there is the next one (`workers.engine.read_ahead`).
-    tuning = 2 * block * item + block * TUNED_BYTES + micro_batch * length * graph_bytes(model)
-    head = config.vocab_size * config.hidden_size * item
-    logits = min(LOGITS_AT_ONCE["cuda"], length * config.vocab_size) * LOGITS_BYTES
-    # In a pass for the reference row the block's rounded weights are there besides.
-    return int(max(tuning, 3 * block * item + PASS_BYTES, head + logits))
 
 
 def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
@@ -243,8 +153,3 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     for error in rule_errors(spec, inputs, head=model.layout.head, tied=model.tied):
         raise error
     return {name: scheme for name in inputs if (scheme := spec.scheme(name)) is not None}
-
-
-def block_seed(seed: int, index: int | Literal["scales", "finetune"]) -> int:
-    """The seed of a block, of the tuning of all scales, or of finetuning: the same for every run of a request."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{index}".encode()).digest()[:8], "big") >> 1

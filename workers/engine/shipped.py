@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from app.domain.adapters import AdapterSpec
 from app.domain.formats import ADAPTER_FOLDER, ExportFormat
 from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
-from workers.engine.blocks import StreamedModel
-from workers.engine.read_ahead import BlockReader
-from workers.engine.resume import ResumeState
-from workers.engine.streams import Stream
-from workers.formats.gguf_blocks import held
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quantize.activations import Stream
+from workers.engine.quantize.block_reader import BlockReader
+from workers.engine.quantize.finished_blocks import ResumeState
+from workers.formats.gguf.blocks import held
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank
 
 

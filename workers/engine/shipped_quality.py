@@ -7,8 +7,8 @@ from torch import Tensor
 
 from app.domain.errors import NumericalFailure
 from app.domain.report import Figures, FinetuningReport, Quality, ShippedFigures
+from workers.engine.quantize.activations import Stream
 from workers.engine.shipped import Numbers, Replay, Shipment
-from workers.engine.streams import Stream
 
 NOTABLE = 0.005
 """Relative difference of perplexities of which the report warns."""

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from app.domain.report import Report
-from workers.formats.card_sections import code, quality, training
-from workers.formats.front_matter import front_matter
-from workers.formats.identity import Identity, Part, title
+from workers.formats.cards.card_sections import code, quality, training
+from workers.formats.cards.front_matter import front_matter
+from workers.formats.cards.identity import Identity, Part, title
+from workers.formats.cards.loading_lines import adapter_lines
+from workers.formats.cards.model_card import header, provenance
+from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.load_adapter import FILE, FORMAT, PARTS, VERSION
-from workers.formats.loading_lines import adapter_lines
-from workers.formats.model_card import header, provenance
 from workers.formats.shards import write_json
-from workers.formats.source_card import SourceCard, read_source_card
 from workers.formats.source_files import LICENCES, copy_files, licence_file
 
 LOADER = Path(__file__).with_name("load_adapter.py")

@@ -17,8 +17,8 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from app.domain.architectures import HEAD
 from app.domain.errors import CorruptCheckpoint, FormatCannotHold
+from app.domain.inputs.architectures import HEAD
 from app.domain.methods import PER_CHANNEL, Scheme
 from workers.numerics.packing import pack_words, unpack_words
 from workers.numerics.quantized import AffineWeight, LinearResult

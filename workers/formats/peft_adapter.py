@@ -26,8 +26,8 @@ from torch import Tensor
 from app.domain.errors import FormatCannotHold
 from app.domain.formats import ExportFormat
 from app.domain.report import Report
-from workers.formats.identity import Identity
-from workers.formats.model_card import describe
+from workers.formats.cards.identity import Identity
+from workers.formats.cards.model_card import describe
 from workers.formats.shards import write_json
 from workers.formats.source_files import LICENCES, SourceCheckpoint, copy_files
 from workers.formats.stored_linear import StoredLinear, StoredLowRank

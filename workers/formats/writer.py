@@ -25,11 +25,12 @@ from app.domain.errors import FormatCannotHold, InternalError
 from app.domain.formats import ExportFormat, base_alone, model_problems
 from app.domain.methods import Scheme
 from app.domain.report import Report
-from workers.formats import compressed_tensors, gguf_file, merged, native
-from workers.formats.identity import Identity
-from workers.formats.model_card import describe
+from workers.formats import compressed_tensors, merged, native
+from workers.formats.cards.identity import Identity
+from workers.formats.cards.model_card import describe
+from workers.formats.cards.runtimes import dense_words_warning, straddling
+from workers.formats.gguf import file as gguf_file
 from workers.formats.peft_adapter import AdapterWriter
-from workers.formats.runtimes import dense_words_warning, straddling
 from workers.formats.shards import SHARD_BYTES, ShardWriter, write_json
 from workers.formats.source_files import SourceCheckpoint, check_tensor, copy_files, without_code
 from workers.formats.stored_linear import StoredLinear

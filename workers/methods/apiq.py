@@ -46,12 +46,14 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import ApiQSpec
-from workers.contracts import BlockTask, TuningOutcome, TuningSettings
-from workers.layer_tasks import quantize_in_order
+from workers.contracts.blocks import BlockTask
+from workers.contracts.layer_tasks import quantize_in_order
+from workers.contracts.results import BlockResult
+from workers.contracts.tuning import TuningOutcome, TuningSettings
 from workers.numerics.adamw import AdamW
 from workers.numerics.clipped_groups import ClippedGroups, GroupStart
 from workers.numerics.learned_ranges import working_dtype
-from workers.numerics.quantized import BlockResult, LinearResult, LowRank, Number, QuantizedWeight
+from workers.numerics.quantized import LinearResult, LowRank, Number, QuantizedWeight
 
 BASE_SHARE = 0.2
 """Of a block's progress that a base with its own tuning is taken for."""

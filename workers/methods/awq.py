@@ -39,10 +39,11 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import AWQSpec, Scheme
-from workers.contracts import BlockTask, Fold
+from workers.contracts.blocks import BlockTask, Fold
+from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, watched
-from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult, Number, Scaling
+from workers.numerics.quantized import AffineWeight, LinearResult, Number, Scaling
 
 STEPS = 20
 """Parts that the interval of alpha, and that of c, is cut into."""

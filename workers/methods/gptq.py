@@ -41,10 +41,11 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import GPTQSpec, Scheme
-from workers.contracts import BlockTask
+from workers.contracts.blocks import BlockTask
+from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs
-from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
+from workers.numerics.quantized import AffineWeight, LinearResult
 
 LAZY_COLUMNS = 128
 """Columns whose updates are kept from the rest of the row until all of them are rounded."""

@@ -34,12 +34,13 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import PRESET_ABSMAX, LoftQSpec, Scheme
-from workers.contracts import BlockTask
+from workers.contracts.blocks import BlockTask
+from workers.contracts.results import BlockResult
 from workers.numerics import normal_float
 from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
 from workers.numerics.low_rank import best_factors
 from workers.numerics.normal_float import DoubleQuantization
-from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult, LowRank, QuantizedWeight
+from workers.numerics.quantized import AffineWeight, LinearResult, LowRank, QuantizedWeight
 
 Quantize = Callable[[Tensor], QuantizedWeight]
 

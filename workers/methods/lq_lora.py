@@ -16,7 +16,7 @@
 The budget (the paper's integer programme) is the engine's: it chooses c for each linear so that the sum of the squared
 errors is least (`workers.numerics.allocation`, in place of a licensed solver). F is the empirical one: squared
 gradients of the language-model loss, a sequence an example, summed over the calibration text
-(`workers.engine.fisher`).
+(`workers.engine.quantize.fisher`).
 
 Cost of a linear: two decompositions (`workers.numerics.low_rank`: exact for sides up to 2,048, then randomized), and
 for each iteration O(out*in*R) to follow the factors, and a rounding; to choose, one decomposition and a rounding of
@@ -44,11 +44,12 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import PRESET_ABSMAX, AbsmaxScheme, LQLoRASpec, Scheme
-from workers.contracts import BlockTask, Fisher, ScoreTask
+from workers.contracts.blocks import BlockTask, Fisher, ScoreTask
+from workers.contracts.results import BlockResult
 from workers.numerics import normal_float
 from workers.numerics.low_rank import FollowedFactors, weighted_factors
 from workers.numerics.normal_float import DoubleQuantization
-from workers.numerics.quantized import BlockResult, CodebookWeight, LinearResult, LowRank
+from workers.numerics.quantized import CodebookWeight, LinearResult, LowRank
 
 SCORED_ROWS, STRIP = 64, 16
 """Rows that a configuration is judged by, in strips: with all, choosing among 432 takes some ten times as long."""

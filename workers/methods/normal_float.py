@@ -12,9 +12,10 @@ Looks at the weights alone, one linear at a time; cost O(out*in).
 import torch
 
 from app.domain.methods import NormalFloatSpec
-from workers.contracts import BlockTask
+from workers.contracts.blocks import BlockTask
+from workers.contracts.results import BlockResult
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, quantize
-from workers.numerics.quantized import BlockResult, LinearResult
+from workers.numerics.quantized import LinearResult
 
 QLORA = DoubleQuantization(bits=8, dtype=torch.float32, superblock=256)
 """The sizes of QLoRA's second level."""

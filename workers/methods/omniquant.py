@@ -36,9 +36,11 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import OmniQuantSpec, Scheme
-from workers.contracts import BlockTask, TuningSettings
+from workers.contracts.blocks import BlockTask
+from workers.contracts.results import BlockResult
+from workers.contracts.tuning import TuningSettings
 from workers.numerics.clipped_groups import ClippedGroups, GroupStart
-from workers.numerics.quantized import BlockResult, LinearResult, Number
+from workers.numerics.quantized import LinearResult, Number
 
 
 class OmniQuant:

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import RTNSpec, Scheme
-from workers.contracts import BlockTask
+from workers.contracts.blocks import BlockTask
+from workers.contracts.results import BlockResult
 from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
-from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult
+from workers.numerics.quantized import AffineWeight, LinearResult
 
 
 class RTN:

@@ -17,7 +17,7 @@ Rounding passes gradients straight through. With D = dL/dw_hat and m = [q was no
 | symbol | variable | shape |
 |---|---|---|
 | w | `weight` | (groups, G), the model's dtype: the groups of all linears of one scheme, one after another |
-| V | `offset` | (groups, G), fp32; on a GPU int16 in multiples of lr/T (`workers.numerics.kernels`) |
+| V | `offset` | (groups, G), fp32; on a GPU int16 in multiples of lr/T (`workers.numerics.backends.rounding_kernels`) |
 | alpha, beta | `alpha`, `beta` | (groups,), fp32 |
 | lo, hi | `ranges` | (groups,), fp32 |
 | D | `gradient` | (groups, G), the model's dtype |
@@ -45,10 +45,12 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
-from workers.contracts import BlockTask, TuningSettings, WarmUp
+from workers.contracts.blocks import BlockTask, WarmUp
+from workers.contracts.results import BlockResult
+from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import SMALLEST_SCALE, GroupRange
-from workers.numerics.quantized import AffineWeight, BlockResult, LinearResult, Number
-from workers.numerics.rounding_operators import Groups
+from workers.numerics.backends.rounding_operators import Groups
+from workers.numerics.quantized import AffineWeight, LinearResult, Number
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Of alpha and beta: a full range may only shrink, a searched one may also widen."""
@@ -207,7 +209,7 @@ class RoundedWeights:
 def rounding_kernels_for(weight: Tensor) -> ModuleType:
     """What works on this weight: Triton's kernels on a GPU, for dtypes that fp32 holds; else torch's operators."""
     triton = weight.is_cuda and weight.dtype != torch.float64 and find_spec("triton") is not None
-    return import_module(f"workers.numerics.{'kernels' if triton else 'rounding_operators'}")
+    return import_module(f"workers.numerics.backends.{'rounding_kernels' if triton else 'rounding_operators'}")
 
 
 def working_dtype(weight: Tensor) -> torch.dtype:

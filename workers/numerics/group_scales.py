@@ -52,7 +52,7 @@ def scale_kernels(tensor: Tensor) -> ModuleType | None:
 
 @lru_cache
 def _kernels() -> ModuleType | None:
-    return None if find_spec("triton") is None else import_module("workers.numerics.scale_kernels")
+    return None if find_spec("triton") is None else import_module("workers.numerics.backends.scale_kernels")
 
 
 def _steps(codes: Tensor, zero: Tensor | int, dtype: torch.dtype) -> Tensor:

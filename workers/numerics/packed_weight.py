@@ -5,7 +5,7 @@
 
 Codes of up to 2 bits lie four in a byte, up to 4 bits two, wider ones one; the first in the lowest bits. Arithmetic is
 that of `workers.numerics.quantized`: fp32, rounded once. On a GPU one kernel unpacks, scales and rounds
-(`workers.numerics.unpack_kernels`); elsewhere torch does, for tests.
+(`workers.numerics.backends.unpack_kernels`); elsewhere torch does, for tests.
 """
 
 from dataclasses import dataclass
@@ -92,7 +92,7 @@ def unpack_kernels(tensor: Tensor) -> ModuleType | None:
 
 @lru_cache
 def _kernels() -> ModuleType | None:
-    return None if find_spec("triton") is None else import_module("workers.numerics.unpack_kernels")
+    return None if find_spec("triton") is None else import_module("workers.numerics.backends.unpack_kernels")
 
 
 def _pack(codes: Tensor, width: int) -> Tensor:

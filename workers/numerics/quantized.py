@@ -11,7 +11,7 @@ side of a group's range may take the extra code (SignRound's full range).
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -274,24 +274,6 @@ class LinearResult:
         """Bits of the weight and of its correction."""
         bits = self.weight.stored_bits()
         return bits if self.low_rank is None else bits + self.low_rank.stored_bits()
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """What a method makes of one block: a result for each linear by its name inside the block, and its losses.
-
-    Losses are mean squared errors of the block's output on the method's held-out sequences; None for methods
-    that do not look at it.
-
-    parameters  others that change with the linears (norms, biases) by name inside the block, in the model's dtype
-    counters    what happened how often, for the report
-    """
-
-    linears: dict[str, LinearResult]
-    loss_initial: Number | None = None
-    loss: Number | None = None
-    counters: dict[str, Number] = field(default_factory=dict)
-    parameters: dict[str, Tensor] = field(default_factory=dict)
 
 
 def _columns(codes: Tensor, scheme: Scheme) -> int:

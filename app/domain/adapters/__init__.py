@@ -1,0 +1,43 @@
+"""Adapters that finetuning trains: their specs, catalogue and shapes."""
+
+from app.domain.adapters.specs import (
+    ADAPTERS,
+    GATE_TRAVEL,
+    LEARNING_RATE,
+    AdapterFields,
+    AdapterInfo,
+    AdapterShape,
+    AdapterSpec,
+    BayesianLoRASpec,
+    Factor,
+    GroupedSpec,
+    LoRASpec,
+    PooledFields,
+    Pooling,
+    QABLoRASpec,
+    QAHiRASpec,
+    QALoRASpec,
+    QBaRASpec,
+    RepeatOut,
+)
+
+__all__ = [
+    "ADAPTERS",
+    "GATE_TRAVEL",
+    "LEARNING_RATE",
+    "AdapterFields",
+    "AdapterInfo",
+    "AdapterShape",
+    "AdapterSpec",
+    "BayesianLoRASpec",
+    "Factor",
+    "GroupedSpec",
+    "LoRASpec",
+    "PooledFields",
+    "Pooling",
+    "QABLoRASpec",
+    "QAHiRASpec",
+    "QALoRASpec",
+    "QBaRASpec",
+    "RepeatOut",
+]

@@ -1,0 +1,84 @@
+"""Texts as JSONL: what a line may be. An upload is judged by it when it is completed, a calibration when it reads."""
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from app.domain.errors import InvalidDataset
+from app.domain.inputs.messages import RowProblem
+from app.domain.inputs.rows import Row, parse_row
+
+MAX_LINE_BYTES = 16 << 20
+WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion", or with "messages"'
+
+
+@dataclass(frozen=True)
+class Record:
+    """A line of a file: its number from 1, what it holds, and the columns that were not read."""
+
+    number: int
+    row: Row
+    ignored: tuple[str, ...] = ()
+
+
+def check_jsonl(stream: BinaryIO, name: str) -> int:
+    """The number of records of a JSONL file that hold text. Raises as `numbered_records`."""
+    return sum(not record.row.is_blank for record in numbered_records(stream, name))
+
+
+def numbered_records(stream: BinaryIO, name: str) -> Iterator[Record]:
+    """The records of a JSONL file, one after the other, those without text too; `name` is for messages.
+
+    Raises:
+        InvalidDataset: a line, named by its number, is no record, or none of them holds text.
+    """
+    blank = found = 0
+    for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
+        if len(line) > MAX_LINE_BYTES:
+            raise bad_line(name, number, f"longer than {MAX_LINE_BYTES} bytes", line)
+        if line.strip():
+            record = parse_record(line, number, name)
+            blank, found = blank + record.row.is_blank, found + 1
+            yield record
+    if blank == found:
+        detail = f"{name} holds no text" + (f": its {found} rows are empty" if found else "")
+        raise InvalidDataset(detail, field=name, value=name, hint=WANTED)
+
+
+def parse_record(line: bytes, number: int, name: str) -> Record:
+    """The record on a line.
+
+    Raises:
+        InvalidDataset: it is none, or one of its fields has a meaning that is not honoured.
+    """
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise bad_line(name, number, f"not JSON ({error})", line) from error
+    if not isinstance(row, Mapping):
+        raise bad_line(name, number, "not a JSON object", line)
+    try:
+        found, ignored = parse_row(row)
+    except RowProblem as problem:
+        raise bad_field(name, number, problem, row) from problem
+    return Record(number, found, ignored)
+
+
+def bad_line(name: str, number: int, problem: str, line: bytes) -> InvalidDataset:
+    """The error for a line that is no record."""
+    shown = line[:200].decode("utf-8", "replace").rstrip()
+    return InvalidDataset(f"{name}: line {number} is {problem}", field=name, value=shown, hint=WANTED)
+
+
+def bad_field(name: str, number: int, problem: RowProblem, row: Mapping[str, Any]) -> InvalidDataset:
+    """The error for a field of a row, by the number of its line and its path."""
+    place = f"{name}: line {number}" + (f": {problem.path}" if problem.path else "")
+    value: Any = row
+    for step in problem.path.split(".") if problem.path else ():
+        if isinstance(value, list):
+            value = value[int(step)] if step.isdigit() and int(step) < len(value) else None
+        else:
+            value = value.get(step) if isinstance(value, Mapping) else None
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)[:200]
+    return InvalidDataset(f"{place} {problem.problem}", field=name, value=shown, hint=problem.hint)

@@ -1,0 +1,71 @@
+"""A budget of bits for all linears together, and what it chooses from."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Self
+
+from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+
+from app.domain.methods.schemes import MAX_BITS, MIN_BITS, SCALE_BITS, AbsmaxScheme, Bits, Scheme, Spec
+
+
+def _each_once(choices: tuple[int, ...]) -> tuple[int, ...]:
+    if len(set(choices)) < len(choices):
+        raise ValueError("must name each width once")
+    return tuple(sorted(choices))
+
+
+class BitBudget(Spec):
+    """Widths that are chosen for each linear, by how much each of them would cost its output."""
+
+    average: float = Field(
+        strict=True,
+        ge=MIN_BITS,
+        le=16,
+        allow_inf_nan=False,
+        description="At most this many bits a weight over all linears of the blocks, scales and zero points included, "
+        "low-rank factors and the output head not.",
+    )
+    choices: Annotated[tuple[Bits, ...], AfterValidator(_each_once)] = Field(
+        default=(2, 3, 4, 8), min_length=1, max_length=MAX_BITS - MIN_BITS + 1, description="Widths to choose from."
+    )
+
+    @model_validator(mode="after")
+    def _is_in_reach(self) -> Self:
+        if self.average < self.choices[0]:
+            raise ValueError(f"average must be at least {self.choices[0]}, the least of choices")
+        return self
+
+
+def _json_type(value: object) -> str:
+    return "object" if isinstance(value, Mapping | BitBudget) else "integer"
+
+
+Width = Annotated[
+    Annotated[Bits, Tag("integer")] | Annotated[BitBudget, Tag("object")],
+    Discriminator(_json_type),
+    Field(description='Width of a code in bits, or a budget: {"average": 2.75, "choices": [2, 3, 4]}.'),
+]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to store a linear, of those that a budget chooses from.
+
+    absmax   None: one floating-point number a group
+    """
+
+    scheme: Scheme
+    absmax: AbsmaxScheme | None = None
+
+    def stored_bits(self, shape: tuple[int, int], scale_bits: int = SCALE_BITS) -> int:
+        """Bits of a linear (out, in): codes, and scales with zero points or the maxima with both their levels.
+
+        What a linear has but once (a codebook, the least of its maxima) is left out, as in LQ-LoRA's count.
+        """
+        weights = shape[0] * shape[1]
+        groups = weights // self.scheme.width(shape[1])
+        if self.absmax is not None:
+            superblocks = -(-groups // self.absmax.superblock)
+            return self.scheme.bits * weights + self.absmax.bits * groups + self.absmax.dtype_bits * superblocks
+        return self.scheme.bits * weights + (scale_bits + (0 if self.scheme.symmetric else self.scheme.bits)) * groups

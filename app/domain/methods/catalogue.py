@@ -1,0 +1,177 @@
+"""What can be done to a model: the quantization methods with their presets, and the recipes.
+
+A spec is a method's parameters and nothing else. `METHODS` lists every method with its paper; `RECIPES` are
+shorthand names that stand for parts of a request. The specs, and what they are made of, are found here too.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import Field
+
+from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
+from app.domain.methods.schemes import (
+    Form,
+)
+from app.domain.methods.weight_specs import (
+    AWQSpec,
+    GPTQSpec,
+    NormalFloatSpec,
+    OmniQuantSpec,
+    RTNSpec,
+    SignRoundSpec,
+    WeightSpec,
+)
+
+QuantizationSpec = Annotated[
+    RTNSpec | NormalFloatSpec | GPTQSpec | AWQSpec | OmniQuantSpec | SignRoundSpec | LoftQSpec | ApiQSpec | LQLoRASpec,
+    Field(discriminator="method"),
+]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a preset fills in where the request is silent: fields of the method's spec, and the calibration's size."""
+
+    spec: Mapping[str, int]
+    num_samples: int
+    sequence_length: int
+
+
+SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
+    {
+        "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=2048),
+        "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
+        "best": Preset({"steps": 200, "scale_steps": 100}, num_samples=128, sequence_length=2048),
+    }
+)
+
+OMNIQUANT_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
+    {
+        "light": Preset({"epochs": 5, "aug_loss": False}, num_samples=128, sequence_length=512),
+        "default": Preset({"epochs": 20, "aug_loss": False}, num_samples=128, sequence_length=2048),
+        "best": Preset({"epochs": 40, "aug_loss": True}, num_samples=128, sequence_length=2048),
+    }
+)
+
+APIQ_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
+    {
+        "light": Preset({"steps": 128}, num_samples=128, sequence_length=512),
+        "default": Preset({"steps": 512}, num_samples=128, sequence_length=2048),
+        "best": Preset({"steps": 2560}, num_samples=128, sequence_length=2048),
+    }
+)
+"""`best` is the paper's: 20 passes, one sequence a step."""
+
+
+@dataclass(frozen=True)
+class MethodInfo:
+    """A method: what /v1/methods tells of it, and what requests, estimates and tables follow from."""
+
+    spec: type[WeightSpec]
+    title: str
+    summary: str
+    paper: str | None
+    """arXiv number, None where there is no paper."""
+    produces: frozenset[Form]
+    """All that its spec's `forms` may say."""
+    needs_calibration: bool
+    presets: Mapping[str, Preset] = field(default_factory=lambda: MappingProxyType({}))
+    """By the values of the spec's field `preset`; none if it has no such field."""
+
+
+METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
+    {
+        "rtn": MethodInfo(
+            spec=RTNSpec,
+            title="Round to nearest",
+            summary="The baseline: each weight goes to the nearest code of its group's range.",
+            paper=None,
+            produces=frozenset({Form.AFFINE}),
+            needs_calibration=False,
+        ),
+        "nf": MethodInfo(
+            spec=NormalFloatSpec,
+            title="NormalFloat",
+            summary="Each weight goes to the nearest quantile of a normal distribution: QLoRA's base, 2 to 4 bits.",
+            paper="2305.14314",
+            produces=frozenset({Form.CODEBOOK}),
+            needs_calibration=False,
+        ),
+        "gptq": MethodInfo(
+            spec=GPTQSpec,
+            title="GPTQ",
+            summary="Rounds a linear's columns in turn; those not rounded yet make up for each one's error.",
+            paper="2210.17323",
+            produces=frozenset({Form.AFFINE}),
+            needs_calibration=True,
+        ),
+        "awq": MethodInfo(
+            spec=AWQSpec,
+            title="AWQ",
+            summary="Scales up the columns of large inputs before rounding, folds the inverse into norms and linears "
+            "before them, and clips ranges.",
+            paper="2306.00978",
+            produces=frozenset({Form.AFFINE}),
+            needs_calibration=True,
+        ),
+        "omniquant": MethodInfo(
+            spec=OmniQuantSpec,
+            title="OmniQuant",
+            summary="Tunes how far each group's range is clipped against the original block's output.",
+            paper="2308.13137",
+            produces=frozenset({Form.AFFINE}),
+            needs_calibration=True,
+            presets=OMNIQUANT_PRESETS,
+        ),
+        "signround": MethodInfo(
+            spec=SignRoundSpec,
+            title="SignRound",
+            summary="Tunes rounding and clipping ranges of a block's linears against the original block's output.",
+            paper="2309.05516",
+            produces=frozenset({Form.AFFINE}),
+            needs_calibration=True,
+            presets=SIGNROUND_PRESETS,
+        ),
+        "loftq": MethodInfo(
+            spec=LoftQSpec,
+            title="LoftQ",
+            summary="Rounds to NormalFloat or an affine grid and corrects what is lost by low-rank factors, in turn.",
+            paper="2310.08659",
+            produces=frozenset(Form),
+            needs_calibration=False,
+        ),
+        "apiq": MethodInfo(
+            spec=ApiQSpec,
+            title="ApiQ",
+            summary="Trains clipping and low-rank factors together against the output of a block, or of a linear.",
+            paper="2402.05147",
+            produces=frozenset({Form.AFFINE, Form.LOW_RANK}),
+            needs_calibration=True,
+            presets=APIQ_PRESETS,
+        ),
+        "lq-lora": MethodInfo(
+            spec=LQLoRASpec,
+            title="LQ-LoRA",
+            summary="NormalFloat codes plus low-rank factors by alternating decomposition, each linear with its share "
+            "of a budget of bits, weighted by Fisher information.",
+            paper="2311.12023",
+            produces=frozenset({Form.CODEBOOK, Form.LOW_RANK}),
+            needs_calibration=True,
+        ),
+    }
+)
+
+RECIPES: MappingProxyType[str, dict[str, object]] = MappingProxyType(
+    {
+        "auto-round": {"method": "signround"},
+        "auto-round-light": {"method": "signround", "preset": "light"},
+        "auto-round-best": {"method": "signround", "preset": "best"},
+        "lq-lora-unweighted": {"method": "lq-lora", "fisher": False},
+        "apiq-bw": {"method": "apiq", "granularity": "block"},
+        "apiq-lw": {"method": "apiq", "granularity": "layer"},
+    }
+)
+"""Shorthand `method` names that are not methods, with the shorthand fields that they stand for."""

@@ -1,0 +1,275 @@
+"""Frozen specs: the parameters that every weight quantizer has, and the methods that make quantized weights alone."""
+
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from app.domain.methods.budgets import BitBudget, Candidate, Width
+from app.domain.methods.schemes import Form, GroupSize, ModuleRules, Scheme, SchemeOverride, Spec, Symmetric
+
+ANY_SHARE = 840
+"""A batch that any number of devices up to 8 divides: of methods that sum over all sequences at once."""
+SCALE_BATCH_SIZE = 4
+"""Sequences of a step that tunes scales end to end."""
+
+PresetName = Literal["light", "default", "best"]
+Steps = Annotated[int, Field(strict=True, ge=0, le=20_000)]
+BatchSize = Annotated[int, Field(strict=True, ge=1, le=1024, description="Sequences a step.")]
+LearningRate = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
+
+
+class WeightSpec(Spec):
+    """Parameters that every weight quantizer has."""
+
+    bits: Width = 4
+    group_size: GroupSize = 64
+    symmetric: Symmetric = True
+    modules: ModuleRules = ModuleRules()
+
+    def scheme(self, name: str) -> Scheme | None:
+        """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
+        if any(fnmatchcase(name, pattern) for pattern in self.modules.ignore):
+            return None
+        return self._schemes(o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))[-1]
+
+    def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
+        """What the budget chooses from for the linear of that name: one where its width is given; none if ignored."""
+        if self.scheme(name) is None:
+            return ()
+        overrides = (o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))
+        return tuple(Candidate(scheme) for scheme in self._schemes(overrides))
+
+    def schemes(self) -> tuple[tuple[str, Scheme], ...]:
+        """The default's schemes with the pattern "", and each override's, alone, with its own: of a budget, several."""
+        given = {"": (), **{pattern: (override,) for pattern, override in self.modules.overrides.items()}}
+        return tuple((pattern, scheme) for pattern, overrides in given.items() for scheme in self._schemes(overrides))
+
+    def _schemes(self, overrides: Iterable[SchemeOverride]) -> list[Scheme]:
+        """All that these overrides leave, by rising width."""
+        values: dict[str, object] = {"group_size": self.group_size, "symmetric": self.symmetric}
+        for override in overrides:
+            values |= override.model_dump(exclude_none=True)
+        if "bits" in values:
+            return [Scheme.model_validate(values)]
+        widths = self.bits.choices if isinstance(self.bits, BitBudget) else (self.bits,)
+        return [Scheme.model_validate({"bits": width} | values) for width in widths]
+
+    def budget(self) -> BitBudget | None:
+        """The budget, where widths are chosen by it."""
+        return self.bits if isinstance(self.bits, BitBudget) else None
+
+    def least_bits(self, name: str, in_features: int) -> float:
+        """Bits a weight, scales included, of the cheapest way to store a linear that is not ignored."""
+        return min(c.scheme.bits_per_weight(in_features) for c in self.candidates(name, in_features))
+
+    def forms(self) -> frozenset[Form]:
+        """What these parameters make of the linears of the blocks."""
+        return frozenset({Form.AFFINE})
+
+    def factors_rank(self) -> int:
+        """Rank of the factors beside each linear; 0: there are none."""
+        return 0
+
+    def needs_fisher(self) -> bool:
+        """Whether the engine measures the loss's squared gradients by the weights before the first block."""
+        return False
+
+    def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
+        """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
+        return 0
+
+    def end_to_end_steps(self) -> int:
+        """Steps that tune the scales of the whole model after the last block; 0 leaves that stage out."""
+        return 0
+
+    def needs_original_inputs(self) -> bool:
+        """Whether the method looks at what the original blocks before a block put out, which then is kept: half as
+        much memory for activations again."""
+        return True
+
+    def shared_batch(self) -> int:
+        """Sequences of a step that several GPUs may divide among themselves; 0 if they would gain nothing."""
+        return 0
+
+
+class NormalFloatSpec(WeightSpec):
+    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
+
+    method: Literal["nf"] = "nf"
+    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
+    double_quantization: bool = Field(
+        default=True,
+        strict=True,
+        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
+        "a weight in place of 4.25 with groups of 64.",
+    )
+
+    @model_validator(mode="after")
+    def _is_symmetric(self) -> Self:
+        if not all(scheme.symmetric for _, scheme in self.schemes()):
+            raise ValueError("NormalFloat is symmetric: leave symmetric true")
+        return self
+
+    def forms(self) -> frozenset[Form]:
+        """Codes of a codebook."""
+        return frozenset({Form.CODEBOOK})
+
+
+class RTNSpec(WeightSpec):
+    """Round to nearest. Looks at the weights alone."""
+
+    method: Literal["rtn"] = "rtn"
+
+    def needs_original_inputs(self) -> bool:
+        """Text is for a budget alone."""
+        return False
+
+
+class GPTQSpec(WeightSpec):
+    """GPTQ: columns rounded in turn, each column's error made up for by those that are not rounded yet."""
+
+    method: Literal["gptq"] = "gptq"
+    damping: float = Field(
+        default=0.01,
+        strict=True,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Added to the Hessian's diagonal, as a share of its mean (percdamp); raised if that is too little.",
+    )
+    act_order: bool = Field(
+        default=True,
+        strict=True,
+        description="Take columns by falling Hessian diagonal instead of in their order. Groups stay consecutive "
+        "columns, with scales from the original weights (static groups).",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """What Hessians and their factors cost, in sequences that are tuned on: about one for each that calibrates."""
+        return num_samples
+
+    def needs_original_inputs(self) -> bool:
+        """Linears are observed in the quantized stream alone."""
+        return False
+
+    def shared_batch(self) -> int:
+        """Hessians are sums over sequences."""
+        return ANY_SHARE
+
+
+class AWQSpec(WeightSpec):
+    """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
+
+    method: Literal["awq"] = "awq"
+    search_samples: int = Field(
+        default=32,
+        strict=True,
+        ge=1,
+        le=65_536,
+        description="Calibration sequences on which candidate scales are judged; all of them are observed.",
+    )
+    clip_search: bool = Field(
+        default=True,
+        strict=True,
+        description="Clip the groups' ranges where that lowers the error of their products with the inputs.",
+    )
+    quantized_inputs: bool = Field(
+        default=False,
+        strict=True,
+        description="Observe what the quantized blocks before a block put out, instead of the original ones.",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """What the search costs, in sequences that are tuned on: 20 candidates for each part of a block."""
+        return num_samples + 8 * min(self.search_samples, num_samples)
+
+    def needs_original_inputs(self) -> bool:
+        """Only in place of the quantized blocks' outputs."""
+        return not self.quantized_inputs
+
+    def shared_batch(self) -> int:
+        """All that is observed and judged is a sum over sequences."""
+        return ANY_SHARE
+
+
+class SignRoundSpec(WeightSpec):
+    """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
+
+    method: Literal["signround"] = "signround"
+    preset: PresetName = Field(
+        default="default",
+        description="Fills both numbers of steps and the calibration's size where they are not given.",
+    )
+    steps: Steps = Field(default=200, description="Tuning steps a block; 0 equals RTN.")
+    batch_size: BatchSize = 8
+    learning_rate: LearningRate | None = Field(
+        default=None, description="First step of the linear decay to 0; null means 1/steps."
+    )
+    scale_search: bool = Field(
+        default=True,
+        description="Start from the ranges with the least rounding error, weighted by the inputs' second moments, "
+        "instead of the groups' full ranges; of no effect with 0 steps.",
+    )
+    quantized_inputs: bool = Field(
+        default=True,
+        strict=True,
+        description="Feed a block the output of the quantized blocks before it, not of the original ones.",
+    )
+    scale_steps: Steps = Field(
+        default=0,
+        description="Steps that tune all scales together against the original model's next-token distribution once "
+        "every block is done, codes fixed; 0 leaves that out. Skipped with a warning where the model does not fit.",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """A batch a step."""
+        return self.steps * min(self.batch_size, num_samples)
+
+    def end_to_end_steps(self) -> int:
+        """The spec's `scale_steps`."""
+        return self.scale_steps
+
+    def needs_original_inputs(self) -> bool:
+        """Only in place of the quantized blocks' outputs."""
+        return not self.quantized_inputs
+
+    def shared_batch(self) -> int:
+        """A step's batch, if there are steps."""
+        return self.batch_size if self.steps else 0
+
+
+class OmniQuantSpec(WeightSpec):
+    """OmniQuant's learnable weight clipping: each group's range tuned by AdamW, block by block."""
+
+    method: Literal["omniquant"] = "omniquant"
+    preset: PresetName = Field(
+        default="default", description="Fills epochs, aug_loss and the calibration's size where they are not given."
+    )
+    epochs: int = Field(
+        default=20,
+        strict=True,
+        ge=0,
+        le=1000,
+        description="Passes over the calibration sequences a block; with 0 every range is shrunk to 0.982 of itself.",
+    )
+    batch_size: BatchSize = 1
+    learning_rate: LearningRate = Field(default=5e-3, description="Of every step.")
+    aug_loss: bool = Field(
+        default=False,
+        strict=True,
+        description="Also keep close to what the original block makes of the quantized inputs.",
+    )
+
+    def tuned_sequences(self, num_samples: int) -> int:
+        """Every sequence an epoch."""
+        return self.epochs * num_samples
+
+    def needs_original_inputs(self) -> bool:
+        """Targets are enough."""
+        return False
+
+    def shared_batch(self) -> int:
+        """A step's batch, if there are steps."""
+        return self.batch_size if self.epochs else 0

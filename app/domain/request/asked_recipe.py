@@ -1,0 +1,28 @@
+"""The recipe that a request named, which its full form no longer says."""
+
+from collections.abc import Mapping
+
+from app.domain.methods import RECIPES
+from app.domain.request.adapter_recipes import ADAPTER_RECIPES
+from app.domain.request.job_request import JobRequest
+
+
+def asked_recipe(body: object, request: JobRequest) -> str | None:
+    """The recipe that `body` named as its method; of a full form, the one that it spells out; None: a plain method."""
+    fields = body if isinstance(body, Mapping) else {}
+    inner = fields.get("quantization")
+    name = (inner if isinstance(inner, Mapping) else fields).get("method")
+    if isinstance(name, str) and (name in RECIPES or name in ADAPTER_RECIPES):
+        return name
+    return spelled_out(request)
+
+
+def spelled_out(request: JobRequest) -> str | None:
+    """The adapter recipe whose base and kind of adapter the request has."""
+    if request.adapter is None:
+        return None
+    base = request.quantization.model_dump()
+    for name, recipe in ADAPTER_RECIPES.items():
+        if recipe.kind == request.adapter.kind and recipe.quantization.items() <= base.items():
+            return name
+    return None

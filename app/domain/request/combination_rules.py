@@ -1,0 +1,194 @@
+"""What of an adapter, its base, its merge and the formats does not go together, before anything is computed."""
+
+from collections.abc import Mapping, Sequence
+
+from app.domain.adapters import ADAPTERS, AdapterFields, AdapterShape, AdapterSpec, GroupedSpec
+from app.domain.adapters.shapes import shape_for
+from app.domain.errors import FieldProblem, InputError, MisalignedAdapter
+from app.domain.formats import ExportFormat, default_formats, format_problems
+from app.domain.methods import Form, WeightSpec
+from app.domain.request.base_job import Folded
+
+HOLDS_OFFSETS = frozenset({ExportFormat.NATIVE, ExportFormat.GGUF, ExportFormat.MERGED})
+"""Formats with a fractional offset a group, or with none at all."""
+HOLDS_SUMS = frozenset({ExportFormat.NATIVE, ExportFormat.MERGED})
+
+
+def result_forms(spec: WeightSpec, adapter: AdapterSpec | None, merge: str | None) -> frozenset[Form]:
+    """What a job makes of the linears, the adapter's factors included where a stock format has them."""
+    forms = spec.forms()
+    if adapter is None:
+        return forms
+    beside = merge == "16bit" or (merge is None and ADAPTERS[adapter.kind].stock_peft)
+    return forms - {Form.LOW_RANK} | ({Form.LOW_RANK} if beside else set())
+
+
+def default_result_formats(
+    spec: WeightSpec,
+    adapter: AdapterSpec | None,
+    merge: str | None,
+    round_offset: bool,
+    folded: Folded | None = None,
+) -> tuple[ExportFormat, ...]:
+    """For a request that names none; `folded` as in `result_problems`."""
+    if adapter is not None and merge == "quantized":
+        return (ExportFormat.COMPRESSED_TENSORS if round_offset else ExportFormat.NATIVE,)
+    if adapter is not None and merge == "16bit":
+        return (ExportFormat.MERGED,)
+    if folded == "offsets":
+        return (ExportFormat.NATIVE,)
+    return default_formats(spec, result_forms(spec, adapter, merge))
+
+
+def result_problems(
+    spec: WeightSpec,
+    formats: tuple[ExportFormat, ...],
+    adapter: AdapterSpec | None,
+    merge: str | None,
+    round_offset: bool,
+    folded: Folded | None = None,
+) -> list[FieldProblem]:
+    """Everything in a request that its formats cannot hold, or that its merge cannot do.
+
+    folded   what holds an adapter that lies in the weights from the start
+    """
+    stored = as_merged(spec) if folded or (adapter is not None and merge == "quantized") else spec
+    found = format_problems(stored, formats, result_forms(spec, adapter, merge))
+    if adapter is None:
+        return found + _without_adapter(merge, round_offset)
+    found += _start_problems(spec, adapter) + _peft_problems(adapter, formats)
+    if merge == "quantized":
+        found += _fold_problems(spec, formats, adapter, round_offset)
+    elif folded == "offsets":
+        found += _offset_problems(formats, 'merge: "quantized" with round_offset')
+    if merge == "16bit":
+        found += [
+            _problem(
+                f"formats.{index}",
+                "format_cannot_hold",
+                f"{name.value} holds no merged 16-bit weights; ask for merged",
+                name,
+            )
+            for index, name in enumerate(formats)
+            if name not in HOLDS_SUMS
+        ]
+    if round_offset and merge != "quantized":
+        found.append(_stray_rounding())
+    return found
+
+
+def as_merged(spec: WeightSpec) -> WeightSpec:
+    """The spec of weights with an adapter folded in: none is symmetric any more."""
+    overrides = {p: o.model_copy(update={"symmetric": False}) for p, o in spec.modules.overrides.items()}
+    modules = spec.modules.model_copy(update={"overrides": overrides})
+    return spec.model_copy(update={"symmetric": False, "modules": modules})
+
+
+def shape_errors(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[str, tuple[int, int]]) -> list[InputError]:
+    """Linears (out, in) whose shape or groups the adapter does not fit: the first for each field of the request."""
+    found: dict[str, InputError] = {}
+    for name, (out_features, in_features) in linears.items():
+        scheme = spec.scheme(name)
+        if scheme is None or not isinstance(adapter, GroupedSpec):
+            continue
+        try:
+            shape_for(adapter, in_features, out_features, scheme.group_size)
+        except MisalignedAdapter as error:
+            field = error.field or "adapter"
+            if field not in found:
+                detail = f"{error.detail} ({name})"
+                found[field] = MisalignedAdapter(detail, field=field, value=error.value, hint=error.hint)
+        except ValueError:
+            continue  # the group size does not divide, which has an error of its own
+    return list(found.values())
+
+
+def trained_parameters(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[str, tuple[int, int]]) -> int:
+    """Trainable numbers of the adapters of linears (out, in) that fit; gates are not counted."""
+    count = 0
+    for name, (out_features, in_features) in linears.items():
+        scheme = spec.scheme(name)
+        if scheme is None:
+            continue
+        try:
+            count += _shape(adapter, scheme.group_size, out_features, in_features).parameters
+        except (MisalignedAdapter, ValueError):
+            continue  # told by `shape_errors`, and by the rules of groups
+    return count
+
+
+def _shape(adapter: AdapterSpec, group_size: int, out_features: int, in_features: int) -> AdapterShape:
+    if isinstance(adapter, GroupedSpec):
+        return shape_for(adapter, in_features, out_features, group_size)
+    return AdapterShape(in_features, out_features, 1, 1, "pair", adapter.rank, adapter.alpha, adapter.rank)
+
+
+def _without_adapter(merge: str | None, round_offset: bool) -> list[FieldProblem]:
+    found = []
+    if merge is not None:
+        detail = "there is no adapter to merge; leave merge out, or give finetune and adapter"
+        found.append(_problem("merge", "conflicting_fields", detail, merge))
+    if round_offset:
+        found.append(_stray_rounding())
+    return found
+
+
+def _stray_rounding() -> FieldProblem:
+    detail = 'round_offset belongs to merge: "quantized"; leave it out, or merge so'
+    return _problem("round_offset", "conflicting_fields", detail, True)
+
+
+def _start_problems(spec: WeightSpec, adapter: AdapterFields) -> list[FieldProblem]:
+    """A method that makes factors hands them to a LoRA of the same rank and strength, which goes on from them."""
+    if Form.LOW_RANK not in spec.forms():
+        return []
+    given, kind = spec.model_dump(), adapter.model_dump()["kind"]
+    if kind != "lora":
+        detail = f"{given['method']} makes low-rank factors, and only a lora goes on from them; not {kind}"
+        return [_problem("adapter.kind", "conflicting_fields", detail, kind)]
+    return [
+        _problem(
+            f"adapter.{field}",
+            "conflicting_fields",
+            f"the adapter goes on from the factors of {given['method']}, whose {field} is {given[field]}",
+            mine,
+        )
+        for field, mine in (("rank", adapter.rank), ("alpha", adapter.alpha))
+        if field in given and given[field] != mine
+    ]
+
+
+def _peft_problems(adapter: AdapterSpec, formats: Sequence[ExportFormat]) -> list[FieldProblem]:
+    if ADAPTERS[adapter.kind].stock_peft:
+        return []
+    detail = f"stock peft has no {adapter.kind}; leave peft out: the job keeps the adapter as a file with a loader"
+    index = [i for i, name in enumerate(formats) if name is ExportFormat.PEFT]
+    return [_problem(f"formats.{i}", "format_cannot_hold", detail, ExportFormat.PEFT) for i in index]
+
+
+def _fold_problems(
+    spec: WeightSpec, formats: Sequence[ExportFormat], adapter: AdapterSpec, round_offset: bool
+) -> list[FieldProblem]:
+    able = ", ".join(kind for kind, info in ADAPTERS.items() if info.merges_quantized)
+    if not ADAPTERS[adapter.kind].merges_quantized:
+        detail = f'{adapter.kind} merges in floating point alone: "16bit". Into quantized weights do: {able}'
+        return [_problem("merge", "conflicting_fields", detail, "quantized")]
+    if Form.AFFINE not in spec.forms():
+        detail = 'weights on a codebook have no offset: take a method that makes affine weights, or merge: "16bit"'
+        return [_problem("merge", "offset_not_representable", detail, "quantized")]
+    if round_offset:
+        return []
+    return _offset_problems(formats, "set round_offset and read its error in the report")
+
+
+def _offset_problems(formats: Sequence[ExportFormat], reason: str) -> list[FieldProblem]:
+    detail = "{} stores integer zero points: ask for native or gguf, or {}"
+    return [
+        _problem(f"formats.{index}", "offset_not_representable", detail.format(name.value, reason), name)
+        for index, name in enumerate(formats)
+        if name not in HOLDS_OFFSETS and name is not ExportFormat.PEFT
+    ]
+
+
+def _problem(field: str, code: str, detail: str, value: object) -> FieldProblem:
+    return FieldProblem(field=field, code=code, detail=detail, value=value)

@@ -1,0 +1,111 @@
+"""What a request says of finetuning: the text an adapter learns from, and how long and how fast it learns.
+
+The quantized base never changes; what is trained is the adapter that the request names beside this. How many sequences
+go through the model at once, and whether activations are recomputed, is the engine's plan and shown in the report.
+"""
+
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from app.domain.adapters import LEARNING_RATE
+from app.domain.methods.schemes import without_default
+from app.domain.request.sources import DatasetSource
+
+
+class Finetune(BaseModel):
+    """Causal language modelling on JSONL rows, with AdamW on the adapter's parameters alone."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: DatasetSource = Field(
+        description="JSONL rows with `text`, with `prompt` and `completion`, or with `messages`."
+    )
+    steps: int = Field(default=200, strict=True, ge=1, le=1_000_000, description="Steps of the optimizer.")
+    batch_size: int = Field(
+        default=8, strict=True, ge=1, le=4096, description="Sequences a step, over all micro-batches and devices."
+    )
+    sequence_length: int = Field(
+        default=512, strict=True, ge=16, le=131_072, description="Tokens a sequence at the most."
+    )
+    learning_rate: float = Field(
+        default=LEARNING_RATE,
+        strict=True,
+        gt=0,
+        le=1,
+        allow_inf_nan=False,
+        description="After warm-up, before decay. Where the request is silent, what suits its adapter: see "
+        "`adapters` in GET /v1/methods.",
+        json_schema_extra=without_default,
+    )
+    warmup_share: float = Field(
+        default=0.03, strict=True, ge=0, lt=1, allow_inf_nan=False, description="Of the steps, with a rising rate."
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="Of the learning rate after warm-up: as it is, or down to 0 at the end."
+    )
+    weight_decay: float = Field(
+        default=0.0, strict=True, ge=0, le=10, allow_inf_nan=False, description="Decoupled, as AdamW does it."
+    )
+    clip_norm: float | None = Field(
+        default=0.3,
+        strict=True,
+        gt=0,
+        allow_inf_nan=False,
+        description="Largest norm of a step's gradient over all parameters; null: not limited.",
+    )
+    loss_on: Literal["completion", "all"] = Field(
+        default="completion",
+        description="Tokens that are learned: completions and the assistant's turns, or every token. Rows of `text` "
+        "are learned whole.",
+    )
+    packing: bool = Field(
+        default=True,
+        strict=True,
+        description="Several rows in one sequence, none of which sees another; else one row a sequence.",
+    )
+    validation_share: float = Field(
+        default=0.05,
+        strict=True,
+        ge=0,
+        le=0.5,
+        allow_inf_nan=False,
+        description="Of the rows, chosen by their hash, that judge and are never learned.",
+    )
+    validation_sequences: int = Field(
+        default=64, strict=True, ge=1, le=65_536, description="Sequences that judge, at the most."
+    )
+    validation_every: int | None = Field(
+        default=None, strict=True, ge=1, description="Steps between judgements; null: only before and after."
+    )
+    patience: int | None = Field(
+        default=None,
+        strict=True,
+        ge=1,
+        le=1000,
+        description="Judgements in a row without a lower loss after which training stops; the best one is kept.",
+    )
+    checkpoint_every: int = Field(
+        default=50, strict=True, ge=1, description="Steps after which a killed job goes on from there."
+    )
+    gradient_checkpointing: bool | None = Field(
+        default=None,
+        strict=True,
+        description="Recompute activations instead of keeping them; null: where they do not fit.",
+    )
+
+    @model_validator(mode="after")
+    def _has_what_patience_needs(self) -> Self:
+        if self.patience is not None and (self.validation_every is None or self.validation_share == 0):
+            raise ValueError("patience needs validation_every and a validation_share above 0")
+        return self
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the dataset that are read at the most."""
+        held_out = self.validation_sequences if self.validation_share else 0
+        return (self.steps * self.batch_size + held_out) * self.sequence_length
+
+    def warmup_steps(self) -> int:
+        """Steps with a rising learning rate."""
+        return round(self.warmup_share * self.steps)

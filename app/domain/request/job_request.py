@@ -1,0 +1,211 @@
+"""A job: what is asked for, the states it goes through, and what is reported of it.
+
+`JobRequest.parse` takes the shorthand or the full form and names every problem at once.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+
+from app.domain.adapters import AdapterSpec
+from app.domain.errors import FieldProblem, InvalidRequest, shorten
+from app.domain.formats import ExportFormat
+from app.domain.job_states import FINAL_STATUSES, MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS, DeviceClass, JobStatus
+from app.domain.methods import QuantizationSpec
+from app.domain.request.base_job import JOB_ID, EarlierJob, Folded
+from app.domain.request.combination_rules import result_problems
+from app.domain.request.finetuning import Finetune
+from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
+from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
+from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
+
+__all__ = [
+    "FINAL_STATUSES",
+    "MAX_RETRIES_WITHOUT_PROGRESS",
+    "SHORTHAND",
+    "TRANSITIONS",
+    "Calibration",
+    "DeviceClass",
+    "Evaluation",
+    "JobRequest",
+    "JobStatus",
+    "Requirements",
+]
+
+
+class RequestPart(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Calibration(RequestPart):
+    """Text that the method observes: `num_samples` sequences of `sequence_length` tokens."""
+
+    dataset: CalibrationSource = BuiltinText()
+    num_samples: int = Field(default=128, strict=True, ge=1, le=65_536, description="Sequences.")
+    sequence_length: int = Field(default=2048, strict=True, ge=16, le=131_072, description="Tokens a sequence.")
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the dataset that are read at the most."""
+        return self.num_samples * self.sequence_length
+
+
+class Evaluation(RequestPart):
+    """Text that judges the result; never text that calibrated it."""
+
+    dataset: DatasetSource = BuiltinText()
+    num_samples: int = Field(default=32, strict=True, ge=1, le=65_536, description="Windows.")
+    sequence_length: int = Field(default=1024, strict=True, ge=16, le=131_072, description="Tokens a window.")
+
+    @property
+    def tokens_read(self) -> int:
+        """Tokens of the dataset that are read at the most."""
+        return self.num_samples * self.sequence_length
+
+
+class Requirements(RequestPart):
+    """Limits that the result must keep. A job that misses one fails with `requirement_missed`; its artifacts stay."""
+
+    max_perplexity_ratio: float | None = Field(
+        default=None, strict=True, gt=0, allow_inf_nan=False, description="Perplexity after over before, at most this."
+    )
+    max_kl_divergence: float | None = Field(
+        default=None, strict=True, gt=0, allow_inf_nan=False, description="Nats a token against the original model."
+    )
+    min_top1_agreement: float | None = Field(
+        default=None,
+        strict=True,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="Share of tokens where the most likely next token is the same.",
+    )
+
+
+MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
+MetadataValue = Annotated[str, StringConstraints(max_length=512)]
+
+
+class JobRequest(RequestPart):
+    """The full form of a request, every default filled in."""
+
+    model: ModelSource
+    quantization: QuantizationSpec
+    base_job: str | None = Field(
+        default=None,
+        pattern=JOB_ID,
+        description="An earlier job of yours that succeeded: finetuning starts from its result, bit for bit. `model` "
+        "and `quantization` are that job's and may be left out, and so is `adapter` if it trained one, which goes on.",
+        examples=["job_0123456789abcdefghjkmnpqrs"],
+    )
+    adapter: AdapterSpec | None = Field(
+        default=None, description="What is trained beside the quantized linears; with `finetune` alone, a LoRA."
+    )
+    finetune: Finetune | None = Field(default=None, description="The text that the adapter learns, and how long.")
+    merge: Literal["quantized", "16bit"] | None = Field(
+        default=None,
+        description="quantized: fold the adapter into the groups' offsets, codes and scales as they are. 16bit: add it "
+        "to dequantized weights. null: it stays apart.",
+    )
+    round_offset: bool = Field(
+        default=False,
+        strict=True,
+        description="With merge quantized: integer zero points, which every runtime takes, at the cost of an error "
+        "that the report tells.",
+    )
+    calibration: Calibration = Calibration()
+    evaluation: Evaluation | None = Evaluation()
+    formats: tuple[ExportFormat, ...] = Field(
+        default=(ExportFormat.COMPRESSED_TENSORS,),
+        max_length=8,
+        description="Checkpoints to write; `native` is kept besides. Where the method makes other forms than affine "
+        "weights, the default is what holds them: see GET /v1/formats.",
+    )
+    seed: int = Field(
+        default=0, strict=True, ge=0, le=2**63 - 1, description="Same request, device and plan: same codes."
+    )
+    require: Requirements | None = None
+    device: Literal["any", "cpu", "cuda"] = Field(default="any", description="Device class that may run the job.")
+    priority: int = Field(default=0, strict=True, ge=-100, le=100, description="Higher runs first.")
+    time_limit_seconds: int | None = Field(
+        default=None, strict=True, ge=1, le=30 * 86_400, description="An attempt that runs longer fails."
+    )
+    metadata: dict[MetadataKey, MetadataValue] = Field(
+        default_factory=dict, max_length=16, description="Up to 16 labels of your own; lists filter by them."
+    )
+
+    @classmethod
+    def parse(cls, body: object, earlier: EarlierJob | None = None) -> Self:
+        """The request from a decoded JSON body, in shorthand or full form.
+
+        earlier   the job that the body starts from (`app.domain.request.base_job.named_job`)
+
+        Raises:
+            InvalidRequest: with every problem found in `errors`.
+        """
+        if not isinstance(body, Mapping):
+            detail = f"the body must be a JSON object, not {_json_type(body)}"
+            problem = FieldProblem(field="body", code="wrong_type", detail=detail, value=shorten(body))
+            raise InvalidRequest(detail, field="body", value=body, errors=(problem,))
+        expansion = expand(body, earlier)
+        problems = _added(expansion.problems, text_problems(body))
+        try:
+            request = cls.model_validate(expansion.body)
+        except ValidationError as error:
+            problems = _added(problems, field_problems(error, cls, body, ALL_SHORTHAND))
+        problems += _adapter_problems(expansion)
+        problems += _format_problems(expansion, body, None if earlier is None else earlier.folded)
+        if problems:
+            raise InvalidRequest(_summary(problems), errors=tuple(problems[:MAX_PROBLEMS]))
+        return request
+
+
+class _FormatPart(BaseModel):
+    """The fields that decide whether a format can hold the result; judged even if others are wrong."""
+
+    quantization: QuantizationSpec
+    formats: tuple[ExportFormat, ...] = (ExportFormat.COMPRESSED_TENSORS,)
+    adapter: AdapterSpec | None = None
+    merge: Literal["quantized", "16bit"] | None = None
+    round_offset: bool = False
+
+
+def _adapter_problems(expansion: Expansion) -> list[FieldProblem]:
+    if expansion.body.get("finetune") is not None:
+        return []
+    if expansion.body.get("base_job") is not None:
+        detail = 'a job starts from an earlier one to finetune: this field is needed, e.g. {"dataset": "upl_..."}'
+        return [FieldProblem(field="finetune", code="missing_field", detail=detail)]
+    if expansion.body.get("adapter") is None:
+        return []
+    detail = 'an adapter is trained on a text: this field is needed, e.g. {"dataset": "upl_..."}'
+    return [FieldProblem(field="finetune", code="missing_field", detail=detail)]
+
+
+def _format_problems(expansion: Expansion, body: Mapping[str, object], folded: Folded | None) -> list[FieldProblem]:
+    try:
+        part = _FormatPart.model_validate(expansion.body)
+    except ValidationError:
+        return []
+    found = result_problems(part.quantization, part.formats, part.adapter, part.merge, part.round_offset, folded)
+    # What a stand-in for an unknown method produces says nothing of the method that was meant.
+    fitting = [problem for problem in found if expansion.method_known or not problem.field.startswith("formats.")]
+    return [problem.model_copy(update={"field": as_written(body, problem.field)}) for problem in fitting]
+
+
+def _added(known: list[FieldProblem], found: list[FieldProblem]) -> list[FieldProblem]:
+    """Both, less what is found of a field whose problem is known: it would be the same mistake in other words."""
+    fields = {problem.field for problem in known}
+    return known + [problem for problem in found if problem.field not in fields]
+
+
+def _json_type(value: object) -> str:
+    names = {str: "a string", list: "an array", bool: "a boolean", int: "a number", float: "a number"}
+    return "null" if value is None else names.get(type(value), type(value).__name__)
+
+
+def _summary(problems: list[FieldProblem]) -> str:
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{first.field}: {first.detail}{more}"

@@ -1,0 +1,176 @@
+"""Shorthand requests and what they stand for. Expansion fills in structure, never judges values: validation does."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pydantic import BaseModel, ValidationError
+
+from app.domain.adapters import ADAPTERS, GATE_TRAVEL, LEARNING_RATE, AdapterSpec, BayesianLoRASpec
+from app.domain.errors import FieldProblem, shorten
+from app.domain.methods import METHODS, RECIPES
+from app.domain.request.adapter_recipes import ADAPTER_RECIPES, ADAPTER_SHORTHAND, expand_adapter
+from app.domain.request.base_job import EarlierJob, Folded, start_from
+from app.domain.request.combination_rules import default_result_formats
+from app.domain.request.finetuning import Finetune
+from app.domain.request.sources import expand_source
+
+SHORTHAND = (
+    "method",
+    *sorted({name for info in METHODS.values() for name in info.spec.model_fields} - {"method", "modules"}),
+)
+"""Fields of `quantization` that may stand at the top of the request instead."""
+ALL_SHORTHAND = tuple(dict.fromkeys((*SHORTHAND, *ADAPTER_SHORTHAND)))
+"""With those of `adapter`, which may do so where `method` is the recipe of one."""
+
+
+@dataclass(frozen=True)
+class Expansion:
+    """The full form of a body, not yet validated.
+
+    problems       those that only the expansion can see
+    method_known   False: the method is missing or unknown, and another stands in so that the rest can be judged
+    """
+
+    body: dict[str, object]
+    problems: list[FieldProblem]
+    method_known: bool
+
+
+class _AdapterPart(BaseModel):
+    """The fields beside `quantization` that the formats follow from."""
+
+    adapter: AdapterSpec | None = None
+    merge: str | None = None
+    round_offset: bool = False
+
+
+def expand(given: Mapping[str, object], earlier: EarlierJob | None = None) -> Expansion:
+    """The full form of a body in shorthand or full form. `given` is not changed.
+
+    earlier   the job that the body starts from
+    """
+    body = dict(given)
+    problems = start_from(body, earlier)
+    problems += expand_adapter(body)
+    top = {name: body.pop(name) for name in SHORTHAND if name in body}
+    inner = body.get("quantization")
+    if inner is None:
+        quantization: object = top
+    else:
+        quantization = inner
+        problems += [_given_twice(name, value) for name, value in top.items()]
+    method_known = False
+    if isinstance(quantization, Mapping):
+        prefix = "" if inner is None else "quantization."
+        quantization, found, method_known = _expand_quantization(quantization, prefix)
+        problems += found
+    body["quantization"] = quantization
+    _expand_sources(body)
+    _apply_preset(body)
+    _fill_learning_rates(body)
+    _fill_formats(body, None if earlier is None else earlier.folded)
+    return Expansion(body, problems, method_known)
+
+
+def _given_twice(name: str, value: object) -> FieldProblem:
+    detail = f"move {name} into quantization: its fields stand either there or at the top, not in both places"
+    return FieldProblem(field=name, code="conflicting_fields", detail=detail, value=shorten(value))
+
+
+def _expand_quantization(
+    given: Mapping[str, object], prefix: str
+) -> tuple[dict[str, object], list[FieldProblem], bool]:
+    fields = dict(given)
+    name = fields.get("method")
+    problems: list[FieldProblem] = []
+    if isinstance(name, str) and name in RECIPES:
+        recipe = RECIPES[name]
+        problems += [
+            _against_recipe(prefix + field, name, meant, fields[field])
+            for field, meant in recipe.items()
+            if field != "method" and fields.get(field, meant) != meant
+        ]
+        fields |= recipe
+    if isinstance(fields.get("method"), str) and fields["method"] in METHODS:
+        return fields, problems, True
+    return _with_stand_in(fields), [*problems, _method_problem(prefix, name, "method" in given)], False
+
+
+def _against_recipe(field: str, recipe: str, meant: object, value: object) -> FieldProblem:
+    detail = f"method {recipe!r} stands for {meant!r} here; leave the field out, or name the method itself"
+    return FieldProblem(field=field, code="conflicting_fields", detail=detail, value=shorten(value))
+
+
+def _method_problem(prefix: str, name: object, is_given: bool) -> FieldProblem:
+    known = ", ".join([*METHODS, *RECIPES, *ADAPTER_RECIPES])
+    if not is_given or name is None:
+        detail = f"name a method; there are: {known}"
+        return FieldProblem(field=f"{prefix}method", code="missing_field", detail=detail)
+    detail = f"there is no method {shorten(name)!r}; there are: {known}"
+    return FieldProblem(field=f"{prefix}method", code="unknown_method", detail=detail, value=shorten(name))
+
+
+def _with_stand_in(fields: dict[str, object]) -> dict[str, object]:
+    """The fields under the method that has most of them, without those that only another method has."""
+    own = {name: set(info.spec.model_fields) for name, info in METHODS.items()}
+    method = max(own, key=lambda name: len(own[name] & fields.keys()))
+    foreign = set().union(*own.values()) - own[method]
+    return {name: value for name, value in fields.items() if name not in foreign} | {"method": method}
+
+
+def _expand_sources(body: dict[str, object]) -> None:
+    if "model" in body:
+        body["model"] = expand_source(body["model"])
+    for part in ("calibration", "evaluation", "finetune"):
+        section = body.get(part)
+        if isinstance(section, Mapping) and "dataset" in section:
+            body[part] = {**section, "dataset": expand_source(section["dataset"])}
+
+
+def _apply_preset(body: dict[str, object]) -> None:
+    """Fill the method's own fields and the calibration's size from the preset where the request is silent."""
+    quantization = body.get("quantization")
+    if not isinstance(quantization, dict):
+        return
+    info = METHODS[quantization["method"]]
+    if not info.presets:
+        return
+    name = quantization.get("preset", info.spec.model_fields["preset"].default)
+    preset = info.presets.get(str(name))
+    if preset is None:
+        return
+    for field, value in preset.spec.items():
+        quantization.setdefault(field, value)
+    calibration = body.get("calibration", {})
+    if isinstance(calibration, Mapping):
+        size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}
+        body["calibration"] = size | dict(calibration)
+
+
+def _fill_learning_rates(body: dict[str, object]) -> None:
+    """Those that suit the kind of adapter, and of gates the number of steps, where the request is silent."""
+    adapter, finetune = body.get("adapter"), body.get("finetune")
+    if not isinstance(adapter, Mapping) or not isinstance(finetune, Mapping):
+        return
+    info = ADAPTERS.get(str(adapter.get("kind")))
+    if info is None:
+        return
+    # A sum over a pool is not small, as a mean is.
+    rate = info.learning_rate if adapter.get("pooling") != "sum" else LEARNING_RATE
+    body["finetune"] = {"learning_rate": rate, **finetune}
+    steps = finetune.get("steps", Finetune.model_fields["steps"].default)
+    if info.spec is BayesianLoRASpec and isinstance(steps, int) and steps > 0:
+        body["adapter"] = {"gate_learning_rate": min(1.0, GATE_TRAVEL / steps), **adapter}
+
+
+def _fill_formats(body: dict[str, object], folded: Folded | None) -> None:
+    """The formats that hold what the method makes, where the request names none and its method is described well."""
+    quantization = body.get("quantization")
+    if "formats" in body or not isinstance(quantization, dict):
+        return
+    try:
+        spec = METHODS[quantization["method"]].spec.model_validate(quantization)
+        part = _AdapterPart.model_validate(body)
+    except ValidationError:
+        return
+    body["formats"] = list(default_result_formats(spec, part.adapter, part.merge, part.round_offset, folded))

@@ -1,0 +1,70 @@
+"""What a folder, an upload or a repository holds in place of a checkpoint, told by names alone."""
+
+import pytest
+
+from app.domain.errors import UnsafeCheckpoint, UnsupportedCheckpoint
+from app.domain.inputs.foreign_files import foreign_files
+
+TOKENS = ["tokenizer.json", "tokenizer_config.json", "README.md"]
+FOREIGN: list[tuple[list[str], str, str]] = [
+    (["model-Q4_K_M.gguf"], "GGUF", "the model that it was made from"),
+    (["config.json", "a.Q8_0.gguf", "b.gguf"], "GGUF", 'formats ["gguf"]'),
+    (["adapter_config.json", "adapter_model.safetensors"], "PEFT adapter", "merge_and_unload"),
+    (["adapter_config.json", "adapter_model.bin"], "PEFT adapter", "base"),
+    (["adapter_config.json", "config.json", "adapter_model.safetensors"], "PEFT adapter", "base"),
+    (["model_index.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"], "diffusers", "causal"),
+    (["params.json", "consolidated.safetensors", "tekken.json"], "own layout", "convert_mistral"),
+    (["config.json", "onnx/model.onnx"], "ONNX", "exported from"),
+    (["config.json", "weights.npz"], "MLX", "converted from"),
+    (["config.json", "tf_model.h5"], "TensorFlow", "from_tf"),
+    (["config.json", "flax_model.msgpack"], "Flax", "from_flax"),
+    (["openvino_model.xml", "openvino_model.bin", "config.json"], "OpenVINO", "exported from"),
+    (["rank0.engine", "config.json"], "TensorRT", "built from"),
+    (["m.nemo"], "NeMo", "convert"),
+    (["config.json", "model-4bit.safetensors"], "neither model.safetensors", "model.safetensors.index.json"),
+    (["config.json", "fp16/model.safetensors"], "another folder", "that folder's files"),
+]
+
+
+@pytest.mark.parametrize(("names", "what", "way_out"), FOREIGN, ids=[row[1] for row in FOREIGN])
+def test_files_of_another_kind_are_named(names: list[str], what: str, way_out: str) -> None:
+    found = foreign_files([*names, *TOKENS])
+    assert found is not None
+    error = found.refusal("model")
+    assert isinstance(error, UnsupportedCheckpoint)
+    assert what in error.detail
+    assert way_out in str(error.hint)
+    assert "pickle" not in error.detail
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json", "pytorch_model.bin"],
+        ["config.json", "pytorch_model-00001-of-00002.bin", "pytorch_model.bin.index.json"],
+        ["config.json", "model.pt"],
+        ["config.json", "model.ckpt"],
+        ["params.json", "consolidated.00.pth"],
+        ["original/params.json", "original/consolidated.00.pth"],
+    ],
+)
+def test_pickled_weights_are_unsafe_and_say_so(names: list[str]) -> None:
+    found = foreign_files(names)
+    assert found is not None
+    assert isinstance(found.refusal("model"), UnsafeCheckpoint)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["config.json", "model.safetensors"],
+        ["config.json", "model.safetensors", "pytorch_model.bin", "onnx/model.onnx", "model.gguf"],
+        ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "original/c.pth"],
+        ["config.json", "model.safetensors", "adapter_config.json"],
+        ["config.json", "tokenizer.json"],
+        ["rows.jsonl"],
+        [],
+    ],
+)
+def test_a_checkpoint_and_nothing_known_are_left_to_others(names: list[str]) -> None:
+    assert foreign_files(names) is None

@@ -1,0 +1,77 @@
+"""Group sizes and patterns against a model's linears: the same words from the API and from the engine."""
+
+from typing import Any
+
+import pytest
+
+from app.domain.methods import RTNSpec
+from app.domain.methods.module_rules import divides, dividing_sizes, rule_errors
+
+INPUTS = {"model.layers.0.mlp.up_proj": 96, "model.layers.0.mlp.down_proj": 100, "lm_head": 96}
+
+
+def fields(modules: dict[str, Any], *, tied: bool = True, **spec: Any) -> dict[str | None, str]:
+    """Field -> code of everything that does not fit."""
+    found = rule_errors(RTNSpec(modules=modules, **spec), INPUTS, head="lm_head", tied=tied)
+    assert all(error.hint and error.value is not None for error in found)
+    return {error.field: error.code for error in found}
+
+
+def test_what_fits_has_no_errors() -> None:
+    assert fields({}, group_size=4) == {}
+    assert fields({}, group_size=-1) == {}
+    assert fields({"ignore": []}, tied=False, group_size=4) == {}
+    assert fields({"ignore": ["*"], "overrides": {}}) != {}
+
+
+@pytest.mark.parametrize(
+    ("modules", "group_size", "expected"),
+    [
+        ({}, 32, {"quantization.group_size": "group_size_does_not_divide"}),
+        ({"ignore": ["lm_head", "*.down_proj"]}, 32, {}),
+        ({"overrides": {"*.down_proj": {"group_size": 50}}}, 32, {}),
+        (
+            {"overrides": {"*.down_proj": {"group_size": 50}, "*.0.mlp.down_proj": {"group_size": 7}}},
+            32,
+            {"quantization.modules.overrides.*.0.mlp.down_proj.group_size": "group_size_does_not_divide"},
+        ),
+        (
+            {"overrides": {"*.up_proj": {"group_size": 7}, "*.down_proj": {"group_size": 7}}},
+            4,
+            {
+                "quantization.modules.overrides.*.up_proj.group_size": "group_size_does_not_divide",
+                "quantization.modules.overrides.*.down_proj.group_size": "group_size_does_not_divide",
+            },
+        ),
+        (
+            {"ignore": ["lm_head", "*.typo"], "overrides": {"*.tpyo": {"bits": 8}}},
+            4,
+            {
+                "quantization.modules.ignore.1": "unknown_module",
+                "quantization.modules.overrides.*.tpyo": "unknown_module",
+            },
+        ),
+        ({"ignore": []}, 4, {"quantization.modules.ignore": "invalid_request"}),
+        ({"ignore": ["*"]}, 32, {"quantization.modules.ignore": "invalid_request"}),
+    ],
+)
+def test_what_does_not_fit_is_named_by_its_field(
+    modules: dict[str, Any], group_size: int, expected: dict[str, str]
+) -> None:
+    assert fields(modules, group_size=group_size) == expected
+
+
+def test_an_untied_head_is_a_linear_like_others() -> None:
+    assert fields({"ignore": ["*.down_proj"]}, tied=False, group_size=64) == {
+        "quantization.group_size": "group_size_does_not_divide"
+    }
+
+
+@pytest.mark.parametrize("width", [96, 100, 101, 7, 576, 1 << 20])
+def test_the_sizes_that_are_named_divide(width: int) -> None:
+    sizes = dividing_sizes(width)
+    assert all(divides(size, width) for size in sizes)
+    assert len(sizes) == len(set(sizes))
+    assert bool(sizes) == (width >= 8)
+    assert divides(-1, width)
+    assert not divides(0, width)

@@ -1,0 +1,169 @@
+"""Tuning on a GPU: captured, eager and CPU steps agree, on every architecture, with and without hand-fused blocks."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from app.domain.methods import Scheme, SignRoundSpec
+from tests.engine.model.random_models import LENGTH, PECULIARITIES, save_random_model
+from workers.contracts.blocks import BlockTask
+from workers.engine.device import cuda_graphs as captured_step
+from workers.engine.model import fused_blocks as fused_block
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.tune import tuner as tuning
+from workers.engine.tune.tuner import Tuner
+from workers.methods.sign_round import SignRound
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+STEPS = 24
+CAUSES = 6
+"""Independent numbers behind a token's hidden state."""
+SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of one block: the gradient of the first step, the codes and the losses."""
+
+    gradient: Tensor
+    codes: Tensor
+    loss_initial: float
+    loss: float
+    log: list[str]
+
+
+def tune(folder: Path, device: str, index: int = 0, micro_batch: int = 4) -> Tuned:
+    """Tunes one block of a checkpoint on random hidden states, the same everywhere.
+
+    Their channels go together, as a model's do: for independent ones rounding to nearest leaves nothing to gain.
+    """
+    place = torch.device(device)
+    model = StreamedModel.open(Checkpoint.open(folder), place)
+    forward = model.capture_calls(LENGTH)[index]
+    generator = torch.Generator().manual_seed(1)
+    mixing = torch.randn(CAUSES, model.config.get_text_config().hidden_size, generator=generator)
+    inputs = torch.randn(32, LENGTH, CAUSES, generator=generator) @ mixing
+    inputs = inputs.to(place, model.dtype)
+    log: list[str] = []
+    with model.loaded(model.layout.block(index)), torch.no_grad():
+        block = model.blocks[index]
+        targets = forward(block, inputs)
+        task = BlockTask(
+            index=index,
+            block=block,
+            forward=forward,
+            inputs=inputs,
+            inputs_fp=inputs,
+            targets=targets,
+            schemes={name: SCHEME for name, module in block.named_modules() if isinstance(module, nn.Linear)},
+            moments={},
+            scale_dtype=model.dtype,
+            device=place,
+            seed=3,
+            micro_batch=micro_batch,
+            tick=lambda _: None,
+            tune=lambda *_: None,  # type: ignore[arg-type]
+        )
+        first = one_step_gradient(task)
+        task = replace(task, tune=Tuner(lambda event, **_: log.append(event)).tune)
+        with torch.enable_grad():
+            result = SignRound().quantize_block(task, SignRoundSpec(steps=STEPS, batch_size=4, scale_search=False))
+    assert result.loss is not None
+    assert result.loss_initial is not None
+    codes = torch.cat([linear.weight.codes.flatten().cpu() for linear in result.linears.values()])
+    return Tuned(first, codes, float(result.loss_initial), float(result.loss), log)
+
+
+def one_step_gradient(task: BlockTask) -> Tensor:
+    tuner = Tuner()
+    with torch.enable_grad():
+        SignRound().quantize_block(
+            replace(task, tune=tuner.tune), SignRoundSpec(steps=1, batch_size=4, scale_search=False)
+        )
+    run = Spy.last
+    assert run is not None
+    return torch.cat([flat.gradient.flatten().double().cpu() for flat in run.block.flats])
+
+
+class Spy:
+    """The tuner's last run, whose gradients are looked at."""
+
+    last: Any = None
+
+
+@pytest.fixture(autouse=True)
+def spied(monkeypatch: pytest.MonkeyPatch) -> None:
+    begin = tuning._Run.begin.__func__  # type: ignore[attr-defined]
+
+    def watch(cls: Any, *given: Any, **named: Any) -> Any:
+        Spy.last = begin(cls, *given, **named)
+        return Spy.last
+
+    monkeypatch.setattr(tuning._Run, "begin", classmethod(watch))
+
+
+def assert_agree(one: Tuned, other: Tuned, *, gradient: float, codes: float, loss: float) -> None:
+    difference = float((one.gradient - other.gradient).norm() / other.gradient.norm())
+    assert difference <= gradient
+    assert float((one.codes == other.codes).double().mean()) >= codes
+    assert one.loss == pytest.approx(other.loss, rel=loss)
+    assert one.loss < one.loss_initial
+
+
+def test_graph_eager_and_cpu_agree_in_full_precision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not torch.backends.cuda.matmul.allow_tf32
+    save_random_model(tmp_path, "llama")
+    captured, on_cpu = tune(tmp_path, "cuda"), tune(tmp_path, "cpu")
+    assert captured.log == []
+    assert_agree(captured, on_cpu, gradient=1e-5, codes=0.999, loss=1e-3)
+
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no capture")
+
+    monkeypatch.setattr(captured_step, "capture", refuse)
+    eager = tune(tmp_path, "cuda")
+    assert eager.log == ["capture_failed"]
+    assert_agree(captured, eager, gradient=1e-5, codes=0.999, loss=1e-3)
+    monkeypatch.setattr(fused_block, "fuse", lambda block, _: block)
+    assert_agree(tune(tmp_path, "cuda"), on_cpu, gradient=1e-5, codes=0.999, loss=1e-3)
+
+
+def test_half_precision_agrees_where_no_sign_decides(tmp_path: Path) -> None:
+    """The start's loss and the first gradient; later on, a few signs that rounding turns lead such small blocks apart.
+
+    `benchmarks.agreement` compares the losses of real blocks after all steps.
+    """
+    save_random_model(tmp_path, "llama", dtype=torch.bfloat16)
+    on_gpu, on_cpu = tune(tmp_path, "cuda"), tune(tmp_path, "cpu")
+    assert on_gpu.loss_initial == pytest.approx(on_cpu.loss_initial, rel=0.01)
+    assert float((on_gpu.gradient - on_cpu.gradient).norm() / on_cpu.gradient.norm()) < 0.05
+    assert on_gpu.loss == pytest.approx(on_cpu.loss, rel=0.2)
+    assert on_gpu.loss < 0.7 * on_gpu.loss_initial
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("architecture", PECULIARITIES)
+def test_every_architecture_is_captured(
+    architecture: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not fused:
+        monkeypatch.setattr(fused_block, "fuse", lambda block, _: block)
+    save_random_model(tmp_path, architecture)
+    for index in (0, 1):
+        on_gpu, on_cpu = tune(tmp_path, "cuda", index), tune(tmp_path, "cpu", index)
+        assert on_gpu.log == []
+        assert_agree(on_gpu, on_cpu, gradient=1e-4, codes=0.995, loss=5e-3)
+
+
+def test_micro_batches_agree_with_a_whole_batch(tmp_path: Path) -> None:
+    save_random_model(tmp_path, "llama")
+    whole, parts = tune(tmp_path, "cuda"), tune(tmp_path, "cuda", micro_batch=2)
+    assert_agree(parts, whole, gradient=1e-5, codes=0.999, loss=1e-3)

@@ -1,0 +1,134 @@
+"""Scales and divergence: the eager formulas against autograd, the Triton kernels against the eager formulas."""
+
+import importlib
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from app.domain.methods import Scheme
+from workers.numerics import group_scales
+from workers.numerics.divergence import divergence
+from workers.numerics.group_scales import add_scale_gradient, dequantize_groups
+from workers.numerics.quantized import AffineWeight
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+PHASES = (Phase.explicit, Phase.generate)
+GROUPS = {
+    "seed": st.integers(0, 10**6),
+    "count": st.integers(1, 70),
+    "width": st.sampled_from((1, 5, 16, 64, 100, 128)),
+    "bits": st.integers(2, 8),
+    "symmetric": st.booleans(),
+    "dtype": st.sampled_from([torch.bfloat16, torch.float16, torch.float32]),
+}
+
+
+def groups(seed: int, count: int, width: int, bits: int, symmetric: bool) -> tuple[Tensor, Tensor, Tensor | int]:
+    """Codes, scales and zero points."""
+    torch.manual_seed(seed)
+    codes = torch.randint(2**bits, (count, width), dtype=torch.uint8, device=DEVICE)
+    scale = torch.randn(count, device=DEVICE).to(torch.bfloat16).float()
+    zero: Tensor | int = 2 ** (bits - 1)
+    return codes, scale, zero if symmetric else torch.randint(2**bits, (count,), dtype=torch.uint8, device=DEVICE)
+
+
+@pytest.fixture(scope="module")
+def kernels() -> object:
+    pytest.importorskip("triton")
+    return importlib.import_module("workers.numerics.backends.scale_kernels")
+
+
+@settings(max_examples=15, deadline=None, phases=PHASES)
+@given(**GROUPS)
+def test_weights_are_those_of_the_stored_form(
+    seed: int, count: int, width: int, bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    codes, scale, zero = groups(seed, count, width, bits, symmetric)
+    out = torch.empty(count, width, dtype=dtype, device=DEVICE)
+    dequantize_groups(codes, scale, zero, out)
+    stored = AffineWeight(
+        codes=codes,
+        scale=scale.unsqueeze(-1),
+        zero_point=zero.unsqueeze(-1) if isinstance(zero, Tensor) else None,
+        scheme=Scheme(bits=bits, group_size=-1, symmetric=symmetric),
+        dtype=dtype,
+    )
+    assert torch.equal(out, stored.dequantize())
+
+
+@settings(max_examples=15, deadline=None, phases=PHASES)
+@given(**GROUPS)
+def test_kernels_equal_the_eager_formulas(
+    kernels: object, seed: int, count: int, width: int, bits: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    codes, scale, zero = groups(seed, count, width, bits, symmetric)
+    out, expected = (torch.empty(count, width, dtype=dtype, device=DEVICE) for _ in range(2))
+    kernels.dequantize(codes, scale, zero, out)  # type: ignore[attr-defined]
+    by_hand(dequantize_groups, codes, scale, zero, expected)
+    # The interpreter cuts off where a GPU rounds to bf16.
+    tolerance = 2**-7 if dtype == torch.bfloat16 and DEVICE == "cpu" else 0
+    torch.testing.assert_close(out, expected, rtol=tolerance, atol=0)
+    gradient = torch.randn(count, width, device=DEVICE).to(dtype)
+    sums = torch.randn(count, device=DEVICE)
+    wanted = sums.clone()
+    kernels.add_scale_gradient(gradient, codes, zero, sums)  # type: ignore[attr-defined]
+    by_hand(add_scale_gradient, gradient, codes, zero, wanted)
+    torch.testing.assert_close(sums, wanted, rtol=1e-5, atol=2**bits * 1e-5)
+
+
+def by_hand(function: object, *arguments: object) -> None:
+    """The eager formula, also on a GPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(group_scales, "_kernels", lambda: None)
+        function(*arguments)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 20])
+def test_chunks_do_not_matter(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes, _, zero = groups(3, 50, 16, 3, False)
+    gradient, sums = torch.randn(50, 16, device=DEVICE), torch.zeros(50, device=DEVICE)
+    monkeypatch.setattr(group_scales, "CACHED_ELEMENTS", chunk)
+    by_hand(add_scale_gradient, gradient, codes, zero, sums)
+    assert isinstance(zero, Tensor)
+    torch.testing.assert_close(sums, (gradient * (codes.float() - zero.float().unsqueeze(-1))).sum(-1))
+
+
+def test_a_gradient_that_is_no_number_is_seen(kernels: object) -> None:
+    codes, _, zero = groups(1, 4, 16, 4, True)
+    gradient = torch.zeros(4, 16, device=DEVICE)
+    gradient[2, 3] = torch.nan
+    sums = torch.zeros(4, device=DEVICE)
+    kernels.add_scale_gradient(gradient, codes, zero, sums)  # type: ignore[attr-defined]
+    assert sums.isnan().tolist() == [False, False, True, False]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_divergence_and_its_gradient_are_autograds(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    teacher, student = (4 * torch.randn(7, 33, dtype=dtype) for _ in range(2))
+    leaf = student.clone().requires_grad_()
+    log_p, log_q = teacher.log_softmax(-1), leaf.log_softmax(-1)
+    expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+    expected.sum().backward()
+    each, gradient = divergence(student, teacher)
+    torch.testing.assert_close(each, expected.detach())
+    assert leaf.grad is not None
+    torch.testing.assert_close(gradient, leaf.grad)
+
+
+@pytest.mark.parametrize("vocabulary", [5, 4096, 9001])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_divergence_kernel_equals_the_eager_formula(kernels: object, vocabulary: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(vocabulary)
+    teacher, student = ((6 * torch.randn(3, vocabulary)).to(DEVICE, dtype) for _ in range(2))
+    student[1] -= 300
+    teacher[2, 0], student[2, 1] = 40, torch.nan
+    expected, gradient = divergence(student.cpu(), teacher.cpu())
+    each = kernels.divergence(student, teacher)  # type: ignore[attr-defined]
+    torch.testing.assert_close(each.cpu(), expected, rtol=1e-4, atol=1e-5, equal_nan=True)
+    assert expected.isnan().tolist() == [False, False, True]
+    rtol, atol = (1e-2, 1e-5) if dtype == torch.bfloat16 else (1e-4, 1e-6)
+    torch.testing.assert_close(teacher.cpu(), gradient, rtol=rtol, atol=atol, equal_nan=True)

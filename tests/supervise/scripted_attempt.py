@@ -1,0 +1,173 @@
+"""`python -m tests.supervise.scripted_attempt WORKSPACE [RANK]`: an attempt that does what `metadata.script` says.
+
+A real process on the real lifeline, pipe and lock; only the computation is left out. Steps are separated by commas:
+
+    block           report the next block as finished         progress:N      N progress events at once
+    sleep:S         sleep                                     hang            go on for ever, deaf to everything
+    file:NAME:TEXT  write a file of the checkpoint            raw:TEXT        write TEXT to the pipe as it is
+    long:BYTES      write one line of this length             signal:NAME     send a signal to itself
+    fail:CODE       report a failure, exit code 1             exit:CODE       end at once
+    raise:NAME      raise that builtin exception              ignore-term     ignore SIGTERM
+    once:STEP       only in the first attempt                 child           start a grandchild that sleeps
+    log:EVENT       write a log line                          outside         a result that names a folder outside
+    environment     report the names of its variables         rank:N:STEP     only as this rank
+    pid             report its process id and rank            lost:N          wait for rank N's end, which told
+                                                                              its pid, and fail over it
+A step is the first rank's unless `rank` says otherwise.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import structlog
+
+from app.domain.errors import error_from_code
+from app.domain.events import BlockEvent, LogEvent, ProgressEvent, ResultLine, Stage
+from app.domain.report import Report
+from tests.reports import QUALITY, report
+from workers.child.attempt import take_lock
+from workers.child.exceptions import as_bitwright_error
+from workers.child.lifeline import (
+    EXIT_FAILED,
+    REPORT_FD,
+    SILENCE_SECONDS,
+    ReportPipe,
+    follow_supervisor,
+    log_as_json,
+    prefer_for_oom_kill,
+)
+from workers.disk.orders import AttemptOrder
+
+BLOCKS = 100
+
+
+def main(arguments: list[str]) -> int:
+    follow_supervisor()
+    prefer_for_oom_kill()
+    log_as_json()
+    workspace, rank = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0
+    pipe = ReportPipe()
+    if rank == 0:
+        take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + 10)
+    order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
+    script = Script(order, workspace, rank, pipe)
+    try:
+        for step in order.request.metadata.get("script", "").split(","):
+            script.do(step)
+    except BaseException as error:
+        pipe.fail(as_bitwright_error(error))
+        return EXIT_FAILED
+    if rank:
+        return 0
+    pipe.write(ResultLine(report=report_for(order), checkpoints={"native": "output/native"}))
+    return 0
+
+
+class Script:
+    def __init__(self, order: AttemptOrder, workspace: Path, rank: int, pipe: ReportPipe) -> None:
+        self.order, self.workspace, self.rank, self.pipe = order, workspace, rank, pipe
+        self.blocks = 0
+
+    def do(self, step: str) -> None:
+        rank, step = step.split(":", 2)[1:] if step.startswith("rank:") else ("0", step)
+        name, _, argument = step.partition(":")
+        if name == "once" and self.order.attempt == 1:
+            self.do(argument)
+        elif name not in ("", "once") and self.rank == int(rank):
+            STEPS[name](self, argument)
+
+    def block(self, _: str) -> None:
+        event = BlockEvent(index=self.blocks, total=BLOCKS, name=f"model.layers.{self.blocks}", seconds=0.1)
+        self.pipe.write(event)
+        self.blocks += 1
+
+    def progress(self, count: str) -> None:
+        for done in range(int(count)):
+            self.pipe.write(ProgressEvent(stage=Stage.QUANTIZE, done=done + 1, total=int(count), unit="blocks"))
+
+    def file(self, argument: str) -> None:
+        name, _, text = argument.partition(":")
+        path = self.workspace / "output" / "native" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+    def raw(self, text: str) -> None:
+        os.write(int(os.environ[REPORT_FD]), text.encode() + b"\n")
+
+    def long(self, size: str) -> None:
+        for _ in range(int(size) // 1024):
+            os.write(int(os.environ[REPORT_FD]), b"x" * 1024)
+        self.raw("")
+
+    def hang(self, _: str) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        self.pipe.write(LogEvent(event="hanging"))
+        while True:
+            time.sleep(0.05)  # tests beside this one compute
+
+    def fail(self, code: str) -> None:
+        raise error_from_code(code, "as the script says")
+
+    def raise_(self, name: str) -> None:
+        builtins = {"MemoryError": MemoryError, "ValueError": ValueError}
+        raise builtins[name]("as the script says")
+
+    def child(self, _: str) -> None:
+        child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+        self.pipe.write(LogEvent(event="grandchild", fields={"pid": child.pid}))
+
+    def outside(self, _: str) -> None:
+        self.pipe.write(ResultLine(report=report_for(self.order), checkpoints={"native": "../.."}))
+        os._exit(0)
+
+    def environment(self, _: str) -> None:
+        names = sorted(name for name in os.environ)
+        self.pipe.write(LogEvent(event="environment", fields={"names": json.dumps(names)}))
+
+    def pid(self, _: str) -> None:
+        self.pipe.write(LogEvent(event=f"rank_{self.rank}", fields={"pid": os.getpid()}))
+        take_lock(self.workspace / f".rank-{self.rank}", seconds=0)
+        (self.workspace / f".rank-{self.rank}").rename(self.workspace / f"rank-{self.rank}")
+
+    def lost(self, rank: str) -> None:
+        while not (self.workspace / f"rank-{rank}").exists():
+            time.sleep(0.01)
+        take_lock(self.workspace / f"rank-{rank}", seconds=600)
+        raise RuntimeError("connection closed by peer")
+
+
+STEPS: dict[str, Callable[[Script, str], object]] = {
+    "block": Script.block,
+    "progress": Script.progress,
+    "sleep": lambda _, seconds: time.sleep(float(seconds)),
+    "file": Script.file,
+    "raw": Script.raw,
+    "long": Script.long,
+    "hang": Script.hang,
+    "signal": lambda _, name: os.kill(os.getpid(), signal.Signals[name]),
+    "fail": Script.fail,
+    "raise": Script.raise_,
+    "exit": lambda _, code: os._exit(int(code)),
+    "ignore-term": lambda _, __: signal.signal(signal.SIGTERM, signal.SIG_IGN),
+    "child": Script.child,
+    "environment": Script.environment,
+    "outside": Script.outside,
+    "pid": Script.pid,
+    "lost": Script.lost,
+    "log": lambda _, event: structlog.get_logger("script").info(event),
+}
+
+
+def report_for(order: AttemptOrder) -> Report:
+    """A report whose quality is known: perplexity 10 before and 12 after."""
+    return report(quality=QUALITY if order.request.evaluation else None)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

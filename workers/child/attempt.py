@@ -1,0 +1,106 @@
+"""`python -m workers.child.attempt WORKSPACE [RANK]`: one attempt at one job, in a process of its own, or in several.
+
+It knows no database, broker, bucket or key, and no network: its order lies in the workspace, its words go through a
+pipe, its results into the workspace. Whatever goes wrong becomes one `failed` line and exit code 1.
+
+Of several ranks (0 unless it is said) the first holds the workspace, writes and reports; the others only say what
+failed. A rank never waits for the others once it has failed.
+"""
+
+import fcntl
+import os
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import NoReturn
+
+import structlog
+
+from app.domain.errors import InternalError
+from workers.child.exceptions import as_bitwright_error
+from workers.child.lifeline import (
+    EXIT_FAILED,
+    SILENCE_SECONDS,
+    ReportPipe,
+    follow_supervisor,
+    log_as_json,
+    prefer_for_oom_kill,
+)
+from workers.disk.orders import AttemptOrder
+
+LOCK_MARGIN_SECONDS = 10.0
+"""An abandoned attempt lets go of the workspace after the silence that it tolerates; this comes on top."""
+
+log = structlog.get_logger("workers.child.attempt")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the attempt whose order lies in the folder `arguments[0]`, as rank `arguments[1]`; the exit code."""
+    follow_supervisor()
+    prefer_for_oom_kill()
+    log_as_json()
+    report = ReportPipe()
+    workspace, rank = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0
+    structlog.contextvars.bind_contextvars(**({"rank": rank} if rank else {}))
+    try:
+        if rank == 0:
+            take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + LOCK_MARGIN_SECONDS)
+        order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
+        run_order(order, workspace, report, rank)
+    except BaseException as error:
+        known = as_bitwright_error(error)
+        log.error("attempt_failed", code=known.code, exc_info=error)
+        report.fail(known)
+        leave(EXIT_FAILED)
+    if rank:
+        leave(0)
+    return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End at once: a device's library may wait for ranks that are gone before it lets the interpreter end."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def take_lock(path: Path, *, seconds: float) -> int:
+    """Hold the workspace alone until the process ends, or until the open file that is returned is closed.
+
+    Raises:
+        InternalError: another attempt did not let go within `seconds`.
+    """
+    handle = os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise InternalError("another attempt still holds the workspace") from None
+            time.sleep(0.1)
+        else:
+            return handle
+
+
+def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe, rank: int = 0) -> None:
+    """Do what the order says, with the engine, in this process; the first rank reports the result."""
+    if rank == 0:
+        # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
+        shutil.rmtree(workspace / "output", ignore_errors=True)
+    # Threads that wait for each other sleep rather than spin: on a shared machine spinning costs many times the work.
+    # OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # torch takes seconds to load: lock and lifeline come first.
+    from workers.engine.reporter import Reporter  # noqa: PLC0415
+    from workers.engine.run import assist, run  # noqa: PLC0415
+
+    if rank:
+        assist(order, workspace, rank)
+    else:
+        report.write(run(order, workspace, Reporter(report.write)))
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

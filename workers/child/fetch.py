@@ -1,0 +1,257 @@
+"""`python -m workers.child.fetch WORKSPACE`: brings a job's model and texts from the Hub.
+
+The only process with network access and the Hub token (from its environment). A branch is pinned to its commit once a
+job; only safetensors, JSON and tokenizer files are taken; nothing that is fetched is ever executed.
+"""
+
+import json
+import os
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+
+import structlog
+from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub.errors import (
+    DisabledRepoError,
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
+
+from app.domain.errors import (
+    BitwrightError,
+    DiskFull,
+    InvalidDataset,
+    SourceForbidden,
+    SourceNotFound,
+    Unavailable,
+    UnsupportedCheckpoint,
+)
+from app.domain.events import TEXT_ROLES, FetchedLine, ProgressEvent, Stage
+from app.domain.inputs.foreign_files import foreign_files
+from workers.child.exceptions import as_bitwright_error
+from workers.child.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
+from workers.disk.durable import replace_file
+from workers.disk.hub_cache import holding
+from workers.disk.orders import FetchOrder, TextOrder
+
+LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
+VOCABULARIES = ("tokenizer*", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "vocab.bpe", "bpe.codes")
+ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", *VOCABULARIES, *LICENCES)
+IGNORED = (".*", "onnx/*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
+TEXT_COLUMNS = ("text", "prompt", "completion", "messages")
+FORBIDDEN, NOT_FOUND = (401, 403), 404
+COMPLETE = ".complete"
+TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
+"""HTTPError of the HTTP library that this version of huggingface_hub stands on (httpx or httpx2)."""
+
+log = structlog.get_logger("workers.child.fetch")
+
+
+def main(arguments: list[str]) -> int:
+    """Fetch what the order in the workspace folder `arguments[0]` names; the exit code."""
+    follow_supervisor()
+    log_as_json()
+    return obey(Path(arguments[0]), ReportPipe())
+
+
+def obey(workspace: Path, report: ReportPipe) -> int:
+    """Fetch what the order in the workspace names, and say how that ended; the exit code."""
+    try:
+        order = FetchOrder.model_validate_json((workspace / "fetch.json").read_bytes())
+        leave_working_folder(workspace)
+        report.write(fetch(order, workspace, report))
+    except BaseException as error:
+        known = as_bitwright_error(error)
+        log.error("fetch_failed", code=known.code, exc_info=error)
+        report.fail(known)
+        return EXIT_FAILED
+    return 0
+
+
+def leave_working_folder(workspace: Path) -> None:
+    """Work in an empty folder: `datasets` takes an id that is also a path from here for that local folder."""
+    empty = workspace / "empty"
+    shutil.rmtree(empty, ignore_errors=True)
+    empty.mkdir()
+    os.chdir(empty)
+
+
+def fetch(order: FetchOrder, workspace: Path, report: ReportPipe) -> FetchedLine:
+    """Bring everything; what an earlier attempt brought is not brought again, and its commits stay pinned."""
+    pins = Pins(workspace / "fetched.json")
+    folder, revision = "", None
+    if order.model is not None:
+        with hub_errors("model", order.model.id):
+            revision = pins.commit("model", partial(_commit, "model", order.model.id, order.model.revision))
+            folder = str(fetch_model(order.model.id, revision, Path(order.models_folder), report))
+    texts: dict[str, TextOrder | None] = {role: getattr(order, role) for role in TEXT_ROLES.values()}
+    for field, role in TEXT_ROLES.items():
+        text = texts[role]
+        if text is not None and not Path(text.path).exists():
+            with hub_errors(field, text.dataset.id):
+                commit = pins.commit(role, partial(_commit, "dataset", text.dataset.id, text.dataset.revision))
+                write_text(text, commit)
+    paths = {f"{role}_path": None if text is None else text.path for role, text in texts.items()}
+    return FetchedLine(model_path=folder, model_revision=revision, **paths)
+
+
+class Pins:
+    """The commits that a job's sources are pinned to, in a file of its workspace."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._commits: dict[str, str] = json.loads(path.read_bytes()) if path.exists() else {}
+
+    def commit(self, role: str, resolve: Callable[[], str]) -> str:
+        """The pinned commit of a role; resolved and kept at the first call."""
+        if role not in self._commits:
+            self._commits[role] = resolve()
+            replace_file(self._path, json.dumps(self._commits).encode())
+        return self._commits[role]
+
+
+def _commit(repo_type: str, repo_id: str, revision: str) -> str:
+    info = HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision)
+    if info.sha is None:
+        hint = "name a branch, a tag or a commit that exists"
+        raise SourceNotFound("the Hub names no commit for this revision", field="revision", value=revision, hint=hint)
+    return info.sha
+
+
+def fetch_model(repo_id: str, commit: str, models_folder: Path, report: ReportPipe) -> Path:
+    """The folder with the checkpoint's files, downloaded unless another job did it. Real files, no links.
+
+    Raises:
+        UnsafeCheckpoint, UnsupportedCheckpoint: the repository holds no safetensors, but something else or nothing.
+        DiskFull: its files do not fit.
+    """
+    folder = models_folder / f"{repo_id.replace('/', '--')}@{commit}"
+    with holding(folder):
+        if not (folder / COMPLETE).exists():
+            _download(repo_id, commit, folder, report)
+    return folder
+
+
+def _download(repo_id: str, commit: str, folder: Path, report: ReportPipe) -> None:
+    siblings = HfApi().model_info(repo_id, revision=commit, files_metadata=True).siblings or []
+    sizes = {file.rfilename: file.size or 0 for file in siblings}
+    wanted = list(filter_repo_objects(sizes, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
+    foreign = foreign_files(sizes)
+    if foreign is not None:
+        raise foreign.refusal("model")
+    if not any(name.endswith(".safetensors") for name in wanted):
+        hint = "name a repository with config.json and safetensors"
+        raise UnsupportedCheckpoint("the repository holds no weights", field="model", value=repo_id, hint=hint)
+    total = sum(sizes[name] for name in wanted)
+    free = shutil.disk_usage(folder).free
+    if total > free:
+        raise DiskFull(f"the checkpoint has {total} bytes, the worker's disk has {free} left", value=repo_id)
+    with progress_of(folder, total, report):
+        snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=wanted)
+    (folder / COMPLETE).touch()
+
+
+@contextmanager
+def progress_of(folder: Path, total: int, report: ReportPipe) -> Iterator[None]:
+    """Report once a second how many of `total` bytes lie in the folder, finished or not."""
+    done = threading.Event()
+
+    def measure() -> None:
+        while not done.wait(1):
+            with suppress(OSError):  # files are renamed while they are counted
+                here = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+                report.write(ProgressEvent(stage=Stage.FETCH, done=min(here, total), total=total, unit="bytes"))
+
+    thread = threading.Thread(target=measure, name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+    report.write(ProgressEvent(stage=Stage.FETCH, done=total, total=total, unit="bytes"))
+
+
+def write_text(order: TextOrder, commit: str) -> None:
+    """Stream the dataset's rows into a JSONL file until it holds enough text. Whole or not at all.
+
+    Raises:
+        InvalidDataset: no such configuration or split, or rows without a known column.
+    """
+    from datasets import load_dataset  # noqa: PLC0415 (takes a second, and most jobs need it not)
+
+    dataset = order.dataset
+    try:
+        rows = load_dataset(dataset.id, dataset.config, split=dataset.split, revision=commit, streaming=True)
+        lines = list(text_lines(rows, order))
+    except ValueError as error:  # an unknown configuration or split, a file that is no table
+        hint = "name a configuration and a split that the dataset has, and that is a table of text"
+        raise InvalidDataset(f"{error}".splitlines()[0][:300], field="dataset", value=dataset.id, hint=hint) from error
+    if not lines:
+        hint = "name another split of the dataset"
+        raise InvalidDataset("the split has no rows", field="dataset.split", value=dataset.split, hint=hint)
+    replace_file(Path(order.path), "".join(lines).encode())
+
+
+def text_lines(rows: Iterable[Mapping[str, object]], order: TextOrder) -> Iterator[str]:
+    """JSON lines of the known columns of `rows`, until `order.characters` are reached."""
+    characters = 0
+    for row in rows:
+        kept = {name: row[name] for name in TEXT_COLUMNS if row.get(name) is not None}
+        if not kept:
+            hint = f"rows need one of: {', '.join(TEXT_COLUMNS)}"
+            columns = ", ".join(row)
+            raise InvalidDataset(f"the rows have the columns {columns}", value=order.dataset.id, hint=hint)
+        line = json.dumps(kept, ensure_ascii=False) + "\n"
+        characters += len(line)
+        yield line
+        if characters >= order.characters:
+            return
+
+
+@contextmanager
+def hub_errors(field: str, repo_id: str) -> Iterator[None]:
+    """The Hub's errors in the words of the error tree."""
+    try:
+        yield
+    except BitwrightError:
+        raise
+    except (GatedRepoError, DisabledRepoError) as error:
+        hint = "accept the repository's terms with the account of the service's token, BITWRIGHT_HUB_TOKEN"
+        raise SourceForbidden("the Hub refuses access", field=field, value=repo_id, hint=hint) from error
+    except RevisionNotFoundError as error:
+        hint = "name a branch, a tag or a commit that exists"
+        raise SourceNotFound("the repository has no such revision", field=field, value=repo_id, hint=hint) from error
+    except (RepositoryNotFoundError, HFValidationError) as error:
+        hint = "check the id; for a private repository the operator sets BITWRIGHT_HUB_TOKEN"
+        raise SourceNotFound("the Hub has no such repository", field=field, value=repo_id, hint=hint) from error
+    except HfHubHTTPError as error:
+        raise _of_status(error, field, repo_id) from error
+    except (TransportError, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
+        hint = "the job is tried again by itself; on a machine without network use a local path or an upload"
+        raise Unavailable("the Hub cannot be reached", field=field, value=repo_id, hint=hint) from error
+
+
+def _of_status(error: HfHubHTTPError, field: str, repo_id: str) -> BitwrightError:
+    status = error.response.status_code
+    if status in FORBIDDEN:
+        hint = "the operator's token, BITWRIGHT_HUB_TOKEN, must be allowed to read it"
+        return SourceForbidden(f"the Hub answers {status}", field=field, value=repo_id, hint=hint)
+    if status == NOT_FOUND:
+        hint = "check the id and the revision"
+        return SourceNotFound("the Hub has no such file", field=field, value=repo_id, hint=hint)
+    return Unavailable(f"the Hub answers {status}", field=field, value=repo_id)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,216 @@
+"""The seam between the engine and the methods: what a method is given for a block, and what it must return.
+
+A method that learns describes a block's linears as `TrainableWeights` and hands them to `task.tune`, the engine's one
+tuning loop. Everything such a method learns acts through the weight, so the loop needs no more than the weight's
+value and gives back no more than the gradient with respect to it.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any, Protocol, TypeVar, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.methods import AbsmaxScheme, Candidate, Scheme, WeightSpec
+from workers.contracts.results import BlockResult
+from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
+
+
+class BlockForward(Protocol):
+    """Calls a block, or a method of it, as its model does (masks, rotary) on hidden (batch, length, width)."""
+
+    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Two neighbours inside a block between which scales can move: output j of `source` over s_j, column j of every
+    one of `linears` times s_j, and the block computes the same.
+
+    source     name of a norm or of a linear inside the block
+    linears    all that its output goes into, if only through elementwise products or sums over tokens
+    judged     the module inside the block whose output says what rounding `linears` costs
+    unclipped  those of `linears` whose output only decides a softmax
+    offset     what a norm adds to its weight before it multiplies
+    """
+
+    source: str
+    linears: tuple[str, ...]
+    judged: str
+    unclipped: tuple[str, ...] = ()
+    offset: float = 0.0
+
+
+def _no_other_method(task: "BlockTask", spec: WeightSpec) -> BlockResult:
+    raise TypeError(f"block {task.index} cannot be given to {spec}: this task knows no other method")
+
+
+@dataclass(frozen=True)
+class Fisher:
+    """Squared gradients of the calibration text's loss by a linear's weight, summed over sequences, F (out, in).
+
+    rows      sum_j F_ij, fp32 (out,)
+    columns   sum_i F_ij, fp32 (in,)
+    """
+
+    rows: Tensor
+    columns: Tensor
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """One linear whose width a budget decides: what each way to store it would cost in error.
+
+    weight       (out, in) on the device, the model's dtype
+    fisher       where the spec asks for it
+    """
+
+    weight: Tensor
+    candidates: tuple[Candidate, ...]
+    fisher: Fisher | None
+    scale_dtype: torch.dtype
+    seed: int
+
+
+@dataclass(frozen=True)
+class BlockTask:
+    """One decoder block to quantize. Where several ranks share the work, samples are those of this rank.
+
+    block       the original block on `device`, weights in the model's dtype; a method may replace weights while it
+                works, and leaves the module as it found it
+    forward     calls the block as the model does
+    inputs      X_q, (samples, length, width): what the quantized blocks before this one produce
+    inputs_fp   X_fp, the same of the original blocks; empty unless the spec's `needs_original_inputs` says so
+    targets     Y = block(X_fp), (samples, length, width)
+    schemes     linear name inside the block -> its scheme; ignored linears are absent
+    moments     linear name -> sum over tokens of x_j^2 of its inputs in the original stream, fp32 (in,); may be empty
+    scale_dtype dtype in which the formats of this job store scales
+    seed        of this block
+    micro_batch sequences that fit through the block at once with gradients
+    absmax      linear name -> second level of codes for a codebook's maxima, where the budget chose one
+    fisher      linear name -> its Fisher information, where the spec asks for it
+    tick        told the share of the block that is done, 0 to 1; may be called often
+    folds       where scales can move inside the block, in the order of the forward pass
+    log         told an event's name and fields when a method falls back to something worse
+    sum_        makes tensors their sums over all processes that share the samples, in place
+    quantize    the same block by another method, named by its spec: where a method starts from another's result
+    """
+
+    index: int
+    block: nn.Module
+    forward: BlockForward
+    inputs: Tensor
+    inputs_fp: Tensor
+    targets: Tensor
+    schemes: Mapping[str, Scheme]
+    moments: Mapping[str, Tensor]
+    scale_dtype: torch.dtype
+    device: torch.device
+    seed: int
+    micro_batch: int
+    tick: Callable[[float], None]
+    tune: "Tune"
+    folds: Sequence[Fold] = ()
+    log: Callable[..., None] = lambda *_, **__: None
+    sum_: Callable[..., None] = lambda *_: None
+    quantize: "Quantize" = _no_other_method
+    absmax: Mapping[str, AbsmaxScheme] = field(default_factory=dict)
+    fisher: Mapping[str, Fisher] = field(default_factory=dict)
+
+    def linear(self, name: str) -> nn.Linear:
+        """The block's linear of that name."""
+        module = self.block.get_submodule(name)
+        if not isinstance(module, nn.Linear):
+            raise TypeError(f"{name} is {type(module).__name__}, not Linear")
+        return module
+
+    def total(self, number: int) -> int:
+        """The sum of a number over all processes that share the samples."""
+        found = torch.tensor(number)
+        self.sum_(found)
+        return int(found)
+
+    def alike(self) -> dict[tuple[Scheme, int], dict[str, Tensor]]:
+        """Weights by name, those of the same scheme and group width together."""
+        found: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
+        for name, scheme in self.schemes.items():
+            weight = self.linear(name).weight.detach()
+            found.setdefault((scheme, scheme.width(weight.shape[1])), {})[name] = weight
+        return found
+
+    def passes(self, inputs: Tensor) -> Iterator[Callable[[], Tensor]]:
+        """Forward passes of the block over hidden states (samples, length, width), a micro-batch each."""
+        for part in torch.split(inputs, self.micro_batch):
+            yield partial(self.forward, self.block, part.to(self.device, non_blocking=True))
+
+    @torch.no_grad()
+    def augmented(self) -> "BlockTask":
+        """The task for || F(X_q; W_hat) - F(X_fp; W) ||^2 + || F(X_q; W_hat) - F(X_q; W) ||^2 (OmniQuant's aug loss).
+
+        The two add up to a constant and twice the loss to the mean of both targets, and a factor of two is nothing to
+        Adam: so that mean is the target, in the targets' dtype, and losses that are reported are those to it.
+        """
+        targets, first = torch.empty_like(self.targets), 0
+        for forward in self.passes(self.inputs):
+            own = forward()
+            part = slice(first, first := first + len(own))
+            wide = torch.promote_types(own.dtype, torch.float32)
+            targets[part] = (own.to(targets.device, wide) + self.targets[part]) / 2
+        return replace(self, targets=targets)
+
+    @contextmanager
+    def restored(self) -> Iterator[None]:
+        """Weights of linears that are replaced while the context lasts come back afterwards."""
+        weights = {name: self.linear(name).weight for name in self.schemes}
+        try:
+            yield
+        finally:
+            for name, weight in weights.items():
+                self.linear(name).weight = weight
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """What a method's kernels will be compiled for: (in_features, scheme) of the linears, dtypes and device."""
+
+    linears: frozenset[tuple[int, Scheme]]
+    dtype: torch.dtype
+    scale_dtype: torch.dtype
+    device: torch.device
+
+
+class Tune(Protocol):
+    """The engine's tuning loop (`workers.engine.tune.tuner.Tuner`)."""
+
+    def __call__(
+        self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings
+    ) -> TuningOutcome: ...
+
+
+class Quantize(Protocol):
+    """A block by the method that a spec names; its schemes are the task's."""
+
+    def __call__(self, task: BlockTask, spec: WeightSpec) -> BlockResult: ...
+
+
+S_contra = TypeVar("S_contra", bound=WeightSpec, contravariant=True)
+
+
+class BlockMethod(Protocol[S_contra]):
+    """A quantization method. `needs_inputs`: whether it looks at activations (else they may be empty)."""
+
+    needs_inputs: bool
+
+    def quantize_block(self, task: BlockTask, spec: S_contra) -> BlockResult: ...
+
+
+@runtime_checkable
+class ScoringMethod(Protocol[S_contra]):
+    """A method that says itself what a budget weighs; else the engine weighs the rounding error of the outputs."""
+
+    def candidate_errors(self, task: ScoreTask, spec: S_contra) -> list[float]:
+        """An error for each candidate, in one unit for all linears of a model."""
+        ...

@@ -1,0 +1,57 @@
+"""What the supervisor tells the fetch: `fetch.json` in the workspace."""
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.domain.events import TEXT_ROLES, Message
+from app.domain.request.job_request import JobRequest
+from app.domain.request.sources import HubDataset, HubModel
+
+
+class TextOrder(BaseModel):
+    """One Hub dataset to write as JSONL to `path`: rows from the start, until `characters` of text are there."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    dataset: HubDataset
+    path: str
+    characters: Annotated[int, Field(gt=0)]
+
+
+class FetchOrder(BaseModel):
+    """What to bring from the Hub; models go into folders of their own under `models_folder`, shared by all jobs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: HubModel | None
+    models_folder: str
+    calibration: TextOrder | None = None
+    evaluation: TextOrder | None = None
+    finetuning: TextOrder | None = None
+
+    @property
+    def empty(self) -> bool:
+        """Whether the job needs nothing from the Hub."""
+        return not any((self.model, *(getattr(self, role) for role in TEXT_ROLES.values())))
+
+
+class AttemptOrder(Message):
+    """What the supervisor tells an attempt: `order.json` in the workspace. All paths are absolute and local."""
+
+    job_id: str
+    attempt: int
+    request: JobRequest
+    model_path: str
+    model_revision: str | None = None
+    calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin or generated text.")
+    evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    finetuning_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
+    base_path: str | None = Field(
+        default=None, description="Folder with the checkpoints of the job that this one starts from, by format."
+    )
+    device: Literal["cpu", "cuda"]
+    device_index: int = Field(default=0, description="Of the first rank; the others follow.")
+    world_size: int = Field(default=1, ge=1, description="Processes that compute the job together, each a rank.")
+    rendezvous: str = Field(default="", description="Path of a new file by which several ranks find each other.")
+    micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")

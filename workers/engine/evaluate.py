@@ -1,0 +1,103 @@
+"""How close the quantized model is to the original: perplexity, KL divergence and top-1 agreement.
+
+With p the original's and q the quantized model's distribution of the next token x_{t+1}, over all T tokens that have a
+token before them in their window:
+
+    perplexity = exp(-1/T sum log q(x_{t+1}))       KL = 1/T sum_t sum_v p(v) (log p(v) - log q(v))
+    top-1 agreement = 1/T sum [argmax p = argmax q]
+
+Both streams are already there when the last block is done; logits are made for some tokens at a time and dropped.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.errors import NumericalFailure
+from app.domain.report import Quality
+from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.memory import LOGITS_AT_ONCE
+from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.text.sequences import Windows
+
+
+@torch.no_grad()
+def measure(
+    model: StreamedModel,
+    original: Tensor,
+    quantized: Tensor,
+    windows: Windows,
+    *,
+    quantized_head: Tensor | None,
+    tick: Callable[[float], None],
+    ranks: Ranks = ALONE,
+) -> Quality:
+    """Quality on `windows`, whose hidden states after the last block are given, each (samples, length, width).
+
+    quantized_head  dequantized weight of the head where that is quantized too
+    ranks           who measures along; the hidden states are those of this rank's share of the windows
+
+    Raises:
+        NumericalFailure: the original or the quantized model's output is not finite.
+    """
+    head = model.model.get_submodule(model.layout.head)
+    sums = torch.zeros(4, dtype=torch.float64)
+    step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
+    ids = ranks.share(windows.ids)
+    samples, length = ids.shape
+    with model.loaded(model.layout.final_norm, model.layout.head):
+        weights = [head.weight, head.weight if quantized_head is None else _frozen(quantized_head.to(model.device))]
+        for sample in range(samples):
+            for start in range(0, length - 1, step):
+                part = slice(start, min(start + step, length - 1))
+                logits = []
+                for stream, weight in zip((original, quantized), weights, strict=True):
+                    head.weight = weight
+                    logits.append(model.logits(stream[sample : sample + 1, part].to(model.device))[0])
+                following = ids[sample, part.start + 1 : part.stop + 1].to(model.device)
+                sums += _token_sums(logits[0], logits[1], following).cpu()
+            tick((sample + 1) / samples)
+        head.weight = weights[0]
+    ranks.sum_(sums)
+    if not math.isfinite(sums[0]):
+        raise original_overflows(model.dtype)
+    return _quality(sums, len(windows.ids) * (length - 1), windows)
+
+
+def _frozen(weight: Tensor) -> nn.Parameter:
+    return nn.Parameter(weight, requires_grad=False)
+
+
+def _token_sums(original: Tensor, quantized: Tensor, following: Tensor) -> Tensor:
+    """-log p(x), -log q(x), KL and agreement, each summed over tokens; logits (tokens, vocabulary). fp64 (4,)."""
+    p, q = original.float().log_softmax(-1), quantized.float().log_softmax(-1)
+    index = following.unsqueeze(-1)
+    divergence = (p.exp() * (p - q)).sum(-1)
+    agreement = p.argmax(-1) == q.argmax(-1)
+    rows = (-p.gather(-1, index), -q.gather(-1, index), divergence, agreement)
+    return torch.stack([row.double().sum() for row in rows])
+
+
+def _quality(sums: Tensor, tokens: int, windows: Windows) -> Quality:
+    original, quantized, divergence, agreement = (sums / tokens).tolist()
+    if not all(map(math.isfinite, (original, quantized, divergence))):
+        raise NumericalFailure(
+            f"on the evaluation text the loss is {original} before and {quantized} after quantization",
+            field="quantization",
+            hint="use more bits or smaller groups" + ALSO_DTYPE,
+        )
+    return Quality(
+        text=windows.report(),
+        perplexity_original=_exp(original),
+        perplexity=_exp(quantized),
+        kl_divergence=max(0.0, divergence),
+        top1_agreement=agreement,
+    )
+
+
+def _exp(nats: float) -> float:
+    """exp, limited to what JSON can hold."""
+    return math.exp(min(nats, 700.0))

@@ -1,0 +1,144 @@
+"""How finetuning fits into memory: sequences at once, blocks that are computed again, weights that are kept.
+
+The estimate counts against all of the device's memory, not against what happens to be free: the same request on the
+same machine always gives the same plan, and so the same adapter.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import torch
+
+from app.domain.request.finetuning import Finetune
+from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.finetune.token_loss import LOGITS_AT_ONCE, LOGITS_BYTES
+from workers.engine.memory import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_GPU, graph_bytes
+from workers.engine.model.streamed_model import StreamedModel
+from workers.machine import host_memory
+
+MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
+"""Of the device's memory that the stage may count on."""
+KEPT_SHARE = {"cuda": 0.05, "cpu": 0.2}
+"""Of it that dequantized weights may take, which saves making them anew; nothing where blocks are computed again."""
+CAPTURED_SHARE = 0.25
+"""Of a GPU's memory that activations may take if passes are to be captured."""
+ADAPTER_BYTES = 5 * 4
+"""A trained number, its gradient, two moments and a copy."""
+ADAPTER_SHARE = 0.03
+"""Trained numbers for each weight: more than a LoRA of rank 64 has."""
+FULL_TOKENS = {"cuda": 4096, "cpu": 512}
+"""Enough at once to keep the device busy: rather than fewer, blocks are computed again."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """micro_batch: sequences at once; recomputed: blocks, from the first on; keeps: dequantized weights.
+
+    captures   whether passes may be captured; what is trained is the same
+    """
+
+    micro_batch: int
+    recomputed: int
+    keeps: bool
+    captures: bool = False
+
+
+def plan_training(
+    model: StreamedModel,
+    names: set[str],
+    part: Finetune,
+    length: int,
+    *,
+    divisor: int = 1,
+    ranks: Ranks = ALONE,
+    pass_bytes: int = 0,
+) -> TrainingPlan:
+    """The plan for sequences of `length` tokens at the most; `names` of the quantized linears.
+
+    divisor      by which micro-batches are smaller after an attempt that ran out of memory
+    pass_bytes   that adapters keep for each trained number while a batch goes through
+    """
+    needs = _Needs.of(model, names, length, pass_bytes)
+    at_once = TOKENS_AT_ONCE_GPU if needs.device == "cuda" else TOKENS_AT_ONCE_CPU
+    most = max(1, min(ranks.part(part.batch_size), max(1, at_once // length)) // divisor)
+    found = _planned(needs, part, most, keeps=needs.kept <= KEPT_SHARE[needs.device] * needs.memory)
+    if found.keeps and found.recomputed:
+        # Where memory is so short that blocks are computed again, weights are what it is spent on last.
+        found = _planned(needs, part, most, keeps=False)
+    return replace(found, captures=needs.device == "cuda" and not found.recomputed and needs.has_room_for_pool(found))
+
+
+def _planned(needs: "_Needs", part: Finetune, micro_batch: int, *, keeps: bool) -> TrainingPlan:
+    """As many sequences at once as memory allows, up to `micro_batch`."""
+    blocks = needs.blocks
+    if part.gradient_checkpointing is not None:
+        recomputed = blocks if part.gradient_checkpointing else 0
+        while micro_batch > 1 and needs.recomputed(micro_batch, keeps=keeps) > recomputed:
+            micro_batch = (micro_batch + 1) // 2
+        return TrainingPlan(micro_batch, recomputed, keeps)
+    while micro_batch > 1 and needs.is_worth_halving(micro_batch, keeps=keeps):
+        micro_batch = (micro_batch + 1) // 2
+    return TrainingPlan(micro_batch, min(blocks, needs.recomputed(micro_batch, keeps=keeps)), keeps)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """Bytes that training takes.
+
+    memory          of the device
+    kept            of all dequantized weights
+    fixed           what the model, its adapters and a chunk of logits take, by whether these weights are kept
+    graph, inputs   for each sequence of `length` tokens: of a block's graph, and of all blocks' inputs
+    """
+
+    device: str
+    memory: int
+    blocks: int
+    length: int
+    kept: int
+    fixed: Mapping[bool, float]
+    graph: int
+    inputs: int
+
+    @classmethod
+    def of(cls, model: StreamedModel, names: set[str], length: int, pass_bytes: int) -> "_Needs":
+        device, item, blocks = model.device.type, model.dtype.itemsize, len(model.blocks)
+        config, linears = model.config.get_text_config(), model.linears()
+        sizes = [linears[name].weight.numel() for name in names]
+        others = sum(p.numel() for n, p in model.model.named_parameters() if n.removesuffix(".weight") not in names)
+        logits = max(LOGITS_AT_ONCE[device], config.vocab_size) * LOGITS_BYTES
+        fixed = others * item + sum(sizes) * ADAPTER_SHARE * (ADAPTER_BYTES + pass_bytes) + logits
+        # Made anew, all weights of one block may exist at a time (`workers.engine.finetune.adapted_linear`).
+        packed = sum(sizes) * (1 + item / blocks) + 3 * max(sizes, default=0) * 4
+        return cls(
+            device=device,
+            memory=torch.cuda.get_device_properties(model.device).total_memory if device == "cuda" else host_memory(),
+            blocks=blocks,
+            length=length,
+            kept=sum(sizes) * item,
+            fixed=MappingProxyType({True: fixed + sum(sizes) * item, False: fixed + packed}),
+            graph=graph_bytes(model) * length,
+            inputs=blocks * config.hidden_size * item * length,
+        )
+
+    def recomputed(self, micro_batch: int, *, keeps: bool) -> int:
+        """Blocks to compute again; one more than there are if even that does not fit."""
+        allowed = MEMORY_SHARE[self.device] * self.memory - self.fixed[keeps]
+        if self.blocks * self.graph * micro_batch <= allowed:
+            return 0
+        left = allowed - (self.graph + self.inputs) * micro_batch
+        if left < 0:
+            return self.blocks + 1
+        return max(1, self.blocks - int(left // (self.graph * micro_batch)))
+
+    def is_worth_halving(self, micro_batch: int, *, keeps: bool) -> bool:
+        """Whether something must be saved, and fewer sequences are better than blocks that are computed again."""
+        recomputed = self.recomputed(micro_batch, keeps=keeps)
+        return recomputed > self.blocks or (recomputed > 0 and micro_batch * self.length > FULL_TOKENS[self.device])
+
+    def has_room_for_pool(self, plan: TrainingPlan) -> bool:
+        """Whether the pool of captured passes leaves room for eager ones, of other batches and of text that judges."""
+        activations, fixed = self.blocks * self.graph * plan.micro_batch, self.fixed[plan.keeps]
+        most = MEMORY_SHARE[self.device] * self.memory
+        return activations <= CAPTURED_SHARE * self.memory and fixed + 2 * activations <= most

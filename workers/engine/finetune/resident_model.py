@@ -1,0 +1,209 @@
+"""The whole quantized model on the device with its adapters: what a training step runs.
+
+Embeddings, norms and the head are as the checkpoint has them, in a 16-bit compute dtype; the blocks are the model's own
+modules, with an `AdaptedLinear` for every quantized linear while the context lasts. How the model calls a block is
+recorded as for every other stage; where a sequence holds several examples, the same masks and rotary angles are made
+for them: attention only within an example, positions from 0 in each.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from app.domain.errors import UnsupportedArchitecture
+from workers.contracts.adapters import AttachAdapters
+from workers.engine.finetune.adapted_linear import AdaptedLinear, MakeWeight, rebuilt
+from workers.engine.finetune.token_loss import token_loss
+from workers.engine.model.streamed_model import BlockCall, StreamedModel
+from workers.engine.seeds import block_seed
+from workers.engine.text.packing import Batch
+from workers.numerics.quantized import LinearResult
+
+
+@dataclass(frozen=True)
+class Residence:
+    """How the model is held.
+
+    length       tokens of the longest sequence
+    keeps        whether dequantized weights are kept, instead of made anew for each use
+    recomputed   blocks, from the first on, whose activations are computed again for the backward pass
+    """
+
+    length: int
+    keeps: bool
+    recomputed: int
+
+
+@dataclass(frozen=True)
+class ResidentModel:
+    """The loaded model, its blocks with adapters, and the adapters by full linear name."""
+
+    model: StreamedModel
+    adapters: Mapping[str, nn.Module]
+    calls: tuple[BlockCall, ...]
+    dtype: torch.dtype
+    recomputed: int
+
+    def loss(self, batch: Batch) -> Tensor:
+        """The sum of the losses of a batch's targets, fp32 ()."""
+        return token_loss(self.model, self.hidden(batch), batch.places, batch.following)
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Hidden states after the last block, (rows, length, width)."""
+        hidden, calls = self.model.embed(batch.ids), self._calls(batch)
+        for index, (block, call) in enumerate(zip(self.model.blocks, calls, strict=True)):
+            if index < self.recomputed and torch.is_grad_enabled():
+                hidden = checkpoint(call, block, hidden, use_reentrant=False)
+            else:
+                hidden = call(block, hidden)
+        return hidden
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Around the passes of a batch: what all adapters of a kind compute at once (`AttachAdapters`)."""
+        with ExitStack() as stack:
+            for together, adapters in self._kinds("together"):
+                stack.enter_context(together(adapters))
+            yield
+
+    def penalties(self) -> list[Tensor]:
+        """What kinds of adapters add to a step's loss, each (); some may have no gradient."""
+        return [penalty(adapters) for penalty, adapters in self._kinds("penalty")]
+
+    def _kinds(self, function: str) -> list[tuple[Callable[..., Any], list[nn.Module]]]:
+        """What kinds of adapters have for all of theirs, where they have it, and these adapters."""
+        kinds: dict[type[nn.Module], list[nn.Module]] = {}
+        for adapter in self.adapters.values():
+            kinds.setdefault(type(adapter), []).append(adapter)
+        return [(getattr(kind, function), adapters) for kind, adapters in kinds.items() if hasattr(kind, function)]
+
+    def _calls(self, batch: Batch) -> list[BlockCall]:
+        """How each block is called with a batch; blocks that share a call share its masks."""
+        made: dict[int, BlockCall] = {}
+        for call in self.calls:
+            if id(call) not in made:
+                made[id(call)] = self._call(call, batch)
+        return [made[id(call)] for call in self.calls]
+
+    def _call(self, call: BlockCall, batch: Batch) -> BlockCall:
+        length, mask = batch.ids.shape[1], call.keywords.get("attention_mask")
+        angles = tuple(part[:, :length].to(self.dtype) for part in call.keywords["position_embeddings"])
+        mask = None if mask is None else mask[..., :length, :length]
+        if batch.documents is not None:
+            angles = tuple(part[0][batch.positions] for part in angles)
+            mask = _within_documents(mask, batch.documents, self.dtype)
+        changed = {"attention_mask": mask, "position_embeddings": angles, "position_ids": batch.positions}
+        return BlockCall(call.arguments, call.keywords | changed)
+
+
+def _within_documents(mask: Tensor | None, documents: Tensor, dtype: torch.dtype) -> Tensor:
+    """Which positions a position sees, (rows, 1, length, length): those of its own example that `mask` allows.
+
+    Truth values, or on a GPU what is added to the scores, 0 or -inf.
+    """
+    length = documents.shape[1]
+    if mask is None:
+        mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=documents.device).tril()
+    sees: Tensor = mask & (documents[:, None, :, None] == documents[:, None, None, :])
+    if not documents.is_cuda:
+        return sees
+    # As attention's kernel adds it: else each block would make this of the truth values.
+    return torch.where(sees, 0.0, -torch.inf).to(dtype)
+
+
+def compute_dtype(model: StreamedModel) -> torch.dtype:
+    """The model's own, but bf16 in place of fp16, in which gradients overflow."""
+    return torch.bfloat16 if model.dtype == torch.float16 else model.dtype
+
+
+@contextmanager
+def resident(
+    model: StreamedModel,
+    load: Callable[[int], Mapping[str, LinearResult]],
+    attach: AttachAdapters,
+    how: Residence,
+    *,
+    seed: int,
+    head: Tensor | None = None,
+    changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({}),
+) -> Iterator[ResidentModel]:
+    """The model while it is loaded, with new adapters.
+
+    load     quantized linears of a block by full name
+    attach   makes the adapters of a block's linears
+    head     dequantized weight of the head, where that is quantized
+    changed  other parameters of a block that quantization changed, by full name
+
+    Raises:
+        UnsupportedArchitecture: the model does more after its blocks than norm and head.
+    """
+    dtype, layout = compute_dtype(model), model.layout
+    adapters: dict[str, nn.Module] = {}
+    calls = model.capture_calls(how.length)
+    with ExitStack() as stack:
+        stack.enter_context(model.filled(_outer_weights(model, dtype, head)))
+        for index in range(len(model.blocks)):
+            results = {name: result.to(model.device) for name, result in load(index).items()}
+            made = attach(results, block_seed(seed, index))
+            adapters |= {name: adapter.to(model.device) for name, adapter in made.items()}
+            given = {name: value.to(model.device, dtype) for name, value in changed(index).items()}
+            given |= {f"{name}.weight": torch.empty(0, dtype=dtype) for name in results}
+            stack.enter_context(model.filled(_read(model, layout.block(index), dtype, given)))
+            for name, result in results.items():
+                base, saves = _base(result, made.get(name), dtype, how), not how.keeps and index < how.recomputed
+                stack.enter_context(_adapted(model, name, base, made.get(name), saves=saves))
+        found = ResidentModel(model, adapters, calls, dtype, how.recomputed)
+        _demand_plain_head(found)
+        yield found
+
+
+def _outer_weights(model: StreamedModel, dtype: torch.dtype, head: Tensor | None) -> dict[str, Tensor]:
+    """Embeddings, norm and head; a tied head is the embedding matrix itself."""
+    layout = model.layout
+    weights = _read(model, layout.embeddings, dtype, {})
+    given = {} if head is None else {f"{layout.head}.weight": head.to(model.device, dtype)}
+    if model.tied:
+        given[f"{layout.head}.weight"] = weights[f"{layout.embeddings}.weight"]
+    return weights | _read(model, layout.final_norm, dtype, {}) | _read(model, layout.head, dtype, given)
+
+
+def _read(model: StreamedModel, name: str, dtype: torch.dtype, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return model.read(name, given, lambda tensor, _: tensor.to(model.device, dtype))
+
+
+def _base(result: LinearResult, adapter: nn.Module | None, dtype: torch.dtype, how: Residence) -> Tensor | MakeWeight:
+    """W_hat, or what makes it. An adapter takes over the low-rank correction that came with the weight."""
+    weight = result.weight if adapter is not None or result.low_rank is None else result
+    return weight.dequantize().to(dtype) if how.keeps else rebuilt(weight, dtype)
+
+
+@contextmanager
+def _adapted(
+    model: StreamedModel, name: str, base: Tensor | MakeWeight, adapter: nn.Module | None, *, saves: bool
+) -> Iterator[None]:
+    """A linear with its adapter in place of the plain one."""
+    plain = model.model.get_submodule(name)
+    model.model.set_submodule(name, AdaptedLinear(base, plain.bias, adapter, saves=saves))
+    try:
+        yield
+    finally:
+        model.model.set_submodule(name, plain)
+
+
+def _demand_plain_head(resident: ResidentModel) -> None:
+    model = resident.model
+    width = model.config.get_text_config().hidden_size
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, 8, width, generator=generator).to(model.device, resident.dtype)
+    with torch.no_grad():
+        if torch.equal(model.head_logits(hidden), model.logits(hidden)):
+            return
+    detail = f"{type(model.model).__name__} does more after its blocks than norm and head: it cannot be finetuned"
+    hint = "quantize it without finetune, or finetune a model without a cap on its logits"
+    raise UnsupportedArchitecture(detail, field="model", hint=hint)

@@ -1,0 +1,79 @@
+"""The loss of next tokens from hidden states after the last block, for the tokens that are learned alone.
+
+    L = sum over targets of  log sum_v exp(u_v) - u_y           u the logits, y the token that follows
+    dL/du = softmax(u) - 1_y
+
+Logits exist for some tokens at a time, and with them their gradient: the head is not trained, so that what comes back
+to the hidden states is known in the forward pass. Tokens that are only read never reach the head. Norm, head and what
+follows it are the model's own.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from workers.engine.model.streamed_model import StreamedModel
+
+LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Elements of one logit matrix."""
+LOGITS_BYTES = 4 * 4
+"""For each of them: logits, the same in fp32, probabilities and the gradient."""
+
+
+def token_loss(model: StreamedModel, hidden: Tensor, places: Tensor, following: Tensor) -> Tensor:
+    """The sum over targets, fp32 (); gradients reach `hidden`. Norm and head must be loaded.
+
+    hidden (rows, length, width); places int64 (targets,) in its rows and positions, flat, each once; following int64
+    (targets,), the tokens that follow them.
+    """
+    loss: Tensor = _TokenLoss.apply(hidden, places, following, model)  # type: ignore[no-untyped-call]
+    return loss
+
+
+class _TokenLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, places: Tensor, following: Tensor, model: StreamedModel) -> Tensor:
+        learns = ctx.needs_input_grad[0]
+        states = hidden.flatten(0, -2).index_select(0, places)
+        gradient = torch.empty_like(states) if learns else states
+        total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
+        for part in _parts(len(places), model):
+            leaf = states[part].detach().requires_grad_(learns)
+            with torch.set_grad_enabled(learns):
+                logits = model.head_logits(leaf.unsqueeze(0))[0]
+            loss, by_logits = _cross_entropy(logits.detach(), following[part])
+            total += loss
+            if learns:
+                (gradient[part],) = torch.autograd.grad(logits, leaf, by_logits)
+        ctx.save_for_backward(gradient, places)
+        ctx.shape = hidden.shape
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        gradient, places = ctx.saved_tensors
+        found = gradient.new_zeros(ctx.shape)
+        found.view(-1, ctx.shape[-1]).index_copy_(0, places, gradient * gradients[0].to(gradient.dtype))
+        return found, None, None, None
+
+
+@torch.no_grad()
+def _cross_entropy(logits: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+    """The sum over tokens, fp32 or wider, and its gradient by the logits (tokens, vocabulary), in their dtype."""
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
+    index = following.unsqueeze(-1)
+    chosen = wide.gather(-1, index)
+    normal = wide.logsumexp(-1, keepdim=True)
+    probabilities = wide.sub_(normal).exp_()
+    probabilities.scatter_add_(-1, index, -torch.ones_like(chosen))
+    return (normal - chosen).sum(), probabilities.to(logits.dtype)
+
+
+def _parts(count: int, model: StreamedModel) -> Iterator[slice]:
+    """Parts of about equal size."""
+    step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
+    number = math.ceil(count / step)
+    return (slice(count * i // number, count * (i + 1) // number) for i in range(number))

@@ -1,0 +1,115 @@
+"""All texts of a job, read before anything is computed: what calibrates, what judges, what an adapter learns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from app.domain.advice import starved_calibration
+from app.domain.errors import InvalidDataset
+from app.domain.request.job_request import JobRequest
+from app.domain.request.sources import GeneratedText
+from workers.disk.orders import AttemptOrder
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.plan import StreamSize
+from workers.engine.quantize.registry import needs_text
+from workers.engine.reporter import Reporter
+from workers.engine.text.documents import Notes
+from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts
+from workers.engine.text.generated import Generation, generated_windows
+from workers.engine.text.sequences import Windows, calibration_windows, evaluation_windows
+
+
+@dataclass(frozen=True)
+class Texts:
+    """The texts of a job; `calibration` is None for methods that look at weights alone."""
+
+    calibration: Windows | None
+    evaluation: Windows | None
+    finetuning: FinetuningTexts | None = None
+
+    def streams(self, keep_inputs: bool, reference: bool = False) -> list[StreamSize]:
+        """The sizes of their streams; that of the calibration has its inputs besides if they are kept, and that of the
+        evaluation its reference."""
+        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
+        return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
+
+
+def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation | None) -> Texts:
+    """All texts of an order; those that the model writes itself are drawn by `generation`: None if nothing is read.
+
+    Raises:
+        InvalidDataset: a file is not as documented or too short, windows are longer than the model's positions, or
+            the model is to write text and does not fit whole.
+    """
+    if generation is None:
+        return Texts(None, None)
+    request, tokenizer = order.request, generation.tokenizer
+    given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
+    paths = [None if path is None else Path(path) for path in given]
+    calibration = evaluation = finetuning = None
+    part = request.finetune
+    if part is not None:
+        _check_length(model, "finetune", part.sequence_length)
+        finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
+        _check_vocabulary(model, finetuning.training.ids)
+    if request.base_job is None and needs_text(request.quantization):
+        _check_length(model, "calibration", request.calibration.sequence_length)
+        if isinstance(request.calibration.dataset, GeneratedText):
+            calibration = generated_windows(request.calibration, request.seed, generation)
+        else:
+            calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
+        starved = starved_calibration(request, calibration.text_tokens)
+        if starved is not None:
+            reporter.warning("starved_calibration", starved)
+    if request.evaluation is not None:
+        _check_length(model, "evaluation", request.evaluation.sequence_length)
+        used = _calibration_file(request, paths) if needs_text(request.quantization) else None
+        evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
+    if finetuning is not None:
+        _warn(reporter, "finetune", finetuning.examples.notes)
+    for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
+        if windows is not None:
+            _warn(reporter, name, windows.notes)
+            _check_vocabulary(model, windows.ids)
+            if windows.overlapping:
+                reporter.warning(
+                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
+                )
+    return Texts(calibration, evaluation, finetuning)
+
+
+def _warn(reporter: Reporter, name: str, notes: Notes) -> None:
+    for code, message in notes.warnings(f"{name}.dataset"):
+        reporter.warning(code, message)
+
+
+def _calibration_file(request: JobRequest, paths: Sequence[Path | None]) -> Path | None:
+    """The file that calibrated. Where an earlier job did, it is known only if evaluation reads the same dataset."""
+    if request.base_job is None:
+        return paths[0]
+    evaluation = request.evaluation
+    shared = evaluation is not None and evaluation.dataset == request.calibration.dataset
+    return paths[1] if shared else None
+
+
+def _check_length(model: StreamedModel, name: str, length: int) -> None:
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and length > positions:
+        raise InvalidDataset(
+            f"{name}.sequence_length is {length}; the model has {positions} positions",
+            field=f"{name}.sequence_length",
+            value=length,
+            hint=f"ask for at most {positions}",
+        )
+
+
+def _check_vocabulary(model: StreamedModel, ids: Tensor) -> None:
+    size = model.config.get_text_config().vocab_size
+    if int(ids.max()) >= size:
+        raise InvalidDataset(
+            f"the tokenizer makes the token id {int(ids.max())}; the model knows {size}",
+            field="model",
+            hint="give the tokenizer that belongs to the model",
+        )

@@ -1,0 +1,214 @@
+"""A model folder, read lazily: safetensors only, every header checked before it is believed.
+
+`app.domain.inputs.safetensors_header` holds each header against its file's size. Tensors are mapped from the file
+when they are asked for, so that opening a 140 GB checkpoint costs a few megabytes. Pickled weights are never opened.
+"""
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from app.domain.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
+from app.domain.inputs.checkpoint_choice import WEIGHTS_FIELD, check_choice
+from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files
+from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
+
+MAX_JSON_BYTES = 100_000_000
+FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies: its file, the file's name for its dtype, and its shape."""
+
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+class Checkpoint:
+    """An open checkpoint folder: `config` (config.json, decoded) and `tensors` (stored name to place)."""
+
+    def __init__(self, folder: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+        self.folder = folder
+        self.config = config
+        self.tensors = tensors
+        self._open: dict[Path, Any] = {}
+
+    @classmethod
+    def open(cls, folder: Path) -> "Checkpoint":
+        """Reads config.json and the headers of all weight files.
+
+        Raises:
+            SourceNotFound: there is no such folder, or no config.json or no weights in it.
+            UnsafeCheckpoint, UnsupportedCheckpoint: it has pickled weights alone, or files of another kind.
+            CorruptCheckpoint: a header or the index contradicts the files.
+            SourceForbidden: the worker's user may not read them.
+        """
+        try:
+            return cls._open_readable(folder)
+        except PermissionError as error:
+            hint = "let the user that the worker runs as read the folder and its files"
+            detail = f"{Path(str(error.filename)).name} may not be read by the worker's user"
+            raise SourceForbidden(detail, field="model", hint=hint) from error
+
+    @classmethod
+    def _open_readable(cls, folder: Path) -> "Checkpoint":
+        config_file = folder / "config.json"
+        foreign = foreign_files([file.name for file in folder.iterdir()] if folder.is_dir() else [])
+        if foreign is not None:
+            raise foreign.refusal("model")
+        if not config_file.is_file():
+            hint = "name a folder that holds config.json and safetensors"
+            raise SourceNotFound("the model's folder holds no config.json", field="model", hint=hint)
+        config = _read_json(config_file)
+        # As transformers chooses: one file goes before an index, which may be left over from an earlier save.
+        single = (folder / SINGLE).is_file() or not (folder / INDEX).is_file()
+        tensors = _single_file_tensors(folder) if single else _indexed_tensors(folder, folder / INDEX)
+        check_choice([file.name for file in folder.iterdir()], SINGLE if single else INDEX, config)
+        config.pop(WEIGHTS_FIELD, None)  # it names files of this folder, and results have their own
+        return cls(folder, config, tensors)
+
+    @property
+    def index_dtype(self) -> str | None:
+        """The dtype that the index of the files names; mostly there is none."""
+        if any(file.name == SINGLE for file in self.files):
+            return None
+        metadata = _read_json(self.folder / INDEX).get("metadata")
+        dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
+        return dtype if isinstance(dtype, str) else None
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """The safetensors files that hold its tensors."""
+        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(entry.size for entry in self.tensors.values())
+
+    def read(self, name: str) -> Tensor:
+        """The tensor on the host, in the dtype of the file, memory-mapped.
+
+        Raises:
+            CorruptCheckpoint: the file does not hold what its header says.
+        """
+        file = self.tensors[name].file
+        try:
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt", device="cpu")
+            tensor: Tensor = self._open[file].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            words = error.strerror if isinstance(error, OSError) else error  # without the path on this machine
+            raise CorruptCheckpoint(f"{file.name}: cannot read {name}: {words}", field="model") from error
+        return tensor
+
+    def without(self, names: Collection[str]) -> "Checkpoint":
+        """The same folder as if it did not hold these tensors."""
+        kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
+        return Checkpoint(self.folder, self.config, kept) if names else self
+
+    def close(self) -> None:
+        """Lets go of the mapped files."""
+        self._open.clear()
+
+    def digest(self, revision: str | None) -> str:
+        """Identity of the weights without reading them: headers and sizes, and times unless a revision pins them."""
+        digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        for file in self.files:
+            status = file.stat()
+            digest.update(f"{file.name}:{status.st_size}:{revision or status.st_mtime_ns}:".encode())
+            digest.update(_header_bytes(file))
+        return digest.hexdigest()
+
+
+def read_tensors(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, by its checked header.
+
+    Raises:
+        CorruptCheckpoint: the header's length, JSON, dtypes, shapes or offsets contradict each other or the file.
+    """
+    entries = parse_header(_header_bytes(file), file.stat().st_size, file.name)
+    return {name: StoredTensor(file, entry.dtype, entry.shape) for name, entry in entries.items()}
+
+
+def _header_bytes(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        length = header_length(stream.read(LENGTH_BYTES), file.stat().st_size, file.name)
+        return stream.read(length)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if file.stat().st_size > MAX_JSON_BYTES:
+        raise CorruptCheckpoint(f"{file.name} is larger than {MAX_JSON_BYTES} bytes", field="model", value=file.name)
+    try:
+        value = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CorruptCheckpoint(f"{file.name} is not JSON: {error}", field="model", value=file.name) from error
+    if not isinstance(value, dict):
+        raise CorruptCheckpoint(f"{file.name} is not a JSON object", field="model", value=file.name)
+    return value
+
+
+def _single_file_tensors(folder: Path) -> dict[str, StoredTensor]:
+    single = folder / SINGLE
+    if single.is_file():
+        return read_tensors(single)
+    raise SourceNotFound(
+        f"the model's folder holds neither {SINGLE} nor {INDEX}",
+        field="model",
+        hint="name a folder with safetensors weights",
+    )
+
+
+def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CorruptCheckpoint(f"{index.name} has no weight_map", field="model", value=index.name)
+    found: dict[str, StoredTensor] = {}
+    for name in sorted({_plain_name(index, name) for name in weight_map.values()}):
+        if not (folder / name).is_file():
+            raise CorruptCheckpoint(
+                f"{index.name} names {name}, which is not in the folder",
+                field="model",
+                value=name,
+                hint="fetch or upload the missing file",
+            )
+        # All tensors of a file, and those of the last file in the order of names, as transformers loads them.
+        found |= read_tensors(folder / name)
+    for tensor, name in weight_map.items():
+        if tensor not in found:
+            raise CorruptCheckpoint(
+                f"{index.name} says that {tensor} is in {name}, where it is not, nor in another file that it names",
+                field="model",
+                value=tensor,
+                hint="fetch or upload the file again",
+            )
+    return found
+
+
+def _plain_name(index: Path, name: object) -> str:
+    """A plain file name; anything that could leave the folder is refused."""
+    plain = isinstance(name, str) and not set(name) & set("/\\:\0")
+    if not plain or not str(name).endswith(".safetensors"):
+        raise CorruptCheckpoint(
+            f"{index.name}: {name!r} is not the plain name of a .safetensors file beside it",
+            field="model",
+            value=name,
+            hint="name only files in the checkpoint's own folder",
+        )
+    return str(name)

@@ -1,0 +1,177 @@
+"""Hand-fused decoder blocks of the Llama family, an addition to the generic path.
+
+A block of the classes below is replaced by a module that computes the same in fewer passes: norms, residual sums,
+rotary embeddings and the gated MLP by one kernel each on a GPU (`workers.numerics.backends.block_kernels`), by few
+operators on
+a CPU (`workers.numerics.backends.block_operators`), where attention is written by hand, too. Its parts and parameters
+keep their
+names, so that nothing else sees a difference. A class that is not listed stays as it is, and any architecture runs
+without this file.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.numerics.causal_attention import scaled_dot_product_attention
+
+FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
+FUSED = frozenset(f"{family}DecoderLayer" for family in FAMILIES)
+"""transformers' class names."""
+SILU = frozenset({"SiLU", "SiLUActivation"})
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a fused block is made of; `workers.numerics.backends.block_kernels` describes the functions.
+
+    attend             causal attention, or with a mask: (q, k, v, mask, scaling) -> (batch, length, heads * width)
+    packs_gate_up      whether `silu_mul` is as quick on gate and up packed in one tensor
+    """
+
+    rms_norm: Callable[..., Tensor]
+    add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
+    silu_mul: Callable[..., Tensor]
+    turn: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    attend: Callable[..., Tensor]
+    packs_gate_up: bool
+
+    @classmethod
+    def on(cls, device: torch.device, dtype: torch.dtype) -> "Parts | None":
+        """The parts that serve a device; None if there are none for it."""
+        if device.type == "cpu":
+            return cls.operators()
+        usable = device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
+        return cls.kernels() if usable else None
+
+    @classmethod
+    def kernels(cls) -> "Parts":
+        """Triton's."""
+        found = import_module("workers.numerics.backends.block_kernels")
+        functions = (found.rms_norm, found.add_rms_norm, found.silu_mul, found.turn)
+        return cls(*functions, attend=scaled_dot_product_attention, packs_gate_up=True)
+
+    @classmethod
+    def operators(cls) -> "Parts":
+        """torch's."""
+        found = import_module("workers.numerics.backends.block_operators")
+        functions = (found.rms_norm, found.add_rms_norm, found.silu_mul, found.turn)
+        return cls(*functions, attend=found.attend, packs_gate_up=False)
+
+
+class FusedRMSNorm(nn.Module):
+    """Llama's RMSNorm."""
+
+    def __init__(self, norm: Any, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.weight: nn.Parameter = norm.weight
+        self.eps = float(norm.variance_epsilon)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.parts.rms_norm(hidden, self.weight, self.eps)
+
+
+class FusedMLP(nn.Module):
+    """down(silu(gate(x)) * up(x))"""
+
+    joined: nn.Module | None = None
+    """gate and up as one linear, where their weights lie one after another (`workers.engine.tune.tuned_block.join`)."""
+
+    def __init__(self, mlp: Any, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.together = ("gate_proj", "up_proj") if parts.packs_gate_up else ()
+        self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        both = (self.joined(hidden),) if self.joined is not None else (self.gate_proj(hidden), self.up_proj(hidden))
+        down: Tensor = self.down_proj(self.parts.silu_mul(*both))
+        return down
+
+
+class FusedAttention(nn.Module):
+    """Causal attention with rotary embeddings and, where the module has them, norms of queries and keys."""
+
+    together = ("q_proj", "k_proj", "v_proj")
+    joined: nn.Module | None = None
+
+    def __init__(self, attention: Any, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.q_proj, self.k_proj = attention.q_proj, attention.k_proj
+        self.v_proj, self.o_proj = attention.v_proj, attention.o_proj
+        norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+        self.head_dim = int(attention.head_dim)
+        self.counts = [linear.weight.shape[0] // self.head_dim for linear in (self.q_proj, self.k_proj, self.v_proj)]
+        self.q_norm, self.k_norm = (None if norm is None else FusedRMSNorm(norm, parts) for norm in norms)
+        self.scaling = float(attention.scaling)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        **_: Any,
+    ) -> Tensor:
+        query, key, value = self._turned(hidden_states, *position_embeddings)
+        projected: Tensor = self.o_proj(self.parts.attend(query, key, value, attention_mask, self.scaling))
+        return projected
+
+    def _turned(self, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, turned by their positions, and values, (batch, length, heads, head_dim)."""
+        projections, counts = (self.q_proj, self.k_proj, self.v_proj), self.counts
+        shape = (*hidden.shape[:-1], -1, self.head_dim)
+        if self.joined is not None and self.q_norm is None:
+            return self.parts.turn(self.joined(hidden).view(shape), counts=counts, cos=cos, sin=sin)
+        if self.joined is not None:
+            query, key, value = self.joined(hidden).view(shape).split(counts, dim=2)
+        else:
+            query, key, value = (projection(hidden).view(shape) for projection in projections)
+        query = query if self.q_norm is None else self.q_norm(query)
+        key = key if self.k_norm is None else self.k_norm(key)
+        return self.parts.turn(query, key, value, counts=counts, cos=cos, sin=sin)
+
+
+class FusedBlock(nn.Module):
+    """h = x + attention(norm(x)), then h + mlp(norm(h)); each sum is made by the kernel that reads it next."""
+
+    def __init__(self, block: Any, parts: Parts) -> None:
+        super().__init__()
+        self.parts = parts
+        self.self_attn = FusedAttention(block.self_attn, parts)
+        self.mlp = FusedMLP(block.mlp, parts)
+        self.input_layernorm = FusedRMSNorm(block.input_layernorm, parts)
+        self.post_attention_layernorm = FusedRMSNorm(block.post_attention_layernorm, parts)
+
+    def forward(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
+        residual, update = self.summands(hidden_states, **keywords)
+        return residual + update
+
+    def summands(self, hidden_states: Tensor, **keywords: Any) -> list[Tensor]:
+        """Two tensors whose sum is the block's output, for a loss that adds them itself."""
+        attended = self.self_attn(self.input_layernorm(hidden_states), **keywords)
+        norm = self.post_attention_layernorm
+        residual, normal = self.parts.add_rms_norm(hidden_states, attended, norm.weight, norm.eps)
+        return [residual, self.mlp(normal)]
+
+
+def warm_ups(block: FusedBlock, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
+    """Calls that compile the kernels of such blocks (`workers.engine.quantize.kernel_warm_up`)."""
+    attention, mlp = block.self_attn, block.mlp
+    heads = attention.counts
+    inner, width = mlp.gate_proj.weight.shape
+    kernels = import_module("workers.numerics.backends.block_kernels")
+    found: list[Callable[[], object]] = kernels.warm_ups((width, inner), heads, attention.head_dim, dtype, device)
+    return found
+
+
+def fuse(block: nn.Module, parts: Parts) -> nn.Module:
+    """The block fused, with the same parameters, where it is of a class that this file knows; else the block itself."""
+    known = type(block).__name__ in FUSED and type(getattr(block.mlp, "act_fn", None)).__name__ in SILU
+    return FusedBlock(block, parts) if known else block

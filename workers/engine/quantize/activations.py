@@ -1,0 +1,158 @@
+"""The two streams: the same windows through the original blocks and through the quantized ones.
+
+    X_fp, X_q   (samples, length, width), the model's dtype, on the device or in (pinned) host memory
+
+The target of block k is block_k(X_fp), and the quantized block sees X_q, so that each block also corrects the error of
+the blocks before it. Before block 0 both are the embeddings.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from workers.engine.device.process_group import Ranks
+from workers.engine.model.streamed_model import BlockCall, StreamedModel, run_block
+from workers.engine.plan import Plan
+
+CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Elements that are held in fp32 at a time when squares are summed: on a CPU, what stays in its caches."""
+
+
+class Stream:
+    """One set of windows in both streams.
+
+    original    X_fp; after `advance_original`, the original block's output
+    inputs_fp   X_fp before the block; None unless a method needs it
+    quantized   X_q; after `advance_quantized`, the quantized block's output
+    reference   the same through blocks that are rounded to nearest; None unless the report has that row
+    """
+
+    def __init__(
+        self, model: StreamedModel, ids: Tensor, plan: Plan, *, keep_inputs: bool, reference: bool = False
+    ) -> None:
+        self._device = model.device
+        self._ids = ids
+        self._pass_batch = plan.pass_batch
+        self.calls = model.capture_calls(ids.shape[1])
+        self.original, self.quantized = (_buffer(model, ids, plan) for _ in range(2))
+        self.inputs_fp = _buffer(model, ids, plan) if keep_inputs else None
+        self.quantized.copy_(_embeddings(model, ids, self.original))
+        self.reference = _buffer(model, ids, plan).copy_(self.original) if reference else None
+
+    def advance_original(self, index: int, block: nn.Module) -> None:
+        """X_fp <- block(X_fp)."""
+        self._run(index, block, self._kept_inputs(), self.original)
+
+    def advance_quantized(self, index: int, block: nn.Module) -> None:
+        """X_q <- block(X_q)."""
+        self._run(index, block, self.quantized, self.quantized)
+
+    def advance_reference(self, index: int, block: nn.Module) -> None:
+        """The reference's hidden states through the block, whose weights must be the rounded ones."""
+        if self.reference is not None:
+            self._run(index, block, self.reference, self.reference)
+
+    def _kept_inputs(self) -> Tensor:
+        """X_fp before the block, where it is not overwritten if a method needs it."""
+        if self.inputs_fp is None:
+            return self.original
+        if self.original.is_cuda:
+            # Steps that are captured once for all blocks find their targets where they were.
+            return self.inputs_fp.copy_(self.original)
+        self.original, self.inputs_fp = self.inputs_fp, self.original
+        return self.inputs_fp
+
+    def _run(self, index: int, block: nn.Module, source: Tensor, target: Tensor) -> None:
+        run_block(self.calls[index], block, source, target, micro_batch=self._pass_batch, device=self._device)
+
+    def rewind(self, model: StreamedModel) -> None:
+        """X_q <- the embeddings, as before block 0; the embedding matrix must be loaded. The kept inputs are let go."""
+        self.inputs_fp = None
+        _embeddings(model, self._ids, self.quantized)
+
+    def call(self, index: int) -> BlockCall:
+        """How the model calls a block on these windows."""
+        return self.calls[index]
+
+    @torch.no_grad()
+    def squared_error(self) -> Tensor:
+        """||Y - Y_hat||^2 and ||Y||^2 of the streams as they are, fp64 (2,), on the device; nothing waits for it."""
+        sums = torch.zeros(2, dtype=torch.float64, device=self._device)
+        rows = max(1, CHUNK_ELEMENTS[self._device.type] // max(1, self.original[:1].numel()))
+        for part in zip(torch.split(self.original, rows), torch.split(self.quantized, rows), strict=True):
+            y, y_hat = (states.to(self._device, non_blocking=True).float() for states in part)
+            sums[0] += (y_hat - y).square_().sum(dtype=torch.float64)
+            sums[1] += y.square().sum(dtype=torch.float64)
+        return sums
+
+
+def _buffer(model: StreamedModel, ids: Tensor, plan: Plan) -> Tensor:
+    """Uninitialized hidden states of the windows, where the plan has them."""
+    width = model.config.get_text_config().hidden_size
+    on_device = plan.activations == "device"
+    pinned = not on_device and model.device.type == "cuda"
+    place = model.device if on_device else torch.device("cpu")
+    return torch.empty(*ids.shape, width, dtype=model.dtype, device=place, pin_memory=pinned)
+
+
+def _embeddings(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
+    """The windows' embeddings, written to `hidden`; the embedding matrix must be loaded."""
+    for row in range(len(ids)):
+        hidden[row] = model.embed(ids[row : row + 1].to(model.device))[0]
+    return hidden
+
+
+@contextmanager
+def second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tensor]]:
+    """sum over tokens of x_j^2 for the inputs of each linear, (in_features,): fp64 in the context, fp32 after it."""
+    watch = _InputWatch()
+    handles = [linear.register_forward_pre_hook(partial(watch, name)) for name, linear in linears.items()]
+    try:
+        yield watch.sums
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name, total in watch.sums.items():
+        watch.sums[name] = total.float()
+
+
+def sum_moments(ranks: Ranks, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
+    """Over all ranks, inside the context of `second_moments`; one that has no window to look at has nothing to add."""
+    if ranks.alone:
+        return
+    for name, linear in linears.items():
+        zeros = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
+        ranks.sum_(moments.setdefault(name, zeros))
+
+
+class _InputWatch:
+    """Sums up what linears are called with. What several get one after another (queries, keys, values) is summed once.
+
+    sums    linear name -> fp64 (in_features,)
+    """
+
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self._last: tuple[Tensor, int, Tensor] | None = None
+
+    def __call__(self, name: str, module: nn.Module, arguments: tuple[Tensor, ...]) -> None:  # noqa: ARG002 - a hook
+        x = arguments[0]
+        if self._last is None or self._last[0] is not x or self._last[1] != x._version:
+            self._last = (x, x._version, column_squares(x.detach()))
+        squares = self._last[2]
+        self.sums[name] = self.sums[name] + squares if name in self.sums else squares.clone()
+
+
+def column_squares(x: Tensor) -> Tensor:
+    """sum of x_j^2 over all dimensions but the last, fp64 (width,), without a copy of x in fp32."""
+    rows = x.flatten(0, -2)
+    if x.is_cuda:
+        norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
+        return norms.double().square()
+    total = torch.zeros(x.shape[-1], dtype=torch.float64)
+    for part in torch.split(rows, max(1, CHUNK_ELEMENTS["cpu"] // x.shape[-1])):
+        total += part.float().square().sum(0)
+    return total

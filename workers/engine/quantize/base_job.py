@@ -1,0 +1,252 @@
+"""The result of an earlier job as the start of another: its blocks are taken over, not computed.
+
+    native/bitwright.json, native/weights*.safetensors    linears bit for bit, and every other tensor of the model
+    native/report.json                                    how far each linear was from the original when it was made,
+                                                          and what was trained on it since
+    adapter/adapter.safetensors                           trained parameters, of adapters that native does not hold
+
+Every header is held against its file's size before a tensor is read. What a block has beside its linears is taken over
+where it is not the model's own (norms with scales in them); outside the blocks it must be the model's own, or the model
+has changed since.
+"""
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+from torch import Tensor
+
+from app.domain.errors import BitwrightError, CorruptCheckpoint, FormatCannotHold
+from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
+from app.domain.methods import Scheme
+from app.domain.report import BlockReport, EarlierTraining
+from app.domain.request.base_job import ADAPTER_FILE, DESCRIPTION, REPORT
+from workers.contracts.results import BlockResult
+from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.plan import scale_dtype
+from workers.formats import native
+from workers.formats.stored_linear import StoredLinear
+from workers.numerics.quantized import LinearResult
+
+HINT = "leave base_job out to quantize anew"
+_LINEARS = TypeAdapter(dict[str, StoredLinear])
+_BLOCKS = TypeAdapter(tuple[BlockReport, ...])
+_TRAINING = TypeAdapter(tuple[EarlierTraining, ...])
+
+
+@dataclass(frozen=True)
+class EarlierResult:
+    """What an earlier job made of a model, read when it is asked for.
+
+    native     every tensor of its native checkpoint
+    linears    what that says of quantized linears, by full module name
+    adapters   trained parameters by full module name, where adapters are apart from the weights; empty otherwise
+    blocks     reports of its blocks; empty where they cannot be read
+    training   what it and those before it trained; empty where that cannot be read
+    """
+
+    model: StreamedModel
+    native: Checkpoint
+    linears: Mapping[str, StoredLinear]
+    adapters: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
+    blocks: tuple[BlockReport, ...] = ()
+    training: tuple[EarlierTraining, ...] = ()
+
+    @classmethod
+    def open(cls, folder: Path, model: StreamedModel, quantized: set[str]) -> "EarlierResult":
+        """Reads descriptions and headers, and what lies outside the blocks.
+
+        quantized   full names of the linears that the request's quantization names
+
+        Raises:
+            CorruptCheckpoint: files are missing or contradict each other, or the model has changed since.
+        """
+        with _of_the_base():
+            checkpoint = Checkpoint(folder / "native", {}, _tensors(folder / "native"))
+            stored = _described(folder / "native" / DESCRIPTION)
+            names = {model.sources[f"{name}.weight"].removesuffix(".weight"): name for name in quantized}
+            if names.keys() != stored.keys():
+                other = min(names.keys() ^ stored.keys())
+                raise CorruptCheckpoint(f"{DESCRIPTION} and the request differ in whether {other} is quantized")
+            linears = {names[source]: linear for source, linear in stored.items()}
+            file = folder / "adapter" / ADAPTER_FILE
+            found = cls(
+                model=model,
+                native=checkpoint,
+                linears=linears,
+                adapters=_adapters(file) if file.exists() else {},
+                blocks=_reports(folder / "native" / REPORT),
+                training=_training(folder / "native" / REPORT),
+            )
+            found._demand_same_model()
+            return found
+
+    @property
+    def schemes(self) -> dict[str, Scheme]:
+        """Of every quantized linear, by full name: those that a budget chose, too."""
+        return {name: linear.scheme for name, linear in self.linears.items()}
+
+    @property
+    def continues(self) -> bool:
+        """Whether an adapter starts at values of the earlier job, trained ones or factors of its method."""
+        return bool(self.adapters) or any(linear.low_rank is not None for linear in self.linears.values())
+
+    def block(self, index: int) -> BlockResult:
+        """A block's linears, and what changed with them, by their names inside it; on the host.
+
+        Raises:
+            CorruptCheckpoint: tensors are missing or do not fit.
+        """
+        prefix = self.model.layout.block(index) + "."
+        with _of_the_base():
+            linears = {n.removeprefix(prefix): self.linear(n) for n in self.linears if n.startswith(prefix)}
+            changed = {
+                name.removeprefix(prefix): self.native.read(source).clone()
+                for name, source in self.model.sources.items()
+                if name.startswith(prefix) and not self._is_quantized(name) and not self._is_own(source)
+            }
+        return BlockResult(linears, parameters=changed)
+
+    def linear(self, name: str) -> LinearResult:
+        """One quantized linear by its full name, on the host, without factors that its adapter has taken over."""
+        source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
+        with _of_the_base():
+            parts = {key: self.native.read(key) for key in self._parts.get(source, ())}
+            result = native.decompress(source, parts, self.linears[name])
+            linear = self.model.model.get_submodule(name)
+            if result.weight.shape != tuple(linear.weight.shape):
+                raise CorruptCheckpoint(f"{source} has the shape {result.weight.shape}, not that of the model")
+        return replace(result, low_rank=None) if name in self.adapters else result
+
+    def told(self, report: BlockReport) -> BlockReport:
+        """The report of a block that was taken over: its linears' errors are those of the job that made them.
+
+        Scales that a method moved between linears are not stored, so that they cannot be measured again.
+        """
+        earlier = {block.name: block.linears for block in self.blocks}
+        return report.model_copy(update={"linears": earlier.get(report.name, report.linears)})
+
+    def demand_held(self, formats: tuple[ExportFormat, ...]) -> None:
+        """Before anything is computed: whether the formats hold the scales as they are.
+
+        Raises:
+            FormatCannotHold: a format stores scales in another dtype.
+        """
+        strict = [name for name in formats if FORMATS[name].scales is not ScaleDtype.ANY]
+        wanted = scale_dtype(formats, self.model.dtype)
+        for name in sorted(self.linears) if strict else ():
+            source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
+            scale = self.native.tensors.get(f"{source}.scale")
+            found = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
+            if found is not None and found != wanted:
+                raise FormatCannotHold(
+                    f"{strict[0].value} stores scales as {wanted}; those of the earlier job are {found}",
+                    field="formats",
+                    value=strict[0].value,
+                    hint=f"ask for native or merged, or for the formats of the earlier job, or {HINT}",
+                )
+
+    @cached_property
+    def _parts(self) -> Mapping[str, list[str]]:
+        found: dict[str, list[str]] = {}
+        for key in self.native.tensors:
+            found.setdefault(key.rpartition(".")[0], []).append(key)
+        return found
+
+    def _is_quantized(self, parameter: str) -> bool:
+        name, _, leaf = parameter.rpartition(".")
+        return leaf == "weight" and name in self.linears
+
+    def _is_own(self, source: str) -> bool:
+        """Whether a tensor that is not quantized is that of the model, bit for bit."""
+        if source not in self.native.tensors:
+            raise CorruptCheckpoint(f"the tensor {source} is missing")
+        mine, own = self.native.read(source), self.model.checkpoint.read(source)
+        same = (mine.dtype, mine.shape) == (own.dtype, own.shape)
+        return same and torch.equal(mine.flatten().view(torch.uint8), own.flatten().view(torch.uint8))
+
+    def _demand_same_model(self) -> None:
+        blocks = self.model.layout.blocks + "."
+        for name, source in self.model.sources.items():
+            if not name.startswith(blocks) and not self._is_quantized(name) and not self._is_own(source):
+                raise CorruptCheckpoint(
+                    f"the model's {source} is not the one that the earlier job had: the model has changed since",
+                    hint=f"bring the model back as it was, or {HINT}",
+                )
+
+
+@contextmanager
+def _of_the_base() -> Iterator[None]:
+    """What is wrong with the earlier job's files is said of the request's field `base_job`."""
+    try:
+        yield
+    except BitwrightError as error:
+        error.field, error.hint = "base_job", HINT if error.hint == error.way_out else error.hint
+        raise
+
+
+def _tensors(folder: Path) -> dict[str, StoredTensor]:
+    found: dict[str, StoredTensor] = {}
+    for file in sorted(folder.glob("weights*.safetensors")):
+        for name, tensor in read_tensors(file).items():
+            if name in found:
+                raise CorruptCheckpoint(f"{name} is in {found[name].file.name} and in {file.name}")
+            found[name] = tensor
+    return found
+
+
+def _described(file: Path) -> dict[str, StoredLinear]:
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise CorruptCheckpoint(f"{file.name} is larger than {MAX_JSON_BYTES} bytes")
+        content = json.loads(file.read_bytes())
+        if (content["format"], content["version"]) != ("bitwright", native.VERSION):
+            raise CorruptCheckpoint(f"{file.name} is not of version {native.VERSION} of the native format")
+        return _LINEARS.validate_python(content["linears"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        words = error.strerror if isinstance(error, OSError) else error  # without the path on this machine
+        raise CorruptCheckpoint(f"{file.name} cannot be read: {words}") from error
+
+
+def _reports(file: Path) -> tuple[BlockReport, ...]:
+    """None where another version wrote them otherwise: they are told, and decide nothing."""
+    try:
+        return _BLOCKS.validate_python(json.loads(file.read_bytes())["blocks"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError, RecursionError):
+        return ()
+
+
+def _training(file: Path) -> tuple[EarlierTraining, ...]:
+    """What the report tells of trained adapters; none where another version told it otherwise."""
+    try:
+        report = json.loads(file.read_bytes())
+        before, told, adapter = report.get("base") or {}, report.get("finetuning"), report.get("adapter")
+        found = list(before.get("training", ()))
+        if told is not None and adapter is not None:
+            found.append(
+                {
+                    "adapter": adapter["kind"],
+                    "text": told["text"],
+                    "dataset_kind": told.get("dataset_kind"),
+                    "steps": told["steps_kept"],
+                    "folded": adapter.get("merge") is not None,
+                }
+            )
+        return _TRAINING.validate_python(found)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError):
+        return ()
+
+
+def _adapters(file: Path) -> dict[str, dict[str, Tensor]]:
+    checkpoint = Checkpoint(file.parent, {}, read_tensors(file))
+    found: dict[str, dict[str, Tensor]] = {}
+    for key in checkpoint.tensors:
+        name, _, part = key.rpartition(".")
+        found.setdefault(name, {})[part] = checkpoint.read(key)
+    return found

@@ -1,0 +1,212 @@
+"""Finished blocks on disk, so that a killed attempt costs at most the block in hand and the one being written.
+
+    state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
+    state/block-00000.safetensors  the block's linears as in the native format, described in the header, and other
+                                 parameters that changed
+    state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
+
+A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
+only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
+only shards whose hash matches. Scales tuned end to end belong to all blocks, and are adopted only with all of them.
+
+Of several ranks, which all make the same weights, the first writes and the others read what it wrote; all of them adopt
+the same blocks.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from app.domain.inputs.safetensors_header import LENGTH_BYTES
+from app.domain.report import BlockReport, ScaleReport
+from workers.disk.durable import replace_file
+from workers.engine.device.process_group import ALONE, Ranks
+from workers.formats import native
+from workers.formats.stored_linear import StoredLinear
+from workers.numerics.quantized import AffineWeight, LinearResult
+
+LINEARS = TypeAdapter(dict[str, StoredLinear])
+"""What a shard's header says of its linears, by full name."""
+
+
+class FinishedBlock(BaseModel):
+    """A durable block; `report` is None for the head, which is no block.
+
+    parameters   names of the file's tensors that are not of quantized linears
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    index: int
+    file: str
+    sha256: str
+    report: BlockReport | None
+    parameters: tuple[str, ...] = ()
+
+
+class FinishedScales(BaseModel):
+    """The durable result of tuning scales end to end; no scales in the file if the old ones stayed."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    sha256: str
+    report: ScaleReport
+
+
+class StateFile(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+    fingerprint: str
+    blocks: tuple[FinishedBlock, ...] = ()
+    scales: FinishedScales | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A durable file in the state folder, its sha256, and which of its tensors are not of quantized linears."""
+
+    file: str
+    sha256: str
+    parameters: tuple[str, ...] = ()
+
+
+class ResumeState:
+    """The state folder of a workspace, held by one attempt; every rank of it makes one of these at the same time.
+
+    On any rank but the first, what is saved is only noted: it is there for `load` after `settle`.
+    """
+
+    def __init__(self, folder: Path, fingerprint: str, ranks: Ranks = ALONE) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._ranks = ranks
+        self._state = self._agreed(self._adopt(fingerprint))
+        self._scales = {} if self._state.scales is None else load(self._read(self._state.scales.file))
+        self.resumed = len(self._state.blocks)
+
+    @property
+    def blocks(self) -> tuple[FinishedBlock, ...]:
+        return self._state.blocks
+
+    @property
+    def scales(self) -> ScaleReport | None:
+        """The report of the stage that tunes scales end to end, if it is done."""
+        return None if self._state.scales is None else self._state.scales.report
+
+    def save(self, index: int, linears: Mapping[str, LinearResult], report: BlockReport | None) -> None:
+        """Makes a block durable; `linears` by full name. Returns when a crash can no longer lose it."""
+        self.finish(index, self.write_shard(index, linears), report)
+
+    def write_shard(
+        self,
+        index: int,
+        linears: Mapping[str, LinearResult],
+        parameters: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Shard:
+        """A block's weights in a durable file that does not count before `finish`.
+
+        linears     by full name
+        parameters  others that changed with them, by full name
+        """
+        stored = {name: StoredLinear.of(result) for name, result in linears.items()}
+
+        def tensors() -> dict[str, Tensor]:
+            parts = [native.compress(name, result) for name, result in linears.items()]
+            return {key: tensor.cpu().contiguous() for part in (*parts, parameters) for key, tensor in part.items()}
+
+        about = {"linears": LINEARS.dump_json(stored).decode()}
+        return replace(self._write(f"block-{index:05d}.safetensors", tensors, about), parameters=tuple(parameters))
+
+    def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
+        """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
+        block = FinishedBlock(
+            index=index, file=shard.file, sha256=shard.sha256, report=report, parameters=shard.parameters
+        )
+        self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
+
+    def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
+        """Makes scales durable that take the place of the blocks' own, by full linear name; `load` then gives them."""
+        self._scales = {name: scale.cpu().contiguous() for name, scale in scales.items()}
+        shard = self._write("scales.safetensors", lambda: self._scales, {})
+        finished = FinishedScales(file=shard.file, sha256=shard.sha256, report=report)
+        self._replace_state(self._state.model_copy(update={"scales": finished}))
+
+    def settle(self) -> None:
+        """Returns once what every rank has saved until now can be loaded by all of them."""
+        self._ranks.wait()
+
+    def load(self, index: int) -> dict[str, LinearResult]:
+        """The linears of a finished block by full name, on the host."""
+        data = self._read(self.blocks[index].file)
+        tensors, stored = load(data), described_linears(data)
+        return {name: self._with_scale(name, native.decompress(name, tensors, stored[name])) for name in stored}
+
+    def parameters(self, index: int) -> dict[str, Tensor]:
+        """Other parameters that a finished block changed, by full name, on the host."""
+        block = self.blocks[index]
+        tensors = load(self._read(block.file)) if block.parameters else {}
+        return {name: tensors[name] for name in block.parameters}
+
+    def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
+        """The result with the scale that was tuned end to end, if there is one: only affine weights have one."""
+        if name not in self._scales or not isinstance(result.weight, AffineWeight):
+            return result
+        return replace(result, weight=replace(result.weight, scale=self._scales[name]))
+
+    def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]], about: dict[str, str]) -> Shard:
+        if not self._ranks.leads:
+            return Shard(file, "")
+        data = save(tensors(), metadata=about or None)
+        replace_file(self._folder / file, data)
+        return Shard(file, hashlib.sha256(data).hexdigest())
+
+    def _replace_state(self, state: StateFile) -> None:
+        self._state = state
+        if self._ranks.leads:
+            replace_file(self._folder / "state.json", state.model_dump_json().encode())
+
+    def _read(self, file: str) -> bytes:
+        return (self._folder / Path(file).name).read_bytes()
+
+    def _adopt(self, fingerprint: str) -> StateFile:
+        empty = StateFile(fingerprint=fingerprint)
+        try:
+            found = StateFile.model_validate_json((self._folder / "state.json").read_bytes())
+        except (OSError, ValidationError):
+            return empty
+        if found.fingerprint != fingerprint:
+            return empty
+        sound = []
+        for position, block in enumerate(found.blocks):
+            if block.index != position or not self._is_sound(block):
+                break
+            sound.append(block)
+        whole = len(sound) == len(found.blocks) and found.scales is not None and self._is_sound(found.scales)
+        return StateFile(fingerprint=fingerprint, blocks=tuple(sound), scales=found.scales if whole else None)
+
+    def _agreed(self, found: StateFile) -> StateFile:
+        """What every rank has found; none goes on before all have looked, so none sees what another writes."""
+        blocks = self._ranks.least(len(found.blocks))
+        scales = self._ranks.least(int(found.scales is not None))
+        return found.model_copy(update={"blocks": found.blocks[:blocks], "scales": found.scales if scales else None})
+
+    def _is_sound(self, shard: FinishedBlock | FinishedScales) -> bool:
+        try:
+            data = self._read(shard.file)
+        except OSError:
+            return False
+        return hashlib.sha256(data).hexdigest() == shard.sha256
+
+
+def described_linears(shard: bytes) -> dict[str, StoredLinear]:
+    """What the header of a block's shard says of its linears, by full name."""
+    end = LENGTH_BYTES + int.from_bytes(shard[:LENGTH_BYTES], "little")
+    return LINEARS.validate_json(json.loads(shard[LENGTH_BYTES:end])["__metadata__"]["linears"])

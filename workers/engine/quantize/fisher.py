@@ -1,0 +1,117 @@
+"""Empirical Fisher information of every linear's weight, with one block's weights in memory at a time.
+
+    F_ij = sum over sequences of (dL/dW_ij)^2,   L = -sum_t log p(x_{t+1})   of one sequence of the calibration text
+
+Of F only the sums over rows and columns are kept (`workers.contracts.blocks.Fisher`). As many sequences as fit go
+forward
+through all blocks, with the hidden states before every block kept on the host; then back, block by block: gradients by
+a block's weights for one sequence at a time, squared, summed and dropped. No graph outlives a block. The loss is a sum
+over tokens, not a mean: its gradients are of a size that half precision holds.
+"""
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from app.domain.errors import NumericalFailure
+from workers.contracts.blocks import Fisher
+from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.memory import LOGITS_AT_ONCE
+from workers.engine.model.overflow import original_overflows
+from workers.engine.model.streamed_model import BlockCall, StreamedModel, run_block
+from workers.machine import host_memory
+
+HOST_SHARE = 0.2
+"""Of the memory that the kept hidden states may take."""
+
+
+def empirical_fisher(
+    model: StreamedModel,
+    ids: Tensor,
+    names: Collection[str],
+    micro_batch: int,
+    tick: Callable[[float], None],
+    ranks: Ranks = ALONE,
+) -> dict[str, Fisher]:
+    """Of the linears of these full names, on sequences of token ids (samples, length), each rank's own; on the host."""
+    calls, blocks = model.capture_calls(ids.shape[1]), len(model.blocks)
+    sums: dict[str, Fisher] = {}
+    at_once = sequences_at_once(model, ids.shape[1])
+    for start in range(0, len(ids), at_once):
+        part = ids[start : start + at_once]
+        states = _forward(model, calls, part, micro_batch)
+        gradient = _loss_gradient(model, states.pop(), part)
+        for index in reversed(range(blocks)):
+            wanted = [name for name in model.block_linears(index) if f"{model.layout.block(index)}.{name}" in names]
+            _backward(model, calls[index], index, wanted, states.pop(), gradient, sums)
+            tick((start + len(part) * (blocks - index) / blocks) / len(ids))
+    for name in sorted(names):  # the same order on every rank
+        ranks.sum_(sums[name].rows, sums[name].columns)
+        if not sums[name].rows.isfinite().all():
+            detail = f"the original model's gradients by {name} are not finite in {model.dtype}"
+            hint = 'set "dtype" to "bfloat16" in the model\'s config.json, or fisher to false'
+            raise NumericalFailure(detail, field="quantization.fisher", hint=hint)
+    return {name: Fisher(f.rows.cpu(), f.columns.cpu()) for name, f in sums.items()}
+
+
+def sequences_at_once(model: StreamedModel, length: int) -> int:
+    """Sequences whose hidden states before all blocks fit on the host; at least one."""
+    width = model.config.get_text_config().hidden_size
+    return max(1, int(HOST_SHARE * host_memory() / ((len(model.blocks) + 1) * length * width * model.dtype.itemsize)))
+
+
+@torch.no_grad()
+def _forward(model: StreamedModel, calls: tuple[BlockCall, ...], ids: Tensor, micro_batch: int) -> list[Tensor]:
+    """Hidden states before each block and after the last, each (samples, length, width) on the host."""
+    with model.loaded(model.layout.embeddings):
+        states = [torch.cat([model.embed(row[None].to(model.device)).cpu() for row in ids])]
+    for index, block in enumerate(model.blocks):
+        states.append(torch.empty_like(states[-1]))
+        with model.loaded(model.layout.block(index)):
+            run_block(calls[index], block, states[-2], states[-1], micro_batch=micro_batch, device=model.device)
+    if not states[-1].isfinite().all():
+        raise original_overflows(model.dtype)
+    return states
+
+
+def _loss_gradient(model: StreamedModel, hidden: Tensor, ids: Tensor) -> Tensor:
+    """dL/d(hidden states after the last block), the shape of `hidden`, which it replaces."""
+    step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
+    with model.loaded(model.layout.final_norm, model.layout.head):
+        for states, tokens in zip(hidden, ids, strict=True):
+            for start in range(0, len(tokens), step):
+                following = tokens[start + 1 : start + 1 + step].to(model.device)
+                leaf = states[start : start + step].to(model.device).requires_grad_()
+                with torch.enable_grad():
+                    logits = model.head_logits(leaf[None])[0, : len(following)]
+                    loss = torch.nn.functional.cross_entropy(logits.float(), following, reduction="sum")
+                (gradient,) = torch.autograd.grad(loss, leaf)
+                states[start : start + step] = gradient.to(states)
+    return hidden
+
+
+def _backward(
+    model: StreamedModel,
+    call: BlockCall,
+    index: int,
+    wanted: list[str],
+    inputs: Tensor,
+    gradient: Tensor,
+    sums: dict[str, Fisher],
+) -> None:
+    """Adds a block's squared gradients to `sums`; `gradient` by its outputs becomes that by its inputs."""
+    block, prefix = model.blocks[index], model.layout.block(index)
+    with model.loaded(prefix):
+        weights = {f"{prefix}.{name}": model.block_linears(index)[name].weight.requires_grad_() for name in wanted}
+        for hidden, outer in zip(inputs, gradient, strict=True):
+            leaf = hidden[None].to(model.device).requires_grad_()
+            with torch.enable_grad():
+                output = call(block, leaf)
+            by_inputs, *found = torch.autograd.grad(output, [leaf, *weights.values()], outer[None].to(output))
+            outer.copy_(by_inputs[0])
+            for name, each in zip(weights, found, strict=True):
+                squares = each.float().square()
+                added = Fisher(squares.sum(1), squares.sum(0))
+                known = sums.get(name)
+                sums[name] = added if known is None else Fisher(known.rows + added.rows, known.columns + added.columns)

@@ -1,0 +1,126 @@
+"""What end-to-end scale tuning works with, and how much of it fits into memory at once.
+
+The estimate counts against all of the device's memory, not against what happens to be free: the same request on the
+same machine always gives the same plan, and so the same scales.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import SCALE_BATCH_SIZE, Scheme
+from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.memory import LOGITS_AT_ONCE, graph_bytes
+from workers.engine.model.streamed_model import BlockCall, StreamedModel
+from workers.machine import host_memory
+from workers.numerics.quantized import AffineWeight
+
+MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.6}
+"""Of the device's memory that the stage may count on."""
+GROUP_BYTES = 6 * 4
+"""p, its gradient, m, v, s twice."""
+
+
+@dataclass(frozen=True)
+class ScaleTask:
+    """What the stage works with.
+
+    schemes         of the blocks' quantized linears, by full name
+    weights         of a block by its index, by full linear name
+    calls           how the model calls each block on these sequences
+    inputs          hidden states before the first block, (samples, length, width), of this rank's sequences
+    targets         those of the original model after the last block, the same shape
+    quantized_head  dequantized weight of the head, where that is quantized too
+    micro_batch     sequences that may go through a block at once with gradients
+    held_bytes      memory that other tensors of the job hold
+    changed         other parameters of a block that quantizing it changed, by full name
+    tick            told the steps done
+    log             told an event's name and fields when a slower way is taken
+    ranks           who tunes along, each over its own sequences
+    """
+
+    model: StreamedModel
+    schemes: Mapping[str, Scheme]
+    weights: Callable[[int], Mapping[str, AffineWeight]]
+    calls: tuple[BlockCall, ...]
+    inputs: Tensor
+    targets: Tensor
+    quantized_head: Tensor | None
+    steps: int
+    seed: int
+    micro_batch: int
+    held_bytes: int
+    changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({})
+    tick: Callable[[int], None] = lambda _: None
+    log: Callable[..., None] = lambda *_, **__: None
+    ranks: Ranks = ALONE
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences of this rank in every step."""
+        return self.ranks.part(SCALE_BATCH_SIZE)
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How the stage fits into memory: sequences at once, and blocks whose activations are computed twice."""
+
+    micro_batch: int
+    recomputed: int
+
+    def lowered(self, blocks: int) -> "Fit | None":
+        """The next smaller one; None if there is none."""
+        if self.recomputed < blocks:
+            return Fit(self.micro_batch, blocks)
+        return Fit(self.micro_batch // 2, blocks) if self.micro_batch > 1 else None
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """Why scales are not tuned."""
+
+    reason: str
+
+
+def find_fit(task: ScaleTask) -> Fit | Skipped:
+    """The largest micro-batch that fits by an estimate, with as many blocks' activations as then still fit."""
+    model, blocks, length = task.model, len(task.calls), task.inputs.shape[1]
+    device = model.device
+    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
+    allowed = MEMORY_SHARE[device.type] * memory - task.held_bytes
+    fixed = _resident_bytes(task)
+    micro_batch = min(task.micro_batch, task.batch_size, len(task.inputs))
+    while True:
+        sequences = micro_batch * length
+        graph = graph_bytes(model) * sequences
+        # The input of every block, and of one block all that autograd keeps; targets and gradients besides.
+        least = fixed + graph + (blocks + 4) * sequences * task.inputs.shape[2] * model.dtype.itemsize
+        if least <= allowed:
+            return Fit(micro_batch, max(0, blocks - 1 - int((allowed - least) // graph)))
+        if micro_batch == 1:
+            reason = (
+                f"the whole model with gradients needs {least / 1e9:.3g} GB; {max(allowed, 0) / 1e9:.3g} GB are left"
+            )
+            return Skipped(reason)
+        micro_batch //= 2
+
+
+def _resident_bytes(task: ScaleTask) -> int:
+    """Weights, codes and scales of all blocks, the head, and what a chunk of logits takes."""
+    model, linears = task.model, task.model.linears()
+    item = model.dtype.itemsize
+    quantized = [linears[name] for name in task.schemes]
+    weights = sum(linear.weight.numel() for linear in quantized)
+    groups = sum(linears[n].out_features * _groups(linears[n].in_features, s) for n, s in task.schemes.items())
+    others = sum(parameter.numel() for parameter in model.blocks.parameters()) - weights
+    head = linears[model.layout.head].weight.numel() * (1 if task.quantized_head is None else 2)
+    largest = max(linear.weight.numel() for linear in quantized)
+    chunk = LOGITS_AT_ONCE[model.device.type] * (3 * item + (0 if model.device.type == "cuda" else 16))
+    return weights * (item + 1) + groups * GROUP_BYTES + (others + head + largest) * item + chunk
+
+
+def _groups(columns: int, scheme: Scheme) -> int:
+    return 1 if scheme.group_size < 0 else columns // scheme.group_size

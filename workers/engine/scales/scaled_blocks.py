@@ -1,0 +1,259 @@
+"""All blocks of a quantized model at once on the device, their weights functions of the groups' scales alone.
+
+Codes stay as they are stored, one byte each. Linears of one scheme lie one after another in flat buffers, so that one
+pass writes the weights of the whole model; the gradient with respect to a weight lives only until it is summed into
+its groups. What a block computes besides is the model's own module, whatever its architecture.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from types import MappingProxyType
+
+import torch
+from torch import Tensor, nn
+
+from app.domain.methods import PER_CHANNEL, Scheme
+from workers.engine.model.streamed_model import BlockCall, StreamedModel
+from workers.engine.tune.gradient_linear import GradientLinear
+from workers.engine.tune.tuned_block import replace_linears
+from workers.numerics.affine import store_scale
+from workers.numerics.group_scales import add_scale_gradient, dequantize_groups
+from workers.numerics.quantized import AffineWeight
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a linear lies: its groups in the flat buffers of its family, and in those of all families."""
+
+    family: int
+    groups: slice
+    overall: slice
+    shape: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Family:
+    """The linears of one scheme and group width, flat.
+
+    codes   q, uint8 (groups, G)          start  s before tuning, fp32 or fp64 (groups,)
+    zero    z, uint8 (groups,), or the constant one of symmetric schemes
+    value   w_hat, (groups, G), the model's dtype
+    overall its groups in what is flat over all families
+    """
+
+    codes: Tensor
+    zero: Tensor | int
+    start: Tensor
+    value: Tensor
+    overall: slice
+
+
+class GroupScales:
+    """The scales of many linears as s*(1 + p), rounded to the dtype that stores them; p is fp32 (or fp64) and flat.
+
+    change    p of all groups
+    gradient  sum over a group of D*(q - z), D the gradient with respect to the weight; times s it is the gradient of p
+    """
+
+    def __init__(
+        self, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme], model: StreamedModel
+    ) -> None:
+        """shapes and schemes by full linear name; `put` fills in codes and scales."""
+        self.places, sizes = _places(shapes, schemes)
+        self._working = torch.promote_types(model.dtype, torch.float32)
+        self.families, first = [], 0
+        for (scheme, width), count in sizes.items():
+            self.families.append(self._family(scheme, width, slice(first, first := first + count), model))
+        self.change, self.gradient, self.start = (
+            torch.zeros(first, dtype=self._working, device=model.device) for _ in range(3)
+        )
+        self._stored: dict[str, torch.dtype] = {}
+
+    def put(self, name: str, weight: AffineWeight) -> None:
+        """Takes over the codes, zero points and scales of a linear."""
+        place = self.places[name]
+        family = self.families[place.family]
+        family.codes[place.groups] = weight.codes.view(-1, family.codes.shape[1]).to(family.codes.device)
+        family.start[place.groups] = weight.scale.flatten().to(family.start)
+        self.start[place.overall] = family.start[place.groups]
+        if weight.zero_point is not None and isinstance(family.zero, Tensor):
+            family.zero[place.groups] = weight.zero_point.flatten().to(family.zero.device)
+        self._stored[name] = weight.scale.dtype
+
+    @torch.no_grad()
+    def write(self) -> None:
+        """The weights of the present scales, as they would be stored."""
+        for family in self.families:
+            scale = self._rounded(family.start, self.change[family.overall])
+            dequantize_groups(family.codes, scale, family.zero, family.value)
+
+    @torch.no_grad()
+    def stored(self) -> dict[str, Tensor]:
+        """The present scales in the dtype that stores them, (out, groups) by full linear name."""
+        found = {}
+        for name, place in self.places.items():
+            scale = self._rounded(self.start[place.overall], self.change[place.overall])
+            found[name] = scale.view(place.shape[0], -1).to(self._stored[name])
+        return found
+
+    def linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
+        """The linears of these names as one, which adds to their groups' gradients.
+
+        None unless they lie one after another.
+        """
+        place = self._place(names)
+        if place is None:
+            return None
+        family = self.families[place.family]
+        codes, gradient = family.codes[place.groups], self.gradient[place.overall]
+        zero = family.zero if isinstance(family.zero, int) else family.zero[place.groups]
+
+        def receive(by_output: Tensor, x: Tensor) -> None:
+            add_scale_gradient((by_output.T @ x).view(codes.shape), codes, zero, gradient)
+
+        return GradientLinear(family.value[place.groups].view(place.shape), bias, receive)
+
+    def _place(self, names: Sequence[str]) -> Place | None:
+        places = [self.places[name] for name in names if name in self.places]
+        adjacent = all(
+            (a.family, a.groups.stop, a.shape[1]) == (b.family, b.groups.start, b.shape[1]) for a, b in pairwise(places)
+        )
+        if len(places) < len(names) or not adjacent:
+            return None
+        first, last = places[0], places[-1]
+        return Place(
+            family=first.family,
+            groups=slice(first.groups.start, last.groups.stop),
+            overall=slice(first.overall.start, last.overall.stop),
+            shape=(sum(place.shape[0] for place in places), first.shape[1]),
+        )
+
+    def _rounded(self, start: Tensor, change: Tensor) -> Tensor:
+        (dtype,) = set(self._stored.values())
+        return store_scale(start * (1 + change), dtype)
+
+    def _family(self, scheme: Scheme, width: int, overall: slice, model: StreamedModel) -> Family:
+        count = overall.stop - overall.start
+        codes = torch.zeros(count, width, dtype=torch.uint8, device=model.device)
+        return Family(
+            codes=codes,
+            zero=2 ** (scheme.bits - 1) if scheme.symmetric else torch.zeros_like(codes[:, 0]),
+            start=torch.zeros(count, dtype=self._working, device=model.device),
+            value=torch.zeros(count, width, dtype=model.dtype, device=model.device),
+            overall=overall,
+        )
+
+
+def _places(
+    shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
+) -> tuple[dict[str, Place], dict[tuple[Scheme, int], int]]:
+    """Each linear's place, and the groups of each family by scheme and width."""
+    members: dict[tuple[Scheme, int], list[str]] = {}
+    for name, shape in shapes.items():
+        width = shape[1] if schemes[name].group_size == PER_CHANNEL else schemes[name].group_size
+        members.setdefault((schemes[name], width), []).append(name)
+    places, sizes, first = {}, {}, 0
+    for number, ((scheme, width), names) in enumerate(members.items()):
+        here = 0
+        for name in names:
+            count = math.prod(shapes[name]) // width
+            overall = slice(first + here, first + here + count)
+            places[name] = Place(number, slice(here, here := here + count), overall, shapes[name])
+        sizes[scheme, width] = here
+        first += here
+    return places, sizes
+
+
+@dataclass(frozen=True)
+class ScaledBlocks:
+    """The blocks of a model, one after another.
+
+    first       the first block with a quantized linear: no gradient is asked for before it
+    recomputed  blocks, from the first on, whose graphs are not kept but made again when their turn comes
+    """
+
+    blocks: Sequence[nn.Module]
+    calls: Sequence[BlockCall]
+    scales: GroupScales
+    first: int
+    recomputed: int
+
+    @classmethod
+    def load(
+        cls,
+        model: StreamedModel,
+        calls: Sequence[BlockCall],
+        schemes: Mapping[str, Scheme],
+        weights: Callable[[int], Mapping[str, AffineWeight]],
+        *,
+        changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({}),
+        recomputed: int,
+    ) -> "ScaledBlocks":
+        """The blocks on the device, as they are quantized.
+
+        schemes   of their quantized linears, whose weights `weights` gives by block
+        changed   a block's other parameters that differ from the checkpoint's, by full name
+        """
+        linears = model.linears()
+        shapes = {n: (linears[n].out_features, linears[n].in_features) for n in schemes}
+        scales = GroupScales(shapes, schemes, model)
+        blocks = [_load_block(model, index, scales, weights(index), changed(index)) for index in range(len(calls))]
+        quantized = [i for i, b in enumerate(blocks) if any(isinstance(m, GradientLinear) for m in b.modules())]
+        scales.write()
+        return cls(blocks, calls, scales, quantized[0], recomputed)
+
+    @torch.no_grad()
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states after the last block, (batch, length, width), from those before the first."""
+        for block, call in zip(self.blocks, self.calls, strict=True):
+            hidden = call(block, hidden)
+        return hidden
+
+    def add_gradients(self, hidden: Tensor, loss: Callable[[Tensor], tuple[Tensor, Tensor]]) -> Tensor:
+        """The loss, whose gradients by the weights are added to those of the groups' scales.
+
+        loss    of hidden states after the last block: its value, and its gradient by them
+        """
+        inputs: list[Tensor] = []
+        outputs: list[Tensor | None] = []
+        for index, (block, call) in enumerate(zip(self.blocks, self.calls, strict=True)):
+            kept = index >= max(self.recomputed, self.first)
+            inputs.append(hidden.detach().requires_grad_(index > self.first))
+            with torch.set_grad_enabled(kept):
+                hidden = call(block, inputs[-1])
+            outputs.append(hidden if kept else None)
+        value, gradient = loss(hidden.detach())
+        for index in reversed(range(self.first, len(self.blocks))):
+            output, source = outputs.pop(), inputs.pop()
+            if output is None:
+                with torch.enable_grad():
+                    output = self.calls[index](self.blocks[index], source)
+            torch.autograd.backward(output, gradient)
+            if source.grad is not None:
+                gradient = source.grad
+        return value
+
+
+def _load_block(
+    model: StreamedModel,
+    index: int,
+    scales: GroupScales,
+    weights: Mapping[str, AffineWeight],
+    changed: Mapping[str, Tensor],
+) -> nn.Module:
+    """A copy of a block with a `GradientLinear` for every quantized linear, whose original weight is never read."""
+    prefix = model.layout.block(index)
+    unread = {f"{name}.weight": torch.empty(0, dtype=model.dtype) for name in weights}
+    with model.loaded(prefix, given=unread | {name: value.to(model.device) for name, value in changed.items()}):
+        block = copy.deepcopy(model.blocks[index])
+    for name, weight in weights.items():
+        scales.put(name, weight)
+    replace_linears(
+        block,
+        [name.removeprefix(prefix + ".") for name in weights],
+        lambda names, bias: scales.linear([f"{prefix}.{name}" for name in names], bias),
+    )
+    return block

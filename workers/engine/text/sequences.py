@@ -1,0 +1,236 @@
+"""Texts as token windows: what a method observes (calibration) and what judges it (evaluation).
+
+Documents are tokenized, joined with the end-of-sequence token, and cut into windows of one length without padding, so
+that no token is dropped or masked. Each window starts with the beginning-of-sequence token where the tokenizer writes
+one: models such as Gemma are far off without it. Windows are chosen from those read by a seeded permutation.
+"""
+
+import dataclasses
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from app.domain.errors import CorruptCheckpoint, InvalidDataset
+from app.domain.report import TextReport
+from app.domain.request.job_request import Calibration, Evaluation
+from app.domain.request.sources import CalibrationSource, DatasetSource, ModelSource
+from workers.engine.text.conversations import ChatTemplate, readable
+from workers.engine.text.documents import Document, Half, Notes, builtin_documents, half_of, hash_of, read_jsonl
+
+SURPLUS = 2
+"""Windows read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
+TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
+DOCUMENTS_AT_ONCE = 256
+"""At the most, given to the tokenizer together: it works on them in as many threads as there are processors."""
+
+
+@dataclass(frozen=True)
+class Windows:
+    """Token windows and how to name them: `ids` int64 (samples, length), on the host."""
+
+    ids: Tensor
+    source: str
+    overlapping: bool = False
+    """Whether windows overlap because the text is short; only builtin text may."""
+    notes: Notes = dataclasses.field(default_factory=Notes)
+    """What was left of the file's rows."""
+    text_tokens: int | None = None
+    """Tokens of the whole text, where windows overlap."""
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
+
+    def report(self) -> TextReport:
+        samples, length = self.ids.shape
+        return TextReport(
+            source=self.source, sha256=self.sha256, num_samples=samples, sequence_length=length, tokens=samples * length
+        )
+
+
+def load_tokenizer(folder: Path, needed_for: str = "its text") -> PreTrainedTokenizerBase:
+    """The checkpoint's tokenizer; code in the folder is never run. `needed_for` says what of the request reads text.
+
+    Raises:
+        CorruptCheckpoint: there is none that transformers can read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its parsers raise
+        if there := _tokenizer_files(folder):
+            detail = f"the tokenizer ({', '.join(there)}) cannot be read: {_first_line(error, folder)}"
+            hint = "save it as tokenizer.json: AutoTokenizer.from_pretrained(...).save_pretrained(folder)"
+        else:
+            detail = f"the model has no tokenizer, and {needed_for} needs one"
+            hint = "add tokenizer.json and tokenizer_config.json of the model; or ask for a job that reads no text"
+        raise CorruptCheckpoint(detail, field="model", hint=hint) from error
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has files that are a tokenizer's."""
+    return bool(_tokenizer_files(folder))
+
+
+def _tokenizer_files(folder: Path) -> list[str]:
+    return sorted({file.name for pattern in TOKENIZER_FILES for file in folder.glob(pattern)})
+
+
+def _first_line(error: Exception, folder: Path) -> str:
+    """An error's own words, short, and without the folder of this machine."""
+    words = str(error).strip().replace(f"{folder}/", "").replace(str(folder), "the model's folder")
+    return (words.splitlines() or [type(error).__name__])[0][:300]
+
+
+def calibration_windows(
+    tokenizer: PreTrainedTokenizerBase, part: Calibration, path: Path | None, seed: int, evaluation_path: Path | None
+) -> Windows:
+    """The windows that calibrate; of the calibration half where the evaluation reads the same text.
+
+    Raises:
+        InvalidDataset: the file is not as documented, or too short.
+    """
+    shared = path is None or (evaluation_path is not None and path.samefile(evaluation_path))
+    notes = Notes()
+    documents = _documents(path, "calibration.dataset", Half.CALIBRATION if shared else None, notes)
+    return _windows(tokenizer, documents, part, name="calibration", seed=seed, overlap=path is None, notes=notes)
+
+
+def evaluation_windows(
+    tokenizer: PreTrainedTokenizerBase, part: Evaluation, path: Path | None, seed: int, *used: Path | None
+) -> Windows:
+    """The windows that judge. Text of the files that are `used` otherwise is left out, wherever else it stands.
+
+    Raises:
+        InvalidDataset: the file is not as documented, or too short without the other files' text.
+    """
+    others = [other for other in used if path is not None and other is not None]
+    shared = path is None or any(path.samefile(other) for other in others)
+    notes = Notes()
+    documents = _documents(path, "evaluation.dataset", Half.EVALUATION if shared else None, notes)
+    apart = [other for other in others if path is not None and not path.samefile(other)]
+    if apart:
+        keys = {hash_of(document) for other in apart for document in read_jsonl(other, "the job's other dataset")}
+        documents = (document for document in documents if hash_of(document) not in keys)
+    return _windows(tokenizer, documents, part, name="evaluation", seed=seed, overlap=path is None, notes=notes)
+
+
+def _documents(path: Path | None, name: str, half: Half | None, notes: Notes) -> Iterator[Document]:
+    documents: Iterable[Document] = builtin_documents() if path is None else read_jsonl(path, name, notes)
+    return (document for document in documents if half is None or half_of(document) is half)
+
+
+def source_label(source: CalibrationSource | DatasetSource | ModelSource) -> str:
+    """A source in shorthand, for the report."""
+    for field in ("id", "path"):
+        if hasattr(source, field):
+            return str(getattr(source, field))
+    return source.source
+
+
+def _windows(
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Iterable[Document],
+    part: Calibration | Evaluation,
+    *,
+    name: str,
+    seed: int,
+    overlap: bool,
+    notes: Notes,
+) -> Windows:
+    start = start_tokens(tokenizer)
+    length = part.sequence_length - len(start)
+    encode = _encoder(tokenizer, f"{name}.dataset", notes)
+    stream = _token_stream(documents, encode, enough=SURPLUS * part.num_samples * length)
+    offsets = list(range(0, len(stream) - length + 1, length))
+    short = len(offsets) < part.num_samples
+    if short and overlap and len(stream) > length:
+        offsets = _spread(len(stream) - length, part.num_samples)
+    if len(offsets) < part.num_samples:
+        raise _too_short(part, name, len(stream), len(offsets))
+    chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: part.num_samples]
+    rows = [start + stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
+    return Windows(
+        torch.tensor(rows, dtype=torch.int64),
+        source_label(part.dataset),
+        overlapping=short,
+        text_tokens=len(stream) if short else None,
+        notes=notes,
+    )
+
+
+def _spread(last: int, count: int) -> list[int]:
+    """`count` offsets from 0 to `last`, evenly apart; all different where there is room."""
+    return [round(i * last / max(1, count - 1)) for i in range(count)]
+
+
+def _token_stream(
+    documents: Iterable[Document], encode: Callable[[list[Document]], list[list[int]]], enough: int
+) -> list[int]:
+    stream: list[int] = []
+    rest, size = iter(documents), 1  # a few windows need only a few documents
+    while batch := list(islice(rest, size)):
+        size = min(2 * size, DOCUMENTS_AT_ONCE)
+        for ids in encode(batch):
+            stream += ids
+            if len(stream) >= enough:
+                return stream
+    return stream
+
+
+def _encoder(
+    tokenizer: PreTrainedTokenizerBase, name: str, notes: Notes
+) -> Callable[[list[Document]], list[list[int]]]:
+    """Documents as tokens, each with the end-of-sequence token at its end, once."""
+    template = ChatTemplate(tokenizer, name)
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+
+    def text_of(document: Document) -> str:
+        if isinstance(document, str):
+            return without_start(tokenizer, readable(document))
+        written = template.write(document)
+        notes.add(written.shape.left_out, written.shape.unread)
+        return without_start(tokenizer, written.text)
+
+    def encode(documents: list[Document]) -> list[list[int]]:
+        texts = [text_of(document) for document in documents]
+        ids: list[list[int]] = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        return [each if has_end(tokenizer, text) else each + end for text, each in zip(texts, ids, strict=True)]
+
+    return encode
+
+
+def has_end(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
+    """Whether a text ends with the end-of-sequence token already, but for whitespace."""
+    return bool(tokenizer.eos_token) and text.rstrip().endswith(tokenizer.eos_token)
+
+
+def without_start(tokenizer: PreTrainedTokenizerBase, text: str) -> str:
+    """A text without the beginning-of-sequence token that it begins with, where the tokenizer writes one itself."""
+    return text.removeprefix(tokenizer.bos_token) if writes_start(tokenizer) else text
+
+
+def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """The beginning-of-sequence token, where the tokenizer puts it before a text."""
+    return [tokenizer.bos_token_id] if writes_start(tokenizer) else []
+
+
+def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the tokenizer puts the beginning-of-sequence token before a text."""
+    ids = tokenizer("a", verbose=False)["input_ids"]
+    return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
+
+
+def _too_short(part: Calibration | Evaluation, name: str, tokens: int, windows: int) -> InvalidDataset:
+    return InvalidDataset(
+        f"{name}.dataset has {tokens} tokens, {windows} windows of {part.sequence_length}; "
+        f"{part.num_samples} are asked for",
+        field=f"{name}.dataset",
+        value=tokens,
+        hint=f"give more text, or set {name}.num_samples to at most {windows} or {name}.sequence_length lower",
+    )

@@ -1,0 +1,183 @@
+"""Where an assistant speaks in a conversation: the parts of the template's text that are learned.
+
+A template that has `{% generation %}` says it itself. Of any other, a turn is what its loops write while they are at
+the assistant's message, from where the generation prompt ends to the end of the turn: what the template writes after
+the last message belongs to that, and where it writes nothing at the end of a turn, the token that begins the next does.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise, takewhile
+
+from app.domain.errors import InvalidDataset
+from app.domain.inputs.messages import Message
+from app.domain.inputs.rows import Conversation
+from workers.engine.text.conversations import ChatTemplate, Written
+from workers.engine.text.marked_template import KEY, Marks, Piece, marked, pieces
+
+Span = tuple[int, int]
+"""First character, and the one after the last."""
+
+FIRST_WORDS = ("<think>", "<thinking>", "[THINK]", "<|START_THINKING|>", "<|channel>thought")
+"""What a model says before its answer. A generation prompt may say it for the model, and still it is learned."""
+ASKING = Conversation((Message("user", {"role": "user", "content": "?"}),))
+"""What precedes a first turn, to see how its template asks for it."""
+WAY_OUT = (
+    'set finetune.loss_on to "all" with no weights in the row, or put {% generation %} into the chat template '
+    "around what the assistant writes"
+)
+
+
+@dataclass(frozen=True)
+class _Marked:
+    """A conversation's text with whose parts they are."""
+
+    talk: Conversation
+    written: Written
+    pieces: Sequence[Piece]
+
+    @property
+    def tags(self) -> bool:
+        return any(piece.generated for piece in self.pieces)
+
+
+class Turns:
+    """The turns of conversations that one template writes."""
+
+    def __init__(self, template: ChatTemplate) -> None:
+        self.template = template
+        self._prompts: dict[tuple[str, ...], str] = {}
+        special = template.tokenizer.all_special_tokens
+        start, end = template.tokenizer.bos_token, template.tokenizer.eos_token
+        self._ends = tuple(token for token in special if token != start or token == end)
+
+    def learned(self, talk: Conversation, written: Written) -> tuple[Span, ...]:
+        """The parts of a conversation's text that are learned: the assistant's turns, but those of weight 0.
+
+        Raises:
+            InvalidDataset: a turn cannot be found, or there is nothing in it.
+        """
+        found = self._marked(talk, written)
+        turns = [index for index, message in enumerate(talk.messages) if message.learned]
+        for index in turns:
+            if not written.shape.answers[index]:
+                told = "" if talk.messages[index].is_blank else " as the chat template writes it"
+                problem = f"{talk.messages[index].path} is an empty answer{told}"
+                raise self.template.error(talk, problem, "drop the row, or give the message weight 0")
+        if not found.tags:
+            return tuple(span for index in turns for span in self._turn(found, index))
+        spans = [(piece.first, piece.last) for piece in found.pieces if piece.generated and self._counts(found, piece)]
+        if not spans:
+            raise self.template.error(talk, "the chat template marks nothing as generated", WAY_OUT)
+        return _joined(spans)
+
+    def unweighted(self, talk: Conversation, written: Written) -> tuple[Span, ...]:
+        """All of a conversation's text but the assistant's turns that have weight 0."""
+        left = [i for i, message in enumerate(talk.messages) if message.role == "assistant" and not message.learned]
+        if not left:
+            return ((0, len(written.text)),)
+        found = self._marked(talk, written)
+        cuts = [span for index in left for span in self._turn(found, index)]
+        edges = [0, *(edge for span in sorted(cuts) for edge in span), len(written.text)]
+        return tuple((first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last)
+
+    def _counts(self, found: _Marked, piece: Piece) -> bool:
+        """Whether what a template marks as generated is learned: not if it is of a turn that is only read."""
+        if all(message.learned for message in found.talk.messages if message.role == "assistant"):
+            return True
+        owner = piece.owner
+        if owner is None and all(other.owner is None for other in found.pieces if other.first >= piece.first):
+            owner = len(found.talk.messages) - 1  # what is written after all turns ends the last
+        if owner is None:
+            raise self._lost(found.talk, "some turn")
+        return found.talk.messages[owner].learned
+
+    def _marked(self, talk: Conversation, written: Written) -> _Marked:
+        """The text once more, with marks.
+
+        Raises:
+            InvalidDataset: the template writes another text if its messages can be told apart.
+        """
+        source = self.template.source(talk)
+        marks = Marks.unlike(written.text + source)
+        program = marked(source, marks)
+        if program is not None:
+            numbered = [{**message, KEY: index} for index, message in enumerate(written.messages)]
+            plain, found = pieces(self.template.render(talk, numbered, template=program), marks)
+            if plain == written.text:
+                return _Marked(talk, written, found)
+        raise self._lost(talk, "an assistant's turn")
+
+    def _turn(self, found: _Marked, index: int) -> list[Span]:
+        text, last = found.written.text, len(found.talk.messages) - 1
+        spans = list(_joined([(piece.first, piece.last) for piece in found.pieces if piece.owner == index]))
+        if not spans:
+            raise self._lost(found.talk, found.talk.messages[index].path)
+        spans[0] = (self._begin(found, index, spans[0]), spans[0][1])
+        first, end = spans[-1]
+        after = text[end:]
+        if index == last and all(piece.owner is None for piece in found.pieces if piece.first >= end):
+            spans[-1] = (first, len(text))
+        elif not text[first:end].rstrip().endswith(self._ends) and not self._goes_on(found, end):
+            token = next((token for token in self._ends if after.startswith(token)), "")
+            spans[-1] = (first, end + len(token))
+        return [span for span in spans if span[0] < span[1]]
+
+    def _goes_on(self, found: _Marked, place: int) -> bool:
+        """Whether an assistant's words follow, as part of the same turn or as a turn that needed no asking."""
+        owners = [piece.owner for piece in found.pieces if piece.first >= place]
+        return any(found.talk.messages[owner].role == "assistant" for owner in owners[:1] if owner is not None)
+
+    def _begin(self, found: _Marked, index: int, span: Span) -> int:
+        """Where the generation prompt of a turn ends."""
+        region = found.written.text[slice(*span)]
+        prompt = self._prompt(found, index)
+        for asked in filter(None, (prompt, self._prompt(found, 0))):
+            if asked in region:
+                return span[0] + region.index(asked) + len(asked)
+        same = (wanted == written for wanted, written in zip(prompt, region, strict=False))
+        return span[0] + sum(1 for _ in takewhile(bool, same))
+
+    def _prompt(self, found: _Marked, index: int) -> str:
+        """What the template writes to ask for the turn of a message, up to what the model itself would say."""
+        before = found.written.messages[:index]
+        key = (self.template.source(found.talk), str(found.talk.settings), *_roles(before[-1:]))
+        if key not in self._prompts:
+            prompt = self._asked(found.talk, before) if before else None
+            if prompt is None:
+                prompt = self._asked(found.talk, self.template.put(ASKING, found.written.shape.form)) or ""
+            cut = min((prompt.index(words) for words in FIRST_WORDS if words in prompt), default=len(prompt))
+            self._prompts[key] = prompt[:cut]
+        return self._prompts[key]
+
+    def _asked(self, talk: Conversation, messages: Sequence[dict[str, object]]) -> str | None:
+        """The generation prompt after messages; None if the template refuses them."""
+        source = self.template.source(talk)
+        try:
+            plain = self.template.render(talk, messages)
+            asking = self.template.render(talk, messages, asks=True)
+            if asking.startswith(plain):
+                return asking[len(plain) :]
+            marks = Marks.unlike(asking + source)
+            numbered = [{**message, KEY: index} for index, message in enumerate(messages)]
+            _, found = pieces(self.template.render(talk, numbered, asks=True, template=marked(source, marks)), marks)
+        except InvalidDataset:
+            return None
+        owned = [piece.last for piece in found if piece.owner is not None]
+        return asking[max(owned, default=0) :]
+
+    def _lost(self, talk: Conversation, what: str) -> Exception:
+        return self.template.error(talk, f"{what} cannot be found in what the chat template writes", WAY_OUT)
+
+
+def _roles(messages: Sequence[dict[str, object]]) -> list[str]:
+    return [f"{message['role']}{'tool_calls' in message}" for message in messages]
+
+
+def _joined(spans: Sequence[Span]) -> tuple[Span, ...]:
+    """Spans in order, those that touch each other as one."""
+    if not spans:
+        return ()
+    gaps = [(last, first) for (_, last), (first, _) in pairwise(spans) if last != first]
+    edges = [spans[0][0], *(edge for gap in gaps for edge in gap), spans[-1][1]]
+    return tuple(zip(edges[::2], edges[1::2], strict=True))

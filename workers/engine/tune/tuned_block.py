@@ -1,0 +1,147 @@
+"""A block whose linears take their weights from flat buffers and put their weights' gradients into others.
+
+The tuned block is a copy: the loop may keep it from block to block while the model's own blocks come and go.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from workers.contracts.blocks import BlockTask
+from workers.contracts.tuning import TrainableWeights
+from workers.engine.tune.gradient_linear import GradientLinear
+
+MakeLinear = Callable[[Sequence[str], nn.Parameter | None], GradientLinear | None]
+"""Some linears as one, with the bias of all, by their names; None if their weights do not lie one after another."""
+PLAIN = (bool, int, float, str, type(None))
+NOT_SHAPE = frozenset({"training", "layer_idx"})
+"""Plain attributes of modules that differ from block to block without changing what a block computes."""
+
+
+@dataclass(frozen=True)
+class FlatWeights:
+    """W_hat of one `TrainableWeights` and the gradient with respect to it, flat; the block's linears are views.
+
+    shapes   (out, in) by linear, in the order in which they lie
+    """
+
+    value: Tensor
+    gradient: Tensor
+    shapes: Mapping[str, tuple[int, int]]
+
+    @classmethod
+    def like(cls, example: Tensor, shapes: Mapping[str, tuple[int, int]]) -> "FlatWeights":
+        """Zeros of the dtype and on the device of `example`."""
+        size = sum(map(math.prod, shapes.values()))
+        value, gradient = (torch.zeros(size, dtype=example.dtype, device=example.device) for _ in range(2))
+        return cls(value, gradient, shapes)
+
+    def views(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
+        """Weight and gradient (sum of out, in) of linears as one; None unless they lie one after another here."""
+        order = list(self.shapes)
+        first = order.index(names[0]) if names[0] in order else 0
+        if order[first : first + len(names)] != list(names) or len({self.shapes[n][1] for n in names}) > 1:
+            return None
+        starts = [0, *accumulate(map(math.prod, self.shapes.values()))]
+        place = slice(starts[first], starts[first + len(names)])
+        columns = self.shapes[names[0]][1]
+        return self.value[place].view(-1, columns), self.gradient[place].view(-1, columns)
+
+
+@dataclass
+class Accumulation:
+    """Whether the next backward adds to the gradients instead of overwriting them."""
+
+    adds: bool = False
+
+
+@dataclass(frozen=True)
+class TunedBlock:
+    """The copy of a block, with a `GradientLinear` for every linear that is tuned and nothing else trainable."""
+
+    module: nn.Module
+    flats: tuple[FlatWeights, ...]
+    accumulation: Accumulation
+
+    @classmethod
+    def of(cls, task: BlockTask, weights: Sequence[TrainableWeights]) -> "TunedBlock":
+        """The block of a task. The copy shares no memory with it; tuned weights are left for the loop to write."""
+        tuned = {name for part in weights for name in part.shapes}
+        skipped: dict[int, Any] = {id(weight := task.linear(n).weight): nn.Parameter(weight[:0]) for n in tuned}
+        module = copy.deepcopy(task.block, skipped).requires_grad_(False)
+        flats = tuple(FlatWeights.like(task.linear(next(iter(part.shapes))).weight, part.shapes) for part in weights)
+        block = cls(module, flats, Accumulation())
+        replace_linears(module, tuned, block._linear)
+        return block
+
+    def adopt(self, block: nn.Module) -> None:
+        """The parameters and buffers of another block of the same shape, but for the tuned weights."""
+        others = dict(block.named_parameters()) | dict(block.named_buffers())
+        tuned = {id(m.weight) for m in self.module.modules() if isinstance(m, GradientLinear)}
+        for name, mine in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            if id(mine) not in tuned:
+                mine.data.copy_(others[name])
+
+    def _linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
+        """The linears of these names as one; None unless they lie one after another in a flat buffer."""
+        found = [views for flat in self.flats if (views := flat.views(names)) is not None]
+        if not found:
+            return None
+        (weight, gradient), accumulation = found[0], self.accumulation
+
+        def receive(by_output: Tensor, x: Tensor) -> None:
+            if accumulation.adds:
+                gradient.addmm_(by_output.T, x)
+            else:
+                torch.mm(by_output.T, x, out=gradient)
+
+        return GradientLinear(weight, bias, receive)
+
+
+def replace_linears(module: nn.Module, names: Iterable[str], make: MakeLinear) -> None:
+    """Puts what `make` makes of them in place of some linears of `module`.
+
+    Parts that can compute several linears of the same input at once do so, where `make` can: such a part names them in
+    `together`, and takes their product from `joined` if that is set.
+    """
+    for name in names:
+        single = make([name], getattr(module.get_submodule(name), "bias", None))
+        if single is not None:
+            module.set_submodule(name, single)
+    for prefix, part in module.named_modules():
+        together: tuple[str, ...] = getattr(part, "together", ())
+        if not together:
+            continue
+        biases = _shared_biases([part.get_submodule(name) for name in together])
+        joined = make([f"{prefix}.{name}" if prefix else name for name in together], biases)
+        # Not a submodule: its parameters are those of the linears that it joins.
+        object.__setattr__(part, "joined", joined)
+
+
+def _shared_biases(linears: Sequence[nn.Module]) -> nn.Parameter | None:
+    """The biases of some linears as one tensor, of which theirs become views."""
+    biases = [getattr(linear, "bias", None) for linear in linears]
+    found = [bias for bias in biases if bias is not None]
+    if len(found) < len(biases):
+        return None
+    whole = torch.cat([bias.detach() for bias in found])
+    for linear, piece in zip(linears, torch.split(whole, [len(bias) for bias in found]), strict=True):
+        linear.bias = nn.Parameter(piece, requires_grad=False)
+    return nn.Parameter(whole, requires_grad=False)
+
+
+def shape_of(block: nn.Module) -> tuple[object, ...]:
+    """What two blocks must share to be computed by the same captured steps."""
+    tensors = [(name, tuple(t.shape), t.dtype) for name, t in block.state_dict(keep_vars=True).items()]
+    return (*tensors, *((name, type(module), _plain_attributes(module)) for name, module in block.named_modules()))
+
+
+def _plain_attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
+    found = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)}
+    return tuple(sorted((k, v) for k, v in found.items() if k not in NOT_SHAPE))

@@ -1,0 +1,345 @@
+"""The one tuning loop: minibatch descent on a block's output error, for every method that learns.
+
+    L = mean((block(X_q; W_hat) - Y)^2),    D = dL/dW_hat for each tuned linear
+
+Each step the block runs forward and backward under autograd on a minibatch, the weights step by their gradient and are
+written into the block anew. The loss on a fixed held-out set of sequences decides which step's result is kept; the
+start counts as a candidate, so the result is never worse there than the start.
+
+Nothing in a step waits for the device: batches, rates, losses and the choice live there. On a GPU a step is captured
+once (`workers.engine.device.cuda_graphs`) and replayed for every block of the same shape
+(`workers.engine.tune.tuned_block` has
+the block that the graph works on, `workers.engine.tune.minibatches` the sequences). Where capture is impossible the
+same steps run eagerly.
+
+With several ranks (`workers.engine.device.process_group`) each has its share of the sequences, splits that for
+itself, and puts 1/W of
+every batch and of the held-out set together from it. L is the mean of their means; D and the held-out loss are summed
+over the ranks, between two graphs where there would be one, and all take the same step.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from importlib.util import find_spec
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from app.domain.errors import NumericalFailure
+from workers.contracts.blocks import BlockTask
+from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
+from workers.engine.device.cuda_graphs import captured
+from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.tune.minibatches import Minibatches, address
+from workers.engine.tune.sample_order import MOST_HELD_OUT, minibatches, split
+from workers.engine.tune.tuned_block import TunedBlock, shape_of
+from workers.numerics.quantized import Number
+
+CHECKS = 10
+"""Times that the held-out loss would be measured over a whole run; the first third is left out."""
+LOSS_SCALE = {torch.float16: 2.0**15}
+"""By dtype: what gradients are multiplied by so that those of a mean over millions of numbers do not vanish."""
+
+
+class Tuner:
+    """Tunes block after block; `tune` is the `Tune` of the methods.
+
+    log    told an event's name and fields when the tuner falls back to a slower way
+    ranks  who tunes along; every one of them must call `tune` with the same settings
+    """
+
+    def __init__(self, log: Callable[..., None] = lambda *_, **__: None, ranks: Ranks = ALONE) -> None:
+        self._log = log
+        self._ranks = ranks
+        self._run: _Run | None = None
+
+    def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
+        """Tunes `weights` and returns the best results seen; on running out of memory, again with less at once.
+
+        Raises:
+            NumericalFailure: the loss is not finite at the start or at the end.
+            torch.OutOfMemoryError: not even one sequence at a time fits; or, with several ranks, this one has run out
+                while others wait for it.
+        """
+        settings = replace(settings, batch_size=self._ranks.part(settings.batch_size))
+        micro_batch = min(task.micro_batch, settings.batch_size)
+        while True:
+            try:
+                return self._tune(task, weights, settings, micro_batch)
+            except torch.OutOfMemoryError:
+                if micro_batch == 1 or not self._ranks.alone:
+                    raise
+            # Outside the except clause: the exception holds the tensors of the failed step.
+            self._run = None
+            torch.cuda.empty_cache()
+            micro_batch = max(1, micro_batch // 2)
+            self._log("micro_batch_lowered", block=task.index, micro_batch=micro_batch)
+            for part in weights:
+                part.restart()
+
+    def release(self) -> None:
+        """Lets go of the captured steps and their memory."""
+        self._run = None
+
+    def _tune(
+        self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+    ) -> TuningOutcome:
+        run = self._run
+        if run is not None and run.fits(task, weights, settings, micro_batch):
+            run.adopt(task, weights)
+        else:
+            self._run = run = _Run.begin(task, weights, settings, micro_batch, self._ranks)
+            run.prepare(self._log)
+        run.start()
+        for step in range(settings.steps):
+            run.data.bring()
+            run.step()
+            if is_checked(step + 1, settings.steps):
+                run.check()
+                task.tick((step + 1) / settings.steps)
+        outcome = run.outcome()
+        if task.device.type != "cuda":
+            self._run = None  # only a captured step is worth its memory
+        return outcome
+
+
+@dataclass
+class _Run:
+    """One block's tuning, and after it that of any other block of the same shape.
+
+    What changes from step to step is on the device: `count` steps done (int64); `loss` of the last check, the
+    lowest so far, `best`, and the first, `initial` (fp64); `best_step`, the count when `best` was measured.
+    """
+
+    task: BlockTask
+    shape: tuple[object, ...]
+    block: TunedBlock
+    weights: Sequence[TrainableWeights]
+    settings: TuningSettings
+    micro_batch: int
+    data: Minibatches
+    rates: Tensor
+    count: Tensor
+    loss: Tensor
+    best: Tensor
+    best_step: Tensor
+    kernels: ModuleType | None
+    ranks: Ranks
+    initial: Number = math.nan
+    step: Callable[[], None] = lambda: None
+    check: Callable[[], None] = lambda: None
+
+    @classmethod
+    def begin(
+        cls,
+        task: BlockTask,
+        weights: Sequence[TrainableWeights],
+        settings: TuningSettings,
+        micro_batch: int,
+        ranks: Ranks,
+    ) -> "_Run":
+        device = task.device
+        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings, ranks))
+        run = cls(
+            task=task,
+            shape=_shape(task, weights, settings, micro_batch),
+            block=TunedBlock.of(task, weights),
+            kernels=block_kernels_for(data.inputs),
+            ranks=ranks,
+            weights=weights,
+            settings=settings,
+            micro_batch=micro_batch,
+            data=data,
+            rates=torch.zeros(settings.steps, dtype=torch.float32, device=device),
+            count=torch.zeros((), dtype=torch.int64, device=device),
+            loss=torch.full((), math.inf, dtype=torch.float64, device=device),
+            best=torch.full((), math.inf, dtype=torch.float64, device=device),
+            best_step=torch.zeros((), dtype=torch.int64, device=device),
+        )
+        run.step, run.check = run._step, run._check
+        return run
+
+    def fits(
+        self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+    ) -> bool:
+        """Whether this run's tensors and captured steps serve another block."""
+        return self.shape == _shape(task, weights, settings, micro_batch)
+
+    def adopt(self, task: BlockTask, weights: Sequence[TrainableWeights]) -> None:
+        """Takes over another block: its parameters, its weights' start, its seed."""
+        self.task = task
+        self.block.adopt(task.block)
+        for mine, other in zip(self.weights, weights, strict=True):
+            mine.adopt(other)
+        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings, self.ranks))
+
+    def prepare(self, log: Callable[..., None]) -> None:
+        """Captures step and check where that is possible."""
+        if self.task.device.type != "cuda" or not self.settings.steps:
+            return
+        self.data.start()
+        try:
+            still = (self.rates, self.count)
+            step = captured(self._gradients, self._sum_gradients, self._move, still, self.ranks)
+            check = captured(self._measure, self._sum_loss, self._choose, still, self.ranks)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            log("capture_failed", block=self.task.index, reason=str(error)[:200])
+        else:
+            self.step, self.check = step, check
+        for weights in self.weights:
+            weights.restart()  # a capture's steps move no parameter, but what an optimizer remembers
+
+    def start(self) -> None:
+        """Everything to its start; the start's own loss is the first candidate.
+
+        Raises:
+            NumericalFailure: that loss is not finite; on a GPU whoever reads the outcome has to look.
+        """
+        done = torch.arange(self.settings.steps, dtype=torch.float64)
+        decay = done / max(self.settings.steps, 1) if self.settings.schedule == "linear" else torch.zeros_like(done)
+        self.rates.copy_(self.settings.learning_rate * (1 - decay))
+        self.data.start()
+        self.count.zero_()
+        self.best.fill_(math.inf)
+        for weights, flat in zip(self.weights, self.block.flats, strict=True):
+            weights.write(flat.value)
+        self.check()
+        self.initial = self._measured("before")
+
+    def outcome(self) -> TuningOutcome:
+        last = self._measured("after")
+        linears = {name: result for weights in self.weights for name, result in weights.results().items()}
+        faults = sum(weights.faults() for weights in self.weights)
+        if not isinstance(last, Tensor):
+            return TuningOutcome(linears, self.initial, float(self.best), int(self.best_step), faults)
+        best = torch.where(last.isfinite(), self.best, last)
+        return TuningOutcome(linears, self.initial, best, self.best_step.clone(), faults)
+
+    def _step(self) -> None:
+        """One minibatch: gradients, the weights' step, the new weights into the block."""
+        self._gradients()
+        self._sum_gradients()
+        self._move()
+
+    def _gradients(self) -> None:
+        batch = self.data.rows(self.count.view(1))
+        for number, part in enumerate(torch.split(batch, self.micro_batch)):
+            self.block.accumulation.adds = number > 0
+            self._add_gradients(part, len(part) / (len(batch) * self.ranks.size))
+
+    def _sum_gradients(self) -> None:
+        self.ranks.sum_(*(flat.gradient for flat in self.block.flats))
+
+    def _move(self) -> None:
+        rate = self.rates.index_select(0, self.count.view(1))[0]
+        for weights, flat in zip(self.weights, self.block.flats, strict=True):
+            weights.step(flat.gradient, rate, flat.value)
+        self.count += 1
+
+    def _check(self) -> None:
+        """Measures the held-out loss and keeps the present weights if it is the lowest so far."""
+        self._measure()
+        self._sum_loss()
+        self._choose()
+
+    @torch.no_grad()
+    def _measure(self) -> None:
+        self.loss.zero_()
+        for part in torch.split(self.data.held_out, self.micro_batch):
+            parts = self._outputs(part)
+            self.loss += self._error(parts, part, len(part) / (len(self.data.held_out) * self.ranks.size))[0]
+
+    def _sum_loss(self) -> None:
+        self.ranks.sum_(self.loss)
+
+    @torch.no_grad()
+    def _choose(self) -> None:
+        better = self.loss < self.best
+        self.best.copy_(torch.where(better, self.loss, self.best))
+        self.best_step.copy_(torch.where(better, self.count, self.best_step))
+        for weights in self.weights:
+            weights.keep(better)
+
+    def _add_gradients(self, rows: Tensor, share: float) -> None:
+        """Adds the weights' gradients of `share` times the error of some sequences."""
+        parts = self._outputs(rows)
+        _, gradient = self._error(parts, rows, share)
+        trained = [part for part in parts if part.requires_grad]
+        torch.autograd.backward(trained, [gradient] * len(trained))
+
+    def _outputs(self, rows: Tensor) -> list[Tensor]:
+        """The block's output for some sequences, as one tensor or as two that add up to it."""
+        forward, module = self.task.forward, self.block.module
+        if self.kernels is None:
+            return [forward(module, self.data.inputs.index_select(0, rows))]
+        inputs, summands = self.kernels.take_rows(self.data.inputs, rows), getattr(module, "summands", None)
+        return [forward(module, inputs)] if summands is None else list(forward(summands, inputs))
+
+    @torch.no_grad()
+    def _error(self, parts: list[Tensor], rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
+        """`share` times the mean squared error of outputs, fp32, and `LOSS_SCALE` times its gradient by them."""
+        scaled = LOSS_SCALE.get(parts[0].dtype, 1.0)
+        if self.kernels is not None:
+            loss, gradient = self.kernels.square_error(parts, self.data.targets, rows, share, scaled)
+            return loss, gradient
+        (output,) = parts
+        targets = self.data.targets.index_select(0, rows)
+        # In half precision the difference is rounded as the outputs are; squares and their mean are not.
+        error = (output - targets).to(torch.promote_types(output.dtype, torch.float32))
+        loss = error.square().mean() * share
+        return loss, error.mul_(2 * share * scaled / error.numel()).to(output.dtype)
+
+    def _measured(self, when: str) -> Number:
+        """The loss of the last check; a number of its own on a GPU, where nobody waits for it here."""
+        if self.loss.is_cuda:
+            return self.loss.clone()
+        if not math.isfinite(value := float(self.loss)):
+            raise NumericalFailure(
+                f"block {self.task.index}: the output error is {value} {when} tuning",
+                field="quantization",
+                hint="look for NaN in the model's weights, or use more bits or a lower learning rate",
+            )
+        return value
+
+
+def block_kernels_for(inputs: Tensor) -> ModuleType | None:
+    """What works on a block's parts where it serves: operators on a CPU, kernels on a GPU with Triton."""
+    if inputs.device.type == "cpu":
+        return import_module("workers.numerics.backends.block_operators")
+    if not inputs.is_cuda or inputs.dtype == torch.float64 or find_spec("triton") is None:
+        return None
+    return import_module("workers.numerics.backends.block_kernels")
+
+
+def _shape(
+    task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
+) -> tuple[object, ...]:
+    """What a captured step depends on beside the values in its tensors."""
+    activations = [address(tensor, task.device) for tensor in (task.inputs, task.targets)]
+    kinds = [(type(w), tuple(w.shapes.items())) for w in weights]
+    return (
+        settings,
+        micro_batch,
+        activations,
+        kinds,
+        tuple(task.schemes.items()),
+        id(task.forward),
+        shape_of(task.block),
+    )
+
+
+def _samples(task: BlockTask, settings: TuningSettings, ranks: Ranks) -> dict[str, Tensor]:
+    """Which sequences train and which judge, as `Minibatches` takes them."""
+    training, held_out = split(len(task.inputs), task.seed, ranks.part(MOST_HELD_OUT))
+    return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
+
+
+def is_checked(step: int, steps: int) -> bool:
+    """Whether the held-out loss is measured after this step: some seven times a run, in its last two thirds."""
+    every = max(1, steps // CHECKS)
+    return step == steps or (step % every == 0 and 3 * step >= steps)

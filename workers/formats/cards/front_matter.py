@@ -1,0 +1,52 @@
+"""The YAML at the top of a card, as the Hub reads it: what a result comes from, who may use it, what loads it."""
+
+from app.domain.formats import ExportFormat
+from workers.formats.cards.identity import Identity, Part
+from workers.formats.cards.source_card import SourceCard
+
+TASK = "text-generation"
+"""Every model here is a causal language model; a source's own card may be more exact."""
+LIBRARIES = {ExportFormat.PEFT: "peft", ExportFormat.GGUF: "gguf", ExportFormat.NATIVE: "bitwright", None: "bitwright"}
+"""Of formats that `from_pretrained` does not load by itself."""
+
+
+def front_matter(
+    identity: Identity, part: Part, export_format: ExportFormat | None, source: SourceCard, licence_copied: bool
+) -> dict[str, object]:
+    """Fields in the order in which they are written.
+
+    export_format    None: the adapter file, which is no format
+    licence_copied   whether the file that the source's card names as its licence lies beside this card
+    """
+    matter: dict[str, object] = {"library_name": LIBRARIES.get(export_format, "transformers")}
+    matter["pipeline_tag"] = source.pipeline_tag or TASK
+    if identity.model_id is not None:
+        matter |= {"base_model": identity.model_id, "base_model_relation": _relation(identity, part, export_format)}
+    if source.license:
+        matter["license"] = _one_or_more(source.license)
+        named = {"license_name": source.license_name, "license_link": source.link(identity.model_id, licence_copied)}
+        matter |= {key: value for key, value in named.items() if value is not None}
+    if source.language:
+        matter["language"] = _one_or_more(source.language)
+    learned = [dataset.hub for dataset in identity.datasets if dataset.hub is not None]
+    if learned:
+        matter["datasets"] = list(dict.fromkeys(learned))
+    return matter | {"tags": tags(identity, export_format)}
+
+
+def tags(identity: Identity, export_format: ExportFormat | None) -> list[str]:
+    """What the Hub filters by besides: this service, the format, and what was trained."""
+    kinds = [one.adapter for one in identity.earlier] + ([identity.adapter] if identity.adapter else [])
+    return list(dict.fromkeys(["bitwright", "adapter" if export_format is None else export_format.value, *kinds]))
+
+
+def _relation(identity: Identity, part: Part, export_format: ExportFormat | None) -> str:
+    """How the Hub hangs it below its base model. Finetuned and quantized at once counts as quantized there."""
+    if part is Part.ADAPTER:
+        return "adapter"
+    trained = bool(identity.finetuned if part is Part.WHOLE else identity.finetuned_before)
+    return "finetune" if trained and export_format is ExportFormat.MERGED else "quantized"
+
+
+def _one_or_more(values: tuple[str, ...]) -> str | list[str]:
+    return values[0] if len(values) == 1 else list(values)

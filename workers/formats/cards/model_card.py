@@ -1,0 +1,211 @@
+"""README.md of a checkpoint: what it is, the lines that load it, what it learned, and how close it is to the original.
+
+A card speaks of the files beside it. Where they are only a part of what was measured (a quantized base, an adapter), it
+says so, and its lines put the parts together.
+"""
+
+from collections import Counter
+from collections.abc import Collection, Mapping
+from pathlib import Path
+
+import yaml
+
+from app.domain.formats import ExportFormat, base_alone
+from app.domain.methods import METHODS, Form
+from app.domain.report import Report, SizeReport
+from workers.formats.cards.card_sections import code, quality, training
+from workers.formats.cards.front_matter import front_matter
+from workers.formats.cards.identity import Identity, Part, adapter_title, part_of, title
+from workers.formats.cards.loading_lines import loading_lines
+from workers.formats.cards.reference_lines import reference_lines
+from workers.formats.cards.source_card import SourceCard, read_source_card
+from workers.formats.gguf.read_back import Reading
+from workers.formats.shards import write_json
+from workers.formats.source_files import SourceCheckpoint, licence_file, names_code
+from workers.formats.stored_linear import StoredLinear
+
+WEIGHT_FILES = ("*.safetensors", "*.gguf")
+
+
+def describe(
+    folder: Path,
+    report: Report,
+    export_format: ExportFormat,
+    linears: Mapping[str, StoredLinear],
+    formats: Collection[ExportFormat],
+    source: SourceCheckpoint,
+    *,
+    reading: Reading | None = None,
+) -> list[Path]:
+    """Adds report.json and README.md to a checkpoint that is complete otherwise; all files of the folder."""
+    write_json(folder / "report.json", report.model_dump(mode="json"))
+    card = read_source_card(source.folder)
+    text = model_card(
+        report,
+        export_format,
+        linears,
+        licence_file(folder),
+        formats,
+        source=card,
+        licence_copied=card.license_link is not None and (folder / card.license_link).is_file(),
+        stored_bytes=stored_bytes(folder),
+        left_code=names_code(source),
+        reading=reading,
+    )
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    return sorted(file for file in folder.rglob("*") if file.is_file())
+
+
+def stored_bytes(folder: Path) -> int:
+    """Of the weight files in a folder."""
+    return sum(file.stat().st_size for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+
+
+def model_card(
+    report: Report,
+    export_format: ExportFormat,
+    linears: Mapping[str, StoredLinear],
+    licence: str | None,
+    formats: Collection[ExportFormat] = (),
+    *,
+    source: SourceCard | None = None,
+    licence_copied: bool = False,
+    stored_bytes: int | None = None,
+    left_code: bool = False,
+    reading: Reading | None = None,
+) -> str:
+    """The card as Markdown with the Hub's front matter.
+
+    linears          every quantized linear by module name
+    licence          name of the licence file beside the card, if the source had one
+    formats          all of the job's
+    source           what the source's own card says
+    licence_copied   whether the file that `source` names as its licence lies beside the card
+    stored_bytes     of the weight files beside the card
+    left_code        whether the source's configuration names code, which is not here
+    reading          of a GGUF file: what transformers makes of it
+    """
+    identity, source = Identity.of(report), source or SourceCard()
+    part = _part(identity, export_format, linears, formats)
+    apart = adapter_title(identity.adapter) if part is Part.BASE and not _has_peft(formats, export_format) else None
+    sections = [
+        header(front_matter(identity, part, export_format, source, licence_copied)),
+        f"# {title(identity, part)}{_bits(report, part, export_format, linears)}",
+        _summary(report, part, export_format, linears),
+        "## Load",
+        *loading_lines(export_format, linears, formats, apart=apart, model_id=identity.model_id, reading=reading),
+        *training(report),
+        *quality(report, part, export_format),
+        *reference_lines(report.round_to_nearest),
+        "## Size",
+        _size(report, part, stored_bytes),
+        "## Provenance",
+        provenance(report, licence, source, left_code=left_code),
+    ]
+    return "\n\n".join(sections) + "\n"
+
+
+def header(matter: Mapping[str, object]) -> str:
+    """The front matter as it stands at the top."""
+    return f"---\n{yaml.safe_dump(dict(matter), sort_keys=False, allow_unicode=True)}---"
+
+
+def _has_peft(formats: Collection[ExportFormat], export_format: ExportFormat) -> bool:
+    """Whether the adapter that this checkpoint lacks is the job's `peft` checkpoint."""
+    return base_alone(formats) and export_format is not ExportFormat.NATIVE
+
+
+def _part(
+    identity: Identity,
+    export_format: ExportFormat,
+    linears: Mapping[str, StoredLinear],
+    formats: Collection[ExportFormat],
+) -> Part:
+    if export_format is ExportFormat.PEFT:
+        return Part.ADAPTER
+    return part_of(identity, linears, _has_peft(formats, export_format))
+
+
+def _bits(report: Report, part: Part, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
+    """What the title says of the weights in this folder."""
+    if part is Part.ADAPTER:
+        return ""
+    if export_format is ExportFormat.MERGED:
+        found = {linear.dtype for linear in linears.values()} or {report.model.dtype}
+        return f", merged into {' and '.join(sorted(found))}"
+    size = report.size
+    factors = size.parts.adapters if size.parts is not None and part is Part.BASE else 0
+    return f", {size.bits_per_weight - factors:.2f} bits per weight"
+
+
+def _summary(report: Report, part: Part, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
+    info = METHODS[report.method]
+    paper = f" ([arXiv {info.paper}](https://arxiv.org/abs/{info.paper}))" if info.paper else ""
+    told = f"Quantized by Bitwright {report.version} with {info.title}{paper}, format `{export_format.value}`."
+    lines = [told + _finetuned(report, part), ""]
+    lines += ["| linears | bits | group size | zero point | low-rank factors |", "|---|---|---|---|---|"]
+    for linear, count in Counter(linears.values()).most_common():
+        group = "per channel" if linear.group_size == -1 else str(linear.group_size)
+        low_rank = linear.low_rank
+        factors = "none" if low_rank is None else f"rank {low_rank.rank}, alpha {low_rank.alpha:g}"
+        lines.append(f"| {count} | {linear.bits} | {group} | {_zero_point(linear)} | {factors} |")
+    return "\n".join(lines)
+
+
+def _finetuned(report: Report, part: Part) -> str:
+    """What was trained after the quantization, and whether it is here."""
+    if report.finetuning is None or report.adapter is None:
+        return ""
+    trained = f"{adapter_title(report.adapter.kind)} on {code(report.finetuning.text.source)}"
+    if part is Part.WHOLE:
+        return f" Then finetuned: {trained}, which is in these weights."
+    if part is Part.BASE:
+        return f" Then finetuned: {trained}, which is not in this folder."
+    return f" Then finetuned: {trained}, which is this adapter."
+
+
+def _zero_point(linear: StoredLinear) -> str:
+    if linear.form is Form.CODEBOOK:
+        return "none: codes index a codebook"
+    return "an offset of each group" if linear.offset else "fixed" if linear.symmetric else "of each group"
+
+
+def _size(report: Report, part: Part, stored: int | None) -> str:
+    size = report.size
+    here = f"The weight files in this folder take {stored / 1e6:.1f} MB. " if stored is not None else ""
+    together = size.parts is None or size.parts.adapters > 0
+    whose = "" if part is Part.WHOLE else "Base and low-rank factors together: " if together else "The base alone: "
+    return (
+        f"{here}{whose}{size.bytes_original / 1e6:.1f} MB of tensors before, {size.bytes_quantized / 1e6:.1f} MB "
+        f"after, counted as the native format stores them: {size.bits_per_weight:.3f} bits for each quantized "
+        f"weight{_parts(size)}, and {size.bits_per_weight_model:.3f} for each weight of the model."
+    )
+
+
+def _parts(size: SizeReport) -> str:
+    """What the bits of a weight are made of, as far as there is something."""
+    if size.parts is None:
+        return ", scales included"
+    named = {name: bits for name, bits in size.parts.model_dump().items() if bits}
+    return " (" + ", ".join(f"{name} {bits:.3f}" for name, bits in named.items()) + ")"
+
+
+def provenance(report: Report, licence: str | None, source: SourceCard, *, left_code: bool = False) -> str:
+    """What it was made from, as a list."""
+    revision = f" at revision {code(report.model.revision)}" if report.model.revision else ""
+    lines = [f"- Source: {code(report.model.source)}{revision}, {report.model.architecture}, {report.model.dtype}"]
+    if left_code:
+        lines.append("- The source's configuration names code of its own, which Bitwright neither runs nor copies")
+    if report.calibration is not None:
+        text = report.calibration
+        size = f"{text.num_samples} sequences of {text.sequence_length} tokens"
+        lines.append(f"- Calibration: {size} of {code(text.source)} (sha256 `{text.sha256[:16]}`)")
+    if report.base is not None:
+        lines.append(f"- Quantized by job `{report.base.job_id}`, whose codes these are; this job finetuned")
+    if report.scales is not None and report.scales.kept:
+        lines.append(f"- Scales tuned end to end in {report.scales.steps} steps, codes fixed")
+    lines.append(f"- Seed {report.seed}; everything measured is in `report.json`")
+    named = f" ({', '.join(source.license_name or name for name in source.license)})" if source.license else ""
+    lines.append(f"- Licence: the source's{named}{f', see `{licence}`' if licence else ''}")
+    lines += [f"- Warning: {' '.join(warning.split())}" for warning in report.warnings]
+    return "\n".join(lines)

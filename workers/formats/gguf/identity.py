@@ -1,0 +1,99 @@
+"""What a GGUF file says of itself under `general.`: its name, and what it was made from and how.
+
+The keys are those of gguf's specification, filled as llama.cpp's converter fills them: names of people's choosing stay
+as they are, and repositories are addresses on the Hub.
+"""
+
+from pathlib import PurePosixPath
+
+from gguf import GGUFType, GGUFWriter, size_label
+
+from app.domain.formats import ExportFormat
+from workers.formats.cards.front_matter import TASK, tags
+from workers.formats.cards.identity import Dataset, Identity, Part, part_of, title
+from workers.formats.cards.source_card import SourceCard, read_source_card
+from workers.formats.source_files import SourceCheckpoint
+
+HUB = "https://huggingface.co"
+
+
+def add_identity(writer: GGUFWriter, source: SourceCheckpoint, identity: Identity | None, base_alone: bool) -> None:
+    """Adds the keys; of an unknown result the name of its folder and what its source's card says.
+
+    base_alone   whether another folder of the job holds the low-rank factors
+    """
+    card = read_source_card(source.folder)
+    writer.add_type(GGUFType.MODEL)
+    weights = sum(_count(source, name) for name in source.tensors)
+    writer.add_size_label(size_label(weights, 0, 0, 0))
+    if identity is None:
+        writer.add_name(source.folder.name)
+        _add_licence(writer, card, None)
+        return
+    part = part_of(identity, {}, base_alone)
+    writer.add_name(title(identity, part))
+    writer.add_description(_description(identity, part))
+    writer.add_quantized_by(f"Bitwright {identity.version}")
+    if identity.finetuned and part is Part.WHOLE:
+        writer.add_finetune(identity.finetuned)
+    _add_licence(writer, card, identity.model_id)
+    _add_base_model(writer, identity)
+    _add_datasets(writer, identity.datasets)
+    writer.add_tags([*tags(identity, ExportFormat.GGUF), card.pipeline_tag or TASK])
+    if card.language:
+        writer.add_languages(list(card.language))
+
+
+def _count(source: SourceCheckpoint, name: str) -> int:
+    count = 1
+    for length in source.tensors[name].shape:
+        count *= length
+    return count
+
+
+def _description(identity: Identity, part: Part) -> str:
+    """One paragraph; hashes and steps where something was trained."""
+    told = f"Quantized by Bitwright with {identity.method_title} from {identity.model}."
+    for dataset in identity.datasets:
+        told += f" The dataset {dataset.name} has the sha256 {dataset.sha256}."
+    run = identity.finetuning
+    if run is not None and run.loss_before is not None and run.loss_after is not None:
+        told += f" {run.steps_kept} steps took the held-out loss from {run.loss_before:.4f} to {run.loss_after:.4f}."
+    if part is Part.BASE:
+        told += (
+            f" This file is the quantized base alone, without {identity.finetuned_beside or 'its low-rank factors'}."
+        )
+    return told
+
+
+def _add_licence(writer: GGUFWriter, card: SourceCard, model_id: str | None) -> None:
+    if card.license:
+        writer.add_license(",".join(card.license))
+    if card.license_name is not None:
+        writer.add_license_name(card.license_name)
+    link = card.link(model_id, copied=False)
+    if link is not None:
+        writer.add_license_link(link)
+
+
+def _add_base_model(writer: GGUFWriter, identity: Identity) -> None:
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, identity.name)
+    if identity.model_id is not None:
+        writer.add_base_model_repo_url(0, f"{HUB}/{identity.model_id}")
+        owner = identity.model_id.rpartition("/")[0]
+        if owner:
+            writer.add_base_model_organization(0, owner)
+
+
+def _add_datasets(writer: GGUFWriter, datasets: tuple[Dataset, ...]) -> None:
+    if datasets:
+        writer.add_dataset_count(len(datasets))
+    for number, dataset in enumerate(datasets):
+        writer.add_dataset_name(number, PurePosixPath(dataset.name).name)
+        writer.add_dataset_description(number, f"sha256 {dataset.sha256}")
+        if dataset.hub is not None:
+            writer.add_dataset_repo_url(number, f"{HUB}/datasets/{dataset.hub}")
+            owner = dataset.hub.rpartition("/")[0]
+            if owner:
+                writer.add_dataset_organization(number, owner)

@@ -1,0 +1,117 @@
+"""What transformers makes of a finished GGUF file: the same model and tokenizer, or what is another in them.
+
+`from_pretrained(gguf_file=...)` reads a few numbers of a file and takes the rest from its own defaults, without a word:
+of a Llama with biases or with Llama 3's rotary scaling it makes another model. So the file is read back as a caller
+would read it, as far as its configuration and its tokenizer, and held against the source.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import isclose
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
+
+from workers.formats.gguf.tokenizer import SourceTokenizer
+
+FIELDS = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "hidden_act",
+    "attention_bias",
+    "mlp_bias",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+)
+"""Of a configuration, what decides the numbers that a model computes; its rotary embedding besides."""
+PROBE = (
+    "The 3 quick brown foxes, aged 12 and 345, don't jump over 6789 lazy dogs: naïve cafe\u0301, Größe, 東京で2026年。 "
+    "They'LL see it's 50% off\n\n\tdef f(x):  return x**2  # über\r\n   trailing   "
+)
+"""Text on which tokenizers of different rules differ: digits, apostrophes, spaces, accents (one apart), scripts."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """How transformers reads a file.
+
+    other_model      what its model has otherwise than the source's, in words; nothing: it is the same
+    other_tokens     whether its tokenizer makes other tokens of a text
+    """
+
+    other_model: tuple[str, ...] = ()
+    other_tokens: bool = False
+
+
+def read_back(folder: Path, file: str, config: PreTrainedConfig, source: Path) -> Reading:
+    """Of a file in a folder, held against the configuration and the tokenizer of the source's folder."""
+    with _quiet():
+        try:
+            found = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises whatever its readers raise
+            return Reading(other_model=(f"it does not read the file: {error}",))
+        return Reading(tuple(_differences(found, config)), _tokenizes_otherwise(folder, file, source))
+
+
+def _differences(found: PreTrainedConfig, wanted: PreTrainedConfig) -> Iterator[str]:
+    for name in FIELDS:
+        theirs, ours = _value(found, name), _value(wanted, name)
+        if not _same(theirs, ours):
+            yield f"{name} is {ours}, and it takes {theirs}"
+    theirs, ours = _rotary(found), _rotary(wanted)
+    if theirs["rope_type"] != ours["rope_type"]:
+        yield f"the rotary embedding is of the type {ours['rope_type']}, and it takes {theirs['rope_type']}"
+    elif not _same(theirs.get("rope_theta"), ours.get("rope_theta")):
+        yield f"rope_theta is {ours.get('rope_theta')}, and it takes {theirs.get('rope_theta')}"
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    value = getattr(config, name, None)
+    if name == "head_dim":
+        return value or config.hidden_size // config.num_attention_heads
+    if name == "hidden_act":
+        return "silu" if value == "swish" else value
+    return value or False
+
+
+def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
+    return {"rope_type": "default", **(config.rope_parameters or {})}
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Equal, as far as a number in fp32 can tell."""
+    numbers = isinstance(one, float | int) and isinstance(other, float | int)
+    return isclose(one, other, rel_tol=1e-6) if numbers else one == other
+
+
+def _tokenizes_otherwise(folder: Path, file: str, source: Path) -> bool:
+    ours = SourceTokenizer.read(source).loaded
+    try:
+        theirs = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
+    except Exception:  # transformers raises whatever its readers raise
+        return True
+    special = "".join(token for token in ours.all_special_tokens if isinstance(token, str))
+    for text in (PROBE, special + PROBE + special):
+        if theirs(text, verbose=False)["input_ids"] != ours(text, verbose=False)["input_ids"]:
+            return True
+    return bool(theirs.eos_token_id != ours.eos_token_id)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without transformers' own lines about a file that is only looked at."""
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,274 @@
+"""The fake quantizer in torch's operators, for any device and dtype; on a CPU as few passes as there are operators for.
+
+The functions are those of `workers.numerics.backends.rounding_kernels`, which has Triton's, with the same arguments
+and results; formulas
+and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype, fp32 or fp64.
+
+Weights are worked on in chunks whose buffers stay in a CPU's cache and are used again for every chunk. No truth values
+are made of weights: on a CPU an operator that makes or takes them costs as much as five others. So m is applied by the
+derivative of clamping (`hardtanh_backward`), and the sign of 0 and of NaN is 0.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import PER_CHANNEL, Scheme
+from workers.numerics.affine import (
+    ASYMMETRIC_FACTORS,
+    SYMMETRIC_FACTORS,
+    Grid,
+    GroupRange,
+    grid,
+    range_factors,
+    store_scale,
+)
+
+CACHED_ELEMENTS = 524_288
+"""Elements of a chunk: two cores' halves of an operator's buffers about fill their second-level caches."""
+CHUNK_ELEMENTS = CACHED_ELEMENTS << 6
+"""The same on a GPU, where what counts is that buffers fit."""
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The tensors of the quantizer, all contiguous: (groups, G) or (groups,).
+
+    weight           the model's dtype     offset, low, high, alpha, beta    fp32, or fp64 for fp64 weights
+    codes, zero      uint8                 scale    the dtype that stores scales
+    unit             what offsets are multiples of, where Triton's kernels count them in int16
+    """
+
+    weight: Tensor
+    offset: Tensor
+    low: Tensor
+    high: Tensor
+    alpha: Tensor
+    beta: Tensor
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor
+    unit: float = 1.0
+
+    def tensors(self) -> dict[str, Any]:
+        """All of them by name."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+
+    def grid(self, bits: int, symmetric: bool) -> Grid:
+        """Of the present alpha and beta."""
+        ranges = GroupRange(self.low, self.high)
+        return grid(ranges, _scheme(bits, symmetric), self.scale.dtype, self.alpha, self.beta)
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Of one chunk, (groups, G), in the working dtype; what each holds changes as a pass goes on."""
+
+    weight: Tensor
+    gradient: Tensor
+    free: Tensor
+    codes: Tensor
+
+
+def offset_unit(steps: int, learning_rate: float) -> float | None:  # noqa: ARG001 - as in `workers.numerics.backends.rounding_kernels`
+    """None: here V is not counted in 16 bits."""
+    return None
+
+
+def warm_ups(*_: object, **__: object) -> list[Callable[[], object]]:
+    """Nothing is compiled."""
+    return []
+
+
+def write(groups: Groups, bits: int, symmetric: bool, smallest: float, hat: Tensor) -> None:  # noqa: ARG001 - see grid
+    """hat <- w_hat of the present parameters."""
+    to, hat = groups.grid(bits, symmetric), hat.view(groups.weight.shape)
+    for rows, work in _chunks(groups):
+        part = to.rows(rows)
+        hat[rows] = _steps(_codes(groups, rows, part, work), part).mul_(part.scale.unsqueeze(-1))
+
+
+def step(
+    groups: Groups,
+    bits: int,
+    symmetric: bool,
+    smallest: float,
+    *,
+    gradient: Tensor,
+    rate: Tensor,
+    faults: Tensor,
+    limits: tuple[float, float],
+    hat: Tensor,
+) -> None:
+    """Moves V, alpha and beta, the latter within `limits`; hat <- the new w_hat.
+
+    Adds the number of groups with NaN gradients to `faults`.
+    """
+    to = groups.grid(bits, symmetric)
+    sums = [torch.empty_like(groups.low) for _ in range(2 if symmetric else 4)]
+    move, gradient = to.scale.sign().mul_(-rate).unsqueeze(-1), gradient.view(groups.weight.shape)
+    for rows, work in _chunks(groups):
+        inside = _gradients(groups, rows, to.rows(rows), work, gradient[rows], sums)
+        groups.offset[rows].addcmul_(inside.sign_(), move[rows])
+    d_alpha, d_beta = _range_gradients(groups, to, sums)
+    faults += d_alpha.isnan().sum(dtype=faults.dtype)
+    for factor, by_factor in ((groups.alpha, d_alpha), (groups.beta, d_beta)):
+        factor.sub_(by_factor.nan_to_num_().sign_().mul_(rate)).clamp_(*limits)
+    write(groups, bits, symmetric, smallest, hat)
+
+
+def _gradients(groups: Groups, rows: slice, to: Grid, work: Buffers, d: Tensor, sums: Sequence[Tensor]) -> Tensor:
+    """D*m of a chunk, of which dL/dV is s times, for D = `d`.
+
+    Puts into `sums` those of D*(q - z), D*m*w and, where there are four, of D and D*m over each group.
+    """
+    by_steps, by_weight, *by_zero = (total[rows] for total in sums)
+    d = work.gradient.copy_(d)
+    steps = _steps(_codes(groups, rows, to, work), to)
+    torch.sum(torch.mul(d, steps, out=work.codes), -1, out=by_steps)
+    if by_zero:
+        torch.sum(d, -1, out=by_zero[0])
+    inside = torch.ops.aten.hardtanh_backward.grad_input(d, work.free, to.lowest - 0.5, to.highest + 0.5, grad_input=d)
+    torch.sum(torch.mul(inside, work.weight, out=work.codes), -1, out=by_weight)
+    if by_zero:
+        torch.sum(inside, -1, out=by_zero[1])
+    return d
+
+
+def _range_gradients(groups: Groups, to: Grid, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """dL/dalpha and dL/dbeta, (groups,), from the sums of `_gradients`."""
+    by_steps, by_weight, *by_zero = sums
+    d_scale = by_steps - by_weight.div_(to.scale)
+    if to.zero is None:
+        low_wins = -groups.alpha * groups.low > groups.beta * groups.high
+        d_alpha = d_scale * torch.where(low_wins, groups.low / to.lowest, 0)
+        return d_alpha, d_scale * torch.where(low_wins, 0, groups.high / to.lowest)
+    d_zero = -to.scale * (by_zero[0] - by_zero[1])
+    d_scale += d_zero * groups.alpha * groups.low / to.scale.square()
+    return -d_zero * groups.low / to.scale - d_scale * groups.low / to.highest, d_scale * groups.high / to.highest
+
+
+def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Tensor) -> None:  # noqa: ARG001
+    """codes, scale and zero <- the present result, if `better`."""
+    if not better.is_cuda and not better:
+        return
+    to = groups.grid(bits, symmetric)
+    _overwrite(groups.scale, to.scale, better)
+    if to.zero is not None:
+        _overwrite(groups.zero, to.zero, better)
+    for rows, work in _chunks(groups):
+        _overwrite(groups.codes[rows], _codes(groups, rows, to.rows(rows), work).sub_(to.lowest), better)
+
+
+def search_range(
+    weight: Tensor, moments: Tensor, bits: int, symmetric: bool, smallest: float, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The range of each group with the least sum_j moments_j * (w_hat_j - w_j)^2, rounded to nearest: low and high.
+
+    weight   (groups, G), contiguous
+    moments  fp32 (columns // G, G): of the linear's input columns; its rows of groups repeat in this order
+
+    Tried are the full range and shrunk ones: symmetric, of either sign of the scale; asymmetric, by every pair of
+    factors for the two sides. Of equals the first, larger one is taken.
+    """
+    del smallest  # `store_scale` knows it
+    rows = len(moments) * max(1, _elements(weight) // moments.numel())
+    search = _search_symmetric if symmetric else _search_asymmetric
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    found = []
+    for part in torch.split(weight, rows):
+        roots = moments.to(dtype).sqrt().repeat(len(part) // len(moments), 1)
+        found.append(search(part.to(dtype), roots, bits, scale_dtype))
+    low, high = (torch.cat(bounds) for bounds in zip(*found, strict=True))
+    return low, high
+
+
+def _search_symmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both signs of a scale share w/s, since rounding is even: only the code that one has more differs."""
+    full, levels = GroupRange.of(weight), 2 ** (bits - 1)
+    low_wins, widest = -full.low > full.high, torch.maximum(-full.low, full.high)
+    least, reach, by_low = torch.full_like(widest, torch.inf), widest, low_wins
+    in_steps, rounded, error = (torch.empty_like(weight) for _ in range(3))
+    for factor in range_factors(SYMMETRIC_FACTORS):
+        scale = store_scale(widest * factor / levels, scale_dtype)
+        torch.div(weight, scale.unsqueeze(-1), out=in_steps)
+        torch.round(in_steps, out=rounded)
+        positive, negative = (
+            _length(torch.clamp(rounded, lowest, lowest + 2 * levels - 1, out=error).sub_(in_steps), roots) * scale
+            for lowest in (-levels, 1 - levels)
+        )
+        usual, other = torch.where(low_wins, positive, negative), torch.where(low_wins, negative, positive)
+        for total, side in ((usual, low_wins), (other, ~low_wins)):
+            better = total < least
+            least = torch.where(better, total, least)
+            reach, by_low = torch.where(better, widest * factor, reach), torch.where(better, side, by_low)
+    nothing = torch.zeros_like(reach)
+    return torch.where(by_low, -reach, nothing), torch.where(by_low, nothing, reach)
+
+
+def _search_asymmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    full, scheme = GroupRange.of(weight), _scheme(bits, False)
+    least, best = torch.full_like(full.low, torch.inf), full
+    in_steps, error = (torch.empty_like(weight) for _ in range(2))
+    factors = range_factors(ASYMMETRIC_FACTORS)
+    for candidate in (GroupRange(full.low * a, full.high * b) for a in factors for b in factors):
+        to = grid(candidate, scheme, scale_dtype)
+        torch.div(weight, to.scale.unsqueeze(-1), out=in_steps)
+        torch.round(in_steps, out=error)
+        if to.zero is not None:
+            zero = to.zero.unsqueeze(-1)
+            torch.maximum(error, to.lowest - zero, out=error)
+            torch.minimum(error, to.highest - zero, out=error)
+        total = _length(error.sub_(in_steps), roots) * to.scale
+        better = total < least
+        least = torch.where(better, total, least)
+        best = GroupRange(torch.where(better, candidate.low, best.low), torch.where(better, candidate.high, best.high))
+    return best.low, best.high
+
+
+def _length(error: Tensor, roots: Tensor) -> Tensor:
+    """sqrt(sum of moments * error^2) of each group; `error` is used up."""
+    length: Tensor = torch.linalg.vector_norm(error.mul_(roots), dim=-1)
+    return length
+
+
+def _codes(groups: Groups, rows: slice, to: Grid, work: Buffers) -> Tensor:
+    """q of a chunk in `work.codes`, the same before clamping in `work.free` and w in `work.weight`."""
+    weight = work.weight.copy_(groups.weight[rows])
+    free = torch.addcdiv(groups.offset[rows], weight, to.scale.unsqueeze(-1), out=work.free).round_()
+    if to.zero is not None:
+        free += to.zero.unsqueeze(-1)
+    return torch.clamp(free, to.lowest, to.highest, out=work.codes)
+
+
+def _steps(codes: Tensor, to: Grid) -> Tensor:
+    """q - z, in the place of q."""
+    return codes if to.zero is None else codes.sub_(to.zero.unsqueeze(-1))
+
+
+def _overwrite(kept: Tensor, value: Tensor, better: Tensor) -> None:
+    kept.copy_(torch.where(better, value.to(kept.dtype), kept) if better.is_cuda else value)
+
+
+def _chunks(groups: Groups) -> Iterator[tuple[slice, Buffers]]:
+    """Slices of groups, each with buffers that it may use."""
+    count, width = groups.weight.shape
+    size = min(count, max(1, _elements(groups.weight) // width))
+    made = [torch.empty_like(groups.offset[:size]) for _ in fields(Buffers)]
+    for start in range(0, count, size):
+        rows = slice(start, min(start + size, count))
+        yield rows, Buffers(*(buffer[: rows.stop - start] for buffer in made))
+
+
+def _elements(weight: Tensor) -> int:
+    return CHUNK_ELEMENTS if weight.is_cuda else CACHED_ELEMENTS
+
+
+@lru_cache
+def _scheme(bits: int, symmetric: bool) -> Scheme:
+    return Scheme(bits=bits, group_size=PER_CHANNEL, symmetric=symmetric)

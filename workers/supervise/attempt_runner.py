@@ -1,0 +1,217 @@
+"""The only place where store and engine meet: runs an attempt, keeps its lease, stores what it made.
+
+Nothing here computes; nothing in the attempt's process knows a database, a broker, a bucket or a key.
+"""
+
+import errno
+import time
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from pathlib import Path
+from typing import TypeVar
+
+import structlog
+
+from app.domain.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
+from app.domain.events import TEXT_ROLES, ErrorData, FailedLine, FetchedLine, ResultLine
+from app.domain.job_states import JobStatus
+from app.domain.request.source_walk import read_sources
+from app.store.attempts import AttemptWriter, Claim
+from workers.disk.hub_cache import holding
+from workers.disk.orders import AttemptOrder, FetchOrder
+from workers.disk.workspace import Workspace
+from workers.machine import oom_kills
+from workers.supervise.base_job import earlier_result
+from workers.supervise.child_env import attempt_environment, fetch_environment
+from workers.supervise.child_process import ChildProcess
+from workers.supervise.context import WorkerContext
+from workers.supervise.events import EventBuffer, LineReader
+from workers.supervise.exit_errors import error_of_exit
+from workers.supervise.lease import JobCancelled, LeaseKeeper, WorkerStopping
+from workers.supervise.outputs import store_outputs
+from workers.supervise.requirements import missed_requirement
+from workers.supervise.sources import fetch_order, model_path, text_path
+from workers.supervise.world_size import world_size
+
+POLL_SECONDS = 0.2
+CONCLUDE_SECONDS = 120.0
+"""How long an attempt's end waits for a database that is away, before the sweep has to find out."""
+
+T = TypeVar("T")
+log = structlog.get_logger(__name__)
+
+
+def supervise(context: WorkerContext, claim: Claim) -> JobStatus | None:
+    """Run a claimed attempt to its end and write how it ended.
+
+    Returns the status that the job has then; None if this attempt lost the job, or could not write its end.
+    """
+    with structlog.contextvars.bound_contextvars(job_id=claim.job_id, attempt=claim.attempt):
+        log.info("attempt_started", worker_id=context.worker_id, device=context.device.value)
+        try:
+            with LeaseKeeper(context, claim) as lease:
+                status = _to_the_end(_Attempt(context, claim, lease))
+        except AttemptSuperseded:
+            log.warning("attempt_superseded")
+            return None
+        except Unavailable:
+            log.error("attempt_end_not_written")
+            return None
+        log.info("attempt_ended", status=status.value)
+        return status
+
+
+def _to_the_end(attempt: "_Attempt") -> JobStatus:
+    try:
+        return attempt.run()
+    except AttemptSuperseded:
+        raise
+    except JobCancelled:
+        attempt.write(lambda writer: writer.cancelled())
+        return JobStatus.CANCELLED
+    except WorkerStopping:
+        return attempt.write(lambda writer: writer.release())
+    except BitwrightError as error:
+        log.warning("attempt_failed", code=error.code, detail=error.detail)
+        return attempt.fail(error)
+    except OSError as error:
+        log.exception("supervisor_failed")
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        return attempt.fail(
+            DiskFull("the worker's disk is full") if full else InternalError(f"{type(error).__name__} on the worker")
+        )
+    except Exception as error:
+        log.exception("supervisor_failed")
+        return attempt.fail(InternalError(f"{type(error).__name__} on the worker"))
+
+
+class _Attempt:
+    """One attempt in the supervisor's hands."""
+
+    def __init__(self, context: WorkerContext, claim: Claim, lease: LeaseKeeper) -> None:
+        self._context = context
+        self._claim = claim
+        self._lease = lease
+        self._events = EventBuffer(context, claim)
+        self._workspace = Workspace.of(context.settings.workspace_dir, claim.job_id)
+
+    def run(self) -> JobStatus:
+        """Sources, attempt, storage. Raises whatever ends the attempt early."""
+        self._lease.check()
+        self._workspace.open()
+        order = self._order()
+        self._workspace.write(self._workspace.order, order)
+        environment = attempt_environment(self._workspace, self._claim)
+        # Only a model from the Hub has a revision; its folder is shared, and pruned when nobody uses it.
+        with holding(Path(order.model_path)) if order.model_revision else nullcontext():
+            result = self._listen_for(ResultLine, self._context.attempt_module, environment, ranks=order.world_size)
+        artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
+        request = self._claim.request
+        missed = missed_requirement(request.require, result.report, request.formats)
+        self._events.flush()
+        if missed is not None:
+            return self.write(lambda writer: writer.fail(missed, report=result.report, artifacts=artifacts))
+        self.write(lambda writer: writer.succeed(result.report, artifacts))
+        self._workspace.remove()
+        return JobStatus.SUCCEEDED
+
+    def fail(self, error: BitwrightError) -> JobStatus:
+        """Write the attempt's error; the status that the job has then."""
+        return self.write(lambda writer: writer.fail(error))
+
+    def write(self, action: Callable[[AttemptWriter], T]) -> T:
+        """Do one fenced write in a transaction of its own, waiting for a database that is away.
+
+        Raises:
+            AttemptSuperseded: another attempt holds the job. Also after a commit whose answer was lost: it is written.
+            Unavailable: the database stayed away.
+        """
+        deadline = time.monotonic() + CONCLUDE_SECONDS
+        while True:
+            try:
+                with self._context.database.transaction() as session:
+                    return action(AttemptWriter(session, self._claim.job_id, self._claim.attempt))
+            except Unavailable:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(1)
+
+    def _order(self) -> AttemptOrder:
+        request, tenant = self._claim.request, self._claim.tenant_id
+        found = (self._context, tenant)
+        model = model_path(*found, request, self._workspace)
+        texts = {
+            f"{TEXT_ROLES[named.field]}_path": text_path(*found, named.source, self._workspace, field=named.field)
+            for named in read_sources(request)
+            if named.source is not request.model
+        }
+        earlier = earlier_result(*found, request.base_job, self._workspace)
+        wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
+        fetched = None if wanted.empty else self._fetch(wanted)
+        if fetched is not None:
+            texts = {name: path or getattr(fetched, name) for name, path in texts.items()}
+        return AttemptOrder(
+            job_id=self._claim.job_id,
+            attempt=self._claim.attempt,
+            request=request,
+            model_path=model or (fetched.model_path if fetched else ""),
+            model_revision=fetched.model_revision if fetched else None,
+            base_path=earlier,
+            device=self._context.device.value,
+            world_size=world_size(request, self._context.capacity.devices),
+            rendezvous=str(self._workspace.rendezvous(self._claim.attempt)),
+            micro_batch_divisor=self._claim.micro_batch_divisor,
+            **texts,
+        )
+
+    def _fetch(self, wanted: FetchOrder) -> FetchedLine:
+        if not self._context.settings.hub_enabled:
+            hint = "use a local path, an upload or the builtin text, or ask the operator to set BITWRIGHT_HUB_ENABLED"
+            raise SourceForbidden("this service may not fetch from the Hub", field="model", hint=hint)
+        self._workspace.write(self._workspace.fetch_order, wanted)
+        environment = fetch_environment(self._context.settings, self._workspace, self._claim)
+        return self._listen_for(FetchedLine, "workers.child.fetch", environment)
+
+    def _listen_for(self, wanted: type[T], module: str, environment: Mapping[str, str], ranks: int = 1) -> T:
+        """Run a child to its end, pass its events on, and return the line of the type `wanted` that it ended with."""
+        reader, endings = LineReader(), _Endings()
+        folder = str(self._workspace.folder)
+        kills_before = oom_kills()
+        with ChildProcess(
+            [module, folder],
+            peers=[[module, folder, str(rank)] for rank in range(1, ranks)],
+            environment=environment,
+            log_path=self._workspace.log,
+            silence_seconds=float(self._context.settings.lease_seconds),
+        ) as child:
+            log.info("process_started", module=module, pid=child.pid, ranks=ranks)
+            while not child.ended():
+                self._hear(child.lines(POLL_SECONDS), reader, endings)
+                self._events.flush_if_due()
+                self._lease.check()
+            self._hear(child.remaining_lines(), reader, endings)
+            code = child.finish()
+            log.info("process_ended", module=module, code=code, ignored=reader.ignored + child.dropped_lines)
+        self._events.flush()
+        what = "fetch" if wanted is FetchedLine else "attempt"
+        if code == 0 and isinstance(endings.result, wanted):
+            return endings.result
+        raise error_of_exit(code, endings.failed, oom_killed=oom_kills() > kills_before, what=what)
+
+    def _hear(self, raw_lines: list[bytes], reader: LineReader, endings: "_Endings") -> None:
+        for raw in raw_lines:
+            line = reader.read(raw)
+            if isinstance(line, ResultLine | FetchedLine):
+                endings.result = line
+            elif isinstance(line, FailedLine):
+                # Of several ranks the first to speak has the cause, the others only miss it.
+                endings.failed = endings.failed or line.error
+            elif line is not None:
+                self._events.add(line)
+
+
+class _Endings:
+    """The last words of a child."""
+
+    result: ResultLine | FetchedLine | None = None
+    failed: ErrorData | None = None

@@ -1,0 +1,114 @@
+"""What an earlier job made, brought from the blob store for a job that starts from it.
+
+    sources/<job id>/native/...     the files that `app.domain.request.base_job.is_read` names, each checked by its hash
+    sources/<job id>/adapter/...
+
+The folder gets its name when it is whole. From then on the earlier job may be deleted: a retry finds all it needs here.
+"""
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from app.domain.errors import CorruptCheckpoint, DiskFull, NotFound, SourceForbidden, SourceNotFound
+from app.domain.request.base_job import is_read
+from app.store.artifacts import ArtifactRepository
+from app.store.blobs import BlobStore
+from app.store.jobs import JobRepository
+from workers.disk.workspace import Workspace
+from workers.supervise.context import WorkerContext
+
+ANEW = "submit the request without base_job: it is quantized anew"
+
+
+def earlier_result(context: WorkerContext, tenant_id: str, job_id: str | None, workspace: Workspace) -> str | None:
+    """The folder with an earlier job's checkpoints, brought unless an earlier attempt did it; None without such a job.
+
+    Raises:
+        SourceNotFound: the job or its native checkpoint has been deleted.
+        SourceForbidden: a file is named outside its folder.
+        CorruptCheckpoint: a file's bytes are not those that were stored.
+        StorageError, DiskFull: a file cannot be read, or not be written here.
+    """
+    if job_id is None:
+        return None
+    folder = workspace.sources / job_id
+    if folder.exists():
+        return str(folder)
+    files = _files(context, tenant_id, job_id)
+    staged = workspace.sources / f".{job_id}"
+    shutil.rmtree(staged, ignore_errors=True)
+    try:
+        for checkpoint, path, sha256 in files:
+            bring(context.blobs, sha256, _place(staged, f"{checkpoint}/{path}"))
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFull("the worker's disk cannot hold what the earlier job made", field="base_job") from error
+        raise
+    staged.replace(folder)
+    return str(folder)
+
+
+def _files(context: WorkerContext, tenant_id: str, job_id: str) -> list[tuple[str, str, str]]:
+    """Checkpoint, path and hash of every file that is read."""
+    with context.database.reading() as session:
+        try:
+            request = JobRepository(session, tenant_id).get(job_id).request
+            stored = ArtifactRepository(session, tenant_id).of_job(job_id)
+        except NotFound as error:
+            detail = f"{job_id}, which this job starts from, has been deleted"
+            raise SourceNotFound(detail, field="base_job", value=job_id, hint=ANEW) from error
+        files = [(file.format, file.path, file.sha256) for file in stored if is_read(request, file.format, file.path)]
+    if not files:
+        detail = f"{job_id}, which this job starts from, has no native checkpoint any more"
+        raise SourceNotFound(detail, field="base_job", value=job_id, hint=ANEW)
+    return files
+
+
+def _place(folder: Path, name: str) -> Path:
+    target = (folder / name).resolve()
+    if not target.is_relative_to(folder.resolve()):
+        detail = "the earlier job names a file outside its folder"
+        raise SourceForbidden(detail, field="base_job", value=name, hint=ANEW)
+    return target
+
+
+def bring(blobs: BlobStore, sha256: str, target: Path) -> None:
+    """The blob as a file, hashed on the way: a hard link where that is possible (same disk), else a copy.
+
+    Raises:
+        CorruptCheckpoint: its bytes have another hash.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    found = _hash(target) if _linked(blobs.path(sha256), target) else _copy(blobs, sha256, target)
+    if found != sha256:
+        target.unlink()
+        detail = f"{target.name} of the earlier job is damaged in the store"
+        raise CorruptCheckpoint(detail, field="base_job", value=sha256, hint=ANEW)
+
+
+def _linked(local: Path | None, target: Path) -> bool:
+    """Whether `target` is now another name of the store's file; not where the store is a bucket or another disk."""
+    if local is None:
+        return False
+    try:
+        os.link(local, target)
+    except OSError:
+        return False
+    return True
+
+
+def _hash(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _copy(blobs: BlobStore, sha256: str, target: Path) -> str:
+    digest = hashlib.sha256()
+    with blobs.open(sha256) as source, target.open("wb") as copy:
+        while chunk := source.read(1 << 20):
+            digest.update(chunk)
+            copy.write(chunk)
+    return digest.hexdigest()

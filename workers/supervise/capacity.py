@@ -1,0 +1,82 @@
+"""What this machine can hold. torch is asked in a process of its own: the worker never loads it."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import structlog
+
+from app.domain.job_states import DeviceClass
+from workers.machine import host_memory
+from workers.supervise.child_process import child_environment
+
+PROBE = """
+import json, torch
+found = torch.cuda.is_available()
+first = torch.cuda.get_device_properties(0) if found else None
+count = torch.cuda.device_count()
+print(json.dumps({"name": first.name, "memory": first.total_memory, "count": count} if found else None))
+"""
+PROBE_SECONDS = 120
+
+log = structlog.get_logger(__name__)
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a worker computes on, and its sizes in bytes; of several GPUs, those of the first visible one."""
+
+    device: DeviceClass
+    device_name: str | None
+    device_memory_bytes: int | None
+    host_memory_bytes: int
+    disk_bytes: int
+    """Free when the worker started."""
+    disk_total_bytes: int
+    devices: int = 1
+    """GPUs, or processes on a CPU, that a job may take."""
+
+
+def capacity(wanted: str, workspace_dir: Path, devices: int | Literal["all"] = 1) -> Capacity:
+    """The device class to serve ("auto": cuda where torch finds one) and what the machine has.
+
+    Raises:
+        RuntimeError: cuda is wanted and torch finds none, or fewer than are wanted.
+    """
+    gpu = None if wanted == "cpu" else _probe()
+    if wanted == "cuda" and gpu is None:
+        raise RuntimeError("BITWRIGHT_DEVICE is cuda, but torch finds no CUDA device")
+    visible = 1 if gpu is None else int(gpu["count"])
+    if gpu is not None and devices != "all" and devices > visible:
+        raise RuntimeError(f"BITWRIGHT_DEVICES is {devices}, but torch finds {visible} CUDA devices")
+    workspace_dir.mkdir(parents=True, exist_ok=True)
+    disk = shutil.disk_usage(workspace_dir)
+    return Capacity(
+        device=DeviceClass.CPU if gpu is None else DeviceClass.CUDA,
+        device_name=None if gpu is None else str(gpu["name"]),
+        device_memory_bytes=None if gpu is None else int(gpu["memory"]),
+        host_memory_bytes=host_memory(),
+        disk_bytes=disk.free,
+        disk_total_bytes=disk.total,
+        devices=visible if devices == "all" else devices,
+    )
+
+
+def _probe() -> dict[str, str | int] | None:
+    try:
+        answer = subprocess.run(
+            [sys.executable, "-c", PROBE],
+            env=child_environment({}),
+            capture_output=True,
+            check=True,
+            timeout=PROBE_SECONDS,
+        )
+    except (subprocess.SubprocessError, OSError) as error:
+        log.warning("device_probe_failed", error=type(error).__name__)
+        return None
+    found: dict[str, str | int] | None = json.loads(answer.stdout.splitlines()[-1])
+    return found

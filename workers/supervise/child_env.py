@@ -1,0 +1,92 @@
+"""What the children are told through their environment, and what is kept from them."""
+
+import os
+import sys
+
+from app.settings import Settings
+from app.store.attempts import Claim
+from workers.child.lifeline import ATTEMPT, JOB_ID
+from workers.disk.workspace import Workspace
+from workers.supervise.child_process import child_environment
+
+NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "CURL_CA_BUNDLE")
+
+ALWAYS = {
+    # Else transformers sends model id and token to a public service when a repository holds only pickles.
+    "DISABLE_SAFETENSORS_CONVERSION": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "DO_NOT_TRACK": "1",
+    "PYTHONUNBUFFERED": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+TOKENIZING = {
+    # An attempt never forks, which is what tokenizers warn of.
+    "TOKENIZERS_PARALLELISM": "true",
+}
+
+ALLOCATOR = {
+    # Activations of a step are freed and asked for again all the time: keep their pages instead of giving them back,
+    # which costs more than the arithmetic on them. 32 MiB is the most that glibc takes.
+    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(64 << 20),
+}
+
+LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+RANKS = {
+    # Ranks of a job are on one machine, and nothing else has business with them.
+    "GLOO_SOCKET_IFNAME": LOOPBACK,
+    "NCCL_SOCKET_IFNAME": LOOPBACK,
+    # Multicast objects belong to the whole host, and attempts end by SIGKILL.
+    "NCCL_NVLS_ENABLE": "0",
+}
+"""What an operator has set goes first."""
+
+ROWS_ONLY = {"USE_TORCH": "0"}
+"""`datasets` loads torch where it is installed: seconds, and for tensors that a fetch never makes."""
+
+WAITING = {
+    # Threads that wait for each other look again for some ten microseconds, then sleep. By default those of GNU OpenMP
+    # spin for milliseconds: on a busy machine they take half of the processor time that the others need, on an idle
+    # one they gain nothing.
+    "GOMP_SPINCOUNT": "1000",
+}
+WAITING_IS_GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+"""Variables by which whoever runs the worker decides this."""
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
+
+
+def attempt_environment(workspace: Workspace, claim: Claim) -> dict[str, str]:
+    """Of the attempt: offline, and with caches that go with the workspace."""
+    caches = {"HF_HOME": str(workspace.folder / "cache")}
+    return RANKS | child_environment(ALWAYS | TOKENIZING | ALLOCATOR | waiting() | OFFLINE | _names(claim) | caches)
+
+
+def waiting() -> dict[str, str]:
+    """How threads wait, unless this process's environment says so."""
+    return {} if any(name in os.environ for name in WAITING_IS_GIVEN) else WAITING
+
+
+def fetch_environment(settings: Settings, workspace: Workspace, claim: Claim) -> dict[str, str]:
+    """Of the fetch: the only child with the network's settings and the Hub token."""
+    network = {
+        name: value
+        for wanted in NETWORK
+        for name in (wanted, wanted.lower())
+        if (value := os.environ.get(name)) is not None
+    }
+    if settings.hub_endpoint:
+        network["HF_ENDPOINT"] = settings.hub_endpoint
+    if settings.hub_token:
+        network["HF_TOKEN"] = settings.hub_token.get_secret_value()
+    return child_environment(
+        ALWAYS | ROWS_ONLY | _names(claim) | network | {"HF_HOME": str(workspace.folder / "cache")}
+    )
+
+
+def _names(claim: Claim) -> dict[str, str]:
+    """For the child's log lines."""
+    return {JOB_ID: claim.job_id, ATTEMPT: str(claim.attempt)}

@@ -1,0 +1,32 @@
+"""What a worker process has: made once at its start, given to everything that supervises."""
+
+import threading
+from dataclasses import dataclass, field
+
+from app.domain.job_states import DeviceClass
+from app.settings import Settings
+from app.store.blobs import BlobStore
+from app.store.session import Database
+from workers.supervise.capacity import Capacity
+
+
+@dataclass(frozen=True)
+class WorkerContext:
+    """One worker: its name in the store, its machine, and what it reads and writes.
+
+    stopping        set when the process was asked to end: the attempt in hand is given back
+    attempt_module  what `python -m` runs for an attempt; the tests of supervision bring their own
+    """
+
+    worker_id: str
+    capacity: Capacity
+    settings: Settings
+    database: Database
+    blobs: BlobStore
+    stopping: threading.Event = field(default_factory=threading.Event)
+    attempt_module: str = "workers.child.attempt"
+
+    @property
+    def device(self) -> DeviceClass:
+        """The class of device that this worker serves."""
+        return self.capacity.device

@@ -1,0 +1,71 @@
+"""What an attempt made, from its workspace into the blob store."""
+
+import errno
+from pathlib import Path, PurePosixPath
+
+from app.domain.errors import DiskFull, InternalError, StorageError
+from app.domain.events import ProgressEvent, ResultLine, Stage
+from app.store.attempts import NewArtifact
+from app.store.blobs import BlobStore
+from workers.disk.workspace import Workspace, output_files
+from workers.supervise.events import EventBuffer
+from workers.supervise.lease import LeaseKeeper
+
+MEDIA_TYPES = {
+    ".json": "application/json",
+    ".md": "text/markdown",
+    ".txt": "text/plain",
+    ".jinja": "text/plain",
+    ".py": "text/x-python",
+}
+
+
+def media_type(name: str) -> str:
+    """Of a checkpoint's file, by its name; tensors are bytes."""
+    return MEDIA_TYPES.get(PurePosixPath(name).suffix.lower(), "application/octet-stream")
+
+
+def store_outputs(
+    blobs: BlobStore, workspace: Workspace, result: ResultLine, lease: LeaseKeeper, events: EventBuffer
+) -> list[NewArtifact]:
+    """Hash and store every file of every checkpoint. Storing again what is there costs only the hash.
+
+    Raises:
+        InternalError: the result names a folder outside the workspace's output, or an empty one.
+        StorageError, DiskFull: the blob store does not take a file.
+        and what `LeaseKeeper.check` raises, between two files.
+    """
+    files = [
+        (checkpoint, path, name)
+        for checkpoint, folder in sorted(result.checkpoints.items())
+        for path, name in _checked_files(workspace, folder)
+    ]
+    total = sum(path.stat().st_size for _, path, _ in files)
+    artifacts: list[NewArtifact] = []
+    done = 0
+    for checkpoint, path, name in files:
+        lease.check()
+        try:
+            blob = blobs.put(path)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise DiskFull("the blob store's disk is full", value=f"{checkpoint}/{name}") from error
+            raise StorageError("the blob store did not take a file", value=f"{checkpoint}/{name}") from error
+        artifacts.append(
+            NewArtifact(format=checkpoint, path=name, sha256=blob.sha256, size=blob.size, media_type=media_type(name))
+        )
+        done += blob.size
+        events.add(ProgressEvent(stage=Stage.STORE, done=done, total=total, unit="bytes"))
+        events.flush_if_due()
+    lease.check()
+    return artifacts
+
+
+def _checked_files(workspace: Workspace, folder: str) -> list[tuple[Path, str]]:
+    root = (workspace.folder / folder).resolve()
+    if not root.is_relative_to(workspace.output.resolve()):
+        raise InternalError("the attempt's result names a folder outside its output", value=folder)
+    files = list(output_files(root))
+    if not files:
+        raise InternalError("the attempt's result names an empty folder", value=folder)
+    return files

@@ -1,0 +1,68 @@
+"""Whether a result keeps what its request demands."""
+
+from collections.abc import Collection
+
+from app.domain.errors import RequirementMissed
+from app.domain.report import Quality, Report, ShippedFigures
+from app.domain.request.job_request import Requirements
+
+
+def missed_requirement(
+    require: Requirements | None, report: Report, formats: Collection[str] | None = None
+) -> RequirementMissed | None:
+    """The error for the requirements that what ships misses, all in one; None if it keeps them.
+
+    formats   whose checkpoints must keep them; None: all that were stored
+    """
+    if require is None or not require.model_dump(exclude_none=True):
+        return None
+    if report.quality is None:
+        detail = "the request has requirements, but the job evaluated nothing to hold them against"
+        return RequirementMissed(detail, field="evaluation", hint="give an evaluation, or drop require")
+    misses = _misses(require, report.quality)
+    for way in report.shipped[1:]:
+        if way.whole and (formats is None or {*way.checkpoints, way.adapter} & set(formats)):
+            known = {name for name, _ in misses}
+            found = _misses(require, report.quality.model_copy(update=way.figures.model_dump()))
+            misses += [(name, f"{text} as {_loaded(way)}") for name, text in found if name not in known]
+    if not misses:
+        return None
+    names = ", ".join(name for name, _ in misses)
+    return RequirementMissed(
+        "; ".join(text for _, text in misses),
+        field=f"require.{misses[0][0]}",
+        value=names,
+        hint=_way_out(require, report),
+    )
+
+
+def _way_out(require: Requirements, report: Report) -> str:
+    """What may help: first of all a merge that loses nothing, where the merge is what lost it."""
+    adapter = report.adapter
+    usual = "the artifacts are stored; use more bits, a smaller group_size or a method that tunes"
+    if adapter is None or adapter.before_merge is None or report.quality is None:
+        return usual
+    if _misses(require, report.quality.model_copy(update=adapter.before_merge.model_dump())):
+        return usual
+    merge = adapter.merge
+    out = "leave round_offset out" if merge is not None and merge.rounded else "leave merge out"
+    return f"before its adapter was merged it kept them: {out}, or {usual.partition('; ')[2]}"
+
+
+def _loaded(way: ShippedFigures) -> str:
+    return " or ".join(way.checkpoints) + (f" with {way.adapter}" if way.adapter else "")
+
+
+def _misses(require: Requirements, quality: Quality) -> list[tuple[str, str]]:
+    ratio = quality.perplexity / quality.perplexity_original
+    measured: list[tuple[str, float | None, float, bool]] = [
+        ("max_perplexity_ratio", require.max_perplexity_ratio, ratio, True),
+        ("max_kl_divergence", require.max_kl_divergence, quality.kl_divergence, True),
+        ("min_top1_agreement", require.min_top1_agreement, quality.top1_agreement, False),
+    ]
+    # A NaN keeps no requirement: it compares false with everything.
+    return [
+        (name, f"{name} is {limit:g}, the result has {value:.6g}")
+        for name, limit, value, upper in measured
+        if limit is not None and not (value <= limit if upper else value >= limit)
+    ]
