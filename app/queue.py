@@ -21,8 +21,8 @@ from redis.exceptions import AuthenticationError, RedisError
 from redis.exceptions import ConnectionError as BrokerAway
 from redis.exceptions import TimeoutError as BrokerSilent
 
-from app.domain.job_states import DeviceClass
 from app.settings import get_settings
+from bitwright.job_states import DeviceClass
 
 WORK_TASK = "workers.work"
 QUIET_SECONDS = 2.0

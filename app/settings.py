@@ -31,7 +31,7 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app import setting_values as values
-from app.domain.errors import InvalidSettings
+from bitwright.errors import InvalidSettings
 
 KIB, MIB, GIB, PIB = 1 << 10, 1 << 20, 1 << 30, 1 << 50
 DAY = 86_400

@@ -15,10 +15,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from app.domain.errors import NumericalFailure
 from benchmarks.cells import Cell
 from benchmarks.finetuning_cells import ARMS, BUDGETS, cell
 from benchmarks.results import base_of, order
+from bitwright.errors import NumericalFailure
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
 

@@ -35,11 +35,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from app.domain.report import Report
 from app.domain.request.job_request import JobRequest
 from benchmarks.cells import Cell, cells
 from benchmarks.finetuning_cells import finetuning_cells
 from benchmarks.results_table import FILE, lines
+from bitwright.report import Report
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
 from workers.engine.run import run

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import typer.main
 from typer.core import TyperCommand, TyperGroup
 
-from app.cli.main import app
+from bitwright.cli.main import app
 
 
 def check_bitwright(words: Sequence[str], *, mention: bool = False) -> None:

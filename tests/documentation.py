@@ -23,7 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 FOLDERS = MappingProxyType(
     {
-        "app": "Everything that needs no torch: API, store, client, command line",
+        "bitwright": "What users install: client, commands, and the types shared with the service",
+        "bitwright/cli": "The user's commands",
+        "app": "The service without torch: API, store, the operator's commands",
         "app/domain": "Pure types: pydantic and the standard library only",
         "app/domain/request": "The request: shorthand, recipes, sources, problems",
         "app/domain/methods": "Schemes, specs and budgets of quantization methods, and their catalogue",
@@ -31,8 +33,7 @@ FOLDERS = MappingProxyType(
         "app/domain/inputs": "Checks of files that strangers send",
         "app/store": "SQLAlchemy; the only place with SQL",
         "app/api": "FastAPI",
-        "app/client": "The typed HTTP client",
-        "app/cli": "The `bitwright` command",
+        "app/cli": "The operator's commands",
         "workers": "Celery on one side of a process boundary, torch on the other; never FastAPI",
         "workers/supervise": "Claims a job, runs an attempt in a child process, keeps its lease, stores its results",
         "workers/child": "Runs in the child process; no database, broker, bucket or key",

@@ -1,6 +1,6 @@
 """The least that a report holds, for tests that need some report; its quality, where it has one, is known."""
 
-from app.domain.report import ModelReport, PeakMemory, Quality, Report, SizeReport, TextReport
+from bitwright.report import ModelReport, PeakMemory, Quality, Report, SizeReport, TextReport
 
 QUALITY = Quality(
     text=TextReport(source="builtin", sha256="0" * 64, num_samples=1, sequence_length=16, tokens=16),

@@ -16,7 +16,7 @@ import pytest
 from app.settings import Settings
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("app", "workers", "migrations")
+PACKAGES = ("app", "bitwright", "workers", "migrations")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 ALL_PYTHON = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT / "benchmarks").rglob("*.py"))]
 
@@ -83,7 +83,7 @@ def fresh_interpreter(code: str) -> subprocess.CompletedProcess[str]:
     ("modules", "absent"),
     [
         ("app.api.main", "torch transformers numpy workers"),
-        ("app.cli.main, app.client", "torch transformers numpy sqlalchemy celery fastapi"),
+        ("bitwright.cli.main, bitwright", "torch transformers numpy sqlalchemy celery fastapi"),
         ("workers.supervise.work, workers.sweep, workers.supervise.attempt_runner", "torch transformers fastapi"),
         ("workers.child.attempt", "sqlalchemy celery fastapi httpx"),
     ],

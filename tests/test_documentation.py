@@ -12,11 +12,11 @@ import pytest
 import yaml
 
 from app.api.main import create_app
-from app.domain.errors import ERRORS, FieldProblem
 from app.domain.methods import METHODS
 from app.domain.request.job_request import JobRequest
-from app.domain.views import UploadRequest
 from app.settings import Settings
+from bitwright.errors import ERRORS, FieldProblem
+from bitwright.views import UploadRequest
 from tests.command_lines import check_bitwright
 from tests.documentation import FILES, FOLDERS, PARTS, ROOT, with_part
 

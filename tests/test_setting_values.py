@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from app.domain.errors import InvalidSettings
 from app.queue import celery_app
 from app.settings import Settings, get_settings, problems_of, unknown_variables, warn_of_unknown_variables
+from bitwright.errors import InvalidSettings
 
 NONSENSE = {
     "environment": ["staging", "1"],

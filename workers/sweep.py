@@ -17,8 +17,6 @@ from collections.abc import Mapping
 
 import structlog
 
-from app.domain.errors import Unavailable
-from app.domain.job_states import DeviceClass
 from app.logs import configure_logging
 from app.queue import notify_workers, silence
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
@@ -29,6 +27,8 @@ from app.store.ids import new_id
 from app.store.session import Database
 from app.store.uploads import remove_expired_uploads
 from app.store.workers import forget_workers, list_workers, live_classes, sweep_lease, waiting
+from bitwright.errors import Unavailable
+from bitwright.job_states import DeviceClass
 
 LEASE_ROUNDS = 3
 """The sweep's own lease lasts for this many rounds."""

@@ -18,9 +18,9 @@ from app.api.content import (
 from app.api.deps import BlobsOf, DatabaseOf
 from app.api.documentation import binary, problems, text_header
 from app.api.representations import artifact_view
-from app.domain.errors import StorageError
-from app.domain.views import ArtifactView, Page
 from app.store.artifacts import ArtifactRepository
+from bitwright.errors import StorageError
+from bitwright.views import ArtifactView, Page
 
 router = APIRouter(tags=["artifacts"])
 

@@ -8,8 +8,8 @@ from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from app.api.deps import DatabaseOf
 from app.domain.access import Principal, Scope
-from app.domain.errors import MissingScope, Unauthenticated
 from app.store.keys import authenticate
+from bitwright.errors import MissingScope, Unauthenticated
 
 bearer = HTTPBearer(
     auto_error=False,

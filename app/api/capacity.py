@@ -7,9 +7,9 @@ dry run warns. Nothing is refused while no worker of its device class is alive: 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from app.domain.errors import ExceedsCapacity
 from app.domain.request.job_request import JobRequest
 from app.store.models import Worker
+from bitwright.errors import ExceedsCapacity
 
 SIZES = {
     "host_memory_bytes": "memory",

@@ -11,7 +11,7 @@ from starlette.datastructures import Headers
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from app.domain.errors import PreconditionFailed, RangeNotSatisfiable
+from bitwright.errors import PreconditionFailed, RangeNotSatisfiable
 
 RANGE = re.compile(r"bytes=\s*(\d{0,19})-(\d{0,19})\s*")
 IMMUTABLE = "private, max-age=31536000, immutable"

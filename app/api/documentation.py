@@ -3,9 +3,9 @@
 from typing import Any
 
 from app.api.errors import MEDIA_TYPE
-from app.domain.errors import ERRORS, RequestError
 from app.domain.request.job_request import JobRequest
-from app.domain.views import Problem
+from bitwright.errors import ERRORS, RequestError
+from bitwright.views import Problem
 
 ALWAYS = ("unauthenticated", "missing_scope", "malformed_body", "invalid_request", "unavailable", "internal_error")
 """Codes that any route with a key may answer with."""

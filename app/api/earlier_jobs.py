@@ -6,8 +6,6 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from app.domain.errors import FieldProblem, InputError, NotFound, SourceNotFound, StorageError, UnusableBaseJob
-from app.domain.job_states import JobStatus
 from app.domain.methods import WeightSpec
 from app.domain.request.base_job import DESCRIPTION, EarlierJob, Folded, continued_adapter, is_read, named_job
 from app.domain.request.job_request import JobRequest
@@ -15,6 +13,8 @@ from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
 from app.store.jobs import JobRepository
 from app.store.models import Artifact, Job
+from bitwright.errors import FieldProblem, InputError, NotFound, SourceNotFound, StorageError, UnusableBaseJob
+from bitwright.job_states import JobStatus
 
 MAX_DESCRIPTION_BYTES = 64 << 20
 ANEW = "or leave base_job out to quantize anew"

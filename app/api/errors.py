@@ -14,7 +14,8 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
-from app.domain.errors import (
+from app.domain.request.problems import unknown_field
+from bitwright.errors import (
     BitwrightError,
     BodyTooLarge,
     FieldProblem,
@@ -27,8 +28,7 @@ from app.domain.errors import (
     Unauthenticated,
     shorten,
 )
-from app.domain.request.problems import unknown_field
-from app.domain.views import Problem
+from bitwright.views import Problem
 
 MEDIA_TYPE = "application/problem+json"
 RETRY_AFTER_SECONDS = 5

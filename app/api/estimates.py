@@ -3,7 +3,6 @@
 from typing import Any
 
 from app.api.inspection import Inspection
-from app.domain.formats import ExportFormat
 from app.domain.inputs.architectures import HEAD
 from app.domain.methods import SCALE_BITS
 from app.domain.request.combination_rules import trained_parameters
@@ -17,6 +16,7 @@ from app.domain.workload import (
     reference_flops,
     tuned_sequences,
 )
+from bitwright.formats import ExportFormat
 
 HEAVY_BYTES = 2  # bf16
 TUNING_BYTES = 16

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import structlog
 from starlette.concurrency import run_in_threadpool
 
-from app.domain.errors import TooManyRequests
 from app.store.events import StoredEvent
+from bitwright.errors import TooManyRequests
 
 BACKLOG = 256
 """Events that wait in memory for one stream."""

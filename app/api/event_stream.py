@@ -6,13 +6,13 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.event_feed import EventFeed, Subscription
 from app.api.representations import event_view
-from app.domain.errors import NotFound
-from app.domain.events import StatusEvent
-from app.domain.job_states import FINAL_STATUSES
 from app.store.events import EventRepository, StoredEvent
 from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.session import Database
+from bitwright.errors import NotFound
+from bitwright.events import StatusEvent
+from bitwright.job_states import FINAL_STATUSES
 
 MEDIA_TYPE = "text/event-stream"
 KEEP_ALIVE_SECONDS = 15.0

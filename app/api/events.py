@@ -11,9 +11,9 @@ from app.api.deps import DatabaseOf, FeedOf
 from app.api.documentation import problems
 from app.api.event_stream import HEADERS, MEDIA_TYPE, JobEvents, stream_events
 from app.api.representations import event_view
-from app.domain.errors import InvalidRequest
-from app.domain.job_states import FINAL_STATUSES
-from app.domain.views import EventPage
+from bitwright.errors import InvalidRequest
+from bitwright.job_states import FINAL_STATUSES
+from bitwright.views import EventPage
 
 router = APIRouter(tags=["events"])
 

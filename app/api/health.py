@@ -9,9 +9,9 @@ from pydantic import BaseModel, Field
 
 from app.api.deps import DatabaseOf, MetricsOf, SettingsOf
 from app.api.documentation import problems
-from app.domain.errors import Unavailable
 from app.queue import BrokerState, broker_state
 from app.store.session import schema_is_current
+from bitwright.errors import Unavailable
 
 router = APIRouter(tags=["health"])
 log = structlog.get_logger(__name__)

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture, UnsupportedCheckpoint
 from app.domain.inputs.architectures import Dimensions, read_dimensions
 from app.domain.inputs.checkpoint_choice import check_choice
 from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files
 from app.domain.inputs.quantized_tensors import HINT, quantized_tensor
 from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, TensorEntry, header_length, parse_header
+from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture, UnsupportedCheckpoint
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 4 << 20, 64 << 20

@@ -14,10 +14,8 @@ from app.api.earlier_jobs import find_earlier
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
 from app.api.representations import job_view
-from app.domain.job_states import JobStatus
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest
-from app.domain.views import JobView, Page, PreflightView
 from app.queue import notify_workers
 from app.store.artifacts import ArtifactRepository
 from app.store.idempotency import Idempotency
@@ -27,6 +25,8 @@ from app.store.session import Database
 from app.store.uploads import UploadRepository
 from app.store.waiting import Place, places
 from app.store.workers import list_workers, live_classes
+from bitwright.job_states import JobStatus
+from bitwright.views import JobView, Page, PreflightView
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger(__name__)

@@ -7,7 +7,7 @@ from app.api.documentation import problems
 from app.domain.adapters import ADAPTERS, AdapterInfo
 from app.domain.methods import METHODS, RECIPES, MethodInfo
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
-from app.domain.views import AdapterView, MethodList, MethodView, RecipeView
+from bitwright.views import AdapterView, MethodList, MethodView, RecipeView
 
 router = APIRouter(tags=["catalogue"])
 

@@ -13,7 +13,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from app.api.errors import problem_response
-from app.domain.errors import BodyTooLarge, InternalError
+from bitwright.errors import BodyTooLarge, InternalError
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")
 UPLOAD_PART = re.compile(r"/v1/uploads/[^/]+/files/[^/]+")

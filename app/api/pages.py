@@ -13,7 +13,7 @@ from fastapi import APIRouter, Request
 from fastapi.openapi.docs import get_redoc_html, get_swagger_ui_html
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 
-from app.domain.errors import NotFound
+from bitwright.errors import NotFound
 
 router = APIRouter(include_in_schema=False)
 

@@ -9,17 +9,6 @@ from typing import Any
 from app.api.estimates import estimate
 from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
 from app.domain.advice import dishonoured_rank, starved_calibration
-from app.domain.errors import (
-    ERRORS,
-    BitwrightError,
-    FieldProblem,
-    InputError,
-    InvalidDataset,
-    InvalidRequest,
-    NotFound,
-    SourceForbidden,
-    SourceNotFound,
-)
 from app.domain.formats import FORMATS, model_problems
 from app.domain.inputs.architectures import HEAD, Dimensions
 from app.domain.inputs.foreign_files import foreign_files
@@ -35,6 +24,17 @@ from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
 from app.store.uploads import UploadRepository
+from bitwright.errors import (
+    ERRORS,
+    BitwrightError,
+    FieldProblem,
+    InputError,
+    InvalidDataset,
+    InvalidRequest,
+    NotFound,
+    SourceForbidden,
+    SourceNotFound,
+)
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,13 @@ from typing import TypeVar
 import structlog
 from pydantic import BaseModel, ValidationError
 
-from app.domain.events import ErrorData, ProgressEvent
-from app.domain.report import Report
 from app.domain.request.job_request import JobRequest
-from app.domain.views import (
+from app.store.events import StoredEvent
+from app.store.models import Artifact, Attempt, Job, JsonObject, Upload
+from app.store.waiting import Place
+from bitwright.events import ErrorData, ProgressEvent
+from bitwright.report import Report
+from bitwright.views import (
     ArtifactView,
     AttemptView,
     EventView,
@@ -18,9 +21,6 @@ from app.domain.views import (
     UploadFileView,
     UploadView,
 )
-from app.store.events import StoredEvent
-from app.store.models import Artifact, Attempt, Job, JsonObject, Upload
-from app.store.waiting import Place
 
 Part = TypeVar("Part", bound=BaseModel)
 log = structlog.get_logger(__name__)

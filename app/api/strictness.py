@@ -15,8 +15,8 @@ from starlette.concurrency import run_in_threadpool
 
 from app.api.auth import bearer, find_principal, name_caller, reader, submitter
 from app.api.deps import get_state
-from app.domain.errors import FieldProblem, InvalidRequest, shorten
 from app.domain.request.problems import MAX_PROBLEMS, closest
+from bitwright.errors import FieldProblem, InvalidRequest, shorten
 
 NO_BODY = (b"", b"{}", b"null")
 """What clients send that have nothing to say."""

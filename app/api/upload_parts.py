@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from app.domain.errors import RequestInProgress
+from bitwright.errors import RequestInProgress
 
 
 class PartsFolder:

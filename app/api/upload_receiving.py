@@ -10,10 +10,10 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from app.api.upload_parts import PartsFolder
-from app.domain.errors import Conflict, InvalidRequest, NotFound
 from app.store.models import Upload, UploadFile
 from app.store.session import Database
 from app.store.uploads import BEGIN_ANEW, UploadRepository
+from bitwright.errors import Conflict, InvalidRequest, NotFound
 
 CONTENT_RANGE = re.compile(r"bytes (\d{1,19})-(\d{1,19})/(\d{1,19})")
 BUFFER = 1 << 20

@@ -13,7 +13,15 @@ from app.api.inspection import CONFIG, is_plain_name
 from app.api.representations import upload_view
 from app.api.upload_parts import PartsFolder
 from app.api.upload_receiving import Target, TornPart, find_file, parse_content_range, receive_part
-from app.domain.errors import (
+from app.domain.inputs.foreign_files import PICKLED, foreign_files
+from app.domain.inputs.jsonl import check_jsonl
+from app.settings import Settings
+from app.store.blobs import BlobStore
+from app.store.idempotency import Idempotency
+from app.store.models import Upload, UploadFile
+from app.store.session import Database
+from app.store.uploads import SEND_THE_REST, NewUploadFile, UploadRepository
+from bitwright.errors import (
     BodyTooLarge,
     Conflict,
     FieldProblem,
@@ -22,15 +30,7 @@ from app.domain.errors import (
     MalformedBody,
     UnsafeCheckpoint,
 )
-from app.domain.inputs.foreign_files import PICKLED, foreign_files
-from app.domain.inputs.jsonl import check_jsonl
-from app.domain.views import Page, UploadRequest, UploadView
-from app.settings import Settings
-from app.store.blobs import BlobStore
-from app.store.idempotency import Idempotency
-from app.store.models import Upload, UploadFile
-from app.store.session import Database
-from app.store.uploads import SEND_THE_REST, NewUploadFile, UploadRepository
+from bitwright.views import Page, UploadRequest, UploadView
 
 router = APIRouter(tags=["uploads"])
 log = structlog.get_logger(__name__)

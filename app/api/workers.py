@@ -6,10 +6,10 @@ from sqlalchemy.orm import Session
 from app.api.auth import Reader
 from app.api.deps import DatabaseOf
 from app.api.documentation import problems
-from app.domain.errors import NotFound
-from app.domain.views import CLOCK_SKEW, Page, WorkerView
 from app.store.jobs import JobRepository
 from app.store.workers import WorkerState, list_workers
+from bitwright.errors import NotFound
+from bitwright.views import CLOCK_SKEW, Page, WorkerView
 
 router = APIRouter(tags=["catalogue"])
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import structlog
 
-from app.cli.connection import Endpoint, save_endpoint
 from app.cli.installed import NAME, how_to_call
-from app.cli.render import out
-from app.domain.errors import Unavailable
 from app.settings import Settings
+from bitwright.cli.connection import Endpoint, save_endpoint
+from bitwright.cli.render import out
+from bitwright.errors import Unavailable
 
 log = structlog.get_logger(__name__)
 

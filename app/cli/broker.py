@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.cli.children import Program
-from app.domain.errors import Unavailable
+from bitwright.errors import Unavailable
 
 LONGEST_SOCKET_PATH = 107
 """Bytes: `sun_path` of a Unix socket holds 108, with the closing zero."""

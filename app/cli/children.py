@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import structlog
 
-from app.domain.errors import Unavailable
+from bitwright.errors import Unavailable
 
 log = structlog.get_logger(__name__)
 

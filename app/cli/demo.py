@@ -12,19 +12,19 @@ import httpx
 import typer
 
 from app.cli.children import tied_to_this_process
-from app.cli.connection import DataDirOption
 from app.cli.embedded import EmbeddedService
 from app.cli.installed import how_to_call
-from app.cli.job_details import brought
-from app.cli.jobs import download_checkpoint
 from app.cli.loading import load_and_generate
-from app.cli.render import format_seconds, out, report_table, times_table
-from app.cli.submit import set_fields, set_section
-from app.cli.watch import finish, follow_job
-from app.client.folders import claim_folder
-from app.domain.errors import InternalError
 from app.domain.methods import METHODS
 from app.settings import get_settings
+from bitwright.cli.connection import DataDirOption
+from bitwright.cli.job_details import brought
+from bitwright.cli.jobs import download_checkpoint
+from bitwright.cli.render import format_seconds, out, report_table, times_table
+from bitwright.cli.submit import set_fields, set_section
+from bitwright.cli.watch import finish, follow_job
+from bitwright.errors import InternalError
+from bitwright.folders import claim_folder
 
 HUB = "https://huggingface.co"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"

@@ -9,9 +9,9 @@ from types import TracebackType
 from typing import Self
 
 from app.cli.children import tied_to_this_process
-from app.cli.connection import Endpoint, load_endpoint
-from app.client import Client
-from app.domain.errors import BitwrightError, Unavailable
+from bitwright import Client
+from bitwright.cli.connection import Endpoint, load_endpoint
+from bitwright.errors import BitwrightError, Unavailable
 
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0

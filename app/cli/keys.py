@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from app.cli.connection import DataDirOption
 from app.cli.environment import use_data_dir
-from app.cli.render import err, out, tabbed
 from app.domain.access import Scope
 from app.settings import get_settings
+from bitwright.cli.connection import DataDirOption
+from bitwright.cli.render import err, out, tabbed
 
 if TYPE_CHECKING:
     from app.store.session import Database

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from app.domain.errors import InternalError
+from bitwright.errors import InternalError
 
 LOAD_SECONDS = 600
 

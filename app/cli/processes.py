@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 
-from app.cli.connection import DataDirOption
 from app.cli.environment import apply, use_data_dir
-from app.cli.render import out
-from app.domain.errors import RequestError
+from bitwright.cli.connection import DataDirOption
+from bitwright.cli.render import out
+from bitwright.errors import RequestError
 
 
 def worker_command() -> tuple[str, ...]:

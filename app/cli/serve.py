@@ -20,13 +20,13 @@ import typer
 from app.cli.announcement import Announcement, own_workers
 from app.cli.broker import broker_program, broker_url, runtime_folder
 from app.cli.children import Children, Program
-from app.cli.connection import DataDirOption, Endpoint, load_endpoint
 from app.cli.environment import apply
 from app.cli.processes import sweep_command, worker_command
 from app.domain.access import Scope
-from app.domain.errors import Conflict, Unauthenticated, Unavailable
 from app.logs import configure_logging
 from app.settings import Settings
+from bitwright.cli.connection import DataDirOption, Endpoint, load_endpoint
+from bitwright.errors import Conflict, Unauthenticated, Unavailable
 
 log = structlog.get_logger(__name__)
 

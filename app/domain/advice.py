@@ -4,11 +4,11 @@ from collections.abc import Mapping
 
 from app.domain.adapters import AdapterSpec, GroupedSpec, LoRASpec, QALoRASpec
 from app.domain.adapters.shapes import shape_for
-from app.domain.errors import MisalignedAdapter
 from app.domain.methods import METHODS, WeightSpec
 from app.domain.request.combination_rules import trained_parameters
 from app.domain.request.job_request import Calibration, JobRequest
 from app.domain.workload import calibration_tokens
+from bitwright.errors import MisalignedAdapter
 
 STARVED = 4
 """Times fewer tokens than its preset has, from which on a method is said to be starved."""

@@ -5,24 +5,17 @@ rule that joins them: with `peft` among a job's formats, every other format but 
 `peft` checkpoint is the adapter that belongs to it; without it, the factors must be in the checkpoint.
 """
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from app.domain.errors import FieldProblem
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
 from app.domain.methods import MAX_BITS, METHODS, MIN_BITS, PER_CHANNEL, Form, Scheme, WeightSpec
 from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
-
-
-class ExportFormat(StrEnum):
-    NATIVE = "native"
-    COMPRESSED_TENSORS = "compressed-tensors"
-    MERGED = "merged"
-    PEFT = "peft"
-    GGUF = "gguf"
+from bitwright.errors import FieldProblem
+from bitwright.formats import ExportFormat
 
 
 class ScaleDtype(StrEnum):
@@ -220,18 +213,6 @@ FORMATS: MappingProxyType[ExportFormat, FormatInfo] = MappingProxyType(
         ),
     }
 )
-
-
-ADAPTER_FOLDER = "adapter"
-"""Where the adapter file of a job that trains is kept, beside its checkpoints; no format of its own."""
-
-
-def first_choice(kept: Iterable[str]) -> str:
-    """Of what a job keeps, by name, what a caller gets who names none.
-
-    A checkpoint that was asked for; else `native`, which is always kept; the adapter, which is no model, never before.
-    """
-    return min(kept, key=lambda name: (name == ADAPTER_FOLDER, name == ExportFormat.NATIVE))
 
 
 def base_alone(formats: Collection[ExportFormat]) -> bool:

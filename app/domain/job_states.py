@@ -1,23 +1,8 @@
 """States of a job, the transitions between them, and the classes of devices that jobs ask for."""
 
-from enum import StrEnum
 from types import MappingProxyType
 
-
-class JobStatus(StrEnum):
-    """`TRANSITIONS` says which status follows which."""
-
-    QUEUED = "queued"
-    """Waits for a worker. A worker's claim moves it to running; a cancel ends it at once."""
-    RUNNING = "running"
-    """A worker holds its lease. Ends by the worker's word, or goes back to queued when the lease runs out."""
-    SUCCEEDED = "succeeded"
-    """Its artifacts are stored and its report is written. Final."""
-    FAILED = "failed"
-    """Its last attempt's error says why. `retry` queues it again."""
-    CANCELLED = "cancelled"
-    """A caller ended it. `retry` queues it again."""
-
+from bitwright.job_states import JobStatus
 
 TRANSITIONS: MappingProxyType[JobStatus, frozenset[JobStatus]] = MappingProxyType(
     {
@@ -30,15 +15,5 @@ TRANSITIONS: MappingProxyType[JobStatus, frozenset[JobStatus]] = MappingProxyTyp
 )
 
 
-FINAL_STATUSES = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELLED})
-
-
 MAX_RETRIES_WITHOUT_PROGRESS = 3
 """After the first attempt of a row of attempts that finish no new block: three retries, four attempts in all."""
-
-
-class DeviceClass(StrEnum):
-    """What a worker computes on. A job may ask for one, or take any."""
-
-    CPU = "cpu"
-    CUDA = "cuda"

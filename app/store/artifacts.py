@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from app.domain.errors import NotFound
 from app.store.ids import require_id
 from app.store.models import Artifact, Job
+from bitwright.errors import NotFound
 
 
 class ArtifactRepository:

@@ -14,10 +14,7 @@ from sqlalchemy import ColumnElement, and_, case, delete, func, insert, or_, sel
 from sqlalchemy.orm import Session, aliased
 from sqlalchemy.sql.dml import ReturningUpdate
 
-from app.domain.errors import AttemptSuperseded, BitwrightError, InvalidRequest
-from app.domain.events import AttemptEvent, BlockEvent, CheckpointEvent, ProgressEvent
-from app.domain.job_states import FINAL_STATUSES, DeviceClass, JobStatus
-from app.domain.report import Report
+from app.domain.attempt_lines import AttemptEvent
 from app.domain.request.job_request import JobRequest
 from app.store.clock import now, seconds_from_now
 from app.store.documents import document
@@ -25,6 +22,10 @@ from app.store.endings import close_attempt, end_with_error
 from app.store.ids import new_id
 from app.store.models import Artifact, Attempt, Event, Job
 from app.store.status import NOT_RUNNING, enter
+from bitwright.errors import AttemptSuperseded, BitwrightError, InvalidRequest
+from bitwright.events import BlockEvent, CheckpointEvent, ProgressEvent
+from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus
+from bitwright.report import Report
 
 
 @dataclass(frozen=True)

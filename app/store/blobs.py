@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
-from app.domain.errors import DiskFull, StorageError
+from bitwright.errors import DiskFull, StorageError
 
 CHUNK = 1 << 20
 SHA256_SHAPE = re.compile(r"[0-9a-f]{64}")

@@ -5,8 +5,8 @@ from collections.abc import Iterator
 
 from pydantic import BaseModel
 
-from app.domain.errors import NumericalFailure
 from app.store.models import JsonObject
+from bitwright.errors import NumericalFailure
 
 
 def document(message: BaseModel) -> JsonObject:

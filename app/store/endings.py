@@ -5,14 +5,15 @@ from collections.abc import Mapping
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from app.domain.errors import BitwrightError, Retry, WorkerLost
-from app.domain.events import ErrorData
-from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
-from app.domain.report import Report
+from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS
 from app.store.clock import now, seconds_from_now
 from app.store.documents import document
 from app.store.models import Attempt, Job
 from app.store.status import NOT_RUNNING, enter
+from bitwright.errors import BitwrightError, Retry, WorkerLost
+from bitwright.events import ErrorData
+from bitwright.job_states import JobStatus
+from bitwright.report import Report
 
 BACK_OFF_SECONDS = 1.0
 """Delay after a fault; doubled with each further attempt that made no progress."""

@@ -7,11 +7,11 @@ from datetime import datetime
 from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
-from app.domain.errors import NotFound
-from app.domain.events import EVENT
-from app.domain.events import Event as AnyEvent
 from app.store.ids import require_id
 from app.store.models import Event, Job
+from bitwright.errors import NotFound
+from bitwright.events import EVENT
+from bitwright.events import Event as AnyEvent
 
 MAX_PAGE = 1000
 CURSORS_A_QUERY = 200

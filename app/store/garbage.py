@@ -7,11 +7,11 @@ from itertools import islice
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
 
-from app.domain.job_states import FINAL_STATUSES
 from app.store.blobs import BlobStore
 from app.store.clock import now, seconds_from_now
 from app.store.models import Artifact, IdempotencyKey, Job, Upload, UploadFile
 from app.store.session import Database
+from bitwright.job_states import FINAL_STATUSES
 
 GRACE_SECONDS = 24 * 3600.0
 """A blob is stored before the row that names it is committed, and a large checkpoint or upload takes hours to store."""

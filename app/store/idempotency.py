@@ -9,10 +9,10 @@ from pydantic import BaseModel
 from sqlalchemy import select
 from sqlalchemy.orm import InstrumentedAttribute, Session
 
-from app.domain.errors import Conflict, InvalidRequest, KeyReused
 from app.store.clock import now, seconds_from_now
 from app.store.models import IdempotencyKey
 from app.store.upsert import upsert
+from bitwright.errors import Conflict, InvalidRequest, KeyReused
 
 KEPT_SECONDS = 24 * 3600
 KEY_SHAPE = re.compile(r"[\x21-\x7e]{1,255}")

@@ -6,7 +6,7 @@ import threading
 import time
 from typing import Literal
 
-from app.domain.errors import NotFound
+from bitwright.errors import NotFound
 
 ALPHABET = "0123456789abcdefghjkmnpqrstvwxyz"
 """Crockford's base 32 in lower case, in ASCII order, so that text order is time order."""

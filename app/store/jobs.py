@@ -7,8 +7,6 @@ from typing import Generic, TypeVar
 from sqlalchemy import ColumnElement, Select, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
-from app.domain.job_states import FINAL_STATUSES, JobStatus
 from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import read_uploads
 from app.domain.request.sources import LocalModel, ModelSource
@@ -17,6 +15,8 @@ from app.store.idempotency import Idempotency, find_key, made_by, take_key
 from app.store.ids import is_id, new_id, require_id
 from app.store.models import Attempt, IdempotencyKey, Job, JobLabel, JobUpload, Upload
 from app.store.status import begin, enter
+from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, NotFound
+from bitwright.job_states import FINAL_STATUSES, JobStatus
 
 Item = TypeVar("Item")
 MAX_PAGE = 1000

@@ -11,11 +11,11 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from app.domain.access import Principal, Scope
-from app.domain.errors import NotFound, Unauthenticated
 from app.store.clock import now
 from app.store.ids import new_id, require_id
 from app.store.models import ApiKey, Tenant
 from app.store.upsert import upsert
+from bitwright.errors import NotFound, Unauthenticated
 
 BASE62 = string.digits + string.ascii_uppercase + string.ascii_lowercase
 KEY_SHAPE = re.compile(r"bw_([0-9A-Za-z]{32})([0-9A-Za-z]{6})")

@@ -15,7 +15,7 @@ from sqlalchemy import Connection, Engine, create_engine, event, make_url, text
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from app.domain.errors import Unavailable
+from bitwright.errors import Unavailable
 
 BUSY_SECONDS = 30
 """How long a write waits for another one on SQLite before it fails."""

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from sqlalchemy import ColumnElement, update
 from sqlalchemy.orm import Session
 
-from app.domain.events import ErrorData, StatusEvent
-from app.domain.job_states import TRANSITIONS, JobStatus
+from app.domain.job_states import TRANSITIONS
 from app.store.clock import now
 from app.store.documents import document
 from app.store.models import Event, Job
+from bitwright.events import ErrorData, StatusEvent
+from bitwright.job_states import JobStatus
 
 NOT_RUNNING: Mapping[str, object] = {"worker_id": None, "lease_expires_at": None}
 """What a job that leaves `running` gives up."""

@@ -7,14 +7,14 @@ from pathlib import PurePosixPath
 from sqlalchemy import ColumnElement, delete, exists, select, update
 from sqlalchemy.orm import Session
 
-from app.domain.errors import Conflict, FieldProblem, InvalidRequest, NotFound
-from app.domain.job_states import FINAL_STATUSES
 from app.store.blobs import SHA256_SHAPE
 from app.store.clock import now, seconds_from_now
 from app.store.idempotency import Idempotency, find_key, take_key
 from app.store.ids import is_id, new_id, require_id
 from app.store.jobs import Page
 from app.store.models import IdempotencyKey, Job, JobUpload, Upload, UploadFile
+from bitwright.errors import Conflict, FieldProblem, InvalidRequest, NotFound
+from bitwright.job_states import FINAL_STATUSES
 
 OPEN_SECONDS = 24 * 3600
 """An upload that is not complete by then is removed."""

@@ -10,10 +10,10 @@ from statistics import median
 from sqlalchemy import and_, func, select
 from sqlalchemy.orm import Session, aliased
 
-from app.domain.job_states import JobStatus
 from app.store.clock import now
 from app.store.models import Attempt, Job, Worker
 from app.store.workers import list_workers
+from bitwright.job_states import JobStatus
 
 LONGEST_QUEUE = 1000
 """Of jobs behind these nothing is told."""

@@ -7,10 +7,10 @@ from datetime import UTC, datetime
 from sqlalchemy import and_, delete, func, select, update
 from sqlalchemy.orm import Session
 
-from app.domain.job_states import DeviceClass, JobStatus
 from app.store.clock import now, seconds_from_now
 from app.store.models import Job, SweepLease, Worker
 from app.store.upsert import upsert
+from bitwright.job_states import DeviceClass, JobStatus
 
 FRESH_SECONDS = 90.0
 """A worker that has not been seen for this long is not listed."""

@@ -17,7 +17,7 @@ from app.domain.adapters import (
     QBaRASpec,
 )
 from app.domain.adapters.shapes import divisors, shape_for
-from app.domain.errors import MisalignedAdapter
+from bitwright.errors import MisalignedAdapter
 from workers.adapters.grouped import GroupedAdapter
 from workers.numerics.quantized import LowRank
 

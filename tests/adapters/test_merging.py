@@ -9,8 +9,8 @@ from torch import Tensor
 
 from app.domain.adapters import GroupedSpec, QABLoRASpec, QAHiRASpec, QALoRASpec
 from app.domain.adapters.shapes import shape_for
-from app.domain.errors import OffsetNotRepresentable
 from app.domain.methods import Scheme
+from bitwright.errors import OffsetNotRepresentable
 from workers.adapters.grouped import GroupedAdapter
 from workers.adapters.merging import exact_weight, fold, offsets
 from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid

@@ -11,14 +11,14 @@ from starlette.testclient import TestClient
 
 from app.api.main import create_app
 from app.domain.access import Scope
-from app.domain.errors import BitwrightError
-from app.domain.events import AttemptEvent
-from app.domain.job_states import DeviceClass
+from app.domain.attempt_lines import AttemptEvent
 from app.settings import Settings
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import open_blobs
 from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database
+from bitwright.errors import BitwrightError
+from bitwright.job_states import DeviceClass
 from tests.reports import report
 
 SHORTHAND = {"model": "org/model", "method": "rtn", "bits": 4}

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from app.domain.errors import shorten
+from bitwright.errors import shorten
 from tests.api.checkpoints import CONFIG, with_header, write_checkpoint, write_index
 from tests.api.conftest import SHORTHAND, Api, problem
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import InvalidDataset
 from app.store.models import Artifact, Job
+from bitwright.errors import InvalidDataset
 from tests.api.checkpoints import write_checkpoint
 from tests.api.conftest import Api, problem
 

@@ -14,9 +14,9 @@ from app.api.event_feed import BACKLOG, EventFeed
 from app.api.event_stream import JobEvents, stream_events
 from app.api.events import accepts_stream
 from app.api.main import create_app
-from app.domain.errors import InvalidDataset, TooManyRequests
-from app.domain.events import LogEvent
 from app.store.events import StoredEvent
+from bitwright.errors import InvalidDataset, TooManyRequests
+from bitwright.events import LogEvent
 from tests.api.conftest import Api, problem
 from tests.store.samples import block, progress, wait_until
 

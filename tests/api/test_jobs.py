@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import InvalidDataset
-from app.domain.job_states import DeviceClass
 from app.store.models import Job
 from app.store.workers import register
+from bitwright.errors import InvalidDataset
+from bitwright.job_states import DeviceClass
 from tests.api.checkpoints import as_hub_cache, write_checkpoint
 from tests.api.conftest import SHORTHAND, Api, make_settings, problem, run_api
 from tests.store.samples import block, progress

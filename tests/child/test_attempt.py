@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.errors import InternalError, UnsafeCheckpoint
-from app.domain.events import ATTEMPT_LINE, FailedLine
+from app.domain.attempt_lines import ATTEMPT_LINE, FailedLine
 from app.domain.request.job_request import JobRequest
+from bitwright.errors import InternalError, UnsafeCheckpoint
 from workers.child.attempt import run_order, take_lock
 from workers.child.lifeline import ATTEMPT, EXIT_FAILED, JOB_ID, REPORT_FD, ReportPipe
 from workers.disk.orders import AttemptOrder

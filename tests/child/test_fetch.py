@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 from pydantic import SecretStr
 
-from app.domain.errors import BitwrightError
-from app.domain.events import ATTEMPT_LINE, ErrorData, FailedLine, FetchedLine
-from app.domain.job_states import JobStatus
+from app.domain.attempt_lines import ATTEMPT_LINE, FailedLine, FetchedLine
 from app.domain.request.job_request import JobRequest
+from bitwright.errors import BitwrightError
+from bitwright.events import ErrorData
+from bitwright.job_states import JobStatus
 from tests.child.hub_server import COMMIT, Hub, running_hub
 from tests.supervise.bench import Bench
 from workers.child.lifeline import REPORT_FD

@@ -10,8 +10,8 @@ from unittest.mock import patch
 
 from typer.testing import CliRunner
 
-from app.cli.main import app
 from app.settings import get_settings
+from bitwright.cli.main import app
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:

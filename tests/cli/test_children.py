@@ -10,7 +10,7 @@ import pytest
 
 from app.cli.broker import LONGEST_SOCKET_PATH, SOCKET_NAME, answers, broker_program, broker_url, runtime_folder
 from app.cli.children import Children, Program
-from app.domain.errors import Unavailable
+from bitwright.errors import Unavailable
 from tests.cli.processes import alive, eventually
 
 SLEEP = (sys.executable, "-c", "import time; time.sleep(600)")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import structlog
 
-from app.domain.report import AdapterReport, FinetuningReport, LossPoint, TextReport
+from bitwright.report import AdapterReport, FinetuningReport, LossPoint, TextReport
 from tests.api.checkpoints import write_checkpoint
 from tests.cli.processes import command
 from tests.cli.terminal import on_terminal
@@ -121,7 +121,7 @@ def test_what_would_break_a_line_does_not(service: Service) -> None:
         client.submit(body)
     lines = command("jobs", "--metadata", "odd=1", *flags(service)).stdout
     assert lines.count("\n") == 1
-    from app.cli.render import tabbed
+    from bitwright.cli.render import tabbed
 
     assert tabbed("a\tb", "c\nd", "e\u2028f\r") == "a b\tc d\te f "
 

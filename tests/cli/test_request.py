@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from app.cli.jobs import parse_labels
-from app.cli.submit import parse_overrides, read_request, set_quantization
-from app.domain.errors import MalformedBody, RequestError
 from app.domain.request.job_request import JobRequest
+from bitwright.cli.jobs import parse_labels
+from bitwright.cli.submit import parse_overrides, read_request, set_quantization
+from bitwright.errors import MalformedBody, RequestError
 
 
 def test_flags_alone_make_a_shorthand_request() -> None:

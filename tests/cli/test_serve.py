@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.connection import load_endpoint
 from app.cli.embedded import LOG_NAME, EmbeddedService
-from app.domain.errors import Unavailable
-from app.domain.job_states import JobStatus
+from bitwright.cli.connection import load_endpoint
+from bitwright.errors import Unavailable
+from bitwright.job_states import JobStatus
 from tests.cli.processes import alive, bitwright, command, command_of, descendants, eventually
 
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from app.cli.jobs import parse_labels
-from app.cli.render import error_lines
-from app.cli.submit import parse_overrides, read_request
-from app.domain.errors import FieldProblem, InvalidRequest, MalformedBody, RequestError, SourceForbidden
 from app.domain.request.job_request import JobRequest
+from bitwright.cli.jobs import parse_labels
+from bitwright.cli.render import error_lines
+from bitwright.cli.submit import parse_overrides, read_request
+from bitwright.errors import FieldProblem, InvalidRequest, MalformedBody, RequestError, SourceForbidden
 
 
 def refusal(body: dict[str, object]) -> InvalidRequest:

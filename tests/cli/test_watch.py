@@ -6,10 +6,10 @@ from datetime import UTC, datetime, timedelta
 from rich.console import Console
 from rich.progress import Progress, TextColumn
 
-from app.cli.watch import LiveView, PlainView
-from app.domain.events import BlockEvent, ErrorData, Event, LogEvent, MetricEvent, ProgressEvent, Stage, StatusEvent
-from app.domain.job_states import JobStatus
-from app.domain.views import EventView
+from bitwright.cli.watch import LiveView, PlainView
+from bitwright.events import BlockEvent, ErrorData, Event, LogEvent, MetricEvent, ProgressEvent, Stage, StatusEvent
+from bitwright.job_states import JobStatus
+from bitwright.views import EventView
 
 START = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)
 

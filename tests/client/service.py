@@ -11,16 +11,16 @@ from pathlib import Path
 import uvicorn
 
 from app.api.main import create_app
-from app.client import Client, RetryPolicy
 from app.domain.access import Scope
-from app.domain.events import AttemptEvent
-from app.domain.job_states import DeviceClass
-from app.domain.report import Report
+from app.domain.attempt_lines import AttemptEvent
 from app.settings import Settings
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import BlobStore, open_blobs
 from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database, migrate
+from bitwright import Client, RetryPolicy
+from bitwright.job_states import DeviceClass
+from bitwright.report import Report
 from tests.reports import report
 
 QUICK = RetryPolicy(attempts=4, first_seconds=0.01, longest_seconds=0.05)

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from app.client.event_stream import ServerSentEvent, parse_events
+from bitwright.event_stream import ServerSentEvent, parse_events
 
 
 def parse(text: str) -> list[ServerSentEvent]:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from app.client.downloads import partial_path, subfolder
-from app.client.folders import empty_folder
-from app.domain.errors import Conflict, StorageError, Unavailable
+from bitwright.downloads import partial_path, subfolder
+from bitwright.errors import Conflict, StorageError, Unavailable
+from bitwright.folders import empty_folder
 from tests.client.cutting_proxy import CutAnswer, CuttingProxy
 from tests.client.service import Service
 

@@ -4,10 +4,10 @@ import threading
 
 import pytest
 
-from app.domain.errors import NotFound, Unavailable
-from app.domain.events import BlockEvent, ProgressEvent, Stage, StatusEvent
-from app.domain.job_states import JobStatus
-from app.domain.views import EventView
+from bitwright.errors import NotFound, Unavailable
+from bitwright.events import BlockEvent, ProgressEvent, Stage, StatusEvent
+from bitwright.job_states import JobStatus
+from bitwright.views import EventView
 from tests.client.cutting_proxy import CutAnswer, CuttingProxy, Fate, Pass
 from tests.client.service import Service
 

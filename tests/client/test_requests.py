@@ -5,11 +5,11 @@ import socket
 import httpx
 import pytest
 
-from app.client import Client, RetryPolicy
-from app.client.transport import retry_after
-from app.domain.errors import IllegalTransition, InvalidRequest, NotFound, RequestError, Unauthenticated, Unavailable
-from app.domain.job_states import JobStatus
 from app.domain.request.job_request import JobRequest
+from bitwright import Client, RetryPolicy
+from bitwright.errors import IllegalTransition, InvalidRequest, NotFound, RequestError, Unauthenticated, Unavailable
+from bitwright.job_states import JobStatus
+from bitwright.transport import retry_after
 from tests.client.cutting_proxy import CutAnswer, CuttingProxy, Refuse
 from tests.client.service import QUICK, Service
 

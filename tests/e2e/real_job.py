@@ -8,9 +8,10 @@ from hashlib import sha256
 from pathlib import Path
 from random import Random
 
-from app.domain.events import BlockEvent, ProgressEvent
-from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
+from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS
 from app.store.models import Job
+from bitwright.events import BlockEvent, ProgressEvent
+from bitwright.job_states import JobStatus
 from tests.e2e.installation import Installation
 from tests.supervise.bench import wait_for
 from workers.disk.orders import AttemptOrder

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import pytest
 import redis
 
-from app.client.api import Client
 from app.store.workers import forget_workers
+from bitwright.client import Client
 from tests.e2e.installation import Installation
 from tests.supervise.bench import wait_for
 

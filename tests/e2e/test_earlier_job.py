@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from app.domain.events import CheckpointEvent
-from app.domain.job_states import JobStatus
+from bitwright.events import CheckpointEvent
+from bitwright.job_states import JobStatus
 from tests.e2e.installation import Installation
 from tests.e2e.real_job import tensor_hashes
 from tests.supervise.bench import wait_for

@@ -8,8 +8,10 @@ from time import sleep
 
 import pytest
 
-from app.domain.events import AttemptLine, CheckpointEvent, ProgressEvent
-from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, JobStatus
+from app.domain.attempt_lines import AttemptLine
+from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS
+from bitwright.events import CheckpointEvent, ProgressEvent
+from bitwright.job_states import JobStatus
 from tests.e2e.installation import Installation
 from tests.e2e.real_job import order_of, run_undisturbed, tensor_hashes
 from tests.supervise.bench import wait_for

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from app.domain.events import AttemptLine, ResultLine
-from app.domain.report import Report
+from app.domain.attempt_lines import AttemptLine, ResultLine
 from app.domain.request.job_request import JobRequest
+from bitwright.report import Report
 from workers.disk.orders import AttemptOrder
 from workers.engine.evaluate import measure
 from workers.engine.reporter import Reporter

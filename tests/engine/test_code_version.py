@@ -11,7 +11,7 @@ import pytest
 
 from workers.engine.fingerprint import CODE, ROOT, SUPERVISION, code_files, code_version
 
-MODULE = re.compile(r"(app|workers)(\.\w+)+")
+MODULE = re.compile(r"(app|bitwright|workers)(\.\w+)+")
 DIGESTED = {path.relative_to(ROOT).as_posix() for path in code_files()}
 
 
@@ -94,7 +94,7 @@ def test_what_python_or_an_editor_leaves_does_not_count(copy: Path) -> None:
 
 def source_of(module: str) -> Path | None:
     """The file of one of our modules; None for a name that is none."""
-    if module.split(".", maxsplit=1)[0] not in {"app", "workers"}:
+    if module.split(".", maxsplit=1)[0] not in {"app", "bitwright", "workers"}:
         return None
     try:
         spec = importlib.util.find_spec(module)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.domain.errors import NumericalFailure
+from bitwright.errors import NumericalFailure
 from tests.engine.model.random_models import VOCABULARY, save_random_model
 from workers.engine import memory
 from workers.engine.evaluate import measure

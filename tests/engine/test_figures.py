@@ -8,9 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from app.domain.report import Report
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import BuiltinText
+from bitwright.report import Report
 from tests.engine.conftest import run_job
 from tests.engine.model.random_models import save_random_model
 from tests.engine.ships import shipping

@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from app.domain.errors import (
+from app.domain.attempt_lines import AttemptLine, ResultLine
+from bitwright.errors import (
     BitwrightError,
     CorruptCheckpoint,
     IndivisibleGroup,
@@ -20,8 +21,8 @@ from app.domain.errors import (
     InvalidRequest,
     UnknownModule,
 )
-from app.domain.events import AttemptLine, BlockEvent, MetricEvent, ProgressEvent, ResultLine, Stage, WarningEvent
-from app.domain.report import Report
+from bitwright.events import BlockEvent, MetricEvent, ProgressEvent, Stage, WarningEvent
+from bitwright.report import Report
 from tests.engine.conftest import Finished, finish, run_job
 from workers.contracts.results import BlockResult
 from workers.engine.quantize.registry import METHODS

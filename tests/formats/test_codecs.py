@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from app.domain.errors import CorruptCheckpoint
+from bitwright.errors import CorruptCheckpoint
 from tests.formats.examples import Made, codebook_made, random_result, scheme
 from workers.formats import compressed_tensors, native
 from workers.formats.stored_linear import StoredLinear

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.domain.errors import InvalidRequest
 from app.domain.methods import ApiQSpec, RTNSpec, Scheme, SignRoundSpec
+from bitwright.errors import InvalidRequest
 from tests.methods.test_sign_round import RoundSTE
 from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import BlockTask

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from app.domain.errors import InvalidRequest
 from app.domain.methods import NormalFloatSpec, Scheme
 from app.domain.request.job_request import JobRequest
+from bitwright.errors import InvalidRequest
 from tests.methods.toy_block import toy_task
 from workers.methods.normal_float import NormalFloat
 from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax

@@ -5,14 +5,14 @@ from typing import Any
 
 from sqlalchemy import update
 
-from app.domain.events import BlockEvent, CheckpointEvent, ProgressEvent, Stage
-from app.domain.job_states import DeviceClass
 from app.domain.request.job_request import JobRequest
 from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.clock import now, seconds_from_now
 from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.session import Database
+from bitwright.events import BlockEvent, CheckpointEvent, ProgressEvent, Stage
+from bitwright.job_states import DeviceClass
 
 
 def request(**fields: Any) -> JobRequest:

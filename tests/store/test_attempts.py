@@ -3,7 +3,17 @@ from collections.abc import Callable
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import (
+from app.domain.attempt_lines import AttemptEvent
+from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS
+from app.store.artifacts import ArtifactRepository
+from app.store.attempts import AttemptWriter, Claim
+from app.store.endings import MAX_BACK_OFF_SECONDS, back_off, requeue_lost
+from app.store.events import EventRepository, StoredEvent, events_after
+from app.store.jobs import JobRepository
+from app.store.models import Job
+from app.store.session import Database
+from app.store.status import enter
+from bitwright.errors import (
     AttemptKilled,
     AttemptSuperseded,
     BitwrightError,
@@ -15,16 +25,8 @@ from app.domain.errors import (
     RequirementMissed,
     TimeLimitExceeded,
 )
-from app.domain.events import AttemptEvent, CheckpointEvent, LogEvent, MetricEvent, StatusEvent, WarningEvent
-from app.domain.job_states import FINAL_STATUSES, MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS, DeviceClass, JobStatus
-from app.store.artifacts import ArtifactRepository
-from app.store.attempts import AttemptWriter, Claim
-from app.store.endings import MAX_BACK_OFF_SECONDS, back_off, requeue_lost
-from app.store.events import EventRepository, StoredEvent, events_after
-from app.store.jobs import JobRepository
-from app.store.models import Job
-from app.store.session import Database
-from app.store.status import enter
+from bitwright.events import CheckpointEvent, LogEvent, MetricEvent, StatusEvent, WarningEvent
+from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus
 from tests.reports import report
 from tests.store.samples import (
     add,

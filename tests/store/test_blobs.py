@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.errors import StorageError
 from app.store.blobs import CHUNK, BlobStore, BucketBlobs, FolderBlobs, open_blobs
+from bitwright.errors import StorageError
 
 ABSENT = "0" * 64
 

@@ -9,9 +9,6 @@ from typing import TypeVar
 import pytest
 from sqlalchemy.exc import DBAPIError
 
-from app.domain.errors import AttemptSuperseded, Unavailable
-from app.domain.events import LogEvent
-from app.domain.job_states import DeviceClass, JobStatus
 from app.store.attempts import AttemptWriter, claim
 from app.store.endings import requeue_lost
 from app.store.events import EventRepository, events_after
@@ -21,6 +18,9 @@ from app.store.models import Job
 from app.store.session import Database, migrate
 from app.store.uploads import NewUploadFile, UploadRepository
 from app.store.workers import sweep_lease
+from bitwright.errors import AttemptSuperseded, Unavailable
+from bitwright.events import LogEvent
+from bitwright.job_states import DeviceClass, JobStatus
 from tests.reports import report
 from tests.store.samples import add, get, let_lease_run_out, request, take, try_take
 

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import NotFound
 from app.store import garbage
 from app.store.attempts import AttemptWriter, NewArtifact
 from app.store.blobs import Blob, FolderBlobs
@@ -16,6 +15,7 @@ from app.store.jobs import JobRepository
 from app.store.models import IdempotencyKey, Job
 from app.store.session import Database
 from app.store.uploads import NewUploadFile, UploadRepository
+from bitwright.errors import NotFound
 from tests.reports import report
 from tests.store.samples import add, get, request, take
 

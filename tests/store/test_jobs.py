@@ -4,9 +4,6 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import Conflict, IllegalTransition, InvalidRequest, KeyReused, NotFound
-from app.domain.events import StatusEvent
-from app.domain.job_states import JobStatus
 from app.domain.request.job_request import JobRequest
 from app.store.artifacts import ArtifactRepository
 from app.store.attempts import AttemptWriter
@@ -17,6 +14,9 @@ from app.store.ids import new_id
 from app.store.jobs import JobRepository, count_by_status
 from app.store.models import Base, IdempotencyKey
 from app.store.session import Database
+from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, KeyReused, NotFound
+from bitwright.events import StatusEvent
+from bitwright.job_states import JobStatus
 from tests.reports import report
 from tests.store.samples import add, artifact, block, get, request, take, tell
 

@@ -3,11 +3,11 @@ from typing import get_args
 import pytest
 
 from app.domain.access import Scope
-from app.domain.errors import NotFound, Unauthenticated
 from app.store import keys
 from app.store.ids import ALPHABET, Prefix, is_id, new_id, require_id
 from app.store.models import ApiKey
 from app.store.session import Database
+from bitwright.errors import NotFound, Unauthenticated
 
 
 def issue(database: Database, tenant: str, *scopes: Scope) -> tuple[ApiKey, str]:

@@ -1,13 +1,13 @@
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import Conflict, InvalidRequest, NotFound
 from app.store.clock import seconds_from_now
 from app.store.ids import new_id
 from app.store.jobs import JobRepository
 from app.store.models import Upload
 from app.store.session import Database
 from app.store.uploads import NewUploadFile, UploadRepository, remove_expired_uploads
+from bitwright.errors import Conflict, InvalidRequest, NotFound
 from tests.store.samples import request
 
 TEXT = NewUploadFile("text.jsonl", 10, "a" * 64)

@@ -3,13 +3,13 @@
 import pytest
 from sqlalchemy import delete, update
 
-from app.domain.job_states import DeviceClass, JobStatus
 from app.store.attempts import AttemptWriter, Claim
 from app.store.clock import seconds_from_now
 from app.store.models import Attempt, Job
 from app.store.session import Database
 from app.store.waiting import Place, places
 from app.store.workers import gone, register
+from bitwright.job_states import DeviceClass, JobStatus
 from tests.reports import report
 from tests.store.samples import add, request, take, try_take
 

@@ -1,8 +1,6 @@
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import CudaError
-from app.domain.job_states import DeviceClass
 from app.store.attempts import AttemptWriter
 from app.store.clock import seconds_from_now
 from app.store.models import Worker
@@ -20,6 +18,8 @@ from app.store.workers import (
     sweep_lease,
     waiting,
 )
+from bitwright.errors import CudaError
+from bitwright.job_states import DeviceClass
 from tests.reports import report
 from tests.store.samples import add, take
 

@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from app.domain.events import Event
-from app.domain.job_states import DeviceClass, JobStatus
 from app.domain.request.job_request import JobRequest
 from app.settings import Settings
 from app.store.artifacts import ArtifactRepository
@@ -20,6 +18,8 @@ from app.store.jobs import JobRepository
 from app.store.keys import ensure_tenant
 from app.store.models import Artifact, Attempt, Job
 from app.store.session import Database
+from bitwright.events import Event
+from bitwright.job_states import DeviceClass, JobStatus
 from workers.supervise.attempt_runner import supervise
 from workers.supervise.capacity import Capacity
 from workers.supervise.context import WorkerContext

@@ -27,9 +27,10 @@ from pathlib import Path
 
 import structlog
 
-from app.domain.errors import error_from_code
-from app.domain.events import BlockEvent, LogEvent, ProgressEvent, ResultLine, Stage
-from app.domain.report import Report
+from app.domain.attempt_lines import ResultLine
+from bitwright.errors import error_from_code
+from bitwright.events import BlockEvent, LogEvent, ProgressEvent, Stage
+from bitwright.report import Report
 from tests.reports import QUALITY, report
 from workers.child.attempt import take_lock
 from workers.child.exceptions import as_bitwright_error

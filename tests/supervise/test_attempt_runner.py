@@ -8,12 +8,12 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import update
 
-from app.domain.events import ProgressEvent, StatusEvent
-from app.domain.job_states import JobStatus
 from app.store.attempts import AttemptWriter
 from app.store.clock import seconds_from_now
 from app.store.endings import requeue_lost
 from app.store.models import Job
+from bitwright.events import ProgressEvent, StatusEvent
+from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench, alive, wait_for
 from workers.supervise import attempt_runner as supervisor
 from workers.supervise.attempt_runner import supervise
@@ -204,7 +204,7 @@ def test_a_database_that_is_away_delays_the_end_and_loses_nothing(
     sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first two tries to write the end meet a locked database."""
-    from app.domain.errors import Unavailable
+    from bitwright.errors import Unavailable
 
     refusals = iter([True, True])
     succeed = AttemptWriter.succeed

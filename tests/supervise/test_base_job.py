@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from obstore.store import MemoryStore
 
-from app.domain.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound, StorageError
-from app.domain.job_states import JobStatus
 from app.domain.request.base_job import EarlierJob
 from app.domain.request.job_request import JobRequest
 from app.store.blobs import BucketBlobs
 from app.store.ids import new_id
 from app.store.jobs import JobRepository
 from app.store.keys import ensure_tenant
+from bitwright.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound, StorageError
+from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench
 from workers.disk.orders import AttemptOrder
 from workers.disk.workspace import Workspace

@@ -8,8 +8,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from app.domain.errors import BitwrightError, CorruptCheckpoint
-from app.domain.events import ErrorData
+from bitwright.errors import BitwrightError, CorruptCheckpoint
+from bitwright.events import ErrorData
 from workers.child.exceptions import as_bitwright_error
 from workers.machine import oom_kills
 from workers.supervise.exit_errors import error_of_exit

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy.orm import Session
 
-from app.domain.job_states import DeviceClass
 from app.store.workers import forget_workers, heartbeat, list_workers
+from bitwright.job_states import DeviceClass
 from tests.supervise.bench import Bench, wait_for
 from workers.disk.hub_cache import holding
 from workers.disk.workspace import Workspace, prune

@@ -12,9 +12,9 @@ import pytest
 import redis
 
 from app import queue
-from app.domain.job_states import DeviceClass
 from app.queue import broker_state, notify_workers, silence
 from app.settings import get_settings
+from bitwright.job_states import DeviceClass
 from tests import servers
 from tests.supervise.bench import wait_for
 

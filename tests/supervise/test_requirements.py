@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from app.domain.report import Report
 from app.domain.request.job_request import Requirements
+from bitwright.report import Report
 from tests.reports import QUALITY, report
 from workers.supervise.requirements import missed_requirement
 

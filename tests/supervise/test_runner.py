@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 from sqlalchemy import event
 
-from app.domain.job_states import JobStatus
 from app.store.attempts import work_waits
 from app.store.session import Database
+from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench, make_context, wait_for
 from workers.supervise import runner as running
 from workers.supervise.runner import Runner

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.errors import InvalidDataset, SourceForbidden, SourceNotFound
 from app.domain.request.job_request import JobRequest
 from app.store.blobs import BlobStore
 from app.store.keys import ensure_tenant
 from app.store.uploads import NewUploadFile, UploadRepository
+from bitwright.errors import InvalidDataset, SourceForbidden, SourceNotFound
 from tests.api.checkpoints import as_hub_cache, write_checkpoint
 from tests.supervise.bench import Bench
 from workers.disk.workspace import Workspace

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import Unavailable
-from app.domain.job_states import DeviceClass, JobStatus
 from app.store.clock import seconds_from_now
 from app.store.models import Job
 from app.store.workers import register
+from bitwright.errors import Unavailable
+from bitwright.job_states import DeviceClass, JobStatus
 from tests.supervise.bench import Bench, wait_for
 from workers import sweep as sweeping
 from workers.sweep import Sweep, rings, run

@@ -5,12 +5,12 @@ from pathlib import Path
 import pytest
 from sqlalchemy import update
 
-from app.domain.errors import Unavailable
-from app.domain.job_states import JobStatus
 from app.store.attempts import work_waits
 from app.store.clock import seconds_from_now
 from app.store.models import Job
 from app.store.session import Database
+from bitwright.errors import Unavailable
+from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench, make_context
 from workers.supervise.celery_app import worker_app
 from workers.supervise.work import work

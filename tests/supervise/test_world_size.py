@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from app.domain.events import BlockEvent
-from app.domain.job_states import DeviceClass, JobStatus
 from app.domain.request.job_request import JobRequest
 from app.settings import Settings
+from bitwright.events import BlockEvent
+from bitwright.job_states import DeviceClass, JobStatus
 from tests.supervise.bench import Bench, Running, alive, wait_for
 from workers.disk.workspace import Workspace
 from workers.supervise import capacity as devices

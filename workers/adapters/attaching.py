@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec
 from app.domain.adapters.shapes import shape_for
-from app.domain.errors import CorruptCheckpoint, InternalError, InvalidRequest
-from app.domain.report import AdapterReport, BitOperations, MergeReport
+from bitwright.errors import CorruptCheckpoint, InternalError, InvalidRequest
+from bitwright.report import AdapterReport, BitOperations, MergeReport
 from workers.adapters.bayesian import GATED_BYTES, BayesianLoRA, bops_report
 from workers.adapters.grouped import GroupedAdapter
 from workers.adapters.merging import MergeProof, fold, folded

@@ -33,8 +33,8 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.adapters import AdapterShape
-from app.domain.errors import MisalignedAdapter
 from app.domain.methods import PER_CHANNEL
+from bitwright.errors import MisalignedAdapter
 from workers.numerics.quantized import LowRank
 
 

@@ -23,7 +23,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from app.domain.errors import OffsetNotRepresentable
+from bitwright.errors import OffsetNotRepresentable
 from workers.numerics.quantized import AffineWeight, QuantizedWeight
 
 

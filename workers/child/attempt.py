@@ -17,7 +17,7 @@ from typing import NoReturn
 
 import structlog
 
-from app.domain.errors import InternalError
+from bitwright.errors import InternalError
 from workers.child.exceptions import as_bitwright_error
 from workers.child.lifeline import (
     EXIT_FAILED,

@@ -3,7 +3,7 @@
 import errno
 import sys
 
-from app.domain.errors import BitwrightError, CudaError, DiskFull, InternalError, OutOfGpuMemory, OutOfMemory
+from bitwright.errors import BitwrightError, CudaError, DiskFull, InternalError, OutOfGpuMemory, OutOfMemory
 
 GPU_EXHAUSTED = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """torch's allocator; what allocates past it (pinned memory, graphs); cuBLAS for its workspace."""

@@ -27,7 +27,9 @@ from huggingface_hub.errors import (
 )
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
-from app.domain.errors import (
+from app.domain.attempt_lines import FetchedLine
+from app.domain.inputs.foreign_files import foreign_files
+from bitwright.errors import (
     BitwrightError,
     DiskFull,
     InvalidDataset,
@@ -36,8 +38,7 @@ from app.domain.errors import (
     Unavailable,
     UnsupportedCheckpoint,
 )
-from app.domain.events import TEXT_ROLES, FetchedLine, ProgressEvent, Stage
-from app.domain.inputs.foreign_files import foreign_files
+from bitwright.events import TEXT_ROLES, ProgressEvent, Stage
 from workers.child.exceptions import as_bitwright_error
 from workers.child.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
 from workers.disk.durable import replace_file

@@ -17,9 +17,10 @@ from typing import NoReturn
 
 import structlog
 
-from app.domain.errors import BitwrightError
-from app.domain.events import AttemptLine, ErrorData, FailedLine
+from app.domain.attempt_lines import AttemptLine, FailedLine
 from app.logs import configure_logging
+from bitwright.errors import BitwrightError
+from bitwright.events import ErrorData
 
 REPORT_FD = "BITWRIGHT_REPORT_FD"
 SUPERVISOR_PID = "BITWRIGHT_SUPERVISOR_PID"

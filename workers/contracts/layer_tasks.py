@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from app.domain.errors import InvalidRequest
+from bitwright.errors import InvalidRequest
 from workers.contracts.blocks import BlockTask
 from workers.numerics.quantized import LinearResult
 

@@ -4,9 +4,9 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.events import TEXT_ROLES, Message
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import HubDataset, HubModel
+from bitwright.events import TEXT_ROLES, Message
 
 
 class TextOrder(BaseModel):

@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import torch
 
-from app.domain.events import Stage
-from app.domain.report import PeakMemory
+from bitwright.events import Stage
+from bitwright.report import PeakMemory
 
 
 class StageClock:

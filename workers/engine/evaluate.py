@@ -15,8 +15,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from app.domain.errors import NumericalFailure
-from app.domain.report import Quality
+from bitwright.errors import NumericalFailure
+from bitwright.report import Quality
 from workers.engine.device.process_group import ALONE, Ranks
 from workers.engine.memory import LOGITS_AT_ONCE
 from workers.engine.model.overflow import ALSO_DTYPE, original_overflows

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from app.domain.events import Stage
-from app.domain.formats import ADAPTER_FOLDER, ExportFormat
-from app.domain.report import AdapterReport, Report
+from bitwright.events import Stage
+from bitwright.formats import ADAPTER_FOLDER, ExportFormat
+from bitwright.report import AdapterReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.device.read_ahead import read_ahead

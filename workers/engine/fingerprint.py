@@ -7,10 +7,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-"""The folder of the packages `app` and `workers`."""
+"""The folder of the packages `app`, `bitwright` and `workers`."""
 
 
-CODE = ("workers", "app/domain")
+CODE = ("workers", "app/domain", "bitwright")
 """Folders whose files decide codes, with all folders in them."""
 
 
@@ -20,6 +20,7 @@ SUPERVISION = (
     "workers/sweep.py",
     "workers/child/fetch.py",
     "workers/disk/hub_cache.py",
+    "bitwright/cli/",
 )
 """Files of `CODE` that no attempt loads: a change of them keeps the finished blocks of a job that is tried again."""
 

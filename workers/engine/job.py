@@ -8,11 +8,11 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import dishonoured_rank
-from app.domain.errors import InternalError
-from app.domain.events import Stage
 from app.domain.inputs.architectures import read_dimensions
 from app.domain.methods import Scheme
 from app.domain.workload import has_reference, readers_of
+from bitwright.errors import InternalError
+from bitwright.events import Stage
 from workers.disk.orders import AttemptOrder
 from workers.engine.clock import StageClock
 from workers.engine.device.setup import open_device, reproducible

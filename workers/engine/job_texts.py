@@ -7,9 +7,9 @@ from pathlib import Path
 from torch import Tensor
 
 from app.domain.advice import starved_calibration
-from app.domain.errors import InvalidDataset
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import GeneratedText
+from bitwright.errors import InvalidDataset
 from workers.disk.orders import AttemptOrder
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import StreamSize

@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from math import prod
 
-from app.domain.report import (
+from bitwright.report import (
     BaseReport,
     BlockReport,
     Figures,

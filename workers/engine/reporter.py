@@ -4,16 +4,8 @@ import time
 from collections.abc import Callable
 from typing import Literal
 
-from app.domain.events import (
-    AttemptLine,
-    BlockEvent,
-    CheckpointEvent,
-    LogEvent,
-    MetricEvent,
-    ProgressEvent,
-    Stage,
-    WarningEvent,
-)
+from app.domain.attempt_lines import AttemptLine
+from bitwright.events import BlockEvent, CheckpointEvent, LogEvent, MetricEvent, ProgressEvent, Stage, WarningEvent
 
 PROGRESS_INTERVAL_SECONDS = 1.0
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from app.domain.errors import NumericalFailure
-from app.domain.report import Figures, FinetuningReport, Quality, ShippedFigures
+from bitwright.errors import NumericalFailure
+from bitwright.report import Figures, FinetuningReport, Quality, ShippedFigures
 from workers.engine.quantize.activations import Stream
 from workers.engine.shipped import Numbers, Replay, Shipment
 

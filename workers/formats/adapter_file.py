@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from app.domain.report import Report
+from bitwright.report import Report
 from workers.formats.cards.card_sections import code, quality, training
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.identity import Identity, Part, title

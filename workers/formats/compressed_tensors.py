@@ -17,9 +17,9 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
-from app.domain.errors import CorruptCheckpoint, FormatCannotHold
 from app.domain.inputs.architectures import HEAD
 from app.domain.methods import PER_CHANNEL, Scheme
+from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from workers.numerics.packing import pack_words, unpack_words
 from workers.numerics.quantized import AffineWeight, LinearResult
 

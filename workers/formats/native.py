@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from app.domain.errors import CorruptCheckpoint
 from app.domain.methods import Form
+from bitwright.errors import CorruptCheckpoint
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.packing import pack_bytes, packed_bytes, unpack_bytes
 from workers.numerics.quantized import (

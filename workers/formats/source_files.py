@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from app.domain.errors import InternalError
+from bitwright.errors import InternalError
 from workers.formats.shards import write_json
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")

@@ -21,10 +21,11 @@ from typing import Protocol
 
 from torch import Tensor
 
-from app.domain.errors import FormatCannotHold, InternalError
-from app.domain.formats import ExportFormat, base_alone, model_problems
+from app.domain.formats import base_alone, model_problems
 from app.domain.methods import Scheme
-from app.domain.report import Report
+from bitwright.errors import FormatCannotHold, InternalError
+from bitwright.formats import ExportFormat
+from bitwright.report import Report
 from workers.formats import compressed_tensors, merged, native
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.model_card import describe

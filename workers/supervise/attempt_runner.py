@@ -12,11 +12,12 @@ from typing import TypeVar
 
 import structlog
 
-from app.domain.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
-from app.domain.events import TEXT_ROLES, ErrorData, FailedLine, FetchedLine, ResultLine
-from app.domain.job_states import JobStatus
+from app.domain.attempt_lines import FailedLine, FetchedLine, ResultLine
 from app.domain.request.source_walk import read_sources
 from app.store.attempts import AttemptWriter, Claim
+from bitwright.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
+from bitwright.events import TEXT_ROLES, ErrorData
+from bitwright.job_states import JobStatus
 from workers.disk.hub_cache import holding
 from workers.disk.orders import AttemptOrder, FetchOrder
 from workers.disk.workspace import Workspace

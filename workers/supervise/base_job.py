@@ -12,11 +12,11 @@ import os
 import shutil
 from pathlib import Path
 
-from app.domain.errors import CorruptCheckpoint, DiskFull, NotFound, SourceForbidden, SourceNotFound
 from app.domain.request.base_job import is_read
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
 from app.store.jobs import JobRepository
+from bitwright.errors import CorruptCheckpoint, DiskFull, NotFound, SourceForbidden, SourceNotFound
 from workers.disk.workspace import Workspace
 from workers.supervise.context import WorkerContext
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 import structlog
 
-from app.domain.job_states import DeviceClass
+from bitwright.job_states import DeviceClass
 from workers.machine import host_memory
 from workers.supervise.child_process import child_environment
 

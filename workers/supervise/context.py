@@ -3,10 +3,10 @@
 import threading
 from dataclasses import dataclass, field
 
-from app.domain.job_states import DeviceClass
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.session import Database
+from bitwright.job_states import DeviceClass
 from workers.supervise.capacity import Capacity
 
 

@@ -6,9 +6,10 @@ from collections import deque
 import structlog
 from pydantic import ValidationError
 
-from app.domain.errors import Unavailable
-from app.domain.events import ATTEMPT_LINE, AttemptEvent, AttemptLine, BlockEvent, CheckpointEvent, ProgressEvent
+from app.domain.attempt_lines import ATTEMPT_LINE, AttemptEvent, AttemptLine
 from app.store.attempts import AttemptWriter, Claim
+from bitwright.errors import Unavailable
+from bitwright.events import BlockEvent, CheckpointEvent, ProgressEvent
 from workers.supervise.context import WorkerContext
 
 FLUSH_SECONDS = 1.0

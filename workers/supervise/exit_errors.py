@@ -2,8 +2,8 @@
 
 import signal
 
-from app.domain.errors import AttemptKilled, BitwrightError, InternalError, OutOfMemory, error_from_code
-from app.domain.events import ErrorData
+from bitwright.errors import AttemptKilled, BitwrightError, InternalError, OutOfMemory, error_from_code
+from bitwright.events import ErrorData
 
 
 def error_of_exit(code: int, failed: ErrorData | None, *, oom_killed: bool, what: str = "attempt") -> BitwrightError:

@@ -7,10 +7,10 @@ from importlib.metadata import version
 
 import structlog
 
-from app.domain.errors import Unavailable
-from app.domain.views import CLOCK_SKEW
 from app.store.attempts import has_ended
 from app.store.workers import clock_skew, describe, gone, heartbeat, register
+from bitwright.errors import Unavailable
+from bitwright.views import CLOCK_SKEW
 from workers.disk.hub_cache import prune_models
 from workers.disk.workspace import prune
 from workers.supervise.context import WorkerContext

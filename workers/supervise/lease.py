@@ -6,8 +6,8 @@ from typing import Self
 
 import structlog
 
-from app.domain.errors import AttemptSuperseded, TimeLimitExceeded, Unavailable
 from app.store.attempts import AttemptWriter, Claim
+from bitwright.errors import AttemptSuperseded, TimeLimitExceeded, Unavailable
 from workers.supervise.context import WorkerContext
 
 RENEW_SECONDS = 1.5

@@ -3,10 +3,11 @@
 import errno
 from pathlib import Path, PurePosixPath
 
-from app.domain.errors import DiskFull, InternalError, StorageError
-from app.domain.events import ProgressEvent, ResultLine, Stage
+from app.domain.attempt_lines import ResultLine
 from app.store.attempts import NewArtifact
 from app.store.blobs import BlobStore
+from bitwright.errors import DiskFull, InternalError, StorageError
+from bitwright.events import ProgressEvent, Stage
 from workers.disk.workspace import Workspace, output_files
 from workers.supervise.events import EventBuffer
 from workers.supervise.lease import LeaseKeeper

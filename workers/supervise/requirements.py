@@ -2,9 +2,9 @@
 
 from collections.abc import Collection
 
-from app.domain.errors import RequirementMissed
-from app.domain.report import Quality, Report, ShippedFigures
 from app.domain.request.job_request import Requirements
+from bitwright.errors import RequirementMissed
+from bitwright.report import Quality, Report, ShippedFigures
 
 
 def missed_requirement(

@@ -9,8 +9,8 @@ from time import monotonic
 
 import structlog
 
-from app.domain.errors import Unavailable
 from app.store.attempts import work_waits
+from bitwright.errors import Unavailable
 from workers.supervise.context import WorkerContext
 from workers.supervise.work import work
 

@@ -11,8 +11,6 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
-from app.domain.errors import InvalidDataset, NotFound, SourceForbidden, SourceNotFound
-from app.domain.events import TEXT_ROLES
 from app.domain.inputs.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.request.finetuning import Finetune
 from app.domain.request.job_request import Calibration, Evaluation, JobRequest
@@ -27,6 +25,8 @@ from app.domain.request.sources import (
     UploadedText,
 )
 from app.store.uploads import UploadRepository
+from bitwright.errors import InvalidDataset, NotFound, SourceForbidden, SourceNotFound
+from bitwright.events import TEXT_ROLES
 from workers.disk.orders import FetchOrder, TextOrder
 from workers.disk.workspace import Workspace
 from workers.supervise.context import WorkerContext

@@ -5,10 +5,10 @@ Before each claim it takes back what lost workers held, so that no job waits for
 
 import structlog
 
-from app.domain.errors import Unavailable
-from app.domain.job_states import DeviceClass
 from app.store.attempts import Claim, claim
 from app.store.endings import requeue_lost
+from bitwright.errors import Unavailable
+from bitwright.job_states import DeviceClass
 from workers.supervise.attempt_runner import supervise
 from workers.supervise.context import WorkerContext
 

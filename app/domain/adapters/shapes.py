@@ -18,8 +18,8 @@ from app.domain.adapters import (
     QALoRASpec,
     QBaRASpec,
 )
-from app.domain.errors import MisalignedAdapter
 from app.domain.methods.schemes import PER_CHANNEL
+from bitwright.errors import MisalignedAdapter
 
 NAMED_CHOICES = 8
 """Of the aligned choices, a message names so many."""

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture
 from app.domain.inputs.quantized_tensors import HINT
+from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
 
 HEAD = "lm_head"
 """Full module name of the output head, in all architectures."""

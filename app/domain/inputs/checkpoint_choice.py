@@ -8,7 +8,7 @@ tensor. A few other files and fields send it elsewhere: such folders are refused
 import re
 from collections.abc import Collection, Mapping
 
-from app.domain.errors import CorruptCheckpoint
+from bitwright.errors import CorruptCheckpoint
 
 ADAPTER = "adapter_config.json"
 WEIGHTS_FIELD = "transformers_weights"

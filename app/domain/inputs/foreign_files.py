@@ -8,7 +8,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from app.domain.errors import InputError, UnsafeCheckpoint, UnsupportedCheckpoint
+from bitwright.errors import InputError, UnsafeCheckpoint, UnsupportedCheckpoint
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

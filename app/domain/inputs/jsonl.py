@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from app.domain.errors import InvalidDataset
 from app.domain.inputs.messages import RowProblem
 from app.domain.inputs.rows import Row, parse_row
+from bitwright.errors import InvalidDataset
 
 MAX_LINE_BYTES = 16 << 20
 WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion", or with "messages"'

@@ -4,7 +4,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from app.domain.errors import SourceForbidden
+from bitwright.errors import SourceForbidden
 
 ALLOWED_HINT = (
     "local paths are read under the operator's folders alone: `bitwright serve --model-root FOLDER` names one "

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from types import MappingProxyType
 
-from app.domain.errors import CorruptCheckpoint
+from bitwright.errors import CorruptCheckpoint
 
 LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000

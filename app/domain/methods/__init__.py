@@ -10,7 +10,6 @@ from app.domain.methods.schemes import (
     PRESET_ABSMAX,
     SCALE_BITS,
     AbsmaxScheme,
-    Form,
     ModuleRules,
     Scheme,
     SchemeOverride,
@@ -25,6 +24,7 @@ from app.domain.methods.weight_specs import (
     SignRoundSpec,
     WeightSpec,
 )
+from bitwright.formats import Form
 
 __all__ = [
     "MAX_BITS",

@@ -12,9 +12,6 @@ from typing import Annotated
 from pydantic import Field
 
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
-from app.domain.methods.schemes import (
-    Form,
-)
 from app.domain.methods.weight_specs import (
     AWQSpec,
     GPTQSpec,
@@ -24,6 +21,7 @@ from app.domain.methods.weight_specs import (
     SignRoundSpec,
     WeightSpec,
 )
+from bitwright.formats import Form
 
 QuantizationSpec = Annotated[
     RTNSpec | NormalFloatSpec | GPTQSpec | AWQSpec | OmniQuantSpec | SignRoundSpec | LoftQSpec | ApiQSpec | LQLoRASpec,

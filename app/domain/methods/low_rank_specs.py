@@ -14,7 +14,6 @@ from app.domain.methods.schemes import (
     PRESET_ABSMAX,
     AbsmaxScheme,
     FloatName,
-    Form,
     GroupSize,
     Scheme,
     Symmetric,
@@ -28,6 +27,7 @@ from app.domain.methods.weight_specs import (
     Steps,
     WeightSpec,
 )
+from bitwright.formats import Form
 
 Rank = Annotated[
     int,

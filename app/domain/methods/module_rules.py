@@ -7,8 +7,8 @@ import math
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
-from app.domain.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnknownModule
 from app.domain.methods import PER_CHANNEL, WeightSpec
+from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnknownModule
 
 RULES = "quantization.modules"
 SMALLEST_NAMED = 8

@@ -1,7 +1,6 @@
 """How a linear's weight may be stored, and the rules that tell linears apart."""
 
 from dataclasses import dataclass
-from enum import StrEnum
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
@@ -40,17 +39,6 @@ Symmetric = Annotated[
         strict=True, description="True: zero point at mid range, scale of either sign (full range). False: asymmetric."
     ),
 ]
-
-
-class Form(StrEnum):
-    """What a method makes of a linear; a format says which of them it holds."""
-
-    AFFINE = "affine"
-    """Integer codes with a scale a group, and a zero point or an offset."""
-    CODEBOOK = "codebook"
-    """Indices into a table of values (NormalFloat) with a largest magnitude a group."""
-    LOW_RANK = "low-rank"
-    """Besides one of the others: two factors whose product is added to it, as in LoRA."""
 
 
 class Spec(BaseModel):

@@ -7,7 +7,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
-from app.domain.methods.schemes import Form, GroupSize, ModuleRules, Scheme, SchemeOverride, Spec, Symmetric
+from app.domain.methods.schemes import GroupSize, ModuleRules, Scheme, SchemeOverride, Spec, Symmetric
+from bitwright.formats import Form
 
 ANY_SHARE = 840
 """A batch that any number of devices up to 8 divides: of methods that sum over all sequences at once."""

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-from app.domain.errors import FieldProblem, shorten
 from app.domain.methods import METHODS
+from bitwright.errors import FieldProblem, shorten
 
 ADAPTER_SHORTHAND = ("rank", "alpha", "dropout")
 """Fields of `adapter` that may stand at the top of a request whose method is one of these recipes."""

@@ -4,10 +4,11 @@ from collections.abc import Mapping, Sequence
 
 from app.domain.adapters import ADAPTERS, AdapterFields, AdapterShape, AdapterSpec, GroupedSpec
 from app.domain.adapters.shapes import shape_for
-from app.domain.errors import FieldProblem, InputError, MisalignedAdapter
-from app.domain.formats import ExportFormat, default_formats, format_problems
+from app.domain.formats import default_formats, format_problems
 from app.domain.methods import Form, WeightSpec
 from app.domain.request.base_job import Folded
+from bitwright.errors import FieldProblem, InputError, MisalignedAdapter
+from bitwright.formats import ExportFormat
 
 HOLDS_OFFSETS = frozenset({ExportFormat.NATIVE, ExportFormat.GGUF, ExportFormat.MERGED})
 """Formats with a fractional offset a group, or with none at all."""

@@ -9,9 +9,7 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from app.domain.adapters import AdapterSpec
-from app.domain.errors import FieldProblem, InvalidRequest, shorten
-from app.domain.formats import ExportFormat
-from app.domain.job_states import FINAL_STATUSES, MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS, DeviceClass, JobStatus
+from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS
 from app.domain.methods import QuantizationSpec
 from app.domain.request.base_job import JOB_ID, EarlierJob, Folded
 from app.domain.request.combination_rules import result_problems
@@ -19,6 +17,9 @@ from app.domain.request.finetuning import Finetune
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
+from bitwright.errors import FieldProblem, InvalidRequest, shorten
+from bitwright.formats import ExportFormat
+from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus
 
 __all__ = [
     "FINAL_STATUSES",

@@ -11,7 +11,7 @@ from types import MappingProxyType
 
 from pydantic import BaseModel, ValidationError
 
-from app.domain.errors import FieldProblem, shorten
+from bitwright.errors import FieldProblem, shorten
 
 Location = tuple[int | str, ...]
 Schema = Mapping[str, object]

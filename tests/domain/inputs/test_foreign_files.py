@@ -2,8 +2,8 @@
 
 import pytest
 
-from app.domain.errors import UnsafeCheckpoint, UnsupportedCheckpoint
 from app.domain.inputs.foreign_files import foreign_files
+from bitwright.errors import UnsafeCheckpoint, UnsupportedCheckpoint
 
 TOKENS = ["tokenizer.json", "tokenizer_config.json", "README.md"]
 FOREIGN: list[tuple[list[str], str, str]] = [

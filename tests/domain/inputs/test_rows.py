@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from app.domain.errors import InvalidDataset
 from app.domain.inputs.jsonl import check_jsonl, numbered_records
 from app.domain.inputs.rows import Conversation, PlainText, TextPair
+from bitwright.errors import InvalidDataset
 
 USER = {"role": "user", "content": "asks"}
 ANSWER = {"role": "assistant", "content": "answers"}

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.domain.errors import InvalidRequest
 from app.domain.formats import FORMATS
 from app.domain.methods import METHODS, RECIPES, Form
 from app.domain.request.job_request import JobRequest
 from app.domain.request.problems import MAX_PROBLEMS, as_written
 from app.domain.request.shorthand import SHORTHAND, expand
 from app.domain.request.sources import HubModel, LocalModel, UploadedModel
+from bitwright.errors import InvalidRequest
 
 BASE: dict[str, Any] = {"model": "org/name", "method": "signround"}
 FULL: dict[str, Any] = {"model": "org/name", "quantization": {"method": "signround"}}

@@ -3,10 +3,11 @@
 import pytest
 from pydantic import BaseModel
 
-from app.domain.events import TEXT_ROLES, FetchedLine
+from app.domain.attempt_lines import FetchedLine
 from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import named_sources, read_sources, read_uploads, with_source
 from app.domain.request.sources import BuiltinText, DatasetSource, HubDataset, HubModel, LocalText, UploadedText
+from bitwright.events import TEXT_ROLES
 from tests.domain.request.request_fields import UPLOAD, body_with, source_fields
 from workers.disk.orders import AttemptOrder, FetchOrder
 from workers.supervise.sources import tokens_read

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from app.domain.events import AttemptLine, ResultLine
+from app.domain.attempt_lines import AttemptLine, ResultLine
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import LocalText
 from workers.disk.orders import AttemptOrder

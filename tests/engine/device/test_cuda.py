@@ -13,7 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.domain.events import AttemptLine, LogEvent
+from app.domain.attempt_lines import AttemptLine
+from bitwright.events import LogEvent
 from tests.engine.conftest import run_job
 from workers.engine import plan
 from workers.engine.device import cuda_graphs as captured_step

@@ -16,8 +16,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.domain.errors import DiskFull, NumericalFailure, OutOfGpuMemory
-from app.domain.events import AttemptLine, BlockEvent
+from app.domain.attempt_lines import AttemptLine
+from bitwright.errors import DiskFull, NumericalFailure, OutOfGpuMemory
+from bitwright.events import BlockEvent
 from tests.engine.conftest import run_job
 from workers.child.exceptions import as_bitwright_error
 from workers.disk.durable import replace_file

@@ -14,11 +14,11 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from torch import Tensor
 
-from app.domain.errors import InternalError
-from app.domain.events import BlockEvent, LogEvent
 from app.domain.methods import Scheme, SignRoundSpec
-from app.domain.report import Report
 from app.domain.request.job_request import JobRequest
+from bitwright.errors import InternalError
+from bitwright.events import BlockEvent, LogEvent
+from bitwright.report import Report
 from tests.engine.conftest import TEXTS, run_job
 from tests.engine.device.rank_pair import SIZE, RankPair, RankRun, run_job_on_ranks
 from tests.engine.tune.test_tuner import RecordedWeights, weights_of

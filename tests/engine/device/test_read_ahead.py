@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from app.domain.errors import NumericalFailure
+from bitwright.errors import NumericalFailure
 from tests.engine.model.random_models import save_random_model
 from workers.engine.device.read_ahead import Upload, read_ahead
 from workers.engine.model.checkpoint import Checkpoint

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain.events import LogEvent
-from app.domain.report import FinetuningReport
+from bitwright.events import LogEvent
+from bitwright.report import FinetuningReport
 from tests.engine.finetune.test_stage import Job, rows
 from tests.engine.finetune.test_trainer import Interrupted, interrupt_at
 from workers.engine.finetune import captured_passes

@@ -13,12 +13,13 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from app.domain.errors import InvalidDataset
-from app.domain.events import AttemptLine, BlockEvent, CheckpointEvent, LogEvent, MetricEvent, ProgressEvent, Stage
-from app.domain.report import Report
+from app.domain.attempt_lines import AttemptLine
 from app.domain.request.finetuning import Finetune
 from app.domain.request.job_request import Evaluation, JobRequest
 from app.domain.request.sources import BuiltinText
+from bitwright.errors import InvalidDataset
+from bitwright.events import BlockEvent, CheckpointEvent, LogEvent, MetricEvent, ProgressEvent, Stage
+from bitwright.report import Report
 from tests.engine.conftest import TEXTS
 from tests.engine.finetune.test_trainer import Interrupted, interrupt_at
 from workers.adapters.attaching import Attach

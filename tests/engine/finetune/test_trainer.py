@@ -14,10 +14,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from app.domain.errors import NumericalFailure
-from app.domain.events import AttemptLine, CheckpointEvent, MetricEvent, ProgressEvent, Stage
+from app.domain.attempt_lines import AttemptLine
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import BuiltinText
+from bitwright.errors import NumericalFailure
+from bitwright.events import CheckpointEvent, MetricEvent, ProgressEvent, Stage
 from tests.engine.finetune.small_lora import SmallLoRA, attach_small
 from tests.engine.finetune.test_resident_model import results_of
 from tests.engine.model.random_models import LENGTH, save_random_model

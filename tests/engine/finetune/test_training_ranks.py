@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from app.domain.errors import InternalError
+from bitwright.errors import InternalError
 from tests.engine.device.rank_pair import SIZE, RankPair
 from tests.engine.finetune.test_trainer import Trained, attach_double, run
 from tests.engine.model.random_models import save_random_model

@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from app.domain.errors import BitwrightError, CorruptCheckpoint, SourceNotFound, UnsafeCheckpoint
 from app.domain.inputs.foreign_files import INDEX
+from bitwright.errors import BitwrightError, CorruptCheckpoint, SourceNotFound, UnsafeCheckpoint
 from tests.engine.model.random_models import save_random_model
 from workers.engine.model.checkpoint import Checkpoint
 

@@ -11,8 +11,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from app.domain.errors import BitwrightError
-from app.domain.events import AttemptLine, WarningEvent
+from app.domain.attempt_lines import AttemptLine
+from bitwright.errors import BitwrightError
+from bitwright.events import WarningEvent
 from tests.engine.conftest import run_job
 from tests.engine.model.random_models import save_random_model
 

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from app.domain.errors import CorruptCheckpoint, InvalidDataset, NumericalFailure
-from app.domain.events import AttemptLine, WarningEvent
+from app.domain.attempt_lines import AttemptLine
+from bitwright.errors import CorruptCheckpoint, InvalidDataset, NumericalFailure
+from bitwright.events import WarningEvent
 from tests.engine.conftest import run_job
 from workers.engine.text.sequences import load_tokenizer
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.api.inspection import FolderFiles, inspect_checkpoint
-from app.domain.errors import CorruptCheckpoint
 from app.domain.inputs.foreign_files import INDEX, SINGLE
+from bitwright.errors import CorruptCheckpoint
 from tests.engine.conftest import run_job
 from tests.engine.model.random_models import LENGTH, VOCABULARY, random_model, save_random_model
 from tests.engine.ships.gguf_models import LLAMA_3, save_model, save_tokenizer

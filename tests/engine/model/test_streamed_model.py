@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from app.domain.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
 from app.domain.inputs.architectures import ARCHITECTURES
+from bitwright.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
 from tests.engine.model.random_models import LENGTH, PECULIARITIES, VOCABULARY, WINDOW, save_random_model
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.layouts import LAYOUTS

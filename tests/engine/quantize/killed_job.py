@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from app.domain.events import AttemptLine, BlockEvent
+from app.domain.attempt_lines import AttemptLine
+from bitwright.events import BlockEvent
 from tests.engine.conftest import run_job
 from workers.disk.durable import replace_file
 from workers.engine.quantize import finished_blocks as resume

@@ -11,11 +11,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from app.domain.errors import CorruptCheckpoint, FormatCannotHold, InternalError
-from app.domain.events import AttemptLine, BlockEvent
-from app.domain.report import FinetuningReport, Report
+from app.domain.attempt_lines import AttemptLine
 from app.domain.request.base_job import EarlierJob, Folded, is_read
 from app.domain.request.job_request import JobRequest
+from bitwright.errors import CorruptCheckpoint, FormatCannotHold, InternalError
+from bitwright.events import BlockEvent
+from bitwright.report import FinetuningReport, Report
 from tests.engine.conftest import TEXTS
 from tests.engine.finetune.test_stage import WORDS
 from tests.engine.finetune.test_trainer import Interrupted, interrupt_at

@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.domain.errors import InvalidRequest
 from app.domain.methods import Candidate, Scheme, WeightSpec
-from app.domain.report import Report
+from bitwright.errors import InvalidRequest
+from bitwright.report import Report
 from tests.engine.conftest import run_job
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel

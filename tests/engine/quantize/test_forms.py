@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from app.domain.errors import InvalidRequest
-from app.domain.events import AttemptLine, ResultLine, WarningEvent
-from app.domain.formats import ExportFormat
+from app.domain.attempt_lines import AttemptLine, ResultLine
 from app.domain.methods import Form
-from app.domain.report import Report
+from bitwright.errors import InvalidRequest
+from bitwright.events import WarningEvent
+from bitwright.formats import ExportFormat
+from bitwright.report import Report
 from tests.engine.conftest import run_job
 from tests.engine.model.loading import base_of, loader, logits
 from tests.engine.quantize import residual_svd

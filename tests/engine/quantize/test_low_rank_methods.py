@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from app.domain.methods import Form
-from app.domain.report import Report
+from bitwright.report import Report
 from tests.engine.conftest import run_job
 from tests.engine.model.loading import base_of, loader, logits
 from workers.contracts.blocks import BlockTask

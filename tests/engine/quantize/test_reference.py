@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from app.domain.events import AttemptLine, MetricEvent
+from app.domain.attempt_lines import AttemptLine
 from app.domain.inputs.architectures import read_dimensions
 from app.domain.methods import METHODS
 from app.domain.request.job_request import JobRequest
 from app.domain.workload import has_reference, readers_of, reads_calibration
+from bitwright.events import MetricEvent
 from tests.engine.conftest import run_job
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.quantize.registry import needs_text

@@ -12,8 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from app.domain.events import AttemptLine, LogEvent, ProgressEvent, Stage, WarningEvent
+from app.domain.attempt_lines import AttemptLine
 from app.domain.methods import Scheme
+from bitwright.events import LogEvent, ProgressEvent, Stage, WarningEvent
 from tests.engine.conftest import Finished, finish, run_job
 from tests.engine.model.random_models import LENGTH, VOCABULARY, save_random_model
 from workers.engine import memory

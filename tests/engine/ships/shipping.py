@@ -22,10 +22,10 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, GgufConfig
 
-from app.domain.errors import InvalidRequest
-from app.domain.events import ResultLine
-from app.domain.report import Report, ShippedFigures
+from app.domain.attempt_lines import ResultLine
 from app.domain.request.job_request import JobRequest
+from bitwright.errors import InvalidRequest
+from bitwright.report import Report, ShippedFigures
 from tests.engine.model.loading import loader
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter

@@ -12,10 +12,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from app.domain.errors import FormatCannotHold, InvalidRequest
-from app.domain.events import ResultLine
-from app.domain.formats import ExportFormat
+from app.domain.attempt_lines import ResultLine
 from app.domain.request.job_request import JobRequest
+from bitwright.errors import FormatCannotHold, InvalidRequest
+from bitwright.formats import ExportFormat
 from tests.engine.conftest import run_job
 from tests.engine.model.random_models import PECULIARITIES, SHAPE
 from tests.engine.quantize import residual_svd

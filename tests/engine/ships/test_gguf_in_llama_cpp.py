@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain import formats
-from app.domain.errors import FormatCannotHold
+from bitwright.errors import FormatCannotHold
 from tests.engine.conftest import run_job
 from tests.engine.ships.gguf_models import LLAMA_3, QWEN, save_model, save_tokenizer
 from tests.engine.ships.llama_cpp import Answer, ask

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.domain.events import ResultLine
+from app.domain.attempt_lines import ResultLine
 from app.domain.request.job_request import Requirements
 from tests.engine.ships import shipping
 from tests.engine.ships.shipping import Case

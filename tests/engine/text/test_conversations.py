@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from app.domain.errors import InvalidDataset
 from app.domain.request.finetuning import Finetune
 from app.domain.request.job_request import Calibration, Evaluation
 from app.domain.request.sources import LocalText
+from bitwright.errors import InvalidDataset
 from tests.engine.text.published_templates import END, START, made_tokenizer
 from workers.engine.text.examples import Examples, read_examples
 from workers.engine.text.sequences import calibration_windows, evaluation_windows, load_tokenizer

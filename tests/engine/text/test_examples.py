@@ -9,9 +9,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from app.domain.errors import InvalidDataset
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import LocalText
+from bitwright.errors import InvalidDataset
 from workers.engine.device.process_group import Ranks
 from workers.engine.text.documents import Half, half_of, read_jsonl
 from workers.engine.text.examples import Example, Examples, read_examples

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from app.domain.errors import InvalidDataset
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import LocalText
+from bitwright.errors import InvalidDataset
 from tests.engine.text.published_templates import CONTROL, END, ROWS, conversation, published, said, tokenizer_for
 from workers.engine.text.examples import Example, read_examples
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from app.domain.errors import InvalidDataset
 from app.domain.inputs.rows import Conversation, parse_row
 from app.domain.request.job_request import Calibration, Evaluation
+from bitwright.errors import InvalidDataset
 from workers.engine.text import documents
 from workers.engine.text.documents import Half, builtin_documents, half_of, read_jsonl
 from workers.engine.text.sequences import calibration_windows, evaluation_windows, load_tokenizer

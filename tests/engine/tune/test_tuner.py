@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain.errors import NumericalFailure
 from app.domain.methods import Scheme
+from bitwright.errors import NumericalFailure
 from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.tuning import TuningSettings

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
-from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from app.domain.report import Quality, Report, TextReport
+from bitwright.formats import ExportFormat
+from bitwright.report import Quality, Report, TextReport
 from tests.formats.examples import (
     REPORT,
     Made,

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from app.domain.report import Judgement
+from bitwright.report import Judgement
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import ALONE, Ranks
 

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.domain.errors import NumericalFailure
-from app.domain.events import Stage
+from bitwright.errors import NumericalFailure
+from bitwright.events import Stage
 from workers.engine.device.side_stream import Mark, mark
 from workers.engine.finetune.checkpoints import TrainingProgress
 from workers.engine.model.overflow import ALSO_DTYPE

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from app.domain.errors import UnsupportedArchitecture
+from bitwright.errors import UnsupportedArchitecture
 from workers.contracts.adapters import AttachAdapters
 from workers.engine.finetune.adapted_linear import AdaptedLinear, MakeWeight, rebuilt
 from workers.engine.finetune.token_loss import token_loss

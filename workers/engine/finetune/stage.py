@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from app.domain.report import FinetuningReport, LossPoint, TextReport
 from app.domain.request.finetuning import Finetune
+from bitwright.report import FinetuningReport, LossPoint, TextReport
 from workers.contracts.adapters import AttachAdapters
 from workers.engine.device.process_group import Ranks
 from workers.engine.finetune.checkpoints import TrainingState

@@ -26,10 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from app.domain.errors import InternalError, NumericalFailure
-from app.domain.events import CheckpointEvent
-from app.domain.report import Judgement
 from app.domain.request.finetuning import Finetune
+from bitwright.errors import InternalError, NumericalFailure
+from bitwright.events import CheckpointEvent
+from bitwright.report import Judgement
 from workers.engine.device.process_group import ALONE, Ranks
 from workers.engine.device.read_ahead import read_ahead
 from workers.engine.device.write_behind import WriteBehind

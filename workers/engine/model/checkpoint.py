@@ -16,10 +16,10 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from app.domain.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
 from app.domain.inputs.checkpoint_choice import WEIGHTS_FIELD, check_choice
 from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files
 from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
+from bitwright.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
 
 MAX_JSON_BYTES = 100_000_000
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}

@@ -10,8 +10,8 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
-from app.domain.errors import BitwrightError, CorruptCheckpoint, UnsupportedArchitecture, UnsupportedCheckpoint
 from app.domain.inputs.quantized_tensors import HINT, quantized_tensor
+from bitwright.errors import BitwrightError, CorruptCheckpoint, UnsupportedArchitecture, UnsupportedCheckpoint
 
 NAMED = 4
 """Tensors that a message names."""

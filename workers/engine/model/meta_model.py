@@ -9,7 +9,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
-from app.domain.errors import CorruptCheckpoint, UnsupportedArchitecture
+from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
 from workers.engine.model import fused_blocks as fused_block
 from workers.engine.model.checkpoint import FLOAT_DTYPES, Checkpoint
 from workers.engine.model.foreign_tensors import Skeleton, demand_a_model, misfit

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from app.domain.errors import NumericalFailure
+from bitwright.errors import NumericalFailure
 
 WIDER = (
     'set "dtype" to "bfloat16" (or "float32") in the model\'s config.json: every tensor is then read in it; upload the '

@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from app.domain.errors import NumericalFailure
 from app.domain.inputs.architectures import SHARED_INPUTS
 from app.domain.methods import BitBudget, Candidate, Form, WeightSpec
 from app.domain.methods.module_rules import over_budget
-from app.domain.report import AllocatedLinear, AllocationReport
+from bitwright.errors import NumericalFailure
+from bitwright.report import AllocatedLinear, AllocationReport
 from workers.contracts.blocks import Fisher, ScoreTask, ScoringMethod
 from workers.engine.device.process_group import ALONE, Ranks
 from workers.engine.model.streamed_model import StreamedModel

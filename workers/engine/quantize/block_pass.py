@@ -22,10 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.domain.errors import InternalError
-from app.domain.events import BlockEvent, Stage
 from app.domain.methods import Scheme, WeightSpec
-from app.domain.report import BlockReport
+from bitwright.errors import InternalError
+from bitwright.events import BlockEvent, Stage
+from bitwright.report import BlockReport
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.engine.clock import StageClock

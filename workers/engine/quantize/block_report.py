@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.domain.errors import NumericalFailure
 from app.domain.methods import Form
-from app.domain.report import BlockReport, LinearReport
+from bitwright.errors import NumericalFailure
+from bitwright.report import BlockReport, LinearReport
 from workers.contracts.results import BlockResult
 from workers.engine.model.overflow import ALSO_DTYPE
 from workers.engine.model.streamed_model import StreamedModel

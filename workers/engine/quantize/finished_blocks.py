@@ -25,7 +25,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from app.domain.inputs.safetensors_header import LENGTH_BYTES
-from app.domain.report import BlockReport, ScaleReport
+from bitwright.report import BlockReport, ScaleReport
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import ALONE, Ranks
 from workers.formats import native

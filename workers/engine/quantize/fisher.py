@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
-from app.domain.errors import NumericalFailure
+from bitwright.errors import NumericalFailure
 from workers.contracts.blocks import Fisher
 from workers.engine.device.process_group import ALONE, Ranks
 from workers.engine.memory import LOGITS_AT_ONCE

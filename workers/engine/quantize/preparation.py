@@ -18,7 +18,7 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from app.domain.methods import AbsmaxScheme, Candidate, Scheme, WeightSpec
-from app.domain.report import AllocationReport
+from bitwright.report import AllocationReport
 from workers.contracts.blocks import Fisher, ScoringMethod
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import ALONE, Ranks

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Scheme
-from app.domain.report import Figures
+from bitwright.report import Figures
 from workers.engine.device.process_group import Ranks
 from workers.engine.evaluate import measure
 from workers.engine.model.streamed_model import StreamedModel

@@ -14,9 +14,9 @@ from functools import partial
 
 from torch import Tensor
 
-from app.domain.events import Stage
 from app.domain.methods import Form
-from app.domain.report import ScaleReport
+from bitwright.events import Stage
+from bitwright.report import ScaleReport
 from workers.engine.quantize.activations import Stream
 from workers.engine.quantize.block_pass import BlockPass
 from workers.engine.reporter import Reporter

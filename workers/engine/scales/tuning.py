@@ -40,7 +40,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from app.domain.errors import NumericalFailure
+from bitwright.errors import NumericalFailure
 from workers.contracts.tuning import TuningSettings
 from workers.engine.device.cuda_graphs import captured
 from workers.engine.model.overflow import ALSO_DTYPE

@@ -13,9 +13,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from app.domain.errors import InvalidDataset
 from app.domain.inputs.messages import REASONING, Message, json_name
 from app.domain.inputs.rows import Conversation
+from bitwright.errors import InvalidDataset
 
 Fields = dict[str, Any]
 PROBE = "zqprobe"

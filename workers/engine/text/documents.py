@@ -18,9 +18,9 @@ from functools import cache
 from itertools import tee
 from pathlib import Path
 
-from app.domain.errors import InvalidDataset
 from app.domain.inputs.jsonl import Record, numbered_records
 from app.domain.inputs.rows import Conversation, PlainText, Row, TextPair
+from bitwright.errors import InvalidDataset
 
 SHORTEST_DOCSTRING = 100
 """Characters; shorter ones say little."""

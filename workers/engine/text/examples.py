@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from app.domain.errors import InvalidDataset
 from app.domain.inputs.jsonl import Record
 from app.domain.inputs.rows import Conversation, PlainText
 from app.domain.request.finetuning import Finetune
+from bitwright.errors import InvalidDataset
 from workers.engine.text.conversations import ChatTemplate, readable
 from workers.engine.text.documents import Half, Notes, builtin_documents, document_of, half_of, hash_of, read_rows
 from workers.engine.text.sequences import has_end, start_tokens, without_start

@@ -20,8 +20,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from app.domain.errors import InvalidDataset
 from app.domain.request.job_request import Calibration
+from bitwright.errors import InvalidDataset
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import PATIENCE
 from workers.engine.model.checkpoint import Checkpoint

@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from app.domain.errors import CorruptCheckpoint, InvalidDataset
-from app.domain.report import TextReport
 from app.domain.request.job_request import Calibration, Evaluation
 from app.domain.request.sources import CalibrationSource, DatasetSource, ModelSource
+from bitwright.errors import CorruptCheckpoint, InvalidDataset
+from bitwright.report import TextReport
 from workers.engine.text.conversations import ChatTemplate, readable
 from workers.engine.text.documents import Document, Half, Notes, builtin_documents, half_of, hash_of, read_jsonl
 

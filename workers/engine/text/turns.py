@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise, takewhile
 
-from app.domain.errors import InvalidDataset
 from app.domain.inputs.messages import Message
 from app.domain.inputs.rows import Conversation
+from bitwright.errors import InvalidDataset
 from workers.engine.text.conversations import ChatTemplate, Written
 from workers.engine.text.marked_template import KEY, Marks, Piece, marked, pieces
 

@@ -28,7 +28,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from app.domain.errors import NumericalFailure
+from bitwright.errors import NumericalFailure
 from workers.contracts.blocks import BlockTask
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.device.cuda_graphs import captured

@@ -6,8 +6,8 @@ Figures are of the files that were measured: `figures_of` is the one place that 
 from collections.abc import Iterator
 
 from app.domain.adapters import ADAPTERS
-from app.domain.formats import ADAPTER_FOLDER, ExportFormat
-from app.domain.report import AdapterReport, EarlierTraining, FinetuningReport, Quality, Report
+from bitwright.formats import ADAPTER_FOLDER, ExportFormat
+from bitwright.report import AdapterReport, EarlierTraining, FinetuningReport, Quality, Report
 from workers.formats.cards.identity import Part, adapter_title
 
 

@@ -15,8 +15,8 @@ from typing import Literal
 
 from app.domain import methods
 from app.domain.adapters import ADAPTERS
-from app.domain.report import EarlierTraining, FinetuningReport, Report
 from app.domain.request.sources import HUB_ID, UPLOAD_ID
+from bitwright.report import EarlierTraining, FinetuningReport, Report
 from workers.formats.stored_linear import StoredLinear
 
 CACHED = re.compile(r"[\\/](?:models|datasets)--(?:[\w.-]+?--)?([\w.-]+)[\\/]snapshots[\\/][0-9a-f]+[\\/]?$")

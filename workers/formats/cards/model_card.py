@@ -10,9 +10,10 @@ from pathlib import Path
 
 import yaml
 
-from app.domain.formats import ExportFormat, base_alone
+from app.domain.formats import base_alone
 from app.domain.methods import METHODS, Form
-from app.domain.report import Report, SizeReport
+from bitwright.formats import ExportFormat
+from bitwright.report import Report, SizeReport
 from workers.formats.cards.card_sections import code, quality, training
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.identity import Identity, Part, adapter_title, part_of, title

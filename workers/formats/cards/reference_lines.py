@@ -1,6 +1,6 @@
 """The reference row of a model card: what round to nearest gives with the same scheme on the same text."""
 
-from app.domain.report import Figures
+from bitwright.report import Figures
 
 
 def reference_lines(reference: Figures | None) -> list[str]:

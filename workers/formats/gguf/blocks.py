@@ -21,8 +21,8 @@ import torch
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from app.domain.errors import FormatCannotHold
 from app.domain.methods import Scheme
+from bitwright.errors import FormatCannotHold
 from workers.numerics.quantized import AffineWeight
 
 BLOCK = 32

@@ -18,10 +18,10 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from app.domain.errors import FormatCannotHold
 from app.domain.gguf_rules import ARCHITECTURES as RULES
 from app.domain.gguf_rules import gguf_refusals
 from app.domain.inputs.architectures import Dimensions, read_dimensions
+from bitwright.errors import FormatCannotHold
 from workers.formats.source_files import SourceCheckpoint
 
 KINDS = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}

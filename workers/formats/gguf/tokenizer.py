@@ -20,7 +20,7 @@ from typing import Any
 from gguf import GGUFWriter, TokenType
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from app.domain.errors import FormatCannotHold
+from bitwright.errors import FormatCannotHold
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

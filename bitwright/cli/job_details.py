@@ -5,12 +5,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from app.cli.render import adapter_text, bits_text, format_bytes, format_seconds, pairs
-from app.domain.delivery import delivery
-from app.domain.report import Report
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import LocalModel
-from app.domain.views import ArtifactView, JobView, PreflightView
+from bitwright.cli.render import adapter_text, bits_text, format_bytes, format_seconds, pairs
+from bitwright.delivery import delivery
+from bitwright.report import Report
+from bitwright.views import ArtifactView, JobView, PreflightView
 
 
 def training_table(report: Report) -> Table | None:

@@ -6,17 +6,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from app.client.downloads import OnBytes, download_artifact, ignore_bytes, subfolder, target_path
-from app.client.event_stream import follow
-from app.client.folders import claim_folder
-from app.client.transport import RetryPolicy, Transport
-from app.client.uploads import choose_files, describe_files, send_files
-from app.domain.delivery import delivery
-from app.domain.errors import NotFound, RequestError
-from app.domain.formats import ExportFormat
-from app.domain.job_states import JobStatus
 from app.domain.request.job_request import JobRequest
-from app.domain.views import (
+from bitwright.delivery import delivery
+from bitwright.downloads import OnBytes, download_artifact, ignore_bytes, subfolder, target_path
+from bitwright.errors import NotFound, RequestError
+from bitwright.event_stream import follow
+from bitwright.folders import claim_folder
+from bitwright.formats import ExportFormat
+from bitwright.job_states import JobStatus
+from bitwright.transport import RetryPolicy, Transport
+from bitwright.uploads import choose_files, describe_files, send_files
+from bitwright.views import (
     ArtifactView,
     EventPage,
     EventView,

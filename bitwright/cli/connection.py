@@ -13,11 +13,11 @@ from typing import Annotated
 
 import typer
 
-from app.client import Client
-from app.client.api import DEFAULT_URL
-from app.domain.errors import InvalidSettings
 from app.setting_values import shown, web_address
 from app.settings import get_settings
+from bitwright import Client
+from bitwright.client import DEFAULT_URL
+from bitwright.errors import InvalidSettings
 
 FILE_NAME = "client.json"
 

@@ -8,11 +8,11 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.errors import FieldProblem
-from app.domain.events import ErrorData, Event, ProgressEvent
-from app.domain.job_states import JobStatus
-from app.domain.report import Report
 from app.domain.request.job_request import JobRequest
+from bitwright.errors import FieldProblem
+from bitwright.events import ErrorData, Event, ProgressEvent
+from bitwright.job_states import JobStatus
+from bitwright.report import Report
 
 
 class View(BaseModel):

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.formats import ADAPTER_FOLDER
 from app.domain.methods import Form
+from bitwright.formats import ADAPTER_FOLDER
 
 
 class ReportPart(BaseModel):

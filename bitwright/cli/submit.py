@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
-from app.cli.job_details import preflight_table
-from app.cli.jobs import JsonOption, parse_labels, print_json
-from app.cli.render import err, out
-from app.cli.watch import finish, follow_job
-from app.domain.errors import MalformedBody, RequestError
 from app.domain.request.job_request import SHORTHAND
+from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from bitwright.cli.job_details import preflight_table
+from bitwright.cli.jobs import JsonOption, parse_labels, print_json
+from bitwright.cli.render import err, out
+from bitwright.cli.watch import finish, follow_job
+from bitwright.errors import MalformedBody, RequestError
 
 
 def submit(

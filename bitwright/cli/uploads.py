@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
-from app.cli.jobs import JsonOption, print_json
-from app.cli.render import format_age, format_bytes, out, tabbed
-from app.domain.views import UploadView
+from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from bitwright.cli.jobs import JsonOption, print_json
+from bitwright.cli.render import format_age, format_bytes, out, tabbed
+from bitwright.views import UploadView
 
 
 class UploadStatus(StrEnum):

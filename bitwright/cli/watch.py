@@ -8,13 +8,13 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
-from app.cli.job_details import brought
-from app.cli.jobs import JobArgument, print_json
-from app.cli.render import err, format_amount, format_seconds, out, print_error, report_table
-from app.client import Client
-from app.domain.errors import ERRORS, BitwrightError, InternalError
-from app.domain.events import (
+from bitwright import Client
+from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from bitwright.cli.job_details import brought
+from bitwright.cli.jobs import JobArgument, print_json
+from bitwright.cli.render import err, format_amount, format_seconds, out, print_error, report_table
+from bitwright.errors import ERRORS, BitwrightError, InternalError
+from bitwright.events import (
     BlockEvent,
     CheckpointEvent,
     ErrorData,
@@ -25,8 +25,8 @@ from app.domain.events import (
     StatusEvent,
     WarningEvent,
 )
-from app.domain.job_states import FINAL_STATUSES, JobStatus
-from app.domain.views import ArtifactView, EventView, JobView
+from bitwright.job_states import FINAL_STATUSES, JobStatus
+from bitwright.views import ArtifactView, EventView, JobView
 
 PLAIN_SECONDS = 10.0
 """Between two plain lines of progress within one stage."""

@@ -9,9 +9,10 @@ import typer
 from pydantic import BaseModel
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from app.cli.connection import DataDirOption, KeyOption, UrlOption, connect
-from app.cli.job_details import brought, files_table, training_table
-from app.cli.render import (
+from bitwright import Client
+from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from bitwright.cli.job_details import brought, files_table, training_table
+from bitwright.cli.render import (
     err,
     job_line,
     job_table,
@@ -22,12 +23,11 @@ from app.cli.render import (
     report_table,
     times_table,
 )
-from app.client import Client
-from app.client.downloads import OnBytes
-from app.client.uploads import choose_files
-from app.domain.delivery import ADAPTERS_ALONE
-from app.domain.errors import RequestError
-from app.domain.job_states import FINAL_STATUSES, JobStatus
+from bitwright.delivery import ADAPTERS_ALONE
+from bitwright.downloads import OnBytes
+from bitwright.errors import RequestError
+from bitwright.job_states import FINAL_STATUSES, JobStatus
+from bitwright.uploads import choose_files
 
 JobArgument = Annotated[str, typer.Argument(help="Id of the job, job_...", show_default=False)]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]

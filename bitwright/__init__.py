@@ -5,11 +5,11 @@
         job = client.wait(job.id)
         client.download(job.id, Path("smollm2-w4"))
 
-Errors are the classes of `app.domain.errors`, by the code that the service sent; a service that cannot be reached is
+Errors are the classes of `bitwright.errors`, by the code that the service sent; a service that cannot be reached is
 `Unavailable`.
 """
 
-from app.client.api import Client
-from app.client.transport import RetryPolicy
+from bitwright.client import Client
+from bitwright.transport import RetryPolicy
 
 __all__ = ["Client", "RetryPolicy"]

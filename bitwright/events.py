@@ -11,9 +11,8 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from app.domain.errors import BitwrightError
-from app.domain.job_states import JobStatus
-from app.domain.report import Report
+from bitwright.errors import BitwrightError
+from bitwright.job_states import JobStatus
 
 
 class Stage(StrEnum):
@@ -35,7 +34,7 @@ class Message(BaseModel):
 
 
 class ErrorData(Message):
-    """An error as it is stored and sent: see `app.domain.errors`."""
+    """An error as it is stored and sent: see `bitwright.errors`."""
 
     code: str
     detail: str
@@ -119,55 +118,15 @@ class LogEvent(Message):
     fields: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
 
 
-class ResultLine(Message):
-    """The attempt is done: what it made, under the workspace's `output` folder."""
-
-    type: Literal["result"] = "result"
-    report: Report
-    checkpoints: dict[str, str] = Field(description="Export format to its folder, relative to the workspace.")
-
-
 TEXT_ROLES: Mapping[str, str] = MappingProxyType(
     {"calibration.dataset": "calibration", "evaluation.dataset": "evaluation", "finetune.dataset": "finetuning"}
 )
 """Field of a request that names a text -> what orders call it: its file is `<role>_path`."""
 
 
-class FetchedLine(Message):
-    """The fetch is done: absolute local paths of the request's sources."""
-
-    type: Literal["fetched"] = "fetched"
-    model_path: str
-    model_revision: str | None = Field(default=None, description="Commit of the Hub repository.")
-    calibration_path: str | None = None
-    evaluation_path: str | None = None
-    finetuning_path: str | None = None
-
-
-class FailedLine(Message):
-    """The attempt ends with an error."""
-
-    type: Literal["failed"] = "failed"
-    error: ErrorData
-
-
 Event = Annotated[
     StatusEvent | ProgressEvent | BlockEvent | CheckpointEvent | MetricEvent | WarningEvent | LogEvent,
     Field(discriminator="type"),
 ]
-AttemptEvent = ProgressEvent | BlockEvent | CheckpointEvent | MetricEvent | WarningEvent | LogEvent
-AttemptLine = Annotated[
-    ProgressEvent
-    | BlockEvent
-    | CheckpointEvent
-    | MetricEvent
-    | WarningEvent
-    | LogEvent
-    | ResultLine
-    | FetchedLine
-    | FailedLine,
-    Field(discriminator="type"),
-]
 
 EVENT: TypeAdapter[Event] = TypeAdapter(Event)
-ATTEMPT_LINE: TypeAdapter[AttemptLine] = TypeAdapter(AttemptLine)

@@ -11,9 +11,10 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from app.cli import demo, jobs, keys, processes, serve, submit, uploads, watch
-from app.cli.render import print_error
-from app.domain.errors import BitwrightError, InputError, RequestError, Unavailable
+from app.cli import demo, keys, processes, serve
+from bitwright.cli import jobs, submit, uploads, watch
+from bitwright.cli.render import print_error
+from bitwright.errors import BitwrightError, InputError, RequestError, Unavailable
 
 EXIT_FAILED, EXIT_BAD_REQUEST, EXIT_UNREACHABLE = 1, 2, 3
 EXIT_INTERRUPTED = 130

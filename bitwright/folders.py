@@ -8,9 +8,9 @@ import subprocess
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 
-from app.client.downloads import partial_path, sha256_of, target_path
-from app.domain.errors import Conflict
-from app.domain.views import ArtifactView
+from bitwright.downloads import partial_path, sha256_of, target_path
+from bitwright.errors import Conflict
+from bitwright.views import ArtifactView
 
 CHECKOUTS = frozenset({".git", ".hg", ".svn", ".jj"})
 SERVICE_FILES = frozenset({"bitwright.db", "serve.lock", "client.json"})

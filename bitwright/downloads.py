@@ -9,9 +9,9 @@ from typing import BinaryIO
 
 import httpx
 
-from app.client.transport import Transport
-from app.domain.errors import StorageError, TooManyRequests, Unavailable
-from app.domain.views import ArtifactView
+from bitwright.errors import StorageError, TooManyRequests, Unavailable
+from bitwright.transport import Transport
+from bitwright.views import ArtifactView
 
 CHUNK = 1 << 20
 READ_TIMEOUT_SECONDS = 60.0

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
-from app.client.downloads import OnBytes, sha256_of
-from app.client.transport import Transport
-from app.domain.errors import Conflict, RequestError, RequestInProgress, Unavailable
-from app.domain.views import UploadFileSpec, UploadFileView, UploadView
+from bitwright.downloads import OnBytes, sha256_of
+from bitwright.errors import Conflict, RequestError, RequestInProgress, Unavailable
+from bitwright.transport import Transport
+from bitwright.views import UploadFileSpec, UploadFileView, UploadView
 
 PART_BYTES = 8 << 20
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")

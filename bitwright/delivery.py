@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pydantic import BaseModel
 
 from app.domain.adapters import ADAPTERS
-from app.domain.formats import ADAPTER_FOLDER, ExportFormat, first_choice
+from bitwright.formats import ADAPTER_FOLDER, ExportFormat, first_choice
 
 ADAPTERS_ALONE = frozenset({ExportFormat.PEFT.value, ADAPTER_FOLDER})
 """Folders that are no model without their base."""

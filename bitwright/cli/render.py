@@ -9,13 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.domain.errors import BitwrightError
-from app.domain.events import ProgressEvent
-from app.domain.job_states import JobStatus
 from app.domain.methods import WeightSpec
-from app.domain.report import Report
 from app.domain.request.job_request import JobRequest
-from app.domain.views import JobView, MethodList, QueueView
+from bitwright.errors import BitwrightError
+from bitwright.events import ProgressEvent
+from bitwright.job_states import JobStatus
+from bitwright.report import Report
+from bitwright.views import JobView, MethodList, QueueView
 
 STATUS_STYLES = {
     JobStatus.QUEUED: "yellow",

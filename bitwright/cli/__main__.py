@@ -1,5 +1,5 @@
 """`python -m app.cli` is `bitwright`."""
 
-from app.cli.main import app
+from bitwright.cli.main import app
 
 app(prog_name="bitwright")

@@ -1,4 +1,4 @@
-"""Requests that are tried again where that is safe, and answers turned into errors of `app.domain.errors`."""
+"""Requests that are tried again where that is safe, and answers turned into errors of `bitwright.errors`."""
 
 import random
 import time
@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 from pydantic import ValidationError
 
-from app.domain.errors import (
+from bitwright.errors import (
     ERRORS,
     BitwrightError,
     InternalError,
@@ -19,7 +19,7 @@ from app.domain.errors import (
     Unauthenticated,
     Unavailable,
 )
-from app.domain.views import Problem
+from bitwright.views import Problem
 
 IDEMPOTENT_METHODS = frozenset({"GET", "HEAD", "PUT", "DELETE"})
 BUSY_STATUSES = frozenset({429, 502, 503, 504})

@@ -6,11 +6,11 @@ from dataclasses import dataclass, field
 
 import httpx
 
-from app.client.transport import RetryPolicy, Transport
-from app.domain.errors import TooManyRequests, Unavailable
-from app.domain.events import StatusEvent
-from app.domain.job_states import FINAL_STATUSES
-from app.domain.views import EventView, JobView
+from bitwright.errors import TooManyRequests, Unavailable
+from bitwright.events import StatusEvent
+from bitwright.job_states import FINAL_STATUSES
+from bitwright.transport import RetryPolicy, Transport
+from bitwright.views import EventView, JobView
 
 READ_TIMEOUT_SECONDS = 45.0
 """Three of the service's keep-alive comments: silence for longer means that the connection is dead."""

@@ -1,0 +1,63 @@
+"""Lines that a child process writes to its supervisor: events, and at the end a result, fetched sources or an error."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, TypeAdapter
+
+from bitwright.events import (
+    BlockEvent,
+    CheckpointEvent,
+    ErrorData,
+    LogEvent,
+    Message,
+    MetricEvent,
+    ProgressEvent,
+    WarningEvent,
+)
+from bitwright.report import Report
+
+
+class ResultLine(Message):
+    """The attempt is done: what it made, under the workspace's `output` folder."""
+
+    type: Literal["result"] = "result"
+    report: Report
+    checkpoints: dict[str, str] = Field(description="Export format to its folder, relative to the workspace.")
+
+
+class FetchedLine(Message):
+    """The fetch is done: absolute local paths of the request's sources."""
+
+    type: Literal["fetched"] = "fetched"
+    model_path: str
+    model_revision: str | None = Field(default=None, description="Commit of the Hub repository.")
+    calibration_path: str | None = None
+    evaluation_path: str | None = None
+    finetuning_path: str | None = None
+
+
+class FailedLine(Message):
+    """The attempt ends with an error."""
+
+    type: Literal["failed"] = "failed"
+    error: ErrorData
+
+
+AttemptEvent = ProgressEvent | BlockEvent | CheckpointEvent | MetricEvent | WarningEvent | LogEvent
+
+
+AttemptLine = Annotated[
+    ProgressEvent
+    | BlockEvent
+    | CheckpointEvent
+    | MetricEvent
+    | WarningEvent
+    | LogEvent
+    | ResultLine
+    | FetchedLine
+    | FailedLine,
+    Field(discriminator="type"),
+]
+
+
+ATTEMPT_LINE: TypeAdapter[AttemptLine] = TypeAdapter(AttemptLine)
