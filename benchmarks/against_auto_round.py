@@ -50,9 +50,9 @@ def read_text(path: str) -> str:
 class Judge:
     """Perplexity and KL to the original over the first windows of a text."""
 
-    def __init__(self, model: str, text: str, windows: int, device: str) -> None:
+    def __init__(self, model: str, text: str, sequences: int, device: str) -> None:
         ids: Tensor = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[0]
-        self._windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, 1, WINDOW)[:windows].to(device)
+        self._windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, 1, WINDOW)[:sequences].to(device)
         self._original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
 
     @torch.inference_mode()
@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    judge = Judge(given.model, read_text(given.valid), given.windows, "cuda" if torch.cuda.is_available() else "cpu")
+    judge = Judge(given.model, read_text(given.valid), given.sequences, "cuda" if torch.cuda.is_available() else "cpu")
     with given.output.open("a") as output:
         for text in given.schemes:
             scheme = parse_scheme(text)

@@ -23,7 +23,7 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.bit_budget import Scoring, solve
 from workers.engine.quantize.fisher import empirical_fisher
-from workers.engine.text.sequences import calibration_windows, load_tokenizer
+from workers.engine.text.sequences import calibration_sequences, load_tokenizer
 
 
 def main() -> None:
@@ -60,10 +60,10 @@ def request_of(given: argparse.Namespace) -> JobRequest:
 def measured(given: argparse.Namespace, request: JobRequest) -> tuple[Scoring, dict[str, float]]:
     model = StreamedModel.open(Checkpoint.open(Path(given.model)), torch.device(given.device))
     tokenizer = load_tokenizer(Path(given.model))
-    windows = calibration_windows(tokenizer, request.calibration, Path(given.text), request.seed, None)
+    sequences = calibration_sequences(tokenizer, request.calibration, Path(given.text), request.seed, None)
     names = [name for name in model.linears() if name != model.layout.head]
     started = time.perf_counter()
-    fisher = empirical_fisher(model, windows.ids, names, 1, lambda _: None)
+    fisher = empirical_fisher(model, sequences.ids, names, 1, lambda _: None)
     seconds = {"fisher_seconds": time.perf_counter() - started}
     spec = request.quantization
     return Scoring(model, spec, torch.bfloat16, request.seed, None, fisher, lambda _: None), seconds

@@ -19,7 +19,7 @@ from app.domain.request.job_request import Evaluation, JobRequest
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
-from workers.engine.text.sequences import evaluation_windows, load_tokenizer
+from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
 
 SCRIPT = Path(__file__).with_name("in_llama_cpp.mjs")
 TEXT = "Hello world, 1234 it's été\n\n  def f(x):  return"
@@ -35,14 +35,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=4)
     parser.add_argument("--length", type=int, default=512)
     arguments = parser.parse_args()
-    part = Evaluation(num_samples=arguments.windows, sequence_length=arguments.length)
+    part = Evaluation(num_samples=arguments.sequences, sequence_length=arguments.length)
     tokenizer = load_tokenizer(arguments.model)
-    windows = evaluation_windows(tokenizer, part, None, 0, None).ids.tolist()
+    sequences = evaluation_sequences(tokenizer, part, None, 0, None).ids.tolist()
     for bits, symmetric in SCHEMES:
         scheme = {"bits": bits, "symmetric": symmetric, "group_size": arguments.group_size}
         with tempfile.TemporaryDirectory() as folder:
             ours = quantize(arguments.model, Path(folder), scheme, part)
-            theirs = judge(Path(folder) / "output/gguf/model.gguf", windows, arguments.node_folder)
+            theirs = judge(Path(folder) / "output/gguf/model.gguf", sequences, arguments.node_folder)
         same = theirs["tokens"] == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
         print(json.dumps({**scheme, **ours, "llama_cpp": theirs["perplexity"], "same_tokens": same}), flush=True)
 
@@ -61,10 +61,10 @@ def quantize(model: Path, workspace: Path, scheme: dict[str, Any], part: Evaluat
     }
 
 
-def judge(file: Path, windows: list[list[int]], node_folder: Path) -> dict[str, Any]:
+def judge(file: Path, sequences: list[list[int]], node_folder: Path) -> dict[str, Any]:
     """Perplexity and tokens by llama.cpp."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as ids:
-        ids.write(json.dumps(windows))
+        ids.write(json.dumps(sequences))
         ids.flush()
         command = ["node", str(SCRIPT), str(file), ids.name, TEXT]
         done = subprocess.run(command, cwd=node_folder, check=True, capture_output=True, text=True)

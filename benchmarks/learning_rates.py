@@ -79,7 +79,7 @@ def judged(searched: Cell, given: argparse.Namespace, folder: Path) -> float | N
         return None
     shutil.rmtree(workspace / "output")
     assert finetuning is not None
-    return finetuning.judgements[-1].loss
+    return finetuning.validations[-1].loss
 
 
 if __name__ == "__main__":

@@ -53,16 +53,16 @@ from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import BuiltinText
 from benchmarks.random_llama import write_model
 from workers.adapters.attaching import Attach
-from workers.engine.device.process_group import ALONE
+from workers.engine.device.process_group import SINGLE_PROCESS
 from workers.engine.device.setup import reproducible
 from workers.engine.finetune import memory_plan as training_plan
 from workers.engine.finetune.flat_adamw import FlatParameters
 from workers.engine.finetune.stage import FinetuningStage, run_finetuning
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.reporter import Reporter
-from workers.engine.seeds import block_seed
+from workers.engine.seeds import derived_seed
 from workers.engine.text.examples import Examples
 from workers.engine.text.finetuning_texts import FinetuningTexts
 from workers.engine.text.packing import Order, PackedSequences
@@ -228,7 +228,7 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
             seed=SEED,
             divisor=1,
             reporter=Reporter(lambda _: None),
-            ranks=ALONE,
+            processes=SINGLE_PROCESS,
         )
         tick_after_steps(clock)
         report = run_finetuning(stage).report
@@ -240,9 +240,9 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
     }
 
 
-def quantized(model: StreamedModel, folder: Path) -> tuple[ResumeState, frozenset[str]]:
+def quantized(model: StreamedModel, folder: Path) -> tuple[FinishedBlocks, frozenset[str]]:
     """The blocks' linears in NF4, and their full names."""
-    state = ResumeState(folder, "benchmark")
+    state = FinishedBlocks(folder, "benchmark")
     names: set[str] = set()
     for index in range(len(model.blocks)):
         block = model.layout.block(index)
@@ -276,7 +276,7 @@ def theirs(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
     read = sequences(given)
-    order = Order(read, given.batch, given.batch, block_seed(SEED, "finetune"))
+    order = Order(read, given.batch, given.batch, derived_seed(SEED, "finetune"))
     found: list[Tensor] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # as the engine's stage does

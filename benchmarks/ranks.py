@@ -20,7 +20,7 @@ import torch.multiprocessing
 from app.domain.methods import Scheme, SignRoundSpec
 from benchmarks.block_tuning import SHAPES, make_task, synchronize
 from workers.contracts.blocks import BlockTask
-from workers.engine.device.process_group import Ranks, joined
+from workers.engine.device.process_group import ProcessGroup, joined
 from workers.engine.device.setup import reproducible
 from workers.engine.tune.tuner import Tuner
 from workers.machine import available_threads
@@ -58,35 +58,35 @@ def tune(rank: int, world: int, folder: str, given: argparse.Namespace) -> None:
     if given.device == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(max(1, available_threads() // world))
-    with reproducible(device), joined(Ranks(rank, world), str(Path(folder) / "rendezvous"), device) as ranks:
-        task = shared_task(ranks, given, device)
+    with reproducible(device), joined(ProcessGroup(rank, world), str(Path(folder) / "rendezvous"), device) as processes:
+        task = shared_task(processes, given, device)
         spec = SignRoundSpec(steps=given.steps, batch_size=given.batch_size)
         for number in range(given.blocks):
-            line = measure(replace(task, index=number), spec, ranks)
-            if ranks.leads:
+            line = measure(replace(task, index=number), spec, processes)
+            if processes.leads:
                 print(json.dumps({"world": world, "block": number} | line | vars(given)), flush=True)
 
 
-def shared_task(ranks: Ranks, given: argparse.Namespace, device: torch.device) -> BlockTask:
+def shared_task(processes: ProcessGroup, given: argparse.Namespace, device: torch.device) -> BlockTask:
     """This rank's share of the block's sequences."""
     scheme = Scheme(bits=given.bits, group_size=given.group_size, symmetric=True)
-    micro_batch = ranks.part(given.batch_size)
+    micro_batch = processes.part(given.batch_size)
     task = make_task(SHAPES[given.shape], scheme, given.samples, given.length, micro_batch, device, fused=True)
-    inputs, inputs_fp, targets = (ranks.share(t).clone() for t in (task.inputs, task.inputs_fp, task.targets))
-    tuner = Tuner(lambda event, **fields: print(json.dumps({"event": event} | fields)), ranks=ranks)
+    inputs, inputs_fp, targets = (processes.share(t).clone() for t in (task.inputs, task.inputs_fp, task.targets))
+    tuner = Tuner(lambda event, **fields: print(json.dumps({"event": event} | fields)), processes=processes)
     return replace(task, inputs=inputs, inputs_fp=inputs_fp, targets=targets, tune=tuner.tune)
 
 
-def measure(task: BlockTask, spec: SignRoundSpec, ranks: Ranks) -> dict[str, float | None]:
+def measure(task: BlockTask, spec: SignRoundSpec, processes: ProcessGroup) -> dict[str, float | None]:
     on_gpu = task.device.type == "cuda"
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
-    ranks.wait()
+    processes.wait()
     synchronize(task.device)
     start = time.perf_counter()
     result = SignRound().quantize_block(task, spec)
     synchronize(task.device)
-    slowest = -ranks.least(-round(1e6 * (time.perf_counter() - start)))
+    slowest = -processes.least(-round(1e6 * (time.perf_counter() - start)))
     return {
         "seconds": slowest / 1e6,
         "loss_initial": float(result.loss_initial or 0),

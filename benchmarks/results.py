@@ -43,7 +43,7 @@ from bitwright.report import Report
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
-from workers.engine.text.sequences import evaluation_windows, load_tokenizer
+from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
 from workers.formats.load_bitwright import load
 
 OUTSIDE = {"load", "evaluate", "export", "total"}
@@ -168,7 +168,7 @@ def _merged_loss(given: AttemptOrder, output: Path) -> float:
     folder = output / "merged"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto") if folder.exists() else load(output / "native")
     model = model.to(given.device)
-    windows = evaluation_windows(
+    sequences = evaluation_sequences(
         load_tokenizer(Path(given.model_path)),
         part,
         Path(str(given.evaluation_path)),
@@ -176,7 +176,7 @@ def _merged_loss(given: AttemptOrder, output: Path) -> float:
         *(None if path is None else Path(path) for path in (given.calibration_path, given.finetuning_path)),
     )
     losses = []
-    for window in windows.ids.to(given.device):
+    for window in sequences.ids.to(given.device):
         logits = model(window[None]).logits[0, :-1].float()
         losses.append(float(nn.functional.cross_entropy(logits, window[1:].long())))
     return fmean(losses)

@@ -97,7 +97,7 @@ class ScaleReport(ReportPart):
     seconds: float
 
 
-class Judgement(ReportPart):
+class Validation(ReportPart):
     """A loss on held-out text: nats a token that is learned."""
 
     step: int = Field(description="Steps done before it.")
@@ -138,7 +138,7 @@ class FinetuningReport(ReportPart):
     loss_shipped: float | None = Field(
         default=None, description="The same with the weights that ship, where the adapter lies in them; else null."
     )
-    judgements: tuple[Judgement, ...]
+    validations: tuple[Validation, ...]
     micro_batch: int = Field(description="Sequences that went through the model at once.")
     blocks_recomputed: int = Field(description="Blocks whose activations were computed again for the gradient.")
     weights_kept: bool = Field(description="Whether dequantized weights stayed in memory.")

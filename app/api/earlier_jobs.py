@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from app.domain.methods import WeightSpec
-from app.domain.request.base_job import DESCRIPTION, EarlierJob, Folded, continued_adapter, is_read, named_job
+from app.domain.request.base_job import DESCRIPTION, BaseJob, Folded, continued_adapter, is_read, named_job
 from app.domain.request.job_request import JobRequest
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
@@ -22,7 +22,7 @@ ANEW = "or leave base_job out to quantize anew"
 
 def find_earlier(
     body: object, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore, replayed: Job | None = None
-) -> EarlierJob | None:
+) -> BaseJob | None:
     """The earlier job that a body names; None if it names none.
 
     replayed   what the request's Idempotency-Key stands for: it is there even if its start is gone by now
@@ -42,7 +42,7 @@ def find_earlier(
         return _as_taken_over(job_id, replayed)
 
 
-def _earlier(job_id: str, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore) -> EarlierJob:
+def _earlier(job_id: str, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore) -> BaseJob:
     try:
         job, stored = jobs.get(job_id), artifacts.of_job(job_id)
     except NotFound as error:
@@ -59,7 +59,7 @@ def _earlier(job_id: str, jobs: JobRepository, artifacts: ArtifactRepository, bl
     full = request.model_dump(mode="json")
     _demand_adapter(job_id, full)
     description = _description(job_id, _demand_files(job_id, full, stored, blobs), blobs)
-    return EarlierJob(job_id, full, _revision(job.report), _folded(request.quantization, description))
+    return BaseJob(job_id, full, _revision(job.report), _folded(request.quantization, description))
 
 
 def _revision(report: Mapping[str, Any] | None) -> str | None:
@@ -69,10 +69,10 @@ def _revision(report: Mapping[str, Any] | None) -> str | None:
     return revision if isinstance(revision, str) else None
 
 
-def _as_taken_over(job_id: str, replayed: Job) -> EarlierJob:
+def _as_taken_over(job_id: str, replayed: Job) -> BaseJob:
     """The earlier job as far as a job that was made of it tells: enough to see whether a request is the same again."""
     folded: Folded | None = "offsets" if replayed.request["formats"] == ["native"] else None
-    return EarlierJob(job_id, {**replayed.request, "merge": None}, folded=folded)
+    return BaseJob(job_id, {**replayed.request, "merge": None}, folded=folded)
 
 
 def _demand_adapter(job_id: str, request: Mapping[str, Any]) -> None:

@@ -35,7 +35,7 @@ FINETUNING = FinetuningReport(
     losses=(LossPoint(step=10, loss=3.25), LossPoint(step=350, loss=1.5)),
     loss_before=3.5,
     loss_after=1.75,
-    judgements=(),
+    validations=(),
     micro_batch=4,
     blocks_recomputed=0,
     weights_kept=True,

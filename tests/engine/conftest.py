@@ -86,10 +86,10 @@ def engine_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]
     """Evaluation windows and the logits of the quantized stream, as the engine has them when it measures."""
     found: list[tuple[Tensor, Tensor]] = []
 
-    def watch(model: Any, original: Tensor, quantized: Tensor, windows: Any, **rest: Any) -> Any:
+    def watch(model: Any, original: Tensor, quantized: Tensor, sequences: Any, **rest: Any) -> Any:
         with model.loaded(model.layout.final_norm, model.layout.head):
-            found.append((windows.ids, model.logits(quantized)))
-        return measure(model, original, quantized, windows, **rest)
+            found.append((sequences.ids, model.logits(quantized)))
+        return measure(model, original, quantized, sequences, **rest)
 
     monkeypatch.setattr("workers.engine.run.measure", watch)
     return found

@@ -13,7 +13,7 @@ from workers.engine import memory
 from workers.engine.evaluate import measure
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.text.sequences import Windows
+from workers.engine.text.sequences import Sequences
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def test_measures_are_those_of_their_definitions(
     head = 1.1 * whole.get_output_embeddings().weight.detach()
     shares: list[float] = []
     model = StreamedModel.open(Checkpoint.open(tmp_path), CPU)
-    found = measure(model, hidden, noisy, Windows(ids, "x"), quantized_head=head, tick=shares.append)
+    found = measure(model, hidden, noisy, Sequences(ids, "x"), quantized_head=head, tick=shares.append)
 
     def logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         made = whole.model.norm(states) @ weight.T
@@ -51,9 +51,9 @@ def test_measures_are_those_of_their_definitions(
 
     p = logits(hidden, whole.get_output_embeddings().weight.detach()).log_softmax(-1)
     q = logits(noisy, head).log_softmax(-1)
-    following = ids[:, 1:].unsqueeze(-1)
-    assert found.perplexity_original == pytest.approx(math.exp(-p.gather(-1, following).mean()), rel=1e-5)
-    assert found.perplexity == pytest.approx(math.exp(-q.gather(-1, following).mean()), rel=1e-5)
+    labels = ids[:, 1:].unsqueeze(-1)
+    assert found.perplexity_original == pytest.approx(math.exp(-p.gather(-1, labels).mean()), rel=1e-5)
+    assert found.perplexity == pytest.approx(math.exp(-q.gather(-1, labels).mean()), rel=1e-5)
     assert found.kl_divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-5)
     assert found.top1_agreement == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).double().mean()))
     assert 0 < found.top1_agreement < 1
@@ -66,7 +66,7 @@ def test_the_same_stream_twice_is_no_change(tmp_path: Path) -> None:
     ids = torch.arange(32).view(2, 16)
     hidden = last_hidden(tmp_path, ids)
     model = StreamedModel.open(Checkpoint.open(tmp_path), CPU)
-    found = measure(model, hidden, hidden, Windows(ids, "x"), quantized_head=None, tick=lambda _: None)
+    found = measure(model, hidden, hidden, Sequences(ids, "x"), quantized_head=None, tick=lambda _: None)
     assert found.perplexity == found.perplexity_original
     assert found.kl_divergence == 0
     assert found.top1_agreement == 1
@@ -78,4 +78,4 @@ def test_an_output_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     hidden = last_hidden(tmp_path, ids)
     model = StreamedModel.open(Checkpoint.open(tmp_path), CPU)
     with pytest.raises(NumericalFailure, match="after quantization"):
-        measure(model, hidden, hidden * torch.nan, Windows(ids, "x"), quantized_head=None, tick=lambda _: None)
+        measure(model, hidden, hidden * torch.nan, Sequences(ids, "x"), quantized_head=None, tick=lambda _: None)

@@ -16,7 +16,7 @@ from workers.engine.finetune import memory_plan as training_plan
 from workers.engine.memory import PASS_BYTES, working_bytes
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import STREAM_BYTES, Plan, StreamSize, make_plan
+from workers.engine.plan import STREAM_BYTES, ActivationSize, Plan, make_plan
 
 GB = 1 << 30
 PlanWith = Callable[..., Plan]
@@ -38,7 +38,7 @@ def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
 
-    def plan(free: int, *streams: StreamSize, world_size: int = 1) -> Plan:
+    def plan(free: int, *streams: ActivationSize, world_size: int = 1) -> Plan:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GB))
         return make_plan(order.model_copy(update={"world_size": world_size}), model, list(streams))
 
@@ -47,7 +47,7 @@ def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
 
 
 def test_activations_stay_on_the_device_while_they_fit(plan_with: PlanWith) -> None:
-    size = StreamSize(samples=1 << 12, length=100, tensors=2)  # of width 32, fp32
+    size = ActivationSize(samples=1 << 12, length=100, tensors=2)  # of width 32, fp32
     needed = (1 << 12) * 100 * 2 * 32 * 4
     small = plan_with(4 * GB, size)
     assert (small.activations, small.activation_bytes) == ("device", needed)
@@ -62,19 +62,19 @@ def test_activations_stay_on_the_device_while_they_fit(plan_with: PlanWith) -> N
 
 def test_wide_streams_leave_the_device_alone(plan_with: PlanWith) -> None:
     """Their copies are hidden behind the work; what is free belongs to others."""
-    size = StreamSize(samples=STREAM_BYTES // (100 * 2 * 32 * 4), length=100, tensors=2)
+    size = ActivationSize(samples=STREAM_BYTES // (100 * 2 * 32 * 4), length=100, tensors=2)
     assert plan_with(80 * GB, size).activations == "device"
     assert plan_with(80 * GB, replace(size, samples=size.samples + 1)).activations == "host"
 
 
 def test_passes_take_as_much_at_once_as_their_memory_holds(plan_with: PlanWith) -> None:
     a_token = (4 * 32 + 3 * 64) * 4
-    assert plan_with(8 * GB, StreamSize(1, 100, 1)).pass_batch == PASS_BYTES // (100 * a_token)
-    assert plan_with(8 * GB, StreamSize(1, PASS_BYTES, 1)).pass_batch == 1
+    assert plan_with(8 * GB, ActivationSize(1, 100, 1)).pass_batch == PASS_BYTES // (100 * a_token)
+    assert plan_with(8 * GB, ActivationSize(1, PASS_BYTES, 1)).pass_batch == 1
 
 
 def test_a_little_more_or_less_free_memory_changes_nothing(plan_with: PlanWith) -> None:
-    size = StreamSize(samples=100, length=100, tensors=3)
+    size = ActivationSize(samples=100, length=100, tensors=3)
     first = plan_with(8 * GB + 10, size)
     assert plan_with(8 * GB + 900_000_000, size) == first
     assert plan_with(7 * GB, size) != first
@@ -85,7 +85,7 @@ def test_a_little_more_or_less_free_memory_changes_nothing(plan_with: PlanWith) 
 
 def test_ranks_share_what_streams_need(plan_with: PlanWith) -> None:
     """Three windows on two ranks: one of them has two."""
-    three, two = (StreamSize(samples=samples, length=100, tensors=3) for samples in (3, 2))
+    three, two = (ActivationSize(samples=samples, length=100, tensors=3) for samples in (3, 2))
     shared = plan_with(8 * GB, three, world_size=2)
     assert shared.world_size == 2
     assert shared.activation_bytes == plan_with(8 * GB, two).activation_bytes

@@ -26,7 +26,7 @@ from bitwright.report import Report
 from tests.engine.conftest import Finished, finish, run_job
 from workers.contracts.results import BlockResult
 from workers.engine.quantize.registry import METHODS
-from workers.engine.seeds import block_seed
+from workers.engine.seeds import derived_seed
 from workers.machine import available_threads
 
 TUNED: dict[str, Any] = {"method": "signround", "bits": 3, "steps": 12, "batch_size": 4, "learning_rate": 0.05}
@@ -91,10 +91,10 @@ def test_what_is_reported_is_what_the_written_checkpoint_does(small_model: Path,
     quality = rounded.report.quality
     assert quality is not None
     from app.domain.request.job_request import Evaluation
-    from workers.engine.text.sequences import evaluation_windows, load_tokenizer
+    from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
 
     part = Evaluation(num_samples=4, sequence_length=48)
-    ids = evaluation_windows(load_tokenizer(small_model), part, None, 0, None).ids
+    ids = evaluation_sequences(load_tokenizer(small_model), part, None, 0, None).ids
     assert quality.text.tokens == ids.numel()
     for path, perplexity in ((small_model, quality.perplexity_original), (folder, quality.perplexity)):
         with torch.no_grad():
@@ -353,8 +353,8 @@ def test_signround_is_closer_than_rounding_on_a_trained_model(tiny_model: Path, 
 
 
 def test_seeds_of_blocks_are_stable() -> None:
-    assert block_seed(0, 0) == 6_213_027_144_842_677_344
-    assert len({block_seed(seed, index) for seed in range(4) for index in range(50)}) == 200
+    assert derived_seed(0, 0) == 6_213_027_144_842_677_344
+    assert len({derived_seed(seed, index) for seed in range(4) for index in range(50)}) == 200
 
 
 def test_threads_are_those_of_the_process() -> None:

@@ -49,8 +49,8 @@ def by_autograd(
         s = ((high - low) / top)[:, None]
         z = torch.round(-low[:, None] / s).detach()
         q = s * (torch.clamp(rounded(w / s + v) + z, 0, top) - z)
-    hat: Tensor = q.view_as(weight) + strength * b @ a
-    return hat
+    w_hat: Tensor = q.view_as(weight) + strength * b @ a
+    return w_hat
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -73,12 +73,12 @@ def test_gradients_and_two_steps_equal_autograd_and_torch_s_adamw_in_fp64(scheme
     optimizer = torch.optim.AdamW(groups, weight_decay=0.1, eps=1e-15)
     out = torch.empty(weight.numel(), dtype=torch.float64)
     for _ in range(2):
-        hat = by_autograd(weight, scheme, logits, a, b, 4.0)
+        w_hat = by_autograd(weight, scheme, logits, a, b, 4.0)
         trained.write(out)
-        assert torch.allclose(out.view_as(hat), hat, rtol=0, atol=1e-12)
-        d = torch.randn_like(hat)
+        assert torch.allclose(out.view_as(w_hat), w_hat, rtol=0, atol=1e-12)
+        d = torch.randn_like(w_hat)
         optimizer.zero_grad()
-        hat.backward(d)
+        w_hat.backward(d)
         assert a.grad is not None
         assert b.grad is not None
         assert logits.grad is not None
@@ -97,11 +97,11 @@ def test_at_the_start_the_factors_add_nothing_and_ranges_are_clipped_by_the_pape
     (trained,) = corrected_weights(task, ApiQSpec(bits=2, rank=4), {})
     out = torch.empty(2 * 32 * 48, dtype=torch.float64)
     trained.write(out)
-    for name, hat in zip(("up", "down"), out.split(32 * 48), strict=True):
+    for name, w_hat in zip(("up", "down"), out.split(32 * 48), strict=True):
         w = task.linear(name).weight.detach()
         four = torch.full((2, w.numel() // 16), 4.0, dtype=torch.float64)
         nothing = torch.zeros(1, w.shape[1], dtype=torch.float64), torch.zeros(w.shape[0], 1, dtype=torch.float64)
-        assert torch.allclose(hat.view_as(w), by_autograd(w, TWO, four, *nothing, 1.0), atol=1e-12)
+        assert torch.allclose(w_hat.view_as(w), by_autograd(w, TWO, four, *nothing, 1.0), atol=1e-12)
     a = trained.factors[: 4 * 32]
     assert 0.9 / 32**0.5 < a.abs().max() <= 1 / 32**0.5
 

@@ -104,8 +104,8 @@ def test_candidates_are_judged_by_the_output_of_the_part() -> None:
         for name in fold.linears:
             w = grouped(task.linear(name).weight * s, 16)
             to = grid(GroupRange.of(w), W3, torch.float32)
-            hat = (round_to_grid(w, to)[0] - to.zero.unsqueeze(-1)) * to.scale.unsqueeze(-1)  # type: ignore[union-attr]
-            weights[f"{name}.weight"] = hat.view(48, 32) / s
+            w_hat = (round_to_grid(w, to)[0] - to.zero.unsqueeze(-1)) * to.scale.unsqueeze(-1)  # type: ignore[union-attr]
+            weights[f"{name}.weight"] = w_hat.view(48, 32) / s
         with torch.no_grad():
             out = functional_call(task.block, weights, task.inputs[:5])
         errors.append(float((out - task.targets[:5]).double().square().sum()))
@@ -133,8 +133,8 @@ def test_a_range_is_clipped_where_its_products_gain(symmetric: bool) -> None:
         low, high = groups.amin(-1).clamp(max=0).maximum(-widest), groups.amax(-1).clamp(min=0).minimum(widest)
         to = grid(GroupRange(low, high), scheme, torch.float32)
         codes, _ = round_to_grid(groups, to)
-        hat = (codes if to.zero is None else codes - to.zero.unsqueeze(-1)) * to.scale.unsqueeze(-1)
-        costs.append(torch.einsum("ogi,tgi->ogt", hat - groups, parts).square().sum(-1))
+        w_hat = (codes if to.zero is None else codes - to.zero.unsqueeze(-1)) * to.scale.unsqueeze(-1)
+        costs.append(torch.einsum("ogi,tgi->ogt", w_hat - groups, parts).square().sum(-1))
     best = torch.stack(costs).argmin(0)
     m = groups.abs().amax(-1) * (1 - best / 20)
     torch.testing.assert_close(found.low, groups.amin(-1).clamp(max=0).maximum(-m))

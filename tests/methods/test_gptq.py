@@ -34,8 +34,8 @@ def correlated(tokens: int = 400, columns: int = COLUMNS) -> Tensor:
     return (causes + 0.3 * torch.randn(tokens, columns, dtype=torch.float64)) * torch.rand(columns).exp()
 
 
-def error(weight: Tensor, hat: Tensor, inputs: Tensor) -> float:
-    return float(((hat.double() - weight.double()) @ inputs.T).square().sum())
+def error(weight: Tensor, w_hat: Tensor, inputs: Tensor) -> float:
+    return float(((w_hat.double() - weight.double()) @ inputs.T).square().sum())
 
 
 def by_explicit_inverses(
@@ -50,18 +50,18 @@ def by_explicit_inverses(
     h = hessian + damping * hessian.diagonal().mean() * torch.eye(n, dtype=hessian.dtype)
     order = sorted(range(n), key=lambda j: (-float(hessian[j, j]), j)) if act_order else list(range(n))
     grids = {g: min_max_grid(weight[:, g * width : (g + 1) * width], scheme) for g in range(n // width)}
-    codes, hat = torch.zeros_like(w), torch.zeros_like(w)
+    codes, w_hat = torch.zeros_like(w), torch.zeros_like(w)
     for step, j in enumerate(order):
         group = j // width
         if not act_order and j % width == 0:
             grids[group] = min_max_grid(w[:, j : j + width], scheme)
         scale, zero = grids[group]
         codes[:, j] = ((w[:, j] / scale).round() + zero).clamp(0, 2**scheme.bits - 1)
-        hat[:, j] = scale * (codes[:, j] - zero)
+        w_hat[:, j] = scale * (codes[:, j] - zero)
         left = order[step:]
         inverse = torch.linalg.inv(h[left][:, left])
-        w[:, left] -= ((w[:, j] - hat[:, j]) / inverse[0, 0]).unsqueeze(1) * inverse[0]
-    return codes, hat
+        w[:, left] -= ((w[:, j] - w_hat[:, j]) / inverse[0, 0]).unsqueeze(1) * inverse[0]
+    return codes, w_hat
 
 
 def min_max_grid(group: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
@@ -83,9 +83,9 @@ def test_codes_are_those_of_explicit_inverses(scheme: Scheme, act_order: bool) -
     elimination = Elimination.of(hessian, 0.01, act_order=act_order)
     assert elimination is not None
     found = quantize_weight(weight, elimination, scheme, torch.float32)
-    codes, hat = by_explicit_inverses(weight, hessian, scheme, act_order=act_order)
+    codes, w_hat = by_explicit_inverses(weight, hessian, scheme, act_order=act_order)
     assert torch.equal(found.codes, codes.to(torch.uint8))
-    torch.testing.assert_close(found.dequantize(), hat, rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(found.dequantize(), w_hat, rtol=1e-6, atol=1e-7)
     assert not torch.equal(found.codes, round_to_nearest(weight, scheme, torch.float32).codes)
 
 

@@ -57,11 +57,11 @@ def test_a_step_equals_autograd_in_fp64(scheme: Scheme) -> None:
     width = 48 if scheme.group_size == -1 else scheme.group_size
     ours = RoundedWeights({"only": weight}, scheme, width, torch.float64)
     v, alpha, beta = (t.clone().requires_grad_() for t in (ours.state.offset, ours.state.alpha, ours.state.beta))
-    hat = torch.empty_like(weight)
-    ours.write(hat)
+    w_hat = torch.empty_like(weight)
+    ours.write(w_hat)
     for step in range(6):
         expected = by_autograd(weight, scheme, v, alpha, beta)
-        assert torch.equal(hat, expected.detach())
+        assert torch.equal(w_hat, expected.detach())
         loss = ((inputs @ expected.T - target) ** 2).mean()
         grads = torch.autograd.grad(loss, (expected, v, alpha, beta), allow_unused=True)
         by_formula = plain_rounding.gradients(ours.state, grads[0].view(-1, width), scheme)
@@ -69,13 +69,13 @@ def test_a_step_equals_autograd_in_fp64(scheme: Scheme) -> None:
             wanted = torch.zeros_like(hand) if auto is None else auto.view_as(hand)
             torch.testing.assert_close(hand, wanted, rtol=1e-10, atol=1e-13)
         rate = 0.05 * (1 - step / 6)
-        ours.step(grads[0], torch.tensor(rate, dtype=torch.float64), hat)
+        ours.step(grads[0], torch.tensor(rate, dtype=torch.float64), w_hat)
         with torch.no_grad():
             for parameter, gradient in zip((v, alpha, beta), grads[1:], strict=True):
                 parameter.sub_(rate * torch.sign(gradient))
             alpha.clamp_(0, 1)
             beta.clamp_(0, 1)
-    assert not torch.equal(hat, quantize_weight(weight, scheme, torch.float64).dequantize())
+    assert not torch.equal(w_hat, quantize_weight(weight, scheme, torch.float64).dequantize())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)

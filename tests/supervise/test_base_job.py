@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from obstore.store import MemoryStore
 
-from app.domain.request.base_job import EarlierJob
+from app.domain.request.base_job import BaseJob
 from app.domain.request.job_request import JobRequest
 from app.store.blobs import BucketBlobs
 from app.store.ids import new_id
@@ -34,7 +34,7 @@ def make(bench: Bench, script: str = MADE) -> str:
 
 def submit_from(bench: Bench, job_id: str, script: str = MADE, **fields: object) -> str:
     """Queue a job that starts from another; its id."""
-    before = EarlierJob(job_id, bench.job(job_id).request)
+    before = BaseJob(job_id, bench.job(job_id).request)
     body = {"base_job": job_id, "finetune": {"dataset": "builtin"}, "metadata": {"script": script}, **fields}
     with bench.context.database.transaction() as session:
         return JobRepository(session, bench.tenant_id).add(JobRequest.parse(body, before)).id

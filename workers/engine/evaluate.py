@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from bitwright.errors import NumericalFailure
 from bitwright.report import Quality
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.memory import LOGITS_AT_ONCE
 from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.text.sequences import Windows
+from workers.engine.text.sequences import Sequences
 
 
 @torch.no_grad()
@@ -29,16 +29,16 @@ def measure(
     model: StreamedModel,
     original: Tensor,
     quantized: Tensor,
-    windows: Windows,
+    sequences: Sequences,
     *,
     quantized_head: Tensor | None,
     tick: Callable[[float], None],
-    ranks: Ranks = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Quality:
-    """Quality on `windows`, whose hidden states after the last block are given, each (samples, length, width).
+    """Quality on `sequences`, whose hidden states after the last block are given, each (samples, length, width).
 
     quantized_head  dequantized weight of the head where that is quantized too
-    ranks           who measures along; the hidden states are those of this rank's share of the windows
+    processes           who measures along; the hidden states are those of this rank's share of the windows
 
     Raises:
         NumericalFailure: the original or the quantized model's output is not finite.
@@ -46,7 +46,7 @@ def measure(
     head = model.model.get_submodule(model.layout.head)
     sums = torch.zeros(4, dtype=torch.float64)
     step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
-    ids = ranks.share(windows.ids)
+    ids = processes.share(sequences.ids)
     samples, length = ids.shape
     with model.loaded(model.layout.final_norm, model.layout.head):
         weights = [head.weight, head.weight if quantized_head is None else _frozen(quantized_head.to(model.device))]
@@ -57,31 +57,31 @@ def measure(
                 for stream, weight in zip((original, quantized), weights, strict=True):
                     head.weight = weight
                     logits.append(model.logits(stream[sample : sample + 1, part].to(model.device))[0])
-                following = ids[sample, part.start + 1 : part.stop + 1].to(model.device)
-                sums += _token_sums(logits[0], logits[1], following).cpu()
+                labels = ids[sample, part.start + 1 : part.stop + 1].to(model.device)
+                sums += _token_sums(logits[0], logits[1], labels).cpu()
             tick((sample + 1) / samples)
         head.weight = weights[0]
-    ranks.sum_(sums)
+    processes.sum_(sums)
     if not math.isfinite(sums[0]):
         raise original_overflows(model.dtype)
-    return _quality(sums, len(windows.ids) * (length - 1), windows)
+    return _quality(sums, len(sequences.ids) * (length - 1), sequences)
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
 
-def _token_sums(original: Tensor, quantized: Tensor, following: Tensor) -> Tensor:
+def _token_sums(original: Tensor, quantized: Tensor, labels: Tensor) -> Tensor:
     """-log p(x), -log q(x), KL and agreement, each summed over tokens; logits (tokens, vocabulary). fp64 (4,)."""
     p, q = original.float().log_softmax(-1), quantized.float().log_softmax(-1)
-    index = following.unsqueeze(-1)
+    index = labels.unsqueeze(-1)
     divergence = (p.exp() * (p - q)).sum(-1)
     agreement = p.argmax(-1) == q.argmax(-1)
     rows = (-p.gather(-1, index), -q.gather(-1, index), divergence, agreement)
     return torch.stack([row.double().sum() for row in rows])
 
 
-def _quality(sums: Tensor, tokens: int, windows: Windows) -> Quality:
+def _quality(sums: Tensor, tokens: int, sequences: Sequences) -> Quality:
     original, quantized, divergence, agreement = (sums / tokens).tolist()
     if not all(map(math.isfinite, (original, quantized, divergence))):
         raise NumericalFailure(
@@ -90,7 +90,7 @@ def _quality(sums: Tensor, tokens: int, windows: Windows) -> Quality:
             hint="use more bits or smaller groups" + ALSO_DTYPE,
         )
     return Quality(
-        text=windows.report(),
+        text=sequences.report(),
         perplexity_original=_exp(original),
         perplexity=_exp(quantized),
         kl_divergence=max(0.0, divergence),

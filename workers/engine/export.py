@@ -14,7 +14,7 @@ from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.device.read_ahead import read_ahead
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.reporter import Reporter
 from workers.engine.shipped import TrainedAdapters
 from workers.formats.adapter_file import describe_adapter, write_adapter
@@ -50,7 +50,7 @@ class Export:
     reporter: Reporter
     identity: Identity | None = None
 
-    def write(self, state: ResumeState) -> Exported:
+    def write(self, state: FinishedBlocks) -> Exported:
         """Every checkpoint but its report; a block is read while the one before it is packed.
 
         Raises:

@@ -21,7 +21,7 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.foreign_tensors import left_out_warning
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import Plan, make_plan, plan_schemes, scale_dtype
-from workers.engine.quantize.base_job import EarlierResult
+from workers.engine.quantize.base_job import BaseJobResult
 from workers.engine.quantize.kernel_warm_up import compiling
 from workers.engine.quantize.preparation import Prepared
 from workers.engine.quantize.registry import needs_text
@@ -32,12 +32,12 @@ from workers.formats.writer import check_model
 
 
 @dataclass(frozen=True)
-class OpenedJob:
+class Job:
     """An order with everything that was read for it and decided before its first block.
 
     schemes    of every linear that is quantized, by full name
     prepared   what the method asked to know of the whole model; nothing until that was found out
-    earlier    the result that this job starts from
+    base_job    the result that this job starts from
     reference  whether round to nearest is measured besides
     """
 
@@ -50,12 +50,12 @@ class OpenedJob:
     texts: Texts
     plan: Plan
     prepared: Prepared
-    earlier: EarlierResult | None = None
+    base_job: BaseJobResult | None = None
     reference: bool = False
 
 
 @contextmanager
-def opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) -> Iterator[OpenedJob]:
+def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) -> Iterator[Job]:
     """The job on a rank's device, with the clock at the stage that comes after loading.
 
     Raises:
@@ -76,12 +76,12 @@ def opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) 
         schemes = plan_schemes(model, order.request.quantization)
         inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
-        earlier = _earlier(order, model, set(schemes))
-        schemes = schemes if earlier is None else earlier.schemes
+        base_job = _earlier(order, model, set(schemes))
+        schemes = schemes if base_job is None else base_job.schemes
         tokenizer = _tokenizer(order, reporter)
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
-        compiled = schemes if earlier is None else {}
+        compiled = schemes if base_job is None else {}
         with compiling(model, compiled, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
             reading = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
             texts = read_texts(order, model, reporter, reading)
@@ -93,7 +93,7 @@ def opened(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) 
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
         )
         prepared = Prepared()
-        yield OpenedJob(order, workspace, reporter, clock, model, schemes, texts, plan, prepared, earlier, reference)
+        yield Job(order, workspace, reporter, clock, model, schemes, texts, plan, prepared, base_job, reference)
 
 
 def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> None:
@@ -116,14 +116,14 @@ def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBa
     return None
 
 
-def _earlier(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> EarlierResult | None:
+def _earlier(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> BaseJobResult | None:
     if order.request.base_job is None:
         return None
     if order.base_path is None:
         raise InternalError("the order has no folder of the job that this one starts from", field="base_job")
-    earlier = EarlierResult.open(Path(order.base_path), model, quantized)
-    earlier.demand_held(order.request.formats)
-    return earlier
+    base_job = BaseJobResult.open(Path(order.base_path), model, quantized)
+    base_job.demand_held(order.request.formats)
+    return base_job
 
 
 def _generation(

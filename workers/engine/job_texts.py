@@ -12,28 +12,28 @@ from app.domain.request.sources import GeneratedText
 from bitwright.errors import InvalidDataset
 from workers.disk.orders import AttemptOrder
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import StreamSize
+from workers.engine.plan import ActivationSize
 from workers.engine.quantize.registry import needs_text
 from workers.engine.reporter import Reporter
 from workers.engine.text.documents import Notes
 from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts
-from workers.engine.text.generated import Generation, generated_windows
-from workers.engine.text.sequences import Windows, calibration_windows, evaluation_windows
+from workers.engine.text.generated import Generation, generated_sequences
+from workers.engine.text.sequences import Sequences, calibration_sequences, evaluation_sequences
 
 
 @dataclass(frozen=True)
 class Texts:
     """The texts of a job; `calibration` is None for methods that look at weights alone."""
 
-    calibration: Windows | None
-    evaluation: Windows | None
+    calibration: Sequences | None
+    evaluation: Sequences | None
     finetuning: FinetuningTexts | None = None
 
-    def streams(self, keep_inputs: bool, reference: bool = False) -> list[StreamSize]:
+    def streams(self, keep_inputs: bool, reference: bool = False) -> list[ActivationSize]:
         """The sizes of their streams; that of the calibration has its inputs besides if they are kept, and that of the
         evaluation its reference."""
         found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
-        return [StreamSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
+        return [ActivationSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
 
 
 def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation | None) -> Texts:
@@ -57,23 +57,23 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
     if request.base_job is None and needs_text(request.quantization):
         _check_length(model, "calibration", request.calibration.sequence_length)
         if isinstance(request.calibration.dataset, GeneratedText):
-            calibration = generated_windows(request.calibration, request.seed, generation)
+            calibration = generated_sequences(request.calibration, request.seed, generation)
         else:
-            calibration = calibration_windows(tokenizer, request.calibration, paths[0], request.seed, paths[1])
+            calibration = calibration_sequences(tokenizer, request.calibration, paths[0], request.seed, paths[1])
         starved = starved_calibration(request, calibration.text_tokens)
         if starved is not None:
             reporter.warning("starved_calibration", starved)
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
         used = _calibration_file(request, paths) if needs_text(request.quantization) else None
-        evaluation = evaluation_windows(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
+        evaluation = evaluation_sequences(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
     if finetuning is not None:
         _warn(reporter, "finetune", finetuning.examples.notes)
-    for name, windows in (("calibration", calibration), ("evaluation", evaluation)):
-        if windows is not None:
-            _warn(reporter, name, windows.notes)
-            _check_vocabulary(model, windows.ids)
-            if windows.overlapping:
+    for name, sequences in (("calibration", calibration), ("evaluation", evaluation)):
+        if sequences is not None:
+            _warn(reporter, name, sequences.notes)
+            _check_vocabulary(model, sequences.ids)
+            if sequences.overlapping:
                 reporter.warning(
                     "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
                 )

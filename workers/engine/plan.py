@@ -64,7 +64,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class StreamSize:
+class ActivationSize:
     """Windows of a text, and how many tensors of hidden states their stream has."""
 
     samples: int
@@ -72,7 +72,7 @@ class StreamSize:
     tensors: int
 
 
-def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[StreamSize]) -> Plan:
+def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[ActivationSize]) -> Plan:
     """Plans a job over these streams, which its ranks share. The model must not be loaded yet."""
     streams = [replace(stream, samples=math.ceil(stream.samples / order.world_size)) for stream in streams]
     longest = max((stream.length for stream in streams), default=1)
@@ -129,7 +129,7 @@ def _pass_batch(model: StreamedModel, length: int) -> int:
     return max(1, PASS_BYTES // (_pass_bytes(model) * length))
 
 
-def _activation_bytes(model: StreamedModel, streams: list[StreamSize]) -> int:
+def _activation_bytes(model: StreamedModel, streams: list[ActivationSize]) -> int:
     elements = sum(stream.samples * stream.length * stream.tensors for stream in streams)
     return int(elements * model.config.get_text_config().hidden_size * model.dtype.itemsize)
 

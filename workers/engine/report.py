@@ -18,11 +18,11 @@ from bitwright.report import (
 )
 from workers.engine.clock import peak_memory
 from workers.engine.finetune.stage import Finetuned
-from workers.engine.job import OpenedJob
+from workers.engine.job import Job
 from workers.engine.model.checkpoint import StoredTensor
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import plan_report
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.shipped_quality import Evaluated
 from workers.engine.text.sequences import source_label
 from workers.formats.cards.identity import Identity
@@ -41,9 +41,9 @@ class Findings:
     head: LinearReport | None = None
 
 
-def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeReport) -> Report:
+def report_of(job: Job, state: FinishedBlocks, found: Findings, size: SizeReport) -> Report:
     """Everything but what the export tells: its adapters, and the warnings that come with it."""
-    request, windows = job.order.request, job.texts.calibration
+    request, sequences = job.order.request, job.texts.calibration
     resumed = min(state.resumed, len(found.blocks))
     return Report(
         version=version("bitwright"),
@@ -59,7 +59,7 @@ def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeRep
             dtype=job.plan.dtype,
             parameters=_parameters(job.model),
         ),
-        calibration=None if windows is None else windows.report(),
+        calibration=None if sequences is None else sequences.report(),
         quality=None if found.evaluated is None else found.evaluated.quality,
         shipped=() if found.evaluated is None else found.evaluated.shipped,
         round_to_nearest=found.reference,
@@ -72,13 +72,13 @@ def report_of(job: OpenedJob, state: ResumeState, found: Findings, size: SizeRep
         size=size,
         seconds=job.clock.seconds(),
         peak_memory=_peak_memory(job, found),
-        blocks_computed=len(found.blocks) - resumed if job.earlier is None else 0,
+        blocks_computed=len(found.blocks) - resumed if job.base_job is None else 0,
         blocks_resumed=resumed,
         warnings=tuple(job.reporter.warnings),
     )
 
 
-def identity_of(job: OpenedJob, found: Findings) -> Identity:
+def identity_of(job: Job, found: Findings) -> Identity:
     """What the job makes, for files that say so before there is a report."""
     request, model = job.order.request, source_label(job.order.request.model)
     trained = found.finetuned is not None and request.adapter is not None
@@ -91,20 +91,20 @@ def identity_of(job: OpenedJob, found: Findings) -> Identity:
         adapter=request.adapter.kind if trained and request.adapter is not None else None,
         folded=trained and request.merge == "quantized",
         finetuning=None if found.finetuned is None else found.finetuned.report,
-        earlier=() if job.earlier is None else job.earlier.training,
+        base_job=() if job.base_job is None else job.base_job.training,
     )
 
 
-def _base_report(job: OpenedJob, blocks: int) -> BaseReport | None:
-    earlier, job_id = job.earlier, job.order.request.base_job
-    if earlier is None or job_id is None:
+def _base_report(job: Job, blocks: int) -> BaseReport | None:
+    base_job, job_id = job.base_job, job.order.request.base_job
+    if base_job is None or job_id is None:
         return None
     return BaseReport(
-        job_id=job_id, blocks_adopted=blocks, adapter_continued=earlier.continues, training=earlier.training
+        job_id=job_id, blocks_adopted=blocks, adapter_continued=base_job.continues, training=base_job.training
     )
 
 
-def _peak_memory(job: OpenedJob, found: Findings) -> PeakMemory:
+def _peak_memory(job: Job, found: Findings) -> PeakMemory:
     """Of the whole job: the stage that finetunes counts anew."""
     peak = peak_memory(job.model.device)
     before = None if found.finetuned is None else found.finetuned.peak_before
@@ -113,7 +113,7 @@ def _peak_memory(job: OpenedJob, found: Findings) -> PeakMemory:
     return peak.model_copy(update={"device_bytes": max(before, peak.device_bytes)})
 
 
-def size_of(job: OpenedJob, stored: StoredBits, weights: int) -> SizeReport:
+def size_of(job: Job, stored: StoredBits, weights: int) -> SizeReport:
     """What the job's linears take as they ship.
 
     stored    bits of all quantized linears, by what they hold

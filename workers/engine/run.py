@@ -14,16 +14,16 @@ from bitwright.formats import ExportFormat
 from bitwright.report import Figures, Quality
 from workers.adapters.attaching import Attach
 from workers.disk.orders import AttemptOrder
-from workers.engine.device.process_group import Ranks, joined
+from workers.engine.device.process_group import ProcessGroup, joined
 from workers.engine.evaluate import measure
 from workers.engine.export import Export
 from workers.engine.finetune.stage import Finetuned, FinetuningStage, run_finetuning, shipped_loss
 from workers.engine.fingerprint import code_version, fingerprint, library_versions
-from workers.engine.job import OpenedJob, opened
-from workers.engine.quantize.activations import Stream
+from workers.engine.job import Job, open_job
+from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_pass import BlockPass
 from workers.engine.quantize.block_report import report_of_head
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.quantize.preparation import Preparation, digest
 from workers.engine.quantize.reference import measure_reference
 from workers.engine.quantize.registry import METHODS, is_needed
@@ -46,8 +46,8 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         InvalidRequest: the head is to be quantized but tied to the embeddings.
         FormatCannotHold: a format of the request cannot hold this model.
     """
-    with opened(order, workspace, reporter, rank=0) as loaded:
-        job, state, found = _with_ranks(loaded, 0)
+    with open_job(order, workspace, reporter, rank=0) as loaded:
+        job, state, found = _with_processes(loaded, 0)
         job.clock.enter(Stage.EXPORT)
         return _export(job, state, found)
 
@@ -57,20 +57,20 @@ def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
 
     Raises what `run` raises, and where it does, unless only this rank meets the cause.
     """
-    with opened(order, workspace, Reporter(lambda _: None), rank) as job:
-        _with_ranks(job, rank)
+    with open_job(order, workspace, Reporter(lambda _: None), rank) as job:
+        _with_processes(job, rank)
 
 
-def _with_ranks(job: OpenedJob, rank: int) -> tuple[OpenedJob, ResumeState, Findings]:
-    with joined(Ranks(rank, job.order.world_size), job.order.rendezvous, job.model.device) as ranks:
-        job = _prepared(job, ranks)
-        return job, *_run_blocks(job, ranks)
+def _with_processes(job: Job, rank: int) -> tuple[Job, FinishedBlocks, Findings]:
+    with joined(ProcessGroup(rank, job.order.world_size), job.order.rendezvous, job.model.device) as processes:
+        job = _prepared(job, processes)
+        return job, *_run_blocks(job, processes)
 
 
-def _prepared(job: OpenedJob, ranks: Ranks) -> OpenedJob:
+def _prepared(job: Job, processes: ProcessGroup) -> Job:
     """The job with what its spec asks to know of the whole model before the first block."""
-    request, windows = job.order.request, job.texts.calibration
-    if windows is None or not is_needed(request.quantization):
+    request, sequences = job.order.request, job.texts.calibration
+    if sequences is None or not is_needed(request.quantization):
         return job
 
     def tick(share: float) -> None:
@@ -82,17 +82,17 @@ def _prepared(job: OpenedJob, ranks: Ranks) -> OpenedJob:
         spec=request.quantization,
         plan=job.plan,
         seed=request.seed,
-        ids=ranks.share(windows.ids),
+        ids=processes.share(sequences.ids),
         folder=job.workspace / "state",
         fingerprint=_fingerprint(job),
         tick=tick,
-        ranks=ranks,
+        processes=processes,
     )
     prepared = preparation.run()
     return replace(job, prepared=prepared, schemes=job.schemes | dict(prepared.schemes))
 
 
-def _run_blocks(job: OpenedJob, ranks: Ranks) -> tuple[ResumeState, Findings]:
+def _run_blocks(job: Job, processes: ProcessGroup) -> tuple[FinishedBlocks, Findings]:
     """All that the ranks do together."""
     texts, model = job.texts, job.model
     keep_inputs = job.order.request.quantization.needs_original_inputs()
@@ -100,14 +100,14 @@ def _run_blocks(job: OpenedJob, ranks: Ranks) -> tuple[ResumeState, Findings]:
     with model.loaded(model.layout.embeddings):
         calibration, evaluation = (
             None
-            if windows is None
-            else Stream(model, ranks.share(windows.ids), job.plan, keep_inputs=keep, reference=reference)
-            for windows, keep, reference in (
+            if sequences is None
+            else Activations(model, processes.share(sequences.ids), job.plan, keep_inputs=keep, reference=reference)
+            for sequences, keep, reference in (
                 (observed, keep_inputs, False),
                 (texts.evaluation, False, job.reference),
             )
         )
-    state = ResumeState(job.workspace / "state", _fingerprint(job), ranks)
+    state = FinishedBlocks(job.workspace / "state", _fingerprint(job), processes)
     if state.resumed:
         job.reporter.log("blocks_resumed", blocks=state.resumed)
     job.clock.enter(Stage.QUANTIZE)
@@ -120,30 +120,30 @@ def _run_blocks(job: OpenedJob, ranks: Ranks) -> tuple[ResumeState, Findings]:
         calibration=calibration,
         evaluation=evaluation,
         prepared=job.prepared,
-        tuner=Tuner(job.reporter.log, ranks),
+        tuner=Tuner(job.reporter.log, processes),
         state=state,
         clock=job.clock,
         reporter=job.reporter,
-        ranks=ranks,
-        earlier=job.earlier,
+        processes=processes,
+        base_job=job.base_job,
     )
     reports = blocks.run()
     state.settle()
     head = blocks.quantize_head()
-    if head is not None and job.earlier is None:
+    if head is not None and job.base_job is None:
         job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
     scales = run_scale_stage(blocks, head)
     blocks.tuner.release()
     del calibration, blocks
-    finetuned = _finetune(job, state, head, ranks)
+    finetuned = _finetune(job, state, head, processes)
     job.clock.enter(Stage.EVALUATE)
-    evaluated = None if evaluation is None else _evaluate(job, state, evaluation, head, finetuned, ranks)
-    reference = None if evaluation is None else _reference(job, evaluation, head, ranks)
+    evaluated = None if evaluation is None else _evaluate(job, state, evaluation, head, finetuned, processes)
+    reference = None if evaluation is None else _reference(job, evaluation, head, processes)
     head_report = None if head is None else report_of_head(model, state.load(len(model.blocks)))
     return state, Findings(reports, scales, evaluated, finetuned, reference, head_report)
 
 
-def _finetune(job: OpenedJob, state: ResumeState, head: torch.Tensor | None, ranks: Ranks) -> Finetuned | None:
+def _finetune(job: Job, state: FinishedBlocks, head: torch.Tensor | None, processes: ProcessGroup) -> Finetuned | None:
     request, texts = job.order.request, job.texts.finetuning
     part, adapter = request.finetune, request.adapter
     if part is None or adapter is None or texts is None:
@@ -153,7 +153,7 @@ def _finetune(job: OpenedJob, state: ResumeState, head: torch.Tensor | None, ran
         model=job.model,
         part=part,
         texts=texts,
-        attach=Attach(adapter, {} if job.earlier is None else job.earlier.adapters),
+        attach=Attach(adapter, {} if job.base_job is None else job.base_job.adapters),
         names=frozenset(job.schemes) - {job.model.layout.head},
         state=state,
         folder=job.workspace / "state",
@@ -162,7 +162,7 @@ def _finetune(job: OpenedJob, state: ResumeState, head: torch.Tensor | None, ran
         seed=request.seed,
         divisor=job.order.micro_batch_divisor,
         reporter=job.reporter,
-        ranks=ranks,
+        processes=processes,
     )
     finetuned = run_finetuning(stage)
     trained = _trained_adapters(job, finetuned)
@@ -172,14 +172,14 @@ def _finetune(job: OpenedJob, state: ResumeState, head: torch.Tensor | None, ran
     return replace(finetuned, report=finetuned.report.model_copy(update={"loss_shipped": loss}))
 
 
-def _fingerprint(job: OpenedJob) -> str:
+def _fingerprint(job: Job) -> str:
     request = job.order.request.model_dump(mode="json", include=CODES_DEPEND_ON)
-    windows = job.texts.calibration
+    sequences = job.texts.calibration
     return fingerprint(
         {
             "request": request,
             "model": job.model.checkpoint.digest(job.order.model_revision),
-            "calibration": None if windows is None else windows.sha256,
+            "calibration": None if sequences is None else sequences.sha256,
             "code": code_version(),
             "libraries": library_versions(),
             "plan": job.plan.decides_codes(),
@@ -189,24 +189,24 @@ def _fingerprint(job: OpenedJob) -> str:
 
 
 def _evaluate(
-    job: OpenedJob,
-    state: ResumeState,
-    stream: Stream,
+    job: Job,
+    state: FinishedBlocks,
+    stream: Activations,
     head: torch.Tensor | None,
     finetuned: Finetuned | None,
-    ranks: Ranks,
+    processes: ProcessGroup,
 ) -> Evaluated:
     """Quality of everything that ships, with the numbers that `_export` stores."""
-    windows, request = job.texts.evaluation, job.order.request
-    assert windows is not None  # noqa: S101 - for the type checker; the stream was made of them
+    sequences, request = job.texts.evaluation, job.order.request
+    assert sequences is not None  # noqa: S101 - for the type checker; the stream was made of them
 
     def judge(head: torch.Tensor | None, number: int, count: int) -> Quality:
         def tick(share: float) -> None:
-            total = len(windows.ids) * count
+            total = len(sequences.ids) * count
             job.reporter.progress(Stage.EVALUATE, (number + share) / count * total, total, "windows")
 
         return measure(
-            job.model, stream.original, stream.quantized, windows, quantized_head=head, tick=tick, ranks=ranks
+            job.model, stream.original, stream.quantized, sequences, quantized_head=head, tick=tick, processes=processes
         )
 
     trained = _trained_adapters(job, finetuned)
@@ -225,7 +225,7 @@ def _evaluate(
     return found
 
 
-def _ways(job: OpenedJob, trained: TrainedAdapters | None) -> list[Shipment]:
+def _ways(job: Job, trained: TrainedAdapters | None) -> list[Shipment]:
     request = job.order.request
     return shipments(
         request.formats,
@@ -236,16 +236,16 @@ def _ways(job: OpenedJob, trained: TrainedAdapters | None) -> list[Shipment]:
     )
 
 
-def _streamed(job: OpenedJob, trained: TrainedAdapters | None) -> tuple[Numbers, bool] | None:
+def _streamed(job: Job, trained: TrainedAdapters | None) -> tuple[Numbers, bool] | None:
     """What the quantized stream has gone through when all blocks and scales are done."""
     if trained is None:
         return Numbers.WHOLE, False
     # Weights alone, unless a method or an earlier job began with factors beside them.
-    began_with_factors = job.earlier is not None or Form.LOW_RANK in job.order.request.quantization.forms()
+    began_with_factors = job.base_job is not None or Form.LOW_RANK in job.order.request.quantization.forms()
     return None if began_with_factors else (Numbers.BASE, False)
 
 
-def _is_rounded_in_gguf(job: OpenedJob) -> bool:
+def _is_rounded_in_gguf(job: Job) -> bool:
     """Whether the job writes a GGUF of zero points, which become fp16 offsets there."""
     request, schemes = job.order.request, dict(job.schemes)
     if ExportFormat.GGUF not in request.formats:
@@ -265,7 +265,7 @@ def _merging(request: JobRequest) -> str:
     return "rounding offsets to integer zero points" if request.round_offset else "folding the adapter into offsets"
 
 
-def _trained_adapters(job: OpenedJob, finetuned: Finetuned | None) -> TrainedAdapters | None:
+def _trained_adapters(job: Job, finetuned: Finetuned | None) -> TrainedAdapters | None:
     request = job.order.request
     if finetuned is None or request.adapter is None:
         return None
@@ -273,15 +273,15 @@ def _trained_adapters(job: OpenedJob, finetuned: Finetuned | None) -> TrainedAda
     return TrainedAdapters(request.adapter, finetuned.adapters, request.merge, request.round_offset, dtype)
 
 
-def _reference(job: OpenedJob, stream: Stream, head: torch.Tensor | None, ranks: Ranks) -> Figures | None:
-    windows = job.texts.evaluation
-    found = None if windows is None else measure_reference(job.model, stream, windows, head, ranks)
+def _reference(job: Job, stream: Activations, head: torch.Tensor | None, processes: ProcessGroup) -> Figures | None:
+    sequences = job.texts.evaluation
+    found = None if sequences is None else measure_reference(job.model, stream, sequences, head, processes)
     if found is not None:
         job.reporter.metric("perplexity_round_to_nearest", found.perplexity)
     return found
 
 
-def _export(job: OpenedJob, state: ResumeState, found: Findings) -> ResultLine:
+def _export(job: Job, state: FinishedBlocks, found: Findings) -> ResultLine:
     """Writes every format from the durable blocks, and the same report into each."""
     request, evaluated = job.order.request, found.evaluated
     export = Export(

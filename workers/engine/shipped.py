@@ -23,9 +23,9 @@ from app.domain.adapters import AdapterSpec
 from bitwright.formats import ADAPTER_FOLDER, ExportFormat
 from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.activations import Stream
+from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import BlockReader
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.formats.gguf.blocks import held
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank
 
@@ -151,12 +151,12 @@ class Replay:
     """
 
     model: StreamedModel
-    state: ResumeState
+    state: FinishedBlocks
     trained: TrainedAdapters | None = None
     _apart: dict[str, LowRank | nn.Module] = field(default_factory=dict)
     """What stands beside linears of the blocks that were read, until they are used."""
 
-    def run(self, stream: Stream, shipment: Shipment) -> None:
+    def run(self, stream: Activations, shipment: Shipment) -> None:
         """X_q of the stream, rewound to the embeddings, through all blocks."""
         with self.model.loaded(self.model.layout.embeddings):
             stream.rewind(self.model)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bitwright.errors import NumericalFailure
 from bitwright.report import Figures, FinetuningReport, Quality, ShippedFigures
-from workers.engine.quantize.activations import Stream
+from workers.engine.quantize.activations import Activations
 from workers.engine.shipped import Numbers, Replay, Shipment
 
 NOTABLE = 0.005
@@ -40,7 +40,7 @@ class Judge:
 def evaluate(
     ways: Sequence[Shipment],
     replay: Replay,
-    stream: Stream,
+    stream: Activations,
     judge: Judge,
     *,
     merged: bool,

@@ -134,8 +134,8 @@ class CorrectedWeights:
             self.base.write(out.view(self.base.weight.shape))
         else:
             out.copy_(self.base.value)
-        for hat, low_rank in self._linears(out, self.factors):
-            hat.copy_(hat.to(self.factors.dtype) + self._strength(low_rank) * (low_rank.b @ low_rank.a))
+        for w_hat, low_rank in self._linears(out, self.factors):
+            w_hat.copy_(w_hat.to(self.factors.dtype) + self._strength(low_rank) * (low_rank.b @ low_rank.a))
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:

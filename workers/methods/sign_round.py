@@ -160,7 +160,7 @@ class RoundedWeights:
 
     @torch.no_grad()
     def write(self, out: Tensor) -> None:
-        self._kernels.write(self.state, *self._grid_settings(), hat=out)
+        self._kernels.write(self.state, *self._grid_settings(), w_hat=out)
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:

@@ -39,7 +39,7 @@ _TEXT: TypeAdapter[Any] = TypeAdapter(CalibrationSource)
 
 
 @dataclass(frozen=True)
-class EarlierJob:
+class BaseJob:
     """A job that has succeeded, as another one starts from it.
 
     request    its full form, as JSON
@@ -91,7 +91,7 @@ def named_job(body: Mapping[str, object]) -> str | None:
     return None
 
 
-def start_from(body: dict[str, object], earlier: EarlierJob | None) -> list[FieldProblem]:
+def start_from(body: dict[str, object], earlier: BaseJob | None) -> list[FieldProblem]:
     """Fills into `body` what it takes over; the problems that only this can see.
 
     Without `earlier`, which only a store can find, the body must say everything itself.
@@ -118,7 +118,7 @@ def _name_job(body: dict[str, object]) -> Iterator[FieldProblem]:
         yield _conflict("model", f"base_job names another job, {shorten(job)}; leave one of the two out", model)
 
 
-def _take_model(body: dict[str, object], earlier: EarlierJob) -> Iterator[FieldProblem]:
+def _take_model(body: dict[str, object], earlier: BaseJob) -> Iterator[FieldProblem]:
     given = body.get("model")
     try:
         meant = None if given is None else _MODEL.validate_python(expand_source(given))
@@ -131,7 +131,7 @@ def _take_model(body: dict[str, object], earlier: EarlierJob) -> Iterator[FieldP
         yield _conflict("model", detail, given)
 
 
-def _take_quantization(body: dict[str, object], earlier: EarlierJob) -> Iterator[FieldProblem]:
+def _take_quantization(body: dict[str, object], earlier: BaseJob) -> Iterator[FieldProblem]:
     inner, own = body.get("quantization"), earlier.request["quantization"]
     if inner is not None and not isinstance(inner, Mapping):
         return
@@ -167,7 +167,7 @@ def _means_the_same(own: Mapping[str, Any], field: str, value: object) -> bool:
         return False
 
 
-def _take_calibration(body: dict[str, object], earlier: EarlierJob) -> Iterator[FieldProblem]:
+def _take_calibration(body: dict[str, object], earlier: BaseJob) -> Iterator[FieldProblem]:
     given, own = body.get("calibration"), earlier.request["calibration"]
     if given is not None and not isinstance(given, Mapping):
         return
@@ -187,7 +187,7 @@ def _expanded_text(field: object, value: object) -> object:
         return value
 
 
-def _take_adapter(body: dict[str, object], earlier: EarlierJob) -> Iterator[FieldProblem]:
+def _take_adapter(body: dict[str, object], earlier: BaseJob) -> Iterator[FieldProblem]:
     own, given = earlier.adapter, body.get("adapter")
     if own is None or not isinstance(given, Mapping | None):
         return
@@ -207,20 +207,20 @@ def _take_adapter(body: dict[str, object], earlier: EarlierJob) -> Iterator[Fiel
             yield _conflict(f"adapter.{field}", detail, given[field])
 
 
-def _elsewhere(earlier: EarlierJob) -> str:
+def _elsewhere(earlier: BaseJob) -> str:
     """Where an adapter of another kind can start."""
     root = earlier.request.get("base_job")
     return f"from base_job {root}" if root else "without base_job: the same request and seed give the same codes"
 
 
-def _of_quantization(earlier: EarlierJob, field: str, value: object) -> FieldProblem:
+def _of_quantization(earlier: BaseJob, field: str, value: object) -> FieldProblem:
     detail = _differs(earlier, field, shorten(earlier.request["quantization"].get(field)))
     if field == "method" and isinstance(value, str) and value in ADAPTER_RECIPES:
         detail += f'; for its adapter alone give "adapter": {{"kind": "{ADAPTER_RECIPES[value].kind}"}}'
     return _conflict(f"quantization.{field}", detail, value)
 
 
-def _differs(earlier: EarlierJob, field: object, own: object) -> str:
+def _differs(earlier: BaseJob, field: object, own: object) -> str:
     return (
         f"the job starts from {earlier.id}, whose {field} is {own}; leave it out; without base_job it is quantized anew"
     )

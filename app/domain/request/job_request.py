@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, StringConstraints, Validation
 from app.domain.adapters import AdapterSpec
 from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS
 from app.domain.methods import QuantizationSpec
-from app.domain.request.base_job import JOB_ID, EarlierJob, Folded
+from app.domain.request.base_job import JOB_ID, BaseJob, Folded
 from app.domain.request.combination_rules import result_problems
 from app.domain.request.finetuning import Finetune
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
@@ -137,7 +137,7 @@ class JobRequest(RequestPart):
     )
 
     @classmethod
-    def parse(cls, body: object, earlier: EarlierJob | None = None) -> Self:
+    def parse(cls, body: object, earlier: BaseJob | None = None) -> Self:
         """The request from a decoded JSON body, in shorthand or full form.
 
         earlier   the job that the body starts from (`app.domain.request.base_job.named_job`)

@@ -8,7 +8,7 @@ from pydantic import BaseModel, ValidationError
 from app.domain.adapters import ADAPTERS, GATE_TRAVEL, LEARNING_RATE, AdapterSpec, BayesianLoRASpec
 from app.domain.methods import METHODS, RECIPES
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES, ADAPTER_SHORTHAND, expand_adapter
-from app.domain.request.base_job import EarlierJob, Folded, start_from
+from app.domain.request.base_job import BaseJob, Folded, start_from
 from app.domain.request.combination_rules import default_result_formats
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import expand_source
@@ -44,7 +44,7 @@ class _AdapterPart(BaseModel):
     round_offset: bool = False
 
 
-def expand(given: Mapping[str, object], earlier: EarlierJob | None = None) -> Expansion:
+def expand(given: Mapping[str, object], earlier: BaseJob | None = None) -> Expansion:
     """The full form of a body in shorthand or full form. `given` is not changed.
 
     earlier   the job that the body starts from

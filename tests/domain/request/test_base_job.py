@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.domain.adapters import LoRASpec, QALoRASpec
-from app.domain.request.base_job import EarlierJob, Folded, is_read, named_job
+from app.domain.request.base_job import BaseJob, Folded, is_read, named_job
 from app.domain.request.job_request import SHORTHAND, JobRequest
 from app.domain.request.sources import HubModel
 from bitwright.errors import FieldProblem, InvalidRequest
@@ -21,11 +21,11 @@ SIGNROUND: dict[str, Any] = {"model": "org/name", "method": "signround", "bits":
 QA_LORA: dict[str, Any] = {"model": "org/name", "method": "qa-lora", "bits": 4, "rank": 8, **FINETUNE}
 
 
-def earlier(body: Mapping[str, Any], revision: str | None = None, folded: Folded | None = None) -> EarlierJob:
-    return EarlierJob(ID, JobRequest.parse(body).model_dump(mode="json"), revision, folded)
+def earlier(body: Mapping[str, Any], revision: str | None = None, folded: Folded | None = None) -> BaseJob:
+    return BaseJob(ID, JobRequest.parse(body).model_dump(mode="json"), revision, folded)
 
 
-def problems(body: Mapping[str, Any], start: EarlierJob | None) -> dict[str, FieldProblem]:
+def problems(body: Mapping[str, Any], start: BaseJob | None) -> dict[str, FieldProblem]:
     with pytest.raises(InvalidRequest) as refused:
         JobRequest.parse(body, start)
     return {problem.field: problem for problem in refused.value.errors}
@@ -131,7 +131,7 @@ def test_an_adapter_of_another_kind_is_refused_with_ways_out() -> None:
     assert "without base_job" in found.detail
     root = earlier(SIGNROUND | {"bits": 4})
     chained = JobRequest.parse({"base_job": ID, **FINETUNE, "adapter": {"kind": "qa-lora"}}, root)
-    found = problems(other, EarlierJob("job_2", chained.model_dump(mode="json")))["adapter.kind"]
+    found = problems(other, BaseJob("job_2", chained.model_dump(mode="json")))["adapter.kind"]
     assert f"from base_job {ID}" in found.detail
 
 

@@ -99,13 +99,13 @@ def order_of(
     model: Path, workspace: Path, body: dict[str, Any], attempt: int, device: str, base: Path | None = None
 ) -> AttemptOrder:
     request = JobRequest.parse(json.loads(json.dumps({"model": str(model)} | body)))
-    learned = None if request.finetune is None else request.finetune.dataset
+    loss_mask = None if request.finetune is None else request.finetune.dataset
     return AttemptOrder(
         job_id="job_1",
         attempt=attempt,
         request=request,
         model_path=str(model),
-        finetuning_path=learned.path if isinstance(learned, LocalText) else None,
+        finetuning_path=loss_mask.path if isinstance(loss_mask, LocalText) else None,
         base_path=None if base is None else str(base),
         world_size=SIZE,
         rendezvous=str(workspace / f"rendezvous-{attempt}"),
@@ -134,15 +134,15 @@ def run_job_on_ranks(
     """A job, as one of the ranks; `base` has the checkpoints that it starts from."""
     made: dict[int, dict[str, Tensor]] = {}
     lines: list[AttemptLine] = []
-    write = resume.ResumeState.write_shard
+    write = resume.FinishedBlocks.write_shard
 
-    def record(state: resume.ResumeState, index: int, weights: Any, parameters: Any = None) -> resume.Shard:
+    def record(state: resume.FinishedBlocks, index: int, weights: Any, parameters: Any = None) -> resume.Shard:
         made[index] = {f"{n}.{k}": t.cpu().clone() for n, w in weights.items() for k, t in tensors(w).items()}
         made[index] |= {n: tensor.cpu().clone() for n, tensor in (parameters or {}).items()}
         return write(state, index, weights, parameters or {})
 
     try:
-        with patch.object(resume.ResumeState, "write_shard", record):
+        with patch.object(resume.FinishedBlocks, "write_shard", record):
             order, result = order_of(model, workspace, body, attempt, device, base), None
             if rank:
                 pipeline.assist(order, workspace, rank)

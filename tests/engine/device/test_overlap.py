@@ -23,8 +23,8 @@ from tests.engine.conftest import run_job
 from workers.child.exceptions import as_bitwright_error
 from workers.disk.durable import replace_file
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.activations import Stream
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.activations import Activations
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.quantize.registry import METHODS
 
 TUNED: dict[str, Any] = {"method": "signround", "bits": 3, "steps": 6, "batch_size": 4, "learning_rate": 0.05}
@@ -55,7 +55,7 @@ class Timeline:
 def timeline(monkeypatch: pytest.MonkeyPatch) -> Timeline:
     """Of reads, of what methods do, and of blocks that become durable."""
     found, method = Timeline(), METHODS["signround"]
-    quantize_block, finish, read = method.quantize_block, ResumeState.finish, StreamedModel.read
+    quantize_block, finish, read = method.quantize_block, FinishedBlocks.finish, StreamedModel.read
 
     def watched_read(model: StreamedModel, name: str, *rest: Any) -> Any:
         weights = read(model, name, *rest)
@@ -73,12 +73,12 @@ def timeline(monkeypatch: pytest.MonkeyPatch) -> Timeline:
         found.note("ended", task.index)
         return result
 
-    def watched_finish(state: ResumeState, index: int, *rest: Any) -> None:
+    def watched_finish(state: FinishedBlocks, index: int, *rest: Any) -> None:
         finish(state, index, *rest)
         found.note("durable", index)
 
     monkeypatch.setattr(method, "quantize_block", watched_quantize)
-    monkeypatch.setattr(ResumeState, "finish", watched_finish)
+    monkeypatch.setattr(FinishedBlocks, "finish", watched_finish)
     monkeypatch.setattr(StreamedModel, "read", watched_read)
     return found
 
@@ -104,7 +104,7 @@ def test_a_block_is_tuned_while_the_next_is_read_and_the_last_written(
             # Long enough for the method to get on, if it did not wait.
             assert not timeline.wait_for("told its progress", index + 1, seconds=0.5)
 
-    before(ResumeState, "finish", hold, monkeypatch)
+    before(FinishedBlocks, "finish", hold, monkeypatch)
     lines: list[AttemptLine] = []
     started = time.perf_counter()
     report = run_job(small_model, tmp_path, lines, **TUNED).report
@@ -173,11 +173,11 @@ def test_a_block_whose_output_is_not_finite_is_an_error_and_never_durable(
 ) -> None:
     seen = Counter[str]()
 
-    def overflowing(stream: Stream) -> torch.Tensor:
+    def overflowing(stream: Activations) -> torch.Tensor:
         seen["block"] += 1
         return torch.tensor([torch.inf if seen["block"] == 2 else 1.0, 1.0], dtype=torch.float64)
 
-    monkeypatch.setattr(Stream, "squared_error", overflowing)
+    monkeypatch.setattr(Activations, "squared_error", overflowing)
     with pytest.raises(NumericalFailure, match="block 1: the output error is inf"):
         run_job(small_model, tmp_path, **TUNED)
     assert durable(tmp_path) == [0]

@@ -26,7 +26,7 @@ from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningOutcome, TuningSettings
-from workers.engine.device.process_group import Ranks, checksum, joined
+from workers.engine.device.process_group import ProcessGroup, checksum, joined
 from workers.engine.tune import sample_order
 from workers.engine.tune import tuner as tuning
 from workers.engine.tune.sample_order import minibatches, split
@@ -58,23 +58,23 @@ def run_on_both(pair: RankPair, function: Callable[..., Any], *arguments: Any) -
 # ---- What is exchanged -------------------------------------------------------------------------------------------
 
 
-def connected(rank: int, store: Path, compute: Callable[[Ranks], Any]) -> Any:
+def connected(rank: int, store: Path, compute: Callable[[ProcessGroup], Any]) -> Any:
     """What `compute` returns while the ranks can reach each other."""
-    with joined(Ranks(rank, SIZE), str(store), torch.device("cpu")) as ranks:
-        return compute(ranks)
+    with joined(ProcessGroup(rank, SIZE), str(store), torch.device("cpu")) as processes:
+        return compute(processes)
 
 
-def exchange(ranks: Ranks) -> dict[str, Any]:
-    sums = torch.arange(3.0, dtype=torch.bfloat16) + ranks.rank
-    ranks.sum_(sums)
+def exchange(processes: ProcessGroup) -> dict[str, Any]:
+    sums = torch.arange(3.0, dtype=torch.bfloat16) + processes.rank
+    processes.sum_(sums)
     return {
         "sum": sums.tolist(),
-        "total": ranks.total(5 + ranks.rank),
-        "least": ranks.least(7 - ranks.rank),
-        "agree": (ranks.agree(4), ranks.agree(ranks.rank)),
-        "share": ranks.share(torch.arange(5)).tolist(),
-        "part": (ranks.part(8), ranks.part(1)),
-        "leads": ranks.leads,
+        "total": processes.total(5 + processes.rank),
+        "least": processes.least(7 - processes.rank),
+        "agree": (processes.agree(4), processes.agree(processes.rank)),
+        "share": processes.share(torch.arange(5)).tolist(),
+        "part": (processes.part(8), processes.part(1)),
+        "leads": processes.leads,
     }
 
 
@@ -96,7 +96,7 @@ def test_a_world_of_one_exchanges_nothing(small_model: Path, tmp_path: Path, mon
     monkeypatch.setattr(dist, "init_process_group", refuse)
     assert run_job(small_model, tmp_path, **SCALED).report.plan["world_size"] == 1
     rows = torch.arange(4)
-    assert Ranks().share(rows).data_ptr() == rows.data_ptr()
+    assert ProcessGroup().share(rows).data_ptr() == rows.data_ptr()
 
 
 # ---- The tuner -----------------------------------------------------------------------------------------------------
@@ -108,10 +108,10 @@ def double_task() -> BlockTask:
     return replace(task, block=task.block.double(), inputs=inputs, inputs_fp=inputs, targets=targets)
 
 
-def shared_task(ranks: Ranks) -> BlockTask:
+def shared_task(processes: ProcessGroup) -> BlockTask:
     task = double_task()
-    inputs, targets = ranks.share(task.inputs), ranks.share(task.targets)
-    return replace(task, inputs=inputs, inputs_fp=inputs, targets=targets, tune=Tuner(ranks=ranks).tune)
+    inputs, targets = processes.share(task.inputs), processes.share(task.targets)
+    return replace(task, inputs=inputs, inputs_fp=inputs, targets=targets, tune=Tuner(processes=processes).tune)
 
 
 def union(local: Callable[[int], Tensor]) -> Tensor:
@@ -130,14 +130,14 @@ def batches_of(samples: int, settings: TuningSettings, seed: int) -> Tensor:
     return union(lambda rank: minibatches(splits_of(samples, seed)[rank][0], own, seed))
 
 
-def tune_recorded(ranks: Ranks, moves: float) -> tuple[TuningOutcome, RecordedWeights]:
-    task = shared_task(ranks)
+def tune_recorded(processes: ProcessGroup, moves: float) -> tuple[TuningOutcome, RecordedWeights]:
+    task = shared_task(processes)
     weights = weights_of(task, moves=moves)
     return task.tune(task, [weights], SETTINGS), weights
 
 
-def recorded_still(ranks: Ranks) -> tuple[TuningOutcome, RecordedWeights]:
-    return tune_recorded(ranks, 0.0)
+def recorded_still(processes: ProcessGroup) -> tuple[TuningOutcome, RecordedWeights]:
+    return tune_recorded(processes, 0.0)
 
 
 def test_the_summed_gradient_is_that_of_one_process_over_the_whole_batch(pair: RankPair, tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_the_summed_gradient_is_that_of_one_process_over_the_whole_batch(pair: R
     assert [outcome.loss_initial for outcome, _ in found] == pytest.approx([error, error], rel=1e-10)
 
 
-def tuned(ranks: Ranks) -> BlockResult:
-    task = shared_task(ranks)
+def tuned(processes: ProcessGroup) -> BlockResult:
+    task = shared_task(processes)
     return SignRound().quantize_block(task, SignRoundSpec(steps=40, batch_size=8, scale_search=False))
 
 

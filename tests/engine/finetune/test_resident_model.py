@@ -51,7 +51,7 @@ def seeded(dtype: torch.dtype) -> Any:
 
 
 @contextmanager
-def opened(folder: Path, dtype: torch.dtype, *, keeps: bool = True, recomputed: int = 0) -> Iterator[ResidentModel]:
+def open_job(folder: Path, dtype: torch.dtype, *, keeps: bool = True, recomputed: int = 0) -> Iterator[ResidentModel]:
     model = StreamedModel.open(Checkpoint.open(folder), torch.device("cpu"))
     how = Residence(length=LENGTH, keeps=keeps, recomputed=recomputed)
     with resident(model, partial(results_of, model), seeded(dtype), how, seed=0) as found:
@@ -86,7 +86,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(architecture: str, tmp_
     examples = random_examples(12, LENGTH, seed=3)
     save_random_model(tmp_path, architecture, dtype=torch.float64)
     plain = random_model(architecture, dtype=torch.float64)
-    with opened(tmp_path, torch.float64) as model:
+    with open_job(tmp_path, torch.float64) as model:
         loss, found = gradients(model, batches(together=True))
         parameters: list[Tensor] = []
         dense = {}
@@ -100,7 +100,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(architecture: str, tmp_
             ids = example.ids.long()
             logits = torch.func.functional_call(plain, dense, (ids[None],), {"use_cache": False}).logits[0, :-1]
             losses = nn.functional.cross_entropy(logits, ids[1:], reduction="none")
-            expected = expected + losses[example.learned[1:]].sum()
+            expected = expected + losses[example.loss_mask[1:]].sum()
         assert loss == pytest.approx(float(expected.detach()), rel=1e-7)
         assert_close(found, list(torch.autograd.grad(expected, parameters)), 1e-5)
 
@@ -108,7 +108,7 @@ def test_loss_and_gradients_are_those_of_the_plain_model(architecture: str, tmp_
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
 def test_packing_changes_nothing_in_fp64(architecture: str, tmp_path: Path) -> None:
     save_random_model(tmp_path, architecture, dtype=torch.float64)
-    with opened(tmp_path, torch.float64) as model:
+    with open_job(tmp_path, torch.float64) as model:
         packed, alone = batches(together=True, longest=20), batches(together=False, longest=20)
         assert sum(batch.documents is not None for batch in packed) == len(packed)
         assert all(batch.documents is None for batch in alone)
@@ -124,7 +124,7 @@ def test_weights_made_anew_and_blocks_computed_again_change_no_bit(tmp_path: Pat
     work = batches(together=True)
     found = []
     for keeps, recomputed in ((True, 0), (False, 0), (False, 4), (True, 2)):
-        with opened(tmp_path, torch.float32, keeps=keeps, recomputed=recomputed) as model:
+        with open_job(tmp_path, torch.float32, keeps=keeps, recomputed=recomputed) as model:
             found.append(gradients(model, work))
     for loss, each in found[1:]:
         assert loss == found[0][0]
@@ -133,17 +133,17 @@ def test_weights_made_anew_and_blocks_computed_again_change_no_bit(tmp_path: Pat
 
 def test_half_precision_models_compute_in_bf16(tmp_path: Path) -> None:
     save_random_model(tmp_path, "qwen2", dtype=torch.float16)
-    with opened(tmp_path, torch.float32) as model:
+    with open_job(tmp_path, torch.float32) as model:
         assert model.hidden(batches(together=True)[0]).dtype == torch.bfloat16
         loss, found = gradients(model, batches(together=True))
     assert {gradient.dtype for gradient in found} == {torch.float32}
-    targets = sum(len(batch.places) for batch in batches(together=True))
+    targets = sum(len(batch.target_positions) for batch in batches(together=True))
     assert 0.5 < loss / targets / torch.log(torch.tensor(VOCABULARY)) < 2
 
 
 def test_the_model_is_left_as_it_was(tmp_path: Path) -> None:
     save_random_model(tmp_path, "llama")
-    with opened(tmp_path, torch.float32) as found:
+    with open_job(tmp_path, torch.float32) as found:
         model = found.model
     assert all(parameter.is_meta for parameter in model.model.parameters())
     assert all(isinstance(linear, nn.Linear) for linear in model.linears().values())

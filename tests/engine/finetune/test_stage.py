@@ -30,11 +30,11 @@ from workers.engine import run as pipeline
 from workers.engine.finetune.resident_model import ResidentModel
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
 from workers.engine.text.packing import Batch
-from workers.engine.text.sequences import evaluation_windows, load_tokenizer
+from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
 from workers.numerics.quantized import LinearResult
 
 WORDS = ["grid", "scale", "code", "block", "linear", "group", "rank", "token"]
@@ -126,7 +126,7 @@ def test_a_job_is_reported_as_it_is(whole: tuple[Job, Report]) -> None:
     assert found.loss_after is not None
     assert found.loss_after < 0.9 * found.loss_before
     assert found.losses[-1].loss < found.losses[0].loss
-    assert [judgement.step for judgement in found.judgements] == [0, 20]
+    assert [validation.step for validation in found.validations] == [0, 20]
     assert found.text.num_samples > 0
     assert found.held_out_sequences > 0
     assert found.tokens_per_second > 0
@@ -153,7 +153,7 @@ def test_the_evaluation_is_of_the_model_with_its_adapters(whole: tuple[Job, Repo
     assert report.quality is not None
     part = JobRequest.model_validate({"model": {"source": "local", "path": "/x"}, **QUANTIZED, **TEXTS}).evaluation
     assert part is not None
-    ids = evaluation_windows(load_tokenizer(small_model), part, None, 0).ids
+    ids = evaluation_sequences(load_tokenizer(small_model), part, None, 0).ids
     model = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.bfloat16)
     for name, base in finished_weights(small_model, job.workspace).items():
         adapter = job.adapters[name]
@@ -172,7 +172,7 @@ QUANTIZED: dict[str, Any] = {"quantization": {"method": "rtn", "bits": 3, "group
 def finished_weights(model: Path, workspace: Path) -> dict[str, Tensor]:
     """W_hat of the finished blocks, by linear."""
     fingerprint = json.loads((workspace / "state/state.json").read_text())["fingerprint"]
-    state = ResumeState(workspace / "state", fingerprint)
+    state = FinishedBlocks(workspace / "state", fingerprint)
     blocks = len(StreamedModel.open(Checkpoint.open(model), torch.device("cpu")).blocks)
     return {name: result.dequantize() for index in range(blocks) for name, result in state.load(index).items()}
 
@@ -359,4 +359,4 @@ def test_evaluation_text_is_never_learned(small_model: Path, rows: Path, tmp_pat
     assert 0.3 < len(shared.examples.training) / len(alone.examples.training) < 0.7
     evaluation = Evaluation(num_samples=1, sequence_length=16)
     with pytest.raises(InvalidDataset, match=r"evaluation\.dataset has 0 tokens"):
-        evaluation_windows(tokenizer, evaluation, Path(shutil.copy(rows, tmp_path)), 0, None, rows)
+        evaluation_sequences(tokenizer, evaluation, Path(shutil.copy(rows, tmp_path)), 0, None, rows)

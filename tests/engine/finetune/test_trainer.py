@@ -23,7 +23,7 @@ from tests.engine.finetune.small_lora import SmallLoRA, attach_small
 from tests.engine.finetune.test_resident_model import results_of
 from tests.engine.model.random_models import LENGTH, save_random_model
 from tests.engine.text.test_examples import random_examples
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.finetune import trainer as training
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.resident_model import Residence, ResidentModel, resident
@@ -76,7 +76,7 @@ class Trained:
 
 
 @contextmanager
-def opened(folder: Path, attach: Any, recomputed: int = 0) -> Any:
+def open_job(folder: Path, attach: Any, recomputed: int = 0) -> Any:
     model = StreamedModel.open(Checkpoint.open(folder), torch.device("cpu"))
     how = Residence(length=LENGTH, keeps=True, recomputed=recomputed)
     with resident(model, partial(results_of, model), attach, how, seed=0) as found:
@@ -91,11 +91,11 @@ def run(
     micro_batch: int = 4,
     recomputed: int = 0,
     held_out: bool = True,
-    ranks: Ranks = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     **fields: Any,
 ) -> Trained:
     lines: list[AttemptLine] = []
-    with opened(folder, attach, recomputed) as model:
+    with open_job(folder, attach, recomputed) as model:
         task = TrainingTask(
             resident=model,
             part=part_of(**fields),
@@ -103,9 +103,9 @@ def run(
             held_out=sequences(2, 8) if held_out else None,
             micro_batch=micro_batch,
             seed=SEED,
-            state=TrainingState(state, "fingerprint", ranks),
+            state=TrainingState(state, "fingerprint", processes),
             reporter=Reporter(lines.append),
-            ranks=ranks,
+            processes=processes,
             milestones=4,
         )
         outcome = train(task)
@@ -120,7 +120,7 @@ def assert_same(one: Trained, other: Trained) -> None:
     for name, tensors in one.adapters.items():
         assert all(torch.equal(tensor, other.adapters[name][key]) for key, tensor in tensors.items())
     assert torch.equal(one.outcome.losses, other.outcome.losses)
-    assert one.outcome.progress.judgements == other.outcome.progress.judgements
+    assert one.outcome.progress.validations == other.outcome.progress.validations
 
 
 # ---- Steps -----------------------------------------------------------------------------------------------------------
@@ -152,14 +152,14 @@ def test_steps_are_those_of_torchs_adamw_with_clipping(tmp_path: Path) -> None:
     fields: dict[str, Any] = {"weight_decay": 0.1, "clip_norm": 0.02, "warmup_share": 0.25, "schedule": "cosine"}
     found = run(folder, tmp_path, attach=attach_double, micro_batch=3, **fields)
     part = part_of(**fields)
-    with opened(folder, attach_double) as model:
+    with open_job(folder, attach_double) as model:
         parameters = [p for adapter in model.adapters.values() for p in adapter.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-8)
         order, losses, norms = Order(sequences(1), 4, 4, SEED), [], []
         for index in range(12):
             (batch,) = order.step(index).batches
             optimizer.zero_grad()
-            loss = model.loss(batch) / len(batch.places)
+            loss = model.loss(batch) / len(batch.target_positions)
             loss.backward()
             norms.append(float(nn.utils.clip_grad_norm_(parameters, 0.02)))
             optimizer.param_groups[0]["lr"] = 0.01 * rate_share(part, index)
@@ -178,11 +178,11 @@ def test_training_learns_and_says_so(folder: Path, tmp_path: Path) -> None:
     losses, progress = found.outcome.losses, found.outcome.progress
     assert losses.shape == (40,)
     assert losses[-8:].mean() < 0.9 * losses[:8].mean()
-    assert [j.step for j in progress.judgements] == [0, 10, 20, 30, 40]
+    assert [j.step for j in progress.validations] == [0, 10, 20, 30, 40]
     assert progress.tokens == sum(int(Order(sequences(1), 4, 4, SEED).step(i).tokens) for i in range(40))
     assert found.outcome.parameters == sum(t.numel() for a in found.adapters.values() for t in a.values())
     told = [line for line in found.told(MetricEvent) if line.name == "validation_loss"]
-    assert [(line.step, line.value) for line in told] == [(j.step, j.loss) for j in progress.judgements]
+    assert [(line.step, line.value) for line in told] == [(j.step, j.loss) for j in progress.validations]
     assert {line.name for line in found.told(MetricEvent)} >= {"loss", "tokens_per_second"}
     assert [line.step for line in found.told(CheckpointEvent)] == [16, 32, 40]
     assert [line.milestone for line in found.told(CheckpointEvent)] == [4, 5, 7]
@@ -218,7 +218,7 @@ def as_class(kind: type[SmallLoRA]) -> Any:
 
 
 def test_what_a_rate_and_a_penalty_of_its_own_do(folder: Path, tmp_path: Path) -> None:
-    with opened(folder, attach_plain) as model:
+    with open_job(folder, attach_plain) as model:
         before = {name: adapter.state_dict() for name, adapter in model.adapters.items()}
     found = run(folder, tmp_path, attach=as_class(PulledLoRA), steps=3, warmup_share=0.0, weight_decay=0.5)
     for name, tensors in found.adapters.items():
@@ -347,9 +347,9 @@ def test_training_stops_when_held_out_text_gets_worse_and_keeps_the_best(folder:
     progress = found.outcome.progress
     assert progress.step < 60
     assert progress.stale == 3
-    best = min(progress.judgements, key=lambda judgement: judgement.loss)
-    assert best.step == progress.best_step == progress.judgements[-4].step
-    with opened(folder, attach_plain) as model:
+    best = min(progress.validations, key=lambda validation: validation.loss)
+    assert best.step == progress.best_step == progress.validations[-4].step
+    with open_job(folder, attach_plain) as model:
         for name, adapter in model.adapters.items():
             adapter.load_state_dict(found.adapters[name])
         assert loss_on(model, sequences(2, 8)) == pytest.approx(best.loss, rel=1e-6)
@@ -358,7 +358,7 @@ def test_training_stops_when_held_out_text_gets_worse_and_keeps_the_best(folder:
 @torch.no_grad()
 def loss_on(model: ResidentModel, text: PackedSequences) -> float:
     (batch,) = Order(text, len(text), len(text), 0).step(0).batches
-    return float(model.loss(batch)) / len(batch.places)
+    return float(model.loss(batch)) / len(batch.target_positions)
 
 
 def test_a_loss_that_is_not_finite_ends_the_job(folder: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from bitwright.errors import InternalError
 from tests.engine.device.rank_pair import SIZE, RankPair
 from tests.engine.finetune.test_trainer import Trained, attach_double, run
 from tests.engine.model.random_models import save_random_model
-from workers.engine.device.process_group import Ranks, joined
+from workers.engine.device.process_group import ProcessGroup, joined
 from workers.engine.finetune.checkpoints import TrainingState
 
 FIELDS: dict[str, Any] = {"steps": 6, "batch_size": 5, "validation_every": 3, "checkpoint_every": 2, "micro_batch": 2}
@@ -34,8 +34,8 @@ def trained(rank: int, store: Path, folder: Path, state: Path, differing: bool) 
     def attach(linears: Any, seed: int) -> Any:
         return attach_double(linears if not differing or rank == 0 else dict(list(linears.items())[::-1]), seed)
 
-    with joined(Ranks(rank, SIZE), str(store), torch.device("cpu")) as ranks:
-        return run(folder, state, attach=attach, ranks=ranks, **FIELDS)
+    with joined(ProcessGroup(rank, SIZE), str(store), torch.device("cpu")) as processes:
+        return run(folder, state, attach=attach, processes=processes, **FIELDS)
 
 
 def test_two_ranks_train_as_one_does(pair: RankPair, folder: Path, tmp_path: Path) -> None:
@@ -47,7 +47,7 @@ def test_two_ranks_train_as_one_does(pair: RankPair, folder: Path, tmp_path: Pat
             assert torch.equal(first.adapters[name][key], second.adapters[name][key])
             torch.testing.assert_close(first.adapters[name][key], tensor, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(first.outcome.losses, one.outcome.losses, rtol=1e-6, atol=0)
-    judged = [[j.loss for j in found.outcome.progress.judgements] for found in (first, second, one)]
+    judged = [[j.loss for j in found.outcome.progress.validations] for found in (first, second, one)]
     assert judged[0] == judged[1] == pytest.approx(judged[2], rel=1e-9)
     assert first.outcome.progress.tokens == one.outcome.progress.tokens
     assert TrainingState(tmp_path / "state", "fingerprint").progress.step == 6

@@ -109,9 +109,9 @@ def test_linears_that_are_joined_give_the_gradients_of_single_ones(
     assert len(joined) == 1 + parts.packs_gate_up
     assert None not in joined
     index = torch.tensor([2, 0], device=DEVICE)
-    summands = call(tuned.module.summands, block_kernels.take_rows(hidden, index))
-    loss, gradient = block_kernels.square_error(summands, targets, index, 0.5, 2.0)
-    torch.autograd.backward(summands, [gradient, gradient])
+    residual_and_update = call(tuned.module.residual_and_update, block_kernels.take_rows(hidden, index))
+    loss, gradient = block_kernels.square_error(residual_and_update, targets, index, 0.5, 2.0)
+    torch.autograd.backward(residual_and_update, [gradient, gradient])
     written = dict(tuned.module.named_parameters())
     for name, linear in block.named_modules():
         if name in schemes:

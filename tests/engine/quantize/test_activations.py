@@ -14,7 +14,7 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import Plan
 from workers.engine.quantize import activations as streams
-from workers.engine.quantize.activations import Stream, column_squares, second_moments
+from workers.engine.quantize.activations import Activations, column_squares, second_moments
 from workers.engine.quantize.block_report import error_sums
 from workers.methods.rtn import quantize_weight
 
@@ -100,12 +100,14 @@ def test_each_linear_has_the_moments_of_what_it_was_called_with(
     assert summed == [], "nobody watches after the context"
 
 
-def open_stream(folder: Path, *, keep_inputs: bool, dtype: torch.dtype = torch.float32) -> tuple[StreamedModel, Stream]:
+def open_stream(
+    folder: Path, *, keep_inputs: bool, dtype: torch.dtype = torch.float32
+) -> tuple[StreamedModel, Activations]:
     save_random_model(folder, "llama", dtype=dtype)
     model = StreamedModel.open(Checkpoint.open(folder), torch.device("cpu"))
     ids = torch.randint(VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(1))
     with model.loaded(model.layout.embeddings):
-        return model, Stream(model, ids, PLAN, keep_inputs=keep_inputs)
+        return model, Activations(model, ids, PLAN, keep_inputs=keep_inputs)
 
 
 def test_inputs_are_kept_where_they_are_needed_and_outputs_are_the_same(tmp_path: Path) -> None:
@@ -142,12 +144,12 @@ def test_the_squared_error_is_that_of_fp64(tmp_path: Path, monkeypatch: pytest.M
 def test_error_sums_are_those_of_fp64() -> None:
     torch.manual_seed(0)
     weight, moments = torch.randn(48, 64).to(torch.bfloat16), torch.rand(64)
-    hat = quantize_weight(weight, Scheme(bits=3, group_size=32, symmetric=True), torch.bfloat16).dequantize()
-    w, change = weight.double(), hat.double() - weight.double()
+    w_hat = quantize_weight(weight, Scheme(bits=3, group_size=32, symmetric=True), torch.bfloat16).dequantize()
+    w, change = weight.double(), w_hat.double() - weight.double()
     plain = [change.square().sum(), w.square().sum()]
     weighted = [(change.square() * moments).sum(), (w.square() * moments).sum()]
-    torch.testing.assert_close(error_sums(hat, weight, None), torch.stack(plain), rtol=1e-6, atol=0)
-    torch.testing.assert_close(error_sums(hat, weight, moments), torch.stack(plain + weighted), rtol=1e-6, atol=0)
+    torch.testing.assert_close(error_sums(w_hat, weight, None), torch.stack(plain), rtol=1e-6, atol=0)
+    torch.testing.assert_close(error_sums(w_hat, weight, moments), torch.stack(plain + weighted), rtol=1e-6, atol=0)
 
 
 class LargestCopy(TorchDispatchMode):

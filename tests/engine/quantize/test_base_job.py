@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from app.domain.attempt_lines import AttemptLine
-from app.domain.request.base_job import EarlierJob, Folded, is_read
+from app.domain.request.base_job import BaseJob, Folded, is_read
 from app.domain.request.job_request import JobRequest
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold, InternalError
 from bitwright.events import BlockEvent
@@ -36,8 +36,8 @@ class Done:
     workspace: Path
     report: Report
 
-    def earlier(self, folded: Folded | None = None) -> EarlierJob:
-        return EarlierJob("job_1", self.request.model_dump(mode="json"), folded=folded)
+    def base_job(self, folded: Folded | None = None) -> BaseJob:
+        return BaseJob("job_1", self.request.model_dump(mode="json"), folded=folded)
 
     @property
     def output(self) -> Path:
@@ -68,7 +68,7 @@ def do(
         given = {"model": str(model), "calibration": TEXTS["calibration"], **given}
         request = JobRequest.parse(given)
     else:
-        request = JobRequest.parse({"base_job": "job_1", **given}, before.earlier(folded))
+        request = JobRequest.parse({"base_job": "job_1", **given}, before.base_job(folded))
     part = request.finetune
     order = AttemptOrder(
         job_id="job_2",
@@ -138,7 +138,7 @@ def test_two_jobs_make_the_same_bits_as_one(name: str, small_model: Path, text: 
     assert all(torch.equal(found[key], tensor) and found[key].dtype == tensor.dtype for key, tensor in held.items())
     assert same(found, whole.native)
     assert same(*(load_file(job.output / "adapter/adapter.safetensors") for job in (second, whole)))
-    assert second.finetuning.judgements == whole.finetuning.judgements
+    assert second.finetuning.validations == whole.finetuning.validations
     assert second.report.quality == whole.report.quality
 
     told = second.report
@@ -314,7 +314,7 @@ def test_an_unreadable_report_costs_only_the_errors_of_its_linears(
 
 
 def test_an_order_without_the_folder_quantizes_nothing(quantized: Done, small_model: Path, tmp_path: Path) -> None:
-    request = JobRequest.parse({"base_job": "job_1", "finetune": {"dataset": "builtin"}}, quantized.earlier())
+    request = JobRequest.parse({"base_job": "job_1", "finetune": {"dataset": "builtin"}}, quantized.base_job())
     order = AttemptOrder(job_id="job_2", attempt=1, request=request, model_path=str(small_model), device="cpu")
     with pytest.raises(InternalError, match="no folder"):
         run(order, tmp_path, Reporter(lambda _: None))

@@ -15,7 +15,7 @@ from app.domain.request.job_request import Evaluation
 from tests.engine.conftest import run_job
 from workers.contracts.results import BlockResult
 from workers.engine.quantize.registry import METHODS
-from workers.engine.text.sequences import evaluation_windows, load_tokenizer
+from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
 
 SPECS: dict[str, dict[str, Any]] = {
     "gptq": {"method": "gptq"},
@@ -110,7 +110,7 @@ def test_what_is_reported_is_what_the_written_checkpoint_does(
     quality = result.report.quality
     assert quality is not None
     part = Evaluation(num_samples=4, sequence_length=48)
-    ids = evaluation_windows(load_tokenizer(small_model), part, None, 0, None).ids
+    ids = evaluation_sequences(load_tokenizer(small_model), part, None, 0, None).ids
     folder = tmp_path / result.checkpoints["compressed-tensors"]
     with torch.no_grad():
         logits = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)(ids).logits[:, :-1].float()

@@ -297,9 +297,9 @@ def test_a_job_tunes_scales_and_nothing_else(plain: Finished, scaled: Finished) 
 
 def test_the_quality_is_that_of_the_written_checkpoint(small_model: Path, scaled: Finished) -> None:
     from app.domain.request.job_request import Evaluation
-    from workers.engine.text.sequences import evaluation_windows, load_tokenizer
+    from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
 
-    ids = evaluation_windows(
+    ids = evaluation_sequences(
         load_tokenizer(small_model), Evaluation(num_samples=4, sequence_length=48), None, 0, None
     ).ids
     logs = []
@@ -330,7 +330,7 @@ def test_a_resumed_job_has_the_scales_of_an_undisturbed_one(
 
     places = {
         "in the middle": "workers.engine.scales.tuning.ScaleTuning.step",
-        "before it is durable": "workers.engine.quantize.finished_blocks.ResumeState.save_scales",
+        "before it is durable": "workers.engine.quantize.finished_blocks.FinishedBlocks.save_scales",
         "after it is durable": "workers.engine.run.measure",
     }
     with monkeypatch.context() as patch:

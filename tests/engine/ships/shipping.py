@@ -30,7 +30,7 @@ from tests.engine.model.loading import loader
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
-from workers.engine.text.sequences import evaluation_windows, load_tokenizer
+from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
 
 BASES: dict[str, dict[str, Any]] = {
     "codebook": {"method": "nf"},
@@ -170,11 +170,11 @@ def run_case(request: JobRequest, model: Path, rows: Path, workspace: Path) -> R
     return run(order, workspace, Reporter(lambda _: None))
 
 
-def windows(request: JobRequest, model: Path, rows: Path) -> Tensor:
+def sequences(request: JobRequest, model: Path, rows: Path) -> Tensor:
     """Token ids of the text that judges."""
     assert request.evaluation is not None
-    learned = rows if request.finetune else None
-    return evaluation_windows(load_tokenizer(model), request.evaluation, rows, request.seed, None, learned).ids
+    loss_mask = rows if request.finetune else None
+    return evaluation_sequences(load_tokenizer(model), request.evaluation, rows, request.seed, None, loss_mask).ids
 
 
 @torch.no_grad()
@@ -280,7 +280,7 @@ def main() -> None:
         for number, (name, request) in enumerate(table_requests(model, rows)):
             workspace = Path(folder) / str(number)
             result = run_case(request, model, rows, workspace)
-            made += table_rows(name, result, workspace / "output", windows(request, model, rows))
+            made += table_rows(name, result, workspace / "output", sequences(request, model, rows))
     sys.stdout.write(markdown(made))
 
 

@@ -27,7 +27,7 @@ from tests.engine.conftest import TEXTS
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
-from workers.engine.text.sequences import evaluation_windows, load_tokenizer
+from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
 
 MODEL, ROWS, COMMIT = "org/tiny", "org/rows", "0123456789abcdef0123456789abcdef01234567"
 SOURCE_CARD = """\
@@ -120,7 +120,7 @@ def job(request: pytest.FixtureRequest, published: Path, tmp_path_factory: pytes
     )
     done = run(order, workspace, Reporter(lambda _: None))
     part = Evaluation.model_validate(TEXTS["evaluation"])
-    ids = evaluation_windows(load_tokenizer(published), part, None, 0, None).ids
+    ids = evaluation_sequences(load_tokenizer(published), part, None, 0, None).ids
     return Job(name, {key: workspace / path for key, path in done.checkpoints.items()}, done.report, ids)
 
 
@@ -267,8 +267,8 @@ def test_every_safetensors_file_has_one_entry_of_metadata_at_the_most(job: Job) 
     files += (job.folders["native"].parents[1] / "state").glob("*.safetensors")
     assert len(files) > 3
     for file in files:
-        with safe_open(file, framework="pt") as opened:
-            assert len(opened.metadata() or {}) <= 1, file.name
+        with safe_open(file, framework="pt") as open_job:
+            assert len(open_job.metadata() or {}) <= 1, file.name
 
 
 def test_every_job_of_the_table_is_what_it_says() -> None:

@@ -58,7 +58,7 @@ def check(case: Case, models: dict[str, Path], rows: Path, workspace: Path) -> N
     model = models[case.dtype]
     request = case.request(model, rows)
     result = shipping.run_case(request, model, rows, workspace)
-    assert_told_truly(result, workspace / "output", shipping.windows(request, model, rows))
+    assert_told_truly(result, workspace / "output", shipping.sequences(request, model, rows))
 
 
 @pytest.mark.parametrize("case", shipping.pairwise(), ids=str)
@@ -115,7 +115,7 @@ def test_report_card_and_files_of_every_recipe_agree(tiny_model: Path, rows: Pat
     found = []
     for name, request in shipping.table_requests(tiny_model, rows):
         result = shipping.run_case(request, tiny_model, rows, tmp_path / name)
-        ids = shipping.windows(request, tiny_model, rows)
+        ids = shipping.sequences(request, tiny_model, rows)
         found += list(shipping.table_rows(name, result, tmp_path / name / "output", ids))
         shutil.rmtree(tmp_path / name)
     assert len({row[0] for row in found}) == 27

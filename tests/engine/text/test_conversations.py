@@ -14,7 +14,7 @@ from app.domain.request.sources import LocalText
 from bitwright.errors import InvalidDataset
 from tests.engine.text.published_templates import END, START, made_tokenizer
 from workers.engine.text.examples import Examples, read_examples
-from workers.engine.text.sequences import calibration_windows, evaluation_windows, load_tokenizer
+from workers.engine.text.sequences import calibration_sequences, evaluation_sequences, load_tokenizer
 
 Write = Callable[..., Path]
 
@@ -44,7 +44,7 @@ def read(template: str, write_lines: Write, row: dict[str, Any], **fields: Any) 
     """The text of a row, and what of it is learned."""
     tokenizer = made_tokenizer(template)
     (example,) = examples(tokenizer, write_lines("rows.jsonl", [row]), **fields).training
-    return tokenizer.decode(example.ids), tokenizer.decode(example.ids[example.learned])
+    return tokenizer.decode(example.ids), tokenizer.decode(example.ids[example.loss_mask])
 
 
 def refused(template: str, write_lines: Write, row: dict[str, Any], says: str, **fields: Any) -> str:
@@ -56,10 +56,10 @@ def refused(template: str, write_lines: Write, row: dict[str, Any], says: str, *
 
 def test_tools_are_given_to_the_template(write_lines: Write) -> None:
     template = TOOLS.replace("ARGUMENTS", "(c.function.arguments | tojson)")
-    text, learned = read(template, write_lines, {"messages": [USER, ANSWER], "tools": [TOOL]})
+    text, loss_mask = read(template, write_lines, {"messages": [USER, ANSWER], "tools": [TOOL]})
     tokenizer = made_tokenizer(template)
     assert text == tokenizer.apply_chat_template([USER, ANSWER], tools=[TOOL], tokenize=False)
-    assert learned == "answers<|im_end|>\n"
+    assert loss_mask == "answers<|im_end|>\n"
     assert read(template, write_lines, {"messages": [USER, ANSWER], "tools": json.dumps([TOOL])})[0] == text
     assert "tool" in refused(CHATML, write_lines, {"messages": [USER, ANSWER], "tools": [TOOL]}, r"tools\.0 is not")
 
@@ -105,8 +105,8 @@ def test_weights_say_what_is_learned(write_lines: Write) -> None:
     again = {"role": "assistant", "content": "answers again"}
     row = {"messages": [USER, {**ANSWER, "weight": 0}, USER, {**again, "weight": 1}]}
     assert read(CHATML, write_lines, row)[1] == "answers again<|im_end|>\n"
-    text, learned = read(CHATML, write_lines, row, loss_on="all")
-    assert learned == text.replace("answers<|im_end|>\n", "", 1)
+    text, loss_mask = read(CHATML, write_lines, row, loss_on="all")
+    assert loss_mask == text.replace("answers<|im_end|>\n", "", 1)
     none = {"messages": [USER, {**ANSWER, "weight": 0}]}
     assert "weight" in refused(CHATML, write_lines, none, "messages has no message that is learned")
     tags = CHATML.replace("{{ m['content'] }}", "{% generation %}{{ m['content'] }}{% endgeneration %}")
@@ -156,9 +156,9 @@ def test_a_default_system_prompt_is_not_learned(write_lines: Write) -> None:
         "{% endif %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
     )
-    text, learned = read(template, write_lines, {"messages": [ANSWER, USER, ANSWER]})
+    text, loss_mask = read(template, write_lines, {"messages": [ANSWER, USER, ANSWER]})
     assert text.startswith("<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>assistant\nanswers")
-    assert learned == "answers<|im_end|>\n" * 2
+    assert loss_mask == "answers<|im_end|>\n" * 2
 
 
 @pytest.mark.parametrize(
@@ -177,10 +177,10 @@ def test_a_default_system_prompt_is_not_learned(write_lines: Write) -> None:
     ],
 )
 def test_turns_are_found_however_a_template_goes_through_messages(template: str, write_lines: Write) -> None:
-    text, learned = read(template, write_lines, {"messages": [USER, ANSWER, USER, {**ANSWER, "content": "more"}]})
+    text, loss_mask = read(template, write_lines, {"messages": [USER, ANSWER, USER, {**ANSWER, "content": "more"}]})
     talk = [USER, ANSWER, USER, {**ANSWER, "content": "more"}]
     assert text == made_tokenizer(template).apply_chat_template(talk, tokenize=False)
-    assert "".join(learned.split()) == f"answers{END}more{END}"
+    assert "".join(loss_mask.split()) == f"answers{END}more{END}"
 
 
 def test_first_and_last_tokens_are_there_once(write_lines: Write) -> None:
@@ -202,10 +202,10 @@ def test_first_and_last_tokens_are_there_once(write_lines: Write) -> None:
         f"{START}ab{END}",
     ]
     (pair,) = examples(tokenizer, write_lines("pair.jsonl", rows[3:4])).training
-    assert tokenizer.decode(pair.ids[pair.learned]) == f"b{END}"
+    assert tokenizer.decode(pair.ids[pair.loss_mask]) == f"b{END}"
     many = write_lines("many.jsonl", rows * 4)
     text = tokenizer.decode(
-        calibration_windows(tokenizer, Calibration(num_samples=3, sequence_length=20), many, 0, None).ids.flatten()
+        calibration_sequences(tokenizer, Calibration(num_samples=3, sequence_length=20), many, 0, None).ids.flatten()
     )
     assert END + END not in text
     assert text.count(START) == 3
@@ -231,10 +231,10 @@ def test_empty_rows_are_left_out_and_counted(small_model: Path, write_lines: Wri
     told = dict(found.notes.warnings("finetune.dataset"))
     assert told["empty_rows"].startswith("finetune.dataset: 9 of 49 rows hold no text")
     assert "id (40 rows)" in told["ignored_columns"]
-    windows = calibration_windows(tokenizer, Calibration(num_samples=4, sequence_length=16), file, 0, None)
-    assert "</s></s>" not in "".join(tokenizer.batch_decode(windows.ids))
+    sequences = calibration_sequences(tokenizer, Calibration(num_samples=4, sequence_length=16), file, 0, None)
+    assert "</s></s>" not in "".join(tokenizer.batch_decode(sequences.ids))
     with pytest.raises(InvalidDataset, match="holds no text: its 64 rows are empty"):
-        evaluation_windows(
+        evaluation_sequences(
             tokenizer, Evaluation(num_samples=2, sequence_length=16), write_lines("e.jsonl", [{"text": ""}] * 64), 0
         )
 
@@ -246,13 +246,13 @@ def test_calibration_and_evaluation_read_as_training_does(write_lines: Write) ->
     text = read(template, write_lines, row)[0]
     length = len(tokenizer(text)["input_ids"]) + 1
     part = {"num_samples": 2, "sequence_length": length}
-    for windows in (
-        calibration_windows(tokenizer, Calibration(**part), write_lines("rows.jsonl", [row] * 8), 0, None),
-        evaluation_windows(tokenizer, Evaluation(**part), file, 0),
+    for sequences in (
+        calibration_sequences(tokenizer, Calibration(**part), write_lines("rows.jsonl", [row] * 8), 0, None),
+        evaluation_sequences(tokenizer, Evaluation(**part), file, 0),
     ):
-        assert [tokenizer.decode(ids) for ids in windows.ids] == [text + END] * 2
+        assert [tokenizer.decode(ids) for ids in sequences.ids] == [text + END] * 2
     bad = write_lines("bad.jsonl", [row, {"messages": [{"role": "user", "content": 3}]}])
-    for name, call in (("calibration", calibration_windows), ("evaluation", evaluation_windows)):
+    for name, call in (("calibration", calibration_sequences), ("evaluation", evaluation_sequences)):
         kind: Any = Calibration if name == "calibration" else Evaluation
         with pytest.raises(InvalidDataset, match=rf"{name}\.dataset: line 2: messages\.0\.content is a number"):
             call(tokenizer, kind(num_samples=9, sequence_length=length), bad, 0, None)

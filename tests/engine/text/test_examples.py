@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import LocalText
 from bitwright.errors import InvalidDataset
-from workers.engine.device.process_group import Ranks
+from workers.engine.device.process_group import ProcessGroup
 from workers.engine.text.documents import Half, half_of, read_jsonl
 from workers.engine.text.examples import Example, Examples, read_examples
 from workers.engine.text.packing import Order, PackedSequences, batch_of
@@ -32,7 +32,7 @@ def read(tokenizer: PreTrainedTokenizerBase, file: Path, half: Half | None = Non
 
 
 def learned_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
-    return str(tokenizer.decode(example.ids[example.learned]))
+    return str(tokenizer.decode(example.ids[example.loss_mask]))
 
 
 def whole_text(tokenizer: PreTrainedTokenizerBase, example: Example) -> str:
@@ -73,7 +73,7 @@ def test_a_row_begins_as_the_tokenizer_begins_a_text(small_model: Path, write_li
     tokenizer.backend_tokenizer.post_processor = start
     (pair,) = read(tokenizer, write_lines("rows.jsonl", [{"prompt": "a ", "completion": "b"}])).training
     assert whole_text(tokenizer, pair) == "<s>a b</s>"
-    assert not pair.learned[0]
+    assert not pair.loss_mask[0]
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_long_rows_are_cut_so_that_each_token_is_learned_once(
     pieces = read(tokenizer, file, sequence_length=16).training
     assert max(len(piece.ids) for piece in pieces) == 16
     assert [*pieces[0].ids.tolist(), *(i for piece in pieces[1:] for i in piece.ids[1:].tolist())] == whole.ids.tolist()
-    assert sum(int(piece.learned[1:].sum()) for piece in pieces) == int(whole.learned[1:].sum())
+    assert sum(int(piece.loss_mask[1:].sum()) for piece in pieces) == int(whole.loss_mask[1:].sum())
 
 
 def test_prompts_that_leave_no_room_are_counted_or_refused(
@@ -180,7 +180,7 @@ def test_every_example_is_in_one_sequence_whole(together: bool) -> None:
         for number in range(int(packed.documents[row].max()) + 1):
             mine = packed.documents[row] == number
             found.append((packed.ids[row][mine].tolist(), packed.targets[row][mine].tolist()))
-    expected = [(e.ids.tolist(), [*e.learned[1:].tolist(), False]) for e in examples]
+    expected = [(e.ids.tolist(), [*e.loss_mask[1:].tolist(), False]) for e in examples]
     assert sorted(found) == sorted(expected)
     tokens = sum(len(example.ids) for example in examples)
     if together:
@@ -199,10 +199,10 @@ def test_a_batch_says_where_targets_and_positions_are() -> None:
     assert batch.positions.tolist() == [[0, 1, 2, 0, 1, 0, 1, 2]]
     assert batch.documents is not None
     assert batch.documents.tolist() == [[0, 0, 0, 1, 1, -1, -1, -1]]
-    assert (batch.places.tolist(), batch.following.tolist(), batch.tokens) == ([1, 3], [7, 9], 5)
+    assert (batch.target_positions.tolist(), batch.labels.tolist(), batch.tokens) == ([1, 3], [7, 9], 5)
     alone = batch_of(PackedSequences.pack(examples, 16, together=False), torch.tensor([0, 1]))
     assert alone.documents is None
-    assert (alone.places.tolist(), alone.following.tolist()) == ([1, 8], [7, 9])
+    assert (alone.target_positions.tolist(), alone.labels.tolist()) == ([1, 8], [7, 9])
 
 
 def test_an_epoch_reads_everything_once_in_an_order_of_its_own() -> None:
@@ -215,7 +215,7 @@ def test_an_epoch_reads_everything_once_in_an_order_of_its_own() -> None:
     assert not torch.equal(order.rows(3), Order(packed, 4, 1, 8).rows(3))
     step = order.step(2)
     assert [len(batch.ids) for batch in step.batches] == [3, 1]
-    shares = [Order(packed, 4, 3, 7, Ranks(rank, 3)).step(2) for rank in range(3)]
+    shares = [Order(packed, 4, 3, 7, ProcessGroup(rank, 3)).step(2) for rank in range(3)]
     assert [sum(len(batch.ids) for batch in share.batches) for share in shares] == [2, 1, 1]
-    assert {share.targets for share in shares} == {step.targets} == {sum(len(b.places) for b in step.batches)}
+    assert {share.targets for share in shares} == {step.targets} == {sum(len(b.target_positions) for b in step.batches)}
     assert len(Order(packed, 25, 25, 7).rows(0)) == 25

@@ -12,7 +12,7 @@ from app.domain.request.job_request import Calibration
 from app.domain.request.sources import GeneratedText
 from tests.engine.conftest import run_job
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.text.generated import Generation, generated_windows
+from workers.engine.text.generated import Generation, generated_sequences
 from workers.engine.text.sequences import load_tokenizer
 
 PART = Calibration(dataset=GeneratedText(), num_samples=48, sequence_length=40)
@@ -44,7 +44,7 @@ def surprise_and_entropy(model: Path, ids: Tensor, end: int) -> tuple[Tensor, Te
 def test_tokens_are_drawn_from_the_models_own_distribution(small_model: Path, tmp_path: Path) -> None:
     """The mean surprise of what was drawn is the mean entropy; picking the likeliest token would be far below it."""
     by = generation(small_model, tmp_path / "generated.safetensors")
-    ids = generated_windows(PART, 0, by).ids
+    ids = generated_sequences(PART, 0, by).ids
     assert ids.shape == (48, 40)
     end = by.tokenizer.eos_token_id
     assert isinstance(end, int)
@@ -56,7 +56,7 @@ def test_tokens_are_drawn_from_the_models_own_distribution(small_model: Path, tm
 
 def test_a_seed_gives_its_windows_again_and_another_one_others(small_model: Path, tmp_path: Path) -> None:
     found = [
-        generated_windows(PART, seed, generation(small_model, tmp_path / f"{number}.safetensors")).sha256
+        generated_sequences(PART, seed, generation(small_model, tmp_path / f"{number}.safetensors")).sha256
         for number, seed in enumerate((0, 0, 1))
     ]
     assert found[0] == found[1] != found[2]
@@ -64,9 +64,9 @@ def test_a_seed_gives_its_windows_again_and_another_one_others(small_model: Path
 
 def test_windows_are_kept_and_read_by_other_ranks(small_model: Path, tmp_path: Path) -> None:
     by = generation(small_model, tmp_path / "generated.safetensors")
-    first = generated_windows(PART, 0, by)
-    assert torch.equal(generated_windows(PART, 99, by).ids, first.ids)
-    assert torch.equal(generated_windows(PART, 0, replace(by, leads=False)).ids, first.ids)
+    first = generated_sequences(PART, 0, by)
+    assert torch.equal(generated_sequences(PART, 99, by).ids, first.ids)
+    assert torch.equal(generated_sequences(PART, 0, replace(by, leads=False)).ids, first.ids)
 
 
 def test_a_job_calibrates_on_it(small_model: Path, tmp_path: Path) -> None:

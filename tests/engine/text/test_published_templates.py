@@ -94,20 +94,20 @@ def needed(row: dict[str, Any]) -> Iterator[str]:
             yield call["function"]["arguments"]["city"]
 
 
-def answers(row: dict[str, Any], *, learned: bool) -> Iterator[str]:
+def answers(row: dict[str, Any], *, loss_mask: bool) -> Iterator[str]:
     read_only = row.get("prompt", [])
     for message in conversation(row):
         if message["role"] == "assistant":
             counts = message.get("weight", 1) == 1 and message not in read_only
             content = message.get("content", "")
             text = content if isinstance(content, str) else content[0]["text"]
-            if counts == learned and "tool_calls" not in message and text:
+            if counts == loss_mask and "tool_calls" not in message and text:
                 yield text.rpartition("</think>")[2].strip()
 
 
 def learned_pieces(tokenizer: PreTrainedTokenizerFast, example: Example) -> list[str]:
     pieces: list[list[int]] = [[]]
-    for token, is_learned in zip(example.ids.tolist(), example.learned.tolist(), strict=True):
+    for token, is_learned in zip(example.ids.tolist(), example.loss_mask.tolist(), strict=True):
         if is_learned:
             pieces[-1].append(token)
         elif pieces[-1]:
@@ -128,12 +128,12 @@ def check(name: str, kind: str, loss_on: str, starts: bool, folder: Path) -> boo
     assert text in texts
     assert all(word in text for word in needed(row))
     pieces = learned_pieces(tokenizer, example)
-    assert all(any(answer in piece for piece in pieces) for answer in answers(row, learned=True))
-    assert not any(answer in piece for piece in pieces for answer in answers(row, learned=False))
+    assert all(any(answer in piece for piece in pieces) for answer in answers(row, loss_mask=True))
+    assert not any(answer in piece for piece in pieces for answer in answers(row, loss_mask=False))
     if loss_on == "completion":
         check_turns(name, row, pieces)
         check_mask(name, row, example)
-    elif not list(answers(row, learned=False)) or ("prompt" in row and not row["prompt"]):
+    elif not list(answers(row, loss_mask=False)) or ("prompt" in row and not row["prompt"]):
         assert "".join(pieces) == text
     return True
 
@@ -161,7 +161,7 @@ def check_turns(name: str, row: dict[str, Any], pieces: list[str]) -> None:
 
 def check_mask(name: str, row: dict[str, Any], example: Example) -> None:
     """Compares with the variant for training, where there is one that writes the same text and learns all turns."""
-    if f"{name}_training" not in published() or list(answers(row, learned=False)):
+    if f"{name}_training" not in published() or list(answers(row, loss_mask=False)):
         return
     tokenizer = tokenizer_for(name)
     for messages in forms(row):
@@ -177,7 +177,7 @@ def check_mask(name: str, row: dict[str, Any], example: Example) -> None:
             continue
         if found["input_ids"] == example.ids.tolist():
             mask = [bool(each) for each in found["assistant_masks"]]
-            more = [i for i, (a, b) in enumerate(zip(mask, example.learned.tolist(), strict=True)) if a != b]
+            more = [i for i, (a, b) in enumerate(zip(mask, example.loss_mask.tolist(), strict=True)) if a != b]
             words = str(tokenizer.decode([example.ids[i] for i in more]))
             if name in ASKED_IN_THE_MASK:
                 assert all(mask[i] for i in more)
@@ -189,11 +189,11 @@ def check_mask(name: str, row: dict[str, Any], example: Example) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_rows_of_every_kind(name: str, tmp_path: Path) -> None:
-    learned = 0
+    loss_mask = 0
     for number, kind in enumerate(KINDS):
         turn = number + NAMES.index(name)
-        learned += check(name, kind, ("completion", "all")[turn % 3 == 2], turn % 2 == 1, tmp_path)
-    assert learned >= 6
+        loss_mask += check(name, kind, ("completion", "all")[turn % 3 == 2], turn % 2 == 1, tmp_path)
+    assert loss_mask >= 6
 
 
 @pytest.mark.slow

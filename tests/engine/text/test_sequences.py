@@ -16,7 +16,7 @@ from app.domain.request.job_request import Calibration, Evaluation
 from bitwright.errors import InvalidDataset
 from workers.engine.text import documents
 from workers.engine.text.documents import Half, builtin_documents, half_of, read_jsonl
-from workers.engine.text.sequences import calibration_windows, evaluation_windows, load_tokenizer
+from workers.engine.text.sequences import calibration_sequences, evaluation_sequences, load_tokenizer
 
 Write = Callable[..., Path]
 
@@ -52,7 +52,9 @@ def test_builtin_text_falls_into_two_halves_of_some_size() -> None:
 
 
 def test_windows_are_seeded_full_and_different(tokenizer: PreTrainedTokenizerBase) -> None:
-    first, again, other = (calibration_windows(tokenizer, calibration(20, 64), None, seed, None) for seed in (1, 1, 2))
+    first, again, other = (
+        calibration_sequences(tokenizer, calibration(20, 64), None, seed, None) for seed in (1, 1, 2)
+    )
     assert first.ids.shape == (20, 64)
     assert first.ids.dtype == torch.int64
     assert first.sha256 == again.sha256 != other.sha256
@@ -69,16 +71,16 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(tokenizer: PreTrainedToken
     starting.backend_tokenizer.post_processor = TemplateProcessing(
         single="<s> $A", special_tokens=[("<s>", tokenizer.bos_token_id)]
     )
-    plain = calibration_windows(tokenizer, calibration(4, 32), None, 0, None).ids
-    started = calibration_windows(starting, calibration(4, 32), None, 0, None).ids
+    plain = calibration_sequences(tokenizer, calibration(4, 32), None, 0, None).ids
+    started = calibration_sequences(starting, calibration(4, 32), None, 0, None).ids
     assert (started[:, 0] == tokenizer.bos_token_id).all()
     assert not (plain[:, 0] == tokenizer.bos_token_id).any()
     assert started.shape == plain.shape
 
 
 def test_builtin_calibration_and_evaluation_share_no_document(tokenizer: PreTrainedTokenizerBase) -> None:
-    used = tokenizer.decode(calibration_windows(tokenizer, calibration(40, 64), None, 0, None).ids.flatten())
-    judged = tokenizer.decode(evaluation_windows(tokenizer, evaluation(40, 64), None, 0, None).ids.flatten())
+    used = tokenizer.decode(calibration_sequences(tokenizer, calibration(40, 64), None, 0, None).ids.flatten())
+    judged = tokenizer.decode(evaluation_sequences(tokenizer, evaluation(40, 64), None, 0, None).ids.flatten())
     for document in builtin_documents():
         start = document[50:110]
         assert not (start in used and start in judged)
@@ -89,10 +91,10 @@ def test_builtin_calibration_and_evaluation_share_no_document(tokenizer: PreTrai
 def test_one_file_for_both_is_split_by_document(tokenizer: PreTrainedTokenizerBase, write_lines: Write) -> None:
     rows = sentences(80)
     file = write_lines("both.jsonl", rows)
-    used = calibration_windows(tokenizer, calibration(8, 64), file, 0, file)
-    judged = evaluation_windows(tokenizer, evaluation(8, 64), file, 0, file)
+    used = calibration_sequences(tokenizer, calibration(8, 64), file, 0, file)
+    judged = evaluation_sequences(tokenizer, evaluation(8, 64), file, 0, file)
     assert_disjoint(tokenizer, rows, used.ids, judged.ids)
-    alone = calibration_windows(tokenizer, calibration(8, 64), file, 0, None)
+    alone = calibration_sequences(tokenizer, calibration(8, 64), file, 0, None)
     assert alone.sha256 != used.sha256
 
 
@@ -101,8 +103,8 @@ def test_rows_of_the_calibration_file_do_not_judge_from_another_file(
 ) -> None:
     shared, own = sentences(40), sentences(40, seed=1)
     first, second = write_lines("a.jsonl", shared), write_lines("b.jsonl", shared + own)
-    used = calibration_windows(tokenizer, calibration(8, 64), first, 0, second)
-    judged = evaluation_windows(tokenizer, evaluation(8, 64), second, 0, first)
+    used = calibration_sequences(tokenizer, calibration(8, 64), first, 0, second)
+    judged = evaluation_sequences(tokenizer, evaluation(8, 64), second, 0, first)
     assert_disjoint(tokenizer, shared + own, used.ids, judged.ids)
 
 
@@ -128,8 +130,8 @@ def assert_disjoint(
     ],
 )
 def test_the_kinds_of_rows(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, write_lines: Write) -> None:
-    windows = calibration_windows(tokenizer, calibration(4, 16), write_lines("rows.jsonl", [row] * 40), 0, None)
-    text = "".join(tokenizer.batch_decode(windows.ids))
+    sequences = calibration_sequences(tokenizer, calibration(4, 16), write_lines("rows.jsonl", [row] * 40), 0, None)
+    text = "".join(tokenizer.batch_decode(sequences.ids))
     assert "one" in text
     assert "two" in text
     assert ("user: one\nassistant: two" in text) == ("messages" in row)
@@ -166,7 +168,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 def test_a_short_file_says_how_much_there_is(tokenizer: PreTrainedTokenizerBase, write_lines: Write) -> None:
     file = write_lines("short.jsonl", sentences(3))
     with pytest.raises(InvalidDataset, match=r"windows of 64; 100 are asked for") as caught:
-        calibration_windows(tokenizer, calibration(100, 64), file, 0, None)
+        calibration_sequences(tokenizer, calibration(100, 64), file, 0, None)
     assert "num_samples to at most" in str(caught.value.hint)
 
 
@@ -175,7 +177,7 @@ def test_messages_need_a_chat_template(small_model: Path, write_lines: Write) ->
     tokenizer.chat_template = None
     file = write_lines("chat.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}])
     with pytest.raises(InvalidDataset, match="no chat template"):
-        calibration_windows(tokenizer, calibration(1, 16), file, 0, None)
+        calibration_sequences(tokenizer, calibration(1, 16), file, 0, None)
 
 
 @pytest.mark.parametrize(
@@ -189,7 +191,7 @@ def test_a_hostile_or_broken_template_fails_the_job_and_runs_nothing(
     tokenizer.chat_template = template
     file = write_lines("chat.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}] * 20)
     with pytest.raises(InvalidDataset, match="chat template refuses"):
-        calibration_windows(tokenizer, calibration(1, 16), file, 0, None)
+        calibration_sequences(tokenizer, calibration(1, 16), file, 0, None)
 
 
 def test_half_of_a_conversation_depends_on_its_content_alone() -> None:

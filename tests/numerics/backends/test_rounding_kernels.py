@@ -29,7 +29,7 @@ class ByKernels:
         self.faults = torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
     def write(self, out: Tensor) -> None:
-        kernels.write(self._of.state, *self._fixed, hat=out)
+        kernels.write(self._of.state, *self._fixed, w_hat=out)
 
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         given = {"gradient": gradient, "rate": rate, "faults": self.faults, "limits": (0.0, 1.0), "hat": out}

@@ -53,26 +53,26 @@ def test_weights_steps_and_results_are_the_formulas(
     groups = random_groups(seed, rows, width, magnitude, dtype)
     scheme = Scheme(bits=bits, group_size=width, symmetric=symmetric)
     fixed = (bits, symmetric, SMALLEST_SCALE[SCALE])
-    hat, gradient = torch.empty_like(groups.weight), torch.randn_like(groups.weight)
-    rounding_operators.write(groups, *fixed, hat=hat)
-    assert torch.equal(hat, plain_rounding.fake_quantized(groups, scheme))
+    w_hat, gradient = torch.empty_like(groups.weight), torch.randn_like(groups.weight)
+    rounding_operators.write(groups, *fixed, w_hat=w_hat)
+    assert torch.equal(w_hat, plain_rounding.fake_quantized(groups, scheme))
     rate, faults = torch.tensor(0.05, dtype=groups.offset.dtype), torch.zeros(1, dtype=torch.int32)
     wanted = plain_rounding.gradients(groups, gradient, scheme)
     parameters = (groups.offset, groups.alpha, groups.beta)
     expected = [p - rate * by_p.sign() for p, by_p in zip(parameters, wanted, strict=True)]
-    step: dict[str, Any] = {"gradient": gradient, "rate": rate, "faults": faults, "limits": (0.25, 0.75), "hat": hat}
+    step: dict[str, Any] = {"gradient": gradient, "rate": rate, "faults": faults, "limits": (0.25, 0.75), "hat": w_hat}
     rounding_operators.step(groups, *fixed, **step)
     assert torch.equal(groups.offset, expected[0])
     assert torch.equal(groups.alpha, expected[1].clamp(0.25, 0.75))
     assert torch.equal(groups.beta, expected[2].clamp(0.25, 0.75))
-    assert torch.equal(hat, plain_rounding.fake_quantized(groups, scheme))
+    assert torch.equal(w_hat, plain_rounding.fake_quantized(groups, scheme))
     assert int(faults) == 0
     rounding_operators.keep(groups, *fixed, better=torch.tensor(False))
     assert not groups.codes.any()
     rounding_operators.keep(groups, *fixed, better=torch.tensor(True))
     zero = 2 ** (bits - 1) if symmetric else groups.zero.double().unsqueeze(-1)
     kept = (groups.codes.double() - zero) * groups.scale.double().unsqueeze(-1)
-    assert torch.equal(kept.to(groups.offset.dtype).to(dtype), hat)
+    assert torch.equal(kept.to(groups.offset.dtype).to(dtype), w_hat)
 
 
 def test_nan_in_a_gradient_is_counted_and_moves_nothing() -> None:
@@ -80,15 +80,15 @@ def test_nan_in_a_gradient_is_counted_and_moves_nothing() -> None:
     gradient = torch.randn_like(groups.weight)
     gradient[3, 7] = float("nan")
     before, faults = groups.offset.clone(), torch.zeros(1, dtype=torch.int32)
-    limits, hat = (0.0, 1.0), torch.empty_like(gradient)
+    limits, w_hat = (0.0, 1.0), torch.empty_like(gradient)
     fixed = (4, True, SMALLEST_SCALE[SCALE])
     step: dict[str, Any] = {"gradient": gradient, "rate": torch.tensor(0.1), "faults": faults}
-    step |= {"limits": limits, "hat": hat}
+    step |= {"limits": limits, "hat": w_hat}
     rounding_operators.step(groups, *fixed, **step)
     assert int(faults) == 1
     assert groups.offset[3, 7] == before[3, 7]
     assert bool((groups.offset[4] != before[4]).any())
-    assert not any(tensor.isnan().any() for tensor in (groups.offset, groups.alpha, groups.beta, hat))
+    assert not any(tensor.isnan().any() for tensor in (groups.offset, groups.alpha, groups.beta, w_hat))
 
 
 @settings(max_examples=20, deadline=None)

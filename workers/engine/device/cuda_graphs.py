@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.engine.device.process_group import Ranks
+from workers.engine.device.process_group import ProcessGroup
 
 WARM_UPS = 2
 """Eager steps before a capture, in which libraries allocate what they keep."""
@@ -22,7 +22,7 @@ def captured(
     exchange: Callable[[], None],
     after: Callable[[], None],
     still: tuple[Tensor, ...],
-    ranks: Ranks,
+    processes: ProcessGroup,
 ) -> Callable[[], None]:
     """The three one after another: one graph without the exchange for a world of one, else it runs between two.
 
@@ -32,7 +32,7 @@ def captured(
         RuntimeError: something in a step cannot be captured.
         torch.OutOfMemoryError: a step does not fit.
     """
-    if ranks.alone:
+    if processes.alone:
 
         def both() -> None:
             before()

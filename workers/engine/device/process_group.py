@@ -23,7 +23,7 @@ PATIENCE = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
-class Ranks:
+class ProcessGroup:
     """`size` processes, of which this is number `rank`. A world of one exchanges nothing."""
 
     rank: int = 0
@@ -74,7 +74,7 @@ class Ranks:
         self.total(0)
 
 
-ALONE = Ranks()
+SINGLE_PROCESS = ProcessGroup()
 
 
 def checksum(results: Iterable[object]) -> int:
@@ -91,19 +91,19 @@ def _tensors(value: object) -> Iterator[Tensor]:
 
 
 @contextmanager
-def joined(ranks: Ranks, rendezvous: str, device: torch.device) -> Iterator[Ranks]:
+def joined(processes: ProcessGroup, rendezvous: str, device: torch.device) -> Iterator[ProcessGroup]:
     """The ranks while they can reach each other; waits until all are there. `rendezvous` is the path of a new file.
 
     Raises:
         RuntimeError: a rank is missing, or lost later on.
     """
-    if ranks.alone:
-        yield ranks
+    if processes.alone:
+        yield processes
         return
-    store = dist.FileStore(rendezvous, ranks.size)  # type: ignore[attr-defined]
-    by = backend(device, ranks.size)
-    dist.init_process_group(by, store=store, rank=ranks.rank, world_size=ranks.size, timeout=PATIENCE)
-    yield ranks
+    store = dist.FileStore(rendezvous, processes.size)  # type: ignore[attr-defined]
+    by = backend(device, processes.size)
+    dist.init_process_group(by, store=store, rank=processes.rank, world_size=processes.size, timeout=PATIENCE)
+    yield processes
     # Not after an error: a group that has lost a member may wait for it, and the process is about to end.
     dist.destroy_process_group()
 

@@ -38,14 +38,14 @@ def read_ahead(read: Callable[[int], T], count: int, device: torch.device) -> Ge
         return thread.submit(run)
 
     with ThreadPoolExecutor(1, thread_name_prefix="read-ahead") as thread:
-        following = start(0) if count else None
+        labels = start(0) if count else None
         for index in range(count):
-            assert following is not None  # noqa: S101 - for the type checker
-            if isinstance(following.exception(), torch.OutOfMemoryError):
-                following = None  # holds what was read so far
-                following = start(index)
-            item = [following.result()]
-            following = start(index + 1) if index + 1 < count else None
+            assert labels is not None  # noqa: S101 - for the type checker
+            if isinstance(labels.exception(), torch.OutOfMemoryError):
+                labels = None  # holds what was read so far
+                labels = start(index)
+            item = [labels.result()]
+            labels = start(index + 1) if index + 1 < count else None
             yield item.pop()
 
 

@@ -16,7 +16,7 @@ def open_device(order: AttemptOrder, rank: int = 0) -> torch.device:
     torch.set_num_threads(max(1, available_threads() // order.world_size))
     if order.device == "cpu":
         return torch.device("cpu")
-    # Ranks that outnumber the GPUs share them: nothing that a worker asks for, but a way to test with one.
+    # ProcessGroup that outnumber the GPUs share them: nothing that a worker asks for, but a way to test with one.
     device = torch.device("cuda", (order.device_index + rank) % torch.cuda.device_count())
     torch.cuda.set_device(device)
     return device

@@ -121,8 +121,8 @@ class _Graphs:
             batch.ids.clone(),
             batch.positions.clone(),
             None if batch.documents is None else batch.documents.clone(),
-            batch.places,
-            batch.following,
+            batch.target_positions,
+            batch.labels,
             batch.tokens,
         )
 
@@ -148,7 +148,7 @@ class _Graphs:
             self.batch.documents.copy_(batch.documents)
         self.forward.replay()
         hidden = self.hidden.detach().requires_grad_()
-        loss = token_loss(self.resident.model, hidden, batch.places, batch.following) / targets
+        loss = token_loss(self.resident.model, hidden, batch.target_positions, batch.labels) / targets
         (by_hidden,) = torch.autograd.grad(loss, hidden)
         self.by_hidden.copy_(by_hidden)
         self.backward.replay()

@@ -18,15 +18,15 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from bitwright.report import Judgement
+from bitwright.report import Validation
 from workers.disk.durable import replace_file
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 class TrainingProgress(BaseModel):
     """Where training stands after `step` steps, beside tensors.
 
-    judgements   on held-out text, in order
+    validations   on held-out text, in order
     best_step    the step of the lowest of them
     stale        judgements since then
     seconds      spent on steps, and `tokens` read in them, by all attempts
@@ -36,7 +36,7 @@ class TrainingProgress(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     step: int = 0
-    judgements: tuple[Judgement, ...] = ()
+    validations: tuple[Validation, ...] = ()
     best_step: int | None = None
     stale: int = 0
     seconds: float = 0.0
@@ -56,11 +56,11 @@ class TrainingFile(BaseModel):
 class TrainingState:
     """The checkpoint of a workspace's state folder, held by one attempt; every rank makes one of these at once."""
 
-    def __init__(self, folder: Path, fingerprint: str, ranks: Ranks = ALONE) -> None:
+    def __init__(self, folder: Path, fingerprint: str, processes: ProcessGroup = SINGLE_PROCESS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._fingerprint = fingerprint
-        self._ranks = ranks
+        self._ranks = processes
         self._saved = self._adopt()
 
     @property

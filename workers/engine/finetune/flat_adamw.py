@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from workers.engine.device.process_group import Ranks
+from workers.engine.device.process_group import ProcessGroup
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -70,9 +70,9 @@ class FlatParameters:
         for group in self._groups:
             group.gradient.zero_()
 
-    def sum_over(self, ranks: Ranks) -> None:
+    def sum_over(self, processes: ProcessGroup) -> None:
         """Each gradient becomes its sum over all ranks."""
-        ranks.sum_(*(group.gradient for group in self._groups))
+        processes.sum_(*(group.gradient for group in self._groups))
 
     @torch.no_grad()
     def step(self, rate: float, share: float) -> Tensor:

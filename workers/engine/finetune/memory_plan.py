@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 
 from app.domain.request.finetuning import Finetune
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.finetune.token_loss import LOGITS_AT_ONCE, LOGITS_BYTES
 from workers.engine.memory import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_GPU, graph_bytes
 from workers.engine.model.streamed_model import StreamedModel
@@ -51,7 +51,7 @@ def plan_training(
     length: int,
     *,
     divisor: int = 1,
-    ranks: Ranks = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
     pass_bytes: int = 0,
 ) -> TrainingPlan:
     """The plan for sequences of `length` tokens at the most; `names` of the quantized linears.
@@ -61,7 +61,7 @@ def plan_training(
     """
     needs = _Needs.of(model, names, length, pass_bytes)
     at_once = TOKENS_AT_ONCE_GPU if needs.device == "cuda" else TOKENS_AT_ONCE_CPU
-    most = max(1, min(ranks.part(part.batch_size), max(1, at_once // length)) // divisor)
+    most = max(1, min(processes.part(part.batch_size), max(1, at_once // length)) // divisor)
     found = _planned(needs, part, most, keeps=needs.kept <= KEPT_SHARE[needs.device] * needs.memory)
     if found.keeps and found.recomputed:
         # Where memory is so short that blocks are computed again, weights are what it is spent on last.

@@ -21,7 +21,7 @@ from workers.contracts.adapters import AttachAdapters
 from workers.engine.finetune.adapted_linear import AdaptedLinear, MakeWeight, rebuilt
 from workers.engine.finetune.token_loss import token_loss
 from workers.engine.model.streamed_model import BlockCall, StreamedModel
-from workers.engine.seeds import block_seed
+from workers.engine.seeds import derived_seed
 from workers.engine.text.packing import Batch
 from workers.numerics.quantized import LinearResult
 
@@ -52,7 +52,7 @@ class ResidentModel:
 
     def loss(self, batch: Batch) -> Tensor:
         """The sum of the losses of a batch's targets, fp32 ()."""
-        return token_loss(self.model, self.hidden(batch), batch.places, batch.following)
+        return token_loss(self.model, self.hidden(batch), batch.target_positions, batch.labels)
 
     def hidden(self, batch: Batch) -> Tensor:
         """Hidden states after the last block, (rows, length, width)."""
@@ -150,7 +150,7 @@ def resident(
         stack.enter_context(model.filled(_outer_weights(model, dtype, head)))
         for index in range(len(model.blocks)):
             results = {name: result.to(model.device) for name, result in load(index).items()}
-            made = attach(results, block_seed(seed, index))
+            made = attach(results, derived_seed(seed, index))
             adapters |= {name: adapter.to(model.device) for name, adapter in made.items()}
             given = {name: value.to(model.device, dtype) for name, value in changed(index).items()}
             given |= {f"{name}.weight": torch.empty(0, dtype=dtype) for name in results}

@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from app.domain.request.finetuning import Finetune
 from bitwright.report import FinetuningReport, LossPoint, TextReport
 from workers.contracts.adapters import AttachAdapters
-from workers.engine.device.process_group import Ranks
+from workers.engine.device.process_group import ProcessGroup
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.memory_plan import TrainingPlan, plan_training
 from workers.engine.finetune.resident_model import Residence, ResidentModel, resident
 from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, judging_batches, mean_loss, train
 from workers.engine.fingerprint import fingerprint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.reporter import Reporter
-from workers.engine.seeds import block_seed
+from workers.engine.seeds import derived_seed
 from workers.engine.text.finetuning_texts import FinetuningTexts
 from workers.engine.text.sequences import source_label
 from workers.numerics.quantized import LinearResult
@@ -49,14 +49,14 @@ class FinetuningStage:
     texts: FinetuningTexts
     attach: AttachAdapters
     names: frozenset[str]
-    state: ResumeState
+    state: FinishedBlocks
     folder: Path
     identity: Mapping[str, object]
     head: Tensor | None
     seed: int
     divisor: int
     reporter: Reporter
-    ranks: Ranks
+    processes: ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,14 @@ def shipped_loss(stage: FinetuningStage, told: FinetuningReport, load: LoadBlock
     told   by the training before
     load   linears of a block as they ship, by full name
     """
-    model, seed = stage.model, block_seed(stage.seed, "finetune")
-    batches = judging_batches(stage.texts.held_out, stage.part, told.micro_batch, seed, stage.ranks)
-    if not stage.ranks.total(len(batches)):
+    model, seed = stage.model, derived_seed(stage.seed, "finetune")
+    batches = judging_batches(stage.texts.held_out, stage.part, told.micro_batch, seed, stage.processes)
+    if not stage.processes.total(len(batches)):
         return None
     how = Residence(length=stage.part.sequence_length, keeps=told.weights_kept, recomputed=0)
     changed = stage.state.parameters
     with resident(model, load, _no_adapters, how, seed=seed, head=stage.head, changed=changed) as found:
-        return mean_loss(found, (batch.to(model.device) for batch in batches), stage.ranks)
+        return mean_loss(found, (batch.to(model.device) for batch in batches), stage.processes)
 
 
 def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:  # noqa: ARG001 - a protocol
@@ -116,7 +116,7 @@ def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn
 def _last_divisor(stage: FinetuningStage) -> int:
     """That of the last checkpoint, where an earlier attempt had to lower it; the stage's own if there is none."""
     divisor = stage.divisor
-    while stage.ranks.alone:
+    while stage.processes.alone:
         plan = _plan(stage, divisor)
         if TrainingState(stage.folder, _fingerprint(stage, plan)).progress.step:
             return divisor
@@ -131,7 +131,7 @@ def _plan(stage: FinetuningStage, divisor: int) -> TrainingPlan:
     pass_bytes = getattr(stage.attach, "pass_bytes", 0)
     names = set(stage.names)
     return plan_training(
-        stage.model, names, stage.part, longest, divisor=divisor, ranks=stage.ranks, pass_bytes=pass_bytes
+        stage.model, names, stage.part, longest, divisor=divisor, processes=stage.processes, pass_bytes=pass_bytes
     )
 
 
@@ -144,7 +144,7 @@ def _trained(stage: FinetuningStage, divisor: int, peak_before: int | None) -> F
     model, plan = stage.model, _plan(stage, divisor)
     stage.reporter.log("training_planned", **asdict(plan))
     how = Residence(length=stage.part.sequence_length, keeps=plan.keeps, recomputed=plan.recomputed)
-    seed, state = block_seed(stage.seed, "finetune"), stage.state
+    seed, state = derived_seed(stage.seed, "finetune"), stage.state
     try:
         with resident(
             model, state.load, stage.attach, how, seed=seed, head=stage.head, changed=state.parameters
@@ -153,7 +153,7 @@ def _trained(stage: FinetuningStage, divisor: int, peak_before: int | None) -> F
             report = _report(stage, plan, outcome, _peak(model.device))
             return Finetuned({n: adapter.to("cpu") for n, adapter in found.adapters.items()}, report, peak_before)
     except torch.OutOfMemoryError:
-        if plan.micro_batch == 1 or not stage.ranks.alone:
+        if plan.micro_batch == 1 or not stage.processes.alone:
             raise
     stage.reporter.log("training_lowered", micro_batch=plan.micro_batch)
     return None
@@ -168,9 +168,9 @@ def _task(stage: FinetuningStage, plan: TrainingPlan, found: ResidentModel, seed
         micro_batch=plan.micro_batch,
         captures=plan.captures,
         seed=seed,
-        state=TrainingState(stage.folder, _fingerprint(stage, plan), stage.ranks),
+        state=TrainingState(stage.folder, _fingerprint(stage, plan), stage.processes),
         reporter=stage.reporter,
-        ranks=stage.ranks,
+        processes=stage.processes,
         milestones=len(stage.model.blocks),
     )
 
@@ -183,9 +183,9 @@ def _fingerprint(stage: FinetuningStage, plan: TrainingPlan) -> str:
 
 def _report(stage: FinetuningStage, plan: TrainingPlan, outcome: TrainingOutcome, peak: int | None) -> FinetuningReport:
     texts, part, progress = stage.texts, stage.part, outcome.progress
-    judgements = progress.judgements
+    validations = progress.validations
     kept = progress.best_step if part.patience is not None and progress.best_step is not None else progress.step
-    after = [judgement.loss for judgement in judgements if judgement.step == kept]
+    after = [validation.loss for validation in validations if validation.step == kept]
     return FinetuningReport(
         text=TextReport(
             source=source_label(part.dataset),
@@ -208,9 +208,9 @@ def _report(stage: FinetuningStage, plan: TrainingPlan, outcome: TrainingOutcome
         steps_resumed=outcome.resumed,
         stopped_early=progress.step < part.steps,
         losses=tuple(_curve(outcome.losses)),
-        loss_before=judgements[0].loss if judgements else None,
+        loss_before=validations[0].loss if validations else None,
         loss_after=after[-1] if after else None,
-        judgements=judgements,
+        validations=validations,
         micro_batch=plan.micro_batch,
         blocks_recomputed=plan.recomputed,
         weights_kept=plan.keeps,

@@ -23,48 +23,48 @@ LOGITS_BYTES = 4 * 4
 """For each of them: logits, the same in fp32, probabilities and the gradient."""
 
 
-def token_loss(model: StreamedModel, hidden: Tensor, places: Tensor, following: Tensor) -> Tensor:
+def token_loss(model: StreamedModel, hidden: Tensor, target_positions: Tensor, labels: Tensor) -> Tensor:
     """The sum over targets, fp32 (); gradients reach `hidden`. Norm and head must be loaded.
 
     hidden (rows, length, width); places int64 (targets,) in its rows and positions, flat, each once; following int64
     (targets,), the tokens that follow them.
     """
-    loss: Tensor = _TokenLoss.apply(hidden, places, following, model)  # type: ignore[no-untyped-call]
+    loss: Tensor = _TokenLoss.apply(hidden, target_positions, labels, model)  # type: ignore[no-untyped-call]
     return loss
 
 
 class _TokenLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, places: Tensor, following: Tensor, model: StreamedModel) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, target_positions: Tensor, labels: Tensor, model: StreamedModel) -> Tensor:
         learns = ctx.needs_input_grad[0]
-        states = hidden.flatten(0, -2).index_select(0, places)
+        states = hidden.flatten(0, -2).index_select(0, target_positions)
         gradient = torch.empty_like(states) if learns else states
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for part in _parts(len(places), model):
+        for part in _parts(len(target_positions), model):
             leaf = states[part].detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = model.head_logits(leaf.unsqueeze(0))[0]
-            loss, by_logits = _cross_entropy(logits.detach(), following[part])
+            loss, by_logits = _cross_entropy(logits.detach(), labels[part])
             total += loss
             if learns:
                 (gradient[part],) = torch.autograd.grad(logits, leaf, by_logits)
-        ctx.save_for_backward(gradient, places)
+        ctx.save_for_backward(gradient, target_positions)
         ctx.shape = hidden.shape
         return total
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gradient, places = ctx.saved_tensors
+        gradient, target_positions = ctx.saved_tensors
         found = gradient.new_zeros(ctx.shape)
-        found.view(-1, ctx.shape[-1]).index_copy_(0, places, gradient * gradients[0].to(gradient.dtype))
+        found.view(-1, ctx.shape[-1]).index_copy_(0, target_positions, gradient * gradients[0].to(gradient.dtype))
         return found, None, None, None
 
 
 @torch.no_grad()
-def _cross_entropy(logits: Tensor, following: Tensor) -> tuple[Tensor, Tensor]:
+def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The sum over tokens, fp32 or wider, and its gradient by the logits (tokens, vocabulary), in their dtype."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32), copy=True)
-    index = following.unsqueeze(-1)
+    index = labels.unsqueeze(-1)
     chosen = wide.gather(-1, index)
     normal = wide.logsumexp(-1, keepdim=True)
     probabilities = wide.sub_(normal).exp_()

@@ -29,8 +29,8 @@ from torch import Tensor
 from app.domain.request.finetuning import Finetune
 from bitwright.errors import InternalError, NumericalFailure
 from bitwright.events import CheckpointEvent
-from bitwright.report import Judgement
-from workers.engine.device.process_group import ALONE, Ranks
+from bitwright.report import Validation
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.device.read_ahead import read_ahead
 from workers.engine.device.write_behind import WriteBehind
 from workers.engine.finetune.captured_passes import Passes
@@ -61,7 +61,7 @@ class TrainingTask:
     seed: int
     state: TrainingState
     reporter: Reporter
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
     milestones: int = 0
     captures: bool = False
 
@@ -119,14 +119,14 @@ class _Training:
         part, device = task.part, task.resident.model.device
         adapters = task.resident.adapters.values()
         parameters = FlatParameters(adapters, decay=part.weight_decay, clip_norm=part.clip_norm)
-        _demand_agreement(parameters, task.ranks)
-        judges = judging_batches(task.held_out, part, task.micro_batch, task.seed, task.ranks)
+        _demand_agreement(parameters, task.processes)
+        judges = judging_batches(task.held_out, part, task.micro_batch, task.seed, task.processes)
         self = cls(
             task=task,
             parameters=parameters,
-            order=Order(task.training, part.batch_size, task.micro_batch, task.seed, task.ranks),
+            order=Order(task.training, part.batch_size, task.micro_batch, task.seed, task.processes),
             judges=tuple(batch.to(device) for batch in judges),
-            judged=task.ranks.total(sum(len(batch.places) for batch in judges)),
+            judged=task.processes.total(sum(len(batch.target_positions) for batch in judges)),
             losses=torch.full((part.steps,), torch.nan, device=device),
             progress=task.state.progress,
             resumed=task.state.progress.step,
@@ -143,7 +143,7 @@ class _Training:
         """All steps that are left."""
         task = self.task
         if not self.progress.done:
-            if self.judged and not self.progress.judgements:
+            if self.judged and not self.progress.validations:
                 self._judge()
             with WriteBehind(task.resident.model.device) as writer:
                 self._steps(writer)
@@ -181,7 +181,7 @@ class _Training:
                 if (index + 1) % part.checkpoint_every == 0 and index + 1 < part.steps:
                     self._save(writer, done=False)
                     news.pause()
-        if self.judged and self.progress.judgements[-1].step != self.progress.step:
+        if self.judged and self.progress.validations[-1].step != self.progress.step:
             self._judge()
         news.end(self.progress.step)
 
@@ -189,7 +189,7 @@ class _Training:
         """One step of the optimizer; nothing waits for the device."""
         task = self.task
         self._tell_adapters(index / task.part.steps)
-        seed = _step_seed(task.seed, index, task.ranks.rank)
+        seed = _step_seed(task.seed, index, task.processes.rank)
         self._set_mode(training=True)
         try:
             total = self._add_gradients(step, seed)
@@ -200,8 +200,8 @@ class _Training:
             task.reporter.log("training_not_deterministic", reason=str(error)[:200])
             self.deterministic = False
             total = self._add_gradients(step, seed)
-        self.parameters.sum_over(task.ranks)
-        task.ranks.sum_(total)
+        self.parameters.sum_over(task.processes)
+        task.processes.sum_(total)
         share = rate_share(task.part, index)
         self.parameters.step(task.part.learning_rate * share, share)
         self.losses[index] = total
@@ -222,7 +222,7 @@ class _Training:
         """The gradient of what adapters add to the loss, once over all ranks."""
         for penalty in self.task.resident.penalties():
             if penalty.requires_grad:
-                (penalty / self.task.ranks.size).backward()  # type: ignore[no-untyped-call]
+                (penalty / self.task.processes.size).backward()  # type: ignore[no-untyped-call]
 
     def _tell_adapters(self, share: float) -> None:
         """Which share of the training is done; what they exclude from gradients then is held."""
@@ -238,17 +238,17 @@ class _Training:
         """The loss on held-out text with the parameters as they are; waits for the device."""
         task = self.task
         self._set_mode(training=False)
-        loss, progress = mean_loss(task.resident, self.judges, task.ranks), self.progress
+        loss, progress = mean_loss(task.resident, self.judges, task.processes), self.progress
         if not math.isfinite(loss):
             raise _not_finite(f"on held-out text the loss is {loss} after {progress.step} steps")
         task.reporter.metric("validation_loss", loss, progress.step)
-        lowest = min((judgement.loss for judgement in progress.judgements), default=math.inf)
+        lowest = min((validation.loss for validation in progress.validations), default=math.inf)
         better = loss < lowest
         if better and task.part.patience is not None:
             self.best = self.parameters.values()
         self.progress = progress.model_copy(
             update={
-                "judgements": (*progress.judgements, Judgement(step=progress.step, loss=loss)),
+                "judgements": (*progress.validations, Validation(step=progress.step, loss=loss)),
                 "best_step": progress.step if better else progress.best_step,
                 "stale": 0 if better else progress.stale + 1,
             }
@@ -292,34 +292,34 @@ def rate_share(part: Finetune, index: int) -> float:
 
 
 def judging_batches(
-    held_out: PackedSequences | None, part: Finetune, micro_batch: int, seed: int, ranks: Ranks
+    held_out: PackedSequences | None, part: Finetune, micro_batch: int, seed: int, processes: ProcessGroup
 ) -> list[Batch]:
     """This rank's share of the sequences that judge, on the host."""
     if held_out is None or not len(held_out):
         return []
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randperm(len(held_out), generator=generator)[: part.validation_sequences]
-    return [batch_of(held_out, own) for own in torch.split(ranks.share(rows), micro_batch) if len(own)]
+    return [batch_of(held_out, own) for own in torch.split(processes.share(rows), micro_batch) if len(own)]
 
 
 @torch.no_grad()
-def mean_loss(resident: ResidentModel, batches: Iterable[Batch], ranks: Ranks) -> float:
+def mean_loss(resident: ResidentModel, batches: Iterable[Batch], processes: ProcessGroup) -> float:
     """Nats a token over all ranks' batches, on the model's device; waits for it."""
     sums = torch.zeros(2, dtype=torch.float64, device=resident.model.device)
     for batch in batches:
         with resident.together():
             sums[0] += resident.loss(batch)
-        sums[1] += len(batch.places)
-    ranks.sum_(sums)
+        sums[1] += len(batch.target_positions)
+    processes.sum_(sums)
     total, tokens = sums.tolist()
     return total / tokens if tokens else math.nan
 
 
-def _demand_agreement(parameters: FlatParameters, ranks: Ranks) -> None:
-    if ranks.alone:
+def _demand_agreement(parameters: FlatParameters, processes: ProcessGroup) -> None:
+    if processes.alone:
         return
     mine = sum(int(value.view(torch.uint8).sum(dtype=torch.int64)) for value in parameters.values())
-    if not ranks.agree(mine):
+    if not processes.agree(mine):
         raise InternalError("the ranks start from different adapters")
 
 

@@ -37,7 +37,7 @@ class Parts:
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     silu_mul: Callable[..., Tensor]
-    turn: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    apply_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
     attend: Callable[..., Tensor]
     packs_gate_up: bool
 
@@ -53,14 +53,14 @@ class Parts:
     def kernels(cls) -> "Parts":
         """Triton's."""
         found = import_module("workers.numerics.backends.block_kernels")
-        functions = (found.rms_norm, found.add_rms_norm, found.silu_mul, found.turn)
+        functions = (found.rms_norm, found.add_rms_norm, found.silu_mul, found.apply_rope)
         return cls(*functions, attend=scaled_dot_product_attention, packs_gate_up=True)
 
     @classmethod
     def operators(cls) -> "Parts":
         """torch's."""
         found = import_module("workers.numerics.backends.block_operators")
-        functions = (found.rms_norm, found.add_rms_norm, found.silu_mul, found.turn)
+        functions = (found.rms_norm, found.add_rms_norm, found.silu_mul, found.apply_rope)
         return cls(*functions, attend=found.attend, packs_gate_up=False)
 
 
@@ -128,14 +128,14 @@ class FusedAttention(nn.Module):
         projections, counts = (self.q_proj, self.k_proj, self.v_proj), self.counts
         shape = (*hidden.shape[:-1], -1, self.head_dim)
         if self.joined is not None and self.q_norm is None:
-            return self.parts.turn(self.joined(hidden).view(shape), counts=counts, cos=cos, sin=sin)
+            return self.parts.apply_rope(self.joined(hidden).view(shape), counts=counts, cos=cos, sin=sin)
         if self.joined is not None:
             query, key, value = self.joined(hidden).view(shape).split(counts, dim=2)
         else:
             query, key, value = (projection(hidden).view(shape) for projection in projections)
         query = query if self.q_norm is None else self.q_norm(query)
         key = key if self.k_norm is None else self.k_norm(key)
-        return self.parts.turn(query, key, value, counts=counts, cos=cos, sin=sin)
+        return self.parts.apply_rope(query, key, value, counts=counts, cos=cos, sin=sin)
 
 
 class FusedBlock(nn.Module):
@@ -150,10 +150,10 @@ class FusedBlock(nn.Module):
         self.post_attention_layernorm = FusedRMSNorm(block.post_attention_layernorm, parts)
 
     def forward(self, hidden_states: Tensor, **keywords: Any) -> Tensor:
-        residual, update = self.summands(hidden_states, **keywords)
+        residual, update = self.residual_and_update(hidden_states, **keywords)
         return residual + update
 
-    def summands(self, hidden_states: Tensor, **keywords: Any) -> list[Tensor]:
+    def residual_and_update(self, hidden_states: Tensor, **keywords: Any) -> list[Tensor]:
         """Two tensors whose sum is the block's output, for a loss that adds them itself."""
         attended = self.self_attn(self.input_layernorm(hidden_states), **keywords)
         norm = self.post_attention_layernorm

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from workers.engine.device.process_group import Ranks
+from workers.engine.device.process_group import ProcessGroup
 from workers.engine.model.streamed_model import BlockCall, StreamedModel, run_block
 from workers.engine.plan import Plan
 
@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Elements that are held in fp32 at a time when squares are summed: on a CPU, what stays in its caches."""
 
 
-class Stream:
+class Activations:
     """One set of windows in both streams.
 
     original    X_fp; after `advance_original`, the original block's output
@@ -119,13 +119,13 @@ def second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tenso
         watch.sums[name] = total.float()
 
 
-def sum_moments(ranks: Ranks, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
+def sum_moments(processes: ProcessGroup, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
     """Over all ranks, inside the context of `second_moments`; one that has no window to look at has nothing to add."""
-    if ranks.alone:
+    if processes.alone:
         return
     for name, linear in linears.items():
         zeros = torch.zeros(linear.in_features, dtype=torch.float64, device=linear.weight.device)
-        ranks.sum_(moments.setdefault(name, zeros))
+        processes.sum_(moments.setdefault(name, zeros))
 
 
 class _InputWatch:

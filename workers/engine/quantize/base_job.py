@@ -42,7 +42,7 @@ _TRAINING = TypeAdapter(tuple[EarlierTraining, ...])
 
 
 @dataclass(frozen=True)
-class EarlierResult:
+class BaseJobResult:
     """What an earlier job made of a model, read when it is asked for.
 
     native     every tensor of its native checkpoint
@@ -60,7 +60,7 @@ class EarlierResult:
     training: tuple[EarlierTraining, ...] = ()
 
     @classmethod
-    def open(cls, folder: Path, model: StreamedModel, quantized: set[str]) -> "EarlierResult":
+    def open(cls, folder: Path, model: StreamedModel, quantized: set[str]) -> "BaseJobResult":
         """Reads descriptions and headers, and what lies outside the blocks.
 
         quantized   full names of the linears that the request's quantization names
@@ -130,8 +130,8 @@ class EarlierResult:
 
         Scales that a method moved between linears are not stored, so that they cannot be measured again.
         """
-        earlier = {block.name: block.linears for block in self.blocks}
-        return report.model_copy(update={"linears": earlier.get(report.name, report.linears)})
+        base_job = {block.name: block.linears for block in self.blocks}
+        return report.model_copy(update={"linears": base_job.get(report.name, report.linears)})
 
     def demand_held(self, formats: tuple[ExportFormat, ...]) -> None:
         """Before anything is computed: whether the formats hold the scales as they are.

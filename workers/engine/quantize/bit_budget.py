@@ -27,11 +27,11 @@ from app.domain.methods.module_rules import over_budget
 from bitwright.errors import NumericalFailure
 from bitwright.report import AllocatedLinear, AllocationReport
 from workers.contracts.blocks import Fisher, ScoreTask, ScoringMethod
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.activations import Stream, second_moments, sum_moments
+from workers.engine.quantize.activations import Activations, second_moments, sum_moments
 from workers.engine.quantize.registry import METHODS
-from workers.engine.seeds import block_seed
+from workers.engine.seeds import derived_seed
 from workers.methods.rtn import quantize_weight
 from workers.numerics import normal_float
 from workers.numerics.allocation import Allocation, allocate
@@ -42,17 +42,17 @@ class Scoring:
     """What choices are scored with.
 
     stream   the calibration text before block 0, used up; None for lack of any
-    ranks    who have other windows of it: all of them find the same errors
+    processes    who have other windows of it: all of them find the same errors
     """
 
     model: StreamedModel
     spec: WeightSpec
     scale_dtype: torch.dtype
     seed: int
-    stream: Stream | None
+    stream: Activations | None
     fisher: Mapping[str, Fisher]
     tick: Callable[[float], None]
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def candidates(self) -> dict[str, tuple[Candidate, ...]]:
         """Of every quantized linear of the blocks, by full name."""
@@ -83,7 +83,7 @@ class Scoring:
         linears = self.model.block_linears(index)
         method = METHODS[self.spec.model_dump()["method"]]
         if isinstance(method, ScoringMethod):
-            prefix, seed = self.model.layout.block(index), block_seed(self.seed, index)
+            prefix, seed = self.model.layout.block(index), derived_seed(self.seed, index)
             return {
                 name: method.candidate_errors(
                     ScoreTask(
@@ -97,9 +97,9 @@ class Scoring:
         watched = {name: linears[name] for name in candidates}
         with second_moments(watched) as moments, output_energies(watched) as energies:
             self.stream.advance_original(index, self.model.blocks[index])
-            sum_moments(self.ranks, moments, watched)
+            sum_moments(self.processes, moments, watched)
             nothing = torch.zeros((), dtype=torch.float64, device=self.model.device)
-            self.ranks.sum_(*(energies.setdefault(name, nothing.clone()) for name in watched))
+            self.processes.sum_(*(energies.setdefault(name, nothing.clone()) for name in watched))
         codebook = Form.CODEBOOK in self.spec.forms()
         return {
             name: [

@@ -29,21 +29,21 @@ from bitwright.report import BlockReport
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.engine.clock import StageClock
-from workers.engine.device.process_group import ALONE, Ranks, checksum
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup, checksum
 from workers.engine.device.write_behind import WriteBehind
 from workers.engine.model.overflow import blaming_the_original
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import Plan
-from workers.engine.quantize.activations import Stream, second_moments, sum_moments
-from workers.engine.quantize.base_job import EarlierResult
+from workers.engine.quantize.activations import Activations, second_moments, sum_moments
+from workers.engine.quantize.base_job import BaseJobResult
 from workers.engine.quantize.block_reader import BlockReader
 from workers.engine.quantize.block_report import BlockFindings, error_sums
-from workers.engine.quantize.finished_blocks import ResumeState, Shard
+from workers.engine.quantize.finished_blocks import FinishedBlocks, Shard
 from workers.engine.quantize.preparation import Prepared
 from workers.engine.quantize.reference import rounded
 from workers.engine.quantize.registry import METHODS
 from workers.engine.reporter import Reporter
-from workers.engine.seeds import block_seed
+from workers.engine.seeds import derived_seed
 from workers.engine.tune.tuner import Tuner
 from workers.numerics.quantized import LinearResult
 
@@ -56,7 +56,7 @@ class BlockPass:
     evaluation    what judges the result; rides along in the same pass
     schemes       of every quantized linear, by full name
     prepared      what was found out about the whole model before
-    ranks         who takes the same pass over other windows; what is exchanged, the main thread exchanges
+    processes         who takes the same pass over other windows; what is exchanged, the main thread exchanges
     """
 
     model: StreamedModel
@@ -64,15 +64,15 @@ class BlockPass:
     schemes: Mapping[str, Scheme]
     plan: Plan
     seed: int
-    calibration: Stream | None
-    evaluation: Stream | None
+    calibration: Activations | None
+    evaluation: Activations | None
     prepared: Prepared
     tuner: Tuner
-    state: ResumeState
+    state: FinishedBlocks
     clock: StageClock
     reporter: Reporter
-    ranks: Ranks = ALONE
-    earlier: EarlierResult | None = None
+    processes: ProcessGroup = SINGLE_PROCESS
+    base_job: BaseJobResult | None = None
 
     def run(self) -> tuple[BlockReport, ...]:
         """Quantizes or takes over every block that `state` does not hold; replays the others. All are durable then.
@@ -102,7 +102,7 @@ class BlockPass:
                 progress.end(index, computed=index >= resumed)
         return tuple(block.report for block in self.state.blocks[:total] if block.report is not None)
 
-    def replay_quantized(self, stream: Stream) -> None:
+    def replay_quantized(self, stream: Activations) -> None:
         """X_q of a rewound stream through all blocks again, with the weights that are durable now."""
         with closing(BlockReader(self.model, self.state).quantized_blocks()) as blocks:
             for index, block in enumerate(blocks):
@@ -120,8 +120,8 @@ class BlockPass:
         return self.state.load(index)[head].dequantize()
 
     def _head(self, index: int, head: str) -> LinearResult:
-        if self.earlier is not None:
-            return self.earlier.linear(head)
+        if self.base_job is not None:
+            return self.base_job.linear(head)
         with self.model.loaded(head):
             container = nn.ModuleDict({"head": self.model.model.get_submodule(head)})
             task = self._task(index, container, {"head": self.schemes[head]}, {}, lambda _: None)
@@ -134,7 +134,7 @@ class BlockPass:
         observed = self.calibration or self.evaluation
         with second_moments({n: self.model.block_linears(index)[n] for n in schemes}) as moments:
             self._advance_original(index, block, only=observed)
-            sum_moments(self.ranks, moments, {n: self.model.block_linears(index)[n] for n in schemes})
+            sum_moments(self.processes, moments, {n: self.model.block_linears(index)[n] for n in schemes})
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
         self._advance_reference(index, block)
 
@@ -142,8 +142,8 @@ class BlockPass:
             writer.wait()
             progress.tick(index, share)
 
-        if self.earlier is not None:
-            result = self.earlier.block(index)
+        if self.base_job is not None:
+            result = self.base_job.block(index)
         else:
             task = self._task(index, block, schemes, moments, tick)
             result = _quantize_block(task, self.spec) if schemes else BlockResult({})
@@ -153,13 +153,13 @@ class BlockPass:
         errors = self._put(index, result, moments)
         self._advance_quantized(index, block)
         output = None if observed is None else observed.squared_error()
-        self.ranks.sum_(*([] if output is None else [output]))
+        self.processes.sum_(*([] if output is None else [output]))
         findings = BlockFindings(index, prefix, started, result, errors, output)
         writer.give(partial(self._finish, shard, findings))
 
     def _demand_agreement(self, index: int, result: BlockResult) -> None:
         made = (*result.linears.values(), *result.parameters.values())
-        if not self.ranks.alone and not self.ranks.agree(checksum(made)):
+        if not self.processes.alone and not self.processes.agree(checksum(made)):
             raise InternalError(f"block {index}: the ranks have computed different weights")
 
     def _write_shard(self, index: int, result: BlockResult) -> Shard:
@@ -170,7 +170,7 @@ class BlockPass:
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
         """Makes a block count, and tells of it when it does."""
         report = findings.report()
-        report = report if self.earlier is None else self.earlier.told(report)
+        report = report if self.base_job is None else self.base_job.told(report)
         self.state.finish(findings.index, shard.result(), report)
         self.reporter.block(_event(report, len(self.model.blocks)))
 
@@ -210,19 +210,19 @@ class BlockPass:
             moments=moments,
             scale_dtype=getattr(torch, self.plan.scale_dtype),
             device=self.model.device,
-            seed=block_seed(self.seed, index),
+            seed=derived_seed(self.seed, index),
             micro_batch=self.plan.micro_batch,
             tick=tick,
             tune=self.tuner.tune,
             folds=self.model.layout.folds,
             log=self.reporter.log,
-            sum_=self.ranks.sum_,
+            sum_=self.processes.sum_,
             quantize=_quantize_block,
             absmax=absmax,
             fisher=fisher,
         )
 
-    def _advance_original(self, index: int, block: nn.Module, only: Stream | None) -> None:
+    def _advance_original(self, index: int, block: nn.Module, only: Activations | None) -> None:
         if only is not None:
             with self.clock.during(self._stage_of(only)):
                 only.advance_original(index, block)
@@ -245,7 +245,7 @@ class BlockPass:
                 with self.clock.during(self._stage_of(stream)):
                     stream.advance_quantized(index, block)
 
-    def _stage_of(self, stream: Stream) -> Stage:
+    def _stage_of(self, stream: Activations) -> Stage:
         return Stage.EVALUATE if stream is self.evaluation else Stage.QUANTIZE
 
     def _put(self, index: int, result: BlockResult, moments: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 from workers.engine.device.read_ahead import Upload, read_ahead
 from workers.engine.device.side_stream import hand_over
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import ResumeState
+from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.numerics.quantized import LinearResult
 
 MakeResult = Callable[[str, LinearResult], LinearResult]
@@ -41,7 +41,7 @@ class ReadBlock:
 class BlockReader:
     """Reads a model's blocks in order, each once, a block ahead. Close what it gives (`contextlib.closing`)."""
 
-    def __init__(self, model: StreamedModel, state: ResumeState) -> None:
+    def __init__(self, model: StreamedModel, state: FinishedBlocks) -> None:
         self._model = model
         self._state = state
         self._upload = Upload(model.device) if model.device.type == "cuda" else None

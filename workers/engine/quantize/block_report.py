@@ -32,7 +32,7 @@ class BlockFindings:
     name     of the block; its linears' names are below it
     started  `time.perf_counter` then
     linears  `error_sums` by name inside the block
-    output   `Stream.squared_error` after the block; None if nothing was observed
+    output   `Activations.squared_error` after the block; None if nothing was observed
     """
 
     index: int

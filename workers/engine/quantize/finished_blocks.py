@@ -27,7 +27,7 @@ from torch import Tensor
 from app.domain.inputs.safetensors_header import LENGTH_BYTES
 from bitwright.report import BlockReport, ScaleReport
 from workers.disk.durable import replace_file
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.formats import native
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -78,16 +78,16 @@ class Shard:
     parameters: tuple[str, ...] = ()
 
 
-class ResumeState:
+class FinishedBlocks:
     """The state folder of a workspace, held by one attempt; every rank of it makes one of these at the same time.
 
     On any rank but the first, what is saved is only noted: it is there for `load` after `settle`.
     """
 
-    def __init__(self, folder: Path, fingerprint: str, ranks: Ranks = ALONE) -> None:
+    def __init__(self, folder: Path, fingerprint: str, processes: ProcessGroup = SINGLE_PROCESS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._ranks = ranks
+        self._ranks = processes
         self._state = self._agreed(self._adopt(fingerprint))
         self._scales = {} if self._state.scales is None else load(self._read(self._state.scales.file))
         self.resumed = len(self._state.blocks)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from bitwright.errors import NumericalFailure
 from workers.contracts.blocks import Fisher
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.memory import LOGITS_AT_ONCE
 from workers.engine.model.overflow import original_overflows
 from workers.engine.model.streamed_model import BlockCall, StreamedModel, run_block
@@ -32,7 +32,7 @@ def empirical_fisher(
     names: Collection[str],
     micro_batch: int,
     tick: Callable[[float], None],
-    ranks: Ranks = ALONE,
+    processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Fisher]:
     """Of the linears of these full names, on sequences of token ids (samples, length), each rank's own; on the host."""
     calls, blocks = model.capture_calls(ids.shape[1]), len(model.blocks)
@@ -47,7 +47,7 @@ def empirical_fisher(
             _backward(model, calls[index], index, wanted, states.pop(), gradient, sums)
             tick((start + len(part) * (blocks - index) / blocks) / len(ids))
     for name in sorted(names):  # the same order on every rank
-        ranks.sum_(sums[name].rows, sums[name].columns)
+        processes.sum_(sums[name].rows, sums[name].columns)
         if not sums[name].rows.isfinite().all():
             detail = f"the original model's gradients by {name} are not finite in {model.dtype}"
             hint = 'set "dtype" to "bfloat16" in the model\'s config.json, or fisher to false'
@@ -81,11 +81,11 @@ def _loss_gradient(model: StreamedModel, hidden: Tensor, ids: Tensor) -> Tensor:
     with model.loaded(model.layout.final_norm, model.layout.head):
         for states, tokens in zip(hidden, ids, strict=True):
             for start in range(0, len(tokens), step):
-                following = tokens[start + 1 : start + 1 + step].to(model.device)
+                labels = tokens[start + 1 : start + 1 + step].to(model.device)
                 leaf = states[start : start + step].to(model.device).requires_grad_()
                 with torch.enable_grad():
-                    logits = model.head_logits(leaf[None])[0, : len(following)]
-                    loss = torch.nn.functional.cross_entropy(logits.float(), following, reduction="sum")
+                    logits = model.head_logits(leaf[None])[0, : len(labels)]
+                    loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, leaf)
                 states[start : start + step] = gradient.to(states)
     return hidden

@@ -21,12 +21,12 @@ from app.domain.methods import AbsmaxScheme, Candidate, Scheme, WeightSpec
 from bitwright.report import AllocationReport
 from workers.contracts.blocks import Fisher, ScoringMethod
 from workers.disk.durable import replace_file
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.fingerprint import fingerprint
 from workers.engine.model.overflow import blaming_the_original
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import Plan
-from workers.engine.quantize.activations import Stream
+from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.bit_budget import Scoring, spend
 from workers.engine.quantize.fisher import empirical_fisher
 from workers.engine.quantize.registry import METHODS
@@ -73,7 +73,7 @@ class Preparation:
 
     ids     the windows of this rank
     tick    told the share that is done
-    ranks   who prepare together: the first one writes, and all of them adopt what they find, or none does
+    processes   who prepare together: the first one writes, and all of them adopt what they find, or none does
     """
 
     model: StreamedModel
@@ -84,7 +84,7 @@ class Preparation:
     folder: Path
     fingerprint: str
     tick: Callable[[float], None]
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def run(self) -> Prepared:
         """What an earlier attempt has left, or else everything anew, durable when this returns.
@@ -95,11 +95,11 @@ class Preparation:
         """
         self.folder.mkdir(parents=True, exist_ok=True)
         found = self._adopt()
-        everyone = self.ranks.least(int(found is not None))
+        everyone = self.processes.least(int(found is not None))
         if found is not None and everyone:
             return found
         measured = self._measure()
-        if self.ranks.leads:
+        if self.processes.leads:
             self._save(measured)
         return measured
 
@@ -109,14 +109,14 @@ class Preparation:
         fisher: dict[str, Fisher] = {}
         if self.spec.needs_fisher():
             fisher = empirical_fisher(
-                self.model, self.ids, names, self.plan.micro_batch, lambda done: self.tick(done * share), self.ranks
+                self.model, self.ids, names, self.plan.micro_batch, lambda done: self.tick(done * share), self.processes
             )
         if budget is None:
             return Prepared(fisher=fisher)
         stream = None
         if not isinstance(METHODS[self.spec.model_dump()["method"]], ScoringMethod):
             with self.model.loaded(self.model.layout.embeddings):
-                stream = Stream(self.model, self.ids, self.plan, keep_inputs=False)
+                stream = Activations(self.model, self.ids, self.plan, keep_inputs=False)
         scoring = Scoring(
             model=self.model,
             spec=self.spec,
@@ -125,7 +125,7 @@ class Preparation:
             stream=stream,
             fisher=fisher,
             tick=lambda done: self.tick(share + (1 - share) * done),
-            ranks=self.ranks,
+            processes=self.processes,
         )
         with blaming_the_original(self.model.dtype, lambda: [] if stream is None else [stream.original]):
             chosen, report = spend(scoring, budget)

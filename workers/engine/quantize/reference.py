@@ -1,6 +1,7 @@
 """The reference row of a report: what round to nearest makes of the job's schemes, on the job's evaluation text.
 
-The windows go through every block once more, with its linears rounded to nearest in place of its weights; `Stream` has
+The windows go through every block once more, with its linears rounded to nearest in place of its weights;
+`Activations` has
 their hidden states. It comes before the method sees the block, and leaves the block as it was, so that no code depends
 on whether there is a reference. `app.domain.workload` says when there is one.
 """
@@ -13,11 +14,11 @@ from torch import Tensor, nn
 
 from app.domain.methods import Scheme
 from bitwright.report import Figures
-from workers.engine.device.process_group import Ranks
+from workers.engine.device.process_group import ProcessGroup
 from workers.engine.evaluate import measure
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.activations import Stream
-from workers.engine.text.sequences import Windows
+from workers.engine.quantize.activations import Activations
+from workers.engine.text.sequences import Sequences
 from workers.methods.rtn import quantize_weight
 
 
@@ -38,7 +39,7 @@ def rounded(
 
 
 def measure_reference(
-    model: StreamedModel, stream: Stream, windows: Windows, head: Tensor | None, ranks: Ranks
+    model: StreamedModel, stream: Activations, sequences: Sequences, head: Tensor | None, processes: ProcessGroup
 ) -> Figures | None:
     """The row, after the last block; None if `stream` has no reference.
 
@@ -50,6 +51,12 @@ def measure_reference(
     if stream.reference is None:
         return None
     found = measure(
-        model, stream.original, stream.reference, windows, quantized_head=head, tick=lambda _: None, ranks=ranks
+        model,
+        stream.original,
+        stream.reference,
+        sequences,
+        quantized_head=head,
+        tick=lambda _: None,
+        processes=processes,
     )
     return Figures(perplexity=found.perplexity, kl_divergence=found.kl_divergence, top1_agreement=found.top1_agreement)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import SCALE_BATCH_SIZE, Scheme
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.memory import LOGITS_AT_ONCE, graph_bytes
 from workers.engine.model.streamed_model import BlockCall, StreamedModel
 from workers.machine import host_memory
@@ -39,7 +39,7 @@ class ScaleTask:
     changed         other parameters of a block that quantizing it changed, by full name
     tick            told the steps done
     log             told an event's name and fields when a slower way is taken
-    ranks           who tunes along, each over its own sequences
+    processes           who tunes along, each over its own sequences
     """
 
     model: StreamedModel
@@ -56,12 +56,12 @@ class ScaleTask:
     changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({})
     tick: Callable[[int], None] = lambda _: None
     log: Callable[..., None] = lambda *_, **__: None
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     @property
     def batch_size(self) -> int:
         """Sequences of this rank in every step."""
-        return self.ranks.part(SCALE_BATCH_SIZE)
+        return self.processes.part(SCALE_BATCH_SIZE)
 
 
 @dataclass(frozen=True)

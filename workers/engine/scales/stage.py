@@ -17,12 +17,12 @@ from torch import Tensor
 from app.domain.methods import Form
 from bitwright.events import Stage
 from bitwright.report import ScaleReport
-from workers.engine.quantize.activations import Stream
+from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_pass import BlockPass
 from workers.engine.reporter import Reporter
 from workers.engine.scales.memory_plan import ScaleTask, Skipped
 from workers.engine.scales.tuning import ScaleOutcome, tune_scales
-from workers.engine.seeds import block_seed
+from workers.engine.seeds import derived_seed
 from workers.numerics.quantized import AffineWeight
 
 
@@ -49,7 +49,7 @@ def run_scale_stage(blocks: BlockPass, head: Tensor | None) -> ScaleReport | Non
     return report
 
 
-def _tune(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | None) -> ScaleReport | None:
+def _tune(blocks: BlockPass, calibration: Activations, steps: int, head: Tensor | None) -> ScaleReport | None:
     blocks.clock.enter(Stage.SCALES)
     blocks.reporter.progress(Stage.SCALES, 0, steps, "steps")
     started = time.perf_counter()
@@ -67,7 +67,7 @@ def _tune(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | Non
     return report
 
 
-def _outcome(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | None) -> ScaleOutcome | Skipped:
+def _outcome(blocks: BlockPass, calibration: Activations, steps: int, head: Tensor | None) -> ScaleOutcome | Skipped:
     if blocks.spec.forms() != {Form.AFFINE}:
         return Skipped("only affine weights without low-rank factors have scales that can be tuned alone")
     blocks.tuner.release()
@@ -81,7 +81,7 @@ def affine_weights(blocks: BlockPass, index: int) -> dict[str, AffineWeight]:
     return {name: result.affine for name, result in blocks.state.load(index).items()}
 
 
-def _task(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | None) -> ScaleTask:
+def _task(blocks: BlockPass, calibration: Activations, steps: int, head: Tensor | None) -> ScaleTask:
     model = blocks.model
     streams = [s for s in (calibration, blocks.evaluation) if s is not None]
     return ScaleTask(
@@ -94,12 +94,12 @@ def _task(blocks: BlockPass, calibration: Stream, steps: int, head: Tensor | Non
         targets=calibration.original,
         quantized_head=head,
         steps=steps,
-        seed=block_seed(blocks.seed, "scales"),
+        seed=derived_seed(blocks.seed, "scales"),
         micro_batch=blocks.plan.micro_batch,
         held_bytes=sum(2 * s.original.nbytes for s in streams if s.original.device == model.device),
         tick=_progress(blocks.reporter, steps),
         log=blocks.reporter.log,
-        ranks=blocks.ranks,
+        processes=blocks.processes,
     )
 
 

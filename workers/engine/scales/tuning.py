@@ -86,13 +86,13 @@ def tune_scales(task: ScaleTask) -> ScaleOutcome | Skipped:
     if not task.schemes:
         return Skipped("no linear of a block is quantized")
     fit = find_fit(task)
-    if not task.ranks.least(int(isinstance(fit, Fit))):
+    if not task.processes.least(int(isinstance(fit, Fit))):
         return fit if isinstance(fit, Skipped) else Skipped("it does not fit on every device")
     while isinstance(fit, Fit):
         try:
             return _tune(task, fit)
         except torch.OutOfMemoryError:
-            if not task.ranks.alone:
+            if not task.processes.alone:
                 raise
             lowered = fit.lowered(len(task.calls))
         # Outside the except clause: the exception holds the tensors of the failed step.
@@ -120,7 +120,7 @@ def _tune(task: ScaleTask, fit: Fit) -> ScaleOutcome | Skipped:
         tuning.prepare()
         tuning.run()
         after = tuning.held_out_divergence()
-        held_out = task.ranks.total(len(tuning.held_out))
+        held_out = task.processes.total(len(tuning.held_out))
         return ScaleOutcome(tuning.blocks.scales.stored(), before, after, held_out, fit, tuning.replay is not None)
 
 
@@ -149,7 +149,7 @@ class ScaleTuning:
     def begin(cls, task: ScaleTask, fit: Fit, head: OutputHead) -> "ScaleTuning":
         """Loads the blocks; `head` must stay loaded."""
         device, source = task.model.device, task.inputs.device
-        training, held_out = split(len(task.inputs), task.seed, task.ranks.part(MOST_HELD_OUT))
+        training, held_out = split(len(task.inputs), task.seed, task.processes.part(MOST_HELD_OUT))
         settings = TuningSettings(task.steps, task.batch_size, LEARNING_RATE)
         blocks = ScaledBlocks.load(
             task.model,
@@ -178,7 +178,7 @@ class ScaleTuning:
             return
         try:
             still = (self.rates, self.count)
-            self.replay = captured(self._add_gradients, self._sum_gradients, self._move, still, self.task.ranks)
+            self.replay = captured(self._add_gradients, self._sum_gradients, self._move, still, self.task.processes)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -205,7 +205,9 @@ class ScaleTuning:
         for part in torch.split(batch, self.fit.micro_batch):
             inputs, targets = self._rows(part)
             self.blocks.add_gradients(inputs, partial(self.head.gradient, teacher=targets))
-        return scales.gradient.mul_(scales.start).div_(len(batch) * self.task.inputs.shape[1] * self.task.ranks.size)
+        return scales.gradient.mul_(scales.start).div_(
+            len(batch) * self.task.inputs.shape[1] * self.task.processes.size
+        )
 
     def held_out_divergence(self) -> float:
         """Mean KL a token of the held-out sequences, with the weights as they are; the mean of all ranks'."""
@@ -213,8 +215,8 @@ class ScaleTuning:
         for part in torch.split(self.held_out, self.fit.micro_batch):
             inputs, targets = self._rows(part)
             total += self.head.divergence(self.blocks.forward(inputs), targets)
-        mean = total / (len(self.held_out) * self.task.inputs.shape[1] * self.task.ranks.size)
-        self.task.ranks.sum_(mean)
+        mean = total / (len(self.held_out) * self.task.inputs.shape[1] * self.task.processes.size)
+        self.task.processes.sum_(mean)
         return float(mean)
 
     def step(self) -> None:
@@ -227,7 +229,7 @@ class ScaleTuning:
         self.gradient(self.batches.index_select(0, self.count.view(1).to(self.batches.device))[0])
 
     def _sum_gradients(self) -> None:
-        self.task.ranks.sum_(self.blocks.scales.gradient)
+        self.task.processes.sum_(self.blocks.scales.gradient)
 
     def _move(self) -> None:
         # A number that is not finite moves nothing; comparisons would hide it, and Adam would keep it.

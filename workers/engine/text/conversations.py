@@ -340,7 +340,7 @@ def _marked_message(message: Message, index: int) -> Message:
         fields["name"] = _word(index, "name")
     if "tool_calls" in fields:
         fields["tool_calls"] = [_marked_call(call, index, number) for number, call in enumerate(fields["tool_calls"])]
-    return Message(message.role, fields, message.learned)
+    return Message(message.role, fields, message.loss_mask)
 
 
 def _marked_call(call: Mapping[str, Any], index: int, number: int) -> Fields:

@@ -38,7 +38,7 @@ class Example:
     """A row, or a piece of one: `ids` int32 (tokens,), and which of them are learned, bool (tokens,)."""
 
     ids: Tensor
-    learned: Tensor
+    loss_mask: Tensor
 
 
 @dataclass
@@ -63,7 +63,7 @@ class Examples:
             digest.update(f"{len(part)}:".encode())
             for example in part:
                 digest.update(f"{len(example.ids)}:".encode())
-                digest.update(example.ids.numpy().tobytes() + example.learned.numpy().tobytes())
+                digest.update(example.ids.numpy().tobytes() + example.loss_mask.numpy().tobytes())
         return digest.hexdigest()
 
 
@@ -147,12 +147,12 @@ class _Reader:
         self.notes.add(written.shape.left_out, written.shape.unread)
         if whole:
             return written.text, self.turns.unweighted(talk, written)
-        if not any(message.learned for message in talk.messages):
+        if not any(message.loss_mask for message in talk.messages):
             assistants = any(message.role == "assistant" for message in talk.messages)
             problem = "that is learned" if assistants else "whose role is assistant"
             hint = "drop the row, or give one of them weight 1" if assistants else "add one, or drop the row"
             raise self.template.error(talk, f"messages has no message {problem}", hint)
-        return written.text, self.turns.learned(talk, written)
+        return written.text, self.turns.loss_mask(talk, written)
 
 
 def _rows(reader: _Reader, path: Path | None, half: Half | None) -> Iterator[_Row]:
@@ -191,13 +191,13 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], start: list
     for index, row in enumerate(rows):
         ids = found["input_ids"][index]
         if partly[index]:
-            learned = [_is_within(last, row.spans) for _, last in found["offset_mapping"][index]]
+            loss_mask = [_is_within(last, row.spans) for _, last in found["offset_mapping"][index]]
         else:
-            learned = [True] * len(ids)
+            loss_mask = [True] * len(ids)
         begins, ends = start if row.starts else [], end if row.ends else []
         yield Example(
             ids=torch.tensor(begins + ids + ends, dtype=torch.int32),
-            learned=torch.tensor([False] * len(begins) + learned + [True] * len(ends), dtype=torch.bool),
+            loss_mask=torch.tensor([False] * len(begins) + loss_mask + [True] * len(ends), dtype=torch.bool),
         )
 
 
@@ -214,6 +214,6 @@ def _pieces(example: Example, limit: int, *, whole: bool) -> Iterator[Example]:
     """
     last = len(example.ids) - 1 if whole else 1
     for first in range(0, max(last, 1), limit - 1):
-        piece = Example(example.ids[first : first + limit], example.learned[first : first + limit])
-        if bool(piece.learned[1:].any()):
+        piece = Example(example.ids[first : first + limit], example.loss_mask[first : first + limit])
+        if bool(piece.loss_mask[1:].any()):
             yield piece

@@ -26,7 +26,7 @@ from workers.disk.durable import replace_file
 from workers.engine.device.process_group import PATIENCE
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.overflow import original_overflows
-from workers.engine.text.sequences import Windows, writes_start
+from workers.engine.text.sequences import Sequences, writes_start
 
 MOST_AT_ONCE = 128
 CACHE_SHARE = 0.25
@@ -48,7 +48,7 @@ class Generation:
     """Told how many windows are drawn."""
 
 
-def generated_windows(part: Calibration, seed: int, by: Generation) -> Windows:
+def generated_sequences(part: Calibration, seed: int, by: Generation) -> Sequences:
     """`num_samples` windows of `sequence_length` tokens; of several ranks the first draws them.
 
     Raises:
@@ -66,7 +66,7 @@ def generated_windows(part: Calibration, seed: int, by: Generation) -> Windows:
     ids = load(by.kept.read_bytes())["ids"]
     if tuple(ids.shape) != shape:
         raise ValueError(f"{by.kept.name} holds {tuple(ids.shape)} tokens, not {shape}")
-    return Windows(ids, "generated")
+    return Sequences(ids, "generated")
 
 
 def _draw(part: Calibration, seed: int, by: Generation) -> Tensor:

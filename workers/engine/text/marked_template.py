@@ -62,9 +62,11 @@ def marked(source: str, marks: Marks) -> str | None:
     except (TemplateSyntaxError, ValueError):
         return None
     inserted = sorted(_insertions(tags, marks), key=lambda each: each[0])
-    places = [0, *(place for place, _ in inserted), len(normal)]
+    target_positions = [0, *(place for place, _ in inserted), len(normal)]
     texts = ["", *(text for _, text in inserted)]
-    return "".join(text + normal[first:last] for text, (first, last) in zip(texts, pairwise(places), strict=True))
+    return "".join(
+        text + normal[first:last] for text, (first, last) in zip(texts, pairwise(target_positions), strict=True)
+    )
 
 
 def pieces(text: str, marks: Marks) -> tuple[str, list[Piece]]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.text.examples import Example
 
 LENGTH_STEP = 8
@@ -58,7 +58,7 @@ class PackedSequences:
                 example = examples[member]
                 place = slice(first, first := first + len(example.ids))
                 ids[row, place], documents[row, place] = example.ids, number
-                targets[row, place.start : place.stop - 1] = example.learned[1:]
+                targets[row, place.start : place.stop - 1] = example.loss_mask[1:]
         return cls(ids, documents, targets)
 
 
@@ -85,16 +85,16 @@ class Batch:
     ids        int64 (rows, length)
     positions  int64 (rows, length), from 0 in each example
     documents  int32 (rows, length); None where each row is one example, so that causal attention is enough
-    places     int64 (targets,): in ids, flat, from where the next token is learned
-    following  int64 (targets,): that token
+    target_positions     int64 (targets,): in ids, flat, from where the next token is learned
+    labels  int64 (targets,): that token
     tokens     read, without padding
     """
 
     ids: Tensor
     positions: Tensor
     documents: Tensor | None
-    places: Tensor
-    following: Tensor
+    target_positions: Tensor
+    labels: Tensor
     tokens: int
 
     def to(self, device: torch.device) -> "Batch":
@@ -106,9 +106,9 @@ class Batch:
             return tensor.pin_memory().to(device, non_blocking=True)
 
         documents = None if self.documents is None else move(self.documents)
-        moved = (move(t) for t in (self.ids, self.positions, self.places, self.following))
-        ids, positions, places, following = moved
-        return Batch(ids, positions, documents, places, following, self.tokens)
+        moved = (move(t) for t in (self.ids, self.positions, self.target_positions, self.labels))
+        ids, positions, target_positions, labels = moved
+        return Batch(ids, positions, documents, target_positions, labels, self.tokens)
 
 
 def batch_of(sequences: PackedSequences, rows: Tensor) -> Batch:
@@ -117,14 +117,14 @@ def batch_of(sequences: PackedSequences, rows: Tensor) -> Batch:
     longest = int((documents >= 0).sum(-1).max())
     length = min(-(-longest // LENGTH_STEP) * LENGTH_STEP, documents.shape[1])
     documents, ids = documents[:, :length], sequences.ids[rows, :length].long()
-    places = sequences.targets[rows, :length].flatten().nonzero()[:, 0]
+    target_positions = sequences.targets[rows, :length].flatten().nonzero()[:, 0]
     packed = bool((documents > 0).any())
     return Batch(
         ids=ids,
         positions=_positions(documents),
         documents=documents.contiguous() if packed else None,
-        places=places,
-        following=ids.flatten()[places + 1],
+        target_positions=target_positions,
+        labels=ids.flatten()[target_positions + 1],
         tokens=int((documents >= 0).sum()),
     )
 
@@ -157,7 +157,7 @@ class Order:
     batch_size: int
     micro_batch: int
     seed: int
-    ranks: Ranks = ALONE
+    processes: ProcessGroup = SINGLE_PROCESS
 
     def rows(self, step: int) -> Tensor:
         """The sequences of a step, over all ranks, int64 (batch_size,)."""
@@ -170,7 +170,7 @@ class Order:
     def step(self, index: int) -> Step:
         """What a step reads, on the host."""
         rows = self.rows(index)
-        own = self.ranks.share(rows)
+        own = self.processes.share(rows)
         batches = tuple(batch_of(self.sequences, part) for part in torch.split(own, self.micro_batch) if len(part))
         targets = int(self.sequences.targets[rows].sum())
         return Step(batches, targets, int((self.sequences.documents[rows] >= 0).sum()))

@@ -31,7 +31,7 @@ DOCUMENTS_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
-class Windows:
+class Sequences:
     """Token windows and how to name them: `ids` int64 (samples, length), on the host."""
 
     ids: Tensor
@@ -87,9 +87,9 @@ def _first_line(error: Exception, folder: Path) -> str:
     return (words.splitlines() or [type(error).__name__])[0][:300]
 
 
-def calibration_windows(
+def calibration_sequences(
     tokenizer: PreTrainedTokenizerBase, part: Calibration, path: Path | None, seed: int, evaluation_path: Path | None
-) -> Windows:
+) -> Sequences:
     """The windows that calibrate; of the calibration half where the evaluation reads the same text.
 
     Raises:
@@ -101,9 +101,9 @@ def calibration_windows(
     return _windows(tokenizer, documents, part, name="calibration", seed=seed, overlap=path is None, notes=notes)
 
 
-def evaluation_windows(
+def evaluation_sequences(
     tokenizer: PreTrainedTokenizerBase, part: Evaluation, path: Path | None, seed: int, *used: Path | None
-) -> Windows:
+) -> Sequences:
     """The windows that judge. Text of the files that are `used` otherwise is left out, wherever else it stands.
 
     Raises:
@@ -142,7 +142,7 @@ def _windows(
     seed: int,
     overlap: bool,
     notes: Notes,
-) -> Windows:
+) -> Sequences:
     start = start_tokens(tokenizer)
     length = part.sequence_length - len(start)
     encode = _encoder(tokenizer, f"{name}.dataset", notes)
@@ -155,7 +155,7 @@ def _windows(
         raise _too_short(part, name, len(stream), len(offsets))
     chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: part.num_samples]
     rows = [start + stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
-    return Windows(
+    return Sequences(
         torch.tensor(rows, dtype=torch.int64),
         source_label(part.dataset),
         overlapping=short,
@@ -226,11 +226,11 @@ def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def _too_short(part: Calibration | Evaluation, name: str, tokens: int, windows: int) -> InvalidDataset:
+def _too_short(part: Calibration | Evaluation, name: str, tokens: int, sequences: int) -> InvalidDataset:
     return InvalidDataset(
-        f"{name}.dataset has {tokens} tokens, {windows} windows of {part.sequence_length}; "
+        f"{name}.dataset has {tokens} tokens, {sequences} windows of {part.sequence_length}; "
         f"{part.num_samples} are asked for",
         field=f"{name}.dataset",
         value=tokens,
-        hint=f"give more text, or set {name}.num_samples to at most {windows} or {name}.sequence_length lower",
+        hint=f"give more text, or set {name}.num_samples to at most {sequences} or {name}.sequence_length lower",
     )

@@ -51,14 +51,14 @@ class Turns:
         start, end = template.tokenizer.bos_token, template.tokenizer.eos_token
         self._ends = tuple(token for token in special if token != start or token == end)
 
-    def learned(self, talk: Conversation, written: Written) -> tuple[Span, ...]:
+    def loss_mask(self, talk: Conversation, written: Written) -> tuple[Span, ...]:
         """The parts of a conversation's text that are learned: the assistant's turns, but those of weight 0.
 
         Raises:
             InvalidDataset: a turn cannot be found, or there is nothing in it.
         """
         found = self._marked(talk, written)
-        turns = [index for index, message in enumerate(talk.messages) if message.learned]
+        turns = [index for index, message in enumerate(talk.messages) if message.loss_mask]
         for index in turns:
             if not written.shape.answers[index]:
                 told = "" if talk.messages[index].is_blank else " as the chat template writes it"
@@ -73,7 +73,7 @@ class Turns:
 
     def unweighted(self, talk: Conversation, written: Written) -> tuple[Span, ...]:
         """All of a conversation's text but the assistant's turns that have weight 0."""
-        left = [i for i, message in enumerate(talk.messages) if message.role == "assistant" and not message.learned]
+        left = [i for i, message in enumerate(talk.messages) if message.role == "assistant" and not message.loss_mask]
         if not left:
             return ((0, len(written.text)),)
         found = self._marked(talk, written)
@@ -83,14 +83,14 @@ class Turns:
 
     def _counts(self, found: _Marked, piece: Piece) -> bool:
         """Whether what a template marks as generated is learned: not if it is of a turn that is only read."""
-        if all(message.learned for message in found.talk.messages if message.role == "assistant"):
+        if all(message.loss_mask for message in found.talk.messages if message.role == "assistant"):
             return True
         owner = piece.owner
         if owner is None and all(other.owner is None for other in found.pieces if other.first >= piece.first):
             owner = len(found.talk.messages) - 1  # what is written after all turns ends the last
         if owner is None:
             raise self._lost(found.talk, "some turn")
-        return found.talk.messages[owner].learned
+        return found.talk.messages[owner].loss_mask
 
     def _marked(self, talk: Conversation, written: Written) -> _Marked:
         """The text once more, with marks.

@@ -32,7 +32,7 @@ from bitwright.errors import NumericalFailure
 from workers.contracts.blocks import BlockTask
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.device.cuda_graphs import captured
-from workers.engine.device.process_group import ALONE, Ranks
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.tune.minibatches import Minibatches, address
 from workers.engine.tune.sample_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.tune.tuned_block import TunedBlock, shape_of
@@ -48,12 +48,14 @@ class Tuner:
     """Tunes block after block; `tune` is the `Tune` of the methods.
 
     log    told an event's name and fields when the tuner falls back to a slower way
-    ranks  who tunes along; every one of them must call `tune` with the same settings
+    processes  who tunes along; every one of them must call `tune` with the same settings
     """
 
-    def __init__(self, log: Callable[..., None] = lambda *_, **__: None, ranks: Ranks = ALONE) -> None:
+    def __init__(
+        self, log: Callable[..., None] = lambda *_, **__: None, processes: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         self._log = log
-        self._ranks = ranks
+        self._ranks = processes
         self._run: _Run | None = None
 
     def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
@@ -127,7 +129,7 @@ class _Run:
     best: Tensor
     best_step: Tensor
     kernels: ModuleType | None
-    ranks: Ranks
+    processes: ProcessGroup
     initial: Number = math.nan
     step: Callable[[], None] = lambda: None
     check: Callable[[], None] = lambda: None
@@ -139,16 +141,16 @@ class _Run:
         weights: Sequence[TrainableWeights],
         settings: TuningSettings,
         micro_batch: int,
-        ranks: Ranks,
+        processes: ProcessGroup,
     ) -> "_Run":
         device = task.device
-        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings, ranks))
+        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings, processes))
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
             block=TunedBlock.of(task, weights),
             kernels=block_kernels_for(data.inputs),
-            ranks=ranks,
+            processes=processes,
             weights=weights,
             settings=settings,
             micro_batch=micro_batch,
@@ -174,7 +176,7 @@ class _Run:
         self.block.adopt(task.block)
         for mine, other in zip(self.weights, weights, strict=True):
             mine.adopt(other)
-        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings, self.ranks))
+        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings, self.processes))
 
     def prepare(self, log: Callable[..., None]) -> None:
         """Captures step and check where that is possible."""
@@ -183,8 +185,8 @@ class _Run:
         self.data.start()
         try:
             still = (self.rates, self.count)
-            step = captured(self._gradients, self._sum_gradients, self._move, still, self.ranks)
-            check = captured(self._measure, self._sum_loss, self._choose, still, self.ranks)
+            step = captured(self._gradients, self._sum_gradients, self._move, still, self.processes)
+            check = captured(self._measure, self._sum_loss, self._choose, still, self.processes)
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
@@ -230,10 +232,10 @@ class _Run:
         batch = self.data.rows(self.count.view(1))
         for number, part in enumerate(torch.split(batch, self.micro_batch)):
             self.block.accumulation.adds = number > 0
-            self._add_gradients(part, len(part) / (len(batch) * self.ranks.size))
+            self._add_gradients(part, len(part) / (len(batch) * self.processes.size))
 
     def _sum_gradients(self) -> None:
-        self.ranks.sum_(*(flat.gradient for flat in self.block.flats))
+        self.processes.sum_(*(flat.gradient for flat in self.block.flats))
 
     def _move(self) -> None:
         rate = self.rates.index_select(0, self.count.view(1))[0]
@@ -252,10 +254,10 @@ class _Run:
         self.loss.zero_()
         for part in torch.split(self.data.held_out, self.micro_batch):
             parts = self._outputs(part)
-            self.loss += self._error(parts, part, len(part) / (len(self.data.held_out) * self.ranks.size))[0]
+            self.loss += self._error(parts, part, len(part) / (len(self.data.held_out) * self.processes.size))[0]
 
     def _sum_loss(self) -> None:
-        self.ranks.sum_(self.loss)
+        self.processes.sum_(self.loss)
 
     @torch.no_grad()
     def _choose(self) -> None:
@@ -277,8 +279,8 @@ class _Run:
         forward, module = self.task.forward, self.block.module
         if self.kernels is None:
             return [forward(module, self.data.inputs.index_select(0, rows))]
-        inputs, summands = self.kernels.take_rows(self.data.inputs, rows), getattr(module, "summands", None)
-        return [forward(module, inputs)] if summands is None else list(forward(summands, inputs))
+        inputs, residual_and_update = self.kernels.take_rows(self.data.inputs, rows), getattr(module, "summands", None)
+        return [forward(module, inputs)] if residual_and_update is None else list(forward(residual_and_update, inputs))
 
     @torch.no_grad()
     def _error(self, parts: list[Tensor], rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -333,9 +335,9 @@ def _shape(
     )
 
 
-def _samples(task: BlockTask, settings: TuningSettings, ranks: Ranks) -> dict[str, Tensor]:
+def _samples(task: BlockTask, settings: TuningSettings, processes: ProcessGroup) -> dict[str, Tensor]:
     """Which sequences train and which judge, as `Minibatches` takes them."""
-    training, held_out = split(len(task.inputs), task.seed, ranks.part(MOST_HELD_OUT))
+    training, held_out = split(len(task.inputs), task.seed, processes.part(MOST_HELD_OUT))
     return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
 
 

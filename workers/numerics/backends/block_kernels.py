@@ -7,7 +7,7 @@ rounded to the activations' dtype where transformers rounds them.
     rms_norm      y = w * round(x / sqrt(mean(x^2) + eps))
     add_rms_norm  h = round(x + u), and the norm of h
     silu_mul      y = round(silu(g)) * u
-    turn          (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head of queries or keys
+    apply_rope          (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head of queries or keys
     square_error  L = share * mean((y - t[index])^2) and dL/dy, y given as a tensor or as two that add up to it
     take_rows     x[index], rows of any size
 """
@@ -44,7 +44,7 @@ def silu_mul(*gate_up: Tensor) -> Tensor:
     return y
 
 
-def turn(*heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def apply_rope(*heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys turned by their positions, and values as they are, each (batch, length, its heads, width).
 
     heads    queries, keys and values like that, or packed in one tensor (batch, length, sum of counts, width)
@@ -109,7 +109,7 @@ def warm_ups(
         lambda: rms_norm(hidden(width).detach(), weight, 1e-5),
         lambda: both_ways(lambda: add_rms_norm(hidden(width), hidden(width), weight, 1e-5)),
         lambda: both_ways(lambda: silu_mul(hidden(2 * inner))),
-        lambda: both_ways(lambda: turn(hidden(sum(heads), head_width), counts=heads, **angles)),
+        lambda: both_ways(lambda: apply_rope(hidden(sum(heads), head_width), counts=heads, **angles)),
         at_the_end,
     ]
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from workers.numerics.causal_attention import attend
 
-__all__ = ["add_rms_norm", "attend", "rms_norm", "silu_mul", "square_error", "take_rows", "turn"]
+__all__ = ["add_rms_norm", "apply_rope", "attend", "rms_norm", "silu_mul", "square_error", "take_rows"]
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -35,7 +35,7 @@ def silu_mul(*gate_up: Tensor) -> Tensor:
     return y
 
 
-def turn(*heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def apply_rope(*heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries and keys turned by their positions, and values as they are, each (batch, length, its heads, width).
 
     heads    queries, keys and values like that, or packed in one tensor (batch, length, sum of counts, width)

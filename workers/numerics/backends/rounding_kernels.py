@@ -45,9 +45,9 @@ def offset_unit(steps: int, learning_rate: float) -> float | None:
     return learning_rate / steps if 0 < steps * (steps + 1) // 2 <= LARGEST_COUNT else None
 
 
-def write(groups: Groups, bits: int, symmetric: bool, smallest: float, hat: Tensor) -> None:
+def write(groups: Groups, bits: int, symmetric: bool, smallest: float, w_hat: Tensor) -> None:
     """hat <- w_hat of the present parameters."""
-    _launch(groups, bits, symmetric, smallest, hat=hat)
+    _launch(groups, bits, symmetric, smallest, w_hat=w_hat)
 
 
 def step(
@@ -60,13 +60,13 @@ def step(
     rate: Tensor,
     faults: Tensor,
     limits: tuple[float, float],
-    hat: Tensor,
+    w_hat: Tensor,
 ) -> None:
     """Moves V, alpha and beta, the latter within `limits`; hat <- the new w_hat.
 
     Adds the number of groups with NaN gradients to `faults`.
     """
-    _launch(groups, bits, symmetric, smallest, gradient=gradient, rate=rate, faults=faults, limits=limits, hat=hat)
+    _launch(groups, bits, symmetric, smallest, gradient=gradient, rate=rate, faults=faults, limits=limits, w_hat=w_hat)
 
 
 def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Tensor) -> None:
@@ -136,7 +136,7 @@ def warm_ups(
             rate=one[0],
             faults=faults,
             limits=(0.5, 1.5),
-            hat=torch.empty_like(weight),
+            w_hat=torch.empty_like(weight),
         ),
         partial(keep, groups, *grid, better),
         partial(search_range, weight, moments, *grid, dtypes[1]),
@@ -157,7 +157,7 @@ def _launch(
     symmetric: bool,
     smallest: float,
     *,
-    hat: Tensor | None = None,
+    w_hat: Tensor | None = None,
     gradient: Tensor | None = None,
     rate: Tensor | None = None,
     faults: Tensor | None = None,
@@ -177,7 +177,7 @@ def _launch(
         groups.codes,
         groups.scale,
         groups.zero,
-        unused if hat is None else hat,
+        unused if w_hat is None else w_hat,
         unused if gradient is None else gradient,
         unused if rate is None else rate,
         unused if faults is None else faults,
@@ -191,7 +191,7 @@ def _launch(
         SYMMETRIC=symmetric,
         STORED_AS=STORED[groups.scale.dtype],
         STEP=gradient is not None,
-        WRITE=hat is not None,
+        WRITE=w_hat is not None,
         KEEP=better is not None,
         **sizes,
     )
@@ -318,8 +318,8 @@ def _round_weights(  # type: ignore[no-untyped-def]
         scale, zero = _grid(low, high, alpha, beta, smallest, BITS, SYMMETRIC, STORED_AS)
         free, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
     if WRITE:
-        hat = _stored((codes - zero[:, None]) * scale[:, None], HAT.dtype.element_ty)
-        tl.store(HAT + at, hat.to(HAT.dtype.element_ty), mask=real)
+        w_hat = _stored((codes - zero[:, None]) * scale[:, None], HAT.dtype.element_ty)
+        tl.store(HAT + at, w_hat.to(HAT.dtype.element_ty), mask=real)
     if KEEP:
         lowest = -(2.0 ** (BITS - 1)) if SYMMETRIC else 0.0
         tl.store(CODES + at, (codes - lowest).to(tl.uint8), mask=real)

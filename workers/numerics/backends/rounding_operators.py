@@ -85,12 +85,12 @@ def warm_ups(*_: object, **__: object) -> list[Callable[[], object]]:
     return []
 
 
-def write(groups: Groups, bits: int, symmetric: bool, smallest: float, hat: Tensor) -> None:  # noqa: ARG001 - see grid
+def write(groups: Groups, bits: int, symmetric: bool, smallest: float, w_hat: Tensor) -> None:  # noqa: ARG001 - see grid
     """hat <- w_hat of the present parameters."""
-    to, hat = groups.grid(bits, symmetric), hat.view(groups.weight.shape)
+    to, w_hat = groups.grid(bits, symmetric), w_hat.view(groups.weight.shape)
     for rows, work in _chunks(groups):
         part = to.rows(rows)
-        hat[rows] = _steps(_codes(groups, rows, part, work), part).mul_(part.scale.unsqueeze(-1))
+        w_hat[rows] = _steps(_codes(groups, rows, part, work), part).mul_(part.scale.unsqueeze(-1))
 
 
 def step(
@@ -103,7 +103,7 @@ def step(
     rate: Tensor,
     faults: Tensor,
     limits: tuple[float, float],
-    hat: Tensor,
+    w_hat: Tensor,
 ) -> None:
     """Moves V, alpha and beta, the latter within `limits`; hat <- the new w_hat.
 
@@ -119,7 +119,7 @@ def step(
     faults += d_alpha.isnan().sum(dtype=faults.dtype)
     for factor, by_factor in ((groups.alpha, d_alpha), (groups.beta, d_beta)):
         factor.sub_(by_factor.nan_to_num_().sign_().mul_(rate)).clamp_(*limits)
-    write(groups, bits, symmetric, smallest, hat)
+    write(groups, bits, symmetric, smallest, w_hat)
 
 
 def _gradients(groups: Groups, rows: slice, to: Grid, work: Buffers, d: Tensor, sums: Sequence[Tensor]) -> Tensor:
