@@ -92,7 +92,8 @@ def _run(told: FinetuningReport) -> Iterator[str]:
         yield f"| training loss, nats a token | {first:.4f} at first, {last:.4f} at last |"
     if told.loss_before is not None and told.loss_after is not None:
         held_out = f"loss on {told.held_out_sequences} held-out sequences"
-        yield f"| {held_out} | {told.loss_before:.4f} before, {told.loss_after:.4f} after |"
+        ships = "" if told.loss_shipped is None else f", {told.loss_shipped:.4f} with the weights that ship"
+        yield f"| {held_out} | {told.loss_before:.4f} before, {told.loss_after:.4f} after{ships} |"
     else:
         yield "| held-out loss | not measured: no sequence was held out |"
 
