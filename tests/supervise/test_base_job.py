@@ -1,4 +1,4 @@
-"""What an earlier job made, brought to the worker that goes on from it: what is read of it, whole and undamaged."""
+"""The base job's files on the worker: those that are read, complete and undamaged."""
 
 import json
 from dataclasses import replace

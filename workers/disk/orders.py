@@ -1,4 +1,4 @@
-"""What the supervisor tells the fetch: `fetch.json` in the workspace."""
+"""Orders from the supervisor to its children: `fetch.json` and `order.json` in the workspace."""
 
 from typing import Annotated, Literal
 

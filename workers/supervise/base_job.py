@@ -1,4 +1,4 @@
-"""What an earlier job made, brought from the blob store for a job that starts from it.
+"""The base job's checkpoints, brought from the blob store for a job that starts from them.
 
     sources/<job id>/native/...     the files that `app.domain.request.base_job.is_read` names, each checked by its hash
     sources/<job id>/adapter/...
