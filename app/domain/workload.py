@@ -56,7 +56,7 @@ def trained_tokens(request: JobRequest) -> int:
 
 
 def tuned_sequences(request: JobRequest) -> int:
-    """Of each block; none where blocks are taken from an earlier job."""
+    """Of each block; none where blocks are taken from a base job."""
     return 0 if request.base_job else request.quantization.tuned_sequences(request.calibration.num_samples)
 
 

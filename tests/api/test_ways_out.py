@@ -1,5 +1,4 @@
-"""Errors and hints for sources that are no checkpoint, for folders that may not be read, for requests that disappoint.
-"""
+"""Errors and hints for sources that are no checkpoint, for folders that may not be read, for requests that disappoint."""
 
 import json
 from pathlib import Path
