@@ -9,7 +9,19 @@ Errors are the classes of `bitwright.errors`, by the code that the service sent;
 `Unavailable`.
 """
 
-from bitwright.client import Client
-from bitwright.transport import RetryPolicy
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from bitwright.client import Client
+    from bitwright.transport import RetryPolicy
 
 __all__ = ["Client", "RetryPolicy"]
+
+
+def __getattr__(name: str) -> Any:
+    """The public names, imported when first asked for: who reads `bitwright.errors` needs no HTTP client."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bitwright import client, transport  # noqa: PLC0415
+
+    return getattr(client if name == "Client" else transport, name)

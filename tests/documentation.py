@@ -61,7 +61,7 @@ FOLDERS = MappingProxyType(
         "tests/benchmarks": "The list of measurements and the tables made of them",
         "tests/child": "The child's side of the process boundary, and the fetch",
         "tests/cli": "The command line",
-        "tests/client": "The client against real sockets",
+        "tests/bitwright": "The client against real sockets",
         "tests/conformance": "Suites that every method, adapter and format must pass",
         "tests/disk": "Workspaces and caches",
         "tests/domain": "Requests, formats and errors",

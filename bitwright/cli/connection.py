@@ -13,10 +13,10 @@ from typing import Annotated
 
 import typer
 
-from app.setting_values import shown, web_address
-from app.settings import get_settings
 from bitwright import Client
-from bitwright.client import DEFAULT_URL
+from bitwright.addresses import shown, web_address
+from bitwright.environment import DEFAULT_URL
+from bitwright.environment import data_dir as environment_data_dir
 from bitwright.errors import InvalidSettings
 
 FILE_NAME = "client.json"
@@ -77,7 +77,7 @@ def find_endpoint(url: str | None, key: str | None, data_dir: Path | None) -> En
 
     A stored key goes only to the address that it was stored with.
     """
-    stored = load_endpoint(data_dir or get_settings().data_dir)
+    stored = load_endpoint(data_dir.expanduser() if data_dir else environment_data_dir())
     if url is not None:
         url = _checked(url)
     elif stored is not None:
