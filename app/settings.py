@@ -32,7 +32,7 @@ from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app import setting_values as values
 from bitwright.addresses import shown, web_address
-from bitwright.environment import default_data_dir
+from bitwright.endpoint import default_data_dir
 from bitwright.errors import InvalidSettings
 
 KIB, MIB, GIB, PIB = 1 << 10, 1 << 20, 1 << 30, 1 << 50

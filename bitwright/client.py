@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from bitwright.delivery import delivery
 from bitwright.downloads import OnBytes, download_artifact, ignore_bytes, subfolder, target_path
-from bitwright.environment import DEFAULT_URL
+from bitwright.endpoint import DEFAULT_URL
 from bitwright.errors import NotFound, RequestError
 from bitwright.event_stream import follow
 from bitwright.folders import claim_folder

@@ -10,7 +10,7 @@ from typing import Self
 
 from app.cli.children import tied_to_this_process
 from bitwright import Client
-from bitwright.cli.connection import Endpoint, load_endpoint
+from bitwright.endpoint import Endpoint, load_endpoint
 from bitwright.errors import BitwrightError, Unavailable
 
 START_SECONDS = 120.0
