@@ -24,7 +24,6 @@ from workers.engine.plan import Plan, make_plan, plan_schemes, scale_dtype
 from workers.engine.quantize.base_job import BaseJobResult
 from workers.engine.quantize.kernel_warm_up import compiling
 from workers.engine.quantize.preparation import Prepared
-from workers.engine.quantize.registry import needs_text
 from workers.engine.reporter import Reporter
 from workers.engine.text.generated import Generation
 from workers.engine.text.sequences import has_tokenizer, load_tokenizer
@@ -107,7 +106,7 @@ def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> No
 
 def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBase | None:
     """The tokenizer if anything of the job reads text; None, with a warning where the result has none, if not."""
-    readers = readers_of(order.request, observes=needs_text(order.request.quantization))
+    readers = readers_of(order.request)
     folder = Path(order.model_path)
     if readers:
         return load_tokenizer(folder, " and ".join(readers))

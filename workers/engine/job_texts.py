@@ -13,7 +13,6 @@ from bitwright.errors import InvalidDataset
 from workers.disk.orders import AttemptOrder
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import ActivationSize
-from workers.engine.quantize.registry import needs_text
 from workers.engine.reporter import Reporter
 from workers.engine.text.documents import Notes
 from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts
@@ -54,7 +53,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
         _check_length(model, "finetune", part.sequence_length)
         finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
         _check_vocabulary(model, finetuning.training.ids)
-    if request.base_job is None and needs_text(request.quantization):
+    if request.base_job is None and request.quantization.reads_text():
         _check_length(model, "calibration", request.calibration.sequence_length)
         if isinstance(request.calibration.dataset, GeneratedText):
             calibration = generated_sequences(request.calibration, request.seed, generation)
@@ -65,7 +64,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
             reporter.warning("starved_calibration", starved)
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
-        used = _calibration_file(request, paths) if needs_text(request.quantization) else None
+        used = _calibration_file(request, paths) if request.quantization.reads_text() else None
         evaluation = evaluation_sequences(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
     if finetuning is not None:
         _warn(reporter, "finetune", finetuning.examples.notes)

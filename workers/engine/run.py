@@ -26,7 +26,6 @@ from workers.engine.quantize.block_report import report_of_head
 from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.quantize.preparation import Preparation, digest
 from workers.engine.quantize.reference import measure_reference
-from workers.engine.quantize.registry import METHODS, is_needed
 from workers.engine.report import Findings, identity_of, report_of, size_of
 from workers.engine.reporter import Reporter
 from workers.engine.scales.stage import run_scale_stage
@@ -70,7 +69,7 @@ def _with_processes(job: Job, rank: int) -> tuple[Job, FinishedBlocks, Findings]
 def _prepared(job: Job, processes: ProcessGroup) -> Job:
     """The job with what its spec asks to know of the whole model before the first block."""
     request, sequences = job.order.request, job.texts.calibration
-    if sequences is None or not is_needed(request.quantization):
+    if sequences is None or not request.quantization.needs_preparation():
         return job
 
     def tick(share: float) -> None:
@@ -96,7 +95,7 @@ def _run_blocks(job: Job, processes: ProcessGroup) -> tuple[FinishedBlocks, Find
     """All that the ranks do together."""
     texts, model = job.texts, job.model
     keep_inputs = job.order.request.quantization.needs_original_inputs()
-    observed = texts.calibration if METHODS[job.order.request.quantization.method].needs_inputs else None
+    observed = texts.calibration if job.order.request.quantization.observes_inputs() else None
     with model.loaded(model.layout.embeddings):
         calibration, evaluation = (
             None

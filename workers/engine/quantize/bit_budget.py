@@ -30,7 +30,7 @@ from workers.contracts.blocks import Fisher, ScoreTask, ScoringMethod
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations, second_moments, sum_moments
-from workers.engine.quantize.registry import METHODS
+from workers.engine.quantize.registry import method_of
 from workers.engine.seeds import derived_seed
 from workers.methods.rtn import quantize_weight
 from workers.numerics import normal_float
@@ -81,7 +81,7 @@ class Scoring:
 
     def _block_errors(self, index: int, candidates: Mapping[str, tuple[Candidate, ...]]) -> dict[str, list[float]]:
         linears = self.model.block_linears(index)
-        method = METHODS[self.spec.model_dump()["method"]]
+        method = method_of(self.spec)
         if isinstance(method, ScoringMethod):
             prefix, seed = self.model.layout.block(index), derived_seed(self.seed, index)
             return {

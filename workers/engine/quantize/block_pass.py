@@ -41,7 +41,7 @@ from workers.engine.quantize.block_report import BlockFindings, error_sums
 from workers.engine.quantize.finished_blocks import FinishedBlocks, Shard
 from workers.engine.quantize.preparation import Prepared
 from workers.engine.quantize.reference import rounded
-from workers.engine.quantize.registry import METHODS
+from workers.engine.quantize.registry import METHODS, method_of
 from workers.engine.reporter import Reporter
 from workers.engine.seeds import derived_seed
 from workers.engine.tune.tuner import Tuner
@@ -269,7 +269,7 @@ class BlockPass:
 
 
 def _quantize_block(task: BlockTask, spec: WeightSpec) -> BlockResult:
-    return METHODS[spec.model_dump()["method"]].quantize_block(task, spec)
+    return method_of(spec).quantize_block(task, spec)
 
 
 def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:

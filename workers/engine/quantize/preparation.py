@@ -29,7 +29,7 @@ from workers.engine.plan import Plan
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.bit_budget import Scoring, spend
 from workers.engine.quantize.fisher import empirical_fisher
-from workers.engine.quantize.registry import METHODS
+from workers.engine.quantize.registry import method_of
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Preparation:
         if budget is None:
             return Prepared(fisher=fisher)
         stream = None
-        if not isinstance(METHODS[self.spec.model_dump()["method"]], ScoringMethod):
+        if not isinstance(method_of(self.spec), ScoringMethod):
             with self.model.loaded(self.model.layout.embeddings):
                 stream = Activations(self.model, self.ids, self.plan, keep_inputs=False)
         scoring = Scoring(
