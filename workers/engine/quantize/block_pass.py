@@ -208,7 +208,7 @@ class BlockPass:
             targets=empty if stream is None else stream.original,
             schemes=schemes,
             moments=moments,
-            scale_dtype=getattr(torch, self.plan.scale_dtype),
+            scale_dtype=self.plan.scale_dtype,
             device=self.model.device,
             seed=derived_seed(self.seed, index),
             micro_batch=self.plan.micro_batch,
@@ -235,7 +235,7 @@ class BlockPass:
         schemes = {name: self.schemes[f"{prefix}.{name}"] for name in self._quantized_linears(index)}
         with (
             self.clock.during(Stage.EVALUATE),
-            rounded(self.model.block_linears(index), schemes, getattr(torch, self.plan.scale_dtype)),
+            rounded(self.model.block_linears(index), schemes, self.plan.scale_dtype),
         ):
             stream.advance_reference(index, block)
 

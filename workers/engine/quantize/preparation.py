@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -120,7 +119,7 @@ class Preparation:
         scoring = Scoring(
             model=self.model,
             spec=self.spec,
-            scale_dtype=getattr(torch, self.plan.scale_dtype),
+            scale_dtype=self.plan.scale_dtype,
             seed=self.seed,
             stream=stream,
             fisher=fisher,
