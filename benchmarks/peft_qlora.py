@@ -47,20 +47,22 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.domain.adapters import LoRASpec
 from app.domain.methods.schemes import Scheme
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import BuiltinText
 from benchmarks.random_llama import write_model
-from workers.adapters.attaching import Attach
 from workers.engine.device.process_group import SINGLE_PROCESS
 from workers.engine.device.setup import reproducible
+from workers.engine import finetune
+from workers.engine.clock import StageClock
 from workers.engine.finetune import memory_plan as training_plan
 from workers.engine.finetune.flat_adamw import FlatParameters
-from workers.engine.finetune.stage import FinetuningStage, run_finetuning
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import FinishedBlocks
+from workers.engine.finished_blocks import FinishedBlocks
+from workers.engine.job import Job
+from workers.engine.job_texts import Texts
+from workers.engine.plan import make_plan
 from workers.engine.reporter import Reporter
 from workers.engine.seeds import derived_seed
 from workers.engine.text.examples import Examples
@@ -242,7 +244,8 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
 
 def quantized(model: StreamedModel, folder: Path) -> tuple[FinishedBlocks, frozenset[str]]:
     """The blocks' linears in NF4, and their full names."""
-    state = FinishedBlocks(folder, "benchmark")
+    state = FinishedBlocks(folder)
+    state.adopt("benchmark")
     names: set[str] = set()
     for index in range(len(model.blocks)):
         block = model.layout.block(index)

@@ -1,4 +1,4 @@
-"""All texts of a job, read before anything is computed: what calibrates, what judges, what an adapter learns."""
+"""All texts of a job, read before anything is computed: calibration, evaluation and the adapter's training text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -28,11 +28,10 @@ class Texts:
     evaluation: Sequences | None
     finetuning: FinetuningTexts | None = None
 
-    def streams(self, keep_inputs: bool, reference: bool = False) -> list[ActivationSize]:
-        """The sizes of their streams; that of the calibration has its inputs besides if they are kept, and that of the
-        evaluation its reference."""
-        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
-        return [ActivationSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
+    def activation_sizes(self, keep_inputs: bool, reference: bool = False) -> list[ActivationSize]:
+        """Sizes of their activations: calibration has its inputs besides if they are kept, evaluation its reference."""
+        texts = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
+        return [ActivationSize(*text.ids.shape, tensors) for text, tensors in texts if text is not None]
 
 
 def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation | None) -> Texts:

@@ -329,8 +329,8 @@ def test_a_resumed_job_has_the_scales_of_an_undisturbed_one(
 
     places = {
         "in the middle": "workers.engine.scales.tuning.ScaleTuning.step",
-        "before it is durable": "workers.engine.quantize.finished_blocks.FinishedBlocks.save_scales",
-        "after it is durable": "workers.engine.run.measure",
+        "before it is durable": "workers.engine.finished_blocks.FinishedBlocks.save_scales",
+        "after it is durable": "workers.engine.evaluate.measure",
     }
     with monkeypatch.context() as patch:
         patch.setattr(places[moment], interrupt)
