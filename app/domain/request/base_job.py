@@ -221,7 +221,8 @@ def _of_quantization(base_job: BaseJob, field: str, value: object) -> FieldProbl
 
 
 def _differs(base_job: BaseJob, field: object, own: object) -> str:
-    return f"the job starts from {base_job.id}, whose {field} is {own}; leave it out; without base_job it is quantized anew"
+    kept = f"the job starts from {base_job.id}, whose {field} is {own}"
+    return f"{kept}; leave it out; without base_job it is quantized anew"
 
 
 def _conflict(field: str, detail: str, value: object) -> FieldProblem:
