@@ -52,7 +52,7 @@ class Readiness(BaseModel):
     responses=problems("unavailable", "invalid_request", public=True),
 )
 def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
-    """Whether the database answers and has this version's schema, and how the broker is.
+    """Readiness: the database answers and has this version's schema; the broker's state is said beside it.
 
     A broker that is down is no reason to take no requests: idle workers ask the database by themselves.
     """

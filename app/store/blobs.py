@@ -42,7 +42,7 @@ class BlobEntry:
 
 
 class BlobStore(Protocol):
-    """What every blob store does. All but `put` raise StorageError for a name that is not a sha256."""
+    """Operations of every blob store. All but `put` raise StorageError for a name that is not a sha256."""
 
     def put(self, path: Path) -> Blob:
         """Store a file's bytes; if they are there already, only their `modified` changes.
@@ -59,13 +59,13 @@ class BlobStore(Protocol):
         """Chunks of bytes `start` up to, not including, `stop`. StorageError if the blob is shorter or missing."""
 
     def exists(self, sha256: str) -> bool:
-        """Whether the blob is there."""
+        """True if the blob is there."""
 
     def delete(self, sha256: str) -> None:
         """Remove the blob; no fault if it is not there."""
 
     def path(self, sha256: str) -> Path | None:
-        """Where the blob lies as a local file; None if the store has no files."""
+        """Path of the blob as a local file; None if the store has no files."""
 
     def entries(self) -> Iterator[BlobEntry]:
         """Every blob, in no order."""

@@ -138,14 +138,14 @@ class _Attempt:
 
     def _order(self) -> AttemptOrder:
         request, tenant = self._claim.request, self._claim.tenant_id
-        found = (self._context, tenant)
-        model = model_path(*found, request, self._workspace)
+        of_tenant = (self._context, tenant)
+        model = model_path(*of_tenant, request, self._workspace)
         texts = {
-            f"{TEXT_ROLES[named.field]}_path": text_path(*found, named.source, self._workspace, field=named.field)
+            f"{TEXT_ROLES[named.field]}_path": text_path(*of_tenant, named.source, self._workspace, field=named.field)
             for named in read_sources(request)
             if named.source is not request.model
         }
-        base_job = base_job_folder(*found, request.base_job, self._workspace)
+        base_job = base_job_folder(*of_tenant, request.base_job, self._workspace)
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
         fetched = None if wanted.empty else self._fetch(wanted)
         if fetched is not None:

@@ -36,10 +36,10 @@ CHARACTERS_PER_TOKEN = 12
 
 
 def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) -> FetchOrder:
-    """What the request wants from the Hub. Equal datasets are fetched once, into one file."""
+    """Models and texts to fetch from the Hub. Equal datasets are fetched once, into one file."""
     model = request.model if isinstance(request.model, HubModel) else None
     wanted = [
-        (TEXT_ROLES[named.field], named.source, tokens_read(named.part))
+        (TEXT_ROLES[named.field], named.source, tokens_read(named.section))
         for named in read_sources(request)
         if isinstance(named.source, HubDataset)
     ]
@@ -54,11 +54,11 @@ def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) 
     return FetchOrder(model=model, models_folder=str(models_folder), **orders)
 
 
-def tokens_read(part: BaseModel) -> int:
+def tokens_read(section: BaseModel) -> int:
     """Tokens of its dataset that a part of a request reads at the most."""
-    if not isinstance(part, Calibration | Evaluation | Finetune):
-        raise TypeError(f"{type(part).__name__} does not say how much of its dataset is read")
-    return part.tokens_read
+    if not isinstance(section, Calibration | Evaluation | Finetune):
+        raise TypeError(f"{type(section).__name__} does not say how much of its dataset is read")
+    return section.tokens_read
 
 
 def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, workspace: Workspace) -> str | None:
