@@ -1,8 +1,8 @@
-"""The doorbell: a Celery message that says "there is work for this class of device", and nothing else.
+"""Notification of workers: a Celery message that says "there is work for this class of device", and nothing else.
 
 The database is the truth, and idle workers ask it by themselves. A message only spares them the wait: it carries no job
 and no time, is acknowledged on arrival, and has no result, so one that is lost or doubled costs nothing. A class is
-rung for only if it has a live worker and nothing lies in its queue: nothing grows while nobody reads.
+notified only if it has a live worker and nothing lies in its queue: nothing grows while nobody reads.
 """
 
 import threading
@@ -26,13 +26,13 @@ from bitwright.job_states import DeviceClass
 
 WORK_TASK = "workers.work"
 QUIET_SECONDS = 2.0
-"""After a failure, so long nobody of this process tries again: callers do not queue up before a broker that hangs."""
+"""Pause of this process after a failure: callers do not queue up before a broker that hangs."""
 PROBE_SECONDS = 1.0
-"""How long the broker may take to answer a probe, and how old an answer may be."""
+"""Longest time for an answer to a probe, and the age up to which an answer is used again."""
 PROBE_KEY = "bitwright.probe"
 
 BrokerState = Literal["ok", "refuses", "unreachable"]
-"""Whether messages can be sent: `refuses` if it answers and takes none, as one whose memory is full does."""
+"""`ok` if messages can be sent, `refuses` if the broker answers and takes none, as one whose memory is full does."""
 
 TRANSPORT_OPTIONS: Mapping[str, object] = MappingProxyType(
     {
@@ -40,7 +40,7 @@ TRANSPORT_OPTIONS: Mapping[str, object] = MappingProxyType(
         "socket_timeout": 10,
         "socket_connect_timeout": 2,
         "socket_keepalive": True,
-        # One try: who rings does not wait for the broker. 0 would mean "for ever".
+        # One try: a sender does not wait for the broker. 0 would mean "for ever".
         "max_retries": 1,
         "interval_start": 0,
         "interval_step": 0,
@@ -49,7 +49,7 @@ TRANSPORT_OPTIONS: Mapping[str, object] = MappingProxyType(
     }
 )
 SENDING: Mapping[str, object] = MappingProxyType({"socket_timeout": 2})
-"""A worker waits for messages, which takes long; who sends one does not."""
+"""A worker waits for messages, which takes long; a sender does not."""
 
 log = structlog.get_logger(__name__)
 
@@ -81,13 +81,13 @@ def celery_app(broker_url: str) -> Celery:
 
 
 class _Broker:
-    """What a process knows of the broker at one URL, and its way to it."""
+    """State of the broker at one URL, as this process knows it, and the connection to it."""
 
     def __init__(self, url: str) -> None:
         self.url = url
         self.sender = celery_app(url)
         self.sender.conf.broker_transport_options = {**TRANSPORT_OPTIONS, **SENDING}
-        self._ringing = threading.Lock()
+        self._sending = threading.Lock()
         self._quiet_until = 0.0
         self._probing = threading.Lock()
         self._probed_at = -PROBE_SECONDS
@@ -95,23 +95,23 @@ class _Broker:
 
     @contextmanager
     def trying(self) -> Iterator[bool]:
-        """Whether to try now: one thread of a process at a time, so that no two find the same queue empty.
+        """True if the caller may try now: one thread per process at a time, so that no two find the same queue empty.
 
-        Who comes meanwhile is as good as rung for. A failure inside is logged, and keeps everybody quiet for a while.
+        For the others a message is on its way. A failure inside is logged, and no thread tries again for a while.
         """
-        if time.monotonic() < self._quiet_until or not self._ringing.acquire(blocking=False):
+        if time.monotonic() < self._quiet_until or not self._sending.acquire(blocking=False):
             yield False
             return
         try:
             yield True
-        except Exception as error:  # a transport's own kinds, too: who rings has something better to do than to fail
+        except Exception as error:  # a transport's own kinds, too: a message is never worth the failure of its sender
             self._quiet_until = time.monotonic() + QUIET_SECONDS
             log.warning("broker_not_reached", error=type(error).__name__, reason=_reason(error))
         finally:
-            self._ringing.release()
+            self._sending.release()
 
     def state(self) -> BrokerState:
-        """Whether it takes messages, found out at most once in `PROBE_SECONDS`."""
+        """State of the broker, probed at most once per `PROBE_SECONDS`."""
         if self._probing.acquire(blocking=False):
             try:
                 if time.monotonic() - self._probed_at >= PROBE_SECONDS:
@@ -128,9 +128,9 @@ def _broker(broker_url: str) -> _Broker:
 
 
 def notify_workers(device: str, alive: Collection[DeviceClass], *, times: int = 1) -> None:
-    """Ring for workers of `device` ("cpu", "cuda", or "any" for both). Never raises: idle workers ask by themselves.
+    """Notify workers of `device` ("cpu", "cuda", or "any" for both). Never raises: idle workers ask by themselves.
 
-    alive   classes with a live worker; no other is rung for
+    alive   classes with a live worker; no other is notified
     times   messages for each class, if none lies in its queue
     """
     broker_url = get_settings().broker_url
@@ -143,7 +143,7 @@ def notify_workers(device: str, alive: Collection[DeviceClass], *, times: int = 
         with broker.trying() as now:
             if now and not _length(broker.sender, device_class):
                 for _ in range(times):
-                    _ring(broker.sender, device_class)
+                    _send(broker.sender, device_class)
 
 
 def silence(classes: Collection[DeviceClass]) -> None:
@@ -161,7 +161,7 @@ def silence(classes: Collection[DeviceClass]) -> None:
 
 
 def broker_state(broker_url: str) -> BrokerState:
-    """Whether workers can be rung for now. Takes about a second at the most."""
+    """State of the broker: "ok" if workers can be notified now. Takes about a second at the most."""
     return _broker(broker_url).state()
 
 
@@ -171,7 +171,7 @@ def _length(sender: Celery, device_class: DeviceClass) -> int:
         return int(connection.default_channel.queue_declare(queue_name(device_class)).message_count)
 
 
-def _ring(sender: Celery, device_class: DeviceClass) -> None:
+def _send(sender: Celery, device_class: DeviceClass) -> None:
     sender.send_task(
         WORK_TASK,
         args=[device_class.value],

@@ -70,22 +70,22 @@ def settings_or_exit() -> "Settings":
 
 
 def problems_of(error: ValidationError) -> list[str]:
-    """What is wrong with the settings, a sentence for each variable."""
-    told = error.errors(include_url=False, include_input=False, include_context=False)
-    return [item["msg"] for item in told if item["type"] != "default_factory_not_called"]
+    """Problems of the settings, a sentence per variable."""
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    return [item["msg"] for item in errors if item["type"] != "default_factory_not_called"]
 
 
 def unknown_variables() -> dict[str, str | None]:
     """Variables with our prefix that nobody reads, and the one that was meant where a name is almost that."""
     known = [*(f"{PREFIX}{name.upper()}" for name in Settings.model_fields), *NOT_SETTINGS]
     ours = [name for name in os.environ if name.upper().startswith(PREFIX) and not name.upper().startswith(TESTS)]
-    found: dict[str, str | None] = {}
+    suggestions: dict[str, str | None] = {}
     for name in ours:
         if name.upper() not in known:
             bare = [setting.removeprefix(PREFIX) for setting in known]
             alike = get_close_matches(name.upper().removeprefix(PREFIX), bare, n=1, cutoff=ALIKE)
-            found[name] = f"{PREFIX}{alike[0]}" if alike else None
-    return found
+            suggestions[name] = f"{PREFIX}{alike[0]}" if alike else None
+    return suggestions
 
 
 def warn_of_unknown_variables() -> None:
@@ -253,7 +253,7 @@ class Settings(BaseSettings):
 
     @property
     def hub_dir(self) -> Path:
-        """Where workers keep models from the Hub, a folder each, for the next job."""
+        """Folder where workers keep models from the Hub for later jobs, one folder per model."""
         return self.data_dir / "hub"
 
     @property
@@ -278,10 +278,10 @@ SERVICE_LINK = (
 def _problem(name: str, value: object, error: ValidationError) -> str:
     if name == "port" and str(value).startswith("tcp://"):
         return SERVICE_LINK
-    told = error.errors(include_url=False, include_input=False)
-    own = [str(item["ctx"]["error"]) for item in told if item["type"] == "value_error"]
+    errors = error.errors(include_url=False, include_input=False)
+    own = [str(item["ctx"]["error"]) for item in errors if item["type"] == "value_error"]
     if own:
         return own[0]
     if name in WAYS:
         return WAYS[name]
-    return told[0]["msg"][0].lower() + told[0]["msg"][1:]
+    return errors[0]["msg"][0].lower() + errors[0]["msg"][1:]

@@ -25,27 +25,8 @@ UNSAFE_MODULES = frozenset({"pickle", "dill", "cloudpickle", "marshal", "shelve"
 UNSAFE_CALLS = frozenset({"torch.load", "os.system", "os.popen", "yaml.load", "eval", "exec"})
 OPENS_A_CLAUSE = frozenset({"What", "Which", "Who", "Whose", "How", "Whether", "Where", "When", "Why"})
 """A module's docstring opens with a noun phrase or a verb, so that a list of modules can be skimmed."""
-NOUN_PHRASES = (
-    "app/",
-    "migrations/",
-    "benchmarks/",
-    "tests/",
-    *(
-        f"workers/{name}"
-        for name in (
-            "child/",
-            "contracts/",
-            "disk/",
-            "engine/",
-            "supervise/",
-            "__main__",
-            "machine",
-            "sweep",
-            "tiny_model",
-        )
-    ),
-)
-"""Paths whose modules keep to that."""
+STILL_CLAUSES = ("bitwright/", "workers/adapters/", "workers/formats/", "workers/methods/", "workers/numerics/")
+"""Folders that do not keep to that yet."""
 LONGEST_FILE = 500
 """Lines. About 300 is the guide, judged in review; a file that passes this limit has two subjects."""
 
@@ -229,7 +210,7 @@ def test_a_module_opens_with_a_noun_phrase_or_a_verb() -> None:
     clauses = [
         relative(path)
         for path in ALL_PYTHON
-        if relative(path).startswith(NOUN_PHRASES) and _opens_a_clause(ast.get_docstring(tree(path)) or "")
+        if not relative(path).startswith(STILL_CLAUSES) and _opens_a_clause(ast.get_docstring(tree(path)) or "")
     ]
     assert clauses == []
 

@@ -1,9 +1,9 @@
-"""`python -m workers.sweep`: the process that notices what nobody else notices.
+"""Sweep process (`python -m workers.sweep`): lost jobs, idle workers, retention.
 
-Each round it takes back jobs whose workers fell silent, rings for idle workers where jobs wait, and now and then throws
-away what is past its retention. Many may run: a lease in the database lets one work. It needs the database alone; with
-the broker away it goes on, and rings again when the broker is back. Without any sweep jobs still start, and idle
-workers take back what others lost.
+Each round it takes back jobs whose workers fell silent, notifies idle workers where jobs wait, and every ten minutes
+deletes what is past its retention. Many may run: a lease in the database lets one work. It needs the database alone;
+with the broker away it goes on, and notifies again when the broker is back. Without any sweep jobs still start, and
+idle workers take back what others lost.
 """
 
 import os
@@ -61,7 +61,7 @@ class Sweep:
             if not sweep_lease(session, self._holder, seconds):
                 return False
         self.requeue()
-        self.ring()
+        self.notify()
         if time.monotonic() >= self._retention_due:
             self._retention_due = time.monotonic() + RETENTION_SECONDS
             self.throw_away()
@@ -74,13 +74,13 @@ class Sweep:
         for job_id, _device in lost:
             log.warning("job_taken_back", job_id=job_id)
 
-    def ring(self) -> None:
+    def notify(self) -> None:
         """One message for each idle worker that a waiting job could use, and none in queues that nobody reads."""
         with self._database.reading() as session:
             jobs, alive = waiting(session), live_classes(session)
             idle = [DeviceClass(state.worker.device_class) for state in list_workers(session) if state.job_id is None]
         silence(frozenset(DeviceClass) - alive)
-        for device, times in rings(jobs, idle).items():
+        for device, times in messages_due(jobs, idle).items():
             if times:
                 notify_workers(device.value, alive, times=times)
 
@@ -98,8 +98,8 @@ class Sweep:
         log.info("retention_done", jobs=len(jobs), uploads=len(uploads), blobs=len(blobs))
 
 
-def rings(jobs: Mapping[str, int], idle: list[DeviceClass]) -> dict[DeviceClass, int]:
-    """How often to ring for each class: at most once an idle worker, and no more often than jobs wait for it."""
+def messages_due(jobs: Mapping[str, int], idle: list[DeviceClass]) -> dict[DeviceClass, int]:
+    """Messages to send to each class: at most one per idle worker, and no more than jobs wait for it."""
     return {
         device: min(idle.count(device), jobs.get("any", 0) + jobs.get(device.value, 0))
         for device in DeviceClass

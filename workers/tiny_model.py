@@ -33,7 +33,7 @@ CHAT_TEMPLATE = (
 
 @dataclass(frozen=True)
 class Recipe:
-    """How the model is built and trained; the defaults take about ten seconds."""
+    """Shape and training of the model; the defaults take about ten seconds."""
 
     vocabulary: int = 512
     width: int = 128

@@ -135,7 +135,7 @@ def head_archive(
     export_format: FormatName = None,
     folder: FolderName = None,
 ) -> Response:
-    """What GET would answer, without the bytes."""
+    """Headers of the GET, without the bytes."""
     return get_archive(
         job_id=job_id,
         request=request,
@@ -168,7 +168,7 @@ def choose_formats(job: Job, artifacts: Sequence[Artifact], wanted: Kept | None)
 
 
 def member_name(folder: str, artifact: Artifact, chosen: Sequence[str]) -> str:
-    """Where a file lies in the archive."""
+    """Path of a file in the archive."""
     return f"{folder}/{artifact.path}" if len(chosen) == 1 else f"{folder}/{artifact.format}/{artifact.path}"
 
 

@@ -48,8 +48,8 @@ RESPONSES: dict[int | str, dict[str, Any]] = {
 def list_artifacts(job_id: str, principal: Reader, database: DatabaseOf) -> Page[ArtifactView]:
     """All files of a job by format and path; none before it has succeeded."""
     with database.reading() as session:
-        found = ArtifactRepository(session, principal.tenant_id).of_job(job_id)
-        return Page(items=[artifact_view(artifact) for artifact in found])
+        artifacts = ArtifactRepository(session, principal.tenant_id).of_job(job_id)
+        return Page(items=[artifact_view(artifact) for artifact in artifacts])
 
 
 @router.get(
@@ -95,5 +95,5 @@ def get_content(
 def head_content(
     artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf
 ) -> Response:
-    """What GET would answer, without the bytes."""
+    """Headers of the GET, without the bytes."""
     return get_content(artifact_id, request, principal, database, blobs)

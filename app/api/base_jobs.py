@@ -87,20 +87,20 @@ def _demand_files(
     job_id: str, request: Mapping[str, Any], stored: Sequence[Artifact], blobs: BlobStore
 ) -> dict[tuple[str, str], Artifact]:
     """The files that are read, all of them there."""
-    found = {(file.format, file.path): file for file in stored if is_read(request, file.format, file.path)}
+    files = {(file.format, file.path): file for file in stored if is_read(request, file.format, file.path)}
     adapter = continued_adapter(request)
     wanted = {"native"} | ({"adapter"} if adapter is not None and adapter["kind"] != "lora" else set())
-    missing = sorted(wanted - {checkpoint for checkpoint, _ in found})
-    missing += ["native"] if ("native", DESCRIPTION) not in found else []
-    missing += [f"{file.format}/{file.path}" for file in found.values() if not blobs.exists(file.sha256)]
+    missing = sorted(wanted - {checkpoint for checkpoint, _ in files})
+    missing += ["native"] if ("native", DESCRIPTION) not in files else []
+    missing += [f"{file.format}/{file.path}" for file in files.values() if not blobs.exists(file.sha256)]
     if missing:
         detail = f"job {job_id} has no {missing[0]} any more, which holds what it made bit for bit"
         raise _refusal(UnusableBaseJob, detail, f"submit it again, {ANEW}", job_id)
-    return found
+    return files
 
 
 def _description(job_id: str, files: Mapping[tuple[str, str], Artifact], blobs: BlobStore) -> dict[str, Any]:
-    """What `bitwright.json` says of each quantized linear."""
+    """The entries of `bitwright.json` by quantized linear."""
     file = files["native", DESCRIPTION]
     try:
         if file.size > MAX_DESCRIPTION_BYTES:
@@ -114,7 +114,7 @@ def _description(job_id: str, files: Mapping[tuple[str, str], Artifact], blobs: 
 
 
 def _folded(spec: WeightSpec, linears: Mapping[str, Mapping[str, Any]]) -> Folded | None:
-    """What holds an adapter in the weights: they are stored otherwise than their spec says."""
+    """The part of the weights that holds an adapter, if they are stored otherwise than their spec says; else None."""
     if any(linear.get("offset") for linear in linears.values()):
         return "offsets"
     for name, linear in linears.items():

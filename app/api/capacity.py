@@ -23,7 +23,7 @@ GIB = 1 << 30
 
 
 def capacity_warnings(request: JobRequest, estimates: Mapping[str, Any], workers: Sequence[Worker]) -> list[str]:
-    """What makes the job wait, or probably fail, on the workers that there are."""
+    """Warnings on live workers that make the job wait, or probably fail."""
     able = _of_its_class(request, workers)
     if not able:
         kind = "worker" if request.device == "any" else f"{request.device} worker"
@@ -56,7 +56,7 @@ def _of_its_class(request: JobRequest, workers: Sequence[Worker]) -> list[Worker
 
 
 def _too_small(estimates: Mapping[str, Any], capacity: Mapping[str, Any]) -> str | None:
-    """What the worker lacks by more than the margin; None if nothing, or if it does not tell."""
+    """The shortage of a worker by more than the margin; None if nothing is short, or if it does not report it."""
     host, device = capacity.get("host_memory_bytes"), capacity.get("device_memory_bytes")
     available = {
         # Activations lie in either.

@@ -57,13 +57,13 @@ def parse_range(value: str, size: int) -> Span | None:
 
 
 def etag_among(header: str, etag: str) -> bool:
-    """Whether a list of entity tags holds this strong one; `*` holds every one."""
+    """True if a list of entity tags holds this strong one; `*` holds every one."""
     tags = [tag.strip() for tag in header.split(",")]
     return "*" in tags or etag in tags
 
 
 def conditions(headers: Headers, etag: str) -> bool:
-    """Whether the caller has the content already, so that 304 is the answer.
+    """True if the caller has the content already, so that 304 is the answer.
 
     Raises:
         PreconditionFailed: If-Match names other content.

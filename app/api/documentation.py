@@ -35,7 +35,7 @@ def problems(*codes: str, public: bool = False) -> dict[int | str, dict[str, Any
     by_status: dict[int, list[str]] = {}
     for code in (*codes, *(() if public else ALWAYS)):
         by_status.setdefault(ERRORS[code].status, []).append(code)
-    return {status: _problem(status, found) for status, found in sorted(by_status.items())}
+    return {status: _problem(status, errors) for status, errors in sorted(by_status.items())}
 
 
 def complete_document(document: dict[str, Any]) -> dict[str, Any]:

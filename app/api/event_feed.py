@@ -28,7 +28,7 @@ ReadEvents = Callable[[Mapping[str, int]], Sequence[StoredEvent]]
 
 @dataclass(eq=False)
 class Subscription:
-    """What the poll has brought for one stream. `lagging`: some of it was dropped; replay from the store."""
+    """Events that the poll has brought for one stream. `lagging`: some of it was dropped; replay from the store."""
 
     job_id: str
     waiting: list[StoredEvent] = field(default_factory=list)

@@ -44,7 +44,7 @@ class JobEvents:
             return EventRepository(session, self._tenant_id).page(self.job_id, after, limit)
 
     def finished(self, told: int) -> bool:
-        """Whether nothing comes after event `told`: the job is final or deleted."""
+        """True if nothing comes after event `told`: the job is final or deleted."""
         try:
             job = self.job()
         except NotFound:

@@ -66,15 +66,15 @@ async def get_events(
 
 
 def _page(source: JobEvents, after: int, limit: int) -> EventPage:
-    found = source.page(after, limit)
+    events = source.page(after, limit)
     return EventPage(
-        items=[event_view(event) for event in found],
-        next_after=found[-1].sequence if len(found) == limit else None,
+        items=[event_view(event) for event in events],
+        next_after=events[-1].sequence if len(events) == limit else None,
     )
 
 
 def accepts_stream(accept: str) -> bool:
-    """Whether `text/event-stream` is named, and not refused with q=0."""
+    """True if `text/event-stream` is named, and not refused with q=0."""
     for part in accept.split(","):
         kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
         if kind == MEDIA_TYPE:

@@ -35,11 +35,11 @@ class Readiness(BaseModel):
     """Answer of `/readyz`. A service that cannot take requests answers with a problem."""
 
     status: Literal["ok", "degraded"] = Field(
-        description="`degraded`: requests are taken and jobs run, but start some seconds later: no worker is rung for."
+        description="`degraded`: requests are taken and jobs run, but start some seconds later: no worker is notified."
     )
     broker: BrokerState | None = Field(
         default=None,
-        description="Whether workers can be rung for. `refuses`: it answers and takes no message, as one whose memory "
+        description="Whether workers can be notified. `refuses`: it answers and takes no message, as one whose memory "
         "is full does. Left out where no broker is configured.",
     )
 
@@ -52,7 +52,7 @@ class Readiness(BaseModel):
     responses=problems("unavailable", "invalid_request", public=True),
 )
 def readyz(database: DatabaseOf, settings: SettingsOf) -> Readiness:
-    """Whether the database answers and has this version's schema, and how the broker is.
+    """Readiness: the database answers and has this version's schema; the broker's state is said beside it.
 
     A broker that is down is no reason to take no requests: idle workers ask the database by themselves.
     """

@@ -54,7 +54,7 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What a checkpoint holds: its configuration and shapes, and its tensors' bytes and number of weights."""
+    """Contents of a checkpoint: its configuration and shapes, and its tensors' bytes and number of weights."""
 
     config: Mapping[str, object]
     dimensions: Dimensions
@@ -122,7 +122,7 @@ def _shards(files: CheckpointFiles, names: frozenset[str]) -> dict[str, set[str]
 
 
 def is_plain_name(name: object) -> bool:
-    """Whether this is the name of a file, with no folder in it, for POSIX and Windows alike."""
+    """True if this is the name of a file, with no folder in it, for POSIX and Windows alike."""
     return (
         isinstance(name, str)
         and 0 < len(name) <= 255

@@ -99,20 +99,20 @@ def create_job(
     with database.reading() as session:
         if idempotency is not None and not dry_run:
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
-            made = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
-            if made is not None:
-                return _accepted(session, made, response)
-        found = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+            replayed_job = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
+            if replayed_job is not None:
+                return _accepted(session, replayed_job, response)
+        preflight = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
         alive = [state.worker for state in list_workers(session)]
-        require_capacity(found.request, found.estimates, alive)
+        require_capacity(preflight.request, preflight.estimates, alive)
         if dry_run:
-            found.warnings += capacity_warnings(found.request, found.estimates, alive)
+            preflight.warnings += capacity_warnings(preflight.request, preflight.estimates, alive)
     if dry_run:
-        view = PreflightView(request=found.request, estimates=found.estimates, warnings=found.warnings)
+        view = PreflightView(request=preflight.request, estimates=preflight.estimates, warnings=preflight.warnings)
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
-        recipe = asked_recipe(body, found.request)
-        job = JobRepository(session, principal.tenant_id).add(found.request, recipe=recipe, idempotency=idempotency)
+        recipe = asked_recipe(body, preflight.request)
+        job = JobRepository(session, principal.tenant_id).add(preflight.request, recipe=recipe, idempotency=idempotency)
         view_of_job = _accepted(session, job, response)
         alive_classes = live_classes(session)
     if not job.replayed:

@@ -58,7 +58,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 
 def build_state(settings: Settings) -> State:
-    """What the application's requests share."""
+    """State that the application's requests share."""
     database = Database(settings.database_url)
 
     def read_events(cursors: Mapping[str, int]) -> Sequence[StoredEvent]:

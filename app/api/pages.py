@@ -46,7 +46,7 @@ LINKS = MappingProxyType(
 
 @router.get("/")
 def begin(request: Request) -> Response:
-    """What this is, and links to what there is: a page for a browser, JSON for others."""
+    """The service, and links to what it has: a page for a browser, JSON for others."""
     root = _root(request)
     if "text/html" not in request.headers.get("accept", ""):
         links = {name: f"{root}{path}" for name, (path, _) in LINKS.items()}

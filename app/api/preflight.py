@@ -81,22 +81,22 @@ def run_preflight(request: JobRequest, settings: Settings, uploads: UploadReposi
         InputError: everything that is wrong is of one kind, e.g. group sizes that do not divide.
         InvalidRequest: several kinds of problems, all of them in `errors`.
     """
-    found = Preflight(request)
-    model = _resolve_model(found, settings, uploads, blobs)
-    _resolve_texts(found, settings, uploads)
+    preflight = Preflight(request)
+    model = _resolve_model(preflight, settings, uploads, blobs)
+    _resolve_texts(preflight, settings, uploads)
     if model is not None:
-        inspection = _inspect(found, model)
+        inspection = _inspect(preflight, model)
         if inspection is not None:
-            check_shapes(found, inspection.dimensions, inspection.config)
+            check_shapes(preflight, inspection.dimensions, inspection.config)
             linears = inspection.dimensions.linears()
-            short = dishonoured_rank(found.request.quantization, found.request.adapter, linears)
-            found.warnings += [short] if short else []
-            found.estimates = estimate(found.request, inspection)
-    starved = starved_calibration(found.request)
-    found.warnings += [*([starved] if starved else []), *runtime_warnings(found.request)]
-    if found.problems:
-        raise _refusal(found.problems)
-    return found
+            short = dishonoured_rank(preflight.request.quantization, preflight.request.adapter, linears)
+            preflight.warnings += [short] if short else []
+            preflight.estimates = estimate(preflight.request, inspection)
+    starved = starved_calibration(preflight.request)
+    preflight.warnings += [*([starved] if starved else []), *runtime_warnings(preflight.request)]
+    if preflight.problems:
+        raise _refusal(preflight.problems)
+    return preflight
 
 
 def _refusal(problems: list[FieldProblem]) -> BitwrightError:
@@ -111,22 +111,22 @@ def _refusal(problems: list[FieldProblem]) -> BitwrightError:
 
 
 def _resolve_model(
-    found: Preflight, settings: Settings, uploads: UploadRepository, blobs: BlobStore
+    preflight: Preflight, settings: Settings, uploads: UploadRepository, blobs: BlobStore
 ) -> CheckpointFiles | None:
     """The checkpoint's files, where this machine has them; a local path is replaced by the real one."""
-    model = found.request.model
+    model = preflight.request.model
     if isinstance(model, LocalModel):
-        path = _resolve_path(found, model.path, settings, "model.path")
+        path = _resolve_path(preflight, model.path, settings, "model.path")
         if path is None:
             return None
-        found.request = found.request.model_copy(update={"model": LocalModel(path=str(path))})
+        preflight.request = preflight.request.model_copy(update={"model": LocalModel(path=str(path))})
         if path.is_file():
-            found.add(_file_as_model(model.path), "model.path")
-        return _local_files(found, path, settings) if path.is_dir() else None
+            preflight.add(_file_as_model(model.path), "model.path")
+        return _local_files(preflight, path, settings) if path.is_dir() else None
     if isinstance(model, UploadedModel):
-        upload = _complete_upload(found, model.id, uploads, "model.id")
+        upload = _complete_upload(preflight, model.id, uploads, "model.id")
         return None if upload is None else UploadFiles(blobs, {f.name: (f.sha256, f.size) for f in upload.files})
-    _check_hub(found, settings, "model")
+    _check_hub(preflight, settings, "model")
     return None
 
 
@@ -139,115 +139,115 @@ def _file_as_model(path: str) -> InputError:
     return SourceNotFound("this is a file, and a model is a folder", value=path, hint=hint)
 
 
-def _local_files(found: Preflight, folder: Path, settings: Settings) -> CheckpointFiles | None:
+def _local_files(preflight: Preflight, folder: Path, settings: Settings) -> CheckpointFiles | None:
     try:
         check_links(folder, settings.model_roots)
     except SourceForbidden as error:
-        found.add(error, "model.path")
+        preflight.add(error, "model.path")
         return None
     return FolderFiles(folder)
 
 
-def _resolve_texts(found: Preflight, settings: Settings, uploads: UploadRepository) -> None:
+def _resolve_texts(preflight: Preflight, settings: Settings, uploads: UploadRepository) -> None:
     """Look at every text that the job reads; a local one is replaced by its real path."""
-    for named in read_sources(found.request):
+    for named in read_sources(preflight.request):
         dataset, where = named.source, named.field
         if isinstance(dataset, LocalText):
-            path = _resolve_path(found, dataset.path, settings, f"{where}.path")
+            path = _resolve_path(preflight, dataset.path, settings, f"{where}.path")
             if path is not None:
-                found.request = with_source(found.request, where, LocalText(path=str(path)))
+                preflight.request = with_source(preflight.request, where, LocalText(path=str(path)))
                 if path.is_dir():
                     hint = "name the JSONL file in it"
                     error = InvalidDataset("this is a folder, and a dataset is a file", value=dataset.path, hint=hint)
-                    found.add(error, f"{where}.path")
+                    preflight.add(error, f"{where}.path")
         elif isinstance(dataset, UploadedText):
-            upload = _complete_upload(found, dataset.id, uploads, f"{where}.id")
+            upload = _complete_upload(preflight, dataset.id, uploads, f"{where}.id")
             if upload is not None and not is_text_upload(upload):
                 hint = "begin an upload of one file named *.jsonl"
                 error = InvalidDataset("the upload is not one .jsonl file", value=dataset.id, hint=hint)
-                found.add(error, f"{where}.id")
+                preflight.add(error, f"{where}.id")
         elif isinstance(dataset, HubDataset):
-            _check_hub(found, settings, where)
+            _check_hub(preflight, settings, where)
 
 
 def is_text_upload(upload: Upload) -> bool:
-    """Whether the upload is a text: one JSONL file."""
+    """True if the upload is a text: one JSONL file."""
     return len(upload.files) == 1 and upload.files[0].name.endswith(".jsonl")
 
 
-def _resolve_path(found: Preflight, given: str, settings: Settings, path: str) -> Path | None:
+def _resolve_path(preflight: Preflight, given: str, settings: Settings, path: str) -> Path | None:
     """The real path, links followed; None with a problem noted if it is not one that may be read."""
     roots = settings.model_roots
     expanded = Path(given).expanduser() if given.startswith("~/") else Path(given)
     if not expanded.is_absolute():
         detail = "a local path must be absolute: the service has another working folder"
         hint = "give the whole path; or send the files with `bitwright upload` and name the id that it prints"
-        found.add(SourceForbidden(detail, value=given, hint=hint), path)
+        preflight.add(SourceForbidden(detail, value=given, hint=hint), path)
         return None
     if not lies_under(expanded, roots):
-        found.add(
+        preflight.add(
             SourceForbidden(f"{given} is outside the folders that may be read", value=given, hint=ALLOWED_HINT), path
         )
         return None
     real = Path(os.path.realpath(expanded))
     if not os.path.exists(real):  # Path.exists raises for a name that is too long
         if any(root.is_dir() and real.is_relative_to(os.path.realpath(root)) for root in roots):
-            found.add(SourceNotFound(f"there is nothing at {given}", value=given, hint="check the path"), path)
+            preflight.add(SourceNotFound(f"there is nothing at {given}", value=given, hint="check the path"), path)
             return None
-        found.warnings.append(f"{path}: {given} is not on the API's machine; the worker will look for it")
+        preflight.warnings.append(f"{path}: {given} is not on the API's machine; the worker will look for it")
     return real
 
 
-def _complete_upload(found: Preflight, upload_id: str, uploads: UploadRepository, path: str) -> Upload | None:
+def _complete_upload(preflight: Preflight, upload_id: str, uploads: UploadRepository, path: str) -> Upload | None:
     try:
         upload = uploads.get(upload_id)
     except NotFound as error:
-        found.add(SourceNotFound(error.detail, value=upload_id, hint="POST /v1/uploads makes one"), path)
+        preflight.add(SourceNotFound(error.detail, value=upload_id, hint="POST /v1/uploads makes one"), path)
         return None
     if not upload.complete:
         hint = f"send its files, then POST /v1/uploads/{upload_id}/complete"
-        found.add(SourceNotFound("the upload is not complete", value=upload_id, hint=hint), path)
+        preflight.add(SourceNotFound("the upload is not complete", value=upload_id, hint=hint), path)
         return None
     return upload
 
 
-def _check_hub(found: Preflight, settings: Settings, path: str) -> None:
+def _check_hub(preflight: Preflight, settings: Settings, path: str) -> None:
     if not settings.hub_enabled:
         hint = "use a local path, an upload, or builtin text"
-        found.add(SourceForbidden("this service does not fetch from the Hub", hint=hint), path)
+        preflight.add(SourceForbidden("this service does not fetch from the Hub", hint=hint), path)
 
 
-def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
+def _inspect(preflight: Preflight, files: CheckpointFiles) -> Inspection | None:
     try:
         inspection = inspect_checkpoint(files)
     except InputError as error:
-        found.add(error, "model")
+        preflight.add(error, "model")
         return None
     except OSError as error:
         hint = "let the user that the service runs as read the folder and its files"
-        found.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
+        preflight.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
         return None
     if not inspection.tokenizer:
-        readers = " and ".join(readers_of(found.request))
+        readers = " and ".join(readers_of(preflight.request))
         reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
-        found.warnings.append(f"model: the checkpoint has no tokenizer, {reason}")
+        preflight.warnings.append(f"model: the checkpoint has no tokenizer, {reason}")
     return inspection
 
 
-def check_shapes(found: Preflight, dimensions: Dimensions, config: Mapping[str, object]) -> None:
+def check_shapes(preflight: Preflight, dimensions: Dimensions, config: Mapping[str, object]) -> None:
     """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names.
 
     config   the model's config.json, decoded
     """
     inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
-    spec, formats = found.request.quantization, found.request.formats
+    spec, formats = preflight.request.quantization, preflight.request.formats
     for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
-        found.add(error, error.field or "quantization")
-    adapter = found.request.adapter
+        preflight.add(error, error.field or "quantization")
+    adapter = preflight.request.adapter
     for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter is not None else ():
-        found.add(misfit, misfit.field or "adapter")
+        preflight.add(misfit, misfit.field or "adapter")
     quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
-    found.problems += model_problems(formats, dimensions.architecture.model_type, quantized, config)
+    preflight.problems += model_problems(formats, dimensions.architecture.model_type, quantized, config)
 
 
 def runtime_warnings(request: JobRequest) -> list[str]:

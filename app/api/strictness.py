@@ -30,15 +30,15 @@ async def refuse_unread(request: Request) -> None:
         InvalidRequest: names each parameter or field that is not read, and what was meant.
     """
     route = request.scope["route"]
-    found = [*query_problems(route, request.query_params.multi_items()), *await _body_problems(route, request)]
-    if not found:
+    problems = [*query_problems(route, request.query_params.multi_items()), *await _body_problems(route, request)]
+    if not problems:
         return
     for each in _dependants(route.dependant):
         if each.call in (reader, submitter):
             principal = await run_in_threadpool(find_principal, get_state(request).database, await bearer(request))
             each.call(await name_caller(principal))
-    more = f" (and {len(found) - 1} more)" if len(found) > 1 else ""
-    raise InvalidRequest(f"{found[0].field}: {found[0].detail}{more}", errors=tuple(found[:MAX_PROBLEMS]))
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise InvalidRequest(f"{problems[0].field}: {problems[0].detail}{more}", errors=tuple(problems[:MAX_PROBLEMS]))
 
 
 def query_problems(route: Any, given: Sequence[tuple[str, str]]) -> list[FieldProblem]:
@@ -66,7 +66,7 @@ def declared_parameters(route: Any) -> tuple[list[str], list[str]]:
 
 
 def _unknown_parameter(name: str, known: Sequence[str]) -> str:
-    """What is wrong with a parameter that is not among the known ones, and what may have been meant."""
+    """The problem of a parameter that is not among the known ones, with the name that may have been meant."""
     if not known:
         return "there is no such parameter; this route takes none"
     near = closest(name, known)
@@ -102,19 +102,19 @@ def _type_problems(request: Request, body: bytes) -> list[FieldProblem]:
 
 def repeated_names(body: bytes) -> list[tuple[str, object]]:
     """Names with the value that would win, wherever one object of a JSON text has a name twice."""
-    found: list[tuple[str, object]] = []
+    repeated: list[tuple[str, object]] = []
 
     def look(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        made = dict(pairs)
-        if len(made) < len(pairs):
-            found.extend((name, made[name]) for name, count in Counter(n for n, _ in pairs).items() if count > 1)
-        return made
+        members = dict(pairs)
+        if len(members) < len(pairs):
+            repeated.extend((name, members[name]) for name, count in Counter(n for n, _ in pairs).items() if count > 1)
+        return members
 
     try:
         json.loads(body, object_pairs_hook=look)
     except (ValueError, RecursionError):
         return []  # told elsewhere
-    return found
+    return repeated
 
 
 def _problem(field: str, code: str, detail: str, value: object) -> FieldProblem:

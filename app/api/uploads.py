@@ -92,7 +92,7 @@ def _created(upload: Upload, response: Response) -> UploadView:
 
 
 def check_files(body: UploadRequest, settings: Settings) -> None:
-    """Whether these files can become something that a job reads.
+    """Check that these files can become something that a job reads.
 
     Raises:
         InvalidRequest: bad names, or neither a text nor a checkpoint.
@@ -181,7 +181,7 @@ def delete_upload(upload_id: str, principal: Submitter, settings: SettingsOf, da
     responses={200: {"description": "The offset.", "headers": OFFSET}, **problems("not_found")},
 )
 def head_file(upload_id: str, name: str, principal: Submitter, database: DatabaseOf) -> Response:
-    """Where to go on after a connection broke."""
+    """Offset from which to go on after a connection broke."""
     with database.reading() as session:
         _, file = find_file(UploadRepository(session, principal.tenant_id), upload_id, name)
     return Response(headers={"Upload-Offset": str(file.offset)})

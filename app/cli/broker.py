@@ -46,7 +46,7 @@ def broker_url(folder: Path) -> str:
 
 
 def broker_program(folder: Path) -> Program:
-    """Valkey for `folder`. It keeps nothing on disk: the database is the truth, messages are only a doorbell.
+    """Valkey for `folder`. It keeps nothing on disk: the database is the truth, messages only notify.
 
     Raises:
         Unavailable: the embedded broker is not installed.

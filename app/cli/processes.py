@@ -36,7 +36,7 @@ def worker(
 
 
 def sweep(data_dir: DataDirOption = None) -> None:
-    """Run the sweep: it takes back lost jobs and rings for idle workers."""
+    """Run the sweep: it takes back lost jobs and notifies idle workers."""
     use_data_dir(data_dir)
     _become(sweep_command())
 

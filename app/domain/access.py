@@ -5,7 +5,7 @@ from enum import StrEnum
 
 
 class Scope(StrEnum):
-    """What a key may do. Each scope includes those before it."""
+    """Scope of a key. Each scope includes those before it."""
 
     READ = "read"
     SUBMIT = "submit"
@@ -21,6 +21,6 @@ class Principal:
     scopes: frozenset[Scope]
 
     def allows(self, needed: Scope) -> bool:
-        """Whether one of the scopes is, or includes, `needed`."""
+        """True if one of the scopes is, or includes, `needed`."""
         order = list(Scope)
         return any(order.index(scope) >= order.index(needed) for scope in self.scopes)

@@ -25,7 +25,7 @@ def preset_tokens(spec: WeightSpec) -> int:
 
 
 def starved_calibration(request: JobRequest, tokens: int | None = None) -> str | None:
-    """Whether much less text calibrates than the method is made for.
+    """A warning if much less text calibrates than the method is made for.
 
     tokens   that differ, as far as the text has them; None: as many as are asked for
     """
@@ -43,7 +43,7 @@ def starved_calibration(request: JobRequest, tokens: int | None = None) -> str |
 def dishonoured_rank(
     spec: WeightSpec, adapter: AdapterSpec | None, linears: Mapping[str, tuple[int, int]]
 ) -> str | None:
-    """Whether an adapter cannot be what its rank promises on these linears (out, in), with the counts.
+    """A warning if an adapter cannot be what its rank promises on these linears (out, in), with the counts.
 
     A kind that trades shape for rank promises the parameters of the LoRA of that rank; the others promise an update of
     that rank.
@@ -55,15 +55,15 @@ def dishonoured_rank(
             return None
         return f"rank: {rank} is not reached: factors have at most rank {most} on the narrowest of these linears"
     wanted = sum(adapter.rank * (out + width) for out, width in quantized.values())
-    found = trained_parameters(spec, adapter, quantized)
+    trained = trained_parameters(spec, adapter, quantized)
     least = min((_update_rank(spec, adapter, name, *shape) for name, shape in quantized.items()), default=adapter.rank)
-    counts = f"it has {found:,} trained parameters where a LoRA of that rank has {wanted:,}"
+    counts = f"it has {trained:,} trained parameters where a LoRA of that rank has {wanted:,}"
     if not isinstance(adapter, GroupedSpec) or isinstance(adapter, LoRASpec | QALoRASpec):
         if least >= adapter.rank:
             return None
         kind = adapter.model_dump()["kind"]
         why = f"an update of {kind} has at most rank {least} on the narrowest of these linears; {counts}"
-    elif found >= HONOURED * wanted:
+    elif trained >= HONOURED * wanted:
         return None
     else:
         kind = adapter.model_dump()["kind"]

@@ -61,7 +61,7 @@ def gguf_refusals(model_type: str, config: Config) -> list[str]:
     architecture = ARCHITECTURES.get(model_type)
     if architecture is None:
         return []
-    return [f"{found}; {WAY_OUT}" for check in CHECKS for found in check(architecture, config)]
+    return [f"{problem}; {WAY_OUT}" for check in CHECKS for problem in check(architecture, config)]
 
 
 def _activation(architecture: GgufArchitecture, config: Config) -> Iterator[str]:

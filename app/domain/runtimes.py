@@ -52,17 +52,17 @@ class RuntimeSupport:
     """Widths that earlier releases did not take."""
 
     def loads(self, scheme: Scheme) -> bool:
-        """Whether a linear in this scheme is within the runtime's limits."""
+        """True if a linear in this scheme is within the runtime's limits."""
         bits = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
         return scheme.bits in bits and self._takes_group(scheme.group_size)
 
     def first_release(self, schemes: Iterable[Scheme]) -> str | None:
         """The oldest release that takes all of them, where the row knows of older ones that do not."""
-        found = {added.version for scheme in schemes for added in self.since if added.holds(scheme)}
-        return max(found, key=_release, default=None)
+        versions = {added.version for scheme in schemes for added in self.since if added.holds(scheme)}
+        return max(versions, key=_release, default=None)
 
     def known(self) -> str:
-        """How we know, in which release and on which devices, in words."""
+        """Evidence for the support, its release and devices, in words."""
         how = "tested with" if self.support is Support.TESTED else "by the rules of"
         return f"{how} {self.version}" + (f" on {self.devices}" if self.devices else "")
 
@@ -86,17 +86,17 @@ def runtime_limits(rows: Iterable[RuntimeSupport], what: str, scheme: Scheme) ->
     by_runtime: dict[str, list[RuntimeSupport]] = {}
     for row in rows:
         by_runtime.setdefault(row.runtime, []).append(row)
-    found = []
+    notes = []
     for runtime, known in by_runtime.items():
         able = [row for row in known if row.loads(scheme)]
         unable = "; ".join(row.known() for row in known if row not in able)
         if not able:
-            found.append(f"{runtime} does not load {what} ({unable})")
+            notes.append(f"{runtime} does not load {what} ({unable})")
         elif unable:
             since = able[0].first_release([scheme])
             first = f" from {since} on" if since else ""
-            found.append(f"{runtime} loads {what}{first} ({able[0].known()}), but not everywhere ({unable})")
-    return found
+            notes.append(f"{runtime} loads {what}{first} ({able[0].known()}), but not everywhere ({unable})")
+    return notes
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -34,14 +34,14 @@ def calibration_tokens(request: JobRequest) -> int:
 
 def evaluation_tokens(request: JobRequest) -> int:
     """Tokens that judge."""
-    part = request.evaluation
-    return 0 if part is None else part.num_samples * part.sequence_length
+    section = request.evaluation
+    return 0 if section is None else section.num_samples * section.sequence_length
 
 
 def trained_tokens(request: JobRequest) -> int:
     """Tokens that all steps of finetuning read at the most."""
-    part = request.finetune
-    return 0 if part is None else part.steps * part.batch_size * part.sequence_length
+    section = request.finetune
+    return 0 if section is None else section.steps * section.batch_size * section.sequence_length
 
 
 def tuned_sequences(request: JobRequest) -> int:
@@ -72,7 +72,7 @@ def reference_flops(request: JobRequest, dimensions: Dimensions) -> float:
 
 
 def has_reference(request: JobRequest, dimensions: Dimensions) -> bool:
-    """Whether a job measures what round to nearest makes of its schemes, besides what it makes itself."""
+    """True if a job measures what round to nearest makes of its schemes, besides what it makes itself."""
     if request.evaluation is None or (request.quantization.method == "rtn" and request.finetune is None):
         return False
     return reference_flops(request, dimensions) < REFERENCE_SHARE * flops(request, dimensions)

@@ -24,8 +24,8 @@ class ArtifactRepository:
             NotFound: the tenant has no such job.
         """
         require_id("job", job_id, "job")
-        mine = (Job.id == job_id, Job.tenant_id == self._tenant_id)
-        if self._session.scalars(select(Job.id).where(*mine)).one_or_none() is None:
+        where = (Job.id == job_id, Job.tenant_id == self._tenant_id)
+        if self._session.scalars(select(Job.id).where(*where)).one_or_none() is None:
             raise NotFound(f"there is no job {job_id}", value=job_id)
         query = select(Artifact).where(Artifact.job_id == job_id, Artifact.tenant_id == self._tenant_id)
         # Sorted here: databases differ in how they order text, and archives must not.
@@ -38,8 +38,8 @@ class ArtifactRepository:
             NotFound: the tenant has no such artifact.
         """
         require_id("art", artifact_id, "artifact")
-        mine = (Artifact.id == artifact_id, Artifact.tenant_id == self._tenant_id)
-        artifact = self._session.scalars(select(Artifact).where(*mine)).one_or_none()
+        where = (Artifact.id == artifact_id, Artifact.tenant_id == self._tenant_id)
+        artifact = self._session.scalars(select(Artifact).where(*where)).one_or_none()
         if artifact is None:
             raise NotFound(f"there is no artifact {artifact_id}", value=artifact_id)
         return artifact

@@ -82,10 +82,10 @@ def claim(session: Session, *, worker_id: str, device_class: DeviceClass, lease_
 
 
 def work_waits(session: Session, device_class: DeviceClass) -> bool:
-    """Whether a claim would find a job for this class, or a worker has lost one. It writes and locks nothing."""
+    """True if a claim would find a job for this class, or a worker has lost one. It writes and locks nothing."""
     lost = (Job.status == JobStatus.RUNNING, Job.lease_expires_at <= now())
-    found = select(Job.id).where(or_(and_(*_eligible(Job, device_class)), and_(*lost))).limit(1)
-    return session.scalars(found).first() is not None
+    query = select(Job.id).where(or_(and_(*_eligible(Job, device_class)), and_(*lost))).limit(1)
+    return session.scalars(query).first() is not None
 
 
 def _take(session: Session, worker_id: str, device_class: DeviceClass, lease_seconds: float) -> Job | None:
@@ -107,7 +107,7 @@ def _take(session: Session, worker_id: str, device_class: DeviceClass, lease_sec
 
 
 def has_ended(session: Session, job_id: str) -> bool:
-    """Whether a job of any tenant is in a final status, or is no more: its worker's scratch folder may go."""
+    """True if a job of any tenant is in a final status, or is no more: its worker's scratch folder may go."""
     status = session.scalar(select(Job.status).where(Job.id == job_id))
     return status is None or status in FINAL_STATUSES
 
@@ -180,9 +180,9 @@ class AttemptWriter:
         rows = [{"sequence": first + i, "data": document(e)} for i, e in enumerate(events)]
         self._session.execute(insert(Event), [common | row for row in rows])
         if blocks:
-            mine = (Attempt.job_id == self._job_id, Attempt.number == self._attempt)
+            this_attempt = (Attempt.job_id == self._job_id, Attempt.number == self._attempt)
             more = {"blocks_done": Attempt.blocks_done + len(blocks)}
-            self._session.execute(update(Attempt).where(*mine).values(more))
+            self._session.execute(update(Attempt).where(*this_attempt).values(more))
 
     def succeed(self, report: Report, artifacts: Sequence[NewArtifact]) -> None:
         """End the job well: report, artifacts, status and event, all or nothing.

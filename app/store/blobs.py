@@ -4,7 +4,6 @@ A blob's name is made of 64 hexadecimal digits and nothing else, so no name can 
 complete or absent, never half there. References to blobs are rows of the database; `app.store.garbage` frees the rest.
 """
 
-import errno
 import hashlib
 import os
 import re
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote, urlsplit
 
+from app.domain.full_disk import disk_full
 from bitwright.errors import DiskFull, StorageError
 
 CHUNK = 1 << 20
@@ -42,7 +42,7 @@ class BlobEntry:
 
 
 class BlobStore(Protocol):
-    """What every blob store does. All but `put` raise StorageError for a name that is not a sha256."""
+    """Operations of every blob store. All but `put` raise StorageError for a name that is not a sha256."""
 
     def put(self, path: Path) -> Blob:
         """Store a file's bytes; if they are there already, only their `modified` changes.
@@ -59,13 +59,13 @@ class BlobStore(Protocol):
         """Chunks of bytes `start` up to, not including, `stop`. StorageError if the blob is shorter or missing."""
 
     def exists(self, sha256: str) -> bool:
-        """Whether the blob is there."""
+        """True if the blob is there."""
 
     def delete(self, sha256: str) -> None:
         """Remove the blob; no fault if it is not there."""
 
     def path(self, sha256: str) -> Path | None:
-        """Where the blob lies as a local file; None if the store has no files."""
+        """Path of the blob as a local file; None if the store has no files."""
 
     def entries(self) -> Iterator[BlobEntry]:
         """Every blob, in no order."""
@@ -85,6 +85,28 @@ def open_blobs(url: str) -> BlobStore:
     from obstore.store import from_url  # noqa: PLC0415 - only a bucket needs it
 
     return BucketBlobs(from_url(url))
+
+
+def materialise(blobs: BlobStore, sha256: str, target: Path) -> bool:
+    """Bring a blob as the file `target`: a hard link where that is possible (same disk), else a copy; all or nothing.
+
+    False, without a file, if its bytes have another hash: the store is damaged.
+
+    Raises:
+        StorageError: there is no such blob.
+        OSError: the file cannot be written.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    arriving = target.with_name(f".{target.name}.{os.getpid()}")
+    arriving.unlink(missing_ok=True)
+    try:
+        linked = _linked(blobs.path(sha256), arriving)
+        if (_hash_file(arriving) if linked else _download(blobs, sha256, arriving)) != sha256:
+            return False
+        arriving.replace(target)
+    finally:
+        arriving.unlink(missing_ok=True)
+    return True
 
 
 class FolderBlobs:
@@ -265,6 +287,27 @@ class _BucketReader(RawIOBase):
         super().close()
 
 
+def _linked(place: Path | None, target: Path) -> bool:
+    """True if `target` is now another name of the store's file; False for a bucket or another disk."""
+    if place is None:
+        return False
+    try:
+        target.hardlink_to(place)
+    except OSError:
+        return False
+    return True
+
+
+def _hash_file(file: Path) -> str:
+    with file.open("rb") as source:
+        return _hash(source).sha256
+
+
+def _download(blobs: BlobStore, sha256: str, target: Path) -> str:
+    with blobs.open(sha256) as source, target.open("wb") as copy:
+        return _copy(source, copy).sha256
+
+
 def _read_range(reader: BinaryIO, sha256: str, length: int) -> Iterator[bytes]:
     chunks = _chunks(reader, sha256, length)
     # A generator that was never started closes nothing when it is closed, as for a caller who has gone away.
@@ -319,5 +362,4 @@ def _sync_folder(folder: Path) -> None:
 
 
 def _storage_error(error: Exception, detail: str) -> StorageError | DiskFull:
-    full = isinstance(error, OSError) and error.errno in {errno.ENOSPC, errno.EDQUOT}
-    return DiskFull(detail + ": the disk is full") if full else StorageError(detail)
+    return DiskFull(detail + ": the disk is full") if disk_full(error) else StorageError(detail)

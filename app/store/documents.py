@@ -28,8 +28,8 @@ def _numbers(path: str, value: object) -> Iterator[tuple[str, float]]:
     if isinstance(value, float):
         yield path, value
     elif isinstance(value, dict):
-        for key, part in value.items():
-            yield from _numbers(f"{path}.{key}" if path else str(key), part)
+        for key, item in value.items():
+            yield from _numbers(f"{path}.{key}" if path else str(key), item)
     elif isinstance(value, list):
-        for index, part in enumerate(value):
-            yield from _numbers(f"{path}.{index}", part)
+        for index, item in enumerate(value):
+            yield from _numbers(f"{path}.{index}", item)

@@ -25,18 +25,18 @@ SMALLER_DIVISOR = 2
 def end_with_error(session: Session, job: Job, error: BitwrightError, report: Report | None = None) -> JobStatus:
     """End the attempt that holds `job`, a row that the session has locked and found running. The new status."""
     status, values = _verdict(job, error)
-    told = ErrorData.of(error)
+    error_data = ErrorData.of(error)
     if status is not JobStatus.QUEUED:
         values = {**values, "finished_at": now()}
     if report is not None:
         values = {**values, "report": document(report)}
     if status is not JobStatus.CANCELLED:
-        values = {**values, "error": document(told)}
+        values = {**values, "error": document(error_data)}
     this = (Job.id == job.id, Job.attempt == job.attempt)
-    event_error = told if status is not JobStatus.CANCELLED else None
+    event_error = error_data if status is not JobStatus.CANCELLED else None
     enter(session, status, *this, values={**values, **NOT_RUNNING}, error=event_error)
     how = JobStatus.CANCELLED if status is JobStatus.CANCELLED else JobStatus.FAILED
-    close_attempt(session, job.id, job.attempt, how, told)
+    close_attempt(session, job.id, job.attempt, how, error_data)
     return status
 
 

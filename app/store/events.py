@@ -43,8 +43,8 @@ class EventRepository:
             NotFound: the tenant has no such job.
         """
         require_id("job", job_id, "job")
-        mine = (Job.id == job_id, Job.tenant_id == self._tenant_id)
-        if self._session.scalars(select(Job.id).where(*mine)).one_or_none() is None:
+        where_job = (Job.id == job_id, Job.tenant_id == self._tenant_id)
+        if self._session.scalars(select(Job.id).where(*where_job)).one_or_none() is None:
             raise NotFound(f"there is no job {job_id}", value=job_id)
         return events_after(self._session, {job_id: after}, min(max(limit, 1), MAX_PAGE))
 
@@ -55,15 +55,15 @@ def events_after(session: Session, cursors: Mapping[str, int], limit: int) -> li
     Each job's events come in order; ask again with the new numbers until the answer is empty.
     """
     jobs = sorted(cursors.items())
-    found: list[Event] = []
+    rows: list[Event] = []
     for start in range(0, len(jobs), CURSORS_A_QUERY):
         some = jobs[start : start + CURSORS_A_QUERY]
         news = or_(*(and_(Event.job_id == job_id, Event.sequence > _bounded(after)) for job_id, after in some))
-        query = select(Event).where(news).order_by(Event.job_id, Event.sequence).limit(limit - len(found))
-        found += session.scalars(query).all()
-        if len(found) >= limit:
+        query = select(Event).where(news).order_by(Event.job_id, Event.sequence).limit(limit - len(rows))
+        rows += session.scalars(query).all()
+        if len(rows) >= limit:
             break
-    return [_stored(row) for row in found]
+    return [_stored(row) for row in rows]
 
 
 def _bounded(after: int) -> int:

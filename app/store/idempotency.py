@@ -42,7 +42,7 @@ class Idempotency:
         return cls(key=key, fingerprint=hashlib.sha256(request.model_dump_json().encode()).hexdigest())
 
 
-def take_key(session: Session, tenant_id: str, idempotency: Idempotency, made: Made, made_id: str) -> str:
+def take_key(session: Session, tenant_id: str, idempotency: Idempotency, column: Made, made_id: str) -> str:
     """The id of what the key stands for: `made_id` if the key was free or had expired, else the earlier one's.
 
     A second transaction with the key waits here until the first ends, then sees what that one stored.
@@ -55,7 +55,7 @@ def take_key(session: Session, tenant_id: str, idempotency: Idempotency, made: M
         "fingerprint": idempotency.fingerprint,
         "job_id": None,
         "upload_id": None,
-        made.key: made_id,
+        column.key: made_id,
         "created_at": now(),
         "expires_at": seconds_from_now(KEPT_SECONDS),
     }
@@ -69,27 +69,27 @@ def take_key(session: Session, tenant_id: str, idempotency: Idempotency, made: M
     )
     if session.execute(statement).one_or_none() is not None:
         return made_id
-    standing = find_key(session, tenant_id, idempotency, made)
+    standing = find_key(session, tenant_id, idempotency, column)
     if standing is None:
         detail = "what this Idempotency-Key stood for has just been deleted"
         raise Conflict(detail, hint="send the request again")
     return standing
 
 
-def made_by(session: Session, tenant_id: str, key: str, made: Made) -> str | None:
+def made_by(session: Session, tenant_id: str, key: str, column: Made) -> str | None:
     """The id of what a key stands for now, whatever was asked for; None if it is free."""
-    mine = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key)
-    return session.scalars(select(made).where(*mine, IdempotencyKey.expires_at > now())).one_or_none()
+    same_key = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == key)
+    return session.scalars(select(column).where(*same_key, IdempotencyKey.expires_at > now())).one_or_none()
 
 
-def find_key(session: Session, tenant_id: str, idempotency: Idempotency, made: Made) -> str | None:
+def find_key(session: Session, tenant_id: str, idempotency: Idempotency, column: Made) -> str | None:
     """The id of what the key stands for now; None if it is free.
 
     Raises:
         KeyReused: the key stands for another request.
     """
-    mine = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == idempotency.key)
-    query = select(IdempotencyKey.fingerprint, made).where(*mine, IdempotencyKey.expires_at > now())
+    same_key = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key == idempotency.key)
+    query = select(IdempotencyKey.fingerprint, column).where(*same_key, IdempotencyKey.expires_at > now())
     earlier = session.execute(query).one_or_none()
     if earlier is None:
         return None

@@ -41,7 +41,7 @@ def new_id(prefix: Prefix) -> str:
 
 
 def is_id(prefix: Prefix, text: str) -> bool:
-    """Whether `text` has the shape of an id with this prefix."""
+    """True if `text` has the shape of an id with this prefix."""
     return text.startswith(prefix + "_") and SHAPE.fullmatch(text) is not None
 
 

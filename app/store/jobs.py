@@ -117,9 +117,9 @@ class JobRepository:
         where += [Job.model == model] if model is not None else []
         where += [Job.id.in_(self._labelled(name, value)) for name, value in (metadata or {}).items()]
         limit = min(max(limit, 1), MAX_PAGE)
-        found = self._session.scalars(select(Job).where(*where).order_by(Job.id.desc()).limit(limit + 1)).all()
-        items = found[:limit]
-        return Page(items=items, next_cursor=items[-1].id if len(found) > limit else None)
+        rows = self._session.scalars(select(Job).where(*where).order_by(Job.id.desc()).limit(limit + 1)).all()
+        items = rows[:limit]
+        return Page(items=items, next_cursor=items[-1].id if len(rows) > limit else None)
 
     def cancel(self, job_id: str) -> Job:
         """End a queued job at once; ask a running one's worker to end it.
@@ -195,15 +195,15 @@ class JobRepository:
         return job
 
     def _labelled(self, name: str, value: str) -> Select[str]:
-        mine = (JobLabel.tenant_id == self._tenant_id, JobLabel.name == name, JobLabel.value == value)
-        return select(JobLabel.job_id).where(*mine)
+        conditions = (JobLabel.tenant_id == self._tenant_id, JobLabel.name == name, JobLabel.value == value)
+        return select(JobLabel.job_id).where(*conditions)
 
     def _uploads(self, request: JobRequest) -> frozenset[str]:
         """Ids of the uploads that the request reads, locked so that none is deleted meanwhile."""
         named = read_uploads(request)
         for field, upload_id in named.items():
-            mine = (Upload.id == upload_id, Upload.tenant_id == self._tenant_id)
-            upload = self._session.scalars(select(Upload).where(*mine).with_for_update(read=True)).one_or_none()
+            conditions = (Upload.id == upload_id, Upload.tenant_id == self._tenant_id)
+            upload = self._session.scalars(select(Upload).where(*conditions).with_for_update(read=True)).one_or_none()
             if upload is None:
                 detail = f"there is no upload {upload_id}"
                 raise InvalidRequest(detail, field=field, value=upload_id, hint="POST /v1/uploads makes one")
@@ -215,7 +215,7 @@ class JobRepository:
 
 
 def count_by_status(session: Session) -> dict[JobStatus, int]:
-    """How many jobs of all tenants are in each status, for metrics."""
+    """Number of jobs of all tenants by status, for metrics."""
     rows = session.execute(select(Job.status, func.count()).group_by(Job.status)).all()
     return dict.fromkeys(JobStatus, 0) | {row[0]: row[1] for row in rows}
 

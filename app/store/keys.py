@@ -47,7 +47,7 @@ def issue_key(session: Session, tenant_id: str, *, name: str, scopes: frozenset[
 
 
 def authenticate(session: Session, plaintext: str) -> Principal:
-    """Whose key this is.
+    """The principal that a key stands for.
 
     Raises:
         Unauthenticated: no such key, or a revoked one. A mistyped key is told apart without asking the database.
@@ -73,10 +73,10 @@ def revoke_key(session: Session, tenant_id: str, key_id: str) -> None:
         NotFound: the tenant has no such key.
     """
     require_id("key", key_id, "key")
-    mine = (ApiKey.id == key_id, ApiKey.tenant_id == tenant_id)
-    if session.scalars(select(ApiKey.id).where(*mine)).one_or_none() is None:
+    where = (ApiKey.id == key_id, ApiKey.tenant_id == tenant_id)
+    if session.scalars(select(ApiKey.id).where(*where)).one_or_none() is None:
         raise NotFound(f"there is no key {key_id}", value=key_id)
-    session.execute(update(ApiKey).where(*mine, ApiKey.revoked_at.is_(None)).values(revoked_at=now()))
+    session.execute(update(ApiKey).where(*where, ApiKey.revoked_at.is_(None)).values(revoked_at=now()))
 
 
 def _digest(plaintext: str) -> str:

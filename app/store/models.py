@@ -57,7 +57,7 @@ class Base(DeclarativeBase):
 
 
 class Tenant(Base):
-    """Who owns jobs, keys, artifacts and uploads."""
+    """Owner of jobs, keys, artifacts and uploads."""
 
     __tablename__ = "tenant"
 
@@ -183,7 +183,7 @@ class Attempt(Base):
 
 
 class Event(Base):
-    """What a job told, numbered from 1 without gaps."""
+    """An event of a job, numbered from 1 without gaps."""
 
     __tablename__ = "event"
 
@@ -230,7 +230,7 @@ class Upload(Base):
 
     @property
     def complete(self) -> bool:
-        """Whether every file has arrived and was checked."""
+        """True if every file has arrived and was checked."""
         return self.completed_at is not None
 
     @property
@@ -268,7 +268,7 @@ class Worker(Base):
 
 
 class SweepLease(Base):
-    """Which of several sweeps is at work."""
+    """The lease of the one sweep that is at work."""
 
     __tablename__ = "sweep_lease"
 

@@ -83,7 +83,7 @@ def lock_schema(connection: Connection) -> None:
 
 
 def schema_is_current(database: Database) -> bool:
-    """Whether the database has the schema that this code was written for."""
+    """True if the database has the schema that this code was written for."""
     with _translated(), database.engine.connect() as connection:
         present = MigrationContext.configure(connection).get_current_heads()
     return set(present) == set(ScriptDirectory.from_config(_alembic_config()).get_heads())

@@ -95,9 +95,9 @@ class UploadRepository:
         where += [Upload.id < after] if after is not None else []
         if complete is not None:
             where.append(Upload.completed_at.is_not(None) if complete else Upload.completed_at.is_(None))
-        found = self._session.scalars(select(Upload).where(*where).order_by(Upload.id.desc()).limit(limit + 1)).all()
-        items = found[:limit]
-        return Page(items=items, next_cursor=items[-1].id if len(found) > limit else None)
+        rows = self._session.scalars(select(Upload).where(*where).order_by(Upload.id.desc()).limit(limit + 1)).all()
+        items = rows[:limit]
+        return Page(items=items, next_cursor=items[-1].id if len(rows) > limit else None)
 
     def advance(self, upload_id: str, name: str, *, start: int, end: int) -> Upload:
         """Note that bytes from `start` up to `end` of a file have arrived; `start` must be where the last part ended.

@@ -26,7 +26,7 @@ Kind = tuple[str, str]
 
 @dataclass(frozen=True)
 class Place:
-    """What a queued job waits for.
+    """Position of a queued job, and its estimated start.
 
     position      1 is the next one, among those that the same workers may take
     eta_seconds   until it begins; None where no worker is alive, or a job before it has no measured duration
@@ -52,7 +52,7 @@ def places(session: Session) -> dict[str, Place]:
     at = session.scalars(select(now())).one()
     queue, durations = _queue(session, at), _durations(session)
     free = _free_in(session, at, durations)
-    found: dict[str, Place] = {}
+    places: dict[str, Place] = {}
     before = Counter[str]()
     for job in queue:
         position = 1 + (before.total() if job.device == "any" else before["any"] + before[job.device])
@@ -62,8 +62,8 @@ def places(session: Session) -> dict[str, Place]:
         begins = inf if first is None else max(free[first][1], job.available_in)
         if first is not None:
             free[first] = (free[first][0], begins + durations.get(job.kind, inf))
-        found[job.job_id] = Place(position, None if begins == inf else round(begins, 1))
-    return found
+        places[job.job_id] = Place(position, None if begins == inf else round(begins, 1))
+    return places
 
 
 def _queue(session: Session, at: datetime) -> list[_Waiting]:
@@ -105,10 +105,10 @@ def _durations(session: Session) -> Mapping[Kind, float]:
 
 def _free_in(session: Session, at: datetime, durations: Mapping[Kind, float]) -> dict[str, tuple[str, float]]:
     """Each live worker with its device and the seconds until it takes another job; infinite if that is unknown."""
-    mine = and_(Attempt.job_id == Job.id, Attempt.number == Job.attempt)
+    current_attempt = and_(Attempt.job_id == Job.id, Attempt.number == Job.attempt)
     query = (
         select(Job.worker_id, Job.model, Job.method, Job.recipe, Attempt.started_at)
-        .join(Attempt, mine)
+        .join(Attempt, current_attempt)
         .where(Job.status == JobStatus.RUNNING)
     )
     busy: dict[str, float] = {}

@@ -32,8 +32,8 @@ def register(
     session: Session, worker_id: str, device_class: DeviceClass, capacity: Mapping[str, object] | None = None
 ) -> None:
     """Say that a worker has started and what it can hold (device name, memory and disk in bytes, versions)."""
-    told = {"device_class": device_class.value, "capacity": dict(capacity or {}), "last_seen_at": now()}
-    fresh = {**told, "started_at": now()}
+    values = {"device_class": device_class.value, "capacity": dict(capacity or {}), "last_seen_at": now()}
+    fresh = {**values, "started_at": now()}
     statement = upsert(session, Worker).values(id=worker_id, **fresh)
     session.execute(statement.on_conflict_do_update(index_elements=["id"], set_=fresh))
 
@@ -90,7 +90,7 @@ def forget_workers(session: Session, *, unseen_seconds: float) -> None:
 
 
 def waiting(session: Session) -> dict[str, int]:
-    """How many jobs could be claimed now, by device: `any`, `cpu` or `cuda`."""
+    """Number of jobs that could be claimed now, by device: `any`, `cpu` or `cuda`."""
     query = (
         select(Job.device, func.count())
         .where(Job.status == JobStatus.QUEUED, Job.available_at <= now())
@@ -101,12 +101,12 @@ def waiting(session: Session) -> dict[str, int]:
 
 def sweep_lease(session: Session, holder: str, seconds: float) -> bool:
     """Take or renew the right to sweep for `seconds`; False while another holds it."""
-    mine = {"holder": holder, "expires_at": seconds_from_now(seconds)}
+    lease = {"holder": holder, "expires_at": seconds_from_now(seconds)}
     free = (SweepLease.expires_at <= now()) | (SweepLease.holder == holder)
     statement = (
         upsert(session, SweepLease)
-        .values(name="sweep", **mine)
-        .on_conflict_do_update(index_elements=["name"], set_=mine, where=free)
+        .values(name="sweep", **lease)
+        .on_conflict_do_update(index_elements=["name"], set_=lease, where=free)
         .returning(SweepLease.holder)
     )
     return session.execute(statement).one_or_none() is not None

@@ -5,7 +5,7 @@ A cancelled call is left alone: its thread ends with its request.
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self, TypeVar, Unpack
@@ -55,7 +55,7 @@ class AsyncBitwright:
         """Methods, adapters and recipes, with the JSON Schema of their parameters."""
         return await asyncio.to_thread(self._blocking.methods.list)
 
-    async def formats(self) -> list[FormatView]:
+    async def formats(self) -> Sequence[FormatView]:
         """Export formats and the runtimes that load them."""
         return await asyncio.to_thread(self._blocking.formats.list)
 

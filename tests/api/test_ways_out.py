@@ -1,4 +1,4 @@
-"""Errors and hints for sources that are no checkpoint, for folders that may not be read, for requests that disappoint."""
+"""Errors and hints for sources that are no checkpoint, folders that may not be read, requests that disappoint."""
 
 import json
 from pathlib import Path

@@ -84,7 +84,7 @@ def test_a_killed_broker_delays_and_loses_nothing(installed: Installation) -> No
     first = installed.submit("block,sleep:2,file:a.json:{}")
     installed.wait_for_status(first, "running")
     installed["valkey"].kill()
-    second = installed.submit(GOOD)  # accepted while nobody can be rung for
+    second = installed.submit(GOOD)  # accepted while nobody can be notified
     installed.wait_for_status(first, "succeeded")
     installed.wait_for_status(second, "succeeded")  # the worker asks again after each job
     third = installed.submit(GOOD)

@@ -13,9 +13,9 @@ from bitwright.job_states import DeviceClass
 from tests.supervise.bench import Bench, wait_for
 from workers.disk.hub_cache import holding
 from workers.disk.workspace import Workspace, prune
-from workers.supervise import heartbeat as presence
+from workers.supervise import heartbeat as beating
 from workers.supervise.capacity import capacity
-from workers.supervise.heartbeat import Presence
+from workers.supervise.heartbeat import Heartbeat
 
 
 def present(bench: Bench) -> list[str]:
@@ -24,8 +24,8 @@ def present(bench: Bench) -> list[str]:
 
 
 def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "HEARTBEAT_SECONDS", 0.05)
-    me = Presence(bench.context)
+    monkeypatch.setattr(beating, "HEARTBEAT_SECONDS", 0.05)
+    me = Heartbeat(bench.context)
     me.start()
     me.start()
     try:
@@ -43,7 +43,7 @@ def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.Mon
 
 
 def test_no_fault_ends_the_heartbeat(sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(beating, "HEARTBEAT_SECONDS", 0.05)
     faults = iter([RuntimeError("a driver's own")])
 
     def sometimes(session: Session, worker_id: str) -> bool:
@@ -51,8 +51,8 @@ def test_no_fault_ends_the_heartbeat(sqlite_bench: Bench, monkeypatch: pytest.Mo
             raise fault
         return heartbeat(session, worker_id)
 
-    monkeypatch.setattr(presence, "heartbeat", sometimes)
-    me = Presence(sqlite_bench.context)
+    monkeypatch.setattr(beating, "heartbeat", sometimes)
+    me = Heartbeat(sqlite_bench.context)
     me.start()
     try:
         wait_for(lambda: present(sqlite_bench) == [sqlite_bench.context.worker_id], what="the second heartbeat")
@@ -61,7 +61,7 @@ def test_no_fault_ends_the_heartbeat(sqlite_bench: Bench, monkeypatch: pytest.Mo
 
 
 def test_a_worker_that_never_was_ready_leaves_nothing(bench: Bench) -> None:
-    Presence(bench.context).stop()
+    Heartbeat(bench.context).stop()
     assert present(bench) == []
 
 
@@ -81,7 +81,7 @@ def test_only_old_folders_of_ended_jobs_are_pruned(sqlite_bench: Bench, tmp_path
     assert prune(tmp_path / "nothing", unused_seconds=0, in_use=lambda _: False) == []
 
 
-def test_a_presence_prunes_what_the_store_knows_to_have_ended(sqlite_bench: Bench) -> None:
+def test_a_worker_prunes_what_the_store_knows_to_have_ended(sqlite_bench: Bench) -> None:
     settings = sqlite_bench.context.settings
     queued, failed = sqlite_bench.submit("", priority=-1), sqlite_bench.submit("fail:unknown_module")
     sqlite_bench.run()
@@ -90,14 +90,14 @@ def test_a_presence_prunes_what_the_store_knows_to_have_ended(sqlite_bench: Benc
     for job_id in (queued, failed):
         os.utime(sqlite_bench.workspace(job_id) / "used", (long_ago, long_ago))
     patient = settings.model_copy(update={"workspace_retention_days": 9.0})
-    Presence(replace(sqlite_bench.context, settings=patient))._prune()
+    Heartbeat(replace(sqlite_bench.context, settings=patient))._prune()
     assert sqlite_bench.workspace(failed).exists()
-    Presence(sqlite_bench.context)._prune()
+    Heartbeat(sqlite_bench.context)._prune()
     assert not sqlite_bench.workspace(failed).exists()
     assert sqlite_bench.workspace(queued).exists()
 
 
-def test_a_presence_prunes_models_that_nobody_has_used_for_long(sqlite_bench: Bench) -> None:
+def test_a_worker_prunes_models_that_nobody_has_used_for_long(sqlite_bench: Bench) -> None:
     settings = sqlite_bench.context.settings
     names = ["org--held@1", "org--old@1", "org--young@1"]
     for name, days in zip(names, (40, 40, 20), strict=True):
@@ -106,10 +106,10 @@ def test_a_presence_prunes_models_that_nobody_has_used_for_long(sqlite_bench: Be
         then = time.time() - days * 86_400
         os.utime(settings.hub_dir / name / ".used", (then, then))
     with holding(settings.hub_dir / names[0]):
-        Presence(sqlite_bench.context)._prune()
+        Heartbeat(sqlite_bench.context)._prune()
     assert sorted(path.name for path in settings.hub_dir.iterdir()) == ["org--held@1", "org--young@1"]
     eager = settings.model_copy(update={"hub_retention_days": 15.0})
-    Presence(replace(sqlite_bench.context, settings=eager))._prune()
+    Heartbeat(replace(sqlite_bench.context, settings=eager))._prune()
     assert [path.name for path in settings.hub_dir.iterdir()] == ["org--held@1"]
 
 

@@ -1,4 +1,4 @@
-"""The doorbell on a real Valkey."""
+"""Notification of workers on a real Valkey."""
 
 import base64
 import json
@@ -60,7 +60,7 @@ def test_a_message_names_a_device_and_no_job(broker: redis.Redis) -> None:
     assert messages(broker, "work.cpu") == []
 
 
-def test_any_rings_for_both(broker: redis.Redis) -> None:
+def test_any_notifies_both(broker: redis.Redis) -> None:
     notify_workers("any", BOTH)
     assert [len(messages(broker, name)) for name in QUEUES] == [1, 1]
 

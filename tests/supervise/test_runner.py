@@ -1,4 +1,4 @@
-"""The thread that runs jobs: it asks by itself and when it is rung, and no fault ends it."""
+"""The thread that runs jobs: it asks by itself and when it is notified, and no fault ends it."""
 
 import threading
 import time
@@ -39,7 +39,7 @@ def done(bench: Bench, job_id: str) -> bool:
     return bench.job(job_id).status is JobStatus.SUCCEEDED
 
 
-def test_a_job_that_nobody_rings_for_starts(bench: Bench, runners: list[Runner]) -> None:
+def test_a_job_starts_without_a_message(bench: Bench, runners: list[Runner]) -> None:
     before = bench.submit("file:a.json:{}")
     start(bench, runners, 0.1)
     wait_for(lambda: done(bench, before), what="the job that had waited")
@@ -47,21 +47,23 @@ def test_a_job_that_nobody_rings_for_starts(bench: Bench, runners: list[Runner])
     wait_for(lambda: done(bench, after), what="the job that came later")
 
 
-def test_a_ring_is_heard_at_once_and_lasts_as_long_as_the_work(sqlite_bench: Bench, runners: list[Runner]) -> None:
+def test_a_message_is_heard_at_once_and_lasts_as_long_as_the_work(sqlite_bench: Bench, runners: list[Runner]) -> None:
     one = start(sqlite_bench, runners, 300)
-    one.ring()  # the first pass is over
+    one.notify()  # the first pass is over
     job_id = sqlite_bench.submit("file:a.json:{}")
-    one.ring()
+    one.notify()
     assert done(sqlite_bench, job_id)
 
 
-def test_a_worker_holds_one_job_at_a_time_however_often_it_is_rung(sqlite_bench: Bench, runners: list[Runner]) -> None:
+def test_a_worker_holds_one_job_at_a_time_for_any_number_of_messages(
+    sqlite_bench: Bench, runners: list[Runner]
+) -> None:
     jobs = [sqlite_bench.submit("file:a.json:{}") for _ in range(3)]
     one = start(sqlite_bench, runners, 0.1)
-    rings = [threading.Thread(target=one.ring) for _ in range(4)]
-    for thread in rings:
+    calls = [threading.Thread(target=one.notify) for _ in range(4)]
+    for thread in calls:
         thread.start()
-    for thread in rings:
+    for thread in calls:
         thread.join()
     spans = sorted((a.started_at, a.finished_at) for job_id in jobs for a in sqlite_bench.attempts(job_id))
     assert len(spans) == 3
@@ -72,7 +74,7 @@ def test_stopping_gives_back_what_is_in_hand_and_lets_go_who_waits(sqlite_bench:
     job_id = sqlite_bench.submit("hang")
     one = start(sqlite_bench, runners, 0.1)
     wait_for(lambda: sqlite_bench.job(job_id).status is JobStatus.RUNNING)
-    waiting = threading.Thread(target=one.ring)
+    waiting = threading.Thread(target=one.notify)
     waiting.start()
     one.stop()
     waiting.join(5)

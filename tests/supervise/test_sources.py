@@ -10,7 +10,7 @@ from app.domain.request.job_request import JobRequest
 from app.store.blobs import BlobStore
 from app.store.keys import ensure_tenant
 from app.store.uploads import NewUploadFile, UploadRepository
-from bitwright.errors import InvalidDataset, SourceForbidden, SourceNotFound
+from bitwright.errors import CorruptCheckpoint, InvalidDataset, SourceForbidden, SourceNotFound
 from tests.api.checkpoints import as_hub_cache, write_checkpoint
 from tests.supervise.bench import Bench
 from workers.disk.workspace import Workspace
@@ -101,6 +101,17 @@ def test_an_upload_in_a_bucket_is_copied(sqlite_bench: Bench, workspace: Workspa
     context = replace(sqlite_bench.context, blobs=Bucket(sqlite_bench.context.blobs))  # type: ignore[arg-type]
     folder = materialise_upload(context, sqlite_bench.tenant_id, upload_id, workspace, field="model")
     assert (folder / "a.jsonl").read_bytes() == b'{"text": "x"}\n'
+
+
+def test_an_upload_that_is_damaged_in_the_store_is_refused(sqlite_bench: Bench, workspace: Workspace) -> None:
+    upload_id = upload(sqlite_bench, {"a.jsonl": b'{"text": "x"}\n'})
+    blob = sqlite_bench.context.blobs.path(hashlib.sha256(b'{"text": "x"}\n').hexdigest())
+    assert blob is not None
+    blob.write_bytes(b'{"text": "y"}\n')
+    with pytest.raises(CorruptCheckpoint, match=r"a\.jsonl of the upload is damaged in the store") as refused:
+        materialise_upload(sqlite_bench.context, sqlite_bench.tenant_id, upload_id, workspace, field="model")
+    assert refused.value.field == "model"
+    assert list((workspace.sources / upload_id).iterdir()) == []
 
 
 def test_uploads_that_cannot_be_used(sqlite_bench: Bench, workspace: Workspace) -> None:

@@ -13,14 +13,14 @@ from bitwright.errors import Unavailable
 from bitwright.job_states import DeviceClass, JobStatus
 from tests.supervise.bench import Bench, wait_for
 from workers import sweep as sweeping
-from workers.sweep import Sweep, rings, run
+from workers.sweep import Sweep, messages_due, run
 
 CPU, CUDA = DeviceClass.CPU, DeviceClass.CUDA
 
 
 @pytest.fixture
-def rung(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The devices rung for, in place of messages; `test_queue.py` has the real ones."""
+def notified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The devices notified, in place of messages; `test_queue.py` has the real ones."""
     heard: list[str] = []
 
     def hear(device: str, alive: frozenset[DeviceClass], *, times: int) -> None:
@@ -47,13 +47,13 @@ def make_sweep(bench: Bench, holder: str = "one", **settings: object) -> Sweep:
         ({"cuda": 1, "cpu": 1, "any": 1}, [CPU, CPU, CPU], {CPU: 2}),
     ],
 )
-def test_at_most_one_ring_an_idle_worker(
+def test_at_most_one_message_per_idle_worker(
     jobs: dict[str, int], idle: list[DeviceClass], expected: dict[DeviceClass, int]
 ) -> None:
-    assert rings(jobs, idle) == expected
+    assert messages_due(jobs, idle) == expected
 
 
-def test_a_lost_job_is_taken_back_and_an_idle_worker_is_rung_for(bench: Bench, rung: list[str]) -> None:
+def test_a_lost_job_is_taken_back_and_an_idle_worker_is_notified(bench: Bench, notified: list[str]) -> None:
     job_id = bench.submit("")
     bench.claim()
     sweep = make_sweep(bench)
@@ -64,14 +64,14 @@ def test_a_lost_job_is_taken_back_and_an_idle_worker_is_rung_for(bench: Bench, r
         session.execute(update(Job).values(lease_expires_at=seconds_from_now(-1)))
     sweep.round()
     assert bench.job(job_id).status is JobStatus.QUEUED
-    assert rung == [], "its back-off has not passed"
+    assert notified == [], "its back-off has not passed"
     with bench.context.database.transaction() as session:
         session.execute(update(Job).values(available_at=seconds_from_now(-1)))
     sweep.round()
-    assert rung == ["cpu"]
+    assert notified == ["cpu"]
 
 
-def test_of_many_sweeps_one_works_until_it_falls_silent(bench: Bench, rung: list[str]) -> None:
+def test_of_many_sweeps_one_works_until_it_falls_silent(bench: Bench, notified: list[str]) -> None:
     first, second = (make_sweep(bench, holder, sweep_interval_seconds=0.4) for holder in ("first", "second"))
     assert first.round()
     assert not second.round()
@@ -110,9 +110,9 @@ def test_retention(bench: Bench) -> None:
         bench.job(old)
 
 
-def test_a_bench_of_another_device_is_not_rung_for(bench: Bench, rung: list[str]) -> None:
+def test_a_bench_of_another_device_is_not_notified(bench: Bench, notified: list[str]) -> None:
     bench.submit("", device="cuda")
     with bench.context.database.transaction() as session:
         register(session, "idle-worker", CPU)
     make_sweep(replace(bench)).round()
-    assert rung == []
+    assert notified == []

@@ -73,4 +73,4 @@ def test_celery_keeps_and_trusts_nothing(sqlite_bench: Bench) -> None:
     assert (conf.worker_prefetch_multiplier, conf.worker_concurrency, conf.worker_disable_prefetch) == (1, 1, True)
     assert [queue.name for queue in conf.task_queues] == ["work.cpu"]
     assert conf.broker_transport_options["socket_timeout"]
-    assert not conf.worker_enable_remote_control, "who can write to the broker may ring, and no more"
+    assert not conf.worker_enable_remote_control, "who can write to the broker may notify, and no more"

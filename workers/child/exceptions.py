@@ -3,6 +3,7 @@
 import errno
 import sys
 
+from app.domain.full_disk import disk_full
 from bitwright.errors import BitwrightError, CudaError, DiskFull, InternalError, OutOfGpuMemory, OutOfMemory
 
 GPU_EXHAUSTED = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -19,17 +20,17 @@ def as_bitwright_error(error: BaseException) -> BitwrightError:
     hint = "fewer calibration samples, shorter sequences or a smaller batch_size need less"
     if "OutOfMemoryError" in kinds or any(words in text for words in GPU_EXHAUSTED):
         return OutOfGpuMemory(f"the GPU's memory was exhausted{_peak()}: {first}", hint=hint)
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or _is(error, errno.ENOMEM):
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or _no_memory(error):
         return OutOfMemory("the machine's memory was exhausted", hint=hint)
     if "AcceleratorError" in kinds or "CUDA error" in text or "CUBLAS_STATUS" in text:
         return CudaError(f"the GPU reported a fault: {first}")
-    if _is(error, errno.ENOSPC) or _is(error, errno.EDQUOT) or "No space left on device" in text:  # safetensors' own
+    if disk_full(error) or "No space left on device" in text:  # safetensors' own
         return DiskFull("the worker's disk is full", hint="free space under the workspace folder, and retry")
     return InternalError(f"{type(error).__name__}; the attempt's log has more")
 
 
-def _is(error: BaseException, number: int) -> bool:
-    return isinstance(error, OSError) and error.errno == number
+def _no_memory(error: BaseException) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.ENOMEM
 
 
 def _peak() -> str:

@@ -20,7 +20,8 @@ class TextOrder(BaseModel):
 
 
 class FetchOrder(BaseModel):
-    """What to bring from the Hub; models go into folders of their own under `models_folder`, shared by all jobs."""
+    """Models and texts to bring from the Hub; models go into folders of their own under `models_folder`, shared by all
+    jobs."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -32,12 +33,12 @@ class FetchOrder(BaseModel):
 
     @property
     def empty(self) -> bool:
-        """Whether the job needs nothing from the Hub."""
+        """True if the job needs nothing from the Hub."""
         return not any((self.model, *(getattr(self, role) for role in TEXT_ROLES.values())))
 
 
 class AttemptOrder(Message):
-    """What the supervisor tells an attempt: `order.json` in the workspace. All paths are absolute and local."""
+    """The supervisor's order to an attempt: `order.json` in the workspace. All paths are absolute and local."""
 
     job_id: str
     attempt: int

@@ -31,7 +31,9 @@ class Texts:
     def activation_sizes(self, keep_inputs: bool, reference: bool = False) -> list[ActivationSize]:
         """Sizes of their activations: calibration has its inputs besides if they are kept, evaluation its reference."""
         texts = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
-        return [ActivationSize(*text.ids.shape, tensors) for text, tensors in texts if text is not None]
+        return [
+            ActivationSize(len(text.ids), text.ids.shape[1], tensors) for text, tensors in texts if text is not None
+        ]
 
 
 def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation | None) -> Texts:

@@ -22,8 +22,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         FormatCannotHold: a format of the request cannot hold this model.
     """
     with open_job(order, workspace, reporter, rank=0) as job:
-        job, results = _computed(job)
-        return export.run(job, results)
+        return export.run(*_computed(job))
 
 
 def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:

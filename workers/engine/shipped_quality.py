@@ -28,10 +28,10 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures a activations.
+    """Measures activations after the last block.
 
     head      dequantized weight of the head, where that is quantized, as the finished blocks have it
-    measure   quality of the activations as it is with a weight of the head; also told which measurement it is, of how many
+    measure   quality of the activations with a weight of the head, given the measurement's number and their count
     """
 
     head: Tensor | None

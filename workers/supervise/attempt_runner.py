@@ -3,7 +3,6 @@
 Nothing here computes; nothing in the attempt's process knows a database, a broker, a bucket or a key.
 """
 
-import errno
 import time
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -13,6 +12,7 @@ from typing import TypeVar
 import structlog
 
 from app.domain.attempt_lines import FailedLine, FetchedLine, ResultLine
+from app.domain.full_disk import disk_full
 from app.domain.request.source_walk import read_sources
 from app.store.attempts import AttemptWriter, Claim
 from bitwright.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
@@ -77,10 +77,9 @@ def _to_the_end(attempt: "_Attempt") -> JobStatus:
         return attempt.fail(error)
     except OSError as error:
         log.exception("supervisor_failed")
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        return attempt.fail(
-            DiskFull("the worker's disk is full") if full else InternalError(f"{type(error).__name__} on the worker")
-        )
+        if disk_full(error):
+            return attempt.fail(DiskFull("the worker's disk is full"))
+        return attempt.fail(InternalError(f"{type(error).__name__} on the worker"))
     except Exception as error:
         log.exception("supervisor_failed")
         return attempt.fail(InternalError(f"{type(error).__name__} on the worker"))
@@ -139,14 +138,14 @@ class _Attempt:
 
     def _order(self) -> AttemptOrder:
         request, tenant = self._claim.request, self._claim.tenant_id
-        found = (self._context, tenant)
-        model = model_path(*found, request, self._workspace)
+        of_tenant = (self._context, tenant)
+        model = model_path(*of_tenant, request, self._workspace)
         texts = {
-            f"{TEXT_ROLES[named.field]}_path": text_path(*found, named.source, self._workspace, field=named.field)
+            f"{TEXT_ROLES[named.field]}_path": text_path(*of_tenant, named.source, self._workspace, field=named.field)
             for named in read_sources(request)
             if named.source is not request.model
         }
-        base_job = base_job_folder(*found, request.base_job, self._workspace)
+        base_job = base_job_folder(*of_tenant, request.base_job, self._workspace)
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
         fetched = None if wanted.empty else self._fetch(wanted)
         if fetched is not None:

@@ -6,15 +6,13 @@
 The folder gets its name when it is whole. From then on the base job may be deleted: a retry finds all it needs here.
 """
 
-import errno
-import hashlib
-import os
 import shutil
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
+from app.domain.full_disk import disk_full
 from app.domain.request.base_job import is_read
 from app.store.artifacts import ArtifactRepository
-from app.store.blobs import BlobStore
+from app.store.blobs import materialise
 from app.store.jobs import JobRepository
 from bitwright.errors import CorruptCheckpoint, DiskFull, NotFound, SourceForbidden, SourceNotFound
 from workers.disk.workspace import Workspace
@@ -42,10 +40,12 @@ def base_job_folder(context: WorkerContext, tenant_id: str, job_id: str | None, 
     shutil.rmtree(staged, ignore_errors=True)
     try:
         for checkpoint, path, sha256 in files:
-            bring(context.blobs, sha256, _place(staged, f"{checkpoint}/{path}"))
+            if not materialise(context.blobs, sha256, _place(staged, f"{checkpoint}/{path}")):
+                detail = f"{PurePosixPath(path).name} of the base job is damaged in the store"
+                raise CorruptCheckpoint(detail, field="base_job", value=sha256, hint=ANEW)
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("the worker's disk cannot hold what the base job made", field="base_job") from error
+        if disk_full(error):
+            raise DiskFull("the worker's disk cannot hold the base job's checkpoints", field="base_job") from error
         raise
     staged.replace(folder)
     return str(folder)
@@ -73,42 +73,3 @@ def _place(folder: Path, name: str) -> Path:
         detail = "the base job names a file outside its folder"
         raise SourceForbidden(detail, field="base_job", value=name, hint=ANEW)
     return target
-
-
-def bring(blobs: BlobStore, sha256: str, target: Path) -> None:
-    """The blob as a file, hashed on the way: a hard link where that is possible (same disk), else a copy.
-
-    Raises:
-        CorruptCheckpoint: its bytes have another hash.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    found = _hash(target) if _linked(blobs.path(sha256), target) else _copy(blobs, sha256, target)
-    if found != sha256:
-        target.unlink()
-        detail = f"{target.name} of the base job is damaged in the store"
-        raise CorruptCheckpoint(detail, field="base_job", value=sha256, hint=ANEW)
-
-
-def _linked(local: Path | None, target: Path) -> bool:
-    """Whether `target` is now another name of the store's file; not where the store is a bucket or another disk."""
-    if local is None:
-        return False
-    try:
-        os.link(local, target)
-    except OSError:
-        return False
-    return True
-
-
-def _hash(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _copy(blobs: BlobStore, sha256: str, target: Path) -> str:
-    digest = hashlib.sha256()
-    with blobs.open(sha256) as source, target.open("wb") as copy:
-        while chunk := source.read(1 << 20):
-            digest.update(chunk)
-            copy.write(chunk)
-    return digest.hexdigest()

@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a worker computes on, and its sizes in bytes; of several GPUs, those of the first visible one."""
+    """Device and sizes of a worker, in bytes; of several GPUs, those of the first visible one."""
 
     device: DeviceClass
     device_name: str | None
@@ -78,5 +78,5 @@ def _probe() -> dict[str, str | int] | None:
     except (subprocess.SubprocessError, OSError) as error:
         log.warning("device_probe_failed", error=type(error).__name__)
         return None
-    found: dict[str, str | int] | None = json.loads(answer.stdout.splitlines()[-1])
-    return found
+    gpu: dict[str, str | int] | None = json.loads(answer.stdout.splitlines()[-1])
+    return gpu

@@ -1,4 +1,4 @@
-"""The Celery side of a worker process: one task, one thread for it, and nothing kept in the broker.
+"""Celery side of a worker process: one task, one thread for it, and nothing kept in the broker.
 
 The task wakes the runner, which works in a thread of its own, and waits for it. The pool is `threads` with one thread.
 A job takes hours, so the task must not block the process's event loop, as it would with `solo`, and it computes nothing
@@ -25,7 +25,7 @@ from kombu import Queue
 from app.logs import configure_logging
 from app.queue import WORK_TASK, celery_app, queue_name
 from workers.supervise.context import WorkerContext
-from workers.supervise.heartbeat import Presence
+from workers.supervise.heartbeat import Heartbeat
 from workers.supervise.runner import Runner
 
 SHORTEST_PAUSE_SECONDS = 1.0
@@ -35,8 +35,8 @@ LONGEST_PAUSE_SECONDS = 30.0
 log = structlog.get_logger(__name__)
 
 
-def worker_app(context: WorkerContext, ring: Callable[[], None]) -> Celery:
-    """A Celery application that listens to one worker's queue; `ring` is called for each message."""
+def worker_app(context: WorkerContext, notify: Callable[[], None]) -> Celery:
+    """A Celery application that listens to one worker's queue; `notify` is called for each message."""
     app = celery_app(context.settings.broker_url)
     app.conf.update(
         task_queues=[Queue(queue_name(context.device))],
@@ -46,27 +46,27 @@ def worker_app(context: WorkerContext, ring: Callable[[], None]) -> Celery:
         worker_pool="threads",
         worker_concurrency=1,
         worker_prefetch_multiplier=1,
-        # A busy worker takes no message, so that the next one rings for a worker that is free.
+        # A busy worker takes no message, so that the next one reaches a worker that is free.
         worker_disable_prefetch=True,
-        # Whoever can write to the broker can ring, and nothing else: end no worker, and change no setting.
+        # Whoever can write to the broker can notify, and nothing else: end no worker, and change no setting.
         worker_enable_remote_control=False,
         worker_send_task_events=False,
         worker_redirect_stdouts=False,
         worker_cancel_long_running_tasks_on_connection_loss=False,
     )
 
-    def rung(device_class: str) -> None:
+    def receive(device_class: str) -> None:
         if device_class == context.device.value:
-            ring()
+            notify()
         else:
             log.warning("message_for_another_device", wanted=device_class, device=context.device.value)
 
-    app.task(name=WORK_TASK, ignore_result=True)(rung)
+    app.task(name=WORK_TASK, ignore_result=True)(receive)
     return app
 
 
 def run_worker(context: WorkerContext) -> None:
-    """Serve until the process is asked to end. Blocks; to be called once a process, from its main thread.
+    """Serve until the process is asked to end. Blocks; to be called once per process, from its main thread.
 
     Jobs run with or without a broker. On SIGTERM the attempt in hand is ended and its job given back at once.
     """
@@ -76,24 +76,24 @@ def run_worker(context: WorkerContext) -> None:
     warnings.filterwarnings("ignore", category=CPendingDeprecationWarning)
     signals.setup_logging.connect(lambda **_: configure_logging(context.settings), weak=False)
     signals.worker_shutting_down.connect(lambda **_: context.stopping.set(), weak=False)
-    presence, runner = Presence(context), Runner(context)
+    heartbeat, runner = Heartbeat(context), Runner(context)
     with _stopping_on_signals(context.stopping):
-        presence.start()
+        heartbeat.start()
         runner.start()
         try:
-            _listen(context, runner.ring)
+            _listen(context, runner.notify)
         finally:
             runner.stop()
-            presence.stop()
+            heartbeat.stop()
 
 
-def _listen(context: WorkerContext, ring: Callable[[], None]) -> None:
+def _listen(context: WorkerContext, notify: Callable[[], None]) -> None:
     """Hear messages until the process is asked to end; begin anew when Celery gives up on a broker that refuses."""
     pause = SHORTEST_PAUSE_SECONDS
     while not context.stopping.is_set():
         began = time.monotonic()
         try:
-            worker_app(context, ring).worker_main(
+            worker_app(context, notify).worker_main(
                 [
                     "--quiet",
                     "worker",

@@ -66,7 +66,7 @@ def attempt_environment(workspace: Workspace, claim: Claim) -> dict[str, str]:
 
 
 def waiting() -> dict[str, str]:
-    """How threads wait, unless this process's environment says so."""
+    """Variables for how threads wait, unless this process's environment sets them."""
     return {} if any(name in os.environ for name in WAITING_IS_GIVEN) else WAITING
 
 

@@ -34,7 +34,7 @@ PASSED_ON_PREFIXES = (
 
 
 def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
-    """What a child gets of this process's environment: no database, broker, bucket or key is in it."""
+    """The variables that a child gets of this process's environment: no database, broker, bucket or key is in it."""
     passed = {
         name: value for name, value in os.environ.items() if name in PASSED_ON or name.startswith(PASSED_ON_PREFIXES)
     }
@@ -67,15 +67,15 @@ class LineSplitter:
         self._keep(rest)
         return lines
 
-    def _keep(self, part: bytes) -> None:
-        self._size += len(part)
+    def _keep(self, chunk: bytes) -> None:
+        self._size += len(chunk)
         if self._size <= self._limit:
-            self._parts.append(part)
+            self._parts.append(chunk)
         else:
             self._parts.clear()
 
-    def _end(self, part: bytes) -> bytes | None:
-        self._keep(part)
+    def _end(self, chunk: bytes) -> bytes | None:
+        self._keep(chunk)
         line = b"".join(self._parts) if self._size <= self._limit else None
         self.dropped += line is None
         self._parts, self._size = [], 0
@@ -99,13 +99,13 @@ class ChildProcess:
         peers: Sequence[list[str]] = (),
     ) -> None:
         """Start `python -m *arguments`, and the same for each of `peers`; what they print is appended to `log_path`."""
-        told = {**environment, SUPERVISOR_PID: str(os.getpid()), SILENCE_SECONDS: str(silence_seconds)}
+        variables = {**environment, SUPERVISOR_PID: str(os.getpid()), SILENCE_SECONDS: str(silence_seconds)}
         self._reading, writing = os.pipe()
         self._processes: list[_Process] = []
         self._code: int | None = None
         try:
             for command in (arguments, *peers):
-                self._processes.append(_Process(command, environment=told, log_path=log_path, report=writing))
+                self._processes.append(_Process(command, environment=variables, log_path=log_path, report=writing))
         except BaseException:
             self._end_groups(0)
             os.close(self._reading)
@@ -130,7 +130,7 @@ class ChildProcess:
 
     @property
     def dropped_lines(self) -> int:
-        """How many lines were thrown away for their length."""
+        """Number of lines that were thrown away for their length."""
         return self._splitter.dropped
 
     def lines(self, timeout: float) -> list[bytes]:
@@ -146,7 +146,7 @@ class ChildProcess:
         return []
 
     def remaining_lines(self) -> list[bytes]:
-        """What an ended child had written and nobody has read."""
+        """Lines that an ended child had written and nobody has read."""
         lines: list[bytes] = []
         with suppress(BlockingIOError):
             while data := os.read(self._reading, 1 << 20):
@@ -154,7 +154,7 @@ class ChildProcess:
         return lines
 
     def ended(self) -> bool:
-        """Whether the child has ended."""
+        """True if the child has ended."""
         first, *peers = (process.code() for process in self._processes)
         return first is not None or any(peers)
 
@@ -164,9 +164,9 @@ class ChildProcess:
         Of a child with peers, the code is that of the process whose end ended the others.
         """
         if self._code is None:
-            found = cause([process.code() for process in self._processes])
+            status = cause([process.code() for process in self._processes])
             self._end_groups(grace_seconds)
-            self._code = self._processes[0].bury() if found is None else found
+            self._code = self._processes[0].bury() if status is None else status
         self._closing.set()
         return self._code
 
@@ -226,10 +226,10 @@ class _Process:
         """
         if self._process.returncode is not None:
             return self._process.returncode
-        found = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
-        if found is None:
+        status = os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+        if status is None:
             return None
-        return found.si_status if found.si_code == os.CLD_EXITED else -found.si_status
+        return status.si_status if status.si_code == os.CLD_EXITED else -status.si_status
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the whole group."""

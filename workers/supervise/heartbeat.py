@@ -1,4 +1,4 @@
-"""A worker's row in the store: it says that the worker lives and what it can hold."""
+"""Heartbeat of a worker: its row in the store, with its capacity, and hourly pruning of its disk."""
 
 import threading
 import time
@@ -19,26 +19,26 @@ HEARTBEAT_SECONDS = 10.0
 PRUNE_SECONDS = 3600.0
 DAY = 86_400.0
 SKEW_SECONDS = 2.0
-"""A clock that is further from the database's is told in the log."""
+"""Distance from the database's clock from which on it is logged."""
 SKEW_CHANGE_SECONDS = 1.0
-"""A clock that has moved by more against the database's is told anew."""
+"""Change of that distance from which on it is registered and logged again."""
 
 log = structlog.get_logger(__name__)
 
 
 def changed(before: float | None, skew: float) -> bool:
-    """Whether a clock's distance from the database's is another one than was told."""
+    """True if the distance from the database's clock differs from the one registered before."""
     return before is None or abs(skew - before) > SKEW_CHANGE_SECONDS
 
 
-class Presence:
+class Heartbeat:
     """Registers the worker and renews its row from a thread until `stop`."""
 
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._done = threading.Event()
         self._skew: float | None = None
-        self._thread = threading.Thread(target=self._keep, name="presence", daemon=True)
+        self._thread = threading.Thread(target=self._keep, name="heartbeat", daemon=True)
 
     def start(self) -> None:
         """Register, whether or not there is a broker. A second call does nothing."""
@@ -47,10 +47,10 @@ class Presence:
         log.info("worker_started", worker_id=self._context.worker_id, device=self._context.device.value)
         self._thread.start()
 
-    def _about(self, skew: float) -> dict[str, object]:
-        told = {"version": version("bitwright"), CLOCK_SKEW: skew, **asdict(self._context.capacity)}
-        told.pop("device")
-        return told
+    def _description(self, skew: float) -> dict[str, object]:
+        capacity = asdict(self._context.capacity)
+        capacity.pop("device")
+        return {"version": version("bitwright"), CLOCK_SKEW: skew, **capacity}
 
     def _warn(self, skew: float) -> None:
         """Say that this machine's clock is wrong, when it is found to be and when it has changed by much."""
@@ -71,10 +71,10 @@ class Presence:
             log.warning("worker_not_removed")
 
     def _keep(self) -> None:
-        self._tell()
+        self._beat()
         pruned_at = -PRUNE_SECONDS
         while not self._done.wait(HEARTBEAT_SECONDS):
-            self._tell()
+            self._beat()
             if time.monotonic() - pruned_at > PRUNE_SECONDS:
                 pruned_at = time.monotonic()
                 self._prune()
@@ -99,7 +99,7 @@ class Presence:
         else:
             log.info("disk_pruned", jobs=len(pruned), models=len(models))
 
-    def _tell(self) -> None:
+    def _beat(self) -> None:
         context = self._context
         try:
             with context.database.reading() as session:
@@ -107,11 +107,11 @@ class Presence:
             self._warn(skew)
             with context.database.transaction() as session:
                 if not heartbeat(session, context.worker_id):
-                    register(session, context.worker_id, context.device, self._about(skew))
+                    register(session, context.worker_id, context.device, self._description(skew))
                 elif changed(self._skew, skew):
-                    describe(session, context.worker_id, self._about(skew))
+                    describe(session, context.worker_id, self._description(skew))
                 else:
                     return
             self._skew = skew
-        except Exception as error:  # whatever it is: a worker without a heartbeat is rung for no more
+        except Exception as error:  # whatever it is: a worker without a heartbeat is notified no more
             log.warning("heartbeat_failed", error=type(error).__name__)

@@ -1,9 +1,9 @@
 """Transfer of an attempt's output from its workspace into the blob store."""
 
-import errno
 from pathlib import Path, PurePosixPath
 
 from app.domain.attempt_lines import ResultLine
+from app.domain.full_disk import disk_full
 from app.store.attempts import NewArtifact
 from app.store.blobs import BlobStore
 from bitwright.errors import DiskFull, InternalError, StorageError
@@ -49,7 +49,7 @@ def store_outputs(
         try:
             blob = blobs.put(path)
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            if disk_full(error):
                 raise DiskFull("the blob store's disk is full", value=f"{checkpoint}/{name}") from error
             raise StorageError("the blob store did not take a file", value=f"{checkpoint}/{name}") from error
         artifacts.append(

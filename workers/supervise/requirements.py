@@ -23,8 +23,8 @@ def missed_requirement(
     for way in report.shipped[1:]:
         if way.whole and (formats is None or {*way.checkpoints, way.adapter} & set(formats)):
             known = {name for name, _ in misses}
-            found = _misses(require, report.quality.model_copy(update=way.figures.model_dump()))
-            misses += [(name, f"{text} as {_loaded(way)}") for name, text in found if name not in known]
+            unmet = _misses(require, report.quality.model_copy(update=way.figures.model_dump()))
+            misses += [(name, f"{text} as {_loaded(way)}") for name, text in unmet if name not in known]
     if not misses:
         return None
     names = ", ".join(name for name, _ in misses)
@@ -37,7 +37,7 @@ def missed_requirement(
 
 
 def _way_out(require: Requirements, report: Report) -> str:
-    """What may help: first of all a merge that loses nothing, where the merge is what lost it."""
+    """A hint: first of all a merge that loses nothing, where the merge is what lost it."""
     adapter = report.adapter
     usual = "the artifacts are stored; use more bits, a smaller group_size or a method that tunes"
     if adapter is None or adapter.before_merge is None or report.quality is None:

@@ -1,4 +1,4 @@
-"""The thread of a worker that runs jobs. It asks the database when a message rings, and every few seconds by itself.
+"""The thread of a worker that runs jobs. It asks the database at each message, and every few seconds by itself.
 
 So a broker that is full, flushed or dead, a sweep that is not there and a clock that is wrong cost a job some seconds.
 """
@@ -28,7 +28,7 @@ class Runner:
     def __init__(self, context: WorkerContext) -> None:
         self._context = context
         self._changed = threading.Condition()
-        self._begun, self._ended, self._rung = 0, 0, False
+        self._begun, self._ended, self._notified = 0, 0, False
         self._faults = 0
         self._thread = threading.Thread(target=self._run, name="runner", daemon=True)
 
@@ -36,11 +36,11 @@ class Runner:
         """Begin with the first question at once: jobs may have waited for this worker."""
         self._thread.start()
 
-    def ring(self) -> None:
-        """Ask now. Returns when a pass that began after this call has ended: who waits takes no other message."""
+    def notify(self) -> None:
+        """Ask now, and return when a pass that began after this call has ended: no other message is taken meanwhile."""
         with self._changed:
             wanted = self._begun + 1
-            self._rung = True
+            self._notified = True
             self._changed.notify_all()
             self._changed.wait_for(lambda: self._ended >= wanted or self._context.stopping.is_set())
 
@@ -55,7 +55,7 @@ class Runner:
     def _run(self) -> None:
         while not self._context.stopping.is_set():
             with self._changed:
-                self._begun, self._rung = self._begun + 1, False
+                self._begun, self._notified = self._begun + 1, False
             self._pass()
             with self._changed:
                 self._ended = self._begun
@@ -86,9 +86,9 @@ class Runner:
         return float(min(interval * 2.0 ** min(self._faults, 16), longest) * spread)
 
     def _wait(self, seconds: float) -> None:
-        """Wait so long, but no longer than until somebody rings or the worker stops."""
+        """Wait so long, but no longer than until a notification or the worker's stop."""
         stopping, until = self._context.stopping, monotonic() + seconds
         with self._changed:
             # `stopping` is set by a signal handler, which may take no lock: it is looked at now and then.
-            while not self._rung and not stopping.is_set() and (left := until - monotonic()) > 0:
+            while not self._notified and not stopping.is_set() and (left := until - monotonic()) > 0:
                 self._changed.wait(min(left, 0.5))

@@ -5,7 +5,6 @@ are taken from the blob store, and what is left for the Hub goes into a `FetchOr
 """
 
 import os
-import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -24,8 +23,9 @@ from app.domain.request.sources import (
     UploadedModel,
     UploadedText,
 )
+from app.store.blobs import materialise
 from app.store.uploads import UploadRepository
-from bitwright.errors import InvalidDataset, NotFound, SourceForbidden, SourceNotFound
+from bitwright.errors import CorruptCheckpoint, InvalidDataset, NotFound, SourceForbidden, SourceNotFound
 from bitwright.events import TEXT_ROLES
 from workers.disk.orders import FetchOrder, TextOrder
 from workers.disk.workspace import Workspace
@@ -36,10 +36,10 @@ CHARACTERS_PER_TOKEN = 12
 
 
 def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) -> FetchOrder:
-    """What the request wants from the Hub. Equal datasets are fetched once, into one file."""
+    """Models and texts to fetch from the Hub. Equal datasets are fetched once, into one file."""
     model = request.model if isinstance(request.model, HubModel) else None
     wanted = [
-        (TEXT_ROLES[named.field], named.source, tokens_read(named.part))
+        (TEXT_ROLES[named.field], named.source, tokens_read(named.section))
         for named in read_sources(request)
         if isinstance(named.source, HubDataset)
     ]
@@ -54,11 +54,11 @@ def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) 
     return FetchOrder(model=model, models_folder=str(models_folder), **orders)
 
 
-def tokens_read(part: BaseModel) -> int:
+def tokens_read(section: BaseModel) -> int:
     """Tokens of its dataset that a part of a request reads at the most."""
-    if not isinstance(part, Calibration | Evaluation | Finetune):
-        raise TypeError(f"{type(part).__name__} does not say how much of its dataset is read")
-    return part.tokens_read
+    if not isinstance(section, Calibration | Evaluation | Finetune):
+        raise TypeError(f"{type(section).__name__} does not say how much of its dataset is read")
+    return section.tokens_read
 
 
 def model_path(context: WorkerContext, tenant_id: str, request: JobRequest, workspace: Workspace) -> str | None:
@@ -128,6 +128,8 @@ def materialise_upload(
 
     Raises:
         SourceNotFound: no such complete upload of this tenant.
+        SourceForbidden: a file is named outside its folder.
+        CorruptCheckpoint: a file's bytes are not those that were stored.
     """
     try:
         with context.database.reading() as session:
@@ -144,22 +146,8 @@ def materialise_upload(
         if not target.is_relative_to(folder.resolve()):
             hint = "upload the files again, by plain names"
             raise SourceForbidden("the upload names a file outside its folder", field=field, value=name, hint=hint)
-        if not (target.exists() and target.stat().st_size == size):
-            _materialise(context, sha256, target)
+        there = target.exists() and target.stat().st_size == size
+        if not there and not materialise(context.blobs, sha256, target):
+            detail = f"{name} of the upload is damaged in the store"
+            raise CorruptCheckpoint(detail, field=field, value=upload_id, hint="upload it again")
     return folder
-
-
-def _materialise(context: WorkerContext, sha256: str, target: Path) -> None:
-    """A hard link to the blob where that is possible (same disk), else a copy, whole or not at all."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
-    temporary.unlink(missing_ok=True)
-    local = context.blobs.path(sha256)
-    try:
-        if local is None:
-            raise OSError  # a bucket: no file to link to
-        temporary.hardlink_to(local)
-    except OSError:
-        with context.blobs.open(sha256) as source, temporary.open("wb") as copy:
-            shutil.copyfileobj(source, copy, 1 << 20)
-    temporary.replace(target)

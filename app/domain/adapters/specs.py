@@ -43,7 +43,7 @@ and is decided after 70 % of the steps, of which a schedule takes some more."""
 
 
 class AdapterFields(Spec):
-    """What every adapter has."""
+    """Fields of every adapter."""
 
     rank: int = Field(
         default=16,
@@ -179,7 +179,7 @@ class AdapterShape:
 
     @property
     def scale(self) -> float:
-        """What the mean over a pool is multiplied by: s, or s*p where the pool is summed."""
+        """Factor on the mean over a pool: s, or s*p where the pool is summed."""
         return self.alpha / self.nominal_rank * (self.pool_in if self.pooling == "sum" else 1)
 
     @property
@@ -202,7 +202,7 @@ class AdapterShape:
 
 @dataclass(frozen=True)
 class AdapterInfo:
-    """What /v1/methods tells of a kind of adapter.
+    """A kind of adapter in /v1/methods.
 
     merges_quantized   whether it folds into the offsets of an affine base, exactly
     learning_rate      where the request is silent: QLoRA's for a plain pair; a mean over a group is so much smaller

@@ -121,8 +121,8 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
         UnsupportedArchitecture: the table has none, or the checkpoint is quantized already.
     """
     model_type = config.get("model_type")
-    found = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
-    if found is None:
+    architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
+    if architecture is None:
         known = ", ".join(ARCHITECTURES)
         detail = f"config.json has model_type {model_type!r}; supported are: {known}"
         raise UnsupportedArchitecture(
@@ -135,7 +135,7 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
     if isinstance(mlx, Mapping) and "bits" in mlx:
         detail = "config.json has MLX's quantization: the checkpoint is quantized already"
         raise UnsupportedArchitecture(detail, field="model", hint=HINT)
-    return found
+    return architecture
 
 
 def _number(values: Mapping[str, object], name: str, limit: int) -> int:

@@ -17,7 +17,7 @@ DISTRIBUTED = re.compile(r"shard-[0-9]{5}-model-[0-9]{5}-of-[0-9]{5}\.safetensor
 
 
 def check_choice(names: Collection[str], weights: str, config: Mapping[str, object]) -> None:
-    """Whether transformers would load what is about to be read.
+    """Check that transformers would load what is about to be read.
 
     names     of the files in the folder
     weights   the file, or the index of the files, that is about to be read

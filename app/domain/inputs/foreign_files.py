@@ -18,7 +18,7 @@ SAVE = "AutoModelForCausalLM.from_pretrained(...).save_pretrained(folder)"
 
 @dataclass(frozen=True)
 class ForeignFiles:
-    """What the files are, with one of them, and what to give instead."""
+    """A kind of foreign files, with one of them, and what to give instead."""
 
     what: str
     file: str
@@ -70,7 +70,7 @@ CONSOLIDATED_HINT = (
 
 
 def foreign_files(names: Collection[str]) -> ForeignFiles | None:
-    """What is here in place of a checkpoint; None if the weights of one are here, or nothing that is known.
+    """The files that are here in place of a checkpoint; None if the weights of one are here, or nothing that is known.
 
     names   of all files, with `/` between folders
     """
@@ -86,9 +86,9 @@ def foreign_files(names: Collection[str]) -> ForeignFiles | None:
         what = "a checkpoint in its makers' own layout, without transformers' config.json and names"
         return ForeignFiles(what, consolidated[0], CONSOLIDATED_HINT, pickled)
     for suffixes, what, hint in BY_SUFFIX:
-        found = sorted(leaf for leaf in leaves if leaf.lower().endswith(suffixes))
-        if found:
-            return ForeignFiles(what, found[0], hint)
+        matching = sorted(leaf for leaf in leaves if leaf.lower().endswith(suffixes))
+        if matching:
+            return ForeignFiles(what, matching[0], hint)
     return _weights_only(leaves)
 
 

@@ -33,16 +33,16 @@ def numbered_records(stream: BinaryIO, name: str) -> Iterator[Record]:
     Raises:
         InvalidDataset: a line, named by its number, is no record, or none of them holds text.
     """
-    blank = found = 0
+    blank = records = 0
     for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
         if len(line) > MAX_LINE_BYTES:
             raise bad_line(name, number, f"longer than {MAX_LINE_BYTES} bytes", line)
         if line.strip():
             record = parse_record(line, number, name)
-            blank, found = blank + record.row.is_blank, found + 1
+            blank, records = blank + record.row.is_blank, records + 1
             yield record
-    if blank == found:
-        detail = f"{name} holds no text" + (f": its {found} rows are empty" if found else "")
+    if blank == records:
+        detail = f"{name} holds no text" + (f": its {records} rows are empty" if records else "")
         raise InvalidDataset(detail, field=name, value=name, hint=WANTED)
 
 
@@ -59,10 +59,10 @@ def parse_record(line: bytes, number: int, name: str) -> Record:
     if not isinstance(row, Mapping):
         raise bad_line(name, number, "not a JSON object", line)
     try:
-        found, ignored = parse_row(row)
+        parsed, ignored = parse_row(row)
     except RowProblem as problem:
         raise bad_field(name, number, problem, row) from problem
-    return Record(number, found, ignored)
+    return Record(number, parsed, ignored)
 
 
 def bad_line(name: str, number: int, problem: str, line: bytes) -> InvalidDataset:

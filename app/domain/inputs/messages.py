@@ -32,7 +32,7 @@ _DETAIL = ("train_detail", "training_detail")
 
 
 class RowProblem(ValueError):
-    """What is wrong with a field of a row: its path (empty for the row itself), what it is, and the way out."""
+    """A problem with a field of a row: its path (empty for the row itself), what it is, and the way out."""
 
     def __init__(self, path: str, problem: str, hint: str) -> None:
         super().__init__(f"{path} {problem}")
@@ -88,7 +88,7 @@ def parse_tools(given: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
 
 
 def json_name(value: object) -> str:
-    """What a value is, in JSON's words."""
+    """Name of a value's type in JSON."""
     if value is None:
         return "null"
     if isinstance(value, bool):
@@ -159,8 +159,8 @@ def _demand_honoured(fields: Mapping[str, Any], path: str, role: str) -> None:
 
 
 def _weighs(fields: Mapping[str, Any], path: str, role: str) -> bool:
-    """Whether the message counts when its turn is learned."""
-    found = []
+    """True if the message counts when its turn is learned."""
+    flags = []
     for name in LEARNING:
         if name not in fields:
             continue
@@ -171,8 +171,8 @@ def _weighs(fields: Mapping[str, Any], path: str, role: str) -> bool:
             raise RowProblem(place, f"is {shown(value)}", "give true (learned) or false (read)")
         if value and role != "assistant":
             raise RowProblem(place, f"asks to learn a message of role {role}", "only an assistant's turns are learned")
-        found.append(bool(value))
-    return all(found)
+        flags.append(bool(value))
+    return all(flags)
 
 
 def _content(value: object, path: str) -> str | list[dict[str, str]]:
@@ -242,12 +242,12 @@ def _arguments(value: object, path: str) -> Mapping[str, Any]:
 
 def _objects(value: object, path: str) -> tuple[Mapping[str, Any], ...]:
     """A list of objects, where it or each of them may be JSON."""
-    found = _loaded(value, path)
-    if found in (None, [], {}, ""):
+    loaded = _loaded(value, path)
+    if loaded in (None, [], {}, ""):
         return ()
-    if not isinstance(found, list):
-        raise RowProblem(path, f"is {json_name(found)}", "give a list of functions, each with name and parameters")
-    objects = [_loaded(each, f"{path}.{index}") for index, each in enumerate(found)]
+    if not isinstance(loaded, list):
+        raise RowProblem(path, f"is {json_name(loaded)}", "give a list of functions, each with name and parameters")
+    objects = [_loaded(each, f"{path}.{index}") for index, each in enumerate(loaded)]
     for index, each in enumerate(objects):
         if not isinstance(each, Mapping):
             raise RowProblem(f"{path}.{index}", f"is {json_name(each)}", "give an object with name and parameters")

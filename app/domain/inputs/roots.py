@@ -13,7 +13,7 @@ ALLOWED_HINT = (
 
 
 def lies_under(path: str | Path, roots: Iterable[Path]) -> bool:
-    """Whether the path, with every link and `..` resolved, is one of the roots or lies under one."""
+    """True if the path, with every link and `..` resolved, is one of the roots or lies under one."""
     real = os.path.realpath(path)
     return any(os.path.commonpath([real, base]) == base for base in map(os.path.realpath, roots))
 

@@ -94,7 +94,7 @@ Row = PlainText | TextPair | Conversation
 
 
 def parse_row(row: Mapping[str, Any]) -> tuple[Row, tuple[str, ...]]:
-    """What a row holds, and the names of the columns that were not read.
+    """The contents of a row, and the names of the columns that were not read.
 
     Raises:
         RowProblem: a field is not as documented, or has a meaning that is not honoured here.
@@ -109,17 +109,17 @@ def parse_row(row: Mapping[str, Any]) -> tuple[Row, tuple[str, ...]]:
         kinds.remove("prompt")
     match kinds:
         case ["text"]:
-            found: Row = PlainText(_text(given, "text"))
+            parsed: Row = PlainText(_text(given, "text"))
             read = {"text", "parallel_tool_calls"}
         case ["prompt", "completion"]:
-            found, read = _pair(given), {"prompt", "completion", *BESIDE_MESSAGES}
+            parsed, read = _pair(given), {"prompt", "completion", *BESIDE_MESSAGES}
         case ["messages"] | ["conversations"]:
-            found, read = _conversation(given, parse_messages(given[kinds[0]], kinds[0])), {*kinds, *BESIDE_MESSAGES}
+            parsed, read = _conversation(given, parse_messages(given[kinds[0]], kinds[0])), {*kinds, *BESIDE_MESSAGES}
         case _:
             raise _no_kind(kinds, row)
-    if not isinstance(found, Conversation):
+    if not isinstance(parsed, Conversation):
         _demand_no_conversation(given)
-    return found, tuple(sorted(name for name in given if name not in read))
+    return parsed, tuple(sorted(name for name in given if name not in read))
 
 
 def _no_kind(kinds: list[str], row: Mapping[str, Any]) -> RowProblem:
@@ -133,7 +133,7 @@ def _no_kind(kinds: list[str], row: Mapping[str, Any]) -> RowProblem:
 
 
 def _is_repeated(prompt: object, messages: object) -> bool:
-    """Whether a prompt only repeats what one of the messages says, as in some published datasets."""
+    """True if a prompt only repeats what one of the messages says, as in some published datasets."""
     said = [each.get("content") for each in messages if isinstance(each, Mapping)] if isinstance(messages, list) else []
     return isinstance(prompt, str) and prompt in said
 

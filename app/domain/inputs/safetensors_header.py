@@ -76,10 +76,10 @@ def parse_header(header: bytes, file_size: int, name: str) -> dict[str, TensorEn
 
 
 def _no_twice(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
+    entries = dict(pairs)
+    if len(entries) != len(pairs):
         raise ValueError("a name stands twice")
-    return found
+    return entries
 
 
 def _entry(raw: object, tensor: str, name: str) -> TensorEntry:

@@ -31,7 +31,8 @@ QuantizationSpec = Annotated[
 
 @dataclass(frozen=True)
 class Preset:
-    """What a preset fills in where the request is silent: fields of the method's spec, and the calibration's size."""
+    """Values that a preset fills in where the request is silent: fields of the method's spec, and the calibration's
+    size."""
 
     spec: Mapping[str, int]
     num_samples: int

@@ -205,11 +205,11 @@ class LQLoRASpec(WeightSpec):
 
     def scheme(self, name: str) -> Scheme | None:
         """As in every method; under a budget with the smallest group size, which divides if any does."""
-        found = super().scheme(name)
+        widest = super().scheme(name)
         fixed = any(o.group_size for p, o in self.modules.overrides.items() if fnmatchcase(name, p))
-        if found is None or fixed or self.budget() is None:
-            return found
-        return found.model_copy(update={"group_size": min(self.group_sizes)})
+        if widest is None or fixed or self.budget() is None:
+            return widest
+        return widest.model_copy(update={"group_size": min(self.group_sizes)})
 
     def least_bits(self, name: str, in_features: int) -> float:
         """Of the grid's cheapest configuration."""

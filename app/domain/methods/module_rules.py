@@ -51,7 +51,7 @@ def rule_errors(
 
 
 def matches_any(pattern: str, names: Iterable[str]) -> bool:
-    """Whether a glob of `modules` names at least one of the linears."""
+    """True if a glob of `modules` names at least one of the linears."""
     return any(fnmatchcase(name, pattern) for name in names)
 
 
@@ -62,7 +62,7 @@ def unknown_module(field: str, pattern: str, names: Iterable[str]) -> UnknownMod
 
 
 def divides(group_size: int, width: int) -> bool:
-    """Whether `width` inputs fall into whole groups."""
+    """True if `width` inputs fall into whole groups."""
     return group_size == PER_CHANNEL or (group_size > 0 and width % group_size == 0)
 
 
@@ -77,21 +77,21 @@ def dividing_sizes(width: int) -> list[int]:
 
 def _indivisible(spec: WeightSpec, inputs: Mapping[str, int], quantized: Iterable[str]) -> list[IndivisibleGroup]:
     """One error for each field that gave a size which does not divide, about the first linear that it is wrong for."""
-    found: dict[str, IndivisibleGroup] = {}
+    errors: dict[str, IndivisibleGroup] = {}
     for name in quantized:
         scheme, width = spec.scheme(name), inputs[name]
         if scheme is None or divides(scheme.group_size, width):
             continue
         field = _field_of_group(spec, name)
-        if field not in found:
+        if field not in errors:
             sizes = ", ".join(map(str, [*dividing_sizes(width), PER_CHANNEL]))
-            found[field] = IndivisibleGroup(
+            errors[field] = IndivisibleGroup(
                 f"group_size {scheme.group_size} does not divide the {width} inputs of {name}",
                 field=field,
                 value=scheme.group_size,
                 hint=f"use one of {sizes} (one group a row), or an override for this linear",
             )
-    return list(found.values())
+    return list(errors.values())
 
 
 def _out_of_reach(

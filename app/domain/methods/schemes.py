@@ -50,7 +50,7 @@ SCALE_BITS = 16
 
 
 class Scheme(Spec):
-    """How one linear's weight is stored."""
+    """Storage scheme of one linear's weight."""
 
     bits: Bits
     group_size: GroupSize
@@ -86,7 +86,7 @@ PRESET_ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=256)
 
 
 class SchemeOverride(Spec):
-    """What an override changes for the linears that its pattern matches."""
+    """Changes by an override for the linears that its pattern matches."""
 
     bits: Bits | None = None
     group_size: GroupSize | None = None
@@ -97,7 +97,7 @@ Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
 
 class ModuleRules(Spec):
-    """Which linears are quantized, and which differ. Patterns are globs over full module names."""
+    """Rules for which linears are quantized, and which differ. Patterns are globs over full module names."""
 
     ignore: tuple[Pattern, ...] = Field(
         default=("lm_head",), max_length=256, description="Linears that keep their 16-bit weight."

@@ -28,7 +28,8 @@ class WeightSpec(Spec):
     group_size: GroupSize = 64
     symmetric: Symmetric = True
     modules: ModuleRules = ModuleRules()
-    method: str
+    method: str = ""
+    """The name in a request; each method narrows it to its own."""
 
     def scheme(self, name: str) -> Scheme | None:
         """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
@@ -37,7 +38,7 @@ class WeightSpec(Spec):
         return self._schemes(o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))[-1]
 
     def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
-        """What the budget chooses from for the linear of that name: one where its width is given; none if ignored."""
+        """Choices of the budget for the linear of that name: one where its width is given; none if ignored."""
         if self.scheme(name) is None:
             return ()
         overrides = (o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))
@@ -67,7 +68,7 @@ class WeightSpec(Spec):
         return min(c.scheme.bits_per_weight(in_features) for c in self.candidates(name, in_features))
 
     def forms(self) -> frozenset[Form]:
-        """What these parameters make of the linears of the blocks."""
+        """Forms that these parameters make of the linears of the blocks."""
         return frozenset({Form.AFFINE})
 
     def factors_rank(self) -> int:
@@ -75,7 +76,7 @@ class WeightSpec(Spec):
         return 0
 
     def needs_fisher(self) -> bool:
-        """Whether the engine measures the loss's squared gradients by the weights before the first block."""
+        """True if the engine measures the loss's squared gradients by the weights before the first block."""
         return False
 
     def observes_inputs(self) -> bool:
@@ -99,8 +100,8 @@ class WeightSpec(Spec):
         return 0
 
     def needs_original_inputs(self) -> bool:
-        """Whether the method looks at what the original blocks before a block put out, which then is kept: half as
-        much memory for activations again."""
+        """True if the method looks at what the original blocks before a block put out, which then is kept: half as much
+        memory for activations again."""
         return True
 
     def shared_batch(self) -> int:
@@ -169,7 +170,7 @@ class GPTQSpec(WeightSpec):
     )
 
     def tuned_sequences(self, num_samples: int) -> int:
-        """What Hessians and their factors cost, in sequences that are tuned on: about one for each that calibrates."""
+        """Cost of Hessians and their factors, in sequences that are tuned on: about one for each that calibrates."""
         return num_samples
 
     def needs_original_inputs(self) -> bool:
@@ -204,7 +205,7 @@ class AWQSpec(WeightSpec):
     )
 
     def tuned_sequences(self, num_samples: int) -> int:
-        """What the search costs, in sequences that are tuned on: 20 candidates for each part of a block."""
+        """Cost of the search, in sequences that are tuned on: 20 candidates for each part of a block."""
         return num_samples + 8 * min(self.search_samples, num_samples)
 
     def needs_original_inputs(self) -> bool:

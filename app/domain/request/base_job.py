@@ -72,7 +72,7 @@ def continued_adapter(request: Mapping[str, Any]) -> Mapping[str, Any] | None:
 
 
 def is_read(request: Mapping[str, Any], checkpoint: str, path: str) -> bool:
-    """Whether a job that starts from one of this request reads this file of that checkpoint.
+    """True if a job that starts from one of this request reads this file of that checkpoint.
 
     The native checkpoint has the weights, a LoRA's factors among them; other adapters are in their own file alone.
     """
@@ -209,7 +209,7 @@ def _take_adapter(body: dict[str, object], base_job: BaseJob) -> Iterator[FieldP
 
 
 def _elsewhere(base_job: BaseJob) -> str:
-    """Where an adapter of another kind can start."""
+    """The way to start an adapter of another kind."""
     root = base_job.request.get("base_job")
     return f"from base_job {root}" if root else "without base_job: the same request and seed give the same codes"
 
@@ -222,7 +222,8 @@ def _of_quantization(base_job: BaseJob, field: str, value: object) -> FieldProbl
 
 
 def _differs(base_job: BaseJob, field: object, own: object) -> str:
-    return f"the job starts from {base_job.id}, whose {field} is {own}; leave it out; without base_job it is quantized anew"
+    kept = f"the job starts from {base_job.id}, whose {field} is {own}"
+    return f"{kept}; leave it out; without base_job it is quantized anew"
 
 
 def _conflict(field: str, detail: str, value: object) -> FieldProblem:

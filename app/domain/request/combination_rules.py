@@ -16,7 +16,7 @@ HOLDS_SUMS = frozenset({ExportFormat.NATIVE, ExportFormat.MERGED})
 
 
 def result_forms(spec: WeightSpec, adapter: AdapterSpec | None, merge: str | None) -> frozenset[Form]:
-    """What a job makes of the linears, the adapter's factors included where a stock format has them."""
+    """Forms that a job makes of the linears, the adapter's factors included where a stock format has them."""
     forms = spec.forms()
     if adapter is None:
         return forms
@@ -54,16 +54,16 @@ def result_problems(
     folded   what holds an adapter that lies in the weights from the start
     """
     stored = as_merged(spec) if folded or (adapter is not None and merge == "quantized") else spec
-    found = format_problems(stored, formats, result_forms(spec, adapter, merge))
+    problems = format_problems(stored, formats, result_forms(spec, adapter, merge))
     if adapter is None:
-        return found + _without_adapter(merge, round_offset)
-    found += _start_problems(spec, adapter) + _peft_problems(adapter, formats)
+        return problems + _without_adapter(merge, round_offset)
+    problems += _start_problems(spec, adapter) + _peft_problems(adapter, formats)
     if merge == "quantized":
-        found += _fold_problems(spec, formats, adapter, round_offset)
+        problems += _fold_problems(spec, formats, adapter, round_offset)
     elif folded == "offsets":
-        found += _offset_problems(formats, 'merge: "quantized" with round_offset')
+        problems += _offset_problems(formats, 'merge: "quantized" with round_offset')
     if merge == "16bit":
-        found += [
+        problems += [
             _problem(
                 f"formats.{index}",
                 "format_cannot_hold",
@@ -74,8 +74,8 @@ def result_problems(
             if name not in HOLDS_SUMS
         ]
     if round_offset and merge != "quantized":
-        found.append(_stray_rounding())
-    return found
+        problems.append(_stray_rounding())
+    return problems
 
 
 def as_merged(spec: WeightSpec) -> WeightSpec:
@@ -87,7 +87,7 @@ def as_merged(spec: WeightSpec) -> WeightSpec:
 
 def shape_errors(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[str, tuple[int, int]]) -> list[InputError]:
     """Linears (out, in) whose shape or groups the adapter does not fit: the first for each field of the request."""
-    found: dict[str, InputError] = {}
+    errors: dict[str, InputError] = {}
     for name, (out_features, in_features) in linears.items():
         scheme = spec.scheme(name)
         if scheme is None or not isinstance(adapter, GroupedSpec):
@@ -96,12 +96,12 @@ def shape_errors(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[str, t
             shape_for(adapter, in_features, out_features, scheme.group_size)
         except MisalignedAdapter as error:
             field = error.field or "adapter"
-            if field not in found:
+            if field not in errors:
                 detail = f"{error.detail} ({name})"
-                found[field] = MisalignedAdapter(detail, field=field, value=error.value, hint=error.hint)
+                errors[field] = MisalignedAdapter(detail, field=field, value=error.value, hint=error.hint)
         except ValueError:
             continue  # the group size does not divide, which has an error of its own
-    return list(found.values())
+    return list(errors.values())
 
 
 def trained_parameters(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[str, tuple[int, int]]) -> int:
@@ -125,13 +125,13 @@ def _shape(adapter: AdapterSpec, group_size: int, out_features: int, in_features
 
 
 def _without_adapter(merge: str | None, round_offset: bool) -> list[FieldProblem]:
-    found = []
+    problems = []
     if merge is not None:
         detail = "there is no adapter to merge; leave merge out, or give finetune and adapter"
-        found.append(_problem("merge", "conflicting_fields", detail, merge))
+        problems.append(_problem("merge", "conflicting_fields", detail, merge))
     if round_offset:
-        found.append(_stray_rounding())
-    return found
+        problems.append(_stray_rounding())
+    return problems
 
 
 def _stray_rounding() -> FieldProblem:
@@ -152,10 +152,10 @@ def _start_problems(spec: WeightSpec, adapter: AdapterFields) -> list[FieldProbl
             f"adapter.{field}",
             "conflicting_fields",
             f"the adapter goes on from the factors of {given['method']}, whose {field} is {given[field]}",
-            mine,
+            trained,
         )
-        for field, mine in (("rank", adapter.rank), ("alpha", adapter.alpha))
-        if field in given and given[field] != mine
+        for field, trained in (("rank", adapter.rank), ("alpha", adapter.alpha))
+        if field in given and given[field] != trained
     ]
 
 

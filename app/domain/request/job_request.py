@@ -186,19 +186,20 @@ def _adapter_problems(expansion: Expansion) -> list[FieldProblem]:
 
 def _format_problems(expansion: Expansion, body: Mapping[str, object], folded: Folded | None) -> list[FieldProblem]:
     try:
-        part = _FormatPart.model_validate(expansion.body)
+        fields = _FormatPart.model_validate(expansion.body)
     except ValidationError:
         return []
-    found = result_problems(part.quantization, part.formats, part.adapter, part.merge, part.round_offset, folded)
+    merging = (fields.merge, fields.round_offset, folded)
+    problems = result_problems(fields.quantization, fields.formats, fields.adapter, *merging)
     # What a stand-in for an unknown method produces says nothing of the method that was meant.
-    fitting = [problem for problem in found if expansion.method_known or not problem.field.startswith("formats.")]
+    fitting = [problem for problem in problems if expansion.method_known or not problem.field.startswith("formats.")]
     return [problem.model_copy(update={"field": as_written(body, problem.field)}) for problem in fitting]
 
 
-def _added(known: list[FieldProblem], found: list[FieldProblem]) -> list[FieldProblem]:
+def _added(known: list[FieldProblem], added: list[FieldProblem]) -> list[FieldProblem]:
     """Both, less what is found of a field whose problem is known: it would be the same mistake in other words."""
     fields = {problem.field for problem in known}
-    return known + [problem for problem in found if problem.field not in fields]
+    return known + [problem for problem in added if problem.field not in fields]
 
 
 def _json_type(value: object) -> str:

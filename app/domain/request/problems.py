@@ -148,7 +148,7 @@ def _resolve(node: Schema, definitions: Schema) -> Schema:
 
 
 def unknown_field(model: type[BaseModel], location: Location, shorthand: Sequence[str] = ()) -> str:
-    """What is wrong with a name that no field at that place of a body has, and which may have been meant.
+    """The problem of a name that no field at that place of a body has, with the one that may have been meant.
 
     shorthand   names that may stand at the top besides the model's
     """
@@ -178,7 +178,7 @@ def _plain(name: str) -> str:
 
 
 def _allowed(node: Schema, definitions: Schema) -> str:
-    """What a field takes, in words."""
+    """Values that a field takes, in words."""
     if "enum" in node or "const" in node:
         return _one_of([str(value) for value in _values(node)])
     if "discriminator" in node:
@@ -230,8 +230,8 @@ def _one_of(values: list[str]) -> str:
 
 
 def _values(node: Schema) -> list[object]:
-    found = node.get("enum", [node.get("const")])
-    return list(found) if isinstance(found, list) else []
+    values = node.get("enum", [node.get("const")])
+    return list(values) if isinstance(values, list) else []
 
 
 def _code(kind: str) -> str:
@@ -243,10 +243,10 @@ def _code(kind: str) -> str:
 
 
 def _part(node: Schema, name: str) -> Schema:
-    found = node.get(name)
-    return found if isinstance(found, Mapping) else {}
+    child = node.get(name)
+    return child if isinstance(child, Mapping) else {}
 
 
 def _list(node: Schema, name: str) -> list[Schema]:
-    found = node.get(name)
-    return [item for item in found if isinstance(item, Mapping)] if isinstance(found, list) else []
+    items = node.get(name)
+    return [item for item in items if isinstance(item, Mapping)] if isinstance(items, list) else []

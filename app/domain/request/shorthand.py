@@ -63,8 +63,8 @@ def expand(given: Mapping[str, object], base_job: BaseJob | None = None) -> Expa
     method_known = False
     if isinstance(quantization, Mapping):
         prefix = "" if inner is None else "quantization."
-        quantization, found, method_known = _expand_quantization(quantization, prefix)
-        problems += found
+        quantization, expanded, method_known = _expand_quantization(quantization, prefix)
+        problems += expanded
     body["quantization"] = quantization
     _expand_sources(body)
     _apply_preset(body)
@@ -171,7 +171,7 @@ def _fill_formats(body: dict[str, object], folded: Folded | None) -> None:
         return
     try:
         spec = METHODS[quantization["method"]].spec.model_validate(quantization)
-        part = _AdapterPart.model_validate(body)
+        fields = _AdapterPart.model_validate(body)
     except ValidationError:
         return
-    body["formats"] = list(default_result_formats(spec, part.adapter, part.merge, part.round_offset, folded))
+    body["formats"] = list(default_result_formats(spec, fields.adapter, fields.merge, fields.round_offset, folded))

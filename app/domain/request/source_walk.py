@@ -18,45 +18,45 @@ class NamedSource:
 
     field: str
     source: Source
-    part: BaseModel
+    section: BaseModel
 
 
-def named_sources(part: BaseModel, path: str = "") -> Iterator[NamedSource]:
+def named_sources(section: BaseModel, path: str = "") -> Iterator[NamedSource]:
     """All sources in a request or a part of one, in the order of its fields."""
-    for name in type(part).model_fields:
-        yield from _in_value(part, f"{path}{name}", getattr(part, name))
+    for name in type(section).model_fields:
+        yield from _in_value(section, f"{path}{name}", getattr(section, name))
 
 
-def _in_value(part: BaseModel, field: str, value: object) -> Iterator[NamedSource]:
+def _in_value(section: BaseModel, field: str, value: object) -> Iterator[NamedSource]:
     if isinstance(value, Source):
-        yield NamedSource(field, value, part)
+        yield NamedSource(field, value, section)
     elif isinstance(value, BaseModel):
         yield from named_sources(value, f"{field}.")
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            yield from _in_value(part, f"{field}.{key}", item)
+            yield from _in_value(section, f"{field}.{key}", item)
     elif isinstance(value, list | tuple | set | frozenset):
         for index, item in enumerate(value):
-            yield from _in_value(part, f"{field}.{index}", item)
+            yield from _in_value(section, f"{field}.{index}", item)
 
 
 def read_sources(request: JobRequest) -> list[NamedSource]:
     """The sources that the job reads: all, but for calibration text where blocks are taken from a base job."""
     unread = request.calibration if request.base_job is not None else None
-    return [named for named in named_sources(request) if named.part is not unread]
+    return [named for named in named_sources(request) if named.section is not unread]
 
 
 def read_uploads(request: JobRequest) -> dict[str, str]:
     """Ids of the uploads that the job reads, by the field that holds them."""
-    found = [(named.field, named.source) for named in read_sources(request)]
-    return {f"{field}.id": source.id for field, source in found if isinstance(source, UploadedModel | UploadedText)}
+    sources = [(named.field, named.source) for named in read_sources(request)]
+    return {f"{field}.id": source.id for field, source in sources if isinstance(source, UploadedModel | UploadedText)}
 
 
-def with_source(part: Part, field: str, source: Source) -> Part:
+def with_source(section: Part, field: str, source: Source) -> Part:
     """The same with another source in the dotted `field`, one that `named_sources` gave."""
     name, _, rest = field.partition(".")
-    changed = _replaced(getattr(part, name), rest, source)
-    return part.model_copy(update={name: changed})
+    changed = _replaced(getattr(section, name), rest, source)
+    return section.model_copy(update={name: changed})
 
 
 def _replaced(value: Any, rest: str, source: Source) -> Any:

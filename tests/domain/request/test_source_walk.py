@@ -57,7 +57,7 @@ def test_every_text_has_a_place_in_the_orders_and_a_size(field: str) -> None:
     for message in (AttemptOrder, FetchedLine):
         assert f"{role}_path" in message.model_fields
     request = JobRequest.parse(body_with(field, "org/wanted"))
-    assert all(tokens_read(named.part) > 0 for named in named_sources(request) if named.field == field)
+    assert all(tokens_read(named.section) > 0 for named in named_sources(request) if named.field == field)
 
 
 class Inner(BaseModel):

@@ -11,8 +11,8 @@ from bitwright.events import LogEvent
 from bitwright.report import FinetuningReport
 from tests.engine.finetune.test_stage import Job, rows
 from tests.engine.finetune.test_trainer import Interrupted, interrupt_at
+from workers.engine import memory
 from workers.engine.finetune import captured_passes
-from workers.engine.finetune import memory_plan as training_plan
 from workers.engine.finetune.resident_model import ResidentModel
 from workers.engine.text.packing import Batch
 
@@ -116,7 +116,7 @@ def test_captured_passes_train_what_eager_ones_do_with_weights_made_anew(
         patch.setattr(captured_passes, "MOST_SHAPES", 0)
         finetuned(kept, small_model, rows)
     assert not replayed
-    monkeypatch.setitem(training_plan.KEPT_SHARE, "cuda", 0.0)
+    monkeypatch.setitem(memory.KEPT_SHARE, "cuda", 0.0)
     assert not finetuned(made, small_model, rows).weights_kept
     assert any(batch.documents is not None for batch in replayed)
     assert "training_capture_failed" not in {line.event for line in made.told(LogEvent)}
@@ -152,7 +152,7 @@ def test_weights_made_anew_train_the_same_adapters_as_kept_ones(
     kept = Job(tmp_path / "kept", device="cuda")
     kept.run(small_model, rows)
     made = Job(tmp_path / "made", device="cuda")
-    monkeypatch.setitem(training_plan.KEPT_SHARE, "cuda", 0.0)
+    monkeypatch.setitem(memory.KEPT_SHARE, "cuda", 0.0)
     report = finetuned(made, small_model, rows, gradient_checkpointing=True)
     assert not report.weights_kept
     expected = kept.trained()

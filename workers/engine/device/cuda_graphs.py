@@ -79,7 +79,7 @@ def warm_up(function: Callable[[], None]) -> None:
 
 @contextmanager
 def capturing(graph: torch.cuda.CUDAGraph, pool: Any = None) -> Iterator[None]:
-    """What runs in it becomes the graph, in the memory pool of other graphs or (None) in one of its own.
+    """Capture of a graph, in the memory pool of other graphs or (None) in one of its own.
 
     Raises:
         RuntimeError: something cannot be captured, or memory has run out; the current stream is that of before.

@@ -23,7 +23,7 @@ def in_transit(
     parts = list(zip(torch.split(source, rows), torch.split(target, rows), strict=True))
     main = torch.cuda.current_stream(device)
     coming, going = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
-    arrivals, departures = ([torch.empty_like(part[side], device=device) for part in parts[:2]] for side in range(2))
+    arrivals, departures = ([torch.empty_like(rows[side], device=device) for rows in parts[:2]] for side in range(2))
     for stream, buffers in ((coming, arrivals), (going, departures)):
         stream.wait_stream(main)  # whose memory the buffers were
         for buffer in buffers:
@@ -42,12 +42,12 @@ def in_transit(
         if index + 1 < len(parts):
             fetch(index + 1)
         main.wait_event(arrived[index])
-        made = work(_rows(arrivals, index, before))
+        computed = work(_rows(arrivals, index, before))
         used.append(main.record_event())
         if index >= 2:
             main.wait_event(sent[index - 2])
         leaving = _rows(departures, index, after)
-        leaving.copy_(made)
+        leaving.copy_(computed)
         going.wait_event(main.record_event())
         with torch.cuda.stream(going):
             after.copy_(leaving, non_blocking=True)

@@ -31,7 +31,7 @@ class ProcessGroup:
 
     @property
     def leads(self) -> bool:
-        """Whether this is the rank that writes files and is heard."""
+        """True if this is the rank that writes files and is heard."""
         return self.rank == 0
 
     @property
@@ -54,19 +54,19 @@ class ProcessGroup:
 
     def total(self, number: int) -> int:
         """The sum of every rank's number."""
-        found = torch.tensor(number)
-        self.sum_(found)
-        return int(found)
+        total = torch.tensor(number)
+        self.sum_(total)
+        return int(total)
 
     def least(self, number: int) -> int:
         """The lowest of every rank's number."""
-        found = torch.tensor(number)
+        lowest = torch.tensor(number)
         if not self.alone:
-            dist.all_reduce(found, op=dist.ReduceOp.MIN)
-        return int(found)
+            dist.all_reduce(lowest, op=dist.ReduceOp.MIN)
+        return int(lowest)
 
     def agree(self, number: int) -> bool:
-        """Whether every rank has this number."""
+        """True if every rank has this number."""
         return self.least(number) == -self.least(-number)
 
     def wait(self) -> None:
@@ -109,7 +109,7 @@ def joined(processes: ProcessGroup, rendezvous: str, device: torch.device) -> It
 
 
 def backend(device: torch.device, size: int) -> str:
-    """What carries the sums. NCCL wants a GPU for each rank; where ranks share one, for a test, gloo does without."""
+    """Backend of the sums. NCCL wants a GPU per process; where processes share one, for a test, gloo does without."""
     if device.type != "cuda" or torch.cuda.device_count() < size:
         return "gloo"
     return "cpu:gloo,cuda:nccl"

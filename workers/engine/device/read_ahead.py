@@ -64,9 +64,9 @@ class Upload:
         """`source` on the device in `dtype`, once the stream is there."""
         target = torch.empty(source.shape, dtype=dtype, device=self._device)
         size = self._chunk_bytes // dtype.itemsize
-        for part, place in zip(torch.split(source.reshape(-1), size), torch.split(target.view(-1), size), strict=True):
+        for chunk, place in zip(torch.split(source.reshape(-1), size), torch.split(target.view(-1), size), strict=True):
             self._buffers.reverse()
-            self._buffers[0].send(part, place)
+            self._buffers[0].send(chunk, place)
         return target
 
 
@@ -78,10 +78,10 @@ class _Pinned:
         self._data = torch.empty(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
         self._sent: Mark = None
 
-    def send(self, part: Tensor, place: Tensor) -> None:
+    def send(self, chunk: Tensor, place: Tensor) -> None:
         if self._sent is not None:
             self._sent.synchronize()
         staged = self._data[: place.nbytes].view(place.dtype)
-        staged.copy_(part)
+        staged.copy_(chunk)
         place.copy_(staged, non_blocking=True)
         self._sent = mark(self._device)

@@ -23,7 +23,7 @@ class SideStream:
 
     @contextmanager
     def running(self, after: Mark = None) -> Iterator[None]:
-        """What the calling thread does goes to this stream, once `after` is reached, and is whole at the end."""
+        """Direct the calling thread's work to this stream, once `after` is reached; it is complete at the end."""
         if self._stream is None:
             yield
             return

@@ -27,7 +27,7 @@ FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies: its file, the file's name for its dtype, and its shape."""
+    """Location of a tensor: its file, the file's name for its dtype, and its shape."""
 
     file: Path
     dtype: str
@@ -179,7 +179,7 @@ def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpoint(f"{index.name} has no weight_map", field="model", value=index.name)
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for name in sorted({_plain_name(index, name) for name in weight_map.values()}):
         if not (folder / name).is_file():
             raise CorruptCheckpoint(
@@ -189,16 +189,16 @@ def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
                 hint="fetch or upload the missing file",
             )
         # All tensors of a file, and those of the last file in the order of names, as transformers loads them.
-        found |= read_tensors(folder / name)
+        tensors |= read_tensors(folder / name)
     for tensor, name in weight_map.items():
-        if tensor not in found:
+        if tensor not in tensors:
             raise CorruptCheckpoint(
                 f"{index.name} says that {tensor} is in {name}, where it is not, nor in another file that it names",
                 field="model",
                 value=tensor,
                 hint="fetch or upload the file again",
             )
-    return found
+    return tensors
 
 
 def _plain_name(index: Path, name: object) -> str:

@@ -26,7 +26,7 @@ BIASES = (
 
 
 def left_out_warning(names: Sequence[str]) -> str:
-    """What is told of tensors that the model does not have."""
+    """Warning about tensors that the model does not have."""
     return (
         f"{len(names)} tensors of the checkpoint belong to no parameter and are left out, as transformers does: "
         f"{_named(names)}"
@@ -35,7 +35,7 @@ def left_out_warning(names: Sequence[str]) -> str:
 
 @dataclass(frozen=True)
 class Skeleton:
-    """What config.json makes of a model: its parameters, the name and number of its blocks, and whether it ties its
+    """The model that config.json describes: its parameters, the name and number of its blocks, and whether it ties its
     head to the embeddings."""
 
     parameters: Collection[str]
@@ -53,7 +53,7 @@ class Skeleton:
 
 
 def demand_a_model(model: Skeleton, foreign: Sequence[str], missing: Sequence[str], dtypes: Mapping[str, str]) -> None:
-    """Whether a model whose tensors fit but for these is the one that was meant.
+    """Check that a model whose tensors fit but for these is the one that was meant.
 
     foreign   stored names that fit no parameter
     missing   parameters without a tensor
@@ -64,10 +64,10 @@ def demand_a_model(model: Skeleton, foreign: Sequence[str], missing: Sequence[st
         UnsupportedCheckpoint: the names are those of an adapter.
         CorruptCheckpoint: names and config.json do not fit together.
     """
-    found = quantized_tensor((name, dtypes[name]) for name in foreign)
-    if found is not None:
-        detail = f"the checkpoint is quantized already: {found[0]} is {found[1]}"
-        raise UnsupportedArchitecture(detail, field="model", value=found[0], hint=HINT)
+    quantized = quantized_tensor((name, dtypes[name]) for name in foreign)
+    if quantized is not None:
+        detail = f"the checkpoint is quantized already: {quantized[0]} is {quantized[1]}"
+        raise UnsupportedArchitecture(detail, field="model", value=quantized[0], hint=HINT)
     if any(".lora_" in name for name in foreign):
         adapter = next(name for name in foreign if ".lora_" in name)
         hint = "merge the adapter into its base first: save what peft's merge_and_unload() returns"
@@ -103,7 +103,7 @@ def _missing(model: Skeleton, foreign: Sequence[str], missing: Sequence[str]) ->
 
 
 def _stored_blocks(model: Skeleton, missing: Sequence[str]) -> int | None:
-    """How many blocks are stored, if all that is missing is the last ones."""
+    """Number of stored blocks, if only the last ones are missing."""
     numbers = {model.layer_of(name) for name in missing}
     there = sorted(set(range(model.layers)) - numbers)
     is_head = there == list(range(len(there))) and None not in numbers
@@ -111,17 +111,17 @@ def _stored_blocks(model: Skeleton, missing: Sequence[str]) -> int | None:
 
 
 def _common_prefix(parameters: Collection[str], foreign: Sequence[str]) -> str | None:
-    """What most foreign names begin with where the rest of the name is a parameter's."""
-    found: Counter[str] = Counter()
+    """The prefix that most foreign names have before a parameter's name."""
+    prefixes: Counter[str] = Counter()
     for name in foreign:
         parts = name.split(".")
         for count in range(1, len(parts)):
             if ".".join(parts[count:]) in parameters:
-                found[".".join(parts[:count]) + "."] += 1
+                prefixes[".".join(parts[:count]) + "."] += 1
                 break
-    if not found:
+    if not prefixes:
         return None
-    prefix, count = found.most_common(1)[0]
+    prefix, count = prefixes.most_common(1)[0]
     return prefix if 2 * count > len(foreign) else None
 
 
@@ -132,9 +132,9 @@ def _named(names: Sequence[str]) -> str:
 
 def misfit(name: str, dtype: str, shape: tuple[int, ...], wanted: tuple[int, ...], parameter: str) -> BitwrightError:
     """The error of a tensor that has its parameter's name, but not its shape, or no dtype that is read."""
-    found = quantized_tensor([(name, dtype)])
-    if found is not None:
-        detail = f"the checkpoint is quantized already: {name} is {found[1]}"
+    quantized = quantized_tensor([(name, dtype)])
+    if quantized is not None:
+        detail = f"the checkpoint is quantized already: {name} is {quantized[1]}"
         return UnsupportedArchitecture(detail, field="model", value=name, hint=HINT)
     detail = f"{name} is {dtype} of shape {shape}; config.json promises floats of shape {wanted}"
     hint = "give the config.json that was saved with these weights"

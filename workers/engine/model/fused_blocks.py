@@ -28,7 +28,7 @@ SILU = frozenset({"SiLU", "SiLUActivation"})
 
 @dataclass(frozen=True)
 class Parts:
-    """What a fused block is made of; `workers.numerics.backends.block_kernels` describes the functions.
+    """Functions of a fused block; `workers.numerics.backends.block_kernels` describes them.
 
     attend             causal attention, or with a mask: (q, k, v, mask, scaling) -> (batch, length, heads * width)
     packs_gate_up      whether `silu_mul` is as quick on gate and up packed in one tensor
@@ -52,16 +52,16 @@ class Parts:
     @classmethod
     def kernels(cls) -> "Parts":
         """Triton's."""
-        found = import_module("workers.numerics.backends.block_kernels")
-        functions = (found.rms_norm, found.add_rms_norm, found.silu_mul, found.apply_rope)
+        module = import_module("workers.numerics.backends.block_kernels")
+        functions = (module.rms_norm, module.add_rms_norm, module.silu_mul, module.apply_rope)
         return cls(*functions, attend=scaled_dot_product_attention, packs_gate_up=True)
 
     @classmethod
     def operators(cls) -> "Parts":
         """torch's."""
-        found = import_module("workers.numerics.backends.block_operators")
-        functions = (found.rms_norm, found.add_rms_norm, found.silu_mul, found.apply_rope)
-        return cls(*functions, attend=found.attend, packs_gate_up=False)
+        module = import_module("workers.numerics.backends.block_operators")
+        functions = (module.rms_norm, module.add_rms_norm, module.silu_mul, module.apply_rope)
+        return cls(*functions, attend=module.attend, packs_gate_up=False)
 
 
 class FusedRMSNorm(nn.Module):
@@ -81,7 +81,10 @@ class FusedMLP(nn.Module):
     """down(silu(gate(x)) * up(x))"""
 
     joined: nn.Module | None = None
-    """gate and up as one linear, where their weights lie one after another (`workers.engine.tune.tuned_block.join`)."""
+    """gate and up as one linear, where their weights lie one after another.
+
+    `workers.engine.tune.tuned_block.replace_linears` puts them there.
+    """
 
     def __init__(self, mlp: Any, parts: Parts) -> None:
         super().__init__()
@@ -167,8 +170,8 @@ def warm_ups(block: FusedBlock, dtype: torch.dtype, device: torch.device) -> lis
     heads = attention.counts
     inner, width = mlp.gate_proj.weight.shape
     kernels = import_module("workers.numerics.backends.block_kernels")
-    found: list[Callable[[], object]] = kernels.warm_ups((width, inner), heads, attention.head_dim, dtype, device)
-    return found
+    calls: list[Callable[[], object]] = kernels.warm_ups((width, inner), heads, attention.head_dim, dtype, device)
+    return calls
 
 
 def fuse(block: nn.Module, parts: Parts) -> nn.Module:

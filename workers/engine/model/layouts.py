@@ -15,7 +15,7 @@ from workers.contracts.blocks import Fold
 
 
 def folds(*, before_mlp: str = "post_attention_layernorm", offset: float = 0.0) -> tuple[Fold, ...]:
-    """Where scales can move in a block of the Llama shape.
+    """Places where scales can move in a block of the Llama shape.
 
     before_mlp  the norm whose output goes into the gated MLP
     offset      what norms add to their weights: 1 where they multiply by 1 + w

@@ -59,4 +59,4 @@ def weight_overflow(parameter: str, stored: Tensor, dtype: torch.dtype) -> Numer
 def _is_finite(states: Tensor) -> bool:
     """A few sequences at a time, since the mask of all of them would be half as large as they are."""
     rows = max(1, (1 << 24) // max(1, states[:1].numel()))
-    return all(bool(part.isfinite().all()) for part in torch.split(states, rows))
+    return all(bool(chunk.isfinite().all()) for chunk in torch.split(states, rows))

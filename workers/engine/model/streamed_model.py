@@ -32,7 +32,7 @@ from workers.engine.model.overflow import weight_overflow
 
 @dataclass(frozen=True)
 class BlockCall:
-    """What the model passes to one block besides the hidden states, for one sequence of a certain length."""
+    """Arguments that the model passes to one block besides the hidden states, for one sequence of a certain length."""
 
     arguments: tuple[Any, ...]
     keywords: dict[str, Any]
@@ -96,15 +96,15 @@ class StreamedModel:
 
     @property
     def tied(self) -> bool:
-        """Whether the head is the embedding matrix."""
+        """True if the head is the embedding matrix."""
         return f"{self.layout.head}.weight" not in self.sources
 
     @property
     def blocks(self) -> nn.ModuleList:
-        found = self.model.get_submodule(self.layout.blocks)
-        if not isinstance(found, nn.ModuleList):
-            raise TypeError(f"{self.layout.blocks} is {type(found).__name__}, not ModuleList")
-        return found
+        modules = self.model.get_submodule(self.layout.blocks)
+        if not isinstance(modules, nn.ModuleList):
+            raise TypeError(f"{self.layout.blocks} is {type(modules).__name__}, not ModuleList")
+        return modules
 
     def block_linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of a block by their names inside it; on meta unless the block is loaded."""
@@ -112,8 +112,8 @@ class StreamedModel:
 
     def linears(self) -> dict[str, nn.Linear]:
         """Every linear that may be quantized, by full module name: those of all blocks, and the head."""
-        found = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-        return {n: m for n, m in found.items() if n.startswith(self.layout.blocks + ".") or n == self.layout.head}
+        modules = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
+        return {n: m for n, m in modules.items() if n.startswith(self.layout.blocks + ".") or n == self.layout.head}
 
     @contextmanager
     def loaded(self, *names: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
@@ -160,14 +160,14 @@ class StreamedModel:
             NumericalFailure: a weight is not finite.
         """
         upload = upload or self._upload
-        found, read = {}, {}
+        tensors, read = {}, {}
         for parameter in self._parameter_names(name):
             if parameter in given:
-                found[parameter] = given[parameter]
+                tensors[parameter] = given[parameter]
             else:
-                found[parameter] = read[parameter] = upload(self._stored(parameter), self.dtype)
+                tensors[parameter] = read[parameter] = upload(self._stored(parameter), self.dtype)
         self._demand_finite(read)
-        return found
+        return tensors
 
     def _upload(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(self.device, dtype)
@@ -202,7 +202,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def capture_calls(self, length: int) -> tuple[BlockCall, ...]:
-        """What each block is called with for sequences of `length` tokens; needs no weights.
+        """Arguments of each block for sequences of `length` tokens; needs no weights.
 
         Blocks that are called with the same objects share one call, so that what is made for it serves them all.
         """
@@ -222,8 +222,8 @@ class StreamedModel:
         head (Gemma's soft cap) is done.
         """
         with self._stand_ins():
-            found: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
-        return found
+            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        return logits
 
     def head_logits(self, hidden: Tensor) -> Tensor:
         """`logits` without the decoder: its norm, then what the model does after it. Autograd works.
@@ -233,8 +233,8 @@ class StreamedModel:
         """
         norm = self.model.get_submodule(self.layout.final_norm)
         with self._swapped(self.layout.decoder, _Normed(norm)):
-            found: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
-        return found
+            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        return logits
 
     @property
     def _width(self) -> int:

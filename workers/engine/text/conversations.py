@@ -24,7 +24,7 @@ PROBE = "zqprobe"
 
 @dataclass(frozen=True)
 class Form:
-    """How messages are put: arguments of tool calls as an object or as JSON, absent content as nothing or as a text."""
+    """Form of messages: arguments of tool calls as an object or as JSON, absent content as nothing or as a text."""
 
     json_arguments: bool = False
     empty_content: bool = False
@@ -36,7 +36,7 @@ FORMS = (Form(), Form(empty_content=True), Form(json_arguments=True), Form(json_
 
 @dataclass(frozen=True)
 class Shape:
-    """What is known of all conversations of one shape.
+    """Properties of all conversations of one shape.
 
     answers    for each message, whether it is an assistant's whose answer, call or reasoning is in the text
     left_out   whether the template leaves out something of an earlier turn that it writes in a last one
@@ -129,7 +129,7 @@ class ChatTemplate:
         return InvalidDataset(f"{talk.place or self.name}: {problem}", field=self.name, value=value, hint=hint)
 
     def _takes(self, talk: Conversation) -> tuple[bool, bool]:
-        """Whether the template takes contents as texts, and as parts."""
+        """True if the template takes contents as texts, and as parts."""
         source = self.source(talk)
         if source not in self._parts:
             text, parts = (self._probed(each, source) for each in (PROBE, [{"type": "text", "text": PROBE}]))
@@ -148,7 +148,7 @@ class ChatTemplate:
             return None
 
     def _shape(self, talk: Conversation) -> Shape:
-        """How the conversation is to be put, and what the template writes of it.
+        """The shape of a conversation, by which it is put, and by what the template writes of it.
 
         Raises:
             InvalidDataset: there is no way in which it writes all that it should.
@@ -199,15 +199,15 @@ class ChatTemplate:
 
     def _unread(self, talk: Conversation, text: str) -> Iterator[str]:
         """Fields of messages that change nothing: names of speakers, and what nobody here knows."""
-        found = {name for message in talk.messages for name in message.fields.keys() - KNOWN}
+        unknown = {name for message in talk.messages for name in message.fields.keys() - KNOWN}
         source = self.source(talk)
-        yield from (f"messages.*.{name}" for name in sorted(found) if name not in source)
+        yield from (f"messages.*.{name}" for name in sorted(unknown) if name not in source)
         named = [index for index, message in enumerate(talk.messages) if _is_speaker(message)]
         if any(_word(index, "name") not in text for index in named):
             yield "messages.*.name"
 
     def _is_last_only(self, talk: Conversation, messages: list[Fields], index: int, words: list[str]) -> bool:
-        """Whether the template writes words of a message where that is the last: then it leaves them out on purpose."""
+        """True if the template writes words of a message where that is the last: then it leaves them out on purpose."""
         if any("call" in word for word in words):
             return False
         try:
@@ -277,12 +277,12 @@ def _with_json(call: Mapping[str, Any]) -> Fields:
 
 
 def _is_speaker(message: Message) -> bool:
-    """Whether a message has a name that says who speaks; that of a tool's answer says what a call said before."""
+    """True if a message has a name that says who speaks; that of a tool's answer says what a call said before."""
     return message.role != "tool" and "name" in message.fields
 
 
 def _outline(talk: Conversation) -> list[object]:
-    """What decides how a template treats a conversation: all but its words."""
+    """The properties of a conversation by which a template treats it: all but its words."""
     messages = []
     for message in talk.messages:
         fields: Fields = {name: json_name(value) for name, value in message.fields.items()}
@@ -294,7 +294,7 @@ def _outline(talk: Conversation) -> list[object]:
 
 
 def _inner_thoughts(message: Message) -> Iterator[str]:
-    """What an assistant thinks within its content, which some templates cut off."""
+    """An assistant's thoughts within its content, which some templates cut off."""
     for text in message.texts if message.role == "assistant" else ():
         before, tag, _ = text.partition("</think>")
         yield readable(before.rpartition("<think>")[2].strip()) if tag else ""
@@ -340,7 +340,7 @@ def _marked_message(message: Message, index: int) -> Message:
         fields["name"] = _word(index, "name")
     if "tool_calls" in fields:
         fields["tool_calls"] = [_marked_call(call, index, number) for number, call in enumerate(fields["tool_calls"])]
-    return Message(message.role, fields, message.loss_mask)
+    return Message(message.role, fields, message.learned)
 
 
 def _marked_call(call: Mapping[str, Any], index: int, number: int) -> Fields:

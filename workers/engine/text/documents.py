@@ -101,7 +101,7 @@ def _docstrings(file: Path) -> Iterator[str]:
 
 @dataclass
 class Notes:
-    """What was left while rows were read: how many held no text, and how many had columns that nobody reads.
+    """Counts kept while rows are read: rows without text, and columns that nobody reads.
 
     left_out   rows of which the chat template leaves out reasoning, or words beside a call, of an earlier turn
     """
@@ -159,7 +159,7 @@ def read_rows(file: Path, name: str, notes: Notes | None = None) -> Iterator[Rec
 
 
 def document_of(row: Row) -> Document:
-    """What a row holds: its text, prompt and completion as one, or its conversation."""
+    """The text of a row, its prompt and completion as one, or its conversation."""
     match row:
         case PlainText(text):
             return text

@@ -59,9 +59,9 @@ class Examples:
     def sha256(self) -> str:
         """Of all tokens in order, and of which are learned."""
         digest = hashlib.sha256()
-        for part in (self.training, self.validation):
-            digest.update(f"{len(part)}:".encode())
-            for example in part:
+        for examples in (self.training, self.validation):
+            digest.update(f"{len(examples)}:".encode())
+            for example in examples:
                 digest.update(f"{len(example.ids)}:".encode())
                 digest.update(example.ids.numpy().tobytes() + example.loss_mask.numpy().tobytes())
         return digest.hexdigest()
@@ -80,35 +80,36 @@ class _Row:
 
 
 def read_examples(
-    tokenizer: PreTrainedTokenizerBase, part: Finetune, path: Path | None, half: Half | None = None
+    tokenizer: PreTrainedTokenizerBase, config: Finetune, path: Path | None, half: Half | None = None
 ) -> Examples:
     """The rows of a JSONL file, or builtin text where there is none; of one half only where another text reads it, too.
 
     Raises:
         InvalidDataset: the file is not as documented, names its line; or nothing is left to learn.
     """
-    found = Examples()
-    rows = iter(_rows(_Reader(tokenizer, part, found.notes), path, half))
-    start, limit = start_tokens(tokenizer), part.sequence_length
+    examples = Examples()
+    rows = iter(_rows(_Reader(tokenizer, config, examples.notes), path, half))
+    start, limit = start_tokens(tokenizer), config.sequence_length
     while batch := list(islice(rows, ROWS_AT_ONCE)):
         for row, example in zip(batch, _tokenized(tokenizer, batch, start), strict=True):
             pieces = list(_pieces(example, limit, whole=row.whole))
-            found.cut += int(not row.whole and len(example.ids) > limit)
-            found.dropped += int(not pieces)
-            judges = row.validates < part.validation_share
-            (found.validation if judges else found.training).extend(pieces)
-    _demand_training(found, part)
-    return found
+            examples.cut += int(not row.whole and len(example.ids) > limit)
+            examples.dropped += int(not pieces)
+            for_validation = row.validates < config.validation_share
+            (examples.validation if for_validation else examples.training).extend(pieces)
+    _demand_training(examples, config)
+    return examples
 
 
-def _demand_training(found: Examples, part: Finetune) -> None:
-    if found.training:
+def _demand_training(examples: Examples, config: Finetune) -> None:
+    if examples.training:
         return
-    if found.validation:
-        detail = f"{NAME}: all of its {len(found.validation)} sequences fall into the validation share"
+    if examples.validation:
+        detail = f"{NAME}: all of its {len(examples.validation)} sequences fall into the validation share"
         raise InvalidDataset(detail, field=NAME, hint="give more rows, or set finetune.validation_share to 0")
     detail = (
-        f"{NAME} has nothing to learn: {found.dropped} rows have no completion within {part.sequence_length} tokens"
+        f"{NAME} has nothing to learn: {examples.dropped} rows have no completion within "
+        f"{config.sequence_length} tokens"
     )
     raise InvalidDataset(detail, field=NAME, hint="set finetune.sequence_length higher, or shorten the prompts")
 
@@ -116,8 +117,8 @@ def _demand_training(found: Examples, part: Finetune) -> None:
 class _Reader:
     """Makes rows of records: the template that writes conversations, and where their turns are."""
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, part: Finetune, notes: Notes) -> None:
-        self.tokenizer, self.part, self.notes = tokenizer, part, notes
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, config: Finetune, notes: Notes) -> None:
+        self.tokenizer, self.config, self.notes = tokenizer, config, notes
         self.template = ChatTemplate(tokenizer, NAME)
         self.turns = Turns(self.template)
 
@@ -127,7 +128,7 @@ class _Reader:
         Raises:
             InvalidDataset: it cannot be learned.
         """
-        whole = self.part.loss_on == "all"
+        whole = self.config.loss_on == "all"
         if isinstance(record.row, Conversation):
             text, spans = self._conversation(record.row, whole)
             return _Row(text, spans, starts=False, ends=False, whole=whole, validates=validates)
@@ -147,12 +148,12 @@ class _Reader:
         self.notes.add(written.shape.left_out, written.shape.unread)
         if whole:
             return written.text, self.turns.unweighted(talk, written)
-        if not any(message.loss_mask for message in talk.messages):
+        if not any(message.learned for message in talk.messages):
             assistants = any(message.role == "assistant" for message in talk.messages)
             problem = "that is learned" if assistants else "whose role is assistant"
             hint = "drop the row, or give one of them weight 1" if assistants else "add one, or drop the row"
             raise self.template.error(talk, f"messages has no message {problem}", hint)
-        return written.text, self.turns.loss_mask(talk, written)
+        return written.text, self.turns.learned_spans(talk, written)
 
 
 def _rows(reader: _Reader, path: Path | None, half: Half | None) -> Iterator[_Row]:
@@ -181,7 +182,7 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], start: list
     if any(partly) and not tokenizer.is_fast:
         detail = f"{NAME}: the model's tokenizer does not say where its tokens lie in a text"
         raise InvalidDataset(detail, field=NAME, hint='set finetune.loss_on to "all", or add tokenizer.json')
-    found = tokenizer(
+    encoded = tokenizer(
         [row.text for row in rows],
         add_special_tokens=False,
         verbose=False,
@@ -189,9 +190,9 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], start: list
     )
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
     for index, row in enumerate(rows):
-        ids = found["input_ids"][index]
+        ids = encoded["input_ids"][index]
         if partly[index]:
-            loss_mask = [_is_within(last, row.spans) for _, last in found["offset_mapping"][index]]
+            loss_mask = [_is_within(last, row.spans) for _, last in encoded["offset_mapping"][index]]
         else:
             loss_mask = [True] * len(ids)
         begins, ends = start if row.starts else [], end if row.ends else []
@@ -202,7 +203,7 @@ def _tokenized(tokenizer: PreTrainedTokenizerBase, rows: list[_Row], start: list
 
 
 def _is_within(last: int, spans: tuple[Span, ...]) -> bool:
-    """Whether the character before `last` lies in a span."""
+    """True if the character before `last` lies in a span."""
     return any(first < last <= stop for first, stop in spans)
 
 

@@ -13,7 +13,7 @@ from workers.engine.text.packing import PackedSequences
 
 @dataclass(frozen=True)
 class FinetuningTexts:
-    """What a job learns from: its rows, and the sequences that they make."""
+    """Finetuning data of a job: its rows, and the sequences that they make."""
 
     examples: Examples
     training: PackedSequences
@@ -22,7 +22,7 @@ class FinetuningTexts:
 
 
 def read_finetuning_texts(
-    tokenizer: PreTrainedTokenizerBase, part: Finetune, path: Path | None, evaluation_path: Path | None
+    tokenizer: PreTrainedTokenizerBase, config: Finetune, path: Path | None, evaluation_path: Path | None
 ) -> FinetuningTexts:
     """The text of a request; of the calibration half where the evaluation reads the same file.
 
@@ -30,10 +30,10 @@ def read_finetuning_texts(
         InvalidDataset: a row cannot be learned, or nothing is left to learn.
     """
     shared = path is not None and evaluation_path is not None and path.samefile(evaluation_path)
-    examples = read_examples(tokenizer, part, path, Half.CALIBRATION if shared else None)
+    examples = read_examples(tokenizer, config, path, Half.CALIBRATION if shared else None)
     training, held_out = (
-        PackedSequences.pack(found, part.sequence_length, together=part.packing) if found else None
-        for found in (examples.training, examples.validation)
+        PackedSequences.pack(kept, config.sequence_length, together=config.packing) if kept else None
+        for kept in (examples.training, examples.validation)
     )
     assert training is not None  # noqa: S101 - for the type checker; else reading would have failed
     return FinetuningTexts(examples, training, held_out, examples.sha256)

@@ -37,7 +37,7 @@ LOOK_AGAIN_SECONDS = 0.2
 
 @dataclass(frozen=True)
 class Generation:
-    """Who draws, from what, and where the windows are kept."""
+    """Model, tokenizer and device that draw, and the file that keeps the sequences."""
 
     checkpoint: Checkpoint
     tokenizer: PreTrainedTokenizerBase
@@ -48,16 +48,16 @@ class Generation:
     """Told how many windows are drawn."""
 
 
-def generated_sequences(part: Calibration, seed: int, by: Generation) -> Sequences:
+def generated_sequences(config: Calibration, seed: int, by: Generation) -> Sequences:
     """`num_samples` windows of `sequence_length` tokens; of several ranks the first draws them.
 
     Raises:
         InvalidDataset: the whole model does not fit into the device's free memory.
         TimeoutError: another rank, which was to draw them, has not.
     """
-    shape = (part.num_samples, part.sequence_length)
+    shape = (config.num_samples, config.sequence_length)
     if by.leads and not by.kept.exists():
-        replace_file(by.kept, save({"ids": _draw(part, seed, by)}))
+        replace_file(by.kept, save({"ids": _draw(config, seed, by)}))
     until = time.monotonic() + PATIENCE.total_seconds()
     while not by.kept.exists():
         if time.monotonic() > until:
@@ -69,17 +69,17 @@ def generated_sequences(part: Calibration, seed: int, by: Generation) -> Sequenc
     return Sequences(ids, "generated")
 
 
-def _draw(part: Calibration, seed: int, by: Generation) -> Tensor:
+def _draw(config: Calibration, seed: int, by: Generation) -> Tensor:
     """ids, int64 (num_samples, sequence_length), on the host."""
     model = _resident(by)
-    start = _starts(part.num_samples, seed, by)
-    at_once = _at_once(model, part.sequence_length, by.device)
+    start = _starts(config.num_samples, seed, by)
+    at_once = _at_once(model, config.sequence_length, by.device)
     drawn: list[Tensor] = []
     with _seeded(seed, by.device), torch.inference_mode():
         if not model(start[:1].to(by.device)).logits.isfinite().all():
             raise original_overflows(model.dtype)
         for rows in torch.split(start.to(by.device), at_once):
-            drawn.append(_continue(model, rows, part.sequence_length, by.tokenizer).cpu())
+            drawn.append(_continue(model, rows, config.sequence_length, by.tokenizer).cpu())
             by.tick(sum(map(len, drawn)))
     del model
     if by.device.type == "cuda":
@@ -141,12 +141,12 @@ def _continue(model: PreTrainedModel, rows: Tensor, length: int, tokenizer: PreT
     )
     generate: Any = model.generate
     try:
-        found: Tensor = generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
+        tokens: Tensor = generate(rows, attention_mask=torch.ones_like(rows), generation_config=settings)
     except RuntimeError as error:  # torch's own words for a distribution that is none
         if "probability tensor contains" in str(error):
             raise original_overflows(model.dtype) from error
         raise
-    return found
+    return tokens
 
 
 @contextmanager

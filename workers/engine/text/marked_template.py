@@ -30,8 +30,8 @@ class Marks:
     @classmethod
     def unlike(cls, text: str) -> "Marks":
         """Two characters of private use that are not in a text."""
-        found = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
-        return cls(next(found), next(found))
+        unused = (chr(code) for code in range(0xF0000, 0xFFFFE) if chr(code) not in text)
+        return cls(next(unused), next(unused))
 
 
 @dataclass(frozen=True)
@@ -71,11 +71,12 @@ def marked(source: str, marks: Marks) -> str | None:
 
 def pieces(text: str, marks: Marks) -> tuple[str, list[Piece]]:
     """The text without its marks, and its parts in order."""
-    plain, found, size = [], [], 0
+    plain, ordered, size = [], [], 0
     loops: list[tuple[str, int | None]] = []
     depth = 0
     first, *rest = text.split(marks.first)
-    for mark, part in [("", first), *((mark, part) for mark, _, part in (each.partition(marks.last) for each in rest))]:
+    marked_segments = [each.partition(marks.last) for each in rest]
+    for mark, segment in [("", first), *((mark, segment) for mark, _, segment in marked_segments)]:
         kind, _, what = mark.partition(":")
         if kind == GENERATES:
             depth += 1
@@ -83,12 +84,12 @@ def pieces(text: str, marks: Marks) -> tuple[str, list[Piece]]:
             depth -= 1
         elif kind:
             loops = _after(loops, kind[0], kind[1:], int(what) if what else None)
-        if part:
+        if segment:
             owner = next((index for _, index in reversed(loops) if index is not None), None)
-            found.append(Piece(size, size + len(part), owner, depth > 0))
-            plain.append(part)
-            size += len(part)
-    return "".join(plain), found
+            ordered.append(Piece(size, size + len(segment), owner, depth > 0))
+            plain.append(segment)
+            size += len(segment)
+    return "".join(plain), ordered
 
 
 def _after(
@@ -107,14 +108,14 @@ def _tags(source: str) -> Iterator[_Tag]:
     words: list[str] = []
     place, begin, opener = 0, -1, ""
     for _, kind, value in Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True).lex(source):
-        found = source.index(value, place)
-        if source[place:found].strip():
+        position = source.index(value, place)
+        if source[place:position].strip():
             raise ValueError("the lexer's words are not the template's")
-        place = found + len(value)
+        place = position + len(value)
         if kind == "block_begin":
-            words, begin, opener = [], found, value
+            words, begin, opener = [], position, value
         elif kind == "block_end":
-            yield _Tag(tuple(words), begin, opener, found)
+            yield _Tag(tuple(words), begin, opener, position)
             begin = -1
         elif begin >= 0 and value.strip():
             words.append(value)

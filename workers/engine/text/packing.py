@@ -63,7 +63,7 @@ class PackedSequences:
 
 
 def _places(lengths: Sequence[int], limit: int) -> list[list[int]]:
-    """Which examples share a sequence: the longest first, each where it leaves the least room (best fit)."""
+    """Assignment of examples to sequences: the longest first, each where it leaves the least room (best fit)."""
     rows: list[list[int]] = []
     room: list[tuple[int, int]] = []  # room left and row, ascending
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -139,7 +139,7 @@ def _positions(documents: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Step:
-    """What one step of the optimizer reads: this rank's micro-batches, and how many tokens all ranks learn from."""
+    """Batches of one optimizer step: this process's micro-batches, and how many tokens all processes learn from."""
 
     batches: tuple[Batch, ...]
     targets: int
@@ -168,10 +168,10 @@ class Order:
         return torch.cat([self._epoch(epoch) for epoch in epochs])[offset : offset + self.batch_size]
 
     def step(self, index: int) -> Step:
-        """What a step reads, on the host."""
+        """The batches of a step, on the host."""
         rows = self.rows(index)
         own = self.processes.share(rows)
-        batches = tuple(batch_of(self.sequences, part) for part in torch.split(own, self.micro_batch) if len(part))
+        batches = tuple(batch_of(self.sequences, chunk) for chunk in torch.split(own, self.micro_batch) if len(chunk))
         targets = int(self.sequences.targets[rows].sum())
         return Step(batches, targets, int((self.sequences.documents[rows] >= 0).sum()))
 

@@ -73,7 +73,7 @@ def load_tokenizer(folder: Path, needed_for: str = "its text") -> PreTrainedToke
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder has files that are a tokenizer's."""
+    """True if a folder has files that are a tokenizer's."""
     return bool(_tokenizer_files(folder))
 
 
@@ -88,7 +88,7 @@ def _first_line(error: Exception, folder: Path) -> str:
 
 
 def calibration_sequences(
-    tokenizer: PreTrainedTokenizerBase, part: Calibration, path: Path | None, seed: int, evaluation_path: Path | None
+    tokenizer: PreTrainedTokenizerBase, config: Calibration, path: Path | None, seed: int, evaluation_path: Path | None
 ) -> Sequences:
     """The windows that calibrate; of the calibration half where the evaluation reads the same text.
 
@@ -98,11 +98,11 @@ def calibration_sequences(
     shared = path is None or (evaluation_path is not None and path.samefile(evaluation_path))
     notes = Notes()
     documents = _documents(path, "calibration.dataset", Half.CALIBRATION if shared else None, notes)
-    return _windows(tokenizer, documents, part, name="calibration", seed=seed, overlap=path is None, notes=notes)
+    return _windows(tokenizer, documents, config, name="calibration", seed=seed, overlap=path is None, notes=notes)
 
 
 def evaluation_sequences(
-    tokenizer: PreTrainedTokenizerBase, part: Evaluation, path: Path | None, seed: int, *used: Path | None
+    tokenizer: PreTrainedTokenizerBase, config: Evaluation, path: Path | None, seed: int, *used: Path | None
 ) -> Sequences:
     """The windows that judge. Text of the files that are `used` otherwise is left out, wherever else it stands.
 
@@ -117,7 +117,7 @@ def evaluation_sequences(
     if apart:
         keys = {hash_of(document) for other in apart for document in read_jsonl(other, "the job's other dataset")}
         documents = (document for document in documents if hash_of(document) not in keys)
-    return _windows(tokenizer, documents, part, name="evaluation", seed=seed, overlap=path is None, notes=notes)
+    return _windows(tokenizer, documents, config, name="evaluation", seed=seed, overlap=path is None, notes=notes)
 
 
 def _documents(path: Path | None, name: str, half: Half | None, notes: Notes) -> Iterator[Document]:
@@ -136,7 +136,7 @@ def source_label(source: CalibrationSource | DatasetSource | ModelSource) -> str
 def _windows(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
-    part: Calibration | Evaluation,
+    config: Calibration | Evaluation,
     *,
     name: str,
     seed: int,
@@ -144,20 +144,20 @@ def _windows(
     notes: Notes,
 ) -> Sequences:
     start = start_tokens(tokenizer)
-    length = part.sequence_length - len(start)
+    length = config.sequence_length - len(start)
     encode = _encoder(tokenizer, f"{name}.dataset", notes)
-    stream = _token_stream(documents, encode, enough=SURPLUS * part.num_samples * length)
+    stream = _token_stream(documents, encode, enough=SURPLUS * config.num_samples * length)
     offsets = list(range(0, len(stream) - length + 1, length))
-    short = len(offsets) < part.num_samples
+    short = len(offsets) < config.num_samples
     if short and overlap and len(stream) > length:
-        offsets = _spread(len(stream) - length, part.num_samples)
-    if len(offsets) < part.num_samples:
-        raise _too_short(part, name, len(stream), len(offsets))
-    chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: part.num_samples]
+        offsets = _spread(len(stream) - length, config.num_samples)
+    if len(offsets) < config.num_samples:
+        raise _too_short(config, name, len(stream), len(offsets))
+    chosen = torch.randperm(len(offsets), generator=torch.Generator().manual_seed(seed))[: config.num_samples]
     rows = [start + stream[offsets[i] : offsets[i] + length] for i in chosen.tolist()]
     return Sequences(
         torch.tensor(rows, dtype=torch.int64),
-        source_label(part.dataset),
+        source_label(config.dataset),
         overlapping=short,
         text_tokens=len(stream) if short else None,
         notes=notes,
@@ -206,7 +206,7 @@ def _encoder(
 
 
 def has_end(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:
-    """Whether a text ends with the end-of-sequence token already, but for whitespace."""
+    """True if a text ends with the end-of-sequence token already, but for whitespace."""
     return bool(tokenizer.eos_token) and text.rstrip().endswith(tokenizer.eos_token)
 
 
@@ -221,15 +221,15 @@ def start_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 
 
 def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the tokenizer puts the beginning-of-sequence token before a text."""
+    """True if the tokenizer puts the beginning-of-sequence token before a text."""
     ids = tokenizer("a", verbose=False)["input_ids"]
     return tokenizer.bos_token_id is not None and bool(ids) and ids[0] == tokenizer.bos_token_id
 
 
-def _too_short(part: Calibration | Evaluation, name: str, tokens: int, sequences: int) -> InvalidDataset:
+def _too_short(config: Calibration | Evaluation, name: str, tokens: int, sequences: int) -> InvalidDataset:
     return InvalidDataset(
-        f"{name}.dataset has {tokens} tokens, {sequences} windows of {part.sequence_length}; "
-        f"{part.num_samples} are asked for",
+        f"{name}.dataset has {tokens} tokens, {sequences} windows of {config.sequence_length}; "
+        f"{config.num_samples} are asked for",
         field=f"{name}.dataset",
         value=tokens,
         hint=f"give more text, or set {name}.num_samples to at most {sequences} or {name}.sequence_length lower",

@@ -51,46 +51,47 @@ class Turns:
         start, end = template.tokenizer.bos_token, template.tokenizer.eos_token
         self._ends = tuple(token for token in special if token != start or token == end)
 
-    def loss_mask(self, talk: Conversation, written: Written) -> tuple[Span, ...]:
+    def learned_spans(self, talk: Conversation, written: Written) -> tuple[Span, ...]:
         """The parts of a conversation's text that are learned: the assistant's turns, but those of weight 0.
 
         Raises:
             InvalidDataset: a turn cannot be found, or there is nothing in it.
         """
-        found = self._marked(talk, written)
-        turns = [index for index, message in enumerate(talk.messages) if message.loss_mask]
+        marking = self._marked(talk, written)
+        turns = [index for index, message in enumerate(talk.messages) if message.learned]
         for index in turns:
             if not written.shape.answers[index]:
-                told = "" if talk.messages[index].is_blank else " as the chat template writes it"
-                problem = f"{talk.messages[index].path} is an empty answer{told}"
+                as_written = "" if talk.messages[index].is_blank else " as the chat template writes it"
+                problem = f"{talk.messages[index].path} is an empty answer{as_written}"
                 raise self.template.error(talk, problem, "drop the row, or give the message weight 0")
-        if not found.tags:
-            return tuple(span for index in turns for span in self._turn(found, index))
-        spans = [(piece.first, piece.last) for piece in found.pieces if piece.generated and self._counts(found, piece)]
+        if not marking.tags:
+            return tuple(span for index in turns for span in self._turn(marking, index))
+        generated = [piece for piece in marking.pieces if piece.generated and self._counts(marking, piece)]
+        spans = [(piece.first, piece.last) for piece in generated]
         if not spans:
             raise self.template.error(talk, "the chat template marks nothing as generated", WAY_OUT)
         return _joined(spans)
 
     def unweighted(self, talk: Conversation, written: Written) -> tuple[Span, ...]:
         """All of a conversation's text but the assistant's turns that have weight 0."""
-        left = [i for i, message in enumerate(talk.messages) if message.role == "assistant" and not message.loss_mask]
+        left = [i for i, message in enumerate(talk.messages) if message.role == "assistant" and not message.learned]
         if not left:
             return ((0, len(written.text)),)
-        found = self._marked(talk, written)
-        cuts = [span for index in left for span in self._turn(found, index)]
+        marking = self._marked(talk, written)
+        cuts = [span for index in left for span in self._turn(marking, index)]
         edges = [0, *(edge for span in sorted(cuts) for edge in span), len(written.text)]
         return tuple((first, last) for first, last in zip(edges[::2], edges[1::2], strict=True) if first < last)
 
-    def _counts(self, found: _Marked, piece: Piece) -> bool:
-        """Whether what a template marks as generated is learned: not if it is of a turn that is only read."""
-        if all(message.loss_mask for message in found.talk.messages if message.role == "assistant"):
+    def _counts(self, marking: _Marked, piece: Piece) -> bool:
+        """True if what a template marks as generated is learned: not if it is of a turn that is only read."""
+        if all(message.learned for message in marking.talk.messages if message.role == "assistant"):
             return True
         owner = piece.owner
-        if owner is None and all(other.owner is None for other in found.pieces if other.first >= piece.first):
-            owner = len(found.talk.messages) - 1  # what is written after all turns ends the last
+        if owner is None and all(other.owner is None for other in marking.pieces if other.first >= piece.first):
+            owner = len(marking.talk.messages) - 1  # what is written after all turns ends the last
         if owner is None:
-            raise self._lost(found.talk, "some turn")
-        return found.talk.messages[owner].loss_mask
+            raise self._lost(marking.talk, "some turn")
+        return marking.talk.messages[owner].learned
 
     def _marked(self, talk: Conversation, written: Written) -> _Marked:
         """The text once more, with marks.
@@ -103,49 +104,49 @@ class Turns:
         program = marked(source, marks)
         if program is not None:
             numbered = [{**message, KEY: index} for index, message in enumerate(written.messages)]
-            plain, found = pieces(self.template.render(talk, numbered, template=program), marks)
+            plain, parts = pieces(self.template.render(talk, numbered, template=program), marks)
             if plain == written.text:
-                return _Marked(talk, written, found)
+                return _Marked(talk, written, parts)
         raise self._lost(talk, "an assistant's turn")
 
-    def _turn(self, found: _Marked, index: int) -> list[Span]:
-        text, last = found.written.text, len(found.talk.messages) - 1
-        spans = list(_joined([(piece.first, piece.last) for piece in found.pieces if piece.owner == index]))
+    def _turn(self, marking: _Marked, index: int) -> list[Span]:
+        text, last = marking.written.text, len(marking.talk.messages) - 1
+        spans = list(_joined([(piece.first, piece.last) for piece in marking.pieces if piece.owner == index]))
         if not spans:
-            raise self._lost(found.talk, found.talk.messages[index].path)
-        spans[0] = (self._begin(found, index, spans[0]), spans[0][1])
+            raise self._lost(marking.talk, marking.talk.messages[index].path)
+        spans[0] = (self._begin(marking, index, spans[0]), spans[0][1])
         first, end = spans[-1]
         after = text[end:]
-        if index == last and all(piece.owner is None for piece in found.pieces if piece.first >= end):
+        if index == last and all(piece.owner is None for piece in marking.pieces if piece.first >= end):
             spans[-1] = (first, len(text))
-        elif not text[first:end].rstrip().endswith(self._ends) and not self._goes_on(found, end):
+        elif not text[first:end].rstrip().endswith(self._ends) and not self._goes_on(marking, end):
             token = next((token for token in self._ends if after.startswith(token)), "")
             spans[-1] = (first, end + len(token))
         return [span for span in spans if span[0] < span[1]]
 
-    def _goes_on(self, found: _Marked, place: int) -> bool:
-        """Whether an assistant's words follow, as part of the same turn or as a turn that needed no asking."""
-        owners = [piece.owner for piece in found.pieces if piece.first >= place]
-        return any(found.talk.messages[owner].role == "assistant" for owner in owners[:1] if owner is not None)
+    def _goes_on(self, marking: _Marked, place: int) -> bool:
+        """True if an assistant's words follow, as part of the same turn or as a turn that needed no asking."""
+        owners = [piece.owner for piece in marking.pieces if piece.first >= place]
+        return any(marking.talk.messages[owner].role == "assistant" for owner in owners[:1] if owner is not None)
 
-    def _begin(self, found: _Marked, index: int, span: Span) -> int:
-        """Where the generation prompt of a turn ends."""
-        region = found.written.text[slice(*span)]
-        prompt = self._prompt(found, index)
-        for asked in filter(None, (prompt, self._prompt(found, 0))):
+    def _begin(self, marking: _Marked, index: int, span: Span) -> int:
+        """End of the generation prompt of a turn."""
+        region = marking.written.text[slice(*span)]
+        prompt = self._prompt(marking, index)
+        for asked in filter(None, (prompt, self._prompt(marking, 0))):
             if asked in region:
                 return span[0] + region.index(asked) + len(asked)
         same = (wanted == written for wanted, written in zip(prompt, region, strict=False))
         return span[0] + sum(1 for _ in takewhile(bool, same))
 
-    def _prompt(self, found: _Marked, index: int) -> str:
-        """What the template writes to ask for the turn of a message, up to what the model itself would say."""
-        before = found.written.messages[:index]
-        key = (self.template.source(found.talk), str(found.talk.settings), *_roles(before[-1:]))
+    def _prompt(self, marking: _Marked, index: int) -> str:
+        """The generation prompt of the turn of a message, up to what the model itself would say."""
+        before = marking.written.messages[:index]
+        key = (self.template.source(marking.talk), str(marking.talk.settings), *_roles(before[-1:]))
         if key not in self._prompts:
-            prompt = self._asked(found.talk, before) if before else None
+            prompt = self._asked(marking.talk, before) if before else None
             if prompt is None:
-                prompt = self._asked(found.talk, self.template.put(ASKING, found.written.shape.form)) or ""
+                prompt = self._asked(marking.talk, self.template.put(ASKING, marking.written.shape.form)) or ""
             cut = min((prompt.index(words) for words in FIRST_WORDS if words in prompt), default=len(prompt))
             self._prompts[key] = prompt[:cut]
         return self._prompts[key]
@@ -160,10 +161,10 @@ class Turns:
                 return asking[len(plain) :]
             marks = Marks.unlike(asking + source)
             numbered = [{**message, KEY: index} for index, message in enumerate(messages)]
-            _, found = pieces(self.template.render(talk, numbered, asks=True, template=marked(source, marks)), marks)
+            _, parts = pieces(self.template.render(talk, numbered, asks=True, template=marked(source, marks)), marks)
         except InvalidDataset:
             return None
-        owned = [piece.last for piece in found if piece.owner is not None]
+        owned = [piece.last for piece in parts if piece.owner is not None]
         return asking[max(owned, default=0) :]
 
     def _lost(self, talk: Conversation, what: str) -> Exception:

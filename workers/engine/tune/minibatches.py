@@ -60,12 +60,12 @@ class Minibatches:
 
 
 def is_far(tensor: Tensor, device: torch.device) -> bool:
-    """Whether a tensor must be copied to be used on the device."""
+    """True if a tensor must be copied to be used on the device."""
     return tensor.device.type != device.type
 
 
 def address(tensor: Tensor, device: torch.device) -> tuple[object, ...]:
-    """What a captured step depends on that reads this tensor through `Minibatches`."""
+    """Properties that a captured step depends on which reads this tensor through `Minibatches`."""
     return (None if is_far(tensor, device) else tensor.data_ptr(), tuple(tensor.shape), tensor.dtype)
 
 

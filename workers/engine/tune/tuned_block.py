@@ -56,7 +56,7 @@ class FlatWeights:
 
 @dataclass
 class Accumulation:
-    """Whether the next backward adds to the gradients instead of overwriting them."""
+    """Switch by which the next backward adds to the gradients instead of overwriting them."""
 
     adds: bool = False
 
@@ -72,10 +72,10 @@ class TunedBlock:
     @classmethod
     def of(cls, task: BlockTask, weights: Sequence[TrainableWeights]) -> "TunedBlock":
         """The block of a task. The copy shares no memory with it; tuned weights are left for the loop to write."""
-        tuned = {name for part in weights for name in part.shapes}
+        tuned = {name for group in weights for name in group.shapes}
         skipped: dict[int, Any] = {id(weight := task.linear(n).weight): nn.Parameter(weight[:0]) for n in tuned}
         module = copy.deepcopy(task.block, skipped).requires_grad_(False)
-        flats = tuple(FlatWeights.like(task.linear(next(iter(part.shapes))).weight, part.shapes) for part in weights)
+        flats = tuple(FlatWeights.like(task.linear(next(iter(group.shapes))).weight, group.shapes) for group in weights)
         block = cls(module, flats, Accumulation())
         replace_linears(module, tuned, block._linear)
         return block
@@ -84,16 +84,16 @@ class TunedBlock:
         """The parameters and buffers of another block of the same shape, but for the tuned weights."""
         others = dict(block.named_parameters()) | dict(block.named_buffers())
         tuned = {id(m.weight) for m in self.module.modules() if isinstance(m, GradientLinear)}
-        for name, mine in [*self.module.named_parameters(), *self.module.named_buffers()]:
-            if id(mine) not in tuned:
-                mine.data.copy_(others[name])
+        for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
+            if id(tensor) not in tuned:
+                tensor.data.copy_(others[name])
 
     def _linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
         """The linears of these names as one; None unless they lie one after another in a flat buffer."""
-        found = [views for flat in self.flats if (views := flat.views(names)) is not None]
-        if not found:
+        flats = [views for flat in self.flats if (views := flat.views(names)) is not None]
+        if not flats:
             return None
-        (weight, gradient), accumulation = found[0], self.accumulation
+        (weight, gradient), accumulation = flats[0], self.accumulation
 
         def receive(by_output: Tensor, x: Tensor) -> None:
             if accumulation.adds:
@@ -114,34 +114,34 @@ def replace_linears(module: nn.Module, names: Iterable[str], make: MakeLinear) -
         single = make([name], getattr(module.get_submodule(name), "bias", None))
         if single is not None:
             module.set_submodule(name, single)
-    for prefix, part in module.named_modules():
-        together: tuple[str, ...] = getattr(part, "together", ())
+    for prefix, owner in module.named_modules():
+        together: tuple[str, ...] = getattr(owner, "together", ())
         if not together:
             continue
-        biases = _shared_biases([part.get_submodule(name) for name in together])
+        biases = _shared_biases([owner.get_submodule(name) for name in together])
         joined = make([f"{prefix}.{name}" if prefix else name for name in together], biases)
         # Not a submodule: its parameters are those of the linears that it joins.
-        object.__setattr__(part, "joined", joined)
+        object.__setattr__(owner, "joined", joined)
 
 
 def _shared_biases(linears: Sequence[nn.Module]) -> nn.Parameter | None:
     """The biases of some linears as one tensor, of which theirs become views."""
     biases = [getattr(linear, "bias", None) for linear in linears]
-    found = [bias for bias in biases if bias is not None]
-    if len(found) < len(biases):
+    present = [bias for bias in biases if bias is not None]
+    if len(present) < len(biases):
         return None
-    whole = torch.cat([bias.detach() for bias in found])
-    for linear, piece in zip(linears, torch.split(whole, [len(bias) for bias in found]), strict=True):
+    whole = torch.cat([bias.detach() for bias in present])
+    for linear, piece in zip(linears, torch.split(whole, [len(bias) for bias in present]), strict=True):
         linear.bias = nn.Parameter(piece, requires_grad=False)
     return nn.Parameter(whole, requires_grad=False)
 
 
 def shape_of(block: nn.Module) -> tuple[object, ...]:
-    """What two blocks must share to be computed by the same captured steps."""
+    """The properties that two blocks share if the same captured steps can compute them."""
     tensors = [(name, tuple(t.shape), t.dtype) for name, t in block.state_dict(keep_vars=True).items()]
     return (*tensors, *((name, type(module), _plain_attributes(module)) for name, module in block.named_modules()))
 
 
 def _plain_attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    found = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)}
-    return tuple(sorted((k, v) for k, v in found.items() if k not in NOT_SHAPE))
+    attributes = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)}
+    return tuple(sorted((k, v) for k, v in attributes.items() if k not in NOT_SHAPE))

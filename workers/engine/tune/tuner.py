@@ -167,15 +167,15 @@ class _Run:
     def fits(
         self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
     ) -> bool:
-        """Whether this run's tensors and captured steps serve another block."""
+        """True if this run's tensors and captured steps serve another block."""
         return self.shape == _shape(task, weights, settings, micro_batch)
 
     def adopt(self, task: BlockTask, weights: Sequence[TrainableWeights]) -> None:
         """Takes over another block: its parameters, its weights' start, its seed."""
         self.task = task
         self.block.adopt(task.block)
-        for mine, other in zip(self.weights, weights, strict=True):
-            mine.adopt(other)
+        for present, other in zip(self.weights, weights, strict=True):
+            present.adopt(other)
         self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings, self.processes))
 
     def prepare(self, log: Callable[..., None]) -> None:
@@ -230,9 +230,9 @@ class _Run:
 
     def _gradients(self) -> None:
         batch = self.data.rows(self.count.view(1))
-        for number, part in enumerate(torch.split(batch, self.micro_batch)):
+        for number, rows in enumerate(torch.split(batch, self.micro_batch)):
             self.block.accumulation.adds = number > 0
-            self._add_gradients(part, len(part) / (len(batch) * self.processes.size))
+            self._add_gradients(rows, len(rows) / (len(batch) * self.processes.size))
 
     def _sum_gradients(self) -> None:
         self.processes.sum_(*(flat.gradient for flat in self.block.flats))
@@ -252,9 +252,9 @@ class _Run:
     @torch.no_grad()
     def _measure(self) -> None:
         self.loss.zero_()
-        for part in torch.split(self.data.held_out, self.micro_batch):
-            parts = self._outputs(part)
-            self.loss += self._error(parts, part, len(part) / (len(self.data.held_out) * self.processes.size))[0]
+        for rows in torch.split(self.data.held_out, self.micro_batch):
+            parts = self._outputs(rows)
+            self.loss += self._error(parts, rows, len(rows) / (len(self.data.held_out) * self.processes.size))[0]
 
     def _sum_loss(self) -> None:
         self.processes.sum_(self.loss)
@@ -279,7 +279,10 @@ class _Run:
         forward, module = self.task.forward, self.block.module
         if self.kernels is None:
             return [forward(module, self.data.inputs.index_select(0, rows))]
-        inputs, residual_and_update = self.kernels.take_rows(self.data.inputs, rows), getattr(module, "residual_and_update", None)
+        inputs, residual_and_update = (
+            self.kernels.take_rows(self.data.inputs, rows),
+            getattr(module, "residual_and_update", None),
+        )
         return [forward(module, inputs)] if residual_and_update is None else list(forward(residual_and_update, inputs))
 
     @torch.no_grad()
@@ -310,7 +313,7 @@ class _Run:
 
 
 def block_kernels_for(inputs: Tensor) -> ModuleType | None:
-    """What works on a block's parts where it serves: operators on a CPU, kernels on a GPU with Triton."""
+    """Functions for a block's parts where they serve: operators on a CPU, kernels on a GPU with Triton."""
     if inputs.device.type == "cpu":
         return import_module("workers.numerics.backends.block_operators")
     if not inputs.is_cuda or inputs.dtype == torch.float64 or find_spec("triton") is None:
@@ -321,7 +324,7 @@ def block_kernels_for(inputs: Tensor) -> ModuleType | None:
 def _shape(
     task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings, micro_batch: int
 ) -> tuple[object, ...]:
-    """What a captured step depends on beside the values in its tensors."""
+    """The properties that a captured step depends on beside the values in its tensors."""
     activations = [address(tensor, task.device) for tensor in (task.inputs, task.targets)]
     kinds = [(type(w), tuple(w.shapes.items())) for w in weights]
     return (
@@ -336,12 +339,12 @@ def _shape(
 
 
 def _samples(task: BlockTask, settings: TuningSettings, processes: ProcessGroup) -> dict[str, Tensor]:
-    """Which sequences train and which judge, as `Minibatches` takes them."""
+    """Training and validation sequences, as `Minibatches` takes them."""
     training, held_out = split(len(task.inputs), task.seed, processes.part(MOST_HELD_OUT))
     return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
 
 
 def is_checked(step: int, steps: int) -> bool:
-    """Whether the held-out loss is measured after this step: some seven times a run, in its last two thirds."""
+    """True if the held-out loss is measured after this step: some seven times a run, in its last two thirds."""
     every = max(1, steps // CHECKS)
     return step == steps or (step % every == 0 and 3 * step >= steps)

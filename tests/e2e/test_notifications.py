@@ -55,7 +55,7 @@ def starts_soon(installed: Installation, **fields: object) -> None:
 
 
 def test_nothing_grows_while_nobody_reads(idle: Installation, broker: redis.Redis) -> None:
-    """`any` rings for no class without a worker, and a class's queue holds one message at the most."""
+    """`any` notifies no class without a worker, and a class's queue holds one message at the most."""
     broker.flushall()
     busy = idle.submit("hang")
     idle.wait_for_status(busy, "running")
@@ -80,7 +80,7 @@ def test_a_full_broker(idle: Installation, broker: redis.Redis) -> None:
 
 
 def test_a_flushed_broker(idle: Installation, broker: redis.Redis) -> None:
-    """Queues, bindings and messages in hand are gone; the next job starts, and the one after it is rung for."""
+    """Queues, bindings and messages in hand are gone; the next job starts, and the one after it is notified."""
     broker.flushall()
     starts_soon(idle)
     broker.flushall()
