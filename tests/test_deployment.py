@@ -154,9 +154,8 @@ def test_copied_paths_exist_and_reach_the_build() -> None:
 
 def test_an_installed_package_has_every_folder_with_code() -> None:
     """setuptools takes folders that are packages; one without `__init__.py` would be missing from the images."""
-    folders = {
-        path.parent for top in ("app", "bitwright", "workers", "migrations") for path in (ROOT / top).rglob("*.py")
-    }
+    tops = ("app", "bitwright", "workers", "migrations")
+    folders = {path.parent for top in tops for path in (ROOT / top).rglob("*.py")}
     assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
 
 

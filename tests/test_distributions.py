@@ -21,6 +21,7 @@ from tests.documentation import ROOT
 CLIENT: dict[str, Any] = tomllib.loads((ROOT / "bitwright" / "pyproject.toml").read_text(encoding="utf-8"))
 SERVICE: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 COMMANDS: dict[str, str] = SERVICE["project"]["entry-points"]["bitwright.commands"]
+CODE = [path for path in (ROOT / "bitwright").rglob("*.py") if "build" not in path.parts]
 SHADOWS = ("app", "workers", "bitwright")
 
 
@@ -37,10 +38,8 @@ def test_the_extras_name_the_service() -> None:
 
 
 def test_the_clients_packages_are_all_its_folders() -> None:
-    folders = {
-        path.parent.relative_to(ROOT) for path in (ROOT / "bitwright").rglob("*.py") if "build" not in path.parts
-    }
-    assert set(CLIENT["tool"]["setuptools"]["packages"]) == {".".join(folder.parts) for folder in folders}
+    folders = {".".join(path.parent.relative_to(ROOT).parts) for path in CODE}
+    assert set(CLIENT["tool"]["setuptools"]["packages"]) == folders
 
 
 def test_each_operators_command_is_there() -> None:
@@ -74,15 +73,10 @@ def test_the_clients_wheel_holds_the_client_alone(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {name.split("/")[0] for name in names} == {
-        "bitwright",
-        f"bitwright-{CLIENT['project']['version']}.dist-info",
-    }
+    facts = f"bitwright-{CLIENT['project']['version']}.dist-info"
+    assert {name.split("/")[0] for name in names} == {"bitwright", facts}
     assert "bitwright/py.typed" in names
-    code = {
-        path.relative_to(ROOT).as_posix() for path in (ROOT / "bitwright").rglob("*.py") if "build" not in path.parts
-    }
-    assert {name for name in names if name.endswith(".py")} == code
+    assert {name for name in names if name.endswith(".py")} == {path.relative_to(ROOT).as_posix() for path in CODE}
 
 
 @pytest.fixture

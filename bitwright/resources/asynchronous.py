@@ -57,7 +57,7 @@ class AsyncBitwright:
 
     async def formats(self) -> Sequence[FormatView]:
         """Export formats and the runtimes that load them."""
-        return await asyncio.to_thread(self._blocking.formats.list)
+        return list(await asyncio.to_thread(self._blocking.formats.list))
 
 
 class AsyncJob:

@@ -11,7 +11,7 @@ import bitwright
 from app.domain.request.job_request import JobRequest
 from bitwright import AsyncBitwright, Bitwright
 from bitwright.endpoint import Endpoint, save_endpoint
-from bitwright.errors import InvalidRequest, InvalidSettings, OutOfMemory
+from bitwright.errors import CorruptCheckpoint, InvalidRequest, InvalidSettings
 from bitwright.job_states import JobStatus
 from bitwright.request import RequestView
 from bitwright.resources.job_fields import JobFields
@@ -58,9 +58,9 @@ def test_pages_are_asked_for_one_after_another(client: Bitwright) -> None:
 def test_a_failed_job_raises_its_error(client: Bitwright, service: Service) -> None:
     cancel_all(service)
     job = client.jobs.create(model="org/name", method="rtn")
-    service.fail(service.claim(), OutOfMemory("it took too much"))
+    service.fail(service.claim(), CorruptCheckpoint("a tensor is missing"))
     assert client.jobs.wait(job.id, progress=False, check=False).status is JobStatus.FAILED
-    with pytest.raises(OutOfMemory, match="too much"):
+    with pytest.raises(CorruptCheckpoint, match="is missing"):
         job.wait(progress=False)
     assert job.retry().status is JobStatus.QUEUED
     assert job.cancel().status is JobStatus.CANCELLED
