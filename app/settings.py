@@ -163,7 +163,7 @@ class Settings(BaseSettings):
     workspace_dir: Folder = Field(default_factory=_workspaces, description="Scratch folders of running jobs.")
     upload_dir: Folder = Field(
         default_factory=_upload_parts,
-        description="Parts of incomplete uploads; shared by all API processes, a folder an upload.",
+        description="Parts of incomplete uploads; shared by all API processes, a folder per upload.",
     )
     model_roots: Annotated[tuple[Folder, ...], NoDecode, BeforeValidator(_split_paths)] = Field(
         default=(), description="Folders under which local models and datasets may lie, divided like $PATH."

@@ -33,7 +33,7 @@ def calibration_tokens(request: JobRequest) -> int:
 
 
 def evaluation_tokens(request: JobRequest) -> int:
-    """Tokens that judge."""
+    """Tokens of evaluation."""
     section = request.evaluation
     return 0 if section is None else section.num_samples * section.sequence_length
 

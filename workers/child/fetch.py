@@ -164,7 +164,7 @@ def _download(repo_id: str, commit: str, folder: Path, report: ReportPipe) -> No
 
 @contextmanager
 def progress_of(folder: Path, total: int, report: ReportPipe) -> Iterator[None]:
-    """Report once a second how many of `total` bytes lie in the folder, finished or not."""
+    """Report once per second how many of `total` bytes lie in the folder, finished or not."""
     done = threading.Event()
 
     def measure() -> None:

@@ -42,7 +42,7 @@ class LineReader:
 
 
 class EventBuffer:
-    """Collects events and writes them once a second; of the progress events in between, the last one.
+    """Collects events and writes them once per second; of the progress events in between, the last one.
 
     A finished block or checkpoint is written at once: it decides whether the attempt counts as fruitless.
     """

@@ -3,7 +3,7 @@
 from app.domain.request.job_request import JobRequest
 
 LEAST_WINDOWS = 2
-"""Windows of calibration for each rank: one to learn from, one that judges."""
+"""Calibration sequences per process: one to learn from, one to validate."""
 
 
 def world_size(request: JobRequest, devices: int) -> int:

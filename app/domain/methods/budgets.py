@@ -23,8 +23,8 @@ class BitBudget(Spec):
         ge=MIN_BITS,
         le=16,
         allow_inf_nan=False,
-        description="At most this many bits a weight over all linears of the blocks, scales and zero points included, "
-        "low-rank factors and the output head not.",
+        description="At most this many bits per weight over all linears of the blocks, scales and zero points "
+        "included, low-rank factors and the output head not.",
     )
     choices: Annotated[tuple[Bits, ...], AfterValidator(_each_once)] = Field(
         default=(2, 3, 4, 8), min_length=1, max_length=MAX_BITS - MIN_BITS + 1, description="Widths to choose from."
@@ -52,7 +52,7 @@ Width = Annotated[
 class Candidate:
     """One way to store a linear, of those that a budget chooses from.
 
-    absmax   None: one floating-point number a group
+    absmax   None: one floating-point number per group
     """
 
     scheme: Scheme

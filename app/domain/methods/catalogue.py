@@ -62,7 +62,7 @@ APIQ_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
         "best": Preset({"steps": 2560}, num_samples=128, sequence_length=2048),
     }
 )
-"""`best` is the paper's: 20 passes, one sequence a step."""
+"""`best` is the paper's: 20 passes, one sequence per step."""
 
 
 @dataclass(frozen=True)

@@ -82,7 +82,7 @@ class AbsmaxScheme:
 
 
 PRESET_ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=256)
-"""QLoRA's: 0.127 bits a weight at groups of 64. LQ-LoRA's "nf4" and "nf3" have it too."""
+"""QLoRA's: 0.127 bits per weight at groups of 64. LQ-LoRA's "nf4" and "nf3" have it too."""
 
 
 class SchemeOverride(Spec):

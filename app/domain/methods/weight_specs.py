@@ -191,7 +191,7 @@ class AWQSpec(WeightSpec):
         strict=True,
         ge=1,
         le=65_536,
-        description="Calibration sequences on which candidate scales are judged; all of them are observed.",
+        description="Calibration sequences on which candidate scales are scored; all of them are observed.",
     )
     clip_search: bool = Field(
         default=True,
@@ -213,7 +213,7 @@ class AWQSpec(WeightSpec):
         return not self.quantized_inputs
 
     def shared_batch(self) -> int:
-        """All that is observed and judged is a sum over sequences."""
+        """All that is observed and scored is a sum over sequences."""
         return ANY_SHARE
 
 
@@ -225,7 +225,7 @@ class SignRoundSpec(WeightSpec):
         default="default",
         description="Fills both numbers of steps and the calibration's size where they are not given.",
     )
-    steps: Steps = Field(default=200, description="Tuning steps a block; 0 equals RTN.")
+    steps: Steps = Field(default=200, description="Tuning steps per block; 0 equals RTN.")
     batch_size: BatchSize = 8
     learning_rate: LearningRate | None = Field(
         default=None, description="First step of the linear decay to 0; null means 1/steps."
@@ -275,7 +275,7 @@ class OmniQuantSpec(WeightSpec):
         strict=True,
         ge=0,
         le=1000,
-        description="Passes over the calibration sequences a block; with 0 every range is shrunk to 0.982 of itself.",
+        description="Passes over the calibration sequences per block; with 0 every range is shrunk to 0.982 of itself.",
     )
     batch_size: BatchSize = 1
     learning_rate: LearningRate = Field(default=5e-3, description="Of every step.")

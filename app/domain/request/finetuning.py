@@ -62,7 +62,7 @@ class Finetune(BaseModel):
     packing: bool = Field(
         default=True,
         strict=True,
-        description="Several rows in one sequence, none of which sees another; else one row a sequence.",
+        description="Several rows in one sequence, none of which sees another; else one row per sequence.",
     )
     validation_share: float = Field(
         default=0.05,
@@ -70,13 +70,13 @@ class Finetune(BaseModel):
         ge=0,
         le=0.5,
         allow_inf_nan=False,
-        description="Of the rows, chosen by their hash, that judge and are never learned.",
+        description="Of the rows, chosen by their hash, that validate and are never learned.",
     )
     validation_sequences: int = Field(
-        default=64, strict=True, ge=1, le=65_536, description="Sequences that judge, at the most."
+        default=64, strict=True, ge=1, le=65_536, description="Validation sequences, at the most."
     )
     validation_every: int | None = Field(
-        default=None, strict=True, ge=1, description="Steps between judgements; null: only before and after."
+        default=None, strict=True, ge=1, description="Steps between validations; null: only before and after."
     )
     patience: int | None = Field(
         default=None,

@@ -53,11 +53,11 @@ class Calibration(RequestPart):
 
 
 class Evaluation(RequestPart):
-    """Text that judges the result; never text that calibrated it."""
+    """Text that validates the result; never text that calibrated it."""
 
     dataset: DatasetSource = BuiltinText()
-    num_samples: int = Field(default=32, strict=True, ge=1, le=65_536, description="Windows.")
-    sequence_length: int = Field(default=1024, strict=True, ge=16, le=131_072, description="Tokens a window.")
+    num_samples: int = Field(default=32, strict=True, ge=1, le=65_536, description="Sequences.")
+    sequence_length: int = Field(default=1024, strict=True, ge=16, le=131_072, description="Tokens per sequence.")
 
     @property
     def tokens_read(self) -> int:

@@ -3,7 +3,7 @@
 Every rank runs the whole pipeline, block by block, over its own share of the windows: rank r of W takes the windows r,
 r + W, r + 2W and so on of each text. What a rank derives from sums over windows it derives from the sums over all
 ranks, which are the same bits on each of them, so every rank takes the same steps and makes the same codes, and
-nothing but sums is exchanged: the gradient once a step, a few numbers a block. The first rank alone writes and speaks.
+nothing but sums is exchanged: the gradient once per step, a few numbers per block. Rank 0 writes the files and reports.
 
 Numbers on a GPU go through NCCL, those on the host through gloo; the ranks find each other by a file in the workspace.
 A rank that is lost breaks the exchange of the others; the supervisor ends what is left.
@@ -31,7 +31,7 @@ class ProcessGroup:
 
     @property
     def leads(self) -> bool:
-        """True if this is the rank that writes files and is heard."""
+        """True if this is the process that writes files and reports."""
         return self.rank == 0
 
     @property

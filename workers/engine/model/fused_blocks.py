@@ -81,10 +81,7 @@ class FusedMLP(nn.Module):
     """down(silu(gate(x)) * up(x))"""
 
     joined: nn.Module | None = None
-    """gate and up as one linear, where their weights lie one after another.
-
-    `workers.engine.tune.tuned_block.replace_linears` puts them there.
-    """
+    """Gate and up as one, if their weights lie in a row (`workers.engine.tune.tuned_block.replace_linears`)."""
 
     def __init__(self, mlp: Any, parts: Parts) -> None:
         super().__init__()

@@ -6,7 +6,7 @@
 
 A text begins with the beginning-of-sequence token where the tokenizer writes one and ends with the end-of-sequence
 token, each once; a conversation is what its template writes. Prompt and completion are tokenized as one text; a token
-belongs to where its last character is. Rows are split by the hash of what they hold: some judge and are never learned.
+belongs to where its last character is. Rows are split by a hash of their contents: some validate and are never learned.
 """
 
 import hashlib

@@ -1,11 +1,11 @@
-"""Calibration windows that the model writes itself, for want of text of the right kind (LLM-QAT, arXiv 2305.17888).
+"""Calibration sequences that the model writes itself, for want of text of the right kind (LLM-QAT, arXiv 2305.17888).
 
-A window begins as the tokenizer begins a text, then with one token drawn evenly from the vocabulary, so that windows
-differ; every further token is drawn from the model's own distribution at temperature 1, but for the end of the text,
-which is never drawn. The whole model is in memory meanwhile. Left out of the paper: the three to five most likely
-tokens after the first one, which would make windows alike.
+A sequence begins as the tokenizer begins a text, then with one token drawn evenly from the vocabulary, so that
+sequences differ; every further token is drawn from the model's own distribution at temperature 1, but for the end of
+the text, which is never drawn. The whole model is in memory meanwhile. Left out of the paper: the three to five most
+likely tokens after the first one, which would make sequences alike.
 
-What was drawn is kept in the workspace: a resumed attempt and every rank read the same windows.
+What was drawn is kept in the workspace: a resumed attempt and every rank read the same sequences.
 """
 
 import time
@@ -45,11 +45,11 @@ class Generation:
     kept: Path
     leads: bool
     tick: Callable[[int], None]
-    """Told how many windows are drawn."""
+    """Told how many sequences are drawn."""
 
 
 def generated_sequences(config: Calibration, seed: int, by: Generation) -> Sequences:
-    """`num_samples` windows of `sequence_length` tokens; of several ranks the first draws them.
+    """`num_samples` sequences of `sequence_length` tokens; of several ranks the first draws them.
 
     Raises:
         InvalidDataset: the whole model does not fit into the device's free memory.
@@ -104,7 +104,7 @@ def _resident(by: Generation) -> PreTrainedModel:
 
 
 def _starts(count: int, seed: int, by: Generation) -> Tensor:
-    """The tokens that windows begin with, int64 (count, 1 or 2)."""
+    """The tokens that sequences begin with, int64 (count, 1 or 2)."""
     generator = torch.Generator().manual_seed(seed)
     special = set(by.tokenizer.all_special_ids)
     usual = torch.tensor([i for i in range(len(by.tokenizer)) if i not in special])
@@ -115,13 +115,13 @@ def _starts(count: int, seed: int, by: Generation) -> Tensor:
 
 
 def _at_once(model: PreTrainedModel, length: int, device: torch.device) -> int:
-    """Windows whose keys and values fit."""
+    """Sequences whose keys and values fit."""
     config = model.config.get_text_config()
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    window = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
+    per_sequence = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
     room = CACHE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else HOST_CACHE_BYTES
-    return max(1, min(MOST_AT_ONCE, int(room // window)))
+    return max(1, min(MOST_AT_ONCE, int(room // per_sequence)))
 
 
 def _continue(model: PreTrainedModel, rows: Tensor, length: int, tokenizer: PreTrainedTokenizerBase) -> Tensor:

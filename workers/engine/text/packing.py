@@ -151,7 +151,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Order:
-    """The order in which steps read sequences: all of them once an epoch, shuffled anew by the seed for each."""
+    """The order in which steps read sequences: all of them once per epoch, shuffled anew by the seed for each."""
 
     sequences: PackedSequences
     batch_size: int

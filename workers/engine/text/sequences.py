@@ -1,8 +1,8 @@
-"""Texts as token windows: what a method observes (calibration) and what judges it (evaluation).
+"""Texts as token sequences: text that a method observes (calibration) and text that validates it (evaluation).
 
-Documents are tokenized, joined with the end-of-sequence token, and cut into windows of one length without padding, so
-that no token is dropped or masked. Each window starts with the beginning-of-sequence token where the tokenizer writes
-one: models such as Gemma are far off without it. Windows are chosen from those read by a seeded permutation.
+Documents are tokenized, joined with the end-of-sequence token, and cut into sequences of one length without padding, so
+that no token is dropped or masked. Each sequence starts with the beginning-of-sequence token where the tokenizer writes
+one: models such as Gemma are far off without it. Sequences are chosen from those read by a seeded permutation.
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ from workers.engine.text.conversations import ChatTemplate, readable
 from workers.engine.text.documents import Document, Half, Notes, builtin_documents, half_of, hash_of, read_jsonl
 
 SURPLUS = 2
-"""Windows read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
+"""Sequences read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
 DOCUMENTS_AT_ONCE = 256
 """At the most, given to the tokenizer together: it works on them in as many threads as there are processors."""
@@ -32,16 +32,16 @@ DOCUMENTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token windows and how to name them: `ids` int64 (samples, length), on the host."""
+    """Token sequences and how to name them: `ids` int64 (samples, length), on the host."""
 
     ids: Tensor
     source: str
     overlapping: bool = False
-    """Whether windows overlap because the text is short; only builtin text may."""
+    """Whether sequences overlap because the text is short; only builtin text may."""
     notes: Notes = dataclasses.field(default_factory=Notes)
     """What was left of the file's rows."""
     text_tokens: int | None = None
-    """Tokens of the whole text, where windows overlap."""
+    """Tokens of the whole text, where sequences overlap."""
 
     @property
     def sha256(self) -> str:
@@ -90,7 +90,7 @@ def _first_line(error: Exception, folder: Path) -> str:
 def calibration_sequences(
     tokenizer: PreTrainedTokenizerBase, config: Calibration, path: Path | None, seed: int, evaluation_path: Path | None
 ) -> Sequences:
-    """The windows that calibrate; of the calibration half where the evaluation reads the same text.
+    """The sequences that calibrate; of the calibration half where the evaluation reads the same text.
 
     Raises:
         InvalidDataset: the file is not as documented, or too short.
@@ -98,13 +98,13 @@ def calibration_sequences(
     shared = path is None or (evaluation_path is not None and path.samefile(evaluation_path))
     notes = Notes()
     documents = _documents(path, "calibration.dataset", Half.CALIBRATION if shared else None, notes)
-    return _windows(tokenizer, documents, config, name="calibration", seed=seed, overlap=path is None, notes=notes)
+    return _sequences(tokenizer, documents, config, name="calibration", seed=seed, overlap=path is None, notes=notes)
 
 
 def evaluation_sequences(
     tokenizer: PreTrainedTokenizerBase, config: Evaluation, path: Path | None, seed: int, *used: Path | None
 ) -> Sequences:
-    """The windows that judge. Text of the files that are `used` otherwise is left out, wherever else it stands.
+    """The sequences that validate. Text of the files that are `used` otherwise is left out, wherever else it stands.
 
     Raises:
         InvalidDataset: the file is not as documented, or too short without the other files' text.
@@ -117,7 +117,7 @@ def evaluation_sequences(
     if apart:
         keys = {hash_of(document) for other in apart for document in read_jsonl(other, "the job's other dataset")}
         documents = (document for document in documents if hash_of(document) not in keys)
-    return _windows(tokenizer, documents, config, name="evaluation", seed=seed, overlap=path is None, notes=notes)
+    return _sequences(tokenizer, documents, config, name="evaluation", seed=seed, overlap=path is None, notes=notes)
 
 
 def _documents(path: Path | None, name: str, half: Half | None, notes: Notes) -> Iterator[Document]:
@@ -133,7 +133,7 @@ def source_label(source: CalibrationSource | DatasetSource | ModelSource) -> str
     return source.source
 
 
-def _windows(
+def _sequences(
     tokenizer: PreTrainedTokenizerBase,
     documents: Iterable[Document],
     config: Calibration | Evaluation,
@@ -173,7 +173,7 @@ def _token_stream(
     documents: Iterable[Document], encode: Callable[[list[Document]], list[list[int]]], enough: int
 ) -> list[int]:
     stream: list[int] = []
-    rest, size = iter(documents), 1  # a few windows need only a few documents
+    rest, size = iter(documents), 1  # a few sequences need only a few documents
     while batch := list(islice(rest, size)):
         size = min(2 * size, DOCUMENTS_AT_ONCE)
         for ids in encode(batch):

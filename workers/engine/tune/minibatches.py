@@ -3,7 +3,7 @@
 Where inputs and targets are on the device, steps pick their rows out of them. Where they are in host memory, a step's
 rows come through two buffers on the device: a side stream fills `ahead` with the next step's rows while the present
 step runs, and before the next step they are copied to the rows that steps read. So a copy from the host hides behind
-a step, and a step can be captured. The held-out rows, which are read several times, are brought once a run.
+a step, and a step can be captured. The held-out rows, which are read several times, are brought once per run.
 """
 
 from contextlib import nullcontext
@@ -16,7 +16,7 @@ class Minibatches:
     """Of one run of steps, and after it of others over tensors of the same shapes.
 
     inputs, targets   what steps read, (rows, length, width)
-    held_out          rows of these that judge and never train
+    held_out          rows of these that validate and never train
 
     A run is `start`, then for each step `bring` and `rows`.
     """

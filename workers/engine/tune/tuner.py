@@ -345,6 +345,6 @@ def _samples(task: BlockTask, settings: TuningSettings, processes: ProcessGroup)
 
 
 def is_checked(step: int, steps: int) -> bool:
-    """True if the held-out loss is measured after this step: some seven times a run, in its last two thirds."""
+    """True if the held-out loss is measured after this step: about seven times per run, in its last two thirds."""
     every = max(1, steps // CHECKS)
     return step == steps or (step % every == 0 and 3 * step >= steps)
