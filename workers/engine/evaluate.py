@@ -1,12 +1,12 @@
 """Closeness of the quantized model to the original: perplexity, KL divergence and top-1 agreement.
 
 With p the original's and q the quantized model's distribution of the next token x_{t+1}, over all T tokens that have a
-token before them in their window:
+token before them in their sequence:
 
     perplexity = exp(-1/T sum log q(x_{t+1}))       KL = 1/T sum_t sum_v p(v) (log p(v) - log q(v))
     top-1 agreement = 1/T sum [argmax p = argmax q]
 
-Both streams are already there when the last block is done; logits are made for some tokens at a time and dropped.
+Activations of both are there when the last block is done; logits are made for some tokens at a time and dropped.
 """
 
 import math
@@ -46,7 +46,7 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
     def measured(head: Tensor | None, number: int, count: int) -> Quality:
         def tick(share: float) -> None:
             total = len(sequences.ids) * count
-            job.reporter.progress(Stage.EVALUATE, (number + share) / count * total, total, "windows")
+            job.reporter.progress(Stage.EVALUATE, (number + share) / count * total, total, "sequences")
 
         return _measured(job, activations, activations.quantized, sequences, head, tick)
 
@@ -116,7 +116,7 @@ def measure(
     """Quality on `sequences`, whose hidden states after the last block are given, each (samples, length, width).
 
     quantized_head  dequantized weight of the head where that is quantized too
-    processes           who measures along; the hidden states are those of this rank's share of the windows
+    processes       those that measure together; the hidden states are of this one's share of the sequences
 
     Raises:
         NumericalFailure: the original or the quantized model's output is not finite.
@@ -132,9 +132,9 @@ def measure(
             for start in range(0, length - 1, step):
                 part = slice(start, min(start + step, length - 1))
                 logits = []
-                for stream, weight in zip((original, quantized), weights, strict=True):
+                for states, weight in zip((original, quantized), weights, strict=True):
                     head.weight = weight
-                    logits.append(model.logits(stream[sample : sample + 1, part].to(model.device))[0])
+                    logits.append(model.logits(states[sample : sample + 1, part].to(model.device))[0])
                 labels = ids[sample, part.start + 1 : part.stop + 1].to(model.device)
                 sums += _token_sums(logits[0], logits[1], labels).cpu()
             tick((sample + 1) / samples)

@@ -40,7 +40,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
     """All texts of an order; those that the model writes itself are drawn by `generation`: None if nothing is read.
 
     Raises:
-        InvalidDataset: a file is not as documented or too short, windows are longer than the model's positions, or
+        InvalidDataset: a file is not as documented or too short, sequences are longer than the model's positions, or
             the model is to write text and does not fit whole.
     """
     if generation is None:

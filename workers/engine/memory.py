@@ -66,7 +66,7 @@ def graph_bytes(model: StreamedModel) -> int:
 
 
 def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
-    """The most that a job needs on the device beside its streams: in a pass, while tuning, or while making logits.
+    """The most that a job needs on the device beside its activations: in a pass, while tuning, or while making logits.
 
     length, micro_batch   of the sequences that go through a block at once with gradients
     """

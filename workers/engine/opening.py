@@ -130,5 +130,5 @@ def _generation(
         device=model.device,
         kept=workspace / "generated.safetensors",
         leads=rank == 0,
-        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, wanted, "windows"),
+        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, wanted, "sequences"),
     )

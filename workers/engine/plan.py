@@ -34,11 +34,11 @@ class Plan:
     micro_batch     sequences that go through a block at once, with gradients
     pass_batch      the same without gradients
     scale_dtype     of stored scales, learned from the formats before anything is optimized
-    activations     where the streams live; codes are the same wherever that is
+    activations     where they live; codes are the same wherever that is
     activation_bytes, activation_budget
-                    what a rank's streams need, and what its device could give them; None for a device without memory
+                    bytes that a process's activations need, and its device could give; None for a device without memory
                     of its own
-    world_size      ranks that share the windows of each text (`workers.engine.device.process_group`)
+    world_size      processes that share the sequences of each text (`workers.engine.device.process_group`)
     """
 
     device: str
@@ -60,19 +60,19 @@ class Plan:
 
 @dataclass(frozen=True)
 class ActivationSize:
-    """Windows of a text, and how many tensors of hidden states their stream has."""
+    """Sequences of a text, and how many tensors of hidden states are kept of them."""
 
     samples: int
     length: int
     tensors: int
 
 
-def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[ActivationSize]) -> Plan:
-    """Plans a job over these streams, which its ranks share. The model must not be loaded yet."""
-    streams = [replace(stream, samples=math.ceil(stream.samples / order.world_size)) for stream in streams]
-    longest = max((stream.length for stream in streams), default=1)
+def make_plan(order: AttemptOrder, model: StreamedModel, sizes: list[ActivationSize]) -> Plan:
+    """Plans a job over these activations, which its processes share. The model must not be loaded yet."""
+    sizes = [replace(size, samples=math.ceil(size.samples / order.world_size)) for size in sizes]
+    longest = max((size.length for size in sizes), default=1)
     micro_batch = max(1, _micro_batch(model, longest) // order.micro_batch_divisor)
-    needed, budget = _activation_bytes(model, streams), _activation_budget(model, longest, micro_batch)
+    needed, budget = _activation_bytes(model, sizes), _activation_budget(model, longest, micro_batch)
     return Plan(
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
@@ -124,8 +124,8 @@ def _pass_batch(model: StreamedModel, length: int) -> int:
     return max(1, PASS_BYTES // (pass_bytes(model) * length))
 
 
-def _activation_bytes(model: StreamedModel, streams: list[ActivationSize]) -> int:
-    elements = sum(stream.samples * stream.length * stream.tensors for stream in streams)
+def _activation_bytes(model: StreamedModel, sizes: list[ActivationSize]) -> int:
+    elements = sum(size.samples * size.length * size.tensors for size in sizes)
     return int(elements * model.config.get_text_config().hidden_size * model.dtype.itemsize)
 
 

@@ -57,19 +57,19 @@ def evaluate(
     """
     needed = {way.key: way for way in (*ways, *([AS_TRAINED] if merged else []))}
     results = {way.key for way in ways if way.is_whole}
-    found: dict[tuple[Numbers, bool], Quality] = {}
+    qualities: dict[tuple[Numbers, bool], Quality] = {}
     for number, key in enumerate(sorted(needed, key=lambda key: key != streamed)):
         if key != streamed:
             replay.run(activations, needed[key])
         head = replay.head(needed[key]) if needed[key].in_gguf else judge.head
         try:
-            found[key] = judge.measure(head, number, len(needed))
+            qualities[key] = judge.measure(head, number, len(needed))
         except NumericalFailure:
             if key in results:
                 raise  # what is only a part, or was only trained so, may be anything
-    figures = {key: Figures.of(quality) for key, quality in found.items()}
+    figures = {key: Figures.of(quality) for key, quality in qualities.items()}
     return Evaluated(
-        quality=found[ways[0].key],
+        quality=qualities[ways[0].key],
         shipped=tuple(
             ShippedFigures(
                 checkpoints=way.checkpoints, adapter=way.adapter, whole=way.is_whole, figures=figures[way.key]
@@ -81,23 +81,23 @@ def evaluate(
     )
 
 
-def differences(found: Evaluated, training: FinetuningReport | None, merging: str) -> Iterator[tuple[str, str]]:
+def differences(evaluated: Evaluated, training: FinetuningReport | None, merging: str) -> Iterator[tuple[str, str]]:
     """Code and message of each warning, with both figures; `merging` says what a merge does."""
-    told, before = found.quality.perplexity, found.before_merge
-    notable = before is not None and _is_notable(before.perplexity, told)
+    perplexity, before = evaluated.quality.perplexity, evaluated.before_merge
+    notable = before is not None and _is_notable(before.perplexity, perplexity)
     losses = _changed_losses(training)
     if before is not None and (notable or losses):
         yield (
             "merge_changed_the_result",
-            f"{merging} changes the result: perplexity {told:.4g} as it ships, {before.perplexity:.4g} with the "
+            f"{merging} changes the result: perplexity {perplexity:.4g} as it ships, {before.perplexity:.4g} with the "
             f"adapter beside the quantized weights, as it was trained{losses}; `quality` is of what ships",
         )
-    for way in found.shipped:
-        if way.whole and _is_notable(way.figures.perplexity, told):
+    for way in evaluated.shipped:
+        if way.whole and _is_notable(way.figures.perplexity, perplexity):
             yield (
                 "formats_differ",
-                f"{_named(way)} gives perplexity {way.figures.perplexity:.4g}, {_named(found.shipped[0])} {told:.4g}: "
-                "they do not round alike; `quality` is of the latter",
+                f"{_named(way)} gives perplexity {way.figures.perplexity:.4g}, {_named(evaluated.shipped[0])} "
+                f"{perplexity:.4g}: they do not round alike; `quality` is of the latter",
             )
 
 

@@ -1,4 +1,4 @@
-"""The two streams: the same windows through the original blocks and through the quantized ones.
+"""Activations of a text: the same sequences through the original blocks and through the quantized ones.
 
     X_fp, X_q   (samples, length, width), the model's dtype, on the device or in (pinned) host memory
 
@@ -22,7 +22,7 @@ CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class Activations:
-    """One set of windows in both streams.
+    """Hidden states of a set of sequences, in the original and in the quantized model.
 
     original    X_fp; after `advance_original`, the original block's output
     inputs_fp   X_fp before the block; None unless a method needs it
@@ -74,12 +74,12 @@ class Activations:
         _embeddings(model, self._ids, self.quantized)
 
     def call(self, index: int) -> BlockCall:
-        """How the model calls a block on these windows."""
+        """How the model calls a block on these sequences."""
         return self.calls[index]
 
     @torch.no_grad()
     def squared_error(self) -> Tensor:
-        """||Y - Y_hat||^2 and ||Y||^2 of the streams as they are, fp64 (2,), on the device; nothing waits for it."""
+        """||Y - Y_hat||^2 and ||Y||^2 of the hidden states, fp64 (2,), on the device; nothing waits for it."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         rows = max(1, CHUNK_ELEMENTS[self._device.type] // max(1, self.original[:1].numel()))
         for part in zip(torch.split(self.original, rows), torch.split(self.quantized, rows), strict=True):
@@ -90,7 +90,7 @@ class Activations:
 
 
 def _buffer(model: StreamedModel, ids: Tensor, plan: Plan) -> Tensor:
-    """Uninitialized hidden states of the windows, where the plan has them."""
+    """Uninitialized hidden states of the sequences, where the plan has them."""
     width = model.config.get_text_config().hidden_size
     on_device = plan.activations == "device"
     pinned = not on_device and model.device.type == "cuda"
@@ -99,7 +99,7 @@ def _buffer(model: StreamedModel, ids: Tensor, plan: Plan) -> Tensor:
 
 
 def _embeddings(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """The windows' embeddings, written to `hidden`; the embedding matrix must be loaded."""
+    """The sequences' embeddings, written to `hidden`; the embedding matrix must be loaded."""
     for row in range(len(ids)):
         hidden[row] = model.embed(ids[row : row + 1].to(model.device))[0]
     return hidden
@@ -120,7 +120,7 @@ def second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tenso
 
 
 def sum_moments(processes: ProcessGroup, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
-    """Over all ranks, inside the context of `second_moments`; one that has no window to look at has nothing to add."""
+    """Over all processes, inside the context of `second_moments`; one without a sequence adds zeros."""
     if processes.alone:
         return
     for name, linear in linears.items():

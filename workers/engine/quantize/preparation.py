@@ -4,7 +4,7 @@
     state/fisher.safetensors   <linear>.rows and <linear>.columns
 
 Durable under the fingerprint of the request, model, text, code and plan, so that a resumed attempt spends the budget as
-the first one did, and does not measure again. What was found belongs to the fingerprint of the blocks.
+the first one did, and does not measure again. The result belongs to the fingerprint of the blocks.
 """
 
 import hashlib

@@ -1,9 +1,8 @@
 """The reference row of a report: what round to nearest makes of the job's schemes, on the job's evaluation text.
 
-The windows go through every block once more, with its linears rounded to nearest in place of its weights;
-`Activations` has
-their hidden states. It comes before the method sees the block, and leaves the block as it was, so that no code depends
-on whether there is a reference. `app.domain.workload` says when there is one.
+The evaluation text goes through every block once more, with its linears rounded to nearest in place of its weights;
+`Activations` has their hidden states. That happens before the method sees the block, and leaves the block as it was, so
+that no code depends on whether there is a reference. `app.domain.workload` decides that.
 """
 
 from collections.abc import Iterator, Mapping

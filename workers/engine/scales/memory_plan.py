@@ -30,8 +30,8 @@ class ScaleTask:
     micro_batch     sequences that may go through a block at once with gradients
     held_bytes      memory that other tensors of the job hold
     changed         other parameters of a block that quantizing it changed, by full name
-    tick            told the steps done
-    log             told an event's name and fields when a slower way is taken
+    tick            called with the steps done
+    log             called with an event's name and fields when a slower way is taken
     processes           who tunes along, each over its own sequences
     """
 

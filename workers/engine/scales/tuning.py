@@ -11,7 +11,7 @@ For each quantized linear of the blocks, with codes q, zero points z and scales 
 
 Blocks are tuned one by one against their own outputs; here the scales learn what each block's error does to the next
 token. What is optimized is what ships: scales are rounded in every step as they are stored. The teacher costs one head
-product a step, since the original stream holds its hidden states after the last block. Tuned scales are kept only if L
+product a step, since the original model's hidden states are kept after the last block. Tuned scales are kept only if L
 falls on held-out sequences; else the old ones stay.
 
 | symbol | variable | shape |
@@ -54,7 +54,7 @@ WARM_UP_STEPS = 10
 BETAS = (0.9, 0.95)
 EPSILON = 1e-8
 TICKS = 20
-"""Times that progress is told; the device is waited for each time."""
+"""Reports of progress; the device is waited for each time."""
 
 
 @dataclass(frozen=True)
