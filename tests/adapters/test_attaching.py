@@ -15,9 +15,9 @@ from app.domain.adapters import (
     QALoRASpec,
     QBaRASpec,
 )
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from bitwright.errors import InvalidRequest, MisalignedAdapter, OffsetNotRepresentable
-from bitwright.formats import ExportFormat
 from tests.adapters.examples import SPECS
 from tests.formats.examples import Made, codebook_made, random_result
 from workers.adapters.attaching import Attach, adapted, finished, known, report

@@ -16,7 +16,7 @@ from app.domain.adapters import (
     ADAPTERS,
     AdapterSpec,
 )
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from tests.adapters.examples import SPECS
 from tests.formats.examples import REPORT, Source, codebook_made, linears, logits, random_result, scheme, tiny_llama
 from workers.adapters.attaching import Attach, Merge, finished, stored

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from app.domain.formats import FORMATS, LowRankRule, ScaleDtype
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, ScaleDtype
 from app.domain.methods import Form, Scheme
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from tests.engine.model.loading import loader
 from tests.formats.examples import (
     TOKENS,

@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import Form, Scheme
-from bitwright.formats import ExportFormat
 from bitwright.report import ModelReport, PeakMemory, Report, SizeReport
 from workers.formats.writer import CheckpointWriter, Writer
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook

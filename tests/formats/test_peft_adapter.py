@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from tests.formats.examples import (
     REPORT,
     Made,

@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from app.domain.adapters import QBaRASpec
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from bitwright.formats import ExportFormat
 from tests.formats.examples import REPORT, Made, random_result, scheme, tiny_llama, write_with
 from workers.adapters.attaching import Attach, stored
 from workers.engine.model.checkpoint import Checkpoint

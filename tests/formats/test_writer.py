@@ -10,8 +10,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from app.domain.formats import ExportFormat
 from bitwright.errors import FormatCannotHold, InternalError
-from bitwright.formats import ExportFormat
 from bitwright.report import Report
 from tests.formats.examples import REPORT, Source, random_result, scheme, tiny_llama, write_quantized
 from workers.formats.writer import CheckpointWriter

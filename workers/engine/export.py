@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from app.domain.formats import ExportFormat
 from bitwright.events import Stage
-from bitwright.formats import ADAPTER_FOLDER, ExportFormat
+from bitwright.formats import ADAPTER_FOLDER
 from bitwright.report import AdapterReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 
 from app.domain.attempt_lines import ResultLine
+from app.domain.formats import ExportFormat
 from app.domain.methods import Form
 from app.domain.request.combination_rules import result_forms
 from app.domain.request.job_request import JobRequest
 from bitwright.events import Stage
-from bitwright.formats import ExportFormat
 from bitwright.report import Figures, Quality
 from workers.adapters.attaching import Attach
 from workers.disk.orders import AttemptOrder

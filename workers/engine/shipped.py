@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.adapters import AdapterSpec
-from bitwright.formats import ADAPTER_FOLDER, ExportFormat
+from app.domain.formats import ExportFormat
+from bitwright.formats import ADAPTER_FOLDER
 from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations

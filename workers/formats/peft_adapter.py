@@ -23,8 +23,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
+from app.domain.formats import ExportFormat
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from bitwright.report import Report
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.model_card import describe

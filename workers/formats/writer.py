@@ -21,10 +21,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from app.domain.formats import base_alone, model_problems
+from app.domain.format_rules import base_alone, model_problems
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from bitwright.errors import FormatCannotHold, InternalError
-from bitwright.formats import ExportFormat
 from bitwright.report import Report
 from workers.formats import compressed_tensors, merged, native
 from workers.formats.cards.identity import Identity

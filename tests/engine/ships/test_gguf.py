@@ -13,9 +13,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from app.domain.attempt_lines import ResultLine
+from app.domain.formats import ExportFormat
 from app.domain.request.job_request import JobRequest
 from bitwright.errors import FormatCannotHold, InvalidRequest
-from bitwright.formats import ExportFormat
 from tests.engine.conftest import run_job
 from tests.engine.model.random_models import PECULIARITIES, SHAPE
 from tests.engine.quantize import residual_svd

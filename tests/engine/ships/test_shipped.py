@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from app.domain.formats import ExportFormat
 from app.domain.request.job_request import Requirements
-from bitwright.formats import ExportFormat
 from bitwright.report import AdapterReport, Figures, MergeReport, Quality, Report, ShippedFigures
 from tests.formats.examples import random_result, scheme
 from tests.reports import QUALITY, report

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.domain.formats import VLLM_CPU
+from app.domain.formats import VLLM_CPU, ExportFormat
 from app.domain.methods import Scheme
-from bitwright.formats import ExportFormat
 from tests.engine.conftest import run_job
 from tests.engine.model.loading import base_of, logits
 from tests.tiny_model import tiny_model_folder

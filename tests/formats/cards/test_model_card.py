@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from bitwright.formats import ExportFormat
 from bitwright.report import Quality, Report, TextReport
 from tests.formats.examples import (
     REPORT,

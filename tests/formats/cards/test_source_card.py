@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from bitwright.report import ModelReport
 from tests.formats.examples import REPORT, Source, random_result, scheme, tiny_llama
 from workers.formats.cards.source_card import MAX_BYTES, SourceCard, read_source_card

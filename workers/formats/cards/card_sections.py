@@ -6,7 +6,8 @@ Figures are of the files that were measured: `figures_of` is the one place that 
 from collections.abc import Iterator
 
 from app.domain.adapters import ADAPTERS
-from bitwright.formats import ADAPTER_FOLDER, ExportFormat
+from app.domain.formats import ExportFormat
+from bitwright.formats import ADAPTER_FOLDER
 from bitwright.report import AdapterReport, EarlierTraining, FinetuningReport, Quality, Report
 from workers.formats.cards.identity import Part, adapter_title
 

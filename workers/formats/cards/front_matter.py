@@ -1,6 +1,6 @@
 """The YAML at the top of a card, as the Hub reads it: what a result comes from, who may use it, what loads it."""
 
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from workers.formats.cards.identity import Identity, Part
 from workers.formats.cards.source_card import SourceCard
 

@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Mapping
 
-from app.domain.formats import base_alone
+from app.domain.format_rules import base_alone
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from bitwright.formats import ExportFormat
 from workers.formats.cards.runtimes import package_needed, vllm_knowledge, vllm_lora, vllm_row
 from workers.formats.compressed_tensors import needs_loader
 from workers.formats.gguf.read_back import Reading

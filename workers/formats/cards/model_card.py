@@ -10,9 +10,9 @@ from pathlib import Path
 
 import yaml
 
-from app.domain.formats import base_alone
+from app.domain.format_rules import base_alone
+from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form
-from bitwright.formats import ExportFormat
 from bitwright.report import Report, SizeReport
 from workers.formats.cards.card_sections import code, quality, training
 from workers.formats.cards.front_matter import front_matter

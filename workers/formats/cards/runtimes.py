@@ -2,10 +2,9 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from app.domain.formats import DENSE_WORDS, FORMATS
+from app.domain.formats import DENSE_WORDS, FORMATS, ExportFormat
 from app.domain.methods import Scheme
 from app.domain.runtimes import RuntimeSupport, Support, described
-from bitwright.formats import ExportFormat
 from workers.formats.stored_linear import StoredLowRank
 
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))

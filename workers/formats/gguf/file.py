@@ -17,9 +17,9 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, get_tensor_name_
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from app.domain.formats import base_alone
+from app.domain.format_rules import base_alone
+from app.domain.formats import ExportFormat
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from bitwright.report import Report
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.model_card import describe
