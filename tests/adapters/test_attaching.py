@@ -23,7 +23,7 @@ from tests.formats.examples import Made, codebook_made, random_result
 from workers.adapters.attaching import Attach, adapted, finished, known, report
 from workers.adapters.bayesian import BayesianLoRA
 from workers.adapters.merging import MergeProof, exact_weight
-from workers.formats import native
+from workers.formats import checkpoint, native
 from workers.formats.gguf.blocks import pack
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -175,4 +175,4 @@ def test_formats_that_hold_a_fold_are_those_that_say_so() -> None:
     merged = finished("up", bases(ASYMMETRIC)["up"], trained(QALoRASpec(), bases(ASYMMETRIC))["up"], "quantized").result
     assert isinstance(merged.weight, AffineWeight)
     assert merged.weight.offset is not None
-    assert Path(native.LOADER).is_file()
+    assert Path(checkpoint.LOADER).is_file()

@@ -22,7 +22,7 @@ from tests.formats.examples import REPORT, Source, codebook_made, linears, logit
 from workers.adapters.attaching import Attach, Merge, finished, stored
 from workers.adapters.bayesian import BayesianLoRA
 from workers.formats.adapter_file import write_adapter
-from workers.formats.writer import open_writers
+from workers.formats.registry import open_writers
 from workers.numerics.quantized import LinearResult
 
 NATIVE, MERGED, PEFT = ExportFormat.NATIVE, ExportFormat.MERGED, ExportFormat.PEFT

@@ -20,7 +20,8 @@ from workers.engine.reporter import Reporter
 from workers.engine.shipped import TrainedAdapters
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
-from workers.formats.writer import Writer, open_writers
+from workers.formats.format import Writer
+from workers.formats.registry import open_writers
 from workers.numerics.quantized import LinearResult, StoredBits
 
 

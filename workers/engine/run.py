@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from app.domain.attempt_lines import ResultLine
+from app.domain.format_rules import rounds_offsets, stored_formats
 from app.domain.formats import ExportFormat
 from app.domain.methods import Form
 from app.domain.request.combination_rules import result_forms
@@ -30,7 +31,7 @@ from workers.engine.quantize.registry import METHODS, is_needed
 from workers.engine.report import Findings, identity_of, report_of, size_of
 from workers.engine.reporter import Reporter
 from workers.engine.scales.stage import run_scale_stage
-from workers.engine.shipped import Numbers, Replay, Shipment, TrainedAdapters, offset_dtype, shipments
+from workers.engine.shipped import Key, Numbers, Replay, Shipment, TrainedAdapters, offset_dtype, shipments
 from workers.engine.shipped_quality import Evaluated, Judge, differences, evaluate
 from workers.engine.tune.tuner import Tuner
 
@@ -232,30 +233,29 @@ def _ways(job: Job, trained: TrainedAdapters | None) -> list[Shipment]:
         factors=Form.LOW_RANK in result_forms(request.quantization, request.adapter, request.merge),
         trained=trained is not None,
         merge=request.merge,
-        rounded_in_gguf=_is_rounded_in_gguf(job),
+        rounding=_rounding_formats(job),
     )
 
 
-def _streamed(job: Job, trained: TrainedAdapters | None) -> tuple[Numbers, bool] | None:
+def _streamed(job: Job, trained: TrainedAdapters | None) -> Key | None:
     """What the quantized stream has gone through when all blocks and scales are done."""
     if trained is None:
-        return Numbers.WHOLE, False
+        return Numbers.WHOLE, None
     # Weights alone, unless a method or an earlier job began with factors beside them.
     began_with_factors = job.base_job is not None or Form.LOW_RANK in job.order.request.quantization.forms()
-    return None if began_with_factors else (Numbers.BASE, False)
+    return None if began_with_factors else (Numbers.BASE, None)
 
 
-def _is_rounded_in_gguf(job: Job) -> bool:
-    """Whether the job writes a GGUF of zero points, which become fp16 offsets there."""
+def _rounding_formats(job: Job) -> tuple[ExportFormat, ...]:
+    """The job's formats in which zero points become fp16 offsets, if it has zero points."""
     request, schemes = job.order.request, dict(job.schemes)
-    if ExportFormat.GGUF not in request.formats:
-        return False
+    rounding = rounds_offsets(request.formats)
     if request.merge == "quantized":
         if request.round_offset:
-            return True
+            return rounding
         # Offsets of all formats are fp16 then; a head has no adapter.
         schemes = {name: scheme for name, scheme in schemes.items() if name == job.model.layout.head}
-    return any(not scheme.symmetric for scheme in schemes.values())
+    return rounding if any(not scheme.symmetric for scheme in schemes.values()) else ()
 
 
 def _merging(request: JobRequest) -> str:
@@ -287,7 +287,7 @@ def _export(job: Job, state: FinishedBlocks, found: Findings) -> ResultLine:
     export = Export(
         model=job.model,
         folder=job.workspace / "output",
-        formats=tuple(dict.fromkeys([*request.formats, ExportFormat.NATIVE])),
+        formats=stored_formats(request.formats),
         ignored=tuple(name for name in job.model.linears() if name not in job.schemes),
         trained=_trained_adapters(job, found.finetuned),
         reporter=job.reporter,

@@ -10,7 +10,7 @@ GGUF has fp16 offsets in place of zero points, so that its W_hat may be another.
 text goes through all blocks again with weights that are made of the finished blocks as the export makes them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.adapters import AdapterSpec
+from app.domain.format_rules import rounds_offsets, stored_formats
 from app.domain.formats import ExportFormat
 from bitwright.formats import ADAPTER_FOLDER
 from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
@@ -27,7 +28,7 @@ from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import BlockReader
 from workers.engine.quantize.finished_blocks import FinishedBlocks
-from workers.formats.gguf.blocks import held
+from workers.formats.registry import held
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank
 
 
@@ -39,19 +40,23 @@ class Numbers(Enum):
     BASE = "base"
 
 
+Key = tuple[Numbers, ExportFormat | None]
+"""Numbers, and the format as whose files they are rounded."""
+
+
 @dataclass(frozen=True)
 class Shipment:
     """Checkpoints that give the same numbers when they are loaded one way.
 
     checkpoints   by folder
     adapter       folder of the adapter that is loaded beside them; None: nothing is
-    in_gguf       whether offsets are as GGUF rounds them
+    rounding      the format as whose files weights are rounded; None: as they are
     """
 
     checkpoints: tuple[str, ...]
     numbers: Numbers
     adapter: str | None = None
-    in_gguf: bool = False
+    rounding: ExportFormat | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -59,9 +64,9 @@ class Shipment:
         return self.numbers is not Numbers.BASE
 
     @property
-    def key(self) -> tuple[Numbers, bool]:
+    def key(self) -> Key:
         """Equal for shipments of which one measurement is enough."""
-        return self.numbers, self.in_gguf
+        return self.numbers, self.rounding
 
 
 @dataclass(frozen=True)
@@ -98,36 +103,37 @@ class TrainedAdapters:
 
 def offset_dtype(formats: Sequence[ExportFormat]) -> torch.dtype:
     """Of the offsets that a job's formats store."""
-    return torch.float16 if ExportFormat.GGUF in formats else torch.float32
+    return torch.float16 if rounds_offsets(formats) else torch.float32
 
 
 def shipments(
-    formats: Sequence[ExportFormat], *, factors: bool, trained: bool, merge: Merge, rounded_in_gguf: bool
+    formats: Sequence[ExportFormat], *, factors: bool, trained: bool, merge: Merge, rounding: Collection[ExportFormat]
 ) -> list[Shipment]:
     """Every way to load what a job stores: the whole result as it was asked for first, what is only a part last.
 
     formats           that were asked for; `native` is stored besides
     factors           whether the results have low-rank factors
     trained           whether an adapter was
-    rounded_in_gguf   whether GGUF rounds some of their offsets
+    rounding          formats that round some of their offsets
     """
-    stored = tuple(dict.fromkeys([*formats, ExportFormat.NATIVE]))
-    bases = tuple(name for name in stored if name not in (ExportFormat.PEFT, ExportFormat.NATIVE))
-    native = (ExportFormat.NATIVE,)
-    found: list[tuple[Sequence[ExportFormat], Numbers, str | None]] = []
-    if ExportFormat.PEFT in stored:
-        found += [(bases or native, Numbers.BESIDE, ExportFormat.PEFT.value), (native, Numbers.WHOLE, None)]
-        found += [(bases, Numbers.BASE, None)] if bases else []
+    stored = stored_formats(formats)
+    bases = tuple(name for name in stored if not name.info.is_adapter and not name.info.holds_factors)
+    native = tuple(name for name in stored if name.info.holds_factors)
+    adapter = next((name.value for name in stored if name.info.is_adapter), None)
+    ways: list[tuple[Sequence[ExportFormat], Numbers, str | None]] = []
+    if adapter is not None:
+        ways += [(bases or native, Numbers.BESIDE, adapter), (native, Numbers.WHOLE, None)]
+        ways += [(bases, Numbers.BASE, None)] if bases else []
     elif trained and merge is None and not factors:
-        found += [(stored, Numbers.BESIDE, ADAPTER_FOLDER), (stored, Numbers.BASE, None)]
+        ways += [(stored, Numbers.BESIDE, ADAPTER_FOLDER), (stored, Numbers.BASE, None)]
     else:
-        found += [(stored, Numbers.WHOLE, None)]
-        found += [(native, Numbers.BESIDE, ADAPTER_FOLDER)] if trained and factors else []
-    made = [
-        Shipment(tuple(name.value for name in part), numbers, adapter, in_gguf)
-        for names, numbers, adapter in found
-        for part, in_gguf in _split(names, rounded_in_gguf)
-        if part
+        ways += [(stored, Numbers.WHOLE, None)]
+        ways += [(native, Numbers.BESIDE, ADAPTER_FOLDER)] if trained and factors else []
+    all_shipments = [
+        Shipment(tuple(name.value for name in alike), numbers, beside, rounded_as)
+        for names, numbers, beside in ways
+        for alike, rounded_as in _split(names, rounding)
+        if alike
     ]
     order = [name.value for name in stored]
 
@@ -135,12 +141,14 @@ def shipments(
         folders = [*shipment.checkpoints, *([shipment.adapter] if shipment.adapter in order else [])]
         return not shipment.is_whole, min(map(order.index, folders))
 
-    return sorted(made, key=turn)
+    return sorted(all_shipments, key=turn)
 
 
-def _split(names: Sequence[ExportFormat], rounded_in_gguf: bool) -> list[tuple[list[ExportFormat], bool]]:
-    apart: list[ExportFormat] = [name for name in names if rounded_in_gguf and name is ExportFormat.GGUF]
-    return [([name for name in names if name not in apart], False), (apart, True)]
+def _split(
+    names: Sequence[ExportFormat], rounding: Collection[ExportFormat]
+) -> list[tuple[list[ExportFormat], ExportFormat | None]]:
+    exact = [name for name in names if name not in rounding]
+    return [(exact, None), *(([name], name) for name in names if name in rounding)]
 
 
 @dataclass(frozen=True)
@@ -186,8 +194,8 @@ class Replay:
                 self._set_apart(name, result)
             # Not that of the result: what was folded in stands beside it here.
             result = LinearResult(base.weight)
-        if shipment.in_gguf and isinstance(result.weight, AffineWeight):
-            return replace(result, weight=held(name, result.weight))
+        if shipment.rounding is not None and isinstance(result.weight, AffineWeight):
+            return replace(result, weight=held(shipment.rounding, name, result.weight))
         return result
 
     def _set_apart(self, name: str, result: LinearResult) -> None:
