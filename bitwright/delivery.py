@@ -4,8 +4,10 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
-from app.domain.adapters import ADAPTERS
 from bitwright.formats import ADAPTER_FOLDER, ADAPTERS_ALONE, NATIVE, PEFT, first_choice
+
+STOCK_PEFT_ADAPTERS = frozenset({"lora", "bayesian-lora"})
+"""Kinds of adapters whose factors are a LoRA that stock peft loads."""
 
 
 def delivery(kept: Sequence[str], request: object) -> tuple[str, ...]:
@@ -34,5 +36,4 @@ def _stays_apart(request: object) -> bool:
     if not isinstance(fields, Mapping) or fields.get("merge") is not None:
         return False
     adapter = fields.get("adapter")
-    info = ADAPTERS.get(str(adapter.get("kind"))) if isinstance(adapter, Mapping) else None
-    return info is None or not info.stock_peft
+    return not isinstance(adapter, Mapping) or adapter.get("kind") not in STOCK_PEFT_ADAPTERS

@@ -1,4 +1,4 @@
-"""What `serve` says of itself: where it is as soon as the API answers, and that it serves once its worker lives."""
+"""Messages of `serve`: its address as soon as the API answers, and readiness once its worker lives."""
 
 import sys
 import threading
@@ -9,8 +9,8 @@ import structlog
 
 from app.cli.installed import NAME, how_to_call
 from app.settings import Settings
-from bitwright.cli.connection import Endpoint, save_endpoint
 from bitwright.cli.render import out
+from bitwright.endpoint import Endpoint, save_endpoint
 from bitwright.errors import Unavailable
 
 log = structlog.get_logger(__name__)

@@ -5,9 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from app.domain.request.job_request import JobRequest
-from app.domain.request.sources import LocalModel
-from bitwright.cli.render import adapter_text, bits_text, format_bytes, format_seconds, pairs
+from bitwright.cli.render import adapter_text, format_bytes, format_seconds, pairs, scheme_text
 from bitwright.delivery import delivery
 from bitwright.report import Report
 from bitwright.views import ArtifactView, JobView, PreflightView
@@ -32,7 +30,9 @@ def training_table(report: Report) -> Table | None:
             first, last = trained.losses[0], trained.losses[-1]
             table.add_row("training loss", f"{first.loss:.4f} to {last.loss:.4f} nats a token")
         if trained.loss_before is not None and trained.loss_after is not None:
-            table.add_row("held-out loss", f"{trained.loss_before:.4f} to {trained.loss_after:.4f} nats a token")
+            ships = "" if trained.loss_shipped is None else f", {trained.loss_shipped:.4f} with the weights that ship"
+            losses = f"{trained.loss_before:.4f} to {trained.loss_after:.4f} nats a token{ships}"
+            table.add_row("held-out loss", losses)
         table.add_row("trained on", f"{trained.text.source}, {trained.text.tokens:,} tokens")
     return table
 
@@ -70,26 +70,20 @@ def files_table(job: JobView, artifacts: Sequence[ArtifactView]) -> Table:
 def preflight_table(view: PreflightView) -> Table:
     """What a dry run answered: the request's main points, estimates, warnings."""
     table, request = pairs(), view.request
-    quantization = request.quantization
-    table.add_row("model", model_text(request))
-    form = "symmetric" if quantization.symmetric else "asymmetric"
-    table.add_row("method", quantization.method)
-    table.add_row("scheme", f"{bits_text(quantization)}, group {quantization.group_size}, {form}")
+    if request.model is not None:
+        table.add_row("model", request.model.shorthand())
+    if request.quantization is not None:
+        table.add_row("method", request.quantization.method)
+        table.add_row("scheme", scheme_text(request.quantization))
     if request.adapter is not None:
-        table.add_row("adapter", adapter_text(request.adapter.kind, request.adapter.rank, request.merge))
-    table.add_row("formats", ", ".join(request.formats) or "native")
+        table.add_row("adapter", adapter_text(request.adapter, request.merge))
+    table.add_row("formats", ", ".join(request.formats or ()) or "native")
     for name, value in view.estimates.items():
         if value is not None:
             table.add_row(f"estimate: {name.removesuffix('_bytes').replace('_', ' ')}", _estimate_text(name, value))
     for warning in view.warnings:
         table.add_row("warning", Text(warning, style="yellow"))
     return table
-
-
-def model_text(request: JobRequest) -> str:
-    """Shorthand of the model's source."""
-    source = request.model
-    return source.path if isinstance(source, LocalModel) else source.id
 
 
 def _estimate_text(name: str, value: object) -> str:

@@ -1,4 +1,4 @@
-"""What a script sees of each kind of error, against the real API."""
+"""Exit codes and output of each kind of error, against the real API."""
 
 import json
 import socket
@@ -10,8 +10,8 @@ import structlog
 from sqlalchemy import update
 
 from app.store.models import Job
+from tests.bitwright.service import Service, running_service
 from tests.cli.processes import bitwright, command
-from tests.client.service import Service, running_service
 
 
 @pytest.fixture(scope="module")
