@@ -15,7 +15,7 @@ from app.domain.adapters import (
     QALoRASpec,
     QBaRASpec,
 )
-from app.domain.formats import ExportFormat
+from app.domain.formats import ExportFormat, Offsets
 from app.domain.methods import Scheme
 from bitwright.errors import InvalidRequest, MisalignedAdapter, OffsetNotRepresentable
 from tests.adapters.examples import SPECS
@@ -169,9 +169,7 @@ def test_a_gated_adapters_penalty_is_shared_over_the_job() -> None:
 
 
 def test_formats_that_hold_a_fold_are_those_that_say_so() -> None:
-    from app.domain.request.combination_rules import HOLDS_OFFSETS
-
-    assert ExportFormat.COMPRESSED_TENSORS not in HOLDS_OFFSETS
+    assert ExportFormat.COMPRESSED_TENSORS.info.offsets is Offsets.NONE
     merged = finished("up", bases(ASYMMETRIC)["up"], trained(QALoRASpec(), bases(ASYMMETRIC))["up"], "quantized").result
     assert isinstance(merged.weight, AffineWeight)
     assert merged.weight.offset is not None
