@@ -14,7 +14,7 @@ from bitwright.endpoint import DEFAULT_URL
 from bitwright.errors import NotFound, RequestError
 from bitwright.event_stream import follow
 from bitwright.folders import claim_folder
-from bitwright.formats import ExportFormat
+from bitwright.formats import NATIVE
 from bitwright.job_states import JobStatus
 from bitwright.transport import RetryPolicy, Transport
 from bitwright.uploads import choose_files, describe_files, send_files
@@ -179,7 +179,7 @@ class Client:
         kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
         if not kept or (format is not None and format not in kept):
             there = ", ".join(kept) or "none (it has not succeeded)"
-            chosen = format or ExportFormat.NATIVE.value
+            chosen = format or NATIVE
             raise NotFound(f"job {job_id} has no {chosen} checkpoint; it has: {there}", field="format", value=chosen)
         together = (format,) if format is not None else delivery(kept, self.job(job_id).request)
         return {

@@ -4,10 +4,8 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
-from bitwright.formats import ADAPTER_FOLDER, ExportFormat, first_choice
+from bitwright.formats import ADAPTER_FOLDER, ADAPTERS_ALONE, NATIVE, PEFT, first_choice
 
-ADAPTERS_ALONE = frozenset({ExportFormat.PEFT.value, ADAPTER_FOLDER})
-"""Folders that are no model without their base."""
 STOCK_PEFT_ADAPTERS = frozenset({"lora", "bayesian-lora"})
 """Kinds of adapters whose factors are a LoRA that stock peft loads."""
 
@@ -22,12 +20,12 @@ def delivery(kept: Sequence[str], request: object) -> tuple[str, ...]:
     is in its own file alone. The base without it is not what the report measured.
     """
     models = [name for name in kept if name not in ADAPTERS_ALONE]
-    asked = [name for name in kept if name not in {ExportFormat.NATIVE, ADAPTER_FOLDER}]
-    if not models or asked == [ExportFormat.PEFT.value]:
+    asked = [name for name in kept if name not in {NATIVE, ADAPTER_FOLDER}]
+    if not models or asked == [PEFT]:
         return (first_choice(kept),)
     model = first_choice(models)
-    if ExportFormat.PEFT.value in kept:
-        return model, ExportFormat.PEFT.value
+    if PEFT in kept:
+        return model, PEFT
     apart = ADAPTER_FOLDER in kept and _stays_apart(request)
     return (model, ADAPTER_FOLDER) if apart else (model,)
 

@@ -1,30 +1,28 @@
-"""Names of checkpoint formats, and of the forms of quantized weights."""
+"""Forms of quantized weights, and the checkpoints that a user of any version of the service meets by name."""
 
 from collections.abc import Iterable
 from enum import StrEnum
 
 
 class Form(StrEnum):
-    """What a method makes of a linear; a format says which of them it holds."""
+    """The form of a quantized linear: a method makes it, a format may hold it."""
 
     AFFINE = "affine"
-    """Integer codes with a scale a group, and a zero point or an offset."""
+    """Integer codes with a scale per group, and a zero point or an offset."""
     CODEBOOK = "codebook"
-    """Indices into a table of values (NormalFloat) with a largest magnitude a group."""
+    """Indices into a table of values (NormalFloat) with a largest magnitude per group."""
     LOW_RANK = "low-rank"
     """Besides one of the others: two factors whose product is added to it, as in LoRA."""
 
 
-class ExportFormat(StrEnum):
-    NATIVE = "native"
-    COMPRESSED_TENSORS = "compressed-tensors"
-    MERGED = "merged"
-    PEFT = "peft"
-    GGUF = "gguf"
-
-
+NATIVE = "native"
+"""The checkpoint that every job keeps, asked for or not."""
+PEFT = "peft"
+"""The checkpoint that is an adapter for stock peft: no model without its base."""
 ADAPTER_FOLDER = "adapter"
 """Where the adapter file of a job that trains is kept, beside its checkpoints; no format of its own."""
+ADAPTERS_ALONE = frozenset({PEFT, ADAPTER_FOLDER})
+"""Folders that are no model without their base."""
 
 
 def first_choice(kept: Iterable[str]) -> str:
@@ -32,4 +30,4 @@ def first_choice(kept: Iterable[str]) -> str:
 
     A checkpoint that was asked for; else `native`, which is always kept; the adapter, which is no model, never before.
     """
-    return min(kept, key=lambda name: (name == ADAPTER_FOLDER, name == ExportFormat.NATIVE))
+    return min(kept, key=lambda name: (name == ADAPTER_FOLDER, name == NATIVE))

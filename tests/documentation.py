@@ -104,6 +104,7 @@ FILES = MappingProxyType(
         "docker-compose.yml": "PostgreSQL, Valkey, migrate, api, worker, sweep",
         "pyproject.toml": "Packages, extras, and the settings of every tool",
         "requirements-vllm.txt": "What `make test-vllm` installs",
+        "docs/adding-a-format.md": "The two touches of a new format",
         "docs/adding-a-method.md": "The four touches of a new method",
         "docs/errors.md": "Every error code and its way out",
         "docs/operations.md": "Settings, scaling, backup, upgrades, security, what happens when something dies",

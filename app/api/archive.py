@@ -13,13 +13,13 @@ from app.api.auth import Reader
 from app.api.content import conditions, representation_headers, stream
 from app.api.deps import BlobsOf, DatabaseOf
 from app.api.documentation import binary, problems, text_header
+from app.domain.formats import ExportFormat
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore
 from app.store.jobs import JobRepository
 from app.store.models import Artifact, Job
 from bitwright.delivery import delivery
 from bitwright.errors import Conflict, NotFound, StorageError
-from bitwright.formats import ExportFormat
 
 router = APIRouter(tags=["artifacts"])
 MEDIA_TYPE = "application/x-tar"

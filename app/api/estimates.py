@@ -3,6 +3,7 @@
 from typing import Any
 
 from app.api.inspection import Inspection
+from app.domain.format_rules import stored_formats
 from app.domain.inputs.architectures import HEAD
 from app.domain.methods import SCALE_BITS
 from app.domain.request.combination_rules import trained_parameters
@@ -16,7 +17,6 @@ from app.domain.workload import (
     reference_flops,
     tuned_sequences,
 )
-from bitwright.formats import ExportFormat
 
 HEAVY_BYTES = 2  # bf16
 TUNING_BYTES = 16
@@ -92,8 +92,9 @@ def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, f
 
 def _checkpoints_bytes(request: JobRequest, inspection: Inspection, packed: int) -> int:
     """All checkpoints of the job; `packed` is the size of one that stores what the method made."""
-    dense, formats = inspection.weights * HEAVY_BYTES, {*request.formats, ExportFormat.NATIVE}
-    return sum(dense if name is ExportFormat.MERGED else packed for name in formats if name is not ExportFormat.PEFT)
+    rows = [name.info for name in stored_formats(request.formats)]
+    dense = inspection.weights * HEAVY_BYTES
+    return sum(dense if info.dense else packed for info in rows if not info.is_adapter)
 
 
 def _activation_bytes(request: JobRequest, inspection: Inspection) -> int:

@@ -4,9 +4,8 @@ from fastapi import APIRouter
 
 from app.api.auth import Reader
 from app.api.documentation import problems
-from app.domain.formats import FORMATS, FormatInfo
+from app.domain.formats import FORMATS, ExportFormat, FormatInfo
 from app.domain.runtimes import RuntimeSupport
-from bitwright.formats import ExportFormat
 from bitwright.views import FormatView, Page, RuntimeView, WidthsView
 
 router = APIRouter(tags=["catalogue"])

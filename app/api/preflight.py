@@ -9,7 +9,8 @@ from typing import Any
 from app.api.estimates import estimate
 from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
 from app.domain.advice import dishonoured_rank, starved_calibration
-from app.domain.formats import FORMATS, model_problems
+from app.domain.format_rules import model_problems
+from app.domain.formats import FORMATS
 from app.domain.inputs.architectures import HEAD, Dimensions
 from app.domain.inputs.foreign_files import foreign_files
 from app.domain.inputs.roots import ALLOWED_HINT, check_links, lies_under

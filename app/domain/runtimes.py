@@ -48,6 +48,8 @@ class RuntimeSupport:
     smallest_group: int = 1
     group_multiple: int = 1
     """Groups are multiples of so many columns; per channel is a case of its own."""
+    fused: tuple[tuple[str, ...], ...] = ()
+    """Last names of linears that it runs as one, and so needs in one scheme."""
     since: tuple[WidthsSince, ...] = ()
     """Widths that earlier releases did not take."""
 

@@ -23,9 +23,9 @@ from bitwright.cli.render import (
     report_table,
     times_table,
 )
-from bitwright.delivery import ADAPTERS_ALONE
 from bitwright.downloads import OnBytes
 from bitwright.errors import RequestError
+from bitwright.formats import ADAPTERS_ALONE
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 from bitwright.uploads import choose_files
 

@@ -15,15 +15,15 @@ from app.domain.adapters import (
     QALoRASpec,
     QBaRASpec,
 )
+from app.domain.formats import ExportFormat, Offsets
 from app.domain.methods import Scheme
 from bitwright.errors import InvalidRequest, MisalignedAdapter, OffsetNotRepresentable
-from bitwright.formats import ExportFormat
 from tests.adapters.examples import SPECS
 from tests.formats.examples import Made, codebook_made, random_result
 from workers.adapters.attaching import Attach, adapted, finished, known, report
 from workers.adapters.bayesian import BayesianLoRA
 from workers.adapters.merging import MergeProof, exact_weight
-from workers.formats import native
+from workers.formats import checkpoint, native
 from workers.formats.gguf.blocks import pack
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -169,10 +169,8 @@ def test_a_gated_adapters_penalty_is_shared_over_the_job() -> None:
 
 
 def test_formats_that_hold_a_fold_are_those_that_say_so() -> None:
-    from app.domain.request.combination_rules import HOLDS_OFFSETS
-
-    assert ExportFormat.COMPRESSED_TENSORS not in HOLDS_OFFSETS
+    assert ExportFormat.COMPRESSED_TENSORS.info.offsets is Offsets.NONE
     merged = finished("up", bases(ASYMMETRIC)["up"], trained(QALoRASpec(), bases(ASYMMETRIC))["up"], "quantized").result
     assert isinstance(merged.weight, AffineWeight)
     assert merged.weight.offset is not None
-    assert Path(native.LOADER).is_file()
+    assert Path(checkpoint.LOADER).is_file()

@@ -16,13 +16,13 @@ from app.domain.adapters import (
     ADAPTERS,
     AdapterSpec,
 )
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from tests.adapters.examples import SPECS
 from tests.formats.examples import REPORT, Source, codebook_made, linears, logits, random_result, scheme, tiny_llama
 from workers.adapters.attaching import Attach, Merge, finished, stored
 from workers.adapters.bayesian import BayesianLoRA
 from workers.formats.adapter_file import write_adapter
-from workers.formats.writer import open_writers
+from workers.formats.registry import open_writers
 from workers.numerics.quantized import LinearResult
 
 NATIVE, MERGED, PEFT = ExportFormat.NATIVE, ExportFormat.MERGED, ExportFormat.PEFT

@@ -12,7 +12,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as their_logging
 
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from tests.conformance.test_formats import assert_logits_agree, assert_weights_equal, load_unpacked
 from tests.formats.examples import Source, scheme, tiny_llama, write_quantized
 

@@ -18,10 +18,9 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from app.domain.formats import FORMATS, LowRankRule, ScaleDtype
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, ScaleDtype
 from app.domain.methods import Form, Scheme
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from tests.engine.model.loading import loader
 from tests.formats.examples import (
     TOKENS,
@@ -36,10 +35,9 @@ from tests.formats.examples import (
     tiny_llama,
     write_quantized,
 )
-from workers.formats import compressed_tensors, merged, native, peft_adapter
+from workers.formats import compressed_tensors, merged, native, peft
 from workers.formats.gguf import blocks as gguf_blocks
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
-from workers.formats.writer import COMPRESS
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import LinearResult
 
@@ -93,8 +91,8 @@ def through_peft(result: LinearResult) -> LinearResult:
     low_rank = result.low_rank
     assert low_rank is not None
     stored = StoredLowRank(rank=low_rank.rank, alpha=low_rank.alpha)
-    config = json.loads(json.dumps(peft_adapter.config({NAME: stored}, [])))
-    return replace(result, low_rank=peft_adapter.decompress(NAME, peft_adapter.compress(NAME, low_rank), config))
+    config = json.loads(json.dumps(peft.config({NAME: stored}, [])))
+    return replace(result, low_rank=peft.decompress(NAME, peft.compress(NAME, low_rank), config))
 
 
 def through_gguf(result: LinearResult) -> LinearResult:
@@ -105,8 +103,11 @@ def through_gguf(result: LinearResult) -> LinearResult:
 INVERTIBLE = {NATIVE: through_native, CT: through_compressed_tensors, PEFT: through_peft, GGUF: through_gguf}
 
 
+COMPRESS = {NATIVE: native.compress, CT: compressed_tensors.compress, MERGED: merged.compress}
+
+
 def test_every_format_of_the_table_is_held_to_the_suite() -> None:
-    """What is merged has no codes any more: it is held to its numbers instead."""
+    """A merged checkpoint has no codes any more: it is held to its numbers instead."""
     assert INVERTIBLE.keys() | {MERGED} == FORMATS.keys()
     assert COMPRESS.keys() | {PEFT, GGUF} == FORMATS.keys()
 

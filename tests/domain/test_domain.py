@@ -5,14 +5,14 @@ from typing import get_args
 import pytest
 
 from app.domain.attempt_lines import ATTEMPT_LINE
-from app.domain.formats import FORMATS, LowRankRule, default_formats, format_problems
+from app.domain.format_rules import default_formats, format_problems
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule
 from app.domain.job_states import TRANSITIONS
 from app.domain.methods import METHODS, Form, QuantizationSpec, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
 from app.domain.request.sources import expand_source
 from app.domain.runtimes import Support
 from bitwright.errors import ERRORS
 from bitwright.events import EVENT, LogEvent
-from bitwright.formats import ExportFormat
 from bitwright.job_states import FINAL_STATUSES, JobStatus
 
 

@@ -5,10 +5,9 @@ import tomllib
 
 import pytest
 
-from app.domain.formats import DENSE_WORDS, FORMATS, VLLM_CPU
+from app.domain.formats import DENSE_WORDS, FORMATS, VLLM_CPU, ExportFormat
 from app.domain.methods import Scheme
 from app.domain.runtimes import RuntimeSupport, Support, described, runtime_limits
-from bitwright.formats import ExportFormat
 from tests.documentation import ROOT
 
 ROWS = [(name, row) for name, info in FORMATS.items() for row in info.runtimes]

@@ -10,10 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import Form, Scheme
-from bitwright.formats import ExportFormat
 from bitwright.report import ModelReport, PeakMemory, Report, SizeReport
-from workers.formats.writer import CheckpointWriter, Writer
+from workers.formats.format import Writer
+from workers.formats.registry import open_writer
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook
 from workers.numerics.quantized import (
     AffineWeight,
@@ -195,7 +196,7 @@ def write_quantized(
 
     formats   all of the job's; with `peft` among them the written checkpoint holds the base alone
     """
-    writer = CheckpointWriter(folder, export_format, source, shard_bytes, formats=formats)
+    writer = open_writer(folder, export_format, source, formats, shard_bytes=shard_bytes)
     return write_with(writer, source, made)
 
 

@@ -13,9 +13,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from tests.formats.examples import (
     REPORT,
     Made,
@@ -29,8 +29,9 @@ from tests.formats.examples import (
     write_quantized,
     write_with,
 )
-from workers.formats.peft_adapter import AdapterWriter, targets
-from workers.formats.writer import CheckpointWriter, open_writers
+from workers.formats.checkpoint import CheckpointWriter
+from workers.formats.peft import targets
+from workers.formats.registry import open_writer, open_writers
 
 MERGED, PEFT = ExportFormat.MERGED, ExportFormat.PEFT
 BOTH = (MERGED, PEFT)
@@ -49,7 +50,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 def write_both(source: Source, folder: Path, made: Sequence[Made | Scheme]) -> nn.Module:
     """Base and adapter; the original model with the corrected weights."""
     write_quantized(source, folder / "merged", MERGED, made, formats=BOTH)
-    return write_with(AdapterWriter(folder / "peft", source, BOTH), source, made)
+    return write_with(open_writer(folder / "peft", PEFT, source, BOTH), source, made)
 
 
 def config(folder: Path) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def test_the_model_is_named_as_peft_and_the_hub_look_for_it(tmp_path: Path, sour
     assert (card.data.base_model, card.data.base_model_relation) == ("org/tiny", "adapter")
     assert "`base_model_name_or_path` in `adapter_config.json` names `org/tiny`" in card.text
     assert "loads the original weights, which is not what was measured" in " ".join(card.text.split())
-    writer = AdapterWriter(tmp_path / "local", source, BOTH)
+    writer = open_writer(tmp_path / "local", PEFT, source, BOTH)
     writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), SAME[0]))
     writer.finish()
     writer.describe(REPORT.model_copy(update={"model": REPORT.model.model_copy(update={"kind": "local"})}))
@@ -145,7 +146,7 @@ def test_the_licence_comes_along_and_weights_do_not(tmp_path: Path, source: Sour
 
 
 def test_a_result_without_factors_is_refused(tmp_path: Path, source: Source) -> None:
-    writer = AdapterWriter(tmp_path / "out", source, (PEFT,))
+    writer = open_writer(tmp_path / "out", PEFT, source, (PEFT,))
     writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W3))
     with pytest.raises(FormatCannotHold, match="no low-rank factors"):
         writer.finish()

@@ -9,15 +9,14 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from app.domain.adapters import QBaRASpec
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from bitwright.formats import ExportFormat
 from tests.formats.examples import REPORT, Made, random_result, scheme, tiny_llama, write_with
 from workers.adapters.attaching import Attach, stored
 from workers.engine.model.checkpoint import Checkpoint
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
-from workers.formats.gguf.file import GGUFFile
-from workers.formats.writer import open_writers
+from workers.formats.registry import open_writer, open_writers
 from workers.tiny_model import Recipe, make_tiny_model
 
 W4, WITH_FACTORS = scheme(4, 32, True), [Made(scheme(4, 32, True), rank=2)]
@@ -80,7 +79,9 @@ def test_a_gguf_file(tmp_path: Path) -> None:
     recipe = Recipe(vocabulary=400, width=64, intermediate=64, blocks=1, positions=64, steps=30, batch=1, length=16)
     source = Checkpoint.open(make_tiny_model(tmp_path / "source", recipe))
     for name in ("first", "second"):
-        file = GGUFFile(tmp_path / name, source, (ExportFormat.GGUF,), Identity.of(REPORT))
+        file = open_writer(
+            tmp_path / name, ExportFormat.GGUF, source, (ExportFormat.GGUF,), identity=Identity.of(REPORT)
+        )
         file.add_linear("model.layers.0.self_attn.o_proj", random_result((64, 64), W4, torch.float16))
         file.finish()
         file.describe(REPORT)

@@ -19,7 +19,7 @@ from transformers.utils import (
     VIDEO_PROCESSOR_NAME,
 )
 
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from tests.formats.examples import Source, scheme, tiny_llama, write_quantized
 from workers.child.fetch import ALLOWED, IGNORED
 from workers.formats.source_files import CODE, COPIED, without_code

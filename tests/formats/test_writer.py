@@ -10,11 +10,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from app.domain.formats import ExportFormat
 from bitwright.errors import FormatCannotHold, InternalError
-from bitwright.formats import ExportFormat
 from bitwright.report import Report
 from tests.formats.examples import REPORT, Source, random_result, scheme, tiny_llama, write_quantized
-from workers.formats.writer import CheckpointWriter
+from workers.formats.registry import open_writer
 from workers.numerics.quantized import LinearResult
 
 CT, NATIVE = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE
@@ -37,7 +37,7 @@ def stored(folder: Path) -> dict[str, Tensor]:
 def test_what_is_not_quantized_is_copied_bit_for_bit(
     tmp_path: Path, source: Source, export_format: ExportFormat
 ) -> None:
-    writer = CheckpointWriter(tmp_path / "out", export_format, source)
+    writer = open_writer(tmp_path / "out", export_format, source)
     writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))
     writer.finish()
     found = stored(tmp_path / "out")
@@ -53,7 +53,7 @@ def test_a_tensor_that_quantization_changed_takes_the_place_of_the_source_s(
 ) -> None:
     """Every other tensor stays as it is; the linear's own is another."""
     name, linear = "model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj"
-    writer = CheckpointWriter(tmp_path / "out", export_format, source)
+    writer = open_writer(tmp_path / "out", export_format, source)
     writer.add_tensor(name, source.tensors[name] * 2)
     writer.add_linear(linear, random_result((96, 64), W4))
     wrong = (
@@ -114,7 +114,7 @@ def test_native_comes_with_its_loader_and_description(tmp_path: Path, source: So
 
 
 def test_config_names_every_linear_that_stays(tmp_path: Path, source: Source) -> None:
-    writer = CheckpointWriter(tmp_path / "out", CT, source)
+    writer = open_writer(tmp_path / "out", CT, source)
     writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))
     writer.finish(ignored=["model.vision"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -127,7 +127,7 @@ def test_config_names_every_linear_that_stays(tmp_path: Path, source: Source) ->
 
 def test_a_quantized_head_is_not_ignored(tmp_path: Path) -> None:
     source = tiny_llama(tmp_path / "source", tied=False)
-    writer = CheckpointWriter(tmp_path / "out", CT, source)
+    writer = open_writer(tmp_path / "out", CT, source)
     writer.add_linear("lm_head", random_result((96, 64), W4))
     writer.finish()
     ignored = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["ignore"]
@@ -136,7 +136,7 @@ def test_a_quantized_head_is_not_ignored(tmp_path: Path) -> None:
 
 
 def test_a_module_under_another_name_is_targeted_by_both(tmp_path: Path, source: Source) -> None:
-    writer = CheckpointWriter(tmp_path / "out", CT, source)
+    writer = open_writer(tmp_path / "out", CT, source)
     writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4), module="language.up_proj")
     writer.add_linear("model.layers.0.mlp.gate_proj", random_result((96, 64), scheme(8, -1, True)))
     writer.finish()
@@ -162,15 +162,15 @@ def test_a_scale_of_another_dtype_is_refused_not_rounded(tmp_path: Path, source:
     weight = random_result((96, 64), W4, torch.float16).affine
     rounded = LinearResult(replace(weight, dtype=torch.bfloat16))
     with pytest.raises(FormatCannotHold, match=r"stores scales as torch\.bfloat16; these are torch\.float16"):
-        CheckpointWriter(tmp_path / "out", CT, source).add_linear("model.layers.0.mlp.up_proj", rounded)
-    CheckpointWriter(tmp_path / "out", NATIVE, source).add_linear("model.layers.0.mlp.up_proj", rounded)
+        open_writer(tmp_path / "out", CT, source).add_linear("model.layers.0.mlp.up_proj", rounded)
+    open_writer(tmp_path / "out", NATIVE, source).add_linear("model.layers.0.mlp.up_proj", rounded)
 
 
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_widths_that_straddle_words_are_warned_of(tmp_path: Path, source: Source, bits: int) -> None:
     """The report takes the warnings of its writers: whoever loads the checkpoint needs a package that is new enough."""
     for name, export_format in (("packed", CT), ("native", NATIVE)):
-        writer = CheckpointWriter(tmp_path / name, export_format, source)
+        writer = open_writer(tmp_path / name, export_format, source)
         writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), scheme(bits, 32, True)))
         told = writer.warnings.get("needs_newer_package", "")
         assert (f"for {bits} bits" in told and "0.18.0 or newer" in told) is (
@@ -179,7 +179,7 @@ def test_widths_that_straddle_words_are_warned_of(tmp_path: Path, source: Source
 
 
 def test_a_linear_that_the_source_lacks_or_that_comes_twice_is_an_error(tmp_path: Path, source: Source) -> None:
-    writer = CheckpointWriter(tmp_path / "out", CT, source)
+    writer = open_writer(tmp_path / "out", CT, source)
     with pytest.raises(InternalError, match=r"no tensor model\.up_proj\.weight"):
         writer.add_linear("model.up_proj", random_result((96, 64), W4))
     writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), W4))

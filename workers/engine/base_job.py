@@ -21,11 +21,10 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from app.domain.formats import FORMATS, ScaleDtype
+from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme
 from app.domain.request.base_job import ADAPTER_FILE, DESCRIPTION, REPORT
 from bitwright.errors import BitwrightError, CorruptCheckpoint, FormatCannotHold
-from bitwright.formats import ExportFormat
 from bitwright.report import BaseTraining, BlockReport
 from workers.contracts.results import BlockResult
 from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors

@@ -7,8 +7,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from app.domain.attempt_lines import ResultLine
+from app.domain.format_rules import stored_formats
+from app.domain.formats import ExportFormat
 from bitwright.events import Stage
-from bitwright.formats import ADAPTER_FOLDER, ExportFormat
+from bitwright.formats import ADAPTER_FOLDER
 from bitwright.report import AdapterReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
@@ -19,7 +21,8 @@ from workers.engine.report import Results, identity_of, report_of, size_of
 from workers.engine.shipped import TrainedAdapters, trained_adapters
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
-from workers.formats.writer import Writer, open_writers
+from workers.formats.format import Writer
+from workers.formats.registry import open_writers
 from workers.numerics.quantized import LinearResult, StoredBits
 
 OUTPUT = "output"
@@ -68,7 +71,7 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
     """Every checkpoint but its report; a block is read while the one before it is packed."""
     model, finished, folder = job.model, job.finished_blocks, job.workspace / OUTPUT
     total, bases = len(finished.blocks), dict[str, LinearResult]()
-    formats = tuple(dict.fromkeys([*job.request.formats, ExportFormat.NATIVE]))
+    formats = stored_formats(job.request.formats)
     exported = Exported(open_writers(folder, formats, model.checkpoint, identity))
     with closing(read_ahead(finished.load, total, torch.device("cpu"))) as blocks:
         for done, block in enumerate(blocks, start=1):

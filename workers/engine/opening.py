@@ -27,7 +27,7 @@ from workers.engine.quantize.kernel_warm_up import compiling
 from workers.engine.reporter import Reporter
 from workers.engine.text.generated import Generation
 from workers.engine.text.sequences import has_tokenizer, load_tokenizer
-from workers.formats.writer import check_model
+from workers.formats.registry import check_model
 
 
 @contextmanager

@@ -6,10 +6,9 @@ from typing import Literal
 
 import torch
 
-from app.domain.formats import FORMATS, ScaleDtype
+from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme, WeightSpec
 from app.domain.methods.module_rules import rule_errors
-from bitwright.formats import ExportFormat
 from workers.disk.orders import AttemptOrder
 from workers.engine.memory import (
     ACTIVATION_BYTES,

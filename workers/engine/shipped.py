@@ -10,7 +10,7 @@ GGUF has fp16 offsets in place of zero points, so that its W_hat may be another.
 text goes through all blocks again with weights that are made of the finished blocks as the export makes them.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -20,16 +20,18 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.adapters import AdapterSpec
+from app.domain.format_rules import rounds_offsets, stored_formats
+from app.domain.formats import ExportFormat
 from app.domain.methods import Form
 from app.domain.request.combination_rules import result_forms
-from bitwright.formats import ADAPTER_FOLDER, ExportFormat
+from bitwright.formats import ADAPTER_FOLDER
 from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
 from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import BlockReader
-from workers.formats.gguf.blocks import held
+from workers.formats.registry import held
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank
 
 
@@ -41,19 +43,23 @@ class Numbers(Enum):
     BASE = "base"
 
 
+Key = tuple[Numbers, ExportFormat | None]
+"""Numbers, and the format as whose files they are rounded."""
+
+
 @dataclass(frozen=True)
 class Shipment:
     """Checkpoints that give the same numbers when they are loaded one way.
 
     checkpoints   by folder
     adapter       folder of the adapter that is loaded beside them; None: nothing is
-    in_gguf       whether offsets are as GGUF rounds them
+    rounding      the format as whose files weights are rounded; None: as they are
     """
 
     checkpoints: tuple[str, ...]
     numbers: Numbers
     adapter: str | None = None
-    in_gguf: bool = False
+    rounding: ExportFormat | None = None
 
     @property
     def is_whole(self) -> bool:
@@ -61,9 +67,9 @@ class Shipment:
         return self.numbers is not Numbers.BASE
 
     @property
-    def key(self) -> tuple[Numbers, bool]:
+    def key(self) -> Key:
         """Equal for shipments of which one measurement is enough."""
-        return self.numbers, self.in_gguf
+        return self.numbers, self.rounding
 
 
 @dataclass(frozen=True)
@@ -100,36 +106,37 @@ class TrainedAdapters:
 
 def offset_dtype(formats: Sequence[ExportFormat]) -> torch.dtype:
     """Of the offsets that a job's formats store."""
-    return torch.float16 if ExportFormat.GGUF in formats else torch.float32
+    return torch.float16 if rounds_offsets(formats) else torch.float32
 
 
 def shipments(
-    formats: Sequence[ExportFormat], *, factors: bool, trained: bool, merge: Merge, rounded_in_gguf: bool
+    formats: Sequence[ExportFormat], *, factors: bool, trained: bool, merge: Merge, rounding: Collection[ExportFormat]
 ) -> list[Shipment]:
     """Every way to load what a job stores: the whole result as it was asked for first, what is only a part last.
 
     formats           that were asked for; `native` is stored besides
     factors           whether the results have low-rank factors
     trained           whether an adapter was
-    rounded_in_gguf   whether GGUF rounds some of their offsets
+    rounding          formats that round some of their offsets
     """
-    stored = tuple(dict.fromkeys([*formats, ExportFormat.NATIVE]))
-    bases = tuple(name for name in stored if name not in (ExportFormat.PEFT, ExportFormat.NATIVE))
-    native = (ExportFormat.NATIVE,)
-    found: list[tuple[Sequence[ExportFormat], Numbers, str | None]] = []
-    if ExportFormat.PEFT in stored:
-        found += [(bases or native, Numbers.BESIDE, ExportFormat.PEFT.value), (native, Numbers.WHOLE, None)]
-        found += [(bases, Numbers.BASE, None)] if bases else []
+    stored = stored_formats(formats)
+    bases = tuple(name for name in stored if not name.info.is_adapter and not name.info.holds_factors)
+    native = tuple(name for name in stored if name.info.holds_factors)
+    adapter = next((name.value for name in stored if name.info.is_adapter), None)
+    ways: list[tuple[Sequence[ExportFormat], Numbers, str | None]] = []
+    if adapter is not None:
+        ways += [(bases or native, Numbers.BESIDE, adapter), (native, Numbers.WHOLE, None)]
+        ways += [(bases, Numbers.BASE, None)] if bases else []
     elif trained and merge is None and not factors:
-        found += [(stored, Numbers.BESIDE, ADAPTER_FOLDER), (stored, Numbers.BASE, None)]
+        ways += [(stored, Numbers.BESIDE, ADAPTER_FOLDER), (stored, Numbers.BASE, None)]
     else:
-        found += [(stored, Numbers.WHOLE, None)]
-        found += [(native, Numbers.BESIDE, ADAPTER_FOLDER)] if trained and factors else []
-    made = [
-        Shipment(tuple(name.value for name in part), numbers, adapter, in_gguf)
-        for names, numbers, adapter in found
-        for part, in_gguf in _split(names, rounded_in_gguf)
-        if part
+        ways += [(stored, Numbers.WHOLE, None)]
+        ways += [(native, Numbers.BESIDE, ADAPTER_FOLDER)] if trained and factors else []
+    all_shipments = [
+        Shipment(tuple(name.value for name in alike), numbers, beside, rounded_as)
+        for names, numbers, beside in ways
+        for alike, rounded_as in _split(names, rounding)
+        if alike
     ]
     order = [name.value for name in stored]
 
@@ -137,12 +144,14 @@ def shipments(
         folders = [*shipment.checkpoints, *([shipment.adapter] if shipment.adapter in order else [])]
         return not shipment.is_whole, min(map(order.index, folders))
 
-    return sorted(made, key=turn)
+    return sorted(all_shipments, key=turn)
 
 
-def _split(names: Sequence[ExportFormat], rounded_in_gguf: bool) -> list[tuple[list[ExportFormat], bool]]:
-    apart: list[ExportFormat] = [name for name in names if rounded_in_gguf and name is ExportFormat.GGUF]
-    return [([name for name in names if name not in apart], False), (apart, True)]
+def _split(
+    names: Sequence[ExportFormat], rounding: Collection[ExportFormat]
+) -> list[tuple[list[ExportFormat], ExportFormat | None]]:
+    exact = [name for name in names if name not in rounding]
+    return [(exact, None), *(([name], name) for name in names if name in rounding)]
 
 
 def trained_adapters(job: Job, adapters: Mapping[str, nn.Module] | None) -> TrainedAdapters | None:
@@ -163,32 +172,31 @@ def shipments_of(job: Job, *, trained: bool) -> list[Shipment]:
         factors=Form.LOW_RANK in result_forms(job.spec, request.adapter, request.merge),
         trained=trained,
         merge=request.merge,
-        rounded_in_gguf=_is_rounded_in_gguf(job),
+        rounding=_rounding_formats(job),
     )
 
 
-def evaluated_key(job: Job, *, trained: bool) -> tuple[Numbers, bool] | None:
+def evaluated_key(job: Job, *, trained: bool) -> Key | None:
     """Key of the numbers that the evaluation's activations have gone through once all blocks and scales are done.
 
     None where that is no shipment: weights alone, although a method or base job began with factors beside them.
     """
     if not trained:
-        return Numbers.WHOLE, False
+        return Numbers.WHOLE, None
     began_with_factors = job.base_job is not None or Form.LOW_RANK in job.spec.forms()
-    return None if began_with_factors else (Numbers.BASE, False)
+    return None if began_with_factors else (Numbers.BASE, None)
 
 
-def _is_rounded_in_gguf(job: Job) -> bool:
-    """Whether the job writes a GGUF of zero points, which become fp16 offsets there."""
+def _rounding_formats(job: Job) -> tuple[ExportFormat, ...]:
+    """The job's formats in which zero points become fp16 offsets, if it has zero points."""
     request, schemes = job.request, job.schemes
-    if ExportFormat.GGUF not in request.formats:
-        return False
+    rounding = rounds_offsets(request.formats)
     if request.merge == "quantized":
         if request.round_offset:
-            return True
+            return rounding
         # Offsets of all formats are fp16 then; a head has no adapter.
         schemes = {name: scheme for name, scheme in schemes.items() if name == job.model.layout.head}
-    return any(not scheme.symmetric for scheme in schemes.values())
+    return rounding if any(not scheme.symmetric for scheme in schemes.values()) else ()
 
 
 @dataclass(frozen=True)
@@ -234,8 +242,8 @@ class Replay:
                 self._set_apart(name, result)
             # Not that of the result: what was folded in stands beside it here.
             result = LinearResult(base.weight)
-        if shipment.in_gguf and isinstance(result.weight, AffineWeight):
-            return replace(result, weight=held(name, result.weight))
+        if shipment.rounding is not None and isinstance(result.weight, AffineWeight):
+            return replace(result, weight=held(shipment.rounding, name, result.weight))
         return result
 
     def _set_apart(self, name: str, result: LinearResult) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 from bitwright.errors import NumericalFailure
 from bitwright.report import Figures, FinetuningReport, Quality, ShippedFigures
 from workers.engine.quantize.activations import Activations
-from workers.engine.shipped import Numbers, Replay, Shipment
+from workers.engine.shipped import Key, Numbers, Replay, Shipment
 
 NOTABLE = 0.005
 """Relative difference of perplexities of which the report warns."""
@@ -45,7 +45,7 @@ def evaluate(
     judge: Judge,
     *,
     merged: bool,
-    streamed: tuple[Numbers, bool] | None,
+    streamed: Key | None,
 ) -> Evaluated:
     """Measures every one of `ways`, the first of which is what was asked for.
 
@@ -57,11 +57,11 @@ def evaluate(
     """
     needed = {way.key: way for way in (*ways, *([AS_TRAINED] if merged else []))}
     results = {way.key for way in ways if way.is_whole}
-    qualities: dict[tuple[Numbers, bool], Quality] = {}
+    qualities: dict[Key, Quality] = {}
     for number, key in enumerate(sorted(needed, key=lambda key: key != streamed)):
         if key != streamed:
             replay.run(activations, needed[key])
-        head = replay.head(needed[key]) if needed[key].in_gguf else judge.head
+        head = replay.head(needed[key]) if needed[key].rounding is not None else judge.head
         try:
             qualities[key] = judge.measure(head, number, len(needed))
         except NumericalFailure:

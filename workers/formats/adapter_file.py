@@ -21,17 +21,29 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from bitwright.report import Report
-from workers.formats.cards.card_sections import code, quality, training
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.identity import Identity, Part, title
-from workers.formats.cards.loading_lines import adapter_lines
+from workers.formats.cards.loading import BASE, FOLDER, WITH_ADAPTER_FILE
 from workers.formats.cards.model_card import header, provenance
+from workers.formats.cards.sections import code, quality, training
 from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.load_adapter import FILE, FORMAT, PARTS, VERSION
+from workers.formats.native import NATIVE_BASE
 from workers.formats.shards import write_json
 from workers.formats.source_files import LICENCES, copy_files, licence_file
 
 LOADER = Path(__file__).with_name("load_adapter.py")
+
+ABOUT_ADAPTER_FILE = """\
+It belongs to the quantized base that it was trained beside: the job's `native` checkpoint without its factors. On the
+original model it is wrong. Beside the linears of the base it computes what was measured:"""
+
+ABOUT_MERGING = """\
+`merge` of the same file adds it to the linears' weights instead, rounded once to their dtype."""
+
+ABOUT_FOLDED = """\
+**The job's checkpoints have this adapter in their weights already: attached to them it would act twice.** It belongs to
+the quantized base that it was trained beside, which is the `native` checkpoint of {where}:"""
 
 
 def write_adapter(
@@ -96,3 +108,16 @@ def _card(folder: Path, report: Report, identity: Identity, source: Path | None)
         provenance(report, licence_file(folder), card),
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def adapter_lines(folded: bool, earlier_job: str | None) -> list[str]:
+    """Paragraphs that say how to load the adapter file.
+
+    folded        whether the job's checkpoints hold the adapter in their weights
+    earlier_job   whose result it was trained beside, if not this job's own quantization
+    """
+    lines = WITH_ADAPTER_FILE.format(adapter=FOLDER, load=NATIVE_BASE.format(folder=BASE))
+    if not folded:
+        return [f"{ABOUT_ADAPTER_FILE}\n\n{lines}", ABOUT_MERGING]
+    where = f"the job `{earlier_job}`" if earlier_job else "a job of the same request without `merge`"
+    return [f"{ABOUT_FOLDED.format(where=where)}\n\n{lines}"]

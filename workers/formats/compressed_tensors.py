@@ -17,13 +17,53 @@ from collections.abc import Collection, Iterable, Mapping
 import torch
 from torch import Tensor
 
+from app.domain.formats import DENSE_WORDS, ExportFormat
 from app.domain.inputs.architectures import HEAD
 from app.domain.methods import PER_CHANNEL, Scheme
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold
+from workers.formats.cards.loading import BASE, FOLDER, LOAD_VLLM, AdapterBase, Loading, model_lines
+from workers.formats.cards.vllm import vllm_knowledge
+from workers.formats.checkpoint import Layout, checkpoint_format
+from workers.formats.native import LOAD_BITWRIGHT
 from workers.numerics.packing import pack_words, unpack_words
 from workers.numerics.quantized import AffineWeight, LinearResult
 
-FORMAT = "pack-quantized"
+PACKING = "pack-quantized"
+
+LOAD_PACKED = """\
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer    # and: pip install "{package}"
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```"""
+
+ABOUT_MIXED = """\
+`from_pretrained` of transformers 5.23 does not load mixed widths with zero points; the loader makes an ordinary
+floating-point model from the same tensors."""
+
+ABOUT_UNPACKING = """\
+Linears of this checkpoint differ in width or group, so do not load it with `CompressedTensorsConfig(dequantize=True)`
+or its older name `run_compressed=False`: transformers 5.23 then reads every linear by the first group's scheme, with
+wrong weights and without an error where the shapes happen to fit."""
+
+UNPACKED = """\
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+model = AutoModelForCausalLM.from_pretrained(
+    "{folder}", quantization_config=CompressedTensorsConfig(dequantize=True)
+)"""
+
+UNPACKED_MIXED = """\
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("{folder}")
+model.hf_quantizer.compressor.decompress_model(model)"""
+
+UNPACKED_BY_LOADER = """\
+from load_bitwright import load
+
+model = load("{folder}")"""
 
 
 def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
@@ -86,7 +126,7 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
     mixed, everywhere = len(groups) > 1, ["Linear", *(name for name in schemes if name == HEAD)]
     return {
         "quant_method": "compressed-tensors",
-        "format": FORMAT,
+        "format": PACKING,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
         "kv_cache_scheme": None,
@@ -101,8 +141,8 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
 
 def unpacks_on_load(schemes: Iterable[Scheme]) -> bool:
     """Whether config.json asks transformers to unpack the weights while loading: one scheme, asymmetric."""
-    found = set(schemes)
-    return len(found) == 1 and not any(scheme.symmetric for scheme in found)
+    distinct = set(schemes)
+    return len(distinct) == 1 and not any(scheme.symmetric for scheme in distinct)
 
 
 def needs_loader(schemes: Iterable[Scheme]) -> bool:
@@ -111,8 +151,61 @@ def needs_loader(schemes: Iterable[Scheme]) -> bool:
     Loaded packed, it stumbles over the zero points; unpacked while loading, every linear gets the first group's scheme.
     compressed-tensors decompresses each tensor correctly; the one-file loader does the same for the whole model.
     """
-    found = set(schemes)
-    return len(found) > 1 and not all(scheme.symmetric for scheme in found)
+    distinct = set(schemes)
+    return len(distinct) > 1 and not all(scheme.symmetric for scheme in distinct)
+
+
+def loading(about: Loading) -> list[str]:
+    """The card's section "Load"."""
+    schemes = about.schemes
+    known, refusal = vllm_knowledge(ExportFormat.COMPRESSED_TENSORS, schemes)
+    vllm = f"vLLM does not load it, {refusal}." if refusal else LOAD_VLLM.format(folder=FOLDER, known=known)
+    lines = [_load_packed(schemes), vllm]
+    return model_lines(about, lines, "load the weights unpacked", _unpacked(schemes).format(folder=FOLDER))
+
+
+def adapter_base(schemes: Mapping[str, Scheme]) -> AdapterBase:
+    """The checkpoint, unpacked, as the base of the job's adapter."""
+    package = "" if needs_loader(schemes.values()) else f" (and `pip install '{package_needed(schemes.values())}'`)"
+    where = f"The base is the `compressed-tensors` checkpoint of the same job, unpacked{package}:"
+    _, refusal = vllm_knowledge(ExportFormat.COMPRESSED_TENSORS, schemes)
+    return AdapterBase(where, _unpacked(schemes).format(folder=BASE), served=refusal is None)
+
+
+def package_needed(schemes: Iterable[Scheme]) -> str:
+    """The requirement of the package compressed-tensors, as pip reads it, that these linears need."""
+    newer = any(DENSE_WORDS.holds(scheme) for scheme in schemes)
+    return f"compressed-tensors>={DENSE_WORDS.version.removesuffix('.0')}" if newer else "compressed-tensors"
+
+
+def package_warnings(schemes: Iterable[Scheme]) -> dict[str, str]:
+    """Code and message for widths whose codes straddle words: loading them needs a newer package."""
+    widths = sorted({scheme.bits for scheme in schemes if DENSE_WORDS.holds(scheme)})
+    if not widths:
+        return {}
+    message = (
+        f"compressed-tensors: for {', '.join(map(str, widths))} bits transformers needs the package compressed-tensors "
+        f"{DENSE_WORDS.version} or newer; earlier releases pack them with gaps, and refuse the checkpoint"
+    )
+    return {"needs_newer_package": message}
+
+
+def _load_packed(schemes: Mapping[str, Scheme]) -> str:
+    if needs_loader(schemes.values()):
+        return f"{LOAD_BITWRIGHT}\n\n{ABOUT_MIXED}\n\n{ABOUT_UNPACKING}".format(folder=FOLDER)
+    about = f"\n\n{ABOUT_UNPACKING}" if len(set(schemes.values())) > 1 else ""
+    return LOAD_PACKED.format(folder=FOLDER, package=package_needed(schemes.values())) + about
+
+
+def _unpacked(schemes: Mapping[str, Scheme]) -> str:
+    """The lines that make plain linears of packed ones.
+
+    transformers 5.23 unpacks every linear by the first group's scheme when it unpacks while loading; unpacked
+    afterwards by compressed-tensors, each has its own.
+    """
+    if needs_loader(schemes.values()):
+        return UNPACKED_BY_LOADER
+    return UNPACKED_MIXED if len(set(schemes.values())) > 1 else UNPACKED
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, object]:
@@ -129,7 +222,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, object]:
         },
         "input_activations": None,
         "output_activations": None,
-        "format": FORMAT,
+        "format": PACKING,
     }
 
 
@@ -155,3 +248,15 @@ def _held(name: str, result: LinearResult) -> AffineWeight:
             hint="quantize again with this format among the job's formats",
         )
     return weight
+
+
+FORMAT = checkpoint_format(
+    Layout(
+        compress,
+        config=lambda targets, ignored: {"quantization_config": config(targets, ignored)},
+        needs_loader=needs_loader,
+        warnings=package_warnings,
+    ),
+    loading,
+    adapter_base,
+)

@@ -28,13 +28,14 @@ engine evaluated; or, on request, the quantized base alone, for the adapter of t
 
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from app.domain.methods import Form
+from app.domain.methods import Form, Scheme
 from bitwright.errors import CorruptCheckpoint
+from workers.formats.cards.loading import BASE, BY_ITSELF, FOLDER, AdapterBase, Loading, with_adapter_file
+from workers.formats.checkpoint import Layout, checkpoint_format
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.packing import pack_bytes, packed_bytes, unpack_bytes
 from workers.numerics.quantized import (
@@ -47,8 +48,34 @@ from workers.numerics.quantized import (
 )
 
 VERSION = 2
-LOADER = Path(__file__).with_name("load_bitwright.py")
-"""Copied into every native checkpoint."""
+DESCRIPTION = "bitwright.json"
+
+LOAD_BITWRIGHT = """\
+```python
+from load_bitwright import load          # the file in this folder; needs torch, safetensors and transformers
+from transformers import AutoTokenizer
+
+model = load("{folder}")
+tokenizer = AutoTokenizer.from_pretrained("{folder}")
+```"""
+
+ABOUT_NATIVE = """\
+The loader makes an ordinary floating-point model. The weight files hold the codes and scales as they were made; ask
+Bitwright for another format to run them packed."""
+
+ABOUT_CORRECTIONS = """\
+The low-rank factors are added to the weights, which is what was measured. `load("{folder}", merge=False)` gives the
+quantized base alone, for an adapter in the format `peft`."""
+
+NATIVE_ITSELF = """\
+from load_bitwright import load          # the file in this folder; needs torch, safetensors and transformers
+
+model = load("{folder}")"""
+
+NATIVE_BASE = """\
+from load_bitwright import load          # the file in the `native` checkpoint of the same job
+
+model = load("{folder}", merge=False)"""
 
 
 def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
@@ -81,6 +108,20 @@ def describe(linears: Mapping[str, StoredLinear]) -> dict[str, object]:
         "version": VERSION,
         "linears": {name: stored.model_dump(exclude_defaults=True) for name, stored in linears.items()},
     }
+
+
+def loading(about: Loading) -> list[str]:
+    """The card's section "Load"."""
+    lines = [LOAD_BITWRIGHT.format(folder=FOLDER), ABOUT_NATIVE]
+    if about.apart is not None:
+        return [with_adapter_file(about.apart, NATIVE_ITSELF.format(folder=FOLDER)), BY_ITSELF, *lines]
+    corrected = any(linear.low_rank for linear in about.linears.values())
+    return [*lines, *([ABOUT_CORRECTIONS.format(folder=FOLDER)] if corrected else [])]
+
+
+def adapter_base(_schemes: Mapping[str, Scheme]) -> AdapterBase:
+    """The checkpoint without its corrections as the base of the job's adapter."""
+    return AdapterBase("The base is in the `native` checkpoint of the same job:", NATIVE_BASE.format(folder=BASE))
 
 
 class _Parts:
@@ -184,3 +225,15 @@ def _low_rank(parts: _Parts, stored: StoredLowRank) -> LowRank:
 def _dtype(stored: StoredLinear) -> torch.dtype:
     dtype: torch.dtype = getattr(torch, stored.dtype)
     return dtype
+
+
+FORMAT = checkpoint_format(
+    Layout(
+        compress,
+        stem="weights",
+        files=lambda linears: {DESCRIPTION: describe(linears)},
+        needs_loader=lambda _schemes: True,
+    ),
+    loading,
+    adapter_base,
+)

@@ -1,18 +1,14 @@
-"""Checks that adapter, base, merge and formats are compatible, made before anything is computed."""
+"""Checks that adapter, base job, merge and formats are compatible; runs before a job is queued."""
 
 from collections.abc import Mapping, Sequence
 
 from app.domain.adapters import ADAPTERS, AdapterFields, AdapterShape, AdapterSpec, GroupedSpec
 from app.domain.adapters.shapes import shape_for
-from app.domain.formats import default_formats, format_problems
+from app.domain.format_rules import default_for, default_formats, format_problems
+from app.domain.formats import FORMATS, ExportFormat, Offsets, Result
 from app.domain.methods import Form, WeightSpec
 from app.domain.request.base_job import Folded
 from bitwright.errors import FieldProblem, InputError, MisalignedAdapter
-from bitwright.formats import ExportFormat
-
-HOLDS_OFFSETS = frozenset({ExportFormat.NATIVE, ExportFormat.GGUF, ExportFormat.MERGED})
-"""Formats with a fractional offset a group, or with none at all."""
-HOLDS_SUMS = frozenset({ExportFormat.NATIVE, ExportFormat.MERGED})
 
 
 def result_forms(spec: WeightSpec, adapter: AdapterSpec | None, merge: str | None) -> frozenset[Form]:
@@ -33,11 +29,11 @@ def default_result_formats(
 ) -> tuple[ExportFormat, ...]:
     """For a request that names none; `folded` as in `result_problems`."""
     if adapter is not None and merge == "quantized":
-        return (ExportFormat.COMPRESSED_TENSORS if round_offset else ExportFormat.NATIVE,)
+        return (default_for(Result.AFFINE if round_offset else Result.OFFSETS),)
     if adapter is not None and merge == "16bit":
-        return (ExportFormat.MERGED,)
+        return (default_for(Result.SUMS),)
     if folded == "offsets":
-        return (ExportFormat.NATIVE,)
+        return (default_for(Result.OFFSETS),)
     return default_formats(spec, result_forms(spec, adapter, merge))
 
 
@@ -67,11 +63,11 @@ def result_problems(
             _problem(
                 f"formats.{index}",
                 "format_cannot_hold",
-                f"{name.value} holds no merged 16-bit weights; ask for merged",
+                f"{name.value} holds no merged 16-bit weights; ask for {default_for(Result.SUMS).value}",
                 name,
             )
             for index, name in enumerate(formats)
-            if name not in HOLDS_SUMS
+            if not name.info.holds_sums
         ]
     if round_offset and merge != "quantized":
         problems.append(_stray_rounding())
@@ -162,9 +158,12 @@ def _start_problems(spec: WeightSpec, adapter: AdapterFields) -> list[FieldProbl
 def _peft_problems(adapter: AdapterSpec, formats: Sequence[ExportFormat]) -> list[FieldProblem]:
     if ADAPTERS[adapter.kind].stock_peft:
         return []
-    detail = f"stock peft has no {adapter.kind}; leave peft out: the job keeps the adapter as a file with a loader"
-    index = [i for i, name in enumerate(formats) if name is ExportFormat.PEFT]
-    return [_problem(f"formats.{i}", "format_cannot_hold", detail, ExportFormat.PEFT) for i in index]
+    detail = "stock peft has no {}; leave {} out: the job keeps the adapter as a file with a loader"
+    return [
+        _problem(f"formats.{index}", "format_cannot_hold", detail.format(adapter.kind, name.value), name)
+        for index, name in enumerate(formats)
+        if name.info.is_adapter
+    ]
 
 
 def _fold_problems(
@@ -183,11 +182,12 @@ def _fold_problems(
 
 
 def _offset_problems(formats: Sequence[ExportFormat], reason: str) -> list[FieldProblem]:
-    detail = "{} stores integer zero points: ask for native or gguf, or {}"
+    able = [name.value for name, info in FORMATS.items() if info.offsets is not Offsets.NONE and not info.dense]
+    detail = f"{{}} stores integer zero points: ask for {' or '.join(able)}, or {{}}"
     return [
         _problem(f"formats.{index}", "offset_not_representable", detail.format(name.value, reason), name)
         for index, name in enumerate(formats)
-        if name not in HOLDS_OFFSETS and name is not ExportFormat.PEFT
+        if name.info.offsets is Offsets.NONE and not name.info.is_adapter
     ]
 
 

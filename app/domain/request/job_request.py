@@ -9,6 +9,8 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from app.domain.adapters import AdapterSpec
+from app.domain.format_rules import default_for
+from app.domain.formats import ExportFormat, Result
 from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS
 from app.domain.methods import QuantizationSpec
 from app.domain.request.base_job import JOB_ID, BaseJob, Folded
@@ -18,7 +20,6 @@ from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
 from bitwright.errors import FieldProblem, InvalidRequest, shorten
-from bitwright.formats import ExportFormat
 from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus
 
 __all__ = [
@@ -118,7 +119,7 @@ class JobRequest(RequestPart):
     calibration: Calibration = Calibration()
     evaluation: Evaluation | None = Evaluation()
     formats: tuple[ExportFormat, ...] = Field(
-        default=(ExportFormat.COMPRESSED_TENSORS,),
+        default=(default_for(Result.AFFINE),),
         max_length=8,
         description="Checkpoints to write; `native` is kept besides. Where the method makes other forms than affine "
         "weights, the default is what holds them: see GET /v1/formats.",
@@ -166,7 +167,7 @@ class _FormatPart(BaseModel):
     """The fields that decide whether a format can hold the result; judged even if others are wrong."""
 
     quantization: QuantizationSpec
-    formats: tuple[ExportFormat, ...] = (ExportFormat.COMPRESSED_TENSORS,)
+    formats: tuple[ExportFormat, ...] = (default_for(Result.AFFINE),)
     adapter: AdapterSpec | None = None
     merge: Literal["quantized", "16bit"] | None = None
     round_offset: bool = False

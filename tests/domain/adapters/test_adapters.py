@@ -6,13 +6,13 @@ from typing import Any
 import pytest
 
 from app.domain.adapters import ADAPTERS, BayesianLoRASpec, LoRASpec, QAHiRASpec, QBaRASpec
+from app.domain.formats import ExportFormat
 from app.domain.methods import RTNSpec
 from app.domain.methods.schemes import Spec
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.combination_rules import shape_errors, trained_parameters
 from app.domain.request.finetuning import Finetune
 from app.domain.request.job_request import JobRequest
-from bitwright.formats import ExportFormat
 from tests.domain.request.test_request import problems
 
 TEXT = {"finetune": {"dataset": "upl_0abc"}}

@@ -4,11 +4,11 @@ from typing import Any
 
 import pytest
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import BitBudget, LQLoRASpec, RTNSpec, Scheme
 from app.domain.methods.module_rules import rule_errors
 from app.domain.request.job_request import JobRequest
 from bitwright.errors import InvalidRequest
-from bitwright.formats import ExportFormat
 
 BASE: dict[str, Any] = {"model": "org/name", "method": "rtn"}
 

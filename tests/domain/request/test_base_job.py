@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from app.domain.adapters import LoRASpec, QALoRASpec
+from app.domain.formats import ExportFormat
 from app.domain.request.base_job import BaseJob, Folded, is_read, named_job
 from app.domain.request.job_request import SHORTHAND, JobRequest
 from app.domain.request.sources import HubModel
 from bitwright.errors import FieldProblem, InvalidRequest
-from bitwright.formats import ExportFormat
 from tests.domain.request.test_request import JSON
 
 ID = "job_01k6z3f8c2v9q4w7x5y1t0r8ab"

@@ -105,7 +105,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> ResidualSVD:
     named = MappingProxyType({**NAMED, "residual-svd": INFO})
     for module in (
         "app.domain.methods",
-        "app.domain.formats",
+        "app.domain.format_rules",
         "app.domain.request.shorthand",
         "workers.formats.cards.model_card",
     ):

@@ -13,10 +13,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import AttemptLine, ResultLine
+from app.domain.formats import ExportFormat
 from app.domain.methods import Form
 from bitwright.errors import InvalidRequest
 from bitwright.events import WarningEvent
-from bitwright.formats import ExportFormat
 from bitwright.report import Report
 from tests.engine.conftest import run_job
 from tests.engine.model.loading import base_of, loader, logits

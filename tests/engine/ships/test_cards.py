@@ -19,9 +19,9 @@ from peft import PeftConfig
 from safetensors import safe_open
 
 from app.domain.adapters import ADAPTERS
+from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS
 from app.domain.request.job_request import Evaluation, JobRequest
-from bitwright.formats import ExportFormat
 from bitwright.report import Report
 from tests.engine.conftest import TEXTS
 from workers.disk.orders import AttemptOrder

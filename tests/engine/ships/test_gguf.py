@@ -13,17 +13,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from app.domain.attempt_lines import ResultLine
+from app.domain.formats import ExportFormat
 from app.domain.request.job_request import JobRequest
 from bitwright.errors import FormatCannotHold, InvalidRequest
-from bitwright.formats import ExportFormat
 from tests.engine.conftest import run_job
 from tests.engine.model.random_models import PECULIARITIES, SHAPE
 from tests.engine.quantize import residual_svd
 from tests.formats.examples import random_result, scheme
 from workers.engine.model.checkpoint import Checkpoint
-from workers.formats.gguf.file import GGUFFile
 from workers.formats.gguf.metadata import ARCHITECTURES
 from workers.formats.gguf.tokenizer import pre_name
+from workers.formats.registry import open_writer
 
 WEIGHTS = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16, "vocab_size": 400, "bos_token_id": 0}
 TEXT = "Hello world, 1234 it's été\n\n  def f(x):  return"
@@ -114,7 +114,7 @@ def test_half_precision_weights_come_back_within_the_offset_s_rounding(
 
 def test_a_tensor_that_quantization_changed_takes_the_place_of_the_source_s(small_model: Path, tmp_path: Path) -> None:
     source = Checkpoint.open(small_model)
-    file = GGUFFile(tmp_path / "out", source, (ExportFormat.GGUF,))
+    file = open_writer(tmp_path / "out", ExportFormat.GGUF, source)
     name = "model.layers.1.post_attention_layernorm.weight"
     file.add_tensor(name, source.read(name) * 2)
     weight = random_result((64, 64), scheme(4, 32, True), torch.float16)

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from app.domain.formats import model_problems
+from app.domain.format_rules import model_problems
+from app.domain.formats import ExportFormat
 from app.domain.gguf_rules import gguf_refusals
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from tests.engine.conftest import run_job
 from tests.engine.ships.gguf_models import LLAMA_3, QWEN, SHAPE, save_model, save_tokenizer
 from workers.formats.gguf.tokenizer import check_tokenizer

@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from app.domain.formats import ExportFormat
 from app.domain.request.job_request import Requirements
-from bitwright.formats import ExportFormat
 from bitwright.report import AdapterReport, Figures, MergeReport, Quality, Report, ShippedFigures
 from tests.formats.examples import random_result, scheme
 from tests.reports import QUALITY, report
@@ -28,7 +28,7 @@ CT, GGUF, MERGED, NATIVE, PEFT = (
 
 
 def told(formats: Sequence[ExportFormat], **given: object) -> list[str]:
-    arguments = {"factors": False, "trained": True, "merge": None, "rounded_in_gguf": False, **given}
+    arguments = {"factors": False, "trained": True, "merge": None, "rounding": (), **given}
     return [
         "+".join(way.checkpoints) + (f" with {way.adapter}" if way.adapter else "") + ("" if way.is_whole else " alone")
         for way in shipments(formats, **arguments)  # type: ignore[arg-type]
@@ -38,7 +38,7 @@ def told(formats: Sequence[ExportFormat], **given: object) -> list[str]:
 def test_ways_of_every_kind_of_job() -> None:
     """What was asked for is first, and what is only a part last."""
     assert told([CT], trained=False) == ["compressed-tensors+native"]
-    assert told([GGUF, MERGED], trained=False, rounded_in_gguf=True) == ["gguf", "merged+native"]
+    assert told([GGUF, MERGED], trained=False, rounding=(GGUF,)) == ["gguf", "merged+native"]
     assert told([MERGED, PEFT], factors=True) == ["merged with peft", "native", "merged alone"]
     assert told([PEFT], factors=True, trained=False) == ["native with peft", "native"]
     assert told([MERGED], factors=True) == ["merged+native", "native with adapter"]
@@ -48,7 +48,7 @@ def test_ways_of_every_kind_of_job() -> None:
         "compressed-tensors+merged+native alone",
     ]
     assert told([CT], merge="quantized") == ["compressed-tensors+native"]
-    assert told([GGUF, PEFT], factors=True, rounded_in_gguf=True) == ["gguf with peft", "native", "gguf alone"]
+    assert told([GGUF, PEFT], factors=True, rounding=(GGUF,)) == ["gguf with peft", "native", "gguf alone"]
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

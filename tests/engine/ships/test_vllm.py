@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.domain.formats import VLLM_CPU
+from app.domain.formats import VLLM_CPU, ExportFormat
 from app.domain.methods import Scheme
-from bitwright.formats import ExportFormat
 from tests.engine.conftest import run_job
 from tests.engine.model.loading import base_of, logits
 from tests.tiny_model import tiny_model_folder
-from workers.formats.cards.runtimes import vllm_refusals, vllm_rows
+from workers.formats.cards.vllm import vllm_refusals, vllm_rows
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 

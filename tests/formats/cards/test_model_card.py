@@ -3,7 +3,8 @@
 import importlib.util
 import re
 import warnings
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import pytest
 import torch
 import yaml
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from bitwright.formats import ExportFormat
 from bitwright.report import Quality, Report, TextReport
 from tests.formats.examples import (
     REPORT,
@@ -26,15 +27,28 @@ from tests.formats.examples import (
     write_quantized,
     write_with,
 )
-from workers.formats.cards.model_card import model_card
-from workers.formats.cards.runtimes import vllm_refusals
-from workers.formats.peft_adapter import AdapterWriter
+from workers.formats.cards import model_card as cards
+from workers.formats.cards.vllm import vllm_refusals, vllm_rows
+from workers.formats.registry import adapter_base, format_of, open_writer
 from workers.formats.stored_linear import StoredLinear
 
 CT, NATIVE, MERGED, PEFT = (ExportFormat(name) for name in ("compressed-tensors", "native", "merged", "peft"))
+NEWEST_VLLM = vllm_rows(CT)[0]
 W4, W8, W3Z, W4Z = scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, False), scheme(4, 32, False)
 FORMS = [Made(W3Z, rank=2), codebook_made(4, 32), codebook_made(2, 16, rank=3)]
 TEXT = TextReport(source="builtin", sha256="ab" * 32, num_samples=4, sequence_length=64, tokens=256)
+
+
+def model_card(
+    report: Report,
+    export_format: ExportFormat,
+    linears: Mapping[str, StoredLinear],
+    licence: str | None,
+    formats: Collection[ExportFormat] = (),
+) -> str:
+    """The card with the format's own section "Load"."""
+    loading, base = format_of(export_format).loading, partial(adapter_base, formats)
+    return cards.model_card(report, export_format, linears, licence, formats, loading=loading, base=base)
 
 
 def card(export_format: ExportFormat, report: Report = REPORT, **schemes: Scheme) -> str:
@@ -96,7 +110,7 @@ def test_the_cards_of_base_and_adapter_lead_to_each_other(
 ) -> None:
     source, formats = tiny_llama(tmp_path / "source"), tuple({base: None, PEFT: None})
     write_quantized(source, tmp_path / "base", base, made, formats=formats)
-    expected = write_with(AdapterWriter(tmp_path / "adapter", source, formats), source, made)
+    expected = write_with(open_writer(tmp_path / "adapter", PEFT, source, formats), source, made)
     monkeypatch.syspath_prepend(str(tmp_path / "base"))
     cards = {name: (tmp_path / name / "README.md").read_text() for name in ("base", "adapter")}
     assert ("This is the quantized base alone" in cards["base"]) == (base is not NATIVE)
@@ -202,9 +216,9 @@ def test_the_adapter_s_card_serves_it_where_vllm_loads_the_base() -> None:
 
 def test_vllm_needs_one_scheme_for_what_it_runs_as_one() -> None:
     attention = dict.fromkeys([f"model.layers.0.self_attn.{part}_proj" for part in "qkv"], W4)
-    assert vllm_refusals(attention) == []
-    assert vllm_refusals(attention | {"model.layers.0.mlp.down_proj": W8}) == []
-    refusals = vllm_refusals(attention | {"model.layers.0.self_attn.v_proj": W8})
+    assert vllm_refusals(attention, NEWEST_VLLM) == []
+    assert vllm_refusals(attention | {"model.layers.0.mlp.down_proj": W8}, NEWEST_VLLM) == []
+    refusals = vllm_refusals(attention | {"model.layers.0.self_attn.v_proj": W8}, NEWEST_VLLM)
     assert refusals == ["it runs q_proj, k_proj, v_proj of model.layers.0.self_attn as one, and their schemes differ"]
     for alone in ("gate_proj", "up_proj"):
-        assert "gate_proj, up_proj" in vllm_refusals({f"model.layers.0.mlp.{alone}": W4})[0]
+        assert "gate_proj, up_proj" in vllm_refusals({f"model.layers.0.mlp.{alone}": W4}, NEWEST_VLLM)[0]

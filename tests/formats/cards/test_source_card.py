@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from bitwright.report import ModelReport
 from tests.formats.examples import REPORT, Source, random_result, scheme, tiny_llama
 from workers.formats.cards.source_card import MAX_BYTES, SourceCard, read_source_card
-from workers.formats.writer import CheckpointWriter
+from workers.formats.registry import open_writer
 
 NOTHING = SourceCard()
 
@@ -106,7 +106,7 @@ def test_a_link_to_the_licence_leads_somewhere(tmp_path: Path, kind: str, licenc
 
 
 def _described(source: Source, folder: Path, model: ModelReport) -> Path:
-    writer = CheckpointWriter(folder, ExportFormat.MERGED, source)
+    writer = open_writer(folder, ExportFormat.MERGED, source)
     writer.add_linear("model.layers.0.mlp.up_proj", random_result((96, 64), scheme(4, 32, True)))
     writer.finish()
     writer.describe(REPORT.model_copy(update={"model": model}))

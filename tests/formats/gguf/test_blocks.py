@@ -10,10 +10,9 @@ from gguf import GGMLQuantizationType as Kind
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from app.domain.formats import FORMATS
+from app.domain.formats import FORMATS, ExportFormat
 from app.domain.methods import Scheme
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from tests.formats.examples import Made, assert_same, random_result, scheme
 from workers.formats.gguf.blocks import MIDDLE, block_kind, pack, unpack
 

@@ -1,13 +1,13 @@
 """The YAML at the top of a card, as the Hub reads it: what a result comes from, who may use it, what loads it."""
 
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from workers.formats.cards.identity import Identity, Part
 from workers.formats.cards.source_card import SourceCard
 
 TASK = "text-generation"
 """Every model here is a causal language model; a source's own card may be more exact."""
-LIBRARIES = {ExportFormat.PEFT: "peft", ExportFormat.GGUF: "gguf", ExportFormat.NATIVE: "bitwright", None: "bitwright"}
-"""Of formats that `from_pretrained` does not load by itself."""
+ADAPTER_LIBRARY = "bitwright"
+"""Library of the adapter file, which comes with a loader of its own."""
 
 
 def front_matter(
@@ -18,7 +18,8 @@ def front_matter(
     export_format    None: the adapter file, which is no format
     licence_copied   whether the file that the source's card names as its licence lies beside this card
     """
-    matter: dict[str, object] = {"library_name": LIBRARIES.get(export_format, "transformers")}
+    library = ADAPTER_LIBRARY if export_format is None else export_format.info.library
+    matter: dict[str, object] = {"library_name": library}
     matter["pipeline_tag"] = source.pipeline_tag or TASK
     if identity.model_id is not None:
         matter |= {"base_model": identity.model_id, "base_model_relation": _relation(identity, part, export_format)}
@@ -45,7 +46,8 @@ def _relation(identity: Identity, part: Part, export_format: ExportFormat | None
     if part is Part.ADAPTER:
         return "adapter"
     trained = bool(identity.finetuned if part is Part.WHOLE else identity.finetuned_before)
-    return "finetune" if trained and export_format is ExportFormat.MERGED else "quantized"
+    dense = export_format is not None and export_format.info.dense
+    return "finetune" if trained and dense else "quantized"
 
 
 def _one_or_more(values: tuple[str, ...]) -> str | list[str]:

@@ -56,7 +56,7 @@ class Identity:
     method       that made the codes
     adapter      kind of what was trained beside them; None: nothing was
     folded       whether that lies in the quantized weights
-    earlier      what earlier jobs trained of it
+    earlier      training of the jobs that it started from
     """
 
     version: str
@@ -96,7 +96,7 @@ class Identity:
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
-        """What was learned, by earlier jobs first, each once."""
+        """What was learned, by base jobs first, each once."""
         found = [_dataset(one.text.source, one.text.sha256, one.dataset_kind) for one in self.earlier]
         if self.finetuning is not None:
             text = self.finetuning.text
@@ -106,17 +106,17 @@ class Identity:
     @property
     def finetuned(self) -> str:
         """What was trained on what, in order: "QA-LoRA on rows.jsonl"; empty where nothing was."""
-        return _in_words([*_of_earlier(self.earlier), *self._own()])
+        return _in_words([*_of_base_jobs(self.earlier), *self._own()])
 
     @property
     def finetuned_before(self) -> str:
         """The part of `finetuned` that lies in the weights which this job's adapter was trained beside."""
-        return _in_words(_of_earlier(one for one in self.earlier if one.folded))
+        return _in_words(_of_base_jobs(one for one in self.earlier if one.folded))
 
     @property
     def finetuned_beside(self) -> str:
         """The rest of `finetuned`: what this job's adapter learned."""
-        return _in_words([*_of_earlier(one for one in self.earlier if not one.folded), *self._own()])
+        return _in_words([*_of_base_jobs(one for one in self.earlier if not one.folded), *self._own()])
 
     def _own(self) -> list[str]:
         if self.finetuning is None:
@@ -174,7 +174,7 @@ def _dataset(source: str, sha256: str, kind: Kind) -> Dataset:
     return Dataset(source, sha256, hub_id(source, kind))
 
 
-def _of_earlier(training: Iterable[BaseTraining]) -> list[str]:
+def _of_base_jobs(training: Iterable[BaseTraining]) -> list[str]:
     return [
         f"{adapter_title(one.adapter)} on {_dataset(one.text.source, one.text.sha256, one.dataset_kind).name}"
         for one in training

@@ -5,61 +5,56 @@ says so, and its lines put the parts together.
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 
 import yaml
 
-from app.domain.formats import base_alone
-from app.domain.methods import METHODS, Form
-from bitwright.formats import ExportFormat
+from app.domain.format_rules import holds_base_alone
+from app.domain.formats import ExportFormat
+from app.domain.methods import METHODS, Form, Scheme
 from bitwright.report import Report, SizeReport
-from workers.formats.cards.card_sections import code, quality, training
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.identity import Identity, Part, adapter_title, part_of, title
-from workers.formats.cards.loading_lines import loading_lines
-from workers.formats.cards.reference_lines import reference_lines
+from workers.formats.cards.loading import AdapterBase, Lines, Loading
+from workers.formats.cards.sections import code, quality, reference_lines, training
 from workers.formats.cards.source_card import SourceCard, read_source_card
-from workers.formats.gguf.read_back import Reading
+from workers.formats.format import Opening
 from workers.formats.shards import write_json
-from workers.formats.source_files import SourceCheckpoint, licence_file, names_code
+from workers.formats.source_files import licence_file, names_code
 from workers.formats.stored_linear import StoredLinear
-
-WEIGHT_FILES = ("*.safetensors", "*.gguf")
 
 
 def describe(
     folder: Path,
     report: Report,
-    export_format: ExportFormat,
     linears: Mapping[str, StoredLinear],
-    formats: Collection[ExportFormat],
-    source: SourceCheckpoint,
-    *,
-    reading: Reading | None = None,
+    opening: Opening,
+    loading: Lines,
 ) -> list[Path]:
     """Adds report.json and README.md to a checkpoint that is complete otherwise; all files of the folder."""
     write_json(folder / "report.json", report.model_dump(mode="json"))
-    card = read_source_card(source.folder)
+    card = read_source_card(opening.source.folder)
     text = model_card(
         report,
-        export_format,
+        opening.name,
         linears,
         licence_file(folder),
-        formats,
+        opening.formats,
+        loading=loading,
+        base=opening.base,
         source=card,
         licence_copied=card.license_link is not None and (folder / card.license_link).is_file(),
-        stored_bytes=stored_bytes(folder),
-        left_code=names_code(source),
-        reading=reading,
+        stored_bytes=stored_bytes(folder, opening.name.info.weight_files),
+        left_code=names_code(opening.source),
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     return sorted(file for file in folder.rglob("*") if file.is_file())
 
 
-def stored_bytes(folder: Path) -> int:
-    """Of the weight files in a folder."""
-    return sum(file.stat().st_size for pattern in WEIGHT_FILES for file in folder.glob(pattern))
+def stored_bytes(folder: Path, patterns: Collection[str]) -> int:
+    """Size of the files in a folder that match one of the patterns."""
+    return sum(file.stat().st_size for pattern in patterns for file in folder.glob(pattern))
 
 
 def model_card(
@@ -69,32 +64,34 @@ def model_card(
     licence: str | None,
     formats: Collection[ExportFormat] = (),
     *,
+    loading: Lines,
+    base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None,
     source: SourceCard | None = None,
     licence_copied: bool = False,
     stored_bytes: int | None = None,
     left_code: bool = False,
-    reading: Reading | None = None,
 ) -> str:
     """The card as Markdown with the Hub's front matter.
 
     linears          every quantized linear by module name
     licence          name of the licence file beside the card, if the source had one
     formats          all of the job's
+    loading, base    the format's section "Load", and the base of the job's adapter, as in `Loading`
     source           what the source's own card says
     licence_copied   whether the file that `source` names as its licence lies beside the card
     stored_bytes     of the weight files beside the card
     left_code        whether the source's configuration names code, which is not here
-    reading          of a GGUF file: what transformers makes of it
     """
     identity, source = Identity.of(report), source or SourceCard()
     part = _part(identity, export_format, linears, formats)
-    apart = adapter_title(identity.adapter) if part is Part.BASE and not _has_peft(formats, export_format) else None
+    in_adapter_file = part is Part.BASE and not holds_base_alone(export_format, formats)
+    apart = adapter_title(identity.adapter) if in_adapter_file else None
     sections = [
         header(front_matter(identity, part, export_format, source, licence_copied)),
         f"# {title(identity, part)}{_bits(report, part, export_format, linears)}",
         _summary(report, part, export_format, linears),
         "## Load",
-        *loading_lines(export_format, linears, formats, apart=apart, model_id=identity.model_id, reading=reading),
+        *loading(Loading(linears, formats, apart, identity.model_id, base)),
         *training(report),
         *quality(report, part, export_format),
         *reference_lines(report.round_to_nearest),
@@ -111,29 +108,24 @@ def header(matter: Mapping[str, object]) -> str:
     return f"---\n{yaml.safe_dump(dict(matter), sort_keys=False, allow_unicode=True)}---"
 
 
-def _has_peft(formats: Collection[ExportFormat], export_format: ExportFormat) -> bool:
-    """Whether the adapter that this checkpoint lacks is the job's `peft` checkpoint."""
-    return base_alone(formats) and export_format is not ExportFormat.NATIVE
-
-
 def _part(
     identity: Identity,
     export_format: ExportFormat,
     linears: Mapping[str, StoredLinear],
     formats: Collection[ExportFormat],
 ) -> Part:
-    if export_format is ExportFormat.PEFT:
+    if export_format.info.is_adapter:
         return Part.ADAPTER
-    return part_of(identity, linears, _has_peft(formats, export_format))
+    return part_of(identity, linears, holds_base_alone(export_format, formats))
 
 
 def _bits(report: Report, part: Part, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
     """What the title says of the weights in this folder."""
     if part is Part.ADAPTER:
         return ""
-    if export_format is ExportFormat.MERGED:
-        found = {linear.dtype for linear in linears.values()} or {report.model.dtype}
-        return f", merged into {' and '.join(sorted(found))}"
+    if export_format.info.dense:
+        dtypes = {linear.dtype for linear in linears.values()} or {report.model.dtype}
+        return f", merged into {' and '.join(sorted(dtypes))}"
     size = report.size
     factors = size.parts.adapters if size.parts is not None and part is Part.BASE else 0
     return f", {size.bits_per_weight - factors:.2f} bits per weight"
@@ -142,8 +134,8 @@ def _bits(report: Report, part: Part, export_format: ExportFormat, linears: Mapp
 def _summary(report: Report, part: Part, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
     info = METHODS[report.method]
     paper = f" ([arXiv {info.paper}](https://arxiv.org/abs/{info.paper}))" if info.paper else ""
-    told = f"Quantized by Bitwright {report.version} with {info.title}{paper}, format `{export_format.value}`."
-    lines = [told + _finetuned(report, part), ""]
+    first = f"Quantized by Bitwright {report.version} with {info.title}{paper}, format `{export_format.value}`."
+    lines = [first + _finetuned(report, part), ""]
     lines += ["| linears | bits | group size | zero point | low-rank factors |", "|---|---|---|---|---|"]
     for linear, count in Counter(linears.values()).most_common():
         group = "per channel" if linear.group_size == -1 else str(linear.group_size)

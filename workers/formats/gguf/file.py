@@ -8,6 +8,7 @@ so tensors that come block by block go to a file beside it first.
 import shutil
 from collections import Counter
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
@@ -17,14 +18,14 @@ from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, get_tensor_name_
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
-from app.domain.formats import base_alone
+from app.domain.format_rules import base_alone
 from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
 from bitwright.report import Report
-from workers.formats.cards.identity import Identity
 from workers.formats.cards.model_card import describe
-from workers.formats.gguf.blocks import pack
+from workers.formats.format import Format, Opening
+from workers.formats.gguf.blocks import held, pack
 from workers.formats.gguf.identity import add_identity
+from workers.formats.gguf.loading import loading
 from workers.formats.gguf.metadata import OTHER_FORMAT, Architecture
 from workers.formats.gguf.read_back import read_back
 from workers.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
@@ -48,7 +49,7 @@ FILE_TYPES: MappingProxyType[Kind, LlamaFileType] = MappingProxyType(
 
 
 def check_source(source: SourceCheckpoint) -> None:
-    """Whether the format can hold a model at all, before anything is computed.
+    """Check that the format can hold a model at all, before anything is computed.
 
     Raises:
         FormatCannotHold: its architecture or its tokenizer is not one that it can.
@@ -57,19 +58,13 @@ def check_source(source: SourceCheckpoint) -> None:
 
 
 class GGUFFile:
-    """One GGUF file in a folder of its own; `formats` are all of its job's, `identity` is what the job makes."""
+    """One GGUF file in a folder of its own."""
 
-    def __init__(
-        self,
-        folder: Path,
-        source: SourceCheckpoint,
-        formats: Collection[ExportFormat],
-        identity: Identity | None = None,
-    ) -> None:
+    def __init__(self, folder: Path, opening: Opening) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._folder, self._source, self._formats, self._identity = folder, source, formats, identity
-        self._architecture = Architecture.of(source)
+        self._folder, self._opening, self._source = folder, opening, opening.source
+        self._architecture = Architecture.of(opening.source)
         self._names = get_tensor_name_map(self._architecture.kind, self._architecture.dimensions.layers)
         self._linears: dict[str, StoredLinear] = {}
         self._stored = _Bytes(folder / "tensors.partial")
@@ -83,7 +78,7 @@ class GGUFFile:
             FormatCannotHold: the format would have to change codes or scales.
         """
         weight = result.weight
-        if not isinstance(weight, AffineWeight) or (result.low_rank and not base_alone(self._formats)):
+        if not isinstance(weight, AffineWeight) or (result.low_rank and not base_alone(self._opening.formats)):
             raise FormatCannotHold(
                 "gguf holds affine weights without low-rank factors",
                 field=name,
@@ -110,7 +105,7 @@ class GGUFFile:
         if factors is not None:
             self._stored.add("rope_freqs.weight", _as_bytes(factors), Kind.F32)
         writer = GGUFWriter(self._folder / FILE, self._architecture.name)
-        add_identity(writer, self._source, self._identity, base_alone(self._formats))
+        add_identity(writer, self._source, self._opening.identity, base_alone(self._opening.formats))
         self._architecture.add_to(writer)
         add_tokenizer(writer, self._source.folder, self._architecture.dimensions.vocabulary)
         writer.add_quantization_version(GGML_QUANT_VERSION)
@@ -121,9 +116,7 @@ class GGUFFile:
     def describe(self, report: Report) -> list[Path]:
         """Add the report and the model card, after `finish`; all files of the folder."""
         reading = read_back(self._folder, FILE, self._architecture.config, self._source.folder)
-        return describe(
-            self._folder, report, ExportFormat.GGUF, self._linears, self._formats, self._source, reading=reading
-        )
+        return describe(self._folder, report, self._linears, self._opening, partial(loading, reading=reading))
 
     @property
     def warnings(self) -> dict[str, str]:
@@ -145,11 +138,11 @@ class GGUFFile:
         self._add(name, _as_bytes(tensor), PLAIN[tensor.dtype])
 
     def _add(self, name: str, data: Tensor, kind: Kind) -> None:
-        found = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if found is None:
+        gguf_name = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
+        if gguf_name is None:
             detail = f"gguf has no name for the tensor {name}"
             raise FormatCannotHold(detail, field="formats", value=name, hint=OTHER_FORMAT)
-        self._stored.add(found, data, kind, source=name)
+        self._stored.add(gguf_name, data, kind, source=name)
 
 
 class _Bytes:
@@ -162,7 +155,7 @@ class _Bytes:
         self.names: set[str] = set()
 
     def add(self, name: str, data: Tensor, kind: Kind, *, source: str | None = None) -> None:
-        """uint8 (..., bytes a row); `source` is the tensor's name in the source checkpoint."""
+        """uint8 (..., bytes per row); `source` is the tensor's name in the source checkpoint."""
         self._entries.append((name, kind, self._size, tuple(data.shape)))
         with self._file.open("ab") as stream:
             data.contiguous().numpy().tofile(stream)
@@ -182,5 +175,8 @@ class _Bytes:
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as uint8 (..., bytes a row)."""
+    """The numbers of a tensor as uint8 (..., bytes per row)."""
     return tensor.contiguous().unsqueeze(-1).view(torch.uint8).flatten(-2)
+
+
+FORMAT = Format(GGUFFile, loading, check_source=check_source, held=held)

@@ -8,7 +8,7 @@ from pathlib import PurePosixPath
 
 from gguf import GGUFType, GGUFWriter, size_label
 
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
 from workers.formats.cards.front_matter import TASK, tags
 from workers.formats.cards.identity import Dataset, Identity, Part, part_of, title
 from workers.formats.cards.source_card import SourceCard, read_source_card

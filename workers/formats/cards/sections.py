@@ -6,8 +6,9 @@ Figures are of the files that were measured: `figures_of` is the one place that 
 from collections.abc import Iterator
 
 from app.domain.adapters import ADAPTERS
-from bitwright.formats import ADAPTER_FOLDER, ExportFormat
-from bitwright.report import AdapterReport, BaseTraining, FinetuningReport, Quality, Report
+from app.domain.formats import ExportFormat
+from bitwright.formats import ADAPTER_FOLDER
+from bitwright.report import AdapterReport, BaseTraining, Figures, FinetuningReport, Quality, Report
 from workers.formats.cards.identity import Part, adapter_title
 
 
@@ -45,6 +46,16 @@ def quality(report: Report, part: Part, export_format: ExportFormat | None) -> l
                 f"| same most likely token | 100 % | {100 * found.top1_agreement:.2f} % |",
             ]
         ),
+    ]
+
+
+def reference_lines(reference: Figures | None) -> list[str]:
+    """A paragraph below the table of the quality; none where nothing was measured."""
+    if reference is None:
+        return []
+    return [
+        f"Round to nearest with the same scheme, on the same text: perplexity {reference.perplexity:.4f}, "
+        f"KL divergence {reference.kl_divergence:.5f}, same most likely token {100 * reference.top1_agreement:.2f} %."
     ]
 
 

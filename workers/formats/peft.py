@@ -23,15 +23,40 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from bitwright.errors import FormatCannotHold
-from bitwright.formats import ExportFormat
+from app.domain.formats import ExportFormat
+from bitwright.errors import FormatCannotHold, InternalError
 from bitwright.report import Report
 from workers.formats.cards.identity import Identity
+from workers.formats.cards.loading import BASE, FOLDER, WITH_ADAPTER, Loading
 from workers.formats.cards.model_card import describe
+from workers.formats.cards.vllm import vllm_rows
+from workers.formats.format import Format, Opening
 from workers.formats.shards import write_json
-from workers.formats.source_files import LICENCES, SourceCheckpoint, copy_files
+from workers.formats.source_files import LICENCES, copy_files
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.quantized import LinearResult, LowRank
+
+ABOUT_ADAPTER = """\
+With `is_trainable=True` training goes on from the point that was measured. The adapter belongs to the quantized base,
+not to the original model, on which it would load without an error and be wrong."""
+
+ABOUT_NAMED_BASE = """\
+`base_model_name_or_path` in `adapter_config.json` names `{model}`, the model that was quantized, because the Hub and
+peft look an adapter's base up by that. What takes it from there without asking, such as `AutoPeftModelForCausalLM`,
+loads the original weights, which is not what was measured."""
+
+SERVE_ADAPTER = """\
+vLLM serves both as its model `adapter`, {known}:
+
+```sh
+vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules adapter={adapter}
+```"""
+
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM 0.32 and 0.33 take as `--max-lora-rank`."""
+
+LORA_PATTERNS = "0.32.0"
+"""The first vLLM that reads `rank_pattern` and `alpha_pattern` of an adapter; before, it scales all linears alike."""
 
 
 def compress(name: str, low_rank: LowRank) -> dict[str, Tensor]:
@@ -81,13 +106,37 @@ def targets(adapted: Collection[str], others: Collection[str]) -> list[str]:
     return sorted(last if unambiguous else adapted)
 
 
-class AdapterWriter:
-    """One adapter folder; `formats` are all of its job's. Factors are held until `finish`: peft reads one file."""
+def loading(about: Loading) -> list[str]:
+    """The card's section "Load"."""
+    if about.base is None:
+        raise InternalError("an adapter's card needs the base of the job")
+    base = about.base(about.schemes)
+    named = [ABOUT_NAMED_BASE.format(model=about.model_id)] if about.model_id else []
+    known, rank = _served_with([one.low_rank for one in about.linears.values() if one.low_rank is not None])
+    serve = SERVE_ADAPTER.format(base=BASE, adapter=FOLDER, rank=rank, known=known)
+    return [
+        f"{base.where}\n\n{WITH_ADAPTER.format(load=base.load, adapter=FOLDER)}",
+        ABOUT_ADAPTER,
+        *named,
+        *([serve] if base.served and rank is not None else []),
+    ]
 
-    def __init__(self, folder: Path, source: SourceCheckpoint, formats: Collection[ExportFormat]) -> None:
+
+def _served_with(factors: Collection[StoredLowRank]) -> tuple[str, int | None]:
+    """How we know that vLLM serves an adapter with these factors, and its `--max-lora-rank`; None if it does not."""
+    largest = max((one.rank for one in factors), default=0)
+    rank = next((allowed for allowed in LORA_RANKS if largest <= allowed), None)
+    patterns = f", {LORA_PATTERNS} or newer, for ranks or strengths differ" if len(set(factors)) > 1 else ""
+    return vllm_rows(ExportFormat.PEFT)[0].known() + patterns, rank
+
+
+class AdapterWriter:
+    """One adapter folder. Factors are held until `finish`: peft reads one file."""
+
+    def __init__(self, folder: Path, opening: Opening) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
-        self._folder, self._source, self._formats = folder, source, formats
+        self._folder, self._opening = folder, opening
         self._tensors: dict[str, Tensor] = {}
         self._linears: dict[str, StoredLinear] = {}
 
@@ -115,7 +164,7 @@ class AdapterWriter:
         others = {*ignored, *self._linears} - adapted.keys()
         write_json(self._folder / "adapter_config.json", config(adapted, others))
         save_file(self._tensors, self._folder / "adapter_model.safetensors", metadata={"format": "pt"})
-        copy_files(self._source.folder, self._folder, LICENCES)
+        copy_files(self._opening.source.folder, self._folder, LICENCES)
 
     @property
     def warnings(self) -> Mapping[str, str]:
@@ -128,4 +177,7 @@ class AdapterWriter:
         base = {"base_model_name_or_path": identity.model_id, "revision": identity.revision}
         if identity.model_id is not None:
             write_json(file, json.loads(file.read_bytes()) | base)
-        return describe(self._folder, report, ExportFormat.PEFT, self._linears, self._formats, self._source)
+        return describe(self._folder, report, self._linears, self._opening, loading)
+
+
+FORMAT = Format(AdapterWriter, loading)

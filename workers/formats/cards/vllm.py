@@ -1,0 +1,43 @@
+"""vLLM's rules for a checkpoint, from the rows of its format: a model card must not promise more than they allow."""
+
+from collections.abc import Mapping
+
+from app.domain.formats import ExportFormat
+from app.domain.methods import Scheme
+from app.domain.runtimes import RuntimeSupport, Support, described
+
+
+def vllm_rows(name: ExportFormat) -> tuple[RuntimeSupport, ...]:
+    """The rows on vLLM and a format, the newest release first."""
+    return tuple(row for row in name.info.runtimes if row.runtime == "vllm")
+
+
+def vllm_refusals(schemes: Mapping[str, Scheme], support: RuntimeSupport) -> list[str]:
+    """Reasons why a row's rules refuse a checkpoint with these linears; empty if they do not."""
+    refused = sorted({described(scheme) for scheme in schemes.values() if not support.loads(scheme)})
+    return [f"it has no kernel for {scheme}" for scheme in refused] + _split_fusions(schemes, support)
+
+
+def vllm_knowledge(name: ExportFormat, schemes: Mapping[str, Scheme]) -> tuple[str, str | None]:
+    """The vLLM that loads a checkpoint with these linears, where, and how we know; or why none does."""
+    rows = vllm_rows(name)
+    able = [row for row in rows if not vllm_refusals(schemes, row)]
+    if not able:
+        return "", f"{rows[0].known()}: {vllm_refusals(schemes, rows[0])[0]}"
+    # What was tried comes before what was read.
+    known = "; ".join(row.known() for row in sorted(able, key=lambda row: row.support is not Support.TESTED))
+    since = able[0].first_release(schemes.values())
+    needed = f" {since} or newer" if since else ""
+    untried = "" if any(row.support is Support.TESTED for row in able) else " (read in its source, not tried)"
+    return f"{needed}, {known}{untried}", None
+
+
+def _split_fusions(schemes: Mapping[str, Scheme], support: RuntimeSupport) -> list[str]:
+    """Fused linears that differ, one of them left in 16 bits included."""
+    reasons = dict[str, None]()
+    for name in schemes:
+        parent, _, last = name.rpartition(".")
+        for fused in support.fused:
+            if last in fused and len({schemes.get(f"{parent}.{linear}") for linear in fused}) > 1:
+                reasons[f"it runs {', '.join(fused)} of {parent} as one, and their schemes differ"] = None
+    return list(reasons)

@@ -1,0 +1,152 @@
+"""Write a checkpoint folder of safetensors block by block: quantized linears as they come, the rest from the source.
+
+What is not quantized (embeddings, norms, biases, the head) is copied bit by bit unless `add_tensor` replaced it, and
+so are the tokenizer, the generation configuration, the chat template and the licence. Code from the source (`*.py`)
+never is, and neither are the names by which its configurations call that code.
+"""
+
+import shutil
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from torch import Tensor
+
+from app.domain.format_rules import holds_base_alone
+from app.domain.methods import Scheme
+from bitwright.errors import InternalError
+from bitwright.report import Report
+from workers.formats.cards.loading import AdapterBase, Lines
+from workers.formats.cards.model_card import describe
+from workers.formats.format import Format, Opening
+from workers.formats.shards import ShardWriter, write_json
+from workers.formats.source_files import check_tensor, copy_files, without_code
+from workers.formats.stored_linear import StoredLinear
+from workers.numerics.quantized import LinearResult
+
+LOADER = Path(__file__).with_name("load_bitwright.py")
+"""Copied into every checkpoint that stock loaders do not load."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The parts in which formats of safetensors differ.
+
+    compress       name of a linear, its result -> its stored tensors, by full name
+    stem           of the weight files' names
+    config         schemes by module name, module names of the other linears -> fields added to config.json
+    files          linears by name in the checkpoint -> content of further JSON files, by name
+    needs_loader   whether the one-file loader comes along
+    warnings       code and message of what loading needs
+    """
+
+    compress: Callable[[str, LinearResult], dict[str, Tensor]]
+    stem: str = "model"
+    config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
+    files: Callable[[Mapping[str, StoredLinear]], Mapping[str, object]] | None = None
+    needs_loader: Callable[[Collection[Scheme]], bool] | None = None
+    warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
+
+
+def checkpoint_format(
+    layout: Layout, loading: Lines, adapter_base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None
+) -> Format:
+    """A format whose checkpoints have this layout; `loading` and `adapter_base` as in `Format`."""
+    return Format(partial(CheckpointWriter, layout, loading), loading, adapter_base)
+
+
+class CheckpointWriter:
+    """One checkpoint in one format."""
+
+    def __init__(self, layout: Layout, loading: Lines, folder: Path, opening: Opening) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        self._layout, self._loading, self._folder, self._opening = layout, loading, folder, opening
+        self._source = opening.source
+        self._shards = ShardWriter(folder, layout.stem, opening.shard_bytes)
+        self._linears: dict[str, StoredLinear] = {}
+        self._modules: dict[str, str] = {}
+        self._replaced: set[str] = set()
+
+    def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
+        """Store a quantized linear.
+
+        name      of the linear in the source checkpoint, without `.weight`; its tensors are called so again
+        module    its name in the transformers model, where that differs
+
+        Raises:
+            FormatCannotHold: the format would have to change the weight.
+        """
+        if f"{name}.weight" not in self._source.tensors:
+            raise InternalError(f"the source checkpoint has no tensor {name}.weight", field=name)
+        if holds_base_alone(self._opening.name, self._opening.formats):
+            result = LinearResult(result.weight)
+        self._shards.add(self._layout.compress(name, result))
+        self._linears[name] = StoredLinear.of(result)
+        self._modules[name] = module or name
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
+        check_tensor(self._source, name, tensor)
+        self._shards.add({name: tensor})
+        self._replaced.add(name)
+
+    def finish(self, *, ignored: Collection[str] = ()) -> None:
+        """Copy the rest of the checkpoint and write its configuration.
+
+        ignored   module names of linears that stay as they are; those that the source's tensors show are added
+        """
+        written = {f"{name}.weight" for name in self._linears} | self._replaced
+        for name in self._source.tensors:
+            if name not in written:
+                self._shards.add({name: self._source.read(name)})
+        self._shards.finish()
+        self._write_config(sorted({*ignored, *self._unquantized_matrices()} - self._targets().keys()))
+        copy_files(self._source.folder, self._folder)
+
+    def describe(self, report: Report) -> list[Path]:
+        """Add the report and the model card, after `finish`; all files of the folder."""
+        return describe(self._folder, report, self._linears, self._opening, self._loading)
+
+    @property
+    def warnings(self) -> Mapping[str, str]:
+        """What loading needs; nothing is rounded here."""
+        return {} if self._layout.warnings is None else self._layout.warnings(self._schemes().values())
+
+    def _unquantized_matrices(self) -> Iterable[str]:
+        """Modules with a matrix that is not quantized: other linears, and embeddings, where listing does no harm.
+
+        A tied head has no tensor of its own, but it is a module of the class Linear.
+        """
+        yield "lm_head"
+        for name in self._source.tensors:
+            module = name.removesuffix(".weight")
+            if module != name and len(self._source.tensors[name].shape) == 2:
+                yield module
+
+    def _write_config(self, ignored: list[str]) -> None:
+        config = {**without_code(self._source.config), **self._dtype_fields()}
+        if self._layout.config is not None:
+            config |= self._layout.config(self._targets(), ignored)
+        if self._layout.files is not None:
+            for name, content in self._layout.files(self._linears).items():
+                write_json(self._folder / name, content)
+        if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes().values()):
+            shutil.copyfile(LOADER, self._folder / LOADER.name)
+        write_json(self._folder / "config.json", config)
+
+    def _schemes(self) -> dict[str, Scheme]:
+        return {name: linear.scheme for name, linear in self._linears.items()}
+
+    def _targets(self) -> dict[str, Scheme]:
+        """Schemes by module name, and by name in the checkpoint too where a runtime may go by that."""
+        return self._schemes() | {self._modules[name]: scheme for name, scheme in self._schemes().items()}
+
+    def _dtype_fields(self) -> dict[str, str]:
+        """The dtype that loaders take by default must be the one whose rounding the scales were made for."""
+        dtypes = {linear.dtype for linear in self._linears.values()}
+        if len(dtypes) != 1:
+            return {}
+        older = "torch_dtype" if "torch_dtype" in self._source.config else "dtype"
+        return {"dtype": min(dtypes), older: min(dtypes)}

@@ -1,0 +1,89 @@
+"""The seam between the engine and a format: what the file of a format defines, and what it is given.
+
+`workers/formats/<name>.py` (or a package of that name), with `-` as `_`, has a `FORMAT`; `registry` finds it by the
+rows of `app.domain.formats`.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from app.domain.formats import ExportFormat
+from app.domain.methods import Scheme
+from bitwright.report import Report
+from workers.formats.cards.identity import Identity
+from workers.formats.cards.loading import AdapterBase, Lines
+from workers.formats.shards import SHARD_BYTES
+from workers.formats.source_files import SourceCheckpoint
+from workers.numerics.quantized import AffineWeight, LinearResult
+
+
+class Writer(Protocol):
+    """One export of a job. The folder is the writer's own: what an earlier attempt left in it is removed."""
+
+    def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
+        """Store a quantized linear.
+
+        name      of the linear in the source checkpoint, without `.weight`
+        module    its name in the transformers model, where that differs
+
+        Raises:
+            FormatCannotHold: the format would have to change the weight.
+        """
+        ...
+
+    def add_tensor(self, name: str, tensor: Tensor) -> None:
+        """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
+        ...
+
+    def finish(self, *, ignored: Collection[str] = ()) -> None:
+        """Write all that is left; `ignored` are the module names of linears that were not quantized."""
+        ...
+
+    def describe(self, report: Report) -> list[Path]:
+        """Add the report and the model card, after `finish`; all files of the folder."""
+        ...
+
+    @property
+    def warnings(self) -> Mapping[str, str]:
+        """Code and message of what the caller should know, after the last linear."""
+        ...
+
+
+@dataclass(frozen=True)
+class Opening:
+    """What a writer is opened with.
+
+    name       of its format
+    formats    all of the job's
+    identity   the job's result, for files that name it before there is a report
+    base       schemes by module name -> the checkpoint of the job beside which its adapter is loaded
+    """
+
+    name: ExportFormat
+    source: SourceCheckpoint
+    formats: Collection[ExportFormat]
+    base: Callable[[Mapping[str, Scheme]], AdapterBase]
+    identity: Identity | None = None
+    shard_bytes: int = SHARD_BYTES
+
+
+@dataclass(frozen=True)
+class Format:
+    """What the file of a format defines.
+
+    open           a writer in a folder
+    loading        paragraphs of the card's section "Load"
+    adapter_base   schemes by module name -> the checkpoint as the base of the job's adapter; None: it is none
+    check_source   raises `FormatCannotHold` for a source that the format cannot hold, before anything is computed
+    held           module name, weight -> the weight with the numbers that the format stores; None: the same
+    """
+
+    open: Callable[[Path, Opening], Writer]
+    loading: Lines
+    adapter_base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None
+    check_source: Callable[[SourceCheckpoint], None] | None = None
+    held: Callable[[str, AffineWeight], AffineWeight] | None = None

@@ -1,0 +1,102 @@
+"""Formats by name, each from its own file: opens the writers of a job, and checks a model before anything is computed.
+
+writers = open_writers(folder, formats, source)
+writer.add_linear("model.layers.0.mlp.up_proj", result)      # of each writer, any number of times
+writer.add_tensor("model.layers.0.input_layernorm.weight", tensor)
+writer.finish()
+writer.describe(report)
+"""
+
+from collections.abc import Collection, Mapping
+from functools import cache, partial
+from importlib import import_module
+from pathlib import Path
+
+from app.domain.format_rules import model_problems, stored_formats
+from app.domain.formats import ExportFormat
+from app.domain.methods import Scheme
+from bitwright.errors import FormatCannotHold, InternalError
+from workers.formats.cards.identity import Identity
+from workers.formats.cards.loading import AdapterBase
+from workers.formats.format import Format, Opening, Writer
+from workers.formats.shards import SHARD_BYTES
+from workers.formats.source_files import SourceCheckpoint
+from workers.numerics.quantized import AffineWeight
+
+
+@cache
+def format_of(name: ExportFormat) -> Format:
+    """The format of that name: `FORMAT` of the module or package called so, with `-` as `_`.
+
+    Raises:
+        InternalError: the module defines none.
+    """
+    module = f"workers.formats.{name.value.replace('-', '_')}"
+    found = vars(import_module(module)).get("FORMAT")
+    if not isinstance(found, Format):
+        raise InternalError(f"{module} defines no FORMAT")
+    return found
+
+
+def open_writers(
+    folder: Path, formats: Collection[ExportFormat], source: SourceCheckpoint, identity: Identity | None = None
+) -> Mapping[ExportFormat, Writer]:
+    """A writer for each format of a job, in a folder of its name under `folder`.
+
+    identity   the job's result, for files that name it before there is a report
+    """
+    return {name: open_writer(folder / name.value, name, source, formats, identity=identity) for name in formats}
+
+
+def open_writer(
+    folder: Path,
+    name: ExportFormat,
+    source: SourceCheckpoint,
+    formats: Collection[ExportFormat] = (),
+    *,
+    identity: Identity | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Writer:
+    """The writer of one checkpoint; `formats` are all of its job's."""
+    base = partial(adapter_base, formats)
+    return format_of(name).open(folder, Opening(name, source, formats, base, identity, shard_bytes))
+
+
+def adapter_base(formats: Collection[ExportFormat], schemes: Mapping[str, Scheme]) -> AdapterBase:
+    """The checkpoint beside which a job's adapter is loaded: a dense one, else a packed one, else one always kept.
+
+    schemes   of all quantized linears, by module name
+
+    Raises:
+        InternalError: no checkpoint of the job can be one.
+    """
+    for name in sorted(stored_formats(formats), key=lambda name: (name.info.always_kept, not name.info.dense)):
+        base = format_of(name).adapter_base
+        if base is not None:
+            return base(schemes)
+    raise InternalError("no format of the job can be an adapter's base")
+
+
+def held(name: ExportFormat, module: str, weight: AffineWeight) -> AffineWeight:
+    """The weight of a linear with the numbers that the format stores of it."""
+    stored = format_of(name).held
+    return weight if stored is None else stored(module, weight)
+
+
+def check_model(
+    formats: tuple[ExportFormat, ...], source: SourceCheckpoint, model_type: str, inputs: Mapping[str, int]
+) -> None:
+    """Check that the formats can hold a model, before anything is computed.
+
+    inputs   in_features of every linear that is to be quantized, by full name
+
+    Raises:
+        FormatCannotHold: one of them cannot.
+    """
+    for problem in model_problems(formats, model_type, inputs, source.config):
+        hint = "leave the format out, or change what its detail names; GET /v1/formats lists what each one holds"
+        raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value, hint=hint)
+    for name in formats:
+        check = format_of(name).check_source
+        if check is not None:
+            check(source)
