@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from app.domain.adapters import AdapterSpec
 from bitwright.formats import ADAPTER_FOLDER, ExportFormat
-from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
+from workers.adapters.attaching import Finished, Merge, finished, known, shipped
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import BlockReader
@@ -191,7 +191,7 @@ class Replay:
 
     def _set_apart(self, name: str, result: LinearResult) -> None:
         module = None if self.trained is None else self.trained.modules.get(name)
-        if module is None or is_stock(known(module)):
+        if module is None or known(module).is_stock:
             low_rank = result.low_rank
             if low_rank is not None:
                 self._apart[name] = low_rank

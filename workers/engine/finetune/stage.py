@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from app.domain.request.finetuning import Finetune
 from bitwright.report import FinetuningReport, LossPoint, TextReport
-from workers.contracts.adapters import AttachAdapters
+from workers.contracts.adapters import AdapterFactory, TrainableAdapter
 from workers.engine.device.process_group import ProcessGroup
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.memory_plan import TrainingPlan, plan_training
@@ -47,7 +47,7 @@ class FinetuningStage:
     model: StreamedModel
     part: Finetune
     texts: FinetuningTexts
-    attach: AttachAdapters
+    attach: AdapterFactory
     names: frozenset[str]
     state: FinishedBlocks
     folder: Path
@@ -109,7 +109,7 @@ def shipped_loss(stage: FinetuningStage, told: FinetuningReport, load: LoadBlock
         return mean_loss(found, (batch.to(model.device) for batch in batches), stage.processes)
 
 
-def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:  # noqa: ARG001 - a protocol
+def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, TrainableAdapter]:  # noqa: ARG001 - a protocol
     return {}
 
 
@@ -128,8 +128,7 @@ def _last_divisor(stage: FinetuningStage) -> int:
 
 def _plan(stage: FinetuningStage, divisor: int) -> TrainingPlan:
     longest = max(text.length for text in (stage.texts.training, stage.texts.held_out) if text is not None)
-    pass_bytes = getattr(stage.attach, "pass_bytes", 0)
-    names = set(stage.names)
+    pass_bytes, names = stage.attach.pass_bytes, set(stage.names)
     return plan_training(
         stage.model, names, stage.part, longest, divisor=divisor, processes=stage.processes, pass_bytes=pass_bytes
     )
