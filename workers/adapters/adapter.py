@@ -73,7 +73,7 @@ class Adapter(TrainableAdapter, ABC):
 
     @abstractmethod
     def stored(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        """Facts and tensors for the adapter file (`workers.formats.adapter_file`), on the host; no tensors at rank 0."""
+        """Facts and host tensors for the adapter file (`workers.formats.adapter_file`); no tensors at rank 0."""
 
     @abstractmethod
     def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank | None:

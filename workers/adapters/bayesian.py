@@ -203,7 +203,7 @@ class BayesianLoRA(Adapter):
         """The decided adapter as peft's factors; None if no rank is left."""
         return self.compact().low_rank(dtype)
 
-    def group_delta(self, group_size: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    def group_delta(self, group_size: int, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002 - no one number
         raise InternalError("a bayesian-lora merges in floating point alone", field="merge")
 
     @property

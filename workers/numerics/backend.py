@@ -1,9 +1,9 @@
 """Choice of the kernels that compute on a device: Triton's on a GPU, torch's operators elsewhere.
 
-Triton's kernels compute in fp32: they serve every dtype that fp32 holds, and never fp64 (`triton_serves`). Their modules
-are imported when they are first chosen, since importing Triton takes a second and needs a GPU's driver.
+Triton's kernels compute in fp32: they serve every dtype that fp32 holds, and never fp64 (`triton_serves`). Their
+modules are imported when they are first chosen: a machine without a GPU needs no Triton.
 
-The protocols are the seam: a module of `workers.numerics.backends` has each of its protocol's functions.
+Each module of `workers.numerics.backends` has the functions of its protocol.
 """
 
 from collections.abc import Callable, Sequence
