@@ -233,7 +233,12 @@ def test_optional_behaviour_is_a_protocol() -> None:
 
     Those that are left look into objects of transformers or torch.
     """
-    seams = ("workers/adapters/", "workers/contracts/", "workers/engine/tune/", "workers/engine/finetune/")
+    seams: tuple[str, ...] = (
+        "workers/adapters/",
+        "workers/contracts/",
+        "workers/engine/tune/",
+        "workers/engine/finetune/",
+    )
     seams += ("workers/engine/quantize/", "workers/engine/scales/", "workers/methods/", "workers/numerics/")
     assert [
         f"{relative(path)}:{call.lineno}"

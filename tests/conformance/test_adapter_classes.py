@@ -79,7 +79,7 @@ def test_steps_lower_the_loss_from_the_first_share_of_training_to_the_last(spec:
         torch.manual_seed(0)
         optimizer.zero_grad()
         loss = total_loss(adapters, xs)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]

@@ -97,7 +97,7 @@ def test_the_block_is_left_as_it_was(name: str) -> None:
 @every_method
 def test_the_same_seed_gives_the_same_bits_whatever_was_drawn_before(name: str) -> None:
     spec = quick(name)
-    results = []
+    results: list[BlockResult] = []
     for _ in range(2):
         task = task_for(spec)
         torch.manual_seed(len(results))
