@@ -224,6 +224,67 @@ def test_no_file_has_two_subjects() -> None:
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
 
 
+def test_widths_of_groups_are_computed_in_schemes_alone() -> None:
+    """Elsewhere `scheme.width(columns)` or `group_width(group_size, columns)` say that -1 means a whole row."""
+    assert [
+        f"{relative(path)}:{line}"
+        for path in SOURCES
+        if relative(path) != "app/domain/methods/schemes.py"
+        for line in spelled_widths(path)
+    ] == []
+
+
+def spelled_widths(path: Path) -> Iterator[int]:
+    """Lines of conditional expressions that compare a group size and do not choose between words for people."""
+    for node in nodes(path):
+        if not isinstance(node, ast.IfExp) or not isinstance(node.test, ast.Compare):
+            continue
+        operands = [node.test.left, *node.test.comparators]
+        words = isinstance(node.body, ast.Constant) and isinstance(node.body.value, str)
+        if not words and any(dotted(operand).split(".")[-1] == "group_size" for operand in operands):
+            yield node.lineno
+
+
+def test_optional_behaviour_is_a_protocol() -> None:
+    """In the engine and what it calls nobody looks for an attribute by name: a misspelled one would be silently off.
+
+    Those that are left look into objects of transformers or torch.
+    """
+    seams: tuple[str, ...] = (
+        "workers/adapters/",
+        "workers/contracts/",
+        "workers/engine/tune/",
+        "workers/engine/finetune/",
+    )
+    seams += ("workers/engine/quantize/", "workers/engine/scales/", "workers/methods/", "workers/numerics/")
+    assert [
+        f"{relative(path)}:{call.lineno}"
+        for path in SOURCES
+        if relative(path).startswith(seams)
+        for call in calls(path)
+        if looks_up(call)
+    ] == []
+
+
+def looks_up(call: ast.Call) -> bool:
+    """Whether it is `hasattr`, or a `getattr` with a default, of a name in quotes; a linear's bias may be absent."""
+    if dotted(call.func) not in {"hasattr", "getattr"} or len(call.args) < 2:
+        return False
+    name, defaults = call.args[1], len(call.args) > 2 or dotted(call.func) == "hasattr"
+    return defaults and isinstance(name, ast.Constant) and name.value != "bias"
+
+
+def test_kernels_are_chosen_in_one_place() -> None:
+    """A module that is imported by a name in a string escapes mypy and the import contracts."""
+    assert [
+        f"{relative(path)}:{call.lineno}"
+        for path in SOURCES
+        if relative(path).startswith("workers/")
+        for call in calls(path)
+        if dotted(call.func).split(".")[-1] == "import_module"
+    ] == []
+
+
 def test_the_checks_see_what_they_forbid(tmp_path: Path) -> None:
     """The readers above find their prey: a rule that can see nothing would pass for ever."""
     source = tmp_path / "sample.py"
@@ -232,6 +293,13 @@ def test_the_checks_see_what_they_forbid(tmp_path: Path) -> None:
         "def f(session, torch):\n    session.commit()\n    torch.load('x', weights_only=False)\n    print(1)\n"
         "    return os.environ['BITWRIGHT_PORT']\n"
     )
+    seams = tmp_path / "seams.py"
+    seams.write_text(
+        "n = 1 if scheme.group_size < 0 else 2\nm = 'row' if -1 == group_size else 'group'\n"
+        "getattr(block, 'together', ())\nhasattr(block, 'joined')\ngetattr(torch, 'float16')\n"
+    )
+    assert list(spelled_widths(seams)) == [1]
+    assert [call.lineno for call in calls(seams) if looks_up(call)] == [3, 4]
     assert ("pickle", "", 1) in set(imported(source))
     assert ("sqlalchemy", "select", 3) in set(imported(source))
     assert {dotted(call.func) for call in calls(source)} == {"session.commit", "torch.load", "print"}

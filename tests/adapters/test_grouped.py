@@ -203,7 +203,7 @@ def test_a_start_from_a_methods_factors_keeps_every_bit(dtype: torch.dtype, rank
     generator = torch.Generator().manual_seed(rank)
     left, right = torch.randn(48, rank, generator=generator), torch.randn(rank, 64, generator=generator)
     given = LowRank.of_product(left, right, alpha, dtype)
-    adapter = GroupedAdapter.continued(given)
+    adapter = GroupedAdapter.continued(LoRASpec(), given, "only")
     back = adapter.low_rank(dtype)
     assert torch.equal(back.a, given.a)
     assert torch.equal(back.b, given.b)

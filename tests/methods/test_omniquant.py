@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from app.domain.methods import OmniQuantSpec, RTNSpec, Scheme
 from tests.methods.toy_block import toy_task
-from workers.methods.omniquant import ClippedWeights, OmniQuant
+from workers.methods.omniquant import ClippedWeights, OmniQuant, clipping_gradients
 from workers.methods.rtn import RTN
 from workers.numerics import clipped_groups
 
@@ -69,6 +69,9 @@ def test_steps_equal_autograd_and_adamw_in_fp64(scheme: Scheme) -> None:
         lower.grad, upper.grad = torch.autograd.grad(expected, (lower, upper), d)
         found = ours.groups.gradients(d.view(ours.groups.weight.shape))
         torch.testing.assert_close(found, torch.stack([lower.grad, upper.grad]), rtol=1e-10, atol=1e-14)
+        state = (ours.groups.weight, ours.groups.logits, d.view(ours.groups.weight.shape))
+        plain = clipping_gradients(*state, scheme, torch.float64)
+        torch.testing.assert_close(plain, found, rtol=1e-10, atol=1e-14)
         ours.step(d.flatten(), torch.tensor(RATE, dtype=torch.float64), w_hat.flatten())
         optimizer.step()
         torch.testing.assert_close(ours.groups.logits, torch.stack([lower, upper]).detach(), rtol=1e-10, atol=1e-12)

@@ -9,9 +9,8 @@ from torch import Tensor, nn
 
 from app.domain.methods import RTNSpec, Scheme, SignRoundSpec
 from tests.methods.toy_block import toy_task
-from tests.numerics import plain_rounding
 from workers.methods.rtn import RTN, quantize_weight
-from workers.methods.sign_round import RoundedWeights, SignRound
+from workers.methods.sign_round import RoundedWeights, SignRound, gradients, signed_step
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
@@ -64,17 +63,20 @@ def test_a_step_equals_autograd_in_fp64(scheme: Scheme) -> None:
         assert torch.equal(w_hat, expected.detach())
         loss = ((inputs @ expected.T - target) ** 2).mean()
         grads = torch.autograd.grad(loss, (expected, v, alpha, beta), allow_unused=True)
-        by_formula = plain_rounding.gradients(ours.state, grads[0].view(-1, width), scheme)
+        by_formula = gradients(ours.state, grads[0].view(-1, width), scheme)
         for hand, auto in zip(by_formula, grads[1:], strict=True):
             wanted = torch.zeros_like(hand) if auto is None else auto.view_as(hand)
             torch.testing.assert_close(hand, wanted, rtol=1e-10, atol=1e-13)
         rate = 0.05 * (1 - step / 6)
+        stepped = signed_step(ours.state, grads[0].view(-1, width), rate, scheme, (0.0, 1.0))
         ours.step(grads[0], torch.tensor(rate, dtype=torch.float64), w_hat)
         with torch.no_grad():
             for parameter, gradient in zip((v, alpha, beta), grads[1:], strict=True):
                 parameter.sub_(rate * torch.sign(gradient))
             alpha.clamp_(0, 1)
             beta.clamp_(0, 1)
+        for plain, parameter in zip(stepped, (v, alpha, beta), strict=True):
+            torch.testing.assert_close(plain, parameter.detach().view_as(plain), rtol=1e-12, atol=1e-12)
     assert not torch.equal(w_hat, quantize_weight(weight, scheme, torch.float64).dequantize())
 
 

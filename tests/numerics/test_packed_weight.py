@@ -1,6 +1,7 @@
 """Packed codes give the very weights of the representation that they were packed from; so does the kernel."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -59,7 +60,8 @@ def test_the_kernel_makes_the_same_weights(form: str, bits: int) -> None:
     packed = PackedWeight.of(weight)
     scale = packed.scale if isinstance(packed.scale, torch.Tensor) else packed.scale.dequantize()
     out = torch.empty(OUT, IN, dtype=dtype, device=device)
-    unpack_kernels.unpack(packed, scale, out)
+    layout: dict[str, Any] = {"width": packed.width, "group_size": packed.group_size, "middle": packed.middle}
+    unpack_kernels.unpack(packed.packed, scale, packed.other, out, kind=packed.kind, **layout)
     if form == "offset":  # product and sum may be rounded at once
         torch.testing.assert_close(out, weight.dequantize())
     else:

@@ -11,21 +11,32 @@ beside the base.
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.adapters import AdapterSpec, BayesianLoRASpec, LoRASpec
-from app.domain.adapters.shapes import shape_for
-from bitwright.errors import CorruptCheckpoint, InternalError, InvalidRequest
-from bitwright.report import AdapterReport, BitOperations, MergeReport
-from workers.adapters.bayesian import GATED_BYTES, BayesianLoRA, bops_report
+from app.domain.adapters import AdapterSpec
+from bitwright.errors import InternalError
+from bitwright.report import AdapterReport, MergeReport
+from workers.adapters.adapter import Adapter
+from workers.adapters.bayesian import BayesianLoRA
 from workers.adapters.grouped import GroupedAdapter
 from workers.adapters.merging import MergeProof, fold, folded
 from workers.numerics.quantized import LinearResult
 
-Adapter = GroupedAdapter | BayesianLoRA
+CLASSES: MappingProxyType[str, type[Adapter]] = MappingProxyType(
+    {
+        "lora": GroupedAdapter,
+        "qa-lora": GroupedAdapter,
+        "q-bara": GroupedAdapter,
+        "qa-hira": GroupedAdapter,
+        "qa-blora": GroupedAdapter,
+        "bayesian-lora": BayesianLoRA,
+    }
+)
+"""The classes by the kind that a request names. A new class is one more line."""
 Merge = Literal["quantized", "16bit"] | None
 
 
@@ -41,10 +52,10 @@ class Attach:
 
     @property
     def pass_bytes(self) -> int:
-        """Of each trained number, while a batch goes through."""
-        return GATED_BYTES if isinstance(self.spec, BayesianLoRASpec) else 0
+        """Bytes per trained number while a batch goes through."""
+        return adapter_class(self.spec).pass_bytes
 
-    def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
+    def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, Adapter]:
         """By full linear name, on the device of their weights; the same for the same seed.
 
         A LoRA goes on from the low-rank factors of its linear, if it has some.
@@ -57,31 +68,19 @@ class Attach:
         generator = torch.Generator().manual_seed(seed)
         return {name: self._one(name, result, generator) for name, result in linears.items()}
 
-    def _one(self, name: str, result: LinearResult, generator: torch.Generator) -> nn.Module:
-        spec, (out_features, in_features) = self.spec, result.weight.shape
-        device = result.weight.codes.device
+    def _one(self, name: str, result: LinearResult, generator: torch.Generator) -> Adapter:
+        kind = adapter_class(self.spec)
         if result.low_rank is not None:
-            if isinstance(spec, LoRASpec):
-                return GroupedAdapter.continued(result.low_rank, spec.dropout)
-            raise InvalidRequest(
-                f"{name} has low-rank factors, and a {spec.kind} cannot go on from them",
-                field="adapter.kind",
-                hint="take the kind lora, or a method that makes no factors",
-            )
-        if isinstance(spec, BayesianLoRASpec):
-            return BayesianLoRA(spec, in_features, out_features, device=device, generator=generator)
-        shape = shape_for(spec, in_features, out_features, result.weight.scheme.group_size)
-        adapter = GroupedAdapter(shape, spec.dropout, device=device, generator=generator)
+            return kind.continued(self.spec, result.low_rank, name)
+        adapter = kind.beside(self.spec, result, generator)
         if self.trained:
-            _restore(name, adapter, self.trained.get(name, {}))
+            adapter.restore(self.trained.get(name, {}), name)
         return adapter
 
 
-def _restore(name: str, adapter: GroupedAdapter, trained: Mapping[str, Tensor]) -> None:
-    wanted = {key: (tensor.shape, tensor.dtype) for key, tensor in adapter.state_dict().items()}
-    if {key: (tensor.shape, tensor.dtype) for key, tensor in trained.items()} != wanted:
-        raise CorruptCheckpoint(f"the earlier job's adapter of {name} has other tensors", field="base_job", value=name)
-    adapter.load_state_dict(dict(trained))
+def adapter_class(spec: AdapterSpec) -> type[Adapter]:
+    """The class that trains what a spec describes."""
+    return CLASSES[spec.kind]
 
 
 @dataclass(frozen=True)
@@ -114,9 +113,9 @@ def finished(
     """
     if merge != "quantized":
         return Finished(shipped(name, result, adapter, merge))
-    delta = _group_delta(name, result, adapter)
-    made = fold(result.weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
-    return Finished(LinearResult(made.weight), made.proof)
+    delta = known(adapter).group_delta(result.weight.scheme.group_size)
+    merged = fold(result.weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
+    return Finished(LinearResult(merged.weight), merged.proof)
 
 
 @torch.no_grad()
@@ -138,44 +137,19 @@ def shipped(
         MisalignedAdapter, OffsetNotRepresentable: it cannot be folded.
     """
     if merge == "quantized":
-        delta = _group_delta(name, result, adapter)
+        delta = known(adapter).group_delta(result.weight.scheme.group_size)
         return LinearResult(
             folded(result.weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
         )
-    if merge == "16bit" or is_stock(known(adapter)):
+    if merge == "16bit" or known(adapter).is_stock:
         return adapted(result, adapter)
     return LinearResult(result.weight)
 
 
-def _group_delta(name: str, result: LinearResult, adapter: nn.Module) -> Tensor:
-    module = known(adapter)
-    if isinstance(module, BayesianLoRA):
-        raise InternalError("a bayesian-lora merges in floating point alone", field=name)
-    return module.group_delta(result.weight.scheme.group_size)
-
-
-def is_stock(adapter: Adapter) -> bool:
-    """Whether its factors are a LoRA as stock peft has it."""
-    if isinstance(adapter, BayesianLoRA):
-        return True
-    shape = adapter.shape
-    return (shape.pool_in, shape.repeat_out, shape.form) == (1, 1, "pair")
-
-
 @torch.no_grad()
 def stored(adapter: nn.Module) -> tuple[dict[str, object], dict[str, Tensor]]:
-    """What the adapter file (`workers.formats.adapter_file`) says and holds of one adapter; no tensors without rank."""
-    module = known(adapter)
-    if isinstance(module, BayesianLoRA):
-        left = module.compact()
-        tensors = {"a_codes": left.a_codes, "a_step": left.a_step, "b_codes": left.b_codes, "b_step": left.b_step}
-        facts: dict[str, object] = {"form": "integer", "a_bits": left.a_bits, "b_bits": left.b_bits}
-        facts |= {"pool_in": 1, "repeat_out": 1, "scale": left.scale, "rank": left.rank}
-        return facts, {name: t.cpu() for name, t in tensors.items()} if left.rank else {}
-    shape = module.shape
-    facts = {"form": shape.form, "pool_in": shape.pool_in, "repeat_out": shape.repeat_out}
-    facts |= {"scale": shape.scale, "rank": shape.rank}
-    return facts, {name: p.detach().cpu().clone() for name, p in module.named_parameters()}
+    """Facts and tensors of one adapter for the adapter file (`workers.formats.adapter_file`); no tensors at rank 0."""
+    return known(adapter).stored()
 
 
 def report(
@@ -185,21 +159,20 @@ def report(
     proofs: Iterable[MergeProof] = (),
     merge: Merge = None,
 ) -> AdapterReport:
-    """What the job's report tells of its adapters, by full linear name, with the bases that they stand beside."""
+    """The report's section on a job's adapters, by full linear name, with the bases that they stand beside."""
     modules = {name: known(adapter) for name, adapter in adapters.items()}
     weights = sum(result.weight.codes.numel() for name, result in results.items() if name in modules)
-    gated = {name: module for name, module in modules.items() if isinstance(module, BayesianLoRA)}
-    ranks = [_rank(module) for module in modules.values()]
-    bits = sum(_bits(module) for module in modules.values())
+    ranks = [module.inner_rank for module in modules.values()]
+    base_bits = {name: results[name].weight.scheme.bits for name in modules if name in results}
     return AdapterReport(
         kind=spec.kind,
         rank=spec.rank,
         inner_ranks=(min(ranks), max(ranks)),
         parameters=sum(sum(p.numel() for p in module.parameters()) for module in modules.values()),
         parameters_lora=sum(spec.rank * sum(results[name].weight.shape) for name in modules if name in results),
-        flops_per_token=sum(_flops(module) for module in modules.values()),
-        bits_per_weight=bits / max(1, weights),
-        bit_operations=_bit_operations(gated, results) if gated else None,
+        flops_per_token=sum(module.flops_per_token for module in modules.values()),
+        bits_per_weight=sum(module.stored_bits for module in modules.values()) / max(1, weights),
+        bit_operations=adapter_class(spec).bit_operations(modules, base_bits),
         merge=_merge_report(list(proofs)) if merge == "quantized" else None,
     )
 
@@ -210,38 +183,9 @@ def known(adapter: nn.Module) -> Adapter:
     Raises:
         InternalError: it is another.
     """
-    if isinstance(adapter, GroupedAdapter | BayesianLoRA):
+    if isinstance(adapter, Adapter):
         return adapter
     raise InternalError(f"{type(adapter).__name__} is no adapter of this package")
-
-
-def _rank(module: Adapter) -> int:
-    return module.compact().rank if isinstance(module, BayesianLoRA) else module.shape.rank
-
-
-def _bits(module: Adapter) -> int:
-    """As stored: fp32 parameters, or integers with their steps."""
-    return module.compact().stored_bits() if isinstance(module, BayesianLoRA) else 32 * module.shape.parameters
-
-
-def _flops(module: Adapter) -> int:
-    if isinstance(module, BayesianLoRA):
-        return 2 * _rank(module) * (module.in_features + module.out_features)
-    return module.shape.flops_per_token
-
-
-def _bit_operations(gated: Mapping[str, BayesianLoRA], results: Mapping[str, LinearResult]) -> BitOperations:
-    found = bops_report(gated, {name: results[name].weight.scheme.bits for name in gated})
-    return BitOperations(
-        adapter=found.adapter,
-        adapter_16bit=found.adapter_16bit,
-        adapter_saving=found.adapter_saving,
-        model=found.model,
-        model_16bit=found.model_16bit,
-        model_saving=found.model_saving,
-        ranks=dict(found.ranks),
-        bits=dict(found.bits),
-    )
 
 
 def _merge_report(proofs: list[MergeProof]) -> MergeReport:

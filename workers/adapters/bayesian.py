@@ -37,11 +37,15 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import sqrt
+from typing import ClassVar, Self
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.adapters import BayesianLoRASpec
+from app.domain.adapters import AdapterSpec, BayesianLoRASpec
+from bitwright.errors import InternalError
+from bitwright.report import BitOperations
+from workers.adapters.adapter import Adapter
 from workers.adapters.gates import (
     WIDTHS,
     decide,
@@ -52,7 +56,7 @@ from workers.adapters.gates import (
     sample,
     step_of,
 )
-from workers.numerics.quantized import LowRank
+from workers.numerics.quantized import LinearResult, LowRank
 
 ACTIVATION_BITS = 16
 OPEN = 6.0
@@ -101,13 +105,15 @@ class IntegerFactors:
         return self.a_codes.numel() * self.a_bits + self.b_codes.numel() * self.b_bits + 2 * 32
 
 
-class BayesianLoRA(nn.Module):
+class BayesianLoRA(Adapter):
     """A trainable update of one linear: `forward(x)` is what is added to the base's output.
 
     While training gates are drawn by torch's own generator: who wants a step again seeds it.
 
     rates   learning rates of gates and ranges, by name; they are not decayed
     """
+
+    pass_bytes: ClassVar[int] = GATED_BYTES
 
     def __init__(
         self,
@@ -137,15 +143,22 @@ class BayesianLoRA(nn.Module):
         self.gate_a, self.gate_b = (parameter(len(WIDTHS) - 1, value=OPEN) for _ in "ab")
         self.range_a, self.range_b = parameter(), parameter()
 
+    @classmethod
+    def beside(cls, spec: AdapterSpec, result: LinearResult, generator: torch.Generator) -> Self:
+        if not isinstance(spec, BayesianLoRASpec):
+            raise InternalError(f"a {spec.kind} has no gates", field="adapter.kind")
+        out_features, in_features = result.weight.shape
+        return cls(spec, in_features, out_features, device=result.weight.codes.device, generator=generator)
+
     def progress(self, share: float) -> None:
-        """Told before a step which share of the training is done: gates are decided, and held, for the last part."""
+        """Gates are decided, and held, for the last part of the training."""
         self.settled = share >= SETTLED_FROM
         for gate in (self.gate_rank, self.gate_a, self.gate_b):
             gate.requires_grad_(not self.settled)
 
-    @staticmethod
+    @classmethod
     @contextmanager
-    def together(adapters: Sequence["BayesianLoRA"]) -> Iterator[None]:
+    def together(cls, adapters: Sequence[Self]) -> Iterator[None]:
         """While it lasts, calls of these adapters use factors and gates that were computed, and drawn, once for all."""
         for alike in _by_shape(adapters):
             for adapter, drawn in zip(alike, _gated(alike), strict=True):
@@ -156,8 +169,8 @@ class BayesianLoRA(nn.Module):
             for adapter in adapters:
                 adapter._drawn = None
 
-    @staticmethod
-    def penalty(adapters: Sequence["BayesianLoRA"]) -> Tensor:
+    @classmethod
+    def penalty(cls, adapters: Sequence[Self]) -> Tensor:
         """The term of the loss of all adapters that are trained together; 0 once gates are decided."""
         first = adapters[0]
         if first.settled:
@@ -190,6 +203,37 @@ class BayesianLoRA(nn.Module):
         """The decided adapter as peft's factors; None if no rank is left."""
         return self.compact().low_rank(dtype)
 
+    def group_delta(self, group_size: int, dtype: torch.dtype = torch.float64) -> Tensor:  # noqa: ARG002 - no one number
+        raise InternalError("a bayesian-lora merges in floating point alone", field="merge")
+
+    @property
+    def is_stock(self) -> bool:
+        return True
+
+    @property
+    def inner_rank(self) -> int:
+        return int(decide(self.gate_rank).sum())
+
+    @property
+    def stored_bits(self) -> int:
+        """Of integers and their steps."""
+        return self.compact().stored_bits()
+
+    @property
+    def flops_per_token(self) -> int:
+        return 2 * self.inner_rank * (self.in_features + self.out_features)
+
+    def stored(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+        left = self.compact()
+        tensors = {"a_codes": left.a_codes, "a_step": left.a_step, "b_codes": left.b_codes, "b_step": left.b_step}
+        facts: dict[str, object] = {"form": "integer", "a_bits": left.a_bits, "b_bits": left.b_bits}
+        facts |= {"pool_in": 1, "repeat_out": 1, "scale": left.scale, "rank": left.rank}
+        return facts, {name: t.cpu() for name, t in tensors.items()} if left.rank else {}
+
+    @classmethod
+    def bit_operations(cls, adapters: Mapping[str, Self], base_bits: Mapping[str, int]) -> BitOperations:
+        return bops_report(adapters, base_bits)
+
     @property
     def full_bops(self) -> int:
         """Bit operations a token with all ranks at 16 bits."""
@@ -211,45 +255,23 @@ def expected_bops(adapters: Iterable[BayesianLoRA]) -> Tensor:
     return ACTIVATION_BITS * torch.stack(parts).sum()
 
 
-@dataclass(frozen=True)
-class BopsReport:
-    """Bit operations a token, decided, against the same ranks at 16 bits; activations count 16 bits everywhere.
-
-    adapter, adapter_16bit   of the adapters alone
-    model, model_16bit       with the products of the quantized linears that they stand beside
-    ranks, bits              of each linear: what is left, and the widths of A and B
-    """
-
-    adapter: int
-    adapter_16bit: int
-    model: int
-    model_16bit: int
-    ranks: Mapping[str, int]
-    bits: Mapping[str, tuple[int, int]]
-
-    @property
-    def adapter_saving(self) -> float:
-        """Share of the adapters' bit operations that is saved."""
-        return 1 - self.adapter / self.adapter_16bit
-
-    @property
-    def model_saving(self) -> float:
-        """Share of all bit operations of the linears that is saved."""
-        return 1 - self.model / self.model_16bit
-
-
 @torch.no_grad()
-def bops_report(adapters: Mapping[str, BayesianLoRA], base_bits: Mapping[str, int]) -> BopsReport:
-    """Of adapters by linear, whose base weights have `base_bits` bits."""
+def bops_report(adapters: Mapping[str, BayesianLoRA], base_bits: Mapping[str, int]) -> BitOperations:
+    """Bit operations per token, decided, against the same ranks at 16 bits; activations count 16 bits everywhere.
+
+    adapters    by linear, whose base weights have `base_bits` bits
+    """
     base = sum(ACTIVATION_BITS * base_bits[name] * a.in_features * a.out_features for name, a in adapters.items())
     decided = sum(adapter.decided_bops() for adapter in adapters.values())
     full = sum(adapter.full_bops for adapter in adapters.values())
-    return BopsReport(
+    return BitOperations(
         adapter=decided,
         adapter_16bit=full,
+        adapter_saving=1 - decided / full,
         model=base + decided,
         model_16bit=base + full,
-        ranks={name: int(decide(a.gate_rank).sum()) for name, a in adapters.items()},
+        model_saving=1 - (base + decided) / (base + full),
+        ranks={name: a.inner_rank for name, a in adapters.items()},
         bits={name: (decided_bits(a.gate_a), decided_bits(a.gate_b)) for name, a in adapters.items()},
     )
 

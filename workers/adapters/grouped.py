@@ -28,17 +28,20 @@ in the inputs' dtype. Groups must be consecutive columns: an order by activation
 """
 
 from math import sqrt
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.adapters import AdapterShape
-from app.domain.methods import PER_CHANNEL
-from bitwright.errors import MisalignedAdapter
-from workers.numerics.quantized import LowRank
+from app.domain.adapters import AdapterShape, AdapterSpec, BayesianLoRASpec
+from app.domain.adapters.shapes import shape_for
+from app.domain.methods.schemes import group_width
+from bitwright.errors import InternalError, MisalignedAdapter
+from workers.adapters.adapter import Adapter
+from workers.numerics.quantized import LinearResult, LowRank
 
 
-class GroupedAdapter(nn.Module):
+class GroupedAdapter(Adapter):
     """A trainable update of one linear: `forward(x)` is what is added to the base's output.
 
     A pair has parameters `a` and `b`, a single matrix `m`.
@@ -70,16 +73,50 @@ class GroupedAdapter(nn.Module):
         self.b = zeros(shape.distinct, shape.rank)
 
     @classmethod
-    def continued(cls, low_rank: LowRank, dropout: float = 0.0) -> "GroupedAdapter":
+    def beside(cls, spec: AdapterSpec, result: LinearResult, generator: torch.Generator) -> Self:
+        """The adapter in the shape that the spec takes at this linear."""
+        if isinstance(spec, BayesianLoRASpec):
+            raise InternalError(f"a {spec.kind} has no fixed shape", field="adapter.kind")
+        out_features, in_features = result.weight.shape
+        shape = shape_for(spec, in_features, out_features, result.weight.scheme.group_size)
+        return cls(shape, spec.dropout, device=result.weight.codes.device, generator=generator)
+
+    @classmethod
+    def continued(cls, spec: AdapterSpec, low_rank: LowRank, name: str) -> Self:
         """A LoRA that goes on from a method's factors (LoftQ, ApiQ, LQ-LoRA), not a bit of which is lost.
 
         Strength is that of the factors: alpha / rank of `low_rank`, whatever a request says (ADR 11).
         """
+        if spec.kind != "lora":
+            return super().continued(spec, low_rank, name)
         (rank, in_features), out_features = low_rank.a.shape, low_rank.b.shape[0]
         shape = AdapterShape(in_features, out_features, 1, 1, "pair", rank, low_rank.alpha, rank)
-        adapter = cls(shape, dropout, device=low_rank.a.device)
+        adapter = cls(shape, spec.dropout, device=low_rank.a.device)
         adapter.load_state_dict({"a": low_rank.a.float(), "b": low_rank.b.float()})
         return adapter
+
+    @property
+    def is_stock(self) -> bool:
+        return (self.shape.pool_in, self.shape.repeat_out, self.shape.form) == (1, 1, "pair")
+
+    @property
+    def inner_rank(self) -> int:
+        return self.shape.rank
+
+    @property
+    def stored_bits(self) -> int:
+        """Of fp32 parameters."""
+        return 32 * self.shape.parameters
+
+    @property
+    def flops_per_token(self) -> int:
+        return self.shape.flops_per_token
+
+    def stored(self) -> tuple[dict[str, object], dict[str, Tensor]]:
+        shape = self.shape
+        facts: dict[str, object] = {"form": shape.form, "pool_in": shape.pool_in, "repeat_out": shape.repeat_out}
+        facts |= {"scale": shape.scale, "rank": shape.rank}
+        return facts, {name: p.detach().cpu().clone() for name, p in self.named_parameters()}
 
     def forward(self, x: Tensor) -> Tensor:
         """The update, (.., out) in the dtype of `x` (.., in)."""
@@ -110,7 +147,7 @@ class GroupedAdapter(nn.Module):
             MisalignedAdapter: a group lies in several tiles, so that the update is not one number for it.
         """
         shape = self.shape
-        group = shape.in_features if group_size == PER_CHANNEL else group_size
+        group = group_width(group_size, shape.in_features)
         if shape.pool_in % group:
             raise MisalignedAdapter(
                 f"the update is constant over {shape.pool_in} inputs, and a group has {group}",

@@ -5,6 +5,7 @@ tuning loop. Everything such a method learns acts through the weight, so the loo
 value and gives back no more than the gradient with respect to it.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,25 @@ class BlockForward(Protocol):
     """Calls a block, or a method of it, as its model does (masks, rotary) on hidden (batch, length, width)."""
 
     def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Any: ...
+
+
+class SplitOutput(ABC):
+    """A block that can leave the last sum to its caller: a loss then adds it as it reads both tensors."""
+
+    @abstractmethod
+    def residual_and_update(self, hidden_states: Tensor, **keywords: Any) -> list[Tensor]:
+        """Two tensors whose sum is the block's output."""
+
+
+class JoinsLinears(nn.Module):
+    """A part of a block that can compute several linears of the same input at once.
+
+    together   their names inside the part; () where it gains nothing
+    joined     all of them as one linear, set by whoever holds their weights one after another; else None
+    """
+
+    together: tuple[str, ...] = ()
+    joined: nn.Module | None = None
 
 
 @dataclass(frozen=True)
@@ -205,6 +225,16 @@ class BlockMethod(Protocol[S_contra]):
     needs_inputs: bool
 
     def quantize_block(self, task: BlockTask, spec: S_contra) -> BlockResult: ...
+
+
+@runtime_checkable
+class KernelMethod(Protocol[S_contra]):
+    """A method with kernels of its own, which the engine compiles while texts are tokenized."""
+
+    @abstractmethod
+    def warm_ups(self, kinds: WarmUp, spec: S_contra) -> list[Callable[[], object]]:
+        """Calls that compile the kernels for the linears of a model; none where there is nothing to compile."""
+        ...
 
 
 @runtime_checkable

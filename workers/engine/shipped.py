@@ -25,7 +25,7 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import Form
 from app.domain.request.combination_rules import result_forms
 from bitwright.formats import ADAPTER_FOLDER
-from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
+from workers.adapters.attaching import Finished, Merge, finished, known, shipped
 from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
@@ -248,7 +248,7 @@ class Replay:
 
     def _set_apart(self, name: str, result: LinearResult) -> None:
         module = None if self.trained is None else self.trained.modules.get(name)
-        if module is None or is_stock(known(module)):
+        if module is None or known(module).is_stock:
             low_rank = result.low_rank
             if low_rank is not None:
                 self._apart[name] = low_rank

@@ -33,6 +33,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Form, Scheme
+from app.domain.methods.schemes import group_width
 from bitwright.errors import CorruptCheckpoint
 from workers.formats.cards.loading import BASE, BY_ITSELF, FOLDER, AdapterBase, Loading, with_adapter_file
 from workers.formats.checkpoint import Layout, checkpoint_format
@@ -163,7 +164,7 @@ class _Parts:
     def groups(self, stored: StoredLinear) -> torch.Size:
         """(out, groups)"""
         out_features, in_features = self.shape
-        return torch.Size((out_features, 1 if stored.group_size < 0 else in_features // stored.group_size))
+        return torch.Size((out_features, in_features // group_width(stored.group_size, in_features)))
 
     def misfit(self) -> CorruptCheckpoint:
         return CorruptCheckpoint(f"tensors of {self._name} do not fit its shape {tuple(self.shape)}", field=self._name)

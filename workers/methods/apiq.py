@@ -151,11 +151,8 @@ class CorrectedWeights:
     @torch.no_grad()
     def factor_gradients(self, gradient: Tensor) -> Tensor:
         """dL/dA and dL/dB as they lie in `factors`, for D, flat."""
-        found = []
-        for d, low_rank in self._linears(gradient, self.factors):
-            scaled = d.to(self.factors.dtype) * self._strength(low_rank)
-            found += [(low_rank.b.T @ scaled).flatten(), (scaled @ low_rank.a.T).flatten()]
-        return torch.cat(found)
+        linears = [(d.to(self.factors.dtype), low_rank) for d, low_rank in self._linears(gradient, self.factors)]
+        return torch.cat([by.flatten() for linear in linears for by in factor_gradients(*linear)])
 
     @torch.no_grad()
     def keep(self, better: Tensor) -> None:
@@ -211,6 +208,15 @@ class CorrectedWeights:
 
     def _strength(self, low_rank: LowRank) -> float:
         return low_rank.alpha / low_rank.rank
+
+
+def factor_gradients(gradient: Tensor, low_rank: LowRank) -> tuple[Tensor, Tensor]:
+    """dL/dA (r, in) and dL/dB (out, r) of one linear for D = `gradient` (out, in).
+
+    AdamW steps by them, and by the gradients of the ranges (`workers.numerics.learned_ranges`).
+    """
+    scaled = gradient * (low_rank.alpha / low_rank.rank)
+    return low_rank.b.T @ scaled, scaled @ low_rank.a.T
 
 
 def _first_factors(shape: tuple[int, int], rank: int, seed: int) -> Tensor:

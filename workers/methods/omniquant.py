@@ -39,7 +39,9 @@ from app.domain.methods import OmniQuantSpec, Scheme
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
+from workers.numerics.affine import GroupRange, grid, round_to_grid
 from workers.numerics.clipped_groups import ClippedGroups, GroupStart
+from workers.numerics.learned_ranges import steps
 from workers.numerics.quantized import LinearResult, Number
 
 
@@ -53,6 +55,29 @@ class OmniQuant:
         outcome = task.tune(task.augmented() if spec.aug_loss else task, weights, settings)
         counters: dict[str, Number] = {"best_step": outcome.best_step, "nan_gradients": outcome.faults}
         return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss, counters)
+
+
+def clipping_gradients(
+    weight: Tensor, logits: Tensor, gradient: Tensor, scheme: Scheme, scale_dtype: torch.dtype
+) -> Tensor:
+    """dL/dl and dL/du, (2, groups), for D = `gradient`: the module docstring's formulas, written plainly.
+
+    AdamW steps by them. `ClippedGroups` computes the same in chunks that fit a cache; tests compare it with this.
+
+    weight, gradient   (groups, G)
+    logits             l and u, (2, groups)
+    """
+    w, d, (alpha, beta) = weight.to(logits.dtype), gradient.to(logits.dtype), logits.sigmoid()
+    full = GroupRange.of(w)
+    clipped = grid(full, scheme, scale_dtype, alpha, beta)
+    codes, unclamped = round_to_grid(w, clipped)
+    d_scale = (d * steps(codes, clipped)).sum(-1) - (d * (codes == unclamped) * w).sum(-1) / clipped.scale
+    if clipped.zero is None:
+        low_wins, levels = -alpha * full.low > beta * full.high, 2 ** (scheme.bits - 1)
+        by_low, by_high = torch.where(low_wins, -full.low / levels, 0), torch.where(low_wins, 0, -full.high / levels)
+    else:
+        by_low, by_high = -full.low / (2**scheme.bits - 1), full.high / (2**scheme.bits - 1)
+    return torch.stack([d_scale * by_low * alpha * (1 - alpha), d_scale * by_high * beta * (1 - beta)])
 
 
 class ClippedWeights:
@@ -71,7 +96,7 @@ class ClippedWeights:
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
-        """AdamW's step; a constant times the gradient, as fp16 has it, makes the same step."""
+        """AdamW's step by `clipping_gradients`; a constant times the gradient, as fp16 has it, makes the same step."""
         self.groups.step(gradient.view(self.groups.weight.shape), rate, decay=0.0)
         self.write(out)
 

@@ -37,26 +37,26 @@ sequences, not on the step's own minibatch. Left out: activation quantization, n
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from importlib import import_module
-from importlib.util import find_spec
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
-from workers.contracts.blocks import BlockTask, WarmUp
+from workers.contracts.blocks import BlockTask, KernelMethod, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
-from workers.numerics.affine import SMALLEST_SCALE, GroupRange
-from workers.numerics.backends.rounding_operators import Groups
+from workers.numerics.affine import GroupRange, round_to_grid
+from workers.numerics.backend import rounding_kernels
+from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, LinearResult, Number
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Of alpha and beta: a full range may only shrink, a searched one may also widen."""
 
 
-class SignRound:
+class SignRound(KernelMethod[SignRoundSpec]):
     needs_inputs = True
 
     def warm_ups(self, kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
@@ -74,15 +74,13 @@ class SignRound:
 
 def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
     """Calls that compile this method's kernels for the linears of a model; none where there is nothing to compile."""
-    found: list[Callable[[], object]] = []
-    kernels = rounding_kernels_for(torch.empty(0, dtype=kinds.dtype, device=kinds.device))
+    calls: list[Callable[[], object]] = []
+    kernels, dtypes = rounding_kernels(kinds.device, kinds.dtype), (kinds.dtype, kinds.scale_dtype)
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
     for columns, scheme in kinds.linears:
-        width = columns if scheme.group_size < 0 else scheme.group_size
-        grid_settings = (scheme.bits, scheme.symmetric, SMALLEST_SCALE[kinds.scale_dtype])
-        dtypes = (kinds.dtype, kinds.scale_dtype)
-        found += kernels.warm_ups(columns, width, *grid_settings, dtypes=dtypes, counted=counted, device=kinds.device)
-    return found
+        width, settings = scheme.width(columns), GridSettings.of(scheme, kinds.scale_dtype)
+        calls += kernels.warm_ups(columns, width, settings, dtypes=dtypes, counted=counted, device=kinds.device)
+    return calls
 
 
 def rounded_weights(task: BlockTask, *, search: bool, settings: TuningSettings | None = None) -> list["RoundedWeights"]:
@@ -91,14 +89,10 @@ def rounded_weights(task: BlockTask, *, search: bool, settings: TuningSettings |
     search    whether ranges start from those with the least rounding error
     settings  of the steps to come; where they are known, V may be counted in steps
     """
-    alike: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
-    for name, scheme in task.schemes.items():
-        weight = task.linear(name).weight.detach()
-        width = weight.shape[1] if scheme.group_size < 0 else scheme.group_size
-        alike.setdefault((scheme, width), {})[name] = weight
     moments = task.moments if search else {}
     return [
-        RoundedWeights(w, scheme, width, task.scale_dtype, moments, settings) for (scheme, width), w in alike.items()
+        RoundedWeights(weights, scheme, width, task.scale_dtype, moments, settings)
+        for (scheme, width), weights in task.alike().items()
     ]
 
 
@@ -110,9 +104,9 @@ def start_ranges(
     for name, weight in weights.items():
         groups = weight.reshape(-1, width)
         if name in moments:
-            settings = (scheme.bits, scheme.symmetric, SMALLEST_SCALE[scale_dtype], scale_dtype)
-            kernels = rounding_kernels_for(groups)
-            ranges.append(GroupRange(*kernels.search_range(groups, moments[name].view(-1, width), *settings)))
+            kernels, settings = rounding_kernels(groups.device, groups.dtype), GridSettings.of(scheme, scale_dtype)
+            bounds = kernels.search_range(groups, moments[name].view(-1, width), settings, scale_dtype)
+            ranges.append(GroupRange(*bounds))
         else:
             ranges.append(GroupRange.of(groups.to(working_dtype(weight))))
     return GroupRange(torch.cat([r.low for r in ranges]), torch.cat([r.high for r in ranges]))
@@ -134,6 +128,36 @@ def start(weight: Tensor, ranges: GroupRange, scale_dtype: torch.dtype, unit: fl
     )
 
 
+def signed_step(
+    groups: Groups, gradient: Tensor, rate: Tensor | float, scheme: Scheme, limits: tuple[float, float]
+) -> tuple[Tensor, Tensor, Tensor]:
+    """V, alpha and beta after a step for D = `gradient` (groups, G): the module docstring's formulas, written plainly.
+
+    The backends compute the same in fewer passes over the weights; tests compare them with this.
+    """
+    moved = zip((groups.offset, groups.alpha, groups.beta), gradients(groups, gradient, scheme), strict=True)
+    offset, alpha, beta = (parameter - rate * by_parameter.sign() for parameter, by_parameter in moved)
+    return offset, alpha.clamp(*limits), beta.clamp(*limits)
+
+
+def gradients(groups: Groups, gradient: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor, Tensor]:
+    """dL/dV, dL/dalpha and dL/dbeta for D = `gradient`."""
+    grid = groups.grid(GridSettings.of(scheme, groups.scale.dtype))
+    weight, d = groups.weight.to(groups.offset.dtype), gradient.to(groups.offset.dtype)
+    codes, unclamped = round_to_grid(weight, grid, groups.offset)
+    inside = d * (codes == unclamped)
+    d_offset = inside * grid.scale.unsqueeze(-1)
+    d_scale = (d * steps(codes, grid)).sum(-1) - (inside * weight).sum(-1) / grid.scale
+    if grid.zero is None:
+        low_wins = -groups.alpha * groups.low > groups.beta * groups.high
+        d_alpha = d_scale * torch.where(low_wins, groups.low / grid.lowest, 0)
+        return d_offset, d_alpha, d_scale * torch.where(low_wins, 0, groups.high / grid.lowest)
+    d_zero = -grid.scale * (d.sum(-1) - inside.sum(-1))
+    d_scale = d_scale + d_zero * groups.alpha * groups.low / grid.scale.square()
+    d_alpha = -d_zero * groups.low / grid.scale - d_scale * groups.low / grid.highest
+    return d_offset, d_alpha, d_scale * groups.high / grid.highest
+
+
 class RoundedWeights:
     """Linears of one scheme with their V, alpha and beta: the `TrainableWeights` of SignRound."""
 
@@ -149,28 +173,35 @@ class RoundedWeights:
         self.shapes: Mapping[str, tuple[int, int]] = {
             name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()
         }
-        self._scheme, self._scale_dtype = scheme, scale_dtype
+        self._scheme, self._settings = scheme, GridSettings.of(scheme, scale_dtype)
         self._limits = SEARCHED_LIMITS if moments else FULL_LIMITS
         ranges = start_ranges(weights, moments, scheme, width, scale_dtype)
         weight = torch.cat([w.reshape(-1, width) for w in weights.values()])
-        self._kernels = rounding_kernels_for(weight)
+        self._kernels = rounding_kernels(weight.device, weight.dtype)
         unit = None if settings is None else self._kernels.offset_unit(settings.steps, settings.learning_rate)
         self.state = start(weight, ranges, scale_dtype, unit)
         self._faults = torch.zeros(1, dtype=torch.int32, device=weight.device)
 
     @torch.no_grad()
     def write(self, out: Tensor) -> None:
-        self._kernels.write(self.state, *self._grid_settings(), w_hat=out)
+        self._kernels.write(self.state, self._settings, w_hat=out)
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
-        """The signed step of the module docstring, then alpha and beta back into their limits."""
-        step = {"gradient": gradient, "rate": rate, "faults": self._faults, "limits": self._limits, "w_hat": out}
-        self._kernels.step(self.state, *self._grid_settings(), **step)
+        """`signed_step` in the fewest passes that the device allows."""
+        self._kernels.step(
+            self.state,
+            self._settings,
+            gradient=gradient,
+            rate=rate,
+            faults=self._faults,
+            limits=self._limits,
+            w_hat=out,
+        )
 
     @torch.no_grad()
     def keep(self, better: Tensor) -> None:
-        self._kernels.keep(self.state, *self._grid_settings(), better=better)
+        self._kernels.keep(self.state, self._settings, better=better)
 
     def restart(self) -> None:
         self.state.offset.zero_()
@@ -200,18 +231,3 @@ class RoundedWeights:
             )
             results[name] = LinearResult(weight)
         return results
-
-    def _grid_settings(self) -> tuple[int, bool, float]:
-        """Bits, symmetry and least scale, as the kernels take them."""
-        return self._scheme.bits, self._scheme.symmetric, SMALLEST_SCALE[self._scale_dtype]
-
-
-def rounding_kernels_for(weight: Tensor) -> ModuleType:
-    """What works on this weight: Triton's kernels on a GPU, for dtypes that fp32 holds; else torch's operators."""
-    triton = weight.is_cuda and weight.dtype != torch.float64 and find_spec("triton") is not None
-    return import_module(f"workers.numerics.backends.{'rounding_kernels' if triton else 'rounding_operators'}")
-
-
-def working_dtype(weight: Tensor) -> torch.dtype:
-    """fp32, or fp64 for fp64 weights."""
-    return torch.float64 if weight.dtype == torch.float64 else torch.float32

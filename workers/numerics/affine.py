@@ -20,7 +20,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from app.domain.methods import PER_CHANNEL, Scheme
+from app.domain.methods import Scheme
+from app.domain.methods.schemes import group_width
 from workers.numerics.quantized import AffineWeight
 
 SMALLEST_SCALE = {torch.float16: 1e-5, torch.bfloat16: 1e-10, torch.float32: 1e-10, torch.float64: 1e-10}
@@ -29,8 +30,7 @@ SMALLEST_SCALE = {torch.float16: 1e-5, torch.bfloat16: 1e-10, torch.float32: 1e-
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:
     """(out, in) as (out, in/G, G); -1 is one group a row. The view shares memory."""
-    columns = weight.shape[1] if group_size == PER_CHANNEL else group_size
-    return weight.reshape(weight.shape[0], -1, columns)
+    return weight.reshape(weight.shape[0], -1, group_width(group_size, weight.shape[1]))
 
 
 @dataclass(frozen=True)

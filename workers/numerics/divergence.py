@@ -8,7 +8,7 @@ With p = softmax(t) of the teacher's logits t and q = softmax(u) of the student'
 import torch
 from torch import Tensor
 
-from workers.numerics.group_scales import scale_kernels
+from workers.numerics.backend import scale_kernels
 
 
 @torch.no_grad()
@@ -17,7 +17,7 @@ def divergence(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
 
     Both logits are (tokens, vocabulary). The gradient may take the place of the teacher's, which are lost.
     """
-    kernels = scale_kernels(student)
+    kernels = scale_kernels(student.device, student.dtype)
     if kernels is not None:
         teacher = teacher.contiguous()
         return kernels.divergence(student.contiguous(), teacher), teacher

@@ -9,13 +9,11 @@ Both read codes as they are stored, one byte each, and need no copy of the weigh
 """
 
 from collections.abc import Iterator
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
+
+from workers.numerics.backend import scale_kernels
 
 CACHED_ELEMENTS = 131_072
 """Elements of a chunk on a CPU: a few fp32 tensors of this size fit the second-level cache."""
@@ -27,32 +25,22 @@ def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor | int, out: Ten
 
     codes (groups, G) uint8; scale (groups,) fp32 or fp64; zero (groups,) uint8, or one number for all; out (groups, G).
     """
-    kernels = scale_kernels(out)
+    kernels = scale_kernels(out.device, out.dtype)
     if kernels is not None:
         kernels.dequantize(codes, scale, zero, out)
         return
-    for part in _chunks(codes):
-        out[part] = _steps(codes[part], _of(zero, part), torch.float32).mul_(scale[part].float().unsqueeze(-1))
+    for rows in _chunks(codes):
+        out[rows] = _steps(codes[rows], _of(zero, rows), torch.float32).mul_(scale[rows].float().unsqueeze(-1))
 
 
 def add_scale_gradient(gradient: Tensor, codes: Tensor, zero: Tensor | int, out: Tensor) -> None:
     """out += sum over each group of gradient*(codes - zero); gradient (groups, G), out (groups,) fp32 or fp64."""
-    kernels = scale_kernels(gradient)
+    kernels = scale_kernels(gradient.device, gradient.dtype)
     if kernels is not None:
         kernels.add_scale_gradient(gradient, codes, zero, out)
         return
-    for part in _chunks(codes):
-        out[part] += _steps(codes[part], _of(zero, part), out.dtype).mul_(gradient[part]).sum(-1)
-
-
-def scale_kernels(tensor: Tensor) -> ModuleType | None:
-    """The module of Triton kernels where it serves this tensor: on a GPU, for dtypes that fp32 holds."""
-    return _kernels() if tensor.is_cuda and tensor.dtype != torch.float64 else None
-
-
-@lru_cache
-def _kernels() -> ModuleType | None:
-    return None if find_spec("triton") is None else import_module("workers.numerics.backends.scale_kernels")
+    for rows in _chunks(codes):
+        out[rows] += _steps(codes[rows], _of(zero, rows), out.dtype).mul_(gradient[rows]).sum(-1)
 
 
 def _steps(codes: Tensor, zero: Tensor | int, dtype: torch.dtype) -> Tensor:
@@ -60,8 +48,8 @@ def _steps(codes: Tensor, zero: Tensor | int, dtype: torch.dtype) -> Tensor:
     return codes.to(dtype).sub_(zero if isinstance(zero, int) else zero.to(dtype).unsqueeze(-1))
 
 
-def _of(zero: Tensor | int, part: slice) -> Tensor | int:
-    return zero if isinstance(zero, int) else zero[part]
+def _of(zero: Tensor | int, rows: slice) -> Tensor | int:
+    return zero if isinstance(zero, int) else zero[rows]
 
 
 def _chunks(codes: Tensor) -> Iterator[slice]:

@@ -31,7 +31,7 @@ from statistics import NormalDist
 import torch
 from torch import Tensor
 
-from app.domain.methods import PER_CHANNEL, AbsmaxScheme, Scheme
+from app.domain.methods import AbsmaxScheme, Scheme
 from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax
 
 OUTERMOST = 0.9677083
@@ -85,8 +85,7 @@ def quantize(weight: Tensor, scheme: Scheme, absmax: AbsmaxFormat, dtype: torch.
     dtype   of the dequantized weight
     """
     working = torch.promote_types(weight.dtype, torch.float32)
-    columns = weight.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
-    groups = weight.to(working).reshape(weight.shape[0], -1, columns)
+    groups = weight.to(working).reshape(weight.shape[0], -1, scheme.width(weight.shape[1]))
     largest = groups.abs().amax(-1)
     stored: Tensor | QuantizedAbsmax
     if isinstance(absmax, DoubleQuantization):

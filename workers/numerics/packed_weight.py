@@ -9,15 +9,12 @@ that of `workers.numerics.quantized`: fp32, rounded once. On a GPU one kernel un
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from workers.numerics.backend import unpack_kernels
 from workers.numerics.quantized import AffineWeight, CodebookWeight, QuantizedAbsmax, QuantizedWeight
 
 Kind = Literal["middle", "zero", "offset", "codebook"]
@@ -62,10 +59,19 @@ class PackedWeight:
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W_hat, (out, in)."""
         scale = self.scale if isinstance(self.scale, Tensor) else self.scale.dequantize()
-        kernels = unpack_kernels(self.packed)
+        kernels = unpack_kernels(self.packed.device, dtype)
         if kernels is not None:
             out = torch.empty(self.shape, dtype=dtype, device=self.packed.device)
-            kernels.unpack(self, scale, out)
+            kernels.unpack(
+                self.packed,
+                scale,
+                self.other,
+                out,
+                kind=self.kind,
+                width=self.width,
+                group_size=self.group_size,
+                middle=self.middle,
+            )
             return out
         codes = _unpack(self.packed, self.width, self.shape).view(self.shape[0], -1, self.group_size)
         return self._scaled(codes, scale.float().unsqueeze(-1)).view(self.shape).to(dtype)
@@ -83,16 +89,6 @@ def _zero(weight: AffineWeight) -> tuple[Kind, Tensor | None]:
     if weight.offset is not None:
         return "offset", weight.offset.contiguous()
     return ("middle", None) if weight.zero_point is None else ("zero", weight.zero_point.contiguous())
-
-
-def unpack_kernels(tensor: Tensor) -> ModuleType | None:
-    """The module of Triton kernels where it serves this tensor."""
-    return _kernels() if tensor.is_cuda else None
-
-
-@lru_cache
-def _kernels() -> ModuleType | None:
-    return None if find_spec("triton") is None else import_module("workers.numerics.backends.unpack_kernels")
 
 
 def _pack(codes: Tensor, width: int) -> Tensor:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
-from app.domain.methods import PER_CHANNEL, Scheme
+from app.domain.methods import Scheme
 
 Number = float | Tensor
 """A number, or one that the device still computes: reading it waits for the device."""
@@ -69,7 +69,7 @@ class AffineWeight:
     @property
     def group_size(self) -> int:
         """Columns a group; the number of inputs where the scheme says per channel."""
-        return _columns(self.codes, self.scheme)
+        return self.scheme.width(self.codes.shape[1])
 
     def dequantize(self) -> Tensor:
         """W_hat in `dtype`, (out, in): product (and sum with an offset) in fp32, one rounding."""
@@ -153,7 +153,7 @@ class CodebookWeight:
     @property
     def group_size(self) -> int:
         """Columns a group; the number of inputs where the scheme says per channel."""
-        return _columns(self.codes, self.scheme)
+        return self.scheme.width(self.codes.shape[1])
 
     def dequantize(self) -> Tensor:
         """W_hat in `dtype`, (out, in): product in fp32, one rounding."""
@@ -274,10 +274,6 @@ class LinearResult:
         """Bits of the weight and of its correction."""
         bits = self.weight.stored_bits()
         return bits if self.low_rank is None else bits + self.low_rank.stored_bits()
-
-
-def _columns(codes: Tensor, scheme: Scheme) -> int:
-    return codes.shape[1] if scheme.group_size == PER_CHANNEL else scheme.group_size
 
 
 def _bits(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ from app.domain.adapters import (
     QALoRASpec,
     QBaRASpec,
 )
-from app.domain.methods.schemes import PER_CHANNEL
+from app.domain.methods.schemes import group_width
 from bitwright.errors import MisalignedAdapter
 
 NAMED_CHOICES = 8
@@ -33,7 +33,7 @@ def shape_for(spec: GroupedSpec, in_features: int, out_features: int, group_size
         MisalignedAdapter: the pool or the repetition does not divide the linear, or the pool is no multiple of the
             group though the kind promises to merge into the quantized weight. The hint names those that would do.
     """
-    group = in_features if group_size == PER_CHANNEL else group_size
+    group = group_width(group_size, in_features)
     form: Literal["pair", "single"] = "pair"
     match spec:
         case LoRASpec():

@@ -45,6 +45,11 @@ class Spec(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def group_width(group_size: int, in_features: int) -> int:
+    """Columns of a group of a linear with so many inputs: all of them where groups are rows."""
+    return in_features if group_size == PER_CHANNEL else group_size
+
+
 SCALE_BITS = 16
 """Of a stored scale, where its dtype is not known yet."""
 
@@ -58,7 +63,7 @@ class Scheme(Spec):
 
     def width(self, in_features: int) -> int:
         """Columns of a group of a linear with so many inputs."""
-        return in_features if self.group_size == PER_CHANNEL else self.group_size
+        return group_width(self.group_size, in_features)
 
     def bits_per_weight(self, in_features: int, scale_bits: int = SCALE_BITS) -> float:
         """Bits of a weight with its share of scale and zero point."""

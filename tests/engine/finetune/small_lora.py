@@ -5,10 +5,11 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from workers.contracts.adapters import TrainableAdapter
 from workers.numerics.quantized import LinearResult
 
 
-class SmallLoRA(nn.Module):
+class SmallLoRA(TrainableAdapter):
     """y = b a x."""
 
     def __init__(
@@ -30,10 +31,12 @@ class SmallLoRA(nn.Module):
         return nn.functional.linear(nn.functional.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
 
-def attach_small(linears: Mapping[str, LinearResult], dtype: torch.dtype = torch.float32) -> dict[str, nn.Module]:
+def attach_small(
+    linears: Mapping[str, LinearResult], dtype: torch.dtype = torch.float32
+) -> dict[str, TrainableAdapter]:
     """One beside each linear, the same each time."""
     generator = torch.Generator().manual_seed(5)
-    found: dict[str, nn.Module] = {}
+    found: dict[str, TrainableAdapter] = {}
     for name, result in linears.items():
         out_features, in_features = result.weight.shape
         found[name] = SmallLoRA(in_features, out_features, dtype=dtype, generator=generator)

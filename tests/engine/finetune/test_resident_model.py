@@ -14,6 +14,7 @@ from app.domain.methods import Scheme
 from tests.engine.finetune.small_lora import SmallLoRA, attach_small
 from tests.engine.model.random_models import LENGTH, VOCABULARY, random_model, save_random_model
 from tests.engine.text.test_examples import random_examples
+from workers.contracts.adapters import TrainableAdapter
 from workers.engine.finetune.resident_model import Residence, ResidentModel, resident
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
@@ -39,7 +40,7 @@ def results_of(model: StreamedModel, index: int) -> dict[str, LinearResult]:
 
 
 def seeded(dtype: torch.dtype) -> Any:
-    def attach(linears: Any, seed: int) -> dict[str, nn.Module]:
+    def attach(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
         found = attach_small(linears, dtype)
         generator = torch.Generator().manual_seed(seed)
         for module in found.values():
@@ -164,7 +165,7 @@ def test_a_low_rank_correction_stays_where_no_adapter_takes_it_over(tmp_path: Pa
 
     how = Residence(length=LENGTH, keeps=True, recomputed=0)
 
-    def some(linears: Any, seed: int) -> dict[str, nn.Module]:
+    def some(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
         return attach_small({name: result for name, result in linears.items() if name.endswith("q_proj")})
 
     results = corrected(0)

@@ -22,9 +22,9 @@ from bitwright.events import BlockEvent, CheckpointEvent, LogEvent, MetricEvent,
 from bitwright.report import Report
 from tests.engine.conftest import TEXTS
 from tests.engine.finetune.test_trainer import Interrupted, interrupt_at
+from workers.adapters.adapter import Adapter
 from workers.adapters.attaching import Attach
 from workers.adapters.grouped import GroupedAdapter
-from workers.contracts.adapters import AttachAdapters
 from workers.disk.orders import AttemptOrder
 from workers.engine.finetune import stage as finetune_stage
 from workers.engine.finetune.resident_model import ResidentModel
@@ -78,17 +78,15 @@ class Job:
             device=self.device,
         )
 
-        def recorded(*of: Any) -> AttachAdapters:
-            def attach(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:
-                made = Attach(*of)(linears, seed)
-                self.adapters |= made
-                return made
-
-            return attach
+        class Recorded(Attach):
+            def __call__(recorded, linears: Mapping[str, LinearResult], seed: int) -> dict[str, Adapter]:  # noqa: N805
+                adapters = super().__call__(linears, seed)
+                self.adapters |= adapters
+                return adapters
 
         self.workspace.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finetune_stage, "Attach", recorded)
+            patch.setattr(finetune_stage, "Attach", Recorded)
             return run(order, self.workspace, Reporter(self.lines.append)).report
 
     def told(self, kind: type) -> list[Any]:

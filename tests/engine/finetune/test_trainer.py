@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any, Self
 
 import pytest
 import torch
@@ -23,6 +24,7 @@ from tests.engine.finetune.small_lora import SmallLoRA, attach_small
 from tests.engine.finetune.test_resident_model import results_of
 from tests.engine.model.random_models import LENGTH, save_random_model
 from tests.engine.text.test_examples import random_examples
+from workers.contracts.adapters import TrainableAdapter
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.finetune import trainer as training
 from workers.engine.finetune.checkpoints import TrainingState
@@ -65,7 +67,7 @@ class DroppingLoRA(SmallLoRA):
         return super().forward(nn.functional.dropout(x, 0.1, self.training))
 
 
-def attach_plain(linears: Any, seed: int) -> dict[str, nn.Module]:
+def attach_plain(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
     return attach_small(linears)
 
 
@@ -149,7 +151,7 @@ def test_rates_rise_and_fall_as_documented(schedule: str) -> None:
     assert rate_share(part_of(steps=1, warmup_share=0.03), 0) == 1.0
 
 
-def attach_double(linears: Any, seed: int) -> dict[str, nn.Module]:
+def attach_double(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
     return attach_small(linears, torch.float64)
 
 
@@ -201,10 +203,10 @@ def test_training_learns_and_says_so(folder: Path, tmp_path: Path) -> None:
 class PulledLoRA(SmallLoRA):
     """`a` has a rate of nearly 0; the penalty pulls `b` to 1."""
 
-    rates: ClassVar = {"a": 1e-30}
+    rates = MappingProxyType({"a": 1e-30})
 
-    @staticmethod
-    def penalty(adapters: Sequence["PulledLoRA"]) -> Tensor:
+    @classmethod
+    def penalty(cls, adapters: Sequence[Self]) -> Tensor:
         return torch.stack([1e6 * (adapter.b - 1).square().sum() for adapter in adapters]).sum()
 
 
@@ -216,7 +218,7 @@ class SettlingLoRA(SmallLoRA):
 
 
 def as_class(kind: type[SmallLoRA]) -> Any:
-    def attach(linears: Any, seed: int) -> dict[str, nn.Module]:
+    def attach(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
         found = attach_small(linears)
         for module in found.values():
             module.__class__ = kind
@@ -376,7 +378,7 @@ def loss_on(model: ResidentModel, text: PackedSequences) -> float:
 
 
 def test_a_loss_that_is_not_finite_ends_the_job(folder: Path, tmp_path: Path) -> None:
-    def attach(linears: Any, seed: int) -> dict[str, nn.Module]:
+    def attach(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
         found = attach_small(linears)
         next(iter(found.values())).b.data.fill_(math.nan)  # type: ignore[operator]
         return found

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from tests.numerics import plain_rounding
-from workers.methods.sign_round import RoundedWeights
-from workers.numerics.affine import SMALLEST_SCALE, GroupRange
+from workers.methods.sign_round import RoundedWeights, signed_step
+from workers.numerics.affine import GroupRange
 from workers.numerics.backends import rounding_operators
+from workers.numerics.backends.rounding_operators import GridSettings
 
 kernels = pytest.importorskip("workers.numerics.backends.rounding_kernels")
 
@@ -25,18 +26,18 @@ class ByKernels:
 
     def __init__(self, weights: RoundedWeights) -> None:
         self._of = weights
-        self._fixed = weights._grid_settings()
+        self._settings = weights._settings
         self.faults = torch.zeros(1, dtype=torch.int32, device=DEVICE)
 
     def write(self, out: Tensor) -> None:
-        kernels.write(self._of.state, *self._fixed, w_hat=out)
+        kernels.write(self._of.state, self._settings, w_hat=out)
 
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         given = {"gradient": gradient, "rate": rate, "faults": self.faults, "limits": (0.0, 1.0), "w_hat": out}
-        kernels.step(self._of.state, *self._fixed, **given)
+        kernels.step(self._of.state, self._settings, **given)
 
     def keep(self, better: Tensor) -> None:
-        kernels.keep(self._of.state, *self._fixed, better=better)
+        kernels.keep(self._of.state, self._settings, better=better)
 
 
 def pair(
@@ -99,13 +100,15 @@ def test_steps_equal_the_reference(
     for count in range(3):
         gradient = torch.randn_like(eager.state.weight)
         rate = torch.tensor(0.05 / (count + 1), device=DEVICE)
+        plain = signed_step(other.state, gradient, rate, eager._scheme, (0.0, 1.0))
         eager.step(gradient, rate, hats[0])
         fused.step(gradient, rate, hats[1])
         near = (eager.state.alpha != other.state.alpha) | (eager.state.beta != other.state.beta)
         assert int(near.sum()) <= 1 + len(near) // 50
-        for name in ("offset", "alpha", "beta"):
+        for name, stepped in zip(("offset", "alpha", "beta"), plain, strict=True):
             ours, theirs = getattr(eager.state, name), getattr(other.state, name)
             assert torch.equal(ours[~near], theirs[~near])
+            assert torch.equal(stepped[~near], theirs[~near])
             theirs.copy_(ours)
         assert torch.equal(hats[0][~near], hats[1][~near])
     assert int(fused.faults) == 0
@@ -169,7 +172,7 @@ def test_searched_ranges_equal_the_reference(
     groups = weight.view(-1, width)
     repeated = moments.repeat(rows, 1)
     eager = plain_rounding.search_range(groups.float(), repeated, scheme, torch.bfloat16)
-    low, high = kernels.search_range(groups, moments, bits, symmetric, SMALLEST_SCALE[torch.bfloat16], torch.bfloat16)
+    low, high = kernels.search_range(groups, moments, GridSettings.of(scheme, torch.bfloat16), torch.bfloat16)
     errors = [
         plain_rounding.rounding_error(groups.float(), repeated, ranges, scheme, torch.bfloat16)
         for ranges in (eager, GroupRange(low, high), GroupRange.of(groups.float()))
@@ -181,9 +184,8 @@ def test_searched_ranges_equal_the_reference(
 @pytest.mark.parametrize("counted", [True, False])
 def test_warm_ups_launch_every_kernel(counted: bool) -> None:
     """What a launch writes shows that it ran; that no kernel is compiled later is seen on a GPU (test_cuda)."""
-    calls = kernels.warm_ups(
-        96, 32, 4, True, 1e-10, dtypes=(torch.bfloat16, torch.bfloat16), counted=counted, device=torch.device(DEVICE)
-    )
+    dtypes, grid = (torch.bfloat16, torch.bfloat16), GridSettings(4, True, 1e-10)
+    calls = kernels.warm_ups(96, 32, grid, dtypes=dtypes, counted=counted, device=torch.device(DEVICE))
     assert len(calls) == 4
     low, high = [call() for call in calls][-1]
     assert low.shape == high.shape == (48,)

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 
 from app.domain.methods import Scheme
 from tests.numerics import plain_rounding
-from workers.methods.sign_round import start
+from workers.methods.sign_round import signed_step, start
 from workers.numerics.affine import SMALLEST_SCALE, GroupRange
 from workers.numerics.backends import rounding_operators
-from workers.numerics.backends.rounding_operators import Groups
+from workers.numerics.backends.rounding_operators import GridSettings, Groups
 
 CASES = {
     "seed": st.integers(0, 10**6),
@@ -52,14 +52,12 @@ def test_weights_steps_and_results_are_the_formulas(
 ) -> None:
     groups = random_groups(seed, rows, width, magnitude, dtype)
     scheme = Scheme(bits=bits, group_size=width, symmetric=symmetric)
-    fixed = (bits, symmetric, SMALLEST_SCALE[SCALE])
+    grid = GridSettings.of(scheme, SCALE)
     w_hat, gradient = torch.empty_like(groups.weight), torch.randn_like(groups.weight)
-    rounding_operators.write(groups, *fixed, w_hat=w_hat)
+    rounding_operators.write(groups, grid, w_hat=w_hat)
     assert torch.equal(w_hat, plain_rounding.fake_quantized(groups, scheme))
     rate, faults = torch.tensor(0.05, dtype=groups.offset.dtype), torch.zeros(1, dtype=torch.int32)
-    wanted = plain_rounding.gradients(groups, gradient, scheme)
-    parameters = (groups.offset, groups.alpha, groups.beta)
-    expected = [p - rate * by_p.sign() for p, by_p in zip(parameters, wanted, strict=True)]
+    expected = signed_step(groups, gradient, rate, scheme, (0.25, 0.75))
     step: dict[str, Any] = {
         "gradient": gradient,
         "rate": rate,
@@ -67,15 +65,15 @@ def test_weights_steps_and_results_are_the_formulas(
         "limits": (0.25, 0.75),
         "w_hat": w_hat,
     }
-    rounding_operators.step(groups, *fixed, **step)
+    rounding_operators.step(groups, grid, **step)
     assert torch.equal(groups.offset, expected[0])
-    assert torch.equal(groups.alpha, expected[1].clamp(0.25, 0.75))
-    assert torch.equal(groups.beta, expected[2].clamp(0.25, 0.75))
+    assert torch.equal(groups.alpha, expected[1])
+    assert torch.equal(groups.beta, expected[2])
     assert torch.equal(w_hat, plain_rounding.fake_quantized(groups, scheme))
     assert int(faults) == 0
-    rounding_operators.keep(groups, *fixed, better=torch.tensor(False))
+    rounding_operators.keep(groups, grid, better=torch.tensor(False))
     assert not groups.codes.any()
-    rounding_operators.keep(groups, *fixed, better=torch.tensor(True))
+    rounding_operators.keep(groups, grid, better=torch.tensor(True))
     zero = 2 ** (bits - 1) if symmetric else groups.zero.double().unsqueeze(-1)
     kept = (groups.codes.double() - zero) * groups.scale.double().unsqueeze(-1)
     assert torch.equal(kept.to(groups.offset.dtype).to(dtype), w_hat)
@@ -87,10 +85,10 @@ def test_nan_in_a_gradient_is_counted_and_moves_nothing() -> None:
     gradient[3, 7] = float("nan")
     before, faults = groups.offset.clone(), torch.zeros(1, dtype=torch.int32)
     limits, w_hat = (0.0, 1.0), torch.empty_like(gradient)
-    fixed = (4, True, SMALLEST_SCALE[SCALE])
+    grid = GridSettings(4, True, SMALLEST_SCALE[SCALE])
     step: dict[str, Any] = {"gradient": gradient, "rate": torch.tensor(0.1), "faults": faults}
     step |= {"limits": limits, "w_hat": w_hat}
-    rounding_operators.step(groups, *fixed, **step)
+    rounding_operators.step(groups, grid, **step)
     assert int(faults) == 1
     assert groups.offset[3, 7] == before[3, 7]
     assert bool((groups.offset[4] != before[4]).any())
@@ -107,7 +105,7 @@ def test_searched_ranges_have_the_least_error(
     moments = torch.rand(3, width) * 10
     scheme = Scheme(bits=bits, group_size=width, symmetric=symmetric)
     given_moments = moments.clone()
-    found = rounding_operators.search_range(weight, moments, bits, symmetric, SMALLEST_SCALE[SCALE], SCALE)
+    found = rounding_operators.search_range(weight, moments, GridSettings.of(scheme, SCALE), SCALE)
     assert torch.equal(moments, given_moments)
     wide = weight.to(torch.promote_types(dtype, torch.float32))
     repeated = moments.to(wide.dtype).repeat(rows, 1)

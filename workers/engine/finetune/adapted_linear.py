@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.numerics.packed_weight import PackedWeight, unpack_kernels
+from workers.numerics.backend import unpack_kernels
+from workers.numerics.packed_weight import PackedWeight
 from workers.numerics.quantized import LinearResult, QuantizedWeight
 
 MakeWeight = Callable[[], Tensor]
@@ -79,7 +80,7 @@ def rebuilt(weight: QuantizedWeight | LinearResult, dtype: torch.dtype) -> MakeW
     if isinstance(weight, LinearResult):
         result = weight
         return lambda: result.dequantize().to(dtype)
-    if weight.dtype == dtype and unpack_kernels(weight.codes) is not None:
+    if weight.dtype == dtype and unpack_kernels(weight.codes.device, dtype) is not None:
         return partial(PackedWeight.of(weight).dequantize, dtype)
     plain = weight
     return lambda: plain.dequantize().to(dtype)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from workers.contracts.adapters import TrainableAdapter
 from workers.engine.device.process_group import ProcessGroup
 
 BETAS = (0.9, 0.999)
@@ -37,16 +38,15 @@ class FlatGroup:
 class FlatParameters:
     """All parameters of some modules, trained together.
 
-    decay   of parameters without a learning rate of their own (`workers.contracts.adapters.AttachAdapters`)
+    decay   of parameters without a learning rate of their own (`workers.contracts.adapters.TrainableAdapter`)
     """
 
-    def __init__(self, modules: Iterable[nn.Module], *, decay: float, clip_norm: float | None) -> None:
+    def __init__(self, modules: Iterable[TrainableAdapter], *, decay: float, clip_norm: float | None) -> None:
         """The parameters of `modules` become views of flat tensors, and stay that."""
         members: dict[float | None, list[nn.Parameter]] = {}
         for module in modules:
-            own: Mapping[str, float] = getattr(module, "rates", {})
             for name, parameter in module.named_parameters():
-                members.setdefault(own.get(name), []).append(parameter)
+                members.setdefault(module.rates.get(name), []).append(parameter)
         self._groups = [_flat(parameters, rate) for rate, parameters in members.items()]
         self._clip_norm = clip_norm
         self._adam = torch.optim.AdamW(

@@ -10,14 +10,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from bitwright.errors import UnsupportedArchitecture
-from workers.contracts.adapters import AttachAdapters
+from workers.contracts.adapters import AttachAdapters, TrainableAdapter
 from workers.engine.finetune.adapted_linear import AdaptedLinear, MakeWeight, rebuilt
 from workers.engine.finetune.token_loss import token_loss
 from workers.engine.model.streamed_model import BlockCall, StreamedModel
@@ -45,7 +44,7 @@ class ResidentModel:
     """The loaded model, its blocks with adapters, and the adapters by full linear name."""
 
     model: StreamedModel
-    adapters: Mapping[str, nn.Module]
+    adapters: Mapping[str, TrainableAdapter]
     calls: tuple[BlockCall, ...]
     dtype: torch.dtype
     recomputed: int
@@ -66,22 +65,22 @@ class ResidentModel:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Around the passes of a batch: what all adapters of a kind compute at once (`AttachAdapters`)."""
+        """Around the passes of a batch: what all adapters of a class compute at once."""
         with ExitStack() as stack:
-            for together, adapters in self._kinds("together"):
-                stack.enter_context(together(adapters))
+            for kind, adapters in self._by_class().items():
+                stack.enter_context(kind.together(adapters))
             yield
 
     def penalties(self) -> list[Tensor]:
-        """What kinds of adapters add to a step's loss, each (); some may have no gradient."""
-        return [penalty(adapters) for penalty, adapters in self._kinds("penalty")]
+        """Terms that classes of adapters add to a step's loss, each (); some may have no gradient."""
+        penalties = [kind.penalty(adapters) for kind, adapters in self._by_class().items()]
+        return [penalty for penalty in penalties if penalty is not None]
 
-    def _kinds(self, function: str) -> list[tuple[Callable[..., Any], list[nn.Module]]]:
-        """What kinds of adapters have for all of theirs, where they have it, and these adapters."""
-        kinds: dict[type[nn.Module], list[nn.Module]] = {}
+    def _by_class(self) -> dict[type[TrainableAdapter], list[TrainableAdapter]]:
+        classes: dict[type[TrainableAdapter], list[TrainableAdapter]] = {}
         for adapter in self.adapters.values():
-            kinds.setdefault(type(adapter), []).append(adapter)
-        return [(getattr(kind, function), adapters) for kind, adapters in kinds.items() if hasattr(kind, function)]
+            classes.setdefault(type(adapter), []).append(adapter)
+        return classes
 
     def _calls(self, batch: Batch) -> list[BlockCall]:
         """How each block is called with a batch; blocks that share a call share its masks."""
@@ -144,7 +143,7 @@ def resident(
         UnsupportedArchitecture: the model does more after its blocks than norm and head.
     """
     dtype, layout = compute_dtype(model), model.layout
-    adapters: dict[str, nn.Module] = {}
+    adapters: dict[str, TrainableAdapter] = {}
     calls = model.capture_calls(how.length)
     with ExitStack() as stack:
         stack.enter_context(model.filled(_outer_weights(model, dtype, head)))

@@ -14,7 +14,7 @@ from app.domain.request.finetuning import Finetune
 from bitwright.events import Stage
 from bitwright.report import FinetuningReport, LossPoint, TextReport
 from workers.adapters.attaching import Attach
-from workers.contracts.adapters import AttachAdapters
+from workers.contracts.adapters import AdapterFactory, TrainableAdapter
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.memory_plan import TrainingPlan, plan_training
@@ -57,7 +57,7 @@ class _Finetuning:
     job: Job
     config: Finetune
     texts: FinetuningTexts
-    attach: AttachAdapters
+    attach: AdapterFactory
     head: Tensor | None
 
     @property
@@ -136,7 +136,7 @@ def _shipped_loss(stage: _Finetuning, trained: FinetuningReport, load: LoadBlock
         return mean_loss(model, (batch.to(job.model.device) for batch in batches), job.processes)
 
 
-def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:  # noqa: ARG001 - a protocol
+def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, TrainableAdapter]:  # noqa: ARG001 - a protocol
     return {}
 
 
@@ -162,7 +162,7 @@ def _plan(stage: _Finetuning, divisor: int) -> TrainingPlan:
         longest,
         divisor=divisor,
         processes=stage.job.processes,
-        pass_bytes=getattr(stage.attach, "pass_bytes", 0),
+        pass_bytes=stage.attach.pass_bytes,
     )
 
 

@@ -21,7 +21,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,12 +224,12 @@ class _Training:
                 (penalty / self.task.processes.size).backward()  # type: ignore[no-untyped-call]
 
     def _tell_adapters(self, share: float) -> None:
-        """Which share of the training is done; what they exclude from gradients then is held."""
-        told: list[Any] = [adapter for adapter in self.task.resident.adapters.values() if hasattr(adapter, "progress")]
-        before = [parameter.requires_grad for adapter in told for parameter in adapter.parameters()]
-        for adapter in told:
+        """Passes on the share of the training that is done; what adapters exclude from gradients then is held."""
+        adapters = self.task.resident.adapters.values()
+        before = [parameter.requires_grad for adapter in adapters for parameter in adapter.parameters()]
+        for adapter in adapters:
             adapter.progress(share)
-        if before != [parameter.requires_grad for adapter in told for parameter in adapter.parameters()]:
+        if before != [parameter.requires_grad for adapter in adapters for parameter in adapter.parameters()]:
             self.parameters.hold_still()
 
     @torch.no_grad()

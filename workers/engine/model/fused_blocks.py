@@ -2,22 +2,21 @@
 
 A block of the classes below is replaced by a module that computes the same in fewer passes: norms, residual sums,
 rotary embeddings and the gated MLP by one kernel each on a GPU (`workers.numerics.backends.block_kernels`), by few
-operators on
-a CPU (`workers.numerics.backends.block_operators`), where attention is written by hand, too. Its parts and parameters
-keep their
-names, so that nothing else sees a difference. A class that is not listed stays as it is, and any architecture runs
-without this file.
+operators on a CPU (`workers.numerics.backends.block_operators`), where attention is written by hand, too. Its parts and
+parameters keep their names, so that nothing else sees a difference. A class that is not listed stays as it is, and any
+architecture runs without this file.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from workers.contracts.blocks import JoinsLinears, SplitOutput
+from workers.numerics.backend import BlockKernels, compiled_block_kernels, triton_serves
+from workers.numerics.backends import block_operators
 from workers.numerics.causal_attention import scaled_dot_product_attention
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
@@ -46,22 +45,22 @@ class Parts:
         """The parts that serve a device; None if there are none for it."""
         if device.type == "cpu":
             return cls.operators()
-        usable = device.type == "cuda" and dtype != torch.float64 and find_spec("triton") is not None
-        return cls.kernels() if usable else None
+        return cls.kernels() if triton_serves(device, dtype) else None
 
     @classmethod
     def kernels(cls) -> "Parts":
         """Triton's."""
-        module = import_module("workers.numerics.backends.block_kernels")
-        functions = (module.rms_norm, module.add_rms_norm, module.silu_mul, module.apply_rope)
-        return cls(*functions, attend=scaled_dot_product_attention, packs_gate_up=True)
+        return cls._of(compiled_block_kernels(), scaled_dot_product_attention, packs_gate_up=True)
 
     @classmethod
     def operators(cls) -> "Parts":
         """torch's."""
-        module = import_module("workers.numerics.backends.block_operators")
-        functions = (module.rms_norm, module.add_rms_norm, module.silu_mul, module.apply_rope)
-        return cls(*functions, attend=module.attend, packs_gate_up=False)
+        return cls._of(block_operators, block_operators.attend, packs_gate_up=False)
+
+    @classmethod
+    def _of(cls, kernels: BlockKernels, attend: Callable[..., Tensor], *, packs_gate_up: bool) -> "Parts":
+        functions = (kernels.rms_norm, kernels.add_rms_norm, kernels.silu_mul, kernels.apply_rope)
+        return cls(*functions, attend=attend, packs_gate_up=packs_gate_up)
 
 
 class FusedRMSNorm(nn.Module):
@@ -77,11 +76,8 @@ class FusedRMSNorm(nn.Module):
         return self.parts.rms_norm(hidden, self.weight, self.eps)
 
 
-class FusedMLP(nn.Module):
+class FusedMLP(JoinsLinears):
     """down(silu(gate(x)) * up(x))"""
-
-    joined: nn.Module | None = None
-    """Gate and up as one, if their weights lie in a row (`workers.engine.tune.tuned_block.replace_linears`)."""
 
     def __init__(self, mlp: Any, parts: Parts) -> None:
         super().__init__()
@@ -95,11 +91,10 @@ class FusedMLP(nn.Module):
         return down
 
 
-class FusedAttention(nn.Module):
+class FusedAttention(JoinsLinears):
     """Causal attention with rotary embeddings and, where the module has them, norms of queries and keys."""
 
     together = ("q_proj", "k_proj", "v_proj")
-    joined: nn.Module | None = None
 
     def __init__(self, attention: Any, parts: Parts) -> None:
         super().__init__()
@@ -138,7 +133,7 @@ class FusedAttention(nn.Module):
         return self.parts.apply_rope(query, key, value, counts=counts, cos=cos, sin=sin)
 
 
-class FusedBlock(nn.Module):
+class FusedBlock(nn.Module, SplitOutput):
     """h = x + attention(norm(x)), then h + mlp(norm(h)); each sum is made by the kernel that reads it next."""
 
     def __init__(self, block: Any, parts: Parts) -> None:
@@ -154,7 +149,6 @@ class FusedBlock(nn.Module):
         return residual + update
 
     def residual_and_update(self, hidden_states: Tensor, **keywords: Any) -> list[Tensor]:
-        """Two tensors whose sum is the block's output, for a loss that adds them itself."""
         attended = self.self_attn(self.input_layernorm(hidden_states), **keywords)
         norm = self.post_attention_layernorm
         residual, normal = self.parts.add_rms_norm(hidden_states, attended, norm.weight, norm.eps)
@@ -166,9 +160,7 @@ def warm_ups(block: FusedBlock, dtype: torch.dtype, device: torch.device) -> lis
     attention, mlp = block.self_attn, block.mlp
     heads = attention.counts
     inner, width = mlp.gate_proj.weight.shape
-    kernels = import_module("workers.numerics.backends.block_kernels")
-    calls: list[Callable[[], object]] = kernels.warm_ups((width, inner), heads, attention.head_dim, dtype, device)
-    return calls
+    return compiled_block_kernels().warm_ups((width, inner), heads, attention.head_dim, dtype, device)
 
 
 def fuse(block: nn.Module, parts: Parts) -> nn.Module:

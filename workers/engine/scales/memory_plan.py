@@ -115,4 +115,4 @@ def _resident_bytes(task: ScaleTask) -> int:
 
 
 def _groups(columns: int, scheme: Scheme) -> int:
-    return 1 if scheme.group_size < 0 else columns // scheme.group_size
+    return columns // scheme.width(columns)

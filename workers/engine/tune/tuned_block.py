@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, JoinsLinears
 from workers.contracts.tuning import TrainableWeights
 from workers.engine.tune.gradient_linear import GradientLinear
 
@@ -107,21 +107,19 @@ class TunedBlock:
 def replace_linears(module: nn.Module, names: Iterable[str], make: MakeLinear) -> None:
     """Puts what `make` makes of them in place of some linears of `module`.
 
-    Parts that can compute several linears of the same input at once do so, where `make` can: such a part names them in
-    `together`, and takes their product from `joined` if that is set.
+    Parts that can compute several linears of the same input at once (`JoinsLinears`) do so, where `make` can.
     """
     for name in names:
         single = make([name], getattr(module.get_submodule(name), "bias", None))
         if single is not None:
             module.set_submodule(name, single)
-    for prefix, owner in module.named_modules():
-        together: tuple[str, ...] = getattr(owner, "together", ())
-        if not together:
+    for prefix, child in module.named_modules():
+        if not isinstance(child, JoinsLinears) or not child.together:
             continue
-        biases = _shared_biases([owner.get_submodule(name) for name in together])
-        joined = make([f"{prefix}.{name}" if prefix else name for name in together], biases)
+        biases = _shared_biases([child.get_submodule(name) for name in child.together])
+        joined = make([f"{prefix}.{name}" if prefix else name for name in child.together], biases)
         # Not a submodule: its parameters are those of the linears that it joins.
-        object.__setattr__(owner, "joined", joined)
+        object.__setattr__(child, "joined", joined)
 
 
 def _shared_biases(linears: Sequence[nn.Module]) -> nn.Parameter | None:

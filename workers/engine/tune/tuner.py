@@ -21,21 +21,19 @@ over the ranks, between two graphs where there would be one, and all take the sa
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from importlib import import_module
-from importlib.util import find_spec
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from bitwright.errors import NumericalFailure
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, SplitOutput
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.device.cuda_graphs import captured
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.tune.minibatches import Minibatches, address
 from workers.engine.tune.sample_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.tune.tuned_block import TunedBlock, shape_of
+from workers.numerics.backend import BlockKernels, block_kernels
 from workers.numerics.quantized import Number
 
 CHECKS = 10
@@ -128,7 +126,7 @@ class _Run:
     loss: Tensor
     best: Tensor
     best_step: Tensor
-    kernels: ModuleType | None
+    kernels: BlockKernels | None
     processes: ProcessGroup
     initial: Number = math.nan
     step: Callable[[], None] = lambda: None
@@ -149,7 +147,7 @@ class _Run:
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
             block=TunedBlock.of(task, weights),
-            kernels=block_kernels_for(data.inputs),
+            kernels=block_kernels(data.inputs.device, data.inputs.dtype),
             processes=processes,
             weights=weights,
             settings=settings,
@@ -279,19 +277,17 @@ class _Run:
         forward, module = self.task.forward, self.block.module
         if self.kernels is None:
             return [forward(module, self.data.inputs.index_select(0, rows))]
-        inputs, residual_and_update = (
-            self.kernels.take_rows(self.data.inputs, rows),
-            getattr(module, "residual_and_update", None),
-        )
-        return [forward(module, inputs)] if residual_and_update is None else list(forward(residual_and_update, inputs))
+        inputs = self.kernels.take_rows(self.data.inputs, rows)
+        if isinstance(module, SplitOutput):
+            return list(forward(module.residual_and_update, inputs))
+        return [forward(module, inputs)]
 
     @torch.no_grad()
     def _error(self, parts: list[Tensor], rows: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """`share` times the mean squared error of outputs, fp32, and `LOSS_SCALE` times its gradient by them."""
         scaled = LOSS_SCALE.get(parts[0].dtype, 1.0)
         if self.kernels is not None:
-            loss, gradient = self.kernels.square_error(parts, self.data.targets, rows, share, scaled)
-            return loss, gradient
+            return self.kernels.square_error(parts, self.data.targets, rows, share, scaled)
         (output,) = parts
         targets = self.data.targets.index_select(0, rows)
         # In half precision the difference is rounded as the outputs are; squares and their mean are not.
@@ -310,15 +306,6 @@ class _Run:
                 hint="look for NaN in the model's weights, or use more bits or a lower learning rate",
             )
         return value
-
-
-def block_kernels_for(inputs: Tensor) -> ModuleType | None:
-    """Functions for a block's parts where they serve: operators on a CPU, kernels on a GPU with Triton."""
-    if inputs.device.type == "cpu":
-        return import_module("workers.numerics.backends.block_operators")
-    if not inputs.is_cuda or inputs.dtype == torch.float64 or find_spec("triton") is None:
-        return None
-    return import_module("workers.numerics.backends.block_kernels")
 
 
 def _shape(

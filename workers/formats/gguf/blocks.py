@@ -97,8 +97,7 @@ def unpack(data: Tensor, kind: Kind, scheme: Scheme, dtype: torch.dtype) -> Affi
     symmetric, five = kind in MIDDLE, kind in (Kind.Q5_0, Kind.Q5_1)
     head = 2 if symmetric else 4
     blocks = data.view(len(data), -1, head + (BLOCK if kind is Kind.Q8_0 else BLOCK // 2 + (4 if five else 0)))
-    repeated = 1 if scheme.group_size < 0 else scheme.group_size // BLOCK
-    every = slice(None, 1) if scheme.group_size < 0 else slice(None, None, repeated)
+    every = slice(None, None, scheme.width(blocks.shape[1] * BLOCK) // BLOCK)
     scale = blocks[..., :2].contiguous().view(torch.float16)[:, every, 0].contiguous()
     codes = _codes(blocks[..., head:], kind)
     if symmetric:

@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from workers.numerics.affine import ASYMMETRIC_FACTORS, SMALLEST_FACTOR, SYMMETRIC_FACTORS
-from workers.numerics.backends.rounding_operators import Groups
+from workers.numerics.backends.rounding_operators import GridSettings, Groups
 
 PROGRAM_ELEMENTS = 1024
 """Weights that a program handles; at least one group. Eight a thread: more take so many registers that too few programs
@@ -45,16 +45,14 @@ def offset_unit(steps: int, learning_rate: float) -> float | None:
     return learning_rate / steps if 0 < steps * (steps + 1) // 2 <= LARGEST_COUNT else None
 
 
-def write(groups: Groups, bits: int, symmetric: bool, smallest: float, w_hat: Tensor) -> None:
-    """hat <- w_hat of the present parameters."""
-    _launch(groups, bits, symmetric, smallest, w_hat=w_hat)
+def write(groups: Groups, settings: GridSettings, w_hat: Tensor) -> None:
+    """w_hat <- that of the present parameters."""
+    _launch(groups, settings, w_hat=w_hat)
 
 
 def step(
     groups: Groups,
-    bits: int,
-    symmetric: bool,
-    smallest: float,
+    settings: GridSettings,
     *,
     gradient: Tensor,
     rate: Tensor,
@@ -62,20 +60,20 @@ def step(
     limits: tuple[float, float],
     w_hat: Tensor,
 ) -> None:
-    """Moves V, alpha and beta, the latter within `limits`; hat <- the new w_hat.
+    """Moves V, alpha and beta, the latter within `limits`; w_hat <- that of the new parameters.
 
     Adds the number of groups with NaN gradients to `faults`.
     """
-    _launch(groups, bits, symmetric, smallest, gradient=gradient, rate=rate, faults=faults, limits=limits, w_hat=w_hat)
+    _launch(groups, settings, gradient=gradient, rate=rate, faults=faults, limits=limits, w_hat=w_hat)
 
 
-def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Tensor) -> None:
+def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
     """codes, scale and zero <- the present result, if `better`."""
-    _launch(groups, bits, symmetric, smallest, better=better)
+    _launch(groups, settings, better=better)
 
 
 def search_range(
-    weight: Tensor, moments: Tensor, bits: int, symmetric: bool, smallest: float, scale_dtype: torch.dtype
+    weight: Tensor, moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`workers.numerics.backends.rounding_operators.search_range` in one pass: low and high, fp32 (groups,).
 
@@ -93,11 +91,11 @@ def search_range(
         count,
         width,
         len(moments),
-        smallest,
-        BITS=bits,
-        SYMMETRIC=symmetric,
+        settings.smallest,
+        BITS=settings.bits,
+        SYMMETRIC=settings.symmetric,
         STORED_AS=STORED[scale_dtype],
-        FACTORS=SYMMETRIC_FACTORS if symmetric else ASYMMETRIC_FACTORS,
+        FACTORS=SYMMETRIC_FACTORS if settings.symmetric else ASYMMETRIC_FACTORS,
         SHRINK=1 - SMALLEST_FACTOR,
         **sizes,
     )
@@ -107,9 +105,7 @@ def search_range(
 def warm_ups(
     columns: int,
     width: int,
-    bits: int,
-    symmetric: bool,
-    smallest: float,
+    settings: GridSettings,
     *,
     dtypes: tuple[torch.dtype, torch.dtype],
     counted: bool,
@@ -125,21 +121,20 @@ def warm_ups(
     groups = Groups(weight, offset, -one, one, one, one.clone(), codes, one.to(dtypes[1]), codes[:, 0].contiguous())
     moments = torch.ones(columns // width, width, device=device)
     better, faults = torch.ones((), dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int32, device=device)
-    grid = (bits, symmetric, smallest)
     return [
-        partial(write, groups, *grid, torch.empty_like(weight)),
+        partial(write, groups, settings, torch.empty_like(weight)),
         partial(
             step,
             groups,
-            *grid,
+            settings,
             gradient=weight,
             rate=one[0],
             faults=faults,
             limits=(0.5, 1.5),
             w_hat=torch.empty_like(weight),
         ),
-        partial(keep, groups, *grid, better),
-        partial(search_range, weight, moments, *grid, dtypes[1]),
+        partial(keep, groups, settings, better),
+        partial(search_range, weight, moments, settings, dtypes[1]),
     ]
 
 
@@ -153,9 +148,7 @@ def _programs(count: int, width: int) -> tuple[tuple[int], dict[str, int]]:
 
 def _launch(
     groups: Groups,
-    bits: int,
-    symmetric: bool,
-    smallest: float,
+    settings: GridSettings,
     *,
     w_hat: Tensor | None = None,
     gradient: Tensor | None = None,
@@ -184,11 +177,11 @@ def _launch(
         unused if better is None else better,
         count,
         width,
-        smallest,
+        settings.smallest,
         groups.unit,
         *limits,
-        BITS=bits,
-        SYMMETRIC=symmetric,
+        BITS=settings.bits,
+        SYMMETRIC=settings.symmetric,
         STORED_AS=STORED[groups.scale.dtype],
         STEP=gradient is not None,
         WRITE=w_hat is not None,

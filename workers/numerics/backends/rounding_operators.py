@@ -1,8 +1,8 @@
 """The fake quantizer in torch's operators, for any device and dtype; on a CPU as few passes as there are operators for.
 
 The functions are those of `workers.numerics.backends.rounding_kernels`, which has Triton's, with the same arguments
-and results; formulas
-and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype, fp32 or fp64.
+and results;
+formulas and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype, fp32 or fp64.
 
 Weights are worked on in chunks whose buffers stay in a CPU's cache and are used again for every chunk. No truth values
 are made of weights: on a CPU an operator that makes or takes them costs as much as five others. So m is applied by the
@@ -20,6 +20,7 @@ from torch import Tensor
 from app.domain.methods import PER_CHANNEL, Scheme
 from workers.numerics.affine import (
     ASYMMETRIC_FACTORS,
+    SMALLEST_SCALE,
     SYMMETRIC_FACTORS,
     Grid,
     GroupRange,
@@ -32,6 +33,20 @@ CACHED_ELEMENTS = 524_288
 """Elements of a chunk: two cores' halves of an operator's buffers about fill their second-level caches."""
 CHUNK_ELEMENTS = CACHED_ELEMENTS << 6
 """The same on a GPU, where what counts is that buffers fit."""
+
+
+@dataclass(frozen=True)
+class GridSettings:
+    """Numbers that fix the grid of every group, beside its range: b, whether z is constant, and the least |s|."""
+
+    bits: int
+    symmetric: bool
+    smallest: float
+
+    @classmethod
+    def of(cls, scheme: Scheme, scale_dtype: torch.dtype) -> "GridSettings":
+        """Of a scheme whose scales are stored in `scale_dtype`."""
+        return cls(scheme.bits, scheme.symmetric, SMALLEST_SCALE[scale_dtype])
 
 
 @dataclass(frozen=True)
@@ -56,13 +71,13 @@ class Groups:
 
     def tensors(self) -> dict[str, Any]:
         """All of them by name."""
-        found = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
-    def grid(self, bits: int, symmetric: bool) -> Grid:
+    def grid(self, settings: GridSettings) -> Grid:
         """Of the present alpha and beta."""
-        ranges = GroupRange(self.low, self.high)
-        return grid(ranges, _scheme(bits, symmetric), self.scale.dtype, self.alpha, self.beta)
+        ranges, scheme = GroupRange(self.low, self.high), _scheme(settings.bits, settings.symmetric)
+        return grid(ranges, scheme, self.scale.dtype, self.alpha, self.beta)
 
 
 @dataclass(frozen=True)
@@ -71,7 +86,7 @@ class Buffers:
 
     weight: Tensor
     gradient: Tensor
-    free: Tensor
+    unclamped: Tensor
     codes: Tensor
 
 
@@ -85,19 +100,17 @@ def warm_ups(*_: object, **__: object) -> list[Callable[[], object]]:
     return []
 
 
-def write(groups: Groups, bits: int, symmetric: bool, smallest: float, w_hat: Tensor) -> None:  # noqa: ARG001 - see grid
-    """hat <- w_hat of the present parameters."""
-    to, w_hat = groups.grid(bits, symmetric), w_hat.view(groups.weight.shape)
+def write(groups: Groups, settings: GridSettings, w_hat: Tensor) -> None:
+    """w_hat <- that of the present parameters."""
+    grid, w_hat = groups.grid(settings), w_hat.view(groups.weight.shape)
     for rows, work in _chunks(groups):
-        part = to.rows(rows)
-        w_hat[rows] = _steps(_codes(groups, rows, part, work), part).mul_(part.scale.unsqueeze(-1))
+        chunk = grid.rows(rows)
+        w_hat[rows] = _steps(_codes(groups, rows, chunk, work), chunk).mul_(chunk.scale.unsqueeze(-1))
 
 
 def step(
     groups: Groups,
-    bits: int,
-    symmetric: bool,
-    smallest: float,
+    settings: GridSettings,
     *,
     gradient: Tensor,
     rate: Tensor,
@@ -105,68 +118,70 @@ def step(
     limits: tuple[float, float],
     w_hat: Tensor,
 ) -> None:
-    """Moves V, alpha and beta, the latter within `limits`; hat <- the new w_hat.
+    """Moves V, alpha and beta, the latter within `limits`; w_hat <- that of the new parameters.
 
     Adds the number of groups with NaN gradients to `faults`.
     """
-    to = groups.grid(bits, symmetric)
-    sums = [torch.empty_like(groups.low) for _ in range(2 if symmetric else 4)]
-    move, gradient = to.scale.sign().mul_(-rate).unsqueeze(-1), gradient.view(groups.weight.shape)
+    grid = groups.grid(settings)
+    sums = [torch.empty_like(groups.low) for _ in range(2 if settings.symmetric else 4)]
+    move, gradient = grid.scale.sign().mul_(-rate).unsqueeze(-1), gradient.view(groups.weight.shape)
     for rows, work in _chunks(groups):
-        inside = _gradients(groups, rows, to.rows(rows), work, gradient[rows], sums)
+        inside = _gradients(groups, rows, grid.rows(rows), work, gradient[rows], sums)
         groups.offset[rows].addcmul_(inside.sign_(), move[rows])
-    d_alpha, d_beta = _range_gradients(groups, to, sums)
+    d_alpha, d_beta = _range_gradients(groups, grid, sums)
     faults += d_alpha.isnan().sum(dtype=faults.dtype)
     for factor, by_factor in ((groups.alpha, d_alpha), (groups.beta, d_beta)):
         factor.sub_(by_factor.nan_to_num_().sign_().mul_(rate)).clamp_(*limits)
-    write(groups, bits, symmetric, smallest, w_hat)
+    write(groups, settings, w_hat)
 
 
-def _gradients(groups: Groups, rows: slice, to: Grid, work: Buffers, d: Tensor, sums: Sequence[Tensor]) -> Tensor:
+def _gradients(groups: Groups, rows: slice, grid: Grid, work: Buffers, d: Tensor, sums: Sequence[Tensor]) -> Tensor:
     """D*m of a chunk, of which dL/dV is s times, for D = `d`.
 
     Puts into `sums` those of D*(q - z), D*m*w and, where there are four, of D and D*m over each group.
     """
     by_steps, by_weight, *by_zero = (total[rows] for total in sums)
     d = work.gradient.copy_(d)
-    steps = _steps(_codes(groups, rows, to, work), to)
+    steps = _steps(_codes(groups, rows, grid, work), grid)
     torch.sum(torch.mul(d, steps, out=work.codes), -1, out=by_steps)
     if by_zero:
         torch.sum(d, -1, out=by_zero[0])
-    inside = torch.ops.aten.hardtanh_backward.grad_input(d, work.free, to.lowest - 0.5, to.highest + 0.5, grad_input=d)
+    inside = torch.ops.aten.hardtanh_backward.grad_input(
+        d, work.unclamped, grid.lowest - 0.5, grid.highest + 0.5, grad_input=d
+    )
     torch.sum(torch.mul(inside, work.weight, out=work.codes), -1, out=by_weight)
     if by_zero:
         torch.sum(inside, -1, out=by_zero[1])
     return d
 
 
-def _range_gradients(groups: Groups, to: Grid, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _range_gradients(groups: Groups, grid: Grid, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """dL/dalpha and dL/dbeta, (groups,), from the sums of `_gradients`."""
     by_steps, by_weight, *by_zero = sums
-    d_scale = by_steps - by_weight.div_(to.scale)
-    if to.zero is None:
+    d_scale = by_steps - by_weight.div_(grid.scale)
+    if grid.zero is None:
         low_wins = -groups.alpha * groups.low > groups.beta * groups.high
-        d_alpha = d_scale * torch.where(low_wins, groups.low / to.lowest, 0)
-        return d_alpha, d_scale * torch.where(low_wins, 0, groups.high / to.lowest)
-    d_zero = -to.scale * (by_zero[0] - by_zero[1])
-    d_scale += d_zero * groups.alpha * groups.low / to.scale.square()
-    return -d_zero * groups.low / to.scale - d_scale * groups.low / to.highest, d_scale * groups.high / to.highest
+        d_alpha = d_scale * torch.where(low_wins, groups.low / grid.lowest, 0)
+        return d_alpha, d_scale * torch.where(low_wins, 0, groups.high / grid.lowest)
+    d_zero = -grid.scale * (by_zero[0] - by_zero[1])
+    d_scale += d_zero * groups.alpha * groups.low / grid.scale.square()
+    return -d_zero * groups.low / grid.scale - d_scale * groups.low / grid.highest, d_scale * groups.high / grid.highest
 
 
-def keep(groups: Groups, bits: int, symmetric: bool, smallest: float, better: Tensor) -> None:  # noqa: ARG001
+def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
     """codes, scale and zero <- the present result, if `better`."""
     if not better.is_cuda and not better:
         return
-    to = groups.grid(bits, symmetric)
-    _overwrite(groups.scale, to.scale, better)
-    if to.zero is not None:
-        _overwrite(groups.zero, to.zero, better)
+    grid = groups.grid(settings)
+    _overwrite(groups.scale, grid.scale, better)
+    if grid.zero is not None:
+        _overwrite(groups.zero, grid.zero, better)
     for rows, work in _chunks(groups):
-        _overwrite(groups.codes[rows], _codes(groups, rows, to.rows(rows), work).sub_(to.lowest), better)
+        _overwrite(groups.codes[rows], _codes(groups, rows, grid.rows(rows), work).sub_(grid.lowest), better)
 
 
 def search_range(
-    weight: Tensor, moments: Tensor, bits: int, symmetric: bool, smallest: float, scale_dtype: torch.dtype
+    weight: Tensor, moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The range of each group with the least sum_j moments_j * (w_hat_j - w_j)^2, rounded to nearest: low and high.
 
@@ -176,15 +191,14 @@ def search_range(
     Tried are the full range and shrunk ones: symmetric, of either sign of the scale; asymmetric, by every pair of
     factors for the two sides. Of equals the first, larger one is taken.
     """
-    del smallest  # `store_scale` knows it
     rows = len(moments) * max(1, _elements(weight) // moments.numel())
-    search = _search_symmetric if symmetric else _search_asymmetric
+    search = _search_symmetric if settings.symmetric else _search_asymmetric
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    found = []
-    for part in torch.split(weight, rows):
-        roots = moments.to(dtype).sqrt().repeat(len(part) // len(moments), 1)
-        found.append(search(part.to(dtype), roots, bits, scale_dtype))
-    low, high = (torch.cat(bounds) for bounds in zip(*found, strict=True))
+    ranges = []
+    for chunk in torch.split(weight, rows):
+        roots = moments.to(dtype).sqrt().repeat(len(chunk) // len(moments), 1)
+        ranges.append(search(chunk.to(dtype), roots, settings.bits, scale_dtype))
+    low, high = (torch.cat(bounds) for bounds in zip(*ranges, strict=True))
     return low, high
 
 
@@ -217,14 +231,14 @@ def _search_asymmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: to
     in_steps, error = (torch.empty_like(weight) for _ in range(2))
     factors = range_factors(ASYMMETRIC_FACTORS)
     for candidate in (GroupRange(full.low * a, full.high * b) for a in factors for b in factors):
-        to = grid(candidate, scheme, scale_dtype)
-        torch.div(weight, to.scale.unsqueeze(-1), out=in_steps)
+        tried = grid(candidate, scheme, scale_dtype)
+        torch.div(weight, tried.scale.unsqueeze(-1), out=in_steps)
         torch.round(in_steps, out=error)
-        if to.zero is not None:
-            zero = to.zero.unsqueeze(-1)
-            torch.maximum(error, to.lowest - zero, out=error)
-            torch.minimum(error, to.highest - zero, out=error)
-        total = _length(error.sub_(in_steps), roots) * to.scale
+        if tried.zero is not None:
+            zero = tried.zero.unsqueeze(-1)
+            torch.maximum(error, tried.lowest - zero, out=error)
+            torch.minimum(error, tried.highest - zero, out=error)
+        total = _length(error.sub_(in_steps), roots) * tried.scale
         better = total < least
         least = torch.where(better, total, least)
         best = GroupRange(torch.where(better, candidate.low, best.low), torch.where(better, candidate.high, best.high))
@@ -237,18 +251,18 @@ def _length(error: Tensor, roots: Tensor) -> Tensor:
     return length
 
 
-def _codes(groups: Groups, rows: slice, to: Grid, work: Buffers) -> Tensor:
-    """q of a chunk in `work.codes`, the same before clamping in `work.free` and w in `work.weight`."""
+def _codes(groups: Groups, rows: slice, grid: Grid, work: Buffers) -> Tensor:
+    """q of a chunk in `work.codes`, the same before clamping in `work.unclamped` and w in `work.weight`."""
     weight = work.weight.copy_(groups.weight[rows])
-    free = torch.addcdiv(groups.offset[rows], weight, to.scale.unsqueeze(-1), out=work.free).round_()
-    if to.zero is not None:
-        free += to.zero.unsqueeze(-1)
-    return torch.clamp(free, to.lowest, to.highest, out=work.codes)
+    unclamped = torch.addcdiv(groups.offset[rows], weight, grid.scale.unsqueeze(-1), out=work.unclamped).round_()
+    if grid.zero is not None:
+        unclamped += grid.zero.unsqueeze(-1)
+    return torch.clamp(unclamped, grid.lowest, grid.highest, out=work.codes)
 
 
-def _steps(codes: Tensor, to: Grid) -> Tensor:
+def _steps(codes: Tensor, grid: Grid) -> Tensor:
     """q - z, in the place of q."""
-    return codes if to.zero is None else codes.sub_(to.zero.unsqueeze(-1))
+    return codes if grid.zero is None else codes.sub_(grid.zero.unsqueeze(-1))
 
 
 def _overwrite(kept: Tensor, value: Tensor, better: Tensor) -> None:
@@ -259,10 +273,10 @@ def _chunks(groups: Groups) -> Iterator[tuple[slice, Buffers]]:
     """Slices of groups, each with buffers that it may use."""
     count, width = groups.weight.shape
     size = min(count, max(1, _elements(groups.weight) // width))
-    made = [torch.empty_like(groups.offset[:size]) for _ in fields(Buffers)]
+    buffers = [torch.empty_like(groups.offset[:size]) for _ in fields(Buffers)]
     for start in range(0, count, size):
         rows = slice(start, min(start + size, count))
-        yield rows, Buffers(*(buffer[: rows.stop - start] for buffer in made))
+        yield rows, Buffers(*(buffer[: rows.stop - start] for buffer in buffers))
 
 
 def _elements(weight: Tensor) -> int:

@@ -4,34 +4,38 @@ It reads 2, 4 or 8 bits a code and writes w_hat. With offsets the compiler may r
 everything else is the reference's, bit for bit. The interpreter runs the same code on a CPU (TRITON_INTERPRET=1).
 """
 
-from typing import TYPE_CHECKING
-
 import triton
 import triton.language as tl
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from workers.numerics.packed_weight import PackedWeight
 
 PROGRAM_ELEMENTS = 2048
 """Weights that a program makes."""
 KINDS = ("middle", "zero", "offset", "codebook")
 
 
-def unpack(weight: "PackedWeight", scale: Tensor, out: Tensor) -> None:
-    """out (out, in) <- W_hat; scale (out, groups)."""
+def unpack(
+    packed: Tensor,
+    scale: Tensor,
+    other: Tensor | None,
+    out: Tensor,
+    *,
+    kind: str,
+    width: int,
+    group_size: int,
+    middle: float,
+) -> None:
+    """out (out, in) <- W_hat; scale (out, groups), the rest as `workers.numerics.packed_weight.PackedWeight` has it."""
     count = out.numel()
-    other = weight.packed if weight.other is None else weight.other
     _unpack[(triton.cdiv(count, PROGRAM_ELEMENTS),)](
-        weight.packed,
+        packed,
         scale.contiguous(),
-        other,
+        packed if other is None else other,
         out,
         count,
-        weight.group_size,
-        weight.middle,
-        WIDTH=weight.width,
-        KIND=KINDS.index(weight.kind),
+        group_size,
+        middle,
+        WIDTH=width,
+        KIND=KINDS.index(kind),
         BLOCK=PROGRAM_ELEMENTS,
     )
 

@@ -1,0 +1,159 @@
+"""Choice of the kernels that compute on a device: Triton's on a GPU, torch's operators elsewhere.
+
+Triton's kernels compute in fp32: they serve every dtype that fp32 holds, and never fp64 (`triton_serves`). Their
+modules are imported when they are first chosen: a machine without a GPU needs no Triton.
+
+Each module of `workers.numerics.backends` has the functions of its protocol.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from workers.numerics.backends import block_operators, rounding_operators
+from workers.numerics.backends.rounding_operators import GridSettings, Groups
+
+
+class RoundingKernels(Protocol):
+    """The fake quantizer of SignRound; `workers.numerics.backends.rounding_operators` describes the functions."""
+
+    def offset_unit(self, steps: int, learning_rate: float) -> float | None: ...
+    def write(self, groups: Groups, settings: GridSettings, w_hat: Tensor) -> None: ...
+    def step(
+        self,
+        groups: Groups,
+        settings: GridSettings,
+        *,
+        gradient: Tensor,
+        rate: Tensor,
+        faults: Tensor,
+        limits: tuple[float, float],
+        w_hat: Tensor,
+    ) -> None: ...
+    def keep(self, groups: Groups, settings: GridSettings, better: Tensor) -> None: ...
+    def search_range(
+        self, weight: Tensor, moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]: ...
+    def warm_ups(
+        self,
+        columns: int,
+        width: int,
+        settings: GridSettings,
+        *,
+        dtypes: tuple[torch.dtype, torch.dtype],
+        counted: bool,
+        device: torch.device,
+    ) -> list[Callable[[], object]]: ...
+
+
+class BlockKernels(Protocol):
+    """Parts of a decoder block and of its loss; `workers.numerics.backends.block_kernels` describes the functions."""
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor: ...
+    def add_rms_norm(self, x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]: ...
+    def silu_mul(self, *gate_up: Tensor) -> Tensor: ...
+    def apply_rope(
+        self, *heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+    def square_error(
+        self, parts: Sequence[Tensor], targets: Tensor, index: Tensor, share: float, scaled: float
+    ) -> tuple[Tensor, Tensor]: ...
+    def take_rows(self, source: Tensor, index: Tensor) -> Tensor: ...
+
+
+class CompiledBlockKernels(BlockKernels, Protocol):
+    """Triton's, which are compiled on first use or by these calls."""
+
+    def warm_ups(
+        self, sizes: tuple[int, int], heads: Sequence[int], head_width: int, dtype: torch.dtype, device: torch.device
+    ) -> list[Callable[[], object]]: ...
+
+
+class ScaleKernels(Protocol):
+    """Weights as functions of their scales; `workers.numerics.group_scales` and `.divergence` have the formulas."""
+
+    def dequantize(self, codes: Tensor, scale: Tensor, zero: Tensor | int, out: Tensor) -> None: ...
+    def add_scale_gradient(self, gradient: Tensor, codes: Tensor, zero: Tensor | int, out: Tensor) -> None: ...
+    def divergence(self, student: Tensor, teacher: Tensor) -> Tensor: ...
+
+
+class UnpackKernels(Protocol):
+    """W_hat from packed codes; `workers.numerics.packed_weight` has the formulas."""
+
+    def unpack(
+        self,
+        packed: Tensor,
+        scale: Tensor,
+        other: Tensor | None,
+        out: Tensor,
+        *,
+        kind: str,
+        width: int,
+        group_size: int,
+        middle: float,
+    ) -> None: ...
+
+
+def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether Triton's kernels compute tensors of this dtype there: on a GPU, where fp32 holds the dtype."""
+    return device.type == "cuda" and dtype != torch.float64 and _has_triton()
+
+
+def rounding_kernels(device: torch.device, dtype: torch.dtype) -> RoundingKernels:
+    """For weights of this dtype."""
+    return _rounding_kernels() if triton_serves(device, dtype) else rounding_operators
+
+
+def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
+    """For hidden states of this dtype; None where only the generic path computes them."""
+    if device.type == "cpu":
+        return block_operators
+    return compiled_block_kernels() if triton_serves(device, dtype) else None
+
+
+def scale_kernels(device: torch.device, dtype: torch.dtype) -> ScaleKernels | None:
+    """For weights or logits of this dtype; None where torch's operators compute them."""
+    return _scale_kernels() if triton_serves(device, dtype) else None
+
+
+def unpack_kernels(device: torch.device, dtype: torch.dtype) -> UnpackKernels | None:
+    """For dequantized weights of this dtype; None where torch's operators make them."""
+    return _unpack_kernels() if triton_serves(device, dtype) else None
+
+
+@cache
+def compiled_block_kernels() -> CompiledBlockKernels:
+    """Triton's, wherever it is asked for: in its interpreter they run on a CPU."""
+    from workers.numerics.backends import block_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _rounding_kernels() -> RoundingKernels:
+    from workers.numerics.backends import rounding_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _scale_kernels() -> ScaleKernels:
+    from workers.numerics.backends import scale_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _unpack_kernels() -> UnpackKernels:
+    from workers.numerics.backends import unpack_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
