@@ -79,6 +79,14 @@ def test_the_clients_wheel_holds_the_client_alone(tmp_path: Path) -> None:
     assert {name for name in names if name.endswith(".py")} == {path.relative_to(ROOT).as_posix() for path in CODE}
 
 
+def test_every_child_starts_without_the_callers_folder_on_its_path() -> None:
+    """`-P` before `-m`: else a folder named `app` where the command is called would be imported."""
+    paths = [path for top in ("app", "workers") for path in (ROOT / top).rglob("*.py")]
+    sources = {path: path.read_text(encoding="utf-8") for path in paths}
+    assert sum(text.count('sys.executable, "-P", "-m"') for text in sources.values()) >= 6
+    assert [str(path) for path, text in sources.items() if 'sys.executable, "-m"' in text] == []
+
+
 @pytest.fixture
 def shadowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder of somebody whose project has packages with our names."""
@@ -102,6 +110,7 @@ def test_commands_run_in_a_folder_with_packages_of_the_same_names(shadowed: Path
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_service_quantizes_from_a_folder_with_packages_of_the_same_names(
     shadowed: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
