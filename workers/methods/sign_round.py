@@ -165,7 +165,7 @@ class RoundedWeights:
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         """The signed step of the module docstring, then alpha and beta back into their limits."""
-        step = {"gradient": gradient, "rate": rate, "faults": self._faults, "limits": self._limits, "hat": out}
+        step = {"gradient": gradient, "rate": rate, "faults": self._faults, "limits": self._limits, "w_hat": out}
         self._kernels.step(self.state, *self._grid_settings(), **step)
 
     @torch.no_grad()

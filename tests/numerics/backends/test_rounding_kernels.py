@@ -32,7 +32,7 @@ class ByKernels:
         kernels.write(self._of.state, *self._fixed, w_hat=out)
 
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
-        given = {"gradient": gradient, "rate": rate, "faults": self.faults, "limits": (0.0, 1.0), "hat": out}
+        given = {"gradient": gradient, "rate": rate, "faults": self.faults, "limits": (0.0, 1.0), "w_hat": out}
         kernels.step(self._of.state, *self._fixed, **given)
 
     def keep(self, better: Tensor) -> None:

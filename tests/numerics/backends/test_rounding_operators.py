@@ -60,7 +60,7 @@ def test_weights_steps_and_results_are_the_formulas(
     wanted = plain_rounding.gradients(groups, gradient, scheme)
     parameters = (groups.offset, groups.alpha, groups.beta)
     expected = [p - rate * by_p.sign() for p, by_p in zip(parameters, wanted, strict=True)]
-    step: dict[str, Any] = {"gradient": gradient, "rate": rate, "faults": faults, "limits": (0.25, 0.75), "hat": w_hat}
+    step: dict[str, Any] = {"gradient": gradient, "rate": rate, "faults": faults, "limits": (0.25, 0.75), "w_hat": w_hat}
     rounding_operators.step(groups, *fixed, **step)
     assert torch.equal(groups.offset, expected[0])
     assert torch.equal(groups.alpha, expected[1].clamp(0.25, 0.75))
@@ -83,7 +83,7 @@ def test_nan_in_a_gradient_is_counted_and_moves_nothing() -> None:
     limits, w_hat = (0.0, 1.0), torch.empty_like(gradient)
     fixed = (4, True, SMALLEST_SCALE[SCALE])
     step: dict[str, Any] = {"gradient": gradient, "rate": torch.tensor(0.1), "faults": faults}
-    step |= {"limits": limits, "hat": w_hat}
+    step |= {"limits": limits, "w_hat": w_hat}
     rounding_operators.step(groups, *fixed, **step)
     assert int(faults) == 1
     assert groups.offset[3, 7] == before[3, 7]

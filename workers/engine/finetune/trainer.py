@@ -248,7 +248,7 @@ class _Training:
             self.best = self.parameters.values()
         self.progress = progress.model_copy(
             update={
-                "judgements": (*progress.validations, Validation(step=progress.step, loss=loss)),
+                "validations": (*progress.validations, Validation(step=progress.step, loss=loss)),
                 "best_step": progress.step if better else progress.best_step,
                 "stale": 0 if better else progress.stale + 1,
             }
