@@ -57,35 +57,34 @@ FINETUNING = MappingProxyType(
 
 def papers() -> str:
     """KL divergence of every row that a paper proposes, with the request's `quantization`."""
-    rows = []
-    for arm, row in _rows(cells()):
-        if arm in QUANTIZATION:
-            fixed = {name: value for name, value in row[0].quantization.items() if name != "bits"}
-            if any(cell.quantization.get("symmetric") != fixed.get("symmetric") for cell in row):
-                del fixed["symmetric"]
-            figures = _figures(row, lambda line: line["kl"])
-            rows.append([_paper(QUANTIZATION[arm]), _json(fixed), figures])
+    by_arm, rows = _by_arm(cells()), []
+    for arm, number in QUANTIZATION.items():
+        row = by_arm[arm]
+        varying = {"bits"} if len({cell.quantization.get("symmetric") for cell in row}) == 1 else {"bits", "symmetric"}
+        fixed = {name: value for name, value in row[0].quantization.items() if name not in varying}
+        rows.append([_paper(number), _json(fixed), _figures(row, lambda line: line["kl"])])
     return table(("paper", "`quantization`, but for `bits`", "our KL divergence"), rows)
 
 
 def finetuning_papers() -> str:
-    """Held-out loss of every adapter, with what the request says besides of its base."""
+    """Held-out loss of every adapter, with the fields of the request that other rows do not share."""
     rows = []
-    for arm, row in _rows(finetuning_cells()):
+    for arm, row in _by_arm(finetuning_cells()).items():
         name = arm.rpartition(", rank ")[0]
-        request = {**(row[0].training or {})}
+        training = row[0].training or {}
+        request = {**training, "finetune": {"learning_rate": training["finetune"]["learning_rate"]}}
         if name == "lora from apiq":
             base = row[0].quantization
             request = {"quantization": {field: base[field] for field in base if field != "bits"}, **request}
         rows.append([_paper(FINETUNING[name]), _json(request), _figures(row, lambda line: line["held_out"])])
-    return table(("paper", "request, but for model, base and texts", "our loss"), rows)
+    return table(("paper", "the request's own fields", "our loss"), rows)
 
 
-def _rows(wanted: Iterator[Cell]) -> list[tuple[str, list[Cell]]]:
+def _by_arm(wanted: Iterator[Cell]) -> dict[str, list[Cell]]:
     rows: dict[str, list[Cell]] = {}
     for cell in wanted:
         rows.setdefault(cell.arm, []).append(cell)
-    return list(rows.items())
+    return rows
 
 
 def _figures(row: Sequence[Cell], figure: Callable[[Line], float]) -> str:
