@@ -90,7 +90,7 @@ def warn_of_unknown_variables() -> None:
     """Say in the log which variables with our prefix nobody reads. One that is almost a setting is refused."""
     for name in unknown_variables():
         log.warning(
-            "unknown_setting", variable=name, hint="unset it, or look for its name in docs/reference/settings.md"
+            "unknown_setting", variable=name, hint="unset it, or find its name in docs/reference/settings.md"
         )
 
 

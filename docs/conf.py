@@ -1,4 +1,4 @@
-"""Sphinx's configuration of the documentation site; `make docs-site` builds it, without a network, warnings as errors."""
+"""Sphinx's configuration of the site that `make docs-site` builds without a network; warnings are errors."""
 
 project = "Bitwright"
 author = "The Bitwright authors"

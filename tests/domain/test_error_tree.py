@@ -1,4 +1,4 @@
-"""Every error has a way out: its class in docs/reference/errors.md, and every place that raises it, as far as the source tells.
+"""Every error has a way out: its class in docs/reference/errors.md, and every place that raises it, as far as seen.
 
 A class whose one way out fits wherever it is raised gives it by itself. The others, whose cause only the place knows,
 are given a hint there.

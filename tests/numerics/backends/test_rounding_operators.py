@@ -60,13 +60,7 @@ def test_weights_steps_and_results_are_the_formulas(
     wanted = plain_rounding.gradients(groups, gradient, scheme)
     parameters = (groups.offset, groups.alpha, groups.beta)
     expected = [p - rate * by_p.sign() for p, by_p in zip(parameters, wanted, strict=True)]
-    step: dict[str, Any] = {
-        "gradient": gradient,
-        "rate": rate,
-        "faults": faults,
-        "limits": (0.25, 0.75),
-        "w_hat": w_hat,
-    }
+    step: dict[str, Any] = {"gradient": gradient, "rate": rate, "faults": faults, "limits": (0.25, 0.75), "w_hat": w_hat}
     rounding_operators.step(groups, *fixed, **step)
     assert torch.equal(groups.offset, expected[0])
     assert torch.equal(groups.alpha, expected[1].clamp(0.25, 0.75))

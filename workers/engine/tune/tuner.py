@@ -279,10 +279,7 @@ class _Run:
         forward, module = self.task.forward, self.block.module
         if self.kernels is None:
             return [forward(module, self.data.inputs.index_select(0, rows))]
-        inputs, residual_and_update = (
-            self.kernels.take_rows(self.data.inputs, rows),
-            getattr(module, "residual_and_update", None),
-        )
+        inputs, residual_and_update = self.kernels.take_rows(self.data.inputs, rows), getattr(module, "residual_and_update", None)
         return [forward(module, inputs)] if residual_and_update is None else list(forward(residual_and_update, inputs))
 
     @torch.no_grad()
