@@ -1,4 +1,4 @@
-"""What a setting's text may be: addresses, folders, names. Each check raises ValueError with the problem and a way out.
+"""Checks of a setting's text: addresses, folders, names. Each raises ValueError with the problem and a way out.
 
 The message does not name the variable; `app.settings` puts that, and the value without its secrets, before it.
 """

@@ -1,4 +1,4 @@
-"""Whether a real block is tuned alike by captured steps, by eager ones and on a CPU: losses, and codes in fp32.
+"""Agreement of captured, eager and CPU tuning of a real block: losses, and codes in fp32.
 
     python -m benchmarks.agreement MODEL --dtypes bfloat16 float32
 

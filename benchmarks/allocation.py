@@ -1,4 +1,4 @@
-"""How LQ-LoRA's budgets are spent on a real model: times, certified gap, bits met, error against one configuration.
+"""LQ-LoRA's budgets on a real model: times, certified gap, bits met, error against one configuration.
 
     python -m benchmarks.allocation MODEL --text TEXTS.jsonl --averages 2.5 2.75 3.0 3.5
 

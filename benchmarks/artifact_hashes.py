@@ -2,7 +2,7 @@
 
     python -m benchmarks.artifact_hashes OUT.json
 
-Runs one job per row of `JOBS` in this process on the CPU with one thread. report.json is left out (it has times), and of
+Runs one job per row of `JOBS` in this process on the CPU with one thread. report.json is left out (it has times); of
 a model card only its section "Load" is compared.
 """
 

@@ -1,4 +1,4 @@
-"""Whether every block of a model ends below round to nearest: SignRound's held-out loss beside RTN's, same inputs.
+"""Comparison of every block with round to nearest: SignRound's held-out loss beside RTN's, on the same inputs.
 
     python -m benchmarks.block_losses MODEL --calibration calibration.jsonl --scheme W3g64a --output losses.jsonl
 

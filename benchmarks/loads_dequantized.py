@@ -1,4 +1,4 @@
-"""What one release of transformers makes of checkpoints: run by `transformers_releases` in that release's environment.
+"""Loading of checkpoints in one release of transformers: run by `transformers_releases` in that release's environment.
 
     python loads_dequantized.py FOLDER...
 

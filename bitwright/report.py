@@ -250,8 +250,8 @@ class PeakMemory(ReportPart):
     device_bytes: int | None = None
 
 
-class EarlierTraining(ReportPart):
-    """An adapter that an earlier job trained, as far as this job's start holds it."""
+class BaseTraining(ReportPart):
+    """An adapter that a base job trained, as far as this job's start holds it."""
 
     adapter: str = Field(description="Its kind.")
     text: TextReport
@@ -260,15 +260,15 @@ class EarlierTraining(ReportPart):
     folded: bool = Field(description="Whether it lies in the quantized weights; else training goes on from it.")
 
 
-class BaseReport(ReportPart):
-    """The earlier job whose result this one started from."""
+class BaseJobReport(ReportPart):
+    """The base job whose result this one started from."""
 
     job_id: str
     blocks_adopted: int = Field(description="Blocks that were taken over as they are, none of them quantized again.")
     adapter_continued: bool = Field(
         description="Whether the adapter started at that job's values: trained ones, or factors that its method made."
     )
-    training: tuple[EarlierTraining, ...] = Field(
+    training: tuple[BaseTraining, ...] = Field(
         default=(), description="What that job and those before it trained, the first one first."
     )
 
@@ -300,9 +300,9 @@ class Report(ReportPart):
         "the job or more.",
     )
     head: LinearReport | None = Field(default=None, description="The output head, where it was quantized.")
-    base: BaseReport | None = Field(default=None, description="None if this job quantized the model itself.")
+    base_job: BaseJobReport | None = Field(default=None, description="None if this job quantized the model itself.")
     blocks: tuple[BlockReport, ...] = Field(
-        description="As they were quantized, before scales were tuned together. With `base`, its errors of linears."
+        description="As they were quantized, before scales were tuned together. With `base_job`, its errors of linears."
     )
     allocation: AllocationReport | None = Field(default=None, description="None if bits was not a budget.")
     scales: ScaleReport | None = Field(

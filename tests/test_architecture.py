@@ -23,6 +23,29 @@ ALL_PYTHON = [*SOURCES, *sorted((ROOT / "tests").rglob("*.py")), *sorted((ROOT /
 FORBIDDEN_NAMES = frozenset({"util", "utils", "helper", "helpers", "common", "base", "manager", "managers", "misc"})
 UNSAFE_MODULES = frozenset({"pickle", "dill", "cloudpickle", "marshal", "shelve", "joblib"})
 UNSAFE_CALLS = frozenset({"torch.load", "os.system", "os.popen", "yaml.load", "eval", "exec"})
+OPENS_A_CLAUSE = frozenset({"What", "Which", "Who", "Whose", "How", "Whether", "Where", "When", "Why"})
+"""A module's docstring opens with a noun phrase or a verb, so that a list of modules can be skimmed."""
+NOUN_PHRASES = (
+    "app/",
+    "migrations/",
+    "benchmarks/",
+    "tests/",
+    *(
+        f"workers/{name}"
+        for name in (
+            "child/",
+            "contracts/",
+            "disk/",
+            "engine/",
+            "supervise/",
+            "__main__",
+            "machine",
+            "sweep",
+            "tiny_model",
+        )
+    ),
+)
+"""Paths whose modules keep to that."""
 LONGEST_FILE = 500
 """Lines. About 300 is the guide, judged in review; a file that passes this limit has two subjects."""
 
@@ -202,6 +225,19 @@ def test_every_module_says_what_it_is() -> None:
     assert [name for name, module in modules.items() if module.body and not ast.get_docstring(module)] == []
 
 
+def test_a_module_opens_with_a_noun_phrase_or_a_verb() -> None:
+    clauses = [
+        relative(path)
+        for path in ALL_PYTHON
+        if relative(path).startswith(NOUN_PHRASES) and _opens_a_clause(ast.get_docstring(tree(path)) or "")
+    ]
+    assert clauses == []
+
+
+def _opens_a_clause(docstring: str) -> bool:
+    return docstring.partition(" ")[0].rstrip(",:") in OPENS_A_CLAUSE
+
+
 def test_no_file_has_two_subjects() -> None:
     lengths = {relative(path): len(path.read_text(encoding="utf-8").splitlines()) for path in ALL_PYTHON}
     assert {name: lines for name, lines in lengths.items() if lines > LONGEST_FILE} == {}
@@ -221,3 +257,5 @@ def test_the_checks_see_what_they_forbid(tmp_path: Path) -> None:
     assert list(environment_reads(source)) == [("BITWRIGHT_PORT", 8)]
     assert _vague("quantization_utils")
     assert not _vague("database")
+    assert _opens_a_clause("Where blobs lie.")
+    assert not _opens_a_clause("Whereabouts of blobs.")

@@ -1,4 +1,4 @@
-"""How much memory this process may use."""
+"""Memory and processors that this process may use, and its cgroup's out-of-memory kills."""
 
 import os
 from contextlib import suppress

@@ -1,4 +1,4 @@
-"""Who asks, and what they may do: `Authorization: Bearer bw_...`, checked on every route under /v1."""
+"""Authentication and scopes: `Authorization: Bearer bw_...`, checked on every route under /v1."""
 
 from typing import Annotated
 

@@ -1,4 +1,4 @@
-"""Whether any worker that is alive could run a job.
+"""Checks that a live worker could run a job.
 
 Estimates are rough, so a job is refused only where it needs more than twice of what every worker has; below that, a
 dry run warns. Nothing is refused while no worker of its device class is alive: one that comes may be larger.

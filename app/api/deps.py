@@ -1,4 +1,4 @@
-"""What a process of the API holds for its lifetime, and the aliases by which endpoints ask for it."""
+"""State of an API process, and the aliases by which endpoints ask for it."""
 
 from dataclasses import dataclass
 from typing import Annotated

@@ -1,4 +1,4 @@
-"""What the OpenAPI document says besides the code: problem responses, headers, examples."""
+"""Additions to the OpenAPI document that the code does not state: problem responses, headers, examples."""
 
 from typing import Any
 

@@ -40,7 +40,7 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     reference = has_reference(request, inspection.dimensions)
     work = flops(request, inspection.dimensions)
     work += reference_flops(request, inspection.dimensions) if reference else 0
-    taken = checkpoint if request.base_job else 0  # the earlier job's native checkpoint, on the worker's disk
+    taken = checkpoint if request.base_job else 0  # the base job's native checkpoint, on the worker's disk
     return {
         "weights": inspection.weights,
         "weights_quantized": quantized,

@@ -1,4 +1,4 @@
-"""What a job tells: a page of JSON, or a live stream for who accepts `text/event-stream`."""
+"""Events of a job: a page of JSON, or a live stream for clients that accept `text/event-stream`."""
 
 from typing import Annotated, Any
 

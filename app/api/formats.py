@@ -1,4 +1,4 @@
-"""What a checkpoint can be written as, and who loads it."""
+"""GET /v1/formats: the checkpoint formats, and the runtimes that load each."""
 
 from fastapi import APIRouter
 

@@ -7,10 +7,10 @@ from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from app.api.auth import Reader, Submitter
+from app.api.base_jobs import find_base_job
 from app.api.capacity import capacity_warnings, require_capacity
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, SettingsOf
 from app.api.documentation import problems, text_header
-from app.api.earlier_jobs import find_earlier
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
 from app.api.representations import job_view
@@ -92,8 +92,8 @@ def create_job(
         tenant = (session, principal.tenant_id)
         jobs = JobRepository(*tenant)
         replayed = None if idempotency_key is None or dry_run else jobs.made_by(idempotency_key)
-        earlier = find_earlier(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
-    request = JobRequest.parse(body, earlier)
+        base_job = find_base_job(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
+    request = JobRequest.parse(body, base_job)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
     with database.reading() as session:
         if idempotency is not None and not dry_run:

@@ -1,4 +1,4 @@
-"""What can be done to a model."""
+"""GET /v1/methods: quantization methods, recipes and adapters."""
 
 from fastapi import APIRouter
 

@@ -1,4 +1,4 @@
-"""What happens around every request: id, log line, metrics, a limit on its body, headers that browsers obey.
+"""Middleware of every request: id, log line, metrics, a limit on its body, headers that browsers obey.
 
 Plain ASGI, so that streams pass through untouched.
 """

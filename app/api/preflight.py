@@ -1,4 +1,4 @@
-"""What can be known of a job before it is queued. A dry run shows it; a real submission refuses the same things."""
+"""Checks of a job before it is queued. A dry run shows their result; a real submission refuses the same things."""
 
 import os
 from collections.abc import Mapping, Sequence

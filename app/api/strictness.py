@@ -1,4 +1,4 @@
-"""What a route does not read is refused, never passed over: query parameters, bodies, and names that stand twice.
+"""Refusal of input that a route does not read: query parameters, bodies, and duplicate names.
 
 One dependency of the whole application. It knows what a route reads from the route itself: its declared parameters,
 and, of those that stand for many (`metadata.*`), what the OpenAPI document says of them.

@@ -1,4 +1,4 @@
-"""Where the parts of an open upload lie until it is complete: one folder an upload, one file a file.
+"""Storage of an open upload's parts until it is complete: one folder per upload, one file per uploaded file.
 
 The database says how many bytes of a file count; bytes on disk beyond them are a torn write and are overwritten.
 """

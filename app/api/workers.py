@@ -1,4 +1,4 @@
-"""Who computes."""
+"""GET /v1/workers."""
 
 from fastapi import APIRouter
 from sqlalchemy.orm import Session

@@ -1,4 +1,4 @@
-"""What `serve` says of itself: where it is as soon as the API answers, and that it serves once its worker lives."""
+"""Messages of `serve`: its address as soon as the API answers, and readiness once its worker lives."""
 
 import sys
 import threading

@@ -1,4 +1,4 @@
-"""How this installation's `bitwright` is called from the shell that somebody sits at."""
+"""The shell command by which this installation's `bitwright` is called."""
 
 import shutil
 import sys

@@ -1,4 +1,4 @@
-"""Who may do what: the scopes of an API key and the principal that a key stands for."""
+"""Access rights: the scopes of an API key and the principal that a key stands for."""
 
 from dataclasses import dataclass
 from enum import StrEnum

@@ -1,4 +1,4 @@
-"""What a request is likely to be disappointed by, though nothing in it is wrong: told by a dry run and by the job."""
+"""Warnings about valid requests that are likely to disappoint, given by a dry run and by the job."""
 
 from collections.abc import Mapping
 

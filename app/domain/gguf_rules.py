@@ -1,4 +1,4 @@
-"""What a config.json may say of a model that is to become a GGUF file: llama.cpp's architectures are fixed.
+"""Rules on a config.json for models that are to become GGUF files: llama.cpp's architectures are fixed.
 
 A GGUF file names one of llama.cpp's architectures and a few numbers. What else a configuration decides in transformers
 (the activation, biases, the mask, the rotary embedding) is built into llama.cpp, so that another value either makes a

@@ -1,4 +1,4 @@
-"""How much a job computes, in floating-point operations, and what of it follows: estimates, and the reference row.
+"""Cost of a job in floating-point operations, and what follows from it: estimates, and the reference row.
 
 The reference row of a report is what round to nearest makes of the same scheme on the same text, so that a figure of a
 method can be judged by what doing nothing clever gives. It is measured where it costs less than a tenth of the job.
@@ -56,7 +56,7 @@ def trained_tokens(request: JobRequest) -> int:
 
 
 def tuned_sequences(request: JobRequest) -> int:
-    """Of each block; none where blocks are taken from an earlier job."""
+    """Of each block; none where blocks are taken from a base job."""
     return 0 if request.base_job else request.quantization.tuned_sequences(request.calibration.num_samples)
 
 

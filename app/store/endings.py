@@ -1,4 +1,4 @@
-"""What becomes of a job whose attempt ended with an error, or whose worker was lost."""
+"""The end of an attempt by an error or a lost worker, and the status that its job gets."""
 
 from collections.abc import Mapping
 

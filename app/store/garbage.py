@@ -1,4 +1,4 @@
-"""What nobody needs any more: expired rows, and blobs that no row names."""
+"""Removal of expired rows, and of blobs that no row names."""
 
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta

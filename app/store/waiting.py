@@ -1,4 +1,4 @@
-"""Where queued jobs stand, and when they may begin as things are now: by the durations of jobs that succeeded."""
+"""Position of queued jobs and an estimate of their start, from the durations of jobs that succeeded."""
 
 from collections import Counter, defaultdict
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Which workers there are, what waits for them, and which sweep is at work."""
+"""Queries on workers, queue depth and the sweep's lease."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -32,7 +32,9 @@ def training_table(report: Report) -> Table | None:
             first, last = trained.losses[0], trained.losses[-1]
             table.add_row("training loss", f"{first.loss:.4f} to {last.loss:.4f} nats a token")
         if trained.loss_before is not None and trained.loss_after is not None:
-            table.add_row("held-out loss", f"{trained.loss_before:.4f} to {trained.loss_after:.4f} nats a token")
+            ships = "" if trained.loss_shipped is None else f", {trained.loss_shipped:.4f} with the weights that ship"
+            losses = f"{trained.loss_before:.4f} to {trained.loss_after:.4f} nats a token{ships}"
+            table.add_row("held-out loss", losses)
         table.add_row("trained on", f"{trained.text.source}, {trained.text.tokens:,} tokens")
     return table
 

@@ -1,4 +1,4 @@
-"""What holds for every request: keys, scopes, problem documents, ids, headers, metrics, probes."""
+"""Properties of every request: keys, scopes, problem documents, ids, headers, metrics, probes."""
 
 import pytest
 from starlette.testclient import TestClient

@@ -1,4 +1,4 @@
-"""What a tenant is told of sources that are no checkpoint, of folders that may not be read, of what will disappoint."""
+"""Errors and hints for sources that are no checkpoint, for folders that may not be read, for requests that disappoint."""
 
 import json
 from pathlib import Path

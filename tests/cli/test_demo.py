@@ -1,4 +1,4 @@
-"""What the demo asks for; the demo itself is run by hand and by `make demo`."""
+"""The demo's requests; the demo itself is run by hand and by `make demo`."""
 
 import subprocess
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What a script sees of each kind of error, against the real API."""
+"""Exit codes and output of each kind of error, against the real API."""
 
 import json
 import socket

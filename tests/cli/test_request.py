@@ -1,4 +1,4 @@
-"""What `submit` sends: flags, files, and flags on top of files, judged by the parser that the service uses."""
+"""Bodies that `submit` sends: flags, files, and flags on top of files, checked by the service's own parser."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What `watch` shows of a job's events, on a terminal and elsewhere."""
+"""Output of `watch` for a job's events, on a terminal and elsewhere."""
 
 import io
 from datetime import UTC, datetime, timedelta

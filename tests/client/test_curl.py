@@ -1,4 +1,4 @@
-"""What the documents say of curl, with the real one: names from the service, and downloads that go on after a cut."""
+"""The documentation's curl commands with the real one: names from the service, downloads that go on after a cut."""
 
 import os
 import random

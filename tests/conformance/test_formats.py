@@ -1,4 +1,4 @@
-"""What every format must keep: a weight goes in and comes out bit for bit, and every runtime sees the same numbers."""
+"""Conformance of formats: a weight goes in and comes out bit for bit, and every runtime sees the same numbers."""
 
 import json
 import warnings

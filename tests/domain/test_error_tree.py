@@ -80,7 +80,7 @@ def test_no_hint_is_empty() -> None:
     assert all(isinstance(hint, str) and len(hint) > 8 for hint in hints)
 
 
-PATHS = re.compile(r"\b(folder|source\.folder|checkpoint\.folder|workspace|model_path|base_path)\b(?!\.name)(?!')")
+PATHS = re.compile(r"\b(folder|source\.folder|checkpoint\.folder|workspace|model_path|base_job_path)\b(?!\.name)(?!')")
 
 
 def test_no_message_of_the_engine_shows_a_folder_of_the_worker() -> None:

@@ -1,4 +1,4 @@
-"""Where activations live follows from the memory that is there, and the same machine plans the same again."""
+"""Placement of activations by available memory; the same machine plans the same again."""
 
 from collections.abc import Callable
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the two formats store for a linear, and how damage is told."""
+"""Storage of a linear in the two formats, and detection of damage."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""What of the source lies in a result: every file that a tokenizer or processor reads, no code, and no name of it."""
+"""Source files in a result: every file that a tokenizer or processor reads, no code, and no local path."""
 
 import ast
 import json

@@ -1,4 +1,4 @@
-"""What a checkpoint folder holds, whatever its format."""
+"""Contents of a checkpoint folder, whatever its format."""
 
 import json
 from dataclasses import replace

@@ -212,8 +212,9 @@ def test_linears_of_one_input_share_a_task() -> None:
     task = toy_task({"a.q": TWO, "a.k": TWO})
     task = replace(task, block=both, inputs_fp=x)
     assert same_inputs(task) == [["a.q", "a.k"]]
-    with pytest.raises(InvalidRequest, match="granularity"):
+    with pytest.raises(InvalidRequest, match="cannot be tuned one by one") as refused:
         same_inputs(replace(task, forward=lambda _, hidden: hidden))
+    assert "granularity" in str(refused.value.hint)
 
 
 def test_the_augmented_target_has_the_gradient_of_both_losses() -> None:

@@ -1,4 +1,4 @@
-"""Where queued jobs stand: the order is that of real claims, and times follow from durations that were stored."""
+"""Queue positions: the order is that of real claims, and times follow from durations that were stored."""
 
 import pytest
 from sqlalchemy import delete, update

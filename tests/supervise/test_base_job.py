@@ -1,4 +1,4 @@
-"""What an earlier job made, brought to the worker that goes on from it: what is read of it, whole and undamaged."""
+"""The base job's files on the worker: those that are read, complete and undamaged."""
 
 import json
 from dataclasses import replace
@@ -18,7 +18,7 @@ from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench
 from workers.disk.orders import AttemptOrder
 from workers.disk.workspace import Workspace
-from workers.supervise.base_job import bring, earlier_result
+from workers.supervise.base_job import base_job_folder, bring
 from workers.supervise.context import WorkerContext
 
 MADE = "file:bitwright.json:{},file:weights.safetensors:weights,file:report.json:{},file:README.md:card"
@@ -66,15 +66,15 @@ def in_bucket(bench: Bench) -> WorkerContext:
 def test_the_files_that_are_read_are_brought_once(bucket: bool, sqlite_bench: Bench, workspace: Workspace) -> None:
     job_id = make(sqlite_bench)
     context = in_bucket(sqlite_bench) if bucket else sqlite_bench.context
-    found = earlier_result(context, sqlite_bench.tenant_id, job_id, workspace)
+    found = base_job_folder(context, sqlite_bench.tenant_id, job_id, workspace)
     assert found is not None
     folder = Path(found) / "native"
     assert {file.name: file.read_text() for file in folder.iterdir()} == {**READ, "report.json": "{}"}
     linked = folder / "weights.safetensors"
     assert linked.samefile(blob_of(sqlite_bench, job_id, "weights.safetensors")) is not bucket
     delete(sqlite_bench, job_id)
-    assert earlier_result(context, sqlite_bench.tenant_id, job_id, workspace) == found, "a retry needs it no more"
-    assert earlier_result(context, sqlite_bench.tenant_id, None, workspace) is None
+    assert base_job_folder(context, sqlite_bench.tenant_id, job_id, workspace) == found, "a retry needs it no more"
+    assert base_job_folder(context, sqlite_bench.tenant_id, None, workspace) is None
 
 
 def test_only_the_tenants_own_jobs_are_found(sqlite_bench: Bench, workspace: Workspace) -> None:
@@ -82,7 +82,7 @@ def test_only_the_tenants_own_jobs_are_found(sqlite_bench: Bench, workspace: Wor
     with sqlite_bench.context.database.transaction() as session:
         stranger = ensure_tenant(session, new_id("tnt")).id
     with pytest.raises(SourceNotFound) as refused:
-        earlier_result(sqlite_bench.context, stranger, job_id, workspace)
+        base_job_folder(sqlite_bench.context, stranger, job_id, workspace)
     assert (refused.value.field, refused.value.value) == ("base_job", job_id)
     assert not list(workspace.sources.iterdir())
 
@@ -104,19 +104,19 @@ def test_damaged_bytes_are_refused_and_the_store_is_left_alone(
         return
     blob.unlink()
     blob.write_bytes(damaged)
-    with pytest.raises(CorruptCheckpoint, match=r"weights\.safetensors of the earlier job is damaged") as refused:
-        earlier_result(sqlite_bench.context, sqlite_bench.tenant_id, job_id, workspace)
+    with pytest.raises(CorruptCheckpoint, match=r"weights\.safetensors of the base job is damaged") as refused:
+        base_job_folder(sqlite_bench.context, sqlite_bench.tenant_id, job_id, workspace)
     assert refused.value.field == "base_job"
     assert not (workspace.sources / job_id).exists()
     assert blob.read_bytes() == damaged
-    assert earlier_result(context, sqlite_bench.tenant_id, job_id, workspace), "what is sound is brought anew"
+    assert base_job_folder(context, sqlite_bench.tenant_id, job_id, workspace), "what is sound is brought anew"
 
 
 def test_bytes_that_are_gone_are_the_stores_fault(sqlite_bench: Bench, workspace: Workspace) -> None:
     job_id = make(sqlite_bench)
     blob_of(sqlite_bench, job_id, "weights.safetensors").unlink()
     with pytest.raises(StorageError):
-        earlier_result(sqlite_bench.context, sqlite_bench.tenant_id, job_id, workspace)
+        base_job_folder(sqlite_bench.context, sqlite_bench.tenant_id, job_id, workspace)
     assert not (workspace.sources / job_id).exists()
 
 
@@ -136,8 +136,8 @@ def test_an_attempt_is_told_where_the_result_lies_and_reads_no_calibration(sqlit
     job_id = submit_from(sqlite_bench, before, "fail:internal_error")
     sqlite_bench.run()
     order = AttemptOrder.model_validate_json((sqlite_bench.workspace(job_id) / "order.json").read_bytes())
-    assert order.base_path == str(sqlite_bench.workspace(job_id) / "sources" / before)
-    assert json.loads(Path(order.base_path, "native/bitwright.json").read_text()) == {}
+    assert order.base_job_path == str(sqlite_bench.workspace(job_id) / "sources" / before)
+    assert json.loads(Path(order.base_job_path, "native/bitwright.json").read_text()) == {}
     assert order.calibration_path is None
 
 

@@ -1,4 +1,4 @@
-"""What a request demands is held against the report."""
+"""Requirements of a request, checked against the report."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""What the sweep throws away: uploads that were never completed go with the parts that lie in a folder."""
+"""Retention in the sweep: uploads that were never completed go with the parts that lie in a folder."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Where sources are found on the worker's machine, and what is refused there."""
+"""Lookup of sources on the worker's machine, and its refusals."""
 
 import hashlib
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""What the sweep notices: lost jobs, idle workers, things past their retention."""
+"""The sweep's rounds: lost jobs, idle workers, rows past their retention."""
 
 import threading
 from dataclasses import replace

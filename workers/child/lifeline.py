@@ -1,4 +1,4 @@
-"""What a child process of the supervisor does so that it never outlives it, and how it reports.
+"""Lifeline and report channel of a child process: it never outlives the supervisor.
 
 Standard input is the control pipe: the supervisor writes a byte a second. End of file means that it died; silence
 means that it is stopped, so that its lease may be gone. Either way the child ends at once, with all that it started.

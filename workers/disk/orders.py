@@ -1,4 +1,4 @@
-"""What the supervisor tells the fetch: `fetch.json` in the workspace."""
+"""Orders from the supervisor to its children: `fetch.json` and `order.json` in the workspace."""
 
 from typing import Annotated, Literal
 
@@ -47,7 +47,7 @@ class AttemptOrder(Message):
     calibration_path: str | None = Field(default=None, description="JSONL file; None for builtin or generated text.")
     evaluation_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
     finetuning_path: str | None = Field(default=None, description="JSONL file; None for builtin text.")
-    base_path: str | None = Field(
+    base_job_path: str | None = Field(
         default=None, description="Folder with the checkpoints of the job that this one starts from, by format."
     )
     device: Literal["cpu", "cuda"]

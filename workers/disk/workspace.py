@@ -3,7 +3,7 @@
 order.json        what the attempt is to do          output/<format>/  the checkpoints it writes
 fetch.json        what the fetch is to do            state/            finished blocks, to resume from
 fetched.json      the commit that the job is pinned to
-sources/          uploads, datasets, earlier results attempt.log       what the processes say, JSON lines
+sources/          uploads, datasets, base jobs attempt.log       what the processes say, JSON lines
 lock              held by the attempt                used              touched at every use; for retention
 rendezvous-N      where the ranks of attempt N meet
 empty/            where the fetch works

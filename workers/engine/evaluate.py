@@ -1,4 +1,4 @@
-"""How close the quantized model is to the original: perplexity, KL divergence and top-1 agreement.
+"""Closeness of the quantized model to the original: perplexity, KL divergence and top-1 agreement.
 
 With p the original's and q the quantized model's distribution of the next token x_{t+1}, over all T tokens that have a
 token before them in their window:

@@ -76,7 +76,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         schemes = plan_schemes(model, order.request.quantization)
         inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
-        base_job = _earlier(order, model, set(schemes))
+        base_job = _base_job(order, model, set(schemes))
         schemes = schemes if base_job is None else base_job.schemes
         tokenizer = _tokenizer(order, reporter)
         reporter.progress(Stage.LOAD, 1, 1, "models")
@@ -116,12 +116,12 @@ def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBa
     return None
 
 
-def _earlier(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> BaseJobResult | None:
+def _base_job(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> BaseJobResult | None:
     if order.request.base_job is None:
         return None
-    if order.base_path is None:
+    if order.base_job_path is None:
         raise InternalError("the order has no folder of the job that this one starts from", field="base_job")
-    base_job = BaseJobResult.open(Path(order.base_path), model, quantized)
+    base_job = BaseJobResult.open(Path(order.base_job_path), model, quantized)
     base_job.demand_held(order.request.formats)
     return base_job
 

@@ -5,7 +5,7 @@ from importlib.metadata import version
 from math import prod
 
 from bitwright.report import (
-    BaseReport,
+    BaseJobReport,
     BlockReport,
     Figures,
     LinearReport,
@@ -64,7 +64,7 @@ def report_of(job: Job, state: FinishedBlocks, found: Findings, size: SizeReport
         shipped=() if found.evaluated is None else found.evaluated.shipped,
         round_to_nearest=found.reference,
         head=found.head,
-        base=_base_report(job, len(found.blocks)),
+        base_job=_base_job_report(job, len(found.blocks)),
         blocks=found.blocks,
         allocation=job.prepared.report,
         scales=found.scales,
@@ -95,11 +95,11 @@ def identity_of(job: Job, found: Findings) -> Identity:
     )
 
 
-def _base_report(job: Job, blocks: int) -> BaseReport | None:
+def _base_job_report(job: Job, blocks: int) -> BaseJobReport | None:
     base_job, job_id = job.base_job, job.order.request.base_job
     if base_job is None or job_id is None:
         return None
-    return BaseReport(
+    return BaseJobReport(
         job_id=job_id, blocks_adopted=blocks, adapter_continued=base_job.continues, training=base_job.training
     )
 

@@ -1,4 +1,4 @@
-"""What an attempt tells while it runs: typed lines through one `write`, progress at most once a second a stage."""
+"""Reports of an attempt while it runs: typed lines through one `write`, progress at most once per second and stage."""
 
 import time
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What ships of a job: whatever a format folds, adds or rounds is done before anything is measured.
+"""Shipped form of a job's result: a format's folds, sums and rounding are applied before anything is measured.
 
 Checkpoints of a job need not stand for the same numbers, so there may be several `Shipment`s of it:
 

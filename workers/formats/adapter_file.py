@@ -83,7 +83,7 @@ def _card(folder: Path, report: Report, identity: Identity, source: Path | None)
     copied = card.license_link is not None and (folder / card.license_link).is_file()
     about = f"Trained by Bitwright {report.version} beside quantized weights ({identity.method_title})"
     named = f" of {code(identity.model)}, which is not the base itself" if identity.model_id is not None else ""
-    earlier = None if report.base is None else report.base.job_id
+    earlier = None if report.base_job is None else report.base_job.job_id
     sections = [
         header(front_matter(identity, Part.ADAPTER, None, card, copied)),
         f"# {title(identity, Part.ADAPTER)}",

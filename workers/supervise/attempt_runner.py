@@ -22,7 +22,7 @@ from workers.disk.hub_cache import holding
 from workers.disk.orders import AttemptOrder, FetchOrder
 from workers.disk.workspace import Workspace
 from workers.machine import oom_kills
-from workers.supervise.base_job import earlier_result
+from workers.supervise.base_job import base_job_folder
 from workers.supervise.child_env import attempt_environment, fetch_environment
 from workers.supervise.child_process import ChildProcess
 from workers.supervise.context import WorkerContext
@@ -146,7 +146,7 @@ class _Attempt:
             for named in read_sources(request)
             if named.source is not request.model
         }
-        earlier = earlier_result(*found, request.base_job, self._workspace)
+        base_job = base_job_folder(*found, request.base_job, self._workspace)
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
         fetched = None if wanted.empty else self._fetch(wanted)
         if fetched is not None:
@@ -157,7 +157,7 @@ class _Attempt:
             request=request,
             model_path=model or (fetched.model_path if fetched else ""),
             model_revision=fetched.model_revision if fetched else None,
-            base_path=earlier,
+            base_job_path=base_job,
             device=self._context.device.value,
             world_size=world_size(request, self._context.capacity.devices),
             rendezvous=str(self._workspace.rendezvous(self._claim.attempt)),

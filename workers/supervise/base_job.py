@@ -1,9 +1,9 @@
-"""What an earlier job made, brought from the blob store for a job that starts from it.
+"""The base job's checkpoints, brought from the blob store for a job that starts from them.
 
     sources/<job id>/native/...     the files that `app.domain.request.base_job.is_read` names, each checked by its hash
     sources/<job id>/adapter/...
 
-The folder gets its name when it is whole. From then on the earlier job may be deleted: a retry finds all it needs here.
+The folder gets its name when it is whole. From then on the base job may be deleted: a retry finds all it needs here.
 """
 
 import errno
@@ -23,8 +23,8 @@ from workers.supervise.context import WorkerContext
 ANEW = "submit the request without base_job: it is quantized anew"
 
 
-def earlier_result(context: WorkerContext, tenant_id: str, job_id: str | None, workspace: Workspace) -> str | None:
-    """The folder with an earlier job's checkpoints, brought unless an earlier attempt did it; None without such a job.
+def base_job_folder(context: WorkerContext, tenant_id: str, job_id: str | None, workspace: Workspace) -> str | None:
+    """The folder with a base job's checkpoints, brought unless an earlier attempt did it; None without such a job.
 
     Raises:
         SourceNotFound: the job or its native checkpoint has been deleted.
@@ -45,7 +45,7 @@ def earlier_result(context: WorkerContext, tenant_id: str, job_id: str | None, w
             bring(context.blobs, sha256, _place(staged, f"{checkpoint}/{path}"))
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFull("the worker's disk cannot hold what the earlier job made", field="base_job") from error
+            raise DiskFull("the worker's disk cannot hold what the base job made", field="base_job") from error
         raise
     staged.replace(folder)
     return str(folder)
@@ -70,7 +70,7 @@ def _files(context: WorkerContext, tenant_id: str, job_id: str) -> list[tuple[st
 def _place(folder: Path, name: str) -> Path:
     target = (folder / name).resolve()
     if not target.is_relative_to(folder.resolve()):
-        detail = "the earlier job names a file outside its folder"
+        detail = "the base job names a file outside its folder"
         raise SourceForbidden(detail, field="base_job", value=name, hint=ANEW)
     return target
 
@@ -85,7 +85,7 @@ def bring(blobs: BlobStore, sha256: str, target: Path) -> None:
     found = _hash(target) if _linked(blobs.path(sha256), target) else _copy(blobs, sha256, target)
     if found != sha256:
         target.unlink()
-        detail = f"{target.name} of the earlier job is damaged in the store"
+        detail = f"{target.name} of the base job is damaged in the store"
         raise CorruptCheckpoint(detail, field="base_job", value=sha256, hint=ANEW)
 
 

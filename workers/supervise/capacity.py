@@ -1,4 +1,4 @@
-"""What this machine can hold. torch is asked in a process of its own: the worker never loads it."""
+"""Capacity of this machine. torch is asked in a process of its own: the worker never loads it."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""What the children are told through their environment, and what is kept from them."""
+"""Environment of child processes: the variables they are given, and those that are kept from them."""
 
 import os
 import sys

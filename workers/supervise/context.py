@@ -1,4 +1,4 @@
-"""What a worker process has: made once at its start, given to everything that supervises."""
+"""Context of a worker process: made once at its start, given to everything that supervises."""
 
 import threading
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""How an attempt ended, in the words of the error tree."""
+"""Exit codes and signals of an attempt as errors of the error tree."""
 
 import signal
 

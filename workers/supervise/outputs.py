@@ -1,4 +1,4 @@
-"""What an attempt made, from its workspace into the blob store."""
+"""Transfer of an attempt's output from its workspace into the blob store."""
 
 import errno
 from pathlib import Path, PurePosixPath

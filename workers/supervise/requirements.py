@@ -1,4 +1,4 @@
-"""Whether a result keeps what its request demands."""
+"""Check of a result against the requirements of its request."""
 
 from collections.abc import Collection
 

@@ -1,4 +1,4 @@
-"""Where an attempt finds its model and texts on this machine.
+"""Paths of an attempt's model and texts on this machine.
 
 Local paths are checked against the roots again (the request was checked on another machine, perhaps long ago), uploads
 are taken from the blob store, and what is left for the Hub goes into a `FetchOrder`.

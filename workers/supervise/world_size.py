@@ -1,4 +1,4 @@
-"""How many processes compute a job together."""
+"""Number of processes that compute a job together."""
 
 from app.domain.request.job_request import JobRequest
 

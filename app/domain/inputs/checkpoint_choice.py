@@ -1,4 +1,4 @@
-"""Which of a folder's files transformers would load, and the folders in which that is not what this service reads.
+"""The files that transformers would load of a folder, and a check that this service reads the same ones.
 
 `from_pretrained` of transformers 5.23 takes `model.safetensors` where there is one, whatever lies beside it; else all
 tensors of all files that the index names, the last file in the order of names winning, whatever the index says of each

@@ -1,4 +1,4 @@
-"""What can be done to a model: the quantization methods with their presets, and the recipes.
+"""The catalogue of quantization methods with their presets, and of recipes.
 
 A spec is a method's parameters and nothing else. `METHODS` lists every method with its paper; `RECIPES` are
 shorthand names that stand for parts of a request. The specs, and what they are made of, are found here too.

@@ -1,4 +1,4 @@
-"""Whether the rules of a request fit the linears of its model: one answer for the API and for the engine.
+"""Checks that a request's rules fit the linears of its model: one answer for the API and for the engine.
 
 `inputs` is always full module name -> in_features of every linear that may be quantized, the output head included.
 """

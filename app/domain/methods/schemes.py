@@ -1,4 +1,4 @@
-"""How a linear's weight may be stored, and the rules that tell linears apart."""
+"""Storage schemes of a linear's weight, and the rules that tell linears apart."""
 
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal

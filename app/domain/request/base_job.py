@@ -1,10 +1,10 @@
-"""A job that starts from an earlier job's result: what its request takes over, and what must be the same.
+"""A job that starts from a base job's result: what its request takes over, and what must be the same.
 
     {"base_job": "job_...", "finetune": {"dataset": D}}
-    {"model": "job_...", "finetune": {"dataset": D}}           the same: the earlier result is the model
+    {"model": "job_...", "finetune": {"dataset": D}}           the same: the base job is the model
 
-Model, quantization and calibration are those of the earlier job, since its codes are; where the request names them all
-the same, it must name them alike. An adapter that the earlier job trained and did not fold into the weights goes on
+Model, quantization and calibration are those of the base job, since its codes are; where the request names them all
+the same, it must name them alike. An adapter that the base job trained and did not fold into the weights goes on
 from its values, so kind and shape are given with it.
 """
 
@@ -91,19 +91,19 @@ def named_job(body: Mapping[str, object]) -> str | None:
     return None
 
 
-def start_from(body: dict[str, object], earlier: BaseJob | None) -> list[FieldProblem]:
+def start_from(body: dict[str, object], base_job: BaseJob | None) -> list[FieldProblem]:
     """Fills into `body` what it takes over; the problems that only this can see.
 
     Without `earlier`, which only a store can find, the body must say everything itself.
     """
     given = dict(body)
     problems = list(_name_job(body))
-    if earlier is None:
+    if base_job is None:
         return problems
-    problems += _take_model(body, earlier)
-    problems += _take_quantization(body, earlier)
-    problems += _take_calibration(body, earlier)
-    problems += _take_adapter(body, earlier)
+    problems += _take_model(body, base_job)
+    problems += _take_quantization(body, base_job)
+    problems += _take_calibration(body, base_job)
+    problems += _take_adapter(body, base_job)
     return [problem.model_copy(update={"field": as_written(given, problem.field)}) for problem in problems]
 
 
@@ -118,21 +118,21 @@ def _name_job(body: dict[str, object]) -> Iterator[FieldProblem]:
         yield _conflict("model", f"base_job names another job, {shorten(job)}; leave one of the two out", model)
 
 
-def _take_model(body: dict[str, object], earlier: BaseJob) -> Iterator[FieldProblem]:
+def _take_model(body: dict[str, object], base_job: BaseJob) -> Iterator[FieldProblem]:
     given = body.get("model")
     try:
         meant = None if given is None else _MODEL.validate_python(expand_source(given))
     except ValidationError:
         return  # said by the validation of the whole
-    body["model"] = earlier.model
-    own = [_MODEL.validate_python(model) for model in (earlier.model, earlier.request["model"])]
+    body["model"] = base_job.model
+    own = [_MODEL.validate_python(model) for model in (base_job.model, base_job.request["model"])]
     if meant is not None and meant not in own:
-        detail = _differs(earlier, "model", shorten(own[0].model_dump(exclude={"source"})))
+        detail = _differs(base_job, "model", shorten(own[0].model_dump(exclude={"source"})))
         yield _conflict("model", detail, given)
 
 
-def _take_quantization(body: dict[str, object], earlier: BaseJob) -> Iterator[FieldProblem]:
-    inner, own = body.get("quantization"), earlier.request["quantization"]
+def _take_quantization(body: dict[str, object], base_job: BaseJob) -> Iterator[FieldProblem]:
+    inner, own = body.get("quantization"), base_job.request["quantization"]
     if inner is not None and not isinstance(inner, Mapping):
         return
     named = body if inner is None else inner
@@ -147,11 +147,11 @@ def _take_quantization(body: dict[str, object], earlier: BaseJob) -> Iterator[Fi
     elif isinstance(name, str):
         meant = RECIPES.get(name, meant)
     if name is not None and meant["method"] != own["method"]:
-        yield _of_quantization(earlier, "method", name)
+        yield _of_quantization(base_job, "method", name)
     given |= {field: value for field, value in meant.items() if field != "method"}
     for field in given:
         if field in own and not _means_the_same(own, field, given[field]):
-            yield _of_quantization(earlier, field, given[field])
+            yield _of_quantization(base_job, field, given[field])
     if inner is None:
         for field in _OF_METHODS & body.keys():
             del body[field]
@@ -167,14 +167,14 @@ def _means_the_same(own: Mapping[str, Any], field: str, value: object) -> bool:
         return False
 
 
-def _take_calibration(body: dict[str, object], earlier: BaseJob) -> Iterator[FieldProblem]:
-    given, own = body.get("calibration"), earlier.request["calibration"]
+def _take_calibration(body: dict[str, object], base_job: BaseJob) -> Iterator[FieldProblem]:
+    given, own = body.get("calibration"), base_job.request["calibration"]
     if given is not None and not isinstance(given, Mapping):
         return
     body["calibration"] = {**(given or {}), **own}
     for field, value in (given or {}).items():
         if field in own and _expanded_text(field, value) != own[field]:
-            detail = f"nothing is calibrated: {_differs(earlier, field, shorten(own[field]))}"
+            detail = f"nothing is calibrated: {_differs(base_job, field, shorten(own[field]))}"
             yield _conflict(f"calibration.{field}", detail, value)
 
 
@@ -187,43 +187,41 @@ def _expanded_text(field: object, value: object) -> object:
         return value
 
 
-def _take_adapter(body: dict[str, object], earlier: BaseJob) -> Iterator[FieldProblem]:
-    own, given = earlier.adapter, body.get("adapter")
+def _take_adapter(body: dict[str, object], base_job: BaseJob) -> Iterator[FieldProblem]:
+    own, given = base_job.adapter, body.get("adapter")
     if own is None or not isinstance(given, Mapping | None):
         return
     given = given or {}
     kind = given.get("kind", own["kind"])
     if kind != own["kind"]:
         detail = (
-            f"{earlier.id} has trained a {own['kind']}, and only that goes on; leave adapter out, or train a "
-            f"{shorten(kind)} {_elsewhere(earlier)}"
+            f"{base_job.id} has trained a {own['kind']}, and only that goes on; leave adapter out, or train a "
+            f"{shorten(kind)} {_elsewhere(base_job)}"
         )
         yield _conflict("adapter.kind", detail, kind)
         return
     body["adapter"] = {**own, **given}
     for field in own:
         if field not in CHANGEABLE and given.get(field, own[field]) != own[field]:
-            detail = f"the adapter goes on from that of {earlier.id}, whose {field} is {own[field]}; leave {field} out"
+            detail = f"the adapter goes on from that of {base_job.id}, whose {field} is {own[field]}; leave {field} out"
             yield _conflict(f"adapter.{field}", detail, given[field])
 
 
-def _elsewhere(earlier: BaseJob) -> str:
+def _elsewhere(base_job: BaseJob) -> str:
     """Where an adapter of another kind can start."""
-    root = earlier.request.get("base_job")
+    root = base_job.request.get("base_job")
     return f"from base_job {root}" if root else "without base_job: the same request and seed give the same codes"
 
 
-def _of_quantization(earlier: BaseJob, field: str, value: object) -> FieldProblem:
-    detail = _differs(earlier, field, shorten(earlier.request["quantization"].get(field)))
+def _of_quantization(base_job: BaseJob, field: str, value: object) -> FieldProblem:
+    detail = _differs(base_job, field, shorten(base_job.request["quantization"].get(field)))
     if field == "method" and isinstance(value, str) and value in ADAPTER_RECIPES:
         detail += f'; for its adapter alone give "adapter": {{"kind": "{ADAPTER_RECIPES[value].kind}"}}'
     return _conflict(f"quantization.{field}", detail, value)
 
 
-def _differs(earlier: BaseJob, field: object, own: object) -> str:
-    return (
-        f"the job starts from {earlier.id}, whose {field} is {own}; leave it out; without base_job it is quantized anew"
-    )
+def _differs(base_job: BaseJob, field: object, own: object) -> str:
+    return f"the job starts from {base_job.id}, whose {field} is {own}; leave it out; without base_job it is quantized anew"
 
 
 def _conflict(field: str, detail: str, value: object) -> FieldProblem:

@@ -1,4 +1,4 @@
-"""What of an adapter, its base, its merge and the formats does not go together, before anything is computed."""
+"""Checks that adapter, base, merge and formats are compatible, made before anything is computed."""
 
 from collections.abc import Mapping, Sequence
 

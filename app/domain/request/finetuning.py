@@ -1,4 +1,4 @@
-"""What a request says of finetuning: the text an adapter learns from, and how long and how fast it learns.
+"""Finetuning part of a request: the text an adapter learns from, and how long and how fast it learns.
 
 The quantized base never changes; what is trained is the adapter that the request names beside this. How many sequences
 go through the model at once, and whether activations are recomputed, is the engine's plan and shown in the report.

@@ -137,10 +137,10 @@ class JobRequest(RequestPart):
     )
 
     @classmethod
-    def parse(cls, body: object, earlier: BaseJob | None = None) -> Self:
+    def parse(cls, body: object, base_job: BaseJob | None = None) -> Self:
         """The request from a decoded JSON body, in shorthand or full form.
 
-        earlier   the job that the body starts from (`app.domain.request.base_job.named_job`)
+        base_job  the job that the body starts from (`app.domain.request.base_job.named_job`)
 
         Raises:
             InvalidRequest: with every problem found in `errors`.
@@ -149,14 +149,14 @@ class JobRequest(RequestPart):
             detail = f"the body must be a JSON object, not {_json_type(body)}"
             problem = FieldProblem(field="body", code="wrong_type", detail=detail, value=shorten(body))
             raise InvalidRequest(detail, field="body", value=body, errors=(problem,))
-        expansion = expand(body, earlier)
+        expansion = expand(body, base_job)
         problems = _added(expansion.problems, text_problems(body))
         try:
             request = cls.model_validate(expansion.body)
         except ValidationError as error:
             problems = _added(problems, field_problems(error, cls, body, ALL_SHORTHAND))
         problems += _adapter_problems(expansion)
-        problems += _format_problems(expansion, body, None if earlier is None else earlier.folded)
+        problems += _format_problems(expansion, body, None if base_job is None else base_job.folded)
         if problems:
             raise InvalidRequest(_summary(problems), errors=tuple(problems[:MAX_PROBLEMS]))
         return request

@@ -1,4 +1,4 @@
-"""What pydantic found wrong, as problems that name the field as the caller wrote it and say the way out.
+"""Pydantic's errors as problems that name the field as the caller wrote it and state a way out.
 
 Both come from the model's JSON Schema: followed along the error's location it tells which parts of that are tags of
 unions, which a body does not have, and ends at what the field allows.

@@ -44,13 +44,13 @@ class _AdapterPart(BaseModel):
     round_offset: bool = False
 
 
-def expand(given: Mapping[str, object], earlier: BaseJob | None = None) -> Expansion:
+def expand(given: Mapping[str, object], base_job: BaseJob | None = None) -> Expansion:
     """The full form of a body in shorthand or full form. `given` is not changed.
 
-    earlier   the job that the body starts from
+    base_job  the job that the body starts from
     """
     body = dict(given)
-    problems = start_from(body, earlier)
+    problems = start_from(body, base_job)
     problems += expand_adapter(body)
     top = {name: body.pop(name) for name in SHORTHAND if name in body}
     inner = body.get("quantization")
@@ -68,7 +68,7 @@ def expand(given: Mapping[str, object], earlier: BaseJob | None = None) -> Expan
     _expand_sources(body)
     _apply_preset(body)
     _fill_learning_rates(body)
-    _fill_formats(body, None if earlier is None else earlier.folded)
+    _fill_formats(body, None if base_job is None else base_job.folded)
     return Expansion(body, problems, method_known)
 
 

@@ -41,7 +41,7 @@ def _in_value(part: BaseModel, field: str, value: object) -> Iterator[NamedSourc
 
 
 def read_sources(request: JobRequest) -> list[NamedSource]:
-    """The sources that the job reads: all, but for calibration text where blocks are taken from an earlier job."""
+    """The sources that the job reads: all, but for calibration text where blocks are taken from a base job."""
     unread = request.calibration if request.base_job is not None else None
     return [named for named in named_sources(request) if named.part is not unread]
 

@@ -1,4 +1,4 @@
-"""Where a model or a text comes from. Shorthand strings expand to these.
+"""Sources of models and texts. Shorthand strings expand to these.
 
 "org/name"                          -> hub
 "/folder", "./folder", "~/folder"   -> local (must lie under a configured root)

@@ -1,4 +1,4 @@
-"""What a request may say of adapters, finetuning and merges, in shorthand and in full."""
+"""Adapters, finetuning and merges in requests, in shorthand and in full."""
 
 import json
 from typing import Any

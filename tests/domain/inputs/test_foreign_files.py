@@ -1,4 +1,4 @@
-"""What a folder, an upload or a repository holds in place of a checkpoint, told by names alone."""
+"""Recognition, by names alone, of files in a folder, an upload or a repository that are no checkpoint."""
 
 import pytest
 

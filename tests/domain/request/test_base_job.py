@@ -1,4 +1,4 @@
-"""Requests that start from an earlier job: what they take over, and what they may not say otherwise."""
+"""Requests that start from a base job: what they take over, and what they may not say otherwise."""
 
 from collections.abc import Mapping
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a request may say of finetuning, and what is refused."""
+"""Finetuning in requests: accepted forms and refusals."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""What a request may say, in shorthand and in full, and what each mistake is called."""
+"""Requests in shorthand and in full, and the error of each mistake."""
 
 import json
 from typing import Any

@@ -106,7 +106,7 @@ def order_of(
         request=request,
         model_path=str(model),
         finetuning_path=loss_mask.path if isinstance(loss_mask, LocalText) else None,
-        base_path=None if base is None else str(base),
+        base_job_path=None if base is None else str(base),
         world_size=SIZE,
         rendezvous=str(workspace / f"rendezvous-{attempt}"),
         device="cuda" if device == "cuda" else "cpu",

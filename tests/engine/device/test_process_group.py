@@ -444,7 +444,7 @@ def test_ranks_on_gpus_replay_graphs_around_their_exchange(pair: RankPair, small
 
 
 def test_ranks_take_over_the_same_blocks(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
-    """Each reads the earlier result itself; the one that writes stores what both have."""
+    """Each reads the base job itself; the one that writes stores what both have."""
     run_job(small_model, tmp_path / "earlier", method="rtn")
     base = tmp_path / "earlier/output"
     part = {"dataset": "builtin", "steps": 2, "batch_size": 4, "sequence_length": 32, "validation_sequences": 4}
@@ -458,4 +458,4 @@ def test_ranks_take_over_the_same_blocks(pair: RankPair, small_model: Path, tmp_
     before = load_file(base / "native/weights.safetensors")
     after = load_file(tmp_path / "job/output/native/weights.safetensors")
     assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
-    assert first.result.report.base.blocks_adopted == 3
+    assert first.result.report.base_job.blocks_adopted == 3

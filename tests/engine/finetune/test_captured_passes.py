@@ -1,4 +1,4 @@
-"""Which batches go through captured passes; what these compute is compared on a GPU (test_cuda_training)."""
+"""Batches that go through captured passes; their results are compared on a GPU (test_cuda_training)."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager

@@ -31,6 +31,7 @@ from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, rate_
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.reporter import Reporter
+from workers.engine.text.examples import Example
 from workers.engine.text.packing import Order, PackedSequences
 
 SEED = 11
@@ -50,6 +51,11 @@ def part_of(**fields: Any) -> Finetune:
 
 def sequences(seed: int, count: int = 30) -> PackedSequences:
     return PackedSequences.pack(random_examples(count, LENGTH, seed=seed), LENGTH, together=True)
+
+
+def one_token(count: int) -> list[Example]:
+    """Examples that say the same token again and again."""
+    return [Example(torch.full((16,), 7, dtype=torch.int32), torch.ones(16, dtype=torch.bool)) for _ in range(count)]
 
 
 class DroppingLoRA(SmallLoRA):
@@ -92,15 +98,17 @@ def run(
     recomputed: int = 0,
     held_out: bool = True,
     processes: ProcessGroup = SINGLE_PROCESS,
+    texts: tuple[PackedSequences, PackedSequences] | None = None,
     **fields: Any,
 ) -> Trained:
     lines: list[AttemptLine] = []
+    training, judging = texts or (sequences(1), sequences(2, 8))
     with open_job(folder, attach, recomputed) as model:
         task = TrainingTask(
             resident=model,
             part=part_of(**fields),
-            training=sequences(1),
-            held_out=sequences(2, 8) if held_out else None,
+            training=training,
+            held_out=judging if held_out else None,
             micro_batch=micro_batch,
             seed=SEED,
             state=TrainingState(state, "fingerprint", processes),
@@ -343,16 +351,22 @@ def test_micro_batches_and_recomputed_blocks_change_little_or_nothing(folder: Pa
 
 
 def test_training_stops_when_held_out_text_gets_worse_and_keeps_the_best(folder: Path, tmp_path: Path) -> None:
-    found = run(folder, tmp_path, steps=60, validation_every=2, patience=3, learning_rate=0.3, clip_norm=None)
+    # One token is learned, and half of what judges is that token: its loss falls until the other half costs more.
+    mixed = PackedSequences.pack([*one_token(4), *random_examples(4, LENGTH, seed=2)], LENGTH, together=True)
+    texts = (PackedSequences.pack(one_token(30), LENGTH, together=True), mixed)
+    fields: dict[str, Any] = {"steps": 300, "validation_every": 2, "patience": 3, "learning_rate": 0.01}
+    found = run(folder, tmp_path, texts=texts, **fields)
     progress = found.outcome.progress
-    assert progress.step < 60
+    assert progress.best_step is not None
+    assert progress.best_step > 0
+    assert progress.step < 300
     assert progress.stale == 3
     best = min(progress.validations, key=lambda validation: validation.loss)
     assert best.step == progress.best_step == progress.validations[-4].step
     with open_job(folder, attach_plain) as model:
         for name, adapter in model.adapters.items():
             adapter.load_state_dict(found.adapters[name])
-        assert loss_on(model, sequences(2, 8)) == pytest.approx(best.loss, rel=1e-6)
+        assert loss_on(model, mixed) == pytest.approx(best.loss, rel=1e-6)
 
 
 @torch.no_grad()

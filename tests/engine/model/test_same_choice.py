@@ -1,4 +1,4 @@
-"""What is read of a folder is what transformers loads of it, or it is refused by both names."""
+"""Agreement with transformers on the files of a folder: the same are read, or the folder is refused by both names."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Jobs that start from an earlier job's result: the same bits as if one job had done both, and what is refused."""
+"""Jobs that start from a base job's result: the same bits as if one job had done both, and what is refused."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def do(
         request=request,
         model_path=str(model),
         finetuning_path=None if part is None else part.dataset.model_dump().get("path"),
-        base_path=None if before is None else str(brought(before, workspace.with_name(workspace.name + "-base"))),
+        base_job_path=None if before is None else str(brought(before, workspace.with_name(workspace.name + "-base"))),
         device="cpu",
     )
     workspace.mkdir(exist_ok=True)
@@ -142,8 +142,12 @@ def test_two_jobs_make_the_same_bits_as_one(name: str, small_model: Path, text: 
     assert second.report.quality == whole.report.quality
 
     told = second.report
-    assert told.base is not None
-    assert (told.base.job_id, told.base.blocks_adopted, told.base.adapter_continued) == ("job_1", 3, "rank" in base)
+    assert told.base_job is not None
+    assert (told.base_job.job_id, told.base_job.blocks_adopted, told.base_job.adapter_continued) == (
+        "job_1",
+        3,
+        "rank" in base,
+    )
     assert (told.blocks_computed, told.blocks_resumed, told.calibration, told.scales) == (0, 0, None, None)
     assert [block.linears for block in told.blocks] == [block.linears for block in first.report.blocks]
     assert len([line for line in lines if isinstance(line, BlockEvent)]) == 3
@@ -173,12 +177,12 @@ def test_an_adapter_goes_on_where_it_stood(
     assert second.report.adapter is not None
     assert first.report.adapter is not None
     assert second.report.adapter.parameters == first.report.adapter.parameters
-    assert second.report.base is not None
-    assert second.report.base.adapter_continued
+    assert second.report.base_job is not None
+    assert second.report.base_job.adapter_continued
     third = do(small_model, tmp_path / "third", {"finetune": text}, second)
     assert third.finetuning.loss_before == second.finetuning.loss_after
-    assert third.report.base is not None
-    told = third.report.base.training
+    assert third.report.base_job is not None
+    told = third.report.base_job.training
     assert [one.text.sha256 for one in told] == [first.finetuning.text.sha256, second.finetuning.text.sha256]
     assert not any(one.folded for one in told)
     for job in (second, third):
@@ -194,9 +198,9 @@ def test_a_merged_adapter_is_the_base_of_another(small_model: Path, text: dict[s
     adapter = {"adapter": {"kind": "qa-hira", "rank": 4}, "merge": "quantized"}
     second = do(small_model, tmp_path / "second", {**adapter, "finetune": text}, first, folded="offsets")
     assert second.finetuning.loss_before == pytest.approx(first.finetuning.loss_after, rel=0.02)
-    assert second.report.base is not None
-    assert not second.report.base.adapter_continued
-    (before_this,) = second.report.base.training
+    assert second.report.base_job is not None
+    assert not second.report.base_job.adapter_continued
+    (before_this,) = second.report.base_job.training
     assert (before_this.adapter, before_this.folded) == ("qa-lora", True)
     assert before_this.steps == first.finetuning.steps_kept
     card = (second.output / "native/README.md").read_text()
@@ -224,7 +228,7 @@ def test_a_killed_attempt_goes_on_and_ends_with_the_same_bits(
             do(small_model, tmp_path / "cut", body, first)
     again = do(small_model, tmp_path / "cut", body, first)
     assert (again.report.blocks_resumed, again.finetuning.steps_resumed) == (3, 4)
-    assert again.report.base == whole.report.base
+    assert again.report.base_job == whole.report.base_job
     assert same(again.native, whole.native)
     assert [block.linears for block in again.report.blocks] == [block.linears for block in first.report.blocks]
 

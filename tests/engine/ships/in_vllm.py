@@ -1,4 +1,4 @@
-"""What vLLM makes of a checkpoint, as JSON: run by `test_vllm.py` with the Python of vLLM's own environment.
+"""Logits and perplexity of a checkpoint in vLLM, as JSON: run by `test_vllm.py` with the Python of vLLM's environment.
 
     python in_vllm.py CASE.json
 

@@ -1,4 +1,4 @@
-"""What a GGUF file says of a model and its tokenizer, what it refuses to say, and what its card promises."""
+"""Metadata of GGUF files: model and tokenizer as written, refusals, and the card's promises."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Which ways there are to load what a job stores, and what is said where they differ."""
+"""Ways to load a job's checkpoints, and the report where they differ."""
 
 from collections.abc import Sequence
 

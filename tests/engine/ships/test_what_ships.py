@@ -1,4 +1,4 @@
-"""What is told is what ships: every result, loaded by its stock loader, has the perplexity that its report tells."""
+"""Reports against results: each result, loaded by its stock loader, has the perplexity that its report states."""
 
 import shutil
 from pathlib import Path

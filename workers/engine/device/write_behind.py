@@ -1,4 +1,4 @@
-"""What must become durable is written in a thread of its own while the next block is worked on.
+"""Durable writes in a thread of their own while the next block is worked on.
 
 On a GPU the thread packs and copies on a stream of its own. Errors of the thread are raised in the thread that waits.
 """

@@ -1,4 +1,4 @@
-"""How finetuning fits into memory: sequences at once, blocks that are computed again, weights that are kept.
+"""Memory plan of finetuning: micro-batch size, blocks that are recomputed, weights that stay on the device.
 
 The estimate counts against all of the device's memory, not against what happens to be free: the same request on the
 same machine always gives the same plan, and so the same adapter.

@@ -1,4 +1,4 @@
-"""What is told of training while it runs: progress, loss, learning rate and tokens a second, once a second.
+"""Progress reporting for finetuning: loss, learning rate and tokens/s, at most once per second.
 
 Losses are on the device. What is told of them is copied behind the work and read when it has come, so that telling
 never makes the loop wait.

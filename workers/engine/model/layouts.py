@@ -1,4 +1,4 @@
-"""Where the parts of a decoder lie in transformers' own classes: a table, one row an architecture.
+"""Layouts of decoders in transformers' own classes: a table, one row per architecture.
 
 Which architectures there are, and the shapes that a config.json promises, is `app.domain.inputs.architectures`; this
 table adds the module paths that only torch needs. A new row needs no code, but a proof:

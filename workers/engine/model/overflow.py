@@ -1,4 +1,4 @@
-"""Whose values are not finite: the quantized model's, or the original's before anything was quantized.
+"""Attribution of values that are not finite: to the quantized model, or to the original before quantization.
 
 A model that was trained in bfloat16 and is run in float16 (largest value 65504) overflows by itself. What a stage then
 finds not finite is no fault of its method, and no width mends it.

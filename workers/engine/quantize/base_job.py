@@ -26,7 +26,7 @@ from app.domain.methods import Scheme
 from app.domain.request.base_job import ADAPTER_FILE, DESCRIPTION, REPORT
 from bitwright.errors import BitwrightError, CorruptCheckpoint, FormatCannotHold
 from bitwright.formats import ExportFormat
-from bitwright.report import BlockReport, EarlierTraining
+from bitwright.report import BaseTraining, BlockReport
 from workers.contracts.results import BlockResult
 from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
 from workers.engine.model.streamed_model import StreamedModel
@@ -38,7 +38,7 @@ from workers.numerics.quantized import LinearResult
 HINT = "leave base_job out to quantize anew"
 _LINEARS = TypeAdapter(dict[str, StoredLinear])
 _BLOCKS = TypeAdapter(tuple[BlockReport, ...])
-_TRAINING = TypeAdapter(tuple[EarlierTraining, ...])
+_TRAINING = TypeAdapter(tuple[BaseTraining, ...])
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class BaseJobResult:
     linears: Mapping[str, StoredLinear]
     adapters: Mapping[str, Mapping[str, Tensor]] = field(default_factory=dict)
     blocks: tuple[BlockReport, ...] = ()
-    training: tuple[EarlierTraining, ...] = ()
+    training: tuple[BaseTraining, ...] = ()
 
     @classmethod
     def open(cls, folder: Path, model: StreamedModel, quantized: set[str]) -> "BaseJobResult":
@@ -223,11 +223,11 @@ def _reports(file: Path) -> tuple[BlockReport, ...]:
         return ()
 
 
-def _training(file: Path) -> tuple[EarlierTraining, ...]:
+def _training(file: Path) -> tuple[BaseTraining, ...]:
     """What the report tells of trained adapters; none where another version told it otherwise."""
     try:
         report = json.loads(file.read_bytes())
-        before, told, adapter = report.get("base") or {}, report.get("finetuning"), report.get("adapter")
+        before, told, adapter = report.get("base_job") or {}, report.get("finetuning"), report.get("adapter")
         found = list(before.get("training", ()))
         if told is not None and adapter is not None:
             found.append(

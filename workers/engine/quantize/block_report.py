@@ -1,4 +1,4 @@
-"""What is told of a quantized block: sums made on the device with the block, numbers read once, when it is done.
+"""Report of a quantized block: sums made on the device with the block, numbers read once, when it is done.
 
 For a linear W, its change D = W_hat - W (W_hat with its low-rank correction) and its inputs' second moments m, and for
 the block's output Y:

@@ -1,4 +1,4 @@
-"""What is found out about the whole model before its first block: Fisher information, and how a budget is spent.
+"""Preparation over all blocks before the first: Fisher information, and the allocation of a bit budget.
 
     state/prepared.json        {"fingerprint", "fisher": sha256, "choices": by full linear name, "report"}
     state/fisher.safetensors   <linear>.rows and <linear>.columns

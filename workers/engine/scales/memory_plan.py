@@ -1,4 +1,4 @@
-"""What end-to-end scale tuning works with, and how much of it fits into memory at once.
+"""Inputs of end-to-end scale tuning, and the share of them that fits into memory at once.
 
 The estimate counts against all of the device's memory, not against what happens to be free: the same request on the
 same machine always gives the same plan, and so the same scales.

@@ -1,4 +1,4 @@
-"""Where texts come from: the running Python's own reference text, or a JSONL file; each split in two by hash.
+"""Sources of text: the running Python's own reference text, or a JSONL file; each split in two by hash.
 
 The split is by the text itself: a document's sha256 puts it into the calibration half or the evaluation half, always
 the same one, so that no evaluation ever reads what calibrated.

@@ -1,4 +1,4 @@
-"""What an adapter learns from: rows of text as tokens, each of which is learned or only read.
+"""Training examples of an adapter: rows of text as tokens, each of which is learned or only read.
 
     {"text": ...}                       learned whole
     {"prompt": ..., "completion": ...}  the completion is learned, with the end-of-sequence token

@@ -1,4 +1,4 @@
-"""Where an assistant speaks in a conversation: the parts of the template's text that are learned.
+"""Turns of the assistant in a conversation: the parts of the template's text that are learned.
 
 A template that has `{% generation %}` says it itself. Of any other, a turn is what its loops write while they are at
 the assistant's message, from where the generation prompt ends to the end of the turn: what the template writes after

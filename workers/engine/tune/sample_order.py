@@ -1,4 +1,4 @@
-"""Which calibration sequences train and which judge, and the order in which a run's steps read those that train."""
+"""Split of calibration sequences into training and validation, and the order in which a run's steps read the first."""
 
 import math
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from app.domain.adapters import ADAPTERS
 from bitwright.formats import ADAPTER_FOLDER, ExportFormat
-from bitwright.report import AdapterReport, EarlierTraining, FinetuningReport, Quality, Report
+from bitwright.report import AdapterReport, BaseTraining, FinetuningReport, Quality, Report
 from workers.formats.cards.identity import Part, adapter_title
 
 
@@ -51,7 +51,7 @@ def quality(report: Report, part: Part, export_format: ExportFormat | None) -> l
 def training(report: Report) -> list[str]:
     """The section on what was finetuned, by this job and by those that it started from; nothing where nothing was."""
     told = report.finetuning
-    earlier = () if report.base is None else report.base.training
+    earlier = () if report.base_job is None else report.base_job.training
     if told is None and not earlier:
         return []
     paragraphs = [_earlier(one) for one in earlier]
@@ -62,7 +62,7 @@ def training(report: Report) -> list[str]:
     return ["## Training", *paragraphs]
 
 
-def _earlier(one: EarlierTraining) -> str:
+def _earlier(one: BaseTraining) -> str:
     where = "lies folded in the quantized weights" if one.folded else "was the start of this job's training"
     return (
         f"Earlier: {adapter_title(one.adapter)} on {code(one.text.source)} (sha256 `{one.text.sha256[:16]}`), "
@@ -92,7 +92,8 @@ def _run(told: FinetuningReport) -> Iterator[str]:
         yield f"| training loss, nats a token | {first:.4f} at first, {last:.4f} at last |"
     if told.loss_before is not None and told.loss_after is not None:
         held_out = f"loss on {told.held_out_sequences} held-out sequences"
-        yield f"| {held_out} | {told.loss_before:.4f} before, {told.loss_after:.4f} after |"
+        ships = "" if told.loss_shipped is None else f", {told.loss_shipped:.4f} with the weights that ship"
+        yield f"| {held_out} | {told.loss_before:.4f} before, {told.loss_after:.4f} after{ships} |"
     else:
         yield "| held-out loss | not measured: no sequence was held out |"
 

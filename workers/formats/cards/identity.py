@@ -16,7 +16,7 @@ from typing import Literal
 from app.domain import methods
 from app.domain.adapters import ADAPTERS
 from app.domain.request.sources import HUB_ID, UPLOAD_ID
-from bitwright.report import EarlierTraining, FinetuningReport, Report
+from bitwright.report import BaseTraining, FinetuningReport, Report
 from workers.formats.stored_linear import StoredLinear
 
 CACHED = re.compile(r"[\\/](?:models|datasets)--(?:[\w.-]+?--)?([\w.-]+)[\\/]snapshots[\\/][0-9a-f]+[\\/]?$")
@@ -67,7 +67,7 @@ class Identity:
     adapter: str | None = None
     folded: bool = False
     finetuning: FinetuningReport | None = None
-    earlier: tuple[EarlierTraining, ...] = ()
+    earlier: tuple[BaseTraining, ...] = ()
 
     @classmethod
     def of(cls, report: Report) -> "Identity":
@@ -82,7 +82,7 @@ class Identity:
             adapter=None if adapter is None else adapter.kind,
             folded=adapter is not None and adapter.merge is not None,
             finetuning=report.finetuning,
-            earlier=() if report.base is None else report.base.training,
+            earlier=() if report.base_job is None else report.base_job.training,
         )
 
     @property
@@ -174,7 +174,7 @@ def _dataset(source: str, sha256: str, kind: Kind) -> Dataset:
     return Dataset(source, sha256, hub_id(source, kind))
 
 
-def _of_earlier(training: Iterable[EarlierTraining]) -> list[str]:
+def _of_earlier(training: Iterable[BaseTraining]) -> list[str]:
     return [
         f"{adapter_title(one.adapter)} on {_dataset(one.text.source, one.text.sha256, one.dataset_kind).name}"
         for one in training

@@ -201,8 +201,8 @@ def provenance(report: Report, licence: str | None, source: SourceCard, *, left_
         text = report.calibration
         size = f"{text.num_samples} sequences of {text.sequence_length} tokens"
         lines.append(f"- Calibration: {size} of {code(text.source)} (sha256 `{text.sha256[:16]}`)")
-    if report.base is not None:
-        lines.append(f"- Quantized by job `{report.base.job_id}`, whose codes these are; this job finetuned")
+    if report.base_job is not None:
+        lines.append(f"- Quantized by job `{report.base_job.job_id}`, whose codes these are; this job finetuned")
     if report.scales is not None and report.scales.kept:
         lines.append(f"- Scales tuned end to end in {report.scales.steps} steps, codes fixed")
     lines.append(f"- Seed {report.seed}; everything measured is in `report.json`")

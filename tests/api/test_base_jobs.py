@@ -1,4 +1,4 @@
-"""Jobs that start from an earlier job's result, over HTTP: whose it must be, and what must still be there."""
+"""Jobs that start from a base job's result, over HTTP: whose it must be, and what must still be there."""
 
 import json
 from pathlib import Path
@@ -160,7 +160,7 @@ def test_a_dry_run_prices_no_quantization(api: Api) -> None:
     assert continued["seconds"]["cpu"] < whole["seconds"]["cpu"] / 10
     assert continued["host_memory_bytes"] < whole["host_memory_bytes"]
     assert continued["device_memory_bytes"] <= whole["device_memory_bytes"]
-    assert continued["disk_bytes"] == whole["disk_bytes"] + whole["bytes_checkpoint"], "the earlier job's checkpoint"
+    assert continued["disk_bytes"] == whole["disk_bytes"] + whole["bytes_checkpoint"], "the base job's checkpoint"
 
 
 def test_a_calibration_text_that_is_gone_is_no_matter(api: Api, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_finetune_goes_on_from_another_jobs_result(killed: bool, installed: In
     report = report_of(installed, second)
     errors = [attempt.error and attempt.error["code"] for attempt in installed.attempts(second)]
     assert errors == (["attempt_killed", None] if killed else [None])
-    assert report["base"] == {"job_id": first, "blocks_adopted": 2, "adapter_continued": True}
+    assert report["base_job"] == {"job_id": first, "blocks_adopted": 2, "adapter_continued": True}
     assert (report["blocks_computed"], report["blocks_resumed"]) == (0, 2 if killed else 0)
     assert report["finetuning"]["loss_before"] == trained["finetuning"]["loss_after"]
     assert (report["finetuning"]["steps_resumed"] > 0) is killed

@@ -20,10 +20,10 @@ MAX_DESCRIPTION_BYTES = 64 << 20
 ANEW = "or leave base_job out to quantize anew"
 
 
-def find_earlier(
+def find_base_job(
     body: object, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore, replayed: Job | None = None
 ) -> BaseJob | None:
-    """The earlier job that a body names; None if it names none.
+    """The base job that a body names; None if it names none.
 
     replayed   what the request's Idempotency-Key stands for: it is there even if its start is gone by now
 
@@ -35,14 +35,14 @@ def find_earlier(
     if job_id is None:
         return None
     try:
-        return _earlier(job_id, jobs, artifacts, blobs)
+        return _base_job(job_id, jobs, artifacts, blobs)
     except InputError:
         if replayed is None or replayed.request.get("base_job") != job_id:
             raise
         return _as_taken_over(job_id, replayed)
 
 
-def _earlier(job_id: str, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore) -> BaseJob:
+def _base_job(job_id: str, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore) -> BaseJob:
     try:
         job, stored = jobs.get(job_id), artifacts.of_job(job_id)
     except NotFound as error:
@@ -70,7 +70,7 @@ def _revision(report: Mapping[str, Any] | None) -> str | None:
 
 
 def _as_taken_over(job_id: str, replayed: Job) -> BaseJob:
-    """The earlier job as far as a job that was made of it tells: enough to see whether a request is the same again."""
+    """The base job as far as a job that started from it states: enough to see whether a request is the same again."""
     folded: Folded | None = "offsets" if replayed.request["formats"] == ["native"] else None
     return BaseJob(job_id, {**replayed.request, "merge": None}, folded=folded)
 
