@@ -91,7 +91,7 @@ def identity_of(job: Job, found: Findings) -> Identity:
         adapter=request.adapter.kind if trained and request.adapter is not None else None,
         folded=trained and request.merge == "quantized",
         finetuning=None if found.finetuned is None else found.finetuned.report,
-        base_job=() if job.base_job is None else job.base_job.training,
+        earlier=() if job.base_job is None else job.base_job.training,
     )
 
 
