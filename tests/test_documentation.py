@@ -179,9 +179,17 @@ def test_python_and_json_examples_can_be_read(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
-    local = [target for target in targets if not urlsplit(target).scheme]
-    assert [target for target in local if not (path.parent / target).exists()] == []
+    targets = [urlsplit(target) for target in re.findall(r"\]\(([^)\s]+)", path.read_text(encoding="utf-8"))]
+    local = [(path.parent / target.path if target.path else path, target) for target in targets if not target.scheme]
+    assert [target.geturl() for file, target in local if not file.exists()] == []
+    assert [target.geturl() for file, target in local if target.fragment and target.fragment not in anchors(file)] == []
+
+
+def anchors(document: Path) -> set[str]:
+    """Of a document's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
