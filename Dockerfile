@@ -10,23 +10,30 @@ WORKDIR /source
 RUN python -m venv /opt/bitwright
 ENV PATH=/opt/bitwright/bin:$PATH
 COPY pyproject.toml constraints.txt README.md LICENSE ./
+COPY bitwright/pyproject.toml bitwright/pyproject.toml
 
 # The libraries first: they change less often than the code.
 FROM build AS build-api
 RUN --mount=type=cache,target=/root/.cache/pip \
-    mkdir app && touch app/__init__.py && pip install -c constraints.txt '.[api]' && pip uninstall -y bitwright
+    mkdir -p app bitwright/cli bitwright/resources \
+    && touch app/__init__.py bitwright/__init__.py bitwright/cli/__init__.py bitwright/resources/__init__.py \
+    && pip install -c constraints.txt ./bitwright '.[api]' && pip uninstall -y bitwright bitwright-service
+COPY bitwright bitwright
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt '.[api]'
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ./bitwright '.[api]'
 
 FROM build AS build-worker
 RUN --mount=type=cache,target=/root/.cache/pip \
-    mkdir app && touch app/__init__.py && pip install -c constraints.txt '.[worker]' && pip uninstall -y bitwright
+    mkdir -p app bitwright/cli bitwright/resources \
+    && touch app/__init__.py bitwright/__init__.py bitwright/cli/__init__.py bitwright/resources/__init__.py \
+    && pip install -c constraints.txt ./bitwright '.[worker]' && pip uninstall -y bitwright bitwright-service
+COPY bitwright bitwright
 COPY app app
 COPY workers workers
 COPY migrations migrations
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt '.[worker]'
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt ./bitwright '.[worker]'
 
 FROM python:${PYTHON}-slim AS runtime
 RUN useradd --system --uid 10001 --create-home bitwright \

@@ -1,7 +1,7 @@
 # Every command of the project; CI calls the same targets. Needs Python 3.11+ with pip, and make.
 #
 # A target installs what it needs into .venv (with exactly the versions of constraints.txt) and leaves a stamp there,
-# so that only the first run, and one after a change of pyproject.toml or constraints.txt, takes long.
+# so that only the first run, and one after a change of a pyproject.toml or constraints.txt, takes long.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -88,7 +88,7 @@ image: ## Build the container images
 	docker compose build
 
 clean: ## Remove the virtual environment and caches
-	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info
+	rm -rf $(VENV) $(VLLM_VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache build dist *.egg-info bitwright/build bitwright/dist bitwright/*.egg-info
 
 # Debian's python3 comes without ensurepip unless python3-venv is installed; pip can fill such an environment itself.
 $(BIN)/python:
@@ -107,6 +107,6 @@ $(VLLM_VENV)/.vllm: requirements-vllm.txt
 	touch $@
 
 # Compiling every file of torch on installation takes longer than compiling those that are used, when they are.
-$(VENV)/.%: pyproject.toml constraints.txt | $(BIN)/python
-	$(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) -c constraints.txt -e '.[$*]'
+$(VENV)/.%: pyproject.toml bitwright/pyproject.toml constraints.txt | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --no-compile $(PIP_ARGS) -c constraints.txt -e ./bitwright -e '.[$*]'
 	touch $@

@@ -3,19 +3,18 @@
 The message does not name the variable; `app.settings` puts that, and the value without its secrets, before it.
 """
 
-import ipaddress
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlunsplit
 
 from pydantic import SecretStr
 
+from bitwright.addresses import check_host, is_host, scheme_of, split_address
+
 LONGEST_SOCKET_PATH = 107
 """Bytes that the path of a Unix socket may have."""
-LONGEST_SHOWN = 120
-LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,159}")
 
 DATABASES = ("sqlite", "sqlite+pysqlite", "postgresql", "postgres", "postgresql+psycopg")
@@ -37,24 +36,11 @@ BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 BLOB_WAY = "give file:///folder, or a bucket: s3://bucket/prefix"
 
 
-def shown(value: object) -> str:
-    """A setting's value for people: without user, password and query, and not longer than a line."""
-    if isinstance(value, SecretStr):
-        return "***"
-    text = re.sub(r"\?.*", "?***", str(value), flags=re.DOTALL)
-    before, at, after = text.rpartition("@")
-    if at:
-        scheme, mark, _ = before.partition("://")
-        text = f"{scheme}://***@{after}" if mark else f"***@{after}"
-    text = repr(text)
-    return text if len(text) <= LONGEST_SHOWN else f"{text[: LONGEST_SHOWN - 1]}…"
-
-
 def database_url(value: str) -> str:
     """A database that the store knows, as it was given."""
-    parts = _split(value, DATABASE_WAY)
+    parts = split_address(value, DATABASE_WAY)
     if parts.scheme not in DATABASES:
-        raise ValueError(f"{_scheme(parts)} is no database that Bitwright works with; {DATABASE_WAY}")
+        raise ValueError(f"{scheme_of(parts)} is no database that Bitwright works with; {DATABASE_WAY}")
     if parts.scheme.startswith("sqlite"):
         path = unquote(parts.path)
         if parts.netloc or not path.startswith("//") or path == "//":
@@ -64,7 +50,7 @@ def database_url(value: str) -> str:
             raise ValueError(f"this is a folder; name a file in it; {DATABASE_WAY}")
         return value
     has_socket = any(name == "host" for name, _ in parse_qsl(parts.query))
-    _check_host(parts, DATABASE_WAY, needed=not has_socket)
+    check_host(parts, DATABASE_WAY, needed=not has_socket)
     return value
 
 
@@ -76,13 +62,13 @@ def broker_url(value: str) -> str:
     """
     if not value:
         return value
-    parts = _split(value, BROKER_WAY)
+    parts = split_address(value, BROKER_WAY)
     if parts.scheme not in BROKERS:
-        raise ValueError(f"{_scheme(parts)} is no broker that Bitwright works with; {BROKER_WAY}")
+        raise ValueError(f"{scheme_of(parts)} is no broker that Bitwright works with; {BROKER_WAY}")
     scheme, query = BROKERS[parts.scheme], dict(parse_qsl(parts.query, keep_blank_values=True))
     if scheme == "redis+socket":
         return _socket_url(parts, query)
-    _check_host(parts, BROKER_WAY)
+    check_host(parts, BROKER_WAY)
     _check_number(parts.path.removeprefix("/"))
     allowed = TLS if scheme == "rediss" else ()
     for name in query:
@@ -125,14 +111,14 @@ def blob_url(value: str) -> str:
             raise ValueError(f"a folder needs its whole path: each process has its own working folder; {BLOB_WAY}")
         _check_folder(path)
         return value
-    parts = _split(value, BLOB_WAY)
+    parts = split_address(value, BLOB_WAY)
     if parts.scheme == "file":
         path = Path(unquote(parts.path))
         if parts.netloc not in ("", "localhost") or not path.is_absolute() or parts.query:
             raise ValueError(f"a folder needs its whole path, after three slashes; {BLOB_WAY}")
         _check_folder(path)
     elif parts.scheme not in BUCKETS:
-        raise ValueError(f"{_scheme(parts)} is no store that Bitwright works with; {BLOB_WAY}")
+        raise ValueError(f"{scheme_of(parts)} is no store that Bitwright works with; {BLOB_WAY}")
     elif not parts.netloc:
         raise ValueError(f"the bucket's name is missing; {BLOB_WAY}")
     return value
@@ -163,18 +149,6 @@ def _check_folder(path: Path) -> None:
                 raise ValueError(f"this cannot be a folder ({error.strerror}); name another one") from error
 
 
-def web_address(value: str) -> str:
-    """An http or https URL with a host; a slash at its end goes."""
-    way = "give https://host, with a port or path where it has one"
-    parts = _split(value, way)
-    if parts.scheme not in ("http", "https"):
-        raise ValueError(f"{_scheme(parts)} is no address of a web service; {way}")
-    _check_host(parts, way)
-    if parts.query or parts.fragment:
-        raise ValueError(f"it ends with its path; {way}")
-    return value.rstrip("/")
-
-
 def token(value: SecretStr) -> SecretStr:
     """A secret that goes into a header: printable ASCII in one word."""
     if not re.fullmatch(r"[!-~]+", value.get_secret_value()):
@@ -185,7 +159,7 @@ def token(value: SecretStr) -> SecretStr:
 def bind_host(value: str) -> str:
     """An IP address or a host's name, without scheme, port or brackets."""
     way = "give an address alone, e.g. 127.0.0.1, 0.0.0.0, :: or a host's name; the port is BITWRIGHT_PORT"
-    if not _is_host(value):
+    if not is_host(value):
         raise ValueError(f"this is no address to listen on; {way}")
     return value
 
@@ -201,47 +175,3 @@ def as_name(text: str) -> str:
     """Any text, a host's name say, as a `process_name`."""
     word = re.sub(r"[^A-Za-z0-9_.-]", "-", text).lstrip("-._")[:160]
     return word or "worker"
-
-
-def _split(value: str, way: str) -> SplitResult:
-    if re.search(r"[\s\0]", value):
-        raise ValueError(f"an address has no blanks or line ends; {way}")
-    if "://" not in value:
-        raise ValueError(f"this is no address: the scheme and :// are missing; {way}")
-    try:
-        parts = urlsplit(value)
-    except ValueError as error:
-        raise ValueError(f"this is no address ({error}); {way}") from error
-    if parts.fragment or "#" in value:
-        raise ValueError(f"write # as %23, in a password too; {way}")
-    return parts
-
-
-def _check_host(parts: SplitResult, way: str, *, needed: bool = True) -> None:
-    try:
-        host, port = parts.hostname, parts.port
-    except ValueError as error:
-        raise ValueError(
-            f"the port must be a number from 1 to 65535, and / in a password is written %2F; {way}"
-        ) from error
-    if port == 0:
-        raise ValueError(f"the port must be a number from 1 to 65535; {way}")
-    if host is None and not needed:
-        return
-    if host is None or not _is_host(unquote(host)):
-        raise ValueError(f"the host is missing or none; {way}")
-
-
-def _is_host(text: str) -> bool:
-    try:
-        ipaddress.ip_address(text)
-    except ValueError:
-        labels = text.removesuffix(".").split(".")
-        # All digits: a mistyped address, which no name is.
-        number = all(label.isdigit() for label in labels)
-        return len(text) <= 253 and not number and all(LABEL.fullmatch(label) for label in labels)
-    return True
-
-
-def _scheme(parts: SplitResult) -> str:
-    return f"{parts.scheme}://"

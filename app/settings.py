@@ -31,6 +31,8 @@ from pydantic_core import PydanticCustomError
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from app import setting_values as values
+from bitwright.addresses import shown, web_address
+from bitwright.endpoint import default_data_dir
 from bitwright.errors import InvalidSettings
 
 KIB, MIB, GIB, PIB = 1 << 10, 1 << 20, 1 << 30, 1 << 50
@@ -92,12 +94,6 @@ def warn_of_unknown_variables() -> None:
         log.warning(
             "unknown_setting", variable=name, hint="unset it, or find its name in docs/reference/settings.md"
         )
-
-
-def default_data_dir() -> Path:
-    """`$XDG_DATA_HOME/bitwright`, or `~/.local/share/bitwright`."""
-    root = os.environ.get("XDG_DATA_HOME") or "~/.local/share"
-    return Path(root).expanduser() / "bitwright"
 
 
 def _split_paths(value: object) -> object:
@@ -176,7 +172,7 @@ class Settings(BaseSettings):
     )
 
     hub_enabled: bool = Field(default=True, description="Whether workers may fetch from the Hub.")
-    hub_endpoint: Annotated[str, AfterValidator(values.web_address)] | None = Field(
+    hub_endpoint: Annotated[str, AfterValidator(web_address)] | None = Field(
         default=None, description="A Hub mirror instead of huggingface.co."
     )
     hub_token: Annotated[SecretStr, AfterValidator(values.token)] | None = Field(
@@ -243,10 +239,10 @@ class Settings(BaseSettings):
             return handler(value)
         except ValidationError as error:
             name = str(info.field_name)
-            shown = "***" if name == "hub_token" else values.shown(value)
+            readable = "***" if name == "hub_token" else shown(value)
             problem = _problem(name, value, error)
             raise PydanticCustomError(
-                "setting", "{said}", {"said": f"{PREFIX}{name.upper()} is {shown}: {problem}"}
+                "setting", "{said}", {"said": f"{PREFIX}{name.upper()} is {readable}: {problem}"}
             ) from None
 
     @model_validator(mode="after")

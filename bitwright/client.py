@@ -6,9 +6,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-from app.domain.request.job_request import JobRequest
+from pydantic import BaseModel
+
 from bitwright.delivery import delivery
 from bitwright.downloads import OnBytes, download_artifact, ignore_bytes, subfolder, target_path
+from bitwright.endpoint import DEFAULT_URL
 from bitwright.errors import NotFound, RequestError
 from bitwright.event_stream import follow
 from bitwright.folders import claim_folder
@@ -29,8 +31,6 @@ from bitwright.views import (
     UploadView,
     WorkerView,
 )
-
-DEFAULT_URL = "http://127.0.0.1:8080"
 
 
 class Client:
@@ -60,7 +60,7 @@ class Client:
         """Close the connections."""
         self._transport.close()
 
-    def submit(self, body: Mapping[str, Any] | JobRequest, *, idempotency_key: str | None = None) -> JobView:
+    def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
         """Queue a job. `body` is the shorthand or the full form of a request.
 
         A key of its own is made for each call, so that a repeated request never makes a second job; give
@@ -74,7 +74,7 @@ class Client:
             self._transport.send("POST", "/v1/jobs", json=_plain(body), headers=headers).content
         )
 
-    def preflight(self, body: Mapping[str, Any] | JobRequest) -> PreflightView:
+    def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
         """What `submit` would queue, with estimates and warnings; nothing is stored."""
         # Nothing is stored, so any key makes a repeat safe.
         response = self._transport.send(
@@ -257,5 +257,5 @@ class Client:
             return False
 
 
-def _plain(body: Mapping[str, Any] | JobRequest) -> object:
-    return body.model_dump(mode="json") if isinstance(body, JobRequest) else dict(body)
+def _plain(body: Mapping[str, Any] | BaseModel) -> object:
+    return body.model_dump(mode="json") if isinstance(body, BaseModel) else dict(body)

@@ -4,11 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from pydantic import BaseModel
 
-from app.domain.adapters import ADAPTERS
 from bitwright.formats import ADAPTER_FOLDER, ExportFormat, first_choice
 
 ADAPTERS_ALONE = frozenset({ExportFormat.PEFT.value, ADAPTER_FOLDER})
 """Folders that are no model without their base."""
+STOCK_PEFT_ADAPTERS = frozenset({"lora", "bayesian-lora"})
+"""Kinds of adapters whose factors are a LoRA that stock peft loads."""
 
 
 def delivery(kept: Sequence[str], request: object) -> tuple[str, ...]:
@@ -37,5 +38,4 @@ def _stays_apart(request: object) -> bool:
     if not isinstance(fields, Mapping) or fields.get("merge") is not None:
         return False
     adapter = fields.get("adapter")
-    info = ADAPTERS.get(str(adapter.get("kind"))) if isinstance(adapter, Mapping) else None
-    return info is None or not info.stock_peft
+    return not isinstance(adapter, Mapping) or adapter.get("kind") not in STOCK_PEFT_ADAPTERS

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
-from bitwright.errors import BitwrightError
+from bitwright.errors import ERRORS, BitwrightError, InternalError
 from bitwright.job_states import JobStatus
 
 
@@ -47,6 +47,11 @@ class ErrorData(Message):
         """The error as it travels: over a pipe, into the table, to the caller."""
         value = error.value if isinstance(error.value, str | int | float | bool) else None
         return cls(code=error.code, detail=error.detail, field=error.field, value=value, hint=error.hint)
+
+    def exception(self) -> BitwrightError:
+        """The exception that it was; of an unknown code, an `InternalError`."""
+        kind = ERRORS.get(self.code, InternalError)
+        return kind(self.detail, field=self.field, value=self.value, hint=self.hint)
 
 
 class StatusEvent(Message):

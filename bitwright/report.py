@@ -4,8 +4,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.methods import Form
-from bitwright.formats import ADAPTER_FOLDER
+from bitwright.formats import ADAPTER_FOLDER, Form
 
 
 class ReportPart(BaseModel):

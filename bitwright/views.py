@@ -8,11 +8,11 @@ from typing import Any, Generic, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.request.job_request import JobRequest
 from bitwright.errors import FieldProblem
 from bitwright.events import ErrorData, Event, ProgressEvent
 from bitwright.job_states import JobStatus
 from bitwright.report import Report
+from bitwright.request import RequestView
 
 
 class View(BaseModel):
@@ -20,6 +20,7 @@ class View(BaseModel):
 
 
 ItemT = TypeVar("ItemT")
+RequestT = TypeVar("RequestT")
 
 
 class Page(View, Generic[ItemT]):
@@ -52,19 +53,15 @@ class QueueView(View):
     )
 
 
-class JobView(View):
-    """A job as its tenant sees it."""
+class JobRecord(View, Generic[RequestT]):
+    """A job as its tenant sees it; the service fills it with its strict request, the client reads a tolerant one."""
 
     id: str = Field(examples=["job_01k6z3f8c2v9q4w7x5y1t0r8ab"])
     status: JobStatus
     method: str
     recipe: str | None = Field(default=None, description="What was asked for as method, where that is short for more.")
     model: str = Field(description="Shorthand of the model source.")
-    request: JobRequest | dict[str, Any] = Field(
-        union_mode="left_to_right",
-        description="The full form, every default filled in. What another version of the service has stored, and this "
-        "one does not understand, is an object as it was stored.",
-    )
+    request: RequestT
     attempt: int = Field(default=0, description="Number of the latest attempt; 0 before the first.")
     attempts: list[AttemptView] = Field(default_factory=list, description="Oldest first; filled for a single job only.")
     cancel_requested: bool = False
@@ -80,6 +77,10 @@ class JobView(View):
     updated_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+
+
+class JobView(JobRecord[RequestView]):
+    """A job as its tenant sees it."""
 
 
 class EventView(View):
@@ -241,12 +242,16 @@ class WorkerView(View):
     )
 
 
-class PreflightView(View):
+class PreflightRecord(View, Generic[RequestT]):
     """Answer to `POST /v1/jobs?dry_run=true`."""
 
-    request: JobRequest
+    request: RequestT
     estimates: dict[str, Any] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
+
+
+class PreflightView(PreflightRecord[RequestView]):
+    """Answer to `POST /v1/jobs?dry_run=true`."""
 
 
 class Problem(View):

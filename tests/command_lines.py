@@ -20,7 +20,9 @@ def check_bitwright(words: Sequence[str], *, mention: bool = False) -> None:
     rest = list(words)
     while isinstance(group, TyperGroup) and (rest or not mention):
         name = rest.pop(0)
-        assert name in group.commands, f"bitwright has no command {name}; it has: {', '.join(group.commands)}"
-        group = group.commands[name]
+        context = typer.Context(group)
+        command = group.get_command(context, name)
+        assert command is not None, f"bitwright has no command {name}"
+        group = command
     if isinstance(group, TyperCommand):
         group.make_context(group.name or "", rest, resilient_parsing=mention)

@@ -14,6 +14,11 @@ from tests import servers
 # The models of the tests are tiny: threads would wait for each other longer than they compute. Read when torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+# Processes of the service start without the caller's folder on their path; those of the tests lie in this one.
+os.environ["PYTHONPATH"] = os.pathsep.join(
+    filter(None, (str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")))
+)
+
 # Before anything imports torch: threads that wait sleep, so that tests in two processes do not starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

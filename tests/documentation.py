@@ -31,6 +31,7 @@ FOLDERS = MappingProxyType(
     {
         "bitwright": "What users install: client, commands, and the types shared with the service",
         "bitwright/cli": "The user's commands",
+        "bitwright/resources": "Jobs, uploads and methods as objects, for blocking programs and for event loops",
         "app": "The service without torch: API, store, the operator's commands",
         "app/domain": "Pure types: pydantic and the standard library only",
         "app/domain/request": "The request: shorthand, recipes, sources, problems",
@@ -69,7 +70,7 @@ FOLDERS = MappingProxyType(
         "tests/benchmarks": "The list of measurements and the tables made of them",
         "tests/child": "The child's side of the process boundary, and the fetch",
         "tests/cli": "The command line",
-        "tests/client": "The client against real sockets",
+        "tests/bitwright": "The client against real sockets",
         "tests/conformance": "Suites that every method, adapter and format must pass",
         "tests/disk": "Workspaces and caches",
         "tests/documents": "Every shell and Python block of the documents, against a live service",

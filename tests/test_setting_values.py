@@ -192,9 +192,8 @@ def test_a_hosts_name_of_any_kind_names_a_worker(monkeypatch: pytest.MonkeyPatch
     [
         ["-m", "workers"],
         ["-m", "workers.sweep"],
-        ["-m", "app.cli", "jobs"],
-        ["-m", "app.cli", "serve"],
-        ["-m", "app.cli", "worker"],
+        ["-m", "bitwright.cli", "serve"],
+        ["-m", "bitwright.cli", "worker"],
         ["-m", "uvicorn", "--factory", "app.api.main:create_app"],
     ],
     ids=lambda words: " ".join(words[1:]),
@@ -215,7 +214,7 @@ def test_processes_and_commands_say_it_without_a_trace(command: list[str]) -> No
 def test_a_client_is_told_how_an_address_looks(tmp_path: Path) -> None:
     environment = os.environ | {"BITWRIGHT_URL": "localhost:8080", "BITWRIGHT_DATA_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, "-m", "app.cli", "jobs"],
+        [sys.executable, "-m", "bitwright.cli", "jobs"],
         env=environment,
         capture_output=True,
         text=True,

@@ -14,6 +14,7 @@ from app.api.documentation import problems, text_header
 from app.api.job_examples import REQUEST_BODY
 from app.api.preflight import run_preflight
 from app.api.representations import job_view
+from app.api.views import JobView, PreflightView
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest
 from app.queue import notify_workers
@@ -26,7 +27,7 @@ from app.store.uploads import UploadRepository
 from app.store.waiting import Place, places
 from app.store.workers import list_workers, live_classes
 from bitwright.job_states import JobStatus
-from bitwright.views import JobView, Page, PreflightView
+from bitwright.views import Page
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger(__name__)

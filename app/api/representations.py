@@ -6,6 +6,7 @@ from typing import TypeVar
 import structlog
 from pydantic import BaseModel, ValidationError
 
+from app.api.views import JobView
 from app.domain.request.job_request import JobRequest
 from app.store.events import StoredEvent
 from app.store.models import Artifact, Attempt, Job, JsonObject, Upload
@@ -16,7 +17,6 @@ from bitwright.views import (
     ArtifactView,
     AttemptView,
     EventView,
-    JobView,
     QueueView,
     UploadFileView,
     UploadView,

@@ -9,8 +9,8 @@ import structlog
 
 from app.cli.installed import NAME, how_to_call
 from app.settings import Settings
-from bitwright.cli.connection import Endpoint, save_endpoint
 from bitwright.cli.render import out
+from bitwright.endpoint import Endpoint, save_endpoint
 from bitwright.errors import Unavailable
 
 log = structlog.get_logger(__name__)

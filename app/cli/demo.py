@@ -134,7 +134,7 @@ def _default_model(folder: Path) -> str:
     target = folder / "tiny-model"
     if not (target / "config.json").exists():
         console.print(f"{hub} does not answer, so a tiny model is trained here first, in less than a minute.")
-        training = [sys.executable, "-m", "workers.tiny_model", str(target)]
+        training = [sys.executable, "-P", "-m", "workers.tiny_model", str(target)]
         trained = subprocess.run(tied_to_this_process(training), check=False)
         if trained.returncode != 0:
             raise InternalError(

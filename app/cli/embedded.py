@@ -10,7 +10,7 @@ from typing import Self
 
 from app.cli.children import tied_to_this_process
 from bitwright import Client
-from bitwright.cli.connection import Endpoint, load_endpoint
+from bitwright.endpoint import Endpoint, load_endpoint
 from bitwright.errors import BitwrightError, Unavailable
 
 START_SECONDS = 120.0
@@ -35,7 +35,7 @@ class EmbeddedService:
         Raises:
             Unavailable: it ended or was not ready in time; its last words are in the hint.
         """
-        command = [sys.executable, "-m", "bitwright.cli", "serve", *self._flags]
+        command = [sys.executable, "-P", "-m", "bitwright.cli", "serve", *self._flags]
         with (self._data_dir / LOG_NAME).open("ab") as log:
             # A session of its own: Ctrl-C goes to this process, which then ends the service in order.
             self._process = subprocess.Popen(

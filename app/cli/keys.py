@@ -16,7 +16,12 @@ from bitwright.cli.render import err, out, tabbed
 if TYPE_CHECKING:
     from app.store.session import Database
 
-app = typer.Typer(no_args_is_help=True, help="API keys of a tenant, straight from the database.")
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    help="API keys of a tenant, straight from the database.",
+)
 
 DEFAULT_TENANT = "default"
 TenantOption = Annotated[str, typer.Option("--tenant", help="Name of the tenant; made if there is none.")]

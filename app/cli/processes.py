@@ -14,12 +14,12 @@ from bitwright.errors import RequestError
 
 def worker_command() -> tuple[str, ...]:
     """The command of one worker process. It takes everything from BITWRIGHT_* variables."""
-    return (sys.executable, "-m", "workers")
+    return (sys.executable, "-P", "-m", "workers")
 
 
 def sweep_command() -> tuple[str, ...]:
     """The command of the sweep."""
-    return (sys.executable, "-m", "workers.sweep")
+    return (sys.executable, "-P", "-m", "workers.sweep")
 
 
 def worker(

@@ -25,7 +25,8 @@ from app.cli.processes import sweep_command, worker_command
 from app.domain.access import Scope
 from app.logs import configure_logging
 from app.settings import Settings
-from bitwright.cli.connection import DataDirOption, Endpoint, load_endpoint
+from bitwright.cli.connection import DataDirOption
+from bitwright.endpoint import Endpoint, load_endpoint
 from bitwright.errors import Conflict, Unauthenticated, Unavailable
 
 log = structlog.get_logger(__name__)

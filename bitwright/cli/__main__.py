@@ -1,4 +1,4 @@
-"""`python -m app.cli` is `bitwright`."""
+"""`python -m bitwright.cli` is `bitwright`."""
 
 from bitwright.cli.main import app
 

@@ -1,25 +1,12 @@
-"""Which service a command talks to, and with which key.
+"""Options of every command that talks to a service: its address, the key, the data folder."""
 
-`serve` leaves its address and a key in `client.json` of its data folder, readable by this user alone. Flags and
-BITWRIGHT_URL, BITWRIGHT_KEY go before it.
-"""
-
-import json
-import os
-from contextlib import suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from app.setting_values import shown, web_address
-from app.settings import get_settings
-from bitwright import Client
-from bitwright.client import DEFAULT_URL
-from bitwright.errors import InvalidSettings
-
-FILE_NAME = "client.json"
+from bitwright.client import Client
+from bitwright.endpoint import find_endpoint
 
 UrlOption = Annotated[
     str | None, typer.Option("--url", envvar="BITWRIGHT_URL", help="Address of the service.", show_default=False)
@@ -40,66 +27,6 @@ DataDirOption = Annotated[
         file_okay=False,
     ),
 ]
-
-
-@dataclass(frozen=True)
-class Endpoint:
-    """Where a service is and the key for it. `pid` is the `serve` process that wrote it."""
-
-    url: str
-    key: str | None = None
-    pid: int | None = None
-
-
-def save_endpoint(data_dir: Path, endpoint: Endpoint) -> Path:
-    """Write `client.json` with mode 0600, replacing an older one in one step."""
-    path = data_dir / FILE_NAME
-    fresh = path.with_suffix(f".{os.getpid()}.new")
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-        os.fchmod(file.fileno(), 0o600)
-        json.dump(asdict(endpoint), file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(fresh, path)
-    return path
-
-
-def load_endpoint(data_dir: Path) -> Endpoint | None:
-    """What the last `serve` on this data folder left; None if there is nothing readable."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        stored = json.loads((data_dir / FILE_NAME).read_text(encoding="utf-8"))
-        return Endpoint(url=stored["url"], key=stored.get("key"), pid=stored.get("pid"))
-    return None
-
-
-def find_endpoint(url: str | None, key: str | None, data_dir: Path | None) -> Endpoint:
-    """The service that flags and variables name, else the embedded one of the data folder.
-
-    A stored key goes only to the address that it was stored with.
-    """
-    stored = load_endpoint(data_dir or get_settings().data_dir)
-    if url is not None:
-        url = _checked(url)
-    elif stored is not None:
-        url = stored.url
-    else:
-        url = DEFAULT_URL
-    if key is None and stored is not None and stored.url.rstrip("/") == url.rstrip("/"):
-        key = stored.key
-    return Endpoint(url=url, key=key)
-
-
-def _checked(url: str) -> str:
-    """The service's address, if it is one.
-
-    Raises:
-        InvalidSettings: it is not; the message says how one looks.
-    """
-    try:
-        return web_address(url)
-    except ValueError as error:
-        detail = f"BITWRIGHT_URL or --url is {shown(url)}: {error}"
-        raise InvalidSettings(detail, field="url", value=shown(url), hint="e.g. http://127.0.0.1:8080") from None
 
 
 def connect(url: str | None, key: str | None, data_dir: Path | None) -> Client:

@@ -5,9 +5,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from rich.table import Table
 from rich.text import Text
 
-from app.domain.request.job_request import JobRequest
-from app.domain.request.sources import LocalModel
-from bitwright.cli.render import adapter_text, bits_text, format_bytes, format_seconds, pairs
+from bitwright.cli.render import adapter_text, format_bytes, format_seconds, pairs, scheme_text
 from bitwright.delivery import delivery
 from bitwright.report import Report
 from bitwright.views import ArtifactView, JobView, PreflightView
@@ -72,26 +70,20 @@ def files_table(job: JobView, artifacts: Sequence[ArtifactView]) -> Table:
 def preflight_table(view: PreflightView) -> Table:
     """What a dry run answered: the request's main points, estimates, warnings."""
     table, request = pairs(), view.request
-    quantization = request.quantization
-    table.add_row("model", model_text(request))
-    form = "symmetric" if quantization.symmetric else "asymmetric"
-    table.add_row("method", quantization.method)
-    table.add_row("scheme", f"{bits_text(quantization)}, group {quantization.group_size}, {form}")
+    if request.model is not None:
+        table.add_row("model", request.model.shorthand())
+    if request.quantization is not None:
+        table.add_row("method", request.quantization.method)
+        table.add_row("scheme", scheme_text(request.quantization))
     if request.adapter is not None:
-        table.add_row("adapter", adapter_text(request.adapter.kind, request.adapter.rank, request.merge))
-    table.add_row("formats", ", ".join(request.formats) or "native")
+        table.add_row("adapter", adapter_text(request.adapter, request.merge))
+    table.add_row("formats", ", ".join(request.formats or ()) or "native")
     for name, value in view.estimates.items():
         if value is not None:
             table.add_row(f"estimate: {name.removesuffix('_bytes').replace('_', ' ')}", _estimate_text(name, value))
     for warning in view.warnings:
         table.add_row("warning", Text(warning, style="yellow"))
     return table
-
-
-def model_text(request: JobRequest) -> str:
-    """Shorthand of the model's source."""
-    source = request.model
-    return source.path if isinstance(source, LocalModel) else source.id
 
 
 def _estimate_text(name: str, value: object) -> str:

@@ -11,8 +11,8 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from app.cli import demo, keys, processes, serve
 from bitwright.cli import jobs, submit, uploads, watch
+from bitwright.cli.operator import OPERATOR_COMMANDS, installed_commands, operator_command
 from bitwright.cli.render import print_error
 from bitwright.errors import BitwrightError, InputError, RequestError, Unavailable
 
@@ -28,7 +28,20 @@ def exit_code(error: BitwrightError) -> int:
 
 
 class ReportingGroup(TyperGroup):
-    """Prints an error of ours as a few lines, without a trace, and exits with its code."""
+    """Prints an error of ours as a few lines, without a trace, and exits with its code.
+
+    The operator's commands are imported when one is called, or for the list of all.
+    """
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """The user's commands, then the operator's where the service is installed."""
+        return [*super().list_commands(ctx), *installed_commands()]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name; None if there is none."""
+        if cmd_name in OPERATOR_COMMANDS:
+            return operator_command(cmd_name)
+        return super().get_command(ctx, cmd_name)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command that was named."""
@@ -48,8 +61,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Quantization as a service: submit a language model, get back a checkpoint that simply loads.",
 )
-app.command()(demo.demo)
-app.command()(serve.serve)
 app.command()(submit.submit)
 app.command()(watch.watch)
 app.command("jobs")(jobs.list_jobs)
@@ -60,7 +71,3 @@ app.command()(jobs.download)
 app.command()(jobs.upload)
 app.command("uploads")(uploads.list_uploads)
 app.command()(jobs.methods)
-app.add_typer(keys.app, name="keys")
-app.command()(processes.worker)
-app.command()(processes.sweep)
-app.command()(processes.migrate)

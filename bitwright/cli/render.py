@@ -9,12 +9,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from app.domain.methods import WeightSpec
-from app.domain.request.job_request import JobRequest
 from bitwright.errors import BitwrightError
 from bitwright.events import ProgressEvent
 from bitwright.job_states import JobStatus
 from bitwright.report import Report
+from bitwright.request import AdapterRequestView, QuantizationView
 from bitwright.views import JobView, MethodList, QueueView
 
 STATUS_STYLES = {
@@ -142,12 +141,15 @@ def tabbed(*fields: object) -> str:
     return "\t".join(" ".join(re.split(r"[\t\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", str(field))) for field in fields)
 
 
-def bits_text(quantization: WeightSpec) -> str:
-    """Width of the codes, or the budget that linears share."""
+def scheme_text(quantization: QuantizationView) -> str:
+    """Width of the codes or the budget that linears share, group and form."""
     budget = quantization.budget()
     if budget is None:
-        return f"{quantization.bits} bits"
-    return f"{budget.average:g} bits a weight of {', '.join(map(str, budget.choices))}"
+        bits = f"{quantization.bits} bits"
+    else:
+        bits = f"{budget.average:g} bits a weight of {', '.join(map(str, budget.choices or ()))}"
+    form = "symmetric" if quantization.symmetric else "asymmetric"
+    return f"{bits}, group {quantization.group_size}, {form}"
 
 
 def job_table(job: JobView) -> Table:
@@ -157,18 +159,11 @@ def job_table(job: JobView) -> Table:
     table.add_row("status", status_text(job.status))
     table.add_row("model", job.model)
     table.add_row("method", f"{job.recipe} ({job.method})" if job.recipe else job.method)
-    if isinstance(job.request, JobRequest):
-        quantization = job.request.quantization
-        table.add_row(
-            "scheme",
-            f"{bits_text(quantization)}, group {quantization.group_size}, "
-            + ("symmetric" if quantization.symmetric else "asymmetric"),
-        )
-        table.add_row("formats", ", ".join(job.request.formats))
+    if job.request.quantization is not None:
+        table.add_row("scheme", scheme_text(job.request.quantization))
+        table.add_row("formats", ", ".join(job.request.formats or ()))
         if job.request.adapter is not None:
-            table.add_row(
-                "adapter", adapter_text(job.request.adapter.kind, job.request.adapter.rank, job.request.merge)
-            )
+            table.add_row("adapter", adapter_text(job.request.adapter, job.request.merge))
         if job.request.base_job is not None:
             table.add_row("starts from", job.request.base_job)
     else:
@@ -186,9 +181,9 @@ def job_table(job: JobView) -> Table:
     return table
 
 
-def adapter_text(kind: str, rank: int, merge: str | None) -> str:
+def adapter_text(adapter: AdapterRequestView, merge: str | None) -> str:
     """Kind and rank of an adapter, and where it ends up."""
-    return f"{kind} of rank {rank}, " + ("stays apart" if merge is None else f"merged ({merge})")
+    return f"{adapter.kind} of rank {adapter.rank}, " + ("stays apart" if merge is None else f"merged ({merge})")
 
 
 def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})) -> Table:

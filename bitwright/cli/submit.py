@@ -7,13 +7,13 @@ from typing import Annotated, Any
 import typer
 import yaml
 
-from app.domain.request.job_request import SHORTHAND
 from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
 from bitwright.cli.job_details import preflight_table
 from bitwright.cli.jobs import JsonOption, parse_labels, print_json
 from bitwright.cli.render import err, out
 from bitwright.cli.watch import finish, follow_job
 from bitwright.errors import MalformedBody, RequestError
+from bitwright.request import shorthand_fields
 
 
 def submit(
@@ -141,7 +141,7 @@ def set_quantization(
 ) -> None:
     """Put method and scheme where the request has them: inside `quantization` if it is there, else in shorthand."""
     if (ignore or overrides) and "quantization" not in body:  # the shorthand has no module rules
-        body["quantization"] = {name: body.pop(name) for name in SHORTHAND if name in body}
+        body["quantization"] = {name: body.pop(name) for name in shorthand_fields(body)}
     target = body.get("quantization", body)
     if not isinstance(target, dict):
         hint = "write its fields below it, or at the top without it"

@@ -1,6 +1,7 @@
 """`bitwright watch`: a job as it runs. Live bars on a terminal, plain lines elsewhere."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Annotated, Protocol
 
 import typer
@@ -13,11 +14,9 @@ from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connec
 from bitwright.cli.job_details import brought
 from bitwright.cli.jobs import JobArgument, print_json
 from bitwright.cli.render import err, format_amount, format_seconds, out, print_error, report_table
-from bitwright.errors import ERRORS, BitwrightError, InternalError
 from bitwright.events import (
     BlockEvent,
     CheckpointEvent,
-    ErrorData,
     Event,
     MetricEvent,
     ProgressEvent,
@@ -60,19 +59,13 @@ def finish(job: JobView, artifacts: Sequence[ArtifactView], *, as_json: bool) ->
         return
     err().print(f"{job.id} {job.status.value}")
     if job.error is not None:
-        print_error(error_of(job.error))
+        print_error(job.error.exception())
     raise typer.Exit(1)
-
-
-def error_of(data: ErrorData) -> BitwrightError:
-    """A stored error as the exception that it was."""
-    kind = ERRORS.get(data.code, InternalError)
-    return kind(data.detail, field=data.field, value=data.value, hint=data.hint)
 
 
 def follow_job(client: Client, job_id: str, console: Console) -> JobView:
     """Show the job's events on `console` until it is final; the final job."""
-    if not console.is_terminal:
+    if not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):
         return client.wait(job_id, on_event=PlainView(console).show)
     columns = (
         TextColumn("{task.description:<10}"),

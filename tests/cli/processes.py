@@ -59,7 +59,7 @@ def command_of(pid: int) -> str:
 def bitwright(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run the command to its end, with no settings but those given."""
     return subprocess.run(
-        [sys.executable, "-m", "app.cli", *arguments],
+        [sys.executable, "-m", "bitwright.cli", *arguments],
         capture_output=True,
         text=True,
         env={**clean_environment(), **environment},

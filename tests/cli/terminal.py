@@ -15,7 +15,7 @@ def on_terminal(*arguments: str, cwd: Path | None = None) -> tuple[int, str]:
     """Exit code and all that the command shows on a terminal of 200 columns, colours left out."""
     ours, its = pty.openpty()
     environment = {**clean_environment(), "TERM": "xterm"}
-    command = [sys.executable, "-m", "app.cli", *arguments]
+    command = [sys.executable, "-m", "bitwright.cli", *arguments]
     try:
         running = subprocess.Popen(
             command, stdin=its, stdout=its, stderr=its, env=environment, cwd=cwd, start_new_session=True

@@ -10,8 +10,8 @@ import structlog
 from sqlalchemy import update
 
 from app.store.models import Job
+from tests.bitwright.service import Service, running_service
 from tests.cli.processes import bitwright, command
-from tests.client.service import Service, running_service
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import structlog
 
 from bitwright.report import AdapterReport, FinetuningReport, LossPoint, TextReport
 from tests.api.checkpoints import write_checkpoint
+from tests.bitwright.service import Service, running_service
 from tests.cli.processes import command
 from tests.cli.terminal import on_terminal
-from tests.client.service import Service, running_service
 from tests.reports import QUALITY, report
 
 TRAINED = {"model": "org/name", "method": "qlora", "bits": 4, "rank": 8, "finetune": {"dataset": "org/text"}}

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from app.cli.embedded import LOG_NAME, EmbeddedService
-from bitwright.cli.connection import load_endpoint
+from bitwright.endpoint import load_endpoint
 from bitwright.errors import Unavailable
 from bitwright.job_states import JobStatus
 from tests.cli.processes import alive, bitwright, command, command_of, descendants, eventually

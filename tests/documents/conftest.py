@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from app.cli.embedded import EmbeddedService
-from bitwright.cli.connection import load_endpoint
+from bitwright.endpoint import load_endpoint
 from tests.child.hub_server import running_hub
 from tests.cli.processes import clean_environment
 from tests.documents.blocks import blocks_of

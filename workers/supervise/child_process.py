@@ -206,7 +206,7 @@ class _Process:
         """report    the pipe's writing end"""
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", *arguments],
+                [sys.executable, "-P", "-m", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,

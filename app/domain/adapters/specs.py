@@ -28,6 +28,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from app.domain.methods.schemes import Spec, without_default
+from bitwright.delivery import STOCK_PEFT_ADAPTERS
 
 Pooling = Literal["mean", "sum"]
 Factor = Annotated[int, Field(strict=True, ge=1, le=65_536)]
@@ -204,7 +205,6 @@ class AdapterInfo:
     """What /v1/methods tells of a kind of adapter.
 
     merges_quantized   whether it folds into the offsets of an affine base, exactly
-    stock_peft         whether its factors are a LoRA that stock peft loads
     learning_rate      where the request is silent: QLoRA's for a plain pair; a mean over a group is so much smaller
                        than an input that it wants a multiple (docs/results.md; qa-blora has that of qa-lora)
     """
@@ -214,20 +214,23 @@ class AdapterInfo:
     summary: str
     paper: str
     merges_quantized: bool
-    stock_peft: bool
     learning_rate: float = LEARNING_RATE
+
+    @property
+    def stock_peft(self) -> bool:
+        """Whether its factors are a LoRA that stock peft loads."""
+        return self.spec.model_fields["kind"].default in STOCK_PEFT_ADAPTERS
 
 
 ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(
     {
-        "lora": AdapterInfo(LoRASpec, "LoRA", "A pair of low rank beside each linear.", "2305.14314", False, True),
+        "lora": AdapterInfo(LoRASpec, "LoRA", "A pair of low rank beside each linear.", "2305.14314", False),
         "qa-lora": AdapterInfo(
             QALoRASpec,
             "QA-LoRA",
             "A pair on inputs pooled over the quantization group.",
             "2309.14717",
             True,
-            False,
             learning_rate=1.6e-3,
         ),
         "q-bara": AdapterInfo(
@@ -235,7 +238,6 @@ ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(
             "Q-BaRA (Q-BLoRA)",
             "Inputs pooled, outputs repeated, and twice the rank for the same parameters.",
             "2407.17029",
-            False,
             False,
             learning_rate=4e-4,
         ),
@@ -245,7 +247,6 @@ ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(
             "One matrix without a bottleneck, constant on tiles that are aligned with the groups.",
             "2407.17029",
             True,
-            False,
             learning_rate=3.2e-3,
         ),
         "qa-blora": AdapterInfo(
@@ -254,7 +255,6 @@ ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(
             "Q-BaRA's pair, aligned with the groups.",
             "2407.17029",
             True,
-            False,
             learning_rate=1.6e-3,
         ),
         "bayesian-lora": AdapterInfo(
@@ -263,7 +263,6 @@ ADAPTERS: MappingProxyType[str, AdapterInfo] = MappingProxyType(
             "A pair whose rank and widths are learned by gates, stored as integers.",
             "2406.13046",
             False,
-            True,
         ),
     }
 )

@@ -14,9 +14,7 @@ from types import MappingProxyType
 
 from app.domain.methods import METHODS
 from bitwright.errors import FieldProblem, shorten
-
-ADAPTER_SHORTHAND = ("rank", "alpha", "dropout")
-"""Fields of `adapter` that may stand at the top of a request whose method is one of these recipes."""
+from bitwright.request import ADAPTER_SHORTHAND
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from app.domain.methods import METHODS, RECIPES
-from app.domain.request.adapter_recipes import ADAPTER_RECIPES, ADAPTER_SHORTHAND, expand_recipe
+from app.domain.request.adapter_recipes import ADAPTER_RECIPES, expand_recipe
 from app.domain.request.problems import as_written
 from app.domain.request.sources import CalibrationSource, ModelSource, expand_source
 from bitwright.errors import FieldProblem, shorten
+from bitwright.request import ADAPTER_SHORTHAND
 
 JOB_ID = r"^job_[0-9a-z]+$"
 START = "job_"

@@ -7,12 +7,13 @@ from pydantic import BaseModel, ValidationError
 
 from app.domain.adapters import ADAPTERS, GATE_TRAVEL, LEARNING_RATE, AdapterSpec, BayesianLoRASpec
 from app.domain.methods import METHODS, RECIPES
-from app.domain.request.adapter_recipes import ADAPTER_RECIPES, ADAPTER_SHORTHAND, expand_adapter
+from app.domain.request.adapter_recipes import ADAPTER_RECIPES, expand_adapter
 from app.domain.request.base_job import BaseJob, Folded, start_from
 from app.domain.request.combination_rules import default_result_formats
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import expand_source
 from bitwright.errors import FieldProblem, shorten
+from bitwright.request import ADAPTER_SHORTHAND
 
 SHORTHAND = (
     "method",

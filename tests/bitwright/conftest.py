@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.service import Service, running_service
+from tests.bitwright.service import Service, running_service
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pytest
 from bitwright.downloads import partial_path, subfolder
 from bitwright.errors import Conflict, StorageError, Unavailable
 from bitwright.folders import empty_folder
-from tests.client.cutting_proxy import CutAnswer, CuttingProxy
-from tests.client.service import Service
+from tests.bitwright.cutting_proxy import CutAnswer, CuttingProxy
+from tests.bitwright.service import Service
 
 PLAIN = {"model": "org/name", "method": "rtn", "bits": 4}
 TRAINED = {"model": "org/name", "method": "qlora", "bits": 4, "finetune": {"dataset": "org/text"}}

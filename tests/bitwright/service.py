@@ -19,6 +19,7 @@ from app.store.blobs import BlobStore, open_blobs
 from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database, migrate
 from bitwright import Client, RetryPolicy
+from bitwright.errors import BitwrightError
 from bitwright.job_states import DeviceClass
 from bitwright.report import Report
 from tests.reports import report
@@ -68,6 +69,11 @@ class Service:
         ]
         with self.database.transaction() as session:
             AttemptWriter(session, claimed.job_id, claimed.attempt).succeed(told or report(), artifacts)
+
+    def fail(self, claimed: Claim, error: BitwrightError) -> None:
+        """End the attempt with this error."""
+        with self.database.transaction() as session:
+            AttemptWriter(session, claimed.job_id, claimed.attempt).fail(error)
 
     def finished(
         self,

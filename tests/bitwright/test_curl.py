@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.client.cutting_proxy import CutAnswer, CuttingProxy
-from tests.client.service import Service
+from tests.bitwright.cutting_proxy import CutAnswer, CuttingProxy
+from tests.bitwright.service import Service
 from tests.documents.curl import curl_folder
 
 WEIGHTS = random.Random(2).randbytes(3_000_000)

@@ -13,8 +13,8 @@ from app.store.models import UploadFile
 from bitwright.downloads import partial_path, target_path
 from bitwright.errors import NotFound, RequestError, StorageError, Unavailable
 from bitwright.views import ArtifactView
-from tests.client.cutting_proxy import Corrupt, CutAnswer, CuttingProxy, Fate, Pass
-from tests.client.service import Service
+from tests.bitwright.cutting_proxy import Corrupt, CutAnswer, CuttingProxy, Fate, Pass
+from tests.bitwright.service import Service
 
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}
 CONTENT = random.Random(0).randbytes(3_000_000)

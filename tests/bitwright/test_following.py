@@ -8,8 +8,8 @@ from bitwright.errors import NotFound, Unavailable
 from bitwright.events import BlockEvent, ProgressEvent, Stage, StatusEvent
 from bitwright.job_states import JobStatus
 from bitwright.views import EventView
-from tests.client.cutting_proxy import CutAnswer, CuttingProxy, Fate, Pass
-from tests.client.service import Service
+from tests.bitwright.cutting_proxy import CutAnswer, CuttingProxy, Fate, Pass
+from tests.bitwright.service import Service
 
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}
 BLOCKS = 12

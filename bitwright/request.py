@@ -1,0 +1,106 @@
+"""A job's request as the client reads it, and the names of its fields that may stand at the top.
+
+The service validates requests strictly, with models of its own. These are tolerant: fields that a newer service adds
+are kept as extra ones, and a field whose value is not understood is None.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+)
+
+ADAPTER_SHORTHAND = ("rank", "alpha", "dropout")
+"""Fields of `adapter` that may do so where `method` is the recipe of one."""
+
+
+class RequestPart(BaseModel):
+    """Written back exactly as it came: without the fields that the service did not send."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _none_where_not_understood(cls, value: object, handler: ValidatorFunctionWrapHandler) -> Any:
+        try:
+            return handler(value)
+        except ValidationError:
+            return None
+
+    @model_serializer(mode="wrap")
+    def _as_sent(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {name: value for name, value in handler(self).items() if name in self.model_fields_set}
+
+
+class SourceView(RequestPart):
+    """Where a model comes from: the Hub, an upload or a folder of the worker's machine."""
+
+    source: str | None = None
+    id: str | None = None
+    path: str | None = None
+
+    def shorthand(self) -> str:
+        """The source as a request's `model` names it."""
+        return self.path or self.id or ""
+
+
+class BudgetView(RequestPart):
+    """A budget that linears share instead of one width."""
+
+    average: float | None = None
+    choices: tuple[int, ...] | None = None
+
+
+class QuantizationView(RequestPart):
+    """Method and scheme."""
+
+    method: str | None = None
+    bits: int | BudgetView | None = Field(default=None, union_mode="left_to_right")
+    group_size: int | None = None
+    symmetric: bool | None = None
+
+    def budget(self) -> BudgetView | None:
+        """The budget, where widths are chosen by it."""
+        return self.bits if isinstance(self.bits, BudgetView) else None
+
+
+class AdapterRequestView(RequestPart):
+    """The adapter that finetuning trains."""
+
+    kind: str | None = None
+    rank: int | None = None
+    alpha: float | None = None
+
+
+class RequestView(RequestPart):
+    """The full form of a request, every default filled in."""
+
+    model: SourceView | None = None
+    quantization: QuantizationView | None = None
+    base_job: str | None = None
+    adapter: AdapterRequestView | None = None
+    finetune: dict[str, Any] | None = None
+    merge: str | None = None
+    round_offset: bool | None = None
+    calibration: dict[str, Any] | None = None
+    evaluation: dict[str, Any] | None = None
+    formats: tuple[str, ...] | None = None
+    seed: int | None = None
+    require: dict[str, Any] | None = None
+    device: str | None = None
+    priority: int | None = None
+    time_limit_seconds: int | None = None
+    metadata: dict[str, str] | None = None
+
+
+def shorthand_fields(body: Mapping[str, object]) -> tuple[str, ...]:
+    """The fields at the top of `body` that stand for those of `quantization`: all that have no other place."""
+    return tuple(name for name in body if name not in RequestView.model_fields and name != "dropout")
