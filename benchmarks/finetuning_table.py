@@ -22,8 +22,8 @@ def finetuning_tables(found: Sequence[Line], wanted: Iterable[Cell]) -> str:
 
     return "\n\n".join(
         [
-            "Loss on held-out text, nats per token: with the trained adapter, and of the merged checkpoint; the mean of "
-            "the seeds where there are several, with their spread:",
+            "Loss on held-out text, nats per token: with the trained adapter, and of the merged checkpoint; the mean "
+            "of the seeds where there are several, with their spread:",
             shown(_held_out),
             "Loss of training, the last tenth of the steps:",
             shown(lambda cells: _mean(cells, "loss")),
