@@ -47,20 +47,23 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.domain.adapters import LoRASpec
 from app.domain.methods.schemes import Scheme
-from app.domain.request.finetuning import Finetune
-from app.domain.request.sources import BuiltinText
+from app.domain.request.job_request import JobRequest
 from benchmarks.random_llama import write_model
-from workers.adapters.attaching import Attach
+from bitwright.events import Stage
+from workers.disk.orders import AttemptOrder
+from workers.engine import finetune
+from workers.engine.clock import StageClock
 from workers.engine.device.process_group import SINGLE_PROCESS
 from workers.engine.device.setup import reproducible
 from workers.engine.finetune import memory_plan as training_plan
 from workers.engine.finetune.flat_adamw import FlatParameters
-from workers.engine.finetune.stage import FinetuningStage, run_finetuning
+from workers.engine.finished_blocks import FinishedBlocks
+from workers.engine.job import Job
+from workers.engine.job_texts import Texts
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import FinishedBlocks
+from workers.engine.plan import make_plan
 from workers.engine.reporter import Reporter
 from workers.engine.seeds import derived_seed
 from workers.engine.text.examples import Examples
@@ -200,38 +203,51 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if given.run == "packed":
         training_plan.KEPT_SHARE.update(dict.fromkeys(training_plan.KEPT_SHARE, 0.0))
-    part = Finetune(
-        dataset=BuiltinText(),  # only named in the report
-        steps=given.steps,
-        batch_size=given.batch,
-        sequence_length=given.length,
-        learning_rate=RATE,
-        clip_norm=CLIP_NORM,
-        warmup_share=0.0,
-        validation_share=0.0,
-        checkpoint_every=given.steps,
-        gradient_checkpointing=recomputes,
+    body = {
+        "model": str(given.model / "model"),
+        "method": "qlora",
+        "rank": given.rank,
+        "alpha": ALPHA,
+        "seed": SEED,
+        "finetune": {
+            "dataset": "builtin",  # only named in the report
+            "steps": given.steps,
+            "batch_size": given.batch,
+            "sequence_length": given.length,
+            "learning_rate": RATE,
+            "clip_norm": CLIP_NORM,
+            "warmup_share": 0.0,
+            "validation_share": 0.0,
+            "checkpoint_every": given.steps,
+            "gradient_checkpointing": recomputes,
+        },
+    }
+    order = AttemptOrder(
+        job_id="job_benchmark",
+        attempt=1,
+        request=JobRequest.parse(body),
+        model_path=str(given.model / "model"),
+        device=device.type,
     )
     with reproducible(device), tempfile.TemporaryDirectory() as folder:
         model = StreamedModel.open(Checkpoint.open(given.model / "model"), device)
-        state, names = quantized(model, Path(folder))
-        stage = FinetuningStage(
-            model=model,
-            part=part,
-            texts=FinetuningTexts(Examples(), sequences(given), None, "benchmark"),
-            attach=Attach(LoRASpec(rank=given.rank, alpha=ALPHA)),
-            names=names,
-            state=state,
-            folder=Path(folder),
-            identity={},
-            head=None,
-            seed=SEED,
-            divisor=1,
+        state = quantized(model, Path(folder) / "state")
+        job = Job(
+            order=order,
+            workspace=Path(folder),
             reporter=Reporter(lambda _: None),
+            clock=StageClock(Stage.LOAD),
             processes=SINGLE_PROCESS,
+            model=model,
+            schemes=dict.fromkeys((name for name in model.linears() if name != model.layout.head), NF4),
+            plan=make_plan(order, model, []),
+            texts=Texts(None, None, FinetuningTexts(Examples(), sequences(given), None, "benchmark")),
+            finished_blocks=state,
         )
         tick_after_steps(clock)
-        report = run_finetuning(stage).report
+        finetuned = finetune.run(job, None)
+        assert finetuned is not None
+        report = finetuned.report
     return {
         "loss": losses([point.loss for point in report.losses]),
         "trained": report.trainable_parameters,
@@ -240,10 +256,10 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
     }
 
 
-def quantized(model: StreamedModel, folder: Path) -> tuple[FinishedBlocks, frozenset[str]]:
-    """The blocks' linears in NF4, and their full names."""
-    state = FinishedBlocks(folder, "benchmark")
-    names: set[str] = set()
+def quantized(model: StreamedModel, folder: Path) -> FinishedBlocks:
+    """The blocks' linears in NF4."""
+    state = FinishedBlocks(folder)
+    state.adopt("benchmark")
     for index in range(len(model.blocks)):
         block = model.layout.block(index)
         with model.loaded(block), torch.no_grad():
@@ -252,8 +268,7 @@ def quantized(model: StreamedModel, folder: Path) -> tuple[FinishedBlocks, froze
                 for name, linear in model.block_linears(index).items()
             }
         state.save(index, results, None)
-        names |= set(results)
-    return state, frozenset(names)
+    return state
 
 
 def tick_after_steps(clock: Clock) -> None:

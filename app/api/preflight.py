@@ -19,7 +19,7 @@ from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import read_sources, with_source
 from app.domain.request.sources import HubDataset, LocalModel, LocalText, UploadedModel, UploadedText
 from app.domain.runtimes import described, runtime_limits
-from app.domain.workload import readers_of, reads_calibration
+from app.domain.workload import readers_of
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
@@ -228,7 +228,7 @@ def _inspect(found: Preflight, files: CheckpointFiles) -> Inspection | None:
         found.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
         return None
     if not inspection.tokenizer:
-        readers = " and ".join(readers_of(found.request, observes=reads_calibration(found.request.quantization)))
+        readers = " and ".join(readers_of(found.request))
         reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
         found.warnings.append(f"model: the checkpoint has no tokenizer, {reason}")
     return inspection

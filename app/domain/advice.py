@@ -18,7 +18,7 @@ HONOURED = 0.9
 
 def preset_tokens(spec: WeightSpec) -> int:
     """Calibration tokens of the preset that a spec names; of a method without presets, the default's."""
-    info = METHODS.get(spec.model_dump()["method"])
+    info = METHODS.get(spec.method)
     preset = None if info is None else info.presets.get(str(getattr(spec, "preset", "")))
     usual = Calibration()
     return (preset or usual).num_samples * (preset or usual).sequence_length

@@ -306,7 +306,7 @@ def _form_refusal(
     spec: WeightSpec, name: ExportFormat, formats: tuple[ExportFormat, ...], forms: frozenset[Form]
 ) -> str | None:
     """Why a format cannot hold what the spec makes of a linear, whatever its scheme."""
-    info, method = FORMATS[name], spec.model_dump()["method"]
+    info, method = FORMATS[name], spec.method
     foreign = sorted(forms - {Form.LOW_RANK} - info.kinds)
     if foreign:
         able = ", ".join(sorted(f.value for f, i in FORMATS.items() if forms - {Form.LOW_RANK} <= i.kinds))

@@ -5,8 +5,7 @@ method can be judged by what doing nothing clever gives. It is measured where it
 """
 
 from app.domain.inputs.architectures import Dimensions
-from app.domain.methods import METHODS, SCALE_BATCH_SIZE, WeightSpec
-from app.domain.methods.low_rank_specs import LQLoRASpec
+from app.domain.methods import SCALE_BATCH_SIZE
 from app.domain.request.job_request import JobRequest
 
 BACKWARD = 3.5
@@ -17,21 +16,11 @@ REFERENCE_SHARE = 0.1
 """Of a job's work that its reference row may add."""
 
 
-def reads_calibration(spec: WeightSpec) -> bool:
-    """Whether a method with these parameters, its budget or its weighting looks at calibration text."""
-    info = METHODS.get(spec.model_dump()["method"])
-    observes = info is not None and info.needs_calibration and not isinstance(spec, LQLoRASpec)
-    return observes or spec.budget() is not None or spec.needs_fisher()
-
-
-def readers_of(request: JobRequest, *, observes: bool) -> list[str]:
-    """The parts of a request that read text, and so need the model's tokenizer.
-
-    observes   whether its method does: `reads_calibration`, or what the engine knows of the method
-    """
+def readers_of(request: JobRequest) -> list[str]:
+    """The parts of a request that read text, and so need the model's tokenizer."""
     parts = {
         "finetune": request.finetune is not None,
-        "calibration": request.base_job is None and observes,
+        "calibration": request.base_job is None and request.quantization.reads_text(),
         "evaluation": request.evaluation is not None,
     }
     return [name for name, reads in parts.items() if reads]
@@ -39,7 +28,7 @@ def readers_of(request: JobRequest, *, observes: bool) -> list[str]:
 
 def calibration_tokens(request: JobRequest) -> int:
     """Tokens that are asked for; none where no text calibrates."""
-    read = request.base_job is None and reads_calibration(request.quantization)
+    read = request.base_job is None and request.quantization.reads_text()
     return request.calibration.num_samples * request.calibration.sequence_length if read else 0
 
 

@@ -35,7 +35,7 @@ def test_every_cell_is_a_valid_request(cell: Cell, tmp_path: Path) -> None:
     a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
     given = argparse.Namespace(model=tmp_path, calibration=a, valid=b, training=c)
     made = order(cell, given).request
-    assert made.quantization.model_dump()["method"] == cell.quantization["method"]
+    assert made.quantization.method == cell.quantization["method"]
     assert made.seed == cell.seed
     assert (made.finetune is not None) == (made.adapter is not None) == (cell.training is not None)
 

@@ -91,7 +91,7 @@ def engine_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]
             found.append((sequences.ids, model.logits(quantized)))
         return measure(model, original, quantized, sequences, **rest)
 
-    monkeypatch.setattr("workers.engine.run.measure", watch)
+    monkeypatch.setattr("workers.engine.evaluate.measure", watch)
     return found
 
 

@@ -11,12 +11,12 @@ import torch
 from app.domain.request.job_request import JobRequest
 from tests.engine.model.random_models import save_random_model
 from workers.disk.orders import AttemptOrder
-from workers.engine import plan
+from workers.engine import memory
 from workers.engine.finetune import memory_plan as training_plan
-from workers.engine.memory import PASS_BYTES, working_bytes
+from workers.engine.memory import ACTIVATION_BYTES, PASS_BYTES, working_bytes
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import STREAM_BYTES, ActivationSize, Plan, make_plan
+from workers.engine.plan import ActivationSize, Plan, make_plan
 
 GB = 1 << 30
 PlanWith = Callable[..., Plan]
@@ -62,7 +62,7 @@ def test_activations_stay_on_the_device_while_they_fit(plan_with: PlanWith) -> N
 
 def test_wide_streams_leave_the_device_alone(plan_with: PlanWith) -> None:
     """Their copies are hidden behind the work; what is free belongs to others."""
-    size = ActivationSize(samples=STREAM_BYTES // (100 * 2 * 32 * 4), length=100, tensors=2)
+    size = ActivationSize(samples=ACTIVATION_BYTES // (100 * 2 * 32 * 4), length=100, tensors=2)
     assert plan_with(80 * GB, size).activations == "device"
     assert plan_with(80 * GB, replace(size, samples=size.samples + 1)).activations == "host"
 
@@ -96,7 +96,7 @@ def test_what_the_device_needs_besides_grows_with_what_tuning_holds(
 ) -> None:
     model: StreamedModel = plan_with.model  # type: ignore[attr-defined]
     block = sum(p.numel() for p in model.blocks[0].parameters())
-    monkeypatch.setattr(plan, "PASS_BYTES", 0)
+    monkeypatch.setattr(memory, "PASS_BYTES", 0)
     least = working_bytes(model, 1, 1)
     assert least > block * (2 * 4 + 4 + 4 + 4), "two blocks; value, gradient and offset of every weight"
     assert working_bytes(model, 4096, 32) - working_bytes(model, 4096, 16) == 16 * 4096 * (24 * 32 + 6 * 64) * 4

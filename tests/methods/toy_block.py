@@ -80,6 +80,6 @@ def _task(block: nn.Module, hidden: Tensor, **given: Any) -> BlockTask:
         "micro_batch": 8,
         "tick": lambda _: None,
         "tune": Tuner().tune,
-        "quantize": lambda task, spec: METHODS[spec.model_dump()["method"]].quantize_block(task, spec),
+        "quantize": lambda task, spec: METHODS[spec.method].quantize_block(task, spec),
     }
     return BlockTask(**(fields | given))

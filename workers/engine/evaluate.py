@@ -11,17 +11,95 @@ Both streams are already there when the last block is done; logits are made for 
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
 from bitwright.errors import NumericalFailure
-from bitwright.report import Quality
+from bitwright.events import Stage
+from bitwright.report import Figures, Quality
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
+from workers.engine.finetune.stage import Finetuned
+from workers.engine.job import Job
 from workers.engine.memory import LOGITS_AT_ONCE
 from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
 from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quantize.activations import Activations
+from workers.engine.quantize.stage import Quantized
+from workers.engine.shipped import Replay, evaluated_key, shipments_of, trained_adapters
+from workers.engine.shipped_quality import Evaluated, Judge, differences, evaluate
 from workers.engine.text.sequences import Sequences
+
+
+def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluated | None:
+    """Measures everything that ships, with the numbers that the export stores; None without evaluation text.
+
+    Raises:
+        NumericalFailure: the original or the quantized model's output is not finite.
+    """
+    job.clock.enter(Stage.EVALUATE)
+    activations, sequences = quantized.evaluation, job.texts.evaluation
+    if activations is None or sequences is None:
+        return None
+
+    def measured(head: Tensor | None, number: int, count: int) -> Quality:
+        def tick(share: float) -> None:
+            total = len(sequences.ids) * count
+            job.reporter.progress(Stage.EVALUATE, (number + share) / count * total, total, "windows")
+
+        return _measured(job, activations, activations.quantized, sequences, head, tick)
+
+    adapters = None if finetuned is None else finetuned.adapters
+    trained = trained_adapters(job, adapters)
+    evaluated = evaluate(
+        shipments_of(job, trained=trained is not None),
+        Replay(job.model, job.finished_blocks, trained),
+        activations,
+        Judge(quantized.head, measured),
+        merged=job.request.merge is not None,
+        streamed=evaluated_key(job, trained=trained is not None),
+    )
+    for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
+        job.reporter.metric(name, getattr(evaluated.quality, name))
+    for code, message in differences(evaluated, None if finetuned is None else finetuned.report, _merging(job)):
+        job.reporter.warning(code, message)
+    return replace(evaluated, reference=_reference(job, activations, sequences, quantized.head))
+
+
+def _reference(job: Job, activations: Activations, sequences: Sequences, head: Tensor | None) -> Figures | None:
+    """The row of round to nearest, whose head is `head`: that is rounded to nearest anyway."""
+    if activations.reference is None:
+        return None
+    quality = _measured(job, activations, activations.reference, sequences, head, lambda _: None)
+    job.reporter.metric("perplexity_round_to_nearest", quality.perplexity)
+    return Figures.of(quality)
+
+
+def _measured(
+    job: Job,
+    activations: Activations,
+    quantized: Tensor,
+    sequences: Sequences,
+    head: Tensor | None,
+    tick: Callable[[float], None],
+) -> Quality:
+    return measure(
+        job.model,
+        activations.original,
+        quantized,
+        sequences,
+        quantized_head=head,
+        tick=tick,
+        processes=job.processes,
+    )
+
+
+def _merging(job: Job) -> str:
+    """The effect of the request's merge, for a message."""
+    if job.request.merge == "16bit":
+        return "adding the adapter to rounded weights"
+    return "rounding offsets to integer zero points" if job.request.round_offset else "folding the adapter into offsets"
 
 
 @torch.no_grad()

@@ -3,106 +3,122 @@
 from collections.abc import Mapping
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 
+from app.domain.attempt_lines import ResultLine
 from bitwright.events import Stage
 from bitwright.formats import ADAPTER_FOLDER, ExportFormat
 from bitwright.report import AdapterReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.device.read_ahead import read_ahead
+from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import FinishedBlocks
-from workers.engine.reporter import Reporter
-from workers.engine.shipped import TrainedAdapters
+from workers.engine.report import Results, identity_of, report_of, size_of
+from workers.engine.shipped import TrainedAdapters, trained_adapters
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
 from workers.formats.writer import Writer, open_writers
 from workers.numerics.quantized import LinearResult, StoredBits
 
+OUTPUT = "output"
+"""Folder of a workspace that holds a folder per checkpoint."""
+
+
+def run(job: Job, results: Results) -> ResultLine:
+    """Writes every format from the durable blocks, and the same report into each.
+
+    Raises:
+        FormatCannotHold: a format would have to change a weight.
+        MisalignedAdapter, OffsetNotRepresentable: an adapter cannot be folded in.
+    """
+    job.clock.enter(Stage.EXPORT)
+    finetuned, evaluated = results.finetuned, results.evaluated
+    trained = trained_adapters(job, None if finetuned is None else finetuned.adapters)
+    exported = _write(job, trained, identity_of(job, results))
+    adapter = exported.adapter
+    if adapter is not None and evaluated is not None:
+        adapter = adapter.model_copy(update={"before_merge": evaluated.before_merge})
+    size = size_of(job, exported.stored, exported.weights)
+    report = report_of(job, results, size).model_copy(
+        update={"adapter": adapter, "warnings": tuple(job.reporter.warnings)}
+    )
+    checkpoints = _describe(job, trained, exported, report)
+    job.model.checkpoint.close()
+    return ResultLine(report=report, checkpoints=checkpoints)
+
 
 @dataclass
 class Exported:
-    """What was written.
+    """Checkpoints that lack only their report.
 
-    blocks            how many were written
     stored, weights   bits of all quantized linears as they ship, and how many weights they are
+    proofs            of the merges of adapters
     """
 
     writers: Mapping[ExportFormat, Writer]
-    blocks: int
     stored: StoredBits = field(default_factory=StoredBits)
     weights: int = 0
     adapter: AdapterReport | None = None
+    proofs: list[MergeProof] = field(default_factory=list)
 
 
-@dataclass(frozen=True)
-class Export:
-    """What the export works with; `ignored` are linears that stay as they are, `identity` is what the job makes."""
+def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exported:
+    """Every checkpoint but its report; a block is read while the one before it is packed."""
+    model, finished, folder = job.model, job.finished_blocks, job.workspace / OUTPUT
+    total, bases = len(finished.blocks), dict[str, LinearResult]()
+    formats = tuple(dict.fromkeys([*job.request.formats, ExportFormat.NATIVE]))
+    exported = Exported(open_writers(folder, formats, model.checkpoint, identity))
+    with closing(read_ahead(finished.load, total, torch.device("cpu"))) as blocks:
+        for done, block in enumerate(blocks, start=1):
+            for name, base in block.items():
+                _write_linear(model, name, base, trained, exported)
+            if trained is not None:
+                bases |= {name: _outline(base) for name, base in block.items() if name in trained.modules}
+            for name, tensor in finished.parameters(done - 1).items():
+                for writer in exported.writers.values():
+                    writer.add_tensor(model.sources[name], tensor)
+            job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
+    for writer in exported.writers.values():
+        writer.finish(ignored=tuple(name for name in model.linears() if name not in job.schemes))
+        for code, message in writer.warnings.items():
+            job.reporter.warning(code, message)
+    if trained is not None:
+        exported.adapter = report(trained.spec, trained.modules, bases, exported.proofs, trained.merge)
+        kept = {name: stored(module) for name, module in trained.modules.items()}
+        write_adapter(folder / ADAPTER_FOLDER, trained.spec.kind, kept)
+    return exported
 
-    model: StreamedModel
-    folder: Path
-    formats: tuple[ExportFormat, ...]
-    ignored: tuple[str, ...]
-    trained: TrainedAdapters | None
-    reporter: Reporter
-    identity: Identity | None = None
 
-    def write(self, state: FinishedBlocks) -> Exported:
-        """Every checkpoint but its report; a block is read while the one before it is packed.
+def _write_linear(
+    model: StreamedModel, name: str, base: LinearResult, trained: TrainedAdapters | None, exported: Exported
+) -> None:
+    """One linear, with its adapter merged as the request says, to every writer."""
+    result = base
+    if trained is not None:
+        merged = trained.finished(name, base)
+        result = merged.result
+        exported.proofs += [] if merged.proof is None else [merged.proof]
+    exported.stored += result.stored_bits()
+    exported.weights += result.weight.codes.numel()
+    source = model.sources[f"{name}.weight"].removesuffix(".weight")
+    for writer in exported.writers.values():
+        writer.add_linear(source, result, module=name)
 
-        Raises:
-            FormatCannotHold: a format would have to change a weight.
-            MisalignedAdapter, OffsetNotRepresentable: an adapter cannot be folded in.
-        """
-        total, bases, proofs = len(state.blocks), dict[str, LinearResult](), list[MergeProof]()
-        writers = open_writers(self.folder, self.formats, self.model.checkpoint, self.identity)
-        exported = Exported(writers, total)
-        with closing(read_ahead(state.load, total, torch.device("cpu"))) as blocks:
-            for done, block in enumerate(blocks, start=1):
-                for name, base in block.items():
-                    self._write_linear(name, base, exported, proofs)
-                if self.trained is not None:
-                    bases |= {name: _outline(base) for name, base in block.items() if name in self.trained.modules}
-                for name, tensor in state.parameters(done - 1).items():
-                    for writer in exported.writers.values():
-                        writer.add_tensor(self.model.sources[name], tensor)
-                self.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
-        for writer in exported.writers.values():
-            writer.finish(ignored=self.ignored)
-            for code, message in writer.warnings.items():
-                self.reporter.warning(code, message)
-        if self.trained is not None:
-            trained = self.trained
-            exported.adapter = report(trained.spec, trained.modules, bases, proofs, trained.merge)
-            kept = {name: stored(module) for name, module in trained.modules.items()}
-            write_adapter(self.folder / ADAPTER_FOLDER, trained.spec.kind, kept)
-        return exported
 
-    def describe(self, exported: Exported, told: Report) -> dict[str, str]:
-        """The report into every checkpoint; their folders by format, relative to the workspace."""
-        for writer in exported.writers.values():
-            writer.describe(told)
-        names = [name.value for name in exported.writers]
-        if self.trained is not None:
-            describe_adapter(self.folder / ADAPTER_FOLDER, self.trained.spec.kind, told, self.model.checkpoint.folder)
-            names.append(ADAPTER_FOLDER)
-        self.reporter.progress(Stage.EXPORT, exported.blocks + 1, exported.blocks + 1, "blocks")
-        return {name: f"{self.folder.name}/{name}" for name in names}
-
-    def _write_linear(self, name: str, base: LinearResult, exported: Exported, proofs: list[MergeProof]) -> None:
-        result = base
-        if self.trained is not None:
-            made = self.trained.finished(name, base)
-            result = made.result
-            proofs += [] if made.proof is None else [made.proof]
-        exported.stored += result.stored_bits()
-        exported.weights += result.weight.codes.numel()
-        source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
-        for writer in exported.writers.values():
-            writer.add_linear(source, result, module=name)
+def _describe(job: Job, trained: TrainedAdapters | None, exported: Exported, full: Report) -> dict[str, str]:
+    """The report into every checkpoint; their folders by format, relative to the workspace."""
+    for writer in exported.writers.values():
+        writer.describe(full)
+    names = [name.value for name in exported.writers]
+    if trained is not None:
+        folder = job.workspace / OUTPUT / ADAPTER_FOLDER
+        describe_adapter(folder, trained.spec.kind, full, job.model.checkpoint.folder)
+        names.append(ADAPTER_FOLDER)
+    steps = len(job.finished_blocks.blocks) + 1
+    job.reporter.progress(Stage.EXPORT, steps, steps, "blocks")
+    return {name: f"{OUTPUT}/{name}" for name in names}
 
 
 def _outline(result: LinearResult) -> LinearResult:

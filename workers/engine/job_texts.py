@@ -1,4 +1,4 @@
-"""All texts of a job, read before anything is computed: what calibrates, what judges, what an adapter learns."""
+"""All texts of a job, read before anything is computed: calibration, evaluation and the adapter's training text."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +13,6 @@ from bitwright.errors import InvalidDataset
 from workers.disk.orders import AttemptOrder
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import ActivationSize
-from workers.engine.quantize.registry import needs_text
 from workers.engine.reporter import Reporter
 from workers.engine.text.documents import Notes
 from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts
@@ -29,11 +28,10 @@ class Texts:
     evaluation: Sequences | None
     finetuning: FinetuningTexts | None = None
 
-    def streams(self, keep_inputs: bool, reference: bool = False) -> list[ActivationSize]:
-        """The sizes of their streams; that of the calibration has its inputs besides if they are kept, and that of the
-        evaluation its reference."""
-        found = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
-        return [ActivationSize(w.ids.shape[0], w.ids.shape[1], tensors) for w, tensors in found if w is not None]
+    def activation_sizes(self, keep_inputs: bool, reference: bool = False) -> list[ActivationSize]:
+        """Sizes of their activations: calibration has its inputs besides if they are kept, evaluation its reference."""
+        texts = ((self.calibration, 3 if keep_inputs else 2), (self.evaluation, 3 if reference else 2))
+        return [ActivationSize(*text.ids.shape, tensors) for text, tensors in texts if text is not None]
 
 
 def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation | None) -> Texts:
@@ -54,7 +52,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
         _check_length(model, "finetune", part.sequence_length)
         finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
         _check_vocabulary(model, finetuning.training.ids)
-    if request.base_job is None and needs_text(request.quantization):
+    if request.base_job is None and request.quantization.reads_text():
         _check_length(model, "calibration", request.calibration.sequence_length)
         if isinstance(request.calibration.dataset, GeneratedText):
             calibration = generated_sequences(request.calibration, request.seed, generation)
@@ -65,7 +63,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
             reporter.warning("starved_calibration", starved)
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
-        used = _calibration_file(request, paths) if needs_text(request.quantization) else None
+        used = _calibration_file(request, paths) if request.quantization.reads_text() else None
         evaluation = evaluation_sequences(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
     if finetuning is not None:
         _warn(reporter, "finetune", finetuning.examples.notes)

@@ -1,31 +1,58 @@
-"""Memory estimates of the engine: bytes of passes, graphs, logits and tuning state."""
+"""Memory model of the engine: how much each stage may take, and what blocks, logits and tuning need, in bytes."""
+
+import torch
 
 from workers.engine.model.streamed_model import StreamedModel
+from workers.machine import host_memory
 
+MEMORY_STEP = 1 << 30
+"""Free memory of a GPU is rounded down to this, so that the same machine gives the same plan."""
+ACTIVATION_SHARE = 0.9
+"""Of what else is left of a GPU's memory that activations may take before they move to the host."""
+ACTIVATION_BYTES = 6 << 30
+"""Activations beyond this live in host memory, however much is free: copies hide behind the work of such widths."""
+TUNING_SHARE = 0.3
+"""Of a GPU's memory that a micro-batch with gradients may take."""
+SCALES_SHARE = {"cuda": 0.85, "cpu": 0.6}
+"""Of the device's memory that end-to-end scale tuning may count on."""
+FINETUNE_SHARE = {"cuda": 0.85, "cpu": 0.5}
+"""Of the device's memory that finetuning may count on."""
+KEPT_SHARE = {"cuda": 0.05, "cpu": 0.2}
+"""Of it that dequantized weights may take in finetuning, which saves making them anew."""
+CAPTURED_SHARE = 0.25
+"""Of a GPU's memory that activations may take in finetuning if passes are to be captured."""
+FISHER_SHARE = 0.2
+"""Of the host's memory that hidden states may take while Fisher information is measured."""
+
+LARGEST_MICRO_BATCH = 32
+TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 16_384}
+"""Tokens that go through a block with gradients: enough to fill the device; more only takes memory."""
 LOGITS_AT_ONCE = {"cpu": 1 << 23, "cuda": 1 << 27}
-"""Elements of one logit matrix."""
-
-
+"""Elements of one logit matrix in evaluation, Fisher information and scale tuning."""
 LOGITS_BYTES = 5 * 4
 """For each of these elements: some five matrices are held in fp32."""
-
-
-TOKENS_AT_ONCE_CPU = 4096
-
-
+FINETUNE_LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 25}
+"""Elements of one logit matrix in finetuning."""
+FINETUNE_LOGITS_BYTES = 4 * 4
+"""For each of them: logits, the same in fp32, probabilities and the gradient."""
 TUNED_BYTES = 16
-"""What tuning keeps of a weight, beside the block: its value, gradient, learned offset, kept code and copies."""
-
-
-TOKENS_AT_ONCE_GPU = 16_384
-"""Enough to fill a GPU; more only takes memory, for the MLP's insides first."""
-
-
+"""For each weight that is tuned, beside the block: its value, gradient, offset, kept code and copies."""
+ADAPTER_BYTES = 5 * 4
+"""For each trained number of an adapter: itself, its gradient, two moments and a copy."""
+ADAPTER_SHARE = 0.03
+"""Trained numbers for each weight: more than a LoRA of rank 64 has."""
+GROUP_BYTES = 6 * 4
+"""For each group whose scale is tuned end to end: p, its gradient, m, v, s twice."""
 PASS_BYTES = 1 << 31
 """Of a GPU's memory that a pass without gradients may take: the fewer the calls, the less to launch."""
 
 
-def _pass_bytes(model: StreamedModel) -> int:
+def device_memory(device: torch.device) -> int:
+    """All memory of a GPU, or of the host: plans that count against it are the same on the same machine."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
+
+
+def pass_bytes(model: StreamedModel) -> int:
     """What a block holds of each token at once without autograd."""
     config = model.config.get_text_config()
     return int((4 * config.hidden_size + 3 * config.intermediate_size) * model.dtype.itemsize)

@@ -12,24 +12,19 @@ from app.domain.methods.module_rules import rule_errors
 from bitwright.formats import ExportFormat
 from workers.disk.orders import AttemptOrder
 from workers.engine.memory import (
+    ACTIVATION_BYTES,
+    ACTIVATION_SHARE,
+    LARGEST_MICRO_BATCH,
+    MEMORY_STEP,
     PASS_BYTES,
-    TOKENS_AT_ONCE_CPU,
-    TOKENS_AT_ONCE_GPU,
-    _pass_bytes,
+    TOKENS_AT_ONCE,
+    TUNING_SHARE,
+    device_memory,
     graph_bytes,
+    pass_bytes,
     working_bytes,
 )
 from workers.engine.model.streamed_model import StreamedModel
-
-MEMORY_STEP = 1 << 30
-"""Free memory of a GPU is rounded down to this, so that the same machine gives the same plan."""
-ACTIVATION_SHARE = 0.9
-"""Of what else is left of a GPU's memory that the streams may take before they move to the host."""
-TUNING_SHARE = 0.3
-"""Of a GPU's memory that a micro-batch with gradients may take."""
-LARGEST_MICRO_BATCH = 32
-STREAM_BYTES = 6 << 30
-"""Streams beyond this live in host memory, however much is free: copies hide behind the work of such widths, nearly."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +44,7 @@ class Plan:
     device: str
     threads: int
     dtype: str
-    scale_dtype: str
+    scale_dtype: torch.dtype
     micro_batch: int
     pass_batch: int
     torch_version: str
@@ -60,7 +55,7 @@ class Plan:
 
     def decides_codes(self) -> dict[str, object]:
         """The part of the plan that a resumed attempt must share."""
-        return {name: value for name, value in asdict(self).items() if not name.startswith("activation")}
+        return {name: value for name, value in plan_report(self).items() if not name.startswith("activation")}
 
 
 @dataclass(frozen=True)
@@ -82,11 +77,11 @@ def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[Activatio
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         dtype=_name(model.dtype),
-        scale_dtype=_name(scale_dtype(order.request.formats, model.dtype)),
+        scale_dtype=scale_dtype(order.request.formats, model.dtype),
         micro_batch=micro_batch,
         pass_batch=max(1, _pass_batch(model, longest) // order.micro_batch_divisor),
         torch_version=torch.__version__,
-        activations="device" if budget is not None and needed <= min(budget, STREAM_BYTES) else "host",
+        activations="device" if budget is not None and needed <= min(budget, ACTIVATION_BYTES) else "host",
         activation_bytes=needed,
         activation_budget=budget,
         world_size=order.world_size,
@@ -95,7 +90,7 @@ def make_plan(order: AttemptOrder, model: StreamedModel, streams: list[Activatio
 
 def plan_report(plan: Plan) -> dict[str, str | int | float | bool | None]:
     """The plan as the report shows it."""
-    return dict(asdict(plan))
+    return asdict(plan) | {"scale_dtype": _name(plan.scale_dtype)}
 
 
 def scale_dtype(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.dtype:
@@ -116,17 +111,17 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _micro_batch(model: StreamedModel, length: int) -> int:
+    most = max(1, min(LARGEST_MICRO_BATCH, TOKENS_AT_ONCE[model.device.type] // length))
     if model.device.type != "cuda":
-        return max(1, min(LARGEST_MICRO_BATCH, TOKENS_AT_ONCE_CPU // length))
-    budget = TUNING_SHARE * torch.cuda.get_device_properties(model.device).total_memory
-    most = min(LARGEST_MICRO_BATCH, max(1, TOKENS_AT_ONCE_GPU // length))
+        return most
+    budget = TUNING_SHARE * device_memory(model.device)
     return max(1, min(most, int(budget // (graph_bytes(model) * length))))
 
 
 def _pass_batch(model: StreamedModel, length: int) -> int:
     if model.device.type != "cuda":
         return _micro_batch(model, length)
-    return max(1, PASS_BYTES // (_pass_bytes(model) * length))
+    return max(1, PASS_BYTES // (pass_bytes(model) * length))
 
 
 def _activation_bytes(model: StreamedModel, streams: list[ActivationSize]) -> int:

@@ -1,4 +1,4 @@
-"""The report of a job: what its stages found, what its checkpoints take, and what it cost."""
+"""The report of a job: results of its stages, size of its checkpoints, time and memory."""
 
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -7,7 +7,6 @@ from math import prod
 from bitwright.report import (
     BaseJobReport,
     BlockReport,
-    Figures,
     LinearReport,
     ModelReport,
     PeakMemory,
@@ -22,7 +21,6 @@ from workers.engine.job import Job
 from workers.engine.model.checkpoint import StoredTensor
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import plan_report
-from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.shipped_quality import Evaluated
 from workers.engine.text.sequences import source_label
 from workers.formats.cards.identity import Identity
@@ -30,21 +28,20 @@ from workers.numerics.quantized import StoredBits
 
 
 @dataclass(frozen=True)
-class Findings:
-    """What the report tells beside sizes and times."""
+class Results:
+    """Results of a job's stages, from which the report is made."""
 
     blocks: tuple[BlockReport, ...]
+    head: LinearReport | None
     scales: ScaleReport | None
+    finetuned: Finetuned | None
     evaluated: Evaluated | None
-    finetuned: Finetuned | None = None
-    reference: Figures | None = None
-    head: LinearReport | None = None
 
 
-def report_of(job: Job, state: FinishedBlocks, found: Findings, size: SizeReport) -> Report:
+def report_of(job: Job, results: Results, size: SizeReport) -> Report:
     """Everything but what the export tells: its adapters, and the warnings that come with it."""
-    request, sequences = job.order.request, job.texts.calibration
-    resumed = min(state.resumed, len(found.blocks))
+    request, sequences = job.request, job.texts.calibration
+    resumed = min(job.finished_blocks.resumed, len(results.blocks))
     return Report(
         version=version("bitwright"),
         method=request.quantization.method,
@@ -60,28 +57,28 @@ def report_of(job: Job, state: FinishedBlocks, found: Findings, size: SizeReport
             parameters=_parameters(job.model),
         ),
         calibration=None if sequences is None else sequences.report(),
-        quality=None if found.evaluated is None else found.evaluated.quality,
-        shipped=() if found.evaluated is None else found.evaluated.shipped,
-        round_to_nearest=found.reference,
-        head=found.head,
-        base_job=_base_job_report(job, len(found.blocks)),
-        blocks=found.blocks,
+        quality=None if results.evaluated is None else results.evaluated.quality,
+        shipped=() if results.evaluated is None else results.evaluated.shipped,
+        round_to_nearest=None if results.evaluated is None else results.evaluated.reference,
+        head=results.head,
+        base_job=_base_job_report(job, len(results.blocks)),
+        blocks=results.blocks,
         allocation=job.prepared.report,
-        scales=found.scales,
-        finetuning=None if found.finetuned is None else found.finetuned.report,
+        scales=results.scales,
+        finetuning=None if results.finetuned is None else results.finetuned.report,
         size=size,
         seconds=job.clock.seconds(),
-        peak_memory=_peak_memory(job, found),
-        blocks_computed=len(found.blocks) - resumed if job.base_job is None else 0,
+        peak_memory=_peak_memory(job, results),
+        blocks_computed=len(results.blocks) - resumed if job.base_job is None else 0,
         blocks_resumed=resumed,
         warnings=tuple(job.reporter.warnings),
     )
 
 
-def identity_of(job: Job, found: Findings) -> Identity:
+def identity_of(job: Job, results: Results) -> Identity:
     """What the job makes, for files that say so before there is a report."""
-    request, model = job.order.request, source_label(job.order.request.model)
-    trained = found.finetuned is not None and request.adapter is not None
+    request, model = job.request, source_label(job.request.model)
+    trained = results.finetuned is not None and request.adapter is not None
     return Identity(
         version=version("bitwright"),
         model=model,
@@ -90,13 +87,13 @@ def identity_of(job: Job, found: Findings) -> Identity:
         method=request.quantization.method,
         adapter=request.adapter.kind if trained and request.adapter is not None else None,
         folded=trained and request.merge == "quantized",
-        finetuning=None if found.finetuned is None else found.finetuned.report,
+        finetuning=None if results.finetuned is None else results.finetuned.report,
         earlier=() if job.base_job is None else job.base_job.training,
     )
 
 
 def _base_job_report(job: Job, blocks: int) -> BaseJobReport | None:
-    base_job, job_id = job.base_job, job.order.request.base_job
+    base_job, job_id = job.base_job, job.request.base_job
     if base_job is None or job_id is None:
         return None
     return BaseJobReport(
@@ -104,10 +101,10 @@ def _base_job_report(job: Job, blocks: int) -> BaseJobReport | None:
     )
 
 
-def _peak_memory(job: Job, found: Findings) -> PeakMemory:
+def _peak_memory(job: Job, results: Results) -> PeakMemory:
     """Of the whole job: the stage that finetunes counts anew."""
     peak = peak_memory(job.model.device)
-    before = None if found.finetuned is None else found.finetuned.peak_before
+    before = None if results.finetuned is None else results.finetuned.peak_before
     if before is None or peak.device_bytes is None:
         return peak
     return peak.model_copy(update={"device_bytes": max(before, peak.device_bytes)})

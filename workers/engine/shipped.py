@@ -20,12 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.adapters import AdapterSpec
+from app.domain.methods import Form
+from app.domain.request.combination_rules import result_forms
 from bitwright.formats import ADAPTER_FOLDER, ExportFormat
 from workers.adapters.attaching import Finished, Merge, finished, is_stock, known, shipped
+from workers.engine.finished_blocks import FinishedBlocks
+from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import BlockReader
-from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.formats.gguf.blocks import held
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank
 
@@ -142,9 +145,55 @@ def _split(names: Sequence[ExportFormat], rounded_in_gguf: bool) -> list[tuple[l
     return [([name for name in names if name not in apart], False), (apart, True)]
 
 
+def trained_adapters(job: Job, adapters: Mapping[str, nn.Module] | None) -> TrainedAdapters | None:
+    """The adapters that a job trained, with its wishes; None if it trained none."""
+    request = job.request
+    if adapters is None or request.adapter is None:
+        return None
+    return TrainedAdapters(
+        request.adapter, adapters, request.merge, request.round_offset, offset_dtype(request.formats)
+    )
+
+
+def shipments_of(job: Job, *, trained: bool) -> list[Shipment]:
+    """Every way to load the checkpoints of a job, the one that was asked for first."""
+    request = job.request
+    return shipments(
+        request.formats,
+        factors=Form.LOW_RANK in result_forms(job.spec, request.adapter, request.merge),
+        trained=trained,
+        merge=request.merge,
+        rounded_in_gguf=_is_rounded_in_gguf(job),
+    )
+
+
+def evaluated_key(job: Job, *, trained: bool) -> tuple[Numbers, bool] | None:
+    """Key of the numbers that the evaluation's activations have gone through once all blocks and scales are done.
+
+    None where that is no shipment: weights alone, although a method or base job began with factors beside them.
+    """
+    if not trained:
+        return Numbers.WHOLE, False
+    began_with_factors = job.base_job is not None or Form.LOW_RANK in job.spec.forms()
+    return None if began_with_factors else (Numbers.BASE, False)
+
+
+def _is_rounded_in_gguf(job: Job) -> bool:
+    """Whether the job writes a GGUF of zero points, which become fp16 offsets there."""
+    request, schemes = job.request, job.schemes
+    if ExportFormat.GGUF not in request.formats:
+        return False
+    if request.merge == "quantized":
+        if request.round_offset:
+            return True
+        # Offsets of all formats are fp16 then; a head has no adapter.
+        schemes = {name: scheme for name, scheme in schemes.items() if name == job.model.layout.head}
+    return any(not scheme.symmetric for scheme in schemes.values())
+
+
 @dataclass(frozen=True)
 class Replay:
-    """Takes an evaluation stream through finished blocks with the numbers of a shipment.
+    """Takes the activations of the evaluation text through finished blocks with the numbers of a shipment.
 
     state     the finished blocks
     trained   adapters, where some were
@@ -156,10 +205,10 @@ class Replay:
     _apart: dict[str, LowRank | nn.Module] = field(default_factory=dict)
     """What stands beside linears of the blocks that were read, until they are used."""
 
-    def run(self, stream: Activations, shipment: Shipment) -> None:
-        """X_q of the stream, rewound to the embeddings, through all blocks."""
+    def run(self, activations: Activations, shipment: Shipment) -> None:
+        """X_q of the activations, rewound to the embeddings, through all blocks."""
         with self.model.loaded(self.model.layout.embeddings):
-            stream.rewind(self.model)
+            activations.rewind(self.model)
 
         def made(name: str, base: LinearResult) -> LinearResult:
             return self._made(name, base, shipment)
@@ -167,7 +216,7 @@ class Replay:
         with closing(BlockReader(self.model, self.state).quantized_blocks(made)) as blocks:
             for index, block in enumerate(blocks):
                 with self.model.filled(block.original), self._beside(index):
-                    stream.advance_quantized(index, self.model.blocks[index])
+                    activations.advance_quantized(index, self.model.blocks[index])
 
     def head(self, shipment: Shipment) -> Tensor | None:
         """The dequantized weight of the head, where that is quantized."""

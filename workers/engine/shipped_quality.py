@@ -18,19 +18,20 @@ AS_TRAINED = Shipment((), Numbers.BESIDE)
 
 @dataclass(frozen=True)
 class Evaluated:
-    """What the report tells: see its fields of these names, and `AdapterReport`."""
+    """Fields of these names in the report, and in `AdapterReport`; `reference` is its row of round to nearest."""
 
     quality: Quality
     shipped: tuple[ShippedFigures, ...]
     before_merge: Figures | None = None
+    reference: Figures | None = None
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures a stream.
+    """Measures a activations.
 
     head      dequantized weight of the head, where that is quantized, as the finished blocks have it
-    measure   quality of the stream as it is with a weight of the head; also told which measurement it is, of how many
+    measure   quality of the activations as it is with a weight of the head; also told which measurement it is, of how many
     """
 
     head: Tensor | None
@@ -40,7 +41,7 @@ class Judge:
 def evaluate(
     ways: Sequence[Shipment],
     replay: Replay,
-    stream: Activations,
+    activations: Activations,
     judge: Judge,
     *,
     merged: bool,
@@ -49,7 +50,7 @@ def evaluate(
     """Measures every one of `ways`, the first of which is what was asked for.
 
     merged     whether an adapter is folded in or added, so that how it was trained is measured besides
-    streamed   key of what the stream has gone through already; None: it must go through the blocks again for all
+    streamed   key of what the activations have gone through already; None: it must go through the blocks again for all
 
     Raises:
         NumericalFailure: the original or the quantized model's output is not finite.
@@ -59,7 +60,7 @@ def evaluate(
     found: dict[tuple[Numbers, bool], Quality] = {}
     for number, key in enumerate(sorted(needed, key=lambda key: key != streamed)):
         if key != streamed:
-            replay.run(stream, needed[key])
+            replay.run(activations, needed[key])
         head = replay.head(needed[key]) if needed[key].in_gguf else judge.head
         try:
             found[key] = judge.measure(head, number, len(needed))

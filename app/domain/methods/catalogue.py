@@ -75,9 +75,13 @@ class MethodInfo:
     """arXiv number, None where there is no paper."""
     produces: frozenset[Form]
     """All that its spec's `forms` may say."""
-    needs_calibration: bool
     presets: Mapping[str, Preset] = field(default_factory=lambda: MappingProxyType({}))
     """By the values of the spec's field `preset`; none if it has no such field."""
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method reads calibration text with its default parameters."""
+        return self.spec.model_validate({}).reads_text()
 
 
 METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
@@ -88,7 +92,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="The baseline: each weight goes to the nearest code of its group's range.",
             paper=None,
             produces=frozenset({Form.AFFINE}),
-            needs_calibration=False,
         ),
         "nf": MethodInfo(
             spec=NormalFloatSpec,
@@ -96,7 +99,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="Each weight goes to the nearest quantile of a normal distribution: QLoRA's base, 2 to 4 bits.",
             paper="2305.14314",
             produces=frozenset({Form.CODEBOOK}),
-            needs_calibration=False,
         ),
         "gptq": MethodInfo(
             spec=GPTQSpec,
@@ -104,7 +106,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="Rounds a linear's columns in turn; those not rounded yet make up for each one's error.",
             paper="2210.17323",
             produces=frozenset({Form.AFFINE}),
-            needs_calibration=True,
         ),
         "awq": MethodInfo(
             spec=AWQSpec,
@@ -113,7 +114,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             "before them, and clips ranges.",
             paper="2306.00978",
             produces=frozenset({Form.AFFINE}),
-            needs_calibration=True,
         ),
         "omniquant": MethodInfo(
             spec=OmniQuantSpec,
@@ -121,7 +121,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="Tunes how far each group's range is clipped against the original block's output.",
             paper="2308.13137",
             produces=frozenset({Form.AFFINE}),
-            needs_calibration=True,
             presets=OMNIQUANT_PRESETS,
         ),
         "signround": MethodInfo(
@@ -130,7 +129,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="Tunes rounding and clipping ranges of a block's linears against the original block's output.",
             paper="2309.05516",
             produces=frozenset({Form.AFFINE}),
-            needs_calibration=True,
             presets=SIGNROUND_PRESETS,
         ),
         "loftq": MethodInfo(
@@ -139,7 +137,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="Rounds to NormalFloat or an affine grid and corrects what is lost by low-rank factors, in turn.",
             paper="2310.08659",
             produces=frozenset(Form),
-            needs_calibration=False,
         ),
         "apiq": MethodInfo(
             spec=ApiQSpec,
@@ -147,7 +144,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="Trains clipping and low-rank factors together against the output of a block, or of a linear.",
             paper="2402.05147",
             produces=frozenset({Form.AFFINE, Form.LOW_RANK}),
-            needs_calibration=True,
             presets=APIQ_PRESETS,
         ),
         "lq-lora": MethodInfo(
@@ -157,7 +153,6 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             "of a budget of bits, weighted by Fisher information.",
             paper="2311.12023",
             produces=frozenset({Form.CODEBOOK, Form.LOW_RANK}),
-            needs_calibration=True,
         ),
     }
 )

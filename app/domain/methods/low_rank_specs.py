@@ -72,6 +72,10 @@ class LoftQSpec(WeightSpec):
             raise ValueError('double_quantization is for base "normal-float"; leave it out with "affine"')
         return self
 
+    def observes_inputs(self) -> bool:
+        """Weights alone."""
+        return False
+
     def forms(self) -> frozenset[Form]:
         """By the base."""
         return frozenset({Form.AFFINE if self.base == "affine" else Form.CODEBOOK, Form.LOW_RANK})
@@ -125,7 +129,7 @@ class ApiQSpec(WeightSpec):
 
     def base_spec(self) -> WeightSpec:
         """The spec of the base, for the same linears."""
-        shared = {name: getattr(self, name) for name in WeightSpec.model_fields}
+        shared = {name: getattr(self, name) for name in WeightSpec.model_fields if name != "method"}
         return SignRoundSpec(**shared) if self.base == "signround" else RTNSpec(**shared)
 
     def forms(self) -> frozenset[Form]:
@@ -214,6 +218,10 @@ class LQLoRASpec(WeightSpec):
             for c in self.candidates(name, in_features)
             if c.absmax is not None
         )
+
+    def observes_inputs(self) -> bool:
+        """Text is for the Fisher information alone."""
+        return False
 
     def forms(self) -> frozenset[Form]:
         """NormalFloat codes and factors, whatever the parameters."""

@@ -28,6 +28,7 @@ class WeightSpec(Spec):
     group_size: GroupSize = 64
     symmetric: Symmetric = True
     modules: ModuleRules = ModuleRules()
+    method: str
 
     def scheme(self, name: str) -> Scheme | None:
         """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
@@ -77,6 +78,18 @@ class WeightSpec(Spec):
         """Whether the engine measures the loss's squared gradients by the weights before the first block."""
         return False
 
+    def observes_inputs(self) -> bool:
+        """Whether the method looks at the inputs of the blocks."""
+        return True
+
+    def needs_preparation(self) -> bool:
+        """Whether a budget is spent or Fisher information measured before the first block."""
+        return self.budget() is not None or self.needs_fisher()
+
+    def reads_text(self) -> bool:
+        """Whether the method, its budget or its weighting reads calibration text."""
+        return self.observes_inputs() or self.needs_preparation()
+
     def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
         """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
         return 0
@@ -113,6 +126,10 @@ class NormalFloatSpec(WeightSpec):
             raise ValueError("NormalFloat is symmetric: leave symmetric true")
         return self
 
+    def observes_inputs(self) -> bool:
+        """Weights alone."""
+        return False
+
     def forms(self) -> frozenset[Form]:
         """Codes of a codebook."""
         return frozenset({Form.CODEBOOK})
@@ -122,6 +139,10 @@ class RTNSpec(WeightSpec):
     """Round to nearest. Looks at the weights alone."""
 
     method: Literal["rtn"] = "rtn"
+
+    def observes_inputs(self) -> bool:
+        """Weights alone."""
+        return False
 
     def needs_original_inputs(self) -> bool:
         """Text is for a budget alone."""

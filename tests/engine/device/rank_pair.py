@@ -20,8 +20,8 @@ from app.domain.attempt_lines import AttemptLine, ResultLine
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import LocalText
 from workers.disk.orders import AttemptOrder
+from workers.engine import finished_blocks as resume
 from workers.engine import run as pipeline
-from workers.engine.quantize import finished_blocks as resume
 from workers.engine.reporter import Reporter
 from workers.supervise.child_env import RANKS
 

@@ -22,9 +22,9 @@ from bitwright.events import BlockEvent
 from tests.engine.conftest import run_job
 from workers.child.exceptions import as_bitwright_error
 from workers.disk.durable import replace_file
+from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
-from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.quantize.registry import METHODS
 
 TUNED: dict[str, Any] = {"method": "signround", "bits": 3, "steps": 6, "batch_size": 4, "learning_rate": 0.05}
@@ -140,7 +140,7 @@ def failing_write(number: int, error: Exception, monkeypatch: pytest.MonkeyPatch
             raise error
         replace_file(path, data)
 
-    monkeypatch.setattr("workers.engine.quantize.finished_blocks.replace_file", write)
+    monkeypatch.setattr("workers.engine.finished_blocks.replace_file", write)
 
 
 def durable(workspace: Path) -> list[int]:

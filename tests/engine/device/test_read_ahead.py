@@ -13,10 +13,10 @@ import torch
 from bitwright.errors import NumericalFailure
 from tests.engine.model.random_models import save_random_model
 from workers.engine.device.read_ahead import Upload, read_ahead
+from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.block_reader import BlockReader
-from workers.engine.quantize.finished_blocks import FinishedBlocks
 
 CPU = torch.device("cpu")
 
@@ -125,10 +125,12 @@ def test_an_upload_is_the_tensor_in_another_dtype(dtype: torch.dtype) -> None:
 def test_blocks_come_whole_and_only_unfinished_ones_without_quantized_weights(tmp_path: Path) -> None:
     save_random_model(tmp_path / "model", "qwen2")
     model = StreamedModel.open(Checkpoint.open(tmp_path / "model"), CPU)
-    state = FinishedBlocks(tmp_path / "state", "fingerprint")
+    state = FinishedBlocks(tmp_path / "state")
+    state.adopt("fingerprint")
     for index in range(2):
         state.save(index, {}, None)
-    state = FinishedBlocks(tmp_path / "state", "fingerprint")
+    state = FinishedBlocks(tmp_path / "state")
+    state.adopt("fingerprint")
     assert state.resumed == 2
     for index, block in enumerate(BlockReader(model, state).blocks()):
         assert block.quantized == {}

@@ -26,11 +26,11 @@ from workers.adapters.attaching import Attach
 from workers.adapters.grouped import GroupedAdapter
 from workers.contracts.adapters import AttachAdapters
 from workers.disk.orders import AttemptOrder
-from workers.engine import run as pipeline
+from workers.engine.finetune import stage as finetune_stage
 from workers.engine.finetune.resident_model import ResidentModel
+from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import FinishedBlocks
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
 from workers.engine.text.packing import Batch
@@ -88,7 +88,7 @@ class Job:
 
         self.workspace.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, "Attach", recorded)
+            patch.setattr(finetune_stage, "Attach", recorded)
             return run(order, self.workspace, Reporter(self.lines.append)).report
 
     def told(self, kind: type) -> list[Any]:
@@ -172,7 +172,8 @@ QUANTIZED: dict[str, Any] = {"quantization": {"method": "rtn", "bits": 3, "group
 def finished_weights(model: Path, workspace: Path) -> dict[str, Tensor]:
     """W_hat of the finished blocks, by linear."""
     fingerprint = json.loads((workspace / "state/state.json").read_text())["fingerprint"]
-    state = FinishedBlocks(workspace / "state", fingerprint)
+    state = FinishedBlocks(workspace / "state")
+    state.adopt(fingerprint)
     blocks = len(StreamedModel.open(Checkpoint.open(model), torch.device("cpu")).blocks)
     return {name: result.dequantize() for index in range(blocks) for name, result in state.load(index).items()}
 

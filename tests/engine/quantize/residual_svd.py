@@ -96,7 +96,6 @@ INFO = MethodInfo(
     summary="For tests.",
     paper=None,
     produces=frozenset(Form),
-    needs_calibration=True,
 )
 
 
@@ -112,8 +111,7 @@ def register(monkeypatch: pytest.MonkeyPatch) -> ResidualSVD:
     ):
         monkeypatch.setattr(f"{module}.METHODS", named)
     code = MappingProxyType({**METHODS, "residual-svd": method})
-    for module in ("registry", "pipeline", "preparation", "budget", "block_pass"):
-        monkeypatch.setattr(f"workers.engine.{module}.METHODS", code)
+    monkeypatch.setattr("workers.engine.quantize.registry.METHODS", code)
     monkeypatch.setattr("app.domain.request.job_request._FormatPart", AnyMethodFormats)
     monkeypatch.setattr("tests.engine.conftest.JobRequest", AnyMethodRequest)
     return method

@@ -11,11 +11,10 @@ from app.domain.attempt_lines import AttemptLine
 from app.domain.inputs.architectures import read_dimensions
 from app.domain.methods import METHODS
 from app.domain.request.job_request import JobRequest
-from app.domain.workload import has_reference, readers_of, reads_calibration
+from app.domain.workload import calibration_tokens, has_reference, readers_of
 from bitwright.events import MetricEvent
 from tests.engine.conftest import run_job
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.quantize.registry import needs_text
 
 CALIBRATION = {"num_samples": 48, "sequence_length": 64}
 EVALUATION = {"num_samples": 4, "sequence_length": 48}
@@ -113,11 +112,11 @@ SPECS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("fields", SPECS, ids=str)
-def test_request_and_engine_agree_on_who_reads_text(fields: dict[str, Any]) -> None:
+def test_a_job_whose_method_reads_text_has_a_reader_and_is_charged_for_it(fields: dict[str, Any]) -> None:
     request = JobRequest.parse({"model": "org/m", "evaluation": None, **fields})
-    assert reads_calibration(request.quantization) == needs_text(request.quantization)
-    for observes in (True, False):
-        assert ("calibration" in readers_of(request, observes=observes)) == observes
+    reads = request.quantization.reads_text()
+    assert readers_of(request) == (["calibration"] if reads else [])
+    assert (calibration_tokens(request) > 0) == reads
 
 
 def test_a_quantized_head_has_a_row(small_model: Path, tmp_path: Path) -> None:

@@ -21,7 +21,6 @@ from workers.engine import memory
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.layouts import LAYOUTS
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.scales import memory_plan as scale_plan
 from workers.engine.scales import stage as scale_stage
 from workers.engine.scales import tuning as scale_tuning
 from workers.engine.scales.memory_plan import Fit, ScaleTask, Skipped, find_fit
@@ -189,8 +188,8 @@ def test_memory_decides_what_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(memory.LOGITS_AT_ONCE, "cpu", 0)
     task = make_task(tmp_path, "llama")
 
-    def fit_of(memory: float, held: int = 0) -> Fit | Skipped:
-        monkeypatch.setattr(scale_plan, "host_memory", lambda: memory / scale_plan.MEMORY_SHARE["cpu"])
+    def fit_of(size: float, held: int = 0) -> Fit | Skipped:
+        monkeypatch.setattr(memory, "host_memory", lambda: size / memory.SCALES_SHARE["cpu"])
         return find_fit(replace(task, held_bytes=held))
 
     found = [fit_of(2.0**exponent) for exponent in (10, 20, 20.5, 21, 22, 23, 24, 30)]
@@ -330,8 +329,8 @@ def test_a_resumed_job_has_the_scales_of_an_undisturbed_one(
 
     places = {
         "in the middle": "workers.engine.scales.tuning.ScaleTuning.step",
-        "before it is durable": "workers.engine.quantize.finished_blocks.FinishedBlocks.save_scales",
-        "after it is durable": "workers.engine.run.measure",
+        "before it is durable": "workers.engine.finished_blocks.FinishedBlocks.save_scales",
+        "after it is durable": "workers.engine.evaluate.measure",
     }
     with monkeypatch.context() as patch:
         patch.setattr(places[moment], interrupt)
@@ -380,7 +379,7 @@ def test_scales_that_are_no_better_are_not_kept(
 def test_a_model_that_does_not_fit_keeps_its_scales(
     small_model: Path, plain: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scale_plan, "host_memory", lambda: 1 << 20)
+    monkeypatch.setattr(memory, "host_memory", lambda: 1 << 20)
     lines: list[AttemptLine] = []
     report = run_job(small_model, tmp_path, lines, **SCALED).report
     assert_same(plain.workspace, tmp_path)

@@ -8,25 +8,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 
-import torch
-
 from app.domain.request.finetuning import Finetune
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
-from workers.engine.finetune.token_loss import LOGITS_AT_ONCE, LOGITS_BYTES
-from workers.engine.memory import TOKENS_AT_ONCE_CPU, TOKENS_AT_ONCE_GPU, graph_bytes
+from workers.engine.memory import (
+    ADAPTER_BYTES,
+    ADAPTER_SHARE,
+    CAPTURED_SHARE,
+    FINETUNE_LOGITS_AT_ONCE,
+    FINETUNE_LOGITS_BYTES,
+    FINETUNE_SHARE,
+    KEPT_SHARE,
+    TOKENS_AT_ONCE,
+    device_memory,
+    graph_bytes,
+)
 from workers.engine.model.streamed_model import StreamedModel
-from workers.machine import host_memory
 
-MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.5}
-"""Of the device's memory that the stage may count on."""
-KEPT_SHARE = {"cuda": 0.05, "cpu": 0.2}
-"""Of it that dequantized weights may take, which saves making them anew; nothing where blocks are computed again."""
-CAPTURED_SHARE = 0.25
-"""Of a GPU's memory that activations may take if passes are to be captured."""
-ADAPTER_BYTES = 5 * 4
-"""A trained number, its gradient, two moments and a copy."""
-ADAPTER_SHARE = 0.03
-"""Trained numbers for each weight: more than a LoRA of rank 64 has."""
 FULL_TOKENS = {"cuda": 4096, "cpu": 512}
 """Enough at once to keep the device busy: rather than fewer, blocks are computed again."""
 
@@ -60,8 +57,8 @@ def plan_training(
     pass_bytes   that adapters keep for each trained number while a batch goes through
     """
     needs = _Needs.of(model, names, length, pass_bytes)
-    at_once = TOKENS_AT_ONCE_GPU if needs.device == "cuda" else TOKENS_AT_ONCE_CPU
-    most = max(1, min(processes.part(part.batch_size), max(1, at_once // length)) // divisor)
+    at_once = max(1, TOKENS_AT_ONCE[needs.device] // length)
+    most = max(1, min(processes.part(part.batch_size), at_once) // divisor)
     found = _planned(needs, part, most, keeps=needs.kept <= KEPT_SHARE[needs.device] * needs.memory)
     if found.keeps and found.recomputed:
         # Where memory is so short that blocks are computed again, weights are what it is spent on last.
@@ -107,13 +104,13 @@ class _Needs:
         config, linears = model.config.get_text_config(), model.linears()
         sizes = [linears[name].weight.numel() for name in names]
         others = sum(p.numel() for n, p in model.model.named_parameters() if n.removesuffix(".weight") not in names)
-        logits = max(LOGITS_AT_ONCE[device], config.vocab_size) * LOGITS_BYTES
+        logits = max(FINETUNE_LOGITS_AT_ONCE[device], config.vocab_size) * FINETUNE_LOGITS_BYTES
         fixed = others * item + sum(sizes) * ADAPTER_SHARE * (ADAPTER_BYTES + pass_bytes) + logits
         # Made anew, all weights of one block may exist at a time (`workers.engine.finetune.adapted_linear`).
         packed = sum(sizes) * (1 + item / blocks) + 3 * max(sizes, default=0) * 4
         return cls(
             device=device,
-            memory=torch.cuda.get_device_properties(model.device).total_memory if device == "cuda" else host_memory(),
+            memory=device_memory(model.device),
             blocks=blocks,
             length=length,
             kept=sum(sizes) * item,
@@ -124,7 +121,7 @@ class _Needs:
 
     def recomputed(self, micro_batch: int, *, keeps: bool) -> int:
         """Blocks to compute again; one more than there are if even that does not fit."""
-        allowed = MEMORY_SHARE[self.device] * self.memory - self.fixed[keeps]
+        allowed = FINETUNE_SHARE[self.device] * self.memory - self.fixed[keeps]
         if self.blocks * self.graph * micro_batch <= allowed:
             return 0
         left = allowed - (self.graph + self.inputs) * micro_batch
@@ -140,5 +137,5 @@ class _Needs:
     def has_room_for_pool(self, plan: TrainingPlan) -> bool:
         """Whether the pool of captured passes leaves room for eager ones, of other batches and of text that judges."""
         activations, fixed = self.blocks * self.graph * plan.micro_batch, self.fixed[plan.keeps]
-        most = MEMORY_SHARE[self.device] * self.memory
+        most = FINETUNE_SHARE[self.device] * self.memory
         return activations <= CAPTURED_SHARE * self.memory and fixed + 2 * activations <= most

@@ -1,29 +1,29 @@
-"""The stage that trains adapters beside the finished quantized weights: what it takes over, and what it leaves.
+"""The stage that trains adapters beside the finished quantized weights.
 
-texts        read before anything is quantized, so that a row that cannot be learned is named at once
-state        the finished blocks, whose weights are the base; checkpoints of training lie beside them
+texts            read before anything is quantized, so that a row that cannot be learned is named at once
+finished blocks  their weights are the base; checkpoints of training lie beside them
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from app.domain.request.finetuning import Finetune
+from bitwright.events import Stage
 from bitwright.report import FinetuningReport, LossPoint, TextReport
+from workers.adapters.attaching import Attach
 from workers.contracts.adapters import AttachAdapters
-from workers.engine.device.process_group import ProcessGroup
+from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.memory_plan import TrainingPlan, plan_training
 from workers.engine.finetune.resident_model import Residence, ResidentModel, resident
 from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, judging_batches, mean_loss, train
 from workers.engine.fingerprint import fingerprint
-from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import FinishedBlocks
-from workers.engine.reporter import Reporter
+from workers.engine.job import Job
 from workers.engine.seeds import derived_seed
+from workers.engine.shipped import Numbers, shipments_of, trained_adapters
 from workers.engine.text.finetuning_texts import FinetuningTexts
 from workers.engine.text.sequences import source_label
 from workers.numerics.quantized import LinearResult
@@ -32,31 +32,6 @@ LoadBlock = Callable[[int], Mapping[str, LinearResult]]
 
 MOST_POINTS = 50
 """Of the loss curve in the report."""
-
-
-@dataclass(frozen=True)
-class FinetuningStage:
-    """What the stage works with.
-
-    names        of the quantized linears of the blocks
-    head         dequantized weight of the head, where that is quantized too
-    identity     of everything but this stage that decides what it trains
-    divisor      by which micro-batches are smaller after an attempt that ran out of memory
-    """
-
-    model: StreamedModel
-    part: Finetune
-    texts: FinetuningTexts
-    attach: AttachAdapters
-    names: frozenset[str]
-    state: FinishedBlocks
-    folder: Path
-    identity: Mapping[str, object]
-    head: Tensor | None
-    seed: int
-    divisor: int
-    reporter: Reporter
-    processes: ProcessGroup
 
 
 @dataclass(frozen=True)
@@ -71,142 +46,193 @@ class Finetuned:
     peak_before: int | None
 
 
-def run_finetuning(stage: FinetuningStage) -> Finetuned:
-    """Trains the adapters, from their last checkpoint on.
+@dataclass(frozen=True)
+class _Finetuning:
+    """A job that finetunes.
+
+    attach   makes the adapters
+    head     dequantized weight of the head, where that is quantized too
+    """
+
+    job: Job
+    config: Finetune
+    texts: FinetuningTexts
+    attach: AttachAdapters
+    head: Tensor | None
+
+    @property
+    def seed(self) -> int:
+        return derived_seed(self.job.seed, "finetune")
+
+    def fingerprint(self, plan: TrainingPlan) -> str:
+        """sha256 of everything that decides the adapters; how often passes are captured changes nothing."""
+        parts = {
+            "codes": self.job.finished_blocks.fingerprint,
+            "adapter": self.job.request.model_dump(mode="json", include={"adapter"}),
+            "finetune": self.config.model_dump(mode="json"),
+            "text": self.texts.sha256,
+            "plan": {name: value for name, value in asdict(plan).items() if name != "captures"},
+        }
+        return fingerprint(parts)
+
+    def state(self, plan: TrainingPlan, processes: ProcessGroup = SINGLE_PROCESS) -> TrainingState:
+        """The checkpoints of training under this plan."""
+        return TrainingState(self.job.state_folder, self.fingerprint(plan), processes)
+
+
+def run(job: Job, head: Tensor | None) -> Finetuned | None:
+    """Trains the adapters of a job that finetunes, from their last checkpoint on.
 
     On running out of memory the stage begins again with half as many sequences at once; the blocks are not touched.
+
+    head   dequantized weight of the head, where that is quantized too
 
     Raises:
         NumericalFailure: the loss is not finite.
         UnsupportedArchitecture: the model does more after its blocks than norm and head.
     """
-    peak_before, divisor = _forget_peak(stage.model.device), _last_divisor(stage)
+    config, adapter, texts = job.request.finetune, job.request.adapter, job.texts.finetuning
+    if config is None or adapter is None or texts is None:
+        return None
+    job.clock.enter(Stage.FINETUNE)
+    attach = Attach(adapter, {} if job.base_job is None else job.base_job.adapters)
+    stage = _Finetuning(job, config, texts, attach, head)
+    finetuned = _finetuned(stage)
+    trained = trained_adapters(job, finetuned.adapters)
+    if trained is None or shipments_of(job, trained=True)[0].numbers is not Numbers.WHOLE:
+        return finetuned
+    loss = _shipped_loss(stage, finetuned.report, lambda index: trained.results(job.finished_blocks.load(index)))
+    return replace(finetuned, report=finetuned.report.model_copy(update={"loss_shipped": loss}))
+
+
+def _finetuned(stage: _Finetuning) -> Finetuned:
+    device = stage.job.model.device
+    peak_before, divisor = _forget_peak(device), _last_divisor(stage)
     while (trained := _trained(stage, divisor, peak_before)) is None:
         # Here, where nothing holds the tensors of the failed step any more.
-        peak = _forget_peak(stage.model.device)
+        peak = _forget_peak(device)
         peak_before = peak if peak_before is None or peak is None else max(peak_before, peak)
         divisor *= 2
     report = trained.report
     for name, value in (("finetuning_loss_before", report.loss_before), ("finetuning_loss", report.loss_after)):
         if value is not None:
-            stage.reporter.metric(name, value)
+            stage.job.reporter.metric(name, value)
     return trained
 
 
-def shipped_loss(stage: FinetuningStage, told: FinetuningReport, load: LoadBlock) -> float | None:
+def _shipped_loss(stage: _Finetuning, trained: FinetuningReport, load: LoadBlock) -> float | None:
     """The held-out loss with weights in which the adapters lie; None if nothing is held out.
 
-    told   by the training before
-    load   linears of a block as they ship, by full name
+    trained   report of the training before
+    load      linears of a block as they ship, by full name
     """
-    model, seed = stage.model, derived_seed(stage.seed, "finetune")
-    batches = judging_batches(stage.texts.held_out, stage.part, told.micro_batch, seed, stage.processes)
-    if not stage.processes.total(len(batches)):
+    job, config = stage.job, stage.config
+    batches = judging_batches(stage.texts.held_out, config, trained.micro_batch, stage.seed, job.processes)
+    if not job.processes.total(len(batches)):
         return None
-    how = Residence(length=stage.part.sequence_length, keeps=told.weights_kept, recomputed=0)
-    changed = stage.state.parameters
-    with resident(model, load, _no_adapters, how, seed=seed, head=stage.head, changed=changed) as found:
-        return mean_loss(found, (batch.to(model.device) for batch in batches), stage.processes)
+    how = Residence(length=config.sequence_length, keeps=trained.weights_kept, recomputed=0)
+    changed = job.finished_blocks.parameters
+    with resident(job.model, load, _no_adapters, how, seed=stage.seed, head=stage.head, changed=changed) as model:
+        return mean_loss(model, (batch.to(job.model.device) for batch in batches), job.processes)
 
 
 def _no_adapters(linears: Mapping[str, LinearResult], seed: int) -> dict[str, nn.Module]:  # noqa: ARG001 - a protocol
     return {}
 
 
-def _last_divisor(stage: FinetuningStage) -> int:
-    """That of the last checkpoint, where an earlier attempt had to lower it; the stage's own if there is none."""
-    divisor = stage.divisor
-    while stage.processes.alone:
+def _last_divisor(stage: _Finetuning) -> int:
+    """That of the last checkpoint, where an earlier attempt had to lower it; the order's own if there is none."""
+    divisor = stage.job.order.micro_batch_divisor
+    while stage.job.processes.alone:
         plan = _plan(stage, divisor)
-        if TrainingState(stage.folder, _fingerprint(stage, plan)).progress.step:
+        if stage.state(plan).progress.step:
             return divisor
         if plan.micro_batch == 1:
             break
         divisor *= 2
-    return stage.divisor
+    return stage.job.order.micro_batch_divisor
 
 
-def _plan(stage: FinetuningStage, divisor: int) -> TrainingPlan:
+def _plan(stage: _Finetuning, divisor: int) -> TrainingPlan:
     longest = max(text.length for text in (stage.texts.training, stage.texts.held_out) if text is not None)
-    pass_bytes = getattr(stage.attach, "pass_bytes", 0)
-    names = set(stage.names)
     return plan_training(
-        stage.model, names, stage.part, longest, divisor=divisor, processes=stage.processes, pass_bytes=pass_bytes
+        stage.job.model,
+        set(stage.job.block_schemes),
+        stage.config,
+        longest,
+        divisor=divisor,
+        processes=stage.job.processes,
+        pass_bytes=getattr(stage.attach, "pass_bytes", 0),
     )
 
 
-def _trained(stage: FinetuningStage, divisor: int, peak_before: int | None) -> Finetuned | None:
+def _trained(stage: _Finetuning, divisor: int, peak_before: int | None) -> Finetuned | None:
     """Training with micro-batches smaller by `divisor`; None if memory ran out and less may do.
 
     Raises:
-        torch.OutOfMemoryError: not even one sequence at a time fits; or other ranks wait for this one.
+        torch.OutOfMemoryError: not even one sequence at a time fits; or other processes wait for this one.
     """
-    model, plan = stage.model, _plan(stage, divisor)
-    stage.reporter.log("training_planned", **asdict(plan))
-    how = Residence(length=stage.part.sequence_length, keeps=plan.keeps, recomputed=plan.recomputed)
-    seed, state = derived_seed(stage.seed, "finetune"), stage.state
+    job, plan = stage.job, _plan(stage, divisor)
+    job.reporter.log("training_planned", **asdict(plan))
+    how = Residence(length=stage.config.sequence_length, keeps=plan.keeps, recomputed=plan.recomputed)
+    finished = job.finished_blocks
     try:
         with resident(
-            model, state.load, stage.attach, how, seed=seed, head=stage.head, changed=state.parameters
-        ) as found:
-            outcome = train(_task(stage, plan, found, seed))
-            report = _report(stage, plan, outcome, _peak(model.device))
-            return Finetuned({n: adapter.to("cpu") for n, adapter in found.adapters.items()}, report, peak_before)
+            job.model, finished.load, stage.attach, how, seed=stage.seed, head=stage.head, changed=finished.parameters
+        ) as model:
+            outcome = train(_task(stage, plan, model))
+            report = _report(stage, plan, outcome, _peak(job.model.device))
+            return Finetuned({n: adapter.to("cpu") for n, adapter in model.adapters.items()}, report, peak_before)
     except torch.OutOfMemoryError:
-        if plan.micro_batch == 1 or not stage.processes.alone:
+        if plan.micro_batch == 1 or not job.processes.alone:
             raise
-    stage.reporter.log("training_lowered", micro_batch=plan.micro_batch)
+    job.reporter.log("training_lowered", micro_batch=plan.micro_batch)
     return None
 
 
-def _task(stage: FinetuningStage, plan: TrainingPlan, found: ResidentModel, seed: int) -> TrainingTask:
+def _task(stage: _Finetuning, plan: TrainingPlan, model: ResidentModel) -> TrainingTask:
+    job = stage.job
     return TrainingTask(
-        resident=found,
-        part=stage.part,
+        resident=model,
+        part=stage.config,
         training=stage.texts.training,
         held_out=stage.texts.held_out,
         micro_batch=plan.micro_batch,
         captures=plan.captures,
-        seed=seed,
-        state=TrainingState(stage.folder, _fingerprint(stage, plan), stage.processes),
-        reporter=stage.reporter,
-        processes=stage.processes,
-        milestones=len(stage.model.blocks),
+        seed=stage.seed,
+        state=stage.state(plan, job.processes),
+        reporter=job.reporter,
+        processes=job.processes,
+        milestones=len(job.model.blocks),
     )
 
 
-def _fingerprint(stage: FinetuningStage, plan: TrainingPlan) -> str:
-    decides = {name: value for name, value in asdict(plan).items() if name != "captures"}
-    parts = {"finetune": stage.part.model_dump(mode="json"), "text": stage.texts.sha256, "plan": decides}
-    return fingerprint({**stage.identity, **parts})
-
-
-def _report(stage: FinetuningStage, plan: TrainingPlan, outcome: TrainingOutcome, peak: int | None) -> FinetuningReport:
-    texts, part, progress = stage.texts, stage.part, outcome.progress
+def _report(stage: _Finetuning, plan: TrainingPlan, outcome: TrainingOutcome, peak: int | None) -> FinetuningReport:
+    texts, config, progress = stage.texts, stage.config, outcome.progress
     validations = progress.validations
-    kept = progress.best_step if part.patience is not None and progress.best_step is not None else progress.step
+    kept = progress.best_step if config.patience is not None and progress.best_step is not None else progress.step
     after = [validation.loss for validation in validations if validation.step == kept]
     return FinetuningReport(
         text=TextReport(
-            source=source_label(part.dataset),
+            source=source_label(config.dataset),
             sha256=texts.sha256,
             num_samples=len(texts.training),
-            sequence_length=part.sequence_length,
+            sequence_length=config.sequence_length,
             tokens=texts.training.tokens,
         ),
-        dataset_kind=part.dataset.source,
-        learning_rate=part.learning_rate,
-        batch_size=part.batch_size,
+        dataset_kind=config.dataset.source,
+        learning_rate=config.learning_rate,
+        batch_size=config.batch_size,
         tokens_read=progress.tokens,
-        held_out_sequences=0 if texts.held_out is None else min(len(texts.held_out), part.validation_sequences),
+        held_out_sequences=0 if texts.held_out is None else min(len(texts.held_out), config.validation_sequences),
         rows_cut=texts.examples.cut,
         rows_dropped=texts.examples.dropped,
         trainable_parameters=outcome.parameters,
-        steps=part.steps,
+        steps=config.steps,
         steps_done=progress.step,
         steps_kept=kept,
         steps_resumed=outcome.resumed,
-        stopped_early=progress.step < part.steps,
+        stopped_early=progress.step < config.steps,
         losses=tuple(_curve(outcome.losses)),
         loss_before=validations[0].loss if validations else None,
         loss_after=after[-1] if after else None,

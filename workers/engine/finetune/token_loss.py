@@ -15,12 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from workers.engine.memory import FINETUNE_LOGITS_AT_ONCE
 from workers.engine.model.streamed_model import StreamedModel
-
-LOGITS_AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 25}
-"""Elements of one logit matrix."""
-LOGITS_BYTES = 4 * 4
-"""For each of them: logits, the same in fp32, probabilities and the gradient."""
 
 
 def token_loss(model: StreamedModel, hidden: Tensor, target_positions: Tensor, labels: Tensor) -> Tensor:
@@ -74,6 +70,6 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _parts(count: int, model: StreamedModel) -> Iterator[slice]:
     """Parts of about equal size."""
-    step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
+    step = max(1, FINETUNE_LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
     number = math.ceil(count / step)
     return (slice(count * i // number, count * (i + 1) // number) for i in range(number))

@@ -30,7 +30,7 @@ from workers.contracts.blocks import Fisher, ScoreTask, ScoringMethod
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations, second_moments, sum_moments
-from workers.engine.quantize.registry import METHODS
+from workers.engine.quantize.registry import method_of
 from workers.engine.seeds import derived_seed
 from workers.methods.rtn import quantize_weight
 from workers.numerics import normal_float
@@ -39,17 +39,17 @@ from workers.numerics.allocation import Allocation, allocate
 
 @dataclass(frozen=True)
 class Scoring:
-    """What choices are scored with.
+    """Scores of the choices of a budget.
 
-    stream   the calibration text before block 0, used up; None for lack of any
-    processes    who have other windows of it: all of them find the same errors
+    activations   of the calibration text before block 0, used up; None where a method scores weights alone
+    processes     have other sequences of the text; all of them find the same errors
     """
 
     model: StreamedModel
     spec: WeightSpec
     scale_dtype: torch.dtype
     seed: int
-    stream: Activations | None
+    activations: Activations | None
     fisher: Mapping[str, Fisher]
     tick: Callable[[float], None]
     processes: ProcessGroup = SINGLE_PROCESS
@@ -81,7 +81,7 @@ class Scoring:
 
     def _block_errors(self, index: int, candidates: Mapping[str, tuple[Candidate, ...]]) -> dict[str, list[float]]:
         linears = self.model.block_linears(index)
-        method = METHODS[self.spec.model_dump()["method"]]
+        method = method_of(self.spec)
         if isinstance(method, ScoringMethod):
             prefix, seed = self.model.layout.block(index), derived_seed(self.seed, index)
             return {
@@ -93,10 +93,10 @@ class Scoring:
                 )
                 for name, choices in candidates.items()
             }
-        assert self.stream is not None  # noqa: S101 - for the type checker; a budget makes the job read its text
+        assert self.activations is not None  # noqa: S101 - for the type checker; a budget makes the job read its text
         watched = {name: linears[name] for name in candidates}
         with second_moments(watched) as moments, output_energies(watched) as energies:
-            self.stream.advance_original(index, self.model.blocks[index])
+            self.activations.advance_original(index, self.model.blocks[index])
             sum_moments(self.processes, moments, watched)
             nothing = torch.zeros((), dtype=torch.float64, device=self.model.device)
             self.processes.sum_(*(energies.setdefault(name, nothing.clone()) for name in watched))

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from workers.engine.device.read_ahead import Upload, read_ahead
 from workers.engine.device.side_stream import hand_over
+from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.finished_blocks import FinishedBlocks
+from workers.engine.quantize.activations import Activations
 from workers.numerics.quantized import LinearResult
 
 MakeResult = Callable[[str, LinearResult], LinearResult]
@@ -80,3 +81,11 @@ class BlockReader:
         changed = {name: value.to(device) for name, value in self._state.parameters(index).items()}
         weights = {f"{n}.weight": made(n, result).to(device).dequantize() for n, result in linears.items()}
         return weights | changed
+
+
+def replay_quantized(model: StreamedModel, finished: FinishedBlocks, activations: Activations) -> None:
+    """X_q of rewound activations through all blocks again, with the weights that are durable now."""
+    with closing(BlockReader(model, finished).quantized_blocks()) as blocks:
+        for index, block in enumerate(blocks):
+            with model.filled(block.original):
+                activations.advance_quantized(index, model.blocks[index])

@@ -17,13 +17,10 @@ from torch import Tensor
 from bitwright.errors import NumericalFailure
 from workers.contracts.blocks import Fisher
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
-from workers.engine.memory import LOGITS_AT_ONCE
+from workers.engine.memory import FISHER_SHARE, LOGITS_AT_ONCE
 from workers.engine.model.overflow import original_overflows
 from workers.engine.model.streamed_model import BlockCall, StreamedModel, run_block
 from workers.machine import host_memory
-
-HOST_SHARE = 0.2
-"""Of the memory that the kept hidden states may take."""
 
 
 def empirical_fisher(
@@ -58,7 +55,7 @@ def empirical_fisher(
 def sequences_at_once(model: StreamedModel, length: int) -> int:
     """Sequences whose hidden states before all blocks fit on the host; at least one."""
     width = model.config.get_text_config().hidden_size
-    return max(1, int(HOST_SHARE * host_memory() / ((len(model.blocks) + 1) * length * width * model.dtype.itemsize)))
+    return max(1, int(FISHER_SHARE * host_memory() / ((len(model.blocks) + 1) * length * width * model.dtype.itemsize)))
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ import torch
 from app.domain.methods import Scheme, WeightSpec
 from workers.contracts.blocks import WarmUp
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.registry import METHODS
+from workers.engine.quantize.registry import method_of
 
 THREADS = 16
 """A compiler leaves its thread's interpreter alone, so that as many run as there are processors."""
@@ -40,7 +40,7 @@ def _calls(
 ) -> list[Callable[[], object]]:
     linears = model.linears()
     kinds = frozenset((linears[name].in_features, scheme) for name, scheme in schemes.items())
-    offer = getattr(METHODS[spec.model_dump()["method"]], "warm_ups", None)
+    offer = getattr(method_of(spec), "warm_ups", None)
     calls = [] if offer is None else list(offer(WarmUp(kinds, model.dtype, scale_dtype, model.device), spec))
     fused_block, first = import_module("workers.engine.model.fused_blocks"), model.blocks[0]
     if isinstance(first, fused_block.FusedBlock):

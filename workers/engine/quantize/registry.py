@@ -30,11 +30,6 @@ METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
 )
 
 
-def is_needed(spec: WeightSpec) -> bool:
-    """Whether there is anything to prepare."""
-    return spec.budget() is not None or spec.needs_fisher()
-
-
-def needs_text(spec: WeightSpec) -> bool:
-    """Whether the spec's method, its budget or its weighting looks at calibration text."""
-    return METHODS[spec.model_dump()["method"]].needs_inputs or is_needed(spec)
+def method_of(spec: WeightSpec) -> BlockMethod[Any]:
+    """The code of the spec's method."""
+    return METHODS[spec.method]

@@ -8,20 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
-import torch
 from torch import Tensor
 
 from app.domain.methods import SCALE_BATCH_SIZE, Scheme
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
-from workers.engine.memory import LOGITS_AT_ONCE, graph_bytes
+from workers.engine.memory import GROUP_BYTES, LOGITS_AT_ONCE, SCALES_SHARE, device_memory, graph_bytes
 from workers.engine.model.streamed_model import BlockCall, StreamedModel
-from workers.machine import host_memory
 from workers.numerics.quantized import AffineWeight
-
-MEMORY_SHARE = {"cuda": 0.85, "cpu": 0.6}
-"""Of the device's memory that the stage may count on."""
-GROUP_BYTES = 6 * 4
-"""p, its gradient, m, v, s twice."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +82,7 @@ def find_fit(task: ScaleTask) -> Fit | Skipped:
     """The largest micro-batch that fits by an estimate, with as many blocks' activations as then still fit."""
     model, blocks, length = task.model, len(task.calls), task.inputs.shape[1]
     device = model.device
-    memory = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
-    allowed = MEMORY_SHARE[device.type] * memory - task.held_bytes
+    allowed = SCALES_SHARE[device.type] * device_memory(device) - task.held_bytes
     fixed = _resident_bytes(task)
     micro_batch = min(task.micro_batch, task.batch_size, len(task.inputs))
     while True:

@@ -125,7 +125,7 @@ class BaseJobResult:
                 raise CorruptCheckpoint(f"{source} has the shape {result.weight.shape}, not that of the model")
         return replace(result, low_rank=None) if name in self.adapters else result
 
-    def told(self, report: BlockReport) -> BlockReport:
+    def corrected(self, report: BlockReport) -> BlockReport:
         """The report of a block that was taken over: its linears' errors are those of the job that made them.
 
         Scales that a method moved between linears are not stored, so that they cannot be measured again.

@@ -5,12 +5,12 @@
                                  parameters that changed
     state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
 
-A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts what it finds
+A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts them
 only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
 only shards whose hash matches. Scales tuned end to end belong to all blocks, and are adopted only with all of them.
 
-Of several ranks, which all make the same weights, the first writes and the others read what it wrote; all of them adopt
-the same blocks.
+Of several processes, which all make the same weights, the first writes and the others read what it wrote; all of them
+adopt the same blocks.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 LINEARS = TypeAdapter(dict[str, StoredLinear])
-"""What a shard's header says of its linears, by full name."""
+"""Descriptions of linears in a shard's header, by full name."""
 
 
 class FinishedBlock(BaseModel):
@@ -79,18 +79,31 @@ class Shard:
 
 
 class FinishedBlocks:
-    """The state folder of a workspace, held by one attempt; every rank of it makes one of these at the same time.
+    """The state folder of a workspace, held by one attempt; each of its processes has one of these.
 
-    On any rank but the first, what is saved is only noted: it is there for `load` after `settle`.
+    In any process but the first, saving only notes what is saved: it is there for `load` after `settle`.
+
+    resumed   how many blocks an earlier attempt had finished
     """
 
-    def __init__(self, folder: Path, fingerprint: str, processes: ProcessGroup = SINGLE_PROCESS) -> None:
+    def __init__(self, folder: Path, processes: ProcessGroup = SINGLE_PROCESS) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._ranks = processes
-        self._state = self._agreed(self._adopt(fingerprint))
+        self._processes = processes
+        self._state = StateFile(fingerprint="")
+        self._scales: dict[str, Tensor] = {}
+        self.resumed = 0
+
+    def adopt(self, fingerprint: str) -> None:
+        """Takes over the blocks that an earlier attempt finished under this fingerprint; all processes at once."""
+        self._state = self._agreed(self._sound(fingerprint))
         self._scales = {} if self._state.scales is None else load(self._read(self._state.scales.file))
         self.resumed = len(self._state.blocks)
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of everything that decided the codes."""
+        return self._state.fingerprint
 
     @property
     def blocks(self) -> tuple[FinishedBlock, ...]:
@@ -140,8 +153,8 @@ class FinishedBlocks:
         self._replace_state(self._state.model_copy(update={"scales": finished}))
 
     def settle(self) -> None:
-        """Returns once what every rank has saved until now can be loaded by all of them."""
-        self._ranks.wait()
+        """Returns once everything that any process has saved can be loaded by all of them."""
+        self._processes.wait()
 
     def load(self, index: int) -> dict[str, LinearResult]:
         """The linears of a finished block by full name, on the host."""
@@ -162,7 +175,7 @@ class FinishedBlocks:
         return replace(result, weight=replace(result.weight, scale=self._scales[name]))
 
     def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]], about: dict[str, str]) -> Shard:
-        if not self._ranks.leads:
+        if not self._processes.leads:
             return Shard(file, "")
         data = save(tensors(), metadata=about or None)
         replace_file(self._folder / file, data)
@@ -170,33 +183,33 @@ class FinishedBlocks:
 
     def _replace_state(self, state: StateFile) -> None:
         self._state = state
-        if self._ranks.leads:
+        if self._processes.leads:
             replace_file(self._folder / "state.json", state.model_dump_json().encode())
 
     def _read(self, file: str) -> bytes:
         return (self._folder / Path(file).name).read_bytes()
 
-    def _adopt(self, fingerprint: str) -> StateFile:
+    def _sound(self, fingerprint: str) -> StateFile:
         empty = StateFile(fingerprint=fingerprint)
         try:
-            found = StateFile.model_validate_json((self._folder / "state.json").read_bytes())
+            state = StateFile.model_validate_json((self._folder / "state.json").read_bytes())
         except (OSError, ValidationError):
             return empty
-        if found.fingerprint != fingerprint:
+        if state.fingerprint != fingerprint:
             return empty
         sound = []
-        for position, block in enumerate(found.blocks):
+        for position, block in enumerate(state.blocks):
             if block.index != position or not self._is_sound(block):
                 break
             sound.append(block)
-        whole = len(sound) == len(found.blocks) and found.scales is not None and self._is_sound(found.scales)
-        return StateFile(fingerprint=fingerprint, blocks=tuple(sound), scales=found.scales if whole else None)
+        whole = len(sound) == len(state.blocks) and state.scales is not None and self._is_sound(state.scales)
+        return StateFile(fingerprint=fingerprint, blocks=tuple(sound), scales=state.scales if whole else None)
 
-    def _agreed(self, found: StateFile) -> StateFile:
-        """What every rank has found; none goes on before all have looked, so none sees what another writes."""
-        blocks = self._ranks.least(len(found.blocks))
-        scales = self._ranks.least(int(found.scales is not None))
-        return found.model_copy(update={"blocks": found.blocks[:blocks], "scales": found.scales if scales else None})
+    def _agreed(self, state: StateFile) -> StateFile:
+        """The part that every process reads; none goes on before all have looked, so none sees what another writes."""
+        blocks = self._processes.least(len(state.blocks))
+        scales = self._processes.least(int(state.scales is not None))
+        return state.model_copy(update={"blocks": state.blocks[:blocks], "scales": state.scales if scales else None})
 
     def _is_sound(self, shard: FinishedBlock | FinishedScales) -> bool:
         try:
@@ -207,6 +220,6 @@ class FinishedBlocks:
 
 
 def described_linears(shard: bytes) -> dict[str, StoredLinear]:
-    """What the header of a block's shard says of its linears, by full name."""
+    """Descriptions of linears in the header of a block's shard, by full name."""
     end = LENGTH_BYTES + int.from_bytes(shard[:LENGTH_BYTES], "little")
     return LINEARS.validate_json(json.loads(shard[LENGTH_BYTES:end])["__metadata__"]["linears"])

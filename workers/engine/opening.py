@@ -1,0 +1,134 @@
+"""Opening a job: its model and texts are read, and everything is decided that must be before the first block."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from transformers import PreTrainedTokenizerBase
+
+from app.domain.advice import dishonoured_rank
+from app.domain.inputs.architectures import read_dimensions
+from app.domain.workload import has_reference, readers_of
+from bitwright.errors import InternalError
+from bitwright.events import Stage
+from workers.disk.orders import AttemptOrder
+from workers.engine.base_job import BaseJobResult
+from workers.engine.clock import StageClock
+from workers.engine.device.process_group import ProcessGroup
+from workers.engine.device.setup import open_device, reproducible
+from workers.engine.finished_blocks import FinishedBlocks
+from workers.engine.job import Job
+from workers.engine.job_texts import read_texts
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.foreign_tensors import left_out_warning
+from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.plan import make_plan, plan_schemes, scale_dtype
+from workers.engine.quantize.kernel_warm_up import compiling
+from workers.engine.reporter import Reporter
+from workers.engine.text.generated import Generation
+from workers.engine.text.sequences import has_tokenizer, load_tokenizer
+from workers.formats.writer import check_model
+
+
+@contextmanager
+def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) -> Iterator[Job]:
+    """The job on the device of one of its processes, with the clock at the stage that comes after loading.
+
+    Raises:
+        InputError: the model, its data or the request's numbers do not fit together.
+        InvalidRequest: the head is to be quantized but tied to the embeddings.
+        FormatCannotHold: a format of the request cannot hold this model.
+        CorruptCheckpoint: the base job's files are not a result of this model.
+    """
+    clock = StageClock(Stage.LOAD)
+    device = open_device(order, rank)
+    with reproducible(device):
+        reporter.progress(Stage.LOAD, 0, 1, "models")
+        checkpoint = Checkpoint.open(Path(order.model_path))
+        model = StreamedModel.open(checkpoint, device)
+        checkpoint = model.checkpoint
+        if model.left_out:
+            reporter.warning("tensors_left_out", left_out_warning(model.left_out))
+        schemes = plan_schemes(model, order.request.quantization)
+        inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
+        check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
+        base_job = _base_job(order, model, set(schemes))
+        schemes = schemes if base_job is None else base_job.schemes
+        tokenizer = _tokenizer(order, reporter)
+        reporter.progress(Stage.LOAD, 1, 1, "models")
+        clock.enter(Stage.CALIBRATE)
+        compiled = schemes if base_job is None else {}
+        with compiling(model, compiled, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
+            reading = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
+            texts = read_texts(order, model, reporter, reading)
+        _advise(order, model, reporter)
+        reference = has_reference(order.request, read_dimensions(checkpoint.config))
+        sizes = texts.activation_sizes(order.request.quantization.needs_original_inputs(), reference)
+        plan = make_plan(order, model, sizes)
+        reporter.log(
+            "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
+        )
+        processes = ProcessGroup(rank, order.world_size)
+        yield Job(
+            order=order,
+            workspace=workspace,
+            reporter=reporter,
+            clock=clock,
+            processes=processes,
+            model=model,
+            schemes=schemes,
+            plan=plan,
+            texts=texts,
+            finished_blocks=FinishedBlocks(workspace / "state", processes),
+            base_job=base_job,
+            reference=reference,
+        )
+
+
+def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> None:
+    request = order.request
+    shapes = {name: (linear.out_features, linear.in_features) for name, linear in model.linears().items()}
+    shapes.pop(model.layout.head, None)
+    short = dishonoured_rank(request.quantization, request.adapter, shapes)
+    if short is not None:
+        reporter.warning("rank_not_reached", short)
+
+
+def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBase | None:
+    """The tokenizer if anything of the job reads text; None, with a warning where the result has none, if not."""
+    readers = readers_of(order.request)
+    folder = Path(order.model_path)
+    if readers:
+        return load_tokenizer(folder, " and ".join(readers))
+    if not has_tokenizer(folder):
+        reporter.warning("no_tokenizer", "the model has no tokenizer, so none goes with the result")
+    return None
+
+
+def _base_job(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> BaseJobResult | None:
+    if order.request.base_job is None:
+        return None
+    if order.base_job_path is None:
+        raise InternalError("the order has no folder of the job that this one starts from", field="base_job")
+    base_job = BaseJobResult.open(Path(order.base_job_path), model, quantized)
+    base_job.demand_held(order.request.formats)
+    return base_job
+
+
+def _generation(
+    order: AttemptOrder,
+    workspace: Path,
+    model: StreamedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    reporter: Reporter,
+    rank: int,
+) -> Generation:
+    wanted = order.request.calibration.num_samples
+    return Generation(
+        checkpoint=model.checkpoint,
+        tokenizer=tokenizer,
+        device=model.device,
+        kept=workspace / "generated.safetensors",
+        leads=rank == 0,
+        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, wanted, "windows"),
+    )

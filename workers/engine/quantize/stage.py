@@ -1,0 +1,67 @@
+"""The stage that quantizes every block, and the head where a request names it."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from bitwright.events import Stage
+from bitwright.report import BlockReport, LinearReport
+from workers.engine.job import Job
+from workers.engine.quantize.activations import Activations
+from workers.engine.quantize.block_pass import BlockPass
+from workers.engine.quantize.block_report import report_of_head
+from workers.engine.text.sequences import Sequences
+from workers.engine.tune.tuner import Tuner
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """The result of the stage, beside the finished blocks.
+
+    head                     its dequantized weight, where it is quantized
+    calibration, evaluation  activations after the last block; None where no such text is read
+    """
+
+    blocks: tuple[BlockReport, ...]
+    head: Tensor | None
+    head_report: LinearReport | None
+    calibration: Activations | None
+    evaluation: Activations | None
+
+
+def run(job: Job) -> Quantized:
+    """Finishes every block that an earlier attempt has not finished; all of them are durable then.
+
+    Raises:
+        NumericalFailure: a weight or an output is not finite; it says whether the original model's is.
+        InternalError: the processes have computed different weights for a block.
+    """
+    model, spec, texts, finished = job.model, job.spec, job.texts, job.finished_blocks
+    observed = texts.calibration if spec.observes_inputs() else None
+    with model.loaded(model.layout.embeddings):
+        calibration = _activations(job, observed, keep_inputs=spec.needs_original_inputs())
+        evaluation = _activations(job, texts.evaluation, reference=job.reference)
+    finished.adopt(job.fingerprint())
+    if finished.resumed:
+        job.reporter.log("blocks_resumed", blocks=finished.resumed)
+    job.clock.enter(Stage.QUANTIZE)
+    tuner = Tuner(job.reporter.log, job.processes)
+    blocks = BlockPass(job, calibration, evaluation, tuner)
+    reports = blocks.run()
+    finished.settle()
+    head = blocks.quantize_head()
+    if head is not None and job.base_job is None:
+        job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
+    tuner.release()
+    head_report = None if head is None else report_of_head(model, finished.load(len(model.blocks)))
+    return Quantized(reports, head, head_report, calibration, evaluation)
+
+
+def _activations(
+    job: Job, sequences: Sequences | None, *, keep_inputs: bool = False, reference: bool = False
+) -> Activations | None:
+    """Activations of this process's share of the sequences; the embedding matrix must be loaded."""
+    if sequences is None:
+        return None
+    ids = job.processes.share(sequences.ids)
+    return Activations(job.model, ids, job.plan, keep_inputs=keep_inputs, reference=reference)
