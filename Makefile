@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm results lint format docs types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm results lint format docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -60,6 +60,9 @@ lint: $(VENV)/.dev ## Check style and format
 
 docs: $(VENV)/.test ## Write the parts of the documentation that are made from the code
 	$(BIN)/python -m tests.documentation
+
+docs-site: $(VENV)/.docs ## Build the documentation as a static site in build/site; warnings are errors
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
 format: $(VENV)/.dev ## Mend style and format where ruff can
 	$(BIN)/ruff check --fix .

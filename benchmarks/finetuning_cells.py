@@ -51,7 +51,7 @@ ARMS: MappingProxyType[str, AdapterArm] = MappingProxyType(
     }
 )
 BUDGETS = (3, 16)
-"""ProcessGroup of the LoRA with as many parameters."""
+"""Ranks of the LoRA with as many parameters."""
 
 
 def finetuning_cells() -> Iterator[Cell]:

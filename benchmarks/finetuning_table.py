@@ -22,12 +22,12 @@ def finetuning_tables(found: Sequence[Line], wanted: Iterable[Cell]) -> str:
 
     return "\n\n".join(
         [
-            "Loss on held-out text, nats a token: with the trained adapter, and of the merged checkpoint; the mean of "
-            "the seeds where there are several, with their spread:",
+            "Loss on held-out text, nats per token: with the trained adapter, and of the merged checkpoint; the mean "
+            "of the seeds where there are several, with their spread:",
             shown(_held_out),
             "Loss of training, the last tenth of the steps:",
             shown(lambda cells: _mean(cells, "loss")),
-            "Trained parameters, seconds of training, tokens a second, peak memory:",
+            "Trained parameters, seconds of training, tokens per second, peak memory:",
             shown(_cost),
         ]
     )

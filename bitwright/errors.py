@@ -79,7 +79,7 @@ class BitwrightError(Exception):
     """Any error with a code. `detail` is for people; programs look at `code`.
 
     `field`, `value` and `hint` say which input is at fault, what it was and the way out. Whoever raises it without a
-    hint of its own gives that of the class, the row of docs/errors.md; `errors` have theirs in each problem.
+    hint of its own gives that of the class, the row of docs/reference/errors.md; `errors` have theirs in each problem.
     """
 
     code: ClassVar[str] = "error"

@@ -5,19 +5,25 @@ A generated part stands between `<!-- begin: NAME -->` and `<!-- end: NAME -->`;
 """
 
 import ast
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
+from app.api.errors import problem_response
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule
+from app.domain.inputs.architectures import ARCHITECTURES
 from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
+from app.domain.request.job_request import JobRequest
 from app.domain.runtimes import RuntimeSupport, Support
 from app.settings import Settings
 from benchmarks.finetuning_table import finetuning_results
+from benchmarks.papers_table import finetuning_papers, papers
 from benchmarks.results_table import results
+from bitwright.errors import InvalidRequest
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -50,6 +56,8 @@ FOLDERS = MappingProxyType(
         "workers/engine/finetune": "Training of adapters beside the quantized model",
         "workers/adapters": "Adapters: attached, trained, merged",
         "workers/formats": "Checkpoint formats, each an exact inverse of itself",
+        "workers/formats/cards": "Model cards: what a checkpoint is, how it loads, what it learned",
+        "workers/formats/gguf": "GGUF files: tensors, tokenizer, metadata",
         "workers/methods": "One file per method",
         "workers/numerics": "Codes, scales, codebooks and packing",
         "workers/numerics/backends": "Triton kernels beside their twins in torch",
@@ -65,8 +73,10 @@ FOLDERS = MappingProxyType(
         "tests/bitwright": "The client against real sockets",
         "tests/conformance": "Suites that every method, adapter and format must pass",
         "tests/disk": "Workspaces and caches",
+        "tests/documents": "Every shell and Python block of the documents, against a live service",
         "tests/domain": "Requests, formats and errors",
         "tests/domain/adapters": "Specs and shapes of adapters",
+        "tests/domain/inputs": "Checks of files that strangers send",
         "tests/domain/methods": "Specs, budgets and module rules",
         "tests/domain/request": "Requests, shorthand and recipes",
         "tests/e2e": "Whole jobs with real processes, faults included",
@@ -76,17 +86,21 @@ FOLDERS = MappingProxyType(
         "tests/engine/model": "Checkpoints, streamed and fused blocks",
         "tests/engine/quantize": "The block pass, base jobs, budgets",
         "tests/engine/scales": "End-to-end scale tuning",
+        "tests/engine/ships": "Files of whole jobs, loaded by the runtimes that they are for",
         "tests/engine/text": "Calibration windows and training examples",
         "tests/engine/tune": "The tuning loop",
         "tests/formats": "Tensors and configurations of each format",
+        "tests/formats/cards": "Model cards and what they inherit",
+        "tests/formats/gguf": "GGUF files against the package gguf",
         "tests/methods": "Methods against their formulas",
         "tests/numerics": "Rounding, codebooks and packing",
         "tests/numerics/backends": "Kernels against their plain twins",
         "tests/store": "One suite on SQLite and on PostgreSQL",
         "tests/supervise": "Supervision, queue and sweep",
-        "docs": "Documentation beyond this page",
+        "docs": "Documentation by reader; `make docs-site` builds it",
+        "docs/guides": "One page per task",
+        "docs/reference": "Tables to look up, made from the code",
         "docs/adr": "Decisions, one page each",
-        "tests/documents": "Every shell and Python block of the documents, against a live service",
     }
 )
 """A line for each folder, in the order of the tree. A folder without Python files is left out until it has one."""
@@ -105,9 +119,23 @@ FILES = MappingProxyType(
         "pyproject.toml": "Packages, extras, and the settings of every tool",
         "requirements-vllm.txt": "What `make test-vllm` installs",
         "docs/adding-a-format.md": "The two touches of a new format",
+        "docs/index.md": "All pages, grouped by what a reader wants to do",
+        "docs/quickstart.md": "From nothing to a quantized checkpoint",
+        "docs/code-map.md": "Seven files to read first, and this tree",
+        "docs/papers.md": "Per paper, the request that reproduces its row and our figure",
+        "docs/changelog.md": "CHANGELOG.md as a page of the site",
+        "docs/guides/quantize.md": "Method, scheme, format and calibration text",
+        "docs/guides/finetune.md": "Adapters, merges, training that starts from an earlier job",
+        "docs/guides/load.md": "transformers, peft, vLLM, llama.cpp",
+        "docs/guides/http.md": "The API with curl",
+        "docs/guides/python.md": "The client",
+        "docs/guides/ci.md": "Exit codes, requirements, repeated requests",
+        "docs/reference/methods.md": "Methods, presets, recipes, adapters, architectures",
+        "docs/reference/formats.md": "Formats and the runtimes that load them",
+        "docs/reference/settings.md": "Every environment variable",
+        "docs/reference/errors.md": "Every error code and its way out",
         "docs/adding-a-method.md": "The four touches of a new method",
-        "docs/errors.md": "Every error code and its way out",
-        "docs/operations.md": "Settings, scaling, backup, upgrades, security, what happens when something dies",
+        "docs/operations.md": "Scaling, backup, upgrades, security, what happens when something dies",
         "docs/results.md": "Measured figures and how to reproduce them",
         "docs/datasets.md": "Rows of datasets: which fields are read, what is learned of them, and what is refused",
     }
@@ -137,7 +165,7 @@ def presets_table() -> str:
         for name, info in METHODS.items()
         for preset, p in info.presets.items()
     ]
-    return table(("method", "preset", "sets", "sequences", "tokens a sequence"), rows)
+    return table(("method", "preset", "sets", "sequences", "tokens per sequence"), rows)
 
 
 def recipes_table() -> str:
@@ -235,6 +263,25 @@ def _symmetries(values: frozenset[bool]) -> str:
     return " or ".join(word for flag, word in ((True, "symmetric"), (False, "asymmetric")) if flag in values)
 
 
+def architectures_table() -> str:
+    rows = [[f"`{model_type}`", architecture.title] for model_type, architecture in ARCHITECTURES.items()]
+    return table(("`model_type`", "models"), rows)
+
+
+def models_sentence() -> str:
+    return "; ".join(architecture.title for architecture in ARCHITECTURES.values()) + "."
+
+
+def problem_example() -> str:
+    """The answer to a request with a value out of range."""
+    try:
+        JobRequest.parse({"model": "ORG/MODEL", "method": "gptq", "bits": 9})
+    except InvalidRequest as error:
+        problem = json.loads(bytes(problem_response(error, instance="/v1/jobs", request_id=None).body))
+        return f"```json\n{json.dumps(problem, indent=2)}\n```"
+    raise AssertionError("nine bits were accepted")
+
+
 def settings_table() -> str:
     rows = [
         [f"`BITWRIGHT_{name.upper()}`", _default(name), field.description or ""]
@@ -300,13 +347,18 @@ def _first_sentence(module: Path) -> str:
 
 PARTS: MappingProxyType[str, tuple[str, Callable[[], str]]] = MappingProxyType(
     {
-        "methods": ("README.md", methods_table),
-        "presets": ("README.md", presets_table),
-        "recipes": ("README.md", recipes_table),
-        "adapters": ("README.md", adapters_table),
-        "formats": ("README.md", formats_table),
-        "settings": ("README.md", settings_table),
-        "tree": ("README.md", tree),
+        "models": ("README.md", models_sentence),
+        "methods": ("docs/reference/methods.md", methods_table),
+        "presets": ("docs/reference/methods.md", presets_table),
+        "recipes": ("docs/reference/methods.md", recipes_table),
+        "adapters": ("docs/reference/methods.md", adapters_table),
+        "architectures": ("docs/reference/methods.md", architectures_table),
+        "formats": ("docs/reference/formats.md", formats_table),
+        "settings": ("docs/reference/settings.md", settings_table),
+        "problem": ("docs/reference/errors.md", problem_example),
+        "tree": ("docs/code-map.md", tree),
+        "papers": ("docs/papers.md", papers),
+        "finetuning papers": ("docs/papers.md", finetuning_papers),
         "results": ("docs/results.md", results),
         "finetuning results": ("docs/results.md", finetuning_results),
     }

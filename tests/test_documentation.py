@@ -20,7 +20,10 @@ from bitwright.views import UploadRequest
 from tests.command_lines import check_bitwright
 from tests.documentation import FILES, FOLDERS, PARTS, ROOT, with_part
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+README = ROOT / "README.md"
+README_BYTES = 10_240
+GUIDES = "\n".join(path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs" / "guides").glob("*.md")))
+PAPERS = (ROOT / "docs" / "papers.md").read_text(encoding="utf-8")
 DOCUMENTS = sorted(path for path in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 
 
@@ -52,7 +55,7 @@ def _complete_lines(text: str) -> list[str]:
     return lines
 
 
-CURLS = [words for words in shell_commands(README) if words[0] == "curl"]
+CURLS = [words for words in shell_commands(GUIDES) if words[0] == "curl"]
 ROUTES = create_app(Settings()).openapi()["paths"]
 VARIABLES = {"$SIZE": "1", "$SHA256": "0" * 64, "$UPLOAD": "upl_01k6z3f8c2v9q4w7x5y1t0r8ab"}
 """What the shell puts into the bodies of the examples; that the whole examples work is shown in tests/documents."""
@@ -77,7 +80,7 @@ def test_generated_part_is_fresh(name: str) -> None:
 def test_every_folder_with_code_has_a_line() -> None:
     packages = {
         folder.relative_to(ROOT).as_posix()
-        for top in ("app", "workers", "migrations", "tests", "benchmarks")
+        for top in ("bitwright", "app", "workers", "migrations", "tests", "benchmarks")
         for folder in [ROOT / top, *(ROOT / top).rglob("*")]
         if folder.is_dir() and any(folder.glob("*.py"))
     }
@@ -86,7 +89,7 @@ def test_every_folder_with_code_has_a_line() -> None:
 
 def test_every_file_of_the_tree_exists() -> None:
     assert [name for name in FILES if not (ROOT / name).is_file()] == []
-    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md")}
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md") if path.parent.name != "adr"}
     assert pages - FILES.keys() == set()
 
 
@@ -128,9 +131,41 @@ def test_bodies_of_the_curl_examples_are_valid() -> None:
 
 
 def test_files_of_the_command_line_are_valid_requests() -> None:
-    files = [yaml.safe_load(code) for code in code_blocks(README, "yaml")]
+    files = [yaml.safe_load(code) for code in code_blocks(GUIDES, "yaml")]
     parsed = [JobRequest.parse({"model": "ORG/MODEL", **body}) for body in files]
-    assert [request.finetune is not None for request in parsed] == [True]
+    assert sum(request.finetune is not None for request in parsed) == 2
+    assert sum(request.require is not None for request in parsed) == 1
+
+
+def test_requests_of_the_papers_are_valid() -> None:
+    """Each with what the page says that all of its table share."""
+    quantizing, finetuning = (json.loads(code) for code in code_blocks(PAPERS, "json"))
+    assert JobRequest.parse(quantizing).finetune is None
+    assert JobRequest.parse(finetuning).finetune is not None
+    rows = [json.loads(code) for code in re.findall(r"^\| .* \| `(\{.*\})` \| .* \|$", PAPERS, re.MULTILINE)]
+    for row in rows:
+        if "adapter" in row:
+            finetune = {**finetuning["finetune"], **row.pop("finetune")}
+            quantization = {**row.pop("quantization", finetuning["quantization"]), "bits": 3}
+            assert JobRequest.parse({**finetuning, **row, "quantization": quantization, "finetune": finetune}).merge
+        else:
+            bits = {"average": 2.75} if row["method"] == "lq-lora" else 2
+            request = JobRequest.parse({**quantizing, "quantization": {**row, "bits": bits}})
+            assert request.quantization.method == row["method"]
+    assert len(rows) >= 20
+
+
+def test_figures_of_the_papers_and_of_the_readme_are_results() -> None:
+    results = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
+    figures = re.findall(r"bits: (\d+\.\d{4})", PAPERS)
+    peers = README.read_text(encoding="utf-8").partition("| task |")[2].partition("\n\n")[0]
+    figures += re.findall(r"\d+\.\d+(?= s| GiB)|\d+,\d+(?= tokens)|0\.\d{4}", peers)
+    assert [figure for figure in figures if figure not in results] == []
+    assert len(figures) >= 60
+
+
+def test_the_readme_stays_a_page() -> None:
+    assert README.stat().st_size <= README_BYTES
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -144,9 +179,23 @@ def test_python_and_json_examples_can_be_read(path: Path) -> None:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links_lead_somewhere(path: Path) -> None:
-    targets = re.findall(r"\]\(([^)#\s]+)", path.read_text(encoding="utf-8"))
-    local = [target for target in targets if not urlsplit(target).scheme]
-    assert [target for target in local if not (path.parent / target).exists()] == []
+    targets = [urlsplit(target) for target in re.findall(r"\]\(([^)\s]+)", path.read_text(encoding="utf-8"))]
+    local = [(path.parent / target.path if target.path else path, target) for target in targets if not target.scheme]
+    assert [target.geturl() for file, target in local if not file.exists()] == []
+    assert [target.geturl() for file, target in local if target.fragment and target.fragment not in anchors(file)] == []
+
+
+def anchors(document: Path) -> set[str]:
+    """Of a document's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_files_that_are_named_exist(path: Path) -> None:
+    named = re.findall(r"`((?:app|bitwright|workers|tests|benchmarks)/[\w/.]+)`", path.read_text(encoding="utf-8"))
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -175,7 +224,7 @@ ERROR_ROW = re.compile(r"^\| `(\w+)` \| (\d{3}) \| (\w+) \| (.+?) \| .+ \|$", re
 
 
 def test_every_error_code_is_documented() -> None:
-    rows = ERROR_ROW.findall((ROOT / "docs" / "errors.md").read_text(encoding="utf-8"))
+    rows = ERROR_ROW.findall((ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8"))
     documented = {code: (int(status), retry, title) for code, status, retry, title in rows}
     assert documented == {code: (e.status, e.retry.value, e.title) for code, e in ERRORS.items()}
     assert len(rows) == len(documented)
@@ -183,7 +232,7 @@ def test_every_error_code_is_documented() -> None:
 
 def test_every_code_of_a_field_problem_is_documented() -> None:
     """The codes that the domain gives to `FieldProblem` or maps pydantic's errors to, read from its source."""
-    domain = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "app" / "domain").glob("*.py")]
+    domain = [ast.parse(path.read_text(encoding="utf-8")) for path in (ROOT / "app" / "domain").rglob("*.py")]
     given = {
         keyword.value.value
         for tree in domain
@@ -192,7 +241,11 @@ def test_every_code_of_a_field_problem_is_documented() -> None:
         for keyword in call.keywords
         if keyword.arg == "code" and isinstance(keyword.value, ast.Constant)
     }
-    document = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8").partition("## Codes of field problems")[2]
+    document = (
+        (ROOT / "docs" / "reference" / "errors.md")
+        .read_text(encoding="utf-8")
+        .partition("## Codes of field problems")[2]
+    )
     assert given <= set(re.findall(r"^\| `(\w+)` \|", document, re.MULTILINE))
     assert "unknown_method" in given
 

@@ -1,4 +1,4 @@
-"""Every error has a way out: its class in docs/errors.md, and every place that raises it, as far as the source tells.
+"""Every error has a way out: its class in docs/reference/errors.md, and every place that raises it, as far as seen.
 
 A class whose one way out fits wherever it is raised gives it by itself. The others, whose cause only the place knows,
 are given a hint there.
@@ -27,7 +27,7 @@ NO_WAY_OUT = re.compile(r"^(read `detail`|see above|none)\.?$", re.IGNORECASE)
 
 
 def test_every_class_has_a_way_out_of_its_own_and_the_page_has_it() -> None:
-    page = dict(ROW.findall((ROOT / "docs" / "errors.md").read_text(encoding="utf-8")))
+    page = dict(ROW.findall((ROOT / "docs" / "reference" / "errors.md").read_text(encoding="utf-8")))
     assert page.keys() == ERRORS.keys()
     for each in classes():
         assert "way_out" in vars(each), each

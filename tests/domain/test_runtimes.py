@@ -85,5 +85,7 @@ def test_limits_are_told_with_release_and_device() -> None:
 def test_prose_names_no_release_that_the_tables_do_not() -> None:
     """Of vLLM, in the documents that are not a log of measurements."""
     known = {VLLM_CPU, VLLM[0].version, *(added.version for added in VLLM[0].since)}
-    named = set(re.findall(r"vLLM (\d+\.\d+(?:\.\d+)?)", (ROOT / "README.md").read_text(encoding="utf-8")))
+    pages = [ROOT / "README.md", *(page for page in (ROOT / "docs").rglob("*.md") if page.name != "results.md")]
+    texts = [page.read_text(encoding="utf-8") for page in pages]
+    named = {release for text in texts for release in re.findall(r"vLLM (\d+\.\d+(?:\.\d+)?)", text)}
     assert named <= known
