@@ -79,6 +79,7 @@ FOLDERS = MappingProxyType(
         "tests/engine/model": "Checkpoints, streamed and fused blocks",
         "tests/engine/quantize": "The block pass, base jobs, budgets",
         "tests/engine/scales": "End-to-end scale tuning",
+        "tests/engine/ships": "Checkpoints of whole jobs, loaded as their cards say",
         "tests/engine/text": "Calibration windows and training examples",
         "tests/engine/tune": "The tuning loop",
         "tests/formats": "Tensors and configurations of each format",
