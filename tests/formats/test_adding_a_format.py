@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
@@ -52,7 +53,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = folder / "app/domain/formats.py"
     before, mark, after = table.read_text().partition("\n    def __new__(cls, name: str, *info: FormatInfo)")
     assert mark
-    table.write_text(before + row + mark + after)
+    table.write_text(before + indent(row, "    ") + mark + after)
     return folder
 
 
