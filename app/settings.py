@@ -91,9 +91,7 @@ def unknown_variables() -> dict[str, str | None]:
 def warn_of_unknown_variables() -> None:
     """Say in the log which variables with our prefix nobody reads. One that is almost a setting is refused."""
     for name in unknown_variables():
-        log.warning(
-            "unknown_setting", variable=name, hint="unset it, or find its name in docs/reference/settings.md"
-        )
+        log.warning("unknown_setting", variable=name, hint="unset it, or find its name in docs/reference/settings.md")
 
 
 def _split_paths(value: object) -> object:

@@ -210,8 +210,10 @@ def test_a_method_that_looks_at_no_inputs_gets_none(name: str) -> None:
 def test_a_finished_block_comes_back_to_the_bit(name: str, tmp_path: Path) -> None:
     spec = quick(name)
     result = quantized(name, task_for(spec), spec)
-    FinishedBlocks(tmp_path, "print").save(0, result.linears, None)
-    resumed = FinishedBlocks(tmp_path, "print")
+    first, resumed = FinishedBlocks(tmp_path), FinishedBlocks(tmp_path)
+    first.adopt("print")
+    first.save(0, result.linears, None)
+    resumed.adopt("print")
     assert resumed.resumed == 1
     assert_same(BlockResult(resumed.load(0)), result)
 
