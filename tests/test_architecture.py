@@ -279,7 +279,8 @@ def test_kernels_are_chosen_in_one_place() -> None:
     assert [
         f"{relative(path)}:{call.lineno}"
         for path in SOURCES
-        if relative(path).startswith("workers/")
+        # Formats are found by their row's name, so that a new one is its file and its row.
+        if relative(path).startswith("workers/") and relative(path) != "workers/formats/registry.py"
         for call in calls(path)
         if dotted(call.func).split(".")[-1] == "import_module"
     ] == []

@@ -1,4 +1,4 @@
-"""What a job's formats hold together: defaults, what is stored besides, and why a request or a model does not fit."""
+"""Rules over all formats of a job: defaults, formats stored besides, and why a request or a model does not fit."""
 
 from collections.abc import Collection, Iterable, Mapping
 

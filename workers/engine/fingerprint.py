@@ -20,7 +20,6 @@ SUPERVISION = (
     "workers/sweep.py",
     "workers/child/fetch.py",
     "workers/disk/hub_cache.py",
-    "bitwright/cli/",
 )
 """Files of `CODE` that no attempt loads: a change of them keeps the finished blocks of a job that is tried again."""
 
@@ -65,5 +64,5 @@ def code_files(root: Path = ROOT) -> list[Path]:
 
 
 def _counts(path: Path) -> bool:
-    hidden = any(part == "__pycache__" or part.startswith(".") for part in path.parts)
+    hidden = any(part == "__pycache__" or part.startswith(".") or part.endswith(".egg-info") for part in path.parts)
     return not hidden and not path.as_posix().startswith(SUPERVISION)

@@ -49,11 +49,11 @@ def test_no_kernel_is_compiled_after_the_texts_are_read(small_model: Path, tmp_p
     """In a fresh process and with an empty cache: those of the blocks are all compiled by the warm-up."""
     script = (
         "import sys; from pathlib import Path; from triton import knobs\n"
-        "from tests.engine.conftest import run_job; from workers.engine import pipeline\n"
-        "compiled, read = [], pipeline._run_blocks\n"
+        "from tests.engine.conftest import run_job; from workers.engine import quantize\n"
+        "compiled, after_texts = [], quantize.run\n"
         "knobs.runtime.jit_cache_hook = lambda **given: compiled.append(given['fn'].name) and None\n"
-        "def watch(*given):\n    compiled.clear()\n    return read(*given)\n"
-        "pipeline._run_blocks = watch\n"
+        "def watch(*given):\n    compiled.clear()\n    return after_texts(*given)\n"
+        "quantize.run = watch\n"
         f"run_job(Path({str(small_model)!r}), Path(sys.argv[1]), order={{'device': 'cuda'}}, **{TUNED!r})\n"
         "print('compiled', sorted(compiled))\n"
     )

@@ -162,7 +162,8 @@ def test_the_card_names_method_adapter_dataset_and_training(job: Job) -> None:
         assert f"`{ROWS}` (sha256 `{told.text.sha256[:16]}`)" in section
         assert f"| steps | 8, 4 sequences each, {told.tokens_read} tokens read |" in section
         assert "| learning rate | 0.02 |" in section
-        assert f"| {told.loss_before:.4f} before, {told.loss_after:.4f} after |" in section
+        ships = "" if told.loss_shipped is None else f", {told.loss_shipped:.4f} with the weights that ship"
+        assert f"| {told.loss_before:.4f} before, {told.loss_after:.4f} after{ships} |" in section
         assert ("is folded into the offset of each group" in section) == (adapter.merge is not None)
 
 

@@ -53,17 +53,19 @@ def _count(source: SourceCheckpoint, name: str) -> int:
 
 def _description(identity: Identity, part: Part) -> str:
     """One paragraph; hashes and steps where something was trained."""
-    told = f"Quantized by Bitwright with {identity.method_title} from {identity.model}."
+    # A folder's name and not its path, which is of one machine and would make files of equal contents differ.
+    text = f"Quantized by Bitwright with {identity.method_title} from {identity.model_id or identity.name}."
     for dataset in identity.datasets:
-        told += f" The dataset {dataset.name} has the sha256 {dataset.sha256}."
+        text += f" The dataset {dataset.name} has the sha256 {dataset.sha256}."
     run = identity.finetuning
     if run is not None and run.loss_before is not None and run.loss_after is not None:
-        told += f" {run.steps_kept} steps took the held-out loss from {run.loss_before:.4f} to {run.loss_after:.4f}."
+        loss = run.loss_after if run.loss_shipped is None else run.loss_shipped
+        text += f" {run.steps_kept} steps took the held-out loss from {run.loss_before:.4f} to {loss:.4f}."
     if part is Part.BASE:
-        told += (
+        text += (
             f" This file is the quantized base alone, without {identity.finetuned_beside or 'its low-rank factors'}."
         )
-    return told
+    return text
 
 
 def _add_licence(writer: GGUFWriter, card: SourceCard, model_id: str | None) -> None:
