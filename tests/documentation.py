@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
-from app.api.errors import problem_response
+from app.api.http.errors import problem_response
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule
 from app.domain.inputs.architectures import ARCHITECTURES
@@ -39,7 +39,9 @@ FOLDERS = MappingProxyType(
         "app/domain/adapters": "Specs and shapes of adapters",
         "app/domain/inputs": "Checks of files that strangers send",
         "app/store": "SQLAlchemy; the only place with SQL",
-        "app/api": "FastAPI",
+        "app/api": "FastAPI: one file per resource",
+        "app/api/http": "What all routes share: errors, middleware, strict parameters, ranges and archives",
+        "app/api/submission": "Checks of a request before it is queued: headers, estimates, capacity",
         "app/cli": "The operator's commands",
         "workers": "Celery on one side of a process boundary, torch on the other; never FastAPI",
         "workers/supervise": "Claims a job, runs an attempt in a child process, keeps its lease, stores its results",

@@ -7,7 +7,8 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.auth import Reader
-from app.api.content import (
+from app.api.deps import BlobsOf, DatabaseOf
+from app.api.http.content import (
     Span,
     conditions,
     representation_headers,
@@ -15,8 +16,7 @@ from app.api.content import (
     sha256_digest,
     stream,
 )
-from app.api.deps import BlobsOf, DatabaseOf
-from app.api.documentation import binary, problems, text_header
+from app.api.http.documentation import binary, problems, text_header
 from app.api.representations import artifact_view
 from app.store.artifacts import ArtifactRepository
 from bitwright.errors import StorageError

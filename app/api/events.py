@@ -8,8 +8,8 @@ from starlette.responses import JSONResponse, StreamingResponse
 
 from app.api.auth import Reader
 from app.api.deps import DatabaseOf, FeedOf
-from app.api.documentation import problems
 from app.api.event_stream import HEADERS, MEDIA_TYPE, JobEvents, stream_events
+from app.api.http.documentation import problems
 from app.api.representations import event_view
 from bitwright.errors import InvalidRequest
 from bitwright.job_states import FINAL_STATUSES

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from app.api.auth import Reader
-from app.api.documentation import problems
+from app.api.http.documentation import problems
 from app.domain.formats import FORMATS, ExportFormat, FormatInfo
 from app.domain.runtimes import RuntimeSupport
 from bitwright.views import FormatView, Page, RuntimeView, WidthsView

@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic import BaseModel, Field
 
 from app.api.deps import DatabaseOf, MetricsOf, SettingsOf
-from app.api.documentation import problems
+from app.api.http.documentation import problems
 from app.queue import BrokerState, broker_state
 from app.store.session import schema_is_current
 from bitwright.errors import Unavailable

@@ -7,13 +7,13 @@ from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from app.api.auth import Reader, Submitter
-from app.api.base_jobs import find_base_job
-from app.api.capacity import capacity_warnings, require_capacity
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, SettingsOf
-from app.api.documentation import problems, text_header
-from app.api.job_examples import REQUEST_BODY
-from app.api.preflight import run_preflight
+from app.api.http.documentation import problems, text_header
 from app.api.representations import job_view
+from app.api.submission.base_jobs import find_base_job
+from app.api.submission.capacity import capacity_warnings, require_capacity
+from app.api.submission.job_examples import REQUEST_BODY
+from app.api.submission.preflight import run_preflight
 from app.api.views import JobView, PreflightView
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest

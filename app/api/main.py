@@ -8,14 +8,15 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from app.api import archive, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
+from app.api import artifacts, events, formats, health, jobs, methods, pages, uploads, workers
 from app.api.deps import State
-from app.api.documentation import DESCRIPTION, TAGS, complete_document
-from app.api.errors import install_error_handlers
 from app.api.event_feed import POLL_LIMIT, EventFeed
+from app.api.http import archive
+from app.api.http.documentation import DESCRIPTION, TAGS, complete_document
+from app.api.http.errors import install_error_handlers
+from app.api.http.middleware import BodyLimit, RequestContext
+from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
-from app.api.middleware import BodyLimit, RequestContext
-from app.api.strictness import refuse_unread
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs

@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from app.api.auth import Reader
-from app.api.documentation import problems
+from app.api.http.documentation import problems
 from app.domain.adapters import ADAPTERS, AdapterInfo
 from app.domain.methods import METHODS, RECIPES, MethodInfo
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES

@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 
 from app.api.auth import Reader
 from app.api.deps import DatabaseOf
-from app.api.documentation import problems
+from app.api.http.documentation import problems
 from app.store.jobs import JobRepository
 from app.store.workers import WorkerState, list_workers
 from bitwright.errors import NotFound

@@ -7,7 +7,7 @@ import tarfile
 
 import pytest
 
-from app.api.content import Unsatisfiable, attachment, parse_range
+from app.api.http.content import Unsatisfiable, attachment, parse_range
 from tests.api.conftest import Api, problem
 
 WEIGHTS = bytes(range(256)) * 2000

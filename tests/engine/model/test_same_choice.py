@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.api.inspection import FolderFiles, inspect_checkpoint
+from app.api.submission.inspection import FolderFiles, inspect_checkpoint
 from app.domain.inputs.foreign_files import INDEX, SINGLE
 from bitwright.errors import CorruptCheckpoint
 from tests.engine.conftest import run_job

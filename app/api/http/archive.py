@@ -10,9 +10,9 @@ from fastapi import APIRouter, Query, Request
 from starlette.responses import Response
 
 from app.api.auth import Reader
-from app.api.content import conditions, representation_headers, stream
 from app.api.deps import BlobsOf, DatabaseOf
-from app.api.documentation import binary, problems, text_header
+from app.api.http.content import conditions, representation_headers, stream
+from app.api.http.documentation import binary, problems, text_header
 from app.domain.formats import ExportFormat
 from app.store.artifacts import ArtifactRepository
 from app.store.blobs import BlobStore

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from app.api.estimates import estimate
-from app.api.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
+from app.api.submission.estimates import estimate
+from app.api.submission.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
 from app.domain.advice import dishonoured_rank, starved_calibration
 from app.domain.format_rules import model_problems
 from app.domain.formats import FORMATS

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.api.errors import MEDIA_TYPE
+from app.api.http.errors import MEDIA_TYPE
 from app.domain.request.job_request import JobRequest
 from bitwright.errors import ERRORS, RequestError
 from bitwright.views import Problem

@@ -12,7 +12,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from app.api.errors import problem_response
+from app.api.http.errors import problem_response
 from bitwright.errors import BodyTooLarge, InternalError
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{8,64}")

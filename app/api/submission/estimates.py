@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from app.api.inspection import Inspection
+from app.api.submission.inspection import Inspection
 from app.domain.format_rules import stored_formats
 from app.domain.inputs.architectures import HEAD
 from app.domain.methods import SCALE_BITS
