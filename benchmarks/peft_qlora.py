@@ -52,11 +52,10 @@ from app.domain.request.job_request import JobRequest
 from benchmarks.random_llama import write_model
 from bitwright.events import Stage
 from workers.disk.orders import AttemptOrder
-from workers.engine import finetune
+from workers.engine import finetune, memory
 from workers.engine.clock import StageClock
 from workers.engine.device.process_group import SINGLE_PROCESS
 from workers.engine.device.setup import reproducible
-from workers.engine.finetune import memory_plan as training_plan
 from workers.engine.finetune.flat_adamw import FlatParameters
 from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.job import Job
@@ -202,7 +201,7 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
     """The stage of a job that finetunes, on blocks that are quantized and durable as a job leaves them."""
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     if given.run == "packed":
-        training_plan.KEPT_SHARE.update(dict.fromkeys(training_plan.KEPT_SHARE, 0.0))
+        memory.KEPT_SHARE.update(dict.fromkeys(memory.KEPT_SHARE, 0.0))
     body = {
         "model": str(given.model / "model"),
         "method": "qlora",
