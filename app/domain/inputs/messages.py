@@ -133,6 +133,11 @@ def _role(fields: dict[str, Any], path: str) -> str:
     if not isinstance(role, str) or not role:
         problem = "is missing" if role is None else f"is {json_name(role)}"
         raise RowProblem(f"{path}.role", problem, "give system, user, assistant or tool")
+    plain = role.strip().lower()
+    if role not in SHAREGPT_ROLES and plain in {*SHAREGPT_ROLES, "ai"}:
+        # Templates compare roles letter by letter: a turn of "Assistant" would be written, and never learned.
+        known = {**ROLES, "ai": "assistant"}.get(plain, plain)
+        raise RowProblem(f"{path}.role", f"is {shown(role)}", f"write {known}")
     return ROLES.get(role, role)
 
 

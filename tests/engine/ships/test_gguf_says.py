@@ -17,7 +17,7 @@ from app.domain.gguf_rules import gguf_refusals
 from bitwright.errors import FormatCannotHold
 from tests.engine.conftest import run_job
 from tests.engine.ships.gguf_models import LLAMA_3, QWEN, SHAPE, save_model, save_tokenizer
-from workers.formats.gguf.tokenizer import check_tokenizer
+from workers.formats.gguf.tokenizer import SourceTokenizer, check_tokenizer
 
 IDS = torch.randint(4, 390, (2, 64), generator=torch.Generator().manual_seed(0))
 ROPE = {
@@ -249,3 +249,9 @@ def test_without_an_end_of_sequence_token_it_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "eos_token_id": None}))
     with pytest.raises(FormatCannotHold, match="token 11"):
         check_tokenizer(tmp_path, 400)
+
+
+def test_a_model_without_a_tokenizer_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(FormatCannotHold, match="the model has no tokenizer") as refused:
+        SourceTokenizer.read(tmp_path)
+    assert "tokenizer.json" in str(refused.value.hint)

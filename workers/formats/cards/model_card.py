@@ -17,7 +17,7 @@ from bitwright.report import Report, SizeReport
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.identity import Identity, Part, adapter_title, part_of, title
 from workers.formats.cards.loading import AdapterBase, Lines, Loading
-from workers.formats.cards.sections import code, quality, reference_lines, training
+from workers.formats.cards.sections import code, quality, reference_lines, source_name, training
 from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.format import Opening
 from workers.formats.shards import write_json
@@ -149,7 +149,7 @@ def _finetuned(report: Report, part: Part) -> str:
     """What was trained after the quantization, and whether it is here."""
     if report.finetuning is None or report.adapter is None:
         return ""
-    trained = f"{adapter_title(report.adapter.kind)} on {code(report.finetuning.text.source)}"
+    trained = f"{adapter_title(report.adapter.kind)} on {source_name(report.finetuning.text.source)}"
     if part is Part.WHOLE:
         return f" Then finetuned: {trained}, which is in these weights."
     if part is Part.BASE:
@@ -186,13 +186,15 @@ def _parts(size: SizeReport) -> str:
 def provenance(report: Report, licence: str | None, source: SourceCard, *, left_code: bool = False) -> str:
     """What it was made from, as a list."""
     revision = f" at revision {code(report.model.revision)}" if report.model.revision else ""
-    lines = [f"- Source: {code(report.model.source)}{revision}, {report.model.architecture}, {report.model.dtype}"]
+    lines = [
+        f"- Source: {source_name(report.model.source)}{revision}, {report.model.architecture}, {report.model.dtype}"
+    ]
     if left_code:
         lines.append("- The source's configuration names code of its own, which Bitwright neither runs nor copies")
     if report.calibration is not None:
         text = report.calibration
         size = f"{text.num_samples} sequences of {text.sequence_length} tokens"
-        lines.append(f"- Calibration: {size} of {code(text.source)} (sha256 `{text.sha256[:16]}`)")
+        lines.append(f"- Calibration: {size} of {source_name(text.source)} (sha256 `{text.sha256[:16]}`)")
     if report.base_job is not None:
         lines.append(f"- Quantized by job `{report.base_job.job_id}`, whose codes these are; this job finetuned")
     if report.scales is not None and report.scales.kept:

@@ -4,6 +4,7 @@ Figures are of the files that were measured: `figures_of` is the one place that 
 """
 
 from collections.abc import Iterator
+from pathlib import PurePath
 
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import ExportFormat
@@ -25,6 +26,11 @@ def code(text: str) -> str:
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
+def source_name(source: str) -> str:
+    """A source as Markdown code: of a folder or file its name, since its path is of one machine."""
+    return code(PurePath(source).name if PurePath(source).is_absolute() else source)
+
+
 def quality(report: Report, part: Part, export_format: ExportFormat | None) -> list[str]:
     """The section on the evaluation; nothing where there was none."""
     found = figures_of(report, export_format)
@@ -37,7 +43,8 @@ def quality(report: Report, part: Part, export_format: ExportFormat | None) -> l
         "## Quality",
         "\n".join(
             [
-                f"{whose} {text.tokens} tokens of {code(text.source)} that {apart} (sha256 `{text.sha256[:16]}`):",
+                f"{whose} {text.tokens} tokens of {source_name(text.source)} that {apart} "
+                f"(sha256 `{text.sha256[:16]}`):",
                 "",
                 f"| | original | quantized{' and finetuned' if trained else ''} |",
                 "|---|---|---|",
@@ -76,7 +83,7 @@ def training(report: Report) -> list[str]:
 def _earlier(one: BaseTraining) -> str:
     where = "lies folded in the quantized weights" if one.folded else "was the start of this job's training"
     return (
-        f"Earlier: {adapter_title(one.adapter)} on {code(one.text.source)} (sha256 `{one.text.sha256[:16]}`), "
+        f"Earlier: {adapter_title(one.adapter)} on {source_name(one.text.source)} (sha256 `{one.text.sha256[:16]}`), "
         f"{one.steps} steps; it {where}."
     )
 
@@ -94,7 +101,7 @@ def _run(told: FinetuningReport) -> Iterator[str]:
     yield "| | |"
     yield "|---|---|"
     size = f"{text.num_samples} sequences of at most {text.sequence_length} tokens, {text.tokens} tokens"
-    yield f"| dataset | {code(text.source)} (sha256 `{text.sha256[:16]}`): {size} |"
+    yield f"| dataset | {source_name(text.source)} (sha256 `{text.sha256[:16]}`): {size} |"
     yield f"| steps | {_steps(told)} |"
     if told.learning_rate is not None:
         yield f"| learning rate | {told.learning_rate:g} |"

@@ -52,6 +52,12 @@ class SourceTokenizer:
         try:
             loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises whatever its parsers raise
+            if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
+                raise FormatCannotHold(
+                    "the model has no tokenizer, and a GGUF file holds one",
+                    field="formats",
+                    hint="add the model's tokenizer.json, or leave gguf out of formats",
+                ) from error
             raise _refusal(f"transformers cannot read it: {error}") from error
         backend = getattr(loaded, "backend_tokenizer", None)
         if backend is None:
