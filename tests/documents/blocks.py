@@ -4,6 +4,10 @@ A comment on the line before a fence says what is not so:
 
     <!-- not run: KIND: the reason -->      it runs nowhere in the tests
     <!-- slow: the reason -->               it runs in the slow tests alone
+
+A document that needs what others made says so anywhere, with their paths from the root of the repository:
+
+    <!-- follows: DOCUMENT DOCUMENT -->     its session begins with the files of their sessions
 """
 
 import re
@@ -20,6 +24,7 @@ FILES = frozenset({"yaml", "yml"})
 
 FENCE = re.compile(r"^ {0,3}(?P<ticks>`{3,}|~{3,}) *(?P<language>[\w-]*)[^`\n]*$")
 MARK = re.compile(r"<!-- (?:not run: (?P<kind>[\w.-]+): (?P<why>.+)|slow: (?P<slow>.+)) -->")
+FOLLOWS = re.compile(r"^<!-- follows: (?P<documents>.+) -->$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,12 @@ def documents() -> list[Path]:
 def blocks_of(document: Path) -> list[Block]:
     """All fenced blocks, first to last."""
     return list(read_blocks(document, document.read_text(encoding="utf-8")))
+
+
+def followed_by(document: Path) -> list[Path]:
+    """The documents that a document follows."""
+    marks = FOLLOWS.findall(document.read_text(encoding="utf-8"))
+    return [ROOT / path for mark in marks for path in mark.split()]
 
 
 def read_blocks(document: Path, text: str) -> Iterator[Block]:

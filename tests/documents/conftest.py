@@ -11,7 +11,7 @@ from app.cli.embedded import EmbeddedService
 from bitwright.endpoint import load_endpoint
 from tests.child.hub_server import running_hub
 from tests.cli.processes import clean_environment
-from tests.documents.blocks import blocks_of
+from tests.documents.blocks import blocks_of, followed_by
 from tests.documents.curl import curl_folder
 from tests.documents.sessions import Session
 
@@ -49,9 +49,18 @@ class Reader:
             folder.mkdir(parents=True)
             (folder / MODEL.partition("/")[2]).symlink_to(self._model)
             write_texts(folder)
+            for earlier in followed_by(document):
+                self._copy_results(earlier, folder)
             session = Session(blocks_of(document), folder, self._environment, self._placeholders)
             self._sessions[document] = session
         return self._sessions[document]
+
+    def _copy_results(self, earlier: Path, folder: Path) -> None:
+        """Run an earlier document to its end, and link the folders that it made."""
+        self.session(earlier).reach_end()
+        for made in sorted((self._folder / earlier.stem / "work").iterdir()):
+            if made.is_dir() and not (folder / made.name).exists():
+                (folder / made.name).symlink_to(made)
 
     def close(self) -> None:
         for session in self._sessions.values():

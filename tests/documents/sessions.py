@@ -124,6 +124,16 @@ class Session:
             if failed is not None:
                 raise BlockFailed(f"{earlier.name}: {failed}") from failed
 
+    def reach_end(self) -> None:
+        """Run all blocks but the slow ones.
+
+        Raises:
+            BlockFailed: one fails, or has.
+        """
+        for block in self._blocks:
+            if block.runs and block.slow is None:
+                self.reach(block)
+
     def _try(self, block: Block) -> BlockFailed | None:
         try:
             self._run(block)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.documentation import ROOT
 from tests.documents.blocks import Block, blocks_of, documents, read_blocks
 from tests.documents.conftest import Reader
 from tests.documents.sessions import BlockFailed, Interpreter, as_typed
@@ -37,6 +38,16 @@ def test_blocks_that_do_not_run_say_why_and_are_counted() -> None:
     code = [block for block in BLOCKS if block.is_code]
     assert len([block for block in RUNNING if block.is_code]) >= 20
     assert all(block.runs or block.kind for block in code)
+
+
+def test_the_quickstart_has_the_readmes_commands() -> None:
+    """The README's own block is slow; its commands but the last are those of a page that always runs."""
+    quickstart = {line for block in blocks_of(ROOT / "docs/quickstart.md") for line in block.text.splitlines()}
+    (block,) = [block for block in blocks_of(ROOT / "README.md") if block.slow]
+    commands = block.text.splitlines()
+    plain = {line.partition("    #")[0] for line in quickstart}
+    assert set(commands[:-1]) <= plain
+    assert len(commands) == 5
 
 
 def test_code_has_a_language() -> None:
