@@ -35,7 +35,11 @@ def claim_folder(folder: Path, parts: Mapping[Path, Collection[ArtifactView]], *
         return set()
     if not folder.is_dir():
         raise Conflict(f"{folder} is a file, not a folder", field="folder", value=str(folder), hint=HINT)
-    wanted = {target_path(destination, artifact): artifact for destination, artifacts in parts.items() for artifact in artifacts}
+    wanted = {
+        target_path(destination, artifact): artifact
+        for destination, artifacts in parts.items()
+        for artifact in artifacts
+    }
     halves = {partial_path(target, artifact.sha256) for target, artifact in wanted.items()}
     there = list(files_below(folder))
     foreign = [path for path in there if path not in halves and not _is(path, wanted.get(path))]

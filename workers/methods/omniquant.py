@@ -22,8 +22,8 @@ and the step is that of `workers.numerics.adamw`. With aug_loss the target is th
 | l, u | `groups.logits` | (2, groups), fp32 |
 | D | `gradient` | (groups, G), the model's dtype |
 
-Cost: epochs * samples / batch_size steps a block, each a forward and a backward of the block and a few passes over its
-weights; memory, one copy of the integer result and ten numbers a group. With l and u at infinity: round to nearest.
+Cost: epochs * sequences / batch_size steps per block, each a forward and a backward of the block and a few passes over
+its weights; memory, one copy of the integer result and ten numbers per group. With l and u at infinity: round to nearest.
 
 Different from the paper: ranges hold 0, so that every z is a code; symmetric scales may have either sign (full range);
 the parameters kept are those with the lowest loss on held-out sequences, which never train; passes are shuffled. Left

@@ -3,8 +3,8 @@
     s, z from the group's range (`workers.numerics.affine`, alpha = beta = 1)
     q = clamp(round(w/s) + z),  w_hat = s*(q - z)
 
-Looks at the weights alone, one linear at a time; cost O(out*in). Left out on purpose: range search and any look at
-activations, which make it another method.
+Reads the weights alone, one linear at a time; cost O(out*in). Left out on purpose: range search and any use of
+activations, which would make it another method.
 """
 
 import torch

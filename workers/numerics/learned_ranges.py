@@ -1,4 +1,4 @@
-"""Ranges that are learned: groups in cache-sized chunks, gradients of a grid by its range, the result remembered.
+"""Ranges that are learned: groups in cache-sized chunks, gradients of a grid by its range, and the kept result.
 
 With D = dL/dw_hat and m = [q was not clamped], rounding of w/s passing gradients straight through and that of z none:
 
@@ -25,7 +25,7 @@ CACHED_ELEMENTS = 524_288
 
 
 def chunks(groups: Tensor) -> Iterator[slice]:
-    """Slices of groups (count, G): as many as stay in a CPU's cache through a chain of operations, or fit a GPU."""
+    """Slices of groups (count, G): as many groups as stay in a CPU's cache through a chain of operations, or fit a GPU."""
     count, width = groups.shape
     size = max(1, (CACHED_ELEMENTS << 6 if groups.is_cuda else CACHED_ELEMENTS) // width)
     return (slice(start, start + size) for start in range(0, count, size))
@@ -44,7 +44,7 @@ def steps(codes: Tensor, to: Grid) -> Tensor:
 def range_gradients(
     d: Tensor, weight: Tensor, ranges: GroupRange, alpha: Tensor, beta: Tensor, to: Grid, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """dL/dalpha and dL/dbeta, (groups,), for D = `d` (groups, G) and the grid `to` of these ranges and factors.
+    """dL/dalpha and dL/dbeta, (groups,), for D = `d` (groups, G) and the grid of these ranges and factors.
 
     offset  v of `round_to_grid`
     """
@@ -59,7 +59,7 @@ def range_gradients(
 
 @dataclass(frozen=True)
 class Kept:
-    """The result remembered: stored codes (groups, G) uint8, scale (groups,) and zero point (groups,) uint8."""
+    """The kept result: stored codes (groups, G) uint8, scale (groups,) and zero point (groups,) uint8."""
 
     codes: Tensor
     scale: Tensor
@@ -75,7 +75,7 @@ class Kept:
         )
 
     def overwrite(self, groups: slice, codes: Tensor, to: Grid, better: Tensor) -> None:
-        """Takes over q of some groups and their grid if `better`, a truth value on the device."""
+        """Keeps q of some groups and their grid if `better`, a truth value on the device."""
         _overwrite(self.codes[groups], codes - to.lowest, better)
         _overwrite(self.scale[groups], to.scale, better)
         if to.zero is not None:
@@ -85,14 +85,14 @@ class Kept:
         self, shapes: Mapping[str, tuple[int, int]], scheme: Scheme, dtype: torch.dtype
     ) -> dict[str, LinearResult]:
         """The weights of linears that lie one after another, in copies."""
-        found, first = {}, 0
+        results, first = {}, 0
         for name, shape in shapes.items():
             groups = slice(first, first := first + math.prod(shape) // self.codes.shape[1])
             zero = None if scheme.symmetric else self.zero_point[groups].reshape(shape[0], -1).clone()
             codes = self.codes[groups].reshape(shape).clone()
             scale = self.scale[groups].reshape(shape[0], -1).clone()
-            found[name] = LinearResult(AffineWeight(codes, scale, zero, scheme, dtype))
-        return found
+            results[name] = LinearResult(AffineWeight(codes, scale, zero, scheme, dtype))
+        return results
 
 
 def _overwrite(kept: Tensor, value: Tensor, better: Tensor) -> None:
