@@ -73,7 +73,7 @@ class BlockReport(ReportPart):
     loss_initial: float | None = Field(description="MSE of the block's output with the method's start values.")
     loss: float | None = Field(description="MSE of the block's output with the result, on the same sequences.")
     output_error: float | None = Field(
-        description="||Y - Y_hat|| / ||Y|| over the calibration sequences, or the evaluation sequences if there are none."
+        description="||Y - Y_hat|| / ||Y|| over the calibration sequences, or the evaluation ones if there are none."
     )
     seconds: float
     linears: tuple[LinearReport, ...]

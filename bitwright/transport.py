@@ -28,7 +28,7 @@ USER_AGENT = "bitwright-client"
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """Number of tries and delays between them. Delays double from `first_seconds`, with full jitter; Retry-After wins."""
+    """Number of tries and their delays. Delays double from `first_seconds`, with full jitter; Retry-After wins."""
 
     attempts: int = 6
     first_seconds: float = 0.25

@@ -45,7 +45,7 @@ def print_error(error: BitwrightError) -> None:
 
 
 def error_lines(error: BitwrightError) -> list[str]:
-    """The lines that describe an error. Its detail is that of its first problem, so problems are shown instead of it."""
+    """The lines that describe an error. The detail repeats the first problem, so problems replace it."""
     problems = [
         f"{problem.field}: {problem.detail}{f' (got {problem.value!r})' if problem.value is not None else ''}"
         for problem in error.errors

@@ -94,6 +94,6 @@ class Adapter(TrainableAdapter, ABC):
 
     @classmethod
     def bit_operations(cls, adapters: Mapping[str, Self], base_bits: Mapping[str, int]) -> BitOperations | None:
-        """The report of the widths that adapters learned, by linear with the bits of its base; None for fixed widths."""
+        """Report of the learned widths of adapters, by linear with the bits of its base; None for fixed widths."""
         del adapters, base_bits
         return None

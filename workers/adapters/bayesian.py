@@ -11,11 +11,11 @@
     loss = task loss + mu * penalty,     penalty = sum of expected BOPs / sum of BOPs of all ranks at 16 bits
     BOPs of a linear = tokens * b_x * E[rank] * (in * E[bits of A] + out * E[bits of B]),    b_x = 16
 
-Source: Meo et al., Bayesian-LoRA (arXiv:2406.13046). Only its abstracts were available. From them:
-priors over the quantization levels *and* over the rank of the learned low-rank matrices, differentiable gates
-for both, learned for every low-rank matrix, evaluated by bit operations. From Bayesian Bits (arXiv:2005.07093), on which
-it builds: the residual decomposition, the hard-concrete gates, that the penalty counts bit operations, and the
-threshold at the end. Everything else is a reconstruction, and no figure of the paper may be expected of it:
+Source: Meo et al., Bayesian-LoRA (arXiv:2406.13046). Only its abstracts were available. From them: priors over the
+quantization levels *and* over the rank of the learned low-rank matrices, differentiable gates for both, learned for
+every low-rank matrix, evaluated by bit operations. From Bayesian Bits (arXiv:2005.07093), on which it builds: the
+residual decomposition, the hard-concrete gates, that the penalty counts bit operations, and the threshold at the end.
+Everything else is a reconstruction, and no figure of the paper may be expected of it:
 
 - rank gates are independent of each other, and 2 bits are always on: rank gates are what removes a factor
 - one Monte-Carlo sample of the gates per step; the penalty is the expectation itself
@@ -159,7 +159,7 @@ class BayesianLoRA(Adapter):
     @classmethod
     @contextmanager
     def together(cls, adapters: Sequence[Self]) -> Iterator[None]:
-        """Context in which calls of these adapters use factors and gates that were computed, and drawn, once for all."""
+        """Context in which calls of these adapters share factors and gates that were computed, and drawn, once."""
         for alike in _by_shape(adapters):
             for adapter, drawn in zip(alike, _gated(alike), strict=True):
                 adapter._drawn = drawn

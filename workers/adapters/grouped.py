@@ -160,7 +160,7 @@ class GroupedAdapter(Adapter):
 
     @torch.no_grad()
     def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank:
-        """The same update as peft's factors, (r', in) and (out, r'): a LoRA's own, or the spread-out ones of other kinds.
+        """The same update as peft's factors, (r', in) and (out, r'): a LoRA's own; other kinds' spread out.
 
         For a single matrix r' is in/p, and the factor A is the pooling itself.
         """

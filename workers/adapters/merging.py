@@ -35,7 +35,7 @@ class MergeProof:
     error_exact     |(sc*q + beta + Delta) - (W + Delta)| in fp64: of the algebra alone
     error_stored    |W' - (W + Delta)| in fp64 with beta' (or z') as stored
     error_shipped   the same of the dequantized weight, in its dtype
-    bound           limit that `error_shipped` cannot exceed unless zero points are rounded: half an ulp of the largest offset
+    bound           limit of `error_shipped` unless zero points are rounded: half an ulp of the largest offset
                     and of the largest weight, and fp32's in their sum
     rounded         whether zero points are integers
     """

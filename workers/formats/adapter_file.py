@@ -5,9 +5,9 @@
     load_adapter.py        puts it beside a model's linears, or into their weights
     report.json            the job's report
 
-Every job that trains an adapter keeps one. Stock peft has no type for pooled adapters or integer factors; for the
-kinds that it has, the `peft` checkpoint is the same adapter. The base is the `native` checkpoint of the same job, or another of its
-checkpoints that holds the base alone; the original model is the wrong one.
+Every job that trains an adapter keeps one. Stock peft has no type for pooled adapters or integer factors; for the kinds
+that it has, the `peft` checkpoint is the same adapter. The base is the `native` checkpoint of the same job, or another
+of its checkpoints that holds the base alone; the original model is the wrong one.
 """
 
 import json

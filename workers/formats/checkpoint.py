@@ -144,7 +144,7 @@ class CheckpointWriter:
         return self._schemes() | {self._modules[name]: scheme for name, scheme in self._schemes().items()}
 
     def _dtype_fields(self) -> dict[str, str]:
-        """Configuration fields with the dtype, since loaders must by default use the one that the scales were computed for."""
+        """Configuration fields with the dtype of the scales' rounding, which loaders must use by default."""
         dtypes = {linear.dtype for linear in self._linears.values()}
         if len(dtypes) != 1:
             return {}

@@ -8,8 +8,9 @@ For a linear `name` of shape (out, in), with b bits and groups of g inputs:
     name.weight_shape       int64 (2)                            (out, in)
 
 compressed-tensors defines signed int8 codes and stores them plus 2^(b-1), which equals our unsigned codes; the same
-holds for its zero points. It multiplies in the scale's dtype. Since codes and zero points are exact in bf16 and fp16, that is one
-rounding of the exact product, as in `AffineWeight.dequantize`, if and only if the scale has the weight's dtype.
+holds for its zero points. It multiplies in the scale's dtype. Since codes and zero points are exact in bf16 and fp16,
+that is one rounding of the exact product, as in `AffineWeight.dequantize`, if and only if the scale has the weight's
+dtype.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -113,8 +114,8 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
     ignored   module names of all other linears, the head included
 
     One scheme for all: its group targets the class `Linear`, less `ignored`, and a quantized head by its name, since
-    vLLM's head is of another class. Several: one group per scheme, with the concrete names of its linears, because a class
-    as target of two groups lets the first one win everywhere.
+    vLLM's head is of another class. Several: one group per scheme, with the concrete names of its linears, because a
+    class as target of two groups lets the first one win everywhere.
     """
     # compressed-tensors 0.20 expects packed zero points unpacked when transformers 5.23 loads weights packed, and
     # refuses the checkpoint; unpacking while loading works. transformers has deprecated `run_compressed`, which is all

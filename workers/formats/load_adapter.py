@@ -3,7 +3,7 @@
     from load_bitwright import load             # the base: the native checkpoint of the same job, or its merged one
     from load_adapter import attach, merge
     model = load("path/to/native")
-    attach(model, "path/to/adapter")            # adds the updates in each forward pass; returns a function that removes them
+    attach(model, "path/to/adapter")            # adds the updates in each forward pass; returns their removal
     merge(model, "path/to/adapter")             # or: adds them to the weights once, in the weights' dtype
 
 adapter.safetensors has JSON in its metadata, under `bitwright-adapter`: `version`, `kind`, and `linears`, which

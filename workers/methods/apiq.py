@@ -24,7 +24,8 @@ The decay pulls gamma and beta toward tighter clipping, which is part of the met
 | D | `gradient` | flat, the model's dtype |
 
 alpha/r is a factor of the trained product, as in the paper, and A and B are stored as they are: an adapter with this
-alpha starts finetuning at exactly the calibrated point. A and B act rounded to the model's dtype already while they train.
+alpha starts finetuning at exactly the calibrated point. A and B act rounded to the model's dtype already while they
+train.
 
 With aug_loss the target is the mean of both targets (`BlockTask.augmented`).
 

@@ -6,10 +6,11 @@ its input divided by it, for the linears of a block that share an input (q, k, v
     s = x^alpha / sqrt(max x^alpha * min x^alpha),   x = mean of abs(X) over tokens,   alpha in {0, 1/20, ..., 19/20}
     min over alpha of  || f(X; Q(W s) / s) - f(X; W) ||^2
 
-f is the submodule of the block around those linears (attention for q, k, v; the MLP for gate, up; o and down themselves),
-Q rounds to nearest (`workers.numerics.affine`), and alpha = 0 is s = 1. 1/s is folded into the source of the input, a norm's
-weight or the rows of the previous linear, so that nothing is computed at run time and the floating-point block does
-not change. Then each group's range is clipped to +-m, for linears whose output does more than decide a softmax:
+f is the submodule of the block around those linears (attention for q, k, v; the MLP for gate, up; o and down
+themselves), Q rounds to nearest (`workers.numerics.affine`), and alpha = 0 is s = 1. 1/s is folded into the source of
+the input, a norm's weight or the rows of the previous linear, so that nothing is computed at run time and the
+floating-point block does not change. Then each group's range is clipped to +-m, for linears whose output does more than
+decide a softmax:
 
     m = c * max abs(W s),   c in {1, 19/20, ..., 11/20},   min over c of  (w_hat - w) H_g (w_hat - w)^T
 
@@ -21,13 +22,14 @@ with H_g the group's diagonal block of H = 2 X^T X (`workers.numerics.hessian`):
 | s | `scale` | (in,), fp32 |
 | H_g of all groups | `hessian` | (groups, G, G), fp32 |
 
-Cost: a forward pass of the block; over `search_samples` sequences four more, and twenty of each submodule; for clipping,
-ten times out*in*G operations.
+Cost: a forward pass of the block; over `search_samples` sequences four more, and twenty of each submodule; for
+clipping, ten times out*in*G operations.
 
 Different from the paper's code: s is taken back from the norm's weight as its dtype holds it, so that the norm's
-rounding is no error; H_g is of all tokens, where the code takes 512 of them; an input column that is 0 for all
-tokens counts as a mean one. Scales that would move through a linear that is not quantized stay 1, and so do those behind v if it has
-fewer outputs than o has inputs (grouped queries); both are counted. Left out: scales from weights as well as inputs.
+rounding is no error; H_g is of all tokens, where the code takes 512 of them; an input column that is 0 for all tokens
+counts as a mean one. Scales that would move through a linear that is not quantized stay 1, and so do those behind v if
+it has fewer outputs than o has inputs (grouped queries); both are counted. Left out: scales from weights as well as
+inputs.
 """
 
 from collections.abc import Callable
@@ -41,7 +43,7 @@ from torch import Tensor, nn
 from app.domain.methods import AWQSpec, Scheme
 from workers.contracts.blocks import BlockTask, Fold
 from workers.contracts.results import BlockResult
-from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, watched
 from workers.numerics.quantized import AffineWeight, LinearResult, Number, Scaling
 
@@ -176,8 +178,8 @@ def quantize_weight(task: BlockTask, name: str, scaling: Scaling, hessian: Tenso
         # A scaled column is multiplied by an input divided by s.
         s = torch.ones_like(w[0]) if isinstance(scaling.columns, float) else scaling.columns.view_as(w[0])
         ranges = clip_ranges(w, hessian / (s.unsqueeze(1) * s.unsqueeze(2)), scheme, task.scale_dtype)
-    to = grid(ranges, scheme, task.scale_dtype)
-    return affine_weight(round_to_grid(w, to)[0], to, scheme, task.scale_dtype, weight.dtype)
+    grid = affine_grid(ranges, scheme, task.scale_dtype)
+    return affine_weight(round_to_grid(w, grid)[0], grid, scheme, task.scale_dtype, weight.dtype)
 
 
 def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupRange:
@@ -191,8 +193,8 @@ def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.d
     for step in range(round(STEPS * (1 - SMALLEST_CLIP))):
         m = widest * (1 - step / STEPS)
         clipped = GroupRange(torch.maximum(full.low, -m), torch.minimum(full.high, m))
-        to = grid(clipped, scheme, scale_dtype)
-        error = (_dequantize(round_to_grid(w, to)[0], to) - w).transpose(0, 1)
+        grid = affine_grid(clipped, scheme, scale_dtype)
+        error = (_dequantize(round_to_grid(w, grid)[0], grid) - w).transpose(0, 1)
         cost = ((error @ hessian) * error).sum(-1).T
         better = cost < least
         least = torch.where(better, cost, least)
@@ -218,13 +220,13 @@ def _scale(magnitude: Tensor, alpha: float) -> Tensor:
 def _round(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
     """Q: rounded to nearest, (out, in), in the dtype given."""
     w = grouped(weight, scheme.group_size)
-    to = grid(GroupRange.of(w), scheme, scale_dtype)
-    return _dequantize(round_to_grid(w, to)[0], to).view_as(weight)
+    grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
+    return _dequantize(round_to_grid(w, grid)[0], grid).view_as(weight)
 
 
-def _dequantize(codes: Tensor, to: Grid) -> Tensor:
-    steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
-    return steps * to.scale.unsqueeze(-1)
+def _dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    steps = codes if grid.zero is None else codes - grid.zero.unsqueeze(-1)
+    return steps * grid.scale.unsqueeze(-1)
 
 
 def _calls(task: BlockTask, inputs: Tensor, submodule: nn.Module) -> list[Callable[[], Tensor]]:

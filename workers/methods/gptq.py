@@ -14,8 +14,8 @@ A group's scale is computed when its first column is reached, from weights that 
 `act_order`, columns are rounded in the order of falling diag H, and all scales are computed from the original weights
 before the first of them (static groups): a stored group is still G consecutive columns.
 
-True sequential order: linears are taken in the order in which the block calls them; the inputs of
-each are quantized activations behind the linears that are quantized so far. Linears that get the same tensor (q, k, v) share H and U; if
+True sequential order: linears are taken in the order in which the block calls them; the inputs of each are quantized
+activations behind the linears that are quantized so far. Linears that get the same tensor (q, k, v) share H and U; if
 they share a scheme too, their rows are rounded together.
 
 | symbol | variable | shape |
@@ -27,10 +27,11 @@ they share a scheme too, their rows are rounded together.
 
 Cost: less than two forward passes of the block; for H, 2*in^2 operations per token, and out*in^2 for the updates.
 
-Different from the paper's code: U from one factorization (`workers.numerics.hessian`); columns whose inputs are 0 for all
-tokens are rounded to nearest, where the code sets them to 0; where H is not positive definite even with 100 times the damping,
-a linear is rounded to nearest, which is logged and counted. A group that begins inside a lazy batch sees that batch's
-updates. With H = I the result is round to nearest. Left out: searching for the range with the least squared error.
+Different from the paper's code: U from one factorization (`workers.numerics.hessian`); columns whose inputs are 0 for
+all tokens are rounded to nearest, where the code sets them to 0; where H is not positive definite even with 100 times
+the damping, a linear is rounded to nearest, which is logged and counted. A group that begins inside a lazy batch sees
+that batch's updates. With H = I the result is round to nearest. Left out: searching for the range with the least
+squared error.
 """
 
 from collections import Counter
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 from app.domain.methods import GPTQSpec, Scheme
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
-from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs
 from workers.numerics.quantized import AffineWeight, LinearResult
 
@@ -125,7 +126,7 @@ def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, sc
     """The formulas of the module docstring for a weight (rows, in) of any float dtype."""
     order, factor = elimination.order.tolist(), elimination.factor
     whole = grouped(weight.to(factor.dtype), scheme.group_size)
-    to = grid(GroupRange.of(whole), scheme, scale_dtype)
+    grid = affine_grid(GroupRange.of(whole), scheme, scale_dtype)
     columns = weight.T[elimination.order].to(factor.dtype, copy=True)
     codes, width = torch.empty_like(columns), whole.shape[2]
     for batch in _lazy_batches(len(columns), LAZY_COLUMNS if elimination.static else width):
@@ -133,30 +134,30 @@ def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, sc
         for j in range(batch.start, batch.stop):
             group, place = divmod(order[j], width)
             if place == 0 and not elimination.static:
-                _put(to, group, grid(GroupRange.of(columns[j : j + width].T), scheme, scale_dtype))
-            codes[order[j]], w_hat = _round_column(columns[j], to, group)
+                _put(grid, group, affine_grid(GroupRange.of(columns[j : j + width].T), scheme, scale_dtype))
+            codes[order[j]], w_hat = _round_column(columns[j], grid, group)
             error = torch.div(columns[j] - w_hat, factor[j, j], out=errors[j - batch.start])
             columns[j + 1 : batch.stop].addr_(factor[j, j + 1 : batch.stop], error, alpha=-1)
         columns[batch.stop :].addmm_(factor[batch, batch.stop :].T, errors, alpha=-1)
-    return affine_weight(grouped(codes.T, scheme.group_size), to, scheme, scale_dtype, weight.dtype)
+    return affine_weight(grouped(codes.T, scheme.group_size), grid, scheme, scale_dtype, weight.dtype)
 
 
-def _round_column(column: Tensor, to: Grid, group: int) -> tuple[Tensor, Tensor]:
+def _round_column(column: Tensor, grid: Grid, group: int) -> tuple[Tensor, Tensor]:
     """q and w_hat of one column, (rows,)."""
-    scale, zero = to.scale[:, group], None if to.zero is None else to.zero[:, group]
-    codes = round_to_grid(column.unsqueeze(1), Grid(scale, zero, to.lowest, to.highest))[0].squeeze(1)
+    scale, zero = grid.scale[:, group], None if grid.zero is None else grid.zero[:, group]
+    codes = round_to_grid(column.unsqueeze(1), Grid(scale, zero, grid.lowest, grid.highest))[0].squeeze(1)
     return codes, scale * (codes if zero is None else codes - zero)
 
 
-def _put(to: Grid, group: int, new: Grid) -> None:
+def _put(grid: Grid, group: int, new: Grid) -> None:
     """Overwrites the grid of one group with `new`, (rows,)."""
-    to.scale[:, group] = new.scale
-    if to.zero is not None and new.zero is not None:
-        to.zero[:, group] = new.zero
+    grid.scale[:, group] = new.scale
+    if grid.zero is not None and new.zero is not None:
+        grid.zero[:, group] = new.zero
 
 
 def _lazy_batches(columns: int, width: int) -> Iterator[slice]:
-    """Batches of at most `LAZY_COLUMNS` columns that start where a group starts, so that groups see all earlier updates."""
+    """Batches of at most `LAZY_COLUMNS` columns that start with a group, so that groups see all previous updates."""
     stride = max(width, LAZY_COLUMNS // width * width)
     for first in range(0, columns, stride):
         last = min(first + stride, columns)

@@ -37,7 +37,7 @@ from app.domain.methods import PRESET_ABSMAX, LoftQSpec, Scheme
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.numerics import normal_float
-from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.low_rank import best_factors
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank, QuantizedWeight
@@ -97,6 +97,6 @@ def quantizer(spec: LoftQSpec, scheme: Scheme, scale_dtype: torch.dtype, dtype: 
 
 def _round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype) -> AffineWeight:
     w = grouped(weight, scheme.group_size)
-    to = grid(GroupRange.of(w), scheme, scale_dtype)
-    codes, _ = round_to_grid(w, to)
-    return affine_weight(codes, to, scheme, scale_dtype, dtype)
+    grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
+    codes, _ = round_to_grid(w, grid)
+    return affine_weight(codes, grid, scheme, scale_dtype, dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from app.domain.methods import RTNSpec, Scheme
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
-from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 
@@ -33,6 +33,6 @@ class RTN:
 def quantize_weight(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
     """Round a weight (out, in) of any float dtype to `scheme`; in_features must divide into groups."""
     w = grouped(weight.float(), scheme.group_size)
-    to = grid(GroupRange.of(w), scheme, scale_dtype)
-    codes, _ = round_to_grid(w, to)
-    return affine_weight(codes, to, scheme, scale_dtype, weight.dtype)
+    grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
+    codes, _ = round_to_grid(w, grid)
+    return affine_weight(codes, grid, scheme, scale_dtype, weight.dtype)

@@ -89,23 +89,27 @@ def rounded_weights(task: BlockTask, *, search: bool, settings: TuningSettings |
     search    whether ranges start from those with the least rounding error
     settings  settings of the steps that follow; if they are known, V may be counted in steps
     """
-    moments = task.moments if search else {}
+    second_moments = task.moments if search else {}
     return [
-        RoundedWeights(weights, scheme, width, task.scale_dtype, moments, settings)
+        RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings)
         for (scheme, width), weights in task.alike().items()
     ]
 
 
 def start_ranges(
-    weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], scheme: Scheme, width: int, scale_dtype: torch.dtype
+    weights: Mapping[str, Tensor],
+    second_moments: Mapping[str, Tensor],
+    scheme: Scheme,
+    width: int,
+    scale_dtype: torch.dtype,
 ) -> GroupRange:
-    """lo and hi of all groups, one linear after another; searched for linears with known second moments of the inputs."""
+    """lo and hi of all groups, linear by linear; searched for linears with known second moments of the inputs."""
     ranges = []
     for name, weight in weights.items():
         groups = weight.reshape(-1, width)
-        if name in moments:
+        if name in second_moments:
             kernels, settings = rounding_kernels(groups.device, groups.dtype), GridSettings.of(scheme, scale_dtype)
-            bounds = kernels.search_range(groups, moments[name].view(-1, width), settings, scale_dtype)
+            bounds = kernels.search_range(groups, second_moments[name].view(-1, width), settings, scale_dtype)
             ranges.append(GroupRange(*bounds))
         else:
             ranges.append(GroupRange.of(groups.to(working_dtype(weight))))
@@ -167,15 +171,15 @@ class RoundedWeights:
         scheme: Scheme,
         width: int,
         scale_dtype: torch.dtype,
-        moments: Mapping[str, Tensor] = MappingProxyType({}),
+        second_moments: Mapping[str, Tensor] = MappingProxyType({}),
         settings: TuningSettings | None = None,
     ) -> None:
         self.shapes: Mapping[str, tuple[int, int]] = {
             name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()
         }
         self._scheme, self._settings = scheme, GridSettings.of(scheme, scale_dtype)
-        self._limits = SEARCHED_LIMITS if moments else FULL_LIMITS
-        ranges = start_ranges(weights, moments, scheme, width, scale_dtype)
+        self._limits = SEARCHED_LIMITS if second_moments else FULL_LIMITS
+        ranges = start_ranges(weights, second_moments, scheme, width, scale_dtype)
         weight = torch.cat([w.reshape(-1, width) for w in weights.values()])
         self._kernels = rounding_kernels(weight.device, weight.dtype)
         unit = None if settings is None else self._kernels.offset_unit(settings.steps, settings.learning_rate)

@@ -66,7 +66,7 @@ class Grid:
         return Grid(self.scale[rows], None if self.zero is None else self.zero[rows], self.lowest, self.highest)
 
 
-def grid(
+def affine_grid(
     ranges: GroupRange,
     scheme: Scheme,
     scale_dtype: torch.dtype,
@@ -91,15 +91,15 @@ def store_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     return away.to(scale_dtype).to(scale.dtype)
 
 
-def round_to_grid(weight: Tensor, to: Grid, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def round_to_grid(weight: Tensor, grid: Grid, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes q of a grouped weight (out, groups, G), and the same before clamping; `offset` is v."""
-    free = weight / to.scale.unsqueeze(-1)
+    unclamped = weight / grid.scale.unsqueeze(-1)
     if offset is not None:
-        free = free + offset
-    free = free.round()
-    if to.zero is not None:
-        free += to.zero.unsqueeze(-1)
-    return free.clamp(to.lowest, to.highest), free
+        unclamped = unclamped + offset
+    unclamped = unclamped.round()
+    if grid.zero is not None:
+        unclamped += grid.zero.unsqueeze(-1)
+    return unclamped.clamp(grid.lowest, grid.highest), unclamped
 
 
 SMALLEST_FACTOR = 0.4
@@ -113,9 +113,9 @@ def range_factors(count: int) -> list[float]:
 
 
 def affine_weight(
-    codes: Tensor, to: Grid, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype
+    codes: Tensor, grid: Grid, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype
 ) -> AffineWeight:
     """The stored form of grouped codes q in the grid's own range."""
-    unsigned = (codes - to.lowest).to(torch.uint8).flatten(1)
-    zero = None if to.zero is None else to.zero.to(torch.uint8)
-    return AffineWeight(unsigned, to.scale.to(scale_dtype), zero, scheme, dtype)
+    unsigned = (codes - grid.lowest).to(torch.uint8).flatten(1)
+    zero = None if grid.zero is None else grid.zero.to(torch.uint8)
+    return AffineWeight(unsigned, grid.scale.to(scale_dtype), zero, scheme, dtype)

@@ -3,9 +3,9 @@
     lo' = sigmoid(beta)*lo,  hi' = sigmoid(gamma)*hi      both start at 4: 0.982
     q = clamp(round(w/s + V) + z),  w_hat = s*(q - z)     s, z from lo' and hi' (`workers.numerics.affine`)
 
-V is 0, or, from another quantizer's codes q_0 with s_0 and z_0, the offset with which the start gives its codes: 0 where rounding
-to nearest gives q_0, else q_0 - z_0 - w/s_0. V is not trained. Then lo and hi are the ends of that grid over
-sigmoid(4), so that the start has its scales too.
+V is 0, or, from another quantizer's codes q_0 with s_0 and z_0, the offset with which the start gives its codes: 0
+where rounding to nearest gives q_0, else q_0 - z_0 - w/s_0. V is not trained. Then lo and hi are the ends of that grid
+over sigmoid(4), so that the start has its scales too.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from workers.numerics.adamw import AdamW
-from workers.numerics.affine import Grid, GroupRange, grid, round_to_grid
+from workers.numerics.affine import Grid, GroupRange, affine_grid, round_to_grid
 from workers.numerics.learned_ranges import Kept, chunks, range_gradients, steps, working_dtype
 from workers.numerics.quantized import AffineWeight
 
@@ -77,17 +77,17 @@ class ClippedGroups:
     def write(self, out: Tensor) -> None:
         """Writes W_hat to `out` (count, G), in its dtype."""
         for groups in chunks(self.weight):
-            to, codes = self._rounded(groups)
-            out[groups] = steps(codes, to) * to.scale.unsqueeze(-1)
+            grid, codes = self._rounded(groups)
+            out[groups] = steps(codes, grid) * grid.scale.unsqueeze(-1)
 
     def gradients(self, gradient: Tensor) -> Tensor:
         """dL/dbeta and dL/dgamma, (2, count), for dL/dw_hat (count, G)."""
         d_logits = torch.empty_like(self.logits)
         for groups in chunks(self.weight):
             weight, (low, high) = self._chunk(groups), self.logits[:, groups].sigmoid()
-            ranges, to = self.start.ranges.rows(groups), self._grid(groups)
+            ranges, grid = self.start.ranges.rows(groups), self._grid(groups)
             d, offset = gradient[groups].to(weight.dtype), self._offset(groups)
-            d_logits[:, groups] = torch.stack(range_gradients(d, weight, ranges, low, high, to, offset))
+            d_logits[:, groups] = torch.stack(range_gradients(d, weight, ranges, low, high, grid, offset))
         factor = self.logits.sigmoid()
         return d_logits.mul_(factor * (1 - factor))
 
@@ -100,8 +100,8 @@ class ClippedGroups:
     def keep(self, better: Tensor) -> None:
         """Keeps codes and grids if `better`, a truth value on the device."""
         for groups in chunks(self.weight):
-            to, codes = self._rounded(groups)
-            self.kept.overwrite(groups, codes, to, better)
+            grid, codes = self._rounded(groups)
+            self.kept.overwrite(groups, codes, grid, better)
 
     def restart(self) -> None:
         """Resets logits and optimizer to their start."""
@@ -120,12 +120,12 @@ class ClippedGroups:
             start.offset.copy_(adopted.offset)
 
     def _rounded(self, groups: slice) -> tuple[Grid, Tensor]:
-        to = self._grid(groups)
-        return to, round_to_grid(self._chunk(groups), to, self._offset(groups))[0]
+        grid = self._grid(groups)
+        return grid, round_to_grid(self._chunk(groups), grid, self._offset(groups))[0]
 
     def _grid(self, groups: slice) -> Grid:
         alpha, beta = self.logits[:, groups].sigmoid()
-        return grid(self.start.ranges.rows(groups), self.scheme, self._scale_dtype, alpha, beta)
+        return affine_grid(self.start.ranges.rows(groups), self.scheme, self._scale_dtype, alpha, beta)
 
     def _offset(self, groups: slice) -> Tensor | None:
         return None if self.start.offset is None else self.start.offset[groups]

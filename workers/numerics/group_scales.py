@@ -34,7 +34,7 @@ def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor | int, out: Ten
 
 
 def add_scale_gradient(gradient: Tensor, codes: Tensor, zero: Tensor | int, out: Tensor) -> None:
-    """Adds the sum over each group of gradient*(codes - zero) to `out` (groups,), fp32 or fp64; gradient (groups, G)."""
+    """Adds each group's sum of gradient*(codes - zero) to `out` (groups,), fp32 or fp64; gradient (groups, G)."""
     kernels = scale_kernels(gradient.device, gradient.dtype)
     if kernels is not None:
         kernels.add_scale_gradient(gradient, codes, zero, out)

@@ -25,7 +25,7 @@ CACHED_ELEMENTS = 524_288
 
 
 def chunks(groups: Tensor) -> Iterator[slice]:
-    """Slices of groups (count, G): as many groups as stay in a CPU's cache through a chain of operations, or fit a GPU."""
+    """Slices of groups (count, G): as many as stay in a CPU's cache through a chain of operations, or fit a GPU."""
     count, width = groups.shape
     size = max(1, (CACHED_ELEMENTS << 6 if groups.is_cuda else CACHED_ELEMENTS) // width)
     return (slice(start, start + size) for start in range(0, count, size))
@@ -36,25 +36,25 @@ def working_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def steps(codes: Tensor, to: Grid) -> Tensor:
+def steps(codes: Tensor, grid: Grid) -> Tensor:
     """q - z of grouped codes."""
-    return codes if to.zero is None else codes - to.zero.unsqueeze(-1)
+    return codes if grid.zero is None else codes - grid.zero.unsqueeze(-1)
 
 
 def range_gradients(
-    d: Tensor, weight: Tensor, ranges: GroupRange, alpha: Tensor, beta: Tensor, to: Grid, offset: Tensor | None = None
+    d: Tensor, weight: Tensor, ranges: GroupRange, alpha: Tensor, beta: Tensor, grid: Grid, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """dL/dalpha and dL/dbeta, (groups,), for D = `d` (groups, G) and the grid of these ranges and factors.
 
     offset  v of `round_to_grid`
     """
-    codes, free = round_to_grid(weight, to, offset)
-    d_scale = (d * steps(codes, to)).sum(-1) - (d * (codes == free) * weight).sum(-1) / to.scale
-    if to.zero is not None:
-        return -d_scale * ranges.low / to.highest, d_scale * ranges.high / to.highest
+    codes, unclamped = round_to_grid(weight, grid, offset)
+    d_scale = (d * steps(codes, grid)).sum(-1) - (d * (codes == unclamped) * weight).sum(-1) / grid.scale
+    if grid.zero is not None:
+        return -d_scale * ranges.low / grid.highest, d_scale * ranges.high / grid.highest
     low_wins = -alpha * ranges.low > beta * ranges.high
-    d_alpha = d_scale * torch.where(low_wins, ranges.low / to.lowest, 0)
-    return d_alpha, d_scale * torch.where(low_wins, 0, ranges.high / to.lowest)
+    d_alpha = d_scale * torch.where(low_wins, ranges.low / grid.lowest, 0)
+    return d_alpha, d_scale * torch.where(low_wins, 0, ranges.high / grid.lowest)
 
 
 @dataclass(frozen=True)
@@ -74,12 +74,12 @@ class Kept:
             zero_point=torch.zeros_like(groups[:, 0], dtype=torch.uint8),
         )
 
-    def overwrite(self, groups: slice, codes: Tensor, to: Grid, better: Tensor) -> None:
+    def overwrite(self, groups: slice, codes: Tensor, grid: Grid, better: Tensor) -> None:
         """Keeps q of some groups and their grid if `better`, a truth value on the device."""
-        _overwrite(self.codes[groups], codes - to.lowest, better)
-        _overwrite(self.scale[groups], to.scale, better)
-        if to.zero is not None:
-            _overwrite(self.zero_point[groups], to.zero, better)
+        _overwrite(self.codes[groups], codes - grid.lowest, better)
+        _overwrite(self.scale[groups], grid.scale, better)
+        if grid.zero is not None:
+            _overwrite(self.zero_point[groups], grid.zero, better)
 
     def results(
         self, shapes: Mapping[str, tuple[int, int]], scheme: Scheme, dtype: torch.dtype

@@ -2,8 +2,8 @@
 
     E ~ L R,    L = U sqrt(S)  (out, rank),   R = sqrt(S) V^T  (rank, in),   U S V^T the leading part of E's SVD
 
-Exact for the smaller side N <= 2,048: the eigenvectors of E E^T (or E^T E) in fp64, which cost N^2 * max(out, in)
-while a full SVD costs about twenty times as much; S_i = ||u_i^T E|| avoids square roots of eigenvalues. A singular value
+Exact for the smaller side N <= 2,048: the eigenvectors of E E^T (or E^T E) in fp64, which cost N^2 * max(out, in) while
+a full SVD costs about twenty times as much; S_i = ||u_i^T E|| avoids square roots of eigenvalues. A singular value
 below 1e-8 of the largest is noise in that.
 
 Larger matrices: randomized subspace iteration (Halko, Martinsson & Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1) with
@@ -44,7 +44,7 @@ def best_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def weighted_factors(matrix: Tensor, rank: int, rows: Tensor, columns: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Factors like those of `best_factors`, weighted by sqrt(u) = `rows` (out,) and sqrt(v) = `columns` (in,), at least 0, not all of them 0."""
+    """Best factors with the weights sqrt(u) = `rows` (out,) and sqrt(v) = `columns` (in,), none negative, not all 0."""
     by_row, by_column = _divisors(rows, columns)
     left, right = best_factors(by_row * matrix * by_column, rank, seed)
     return left / by_row, right / by_column

@@ -18,10 +18,10 @@ Double quantization in the form of LQ-LoRA (Guo et al., arXiv:2311.12023, and it
     a_code = clamp(round((a - off)/m * (2^b1 - 1)), 0, 2^b1 - 1)
     a_hat  = off + m*a_code/(2^b1 - 1)      bits per weight: b0 + b1/B0 + b2/(B0*B1)
 
-Codes are computed with the stored a_hat, not with a, so that they fit the shipped values. QLoRA's own second level (8-bit
-floats around the mean) takes the same bits and is not built. Different from LQ-LoRA's code: groups lie within rows,
-and the last of the B1 may be fewer, so that any number of groups is allowed. The formula leaves out `off`, one number
-per linear.
+Codes are computed with the stored a_hat, not with a, so that they fit the shipped values. QLoRA's own second level
+(8-bit floats around the mean) takes the same bits and is not built. Different from LQ-LoRA's code: groups lie within
+rows, and the last of the B1 may be fewer, so that any number of groups is allowed. The formula leaves out `off`, one
+number per linear.
 """
 
 from dataclasses import dataclass
@@ -106,16 +106,18 @@ def nearest_codes(values: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(values, edges, out_int32=True).to(torch.uint8)
 
 
-def quantize_absmax(absmax: Tensor, to: DoubleQuantization) -> QuantizedAbsmax:
-    """Maxima of groups, fp32 (out, groups), in `to.bits` bits."""
-    offset, top = absmax.min(), 2**to.bits - 1
+def quantize_absmax(absmax: Tensor, second_level: DoubleQuantization) -> QuantizedAbsmax:
+    """Maxima of groups, fp32 (out, groups), in `second_level.bits` bits."""
+    offset, top = absmax.min(), 2**second_level.bits - 1
     rest = (absmax - offset).flatten()
-    padded = torch.nn.functional.pad(rest, (0, -len(rest) % to.superblock)).view(-1, to.superblock)
-    scale = padded.amax(-1).to(to.dtype)
+    padded = torch.nn.functional.pad(rest, (0, -len(rest) % second_level.superblock)).view(-1, second_level.superblock)
+    scale = padded.amax(-1).to(second_level.dtype)
     # All maxima of a superblock may be the least one; its codes are 0 then, whatever they are divided by.
     divisor = torch.where(scale == 0, 1, scale).float().unsqueeze(-1)
     codes = (padded / divisor * top).round().clamp(0, top).to(torch.uint8)
-    return QuantizedAbsmax(codes.flatten()[: len(rest)].view(absmax.shape), scale, offset, to.bits, to.superblock)
+    return QuantizedAbsmax(
+        codes.flatten()[: len(rest)].view(absmax.shape), scale, offset, second_level.bits, second_level.superblock
+    )
 
 
 def bits_per_weight(bits: int, group_size: int, absmax: AbsmaxFormat) -> float:

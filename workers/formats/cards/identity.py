@@ -1,7 +1,7 @@
 """Description of a result in words, for titles, front matter and metadata of every format; before or after the report.
 
     identity = Identity.of(report)              or from a request, before a GGUF file is written
-    title(identity, Contents.BASE)                  SmolLM2-135M, SignRound: the base alone, without Q-BaRA on rows.jsonl
+    title(identity, Contents.BASE)              SmolLM2-135M, SignRound: the base alone, without Q-BaRA on rows.jsonl
 
 A folder of a job that finetunes contains the complete result (the adapter in the weights, or none), the quantized base
 alone, or the adapter alone.
@@ -155,7 +155,7 @@ def contents_of(identity: Identity, linears: Mapping[str, StoredLinear], base_al
 
 
 def hub_id(source: str, kind: Kind) -> str | None:
-    """The repository's id, None if the source is not on the Hub; guessed from its form if an older report has no kind."""
+    """The repository's id, None if it is not on the Hub; guessed from its form if an older report has no kind."""
     if kind is not None:
         return source if kind == "hub" else None
     looks = re.match(HUB_ID, source) and not re.match(UPLOAD_ID, source) and source not in ("builtin", "generated")
@@ -163,7 +163,7 @@ def hub_id(source: str, kind: Kind) -> str | None:
 
 
 def last_segment(source: str) -> str:
-    """The last segment of an id or path, in one line; for a snapshot in a Hub cache the repository's name, not the commit."""
+    """The last segment of an id or path, in one line; of a snapshot in a Hub cache the repository, not the commit."""
     cached = CACHED.search(source)
     if cached is not None:
         return cached[1]

@@ -57,7 +57,7 @@ def read_source_card(folder: Path) -> SourceCard:
     if block is None:
         return SourceCard()
     try:
-        # BaseLoader has no types but text, list and dict: YAML would read Norwegian (no) as False, and versions as dates.
+        # BaseLoader has no types but text, list and dict: YAML reads Norwegian (no) as False, and versions as dates.
         fields = yaml.BaseLoader(block[1].replace("\t", "  ")).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError):
         return SourceCard()

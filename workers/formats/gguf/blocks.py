@@ -9,8 +9,8 @@
 
 A group of a multiple of 32 columns repeats its d = scale and m = -scale*zero_point in each of its blocks. Symmetric
 codes move from the middle of their own range to that of the type, so that codes and scale are exact. An offset is
-rounded to fp16 once; the distance that this moves weights is reported. In a block, byte j of the nibbles has weight j in its lower
-half and weight j + 16 in its upper one, and fifth bits are one little-endian word, weight 0 lowest.
+rounded to fp16 once; the distance that this moves weights is reported. In a block, byte j of the nibbles has weight j
+in its lower half and weight j + 16 in its upper one, and fifth bits are one little-endian word, weight 0 lowest.
 
 There is no type for asymmetric 6 to 8 bits, or for groups that are no multiple of 32.
 """

@@ -4,8 +4,8 @@ Llama's rotary embedding pairs row i of a head with row i + d/2 in transformers 
 of q and k (and their biases) are reordered: (heads, 2, d/2) becomes (heads, d/2, 2). Whole rows move, with their codes
 and scales, so nothing is rounded. Qwen keeps transformers' order.
 
-Numbers that config.json leaves out are those that transformers assumes. Models that a file cannot describe are refused by the
-rules of `app.domain.gguf_rules`, applied here to the configuration as transformers completes it.
+Numbers that config.json leaves out are those that transformers assumes. Models that a file cannot describe are refused
+by the rules of `app.domain.gguf_rules`, applied here to the configuration as transformers completes it.
 """
 
 import math
@@ -51,7 +51,8 @@ class Architecture:
         """The architecture of a checkpoint.
 
         Raises:
-            FormatCannotHold: the model's type is not known here, or its configuration has something that a file cannot describe.
+            FormatCannotHold: the model's type is not known here, or its configuration has something that a file cannot
+            describe.
         """
         dimensions = read_dimensions(source.config)
         model_type = dimensions.architecture.model_type
@@ -77,7 +78,7 @@ class Architecture:
         return {"rope_type": "default", **(self.config.rope_parameters or {})}
 
     def row_order(self, tensor: str) -> Tensor | None:
-        """Source index of each row of a stored tensor (by its name in the source), int64 (rows,); None: no reordering."""
+        """Source index of each row of a stored tensor (by its name in the source), int64 (rows,); None: unchanged."""
         heads = next((count for name, count in self.permuted.items() if f".{name}." in tensor), None)
         if heads is None:
             return None

@@ -6,8 +6,8 @@ names (`tokenizer.ggml.pre`). The name is derived from the pre-tokenizer, step b
 describes is refused, because a near miss would load and tokenize wrongly. SentencePiece tokenizers (Llama 2, Gemma) are
 not written.
 
-Nothing is left to llama.cpp's defaults: there, the name of the rules decides whether tokens are put around a text,
-and without an end-of-sequence token in the file it is token 11. Normalization to NFC, which Qwen's tokenizers have, is not
+Nothing is left to llama.cpp's defaults: there, the name of the rules decides whether tokens are put around a text, and
+without an end-of-sequence token in the file it is token 11. Normalization to NFC, which Qwen's tokenizers have, is not
 known to llama.cpp: text that is not in that form is split into other tokens there.
 """
 

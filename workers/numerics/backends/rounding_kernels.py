@@ -73,24 +73,24 @@ def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
 
 
 def search_range(
-    weight: Tensor, moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
+    weight: Tensor, second_moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`workers.numerics.backends.rounding_operators.search_range` in one pass: low and high, fp32 (groups,).
 
-    weight   (groups, G), contiguous
-    moments  fp32 (columns // G, G): second moments of the linear's input columns; its rows of groups repeat in this order
+    weight           (groups, G), contiguous
+    second_moments   fp32 (columns // G, G), of the linear's input columns; its rows of groups repeat in this order
     """
     count, width = weight.shape
     low, high = (torch.empty(count, dtype=torch.float32, device=weight.device) for _ in range(2))
     programs, sizes = _programs(count, width)
     _search_range[programs](
         weight,
-        moments,
+        second_moments,
         low,
         high,
         count,
         width,
-        len(moments),
+        len(second_moments),
         settings.smallest,
         BITS=settings.bits,
         SYMMETRIC=settings.symmetric,
@@ -119,7 +119,7 @@ def warm_ups(
     one, codes = torch.ones(len(weight), device=device), torch.zeros_like(weight, dtype=torch.uint8)
     offset = torch.zeros_like(weight, dtype=torch.int16 if counted else torch.float32)
     groups = Groups(weight, offset, -one, one, one, one.clone(), codes, one.to(dtypes[1]), codes[:, 0].contiguous())
-    moments = torch.ones(columns // width, width, device=device)
+    second_moments = torch.ones(columns // width, width, device=device)
     better, faults = torch.ones((), dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     return [
         partial(write, groups, settings, torch.empty_like(weight)),
@@ -134,7 +134,7 @@ def warm_ups(
             w_hat=torch.empty_like(weight),
         ),
         partial(keep, groups, settings, better),
-        partial(search_range, weight, moments, settings, dtypes[1]),
+        partial(search_range, weight, second_moments, settings, dtypes[1]),
     ]
 
 
@@ -344,7 +344,7 @@ def _search_range(  # type: ignore[no-untyped-def]
     real = real_row[:, None] & (column < width)[None, :]
     weight = tl.load(WEIGHT + row[:, None] * width + column[None, :], mask=real, other=0.0).to(tl.float32)
     moment_row = (row % groups_a_row)[:, None] * width
-    moments = tl.load(MOMENTS + moment_row + column[None, :], mask=real, other=0.0)
+    second_moments = tl.load(MOMENTS + moment_row + column[None, :], mask=real, other=0.0)
     full_low = tl.minimum(tl.min(weight, 1), 0.0)
     full_high = tl.maximum(tl.max(weight, 1), 0.0)
     best_low, best_high = full_low, full_high
@@ -365,7 +365,7 @@ def _search_range(  # type: ignore[no-untyped-def]
         scale, zero = _grid(low, high, one, one, smallest, BITS, SYMMETRIC, STORED_AS)
         _free, codes = _codes(weight, weight * 0.0, scale, zero, BITS, SYMMETRIC)
         error = (codes - zero[:, None]) * scale[:, None] - weight
-        total = tl.sum(error * error * moments, 1)
+        total = tl.sum(error * error * second_moments, 1)
         better = total < least
         least = tl.where(better, total, least)
         best_low = tl.where(better, low, best_low)

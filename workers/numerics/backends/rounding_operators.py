@@ -1,11 +1,11 @@
-"""The fake quantizer in torch's operators, for any device and dtype; on a CPU in as few passes as there are operators for.
+"""The fake quantizer in torch's operators, for any device and dtype; on a CPU in as few passes as possible.
 
-The functions are those of `workers.numerics.backends.rounding_kernels`, which has Triton's, with the same arguments
-and results; formulas and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype, fp32 or fp64.
+The functions are those of `workers.numerics.backends.rounding_kernels`, which has Triton's, with the same arguments and
+results; formulas and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype, fp32 or fp64.
 
-Weights are processed in chunks whose buffers stay in a CPU's cache and are reused for every chunk. No truth values
-are computed from weights: on a CPU an operator that returns or takes them costs as much as five others. So m is applied by the
-derivative of clamping (`hardtanh_backward`), and the sign of 0 and of NaN is 0.
+Weights are processed in chunks whose buffers stay in a CPU's cache and are reused for every chunk. No truth values are
+computed from weights: on a CPU an operator that returns or takes them costs as much as five others. So m is applied by
+the derivative of clamping (`hardtanh_backward`), and the sign of 0 and of NaN is 0.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +23,7 @@ from workers.numerics.affine import (
     SYMMETRIC_FACTORS,
     Grid,
     GroupRange,
-    grid,
+    affine_grid,
     range_factors,
     store_scale,
 )
@@ -76,7 +76,7 @@ class Groups:
     def grid(self, settings: GridSettings) -> Grid:
         """The grid of the present alpha and beta."""
         ranges, scheme = GroupRange(self.low, self.high), _scheme(settings.bits, settings.symmetric)
-        return grid(ranges, scheme, self.scale.dtype, self.alpha, self.beta)
+        return affine_grid(ranges, scheme, self.scale.dtype, self.alpha, self.beta)
 
 
 @dataclass(frozen=True)
@@ -180,22 +180,22 @@ def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
 
 
 def search_range(
-    weight: Tensor, moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
+    weight: Tensor, second_moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The range of each group with the least sum_j moments_j * (w_hat_j - w_j)^2, rounded to nearest: low and high.
 
-    weight   (groups, G), contiguous
-    moments  fp32 (columns // G, G): second moments of the linear's input columns; its rows of groups repeat in this order
+    weight           (groups, G), contiguous
+    second_moments   fp32 (columns // G, G), of the linear's input columns; its rows of groups repeat in this order
 
     The full range and shrunk ones are tried: symmetric, with either sign of the scale; asymmetric, with every pair of
     factors for the two sides. Among equals the first, larger one is taken.
     """
-    rows = len(moments) * max(1, _elements(weight) // moments.numel())
+    rows = len(second_moments) * max(1, _elements(weight) // second_moments.numel())
     search = _search_symmetric if settings.symmetric else _search_asymmetric
     dtype = torch.promote_types(weight.dtype, torch.float32)
     ranges = []
     for chunk in torch.split(weight, rows):
-        roots = moments.to(dtype).sqrt().repeat(len(chunk) // len(moments), 1)
+        roots = second_moments.to(dtype).sqrt().repeat(len(chunk) // len(second_moments), 1)
         ranges.append(search(chunk.to(dtype), roots, settings.bits, scale_dtype))
     low, high = (torch.cat(bounds) for bounds in zip(*ranges, strict=True))
     return low, high
@@ -230,7 +230,7 @@ def _search_asymmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: to
     in_steps, error = (torch.empty_like(weight) for _ in range(2))
     factors = range_factors(ASYMMETRIC_FACTORS)
     for candidate in (GroupRange(full.low * a, full.high * b) for a in factors for b in factors):
-        tried = grid(candidate, scheme, scale_dtype)
+        tried = affine_grid(candidate, scheme, scale_dtype)
         torch.div(weight, tried.scale.unsqueeze(-1), out=in_steps)
         torch.round(in_steps, out=error)
         if tried.zero is not None:

@@ -24,7 +24,7 @@ def unpack(
     group_size: int,
     middle: float,
 ) -> None:
-    """Writes W_hat to `out` (out, in); scale (out, groups), the rest as `workers.numerics.packed_weight.PackedWeight` has it."""
+    """Writes W_hat to `out` (out, in); scale (out, groups), the rest as in `PackedWeight`."""
     count = out.numel()
     _unpack[(triton.cdiv(count, PROGRAM_ELEMENTS),)](
         packed,
