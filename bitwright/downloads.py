@@ -17,7 +17,7 @@ CHUNK = 1 << 20
 READ_TIMEOUT_SECONDS = 60.0
 
 OnBytes = Callable[[int], None]
-"""Called with the number of bytes that are newly on disk; negative when they had to be thrown away."""
+"""Callback with the number of bytes that are newly on disk; negative if bytes were discarded."""
 
 
 def ignore_bytes(_count: int) -> None:

@@ -65,7 +65,7 @@ class Retry(StrEnum):
 
 
 class FieldProblem(BaseModel):
-    """One thing that is wrong with a request: where, what was sent, and the way out."""
+    """One problem of a request: field, value and the way out."""
 
     model_config = ConfigDict(frozen=True)
 

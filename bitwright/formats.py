@@ -26,7 +26,7 @@ ADAPTERS_ALONE = frozenset({PEFT, ADAPTER_FOLDER})
 
 
 def first_choice(kept: Iterable[str]) -> str:
-    """The folder, among those that a job keeps, for a caller who names none.
+    """The folder, among those that a job keeps, for a caller that names none.
 
     A checkpoint that was requested; else `native`, which is always kept; the adapter, which is no model, comes last.
     """

@@ -45,7 +45,7 @@ class Figures(ReportPart):
 
 
 class ShippedFigures(ReportPart):
-    """Figures of checkpoints that stand for the same numbers, loaded one way; on the text of `quality`."""
+    """Figures of checkpoints with the same numbers, loaded one way; on the text of `quality`."""
 
     checkpoints: tuple[str, ...] = Field(description="By folder; each of them gives these figures.")
     adapter: str | None = Field(description="Folder of the adapter that is loaded beside it; null: it stands alone.")
@@ -225,7 +225,7 @@ class ModelReport(ReportPart):
 
 
 class StoredParts(ReportPart):
-    """Bits for each quantized weight by what they hold; together they are `bits_per_weight`."""
+    """Bits per quantized weight by content; their sum is `bits_per_weight`."""
 
     codes: float
     scales: float = Field(description="Scales with zero points or offsets; the codebooks' absmax with all its levels.")
@@ -317,7 +317,7 @@ class Report(ReportPart):
     warnings: tuple[str, ...] = ()
 
     def quality_of(self, checkpoint: str) -> Quality | None:
-        """Quality of the whole result loaded from this folder: by itself if that can be, else with its adapter.
+        """Quality of the complete result loaded from this folder: by itself if that can be, else with its adapter.
 
         For an adapter's folder: quality of the base with it. None if nothing was evaluated.
         """

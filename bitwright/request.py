@@ -102,5 +102,5 @@ class RequestView(RequestPart):
 
 
 def shorthand_fields(body: Mapping[str, object]) -> tuple[str, ...]:
-    """The fields at the top of `body` that stand for those of `quantization`: all that have no other place."""
+    """The fields at the top of `body` that belong to `quantization`: all without another place."""
     return tuple(name for name in body if name not in RequestView.model_fields and name != "dropout")

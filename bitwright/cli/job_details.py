@@ -38,7 +38,7 @@ def training_table(report: Report) -> Table | None:
 
 
 def brought(job: JobView, artifacts: Sequence[ArtifactView]) -> dict[str, int]:
-    """Bytes on disk of what `download` brings, by format."""
+    """Bytes on disk of the folders that `download` brings, by format."""
     if not artifacts:
         return {}
     together = delivery(list(dict.fromkeys(artifact.format for artifact in artifacts)), job.request)
@@ -46,7 +46,7 @@ def brought(job: JobView, artifacts: Sequence[ArtifactView]) -> dict[str, int]:
 
 
 def sizes_text(artifacts: Iterable[ArtifactView]) -> dict[str, str]:
-    """Bytes on disk of what the job keeps, by format: all files, and the largest by its name."""
+    """Bytes on disk of the folders that the job keeps, by format: all files, and the largest by its name."""
     by_format: dict[str, list[ArtifactView]] = {}
     for artifact in artifacts:
         by_format.setdefault(artifact.format, []).append(artifact)

@@ -127,7 +127,7 @@ def download(
     with connect(url, key, data_dir) as client:
         target = folder or Path(job_id)
         parts = download_checkpoint(client, job_id, target, format, force=force)
-        tell_parts(target, parts, [artifact.format for artifact in client.artifacts(job_id)])
+        print_parts(target, parts, [artifact.format for artifact in client.artifacts(job_id)])
     typer.echo(target)
 
 
@@ -142,8 +142,8 @@ def download_checkpoint(
     return {destination: artifacts[0].format for destination, artifacts in parts.items()}
 
 
-def tell_parts(folder: Path, parts: Mapping[Path, str], kept: Sequence[str]) -> None:
-    """Print to standard error which folder holds what, and what else the job keeps."""
+def print_parts(folder: Path, parts: Mapping[Path, str], kept: Sequence[str]) -> None:
+    """Print the contents of each folder, and the other formats that the job keeps, to standard error."""
     console = err()
     if len(parts) > 1:
         for destination, name in parts.items():

@@ -21,7 +21,7 @@ EXIT_INTERRUPTED = 130
 
 
 def exit_code(error: BitwrightError) -> int:
-    """The exit code that tells a script what kind of error it was."""
+    """The exit code for scripts, by the kind of the error."""
     if isinstance(error, Unavailable):
         return EXIT_UNREACHABLE
     return EXIT_BAD_REQUEST if isinstance(error, RequestError | InputError) else EXIT_FAILED

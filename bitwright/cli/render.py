@@ -126,7 +126,7 @@ def jobs_table(jobs: Iterable[JobView]) -> Table:
 
 
 def asked_for(job: JobView) -> str:
-    """The recipe that was asked for, or the method."""
+    """The recipe that was requested, or the method."""
     return job.recipe or job.method
 
 
@@ -137,7 +137,7 @@ def job_line(job: JobView) -> str:
 
 
 def tabbed(*fields: object) -> str:
-    """Fields as one line, divided by tabs; what would break the line becomes a space."""
+    """Fields as one line, divided by tabs; characters that would break the line become spaces."""
     return "\t".join(" ".join(re.split(r"[\t\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", str(field))) for field in fields)
 
 
@@ -189,7 +189,7 @@ def adapter_text(adapter: AdapterRequestView, merge: str | None) -> str:
 def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})) -> Table:
     """Size and quality: before and after.
 
-    files   bytes on disk of what `download` brings, by format; none: of the tensors that the native format stores
+    files   bytes on disk by format, of the folders that `download` brings; empty: bytes of the native tensors
     """
     table = Table(box=None, pad_edge=False)
     for column in ("", "before", "after"):

@@ -1,12 +1,11 @@
 """Adapters beside a job's linears: attached, then (after training) merged, handed to a format, and reported.
 
     modules = Attach(spec)(results_of_a_block, seed)    trained by the engine
-    shipped(name, result, module, merge)                what formats write of the linear, and the evaluation measures
+    shipped(name, result, module, merge)                the linear as formats write it and the evaluation measures it
     finished(name, result, module, merge)               the same with the proof of a merge
-    stored(module)                                      what the adapter file holds of it
+    stored(module)                                      its entry in the adapter file
 
-What a linear stands for with its adapter, whatever the kind, is `adapted(result, module)`: the update as two factors
-beside the base.
+A linear with its adapter of any kind is `adapted(result, module)`: the update as two factors beside the base.
 """
 
 from collections.abc import Iterable, Mapping
@@ -79,7 +78,7 @@ class Attach:
 
 
 def adapter_class(spec: AdapterSpec) -> type[Adapter]:
-    """The class that trains what a spec describes."""
+    """The class of the adapters that a spec describes."""
     return CLASSES[spec.kind]
 
 
@@ -92,7 +91,7 @@ class Finished:
 
 
 def adapted(result: LinearResult, adapter: nn.Module) -> LinearResult:
-    """The base with the whole update beside it, as two fp32 factors."""
+    """The base with the complete update beside it, as two fp32 factors."""
     return LinearResult(result.weight, known(adapter).low_rank())
 
 
@@ -159,7 +158,7 @@ def report(
     proofs: Iterable[MergeProof] = (),
     merge: Merge = None,
 ) -> AdapterReport:
-    """The report's section on a job's adapters, by full linear name, with the bases that they stand beside."""
+    """The report's section on a job's adapters, by full linear name, with their bases."""
     modules = {name: known(adapter) for name, adapter in adapters.items()}
     weights = sum(result.weight.codes.numel() for name, result in results.items() if name in modules)
     ranks = [module.inner_rank for module in modules.values()]

@@ -17,9 +17,9 @@ every low-rank matrix, evaluated by bit operations. From Bayesian Bits (arXiv:20
 residual decomposition, the hard-concrete gates, that the penalty counts bit operations, and the threshold at the end.
 Everything else is a reconstruction, and no figure of the paper may be expected of it:
 
-- rank gates are independent of each other, and 2 bits are always on: rank gates are what removes a factor
+- rank gates are independent of each other, and 2 bits are always on: only rank gates remove a factor
 - one Monte-Carlo sample of the gates per step; the penalty is the expectation itself
-- gates are decided, and held, for the last 30% of training (`progress`), so that the factors adapt to what is left;
+- gates are decided, and held, for the last 30% of training (`progress`), so that the factors adapt to the rest;
   Bayesian Bits finetunes in this way, too
 - the widest is 16 bits, since the comparison is with the same rank at 16 bits
 - ranges are relative to the largest magnitude of the factor at the time, since B starts at 0 and has no range to learn
@@ -106,7 +106,7 @@ class IntegerFactors:
 
 
 class BayesianLoRA(Adapter):
-    """A trainable update of one linear: `forward(x)` is what is added to the base's output.
+    """A trainable update of one linear: `forward(x)` is added to the base's output.
 
     While training, gates are drawn by torch's own generator: seed it to repeat a step.
 

@@ -1,4 +1,4 @@
-"""Hard-concrete gates and the residual decomposition of a uniform quantizer, of which gates choose the width.
+"""Hard-concrete gates and the residual decomposition of a uniform quantizer, whose width the gates choose.
 
 Bayesian Bits (van Baalen et al., arXiv:2005.07093, and its code). For a range [-b, b] and widths k = 2, 4, 8, 16
 

@@ -1,4 +1,4 @@
-"""One family of adapters: LoRA, QA-LoRA, Q-BaRA, QA-HiRA and QA-BLoRA differ in numbers, not in code.
+"""One class for LoRA, QA-LoRA, Q-BaRA, QA-HiRA and QA-BLoRA, which differ in numbers, not in code.
 
     y = W_hat x + s * U(B A P(x))          a pair of low rank
     y = W_hat x + s * U(M P(x))            a single matrix
@@ -42,7 +42,7 @@ from workers.numerics.quantized import LinearResult, LowRank
 
 
 class GroupedAdapter(Adapter):
-    """A trainable update of one linear: `forward(x)` is what is added to the base's output.
+    """A trainable update of one linear: `forward(x)` is added to the base's output.
 
     A pair has parameters `a` and `b`, a single matrix `m`.
 
@@ -85,7 +85,7 @@ class GroupedAdapter(Adapter):
     def continued(cls, spec: AdapterSpec, low_rank: LowRank, name: str) -> Self:
         """A LoRA that goes on from a method's factors (LoftQ, ApiQ, LQ-LoRA), bit for bit.
 
-        Its strength is that of the factors: alpha / rank of `low_rank`, whatever the request says (ADR 11).
+        Its strength is that of the factors: alpha / rank of `low_rank`, regardless of the request (ADR 11).
         """
         if spec.kind != "lora":
             return super().continued(spec, low_rank, name)

@@ -75,7 +75,7 @@ def fold(
     """The weight with an update that is one number per group, (out, groups), in fp64; arguments as in `folded`.
 
     Raises:
-        OffsetNotRepresentable: the weight lies on a codebook, or an offset is beyond what `offset_dtype` holds.
+        OffsetNotRepresentable: the weight lies on a codebook, or an offset does not fit `offset_dtype`.
     """
     merged = folded(weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
     assert isinstance(weight, AffineWeight)  # noqa: S101 - for the type checker; other weights were refused
@@ -98,7 +98,7 @@ def folded(
     round_offset   to integer zero points instead
 
     Raises:
-        OffsetNotRepresentable: the weight lies on a codebook, or an offset is beyond what `offset_dtype` holds.
+        OffsetNotRepresentable: the weight lies on a codebook, or an offset does not fit `offset_dtype`.
     """
     if not isinstance(weight, AffineWeight):
         raise OffsetNotRepresentable(

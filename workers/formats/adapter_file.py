@@ -1,6 +1,6 @@
 """The adapter file: the trained parameters at their own size, with a one-file loader beside it.
 
-    adapter.safetensors    tensors and, in its metadata, what they mean (see `workers.formats.load_adapter`) and the id
+    adapter.safetensors    tensors and, in its metadata, their meaning (see `workers.formats.load_adapter`) and the id
                            of the model that was quantized, if it is on the Hub
     load_adapter.py        puts it beside a model's linears, or into their weights
     report.json            the job's report

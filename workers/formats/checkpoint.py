@@ -37,7 +37,7 @@ class Layout:
     stem           first part of the weight files' names
     config         schemes by module name, module names of the other linears -> fields added to config.json
     files          linears by name in the checkpoint -> content of further JSON files, by name
-    needs_loader   whether the one-file loader comes along
+    needs_loader   whether the one-file loader is added
     warnings       code and message of requirements for loading
     """
 

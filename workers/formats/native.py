@@ -22,8 +22,8 @@ For a linear `name` of shape (out, in), with b bits (2 to 8) and groups of g inp
 the method, and other formats are written from them later. The weight files are not called model.safetensors, so that
 `from_pretrained` says that it finds no weights rather than fill them at random.
 
-The loader returns a model whose weights have the corrections in them (`LinearResult.dequantize`), which is what the
-engine evaluated; or, on request, the quantized base alone, for the adapter of the `peft` checkpoint.
+The loader returns a model whose weights have the corrections in them (`LinearResult.dequantize`), as the
+engine evaluated them; or, on request, the quantized base alone, for the adapter of the `peft` checkpoint.
 """
 
 from collections.abc import Mapping

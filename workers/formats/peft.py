@@ -6,7 +6,7 @@
 peft computes y = x W^T + (alpha / rank) * (x A^T) B^T, where W is the dequantized base: the weights of the `merged` or
 `compressed-tensors` checkpoint of the same job, or of `native` without its corrections. A and B are stored as the
 method returns them, with alpha's factor taken out (`LowRank.of_product`), so that the correction acts at full strength
-whatever alpha and rank, and training goes on from exactly this point.
+for every alpha and rank, and training goes on from exactly this point.
 
 The configuration names the model that was quantized, where that is on the Hub, since the Hub and peft look an adapter's
 base up by its id. The original weights are not the base that was measured: the card says which checkpoint is.
@@ -66,7 +66,7 @@ def compress(name: str, low_rank: LowRank) -> dict[str, Tensor]:
 
 
 def decompress(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
-    """The exact inverse of `compress`, with what `config` wrote."""
+    """The exact inverse of `compress`, with the fields that `config` wrote."""
     a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
     return LowRank(a, b, config["alpha_pattern"].get(escape(name), config["lora_alpha"]))
 

@@ -18,7 +18,7 @@ then worse (their own users report it): hence the best iterate, where the author
 
 Reads the weights alone, one linear at a time; T quantizations and T decompositions (`workers.numerics.low_rank`).
 
-The correction acts at full strength whatever alpha: peft multiplies by alpha/r, so both factors are stored divided by
+The correction acts at full strength for every alpha: peft multiplies by alpha/r, so both factors are stored divided by
 sqrt(alpha/r) (`LowRank.of_product`). The authors' code and peft do not, and with their alpha = 16 and r = 64 add a
 quarter of the correction that was solved for.
 

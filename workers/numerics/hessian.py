@@ -31,7 +31,7 @@ class Hessian:
         torch.baddbmm(self.sum, parts.transpose(1, 2), parts, alpha=2, out=self.sum)
 
     def matrix(self) -> Tensor:
-        """`sum`, exactly symmetric whatever order the products were added in."""
+        """`sum`, exactly symmetric for every order of the added products."""
         return (self.sum + self.sum.transpose(1, 2)) / 2
 
 

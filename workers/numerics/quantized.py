@@ -196,7 +196,7 @@ class LowRank:
 
     @classmethod
     def of_product(cls, left: Tensor, right: Tensor, alpha: float, dtype: torch.dtype) -> "LowRank":
-        """The correction left @ right at full strength, whatever alpha: both factors are divided by sqrt(alpha/rank).
+        """The correction left @ right at full strength for every alpha: both factors are divided by sqrt(alpha/rank).
 
         left (out, rank), right (rank, in); rounded to `dtype` once, after the division.
         """

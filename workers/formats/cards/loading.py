@@ -115,7 +115,7 @@ def model_lines(about: Loading, lines: list[str], how: str, load: str) -> list[s
     """The section of a checkpoint that stock runtimes load: by itself, or with the adapter that belongs to it.
 
     lines   paragraphs that load the checkpoint by itself, one per runtime
-    how     what training a LoRA on it needs, in words
+    how     requirements for training a LoRA on it, in words
     load    code that loads it as a model with plain linears
     """
     if base_alone(about.formats):

@@ -85,7 +85,7 @@ def held(name: str, weight: AffineWeight) -> AffineWeight:
     """The weight with the numbers that `pack` stores of it: where it is asymmetric, one fp16 offset per group.
 
     Raises:
-        FormatCannotHold: an offset is beyond what fp16 holds.
+        FormatCannotHold: an offset does not fit fp16.
     """
     if weight.scheme.symmetric:
         return weight
@@ -109,7 +109,7 @@ def unpack(data: Tensor, kind: Kind, scheme: Scheme, dtype: torch.dtype) -> Affi
 
 
 def _offset(weight: AffineWeight) -> Tensor:
-    """m before it is rounded, fp32 (out, groups)."""
+    """The unrounded m, fp32 (out, groups)."""
     if weight.offset is not None:
         return weight.offset.float()
     assert weight.zero_point is not None  # noqa: S101 - for the type checker: asymmetric, and no offset
@@ -117,7 +117,7 @@ def _offset(weight: AffineWeight) -> Tensor:
 
 
 def _stored_offset(name: str, weight: AffineWeight) -> Tensor:
-    """m as it is stored, fp16 (out, groups)."""
+    """The stored m, fp16 (out, groups)."""
     rounded = _offset(weight).to(torch.float16)
     if not torch.isfinite(rounded).all():
         raise FormatCannotHold("an offset is beyond what fp16 holds", field=name, hint="use a symmetric scheme")

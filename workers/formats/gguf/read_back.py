@@ -87,7 +87,7 @@ def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal, as far as a number in fp32 can tell."""
+    """True if both are equal in fp32 precision."""
     numbers = isinstance(one, float | int) and isinstance(other, float | int)
     return isclose(one, other, rel_tol=1e-6) if numbers else one == other
 
