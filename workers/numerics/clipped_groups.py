@@ -49,9 +49,9 @@ class GroupStart:
         else:
             zero = quantized.zero_point.flatten().to(w.dtype)
             ranges = GroupRange(-zero * scale, (top - zero) * scale)
-        codes, free = quantized.codes.view(w.shape).to(w.dtype), w / scale.unsqueeze(-1)
-        nearest = (free.round() + zero.unsqueeze(-1)).clamp(0, top)
-        offset = torch.where(codes == nearest, 0, codes - zero.unsqueeze(-1) - free)
+        codes, unrounded = quantized.codes.view(w.shape).to(w.dtype), w / scale.unsqueeze(-1)
+        nearest = (unrounded.round() + zero.unsqueeze(-1)).clamp(0, top)
+        offset = torch.where(codes == nearest, 0, codes - zero.unsqueeze(-1) - unrounded)
         clipped = torch.sigmoid(torch.tensor(START, dtype=w.dtype, device=w.device))
         return cls(GroupRange(ranges.low / clipped, ranges.high / clipped), offset)
 

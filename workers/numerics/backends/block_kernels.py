@@ -350,12 +350,12 @@ def _turn(  # type: ignore[no-untyped-def]
     sin = tl.load(SIN + angle, mask=column < half, other=0.0).to(tl.float32)[None, :]
     if BACKWARD:
         sin = -sin
-    to = PACKED + token * (queries + keys + values) * half * 2
-    _turn_heads(Q + batch * q_batch + position * q_token, to, cos, sin, q_head, queries, half, QUERIES, HALF, False)
-    to += queries * half * 2
-    _turn_heads(K + batch * k_batch + position * k_token, to, cos, sin, k_head, keys, half, KEYS, HALF, False)
-    to += keys * half * 2
-    _turn_heads(V + batch * v_batch + position * v_token, to, cos, sin, v_head, values, half, KEYS, HALF, True)
+    target = PACKED + token * (queries + keys + values) * half * 2
+    _turn_heads(Q + batch * q_batch + position * q_token, target, cos, sin, q_head, queries, half, QUERIES, HALF, False)
+    target += queries * half * 2
+    _turn_heads(K + batch * k_batch + position * k_token, target, cos, sin, k_head, keys, half, KEYS, HALF, False)
+    target += keys * half * 2
+    _turn_heads(V + batch * v_batch + position * v_token, target, cos, sin, v_head, values, half, KEYS, HALF, True)
 
 
 @triton.jit

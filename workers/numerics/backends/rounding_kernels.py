@@ -228,10 +228,10 @@ def _codes(weight, offset, scale, zero, BITS: tl.constexpr, SYMMETRIC: tl.conste
     """q before and after clamping, in the grid's own range."""
     lowest = -(2.0 ** (BITS - 1)) if SYMMETRIC else 0.0
     highest = 2.0 ** (BITS - 1) - 1 if SYMMETRIC else 2.0**BITS - 1
-    free = tl.div_rn(weight, scale[:, None] + weight * 0.0) + offset
-    free = tl.minimum(tl.maximum(free, -4194304.0), 4194303.0)
-    free = ((free + TO_NEAREST) - TO_NEAREST) + zero[:, None]
-    return free, tl.minimum(tl.maximum(free, lowest), highest)
+    unclamped = tl.div_rn(weight, scale[:, None] + weight * 0.0) + offset
+    unclamped = tl.minimum(tl.maximum(unclamped, -4194304.0), 4194303.0)
+    unclamped = ((unclamped + TO_NEAREST) - TO_NEAREST) + zero[:, None]
+    return unclamped, tl.minimum(tl.maximum(unclamped, lowest), highest)
 
 
 @triton.jit
@@ -280,11 +280,11 @@ def _round_weights(  # type: ignore[no-untyped-def]
     alpha = tl.load(ALPHA + row, mask=real_row, other=1.0)
     beta = tl.load(BETA + row, mask=real_row, other=1.0)
     scale, zero = _grid(low, high, alpha, beta, smallest, BITS, SYMMETRIC, STORED_AS)
-    free, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
+    unclamped, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
     if STEP:
         rate = tl.load(RATE)
         d = tl.load(GRADIENT + at, mask=real, other=0.0).to(tl.float32)
-        d_inside = tl.where(free == codes, d, 0.0)
+        d_inside = tl.where(unclamped == codes, d, 0.0)
         steps = codes - zero[:, None]
         d_scale = tl.sum(d * steps, 1) - tl.div_rn(tl.sum(d_inside * weight, 1), scale)
         if SYMMETRIC:
@@ -309,7 +309,7 @@ def _round_weights(  # type: ignore[no-untyped-def]
         tl.store(ALPHA + row, alpha, mask=real_row)
         tl.store(BETA + row, beta, mask=real_row)
         scale, zero = _grid(low, high, alpha, beta, smallest, BITS, SYMMETRIC, STORED_AS)
-        free, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
+        unclamped, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
     if WRITE:
         w_hat = _stored((codes - zero[:, None]) * scale[:, None], HAT.dtype.element_ty)
         tl.store(HAT + at, w_hat.to(HAT.dtype.element_ty), mask=real)
