@@ -14,7 +14,7 @@ LABEL = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9_-]{0,61}[A-Za-z0-9_])?")
 
 
 def shown(value: object) -> str:
-    """A setting's value for people: without user, password and query, and not longer than a line."""
+    """A setting's value for display: without user, password and query, at most one line."""
     if isinstance(value, SecretStr):
         return "***"
     text = re.sub(r"\?.*", "?***", str(value), flags=re.DOTALL)
@@ -27,7 +27,7 @@ def shown(value: object) -> str:
 
 
 def web_address(value: str) -> str:
-    """An http or https URL with a host; a slash at its end goes."""
+    """An http or https URL with a host, without a trailing slash."""
     way = "give https://host, with a port or path where it has one"
     parts = split_address(value, way)
     if parts.scheme not in ("http", "https"):
@@ -54,7 +54,7 @@ def split_address(value: str, way: str) -> SplitResult:
 
 
 def check_host(parts: SplitResult, way: str, *, needed: bool = True) -> None:
-    """Refuse a missing or malformed host, and a port that is none."""
+    """Refuse a missing or malformed host, and an invalid port."""
     try:
         host, port = parts.hostname, parts.port
     except ValueError as error:
@@ -70,12 +70,12 @@ def check_host(parts: SplitResult, way: str, *, needed: bool = True) -> None:
 
 
 def is_host(text: str) -> bool:
-    """Whether this is an IP address or a host's name."""
+    """True if the text is an IP address or a host name."""
     try:
         ipaddress.ip_address(text)
     except ValueError:
         labels = text.removesuffix(".").split(".")
-        # All digits: a mistyped address, which no name is.
+        # All digits: a mistyped address; no host name looks like that.
         number = all(label.isdigit() for label in labels)
         return len(text) <= 253 and not number and all(LABEL.fullmatch(label) for label in labels)
     return True

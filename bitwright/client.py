@@ -1,4 +1,4 @@
-"""The client: one method for each endpoint, and what people do with several of them."""
+"""The client: one method per endpoint, and operations that combine several."""
 
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -34,7 +34,7 @@ from bitwright.views import (
 
 
 class Client:
-    """Bitwright's HTTP API. Not bound to a thread, but use one client a thread.
+    """Bitwright's HTTP API. Not bound to a thread, but use one client per thread.
 
     Args:
         url: address of the service.
@@ -63,7 +63,7 @@ class Client:
     def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
         """Queue a job. `body` is the shorthand or the full form of a request.
 
-        A key of its own is made for each call, so that a repeated request never makes a second job; give
+        A new key is generated per call, so that a repeated request never makes a second job; give
         `idempotency_key` to have the same safety across processes.
 
         Raises:
@@ -75,7 +75,7 @@ class Client:
         )
 
     def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
-        """What `submit` would queue, with estimates and warnings; nothing is stored."""
+        """The full request that `submit` would queue, with estimates and warnings; nothing is stored."""
         # Nothing is stored, so any key makes a repeat safe.
         response = self._transport.send(
             "POST",
@@ -149,7 +149,7 @@ class Client:
         return Page[ArtifactView].model_validate_json(response.content).items
 
     def download_artifact(self, artifact: ArtifactView, folder: Path, on_bytes: OnBytes = ignore_bytes) -> Path:
-        """One file under `folder`, resumed if it is there in part, checked by its SHA-256."""
+        """One file under `folder`, resumed if it is partly there, checked by its SHA-256."""
         return download_artifact(self._transport, artifact, folder, on_bytes)
 
     def download(
@@ -174,7 +174,7 @@ class Client:
         return self.download_parts(self.parts(job_id, folder, format=format), folder, force=force, on_bytes=on_bytes)
 
     def parts(self, job_id: str, folder: Path, *, format: str | None = None) -> dict[Path, list[ArtifactView]]:
-        """What `download` would bring: the artifacts of each folder, `folder` itself or some below it."""
+        """The artifacts that `download` would bring, by target folder: `folder` itself, or folders below it."""
         artifacts = self.artifacts(job_id)
         kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
         if not kept or (format is not None and format not in kept):
@@ -195,15 +195,15 @@ class Client:
         force: bool = False,
         on_bytes: OnBytes = ignore_bytes,
     ) -> list[Path]:
-        """Bring what `parts` told; arguments and errors as of `download`."""
+        """Download what `parts` returned; arguments and errors as of `download`."""
         done, files = claim_folder(folder, parts, force=force), []
-        for part, artifacts in parts.items():
+        for destination, artifacts in parts.items():
             for artifact in artifacts:
-                target = target_path(part, artifact)
+                target = target_path(destination, artifact)
                 if target in done:
                     on_bytes(artifact.size)
                 else:
-                    self.download_artifact(artifact, part, on_bytes)
+                    self.download_artifact(artifact, destination, on_bytes)
                 files.append(target)
         return files
 
@@ -250,7 +250,7 @@ class Client:
         return Page[WorkerView].model_validate_json(self._transport.send("GET", "/v1/workers").content).items
 
     def ready(self) -> bool:
-        """Whether the service can take jobs now."""
+        """True if the service can take jobs now."""
         try:
             return self._transport.send("GET", "/readyz").is_success
         except RequestError:

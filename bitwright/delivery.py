@@ -1,4 +1,4 @@
-"""Which folders of a job are its result together: one checkpoint, or a base and the adapter that belongs to it."""
+"""The folders that together are the result of a job: one checkpoint, or a base and the adapter that belongs to it."""
 
 from collections.abc import Mapping, Sequence
 
@@ -11,13 +11,13 @@ STOCK_PEFT_ADAPTERS = frozenset({"lora", "bayesian-lora"})
 
 
 def delivery(kept: Sequence[str], request: object) -> tuple[str, ...]:
-    """Of what a job keeps, the names of the folders that its result needs; the model comes first.
+    """Names of the folders, among those that a job keeps, that its result needs; the model comes first.
 
     kept      formats, and `adapter` of a job that trains; at least one
     request   of the job, as it is or as another version stored it
 
-    With `peft` among the formats the others hold the base alone. An adapter that is none of peft's and was not merged
-    is in its own file alone. The base without it is not what the report measured.
+    With `peft` among the formats the others hold the base alone. An adapter that stock peft does not load and that
+    was not merged is in its own file alone. The base without it is not what the report measured.
     """
     models = [name for name in kept if name not in ADAPTERS_ALONE]
     asked = [name for name in kept if name not in {NATIVE, ADAPTER_FOLDER}]
@@ -31,7 +31,7 @@ def delivery(kept: Sequence[str], request: object) -> tuple[str, ...]:
 
 
 def _stays_apart(request: object) -> bool:
-    """Whether the trained adapter is in no checkpoint: neither merged, nor factors that a checkpoint has beside it."""
+    """True if no checkpoint has the trained adapter, neither merged nor as factors beside the weights."""
     fields = request.model_dump() if isinstance(request, BaseModel) else request
     if not isinstance(fields, Mapping) or fields.get("merge") is not None:
         return False

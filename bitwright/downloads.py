@@ -1,4 +1,4 @@
-"""Artifacts to disk: resumed where a connection broke, and checked by their SHA-256 before they get their name."""
+"""Downloads of artifacts: resumed after a broken connection, and checked by SHA-256 before they get their name."""
 
 import hashlib
 import os
@@ -17,15 +17,15 @@ CHUNK = 1 << 20
 READ_TIMEOUT_SECONDS = 60.0
 
 OnBytes = Callable[[int], None]
-"""Called with the number of bytes that are newly on disk; negative when they had to be thrown away."""
+"""Callback with the number of bytes that are newly on disk; negative if bytes were discarded."""
 
 
 def ignore_bytes(_count: int) -> None:
-    """An `OnBytes` that looks away."""
+    """An `OnBytes` that does nothing."""
 
 
 def target_path(folder: Path, artifact: ArtifactView) -> Path:
-    """Where the artifact goes under `folder`.
+    """The path of the artifact under `folder`.
 
     Raises:
         StorageError: its path would leave the folder.
@@ -40,7 +40,7 @@ def subfolder(folder: Path, name: str) -> Path:
     """The folder of one checkpoint of several below `folder`.
 
     Raises:
-        StorageError: the name is none of a folder.
+        StorageError: the name cannot be that of a folder.
     """
     if name in {"", ".", ".."} or "\0" in name or PurePosixPath(name).name != name or "\\" in name:
         raise StorageError(f"a checkpoint is named {name!r}, which leaves its folder")
@@ -48,7 +48,7 @@ def subfolder(folder: Path, name: str) -> Path:
 
 
 def partial_path(target: Path, sha256: str) -> Path:
-    """Where the bytes wait until they are complete. The hash in the name keeps other contents apart."""
+    """The path of an incomplete download. The hash in the name keeps different contents apart."""
     return target.with_name(f"{target.name}.{sha256[:12]}.partial")
 
 
@@ -65,7 +65,7 @@ def download_artifact(transport: Transport, artifact: ArtifactView, folder: Path
         on_bytes(artifact.size)
         return target
     partial = partial_path(target, artifact.sha256)
-    for _ in range(2):  # a partial file of an earlier run may be damaged: then once more, from the first byte
+    for _ in range(2):  # a partial file of an interrupted run may be damaged: then once more, from the first byte
         received = _fetch(transport, artifact, partial, on_bytes)
         if received == artifact.sha256:
             os.replace(partial, target)
@@ -87,7 +87,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _fetch(transport: Transport, artifact: ArtifactView, partial: Path, on_bytes: OnBytes) -> str:
-    """Append to `partial` until it is as long as the artifact; the SHA-256 of the whole."""
+    """Append to `partial` until it is as long as the artifact; returns the SHA-256 of the complete file."""
     digest = hashlib.sha256()
     with partial.open("a+b") as file:
         _adopt(file, artifact.size, digest.update, on_bytes)
@@ -109,7 +109,7 @@ def _fetch(transport: Transport, artifact: ArtifactView, partial: Path, on_bytes
 
 
 def _adopt(file: BinaryIO, size: int, update: Callable[[bytes], None], on_bytes: OnBytes) -> None:
-    """Take over what an earlier run left; nothing if it is longer than the artifact."""
+    """Reuse the bytes that an interrupted run left; none of them if they are more than the artifact has."""
     if file.seek(0, os.SEEK_END) > size:
         file.truncate(0)
     file.seek(0)
@@ -128,11 +128,11 @@ def _receive(
     start = file.tell()
     headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
     if start:
-        # The strong ETag is the content's hash: If-Range makes the service send all of it should it have changed.
+        # The strong ETag is the content's hash: If-Range makes the service send all of it if it has changed.
         headers |= {"Range": f"bytes={start}-", "If-Range": f'"{artifact.sha256}"'}
     path = f"/v1/artifacts/{artifact.id}/content"
     with transport.stream(path, headers=headers, read_timeout=READ_TIMEOUT_SECONDS) as response:
-        # All of it came although a part was asked for (a proxy may drop Range): what is here already is skipped.
+        # The complete file came although a range was requested (a proxy may drop Range): skip what is on disk already.
         skip = 0 if response.status_code == httpx.codes.PARTIAL_CONTENT else start
         for received in response.iter_bytes():
             chunk, skip = received[skip:], max(0, skip - len(received))

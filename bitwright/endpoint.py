@@ -1,7 +1,7 @@
-"""The service that a client talks to, and with which key; the client's part of the environment.
+"""The service and key that a client uses, from arguments, the environment or `client.json`.
 
 `bitwright serve` leaves its address and a key in `client.json` of its data folder, readable by this user alone.
-BITWRIGHT_URL and BITWRIGHT_KEY go before it.
+BITWRIGHT_URL and BITWRIGHT_KEY take precedence.
 """
 
 import json
@@ -41,7 +41,7 @@ def api_key() -> str | None:
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a service is and the key for it. `pid` is the `serve` process that wrote it."""
+    """Address of a service and the key for it. `pid` is the `serve` process that wrote it."""
 
     url: str
     key: str | None = None
@@ -62,7 +62,7 @@ def save_endpoint(data_dir: Path, endpoint: Endpoint) -> Path:
 
 
 def load_endpoint(data_dir: Path) -> Endpoint | None:
-    """What the last `serve` on this data folder left; None if there is nothing readable."""
+    """The endpoint that the last `serve` on this data folder wrote; None if there is nothing readable."""
     with suppress(OSError, ValueError, KeyError, TypeError):
         stored = json.loads((data_dir / FILE_NAME).read_text(encoding="utf-8"))
         return Endpoint(url=stored["url"], key=stored.get("key"), pid=stored.get("pid"))
@@ -90,7 +90,7 @@ def _checked(url: str) -> str:
     """The service's address, if it is one.
 
     Raises:
-        InvalidSettings: it is not; the message says how one looks.
+        InvalidSettings: it is not; the message shows a valid one.
     """
     try:
         return web_address(url)

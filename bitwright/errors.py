@@ -1,7 +1,7 @@
 """The error tree. Every error has a stable `code`, an HTTP status and a rule for retrying the job.
 
 BitwrightError
-|-- RequestError              the caller can mend the request            (never retried)
+|-- RequestError              the caller can correct the request         (never retried)
 |   |-- MalformedBody         400  malformed_body        not JSON
 |   |-- Unauthenticated       401  unauthenticated       no key, or an unknown or revoked one
 |   |-- MissingScope          403  missing_scope         the key lacks a scope
@@ -57,7 +57,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 
 class Retry(StrEnum):
-    """What the store does with a job whose attempt ended with this error."""
+    """Policy of the store for a job whose attempt ended with this error."""
 
     NEVER = "never"
     SMALLER = "smaller"  # one more attempt, with smaller micro-batches
@@ -65,7 +65,7 @@ class Retry(StrEnum):
 
 
 class FieldProblem(BaseModel):
-    """One thing that is wrong with a request: where, what was sent, and the way out."""
+    """One problem of a request: field, value and the way out."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -78,8 +78,8 @@ class FieldProblem(BaseModel):
 class BitwrightError(Exception):
     """Any error with a code. `detail` is for people; programs look at `code`.
 
-    `field`, `value` and `hint` say which input is at fault, what it was and the way out. Whoever raises it without a
-    hint of its own gives that of the class, the row of docs/reference/errors.md; `errors` have theirs in each problem.
+    `field`, `value` and `hint` say which input is at fault, what it was and the way out. Without an
+    explicit hint it is that of the class, from the row of docs/reference/errors.md; `errors` have one in each problem.
     """
 
     code: ClassVar[str] = "error"
@@ -236,7 +236,7 @@ class SourceForbidden(InputError):
 
 
 class UnusableBaseJob(InputError):
-    code, title = "base_job_unusable", "No job can start from this earlier job"
+    code, title = "base_job_unusable", "No job can start from this base job"
     way_out = (
         "Name a job that succeeded, whose `native` checkpoint is still there and whose adapter can go on, or "
         "quantize anew: leave `base_job` out."
@@ -382,10 +382,10 @@ class InternalError(PlatformError):
 
 
 def _tree(root: type[BitwrightError]) -> dict[str, type[BitwrightError]]:
-    found = {root.code: root}
+    classes = {root.code: root}
     for child in root.__subclasses__():
-        found |= _tree(child)
-    return found
+        classes |= _tree(child)
+    return classes
 
 
 ERRORS: dict[str, type[BitwrightError]] = _tree(BitwrightError)

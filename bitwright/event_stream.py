@@ -51,7 +51,7 @@ def parse_events(lines: Iterable[str]) -> Iterator[ServerSentEvent]:
 
 
 def follow(transport: Transport, job_id: str, *, after: int, get_job: Callable[[str], JobView]) -> Iterator[EventView]:
-    """The job's events with a sequence above `after`, until the job is final and told all.
+    """The job's events with a sequence above `after`, until the job is final and all of them came.
 
     A connection that breaks or falls silent is opened again after the last event that arrived.
 

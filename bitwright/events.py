@@ -1,6 +1,6 @@
-"""What a job tells while it runs. One vocabulary for the attempt's pipe, the event table, SSE and the client.
+"""Events of a running job: one vocabulary for the attempt's pipe, the event table, SSE and the client.
 
-An attempt writes one JSON object a line (`AttemptLine`): events, and at the end `result` or `failed`. The supervisor
+An attempt writes one JSON object per line (`AttemptLine`): events, and at the end `result` or `failed`. The supervisor
 validates each line and stores the events.
 """
 
@@ -16,7 +16,7 @@ from bitwright.job_states import JobStatus
 
 
 class Stage(StrEnum):
-    """Where a job's time goes, in order."""
+    """The stages of a job, in order."""
 
     FETCH = "fetch"
     LOAD = "load"
@@ -49,7 +49,7 @@ class ErrorData(Message):
         return cls(code=error.code, detail=error.detail, field=error.field, value=value, hint=error.hint)
 
     def exception(self) -> BitwrightError:
-        """The exception that it was; of an unknown code, an `InternalError`."""
+        """The original exception; an `InternalError` for an unknown code."""
         kind = ERRORS.get(self.code, InternalError)
         return kind(self.detail, field=self.field, value=self.value, hint=self.hint)
 
@@ -64,7 +64,7 @@ class StatusEvent(Message):
 
 
 class ProgressEvent(Message):
-    """`done` of `total` units of a stage are finished. At most one a second is kept."""
+    """`done` of `total` units of a stage are finished. At most one per second is kept."""
 
     type: Literal["progress"] = "progress"
     stage: Stage
@@ -115,7 +115,7 @@ class WarningEvent(Message):
 
 
 class LogEvent(Message):
-    """A line for people who look for the cause of something."""
+    """A log line, for finding the cause of a problem."""
 
     type: Literal["log"] = "log"
     level: Literal["debug", "info", "warning", "error"] = "info"
@@ -126,7 +126,7 @@ class LogEvent(Message):
 TEXT_ROLES: Mapping[str, str] = MappingProxyType(
     {"calibration.dataset": "calibration", "evaluation.dataset": "evaluation", "finetune.dataset": "finetuning"}
 )
-"""Field of a request that names a text -> what orders call it: its file is `<role>_path`."""
+"""Field of a request that names a text -> its role in orders, where the file is `<role>_path`."""
 
 
 Event = Annotated[

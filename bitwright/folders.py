@@ -1,6 +1,6 @@
 """Folders on this machine that a download may write into: new ones, empty ones, and its own unfinished ones.
 
-A runtime loads whatever lies in a folder: of two checkpoints mixed it makes a third, and says nothing.
+A runtime loads whatever lies in a folder: two checkpoints mixed become a third one without any error.
 """
 
 import os
@@ -14,16 +14,16 @@ from bitwright.views import ArtifactView
 
 CHECKOUTS = frozenset({".git", ".hg", ".svn", ".jj"})
 SERVICE_FILES = frozenset({"bitwright.db", "serve.lock", "client.json"})
-"""Of a service's data folder."""
+"""Files that mark a service's data folder."""
 WEIGHTS = (".safetensors", ".gguf", ".bin", ".pt", ".pth", ".ckpt", ".partial")
 HINT = "give a folder that is new or empty, or empty this one with --force (force=True in Python)"
 GIT_SECONDS = 30
 NAMED = 3
-"""So many names of foreign files are told."""
+"""Names of foreign files that an error lists."""
 
 
 def claim_folder(folder: Path, parts: Mapping[Path, Collection[ArtifactView]], *, force: bool) -> set[Path]:
-    """Make sure that `folder` will hold nothing but this download; the files of it that are there already.
+    """Make sure that `folder` will hold nothing but this download; returns its files that are there already.
 
     parts   folder, `folder` itself or one below it -> the artifacts that go there
     force   empty the folder if it holds anything else
@@ -35,7 +35,11 @@ def claim_folder(folder: Path, parts: Mapping[Path, Collection[ArtifactView]], *
         return set()
     if not folder.is_dir():
         raise Conflict(f"{folder} is a file, not a folder", field="folder", value=str(folder), hint=HINT)
-    wanted = {target_path(part, artifact): artifact for part, artifacts in parts.items() for artifact in artifacts}
+    wanted = {
+        target_path(destination, artifact): artifact
+        for destination, artifacts in parts.items()
+        for artifact in artifacts
+    }
     halves = {partial_path(target, artifact.sha256) for target, artifact in wanted.items()}
     there = list(files_below(folder))
     foreign = [path for path in there if path not in halves and not _is(path, wanted.get(path))]
@@ -51,7 +55,7 @@ def claim_folder(folder: Path, parts: Mapping[Path, Collection[ArtifactView]], *
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """Everything below the folder that is no folder itself, in a fixed order; links are not followed."""
+    """All entries below the folder except folders, in a fixed order; links are not followed."""
     with os.scandir(folder) as scan:
         entries = sorted(scan, key=lambda entry: entry.name)
     for entry in entries:
@@ -82,7 +86,7 @@ def empty_folder(folder: Path) -> None:
 
 
 def danger(folder: Path) -> str | None:
-    """Why `folder` must not be emptied; None where it may be."""
+    """The reason why `folder` must not be emptied; None if it may be."""
     real, home, here = folder.resolve(), Path.home().resolve(), Path.cwd().resolve()
     if folder.is_symlink():
         return f"it is a link to {real}"
@@ -112,15 +116,15 @@ def danger(folder: Path) -> str | None:
 
 
 def _tracked(real: Path) -> str | None:
-    """Why git would miss what is in this folder of a checkout; None where it tracks nothing there."""
+    """The reason why git would miss files of this folder of a checkout; None if it tracks nothing there."""
     if not any((above / ".git").exists() for above in real.parents):
         return None
     command = ["git", "-C", str(real), "-c", "core.fsmonitor=false", "ls-files", "-z"]
     try:
-        told = subprocess.run(command, capture_output=True, timeout=GIT_SECONDS, check=True).stdout
+        listing = subprocess.run(command, capture_output=True, timeout=GIT_SECONDS, check=True).stdout
     except (OSError, subprocess.SubprocessError):
         return "it lies in a git checkout, and git does not say what it tracks there"
-    return f"git tracks {told.split(bytes(1))[0].decode(errors='replace')} in it" if told else None
+    return f"git tracks {listing.split(bytes(1))[0].decode(errors='replace')} in it" if listing else None
 
 
 def _plain(path: Path) -> bool:
@@ -128,7 +132,7 @@ def _plain(path: Path) -> bool:
 
 
 def _is(path: Path, artifact: ArtifactView | None) -> bool:
-    """Whether the file is the artifact, byte for byte. A link is not: what it leads to may change."""
+    """True if the file is the artifact, byte for byte. A link is not: its target may change."""
     if artifact is None or path.is_symlink():
         return False
     return path.is_file() and path.stat().st_size == artifact.size and sha256_of(path) == artifact.sha256

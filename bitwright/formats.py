@@ -12,22 +12,22 @@ class Form(StrEnum):
     CODEBOOK = "codebook"
     """Indices into a table of values (NormalFloat) with a largest magnitude per group."""
     LOW_RANK = "low-rank"
-    """Besides one of the others: two factors whose product is added to it, as in LoRA."""
+    """Two factors beside one of the other forms, whose product is added to it, as in LoRA."""
 
 
 NATIVE = "native"
-"""The checkpoint that every job keeps, asked for or not."""
+"""The checkpoint that every job keeps, requested or not."""
 PEFT = "peft"
 """The checkpoint that is an adapter for stock peft: no model without its base."""
 ADAPTER_FOLDER = "adapter"
-"""Where the adapter file of a job that trains is kept, beside its checkpoints; no format of its own."""
+"""Folder of the adapter file of a job that trains, beside its checkpoints; not a format."""
 ADAPTERS_ALONE = frozenset({PEFT, ADAPTER_FOLDER})
 """Folders that are no model without their base."""
 
 
 def first_choice(kept: Iterable[str]) -> str:
-    """Of what a job keeps, by name, what a caller gets who names none.
+    """The folder, among those that a job keeps, for a caller that names none.
 
-    A checkpoint that was asked for; else `native`, which is always kept; the adapter, which is no model, never before.
+    A checkpoint that was requested; else `native`, which is always kept; the adapter, which is no model, comes last.
     """
     return min(kept, key=lambda name: (name == ADAPTER_FOLDER, name == NATIVE))

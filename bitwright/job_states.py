@@ -4,12 +4,12 @@ from enum import StrEnum
 
 
 class JobStatus(StrEnum):
-    """`TRANSITIONS` says which status follows which."""
+    """Status of a job; `TRANSITIONS` has the allowed changes."""
 
     QUEUED = "queued"
     """Waits for a worker. A worker's claim moves it to running; a cancel ends it at once."""
     RUNNING = "running"
-    """A worker holds its lease. Ends by the worker's word, or goes back to queued when the lease runs out."""
+    """A worker holds its lease. Ends when the worker reports it, or goes back to queued when the lease expires."""
     SUCCEEDED = "succeeded"
     """Its artifacts are stored and its report is written. Final."""
     FAILED = "failed"
@@ -22,7 +22,7 @@ FINAL_STATUSES = frozenset({JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CAN
 
 
 class DeviceClass(StrEnum):
-    """What a worker computes on. A job may ask for one, or take any."""
+    """Device that a worker computes on. A job may request one, or take any."""
 
     CPU = "cpu"
     CUDA = "cuda"

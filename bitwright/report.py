@@ -22,17 +22,17 @@ class TextReport(ReportPart):
 
 
 class Quality(ReportPart):
-    """How close the quantized model is to the original, on the evaluation text: with the numbers that are stored."""
+    """Distance of the quantized model, with the numbers as stored, from the original on the evaluation text."""
 
     text: TextReport
     perplexity_original: float
     perplexity: float
-    kl_divergence: float = Field(description="KL(original || quantized), nats a token.")
+    kl_divergence: float = Field(description="KL(original || quantized), nats per token.")
     top1_agreement: float = Field(description="Share of tokens with the same most likely next token.")
 
 
 class Figures(ReportPart):
-    """What is measured of the quantized model, beside the original's perplexity: fields of `Quality`."""
+    """The measurements of the quantized model: fields of `Quality` without the original's perplexity."""
 
     perplexity: float
     kl_divergence: float
@@ -40,12 +40,12 @@ class Figures(ReportPart):
 
     @classmethod
     def of(cls, quality: Quality) -> Self:
-        """Those of a whole measurement."""
+        """The figures of a complete measurement."""
         return cls(**quality.model_dump(include=set(Figures.model_fields)))
 
 
 class ShippedFigures(ReportPart):
-    """Figures of checkpoints that stand for the same numbers, loaded one way; on the text of `quality`."""
+    """Figures of checkpoints with the same numbers, loaded one way; on the text of `quality`."""
 
     checkpoints: tuple[str, ...] = Field(description="By folder; each of them gives these figures.")
     adapter: str | None = Field(description="Folder of the adapter that is loaded beside it; null: it stands alone.")
@@ -73,7 +73,7 @@ class BlockReport(ReportPart):
     loss_initial: float | None = Field(description="MSE of the block's output with the method's start values.")
     loss: float | None = Field(description="MSE of the block's output with the result, on the same sequences.")
     output_error: float | None = Field(
-        description="||Y - Y_hat|| / ||Y|| over the calibration windows, or the evaluation windows if there are none."
+        description="||Y - Y_hat|| / ||Y|| over the calibration sequences, or the evaluation ones if there are none."
     )
     seconds: float
     linears: tuple[LinearReport, ...]
@@ -89,7 +89,7 @@ class ScaleReport(ReportPart):
     kl_initial: float = Field(description="KL(original || quantized) on held-out calibration text, with old scales.")
     kl: float = Field(description="The same with the scales that were kept.")
     kept: bool = Field(description="False: the tuned scales were no better there, so the old ones stayed.")
-    held_out: int = Field(description="Calibration sequences that judged and never trained.")
+    held_out: int = Field(description="Calibration sequences for validation, which were never trained on.")
     micro_batch: int = Field(description="Sequences that went through the model at once.")
     blocks_recomputed: int = Field(description="Blocks whose activations did not fit and were computed again.")
     captured: bool = Field(description="Whether a step was replayed as one CUDA graph.")
@@ -97,7 +97,7 @@ class ScaleReport(ReportPart):
 
 
 class Validation(ReportPart):
-    """A loss on held-out text: nats a token that is learned."""
+    """A loss on held-out text, nats per token with a label."""
 
     step: int = Field(description="Steps done before it.")
     loss: float
@@ -113,21 +113,21 @@ class LossPoint(ReportPart):
 class FinetuningReport(ReportPart):
     """The stage that trains the adapter beside the quantized weights."""
 
-    text: TextReport = Field(description="All sequences of the dataset that may be learned, and their tokens.")
+    text: TextReport = Field(description="All training sequences of the dataset, and their tokens.")
     dataset_kind: Literal["hub", "local", "upload", "builtin"] | None = Field(
         default=None, description="Where the dataset is; null: an older report."
     )
     learning_rate: float | None = Field(default=None, description="After warm-up, before decay.")
     batch_size: int | None = Field(default=None, description="Sequences a step, over all micro-batches and devices.")
     tokens_read: int | None = Field(default=None, description="By the steps, padding excluded, all attempts together.")
-    held_out_sequences: int = Field(description="Sequences that judge and are never learned.")
+    held_out_sequences: int = Field(description="Sequences for validation, which are never trained on.")
     rows_cut: int = Field(description="Rows whose completion lost its end: the sequence was full.")
     rows_dropped: int = Field(description="Rows with nothing to learn within a sequence.")
     trainable_parameters: int
     steps: int = Field(description="Steps asked for.")
     steps_done: int
     steps_kept: int = Field(description="Steps after which the parameters are that were kept.")
-    steps_resumed: int = Field(description="Steps adopted from earlier attempts.")
+    steps_resumed: int = Field(description="Steps taken over from previous attempts.")
     stopped_early: bool
     losses: tuple[LossPoint, ...]
     loss_before: float | None = Field(description="On held-out sequences, before training; null: there are none.")
@@ -147,7 +147,7 @@ class FinetuningReport(ReportPart):
 
 
 class BitOperations(ReportPart):
-    """Bit operations a token of gated adapters; activations count 16 bits. Against the same ranks at 16 bits."""
+    """Bit operations per token of gated adapters; activations count 16 bits. Against the same ranks at 16 bits."""
 
     adapter: int = Field(description="Of the adapters alone, as they are stored.")
     adapter_16bit: int
@@ -155,7 +155,7 @@ class BitOperations(ReportPart):
     model: int = Field(description="With the products of the quantized linears beside them.")
     model_16bit: int
     model_saving: float
-    ranks: dict[str, int] = Field(description="By linear: what is left.")
+    ranks: dict[str, int] = Field(description="By linear: the remaining rank.")
     bits: dict[str, tuple[int, int]] = Field(description="By linear: widths of A and B.")
 
 
@@ -171,7 +171,7 @@ class MergeReport(ReportPart):
 
 
 class AdapterReport(ReportPart):
-    """What was trained beside the quantized linears."""
+    """The adapters that were trained beside the quantized linears."""
 
     kind: str
     rank: int = Field(description="Of the request: of the LoRA with as many parameters.")
@@ -202,10 +202,10 @@ class AllocatedLinear(ReportPart):
 
 
 class AllocationReport(ReportPart):
-    """How a budget of bits was spent."""
+    """The spending of a bit budget."""
 
-    average: float = Field(description="Bits a weight that were asked for.")
-    reached: float = Field(description="Bits a weight that the choices take, never more.")
+    average: float = Field(description="Bits per weight that were requested.")
+    reached: float = Field(description="Bits per weight that the choices take, never more.")
     error: float = Field(description="Sum over linears of what their choices cost in error.")
     gap: float = Field(description="At most this share of the error is above the least that the budget allows.")
     seconds: float = Field(description="Scoring and solving.")
@@ -225,7 +225,7 @@ class ModelReport(ReportPart):
 
 
 class StoredParts(ReportPart):
-    """Bits for each quantized weight by what they hold; together they are `bits_per_weight`."""
+    """Bits per quantized weight by content; their sum is `bits_per_weight`."""
 
     codes: float
     scales: float = Field(description="Scales with zero points or offsets; the codebooks' absmax with all its levels.")
@@ -241,7 +241,7 @@ class SizeReport(ReportPart):
     quantized_weights: int = Field(description="Weights that were quantized.")
     bits_per_weight: float = Field(description="Of the quantized linears alone, low-rank factors included.")
     bits_per_weight_model: float = Field(description="Of all parameters, embeddings included.")
-    parts: StoredParts | None = Field(default=None, description="What `bits_per_weight` is made of.")
+    parts: StoredParts | None = Field(default=None, description="The components of `bits_per_weight`.")
 
 
 class PeakMemory(ReportPart):
@@ -273,7 +273,7 @@ class BaseJobReport(ReportPart):
 
 
 class Report(ReportPart):
-    """What was done and what came of it."""
+    """The steps of a job and their outcome."""
 
     version: str = Field(description="Version of Bitwright.")
     method: str
@@ -313,20 +313,20 @@ class Report(ReportPart):
     seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")
     peak_memory: PeakMemory
     blocks_computed: int = Field(description="Blocks quantized by this attempt.")
-    blocks_resumed: int = Field(description="Blocks adopted from earlier attempts.")
+    blocks_resumed: int = Field(description="Blocks taken over from previous attempts.")
     warnings: tuple[str, ...] = ()
 
     def quality_of(self, checkpoint: str) -> Quality | None:
-        """Quality of the whole result loaded from this folder: by itself if that can be, else with its adapter.
+        """Quality of the complete result loaded from this folder: by itself if that can be, else with its adapter.
 
-        Of an adapter's folder: of its base with it. None where nothing was evaluated.
+        For an adapter's folder: quality of the base with it. None if nothing was evaluated.
         """
         if self.quality is None:
             return None
         whole = [way for way in self.shipped if way.whole]
-        found = [way.figures for way in whole if checkpoint in way.checkpoints and way.adapter is None]
-        found += [way.figures for way in whole if checkpoint in (*way.checkpoints, way.adapter)]
-        if not found and checkpoint == ADAPTER_FOLDER:
-            found += [way.figures for way in whole if way.adapter is not None]
-            found += [] if self.adapter is None or self.adapter.before_merge is None else [self.adapter.before_merge]
-        return self.quality.model_copy(update=found[0].model_dump()) if found else self.quality
+        figures = [way.figures for way in whole if checkpoint in way.checkpoints and way.adapter is None]
+        figures += [way.figures for way in whole if checkpoint in (*way.checkpoints, way.adapter)]
+        if not figures and checkpoint == ADAPTER_FOLDER:
+            figures += [way.figures for way in whole if way.adapter is not None]
+            figures += [] if self.adapter is None or self.adapter.before_merge is None else [self.adapter.before_merge]
+        return self.quality.model_copy(update=figures[0].model_dump()) if figures else self.quality

@@ -19,11 +19,11 @@ from pydantic import (
 )
 
 ADAPTER_SHORTHAND = ("rank", "alpha", "dropout")
-"""Fields of `adapter` that may do so where `method` is the recipe of one."""
+"""Fields of `adapter` that may stand at the top if `method` is an adapter's recipe."""
 
 
 class RequestPart(BaseModel):
-    """Written back exactly as it came: without the fields that the service did not send."""
+    """A part of a request, serialized exactly as it came: without the fields that the service did not send."""
 
     model_config = ConfigDict(frozen=True, extra="allow")
 
@@ -41,7 +41,7 @@ class RequestPart(BaseModel):
 
 
 class SourceView(RequestPart):
-    """Where a model comes from: the Hub, an upload or a folder of the worker's machine."""
+    """Source of a model: the Hub, an upload or a folder of the worker's machine."""
 
     source: str | None = None
     id: str | None = None
@@ -68,7 +68,7 @@ class QuantizationView(RequestPart):
     symmetric: bool | None = None
 
     def budget(self) -> BudgetView | None:
-        """The budget, where widths are chosen by it."""
+        """The budget, if widths are chosen by one."""
         return self.bits if isinstance(self.bits, BudgetView) else None
 
 
@@ -102,5 +102,5 @@ class RequestView(RequestPart):
 
 
 def shorthand_fields(body: Mapping[str, object]) -> tuple[str, ...]:
-    """The fields at the top of `body` that stand for those of `quantization`: all that have no other place."""
+    """The fields at the top of `body` that belong to `quantization`: all without another place."""
     return tuple(name for name in body if name not in RequestView.model_fields and name != "dropout")

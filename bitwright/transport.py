@@ -1,4 +1,4 @@
-"""Requests that are tried again where that is safe, and answers turned into errors of `bitwright.errors`."""
+"""HTTP requests with retries where that is safe, and error responses as classes of `bitwright.errors`."""
 
 import random
 import time
@@ -28,7 +28,7 @@ USER_AGENT = "bitwright-client"
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how long to try. Delays double from `first_seconds`, with full jitter; Retry-After wins."""
+    """Number of tries and their delays. Delays double from `first_seconds`, with full jitter; Retry-After wins."""
 
     attempts: int = 6
     first_seconds: float = 0.25
@@ -139,7 +139,7 @@ class Transport:
 
     @contextmanager
     def stream(self, path: str, *, headers: Mapping[str, str], read_timeout: float) -> Iterator[httpx.Response]:
-        """One GET whose body is read as it comes. Not retried here: the caller knows where to go on.
+        """One GET whose body is read as it comes. Not retried here: the caller knows where to resume.
 
         Raises:
             httpx.TransportError: the connection could not be made, or broke.
@@ -153,7 +153,7 @@ class Transport:
             yield response
 
     def unreachable(self, error: Exception) -> Unavailable:
-        """What a caller sees when the network gives no answer."""
+        """The error for a request that got no answer from the network."""
         return Unavailable(
             f"no answer from {self.url}: {str(error) or type(error).__name__}",
             hint="start the service with `bitwright serve`, or give its address with --url or BITWRIGHT_URL",
@@ -165,5 +165,5 @@ def _worth_another(response: httpx.Response, repeatable: bool) -> bool:
         return True
     if response.status_code in BUSY_STATUSES:
         return repeatable
-    # An earlier try of this very request is still being worked on: its answer is replayed when it is there.
+    # A previous try of this very request is still in progress: its answer is replayed when it is there.
     return response.status_code == 409 and b"request_in_progress" in response.content

@@ -20,7 +20,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Chosen:
-    """Files to send, and what of the folders is not sent, with the reason."""
+    """Files to send, and the entries of folders that are not sent, with the reason."""
 
     files: list[Path]
     left_out: dict[Path, str]
@@ -48,7 +48,7 @@ def choose_files(given: Sequence[Path]) -> Chosen:
 
 
 def _why_not(entry: Path, *, safe: bool) -> str | None:
-    """Why a folder's entry is not sent; "" where nobody would expect it to be."""
+    """The reason why a folder's entry is not sent; "" where nobody would expect it to be."""
     if entry.name.startswith("."):
         return ""
     if entry.is_dir():
@@ -97,7 +97,7 @@ def send_files(transport: Transport, upload: UploadView, files: Sequence[Path], 
 
 
 def _complete(transport: Transport, upload_id: str) -> UploadView:
-    """Wait until the service has checked every byte, however long that takes: it says that it is at it."""
+    """Wait until the service has checked every byte, however long that takes: it reports that it is still checking."""
     while True:
         with suppress(RequestInProgress):
             headers = {"Idempotency-Key": f"complete-{upload_id}"}
@@ -112,13 +112,13 @@ def _send_file(transport: Transport, upload_id: str, remote: UploadFileView, pat
     with path.open("rb") as file:
         while offset < remote.size:
             file.seek(offset)
-            part = file.read(min(PART_BYTES, remote.size - offset))
-            if not part:
+            content = file.read(min(PART_BYTES, remote.size - offset))
+            if not content:
                 hint = "send it again when nothing writes to it any more"
                 raise RequestError(
                     f"{path} became shorter while it was sent", field="files", value=path.name, hint=hint
                 )
-            reached = _send_part(transport, url, part, offset, remote.size)
+            reached = _send_part(transport, url, content, offset, remote.size)
             failures = 0 if reached > offset else failures + 1
             if failures >= transport.retry.attempts:
                 raise Unavailable(f"the service takes no more of {remote.name} after {offset} bytes")
@@ -128,13 +128,13 @@ def _send_file(transport: Transport, upload_id: str, remote: UploadFileView, pat
             offset = reached
 
 
-def _send_part(transport: Transport, url: str, part: bytes, offset: int, size: int) -> int:
-    """Send one part; the offset that the service has reached, whatever became of the answer."""
-    content_range = f"bytes {offset}-{offset + len(part) - 1}/{size}"
+def _send_part(transport: Transport, url: str, content: bytes, offset: int, size: int) -> int:
+    """Send one part; returns the offset that the service has reached, even if its answer was lost."""
+    content_range = f"bytes {offset}-{offset + len(content) - 1}/{size}"
     try:
-        response = transport.send("PUT", url, content=part, headers={"Content-Range": content_range})
+        response = transport.send("PUT", url, content=content, headers={"Content-Range": content_range})
     except Conflict:
-        # An earlier try of this part did arrive, though its answer was lost.
+        # A previous try of this part did arrive, though its answer was lost.
         response = transport.send("HEAD", url)
     reached = response.headers.get("Upload-Offset", "")
-    return int(reached) if re.fullmatch(r"[0-9]+", reached) else offset + len(part)
+    return int(reached) if re.fullmatch(r"[0-9]+", reached) else offset + len(content)

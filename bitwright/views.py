@@ -1,4 +1,4 @@
-"""What the API answers, as types that the API and the client share.
+"""Answers of the API, as types that the API and the client share.
 
 Views ignore fields that they do not know: an older client reads a newer service.
 """
@@ -24,7 +24,7 @@ RequestT = TypeVar("RequestT")
 
 
 class Page(View, Generic[ItemT]):
-    """A part of a list. `next_cursor` goes into `after` of the next request; null at the end."""
+    """One page of a list. `next_cursor` goes into `after` of the next request; null at the end."""
 
     items: list[ItemT]
     next_cursor: str | None = None
@@ -43,7 +43,7 @@ class AttemptView(View):
 
 
 class QueueView(View):
-    """Where a queued job stands, as things are now: later jobs of higher priority, or of others, may go before it."""
+    """Place of a queued job as of now: later jobs of higher priority, or of other tenants, may overtake it."""
 
     position: int = Field(description="1 is the next one, among the jobs that the same workers may take.")
     eta_seconds: float | None = Field(
@@ -190,7 +190,7 @@ class WidthsView(View):
 
 
 class RuntimeView(View):
-    """A runtime that loads a format; one whose limits depend on the device has an entry for each."""
+    """A runtime that loads a format; one whose limits depend on the device has one entry per device."""
 
     runtime: str
     version: str = Field(
@@ -228,7 +228,7 @@ class FormatView(View):
 
 
 CLOCK_SKEW = "clock_skew_seconds"
-"""What a worker calls its clock's distance from the database's, among the facts of its machine."""
+"""Name of the difference between a worker's clock and the database's, among the facts of its machine."""
 
 
 class WorkerView(View):

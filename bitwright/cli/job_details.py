@@ -1,4 +1,4 @@
-"""What people see of one job beside its status: what was trained, what there is to download, what a dry run said."""
+"""Tables about one job beside its status: the training, the files to download, the answer to a dry run."""
 
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -12,7 +12,7 @@ from bitwright.views import ArtifactView, JobView, PreflightView
 
 
 def training_table(report: Report) -> Table | None:
-    """What was trained, how long, and the losses before and after; None where nothing was."""
+    """The adapter, steps and time of the training, and the losses before and after; None without training."""
     adapter, trained = report.adapter, report.finetuning
     if adapter is None and trained is None:
         return None
@@ -28,17 +28,17 @@ def training_table(report: Report) -> Table | None:
         table.add_row("steps", f"{trained.steps_done} of {trained.steps}{kept}{early}")
         if trained.losses:
             first, last = trained.losses[0], trained.losses[-1]
-            table.add_row("training loss", f"{first.loss:.4f} to {last.loss:.4f} nats a token")
+            table.add_row("training loss", f"{first.loss:.4f} to {last.loss:.4f} nats per token")
         if trained.loss_before is not None and trained.loss_after is not None:
             ships = "" if trained.loss_shipped is None else f", {trained.loss_shipped:.4f} with the weights that ship"
-            losses = f"{trained.loss_before:.4f} to {trained.loss_after:.4f} nats a token{ships}"
+            losses = f"{trained.loss_before:.4f} to {trained.loss_after:.4f} nats per token{ships}"
             table.add_row("held-out loss", losses)
         table.add_row("trained on", f"{trained.text.source}, {trained.text.tokens:,} tokens")
     return table
 
 
 def brought(job: JobView, artifacts: Sequence[ArtifactView]) -> dict[str, int]:
-    """Bytes on disk of what `download` brings, by format."""
+    """Bytes on disk of the folders that `download` brings, by format."""
     if not artifacts:
         return {}
     together = delivery(list(dict.fromkeys(artifact.format for artifact in artifacts)), job.request)
@@ -46,20 +46,20 @@ def brought(job: JobView, artifacts: Sequence[ArtifactView]) -> dict[str, int]:
 
 
 def sizes_text(artifacts: Iterable[ArtifactView]) -> dict[str, str]:
-    """Bytes on disk of what the job keeps, by format: all files, and the largest by its name."""
+    """Bytes on disk of the folders that the job keeps, by format: all files, and the largest by its name."""
     by_format: dict[str, list[ArtifactView]] = {}
     for artifact in artifacts:
         by_format.setdefault(artifact.format, []).append(artifact)
-    told = {}
+    texts = {}
     for name, files in by_format.items():
         largest = max(files, key=lambda artifact: artifact.size)
         total = format_bytes(sum(artifact.size for artifact in files))
-        told[name] = f"{total} in {len(files)} files, {largest.path} {format_bytes(largest.size)}"
-    return told
+        texts[name] = f"{total} in {len(files)} files, {largest.path} {format_bytes(largest.size)}"
+    return texts
 
 
 def files_table(job: JobView, artifacts: Sequence[ArtifactView]) -> Table:
-    """What there is to download, with its size: first what `download` brings, then the rest."""
+    """The folders of the job and their sizes: first those that `download` brings, then the rest."""
     table = pairs()
     sizes, together = sizes_text(artifacts), list(brought(job, artifacts))
     for name in (*together, *sorted(sizes.keys() - set(together))):
@@ -68,7 +68,7 @@ def files_table(job: JobView, artifacts: Sequence[ArtifactView]) -> Table:
 
 
 def preflight_table(view: PreflightView) -> Table:
-    """What a dry run answered: the request's main points, estimates, warnings."""
+    """The answer to a dry run: the request's main fields, estimates, warnings."""
     table, request = pairs(), view.request
     if request.model is not None:
         table.add_row("model", request.model.shorthand())
@@ -88,7 +88,7 @@ def preflight_table(view: PreflightView) -> Table:
 
 def _estimate_text(name: str, value: object) -> str:
     if isinstance(value, Mapping):
-        return ", ".join(f"{_estimate_text(name, part)} on {key}" for key, part in value.items())
+        return ", ".join(f"{_estimate_text(name, amount)} on {key}" for key, amount in value.items())
     if isinstance(value, int | float) and not isinstance(value, bool):
         if "bytes" in name:
             return format_bytes(value)

@@ -127,7 +127,7 @@ def download(
     with connect(url, key, data_dir) as client:
         target = folder or Path(job_id)
         parts = download_checkpoint(client, job_id, target, format, force=force)
-        tell_parts(target, parts, [artifact.format for artifact in client.artifacts(job_id)])
+        print_parts(target, parts, [artifact.format for artifact in client.artifacts(job_id)])
     typer.echo(target)
 
 
@@ -139,16 +139,16 @@ def download_checkpoint(
     total = sum(artifact.size for artifacts in parts.values() for artifact in artifacts)
     with byte_bar("download", total) as on_bytes:
         client.download_parts(parts, folder, force=force, on_bytes=on_bytes)
-    return {part: artifacts[0].format for part, artifacts in parts.items()}
+    return {destination: artifacts[0].format for destination, artifacts in parts.items()}
 
 
-def tell_parts(folder: Path, parts: Mapping[Path, str], kept: Sequence[str]) -> None:
-    """Say on standard error what lies where, and what else the job keeps."""
+def print_parts(folder: Path, parts: Mapping[Path, str], kept: Sequence[str]) -> None:
+    """Print the contents of each folder, and the other formats that the job keeps, to standard error."""
     console = err()
     if len(parts) > 1:
-        for part, name in parts.items():
+        for destination, name in parts.items():
             what = "the adapter of that base" if name in ADAPTERS_ALONE else "the base"
-            console.print(f"{part}: {what}", soft_wrap=True, markup=False)
+            console.print(f"{destination}: {what}", soft_wrap=True, markup=False)
     others = sorted(set(kept) - set(parts.values()))
     if others:
         console.print(f"{folder} is not all: --format brings {', '.join(others)}", soft_wrap=True, markup=False)
@@ -167,8 +167,8 @@ def upload(
     chosen = choose_files(files)
     for path, why in chosen.left_out.items():
         err().print(f"left out: {path} ({why})", soft_wrap=True, markup=False)
-    found = [file for file in chosen.files if file.is_file()]
-    with connect(url, key, data_dir) as client, byte_bar("upload", sum(f.stat().st_size for f in found)) as on_bytes:
+    existing = [file for file in chosen.files if file.is_file()]
+    with connect(url, key, data_dir) as client, byte_bar("upload", sum(f.stat().st_size for f in existing)) as on_bytes:
         sent = client.upload(chosen.files, upload_id=resume, on_bytes=on_bytes)
     typer.echo(sent.id)
 

@@ -1,4 +1,4 @@
-"""The `bitwright` command: its groups, and how errors become exit codes.
+"""The `bitwright` command: its groups, and the exit codes of errors.
 
 0  done; with --wait, watch and demo: the job succeeded
 1  the job failed or missed a requirement, or the service failed
@@ -21,14 +21,14 @@ EXIT_INTERRUPTED = 130
 
 
 def exit_code(error: BitwrightError) -> int:
-    """The exit code that tells a script what kind of error it was."""
+    """The exit code for scripts, by the kind of the error."""
     if isinstance(error, Unavailable):
         return EXIT_UNREACHABLE
     return EXIT_BAD_REQUEST if isinstance(error, RequestError | InputError) else EXIT_FAILED
 
 
 class ReportingGroup(TyperGroup):
-    """Prints an error of ours as a few lines, without a trace, and exits with its code.
+    """Prints a `BitwrightError` as a few lines, without a traceback, and exits with its code.
 
     The operator's commands are imported when one is called, or for the list of all.
     """

@@ -1,4 +1,4 @@
-"""What people see: tables, errors, sizes and times. Programs use --json."""
+"""Output for people: tables, errors, sizes and times. Programs use --json."""
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -26,7 +26,7 @@ STATUS_STYLES = {
 
 
 def out() -> Console:
-    """Standard output. Made anew each time, because tests and pipes replace it."""
+    """Standard output; created on each call, because tests and pipes replace it."""
     return Console(highlight=False)
 
 
@@ -36,7 +36,7 @@ def err() -> Console:
 
 
 def print_error(error: BitwrightError) -> None:
-    """Code, cause, every field at fault, and the way out; nothing of it twice."""
+    """Print code, cause, every field at fault and the way out, none of them twice."""
     lines = error_lines(error)
     console = err()
     console.print(Text.assemble((f"{error.code}: ", "bold red"), lines[0]), soft_wrap=True)
@@ -45,7 +45,7 @@ def print_error(error: BitwrightError) -> None:
 
 
 def error_lines(error: BitwrightError) -> list[str]:
-    """What is told of an error: its detail is that of its first problem, so with problems these are told instead."""
+    """The lines that describe an error. The detail repeats the first problem, so problems replace it."""
     problems = [
         f"{problem.field}: {problem.detail}{f' (got {problem.value!r})' if problem.value is not None else ''}"
         for problem in error.errors
@@ -86,7 +86,7 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_age(moment: datetime) -> str:
-    """How long ago, coarsely."""
+    """Time since `moment`, coarsely."""
     return format_seconds(max(0.0, (datetime.now(UTC) - moment).total_seconds())) + " ago"
 
 
@@ -108,7 +108,7 @@ def progress_text(job: JobView) -> str:
 
 
 def queue_text(place: QueueView) -> str:
-    """Where a queued job stands, and when it may begin."""
+    """Place of a queued job, and the time when it may begin."""
     eta = place.eta_seconds
     begins = "" if eta is None else ", begins now" if eta < 1 else f", begins in about {format_seconds(eta)}"
     return f"number {place.position} in the queue{begins}"
@@ -126,7 +126,7 @@ def jobs_table(jobs: Iterable[JobView]) -> Table:
 
 
 def asked_for(job: JobView) -> str:
-    """The recipe that was asked for, or the method."""
+    """The recipe that was requested, or the method."""
     return job.recipe or job.method
 
 
@@ -137,7 +137,7 @@ def job_line(job: JobView) -> str:
 
 
 def tabbed(*fields: object) -> str:
-    """Fields as one line, divided by tabs; what would break the line becomes a space."""
+    """Fields as one line, divided by tabs; characters that would break the line become spaces."""
     return "\t".join(" ".join(re.split(r"[\t\r\n\v\f\x1c-\x1e\x85\u2028\u2029]", str(field))) for field in fields)
 
 
@@ -147,7 +147,7 @@ def scheme_text(quantization: QuantizationView) -> str:
     if budget is None:
         bits = f"{quantization.bits} bits"
     else:
-        bits = f"{budget.average:g} bits a weight of {', '.join(map(str, budget.choices or ()))}"
+        bits = f"{budget.average:g} bits per weight of {', '.join(map(str, budget.choices or ()))}"
     form = "symmetric" if quantization.symmetric else "asymmetric"
     return f"{bits}, group {quantization.group_size}, {form}"
 
@@ -189,7 +189,7 @@ def adapter_text(adapter: AdapterRequestView, merge: str | None) -> str:
 def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})) -> Table:
     """Size and quality: before and after.
 
-    files   bytes on disk of what `download` brings, by format; none: of the tensors that the native format stores
+    files   bytes on disk by format, of the folders that `download` brings; empty: bytes of the native tensors
     """
     table = Table(box=None, pad_edge=False)
     for column in ("", "before", "after"):
@@ -206,11 +206,11 @@ def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})
     table.add_row("bits per weight, whole model", f"{original_bits:.2f}", f"{size.bits_per_weight_model:.3f}")
     if quality is not None:
         table.add_row("perplexity", f"{quality.perplexity_original:.3f}", f"{quality.perplexity:.3f}")
-        table.add_row("KL to the original, nats a token", "0", f"{quality.kl_divergence:.5f}")
+        table.add_row("KL to the original, nats per token", "0", f"{quality.kl_divergence:.5f}")
         table.add_row("same most likely token", "100 %", f"{100 * quality.top1_agreement:.1f} %")
     if (nearest := report.round_to_nearest) is not None:
-        told = f"perplexity {nearest.perplexity:.3f}, KL {nearest.kl_divergence:.5f}"
-        table.add_row("round to nearest, same scheme", "", told)
+        figures = f"perplexity {nearest.perplexity:.3f}, KL {nearest.kl_divergence:.5f}"
+        table.add_row("round to nearest, same scheme", "", figures)
     if report.scales is not None and report.scales.kept:
         before, after = f"{report.scales.kl_initial:.5f}", f"{report.scales.kl:.5f}"
         table.add_row("KL on held-out calibration text, scales tuned", before, after)

@@ -29,7 +29,7 @@ def submit(
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1: all.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Form of the scheme.")] = None,
     preset: Annotated[str | None, typer.Option(help="light, default or best.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Tuning steps a block.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Tuning steps per block.")] = None,
     scale_steps: Annotated[int | None, typer.Option(help="Steps that tune all scales together; 0: none.")] = None,
     dataset: Annotated[
         str | None, typer.Option(help="Calibration text: builtin, generated, Hub id, JSONL, upload.")
@@ -46,7 +46,7 @@ def submit(
     device: Annotated[str | None, typer.Option(help="any, cpu or cuda.")] = None,
     priority: Annotated[int | None, typer.Option(help="Higher runs first.")] = None,
     max_perplexity_ratio: Annotated[float | None, typer.Option(help="Fail above this ratio.")] = None,
-    max_kl_divergence: Annotated[float | None, typer.Option(help="Fail above this divergence, nats a token.")] = None,
+    max_kl_divergence: Annotated[float | None, typer.Option(help="Fail above this divergence, nats per token.")] = None,
     min_top1_agreement: Annotated[float | None, typer.Option(help="Fail below this share.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="A label, name=value.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
@@ -108,7 +108,7 @@ def read_request(path: Path) -> dict[str, Any]:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML's safe subset, without names that stand twice in a mapping: YAML itself takes the last in silence."""
+    """YAML's safe subset, without duplicate keys in a mapping: YAML itself silently takes the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """The mapping as a dict.

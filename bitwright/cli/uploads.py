@@ -1,4 +1,4 @@
-"""`bitwright uploads`: what was sent to the service, so that a request can name it again."""
+"""`bitwright uploads`: files that were sent to the service, so that a request can name them again."""
 
 from collections.abc import Iterable
 from enum import StrEnum
@@ -15,7 +15,7 @@ from bitwright.views import UploadView
 
 
 class UploadStatus(StrEnum):
-    """Whether all files have arrived."""
+    """Completeness of an upload: all files have arrived, or not."""
 
     OPEN = "open"
     COMPLETE = "complete"

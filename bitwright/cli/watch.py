@@ -28,7 +28,7 @@ from bitwright.job_states import FINAL_STATUSES, JobStatus
 from bitwright.views import ArtifactView, EventView, JobView
 
 PLAIN_SECONDS = 10.0
-"""Between two plain lines of progress within one stage."""
+"""Seconds between two plain lines of progress within one stage."""
 
 
 def watch(
@@ -85,7 +85,7 @@ class View(Protocol):
 
 
 class LiveView:
-    """A bar a stage, with the time that is left and the loss of the latest block."""
+    """One bar per stage, with the remaining time and the loss of the latest block."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -131,7 +131,7 @@ class LiveView:
 
 
 class PlainView:
-    """A line an event; progress at the start of a stage and every few seconds."""
+    """One line per event; progress at the start of a stage and every few seconds."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -151,10 +151,10 @@ class PlainView:
 
 
 def line_of(event: Event) -> Text | None:
-    """An event as a line; None for logs, which are for those who look for a cause."""
+    """An event as a line; None for logs, which serve the search for a cause."""
     if isinstance(event, StatusEvent):
         why = f": {event.error.code}" if event.error is not None else ""
-        if event.error is not None and event.status not in FINAL_STATUSES:  # of those, `finish` tells the rest
+        if event.error is not None and event.status not in FINAL_STATUSES:  # `finish` prints the rest of those
             why += f": {event.error.detail}"
         return Text(f"{event.status.value}, attempt {event.attempt}{why}")
     if isinstance(event, ProgressEvent):

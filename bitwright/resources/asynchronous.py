@@ -68,7 +68,7 @@ class AsyncJob:
 
     @property
     def view(self) -> JobView:
-        """The job when it was last asked for."""
+        """The job as of the last request."""
         return self._job.view
 
     @property
@@ -78,7 +78,7 @@ class AsyncJob:
 
     @property
     def status(self) -> JobStatus:
-        """The status when the job was last asked for."""
+        """The status as of the last request."""
         return self._job.status
 
     @property
@@ -182,7 +182,7 @@ class AsyncJobs:
         metadata: Mapping[str, str] | None = None,
         limit: int = 50,
     ) -> AsyncIterator[AsyncJob]:
-        """All jobs that match, newest first; `limit` is the size of the pages in which they are asked for."""
+        """All jobs that match, newest first; `limit` is the page size of the requests."""
         jobs = self._jobs.list(status=status, method=method, model=model, metadata=metadata, limit=limit)
         async for job in _in_threads(jobs):
             yield AsyncJob(job)

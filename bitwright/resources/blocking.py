@@ -37,7 +37,7 @@ class Bitwright:
         timeout: seconds without any byte after which an answer counts as lost.
 
     Raises:
-        InvalidSettings: the address is none.
+        InvalidSettings: the address is invalid.
     """
 
     def __init__(
@@ -51,7 +51,7 @@ class Bitwright:
         endpoint = find_endpoint(base_url or service_url(), api_key or environment_key(), None)
         self.base_url = endpoint.url
         self.client = Client(endpoint.url, endpoint.key, retry=retry, timeout=timeout)
-        """The lower layer: one method for each endpoint."""
+        """The lower layer: one method per endpoint."""
         self.jobs = Jobs(self.client)
         self.uploads = Uploads(self.client)
         self.methods = Methods(self.client)
@@ -89,7 +89,7 @@ class Jobs(_Resource):
         """Queue a job.
 
         Args:
-            idempotency_key: the same key never makes a second job; default: a new one for each call.
+            idempotency_key: the same key never makes a second job; default: a new one per call.
             extra_body: fields that this version of the client does not name.
             fields: the request.
 
@@ -116,7 +116,7 @@ class Jobs(_Resource):
         metadata: Mapping[str, str] | None = None,
         limit: int = 50,
     ) -> Iterator[Job]:
-        """All jobs that match, newest first; `limit` is the size of the pages in which they are asked for."""
+        """All jobs that match, newest first; `limit` is the page size of the requests."""
         jobs = self._client.jobs(status=status, method=method, model=model, metadata=metadata, limit=limit)
         return (Job(self._client, view) for view in jobs)
 
@@ -170,7 +170,7 @@ class Uploads(_Resource):
         return self._client.upload_status(upload_id)
 
     def list(self, *, status: str | None = None, limit: int = 50) -> Iterator[UploadView]:
-        """All uploads, newest first; `status` is `open` or `complete`, `limit` the size of the pages."""
+        """All uploads, newest first; `status` is `open` or `complete`, `limit` the page size."""
         return self._client.uploads(status=status, limit=limit)
 
 

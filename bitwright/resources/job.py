@@ -1,4 +1,4 @@
-"""A job as an object: its state when last asked for, and what can be done with it."""
+"""A job as an object: its state as of the last request, and its operations."""
 
 from collections.abc import Iterator
 from html import escape
@@ -28,7 +28,7 @@ class Job:
 
     @property
     def status(self) -> JobStatus:
-        """The status when the job was last asked for."""
+        """The status as of the last request."""
         return self.view.status
 
     @property
@@ -43,7 +43,7 @@ class Job:
 
     @property
     def done(self) -> bool:
-        """Whether the job has reached a final status."""
+        """True if the job has reached a final status."""
         return self.status in FINAL_STATUSES
 
     def refresh(self) -> "Job":
@@ -63,7 +63,7 @@ class Job:
         """
         console = Console(highlight=False)
         if progress or (progress is None and (console.is_terminal or console.is_jupyter)):
-            from bitwright.cli.watch import follow_job  # noqa: PLC0415 (only who looks on needs the commands)
+            from bitwright.cli.watch import follow_job  # noqa: PLC0415 (only a progress display needs the commands)
 
             self.view = follow_job(self._client, self.id, console)
         else:

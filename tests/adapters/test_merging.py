@@ -13,7 +13,7 @@ from app.domain.methods import Scheme
 from bitwright.errors import OffsetNotRepresentable
 from workers.adapters.grouped import GroupedAdapter
 from workers.adapters.merging import exact_weight, fold, offsets
-from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.normal_float import quantize
 from workers.numerics.quantized import AffineWeight
 
@@ -27,7 +27,7 @@ def generator(seed: int) -> torch.Generator:
 def quantized(scheme: Scheme, shape: tuple[int, int], seed: int, dtype: torch.dtype = torch.float32) -> AffineWeight:
     weight = torch.randn(shape, generator=generator(seed)) * 0.05
     w = grouped(weight, scheme.group_size)
-    to = grid(GroupRange.of(w), scheme, torch.float16)
+    to = affine_grid(GroupRange.of(w), scheme, torch.float16)
     return affine_weight(round_to_grid(w, to)[0], to, scheme, torch.float16, dtype)
 
 

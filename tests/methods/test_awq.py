@@ -15,7 +15,7 @@ from workers.contracts.results import BlockResult
 from workers.methods import awq
 from workers.methods.awq import AWQ, clip_ranges, observe, search_scale, settle
 from workers.methods.rtn import RTN
-from workers.numerics.affine import GroupRange, grid, grouped, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, grouped, round_to_grid
 
 W3 = Scheme(bits=3, group_size=16, symmetric=False)
 GATED: dict[str, Scheme] = {"gate": W3, "up": W3, "down": Scheme(bits=3, group_size=-1, symmetric=True)}
@@ -103,7 +103,7 @@ def test_candidates_are_judged_by_the_output_of_the_part() -> None:
         weights = {}
         for name in fold.linears:
             w = grouped(task.linear(name).weight * s, 16)
-            to = grid(GroupRange.of(w), W3, torch.float32)
+            to = affine_grid(GroupRange.of(w), W3, torch.float32)
             w_hat = (round_to_grid(w, to)[0] - to.zero.unsqueeze(-1)) * to.scale.unsqueeze(-1)  # type: ignore[union-attr]
             weights[f"{name}.weight"] = w_hat.view(48, 32) / s
         with torch.no_grad():
@@ -131,7 +131,7 @@ def test_a_range_is_clipped_where_its_products_gain(symmetric: bool) -> None:
     for step in range(10):
         widest = groups.abs().amax(-1) * (1 - step / 20)
         low, high = groups.amin(-1).clamp(max=0).maximum(-widest), groups.amax(-1).clamp(min=0).minimum(widest)
-        to = grid(GroupRange(low, high), scheme, torch.float32)
+        to = affine_grid(GroupRange(low, high), scheme, torch.float32)
         codes, _ = round_to_grid(groups, to)
         w_hat = (codes if to.zero is None else codes - to.zero.unsqueeze(-1)) * to.scale.unsqueeze(-1)
         costs.append(torch.einsum("ogi,tgi->ogt", w_hat - groups, parts).square().sum(-1))

@@ -11,7 +11,7 @@ from workers.numerics.affine import (
     ASYMMETRIC_FACTORS,
     SYMMETRIC_FACTORS,
     GroupRange,
-    grid,
+    affine_grid,
     range_factors,
     round_to_grid,
 )
@@ -21,7 +21,7 @@ from workers.numerics.learned_ranges import steps
 
 def fake_quantized(groups: Groups, scheme: Scheme) -> Tensor:
     """w_hat in the weight's dtype."""
-    present = grid(GroupRange(groups.low, groups.high), scheme, groups.scale.dtype, groups.alpha, groups.beta)
+    present = affine_grid(GroupRange(groups.low, groups.high), scheme, groups.scale.dtype, groups.alpha, groups.beta)
     codes, _ = round_to_grid(groups.weight.to(groups.offset.dtype), present, groups.offset)
     return (steps(codes, present) * present.scale.unsqueeze(-1)).to(groups.weight.dtype)
 
@@ -54,6 +54,6 @@ def rounding_error(
     weight: Tensor, moments: Tensor, ranges: GroupRange, scheme: Scheme, scale_dtype: torch.dtype
 ) -> Tensor:
     """sum_j moments_j * (w_hat_j - w_j)^2 of each group."""
-    tried = grid(ranges, scheme, scale_dtype)
+    tried = affine_grid(ranges, scheme, scale_dtype)
     codes, _ = round_to_grid(weight, tried)
     return ((steps(codes, tried) * tried.scale.unsqueeze(-1) - weight).square() * moments).sum(-1)

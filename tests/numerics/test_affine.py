@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.domain.methods import Scheme
 from workers.methods.rtn import quantize_weight
-from workers.numerics.affine import GroupRange, grid, grouped, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, grouped, round_to_grid
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
@@ -100,7 +100,7 @@ def test_scales_are_rounded_before_codes_are_chosen() -> None:
 def test_offset_moves_the_rounding() -> None:
     weight = torch.tensor([[0.4, 1.0, -1.0, 2.0]])
     w = grouped(weight, -1)
-    to = grid(GroupRange.of(w), Scheme(bits=3, group_size=-1, symmetric=True), torch.float32)
+    to = affine_grid(GroupRange.of(w), Scheme(bits=3, group_size=-1, symmetric=True), torch.float32)
     plain, _ = round_to_grid(w, to)
     moved, _ = round_to_grid(w, to, torch.full_like(w, 0.5))
     assert math.isclose(float((moved - plain).abs().max()), 1.0)

@@ -1,4 +1,4 @@
-"""Questions that every adapter class answers: its size, its form in files, and its update as factors or per group."""
+"""Interface of every adapter class: its size, its form in files, and its update as factors or per group."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
@@ -54,7 +54,7 @@ class Adapter(TrainableAdapter, ABC):
     @property
     @abstractmethod
     def is_stock(self) -> bool:
-        """Whether its factors are a LoRA as stock peft has it."""
+        """True if its factors are a LoRA as stock peft has it."""
 
     @property
     @abstractmethod
@@ -94,6 +94,6 @@ class Adapter(TrainableAdapter, ABC):
 
     @classmethod
     def bit_operations(cls, adapters: Mapping[str, Self], base_bits: Mapping[str, int]) -> BitOperations | None:
-        """The report of the widths that adapters learned, by linear with the bits of its base; None of fixed widths."""
+        """Report of the learned widths of adapters, by linear with the bits of its base; None for fixed widths."""
         del adapters, base_bits
         return None

@@ -1,12 +1,11 @@
-"""An adapter's life beside a job's linears: attached, trained elsewhere, then merged, handed to a format, and reported.
+"""Adapters beside a job's linears: attached, then (after training) merged, handed to a format, and reported.
 
     modules = Attach(spec)(results_of_a_block, seed)    trained by the engine
-    shipped(name, result, module, merge)                what formats write of the linear, and the evaluation measures
+    shipped(name, result, module, merge)                the linear as formats write it and the evaluation measures it
     finished(name, result, module, merge)               the same with the proof of a merge
-    stored(module)                                      what the adapter file holds of it
+    stored(module)                                      its entry in the adapter file
 
-What a linear stands for with its adapter, whatever the kind, is `adapted(result, module)`: the update as two factors
-beside the base.
+A linear with its adapter of any kind is `adapted(result, module)`: the update as two factors beside the base.
 """
 
 from collections.abc import Iterable, Mapping
@@ -36,7 +35,7 @@ CLASSES: MappingProxyType[str, type[Adapter]] = MappingProxyType(
         "bayesian-lora": BayesianLoRA,
     }
 )
-"""The classes by the kind that a request names. A new class is one more line."""
+"""Adapter classes by the kind that a request names. A new class is one more line."""
 Merge = Literal["quantized", "16bit"] | None
 
 
@@ -44,7 +43,7 @@ Merge = Literal["quantized", "16bit"] | None
 class Attach:
     """Makes the adapters of a block's linears (`workers.contracts.blocks`).
 
-    trained  parameters at which adapters start, by full name; a LoRA's come with its linear
+    trained  parameters at which adapters start, by full name; those of a LoRA come with its linear
     """
 
     spec: AdapterSpec
@@ -56,12 +55,12 @@ class Attach:
         return adapter_class(self.spec).pass_bytes
 
     def __call__(self, linears: Mapping[str, LinearResult], seed: int) -> dict[str, Adapter]:
-        """By full linear name, on the device of their weights; the same for the same seed.
+        """New adapters by full linear name, on the device of the linears' weights; the same for the same seed.
 
         A LoRA goes on from the low-rank factors of its linear, if it has some.
 
         Raises:
-            InvalidRequest: another kind cannot.
+            InvalidRequest: a kind that cannot go on from factors.
             CorruptCheckpoint: trained parameters are not those of the kind.
             MisalignedAdapter: the kind does not fit a linear's shape or groups.
         """
@@ -79,20 +78,20 @@ class Attach:
 
 
 def adapter_class(spec: AdapterSpec) -> type[Adapter]:
-    """The class that trains what a spec describes."""
+    """The class of the adapters that a spec describes."""
     return CLASSES[spec.kind]
 
 
 @dataclass(frozen=True)
 class Finished:
-    """What formats write of a linear; `proof` where its adapter was folded in."""
+    """The form of a linear that formats write; `proof` if its adapter was folded in."""
 
     result: LinearResult
     proof: MergeProof | None = None
 
 
 def adapted(result: LinearResult, adapter: nn.Module) -> LinearResult:
-    """The base with the whole update beside it, as two fp32 factors."""
+    """The base with the complete update beside it, as two fp32 factors."""
     return LinearResult(result.weight, known(adapter).low_rank())
 
 
@@ -106,7 +105,7 @@ def finished(
     round_offset: bool = False,
     offset_dtype: torch.dtype = torch.float32,
 ) -> Finished:
-    """What `shipped` gives, with the proof where the adapter was folded in.
+    """The result of `shipped`, with the proof if the adapter was folded in.
 
     Raises:
         MisalignedAdapter, OffsetNotRepresentable: it cannot be folded.
@@ -130,7 +129,7 @@ def shipped(
 ) -> LinearResult:
     """A linear at the end of its job: folded, or the base with factors beside it, or the base alone.
 
-    The factors stay beside the base where a format adds them in (16bit) or stock peft has them (lora, bayesian-lora);
+    The factors stay beside the base if a format adds them in (16bit) or stock peft loads them (lora, bayesian-lora);
     other adapters that are not merged are in the adapter file alone.
 
     Raises:
@@ -159,7 +158,7 @@ def report(
     proofs: Iterable[MergeProof] = (),
     merge: Merge = None,
 ) -> AdapterReport:
-    """The report's section on a job's adapters, by full linear name, with the bases that they stand beside."""
+    """The report's section on a job's adapters, by full linear name, with their bases."""
     modules = {name: known(adapter) for name, adapter in adapters.items()}
     weights = sum(result.weight.codes.numel() for name, result in results.items() if name in modules)
     ranks = [module.inner_rank for module in modules.values()]
@@ -181,7 +180,7 @@ def known(adapter: nn.Module) -> Adapter:
     """The module as one of this package's.
 
     Raises:
-        InternalError: it is another.
+        InternalError: it is no adapter.
     """
     if isinstance(adapter, Adapter):
         return adapter

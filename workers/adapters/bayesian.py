@@ -4,33 +4,33 @@
 
     A, B     `a` (R, in), `b` (out, R), fp32            trained; R is the rank at the start
     Qa, Qb   gated quantizers of 2, 4, 8 or 16 bits     `workers.adapters.gates`
-    g        a gate for each rank                       `gate_rank` (R,)
+    g        one gate per rank                          `gate_rank` (R,)
     b        range of a quantizer                       max |A| * exp(rho), rho = `range_a`, `range_b`
     s        alpha / R
 
     loss = task loss + mu * penalty,     penalty = sum of expected BOPs / sum of BOPs of all ranks at 16 bits
     BOPs of a linear = tokens * b_x * E[rank] * (in * E[bits of A] + out * E[bits of B]),    b_x = 16
 
-Source: Meo et al., Bayesian-LoRA (arXiv:2406.13046). Only its abstracts were available. From them:
-priors over the quantization levels *and* over the rank of the learned low-rank matrices, differentiable gates
-for both, found for every low-rank matrix, judged by bit operations. From Bayesian Bits (arXiv:2005.07093), on which
-it builds: the residual decomposition, the hard-concrete gates, that the penalty counts bit operations, and the
-threshold at the end. Everything else is a reconstruction, and no figure of the paper may be expected of it:
+Source: Meo et al., Bayesian-LoRA (arXiv:2406.13046). Only its abstracts were available. From them: priors over the
+quantization levels *and* over the rank of the learned low-rank matrices, differentiable gates for both, learned for
+every low-rank matrix, evaluated by bit operations. From Bayesian Bits (arXiv:2005.07093), on which it builds: the
+residual decomposition, the hard-concrete gates, that the penalty counts bit operations, and the threshold at the end.
+Everything else is a reconstruction, and no figure of the paper may be expected of it:
 
-- rank gates are independent of each other, and 2 bits are always on: rank gates are what removes a factor
-- one Monte-Carlo sample of the gates a step; the penalty is the expectation itself
-- gates are decided, and held, for the last 30% of training (`progress`), so that the factors adapt to what is left;
-  Bayesian Bits finetunes so, too
+- rank gates are independent of each other, and 2 bits are always on: only rank gates remove a factor
+- one Monte-Carlo sample of the gates per step; the penalty is the expectation itself
+- gates are decided, and held, for the last 30% of training (`progress`), so that the factors adapt to the rest;
+  Bayesian Bits finetunes in this way, too
 - the widest is 16 bits, since the comparison is with the same rank at 16 bits
 - ranges are relative to the largest magnitude of the factor at the time, since B starts at 0 and has no range to learn
   from; a floor keeps them from 0
 - activations stay at 16 bits and the base is quantized as the job says: the method prices the adapter alone
 
-ADR 12 has the reasons. In evaluation mode gates are decided: on or off. `compact` drops the ranks that are off and
+ADR 12 gives the reasons. In evaluation mode gates are decided: on or off. `compact` drops the ranks that are off and
 stores both factors as integers with a scale each.
 
-Cost: what is gated is small but takes some fifty operators a factor, forward alone. So adapters of one shape are gated
-in one stack (`together`): that, and not the sizes, decides the time of a step.
+Cost: the gated tensors are small but take about fifty operators per factor in the forward pass alone. So adapters of
+one shape are gated in one stack (`together`): the number of operators, not the sizes, decides the time of a step.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -63,7 +63,7 @@ OPEN = 6.0
 """phi at the start: on with a probability of 0.9995."""
 SMALLEST_LIMIT = 1e-6
 GATED_BYTES = 60
-"""That a gated factor's graph keeps for each number: some dozen tensors of its size, in fp32."""
+"""Bytes that the graph of a gated factor keeps per number: about a dozen tensors of its size, in fp32."""
 RANGE_RATE = 0.02
 """Learning rate of the logarithms of ranges: at the gates' rate in a short training, 0.27, losses were higher."""
 SETTLED_FROM = 0.7
@@ -75,7 +75,7 @@ Gated = tuple[Tensor, Tensor, Tensor]
 
 @dataclass(frozen=True)
 class IntegerFactors:
-    """What is left of an adapter once gates are decided: update = scale * (b_codes * b_step) @ (a_codes * a_step).
+    """The rest of an adapter after gates are decided: update = scale * (b_codes * b_step) @ (a_codes * a_step).
 
     a_codes   int8 or int16 (rank, in), of `a_bits` bits; b_codes the same, (out, rank)
     a_step    fp32 (), b_step fp32 ()
@@ -106,9 +106,9 @@ class IntegerFactors:
 
 
 class BayesianLoRA(Adapter):
-    """A trainable update of one linear: `forward(x)` is what is added to the base's output.
+    """A trainable update of one linear: `forward(x)` is added to the base's output.
 
-    While training gates are drawn by torch's own generator: who wants a step again seeds it.
+    While training, gates are drawn by torch's own generator: seed it to repeat a step.
 
     rates   learning rates of gates and ranges, by name; they are not decayed
     """
@@ -151,7 +151,7 @@ class BayesianLoRA(Adapter):
         return cls(spec, in_features, out_features, device=result.weight.codes.device, generator=generator)
 
     def progress(self, share: float) -> None:
-        """Gates are decided, and held, for the last part of the training."""
+        """Decides and holds the gates for the last part of the training, by the `share` of it that is done."""
         self.settled = share >= SETTLED_FROM
         for gate in (self.gate_rank, self.gate_a, self.gate_b):
             gate.requires_grad_(not self.settled)
@@ -159,7 +159,7 @@ class BayesianLoRA(Adapter):
     @classmethod
     @contextmanager
     def together(cls, adapters: Sequence[Self]) -> Iterator[None]:
-        """While it lasts, calls of these adapters use factors and gates that were computed, and drawn, once for all."""
+        """Context in which calls of these adapters share factors and gates that were computed, and drawn, once."""
         for alike in _by_shape(adapters):
             for adapter, drawn in zip(alike, _gated(alike), strict=True):
                 adapter._drawn = drawn
@@ -186,7 +186,7 @@ class BayesianLoRA(Adapter):
     def delta_weight(self, dtype: torch.dtype = torch.float64) -> Tensor:
         """The update with decided gates as a dense matrix, (out, in)."""
         (decided,) = _gated([self], held=True)
-        a, b, ranks = (part.to(dtype) for part in decided)
+        a, b, ranks = (factor.to(dtype) for factor in decided)
         return (b * ranks) @ a * self.scale
 
     @torch.no_grad()
@@ -216,7 +216,7 @@ class BayesianLoRA(Adapter):
 
     @property
     def stored_bits(self) -> int:
-        """Of integers and their steps."""
+        """Bits of the integers and their steps."""
         return self.compact().stored_bits()
 
     @property
@@ -236,17 +236,17 @@ class BayesianLoRA(Adapter):
 
     @property
     def full_bops(self) -> int:
-        """Bit operations a token with all ranks at 16 bits."""
+        """Bit operations per token with all ranks at 16 bits."""
         return ACTIVATION_BITS * WIDTHS[-1] * self.spec.rank * (self.in_features + self.out_features)
 
     def decided_bops(self) -> int:
-        """Bit operations a token of what `compact` leaves."""
+        """Bit operations per token of the adapter that `compact` returns."""
         a, b = self.in_features * decided_bits(self.gate_a), self.out_features * decided_bits(self.gate_b)
         return ACTIVATION_BITS * int(decide(self.gate_rank).sum()) * (a + b)
 
 
 def expected_bops(adapters: Iterable[BayesianLoRA]) -> Tensor:
-    """Bit operations a token of all adapters by their gates' probabilities, differentiable, ()."""
+    """Bit operations per token of all adapters by their gates' probabilities, differentiable, ()."""
     parts = []
     for alike in _by_shape(adapters):
         a, b = (expected_bits(_stacked(alike, gate)) for gate in ("gate_a", "gate_b"))
@@ -277,10 +277,10 @@ def bops_report(adapters: Mapping[str, BayesianLoRA], base_bits: Mapping[str, in
 
 
 def _by_shape(adapters: Iterable[BayesianLoRA]) -> list[list[BayesianLoRA]]:
-    found: dict[tuple[int, int, int], list[BayesianLoRA]] = {}
+    by_shape: dict[tuple[int, int, int], list[BayesianLoRA]] = {}
     for adapter in adapters:
-        found.setdefault((*adapter.b.shape, adapter.in_features), []).append(adapter)
-    return list(found.values())
+        by_shape.setdefault((*adapter.b.shape, adapter.in_features), []).append(adapter)
+    return list(by_shape.values())
 
 
 def _stacked(alike: Sequence[BayesianLoRA], name: str) -> Tensor:
@@ -288,7 +288,7 @@ def _stacked(alike: Sequence[BayesianLoRA], name: str) -> Tensor:
 
 
 def _gated(alike: Sequence[BayesianLoRA], *, held: bool = False) -> list[Gated]:
-    """What adapters of one shape and state compute with; where gates are held, or nothing is trained, decided ones."""
+    """Quantized factors and gates of adapters of one shape and state; decided if held, settled or not in training."""
     first = alike[0]
     gate = decide if held or first.settled or not first.training else sample
     a, b = (
@@ -299,12 +299,12 @@ def _gated(alike: Sequence[BayesianLoRA], *, held: bool = False) -> list[Gated]:
 
 
 def _quantized(factors: Tensor, log_ranges: Tensor, gates: Tensor) -> Tensor:
-    """Of factors (count, .., ..), with a range (count,) and gates (count, 3) each."""
+    """Factors (count, .., ..) quantized, each with a range (count,) and gates (count, 3)."""
     return residual_quantize(factors, _limits(factors, log_ranges)[:, None, None], gates.T[..., None, None])
 
 
 def _limits(factors: Tensor, log_ranges: Tensor) -> Tensor:
-    """b of factors (.., rows, columns)."""
+    """The range b of factors (.., rows, columns)."""
     return factors.detach().abs().amax((-2, -1)).clamp(min=SMALLEST_LIMIT) * log_ranges.exp()
 
 

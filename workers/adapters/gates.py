@@ -1,4 +1,4 @@
-"""Hard-concrete gates and the residual decomposition of a uniform quantizer, of which gates choose the width.
+"""Hard-concrete gates and the residual decomposition of a uniform quantizer, whose width the gates choose.
 
 Bayesian Bits (van Baalen et al., arXiv:2005.07093, and its code). For a range [-b, b] and widths k = 2, 4, 8, 16
 
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 WIDTHS = (2, 4, 8, 16)
-"""Bits that a factor may have; a gate each but for the first."""
+"""Bits that a factor may have; one gate for each except the first."""
 BETA, ZETA, GAMMA = 2 / 3, 1.1, -0.1
 OFF = 0.34
 """A gate whose probability of being 0 is below this is on in the end."""
@@ -45,25 +45,25 @@ def sample(phi: Tensor) -> Tensor:
 
 
 def decide(phi: Tensor) -> Tensor:
-    """Gates 0 or 1, for good."""
+    """Final gates, 0 or 1."""
     return (torch.sigmoid(SHIFT - phi) < OFF).to(phi.dtype)
 
 
 def residual_quantize(values: Tensor, limit: Tensor, gates: Tensor) -> Tensor:
     """x_q of values of any shape for the range [-limit, limit] and gates (z_4, z_8, z_16), each in [0, 1].
 
-    limit, and each of the gates, of any shape that goes with that of the values.
+    `limit` and each of the gates broadcast with the values.
     """
-    # Within by more than the last bits, so that nothing rounds to a level beyond the last.
+    # A little inside, by more than the last bits, so that nothing rounds to a level beyond the outermost.
     inside = limit * (1 - max(1e-7, 4 * torch.finfo(values.dtype).eps))
     x = torch.minimum(torch.maximum(values, -inside), inside)
     step = limit * 2 / 3
-    found = quantized = step * _round(x / step)
+    summed = quantized = step * _round(x / step)
     open_gates = torch.ones_like(gates[0])
     for width, gate in zip(WIDTHS, gates, strict=False):
         step = step / (2**width + 1)
-        residual = step * _round((x - found) / step)
-        found, open_gates = found + residual, open_gates * gate
+        residual = step * _round((x - summed) / step)
+        summed, open_gates = summed + residual, open_gates * gate
         quantized = quantized + open_gates * residual
     return quantized
 
@@ -74,7 +74,7 @@ def step_of(limit: Tensor, bits: int) -> Tensor:
 
 
 def decided_bits(phi: Tensor) -> int:
-    """The width that decided gates (4, 8, 16 bits) leave: of the last one before the first that is off."""
+    """The width that decided gates (4, 8, 16 bits) leave: the last one before the first that is off."""
     on = decide(phi).tolist()
     return WIDTHS[next((index for index, gate in enumerate(on) if not gate), len(on))]
 
@@ -87,5 +87,5 @@ def expected_bits(phi: Tensor) -> Tensor:
 
 
 def _round(x: Tensor) -> Tensor:
-    """Rounded, with the gradient of x."""
+    """x rounded, with the gradient of x."""
     return x + (x.round() - x).detach()

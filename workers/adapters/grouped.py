@@ -1,4 +1,4 @@
-"""One family of adapters: LoRA, QA-LoRA, Q-BaRA, QA-HiRA and QA-BLoRA differ in numbers, not in code.
+"""One class for LoRA, QA-LoRA, Q-BaRA, QA-HiRA and QA-BLoRA, which differ in numbers, not in code.
 
     y = W_hat x + s * U(B A P(x))          a pair of low rank
     y = W_hat x + s * U(M P(x))            a single matrix
@@ -15,10 +15,10 @@ The same as a dense update, with 1 a matrix of ones and (x) the Kronecker produc
     Delta W = (s/p) * (B A) (x) 1_{q x p}              of rank at most min(r', in/p, out/q)
     Delta W = (s/p) *   M   (x) 1_{q x p}              of rank at most min(in/p, out/q)
 
-and where p is a multiple of the group g, one number for each group of a row: `group_delta`.
+and where p is a multiple of the group g, one number per group of a row: `group_delta`.
 
 Papers: QLoRA (arXiv:2305.14314), QA-LoRA (arXiv:2309.14717), Q-BaRA and QA-HiRA (arXiv:2407.17029, whose second version
-calls them Q-BLoRA and QA-BLoRA). Of the last one the text was not available: p, q and s are those of the authors' code,
+calls them Q-BLoRA and QA-BLoRA). The text of the last one was not available: p, q and s are those of the authors' code,
 which for QA-HiRA has (4, 8), no multiple of any usual group. Here the pool is always a multiple of the group, and the
 size of tiles follows from the number of parameters (`app.domain.adapters.shapes.shape_for`).
 
@@ -42,11 +42,11 @@ from workers.numerics.quantized import LinearResult, LowRank
 
 
 class GroupedAdapter(Adapter):
-    """A trainable update of one linear: `forward(x)` is what is added to the base's output.
+    """A trainable update of one linear: `forward(x)` is added to the base's output.
 
     A pair has parameters `a` and `b`, a single matrix `m`.
 
-    generator   of A's start, uniform in +-1/sqrt(in/p) (kaiming with a = sqrt 5, as LoRA has it)
+    generator   draws the initial A, uniform in +-1/sqrt(in/p) (kaiming with a = sqrt 5, as LoRA has it)
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class GroupedAdapter(Adapter):
 
     @classmethod
     def continued(cls, spec: AdapterSpec, low_rank: LowRank, name: str) -> Self:
-        """A LoRA that goes on from a method's factors (LoftQ, ApiQ, LQ-LoRA), not a bit of which is lost.
+        """A LoRA that goes on from a method's factors (LoftQ, ApiQ, LQ-LoRA), bit for bit.
 
-        Strength is that of the factors: alpha / rank of `low_rank`, whatever a request says (ADR 11).
+        Its strength is that of the factors: alpha / rank of `low_rank`, regardless of the request (ADR 11).
         """
         if spec.kind != "lora":
             return super().continued(spec, low_rank, name)
@@ -105,7 +105,7 @@ class GroupedAdapter(Adapter):
 
     @property
     def stored_bits(self) -> int:
-        """Of fp32 parameters."""
+        """Bits of the fp32 parameters."""
         return 32 * self.shape.parameters
 
     @property
@@ -131,7 +131,7 @@ class GroupedAdapter(Adapter):
         return distinct if shape.repeat_out == 1 else distinct.repeat_interleave(shape.repeat_out, -1)
 
     def tile_delta(self, dtype: torch.dtype = torch.float64) -> Tensor:
-        """The one number of each tile of the update: (s/p) BA or (s/p) M, (out/q, in/p)."""
+        """The update as one number per tile: (s/p) BA or (s/p) M, (out/q, in/p)."""
         product = self.m.to(dtype) if self.shape.form == "single" else self.b.to(dtype) @ self.a.to(dtype)
         return product * (self.shape.scale / self.shape.pool_in)
 
@@ -141,7 +141,7 @@ class GroupedAdapter(Adapter):
         return tiles.repeat_interleave(self.shape.repeat_out, 0).repeat_interleave(self.shape.pool_in, 1)
 
     def group_delta(self, group_size: int, dtype: torch.dtype = torch.float64) -> Tensor:
-        """What the update adds to each group of `group_size` columns (-1: a row), (out, groups).
+        """The sum that the update adds to each group of `group_size` columns (-1: a row), (out, groups).
 
         Raises:
             MisalignedAdapter: a group lies in several tiles, so that the update is not one number for it.
@@ -160,9 +160,9 @@ class GroupedAdapter(Adapter):
 
     @torch.no_grad()
     def low_rank(self, dtype: torch.dtype = torch.float32) -> LowRank:
-        """The same update as peft's factors, (r', in) and (out, r'): of a LoRA its own, of others spread out.
+        """The same update as peft's factors, (r', in) and (out, r'): a LoRA's own; other kinds' spread out.
 
-        Of a single matrix r' is in/p, the factor A being the pooling itself.
+        For a single matrix r' is in/p, and the factor A is the pooling itself.
         """
         shape = self.shape
         if shape.form == "single":

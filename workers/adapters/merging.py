@@ -1,6 +1,6 @@
 """Fold an aligned adapter into the offsets of a quantized weight, and prove it: codes and scales stay as they are.
 
-A group's weights are w = sc*(q - z), or w = sc*q + beta. An adapter whose update is one number Delta for each group of
+A group's weights are w = sc*(q - z), or w = sc*q + beta. An adapter whose update is one number Delta per group of
 a row (`GroupedAdapter.group_delta`) only moves the offset:
 
     beta' = beta + Delta        beta = -sc*z of an integer zero point, -sc*2^(b-1) of a symmetric weight
@@ -29,13 +29,13 @@ from workers.numerics.quantized import AffineWeight, QuantizedWeight
 
 @dataclass(frozen=True)
 class MergeProof:
-    """What shows that a merge is the adapter, and what it costs where it ships; errors are a linear's largest.
+    """Evidence that a merge equals the adapter, and its error as shipped; errors are the largest of a linear.
 
     codes_before, codes_after, scales_before, scales_after    SHA-256 of the tensors' bytes
     error_exact     |(sc*q + beta + Delta) - (W + Delta)| in fp64: of the algebra alone
     error_stored    |W' - (W + Delta)| in fp64 with beta' (or z') as stored
     error_shipped   the same of the dequantized weight, in its dtype
-    bound           what `error_shipped` cannot pass unless zero points are rounded: half an ulp of the largest offset
+    bound           limit of `error_shipped` unless zero points are rounded: half an ulp of the largest offset
                     and of the largest weight, and fp32's in their sum
     rounded         whether zero points are integers
     """
@@ -72,13 +72,13 @@ def fold(
     offset_dtype: torch.dtype = torch.float32,
     round_offset: bool = False,
 ) -> Merged:
-    """The weight with an update that is one number a group, (out, groups), in fp64; arguments as in `folded`.
+    """The weight with an update that is one number per group, (out, groups), in fp64; arguments as in `folded`.
 
     Raises:
-        OffsetNotRepresentable: the weight lies on a codebook, or an offset is beyond what `offset_dtype` holds.
+        OffsetNotRepresentable: the weight lies on a codebook, or an offset does not fit `offset_dtype`.
     """
     merged = folded(weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
-    assert isinstance(weight, AffineWeight)  # noqa: S101 - for the type checker; else it could not be folded
+    assert isinstance(weight, AffineWeight)  # noqa: S101 - for the type checker; other weights were refused
     return Merged(merged, _prove(weight, merged, delta.double()))
 
 
@@ -98,7 +98,7 @@ def folded(
     round_offset   to integer zero points instead
 
     Raises:
-        OffsetNotRepresentable: the weight lies on a codebook, or an offset is beyond what `offset_dtype` holds.
+        OffsetNotRepresentable: the weight lies on a codebook, or an offset does not fit `offset_dtype`.
     """
     if not isinstance(weight, AffineWeight):
         raise OffsetNotRepresentable(
@@ -111,7 +111,7 @@ def folded(
 
 
 def offsets(weight: AffineWeight) -> Tensor:
-    """beta of each group, fp64 (out, groups), whatever way it is stored."""
+    """beta of each group, fp64 (out, groups), however it is stored."""
     if weight.offset is not None:
         return weight.offset.double()
     zero = 2.0 ** (weight.scheme.bits - 1) if weight.zero_point is None else weight.zero_point.double()
@@ -119,7 +119,7 @@ def offsets(weight: AffineWeight) -> Tensor:
 
 
 def exact_weight(weight: AffineWeight) -> Tensor:
-    """What the stored numbers stand for before any rounding, fp64 (out, in)."""
+    """The weight of the stored numbers before any rounding, fp64 (out, in)."""
     codes, scale = (
         weight.codes.double().view(len(weight.codes), -1, weight.group_size),
         weight.scale.double().unsqueeze(-1),
@@ -171,7 +171,7 @@ def _prove(before: AffineWeight, after: AffineWeight, delta: Tensor) -> MergePro
 
 
 def _bound(after: AffineWeight, offset: Tensor, exact: Tensor) -> float:
-    """Of a single rounding of the offset, of fp32's product and sum, and of the weight."""
+    """Error bound for a single rounding of the offset, of fp32's product and sum, and of the weight."""
     stored = 0.0 if after.offset is None else torch.finfo(after.offset.dtype).eps / 2
     span = float((after.scale.double().abs() * (2**after.scheme.bits - 1)).max() + offset.abs().max())
     largest = float(exact.abs().max())

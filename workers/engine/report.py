@@ -88,7 +88,7 @@ def identity_of(job: Job, results: Results) -> Identity:
         adapter=request.adapter.kind if trained and request.adapter is not None else None,
         folded=trained and request.merge == "quantized",
         finetuning=None if results.finetuned is None else results.finetuned.report,
-        earlier=() if job.base_job is None else job.base_job.training,
+        base_training=() if job.base_job is None else job.base_job.training,
     )
 
 

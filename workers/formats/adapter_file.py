@@ -1,13 +1,13 @@
-"""The adapter file: what was trained, as small as it was trained, with a one-file loader beside it.
+"""The adapter file: the trained parameters at their own size, with a one-file loader beside it.
 
-    adapter.safetensors    tensors and, in its metadata, what they mean (see `workers.formats.load_adapter`) and the id
+    adapter.safetensors    tensors and, in its metadata, their meaning (see `workers.formats.load_adapter`) and the id
                            of the model that was quantized, if it is on the Hub
     load_adapter.py        puts it beside a model's linears, or into their weights
-    report.json            of the job
+    report.json            the job's report
 
-Every job that trains an adapter keeps one. Stock peft has no type for pooled adapters nor for integer factors; where it
-has, the `peft` checkpoint is the same adapter. The base is the `native` checkpoint of the same job, or another of its
-checkpoints that holds the base alone; the original model is the wrong one.
+Every job that trains an adapter keeps one. Stock peft has no type for pooled adapters or integer factors; for the kinds
+that it has, the `peft` checkpoint is the same adapter. The base is the `native` checkpoint of the same job, or another
+of its checkpoints that holds the base alone; the original model is the wrong one.
 """
 
 import json
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bitwright.report import Report
 from workers.formats.cards.front_matter import front_matter
-from workers.formats.cards.identity import Identity, Part, title
+from workers.formats.cards.identity import Contents, Identity, title
 from workers.formats.cards.loading import BASE, FOLDER, WITH_ADAPTER_FILE
 from workers.formats.cards.model_card import header, provenance
 from workers.formats.cards.sections import code, quality, training
@@ -60,9 +60,9 @@ def write_adapter(
     for name, (facts, parts) in adapters.items():
         if parts and parts.keys() != PARTS[str(facts["form"])]:
             raise ValueError(f"{name}: tensors {sorted(parts)} are not those of the form {facts['form']}")
-        tensors |= {f"{name}.{part}": tensor.cpu().contiguous() for part, tensor in parts.items()}
+        tensors |= {f"{name}.{suffix}": tensor.cpu().contiguous() for suffix, tensor in parts.items()}
     linears = {name: dict(facts) for name, (facts, _) in adapters.items()}
-    # One entry: safetensors writes several in an order of its own, and the same adapter shall be the same bytes.
+    # One entry: safetensors writes several in arbitrary order, but the same adapter must give the same bytes.
     save_file(tensors, folder / FILE, {FORMAT: json.dumps({"version": VERSION, "kind": kind, "linears": linears})})
     shutil.copyfile(LOADER, folder / LOADER.name)
 
@@ -83,11 +83,11 @@ def describe_adapter(folder: Path, kind: str, report: Report, source: Path | Non
 
 
 def _name_base(file: Path, model_id: str) -> None:
-    """Adds the id of the model that was quantized to what the file's header tells."""
+    """Adds the id of the model that was quantized to the description in the file's header."""
     with safe_open(file, framework="pt") as stored:
-        told = json.loads(stored.metadata()[FORMAT])
+        description = json.loads(stored.metadata()[FORMAT])
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118 - no mapping
-    save_file(tensors, file, {FORMAT: json.dumps(told | {"base_model_name_or_path": model_id})})
+    save_file(tensors, file, {FORMAT: json.dumps(description | {"base_model_name_or_path": model_id})})
 
 
 def _card(folder: Path, report: Report, identity: Identity, source: Path | None) -> str:
@@ -95,29 +95,29 @@ def _card(folder: Path, report: Report, identity: Identity, source: Path | None)
     copied = card.license_link is not None and (folder / card.license_link).is_file()
     about = f"Trained by Bitwright {report.version} beside quantized weights ({identity.method_title})"
     named = f" of {code(identity.model)}, which is not the base itself" if identity.model_id is not None else ""
-    earlier = None if report.base_job is None else report.base_job.job_id
+    base_job = None if report.base_job is None else report.base_job.job_id
     sections = [
-        header(front_matter(identity, Part.ADAPTER, None, card, copied)),
-        f"# {title(identity, Part.ADAPTER)}",
+        header(front_matter(identity, Contents.ADAPTER, None, card, copied)),
+        f"# {title(identity, Contents.ADAPTER)}",
         f"{about}{named}.",
         "## Load",
-        *adapter_lines(identity.folded, earlier),
+        *adapter_lines(identity.folded, base_job),
         *training(report),
-        *quality(report, Part.ADAPTER, None),
+        *quality(report, Contents.ADAPTER, None),
         "## Provenance",
         provenance(report, licence_file(folder), card),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def adapter_lines(folded: bool, earlier_job: str | None) -> list[str]:
+def adapter_lines(folded: bool, base_job: str | None) -> list[str]:
     """Paragraphs that say how to load the adapter file.
 
     folded        whether the job's checkpoints hold the adapter in their weights
-    earlier_job   whose result it was trained beside, if not this job's own quantization
+    base_job      id of the job whose result it was trained beside, if not this job's own quantization
     """
     lines = WITH_ADAPTER_FILE.format(adapter=FOLDER, load=NATIVE_BASE.format(folder=BASE))
     if not folded:
         return [f"{ABOUT_ADAPTER_FILE}\n\n{lines}", ABOUT_MERGING]
-    where = f"the job `{earlier_job}`" if earlier_job else "a job of the same request without `merge`"
+    where = f"the job `{base_job}`" if base_job else "a job of the same request without `merge`"
     return [f"{ABOUT_FOLDED.format(where=where)}\n\n{lines}"]

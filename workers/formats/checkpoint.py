@@ -1,8 +1,8 @@
-"""Write a checkpoint folder of safetensors block by block: quantized linears as they come, the rest from the source.
+"""Writer of a safetensors checkpoint folder, block by block: quantized linears as they come, the rest from the source.
 
-What is not quantized (embeddings, norms, biases, the head) is copied bit by bit unless `add_tensor` replaced it, and
+Unquantized tensors (embeddings, norms, biases, the head) are copied bit by bit unless `add_tensor` replaced it, and
 so are the tokenizer, the generation configuration, the chat template and the licence. Code from the source (`*.py`)
-never is, and neither are the names by which its configurations call that code.
+is never copied, and neither are the names by which its configurations call that code.
 """
 
 import shutil
@@ -34,11 +34,11 @@ class Layout:
     """The parts in which formats of safetensors differ.
 
     compress       name of a linear, its result -> its stored tensors, by full name
-    stem           of the weight files' names
+    stem           first part of the weight files' names
     config         schemes by module name, module names of the other linears -> fields added to config.json
     files          linears by name in the checkpoint -> content of further JSON files, by name
-    needs_loader   whether the one-file loader comes along
-    warnings       code and message of what loading needs
+    needs_loader   whether the one-file loader is added
+    warnings       code and message of requirements for loading
     """
 
     compress: Callable[[str, LinearResult], dict[str, Tensor]]
@@ -72,7 +72,7 @@ class CheckpointWriter:
     def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
         """Store a quantized linear.
 
-        name      of the linear in the source checkpoint, without `.weight`; its tensors are called so again
+        name      of the linear in the source checkpoint, without `.weight`; its tensors get the same name
         module    its name in the transformers model, where that differs
 
         Raises:
@@ -111,11 +111,11 @@ class CheckpointWriter:
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """What loading needs; nothing is rounded here."""
+        """Requirements for loading; nothing is rounded here."""
         return {} if self._layout.warnings is None else self._layout.warnings(self._schemes().values())
 
     def _unquantized_matrices(self) -> Iterable[str]:
-        """Modules with a matrix that is not quantized: other linears, and embeddings, where listing does no harm.
+        """Modules with a matrix that is not quantized: other linears, and embeddings, whose listing does no harm.
 
         A tied head has no tensor of its own, but it is a module of the class Linear.
         """
@@ -140,11 +140,11 @@ class CheckpointWriter:
         return {name: linear.scheme for name, linear in self._linears.items()}
 
     def _targets(self) -> dict[str, Scheme]:
-        """Schemes by module name, and by name in the checkpoint too where a runtime may go by that."""
+        """Schemes by module name, and also by name in the checkpoint if a runtime may use that."""
         return self._schemes() | {self._modules[name]: scheme for name, scheme in self._schemes().items()}
 
     def _dtype_fields(self) -> dict[str, str]:
-        """The dtype that loaders take by default must be the one whose rounding the scales were made for."""
+        """Configuration fields with the dtype of the scales' rounding, which loaders must use by default."""
         dtypes = {linear.dtype for linear in self._linears.values()}
         if len(dtypes) != 1:
             return {}

@@ -7,9 +7,10 @@ For a linear `name` of shape (out, in), with b bits and groups of g inputs:
     name.weight_zero_point  int32 (ceil(out * b / 32), in / g)   dense along the outputs; asymmetric only
     name.weight_shape       int64 (2)                            (out, in)
 
-compressed-tensors speaks of signed int8 codes and stores them plus 2^(b-1), which are our unsigned codes; so do its
-zero points. It multiplies in the scale's dtype. Since codes and zero points are exact in bf16 and fp16, that is one
-rounding of the exact product, as in `AffineWeight.dequantize`, if and only if the scale has the weight's dtype.
+compressed-tensors defines signed int8 codes and stores them plus 2^(b-1), which equals our unsigned codes; the same
+holds for its zero points. It multiplies in the scale's dtype. Since codes and zero points are exact in bf16 and fp16,
+that is one rounding of the exact product, as in `AffineWeight.dequantize`, if and only if the scale has the weight's
+dtype.
 """
 
 from collections.abc import Collection, Iterable, Mapping
@@ -113,8 +114,8 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
     ignored   module names of all other linears, the head included
 
     One scheme for all: its group targets the class `Linear`, less `ignored`, and a quantized head by its name, since
-    vLLM's head is of another class. Several: a group for each, with the concrete names of its linears, because a class
-    as target of two groups lets the first one win everywhere.
+    vLLM's head is of another class. Several: one group per scheme, with the concrete names of its linears, because a
+    class as target of two groups lets the first one win everywhere.
     """
     # compressed-tensors 0.20 expects packed zero points unpacked when transformers 5.23 loads weights packed, and
     # refuses the checkpoint; unpacking while loading works. transformers has deprecated `run_compressed`, which is all
@@ -140,15 +141,15 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
 
 
 def unpacks_on_load(schemes: Iterable[Scheme]) -> bool:
-    """Whether config.json asks transformers to unpack the weights while loading: one scheme, asymmetric."""
+    """True if config.json asks transformers to unpack the weights while loading: one scheme, asymmetric."""
     distinct = set(schemes)
     return len(distinct) == 1 and not any(scheme.symmetric for scheme in distinct)
 
 
 def needs_loader(schemes: Iterable[Scheme]) -> bool:
-    """Whether transformers 5.23 cannot load the checkpoint by itself: several schemes, one of them asymmetric.
+    """True if transformers 5.23 cannot load the checkpoint by itself: several schemes, one of them asymmetric.
 
-    Loaded packed, it stumbles over the zero points; unpacked while loading, every linear gets the first group's scheme.
+    Loaded packed, it fails on the zero points; unpacked while loading, every linear gets the first group's scheme.
     compressed-tensors decompresses each tensor correctly; the one-file loader does the same for the whole model.
     """
     distinct = set(schemes)
@@ -198,7 +199,7 @@ def _load_packed(schemes: Mapping[str, Scheme]) -> str:
 
 
 def _unpacked(schemes: Mapping[str, Scheme]) -> str:
-    """The lines that make plain linears of packed ones.
+    """The lines that turn packed linears into plain ones.
 
     transformers 5.23 unpacks every linear by the first group's scheme when it unpacks while loading; unpacked
     afterwards by compressed-tensors, each has its own.

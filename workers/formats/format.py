@@ -1,4 +1,4 @@
-"""The seam between the engine and a format: what the file of a format defines, and what it is given.
+"""The seam between the engine and a format: the definitions in a format's file, and its inputs.
 
 `workers/formats/<name>.py` (or a package of that name), with `-` as `_`, has a `FORMAT`; `registry` finds it by the
 rows of `app.domain.formats`.
@@ -22,7 +22,7 @@ from workers.numerics.quantized import AffineWeight, LinearResult
 
 
 class Writer(Protocol):
-    """One export of a job. The folder is the writer's own: what an earlier attempt left in it is removed."""
+    """One export of a job. The folder is the writer's own: anything that a previous attempt left in it is removed."""
 
     def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
         """Store a quantized linear.
@@ -40,7 +40,7 @@ class Writer(Protocol):
         ...
 
     def finish(self, *, ignored: Collection[str] = ()) -> None:
-        """Write all that is left; `ignored` are the module names of linears that were not quantized."""
+        """Write everything else; `ignored` are the module names of linears that were not quantized."""
         ...
 
     def describe(self, report: Report) -> list[Path]:
@@ -49,15 +49,15 @@ class Writer(Protocol):
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """Code and message of what the caller should know, after the last linear."""
+        """Code and message of each warning for the caller, after the last linear."""
         ...
 
 
 @dataclass(frozen=True)
 class Opening:
-    """What a writer is opened with.
+    """The arguments of a new writer.
 
-    name       of its format
+    name       name of its format
     formats    all of the job's
     identity   the job's result, for files that name it before there is a report
     base       schemes by module name -> the checkpoint of the job beside which its adapter is loaded
@@ -73,7 +73,7 @@ class Opening:
 
 @dataclass(frozen=True)
 class Format:
-    """What the file of a format defines.
+    """The definition of a format in its file.
 
     open           a writer in a folder
     loading        paragraphs of the card's section "Load"

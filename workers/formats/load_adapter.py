@@ -1,20 +1,20 @@
-"""Put a Bitwright adapter beside a model's linears, or into their weights. Needs torch and safetensors, nothing else.
+"""Put a Bitwright adapter beside a model's linears, or into their weights. Needs torch and safetensors only.
 
     from load_bitwright import load             # the base: the native checkpoint of the same job, or its merged one
     from load_adapter import attach, merge
     model = load("path/to/native")
-    attach(model, "path/to/adapter")            # adds the updates in each forward pass; returns what takes them away
+    attach(model, "path/to/adapter")            # adds the updates in each forward pass; returns their removal
     merge(model, "path/to/adapter")             # or: adds them to the weights once, in the weights' dtype
 
-adapter.safetensors has JSON in its metadata, under `bitwright-adapter`: `version`, `kind`, and `linears`, which says
-what the tensors mean for each linear W (out, in):
+adapter.safetensors has JSON in its metadata, under `bitwright-adapter`: `version`, `kind`, and `linears`, which
+describes the tensors of each linear W (out, in):
 
     y = W x + scale * U(core(P(x)))     P: mean over `pool_in` neighbours;  U: each output `repeat_out` times
     form pair       core = B A          name.a (rank, in/pool_in), name.b (out/repeat_out, rank), fp32
     form single     core = M            name.m (out/repeat_out, in/pool_in), fp32
     form integer    core = B A          A = a_step * a_codes, B = b_step * b_codes: int8 or int16, fp32 ()
 
-A linear without tensors has no update left.
+A linear without tensors has no update.
 """
 
 import json
@@ -41,25 +41,27 @@ def read(folder: str | Path) -> dict[str, tuple[dict[str, Any], list[Tensor]]]:
     Raises:
         ValueError: the file is of another format or version, or a linear lacks a tensor.
     """
-    found = {}
+    adapters = {}
     with safe_open(Path(folder) / FILE, framework="pt") as stored:
-        told = json.loads((stored.metadata() or {}).get(FORMAT, "{}"))
-        if told.get("version") != VERSION:
+        description = json.loads((stored.metadata() or {}).get(FORMAT, "{}"))
+        if description.get("version") != VERSION:
             raise ValueError(f"{FILE}: this loader reads version {VERSION} of {FORMAT}")
         names = set(stored.keys())
-        for name, linear in told["linears"].items():
+        for name, linear in description["linears"].items():
             expected = PARTS[linear["form"]]
-            parts = {part: stored.get_tensor(f"{name}.{part}") for part in expected if f"{name}.{part}" in names}
+            parts = {
+                suffix: stored.get_tensor(f"{name}.{suffix}") for suffix in expected if f"{name}.{suffix}" in names
+            }
             if not parts:
                 continue
             if parts.keys() != expected:
                 raise ValueError(f"{name}: has the tensors {sorted(parts)}; it should have {sorted(expected)}")
-            found[name] = linear, _matrices(linear["form"], parts)
-    return found
+            adapters[name] = linear, _matrices(linear["form"], parts)
+    return adapters
 
 
 def update(linear: dict[str, Any], matrices: list[Tensor]) -> Tensor:
-    """What is added to the weight, fp32 (out, in)."""
+    """The update that is added to the weight, fp32 (out, in)."""
     core = matrices[0] @ matrices[1] if len(matrices) == 2 else matrices[0]
     tiles = core * (linear["scale"] / linear["pool_in"])
     dense: Tensor = tiles.repeat_interleave(linear["repeat_out"], 0).repeat_interleave(linear["pool_in"], 1)
@@ -67,7 +69,7 @@ def update(linear: dict[str, Any], matrices: list[Tensor]) -> Tensor:
 
 
 def attach(model: nn.Module, folder: str | Path) -> Callable[[], None]:
-    """Adds each update to the output of its linear from now on; calling what is returned ends that."""
+    """Adds each update to the output of its linear from now on; calling the returned function removes them."""
     handles = []
     for name, (linear, matrices) in read(folder).items():
         module = model.get_submodule(name)

@@ -1,4 +1,4 @@
-"""Load a Bitwright checkpoint into transformers. Needs torch, safetensors and transformers, nothing else.
+"""Load a Bitwright checkpoint into transformers. Needs torch, safetensors and transformers only.
 
     from load_bitwright import load
     model = load("path/to/checkpoint")          # a transformers model with ordinary floating-point weights
@@ -9,7 +9,7 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
 
     affine, native      compressed-tensors      scale * (codes - zero_point), or scale * codes + offset
     codes               weight_packed           (out, inputs packed) uint8 | int32: dense along a row, lowest bit first
-    scale               weight_scale            (out, groups): one for each group of consecutive inputs, of either sign
+    scale               weight_scale            (out, groups): one per group of consecutive inputs, of either sign
     zero_point          weight_zero_point       dense, row after row, uint8 | dense along the outputs, int32
     offset                                      (out, groups): in place of a zero point
     shape               weight_shape            (2) int64: (out, in)
@@ -22,7 +22,7 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
 
     lora_a, lora_b      (rank, in), (out, rank): (alpha / rank) * lora_b @ lora_a is added, and the sum rounded again
 
-A symmetric linear has no zero_point tensor: it is 2^(bits-1). Widths, group size (-1: one group a row), symmetry and
+A symmetric linear has no zero_point tensor: it is 2^(bits-1). Widths, group size (-1: one group per row), symmetry and
 alpha of each are in `bitwright.json` (native) or in the quantization_config of `config.json`.
 """
 
@@ -41,7 +41,7 @@ PARTS = (
     *("codebook", "absmax", "absmax_codes", "absmax_scale", "absmax_offset"),
 )
 PACKED = {"codes": "packed", "scale": "scale", "zero_point": "zero_point", "shape": "shape"}
-"""Parts of a linear -> their names in compressed-tensors, after `weight_`."""
+"""Tensors of a linear -> their names in compressed-tensors, after `weight_`."""
 
 
 def load(folder: str | Path, *, merge: bool = True, **options: Any) -> Any:
@@ -53,7 +53,7 @@ def load(folder: str | Path, *, merge: bool = True, **options: Any) -> Any:
 
     config = AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config  # the weights that are passed are not packed any more
+        del config.quantization_config  # the weights that are passed are already unpacked
     with torch.device("meta"):
         model_class = type(AutoModelForCausalLM.from_config(config))
     options.setdefault("dtype", config.dtype or torch.float32)
@@ -71,7 +71,7 @@ def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]
     folder = Path(folder)
     native = (folder / "bitwright.json").exists()
     tensors = read_tensors(folder, "weights" if native else "model")
-    stored = {part: f".{part}" for part in PARTS} if native else {p: f".weight_{n}" for p, n in PACKED.items()}
+    stored = {suffix: f".{suffix}" for suffix in PARTS} if native else {p: f".weight_{n}" for p, n in PACKED.items()}
     weights = {}
     for name, linear in (native_linears(folder) if native else packed_linears(folder, tensors)).items():
         parts = {p: tensors.pop(name + ending) for p, ending in stored.items() if name + ending in tensors}
@@ -84,7 +84,7 @@ def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]
 
 
 def native_linears(folder: Path) -> dict[str, dict[str, Any]]:
-    """What `bitwright.json` says of each quantized linear."""
+    """Descriptions of the quantized linears in `bitwright.json`, by name."""
     description = json.loads((folder / "bitwright.json").read_text(encoding="utf-8"))
     if description.get("format") != "bitwright" or description.get("version") != VERSION:
         raise ValueError(f"bitwright.json: this loader reads version {VERSION} of the format bitwright")
@@ -93,7 +93,7 @@ def native_linears(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def packed_linears(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
-    """What the quantization_config of `config.json` says of each linear that has packed weights."""
+    """Descriptions of the linears with packed weights, by name, from the quantization_config of `config.json`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
     by_target = {target: group["weights"] for group in config["config_groups"].values() for target in group["targets"]}
     linears = {}
@@ -112,7 +112,7 @@ def packed_linears(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[s
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:
-    """The stored tensors of all weight files; each must be where the index says."""
+    """The stored tensors of all weight files; each must be in the file that the index names."""
     index = folder / f"{stem}.safetensors.index.json"
     where = json.loads(index.read_text(encoding="utf-8"))["weight_map"] if index.exists() else None
     tensors: dict[str, Tensor] = {}
@@ -143,7 +143,7 @@ def dequantize(name: str, linear: dict[str, Any], parts: dict[str, Tensor]) -> T
     packed, bits, (rows, columns) = parts["codes"], linear["bits"], parts["shape"].tolist()
     groups = 1 if linear["group_size"] == -1 else columns // linear["group_size"]
     width = -(-columns * bits // (8 * packed.element_size()))
-    by_group = [parts[part] for part in ("scale", "offset", "absmax") if part in parts]
+    by_group = [parts[suffix] for suffix in ("scale", "offset", "absmax") if suffix in parts]
     if packed.shape != (rows, width) or columns % groups or any(t.shape != (rows, groups) for t in by_group):
         raise ValueError(f"{name}: tensors of {rows} x {columns} weights do not fit {linear}")
     codes = unpack(packed, bits, columns).view(rows, groups, -1)

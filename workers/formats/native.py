@@ -18,12 +18,12 @@ For a linear `name` of shape (out, in), with b bits (2 to 8) and groups of g inp
     name.lora_a         floating point (rank, in)
     name.lora_b         the same dtype (out, rank)
 
-`bitwright.json` describes every quantized linear (`StoredLinear`). Nothing is rounded: codes and scales are those that
-the method made, and other formats are made from them later. The weight files are not called model.safetensors, so that
+`bitwright.json` describes every quantized linear (`StoredLinear`). Nothing is rounded: codes and scales are those of
+the method, and other formats are written from them later. The weight files are not called model.safetensors, so that
 `from_pretrained` says that it finds no weights rather than fill them at random.
 
-The loader makes a model whose weights have the corrections in them (`LinearResult.dequantize`), which is what the
-engine evaluated; or, on request, the quantized base alone, for the adapter of the `peft` checkpoint.
+The loader returns a model whose weights have the corrections in them (`LinearResult.dequantize`), as the
+engine evaluated them; or, on request, the quantized base alone, for the adapter of the `peft` checkpoint.
 """
 
 from collections.abc import Mapping
@@ -88,7 +88,7 @@ def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
         **(_affine_parts(weight) if isinstance(weight, AffineWeight) else _codebook_parts(weight)),
         **({} if low_rank is None else {"lora_a": low_rank.a.contiguous(), "lora_b": low_rank.b.contiguous()}),
     }
-    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+    return {f"{name}.{suffix}": tensor for suffix, tensor in parts.items()}
 
 
 def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -> LinearResult:
@@ -134,35 +134,35 @@ class _Parts:
         if len(self.shape) != 2:
             raise self.misfit()
 
-    def __getitem__(self, part: str) -> Tensor:
+    def __getitem__(self, suffix: str) -> Tensor:
         try:
-            return self._tensors[f"{self._name}.{part}"]
+            return self._tensors[f"{self._name}.{suffix}"]
         except KeyError as missing:
             raise CorruptCheckpoint(f"tensor {missing} is missing", field=self._name) from missing
 
     def codes(self, stored: StoredLinear) -> Tensor:
-        """uint8 (out, in)"""
+        """The codes, uint8 (out, in)."""
         packed, (out_features, in_features) = self["codes"], self.shape
         if packed.shape != (out_features, packed_bytes(in_features, stored.bits)):
             raise self.misfit()
         return unpack_bytes(packed, stored.bits, in_features)
 
-    def dense(self, part: str, bits: int, shape: torch.Size) -> Tensor:
-        """The codes of that part, uint8 of that shape, which are packed row after row."""
-        packed = self[part]
+    def dense(self, suffix: str, bits: int, shape: torch.Size) -> Tensor:
+        """The codes of one tensor, uint8 of that shape, which are packed row after row."""
+        packed = self[suffix]
         if packed.shape != (packed_bytes(prod(shape), bits),):
             raise self.misfit()
         return unpack_bytes(packed.unsqueeze(0), bits, prod(shape)).view(shape)
 
-    def of_groups(self, part: str, stored: StoredLinear) -> Tensor:
-        """A tensor with a number for each group."""
-        tensor = self[part]
+    def of_groups(self, suffix: str, stored: StoredLinear) -> Tensor:
+        """A tensor with one number per group."""
+        tensor = self[suffix]
         if tensor.shape != self.groups(stored):
             raise self.misfit()
         return tensor
 
     def groups(self, stored: StoredLinear) -> torch.Size:
-        """(out, groups)"""
+        """The shape (out, groups)."""
         out_features, in_features = self.shape
         return torch.Size((out_features, in_features // group_width(stored.group_size, in_features)))
 

@@ -5,8 +5,8 @@
 
 peft computes y = x W^T + (alpha / rank) * (x A^T) B^T, where W is the dequantized base: the weights of the `merged` or
 `compressed-tensors` checkpoint of the same job, or of `native` without its corrections. A and B are stored as the
-method made them, with alpha's factor taken out (`LowRank.of_product`), so that the correction acts at full strength
-whatever alpha and rank, and training goes on from exactly this point.
+method returns them, with alpha's factor taken out (`LowRank.of_product`), so that the correction acts at full strength
+for every alpha and rank, and training goes on from exactly this point.
 
 The configuration names the model that was quantized, where that is on the Hub, since the Hub and peft look an adapter's
 base up by its id. The original weights are not the base that was measured: the card says which checkpoint is.
@@ -66,7 +66,7 @@ def compress(name: str, low_rank: LowRank) -> dict[str, Tensor]:
 
 
 def decompress(name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> LowRank:
-    """The exact inverse of `compress`, with what `config` wrote."""
+    """The exact inverse of `compress`, with the fields that `config` wrote."""
     a, b = (tensors[f"base_model.model.{name}.lora_{factor}.weight"] for factor in "AB")
     return LowRank(a, b, config["alpha_pattern"].get(escape(name), config["lora_alpha"]))
 
@@ -123,7 +123,7 @@ def loading(about: Loading) -> list[str]:
 
 
 def _served_with(factors: Collection[StoredLowRank]) -> tuple[str, int | None]:
-    """How we know that vLLM serves an adapter with these factors, and its `--max-lora-rank`; None if it does not."""
+    """Evidence that vLLM serves an adapter with these factors, and its `--max-lora-rank`; None if it does not."""
     largest = max((one.rank for one in factors), default=0)
     rank = next((allowed for allowed in LORA_RANKS if largest <= allowed), None)
     patterns = f", {LORA_PATTERNS} or newer, for ranks or strengths differ" if len(set(factors)) > 1 else ""
@@ -148,7 +148,7 @@ class AdapterWriter:
             self._tensors |= {key: t.cpu().contiguous() for key, t in compress(module, result.low_rank).items()}
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
-        """Nothing: what quantization changed besides belongs to the base."""
+        """Does nothing: other tensors that quantization changed belong to the base."""
 
     def finish(self, *, ignored: Collection[str] = ()) -> None:
         """Write the adapter; `ignored` are the module names of linears that were not quantized.
@@ -168,7 +168,7 @@ class AdapterWriter:
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """None: nothing is rounded here."""
+        """No warnings: nothing is rounded here."""
         return {}
 
     def describe(self, report: Report) -> list[Path]:

@@ -1,4 +1,4 @@
-"""Formats by name, each from its own file: opens the writers of a job, and checks a model before anything is computed.
+"""Registry of formats, each from its own file; opens a job's writers, and checks a model before anything is computed.
 
 writers = open_writers(folder, formats, source)
 writer.add_linear("model.layers.0.mlp.up_proj", result)      # of each writer, any number of times
@@ -26,16 +26,16 @@ from workers.numerics.quantized import AffineWeight
 
 @cache
 def format_of(name: ExportFormat) -> Format:
-    """The format of that name: `FORMAT` of the module or package called so, with `-` as `_`.
+    """The format of that name: `FORMAT` of the module or package of that name, with `-` as `_`.
 
     Raises:
         InternalError: the module defines none.
     """
     module = f"workers.formats.{name.value.replace('-', '_')}"
-    found = vars(import_module(module)).get("FORMAT")
-    if not isinstance(found, Format):
+    definition = vars(import_module(module)).get("FORMAT")
+    if not isinstance(definition, Format):
         raise InternalError(f"{module} defines no FORMAT")
-    return found
+    return definition
 
 
 def open_writers(

@@ -1,4 +1,4 @@
-"""Write tensors as safetensors shards while they come: a shard goes to disk as soon as it is full."""
+"""Writer of safetensors shards: a shard goes to disk as soon as it is full."""
 
 import json
 import os
@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 SHARD_BYTES = 2 * 1024**3
-"""What is held on the host before it is written; the Hub and most file systems take 4 GB a file easily."""
+"""Bytes held on the host before a shard is written; the Hub and most file systems take files of 4 GB."""
 
 
 class ShardWriter:
@@ -40,14 +40,14 @@ class ShardWriter:
             size = tensor.numel() * tensor.element_size()
             if self._pending and self._pending_bytes + size > self._shard_bytes:
                 self._flush()
-            # A view would drag its whole storage along, and tensors that share one are refused by safetensors.
+            # A view would keep its whole storage alive, and safetensors refuses tensors that share one.
             self._pending[name] = tensor.detach().to("cpu", copy=True).contiguous()
             self._names.add(name)
             self._pending_bytes += size
             self.total_bytes += size
 
     def finish(self) -> list[Path]:
-        """Write what is left, give every shard its name and write the index, if there are several."""
+        """Write the last shard, give every shard its name and write the index, if there are several."""
         if self._pending or not self._shards:
             self._flush()
         count = len(self._shards)

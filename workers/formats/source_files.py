@@ -1,4 +1,4 @@
-"""What a result takes over from its source: tensors that are not quantized, the tokenizer, the licence. Never code."""
+"""Content that a result takes over from its source: unquantized tensors, the tokenizer, the licence; never code."""
 
 import json
 import shutil
@@ -44,10 +44,10 @@ COPIED = (
     "processor_config.json",
     *LICENCES,
 )
-"""Files of the source that belong to the result too: what transformers' and mistral-common's tokenizers and processors
-read, and what the licence asks for."""
+"""Files of the source that belong to the result too: those that tokenizers and processors of transformers and
+mistral-common read, and those that the licence requires."""
 CODE = frozenset({".py", ".pyc", ".so", ".sh", ".js", ".pkl", ".pickle", ".pt", ".pth", ".bin", ".ckpt", ".h5"})
-"""Never copied, whatever the name: programs, and what runs one when it is read."""
+"""Suffixes that are never copied, whatever the name: programs, and files that run code when they are read."""
 NAMES_OF_CODE = frozenset({"auto_map", "custom_pipelines"})
 """Keys of configurations that name classes in the repository's own Python files."""
 MAX_CONFIG_BYTES = 50_000_000
@@ -66,7 +66,7 @@ class SourceCheckpoint(Protocol):
 
 
 def check_tensor(source: SourceCheckpoint, name: str, tensor: Tensor) -> None:
-    """Whether a tensor may take the place of the source's.
+    """Checks that a tensor may take the place of the source's.
 
     Raises:
         InternalError: the source has no tensor of that name and shape.
@@ -76,7 +76,7 @@ def check_tensor(source: SourceCheckpoint, name: str, tensor: Tensor) -> None:
 
 
 def copy_files(source: Path, target: Path, patterns: Sequence[str] = COPIED) -> None:
-    """Copies the files of `source` that match one of the patterns; code never, nor a configuration's names of it."""
+    """Copies the files of `source` that match one of the patterns; never code, nor a configuration's names of it."""
     for file in sorted(source.iterdir()):
         wanted = any(fnmatchcase(file.name, pattern) for pattern in patterns) and file.suffix.lower() not in CODE
         if wanted and file.is_file():
@@ -89,9 +89,9 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str] = COPIED) -> 
 
 
 def without_code(config: Any) -> Any:
-    """A configuration, decoded, without the names of code that stays behind, however deep they stand in it.
+    """A configuration, decoded, without the names of code that is not copied, however deep they are nested.
 
-    transformers would look for the code wherever `trust_remote_code` is given, and scripts give it to every model.
+    transformers would look for the code if `trust_remote_code` is set, and scripts set it for every model.
     """
     if isinstance(config, Mapping):
         return {key: without_code(value) for key, value in config.items() if key not in NAMES_OF_CODE}
@@ -99,17 +99,17 @@ def without_code(config: Any) -> Any:
 
 
 def names_code(source: SourceCheckpoint) -> bool:
-    """Whether the source's configuration names code of its own."""
+    """True if the source's configuration names code of its own."""
     return bool(without_code(source.config) != source.config)
 
 
 def _copy(file: Path, target: Path) -> None:
-    """The same bytes, unless it is a configuration that names code."""
+    """Copies the same bytes, unless the file is a configuration that names code."""
     if file.name.endswith("_config.json") and file.stat().st_size <= MAX_CONFIG_BYTES:
         try:
             config = json.loads(file.read_bytes())
             cleaned = without_code(config)
-        except (ValueError, RecursionError):  # no JSON: nobody reads code's names in it
+        except (ValueError, RecursionError):  # not JSON: nothing reads names of code in it
             cleaned = config = None
         if cleaned != config:
             write_json(target, cleaned)
@@ -119,5 +119,5 @@ def _copy(file: Path, target: Path) -> None:
 
 def licence_file(folder: Path) -> str | None:
     """Name of the licence in a folder, if there is one."""
-    found = [file.name for file in folder.iterdir() if file.name.startswith(("LICENSE", "LICENCE"))]
-    return min(found, default=None)
+    licences = [file.name for file in folder.iterdir() if file.name.startswith(("LICENSE", "LICENCE"))]
+    return min(licences, default=None)

@@ -1,4 +1,4 @@
-"""What a checkpoint says of a quantized linear beside its tensors: its form, its scheme, its low-rank correction."""
+"""Description of a quantized linear beside its tensors in a checkpoint: its form, scheme and low-rank correction."""
 
 from typing import Literal
 
@@ -27,10 +27,10 @@ class StoredLowRank(Description):
 
 
 class StoredLinear(Description):
-    """What the tensors of a linear do not say themselves.
+    """The facts on a linear that its tensors do not show.
 
-    dtype     of the dequantized weight, torch's name
-    absmax    None: as one floating-point number a group
+    dtype     torch's name of the dequantized weight's dtype
+    absmax    None: one floating-point number per group
     """
 
     form: Literal[Form.AFFINE, Form.CODEBOOK]

@@ -7,15 +7,15 @@ For each linear, with s, z from the clipped ranges sigmoid(beta)*lo and sigmoid(
     layer    min over the same of           || X_fp W^T  - X_q W_hat^T ||^2          linear by linear, as called
     aug_loss    ... + || F(X_q; W) - F(X_q; W_hat) ||^2
 
-X_fp is the stream through the original model, X_q the one through what is quantized already, so that each step also
-repairs what it inherits. A starts from U(-1/sqrt(in), 1/sqrt(in)), B = 0, gamma = beta = 4. With D = dL/dW_hat:
+X_fp are the activations of the original model, X_q those of the blocks and linears quantized so far, so that each step
+also corrects inherited errors. A starts from U(-1/sqrt(in), 1/sqrt(in)), B = 0, gamma = beta = 4. With D = dL/dW_hat:
 
     dL/dA = (alpha/r) * B^T D       dL/dB = (alpha/r) * D A^T
     dL/dgamma, dL/dbeta             straight through the rounding of W/s, none through that of z
                                     (`workers.numerics.clipped_groups`, `workers.numerics.learned_ranges`)
 
 AdamW with decoupled weight decay, two constant learning rates: 5e-3 for gamma and beta, 5e-4 for A and B, decay 0.1.
-The decay draws gamma and beta toward tighter clipping, which is a part of the method.
+The decay pulls gamma and beta toward tighter clipping, which is part of the method.
 
 | symbol | variable | shape |
 |---|---|---|
@@ -23,12 +23,13 @@ The decay draws gamma and beta toward tighter clipping, which is a part of the m
 | A, B | views of `factors` | (r, in), (out, r), fp32: those of all linears in one tensor |
 | D | `gradient` | flat, the model's dtype |
 
-alpha/r is inside what is trained, as in the paper, and A and B are stored as they are: an adapter with this alpha
-starts finetuning at exactly the calibrated point. A and B act rounded to the model's dtype already while they train.
+alpha/r is a factor of the trained product, as in the paper, and A and B are stored as they are: an adapter with this
+alpha starts finetuning at exactly the calibrated point. A and B act rounded to the model's dtype already while they
+train.
 
 With aug_loss the target is the mean of both targets (`BlockTask.augmented`).
 
-Layer by layer (not in the authors' code): linears with the same input (q, k, v) share a loop, in which each has its own
+Layer by layer (not in the authors' code), linears with the same input (q, k, v) share a loop, in which each has its own
 error and, since AdamW has no scale, its own steps; only the best step is chosen for all of them.
 
 Beyond the paper, `base`: ranges and rounding may start from another method's result, which is either trained on or,
@@ -56,7 +57,7 @@ from workers.numerics.learned_ranges import working_dtype
 from workers.numerics.quantized import LinearResult, LowRank, Number, QuantizedWeight
 
 BASE_SHARE = 0.2
-"""Of a block's progress that a base with its own tuning is taken for."""
+"""Share of a block's progress that counts for a base with its own tuning."""
 
 
 class ApiQ:
@@ -68,8 +69,8 @@ class ApiQ:
             start = task.quantize(replace(task, tick=lambda s: task.tick(BASE_SHARE * s)), spec.base_spec()).linears
         outcomes: list[TuningOutcome] = []
 
-        def quantize(part: BlockTask) -> Mapping[str, LinearResult]:
-            outcomes.append(_tune(part, spec, start))
+        def quantize(subtask: BlockTask) -> Mapping[str, LinearResult]:
+            outcomes.append(_tune(subtask, spec, start))
             return outcomes[-1].linears
 
         if spec.granularity == "block":
@@ -89,8 +90,8 @@ def _tune(task: BlockTask, spec: ApiQSpec, start: Mapping[str, LinearResult]) ->
 
 
 def corrected_weights(task: BlockTask, spec: ApiQSpec, start: Mapping[str, LinearResult]) -> list["CorrectedWeights"]:
-    """The task's linears, those of the same scheme and group width together."""
-    found = []
+    """The task's linears in groups of the same scheme and group width."""
+    corrected = []
     for (scheme, width), weights in task.alike().items():
         base: Base
         if spec.freeze_base:
@@ -99,12 +100,12 @@ def corrected_weights(task: BlockTask, spec: ApiQSpec, start: Mapping[str, Linea
             groups = {name: weight.reshape(-1, width) for name, weight in weights.items()}
             starts = [GroupStart.at(start[n].affine, g) if start else GroupStart.full(g) for n, g in groups.items()]
             base = ClippedGroups(torch.cat(list(groups.values())), GroupStart.joined(starts), scheme, task.scale_dtype)
-        found.append(CorrectedWeights(weights, base, spec, task.seed))
-    return found
+        corrected.append(CorrectedWeights(weights, base, spec, task.seed))
+    return corrected
 
 
 class FrozenWeights:
-    """Another method's weights, of any form, which do not learn."""
+    """Another method's weights, of any form, which are not trained."""
 
     def __init__(self, weights: Mapping[str, QuantizedWeight]) -> None:
         self.weights = weights
@@ -181,8 +182,8 @@ class CorrectedWeights:
 
     def results(self) -> dict[str, LinearResult]:
         if isinstance(self.base, ClippedGroups):
-            found = self.base.kept.results(self.shapes, self.base.scheme, self._dtype)
-            weights: Mapping[str, QuantizedWeight] = {name: result.weight for name, result in found.items()}
+            quantized = self.base.kept.results(self.shapes, self.base.scheme, self._dtype)
+            weights: Mapping[str, QuantizedWeight] = {name: result.weight for name, result in quantized.items()}
         else:
             weights = self.base.weights
         pairs = self._linears(torch.empty(sum(map(math.prod, self.shapes.values())), device="meta"), self._kept)
@@ -192,16 +193,16 @@ class CorrectedWeights:
         }
 
     def _linears(self, flat: Tensor, factors: Tensor) -> list[tuple[Tensor, LowRank]]:
-        """Each linear's part of `flat` (out, in), and its A and B, rounded to the model's dtype."""
-        found, at, first = [], 0, 0
+        """Each linear's slice of `flat` as (out, in), and its A and B, rounded to the model's dtype."""
+        linears, at, first = [], 0, 0
         rounded = factors.to(self._dtype).to(factors.dtype)
         for out, columns in self.shapes.values():
             rank = self._rank((out, columns))
-            part = flat[at : (at := at + out * columns)].view(out, columns)
+            matrix = flat[at : (at := at + out * columns)].view(out, columns)
             a = rounded[first : (first := first + rank * columns)].view(rank, columns)
             b = rounded[first : (first := first + out * rank)].view(out, rank)
-            found.append((part, LowRank(a, b, self._spec.alpha)))
-        return found
+            linears.append((matrix, LowRank(a, b, self._spec.alpha)))
+        return linears
 
     def _rank(self, shape: tuple[int, int]) -> int:
         return min(self._spec.rank, *shape)

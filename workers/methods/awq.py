@@ -6,10 +6,11 @@ its input divided by it, for the linears of a block that share an input (q, k, v
     s = x^alpha / sqrt(max x^alpha * min x^alpha),   x = mean of abs(X) over tokens,   alpha in {0, 1/20, ..., 19/20}
     min over alpha of  || f(X; Q(W s) / s) - f(X; W) ||^2
 
-f is the part of the block around those linears (attention for q, k, v; the MLP for gate, up; o and down themselves),
-Q rounds to nearest (`workers.numerics.affine`), and alpha = 0 is s = 1. 1/s goes where the input comes from, a norm's
-weight or the rows of the linear before, so that nothing is computed at run time and the floating-point block stays
-what it was. Then each group's range is clipped to +-m, for linears whose output does not only decide a softmax:
+f is the submodule of the block around those linears (attention for q, k, v; the MLP for gate, up; o and down
+themselves), Q rounds to nearest (`workers.numerics.affine`), and alpha = 0 is s = 1. 1/s is folded into the source of
+the input, a norm's weight or the rows of the previous linear, so that nothing is computed at run time and the
+floating-point block does not change. Then each group's range is clipped to +-m, for linears whose output does more than
+decide a softmax:
 
     m = c * max abs(W s),   c in {1, 19/20, ..., 11/20},   min over c of  (w_hat - w) H_g (w_hat - w)^T
 
@@ -21,13 +22,14 @@ with H_g the group's diagonal block of H = 2 X^T X (`workers.numerics.hessian`):
 | s | `scale` | (in,), fp32 |
 | H_g of all groups | `hessian` | (groups, G, G), fp32 |
 
-Cost: a forward pass of the block; over `search_samples` sequences four more, and twenty of each part; for clipping,
-ten times out*in*G operations.
+Cost: a forward pass of the block; over `search_samples` sequences four more, and twenty of each submodule; for
+clipping, ten times out*in*G operations.
 
 Different from the paper's code: s is taken back from the norm's weight as its dtype holds it, so that the norm's
-rounding is no error; H_g is of all tokens, where the code takes 512 of them; an input that no token ever lit counts as
-a mean one. Scales that would move through a linear that is not quantized stay 1, and so do those behind v where it has
-fewer outputs than o has inputs (grouped queries); both are counted. Left out: scales from weights as well as inputs.
+rounding is no error; H_g is of all tokens, where the code takes 512 of them; an input column that is 0 for all tokens
+counts as a mean one. Scales that would move through a linear that is not quantized stay 1, and so do those behind v if
+it has fewer outputs than o has inputs (grouped queries); both are counted. Left out: scales from weights as well as
+inputs.
 """
 
 from collections.abc import Callable
@@ -41,14 +43,14 @@ from torch import Tensor, nn
 from app.domain.methods import AWQSpec, Scheme
 from workers.contracts.blocks import BlockTask, Fold
 from workers.contracts.results import BlockResult
-from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, watched
 from workers.numerics.quantized import AffineWeight, LinearResult, Number, Scaling
 
 STEPS = 20
-"""Parts that the interval of alpha, and that of c, is cut into."""
+"""Number of steps in the interval of alpha, and in that of c."""
 SMALLEST_CLIP = 0.5
-"""Values of c are above it."""
+"""Lower limit of c, exclusive."""
 
 
 class AWQ:
@@ -83,21 +85,21 @@ class AWQ:
 
 @dataclass
 class Observed:
-    """What an input looked like, for the linears that share it: sums of |x|, and H in blocks of each group width."""
+    """Statistics of an input, for the linears that share it: sums of |x|, and H in blocks of each group width."""
 
     total: Tensor
     hessians: dict[int, Hessian]
     tokens: int = 0
 
     def add(self, x: Tensor) -> None:
-        """Takes in (tokens, in)."""
+        """Adds inputs (tokens, in)."""
         self.total += x.abs().sum(0, dtype=self.total.dtype)
         self.tokens += len(x)
         for hessian in self.hessians.values():
             hessian.add(x)
 
     def magnitude(self) -> Tensor:
-        """x (in,), the mean of all columns for those that were never lit."""
+        """x (in,); columns that were always 0 get the mean of all columns."""
         mean = self.total / self.tokens
         return torch.where(mean > 0, mean, mean.mean().clamp(min=torch.finfo(mean.dtype).tiny))
 
@@ -107,7 +109,7 @@ class Observed:
 
 
 def observe(task: BlockTask, inputs: Tensor) -> dict[str, Observed]:
-    """What the linears are given in forward passes of the block over `inputs`, by name."""
+    """Statistics of the linears' inputs in forward passes of the block over `inputs`, by name."""
     linears = {name: task.linear(name) for name in task.schemes}
     observed: dict[str, Observed] = {}
     firsts = {}
@@ -129,7 +131,7 @@ def observe(task: BlockTask, inputs: Tensor) -> dict[str, Observed]:
 
 
 def search_scale(task: BlockTask, fold: Fold, magnitude: Tensor, inputs: Tensor) -> Tensor:
-    """The s of the module docstring for one fold, (in,), judged on the block's `inputs`."""
+    """The s of the module docstring for one fold, (in,), by the error on the block's `inputs`."""
     calls = _calls(task, inputs, task.block.get_submodule(fold.judged))
     targets = [call() for call in calls]
     weights = {name: task.linear(name).weight for name in fold.linears}
@@ -147,7 +149,7 @@ def search_scale(task: BlockTask, fold: Fold, magnitude: Tensor, inputs: Tensor)
 
 
 def settle(block: nn.Module, fold: Fold, scale: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """Divides what comes out of a fold's source by `scale`: the parameters that change, and s as they can hold it.
+    """Divides the output of a fold's source by `scale`; returns the parameters that change, and s as they can hold it.
 
     A norm's weight changes; of a linear, whose rows are still to be rounded, only the bias.
     """
@@ -173,17 +175,17 @@ def quantize_weight(task: BlockTask, name: str, scaling: Scaling, hessian: Tenso
     w = grouped(w, scheme.group_size)
     ranges = GroupRange.of(w)
     if hessian is not None:
-        # A scaled column meets an input over s.
+        # A scaled column is multiplied by an input divided by s.
         s = torch.ones_like(w[0]) if isinstance(scaling.columns, float) else scaling.columns.view_as(w[0])
         ranges = clip_ranges(w, hessian / (s.unsqueeze(1) * s.unsqueeze(2)), scheme, task.scale_dtype)
-    to = grid(ranges, scheme, task.scale_dtype)
-    return affine_weight(round_to_grid(w, to)[0], to, scheme, task.scale_dtype, weight.dtype)
+    grid = affine_grid(ranges, scheme, task.scale_dtype)
+    return affine_weight(round_to_grid(w, grid)[0], grid, scheme, task.scale_dtype, weight.dtype)
 
 
 def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupRange:
     """The range +-m within its own of each group of `w` (out, groups, G) with the least (w_hat - w) H_g (w_hat - w)^T.
 
-    hessian   (groups, G, G), of the inputs that meet `w`
+    hessian   (groups, G, G), of the inputs that `w` is multiplied by
     """
     full = GroupRange.of(w)
     widest = torch.maximum(-full.low, full.high)
@@ -191,8 +193,8 @@ def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.d
     for step in range(round(STEPS * (1 - SMALLEST_CLIP))):
         m = widest * (1 - step / STEPS)
         clipped = GroupRange(torch.maximum(full.low, -m), torch.minimum(full.high, m))
-        to = grid(clipped, scheme, scale_dtype)
-        error = (_dequantize(round_to_grid(w, to)[0], to) - w).transpose(0, 1)
+        grid = affine_grid(clipped, scheme, scale_dtype)
+        error = (_dequantize(round_to_grid(w, grid)[0], grid) - w).transpose(0, 1)
         cost = ((error @ hessian) * error).sum(-1).T
         better = cost < least
         least = torch.where(better, cost, least)
@@ -201,7 +203,7 @@ def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.d
 
 
 def _applies(task: BlockTask, fold: Fold) -> bool:
-    """Whether all linears of a fold are quantized and the source has a number for each of their columns."""
+    """True if all linears of a fold are quantized and the source has one number per column of them."""
     source = task.block.get_submodule(fold.source)
     is_linear = isinstance(source, nn.Linear)
     if not set(fold.linears) <= task.schemes.keys() or (is_linear and fold.source not in task.schemes):
@@ -218,23 +220,23 @@ def _scale(magnitude: Tensor, alpha: float) -> Tensor:
 def _round(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
     """Q: rounded to nearest, (out, in), in the dtype given."""
     w = grouped(weight, scheme.group_size)
-    to = grid(GroupRange.of(w), scheme, scale_dtype)
-    return _dequantize(round_to_grid(w, to)[0], to).view_as(weight)
+    grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
+    return _dequantize(round_to_grid(w, grid)[0], grid).view_as(weight)
 
 
-def _dequantize(codes: Tensor, to: Grid) -> Tensor:
-    steps = codes if to.zero is None else codes - to.zero.unsqueeze(-1)
-    return steps * to.scale.unsqueeze(-1)
+def _dequantize(codes: Tensor, grid: Grid) -> Tensor:
+    steps = codes if grid.zero is None else codes - grid.zero.unsqueeze(-1)
+    return steps * grid.scale.unsqueeze(-1)
 
 
-def _calls(task: BlockTask, inputs: Tensor, part: nn.Module) -> list[Callable[[], Tensor]]:
-    """How the block calls one of its parts in forward passes over `inputs`, to be repeated."""
+def _calls(task: BlockTask, inputs: Tensor, submodule: nn.Module) -> list[Callable[[], Tensor]]:
+    """The calls of one of the block's submodules in forward passes over `inputs`, to be repeated."""
     calls: list[Callable[[], Tensor]] = []
 
     def note(module: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
         calls.append(partial(_call, module, *arguments, **keywords))
 
-    handle = part.register_forward_pre_hook(note, with_kwargs=True)
+    handle = submodule.register_forward_pre_hook(note, with_kwargs=True)
     try:
         for forward in task.passes(inputs):
             forward()
@@ -243,7 +245,7 @@ def _calls(task: BlockTask, inputs: Tensor, part: nn.Module) -> list[Callable[[]
     return calls
 
 
-def _call(part: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
-    output = part(*arguments, **keywords)
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+def _call(submodule: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
+    output = submodule(*arguments, **keywords)
+    first: Tensor = output[0] if isinstance(output, tuple) else output
+    return first

@@ -1,4 +1,4 @@
-"""GPTQ (Frantar et al., arXiv:2210.17323): columns are rounded in turn, the rest of each row makes up for the error.
+"""GPTQ (Frantar et al., arXiv:2210.17323): columns are rounded in turn, and the rest of each row compensates the error.
 
 For the rows W of a linear with inputs X (tokens, in), as they come out of the quantized blocks and linears before it:
 
@@ -7,15 +7,15 @@ For the rows W of a linear with inputs X (tokens, in), as they come out of the q
                          e_j = (W[:, j] - w_hat_j) / U[j, j]
                          W[:, j+1:] <- W[:, j+1:] - e_j U[j, j+1:]
 
-so that each column's error raises tr((W - W_hat) H (W - W_hat)^T) by the least that the columns left can bring it to.
+so that each column's error raises tr((W - W_hat) H (W - W_hat)^T) by the least that the remaining columns allow.
 Updates reach the columns of the current lazy batch (128) at once and the others by one product at its end.
 
-A group's scale comes from its weights when its first column's turn comes, errors made so far made up for. With
-`act_order`, columns come in the order of falling diag H, and all scales from the original weights before the first of
-them (static groups): a stored group is still G consecutive columns.
+A group's scale is computed when its first column is reached, from weights that compensate the errors so far. With
+`act_order`, columns are rounded in the order of falling diag H, and all scales are computed from the original weights
+before the first of them (static groups): a stored group is still G consecutive columns.
 
-True sequential order: linears are taken in the order in which the block calls them; each sees what the already
-quantized ones before it make of the quantized stream. Linears that get the same tensor (q, k, v) share H and U; where
+True sequential order: linears are taken in the order in which the block calls them; the inputs of each are quantized
+activations behind the linears that are quantized so far. Linears that get the same tensor (q, k, v) share H and U; if
 they share a scheme too, their rows are rounded together.
 
 | symbol | variable | shape |
@@ -25,12 +25,13 @@ they share a scheme too, their rows are rounded together.
 | U | `factor` | (in, in), fp32 |
 | e of a lazy batch | `errors` | (128, rows), fp32 |
 
-Cost: less than two forward passes of the block; for H, 2*in^2 operations a token, and out*in^2 for the updates.
+Cost: less than two forward passes of the block; for H, 2*in^2 operations per token, and out*in^2 for the updates.
 
-Different from the paper's code: U from one factorization (`workers.numerics.hessian`); columns that no token ever lit
-are rounded to nearest, where the code sets them to 0; where H is not positive definite even with 100 times the damping,
-a linear is rounded to nearest, which is logged and counted. A group that begins inside a lazy batch sees that batch's
-updates. With H = I the result is round to nearest. Left out: searching for the range with the least squared error.
+Different from the paper's code: U from one factorization (`workers.numerics.hessian`); columns whose inputs are 0 for
+all tokens are rounded to nearest, where the code sets them to 0; where H is not positive definite even with 100 times
+the damping, a linear is rounded to nearest, which is logged and counted. A group that begins inside a lazy batch sees
+that batch's updates. With H = I the result is round to nearest. Left out: searching for the range with the least
+squared error.
 """
 
 from collections import Counter
@@ -43,7 +44,7 @@ from torch import Tensor, nn
 from app.domain.methods import GPTQSpec, Scheme
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
-from workers.numerics.affine import Grid, GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs
 from workers.numerics.quantized import AffineWeight, LinearResult
 
@@ -55,8 +56,8 @@ LAZY_COLUMNS = 128
 class Elimination:
     """The order in which columns are rounded, (in,), and U of H in that order.
 
-    static    whether the groups' scales are those of the original weights; else their columns come in the stored order
-    retries   times that the damping was raised
+    static    whether the groups' scales are those of the original weights; else columns are in the stored order
+    retries   number of times that the damping was raised
     """
 
     order: Tensor
@@ -66,7 +67,7 @@ class Elimination:
 
     @classmethod
     def of(cls, hessian: Tensor, damping: float, *, act_order: bool) -> "Elimination | None":
-        """For H (in, in); None where it cannot be factorized."""
+        """The elimination for H (in, in); None if it cannot be factorized."""
         falling = hessian.diagonal().argsort(descending=True, stable=True)
         order = falling if act_order else torch.arange(len(hessian), device=hessian.device)
         factor, retries = inverse_factor(hessian[order][:, order], damping)
@@ -94,7 +95,7 @@ class GPTQ:
                     rows = torch.cat([linears[name].weight for name in alike])
                     together = quantize_weight(rows, elimination, scheme, task.scale_dtype)
                     parts = together.split([linears[name].out_features for name in alike])
-                    results |= {name: LinearResult(part) for name, part in zip(alike, parts, strict=True)}
+                    results |= {name: LinearResult(weight) for name, weight in zip(alike, parts, strict=True)}
                 for name in names:
                     linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
                 task.tick(len(results) / len(linears))
@@ -103,29 +104,29 @@ class GPTQ:
     def _eliminate(
         self, task: BlockTask, names: tuple[str, ...], spec: GPTQSpec, counters: Counter[str]
     ) -> Elimination:
-        """For linears that share their inputs, from what these are now."""
+        """The elimination for linears that share their inputs, from their present inputs."""
         first = task.linear(names[0])
         hessian = Hessian(first.in_features, first.in_features, first.weight.dtype, task.device)
         see_inputs(first, task.passes(task.inputs), hessian.add)
         task.sum_(hessian.sum)
         matrix = hessian.matrix()[0]
-        found = Elimination.of(matrix, spec.damping, act_order=spec.act_order)
-        told = {"block": task.index, "linears": ", ".join(names)}
-        if found is None:
+        elimination = Elimination.of(matrix, spec.damping, act_order=spec.act_order)
+        facts = {"block": task.index, "linears": ", ".join(names)}
+        if elimination is None:
             counters["rounded_to_nearest"] += len(names)
-            task.log("hessian_not_positive_definite", **told)
+            task.log("hessian_not_positive_definite", **facts)
             return Elimination.none(matrix)
-        if found.retries:
+        if elimination.retries:
             counters["damping_raised"] += len(names)
-            task.log("damping_raised", retries=found.retries, **told)
-        return found
+            task.log("damping_raised", retries=elimination.retries, **facts)
+        return elimination
 
 
 def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
     """The formulas of the module docstring for a weight (rows, in) of any float dtype."""
     order, factor = elimination.order.tolist(), elimination.factor
     whole = grouped(weight.to(factor.dtype), scheme.group_size)
-    to = grid(GroupRange.of(whole), scheme, scale_dtype)
+    grid = affine_grid(GroupRange.of(whole), scheme, scale_dtype)
     columns = weight.T[elimination.order].to(factor.dtype, copy=True)
     codes, width = torch.empty_like(columns), whole.shape[2]
     for batch in _lazy_batches(len(columns), LAZY_COLUMNS if elimination.static else width):
@@ -133,30 +134,30 @@ def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, sc
         for j in range(batch.start, batch.stop):
             group, place = divmod(order[j], width)
             if place == 0 and not elimination.static:
-                _put(to, group, grid(GroupRange.of(columns[j : j + width].T), scheme, scale_dtype))
-            codes[order[j]], w_hat = _round_column(columns[j], to, group)
+                _put(grid, group, affine_grid(GroupRange.of(columns[j : j + width].T), scheme, scale_dtype))
+            codes[order[j]], w_hat = _round_column(columns[j], grid, group)
             error = torch.div(columns[j] - w_hat, factor[j, j], out=errors[j - batch.start])
             columns[j + 1 : batch.stop].addr_(factor[j, j + 1 : batch.stop], error, alpha=-1)
         columns[batch.stop :].addmm_(factor[batch, batch.stop :].T, errors, alpha=-1)
-    return affine_weight(grouped(codes.T, scheme.group_size), to, scheme, scale_dtype, weight.dtype)
+    return affine_weight(grouped(codes.T, scheme.group_size), grid, scheme, scale_dtype, weight.dtype)
 
 
-def _round_column(column: Tensor, to: Grid, group: int) -> tuple[Tensor, Tensor]:
+def _round_column(column: Tensor, grid: Grid, group: int) -> tuple[Tensor, Tensor]:
     """q and w_hat of one column, (rows,)."""
-    scale, zero = to.scale[:, group], None if to.zero is None else to.zero[:, group]
-    codes = round_to_grid(column.unsqueeze(1), Grid(scale, zero, to.lowest, to.highest))[0].squeeze(1)
+    scale, zero = grid.scale[:, group], None if grid.zero is None else grid.zero[:, group]
+    codes = round_to_grid(column.unsqueeze(1), Grid(scale, zero, grid.lowest, grid.highest))[0].squeeze(1)
     return codes, scale * (codes if zero is None else codes - zero)
 
 
-def _put(to: Grid, group: int, found: Grid) -> None:
-    """Overwrites the grid of one group; `found` is (rows,)."""
-    to.scale[:, group] = found.scale
-    if to.zero is not None and found.zero is not None:
-        to.zero[:, group] = found.zero
+def _put(grid: Grid, group: int, new: Grid) -> None:
+    """Overwrites the grid of one group with `new`, (rows,)."""
+    grid.scale[:, group] = new.scale
+    if grid.zero is not None and new.zero is not None:
+        grid.zero[:, group] = new.zero
 
 
 def _lazy_batches(columns: int, width: int) -> Iterator[slice]:
-    """At most `LAZY_COLUMNS` columns each, begun where a group begins, so that groups see all updates before them."""
+    """Batches of at most `LAZY_COLUMNS` columns that start with a group, so that groups see all previous updates."""
     stride = max(width, LAZY_COLUMNS // width * width)
     for first in range(0, columns, stride):
         last = min(first + stride, columns)

@@ -1,4 +1,4 @@
-"""LoftQ (Li et al., arXiv:2310.08659): quantization and a low-rank correction that know of each other.
+"""LoftQ (Li et al., arXiv:2310.08659): quantization and a low-rank correction, computed alternately.
 
     min over Q, A, B of  || W - Q - B A ||_F,      B_0 A_0 = 0;   for t = 1 .. T
 
@@ -13,12 +13,12 @@ then worse (their own users report it): hence the best iterate, where the author
 | symbol | variable | shape |
 |---|---|---|
 | W | `weight` | (out, in), fp32 |
-| Q_t | `quantized` | (out, in), as codes; what counts is the weight that they give in the model's dtype |
+| Q_t | `quantized` | (out, in), as codes; the error is that of the dequantized weight in the model's dtype |
 | B_t, A_t | `left`, `right` | (out, r) and (r, in), fp32 |
 
-Looks at the weights alone, one linear at a time; T quantizations and T decompositions (`workers.numerics.low_rank`).
+Reads the weights alone, one linear at a time; T quantizations and T decompositions (`workers.numerics.low_rank`).
 
-The correction acts at full strength whatever alpha: peft multiplies by alpha/r, so both factors are stored divided by
+The correction acts at full strength for every alpha: peft multiplies by alpha/r, so both factors are stored divided by
 sqrt(alpha/r) (`LowRank.of_product`). The authors' code and peft do not, and with their alpha = 16 and r = 64 add a
 quarter of the correction that was solved for.
 
@@ -37,7 +37,7 @@ from app.domain.methods import PRESET_ABSMAX, LoftQSpec, Scheme
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.numerics import normal_float
-from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.low_rank import best_factors
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import AffineWeight, LinearResult, LowRank, QuantizedWeight
@@ -64,9 +64,9 @@ class LoftQ:
         for done, (name, scheme) in enumerate(task.schemes.items()):
             weight = task.linear(name).weight
             quantize = quantizer(spec, scheme, task.scale_dtype, weight.dtype)
-            found = list(iterates(weight.float(), quantize, spec.rank, spec.iterations, task.seed))
-            best = min(range(len(found)), key=lambda t: found[t].error)
-            chosen, latest = found[best], max(latest, best + 1)
+            candidates = list(iterates(weight.float(), quantize, spec.rank, spec.iterations, task.seed))
+            best = min(range(len(candidates)), key=lambda t: candidates[t].error)
+            chosen, latest = candidates[best], max(latest, best + 1)
             low_rank = LowRank.of_product(chosen.left, chosen.right, spec.alpha, weight.dtype)
             results[name] = LinearResult(chosen.quantized, low_rank)
             task.tick((done + 1) / len(task.schemes))
@@ -88,7 +88,7 @@ def iterates(weight: Tensor, quantize: Quantize, rank: int, count: int, seed: in
 
 
 def quantizer(spec: LoftQSpec, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype) -> Quantize:
-    """What Q_t is made with; `dtype` is that of the dequantized weight."""
+    """The quantizer of Q_t; `dtype` is that of the dequantized weight."""
     if spec.base == "affine":
         return partial(_round_to_nearest, scheme=scheme, scale_dtype=scale_dtype, dtype=dtype)
     absmax = DoubleQuantization.of(PRESET_ABSMAX) if spec.double_quantization else scale_dtype
@@ -97,6 +97,6 @@ def quantizer(spec: LoftQSpec, scheme: Scheme, scale_dtype: torch.dtype, dtype: 
 
 def _round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype) -> AffineWeight:
     w = grouped(weight, scheme.group_size)
-    to = grid(GroupRange.of(w), scheme, scale_dtype)
-    codes, _ = round_to_grid(w, to)
-    return affine_weight(codes, to, scheme, scale_dtype, dtype)
+    grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
+    codes, _ = round_to_grid(w, grid)
+    return affine_weight(codes, grid, scheme, scale_dtype, dtype)

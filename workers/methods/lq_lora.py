@@ -1,4 +1,4 @@
-"""LQ-LoRA (Guo et al., arXiv:2311.12023): a weight as quantized part plus low-rank part, found by turns.
+"""LQ-LoRA (Guo et al., arXiv:2311.12023): a weight as quantized part plus low-rank part, computed alternately.
 
     W ~ Q + L1 L2,   Q on the NormalFloat grid of configuration c = (b0, b1, b2, B0, B1),   rank(L1 L2) = R
 
@@ -15,12 +15,12 @@
 
 The budget (the paper's integer programme) is the engine's: it chooses c for each linear so that the sum of the squared
 errors is least (`workers.numerics.allocation`, in place of a licensed solver). F is the empirical one: squared
-gradients of the language-model loss, a sequence an example, summed over the calibration text
+gradients of the language-model loss, one sequence per example, summed over the calibration text
 (`workers.engine.quantize.fisher`).
 
 Cost of a linear: two decompositions (`workers.numerics.low_rank`: exact for sides up to 2,048, then randomized), and
-for each iteration O(out*in*R) to follow the factors, and a rounding; to choose, one decomposition and a rounding of
-`SCORED_ROWS` rows for each of the configurations.
+per iteration O(out*in*R) to follow the factors, and a rounding; to choose, one decomposition and a rounding of
+`SCORED_ROWS` rows per configuration.
 
 NF2 has no value between -1 and 0, so one rounding leaves a mean error, which adds up from block to block; only further
 iterations move it into L1 L2. On an MLP linear of SmolLM2-135M (groups of 32, R = 64) it was 0.17 of the root mean
@@ -52,7 +52,7 @@ from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import CodebookWeight, LinearResult, LowRank
 
 SCORED_ROWS, STRIP = 64, 16
-"""Rows that a configuration is judged by, in strips: with all, choosing among 432 takes some ten times as long."""
+"""Rows that a configuration is scored by, in strips: with all, choosing among 432 takes about ten times as long."""
 
 
 class LQLoRA:
@@ -73,13 +73,13 @@ class LQLoRA:
         looked_at = scored_rows(len(weight)).to(weight.device)
         rest, weights = weight[looked_at] - left[looked_at] @ right, weights.standing_for_all(looked_at)
         errors = [weights.error(rest - quantize(rest, c.scheme, c.absmax).dequantize()) for c in task.candidates]
-        # One wait for the device, not one for each configuration.
+        # One wait for the device, not one per configuration.
         return torch.stack(errors).square().tolist()
 
     @torch.no_grad()
     def _quantize(self, task: BlockTask, name: str, scheme: Scheme, spec: LQLoRASpec) -> LinearResult:
         weight = task.linear(name).weight
-        found = decompose(
+        decomposition = decompose(
             weight.float(),
             scheme,
             task.absmax.get(name, PRESET_ABSMAX),
@@ -88,8 +88,8 @@ class LQLoRA:
             iterations=spec.iterations,
             seed=task.seed,
         )
-        low_rank = LowRank.of_product(found.left, found.right, spec.alpha, weight.dtype)
-        return LinearResult(replace(found.base, dtype=weight.dtype), low_rank)
+        low_rank = LowRank.of_product(decomposition.left, decomposition.right, spec.alpha, weight.dtype)
+        return LinearResult(replace(decomposition.base, dtype=weight.dtype), low_rank)
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,14 @@ class RankOne:
 
     @classmethod
     def of(cls, fisher: Fisher | None, weight: Tensor) -> "RankOne":
-        """From the sums of F; all 1 where there is none, or where it is 0 throughout."""
+        """sqrt(F) from the sums of F; all 1 without F, or if F is 0 throughout."""
         if fisher is None or not bool(fisher.rows.sum() > 0):
             return cls(*(torch.ones(size, device=weight.device) for size in weight.shape))
-        rows, columns = (part.to(weight.device, torch.float32) for part in (fisher.rows, fisher.columns))
+        rows, columns = (sums.to(weight.device, torch.float32) for sums in (fisher.rows, fisher.columns))
         return cls(rows.sqrt(), (columns / columns.sum()).sqrt())
 
     def standing_for_all(self, rows: Tensor) -> "RankOne":
-        """For some rows alone, with as much weight as all have: errors over them estimate those over all."""
+        """The factors of some rows alone, with the weight of all rows: errors over them estimate those over all."""
         kept = self.rows[rows]
         return RankOne(kept * (self.rows.square().sum() / kept.square().sum().clamp(min=1e-30)).sqrt(), self.columns)
 
@@ -120,7 +120,7 @@ class RankOne:
 
 @dataclass(frozen=True)
 class Decomposition:
-    """W ~ base + left @ right; errors of every iteration, of which the base is that with the least."""
+    """W ~ base + left @ right; errors of every iteration; the base is that with the least."""
 
     base: CodebookWeight
     left: Tensor
@@ -151,13 +151,13 @@ def decompose(
         if best is not None and errors[-1] >= min(errors[:-1]):
             break
         best = base
-    assert best is not None  # noqa: S101 - for the type checker; the first iteration is the best so far
+    assert best is not None  # noqa: S101 - for the type checker; the first iteration sets it
     left, right = weighted_factors(weight - best.dequantize(), rank, weights.rows, weights.columns, seed)
     return Decomposition(best, left, right, tuple(errors))
 
 
 def scored_rows(count: int) -> Tensor:
-    """Indices of the rows that are looked at to choose a configuration: all of a few, else strips evenly apart.
+    """Indices of the rows that score a configuration: all if there are few, else strips at even distances.
 
     A strip holds whole superblocks of groups, or nearly so; no row is in two.
     """

@@ -1,12 +1,12 @@
 """NormalFloat, round to nearest: the base that QLoRA trains an adapter on (Dettmers et al., arXiv:2305.14314).
 
     a = max |w| of a group,  q = argmin_i |w/a - c_i|,  w_hat = a*c_q         c: quantiles of a normal distribution
-    a_hat = off + m*a_code/(2^8 - 1)                                          with double quantization, found first
+    a_hat = off + m*a_code/(2^8 - 1)                                          with double quantization, computed first
 
-Formulas, and what differs from bitsandbytes in the second level: `workers.numerics.normal_float`. Bits a weight with
+Formulas, and what differs from bitsandbytes in the second level: `workers.numerics.normal_float`. Bits per weight with
 groups of 64: 4.127 with double quantization, 4.25 or 4.5 with maxima in 16 or 32 bits.
 
-Looks at the weights alone, one linear at a time; cost O(out*in).
+Reads the weights alone, one linear at a time; cost O(out*in).
 """
 
 import torch

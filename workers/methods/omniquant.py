@@ -22,8 +22,9 @@ and the step is that of `workers.numerics.adamw`. With aug_loss the target is th
 | l, u | `groups.logits` | (2, groups), fp32 |
 | D | `gradient` | (groups, G), the model's dtype |
 
-Cost: epochs * samples / batch_size steps a block, each a forward and a backward of the block and a few passes over its
-weights; memory, one copy of the integer result and ten numbers a group. With l and u at infinity: round to nearest.
+Cost: epochs * sequences / batch_size steps per block, each a forward and a backward of the block and a few passes over
+its weights; memory, one copy of the integer result and ten numbers per group. With l and u at infinity: round to
+nearest.
 
 Different from the paper: ranges hold 0, so that every z is a code; symmetric scales may have either sign (full range);
 the parameters kept are those with the lowest loss on held-out sequences, which never train; passes are shuffled. Left
@@ -39,7 +40,7 @@ from app.domain.methods import OmniQuantSpec, Scheme
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
-from workers.numerics.affine import GroupRange, grid, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, round_to_grid
 from workers.numerics.clipped_groups import ClippedGroups, GroupStart
 from workers.numerics.learned_ranges import steps
 from workers.numerics.quantized import LinearResult, Number
@@ -69,7 +70,7 @@ def clipping_gradients(
     """
     w, d, (alpha, beta) = weight.to(logits.dtype), gradient.to(logits.dtype), logits.sigmoid()
     full = GroupRange.of(w)
-    clipped = grid(full, scheme, scale_dtype, alpha, beta)
+    clipped = affine_grid(full, scheme, scale_dtype, alpha, beta)
     codes, unclamped = round_to_grid(w, clipped)
     d_scale = (d * steps(codes, clipped)).sum(-1) - (d * (codes == unclamped) * w).sum(-1) / clipped.scale
     if clipped.zero is None:

@@ -3,8 +3,8 @@
     s, z from the group's range (`workers.numerics.affine`, alpha = beta = 1)
     q = clamp(round(w/s) + z),  w_hat = s*(q - z)
 
-Looks at the weights alone, one linear at a time; cost O(out*in). Left out on purpose: range search and any look at
-activations, which make it another method.
+Reads the weights alone, one linear at a time; cost O(out*in). Left out on purpose: range search and any use of
+activations, which would make it another method.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from app.domain.methods import RTNSpec, Scheme
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
-from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 
@@ -33,6 +33,6 @@ class RTN:
 def quantize_weight(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
     """Round a weight (out, in) of any float dtype to `scheme`; in_features must divide into groups."""
     w = grouped(weight.float(), scheme.group_size)
-    to = grid(GroupRange.of(w), scheme, scale_dtype)
-    codes, _ = round_to_grid(w, to)
-    return affine_weight(codes, to, scheme, scale_dtype, weight.dtype)
+    grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
+    codes, _ = round_to_grid(w, grid)
+    return affine_weight(codes, grid, scheme, scale_dtype, weight.dtype)

@@ -29,8 +29,8 @@ the quantizer. With 0 steps the result is round to nearest.
 The start (`scale_search`) may shrink lo and hi first: of some range factors, those with the least rounding error when
 columns are weighted by their inputs' second moments. alpha and beta then stay in [1/2, 3/2].
 
-Different from the paper: that start; the original block's output comes from the original stream and the quantized
-block sees the quantized stream (as in AutoRound's code); the parameters kept are those with the lowest loss on held-out
+Different from the paper: that start; the original block reads the original activations and the quantized
+block the quantized ones (as in AutoRound's code); the parameters kept are those with the lowest loss on held-out
 sequences, not on the step's own minibatch. Left out: activation quantization, norm and bias tuning.
 """
 
@@ -53,7 +53,7 @@ from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, LinearResult, Number
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
-"""Of alpha and beta: a full range may only shrink, a searched one may also widen."""
+"""Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
 
 
 class SignRound(KernelMethod[SignRoundSpec]):
@@ -73,7 +73,7 @@ class SignRound(KernelMethod[SignRoundSpec]):
 
 
 def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
-    """Calls that compile this method's kernels for the linears of a model; none where there is nothing to compile."""
+    """Calls that compile this method's kernels for the linears of a model; empty if there is nothing to compile."""
     calls: list[Callable[[], object]] = []
     kernels, dtypes = rounding_kernels(kinds.device, kinds.dtype), (kinds.dtype, kinds.scale_dtype)
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
@@ -84,28 +84,32 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
 
 
 def rounded_weights(task: BlockTask, *, search: bool, settings: TuningSettings | None = None) -> list["RoundedWeights"]:
-    """The block's linears, those of the same scheme and group width together.
+    """The block's linears in groups of the same scheme and group width.
 
     search    whether ranges start from those with the least rounding error
-    settings  of the steps to come; where they are known, V may be counted in steps
+    settings  settings of the steps that follow; if they are known, V may be counted in steps
     """
-    moments = task.moments if search else {}
+    second_moments = task.moments if search else {}
     return [
-        RoundedWeights(weights, scheme, width, task.scale_dtype, moments, settings)
+        RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings)
         for (scheme, width), weights in task.alike().items()
     ]
 
 
 def start_ranges(
-    weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], scheme: Scheme, width: int, scale_dtype: torch.dtype
+    weights: Mapping[str, Tensor],
+    second_moments: Mapping[str, Tensor],
+    scheme: Scheme,
+    width: int,
+    scale_dtype: torch.dtype,
 ) -> GroupRange:
-    """lo and hi of all groups, one linear after another; searched for linears whose inputs' moments are known."""
+    """lo and hi of all groups, linear by linear; searched for linears with known second moments of the inputs."""
     ranges = []
     for name, weight in weights.items():
         groups = weight.reshape(-1, width)
-        if name in moments:
+        if name in second_moments:
             kernels, settings = rounding_kernels(groups.device, groups.dtype), GridSettings.of(scheme, scale_dtype)
-            bounds = kernels.search_range(groups, moments[name].view(-1, width), settings, scale_dtype)
+            bounds = kernels.search_range(groups, second_moments[name].view(-1, width), settings, scale_dtype)
             ranges.append(GroupRange(*bounds))
         else:
             ranges.append(GroupRange.of(groups.to(working_dtype(weight))))
@@ -113,7 +117,7 @@ def start_ranges(
 
 
 def start(weight: Tensor, ranges: GroupRange, scale_dtype: torch.dtype, unit: float | None = None) -> Groups:
-    """V = 0 and alpha = beta = 1, round to nearest, and nothing remembered yet; V counted in units if there is one."""
+    """V = 0 and alpha = beta = 1, round to nearest, and no result kept yet; V counted in units if there is one."""
     return Groups(
         weight=weight,
         offset=torch.zeros_like(weight, dtype=working_dtype(weight) if unit is None else torch.int16),
@@ -167,15 +171,15 @@ class RoundedWeights:
         scheme: Scheme,
         width: int,
         scale_dtype: torch.dtype,
-        moments: Mapping[str, Tensor] = MappingProxyType({}),
+        second_moments: Mapping[str, Tensor] = MappingProxyType({}),
         settings: TuningSettings | None = None,
     ) -> None:
         self.shapes: Mapping[str, tuple[int, int]] = {
             name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()
         }
         self._scheme, self._settings = scheme, GridSettings.of(scheme, scale_dtype)
-        self._limits = SEARCHED_LIMITS if moments else FULL_LIMITS
-        ranges = start_ranges(weights, moments, scheme, width, scale_dtype)
+        self._limits = SEARCHED_LIMITS if second_moments else FULL_LIMITS
+        ranges = start_ranges(weights, second_moments, scheme, width, scale_dtype)
         weight = torch.cat([w.reshape(-1, width) for w in weights.values()])
         self._kernels = rounding_kernels(weight.device, weight.dtype)
         unit = None if settings is None else self._kernels.offset_unit(settings.steps, settings.learning_rate)

@@ -33,7 +33,7 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, parameter: Tensor, gradient: Tensor, rate: Tensor | float, decay: float) -> None:
-        """Moves `parameter`; NaN and infinities in the gradient count as 0, and `gradient` is overwritten."""
+        """Updates `parameter`; NaN and infinities in the gradient count as 0, and `gradient` is overwritten."""
         g = gradient.nan_to_num_(0.0, 0.0, 0.0)
         self.count.add_(1)
         self.mean.lerp_(g, 1 - BETAS[0])
@@ -43,6 +43,6 @@ class AdamW:
         parameter.sub_(rate * (self.mean / first) / ((self.square / second).sqrt() + EPSILON))
 
     def reset(self) -> None:
-        """As before the first step."""
+        """Sets the state before the first step."""
         for tensor in (self.mean, self.square, self.count):
             tensor.zero_()

@@ -11,7 +11,7 @@ hi = max(group, 0) and range factors alpha, beta in [0, 1] (1 for round to neare
                  q = clamp(round(w/s + v) + z, 0, 2^b - 1)                w_hat = s*(q - z)
 
 v is a rounding offset (0 for round to nearest). Scales are rounded to the dtype that stores them before any code is
-computed, so that what is optimized is what is shipped. The full-range symmetric form follows AutoRound
+computed, so that the optimized numbers are the shipped ones. The full-range symmetric form follows AutoRound
 (arXiv:2309.05516 and its code); a zero range keeps a tiny positive scale.
 """
 
@@ -29,7 +29,7 @@ SMALLEST_SCALE = {torch.float16: 1e-5, torch.bfloat16: 1e-10, torch.float32: 1e-
 
 
 def grouped(weight: Tensor, group_size: int) -> Tensor:
-    """(out, in) as (out, in/G, G); -1 is one group a row. The view shares memory."""
+    """(out, in) as (out, in/G, G); -1 is one group per row. The view shares memory."""
     return weight.reshape(weight.shape[0], -1, group_width(group_size, weight.shape[1]))
 
 
@@ -42,7 +42,7 @@ class GroupRange:
 
     @classmethod
     def of(cls, weight: Tensor) -> "GroupRange":
-        """Of a grouped weight, (out, groups, G)."""
+        """The range of a grouped weight, (out, groups, G)."""
         return cls(weight.amin(-1).clamp(max=0), weight.amax(-1).clamp(min=0))
 
     def rows(self, rows: slice) -> "GroupRange":
@@ -51,7 +51,7 @@ class GroupRange:
 
 @dataclass(frozen=True)
 class Grid:
-    """Where codes lie: w_hat = scale*(q - zero), q in [lowest, highest]; `zero` is None where it is 0 (symmetric).
+    """Grid of the codes: w_hat = scale*(q - zero), q in [lowest, highest]; `zero` is None if it is 0 (symmetric).
 
     scale   working dtype, already rounded to the storage dtype, (out, groups)
     zero    the same dtype, whole numbers, (out, groups)
@@ -66,7 +66,7 @@ class Grid:
         return Grid(self.scale[rows], None if self.zero is None else self.zero[rows], self.lowest, self.highest)
 
 
-def grid(
+def affine_grid(
     ranges: GroupRange,
     scheme: Scheme,
     scale_dtype: torch.dtype,
@@ -91,15 +91,15 @@ def store_scale(scale: Tensor, scale_dtype: torch.dtype) -> Tensor:
     return away.to(scale_dtype).to(scale.dtype)
 
 
-def round_to_grid(weight: Tensor, to: Grid, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def round_to_grid(weight: Tensor, grid: Grid, offset: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Codes q of a grouped weight (out, groups, G), and the same before clamping; `offset` is v."""
-    free = weight / to.scale.unsqueeze(-1)
+    unclamped = weight / grid.scale.unsqueeze(-1)
     if offset is not None:
-        free = free + offset
-    free = free.round()
-    if to.zero is not None:
-        free += to.zero.unsqueeze(-1)
-    return free.clamp(to.lowest, to.highest), free
+        unclamped = unclamped + offset
+    unclamped = unclamped.round()
+    if grid.zero is not None:
+        unclamped += grid.zero.unsqueeze(-1)
+    return unclamped.clamp(grid.lowest, grid.highest), unclamped
 
 
 SMALLEST_FACTOR = 0.4
@@ -108,14 +108,14 @@ SYMMETRIC_FACTORS, ASYMMETRIC_FACTORS = 31, 11
 
 
 def range_factors(count: int) -> list[float]:
-    """Evenly from 1 to `SMALLEST_FACTOR`."""
+    """Evenly spaced factors from 1 to `SMALLEST_FACTOR`."""
     return [1 - (1 - SMALLEST_FACTOR) * i / (count - 1) for i in range(count)]
 
 
 def affine_weight(
-    codes: Tensor, to: Grid, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype
+    codes: Tensor, grid: Grid, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype
 ) -> AffineWeight:
     """The stored form of grouped codes q in the grid's own range."""
-    unsigned = (codes - to.lowest).to(torch.uint8).flatten(1)
-    zero = None if to.zero is None else to.zero.to(torch.uint8)
-    return AffineWeight(unsigned, to.scale.to(scale_dtype), zero, scheme, dtype)
+    unsigned = (codes - grid.lowest).to(torch.uint8).flatten(1)
+    zero = None if grid.zero is None else grid.zero.to(torch.uint8)
+    return AffineWeight(unsigned, grid.scale.to(scale_dtype), zero, scheme, dtype)

@@ -1,4 +1,4 @@
-"""Who gets how many bits: a multiple-choice knapsack, solved near-exactly and with a certificate.
+"""Bit allocation as a multiple-choice knapsack, near-optimal with a bound on the gap.
 
     min  sum_i e_i,x_i     s.t.  sum_i c_i,x_i <= B,   one choice x_i for every item i
 
@@ -9,7 +9,7 @@ r_ij = e_ij + lam*c_ij - min_k (e_ik + lam*c_ik) >= 0, any solution x of cost C 
 
     sum_i e_i,x_i  =  L(lam) + sum_i r_i,x_i + lam*(B - C)
 
-so that the last two terms are its gap, choices with r above the best gap known are out for good, and what is left is
+so that the last two terms are its gap, choices with r above the best known gap are discarded, and the rest is
 solved by a dynamic programme over (cost, error) states that starts with the items of the smallest r. It is exact, and
 known to be, unless more than `STATES` states that do not dominate each other are alive at a time; then those with the
 least r stay, and no solution is better than L(lam) plus the least r that was dropped. This is the minimal-core scheme
@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 STATES = 1 << 14
 CLOSED = 1e-12
-"""A relative gap that is rounding alone."""
+"""Relative gap that is due to rounding alone."""
 
 Whole = NDArray[np.int64]
 Real = NDArray[np.float64]
@@ -37,10 +37,10 @@ Real = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Allocation:
-    """A choice for each item.
+    """One choice per item.
 
-    cost    of the choices together, at most the budget
-    error   the same of their errors
+    cost    sum of the choices' costs, at most the budget
+    error   sum of their errors
     bound   no allocation within the budget has a lower error
     """
 
@@ -57,7 +57,7 @@ class Allocation:
 
 @dataclass(frozen=True)
 class _Relaxed:
-    """What the linear relaxation tells: multiplier, bound, a solution, and r of every choice (inf: dominated)."""
+    """Result of the linear relaxation: multiplier, bound, a solution, and r of every choice (inf: dominated)."""
 
     multiplier: float
     bound: float
@@ -67,7 +67,7 @@ class _Relaxed:
 
 @dataclass(frozen=True)
 class _States:
-    """Partial solutions against the base: cost and sum of r, and by which state and choice they came about."""
+    """Partial solutions against the base: cost and sum of r, and the parent state and choice of each."""
 
     cost: Whole
     reduced: Real
@@ -92,8 +92,8 @@ def allocate(costs: Sequence[Sequence[int]], errors: Sequence[Sequence[float]], 
     if least > budget:
         raise ValueError(f"the cheapest choices cost {least}, more than the budget of {budget}")
     relaxed = _relax(c, e, budget)
-    found, proven = _search(c, relaxed, budget)
-    choices = _fill(c, e, found, budget)
+    solution, proven = _search(c, relaxed, budget)
+    choices = _fill(c, e, solution, budget)
     cost, error = _sums(c, e, choices)
     return Allocation(tuple(choices), cost, error, min(error, relaxed.bound + proven))
 
@@ -105,21 +105,21 @@ def _sums(c: list[Whole], e: list[Real], choices: Sequence[int]) -> tuple[int, f
 
 def _undominated(cost: Whole, error: Real) -> list[int]:
     """Choices that no other one beats in both, by rising cost."""
-    found: list[int] = []
+    kept: list[int] = []
     for index in np.lexsort((error, cost)):
-        if not found or error[index] < error[found[-1]]:
-            found.append(int(index))
-    return found
+        if not kept or error[index] < error[kept[-1]]:
+            kept.append(int(index))
+    return kept
 
 
 def _hull(cost: Whole, error: Real) -> list[int]:
     """The lower convex hull of the undominated choices, by rising cost: gains per cost fall strictly."""
-    found: list[int] = []
+    hull: list[int] = []
     for index in _undominated(cost, error):
-        while len(found) > 1 and _gain(cost, error, found[-2], found[-1]) <= _gain(cost, error, found[-1], index):
-            found.pop()
-        found.append(index)
-    return found
+        while len(hull) > 1 and _gain(cost, error, hull[-2], hull[-1]) <= _gain(cost, error, hull[-1], index):
+            hull.pop()
+        hull.append(index)
+    return hull
 
 
 def _gain(cost: Whole, error: Real, before: int, after: int) -> float:
@@ -158,7 +158,9 @@ def _search(c: list[Whole], relaxed: _Relaxed, budget: int) -> tuple[list[int], 
     order = sorted(range(len(c)), key=lambda i: (np.delete(relaxed.reduced[i], base[i]).min(initial=np.inf), i))
     stages = [_States(np.zeros(1, np.int64), np.zeros(1), np.zeros(1, np.int64), np.zeros(1, np.int64))]
     falls = np.array([int(c[i].min()) - int(c[i][base[i]]) for i in order] + [0])
-    room = slack - np.cumsum(falls[::-1])[::-1]  # what the items from there on can give back, added to the slack
+    room = (
+        slack - np.cumsum(falls[::-1])[::-1]
+    )  # the cost that the items from there on can give back, added to the slack
     for stage, i in enumerate(order, start=1):
         if gap <= closed or relaxed.reduced[i][np.arange(len(c[i])) != base[i]].min(initial=np.inf) >= gap:
             break  # no later item has a smaller one
@@ -189,7 +191,7 @@ def _extended(states: _States, cost: Whole, reduced: Real, base: int, gap: float
 
 
 def _undominated_states(states: _States, lam: float, room: int) -> _States:
-    """Without states that cannot come back into the budget or that another one beats in cost and in error."""
+    """The states that can come back into the budget and that no other one beats in cost and in error."""
     states = states.take(np.flatnonzero(states.cost <= room))
     error = states.reduced - lam * states.cost
     order = np.lexsort((error, states.cost))
@@ -212,14 +214,14 @@ def _traced(stages: list[_States], order: list[int], base: list[int], best: tupl
 
 
 def _fill(c: list[Whole], e: list[Real], choices: list[int], budget: int) -> list[int]:
-    """Spends what is left, while a single other choice of an item lowers the error within the budget."""
-    found = list(choices)
+    """Spends the rest of the budget, while a single other choice of an item lowers the error within the budget."""
+    filled = list(choices)
     while True:
-        left = budget - _sums(c, e, found)[0]
+        left = budget - _sums(c, e, filled)[0]
         gains = [
-            np.where(cost - cost[x] <= left, error[x] - error, 0) for cost, error, x in zip(c, e, found, strict=True)
+            np.where(cost - cost[x] <= left, error[x] - error, 0) for cost, error, x in zip(c, e, filled, strict=True)
         ]
         item = max(range(len(c)), key=lambda i: gains[i].max())
         if gains[item].max() <= 0:
-            return found
-        found[item] = int(gains[item].argmax())
+            return filled
+        filled[item] = int(gains[item].argmax())

@@ -36,7 +36,7 @@ class RoundingKernels(Protocol):
     ) -> None: ...
     def keep(self, groups: Groups, settings: GridSettings, better: Tensor) -> None: ...
     def search_range(
-        self, weight: Tensor, moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
+        self, weight: Tensor, second_moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
     ) -> tuple[Tensor, Tensor]: ...
     def warm_ups(
         self,
@@ -66,7 +66,7 @@ class BlockKernels(Protocol):
 
 
 class CompiledBlockKernels(BlockKernels, Protocol):
-    """Triton's, which are compiled on first use or by these calls."""
+    """Triton's block kernels, which are compiled on first use or by these calls."""
 
     def warm_ups(
         self, sizes: tuple[int, int], heads: Sequence[int], head_width: int, dtype: torch.dtype, device: torch.device
@@ -99,35 +99,35 @@ class UnpackKernels(Protocol):
 
 
 def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether Triton's kernels compute tensors of this dtype there: on a GPU, where fp32 holds the dtype."""
+    """True if Triton's kernels compute tensors of this dtype there: on a GPU, if fp32 holds the dtype."""
     return device.type == "cuda" and dtype != torch.float64 and _has_triton()
 
 
 def rounding_kernels(device: torch.device, dtype: torch.dtype) -> RoundingKernels:
-    """For weights of this dtype."""
+    """Rounding kernels for weights of this dtype."""
     return _rounding_kernels() if triton_serves(device, dtype) else rounding_operators
 
 
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
-    """For hidden states of this dtype; None where only the generic path computes them."""
+    """Block kernels for hidden states of this dtype; None if only the generic path computes them."""
     if device.type == "cpu":
         return block_operators
     return compiled_block_kernels() if triton_serves(device, dtype) else None
 
 
 def scale_kernels(device: torch.device, dtype: torch.dtype) -> ScaleKernels | None:
-    """For weights or logits of this dtype; None where torch's operators compute them."""
+    """Scale kernels for weights or logits of this dtype; None if torch's operators compute them."""
     return _scale_kernels() if triton_serves(device, dtype) else None
 
 
 def unpack_kernels(device: torch.device, dtype: torch.dtype) -> UnpackKernels | None:
-    """For dequantized weights of this dtype; None where torch's operators make them."""
+    """Unpacking kernels for dequantized weights of this dtype; None if torch's operators compute them."""
     return _unpack_kernels() if triton_serves(device, dtype) else None
 
 
 @cache
 def compiled_block_kernels() -> CompiledBlockKernels:
-    """Triton's, wherever it is asked for: in its interpreter they run on a CPU."""
+    """Triton's block kernels on any device: in its interpreter they run on a CPU."""
     from workers.numerics.backends import block_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels

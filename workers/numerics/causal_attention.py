@@ -6,7 +6,7 @@ For each tile of consecutive positions, with P = softmax(c q k^T) over the keys 
 
 Keys beyond a tile are never multiplied. Query heads that share a key head lie one after another as rows of one product,
 so that keys and values are not repeated. P and dS have the queries' dtype; products, maxima and sums are accumulated in
-fp32 where that dtype is a half one. P is kept from the forward pass for the backward.
+fp32 if that dtype has 16 bits. P is kept from the forward pass for the backward.
 """
 
 import math
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 SHORT, SHORT_TILE, LONG_TILE = 512, 64, 128
 """Positions of a tile: measured for sequences up to `SHORT`, and for longer ones."""
 MOST_KEPT = 1 << 26
-"""Probabilities that are kept for the backward pass at the most; attention over more is left to torch."""
+"""Most probabilities that are kept for the backward pass; attention over more is left to torch."""
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -33,15 +33,15 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scali
     trains = torch.is_grad_enabled() and any(x.requires_grad for x in (query, key, value))
     kept = batch * heads * length * (length + _tile(length)) // 2 if trains else 0
     if mask is None and heads % key.shape[2] == 0 and kept <= MOST_KEPT:
-        found: Tensor = _TiledAttention.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
-        return found
+        output: Tensor = _TiledAttention.apply(query, key, value, scaling)  # type: ignore[no-untyped-call]
+        return output
     return scaled_dot_product_attention(query, key, value, mask, scaling)
 
 
 def scaled_dot_product_attention(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float
 ) -> Tensor:
-    """torch's own, with the arguments and the result of `attend`."""
+    """torch's own attention, with the arguments and the result of `attend`."""
     if mask is not None and query.is_cuda and key.shape[2] < query.shape[2]:
         # With a mask only the slow kernel shares keys between heads.
         key, value = (x.repeat_interleave(query.shape[2] // x.shape[2], dim=2) for x in (key, value))
@@ -64,14 +64,14 @@ class _TiledAttention(torch.autograd.Function):
         keys, values = (_by_group(x, slice(None), groups) for x in (key, value))
         output, kept = torch.empty(query.shape, dtype=query.dtype), []
         for rows in _tiles(query.shape[1]):
-            part = _by_group(query, rows, groups)
-            scores = _scaled_product(part, keys[:, : rows.stop].mT, scaling)
+            queries = _by_group(query, rows, groups)
+            scores = _scaled_product(queries, keys[:, : rows.stop].mT, scaling)
             count = rows.stop - rows.start
             scores.view(len(scores), -1, count, scores.shape[-1])[..., rows].add_(_later(count, scores.dtype))
             probabilities = scores.softmax(-1)
             _put_by_group(output, rows, groups, torch.bmm(probabilities, values[:, : rows.stop]))
             if any(ctx.needs_input_grad):
-                kept += [part, probabilities]
+                kept += [queries, probabilities]
         ctx.scaling, ctx.shapes = scaling, (query.shape, key.shape)
         ctx.save_for_backward(keys, values, *kept)
         return output.flatten(2)
@@ -84,15 +84,15 @@ class _TiledAttention(torch.autograd.Function):
         d_query = torch.empty(query_shape, dtype=keys.dtype)
         d_keys, d_values = (torch.empty(x.shape, dtype=x.dtype) for x in (keys, values))
         tiles = list(zip(_tiles(length), kept[::2], kept[1::2], strict=True))
-        for rows, part, probabilities in reversed(tiles):
-            d_part = _by_group(d_output, rows, groups)
-            d_probabilities = torch.bmm(d_part, values[:, : rows.stop].mT)
+        for rows, queries, probabilities in reversed(tiles):
+            d_tile = _by_group(d_output, rows, groups)
+            d_probabilities = torch.bmm(d_tile, values[:, : rows.stop].mT)
             d_scores = torch.ops.aten._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
             _put_by_group(d_query, rows, groups, _scaled_product(d_scores, keys[:, : rows.stop], ctx.scaling))
-            # The last tile, which comes first, has all keys: it overwrites what the others add to.
+            # The last tile, which comes first, has all keys: it overwrites the sums that the others add to.
             adds = float(rows.stop < length)
-            d_values[:, : rows.stop].baddbmm_(probabilities.mT, d_part, beta=adds)
-            d_keys[:, : rows.stop].baddbmm_(d_scores.mT, part, beta=adds, alpha=ctx.scaling)
+            d_values[:, : rows.stop].baddbmm_(probabilities.mT, d_tile, beta=adds)
+            d_keys[:, : rows.stop].baddbmm_(d_scores.mT, queries, beta=adds, alpha=ctx.scaling)
         back = (x.view(batch, groups, length, width).transpose(1, 2) for x in (d_keys, d_values))
         return d_query, *back, None
 
@@ -114,14 +114,14 @@ def _grouped(x: Tensor, groups: int) -> Tensor:
 
 def _by_group(x: Tensor, rows: slice, groups: int) -> Tensor:
     """Positions `rows` of x (batch, length, heads, width) as (batch * groups, heads / groups * rows, width)."""
-    part = _grouped(x[:, rows], groups)
-    return part.reshape(len(x) * groups, -1, x.shape[-1])
+    tile = _grouped(x[:, rows], groups)
+    return tile.reshape(len(x) * groups, -1, x.shape[-1])
 
 
 def _put_by_group(x: Tensor, rows: slice, groups: int, value: Tensor) -> None:
     """The inverse of `_by_group`: writes `value` to positions `rows` of x."""
-    part = _grouped(x[:, rows], groups)
-    part.copy_(value.view(part.shape))
+    tile = _grouped(x[:, rows], groups)
+    tile.copy_(value.view(tile.shape))
 
 
 def _scaled_product(a: Tensor, b: Tensor, factor: float) -> Tensor:

@@ -3,9 +3,9 @@
     lo' = sigmoid(beta)*lo,  hi' = sigmoid(gamma)*hi      both start at 4: 0.982
     q = clamp(round(w/s + V) + z),  w_hat = s*(q - z)     s, z from lo' and hi' (`workers.numerics.affine`)
 
-V is 0, or, from another quantizer's codes q_0 with s_0 and z_0, what makes the start give its codes: 0 where rounding
-to nearest gives q_0, else q_0 - z_0 - w/s_0. V is not learned. Then lo and hi are the ends of that grid over
-sigmoid(4), so that the start has its scales too.
+V is 0, or, from another quantizer's codes q_0 with s_0 and z_0, the offset with which the start gives its codes: 0
+where rounding to nearest gives q_0, else q_0 - z_0 - w/s_0. V is not trained. Then lo and hi are the ends of that grid
+over sigmoid(4), so that the start has its scales too.
 """
 
 from collections.abc import Sequence
@@ -16,29 +16,29 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from workers.numerics.adamw import AdamW
-from workers.numerics.affine import Grid, GroupRange, grid, round_to_grid
+from workers.numerics.affine import Grid, GroupRange, affine_grid, round_to_grid
 from workers.numerics.learned_ranges import Kept, chunks, range_gradients, steps, working_dtype
 from workers.numerics.quantized import AffineWeight
 
 START = 4.0
-"""Of both logits."""
+"""Start value of both logits."""
 
 
 @dataclass(frozen=True)
 class GroupStart:
-    """Where groups start: lo and hi, fp32 (groups,), and V, fp32 (groups, G), or None for 0."""
+    """Start of some groups: lo and hi, fp32 (groups,), and V, fp32 (groups, G), or None for 0."""
 
     ranges: GroupRange
     offset: Tensor | None = None
 
     @classmethod
     def full(cls, weight: Tensor) -> "GroupStart":
-        """The whole ranges of groups (count, G)."""
+        """The start at the full ranges of groups (count, G)."""
         return cls(GroupRange.of(weight.to(working_dtype(weight))))
 
     @classmethod
     def at(cls, quantized: AffineWeight, weight: Tensor) -> "GroupStart":
-        """The grid and the codes of a quantized weight; `weight` are its groups (count, G) before."""
+        """The start at the grid and the codes of a quantized weight; `weight` are its original groups (count, G)."""
         w = weight.to(working_dtype(weight))
         levels, top = 2 ** (quantized.scheme.bits - 1), 2**quantized.scheme.bits - 1
         scale = quantized.scale.flatten().to(w.dtype)
@@ -49,15 +49,15 @@ class GroupStart:
         else:
             zero = quantized.zero_point.flatten().to(w.dtype)
             ranges = GroupRange(-zero * scale, (top - zero) * scale)
-        codes, free = quantized.codes.view(w.shape).to(w.dtype), w / scale.unsqueeze(-1)
-        nearest = (free.round() + zero.unsqueeze(-1)).clamp(0, top)
-        offset = torch.where(codes == nearest, 0, codes - zero.unsqueeze(-1) - free)
+        codes, unrounded = quantized.codes.view(w.shape).to(w.dtype), w / scale.unsqueeze(-1)
+        nearest = (unrounded.round() + zero.unsqueeze(-1)).clamp(0, top)
+        offset = torch.where(codes == nearest, 0, codes - zero.unsqueeze(-1) - unrounded)
         clipped = torch.sigmoid(torch.tensor(START, dtype=w.dtype, device=w.device))
         return cls(GroupRange(ranges.low / clipped, ranges.high / clipped), offset)
 
     @classmethod
     def joined(cls, starts: Sequence["GroupStart"]) -> "GroupStart":
-        """One after another; all of one kind."""
+        """Several starts of one kind, concatenated."""
         ranges = GroupRange(torch.cat([s.ranges.low for s in starts]), torch.cat([s.ranges.high for s in starts]))
         offsets = [s.offset for s in starts if s.offset is not None]
         return cls(ranges, torch.cat(offsets) if offsets else None)
@@ -75,21 +75,21 @@ class ClippedGroups:
         self._optimizer = AdamW.of(self.logits)
 
     def write(self, out: Tensor) -> None:
-        """W_hat into `out` (count, G), in its dtype."""
+        """Writes W_hat to `out` (count, G), in its dtype."""
         for groups in chunks(self.weight):
-            to, codes = self._rounded(groups)
-            out[groups] = steps(codes, to) * to.scale.unsqueeze(-1)
+            grid, codes = self._rounded(groups)
+            out[groups] = steps(codes, grid) * grid.scale.unsqueeze(-1)
 
     def gradients(self, gradient: Tensor) -> Tensor:
         """dL/dbeta and dL/dgamma, (2, count), for dL/dw_hat (count, G)."""
-        found = torch.empty_like(self.logits)
+        d_logits = torch.empty_like(self.logits)
         for groups in chunks(self.weight):
             weight, (low, high) = self._chunk(groups), self.logits[:, groups].sigmoid()
-            ranges, to = self.start.ranges.rows(groups), self._grid(groups)
+            ranges, grid = self.start.ranges.rows(groups), self._grid(groups)
             d, offset = gradient[groups].to(weight.dtype), self._offset(groups)
-            found[:, groups] = torch.stack(range_gradients(d, weight, ranges, low, high, to, offset))
+            d_logits[:, groups] = torch.stack(range_gradients(d, weight, ranges, low, high, grid, offset))
         factor = self.logits.sigmoid()
-        return found.mul_(factor * (1 - factor))
+        return d_logits.mul_(factor * (1 - factor))
 
     def step(self, gradient: Tensor, rate: Tensor | float, decay: float) -> None:
         """One step of AdamW, given dL/dw_hat (count, G); `faults` counts groups with NaN in their gradients."""
@@ -98,34 +98,34 @@ class ClippedGroups:
         self._optimizer.step(self.logits, by_logits, rate, decay)
 
     def keep(self, better: Tensor) -> None:
-        """Remembers codes and grids if `better`, a truth value on the device."""
+        """Keeps codes and grids if `better`, a truth value on the device."""
         for groups in chunks(self.weight):
-            to, codes = self._rounded(groups)
-            self.kept.overwrite(groups, codes, to, better)
+            grid, codes = self._rounded(groups)
+            self.kept.overwrite(groups, codes, grid, better)
 
     def restart(self) -> None:
-        """Logits and optimizer to their start."""
+        """Resets logits and optimizer to their start."""
         self.logits.fill_(START)
         self.faults.zero_()
         self._optimizer.reset()
 
     def adopt(self, other: "ClippedGroups") -> None:
-        """Another block's groups of the same number, at their start."""
+        """Takes over the same number of another block's groups, at their start."""
         self.restart()
         self.weight.copy_(other.weight)
-        mine, theirs = self.start, other.start
-        mine.ranges.low.copy_(theirs.ranges.low)
-        mine.ranges.high.copy_(theirs.ranges.high)
-        if mine.offset is not None and theirs.offset is not None:
-            mine.offset.copy_(theirs.offset)
+        start, adopted = self.start, other.start
+        start.ranges.low.copy_(adopted.ranges.low)
+        start.ranges.high.copy_(adopted.ranges.high)
+        if start.offset is not None and adopted.offset is not None:
+            start.offset.copy_(adopted.offset)
 
     def _rounded(self, groups: slice) -> tuple[Grid, Tensor]:
-        to = self._grid(groups)
-        return to, round_to_grid(self._chunk(groups), to, self._offset(groups))[0]
+        grid = self._grid(groups)
+        return grid, round_to_grid(self._chunk(groups), grid, self._offset(groups))[0]
 
     def _grid(self, groups: slice) -> Grid:
         alpha, beta = self.logits[:, groups].sigmoid()
-        return grid(self.start.ranges.rows(groups), self.scheme, self._scale_dtype, alpha, beta)
+        return affine_grid(self.start.ranges.rows(groups), self.scheme, self._scale_dtype, alpha, beta)
 
     def _offset(self, groups: slice) -> Tensor | None:
         return None if self.start.offset is None else self.start.offset[groups]

@@ -21,7 +21,7 @@ CHUNK_ELEMENTS = CACHED_ELEMENTS << 8
 
 
 def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor | int, out: Tensor) -> None:
-    """out <- scale*(codes - zero).
+    """Writes scale*(codes - zero) to `out`.
 
     codes (groups, G) uint8; scale (groups,) fp32 or fp64; zero (groups,) uint8, or one number for all; out (groups, G).
     """
@@ -34,7 +34,7 @@ def dequantize_groups(codes: Tensor, scale: Tensor, zero: Tensor | int, out: Ten
 
 
 def add_scale_gradient(gradient: Tensor, codes: Tensor, zero: Tensor | int, out: Tensor) -> None:
-    """out += sum over each group of gradient*(codes - zero); gradient (groups, G), out (groups,) fp32 or fp64."""
+    """Adds each group's sum of gradient*(codes - zero) to `out` (groups,), fp32 or fp64; gradient (groups, G)."""
     kernels = scale_kernels(gradient.device, gradient.dtype)
     if kernels is not None:
         kernels.add_scale_gradient(gradient, codes, zero, out)

@@ -1,10 +1,10 @@
-"""What linears' inputs say of rounding errors: second-order sums over tokens, gathered while a block runs.
+"""Second-order sums over the tokens of linears' inputs, collected while a block runs, as weights of rounding errors.
 
     H = 2 sum_t x_t x_t^T      a row of weights that is off by d makes a squared error of d H d^T / 2 in its output
 
-Sums are fp32 (fp64 for fp64 inputs) on the inputs' device and grow by one product a micro-batch, so that no
-activations are kept. A linear whose error is asked for in groups of columns alone needs only H's diagonal blocks.
-Linears that are given one and the same tensor (q, k and v; gate and up) have one H.
+Sums are fp32 (fp64 for fp64 inputs) on the inputs' device and grow by one product per micro-batch, so that no
+activations are kept. A linear whose error is needed only within groups of columns takes only H's diagonal blocks.
+Linears that get the same tensor (q, k and v; gate and up) have one H.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -14,30 +14,30 @@ import torch
 from torch import Tensor, nn
 
 DAMPING_STEPS = (1, 10, 100)
-"""Times the damping that was asked for, until the factorization succeeds."""
+"""Multiples of the requested damping, tried until the factorization succeeds."""
 
 
 class Hessian:
     """H or its diagonal blocks, `sum` (blocks, width, width), of inputs with blocks * width columns."""
 
     def __init__(self, columns: int, width: int, dtype: torch.dtype, device: torch.device) -> None:
-        """dtype: of the inputs, or wider."""
+        """Zero sums; `dtype` is that of the inputs, or wider."""
         working = torch.promote_types(dtype, torch.float32)
         self.sum = torch.zeros(columns // width, width, width, dtype=working, device=device)
 
     def add(self, x: Tensor) -> None:
-        """Takes in some tokens, (tokens, columns)."""
+        """Adds some tokens, (tokens, columns)."""
         parts = x.to(self.sum.dtype).view(len(x), *self.sum.shape[:2]).transpose(0, 1)
         torch.baddbmm(self.sum, parts.transpose(1, 2), parts, alpha=2, out=self.sum)
 
     def matrix(self) -> Tensor:
-        """`sum`, exactly symmetric whatever order the products were added in."""
+        """`sum`, exactly symmetric for every order of the added products."""
         return (self.sum + self.sum.transpose(1, 2)) / 2
 
 
 @contextmanager
 def watched(linears: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None]) -> Iterator[None]:
-    """Shows `see` what each linear is given, by its name, while the context lasts: (..., in), as it comes."""
+    """Passes each linear's inputs to `see`, with its name, while the context lasts: (..., in), unchanged."""
 
     def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         return lambda _, arguments: see(name, arguments[0].detach())
@@ -51,11 +51,11 @@ def watched(linears: Mapping[str, nn.Linear], see: Callable[[str, Tensor], None]
 
 
 class _Seen(Exception):
-    """Ends a forward pass that has shown what was wanted of it."""
+    """Ends a forward pass as soon as the wanted inputs were seen."""
 
 
 def see_inputs(linear: nn.Linear, passes: Iterable[Callable[[], object]], see: Callable[[Tensor], None]) -> None:
-    """Shows `see` the inputs of `linear` in each of some forward passes, (tokens, in). The passes end there."""
+    """Passes the inputs of `linear` in each of some forward passes to `see`, (tokens, in). The passes end there."""
 
     def show(_: str, x: Tensor) -> None:
         see(x.flatten(0, -2))
@@ -68,7 +68,7 @@ def see_inputs(linear: nn.Linear, passes: Iterable[Callable[[], object]], see: C
 
 
 def input_groups(linears: Mapping[str, nn.Linear], forward: Callable[[], object]) -> list[tuple[str, ...]]:
-    """Names in the order in which a forward pass calls the linears, those together that are given the same tensor."""
+    """Names in the order in which a forward pass calls the linears, grouped by the tensor that they get."""
     calls: list[tuple[Tensor, list[str]]] = []
 
     def note(name: str, x: Tensor) -> None:
@@ -85,7 +85,7 @@ def input_groups(linears: Mapping[str, nn.Linear], forward: Callable[[], object]
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, int]:
     """The upper triangular U with U^T U = (H + lambda I)^-1, lambda = `damping` * mean(diag H), and retries.
 
-    Columns that no token ever lit get the mean as their diagonal, which leaves them to themselves. Where H + lambda I
+    Columns that are 0 for all tokens get the mean as their diagonal, which keeps them independent. If H + lambda I
     is not positive definite, lambda is raised; None when `DAMPING_STEPS` are used up. The device is waited for.
 
     With J the exchange of first and last, J (H + lambda I) J = L L^T gives U = (J L J)^-1: one factorization and one

@@ -1,4 +1,4 @@
-"""Ranges that are learned: groups in cache-sized chunks, gradients of a grid by its range, the result remembered.
+"""Ranges that are learned: groups in cache-sized chunks, gradients of a grid by its range, and the kept result.
 
 With D = dL/dw_hat and m = [q was not clamped], rounding of w/s passing gradients straight through and that of z none:
 
@@ -36,30 +36,30 @@ def working_dtype(weight: Tensor) -> torch.dtype:
     return torch.float64 if weight.dtype == torch.float64 else torch.float32
 
 
-def steps(codes: Tensor, to: Grid) -> Tensor:
+def steps(codes: Tensor, grid: Grid) -> Tensor:
     """q - z of grouped codes."""
-    return codes if to.zero is None else codes - to.zero.unsqueeze(-1)
+    return codes if grid.zero is None else codes - grid.zero.unsqueeze(-1)
 
 
 def range_gradients(
-    d: Tensor, weight: Tensor, ranges: GroupRange, alpha: Tensor, beta: Tensor, to: Grid, offset: Tensor | None = None
+    d: Tensor, weight: Tensor, ranges: GroupRange, alpha: Tensor, beta: Tensor, grid: Grid, offset: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """dL/dalpha and dL/dbeta, (groups,), for D = `d` (groups, G) and the grid `to` of these ranges and factors.
+    """dL/dalpha and dL/dbeta, (groups,), for D = `d` (groups, G) and the grid of these ranges and factors.
 
     offset  v of `round_to_grid`
     """
-    codes, free = round_to_grid(weight, to, offset)
-    d_scale = (d * steps(codes, to)).sum(-1) - (d * (codes == free) * weight).sum(-1) / to.scale
-    if to.zero is not None:
-        return -d_scale * ranges.low / to.highest, d_scale * ranges.high / to.highest
+    codes, unclamped = round_to_grid(weight, grid, offset)
+    d_scale = (d * steps(codes, grid)).sum(-1) - (d * (codes == unclamped) * weight).sum(-1) / grid.scale
+    if grid.zero is not None:
+        return -d_scale * ranges.low / grid.highest, d_scale * ranges.high / grid.highest
     low_wins = -alpha * ranges.low > beta * ranges.high
-    d_alpha = d_scale * torch.where(low_wins, ranges.low / to.lowest, 0)
-    return d_alpha, d_scale * torch.where(low_wins, 0, ranges.high / to.lowest)
+    d_alpha = d_scale * torch.where(low_wins, ranges.low / grid.lowest, 0)
+    return d_alpha, d_scale * torch.where(low_wins, 0, ranges.high / grid.lowest)
 
 
 @dataclass(frozen=True)
 class Kept:
-    """The result remembered: stored codes (groups, G) uint8, scale (groups,) and zero point (groups,) uint8."""
+    """The kept result: stored codes (groups, G) uint8, scale (groups,) and zero point (groups,) uint8."""
 
     codes: Tensor
     scale: Tensor
@@ -74,25 +74,25 @@ class Kept:
             zero_point=torch.zeros_like(groups[:, 0], dtype=torch.uint8),
         )
 
-    def overwrite(self, groups: slice, codes: Tensor, to: Grid, better: Tensor) -> None:
-        """Takes over q of some groups and their grid if `better`, a truth value on the device."""
-        _overwrite(self.codes[groups], codes - to.lowest, better)
-        _overwrite(self.scale[groups], to.scale, better)
-        if to.zero is not None:
-            _overwrite(self.zero_point[groups], to.zero, better)
+    def overwrite(self, groups: slice, codes: Tensor, grid: Grid, better: Tensor) -> None:
+        """Keeps q of some groups and their grid if `better`, a truth value on the device."""
+        _overwrite(self.codes[groups], codes - grid.lowest, better)
+        _overwrite(self.scale[groups], grid.scale, better)
+        if grid.zero is not None:
+            _overwrite(self.zero_point[groups], grid.zero, better)
 
     def results(
         self, shapes: Mapping[str, tuple[int, int]], scheme: Scheme, dtype: torch.dtype
     ) -> dict[str, LinearResult]:
         """The weights of linears that lie one after another, in copies."""
-        found, first = {}, 0
+        results, first = {}, 0
         for name, shape in shapes.items():
             groups = slice(first, first := first + math.prod(shape) // self.codes.shape[1])
             zero = None if scheme.symmetric else self.zero_point[groups].reshape(shape[0], -1).clone()
             codes = self.codes[groups].reshape(shape).clone()
             scale = self.scale[groups].reshape(shape[0], -1).clone()
-            found[name] = LinearResult(AffineWeight(codes, scale, zero, scheme, dtype))
-        return found
+            results[name] = LinearResult(AffineWeight(codes, scale, zero, scheme, dtype))
+        return results
 
 
 def _overwrite(kept: Tensor, value: Tensor, better: Tensor) -> None:

@@ -2,13 +2,13 @@
 
     E ~ L R,    L = U sqrt(S)  (out, rank),   R = sqrt(S) V^T  (rank, in),   U S V^T the leading part of E's SVD
 
-Exact for the smaller side N <= 2,048: the eigenvectors of E E^T (or E^T E) in fp64, which cost N^2 * max(out, in)
-where a full SVD costs some twenty times as much; with S_i = ||u_i^T E|| no square is taken back. A singular value
+Exact for the smaller side N <= 2,048: the eigenvectors of E E^T (or E^T E) in fp64, which cost N^2 * max(out, in) while
+a full SVD costs about twenty times as much; S_i = ||u_i^T E|| avoids square roots of eigenvalues. A singular value
 below 1e-8 of the largest is noise in that.
 
 Larger matrices: randomized subspace iteration (Halko, Martinsson & Tropp, arXiv:0909.4061, algorithms 4.4 and 5.1) with
-32 directions besides the rank and 4 passes; seeded, the same on every device. What quantization leaves behind has
-singular values that fall slowly, the hard case: on the rest of NF3 its norm was 0.3% above the least one.
+32 directions besides the rank and 4 passes; seeded, the same on every device. Residuals of quantization have
+singular values that fall slowly, the hard case: on the residual of NF3 its norm was 0.3% above the least one.
 
 Weighted (LQ-LoRA, Guo et al., arXiv:2311.12023, section 3.3): for weights F ~ u v^T of rank one, with
 D_r = diag(sqrt(u)) and D_c = diag(sqrt(v)),
@@ -33,7 +33,7 @@ PASSES = 4
 FOLLOWED_BESIDES = 8
 """Directions besides the rank that are followed from one matrix to the next."""
 SMALLEST_WEIGHT = 1e-6
-"""Of the largest: rows and columns without any weight would be divided by 0."""
+"""Least weight, as a share of the largest: rows and columns without any weight would be divided by 0."""
 
 
 @torch.no_grad()
@@ -44,7 +44,7 @@ def best_factors(matrix: Tensor, rank: int, seed: int = 0) -> tuple[Tensor, Tens
 
 @torch.no_grad()
 def weighted_factors(matrix: Tensor, rank: int, rows: Tensor, columns: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """As `best_factors`, for sqrt(u) = `rows` (out,) and sqrt(v) = `columns` (in,), at least 0, not all of them 0."""
+    """Best factors with the weights sqrt(u) = `rows` (out,) and sqrt(v) = `columns` (in,), none negative, not all 0."""
     by_row, by_column = _divisors(rows, columns)
     left, right = best_factors(by_row * matrix * by_column, rank, seed)
     return left / by_row, right / by_column
@@ -53,7 +53,7 @@ def weighted_factors(matrix: Tensor, rank: int, rows: Tensor, columns: Tensor, s
 class FollowedFactors:
     """Weighted factors of one matrix after another, each near the last; the first are those of `weighted_factors`.
 
-    What is kept are the last matrix's leading directions, (smaller side, rank + `FOLLOWED_BESIDES`), orthonormal.
+    The last matrix's leading directions are kept, (smaller side, rank + `FOLLOWED_BESIDES`), orthonormal.
     """
 
     def __init__(self, rank: int, rows: Tensor, columns: Tensor, seed: int = 0) -> None:
@@ -100,10 +100,10 @@ def _directions(matrix: Tensor, count: int, seed: int) -> Tensor:
 
 
 def _factors(u: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """U sqrt(S) and sqrt(S) V^T in the dtype of `matrix`, from U, in which what is small is computed."""
+    """U sqrt(S) and sqrt(S) V^T in the dtype of `matrix`, from U, which has the dtype of small computations."""
     projected = u.T @ matrix.to(u.dtype)
     root = torch.linalg.vector_norm(projected, dim=1).sqrt()
-    # A direction in which nothing is left gets zeros on both sides.
+    # A direction with a singular value of 0 gets zeros on both sides.
     inverse = torch.where(root > 0, 1 / root, 0)
     return (u * root).to(matrix.dtype), (projected * inverse.unsqueeze(1)).to(matrix.dtype)
 
@@ -120,7 +120,7 @@ def _leading_directions(matrix: Tensor, rank: int, seed: int) -> Tensor:
 
 
 def _sorted(basis: Tensor, matrix: Tensor) -> Tensor:
-    """The same space in the directions that the matrix has in it, the leading first."""
+    """The singular directions of the matrix within the space of `basis`, the leading first."""
     small = (basis.T @ matrix).double()
     turned: Tensor = basis @ torch.linalg.eigh(small @ small.T).eigenvectors.flip(1).to(matrix.dtype)
     return turned

@@ -9,19 +9,19 @@ group,
 
 so that c has 0, -1 and 1, and one value more on the positive side. This is the construction of bitsandbytes, which the
 paper's formula only approximates. bitsandbytes ships the 16 values of NF4 as constants, rounded on the way; they stand
-here too, so that codes and weights are its own, bit for bit.
+here too, so that codes and weights equal its own, bit for bit.
 
 Double quantization in the form of LQ-LoRA (Guo et al., arXiv:2311.12023, and its code), whose configurations are
 (b0, b1, b2, B0, B1), stores a in b1 bits, with one maximum of dtype b2 for B1 consecutive groups:
 
     off = min a over the whole linear       m = max of a - off over B1 groups, rounded to b2
     a_code = clamp(round((a - off)/m * (2^b1 - 1)), 0, 2^b1 - 1)
-    a_hat  = off + m*a_code/(2^b1 - 1)      bits a weight: b0 + b1/B0 + b2/(B0*B1)
+    a_hat  = off + m*a_code/(2^b1 - 1)      bits per weight: b0 + b1/B0 + b2/(B0*B1)
 
-Codes are found with the stored a_hat, not with a: what is compared is what ships. QLoRA's own second level (8-bit
-floats around the mean) takes the same bits and is not built. Different from LQ-LoRA's code: groups lie within rows,
-and the last of the B1 may be fewer, so that any number of groups will do. The formula leaves out `off`, one number a
-linear.
+Codes are computed with the stored a_hat, not with a, so that they fit the shipped values. QLoRA's own second level
+(8-bit floats around the mean) takes the same bits and is not built. Different from LQ-LoRA's code: groups lie within
+rows, and the last of the B1 may be fewer, so that any number of groups is allowed. The formula leaves out `off`, one
+number per linear.
 """
 
 from dataclasses import dataclass
@@ -48,7 +48,7 @@ NF4 = (
 
 @dataclass(frozen=True)
 class DoubleQuantization:
-    """How a group's absmax is stored: b1 = `bits`, b2 = `dtype`, B1 = `superblock` of the module docstring."""
+    """Storage of a group's absmax in codes: b1 = `bits`, b2 = `dtype`, B1 = `superblock` of the module docstring."""
 
     bits: int
     dtype: torch.dtype
@@ -81,7 +81,7 @@ def quantize(weight: Tensor, scheme: Scheme, absmax: AbsmaxFormat, dtype: torch.
     """The weight (out, in), floating point, to the nearest NormalFloat values.
 
     scheme  bits 2 to 8, and a group size that divides `in`; symmetric
-    absmax  how the groups' maxima are stored
+    absmax  storage of the groups' maxima
     dtype   of the dequantized weight
     """
     working = torch.promote_types(weight.dtype, torch.float32)
@@ -106,20 +106,22 @@ def nearest_codes(values: Tensor, levels: Tensor) -> Tensor:
     return torch.bucketize(values, edges, out_int32=True).to(torch.uint8)
 
 
-def quantize_absmax(absmax: Tensor, to: DoubleQuantization) -> QuantizedAbsmax:
-    """Maxima of groups, fp32 (out, groups), in `to.bits` bits."""
-    offset, top = absmax.min(), 2**to.bits - 1
+def quantize_absmax(absmax: Tensor, second_level: DoubleQuantization) -> QuantizedAbsmax:
+    """Maxima of groups, fp32 (out, groups), in `second_level.bits` bits."""
+    offset, top = absmax.min(), 2**second_level.bits - 1
     rest = (absmax - offset).flatten()
-    padded = torch.nn.functional.pad(rest, (0, -len(rest) % to.superblock)).view(-1, to.superblock)
-    scale = padded.amax(-1).to(to.dtype)
+    padded = torch.nn.functional.pad(rest, (0, -len(rest) % second_level.superblock)).view(-1, second_level.superblock)
+    scale = padded.amax(-1).to(second_level.dtype)
     # All maxima of a superblock may be the least one; its codes are 0 then, whatever they are divided by.
     divisor = torch.where(scale == 0, 1, scale).float().unsqueeze(-1)
     codes = (padded / divisor * top).round().clamp(0, top).to(torch.uint8)
-    return QuantizedAbsmax(codes.flatten()[: len(rest)].view(absmax.shape), scale, offset, to.bits, to.superblock)
+    return QuantizedAbsmax(
+        codes.flatten()[: len(rest)].view(absmax.shape), scale, offset, second_level.bits, second_level.superblock
+    )
 
 
 def bits_per_weight(bits: int, group_size: int, absmax: AbsmaxFormat) -> float:
-    """Bits of a weight with its share of the maxima; `group_size` in columns. The codebook and `off` are left out."""
+    """Bits per weight with its share of the maxima; `group_size` in columns. The codebook and `off` are left out."""
     if isinstance(absmax, DoubleQuantization):
         return bits + absmax.bits / group_size + absmax.dtype.itemsize * 8 / (group_size * absmax.superblock)
     return bits + absmax.itemsize * 8 / group_size

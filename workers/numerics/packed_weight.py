@@ -1,4 +1,4 @@
-"""Quantized weights as training holds them: codes packed in memory, W_hat made by one pass over them.
+"""Quantized weights as training holds them: codes packed in memory, W_hat computed in one pass over them.
 
     affine      w_hat = scale * (code - zero)       or scale * code + offset
     codebook    w_hat = absmax * codebook[code]
@@ -24,7 +24,7 @@ Kind = Literal["middle", "zero", "offset", "codebook"]
 class PackedWeight:
     """A weight (out, in), row after row.
 
-    packed     uint8 (ceil(out * in / codes a byte),)
+    packed     uint8 (ceil(out * in / codes per byte),)
     width      bits that a code takes here: 2, 4 or 8
     group_size consecutive columns that share a scale
     scale      of each group, (out, groups), or in codes of its own
@@ -43,7 +43,7 @@ class PackedWeight:
 
     @classmethod
     def of(cls, weight: QuantizedWeight) -> "PackedWeight":
-        """The weight on its device."""
+        """The packed weight, on the same device."""
         width = next(width for width in (2, 4, 8) if weight.scheme.bits <= width)
         packed, middle = _pack(weight.codes, width), 2.0 ** (weight.scheme.bits - 1)
         kind: Kind = "codebook"
@@ -92,7 +92,7 @@ def _zero(weight: AffineWeight) -> tuple[Kind, Tensor | None]:
 
 
 def _pack(codes: Tensor, width: int) -> Tensor:
-    """uint8 codes, flat, several in a byte."""
+    """uint8 codes, flat, several per byte."""
     each = 8 // width
     flat = torch.nn.functional.pad(codes.flatten(), (0, -codes.numel() % each)).view(-1, each)
     packed = flat[:, 0].clone()

@@ -1,11 +1,11 @@
 """The common representation: N methods produce it, M formats consume it, and no method knows a format.
 
-    AffineWeight    W_hat = scale * (codes - zero_point)      one scale a group of consecutive input columns
-                    W_hat = scale * codes + offset            the same with a fractional offset a group
-    CodebookWeight  W_hat = absmax * codebook[codes]          one absmax a group; it may be quantized itself
+    AffineWeight    W_hat = scale * (codes - zero_point)      one scale per group of consecutive input columns
+                    W_hat = scale * codes + offset            the same with a fractional offset per group
+    CodebookWeight  W_hat = absmax * codebook[codes]          one absmax per group; it may be quantized itself
     LowRank         (alpha / rank) * b @ a                    added to one of the above
 
-A linear stands for W_hat, or for W_hat plus its low-rank product. `codes` are unsigned, 0 .. 2^bits - 1. A symmetric
+A linear represents W_hat, or W_hat plus its low-rank product. `codes` are unsigned, 0 .. 2^bits - 1. A symmetric
 affine weight has the constant zero point 2^(bits-1), which is not stored; its scale may be negative, so that the larger
 side of a group's range may take the extra code (SignRound's full range).
 """
@@ -24,9 +24,9 @@ Number = float | Tensor
 
 @dataclass(frozen=True)
 class StoredBits:
-    """Bits that a result takes, packed, by what they hold.
+    """Bits that a result takes, packed, by content.
 
-    scales    what each group has: scale and zero point or offset, or absmax with all its levels
+    scales    per group: scale and zero point or offset, or absmax with all its levels
     adapters  low-rank factors
     """
 
@@ -37,21 +37,21 @@ class StoredBits:
 
     @property
     def total(self) -> int:
-        return sum(getattr(self, part.name) for part in fields(self))
+        return sum(getattr(self, content.name) for content in fields(self))
 
     def __add__(self, other: "StoredBits") -> "StoredBits":
-        return StoredBits(*(getattr(self, part.name) + getattr(other, part.name) for part in fields(self)))
+        return StoredBits(*(getattr(self, content.name) + getattr(other, content.name) for content in fields(self)))
 
 
 @dataclass(frozen=True)
 class AffineWeight:
-    """A linear's weight as integer codes with a scale for each group, and a zero point or offset unless symmetric.
+    """A linear's weight as integer codes with a scale per group, and a zero point or offset unless symmetric.
 
     codes       uint8, (out, in)
     scale       scale_dtype (fp16, bf16 or fp32), (out, groups)
     zero_point  uint8, (out, groups); None if symmetric, or if there is an offset
     dtype       of the dequantized weight
-    offset      floating point, (out, groups), in place of a zero point: what a merged adapter leaves
+    offset      floating point, (out, groups), in place of a zero point, from a merged adapter
     """
 
     codes: Tensor
@@ -68,7 +68,7 @@ class AffineWeight:
 
     @property
     def group_size(self) -> int:
-        """Columns a group; the number of inputs where the scheme says per channel."""
+        """Columns per group; the number of inputs where the scheme says per channel."""
         return self.scheme.width(self.codes.shape[1])
 
     def dequantize(self) -> Tensor:
@@ -81,16 +81,18 @@ class AffineWeight:
         return ((codes - zero) * scale).view(self.shape).to(self.dtype)
 
     def to(self, device: torch.device | str) -> "AffineWeight":
-        zero, offset = (None if part is None else part.to(device) for part in (self.zero_point, self.offset))
+        zero, offset = (None if tensor is None else tensor.to(device) for tensor in (self.zero_point, self.offset))
         return AffineWeight(self.codes.to(device), self.scale.to(device), zero, self.scheme, self.dtype, offset)
 
     def split(self, rows: Sequence[int]) -> tuple["AffineWeight", ...]:
-        """Weights of so many outputs each, one after another."""
+        """Weights with the given numbers of consecutive outputs."""
         parts, first = [], 0
         for count in rows:
-            part = slice(first, first := first + count)
-            zero, offset = (None if rest is None else rest[part] for rest in (self.zero_point, self.offset))
-            parts.append(replace(self, codes=self.codes[part], scale=self.scale[part], zero_point=zero, offset=offset))
+            outputs = slice(first, first := first + count)
+            zero, offset = (None if rest is None else rest[outputs] for rest in (self.zero_point, self.offset))
+            parts.append(
+                replace(self, codes=self.codes[outputs], scale=self.scale[outputs], zero_point=zero, offset=offset)
+            )
         return tuple(parts)
 
     def stored_bits(self) -> StoredBits:
@@ -124,7 +126,7 @@ class QuantizedAbsmax:
         return self.codes.float() * scale * (1 / ((1 << self.bits) - 1)) + self.offset
 
     def to(self, device: torch.device | str) -> "QuantizedAbsmax":
-        codes, scale, offset = (part.to(device) for part in (self.codes, self.scale, self.offset))
+        codes, scale, offset = (tensor.to(device) for tensor in (self.codes, self.scale, self.offset))
         return QuantizedAbsmax(codes, scale, offset, self.bits, self.superblock)
 
 
@@ -152,7 +154,7 @@ class CodebookWeight:
 
     @property
     def group_size(self) -> int:
-        """Columns a group; the number of inputs where the scheme says per channel."""
+        """Columns per group; the number of inputs where the scheme says per channel."""
         return self.scheme.width(self.codes.shape[1])
 
     def dequantize(self) -> Tensor:
@@ -185,7 +187,7 @@ class LowRank:
 
     a      (rank, in): peft's lora_A
     b      (out, rank): peft's lora_B, the same dtype
-    alpha  peft's lora_alpha; what is stored in a and b already has its factor taken out, see `of_product`
+    alpha  peft's lora_alpha; the stored a and b already have its factor taken out, see `of_product`
     """
 
     a: Tensor
@@ -194,7 +196,7 @@ class LowRank:
 
     @classmethod
     def of_product(cls, left: Tensor, right: Tensor, alpha: float, dtype: torch.dtype) -> "LowRank":
-        """The correction left @ right at full strength, whatever alpha: both factors are divided by sqrt(alpha/rank).
+        """The correction left @ right at full strength for every alpha: both factors are divided by sqrt(alpha/rank).
 
         left (out, rank), right (rank, in); rounded to `dtype` once, after the division.
         """
@@ -219,7 +221,7 @@ class LowRank:
 
 @dataclass(frozen=True)
 class Scaling:
-    """Scales that moved between a linear and its neighbours: its weight stands for W * columns / rows.
+    """Scales that moved between a linear and its neighbours: its weight represents W * columns / rows.
 
     rows     s of the outputs, fp32 or fp64 (out, 1), or 1
     columns  s of the inputs, fp32 or fp64 (in,), or 1
@@ -240,7 +242,7 @@ class Scaling:
 
 @dataclass(frozen=True)
 class LinearResult:
-    """What a method makes of one linear: its quantized weight, and a low-rank correction if the method makes one."""
+    """Result of a method for one linear: its quantized weight, and a low-rank correction if the method has one."""
 
     weight: QuantizedWeight
     low_rank: LowRank | None = None
@@ -248,7 +250,7 @@ class LinearResult:
 
     @property
     def affine(self) -> AffineWeight:
-        """The weight, for those who know that it is affine.
+        """The weight, which must be affine.
 
         Raises:
             TypeError: it is not.
@@ -258,10 +260,10 @@ class LinearResult:
         return self.weight
 
     def dequantize(self) -> Tensor:
-        """The weight that the linear stands for, (out, in) in the weight's dtype.
+        """The weight that the linear represents, (out, in) in the weight's dtype.
 
-        With a correction the sum of the *rounded* W_hat and the product is rounded once more: what peft makes of the
-        same adapter when it merges it into a base that is loaded in that dtype.
+        With a correction the sum of the *rounded* W_hat and the product is rounded once more, as peft does
+        when it merges the same adapter into a base that is loaded in that dtype.
         """
         base = self.weight.dequantize()
         return base if self.low_rank is None else (base.float() + self.low_rank.product()).to(base.dtype)

@@ -1,17 +1,17 @@
-"""The YAML at the top of a card, as the Hub reads it: what a result comes from, who may use it, what loads it."""
+"""YAML front matter of a card, as the Hub reads it: source, licence and library of a result."""
 
 from app.domain.formats import ExportFormat
-from workers.formats.cards.identity import Identity, Part
+from workers.formats.cards.identity import Contents, Identity
 from workers.formats.cards.source_card import SourceCard
 
 TASK = "text-generation"
-"""Every model here is a causal language model; a source's own card may be more exact."""
+"""Every model here is a causal language model; the source's own card may be more exact."""
 ADAPTER_LIBRARY = "bitwright"
 """Library of the adapter file, which comes with a loader of its own."""
 
 
 def front_matter(
-    identity: Identity, part: Part, export_format: ExportFormat | None, source: SourceCard, licence_copied: bool
+    identity: Identity, contents: Contents, export_format: ExportFormat | None, source: SourceCard, licence_copied: bool
 ) -> dict[str, object]:
     """Fields in the order in which they are written.
 
@@ -22,30 +22,30 @@ def front_matter(
     matter: dict[str, object] = {"library_name": library}
     matter["pipeline_tag"] = source.pipeline_tag or TASK
     if identity.model_id is not None:
-        matter |= {"base_model": identity.model_id, "base_model_relation": _relation(identity, part, export_format)}
+        matter |= {"base_model": identity.model_id, "base_model_relation": _relation(identity, contents, export_format)}
     if source.license:
         matter["license"] = _one_or_more(source.license)
         named = {"license_name": source.license_name, "license_link": source.link(identity.model_id, licence_copied)}
         matter |= {key: value for key, value in named.items() if value is not None}
     if source.language:
         matter["language"] = _one_or_more(source.language)
-    learned = [dataset.hub for dataset in identity.datasets if dataset.hub is not None]
-    if learned:
-        matter["datasets"] = list(dict.fromkeys(learned))
+    trained_on = [dataset.hub for dataset in identity.datasets if dataset.hub is not None]
+    if trained_on:
+        matter["datasets"] = list(dict.fromkeys(trained_on))
     return matter | {"tags": tags(identity, export_format)}
 
 
 def tags(identity: Identity, export_format: ExportFormat | None) -> list[str]:
-    """What the Hub filters by besides: this service, the format, and what was trained."""
-    kinds = [one.adapter for one in identity.earlier] + ([identity.adapter] if identity.adapter else [])
+    """Tags that the Hub filters by: this service, the format, and the kinds of trained adapters."""
+    kinds = [one.adapter for one in identity.base_training] + ([identity.adapter] if identity.adapter else [])
     return list(dict.fromkeys(["bitwright", "adapter" if export_format is None else export_format.value, *kinds]))
 
 
-def _relation(identity: Identity, part: Part, export_format: ExportFormat | None) -> str:
-    """How the Hub hangs it below its base model. Finetuned and quantized at once counts as quantized there."""
-    if part is Part.ADAPTER:
+def _relation(identity: Identity, contents: Contents, export_format: ExportFormat | None) -> str:
+    """Relation to the base model in the Hub's tree. There, finetuned and quantized at once counts as quantized."""
+    if contents is Contents.ADAPTER:
         return "adapter"
-    trained = bool(identity.finetuned if part is Part.WHOLE else identity.finetuned_before)
+    trained = bool(identity.finetuned if contents is Contents.WHOLE else identity.finetuned_before)
     dense = export_format is not None and export_format.info.dense
     return "finetune" if trained and dense else "quantized"
 

@@ -1,10 +1,10 @@
-"""What a result is, in words: for titles, front matter and metadata of every format, before and after the report.
+"""Description of a result in words, for titles, front matter and metadata of every format; before or after the report.
 
-    identity = Identity.of(report)              or made of a request, before a GGUF file is written
-    title(identity, Part.BASE)                  SmolLM2-135M, SignRound: the base alone, without Q-BaRA on rows.jsonl
+    identity = Identity.of(report)              or from a request, before a GGUF file is written
+    title(identity, Contents.BASE)              SmolLM2-135M, SignRound: the base alone, without Q-BaRA on rows.jsonl
 
-The parts of a job that finetunes are the whole (an adapter that lies in the weights, or none), the quantized base
-alone, and the adapter alone.
+A folder of a job that finetunes contains the complete result (the adapter in the weights, or none), the quantized base
+alone, or the adapter alone.
 """
 
 import re
@@ -23,8 +23,8 @@ CACHED = re.compile(r"[\\/](?:models|datasets)--(?:[\w.-]+?--)?([\w.-]+)[\\/]sna
 Kind = Literal["hub", "local", "upload", "builtin"] | None
 
 
-class Part(StrEnum):
-    """What of a job's result lies in one folder."""
+class Contents(StrEnum):
+    """Contents of one folder of a job's result: the complete result, the base alone or the adapter alone."""
 
     WHOLE = "whole"
     BASE = "base"
@@ -33,9 +33,9 @@ class Part(StrEnum):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A text that was learned.
+    """A training dataset.
 
-    hub   its repository's id, if it is on the Hub
+    hub   the id of its repository, if it is on the Hub
     """
 
     source: str
@@ -44,19 +44,19 @@ class Dataset:
 
     @property
     def name(self) -> str:
-        """Short, for titles: a path's last part."""
-        return self.hub or last_part(self.source)
+        """Short name for titles: the last segment of a path."""
+        return self.hub or last_segment(self.source)
 
 
 @dataclass(frozen=True)
 class Identity:
     """A job's result.
 
-    model        the source in shorthand; `model_id` if that is a repository of the Hub, `revision` its commit
-    method       that made the codes
-    adapter      kind of what was trained beside them; None: nothing was
-    folded       whether that lies in the quantized weights
-    earlier      training of the jobs that it started from
+    model           the source in shorthand; `model_id` if that is a repository of the Hub, `revision` its commit
+    method          the method that produced the codes
+    adapter         kind of the adapter that was trained beside them; None: no training
+    folded          whether the adapter lies in the quantized weights
+    base_training   training of the base jobs
     """
 
     version: str
@@ -67,11 +67,11 @@ class Identity:
     adapter: str | None = None
     folded: bool = False
     finetuning: FinetuningReport | None = None
-    earlier: tuple[BaseTraining, ...] = ()
+    base_training: tuple[BaseTraining, ...] = ()
 
     @classmethod
     def of(cls, report: Report) -> "Identity":
-        """Of a finished job."""
+        """The identity of a finished job."""
         adapter = report.adapter
         return cls(
             version=report.version,
@@ -82,13 +82,13 @@ class Identity:
             adapter=None if adapter is None else adapter.kind,
             folded=adapter is not None and adapter.merge is not None,
             finetuning=report.finetuning,
-            earlier=() if report.base_job is None else report.base_job.training,
+            base_training=() if report.base_job is None else report.base_job.training,
         )
 
     @property
     def name(self) -> str:
-        """Of the model, without its owner or folder."""
-        return last_part(self.model)
+        """Name of the model, without its owner or folder."""
+        return last_segment(self.model)
 
     @property
     def method_title(self) -> str:
@@ -96,27 +96,27 @@ class Identity:
 
     @property
     def datasets(self) -> tuple[Dataset, ...]:
-        """What was learned, by base jobs first, each once."""
-        found = [_dataset(one.text.source, one.text.sha256, one.dataset_kind) for one in self.earlier]
+        """Training datasets, those of base jobs first, each once."""
+        used = [_dataset(one.text.source, one.text.sha256, one.dataset_kind) for one in self.base_training]
         if self.finetuning is not None:
             text = self.finetuning.text
-            found.append(_dataset(text.source, text.sha256, self.finetuning.dataset_kind))
-        return tuple(dict.fromkeys(found))
+            used.append(_dataset(text.source, text.sha256, self.finetuning.dataset_kind))
+        return tuple(dict.fromkeys(used))
 
     @property
     def finetuned(self) -> str:
-        """What was trained on what, in order: "QA-LoRA on rows.jsonl"; empty where nothing was."""
-        return _in_words([*_of_base_jobs(self.earlier), *self._own()])
+        """Adapters and their datasets, in order: "QA-LoRA on rows.jsonl"; empty without training."""
+        return _in_words([*_of_base_jobs(self.base_training), *self._own()])
 
     @property
     def finetuned_before(self) -> str:
-        """The part of `finetuned` that lies in the weights which this job's adapter was trained beside."""
-        return _in_words(_of_base_jobs(one for one in self.earlier if one.folded))
+        """The share of `finetuned` that lies in the weights beside which this job's adapter was trained."""
+        return _in_words(_of_base_jobs(one for one in self.base_training if one.folded))
 
     @property
     def finetuned_beside(self) -> str:
-        """The rest of `finetuned`: what this job's adapter learned."""
-        return _in_words([*_of_base_jobs(one for one in self.earlier if not one.folded), *self._own()])
+        """The rest of `finetuned`: the training of this job's adapter."""
+        return _in_words([*_of_base_jobs(one for one in self.base_training if not one.folded), *self._own()])
 
     def _own(self) -> list[str]:
         if self.finetuning is None:
@@ -132,38 +132,38 @@ def adapter_title(kind: str | None) -> str:
     return ADAPTERS[kind].title if kind in ADAPTERS else kind
 
 
-def title(identity: Identity, part: Part) -> str:
-    """One line that names model, method, adapter and dataset, and which part of them it is."""
+def title(identity: Identity, contents: Contents) -> str:
+    """One line that names model, method, adapter and dataset, and which of them the folder contains."""
     name = f"{identity.name}, {identity.method_title}"
-    if part is Part.WHOLE:
+    if contents is Contents.WHOLE:
         return f"{name}, finetuned: {identity.finetuned}" if identity.finetuned else name
     name += f", finetuned: {identity.finetuned_before}" if identity.finetuned_before else ""
     beside = identity.finetuned_beside
-    if part is Part.ADAPTER:
+    if contents is Contents.ADAPTER:
         return f"{name}: {beside}, the adapter alone" if beside else f"{name}: the low-rank factors alone"
     return f"{name}: the base alone, without {beside or 'its low-rank factors'}"
 
 
-def part_of(identity: Identity, linears: Mapping[str, StoredLinear], base_alone: bool) -> Part:
-    """What a folder with these linears holds, which is no adapter's.
+def contents_of(identity: Identity, linears: Mapping[str, StoredLinear], base_alone: bool) -> Contents:
+    """The contents of a checkpoint folder with these linears (not of an adapter's folder).
 
     base_alone   whether another folder of the job holds the low-rank factors, by the job's formats
     """
     in_weights = identity.folded or any(linear.low_rank is not None for linear in linears.values())
     apart = identity.adapter is not None and not in_weights
-    return Part.BASE if base_alone or apart else Part.WHOLE
+    return Contents.BASE if base_alone or apart else Contents.WHOLE
 
 
 def hub_id(source: str, kind: Kind) -> str | None:
-    """The repository's id, None where the source is none; by its looks where an older report does not say."""
+    """The repository's id, None if it is not on the Hub; guessed from its form if an older report has no kind."""
     if kind is not None:
         return source if kind == "hub" else None
     looks = re.match(HUB_ID, source) and not re.match(UPLOAD_ID, source) and source not in ("builtin", "generated")
     return source if looks else None
 
 
-def last_part(source: str) -> str:
-    """Of an id or a path, in one line; of a snapshot in a Hub's cache the repository's name, not the commit."""
+def last_segment(source: str) -> str:
+    """The last segment of an id or path, in one line; of a snapshot in a Hub cache the repository, not the commit."""
     cached = CACHED.search(source)
     if cached is not None:
         return cached[1]

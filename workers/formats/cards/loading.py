@@ -1,4 +1,4 @@
-"""Pieces of a model card's section "Load" that formats share; the section itself is made in each format's file."""
+"""Pieces of a model card's section "Load" that formats share; each format's own file composes the section."""
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -75,7 +75,7 @@ class AdapterBase:
     """The checkpoint of a job beside which its adapter is loaded.
 
     where    sentence that says which checkpoint it is
-    load     lines that make a model with plain linears of it, at `BASE`
+    load     lines that load it as a model with plain linears, at `BASE`
     served   whether vLLM loads it
     """
 
@@ -91,7 +91,7 @@ class Loading:
     linears   every quantized linear by module name
     formats   all of the job's
     apart     name of the adapter that was measured with it and lies in the job's adapter file alone; None: none does
-    model_id  of the model that was quantized, if it is on the Hub
+    model_id  id of the model that was quantized, if it is on the Hub
     base      schemes by module name -> the base of the job's adapter
     """
 
@@ -115,8 +115,8 @@ def model_lines(about: Loading, lines: list[str], how: str, load: str) -> list[s
     """The section of a checkpoint that stock runtimes load: by itself, or with the adapter that belongs to it.
 
     lines   paragraphs that load the checkpoint by itself, one per runtime
-    how     what training a LoRA on it needs, in words
-    load    code that makes a model with plain linears of it
+    how     requirements for training a LoRA on it, in words
+    load    code that loads it as a model with plain linears
     """
     if base_alone(about.formats):
         return [f"{ABOUT_BASE}\n\n{WITH_ADAPTER.format(load=load, adapter=ADAPTER)}", BY_ITSELF, *lines]
@@ -126,6 +126,6 @@ def model_lines(about: Loading, lines: list[str], how: str, load: str) -> list[s
 
 
 def with_adapter_file(adapter: str, load: str) -> str:
-    """The paragraph that puts the job's adapter file beside the base that `load` makes."""
+    """The paragraph that puts the job's adapter file beside the base that `load` returns."""
     lines = WITH_ADAPTER_FILE.format(load=load, adapter=ADAPTER)
     return f"{ABOUT_BASE_APART.format(adapter=adapter)}\n\n{lines}"

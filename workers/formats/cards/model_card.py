@@ -1,7 +1,7 @@
-"""README.md of a checkpoint: what it is, the lines that load it, what it learned, and how close it is to the original.
+"""README.md of a checkpoint: contents, the lines that load it, training, and distance to the original.
 
-A card speaks of the files beside it. Where they are only a part of what was measured (a quantized base, an adapter), it
-says so, and its lines put the parts together.
+A card speaks of the files beside it. If they are only a part of the measured result (a quantized base, an adapter), it
+says so, and its lines combine both.
 """
 
 from collections import Counter
@@ -15,7 +15,7 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form, Scheme
 from bitwright.report import Report, SizeReport
 from workers.formats.cards.front_matter import front_matter
-from workers.formats.cards.identity import Identity, Part, adapter_title, part_of, title
+from workers.formats.cards.identity import Contents, Identity, adapter_title, contents_of, title
 from workers.formats.cards.loading import AdapterBase, Lines, Loading
 from workers.formats.cards.sections import code, quality, reference_lines, source_name, training
 from workers.formats.cards.source_card import SourceCard, read_source_card
@@ -77,26 +77,26 @@ def model_card(
     licence          name of the licence file beside the card, if the source had one
     formats          all of the job's
     loading, base    the format's section "Load", and the base of the job's adapter, as in `Loading`
-    source           what the source's own card says
+    source           fields of the source's own card
     licence_copied   whether the file that `source` names as its licence lies beside the card
-    stored_bytes     of the weight files beside the card
-    left_code        whether the source's configuration names code, which is not here
+    stored_bytes     bytes of the weight files beside the card
+    left_code        whether the source's configuration names code, which was not copied
     """
     identity, source = Identity.of(report), source or SourceCard()
-    part = _part(identity, export_format, linears, formats)
-    in_adapter_file = part is Part.BASE and not holds_base_alone(export_format, formats)
+    contents = _contents(identity, export_format, linears, formats)
+    in_adapter_file = contents is Contents.BASE and not holds_base_alone(export_format, formats)
     apart = adapter_title(identity.adapter) if in_adapter_file else None
     sections = [
-        header(front_matter(identity, part, export_format, source, licence_copied)),
-        f"# {title(identity, part)}{_bits(report, part, export_format, linears)}",
-        _summary(report, part, export_format, linears),
+        header(front_matter(identity, contents, export_format, source, licence_copied)),
+        f"# {title(identity, contents)}{_bits(report, contents, export_format, linears)}",
+        _summary(report, contents, export_format, linears),
         "## Load",
         *loading(Loading(linears, formats, apart, identity.model_id, base)),
         *training(report),
-        *quality(report, part, export_format),
+        *quality(report, contents, export_format),
         *reference_lines(report.round_to_nearest),
         "## Size",
-        _size(report, part, stored_bytes),
+        _size(report, contents, stored_bytes),
         "## Provenance",
         provenance(report, licence, source, left_code=left_code),
     ]
@@ -108,34 +108,36 @@ def header(matter: Mapping[str, object]) -> str:
     return f"---\n{yaml.safe_dump(dict(matter), sort_keys=False, allow_unicode=True)}---"
 
 
-def _part(
+def _contents(
     identity: Identity,
     export_format: ExportFormat,
     linears: Mapping[str, StoredLinear],
     formats: Collection[ExportFormat],
-) -> Part:
+) -> Contents:
     if export_format.info.is_adapter:
-        return Part.ADAPTER
-    return part_of(identity, linears, holds_base_alone(export_format, formats))
+        return Contents.ADAPTER
+    return contents_of(identity, linears, holds_base_alone(export_format, formats))
 
 
-def _bits(report: Report, part: Part, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
-    """What the title says of the weights in this folder."""
-    if part is Part.ADAPTER:
+def _bits(report: Report, contents: Contents, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
+    """Width of the weights in this folder, for the title."""
+    if contents is Contents.ADAPTER:
         return ""
     if export_format.info.dense:
         dtypes = {linear.dtype for linear in linears.values()} or {report.model.dtype}
         return f", merged into {' and '.join(sorted(dtypes))}"
     size = report.size
-    factors = size.parts.adapters if size.parts is not None and part is Part.BASE else 0
+    factors = size.parts.adapters if size.parts is not None and contents is Contents.BASE else 0
     return f", {size.bits_per_weight - factors:.2f} bits per weight"
 
 
-def _summary(report: Report, part: Part, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
+def _summary(
+    report: Report, contents: Contents, export_format: ExportFormat, linears: Mapping[str, StoredLinear]
+) -> str:
     info = METHODS[report.method]
     paper = f" ([arXiv {info.paper}](https://arxiv.org/abs/{info.paper}))" if info.paper else ""
     first = f"Quantized by Bitwright {report.version} with {info.title}{paper}, format `{export_format.value}`."
-    lines = [first + _finetuned(report, part), ""]
+    lines = [first + _finetuned(report, contents), ""]
     lines += ["| linears | bits | group size | zero point | low-rank factors |", "|---|---|---|---|---|"]
     for linear, count in Counter(linears.values()).most_common():
         group = "per channel" if linear.group_size == -1 else str(linear.group_size)
@@ -145,14 +147,14 @@ def _summary(report: Report, part: Part, export_format: ExportFormat, linears: M
     return "\n".join(lines)
 
 
-def _finetuned(report: Report, part: Part) -> str:
-    """What was trained after the quantization, and whether it is here."""
+def _finetuned(report: Report, contents: Contents) -> str:
+    """Sentence on the adapter that was trained after the quantization, and where it is."""
     if report.finetuning is None or report.adapter is None:
         return ""
     trained = f"{adapter_title(report.adapter.kind)} on {source_name(report.finetuning.text.source)}"
-    if part is Part.WHOLE:
+    if contents is Contents.WHOLE:
         return f" Then finetuned: {trained}, which is in these weights."
-    if part is Part.BASE:
+    if contents is Contents.BASE:
         return f" Then finetuned: {trained}, which is not in this folder."
     return f" Then finetuned: {trained}, which is this adapter."
 
@@ -163,11 +165,13 @@ def _zero_point(linear: StoredLinear) -> str:
     return "an offset of each group" if linear.offset else "fixed" if linear.symmetric else "of each group"
 
 
-def _size(report: Report, part: Part, stored: int | None) -> str:
+def _size(report: Report, contents: Contents, stored: int | None) -> str:
     size = report.size
     here = f"The weight files in this folder take {stored / 1e6:.1f} MB. " if stored is not None else ""
     together = size.parts is None or size.parts.adapters > 0
-    whose = "" if part is Part.WHOLE else "Base and low-rank factors together: " if together else "The base alone: "
+    whose = (
+        "" if contents is Contents.WHOLE else "Base and low-rank factors together: " if together else "The base alone: "
+    )
     return (
         f"{here}{whose}{size.bytes_original / 1e6:.1f} MB of tensors before, {size.bytes_quantized / 1e6:.1f} MB "
         f"after, counted as the native format stores them: {size.bits_per_weight:.3f} bits for each quantized "
@@ -176,7 +180,7 @@ def _size(report: Report, part: Part, stored: int | None) -> str:
 
 
 def _parts(size: SizeReport) -> str:
-    """What the bits of a weight are made of, as far as there is something."""
+    """Bits per weight by component, as far as the report has them."""
     if size.parts is None:
         return ", scales included"
     named = {name: bits for name, bits in size.parts.model_dump().items() if bits}
@@ -184,7 +188,7 @@ def _parts(size: SizeReport) -> str:
 
 
 def provenance(report: Report, licence: str | None, source: SourceCard, *, left_code: bool = False) -> str:
-    """What it was made from, as a list."""
+    """Sources of the result, as a list."""
     revision = f" at revision {code(report.model.revision)}" if report.model.revision else ""
     lines = [
         f"- Source: {source_name(report.model.source)}{revision}, {report.model.architecture}, {report.model.dtype}"

@@ -1,6 +1,6 @@
-"""Paragraphs of a card that come from the report alone: how close to the original, what was learned, and from what.
+"""Paragraphs of a card that come from the report alone: quality against the original, and training.
 
-Figures are of the files that were measured: `figures_of` is the one place that says whose they are.
+Figures are of the files that were measured: `figures_of` is the one place that selects them.
 """
 
 from collections.abc import Iterator
@@ -10,35 +10,39 @@ from app.domain.adapters import ADAPTERS
 from app.domain.formats import ExportFormat
 from bitwright.formats import ADAPTER_FOLDER
 from bitwright.report import AdapterReport, BaseTraining, Figures, FinetuningReport, Quality, Report
-from workers.formats.cards.identity import Part, adapter_title
+from workers.formats.cards.identity import Contents, adapter_title
 
 
 def figures_of(report: Report, export_format: ExportFormat | None) -> Quality | None:
-    """What was measured of a format's files, with the adapter where that is apart; None: nothing was.
+    """Measured quality of a format's files, with the adapter if that is apart; None without an evaluation.
 
-    export_format   None: of the adapter file with its base
+    export_format   None: the adapter file with its base
     """
     return report.quality_of(ADAPTER_FOLDER if export_format is None else export_format)
 
 
 def code(text: str) -> str:
-    """A user's words as Markdown code, in one line."""
+    """Text from a user as Markdown code, in one line."""
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
 def source_name(source: str) -> str:
-    """A source as Markdown code: of a folder or file its name, since its path is of one machine."""
+    """A source as Markdown code: the name of a folder or file, since its path belongs to one machine."""
     return code(PurePath(source).name if PurePath(source).is_absolute() else source)
 
 
-def quality(report: Report, part: Part, export_format: ExportFormat | None) -> list[str]:
-    """The section on the evaluation; nothing where there was none."""
-    found = figures_of(report, export_format)
-    if found is None:
+def quality(report: Report, contents: Contents, export_format: ExportFormat | None) -> list[str]:
+    """The section on the evaluation; empty without one."""
+    measured = figures_of(report, export_format)
+    if measured is None:
         return []
-    text, trained = found.text, report.finetuning is not None
+    text, trained = measured.text, report.finetuning is not None
     apart = "neither calibrated nor trained it" if trained else "did not calibrate it"
-    whose = "Of this folder's files, on" if part is Part.WHOLE else "**Of base and adapter together** (see Load), on"
+    whose = (
+        "Of this folder's files, on"
+        if contents is Contents.WHOLE
+        else "**Of base and adapter together** (see Load), on"
+    )
     return [
         "## Quality",
         "\n".join(
@@ -48,16 +52,16 @@ def quality(report: Report, part: Part, export_format: ExportFormat | None) -> l
                 "",
                 f"| | original | quantized{' and finetuned' if trained else ''} |",
                 "|---|---|---|",
-                f"| perplexity | {found.perplexity_original:.4f} | {found.perplexity:.4f} |",
-                f"| KL divergence, nats a token | 0 | {found.kl_divergence:.5f} |",
-                f"| same most likely token | 100 % | {100 * found.top1_agreement:.2f} % |",
+                f"| perplexity | {measured.perplexity_original:.4f} | {measured.perplexity:.4f} |",
+                f"| KL divergence, nats per token | 0 | {measured.kl_divergence:.5f} |",
+                f"| same most likely token | 100 % | {100 * measured.top1_agreement:.2f} % |",
             ]
         ),
     ]
 
 
 def reference_lines(reference: Figures | None) -> list[str]:
-    """A paragraph below the table of the quality; none where nothing was measured."""
+    """A paragraph below the table of the quality; empty without a measurement."""
     if reference is None:
         return []
     return [
@@ -67,20 +71,20 @@ def reference_lines(reference: Figures | None) -> list[str]:
 
 
 def training(report: Report) -> list[str]:
-    """The section on what was finetuned, by this job and by those that it started from; nothing where nothing was."""
-    told = report.finetuning
-    earlier = () if report.base_job is None else report.base_job.training
-    if told is None and not earlier:
+    """The section on the training of this job and its base jobs; empty without training."""
+    run = report.finetuning
+    base_training = () if report.base_job is None else report.base_job.training
+    if run is None and not base_training:
         return []
-    paragraphs = [_earlier(one) for one in earlier]
-    if told is not None:
+    paragraphs = [_base_training(one) for one in base_training]
+    if run is not None:
         about = "An adapter" if report.adapter is None else _adapter(report.adapter)
-        paragraphs.append("\n".join([f"{about} was trained beside the quantized weights.", "", *_run(told)]))
+        paragraphs.append("\n".join([f"{about} was trained beside the quantized weights.", "", *_run(run)]))
         paragraphs += [] if report.adapter is None or report.adapter.merge is None else [_merge(report.adapter)]
     return ["## Training", *paragraphs]
 
 
-def _earlier(one: BaseTraining) -> str:
+def _base_training(one: BaseTraining) -> str:
     where = "lies folded in the quantized weights" if one.folded else "was the start of this job's training"
     return (
         f"Earlier: {adapter_title(one.adapter)} on {source_name(one.text.source)} (sha256 `{one.text.sha256[:16]}`), "
@@ -96,32 +100,32 @@ def _adapter(adapter: AdapterReport) -> str:
     return f"{name}{paper}, rank {adapter.rank}{inner}, {adapter.parameters} parameters,"
 
 
-def _run(told: FinetuningReport) -> Iterator[str]:
-    text = told.text
+def _run(run: FinetuningReport) -> Iterator[str]:
+    text = run.text
     yield "| | |"
     yield "|---|---|"
     size = f"{text.num_samples} sequences of at most {text.sequence_length} tokens, {text.tokens} tokens"
     yield f"| dataset | {source_name(text.source)} (sha256 `{text.sha256[:16]}`): {size} |"
-    yield f"| steps | {_steps(told)} |"
-    if told.learning_rate is not None:
-        yield f"| learning rate | {told.learning_rate:g} |"
-    if told.losses:
-        first, last = told.losses[0].loss, told.losses[-1].loss
-        yield f"| training loss, nats a token | {first:.4f} at first, {last:.4f} at last |"
-    if told.loss_before is not None and told.loss_after is not None:
-        held_out = f"loss on {told.held_out_sequences} held-out sequences"
-        ships = "" if told.loss_shipped is None else f", {told.loss_shipped:.4f} with the weights that ship"
-        yield f"| {held_out} | {told.loss_before:.4f} before, {told.loss_after:.4f} after{ships} |"
+    yield f"| steps | {_steps(run)} |"
+    if run.learning_rate is not None:
+        yield f"| learning rate | {run.learning_rate:g} |"
+    if run.losses:
+        first, last = run.losses[0].loss, run.losses[-1].loss
+        yield f"| training loss, nats per token | {first:.4f} at first, {last:.4f} at last |"
+    if run.loss_before is not None and run.loss_after is not None:
+        held_out = f"loss on {run.held_out_sequences} held-out sequences"
+        ships = "" if run.loss_shipped is None else f", {run.loss_shipped:.4f} with the weights that ship"
+        yield f"| {held_out} | {run.loss_before:.4f} before, {run.loss_after:.4f} after{ships} |"
     else:
         yield "| held-out loss | not measured: no sequence was held out |"
 
 
-def _steps(told: FinetuningReport) -> str:
-    stopped = f" of {told.steps}, stopped early" if told.stopped_early else ""
-    kept = f", the parameters after {told.steps_kept} kept" if told.steps_kept != told.steps_done else ""
-    batch = f", {told.batch_size} sequences each" if told.batch_size is not None else ""
-    read = f", {told.tokens_read} tokens read" if told.tokens_read is not None else ""
-    return f"{told.steps_done}{stopped}{kept}{batch}{read}"
+def _steps(run: FinetuningReport) -> str:
+    stopped = f" of {run.steps}, stopped early" if run.stopped_early else ""
+    kept = f", the parameters after {run.steps_kept} kept" if run.steps_kept != run.steps_done else ""
+    batch = f", {run.batch_size} sequences each" if run.batch_size is not None else ""
+    read = f", {run.tokens_read} tokens read" if run.tokens_read is not None else ""
+    return f"{run.steps_done}{stopped}{kept}{batch}{read}"
 
 
 def _merge(adapter: AdapterReport) -> str:

@@ -1,7 +1,7 @@
-"""What the source's own README.md says that a result inherits: licence, languages, task. Read as data from a stranger.
+"""Licence, languages and task that a result inherits from its source's README.md, read as data from a stranger.
 
-Only the front matter's few known keys are looked at, as text, and only values of the form that the Hub takes: what is
-longer, deeper or of another form is left out. Nothing else of the card is believed or copied.
+Only a few known keys of the front matter are read, as text, and only values of the form that the Hub takes: longer,
+deeper or other values are left out. Nothing else of the card is trusted or copied.
 """
 
 import re
@@ -12,7 +12,7 @@ import yaml
 
 CARD = "README.md"
 MAX_BYTES = 64 * 1024
-"""Of the front matter: PyYAML reads that in under a second."""
+"""Size limit of the front matter: PyYAML reads that in under a second."""
 MAX_LANGUAGES = 200
 BLOCK = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|\Z)", re.DOTALL)
 WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9 ._+-]{0,99}")
@@ -24,7 +24,7 @@ FILE = re.compile(r"(?:\./)?([A-Za-z0-9][A-Za-z0-9._-]{0,99})")
 
 @dataclass(frozen=True)
 class SourceCard:
-    """The fields by the names that the Hub gives them; empty or None where the card says nothing usable.
+    """The fields by the names that the Hub gives them; empty or None if the card has nothing usable.
 
     license_link   an address, or the name of a file in the repository
     """
@@ -36,9 +36,9 @@ class SourceCard:
     pipeline_tag: str | None = None
 
     def link(self, model_id: str | None, copied: bool) -> str | None:
-        """The licence's address from the result's side, None where it would lead nowhere.
+        """The licence's address from the result's side, None if it would lead nowhere.
 
-        model_id   of the source on the Hub, if it is there
+        model_id   id of the source on the Hub, if it is there
         copied     whether the file that `license_link` names lies beside the result's card
         """
         if self.license_link is None or copied or URL.fullmatch(self.license_link):
@@ -47,7 +47,7 @@ class SourceCard:
 
 
 def read_source_card(folder: Path) -> SourceCard:
-    """Of the checkpoint in `folder`; an empty one where there is no card, or none that can be read."""
+    """The card of the checkpoint in `folder`; an empty one if there is no card, or none that can be read."""
     try:
         with (folder / CARD).open("rb") as stream:
             text = stream.read(MAX_BYTES).decode("utf-8", "ignore").removeprefix("\ufeff")
@@ -57,21 +57,21 @@ def read_source_card(folder: Path) -> SourceCard:
     if block is None:
         return SourceCard()
     try:
-        # Knows no types but text, list and dict: YAML would make False of Norwegian (no), and dates of versions.
-        found = yaml.BaseLoader(block[1].replace("\t", "  ")).get_single_data()
+        # BaseLoader has no types but text, list and dict: YAML reads Norwegian (no) as False, and versions as dates.
+        fields = yaml.BaseLoader(block[1].replace("\t", "  ")).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError):
         return SourceCard()
-    return _card(found) if isinstance(found, dict) else SourceCard()
+    return _card(fields) if isinstance(fields, dict) else SourceCard()
 
 
-def _card(found: dict[object, object]) -> SourceCard:
-    links = (_one(found.get("license_link"), URL), _one(found.get("license_link"), FILE))
+def _card(fields: dict[object, object]) -> SourceCard:
+    links = (_one(fields.get("license_link"), URL), _one(fields.get("license_link"), FILE))
     return SourceCard(
-        license=_several(found.get("license"), WORD),
-        license_name=_one(found.get("license_name"), WORD),
+        license=_several(fields.get("license"), WORD),
+        license_name=_one(fields.get("license_name"), WORD),
         license_link=links[0] or (links[1].removeprefix("./") if links[1] else None),
-        language=_several(found.get("language"), LANGUAGE),
-        pipeline_tag=_one(found.get("pipeline_tag"), TASK),
+        language=_several(fields.get("language"), LANGUAGE),
+        pipeline_tag=_one(fields.get("pipeline_tag"), TASK),
     )
 
 
@@ -80,6 +80,6 @@ def _one(value: object, form: re.Pattern[str]) -> str | None:
 
 
 def _several(value: object, form: re.Pattern[str]) -> tuple[str, ...]:
-    """One value or a list of them, those that are not of the form left out."""
+    """One value or a list of values, without those that do not match the form."""
     values = value[:MAX_LANGUAGES] if isinstance(value, list) else [value]
     return tuple(dict.fromkeys(text for text in (_one(entry, form) for entry in values) if text))

@@ -1,4 +1,4 @@
-"""vLLM's rules for a checkpoint, from the rows of its format: a model card must not promise more than they allow."""
+"""vLLM's rules for a checkpoint, from the rows of its format, so that a model card promises no more than they allow."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ def vllm_rows(name: ExportFormat) -> tuple[RuntimeSupport, ...]:
 
 
 def vllm_refusals(schemes: Mapping[str, Scheme], support: RuntimeSupport) -> list[str]:
-    """Reasons why a row's rules refuse a checkpoint with these linears; empty if they do not."""
+    """Reasons why a row's rules refuse a checkpoint with these linears; empty if none applies."""
     refused = sorted({described(scheme) for scheme in schemes.values() if not support.loads(scheme)})
     return [f"it has no kernel for {scheme}" for scheme in refused] + _split_fusions(schemes, support)
 
@@ -24,7 +24,7 @@ def vllm_knowledge(name: ExportFormat, schemes: Mapping[str, Scheme]) -> tuple[s
     able = [row for row in rows if not vllm_refusals(schemes, row)]
     if not able:
         return "", f"{rows[0].known()}: {vllm_refusals(schemes, rows[0])[0]}"
-    # What was tried comes before what was read.
+    # Releases that were tested come before those whose source was read.
     known = "; ".join(row.known() for row in sorted(able, key=lambda row: row.support is not Support.TESTED))
     since = able[0].first_release(schemes.values())
     needed = f" {since} or newer" if since else ""

@@ -9,10 +9,10 @@
 
 A group of a multiple of 32 columns repeats its d = scale and m = -scale*zero_point in each of its blocks. Symmetric
 codes move from the middle of their own range to that of the type, so that codes and scale are exact. An offset is
-rounded to fp16 once; how far that moves weights is told. In a block, byte j of the nibbles has weight j in its lower
-half and weight j + 16 in its upper one, and fifth bits are one little-endian word, weight 0 lowest.
+rounded to fp16 once; the distance that this moves weights is reported. In a block, byte j of the nibbles has weight j
+in its lower half and weight j + 16 in its upper one, and fifth bits are one little-endian word, weight 0 lowest.
 
-Asymmetric 6 to 8 bits have no type, nor have groups that are no multiple of 32.
+There is no type for asymmetric 6 to 8 bits, or for groups that are no multiple of 32.
 """
 
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ MIDDLE = {Kind.Q4_0: 8, Kind.Q5_0: 16, Kind.Q8_0: 0}
 class Packed:
     """A linear's rows in a type's bytes.
 
-    data          uint8 (out, bytes a row)
+    data          uint8 (out, bytes per row)
     offset_error  the most by which rounding an offset moves a group's weights, in steps of its scale; 0 if symmetric
     """
 
@@ -82,10 +82,10 @@ def pack(name: str, weight: AffineWeight) -> Packed:
 
 
 def held(name: str, weight: AffineWeight) -> AffineWeight:
-    """The weight with the numbers that `pack` stores of it: where it is asymmetric, an fp16 offset for each group.
+    """The weight with the numbers that `pack` stores of it: where it is asymmetric, one fp16 offset per group.
 
     Raises:
-        FormatCannotHold: an offset is beyond what fp16 holds.
+        FormatCannotHold: an offset does not fit fp16.
     """
     if weight.scheme.symmetric:
         return weight
@@ -93,7 +93,7 @@ def held(name: str, weight: AffineWeight) -> AffineWeight:
 
 
 def unpack(data: Tensor, kind: Kind, scheme: Scheme, dtype: torch.dtype) -> AffineWeight:
-    """The inverse of `pack` for weights without a fractional offset; uint8 (out, bytes a row)."""
+    """The inverse of `pack` for weights without a fractional offset; uint8 (out, bytes per row)."""
     symmetric, five = kind in MIDDLE, kind in (Kind.Q5_0, Kind.Q5_1)
     head = 2 if symmetric else 4
     blocks = data.view(len(data), -1, head + (BLOCK if kind is Kind.Q8_0 else BLOCK // 2 + (4 if five else 0)))
@@ -109,7 +109,7 @@ def unpack(data: Tensor, kind: Kind, scheme: Scheme, dtype: torch.dtype) -> Affi
 
 
 def _offset(weight: AffineWeight) -> Tensor:
-    """m before it is rounded, fp32 (out, groups)."""
+    """The unrounded m, fp32 (out, groups)."""
     if weight.offset is not None:
         return weight.offset.float()
     assert weight.zero_point is not None  # noqa: S101 - for the type checker: asymmetric, and no offset
@@ -117,7 +117,7 @@ def _offset(weight: AffineWeight) -> Tensor:
 
 
 def _stored_offset(name: str, weight: AffineWeight) -> Tensor:
-    """m as it is stored, fp16 (out, groups)."""
+    """The stored m, fp16 (out, groups)."""
     rounded = _offset(weight).to(torch.float16)
     if not torch.isfinite(rounded).all():
         raise FormatCannotHold("an offset is beyond what fp16 holds", field=name, hint="use a symmetric scheme")
@@ -125,7 +125,7 @@ def _stored_offset(name: str, weight: AffineWeight) -> Tensor:
 
 
 def _of_blocks(weight: AffineWeight, of_groups: Tensor) -> Tensor:
-    """A number for each group as one for each block, (out, blocks)."""
+    """Numbers per group as numbers per block, (out, blocks)."""
     return of_groups.repeat_interleave(weight.group_size // BLOCK, 1)
 
 

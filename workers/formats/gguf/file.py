@@ -1,7 +1,7 @@
-"""The `gguf` format: one file for llama.cpp and what is built on it, with the tokenizer and the architecture in it.
+"""The `gguf` format: one file for llama.cpp and programs built on it, including the tokenizer and the architecture.
 
-Quantized linears are GGML blocks with the codes and scales that were made (`workers.formats.gguf.blocks`). What is not
-quantized keeps its numbers: matrices in the model's dtype, vectors in fp32. GGUF lists its tensors before their bytes,
+Quantized linears are GGML blocks with the method's codes and scales (`workers.formats.gguf.blocks`). Unquantized
+tensors keep their numbers: matrices in the model's dtype, vectors in fp32. GGUF lists its tensors before their bytes,
 so tensors that come block by block go to a file beside it first.
 """
 
@@ -52,7 +52,7 @@ def check_source(source: SourceCheckpoint) -> None:
     """Check that the format can hold a model at all, before anything is computed.
 
     Raises:
-        FormatCannotHold: its architecture or its tokenizer is not one that it can.
+        FormatCannotHold: its architecture or tokenizer is not supported.
     """
     check_tokenizer(source.folder, Architecture.of(source).dimensions.vocabulary)
 
@@ -72,7 +72,7 @@ class GGUFFile:
         self._offset_error = 0.0
 
     def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
-        """Store a quantized linear; its low-rank correction is the `peft` checkpoint's.
+        """Store a quantized linear; its low-rank correction goes into the `peft` checkpoint.
 
         Raises:
             FormatCannotHold: the format would have to change codes or scales.
@@ -96,7 +96,7 @@ class GGUFFile:
         check_tensor(self._source, name, tensor)
         self._add_plain(name, tensor)
 
-    def finish(self, *, ignored: Collection[str] = ()) -> None:  # noqa: ARG002 - they are told by the source's tensors
+    def finish(self, *, ignored: Collection[str] = ()) -> None:  # noqa: ARG002 - the source's tensors show them
         """Write the file: metadata, tokenizer, quantized linears, and the rest of the checkpoint."""
         for name in self._source.tensors:
             if name not in self._stored.names and not self._is_left_out(name):
@@ -120,14 +120,14 @@ class GGUFFile:
 
     @property
     def warnings(self) -> dict[str, str]:
-        """Code and message of what the caller should know, after the last linear."""
+        """Code and message of each warning for the caller, after the last linear."""
         if not self._offset_error:
             return {}
         moved = f"at most {self._offset_error:.3g} of a group's step"
         return {"gguf_offsets_rounded": f"gguf stores offsets in place of zero points, rounded to fp16: {moved}"}
 
     def _is_left_out(self, name: str) -> bool:
-        """Rotary frequencies, which are computed, and a head that is the embedding matrix."""
+        """True for rotary frequencies, which are computed, and for a head that is the embedding matrix."""
         head = self._architecture.dimensions.tied_embeddings and name == "lm_head.weight"
         return head or name.endswith("rotary_emb.inv_freq")
 
@@ -155,7 +155,7 @@ class _Bytes:
         self.names: set[str] = set()
 
     def add(self, name: str, data: Tensor, kind: Kind, *, source: str | None = None) -> None:
-        """uint8 (..., bytes per row); `source` is the tensor's name in the source checkpoint."""
+        """Append `data`, uint8 (..., bytes per row); `source` is the tensor's name in the source checkpoint."""
         self._entries.append((name, kind, self._size, tuple(data.shape)))
         with self._file.open("ab") as stream:
             data.contiguous().numpy().tofile(stream)
@@ -163,7 +163,7 @@ class _Bytes:
         self.names.add(source or name)
 
     def write(self, writer: GGUFWriter) -> None:
-        """The whole GGUF file; what was collected is removed."""
+        """Write the complete GGUF file; removes the collected bytes."""
         for name, kind, offset, shape in self._entries:
             data = np.memmap(self._file, dtype=np.uint8, mode="r", offset=offset, shape=shape)
             writer.add_tensor(name, data, raw_dtype=kind)

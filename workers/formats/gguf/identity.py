@@ -1,7 +1,7 @@
-"""What a GGUF file says of itself under `general.`: its name, and what it was made from and how.
+"""Metadata of a GGUF file under `general.`: its name, sources and quantization.
 
-The keys are those of gguf's specification, filled as llama.cpp's converter fills them: names of people's choosing stay
-as they are, and repositories are addresses on the Hub.
+The keys are those of gguf's specification, filled as llama.cpp's converter fills them: free names stay as they are,
+and repositories are addresses on the Hub.
 """
 
 from pathlib import PurePosixPath
@@ -10,7 +10,7 @@ from gguf import GGUFType, GGUFWriter, size_label
 
 from app.domain.formats import ExportFormat
 from workers.formats.cards.front_matter import TASK, tags
-from workers.formats.cards.identity import Dataset, Identity, Part, part_of, title
+from workers.formats.cards.identity import Contents, Dataset, Identity, contents_of, title
 from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.source_files import SourceCheckpoint
 
@@ -18,7 +18,7 @@ HUB = "https://huggingface.co"
 
 
 def add_identity(writer: GGUFWriter, source: SourceCheckpoint, identity: Identity | None, base_alone: bool) -> None:
-    """Adds the keys; of an unknown result the name of its folder and what its source's card says.
+    """Adds the keys; without an identity the name of the folder and the fields of the source's card.
 
     base_alone   whether another folder of the job holds the low-rank factors
     """
@@ -30,11 +30,11 @@ def add_identity(writer: GGUFWriter, source: SourceCheckpoint, identity: Identit
         writer.add_name(source.folder.name)
         _add_licence(writer, card, None)
         return
-    part = part_of(identity, {}, base_alone)
-    writer.add_name(title(identity, part))
-    writer.add_description(_description(identity, part))
+    contents = contents_of(identity, {}, base_alone)
+    writer.add_name(title(identity, contents))
+    writer.add_description(_description(identity, contents))
     writer.add_quantized_by(f"Bitwright {identity.version}")
-    if identity.finetuned and part is Part.WHOLE:
+    if identity.finetuned and contents is Contents.WHOLE:
         writer.add_finetune(identity.finetuned)
     _add_licence(writer, card, identity.model_id)
     _add_base_model(writer, identity)
@@ -51,9 +51,9 @@ def _count(source: SourceCheckpoint, name: str) -> int:
     return count
 
 
-def _description(identity: Identity, part: Part) -> str:
-    """One paragraph; hashes and steps where something was trained."""
-    # A folder's name and not its path, which is of one machine and would make files of equal contents differ.
+def _description(identity: Identity, contents: Contents) -> str:
+    """One paragraph; with hashes and steps after training."""
+    # The name of a folder, not its path: that belongs to one machine, and files of equal contents would differ.
     text = f"Quantized by Bitwright with {identity.method_title} from {identity.model_id or identity.name}."
     for dataset in identity.datasets:
         text += f" The dataset {dataset.name} has the sha256 {dataset.sha256}."
@@ -61,7 +61,7 @@ def _description(identity: Identity, part: Part) -> str:
     if run is not None and run.loss_before is not None and run.loss_after is not None:
         loss = run.loss_after if run.loss_shipped is None else run.loss_shipped
         text += f" {run.steps_kept} steps took the held-out loss from {run.loss_before:.4f} to {loss:.4f}."
-    if part is Part.BASE:
+    if contents is Contents.BASE:
         text += (
             f" This file is the quantized base alone, without {identity.finetuned_beside or 'its low-rank factors'}."
         )

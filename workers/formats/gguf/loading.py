@@ -1,4 +1,4 @@
-"""The section "Load" of a GGUF file's card, from what transformers makes of the file."""
+"""The section "Load" of a GGUF file's card, by the way transformers reads the file."""
 
 from collections.abc import Mapping
 
@@ -53,13 +53,13 @@ llama.cpp has no adapters of this kind."""
 
 
 def loading(about: Loading, reading: Reading | None = None) -> list[str]:
-    """The card's section "Load"; `reading` is what transformers makes of the file, the same model if not given."""
+    """The card's section "Load"; `reading` describes the model that transformers loads, the same one if not given."""
     lines = [LOAD_LLAMA_CPP.format(folder=FOLDER), *_in_transformers(about.linears, reading or Reading())]
     return [*_with_adapter(about), *lines]
 
 
 def _in_transformers(linears: Mapping[str, StoredLinear], reading: Reading) -> list[str]:
-    """The lines for transformers, where it makes the model of the file that the file holds."""
+    """The lines for transformers, if it loads the model that the file holds."""
     if reading.other_model:
         return [ABOUT_GGUF_IN_TRANSFORMERS.format(what="; ".join(reading.other_model))]
     dtype = min({linear.dtype for linear in linears.values()}, default="float32")

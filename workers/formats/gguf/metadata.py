@@ -1,11 +1,11 @@
-"""The architecture of a checkpoint as GGUF metadata: names, numbers, and the order of rows that llama.cpp wants.
+"""The architecture of a checkpoint as GGUF metadata: names, numbers, and the order of rows that llama.cpp expects.
 
 Llama's rotary embedding pairs row i of a head with row i + d/2 in transformers and with row i + 1 in GGML, so that rows
-of q and k (and their biases) change places: (heads, 2, d/2) becomes (heads, d/2, 2). Whole rows move, with their codes
+of q and k (and their biases) are reordered: (heads, 2, d/2) becomes (heads, d/2, 2). Whole rows move, with their codes
 and scales, so nothing is rounded. Qwen keeps transformers' order.
 
-Numbers that config.json leaves out are those that transformers assumes. What a file cannot say is refused by the rules
-of `app.domain.gguf_rules`, held here against the configuration as transformers completes it.
+Numbers that config.json leaves out are those that transformers assumes. Models that a file cannot describe are refused
+by the rules of `app.domain.gguf_rules`, applied here to the configuration as transformers completes it.
 """
 
 import math
@@ -36,9 +36,9 @@ OTHER_FORMAT = "leave gguf out of formats: compressed-tensors and merged hold th
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the metadata says, and what moves.
+    """An architecture's metadata and its reordered rows.
 
-    permuted    last names of linears whose rows change places -> their heads
+    permuted    last names of linears whose rows are reordered -> their heads
     """
 
     kind: MODEL_ARCH
@@ -48,10 +48,11 @@ class Architecture:
 
     @classmethod
     def of(cls, source: SourceCheckpoint) -> "Architecture":
-        """Of a checkpoint.
+        """The architecture of a checkpoint.
 
         Raises:
-            FormatCannotHold: the model's type is not known here, or its configuration says what a file cannot.
+            FormatCannotHold: the model's type is not known here, or its configuration has something that a file cannot
+            describe.
         """
         dimensions = read_dimensions(source.config)
         model_type = dimensions.architecture.model_type
@@ -77,7 +78,7 @@ class Architecture:
         return {"rope_type": "default", **(self.config.rope_parameters or {})}
 
     def row_order(self, tensor: str) -> Tensor | None:
-        """Where the rows of a stored tensor (its name in the source) come from, int64 (rows,); None: they stay."""
+        """Source index of each row of a stored tensor (by its name in the source), int64 (rows,); None: unchanged."""
         heads = next((count for name, count in self.permuted.items() if f".{name}." in tensor), None)
         if heads is None:
             return None
@@ -101,7 +102,7 @@ class Architecture:
         writer.add_rope_freq_base(float(self.rope["rope_theta"]))
 
     def rotary_factors(self) -> Tensor | None:
-        """What each rotary frequency is divided by, fp32 (head_dim / 2,), under Llama 3's scaling; None without it.
+        """Divisor of each rotary frequency, fp32 (head_dim / 2,), under Llama 3's scaling; None without it.
 
         Waves longer than the original context by `low_freq_factor` are stretched by `factor`, those shorter by
         `high_freq_factor` stay, and between the two the frequency is interpolated.

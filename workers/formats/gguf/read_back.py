@@ -1,8 +1,8 @@
-"""What transformers makes of a finished GGUF file: the same model and tokenizer, or what is another in them.
+"""Reading a finished GGUF file back with transformers: the same model and tokenizer, or the differences.
 
-`from_pretrained(gguf_file=...)` reads a few numbers of a file and takes the rest from its own defaults, without a word:
-of a Llama with biases or with Llama 3's rotary scaling it makes another model. So the file is read back as a caller
-would read it, as far as its configuration and its tokenizer, and held against the source.
+`from_pretrained(gguf_file=...)` reads a few numbers of a file and silently takes the rest from its own defaults: a
+Llama with biases or with Llama 3's rotary scaling becomes another model. So configuration and tokenizer of the file
+are read back as a caller would read them, and compared with the source.
 """
 
 import logging
@@ -31,7 +31,7 @@ FIELDS = (
     "rms_norm_eps",
     "tie_word_embeddings",
 )
-"""Of a configuration, what decides the numbers that a model computes; its rotary embedding besides."""
+"""Fields of a configuration that decide the numbers that a model computes, besides its rotary embedding."""
 PROBE = (
     "The 3 quick brown foxes, aged 12 and 345, don't jump over 6789 lazy dogs: naïve cafe\u0301, Größe, 東京で2026年。 "
     "They'LL see it's 50% off\n\n\tdef f(x):  return x**2  # über\r\n   trailing   "
@@ -41,10 +41,10 @@ PROBE = (
 
 @dataclass(frozen=True)
 class Reading:
-    """How transformers reads a file.
+    """Differences of the model and tokenizer that transformers reads from a file.
 
-    other_model      what its model has otherwise than the source's, in words; nothing: it is the same
-    other_tokens     whether its tokenizer makes other tokens of a text
+    other_model      differences of the model from the source's, in words; empty: it is the same
+    other_tokens     whether the tokenizer gives other tokens for a text
     """
 
     other_model: tuple[str, ...] = ()
@@ -52,21 +52,21 @@ class Reading:
 
 
 def read_back(folder: Path, file: str, config: PreTrainedConfig, source: Path) -> Reading:
-    """Of a file in a folder, held against the configuration and the tokenizer of the source's folder."""
+    """Reads a file in a folder, and compares it with the configuration and the tokenizer of the source's folder."""
     with _quiet():
         try:
-            found = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever its readers raise
+            loaded = AutoConfig.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers passes on whatever its readers raise
             return Reading(other_model=(f"it does not read the file: {error}",))
-        return Reading(tuple(_differences(found, config)), _tokenizes_otherwise(folder, file, source))
+        return Reading(tuple(_differences(loaded, config)), _tokenizes_otherwise(folder, file, source))
 
 
-def _differences(found: PreTrainedConfig, wanted: PreTrainedConfig) -> Iterator[str]:
+def _differences(loaded: PreTrainedConfig, wanted: PreTrainedConfig) -> Iterator[str]:
     for name in FIELDS:
-        theirs, ours = _value(found, name), _value(wanted, name)
+        theirs, ours = _value(loaded, name), _value(wanted, name)
         if not _same(theirs, ours):
             yield f"{name} is {ours}, and it takes {theirs}"
-    theirs, ours = _rotary(found), _rotary(wanted)
+    theirs, ours = _rotary(loaded), _rotary(wanted)
     if theirs["rope_type"] != ours["rope_type"]:
         yield f"the rotary embedding is of the type {ours['rope_type']}, and it takes {theirs['rope_type']}"
     elif not _same(theirs.get("rope_theta"), ours.get("rope_theta")):
@@ -87,7 +87,7 @@ def _rotary(config: PreTrainedConfig) -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Equal, as far as a number in fp32 can tell."""
+    """True if both are equal in fp32 precision."""
     numbers = isinstance(one, float | int) and isinstance(other, float | int)
     return isclose(one, other, rel_tol=1e-6) if numbers else one == other
 
@@ -96,7 +96,7 @@ def _tokenizes_otherwise(folder: Path, file: str, source: Path) -> bool:
     ours = SourceTokenizer.read(source).loaded
     try:
         theirs = AutoTokenizer.from_pretrained(folder, gguf_file=file, local_files_only=True, trust_remote_code=False)
-    except Exception:  # transformers raises whatever its readers raise
+    except Exception:  # transformers passes on whatever its readers raise
         return True
     special = "".join(token for token in ours.all_special_tokens if isinstance(token, str))
     for text in (PROBE, special + PROBE + special):
@@ -107,7 +107,7 @@ def _tokenizes_otherwise(folder: Path, file: str, source: Path) -> bool:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without transformers' own lines about a file that is only looked at."""
+    """Context without transformers' own log lines, since the file is only inspected."""
     logger = logging.getLogger("transformers")
     level = logger.level
     logger.setLevel(logging.ERROR)

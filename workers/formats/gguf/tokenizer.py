@@ -1,13 +1,13 @@
 """The tokenizer of a checkpoint as GGUF metadata: byte-level BPE, which Llama 3, Qwen and SmolLM2 have.
 
-What is written is the tokenizer that transformers makes of the folder, by which a job reads its texts: some of its
+The file gets the tokenizer that transformers loads from the folder, which also reads the job's texts: some of its
 classes replace the rules of tokenizer.json by their own. llama.cpp splits text by rules of its own that a file only
-names (`tokenizer.ggml.pre`). The name is found from the pre-tokenizer, part by part: a tokenizer that no known name
+names (`tokenizer.ggml.pre`). The name is derived from the pre-tokenizer, step by step: a tokenizer that no known name
 describes is refused, because a near miss would load and tokenize wrongly. SentencePiece tokenizers (Llama 2, Gemma) are
 not written.
 
-Nothing is left to llama.cpp's defaults: whether tokens are put around a text differs there by the name of the rules,
-and where a file names no end of a sequence it is token 11. Normalization to NFC, which Qwen's tokenizers have, is not
+Nothing is left to llama.cpp's defaults: there, the name of the rules decides whether tokens are put around a text, and
+without an end-of-sequence token in the file it is token 11. Normalization to NFC, which Qwen's tokenizers have, is not
 known to llama.cpp: text that is not in that form is split into other tokens there.
 """
 
@@ -32,26 +32,26 @@ BY_PATTERN = {
 """Regular expressions by which tokenizers split text, and whether words that are tokens are taken as they are
 (`ignore_merges`) -> llama.cpp's name for the same rules."""
 ROLES = ("unk", "sep", "pad", "mask")
-"""Special tokens that a file may name and need not."""
+"""Special tokens that a file may name, but need not."""
 
 
 @dataclass(frozen=True)
 class SourceTokenizer:
-    """The tokenizer that transformers makes of a folder, and the same as the tokenizers library describes it."""
+    """The tokenizer that transformers loads from a folder, and its description by the tokenizers library."""
 
     loaded: PreTrainedTokenizerBase
     described: Mapping[str, Any]
 
     @classmethod
     def read(cls, folder: Path) -> "SourceTokenizer":
-        """Of a checkpoint.
+        """The tokenizer of a checkpoint.
 
         Raises:
-            FormatCannotHold: transformers makes none of it, or not one of the tokenizers library.
+            FormatCannotHold: transformers cannot load it, or it is not one of the tokenizers library.
         """
         try:
             loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises whatever its parsers raise
+        except Exception as error:  # transformers passes on whatever its parsers raise
             if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
                 raise FormatCannotHold(
                     "the model has no tokenizer, and a GGUF file holds one",
@@ -65,9 +65,9 @@ class SourceTokenizer:
         return cls(loaded, json.loads(backend.to_str()))
 
     def id_of(self, role: str) -> int | None:
-        """Of a special token, by its name in transformers."""
-        found = getattr(self.loaded, f"{role}_token_id", None)
-        return found if isinstance(found, int) else None
+        """Id of a special token, by its name in transformers; None if there is none."""
+        token_id = getattr(self.loaded, f"{role}_token_id", None)
+        return token_id if isinstance(token_id, int) else None
 
     def added(self, vocabulary: int) -> list[Mapping[str, Any]]:
         """Tokens beside the model's own, without those for padding and the like that have no row in the embeddings."""
@@ -98,11 +98,11 @@ def add_tokenizer(writer: GGUFWriter, folder: Path, vocabulary: int) -> None:
 
 
 def check_tokenizer(folder: Path, vocabulary: int) -> None:
-    """Looks at the tokenizer without writing it.
+    """Checks the tokenizer without writing it.
 
     Raises:
         FormatCannotHold: it is not byte-level BPE, splits text in a way that has no name, has more tokens than rows, or
-            does something else that llama.cpp does not.
+            does something that llama.cpp does not.
     """
     tokenizer = SourceTokenizer.read(folder)
     pre_name(tokenizer.described)
@@ -123,10 +123,10 @@ def check_tokenizer(folder: Path, vocabulary: int) -> None:
 
 
 def frame(tokenizer: SourceTokenizer) -> tuple[bool, bool]:
-    """Whether the beginning-of-sequence token is put before a text, and the end-of-sequence token behind it.
+    """Two truth values: the beginning-of-sequence token comes before a text, the end-of-sequence token after it.
 
     Raises:
-        FormatCannotHold: other tokens are.
+        FormatCannotHold: other tokens are put around a text.
     """
     plain = tokenizer.loaded("a", add_special_tokens=False, verbose=False)["input_ids"]
     whole = tokenizer.loaded("a", verbose=False)["input_ids"]
@@ -146,15 +146,15 @@ def stop_tokens(folder: Path, tokenizer: SourceTokenizer, vocabulary: int) -> li
     Raises:
         FormatCannotHold: there is none, and llama.cpp would take token 11.
     """
-    found = [tokenizer.id_of("eos"), *_configured(folder, "eos_token_id")]
-    stops = [token for token in found if token is not None and token < vocabulary]
+    candidates = [tokenizer.id_of("eos"), *_configured(folder, "eos_token_id")]
+    stops = [token for token in candidates if token is not None and token < vocabulary]
     if not stops:
         raise _refusal("it has no end-of-sequence token, and llama.cpp would take token 11 for one")
     return list(dict.fromkeys(stops))
 
 
 def pre_name(tokenizer: Mapping[str, Any]) -> str:
-    """llama.cpp's name for how the tokenizer (tokenizer.json, decoded) splits text.
+    """llama.cpp's name for the rules by which the tokenizer (tokenizer.json, decoded) splits text.
 
     Raises:
         FormatCannotHold: there is none.
@@ -171,7 +171,7 @@ def pre_name(tokenizer: Mapping[str, Any]) -> str:
     first = parts[:-1]
     if not first and by_regex and not whole_words:
         return "gpt-2"
-    digits = [part.get("individual_digits") for part in first if part.get("type") == "Digits"]
+    digits = [step.get("individual_digits") for step in first if step.get("type") == "Digits"]
     if len(first) == 1 and by_regex and digits == [True] and not whole_words:
         return "smollm"
     if len(first) == 1 and not by_regex and first[0].get("type") == "Split":
@@ -193,12 +193,12 @@ def _configured(folder: Path, field: str) -> list[int]:
 
 
 def _check_rewriting(tokenizer: Mapping[str, Any]) -> None:
-    """Refuses what changes a text, or its pieces, before merges do."""
+    """Refuses rules that change a text, or its pieces, before merges."""
     normalizer = tokenizer.get("normalizer") or {"type": "Sequence", "normalizers": []}
-    parts = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
-    for part in parts:
-        if part["type"] != "NFC":
-            raise _refusal(f"it normalizes text ({part['type']}), which llama.cpp does not")
+    steps = normalizer["normalizers"] if normalizer["type"] == "Sequence" else [normalizer]
+    for step in steps:
+        if step["type"] != "NFC":
+            raise _refusal(f"it normalizes text ({step['type']}), which llama.cpp does not")
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if tokenizer["model"].get(name):
             raise _refusal(f"it has {name} = {tokenizer['model'][name]!r}, which llama.cpp does not know")
@@ -230,7 +230,7 @@ def _tokens(tokenizer: SourceTokenizer, vocabulary: int) -> tuple[list[str], lis
 
 
 def _unused(index: int, taken: set[str]) -> str:
-    """A name that no token has: llama.cpp ends the process where two are called the same."""
+    """A name that no token has: llama.cpp ends the process if two have the same name."""
     name = f"[PAD{index}]"
     while name in taken:
         name = f"[{name}]"

@@ -1,4 +1,4 @@
-"""Triton kernels for what lies between the matrix products of a decoder block, forward and backward.
+"""Triton kernels for the operations between the matrix products of a decoder block, forward and backward.
 
 Each is one pass over its activations where eager code makes several, and an autograd function so that autograd still
 drives the block. Weights of norms are not trained here, so none gets a gradient. Arithmetic is fp32; results are
@@ -23,11 +23,11 @@ from torch import Tensor
 ROW_ELEMENTS = 4096
 """Elements that a program handles in row-wise kernels; at least one row."""
 COLUMN_ELEMENTS = 2048
-"""The most that a program handles of one row in elementwise kernels."""
+"""Most elements of one row that a program handles in elementwise kernels."""
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Of the last dimension of x (..., width); weight (width,)."""
+    """The norm over the last dimension of x (..., width); weight (width,)."""
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
@@ -60,7 +60,7 @@ def square_error(
 ) -> tuple[Tensor, Tensor]:
     """share * mean((y - targets[index])^2) in fp32, and `scaled` times its gradient by y in y's dtype.
 
-    parts   one or two tensors (batch, ...) whose sum is y      targets (samples, ...)      index (batch,)
+    parts   one or two tensors (batch, ...) whose sum is y      targets (sequences, ...)      index (batch,)
     Not for autograd.
     """
     first, last = parts[0].contiguous(), parts[-1].contiguous()
@@ -74,7 +74,7 @@ def square_error(
 
 
 def take_rows(source: Tensor, index: Tensor) -> Tensor:
-    """source[index], contiguous; source (samples, ...)."""
+    """source[index], contiguous; source (sequences, ...)."""
     rows = torch.empty(len(index), *source.shape[1:], dtype=source.dtype, device=source.device)
     size = source[0].numel()
     _take_rows[(len(index), triton.cdiv(size, ROW_ELEMENTS))](source, index, rows, size, BLOCK=ROW_ELEMENTS)
@@ -84,7 +84,7 @@ def take_rows(source: Tensor, index: Tensor) -> Tensor:
 def warm_ups(
     sizes: tuple[int, int], heads: Sequence[int], head_width: int, dtype: torch.dtype, device: torch.device
 ) -> list[Callable[[], object]]:
-    """Calls on a few tokens, forward and backward, which compile what blocks of these sizes will need.
+    """Calls on a few tokens, forward and backward, which compile the kernels for blocks of these sizes.
 
     sizes   of hidden states and of the MLP's inside      heads   of queries, keys and values
     """
@@ -94,7 +94,7 @@ def warm_ups(
 
     width, inner = sizes
     weight, index = torch.ones(width, dtype=dtype, device=device), torch.zeros(2, dtype=torch.int64, device=device)
-    angles = {part: torch.ones(16, head_width, dtype=dtype, device=device) for part in ("cos", "sin")}
+    angles = {name: torch.ones(16, head_width, dtype=dtype, device=device) for name in ("cos", "sin")}
 
     def both_ways(function: Callable[[], Any]) -> None:
         outputs = function()
@@ -154,7 +154,7 @@ class _SiluMul(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        gate_up = ctx.saved_tensors  # once: where blocks are recomputed, it may not be asked for again
+        gate_up = ctx.saved_tensors  # once: where blocks are recomputed, a second access fails
         d_gate_up = tuple(torch.empty_like(t) for t in gate_up)
         (gate, up), (d_gate, d_up) = _halves(gate_up), _halves(d_gate_up)
         grid, sizes = _columns(gate)
@@ -173,8 +173,8 @@ class _Turn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
-        found = _turned(gradients, ctx.counts, *ctx.saved_tensors, backward=True)
-        return None, None, None, *((found,) if ctx.packed else torch.split(found, list(ctx.counts), dim=2))
+        d_heads = _turned(gradients, ctx.counts, *ctx.saved_tensors, backward=True)
+        return None, None, None, *((d_heads,) if ctx.packed else torch.split(d_heads, list(ctx.counts), dim=2))
 
 
 def _normed(x: Tensor, update: Tensor | None, h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -188,23 +188,23 @@ def _normed(x: Tensor, update: Tensor | None, h: Tensor, weight: Tensor, eps: fl
 
 
 def _norm_backward(d_y: Tensor, d_h: Tensor | None, h: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
-    """The gradient by h, whose own is `d_h` besides what comes through the norm."""
-    found, d_y = torch.empty_like(h), d_y.contiguous()
+    """The gradient by h: `d_h` plus the gradient through the norm."""
+    gradient, d_y = torch.empty_like(h), d_y.contiguous()
     grid, sizes = _rows(len(inverse), h.shape[-1])
     added = d_h is not None
     also = d_y if d_h is None else d_h.contiguous()
-    _rms_norm_backward[grid](d_y, also, h, weight, inverse, found, len(inverse), h.shape[-1], ADDED=added, **sizes)
-    return found
+    _rms_norm_backward[grid](d_y, also, h, weight, inverse, gradient, len(inverse), h.shape[-1], ADDED=added, **sizes)
+    return gradient
 
 
 def _turned(
     parts: Sequence[Tensor], counts: tuple[int, int, int], cos: Tensor, sin: Tensor, *, backward: bool
 ) -> Tensor:
     """Queries, keys and values, packed: (batch, length, sum of counts, width)."""
-    parts = [part if part.stride(-1) == 1 else part.contiguous() for part in parts]
+    parts = [heads if heads.stride(-1) == 1 else heads.contiguous() for heads in parts]
     batch, length, _, width = parts[0].shape
     packed = torch.empty(batch, length, sum(counts), width, dtype=parts[0].dtype, device=parts[0].device)
-    strides = [stride for part in parts for stride in part.stride()[:3]]
+    strides = [stride for heads in parts for stride in heads.stride()[:3]]
     sizes = {"QUERIES": triton.next_power_of_2(counts[0]), "KEYS": triton.next_power_of_2(max(counts[1:]))}
     half = {"HALF": triton.next_power_of_2(width // 2), "BACKWARD": backward}
     cos, sin = cos.contiguous(), sin.contiguous()
@@ -350,30 +350,30 @@ def _turn(  # type: ignore[no-untyped-def]
     sin = tl.load(SIN + angle, mask=column < half, other=0.0).to(tl.float32)[None, :]
     if BACKWARD:
         sin = -sin
-    to = PACKED + token * (queries + keys + values) * half * 2
-    _turn_heads(Q + batch * q_batch + position * q_token, to, cos, sin, q_head, queries, half, QUERIES, HALF, False)
-    to += queries * half * 2
-    _turn_heads(K + batch * k_batch + position * k_token, to, cos, sin, k_head, keys, half, KEYS, HALF, False)
-    to += keys * half * 2
-    _turn_heads(V + batch * v_batch + position * v_token, to, cos, sin, v_head, values, half, KEYS, HALF, True)
+    target = PACKED + token * (queries + keys + values) * half * 2
+    _turn_heads(Q + batch * q_batch + position * q_token, target, cos, sin, q_head, queries, half, QUERIES, HALF, False)
+    target += queries * half * 2
+    _turn_heads(K + batch * k_batch + position * k_token, target, cos, sin, k_head, keys, half, KEYS, HALF, False)
+    target += keys * half * 2
+    _turn_heads(V + batch * v_batch + position * v_token, target, cos, sin, v_head, values, half, KEYS, HALF, True)
 
 
 @triton.jit
 def _square_error(  # type: ignore[no-untyped-def]
     FIRST, LAST, TARGETS, INDEX, GRADIENT, SUMS, row, factor, ADDED: tl.constexpr, BLOCK: tl.constexpr
 ):
-    sample = tl.program_id(0).to(tl.int64)
+    sequence = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < row
-    at = sample * row + column
+    at = sequence * row + column
     y = tl.load(FIRST + at, mask=real, other=0.0).to(tl.float32)
     if ADDED:
         y += tl.load(LAST + at, mask=real, other=0.0).to(tl.float32)
         y = y.to(GRADIENT.dtype.element_ty).to(tl.float32)
-    t = tl.load(TARGETS + tl.load(INDEX + sample) * row + column, mask=real, other=0.0).to(tl.float32)
+    t = tl.load(TARGETS + tl.load(INDEX + sequence) * row + column, mask=real, other=0.0).to(tl.float32)
     error = y - t
     tl.store(GRADIENT + at, (factor * error).to(GRADIENT.dtype.element_ty), mask=real)
-    tl.store(SUMS + sample * tl.num_programs(1) + tl.program_id(1), tl.sum(error * error, 0))
+    tl.store(SUMS + sequence * tl.num_programs(1) + tl.program_id(1), tl.sum(error * error, 0))
 
 
 @triton.jit

@@ -1,9 +1,8 @@
-"""What lies between the matrix products of a decoder block on a CPU: few of torch's operators, forward and backward.
+"""Operations between the matrix products of a decoder block on a CPU, in few torch operators, forward and backward.
 
 The functions are those of `workers.numerics.backends.block_kernels`, which has the formulas, with the same arguments;
-any
-floating dtype. On a CPU an operator is a pass through memory in two threads, so what counts is how many there are, and
-that none of them leaves the vector units' fast path: truth values and temporary copies do.
+any floating dtype. On a CPU an operator is a pass through memory in two threads, so their number decides the time, and
+that none of them leaves the vector units' fast path, as truth values and temporary copies do.
 """
 
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ __all__ = ["add_rms_norm", "apply_rope", "attend", "rms_norm", "silu_mul", "squa
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Of the last dimension of x (..., width); weight (width,)."""
+    """The norm over the last dimension of x (..., width); weight (width,)."""
     y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
     return y
 
@@ -52,7 +51,7 @@ def square_error(
 ) -> tuple[Tensor, Tensor]:
     """share * mean((y - targets[index])^2) in fp32 or wider, and `scaled` times its gradient by y in y's dtype.
 
-    parts   one or two tensors (batch, ...) whose sum is y      targets (samples, ...)      index (batch,)
+    parts   one or two tensors (batch, ...) whose sum is y      targets (sequences, ...)      index (batch,)
     Not for autograd. The difference is rounded as y is; squares and their sum are not.
     """
     targets = targets.index_select(0, index)
@@ -62,7 +61,7 @@ def square_error(
 
 
 def take_rows(source: Tensor, index: Tensor) -> Tensor:
-    """source[index], contiguous; source (samples, ...)."""
+    """source[index], contiguous; source (sequences, ...)."""
     return source.index_select(0, index)
 
 
@@ -121,8 +120,8 @@ class _Turn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Any, ...]:
         cos, sin = ctx.saved_tensors
-        found = _turned(gradients, ctx.counts, cos, -sin)
-        return None, None, None, *((found,) if ctx.packed else torch.split(found, list(ctx.counts), dim=2))
+        d_heads = _turned(gradients, ctx.counts, cos, -sin)
+        return None, None, None, *((d_heads,) if ctx.packed else torch.split(d_heads, list(ctx.counts), dim=2))
 
 
 def _lengths(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Triton kernels of the fake quantizer: one pass over a block's weights does what eager code does in twenty.
+"""Triton kernels of the fake quantizer: one pass over a block's weights in place of twenty in eager code.
 
 `round_weights` computes, for every group of G columns (formulas: `workers.methods.sign_round`), any of
 
@@ -6,9 +6,9 @@
     WRITE  w_hat of the (new) parameters
     KEEP   codes, scale and zero point stored where a flag on the device says so
 
-in fp32, reading each weight once. Bytes a weight for STEP and WRITE together, bf16 weights: w 2, V 4 + 4, D 2,
+in fp32, reading each weight once. Bytes per weight for STEP and WRITE together, bf16 weights: w 2, V 4 + 4, D 2,
 w_hat 2. Divisions and roundings are those of IEEE (nearest, ties to even), so that codes equal the eager reference's;
-sums over a group may differ in the last bits, which can flip the sign of a gradient next to zero. A NaN in D moves
+sums over a group may differ in the last bits, which can flip the sign of a gradient next to zero. A NaN in D changes
 nothing and is counted, since comparisons would hide it.
 
 V may be counted in 16 bits: with T steps and lr_t = lr*(1 - t/T) every step is a whole multiple of lr/T, and V of at
@@ -29,8 +29,8 @@ from workers.numerics.affine import ASYMMETRIC_FACTORS, SMALLEST_FACTOR, SYMMETR
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 
 PROGRAM_ELEMENTS = 1024
-"""Weights that a program handles; at least one group. Eight a thread: more take so many registers that too few programs
-run at once to hide the memory's latency."""
+"""Weights that a program handles; at least one group. Eight per thread: more take so many registers that too few
+programs run at once to hide the memory's latency."""
 
 TO_NEAREST = tl.constexpr(12582912.0)
 """1.5 * 2^23: adding and subtracting it rounds an fp32 below 2^22 to the nearest integer, ties to even."""
@@ -41,12 +41,12 @@ STORED = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32:
 
 
 def offset_unit(steps: int, learning_rate: float) -> float | None:
-    """What V is a multiple of after `steps` steps of a rate that decays to 0; None if 16 bits cannot count it."""
+    """Unit of which V is a multiple after `steps` steps of a rate that decays to 0; None if 16 bits cannot count it."""
     return learning_rate / steps if 0 < steps * (steps + 1) // 2 <= LARGEST_COUNT else None
 
 
 def write(groups: Groups, settings: GridSettings, w_hat: Tensor) -> None:
-    """w_hat <- that of the present parameters."""
+    """Writes w_hat of the present parameters."""
     _launch(groups, settings, w_hat=w_hat)
 
 
@@ -60,7 +60,7 @@ def step(
     limits: tuple[float, float],
     w_hat: Tensor,
 ) -> None:
-    """Moves V, alpha and beta, the latter within `limits`; w_hat <- that of the new parameters.
+    """Updates V, alpha and beta, the latter within `limits`; writes w_hat of the new parameters.
 
     Adds the number of groups with NaN gradients to `faults`.
     """
@@ -68,29 +68,29 @@ def step(
 
 
 def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
-    """codes, scale and zero <- the present result, if `better`."""
+    """Stores the present result in codes, scale and zero, if `better`."""
     _launch(groups, settings, better=better)
 
 
 def search_range(
-    weight: Tensor, moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
+    weight: Tensor, second_moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """`workers.numerics.backends.rounding_operators.search_range` in one pass: low and high, fp32 (groups,).
 
-    weight   (groups, G), contiguous
-    moments  fp32 (columns // G, G): of the linear's input columns; its rows of groups repeat in this order
+    weight           (groups, G), contiguous
+    second_moments   fp32 (columns // G, G), of the linear's input columns; its rows of groups repeat in this order
     """
     count, width = weight.shape
     low, high = (torch.empty(count, dtype=torch.float32, device=weight.device) for _ in range(2))
     programs, sizes = _programs(count, width)
     _search_range[programs](
         weight,
-        moments,
+        second_moments,
         low,
         high,
         count,
         width,
-        len(moments),
+        len(second_moments),
         settings.smallest,
         BITS=settings.bits,
         SYMMETRIC=settings.symmetric,
@@ -111,7 +111,7 @@ def warm_ups(
     counted: bool,
     device: torch.device,
 ) -> list[Callable[[], object]]:
-    """A launch of each kernel on a few rows, which compiles what a linear of so many columns will need.
+    """A launch of each kernel on a few rows, which compiles the kernels for a linear of so many columns.
 
     dtypes   of weights and of stored scales      counted   whether V is in 16 bits
     """
@@ -119,7 +119,7 @@ def warm_ups(
     one, codes = torch.ones(len(weight), device=device), torch.zeros_like(weight, dtype=torch.uint8)
     offset = torch.zeros_like(weight, dtype=torch.int16 if counted else torch.float32)
     groups = Groups(weight, offset, -one, one, one, one.clone(), codes, one.to(dtypes[1]), codes[:, 0].contiguous())
-    moments = torch.ones(columns // width, width, device=device)
+    second_moments = torch.ones(columns // width, width, device=device)
     better, faults = torch.ones((), dtype=torch.bool, device=device), torch.zeros(1, dtype=torch.int32, device=device)
     return [
         partial(write, groups, settings, torch.empty_like(weight)),
@@ -134,12 +134,12 @@ def warm_ups(
             w_hat=torch.empty_like(weight),
         ),
         partial(keep, groups, settings, better),
-        partial(search_range, weight, moments, settings, dtypes[1]),
+        partial(search_range, weight, second_moments, settings, dtypes[1]),
     ]
 
 
 def _programs(count: int, width: int) -> tuple[tuple[int], dict[str, int]]:
-    """A grid over `count` groups, and how many of which padded width a program has."""
+    """A launch grid over `count` groups, and the number and padded width of the groups of a program."""
     padded = triton.next_power_of_2(width)
     rows = max(1, PROGRAM_ELEMENTS // padded)
     warps = min(16, max(4, padded // 256))
@@ -197,7 +197,7 @@ def _sign(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _stored(x, STORED_AS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """An fp32 rounded to what STORED_AS can hold, as fp32; by its bits for bf16, which the interpreter truncates."""
+    """An fp32 rounded to STORED_AS, as fp32; by its bits for bf16, which the interpreter truncates."""
     if tl.bfloat16 == STORED_AS:
         bits = x.to(tl.uint32, bitcast=True)
         x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000).to(tl.float32, bitcast=True)
@@ -228,10 +228,10 @@ def _codes(weight, offset, scale, zero, BITS: tl.constexpr, SYMMETRIC: tl.conste
     """q before and after clamping, in the grid's own range."""
     lowest = -(2.0 ** (BITS - 1)) if SYMMETRIC else 0.0
     highest = 2.0 ** (BITS - 1) - 1 if SYMMETRIC else 2.0**BITS - 1
-    free = tl.div_rn(weight, scale[:, None] + weight * 0.0) + offset
-    free = tl.minimum(tl.maximum(free, -4194304.0), 4194303.0)
-    free = ((free + TO_NEAREST) - TO_NEAREST) + zero[:, None]
-    return free, tl.minimum(tl.maximum(free, lowest), highest)
+    unclamped = tl.div_rn(weight, scale[:, None] + weight * 0.0) + offset
+    unclamped = tl.minimum(tl.maximum(unclamped, -4194304.0), 4194303.0)
+    unclamped = ((unclamped + TO_NEAREST) - TO_NEAREST) + zero[:, None]
+    return unclamped, tl.minimum(tl.maximum(unclamped, lowest), highest)
 
 
 @triton.jit
@@ -280,11 +280,11 @@ def _round_weights(  # type: ignore[no-untyped-def]
     alpha = tl.load(ALPHA + row, mask=real_row, other=1.0)
     beta = tl.load(BETA + row, mask=real_row, other=1.0)
     scale, zero = _grid(low, high, alpha, beta, smallest, BITS, SYMMETRIC, STORED_AS)
-    free, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
+    unclamped, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
     if STEP:
         rate = tl.load(RATE)
         d = tl.load(GRADIENT + at, mask=real, other=0.0).to(tl.float32)
-        d_inside = tl.where(free == codes, d, 0.0)
+        d_inside = tl.where(unclamped == codes, d, 0.0)
         steps = codes - zero[:, None]
         d_scale = tl.sum(d * steps, 1) - tl.div_rn(tl.sum(d_inside * weight, 1), scale)
         if SYMMETRIC:
@@ -309,7 +309,7 @@ def _round_weights(  # type: ignore[no-untyped-def]
         tl.store(ALPHA + row, alpha, mask=real_row)
         tl.store(BETA + row, beta, mask=real_row)
         scale, zero = _grid(low, high, alpha, beta, smallest, BITS, SYMMETRIC, STORED_AS)
-        free, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
+        unclamped, codes = _codes(weight, offset, scale, zero, BITS, SYMMETRIC)
     if WRITE:
         w_hat = _stored((codes - zero[:, None]) * scale[:, None], HAT.dtype.element_ty)
         tl.store(HAT + at, w_hat.to(HAT.dtype.element_ty), mask=real)
@@ -344,7 +344,7 @@ def _search_range(  # type: ignore[no-untyped-def]
     real = real_row[:, None] & (column < width)[None, :]
     weight = tl.load(WEIGHT + row[:, None] * width + column[None, :], mask=real, other=0.0).to(tl.float32)
     moment_row = (row % groups_a_row)[:, None] * width
-    moments = tl.load(MOMENTS + moment_row + column[None, :], mask=real, other=0.0)
+    second_moments = tl.load(MOMENTS + moment_row + column[None, :], mask=real, other=0.0)
     full_low = tl.minimum(tl.min(weight, 1), 0.0)
     full_high = tl.maximum(tl.max(weight, 1), 0.0)
     best_low, best_high = full_low, full_high
@@ -365,7 +365,7 @@ def _search_range(  # type: ignore[no-untyped-def]
         scale, zero = _grid(low, high, one, one, smallest, BITS, SYMMETRIC, STORED_AS)
         _free, codes = _codes(weight, weight * 0.0, scale, zero, BITS, SYMMETRIC)
         error = (codes - zero[:, None]) * scale[:, None] - weight
-        total = tl.sum(error * error * moments, 1)
+        total = tl.sum(error * error * second_moments, 1)
         better = total < least
         least = tl.where(better, total, least)
         best_low = tl.where(better, low, best_low)

@@ -1,12 +1,11 @@
-"""The fake quantizer in torch's operators, for any device and dtype; on a CPU as few passes as there are operators for.
+"""The fake quantizer in torch's operators, for any device and dtype; on a CPU in as few passes as possible.
 
-The functions are those of `workers.numerics.backends.rounding_kernels`, which has Triton's, with the same arguments
-and results;
-formulas and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype, fp32 or fp64.
+The functions are those of `workers.numerics.backends.rounding_kernels`, which has Triton's, with the same arguments and
+results; formulas and symbols are in `workers.methods.sign_round`. Arithmetic is in the offsets' dtype, fp32 or fp64.
 
-Weights are worked on in chunks whose buffers stay in a CPU's cache and are used again for every chunk. No truth values
-are made of weights: on a CPU an operator that makes or takes them costs as much as five others. So m is applied by the
-derivative of clamping (`hardtanh_backward`), and the sign of 0 and of NaN is 0.
+Weights are processed in chunks whose buffers stay in a CPU's cache and are reused for every chunk. No truth values are
+computed from weights: on a CPU an operator that returns or takes them costs as much as five others. So m is applied by
+the derivative of clamping (`hardtanh_backward`), and the sign of 0 and of NaN is 0.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ from workers.numerics.affine import (
     SYMMETRIC_FACTORS,
     Grid,
     GroupRange,
-    grid,
+    affine_grid,
     range_factors,
     store_scale,
 )
@@ -32,7 +31,7 @@ from workers.numerics.affine import (
 CACHED_ELEMENTS = 524_288
 """Elements of a chunk: two cores' halves of an operator's buffers about fill their second-level caches."""
 CHUNK_ELEMENTS = CACHED_ELEMENTS << 6
-"""The same on a GPU, where what counts is that buffers fit."""
+"""Elements of a chunk on a GPU, where the buffers only have to fit."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class GridSettings:
 
     @classmethod
     def of(cls, scheme: Scheme, scale_dtype: torch.dtype) -> "GridSettings":
-        """Of a scheme whose scales are stored in `scale_dtype`."""
+        """Settings of a scheme whose scales are stored in `scale_dtype`."""
         return cls(scheme.bits, scheme.symmetric, SMALLEST_SCALE[scale_dtype])
 
 
@@ -55,7 +54,7 @@ class Groups:
 
     weight           the model's dtype     offset, low, high, alpha, beta    fp32, or fp64 for fp64 weights
     codes, zero      uint8                 scale    the dtype that stores scales
-    unit             what offsets are multiples of, where Triton's kernels count them in int16
+    unit             unit of the offsets, if Triton's kernels count them in int16
     """
 
     weight: Tensor
@@ -70,19 +69,19 @@ class Groups:
     unit: float = 1.0
 
     def tensors(self) -> dict[str, Any]:
-        """All of them by name."""
+        """All tensors by name."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in values.items() if isinstance(value, Tensor)}
 
     def grid(self, settings: GridSettings) -> Grid:
-        """Of the present alpha and beta."""
+        """The grid of the present alpha and beta."""
         ranges, scheme = GroupRange(self.low, self.high), _scheme(settings.bits, settings.symmetric)
-        return grid(ranges, scheme, self.scale.dtype, self.alpha, self.beta)
+        return affine_grid(ranges, scheme, self.scale.dtype, self.alpha, self.beta)
 
 
 @dataclass(frozen=True)
 class Buffers:
-    """Of one chunk, (groups, G), in the working dtype; what each holds changes as a pass goes on."""
+    """Buffers of one chunk, (groups, G), in the working dtype; their contents change during a pass."""
 
     weight: Tensor
     gradient: Tensor
@@ -91,17 +90,17 @@ class Buffers:
 
 
 def offset_unit(steps: int, learning_rate: float) -> float | None:  # noqa: ARG001 - as in `workers.numerics.backends.rounding_kernels`
-    """None: here V is not counted in 16 bits."""
+    """No unit: here V is not counted in 16 bits."""
     return None
 
 
 def warm_ups(*_: object, **__: object) -> list[Callable[[], object]]:
-    """Nothing is compiled."""
+    """An empty list: nothing is compiled."""
     return []
 
 
 def write(groups: Groups, settings: GridSettings, w_hat: Tensor) -> None:
-    """w_hat <- that of the present parameters."""
+    """Writes w_hat of the present parameters."""
     grid, w_hat = groups.grid(settings), w_hat.view(groups.weight.shape)
     for rows, work in _chunks(groups):
         chunk = grid.rows(rows)
@@ -118,7 +117,7 @@ def step(
     limits: tuple[float, float],
     w_hat: Tensor,
 ) -> None:
-    """Moves V, alpha and beta, the latter within `limits`; w_hat <- that of the new parameters.
+    """Updates V, alpha and beta, the latter within `limits`; writes w_hat of the new parameters.
 
     Adds the number of groups with NaN gradients to `faults`.
     """
@@ -138,7 +137,7 @@ def step(
 def _gradients(groups: Groups, rows: slice, grid: Grid, work: Buffers, d: Tensor, sums: Sequence[Tensor]) -> Tensor:
     """D*m of a chunk, of which dL/dV is s times, for D = `d`.
 
-    Puts into `sums` those of D*(q - z), D*m*w and, where there are four, of D and D*m over each group.
+    Writes to `sums` those of D*(q - z), D*m*w and, if there are four, of D and D*m over each group.
     """
     by_steps, by_weight, *by_zero = (total[rows] for total in sums)
     d = work.gradient.copy_(d)
@@ -169,7 +168,7 @@ def _range_gradients(groups: Groups, grid: Grid, sums: Sequence[Tensor]) -> tupl
 
 
 def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
-    """codes, scale and zero <- the present result, if `better`."""
+    """Stores the present result in codes, scale and zero, if `better`."""
     if not better.is_cuda and not better:
         return
     grid = groups.grid(settings)
@@ -181,29 +180,29 @@ def keep(groups: Groups, settings: GridSettings, better: Tensor) -> None:
 
 
 def search_range(
-    weight: Tensor, moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
+    weight: Tensor, second_moments: Tensor, settings: GridSettings, scale_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """The range of each group with the least sum_j moments_j * (w_hat_j - w_j)^2, rounded to nearest: low and high.
 
-    weight   (groups, G), contiguous
-    moments  fp32 (columns // G, G): of the linear's input columns; its rows of groups repeat in this order
+    weight           (groups, G), contiguous
+    second_moments   fp32 (columns // G, G), of the linear's input columns; its rows of groups repeat in this order
 
-    Tried are the full range and shrunk ones: symmetric, of either sign of the scale; asymmetric, by every pair of
-    factors for the two sides. Of equals the first, larger one is taken.
+    The full range and shrunk ones are tried: symmetric, with either sign of the scale; asymmetric, with every pair of
+    factors for the two sides. Among equals the first, larger one is taken.
     """
-    rows = len(moments) * max(1, _elements(weight) // moments.numel())
+    rows = len(second_moments) * max(1, _elements(weight) // second_moments.numel())
     search = _search_symmetric if settings.symmetric else _search_asymmetric
     dtype = torch.promote_types(weight.dtype, torch.float32)
     ranges = []
     for chunk in torch.split(weight, rows):
-        roots = moments.to(dtype).sqrt().repeat(len(chunk) // len(moments), 1)
+        roots = second_moments.to(dtype).sqrt().repeat(len(chunk) // len(second_moments), 1)
         ranges.append(search(chunk.to(dtype), roots, settings.bits, scale_dtype))
     low, high = (torch.cat(bounds) for bounds in zip(*ranges, strict=True))
     return low, high
 
 
 def _search_symmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Both signs of a scale share w/s, since rounding is even: only the code that one has more differs."""
+    """The search for both signs of a scale, which share w/s, since rounding is even: only the extra code differs."""
     full, levels = GroupRange.of(weight), 2 ** (bits - 1)
     low_wins, widest = -full.low > full.high, torch.maximum(-full.low, full.high)
     least, reach, by_low = torch.full_like(widest, torch.inf), widest, low_wins
@@ -231,7 +230,7 @@ def _search_asymmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: to
     in_steps, error = (torch.empty_like(weight) for _ in range(2))
     factors = range_factors(ASYMMETRIC_FACTORS)
     for candidate in (GroupRange(full.low * a, full.high * b) for a in factors for b in factors):
-        tried = grid(candidate, scheme, scale_dtype)
+        tried = affine_grid(candidate, scheme, scale_dtype)
         torch.div(weight, tried.scale.unsqueeze(-1), out=in_steps)
         torch.round(in_steps, out=error)
         if tried.zero is not None:
@@ -246,7 +245,7 @@ def _search_asymmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: to
 
 
 def _length(error: Tensor, roots: Tensor) -> Tensor:
-    """sqrt(sum of moments * error^2) of each group; `error` is used up."""
+    """sqrt(sum of moments * error^2) of each group; `error` is overwritten."""
     length: Tensor = torch.linalg.vector_norm(error.mul_(roots), dim=-1)
     return length
 
@@ -261,7 +260,7 @@ def _codes(groups: Groups, rows: slice, grid: Grid, work: Buffers) -> Tensor:
 
 
 def _steps(codes: Tensor, grid: Grid) -> Tensor:
-    """q - z, in the place of q."""
+    """q - z, written over q."""
     return codes if grid.zero is None else codes.sub_(grid.zero.unsqueeze(-1))
 
 

@@ -1,10 +1,10 @@
 """Triton kernels of end-to-end scale tuning; formulas in `workers.numerics.group_scales` and `.divergence`.
 
-    dequantize          reads 1 byte a code, writes w_hat
-    add_scale_gradient  reads D and 1 byte a code, writes a number a group
+    dequantize          reads 1 byte per code, writes w_hat
+    add_scale_gradient  reads D and 1 byte per code, writes one number per group
     divergence          reads both logits twice and writes the gradient over the teacher's: no fp32 copy of either
 
-Each program owns its groups or its token, so nothing is added in an order that may change. Arithmetic is fp32. The
+Each program owns its groups or its token, so the order of every sum is fixed. Arithmetic is fp32. The
 interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the tests compare it with the reference.
 """
 
@@ -20,13 +20,13 @@ VOCABULARY_ELEMENTS = 4096
 
 
 def dequantize(codes: Tensor, scale: Tensor, zero: Tensor | int, out: Tensor) -> None:
-    """out <- scale*(codes - zero); scale fp32."""
+    """Writes scale*(codes - zero) to `out`; scale fp32."""
     grid, sizes = _programs(codes)
     _dequantize[grid](codes, scale, *_zero(codes, zero), out, *codes.shape, **sizes)
 
 
 def add_scale_gradient(gradient: Tensor, codes: Tensor, zero: Tensor | int, out: Tensor) -> None:
-    """out += sum over each group of gradient*(codes - zero); out fp32."""
+    """Adds the sum over each group of gradient*(codes - zero) to `out`, fp32."""
     grid, sizes = _programs(codes)
     _add_scale_gradient[grid](gradient, codes, *_zero(codes, zero), out, *codes.shape, **sizes)
 
@@ -47,13 +47,13 @@ def _programs(codes: Tensor) -> tuple[tuple[int], dict[str, int]]:
 
 
 def _zero(codes: Tensor, zero: Tensor | int) -> tuple[Tensor, int, bool]:
-    """Zero points (any tensor where there are none), the one number for all, and whether there are zero points."""
+    """Zero points (any tensor if there are none), the one number for all, and whether there are zero points."""
     return (codes, zero, False) if isinstance(zero, int) else (zero, 0, True)
 
 
 @triton.jit
 def _steps(CODES, ZERO, middle, group, column, count, width, STORED_ZERO: tl.constexpr):  # type: ignore[no-untyped-def]
-    """q - z of some groups, 0 outside of them; where they lie; and which elements are real."""
+    """q - z of some groups, 0 outside of them; their addresses; and the mask of real elements."""
     real = (group < count)[:, None] & (column < width)[None, :]
     at = group[:, None] * width + column[None, :]
     steps = tl.load(CODES + at, mask=real, other=0).to(tl.float32)

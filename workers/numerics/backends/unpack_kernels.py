@@ -1,6 +1,6 @@
-"""The Triton kernel that makes W_hat from packed codes; formulas in `workers.numerics.packed_weight`.
+"""The Triton kernel that computes W_hat from packed codes; formulas in `workers.numerics.packed_weight`.
 
-It reads 2, 4 or 8 bits a code and writes w_hat. With offsets the compiler may round the product and the sum at once;
+It reads 2, 4 or 8 bits per code and writes w_hat. With offsets the compiler may round the product and the sum at once;
 everything else is the reference's, bit for bit. The interpreter runs the same code on a CPU (TRITON_INTERPRET=1).
 """
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAM_ELEMENTS = 2048
-"""Weights that a program makes."""
+"""Weights that a program computes."""
 KINDS = ("middle", "zero", "offset", "codebook")
 
 
@@ -24,7 +24,7 @@ def unpack(
     group_size: int,
     middle: float,
 ) -> None:
-    """out (out, in) <- W_hat; scale (out, groups), the rest as `workers.numerics.packed_weight.PackedWeight` has it."""
+    """Writes W_hat to `out` (out, in); scale (out, groups), the rest as in `PackedWeight`."""
     count = out.numel()
     _unpack[(triton.cdiv(count, PROGRAM_ELEMENTS),)](
         packed,
