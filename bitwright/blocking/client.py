@@ -1,23 +1,29 @@
-"""The client: one method for each endpoint, and what people do with several of them."""
+# Made from bitwright/asynchronous/client.py by `make client`: change it there.
+"""Client with one method per endpoint, and what people do with several of them."""
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel
 
+from bitwright.blocking.downloads import download_artifact
+from bitwright.blocking.following import follow
+from bitwright.blocking.transport import Transport
+from bitwright.blocking.uploads import send_files
+from bitwright.blocking.waits import in_thread
 from bitwright.delivery import delivery
-from bitwright.downloads import OnBytes, download_artifact, ignore_bytes, subfolder, target_path
+from bitwright.downloads import OnBytes, ignore_bytes, subfolder, target_path
 from bitwright.endpoint import DEFAULT_URL
 from bitwright.errors import NotFound, RequestError
-from bitwright.event_stream import follow
 from bitwright.folders import claim_folder
 from bitwright.formats import NATIVE
 from bitwright.job_states import JobStatus
-from bitwright.transport import RetryPolicy, Transport
-from bitwright.uploads import choose_files, describe_files, send_files
+from bitwright.retries import RetryPolicy
+from bitwright.uploads import choose_files, describe_files
 from bitwright.views import (
     ArtifactView,
     EventPage,
@@ -29,12 +35,15 @@ from bitwright.views import (
     PreflightView,
     UploadRequest,
     UploadView,
+    View,
     WorkerView,
 )
 
+ViewT = TypeVar("ViewT", bound=View)
+
 
 class Client:
-    """Bitwright's HTTP API. Not bound to a thread, but use one client a thread.
+    """Bitwright's HTTP API, one method per endpoint. Use one client per thread or event loop.
 
     Args:
         url: address of the service.
@@ -63,32 +72,25 @@ class Client:
     def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
         """Queue a job. `body` is the shorthand or the full form of a request.
 
-        A key of its own is made for each call, so that a repeated request never makes a second job; give
+        A key of its own is made per call, so that a repeated request never makes a second job; give
         `idempotency_key` to have the same safety across processes.
 
         Raises:
             InvalidRequest: with all problems in `errors`.
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        return JobView.model_validate_json(
-            self._transport.send("POST", "/v1/jobs", json=_plain(body), headers=headers).content
-        )
+        return self._read(JobView, "POST", "/v1/jobs", json=_plain(body), headers=headers)
 
     def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
-        """What `submit` would queue, with estimates and warnings; nothing is stored."""
+        """The request that `submit` would queue, with estimates and warnings; nothing is stored."""
         # Nothing is stored, so any key makes a repeat safe.
-        response = self._transport.send(
-            "POST",
-            "/v1/jobs",
-            params={"dry_run": "true"},
-            json=_plain(body),
-            headers={"Idempotency-Key": str(uuid.uuid4())},
-        )
-        return PreflightView.model_validate_json(response.content)
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        query = {"dry_run": "true"}
+        return self._read(PreflightView, "POST", "/v1/jobs", params=query, json=_plain(body), headers=headers)
 
     def job(self, job_id: str) -> JobView:
         """The job as it is now."""
-        return JobView.model_validate_json(self._transport.send("GET", f"/v1/jobs/{job_id}").content)
+        return self._read(JobView, "GET", f"/v1/jobs/{job_id}")
 
     def jobs_page(
         self,
@@ -104,23 +106,24 @@ class Client:
         params: dict[str, Any] = {"limit": limit, "after": after, "status": status, "method": method, "model": model}
         params = {name: value for name, value in params.items() if value is not None}
         params |= {f"metadata.{name}": value for name, value in (metadata or {}).items()}
-        return Page[JobView].model_validate_json(self._transport.send("GET", "/v1/jobs", params=params).content)
+        return self._read(Page[JobView], "GET", "/v1/jobs", params=params)
 
-    def jobs(self, **filters: Any) -> Iterator[JobView]:
+    def jobs(self, **filters: Any) -> Generator[JobView, None, None]:
         """All jobs that match, newest first, page by page. Filters as in `jobs_page`."""
-        page = self.jobs_page(**filters)
-        yield from page.items
-        while page.next_cursor is not None:
-            page = self.jobs_page(**filters | {"after": page.next_cursor})
+        after = filters.pop("after", None)
+        while True:
+            page = self.jobs_page(after=after, **filters)
             yield from page.items
+            if (after := page.next_cursor) is None:
+                return
 
     def cancel(self, job_id: str) -> JobView:
         """End the job; a running one stops within seconds."""
-        return JobView.model_validate_json(self._transport.send("POST", f"/v1/jobs/{job_id}/cancel").content)
+        return self._read(JobView, "POST", f"/v1/jobs/{job_id}/cancel")
 
     def retry(self, job_id: str) -> JobView:
         """Queue a failed or cancelled job again; finished blocks are kept."""
-        return JobView.model_validate_json(self._transport.send("POST", f"/v1/jobs/{job_id}/retry").content)
+        return self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry")
 
     def delete(self, job_id: str) -> None:
         """Remove a final job and its artifacts."""
@@ -129,24 +132,23 @@ class Client:
     def events_page(self, job_id: str, *, after: int = 0, limit: int = 100) -> EventPage:
         """Stored events with a sequence above `after`."""
         params = {"after": after, "limit": limit}
-        response = self._transport.send("GET", f"/v1/jobs/{job_id}/events", params=params)
-        return EventPage.model_validate_json(response.content)
+        return self._read(EventPage, "GET", f"/v1/jobs/{job_id}/events", params=params)
 
-    def events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
+    def events(self, job_id: str, *, after: int = 0) -> Generator[EventView, None, None]:
         """Events as they happen, from the one after `after` until the job is final; survives cut connections."""
         return follow(self._transport, job_id, after=after, get_job=self.job)
 
     def wait(self, job_id: str, on_event: Callable[[EventView], None] | None = None) -> JobView:
         """Follow the job until it is final; the final job."""
-        for event in self.events(job_id):
-            if on_event is not None:
-                on_event(event)
+        with closing(self.events(job_id)) as events:
+            for event in events:
+                if on_event is not None:
+                    on_event(event)
         return self.job(job_id)
 
     def artifacts(self, job_id: str) -> list[ArtifactView]:
         """All files of a succeeded job."""
-        response = self._transport.send("GET", f"/v1/jobs/{job_id}/artifacts")
-        return Page[ArtifactView].model_validate_json(response.content).items
+        return self._read(Page[ArtifactView], "GET", f"/v1/jobs/{job_id}/artifacts").items
 
     def download_artifact(self, artifact: ArtifactView, folder: Path, on_bytes: OnBytes = ignore_bytes) -> Path:
         """One file under `folder`, resumed if it is there in part, checked by its SHA-256."""
@@ -174,7 +176,7 @@ class Client:
         return self.download_parts(self.parts(job_id, folder, format=format), folder, force=force, on_bytes=on_bytes)
 
     def parts(self, job_id: str, folder: Path, *, format: str | None = None) -> dict[Path, list[ArtifactView]]:
-        """What `download` would bring: the artifacts of each folder, `folder` itself or some below it."""
+        """Artifacts that `download` would bring, by folder: `folder` itself or some below it."""
         artifacts = self.artifacts(job_id)
         kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
         if not kept or (format is not None and format not in kept):
@@ -195,8 +197,8 @@ class Client:
         force: bool = False,
         on_bytes: OnBytes = ignore_bytes,
     ) -> list[Path]:
-        """Bring what `parts` told; arguments and errors as of `download`."""
-        done, files = claim_folder(folder, parts, force=force), []
+        """Bring the artifacts of `parts`; arguments and errors as of `download`."""
+        done, files = in_thread(claim_folder, folder, parts, force=force), list[Path]()
         for part, artifacts in parts.items():
             for artifact in artifacts:
                 target = target_path(part, artifact)
@@ -211,50 +213,55 @@ class Client:
         self, files: Sequence[Path], *, upload_id: str | None = None, on_bytes: OnBytes = ignore_bytes
     ) -> UploadView:
         """Send files, or those of a folder; with `upload_id`, go on with an upload that was cut off."""
-        files = choose_files(files).files
+        files = in_thread(choose_files, files).files
         if upload_id is not None:
             return send_files(self._transport, self.upload_status(upload_id), files, on_bytes)
-        body = UploadRequest(files=describe_files(files)).model_dump(mode="json")
+        body = UploadRequest(files=in_thread(describe_files, files)).model_dump(mode="json")
         headers = {"Idempotency-Key": str(uuid.uuid4())}
-        response = self._transport.send("POST", "/v1/uploads", json=body, headers=headers)
-        return send_files(self._transport, UploadView.model_validate_json(response.content), files, on_bytes)
+        upload = self._read(UploadView, "POST", "/v1/uploads", json=body, headers=headers)
+        return send_files(self._transport, upload, files, on_bytes)
 
     def upload_status(self, upload_id: str) -> UploadView:
         """An upload and how much of each file has arrived."""
-        return UploadView.model_validate_json(self._transport.send("GET", f"/v1/uploads/{upload_id}").content)
+        return self._read(UploadView, "GET", f"/v1/uploads/{upload_id}")
 
     def uploads_page(self, *, after: str | None = None, limit: int = 50, status: str | None = None) -> Page[UploadView]:
         """One page of uploads, newest first; `status` is `open` or `complete`."""
         given = {"after": after, "limit": limit, "status": status}
         params = {name: value for name, value in given.items() if value is not None}
-        return Page[UploadView].model_validate_json(self._transport.send("GET", "/v1/uploads", params=params).content)
+        return self._read(Page[UploadView], "GET", "/v1/uploads", params=params)
 
-    def uploads(self, **filters: Any) -> Iterator[UploadView]:
+    def uploads(self, **filters: Any) -> Generator[UploadView, None, None]:
         """All uploads, newest first, page by page. Filters as in `uploads_page`."""
-        page = self.uploads_page(**filters)
-        yield from page.items
-        while page.next_cursor is not None:
-            page = self.uploads_page(**filters | {"after": page.next_cursor})
+        after = filters.pop("after", None)
+        while True:
+            page = self.uploads_page(after=after, **filters)
             yield from page.items
+            if (after := page.next_cursor) is None:
+                return
 
     def methods(self) -> MethodList:
         """Methods and recipes, with the JSON Schema of their parameters."""
-        return MethodList.model_validate_json(self._transport.send("GET", "/v1/methods").content)
+        return self._read(MethodList, "GET", "/v1/methods")
 
     def formats(self) -> list[FormatView]:
         """Export formats and the runtimes that load them."""
-        return Page[FormatView].model_validate_json(self._transport.send("GET", "/v1/formats").content).items
+        return self._read(Page[FormatView], "GET", "/v1/formats").items
 
     def workers(self) -> list[WorkerView]:
         """Registered workers."""
-        return Page[WorkerView].model_validate_json(self._transport.send("GET", "/v1/workers").content).items
+        return self._read(Page[WorkerView], "GET", "/v1/workers").items
 
     def ready(self) -> bool:
-        """Whether the service can take jobs now."""
+        """True if the service can take jobs now."""
         try:
             return self._transport.send("GET", "/readyz").is_success
         except RequestError:
             return False
+
+    def _read(self, kind: type[ViewT], method: str, path: str, **options: Any) -> ViewT:
+        """The answer as a `kind`; options as of `Transport.send`."""
+        return kind.model_validate_json(self._transport.send(method, path, **options).content)
 
 
 def _plain(body: Mapping[str, Any] | BaseModel) -> object:
