@@ -59,7 +59,7 @@ every_case = pytest.mark.parametrize("case", CASES, ids="-".join)
 def exact_task(spec: WeightSpec) -> BlockTask:
     """In fp64, where the order in which samples are summed decides no code."""
     task = task_for(spec)
-    streams = {field: getattr(task, field).double() for field in ("inputs", "inputs_fp", "targets")}
+    streams: dict[str, Any] = {field: getattr(task, field).double() for field in ("inputs", "inputs_fp", "targets")}
     return replace(task, block=task.block.double(), **streams)
 
 
@@ -69,7 +69,9 @@ def quantized_on_ranks(rank: int, rendezvous: str) -> Results:
     with joined(ProcessGroup(rank, SIZE), rendezvous, torch.device("cpu")) as processes:
         for case, spec in CASES.items():
             task = exact_task(spec)
-            shares = {field: processes.share(getattr(task, field)) for field in ("inputs", "inputs_fp", "targets")}
+            shares: dict[str, Any] = {
+                field: processes.share(getattr(task, field)) for field in ("inputs", "inputs_fp", "targets")
+            }
             shared = replace(task, **shares, tune=Tuner(processes=processes).tune, sum_=processes.sum_)
             results[case] = quantized(case[0], shared, spec)
     return results
