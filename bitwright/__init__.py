@@ -37,7 +37,7 @@ _PLACES = {
 
 
 def __getattr__(name: str) -> Any:
-    """The public names, imported when first asked for: who reads `bitwright.errors` needs no HTTP client."""
+    """The public names, imported on first access: reading `bitwright.errors` alone needs no HTTP client."""
     if name not in _PLACES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(_PLACES[name]), name)

@@ -13,15 +13,15 @@ CHUNK = 1 << 20
 READ_TIMEOUT_SECONDS = 60.0
 
 OnBytes = Callable[[int], None]
-"""Called with the number of bytes that are newly on disk; negative when they had to be thrown away."""
+"""Callback with the number of bytes that are newly on disk; negative if bytes were discarded."""
 
 
 def ignore_bytes(_count: int) -> None:
-    """An `OnBytes` that looks away."""
+    """An `OnBytes` that does nothing."""
 
 
 def target_path(folder: Path, artifact: ArtifactView) -> Path:
-    """Where the artifact goes under `folder`.
+    """The path of the artifact under `folder`.
 
     Raises:
         StorageError: its path would leave the folder.
@@ -36,7 +36,7 @@ def subfolder(folder: Path, name: str) -> Path:
     """The folder of one checkpoint of several below `folder`.
 
     Raises:
-        StorageError: the name is none of a folder.
+        StorageError: the name cannot be that of a folder.
     """
     if name in {"", ".", ".."} or "\0" in name or PurePosixPath(name).name != name or "\\" in name:
         raise StorageError(f"a checkpoint is named {name!r}, which leaves its folder")
@@ -44,7 +44,7 @@ def subfolder(folder: Path, name: str) -> Path:
 
 
 def partial_path(target: Path, sha256: str) -> Path:
-    """Where the bytes wait until they are complete. The hash in the name keeps other contents apart."""
+    """The path of an incomplete download. The hash in the name keeps different contents apart."""
     return target.with_name(f"{target.name}.{sha256[:12]}.partial")
 
 
@@ -63,7 +63,7 @@ def content_headers(artifact: ArtifactView, start: int) -> dict[str, str]:
     """Headers of the request for an artifact's bytes from `start` on."""
     headers = {"Accept": "*/*", "Accept-Encoding": "identity"}
     if start:
-        # The strong ETag is the content's hash: If-Range makes the service send all of it should it have changed.
+        # The strong ETag is the content's hash: If-Range makes the service send all of it if it has changed.
         headers |= {"Range": f"bytes={start}-", "If-Range": f'"{artifact.sha256}"'}
     return headers
 

@@ -51,5 +51,5 @@ def _plain(value: object) -> object:
     if isinstance(value, PathLike):
         return str(Path(value).expanduser().absolute())
     if isinstance(value, Mapping):
-        return {name: _plain(part) for name, part in value.items()}
+        return {name: _plain(entry) for name, entry in value.items()}
     return value

@@ -1,4 +1,4 @@
-"""State of a job when it was last asked for, and how it looks in a terminal and in a notebook."""
+"""State of a job as of the last request, and its display in a terminal and in a notebook."""
 
 from collections.abc import Iterator
 from html import escape
@@ -10,7 +10,7 @@ from bitwright.views import JobView
 
 
 class JobSnapshot:
-    """A job as the service described it last; `Job` and `AsyncJob` are this and ask for it anew."""
+    """A job as the service described it last; `Job` and `AsyncJob` add the requests."""
 
     def __init__(self, view: JobView) -> None:
         self.view = view
@@ -22,7 +22,7 @@ class JobSnapshot:
 
     @property
     def status(self) -> JobStatus:
-        """The status when the job was last asked for."""
+        """The status as of the last request."""
         return self.view.status
 
     @property

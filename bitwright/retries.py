@@ -25,7 +25,7 @@ BUSY_STATUSES = frozenset({429, 502, 503, 504})
 
 @dataclass(frozen=True)
 class RetryPolicy:
-    """How often and how long to try. Delays double from `first_seconds`, with full jitter; Retry-After wins."""
+    """Number of tries and their delays. Delays double from `first_seconds`, with full jitter; Retry-After wins."""
 
     attempts: int = 6
     first_seconds: float = 0.25
@@ -103,5 +103,5 @@ def worth_another(response: httpx.Response, repeatable: bool) -> bool:
         return True
     if response.status_code in BUSY_STATUSES:
         return repeatable
-    # An earlier try of this very request is still being worked on: its answer is replayed when it is there.
+    # A previous try of this very request is still in progress: its answer is replayed when it is there.
     return response.status_code == 409 and b"request_in_progress" in response.content

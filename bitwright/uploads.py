@@ -17,7 +17,7 @@ PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Chosen:
-    """Files to send, and what of the folders is not sent, with the reason."""
+    """Files to send, and the entries of folders that are not sent, with the reason."""
 
     files: list[Path]
     left_out: dict[Path, str]
@@ -45,7 +45,7 @@ def choose_files(given: Sequence[Path]) -> Chosen:
 
 
 def _why_not(entry: Path, *, safe: bool) -> str | None:
-    """Why a folder's entry is not sent; "" where nobody would expect it to be."""
+    """The reason why a folder's entry is not sent; "" where nobody would expect it to be."""
     if entry.name.startswith("."):
         return ""
     if entry.is_dir():

@@ -1,4 +1,4 @@
-"""Client with one method per endpoint, and what people do with several of them."""
+"""The client: one method per endpoint, and operations that combine several."""
 
 import uuid
 from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
@@ -71,7 +71,7 @@ class AsyncClient:
     async def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
         """Queue a job. `body` is the shorthand or the full form of a request.
 
-        A key of its own is made per call, so that a repeated request never makes a second job; give
+        A new key is generated per call, so that a repeated request never makes a second job; give
         `idempotency_key` to have the same safety across processes.
 
         Raises:
@@ -81,7 +81,7 @@ class AsyncClient:
         return await self._read(JobView, "POST", "/v1/jobs", json=_plain(body), headers=headers)
 
     async def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
-        """The request that `submit` would queue, with estimates and warnings; nothing is stored."""
+        """The full request that `submit` would queue, with estimates and warnings; nothing is stored."""
         # Nothing is stored, so any key makes a repeat safe.
         headers = {"Idempotency-Key": str(uuid.uuid4())}
         query = {"dry_run": "true"}
@@ -151,7 +151,7 @@ class AsyncClient:
         return (await self._read(Page[ArtifactView], "GET", f"/v1/jobs/{job_id}/artifacts")).items
 
     async def download_artifact(self, artifact: ArtifactView, folder: Path, on_bytes: OnBytes = ignore_bytes) -> Path:
-        """One file under `folder`, resumed if it is there in part, checked by its SHA-256."""
+        """One file under `folder`, resumed if it is partly there, checked by its SHA-256."""
         return await download_artifact(self._transport, artifact, folder, on_bytes)
 
     async def download(
@@ -178,7 +178,7 @@ class AsyncClient:
         )
 
     async def parts(self, job_id: str, folder: Path, *, format: str | None = None) -> dict[Path, list[ArtifactView]]:
-        """Artifacts that `download` would bring, by folder: `folder` itself or some below it."""
+        """The artifacts that `download` would bring, by target folder: `folder` itself, or folders below it."""
         artifacts = await self.artifacts(job_id)
         kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
         if not kept or (format is not None and format not in kept):
@@ -199,15 +199,15 @@ class AsyncClient:
         force: bool = False,
         on_bytes: OnBytes = ignore_bytes,
     ) -> list[Path]:
-        """Bring the artifacts of `parts`; arguments and errors as of `download`."""
+        """Download what `parts` returned; arguments and errors as of `download`."""
         done, files = await in_thread(claim_folder, folder, parts, force=force), list[Path]()
-        for part, artifacts in parts.items():
+        for destination, artifacts in parts.items():
             for artifact in artifacts:
-                target = target_path(part, artifact)
+                target = target_path(destination, artifact)
                 if target in done:
                     on_bytes(artifact.size)
                 else:
-                    await self.download_artifact(artifact, part, on_bytes)
+                    await self.download_artifact(artifact, destination, on_bytes)
                 files.append(target)
         return files
 

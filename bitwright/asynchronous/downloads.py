@@ -1,4 +1,4 @@
-"""Artifacts to disk: resumed where a connection broke, and checked by their SHA-256 before they get their name."""
+"""Downloads of artifacts: resumed after a broken connection, and checked by SHA-256 before they get their name."""
 
 import os
 from pathlib import Path
@@ -34,7 +34,7 @@ async def download_artifact(transport: AsyncTransport, artifact: ArtifactView, f
         on_bytes(artifact.size)
         return target
     partial = partial_path(target, artifact.sha256)
-    for _ in range(2):  # a partial file of an earlier run may be damaged: then once more, from the first byte
+    for _ in range(2):  # a partial file of an interrupted run may be damaged: then once more, from the first byte
         received = await _fetch(transport, artifact, partial, on_bytes)
         if received == artifact.sha256:
             os.replace(partial, target)
@@ -45,7 +45,7 @@ async def download_artifact(transport: AsyncTransport, artifact: ArtifactView, f
 
 
 async def _fetch(transport: AsyncTransport, artifact: ArtifactView, partial: Path, on_bytes: OnBytes) -> str:
-    """Append to `partial` until it is as long as the artifact; the SHA-256 of all its bytes."""
+    """Append to `partial` until it is as long as the artifact; returns the SHA-256 of the complete file."""
     with PartialFile(partial, artifact.size) as file:
         while count := await in_thread(file.reread):
             on_bytes(count)
@@ -69,7 +69,7 @@ async def _receive(transport: AsyncTransport, artifact: ArtifactView, file: Part
     start, path = file.size, f"/v1/artifacts/{artifact.id}/content"
     headers = content_headers(artifact, start)
     async with transport.stream(path, headers=headers, read_timeout=READ_TIMEOUT_SECONDS) as response:
-        # All of it came although a part was asked for (a proxy may drop Range): what is here already is skipped.
+        # The complete file came although a range was requested (a proxy may drop Range): skip what is on disk already.
         skip = 0 if response.status_code == httpx.codes.PARTIAL_CONTENT else start
         async for received in response.aiter_bytes():
             chunk, skip = received[skip:], max(0, skip - len(received))

@@ -1,4 +1,4 @@
-"""A job as an object: its state when last asked for, and what can be done with it."""
+"""A job as an object: its state as of the last request, and its operations."""
 
 from collections.abc import AsyncGenerator
 from pathlib import Path
@@ -37,7 +37,7 @@ class AsyncJob(JobSnapshot):
         """
         console = Console(highlight=False)
         if progress or (progress is None and (console.is_terminal or console.is_jupyter)):
-            from bitwright.cli.watch import shown_on  # noqa: PLC0415 (only who looks on needs the commands)
+            from bitwright.cli.watch import shown_on  # noqa: PLC0415 (only a progress display needs the commands)
 
             with shown_on(console) as show:
                 self.view = await self._client.wait(self.id, on_event=show)

@@ -38,7 +38,7 @@ class AsyncBitwright:
         timeout: seconds without any byte after which an answer counts as lost.
 
     Raises:
-        InvalidSettings: the address is none.
+        InvalidSettings: the address is invalid.
     """
 
     def __init__(
@@ -117,7 +117,7 @@ class AsyncJobs(_Resource):
         metadata: Mapping[str, str] | None = None,
         limit: int = 50,
     ) -> AsyncIterator[AsyncJob]:
-        """All jobs that match, newest first; `limit` is the size of the pages in which they are asked for."""
+        """All jobs that match, newest first; `limit` is the page size of the requests."""
         jobs = self._client.jobs(status=status, method=method, model=model, metadata=metadata, limit=limit)
         return (AsyncJob(self._client, view) async for view in jobs)
 
@@ -173,7 +173,7 @@ class AsyncUploads(_Resource):
         return await self._client.upload_status(upload_id)
 
     def list(self, *, status: str | None = None, limit: int = 50) -> AsyncGenerator[UploadView, None]:
-        """All uploads, newest first; `status` is `open` or `complete`, `limit` the size of the pages."""
+        """All uploads, newest first; `status` is `open` or `complete`, `limit` the page size."""
         return self._client.uploads(status=status, limit=limit)
 
 

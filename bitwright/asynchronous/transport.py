@@ -73,7 +73,7 @@ class AsyncTransport:
     async def stream(
         self, path: str, *, headers: Mapping[str, str], read_timeout: float
     ) -> AsyncIterator[httpx.Response]:
-        """One GET whose body is read as it comes. Not retried here: the caller knows where to go on.
+        """One GET whose body is read as it comes. Not retried here: the caller knows where to resume.
 
         Raises:
             httpx.TransportError: the connection could not be made, or broke.

@@ -28,7 +28,7 @@ async def send_files(
 
 
 async def _complete(transport: AsyncTransport, upload_id: str) -> UploadView:
-    """Wait until the service has checked every byte, however long that takes: meanwhile it answers that it is busy."""
+    """Wait until the service has checked every byte, however long that takes: it reports that it is still checking."""
     while True:
         with suppress(RequestInProgress):
             headers = {"Idempotency-Key": f"complete-{upload_id}"}
@@ -44,8 +44,8 @@ async def _send_file(
     on_bytes(offset)
     with path.open("rb") as file:
         while offset < remote.size:
-            part = await in_thread(read_part, file, offset, remote.size)
-            reached = await _send_part(transport, url, part, offset, remote.size)
+            content = await in_thread(read_part, file, offset, remote.size)
+            reached = await _send_part(transport, url, content, offset, remote.size)
             failures = 0 if reached > offset else failures + 1
             if failures >= transport.retry.attempts:
                 raise Unavailable(f"the service takes no more of {remote.name} after {offset} bytes")
@@ -55,13 +55,13 @@ async def _send_file(
             offset = reached
 
 
-async def _send_part(transport: AsyncTransport, url: str, part: bytes, offset: int, size: int) -> int:
-    """Send one part; the offset that the service has reached, whatever became of the answer."""
-    end = offset + len(part)
+async def _send_part(transport: AsyncTransport, url: str, content: bytes, offset: int, size: int) -> int:
+    """Send one part; returns the offset that the service has reached, even if its answer was lost."""
+    end = offset + len(content)
     headers = {"Content-Range": f"bytes {offset}-{end - 1}/{size}"}
     try:
-        response = await transport.send("PUT", url, content=part, headers=headers)
+        response = await transport.send("PUT", url, content=content, headers=headers)
     except Conflict:
-        # An earlier try of this part did arrive, though its answer was lost.
+        # A previous try of this part did arrive, though its answer was lost.
         response = await transport.send("HEAD", url)
     return offset_reached(response.headers.get("Upload-Offset"), end)

@@ -1,5 +1,5 @@
 # Made from bitwright/asynchronous/downloads.py by `make client`: change it there.
-"""Artifacts to disk: resumed where a connection broke, and checked by their SHA-256 before they get their name."""
+"""Downloads of artifacts: resumed after a broken connection, and checked by SHA-256 before they get their name."""
 
 import os
 from pathlib import Path
@@ -35,7 +35,7 @@ def download_artifact(transport: Transport, artifact: ArtifactView, folder: Path
         on_bytes(artifact.size)
         return target
     partial = partial_path(target, artifact.sha256)
-    for _ in range(2):  # a partial file of an earlier run may be damaged: then once more, from the first byte
+    for _ in range(2):  # a partial file of an interrupted run may be damaged: then once more, from the first byte
         received = _fetch(transport, artifact, partial, on_bytes)
         if received == artifact.sha256:
             os.replace(partial, target)
@@ -46,7 +46,7 @@ def download_artifact(transport: Transport, artifact: ArtifactView, folder: Path
 
 
 def _fetch(transport: Transport, artifact: ArtifactView, partial: Path, on_bytes: OnBytes) -> str:
-    """Append to `partial` until it is as long as the artifact; the SHA-256 of all its bytes."""
+    """Append to `partial` until it is as long as the artifact; returns the SHA-256 of the complete file."""
     with PartialFile(partial, artifact.size) as file:
         while count := in_thread(file.reread):
             on_bytes(count)
@@ -70,7 +70,7 @@ def _receive(transport: Transport, artifact: ArtifactView, file: PartialFile, on
     start, path = file.size, f"/v1/artifacts/{artifact.id}/content"
     headers = content_headers(artifact, start)
     with transport.stream(path, headers=headers, read_timeout=READ_TIMEOUT_SECONDS) as response:
-        # All of it came although a part was asked for (a proxy may drop Range): what is here already is skipped.
+        # The complete file came although a range was requested (a proxy may drop Range): skip what is on disk already.
         skip = 0 if response.status_code == httpx.codes.PARTIAL_CONTENT else start
         for received in response.iter_bytes():
             chunk, skip = received[skip:], max(0, skip - len(received))

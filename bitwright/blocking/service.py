@@ -39,7 +39,7 @@ class Bitwright:
         timeout: seconds without any byte after which an answer counts as lost.
 
     Raises:
-        InvalidSettings: the address is none.
+        InvalidSettings: the address is invalid.
     """
 
     def __init__(
@@ -118,7 +118,7 @@ class Jobs(_Resource):
         metadata: Mapping[str, str] | None = None,
         limit: int = 50,
     ) -> Iterator[Job]:
-        """All jobs that match, newest first; `limit` is the size of the pages in which they are asked for."""
+        """All jobs that match, newest first; `limit` is the page size of the requests."""
         jobs = self._client.jobs(status=status, method=method, model=model, metadata=metadata, limit=limit)
         return (Job(self._client, view) for view in jobs)
 
@@ -172,7 +172,7 @@ class Uploads(_Resource):
         return self._client.upload_status(upload_id)
 
     def list(self, *, status: str | None = None, limit: int = 50) -> Generator[UploadView, None, None]:
-        """All uploads, newest first; `status` is `open` or `complete`, `limit` the size of the pages."""
+        """All uploads, newest first; `status` is `open` or `complete`, `limit` the page size."""
         return self._client.uploads(status=status, limit=limit)
 
 

@@ -70,7 +70,7 @@ class Transport:
 
     @contextmanager
     def stream(self, path: str, *, headers: Mapping[str, str], read_timeout: float) -> Iterator[httpx.Response]:
-        """One GET whose body is read as it comes. Not retried here: the caller knows where to go on.
+        """One GET whose body is read as it comes. Not retried here: the caller knows where to resume.
 
         Raises:
             httpx.TransportError: the connection could not be made, or broke.

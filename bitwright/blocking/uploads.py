@@ -27,7 +27,7 @@ def send_files(transport: Transport, upload: UploadView, files: Sequence[Path], 
 
 
 def _complete(transport: Transport, upload_id: str) -> UploadView:
-    """Wait until the service has checked every byte, however long that takes: meanwhile it answers that it is busy."""
+    """Wait until the service has checked every byte, however long that takes: it reports that it is still checking."""
     while True:
         with suppress(RequestInProgress):
             headers = {"Idempotency-Key": f"complete-{upload_id}"}
@@ -41,8 +41,8 @@ def _send_file(transport: Transport, upload_id: str, remote: UploadFileView, pat
     on_bytes(offset)
     with path.open("rb") as file:
         while offset < remote.size:
-            part = in_thread(read_part, file, offset, remote.size)
-            reached = _send_part(transport, url, part, offset, remote.size)
+            content = in_thread(read_part, file, offset, remote.size)
+            reached = _send_part(transport, url, content, offset, remote.size)
             failures = 0 if reached > offset else failures + 1
             if failures >= transport.retry.attempts:
                 raise Unavailable(f"the service takes no more of {remote.name} after {offset} bytes")
@@ -52,13 +52,13 @@ def _send_file(transport: Transport, upload_id: str, remote: UploadFileView, pat
             offset = reached
 
 
-def _send_part(transport: Transport, url: str, part: bytes, offset: int, size: int) -> int:
-    """Send one part; the offset that the service has reached, whatever became of the answer."""
-    end = offset + len(part)
+def _send_part(transport: Transport, url: str, content: bytes, offset: int, size: int) -> int:
+    """Send one part; returns the offset that the service has reached, even if its answer was lost."""
+    end = offset + len(content)
     headers = {"Content-Range": f"bytes {offset}-{end - 1}/{size}"}
     try:
-        response = transport.send("PUT", url, content=part, headers=headers)
+        response = transport.send("PUT", url, content=content, headers=headers)
     except Conflict:
-        # An earlier try of this part did arrive, though its answer was lost.
+        # A previous try of this part did arrive, though its answer was lost.
         response = transport.send("HEAD", url)
     return offset_reached(response.headers.get("Upload-Offset"), end)
