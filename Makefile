@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm results lint format docs docs-site types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm results lint format client docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -57,6 +57,9 @@ results: $(VENV)/.test ## Measure the missing cells of docs/results.md: make res
 lint: $(VENV)/.dev ## Check style and format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+client: $(VENV)/.dev ## Write the blocking client, which is made from the asynchronous one
+	$(BIN)/python -m tests.bitwright.made_client
 
 docs: $(VENV)/.test ## Write the parts of the documentation that are made from the code
 	$(BIN)/python -m tests.documentation

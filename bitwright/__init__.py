@@ -4,31 +4,35 @@
         job = client.jobs.create(model="HuggingFaceTB/SmolLM2-135M", method="signround", bits=4)
         job.wait().download("smollm2-w4")
 
-`AsyncBitwright` is the same for an event loop; `Client` is the lower layer, one method per endpoint. Errors are the
-classes of `bitwright.errors`, by the code that the service sent; a service that cannot be reached is `Unavailable`.
+`AsyncBitwright` is the same for an event loop, from the same source. `Client` and `AsyncClient` are the lower layer,
+one method per endpoint. Errors are the classes of `bitwright.errors`, by the code that the service sent; a service that
+cannot be reached is `Unavailable`.
 """
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from bitwright.client import Client
+    from bitwright.asynchronous.client import AsyncClient
+    from bitwright.asynchronous.job import AsyncJob
+    from bitwright.asynchronous.service import AsyncBitwright
+    from bitwright.blocking.client import Client
+    from bitwright.blocking.job import Job
+    from bitwright.blocking.service import Bitwright
     from bitwright.errors import BitwrightError
-    from bitwright.resources.asynchronous import AsyncBitwright, AsyncJob
-    from bitwright.resources.blocking import Bitwright
-    from bitwright.resources.job import Job
-    from bitwright.transport import RetryPolicy
+    from bitwright.retries import RetryPolicy
 
-__all__ = ["AsyncBitwright", "AsyncJob", "Bitwright", "BitwrightError", "Client", "Job", "RetryPolicy"]
+__all__ = ["AsyncBitwright", "AsyncClient", "AsyncJob", "Bitwright", "BitwrightError", "Client", "Job", "RetryPolicy"]
 
 _PLACES = {
-    "AsyncBitwright": "bitwright.resources.asynchronous",
-    "AsyncJob": "bitwright.resources.asynchronous",
-    "Bitwright": "bitwright.resources.blocking",
+    "AsyncBitwright": "bitwright.asynchronous.service",
+    "AsyncClient": "bitwright.asynchronous.client",
+    "AsyncJob": "bitwright.asynchronous.job",
+    "Bitwright": "bitwright.blocking.service",
     "BitwrightError": "bitwright.errors",
-    "Client": "bitwright.client",
-    "Job": "bitwright.resources.job",
-    "RetryPolicy": "bitwright.transport",
+    "Client": "bitwright.blocking.client",
+    "Job": "bitwright.blocking.job",
+    "RetryPolicy": "bitwright.retries",
 }
 
 

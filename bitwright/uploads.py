@@ -1,16 +1,13 @@
-"""Files to the service in parts. A part that was lost is sent again from the offset that the service names."""
+"""Files of an upload on this machine: the choice among them, their description, and their parts."""
 
 import re
-import time
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import quote
+from typing import BinaryIO
 
-from bitwright.downloads import OnBytes, sha256_of
-from bitwright.errors import Conflict, RequestError, RequestInProgress, Unavailable
-from bitwright.transport import Transport
+from bitwright.downloads import sha256_of
+from bitwright.errors import RequestError
 from bitwright.views import UploadFileSpec, UploadFileView, UploadView
 
 PART_BYTES = 8 << 20
@@ -80,61 +77,35 @@ def describe_files(files: Sequence[Path]) -> list[UploadFileSpec]:
     return [UploadFileSpec(name=file.name, size=file.stat().st_size, sha256=sha256_of(file)) for file in files]
 
 
-def send_files(transport: Transport, upload: UploadView, files: Sequence[Path], on_bytes: OnBytes) -> UploadView:
-    """Send what the service does not have yet, and complete the upload.
+def match_files(upload: UploadView, files: Sequence[Path]) -> list[tuple[UploadFileView, Path]]:
+    """Each file of the upload with the local one of its name.
 
     Raises:
         RequestError: `files` are not those of the upload.
-        Unavailable: parts failed more often in a row than the retry policy allows.
     """
     local = {file.name: file for file in files}
     for remote in upload.files:
         if remote.name not in local:
             hint = "name the same files as when the upload began"
             raise RequestError(f"upload {upload.id} wants a file named {remote.name}", field="files", hint=hint)
-        _send_file(transport, upload.id, remote, local[remote.name], on_bytes)
-    return _complete(transport, upload.id)
+    return [(remote, local[remote.name]) for remote in upload.files]
 
 
-def _complete(transport: Transport, upload_id: str) -> UploadView:
-    """Wait until the service has checked every byte, however long that takes: it reports that it is still checking."""
-    while True:
-        with suppress(RequestInProgress):
-            headers = {"Idempotency-Key": f"complete-{upload_id}"}
-            response = transport.send("POST", f"/v1/uploads/{upload_id}/complete", headers=headers)
-            return UploadView.model_validate_json(response.content)
+def read_part(file: BinaryIO, offset: int, size: int) -> bytes:
+    """The next bytes to send of a file of `size` bytes, PART_BYTES at the most.
+
+    Raises:
+        RequestError: the file has become shorter.
+    """
+    file.seek(offset)
+    content = file.read(min(PART_BYTES, size - offset))
+    if not content:
+        path = Path(file.name)
+        hint = "send it again when nothing writes to it any more"
+        raise RequestError(f"{path} became shorter while it was sent", field="files", value=path.name, hint=hint)
+    return content
 
 
-def _send_file(transport: Transport, upload_id: str, remote: UploadFileView, path: Path, on_bytes: OnBytes) -> None:
-    url = f"/v1/uploads/{upload_id}/files/{quote(remote.name, safe='')}"
-    offset, failures = remote.offset, 0
-    on_bytes(offset)
-    with path.open("rb") as file:
-        while offset < remote.size:
-            file.seek(offset)
-            content = file.read(min(PART_BYTES, remote.size - offset))
-            if not content:
-                hint = "send it again when nothing writes to it any more"
-                raise RequestError(
-                    f"{path} became shorter while it was sent", field="files", value=path.name, hint=hint
-                )
-            reached = _send_part(transport, url, content, offset, remote.size)
-            failures = 0 if reached > offset else failures + 1
-            if failures >= transport.retry.attempts:
-                raise Unavailable(f"the service takes no more of {remote.name} after {offset} bytes")
-            if failures:
-                time.sleep(transport.retry.delay(failures))
-            on_bytes(reached - offset)
-            offset = reached
-
-
-def _send_part(transport: Transport, url: str, content: bytes, offset: int, size: int) -> int:
-    """Send one part; returns the offset that the service has reached, even if its answer was lost."""
-    content_range = f"bytes {offset}-{offset + len(content) - 1}/{size}"
-    try:
-        response = transport.send("PUT", url, content=content, headers={"Content-Range": content_range})
-    except Conflict:
-        # A previous try of this part did arrive, though its answer was lost.
-        response = transport.send("HEAD", url)
-    reached = response.headers.get("Upload-Offset", "")
-    return int(reached) if re.fullmatch(r"[0-9]+", reached) else offset + len(content)
+def offset_reached(upload_offset: str | None, sent: int) -> int:
+    """The offset that an answer's Upload-Offset names; `sent` where it names none."""
+    return int(upload_offset) if upload_offset and re.fullmatch(r"[0-9]+", upload_offset) else sent

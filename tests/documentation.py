@@ -31,7 +31,8 @@ FOLDERS = MappingProxyType(
     {
         "bitwright": "What users install: client, commands, and the types shared with the service",
         "bitwright/cli": "The user's commands",
-        "bitwright/resources": "Jobs, uploads and methods as objects, for blocking programs and for event loops",
+        "bitwright/asynchronous": "The client for event loops, and the source of the blocking one",
+        "bitwright/blocking": "The client for blocking programs, made from the asynchronous one",
         "app": "The service without torch: API, store, the operator's commands",
         "app/domain": "Pure types: pydantic and the standard library only",
         "app/domain/request": "The request: shorthand, recipes, sources, problems",

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from bitwright.client import Client
+from bitwright import Client
 from bitwright.endpoint import find_endpoint
 
 UrlOption = Annotated[

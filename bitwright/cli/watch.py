@@ -1,6 +1,7 @@
 """`bitwright watch`: a job as it runs. Live bars on a terminal, plain lines elsewhere."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib.util import find_spec
 from typing import Annotated, Protocol
 
@@ -65,8 +66,16 @@ def finish(job: JobView, artifacts: Sequence[ArtifactView], *, as_json: bool) ->
 
 def follow_job(client: Client, job_id: str, console: Console) -> JobView:
     """Show the job's events on `console` until it is final; the final job."""
+    with shown_on(console) as show:
+        return client.wait(job_id, on_event=show)
+
+
+@contextmanager
+def shown_on(console: Console) -> Iterator[Callable[[EventView], None]]:
+    """A function that shows one event after the other on `console`: as bars, or as lines where there can be none."""
     if not (console.is_terminal or (console.is_jupyter and find_spec("ipywidgets"))):
-        return client.wait(job_id, on_event=PlainView(console).show)
+        yield PlainView(console).show
+        return
     columns = (
         TextColumn("{task.description:<10}"),
         BarColumn(bar_width=30),
@@ -75,7 +84,7 @@ def follow_job(client: Client, job_id: str, console: Console) -> JobView:
         TextColumn("{task.fields[note]}"),
     )
     with Progress(*columns, console=console) as progress:
-        return client.wait(job_id, on_event=LiveView(progress).show)
+        yield LiveView(progress).show
 
 
 class View(Protocol):

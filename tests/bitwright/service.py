@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import uvicorn
 
@@ -18,10 +19,11 @@ from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import BlobStore, open_blobs
 from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database, migrate
-from bitwright import Client, RetryPolicy
+from bitwright import AsyncBitwright, AsyncClient, Bitwright, Client, RetryPolicy
 from bitwright.errors import BitwrightError
 from bitwright.job_states import DeviceClass
 from bitwright.report import Report
+from tests.bitwright.driven import Driven
 from tests.reports import report
 
 QUICK = RetryPolicy(attempts=4, first_seconds=0.01, longest_seconds=0.05)
@@ -36,13 +38,28 @@ class Service:
     database: Database
     blobs: BlobStore
     folder: Path
+    asynchronous: bool = False
+    """Clients are asynchronous ones."""
 
     @property
     def address(self) -> tuple[str, int]:
         return ("127.0.0.1", self.port)
 
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
     def client(self, url: str | None = None, retry: RetryPolicy = QUICK) -> Client:
-        return Client(url or f"http://127.0.0.1:{self.port}", self.key, retry=retry)
+        """A client of the kind that this service is asked with."""
+        if self.asynchronous:
+            return cast(Client, Driven(AsyncClient(url or self.url, self.key, retry=retry)))
+        return Client(url or self.url, self.key, retry=retry)
+
+    def resources(self) -> Bitwright:
+        """The same with resources."""
+        if self.asynchronous:
+            return cast(Bitwright, Driven(AsyncBitwright(self.url, self.key, retry=QUICK)))
+        return Bitwright(self.url, self.key, retry=QUICK)
 
     def claim(self) -> Claim:
         """Take the next job, as a worker does."""
@@ -98,7 +115,7 @@ class Service:
 
 
 @contextmanager
-def running_service(folder: Path) -> Iterator[Service]:
+def running_service(folder: Path, *, asynchronous: bool = False) -> Iterator[Service]:
     """Start the API in a thread on a free port."""
     settings = Settings(data_dir=folder, environment="test", event_poll_seconds=0.02)
     migrate(settings.database_url)
@@ -115,7 +132,7 @@ def running_service(folder: Path) -> Iterator[Service]:
             assert thread.is_alive()
             time.sleep(0.01)
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield Service(port, key, database, open_blobs(settings.blob_url), folder)
+        yield Service(port, key, database, open_blobs(settings.blob_url), folder, asynchronous)
     finally:
         server.should_exit = True
         thread.join()

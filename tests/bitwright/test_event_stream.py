@@ -3,11 +3,16 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bitwright.event_stream import ServerSentEvent, parse_events
+from bitwright.event_stream import EventParser, ServerSentEvent
 
 
 def parse(text: str) -> list[ServerSentEvent]:
-    return list(parse_events(text.splitlines()))
+    return read(text.splitlines())
+
+
+def read(lines: list[str]) -> list[ServerSentEvent]:
+    parser = EventParser()
+    return [event for line in lines if (event := parser.feed(line)) is not None]
 
 
 def test_data_over_several_lines() -> None:
@@ -37,4 +42,4 @@ LINE = st.text(st.characters(blacklist_categories=("Cs", "Cc", "Zl", "Zp")), max
 @given(st.lists(st.tuples(st.integers(1, 999), LINE.filter(bool)), max_size=5))
 def test_what_is_written_is_read(events: list[tuple[int, str]]) -> None:
     lines = [line for number, data in events for line in (f"id: {number}", "event: e", f"data: {data}", "")]
-    assert [(int(e.id), e.data) for e in parse_events(lines)] == events
+    assert [(int(e.id), e.data) for e in read(lines)] == events

@@ -11,6 +11,7 @@ from bitwright.views import EventView
 from tests.bitwright.cutting_proxy import CutAnswer, CuttingProxy, Fate, Pass
 from tests.bitwright.service import Service
 
+BOTH_CLIENTS = True
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}
 BLOCKS = 12
 

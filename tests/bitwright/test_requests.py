@@ -1,6 +1,7 @@
 """Requests that meet a busy service, a lost answer, or a refusal."""
 
 import socket
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -8,10 +9,11 @@ import pytest
 from bitwright import Client, RetryPolicy
 from bitwright.errors import IllegalTransition, InvalidRequest, NotFound, RequestError, Unauthenticated, Unavailable
 from bitwright.job_states import JobStatus
-from bitwright.transport import retry_after
+from bitwright.retries import retry_after
 from tests.bitwright.cutting_proxy import CutAnswer, CuttingProxy, Refuse
 from tests.bitwright.service import QUICK, Service
 
+BOTH_CLIENTS = True
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}
 
 
@@ -92,8 +94,7 @@ def test_errors_are_the_classes_of_their_codes(service: Service) -> None:
             client.retry(job.id)
         with pytest.raises(NotFound):
             client.job("job_00000000000000000000000000")
-    stranger = Client(f"http://127.0.0.1:{service.port}", "bw_wrong", retry=QUICK)
-    with stranger, pytest.raises(Unauthenticated):
+    with replace(service, key="bw_wrong").client() as stranger, pytest.raises(Unauthenticated):
         stranger.methods()
 
 

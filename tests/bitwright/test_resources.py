@@ -1,6 +1,5 @@
-"""`Bitwright` and its async twin against a real service: resources, pages, events, downloads."""
+"""`Bitwright` and `AsyncBitwright` against a real service: resources, pages, events, downloads."""
 
-import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,21 +8,22 @@ import pytest
 
 import bitwright
 from app.domain.request.job_request import JobRequest
-from bitwright import AsyncBitwright, Bitwright
+from bitwright import Bitwright
 from bitwright.endpoint import Endpoint, save_endpoint
 from bitwright.errors import CorruptCheckpoint, InvalidRequest, InvalidSettings
+from bitwright.job_fields import JobFields
 from bitwright.job_states import JobStatus
 from bitwright.request import RequestView
-from bitwright.resources.job_fields import JobFields
-from tests.bitwright.service import QUICK, Service
+from tests.bitwright.service import Service
 from tests.reports import BARE
 
+BOTH_CLIENTS = True
 FILES = {"model.safetensors": b"weights", "config.json": b"{}"}
 
 
 @pytest.fixture
 def client(service: Service) -> Iterator[Bitwright]:
-    with Bitwright(f"http://127.0.0.1:{service.port}", service.key, retry=QUICK) as opened:
+    with service.resources() as opened:
         yield opened
 
 
@@ -114,23 +114,6 @@ def test_address_and_key_come_from_arguments_the_environment_or_a_service_of_thi
     assert address("http://127.0.0.1:7") == "http://127.0.0.1:7"
     with pytest.raises(InvalidSettings, match="scheme"):
         Bitwright("quantize.example")
-
-
-def test_the_async_twin_does_the_same(service: Service, tmp_path: Path) -> None:
-    cancel_all(service)
-
-    async def steps() -> None:
-        async with AsyncBitwright(f"http://127.0.0.1:{service.port}", service.key, retry=QUICK) as client:
-            job = await client.jobs.create(model="org/name", method="rtn", metadata={"twin": "yes"})
-            service.succeed_with(service.claim(), {"compressed-tensors": FILES}, BARE)
-            seen = [event.sequence async for event in job.events()]
-            await job.wait()
-            assert seen == list(range(1, job.view.last_event + 1))
-            assert {path.name for path in await job.download(tmp_path / "twin")} == set(FILES)
-            assert [same.id async for same in client.jobs.list(metadata={"twin": "yes"})] == [job.id]
-            assert "rtn" in [method.name for method in (await client.methods()).items]
-
-    asyncio.run(steps())
 
 
 def test_a_request_of_a_newer_service_is_read_and_written_back_as_it_came() -> None:

@@ -16,6 +16,7 @@ from bitwright.views import ArtifactView
 from tests.bitwright.cutting_proxy import Corrupt, CutAnswer, CuttingProxy, Fate, Pass
 from tests.bitwright.service import Service
 
+BOTH_CLIENTS = True
 REQUEST = {"model": "org/name", "method": "rtn", "bits": 4}
 CONTENT = random.Random(0).randbytes(3_000_000)
 FILES = {"model.safetensors": CONTENT, "config.json": b"{}", "deep/er/empty.txt": b""}

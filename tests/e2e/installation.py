@@ -20,9 +20,9 @@ from app.store.jobs import JobRepository
 from app.store.keys import ensure_tenant, issue_key
 from app.store.models import Attempt, Job
 from app.store.session import Database
-from bitwright.client import Client
+from bitwright import Client
 from bitwright.events import Event
-from bitwright.transport import RetryPolicy
+from bitwright.retries import RetryPolicy
 from tests.servers import free_port
 from tests.supervise.bench import alive, wait_for
 

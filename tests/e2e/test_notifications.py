@@ -11,7 +11,7 @@ import pytest
 import redis
 
 from app.store.workers import forget_workers
-from bitwright.client import Client
+from bitwright import Client
 from tests.e2e.installation import Installation
 from tests.supervise.bench import wait_for
 

@@ -39,7 +39,10 @@ class RankPair:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        # Forked from a process that has loaded torch for both; a GPU's driver is better met by new processes.
+        spawn, fork = multiprocessing.get_context("spawn"), multiprocessing.get_context("forkserver")
+        fork.set_forkserver_preload([__name__])
+        context = spawn if torch.cuda.is_available() else fork
         self._connections: list[Connection] = []
         self._processes = []
         for rank in range(SIZE):

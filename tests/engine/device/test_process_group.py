@@ -12,7 +12,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
 from app.domain.request.job_request import JobRequest
@@ -21,15 +20,13 @@ from bitwright.events import BlockEvent, LogEvent
 from bitwright.report import Report
 from tests.engine.conftest import TEXTS, run_job
 from tests.engine.device.rank_pair import SIZE, RankPair, RankRun, run_job_on_ranks
+from tests.engine.device.steps_of_ranks import batches_of, splits_of, steps_of_ranks, union
 from tests.engine.tune.test_tuner import RecordedWeights, weights_of
 from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningOutcome, TuningSettings
 from workers.engine.device.process_group import ProcessGroup, checksum, joined
-from workers.engine.tune import sample_order
-from workers.engine.tune import tuner as tuning
-from workers.engine.tune.sample_order import minibatches, split
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -114,22 +111,6 @@ def shared_task(processes: ProcessGroup) -> BlockTask:
     return replace(task, inputs=inputs, inputs_fp=inputs, targets=targets, tune=Tuner(processes=processes).tune)
 
 
-def union(local: Callable[[int], Tensor]) -> Tensor:
-    """Indices among all samples of what each rank has picked among its own; along the last dimension."""
-    return torch.cat([local(rank) * SIZE + rank for rank in range(SIZE)], dim=-1)
-
-
-def splits_of(samples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    shares = [len(range(rank, samples, SIZE)) for rank in range(SIZE)]
-    return [split(share, seed, sample_order.MOST_HELD_OUT // SIZE) for share in shares]
-
-
-def batches_of(samples: int, settings: TuningSettings, seed: int) -> Tensor:
-    """Every step's minibatch of all ranks together, as indices among all samples."""
-    own = replace(settings, batch_size=settings.batch_size // SIZE)
-    return union(lambda rank: minibatches(splits_of(samples, seed)[rank][0], own, seed))
-
-
 def tune_recorded(processes: ProcessGroup, moves: float) -> tuple[TuningOutcome, RecordedWeights]:
     task = shared_task(processes)
     weights = weights_of(task, moves=moves)
@@ -167,21 +148,11 @@ def tuned(processes: ProcessGroup) -> BlockResult:
     return SignRound().quantize_block(task, SignRoundSpec(steps=40, batch_size=8, scale_search=False))
 
 
-def test_two_ranks_tune_as_one_process_does_with_their_batches(
-    pair: RankPair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_two_ranks_tune_as_one_process_does_with_their_batches(pair: RankPair, tmp_path: Path) -> None:
     first, second = run_on_both(pair, connected, tmp_path / "store", tuned)
 
-    def split_as_ranks(samples: int, seed: int, most: int = 0) -> tuple[Tensor, Tensor]:
-        parts = splits_of(samples, seed)
-        return union(lambda rank: parts[rank][0]), union(lambda rank: parts[rank][1])
-
-    def batches_as_ranks(_: Tensor, settings: TuningSettings, seed: int) -> Tensor:
-        return batches_of(32, settings, seed)
-
-    monkeypatch.setattr(tuning, "split", split_as_ranks)
-    monkeypatch.setattr(tuning, "minibatches", batches_as_ranks)
-    one = SignRound().quantize_block(double_task(), SignRoundSpec(steps=40, batch_size=8, scale_search=False))
+    with steps_of_ranks(32):
+        one = SignRound().quantize_block(double_task(), SignRoundSpec(steps=40, batch_size=8, scale_search=False))
     assert one.loss is not None
     assert one.loss_initial is not None
     assert one.loss < 0.9 * one.loss_initial

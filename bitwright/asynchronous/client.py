@@ -1,23 +1,28 @@
 """The client: one method per endpoint, and operations that combine several."""
 
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from contextlib import aclosing
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import BaseModel
 
+from bitwright.asynchronous.downloads import download_artifact
+from bitwright.asynchronous.following import follow
+from bitwright.asynchronous.transport import AsyncTransport
+from bitwright.asynchronous.uploads import send_files
+from bitwright.asynchronous.waits import in_thread
 from bitwright.delivery import delivery
-from bitwright.downloads import OnBytes, download_artifact, ignore_bytes, subfolder, target_path
+from bitwright.downloads import OnBytes, ignore_bytes, subfolder, target_path
 from bitwright.endpoint import DEFAULT_URL
 from bitwright.errors import NotFound, RequestError
-from bitwright.event_stream import follow
 from bitwright.folders import claim_folder
 from bitwright.formats import NATIVE
 from bitwright.job_states import JobStatus
-from bitwright.transport import RetryPolicy, Transport
-from bitwright.uploads import choose_files, describe_files, send_files
+from bitwright.retries import RetryPolicy
+from bitwright.uploads import choose_files, describe_files
 from bitwright.views import (
     ArtifactView,
     EventPage,
@@ -29,12 +34,15 @@ from bitwright.views import (
     PreflightView,
     UploadRequest,
     UploadView,
+    View,
     WorkerView,
 )
 
+ViewT = TypeVar("ViewT", bound=View)
 
-class Client:
-    """Bitwright's HTTP API. Not bound to a thread, but use one client per thread.
+
+class AsyncClient:
+    """Bitwright's HTTP API, one method per endpoint. Use one client per thread or event loop.
 
     Args:
         url: address of the service.
@@ -46,21 +54,21 @@ class Client:
     def __init__(
         self, url: str = DEFAULT_URL, key: str | None = None, *, retry: RetryPolicy | None = None, timeout: float = 30.0
     ) -> None:
-        self._transport = Transport(url, key, retry=retry or RetryPolicy(), timeout=timeout)
+        self._transport = AsyncTransport(url, key, retry=retry or RetryPolicy(), timeout=timeout)
 
-    def __enter__(self) -> Self:
+    async def __aenter__(self) -> Self:
         return self
 
-    def __exit__(
+    async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        await self.close()
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Close the connections."""
-        self._transport.close()
+        await self._transport.close()
 
-    def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
+    async def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
         """Queue a job. `body` is the shorthand or the full form of a request.
 
         A new key is generated per call, so that a repeated request never makes a second job; give
@@ -70,27 +78,20 @@ class Client:
             InvalidRequest: with all problems in `errors`.
         """
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
-        return JobView.model_validate_json(
-            self._transport.send("POST", "/v1/jobs", json=_plain(body), headers=headers).content
-        )
+        return await self._read(JobView, "POST", "/v1/jobs", json=_plain(body), headers=headers)
 
-    def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
+    async def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
         """The full request that `submit` would queue, with estimates and warnings; nothing is stored."""
         # Nothing is stored, so any key makes a repeat safe.
-        response = self._transport.send(
-            "POST",
-            "/v1/jobs",
-            params={"dry_run": "true"},
-            json=_plain(body),
-            headers={"Idempotency-Key": str(uuid.uuid4())},
-        )
-        return PreflightView.model_validate_json(response.content)
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        query = {"dry_run": "true"}
+        return await self._read(PreflightView, "POST", "/v1/jobs", params=query, json=_plain(body), headers=headers)
 
-    def job(self, job_id: str) -> JobView:
+    async def job(self, job_id: str) -> JobView:
         """The job as it is now."""
-        return JobView.model_validate_json(self._transport.send("GET", f"/v1/jobs/{job_id}").content)
+        return await self._read(JobView, "GET", f"/v1/jobs/{job_id}")
 
-    def jobs_page(
+    async def jobs_page(
         self,
         *,
         after: str | None = None,
@@ -104,55 +105,56 @@ class Client:
         params: dict[str, Any] = {"limit": limit, "after": after, "status": status, "method": method, "model": model}
         params = {name: value for name, value in params.items() if value is not None}
         params |= {f"metadata.{name}": value for name, value in (metadata or {}).items()}
-        return Page[JobView].model_validate_json(self._transport.send("GET", "/v1/jobs", params=params).content)
+        return await self._read(Page[JobView], "GET", "/v1/jobs", params=params)
 
-    def jobs(self, **filters: Any) -> Iterator[JobView]:
+    async def jobs(self, **filters: Any) -> AsyncGenerator[JobView, None]:
         """All jobs that match, newest first, page by page. Filters as in `jobs_page`."""
-        page = self.jobs_page(**filters)
-        yield from page.items
-        while page.next_cursor is not None:
-            page = self.jobs_page(**filters | {"after": page.next_cursor})
-            yield from page.items
+        after = filters.pop("after", None)
+        while True:
+            page = await self.jobs_page(after=after, **filters)
+            for job in page.items:
+                yield job
+            if (after := page.next_cursor) is None:
+                return
 
-    def cancel(self, job_id: str) -> JobView:
+    async def cancel(self, job_id: str) -> JobView:
         """End the job; a running one stops within seconds."""
-        return JobView.model_validate_json(self._transport.send("POST", f"/v1/jobs/{job_id}/cancel").content)
+        return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/cancel")
 
-    def retry(self, job_id: str) -> JobView:
+    async def retry(self, job_id: str) -> JobView:
         """Queue a failed or cancelled job again; finished blocks are kept."""
-        return JobView.model_validate_json(self._transport.send("POST", f"/v1/jobs/{job_id}/retry").content)
+        return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry")
 
-    def delete(self, job_id: str) -> None:
+    async def delete(self, job_id: str) -> None:
         """Remove a final job and its artifacts."""
-        self._transport.send("DELETE", f"/v1/jobs/{job_id}")
+        await self._transport.send("DELETE", f"/v1/jobs/{job_id}")
 
-    def events_page(self, job_id: str, *, after: int = 0, limit: int = 100) -> EventPage:
+    async def events_page(self, job_id: str, *, after: int = 0, limit: int = 100) -> EventPage:
         """Stored events with a sequence above `after`."""
         params = {"after": after, "limit": limit}
-        response = self._transport.send("GET", f"/v1/jobs/{job_id}/events", params=params)
-        return EventPage.model_validate_json(response.content)
+        return await self._read(EventPage, "GET", f"/v1/jobs/{job_id}/events", params=params)
 
-    def events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
+    def events(self, job_id: str, *, after: int = 0) -> AsyncGenerator[EventView, None]:
         """Events as they happen, from the one after `after` until the job is final; survives cut connections."""
         return follow(self._transport, job_id, after=after, get_job=self.job)
 
-    def wait(self, job_id: str, on_event: Callable[[EventView], None] | None = None) -> JobView:
+    async def wait(self, job_id: str, on_event: Callable[[EventView], None] | None = None) -> JobView:
         """Follow the job until it is final; the final job."""
-        for event in self.events(job_id):
-            if on_event is not None:
-                on_event(event)
-        return self.job(job_id)
+        async with aclosing(self.events(job_id)) as events:
+            async for event in events:
+                if on_event is not None:
+                    on_event(event)
+        return await self.job(job_id)
 
-    def artifacts(self, job_id: str) -> list[ArtifactView]:
+    async def artifacts(self, job_id: str) -> list[ArtifactView]:
         """All files of a succeeded job."""
-        response = self._transport.send("GET", f"/v1/jobs/{job_id}/artifacts")
-        return Page[ArtifactView].model_validate_json(response.content).items
+        return (await self._read(Page[ArtifactView], "GET", f"/v1/jobs/{job_id}/artifacts")).items
 
-    def download_artifact(self, artifact: ArtifactView, folder: Path, on_bytes: OnBytes = ignore_bytes) -> Path:
+    async def download_artifact(self, artifact: ArtifactView, folder: Path, on_bytes: OnBytes = ignore_bytes) -> Path:
         """One file under `folder`, resumed if it is partly there, checked by its SHA-256."""
-        return download_artifact(self._transport, artifact, folder, on_bytes)
+        return await download_artifact(self._transport, artifact, folder, on_bytes)
 
-    def download(
+    async def download(
         self,
         job_id: str,
         folder: Path,
@@ -171,23 +173,25 @@ class Client:
             NotFound: the job has no such checkpoint.
             StorageError: a file does not have the hash that the service promised.
         """
-        return self.download_parts(self.parts(job_id, folder, format=format), folder, force=force, on_bytes=on_bytes)
+        return await self.download_parts(
+            await self.parts(job_id, folder, format=format), folder, force=force, on_bytes=on_bytes
+        )
 
-    def parts(self, job_id: str, folder: Path, *, format: str | None = None) -> dict[Path, list[ArtifactView]]:
+    async def parts(self, job_id: str, folder: Path, *, format: str | None = None) -> dict[Path, list[ArtifactView]]:
         """The artifacts that `download` would bring, by target folder: `folder` itself, or folders below it."""
-        artifacts = self.artifacts(job_id)
+        artifacts = await self.artifacts(job_id)
         kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
         if not kept or (format is not None and format not in kept):
             there = ", ".join(kept) or "none (it has not succeeded)"
             chosen = format or NATIVE
             raise NotFound(f"job {job_id} has no {chosen} checkpoint; it has: {there}", field="format", value=chosen)
-        together = (format,) if format is not None else delivery(kept, self.job(job_id).request)
+        together = (format,) if format is not None else delivery(kept, (await self.job(job_id)).request)
         return {
             subfolder(folder, name) if len(together) > 1 else folder: [a for a in artifacts if a.format == name]
             for name in together
         }
 
-    def download_parts(
+    async def download_parts(
         self,
         parts: Mapping[Path, Sequence[ArtifactView]],
         folder: Path,
@@ -196,65 +200,73 @@ class Client:
         on_bytes: OnBytes = ignore_bytes,
     ) -> list[Path]:
         """Download what `parts` returned; arguments and errors as of `download`."""
-        done, files = claim_folder(folder, parts, force=force), []
+        done, files = await in_thread(claim_folder, folder, parts, force=force), list[Path]()
         for destination, artifacts in parts.items():
             for artifact in artifacts:
                 target = target_path(destination, artifact)
                 if target in done:
                     on_bytes(artifact.size)
                 else:
-                    self.download_artifact(artifact, destination, on_bytes)
+                    await self.download_artifact(artifact, destination, on_bytes)
                 files.append(target)
         return files
 
-    def upload(
+    async def upload(
         self, files: Sequence[Path], *, upload_id: str | None = None, on_bytes: OnBytes = ignore_bytes
     ) -> UploadView:
         """Send files, or those of a folder; with `upload_id`, go on with an upload that was cut off."""
-        files = choose_files(files).files
+        files = (await in_thread(choose_files, files)).files
         if upload_id is not None:
-            return send_files(self._transport, self.upload_status(upload_id), files, on_bytes)
-        body = UploadRequest(files=describe_files(files)).model_dump(mode="json")
+            return await send_files(self._transport, await self.upload_status(upload_id), files, on_bytes)
+        body = UploadRequest(files=await in_thread(describe_files, files)).model_dump(mode="json")
         headers = {"Idempotency-Key": str(uuid.uuid4())}
-        response = self._transport.send("POST", "/v1/uploads", json=body, headers=headers)
-        return send_files(self._transport, UploadView.model_validate_json(response.content), files, on_bytes)
+        upload = await self._read(UploadView, "POST", "/v1/uploads", json=body, headers=headers)
+        return await send_files(self._transport, upload, files, on_bytes)
 
-    def upload_status(self, upload_id: str) -> UploadView:
+    async def upload_status(self, upload_id: str) -> UploadView:
         """An upload and how much of each file has arrived."""
-        return UploadView.model_validate_json(self._transport.send("GET", f"/v1/uploads/{upload_id}").content)
+        return await self._read(UploadView, "GET", f"/v1/uploads/{upload_id}")
 
-    def uploads_page(self, *, after: str | None = None, limit: int = 50, status: str | None = None) -> Page[UploadView]:
+    async def uploads_page(
+        self, *, after: str | None = None, limit: int = 50, status: str | None = None
+    ) -> Page[UploadView]:
         """One page of uploads, newest first; `status` is `open` or `complete`."""
         given = {"after": after, "limit": limit, "status": status}
         params = {name: value for name, value in given.items() if value is not None}
-        return Page[UploadView].model_validate_json(self._transport.send("GET", "/v1/uploads", params=params).content)
+        return await self._read(Page[UploadView], "GET", "/v1/uploads", params=params)
 
-    def uploads(self, **filters: Any) -> Iterator[UploadView]:
+    async def uploads(self, **filters: Any) -> AsyncGenerator[UploadView, None]:
         """All uploads, newest first, page by page. Filters as in `uploads_page`."""
-        page = self.uploads_page(**filters)
-        yield from page.items
-        while page.next_cursor is not None:
-            page = self.uploads_page(**filters | {"after": page.next_cursor})
-            yield from page.items
+        after = filters.pop("after", None)
+        while True:
+            page = await self.uploads_page(after=after, **filters)
+            for upload in page.items:
+                yield upload
+            if (after := page.next_cursor) is None:
+                return
 
-    def methods(self) -> MethodList:
+    async def methods(self) -> MethodList:
         """Methods and recipes, with the JSON Schema of their parameters."""
-        return MethodList.model_validate_json(self._transport.send("GET", "/v1/methods").content)
+        return await self._read(MethodList, "GET", "/v1/methods")
 
-    def formats(self) -> list[FormatView]:
+    async def formats(self) -> list[FormatView]:
         """Export formats and the runtimes that load them."""
-        return Page[FormatView].model_validate_json(self._transport.send("GET", "/v1/formats").content).items
+        return (await self._read(Page[FormatView], "GET", "/v1/formats")).items
 
-    def workers(self) -> list[WorkerView]:
+    async def workers(self) -> list[WorkerView]:
         """Registered workers."""
-        return Page[WorkerView].model_validate_json(self._transport.send("GET", "/v1/workers").content).items
+        return (await self._read(Page[WorkerView], "GET", "/v1/workers")).items
 
-    def ready(self) -> bool:
+    async def ready(self) -> bool:
         """True if the service can take jobs now."""
         try:
-            return self._transport.send("GET", "/readyz").is_success
+            return (await self._transport.send("GET", "/readyz")).is_success
         except RequestError:
             return False
+
+    async def _read(self, kind: type[ViewT], method: str, path: str, **options: Any) -> ViewT:
+        """The answer as a `kind`; options as of `AsyncTransport.send`."""
+        return kind.model_validate_json((await self._transport.send(method, path, **options)).content)
 
 
 def _plain(body: Mapping[str, Any] | BaseModel) -> object:

@@ -1,19 +1,21 @@
+# Made from bitwright/asynchronous/service.py by `make client`: change it there.
 """`Bitwright`: the service's resources, each with `create`, `list` and `retrieve`."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
 from typing import Self, Unpack
 
-from bitwright.client import Client
+from bitwright.blocking.client import Client
+from bitwright.blocking.job import Job
+from bitwright.blocking.waits import PROGRESS_BY_DEFAULT
 from bitwright.downloads import OnBytes, ignore_bytes
 from bitwright.endpoint import api_key as environment_key
 from bitwright.endpoint import find_endpoint, service_url
+from bitwright.job_fields import JobFields, JsonObject, request_body
 from bitwright.job_states import JobStatus
-from bitwright.resources.job import Job
-from bitwright.resources.job_fields import JobFields, JsonObject, request_body
-from bitwright.transport import RetryPolicy
+from bitwright.retries import RetryPolicy
 from bitwright.views import (
     ArtifactView,
     EventView,
@@ -120,11 +122,11 @@ class Jobs(_Resource):
         jobs = self._client.jobs(status=status, method=method, model=model, metadata=metadata, limit=limit)
         return (Job(self._client, view) for view in jobs)
 
-    def wait(self, job_id: str, *, progress: bool | None = None, check: bool = True) -> Job:
+    def wait(self, job_id: str, *, progress: bool | None = PROGRESS_BY_DEFAULT, check: bool = True) -> Job:
         """Follow the job until it is final; see `Job.wait`."""
         return self.retrieve(job_id).wait(progress=progress, check=check)
 
-    def events(self, job_id: str, *, after: int = 0) -> Iterator[EventView]:
+    def events(self, job_id: str, *, after: int = 0) -> Generator[EventView, None, None]:
         """Events as they happen, from the one after `after` until the job is final."""
         return self._client.events(job_id, after=after)
 
@@ -169,7 +171,7 @@ class Uploads(_Resource):
         """An upload and how much of each file has arrived."""
         return self._client.upload_status(upload_id)
 
-    def list(self, *, status: str | None = None, limit: int = 50) -> Iterator[UploadView]:
+    def list(self, *, status: str | None = None, limit: int = 50) -> Generator[UploadView, None, None]:
         """All uploads, newest first; `status` is `open` or `complete`, `limit` the page size."""
         return self._client.uploads(status=status, limit=limit)
 

@@ -1,0 +1,268 @@
+# Made from bitwright/asynchronous/client.py by `make client`: change it there.
+"""The client: one method per endpoint, and operations that combine several."""
+
+import uuid
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from pydantic import BaseModel
+
+from bitwright.blocking.downloads import download_artifact
+from bitwright.blocking.following import follow
+from bitwright.blocking.transport import Transport
+from bitwright.blocking.uploads import send_files
+from bitwright.blocking.waits import in_thread
+from bitwright.delivery import delivery
+from bitwright.downloads import OnBytes, ignore_bytes, subfolder, target_path
+from bitwright.endpoint import DEFAULT_URL
+from bitwright.errors import NotFound, RequestError
+from bitwright.folders import claim_folder
+from bitwright.formats import NATIVE
+from bitwright.job_states import JobStatus
+from bitwright.retries import RetryPolicy
+from bitwright.uploads import choose_files, describe_files
+from bitwright.views import (
+    ArtifactView,
+    EventPage,
+    EventView,
+    FormatView,
+    JobView,
+    MethodList,
+    Page,
+    PreflightView,
+    UploadRequest,
+    UploadView,
+    View,
+    WorkerView,
+)
+
+ViewT = TypeVar("ViewT", bound=View)
+
+
+class Client:
+    """Bitwright's HTTP API, one method per endpoint. Use one client per thread or event loop.
+
+    Args:
+        url: address of the service.
+        key: API key, "bw_...".
+        retry: how often and how long to try again.
+        timeout: seconds without any byte after which an answer counts as lost.
+    """
+
+    def __init__(
+        self, url: str = DEFAULT_URL, key: str | None = None, *, retry: RetryPolicy | None = None, timeout: float = 30.0
+    ) -> None:
+        self._transport = Transport(url, key, retry=retry or RetryPolicy(), timeout=timeout)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._transport.close()
+
+    def submit(self, body: Mapping[str, Any] | BaseModel, *, idempotency_key: str | None = None) -> JobView:
+        """Queue a job. `body` is the shorthand or the full form of a request.
+
+        A new key is generated per call, so that a repeated request never makes a second job; give
+        `idempotency_key` to have the same safety across processes.
+
+        Raises:
+            InvalidRequest: with all problems in `errors`.
+        """
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return self._read(JobView, "POST", "/v1/jobs", json=_plain(body), headers=headers)
+
+    def preflight(self, body: Mapping[str, Any] | BaseModel) -> PreflightView:
+        """The full request that `submit` would queue, with estimates and warnings; nothing is stored."""
+        # Nothing is stored, so any key makes a repeat safe.
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        query = {"dry_run": "true"}
+        return self._read(PreflightView, "POST", "/v1/jobs", params=query, json=_plain(body), headers=headers)
+
+    def job(self, job_id: str) -> JobView:
+        """The job as it is now."""
+        return self._read(JobView, "GET", f"/v1/jobs/{job_id}")
+
+    def jobs_page(
+        self,
+        *,
+        after: str | None = None,
+        limit: int = 50,
+        status: JobStatus | None = None,
+        method: str | None = None,
+        model: str | None = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> Page[JobView]:
+        """One page of jobs, newest first."""
+        params: dict[str, Any] = {"limit": limit, "after": after, "status": status, "method": method, "model": model}
+        params = {name: value for name, value in params.items() if value is not None}
+        params |= {f"metadata.{name}": value for name, value in (metadata or {}).items()}
+        return self._read(Page[JobView], "GET", "/v1/jobs", params=params)
+
+    def jobs(self, **filters: Any) -> Generator[JobView, None, None]:
+        """All jobs that match, newest first, page by page. Filters as in `jobs_page`."""
+        after = filters.pop("after", None)
+        while True:
+            page = self.jobs_page(after=after, **filters)
+            yield from page.items
+            if (after := page.next_cursor) is None:
+                return
+
+    def cancel(self, job_id: str) -> JobView:
+        """End the job; a running one stops within seconds."""
+        return self._read(JobView, "POST", f"/v1/jobs/{job_id}/cancel")
+
+    def retry(self, job_id: str) -> JobView:
+        """Queue a failed or cancelled job again; finished blocks are kept."""
+        return self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry")
+
+    def delete(self, job_id: str) -> None:
+        """Remove a final job and its artifacts."""
+        self._transport.send("DELETE", f"/v1/jobs/{job_id}")
+
+    def events_page(self, job_id: str, *, after: int = 0, limit: int = 100) -> EventPage:
+        """Stored events with a sequence above `after`."""
+        params = {"after": after, "limit": limit}
+        return self._read(EventPage, "GET", f"/v1/jobs/{job_id}/events", params=params)
+
+    def events(self, job_id: str, *, after: int = 0) -> Generator[EventView, None, None]:
+        """Events as they happen, from the one after `after` until the job is final; survives cut connections."""
+        return follow(self._transport, job_id, after=after, get_job=self.job)
+
+    def wait(self, job_id: str, on_event: Callable[[EventView], None] | None = None) -> JobView:
+        """Follow the job until it is final; the final job."""
+        with closing(self.events(job_id)) as events:
+            for event in events:
+                if on_event is not None:
+                    on_event(event)
+        return self.job(job_id)
+
+    def artifacts(self, job_id: str) -> list[ArtifactView]:
+        """All files of a succeeded job."""
+        return self._read(Page[ArtifactView], "GET", f"/v1/jobs/{job_id}/artifacts").items
+
+    def download_artifact(self, artifact: ArtifactView, folder: Path, on_bytes: OnBytes = ignore_bytes) -> Path:
+        """One file under `folder`, resumed if it is partly there, checked by its SHA-256."""
+        return download_artifact(self._transport, artifact, folder, on_bytes)
+
+    def download(
+        self,
+        job_id: str,
+        folder: Path,
+        *,
+        format: str | None = None,
+        force: bool = False,
+        on_bytes: OnBytes = ignore_bytes,
+    ) -> list[Path]:
+        """The result of a job in `folder`, or with `format` that one checkpoint; the paths of its files.
+
+        Without `format`: the first checkpoint that is not `native`, if there is one. Where an adapter belongs to it,
+        both come, each in a subfolder named by its format. A download that was cut goes on where it was.
+
+        Raises:
+            Conflict: `folder` holds something else. `force` empties it, if it looks like a checkpoint.
+            NotFound: the job has no such checkpoint.
+            StorageError: a file does not have the hash that the service promised.
+        """
+        return self.download_parts(self.parts(job_id, folder, format=format), folder, force=force, on_bytes=on_bytes)
+
+    def parts(self, job_id: str, folder: Path, *, format: str | None = None) -> dict[Path, list[ArtifactView]]:
+        """The artifacts that `download` would bring, by target folder: `folder` itself, or folders below it."""
+        artifacts = self.artifacts(job_id)
+        kept = list(dict.fromkeys(artifact.format for artifact in artifacts))
+        if not kept or (format is not None and format not in kept):
+            there = ", ".join(kept) or "none (it has not succeeded)"
+            chosen = format or NATIVE
+            raise NotFound(f"job {job_id} has no {chosen} checkpoint; it has: {there}", field="format", value=chosen)
+        together = (format,) if format is not None else delivery(kept, self.job(job_id).request)
+        return {
+            subfolder(folder, name) if len(together) > 1 else folder: [a for a in artifacts if a.format == name]
+            for name in together
+        }
+
+    def download_parts(
+        self,
+        parts: Mapping[Path, Sequence[ArtifactView]],
+        folder: Path,
+        *,
+        force: bool = False,
+        on_bytes: OnBytes = ignore_bytes,
+    ) -> list[Path]:
+        """Download what `parts` returned; arguments and errors as of `download`."""
+        done, files = in_thread(claim_folder, folder, parts, force=force), list[Path]()
+        for destination, artifacts in parts.items():
+            for artifact in artifacts:
+                target = target_path(destination, artifact)
+                if target in done:
+                    on_bytes(artifact.size)
+                else:
+                    self.download_artifact(artifact, destination, on_bytes)
+                files.append(target)
+        return files
+
+    def upload(
+        self, files: Sequence[Path], *, upload_id: str | None = None, on_bytes: OnBytes = ignore_bytes
+    ) -> UploadView:
+        """Send files, or those of a folder; with `upload_id`, go on with an upload that was cut off."""
+        files = in_thread(choose_files, files).files
+        if upload_id is not None:
+            return send_files(self._transport, self.upload_status(upload_id), files, on_bytes)
+        body = UploadRequest(files=in_thread(describe_files, files)).model_dump(mode="json")
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        upload = self._read(UploadView, "POST", "/v1/uploads", json=body, headers=headers)
+        return send_files(self._transport, upload, files, on_bytes)
+
+    def upload_status(self, upload_id: str) -> UploadView:
+        """An upload and how much of each file has arrived."""
+        return self._read(UploadView, "GET", f"/v1/uploads/{upload_id}")
+
+    def uploads_page(self, *, after: str | None = None, limit: int = 50, status: str | None = None) -> Page[UploadView]:
+        """One page of uploads, newest first; `status` is `open` or `complete`."""
+        given = {"after": after, "limit": limit, "status": status}
+        params = {name: value for name, value in given.items() if value is not None}
+        return self._read(Page[UploadView], "GET", "/v1/uploads", params=params)
+
+    def uploads(self, **filters: Any) -> Generator[UploadView, None, None]:
+        """All uploads, newest first, page by page. Filters as in `uploads_page`."""
+        after = filters.pop("after", None)
+        while True:
+            page = self.uploads_page(after=after, **filters)
+            yield from page.items
+            if (after := page.next_cursor) is None:
+                return
+
+    def methods(self) -> MethodList:
+        """Methods and recipes, with the JSON Schema of their parameters."""
+        return self._read(MethodList, "GET", "/v1/methods")
+
+    def formats(self) -> list[FormatView]:
+        """Export formats and the runtimes that load them."""
+        return self._read(Page[FormatView], "GET", "/v1/formats").items
+
+    def workers(self) -> list[WorkerView]:
+        """Registered workers."""
+        return self._read(Page[WorkerView], "GET", "/v1/workers").items
+
+    def ready(self) -> bool:
+        """True if the service can take jobs now."""
+        try:
+            return self._transport.send("GET", "/readyz").is_success
+        except RequestError:
+            return False
+
+    def _read(self, kind: type[ViewT], method: str, path: str, **options: Any) -> ViewT:
+        """The answer as a `kind`; options as of `Transport.send`."""
+        return kind.model_validate_json(self._transport.send(method, path, **options).content)
+
+
+def _plain(body: Mapping[str, Any] | BaseModel) -> object:
+    return body.model_dump(mode="json") if isinstance(body, BaseModel) else dict(body)
