@@ -44,7 +44,7 @@ NOT_SETTINGS = frozenset(
 """Variables of ours that are no settings of the service: the client's, and what a supervisor tells its child."""
 TESTS = f"{PREFIX}TEST_"
 ALIKE = 0.8
-"""How alike a variable's name must be to a setting's to be taken for a slip; from 0 to 1."""
+"""Similarity, from 0 to 1, from which a variable's name is taken for a misspelt setting."""
 
 
 @lru_cache(maxsize=1)
@@ -269,7 +269,7 @@ WAYS: Mapping[str, str] = MappingProxyType(
         "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
     }
 )
-"""What a value must be, where the types alone say it badly."""
+"""Descriptions of valid values, where the types alone say it badly."""
 SERVICE_LINK = (
     "Kubernetes sets this variable for a Service named bitwright: set enableServiceLinks: false, or rename the Service"
 )

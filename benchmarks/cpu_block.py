@@ -88,7 +88,7 @@ def cut(given: argparse.Namespace, folder: Path) -> None:
 
 
 def in_its_process(given: argparse.Namespace, side: str, folder: Path) -> dict[str, Any] | None:
-    """What one side printed last; None where auto-round is not installed. Ours runs in an attempt's environment."""
+    """Last line that one side printed; None without auto-round. Ours runs in an attempt's environment."""
     environment = dict(os.environ)
     if given.peer_path is not None and side.startswith("peer"):
         environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", "."), str(given.peer_path)])

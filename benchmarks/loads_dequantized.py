@@ -22,7 +22,7 @@ KEYS = {
     "no key": {},
     "no key, CompressedTensorsConfig(dequantize=True)": {},
 }
-"""What config.json says, by the name of the way."""
+"""Keys of config.json by the name of the way."""
 
 
 class Deprecations(logging.Handler):

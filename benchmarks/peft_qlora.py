@@ -134,7 +134,7 @@ def prepare(given: argparse.Namespace, folder: Path) -> None:
 
 
 def in_its_process(given: argparse.Namespace, side: str, recompute: str, folder: Path) -> dict[str, Any] | None:
-    """What one side printed last; None where it failed. Ours runs in an attempt's environment."""
+    """Last line that one side printed; None where it failed. Ours runs in an attempt's environment."""
     environment = os.environ | OFFLINE
     if given.peer_path is not None and side in PEERS:
         environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", "."), str(given.peer_path)])
@@ -354,7 +354,7 @@ def losses(found: list[float]) -> list[float]:
 
 
 def summary(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """How many times as fast ours is, and its share of their memory; both sides train as many numbers."""
+    """Our speed in multiples of theirs, and our share of their memory; both sides train as many numbers."""
     by = {(line["recompute"], line["side"]): line for line in runs}
     pairs = [
         (r, one, other) for r, one, other in product((False, True), OURS, PEERS) if {(r, one), (r, other)} <= set(by)

@@ -106,7 +106,7 @@ def share(wanted: Sequence[Cell], index: int, count: int) -> list[Cell]:
 
 
 def base_of(cell: Cell) -> str:
-    """What cells share that have the same quantized blocks."""
+    """Key that cells with the same quantized blocks share."""
     return hashlib.sha256(json.dumps([dict(cell.quantization), cell.text, cell.seed]).encode()).hexdigest()[:16]
 
 
@@ -230,7 +230,7 @@ def order(cell: Cell, given: argparse.Namespace) -> AttemptOrder:
 
 
 def _training_parts(cell: Cell, text: str | None) -> dict[str, Any]:
-    """What a request says of an adapter, its text included."""
+    """Fields of a request that describe its adapter, training text included."""
     if cell.training is None:
         return {}
     finetune = {**cell.training["finetune"], "dataset": {"source": "local", "path": text}}

@@ -25,7 +25,7 @@ from workers.tiny_model import make_tiny_model
 
 SCRIPT = Path(__file__).with_name("loads_dequantized.py")
 OLDER = {"5.17.0": ["huggingface_hub==1.33.0"]}
-"""What else a release needs in a version of its own."""
+"""Packages that a release needs in a version of its own."""
 
 
 def main() -> None:
@@ -72,7 +72,7 @@ def environment(folder: Path, packages: list[str]) -> Path:
 
 
 def told(python: Path, folders: list[Path]) -> dict[str, Any]:
-    """What the script says there."""
+    """Output of the script there."""
     command = [str(python), str(SCRIPT), *map(str, folders)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     answer = json.loads(done.stdout.splitlines()[-1])

@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Announcement:
-    """Where the service is, and which of its parts there are."""
+    """Address of the service, and the parts of it that run."""
 
     settings: Settings
     endpoint: Endpoint

@@ -82,7 +82,7 @@ def valkey_binary() -> str:
 
 
 def answers(path: Path) -> bool:
-    """Whether the server on this socket answers PING."""
+    """True if the server on this socket answers PING."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(1.0)

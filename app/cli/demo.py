@@ -98,7 +98,7 @@ def demo(
 
 
 def _model_roots(model: Path) -> list[Path]:
-    """What the service may read. A snapshot in a Hub cache is all links to blobs beside the snapshots."""
+    """Folders that the service may read. A snapshot in a Hub cache is all links to blobs beside the snapshots."""
     if not model.is_dir():
         return []
     folder = model.resolve()

@@ -14,7 +14,7 @@ from bitwright.events import ErrorData, StatusEvent
 from bitwright.job_states import JobStatus
 
 NOT_RUNNING: Mapping[str, object] = {"worker_id": None, "lease_expires_at": None}
-"""What a job that leaves `running` gives up."""
+"""Columns that a job gives up as it leaves `running`."""
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ def tensor_hashes(installed: Installation, job_id: str) -> dict[str, str]:
 
 
 def order_of(installed: Installation, job_id: str) -> AttemptOrder:
-    """What the running attempt of the job was told to do."""
+    """The order of the job's running attempt."""
     return AttemptOrder.model_validate_json((installed.workspace(job_id) / "order.json").read_bytes())
 
 

@@ -84,7 +84,7 @@ def do(
 
 
 def brought(job: Done, folder: Path) -> Path:
-    """What a worker brings of a job, and no more."""
+    """A folder with the files that a worker brings of a job, and no others."""
     shutil.rmtree(folder, ignore_errors=True)
     for file in (file for file in job.output.rglob("*") if file.is_file()):
         path = file.relative_to(job.output)

@@ -194,7 +194,7 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What a method's kernels will be compiled for: (in_features, scheme) of the linears, dtypes and device."""
+    """Shapes that a method's kernels are compiled for: (in_features, scheme) of the linears, dtypes and device."""
 
     linears: frozenset[tuple[int, Scheme]]
     dtype: torch.dtype

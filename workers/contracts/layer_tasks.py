@@ -109,7 +109,7 @@ def _note(name: str, order: list[tuple[str, Tensor]]) -> Callable[[nn.Module, tu
 
 @torch.no_grad()
 def _inputs_of(task: BlockTask, name: str, hidden: Tensor) -> Tensor:
-    """What the block gives a linear on hidden states (samples, length, width): (samples, length, in), beside them."""
+    """Inputs (sequences, length, in) of a linear on hidden states (sequences, length, width), in the same memory."""
     linear = task.linear(name)
     found = torch.empty(*hidden.shape[:2], linear.in_features, dtype=hidden.dtype, device=hidden.device)
     for first in range(0, len(hidden), task.micro_batch):

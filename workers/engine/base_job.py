@@ -42,7 +42,7 @@ _TRAINING = TypeAdapter(tuple[BaseTraining, ...])
 
 @dataclass(frozen=True)
 class BaseJobResult:
-    """What an earlier job made of a model, read when it is asked for.
+    """Result of the base job, read when it is asked for.
 
     native     every tensor of its native checkpoint
     linears    what that says of quantized linears, by full module name
@@ -94,7 +94,7 @@ class BaseJobResult:
 
     @property
     def continues(self) -> bool:
-        """Whether an adapter starts at values of the earlier job, trained ones or factors of its method."""
+        """True if an adapter starts at values of the base job, trained ones or factors of its method."""
         return bool(self.adapters) or any(linear.low_rank is not None for linear in self.linears.values())
 
     def block(self, index: int) -> BlockResult:
@@ -164,7 +164,7 @@ class BaseJobResult:
         return leaf == "weight" and name in self.linears
 
     def _is_own(self, source: str) -> bool:
-        """Whether a tensor that is not quantized is that of the model, bit for bit."""
+        """True if a tensor that is not quantized is that of the model, bit for bit."""
         if source not in self.native.tensors:
             raise CorruptCheckpoint(f"the tensor {source} is missing")
         mine, own = self.native.read(source), self.model.checkpoint.read(source)
@@ -183,7 +183,7 @@ class BaseJobResult:
 
 @contextmanager
 def _of_the_base() -> Iterator[None]:
-    """What is wrong with the earlier job's files is said of the request's field `base_job`."""
+    """Names the request's field `base_job` in errors about the base job's files."""
     try:
         yield
     except BitwrightError as error:
@@ -223,7 +223,7 @@ def _reports(file: Path) -> tuple[BlockReport, ...]:
 
 
 def _training(file: Path) -> tuple[BaseTraining, ...]:
-    """What the report tells of trained adapters; none where another version told it otherwise."""
+    """Adapters that the report says were trained; none where another version wrote it otherwise."""
     try:
         report = json.loads(file.read_bytes())
         before, told, adapter = report.get("base_job") or {}, report.get("finetuning"), report.get("adapter")

@@ -28,7 +28,7 @@ from workers.engine.model.streamed_model import StreamedModel
 
 @dataclass(frozen=True)
 class Plan:
-    """What the engine decided; in the report, and most of it in the fingerprint that a resumed attempt must share.
+    """Decisions of the engine; in the report, and most of it in the fingerprint that a resumed attempt must share.
 
     micro_batch     sequences that go through a block at once, with gradients
     pass_batch      the same without gradients

@@ -36,7 +36,7 @@ from workers.numerics.quantized import AffineWeight, LinearResult, LowRank
 
 
 class Numbers(Enum):
-    """What a linear of a shipment computes with."""
+    """Numbers that a linear of a shipment computes with."""
 
     WHOLE = "whole"
     BESIDE = "beside"
@@ -63,7 +63,7 @@ class Shipment:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the result, and not a part of it."""
+        """True if it is the result, and not a part of it."""
         return self.numbers is not Numbers.BASE
 
     @property
@@ -86,7 +86,7 @@ class TrainedAdapters:
     offset_dtype: torch.dtype = torch.float32
 
     def result(self, name: str, base: LinearResult) -> LinearResult:
-        """What formats write of a linear on the host; one without an adapter is its base."""
+        """The result that formats write of a linear, on the host; one without an adapter is its base."""
         if name not in self.modules:
             return base
         module, dtype = self.modules[name], self.offset_dtype
@@ -211,7 +211,7 @@ class Replay:
     state: FinishedBlocks
     trained: TrainedAdapters | None = None
     _apart: dict[str, LowRank | nn.Module] = field(default_factory=dict)
-    """What stands beside linears of the blocks that were read, until they are used."""
+    """Updates beside linears of the blocks that were read, until they are used."""
 
     def run(self, activations: Activations, shipment: Shipment) -> None:
         """X_q of the activations, rewound to the embeddings, through all blocks."""
@@ -235,7 +235,7 @@ class Replay:
         return self._made(name, base, shipment).to(self.model.device).dequantize()
 
     def _made(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:
-        """What a linear's weight is dequantized from; called by the thread that reads ahead."""
+        """The result that a linear's weight is dequantized from; called by the thread that reads ahead."""
         result = base if self.trained is None else self.trained.result(name, base)
         if shipment.numbers is not Numbers.WHOLE:
             if shipment.numbers is Numbers.BESIDE:

@@ -36,7 +36,7 @@ from workers.supervise.world_size import world_size
 
 POLL_SECONDS = 0.2
 CONCLUDE_SECONDS = 120.0
-"""How long an attempt's end waits for a database that is away, before the sweep has to find out."""
+"""Time that an attempt's end waits for a database that is away, before the sweep has to find out."""
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)

@@ -81,7 +81,7 @@ class MethodInfo:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method reads calibration text with its default parameters."""
+        """True if the method reads calibration text with its default parameters."""
         return self.spec.model_validate({}).reads_text()
 
 

@@ -50,7 +50,7 @@ class RankPair:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 200) -> list[Any]:
-        """What the function returns on each rank, or the exception that it raises.
+        """The value that the function returns on each rank, or the exception that it raises.
 
         A rank that waits for another one, which has failed, is given up; both processes are new then.
         """
@@ -115,7 +115,7 @@ def order_of(
 
 @dataclass(frozen=True)
 class RankRun:
-    """What a rank did in a job: the result and lines of the first one, and the tensors that each made by block."""
+    """Record of a rank in a job: the result and lines of the first one, and the tensors that each made by block."""
 
     result: ResultLine | None
     lines: list[AttemptLine]

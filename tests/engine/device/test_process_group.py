@@ -48,7 +48,7 @@ def pair() -> Iterator[RankPair]:
 
 
 def run_on_both(pair: RankPair, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What both ranks return; what they raise is raised."""
+    """Values that both ranks return; what they raise is raised."""
     found = pair.run(function, *arguments)
     if errors := [answer for answer in found if isinstance(answer, Exception)]:
         raise ExceptionGroup(function.__name__, errors)
@@ -59,7 +59,7 @@ def run_on_both(pair: RankPair, function: Callable[..., Any], *arguments: Any) -
 
 
 def connected(rank: int, store: Path, compute: Callable[[ProcessGroup], Any]) -> Any:
-    """What `compute` returns while the ranks can reach each other."""
+    """The value that `compute` returns while the ranks can reach each other."""
     with joined(ProcessGroup(rank, SIZE), str(store), torch.device("cpu")) as processes:
         return compute(processes)
 

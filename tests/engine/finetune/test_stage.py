@@ -348,7 +348,7 @@ def test_a_dataset_that_cannot_be_used_ends_the_job_before_it_quantizes(
 
 
 def test_evaluation_text_is_never_learned(small_model: Path, rows: Path, tmp_path: Path) -> None:
-    """Where both read one file, each reads its half; where a row stands in both files, it is left out of evaluation."""
+    """If both read one file, each reads its half; a row that stands in both files is left out of evaluation."""
     from workers.engine.text.finetuning_texts import read_finetuning_texts
 
     tokenizer = load_tokenizer(small_model)

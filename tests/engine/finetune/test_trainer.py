@@ -73,7 +73,7 @@ def attach_plain(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left."""
+    """Result of a run."""
 
     outcome: TrainingOutcome
     adapters: dict[str, dict[str, Tensor]]

@@ -48,7 +48,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What vLLM said: log-probabilities (positions, vocabulary) and the tokens that it wrote, or its refusal."""
+    """vLLM's answer: log-probabilities (positions, vocabulary) and the tokens that it wrote, or its refusal."""
 
     version: str
     error: str

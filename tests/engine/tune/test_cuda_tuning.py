@@ -31,7 +31,7 @@ SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of one block: the gradient of the first step, the codes and the losses."""
+    """Outcome of one block: the gradient of the first step, the codes and the losses."""
 
     gradient: Tensor
     codes: Tensor

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for another: at the start, for one that reads the text more slowly or waits for the lock."""
+"""Time that a rank waits for another: at the start, for one that reads the text more slowly or waits for the lock."""
 
 
 @dataclass(frozen=True)

@@ -24,13 +24,13 @@ from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 class TrainingProgress(BaseModel):
-    """Where training stands after `step` steps, beside tensors.
+    """State of training after `step` steps, beside tensors.
 
     validations   on held-out text, in order
-    best_step    the step of the lowest of them
-    stale        judgements since then
-    seconds      spent on steps, and `tokens` read in them, by all attempts
-    done         nothing is left to train
+    best_step     the step of the lowest of them
+    stale         validations since then
+    seconds       spent on steps, and `tokens` read in them, by all attempts
+    done          nothing is left to train
     """
 
     model_config = ConfigDict(frozen=True)

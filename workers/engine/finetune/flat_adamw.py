@@ -19,7 +19,7 @@ from workers.engine.device.process_group import ProcessGroup
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What torch's AdamW keeps of a parameter."""
+"""State that torch's AdamW keeps of a parameter."""
 
 
 @dataclass(frozen=True)

@@ -130,12 +130,12 @@ class _Needs:
         return max(1, self.blocks - int(left // (self.graph * micro_batch)))
 
     def is_worth_halving(self, micro_batch: int, *, keeps: bool) -> bool:
-        """Whether something must be saved, and fewer sequences are better than blocks that are computed again."""
+        """True if memory must be saved, and fewer sequences are better than blocks that are computed again."""
         recomputed = self.recomputed(micro_batch, keeps=keeps)
         return recomputed > self.blocks or (recomputed > 0 and micro_batch * self.length > FULL_TOKENS[self.device])
 
     def has_room_for_pool(self, plan: TrainingPlan) -> bool:
-        """Whether the pool of captured passes leaves room for eager ones, of other batches and of text that judges."""
+        """True if the pool of captured passes leaves room for eager ones, of other batches and of validation."""
         activations, fixed = self.blocks * self.graph * plan.micro_batch, self.fixed[plan.keeps]
         most = FINETUNE_SHARE[self.device] * self.memory
         return activations <= CAPTURED_SHARE * self.memory and fixed + 2 * activations <= most

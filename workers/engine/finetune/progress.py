@@ -67,7 +67,7 @@ class TrainingNews:
         return spent
 
     def pause(self) -> None:
-        """What was done since the last step was none."""
+        """Leaves the time since the last step out of the count."""
         self._now = time.perf_counter()
 
     def end(self, step: int) -> None:

@@ -27,7 +27,7 @@ from workers.numerics.quantized import LinearResult
 
 @dataclass(frozen=True)
 class Residence:
-    """How the model is held.
+    """Storage of the model on the device.
 
     length       tokens of the longest sequence
     keeps        whether dequantized weights are kept, instead of made anew for each use
@@ -83,7 +83,7 @@ class ResidentModel:
         return classes
 
     def _calls(self, batch: Batch) -> list[BlockCall]:
-        """How each block is called with a batch; blocks that share a call share its masks."""
+        """The call of each block with a batch; blocks that share a call share its masks."""
         made: dict[int, BlockCall] = {}
         for call in self.calls:
             if id(call) not in made:
@@ -102,9 +102,9 @@ class ResidentModel:
 
 
 def _within_documents(mask: Tensor | None, documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which positions a position sees, (rows, 1, length, length): those of its own example that `mask` allows.
+    """Attention mask (rows, 1, length, length): a position sees those of its own example that `mask` allows.
 
-    Truth values, or on a GPU what is added to the scores, 0 or -inf.
+    Booleans; on a GPU the summand of the scores, 0 or -inf, in `dtype`.
     """
     length = documents.shape[1]
     if mask is None:

@@ -44,7 +44,7 @@ from workers.engine.text.packing import Batch, Order, PackedSequences, Step, bat
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What training works with.
+    """Input of training.
 
     training, held_out   sequences of all ranks
     micro_batch          sequences through the model at once
@@ -67,7 +67,7 @@ class TrainingTask:
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What came of it; the adapters hold the parameters that were kept.
+    """Outcome of training; the adapters hold the parameters that were kept.
 
     losses    of each step that was taken, fp32 on the host; NaN or infinite where a step went wrong
     resumed   steps that an earlier attempt had taken

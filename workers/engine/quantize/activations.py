@@ -74,7 +74,7 @@ class Activations:
         _embeddings(model, self._ids, self.quantized)
 
     def call(self, index: int) -> BlockCall:
-        """How the model calls a block on these sequences."""
+        """The model's call of a block on these sequences."""
         return self.calls[index]
 
     @torch.no_grad()

@@ -19,7 +19,7 @@ from workers.numerics.quantized import AffineWeight
 
 @dataclass(frozen=True)
 class ScaleTask:
-    """What the stage works with.
+    """Input of the stage.
 
     schemes         of the blocks' quantized linears, by full name
     weights         of a block by its index, by full linear name
@@ -59,7 +59,7 @@ class ScaleTask:
 
 @dataclass(frozen=True)
 class Fit:
-    """How the stage fits into memory: sequences at once, and blocks whose activations are computed twice."""
+    """Plan by which the stage fits into memory: sequences at once, and blocks with activations computed twice."""
 
     micro_batch: int
     recomputed: int
@@ -73,7 +73,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why scales are not tuned."""
+    """The reason why scales are not tuned."""
 
     reason: str
 

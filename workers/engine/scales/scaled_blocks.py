@@ -26,7 +26,7 @@ from workers.numerics.quantized import AffineWeight
 
 @dataclass(frozen=True)
 class Place:
-    """Where a linear lies: its groups in the flat buffers of its family, and in those of all families."""
+    """Location of a linear: its groups in the flat buffers of its family, and in those of all families."""
 
     family: int
     groups: slice

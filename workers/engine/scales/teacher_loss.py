@@ -42,7 +42,7 @@ class OutputHead:
 
     @torch.no_grad()
     def is_faithful(self, hidden: Tensor) -> bool:
-        """Whether norm and head alone give the model's logits for (1, tokens, width): see `head_logits`."""
+        """True if norm and head alone give the model's logits for (1, tokens, width): see `head_logits`."""
         return torch.equal(self.model.head_logits(hidden), self.model.logits(hidden))
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:

@@ -37,9 +37,9 @@ class Sequences:
     ids: Tensor
     source: str
     overlapping: bool = False
-    """Whether sequences overlap because the text is short; only builtin text may."""
+    """True if sequences overlap because the text is short; only builtin text may."""
     notes: Notes = dataclasses.field(default_factory=Notes)
-    """What was left of the file's rows."""
+    """Notes on the file's rows that were left out or cut."""
     text_tokens: int | None = None
     """Tokens of the whole text, where sequences overlap."""
 
