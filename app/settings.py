@@ -99,7 +99,7 @@ def _split_paths(value: object) -> object:
     if not isinstance(value, str):
         return value
     if not value.lstrip().startswith("["):
-        return [part for part in value.split(os.pathsep) if part]
+        return [folder for folder in value.split(os.pathsep) if folder]
     try:
         return json.loads(value)
     except ValueError as error:

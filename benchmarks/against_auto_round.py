@@ -37,10 +37,10 @@ WINDOW = 1024
 
 def parse_scheme(text: str) -> Scheme:
     """ "W3g64a": 3 bits, groups of 64, asymmetric."""
-    found = re.fullmatch(r"W(\d)g(-?\d+)(a?)", text)
-    if found is None:
+    match = re.fullmatch(r"W(\d)g(-?\d+)(a?)", text)
+    if match is None:
         raise SystemExit(f"{text!r} is not like W4g64 or W3g64a")
-    return Scheme(bits=int(found[1]), group_size=int(found[2]), symmetric=not found[3])
+    return Scheme(bits=int(match[1]), group_size=int(match[2]), symmetric=not match[3])
 
 
 def read_text(path: str) -> str:

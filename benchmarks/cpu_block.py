@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cut(given, Path(folder))
         runs = [in_its_process(given, side, Path(folder)) for _ in range(given.rounds) for side in given.sides]
-    print(json.dumps(summary(given, [found for found in runs if found is not None])))
+    print(json.dumps(summary(given, [line for line in runs if line is not None])))
 
 
 def cut(given: argparse.Namespace, folder: Path) -> None:
@@ -119,10 +119,10 @@ def summary(given: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, 
 
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = found.get("flags", "").split()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
     return {
-        "processor": found.get("model name", "unknown"),
+        "processor": fields.get("model name", "unknown"),
         "flags": [flag for flag in FLAGS if flag in flags],
         "threads": available_threads(),
         "torch": torch.__version__,

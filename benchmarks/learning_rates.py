@@ -36,14 +36,14 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=list(BUDGETS))
     given = parser.parse_args()
     given.valid = given.training  # of which an order only names the path: nothing is evaluated
-    found: dict[str, dict[float, float]] = {}
+    by_arm: dict[str, dict[float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm, rate, searched in searches(given):
             loss = judged(searched, given, Path(folder))
             print(json.dumps({"arm": arm, "rate": rate, "loss": loss}), flush=True)
             if loss is not None:
-                found.setdefault(arm, {})[rate] = loss
-    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in found.items()}))
+                by_arm.setdefault(arm, {})[rate] = loss
+    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in by_arm.items()}))
 
 
 def searches(given: argparse.Namespace) -> Iterator[tuple[str, float, Cell]]:
@@ -52,16 +52,16 @@ def searches(given: argparse.Namespace) -> Iterator[tuple[str, float, Cell]]:
         for budget in given.budgets:
             if budget not in ARMS[name].ranks:
                 continue
-            made = cell(name, ARMS[name], budget, given.bits, seed=0)
+            searched = cell(name, ARMS[name], budget, given.bits, seed=0)
             for rate in RATES:
-                yield made.arm, rate, with_rate(made, rate)
+                yield searched.arm, rate, with_rate(searched, rate)
 
 
-def with_rate(made: Cell, rate: float) -> Cell:
+def with_rate(searched: Cell, rate: float) -> Cell:
     """The cell with another rate, and with text that judges."""
-    assert made.training is not None
-    finetune = {**made.training["finetune"], "learning_rate": rate, "validation_share": JUDGING_SHARE}
-    return replace(made, training={**made.training, "finetune": finetune})
+    assert searched.training is not None
+    finetune = {**searched.training["finetune"], "learning_rate": rate, "validation_share": JUDGING_SHARE}
+    return replace(searched, training={**searched.training, "finetune": finetune})
 
 
 def judged(searched: Cell, given: argparse.Namespace, folder: Path) -> float | None:

@@ -84,14 +84,14 @@ def measured(given: argparse.Namespace, folder: Path, preset: str, number: int) 
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
     # A block is told of when it is durable; those times do not overlap, as the seconds in a block's report may.
-    told: list[float] = []
-    reporter = Reporter(lambda line: told.append(time.perf_counter()) if line.type == "block" else None)
+    times: list[float] = []
+    reporter = Reporter(lambda line: times.append(time.perf_counter()) if line.type == "block" else None)
     report = run(order, folder / f"job-{number}", reporter).report
     peak = report.peak_memory.device_bytes
     return {
         "preset": preset,
         "shape": given.shape,
-        "seconds_a_block": [round(after - before, 3) for before, after in pairwise(told)],
+        "seconds_a_block": [round(after - before, 3) for before, after in pairwise(times)],
         "stages": {name: round(value, 2) for name, value in report.seconds.items()},
         "peak_gib": None if peak is None else round(peak / 2**30, 2),
     }

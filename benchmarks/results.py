@@ -120,8 +120,8 @@ def _chosen(given: argparse.Namespace) -> Iterable[Cell]:
 
 def missing(file: Path, wanted: Iterable[Cell]) -> Iterable[Cell]:
     """Those without a line in the file."""
-    found = {line["key"] for line in lines(file)}
-    return (cell for cell in wanted if cell.key not in found)
+    known = {line["key"] for line in lines(file)}
+    return (cell for cell in wanted if cell.key not in known)
 
 
 def measured(cell: Cell, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -141,19 +141,19 @@ def measured(cell: Cell, given: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def _training_figures(report: Report) -> dict[str, Any]:
-    found, adapter = report.finetuning, report.adapter
-    assert found is not None
+    finetuning, adapter = report.finetuning, report.adapter
+    assert finetuning is not None
     assert adapter is not None
     # The adapter beside its base; what a merge makes of it is measured of the files.
     apart = adapter.before_merge or next(way.figures for way in report.shipped if way.adapter is not None)
-    last = found.losses[-max(1, len(found.losses) // 10) :]
-    peak = found.peak_device_bytes or report.peak_memory.host_bytes
+    last = finetuning.losses[-max(1, len(finetuning.losses) // 10) :]
+    peak = finetuning.peak_device_bytes or report.peak_memory.host_bytes
     return {
         "loss": round(fmean(point.loss for point in last), 5),
         "held_out": round(math.log(apart.perplexity), 5),
         "parameters": adapter.parameters,
-        "seconds": round(found.seconds, 2),
-        "tokens_per_second": round(found.tokens_per_second),
+        "seconds": round(finetuning.seconds, 2),
+        "tokens_per_second": round(finetuning.tokens_per_second),
         "peak_gib": round(peak / 2**30, 2),
         "merge_error": None if adapter.merge is None else adapter.merge.error_shipped,
         "bit_operations_saved": None if adapter.bit_operations is None else adapter.bit_operations.adapter_saving,
@@ -163,14 +163,14 @@ def _training_figures(report: Report) -> dict[str, Any]:
 @torch.no_grad()
 def _merged_loss(given: AttemptOrder, output: Path) -> float:
     """The loss of the checkpoint that a job left, on its evaluation text: nats a token."""
-    part = given.request.evaluation
-    assert part is not None
+    evaluation = given.request.evaluation
+    assert evaluation is not None
     folder = output / "merged"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto") if folder.exists() else load(output / "native")
     model = model.to(given.device)
     sequences = evaluation_sequences(
         load_tokenizer(Path(given.model_path)),
-        part,
+        evaluation,
         Path(str(given.evaluation_path)),
         given.request.seed,
         *(None if path is None else Path(path) for path in (given.calibration_path, given.finetuning_path)),

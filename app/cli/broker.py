@@ -64,7 +64,7 @@ def broker_program(folder: Path) -> Program:
         "maxmemory": "64mb",
         "maxmemory-policy": "noeviction",
     }
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
     return Program("valkey", (valkey_binary(), *arguments), stop_seconds=5.0, ready=lambda: answers(path))
 
 

@@ -149,22 +149,22 @@ class BlockTask:
 
     def total(self, number: int) -> int:
         """The sum of a number over all processes that share the samples."""
-        found = torch.tensor(number)
-        self.sum_(found)
-        return int(found)
+        sum_of_all = torch.tensor(number)
+        self.sum_(sum_of_all)
+        return int(sum_of_all)
 
     def alike(self) -> dict[tuple[Scheme, int], dict[str, Tensor]]:
         """Weights by name, those of the same scheme and group width together."""
-        found: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
+        groups: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
         for name, scheme in self.schemes.items():
             weight = self.linear(name).weight.detach()
-            found.setdefault((scheme, scheme.width(weight.shape[1])), {})[name] = weight
-        return found
+            groups.setdefault((scheme, scheme.width(weight.shape[1])), {})[name] = weight
+        return groups
 
     def passes(self, inputs: Tensor) -> Iterator[Callable[[], Tensor]]:
         """Forward passes of the block over hidden states (samples, length, width), a micro-batch each."""
-        for part in torch.split(inputs, self.micro_batch):
-            yield partial(self.forward, self.block, part.to(self.device, non_blocking=True))
+        for rows in torch.split(inputs, self.micro_batch):
+            yield partial(self.forward, self.block, rows.to(self.device, non_blocking=True))
 
     @torch.no_grad()
     def augmented(self) -> "BlockTask":
@@ -176,9 +176,9 @@ class BlockTask:
         targets, first = torch.empty_like(self.targets), 0
         for forward in self.passes(self.inputs):
             own = forward()
-            part = slice(first, first := first + len(own))
+            rows = slice(first, first := first + len(own))
             wide = torch.promote_types(own.dtype, torch.float32)
-            targets[part] = (own.to(targets.device, wide) + self.targets[part]) / 2
+            targets[rows] = (own.to(targets.device, wide) + self.targets[rows]) / 2
         return replace(self, targets=targets)
 
     @contextmanager

@@ -130,12 +130,12 @@ def measure(
         weights = [head.weight, head.weight if quantized_head is None else _frozen(quantized_head.to(model.device))]
         for sample in range(samples):
             for start in range(0, length - 1, step):
-                part = slice(start, min(start + step, length - 1))
+                positions = slice(start, min(start + step, length - 1))
                 logits = []
                 for states, weight in zip((original, quantized), weights, strict=True):
                     head.weight = weight
-                    logits.append(model.logits(states[sample : sample + 1, part].to(model.device))[0])
-                labels = ids[sample, part.start + 1 : part.stop + 1].to(model.device)
+                    logits.append(model.logits(states[sample : sample + 1, positions].to(model.device))[0])
+                labels = ids[sample, positions.start + 1 : positions.stop + 1].to(model.device)
                 sums += _token_sums(logits[0], logits[1], labels).cpu()
             tick((sample + 1) / samples)
         head.weight = weights[0]

@@ -49,10 +49,10 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
     given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
     paths = [None if path is None else Path(path) for path in given]
     calibration = evaluation = finetuning = None
-    part = request.finetune
-    if part is not None:
-        _check_length(model, "finetune", part.sequence_length)
-        finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
+    config = request.finetune
+    if config is not None:
+        _check_length(model, "finetune", config.sequence_length)
+        finetuning = read_finetuning_texts(tokenizer, config, paths[2], paths[1])
         _check_vocabulary(model, finetuning.training.ids)
     if request.base_job is None and request.quantization.reads_text():
         _check_length(model, "calibration", request.calibration.sequence_length)

@@ -218,10 +218,10 @@ class Replay:
         with self.model.loaded(self.model.layout.embeddings):
             activations.rewind(self.model)
 
-        def made(name: str, base: LinearResult) -> LinearResult:
-            return self._made(name, base, shipment)
+        def make(name: str, base: LinearResult) -> LinearResult:
+            return self._shipped(name, base, shipment)
 
-        with closing(BlockReader(self.model, self.state).quantized_blocks(made)) as blocks:
+        with closing(BlockReader(self.model, self.state).quantized_blocks(make)) as blocks:
             for index, block in enumerate(blocks):
                 with self.model.filled(block.original), self._beside(index):
                     activations.advance_quantized(index, self.model.blocks[index])
@@ -232,9 +232,9 @@ class Replay:
             return None
         name = self.model.layout.head
         base = self.state.load(len(self.model.blocks))[name]
-        return self._made(name, base, shipment).to(self.model.device).dequantize()
+        return self._shipped(name, base, shipment).to(self.model.device).dequantize()
 
-    def _made(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:
+    def _shipped(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:
         """The result that a linear's weight is dequantized from; called by the thread that reads ahead."""
         result = base if self.trained is None else self.trained.result(name, base)
         if shipment.numbers is not Numbers.WHOLE:
@@ -261,8 +261,8 @@ class Replay:
         device, prefix = self.model.device, self.model.layout.block(index) + "."
         with ExitStack() as stack:
             for name in [name for name in self._apart if name.startswith(prefix)]:
-                found = self._apart.pop(name)
-                update = Factors(found.to(device)) if isinstance(found, LowRank) else deepcopy(found).to(device).eval()
+                apart = self._apart.pop(name)
+                update = Factors(apart.to(device)) if isinstance(apart, LowRank) else deepcopy(apart).to(device).eval()
                 linear = self.model.model.get_submodule(name)
                 stack.callback(linear.register_forward_hook(_adding(update)).remove)
             yield
@@ -274,7 +274,7 @@ class Factors(nn.Module):
     def __init__(self, low_rank: LowRank) -> None:
         super().__init__()
         dtype = torch.promote_types(low_rank.a.dtype, torch.float32)
-        self.a, self.b = (nn.Parameter(part.to(dtype), requires_grad=False) for part in (low_rank.a, low_rank.b))
+        self.a, self.b = (nn.Parameter(factor.to(dtype), requires_grad=False) for factor in (low_rank.a, low_rank.b))
         self.scale = low_rank.alpha / low_rank.rank
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ class Factors(nn.Module):
 
 def _adding(update: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        found: Tensor = output + update(inputs[0])
-        return found.to(output.dtype)
+        adapted: Tensor = output + update(inputs[0])
+        return adapted.to(output.dtype)
 
     return add

@@ -73,7 +73,7 @@ def exchange(processes: ProcessGroup) -> dict[str, Any]:
         "least": processes.least(7 - processes.rank),
         "agree": (processes.agree(4), processes.agree(processes.rank)),
         "share": processes.share(torch.arange(5)).tolist(),
-        "part": (processes.part(8), processes.part(1)),
+        "share_size": (processes.share_size(8), processes.share_size(1)),
         "leads": processes.leads,
     }
 
@@ -84,7 +84,7 @@ def test_ranks_exchange_sums_and_share_all_rows(pair: RankPair, tmp_path: Path) 
     assert (first["leads"], second["leads"]) == (True, False)
     for found in (first, second):
         assert found["sum"] == [1, 3, 5]
-        assert (found["total"], found["least"], found["part"]) == (11, 6, (4, 1))
+        assert (found["total"], found["least"], found["share_size"]) == (11, 6, (4, 1))
         assert found["agree"] == (True, False)
 
 

@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def part_of(**fields: Any) -> Finetune:
+def config_of(**fields: Any) -> Finetune:
     defaults: dict[str, Any] = {"steps": 12, "batch_size": 4, "learning_rate": 0.01, "checkpoint_every": 4}
     return Finetune(dataset=BuiltinText(), sequence_length=LENGTH, **(defaults | fields))
 
@@ -108,7 +108,7 @@ def run(
     with open_job(folder, attach, recomputed) as model:
         task = TrainingTask(
             resident=model,
-            part=part_of(**fields),
+            config=config_of(**fields),
             training=training,
             held_out=judging if held_out else None,
             micro_batch=micro_batch,
@@ -138,8 +138,8 @@ def assert_same(one: Trained, other: Trained) -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_rates_rise_and_fall_as_documented(schedule: str) -> None:
-    part = part_of(steps=100, warmup_share=0.1, schedule=schedule)
-    found = [rate_share(part, index) for index in range(100)]
+    config = config_of(steps=100, warmup_share=0.1, schedule=schedule)
+    found = [rate_share(config, index) for index in range(100)]
     assert found[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     after = [i / 90 for i in range(90)]
     expected = {
@@ -148,7 +148,7 @@ def test_rates_rise_and_fall_as_documented(schedule: str) -> None:
         "cosine": [math.cos(math.pi * u / 2) ** 2 for u in after],
     }
     assert found[10:] == pytest.approx(expected[schedule])
-    assert rate_share(part_of(steps=1, warmup_share=0.03), 0) == 1.0
+    assert rate_share(config_of(steps=1, warmup_share=0.03), 0) == 1.0
 
 
 def attach_double(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
@@ -161,7 +161,7 @@ def test_steps_are_those_of_torchs_adamw_with_clipping(tmp_path: Path) -> None:
     save_random_model(folder, "llama", dtype=torch.float64)
     fields: dict[str, Any] = {"weight_decay": 0.1, "clip_norm": 0.02, "warmup_share": 0.25, "schedule": "cosine"}
     found = run(folder, tmp_path, attach=attach_double, micro_batch=3, **fields)
-    part = part_of(**fields)
+    config = config_of(**fields)
     with open_job(folder, attach_double) as model:
         parameters = [p for adapter in model.adapters.values() for p in adapter.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-8)
@@ -172,7 +172,7 @@ def test_steps_are_those_of_torchs_adamw_with_clipping(tmp_path: Path) -> None:
             loss = model.loss(batch) / len(batch.target_positions)
             loss.backward()
             norms.append(float(nn.utils.clip_grad_norm_(parameters, 0.02)))
-            optimizer.param_groups[0]["lr"] = 0.01 * rate_share(part, index)
+            optimizer.param_groups[0]["lr"] = 0.01 * rate_share(config, index)
             optimizer.step()
             losses.append(loss.detach())
         assert min(norms) > 0.02, "clipped each time"

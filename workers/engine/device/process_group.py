@@ -42,8 +42,8 @@ class ProcessGroup:
         """This rank's rows of a tensor that all ranks hold: every `size`-th, so that shares differ by one at most."""
         return rows[self.rank :: self.size]
 
-    def part(self, count: int) -> int:
-        """This rank's part of so many sequences, the same for every rank; at least 1."""
+    def share_size(self, count: int) -> int:
+        """Sequences per rank of `count` in all, the same for every rank; at least 1."""
         return max(1, count // self.size)
 
     def sum_(self, *tensors: Tensor) -> None:

@@ -99,12 +99,12 @@ class FlatParameters:
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all that a step reads, but for its gradient, on the host."""
-        found = {}
+        tensors = {}
         for index, group in enumerate(self._groups):
-            found[f"value.{index}"] = group.value
+            tensors[f"value.{index}"] = group.value
             for moment in MOMENTS:
-                found[f"{moment}.{index}"] = self._adam.state[group.value][moment]
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
+                tensors[f"{moment}.{index}"] = self._adam.state[group.value][moment]
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:

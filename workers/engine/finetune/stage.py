@@ -194,7 +194,7 @@ def _task(stage: _Finetuning, plan: TrainingPlan, model: ResidentModel) -> Train
     job = stage.job
     return TrainingTask(
         resident=model,
-        part=stage.config,
+        config=stage.config,
         training=stage.texts.training,
         held_out=stage.texts.held_out,
         micro_batch=plan.micro_batch,
@@ -251,8 +251,8 @@ def _curve(losses: Tensor) -> Iterator[LossPoint]:
     count, first = min(MOST_POINTS, len(losses)), 0
     for number in range(1, count + 1):
         last = len(losses) * number // count
-        part = losses[first:last]
-        sound = part[part.isfinite()]
+        interval = losses[first:last]
+        sound = interval[interval.isfinite()]
         if len(sound):
             yield LossPoint(step=last, loss=float(sound.mean()))
         first = last

@@ -53,7 +53,7 @@ class TrainingTask:
     """
 
     resident: ResidentModel
-    part: Finetune
+    config: Finetune
     training: PackedSequences
     held_out: PackedSequences | None
     micro_batch: int
@@ -115,18 +115,18 @@ class _Training:
     @classmethod
     def begin(cls, task: TrainingTask) -> "_Training":
         """Takes over the last checkpoint, if there is one."""
-        part, device = task.part, task.resident.model.device
+        config, device = task.config, task.resident.model.device
         adapters = task.resident.adapters.values()
-        parameters = FlatParameters(adapters, decay=part.weight_decay, clip_norm=part.clip_norm)
+        parameters = FlatParameters(adapters, decay=config.weight_decay, clip_norm=config.clip_norm)
         _demand_agreement(parameters, task.processes)
-        judges = judging_batches(task.held_out, part, task.micro_batch, task.seed, task.processes)
+        judges = judging_batches(task.held_out, config, task.micro_batch, task.seed, task.processes)
         self = cls(
             task=task,
             parameters=parameters,
-            order=Order(task.training, part.batch_size, task.micro_batch, task.seed, task.processes),
+            order=Order(task.training, config.batch_size, task.micro_batch, task.seed, task.processes),
             judges=tuple(batch.to(device) for batch in judges),
             judged=task.processes.total(sum(len(batch.target_positions) for batch in judges)),
-            losses=torch.full((part.steps,), torch.nan, device=device),
+            losses=torch.full((config.steps,), torch.nan, device=device),
             progress=task.state.progress,
             resumed=task.state.progress.step,
             passes=Passes(task.resident, task.reporter.log, captures=task.captures),
@@ -157,27 +157,27 @@ class _Training:
         )
 
     def _steps(self, writer: WriteBehind) -> None:
-        task, part, first = self.task, self.task.part, self.progress.step
+        task, config, first = self.task, self.task.config, self.progress.step
         device = task.resident.model.device
-        news = TrainingNews(task.reporter, self.losses, self.progress, part.steps)
+        news = TrainingNews(task.reporter, self.losses, self.progress, config.steps)
 
         def read(ahead: int) -> Step:
             return self.order.step(first + ahead).to(device)
 
-        with closing(read_ahead(read, part.steps - first, device)) as steps:
+        with closing(read_ahead(read, config.steps - first, device)) as steps:
             for index, step in enumerate(steps, start=first):
                 if self._is_stale():
                     break
                 self._step(index, step)
-                spent = news.step(index, step.tokens, learning_rate=part.learning_rate * rate_share(part, index))
+                spent = news.step(index, step.tokens, learning_rate=config.learning_rate * rate_share(config, index))
                 seconds, tokens = self.progress.seconds + spent, self.progress.tokens + step.tokens
                 self.progress = self.progress.model_copy(
                     update={"step": index + 1, "seconds": seconds, "tokens": tokens}
                 )
-                if self.judged and part.validation_every and (index + 1) % part.validation_every == 0:
+                if self.judged and config.validation_every and (index + 1) % config.validation_every == 0:
                     self._judge()
                     news.pause()
-                if (index + 1) % part.checkpoint_every == 0 and index + 1 < part.steps:
+                if (index + 1) % config.checkpoint_every == 0 and index + 1 < config.steps:
                     self._save(writer, done=False)
                     news.pause()
         if self.judged and self.progress.validations[-1].step != self.progress.step:
@@ -187,7 +187,7 @@ class _Training:
     def _step(self, index: int, step: Step) -> None:
         """One step of the optimizer; nothing waits for the device."""
         task = self.task
-        self._tell_adapters(index / task.part.steps)
+        self._tell_adapters(index / task.config.steps)
         seed = _step_seed(task.seed, index, task.processes.rank)
         self._set_mode(training=True)
         try:
@@ -201,8 +201,8 @@ class _Training:
             total = self._add_gradients(step, seed)
         self.parameters.sum_over(task.processes)
         task.processes.sum_(total)
-        share = rate_share(task.part, index)
-        self.parameters.step(task.part.learning_rate * share, share)
+        share = rate_share(task.config, index)
+        self.parameters.step(task.config.learning_rate * share, share)
         self.losses[index] = total
 
     def _add_gradients(self, step: Step, seed: int) -> Tensor:
@@ -243,7 +243,7 @@ class _Training:
         task.reporter.metric("validation_loss", loss, progress.step)
         lowest = min((validation.loss for validation in progress.validations), default=math.inf)
         better = loss < lowest
-        if better and task.part.patience is not None:
+        if better and task.config.patience is not None:
             self.best = self.parameters.values()
         self.progress = progress.model_copy(
             update={
@@ -259,7 +259,7 @@ class _Training:
                 adapter.train(training)
 
     def _is_stale(self) -> bool:
-        patience = self.task.part.patience
+        patience = self.task.config.patience
         return patience is not None and self.progress.stale >= patience
 
     def _keep_best(self) -> None:
@@ -277,27 +277,27 @@ class _Training:
     def _write(self, progress: TrainingProgress, tensors: dict[str, Tensor]) -> None:
         task = self.task
         task.state.save(progress, tensors)
-        milestone = task.milestones + math.ceil(progress.step / task.part.checkpoint_every) - 1 + int(progress.done)
-        task.reporter.checkpoint(CheckpointEvent(step=progress.step, total=task.part.steps, milestone=milestone))
+        milestone = task.milestones + math.ceil(progress.step / task.config.checkpoint_every) - 1 + int(progress.done)
+        task.reporter.checkpoint(CheckpointEvent(step=progress.step, total=task.config.steps, milestone=milestone))
 
 
-def rate_share(part: Finetune, index: int) -> float:
+def rate_share(config: Finetune, index: int) -> float:
     """The learning rate of a step, from 0, as a share of the request's."""
-    warm_up = part.warmup_steps()
+    warm_up = config.warmup_steps()
     if index < warm_up:
         return (index + 1) / warm_up
-    after = (index - warm_up) / (part.steps - warm_up)
-    return {"constant": 1.0, "linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2}[part.schedule]
+    after = (index - warm_up) / (config.steps - warm_up)
+    return {"constant": 1.0, "linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2}[config.schedule]
 
 
 def judging_batches(
-    held_out: PackedSequences | None, part: Finetune, micro_batch: int, seed: int, processes: ProcessGroup
+    held_out: PackedSequences | None, config: Finetune, micro_batch: int, seed: int, processes: ProcessGroup
 ) -> list[Batch]:
     """This rank's share of the sequences that judge, on the host."""
     if held_out is None or not len(held_out):
         return []
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(held_out), generator=generator)[: part.validation_sequences]
+    rows = torch.randperm(len(held_out), generator=generator)[: config.validation_sequences]
     return [batch_of(held_out, own) for own in torch.split(processes.share(rows), micro_batch) if len(own)]
 
 
@@ -317,8 +317,8 @@ def mean_loss(resident: ResidentModel, batches: Iterable[Batch], processes: Proc
 def _demand_agreement(parameters: FlatParameters, processes: ProcessGroup) -> None:
     if processes.alone:
         return
-    mine = sum(int(value.view(torch.uint8).sum(dtype=torch.int64)) for value in parameters.values())
-    if not processes.agree(mine):
+    checksum = sum(int(value.view(torch.uint8).sum(dtype=torch.int64)) for value in parameters.values())
+    if not processes.agree(checksum):
         raise InternalError("the ranks start from different adapters")
 
 

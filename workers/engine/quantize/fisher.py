@@ -36,13 +36,13 @@ def empirical_fisher(
     sums: dict[str, Fisher] = {}
     at_once = sequences_at_once(model, ids.shape[1])
     for start in range(0, len(ids), at_once):
-        part = ids[start : start + at_once]
-        states = _forward(model, calls, part, micro_batch)
-        gradient = _loss_gradient(model, states.pop(), part)
+        batch = ids[start : start + at_once]
+        states = _forward(model, calls, batch, micro_batch)
+        gradient = _loss_gradient(model, states.pop(), batch)
         for index in reversed(range(blocks)):
             wanted = [name for name in model.block_linears(index) if f"{model.layout.block(index)}.{name}" in names]
             _backward(model, calls[index], index, wanted, states.pop(), gradient, sums)
-            tick((start + len(part) * (blocks - index) / blocks) / len(ids))
+            tick((start + len(batch) * (blocks - index) / blocks) / len(ids))
     for name in sorted(names):  # the same order on every rank
         processes.sum_(sums[name].rows, sums[name].columns)
         if not sums[name].rows.isfinite().all():
@@ -105,9 +105,9 @@ def _backward(
             leaf = hidden[None].to(model.device).requires_grad_()
             with torch.enable_grad():
                 output = call(block, leaf)
-            by_inputs, *found = torch.autograd.grad(output, [leaf, *weights.values()], outer[None].to(output))
+            by_inputs, *gradients = torch.autograd.grad(output, [leaf, *weights.values()], outer[None].to(output))
             outer.copy_(by_inputs[0])
-            for name, each in zip(weights, found, strict=True):
+            for name, each in zip(weights, gradients, strict=True):
                 squares = each.float().square()
                 added = Fisher(squares.sum(1), squares.sum(0))
                 known = sums.get(name)

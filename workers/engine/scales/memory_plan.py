@@ -54,7 +54,7 @@ class ScaleTask:
     @property
     def batch_size(self) -> int:
         """Sequences of this rank in every step."""
-        return self.processes.part(SCALE_BATCH_SIZE)
+        return self.processes.share_size(SCALE_BATCH_SIZE)
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,7 @@ class Tuner:
         self, log: Callable[..., None] = lambda *_, **__: None, processes: ProcessGroup = SINGLE_PROCESS
     ) -> None:
         self._log = log
-        self._ranks = processes
+        self._processes = processes
         self._run: _Run | None = None
 
     def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
@@ -64,21 +64,21 @@ class Tuner:
             torch.OutOfMemoryError: not even one sequence at a time fits; or, with several ranks, this one has run out
                 while others wait for it.
         """
-        settings = replace(settings, batch_size=self._ranks.part(settings.batch_size))
+        settings = replace(settings, batch_size=self._processes.share_size(settings.batch_size))
         micro_batch = min(task.micro_batch, settings.batch_size)
         while True:
             try:
                 return self._tune(task, weights, settings, micro_batch)
             except torch.OutOfMemoryError:
-                if micro_batch == 1 or not self._ranks.alone:
+                if micro_batch == 1 or not self._processes.alone:
                     raise
             # Outside the except clause: the exception holds the tensors of the failed step.
             self._run = None
             torch.cuda.empty_cache()
             micro_batch = max(1, micro_batch // 2)
             self._log("micro_batch_lowered", block=task.index, micro_batch=micro_batch)
-            for part in weights:
-                part.restart()
+            for trainable in weights:
+                trainable.restart()
 
     def release(self) -> None:
         """Lets go of the captured steps and their memory."""
@@ -91,7 +91,7 @@ class Tuner:
         if run is not None and run.fits(task, weights, settings, micro_batch):
             run.adopt(task, weights)
         else:
-            self._run = run = _Run.begin(task, weights, settings, micro_batch, self._ranks)
+            self._run = run = _Run.begin(task, weights, settings, micro_batch, self._processes)
             run.prepare(self._log)
         run.start()
         for step in range(settings.steps):
@@ -267,9 +267,9 @@ class _Run:
 
     def _add_gradients(self, rows: Tensor, share: float) -> None:
         """Adds the weights' gradients of `share` times the error of some sequences."""
-        parts = self._outputs(rows)
-        _, gradient = self._error(parts, rows, share)
-        trained = [part for part in parts if part.requires_grad]
+        outputs = self._outputs(rows)
+        _, gradient = self._error(outputs, rows, share)
+        trained = [output for output in outputs if output.requires_grad]
         torch.autograd.backward(trained, [gradient] * len(trained))
 
     def _outputs(self, rows: Tensor) -> list[Tensor]:
@@ -327,7 +327,7 @@ def _shape(
 
 def _samples(task: BlockTask, settings: TuningSettings, processes: ProcessGroup) -> dict[str, Tensor]:
     """Training and validation sequences, as `Minibatches` takes them."""
-    training, held_out = split(len(task.inputs), task.seed, processes.part(MOST_HELD_OUT))
+    training, held_out = split(len(task.inputs), task.seed, processes.share_size(MOST_HELD_OUT))
     return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
 
 
