@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from app.domain.request.job_request import JobRequest
 from benchmarks.cpu_block import cut
 from workers.disk.orders import AttemptOrder
-from workers.engine.device import cuda_graphs as captured_step
+from workers.engine.device import cuda_graphs
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
 
@@ -85,7 +85,7 @@ def refused() -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise RuntimeError("no capture")
 
-    with patch.object(captured_step, "capture", refuse):
+    with patch.object(cuda_graphs, "capture", refuse):
         yield
 
 

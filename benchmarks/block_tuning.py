@@ -70,7 +70,7 @@ def make_task(
         inputs_fp=hidden,
         targets=targets,
         schemes=linears,
-        moments={},
+        second_moments={},
         scale_dtype=torch.bfloat16,
         device=device,
         seed=0,

@@ -152,7 +152,7 @@ def ours(given: argparse.Namespace, *, search: bool) -> dict[str, Any]:
             inputs_fp=stage.hidden,
             targets=targets,
             schemes=schemes,
-            moments=moments,
+            second_moments=moments,
             scale_dtype=torch.bfloat16,
             device=torch.device("cpu"),
             seed=0,
@@ -206,7 +206,7 @@ def peer(given: argparse.Namespace, *, compiled: bool) -> dict[str, Any]:
 
 
 class Stage:
-    """The cut checkpoint's block, how it is called, and the texts' embeddings (samples, length, width)."""
+    """The cut checkpoint's block, how it is called, and the texts' embeddings (sequences, length, width)."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.model = StreamedModel.open(Checkpoint.open(given.model), torch.device("cpu"))

@@ -3,7 +3,7 @@
     npm install --ignore-scripts node-llama-cpp@3          # in any folder; brings a built llama.cpp
     python -m benchmarks.gguf_in_llama_cpp MODEL --node-folder FOLDER
 
-Rounds MODEL to nearest in schemes of every GGML type, writes each as GGUF, and lets both judge the same windows of
+Rounds MODEL to nearest in schemes of every GGML type, writes each as GGUF, and lets both evaluate the same sequences of
 builtin text. llama.cpp rounds activations to 8 bits before each product and the engine computes in the model's dtype,
 so that the two agree to a fraction of a percent and not to the last digit. Prints one JSON line a scheme.
 """
@@ -42,7 +42,7 @@ def main() -> None:
         scheme = {"bits": bits, "symmetric": symmetric, "group_size": arguments.group_size}
         with tempfile.TemporaryDirectory() as folder:
             ours = quantize(arguments.model, Path(folder), scheme, evaluation)
-            theirs = judge(Path(folder) / "output/gguf/model.gguf", sequences, arguments.node_folder)
+            theirs = in_llama_cpp(Path(folder) / "output/gguf/model.gguf", sequences, arguments.node_folder)
         same = theirs["tokens"] == tokenizer(TEXT, add_special_tokens=False)["input_ids"]
         print(json.dumps({**scheme, **ours, "llama_cpp": theirs["perplexity"], "same_tokens": same}), flush=True)
 
@@ -61,7 +61,7 @@ def quantize(model: Path, workspace: Path, scheme: dict[str, Any], evaluation: E
     }
 
 
-def judge(file: Path, sequences: list[list[int]], node_folder: Path) -> dict[str, Any]:
+def in_llama_cpp(file: Path, sequences: list[list[int]], node_folder: Path) -> dict[str, Any]:
     """Perplexity and tokens by llama.cpp."""
     with tempfile.NamedTemporaryFile("w", suffix=".json") as ids:
         ids.write(json.dumps(sequences))

@@ -23,7 +23,7 @@ from workers.engine.reporter import Reporter
 from workers.engine.run import run
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
-JUDGING_SHARE = 0.1
+VALIDATION_SHARE = 0.1
 
 
 def main() -> None:
@@ -39,7 +39,7 @@ def main() -> None:
     by_arm: dict[str, dict[float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm, rate, searched in searches(given):
-            loss = judged(searched, given, Path(folder))
+            loss = validation_loss(searched, given, Path(folder))
             print(json.dumps({"arm": arm, "rate": rate, "loss": loss}), flush=True)
             if loss is not None:
                 by_arm.setdefault(arm, {})[rate] = loss
@@ -58,14 +58,14 @@ def searches(given: argparse.Namespace) -> Iterator[tuple[str, float, Cell]]:
 
 
 def with_rate(searched: Cell, rate: float) -> Cell:
-    """The cell with another rate, and with text that judges."""
+    """The cell with another rate, and with a share for validation."""
     assert searched.training is not None
-    finetune = {**searched.training["finetune"], "learning_rate": rate, "validation_share": JUDGING_SHARE}
+    finetune = {**searched.training["finetune"], "learning_rate": rate, "validation_share": VALIDATION_SHARE}
     return replace(searched, training={**searched.training, "finetune": finetune})
 
 
-def judged(searched: Cell, given: argparse.Namespace, folder: Path) -> float | None:
-    """The loss on the share that judges, after the last step; None where training failed.
+def validation_loss(searched: Cell, given: argparse.Namespace, folder: Path) -> float | None:
+    """The loss on the share for validation, after the last step; None where training failed.
 
     Jobs with the same base share its blocks.
     """

@@ -3,7 +3,7 @@
     python -m benchmarks.ranks --worlds 1 2 --shape llama-8b --group-size 128 --steps 200
 
 Each world of ranks tunes the same blocks with the same batch size, one GPU a rank (on a CPU: one process). Prints one
-JSON line a block: the slowest rank's seconds, and the loss, which is every rank's.
+JSON line per block: the slowest rank's seconds, and the loss, which is every rank's.
 """
 
 import argparse

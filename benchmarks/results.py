@@ -11,8 +11,8 @@ With `--training` there are also the cells of `benchmarks.finetuning_cells`; tho
 
 seconds      of the job, less loading, evaluation and export; of finetuning alone where there is some
 peak_gib     of the GPU where there is one, else of the process
-loss         of training: the mean over the last tenth of the steps, nats a token
-held_out     the loss on the evaluation text with the trained adapters, nats a token
+loss         of training: the mean over the last tenth of the steps, nats per token
+held_out     the loss on the evaluation text with the trained adapters, nats per token
 merged       the same of the merged checkpoint, as it loads
 """
 
@@ -162,7 +162,7 @@ def _training_figures(report: Report) -> dict[str, Any]:
 
 @torch.no_grad()
 def _merged_loss(given: AttemptOrder, output: Path) -> float:
-    """The loss of the checkpoint that a job left, on its evaluation text: nats a token."""
+    """The loss of the checkpoint that a job left, on its evaluation text: nats per token."""
     evaluation = given.request.evaluation
     assert evaluation is not None
     folder = output / "merged"
@@ -176,9 +176,9 @@ def _merged_loss(given: AttemptOrder, output: Path) -> float:
         *(None if path is None else Path(path) for path in (given.calibration_path, given.finetuning_path)),
     )
     losses = []
-    for window in sequences.ids.to(given.device):
-        logits = model(window[None]).logits[0, :-1].float()
-        losses.append(float(nn.functional.cross_entropy(logits, window[1:].long())))
+    for sequence in sequences.ids.to(given.device):
+        logits = model(sequence[None]).logits[0, :-1].float()
+        losses.append(float(nn.functional.cross_entropy(logits, sequence[1:].long())))
     return fmean(losses)
 
 

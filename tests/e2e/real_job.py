@@ -20,7 +20,7 @@ TEXT = {"num_samples": 8, "sequence_length": 64}
 
 
 def submit(installed: Installation, model: Path, *, steps: int) -> str:
-    """Queue a SignRound job of `steps` steps a block; its id."""
+    """Queue a SignRound job of `steps` steps per block; its id."""
     return installed.submit(
         model=str(model),
         method="signround",

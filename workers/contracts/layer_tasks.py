@@ -43,7 +43,7 @@ def quantize_in_order(task: BlockTask, quantize: QuantizeLayers) -> dict[str, Li
     """The results of `quantize` for each task of linears in turn; the block is left as it was.
 
     Raises:
-        InvalidRequest: the block does not call a linear on hidden states of its own windows (a mixture's experts).
+        InvalidRequest: the block does not call a linear on hidden states of its own sequences (a mixture's experts).
     """
     layers = same_inputs(task)
     blocks = [SideBySide({name: task.linear(name) for name in names}) for names in layers]
@@ -75,12 +75,12 @@ def quantize_in_order(task: BlockTask, quantize: QuantizeLayers) -> dict[str, Li
 def same_inputs(task: BlockTask) -> list[list[str]]:
     """Names of the task's linears in the order of their calls; those that get the same tensor in a row together."""
     order: list[tuple[str, Tensor]] = []
-    sample = task.inputs_fp[:1].to(task.device)
+    sequence = task.inputs_fp[:1].to(task.device)
     with ExitStack() as hooks:
         for name in task.schemes:
             handle = task.linear(name).register_forward_pre_hook(_note(name, order))
             hooks.callback(handle.remove)
-        task.forward(task.block, sample)
+        task.forward(task.block, sequence)
     groups: list[list[str]] = []
     latest: Tensor | None = None
     for name, seen in order:
@@ -89,7 +89,7 @@ def same_inputs(task: BlockTask) -> list[list[str]]:
         else:
             groups.append([name])
         latest = seen
-    fitting = all(seen.shape[:-1] == sample.shape[:-1] for _, seen in order)
+    fitting = all(seen.shape[:-1] == sequence.shape[:-1] for _, seen in order)
     if sorted(name for name, _ in order) != sorted(task.schemes) or not fitting:
         raise InvalidRequest(
             "some linears do not see every token once and cannot be tuned one by one",

@@ -1,4 +1,4 @@
-"""The result of an earlier job as the start of another: its blocks are taken over, not computed.
+"""The result of the base job as the start of another: its blocks are taken over, not computed.
 
     native/bitwright.json, native/weights*.safetensors    linears bit for bit, and every other tensor of the model
     native/report.json                                    how far each linear was from the original when it was made,
@@ -146,10 +146,10 @@ class BaseJobResult:
             stored = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
             if stored is not None and stored != wanted:
                 raise FormatCannotHold(
-                    f"{strict[0].value} stores scales as {wanted}; those of the earlier job are {stored}",
+                    f"{strict[0].value} stores scales as {wanted}; those of the base job are {stored}",
                     field="formats",
                     value=strict[0].value,
-                    hint=f"ask for native or merged, or for the formats of the earlier job, or {HINT}",
+                    hint=f"ask for native or merged, or for the formats of the base job, or {HINT}",
                 )
 
     @cached_property
@@ -176,7 +176,7 @@ class BaseJobResult:
         for name, source in self.model.sources.items():
             if not name.startswith(blocks) and not self._is_quantized(name) and not self._is_own(source):
                 raise CorruptCheckpoint(
-                    f"the model's {source} is not the one that the earlier job had: the model has changed since",
+                    f"the model's {source} is not the one that the base job had: the model has changed since",
                     hint=f"bring the model back as it was, or {HINT}",
                 )
 
@@ -215,7 +215,7 @@ def _described(file: Path) -> dict[str, StoredLinear]:
 
 
 def _reports(file: Path) -> tuple[BlockReport, ...]:
-    """None where another version wrote them otherwise: they are told, and decide nothing."""
+    """None where another version wrote them otherwise: they are reported, and decide nothing."""
     try:
         return _BLOCKS.validate_python(json.loads(file.read_bytes())["blocks"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError, RecursionError):

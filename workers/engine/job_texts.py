@@ -75,7 +75,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
             _check_vocabulary(model, sequences.ids)
             if sequences.overlapping:
                 reporter.warning(
-                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
+                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; sequences overlap"
                 )
     return Texts(calibration, evaluation, finetuning)
 
@@ -86,7 +86,7 @@ def _warn(reporter: Reporter, name: str, notes: Notes) -> None:
 
 
 def _calibration_file(request: JobRequest, paths: Sequence[Path | None]) -> Path | None:
-    """The file that calibrated. Where an earlier job did, it is known only if evaluation reads the same dataset."""
+    """The file that calibrated. If the base job did, it is known only if evaluation reads the same dataset."""
     if request.base_job is None:
         return paths[0]
     evaluation = request.evaluation

@@ -174,7 +174,7 @@ class GPTQSpec(WeightSpec):
         return num_samples
 
     def needs_original_inputs(self) -> bool:
-        """Linears are observed in the quantized stream alone."""
+        """Linears are observed in the quantized activations alone."""
         return False
 
     def shared_batch(self) -> int:

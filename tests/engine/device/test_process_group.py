@@ -27,9 +27,9 @@ from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningOutcome, TuningSettings
 from workers.engine.device.process_group import ProcessGroup, checksum, joined
-from workers.engine.tune import sample_order
-from workers.engine.tune import tuner as tuning
-from workers.engine.tune.sample_order import minibatches, split
+from workers.engine.tune import sequence_order
+from workers.engine.tune import tuner as tuner_module
+from workers.engine.tune.sequence_order import minibatches, split
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -115,19 +115,19 @@ def shared_task(processes: ProcessGroup) -> BlockTask:
 
 
 def union(local: Callable[[int], Tensor]) -> Tensor:
-    """Indices among all samples of what each rank has picked among its own; along the last dimension."""
+    """Indices among all sequences of what each rank has picked among its own; along the last dimension."""
     return torch.cat([local(rank) * SIZE + rank for rank in range(SIZE)], dim=-1)
 
 
-def splits_of(samples: int, seed: int) -> list[tuple[Tensor, Tensor]]:
-    shares = [len(range(rank, samples, SIZE)) for rank in range(SIZE)]
-    return [split(share, seed, sample_order.MOST_HELD_OUT // SIZE) for share in shares]
+def splits_of(count: int, seed: int) -> list[tuple[Tensor, Tensor]]:
+    shares = [len(range(rank, count, SIZE)) for rank in range(SIZE)]
+    return [split(share, seed, sequence_order.MOST_HELD_OUT // SIZE) for share in shares]
 
 
-def batches_of(samples: int, settings: TuningSettings, seed: int) -> Tensor:
-    """Every step's minibatch of all ranks together, as indices among all samples."""
+def batches_of(count: int, settings: TuningSettings, seed: int) -> Tensor:
+    """Every step's minibatch of all ranks together, as indices among all sequences."""
     own = replace(settings, batch_size=settings.batch_size // SIZE)
-    return union(lambda rank: minibatches(splits_of(samples, seed)[rank][0], own, seed))
+    return union(lambda rank: minibatches(splits_of(count, seed)[rank][0], own, seed))
 
 
 def tune_recorded(processes: ProcessGroup, moves: float) -> tuple[TuningOutcome, RecordedWeights]:
@@ -172,15 +172,15 @@ def test_two_ranks_tune_as_one_process_does_with_their_batches(
 ) -> None:
     first, second = run_on_both(pair, connected, tmp_path / "store", tuned)
 
-    def split_as_ranks(samples: int, seed: int, most: int = 0) -> tuple[Tensor, Tensor]:
-        parts = splits_of(samples, seed)
+    def split_as_ranks(count: int, seed: int, most: int = 0) -> tuple[Tensor, Tensor]:
+        parts = splits_of(count, seed)
         return union(lambda rank: parts[rank][0]), union(lambda rank: parts[rank][1])
 
     def batches_as_ranks(_: Tensor, settings: TuningSettings, seed: int) -> Tensor:
         return batches_of(32, settings, seed)
 
-    monkeypatch.setattr(tuning, "split", split_as_ranks)
-    monkeypatch.setattr(tuning, "minibatches", batches_as_ranks)
+    monkeypatch.setattr(tuner_module, "split", split_as_ranks)
+    monkeypatch.setattr(tuner_module, "minibatches", batches_as_ranks)
     one = SignRound().quantize_block(double_task(), SignRoundSpec(steps=40, batch_size=8, scale_search=False))
     assert one.loss is not None
     assert one.loss_initial is not None
@@ -222,7 +222,7 @@ def assert_same_made(runs: list[RankRun]) -> None:
 
 
 def test_rounding_on_two_ranks_is_rounding_on_one(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
-    """One window of evaluation: the second rank has nothing to look at."""
+    """One sequence of evaluation: the second rank has nothing to look at."""
     text: dict[str, Any] = {"evaluation": {"num_samples": 1, "sequence_length": 48}}
     runs = job_on_ranks(pair, small_model, tmp_path / "two", **text)
     two, one = report_of(runs), run_job(small_model, tmp_path / "one", **text).report
@@ -238,7 +238,7 @@ def test_rounding_on_two_ranks_is_rounding_on_one(pair: RankPair, small_model: P
 def test_two_ranks_make_the_same_weights_and_close_ones_to_one_ranks(
     pair: RankPair, small_model: Path, tmp_path: Path
 ) -> None:
-    """Nine windows, which two do not divide; the head and all scales are tuned or rounded, too."""
+    """Nine sequences, which two do not divide; the head and all scales are tuned or rounded, too."""
     sizes = {"calibration": {"num_samples": 9, "sequence_length": 32}}
     request = SCALED | sizes | {"modules": {"ignore": []}, "formats": ["native"]}
     runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
@@ -277,7 +277,7 @@ OBSERVING: list[Any] = [
 def test_what_two_ranks_observe_is_what_one_observes(
     method: dict[str, Any], pair: RankPair, small_model: Path, tmp_path: Path
 ) -> None:
-    """Nine windows, of which each rank sees a share; without steps, the first block has all but the same codes."""
+    """Nine sequences, of which each rank sees a share; without steps, the first block has all but the same codes."""
     request = {"bits": 3, "group_size": 32, "calibration": {"num_samples": 9, "sequence_length": 32}, **method}
     assert world_size(JobRequest.parse({"model": "org/name", **request}), SIZE) == SIZE
     runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
@@ -346,7 +346,7 @@ BUDGETS: list[dict[str, Any]] = [
 def test_two_ranks_spend_a_budget_as_one_does_and_adopt_how_it_was_spent(
     budget: dict[str, Any], pair: RankPair, small_model: Path, tmp_path: Path
 ) -> None:
-    """Nine windows, of which each rank sees a share; second moments and Fisher information are sums over all."""
+    """Nine sequences, of which each rank sees a share; second moments and Fisher information are sums over all."""
     sizes = {"calibration": {"num_samples": 9, "sequence_length": 32}}
     grid = {"group_sizes": [32], "absmax_bits": [3, 8], "superblocks": [16]} if budget["method"] == "lq-lora" else {}
     request = budget | grid | sizes | {"formats": ["native"], "evaluation": None}

@@ -26,7 +26,7 @@ from workers.adapters.adapter import Adapter
 from workers.adapters.attaching import Attach
 from workers.adapters.grouped import GroupedAdapter
 from workers.disk.orders import AttemptOrder
-from workers.engine.finetune import stage as finetune_stage
+from workers.engine.finetune import stage as stage_module
 from workers.engine.finetune.resident_model import ResidentModel
 from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.model.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ class Job:
 
         self.workspace.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finetune_stage, "Attach", Recorded)
+            patch.setattr(stage_module, "Attach", Recorded)
             return run(order, self.workspace, Reporter(self.lines.append)).report
 
     def told(self, kind: type) -> list[Any]:

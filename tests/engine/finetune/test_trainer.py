@@ -26,7 +26,7 @@ from tests.engine.model.random_models import LENGTH, save_random_model
 from tests.engine.text.test_examples import random_examples
 from workers.contracts.adapters import TrainableAdapter
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
-from workers.engine.finetune import trainer as training
+from workers.engine.finetune import trainer
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.resident_model import Residence, ResidentModel, resident
 from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, rate_share, train
@@ -104,13 +104,13 @@ def run(
     **fields: Any,
 ) -> Trained:
     lines: list[AttemptLine] = []
-    training, judging = texts or (sequences(1), sequences(2, 8))
+    training, validation = texts or (sequences(1), sequences(2, 8))
     with open_job(folder, attach, recomputed) as model:
         task = TrainingTask(
             resident=model,
             config=config_of(**fields),
             training=training,
-            held_out=judging if held_out else None,
+            held_out=validation if held_out else None,
             micro_batch=micro_batch,
             seed=SEED,
             state=TrainingState(state, "fingerprint", processes),
@@ -259,7 +259,7 @@ class Interrupted(Exception):
 
 def interrupt_at(patch: pytest.MonkeyPatch, steps: int) -> None:
     taken = []
-    original = training._Training._step
+    original = trainer._Training._step
 
     def step(self: Any, index: int, work: Any) -> None:
         taken.append(index)
@@ -267,7 +267,7 @@ def interrupt_at(patch: pytest.MonkeyPatch, steps: int) -> None:
             raise Interrupted
         original(self, index, work)
 
-    patch.setattr(training._Training, "_step", step)
+    patch.setattr(trainer._Training, "_step", step)
 
 
 FIELDS: dict[str, Any] = {"validation_every": 3, "patience": 2, "learning_rate": 0.02, "schedule": "linear"}
@@ -275,7 +275,7 @@ FIELDS: dict[str, Any] = {"validation_every": 3, "patience": 2, "learning_rate":
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 11])
 def test_an_interrupted_run_ends_with_the_same_bits(steps: int, folder: Path, tmp_path: Path) -> None:
-    """Random numbers in each step, judgements and the best of them included."""
+    """Random numbers in each step, validations and the best of them included."""
     whole = run(folder, tmp_path / "whole", attach=as_class(DroppingLoRA), **FIELDS)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, steps)
@@ -353,7 +353,7 @@ def test_micro_batches_and_recomputed_blocks_change_little_or_nothing(folder: Pa
 
 
 def test_training_stops_when_held_out_text_gets_worse_and_keeps_the_best(folder: Path, tmp_path: Path) -> None:
-    # One token is learned, and half of what judges is that token: its loss falls until the other half costs more.
+    # One token is learned, and half of the validation is that token: its loss falls until the other half costs more.
     mixed = PackedSequences.pack([*one_token(4), *random_examples(4, LENGTH, seed=2)], LENGTH, together=True)
     texts = (PackedSequences.pack(one_token(30), LENGTH, together=True), mixed)
     fields: dict[str, Any] = {"steps": 300, "validation_every": 2, "patience": 3, "learning_rate": 0.01}

@@ -2,7 +2,7 @@
 
     python -m tests.engine.ships.shipping         a table: every adapter, and round_offset at 2, 3 and 4 bits
 
-The perplexity is that of the loaded model's own forward pass, by its definition, on the windows that the job judged by.
+The perplexity is that of the loaded model's own forward pass, by its definition, on the job's evaluation sequences.
 """
 
 import importlib.util
@@ -171,7 +171,7 @@ def run_case(request: JobRequest, model: Path, rows: Path, workspace: Path) -> R
 
 
 def sequences(request: JobRequest, model: Path, rows: Path) -> Tensor:
-    """Token ids of the text that judges."""
+    """Token ids of the evaluation text."""
     assert request.evaluation is not None
     loss_mask = rows if request.finetune else None
     return evaluation_sequences(load_tokenizer(model), request.evaluation, rows, request.seed, None, loss_mask).ids

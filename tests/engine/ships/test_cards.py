@@ -63,7 +63,7 @@ BASES = {"lora", "lora-gguf", "bayesian", "factors", "qa-lora", "qa-hira", "q-ba
 
 @dataclass(frozen=True)
 class Job:
-    """A job that has run: its folders by name, and the text that judged it."""
+    """A job that has run: its folders by name, and its evaluation text."""
 
     name: str
     folders: dict[str, Path]

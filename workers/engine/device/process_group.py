@@ -1,7 +1,7 @@
 """The processes that compute one job together, as one of them sees it.
 
-Every rank runs the whole pipeline, block by block, over its own share of the windows: rank r of W takes the windows r,
-r + W, r + 2W and so on of each text. What a rank derives from sums over windows it derives from the sums over all
+Every rank runs the whole pipeline, block by block, over its own share of the sequences: rank r of W takes the sequences
+r, r + W, r + 2W and so on of each text. What a rank derives from sums over sequences it derives from the sums over all
 ranks, which are the same bits on each of them, so every rank takes the same steps and makes the same codes, and
 nothing but sums is exchanged: the gradient once per step, a few numbers per block. Rank 0 writes the files and reports.
 

@@ -40,7 +40,7 @@ Pass = Callable[[Batch, int], Tensor]
 class Passes:
     """Finds the pass for a batch: a captured one where there is one, or will be from now on, else the eager one.
 
-    log        told an event's name and fields where a shape cannot be captured; then none is, from there on
+    log        called with an event's name and fields where a shape cannot be captured; then none is, from there on
     captures   whether any may be, which a plan allows on a GPU alone
     """
 

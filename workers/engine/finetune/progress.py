@@ -23,7 +23,7 @@ INTERVAL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class _Copy:
-    """The mean loss of some steps on its way to the host, and what is told with it."""
+    """The mean loss of some steps on its way to the host, and what is reported with it."""
 
     loss: Tensor
     arrives: Mark

@@ -19,7 +19,7 @@ from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.memory_plan import TrainingPlan, plan_training
 from workers.engine.finetune.resident_model import Residence, ResidentModel, resident
-from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, judging_batches, mean_loss, train
+from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, mean_loss, train, validation_batches
 from workers.engine.fingerprint import fingerprint
 from workers.engine.job import Job
 from workers.engine.seeds import derived_seed
@@ -127,7 +127,7 @@ def _shipped_loss(stage: _Finetuning, trained: FinetuningReport, load: LoadBlock
     load      linears of a block as they ship, by full name
     """
     job, config = stage.job, stage.config
-    batches = judging_batches(stage.texts.held_out, config, trained.micro_batch, stage.seed, job.processes)
+    batches = validation_batches(stage.texts.held_out, config, trained.micro_batch, stage.seed, job.processes)
     if not job.processes.total(len(batches)):
         return None
     how = Residence(length=config.sequence_length, keeps=trained.weights_kept, recomputed=0)

@@ -22,8 +22,8 @@ from workers.engine.model.streamed_model import StreamedModel
 def token_loss(model: StreamedModel, hidden: Tensor, target_positions: Tensor, labels: Tensor) -> Tensor:
     """The sum over targets, fp32 (); gradients reach `hidden`. Norm and head must be loaded.
 
-    hidden (rows, length, width); places int64 (targets,) in its rows and positions, flat, each once; following int64
-    (targets,), the tokens that follow them.
+    hidden (rows, length, width); target_positions int64 (targets,) in its rows and positions, flat, each once;
+    labels int64 (targets,), the tokens that follow them.
     """
     loss: Tensor = _TokenLoss.apply(hidden, target_positions, labels, model)  # type: ignore[no-untyped-call]
     return loss

@@ -7,7 +7,7 @@
 A step reads `batch_size` sequences, in micro-batches that fit into memory; of several ranks each reads its share, and
 gradients are summed, so that each takes the same step. Nothing in the loop waits for the device: the next step's batch
 is read ahead, losses stay on the device, and what is told of them is copied behind the work. The device is waited for
-where held-out text judges, and at a checkpoint.
+at a validation, and at a checkpoint.
 
 The same request on the same device gives the same bits, whether it is interrupted or not: the order of sequences and
 the random numbers of a step follow from the seed and the step's number alone, and a checkpoint holds all else
@@ -96,15 +96,15 @@ class _Training:
     """The state of the loop.
 
     losses      of each step, fp32 (steps,), on the device
-    best        parameters of the best judgement, where there is `patience`
+    best        parameters of the best validation, where there is `patience`
     deterministic   whether every operator still has a deterministic kernel
     """
 
     task: TrainingTask
     parameters: FlatParameters
     order: Order
-    judges: tuple[Batch, ...]
-    judged: int
+    validation: tuple[Batch, ...]
+    validation_targets: int
     losses: Tensor
     progress: TrainingProgress
     resumed: int
@@ -119,13 +119,13 @@ class _Training:
         adapters = task.resident.adapters.values()
         parameters = FlatParameters(adapters, decay=config.weight_decay, clip_norm=config.clip_norm)
         _demand_agreement(parameters, task.processes)
-        judges = judging_batches(task.held_out, config, task.micro_batch, task.seed, task.processes)
+        validation = validation_batches(task.held_out, config, task.micro_batch, task.seed, task.processes)
         self = cls(
             task=task,
             parameters=parameters,
             order=Order(task.training, config.batch_size, task.micro_batch, task.seed, task.processes),
-            judges=tuple(batch.to(device) for batch in judges),
-            judged=task.processes.total(sum(len(batch.target_positions) for batch in judges)),
+            validation=tuple(batch.to(device) for batch in validation),
+            validation_targets=task.processes.total(sum(len(batch.target_positions) for batch in validation)),
             losses=torch.full((config.steps,), torch.nan, device=device),
             progress=task.state.progress,
             resumed=task.state.progress.step,
@@ -142,8 +142,8 @@ class _Training:
         """All steps that are left."""
         task = self.task
         if not self.progress.done:
-            if self.judged and not self.progress.validations:
-                self._judge()
+            if self.validation_targets and not self.progress.validations:
+                self._validate()
             with WriteBehind(task.resident.model.device) as writer:
                 self._steps(writer)
                 writer.wait()
@@ -174,14 +174,14 @@ class _Training:
                 self.progress = self.progress.model_copy(
                     update={"step": index + 1, "seconds": seconds, "tokens": tokens}
                 )
-                if self.judged and config.validation_every and (index + 1) % config.validation_every == 0:
-                    self._judge()
+                if self.validation_targets and config.validation_every and (index + 1) % config.validation_every == 0:
+                    self._validate()
                     news.pause()
                 if (index + 1) % config.checkpoint_every == 0 and index + 1 < config.steps:
                     self._save(writer, done=False)
                     news.pause()
-        if self.judged and self.progress.validations[-1].step != self.progress.step:
-            self._judge()
+        if self.validation_targets and self.progress.validations[-1].step != self.progress.step:
+            self._validate()
         news.end(self.progress.step)
 
     def _step(self, index: int, step: Step) -> None:
@@ -233,11 +233,11 @@ class _Training:
             self.parameters.hold_still()
 
     @torch.no_grad()
-    def _judge(self) -> None:
+    def _validate(self) -> None:
         """The loss on held-out text with the parameters as they are; waits for the device."""
         task = self.task
         self._set_mode(training=False)
-        loss, progress = mean_loss(task.resident, self.judges, task.processes), self.progress
+        loss, progress = mean_loss(task.resident, self.validation, task.processes), self.progress
         if not math.isfinite(loss):
             raise _not_finite(f"on held-out text the loss is {loss} after {progress.step} steps")
         task.reporter.metric("validation_loss", loss, progress.step)
@@ -290,10 +290,10 @@ def rate_share(config: Finetune, index: int) -> float:
     return {"constant": 1.0, "linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2}[config.schedule]
 
 
-def judging_batches(
+def validation_batches(
     held_out: PackedSequences | None, config: Finetune, micro_batch: int, seed: int, processes: ProcessGroup
 ) -> list[Batch]:
-    """This rank's share of the sequences that judge, on the host."""
+    """This rank's share of the validation sequences, on the host."""
     if held_out is None or not len(held_out):
         return []
     generator = torch.Generator().manual_seed(seed)
@@ -303,7 +303,7 @@ def judging_batches(
 
 @torch.no_grad()
 def mean_loss(resident: ResidentModel, batches: Iterable[Batch], processes: ProcessGroup) -> float:
-    """Nats a token over all ranks' batches, on the model's device; waits for it."""
+    """Nats per token over all ranks' batches, on the model's device; waits for it."""
     sums = torch.zeros(2, dtype=torch.float64, device=resident.model.device)
     for batch in batches:
         with resident.together():

@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
-from workers.engine.model import fused_blocks as fused_block
+from workers.engine.model import fused_blocks
 from workers.engine.model.checkpoint import FLOAT_DTYPES, Checkpoint
 from workers.engine.model.foreign_tensors import Skeleton, demand_a_model, misfit
 
@@ -76,11 +76,11 @@ def _words(error: Exception, folder: Path | None = None) -> str:
 
 def fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Puts hand-fused blocks in place of those of a known class, where there are parts for the device."""
-    parts = fused_block.Parts.on(device, dtype)
+    parts = fused_blocks.Parts.on(device, dtype)
     if parts is None:
         return
     for name, block in blocks.named_children():
-        setattr(blocks, name, fused_block.fuse(block, parts))
+        setattr(blocks, name, fused_blocks.fuse(block, parts))
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

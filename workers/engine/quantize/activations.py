@@ -1,6 +1,6 @@
 """Activations of a text: the same sequences through the original blocks and through the quantized ones.
 
-    X_fp, X_q   (samples, length, width), the model's dtype, on the device or in (pinned) host memory
+    X_fp, X_q   (sequences, length, width), the model's dtype, on the device or in (pinned) host memory
 
 The target of block k is block_k(X_fp), and the quantized block sees X_q, so that each block also corrects the error of
 the blocks before it. Before block 0 both are the embeddings.

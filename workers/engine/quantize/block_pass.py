@@ -185,7 +185,7 @@ class BlockPass:
             inputs_fp=empty if activations is None or activations.inputs_fp is None else activations.inputs_fp,
             targets=empty if activations is None else activations.original,
             schemes=schemes,
-            moments=moments,
+            second_moments=moments,
             scale_dtype=self.job.plan.scale_dtype,
             device=self.job.model.device,
             seed=derived_seed(self.job.seed, index),

@@ -31,7 +31,7 @@ def empirical_fisher(
     tick: Callable[[float], None],
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Fisher]:
-    """Of the linears of these full names, on sequences of token ids (samples, length), each rank's own; on the host."""
+    """Of the linears of these full names, on token ids (sequences, length), each rank's own; on the host."""
     calls, blocks = model.capture_calls(ids.shape[1]), len(model.blocks)
     sums: dict[str, Fisher] = {}
     at_once = sequences_at_once(model, ids.shape[1])
@@ -60,7 +60,7 @@ def sequences_at_once(model: StreamedModel, length: int) -> int:
 
 @torch.no_grad()
 def _forward(model: StreamedModel, calls: tuple[BlockCall, ...], ids: Tensor, micro_batch: int) -> list[Tensor]:
-    """Hidden states before each block and after the last, each (samples, length, width) on the host."""
+    """Hidden states before each block and after the last, each (sequences, length, width) on the host."""
     with model.loaded(model.layout.embeddings):
         states = [torch.cat([model.embed(row[None].to(model.device)).cpu() for row in ids])]
     for index, block in enumerate(model.blocks):

@@ -24,7 +24,7 @@ class ScaleTask:
     schemes         of the blocks' quantized linears, by full name
     weights         of a block by its index, by full linear name
     calls           how the model calls each block on these sequences
-    inputs          hidden states before the first block, (samples, length, width), of this rank's sequences
+    inputs          hidden states before the first block, (sequences, length, width), of this rank's sequences
     targets         those of the original model after the last block, the same shape
     quantized_head  dequantized weight of the head, where that is quantized too
     micro_batch     sequences that may go through a block at once with gradients

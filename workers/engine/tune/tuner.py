@@ -31,7 +31,7 @@ from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSett
 from workers.engine.device.cuda_graphs import captured
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.tune.minibatches import Minibatches, address
-from workers.engine.tune.sample_order import MOST_HELD_OUT, minibatches, split
+from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.tune.tuned_block import TunedBlock, shape_of
 from workers.numerics.backend import BlockKernels, block_kernels
 from workers.numerics.quantized import Number
@@ -45,8 +45,8 @@ LOSS_SCALE = {torch.float16: 2.0**15}
 class Tuner:
     """Tunes block after block; `tune` is the `Tune` of the methods.
 
-    log    told an event's name and fields when the tuner falls back to a slower way
-    processes  who tunes along; every one of them must call `tune` with the same settings
+    log        called with an event's name and fields when the tuner falls back to a slower way
+    processes  those that tune together; each of them must call `tune` with the same settings
     """
 
     def __init__(
@@ -142,7 +142,7 @@ class _Run:
         processes: ProcessGroup,
     ) -> "_Run":
         device = task.device
-        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings, processes))
+        data = Minibatches(task.inputs, task.targets, device, **_sequences(task, settings, processes))
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
@@ -174,7 +174,7 @@ class _Run:
         self.block.adopt(task.block)
         for present, other in zip(self.weights, weights, strict=True):
             present.adopt(other)
-        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings, self.processes))
+        self.data.adopt(task.inputs, task.targets, **_sequences(task, self.settings, self.processes))
 
     def prepare(self, log: Callable[..., None]) -> None:
         """Captures step and check where that is possible."""
@@ -325,7 +325,7 @@ def _shape(
     )
 
 
-def _samples(task: BlockTask, settings: TuningSettings, processes: ProcessGroup) -> dict[str, Tensor]:
+def _sequences(task: BlockTask, settings: TuningSettings, processes: ProcessGroup) -> dict[str, Tensor]:
     """Training and validation sequences, as `Minibatches` takes them."""
     training, held_out = split(len(task.inputs), task.seed, processes.share_size(MOST_HELD_OUT))
     return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
