@@ -41,7 +41,7 @@ PREFIX = "BITWRIGHT_"
 NOT_SETTINGS = frozenset(
     f"{PREFIX}{name}" for name in ("URL", "KEY", "REPORT_FD", "SUPERVISOR_PID", "SILENCE_SECONDS", "JOB_ID", "ATTEMPT")
 )
-"""Variables of ours that are no settings of the service: the client's, and what a supervisor tells its child."""
+"""Variables of ours that are no settings of the service: the client's, and those that a supervisor sets for its child."""
 TESTS = f"{PREFIX}TEST_"
 ALIKE = 0.8
 """Similarity, from 0 to 1, from which a variable's name is taken for a misspelt setting."""
@@ -57,7 +57,7 @@ def get_settings() -> "Settings":
     try:
         return Settings()
     except ValidationError as error:
-        raise InvalidSettings("; ".join(problems_of(error)), hint="mend the variable, or unset it") from None
+        raise InvalidSettings("; ".join(problems_of(error)), hint="correct the variable, or unset it") from None
 
 
 def settings_or_exit() -> "Settings":

@@ -5,7 +5,7 @@
 
 Rounds MODEL to nearest in schemes of every GGML type, writes each as GGUF, and lets both evaluate the same sequences of
 builtin text. llama.cpp rounds activations to 8 bits before each product and the engine computes in the model's dtype,
-so that the two agree to a fraction of a percent and not to the last digit. Prints one JSON line a scheme.
+so that the two agree to a fraction of a percent and not to the last digit. Prints one JSON line per scheme.
 """
 
 import argparse

@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning_rates MODEL --calibration calibration.jsonl --training train.jsonl --bits 3
 
-Each arm trains at each of `RATES` as its cell does, seed 0, on nine tenths of the training text; the other tenth
-judges after the last step. The text that the table judges on is not read. One JSON line a job, and at the end one with
-the best rate of each arm; a best rate at either end of `RATES` says that the search was too narrow.
+Each arm trains at each of `RATES` as its cell does, seed 0, on nine tenths of the training text; the other tenth is
+the validation after the last step. The text that the table is measured on is not read. One JSON line per job, and at
+the end one with the best rate of each arm; a best rate at either end of `RATES` says that the search was too narrow.
 """
 
 import argparse

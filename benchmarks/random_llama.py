@@ -3,8 +3,8 @@
     python -m benchmarks.random_llama TOKENIZER --text calibration.jsonl --presets default light
 
 Speed does not depend on the values; quality is measured elsewhere (docs/results.md). TOKENIZER is a checkpoint folder
-whose tokenizer reads the text. One JSON line a preset: a block's seconds are from its turn to the next one's, reading,
-passes of both activations and packing included; W4 symmetric in groups of 128, 128 sequences of 2048 tokens.
+whose tokenizer reads the text. One JSON line per preset: a block's seconds are from its turn to the next one's,
+with reading, passes of both activations and packing; W4 symmetric in groups of 128, 128 sequences of 2048 tokens.
 """
 
 import argparse

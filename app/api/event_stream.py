@@ -1,4 +1,4 @@
-"""One job's events as server-sent events: replayed from the store, then live, until the job has told all."""
+"""One job's events as server-sent events: replayed from the store, then live, until the job's last event."""
 
 from collections.abc import AsyncIterator, Sequence
 

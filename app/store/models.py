@@ -76,7 +76,7 @@ class ApiKey(Base):
     name: Mapped[str] = mapped_column(String(200))
     digest: Mapped[str] = mapped_column(Sha256, unique=True)
     start: Mapped[str] = mapped_column(String(8))
-    """The first characters, so that people can tell keys apart."""
+    """The first characters, by which people distinguish keys."""
     scopes: Mapped[list[str]]
     created_at: Mapped[datetime] = mapped_column(default=now())
     revoked_at: Mapped[datetime | None]

@@ -1,4 +1,4 @@
-"""The one place that writes a job's status: checked against TRANSITIONS, told as an event, in one transaction."""
+"""The one place that writes a job's status: checked against TRANSITIONS, recorded as an event, in one transaction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

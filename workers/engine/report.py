@@ -39,7 +39,7 @@ class Results:
 
 
 def report_of(job: Job, results: Results, size: SizeReport) -> Report:
-    """Everything but what the export tells: its adapters, and the warnings that come with it."""
+    """Everything but what the export adds: its adapters, and the warnings that come with it."""
     request, sequences = job.request, job.texts.calibration
     resumed = min(job.finished_blocks.resumed, len(results.blocks))
     return Report(

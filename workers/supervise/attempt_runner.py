@@ -204,7 +204,7 @@ class _Attempt:
             if isinstance(line, ResultLine | FetchedLine):
                 endings.result = line
             elif isinstance(line, FailedLine):
-                # Of several ranks the first to speak has the cause, the others only miss it.
+                # Of several ranks the first to report has the cause, the others only miss it.
                 endings.failed = endings.failed or line.error
             elif line is not None:
                 self._events.add(line)

@@ -113,7 +113,7 @@ def repeated_names(body: bytes) -> list[tuple[str, object]]:
     try:
         json.loads(body, object_pairs_hook=look)
     except (ValueError, RecursionError):
-        return []  # told elsewhere
+        return []  # reported elsewhere
     return repeated
 
 

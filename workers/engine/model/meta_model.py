@@ -28,7 +28,7 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CorruptCheckpoint(
             f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {words}",
             field="model",
-            hint="mend that field of config.json, or take the file that came with the weights",
+            hint="correct that field of config.json, or take the file that came with the weights",
         ) from error
 
 
@@ -61,7 +61,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
         raise UnsupportedArchitecture(
             f"transformers cannot build this {config.model_type} model: {_words(error)}",
             field="model",
-            hint="mend config.json so that AutoModelForCausalLM.from_config takes it without code of the model's own",
+            hint="correct config.json so that AutoModelForCausalLM.from_config takes it without the model's own code",
         ) from error
     model.eval().requires_grad_(False)
     _fill_buffers(model, device)

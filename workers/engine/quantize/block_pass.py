@@ -146,7 +146,7 @@ class BlockPass:
         return self.job.finished_blocks.write_shard(index, linears, parameters)
 
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
-        """Makes a block count, and tells of it when it does."""
+        """Makes a block count, and reports it then."""
         report = findings.report()
         report = report if self.job.base_job is None else self.job.base_job.corrected(report)
         self.job.finished_blocks.finish(findings.index, shard.result(), report)

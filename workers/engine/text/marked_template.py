@@ -1,4 +1,4 @@
-"""A chat template that tells whose text it writes: the same program, with marks where it turns to a message.
+"""A chat template that shows whose text it writes: the same program, with marks where it turns to a message.
 
 Each loop of the template that reaches a message, by its loop variable or by a number, writes a mark when it begins with
 it and when it is done; `{% generation %}` writes one as well. Without its marks the text is the template's own, which
