@@ -41,7 +41,7 @@ PREFIX = "BITWRIGHT_"
 NOT_SETTINGS = frozenset(
     f"{PREFIX}{name}" for name in ("URL", "KEY", "REPORT_FD", "SUPERVISOR_PID", "SILENCE_SECONDS", "JOB_ID", "ATTEMPT")
 )
-"""Variables of ours that are no settings of the service: the client's, and those that a supervisor sets for its child."""
+"""Variables of ours that are no settings: the client's, and those that a supervisor sets for its child."""
 TESTS = f"{PREFIX}TEST_"
 ALIKE = 0.8
 """Similarity, from 0 to 1, from which a variable's name is taken for a misspelt setting."""
