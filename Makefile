@@ -67,7 +67,7 @@ docs: $(VENV)/.test ## Write the parts of the documentation that are made from t
 docs-site: $(VENV)/.docs ## Build the documentation as a static site in build/site; warnings are errors
 	$(BIN)/python -m sphinx -W --keep-going -q -b html docs build/site
 
-format: $(VENV)/.dev ## Mend style and format where ruff can
+format: $(VENV)/.dev ## Fix style and format where ruff can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 

@@ -41,10 +41,10 @@ PREFIX = "BITWRIGHT_"
 NOT_SETTINGS = frozenset(
     f"{PREFIX}{name}" for name in ("URL", "KEY", "REPORT_FD", "SUPERVISOR_PID", "SILENCE_SECONDS", "JOB_ID", "ATTEMPT")
 )
-"""Variables of ours that are no settings of the service: the client's, and what a supervisor tells its child."""
+"""Variables of ours that are no settings: the client's, and those that a supervisor sets for its child."""
 TESTS = f"{PREFIX}TEST_"
 ALIKE = 0.8
-"""How alike a variable's name must be to a setting's to be taken for a slip; from 0 to 1."""
+"""Similarity, from 0 to 1, from which a variable's name is taken for a misspelt setting."""
 
 
 @lru_cache(maxsize=1)
@@ -57,7 +57,7 @@ def get_settings() -> "Settings":
     try:
         return Settings()
     except ValidationError as error:
-        raise InvalidSettings("; ".join(problems_of(error)), hint="mend the variable, or unset it") from None
+        raise InvalidSettings("; ".join(problems_of(error)), hint="correct the variable, or unset it") from None
 
 
 def settings_or_exit() -> "Settings":
@@ -99,7 +99,7 @@ def _split_paths(value: object) -> object:
     if not isinstance(value, str):
         return value
     if not value.lstrip().startswith("["):
-        return [part for part in value.split(os.pathsep) if part]
+        return [folder for folder in value.split(os.pathsep) if folder]
     try:
         return json.loads(value)
     except ValueError as error:
@@ -269,7 +269,7 @@ WAYS: Mapping[str, str] = MappingProxyType(
         "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
     }
 )
-"""What a value must be, where the types alone say it badly."""
+"""Descriptions of valid values, where the types alone say it badly."""
 SERVICE_LINK = (
     "Kubernetes sets this variable for a Service named bitwright: set enableServiceLinks: false, or rename the Service"
 )

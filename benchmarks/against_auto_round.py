@@ -1,11 +1,11 @@
-"""SignRound here against auto-round: same model, calibration text, samples and GPU, judged by the same code.
+"""SignRound here against auto-round: same model, calibration text, sequences and GPU, measured by the same code.
 
     python -m benchmarks.against_auto_round MODEL --calibration calibration.jsonl --valid valid.jsonl \
         --schemes W4g64 W3g64a W2g64a --presets default light --seeds 0 1 2 --auto-round --output results.jsonl
 
-One JSON line a run: seconds, perplexity and KL(original || quantized) per token on windows of 1024 tokens. Seconds of
-ours are those of the report but for loading, evaluation and export, as auto-round's are those of its `quantize()`, for
-which model and tokenizer are loaded already. The first run of the process is cold: its kernels are compiled in it.
+One JSON line per run: seconds, perplexity and KL(original || quantized) per token on sequences of 1024 tokens. Our
+seconds are those of the report without loading, evaluation and export; auto-round's are those of its `quantize()`, with
+model and tokenizer loaded already. The first run of the process is cold: its kernels are compiled in it.
 A preset brings its own number and length of sequences; `recipe` is auto-round's own (200 steps from full ranges, 128
 sequences of 2048 tokens), and `--length` overrides all. auto-round needs the packages auto-round and datasets.
 """
@@ -32,43 +32,47 @@ from workers.engine.run import run
 from workers.formats.load_bitwright import load
 
 SAMPLES, LENGTH = 128, 2048
-WINDOW = 1024
+EVALUATION_LENGTH = 1024
 
 
 def parse_scheme(text: str) -> Scheme:
     """ "W3g64a": 3 bits, groups of 64, asymmetric."""
-    found = re.fullmatch(r"W(\d)g(-?\d+)(a?)", text)
-    if found is None:
+    match = re.fullmatch(r"W(\d)g(-?\d+)(a?)", text)
+    if match is None:
         raise SystemExit(f"{text!r} is not like W4g64 or W3g64a")
-    return Scheme(bits=int(found[1]), group_size=int(found[2]), symmetric=not found[3])
+    return Scheme(bits=int(match[1]), group_size=int(match[2]), symmetric=not match[3])
 
 
 def read_text(path: str) -> str:
     return "\n\n".join(json.loads(line)["text"] for line in Path(path).read_text().splitlines())
 
 
-class Judge:
-    """Perplexity and KL to the original over the first windows of a text."""
+class QualityMeter:
+    """Perplexity and KL to the original over the first sequences of a text."""
 
     def __init__(self, model: str, text: str, sequences: int, device: str) -> None:
         ids: Tensor = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[0]
-        self._windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, 1, WINDOW)[:sequences].to(device)
+        self._sequences = (
+            ids[: len(ids) // EVALUATION_LENGTH * EVALUATION_LENGTH]
+            .view(-1, 1, EVALUATION_LENGTH)[:sequences]
+            .to(device)
+        )
         self._original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
 
     @torch.inference_mode()
     def __call__(self, model: Any) -> dict[str, float]:
-        model = model.to(self._windows.device, torch.bfloat16)
-        sums = torch.zeros(3, dtype=torch.float64, device=self._windows.device)
-        for window in self._windows:
-            ours, theirs = (m(window).logits[0, :-1].float().log_softmax(-1) for m in (model, self._original))
-            target = window[0, 1:, None]
+        model = model.to(self._sequences.device, torch.bfloat16)
+        sums = torch.zeros(3, dtype=torch.float64, device=self._sequences.device)
+        for sequence in self._sequences:
+            ours, theirs = (m(sequence).logits[0, :-1].float().log_softmax(-1) for m in (model, self._original))
+            target = sequence[0, 1:, None]
             kl = (theirs.exp() * (theirs - ours)).sum()
             sums += torch.stack([-ours.gather(1, target).sum(), -theirs.gather(1, target).sum(), kl]).double()
-        nll, nll_original, kl = (sums / (len(self._windows) * (WINDOW - 1))).tolist()
+        nll, nll_original, kl = (sums / (len(self._sequences) * (EVALUATION_LENGTH - 1))).tolist()
         return {"perplexity": math.exp(nll), "perplexity_original": math.exp(nll_original), "kl": kl}
 
 
-def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, judge: Judge) -> dict[str, Any]:
+def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, meter: QualityMeter) -> dict[str, Any]:
     quantization = {"method": "signround", "preset": preset} | scheme.model_dump()
     if preset == "recipe":
         quantization |= {"preset": "default", "scale_search": False}
@@ -95,7 +99,7 @@ def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, judg
         start = time.perf_counter()
         report = run(order, Path(folder), Reporter(events.append)).report
         wall = time.perf_counter() - start
-        quality = judge(load(Path(folder) / "output" / "native"))
+        quality = meter(load(Path(folder) / "output" / "native"))
     falls = sorted({e.event for e in events if e.type == "log"})
     texts = report.calibration
     tokens = None if texts is None else [texts.num_samples, texts.sequence_length]
@@ -109,7 +113,7 @@ def ours(given: argparse.Namespace, scheme: Scheme, preset: str, seed: int, judg
     )
 
 
-def peer(given: argparse.Namespace, scheme: Scheme, seed: int, judge: Judge) -> dict[str, Any]:
+def peer(given: argparse.Namespace, scheme: Scheme, seed: int, meter: QualityMeter) -> dict[str, Any]:
     from auto_round import AutoRound
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
@@ -136,7 +140,7 @@ def peer(given: argparse.Namespace, scheme: Scheme, seed: int, judge: Judge) -> 
     )
     model, _ = engine.quantize()
     seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 2)} | judge(model)
+    return {"seconds": round(seconds, 2)} | meter(model)
 
 
 def main() -> None:
@@ -149,10 +153,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--auto-round", action="store_true", help="run the peer, too, with the first seed")
     parser.add_argument("--length", type=int, help="tokens of a calibration sequence, for ours")
-    parser.add_argument("--windows", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=32)
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
-    judge = Judge(given.model, read_text(given.valid), given.sequences, "cuda" if torch.cuda.is_available() else "cpu")
+    meter = QualityMeter(
+        given.model, read_text(given.valid), given.sequences, "cuda" if torch.cuda.is_available() else "cpu"
+    )
     with given.output.open("a") as output:
         for text in given.schemes:
             scheme = parse_scheme(text)
@@ -161,13 +167,13 @@ def main() -> None:
                 write(
                     output,
                     {"by": "bitwright", "scheme": text, "preset": preset, "seed": seed}
-                    | ours(given, scheme, preset, seed, judge),
+                    | ours(given, scheme, preset, seed, meter),
                 )
             if given.auto_round:
                 write(
                     output,
                     {"by": "auto-round", "scheme": text, "seed": given.seeds[0]}
-                    | peer(given, scheme, given.seeds[0], judge),
+                    | peer(given, scheme, given.seeds[0], meter),
                 )
 
 

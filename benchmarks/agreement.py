@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM
 from app.domain.request.job_request import JobRequest
 from benchmarks.cpu_block import cut
 from workers.disk.orders import AttemptOrder
-from workers.engine.device import cuda_graphs as captured_step
+from workers.engine.device import cuda_graphs
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
 
@@ -52,8 +52,8 @@ def compared(given: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dic
     cut(given, model)
     if dtype != torch.bfloat16:
         AutoModelForCausalLM.from_pretrained(model, dtype=dtype).save_pretrained(model)
-    found = {path: tuned(given, model, folder / path, path) for path in PATHS}
-    captured = found["captured"]
+    by_path = {path: tuned(given, model, folder / path, path) for path in PATHS}
+    captured = by_path["captured"]
     return {
         path: {
             "start": start,
@@ -61,7 +61,7 @@ def compared(given: argparse.Namespace, folder: Path, dtype: torch.dtype) -> dic
             "off": round(end / captured[1] - 1, 6),
             "same_codes": round(float((codes == captured[2]).double().mean()), 6),
         }
-        for path, (start, end, codes) in found.items()
+        for path, (start, end, codes) in by_path.items()
     }
 
 
@@ -85,7 +85,7 @@ def refused() -> Iterator[None]:
     def refuse(*_: object) -> None:
         raise RuntimeError("no capture")
 
-    with patch.object(captured_step, "capture", refuse):
+    with patch.object(cuda_graphs, "capture", refuse):
         yield
 
 

@@ -81,9 +81,13 @@ def spent(
     seconds = time.perf_counter() - started
     if solved is None:
         return {"average": average, "out_of_reach": True}
-    found, _ = solved
-    line: dict[str, Any] = {"average": average, "reached": found.cost / weights, "bits_left": limit - found.cost}
-    line |= {"gap": found.gap, "solver_seconds": seconds, "error": found.error}
+    allocation, _ = solved
+    line: dict[str, Any] = {
+        "average": average,
+        "reached": allocation.cost / weights,
+        "bits_left": limit - allocation.cost,
+    }
+    line |= {"gap": allocation.gap, "solver_seconds": seconds, "error": allocation.error}
     one = uniform(candidates, costs, errors, limit)
     if one is None:
         return line | {"uniform": None}
@@ -101,13 +105,13 @@ def uniform(
 ) -> tuple[Candidate, int, float] | None:
     """The configuration with the least error that all linears can have within the limit, its bits and its error."""
     shared = [c for c in next(iter(candidates.values())) if all(c in choices for choices in candidates.values())]
-    found = []
+    options = []
     for choice in shared:
         at = {name: choices.index(choice) for name, choices in candidates.items()}
         cost = sum(costs[name][index] for name, index in at.items())
         if cost <= limit:
-            found.append((choice, cost, sum(errors[name][index] for name, index in at.items())))
-    return min(found, key=lambda each: each[2], default=None)
+            options.append((choice, cost, sum(errors[name][index] for name, index in at.items())))
+    return min(options, key=lambda each: each[2], default=None)
 
 
 if __name__ == "__main__":

@@ -93,7 +93,7 @@ def hashes(name: str, body: dict[str, Any], model: Path, rows: Path, workspace: 
 def main() -> None:
     """The command line: one argument, the file to write."""
     torch.set_num_threads(1)
-    found: dict[str, str] = {}
+    by_file: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         model = make_tiny_model(Path(folder) / "model", RECIPE)
         rows = Path(folder) / "rows.jsonl"
@@ -102,11 +102,11 @@ def main() -> None:
         )
         for name, body in JOBS.items():
             try:
-                found |= hashes(name, body, model, rows, Path(folder) / "jobs" / name)
+                by_file |= hashes(name, body, model, rows, Path(folder) / "jobs" / name)
             except Exception as error:  # a job that fails is a difference too
-                found[name] = f"{type(error).__name__}: {error}"
-            print(name, len(found), file=sys.stderr)
-    Path(sys.argv[1]).write_text(json.dumps(found, indent=1, sort_keys=True) + "\n")
+                by_file[name] = f"{type(error).__name__}: {error}"
+            print(name, len(by_file), file=sys.stderr)
+    Path(sys.argv[1]).write_text(json.dumps(by_file, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":

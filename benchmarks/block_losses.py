@@ -2,7 +2,7 @@
 
     python -m benchmarks.block_losses MODEL --calibration calibration.jsonl --scheme W3g64a --output losses.jsonl
 
-One JSON line a block: the output error on the same held-out sequences of the rounded block (`rtn`), of the searched
+One JSON line per block: the output error on the same held-out sequences of the rounded block (`rtn`), of the searched
 start (`start`) and of the tuned block (`tuned`), all on the inputs that the tuned blocks before it produce. The last
 line counts the blocks whose tuned loss is below RTN's.
 """
@@ -30,8 +30,6 @@ from workers.methods.sign_round import SignRound
 
 class Compared:
     """SignRound that also measures, on each block, the loss of round to nearest."""
-
-    needs_inputs = True
 
     def __init__(self) -> None:
         self.rows: list[dict[str, float]] = []

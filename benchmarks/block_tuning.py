@@ -60,7 +60,7 @@ def make_task(
     rotary = LlamaRotaryEmbedding(config).to(device)(hidden[:1], positions)
     call = BlockCall((), {"position_embeddings": rotary, "position_ids": positions, "attention_mask": None})
     with torch.no_grad():
-        targets = torch.cat([call(block, part) for part in torch.split(hidden, micro_batch)])
+        targets = torch.cat([call(block, rows) for rows in torch.split(hidden, micro_batch)])
     linears = {name: scheme for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     return BlockTask(
         index=0,
@@ -70,7 +70,7 @@ def make_task(
         inputs_fp=hidden,
         targets=targets,
         schemes=linears,
-        moments={},
+        second_moments={},
         scale_dtype=torch.bfloat16,
         device=device,
         seed=0,

@@ -15,7 +15,7 @@ SEEDS_OF_LEARNED = (0, 1, 2)
 """At the smallest width, for methods whose result depends on a seed."""
 BUDGETS = (2.5, 2.75, 3.0, 3.5)
 PAPER_STEPS = 2560
-"""ApiQ's own number: 20 passes over 128 sequences, one a step."""
+"""ApiQ's own number: 20 passes over 128 sequences, one per step."""
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cut(given, Path(folder))
         runs = [in_its_process(given, side, Path(folder)) for _ in range(given.rounds) for side in given.sides]
-    print(json.dumps(summary(given, [found for found in runs if found is not None])))
+    print(json.dumps(summary(given, [line for line in runs if line is not None])))
 
 
 def cut(given: argparse.Namespace, folder: Path) -> None:
@@ -88,7 +88,7 @@ def cut(given: argparse.Namespace, folder: Path) -> None:
 
 
 def in_its_process(given: argparse.Namespace, side: str, folder: Path) -> dict[str, Any] | None:
-    """What one side printed last; None where auto-round is not installed. Ours runs in an attempt's environment."""
+    """Last line that one side printed; None without auto-round. Ours runs in an attempt's environment."""
     environment = dict(os.environ)
     if given.peer_path is not None and side.startswith("peer"):
         environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", "."), str(given.peer_path)])
@@ -119,10 +119,10 @@ def summary(given: argparse.Namespace, runs: list[dict[str, Any]]) -> dict[str, 
 
 def machine() -> dict[str, Any]:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
-    found = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = found.get("flags", "").split()
+    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags", "").split()
     return {
-        "processor": found.get("model name", "unknown"),
+        "processor": fields.get("model name", "unknown"),
         "flags": [flag for flag in FLAGS if flag in flags],
         "threads": available_threads(),
         "torch": torch.__version__,
@@ -152,7 +152,7 @@ def ours(given: argparse.Namespace, *, search: bool) -> dict[str, Any]:
             inputs_fp=stage.hidden,
             targets=targets,
             schemes=schemes,
-            moments=moments,
+            second_moments=moments,
             scale_dtype=torch.bfloat16,
             device=torch.device("cpu"),
             seed=0,
@@ -206,7 +206,7 @@ def peer(given: argparse.Namespace, *, compiled: bool) -> dict[str, Any]:
 
 
 class Stage:
-    """The cut checkpoint's block, how it is called, and the texts' embeddings (samples, length, width)."""
+    """The cut checkpoint's block, how it is called, and the texts' embeddings (sequences, length, width)."""
 
     def __init__(self, given: argparse.Namespace) -> None:
         self.model = StreamedModel.open(Checkpoint.open(given.model), torch.device("cpu"))

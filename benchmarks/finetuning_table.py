@@ -10,9 +10,9 @@ from benchmarks.results_table import MISSING, Line, by_row, lines, spread, table
 Show = Callable[[Sequence[Line]], str]
 
 
-def finetuning_tables(found: Sequence[Line], wanted: Iterable[Cell]) -> str:
+def finetuning_tables(measured: Sequence[Line], wanted: Iterable[Cell]) -> str:
     """Losses before and after the merge by row and width, and what training cost."""
-    rows, widths = by_row(found, wanted)
+    rows, widths = by_row(measured, wanted)
     header = ["adapter, budget", *(f"{bits:g} bits" for bits in widths)]
 
     def shown(show: Show) -> str:
@@ -36,26 +36,26 @@ def finetuning_tables(found: Sequence[Line], wanted: Iterable[Cell]) -> str:
 def _cell(given: list[Line | None] | None, show: Show) -> str:
     if given is None:
         return ""
-    found = [line for line in given if line is not None]
-    if not found:
+    known = [line for line in given if line is not None]
+    if not known:
         return MISSING
-    partly = f" ({len(found)} of {len(given)} seeds)" if len(found) < len(given) else ""
-    return show(found) + partly
+    partly = f" ({len(known)} of {len(given)} seeds)" if len(known) < len(given) else ""
+    return show(known) + partly
 
 
-def _held_out(found: Sequence[Line]) -> str:
-    return f"{_mean(found, 'held_out')}, merged {_mean(found, 'merged')}"
+def _held_out(measured: Sequence[Line]) -> str:
+    return f"{_mean(measured, 'held_out')}, merged {_mean(measured, 'merged')}"
 
 
-def _mean(found: Sequence[Line], name: str) -> str:
-    values = [line[name] for line in found]
+def _mean(measured: Sequence[Line], name: str) -> str:
+    values = [line[name] for line in measured]
     return f"{fmean(values):.4f}{spread(values)}"
 
 
-def _cost(found: Sequence[Line]) -> str:
-    seconds, speed = (fmean(line[name] for line in found) for name in ("seconds", "tokens_per_second"))
-    memory = max(line["peak_gib"] for line in found)
-    return f"{found[0]['parameters']:,}, {seconds:.0f} s, {speed:,.0f}, {memory:.1f} GiB"
+def _cost(measured: Sequence[Line]) -> str:
+    seconds, speed = (fmean(line[name] for line in measured) for name in ("seconds", "tokens_per_second"))
+    memory = max(line["peak_gib"] for line in measured)
+    return f"{measured[0]['parameters']:,}, {seconds:.0f} s, {speed:,.0f}, {memory:.1f} GiB"
 
 
 def finetuning_results() -> str:

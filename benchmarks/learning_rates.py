@@ -2,9 +2,9 @@
 
     python -m benchmarks.learning_rates MODEL --calibration calibration.jsonl --training train.jsonl --bits 3
 
-Each arm trains at each of `RATES` as its cell does, seed 0, on nine tenths of the training text; the other tenth
-judges after the last step. The text that the table judges on is not read. One JSON line a job, and at the end one with
-the best rate of each arm; a best rate at either end of `RATES` says that the search was too narrow.
+Each arm trains at each of `RATES` as its cell does, seed 0, on nine tenths of the training text; the other tenth is
+the validation after the last step. The text that the table is measured on is not read. One JSON line per job, and at
+the end one with the best rate of each arm; a best rate at either end of `RATES` says that the search was too narrow.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from workers.engine.reporter import Reporter
 from workers.engine.run import run
 
 RATES = (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
-JUDGING_SHARE = 0.1
+VALIDATION_SHARE = 0.1
 
 
 def main() -> None:
@@ -36,14 +36,14 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, choices=BUDGETS, default=list(BUDGETS))
     given = parser.parse_args()
     given.valid = given.training  # of which an order only names the path: nothing is evaluated
-    found: dict[str, dict[float, float]] = {}
+    by_arm: dict[str, dict[float, float]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for arm, rate, searched in searches(given):
-            loss = judged(searched, given, Path(folder))
+            loss = validation_loss(searched, given, Path(folder))
             print(json.dumps({"arm": arm, "rate": rate, "loss": loss}), flush=True)
             if loss is not None:
-                found.setdefault(arm, {})[rate] = loss
-    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in found.items()}))
+                by_arm.setdefault(arm, {})[rate] = loss
+    print(json.dumps({arm: min(losses, key=losses.__getitem__) for arm, losses in by_arm.items()}))
 
 
 def searches(given: argparse.Namespace) -> Iterator[tuple[str, float, Cell]]:
@@ -52,20 +52,20 @@ def searches(given: argparse.Namespace) -> Iterator[tuple[str, float, Cell]]:
         for budget in given.budgets:
             if budget not in ARMS[name].ranks:
                 continue
-            made = cell(name, ARMS[name], budget, given.bits, seed=0)
+            searched = cell(name, ARMS[name], budget, given.bits, seed=0)
             for rate in RATES:
-                yield made.arm, rate, with_rate(made, rate)
+                yield searched.arm, rate, with_rate(searched, rate)
 
 
-def with_rate(made: Cell, rate: float) -> Cell:
-    """The cell with another rate, and with text that judges."""
-    assert made.training is not None
-    finetune = {**made.training["finetune"], "learning_rate": rate, "validation_share": JUDGING_SHARE}
-    return replace(made, training={**made.training, "finetune": finetune})
+def with_rate(searched: Cell, rate: float) -> Cell:
+    """The cell with another rate, and with a share for validation."""
+    assert searched.training is not None
+    finetune = {**searched.training["finetune"], "learning_rate": rate, "validation_share": VALIDATION_SHARE}
+    return replace(searched, training={**searched.training, "finetune": finetune})
 
 
-def judged(searched: Cell, given: argparse.Namespace, folder: Path) -> float | None:
-    """The loss on the share that judges, after the last step; None where training failed.
+def validation_loss(searched: Cell, given: argparse.Namespace, folder: Path) -> float | None:
+    """The loss on the share for validation, after the last step; None where training failed.
 
     Jobs with the same base share its blocks.
     """

@@ -22,7 +22,7 @@ KEYS = {
     "no key": {},
     "no key, CompressedTensorsConfig(dequantize=True)": {},
 }
-"""What config.json says, by the name of the way."""
+"""Keys of config.json by the name of the way."""
 
 
 class Deprecations(logging.Handler):
@@ -47,7 +47,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", message="You passed `quantization_config`")
     heard = Deprecations()
     their_logging.add_handler(heard)
-    found: dict[str, Any] = {}
+    by_way: dict[str, Any] = {}
     for way, keys in KEYS.items():
         heard.messages.clear()
         their_logging.warning_once.cache_clear() if hasattr(their_logging.warning_once, "cache_clear") else None
@@ -67,9 +67,9 @@ def main() -> None:
                 errors.add(f"{type(error).__name__}: {str(error).strip().splitlines()[0]}")
                 continue
             equal += sum(name in state and torch.equal(state[name], merged[name]) for name in targets)
-        found[way] = {"equal": equal, "linears": linears, "errors": sorted(errors), "told": sorted(heard.messages)}
+        by_way[way] = {"equal": equal, "linears": linears, "errors": sorted(errors), "logged": sorted(heard.messages)}
     versions = {name: importlib.metadata.version(name) for name in ("transformers", "compressed-tensors", "torch")}
-    print(json.dumps({"versions": versions, "ways": found}))
+    print(json.dumps({"versions": versions, "ways": by_way}))
 
 
 def with_keys(file: Path, keys: dict[str, bool]) -> None:

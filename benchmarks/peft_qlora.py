@@ -94,7 +94,7 @@ def main() -> None:
         prepare(given, Path(folder))
         wanted = product(given.recompute, given.sides)
         runs = [in_its_process(given, side, recompute, Path(folder)) for recompute, side in wanted]
-    print(json.dumps(summary([found for found in runs if found is not None])))
+    print(json.dumps(summary([line for line in runs if line is not None])))
 
 
 def arguments() -> argparse.ArgumentParser:
@@ -134,7 +134,7 @@ def prepare(given: argparse.Namespace, folder: Path) -> None:
 
 
 def in_its_process(given: argparse.Namespace, side: str, recompute: str, folder: Path) -> dict[str, Any] | None:
-    """What one side printed last; None where it failed. Ours runs in an attempt's environment."""
+    """Last line that one side printed; None where it failed. Ours runs in an attempt's environment."""
     environment = os.environ | OFFLINE
     if given.peer_path is not None and side in PEERS:
         environment["PYTHONPATH"] = os.pathsep.join([os.environ.get("PYTHONPATH", "."), str(given.peer_path)])
@@ -158,8 +158,8 @@ def run(given: argparse.Namespace) -> dict[str, Any]:
     clock = Clock(given.warm_up, given.steps, tokens=given.batch * given.length)
     recomputes = given.recompute == ["yes"]
     train = theirs if given.run in PEERS else ours
-    found = train(given, clock, recomputes=recomputes)
-    return {"side": given.run, "recompute": recomputes} | clock.figures() | found
+    figures = train(given, clock, recomputes=recomputes)
+    return {"side": given.run, "recompute": recomputes} | clock.figures() | figures
 
 
 @dataclass
@@ -291,7 +291,7 @@ def theirs(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.0, fused=True)
     read = sequences(given)
     order = Order(read, given.batch, given.batch, derived_seed(SEED, "finetune"))
-    found: list[Tensor] = []
+    curve: list[Tensor] = []
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()  # as the engine's stage does
     for index in range(given.steps):
@@ -303,9 +303,9 @@ def theirs(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict
         nn.utils.clip_grad_norm_(trained, CLIP_NORM)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        found.append(loss.detach())
+        curve.append(loss.detach())
         clock.tick()
-    return {"loss": losses(torch.stack(found).tolist()), "trained": sum(p.numel() for p in trained)}
+    return {"loss": losses(torch.stack(curve).tolist()), "trained": sum(p.numel() for p in trained)}
 
 
 def peer_model(given: argparse.Namespace, device: torch.device, *, recomputes: bool) -> nn.Module:
@@ -336,8 +336,8 @@ def peer_model(given: argparse.Namespace, device: torch.device, *, recomputes: b
     lora = LoraConfig(
         r=given.rank, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
     )
-    found: nn.Module = get_peft_model(model, lora)
-    return found.train()
+    adapted: nn.Module = get_peft_model(model, lora)
+    return adapted.train()
 
 
 def sequences(given: argparse.Namespace) -> PackedSequences:
@@ -348,13 +348,13 @@ def sequences(given: argparse.Namespace) -> PackedSequences:
     return PackedSequences(ids, torch.zeros_like(ids), targets)
 
 
-def losses(found: list[float]) -> list[float]:
+def losses(curve: list[float]) -> list[float]:
     """Of the first and the last step (of more than 50 steps here: means of those around them)."""
-    return [round(found[0], 4), round(found[-1], 4)]
+    return [round(curve[0], 4), round(curve[-1], 4)]
 
 
 def summary(runs: Iterable[dict[str, Any]]) -> dict[str, Any]:
-    """How many times as fast ours is, and its share of their memory; both sides train as many numbers."""
+    """Our speed in multiples of theirs, and our share of their memory; both sides train as many numbers."""
     by = {(line["recompute"], line["side"]): line for line in runs}
     pairs = [
         (r, one, other) for r, one, other in product((False, True), OURS, PEERS) if {(r, one), (r, other)} <= set(by)
@@ -376,13 +376,13 @@ def ratio(one: dict[str, Any], other: dict[str, Any], figure: str) -> float | No
 
 def machine() -> dict[str, Any]:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    found = {}
+    versions = {}
     for package in PACKAGES:
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            found[package] = "another path"
-    return {"device": device, "versions": found}
+            versions[package] = "another path"
+    return {"device": device, "versions": versions}
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
-"""Whole jobs on a random Llama with a few blocks of a large model's shape: seconds a block and peak memory.
+"""Whole jobs on a random Llama with a few blocks of a large model's shape: seconds per block and peak memory.
 
     python -m benchmarks.random_llama TOKENIZER --text calibration.jsonl --presets default light
 
 Speed does not depend on the values; quality is measured elsewhere (docs/results.md). TOKENIZER is a checkpoint folder
-whose tokenizer reads the text. One JSON line a preset: a block's seconds are from its turn to the next one's, reading,
-passes of both streams and packing included; W4 symmetric in groups of 128, 128 sequences of 2048 tokens.
+whose tokenizer reads the text. One JSON line per preset: a block's seconds are from its turn to the next one's,
+with reading, passes of both activations and packing; W4 symmetric in groups of 128, 128 sequences of 2048 tokens.
 """
 
 import argparse
@@ -83,15 +83,15 @@ def measured(given: argparse.Namespace, folder: Path, preset: str, number: int) 
     )
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
-    # A block is told of when it is durable; those times do not overlap, as the seconds in a block's report may.
-    told: list[float] = []
-    reporter = Reporter(lambda line: told.append(time.perf_counter()) if line.type == "block" else None)
+    # A block is reported when it is durable; those times do not overlap, as the seconds in a block's report may.
+    times: list[float] = []
+    reporter = Reporter(lambda line: times.append(time.perf_counter()) if line.type == "block" else None)
     report = run(order, folder / f"job-{number}", reporter).report
     peak = report.peak_memory.device_bytes
     return {
         "preset": preset,
         "shape": given.shape,
-        "seconds_a_block": [round(after - before, 3) for before, after in pairwise(told)],
+        "seconds_per_block": [round(after - before, 3) for before, after in pairwise(times)],
         "stages": {name: round(value, 2) for name, value in report.seconds.items()},
         "peak_gib": None if peak is None else round(peak / 2**30, 2),
     }

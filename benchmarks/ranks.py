@@ -3,7 +3,7 @@
     python -m benchmarks.ranks --worlds 1 2 --shape llama-8b --group-size 128 --steps 200
 
 Each world of ranks tunes the same blocks with the same batch size, one GPU a rank (on a CPU: one process). Prints one
-JSON line a block: the slowest rank's seconds, and the loss, which is every rank's.
+JSON line per block: the slowest rank's seconds, and the loss, which is every rank's.
 """
 
 import argparse
@@ -41,10 +41,10 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--blocks", type=int, default=3, help="blocks tuned one after another; the first is cold")
     given = parser.parse_args()
-    found = torch.cuda.device_count() if given.device == "cuda" else os.cpu_count() or 1
+    available = torch.cuda.device_count() if given.device == "cuda" else os.cpu_count() or 1
     for world in given.worlds:
-        if world > found:
-            print(json.dumps({"world": world, "skipped": f"{found} {given.device} devices"}))
+        if world > available:
+            print(json.dumps({"world": world, "skipped": f"{available} {given.device} devices"}))
             continue
         for name, value in RANKS.items():
             os.environ.setdefault(name, value)
@@ -70,7 +70,7 @@ def tune(rank: int, world: int, folder: str, given: argparse.Namespace) -> None:
 def shared_task(processes: ProcessGroup, given: argparse.Namespace, device: torch.device) -> BlockTask:
     """This rank's share of the block's sequences."""
     scheme = Scheme(bits=given.bits, group_size=given.group_size, symmetric=True)
-    micro_batch = processes.part(given.batch_size)
+    micro_batch = processes.share_size(given.batch_size)
     task = make_task(SHAPES[given.shape], scheme, given.samples, given.length, micro_batch, device, fused=True)
     inputs, inputs_fp, targets = (processes.share(t).clone() for t in (task.inputs, task.inputs_fp, task.targets))
     tuner = Tuner(lambda event, **fields: print(json.dumps({"event": event} | fields)), processes=processes)

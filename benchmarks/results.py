@@ -11,8 +11,8 @@ With `--training` there are also the cells of `benchmarks.finetuning_cells`; tho
 
 seconds      of the job, less loading, evaluation and export; of finetuning alone where there is some
 peak_gib     of the GPU where there is one, else of the process
-loss         of training: the mean over the last tenth of the steps, nats a token
-held_out     the loss on the evaluation text with the trained adapters, nats a token
+loss         of training: the mean over the last tenth of the steps, nats per token
+held_out     the loss on the evaluation text with the trained adapters, nats per token
 merged       the same of the merged checkpoint, as it loads
 """
 
@@ -106,7 +106,7 @@ def share(wanted: Sequence[Cell], index: int, count: int) -> list[Cell]:
 
 
 def base_of(cell: Cell) -> str:
-    """What cells share that have the same quantized blocks."""
+    """Key that cells with the same quantized blocks share."""
     return hashlib.sha256(json.dumps([dict(cell.quantization), cell.text, cell.seed]).encode()).hexdigest()[:16]
 
 
@@ -120,8 +120,8 @@ def _chosen(given: argparse.Namespace) -> Iterable[Cell]:
 
 def missing(file: Path, wanted: Iterable[Cell]) -> Iterable[Cell]:
     """Those without a line in the file."""
-    found = {line["key"] for line in lines(file)}
-    return (cell for cell in wanted if cell.key not in found)
+    known = {line["key"] for line in lines(file)}
+    return (cell for cell in wanted if cell.key not in known)
 
 
 def measured(cell: Cell, given: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -141,19 +141,19 @@ def measured(cell: Cell, given: argparse.Namespace, folder: Path) -> dict[str, A
 
 
 def _training_figures(report: Report) -> dict[str, Any]:
-    found, adapter = report.finetuning, report.adapter
-    assert found is not None
+    finetuning, adapter = report.finetuning, report.adapter
+    assert finetuning is not None
     assert adapter is not None
     # The adapter beside its base; what a merge makes of it is measured of the files.
     apart = adapter.before_merge or next(way.figures for way in report.shipped if way.adapter is not None)
-    last = found.losses[-max(1, len(found.losses) // 10) :]
-    peak = found.peak_device_bytes or report.peak_memory.host_bytes
+    last = finetuning.losses[-max(1, len(finetuning.losses) // 10) :]
+    peak = finetuning.peak_device_bytes or report.peak_memory.host_bytes
     return {
         "loss": round(fmean(point.loss for point in last), 5),
         "held_out": round(math.log(apart.perplexity), 5),
         "parameters": adapter.parameters,
-        "seconds": round(found.seconds, 2),
-        "tokens_per_second": round(found.tokens_per_second),
+        "seconds": round(finetuning.seconds, 2),
+        "tokens_per_second": round(finetuning.tokens_per_second),
         "peak_gib": round(peak / 2**30, 2),
         "merge_error": None if adapter.merge is None else adapter.merge.error_shipped,
         "bit_operations_saved": None if adapter.bit_operations is None else adapter.bit_operations.adapter_saving,
@@ -162,23 +162,23 @@ def _training_figures(report: Report) -> dict[str, Any]:
 
 @torch.no_grad()
 def _merged_loss(given: AttemptOrder, output: Path) -> float:
-    """The loss of the checkpoint that a job left, on its evaluation text: nats a token."""
-    part = given.request.evaluation
-    assert part is not None
+    """The loss of the checkpoint that a job left, on its evaluation text: nats per token."""
+    evaluation = given.request.evaluation
+    assert evaluation is not None
     folder = output / "merged"
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto") if folder.exists() else load(output / "native")
     model = model.to(given.device)
     sequences = evaluation_sequences(
         load_tokenizer(Path(given.model_path)),
-        part,
+        evaluation,
         Path(str(given.evaluation_path)),
         given.request.seed,
         *(None if path is None else Path(path) for path in (given.calibration_path, given.finetuning_path)),
     )
     losses = []
-    for window in sequences.ids.to(given.device):
-        logits = model(window[None]).logits[0, :-1].float()
-        losses.append(float(nn.functional.cross_entropy(logits, window[1:].long())))
+    for sequence in sequences.ids.to(given.device):
+        logits = model(sequence[None]).logits[0, :-1].float()
+        losses.append(float(nn.functional.cross_entropy(logits, sequence[1:].long())))
     return fmean(losses)
 
 
@@ -230,7 +230,7 @@ def order(cell: Cell, given: argparse.Namespace) -> AttemptOrder:
 
 
 def _training_parts(cell: Cell, text: str | None) -> dict[str, Any]:
-    """What a request says of an adapter, its text included."""
+    """Fields of a request that describe its adapter, training text included."""
     if cell.training is None:
         return {}
     finetune = {**cell.training["finetune"], "dataset": {"source": "local", "path": text}}

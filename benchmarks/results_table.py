@@ -19,14 +19,14 @@ def lines(file: Path = FILE) -> list[Line]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
-def tables(found: Sequence[Line], wanted: Iterable[Cell]) -> str:
+def tables(measured: Sequence[Line], wanted: Iterable[Cell]) -> str:
     """One table of KL and perplexity by row and width, and one of time and memory."""
-    arms, widths = by_row(found, wanted)
+    arms, widths = by_row(measured, wanted)
     header = ["method", *(f"{bits:g} bits" for bits in widths)]
     quality = [[arm, *(_quality(columns.get(bits)) for bits in widths)] for arm, columns in arms.items()]
     cost = [[arm, *(_cost(columns.get(bits)) for bits in widths)] for arm, columns in arms.items()]
     texts = [
-        _originals(found),
+        _originals(measured),
         "KL divergence (perplexity); the mean of the seeds where there are several, with their spread:",
         table(header, quality),
         "Seconds, peak memory and bits per weight, adapters included:",
@@ -35,42 +35,42 @@ def tables(found: Sequence[Line], wanted: Iterable[Cell]) -> str:
     return "\n\n".join(texts)
 
 
-def by_row(found: Sequence[Line], wanted: Iterable[Cell]) -> tuple[Rows, list[float]]:
+def by_row(measured: Sequence[Line], wanted: Iterable[Cell]) -> tuple[Rows, list[float]]:
     """The lines of the wanted cells by row and column, and the columns, widest first."""
-    by_key = {line["key"]: line for line in found}
+    by_key = {line["key"]: line for line in measured}
     rows: Rows = {}
     for cell in wanted:
         rows.setdefault(cell.arm, {}).setdefault(cell.bits, []).append(by_key.get(cell.key))
     return rows, sorted({bits for columns in rows.values() for bits in columns}, reverse=True)
 
 
-def _originals(found: Sequence[Line]) -> str:
-    if not found:
+def _originals(measured: Sequence[Line]) -> str:
+    if not measured:
         return "Nothing was measured yet."
-    original = sorted({f"{line['perplexity_original']:.3f}" for line in found})
-    return f"{len(found)} cells are measured. Perplexity of the original: {', '.join(original)}."
+    original = sorted({f"{line['perplexity_original']:.3f}" for line in measured})
+    return f"{len(measured)} cells are measured. Perplexity of the original: {', '.join(original)}."
 
 
 def _quality(given: list[Line | None] | None) -> str:
     if given is None:
         return ""
-    found = [line for line in given if line is not None]
-    if not found:
+    known = [line for line in given if line is not None]
+    if not known:
         return MISSING
-    kl = [line["kl"] for line in found]
-    seeds = f", {len(found)} of {len(given)} seeds" if len(found) < len(given) else ""
-    return f"{fmean(kl):.4f}{spread(kl)} ({fmean(line['perplexity'] for line in found):.2f}{seeds})"
+    kl = [line["kl"] for line in known]
+    seeds = f", {len(known)} of {len(given)} seeds" if len(known) < len(given) else ""
+    return f"{fmean(kl):.4f}{spread(kl)} ({fmean(line['perplexity'] for line in known):.2f}{seeds})"
 
 
 def _cost(given: list[Line | None] | None) -> str:
     if given is None:
         return ""
-    found = [line for line in given if line is not None]
-    if not found:
+    known = [line for line in given if line is not None]
+    if not known:
         return MISSING
-    seconds, memory = fmean(line["seconds"] for line in found), max(line["peak_gib"] for line in found)
-    place = " on a CPU" if any(line["device"] == "cpu" for line in found) else ""
-    return f"{seconds:.0f} s{place}, {memory:.1f} GiB, {found[0]['bits_per_weight']:.3f}"
+    seconds, memory = fmean(line["seconds"] for line in known), max(line["peak_gib"] for line in known)
+    place = " on a CPU" if any(line["device"] == "cpu" for line in known) else ""
+    return f"{seconds:.0f} s{place}, {memory:.1f} GiB, {known[0]['bits_per_weight']:.3f}"
 
 
 def spread(values: Sequence[float]) -> str:

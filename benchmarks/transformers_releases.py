@@ -25,7 +25,7 @@ from workers.tiny_model import make_tiny_model
 
 SCRIPT = Path(__file__).with_name("loads_dequantized.py")
 OLDER = {"5.17.0": ["huggingface_hub==1.33.0"]}
-"""What else a release needs in a version of its own."""
+"""Packages that a release needs in a version of its own."""
 
 
 def main() -> None:
@@ -34,7 +34,7 @@ def main() -> None:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         model = make_tiny_model(Path(scratch) / "model")
-        made = [
+        folders = [
             quantize(model, Path(scratch) / f"w{bits}g{group}", {"bits": bits, "group_size": group})
             for bits in range(2, 9)
             for group in (32, -1)
@@ -46,7 +46,7 @@ def main() -> None:
         )
         for release in arguments.releases:
             python = environment(Path(scratch) / release, [f"transformers=={release}", *OLDER.get(release, [])])
-            print(table(told(python, made)), flush=True)
+            print(table(output(python, folders)), flush=True)
 
 
 def quantize(model: Path, workspace: Path, scheme: dict[str, Any]) -> Path:
@@ -71,8 +71,8 @@ def environment(folder: Path, packages: list[str]) -> Path:
     return python
 
 
-def told(python: Path, folders: list[Path]) -> dict[str, Any]:
-    """What the script says there."""
+def output(python: Path, folders: list[Path]) -> dict[str, Any]:
+    """Output of the script there."""
     command = [str(python), str(SCRIPT), *map(str, folders)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     answer = json.loads(done.stdout.splitlines()[-1])
@@ -84,10 +84,10 @@ def table(answer: dict[str, Any]) -> str:
     """A row for each way."""
     versions = answer["versions"]
     rows = []
-    for way, found in answer["ways"].items():
-        logged = "; ".join(found["told"] + found["errors"]).replace("|", "\\|") or "nothing"
+    for way, figures in answer["ways"].items():
+        logged = "; ".join(figures["logged"] + figures["errors"]).replace("|", "\\|") or "nothing"
         cells = [versions["transformers"], versions["compressed-tensors"], way]
-        rows.append(f"| {' | '.join(cells)} | {found['equal']} of {found['linears']} | {logged} |")
+        rows.append(f"| {' | '.join(cells)} | {figures['equal']} of {figures['linears']} | {logged} |")
     return "\n".join(rows)
 
 

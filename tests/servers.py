@@ -112,7 +112,7 @@ def text(url: URL) -> str:
 
 
 def _account() -> pwd.struct_passwd | None:
-    """Whom the server runs as: PostgreSQL refuses root."""
+    """User that the server runs as: PostgreSQL refuses root."""
     return pwd.getpwnam("nobody") if os.geteuid() == 0 else None
 
 

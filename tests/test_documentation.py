@@ -58,7 +58,7 @@ def _complete_lines(text: str) -> list[str]:
 CURLS = [words for words in shell_commands(GUIDES) if words[0] == "curl"]
 ROUTES = create_app(Settings()).openapi()["paths"]
 VARIABLES = {"$SIZE": "1", "$SHA256": "0" * 64, "$UPLOAD": "upl_01k6z3f8c2v9q4w7x5y1t0r8ab"}
-"""What the shell puts into the bodies of the examples; that the whole examples work is shown in tests/documents."""
+"""Values that the shell puts into the bodies of the examples; that the examples work is shown in tests/documents."""
 
 
 def curl_target(words: list[str]) -> tuple[str, str]:

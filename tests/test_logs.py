@@ -23,7 +23,7 @@ except RuntimeError:
 
 
 def run(log_format: str) -> str:
-    """What a process that logs writes to standard error."""
+    """Standard error of a process that logs."""
     command = [sys.executable, "-c", SCRIPT.format(format=log_format)]
     done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
     assert done.stdout == ""

@@ -173,7 +173,7 @@ def test_a_slip_in_a_variables_name_is_refused(monkeypatch: pytest.MonkeyPatch) 
 def test_other_peoples_variables_are_told_and_left_alone(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """What the client, the tests or a supervisor set is known; what an orchestrator sets is only told."""
+    """Variables of the client, the tests or a supervisor are known; those of an orchestrator are only reported."""
     for name in ("URL", "KEY", "TEST_CACHE", "JOB_ID", "SERVICE_HOST", "PORT_8080_TCP_ADDR"):
         monkeypatch.setenv(f"BITWRIGHT_{name}", "x")
     Settings()

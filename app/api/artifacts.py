@@ -73,16 +73,16 @@ def get_content(
     span = selected_span(request.headers, etag, artifact.size) if request.method == "GET" else None
     if not blobs.exists(artifact.sha256):
         raise StorageError(f"the bytes of artifact {artifact_id} are missing in the blob store")
-    status, part = 200, span or Span(0, artifact.size)
+    status, extent = 200, span or Span(0, artifact.size)
     if span is not None:
         status = 206
         headers["Content-Range"] = f"bytes {span.start}-{span.start + span.length - 1}/{artifact.size}"
     chunks = (
         iter(())
         if request.method == "HEAD"
-        else blobs.read_range(artifact.sha256, part.start, part.start + part.length)
+        else blobs.read_range(artifact.sha256, extent.start, extent.start + extent.length)
     )
-    return stream(chunks, part.length, media_type=artifact.media_type, headers=headers, status=status)
+    return stream(chunks, extent.length, media_type=artifact.media_type, headers=headers, status=status)
 
 
 @router.head(

@@ -1,4 +1,4 @@
-"""One job's events as server-sent events: replayed from the store, then live, until the job has told all."""
+"""One job's events as server-sent events: replayed from the store, then live, until the job's last event."""
 
 from collections.abc import AsyncIterator, Sequence
 
@@ -43,50 +43,50 @@ class JobEvents:
         with self._database.reading() as session:
             return EventRepository(session, self._tenant_id).page(self.job_id, after, limit)
 
-    def finished(self, told: int) -> bool:
-        """True if nothing comes after event `told`: the job is final or deleted."""
+    def finished(self, last_sent: int) -> bool:
+        """True if nothing comes after event `last_sent`: the job is final or deleted."""
         try:
             job = self.job()
         except NotFound:
             return True
-        return job.status in FINAL_STATUSES and job.last_event <= told
+        return job.status in FINAL_STATUSES and job.last_event <= last_sent
 
 
 async def stream_events(feed: EventFeed, source: JobEvents, newest: int, after: int) -> AsyncIterator[bytes]:
     """The body of a stream. `newest` is the last event that was stored before; `after`, the last the caller has."""
-    told = after
+    last_sent = after
     with feed.subscribe(source.job_id, newest) as subscription:
         yield f"retry: {RECONNECT_MILLISECONDS}\n\n".encode()
         replaying = True
         while True:
             try:
-                events, replaying = await _next_events(source, subscription, told, replaying)
+                events, replaying = await _next_events(source, subscription, last_sent, replaying)
             except NotFound:  # deleted meanwhile
                 return
             for event in events:
                 yield encode(event)
-                told = event.sequence
+                last_sent = event.sequence
             if replaying:
                 continue
             # A retried job has a final status in its past, so the job itself is asked.
-            if events and _is_final(events[-1]) and await run_in_threadpool(source.finished, told):
+            if events and _is_final(events[-1]) and await run_in_threadpool(source.finished, last_sent):
                 return
             if not await subscription.wait(KEEP_ALIVE_SECONDS):
-                if await run_in_threadpool(source.finished, told):
+                if await run_in_threadpool(source.finished, last_sent):
                     return
                 yield b": ping\n\n"
 
 
 async def _next_events(
-    source: JobEvents, subscription: Subscription, told: int, replaying: bool
+    source: JobEvents, subscription: Subscription, last_sent: int, replaying: bool
 ) -> tuple[Sequence[StoredEvent], bool]:
-    """Events after `told`, and whether the next ones must come from the store."""
+    """Events after `last_sent`, and whether the next ones must come from the store."""
     if replaying:
-        page = await run_in_threadpool(source.page, told)
+        page = await run_in_threadpool(source.page, last_sent)
         return page, len(page) == REPLAY_PAGE
     events, lagging = subscription.take()
-    fresh = [event for event in events if event.sequence > told]
-    if lagging or (fresh and fresh[0].sequence != told + 1):
+    fresh = [event for event in events if event.sequence > last_sent]
+    if lagging or (fresh and fresh[0].sequence != last_sent + 1):
         return [], True
     return fresh, False
 

@@ -75,8 +75,8 @@ def _page(source: JobEvents, after: int, limit: int) -> EventPage:
 
 def accepts_stream(accept: str) -> bool:
     """True if `text/event-stream` is named, and not refused with q=0."""
-    for part in accept.split(","):
-        kind, *parameters = (piece.strip().lower() for piece in part.split(";"))
+    for entry in accept.split(","):
+        kind, *parameters = (piece.strip().lower() for piece in entry.split(";"))
         if kind == MEDIA_TYPE:
             return not any(parameter.replace(" ", "") in {"q=0", "q=0.0", "q=0.00"} for parameter in parameters)
     return False

@@ -1,4 +1,4 @@
-"""Probes and metrics. They need no key and tell nothing of any tenant."""
+"""Probes and metrics. They need no key and disclose nothing of any tenant."""
 
 from typing import Literal
 

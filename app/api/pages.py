@@ -26,7 +26,7 @@ ASSETS = MappingProxyType(
         "favicon.png": "image/png",
     }
 )
-"""What the pages load, of the package that brings Swagger UI and ReDoc, by media type."""
+"""Files that the pages load, of the package that brings Swagger UI and ReDoc, by media type."""
 PACKAGE, STATIC = "fastapi_offline", "static"
 ASSET_CACHE = "public, max-age=3600"
 

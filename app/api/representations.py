@@ -31,7 +31,7 @@ def job_view(job: Job, attempts: Sequence[Attempt] | None = None, place: Place |
 
     place   of a queued job, where it stands
 
-    A job that another version of the service has stored is told as far as this one understands it.
+    A job that another version of the service has stored is shown as far as this one understands it.
     """
     return JobView(
         id=job.id,

@@ -1,1 +1,1 @@
-"""The `bitwright` command. One file a group of commands; everything about jobs goes through `bitwright`."""
+"""The `bitwright` command. One file per group of commands; everything about jobs goes through `bitwright`."""

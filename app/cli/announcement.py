@@ -22,7 +22,7 @@ PATIENCE_SECONDS = 60.0
 
 @dataclass(frozen=True)
 class Announcement:
-    """Where the service is, and which of its parts there are."""
+    """Address of the service, and the parts of it that run."""
 
     settings: Settings
     endpoint: Endpoint
@@ -50,7 +50,7 @@ class Announcement:
             _say("Local models are not read: --model-root FOLDER allows a folder; the Hub and uploads need none")
 
     def _await_worker(self, known: frozenset[str], ended: threading.Event) -> None:
-        deadline, told = time.monotonic() + PATIENCE_SECONDS, False
+        deadline, warned = time.monotonic() + PATIENCE_SECONDS, False
         while not ended.wait(LOOK_SECONDS):
             fresh = own_workers(self.settings) - known
             if fresh:
@@ -58,8 +58,8 @@ class Announcement:
                 if call := how_to_call():
                     _say(f"In another terminal, the command {NAME} is {call}")
                 return
-            if not told and time.monotonic() > deadline:
-                told = True
+            if not warned and time.monotonic() > deadline:
+                warned = True
                 _say("No worker is up yet: jobs are taken and wait; the log above says why")
 
 

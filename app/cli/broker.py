@@ -64,7 +64,7 @@ def broker_program(folder: Path) -> Program:
         "maxmemory": "64mb",
         "maxmemory-policy": "noeviction",
     }
-    arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
     return Program("valkey", (valkey_binary(), *arguments), stop_seconds=5.0, ready=lambda: answers(path))
 
 
@@ -82,7 +82,7 @@ def valkey_binary() -> str:
 
 
 def answers(path: Path) -> bool:
-    """Whether the server on this socket answers PING."""
+    """True if the server on this socket answers PING."""
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
             connection.settimeout(1.0)

@@ -46,7 +46,7 @@ def demo(
     preset: Annotated[str | None, typer.Option(help="light, default or best.", show_default="light")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1: all.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Form of the scheme.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Tuning steps a block.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Tuning steps per block.")] = None,
     samples: Annotated[int, typer.Option(help="Calibration sequences.")] = SAMPLES,
     sequence_length: Annotated[int, typer.Option(help="Tokens a calibration sequence.")] = SEQUENCE_LENGTH,
     batch_size: Annotated[int | None, typer.Option(help="Sequences a tuning step.", show_default="2")] = None,
@@ -98,7 +98,7 @@ def demo(
 
 
 def _model_roots(model: Path) -> list[Path]:
-    """What the service may read. A snapshot in a Hub cache is all links to blobs beside the snapshots."""
+    """Folders that the service may read. A snapshot in a Hub cache is all links to blobs beside the snapshots."""
     if not model.is_dir():
         return []
     folder = model.resolve()

@@ -55,7 +55,7 @@ class EmbeddedService:
 
     @property
     def url(self) -> str:
-        """Where it listens."""
+        """The address at which it listens."""
         return self._ready_endpoint().url
 
     @property

@@ -10,8 +10,8 @@ NAME = "bitwright"
 def how_to_call() -> str | None:
     """The way to call the command in a shell where its name alone is not found; None where it is."""
     script = Path(sys.executable).with_name(NAME)
-    found = shutil.which(NAME)
-    if not script.exists() or (found is not None and Path(found).resolve() == script.resolve()):
+    on_path = shutil.which(NAME)
+    if not script.exists() or (on_path is not None and Path(on_path).resolve() == script.resolve()):
         return None
     activate = script.with_name("activate")
     direct = f"`{_short(script)}`"

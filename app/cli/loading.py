@@ -39,7 +39,7 @@ print(json.dumps({"text": text, "seconds": seconds, "loader": loader,
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the fresh process did: `text` with the prompt, seconds to load, how many tokens it added."""
+    """Result of the fresh process: `text` with the prompt, seconds to load, number of tokens that it added."""
 
     text: str
     seconds: float

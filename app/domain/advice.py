@@ -78,4 +78,4 @@ def _update_rank(spec: WeightSpec, adapter: AdapterSpec, name: str, out_features
     try:
         return shape_for(adapter, in_features, out_features, scheme.group_size).update_rank
     except (MisalignedAdapter, ValueError):
-        return adapter.rank  # told as an error
+        return adapter.rank  # reported as an error

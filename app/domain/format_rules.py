@@ -8,12 +8,12 @@ from bitwright.errors import FieldProblem
 
 
 def base_alone(formats: Collection[ExportFormat]) -> bool:
-    """Whether checkpoints of these formats hold the quantized weights without the factors, which an adapter's does."""
+    """True if checkpoints of these formats hold the quantized weights without the factors, which an adapter's does."""
     return any(name.info.is_adapter for name in formats)
 
 
 def holds_base_alone(name: ExportFormat, formats: Collection[ExportFormat]) -> bool:
-    """Whether this one of a job's `formats` lacks the factors that another of them holds."""
+    """True if this one of a job's `formats` lacks the factors that another of them holds."""
     return base_alone(formats) and not name.info.holds_factors
 
 
@@ -121,7 +121,7 @@ def _scale_problems(formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
 def _form_refusal(
     spec: WeightSpec, name: ExportFormat, formats: tuple[ExportFormat, ...], forms: frozenset[Form]
 ) -> str | None:
-    """Why a format cannot hold what the spec makes of a linear, whatever its scheme."""
+    """The reason why a format cannot hold what the spec makes of a linear, whatever its scheme; None if it can."""
     info, method = FORMATS[name], spec.method
     foreign = sorted(forms - {Form.LOW_RANK} - info.kinds)
     if foreign:

@@ -41,7 +41,7 @@ class LowRankRule(StrEnum):
 
 
 class Offsets(StrEnum):
-    """How a format stores the fractional offset of a group, which a folded adapter leaves in place of a zero point."""
+    """Storage of a group's fractional offset in a format, which a folded adapter leaves in place of a zero point."""
 
     NONE = "none"
     """Not at all: zero points are integers."""
@@ -52,7 +52,7 @@ class Offsets(StrEnum):
 
 
 class Result(StrEnum):
-    """What a job makes, as far as a request that names no format needs to know."""
+    """Product of a job, as far as a request that names no format needs to know."""
 
     AFFINE = "affine"
     CODEBOOK = "codebook"
@@ -99,17 +99,17 @@ class FormatInfo:
 
     @property
     def is_adapter(self) -> bool:
-        """Whether it holds low-rank factors alone, and is no model without its base."""
+        """True if it holds low-rank factors alone, and is no model without its base."""
         return self.low_rank is LowRankRule.IS
 
     @property
     def holds_factors(self) -> bool:
-        """Whether a checkpoint has the factors beside or in its weights, whatever the job's other formats."""
+        """True if a checkpoint has the factors beside or in its weights, whatever the job's other formats."""
         return self.low_rank is LowRankRule.KEEPS
 
     @property
     def holds_sums(self) -> bool:
-        """Whether it holds a weight with an adapter's product added to it."""
+        """True if it holds a weight with an adapter's product added to it."""
         return self.low_rank in {LowRankRule.KEEPS, LowRankRule.MERGES}
 
 

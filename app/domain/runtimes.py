@@ -102,4 +102,4 @@ def runtime_limits(rows: Iterable[RuntimeSupport], what: str, scheme: Scheme) ->
 
 
 def _release(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split("."))
+    return tuple(int(number) for number in version.split("."))

@@ -71,7 +71,7 @@ class BlobStore(Protocol):
         """Every blob, in no order."""
 
     def modified(self, sha256: str) -> datetime | None:
-        """When the blob was last put; None if it is not there."""
+        """The time at which the blob was last put; None if it is not there."""
 
     def tidy(self, before: datetime) -> None:
         """Remove what a `put` that was killed has left, if nobody has written to it since `before`."""

@@ -1,4 +1,4 @@
-"""Reading what jobs told. Within a job, events become visible in the order of their numbers, without gaps."""
+"""Reading of jobs' events. Within a job, events become visible in the order of their numbers, without gaps."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -76,7 +76,7 @@ class ApiKey(Base):
     name: Mapped[str] = mapped_column(String(200))
     digest: Mapped[str] = mapped_column(Sha256, unique=True)
     start: Mapped[str] = mapped_column(String(8))
-    """The first characters, so that people can tell keys apart."""
+    """The first characters, by which people distinguish keys."""
     scopes: Mapped[list[str]]
     created_at: Mapped[datetime] = mapped_column(default=now())
     revoked_at: Mapped[datetime | None]
@@ -100,7 +100,7 @@ class Job(Base):
     """The full form of the request."""
     method: Mapped[str] = mapped_column(String(64))
     recipe: Mapped[str | None] = mapped_column(String(64))
-    """What was asked for as method, where that is short for more."""
+    """The request's `method`, where that is short for more."""
     model: Mapped[str] = mapped_column(Text)
     """Shorthand of the model's source."""
     device: Mapped[str] = mapped_column(String(8))
@@ -124,7 +124,7 @@ class Job(Base):
     last_event: Mapped[int] = mapped_column(default=0)
     """Sequence number of the latest event."""
     worker_id: Mapped[str | None] = mapped_column(String(200))
-    """Who holds the lease; None while no attempt runs."""
+    """The worker that holds the lease; None while no attempt runs."""
     lease_expires_at: Mapped[datetime | None]
     micro_batch_divisor: Mapped[int] = mapped_column(default=1)
     blocks_done: Mapped[int] = mapped_column(default=0)
@@ -262,7 +262,7 @@ class Worker(Base):
     id: Mapped[str] = mapped_column(String(200), primary_key=True)
     device_class: Mapped[str] = mapped_column(String(8))
     capacity: Mapped[JsonObject]
-    """What it can hold: device name, memory and disk in bytes, versions."""
+    """Its capacity: device name, memory and disk in bytes, versions."""
     started_at: Mapped[datetime] = mapped_column(default=now())
     last_seen_at: Mapped[datetime] = mapped_column(default=now())
 

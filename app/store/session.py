@@ -18,7 +18,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from bitwright.errors import Unavailable
 
 BUSY_SECONDS = 30
-"""How long a write waits for another one on SQLite before it fails."""
+"""Time that a write waits for another one on SQLite before it fails."""
 READING = "bitwright_reading"
 SCHEMA_LOCK = 0x6269_7477  # "bitw"
 TO_JSON = partial(json.dumps, allow_nan=False, separators=(",", ":"))

@@ -1,4 +1,4 @@
-"""The one place that writes a job's status: checked against TRANSITIONS, told as an event, in one transaction."""
+"""The one place that writes a job's status: checked against TRANSITIONS, recorded as an event, in one transaction."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from bitwright.events import ErrorData, StatusEvent
 from bitwright.job_states import JobStatus
 
 NOT_RUNNING: Mapping[str, object] = {"worker_id": None, "lease_expires_at": None}
-"""What a job that leaves `running` gives up."""
+"""Columns that a job gives up as it leaves `running`."""
 
 
 @dataclass(frozen=True)

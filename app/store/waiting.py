@@ -16,7 +16,7 @@ from app.store.workers import list_workers
 from bitwright.job_states import JobStatus
 
 LONGEST_QUEUE = 1000
-"""Of jobs behind these nothing is told."""
+"""Jobs behind these get no place and no time."""
 MEASURED_JOBS = 200
 """So many of the latest that succeeded are looked at for durations."""
 

@@ -61,7 +61,7 @@ def live_classes(session: Session, *, fresh_seconds: float = FRESH_SECONDS) -> f
 
 
 def clock_skew(session: Session) -> float:
-    """Seconds by which this host's clock is ahead of the database's, as well as the way to it and back lets tell."""
+    """Seconds by which this host's clock is ahead of the database's, to within the round trip."""
     tried = []
     for _ in range(CLOCK_READINGS):
         asked = datetime.now(UTC)

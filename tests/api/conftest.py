@@ -81,7 +81,7 @@ class Api:
 
 
 class Answer(Protocol):
-    """What tests look at of an answer, whichever HTTP client it came through."""
+    """Attributes of an answer that tests look at, whichever HTTP client it came through."""
 
     @property
     def status_code(self) -> int: ...

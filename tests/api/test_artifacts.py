@@ -31,7 +31,7 @@ def job_id(api: Api) -> str:
 
 
 def content_url(api: Api, job_id: str, path: str, export_format: str = "compressed-tensors") -> str:
-    """Where the bytes of a file are."""
+    """URL of the bytes of a file."""
     items = api.client.get(f"/v1/jobs/{job_id}/artifacts").json()["items"]
     found = next(item for item in items if (item["path"], item["format"]) == (path, export_format))
     return f"/v1/artifacts/{found['id']}/content"

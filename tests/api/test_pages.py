@@ -18,7 +18,7 @@ MEDIA_TYPES = {".js": "text/javascript", ".css": "text/css", ".png": "image/png"
 
 
 class Page(HTMLParser):
-    """What a page loads or links to, and its inline scripts."""
+    """URLs that a page loads or links to, and its inline scripts."""
 
     def __init__(self, text: str) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whatever field of a request names a source, the service looks at it, and keeps what a job will read."""
+"""Sources of jobs: the service looks at every field of a request that names one, and keeps what a job will read."""
 
 import hashlib
 from pathlib import Path

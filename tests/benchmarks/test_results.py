@@ -12,7 +12,7 @@ from app.domain.adapters.shapes import shape_for
 from benchmarks.cells import GROUP_SIZE, Cell, cells
 from benchmarks.finetuning_cells import ARMS, finetuning_cells
 from benchmarks.finetuning_table import finetuning_tables
-from benchmarks.learning_rates import JUDGING_SHARE, RATES, searches
+from benchmarks.learning_rates import RATES, VALIDATION_SHARE, searches
 from benchmarks.results import missing, order, share
 from benchmarks.results_table import lines, tables
 
@@ -51,9 +51,9 @@ def test_rates_are_searched_for_every_arm_as_its_cell_trains_but_for_text_that_j
         assert made.finetune is not None
         assert measured.finetune is not None
         assert made.finetune.learning_rate == rate
-        assert made.finetune.validation_share == JUDGING_SHARE
+        assert made.finetune.validation_share == VALIDATION_SHARE
         assert measured.finetune.learning_rate in RATES
-        same = {"learning_rate": rate, "validation_share": JUDGING_SHARE}
+        same = {"learning_rate": rate, "validation_share": VALIDATION_SHARE}
         assert made == measured.model_copy(update={"finetune": measured.finetune.model_copy(update=same)})
 
 

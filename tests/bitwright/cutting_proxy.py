@@ -47,7 +47,7 @@ class CuttingProxy:
     upstream: tuple[str, int]
     plan: Sequence[Fate] = ()
     heard: list[bytes] = field(default_factory=list)
-    """What each connection sent, in the order of their beginning."""
+    """Bytes that each connection sent, in the order in which they began."""
 
     def __enter__(self) -> Self:
         self._fates = deque(self.plan)

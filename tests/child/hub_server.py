@@ -14,7 +14,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 @dataclass
 class Hub:
-    """What the server has: repositories by "models/<id>" or "datasets/<id>", and what it was asked for."""
+    """Contents of the server: repositories by "models/<id>" or "datasets/<id>", and the requests that it got."""
 
     repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)

@@ -114,7 +114,7 @@ def test_a_source_that_is_not_there_fails_the_job(online: Bench) -> None:
 
 
 def fetch_errors(bench: Bench, requests: Sequence[dict[str, object]]) -> list[ErrorData | None]:
-    """How the fetch for each of these requests ends, all run by one process; None where all came."""
+    """Errors with which the fetches of these requests end, all run by one process; None where all came."""
     folders = []
     for number, fields in enumerate(requests):
         workspace = Workspace.of(bench.context.settings.workspace_dir, f"job_{number}")

@@ -15,7 +15,7 @@ from bitwright.cli.main import app
 
 
 def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
-    """Whether the condition holds before the time is over."""
+    """True if the condition holds before the time is over."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if condition():
@@ -25,7 +25,7 @@ def eventually(condition: Callable[[], bool], seconds: float = 60.0) -> bool:
 
 
 def alive(pid: int) -> bool:
-    """Whether the process runs; a zombie does not."""
+    """True if the process runs; a zombie does not."""
     try:
         return _stat(pid)[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):

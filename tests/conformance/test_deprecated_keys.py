@@ -27,7 +27,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Source:
 
 @pytest.fixture
 def logged(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
-    """What transformers logs, its once-only warnings included."""
+    """Records that transformers logs, its once-only warnings included."""
     their_logging.warning_once.cache_clear()
     their_logging.add_handler(caplog.handler)
     yield caplog

@@ -56,7 +56,7 @@ def with_statistics(task: BlockTask) -> BlockTask:
         name: Fisher(rows=torch.rand(task.linear(name).out_features) + 0.1, columns=moments[name] + 1e-3)
         for name in task.schemes
     }
-    return replace(task, targets=targets, moments=moments, fisher=fisher)
+    return replace(task, targets=targets, second_moments=moments, fisher=fisher)
 
 
 def quantized(name: str, task: BlockTask, spec: WeightSpec) -> BlockResult:
@@ -199,8 +199,8 @@ def test_weights_of_every_shape_stay_finite_and_near(name: str, change: Any, sym
 def test_a_method_that_looks_at_no_inputs_gets_none(name: str) -> None:
     spec, nothing = quick(name), torch.empty(0)
     task = task_for(spec)
-    if not METHODS[name].needs_inputs:
-        task = replace(task, inputs=nothing, inputs_fp=nothing, targets=nothing, moments={})
+    if not spec.observes_inputs():
+        task = replace(task, inputs=nothing, inputs_fp=nothing, targets=nothing, second_moments={})
     elif not spec.needs_original_inputs():
         task = replace(task, inputs_fp=nothing)
     assert_same(quantized(name, task, spec), quantized(name, task_for(spec), spec))
@@ -225,7 +225,7 @@ def test_half_precision_is_kept(name: str) -> None:
     task.block.to(torch.bfloat16)
     half = {field: getattr(task, field).to(torch.bfloat16) for field in ("inputs", "inputs_fp")}
     task = with_statistics(replace(task, scale_dtype=torch.bfloat16, **half))
-    task = replace(task, moments={key: value.float() for key, value in task.moments.items()})
+    task = replace(task, second_moments={key: value.float() for key, value in task.second_moments.items()})
     result = quantized(name, task, spec)
     assert {linear.dequantize().dtype for linear in result.linears.values()} == {torch.bfloat16}
     assert all(isinstance(task.linear(linear), nn.Linear) for linear in LINEARS)

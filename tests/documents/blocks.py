@@ -50,12 +50,12 @@ class Block:
 
     @property
     def is_code(self) -> bool:
-        """Whether somebody who reads it would run it."""
+        """True if a reader would run it."""
         return self.language in SHELLS or self.language in PYTHONS
 
     @property
     def runs(self) -> bool:
-        """Whether a test runs it, or writes it as a file for those that run."""
+        """True if a test runs it, or writes it as a file for those that run."""
         return (self.is_code or self.language in FILES) and self.kind is None
 
 

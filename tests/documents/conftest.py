@@ -17,11 +17,11 @@ from tests.documents.sessions import Session
 
 MODEL = "HuggingFaceTB/SmolLM2-135M"
 ADDRESS, KEY = "http://127.0.0.1:8080", "bw_..."
-"""What the documents write for the service's address and for a key."""
+"""The service's address and a key as the documents write them."""
 
 
 class Reader:
-    """Whoever reads the documents, with a folder and a session for each."""
+    """A reader of the documents, with a folder and a session for each."""
 
     def __init__(self, folder: Path, service: EmbeddedService, data: Path, model: Path) -> None:
         self._folder = folder
@@ -68,7 +68,7 @@ class Reader:
 
 
 def commands() -> list[str]:
-    """Where `bitwright` and `python3` of this environment are."""
+    """Folders of this environment's `bitwright` and `python3`."""
     import sys
 
     return [str(Path(sys.executable).parent)]

@@ -58,7 +58,7 @@ class Interpreter:
             )
 
     def run(self, text: str, seconds: float = SECONDS) -> str:
-        """What the text prints.
+        """Output of the text.
 
         Raises:
             BlockFailed: it ended with an error, or not in time.

@@ -14,7 +14,7 @@ BLOCKS = [block for document in documents() for block in blocks_of(document)]
 RUNNING = [block for block in BLOCKS if block.runs]
 
 NOT_RUN = {"docker": 1, "fragment": 7, "gpu": 1, "llama.cpp": 1, "make": 8, "measurement": 13, "vllm": 2}
-"""How many blocks of each kind the documents have that no test runs. Another one is a decision: it is counted here."""
+"""Number of blocks of each kind that no test runs. Another one is a decision: it is counted here."""
 
 
 def marked(block: Block) -> pytest.param:  # type: ignore[valid-type]

@@ -97,5 +97,5 @@ def test_no_message_of_the_engine_shows_a_folder_of_the_worker() -> None:
 
 @pytest.mark.parametrize("code", sorted(ERRORS))
 def test_an_error_from_its_code_has_a_way_out(code: str) -> None:
-    """What another process reported, even one that told no hint."""
+    """Errors that another process reported, even one that gave no hint."""
     assert errors.error_from_code(code, "it broke").hint

@@ -37,7 +37,7 @@ def children(pid: int) -> Iterator[int]:
 
 
 def command_line(pid: int) -> str:
-    """How a process was started; an attempt's names the folder of its job. Empty if the process is gone."""
+    """Command line that started a process; an attempt's names the folder of its job. Empty if the process is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_text()
     except OSError:

@@ -20,7 +20,7 @@ TEXT = {"num_samples": 8, "sequence_length": 64}
 
 
 def submit(installed: Installation, model: Path, *, steps: int) -> str:
-    """Queue a SignRound job of `steps` steps a block; its id."""
+    """Queue a SignRound job of `steps` steps per block; its id."""
     return installed.submit(
         model=str(model),
         method="signround",
@@ -41,7 +41,7 @@ def tensor_hashes(installed: Installation, job_id: str) -> dict[str, str]:
 
 
 def order_of(installed: Installation, job_id: str) -> AttemptOrder:
-    """What the running attempt of the job was told to do."""
+    """The order of the job's running attempt."""
     return AttemptOrder.model_validate_json((installed.workspace(job_id) / "order.json").read_bytes())
 
 

@@ -1,6 +1,6 @@
 """Jobs start though the broker is full, flushed or dead, no sweep runs, or a clock is wrong: seconds late, no more.
 
-Real processes, and no sweep in any test but one: what the sweep would mend must not be needed.
+Real processes, and no sweep in any test but one: what the sweep would repair must not be needed.
 """
 
 import sys

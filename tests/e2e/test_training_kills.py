@@ -40,7 +40,7 @@ def submit_training(installed: Installation, model: Path, *, steps: int) -> str:
 
 
 def training_events(installed: Installation, job_id: str, attempt: int) -> list[AttemptLine]:
-    """What this attempt told of its training."""
+    """Events of this attempt about its training."""
     return [
         event
         for number, event in installed.numbered_events(job_id)

@@ -83,7 +83,7 @@ def single_model(small_model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def engine_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
-    """Evaluation windows and the logits of the quantized stream, as the engine has them when it measures."""
+    """Evaluation sequences and the logits of the quantized activations, as the engine has them when it measures."""
     found: list[tuple[Tensor, Tensor]] = []
 
     def watch(model: Any, original: Tensor, quantized: Tensor, sequences: Any, **rest: Any) -> Any:

@@ -84,7 +84,7 @@ def do(
 
 
 def brought(job: Done, folder: Path) -> Path:
-    """What a worker brings of a job, and no more."""
+    """A folder with the files that a worker brings of a job, and no others."""
     shutil.rmtree(folder, ignore_errors=True)
     for file in (file for file in job.output.rglob("*") if file.is_file()):
         path = file.relative_to(job.output)
@@ -300,7 +300,7 @@ def test_scales_that_a_format_would_round_are_refused_before_training(
     quantized: Done, small_model: Path, text: dict[str, Any], tmp_path: Path
 ) -> None:
     lines: list[AttemptLine] = []
-    with pytest.raises(FormatCannotHold, match=r"torch\.float16; those of the earlier job are torch\.bfloat16"):
+    with pytest.raises(FormatCannotHold, match=r"torch\.float16; those of the base job are torch\.bfloat16"):
         do(small_model, tmp_path / "job", {"finetune": text, "formats": ["gguf", "peft"]}, quantized, lines=lines)
     assert not [line for line in lines if isinstance(line, BlockEvent)]
 

@@ -133,7 +133,7 @@ def reachable(*entries: str) -> set[str]:
 
 
 NO_CODES = frozenset({"app/__init__.py", "app/logs.py", "app/settings.py"})
-"""What an attempt loads besides: the package's name and how it logs."""
+"""Modules that an attempt loads and that decide no codes: settings, logging, the package itself."""
 
 
 def test_every_module_that_a_run_can_reach_is_in_the_digest() -> None:

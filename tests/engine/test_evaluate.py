@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 def last_hidden(folder: Path, ids: torch.Tensor) -> torch.Tensor:
-    """What goes into the final norm."""
+    """Hidden states before the final norm."""
     model = AutoModelForCausalLM.from_pretrained(folder)
     seen: list[torch.Tensor] = []
     model.model.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))

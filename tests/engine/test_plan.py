@@ -12,7 +12,7 @@ from app.domain.request.job_request import JobRequest
 from tests.engine.model.random_models import save_random_model
 from workers.disk.orders import AttemptOrder
 from workers.engine import memory
-from workers.engine.finetune import memory_plan as training_plan
+from workers.engine.finetune import memory_plan
 from workers.engine.memory import ACTIVATION_BYTES, PASS_BYTES, working_bytes
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
@@ -24,7 +24,7 @@ PlanWith = Callable[..., Plan]
 
 @pytest.fixture
 def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
-    """Plans for a GPU of 80 GB with so much free, and streams of such sizes."""
+    """Plans for a GPU of 80 GB with so much free, and activations of such sizes."""
     save_random_model(tmp_path, "llama")
     model = StreamedModel.open(Checkpoint.open(tmp_path), torch.device("cpu"))
     model.device = torch.device("cuda", 0)
@@ -38,33 +38,33 @@ def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "a GPU")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=80 * GB))
 
-    def plan(free: int, *streams: ActivationSize, world_size: int = 1) -> Plan:
+    def plan(free: int, *sizes: ActivationSize, world_size: int = 1) -> Plan:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GB))
-        return make_plan(order.model_copy(update={"world_size": world_size}), model, list(streams))
+        return make_plan(order.model_copy(update={"world_size": world_size}), model, list(sizes))
 
     plan.model = model  # type: ignore[attr-defined]
     return plan
 
 
 def test_activations_stay_on_the_device_while_they_fit(plan_with: PlanWith) -> None:
-    size = ActivationSize(samples=1 << 12, length=100, tensors=2)  # of width 32, fp32
+    size = ActivationSize(sequences=1 << 12, length=100, tensors=2)  # of width 32, fp32
     needed = (1 << 12) * 100 * 2 * 32 * 4
     small = plan_with(4 * GB, size)
     assert (small.activations, small.activation_bytes) == ("device", needed)
     assert small.activation_budget is not None
     assert needed <= small.activation_budget < 4 * GB
-    more = replace(size, samples=small.activation_budget * size.samples // needed + size.samples)
+    more = replace(size, sequences=small.activation_budget * size.sequences // needed + size.sequences)
     assert plan_with(4 * GB, more).activations == "host"
-    assert plan_with(4 * GB, size, more).activation_bytes == needed + needed // size.samples * more.samples
+    assert plan_with(4 * GB, size, more).activation_bytes == needed + needed // size.sequences * more.sequences
     assert plan_with(40 * GB, more).activations == "device"
     assert plan_with(0, size).activation_budget == 0
 
 
 def test_wide_streams_leave_the_device_alone(plan_with: PlanWith) -> None:
     """Their copies are hidden behind the work; what is free belongs to others."""
-    size = ActivationSize(samples=ACTIVATION_BYTES // (100 * 2 * 32 * 4), length=100, tensors=2)
+    size = ActivationSize(sequences=ACTIVATION_BYTES // (100 * 2 * 32 * 4), length=100, tensors=2)
     assert plan_with(80 * GB, size).activations == "device"
-    assert plan_with(80 * GB, replace(size, samples=size.samples + 1)).activations == "host"
+    assert plan_with(80 * GB, replace(size, sequences=size.sequences + 1)).activations == "host"
 
 
 def test_passes_take_as_much_at_once_as_their_memory_holds(plan_with: PlanWith) -> None:
@@ -74,7 +74,7 @@ def test_passes_take_as_much_at_once_as_their_memory_holds(plan_with: PlanWith) 
 
 
 def test_a_little_more_or_less_free_memory_changes_nothing(plan_with: PlanWith) -> None:
-    size = ActivationSize(samples=100, length=100, tensors=3)
+    size = ActivationSize(sequences=100, length=100, tensors=3)
     first = plan_with(8 * GB + 10, size)
     assert plan_with(8 * GB + 900_000_000, size) == first
     assert plan_with(7 * GB, size) != first
@@ -84,8 +84,8 @@ def test_a_little_more_or_less_free_memory_changes_nothing(plan_with: PlanWith) 
 
 
 def test_ranks_share_what_streams_need(plan_with: PlanWith) -> None:
-    """Three windows on two ranks: one of them has two."""
-    three, two = (ActivationSize(samples=samples, length=100, tensors=3) for samples in (3, 2))
+    """Three sequences on two ranks: one of them has two."""
+    three, two = (ActivationSize(sequences=sequences, length=100, tensors=3) for sequences in (3, 2))
     shared = plan_with(8 * GB, three, world_size=2)
     assert shared.world_size == 2
     assert shared.activation_bytes == plan_with(8 * GB, two).activation_bytes
@@ -109,7 +109,7 @@ def test_passes_are_captured_where_eager_ones_fit_beside_their_pool(
     activations: int, fixed: float, captures: bool
 ) -> None:
     """Of 100 bytes of memory, 85 of which the stage may count on."""
-    needs = training_plan._Needs(
+    needs = memory_plan._Needs(
         "cuda", 100, blocks=1, length=8, kept=0, fixed={False: fixed}, graph=activations, inputs=0
     )
-    assert needs.has_room_for_pool(training_plan.TrainingPlan(1, 0, keeps=False)) is captures
+    assert needs.has_room_for_pool(memory_plan.TrainingPlan(1, 0, keeps=False)) is captures

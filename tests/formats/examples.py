@@ -59,7 +59,7 @@ def scheme(bits: int, group_size: int, symmetric: bool) -> Scheme:
 
 @dataclass(frozen=True)
 class Made:
-    """What a method might make of a linear.
+    """A form that a method might make of a linear.
 
     absmax    how a codebook weight's maxima are stored
     offset    whether an affine weight has a fractional offset in place of its zero point

@@ -23,7 +23,7 @@ W4, WITH_FACTORS = scheme(4, 32, True), [Made(scheme(4, 32, True), rank=2)]
 
 
 def one_entry_at_most(folder: Path) -> int:
-    """How many safetensors files it has, each held to the rule."""
+    """Number of safetensors files in it, each held to the rule."""
     files = sorted(folder.rglob("*.safetensors"))
     for file in files:
         with safe_open(file, framework="pt") as opened:
@@ -39,7 +39,7 @@ def assert_same_bytes(first: Path, second: Path) -> None:
 
 
 def test_several_entries_come_in_an_order_of_their_own() -> None:
-    """What the rule is for; should safetensors sort them one day, it may go."""
+    """The reason for the rule; should safetensors sort them one day, it may go."""
     entries = {f"key{number}": "value" for number in range(8)}
     assert len({save({"x": torch.zeros(1)}, metadata=entries) for _ in range(20)}) > 1
     assert len({save({"x": torch.zeros(1)}, metadata={"key": "value"}) for _ in range(20)}) == 1

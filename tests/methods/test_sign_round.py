@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_codes_and_another_seed_others() -> None:
 
 
 def test_original_inputs_are_used_when_asked_for() -> None:
-    """With `quantized_inputs` off, what the quantized stream holds does not matter."""
+    """With `quantized_inputs` off, what the quantized activations are does not matter."""
     scheme = Scheme(bits=3, group_size=16, symmetric=True)
     task = toy_task(schemes={"up": scheme, "down": scheme})
     spec = SignRoundSpec(steps=10, quantized_inputs=False)
@@ -127,7 +127,7 @@ def test_original_inputs_are_used_when_asked_for() -> None:
 
 def test_a_loss_reported_is_the_loss_of_the_result() -> None:
     """The held-out loss recomputed with the dequantized result equals the one reported."""
-    from workers.engine.tune.sample_order import split
+    from workers.engine.tune.sequence_order import split
 
     scheme = Scheme(bits=3, group_size=16, symmetric=False)
     task = toy_task(schemes={"up": scheme, "down": scheme})

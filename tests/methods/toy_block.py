@@ -73,7 +73,7 @@ def _task(block: nn.Module, hidden: Tensor, **given: Any) -> BlockTask:
         "inputs": hidden,
         "inputs_fp": hidden,
         "targets": targets,
-        "moments": {},
+        "second_moments": {},
         "scale_dtype": torch.float32,
         "device": torch.device("cpu"),
         "seed": 7,

@@ -33,7 +33,7 @@ def by_milp(costs: list[list[int]], errors: list[list[float]], budget: int) -> f
 
 
 def check(found: Allocation, costs: list[list[int]], errors: list[list[float]], budget: int) -> None:
-    """What holds of any answer: its sums, the budget, the certificate, and that no single change would be better."""
+    """Checks any answer: its sums, the budget, the certificate, and that no single change would be better."""
     assert found.cost == sum(cost[x] for cost, x in zip(costs, found.choices, strict=True)) <= budget
     assert found.error == pytest.approx(sum(error[x] for error, x in zip(errors, found.choices, strict=True)))
     assert found.bound <= found.error

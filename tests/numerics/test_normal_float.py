@@ -192,7 +192,7 @@ def test_double_precision_weights_are_rounded_in_double_precision() -> None:
 
 
 def test_nf4_is_closer_to_normal_weights_than_an_even_grid() -> None:
-    """What the codebook is for: less squared error on normal weights at the same storage."""
+    """The purpose of the codebook: less squared error on normal weights at the same storage."""
     from workers.methods.rtn import quantize_weight
 
     weight = normal(256, 512)

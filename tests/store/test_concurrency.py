@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def together(count: int, work: Callable[[int], T]) -> list[T]:
-    """What `work(0)` to `work(count - 1)` return, all started at one moment."""
+    """Results of `work(0)` to `work(count - 1)`, all started at one moment."""
     start = threading.Barrier(count)
 
     def one(index: int) -> T:

@@ -46,11 +46,11 @@ def test_a_revoked_key_is_refused_and_others_stay(database: Database, tenant: st
     assert [key.revoked_at is None for key in listed] == [False, True]
 
 
-@pytest.mark.parametrize("mend", ["{0}_", "", "bw_", "{0}\0", "{0} ", "Bearer {0}"])
-def test_a_malformed_key_is_refused(database: Database, tenant: str, mend: str) -> None:
+@pytest.mark.parametrize("pattern", ["{0}_", "", "bw_", "{0}\0", "{0} ", "Bearer {0}"])
+def test_a_malformed_key_is_refused(database: Database, tenant: str, pattern: str) -> None:
     _, plaintext = issue(database, tenant, Scope.READ)
     with database.reading() as session, pytest.raises(Unauthenticated, match="malformed"):
-        keys.authenticate(session, mend.format(plaintext))
+        keys.authenticate(session, pattern.format(plaintext))
 
 
 def test_a_mistyped_key_is_known_by_its_checksum(database: Database, tenant: str) -> None:

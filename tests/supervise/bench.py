@@ -44,7 +44,7 @@ def wait_for(condition: Callable[[], object], seconds: float = 60.0, what: str =
 
 
 def alive(pid: int) -> bool:
-    """Whether a process computes, i.e. exists and is no zombie."""
+    """True if a process computes, i.e. exists and is no zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
     except FileNotFoundError:

@@ -15,7 +15,7 @@ from app.store.models import Job
 from bitwright.events import ProgressEvent, StatusEvent
 from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench, alive, wait_for
-from workers.supervise import attempt_runner as supervisor
+from workers.supervise import attempt_runner
 from workers.supervise.attempt_runner import supervise
 from workers.supervise.outputs import store_outputs
 
@@ -156,7 +156,7 @@ def test_a_lost_lease_is_noticed_before_files_are_committed(bench: Bench, monkey
             session.execute(update(Job).where(Job.id == job_id).values(attempt=Job.attempt + 1))
         return stored
 
-    monkeypatch.setattr(supervisor, "store_outputs", store_and_lose)
+    monkeypatch.setattr(attempt_runner, "store_outputs", store_and_lose)
     assert supervise(bench.context, claimed) is None
     assert bench.artifacts(job_id) == []
     assert bench.job(job_id).status is JobStatus.RUNNING

@@ -13,7 +13,7 @@ from bitwright.job_states import DeviceClass
 from tests.supervise.bench import Bench, wait_for
 from workers.disk.hub_cache import holding
 from workers.disk.workspace import Workspace, prune
-from workers.supervise import heartbeat as beating
+from workers.supervise import heartbeat as heartbeat_module
 from workers.supervise.capacity import capacity
 from workers.supervise.heartbeat import Heartbeat
 
@@ -24,7 +24,7 @@ def present(bench: Bench) -> list[str]:
 
 
 def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beating, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat_module, "HEARTBEAT_SECONDS", 0.05)
     me = Heartbeat(bench.context)
     me.start()
     me.start()
@@ -43,7 +43,7 @@ def test_a_worker_is_listed_while_it_lives(bench: Bench, monkeypatch: pytest.Mon
 
 
 def test_no_fault_ends_the_heartbeat(sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(beating, "HEARTBEAT_SECONDS", 0.05)
+    monkeypatch.setattr(heartbeat_module, "HEARTBEAT_SECONDS", 0.05)
     faults = iter([RuntimeError("a driver's own")])
 
     def sometimes(session: Session, worker_id: str) -> bool:
@@ -51,7 +51,7 @@ def test_no_fault_ends_the_heartbeat(sqlite_bench: Bench, monkeypatch: pytest.Mo
             raise fault
         return heartbeat(session, worker_id)
 
-    monkeypatch.setattr(beating, "heartbeat", sometimes)
+    monkeypatch.setattr(heartbeat_module, "heartbeat", sometimes)
     me = Heartbeat(sqlite_bench.context)
     me.start()
     try:

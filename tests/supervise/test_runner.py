@@ -14,7 +14,7 @@ from app.store.attempts import work_waits
 from app.store.session import Database
 from bitwright.job_states import JobStatus
 from tests.supervise.bench import Bench, make_context, wait_for
-from workers.supervise import runner as running
+from workers.supervise import runner
 from workers.supervise.runner import Runner
 
 
@@ -90,12 +90,12 @@ def test_an_idle_worker_asks_seldom_and_writes_nothing(sqlite_bench: Bench, runn
     time.sleep(2)
     runners[0].stop()
     questions = [statement for statement in asked if statement.startswith("SELECT")]
-    assert 3 <= len(questions) <= 2 / (0.2 * (1 - running.JITTER)) + 2
+    assert 3 <= len(questions) <= 2 / (0.2 * (1 - runner.JITTER)) + 2
     assert not any(statement.startswith(("INSERT", "UPDATE", "DELETE", "BEGIN IMMEDIATE")) for statement in asked)
 
 
 def test_no_fault_ends_it(sqlite_bench: Bench, runners: list[Runner], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(running, "LONGEST_WAIT_SECONDS", 0.1)
+    monkeypatch.setattr(runner, "LONGEST_WAIT_SECONDS", 0.1)
     faults, waits = iter([RuntimeError("a driver's own")]), work_waits
 
     def sometimes(*arguments: object) -> bool:
@@ -103,7 +103,7 @@ def test_no_fault_ends_it(sqlite_bench: Bench, runners: list[Runner], monkeypatc
             raise fault
         return waits(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(running, "work_waits", sometimes)
+    monkeypatch.setattr(runner, "work_waits", sometimes)
     job_id = sqlite_bench.submit("file:a.json:{}")
     start(sqlite_bench, runners, 0.1)
     wait_for(lambda: done(sqlite_bench, job_id))
@@ -117,6 +117,6 @@ def test_a_database_that_is_away_is_asked_less_and_less_often(tmp_path: Path) ->
     for _ in range(12):
         one._pass()
         pauses.append(one._pause())
-    assert pauses[0] <= 2 * (1 + running.JITTER)
-    assert 60 * (1 - running.JITTER) <= pauses[-1] <= 60 * (1 + running.JITTER)
+    assert pauses[0] <= 2 * (1 + runner.JITTER)
+    assert 60 * (1 - runner.JITTER) <= pauses[-1] <= 60 * (1 + runner.JITTER)
     database.close()

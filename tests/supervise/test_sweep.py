@@ -12,7 +12,7 @@ from app.store.workers import register
 from bitwright.errors import Unavailable
 from bitwright.job_states import DeviceClass, JobStatus
 from tests.supervise.bench import Bench, wait_for
-from workers import sweep as sweeping
+from workers import sweep as sweep_module
 from workers.sweep import Sweep, messages_due, run
 
 CPU, CUDA = DeviceClass.CPU, DeviceClass.CUDA
@@ -27,7 +27,7 @@ def notified(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         assert DeviceClass(device) in alive
         heard.extend([device] * times)
 
-    monkeypatch.setattr(sweeping, "notify_workers", hear)
+    monkeypatch.setattr(sweep_module, "notify_workers", hear)
     return heard
 
 

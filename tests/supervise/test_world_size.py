@@ -14,7 +14,7 @@ from bitwright.events import BlockEvent
 from bitwright.job_states import DeviceClass, JobStatus
 from tests.supervise.bench import Bench, Running, alive, wait_for
 from workers.disk.workspace import Workspace
-from workers.supervise import capacity as devices
+from workers.supervise import capacity as capacity_module
 from workers.supervise.child_env import attempt_environment
 from workers.supervise.world_size import world_size
 
@@ -32,7 +32,7 @@ TEXTS = {
         ({"method": "signround", "batch_size": 8}, 128, 7, 4),  # the most that divide the batch
         ({"method": "signround", "batch_size": 6}, 128, 4, 3),
         ({"method": "signround", "batch_size": 7}, 128, 4, 1),
-        ({"method": "signround", "batch_size": 8}, 7, 8, 2),  # two windows for each
+        ({"method": "signround", "batch_size": 8}, 7, 8, 2),  # two sequences for each
         ({"method": "signround", "batch_size": 8}, 3, 8, 1),
         ({"method": "signround", "batch_size": 8, "steps": 0}, 128, 8, 1),
         ({"method": "rtn"}, 128, 8, 1),
@@ -49,14 +49,14 @@ def test_a_job_gets_the_ranks_that_divide_its_batch(
     ("body", "devices", "expected"),
     [
         ({"method": "qlora"}, 4, 4),
-        ({"method": "qa-lora"}, 16, 8),  # not more than sequences a step
+        ({"method": "qa-lora"}, 16, 8),  # not more than sequences per step
         ({"method": "qlora"}, 3, 3),  # evenly or not
         ({"method": "loftq", "rank": 8}, 2, 2),
         (
             {"method": "lq-lora", "bits": {"average": 3}, "calibration": {"num_samples": 5}},
             4,
             2,
-        ),  # two windows for each
+        ),  # two sequences for each
         ({"quantization": {"method": "signround", "batch_size": 6}}, 4, 3),
         ({"quantization": {"method": "signround", "batch_size": 6}, "base_job": "job_1"}, 4, 4),  # nothing is tuned
     ],
@@ -69,12 +69,12 @@ def test_finetuning_takes_the_ranks_that_the_method_leaves_open(
 
 
 def test_a_worker_counts_its_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(devices, "_probe", lambda: {"name": "A GPU", "memory": 1 << 30, "count": 4})
-    found = {wanted: devices.capacity("cuda", tmp_path, wanted).devices for wanted in (1, 3, "all")}
+    monkeypatch.setattr(capacity_module, "_probe", lambda: {"name": "A GPU", "memory": 1 << 30, "count": 4})
+    found = {wanted: capacity_module.capacity("cuda", tmp_path, wanted).devices for wanted in (1, 3, "all")}
     assert found == {1: 1, 3: 3, "all": 4}
     with pytest.raises(RuntimeError, match="BITWRIGHT_DEVICES is 5, but torch finds 4"):
-        devices.capacity("cuda", tmp_path, 5)
-    on_cpu = [devices.capacity("cpu", tmp_path, wanted) for wanted in ("all", 2)]
+        capacity_module.capacity("cuda", tmp_path, 5)
+    on_cpu = [capacity_module.capacity("cpu", tmp_path, wanted) for wanted in ("all", 2)]
     assert [(c.device, c.devices) for c in on_cpu] == [(DeviceClass.CPU, 1), (DeviceClass.CPU, 2)]
 
 

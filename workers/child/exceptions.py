@@ -17,7 +17,7 @@ def as_bitwright_error(error: BaseException) -> BitwrightError:
     kinds = {kind.__name__ for kind in type(error).__mro__}
     text = str(error)
     first = text.splitlines()[0] if text else type(error).__name__
-    hint = "fewer calibration samples, shorter sequences or a smaller batch_size need less"
+    hint = "fewer calibration sequences, shorter sequences or a smaller batch_size need less"
     if "OutOfMemoryError" in kinds or any(words in text for words in GPU_EXHAUSTED):
         return OutOfGpuMemory(f"the GPU's memory was exhausted{_peak()}: {first}", hint=hint)
     if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text or _no_memory(error):

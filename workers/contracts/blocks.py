@@ -52,14 +52,14 @@ class Fold:
 
     source     name of a norm or of a linear inside the block
     linears    all that its output goes into, if only through elementwise products or sums over tokens
-    judged     the module inside the block whose output says what rounding `linears` costs
+    measured   the module inside the block whose output says what rounding `linears` costs
     unclipped  those of `linears` whose output only decides a softmax
     offset     what a norm adds to its weight before it multiplies
     """
 
     source: str
     linears: tuple[str, ...]
-    judged: str
+    measured: str
     unclipped: tuple[str, ...] = ()
     offset: float = 0.0
 
@@ -97,25 +97,25 @@ class ScoreTask:
 
 @dataclass(frozen=True)
 class BlockTask:
-    """One decoder block to quantize. Where several ranks share the work, samples are those of this rank.
+    """One decoder block to quantize. Where several ranks share the work, sequences are those of this rank.
 
     block       the original block on `device`, weights in the model's dtype; a method may replace weights while it
                 works, and leaves the module as it found it
     forward     calls the block as the model does
-    inputs      X_q, (samples, length, width): what the quantized blocks before this one produce
+    inputs      X_q, (sequences, length, width): what the quantized blocks before this one produce
     inputs_fp   X_fp, the same of the original blocks; empty unless the spec's `needs_original_inputs` says so
-    targets     Y = block(X_fp), (samples, length, width)
+    targets     Y = block(X_fp), (sequences, length, width)
     schemes     linear name inside the block -> its scheme; ignored linears are absent
-    moments     linear name -> sum over tokens of x_j^2 of its inputs in the original stream, fp32 (in,); may be empty
+    second_moments  linear name -> sum over tokens of x_j^2 of its original inputs, fp32 (in,); may be empty
     scale_dtype dtype in which the formats of this job store scales
     seed        of this block
     micro_batch sequences that fit through the block at once with gradients
     absmax      linear name -> second level of codes for a codebook's maxima, where the budget chose one
     fisher      linear name -> its Fisher information, where the spec asks for it
-    tick        told the share of the block that is done, 0 to 1; may be called often
+    tick        called with the share of the block that is done, 0 to 1; often
     folds       where scales can move inside the block, in the order of the forward pass
-    log         told an event's name and fields when a method falls back to something worse
-    sum_        makes tensors their sums over all processes that share the samples, in place
+    log         called with an event's name and fields when a method falls back to something worse
+    sum_        makes tensors their sums over all processes that share the sequences, in place
     quantize    the same block by another method, named by its spec: where a method starts from another's result
     """
 
@@ -126,7 +126,7 @@ class BlockTask:
     inputs_fp: Tensor
     targets: Tensor
     schemes: Mapping[str, Scheme]
-    moments: Mapping[str, Tensor]
+    second_moments: Mapping[str, Tensor]
     scale_dtype: torch.dtype
     device: torch.device
     seed: int
@@ -148,23 +148,23 @@ class BlockTask:
         return module
 
     def total(self, number: int) -> int:
-        """The sum of a number over all processes that share the samples."""
-        found = torch.tensor(number)
-        self.sum_(found)
-        return int(found)
+        """The sum of a number over all processes that share the sequences."""
+        sum_of_all = torch.tensor(number)
+        self.sum_(sum_of_all)
+        return int(sum_of_all)
 
     def alike(self) -> dict[tuple[Scheme, int], dict[str, Tensor]]:
         """Weights by name, those of the same scheme and group width together."""
-        found: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
+        groups: dict[tuple[Scheme, int], dict[str, Tensor]] = {}
         for name, scheme in self.schemes.items():
             weight = self.linear(name).weight.detach()
-            found.setdefault((scheme, scheme.width(weight.shape[1])), {})[name] = weight
-        return found
+            groups.setdefault((scheme, scheme.width(weight.shape[1])), {})[name] = weight
+        return groups
 
     def passes(self, inputs: Tensor) -> Iterator[Callable[[], Tensor]]:
-        """Forward passes of the block over hidden states (samples, length, width), a micro-batch each."""
-        for part in torch.split(inputs, self.micro_batch):
-            yield partial(self.forward, self.block, part.to(self.device, non_blocking=True))
+        """Forward passes of the block over hidden states (sequences, length, width), a micro-batch each."""
+        for rows in torch.split(inputs, self.micro_batch):
+            yield partial(self.forward, self.block, rows.to(self.device, non_blocking=True))
 
     @torch.no_grad()
     def augmented(self) -> "BlockTask":
@@ -176,9 +176,9 @@ class BlockTask:
         targets, first = torch.empty_like(self.targets), 0
         for forward in self.passes(self.inputs):
             own = forward()
-            part = slice(first, first := first + len(own))
+            rows = slice(first, first := first + len(own))
             wide = torch.promote_types(own.dtype, torch.float32)
-            targets[part] = (own.to(targets.device, wide) + self.targets[part]) / 2
+            targets[rows] = (own.to(targets.device, wide) + self.targets[rows]) / 2
         return replace(self, targets=targets)
 
     @contextmanager
@@ -194,7 +194,7 @@ class BlockTask:
 
 @dataclass(frozen=True)
 class WarmUp:
-    """What a method's kernels will be compiled for: (in_features, scheme) of the linears, dtypes and device."""
+    """Shapes that a method's kernels are compiled for: (in_features, scheme) of the linears, dtypes and device."""
 
     linears: frozenset[tuple[int, Scheme]]
     dtype: torch.dtype
@@ -220,9 +220,7 @@ S_contra = TypeVar("S_contra", bound=WeightSpec, contravariant=True)
 
 
 class BlockMethod(Protocol[S_contra]):
-    """A quantization method. `needs_inputs`: whether it looks at activations (else they may be empty)."""
-
-    needs_inputs: bool
+    """A quantization method. Activations of the task are empty where the spec's `observes_inputs` is false."""
 
     def quantize_block(self, task: BlockTask, spec: S_contra) -> BlockResult: ...
 

@@ -43,7 +43,7 @@ def quantize_in_order(task: BlockTask, quantize: QuantizeLayers) -> dict[str, Li
     """The results of `quantize` for each task of linears in turn; the block is left as it was.
 
     Raises:
-        InvalidRequest: the block does not call a linear on hidden states of its own windows (a mixture's experts).
+        InvalidRequest: the block does not call a linear on hidden states of its own sequences (a mixture's experts).
     """
     layers = same_inputs(task)
     blocks = [SideBySide({name: task.linear(name) for name in names}) for names in layers]
@@ -55,7 +55,7 @@ def quantize_in_order(task: BlockTask, quantize: QuantizeLayers) -> dict[str, Li
             targets = _outputs(task, block, _inputs_of(task, names[0], task.inputs_fp))
             _put(task, {n: r.dequantize() for n, r in results.items()})
             tick = partial(_tick, task, number, len(layers))
-            part = replace(
+            subtask = replace(
                 task,
                 block=block,
                 forward=_call,
@@ -65,7 +65,7 @@ def quantize_in_order(task: BlockTask, quantize: QuantizeLayers) -> dict[str, Li
                 schemes={name: task.schemes[name] for name in names},
                 tick=tick,
             )
-            results |= quantize(part)
+            results |= quantize(subtask)
     finally:
         _put(task, originals)
     return results
@@ -75,21 +75,21 @@ def quantize_in_order(task: BlockTask, quantize: QuantizeLayers) -> dict[str, Li
 def same_inputs(task: BlockTask) -> list[list[str]]:
     """Names of the task's linears in the order of their calls; those that get the same tensor in a row together."""
     order: list[tuple[str, Tensor]] = []
-    sample = task.inputs_fp[:1].to(task.device)
+    sequence = task.inputs_fp[:1].to(task.device)
     with ExitStack() as hooks:
         for name in task.schemes:
             handle = task.linear(name).register_forward_pre_hook(_note(name, order))
             hooks.callback(handle.remove)
-        task.forward(task.block, sample)
-    found: list[list[str]] = []
+        task.forward(task.block, sequence)
+    groups: list[list[str]] = []
     latest: Tensor | None = None
     for name, seen in order:
         if latest is seen:
-            found[-1].append(name)
+            groups[-1].append(name)
         else:
-            found.append([name])
+            groups.append([name])
         latest = seen
-    fitting = all(seen.shape[:-1] == sample.shape[:-1] for _, seen in order)
+    fitting = all(seen.shape[:-1] == sequence.shape[:-1] for _, seen in order)
     if sorted(name for name, _ in order) != sorted(task.schemes) or not fitting:
         raise InvalidRequest(
             "some linears do not see every token once and cannot be tuned one by one",
@@ -97,7 +97,7 @@ def same_inputs(task: BlockTask) -> list[list[str]]:
             value="layer",
             hint='set granularity to "block"',
         )
-    return found
+    return groups
 
 
 def _note(name: str, order: list[tuple[str, Tensor]]) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
@@ -109,9 +109,9 @@ def _note(name: str, order: list[tuple[str, Tensor]]) -> Callable[[nn.Module, tu
 
 @torch.no_grad()
 def _inputs_of(task: BlockTask, name: str, hidden: Tensor) -> Tensor:
-    """What the block gives a linear on hidden states (samples, length, width): (samples, length, in), beside them."""
+    """Inputs (sequences, length, in) of a linear on hidden states (sequences, length, width), in the same memory."""
     linear = task.linear(name)
-    found = torch.empty(*hidden.shape[:2], linear.in_features, dtype=hidden.dtype, device=hidden.device)
+    inputs = torch.empty(*hidden.shape[:2], linear.in_features, dtype=hidden.dtype, device=hidden.device)
     for first in range(0, len(hidden), task.micro_batch):
         rows, seen = slice(first, first + task.micro_batch), list[tuple[str, Tensor]]()
         handle = linear.register_forward_pre_hook(_note(name, seen))
@@ -119,18 +119,18 @@ def _inputs_of(task: BlockTask, name: str, hidden: Tensor) -> Tensor:
             task.forward(task.block, hidden[rows].to(task.device))
         finally:
             handle.remove()
-        found[rows] = seen[0][1].to(found.device)
-    return found
+        inputs[rows] = seen[0][1].to(inputs.device)
+    return inputs
 
 
 @torch.no_grad()
 def _outputs(task: BlockTask, block: SideBySide, inputs: Tensor) -> Tensor:
-    parts: Sequence[Tensor] = torch.split(inputs, task.micro_batch)
-    return torch.cat([block(part.to(task.device)).to(inputs.device) for part in parts])
+    batches: Sequence[Tensor] = torch.split(inputs, task.micro_batch)
+    return torch.cat([block(rows.to(task.device)).to(inputs.device) for rows in batches])
 
 
-def _tick(task: BlockTask, done: int, parts: int, share: float) -> None:
-    task.tick((done + share) / parts)
+def _tick(task: BlockTask, done: int, layers: int, share: float) -> None:
+    task.tick((done + share) / layers)
 
 
 def _put(task: BlockTask, weights: Mapping[str, Tensor]) -> None:

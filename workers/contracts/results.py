@@ -9,7 +9,7 @@ from workers.numerics.quantized import LinearResult, Number
 
 @dataclass(frozen=True)
 class BlockResult:
-    """What a method makes of one block: a result for each linear by its name inside the block, and its losses.
+    """Output of a method for one block: a result for each linear by its name inside the block, and its losses.
 
     Losses are mean squared errors of the block's output on the method's held-out sequences; None for methods
     that do not look at it.

@@ -49,7 +49,7 @@ class TrainableWeights(Protocol):
         ...
 
     def results(self) -> dict[str, LinearResult]:
-        """What was remembered last, sharing no memory with the parameters."""
+        """The results that were remembered last, sharing no memory with the parameters."""
         ...
 
 

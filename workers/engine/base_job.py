@@ -1,4 +1,4 @@
-"""The result of an earlier job as the start of another: its blocks are taken over, not computed.
+"""The result of the base job as the start of another: its blocks are taken over, not computed.
 
     native/bitwright.json, native/weights*.safetensors    linears bit for bit, and every other tensor of the model
     native/report.json                                    how far each linear was from the original when it was made,
@@ -42,7 +42,7 @@ _TRAINING = TypeAdapter(tuple[BaseTraining, ...])
 
 @dataclass(frozen=True)
 class BaseJobResult:
-    """What an earlier job made of a model, read when it is asked for.
+    """Result of the base job, read when it is asked for.
 
     native     every tensor of its native checkpoint
     linears    what that says of quantized linears, by full module name
@@ -76,7 +76,7 @@ class BaseJobResult:
                 raise CorruptCheckpoint(f"{DESCRIPTION} and the request differ in whether {other} is quantized")
             linears = {names[source]: linear for source, linear in stored.items()}
             file = folder / "adapter" / ADAPTER_FILE
-            found = cls(
+            result = cls(
                 model=model,
                 native=checkpoint,
                 linears=linears,
@@ -84,8 +84,8 @@ class BaseJobResult:
                 blocks=_reports(folder / "native" / REPORT),
                 training=_training(folder / "native" / REPORT),
             )
-            found._demand_same_model()
-            return found
+            result._demand_same_model()
+            return result
 
     @property
     def schemes(self) -> dict[str, Scheme]:
@@ -94,7 +94,7 @@ class BaseJobResult:
 
     @property
     def continues(self) -> bool:
-        """Whether an adapter starts at values of the earlier job, trained ones or factors of its method."""
+        """True if an adapter starts at values of the base job, trained ones or factors of its method."""
         return bool(self.adapters) or any(linear.low_rank is not None for linear in self.linears.values())
 
     def block(self, index: int) -> BlockResult:
@@ -117,8 +117,8 @@ class BaseJobResult:
         """One quantized linear by its full name, on the host, without factors that its adapter has taken over."""
         source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
         with _of_the_base():
-            parts = {key: self.native.read(key) for key in self._parts.get(source, ())}
-            result = native.decompress(source, parts, self.linears[name])
+            tensors = {key: self.native.read(key) for key in self._keys.get(source, ())}
+            result = native.decompress(source, tensors, self.linears[name])
             linear = self.model.model.get_submodule(name)
             if result.weight.shape != tuple(linear.weight.shape):
                 raise CorruptCheckpoint(f"{source} has the shape {result.weight.shape}, not that of the model")
@@ -143,47 +143,47 @@ class BaseJobResult:
         for name in sorted(self.linears) if strict else ():
             source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
             scale = self.native.tensors.get(f"{source}.scale")
-            found = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
-            if found is not None and found != wanted:
+            stored = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
+            if stored is not None and stored != wanted:
                 raise FormatCannotHold(
-                    f"{strict[0].value} stores scales as {wanted}; those of the earlier job are {found}",
+                    f"{strict[0].value} stores scales as {wanted}; those of the base job are {stored}",
                     field="formats",
                     value=strict[0].value,
-                    hint=f"ask for native or merged, or for the formats of the earlier job, or {HINT}",
+                    hint=f"ask for native or merged, or for the formats of the base job, or {HINT}",
                 )
 
     @cached_property
-    def _parts(self) -> Mapping[str, list[str]]:
-        found: dict[str, list[str]] = {}
+    def _keys(self) -> Mapping[str, list[str]]:
+        keys: dict[str, list[str]] = {}
         for key in self.native.tensors:
-            found.setdefault(key.rpartition(".")[0], []).append(key)
-        return found
+            keys.setdefault(key.rpartition(".")[0], []).append(key)
+        return keys
 
     def _is_quantized(self, parameter: str) -> bool:
         name, _, leaf = parameter.rpartition(".")
         return leaf == "weight" and name in self.linears
 
     def _is_own(self, source: str) -> bool:
-        """Whether a tensor that is not quantized is that of the model, bit for bit."""
+        """True if a tensor that is not quantized is that of the model, bit for bit."""
         if source not in self.native.tensors:
             raise CorruptCheckpoint(f"the tensor {source} is missing")
-        mine, own = self.native.read(source), self.model.checkpoint.read(source)
-        same = (mine.dtype, mine.shape) == (own.dtype, own.shape)
-        return same and torch.equal(mine.flatten().view(torch.uint8), own.flatten().view(torch.uint8))
+        stored, original = self.native.read(source), self.model.checkpoint.read(source)
+        same = (stored.dtype, stored.shape) == (original.dtype, original.shape)
+        return same and torch.equal(stored.flatten().view(torch.uint8), original.flatten().view(torch.uint8))
 
     def _demand_same_model(self) -> None:
         blocks = self.model.layout.blocks + "."
         for name, source in self.model.sources.items():
             if not name.startswith(blocks) and not self._is_quantized(name) and not self._is_own(source):
                 raise CorruptCheckpoint(
-                    f"the model's {source} is not the one that the earlier job had: the model has changed since",
+                    f"the model's {source} is not the one that the base job had: the model has changed since",
                     hint=f"bring the model back as it was, or {HINT}",
                 )
 
 
 @contextmanager
 def _of_the_base() -> Iterator[None]:
-    """What is wrong with the earlier job's files is said of the request's field `base_job`."""
+    """Names the request's field `base_job` in errors about the base job's files."""
     try:
         yield
     except BitwrightError as error:
@@ -192,13 +192,13 @@ def _of_the_base() -> Iterator[None]:
 
 
 def _tensors(folder: Path) -> dict[str, StoredTensor]:
-    found: dict[str, StoredTensor] = {}
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("weights*.safetensors")):
         for name, tensor in read_tensors(file).items():
-            if name in found:
-                raise CorruptCheckpoint(f"{name} is in {found[name].file.name} and in {file.name}")
-            found[name] = tensor
-    return found
+            if name in tensors:
+                raise CorruptCheckpoint(f"{name} is in {tensors[name].file.name} and in {file.name}")
+            tensors[name] = tensor
+    return tensors
 
 
 def _described(file: Path) -> dict[str, StoredLinear]:
@@ -215,7 +215,7 @@ def _described(file: Path) -> dict[str, StoredLinear]:
 
 
 def _reports(file: Path) -> tuple[BlockReport, ...]:
-    """None where another version wrote them otherwise: they are told, and decide nothing."""
+    """None where another version wrote them otherwise: they are reported, and decide nothing."""
     try:
         return _BLOCKS.validate_python(json.loads(file.read_bytes())["blocks"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError, RecursionError):
@@ -223,30 +223,30 @@ def _reports(file: Path) -> tuple[BlockReport, ...]:
 
 
 def _training(file: Path) -> tuple[BaseTraining, ...]:
-    """What the report tells of trained adapters; none where another version told it otherwise."""
+    """Adapters that the report says were trained; none where another version wrote it otherwise."""
     try:
         report = json.loads(file.read_bytes())
-        before, told, adapter = report.get("base_job") or {}, report.get("finetuning"), report.get("adapter")
-        found = list(before.get("training", ()))
-        if told is not None and adapter is not None:
-            found.append(
+        before, finetuning, adapter = report.get("base_job") or {}, report.get("finetuning"), report.get("adapter")
+        trainings = list(before.get("training", ()))
+        if finetuning is not None and adapter is not None:
+            trainings.append(
                 {
                     "adapter": adapter["kind"],
-                    "text": told["text"],
-                    "dataset_kind": told.get("dataset_kind"),
-                    "steps": told["steps_kept"],
+                    "text": finetuning["text"],
+                    "dataset_kind": finetuning.get("dataset_kind"),
+                    "steps": finetuning["steps_kept"],
                     "folded": adapter.get("merge") is not None,
                 }
             )
-        return _TRAINING.validate_python(found)
+        return _TRAINING.validate_python(trainings)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, ValidationError, RecursionError):
         return ()
 
 
 def _adapters(file: Path) -> dict[str, dict[str, Tensor]]:
     checkpoint = Checkpoint(file.parent, {}, read_tensors(file))
-    found: dict[str, dict[str, Tensor]] = {}
+    adapters: dict[str, dict[str, Tensor]] = {}
     for key in checkpoint.tensors:
-        name, _, part = key.rpartition(".")
-        found.setdefault(name, {})[part] = checkpoint.read(key)
-    return found
+        name, _, parameter = key.rpartition(".")
+        adapters.setdefault(name, {})[parameter] = checkpoint.read(key)
+    return adapters

@@ -28,7 +28,7 @@ from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.stage import Quantized
 from workers.engine.shipped import Replay, evaluated_key, shipments_of, trained_adapters
-from workers.engine.shipped_quality import Evaluated, Judge, differences, evaluate
+from workers.engine.shipped_quality import Evaluated, QualityMeter, differences, evaluate
 from workers.engine.text.sequences import Sequences
 
 
@@ -56,7 +56,7 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
         shipments_of(job, trained=trained is not None),
         Replay(job.model, job.finished_blocks, trained),
         activations,
-        Judge(quantized.head, measured),
+        QualityMeter(quantized.head, measured),
         merged=job.request.merge is not None,
         streamed=evaluated_key(job, trained=trained is not None),
     )
@@ -113,7 +113,7 @@ def measure(
     tick: Callable[[float], None],
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> Quality:
-    """Quality on `sequences`, whose hidden states after the last block are given, each (samples, length, width).
+    """Quality on `sequences`, whose hidden states after the last block are given, each (sequences, length, width).
 
     quantized_head  dequantized weight of the head where that is quantized too
     processes       those that measure together; the hidden states are of this one's share of the sequences
@@ -125,19 +125,19 @@ def measure(
     sums = torch.zeros(4, dtype=torch.float64)
     step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
     ids = processes.share(sequences.ids)
-    samples, length = ids.shape
+    count, length = ids.shape
     with model.loaded(model.layout.final_norm, model.layout.head):
         weights = [head.weight, head.weight if quantized_head is None else _frozen(quantized_head.to(model.device))]
-        for sample in range(samples):
+        for row in range(count):
             for start in range(0, length - 1, step):
-                part = slice(start, min(start + step, length - 1))
+                positions = slice(start, min(start + step, length - 1))
                 logits = []
                 for states, weight in zip((original, quantized), weights, strict=True):
                     head.weight = weight
-                    logits.append(model.logits(states[sample : sample + 1, part].to(model.device))[0])
-                labels = ids[sample, part.start + 1 : part.stop + 1].to(model.device)
+                    logits.append(model.logits(states[row : row + 1, positions].to(model.device))[0])
+                labels = ids[row, positions.start + 1 : positions.stop + 1].to(model.device)
                 sums += _token_sums(logits[0], logits[1], labels).cpu()
-            tick((sample + 1) / samples)
+            tick((row + 1) / count)
         head.weight = weights[0]
     processes.sum_(sums)
     if not math.isfinite(sums[0]):

@@ -59,10 +59,10 @@ def code_files(root: Path = ROOT) -> list[Path]:
 
     A file that nobody thought of is among them: to start over costs time, to mix two versions costs the result.
     """
-    found = (path for folder in CODE for path in (root / folder).rglob("*"))
-    return sorted(path for path in found if path.is_file() and _counts(path.relative_to(root)))
+    files = (path for folder in CODE for path in (root / folder).rglob("*"))
+    return sorted(path for path in files if path.is_file() and _counts(path.relative_to(root)))
 
 
 def _counts(path: Path) -> bool:
-    hidden = any(part == "__pycache__" or part.startswith(".") or part.endswith(".egg-info") for part in path.parts)
+    hidden = any(name == "__pycache__" or name.startswith(".") or name.endswith(".egg-info") for name in path.parts)
     return not hidden and not path.as_posix().startswith(SUPERVISION)

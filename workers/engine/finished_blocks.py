@@ -132,8 +132,8 @@ class FinishedBlocks:
         stored = {name: StoredLinear.of(result) for name, result in linears.items()}
 
         def tensors() -> dict[str, Tensor]:
-            parts = [native.compress(name, result) for name, result in linears.items()]
-            return {key: tensor.cpu().contiguous() for part in (*parts, parameters) for key, tensor in part.items()}
+            packed = [native.compress(name, result) for name, result in linears.items()]
+            return {key: tensor.cpu().contiguous() for named in (*packed, parameters) for key, tensor in named.items()}
 
         about = {"linears": LINEARS.dump_json(stored).decode()}
         return replace(self._write(f"block-{index:05d}.safetensors", tensors, about), parameters=tuple(parameters))

@@ -49,10 +49,10 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
     given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
     paths = [None if path is None else Path(path) for path in given]
     calibration = evaluation = finetuning = None
-    part = request.finetune
-    if part is not None:
-        _check_length(model, "finetune", part.sequence_length)
-        finetuning = read_finetuning_texts(tokenizer, part, paths[2], paths[1])
+    config = request.finetune
+    if config is not None:
+        _check_length(model, "finetune", config.sequence_length)
+        finetuning = read_finetuning_texts(tokenizer, config, paths[2], paths[1])
         _check_vocabulary(model, finetuning.training.ids)
     if request.base_job is None and request.quantization.reads_text():
         _check_length(model, "calibration", request.calibration.sequence_length)
@@ -75,7 +75,7 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
             _check_vocabulary(model, sequences.ids)
             if sequences.overlapping:
                 reporter.warning(
-                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; windows overlap"
+                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; sequences overlap"
                 )
     return Texts(calibration, evaluation, finetuning)
 
@@ -86,7 +86,7 @@ def _warn(reporter: Reporter, name: str, notes: Notes) -> None:
 
 
 def _calibration_file(request: JobRequest, paths: Sequence[Path | None]) -> Path | None:
-    """The file that calibrated. Where an earlier job did, it is known only if evaluation reads the same dataset."""
+    """The file that calibrated. If the base job did, it is known only if evaluation reads the same dataset."""
     if request.base_job is None:
         return paths[0]
     evaluation = request.evaluation

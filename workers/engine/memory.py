@@ -53,13 +53,13 @@ def device_memory(device: torch.device) -> int:
 
 
 def pass_bytes(model: StreamedModel) -> int:
-    """What a block holds of each token at once without autograd."""
+    """Bytes per token that a block holds at once without autograd."""
     config = model.config.get_text_config()
     return int((4 * config.hidden_size + 3 * config.intermediate_size) * model.dtype.itemsize)
 
 
 def graph_bytes(model: StreamedModel) -> int:
-    """What autograd keeps of a block for each token."""
+    """Bytes per token that autograd keeps of a block."""
     config = model.config.get_text_config()
     # In units of the width and of the MLP's width, measured on Llama blocks.
     return int((24 * config.hidden_size + 6 * config.intermediate_size) * model.dtype.itemsize)

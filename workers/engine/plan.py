@@ -28,7 +28,7 @@ from workers.engine.model.streamed_model import StreamedModel
 
 @dataclass(frozen=True)
 class Plan:
-    """What the engine decided; in the report, and most of it in the fingerprint that a resumed attempt must share.
+    """Decisions of the engine; in the report, and most of it in the fingerprint that a resumed attempt must share.
 
     micro_batch     sequences that go through a block at once, with gradients
     pass_batch      the same without gradients
@@ -61,14 +61,14 @@ class Plan:
 class ActivationSize:
     """Sequences of a text, and how many tensors of hidden states are kept of them."""
 
-    samples: int
+    sequences: int
     length: int
     tensors: int
 
 
 def make_plan(order: AttemptOrder, model: StreamedModel, sizes: list[ActivationSize]) -> Plan:
     """Plans a job over these activations, which its processes share. The model must not be loaded yet."""
-    sizes = [replace(size, samples=math.ceil(size.samples / order.world_size)) for size in sizes]
+    sizes = [replace(size, sequences=math.ceil(size.sequences / order.world_size)) for size in sizes]
     longest = max((size.length for size in sizes), default=1)
     micro_batch = max(1, _micro_batch(model, longest) // order.micro_batch_divisor)
     needed, budget = _activation_bytes(model, sizes), _activation_budget(model, longest, micro_batch)
@@ -124,7 +124,7 @@ def _pass_batch(model: StreamedModel, length: int) -> int:
 
 
 def _activation_bytes(model: StreamedModel, sizes: list[ActivationSize]) -> int:
-    elements = sum(size.samples * size.length * size.tensors for size in sizes)
+    elements = sum(size.sequences * size.length * size.tensors for size in sizes)
     return int(elements * model.config.get_text_config().hidden_size * model.dtype.itemsize)
 
 

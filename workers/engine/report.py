@@ -39,7 +39,7 @@ class Results:
 
 
 def report_of(job: Job, results: Results, size: SizeReport) -> Report:
-    """Everything but what the export tells: its adapters, and the warnings that come with it."""
+    """Everything but what the export adds: its adapters, and the warnings that come with it."""
     request, sequences = job.request, job.texts.calibration
     resumed = min(job.finished_blocks.resumed, len(results.blocks))
     return Report(
@@ -76,7 +76,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
 
 
 def identity_of(job: Job, results: Results) -> Identity:
-    """What the job makes, for files that say so before there is a report."""
+    """Identity of the result, for files that state it before there is a report."""
     request, model = job.request, source_label(job.request.model)
     trained = results.finetuned is not None and request.adapter is not None
     return Identity(
@@ -111,7 +111,7 @@ def _peak_memory(job: Job, results: Results) -> PeakMemory:
 
 
 def size_of(job: Job, stored: StoredBits, weights: int) -> SizeReport:
-    """What the job's linears take as they ship.
+    """Size of the job's linears as they ship.
 
     stored    bits of all quantized linears, by what they hold
     weights   how many weights they are
@@ -131,7 +131,7 @@ def size_of(job: Job, stored: StoredBits, weights: int) -> SizeReport:
 
 
 def _tensors(model: StreamedModel) -> list[StoredTensor]:
-    """What the checkpoint holds of the model's parameters, each once.
+    """Tensors of the checkpoint that are parameters of the model, each once.
 
     Never the modules: stages put others in their place, and parameters without memory.
     """

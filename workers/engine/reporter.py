@@ -19,7 +19,7 @@ class Reporter:
         self.warnings: list[str] = []
 
     def progress(self, stage: Stage, done: float, total: float, unit: str, eta_seconds: float | None = None) -> None:
-        """How far a stage is. The first and the last word of a stage are always written."""
+        """Writes the progress of a stage at intervals; the first and the last of a stage always."""
         now = time.monotonic()
         if done < total and now - self._last.get(stage, -PROGRESS_INTERVAL_SECONDS) < PROGRESS_INTERVAL_SECONDS:
             return

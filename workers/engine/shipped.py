@@ -36,7 +36,7 @@ from workers.numerics.quantized import AffineWeight, LinearResult, LowRank
 
 
 class Numbers(Enum):
-    """What a linear of a shipment computes with."""
+    """Numbers that a linear of a shipment computes with."""
 
     WHOLE = "whole"
     BESIDE = "beside"
@@ -63,7 +63,7 @@ class Shipment:
 
     @property
     def is_whole(self) -> bool:
-        """Whether it is the result, and not a part of it."""
+        """True if it is the result, and not a part of it."""
         return self.numbers is not Numbers.BASE
 
     @property
@@ -86,7 +86,7 @@ class TrainedAdapters:
     offset_dtype: torch.dtype = torch.float32
 
     def result(self, name: str, base: LinearResult) -> LinearResult:
-        """What formats write of a linear on the host; one without an adapter is its base."""
+        """The result that formats write of a linear, on the host; one without an adapter is its base."""
         if name not in self.modules:
             return base
         module, dtype = self.modules[name], self.offset_dtype
@@ -211,17 +211,17 @@ class Replay:
     state: FinishedBlocks
     trained: TrainedAdapters | None = None
     _apart: dict[str, LowRank | nn.Module] = field(default_factory=dict)
-    """What stands beside linears of the blocks that were read, until they are used."""
+    """Updates beside linears of the blocks that were read, until they are used."""
 
     def run(self, activations: Activations, shipment: Shipment) -> None:
         """X_q of the activations, rewound to the embeddings, through all blocks."""
         with self.model.loaded(self.model.layout.embeddings):
             activations.rewind(self.model)
 
-        def made(name: str, base: LinearResult) -> LinearResult:
-            return self._made(name, base, shipment)
+        def make(name: str, base: LinearResult) -> LinearResult:
+            return self._shipped(name, base, shipment)
 
-        with closing(BlockReader(self.model, self.state).quantized_blocks(made)) as blocks:
+        with closing(BlockReader(self.model, self.state).quantized_blocks(make)) as blocks:
             for index, block in enumerate(blocks):
                 with self.model.filled(block.original), self._beside(index):
                     activations.advance_quantized(index, self.model.blocks[index])
@@ -232,10 +232,10 @@ class Replay:
             return None
         name = self.model.layout.head
         base = self.state.load(len(self.model.blocks))[name]
-        return self._made(name, base, shipment).to(self.model.device).dequantize()
+        return self._shipped(name, base, shipment).to(self.model.device).dequantize()
 
-    def _made(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:
-        """What a linear's weight is dequantized from; called by the thread that reads ahead."""
+    def _shipped(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:
+        """The result that a linear's weight is dequantized from; called by the thread that reads ahead."""
         result = base if self.trained is None else self.trained.result(name, base)
         if shipment.numbers is not Numbers.WHOLE:
             if shipment.numbers is Numbers.BESIDE:
@@ -261,8 +261,8 @@ class Replay:
         device, prefix = self.model.device, self.model.layout.block(index) + "."
         with ExitStack() as stack:
             for name in [name for name in self._apart if name.startswith(prefix)]:
-                found = self._apart.pop(name)
-                update = Factors(found.to(device)) if isinstance(found, LowRank) else deepcopy(found).to(device).eval()
+                apart = self._apart.pop(name)
+                update = Factors(apart.to(device)) if isinstance(apart, LowRank) else deepcopy(apart).to(device).eval()
                 linear = self.model.model.get_submodule(name)
                 stack.callback(linear.register_forward_hook(_adding(update)).remove)
             yield
@@ -274,7 +274,7 @@ class Factors(nn.Module):
     def __init__(self, low_rank: LowRank) -> None:
         super().__init__()
         dtype = torch.promote_types(low_rank.a.dtype, torch.float32)
-        self.a, self.b = (nn.Parameter(part.to(dtype), requires_grad=False) for part in (low_rank.a, low_rank.b))
+        self.a, self.b = (nn.Parameter(factor.to(dtype), requires_grad=False) for factor in (low_rank.a, low_rank.b))
         self.scale = low_rank.alpha / low_rank.rank
 
     def forward(self, x: Tensor) -> Tensor:
@@ -286,7 +286,7 @@ class Factors(nn.Module):
 
 def _adding(update: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], Tensor]:
     def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
-        found: Tensor = output + update(inputs[0])
-        return found.to(output.dtype)
+        adapted: Tensor = output + update(inputs[0])
+        return adapted.to(output.dtype)
 
     return add

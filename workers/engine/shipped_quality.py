@@ -27,7 +27,7 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
-class Judge:
+class QualityMeter:
     """Measures activations after the last block.
 
     head      dequantized weight of the head, where that is quantized, as the finished blocks have it
@@ -42,7 +42,7 @@ def evaluate(
     ways: Sequence[Shipment],
     replay: Replay,
     activations: Activations,
-    judge: Judge,
+    meter: QualityMeter,
     *,
     merged: bool,
     streamed: Key | None,
@@ -61,9 +61,9 @@ def evaluate(
     for number, key in enumerate(sorted(needed, key=lambda key: key != streamed)):
         if key != streamed:
             replay.run(activations, needed[key])
-        head = replay.head(needed[key]) if needed[key].rounding is not None else judge.head
+        head = replay.head(needed[key]) if needed[key].rounding is not None else meter.head
         try:
-            qualities[key] = judge.measure(head, number, len(needed))
+            qualities[key] = meter.measure(head, number, len(needed))
         except NumericalFailure:
             if key in results:
                 raise  # what is only a part, or was only trained so, may be anything

@@ -61,8 +61,6 @@ BASE_SHARE = 0.2
 
 
 class ApiQ:
-    needs_inputs = True
-
     def quantize_block(self, task: BlockTask, spec: ApiQSpec) -> BlockResult:
         start: Mapping[str, LinearResult] = {}
         if spec.base != "rtn" or spec.freeze_base:

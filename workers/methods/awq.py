@@ -54,8 +54,6 @@ SMALLEST_CLIP = 0.5
 
 
 class AWQ:
-    needs_inputs = True
-
     @torch.no_grad()
     def quantize_block(self, task: BlockTask, spec: AWQSpec) -> BlockResult:
         inputs = task.inputs if spec.quantized_inputs else task.inputs_fp
@@ -132,7 +130,7 @@ def observe(task: BlockTask, inputs: Tensor) -> dict[str, Observed]:
 
 def search_scale(task: BlockTask, fold: Fold, magnitude: Tensor, inputs: Tensor) -> Tensor:
     """The s of the module docstring for one fold, (in,), by the error on the block's `inputs`."""
-    calls = _calls(task, inputs, task.block.get_submodule(fold.judged))
+    calls = _calls(task, inputs, task.block.get_submodule(fold.measured))
     targets = [call() for call in calls]
     weights = {name: task.linear(name).weight for name in fold.linears}
     candidates = [_scale(magnitude, step / STEPS) for step in range(STEPS)]

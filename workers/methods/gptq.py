@@ -81,8 +81,6 @@ class Elimination:
 
 
 class GPTQ:
-    needs_inputs = True
-
     @torch.no_grad()
     def quantize_block(self, task: BlockTask, spec: GPTQSpec) -> BlockResult:
         results: dict[str, LinearResult] = {}

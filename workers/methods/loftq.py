@@ -57,8 +57,6 @@ class Iterate:
 
 
 class LoftQ:
-    needs_inputs = False
-
     def quantize_block(self, task: BlockTask, spec: LoftQSpec) -> BlockResult:
         results, latest = {}, 0
         for done, (name, scheme) in enumerate(task.schemes.items()):

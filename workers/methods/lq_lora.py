@@ -56,8 +56,6 @@ SCORED_ROWS, STRIP = 64, 16
 
 
 class LQLoRA:
-    needs_inputs = False
-
     def quantize_block(self, task: BlockTask, spec: LQLoRASpec) -> BlockResult:
         results = {}
         for name, scheme in task.schemes.items():

@@ -22,8 +22,6 @@ QLORA = DoubleQuantization(bits=8, dtype=torch.float32, superblock=256)
 
 
 class NormalFloat:
-    needs_inputs = False
-
     @torch.no_grad()
     def quantize_block(self, task: BlockTask, spec: NormalFloatSpec) -> BlockResult:
         absmax: AbsmaxFormat = QLORA if spec.double_quantization else task.scale_dtype

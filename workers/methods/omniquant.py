@@ -47,8 +47,6 @@ from workers.numerics.quantized import LinearResult, Number
 
 
 class OmniQuant:
-    needs_inputs = True
-
     def quantize_block(self, task: BlockTask, spec: OmniQuantSpec) -> BlockResult:
         count = spec.epochs * max(1, task.total(len(task.inputs)) // spec.batch_size)
         settings = TuningSettings(count, spec.batch_size, spec.learning_rate, schedule="constant")

@@ -18,8 +18,6 @@ from workers.numerics.quantized import AffineWeight, LinearResult
 
 
 class RTN:
-    needs_inputs = False
-
     def quantize_block(self, task: BlockTask, spec: RTNSpec) -> BlockResult:
         del spec  # the task's schemes say it all
         results = {

@@ -57,8 +57,6 @@ FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 
 
 class SignRound(KernelMethod[SignRoundSpec]):
-    needs_inputs = True
-
     def warm_ups(self, kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
         return warm_ups(kinds, spec)
 
@@ -89,7 +87,7 @@ def rounded_weights(task: BlockTask, *, search: bool, settings: TuningSettings |
     search    whether ranges start from those with the least rounding error
     settings  settings of the steps that follow; if they are known, V may be counted in steps
     """
-    second_moments = task.moments if search else {}
+    second_moments = task.second_moments if search else {}
     return [
         RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings)
         for (scheme, width), weights in task.alike().items()

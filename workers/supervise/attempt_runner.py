@@ -36,7 +36,7 @@ from workers.supervise.world_size import world_size
 
 POLL_SECONDS = 0.2
 CONCLUDE_SECONDS = 120.0
-"""How long an attempt's end waits for a database that is away, before the sweep has to find out."""
+"""Time that an attempt's end waits for a database that is away, before the sweep has to find out."""
 
 T = TypeVar("T")
 log = structlog.get_logger(__name__)
@@ -204,7 +204,7 @@ class _Attempt:
             if isinstance(line, ResultLine | FetchedLine):
                 endings.result = line
             elif isinstance(line, FailedLine):
-                # Of several ranks the first to speak has the cause, the others only miss it.
+                # Of several ranks the first to report has the cause, the others only miss it.
                 endings.failed = endings.failed or line.error
             elif line is not None:
                 self._events.add(line)

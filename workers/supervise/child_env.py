@@ -42,7 +42,7 @@ RANKS = {
     # Multicast objects belong to the whole host, and attempts end by SIGKILL.
     "NCCL_NVLS_ENABLE": "0",
 }
-"""What an operator has set goes first."""
+"""Defaults: a variable that an operator has set goes first."""
 
 ROWS_ONLY = {"USE_TORCH": "0"}
 """`datasets` loads torch where it is installed: seconds, and for tensors that a fetch never makes."""

@@ -42,7 +42,7 @@ def child_environment(extra: Mapping[str, str]) -> dict[str, str]:
 
 
 def cause(codes: Sequence[int | None]) -> int | None:
-    """Of the exit codes of a child and its peers, None for those that run, the one that tells why the child ended.
+    """The exit code that is the cause of a child's end, of its own and its peers' (None for those that run).
 
     A process that loses another ends with an error of its own, so a signal tells more than an exit code.
     """

@@ -26,7 +26,7 @@ def _error_of_signal(number: int, oom_killed: bool, what: str) -> BitwrightError
     if number == signal.SIGKILL and oom_killed:
         return OutOfMemory(
             f"the kernel killed the {what} because memory ran out",
-            hint="fewer calibration samples, shorter sequences, or a machine with more memory",
+            hint="fewer calibration sequences, shorter sequences, or a machine with more memory",
         )
     try:
         name = signal.Signals(number).name

@@ -53,7 +53,7 @@ class LeaseKeeper:
         if self._cancelled.is_set():
             raise JobCancelled
         if time.monotonic() > self._deadline:
-            hint = "raise time_limit_seconds, or ask for fewer steps or samples; a retry goes on from the last block"
+            hint = "raise time_limit_seconds, or ask for fewer steps or sequences; a retry goes on from the last block"
             raise TimeLimitExceeded(
                 f"the attempt ran longer than {self._limit} s", field="time_limit_seconds", value=self._limit, hint=hint
             )

@@ -108,7 +108,7 @@ def under_roots(path: str, roots: Iterable[Path], *, field: str) -> Path:
     """The real path, if it exists and lies under a root (links are followed first).
 
     Raises:
-        SourceForbidden: it does not lie under a root; whether it exists is not told.
+        SourceForbidden: it does not lie under a root; whether it exists is not disclosed.
         SourceNotFound: it does not exist.
     """
     resolved = Path(path).expanduser().resolve()

@@ -38,7 +38,7 @@ RESPONSES = {
     **problems("not_found", "conflict", "precondition_failed"),
 }
 Kept = ExportFormat | Literal["adapter"]
-"""What a job may keep: checkpoints, and the adapter file of one that trains (`ADAPTER_FOLDER`)."""
+"""Files that a job may keep: checkpoints, and the adapter file of one that trains (`ADAPTER_FOLDER`)."""
 FormatName = Annotated[
     Kept | None,
     Query(

@@ -27,7 +27,7 @@ class Span:
 
 
 class Unsatisfiable(RangeNotSatisfiable):
-    """`range_not_satisfiable` with the header that tells the size."""
+    """`range_not_satisfiable` with the header that states the size."""
 
     def __init__(self, detail: str, size: int) -> None:
         super().__init__(detail, field="Range", hint=f"the content has {size} bytes")

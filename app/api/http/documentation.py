@@ -43,7 +43,7 @@ def complete_document(document: dict[str, Any]) -> dict[str, Any]:
     schemas = document["components"]["schemas"]
     for model in (Problem, JobRequest):
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-        schemas |= {name: part for name, part in schema.pop("$defs", {}).items() if name not in schemas}
+        schemas |= {name: definition for name, definition in schema.pop("$defs", {}).items() if name not in schemas}
         schemas.setdefault(model.__name__, schema)
     return document
 

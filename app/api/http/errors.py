@@ -100,7 +100,7 @@ def error_from_validation(error: RequestValidationError, model: type[BaseModel] 
     problems = tuple(
         FieldProblem(
             # The first part says where (body, query, path, header); a body's fields go by their own names.
-            field=".".join(str(part) for part in (item["loc"][1:] if item["loc"][0] == "body" else item["loc"]))
+            field=".".join(str(key) for key in (item["loc"][1:] if item["loc"][0] == "body" else item["loc"]))
             or "body",
             code="missing_field" if item["type"] == "missing" else _code(item["type"]),
             detail=unknown_field(model, tuple(item["loc"][1:]))

@@ -19,7 +19,7 @@ from app.domain.request.problems import MAX_PROBLEMS, closest
 from bitwright.errors import FieldProblem, InvalidRequest, shorten
 
 NO_BODY = (b"", b"{}", b"null")
-"""What clients send that have nothing to say."""
+"""Bodies of clients that have nothing to say."""
 
 
 async def refuse_unread(request: Request) -> None:
@@ -113,7 +113,7 @@ def repeated_names(body: bytes) -> list[tuple[str, object]]:
     try:
         json.loads(body, object_pairs_hook=look)
     except (ValueError, RecursionError):
-        return []  # told elsewhere
+        return []  # reported elsewhere
     return repeated
 
 

@@ -22,7 +22,7 @@ HEAVY_BYTES = 2  # bf16
 TUNING_BYTES = 16
 """A weight under tuning: itself, its fp32 copy, rounding offset and gradient."""
 FLOPS_PER_SECOND = {"cpu": 6e10, "cuda": 1.5e14}
-"""What a small CPU worker and a data-centre GPU sustain in this engine's block passes."""
+"""Rates that a small CPU worker and a data-centre GPU sustain in this engine's block passes."""
 
 
 def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:

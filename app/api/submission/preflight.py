@@ -132,7 +132,7 @@ def _resolve_model(
 
 
 def _file_as_model(path: str) -> InputError:
-    """Why a file is no model: what it is, where its name tells."""
+    """The refusal of a file as a model; names what the file is if its name shows that."""
     foreign = foreign_files([Path(path).name])
     if foreign is not None and not path.endswith(".safetensors"):
         return foreign.refusal("model.path")

@@ -218,7 +218,7 @@ class AdapterInfo:
 
     @property
     def stock_peft(self) -> bool:
-        """Whether its factors are a LoRA that stock peft loads."""
+        """True if its factors are a LoRA that stock peft loads."""
         return self.spec.model_fields["kind"].default in STOCK_PEFT_ADAPTERS
 
 

@@ -1,4 +1,4 @@
-"""Models in files that are no checkpoint of this service: what they are, told by their names, and the way out of each.
+"""Models in files that are no checkpoint of this service: what they are, by their names, and the way out of each.
 
 What is looked for is `config.json` with `model.safetensors`, or with shards and their index. A folder, an upload and a
 repository are judged alike, and nothing is opened.

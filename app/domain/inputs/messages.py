@@ -232,17 +232,17 @@ def _call(value: object, path: str) -> dict[str, Any]:
 
 
 def _arguments(value: object, path: str) -> Mapping[str, Any]:
-    found = value
-    if isinstance(found, str):
+    arguments = value
+    if isinstance(arguments, str):
         try:
-            found = json.loads(found or "{}")
+            arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError) as error:
             raise RowProblem(path, f"is no JSON: {error}", "give an object, or JSON of one") from error
-    if found is None:
+    if arguments is None:
         return {}
-    if not isinstance(found, Mapping):
-        raise RowProblem(path, f"is {json_name(found)}", "give an object, or JSON of one")
-    return found
+    if not isinstance(arguments, Mapping):
+        raise RowProblem(path, f"is {json_name(arguments)}", "give an object, or JSON of one")
+    return arguments
 
 
 def _objects(value: object, path: str) -> tuple[Mapping[str, Any], ...]:

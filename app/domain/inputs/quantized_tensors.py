@@ -1,4 +1,4 @@
-"""Tensors that only a quantized checkpoint has, told by name and dtype, whatever its config.json says."""
+"""Tensors that only a quantized checkpoint has, recognized by name and dtype, whatever its config.json says."""
 
 from collections.abc import Iterable
 

@@ -25,7 +25,7 @@ ARGUMENTS_OF_RENDERING = frozenset(
         *("return_tensors", "return_dict", "return_assistant_tokens_mask", "tokenizer_kwargs"),
     )
 )
-"""What says how a template is used, not what it reads: no row decides that."""
+"""Arguments that say how a template is used, not what it reads: no row decides that."""
 
 _PREFERENCE = "rows of preferences are not learned; give the answer to be learned as completion or as messages"
 _LABELLED = "labelled answers are not learned; drop the rows with bad ones, and the column"

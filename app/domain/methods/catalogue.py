@@ -67,7 +67,7 @@ APIQ_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
 
 @dataclass(frozen=True)
 class MethodInfo:
-    """A method: what /v1/methods tells of it, and what requests, estimates and tables follow from."""
+    """A method: the source of /v1/methods, and of what requests, estimates and tables follow from."""
 
     spec: type[WeightSpec]
     title: str
@@ -81,7 +81,7 @@ class MethodInfo:
 
     @property
     def needs_calibration(self) -> bool:
-        """Whether the method reads calibration text with its default parameters."""
+        """True if the method reads calibration text with its default parameters."""
         return self.spec.model_validate({}).reads_text()
 
 

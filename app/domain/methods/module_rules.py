@@ -46,8 +46,8 @@ def rule_errors(
                 hint="ignore fewer linears",
             )
         )
-    found = [*errors, *_indivisible(spec, inputs, quantized)]
-    return found or _out_of_reach(spec, inputs, [name for name in quantized if name != head])
+    problems = [*errors, *_indivisible(spec, inputs, quantized)]
+    return problems or _out_of_reach(spec, inputs, [name for name in quantized if name != head])
 
 
 def matches_any(pattern: str, names: Iterable[str]) -> bool:

@@ -80,15 +80,15 @@ class WeightSpec(Spec):
         return False
 
     def observes_inputs(self) -> bool:
-        """Whether the method looks at the inputs of the blocks."""
+        """True if the method looks at the inputs of the blocks."""
         return True
 
     def needs_preparation(self) -> bool:
-        """Whether a budget is spent or Fisher information measured before the first block."""
+        """True if a budget is spent or Fisher information measured before the first block."""
         return self.budget() is not None or self.needs_fisher()
 
     def reads_text(self) -> bool:
-        """Whether the method, its budget or its weighting reads calibration text."""
+        """True if the method, its budget or its weighting reads calibration text."""
         return self.observes_inputs() or self.needs_preparation()
 
     def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
@@ -174,7 +174,7 @@ class GPTQSpec(WeightSpec):
         return num_samples
 
     def needs_original_inputs(self) -> bool:
-        """Linears are observed in the quantized stream alone."""
+        """Linears are observed in the quantized activations alone."""
         return False
 
     def shared_batch(self) -> int:

@@ -25,7 +25,7 @@ JOB_ID = r"^job_[0-9a-z]+$"
 START = "job_"
 
 Folded = Literal["offsets", "zero_points"]
-"""What holds an adapter that lies in the weights: an offset of each group, or its integer zero point."""
+"""Place of an adapter that lies in the weights: an offset per group, or its integer zero point."""
 
 CHANGEABLE = frozenset({"dropout"})
 """Fields of an adapter that do not belong to its shape."""

@@ -110,7 +110,7 @@ def trained_parameters(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[
         try:
             count += _shape(adapter, scheme.group_size, out_features, in_features).parameters
         except (MisalignedAdapter, ValueError):
-            continue  # told by `shape_errors`, and by the rules of groups
+            continue  # reported by `shape_errors`, and by the rules of groups
     return count
 
 

@@ -39,7 +39,7 @@ def field_problems(
     shorthand   names that `body` may have at its top besides
     """
     schema = _schema(model)
-    definitions = _part(schema, "$defs")
+    definitions = _child(schema, "$defs")
     problems = []
     for item in error.errors(include_url=False)[:MAX_PROBLEMS]:
         kind, context = item["type"], item.get("ctx", {})
@@ -55,7 +55,7 @@ def field_problems(
             detail, value = f"this field is needed: {_allowed(node, definitions)}", None
         elif item["loc"][-1] == "[key]":
             _, parent = _follow(schema, definitions, item["loc"][:-2])
-            detail = f"the name must be {_text(_part(parent, 'propertyNames'))}"
+            detail = f"the name must be {_text(_child(parent, 'propertyNames'))}"
         else:
             detail = str(context["error"]) if kind == "value_error" else f"must be {_allowed(node, definitions)}"
         field = as_written(body, ".".join(map(str, path)))
@@ -79,10 +79,10 @@ def as_written(body: Mapping[str, object], field: str) -> str:
     if parts[0] == "adapter" and body.get("adapter") is None:
         return "method" if parts[1:] in ([], ["kind"]) else ".".join(parts[1:])
     value: object = body
-    for depth, part in enumerate(parts):
+    for depth, key in enumerate(parts):
         if isinstance(value, str):
             return ".".join(parts[:depth])
-        value = value.get(part) if isinstance(value, Mapping) else None
+        value = value.get(key) if isinstance(value, Mapping) else None
     return field
 
 
@@ -117,19 +117,19 @@ def _follow(schema: Schema, definitions: Schema, location: Location) -> tuple[Lo
     """The location without tags of unions, and the schema it leads to ({} where it leads to an unknown field)."""
     path: Location = ()
     node = schema
-    for part in location:
+    for key in location:
         node = _resolve(node, definitions)
-        tags = _part(_part(node, "discriminator"), "mapping")
+        tags = _child(_child(node, "discriminator"), "mapping")
         if tags:
-            node = {"$ref": tags[str(part)]} if part in tags else {}
+            node = {"$ref": tags[str(key)]} if key in tags else {}
         elif "oneOf" in node:  # told apart by JSON type, which is the tag
             options = (_resolve(option, definitions) for option in _list(node, "oneOf"))
-            node = next((option for option in options if option.get("type") == part), {})
-        elif part != "[key]":
-            path = (*path, part)
-            properties, others = _part(node, "properties"), node.get("additionalProperties")
+            node = next((option for option in options if option.get("type") == key), {})
+        elif key != "[key]":
+            path = (*path, key)
+            properties, others = _child(node, "properties"), node.get("additionalProperties")
             node = (
-                _part(properties, str(part)) or _part(node, "items") or (others if isinstance(others, Mapping) else {})
+                _child(properties, str(key)) or _child(node, "items") or (others if isinstance(others, Mapping) else {})
             )
     return path, _resolve(node, definitions)
 
@@ -139,7 +139,7 @@ def _resolve(node: Schema, definitions: Schema) -> Schema:
     while True:
         options = [option for option in _list(node, "anyOf") if option.get("type") != "null"]
         if "$ref" in node:
-            node = _part(definitions, str(node["$ref"]).rpartition("/")[2])
+            node = _child(definitions, str(node["$ref"]).rpartition("/")[2])
         elif len(options) == 1:
             node = {**node, **options[0]}
             node.pop("anyOf")
@@ -153,8 +153,8 @@ def unknown_field(model: type[BaseModel], location: Location, shorthand: Sequenc
     shorthand   names that may stand at the top besides the model's
     """
     schema = _schema(model)
-    _, parent = _follow(schema, _part(schema, "$defs"), location[:-1])
-    known = list(_part(parent, "properties"))
+    _, parent = _follow(schema, _child(schema, "$defs"), location[:-1])
+    known = list(_child(parent, "properties"))
     short = [name for name in shorthand if name not in known] if len(location) == 1 else []
     near = closest(str(location[-1]), [*known, *short])
     meant = f"did you mean {near}? " if near else ""
@@ -182,7 +182,7 @@ def _allowed(node: Schema, definitions: Schema) -> str:
     if "enum" in node or "const" in node:
         return _one_of([str(value) for value in _values(node)])
     if "discriminator" in node:
-        name = _part(node, "discriminator")["propertyName"]
+        name = _child(node, "discriminator")["propertyName"]
         return f"an object with {name} ({_choice(node)}), or a short text that stands for one"
     match node.get("type"):
         case "integer" | "number":
@@ -192,7 +192,7 @@ def _allowed(node: Schema, definitions: Schema) -> str:
         case "string":
             return _text(node)
         case "array":
-            entries = _resolve(_part(node, "items"), definitions)
+            entries = _resolve(_child(node, "items"), definitions)
             most = f" of at most {node['maxItems']}" if "maxItems" in node else ""
             return f"a list{most}, each {_allowed(entries, definitions)}"
         case _:
@@ -222,7 +222,7 @@ def _text(node: Schema) -> str:
 
 
 def _choice(node: Schema) -> str:
-    return _one_of(list(_part(_part(node, "discriminator"), "mapping")))
+    return _one_of(list(_child(_child(node, "discriminator"), "mapping")))
 
 
 def _one_of(values: list[str]) -> str:
@@ -242,7 +242,7 @@ def _code(kind: str) -> str:
     return "invalid_value" if kind.startswith(VALUES) else "wrong_type"
 
 
-def _part(node: Schema, name: str) -> Schema:
+def _child(node: Schema, name: str) -> Schema:
     child = node.get(name)
     return child if isinstance(child, Mapping) else {}
 

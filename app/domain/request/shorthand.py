@@ -122,10 +122,10 @@ def _with_stand_in(fields: dict[str, object]) -> dict[str, object]:
 def _expand_sources(body: dict[str, object]) -> None:
     if "model" in body:
         body["model"] = expand_source(body["model"])
-    for part in ("calibration", "evaluation", "finetune"):
-        section = body.get(part)
+    for name in ("calibration", "evaluation", "finetune"):
+        section = body.get(name)
         if isinstance(section, Mapping) and "dataset" in section:
-            body[part] = {**section, "dataset": expand_source(section["dataset"])}
+            body[name] = {**section, "dataset": expand_source(section["dataset"])}
 
 
 def _apply_preset(body: dict[str, object]) -> None:

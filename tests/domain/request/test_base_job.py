@@ -21,7 +21,7 @@ SIGNROUND: dict[str, Any] = {"model": "org/name", "method": "signround", "bits":
 QA_LORA: dict[str, Any] = {"model": "org/name", "method": "qa-lora", "bits": 4, "rank": 8, **FINETUNE}
 
 
-def earlier(body: Mapping[str, Any], revision: str | None = None, folded: Folded | None = None) -> BaseJob:
+def base_job(body: Mapping[str, Any], revision: str | None = None, folded: Folded | None = None) -> BaseJob:
     return BaseJob(ID, JobRequest.parse(body).model_dump(mode="json"), revision, folded)
 
 
@@ -31,8 +31,8 @@ def problems(body: Mapping[str, Any], start: BaseJob | None) -> dict[str, FieldP
     return {problem.field: problem for problem in refused.value.errors}
 
 
-def test_model_quantization_and_calibration_are_those_of_the_earlier_job() -> None:
-    start = earlier({**SIGNROUND, "calibration": {"num_samples": 7}}, revision="abc123")
+def test_model_quantization_and_calibration_are_those_of_the_base_job() -> None:
+    start = base_job({**SIGNROUND, "calibration": {"num_samples": 7}}, revision="abc123")
     request = JobRequest.parse({"base_job": ID, **FINETUNE}, start)
     before = JobRequest.model_validate(start.request)
     assert (request.quantization, request.calibration) == (before.quantization, before.calibration)
@@ -55,7 +55,7 @@ def test_model_quantization_and_calibration_are_those_of_the_earlier_job() -> No
     ],
 )
 def test_the_same_may_be_said_again(named: dict[str, Any]) -> None:
-    start = earlier(SIGNROUND, revision="abc123")
+    start = base_job(SIGNROUND, revision="abc123")
     assert JobRequest.parse({"base_job": ID, **FINETUNE, **named}, start) == JobRequest.parse(
         {"base_job": ID, **FINETUNE}, start
     )
@@ -78,7 +78,7 @@ def test_the_same_may_be_said_again(named: dict[str, Any]) -> None:
     ],
 )
 def test_another_model_or_quantization_is_refused(named: dict[str, Any], field: str, words: str) -> None:
-    found = problems({"base_job": ID, **FINETUNE, **named}, earlier(SIGNROUND, revision="abc123"))
+    found = problems({"base_job": ID, **FINETUNE, **named}, base_job(SIGNROUND, revision="abc123"))
     assert found.keys() == {field}
     assert found[field].code == "conflicting_fields"
     assert words in found[field].detail
@@ -97,7 +97,7 @@ def test_another_model_or_quantization_is_refused(named: dict[str, Any], field: 
     ],
 )
 def test_what_is_wrong_anyway_is_still_said(body: dict[str, Any], field: str, code: str) -> None:
-    found = problems({"base_job": ID, **body}, earlier(SIGNROUND))
+    found = problems({"base_job": ID, **body}, base_job(SIGNROUND))
     assert {name: problem.code for name, problem in found.items()} == {field: code}
 
 
@@ -111,7 +111,7 @@ def test_an_id_must_look_like_one_and_a_store_must_find_it() -> None:
 
 
 def test_an_adapter_goes_on_with_its_kind_and_shape() -> None:
-    start = earlier(QA_LORA)
+    start = base_job(QA_LORA)
     assert JobRequest.parse({"base_job": ID, **FINETUNE}, start).adapter == QALoRASpec(rank=8)
     for same in ({"adapter": {"kind": "qa-lora"}}, {"adapter": {"rank": 8}}, {"method": "qa-lora"}):
         assert JobRequest.parse({"base_job": ID, **FINETUNE, **same}, start).adapter == QALoRASpec(rank=8)
@@ -125,25 +125,25 @@ def test_an_adapter_goes_on_with_its_kind_and_shape() -> None:
 
 def test_an_adapter_of_another_kind_is_refused_with_ways_out() -> None:
     other = {"base_job": ID, **FINETUNE, "adapter": {"kind": "lora"}}
-    found = problems(other, earlier(QA_LORA))["adapter.kind"]
+    found = problems(other, base_job(QA_LORA))["adapter.kind"]
     assert (found.code, found.value) == ("conflicting_fields", "lora")
     assert "leave adapter out" in found.detail
     assert "without base_job" in found.detail
-    root = earlier(SIGNROUND | {"bits": 4})
+    root = base_job(SIGNROUND | {"bits": 4})
     chained = JobRequest.parse({"base_job": ID, **FINETUNE, "adapter": {"kind": "qa-lora"}}, root)
     found = problems(other, BaseJob("job_2", chained.model_dump(mode="json")))["adapter.kind"]
     assert f"from base_job {ID}" in found.detail
 
 
 def test_factors_of_a_method_go_on_as_a_lora_of_their_rank() -> None:
-    start = earlier({"model": "org/name", "method": "loftq", "bits": 4, "rank": 8})
+    start = base_job({"model": "org/name", "method": "loftq", "bits": 4, "rank": 8})
     assert JobRequest.parse({"base_job": ID, **FINETUNE}, start).adapter == LoRASpec(rank=8)
     found = problems({"base_job": ID, **FINETUNE, "adapter": {"kind": "qa-hira"}}, start)
     assert found["adapter.kind"].code == "conflicting_fields"
 
 
 def test_a_folded_adapter_leaves_the_choice_of_the_next_but_not_of_every_format() -> None:
-    start = earlier({**QA_LORA, "merge": "quantized"}, folded="offsets")
+    start = base_job({**QA_LORA, "merge": "quantized"}, folded="offsets")
     request = JobRequest.parse({"base_job": ID, **FINETUNE}, start)
     assert (request.adapter, request.formats) == (LoRASpec(), (ExportFormat.NATIVE,))
     found = problems({"base_job": ID, **FINETUNE, "formats": ["compressed-tensors", "peft"]}, start)
@@ -152,15 +152,15 @@ def test_a_folded_adapter_leaves_the_choice_of_the_next_but_not_of_every_format(
     request = JobRequest.parse({"base_job": ID, **FINETUNE, **rounded}, start)
     assert request.formats == (ExportFormat.COMPRESSED_TENSORS,)
     symmetric = {"model": "org/name", "method": "rtn", "bits": 8, "merge": "quantized", "round_offset": True}
-    start = earlier({**symmetric, **FINETUNE, "adapter": {"kind": "qa-lora"}}, folded="zero_points")
+    start = base_job({**symmetric, **FINETUNE, "adapter": {"kind": "qa-lora"}}, folded="zero_points")
     found = problems({"base_job": ID, **FINETUNE, "formats": ["gguf", "peft"]}, start)
     assert "asymmetric" in found["quantization.bits" if "quantization.bits" in found else "bits"].detail
 
 
-def test_the_files_that_are_read_of_an_earlier_job() -> None:
-    plain, pooled = earlier(SIGNROUND).request, earlier(QA_LORA).request
-    folded = earlier({**QA_LORA, "merge": "quantized"}).request
-    lora = earlier({"model": "org/name", "method": "qlora", **FINETUNE}).request
+def test_the_files_that_are_read_of_a_base_job() -> None:
+    plain, pooled = base_job(SIGNROUND).request, base_job(QA_LORA).request
+    folded = base_job({**QA_LORA, "merge": "quantized"}).request
+    lora = base_job({"model": "org/name", "method": "qlora", **FINETUNE}).request
     for request in (plain, pooled, folded, lora):
         assert is_read(request, "native", "bitwright.json")
         assert is_read(request, "native", "weights-00001-of-00002.safetensors")
@@ -175,7 +175,7 @@ def test_the_files_that_are_read_of_an_earlier_job() -> None:
 @given(st.sampled_from([*JobRequest.model_fields, *SHORTHAND]), JSON, st.sampled_from([SIGNROUND, QA_LORA]))
 @settings(deadline=None, max_examples=200)
 def test_any_json_is_parsed_or_refused_with_a_reason(field: str, value: Any, before: dict[str, Any]) -> None:
-    start, body = earlier(before), {"base_job": ID, **FINETUNE, field: value}
+    start, body = base_job(before), {"base_job": ID, **FINETUNE, field: value}
     try:
         request = JobRequest.parse(body, start)
     except InvalidRequest:

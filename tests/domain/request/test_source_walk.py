@@ -44,7 +44,7 @@ def test_a_part_that_is_left_out_names_nothing() -> None:
     assert [named.field for named in named_sources(request)] == ["model", "calibration.dataset"]
 
 
-def test_calibration_text_is_not_read_where_an_earlier_job_gives_the_blocks() -> None:
+def test_calibration_text_is_not_read_where_a_base_job_gives_the_blocks() -> None:
     request = JobRequest.parse(body_with("calibration.dataset", UPLOAD, base_job="job_0123456789abcdefghjkmnpqrs"))
     assert {named.field for named in read_sources(request)} == set(FIELDS) - {"calibration.dataset"}
     assert read_uploads(request) == {}

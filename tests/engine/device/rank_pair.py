@@ -20,9 +20,9 @@ from app.domain.attempt_lines import AttemptLine, ResultLine
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import LocalText
 from workers.disk.orders import AttemptOrder
-from workers.engine import finished_blocks as resume
-from workers.engine import run as pipeline
+from workers.engine.finished_blocks import FinishedBlocks, Shard
 from workers.engine.reporter import Reporter
+from workers.engine.run import assist, run
 from workers.supervise.child_env import RANKS
 
 SIZE = 2
@@ -53,7 +53,7 @@ class RankPair:
             self._processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any, seconds: float = 200) -> list[Any]:
-        """What the function returns on each rank, or the exception that it raises.
+        """The value that the function returns on each rank, or the exception that it raises.
 
         A rank that waits for another one, which has failed, is given up; both processes are new then.
         """
@@ -118,7 +118,7 @@ def order_of(
 
 @dataclass(frozen=True)
 class RankRun:
-    """What a rank did in a job: the result and lines of the first one, and the tensors that each made by block."""
+    """Record of a rank in a job: the result and lines of the first one, and the tensors that each made by block."""
 
     result: ResultLine | None
     lines: list[AttemptLine]
@@ -137,20 +137,20 @@ def run_job_on_ranks(
     """A job, as one of the ranks; `base` has the checkpoints that it starts from."""
     made: dict[int, dict[str, Tensor]] = {}
     lines: list[AttemptLine] = []
-    write = resume.FinishedBlocks.write_shard
+    write = FinishedBlocks.write_shard
 
-    def record(state: resume.FinishedBlocks, index: int, weights: Any, parameters: Any = None) -> resume.Shard:
+    def record(state: FinishedBlocks, index: int, weights: Any, parameters: Any = None) -> Shard:
         made[index] = {f"{n}.{k}": t.cpu().clone() for n, w in weights.items() for k, t in tensors(w).items()}
         made[index] |= {n: tensor.cpu().clone() for n, tensor in (parameters or {}).items()}
         return write(state, index, weights, parameters or {})
 
     try:
-        with patch.object(resume.FinishedBlocks, "write_shard", record):
+        with patch.object(FinishedBlocks, "write_shard", record):
             order, result = order_of(model, workspace, body, attempt, device, base), None
             if rank:
-                pipeline.assist(order, workspace, rank)
+                assist(order, workspace, rank)
             else:
-                result = pipeline.run(order, workspace, Reporter(lines.append))
+                result = run(order, workspace, Reporter(lines.append))
             return RankRun(result, lines, made)
     finally:
         if dist.is_initialized():  # after an error of all ranks

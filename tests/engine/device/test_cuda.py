@@ -17,13 +17,13 @@ from app.domain.attempt_lines import AttemptLine
 from bitwright.events import LogEvent
 from tests.engine.conftest import run_job
 from workers.engine import plan
-from workers.engine.device import cuda_graphs as captured_step
+from workers.engine.device import cuda_graphs
 from workers.engine.device.read_ahead import Upload, read_ahead
 from workers.engine.device.side_stream import hand_over
-from workers.engine.model import fused_blocks as fused_block
+from workers.engine.model import fused_blocks
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.scales import tuning as scale_tuning
+from workers.engine.scales import tuning
 from workers.engine.scales.memory_plan import Fit
 
 pytestmark = [
@@ -95,7 +95,7 @@ def test_rounding_is_the_same_wherever_activations_live(
 def test_passes_in_several_parts_are_the_same_wherever_activations_live(
     pass_batch: int, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Eight windows, or three parts of which the last is shorter, through two arrivals and two departures."""
+    """Eight sequences, or three parts of which the last is shorter, through two arrivals and two departures."""
     monkeypatch.setattr(plan, "PASS_BYTES", pass_batch * 48 * (4 * 64 + 3 * 192) * 2)
     on_device = run_job(small_model, tmp_path / "a", **ON_GPU).report
     monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
@@ -128,13 +128,13 @@ def test_a_step_is_captured_once_for_all_blocks(
 ) -> None:
     if place == "host":
         monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
-    captures, capture = Counter[str](), captured_step.capture
+    captures, capture = Counter[str](), cuda_graphs.capture
 
     def counted(*given: Any) -> Any:
         captures["all"] += 1
         return capture(*given)
 
-    monkeypatch.setattr(captured_step, "capture", counted)
+    monkeypatch.setattr(cuda_graphs, "capture", counted)
     run_job(small_model, tmp_path, **ON_GPU, **TUNED)
     assert captures["all"] == 2, "a step and a check"
 
@@ -216,7 +216,7 @@ def test_eager_steps_give_the_scales_of_captured_ones(
     def refuse(*_: object) -> None:
         raise RuntimeError("no capture")
 
-    monkeypatch.setattr(scale_tuning, "captured", refuse)
+    monkeypatch.setattr(tuning, "captured", refuse)
     lines: list[AttemptLine] = []
     report = run_job(small_model, tmp_path / "b", lines, **ON_GPU, **SCALED).report
     assert report.scales is not None
@@ -227,7 +227,7 @@ def test_eager_steps_give_the_scales_of_captured_ones(
 
 def test_recomputed_blocks_gain_as_much(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = [run_job(small_model, tmp_path / "a", **ON_GPU, **SCALED).report.scales]
-    monkeypatch.setattr(scale_tuning, "find_fit", lambda _: Fit(2, 3))
+    monkeypatch.setattr(tuning, "find_fit", lambda _: Fit(2, 3))
     found.append(run_job(small_model, tmp_path / "b", **ON_GPU, **SCALED).report.scales)
     gains = [report.kl / report.kl_initial for report in found if report is not None]
     assert len(gains) == 2
@@ -237,7 +237,7 @@ def test_recomputed_blocks_gain_as_much(small_model: Path, tmp_path: Path, monke
 
 def test_the_models_own_blocks_gain_too(small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Other codes come out of the blocks (roundings differ), so only the direction is the same."""
-    monkeypatch.setattr(fused_block, "fuse", lambda block, _: block)
+    monkeypatch.setattr(fused_blocks, "fuse", lambda block, _: block)
     report = run_job(small_model, tmp_path / "a", **ON_GPU, **SCALED).report.scales
     assert report is not None
     assert report.captured

@@ -32,7 +32,7 @@ PATIENCE = 20.0
 
 
 class Timeline:
-    """What happened, in order; anyone may wait for something to happen."""
+    """Events in order; anyone may wait for something to happen."""
 
     def __init__(self) -> None:
         self.seen: list[tuple[str, int]] = []

@@ -45,7 +45,7 @@ def pair() -> Iterator[RankPair]:
 
 
 def run_on_both(pair: RankPair, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """What both ranks return; what they raise is raised."""
+    """Values that both ranks return; what they raise is raised."""
     found = pair.run(function, *arguments)
     if errors := [answer for answer in found if isinstance(answer, Exception)]:
         raise ExceptionGroup(function.__name__, errors)
@@ -56,7 +56,7 @@ def run_on_both(pair: RankPair, function: Callable[..., Any], *arguments: Any) -
 
 
 def connected(rank: int, store: Path, compute: Callable[[ProcessGroup], Any]) -> Any:
-    """What `compute` returns while the ranks can reach each other."""
+    """The value that `compute` returns while the ranks can reach each other."""
     with joined(ProcessGroup(rank, SIZE), str(store), torch.device("cpu")) as processes:
         return compute(processes)
 
@@ -70,7 +70,7 @@ def exchange(processes: ProcessGroup) -> dict[str, Any]:
         "least": processes.least(7 - processes.rank),
         "agree": (processes.agree(4), processes.agree(processes.rank)),
         "share": processes.share(torch.arange(5)).tolist(),
-        "part": (processes.part(8), processes.part(1)),
+        "share_size": (processes.share_size(8), processes.share_size(1)),
         "leads": processes.leads,
     }
 
@@ -81,7 +81,7 @@ def test_ranks_exchange_sums_and_share_all_rows(pair: RankPair, tmp_path: Path) 
     assert (first["leads"], second["leads"]) == (True, False)
     for found in (first, second):
         assert found["sum"] == [1, 3, 5]
-        assert (found["total"], found["least"], found["part"]) == (11, 6, (4, 1))
+        assert (found["total"], found["least"], found["share_size"]) == (11, 6, (4, 1))
         assert found["agree"] == (True, False)
 
 
@@ -193,7 +193,7 @@ def assert_same_made(runs: list[RankRun]) -> None:
 
 
 def test_rounding_on_two_ranks_is_rounding_on_one(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
-    """One window of evaluation: the second rank has nothing to look at."""
+    """One sequence of evaluation: the second rank has nothing to look at."""
     text: dict[str, Any] = {"evaluation": {"num_samples": 1, "sequence_length": 48}}
     runs = job_on_ranks(pair, small_model, tmp_path / "two", **text)
     two, one = report_of(runs), run_job(small_model, tmp_path / "one", **text).report
@@ -209,7 +209,7 @@ def test_rounding_on_two_ranks_is_rounding_on_one(pair: RankPair, small_model: P
 def test_two_ranks_make_the_same_weights_and_close_ones_to_one_ranks(
     pair: RankPair, small_model: Path, tmp_path: Path
 ) -> None:
-    """Nine windows, which two do not divide; the head and all scales are tuned or rounded, too."""
+    """Nine sequences, which two do not divide; the head and all scales are tuned or rounded, too."""
     sizes = {"calibration": {"num_samples": 9, "sequence_length": 32}}
     request = SCALED | sizes | {"modules": {"ignore": []}, "formats": ["native"]}
     runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
@@ -248,7 +248,7 @@ OBSERVING: list[Any] = [
 def test_what_two_ranks_observe_is_what_one_observes(
     method: dict[str, Any], pair: RankPair, small_model: Path, tmp_path: Path
 ) -> None:
-    """Nine windows, of which each rank sees a share; without steps, the first block has all but the same codes."""
+    """Nine sequences, of which each rank sees a share; without steps, the first block has all but the same codes."""
     request = {"bits": 3, "group_size": 32, "calibration": {"num_samples": 9, "sequence_length": 32}, **method}
     assert world_size(JobRequest.parse({"model": "org/name", **request}), SIZE) == SIZE
     runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
@@ -317,7 +317,7 @@ BUDGETS: list[dict[str, Any]] = [
 def test_two_ranks_spend_a_budget_as_one_does_and_adopt_how_it_was_spent(
     budget: dict[str, Any], pair: RankPair, small_model: Path, tmp_path: Path
 ) -> None:
-    """Nine windows, of which each rank sees a share; second moments and Fisher information are sums over all."""
+    """Nine sequences, of which each rank sees a share; second moments and Fisher information are sums over all."""
     sizes = {"calibration": {"num_samples": 9, "sequence_length": 32}}
     grid = {"group_sizes": [32], "absmax_bits": [3, 8], "superblocks": [16]} if budget["method"] == "lq-lora" else {}
     request = budget | grid | sizes | {"formats": ["native"], "evaluation": None}

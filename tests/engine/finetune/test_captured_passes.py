@@ -60,7 +60,7 @@ def passes(adapter: nn.Linear, told: list[str]) -> Passes:
 
 
 def met(passes: Passes, given: Batch, times: int = EAGER_FIRST + 1) -> object:
-    """What the last of several batches goes through."""
+    """The pass that the last of several batches goes through."""
     run: Callable[..., Any] | None = None
     for _ in range(times):
         run = passes.of(given)

@@ -26,7 +26,7 @@ from workers.adapters.adapter import Adapter
 from workers.adapters.attaching import Attach
 from workers.adapters.grouped import GroupedAdapter
 from workers.disk.orders import AttemptOrder
-from workers.engine.finetune import stage as finetune_stage
+from workers.engine.finetune import stage as stage_module
 from workers.engine.finetune.resident_model import ResidentModel
 from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.model.checkpoint import Checkpoint
@@ -86,7 +86,7 @@ class Job:
 
         self.workspace.mkdir(exist_ok=True)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(finetune_stage, "Attach", Recorded)
+            patch.setattr(stage_module, "Attach", Recorded)
             return run(order, self.workspace, Reporter(self.lines.append)).report
 
     def told(self, kind: type) -> list[Any]:
@@ -348,7 +348,7 @@ def test_a_dataset_that_cannot_be_used_ends_the_job_before_it_quantizes(
 
 
 def test_evaluation_text_is_never_learned(small_model: Path, rows: Path, tmp_path: Path) -> None:
-    """Where both read one file, each reads its half; where a row stands in both files, it is left out of evaluation."""
+    """If both read one file, each reads its half; a row that stands in both files is left out of evaluation."""
     from workers.engine.text.finetuning_texts import read_finetuning_texts
 
     tokenizer = load_tokenizer(small_model)

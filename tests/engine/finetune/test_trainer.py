@@ -26,7 +26,7 @@ from tests.engine.model.random_models import LENGTH, save_random_model
 from tests.engine.text.test_examples import random_examples
 from workers.contracts.adapters import TrainableAdapter
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
-from workers.engine.finetune import trainer as training
+from workers.engine.finetune import trainer
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.resident_model import Residence, ResidentModel, resident
 from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, rate_share, train
@@ -46,7 +46,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return found
 
 
-def part_of(**fields: Any) -> Finetune:
+def config_of(**fields: Any) -> Finetune:
     defaults: dict[str, Any] = {"steps": 12, "batch_size": 4, "learning_rate": 0.01, "checkpoint_every": 4}
     return Finetune(dataset=BuiltinText(), sequence_length=LENGTH, **(defaults | fields))
 
@@ -73,7 +73,7 @@ def attach_plain(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
 
 @dataclass(frozen=True)
 class Trained:
-    """What a run left."""
+    """Result of a run."""
 
     outcome: TrainingOutcome
     adapters: dict[str, dict[str, Tensor]]
@@ -104,13 +104,13 @@ def run(
     **fields: Any,
 ) -> Trained:
     lines: list[AttemptLine] = []
-    training, judging = texts or (sequences(1), sequences(2, 8))
+    training, validation = texts or (sequences(1), sequences(2, 8))
     with open_job(folder, attach, recomputed) as model:
         task = TrainingTask(
             resident=model,
-            part=part_of(**fields),
+            config=config_of(**fields),
             training=training,
-            held_out=judging if held_out else None,
+            held_out=validation if held_out else None,
             micro_batch=micro_batch,
             seed=SEED,
             state=TrainingState(state, "fingerprint", processes),
@@ -138,8 +138,8 @@ def assert_same(one: Trained, other: Trained) -> None:
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_rates_rise_and_fall_as_documented(schedule: str) -> None:
-    part = part_of(steps=100, warmup_share=0.1, schedule=schedule)
-    found = [rate_share(part, index) for index in range(100)]
+    config = config_of(steps=100, warmup_share=0.1, schedule=schedule)
+    found = [rate_share(config, index) for index in range(100)]
     assert found[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
     after = [i / 90 for i in range(90)]
     expected = {
@@ -148,7 +148,7 @@ def test_rates_rise_and_fall_as_documented(schedule: str) -> None:
         "cosine": [math.cos(math.pi * u / 2) ** 2 for u in after],
     }
     assert found[10:] == pytest.approx(expected[schedule])
-    assert rate_share(part_of(steps=1, warmup_share=0.03), 0) == 1.0
+    assert rate_share(config_of(steps=1, warmup_share=0.03), 0) == 1.0
 
 
 def attach_double(linears: Any, seed: int) -> dict[str, TrainableAdapter]:
@@ -161,7 +161,7 @@ def test_steps_are_those_of_torchs_adamw_with_clipping(tmp_path: Path) -> None:
     save_random_model(folder, "llama", dtype=torch.float64)
     fields: dict[str, Any] = {"weight_decay": 0.1, "clip_norm": 0.02, "warmup_share": 0.25, "schedule": "cosine"}
     found = run(folder, tmp_path, attach=attach_double, micro_batch=3, **fields)
-    part = part_of(**fields)
+    config = config_of(**fields)
     with open_job(folder, attach_double) as model:
         parameters = [p for adapter in model.adapters.values() for p in adapter.parameters()]
         optimizer = torch.optim.AdamW(parameters, lr=0.01, weight_decay=0.1, eps=1e-8)
@@ -172,7 +172,7 @@ def test_steps_are_those_of_torchs_adamw_with_clipping(tmp_path: Path) -> None:
             loss = model.loss(batch) / len(batch.target_positions)
             loss.backward()
             norms.append(float(nn.utils.clip_grad_norm_(parameters, 0.02)))
-            optimizer.param_groups[0]["lr"] = 0.01 * rate_share(part, index)
+            optimizer.param_groups[0]["lr"] = 0.01 * rate_share(config, index)
             optimizer.step()
             losses.append(loss.detach())
         assert min(norms) > 0.02, "clipped each time"
@@ -259,7 +259,7 @@ class Interrupted(Exception):
 
 def interrupt_at(patch: pytest.MonkeyPatch, steps: int) -> None:
     taken = []
-    original = training._Training._step
+    original = trainer._Training._step
 
     def step(self: Any, index: int, work: Any) -> None:
         taken.append(index)
@@ -267,7 +267,7 @@ def interrupt_at(patch: pytest.MonkeyPatch, steps: int) -> None:
             raise Interrupted
         original(self, index, work)
 
-    patch.setattr(training._Training, "_step", step)
+    patch.setattr(trainer._Training, "_step", step)
 
 
 FIELDS: dict[str, Any] = {"validation_every": 3, "patience": 2, "learning_rate": 0.02, "schedule": "linear"}
@@ -275,7 +275,7 @@ FIELDS: dict[str, Any] = {"validation_every": 3, "patience": 2, "learning_rate":
 
 @pytest.mark.parametrize("steps", [1, 4, 6, 11])
 def test_an_interrupted_run_ends_with_the_same_bits(steps: int, folder: Path, tmp_path: Path) -> None:
-    """Random numbers in each step, judgements and the best of them included."""
+    """Random numbers in each step, validations and the best of them included."""
     whole = run(folder, tmp_path / "whole", attach=as_class(DroppingLoRA), **FIELDS)
     with pytest.MonkeyPatch.context() as patch:
         interrupt_at(patch, steps)
@@ -353,7 +353,7 @@ def test_micro_batches_and_recomputed_blocks_change_little_or_nothing(folder: Pa
 
 
 def test_training_stops_when_held_out_text_gets_worse_and_keeps_the_best(folder: Path, tmp_path: Path) -> None:
-    # One token is learned, and half of what judges is that token: its loss falls until the other half costs more.
+    # One token is learned, and half of the validation is that token: its loss falls until the other half costs more.
     mixed = PackedSequences.pack([*one_token(4), *random_examples(4, LENGTH, seed=2)], LENGTH, together=True)
     texts = (PackedSequences.pack(one_token(30), LENGTH, together=True), mixed)
     fields: dict[str, Any] = {"steps": 300, "validation_every": 2, "patience": 3, "learning_rate": 0.01}

@@ -39,7 +39,7 @@ def trained(rank: int, store: Path, folder: Path, state: Path, differing: bool) 
 
 
 def test_two_ranks_train_as_one_does(pair: RankPair, folder: Path, tmp_path: Path) -> None:
-    """Five sequences a step: three for the first rank, two for the second."""
+    """Five sequences per step: three for the first rank, two for the second."""
     first, second = pair.run(trained, tmp_path / "store", folder, tmp_path / "state", False)
     one = run(folder, tmp_path / "one", attach=attach_double, **FIELDS)
     for name, tensors in one.adapters.items():
@@ -47,8 +47,8 @@ def test_two_ranks_train_as_one_does(pair: RankPair, folder: Path, tmp_path: Pat
             assert torch.equal(first.adapters[name][key], second.adapters[name][key])
             torch.testing.assert_close(first.adapters[name][key], tensor, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(first.outcome.losses, one.outcome.losses, rtol=1e-6, atol=0)
-    judged = [[j.loss for j in found.outcome.progress.validations] for found in (first, second, one)]
-    assert judged[0] == judged[1] == pytest.approx(judged[2], rel=1e-9)
+    validations = [[j.loss for j in found.outcome.progress.validations] for found in (first, second, one)]
+    assert validations[0] == validations[1] == pytest.approx(validations[2], rel=1e-9)
     assert first.outcome.progress.tokens == one.outcome.progress.tokens
     assert TrainingState(tmp_path / "state", "fingerprint").progress.step == 6
     again = pair.run(trained, tmp_path / "store2", folder, tmp_path / "state", False)

@@ -17,7 +17,7 @@ from app.domain.attempt_lines import AttemptLine
 from bitwright.events import BlockEvent
 from tests.engine.conftest import run_job
 from workers.disk.durable import replace_file
-from workers.engine import finished_blocks as resume
+from workers.engine import finished_blocks
 from workers.engine.quantize.registry import METHODS
 
 TUNED: dict[str, Any] = {"method": "signround", "bits": 3, "steps": 6, "batch_size": 4, "learning_rate": 0.05}
@@ -83,7 +83,7 @@ def watch(log: Path, moment: str) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     method.quantize_block = quantize  # type: ignore[method-assign]
-    vars(resume)["replace_file"] = write
+    vars(finished_blocks)["replace_file"] = write
 
 
 def note(log: Path, what: str, block: int) -> None:

@@ -57,7 +57,6 @@ class AnyMethodFormats(AnyMethodRequest):
 class ResidualSVD:
     """`stop_at`: a block at which it raises `Interrupted`; `seen`: weights of the blocks that it was given."""
 
-    needs_inputs: bool = True
     stop_at: int | None = None
     seen: list[int] = field(default_factory=list)
 

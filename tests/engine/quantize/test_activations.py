@@ -13,7 +13,7 @@ from tests.engine.model.random_models import LENGTH, VOCABULARY, save_random_mod
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import Plan
-from workers.engine.quantize import activations as streams
+from workers.engine.quantize import activations
 from workers.engine.quantize.activations import Activations, column_squares, second_moments
 from workers.engine.quantize.block_report import error_sums
 from workers.methods.rtn import quantize_weight
@@ -57,7 +57,7 @@ def squares(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_column_squares_are_those_of_fp64(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streams, "CHUNK_ELEMENTS", SMALL)
+    monkeypatch.setattr(activations, "CHUNK_ELEMENTS", SMALL)
     for shape in ((5, 31, 24), (7, 24), (1, 1, 400)):
         x = (torch.randn(shape) * 30).to(dtype)
         kept = x.clone()
@@ -78,7 +78,7 @@ def test_each_linear_has_the_moments_of_what_it_was_called_with(
         summed.append(x.shape[-1])
         return column_squares(x)
 
-    monkeypatch.setattr(streams, "column_squares", noted)
+    monkeypatch.setattr(activations, "column_squares", noted)
     torch.manual_seed(0)
     module = Gated(in_place=in_place)
     parts = [torch.randn(3, 5, 24), torch.randn(2, 5, 24)]
@@ -135,7 +135,7 @@ def test_the_squared_error_is_that_of_fp64(tmp_path: Path, monkeypatch: pytest.M
     stream.quantized.add_(torch.randn_like(stream.quantized))
     kept = stream.original.clone()
     for chunk in (1, 3000, 1 << 20):
-        monkeypatch.setattr(streams, "CHUNK_ELEMENTS", {"cpu": chunk})
+        monkeypatch.setattr(activations, "CHUNK_ELEMENTS", {"cpu": chunk})
         expected = [(stream.original.double() - stream.quantized.double()).square().sum(), kept.double().square().sum()]
         torch.testing.assert_close(stream.squared_error(), torch.stack(expected), rtol=1e-6, atol=0)
     assert torch.equal(stream.original, kept)
@@ -169,7 +169,7 @@ class LargestCopy(TorchDispatchMode):
 
 def test_no_activations_are_copied_to_fp32(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk = 512
-    monkeypatch.setattr(streams, "CHUNK_ELEMENTS", {"cpu": chunk})
+    monkeypatch.setattr(activations, "CHUNK_ELEMENTS", {"cpu": chunk})
     _, stream = open_stream(tmp_path, keep_inputs=False, dtype=torch.bfloat16)
     module, x = Gated().to(torch.bfloat16), torch.randn(8, 32, 24).to(torch.bfloat16)
     with torch.no_grad(), LargestCopy() as seen:

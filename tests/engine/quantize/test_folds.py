@@ -62,7 +62,7 @@ def test_every_linear_of_a_block_gets_scales_and_each_part_is_there(architecture
     named = [name for place in LAYOUTS[architecture].folds for name in place.linears]
     assert sorted(named) == sorted(n for n, m in block.named_modules() if isinstance(m, nn.Linear))
     for place in LAYOUTS[architecture].folds:
-        assert block.get_submodule(place.judged) is not block
+        assert block.get_submodule(place.measured) is not block
         assert set(place.unclipped) <= set(place.linears)
 
 

@@ -66,7 +66,7 @@ def test_codebooks_and_factors_are_reported_as_they_are(
 def test_factors_bring_the_model_nearer_in_the_engine_s_own_measure(
     method: residual_svd.ResidualSVD, small_model: Path, tmp_path: Path
 ) -> None:
-    """The stream through the quantized blocks sees the factors: more of them, less divergence."""
+    """Activations through the quantized blocks see the factors: more of them, less divergence."""
     found = []
     for rank in (0, 4, 32):
         quality = run_job(small_model, tmp_path / str(rank), **(CODEBOOK | {"bits": 2, "rank": rank})).report.quality

@@ -74,10 +74,10 @@ def test_a_resumed_job_has_the_codes_of_an_undisturbed_one(
 ) -> None:
     job = {"bits": 3, **SPECS[method]}
     whole = run_job(small_model, tmp_path / "whole", **job).report
-    mend = interrupt(monkeypatch, method, block=2)
+    restore = interrupt(monkeypatch, method, block=2)
     with pytest.raises(KeyboardInterrupt):
         run_job(small_model, tmp_path / "cut", **job)
-    mend()
+    restore()
     resumed = run_job(small_model, tmp_path / "cut", **job).report
     assert (resumed.blocks_computed, resumed.blocks_resumed) == (1, 2)
     one, other = stored(tmp_path / "whole"), stored(tmp_path / "cut")

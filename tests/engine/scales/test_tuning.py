@@ -21,8 +21,8 @@ from workers.engine import memory
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.layouts import LAYOUTS
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.scales import stage as scale_stage
-from workers.engine.scales import tuning as scale_tuning
+from workers.engine.scales import stage as stage_module
+from workers.engine.scales import tuning as tuning_module
 from workers.engine.scales.memory_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scales.teacher_loss import OutputHead
 from workers.engine.scales.tuning import ScaleOutcome, ScaleTuning, rates, tune_scales
@@ -337,7 +337,7 @@ def test_a_resumed_job_has_the_scales_of_an_undisturbed_one(
         with pytest.raises(Interrupted):
             run_job(small_model, tmp_path, **SCALED)
     if moment == "after it is durable":
-        monkeypatch.setattr(scale_stage, "tune_scales", interrupt)
+        monkeypatch.setattr(stage_module, "tune_scales", interrupt)
     resumed, whole = run_job(small_model, tmp_path, **SCALED).report, scaled.report
     assert_same(scaled.workspace, tmp_path)
     assert (resumed.blocks_computed, resumed.blocks_resumed) == (0, 3)
@@ -363,7 +363,7 @@ def test_damaged_scales_are_tuned_anew(damaged: str, small_model: Path, scaled: 
 def test_scales_that_are_no_better_are_not_kept(
     small_model: Path, plain: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scale_tuning, "LEARNING_RATE", 3.0)
+    monkeypatch.setattr(tuning_module, "LEARNING_RATE", 3.0)
     for _ in range(2):  # the second run takes the verdict over
         lines: list[AttemptLine] = []
         report = run_job(small_model, tmp_path, lines, **SCALED).report

@@ -30,7 +30,7 @@ class Answer:
 
 
 def ask(folder: Path, file: Path, ids: list[int], texts: list[str]) -> Answer | str:
-    """What llama.cpp makes of a file; or its words where it does not load it."""
+    """llama.cpp's answer on a file, or its error message if it does not load it."""
     order, result = file.with_suffix(".order.json"), file.with_suffix(".npz")
     order.write_text(json.dumps({"file": str(file), "ids": ids, "texts": texts}))
     command = [sys.executable, "-m", "tests.engine.ships.llama_cpp", str(folder), str(order), str(result)]

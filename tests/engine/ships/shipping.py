@@ -2,7 +2,7 @@
 
     python -m tests.engine.ships.shipping         a table: every adapter, and round_offset at 2, 3 and 4 bits
 
-The perplexity is that of the loaded model's own forward pass, by its definition, on the windows that the job judged by.
+The perplexity is that of the loaded model's own forward pass, by its definition, on the job's evaluation sequences.
 """
 
 import importlib.util
@@ -63,7 +63,7 @@ TRAINING = {"steps": 4, "batch_size": 4, "sequence_length": 64, "learning_rate":
 """Hard enough that what a merge rounds away would be seen, and few enough that many jobs take no time."""
 WORDS = ("grid", "scale", "code", "block", "linear", "group", "rank", "token", "range", "offset", "row", "head")
 ROWS = [{"prompt": f"after {a} and {b} ", "completion": f"{b} {a}"} for a, b in itertools.product(WORDS, repeat=2)]
-"""What is learned, and judged by: half of the rows for each, so that what training is worth is seen."""
+"""Rows for training and for evaluation, half each, so that the gain from training is seen."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class Case:
         )
 
     def exists(self) -> bool:
-        """Whether the service takes such a job."""
+        """True if the service takes such a job."""
         try:
             self.request(Path("/model"), Path("/rows"))
         except InvalidRequest:
@@ -171,7 +171,7 @@ def run_case(request: JobRequest, model: Path, rows: Path, workspace: Path) -> R
 
 
 def sequences(request: JobRequest, model: Path, rows: Path) -> Tensor:
-    """Token ids of the text that judges."""
+    """Token ids of the evaluation text."""
     assert request.evaluation is not None
     loss_mask = rows if request.finetune else None
     return evaluation_sequences(load_tokenizer(model), request.evaluation, rows, request.seed, None, loss_mask).ids
@@ -223,7 +223,7 @@ def measured(result: ResultLine, output: Path, ids: Tensor) -> Iterator[tuple[Sh
 
 
 def card_perplexity(folder: Path) -> float:
-    """What the card in a folder says of the quantized model."""
+    """Perplexity of the quantized model by the card in a folder."""
     (found,) = re.findall(r"^\| perplexity .*\| ([\d.]+) \|$", (folder / "README.md").read_text(), flags=re.MULTILINE)
     return float(found)
 

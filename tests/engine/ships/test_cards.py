@@ -63,7 +63,7 @@ BASES = {"lora", "lora-gguf", "bayesian", "factors", "qa-lora", "qa-hira", "q-ba
 
 @dataclass(frozen=True)
 class Job:
-    """A job that has run: its folders by name, and the text that judged it."""
+    """A job that has run: its folders by name, and its evaluation text."""
 
     name: str
     folders: dict[str, Path]
@@ -78,7 +78,7 @@ class Job:
         return ModelCard.load(self.folders[folder] / "README.md")
 
     def is_base(self, folder: str) -> bool:
-        """Whether the folder holds the base alone: a native one keeps the factors that stock peft knows, too."""
+        """True if the folder holds the base alone: a native one keeps the factors that stock peft knows, too."""
         keeps = folder == "native" and "peft" in self.folders
         return self.name in BASES and folder not in ("peft", "adapter") and not keeps
 

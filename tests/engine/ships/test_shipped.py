@@ -36,7 +36,7 @@ def told(formats: Sequence[ExportFormat], **given: object) -> list[str]:
 
 
 def test_ways_of_every_kind_of_job() -> None:
-    """What was asked for is first, and what is only a part last."""
+    """Requested formats are first, and those that are only a part last."""
     assert told([CT], trained=False) == ["compressed-tensors+native"]
     assert told([GGUF, MERGED], trained=False, rounding=(GGUF,)) == ["gguf", "merged+native"]
     assert told([MERGED, PEFT], factors=True) == ["merged with peft", "native", "merged alone"]

@@ -30,7 +30,7 @@ CLOSE = 0.12
 """Largest difference of a log-probability: both compute in bfloat16, each with roundings of its own."""
 
 DIVERGENCE = 0.0002
-"""Largest mean KL divergence, nats a token: a tenth of what quantization makes of this model, or less."""
+"""Largest mean KL divergence, nats per token: a tenth of what quantization makes of this model, or less."""
 
 TEXT = "The `with` statement is used to wrap the execution of a block with methods defined by a context manager."
 TOKENS = 12
@@ -48,7 +48,7 @@ SETTINGS = {
 
 @dataclass(frozen=True)
 class Answer:
-    """What vLLM said: log-probabilities (positions, vocabulary) and the tokens that it wrote, or its refusal."""
+    """vLLM's answer: log-probabilities (positions, vocabulary) and the tokens that it wrote, or its refusal."""
 
     version: str
     error: str
@@ -101,7 +101,7 @@ def assert_same_model(answer: Answer, model: Any, name: str, prompt: list[int]) 
 
 
 def kl(first: Tensor, second: Tensor) -> float:
-    """Mean divergence of two sets of log-probabilities, nats a token."""
+    """Mean divergence of two sets of log-probabilities, nats per token."""
     return float((first.exp() * (first - second)).sum(-1).mean())
 
 

@@ -126,7 +126,7 @@ def conversation(row: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def said(row: Mapping[str, Any]) -> Iterator[str]:
-    """What others than the assistant say in a row."""
+    """Texts of a row that others than the assistant say."""
     for message in conversation(row):
         if message["role"] != "assistant":
             content = message["content"]

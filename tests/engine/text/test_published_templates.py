@@ -70,7 +70,7 @@ def with_content(message: dict[str, Any], *, json_arguments: bool) -> dict[str, 
 
 
 def rendered(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> list[str]:
-    """What the template makes of each form that it takes."""
+    """Renderings of each form that the template takes."""
     found = []
     for messages in forms(row):
         try:
@@ -82,7 +82,7 @@ def rendered(tokenizer: PreTrainedTokenizerFast, row: dict[str, Any]) -> list[st
 
 
 def needed(row: dict[str, Any]) -> Iterator[str]:
-    """What a text must say for a row to be learned, but for thoughts that templates leave out of earlier turns."""
+    """Texts that must occur for a row to be learned, but for thoughts that templates leave out of earlier turns."""
     yield from said(row)
     if "tools" in row:
         yield "Telling the weather."
@@ -116,7 +116,7 @@ def learned_pieces(tokenizer: PreTrainedTokenizerFast, example: Example) -> list
 
 
 def check(name: str, kind: str, loss_on: str, starts: bool, folder: Path) -> bool:
-    """Whether a row is learned; it is as it should be, or refused with good reason."""
+    """True if a row is learned; it is as it should be, or refused with good reason."""
     tokenizer, row = tokenizer_for(name, starts=starts), ROWS[kind]
     texts = rendered(tokenizer, row)
     try:
@@ -204,7 +204,7 @@ def test_rows_of_every_kind_in_every_way(name: str, tmp_path: Path) -> None:
 
 
 def test_templates_that_rewrite_turns_are_learned(tmp_path: Path) -> None:
-    """What prefixes of a conversation cannot tell: an assistant's turn is written differently when it is the last."""
+    """Prefixes of a conversation do not suffice: an assistant's turn is written differently when it is the last."""
     for name in ("qwen3", "qwen3_5_think", "gptoss", "phi3", "deepseekv3", "nemotron_3_nano"):
         for kind in ("two answers", "assistant first"):
             assert check(name, kind, "completion", False, tmp_path), (name, kind)

@@ -1,4 +1,4 @@
-"""Texts become windows: which text, how it is cut, and that evaluation never reads what calibrated."""
+"""Texts become sequences: which text, how it is cut, and that evaluation never reads what calibrated."""
 
 import json
 import random
@@ -80,10 +80,10 @@ def test_windows_begin_as_the_tokenizer_begins_a_text(tokenizer: PreTrainedToken
 
 def test_builtin_calibration_and_evaluation_share_no_document(tokenizer: PreTrainedTokenizerBase) -> None:
     used = tokenizer.decode(calibration_sequences(tokenizer, calibration(40, 64), None, 0, None).ids.flatten())
-    judged = tokenizer.decode(evaluation_sequences(tokenizer, evaluation(40, 64), None, 0, None).ids.flatten())
+    measured = tokenizer.decode(evaluation_sequences(tokenizer, evaluation(40, 64), None, 0, None).ids.flatten())
     for document in builtin_documents():
         start = document[50:110]
-        assert not (start in used and start in judged)
+        assert not (start in used and start in measured)
         if half_of(document) is Half.EVALUATION and len(document) > 20_000:
             break
 
@@ -92,8 +92,8 @@ def test_one_file_for_both_is_split_by_document(tokenizer: PreTrainedTokenizerBa
     rows = sentences(80)
     file = write_lines("both.jsonl", rows)
     used = calibration_sequences(tokenizer, calibration(8, 64), file, 0, file)
-    judged = evaluation_sequences(tokenizer, evaluation(8, 64), file, 0, file)
-    assert_disjoint(tokenizer, rows, used.ids, judged.ids)
+    measured = evaluation_sequences(tokenizer, evaluation(8, 64), file, 0, file)
+    assert_disjoint(tokenizer, rows, used.ids, measured.ids)
     alone = calibration_sequences(tokenizer, calibration(8, 64), file, 0, None)
     assert alone.sha256 != used.sha256
 
@@ -104,15 +104,15 @@ def test_rows_of_the_calibration_file_do_not_judge_from_another_file(
     shared, own = sentences(40), sentences(40, seed=1)
     first, second = write_lines("a.jsonl", shared), write_lines("b.jsonl", shared + own)
     used = calibration_sequences(tokenizer, calibration(8, 64), first, 0, second)
-    judged = evaluation_sequences(tokenizer, evaluation(8, 64), second, 0, first)
-    assert_disjoint(tokenizer, shared + own, used.ids, judged.ids)
+    measured = evaluation_sequences(tokenizer, evaluation(8, 64), second, 0, first)
+    assert_disjoint(tokenizer, shared + own, used.ids, measured.ids)
 
 
 def assert_disjoint(
-    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], used: torch.Tensor, judged: torch.Tensor
+    tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, str]], used: torch.Tensor, measured: torch.Tensor
 ) -> None:
-    """No row's first word, which is its own, is in both sets of windows."""
-    texts = ["".join(tokenizer.batch_decode(ids)) for ids in (used, judged)]
+    """No row's first word, which is its own, is in both sets of sequences."""
+    texts = ["".join(tokenizer.batch_decode(ids)) for ids in (used, measured)]
     starts = [row["text"].split()[0] + " " for row in rows]
     found = [{s for s in starts if s in text} for text in texts]
     assert all(len(f) > 2 for f in found)
@@ -167,7 +167,7 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 def test_a_short_file_says_how_much_there_is(tokenizer: PreTrainedTokenizerBase, write_lines: Write) -> None:
     file = write_lines("short.jsonl", sentences(3))
-    with pytest.raises(InvalidDataset, match=r"windows of 64; 100 are asked for") as caught:
+    with pytest.raises(InvalidDataset, match=r"sequences of 64; 100 are asked for") as caught:
         calibration_sequences(tokenizer, calibration(100, 64), file, 0, None)
     assert "num_samples to at most" in str(caught.value.hint)
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from app.domain.methods import Scheme, SignRoundSpec
 from tests.engine.model.random_models import LENGTH, PECULIARITIES, save_random_model
 from workers.contracts.blocks import BlockTask
-from workers.engine.device import cuda_graphs as captured_step
-from workers.engine.model import fused_blocks as fused_block
+from workers.engine.device import cuda_graphs
+from workers.engine.model import fused_blocks
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.tune import tuner as tuning
+from workers.engine.tune import tuner as tuner_module
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
 
@@ -31,7 +31,7 @@ SCHEME = Scheme(bits=3, group_size=16, symmetric=False)
 
 @dataclass(frozen=True)
 class Tuned:
-    """What came of one block: the gradient of the first step, the codes and the losses."""
+    """Outcome of one block: the gradient of the first step, the codes and the losses."""
 
     gradient: Tensor
     codes: Tensor
@@ -64,7 +64,7 @@ def tune(folder: Path, device: str, index: int = 0, micro_batch: int = 4) -> Tun
             inputs_fp=inputs,
             targets=targets,
             schemes={name: SCHEME for name, module in block.named_modules() if isinstance(module, nn.Linear)},
-            moments={},
+            second_moments={},
             scale_dtype=model.dtype,
             device=place,
             seed=3,
@@ -101,13 +101,13 @@ class Spy:
 
 @pytest.fixture(autouse=True)
 def spied(monkeypatch: pytest.MonkeyPatch) -> None:
-    begin = tuning._Run.begin.__func__  # type: ignore[attr-defined]
+    begin = tuner_module._Run.begin.__func__  # type: ignore[attr-defined]
 
     def watch(cls: Any, *given: Any, **named: Any) -> Any:
         Spy.last = begin(cls, *given, **named)
         return Spy.last
 
-    monkeypatch.setattr(tuning._Run, "begin", classmethod(watch))
+    monkeypatch.setattr(tuner_module._Run, "begin", classmethod(watch))
 
 
 def assert_agree(one: Tuned, other: Tuned, *, gradient: float, codes: float, loss: float) -> None:
@@ -128,11 +128,11 @@ def test_graph_eager_and_cpu_agree_in_full_precision(tmp_path: Path, monkeypatch
     def refuse(*_: object) -> None:
         raise RuntimeError("no capture")
 
-    monkeypatch.setattr(captured_step, "capture", refuse)
+    monkeypatch.setattr(cuda_graphs, "capture", refuse)
     eager = tune(tmp_path, "cuda")
     assert eager.log == ["capture_failed"]
     assert_agree(captured, eager, gradient=1e-5, codes=0.999, loss=1e-3)
-    monkeypatch.setattr(fused_block, "fuse", lambda block, _: block)
+    monkeypatch.setattr(fused_blocks, "fuse", lambda block, _: block)
     assert_agree(tune(tmp_path, "cuda"), on_cpu, gradient=1e-5, codes=0.999, loss=1e-3)
 
 
@@ -155,7 +155,7 @@ def test_every_architecture_is_captured(
     architecture: str, fused: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not fused:
-        monkeypatch.setattr(fused_block, "fuse", lambda block, _: block)
+        monkeypatch.setattr(fused_blocks, "fuse", lambda block, _: block)
     save_random_model(tmp_path, architecture)
     for index in (0, 1):
         on_gpu, on_cpu = tune(tmp_path, "cuda", index), tune(tmp_path, "cpu", index)

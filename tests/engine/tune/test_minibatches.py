@@ -18,7 +18,7 @@ SCHEME = Scheme(bits=4, group_size=16, symmetric=True)
 
 @pytest.fixture(params=[False, True], ids=["near", "far"])
 def far(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
-    """Whether inputs and targets count as lying in another memory than the device's."""
+    """True if inputs and targets count as lying in another memory than the device's."""
     monkeypatch.setattr(minibatches, "is_far", lambda *_: request.param)
     return bool(request.param)
 

@@ -13,7 +13,7 @@ from bitwright.errors import NumericalFailure
 from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.tuning import TuningSettings
-from workers.engine.tune.sample_order import minibatches, split
+from workers.engine.tune.sequence_order import minibatches, split
 from workers.engine.tune.tuner import Tuner, is_checked
 from workers.methods.rtn import quantize_weight
 from workers.numerics.quantized import LinearResult

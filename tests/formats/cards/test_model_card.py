@@ -27,7 +27,7 @@ from tests.formats.examples import (
     write_quantized,
     write_with,
 )
-from workers.formats.cards import model_card as cards
+from workers.formats.cards import model_card as model_card_module
 from workers.formats.cards.vllm import vllm_refusals, vllm_rows
 from workers.formats.registry import adapter_base, format_of, open_writer
 from workers.formats.stored_linear import StoredLinear
@@ -48,7 +48,7 @@ def model_card(
 ) -> str:
     """The card with the format's own section "Load"."""
     loading, base = format_of(export_format).loading, partial(adapter_base, formats)
-    return cards.model_card(report, export_format, linears, licence, formats, loading=loading, base=base)
+    return model_card_module.model_card(report, export_format, linears, licence, formats, loading=loading, base=base)
 
 
 def card(export_format: ExportFormat, report: Report = REPORT, **schemes: Scheme) -> str:

@@ -183,7 +183,7 @@ def test_searched_ranges_equal_the_reference(
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_warm_ups_launch_every_kernel(counted: bool) -> None:
-    """What a launch writes shows that it ran; that no kernel is compiled later is seen on a GPU (test_cuda)."""
+    """The output of a launch shows that it ran; that no kernel is compiled later is seen on a GPU (test_cuda)."""
     dtypes, grid = (torch.bfloat16, torch.bfloat16), GridSettings(4, True, 1e-10)
     calls = kernels.warm_ups(96, 32, grid, dtypes=dtypes, counted=counted, device=torch.device(DEVICE))
     assert len(calls) == 4

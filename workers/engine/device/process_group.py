@@ -1,7 +1,7 @@
 """The processes that compute one job together, as one of them sees it.
 
-Every rank runs the whole pipeline, block by block, over its own share of the windows: rank r of W takes the windows r,
-r + W, r + 2W and so on of each text. What a rank derives from sums over windows it derives from the sums over all
+Every rank runs the whole pipeline, block by block, over its own share of the sequences: rank r of W takes the sequences
+r, r + W, r + 2W and so on of each text. What a rank derives from sums over sequences it derives from the sums over all
 ranks, which are the same bits on each of them, so every rank takes the same steps and makes the same codes, and
 nothing but sums is exchanged: the gradient once per step, a few numbers per block. Rank 0 writes the files and reports.
 
@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for another: at the start, for one that reads the text more slowly or waits for the lock."""
+"""Time that a rank waits for another: at the start, for one that reads the text more slowly or waits for the lock."""
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class ProcessGroup:
         """This rank's rows of a tensor that all ranks hold: every `size`-th, so that shares differ by one at most."""
         return rows[self.rank :: self.size]
 
-    def part(self, count: int) -> int:
-        """This rank's part of so many sequences, the same for every rank; at least 1."""
+    def share_size(self, count: int) -> int:
+        """Sequences per rank of `count` in all, the same for every rank; at least 1."""
         return max(1, count // self.size)
 
     def sum_(self, *tensors: Tensor) -> None:

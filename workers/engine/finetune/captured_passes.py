@@ -40,7 +40,7 @@ Pass = Callable[[Batch, int], Tensor]
 class Passes:
     """Finds the pass for a batch: a captured one where there is one, or will be from now on, else the eager one.
 
-    log        told an event's name and fields where a shape cannot be captured; then none is, from there on
+    log        called with an event's name and fields where a shape cannot be captured; then none is, from there on
     captures   whether any may be, which a plan allows on a GPU alone
     """
 
@@ -142,8 +142,8 @@ class _Graphs:
         return cls(resident, own, hidden.detach(), by_hidden, forward, backward)
 
     def run(self, batch: Batch, targets: int) -> Tensor:
-        for mine, other in ((self.batch.ids, batch.ids), (self.batch.positions, batch.positions)):
-            mine.copy_(other)
+        for captured, other in ((self.batch.ids, batch.ids), (self.batch.positions, batch.positions)):
+            captured.copy_(other)
         if self.batch.documents is not None and batch.documents is not None:
             self.batch.documents.copy_(batch.documents)
         self.forward.replay()
@@ -163,4 +163,4 @@ def _trained(adapters: Iterable[nn.Module]) -> list[nn.Parameter]:
 def _add(parameters: Iterable[nn.Parameter], gradients: Iterable[Tensor | None]) -> None:
     """To the gradients that the parameters have, where they lie."""
     pairs = [(p.grad, g) for p, g in zip(parameters, gradients, strict=True) if p.grad is not None and g is not None]
-    torch._foreach_add_([mine for mine, _ in pairs], [more for _, more in pairs])
+    torch._foreach_add_([sums for sums, _ in pairs], [added for _, added in pairs])

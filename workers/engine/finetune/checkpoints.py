@@ -24,13 +24,13 @@ from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 
 
 class TrainingProgress(BaseModel):
-    """Where training stands after `step` steps, beside tensors.
+    """State of training after `step` steps, beside tensors.
 
     validations   on held-out text, in order
-    best_step    the step of the lowest of them
-    stale        judgements since then
-    seconds      spent on steps, and `tokens` read in them, by all attempts
-    done         nothing is left to train
+    best_step     the step of the lowest of them
+    stale         validations since then
+    seconds       spent on steps, and `tokens` read in them, by all attempts
+    done          nothing is left to train
     """
 
     model_config = ConfigDict(frozen=True)
@@ -60,7 +60,7 @@ class TrainingState:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._fingerprint = fingerprint
-        self._ranks = processes
+        self._processes = processes
         self._saved = self._adopt()
 
     @property
@@ -74,7 +74,7 @@ class TrainingState:
 
     def save(self, progress: TrainingProgress, tensors: Mapping[str, Tensor]) -> None:
         """Makes a checkpoint durable and lets the one before it go. Returns when a crash can no longer lose it."""
-        if not self._ranks.leads:
+        if not self._processes.leads:
             return
         data = save({name: tensor.contiguous() for name, tensor in tensors.items()})
         before, file = self._saved, f"training-{progress.step:07d}.safetensors"
@@ -89,17 +89,17 @@ class TrainingState:
                 (self._folder / before.file).unlink()
 
     def _adopt(self) -> TrainingFile | None:
-        found = self._found()
+        stored = self._read()
         # None goes on before all have looked, so none sees what another writes; all adopt the same, or nothing.
-        step = -1 if found is None else found.progress.step
-        return found if self._ranks.agree(step) else None
+        step = -1 if stored is None else stored.progress.step
+        return stored if self._processes.agree(step) else None
 
-    def _found(self) -> TrainingFile | None:
+    def _read(self) -> TrainingFile | None:
         try:
-            found = TrainingFile.model_validate_json((self._folder / "training.json").read_bytes())
-            if found.fingerprint != self._fingerprint:
+            stored = TrainingFile.model_validate_json((self._folder / "training.json").read_bytes())
+            if stored.fingerprint != self._fingerprint:
                 return None
-            data = (self._folder / Path(found.file).name).read_bytes()
+            data = (self._folder / Path(stored.file).name).read_bytes()
         except (OSError, ValidationError):
             return None
-        return found if hashlib.sha256(data).hexdigest() == found.sha256 else None
+        return stored if hashlib.sha256(data).hexdigest() == stored.sha256 else None

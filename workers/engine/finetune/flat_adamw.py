@@ -19,7 +19,7 @@ from workers.engine.device.process_group import ProcessGroup
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
-"""What torch's AdamW keeps of a parameter."""
+"""State that torch's AdamW keeps of a parameter."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +99,12 @@ class FlatParameters:
 
     def state(self) -> dict[str, Tensor]:
         """Copies of all that a step reads, but for its gradient, on the host."""
-        found = {}
+        tensors = {}
         for index, group in enumerate(self._groups):
-            found[f"value.{index}"] = group.value
+            tensors[f"value.{index}"] = group.value
             for moment in MOMENTS:
-                found[f"{moment}.{index}"] = self._adam.state[group.value][moment]
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in found.items()}
+                tensors[f"{moment}.{index}"] = self._adam.state[group.value][moment]
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:

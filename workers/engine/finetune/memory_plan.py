@@ -44,7 +44,7 @@ class TrainingPlan:
 def plan_training(
     model: StreamedModel,
     names: set[str],
-    part: Finetune,
+    config: Finetune,
     length: int,
     *,
     divisor: int = 1,
@@ -58,19 +58,19 @@ def plan_training(
     """
     needs = _Needs.of(model, names, length, pass_bytes)
     at_once = max(1, TOKENS_AT_ONCE[needs.device] // length)
-    most = max(1, min(processes.part(part.batch_size), at_once) // divisor)
-    found = _planned(needs, part, most, keeps=needs.kept <= KEPT_SHARE[needs.device] * needs.memory)
-    if found.keeps and found.recomputed:
+    most = max(1, min(processes.share_size(config.batch_size), at_once) // divisor)
+    plan = _planned(needs, config, most, keeps=needs.kept <= KEPT_SHARE[needs.device] * needs.memory)
+    if plan.keeps and plan.recomputed:
         # Where memory is so short that blocks are computed again, weights are what it is spent on last.
-        found = _planned(needs, part, most, keeps=False)
-    return replace(found, captures=needs.device == "cuda" and not found.recomputed and needs.has_room_for_pool(found))
+        plan = _planned(needs, config, most, keeps=False)
+    return replace(plan, captures=needs.device == "cuda" and not plan.recomputed and needs.has_room_for_pool(plan))
 
 
-def _planned(needs: "_Needs", part: Finetune, micro_batch: int, *, keeps: bool) -> TrainingPlan:
+def _planned(needs: "_Needs", config: Finetune, micro_batch: int, *, keeps: bool) -> TrainingPlan:
     """As many sequences at once as memory allows, up to `micro_batch`."""
     blocks = needs.blocks
-    if part.gradient_checkpointing is not None:
-        recomputed = blocks if part.gradient_checkpointing else 0
+    if config.gradient_checkpointing is not None:
+        recomputed = blocks if config.gradient_checkpointing else 0
         while micro_batch > 1 and needs.recomputed(micro_batch, keeps=keeps) > recomputed:
             micro_batch = (micro_batch + 1) // 2
         return TrainingPlan(micro_batch, recomputed, keeps)
@@ -130,12 +130,12 @@ class _Needs:
         return max(1, self.blocks - int(left // (self.graph * micro_batch)))
 
     def is_worth_halving(self, micro_batch: int, *, keeps: bool) -> bool:
-        """Whether something must be saved, and fewer sequences are better than blocks that are computed again."""
+        """True if memory must be saved, and fewer sequences are better than blocks that are computed again."""
         recomputed = self.recomputed(micro_batch, keeps=keeps)
         return recomputed > self.blocks or (recomputed > 0 and micro_batch * self.length > FULL_TOKENS[self.device])
 
     def has_room_for_pool(self, plan: TrainingPlan) -> bool:
-        """Whether the pool of captured passes leaves room for eager ones, of other batches and of text that judges."""
+        """True if the pool of captured passes leaves room for eager ones, of other batches and of validation."""
         activations, fixed = self.blocks * self.graph * plan.micro_batch, self.fixed[plan.keeps]
         most = FINETUNE_SHARE[self.device] * self.memory
         return activations <= CAPTURED_SHARE * self.memory and fixed + 2 * activations <= most

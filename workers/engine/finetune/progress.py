@@ -23,7 +23,7 @@ INTERVAL_SECONDS = 1.0
 
 @dataclass(frozen=True)
 class _Copy:
-    """The mean loss of some steps on its way to the host, and what is told with it."""
+    """The mean loss of some steps on its way to the host, and what is reported with it."""
 
     loss: Tensor
     arrives: Mark
@@ -39,7 +39,7 @@ class TrainingNews:
         self._reporter = reporter
         self._losses = losses
         self._total = total
-        self._first = self._told = progress.step
+        self._first = self._reported = progress.step
         self._copy: _Copy | None = None
         self._now = time.perf_counter()
         self._due = self._now + INTERVAL_SECONDS
@@ -67,27 +67,27 @@ class TrainingNews:
         return spent
 
     def pause(self) -> None:
-        """What was done since the last step was none."""
+        """Leaves the time since the last step out of the count."""
         self._now = time.perf_counter()
 
     def end(self, step: int) -> None:
         """All steps are taken; waits for the device."""
         if self._copy is not None:
             self._tell(self._copy)
-        if step > self._told:
+        if step > self._reported:
             self._begin(step, 0.0)
             assert self._copy is not None  # noqa: S101 - for the type checker
             self._tell(self._copy)
         self._reporter.progress(Stage.FINETUNE, self._total, self._total, "steps")
 
     def _begin(self, done: int, learning_rate: float) -> None:
-        recent = self._losses[self._told : done]
+        recent = self._losses[self._reported : done]
         mean = torch.where(recent.isfinite(), recent, torch.nan).nanmean()
         host = torch.empty((), dtype=mean.dtype, pin_memory=mean.is_cuda)
         host.copy_(mean, non_blocking=True)
         rate = self._tokens / max(self._seconds, 1e-9)
         self._copy = _Copy(host, mark(mean.device), done, learning_rate, rate)
-        self._told = done
+        self._reported = done
 
     def _tell(self, copy: _Copy) -> None:
         if copy.arrives is not None:

@@ -27,7 +27,7 @@ from workers.numerics.quantized import LinearResult
 
 @dataclass(frozen=True)
 class Residence:
-    """How the model is held.
+    """Storage of the model on the device.
 
     length       tokens of the longest sequence
     keeps        whether dequantized weights are kept, instead of made anew for each use
@@ -83,28 +83,28 @@ class ResidentModel:
         return classes
 
     def _calls(self, batch: Batch) -> list[BlockCall]:
-        """How each block is called with a batch; blocks that share a call share its masks."""
-        made: dict[int, BlockCall] = {}
+        """The call of each block with a batch; blocks that share a call share its masks."""
+        by_id: dict[int, BlockCall] = {}
         for call in self.calls:
-            if id(call) not in made:
-                made[id(call)] = self._call(call, batch)
-        return [made[id(call)] for call in self.calls]
+            if id(call) not in by_id:
+                by_id[id(call)] = self._call(call, batch)
+        return [by_id[id(call)] for call in self.calls]
 
     def _call(self, call: BlockCall, batch: Batch) -> BlockCall:
         length, mask = batch.ids.shape[1], call.keywords.get("attention_mask")
-        angles = tuple(part[:, :length].to(self.dtype) for part in call.keywords["position_embeddings"])
+        angles = tuple(angle[:, :length].to(self.dtype) for angle in call.keywords["position_embeddings"])
         mask = None if mask is None else mask[..., :length, :length]
         if batch.documents is not None:
-            angles = tuple(part[0][batch.positions] for part in angles)
+            angles = tuple(angle[0][batch.positions] for angle in angles)
             mask = _within_documents(mask, batch.documents, self.dtype)
         changed = {"attention_mask": mask, "position_embeddings": angles, "position_ids": batch.positions}
         return BlockCall(call.arguments, call.keywords | changed)
 
 
 def _within_documents(mask: Tensor | None, documents: Tensor, dtype: torch.dtype) -> Tensor:
-    """Which positions a position sees, (rows, 1, length, length): those of its own example that `mask` allows.
+    """Attention mask (rows, 1, length, length): a position sees those of its own example that `mask` allows.
 
-    Truth values, or on a GPU what is added to the scores, 0 or -inf.
+    Booleans; on a GPU the summand of the scores, 0 or -inf, in `dtype`.
     """
     length = documents.shape[1]
     if mask is None:
@@ -149,17 +149,17 @@ def resident(
         stack.enter_context(model.filled(_outer_weights(model, dtype, head)))
         for index in range(len(model.blocks)):
             results = {name: result.to(model.device) for name, result in load(index).items()}
-            made = attach(results, derived_seed(seed, index))
-            adapters |= {name: adapter.to(model.device) for name, adapter in made.items()}
+            attached = attach(results, derived_seed(seed, index))
+            adapters |= {name: adapter.to(model.device) for name, adapter in attached.items()}
             given = {name: value.to(model.device, dtype) for name, value in changed(index).items()}
             given |= {f"{name}.weight": torch.empty(0, dtype=dtype) for name in results}
             stack.enter_context(model.filled(_read(model, layout.block(index), dtype, given)))
             for name, result in results.items():
-                base, saves = _base(result, made.get(name), dtype, how), not how.keeps and index < how.recomputed
-                stack.enter_context(_adapted(model, name, base, made.get(name), saves=saves))
-        found = ResidentModel(model, adapters, calls, dtype, how.recomputed)
-        _demand_plain_head(found)
-        yield found
+                base, saves = _base(result, attached.get(name), dtype, how), not how.keeps and index < how.recomputed
+                stack.enter_context(_adapted(model, name, base, attached.get(name), saves=saves))
+        resident = ResidentModel(model, adapters, calls, dtype, how.recomputed)
+        _demand_plain_head(resident)
+        yield resident
 
 
 def _outer_weights(model: StreamedModel, dtype: torch.dtype, head: Tensor | None) -> dict[str, Tensor]:

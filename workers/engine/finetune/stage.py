@@ -19,7 +19,7 @@ from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.finetune.checkpoints import TrainingState
 from workers.engine.finetune.memory_plan import TrainingPlan, plan_training
 from workers.engine.finetune.resident_model import Residence, ResidentModel, resident
-from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, judging_batches, mean_loss, train
+from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, mean_loss, train, validation_batches
 from workers.engine.fingerprint import fingerprint
 from workers.engine.job import Job
 from workers.engine.seeds import derived_seed
@@ -127,7 +127,7 @@ def _shipped_loss(stage: _Finetuning, trained: FinetuningReport, load: LoadBlock
     load      linears of a block as they ship, by full name
     """
     job, config = stage.job, stage.config
-    batches = judging_batches(stage.texts.held_out, config, trained.micro_batch, stage.seed, job.processes)
+    batches = validation_batches(stage.texts.held_out, config, trained.micro_batch, stage.seed, job.processes)
     if not job.processes.total(len(batches)):
         return None
     how = Residence(length=config.sequence_length, keeps=trained.weights_kept, recomputed=0)
@@ -194,7 +194,7 @@ def _task(stage: _Finetuning, plan: TrainingPlan, model: ResidentModel) -> Train
     job = stage.job
     return TrainingTask(
         resident=model,
-        part=stage.config,
+        config=stage.config,
         training=stage.texts.training,
         held_out=stage.texts.held_out,
         micro_batch=plan.micro_batch,
@@ -251,8 +251,8 @@ def _curve(losses: Tensor) -> Iterator[LossPoint]:
     count, first = min(MOST_POINTS, len(losses)), 0
     for number in range(1, count + 1):
         last = len(losses) * number // count
-        part = losses[first:last]
-        sound = part[part.isfinite()]
+        interval = losses[first:last]
+        sound = interval[interval.isfinite()]
         if len(sound):
             yield LossPoint(step=last, loss=float(sound.mean()))
         first = last

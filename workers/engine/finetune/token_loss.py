@@ -22,8 +22,8 @@ from workers.engine.model.streamed_model import StreamedModel
 def token_loss(model: StreamedModel, hidden: Tensor, target_positions: Tensor, labels: Tensor) -> Tensor:
     """The sum over targets, fp32 (); gradients reach `hidden`. Norm and head must be loaded.
 
-    hidden (rows, length, width); places int64 (targets,) in its rows and positions, flat, each once; following int64
-    (targets,), the tokens that follow them.
+    hidden (rows, length, width); target_positions int64 (targets,) in its rows and positions, flat, each once;
+    labels int64 (targets,), the tokens that follow them.
     """
     loss: Tensor = _TokenLoss.apply(hidden, target_positions, labels, model)  # type: ignore[no-untyped-call]
     return loss
@@ -36,14 +36,14 @@ class _TokenLoss(torch.autograd.Function):
         states = hidden.flatten(0, -2).index_select(0, target_positions)
         gradient = torch.empty_like(states) if learns else states
         total = torch.zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32), device=hidden.device)
-        for part in _parts(len(target_positions), model):
-            leaf = states[part].detach().requires_grad_(learns)
+        for chunk in _chunks(len(target_positions), model):
+            leaf = states[chunk].detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
                 logits = model.head_logits(leaf.unsqueeze(0))[0]
-            loss, by_logits = _cross_entropy(logits.detach(), labels[part])
+            loss, by_logits = _cross_entropy(logits.detach(), labels[chunk])
             total += loss
             if learns:
-                (gradient[part],) = torch.autograd.grad(logits, leaf, by_logits)
+                (gradient[chunk],) = torch.autograd.grad(logits, leaf, by_logits)
         ctx.save_for_backward(gradient, target_positions)
         ctx.shape = hidden.shape
         return total
@@ -51,9 +51,9 @@ class _TokenLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         gradient, target_positions = ctx.saved_tensors
-        found = gradient.new_zeros(ctx.shape)
-        found.view(-1, ctx.shape[-1]).index_copy_(0, target_positions, gradient * gradients[0].to(gradient.dtype))
-        return found, None, None, None
+        by_hidden = gradient.new_zeros(ctx.shape)
+        by_hidden.view(-1, ctx.shape[-1]).index_copy_(0, target_positions, gradient * gradients[0].to(gradient.dtype))
+        return by_hidden, None, None, None
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return (normal - chosen).sum(), probabilities.to(logits.dtype)
 
 
-def _parts(count: int, model: StreamedModel) -> Iterator[slice]:
+def _chunks(count: int, model: StreamedModel) -> Iterator[slice]:
     """Parts of about equal size."""
     step = max(1, FINETUNE_LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
     number = math.ceil(count / step)

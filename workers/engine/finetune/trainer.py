@@ -7,7 +7,7 @@
 A step reads `batch_size` sequences, in micro-batches that fit into memory; of several ranks each reads its share, and
 gradients are summed, so that each takes the same step. Nothing in the loop waits for the device: the next step's batch
 is read ahead, losses stay on the device, and what is told of them is copied behind the work. The device is waited for
-where held-out text judges, and at a checkpoint.
+at a validation, and at a checkpoint.
 
 The same request on the same device gives the same bits, whether it is interrupted or not: the order of sequences and
 the random numbers of a step follow from the seed and the step's number alone, and a checkpoint holds all else
@@ -44,7 +44,7 @@ from workers.engine.text.packing import Batch, Order, PackedSequences, Step, bat
 
 @dataclass(frozen=True)
 class TrainingTask:
-    """What training works with.
+    """Input of training.
 
     training, held_out   sequences of all ranks
     micro_batch          sequences through the model at once
@@ -53,7 +53,7 @@ class TrainingTask:
     """
 
     resident: ResidentModel
-    part: Finetune
+    config: Finetune
     training: PackedSequences
     held_out: PackedSequences | None
     micro_batch: int
@@ -67,7 +67,7 @@ class TrainingTask:
 
 @dataclass(frozen=True)
 class TrainingOutcome:
-    """What came of it; the adapters hold the parameters that were kept.
+    """Outcome of training; the adapters hold the parameters that were kept.
 
     losses    of each step that was taken, fp32 on the host; NaN or infinite where a step went wrong
     resumed   steps that an earlier attempt had taken
@@ -96,15 +96,15 @@ class _Training:
     """The state of the loop.
 
     losses      of each step, fp32 (steps,), on the device
-    best        parameters of the best judgement, where there is `patience`
+    best        parameters of the best validation, where there is `patience`
     deterministic   whether every operator still has a deterministic kernel
     """
 
     task: TrainingTask
     parameters: FlatParameters
     order: Order
-    judges: tuple[Batch, ...]
-    judged: int
+    validation: tuple[Batch, ...]
+    validation_targets: int
     losses: Tensor
     progress: TrainingProgress
     resumed: int
@@ -115,18 +115,18 @@ class _Training:
     @classmethod
     def begin(cls, task: TrainingTask) -> "_Training":
         """Takes over the last checkpoint, if there is one."""
-        part, device = task.part, task.resident.model.device
+        config, device = task.config, task.resident.model.device
         adapters = task.resident.adapters.values()
-        parameters = FlatParameters(adapters, decay=part.weight_decay, clip_norm=part.clip_norm)
+        parameters = FlatParameters(adapters, decay=config.weight_decay, clip_norm=config.clip_norm)
         _demand_agreement(parameters, task.processes)
-        judges = judging_batches(task.held_out, part, task.micro_batch, task.seed, task.processes)
+        validation = validation_batches(task.held_out, config, task.micro_batch, task.seed, task.processes)
         self = cls(
             task=task,
             parameters=parameters,
-            order=Order(task.training, part.batch_size, task.micro_batch, task.seed, task.processes),
-            judges=tuple(batch.to(device) for batch in judges),
-            judged=task.processes.total(sum(len(batch.target_positions) for batch in judges)),
-            losses=torch.full((part.steps,), torch.nan, device=device),
+            order=Order(task.training, config.batch_size, task.micro_batch, task.seed, task.processes),
+            validation=tuple(batch.to(device) for batch in validation),
+            validation_targets=task.processes.total(sum(len(batch.target_positions) for batch in validation)),
+            losses=torch.full((config.steps,), torch.nan, device=device),
             progress=task.state.progress,
             resumed=task.state.progress.step,
             passes=Passes(task.resident, task.reporter.log, captures=task.captures),
@@ -142,8 +142,8 @@ class _Training:
         """All steps that are left."""
         task = self.task
         if not self.progress.done:
-            if self.judged and not self.progress.validations:
-                self._judge()
+            if self.validation_targets and not self.progress.validations:
+                self._validate()
             with WriteBehind(task.resident.model.device) as writer:
                 self._steps(writer)
                 writer.wait()
@@ -157,37 +157,37 @@ class _Training:
         )
 
     def _steps(self, writer: WriteBehind) -> None:
-        task, part, first = self.task, self.task.part, self.progress.step
+        task, config, first = self.task, self.task.config, self.progress.step
         device = task.resident.model.device
-        news = TrainingNews(task.reporter, self.losses, self.progress, part.steps)
+        news = TrainingNews(task.reporter, self.losses, self.progress, config.steps)
 
         def read(ahead: int) -> Step:
             return self.order.step(first + ahead).to(device)
 
-        with closing(read_ahead(read, part.steps - first, device)) as steps:
+        with closing(read_ahead(read, config.steps - first, device)) as steps:
             for index, step in enumerate(steps, start=first):
                 if self._is_stale():
                     break
                 self._step(index, step)
-                spent = news.step(index, step.tokens, learning_rate=part.learning_rate * rate_share(part, index))
+                spent = news.step(index, step.tokens, learning_rate=config.learning_rate * rate_share(config, index))
                 seconds, tokens = self.progress.seconds + spent, self.progress.tokens + step.tokens
                 self.progress = self.progress.model_copy(
                     update={"step": index + 1, "seconds": seconds, "tokens": tokens}
                 )
-                if self.judged and part.validation_every and (index + 1) % part.validation_every == 0:
-                    self._judge()
+                if self.validation_targets and config.validation_every and (index + 1) % config.validation_every == 0:
+                    self._validate()
                     news.pause()
-                if (index + 1) % part.checkpoint_every == 0 and index + 1 < part.steps:
+                if (index + 1) % config.checkpoint_every == 0 and index + 1 < config.steps:
                     self._save(writer, done=False)
                     news.pause()
-        if self.judged and self.progress.validations[-1].step != self.progress.step:
-            self._judge()
+        if self.validation_targets and self.progress.validations[-1].step != self.progress.step:
+            self._validate()
         news.end(self.progress.step)
 
     def _step(self, index: int, step: Step) -> None:
         """One step of the optimizer; nothing waits for the device."""
         task = self.task
-        self._tell_adapters(index / task.part.steps)
+        self._tell_adapters(index / task.config.steps)
         seed = _step_seed(task.seed, index, task.processes.rank)
         self._set_mode(training=True)
         try:
@@ -201,8 +201,8 @@ class _Training:
             total = self._add_gradients(step, seed)
         self.parameters.sum_over(task.processes)
         task.processes.sum_(total)
-        share = rate_share(task.part, index)
-        self.parameters.step(task.part.learning_rate * share, share)
+        share = rate_share(task.config, index)
+        self.parameters.step(task.config.learning_rate * share, share)
         self.losses[index] = total
 
     def _add_gradients(self, step: Step, seed: int) -> Tensor:
@@ -233,17 +233,17 @@ class _Training:
             self.parameters.hold_still()
 
     @torch.no_grad()
-    def _judge(self) -> None:
+    def _validate(self) -> None:
         """The loss on held-out text with the parameters as they are; waits for the device."""
         task = self.task
         self._set_mode(training=False)
-        loss, progress = mean_loss(task.resident, self.judges, task.processes), self.progress
+        loss, progress = mean_loss(task.resident, self.validation, task.processes), self.progress
         if not math.isfinite(loss):
             raise _not_finite(f"on held-out text the loss is {loss} after {progress.step} steps")
         task.reporter.metric("validation_loss", loss, progress.step)
         lowest = min((validation.loss for validation in progress.validations), default=math.inf)
         better = loss < lowest
-        if better and task.part.patience is not None:
+        if better and task.config.patience is not None:
             self.best = self.parameters.values()
         self.progress = progress.model_copy(
             update={
@@ -259,7 +259,7 @@ class _Training:
                 adapter.train(training)
 
     def _is_stale(self) -> bool:
-        patience = self.task.part.patience
+        patience = self.task.config.patience
         return patience is not None and self.progress.stale >= patience
 
     def _keep_best(self) -> None:
@@ -277,33 +277,33 @@ class _Training:
     def _write(self, progress: TrainingProgress, tensors: dict[str, Tensor]) -> None:
         task = self.task
         task.state.save(progress, tensors)
-        milestone = task.milestones + math.ceil(progress.step / task.part.checkpoint_every) - 1 + int(progress.done)
-        task.reporter.checkpoint(CheckpointEvent(step=progress.step, total=task.part.steps, milestone=milestone))
+        milestone = task.milestones + math.ceil(progress.step / task.config.checkpoint_every) - 1 + int(progress.done)
+        task.reporter.checkpoint(CheckpointEvent(step=progress.step, total=task.config.steps, milestone=milestone))
 
 
-def rate_share(part: Finetune, index: int) -> float:
+def rate_share(config: Finetune, index: int) -> float:
     """The learning rate of a step, from 0, as a share of the request's."""
-    warm_up = part.warmup_steps()
+    warm_up = config.warmup_steps()
     if index < warm_up:
         return (index + 1) / warm_up
-    after = (index - warm_up) / (part.steps - warm_up)
-    return {"constant": 1.0, "linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2}[part.schedule]
+    after = (index - warm_up) / (config.steps - warm_up)
+    return {"constant": 1.0, "linear": 1 - after, "cosine": (1 + math.cos(math.pi * after)) / 2}[config.schedule]
 
 
-def judging_batches(
-    held_out: PackedSequences | None, part: Finetune, micro_batch: int, seed: int, processes: ProcessGroup
+def validation_batches(
+    held_out: PackedSequences | None, config: Finetune, micro_batch: int, seed: int, processes: ProcessGroup
 ) -> list[Batch]:
-    """This rank's share of the sequences that judge, on the host."""
+    """This rank's share of the validation sequences, on the host."""
     if held_out is None or not len(held_out):
         return []
     generator = torch.Generator().manual_seed(seed)
-    rows = torch.randperm(len(held_out), generator=generator)[: part.validation_sequences]
+    rows = torch.randperm(len(held_out), generator=generator)[: config.validation_sequences]
     return [batch_of(held_out, own) for own in torch.split(processes.share(rows), micro_batch) if len(own)]
 
 
 @torch.no_grad()
 def mean_loss(resident: ResidentModel, batches: Iterable[Batch], processes: ProcessGroup) -> float:
-    """Nats a token over all ranks' batches, on the model's device; waits for it."""
+    """Nats per token over all ranks' batches, on the model's device; waits for it."""
     sums = torch.zeros(2, dtype=torch.float64, device=resident.model.device)
     for batch in batches:
         with resident.together():
@@ -317,8 +317,8 @@ def mean_loss(resident: ResidentModel, batches: Iterable[Batch], processes: Proc
 def _demand_agreement(parameters: FlatParameters, processes: ProcessGroup) -> None:
     if processes.alone:
         return
-    mine = sum(int(value.view(torch.uint8).sum(dtype=torch.int64)) for value in parameters.values())
-    if not processes.agree(mine):
+    checksum = sum(int(value.view(torch.uint8).sum(dtype=torch.int64)) for value in parameters.values())
+    if not processes.agree(checksum):
         raise InternalError("the ranks start from different adapters")
 
 

@@ -10,7 +10,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, rename_source_key
 
 from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
-from workers.engine.model import fused_blocks as fused_block
+from workers.engine.model import fused_blocks
 from workers.engine.model.checkpoint import FLOAT_DTYPES, Checkpoint
 from workers.engine.model.foreign_tensors import Skeleton, demand_a_model, misfit
 
@@ -28,7 +28,7 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
         raise CorruptCheckpoint(
             f"config.json is not a valid {checkpoint.config.get('model_type')} configuration: {words}",
             field="model",
-            hint="mend that field of config.json, or take the file that came with the weights",
+            hint="correct that field of config.json, or take the file that came with the weights",
         ) from error
 
 
@@ -61,7 +61,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
         raise UnsupportedArchitecture(
             f"transformers cannot build this {config.model_type} model: {_words(error)}",
             field="model",
-            hint="mend config.json so that AutoModelForCausalLM.from_config takes it without code of the model's own",
+            hint="correct config.json so that AutoModelForCausalLM.from_config takes it without the model's own code",
         ) from error
     model.eval().requires_grad_(False)
     _fill_buffers(model, device)
@@ -76,11 +76,11 @@ def _words(error: Exception, folder: Path | None = None) -> str:
 
 def fuse_blocks(blocks: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Puts hand-fused blocks in place of those of a known class, where there are parts for the device."""
-    parts = fused_block.Parts.on(device, dtype)
+    parts = fused_blocks.Parts.on(device, dtype)
     if parts is None:
         return
     for name, block in blocks.named_children():
-        setattr(blocks, name, fused_block.fuse(block, parts))
+        setattr(blocks, name, fused_blocks.fuse(block, parts))
 
 
 def _fill_buffers(model: PreTrainedModel, device: torch.device) -> None:

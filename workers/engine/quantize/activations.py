@@ -1,6 +1,6 @@
 """Activations of a text: the same sequences through the original blocks and through the quantized ones.
 
-    X_fp, X_q   (samples, length, width), the model's dtype, on the device or in (pinned) host memory
+    X_fp, X_q   (sequences, length, width), the model's dtype, on the device or in (pinned) host memory
 
 The target of block k is block_k(X_fp), and the quantized block sees X_q, so that each block also corrects the error of
 the blocks before it. Before block 0 both are the embeddings.
@@ -74,7 +74,7 @@ class Activations:
         _embeddings(model, self._ids, self.quantized)
 
     def call(self, index: int) -> BlockCall:
-        """How the model calls a block on these sequences."""
+        """The model's call of a block on these sequences."""
         return self.calls[index]
 
     @torch.no_grad()
@@ -82,8 +82,8 @@ class Activations:
         """||Y - Y_hat||^2 and ||Y||^2 of the hidden states, fp64 (2,), on the device; nothing waits for it."""
         sums = torch.zeros(2, dtype=torch.float64, device=self._device)
         rows = max(1, CHUNK_ELEMENTS[self._device.type] // max(1, self.original[:1].numel()))
-        for part in zip(torch.split(self.original, rows), torch.split(self.quantized, rows), strict=True):
-            y, y_hat = (states.to(self._device, non_blocking=True).float() for states in part)
+        for pair in zip(torch.split(self.original, rows), torch.split(self.quantized, rows), strict=True):
+            y, y_hat = (states.to(self._device, non_blocking=True).float() for states in pair)
             sums[0] += (y_hat - y).square_().sum(dtype=torch.float64)
             sums[1] += y.square().sum(dtype=torch.float64)
         return sums
@@ -153,6 +153,6 @@ def column_squares(x: Tensor) -> Tensor:
         norms: Tensor = torch.linalg.vector_norm(rows, dim=0, dtype=torch.float32)
         return norms.double().square()
     total = torch.zeros(x.shape[-1], dtype=torch.float64)
-    for part in torch.split(rows, max(1, CHUNK_ELEMENTS["cpu"] // x.shape[-1])):
-        total += part.float().square().sum(0)
+    for chunk in torch.split(rows, max(1, CHUNK_ELEMENTS["cpu"] // x.shape[-1])):
+        total += chunk.float().square().sum(0)
     return total

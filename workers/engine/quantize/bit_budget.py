@@ -56,8 +56,8 @@ class Scoring:
 
     def candidates(self) -> dict[str, tuple[Candidate, ...]]:
         """Of every quantized linear of the blocks, by full name."""
-        found = {n: self.spec.candidates(n, m.in_features) for n, m in self.model.linears().items()}
-        return {name: choices for name, choices in found.items() if choices and name != self.model.layout.head}
+        all_choices = {n: self.spec.candidates(n, m.in_features) for n, m in self.model.linears().items()}
+        return {name: choices for name, choices in all_choices.items() if choices and name != self.model.layout.head}
 
     def errors(self, candidates: Mapping[str, tuple[Candidate, ...]]) -> dict[str, list[float]]:
         """Of every choice of every linear.
@@ -65,19 +65,19 @@ class Scoring:
         Raises:
             NumericalFailure: one of them is not finite.
         """
-        found: dict[str, list[float]] = {}
+        by_linear: dict[str, list[float]] = {}
         for index in range(len(self.model.blocks)):
             prefix = self.model.layout.block(index)
             with self.model.loaded(prefix):
                 names = [n for n in self.model.block_linears(index) if f"{prefix}.{n}" in candidates]
                 of_block = self._block_errors(index, {n: candidates[f"{prefix}.{n}"] for n in names})
-            found |= {f"{prefix}.{name}": errors for name, errors in of_block.items()}
+            by_linear |= {f"{prefix}.{name}": errors for name, errors in of_block.items()}
             self.tick((index + 1) / len(self.model.blocks))
-        for name, errors in found.items():
+        for name, errors in by_linear.items():
             if not all(map(_is_finite, errors)):
                 hint = "leave the widths out of choices that overflow the model's dtype, or give bits as a number"
                 raise NumericalFailure(f"{name}: a choice's error is not finite", field="quantization.bits", hint=hint)
-        return found
+        return by_linear
 
     def _block_errors(self, index: int, candidates: Mapping[str, tuple[Candidate, ...]]) -> dict[str, list[float]]:
         linears = self.model.block_linears(index)
@@ -167,13 +167,13 @@ def spend(scoring: Scoring, budget: BitBudget) -> tuple[dict[str, Candidate], Al
     solved = solve(candidates, costs, errors, int(budget.average * weights))
     if solved is None:
         raise over_budget(budget.average, sum(map(min, costs.values())) / weights)
-    found, chosen = solved
+    allocation, chosen = solved
     ended = time.perf_counter()
     report = AllocationReport(
         average=budget.average,
-        reached=found.cost / max(1, weights),
-        error=found.error,
-        gap=found.gap,
+        reached=allocation.cost / max(1, weights),
+        error=allocation.error,
+        gap=allocation.gap,
         seconds=ended - started,
         solver_seconds=ended - scored,
         linears=tuple(
@@ -196,8 +196,8 @@ def solve(
     item_errors = [[sum(each) for each in zip(*(errors[name] for name in item), strict=True)] for item in items]
     if sum(map(min, item_costs)) > limit:
         return None
-    found = allocate(item_costs, item_errors, limit)
-    return found, {name: x for item, x in zip(items, found.choices, strict=True) for name in item}
+    allocation = allocate(item_costs, item_errors, limit)
+    return allocation, {name: x for item, x in zip(items, allocation.choices, strict=True) for name in item}
 
 
 def tied(candidates: Mapping[str, tuple[Candidate, ...]]) -> Iterator[tuple[str, ...]]:

@@ -146,7 +146,7 @@ class BlockPass:
         return self.job.finished_blocks.write_shard(index, linears, parameters)
 
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
-        """Makes a block count, and tells of it when it does."""
+        """Makes a block count, and reports it then."""
         report = findings.report()
         report = report if self.job.base_job is None else self.job.base_job.corrected(report)
         self.job.finished_blocks.finish(findings.index, shard.result(), report)
@@ -185,7 +185,7 @@ class BlockPass:
             inputs_fp=empty if activations is None or activations.inputs_fp is None else activations.inputs_fp,
             targets=empty if activations is None else activations.original,
             schemes=schemes,
-            moments=moments,
+            second_moments=moments,
             scale_dtype=self.job.plan.scale_dtype,
             device=self.job.model.device,
             seed=derived_seed(self.job.seed, index),

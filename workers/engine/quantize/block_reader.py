@@ -60,12 +60,12 @@ class BlockReader:
 
         return self._each(read)
 
-    def quantized_blocks(self, made: MakeResult = _as_it_is) -> Generator[ReadBlock, None, None]:
+    def quantized_blocks(self, make: MakeResult = _as_it_is) -> Generator[ReadBlock, None, None]:
         """Weights of all blocks, which must be finished: as they are quantized.
 
-        made   what a linear ships as, of its full name and its result on the host; called in the thread that reads
+        make   a linear's shipped result from its full name and its result on the host; called by the thread that reads
         """
-        return self._each(lambda index: ReadBlock(self._read(index, self._quantized(index, made)), {}))
+        return self._each(lambda index: ReadBlock(self._read(index, self._quantized(index, make)), {}))
 
     def _each(self, read: Callable[[int], ReadBlock]) -> Generator[ReadBlock, None, None]:
         with closing(read_ahead(read, len(self._model.blocks), self._model.device)) as blocks:
@@ -76,10 +76,10 @@ class BlockReader:
     def _read(self, index: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._model.read(self._model.layout.block(index), given, self._upload)
 
-    def _quantized(self, index: int, made: MakeResult = _as_it_is) -> dict[str, Tensor]:
+    def _quantized(self, index: int, make: MakeResult = _as_it_is) -> dict[str, Tensor]:
         device, linears = self._model.device, self._state.load(index)
         changed = {name: value.to(device) for name, value in self._state.parameters(index).items()}
-        weights = {f"{n}.weight": made(n, result).to(device).dequantize() for n, result in linears.items()}
+        weights = {f"{n}.weight": make(n, result).to(device).dequantize() for n, result in linears.items()}
         return weights | changed
 
 

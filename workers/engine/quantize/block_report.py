@@ -49,9 +49,9 @@ class BlockFindings:
             NumericalFailure: the block's output or the method's loss is not finite.
         """
         sums = list(self.linears.values()) + ([] if self.output is None else [self.output])
-        found = iter(torch.cat(sums).tolist() if sums else [])
-        linears = tuple(self._linear(name, [next(found) for _ in part]) for name, part in self.linears.items())
-        error = None if self.output is None else _ratio(next(found), next(found))
+        numbers = iter(torch.cat(sums).tolist() if sums else [])
+        linears = tuple(self._linear(name, [next(numbers) for _ in own]) for name, own in self.linears.items())
+        error = None if self.output is None else _ratio(next(numbers), next(numbers))
         losses = [None if loss is None else float(loss) for loss in (self.result.loss_initial, self.result.loss)]
         for value in (error, *losses):
             self._demand_finite(value)
@@ -116,5 +116,5 @@ def error_sums(quantized: Tensor, original: Tensor, moments: Tensor | None) -> T
     return weighted.sum(1)
 
 
-def _ratio(part: float, whole: float) -> float:
-    return math.sqrt(part / whole) if whole else 0.0
+def _ratio(error: float, reference: float) -> float:
+    return math.sqrt(error / reference) if reference else 0.0

@@ -31,18 +31,18 @@ def empirical_fisher(
     tick: Callable[[float], None],
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Fisher]:
-    """Of the linears of these full names, on sequences of token ids (samples, length), each rank's own; on the host."""
+    """Of the linears of these full names, on token ids (sequences, length), each rank's own; on the host."""
     calls, blocks = model.capture_calls(ids.shape[1]), len(model.blocks)
     sums: dict[str, Fisher] = {}
     at_once = sequences_at_once(model, ids.shape[1])
     for start in range(0, len(ids), at_once):
-        part = ids[start : start + at_once]
-        states = _forward(model, calls, part, micro_batch)
-        gradient = _loss_gradient(model, states.pop(), part)
+        batch = ids[start : start + at_once]
+        states = _forward(model, calls, batch, micro_batch)
+        gradient = _loss_gradient(model, states.pop(), batch)
         for index in reversed(range(blocks)):
             wanted = [name for name in model.block_linears(index) if f"{model.layout.block(index)}.{name}" in names]
             _backward(model, calls[index], index, wanted, states.pop(), gradient, sums)
-            tick((start + len(part) * (blocks - index) / blocks) / len(ids))
+            tick((start + len(batch) * (blocks - index) / blocks) / len(ids))
     for name in sorted(names):  # the same order on every rank
         processes.sum_(sums[name].rows, sums[name].columns)
         if not sums[name].rows.isfinite().all():
@@ -60,7 +60,7 @@ def sequences_at_once(model: StreamedModel, length: int) -> int:
 
 @torch.no_grad()
 def _forward(model: StreamedModel, calls: tuple[BlockCall, ...], ids: Tensor, micro_batch: int) -> list[Tensor]:
-    """Hidden states before each block and after the last, each (samples, length, width) on the host."""
+    """Hidden states before each block and after the last, each (sequences, length, width) on the host."""
     with model.loaded(model.layout.embeddings):
         states = [torch.cat([model.embed(row[None].to(model.device)).cpu() for row in ids])]
     for index, block in enumerate(model.blocks):
@@ -105,9 +105,9 @@ def _backward(
             leaf = hidden[None].to(model.device).requires_grad_()
             with torch.enable_grad():
                 output = call(block, leaf)
-            by_inputs, *found = torch.autograd.grad(output, [leaf, *weights.values()], outer[None].to(output))
+            by_inputs, *gradients = torch.autograd.grad(output, [leaf, *weights.values()], outer[None].to(output))
             outer.copy_(by_inputs[0])
-            for name, each in zip(weights, found, strict=True):
+            for name, each in zip(weights, gradients, strict=True):
                 squares = each.float().square()
                 added = Fisher(squares.sum(1), squares.sum(0))
                 known = sums.get(name)

@@ -110,7 +110,7 @@ class _PreparedFiles:
 
     def save(self, prepared: Prepared) -> None:
         data = save(
-            {f"{n}.{part}": getattr(f, part) for n, f in prepared.fisher.items() for part in ("rows", "columns")}
+            {f"{n}.{side}": getattr(f, side) for n, f in prepared.fisher.items() for side in ("rows", "columns")}
         )
         replace_file(self.folder / "fisher.safetensors", data)
         stored = _Stored(

@@ -19,12 +19,12 @@ from workers.numerics.quantized import AffineWeight
 
 @dataclass(frozen=True)
 class ScaleTask:
-    """What the stage works with.
+    """Input of the stage.
 
     schemes         of the blocks' quantized linears, by full name
     weights         of a block by its index, by full linear name
     calls           how the model calls each block on these sequences
-    inputs          hidden states before the first block, (samples, length, width), of this rank's sequences
+    inputs          hidden states before the first block, (sequences, length, width), of this rank's sequences
     targets         those of the original model after the last block, the same shape
     quantized_head  dequantized weight of the head, where that is quantized too
     micro_batch     sequences that may go through a block at once with gradients
@@ -54,12 +54,12 @@ class ScaleTask:
     @property
     def batch_size(self) -> int:
         """Sequences of this rank in every step."""
-        return self.processes.part(SCALE_BATCH_SIZE)
+        return self.processes.share_size(SCALE_BATCH_SIZE)
 
 
 @dataclass(frozen=True)
 class Fit:
-    """How the stage fits into memory: sequences at once, and blocks whose activations are computed twice."""
+    """Plan by which the stage fits into memory: sequences at once, and blocks with activations computed twice."""
 
     micro_batch: int
     recomputed: int
@@ -73,7 +73,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Skipped:
-    """Why scales are not tuned."""
+    """The reason why scales are not tuned."""
 
     reason: str
 

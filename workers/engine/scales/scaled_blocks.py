@@ -26,7 +26,7 @@ from workers.numerics.quantized import AffineWeight
 
 @dataclass(frozen=True)
 class Place:
-    """Where a linear lies: its groups in the flat buffers of its family, and in those of all families."""
+    """Location of a linear: its groups in the flat buffers of its family, and in those of all families."""
 
     family: int
     groups: slice
@@ -93,11 +93,11 @@ class GroupScales:
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
         """The present scales in the dtype that stores them, (out, groups) by full linear name."""
-        found = {}
+        scales = {}
         for name, place in self.places.items():
             scale = self._rounded(self.start[place.overall], self.change[place.overall])
-            found[name] = scale.view(place.shape[0], -1).to(self._stored[name])
-        return found
+            scales[name] = scale.view(place.shape[0], -1).to(self._stored[name])
+        return scales
 
     def linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
         """The linears of these names as one, which adds to their groups' gradients.

@@ -42,15 +42,15 @@ class OutputHead:
 
     @torch.no_grad()
     def is_faithful(self, hidden: Tensor) -> bool:
-        """Whether norm and head alone give the model's logits for (1, tokens, width): see `head_logits`."""
+        """True if norm and head alone give the model's logits for (1, tokens, width): see `head_logits`."""
         return torch.equal(self.model.head_logits(hidden), self.model.logits(hidden))
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL(teacher || student) summed over tokens, fp64; hidden states (batch, length, width)."""
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        for part, fixed in self._chunks(student.contiguous(), teacher):
+        for rows, fixed in self._chunks(student.contiguous(), teacher):
             with torch.no_grad(), self._head(self.quantized):
-                total += divergence(self._logits(part), self._teacher(fixed))[0].sum(dtype=torch.float64)
+                total += divergence(self._logits(rows), self._teacher(fixed))[0].sum(dtype=torch.float64)
         return total
 
     def gradient(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,8 @@ class OutputHead:
         """
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         student, gradient = student.contiguous(), torch.empty(student.shape, dtype=student.dtype, device=student.device)
-        for part, fixed, out in self._chunks(student, teacher, gradient):
-            leaf, target = part.detach().requires_grad_(), self._teacher(fixed)
+        for rows, fixed, out in self._chunks(student, teacher, gradient):
+            leaf, target = rows.detach().requires_grad_(), self._teacher(fixed)
             with torch.enable_grad(), self._head(self.quantized):
                 logits = self._logits(leaf)
             each, by_logits = divergence(logits.detach(), target)

@@ -22,7 +22,7 @@ falls on held-out sequences; else the old ones stay.
 | t, u | a chunk's at a time | (tokens, vocabulary), the model's dtype |
 
 Cost: a step is a forward and a backward of the whole model over 4 sequences, three products with the head, and one pass
-over codes and weights. Memory: w_hat and q of all blocks (3 bytes a weight in half precision), five numbers a group,
+over codes and weights. Memory: w_hat and q of all blocks (half precision: 3 bytes per weight), 5 numbers per group,
 and the activations of all blocks where they fit; of the first blocks only the inputs where they do not, and those
 blocks are computed twice. Where not even that fits, by an estimate, the stage is left out.
 
@@ -47,7 +47,7 @@ from workers.engine.model.overflow import ALSO_DTYPE
 from workers.engine.scales.memory_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scales.scaled_blocks import ScaledBlocks
 from workers.engine.scales.teacher_loss import OutputHead
-from workers.engine.tune.sample_order import MOST_HELD_OUT, minibatches, split
+from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
 
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 10
@@ -149,7 +149,7 @@ class ScaleTuning:
     def begin(cls, task: ScaleTask, fit: Fit, head: OutputHead) -> "ScaleTuning":
         """Loads the blocks; `head` must stay loaded."""
         device, source = task.model.device, task.inputs.device
-        training, held_out = split(len(task.inputs), task.seed, task.processes.part(MOST_HELD_OUT))
+        training, held_out = split(len(task.inputs), task.seed, task.processes.share_size(MOST_HELD_OUT))
         settings = TuningSettings(task.steps, task.batch_size, LEARNING_RATE)
         blocks = ScaledBlocks.load(
             task.model,
@@ -202,18 +202,18 @@ class ScaleTuning:
         """dL/dp of the mean over the tokens of some sequences, flat (groups,); this rank's part of the mean of all."""
         scales = self.blocks.scales
         scales.gradient.zero_()
-        for part in torch.split(batch, self.fit.micro_batch):
-            inputs, targets = self._rows(part)
+        for indices in torch.split(batch, self.fit.micro_batch):
+            inputs, targets = self._rows(indices)
             self.blocks.add_gradients(inputs, partial(self.head.gradient, teacher=targets))
         return scales.gradient.mul_(scales.start).div_(
             len(batch) * self.task.inputs.shape[1] * self.task.processes.size
         )
 
     def held_out_divergence(self) -> float:
-        """Mean KL a token of the held-out sequences, with the weights as they are; the mean of all ranks'."""
+        """Mean KL per token of the held-out sequences, with the weights as they are; the mean of all ranks'."""
         total = torch.zeros((), dtype=torch.float64, device=self.task.model.device)
-        for part in torch.split(self.held_out, self.fit.micro_batch):
-            inputs, targets = self._rows(part)
+        for indices in torch.split(self.held_out, self.fit.micro_batch):
+            inputs, targets = self._rows(indices)
             total += self.head.divergence(self.blocks.forward(inputs), targets)
         mean = total / (len(self.held_out) * self.task.inputs.shape[1] * self.task.processes.size)
         self.task.processes.sum_(mean)
@@ -243,10 +243,10 @@ class ScaleTuning:
         self.blocks.scales.change.sub_((self.mean / scale).mul_(rate / unbiased[0]))
         self.blocks.scales.write()
 
-    def _rows(self, samples: Tensor) -> tuple[Tensor, Tensor]:
+    def _rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:
         """Inputs and targets of some sequences, on the device."""
         device = self.task.model.device
-        inputs, targets = (t.index_select(0, samples) for t in (self.task.inputs, self.task.targets))
+        inputs, targets = (t.index_select(0, indices) for t in (self.task.inputs, self.task.targets))
         return inputs.to(device, non_blocking=True), targets.to(device, non_blocking=True)
 
 

@@ -300,8 +300,8 @@ def _inner_thoughts(message: Message) -> Iterator[str]:
         yield readable(before.rpartition("<think>")[2].strip()) if tag else ""
 
 
-def _word(index: int, kind: str, part: int = 0) -> str:
-    return f"zq{index}{kind}{part}qz"
+def _word(index: int, kind: str, number: int = 0) -> str:
+    return f"zq{index}{kind}{number}qz"
 
 
 def _words(message: Message) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A chat template that tells whose text it writes: the same program, with marks where it turns to a message.
+"""A chat template that shows whose text it writes: the same program, with marks where it turns to a message.
 
 Each loop of the template that reaches a message, by its loop variable or by a number, writes a mark when it begins with
 it and when it is done; `{% generation %}` writes one as well. Without its marks the text is the template's own, which
@@ -62,11 +62,9 @@ def marked(source: str, marks: Marks) -> str | None:
     except (TemplateSyntaxError, ValueError):
         return None
     inserted = sorted(_insertions(tags, marks), key=lambda each: each[0])
-    target_positions = [0, *(place for place, _ in inserted), len(normal)]
+    cuts = [0, *(place for place, _ in inserted), len(normal)]
     texts = ["", *(text for _, text in inserted)]
-    return "".join(
-        text + normal[first:last] for text, (first, last) in zip(texts, pairwise(target_positions), strict=True)
-    )
+    return "".join(text + normal[first:last] for text, (first, last) in zip(texts, pairwise(cuts), strict=True))
 
 
 def pieces(text: str, marks: Marks) -> tuple[str, list[Piece]]:
@@ -104,7 +102,7 @@ def _after(
 
 
 def _tags(source: str) -> Iterator[_Tag]:
-    """The block tags of a template, with their places: the lexer tells the words, and drops only whitespace."""
+    """The block tags of a template, with their positions: the lexer gives the words, and drops only whitespace."""
     words: list[str] = []
     place, begin, opener = 0, -1, ""
     for _, kind, value in Environment(trim_blocks=True, lstrip_blocks=True, autoescape=True).lex(source):

@@ -32,14 +32,14 @@ DOCUMENTS_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class Sequences:
-    """Token sequences and how to name them: `ids` int64 (samples, length), on the host."""
+    """Token sequences and how to name them: `ids` int64 (sequences, length), on the host."""
 
     ids: Tensor
     source: str
     overlapping: bool = False
-    """Whether sequences overlap because the text is short; only builtin text may."""
+    """True if sequences overlap because the text is short; only builtin text may."""
     notes: Notes = dataclasses.field(default_factory=Notes)
-    """What was left of the file's rows."""
+    """Notes on the file's rows that were left out or cut."""
     text_tokens: int | None = None
     """Tokens of the whole text, where sequences overlap."""
 
@@ -48,9 +48,9 @@ class Sequences:
         return hashlib.sha256(self.ids.numpy().tobytes()).hexdigest()
 
     def report(self) -> TextReport:
-        samples, length = self.ids.shape
+        count, length = self.ids.shape
         return TextReport(
-            source=self.source, sha256=self.sha256, num_samples=samples, sequence_length=length, tokens=samples * length
+            source=self.source, sha256=self.sha256, num_samples=count, sequence_length=length, tokens=count * length
         )
 
 
@@ -228,7 +228,7 @@ def writes_start(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 def _too_short(config: Calibration | Evaluation, name: str, tokens: int, sequences: int) -> InvalidDataset:
     return InvalidDataset(
-        f"{name}.dataset has {tokens} tokens, {sequences} windows of {config.sequence_length}; "
+        f"{name}.dataset has {tokens} tokens, {sequences} sequences of {config.sequence_length}; "
         f"{config.num_samples} are asked for",
         field=f"{name}.dataset",
         value=tokens,

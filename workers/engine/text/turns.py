@@ -19,9 +19,9 @@ Span = tuple[int, int]
 """First character, and the one after the last."""
 
 FIRST_WORDS = ("<think>", "<thinking>", "[THINK]", "<|START_THINKING|>", "<|channel>thought")
-"""What a model says before its answer. A generation prompt may say it for the model, and still it is learned."""
+"""Openings of a model's thoughts. A generation prompt may say them for the model, and still they are learned."""
 ASKING = Conversation((Message("user", {"role": "user", "content": "?"}),))
-"""What precedes a first turn, to see how its template asks for it."""
+"""A conversation before a first answer, to see how its template asks for one."""
 WAY_OUT = (
     'set finetune.loss_on to "all" with no weights in the row, or put {% generation %} into the chat template '
     "around what the assistant writes"

@@ -15,7 +15,7 @@ class GradientLinear(nn.Module):
 
     weight    (out, in), a view of a flat buffer; requires a gradient, so that autograd comes this way
     bias      (out,), not trained
-    receive   told what the weight's gradient is made of; the parameter itself gets none
+    receive   called with the factors of the weight's gradient; the parameter itself gets none
     """
 
     def __init__(self, weight: Tensor, bias: nn.Parameter | None, receive: Receive) -> None:

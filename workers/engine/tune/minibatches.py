@@ -24,7 +24,7 @@ class Minibatches:
     def __init__(
         self, inputs: Tensor, targets: Tensor, device: torch.device, *, batches: Tensor, held_out: Tensor
     ) -> None:
-        """inputs and targets (samples, length, width), samples of each step (steps, batch), held-out ones (count,)."""
+        """Inputs, targets (sequences, length, width); indices of each step (steps, batch) and held out (count,)."""
         self._staging: _Staging | None = None
         if is_far(inputs, device):
             self._staging = _Staging((inputs, targets), device, batch=batches.shape[1], fixed=len(held_out))
@@ -37,7 +37,7 @@ class Minibatches:
         self.adopt(inputs, targets, batches=batches, held_out=held_out)
 
     def adopt(self, inputs: Tensor, targets: Tensor, *, batches: Tensor, held_out: Tensor) -> None:
-        """Takes over another run's samples: of the same tensors, or of any of their shapes in host memory."""
+        """Takes over another run's sequences: of the same tensors, or of any of their shapes in host memory."""
         if self._staging is None:
             self._batches.copy_(batches)
             self.held_out.copy_(held_out)
@@ -99,15 +99,15 @@ class _Staging:
 
     def _fetch(self) -> None:
         """Begins to copy the rows of the step after the next `_take`, if there is one."""
-        samples = next(self._left, None)
-        if samples is None:
+        indices = next(self._left, None)
+        if indices is None:
             return
         if self._stream is not None:
             # Not before the host rows are written, nor before the rows of the last fetch are taken.
             self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
         with nullcontext() if self._stream is None else torch.cuda.stream(self._stream):
             for ahead, source in zip(self._ahead, self._sources, strict=True):
-                _fill(ahead, source, samples)
+                _fill(ahead, source, indices)
 
     def _take(self) -> None:
         if self._stream is not None:
@@ -116,6 +116,6 @@ class _Staging:
             rows[: self._batch].copy_(ahead)
 
 
-def _fill(rows: Tensor, source: Tensor, samples: list[int]) -> None:
-    for row, sample in zip(rows, samples, strict=True):
-        row.copy_(source[sample], non_blocking=True)
+def _fill(rows: Tensor, source: Tensor, indices: list[int]) -> None:
+    for row, index in zip(rows, indices, strict=True):
+        row.copy_(source[index], non_blocking=True)

@@ -31,7 +31,7 @@ from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSett
 from workers.engine.device.cuda_graphs import captured
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.tune.minibatches import Minibatches, address
-from workers.engine.tune.sample_order import MOST_HELD_OUT, minibatches, split
+from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.tune.tuned_block import TunedBlock, shape_of
 from workers.numerics.backend import BlockKernels, block_kernels
 from workers.numerics.quantized import Number
@@ -45,15 +45,15 @@ LOSS_SCALE = {torch.float16: 2.0**15}
 class Tuner:
     """Tunes block after block; `tune` is the `Tune` of the methods.
 
-    log    told an event's name and fields when the tuner falls back to a slower way
-    processes  who tunes along; every one of them must call `tune` with the same settings
+    log        called with an event's name and fields when the tuner falls back to a slower way
+    processes  those that tune together; each of them must call `tune` with the same settings
     """
 
     def __init__(
         self, log: Callable[..., None] = lambda *_, **__: None, processes: ProcessGroup = SINGLE_PROCESS
     ) -> None:
         self._log = log
-        self._ranks = processes
+        self._processes = processes
         self._run: _Run | None = None
 
     def tune(self, task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
@@ -64,21 +64,21 @@ class Tuner:
             torch.OutOfMemoryError: not even one sequence at a time fits; or, with several ranks, this one has run out
                 while others wait for it.
         """
-        settings = replace(settings, batch_size=self._ranks.part(settings.batch_size))
+        settings = replace(settings, batch_size=self._processes.share_size(settings.batch_size))
         micro_batch = min(task.micro_batch, settings.batch_size)
         while True:
             try:
                 return self._tune(task, weights, settings, micro_batch)
             except torch.OutOfMemoryError:
-                if micro_batch == 1 or not self._ranks.alone:
+                if micro_batch == 1 or not self._processes.alone:
                     raise
             # Outside the except clause: the exception holds the tensors of the failed step.
             self._run = None
             torch.cuda.empty_cache()
             micro_batch = max(1, micro_batch // 2)
             self._log("micro_batch_lowered", block=task.index, micro_batch=micro_batch)
-            for part in weights:
-                part.restart()
+            for trainable in weights:
+                trainable.restart()
 
     def release(self) -> None:
         """Lets go of the captured steps and their memory."""
@@ -91,7 +91,7 @@ class Tuner:
         if run is not None and run.fits(task, weights, settings, micro_batch):
             run.adopt(task, weights)
         else:
-            self._run = run = _Run.begin(task, weights, settings, micro_batch, self._ranks)
+            self._run = run = _Run.begin(task, weights, settings, micro_batch, self._processes)
             run.prepare(self._log)
         run.start()
         for step in range(settings.steps):
@@ -142,7 +142,7 @@ class _Run:
         processes: ProcessGroup,
     ) -> "_Run":
         device = task.device
-        data = Minibatches(task.inputs, task.targets, device, **_samples(task, settings, processes))
+        data = Minibatches(task.inputs, task.targets, device, **_sequences(task, settings, processes))
         run = cls(
             task=task,
             shape=_shape(task, weights, settings, micro_batch),
@@ -174,7 +174,7 @@ class _Run:
         self.block.adopt(task.block)
         for present, other in zip(self.weights, weights, strict=True):
             present.adopt(other)
-        self.data.adopt(task.inputs, task.targets, **_samples(task, self.settings, self.processes))
+        self.data.adopt(task.inputs, task.targets, **_sequences(task, self.settings, self.processes))
 
     def prepare(self, log: Callable[..., None]) -> None:
         """Captures step and check where that is possible."""
@@ -267,9 +267,9 @@ class _Run:
 
     def _add_gradients(self, rows: Tensor, share: float) -> None:
         """Adds the weights' gradients of `share` times the error of some sequences."""
-        parts = self._outputs(rows)
-        _, gradient = self._error(parts, rows, share)
-        trained = [part for part in parts if part.requires_grad]
+        outputs = self._outputs(rows)
+        _, gradient = self._error(outputs, rows, share)
+        trained = [output for output in outputs if output.requires_grad]
         torch.autograd.backward(trained, [gradient] * len(trained))
 
     def _outputs(self, rows: Tensor) -> list[Tensor]:
@@ -325,9 +325,9 @@ def _shape(
     )
 
 
-def _samples(task: BlockTask, settings: TuningSettings, processes: ProcessGroup) -> dict[str, Tensor]:
+def _sequences(task: BlockTask, settings: TuningSettings, processes: ProcessGroup) -> dict[str, Tensor]:
     """Training and validation sequences, as `Minibatches` takes them."""
-    training, held_out = split(len(task.inputs), task.seed, processes.part(MOST_HELD_OUT))
+    training, held_out = split(len(task.inputs), task.seed, processes.share_size(MOST_HELD_OUT))
     return {"batches": minibatches(training, settings, task.seed), "held_out": held_out}
 
 

@@ -12,20 +12,20 @@ HELD_OUT_SHARE = 8
 """One sequence in eight is held out, at most sixteen."""
 
 
-def split(samples: int, seed: int, most: int = MOST_HELD_OUT) -> tuple[Tensor, Tensor]:
+def split(sequences: int, seed: int, most: int = MOST_HELD_OUT) -> tuple[Tensor, Tensor]:
     """Indices, int64, of the training and of the held-out sequences, at most `most`; a single one serves as both."""
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    count = max(1, min(most, samples // HELD_OUT_SHARE))
-    return (order, order) if samples == 1 else (order[count:], order[:count])
+    order = torch.randperm(sequences, generator=torch.Generator().manual_seed(seed))
+    count = max(1, min(most, sequences // HELD_OUT_SHARE))
+    return (order, order) if sequences == 1 else (order[count:], order[:count])
 
 
-def minibatches(samples: Tensor, settings: TuningSettings, seed: int) -> Tensor:
+def minibatches(sequences: Tensor, settings: TuningSettings, seed: int) -> Tensor:
     """Indices of all minibatches, int64 (steps, batch); each pass is shuffled anew and its ragged tail dropped."""
     generator = torch.Generator().manual_seed(seed + 1)
-    size = min(settings.batch_size, len(samples))
-    a_pass = len(samples) // size
+    size = min(settings.batch_size, len(sequences))
+    a_pass = len(sequences) // size
     passes = [
-        samples[torch.randperm(len(samples), generator=generator)][: a_pass * size].view(a_pass, size)
+        sequences[torch.randperm(len(sequences), generator=generator)][: a_pass * size].view(a_pass, size)
         for _ in range(math.ceil(settings.steps / a_pass))
     ]
     return torch.cat([torch.empty(0, size, dtype=torch.int64), *passes])[: settings.steps]
