@@ -99,6 +99,11 @@ class Job:
         return self.order.request.seed
 
     @property
+    def trains(self) -> bool:
+        """Whether adapters are trained beside the quantized weights."""
+        return self.request.finetune is not None and self.request.adapter is not None
+
+    @property
     def state_folder(self) -> Path:
         """The folder of everything that a retried attempt adopts."""
         return self.workspace / "state"
