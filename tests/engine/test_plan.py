@@ -40,7 +40,7 @@ def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
 
     def plan(free: int, *streams: ActivationSize, world_size: int = 1) -> Plan:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GB))
-        return make_plan(order.model_copy(update={"world_size": world_size}), model, list(streams))
+        return make_plan(order.model_copy(update={"world_size": world_size}), model, torch.float32, list(streams))
 
     plan.model = model  # type: ignore[attr-defined]
     return plan

@@ -66,7 +66,7 @@ class ActivationSize:
     tensors: int
 
 
-def make_plan(order: AttemptOrder, model: StreamedModel, sizes: list[ActivationSize]) -> Plan:
+def make_plan(order: AttemptOrder, model: StreamedModel, scale_dtype: torch.dtype, sizes: list[ActivationSize]) -> Plan:
     """Plans a job over these activations, which its processes share. The model must not be loaded yet."""
     sizes = [replace(size, samples=math.ceil(size.samples / order.world_size)) for size in sizes]
     longest = max((size.length for size in sizes), default=1)
@@ -76,7 +76,7 @@ def make_plan(order: AttemptOrder, model: StreamedModel, sizes: list[ActivationS
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         dtype=_name(model.dtype),
-        scale_dtype=scale_dtype(order.request.formats, model.dtype),
+        scale_dtype=scale_dtype,
         micro_batch=micro_batch,
         pass_batch=max(1, _pass_batch(model, longest) // order.micro_batch_divisor),
         torch_version=torch.__version__,
@@ -92,7 +92,7 @@ def plan_report(plan: Plan) -> dict[str, str | int | float | bool | None]:
     return asdict(plan) | {"scale_dtype": _name(plan.scale_dtype)}
 
 
-def scale_dtype(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.dtype:
+def scale_dtype_of(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.dtype:
     """The dtype in which every one of the formats stores scales without rounding them.
 
     Formats that differ in it do not go together: the request is refused.
