@@ -13,10 +13,10 @@ from tests.engine.model.random_models import save_random_model
 from workers.disk.orders import AttemptOrder
 from workers.engine import memory
 from workers.engine.finetune import memory_plan as training_plan
-from workers.engine.memory import ACTIVATION_BYTES, PASS_BYTES, working_bytes
+from workers.engine.memory import ACTIVATION_BYTES, PASS_BYTES, ActivationSize, working_bytes
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import ActivationSize, Plan, make_plan
+from workers.engine.plan import Plan, make_plan
 
 GB = 1 << 30
 PlanWith = Callable[..., Plan]

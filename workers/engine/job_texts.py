@@ -9,8 +9,8 @@ from app.domain.advice import starved_calibration
 from app.domain.request.sources import GeneratedText
 from bitwright.errors import InvalidDataset
 from workers.disk.orders import AttemptOrder
+from workers.engine.memory import ActivationSize
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import ActivationSize
 from workers.engine.reporter import Reporter
 from workers.engine.text.documents import Notes
 from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts

@@ -36,13 +36,13 @@ def empirical_fisher(
     sums: dict[str, Fisher] = {}
     at_once = sequences_at_once(model, ids.shape[1])
     for start in range(0, len(ids), at_once):
-        part = ids[start : start + at_once]
-        states = _forward(model, calls, part, micro_batch)
-        gradient = _loss_gradient(model, states.pop(), part)
+        batch = ids[start : start + at_once]
+        states = _forward(model, calls, batch, micro_batch)
+        gradient = _loss_gradient(model, states.pop(), batch)
         for index in reversed(range(blocks)):
             wanted = [name for name in model.block_linears(index) if f"{model.layout.block(index)}.{name}" in names]
             _backward(model, calls[index], index, wanted, states.pop(), gradient, sums)
-            tick((start + len(part) * (blocks - index) / blocks) / len(ids))
+            tick((start + len(batch) * (blocks - index) / blocks) / len(ids))
     for name in sorted(names):  # the same order on every rank
         processes.sum_(sums[name].rows, sums[name].columns)
         if not sums[name].rows.isfinite().all():

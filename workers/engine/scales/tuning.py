@@ -202,8 +202,8 @@ class ScaleTuning:
         """dL/dp of the mean over the tokens of some sequences, flat (groups,); this rank's part of the mean of all."""
         scales = self.blocks.scales
         scales.gradient.zero_()
-        for part in torch.split(batch, self.fit.micro_batch):
-            inputs, targets = self._rows(part)
+        for samples in torch.split(batch, self.fit.micro_batch):
+            inputs, targets = self._rows(samples)
             self.blocks.add_gradients(inputs, partial(self.head.gradient, teacher=targets))
         return scales.gradient.mul_(scales.start).div_(
             len(batch) * self.task.inputs.shape[1] * self.task.processes.size
@@ -212,8 +212,8 @@ class ScaleTuning:
     def held_out_divergence(self) -> float:
         """Mean KL a token of the held-out sequences, with the weights as they are; the mean of all ranks'."""
         total = torch.zeros((), dtype=torch.float64, device=self.task.model.device)
-        for part in torch.split(self.held_out, self.fit.micro_batch):
-            inputs, targets = self._rows(part)
+        for samples in torch.split(self.held_out, self.fit.micro_batch):
+            inputs, targets = self._rows(samples)
             total += self.head.divergence(self.blocks.forward(inputs), targets)
         mean = total / (len(self.held_out) * self.task.inputs.shape[1] * self.task.processes.size)
         self.task.processes.sum_(mean)
