@@ -206,8 +206,7 @@ class Replay:
 
     def run(self, activations: Activations, shipment: Shipment) -> None:
         """X_q of the activations, rewound to the embeddings, through all blocks."""
-        with self.model.loaded(self.model.layout.embeddings):
-            activations.rewind(self.model)
+        activations.rewind(self.model)
 
         def shipped_base(name: str, base: LinearResult) -> LinearResult:
             return self._shipped_base(name, base, shipment)

@@ -84,7 +84,8 @@ class BlockReader:
 
 
 def replay_quantized(model: StreamedModel, finished: FinishedBlocks, activations: Activations) -> None:
-    """X_q of rewound activations through all blocks again, with the weights that are durable now."""
+    """X_q from the embeddings through all blocks again, with the weights that are durable now."""
+    activations.rewind(model)
     with closing(BlockReader(model, finished).quantized_blocks()) as blocks:
         for index, block in enumerate(blocks):
             with model.filled(block.original):
