@@ -62,7 +62,7 @@ from workers.engine.job import Job
 from workers.engine.job_texts import Texts
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import make_plan
+from workers.engine.plan import make_plan, scale_dtype_of
 from workers.engine.reporter import Reporter
 from workers.engine.seeds import derived_seed
 from workers.engine.text.examples import Examples
@@ -239,7 +239,7 @@ def ours(given: argparse.Namespace, clock: Clock, *, recomputes: bool) -> dict[s
             processes=SINGLE_PROCESS,
             model=model,
             schemes=dict.fromkeys((name for name in model.linears() if name != model.layout.head), NF4),
-            plan=make_plan(order, model, []),
+            plan=make_plan(order, model, scale_dtype_of(order.request.formats, model.dtype), []),
             texts=Texts(None, None, FinetuningTexts(Examples(), sequences(given), None, "benchmark")),
             finished_blocks=state,
         )

@@ -13,10 +13,10 @@ from tests.engine.model.random_models import save_random_model
 from workers.disk.orders import AttemptOrder
 from workers.engine import memory
 from workers.engine.finetune import memory_plan
-from workers.engine.memory import ACTIVATION_BYTES, PASS_BYTES, working_bytes
+from workers.engine.memory import ACTIVATION_BYTES, PASS_BYTES, ActivationSize, working_bytes
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import ActivationSize, Plan, make_plan
+from workers.engine.plan import Plan, make_plan
 
 GB = 1 << 30
 PlanWith = Callable[..., Plan]
@@ -40,7 +40,7 @@ def plan_with(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> PlanWith:
 
     def plan(free: int, *sizes: ActivationSize, world_size: int = 1) -> Plan:
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, 80 * GB))
-        return make_plan(order.model_copy(update={"world_size": world_size}), model, list(sizes))
+        return make_plan(order.model_copy(update={"world_size": world_size}), model, torch.float32, list(sizes))
 
     plan.model = model  # type: ignore[attr-defined]
     return plan

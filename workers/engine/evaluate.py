@@ -27,7 +27,7 @@ from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.stage import Quantized
-from workers.engine.shipped import Replay, evaluated_key, shipments_of, trained_adapters
+from workers.engine.shipped import Replay, evaluated_key, shipments_of
 from workers.engine.shipped_quality import Evaluated, QualityMeter, differences, evaluate
 from workers.engine.text.sequences import Sequences
 
@@ -48,17 +48,23 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
             total = len(sequences.ids) * count
             job.reporter.progress(Stage.EVALUATE, (number + share) / count * total, total, "sequences")
 
-        return _measured(job, activations, activations.quantized, sequences, head, tick)
+        return measure(
+            job.model,
+            activations.original,
+            activations.quantized,
+            sequences,
+            quantized_head=head,
+            tick=tick,
+            processes=job.processes,
+        )
 
-    adapters = None if finetuned is None else finetuned.adapters
-    trained = trained_adapters(job, adapters)
     evaluated = evaluate(
-        shipments_of(job, trained=trained is not None),
-        Replay(job.model, job.finished_blocks, trained),
+        shipments_of(job),
+        Replay(job.model, job.finished_blocks, None if finetuned is None else finetuned.trained),
         activations,
         QualityMeter(quantized.head, measured),
         merged=job.request.merge is not None,
-        streamed=evaluated_key(job, trained=trained is not None),
+        streamed=evaluated_key(job),
     )
     for name in ("perplexity_original", "perplexity", "kl_divergence", "top1_agreement"):
         job.reporter.metric(name, getattr(evaluated.quality, name))
@@ -71,28 +77,17 @@ def _reference(job: Job, activations: Activations, sequences: Sequences, head: T
     """The row of round to nearest, whose head is `head`: that is rounded to nearest anyway."""
     if activations.reference is None:
         return None
-    quality = _measured(job, activations, activations.reference, sequences, head, lambda _: None)
-    job.reporter.metric("perplexity_round_to_nearest", quality.perplexity)
-    return Figures.of(quality)
-
-
-def _measured(
-    job: Job,
-    activations: Activations,
-    quantized: Tensor,
-    sequences: Sequences,
-    head: Tensor | None,
-    tick: Callable[[float], None],
-) -> Quality:
-    return measure(
+    quality = measure(
         job.model,
         activations.original,
-        quantized,
+        activations.reference,
         sequences,
         quantized_head=head,
-        tick=tick,
+        tick=lambda _: None,
         processes=job.processes,
     )
+    job.reporter.metric("perplexity_round_to_nearest", quality.perplexity)
+    return Figures.of(quality)
 
 
 def _merging(job: Job) -> str:

@@ -18,7 +18,7 @@ from workers.engine.device.read_ahead import read_ahead
 from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.report import Results, identity_of, report_of, size_of
-from workers.engine.shipped import TrainedAdapters, trained_adapters
+from workers.engine.shipped import TrainedAdapters
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
 from workers.formats.format import Writer
@@ -37,8 +37,7 @@ def run(job: Job, results: Results) -> ResultLine:
         MisalignedAdapter, OffsetNotRepresentable: an adapter cannot be folded in.
     """
     job.clock.enter(Stage.EXPORT)
-    finetuned, evaluated = results.finetuned, results.evaluated
-    trained = trained_adapters(job, None if finetuned is None else finetuned.adapters)
+    trained, evaluated = None if results.finetuned is None else results.finetuned.trained, results.evaluated
     exported = _write(job, trained, identity_of(job, results))
     adapter = exported.adapter
     if adapter is not None and evaluated is not None:

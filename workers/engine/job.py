@@ -43,8 +43,9 @@ class Prepared:
     def of_block(self, prefix: str) -> tuple[dict[str, AbsmaxScheme], dict[str, Fisher]]:
         """Second levels and Fisher information of a block's linears, by their names inside it."""
         start = prefix + "."
-        absmax = {n.removeprefix(start): a for n, a in self.absmax.items() if n.startswith(start)}
-        return absmax, {n.removeprefix(start): f for n, f in self.fisher.items() if n.startswith(start)}
+        absmax = {name.removeprefix(start): each for name, each in self.absmax.items() if name.startswith(start)}
+        fisher = {name.removeprefix(start): each for name, each in self.fisher.items() if name.startswith(start)}
+        return absmax, fisher
 
     def digest(self) -> str:
         """sha256 of everything that the blocks' codes depend on."""
@@ -97,6 +98,11 @@ class Job:
     @property
     def seed(self) -> int:
         return self.order.request.seed
+
+    @property
+    def trains(self) -> bool:
+        """Whether adapters are trained beside the quantized weights."""
+        return self.request.finetune is not None and self.request.adapter is not None
 
     @property
     def state_folder(self) -> Path:

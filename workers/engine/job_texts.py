@@ -1,18 +1,16 @@
 """All texts of a job, read before anything is computed: calibration, evaluation and the adapter's training text."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import Tensor
 
 from app.domain.advice import starved_calibration
-from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import GeneratedText
 from bitwright.errors import InvalidDataset
 from workers.disk.orders import AttemptOrder
+from workers.engine.memory import ActivationSize
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import ActivationSize
 from workers.engine.reporter import Reporter
 from workers.engine.text.documents import Notes
 from workers.engine.text.finetuning_texts import FinetuningTexts, read_finetuning_texts
@@ -46,27 +44,36 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
     if generation is None:
         return Texts(None, None)
     request, tokenizer = order.request, generation.tokenizer
-    given = (order.calibration_path, order.evaluation_path, order.finetuning_path)
-    paths = [None if path is None else Path(path) for path in given]
+    paths = (order.calibration_path, order.evaluation_path, order.finetuning_path)
+    calibration_file, evaluation_file, finetuning_file = (None if path is None else Path(path) for path in paths)
     calibration = evaluation = finetuning = None
     config = request.finetune
     if config is not None:
         _check_length(model, "finetune", config.sequence_length)
-        finetuning = read_finetuning_texts(tokenizer, config, paths[2], paths[1])
+        finetuning = read_finetuning_texts(tokenizer, config, finetuning_file, evaluation_file)
         _check_vocabulary(model, finetuning.training.ids)
     if request.base_job is None and request.quantization.reads_text():
         _check_length(model, "calibration", request.calibration.sequence_length)
         if isinstance(request.calibration.dataset, GeneratedText):
             calibration = generated_sequences(request.calibration, request.seed, generation)
         else:
-            calibration = calibration_sequences(tokenizer, request.calibration, paths[0], request.seed, paths[1])
+            calibration = calibration_sequences(
+                tokenizer, request.calibration, calibration_file, request.seed, evaluation_file
+            )
         starved = starved_calibration(request, calibration.text_tokens)
         if starved is not None:
             reporter.warning("starved_calibration", starved)
     if request.evaluation is not None:
         _check_length(model, "evaluation", request.evaluation.sequence_length)
-        used = _calibration_file(request, paths) if request.quantization.reads_text() else None
-        evaluation = evaluation_sequences(tokenizer, request.evaluation, paths[1], request.seed, used, paths[2])
+        if request.base_job is not None:
+            # What calibrated an earlier job is known only if evaluation reads the same dataset.
+            shared = request.evaluation.dataset == request.calibration.dataset
+            calibration_file = evaluation_file if shared else None
+        if not request.quantization.reads_text():
+            calibration_file = None
+        evaluation = evaluation_sequences(
+            tokenizer, request.evaluation, evaluation_file, request.seed, calibration_file, finetuning_file
+        )
     if finetuning is not None:
         _warn(reporter, "finetune", finetuning.examples.notes)
     for name, sequences in (("calibration", calibration), ("evaluation", evaluation)):
@@ -83,15 +90,6 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
 def _warn(reporter: Reporter, name: str, notes: Notes) -> None:
     for code, message in notes.warnings(f"{name}.dataset"):
         reporter.warning(code, message)
-
-
-def _calibration_file(request: JobRequest, paths: Sequence[Path | None]) -> Path | None:
-    """The file that calibrated. If the base job did, it is known only if evaluation reads the same dataset."""
-    if request.base_job is None:
-        return paths[0]
-    evaluation = request.evaluation
-    shared = evaluation is not None and evaluation.dataset == request.calibration.dataset
-    return paths[1] if shared else None
 
 
 def _check_length(model: StreamedModel, name: str, length: int) -> None:

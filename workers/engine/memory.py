@@ -1,5 +1,7 @@
 """Memory model of the engine: how much each stage may take, and what blocks, logits and tuning need, in bytes."""
 
+from dataclasses import dataclass
+
 import torch
 
 from workers.engine.model.streamed_model import StreamedModel
@@ -47,6 +49,15 @@ PASS_BYTES = 1 << 31
 """Of a GPU's memory that a pass without gradients may take: the fewer the calls, the less to launch."""
 
 
+@dataclass(frozen=True)
+class ActivationSize:
+    """Sequences of a text, and how many tensors of hidden states are kept of them."""
+
+    sequences: int
+    length: int
+    tensors: int
+
+
 def device_memory(device: torch.device) -> int:
     """All memory of a GPU, or of the host: plans that count against it are the same on the same machine."""
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else host_memory()
@@ -78,3 +89,33 @@ def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
     logits = min(LOGITS_AT_ONCE["cuda"], length * config.vocab_size) * LOGITS_BYTES
     # In a pass for the reference row the block's rounded weights are there besides.
     return int(max(tuning, 3 * block * item + PASS_BYTES, head + logits))
+
+
+def largest_micro_batch(model: StreamedModel, length: int) -> int:
+    """Sequences of this length that go through a block at once with gradients."""
+    most = max(1, min(LARGEST_MICRO_BATCH, TOKENS_AT_ONCE[model.device.type] // length))
+    if model.device.type != "cuda":
+        return most
+    budget = TUNING_SHARE * device_memory(model.device)
+    return max(1, min(most, int(budget // (graph_bytes(model) * length))))
+
+
+def largest_pass_batch(model: StreamedModel, length: int) -> int:
+    """The same without gradients."""
+    if model.device.type != "cuda":
+        return largest_micro_batch(model, length)
+    return max(1, PASS_BYTES // (pass_bytes(model) * length))
+
+
+def activation_bytes(model: StreamedModel, sizes: list[ActivationSize]) -> int:
+    """Hidden states of these sizes."""
+    elements = sum(size.sequences * size.length * size.tensors for size in sizes)
+    return int(elements * model.config.get_text_config().hidden_size * model.dtype.itemsize)
+
+
+def activation_budget(model: StreamedModel, length: int, micro_batch: int) -> int | None:
+    """Bytes of the device that are free now and that nothing else will need; None on a CPU."""
+    if model.device.type != "cuda":
+        return None
+    free = torch.cuda.mem_get_info(model.device)[0] // MEMORY_STEP * MEMORY_STEP
+    return max(0, int(ACTIVATION_SHARE * (free - working_bytes(model, length, micro_batch))))

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import dishonoured_rank
@@ -22,7 +23,7 @@ from workers.engine.job_texts import read_texts
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.foreign_tensors import left_out_warning
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.plan import make_plan, plan_schemes, scale_dtype
+from workers.engine.plan import make_plan, plan_schemes, scale_dtype_of
 from workers.engine.quantize.kernel_warm_up import compiling
 from workers.engine.reporter import Reporter
 from workers.engine.text.generated import Generation
@@ -52,19 +53,20 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         schemes = plan_schemes(model, order.request.quantization)
         inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
-        base_job = _base_job(order, model, set(schemes))
+        scale_dtype = scale_dtype_of(order.request.formats, model.dtype)
+        base_job = _base_job(order, model, set(schemes), scale_dtype)
         schemes = schemes if base_job is None else base_job.schemes
         tokenizer = _tokenizer(order, reporter)
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         compiled = schemes if base_job is None else {}
-        with compiling(model, compiled, order.request.quantization, scale_dtype(order.request.formats, model.dtype)):
-            reading = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
-            texts = read_texts(order, model, reporter, reading)
+        with compiling(model, compiled, order.request.quantization, scale_dtype):
+            generation = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
+            texts = read_texts(order, model, reporter, generation)
         _advise(order, model, reporter)
         reference = has_reference(order.request, read_dimensions(checkpoint.config))
         sizes = texts.activation_sizes(order.request.quantization.needs_original_inputs(), reference)
-        plan = make_plan(order, model, sizes)
+        plan = make_plan(order, model, scale_dtype, sizes)
         reporter.log(
             "activations_placed", place=plan.activations, bytes=plan.activation_bytes, budget=plan.activation_budget
         )
@@ -105,13 +107,15 @@ def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBa
     return None
 
 
-def _base_job(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> BaseJobResult | None:
+def _base_job(
+    order: AttemptOrder, model: StreamedModel, quantized: set[str], scale_dtype: torch.dtype
+) -> BaseJobResult | None:
     if order.request.base_job is None:
         return None
     if order.base_job_path is None:
         raise InternalError("the order has no folder of the job that this one starts from", field="base_job")
     base_job = BaseJobResult.open(Path(order.base_job_path), model, quantized)
-    base_job.demand_held(order.request.formats)
+    base_job.demand_held(order.request.formats, scale_dtype)
     return base_job
 
 
@@ -123,12 +127,12 @@ def _generation(
     reporter: Reporter,
     rank: int,
 ) -> Generation:
-    wanted = order.request.calibration.num_samples
+    total = order.request.calibration.num_samples
     return Generation(
         checkpoint=model.checkpoint,
         tokenizer=tokenizer,
         device=model.device,
         kept=workspace / "generated.safetensors",
         leads=rank == 0,
-        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, wanted, "sequences"),
+        tick=lambda done: reporter.progress(Stage.CALIBRATE, done, total, "sequences"),
     )

@@ -12,16 +12,11 @@ from app.domain.methods.module_rules import rule_errors
 from workers.disk.orders import AttemptOrder
 from workers.engine.memory import (
     ACTIVATION_BYTES,
-    ACTIVATION_SHARE,
-    LARGEST_MICRO_BATCH,
-    MEMORY_STEP,
-    PASS_BYTES,
-    TOKENS_AT_ONCE,
-    TUNING_SHARE,
-    device_memory,
-    graph_bytes,
-    pass_bytes,
-    working_bytes,
+    ActivationSize,
+    activation_budget,
+    activation_bytes,
+    largest_micro_batch,
+    largest_pass_batch,
 )
 from workers.engine.model.streamed_model import StreamedModel
 
@@ -57,28 +52,19 @@ class Plan:
         return {name: value for name, value in plan_report(self).items() if not name.startswith("activation")}
 
 
-@dataclass(frozen=True)
-class ActivationSize:
-    """Sequences of a text, and how many tensors of hidden states are kept of them."""
-
-    sequences: int
-    length: int
-    tensors: int
-
-
-def make_plan(order: AttemptOrder, model: StreamedModel, sizes: list[ActivationSize]) -> Plan:
+def make_plan(order: AttemptOrder, model: StreamedModel, scale_dtype: torch.dtype, sizes: list[ActivationSize]) -> Plan:
     """Plans a job over these activations, which its processes share. The model must not be loaded yet."""
     sizes = [replace(size, sequences=math.ceil(size.sequences / order.world_size)) for size in sizes]
     longest = max((size.length for size in sizes), default=1)
-    micro_batch = max(1, _micro_batch(model, longest) // order.micro_batch_divisor)
-    needed, budget = _activation_bytes(model, sizes), _activation_budget(model, longest, micro_batch)
+    micro_batch = max(1, largest_micro_batch(model, longest) // order.micro_batch_divisor)
+    needed, budget = activation_bytes(model, sizes), activation_budget(model, longest, micro_batch)
     return Plan(
         device=torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else "cpu",
         threads=torch.get_num_threads(),
         dtype=_name(model.dtype),
-        scale_dtype=scale_dtype(order.request.formats, model.dtype),
+        scale_dtype=scale_dtype,
         micro_batch=micro_batch,
-        pass_batch=max(1, _pass_batch(model, longest) // order.micro_batch_divisor),
+        pass_batch=max(1, largest_pass_batch(model, longest) // order.micro_batch_divisor),
         torch_version=torch.__version__,
         activations="device" if budget is not None and needed <= min(budget, ACTIVATION_BYTES) else "host",
         activation_bytes=needed,
@@ -92,7 +78,7 @@ def plan_report(plan: Plan) -> dict[str, str | int | float | bool | None]:
     return asdict(plan) | {"scale_dtype": _name(plan.scale_dtype)}
 
 
-def scale_dtype(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.dtype:
+def scale_dtype_of(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.dtype:
     """The dtype in which every one of the formats stores scales without rounding them.
 
     Formats that differ in it do not go together: the request is refused.
@@ -107,33 +93,6 @@ def scale_dtype(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _micro_batch(model: StreamedModel, length: int) -> int:
-    most = max(1, min(LARGEST_MICRO_BATCH, TOKENS_AT_ONCE[model.device.type] // length))
-    if model.device.type != "cuda":
-        return most
-    budget = TUNING_SHARE * device_memory(model.device)
-    return max(1, min(most, int(budget // (graph_bytes(model) * length))))
-
-
-def _pass_batch(model: StreamedModel, length: int) -> int:
-    if model.device.type != "cuda":
-        return _micro_batch(model, length)
-    return max(1, PASS_BYTES // (pass_bytes(model) * length))
-
-
-def _activation_bytes(model: StreamedModel, sizes: list[ActivationSize]) -> int:
-    elements = sum(size.sequences * size.length * size.tensors for size in sizes)
-    return int(elements * model.config.get_text_config().hidden_size * model.dtype.itemsize)
-
-
-def _activation_budget(model: StreamedModel, length: int, micro_batch: int) -> int | None:
-    """Bytes of the device that are free now and that nothing else will need; None on a CPU."""
-    if model.device.type != "cuda":
-        return None
-    free = torch.cuda.mem_get_info(model.device)[0] // MEMORY_STEP * MEMORY_STEP
-    return max(0, int(ACTIVATION_SHARE * (free - working_bytes(model, length, micro_batch))))
 
 
 def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:

@@ -24,6 +24,7 @@ from app.domain.format_rules import rounds_offsets, stored_formats
 from app.domain.formats import ExportFormat
 from app.domain.methods import Form
 from app.domain.request.combination_rules import result_forms
+from app.domain.request.job_request import JobRequest
 from bitwright.formats import ADAPTER_FOLDER
 from workers.adapters.attaching import Finished, Merge, finished, known, shipped
 from workers.engine.finished_blocks import FinishedBlocks
@@ -85,6 +86,12 @@ class TrainedAdapters:
     round_offset: bool
     offset_dtype: torch.dtype = torch.float32
 
+    @classmethod
+    def of(cls, request: JobRequest, spec: AdapterSpec, modules: Mapping[str, nn.Module]) -> "TrainedAdapters":
+        """Adapters that a job of this request trained."""
+        dtype = torch.float16 if rounds_offsets(request.formats) else torch.float32
+        return cls(spec, modules, request.merge, request.round_offset, dtype)
+
     def result(self, name: str, base: LinearResult) -> LinearResult:
         """The result that formats write of a linear, on the host; one without an adapter is its base."""
         if name not in self.modules:
@@ -102,11 +109,6 @@ class TrainedAdapters:
             return Finished(base)
         module, dtype = self.modules[name], self.offset_dtype
         return finished(name, base, module, self.merge, round_offset=self.round_offset, offset_dtype=dtype)
-
-
-def offset_dtype(formats: Sequence[ExportFormat]) -> torch.dtype:
-    """Of the offsets that a job's formats store."""
-    return torch.float16 if rounds_offsets(formats) else torch.float32
 
 
 def shipments(
@@ -154,34 +156,24 @@ def _split(
     return [(exact, None), *(([name], name) for name in names if name in rounding)]
 
 
-def trained_adapters(job: Job, adapters: Mapping[str, nn.Module] | None) -> TrainedAdapters | None:
-    """The adapters that a job trained, with its wishes; None if it trained none."""
-    request = job.request
-    if adapters is None or request.adapter is None:
-        return None
-    return TrainedAdapters(
-        request.adapter, adapters, request.merge, request.round_offset, offset_dtype(request.formats)
-    )
-
-
-def shipments_of(job: Job, *, trained: bool) -> list[Shipment]:
+def shipments_of(job: Job) -> list[Shipment]:
     """Every way to load the checkpoints of a job, the one that was asked for first."""
     request = job.request
     return shipments(
         request.formats,
         factors=Form.LOW_RANK in result_forms(job.spec, request.adapter, request.merge),
-        trained=trained,
+        trained=job.trains,
         merge=request.merge,
         rounding=_rounding_formats(job),
     )
 
 
-def evaluated_key(job: Job, *, trained: bool) -> Key | None:
+def evaluated_key(job: Job) -> Key | None:
     """Key of the numbers that the evaluation's activations have gone through once all blocks and scales are done.
 
     None where that is no shipment: weights alone, although a method or base job began with factors beside them.
     """
-    if not trained:
+    if not job.trains:
         return Numbers.WHOLE, None
     began_with_factors = job.base_job is not None or Form.LOW_RANK in job.spec.forms()
     return None if began_with_factors else (Numbers.BASE, None)
@@ -203,38 +195,36 @@ def _rounding_formats(job: Job) -> tuple[ExportFormat, ...]:
 class Replay:
     """Takes the activations of the evaluation text through finished blocks with the numbers of a shipment.
 
-    state     the finished blocks
     trained   adapters, where some were
     """
 
     model: StreamedModel
-    state: FinishedBlocks
+    finished: FinishedBlocks
     trained: TrainedAdapters | None = None
     _apart: dict[str, LowRank | nn.Module] = field(default_factory=dict)
     """Updates beside linears of the blocks that were read, until they are used."""
 
     def run(self, activations: Activations, shipment: Shipment) -> None:
         """X_q of the activations, rewound to the embeddings, through all blocks."""
-        with self.model.loaded(self.model.layout.embeddings):
-            activations.rewind(self.model)
+        activations.rewind(self.model)
 
-        def make(name: str, base: LinearResult) -> LinearResult:
-            return self._shipped(name, base, shipment)
+        def shipped_base(name: str, base: LinearResult) -> LinearResult:
+            return self._shipped_base(name, base, shipment)
 
-        with closing(BlockReader(self.model, self.state).quantized_blocks(make)) as blocks:
+        with closing(BlockReader(self.model, self.finished).quantized_blocks(shipped_base)) as blocks:
             for index, block in enumerate(blocks):
                 with self.model.filled(block.original), self._beside(index):
                     activations.advance_quantized(index, self.model.blocks[index])
 
     def head(self, shipment: Shipment) -> Tensor | None:
         """The dequantized weight of the head, where that is quantized."""
-        if len(self.state.blocks) == len(self.model.blocks):
+        if len(self.finished.blocks) == len(self.model.blocks):
             return None
         name = self.model.layout.head
-        base = self.state.load(len(self.model.blocks))[name]
-        return self._shipped(name, base, shipment).to(self.model.device).dequantize()
+        base = self.finished.load(len(self.model.blocks))[name]
+        return self._shipped_base(name, base, shipment).to(self.model.device).dequantize()
 
-    def _shipped(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:
+    def _shipped_base(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:
         """The result that a linear's weight is dequantized from; called by the thread that reads ahead."""
         result = base if self.trained is None else self.trained.result(name, base)
         if shipment.numbers is not Numbers.WHOLE:

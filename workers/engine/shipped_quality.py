@@ -39,7 +39,7 @@ class QualityMeter:
 
 
 def evaluate(
-    ways: Sequence[Shipment],
+    shipments: Sequence[Shipment],
     replay: Replay,
     activations: Activations,
     meter: QualityMeter,
@@ -47,7 +47,7 @@ def evaluate(
     merged: bool,
     streamed: Key | None,
 ) -> Evaluated:
-    """Measures every one of `ways`, the first of which is what was asked for.
+    """Measures every one of `shipments`, the first of which is what was asked for.
 
     merged     whether an adapter is folded in or added, so that how it was trained is measured besides
     streamed   key of what the activations have gone through already; None: it must go through the blocks again for all
@@ -55,8 +55,8 @@ def evaluate(
     Raises:
         NumericalFailure: the original or the quantized model's output is not finite.
     """
-    needed = {way.key: way for way in (*ways, *([AS_TRAINED] if merged else []))}
-    results = {way.key for way in ways if way.is_whole}
+    needed = {shipment.key: shipment for shipment in (*shipments, *([AS_TRAINED] if merged else []))}
+    results = {shipment.key for shipment in shipments if shipment.is_whole}
     qualities: dict[Key, Quality] = {}
     for number, key in enumerate(sorted(needed, key=lambda key: key != streamed)):
         if key != streamed:
@@ -69,13 +69,16 @@ def evaluate(
                 raise  # what is only a part, or was only trained so, may be anything
     figures = {key: Figures.of(quality) for key, quality in qualities.items()}
     return Evaluated(
-        quality=qualities[ways[0].key],
+        quality=qualities[shipments[0].key],
         shipped=tuple(
             ShippedFigures(
-                checkpoints=way.checkpoints, adapter=way.adapter, whole=way.is_whole, figures=figures[way.key]
+                checkpoints=shipment.checkpoints,
+                adapter=shipment.adapter,
+                whole=shipment.is_whole,
+                figures=figures[shipment.key],
             )
-            for way in ways
-            if way.key in figures
+            for shipment in shipments
+            if shipment.key in figures
         ),
         before_merge=figures.get(AS_TRAINED.key) if merged else None,
     )

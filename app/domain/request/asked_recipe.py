@@ -7,13 +7,12 @@ from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.job_request import JobRequest
 
 
-def asked_recipe(body: object, request: JobRequest) -> str | None:
+def asked_recipe(body: Mapping[str, object], request: JobRequest) -> str | None:
     """The recipe that `body` named as its method; of a full form, the one that it spells out; None: a plain method."""
-    fields = body if isinstance(body, Mapping) else {}
-    inner = fields.get("quantization")
-    name = (inner if isinstance(inner, Mapping) else fields).get("method")
-    if isinstance(name, str) and (name in RECIPES or name in ADAPTER_RECIPES):
-        return name
+    quantization = body.get("quantization")
+    method = (quantization if isinstance(quantization, Mapping) else body).get("method")
+    if isinstance(method, str) and (method in RECIPES or method in ADAPTER_RECIPES):
+        return method
     return spelled_out(request)
 
 

@@ -86,9 +86,9 @@ def is_read(request: Mapping[str, Any], checkpoint: str, path: str) -> bool:
 
 def named_job(body: Mapping[str, object]) -> str | None:
     """The id of the job that a body starts from, if it names one."""
-    for name in (body.get("base_job"), body.get("model")):
-        if isinstance(name, str) and name.startswith(START):
-            return name
+    for job_id in (body.get("base_job"), body.get("model")):
+        if isinstance(job_id, str) and job_id.startswith(START):
+            return job_id
     return None
 
 

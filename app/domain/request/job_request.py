@@ -16,7 +16,7 @@ from app.domain.methods import QuantizationSpec
 from app.domain.request.base_job import JOB_ID, BaseJob, Folded
 from app.domain.request.combination_rules import result_problems
 from app.domain.request.finetuning import Finetune
-from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems
+from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems, with_new_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
 from bitwright.errors import FieldProblem, InvalidRequest, shorten
@@ -151,11 +151,11 @@ class JobRequest(RequestPart):
             problem = FieldProblem(field="body", code="wrong_type", detail=detail, value=shorten(body))
             raise InvalidRequest(detail, field="body", value=body, errors=(problem,))
         expansion = expand(body, base_job)
-        problems = _added(expansion.problems, text_problems(body))
+        problems = with_new_problems(expansion.problems, text_problems(body))
         try:
             request = cls.model_validate(expansion.body)
         except ValidationError as error:
-            problems = _added(problems, field_problems(error, cls, body, ALL_SHORTHAND))
+            problems = with_new_problems(problems, field_problems(error, cls, body, ALL_SHORTHAND))
         problems += _adapter_problems(expansion)
         problems += _format_problems(expansion, body, None if base_job is None else base_job.folded)
         if problems:
@@ -195,12 +195,6 @@ def _format_problems(expansion: Expansion, body: Mapping[str, object], folded: F
     # What a stand-in for an unknown method produces says nothing of the method that was meant.
     fitting = [problem for problem in problems if expansion.method_known or not problem.field.startswith("formats.")]
     return [problem.model_copy(update={"field": as_written(body, problem.field)}) for problem in fitting]
-
-
-def _added(known: list[FieldProblem], added: list[FieldProblem]) -> list[FieldProblem]:
-    """Both, less what is found of a field whose problem is known: it would be the same mistake in other words."""
-    fields = {problem.field for problem in known}
-    return known + [problem for problem in added if problem.field not in fields]
 
 
 def _json_type(value: object) -> str:

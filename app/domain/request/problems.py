@@ -86,6 +86,12 @@ def as_written(body: Mapping[str, object], field: str) -> str:
     return field
 
 
+def with_new_problems(problems: list[FieldProblem], added: list[FieldProblem]) -> list[FieldProblem]:
+    """Both, less what is found of a field whose problem is known: it would be the same mistake in other words."""
+    fields = {problem.field for problem in problems}
+    return problems + [problem for problem in added if problem.field not in fields]
+
+
 def text_problems(body: Mapping[str, object]) -> list[FieldProblem]:
     """Texts and names in the body that no database, file system or UTF-8 can hold: U+0000 and lone surrogates."""
     problems: list[FieldProblem] = []

@@ -45,16 +45,16 @@ class _AdapterPart(BaseModel):
     round_offset: bool = False
 
 
-def expand(given: Mapping[str, object], base_job: BaseJob | None = None) -> Expansion:
-    """The full form of a body in shorthand or full form. `given` is not changed.
+def expand(body: Mapping[str, object], base_job: BaseJob | None = None) -> Expansion:
+    """The full form of a body in shorthand or full form. `body` is not changed.
 
     base_job  the job that the body starts from
     """
-    body = dict(given)
-    problems = start_from(body, base_job)
-    problems += expand_adapter(body)
-    top = {name: body.pop(name) for name in SHORTHAND if name in body}
-    inner = body.get("quantization")
+    full = dict(body)
+    problems = start_from(full, base_job)
+    problems += expand_adapter(full)
+    top = {name: full.pop(name) for name in SHORTHAND if name in full}
+    inner = full.get("quantization")
     if inner is None:
         quantization: object = top
     else:
@@ -65,12 +65,12 @@ def expand(given: Mapping[str, object], base_job: BaseJob | None = None) -> Expa
         prefix = "" if inner is None else "quantization."
         quantization, expanded, method_known = _expand_quantization(quantization, prefix)
         problems += expanded
-    body["quantization"] = quantization
-    _expand_sources(body)
-    _apply_preset(body)
-    _fill_learning_rates(body)
-    _fill_formats(body, None if base_job is None else base_job.folded)
-    return Expansion(body, problems, method_known)
+    full["quantization"] = quantization
+    _expand_sources(full)
+    _apply_preset(full)
+    _fill_learning_rates(full)
+    _fill_formats(full, None if base_job is None else base_job.folded)
+    return Expansion(full, problems, method_known)
 
 
 def _given_twice(name: str, value: object) -> FieldProblem:

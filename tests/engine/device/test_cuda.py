@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from app.domain.attempt_lines import AttemptLine
 from bitwright.events import LogEvent
 from tests.engine.conftest import run_job
-from workers.engine import plan
+from workers.engine import memory
 from workers.engine.device import cuda_graphs
 from workers.engine.device.read_ahead import Upload, read_ahead
 from workers.engine.device.side_stream import hand_over
@@ -73,7 +73,7 @@ def test_a_gpu_gives_the_same_codes_again(
     place: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if place == "host":
-        monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+        monkeypatch.setattr(memory, "ACTIVATION_SHARE", 0.0)
     first, again = (run_job(small_model, tmp_path / name, **ON_GPU, **TUNED).report for name in "ab")
     assert first.plan["activations"] == place
     assert differing(tmp_path / "a", tmp_path / "b") == []
@@ -85,7 +85,7 @@ def test_rounding_is_the_same_wherever_activations_live(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     on_device = run_job(small_model, tmp_path / "a", **ON_GPU).report
-    monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+    monkeypatch.setattr(memory, "ACTIVATION_SHARE", 0.0)
     on_host = run_job(small_model, tmp_path / "b", **ON_GPU).report
     assert (on_device.plan["activations"], on_host.plan["activations"]) == ("device", "host")
     assert on_device.quality == on_host.quality
@@ -96,9 +96,9 @@ def test_passes_in_several_parts_are_the_same_wherever_activations_live(
     pass_batch: int, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Eight sequences, or three parts of which the last is shorter, through two arrivals and two departures."""
-    monkeypatch.setattr(plan, "PASS_BYTES", pass_batch * 48 * (4 * 64 + 3 * 192) * 2)
+    monkeypatch.setattr(memory, "PASS_BYTES", pass_batch * 48 * (4 * 64 + 3 * 192) * 2)
     on_device = run_job(small_model, tmp_path / "a", **ON_GPU).report
-    monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+    monkeypatch.setattr(memory, "ACTIVATION_SHARE", 0.0)
     on_host = run_job(small_model, tmp_path / "b", **ON_GPU).report
     assert (on_device.plan["pass_batch"], on_host.plan["pass_batch"]) == (pass_batch, pass_batch)
     assert (on_device.plan["activations"], on_host.plan["activations"]) == ("device", "host")
@@ -114,7 +114,7 @@ def test_tuning_is_captured_and_the_same_wherever_activations_live(
     lines: list[AttemptLine] = []
     tuned = ON_GPU | TUNED | {"quantized_inputs": quantized_inputs}
     on_device = run_job(small_model, tmp_path / "a", lines, **tuned).report
-    monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+    monkeypatch.setattr(memory, "ACTIVATION_SHARE", 0.0)
     on_host = run_job(small_model, tmp_path / "b", lines, **tuned).report
     assert (on_device.plan["activations"], on_host.plan["activations"]) == ("device", "host")
     assert differing(tmp_path / "a", tmp_path / "b") == []
@@ -127,7 +127,7 @@ def test_a_step_is_captured_once_for_all_blocks(
     place: str, small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if place == "host":
-        monkeypatch.setattr(plan, "ACTIVATION_SHARE", 0.0)
+        monkeypatch.setattr(memory, "ACTIVATION_SHARE", 0.0)
     captures, capture = Counter[str](), cuda_graphs.capture
 
     def counted(*given: Any) -> Any:

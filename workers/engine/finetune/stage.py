@@ -4,12 +4,13 @@ texts            read before anything is quantized, so that a row that cannot be
 finished blocks  their weights are the base; checkpoints of training lie beside them
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from app.domain.adapters import AdapterSpec
 from app.domain.request.finetuning import Finetune
 from bitwright.events import Stage
 from bitwright.report import FinetuningReport, LossPoint, TextReport
@@ -23,12 +24,10 @@ from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, mean_
 from workers.engine.fingerprint import fingerprint
 from workers.engine.job import Job
 from workers.engine.seeds import derived_seed
-from workers.engine.shipped import Numbers, shipments_of, trained_adapters
+from workers.engine.shipped import Numbers, TrainedAdapters, shipments_of
 from workers.engine.text.finetuning_texts import FinetuningTexts
 from workers.engine.text.sequences import source_label
 from workers.numerics.quantized import LinearResult
-
-LoadBlock = Callable[[int], Mapping[str, LinearResult]]
 
 MOST_POINTS = 50
 """Of the loss curve in the report."""
@@ -36,12 +35,12 @@ MOST_POINTS = 50
 
 @dataclass(frozen=True)
 class Finetuned:
-    """Trained adapters by full linear name, on the host, and the report.
+    """Trained adapters and the report.
 
     peak_before   most bytes of the device that were held before the stage
     """
 
-    adapters: Mapping[str, nn.Module]
+    trained: TrainedAdapters
     report: FinetuningReport
     peak_before: int | None
 
@@ -56,6 +55,7 @@ class _Finetuning:
 
     job: Job
     config: Finetune
+    adapter: AdapterSpec
     texts: FinetuningTexts
     attach: AdapterFactory
     head: Tensor | None
@@ -96,43 +96,42 @@ def run(job: Job, head: Tensor | None) -> Finetuned | None:
         return None
     job.clock.enter(Stage.FINETUNE)
     attach = Attach(adapter, {} if job.base_job is None else job.base_job.adapters)
-    stage = _Finetuning(job, config, texts, attach, head)
+    stage = _Finetuning(job, config, adapter, texts, attach, head)
     finetuned = _finetuned(stage)
-    trained = trained_adapters(job, finetuned.adapters)
-    if trained is None or shipments_of(job, trained=True)[0].numbers is not Numbers.WHOLE:
+    if shipments_of(job)[0].numbers is not Numbers.WHOLE:
         return finetuned
-    loss = _shipped_loss(stage, finetuned.report, lambda index: trained.results(job.finished_blocks.load(index)))
+    loss = _shipped_loss(stage, finetuned)
     return replace(finetuned, report=finetuned.report.model_copy(update={"loss_shipped": loss}))
 
 
 def _finetuned(stage: _Finetuning) -> Finetuned:
     device = stage.job.model.device
     peak_before, divisor = _forget_peak(device), _last_divisor(stage)
-    while (trained := _trained(stage, divisor, peak_before)) is None:
+    while (finetuned := _trained(stage, divisor, peak_before)) is None:
         # Here, where nothing holds the tensors of the failed step any more.
         peak = _forget_peak(device)
         peak_before = peak if peak_before is None or peak is None else max(peak_before, peak)
         divisor *= 2
-    report = trained.report
+    report = finetuned.report
     for name, value in (("finetuning_loss_before", report.loss_before), ("finetuning_loss", report.loss_after)):
         if value is not None:
             stage.job.reporter.metric(name, value)
-    return trained
+    return finetuned
 
 
-def _shipped_loss(stage: _Finetuning, trained: FinetuningReport, load: LoadBlock) -> float | None:
-    """The held-out loss with weights in which the adapters lie; None if nothing is held out.
-
-    trained   report of the training before
-    load      linears of a block as they ship, by full name
-    """
-    job, config = stage.job, stage.config
-    batches = validation_batches(stage.texts.held_out, config, trained.micro_batch, stage.seed, job.processes)
+def _shipped_loss(stage: _Finetuning, finetuned: Finetuned) -> float | None:
+    """The held-out loss with weights in which the adapters lie; None if nothing is held out."""
+    job, config, report = stage.job, stage.config, finetuned.report
+    batches = validation_batches(stage.texts.held_out, config, report.micro_batch, stage.seed, job.processes)
     if not job.processes.total(len(batches)):
         return None
-    how = Residence(length=config.sequence_length, keeps=trained.weights_kept, recomputed=0)
+
+    def shipped(index: int) -> dict[str, LinearResult]:
+        return finetuned.trained.results(job.finished_blocks.load(index))
+
+    how = Residence(length=config.sequence_length, keeps=report.weights_kept, recomputed=0)
     changed = job.finished_blocks.parameters
-    with resident(job.model, load, _no_adapters, how, seed=stage.seed, head=stage.head, changed=changed) as model:
+    with resident(job.model, shipped, _no_adapters, how, seed=stage.seed, head=stage.head, changed=changed) as model:
         return mean_loss(model, (batch.to(job.model.device) for batch in batches), job.processes)
 
 
@@ -182,7 +181,8 @@ def _trained(stage: _Finetuning, divisor: int, peak_before: int | None) -> Finet
         ) as model:
             outcome = train(_task(stage, plan, model))
             report = _report(stage, plan, outcome, _peak(job.model.device))
-            return Finetuned({n: adapter.to("cpu") for n, adapter in model.adapters.items()}, report, peak_before)
+            adapters = {name: module.to("cpu") for name, module in model.adapters.items()}
+            return Finetuned(TrainedAdapters.of(job.request, stage.adapter, adapters), report, peak_before)
     except torch.OutOfMemoryError:
         if plan.micro_batch == 1 or not job.processes.alone:
             raise

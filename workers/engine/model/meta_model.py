@@ -139,7 +139,7 @@ def tensor_sources(model: PreTrainedModel, checkpoint: Checkpoint, blocks: str) 
             )
         sources[target] = name
     _settle_tied_head(model, checkpoint, sources)
-    missing = [n for n in parameters if n not in sources and n not in _tied_names(model)]
+    missing = [name for name in parameters if name not in sources and name not in _tied_names(model)]
     layers = sum(1 for _ in model.get_submodule(blocks).children())
     skeleton = Skeleton(parameters, blocks, layers, tied_head=bool(_tied_names(model)))
     demand_a_model(skeleton, foreign, missing, {name: tensor.dtype for name, tensor in checkpoint.tensors.items()})

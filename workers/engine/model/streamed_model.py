@@ -108,12 +108,16 @@ class StreamedModel:
 
     def block_linears(self, index: int) -> dict[str, nn.Linear]:
         """The linears of a block by their names inside it; on meta unless the block is loaded."""
-        return {n: m for n, m in self.blocks[index].named_modules() if isinstance(m, nn.Linear)}
+        return {name: module for name, module in self.blocks[index].named_modules() if isinstance(module, nn.Linear)}
 
     def linears(self) -> dict[str, nn.Linear]:
         """Every linear that may be quantized, by full module name: those of all blocks, and the head."""
-        modules = {n: m for n, m in self.model.named_modules() if isinstance(m, nn.Linear)}
-        return {n: m for n, m in modules.items() if n.startswith(self.layout.blocks + ".") or n == self.layout.head}
+        blocks, head = self.layout.blocks + ".", self.layout.head
+        return {
+            name: module
+            for name, module in self.model.named_modules()
+            if isinstance(module, nn.Linear) and (name.startswith(blocks) or name == head)
+        }
 
     @contextmanager
     def loaded(self, *names: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
@@ -174,7 +178,12 @@ class StreamedModel:
 
     def _parameter_names(self, name: str) -> list[str]:
         modules = self.model.get_submodule(name).named_modules(prefix=name)
-        return [f"{p}.{leaf}" for p, module in modules for leaf, w in module._parameters.items() if w is not None]
+        return [
+            f"{path}.{leaf}"
+            for path, module in modules
+            for leaf, weight in module._parameters.items()
+            if weight is not None
+        ]
 
     def _place(self, parameter: str) -> tuple[nn.Module, str]:
         owner, _, leaf = parameter.rpartition(".")

@@ -69,9 +69,10 @@ class Activations:
         run_block(self.calls[index], block, source, target, micro_batch=self._pass_batch, device=self._device)
 
     def rewind(self, model: StreamedModel) -> None:
-        """X_q <- the embeddings, as before block 0; the embedding matrix must be loaded. The kept inputs are let go."""
+        """X_q <- the embeddings, as before block 0. The kept inputs are let go."""
         self.inputs_fp = None
-        _embeddings(model, self._ids, self.quantized)
+        with model.loaded(model.layout.embeddings):
+            _embeddings(model, self._ids, self.quantized)
 
     def call(self, index: int) -> BlockCall:
         """The model's call of a block on these sequences."""

@@ -42,30 +42,31 @@ class ReadBlock:
 class BlockReader:
     """Reads a model's blocks in order, each once, a block ahead. Close what it gives (`contextlib.closing`)."""
 
-    def __init__(self, model: StreamedModel, state: FinishedBlocks) -> None:
+    def __init__(self, model: StreamedModel, finished: FinishedBlocks) -> None:
         self._model = model
-        self._state = state
+        self._finished = finished
         self._upload = Upload(model.device) if model.device.type == "cuda" else None
 
     def blocks(self) -> Generator[ReadBlock, None, None]:
-        """Original weights of all blocks, and quantized ones of those that `state` held from the start.
+        """Original weights of all blocks, and quantized ones of those that `finished` held from the start.
 
         Raises:
             NumericalFailure: a weight is not finite.
         """
 
         def read(index: int) -> ReadBlock:
-            quantized = self._quantized(index) if index < self._state.resumed else {}
+            quantized = self._quantized(index) if index < self._finished.resumed else {}
             return ReadBlock(self._read(index, {}), quantized)
 
         return self._each(read)
 
-    def quantized_blocks(self, make: MakeResult = _as_it_is) -> Generator[ReadBlock, None, None]:
+    def quantized_blocks(self, convert: MakeResult = _as_it_is) -> Generator[ReadBlock, None, None]:
         """Weights of all blocks, which must be finished: as they are quantized.
 
-        make   a linear's shipped result from its full name and its result on the host; called by the thread that reads
+        convert   a linear's shipped result from its full name and its result on the host; called by the thread that
+                  reads
         """
-        return self._each(lambda index: ReadBlock(self._read(index, self._quantized(index, make)), {}))
+        return self._each(lambda index: ReadBlock(self._read(index, self._quantized(index, convert)), {}))
 
     def _each(self, read: Callable[[int], ReadBlock]) -> Generator[ReadBlock, None, None]:
         with closing(read_ahead(read, len(self._model.blocks), self._model.device)) as blocks:
@@ -76,15 +77,16 @@ class BlockReader:
     def _read(self, index: int, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         return self._model.read(self._model.layout.block(index), given, self._upload)
 
-    def _quantized(self, index: int, make: MakeResult = _as_it_is) -> dict[str, Tensor]:
-        device, linears = self._model.device, self._state.load(index)
-        changed = {name: value.to(device) for name, value in self._state.parameters(index).items()}
-        weights = {f"{n}.weight": make(n, result).to(device).dequantize() for n, result in linears.items()}
+    def _quantized(self, index: int, convert: MakeResult = _as_it_is) -> dict[str, Tensor]:
+        device, linears = self._model.device, self._finished.load(index)
+        changed = {name: value.to(device) for name, value in self._finished.parameters(index).items()}
+        weights = {f"{name}.weight": convert(name, result).to(device).dequantize() for name, result in linears.items()}
         return weights | changed
 
 
 def replay_quantized(model: StreamedModel, finished: FinishedBlocks, activations: Activations) -> None:
-    """X_q of rewound activations through all blocks again, with the weights that are durable now."""
+    """X_q from the embeddings through all blocks again, with the weights that are durable now."""
+    activations.rewind(model)
     with closing(BlockReader(model, finished).quantized_blocks()) as blocks:
         for index, block in enumerate(blocks):
             with model.filled(block.original):

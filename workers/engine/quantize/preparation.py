@@ -76,7 +76,7 @@ def _measured(job: Job, ids: Tensor) -> Prepared:
 
     fisher: dict[str, Fisher] = {}
     if spec.needs_fisher():
-        names = {n for n in model.linears() if spec.scheme(n) is not None and n != model.layout.head}
+        names = {name for name in model.linears() if spec.scheme(name) is not None and name != model.layout.head}
         fisher = empirical_fisher(
             model, ids, names, job.plan.micro_batch, lambda done: tick(done * share), job.processes
         )
@@ -109,14 +109,16 @@ class _PreparedFiles:
     fingerprint: str
 
     def save(self, prepared: Prepared) -> None:
-        data = save(
-            {f"{n}.{side}": getattr(f, side) for n, f in prepared.fisher.items() for side in ("rows", "columns")}
-        )
+        rows = {f"{name}.rows": fisher.rows for name, fisher in prepared.fisher.items()}
+        data = save(rows | {f"{name}.columns": fisher.columns for name, fisher in prepared.fisher.items()})
         replace_file(self.folder / "fisher.safetensors", data)
         stored = _Stored(
             fingerprint=self.fingerprint,
             fisher=hashlib.sha256(data).hexdigest(),
-            choices={n: _Choice(scheme=s, absmax=prepared.absmax.get(n)) for n, s in prepared.schemes.items()},
+            choices={
+                name: _Choice(scheme=scheme, absmax=prepared.absmax.get(name))
+                for name, scheme in prepared.schemes.items()
+            },
             report=prepared.report,
         )
         replace_file(self.folder / "prepared.json", stored.model_dump_json().encode())

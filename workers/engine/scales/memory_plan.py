@@ -106,7 +106,9 @@ def _resident_bytes(task: ScaleTask) -> int:
     item = model.dtype.itemsize
     quantized = [linears[name] for name in task.schemes]
     weights = sum(linear.weight.numel() for linear in quantized)
-    groups = sum(linears[n].out_features * _groups(linears[n].in_features, s) for n, s in task.schemes.items())
+    groups = sum(
+        linears[name].out_features * _groups(linears[name].in_features, scheme) for name, scheme in task.schemes.items()
+    )
     others = sum(parameter.numel() for parameter in model.blocks.parameters()) - weights
     head = linears[model.layout.head].weight.numel() * (1 if task.quantized_head is None else 2)
     largest = max(linear.weight.numel() for linear in quantized)

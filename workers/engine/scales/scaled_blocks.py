@@ -198,7 +198,7 @@ class ScaledBlocks:
         changed   a block's other parameters that differ from the checkpoint's, by full name
         """
         linears = model.linears()
-        shapes = {n: (linears[n].out_features, linears[n].in_features) for n in schemes}
+        shapes = {name: (linears[name].out_features, linears[name].in_features) for name in schemes}
         scales = GroupScales(shapes, schemes, model)
         blocks = [_load_block(model, index, scales, weights(index), changed(index)) for index in range(len(calls))]
         quantized = [i for i, b in enumerate(blocks) if any(isinstance(m, GradientLinear) for m in b.modules())]

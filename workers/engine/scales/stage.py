@@ -47,7 +47,7 @@ def run(job: Job, quantized: Quantized) -> ScaleReport | None:
 
 
 def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleReport | None:
-    model, steps = job.model, job.spec.end_to_end_steps()
+    steps = job.spec.end_to_end_steps()
     job.clock.enter(Stage.SCALES)
     job.reporter.progress(Stage.SCALES, 0, steps, "steps")
     started = time.perf_counter()
@@ -59,17 +59,14 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
     job.finished_blocks.save_scales(outcome.scales if report.kept else {}, report)
     if report.kept and quantized.evaluation is not None:
         job.clock.enter(Stage.EVALUATE)
-        with model.loaded(model.layout.embeddings):
-            quantized.evaluation.rewind(model)
-        replay_quantized(model, job.finished_blocks, quantized.evaluation)
+        replay_quantized(job.model, job.finished_blocks, quantized.evaluation)
     return report
 
 
 def _outcome(job: Job, quantized: Quantized, calibration: Activations) -> ScaleOutcome | Skipped:
     if job.spec.forms() != {Form.AFFINE}:
         return Skipped("only affine weights without low-rank factors have scales that can be tuned alone")
-    with job.model.loaded(job.model.layout.embeddings):
-        calibration.rewind(job.model)
+    calibration.rewind(job.model)
     return tune_scales(_task(job, calibration, quantized.evaluation, quantized.head))
 
 

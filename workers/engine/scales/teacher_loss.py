@@ -48,9 +48,9 @@ class OutputHead:
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL(teacher || student) summed over tokens, fp64; hidden states (batch, length, width)."""
         total = torch.zeros((), dtype=torch.float64, device=student.device)
-        for rows, fixed in self._chunks(student.contiguous(), teacher):
+        for states, fixed in self._chunks(student.contiguous(), teacher):
             with torch.no_grad(), self._head(self.quantized):
-                total += divergence(self._logits(rows), self._teacher(fixed))[0].sum(dtype=torch.float64)
+                total += divergence(self._logits(states), self._teacher(fixed))[0].sum(dtype=torch.float64)
         return total
 
     def gradient(self, student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,8 @@ class OutputHead:
         """
         total = torch.zeros((), dtype=torch.float64, device=student.device)
         student, gradient = student.contiguous(), torch.empty(student.shape, dtype=student.dtype, device=student.device)
-        for rows, fixed, out in self._chunks(student, teacher, gradient):
-            leaf, target = rows.detach().requires_grad_(), self._teacher(fixed)
+        for states, fixed, out in self._chunks(student, teacher, gradient):
+            leaf, target = states.detach().requires_grad_(), self._teacher(fixed)
             with torch.enable_grad(), self._head(self.quantized):
                 logits = self._logits(leaf)
             each, by_logits = divergence(logits.detach(), target)
