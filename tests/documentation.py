@@ -96,6 +96,7 @@ FOLDERS = MappingProxyType(
         "tests/formats/cards": "Model cards and what they inherit",
         "tests/formats/gguf": "GGUF files against the package gguf",
         "tests/methods": "Methods against their formulas",
+        "tests/mutants": "Mistakes put into the sources one at a time, and whether the tests notice",
         "tests/numerics": "Rounding, codebooks and packing",
         "tests/numerics/backends": "Kernels against their plain twins",
         "tests/store": "One suite on SQLite and on PostgreSQL",
