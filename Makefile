@@ -25,11 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-<<<<<<< HEAD
-.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm results lint format client docs docs-site types contracts migrations-check check setup image clean
-=======
-.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm test-mutants results lint format docs docs-site types contracts migrations-check check setup image clean
->>>>>>> mut
+.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
