@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import PRESET_ABSMAX, LoftQSpec, Scheme
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics import normal_float
 from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
@@ -100,3 +100,6 @@ def _round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, 
     to = grid(GroupRange.of(w), scheme, scale_dtype)
     codes, _ = round_to_grid(w, to)
     return affine_weight(codes, to, scheme, scale_dtype, dtype)
+
+
+METHOD = Method(LoftQSpec, LoftQ())

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import RTNSpec, Scheme
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import GroupRange, affine_weight, grid, grouped, round_to_grid
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -36,3 +36,6 @@ def quantize_weight(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) ->
     to = grid(GroupRange.of(w), scheme, scale_dtype)
     codes, _ = round_to_grid(w, to)
     return affine_weight(codes, to, scheme, scale_dtype, weight.dtype)
+
+
+METHOD = Method(RTNSpec, RTN())
