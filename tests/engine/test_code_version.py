@@ -160,8 +160,5 @@ def test_every_method_adapter_and_format_is_in_the_digest() -> None:
 
 def test_what_is_left_out_exists_and_is_out_of_reach() -> None:
     assert {name for name in SUPERVISION if not (ROOT / name).exists()} == set()
-    assert {
-        path
-        for path in reachable("workers.child.attempt", "workers.engine.run", *LOADED_BY_NAME)
-        if path.startswith(SUPERVISION)
-    } == set()
+    modules = reachable("workers.child.attempt", "workers.engine.run", *LOADED_BY_NAME)
+    assert {path for path in modules if path.startswith(SUPERVISION)} == set()

@@ -103,9 +103,9 @@ class WeightSpec(Spec):
         return self
 
     def _symmetry_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
-        made = "codes of a codebook, which has no zero point" if Form.CODEBOOK in self.forms() else "no others"
-        taken = " or ".join(str(taken).lower() for taken in sorted(self.symmetries()))
-        detail = f"must be {taken}: with these parameters {self.method} makes {made}"
+        kind = "symmetric" if value else "asymmetric"
+        made = "codes of a codebook, which has no zero point" if Form.CODEBOOK in self.forms() else f"no {kind} weights"
+        detail = f"must be {str(not value).lower()}: with these parameters {self.method} makes {made}"
         return _refusal((*where, "symmetric"), value, detail)
 
     def factors_rank(self) -> int:
