@@ -62,7 +62,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     catalogue = folder / "app/domain/methods/catalogue.py"
     text = catalogue.read_text()
     for mark, added in {
-        '        "nf": MethodInfo(': indent(row, " " * 8),
+        '        "nf": MethodInfo(': indent(row.removeprefix("{\n").removesuffix("}\n"), " " * 4),
         "    RTNSpec,\n": "    ShrinkSpec,\n",
         "RTNSpec | ": "ShrinkSpec | ",
     }.items():

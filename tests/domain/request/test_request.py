@@ -366,7 +366,7 @@ def test_an_override_takes_what_the_method_takes(method: str, field: str) -> Non
 
 def test_symmetry_is_refused_by_the_fact_of_the_spec() -> None:
     refused = {name for name, info in METHODS.items() if False not in info.spec().symmetries()}
-    assert refused == {name for name, info in METHODS.items() if Form.CODEBOOK in info.spec().forms()}
+    assert refused >= {name for name, info in METHODS.items() if Form.CODEBOOK in info.spec().forms()}
     assert False in LoftQSpec(base="affine").symmetries()
     for name in refused:
         _, detail = problems({"model": "org/name", "method": name, "symmetric": False})["symmetric"]
