@@ -2,8 +2,8 @@
 
     python -m benchmarks.artifact_hashes OUT.json
 
-Runs one job per row of `JOBS` in this process on the CPU with one thread. report.json is left out (it has times); of
-a model card only its section "Load" is compared.
+Runs one job per row of `JOBS`, and one for each method and format that no row names, in this process on the CPU with
+one thread. report.json is left out (it has times); of a model card only its section "Load" is compared.
 """
 
 import hashlib
@@ -17,6 +17,8 @@ from typing import Any
 
 import torch
 
+from app.domain.formats import ExportFormat
+from app.domain.methods import METHODS
 from app.domain.request.job_request import JobRequest
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
@@ -63,6 +65,18 @@ JOBS: dict[str, dict[str, Any]] = {
 }
 
 
+def all_jobs() -> dict[str, dict[str, Any]]:
+    """`JOBS`, and a plain job for each other method of the catalogue and format of the table."""
+    methods = {job["method"] for job in JOBS.values()}
+    formats = {name for job in JOBS.values() for name in job.get("formats", ())}
+    models = [name.value for name in ExportFormat if not name.info.is_adapter and not name.info.always_kept]
+    return (
+        JOBS
+        | {name: {**W4, "method": name} for name in METHODS if name not in methods}
+        | {f"rtn-{name}": {**W4, "method": "rtn", "formats": [name]} for name in models if name not in formats}
+    )
+
+
 def files(folder: Path) -> Iterator[tuple[str, str]]:
     """Path and hash of each file of a checkpoint."""
     for path in sorted(folder.rglob("*")):
@@ -100,7 +114,7 @@ def main() -> None:
         rows.write_text(
             "".join(json.dumps({"prompt": f"{i} and {i}", "completion": f" is {2 * i}."}) + "\n" for i in range(60))
         )
-        for name, body in JOBS.items():
+        for name, body in all_jobs().items():
             try:
                 by_file |= hashes(name, body, model, rows, Path(folder) / "jobs" / name)
             except Exception as error:  # a job that fails is a difference too

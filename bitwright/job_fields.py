@@ -11,6 +11,7 @@ JsonObject = Mapping[str, Any]
 class JobFields(TypedDict, total=False):
     """A request in shorthand or full form; GET /v1/methods has the schemas of methods and adapters.
 
+    Parameters of one method or adapter are entries of `quantization` or `adapter`, or, in shorthand, of `extra_body`.
     A `Path` is a folder or file of the worker's machine; it is sent as an absolute path.
     """
 

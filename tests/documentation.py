@@ -159,8 +159,16 @@ def methods_table() -> str:
     rows = []
     for name, info in METHODS.items():
         paper = f"[arXiv:{info.paper}](https://arxiv.org/abs/{info.paper})" if info.paper else "none"
-        rows.append([f"`{name}`", info.summary, paper, "yes" if info.needs_calibration else "no"])
-    return table(("method", "what it does", "paper", "calibration text"), rows)
+        text = "yes" if info.needs_calibration else "no"
+        rows.append([f"`{name}`", info.summary, _numbers(info.widths), _zero_points(info), text, paper])
+    return table(("method", "what it does", "bits", "zero points", "calibration text", "paper"), rows)
+
+
+def _zero_points(info: MethodInfo) -> str:
+    """Whether a method takes `symmetric: false`."""
+    if False in info.spec().symmetries():
+        return "yes"
+    return "with affine weights" if {Form.AFFINE, Form.CODEBOOK} <= info.produces else "no"
 
 
 def presets_table() -> str:

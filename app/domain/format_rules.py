@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from app.domain.formats import FORMATS, ExportFormat, FormatInfo, LowRankRule, Offsets, Result, ScaleDtype
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
 from app.domain.methods import METHODS, PER_CHANNEL, Form, Scheme, WeightSpec
 from bitwright.errors import FieldProblem
 
@@ -59,7 +59,7 @@ def format_problems(
                 FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
             )
         for pattern, scheme in spec.schemes():
-            of_scheme = _scheme_problems(name, name.info, pattern, scheme)
+            of_scheme = _scheme_problems(name, pattern, scheme, spec.symmetries())
             problems += [problem for problem in of_scheme if problem not in problems]
     return problems + _scale_problems(formats)
 
@@ -142,11 +142,18 @@ def _form_refusal(
     return None
 
 
-def _scheme_problems(name: ExportFormat, info: FormatInfo, pattern: str, scheme: Scheme) -> list[FieldProblem]:
+def _scheme_problems(
+    name: ExportFormat, pattern: str, scheme: Scheme, symmetries: Collection[bool]
+) -> list[FieldProblem]:
+    """Why a format cannot hold linears of a scheme; `symmetries` are those that the method takes."""
+    info = name.info
     where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
     problems = []
     if scheme.group_size != PER_CHANNEL and scheme.group_size % info.group_multiple:
-        detail = f"{name.value} holds groups of multiples of {info.group_multiple}, or -1; not {scheme.group_size}"
+        detail = (
+            f"{name.value} holds groups of multiples of {info.group_multiple}, or -1; not {scheme.group_size}; change "
+            f'group_size, or ask for formats: ["{KEPT}"]'
+        )
         problems.append(
             FieldProblem(field=where + "group_size", code="format_cannot_hold", detail=detail, value=scheme.group_size)
         )
@@ -163,7 +170,8 @@ def _scheme_problems(name: ExportFormat, info: FormatInfo, pattern: str, scheme:
         problems.append(FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits))
     if scheme.symmetric not in info.symmetries:
         word = "symmetric" if scheme.symmetric else "asymmetric"
-        detail = f"{name.value} cannot hold {word} weights; set symmetric to {str(not scheme.symmetric).lower()}"
+        other = f"set symmetric to {str(not scheme.symmetric).lower()}, or " if len(symmetries) > 1 else ""
+        detail = f'{name.value} cannot hold {word} weights; {other}ask for formats: ["{KEPT}"]'
         problems.append(
             FieldProblem(field=where + "symmetric", code="format_cannot_hold", detail=detail, value=scheme.symmetric)
         )

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from app.domain.formats import FORMATS, ExportFormat, LowRankRule, ScaleDtype
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, ScaleDtype
 from app.domain.methods import Form, Scheme
 from bitwright.errors import FormatCannotHold
 from tests.engine.model.loading import loader
@@ -35,14 +35,14 @@ from tests.formats.examples import (
     tiny_llama,
     write_quantized,
 )
-from workers.formats import compressed_tensors, merged, native, peft
-from workers.formats.gguf import blocks as gguf_blocks
+from workers.formats import compressed_tensors, merged, peft
+from workers.formats.registry import format_of
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.normal_float import DoubleQuantization
-from workers.numerics.quantized import LinearResult
+from workers.numerics.quantized import AffineWeight, LinearResult
 
 CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
-PEFT, GGUF = ExportFormat.PEFT, ExportFormat.GGUF
+PEFT = ExportFormat.PEFT
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 UNIFORM = [scheme(bits, group, symmetric) for bits in range(2, 9) for group in (32, -1) for symmetric in (True, False)]
 MIXED_SYMMETRIC = [scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, True), scheme(2, 32, True)]
@@ -78,15 +78,6 @@ def label(value: object) -> str:
 NAME = "model.layers.0.mlp.up_proj"
 
 
-def through_native(result: LinearResult) -> LinearResult:
-    return native.decompress(NAME, native.compress(NAME, result), StoredLinear.of(result))
-
-
-def through_compressed_tensors(result: LinearResult) -> LinearResult:
-    tensors, weight = compressed_tensors.compress(NAME, result), result.weight
-    return LinearResult(compressed_tensors.decompress(NAME, tensors, weight.scheme, weight.dtype))
-
-
 def through_peft(result: LinearResult) -> LinearResult:
     low_rank = result.low_rank
     assert low_rank is not None
@@ -95,22 +86,37 @@ def through_peft(result: LinearResult) -> LinearResult:
     return replace(result, low_rank=peft.decompress(NAME, peft.compress(NAME, low_rank), config))
 
 
-def through_gguf(result: LinearResult) -> LinearResult:
-    packed, weight = gguf_blocks.pack(NAME, result.affine), result.affine
-    return LinearResult(gguf_blocks.unpack(packed.data, packed.kind, weight.scheme, weight.dtype))
+def through(export_format: ExportFormat, result: LinearResult) -> LinearResult:
+    """The result after `compress` and `decompress` of the format."""
+    if export_format is PEFT:
+        return through_peft(result)
+    decompress = format_of(export_format).decompress
+    assert decompress is not None
+    found = decompress(NAME, compress(export_format, NAME, result), StoredLinear.of(result))
+    weight, made = found.weight, result.weight
+    if isinstance(weight, AffineWeight) and isinstance(made, AffineWeight) and not export_format.info.always_kept:
+        assert weight.scale.dtype in (made.scale.dtype, F32)
+        assert torch.equal(weight.scale.double(), made.scale.double())  # in a wider dtype, it may be
+        return replace(found, weight=replace(weight, scale=made.scale))
+    return found
 
 
-INVERTIBLE = {NATIVE: through_native, CT: through_compressed_tensors, PEFT: through_peft, GGUF: through_gguf}
+def compress(export_format: ExportFormat, name: str, result: LinearResult) -> dict[str, Tensor]:
+    compress = format_of(export_format).compress
+    assert compress is not None
+    return compress(name, result)
 
 
-COMPRESS = {NATIVE: native.compress, CT: compressed_tensors.compress, MERGED: merged.compress}
+MODELS = [name for name in FORMATS if not name.info.is_adapter]
+INVERTIBLE = [name for name in FORMATS if not name.info.dense]
+"""A dense checkpoint has no codes any more: it is held to its numbers instead."""
 
 
-def test_every_format_of_the_table_is_held_to_the_suite() -> None:
-    """A dense checkpoint has no codes any more: it is held to its numbers instead."""
-    assert INVERTIBLE.keys() == {name for name, info in FORMATS.items() if not info.dense}
-    packed = {name for name in INVERTIBLE if not name.info.is_adapter and name.info.weight_files == ("*.safetensors",)}
-    assert packed <= COMPRESS.keys() <= FORMATS.keys()
+@pytest.mark.parametrize("export_format", MODELS)
+def test_every_format_offers_what_the_suite_asks_for(export_format: ExportFormat) -> None:
+    offered = format_of(export_format)
+    assert offered.compress is not None
+    assert (offered.decompress is None) == export_format.info.dense
 
 
 @st.composite
@@ -133,7 +139,7 @@ def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
         scheme=scheme(draw(st.sampled_from(sorted(bits))), group, symmetric),
         form=form,
         absmax=draw(st.one_of(st.sampled_from([BF16, F16, F32]), second)),
-        offset=form is Form.AFFINE and not symmetric and Form.CODEBOOK in info.kinds and draw(st.booleans()),
+        offset=form is Form.AFFINE and not symmetric and info.offsets is Offsets.EXACT and draw(st.booleans()),
         rank=0 if lowest == 0 else draw(st.integers(lowest or 0, 5)),
         alpha=draw(st.sampled_from([1.0, 16.0, 0.5])),
         factors=draw(st.sampled_from([BF16, F32])),
@@ -147,20 +153,20 @@ def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
 @settings(deadline=None, max_examples=80)
 def test_decompress_inverts_compress(export_format: ExportFormat, data: st.DataObject) -> None:
     result = data.draw(results(export_format))
-    assert_same(INVERTIBLE[export_format](result), result)
+    assert_same(through(export_format, result), result)
 
 
-@pytest.mark.parametrize("export_format", COMPRESS)
+@pytest.mark.parametrize("export_format", MODELS)
 @given(data=st.data())
 @settings(deadline=None, max_examples=40)
 def test_tensors_are_named_after_their_linear_and_share_no_memory(
     export_format: ExportFormat, data: st.DataObject
 ) -> None:
     result = data.draw(results(export_format))
-    tensors = COMPRESS[export_format](NAME, result)
+    tensors = compress(export_format, NAME, result)
     assert all(name.startswith(NAME + ".") for name in tensors)
     assert all(tensor.is_contiguous() for tensor in tensors.values())
-    other = COMPRESS[export_format]("other", data.draw(results(export_format)))
+    other = compress(export_format, "other", data.draw(results(export_format)))
     assert save({**tensors, **other})  # safetensors refuses tensors that share memory, such as a codebook
 
 

@@ -1,5 +1,6 @@
 """States, schemes, formats and sources: the tables that the rest of the service reads."""
 
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -8,7 +9,17 @@ from app.domain.attempt_lines import ATTEMPT_LINE
 from app.domain.format_rules import default_formats, format_problems
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule
 from app.domain.job_states import TRANSITIONS
-from app.domain.methods import METHODS, Form, QuantizationSpec, RTNSpec, Scheme, SchemeOverride, SignRoundSpec
+from app.domain.methods import (
+    METHODS,
+    Form,
+    ModuleRules,
+    NormalFloatSpec,
+    QuantizationSpec,
+    RTNSpec,
+    Scheme,
+    SchemeOverride,
+    SignRoundSpec,
+)
 from app.domain.request.sources import expand_source
 from app.domain.runtimes import Support
 from bitwright.errors import ERRORS
@@ -123,9 +134,29 @@ def test_a_format_refuses_exactly_the_widths_that_it_lacks(
     found = [problem for problem in found if not problem.field.startswith("formats.")]
     info = FORMATS[export_format]
     held = bits in info.bits and (symmetric or info.asymmetric_bits is None or bits in info.asymmetric_bits)
-    assert [problem.field for problem in found] == ([] if held else ["quantization.bits"])
+    refused = {"quantization.bits": not held, "quantization.symmetric": symmetric not in info.symmetries}
+    assert [problem.field for problem in found] == [field for field, lacks in refused.items() if lacks]
     assert all(problem.code in ERRORS for problem in found)
     assert all('["native"]' in problem.detail for problem in found)
+
+
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_format_may_hold_one_symmetry_alone(held: bool, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ExportFormat.MERGED
+    monkeypatch.setattr(row, "info", replace(row.info, symmetries=frozenset({held})))
+    override = SchemeOverride(symmetric=symmetric)
+    for spec, field in (
+        (RTNSpec(symmetric=symmetric), "symmetric"),
+        (RTNSpec(symmetric=held, modules=ModuleRules(overrides={"*.a": override})), "modules.overrides.*.a.symmetric"),
+    ):
+        found = format_problems(spec, (row,))
+        assert [problem.field for problem in found] == ([] if held is symmetric else [f"quantization.{field}"])
+        assert all(f"set symmetric to {str(held).lower()}, or ask for" in problem.detail for problem in found)
+    only = format_problems(NormalFloatSpec(), (row,))
+    assert [problem.detail for problem in only] == (
+        [] if held else ['merged cannot hold symmetric weights; ask for formats: ["native"]']
+    )
 
 
 class MadeSpec(RTNSpec):

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from math import gcd
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,20 @@ class Made:
 
 def codebook_made(bits: int, group_size: int, absmax: AbsmaxFormat = torch.bfloat16, rank: int = 0) -> Made:
     return Made(scheme(bits, group_size, True), Form.CODEBOOK, absmax, rank=rank)
+
+
+def held_by(export_format: ExportFormat, rank: int = 0) -> list[Made]:
+    """Results that the row of a format allows: every form with the symmetries and two of the widths.
+
+    rank   of low-rank factors beside each of them
+    """
+    info = export_format.info
+    size = 32 * info.group_multiple // gcd(32, info.group_multiple)
+    made = [codebook_made(4, size, rank=rank)] if Form.CODEBOOK in info.kinds else []
+    for symmetric in sorted(info.symmetries) if Form.AFFINE in info.kinds else ():
+        widths = info.bits if symmetric or info.asymmetric_bits is None else info.asymmetric_bits
+        made += [Made(scheme(bits, size, symmetric), rank=rank) for bits in {min(widths), max(widths)}]
+    return made
 
 
 def random_result(

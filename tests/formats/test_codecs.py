@@ -72,14 +72,15 @@ def test_native_tells_a_missing_or_misshapen_tensor(made: Made, part: str) -> No
 
 @pytest.mark.parametrize("part", ["packed", "scale", "shape", "zero_point"])
 def test_compressed_tensors_tells_a_missing_or_misshapen_tensor(part: str) -> None:
-    tensors = compressed_tensors.compress("x", random_result((40, 48), SCHEME))
+    result = random_result((40, 48), SCHEME)
+    tensors, stored = compressed_tensors.compress("x", result), StoredLinear.of(result)
     shorter = {f"x.weight_{part}": tensors[f"x.weight_{part}"][1:]}
     if part != "shape":
         with pytest.raises(CorruptCheckpoint, match=r"do not fit its shape \(40, 48\)"):
-            compressed_tensors.decompress("x", tensors | shorter, SCHEME, torch.bfloat16)
+            compressed_tensors.decompress("x", tensors | shorter, stored)
     del tensors[f"x.weight_{part}"]
     with pytest.raises(CorruptCheckpoint, match=rf"x\.weight_{part}"):
-        compressed_tensors.decompress("x", tensors, SCHEME, torch.bfloat16)
+        compressed_tensors.decompress("x", tensors, stored)
 
 
 def test_one_scheme_targets_the_class_and_several_the_names() -> None:

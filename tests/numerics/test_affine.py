@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from app.domain.methods import Scheme
 from workers.methods.rtn import quantize_weight
-from workers.numerics.affine import GroupRange, affine_grid, grouped, round_to_grid
+from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
@@ -104,3 +104,28 @@ def test_offset_moves_the_rounding() -> None:
     plain, _ = round_to_grid(w, to)
     moved, _ = round_to_grid(w, to, torch.full_like(w, 0.5))
     assert math.isclose(float((moved - plain).abs().max()), 1.0)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_codes_of_a_narrower_grid_are_stored_as_those_of_the_scheme(bits: int, symmetric: bool) -> None:
+    """A method may leave codes at either end out: the stored zero point is the scheme's, not the grid's lowest code."""
+    scheme = Scheme(bits=bits, group_size=-1, symmetric=symmetric)
+    levels = 2 ** (bits - 1)
+    lowest, highest = (1 - levels, levels - 1) if symmetric else (1, 2**bits - 2)
+    zero = None if symmetric else torch.ones(1, 1)
+    narrow = Grid(torch.tensor([[0.5]]), zero, lowest, highest)
+    codes = torch.arange(lowest, highest + 1).float().view(1, 1, -1)
+    stored = affine_weight(codes, narrow, scheme, torch.float32, torch.float32)
+    assert torch.equal(stored.dequantize(), 0.5 * (codes - (0 if zero is None else 1)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    ("symmetric", "zero", "lowest", "highest"),
+    [(True, False, -8, 8), (True, False, -9, 7), (True, True, 0, 15), (False, False, -8, 7), (False, True, -1, 15)],
+)
+def test_a_grid_that_is_not_the_schemes_is_refused(symmetric: bool, zero: bool, lowest: int, highest: int) -> None:
+    foreign = Grid(torch.ones(1, 1), torch.zeros(1, 1) if zero else None, lowest, highest)
+    scheme = Scheme(bits=4, group_size=-1, symmetric=symmetric)
+    with pytest.raises(ValueError, match=f"does not hold codes {lowest} to {highest}"):
+        affine_weight(torch.zeros(1, 1, 4), foreign, scheme, torch.float32, torch.float32)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, Generic, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -223,6 +223,17 @@ class BlockMethod(Protocol[S_contra]):
     """A quantization method. Activations of the task are empty where the spec's `observes_inputs` is false."""
 
     def quantize_block(self, task: BlockTask, spec: S_contra) -> BlockResult: ...
+
+
+S = TypeVar("S", bound=WeightSpec)
+
+
+@dataclass(frozen=True)
+class Method(Generic[S]):
+    """The `METHOD` that the file of a method defines: the spec that names it in a request, and its code."""
+
+    spec: type[S]
+    code: BlockMethod[S]
 
 
 @runtime_checkable

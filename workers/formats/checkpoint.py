@@ -6,6 +6,7 @@ is never copied, and neither are the names by which its configurations call that
 """
 
 import shutil
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ from bitwright.errors import InternalError
 from bitwright.report import Report
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.cards.model_card import describe
-from workers.formats.format import Format, Opening
+from workers.formats.format import Compress, Decompress, Format, Opening
 from workers.formats.shards import ShardWriter, write_json
 from workers.formats.source_files import check_tensor, copy_files, without_code
 from workers.formats.stored_linear import StoredLinear
@@ -34,15 +35,18 @@ class Layout:
     """The parts in which formats of safetensors differ.
 
     compress       name of a linear, its result -> its stored tensors, by full name
-    stem           first part of the weight files' names
+    stem           first part of the weight files' names: `model` if `from_pretrained` loads them, another one where it
+                   shall say that it finds no weights rather than fill them at random
+    one_file       whether the weights are one file, held in memory until it is written, whatever the model's size
     config         schemes by module name, module names of the other linears -> fields added to config.json
     files          linears by name in the checkpoint -> content of further JSON files, by name
     needs_loader   whether the one-file loader is added
     warnings       code and message of requirements for loading
     """
 
-    compress: Callable[[str, LinearResult], dict[str, Tensor]]
+    compress: Compress
     stem: str = "model"
+    one_file: bool = False
     config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
     files: Callable[[Mapping[str, StoredLinear]], Mapping[str, object]] | None = None
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
@@ -50,10 +54,14 @@ class Layout:
 
 
 def checkpoint_format(
-    layout: Layout, loading: Lines, adapter_base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None
+    layout: Layout,
+    loading: Lines,
+    adapter_base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None,
+    decompress: Decompress | None = None,
 ) -> Format:
-    """A format whose checkpoints have this layout; `loading` and `adapter_base` as in `Format`."""
-    return Format(partial(CheckpointWriter, layout, loading), loading, adapter_base)
+    """A format whose checkpoints have this layout; the others as in `Format`."""
+    writer = partial(CheckpointWriter, layout, loading)
+    return Format(writer, loading, layout.compress, decompress, adapter_base)
 
 
 class CheckpointWriter:
@@ -64,7 +72,7 @@ class CheckpointWriter:
         folder.mkdir(parents=True)
         self._layout, self._loading, self._folder, self._opening = layout, loading, folder, opening
         self._source = opening.source
-        self._shards = ShardWriter(folder, layout.stem, opening.shard_bytes)
+        self._shards = ShardWriter(folder, layout.stem, sys.maxsize if layout.one_file else opening.shard_bytes)
         self._linears: dict[str, StoredLinear] = {}
         self._modules: dict[str, str] = {}
         self._replaced: set[str] = set()

@@ -26,6 +26,7 @@ from workers.formats.cards.loading import BASE, FOLDER, LOAD_VLLM, AdapterBase, 
 from workers.formats.cards.vllm import vllm_knowledge
 from workers.formats.checkpoint import Layout, checkpoint_format
 from workers.formats.native import LOAD_BITWRIGHT
+from workers.formats.stored_linear import StoredLinear
 from workers.numerics.packing import pack_words, unpack_words
 from workers.numerics.quantized import AffineWeight, LinearResult
 
@@ -85,12 +86,13 @@ def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     return tensors
 
 
-def decompress(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, dtype: torch.dtype) -> AffineWeight:
+def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -> LinearResult:
     """The exact inverse of `compress`.
 
     Raises:
         CorruptCheckpoint: a tensor is missing, or their shapes do not fit together.
     """
+    scheme = stored.scheme
     try:
         out_features, in_features = (int(n) for n in tensors[f"{name}.weight_shape"])
         scale = tensors[f"{name}.weight_scale"]
@@ -104,7 +106,7 @@ def decompress(name: str, tensors: Mapping[str, Tensor], scheme: Scheme, dtype: 
     codes = unpack_words(packed, scheme.bits, in_features)
     if zero is not None:
         zero = unpack_words(zero.T.contiguous(), scheme.bits, out_features).T.contiguous()
-    return AffineWeight(codes, scale, zero, scheme, dtype)
+    return LinearResult(AffineWeight(codes, scale, zero, scheme, stored.torch_dtype))
 
 
 def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str, object]:
@@ -260,4 +262,5 @@ FORMAT = checkpoint_format(
     ),
     loading,
     adapter_base,
+    decompress,
 )

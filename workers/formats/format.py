@@ -18,6 +18,7 @@ from workers.formats.cards.identity import Identity
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.shards import SHARD_BYTES
 from workers.formats.source_files import SourceCheckpoint
+from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 
@@ -71,12 +72,21 @@ class Opening:
     shard_bytes: int = SHARD_BYTES
 
 
+Compress = Callable[[str, LinearResult], dict[str, Tensor]]
+"""Name of a linear, its result -> its stored tensors, by full name, which begins with the linear's."""
+Decompress = Callable[[str, Mapping[str, Tensor], StoredLinear], LinearResult]
+"""Name of a linear, stored tensors by full name, its description -> the result, bit for bit; a scale that is stored in
+a wider dtype may come back in that."""
+
+
 @dataclass(frozen=True)
 class Format:
     """The definition of a format in its file.
 
     open           a writer in a folder
     loading        paragraphs of the card's section "Load"
+    compress       tensors of one linear; None for an adapter's format, whose configuration is part of them
+    decompress     the inverse of `compress`; None: the format is `dense` and has no codes to come back, or an adapter's
     adapter_base   schemes by module name -> the checkpoint as the base of the job's adapter; None: it is none
     check_source   raises `FormatCannotHold` for a source that the format cannot hold, before anything is computed
     held           module name, weight -> the weight with the numbers that the format stores; None: the same
@@ -84,6 +94,8 @@ class Format:
 
     open: Callable[[Path, Opening], Writer]
     loading: Lines
+    compress: Compress | None = None
+    decompress: Decompress | None = None
     adapter_base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None
     check_source: Callable[[SourceCheckpoint], None] | None = None
     held: Callable[[str, AffineWeight], AffineWeight] | None = None

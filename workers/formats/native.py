@@ -185,7 +185,7 @@ def _affine_weight(parts: _Parts, stored: StoredLinear) -> QuantizedWeight:
     zero = None
     if not stored.symmetric and offset is None:
         zero = parts.dense("zero_point", stored.bits, scale.shape)
-    return AffineWeight(parts.codes(stored), scale, zero, stored.scheme, _dtype(stored), offset)
+    return AffineWeight(parts.codes(stored), scale, zero, stored.scheme, stored.torch_dtype, offset)
 
 
 def _codebook_parts(weight: CodebookWeight) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ def _codebook_weight(parts: _Parts, stored: StoredLinear) -> QuantizedWeight:
         absmax = QuantizedAbsmax(codes, scale, offset, level.bits, level.superblock)
     if codebook.shape != (2**stored.bits,):
         raise parts.misfit()
-    return CodebookWeight(parts.codes(stored), codebook, absmax, stored.scheme, _dtype(stored))
+    return CodebookWeight(parts.codes(stored), codebook, absmax, stored.scheme, stored.torch_dtype)
 
 
 def _low_rank(parts: _Parts, stored: StoredLowRank) -> LowRank:
@@ -221,11 +221,6 @@ def _low_rank(parts: _Parts, stored: StoredLowRank) -> LowRank:
     if (low_rank.a.shape, low_rank.b.shape) != ((stored.rank, in_features), (out_features, stored.rank)):
         raise parts.misfit()
     return low_rank
-
-
-def _dtype(stored: StoredLinear) -> torch.dtype:
-    dtype: torch.dtype = getattr(torch, stored.dtype)
-    return dtype
 
 
 FORMAT = checkpoint_format(
@@ -237,4 +232,5 @@ FORMAT = checkpoint_format(
     ),
     loading,
     adapter_base,
+    decompress,
 )

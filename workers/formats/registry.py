@@ -62,19 +62,25 @@ def open_writer(
     return format_of(name).open(folder, Opening(name, source, formats, base, identity, shard_bytes))
 
 
-def adapter_base(formats: Collection[ExportFormat], schemes: Mapping[str, Scheme]) -> AdapterBase:
-    """The checkpoint beside which a job's adapter is loaded: a dense one, else a packed one, else one always kept.
-
-    schemes   of all quantized linears, by module name
+def base_format(formats: Collection[ExportFormat]) -> ExportFormat:
+    """The format whose checkpoint is the base of a job's adapter: a dense one, else a packed one, else one always kept.
 
     Raises:
         InternalError: no checkpoint of the job can be one.
     """
     for name in sorted(stored_formats(formats), key=lambda name: (name.info.always_kept, not name.info.dense)):
-        base = format_of(name).adapter_base
-        if base is not None:
-            return base(schemes)
+        if format_of(name).adapter_base is not None:
+            return name
     raise InternalError("no format of the job can be an adapter's base")
+
+
+def adapter_base(formats: Collection[ExportFormat], schemes: Mapping[str, Scheme]) -> AdapterBase:
+    """The checkpoint beside which a job's adapter is loaded; `schemes` of all quantized linears, by module name."""
+    name = base_format(formats)
+    base = format_of(name).adapter_base
+    if base is None:
+        raise InternalError(f"{name.value} is no adapter's base")
+    return base(schemes)
 
 
 def held(name: ExportFormat, module: str, weight: AffineWeight) -> AffineWeight:

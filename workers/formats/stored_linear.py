@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from app.domain.methods import Form, Scheme
@@ -61,3 +62,9 @@ class StoredLinear(Description):
     @property
     def scheme(self) -> Scheme:
         return Scheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """`dtype` as torch's own."""
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype

@@ -47,7 +47,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import ApiQSpec
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.layer_tasks import quantize_in_order
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningOutcome, TuningSettings
@@ -223,3 +223,6 @@ def _first_factors(shape: tuple[int, int], rank: int, seed: int) -> Tensor:
     generator, (out, columns) = torch.Generator().manual_seed(seed), shape
     a = (torch.rand(rank * columns, generator=generator) * 2 - 1) / columns**0.5
     return torch.cat([a, torch.zeros(out * rank)])
+
+
+METHOD = Method(ApiQSpec, ApiQ())

@@ -41,7 +41,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import AWQSpec, Scheme
-from workers.contracts.blocks import BlockTask, Fold
+from workers.contracts.blocks import BlockTask, Fold, Method
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, watched
@@ -247,3 +247,6 @@ def _call(submodule: nn.Module, *arguments: Any, **keywords: Any) -> Tensor:
     output = submodule(*arguments, **keywords)
     first: Tensor = output[0] if isinstance(output, tuple) else output
     return first
+
+
+METHOD = Method(AWQSpec, AWQ())

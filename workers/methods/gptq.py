@@ -42,7 +42,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import GPTQSpec, Scheme
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs
@@ -167,3 +167,6 @@ def _by_scheme(schemes: Mapping[str, Scheme], names: tuple[str, ...]) -> dict[Sc
     for name in names:
         alike.setdefault(schemes[name], []).append(name)
     return alike
+
+
+METHOD = Method(GPTQSpec, GPTQ())

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import PRESET_ABSMAX, LoftQSpec, Scheme
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics import normal_float
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
@@ -98,3 +98,6 @@ def _round_to_nearest(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, 
     grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
     codes, _ = round_to_grid(w, grid)
     return affine_weight(codes, grid, scheme, scale_dtype, dtype)
+
+
+METHOD = Method(LoftQSpec, LoftQ())

@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import PRESET_ABSMAX, AbsmaxScheme, LQLoRASpec, Scheme
-from workers.contracts.blocks import BlockTask, Fisher, ScoreTask
+from workers.contracts.blocks import BlockTask, Fisher, Method, ScoreTask
 from workers.contracts.results import BlockResult
 from workers.numerics import normal_float
 from workers.numerics.low_rank import FollowedFactors, weighted_factors
@@ -169,3 +169,6 @@ def quantize(weight: Tensor, scheme: Scheme, absmax: AbsmaxScheme | None) -> Cod
     """Nearest NormalFloat values of an fp32 weight, dequantized to fp32."""
     stored = DoubleQuantization.of(PRESET_ABSMAX if absmax is None else absmax)
     return normal_float.quantize(weight, scheme, stored, torch.float32)
+
+
+METHOD = Method(LQLoRASpec, LQLoRA())

@@ -12,7 +12,7 @@ Reads the weights alone, one linear at a time; cost O(out*in).
 import torch
 
 from app.domain.methods import NormalFloatSpec
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, quantize
 from workers.numerics.quantized import LinearResult
@@ -30,3 +30,6 @@ class NormalFloat:
             weight = task.linear(name).weight
             results[name] = LinearResult(quantize(weight, scheme, absmax, weight.dtype))
         return BlockResult(results)
+
+
+METHOD = Method(NormalFloatSpec, NormalFloat())

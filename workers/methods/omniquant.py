@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import OmniQuantSpec, Scheme
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, affine_grid, round_to_grid
@@ -114,3 +114,6 @@ class ClippedWeights:
 
     def results(self) -> dict[str, LinearResult]:
         return self.groups.kept.results(self.shapes, self.groups.scheme, self.groups.weight.dtype)
+
+
+METHOD = Method(OmniQuantSpec, OmniQuant())

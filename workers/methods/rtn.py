@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import RTNSpec, Scheme
-from workers.contracts.blocks import BlockTask
+from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -34,3 +34,6 @@ def quantize_weight(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) ->
     grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
     codes, _ = round_to_grid(w, grid)
     return affine_weight(codes, grid, scheme, scale_dtype, weight.dtype)
+
+
+METHOD = Method(RTNSpec, RTN())

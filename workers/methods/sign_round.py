@@ -43,7 +43,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme, SignRoundSpec
-from workers.contracts.blocks import BlockTask, KernelMethod, WarmUp
+from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
@@ -233,3 +233,6 @@ class RoundedWeights:
             )
             results[name] = LinearResult(weight)
         return results
+
+
+METHOD = Method(SignRoundSpec, SignRound())

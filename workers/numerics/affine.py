@@ -53,8 +53,10 @@ class GroupRange:
 class Grid:
     """Grid of the codes: w_hat = scale*(q - zero), q in [lowest, highest]; `zero` is None if it is 0 (symmetric).
 
-    scale   working dtype, already rounded to the storage dtype, (out, groups)
-    zero    the same dtype, whole numbers, (out, groups)
+    scale     working dtype, already rounded to the storage dtype (`store_scale`), (out, groups)
+    zero      the same dtype, whole numbers, (out, groups)
+    lowest    at the least -2^(b-1) if symmetric, else 0
+    highest   at the most 2^(b-1) - 1 if symmetric, else 2^b - 1; a method may leave codes at either end out
     """
 
     scale: Tensor
@@ -115,7 +117,16 @@ def range_factors(count: int) -> list[float]:
 def affine_weight(
     codes: Tensor, grid: Grid, scheme: Scheme, scale_dtype: torch.dtype, dtype: torch.dtype
 ) -> AffineWeight:
-    """The stored form of grouped codes q in the grid's own range."""
-    unsigned = (codes - grid.lowest).to(torch.uint8).flatten(1)
+    """The stored form of grouped codes q of the grid: q + 2^(b-1) if it is symmetric, else q, whatever its range.
+
+    Raises:
+        ValueError: the grid is not the scheme's: it has zero points and should not or the other way around, or codes
+            that b bits do not hold.
+    """
+    middle = 2 ** (scheme.bits - 1) if scheme.symmetric else 0
+    if scheme.symmetric != (grid.zero is None) or grid.lowest + middle < 0 or grid.highest + middle >= 2**scheme.bits:
+        zeros = "without" if grid.zero is None else "with"
+        raise ValueError(f"{scheme} does not hold codes {grid.lowest} to {grid.highest} {zeros} zero points")
+    unsigned = (codes + middle).to(torch.uint8).flatten(1)
     zero = None if grid.zero is None else grid.zero.to(torch.uint8)
     return AffineWeight(unsigned, grid.scale.to(scale_dtype), zero, scheme, dtype)

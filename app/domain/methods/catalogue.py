@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
+from app.domain.methods.schemes import MAX_BITS, MIN_BITS
 from app.domain.methods.weight_specs import (
     AWQSpec,
     GPTQSpec,
@@ -83,6 +84,18 @@ class MethodInfo:
     def needs_calibration(self) -> bool:
         """True if the method reads calibration text with its default parameters."""
         return self.spec.model_validate({}).reads_text()
+
+    @property
+    def widths(self) -> frozenset[int]:
+        """Values of `bits` that its spec takes."""
+        return frozenset(bits for bits in range(MIN_BITS, MAX_BITS + 1) if self._takes(bits))
+
+    def _takes(self, bits: int) -> bool:
+        try:
+            self.spec.model_validate({"bits": bits})
+        except ValidationError:
+            return False
+        return True
 
 
 METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(

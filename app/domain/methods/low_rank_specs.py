@@ -65,9 +65,7 @@ class LoftQSpec(WeightSpec):
     )
 
     @model_validator(mode="after")
-    def _codebooks_have_no_zero_point(self) -> Self:
-        if self.base == "normal-float" and not all(scheme.symmetric for _, scheme in self.schemes()):
-            raise ValueError('NormalFloat is symmetric: leave symmetric true, or set base to "affine"')
+    def _only_codebooks_have_a_second_level(self) -> Self:
         if self.base == "affine" and self.double_quantization:
             raise ValueError('double_quantization is for base "normal-float"; leave it out with "affine"')
         return self
@@ -159,7 +157,6 @@ class LQLoRASpec(WeightSpec):
     method: Literal["lq-lora"] = "lq-lora"
     bits: Width = BitBudget(average=2.75)
     group_size: GroupSize = Field(default=64, description="Where bits is one width; a budget chooses of group_sizes.")
-    symmetric: Literal[True] = Field(default=True, description="NormalFloat has no zero point.")
     rank: Rank = 64
     alpha: Alpha = 16.0
     iterations: int = Field(

@@ -4,7 +4,8 @@ from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
 from app.domain.methods.schemes import GroupSize, ModuleRules, Scheme, SchemeOverride, Spec, Symmetric
@@ -71,6 +72,42 @@ class WeightSpec(Spec):
         """Forms that these parameters make of the linears of the blocks."""
         return frozenset({Form.AFFINE})
 
+    def symmetries(self) -> frozenset[bool]:
+        """Values of `symmetric` that it takes, of the default and of overrides alike: on a codebook there is no zero
+        point. Requests that say another one are refused by the field."""
+        return frozenset({True}) if Form.CODEBOOK in self.forms() else frozenset({True, False})
+
+    @model_validator(mode="after")
+    def _every_scheme_is_one_of_its_own(self) -> Self:
+        """Symmetry is one of `symmetries`, and an override says nothing that the method's own field refuses.
+
+        Raises:
+            ValidationError: with the location of each value that is refused.
+        """
+        refused = [] if self.symmetric in self.symmetries() else [self._symmetry_refusal((), self.symmetric)]
+        for pattern, override in self.modules.overrides.items():
+            where = ("modules", "overrides", pattern)
+            for name, value in override.model_dump(exclude_none=True).items():
+                if name == "symmetric":
+                    refused += [] if value in self.symmetries() else [self._symmetry_refusal(where, value)]
+                    continue
+                try:
+                    type(self).model_validate({name: value})
+                except ValidationError as error:
+                    for reason in error.errors():
+                        if reason["loc"][:1] == (name,):
+                            limit = reason["msg"].removeprefix("Input should be ")
+                            refused.append(_refusal((*where, name), value, f"{self.method} takes {name} {limit}"))
+        if refused:
+            raise ValidationError.from_exception_data(type(self).__name__, refused)
+        return self
+
+    def _symmetry_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
+        kind = "symmetric" if value else "asymmetric"
+        made = "codes of a codebook, which has no zero point" if Form.CODEBOOK in self.forms() else f"no {kind} weights"
+        detail = f"must be {str(not value).lower()}: with these parameters {self.method} makes {made}"
+        return _refusal((*where, "symmetric"), value, detail)
+
     def factors_rank(self) -> int:
         """Rank of the factors beside each linear; 0: there are none."""
         return 0
@@ -109,6 +146,12 @@ class WeightSpec(Spec):
         return 0
 
 
+def _refusal(location: tuple[str, ...], value: object, detail: str) -> InitErrorDetails:
+    """A refused value, for `ValidationError.from_exception_data`."""
+    reason = PydanticCustomError("value_refused", "{error}", {"error": detail})
+    return InitErrorDetails(type=reason, loc=location, input=value)
+
+
 class NormalFloatSpec(WeightSpec):
     """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
 
@@ -120,12 +163,6 @@ class NormalFloatSpec(WeightSpec):
         description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
         "a weight in place of 4.25 with groups of 64.",
     )
-
-    @model_validator(mode="after")
-    def _is_symmetric(self) -> Self:
-        if not all(scheme.symmetric for _, scheme in self.schemes()):
-            raise ValueError("NormalFloat is symmetric: leave symmetric true")
-        return self
 
     def observes_inputs(self) -> bool:
         """Weights alone."""

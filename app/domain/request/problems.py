@@ -28,6 +28,8 @@ CODES = MappingProxyType(
     }
 )
 RANGES = ("greater_than", "less_than", "too_long", "too_short", "string_too", "finite_number", "int_parsing_size")
+OWN = ("value_error", "value_refused")
+"""Errors of our own validators, whose context has the whole sentence."""
 VALUES = ("literal", "enum", "union_tag_invalid", "value", "string_pattern", "string_unicode")
 
 
@@ -57,7 +59,7 @@ def field_problems(
             _, parent = _follow(schema, definitions, item["loc"][:-2])
             detail = f"the name must be {_text(_child(parent, 'propertyNames'))}"
         else:
-            detail = str(context["error"]) if kind == "value_error" else f"must be {_allowed(node, definitions)}"
+            detail = str(context["error"]) if kind in OWN else f"must be {_allowed(node, definitions)}"
         field = as_written(body, ".".join(map(str, path)))
         problems.append(FieldProblem(field=field, code=_code(kind), detail=detail, value=shorten(value)))
     return problems

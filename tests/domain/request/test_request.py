@@ -1,14 +1,17 @@
 """Requests in shorthand and in full, and the error of each mistake."""
 
 import json
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
-from app.domain.formats import FORMATS
-from app.domain.methods import METHODS, RECIPES, Form
+from app.domain.format_rules import default_for, format_problems
+from app.domain.formats import FORMATS, Result
+from app.domain.methods import METHODS, RECIPES, Form, LoftQSpec, SchemeOverride, WeightSpec
 from app.domain.request.job_request import JobRequest
 from app.domain.request.problems import MAX_PROBLEMS, as_written
 from app.domain.request.shorthand import SHORTHAND, expand
@@ -340,51 +343,101 @@ def test_expansion_knows_whether_the_method_is_real() -> None:
     assert unknown.body["quantization"] == {"method": "signround", "steps": 3, "scale_steps": 0}
 
 
+@pytest.mark.parametrize("field", SchemeOverride.model_fields)
+@pytest.mark.parametrize("method", METHODS)
+def test_an_override_takes_what_the_method_takes(method: str, field: str) -> None:
+    """No value is refused for all linears and let through for some of them, and each refusal names its field."""
+    for value in (*range(2, 9), True, False):
+        if isinstance(value, bool) != (field == "symmetric"):
+            continue
+        overrides = {"overrides": {"*": {field: value}}}
+        of_all = {"model": "org/name", "quantization": {"method": method, field: value}}
+        of_some = {"model": "org/name", "quantization": {"method": method, "modules": overrides}}
+        try:
+            JobRequest.parse(of_all)
+        except InvalidRequest:
+            (code, detail) = problems(of_some)[f"quantization.modules.overrides.*.{field}"]
+            assert code == "invalid_value"
+            assert len(detail) > 10
+            assert f"quantization.{field}" in problems(of_all)
+        else:
+            assert JobRequest.parse(of_some)
+
+
+def test_symmetry_is_refused_by_the_fact_of_the_spec() -> None:
+    refused = {name for name, info in METHODS.items() if False not in info.spec().symmetries()}
+    assert refused >= {name for name, info in METHODS.items() if Form.CODEBOOK in info.spec().forms()}
+    assert False in LoftQSpec(base="affine").symmetries()
+    for name in refused:
+        _, detail = problems({"model": "org/name", "method": name, "symmetric": False})["symmetric"]
+        assert detail.startswith("must be true: with these parameters")
+
+
 TEXTS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1, max_size=20)
-SCHEMES = {
-    "bits": st.sampled_from([2, 3, 4, 8]),
-    "group_size": st.sampled_from([-1, 1, 32, 64]),
-    "symmetric": st.booleans(),
+SCHEME_VALUES: dict[str, tuple[Any, ...]] = {
+    "bits": (2, 3, 4, 8),
+    "group_size": (-1, 1, 32, 64),
+    "symmetric": (True, False),
 }
-MODULES = st.fixed_dictionaries(
-    {},
-    optional={
-        "ignore": st.lists(TEXTS, max_size=3),
-        "overrides": st.dictionaries(TEXTS, st.fixed_dictionaries({}, optional=SCHEMES), max_size=3),
-    },
-)
-NORMAL_FLOAT = {"bits": st.sampled_from([2, 3, 4]), "symmetric": st.just(True)}
-IGNORED = st.fixed_dictionaries({}, optional={"ignore": st.lists(TEXTS, max_size=3)})
 DATASETS = st.sampled_from(["builtin", "org/data", "/texts/a.jsonl", "upl_0abc", {"source": "builtin"}])
 TEXT_PARTS = st.fixed_dictionaries(
     {}, optional={"dataset": DATASETS, "num_samples": st.integers(1, 64), "sequence_length": st.integers(16, 512)}
 )
 RATIOS = st.floats(0.125, 8) | st.none()
-FOR_ALL_METHODS = [f for f, info in FORMATS.items() if info.low_rank != "is" and info.group_multiple == 1]
+
+
+def takes(spec: type[WeightSpec], fields: Mapping[str, Any]) -> bool:
+    """Whether a spec may be made with these parameters."""
+    try:
+        spec.model_validate(fields)
+    except ValidationError:
+        return False
+    return True
+
+
+@st.composite
+def quantizations(draw: st.DrawFn, spec: type[WeightSpec], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Valid parameters of a method; `given` are those that a recipe fills in already."""
+    words = {name: get_args(field.annotation) for name, field in spec.model_fields.items() if name not in given}
+    choices = {
+        name: st.sampled_from(values)
+        for name, values in words.items()
+        if name not in ("method", "preset") and values and all(isinstance(value, str) for value in values)
+    }
+    chosen = draw(st.fixed_dictionaries({}, optional=choices))
+    schemes = {
+        name: st.sampled_from([value for value in values if takes(spec, {**given, **chosen, name: value})])
+        for name, values in SCHEME_VALUES.items()
+    }
+    tuned = {"steps": st.integers(0, 500), "batch_size": st.integers(1, 64), "learning_rate": st.floats(0.001, 1)}
+    known = {name: values for name, values in tuned.items() if name in spec.model_fields}
+    overrides = st.dictionaries(TEXTS, st.fixed_dictionaries({}, optional=schemes), max_size=3)
+    modules = st.fixed_dictionaries({}, optional={"ignore": st.lists(TEXTS, max_size=3), "overrides": overrides})
+    fields = st.fixed_dictionaries({}, optional=schemes | known | {"modules": modules})
+    return chosen | draw(fields)
 
 
 @st.composite
 def bodies(draw: st.DrawFn) -> dict[str, Any]:
     """Valid requests in either form."""
     method = draw(st.sampled_from([*METHODS, *RECIPES]))
-    tuned = {"steps": st.integers(0, 500), "batch_size": st.integers(1, 64), "learning_rate": st.floats(0.001, 1)}
-    spec = METHODS[str(RECIPES.get(method, {}).get("method", method))].spec
-    known: dict[str, Any] = {name: values for name, values in tuned.items() if name in spec.model_fields}
-    corrected = Form.LOW_RANK in spec().forms()
-    any_scheme: dict[str, Any] = {"base": st.just("affine")} if method == "loftq" else {}
-    scheme = {n: v for n, v in SCHEMES.items() if n != "symmetric" or spec.model_fields[n].annotation is bool}
-    narrow: dict[str, Any] = NORMAL_FLOAT if method == "nf" else {}
-    fields = draw(st.fixed_dictionaries(any_scheme, optional=scheme | known | narrow))
-    kinds = {Form.AFFINE} if method == "loftq" else spec().forms() - {Form.LOW_RANK}
-    names = [name.value for name in FOR_ALL_METHODS if kinds <= FORMATS[name].kinds]
-    formats = st.lists(st.sampled_from(names), max_size=3)
+    recipe: Mapping[str, Any] = RECIPES.get(method, {"method": method})
+    given = {name: value for name, value in recipe.items() if name != "method"}
+    kind = METHODS[recipe["method"]].spec
+    fields = draw(quantizations(kind, given))
+    spec = kind.model_validate({**given, **fields})
+    adapter = [default_for(Result.FACTORS)] if Form.LOW_RANK in spec.forms() else []
+    models = [name for name in FORMATS if not name.info.is_adapter]
+    able = [name for name in models if not format_problems(spec, (name, *adapter))]
+    formats = st.lists(st.sampled_from(able), max_size=3).map(lambda names: (*names, *adapter))
+    names = formats.filter(lambda names: not format_problems(spec, names))
     body: dict[str, Any] = draw(
         st.fixed_dictionaries(
             {"model": st.sampled_from(["org/name", "/models/x", "upl_0abc", {"source": "hub", "id": "gpt2"}])},
             optional={
                 "calibration": TEXT_PARTS,
                 "evaluation": TEXT_PARTS | st.none(),
-                "formats": formats.map(lambda names: [*names, "peft"]) if corrected else formats,
+                "formats": names.map(lambda names: [name.value for name in names]),
                 "seed": st.integers(0, 2**63 - 1),
                 "require": st.fixed_dictionaries({}, optional={"max_perplexity_ratio": RATIOS}) | st.none(),
                 "device": st.sampled_from(["any", "cpu", "cuda"]),
@@ -395,8 +448,8 @@ def bodies(draw: st.DrawFn) -> dict[str, Any]:
         )
     )
     if draw(st.booleans()):
-        return body | {"method": method} | fields
-    return body | {"quantization": {"method": method, **fields, "modules": draw(IGNORED if narrow else MODULES)}}
+        return body | {"method": method} | {name: value for name, value in fields.items() if name != "modules"}
+    return body | {"quantization": {"method": method, **fields}}
 
 
 @given(bodies())

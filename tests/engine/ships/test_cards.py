@@ -20,14 +20,16 @@ from safetensors import safe_open
 
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import ExportFormat
-from app.domain.methods import METHODS
+from app.domain.methods import METHODS, Form
 from app.domain.request.job_request import Evaluation, JobRequest
 from bitwright.report import Report
 from tests.engine.conftest import TEXTS
+from tests.formats.examples import held_by
 from workers.disk.orders import AttemptOrder
 from workers.engine.reporter import Reporter
 from workers.engine.run import run
 from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
+from workers.formats.registry import base_format
 
 MODEL, ROWS, COMMIT = "org/tiny", "org/rows", "0123456789abcdef0123456789abcdef01234567"
 SOURCE_CARD = """\
@@ -42,7 +44,7 @@ tags: [their-own]
 # Somebody's words
 """
 AFFINE = {"method": "rtn", "bits": 4, "group_size": 32}
-JOBS: dict[str, dict[str, Any]] = {
+CHOSEN: dict[str, dict[str, Any]] = {
     "plain": {"formats": ["compressed-tensors", "merged"]},
     "factors": {"quantization": {"method": "loftq", "bits": 4, "group_size": 32}, "formats": ["merged", "peft"]},
     "lora": {"adapter": {"kind": "lora", "rank": 4}, "formats": ["compressed-tensors", "peft"]},
@@ -55,9 +57,27 @@ JOBS: dict[str, dict[str, Any]] = {
     "q-bara": {"adapter": {"kind": "q-bara", "rank": 4}, "formats": ["native"]},
     "qa-blora": {"adapter": {"kind": "qa-blora", "rank": 4}, "formats": ["compressed-tensors", "merged"]},
 }
-DEFAULT = ("lora", "lora-gguf", "qa-lora-folded", "qa-hira")
+
+
+def of_other_formats() -> dict[str, dict[str, Any]]:
+    """A job with a LoRA for each format that no chosen job has, in a scheme that its row allows."""
+    asked = {name for job in CHOSEN.values() for name in job["formats"]}
+    jobs: dict[str, dict[str, Any]] = {}
+    for name in ExportFormat:
+        if name not in asked and not name.info.is_adapter:
+            scheme = held_by(name)[-1].scheme
+            method = "rtn" if Form.AFFINE in name.info.kinds else "nf"
+            job = {"quantization": {"method": method, **scheme.model_dump()}, "adapter": {"kind": "lora", "rank": 4}}
+            jobs[f"lora-{name}"] = job | {"formats": [name.value, "peft"]}
+    return jobs
+
+
+JOBS = CHOSEN | of_other_formats()
+DEFAULT = {"lora", "lora-gguf", "qa-lora-folded", "qa-hira"} | (JOBS.keys() - CHOSEN.keys())
 """The rest goes with the slow tests: every adapter, every merge, every format that it can have."""
-BASES = {"lora", "lora-gguf", "bayesian", "factors", "qa-lora", "qa-hira", "q-bara", "qa-blora"}
+BASES = {"lora", "lora-gguf", "bayesian", "factors", "qa-lora", "qa-hira", "q-bara", "qa-blora"} | (
+    JOBS.keys() - CHOSEN.keys()
+)
 """Jobs whose checkpoints, but for a native one with factors in it, are the quantized base alone."""
 
 
@@ -136,9 +156,7 @@ def test_front_matter_is_what_the_hub_reads(job: Job) -> None:
         whole = job.report.finetuning is not None and name == "merged" and not job.is_base(name)
         relation = "adapter" if alone else "finetune" if whole else "quantized"
         assert data.to_dict()["base_model_relation"] == relation, name
-        assert data.library_name == {"peft": "peft", "gguf": "gguf"}.get(
-            name, "bitwright" if name in ("native", "adapter") else "transformers"
-        )
+        assert data.library_name == ("bitwright" if name == "adapter" else ExportFormat(name).info.library)
         assert data.tags is not None
         assert "their-own" not in data.tags
         assert data.tags[:2] == ["bitwright", name]
@@ -203,11 +221,13 @@ def test_the_first_lines_of_a_card_load_what_its_figures_are_of(
 
 def loaded(job: Job, name: str, lines: str, folder: Path) -> Any:
     """The `model` that the lines of a card make."""
-    base = re.search(r"`(merged|compressed-tensors)` checkpoint of the same job", job.card(name).text)
+    base = base_format([ExportFormat(format_) for format_ in job.spec["formats"]]) if name == "peft" else "native"
+    if name == "peft":
+        assert f"the `{base}` checkpoint of the same job" in job.card(name).text
     places = {
         "this/folder": job.folders[name],
         "the/adapter": job.folders.get("adapter" if "attach(" in lines else "peft"),
-        "the/base": job.folders[base[1] if base is not None and name == "peft" else "native"],
+        "the/base": job.folders[base],
     }
     for place, found in places.items():
         lines = lines.replace(f"path/to/{place}", str(found))
@@ -273,7 +293,7 @@ def test_every_safetensors_file_has_one_entry_of_metadata_at_the_most(job: Job) 
 
 
 def test_every_job_of_the_table_is_what_it_says() -> None:
-    assert set(DEFAULT) | BASES <= JOBS.keys()
+    assert JOBS.keys() >= DEFAULT | BASES
     asked = {name for job in JOBS.values() for name in job["formats"]}
     assert asked == {name.value for name in ExportFormat}
     assert {job["adapter"]["kind"] for job in JOBS.values() if "adapter" in job} == ADAPTERS.keys()

@@ -19,6 +19,7 @@ from tests.formats.examples import (
     REPORT,
     Made,
     codebook_made,
+    held_by,
     linears,
     logits,
     random_result,
@@ -33,6 +34,8 @@ from workers.formats.registry import adapter_base, format_of, open_writer
 from workers.formats.stored_linear import StoredLinear
 
 CT, NATIVE, MERGED, PEFT = (ExportFormat(name) for name in ("compressed-tensors", "native", "merged", "peft"))
+MODELS = [name for name in ExportFormat if not name.info.is_adapter and "*.safetensors" in name.info.weight_files]
+"""Formats whose cards' lines make a model of `tiny_llama`, which has no tokenizer that a GGUF file could hold."""
 NEWEST_VLLM = vllm_rows(CT)[0]
 W4, W8, W3Z, W4Z = scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, False), scheme(4, 32, False)
 FORMS = [Made(W3Z, rank=2), codebook_made(4, 32), codebook_made(2, 16, rank=3)]
@@ -75,8 +78,13 @@ def run_file(file: Path) -> Any:
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("export_format", "schemes"),
-    [(CT, [W4]), (CT, [W4Z]), (CT, [W4, W8]), (CT, [W4, W3Z]), (NATIVE, [W3Z, W8]), (NATIVE, FORMS), (MERGED, FORMS)],
-    ids=["symmetric", "asymmetric", "mixed", "mixed-asymmetric", "native", "native-forms", "merged"],
+    [
+        *((CT, schemes) for schemes in ([W4], [W4Z], [W4, W8], [W4, W3Z])),
+        *((NATIVE, schemes) for schemes in ([W3Z, W8], FORMS)),
+        (MERGED, FORMS),
+        *((name, held_by(name)) for name in MODELS),
+    ],
+    ids=str,
 )
 def test_every_line_of_the_card_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, export_format: ExportFormat, schemes: Sequence[Made | Scheme]
@@ -85,7 +93,9 @@ def test_every_line_of_the_card_runs(
     expected = write_quantized(tiny_llama(tmp_path / "source"), out, export_format, schemes)
     monkeypatch.syspath_prepend(str(out))
     blocks = code_blocks((out / "README.md").read_text())
-    assert len(blocks) == (1 if export_format is NATIVE else 2)
+    assert blocks
+    if export_format.info.dense or any(row.runtime == "peft" for row in export_format.info.runtimes):
+        assert any("get_peft_model" in block for block in blocks)
     for number, block in enumerate(blocks):
         # The tiny model's tokenizer.json is no tokenizer; its line is the same for every checkpoint.
         lines = [line for line in block.splitlines() if not line.startswith("tokenizer")]
@@ -102,8 +112,12 @@ def test_every_line_of_the_card_runs(
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.parametrize(
     ("base", "made"),
-    [(MERGED, FORMS), (CT, [Made(W4, rank=2)]), (CT, [Made(W4, rank=2), Made(W8, rank=2)]), (NATIVE, FORMS)],
-    ids=["merged", "packed", "packed-mixed", "native"],
+    [
+        *((name, FORMS) for name in (MERGED, NATIVE)),
+        *((CT, made) for made in ([Made(W4, rank=2)], [Made(W4, rank=2), Made(W8, rank=2)])),
+        *((name, held_by(name, rank=2)) for name in MODELS if format_of(name).adapter_base is not None),
+    ],
+    ids=str,
 )
 def test_the_cards_of_base_and_adapter_lead_to_each_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, base: ExportFormat, made: Sequence[Made]
@@ -113,9 +127,9 @@ def test_the_cards_of_base_and_adapter_lead_to_each_other(
     expected = write_with(open_writer(tmp_path / "adapter", PEFT, source, formats), source, made)
     monkeypatch.syspath_prepend(str(tmp_path / "base"))
     cards = {name: (tmp_path / name / "README.md").read_text() for name in ("base", "adapter")}
-    assert ("This is the quantized base alone" in cards["base"]) == (base is not NATIVE)
+    assert ("This is the quantized base alone" in cards["base"]) == (not base.info.holds_factors)
     blocks = [block for name in cards for block in code_blocks(cards[name]) if "PeftModel" in block]
-    assert len(blocks) == (1 if base is NATIVE else 2)
+    assert len(blocks) == (1 if base.info.holds_factors else 2)
     for number, block in enumerate(blocks):
         of_adapter = number == len(blocks) - 1
         text = block.replace("path/to/this/folder", str(tmp_path / ("adapter" if of_adapter else "base")))

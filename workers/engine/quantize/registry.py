@@ -1,33 +1,40 @@
-"""The methods by the name that a request uses. A new method is one more line."""
+"""Methods by name, each from its own file: `METHOD` of a module in `workers/methods`, whatever its name.
 
+The name in a request is that of the spec's row in the catalogue.
+"""
+
+from importlib import import_module
+from pkgutil import iter_modules
 from types import MappingProxyType
 from typing import Any
 
+import workers.methods
+from app.domain.methods import METHODS as CATALOGUE
 from app.domain.methods import WeightSpec
-from workers.contracts.blocks import BlockMethod
-from workers.methods.apiq import ApiQ
-from workers.methods.awq import AWQ
-from workers.methods.gptq import GPTQ
-from workers.methods.loftq import LoftQ
-from workers.methods.lq_lora import LQLoRA
-from workers.methods.normal_float import NormalFloat
-from workers.methods.omniquant import OmniQuant
-from workers.methods.rtn import RTN
-from workers.methods.sign_round import SignRound
+from bitwright.errors import InternalError
+from workers.contracts.blocks import BlockMethod, Method
 
-METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(
-    {
-        "rtn": RTN(),
-        "nf": NormalFloat(),
-        "gptq": GPTQ(),
-        "awq": AWQ(),
-        "omniquant": OmniQuant(),
-        "signround": SignRound(),
-        "loftq": LoftQ(),
-        "apiq": ApiQ(),
-        "lq-lora": LQLoRA(),
-    }
-)
+
+def _code_of_catalogue() -> dict[str, BlockMethod[Any]]:
+    """The code of every method of the catalogue.
+
+    Raises:
+        InternalError: a module defines no METHOD, or catalogue and modules differ.
+    """
+    code: dict[type[WeightSpec], BlockMethod[Any]] = {}
+    for file in iter_modules(workers.methods.__path__, f"{workers.methods.__name__}."):
+        method = vars(import_module(file.name)).get("METHOD")
+        if not isinstance(method, Method):
+            raise InternalError(f"{file.name} defines no METHOD")
+        code[method.spec] = method.code
+    specs = {info.spec for info in CATALOGUE.values()}
+    if code.keys() != specs:
+        names = ", ".join(sorted(spec.__name__ for spec in code.keys() ^ specs))
+        raise InternalError(f"only one of catalogue and workers/methods has {names}")
+    return {name: code[info.spec] for name, info in CATALOGUE.items()}
+
+
+METHODS: MappingProxyType[str, BlockMethod[Any]] = MappingProxyType(_code_of_catalogue())
 
 
 def method_of(spec: WeightSpec) -> BlockMethod[Any]:

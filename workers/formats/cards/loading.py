@@ -24,6 +24,13 @@ from transformers import AutoModelForCausalLM
 
 model = AutoModelForCausalLM.from_pretrained("{folder}")"""
 
+FROM_TENSORS = """\
+config = AutoConfig.from_pretrained(folder)
+with torch.device("meta"):
+    model_class = type(AutoModelForCausalLM.from_config(config))
+model = model_class.from_pretrained(None, config=config, state_dict=weights, dtype=config.dtype)"""
+"""Of `weights`, every tensor of the model by name: for a checkpoint that no stock loader reads."""
+
 LOAD_VLLM = """\
 vLLM{known}:
 
@@ -74,8 +81,8 @@ By itself, which is not what was measured:"""
 class AdapterBase:
     """The checkpoint of a job beside which its adapter is loaded.
 
-    where    sentence that says which checkpoint it is
-    load     lines that load it as a model with plain linears, at `BASE`
+    where    sentence that says which checkpoint it is: "The base is the `merged` checkpoint of the same job:"
+    load     lines that make `model`, with plain linears, of the checkpoint at `BASE`
     served   whether vLLM loads it
     """
 
@@ -111,12 +118,17 @@ Lines = Callable[[Loading], list[str]]
 """The paragraphs of the section."""
 
 
+def python_block(*code: str) -> str:
+    """A paragraph of Python."""
+    return "\n".join(["```python", *code, "```"])
+
+
 def model_lines(about: Loading, lines: list[str], how: str, load: str) -> list[str]:
     """The section of a checkpoint that stock runtimes load: by itself, or with the adapter that belongs to it.
 
     lines   paragraphs that load the checkpoint by itself, one per runtime
-    how     requirements for training a LoRA on it, in words
-    load    code that loads it as a model with plain linears
+    how     the end of "To train a LoRA on it with peft, ...", as "it needs nothing else"
+    load    code that makes `model`, with plain linears, of the checkpoint at `FOLDER`
     """
     if base_alone(about.formats):
         return [f"{ABOUT_BASE}\n\n{WITH_ADAPTER.format(load=load, adapter=ADAPTER)}", BY_ITSELF, *lines]

@@ -15,6 +15,7 @@ in its lower half and weight j + 16 in its upper one, and fifth bits are one lit
 There is no type for asymmetric 6 to 8 bits, or for groups that are no multiple of 32.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -22,8 +23,9 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from app.domain.methods import Scheme
-from bitwright.errors import FormatCannotHold
-from workers.numerics.quantized import AffineWeight
+from bitwright.errors import CorruptCheckpoint, FormatCannotHold
+from workers.formats.stored_linear import StoredLinear
+from workers.numerics.quantized import AffineWeight, LinearResult
 
 BLOCK = 32
 MIDDLE = {Kind.Q4_0: 8, Kind.Q5_0: 16, Kind.Q8_0: 0}
@@ -79,6 +81,23 @@ def pack(name: str, weight: AffineWeight) -> Packed:
     moved = ((rounded.float() - exact).abs() / weight.scale.float().abs()).max()
     parts = [_bytes(scale), _bytes(_of_blocks(weight, rounded)), *_code_parts(codes.to(torch.int16), kind)]
     return Packed(kind, torch.cat(parts, -1).flatten(1), float(moved))
+
+
+def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
+    """The bytes of the linear `name` as one tensor; refuses what `pack` does."""
+    return {f"{name}.weight": pack(name, result.affine).data}
+
+
+def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -> LinearResult:
+    """The inverse of `compress`, by `unpack`.
+
+    Raises:
+        CorruptCheckpoint: no type holds the scheme, or the tensor is missing.
+    """
+    kind, data = block_kind(stored.scheme), tensors.get(f"{name}.weight")
+    if kind is None or data is None:
+        raise CorruptCheckpoint(f"there are no blocks of {stored.scheme}", field=name)
+    return LinearResult(unpack(data, kind, stored.scheme, stored.torch_dtype))
 
 
 def held(name: str, weight: AffineWeight) -> AffineWeight:

@@ -23,7 +23,7 @@ from bitwright.errors import FormatCannotHold
 from bitwright.report import Report
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Format, Opening
-from workers.formats.gguf.blocks import held, pack
+from workers.formats.gguf.blocks import compress, decompress, held, pack
 from workers.formats.gguf.identity import add_identity
 from workers.formats.gguf.loading import loading
 from workers.formats.gguf.metadata import OTHER_FORMAT, Architecture
@@ -179,4 +179,4 @@ def _as_bytes(tensor: Tensor) -> Tensor:
     return tensor.contiguous().unsqueeze(-1).view(torch.uint8).flatten(-2)
 
 
-FORMAT = Format(GGUFFile, loading, check_source=check_source, held=held)
+FORMAT = Format(GGUFFile, loading, compress, decompress, check_source=check_source, held=held)
