@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from sqlalchemy import select, update
+from structlog.testing import capture_logs
 
 from app.domain.attempt_lines import ResultLine
 from app.store.attempts import AttemptWriter, NewArtifact
@@ -32,7 +33,7 @@ from workers.supervise import attempt_runner as supervisor
 from workers.supervise import events as eventing
 from workers.supervise import lease as leases
 from workers.supervise.child_process import ChildProcess
-from workers.supervise.events import EventBuffer
+from workers.supervise.events import EventBuffer, LineReader
 from workers.supervise.lease import JobCancelled, LeaseKeeper, WorkerStopping
 from workers.supervise.outputs import store_outputs
 
@@ -254,6 +255,17 @@ def test_what_storing_says_is_written_before_the_end(bench: Bench) -> None:
     assert last == ProgressEvent(stage=Stage.STORE, done=5, total=5, unit="bytes")
     assert isinstance(end, StatusEvent)
     assert end.status is JobStatus.SUCCEEDED
+
+
+def test_lines_that_are_none_are_counted_and_the_first_twenty_told() -> None:
+    reader = LineReader()
+    with capture_logs() as logs:
+        assert [reader.read(raw) for raw in (b"", b"  ", b"\n")] == [None] * 3
+        assert reader.ignored == 0
+        assert [reader.read(b"[%d]" % number) for number in range(25)] == [None] * 25
+    assert reader.ignored == 25
+    assert [entry["event"] for entry in logs] == ["line_ignored"] * 20
+    assert reader.read(b'{"type": "log", "event": "said"}') == LogEvent(event="said")
 
 
 # The end of a child.
