@@ -20,7 +20,8 @@ from tests.supervise.test_sources import Bucket
 from workers.disk.durable import replace_file, sync_tree
 from workers.formats.shards import ShardWriter
 
-DATA = b"bytes" * 1000
+DATA = b"bytes"
+"""Few enough to stay in a buffer that nobody flushes."""
 
 
 def replacing(folder: Path) -> None:

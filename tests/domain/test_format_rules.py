@@ -12,7 +12,7 @@ CT, GGUF, MERGED, NATIVE, PEFT = (
     ExportFormat(name) for name in ("compressed-tensors", "gguf", "merged", "native", "peft")
 )
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
-AFFINE, WEIGHTS = {Form.AFFINE}, {Form.AFFINE, Form.CODEBOOK}
+AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK})
 
 
 @pytest.mark.parametrize("inputs", [16, 31, 33, 48, 80, 1000])
@@ -86,7 +86,7 @@ def test_the_format_of_each_result() -> None:
 )
 def test_the_facts_of_a_format(
     name: ExportFormat,
-    kinds: set[Form],
+    kinds: frozenset[Form],
     low_rank: LowRankRule,
     scales: ScaleDtype,
     offsets: Offsets,
