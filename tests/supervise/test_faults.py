@@ -271,8 +271,11 @@ def test_lines_that_are_none_are_counted_and_the_first_twenty_told() -> None:
 # The end of a child.
 
 
+@pytest.mark.parametrize(
+    ("end", "status"), [("file:a.json:{}", JobStatus.SUCCEEDED), ("fail:cuda_error", JobStatus.QUEUED)]
+)
 def test_what_a_child_says_last_is_heard_although_it_has_ended(
-    sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch
+    sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch, end: str, status: JobStatus
 ) -> None:
     """The supervisor was busy, and looks when everything is over: all words are in the pipe still."""
 
@@ -281,9 +284,9 @@ def test_what_a_child_says_last_is_heard_although_it_has_ended(
         return []
 
     monkeypatch.setattr(ChildProcess, "lines", come_late)
-    job_id = sqlite_bench.submit("block,file:a.json:{}")
-    assert sqlite_bench.run() is JobStatus.SUCCEEDED
-    assert [event.type for event in sqlite_bench.events(job_id)].count("block") == 1
+    job_id = sqlite_bench.submit(f"log:said,progress:3,{end}")
+    assert sqlite_bench.run() is status
+    assert [event.done for event in sqlite_bench.events(job_id) if getattr(event, "stage", "") == Stage.QUANTIZE] == [3]
 
 
 @pytest.mark.parametrize(
