@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,7 +47,7 @@ def test_a_broker_that_refuses_is_tried_less_and_less_often(
     sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch, error: Exception | None
 ) -> None:
     clock, heard = [0.0], iter([0.0] * 7 + [31.0, 0.0, 30.0, 0.0])
-    monkeypatch.setattr(celery_app.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(celery_app, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     monkeypatch.setattr(celery_app, "worker_app", lambda *_: Celery(clock, heard, error))
     stopping = Stopping(11)
     context: Any = sqlite_bench.with_stopping(stopping).context  # type: ignore[arg-type]
@@ -71,7 +72,7 @@ def test_after_a_fault_a_runner_waits_longer_and_after_a_success_as_before(
 ) -> None:
     settings = sqlite_bench.context.settings.model_copy(update={"worker_poll_seconds": 2.0})
     one = Runner(replace(sqlite_bench.context, settings=settings))
-    monkeypatch.setattr(runner.random, "uniform", lambda low, high: (low + high) / 2)
+    monkeypatch.setattr(runner, "random", SimpleNamespace(uniform=lambda low, high: (low + high) / 2))
     faults = [RuntimeError("a driver's own")] * 7
     monkeypatch.setattr(runner, "work_waits", lambda *_: _raise(faults.pop()) if faults else False)
     pauses = [one._pause()]
@@ -111,7 +112,7 @@ def test_a_worker_prunes_after_its_first_heartbeat_and_then_each_hour(
     beats = iter([False, False, False, True])
     monkeypatch.setattr(me, "_beat", lambda: None)
     monkeypatch.setattr(me, "_prune", lambda: pruned.append(clock[0]))
-    monkeypatch.setattr(heartbeat.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(heartbeat, "time", SimpleNamespace(monotonic=lambda: clock[0]))
 
     def wait(seconds: float) -> bool:
         assert seconds == 10.0

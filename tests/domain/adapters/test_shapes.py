@@ -1,5 +1,7 @@
 """The shape of an adapter at a linear, against the formulas of the module's docstring, written out in numbers."""
 
+from typing import Any
+
 import pytest
 
 from app.domain.adapters import (
@@ -13,7 +15,7 @@ from app.domain.adapters import (
 from app.domain.adapters.shapes import divisors, equal_rank, shape_for
 from app.domain.methods import Scheme
 from app.domain.methods.budgets import Candidate
-from app.domain.methods.schemes import AbsmaxScheme
+from app.domain.methods.schemes import AbsmaxScheme, FloatName
 from bitwright.errors import MisalignedAdapter
 
 
@@ -50,8 +52,8 @@ def test_as_many_parameters_as_the_lora_has(
 
 
 def test_the_shape_of_each_kind() -> None:
-    def found(spec: object, group: int = 8) -> tuple[int, int, str, int]:
-        shape = shape_for(spec, 64, 32, group)  # type: ignore[arg-type]
+    def found(spec: Any, group: int = 8) -> tuple[int, int, str, int]:
+        shape = shape_for(spec, 64, 32, group)
         assert (shape.in_features, shape.out_features, shape.nominal_rank, shape.alpha) == (64, 32, 4, 16.0)
         return shape.pool_in, shape.repeat_out, shape.form, shape.rank
 
@@ -79,9 +81,9 @@ def test_the_shape_of_each_kind() -> None:
         (QAHiRASpec(repeat_out=64), "adapter.repeat_out", "1, 2, 4, 8, 16, 32"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_what_would(spec: object, field: str, choices: str) -> None:
+def test_what_does_not_fit_is_refused_with_what_would(spec: Any, field: str, choices: str) -> None:
     with pytest.raises(MisalignedAdapter) as refused:
-        shape_for(spec, 64, 32, 8)  # type: ignore[arg-type]
+        shape_for(spec, 64, 32, 8)
     assert (refused.value.field, refused.value.hint) == (field, f"use one of {choices}")
 
 
@@ -101,6 +103,7 @@ def test_the_bits_of_a_linear() -> None:
     assert Candidate(symmetric).stored_bits(shape) == 40 * 3 + 10 * 16
     assert Candidate(asymmetric).stored_bits(shape, 32) == 40 * 3 + 10 * (32 + 3)
     assert Candidate(rows).stored_bits(shape) == 40 * 3 + 5 * 19
-    for dtype, bits in (("float32", 32), ("float16", 16), ("bfloat16", 16)):
-        absmax = AbsmaxScheme(bits=8, dtype=dtype, superblock=4)  # type: ignore[arg-type]
+    dtypes: tuple[tuple[FloatName, int], ...] = (("float32", 32), ("float16", 16), ("bfloat16", 16))
+    for dtype, bits in dtypes:
+        absmax = AbsmaxScheme(bits=8, dtype=dtype, superblock=4)
         assert Candidate(symmetric, absmax).stored_bits(shape) == 40 * 3 + 10 * 8 + 3 * bits
