@@ -441,15 +441,17 @@ def test_a_workers_disk_that_fails_fails_the_attempt(
 def test_storing_ends_between_two_files_when_the_attempt_must(
     sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    put = sqlite_bench.context.blobs.put
+    put, stored = sqlite_bench.context.blobs.put, list[str]()
 
     def put_and_stop(path: Path) -> Blob:
+        stored.append(path.name)
         sqlite_bench.context.stopping.set()
         return put(path)
 
     monkeypatch.setattr(sqlite_bench.context.blobs, "put", put_and_stop)
     job_id = sqlite_bench.submit("file:a.json:{},file:b.json:{}")
     assert sqlite_bench.run() is JobStatus.QUEUED
+    assert stored == ["a.json"]
     assert sqlite_bench.artifacts(job_id) == []
     assert sqlite_bench.attempts(job_id)[0].error is None
 
