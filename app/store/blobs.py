@@ -305,7 +305,10 @@ def _hash_file(file: Path) -> str:
 
 def _download(blobs: BlobStore, sha256: str, target: Path) -> str:
     with blobs.open(sha256) as source, target.open("wb") as copy:
-        return _copy(source, copy).sha256
+        blob = _copy(source, copy)
+        copy.flush()
+        os.fsync(copy.fileno())  # its name and size say later that it is whole
+        return blob.sha256
 
 
 def _read_range(reader: BinaryIO, sha256: str, length: int) -> Iterator[bytes]:

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pydantic import SecretStr
@@ -16,6 +17,7 @@ from bitwright.errors import BitwrightError
 from bitwright.events import ErrorData
 from bitwright.job_states import JobStatus
 from tests.child.hub_server import COMMIT, Hub, running_hub
+from tests.power_cut import PowerCut
 from tests.supervise.bench import Bench
 from workers.child.lifeline import REPORT_FD
 from workers.disk.hub_cache import prune_models
@@ -82,6 +84,52 @@ def test_a_model_is_pinned_and_only_safe_files_are_taken_once(online: Bench, hub
     online.run()
     assert [path for _, path in hub.requests[before:] if "resolve" in path] == []
     assert order(online, again).model_revision == COMMIT
+
+
+def test_a_model_is_complete_by_its_mark_only_once_it_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a power cut the next job would take a marked folder as it is, whatever its files hold."""
+    from workers.child import fetch as fetching
+
+    files = {"config.json": b"{}", "model.safetensors": b"weights", "deep/tokenizer.json": b"{}"}
+    siblings = [SimpleNamespace(rfilename=name, size=len(data)) for name, data in files.items()]
+    hub = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=siblings))
+
+    def download(_id: str, *, local_dir: Path, **_: object) -> None:
+        for name, data in files.items():
+            (local_dir / name).parent.mkdir(exist_ok=True)
+            (local_dir / name).write_bytes(data)
+
+    monkeypatch.setattr(fetching, "HfApi", lambda: hub)
+    monkeypatch.setattr(fetching, "snapshot_download", download)
+    cut, touch, marked = PowerCut(monkeypatch), Path.touch, []
+
+    def mark(path: Path) -> None:
+        marked.append(cut.unsynced(path.parent))
+        touch(path)
+
+    monkeypatch.setattr(Path, "touch", mark)
+    report = SimpleNamespace(write=lambda _: None)
+    folder = fetching.fetch_model("org/tiny", COMMIT, tmp_path, report)  # type: ignore[arg-type]
+    assert marked == [set()]
+    assert folder.name == f"org--tiny@{COMMIT}"
+    assert (folder / ".complete").exists()
+
+
+def test_the_files_that_are_taken_of_a_repository() -> None:
+    from workers.child.fetch import ALLOWED, FORBIDDEN, IGNORED, NOT_FOUND, TEXT_COLUMNS, VOCABULARIES
+
+    assert set(IGNORED) == {
+        *(".*", "onnx/*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
+    }
+    assert set(VOCABULARIES) < set(ALLOWED)
+    assert set(ALLOWED) == {
+        *("*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "tokenizer*", "*.model", "*.tiktoken", "*.spm"),
+        *("*.tokenizer", "vocab.bpe", "bpe.codes"),
+        *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
+    }
+    assert (TEXT_COLUMNS, FORBIDDEN, NOT_FOUND) == (("text", "prompt", "completion", "messages"), (401, 403), 404)
 
 
 def test_a_retry_stays_on_its_commit_although_the_branch_moved(online: Bench, hub: Hub) -> None:

@@ -10,6 +10,7 @@ A real process on the real lifeline, pipe and lock; only the computation is left
     raise:NAME      raise that builtin exception              ignore-term     ignore SIGTERM
     once:STEP       only in the first attempt                 child           start a grandchild that sleeps
     log:EVENT       write a log line                          outside         a result that names a folder outside
+    result          report the result, and go on              failed:CODE     report a failure, and go on
     environment     report the names of its variables         rank:N:STEP     only as this rank
     pid             report its process id and rank            lost:N          wait for rank N's end, which told
                                                                               its pid, and fail over it
@@ -115,6 +116,9 @@ class Script:
     def fail(self, code: str) -> None:
         raise error_from_code(code, "as the script says")
 
+    def result(self, _: str) -> None:
+        self.pipe.write(ResultLine(report=report_for(self.order), checkpoints={"native": "output/native"}))
+
     def raise_(self, name: str) -> None:
         builtins = {"MemoryError": MemoryError, "ValueError": ValueError}
         raise builtins[name]("as the script says")
@@ -153,6 +157,8 @@ STEPS: dict[str, Callable[[Script, str], object]] = {
     "hang": Script.hang,
     "signal": lambda _, name: os.kill(os.getpid(), signal.Signals[name]),
     "fail": Script.fail,
+    "failed": lambda script, code: script.pipe.fail(error_from_code(code, "as the script says")),
+    "result": Script.result,
     "raise": Script.raise_,
     "exit": lambda _, code: os._exit(int(code)),
     "ignore-term": lambda _, __: signal.signal(signal.SIGTERM, signal.SIG_IGN),

@@ -1,5 +1,6 @@
 """The base job's files on the worker: those that are read, complete and undamaged."""
 
+import errno
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -13,11 +14,13 @@ from app.store.blobs import BucketBlobs, materialise
 from app.store.ids import new_id
 from app.store.jobs import JobRepository
 from app.store.keys import ensure_tenant
-from bitwright.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound, StorageError
+from bitwright.errors import CorruptCheckpoint, DiskFull, SourceForbidden, SourceNotFound, StorageError
 from bitwright.job_states import JobStatus
+from tests.power_cut import PowerCut
 from tests.supervise.bench import Bench
 from workers.disk.orders import AttemptOrder
 from workers.disk.workspace import Workspace
+from workers.supervise import base_job as base_jobs
 from workers.supervise.base_job import base_job_folder
 from workers.supervise.context import WorkerContext
 
@@ -116,6 +119,41 @@ def test_bytes_that_are_gone_are_the_stores_fault(sqlite_bench: Bench, workspace
     blob_of(sqlite_bench, job_id, "weights.safetensors").unlink()
     with pytest.raises(StorageError):
         base_job_folder(sqlite_bench.context, sqlite_bench.tenant_id, job_id, workspace)
+    assert not (workspace.sources / job_id).exists()
+
+
+@pytest.mark.parametrize("bucket", [False, True])
+def test_what_was_brought_is_whole_after_a_power_cut(
+    bucket: bool, sqlite_bench: Bench, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A retry finds the folder by its name, and looks at it no more."""
+    cut = PowerCut(monkeypatch)
+    job_id = make(sqlite_bench)
+    context = in_bucket(sqlite_bench) if bucket else sqlite_bench.context
+    found = base_job_folder(context, sqlite_bench.tenant_id, job_id, workspace)
+    assert cut.renamed[-1] == job_id
+    assert cut.torn == []
+    assert str(workspace.sources) not in cut.lost()
+    assert cut.unsynced(Path(str(found))) == set()
+
+
+def test_a_disk_that_is_full_of_the_base_job_is_told(
+    sqlite_bench: Bench, workspace: Workspace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = make(sqlite_bench)
+
+    def bring(number: int) -> None:
+        def refuse(*_: object) -> bool:
+            raise OSError(number, "no")
+
+        monkeypatch.setattr(base_jobs, "materialise", refuse)
+        base_job_folder(sqlite_bench.context, sqlite_bench.tenant_id, job_id, workspace)
+
+    with pytest.raises(DiskFull) as full:
+        bring(errno.ENOSPC)
+    assert full.value.field == "base_job"
+    with pytest.raises(OSError, match="no"):
+        bring(errno.EIO)
     assert not (workspace.sources / job_id).exists()
 
 

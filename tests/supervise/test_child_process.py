@@ -71,6 +71,16 @@ def test_leaving_the_block_ends_a_deaf_child_and_its_children(tmp_path: Path) ->
     wait_for(lambda: not alive(child.pid) and not alive(grandchild), 2)
 
 
+def test_what_a_dead_child_left_behind_ends_before_its_guard_hears_of_it(tmp_path: Path) -> None:
+    with start(tmp_path, "deaf", silence=600) as child:
+        grandchild = int(first_line(child))
+        os.kill(child.pid, signal.SIGKILL)
+        wait_for(child.ended, what="the end of the child")
+        assert alive(grandchild)
+        assert child.finish() == -signal.SIGKILL
+        wait_for(lambda: not alive(grandchild), 5, what="the end of the grandchild, the control pipe still open")
+
+
 def test_the_last_words_of_a_child_are_heard(tmp_path: Path) -> None:
     with start(tmp_path, "say", "200000") as child:
         heard = []

@@ -80,6 +80,25 @@ def test_as_bitwright_error(error: BaseException, code: str) -> None:
     assert "\n" not in known.detail
 
 
+def test_an_exit_is_told_with_what_ended_and_how() -> None:
+    killed = error_of_exit(-9, None, oom_killed=False, what="fetch")
+    assert (killed.detail, killed.value) == ("the fetch's process was ended by SIGKILL", "SIGKILL")
+    assert error_of_exit(-60, None, oom_killed=False).value == "signal 60"
+    starved = error_of_exit(-9, None, oom_killed=True)
+    assert "a machine with more memory" in str(starved.hint)
+    assert error_of_exit(3, None, oom_killed=False).detail.startswith(
+        "the attempt ended with exit code 3 and no result"
+    )
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(errno.ENOSPC, "disk_full"), (errno.EDQUOT, "disk_full"), (errno.EIO, "internal_error"), (28, "disk_full")],
+)
+def test_a_childs_disk_is_full_by_its_size_or_a_quota(number: int, code: str) -> None:
+    assert as_bitwright_error(OSError(number, "x")).code == code
+
+
 def test_a_real_allocation_that_is_too_large_is_out_of_memory() -> None:
     with pytest.raises(RuntimeError) as caught:
         torch.empty(1 << 55)

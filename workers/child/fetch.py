@@ -41,7 +41,7 @@ from bitwright.errors import (
 from bitwright.events import TEXT_ROLES, ProgressEvent, Stage
 from workers.child.exceptions import as_bitwright_error
 from workers.child.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
-from workers.disk.durable import replace_file
+from workers.disk.durable import replace_file, sync_tree
 from workers.disk.hub_cache import holding
 from workers.disk.orders import FetchOrder, TextOrder
 
@@ -159,6 +159,7 @@ def _download(repo_id: str, commit: str, folder: Path, report: ReportPipe) -> No
         raise DiskFull(f"the checkpoint has {total} bytes, the worker's disk has {free} left", value=repo_id)
     with progress_of(folder, total, report):
         snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=wanted)
+    sync_tree(folder)  # else a power cut leaves a folder that is complete by its mark alone, for all jobs to come
     (folder / COMPLETE).touch()
 
 

@@ -15,6 +15,16 @@ def replace_file(path: Path, data: bytes) -> None:
     sync_folder(path.parent)
 
 
+def sync_tree(folder: Path) -> None:
+    """Make everything under a folder durable, its files before the names in it: before it is said to be whole."""
+    for place, _, names in os.walk(folder, topdown=False):
+        for file in (Path(place, name) for name in names):
+            if file.is_file() and not file.is_symlink():
+                with file.open("rb") as written:
+                    os.fsync(written.fileno())
+        sync_folder(Path(place))
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in a folder durable."""
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)

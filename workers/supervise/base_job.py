@@ -15,6 +15,7 @@ from app.store.artifacts import ArtifactRepository
 from app.store.blobs import materialise
 from app.store.jobs import JobRepository
 from bitwright.errors import CorruptCheckpoint, DiskFull, NotFound, SourceForbidden, SourceNotFound
+from workers.disk.durable import sync_folder, sync_tree
 from workers.disk.workspace import Workspace
 from workers.supervise.context import WorkerContext
 
@@ -43,11 +44,13 @@ def base_job_folder(context: WorkerContext, tenant_id: str, job_id: str | None, 
             if not materialise(context.blobs, sha256, _place(staged, f"{checkpoint}/{path}")):
                 detail = f"{PurePosixPath(path).name} of the base job is damaged in the store"
                 raise CorruptCheckpoint(detail, field="base_job", value=sha256, hint=ANEW)
+        sync_tree(staged)
     except OSError as error:
         if disk_full(error):
             raise DiskFull("the worker's disk cannot hold the base job's checkpoints", field="base_job") from error
         raise
     staged.replace(folder)
+    sync_folder(workspace.sources)
     return str(folder)
 
 

@@ -70,6 +70,8 @@ class LeaseKeeper:
             self._lost.set()
         except Unavailable as error:
             log.warning("lease_not_renewed", error=error.code)
+        except Exception as error:  # a driver's own kinds, too: a lease that nobody renews any more ends the attempt
+            log.warning("lease_not_renewed", error=type(error).__name__)
         else:
             if cancelled:
                 self._cancelled.set()

@@ -95,17 +95,21 @@ def with_new_problems(problems: list[FieldProblem], added: list[FieldProblem]) -
 
 
 def text_problems(body: Mapping[str, object]) -> list[FieldProblem]:
-    """Texts and names in the body that no database, file system or UTF-8 can hold: U+0000 and lone surrogates."""
-    problems: list[FieldProblem] = []
+    """Texts and names in the body that no database, file system or UTF-8 can hold: U+0000 and lone surrogates.
+
+    One problem for each place as it is shown: several such names in one object are one, and names that differ by what
+    cannot be shown share what is told of them.
+    """
+    problems: dict[str, FieldProblem] = {}
     waiting: list[tuple[str, object]] = [("", body)]
     while waiting and len(problems) < MAX_PROBLEMS:
         path, value = waiting.pop()
         children: Sequence[tuple[object, object]] = ()
         if isinstance(value, str) and _is_unstorable(value):
             detail = "a text must not hold the character U+0000 or half of a surrogate pair; remove it"
-            problems.append(
-                FieldProblem(field=path or "body", code="invalid_value", detail=detail, value=shorten(value))
-            )
+            field = path or "body"
+            problem = FieldProblem(field=field, code="invalid_value", detail=detail, value=shorten(value))
+            problems.setdefault(field, problem)
         elif isinstance(value, Mapping):
             waiting += [(path, key) for key in value]
             children = list(value.items())
@@ -114,7 +118,7 @@ def text_problems(body: Mapping[str, object]) -> list[FieldProblem]:
         waiting += [
             (f"{path}.{shorten(str(key))}" if path else str(shorten(str(key))), child) for key, child in children
         ]
-    return problems
+    return list(problems.values())
 
 
 def _is_unstorable(text: str) -> bool:
