@@ -187,7 +187,7 @@ class CorrectedWeights:
             weights = self.base.weights
         pairs = self._linears(torch.empty(sum(map(math.prod, self.shapes.values())), device="meta"), self._kept)
         return {
-            name: LinearResult(weight, LowRank(pair.a.to(self._dtype), pair.b.to(self._dtype), self._spec.alpha))
+            name: LinearResult(weight, LowRank(*(f.to(self._dtype, copy=True) for f in (pair.a, pair.b)), pair.alpha))
             for (name, weight), (_, pair) in zip(weights.items(), pairs, strict=True)
         }
 
