@@ -123,7 +123,7 @@ HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 def test_groups_of_one_sign_are_off_by_half_a_step_and_the_scale_s_rounding(
     scheme: Scheme, sign: int, dtype: torch.dtype
 ) -> None:
-    """The end of the range is 2^bits - 1 steps from 0, and each of them is off by what the scale's dtype cannot hold."""
+    """The end of a range is 2^bits - 1 steps from 0, and each is off by what the scale's dtype cannot hold."""
     weight = sign * (torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 0.01)
     result = quantize_weight(weight, scheme, dtype)
     step = result.scale.float().abs().repeat_interleave(16, dim=1)
