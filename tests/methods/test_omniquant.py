@@ -2,8 +2,8 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from app.domain.methods import OmniQuantSpec, RTNSpec, Scheme
 from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import BlockTask
-from workers.contracts.tuning import TuningOutcome
+from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.methods.omniquant import ClippedWeights, OmniQuant, clipping_gradients
 from workers.methods.rtn import RTN
 from workers.numerics import clipped_groups
@@ -157,10 +157,11 @@ def test_the_augmented_loss_is_what_is_tuned_to_when_asked_for() -> None:
     with torch.no_grad():
         own = task.block(task.inputs)
     targets: list[Tensor] = []
+    loop = task.tune
 
-    def tune(given: BlockTask, *rest: Any) -> TuningOutcome:
-        targets.append(given.targets)
-        return task.tune(given, *rest)
+    def tune(task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
+        targets.append(task.targets)
+        return loop(task, weights, settings)
 
     spec = OmniQuantSpec(epochs=4, batch_size=4, learning_rate=0.05)
     plain, augmented = (

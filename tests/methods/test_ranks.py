@@ -5,7 +5,7 @@ order of sums changes no code.
 """
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +18,7 @@ from app.domain.methods import ApiQSpec, AWQSpec, GPTQSpec, OmniQuantSpec, Schem
 from tests.methods.toy_block import gated_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
-from workers.contracts.tuning import TuningOutcome, TuningSettings
+from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.quantize.registry import METHODS
 from workers.methods.awq import observe
 
@@ -97,15 +97,17 @@ def settings_of(spec: WeightSpec, *, ranks: int = 1, samples: int = 8) -> Tuning
     class Asked(Exception):
         pass
 
-    def tune(_: BlockTask, __: object, settings: TuningSettings) -> TuningOutcome:
+    def tune(task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
         asked.append(settings)
         raise Asked
 
+    def sum_(*tensors: Tensor) -> None:
+        for tensor in tensors:
+            tensor.mul_(ranks)
+
     task = gated_task(dict.fromkeys(("gate", "up", "down"), W3), samples=samples // ranks, length=4)
     with pytest.raises(Asked):
-        METHODS[spec.method].quantize_block(
-            replace(task, tune=tune, sum_=lambda *tensors: [tensor.mul_(ranks) for tensor in tensors]), spec
-        )
+        METHODS[spec.method].quantize_block(replace(task, tune=tune, sum_=sum_), spec)
     return asked[0]
 
 

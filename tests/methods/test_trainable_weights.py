@@ -125,7 +125,7 @@ def test_another_block_s_weights_are_taken_over_with_their_start(kind: str, *, s
     used, other = KINDS[kind](task(1, symmetric)), KINDS[kind](task(2, symmetric))
     before = descended(used, 5, seed=9)[0]
     with_nan(used)
-    used.adopt(KINDS[kind](task(2, symmetric)))  # type: ignore[arg-type]
+    used.adopt(KINDS[kind](task(2, symmetric)))
     assert used.faults() == 0
     (w_hat, expected), (ours, found) = descended(other, 4), descended(used, 4)
     assert torch.equal(ours, w_hat)

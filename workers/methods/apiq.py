@@ -187,9 +187,13 @@ class CorrectedWeights:
             weights = self.base.weights
         pairs = self._linears(torch.empty(sum(map(math.prod, self.shapes.values())), device="meta"), self._kept)
         return {
-            name: LinearResult(weight, LowRank(*(f.to(self._dtype, copy=True) for f in (pair.a, pair.b)), pair.alpha))
+            name: LinearResult(weight, self._copy(pair))
             for (name, weight), (_, pair) in zip(weights.items(), pairs, strict=True)
         }
+
+    def _copy(self, pair: LowRank) -> LowRank:
+        a, b = (factor.to(self._dtype, copy=True) for factor in (pair.a, pair.b))
+        return LowRank(a, b, pair.alpha)
 
     def _linears(self, flat: Tensor, factors: Tensor) -> list[tuple[Tensor, LowRank]]:
         """Each linear's part of `flat` (out, in), and its A and B, rounded to the model's dtype."""
