@@ -22,6 +22,7 @@ from workers.contracts.results import BlockResult
 from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.quantize.registry import METHODS
 from workers.engine.tune.tuner import Tuner
+from workers.numerics import low_rank
 from workers.numerics.quantized import AffineWeight
 
 QUICK = {"bits": 4, "group_size": 16, "steps": 6, "epochs": 2, "batch_size": 4, "iterations": 3, "rank": 4}
@@ -311,3 +312,15 @@ def test_inputs_that_are_partly_not_finite_are_refused_or_left_out(name: str, va
         if isinstance(of.weight, AffineWeight) and of.low_rank is None:
             off = (of.scaling.undo(of.dequantize()) - weight).norm()
             assert off <= 1.5 * (nearest[linear].dequantize() - weight).norm()
+
+
+@pytest.mark.parametrize("name", ["loftq", "lq-lora"])
+def test_factors_of_large_linears_are_drawn_by_the_block_s_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
+    monkeypatch.setattr(low_rank, "OVERSAMPLED", 2)
+    monkeypatch.setattr(low_rank, "FOLLOWED_BESIDES", 2)
+    spec = quick(name, iterations=1)
+    first, again, other = (quantized(name, replace(task_for(spec), seed=seed), spec) for seed in (7, 7, 8))
+    assert_same(first, again)
+    with pytest.raises(AssertionError):
+        assert_same(first, other)

@@ -1,4 +1,6 @@
-"""Two ranks that share the calibration make what one process makes of all of it.
+"""What methods exchange with the engine: sums over ranks, what the loop is asked for, what is told of it.
+
+Two ranks that share the calibration make what one process makes of all of it.
 
 The ranks are threads that exchange sums; `tests/engine/device` has the processes. Blocks are in fp64, so that another
 order of sums changes no code.
@@ -14,12 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from app.domain.methods import ApiQSpec, AWQSpec, GPTQSpec, OmniQuantSpec, Scheme, SignRoundSpec, WeightSpec
+from app.domain.methods import ApiQSpec, AWQSpec, GPTQSpec, OmniQuantSpec, RTNSpec, Scheme, SignRoundSpec, WeightSpec
 from tests.methods.toy_block import gated_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.quantize.registry import METHODS
+from workers.methods.apiq import ApiQ
 from workers.methods.awq import observe
 
 W3 = Scheme(bits=3, group_size=16, symmetric=False)
@@ -132,3 +135,40 @@ def test_steps_and_rates_are_the_same_whatever_the_number_of_ranks(
 
 def test_fewer_sequences_than_a_batch_make_one_step_an_epoch() -> None:
     assert settings_of(OmniQuantSpec(epochs=7, batch_size=16), ranks=2).steps == 7
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (OmniQuantSpec(epochs=2), {"best_step": 5, "nan_gradients": 3}),
+        (SignRoundSpec(steps=6), {"best_step": 5, "nan_gradients": 3}),
+        (ApiQSpec(steps=6, rank=2), {"best_step": 5, "nan_gradients": 3}),
+        # gate and up share a loop, down has its own
+        (ApiQSpec(steps=6, rank=2, granularity="layer"), {"mean_best_step": 5, "nan_gradients": 6}),
+    ],
+    ids=lambda value: str(getattr(value, "method", "")),
+)
+def test_what_the_loop_found_is_told(spec: WeightSpec, expected: dict[str, float]) -> None:
+    made = gated_task(dict.fromkeys(("gate", "up", "down"), W3), samples=8, length=4)
+    loop = made.tune
+
+    def tune(task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
+        return replace(loop(task, weights, settings), best_step=5, faults=3)
+
+    assert METHODS[spec.method].quantize_block(replace(made, tune=tune), spec).counters == expected
+
+
+def test_a_base_is_a_fifth_of_a_block_s_progress() -> None:
+    shares: list[float] = []
+    task = gated_task(dict.fromkeys(("gate", "up", "down"), W3), samples=8, length=4, tick=shares.append)
+    base: list[int] = []
+
+    def quantize(part: BlockTask, _: WeightSpec) -> BlockResult:
+        part.tick(1.0)
+        base.append(len(shares))
+        return METHODS["rtn"].quantize_block(part, RTNSpec())
+
+    ApiQ().quantize_block(replace(task, quantize=quantize), ApiQSpec(steps=10, rank=2, base="signround"))
+    assert base == [1]
+    assert shares[0] == pytest.approx(0.2)
+    assert shares[-1] == 1

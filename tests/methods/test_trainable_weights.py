@@ -154,8 +154,8 @@ def test_the_result_is_that_of_the_step_that_was_kept_and_shares_no_memory(kind:
 @every_kind
 def test_chunks_of_a_cache_do_not_show(kind: str, *, symmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = descended(KINDS[kind](task(1, symmetric)), 3)
-    monkeypatch.setattr(learned_ranges, "CACHED_ELEMENTS", 5 * 16)
-    monkeypatch.setattr(rounding_operators, "CACHED_ELEMENTS", 5 * 16)
+    monkeypatch.setattr(learned_ranges, "CACHED_ELEMENTS", 50 * 16)
+    monkeypatch.setattr(rounding_operators, "CACHED_ELEMENTS", 50 * 16)
     parts = descended(KINDS[kind](task(1, symmetric)), 3)
     # Sums and sigmoids of a chunk's ends differ in last bits.
     torch.testing.assert_close(parts[0], whole[0], rtol=1e-4, atol=1e-5)
