@@ -13,6 +13,7 @@ from workers.contracts.blocks import Fisher, ScoreTask
 from workers.methods.lq_lora import SCORED_ROWS, LQLoRA, RankOne, decompose, quantize, scored_rows
 from workers.numerics.low_rank import weighted_factors
 from workers.numerics.normal_float import DoubleQuantization, bits_per_weight
+from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax
 
 ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=16)
 SCHEME = Scheme(bits=2, group_size=16, symmetric=True)
@@ -180,10 +181,11 @@ def test_a_block_s_linears_have_their_own_information_and_second_level() -> None
     weights = RankOne.of(fisher, weight)
     expected = decompose(weight, SCHEME, chosen, weights, rank=4, iterations=5, seed=task.seed)
     assert torch.equal(found["up"].weight.codes, expected.base.codes)
-    absmax = found["up"].weight.absmax  # type: ignore[union-attr]
-    assert (absmax.bits, absmax.superblock, absmax.scale.dtype) == (3, 8, torch.bfloat16)
-    absmax = plain["up"].weight.absmax  # type: ignore[union-attr]
-    assert (absmax.bits, absmax.superblock, absmax.scale.dtype) == (8, 256, torch.float32)
+    for linears, expected_level in ((found, (3, 8, torch.bfloat16)), (plain, (8, 256, torch.float32))):
+        stored = linears["up"].weight
+        assert isinstance(stored, CodebookWeight)
+        assert isinstance(stored.absmax, QuantizedAbsmax)
+        assert (stored.absmax.bits, stored.absmax.superblock, stored.absmax.scale.dtype) == expected_level
     assert torch.equal(found["down"].dequantize(), plain["down"].dequantize())
     of_all = replace(task, absmax={"up": chosen})
     assert not torch.equal(LQLoRA().quantize_block(of_all, spec).linears["up"].weight.codes, found["up"].weight.codes)

@@ -163,10 +163,11 @@ def test_a_base_is_a_fifth_of_a_block_s_progress() -> None:
     task = gated_task(dict.fromkeys(("gate", "up", "down"), W3), samples=8, length=4, tick=shares.append)
     base: list[int] = []
 
-    def quantize(part: BlockTask, _: WeightSpec) -> BlockResult:
-        part.tick(1.0)
+    def quantize(task: BlockTask, spec: WeightSpec) -> BlockResult:
+        assert spec.method == "signround"
+        task.tick(1.0)
         base.append(len(shares))
-        return METHODS["rtn"].quantize_block(part, RTNSpec())
+        return METHODS["rtn"].quantize_block(task, RTNSpec())
 
     ApiQ().quantize_block(replace(task, quantize=quantize), ApiQSpec(steps=10, rank=2, base="signround"))
     assert base == [1]
