@@ -145,7 +145,7 @@ def _form_refusal(
 def _scheme_problems(
     name: ExportFormat, pattern: str, scheme: Scheme, symmetries: Collection[bool]
 ) -> list[FieldProblem]:
-    """Why a format cannot hold linears of a scheme; `symmetries` are those that the method takes."""
+    """Reasons why a format cannot hold linears of a scheme; `symmetries` are those that the method takes."""
     info = name.info
     where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
     problems = []

@@ -14,12 +14,14 @@ from torch import Tensor, nn
 
 from app.domain.methods import METHODS as NAMED
 from app.domain.methods import Form, Scheme, WeightSpec
+from bitwright.errors import NumericalFailure
 from tests.methods.toy_block import gated_task
 from workers.contracts.blocks import BlockTask, Fisher
 from workers.contracts.results import BlockResult
 from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.quantize.registry import METHODS
 from workers.engine.tune.tuner import Tuner
+from workers.numerics import low_rank
 from workers.numerics.quantized import AffineWeight
 
 QUICK = {"bits": 4, "group_size": 16, "steps": 6, "epochs": 2, "batch_size": 4, "iterations": 3, "rank": 4}
@@ -35,7 +37,7 @@ def quick(name: str, **fields: Any) -> WeightSpec:
 def task_for(spec: WeightSpec, names: tuple[str, ...] = LINEARS, **changed: Any) -> BlockTask:
     """A gated MLP, one of whose input columns is always 0, as the engine gives it to the spec's method."""
     schemes: dict[str, Scheme] = {name: scheme for name in names if (scheme := spec.scheme(name)) is not None}
-    return with_statistics(gated_task(schemes, samples=16, length=12, **changed))
+    return with_statistics(gated_task(schemes, **({"samples": 16, "length": 12} | changed)))
 
 
 def with_statistics(task: BlockTask) -> BlockTask:
@@ -171,6 +173,23 @@ def one_outlier(weight: Tensor) -> None:
     weight[5, 7] = 1000
 
 
+def all_zero(weight: Tensor) -> None:
+    weight.zero_()
+
+
+def all_negative(weight: Tensor) -> None:
+    weight.abs_().neg_()
+
+
+def all_positive(weight: Tensor) -> None:
+    weight.abs_()
+
+
+def tiny(weight: Tensor) -> None:
+    """Below what fp16 tells from 0 as a scale."""
+    weight.mul_(1e-7)
+
+
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("change", [zero_groups, one_sign, one_outlier])
 @every_method
@@ -237,3 +256,79 @@ def test_half_precision_is_kept(name: str) -> None:
     result = quantized(name, task, spec)
     assert {linear.dequantize().dtype for linear in result.linears.values()} == {torch.bfloat16}
     assert all(isinstance(task.linear(linear), nn.Linear) for linear in LINEARS)
+
+
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+def in_dtype(task: BlockTask, dtype: torch.dtype) -> BlockTask:
+    """The task of a model in that dtype, whose formats store scales in it."""
+    task.block.to(dtype)
+    halves = {field: getattr(task, field).to(dtype) for field in ("inputs", "inputs_fp")}
+    task = with_statistics(replace(task, scale_dtype=dtype, **halves))
+    return replace(task, moments={key: value.float() for key, value in task.moments.items()})
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("change", [all_zero, all_negative, all_positive, tiny])
+@every_method
+def test_edge_groups_in_every_dtype_of_scales(name: str, change: Any, dtype: torch.dtype) -> None:
+    """Zeros, one sign and next to nothing, with the most bits that the method has and every grid that it has."""
+    for bits, symmetric in ((8, False), (8, True), (2, False), (2, True)):
+        try:
+            spec = quick(name, bits=bits, symmetric=symmetric)
+        except ValidationError:
+            continue
+        task = task_for(spec, length=6)
+        task = replace(task, inputs=task.inputs / 16, inputs_fp=task.inputs / 16)
+        with torch.no_grad():
+            for linear in LINEARS:
+                change(task.linear(linear).weight)
+        task = in_dtype(task, dtype)
+        result = quantized(name, task, spec)
+        for linear, of in result.linears.items():
+            assert bool(of.dequantize().isfinite().all())
+            assert int(of.weight.codes.max()) < 2**bits
+            if isinstance(of.weight, AffineWeight):
+                assert bool(of.weight.scale.isfinite().all())
+                assert bool((of.weight.scale != 0).all())
+                assert of.weight.zero_point is None or int(of.weight.zero_point.max()) < 2**bits
+            if bits == 8:
+                # 1e-5 is the least scale of fp16; factors are trained away from what the weight needs.
+                weight, slack = task.linear(linear).weight.detach().float(), 2e-5 if of.low_rank is None else 2e-3
+                off = (of.scaling.undo(of.dequantize().float()) - weight).norm()
+                assert float(off) <= 0.1 * float(weight.norm()) + slack * weight.numel() ** 0.5
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@every_method
+def test_inputs_that_are_partly_not_finite_are_refused_or_left_out(name: str, value: float) -> None:
+    """What comes of it may be worse, but never a code or a scale that is made of them."""
+    spec = quick(name)
+    task = task_for(spec)
+    inputs = task.inputs.clone()
+    inputs[3, 2, 5] = value
+    task = with_statistics(replace(task, inputs=inputs, inputs_fp=inputs))
+    try:
+        result = quantized(name, replace(task, fisher=task_for(spec).fisher), spec)
+    except NumericalFailure:
+        return
+    nearest = METHODS["rtn"].quantize_block(task, quick("rtn")).linears
+    for linear, of in result.linears.items():
+        assert bool(of.dequantize().isfinite().all())
+        weight = task.linear(linear).weight
+        if isinstance(of.weight, AffineWeight) and of.low_rank is None:
+            off = (of.scaling.undo(of.dequantize()) - weight).norm()
+            assert off <= 1.5 * (nearest[linear].dequantize() - weight).norm()
+
+
+@pytest.mark.parametrize("name", ["loftq", "lq-lora"])
+def test_factors_of_large_linears_are_drawn_by_the_block_s_seed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 8)
+    monkeypatch.setattr(low_rank, "OVERSAMPLED", 2)
+    monkeypatch.setattr(low_rank, "FOLLOWED_BESIDES", 2)
+    spec = quick(name, iterations=1)
+    first, again, other = (quantized(name, replace(task_for(spec), seed=seed), spec) for seed in (7, 7, 8))
+    assert_same(first, again)
+    with pytest.raises(AssertionError):
+        assert_same(first, other)

@@ -226,3 +226,13 @@ def test_the_augmented_target_has_the_gradient_of_both_losses() -> None:
     mean = 2 * (y - task.augmented().targets).square().mean()
     expected, found = (torch.autograd.grad(loss, y)[0] for loss in (both, mean))
     assert torch.allclose(found, expected)
+
+
+def test_the_start_is_drawn_by_the_block_s_seed_within_the_paper_s_bounds() -> None:
+    starts = []
+    for seed in (7, 7, 8):
+        (trained,) = corrected_weights(replace(double_task({"up": TWO}), seed=seed), ApiQSpec(bits=2, rank=4), {})
+        starts.append(trained.factors)
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+    assert not starts[0][4 * 32 :].any()

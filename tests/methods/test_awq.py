@@ -185,3 +185,59 @@ def test_original_inputs_are_observed_unless_told_otherwise() -> None:
     )
     assert torch.equal(original.codes, same.codes)
     assert not torch.equal(original.codes, changed.codes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_candidate_whose_error_is_not_finite_is_not_chosen(value: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One overflow in fp16 must not decide: the best of the others is taken."""
+    task, real = gated_task(GATED), awq._scale
+    magnitude = observe(task, task.inputs)["gate"].magnitude()
+    best = search_scale(task, GATED_FOLDS[0], magnitude, task.inputs)
+    alphas = [step / 20 for step in range(20)]
+    assert torch.allclose(best, next(real(magnitude, a) for a in alphas if torch.equal(real(magnitude, a), best)))
+
+    def spoilt(x: Tensor, alpha: float) -> Tensor:
+        return torch.full_like(x, value) if alpha in (0.05, 0.95) else real(x, alpha)
+
+    monkeypatch.setattr(awq, "_scale", spoilt)
+    found = search_scale(task, GATED_FOLDS[0], magnitude, task.inputs)
+    assert bool(found.isfinite().all())
+    assert torch.equal(found, best)
+
+
+def test_scales_are_the_formula_and_end_at_a_ten_thousandth() -> None:
+    x = torch.tensor([4.0, 1.0, 0.25])
+    torch.testing.assert_close(awq._scale(x, 0.5), torch.tensor([2.0, 1.0, 0.5]))
+    torch.testing.assert_close(awq._scale(x, 0.0), torch.ones(3))
+    tiny = awq._scale(torch.tensor([1.0, 1e-30]), 0.5)
+    torch.testing.assert_close(tiny, torch.tensor([100.0, 0.01]))
+
+
+def test_columns_that_no_token_lit_count_as_mean_ones() -> None:
+    seen = awq.Observed(torch.zeros(4), {})
+    seen.add(torch.tensor([[3.0, -1.0, 0.0, 2.0], [1.0, 1.0, 0.0, -6.0]]))
+    torch.testing.assert_close(seen.magnitude(), torch.tensor([2.0, 1.0, 1.75, 4.0]))
+    nothing = awq.Observed(torch.zeros(4), {})
+    nothing.add(torch.zeros(2, 4))
+    assert bool((nothing.magnitude() > 0).all())
+    assert bool(awq._scale(nothing.magnitude(), 0.95).isfinite().all())
+
+
+def test_no_scale_moves_through_a_norm_that_its_dtype_would_turn_into_zero() -> None:
+    """-1 + 2^-8 is what bf16 has next to -1: over 10 it would be -1, whose factor of 0 divides by nothing."""
+    norm = nn.RMSNorm(4)
+    norm.weight.data = torch.tensor([-1 + 2**-8, 0.0, 1.0, 0.5]).bfloat16()
+    wanted = torch.tensor([10.0, 2.0, 2.0, 2.0])
+    scale, changed = settle(nn.ModuleDict({"norm": norm}), Fold("norm", (), "", offset=1.0), wanted)
+    assert scale[0] == 1
+    assert changed["norm.weight"][0] == norm.weight[0]
+    torch.testing.assert_close(scale[1:], wanted[1:], rtol=0.02, atol=0)
+
+
+def test_where_all_inputs_are_zero_weights_are_rounded_to_nearest() -> None:
+    task = gated_task({name: GATED[name] for name in ("gate", "up")})
+    silent = replace(task, inputs=torch.zeros_like(task.inputs), inputs_fp=torch.zeros_like(task.inputs))
+    result = AWQ().quantize_block(silent, AWQSpec())
+    for name, linear in RTN().quantize_block(task, RTNSpec()).linears.items():
+        assert torch.equal(result.linears[name].weight.codes, linear.weight.codes)

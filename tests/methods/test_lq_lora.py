@@ -8,10 +8,12 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import AbsmaxScheme, BitBudget, Candidate, LQLoRASpec, Scheme
+from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import Fisher, ScoreTask
 from workers.methods.lq_lora import SCORED_ROWS, LQLoRA, RankOne, decompose, quantize, scored_rows
 from workers.numerics.low_rank import weighted_factors
 from workers.numerics.normal_float import DoubleQuantization, bits_per_weight
+from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax
 
 ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=16)
 SCHEME = Scheme(bits=2, group_size=16, symmetric=True)
@@ -166,3 +168,30 @@ def test_information_of_zero_is_as_none() -> None:
     weight = layer()
     nothing = Fisher(torch.zeros(48), torch.zeros(64))
     assert torch.equal(RankOne.of(nothing, weight).rows, torch.ones(48))
+
+
+def test_a_block_s_linears_have_their_own_information_and_second_level() -> None:
+    """What the engine found for a linear by name reaches its decomposition; without it, neither is there."""
+    task = toy_task({"up": SCHEME, "down": SCHEME})
+    weight, chosen = task.linear("up").weight.detach(), AbsmaxScheme(bits=3, dtype="bfloat16", superblock=8)
+    fisher, _ = fisher_of(weight)
+    spec = LQLoRASpec(bits=2, rank=4, iterations=5)
+    known = replace(task, fisher={"up": fisher}, absmax={"up": chosen})
+    found, plain = (LQLoRA().quantize_block(of, spec).linears for of in (known, task))
+    weights = RankOne.of(fisher, weight)
+    expected = decompose(weight, SCHEME, chosen, weights, rank=4, iterations=5, seed=task.seed)
+    assert torch.equal(found["up"].weight.codes, expected.base.codes)
+    for linears, expected_level in ((found, (3, 8, torch.bfloat16)), (plain, (8, 256, torch.float32))):
+        stored = linears["up"].weight
+        assert isinstance(stored, CodebookWeight)
+        assert isinstance(stored.absmax, QuantizedAbsmax)
+        assert (stored.absmax.bits, stored.absmax.superblock, stored.absmax.scale.dtype) == expected_level
+    assert torch.equal(found["down"].dequantize(), plain["down"].dequantize())
+    of_all = replace(task, absmax={"up": chosen})
+    assert not torch.equal(LQLoRA().quantize_block(of_all, spec).linears["up"].weight.codes, found["up"].weight.codes)
+
+
+def test_rows_are_scored_by_sixty_four_in_strips_of_sixteen() -> None:
+    assert scored_rows(64).tolist() == list(range(64))
+    starts = (0, 45, 89, 134)  # (150 - 16) / 3 apart
+    assert scored_rows(150).tolist() == [start + row for start in starts for row in range(16)]

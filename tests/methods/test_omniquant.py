@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 
 from app.domain.methods import OmniQuantSpec, RTNSpec, Scheme
 from tests.methods.toy_block import toy_task
+from workers.contracts.blocks import BlockTask
+from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.methods.omniquant import ClippedWeights, OmniQuant, clipping_gradients
 from workers.methods.rtn import RTN
 from workers.numerics import clipped_groups
@@ -145,3 +148,26 @@ def test_a_gradient_with_nan_moves_nothing_and_is_counted() -> None:
     weights.restart()
     assert weights.faults() == 0
     assert torch.equal(weights.groups.logits, torch.full_like(weights.groups.logits, clipped_groups.START))
+
+
+def test_the_augmented_loss_is_what_is_tuned_to_when_asked_for() -> None:
+    """The loop is given the mean of both targets, and codes come out otherwise."""
+    task = toy_task(schemes={"up": W3, "down": W3})
+    task = replace(task, inputs=task.inputs + 0.3 * torch.randn_like(task.inputs))
+    with torch.no_grad():
+        own = task.block(task.inputs)
+    targets: list[Tensor] = []
+    loop = task.tune
+
+    def tune(task: BlockTask, weights: Sequence[TrainableWeights], settings: TuningSettings) -> TuningOutcome:
+        targets.append(task.targets)
+        return loop(task, weights, settings)
+
+    spec = OmniQuantSpec(epochs=4, batch_size=4, learning_rate=0.05)
+    plain, augmented = (
+        OmniQuant().quantize_block(replace(task, tune=tune), spec.model_copy(update={"aug_loss": aug_loss}))
+        for aug_loss in (False, True)
+    )
+    assert torch.equal(targets[0], task.targets)
+    torch.testing.assert_close(targets[1], (task.targets + own) / 2)
+    assert not torch.equal(plain.linears["up"].weight.codes, augmented.linears["up"].weight.codes)

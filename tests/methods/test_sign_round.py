@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from app.domain.methods import RTNSpec, Scheme, SignRoundSpec
 from tests.methods.toy_block import toy_task
 from workers.methods.rtn import RTN, quantize_weight
-from workers.methods.sign_round import RoundedWeights, SignRound, gradients, signed_step
+from workers.methods.sign_round import RoundedWeights, SignRound, gradients, rounded_weights, signed_step
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
@@ -152,3 +152,32 @@ def test_half_precision_keeps_gradients_of_small_errors() -> None:
     assert result.loss is not None
     assert result.loss_initial is not None
     assert result.loss < 0.8 * result.loss_initial
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.group_size == 16], ids=str)
+def test_no_steps_equal_round_to_nearest_where_the_inputs_moments_are_known(scheme: Scheme) -> None:
+    """A search of the start's ranges is for those who go on from there."""
+    task = toy_task(schemes={"up": scheme, "down": scheme})
+    moments = {name: torch.rand(task.linear(name).in_features) + 0.01 for name in task.schemes}
+    task = replace(task, moments=moments)
+    untuned = SignRound().quantize_block(task, SignRoundSpec(steps=0)).linears
+    for name, result in RTN().quantize_block(task, RTNSpec()).linears.items():
+        assert torch.equal(result.affine.codes, untuned[name].affine.codes)
+        assert torch.equal(result.affine.scale, untuned[name].affine.scale)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_searched_start_has_the_lower_weighted_error(symmetric: bool) -> None:
+    """Weighted by the inputs' second moments, over all groups; without the search the start is round to nearest."""
+    scheme = Scheme(bits=2, group_size=16, symmetric=symmetric)
+    task = toy_task(schemes={"up": scheme, "down": scheme})
+    moments = {name: torch.rand(task.linear(name).in_features) + 0.01 for name in task.schemes}
+    task, errors = replace(task, moments=moments), {}
+    for search in (True, False):
+        (weights,) = rounded_weights(task, search=search)
+        weights.keep(torch.tensor(True))
+        errors[search] = sum(
+            float(((of.dequantize() - task.linear(name).weight.detach()).square() * moments[name]).sum())
+            for name, of in weights.results().items()
+        )
+    assert errors[True] < 0.9 * errors[False]

@@ -10,7 +10,17 @@ from hypothesis import strategies as st
 
 from app.domain.methods import Scheme
 from workers.methods.rtn import quantize_weight
-from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.affine import (
+    ASYMMETRIC_FACTORS,
+    SYMMETRIC_FACTORS,
+    Grid,
+    GroupRange,
+    affine_grid,
+    affine_weight,
+    grouped,
+    range_factors,
+    round_to_grid,
+)
 
 SCHEMES = [
     Scheme(bits=bits, group_size=group, symmetric=symmetric)
@@ -129,3 +139,82 @@ def test_a_grid_that_is_not_the_schemes_is_refused(symmetric: bool, zero: bool, 
     scheme = Scheme(bits=4, group_size=-1, symmetric=symmetric)
     with pytest.raises(ValueError, match=f"does not hold codes {lowest} to {highest}"):
         affine_weight(torch.zeros(1, 1, 4), foreign, scheme, torch.float32, torch.float32)
+HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.group_size == 16], ids=str)
+def test_groups_of_one_sign_are_off_by_half_a_step_and_the_scale_s_rounding(
+    scheme: Scheme, sign: int, dtype: torch.dtype
+) -> None:
+    """The end of a range is 2^bits - 1 steps from 0, and each is off by what the scale's dtype cannot hold."""
+    weight = sign * (torch.rand(64, 64, generator=torch.Generator().manual_seed(0)) + 0.01)
+    result = quantize_weight(weight, scheme, dtype)
+    step = result.scale.float().abs().repeat_interleave(16, dim=1)
+    steps = 0.5 + 2**scheme.bits * torch.finfo(dtype).eps / 2 + 1e-3
+    assert bool(((result.dequantize() - weight).abs() <= steps * step).all())
+    assert int(result.codes.max()) < 2**scheme.bits
+    if result.zero_point is not None:
+        assert int(result.zero_point.max()) == (0 if sign > 0 else 2**scheme.bits - 1)
+
+
+def test_a_zero_point_that_rounds_beyond_the_last_code_is_the_last_code() -> None:
+    """-lo/s is 255.9 where bf16 has made the scale smaller: 256 would be stored as 0."""
+    scheme = Scheme(bits=8, group_size=-1, symmetric=False)
+    for low in (-1.0039, -2.0078):
+        weight = torch.linspace(low, low / 3, 64).unsqueeze(0) * 255 / 256
+        scale = torch.tensor(-float(weight.min()) / 255).bfloat16()
+        result = quantize_weight(weight, scheme, torch.bfloat16)
+        assert result.zero_point is not None
+        assert int(result.zero_point) == min(255, round(-float(weight.min()) / float(scale)))
+        assert (result.dequantize() - weight).abs().max() <= 1.5 * float(scale)
+    beyond = torch.rand(4096, 16, generator=torch.Generator().manual_seed(1)).neg()
+    found = quantize_weight(beyond, scheme, torch.bfloat16)
+    assert bool(((-beyond.amin(1) / found.scale.float().squeeze(1)).round() > 255).any()), "a test of such groups"
+    assert found.zero_point is not None
+    assert int(found.zero_point.min()) >= 254
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least"), [(torch.float16, 1e-5), (torch.bfloat16, 1e-10), (torch.float32, 1e-10)], ids=str
+)
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.group_size == 16], ids=str)
+def test_a_group_of_zeros_has_the_least_scale_that_its_dtype_divides_by(
+    scheme: Scheme, dtype: torch.dtype, least: float
+) -> None:
+    weight = torch.zeros(2, 32)
+    weight[1, 16:] = torch.linspace(-1, 2, 16)
+    result = quantize_weight(weight, scheme, dtype)
+    expected = torch.tensor(least, dtype=dtype)
+    assert float(expected) > 0
+    assert torch.equal(result.scale.flatten()[:3], expected.expand(3))
+    assert torch.equal(result.dequantize().flatten()[:48], torch.zeros(48))
+    assert bool((weight / result.scale.float().repeat_interleave(16, dim=1)).isfinite().all())
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_scale_near_zero_keeps_its_sign(sign: int) -> None:
+    """The larger side of a symmetric group decides the sign, however small the group is."""
+    weight = torch.full((1, 16), -sign * 1e-30)
+    result = quantize_weight(weight, Scheme(bits=4, group_size=16, symmetric=True), torch.float32)
+    assert float(result.scale) == pytest.approx(sign * 1e-10)
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.group_size == 16], ids=str)
+def test_a_group_that_is_not_finite_spoils_no_other(scheme: Scheme, value: float) -> None:
+    weight = torch.randn(3, 64, generator=torch.Generator().manual_seed(3))
+    broken = weight.clone()
+    broken[1, 20] = value
+    good, bad = (quantize_weight(w, scheme, torch.bfloat16).dequantize().view(3, 4, 16) for w in (weight, broken))
+    assert not bool(bad[1, 1].isfinite().all()), "whoever looks at the result sees it"
+    bad[1, 1] = good[1, 1]
+    assert torch.equal(good, bad)
+
+
+def test_ranges_are_searched_from_the_whole_down_to_two_fifths() -> None:
+    assert range_factors(5) == pytest.approx([1.0, 0.85, 0.7, 0.55, 0.4])
+    assert (SYMMETRIC_FACTORS, ASYMMETRIC_FACTORS) == (31, 11)
+    assert range_factors(31)[1] == pytest.approx(0.98)
+    assert range_factors(11)[1] == pytest.approx(0.94)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
+from workers.numerics import allocation
 from workers.numerics.allocation import Allocation, allocate
 
 
@@ -96,3 +97,29 @@ def test_a_loose_budget_takes_the_best_and_a_tight_one_the_cheapest() -> None:
     assert allocate(costs, errors, least).cost == least
     with pytest.raises(ValueError, match="more than the budget"):
         allocate(costs, errors, least - 1)
+
+
+def test_a_bound_stays_a_bound_where_states_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for three states the optimum is missed now and then, and the certificate must not say otherwise."""
+    monkeypatch.setattr(allocation, "STATES", 3)
+    rng, missed = np.random.default_rng(1), 0
+    for _ in range(60):
+        costs = rng.integers(1, 60, (7, 3)).tolist()
+        errors = rng.uniform(0, 30, (7, 3)).tolist()
+        budget = sum(map(min, costs)) + int(rng.integers(10, 120))
+        found, optimum = allocate(costs, errors, budget), brute_force(costs, errors, budget)
+        check(found, costs, errors, budget)
+        assert found.bound <= optimum * (1 + 1e-9)
+        missed += found.error > optimum * (1 + 1e-9)
+    assert missed > 3, "a test of dropped states"
+
+
+def test_a_gap_is_a_share_of_the_error() -> None:
+    assert Allocation((0,), 1, error=4.0, bound=3.0).gap == 0.25
+    assert Allocation((0,), 1, error=4.0, bound=5.0).gap == 0
+    assert Allocation((0,), 1, error=0.0, bound=0.0).gap == 0
+
+
+def test_states_and_the_gap_that_counts_as_none() -> None:
+    assert allocation.STATES == 16_384
+    assert allocation.CLOSED == 1e-12

@@ -97,3 +97,41 @@ def test_damping_rises_where_it_is_too_little_and_then_gives_up() -> None:
     assert inverse_factor(hessian, 0.01) == (None, len(DAMPING_STEPS))
     hessian[0, 1] = hessian[1, 0] = torch.nan
     assert inverse_factor(hessian, 0.01)[0] is None
+
+
+@pytest.mark.parametrize("damping", [0.01, 0.3])
+def test_damping_is_a_share_of_the_mean_over_lit_columns(damping: float) -> None:
+    """Dead columns are no part of that mean, and get it as their diagonal."""
+    x = correlated(60, 20)
+    x[:, 5:15] = 0
+    hessian = 2 * x.T @ x
+    lit = [j for j in range(20) if not 5 <= j < 15]
+    mean = hessian.diagonal()[lit].mean()
+    factor, _ = inverse_factor(hessian, damping)
+    assert factor is not None
+    damped = hessian + damping * mean * torch.eye(20, dtype=x.dtype)
+    damped.diagonal()[5:15] = (1 + damping) * mean
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-9, atol=1e-12)
+
+
+def test_damping_rises_tenfold_and_then_a_hundredfold() -> None:
+    for above, retries in ((1.005, 0), (1.05, 1), (1.5, 2)):
+        hessian = torch.eye(6, dtype=torch.float64)
+        hessian[0, 1] = hessian[1, 0] = above
+        factor, found = inverse_factor(hessian, 0.01)
+        assert found == retries
+        assert factor is not None
+        damped = hessian + 0.01 * (1, 10, 100)[retries] * torch.eye(6, dtype=torch.float64)
+        torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-9, atol=1e-9)
+    hessian[0, 1] = hessian[1, 0] = 2.1
+    assert inverse_factor(hessian, 0.01) == (None, 3)
+    hessian[0, 1] = hessian[1, 0] = torch.inf
+    assert inverse_factor(hessian, 0.01) == (None, 3)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_diagonal_that_overflowed_has_no_factor(value: float) -> None:
+    """One column of huge inputs: its products with the others may be finite, and the factor would be 0."""
+    hessian = torch.eye(6)
+    hessian[2, 2] = value
+    assert inverse_factor(hessian, 0.01) == (None, 3)

@@ -133,3 +133,44 @@ def test_where_all_directions_are_followed_factors_are_exact() -> None:
     for seed in range(3):
         matrix = torch.randn(10, 12, generator=torch.Generator().manual_seed(seed))
         torch.testing.assert_close(torch.matmul(*follow.of(matrix)), torch.matmul(*weighted_factors(matrix, 4, *ones)))
+
+
+def test_another_seed_draws_other_directions_of_a_large_matrix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank, "EXACT_UP_TO", 32)
+    e, ones = matrix(96, 160), (torch.ones(96, dtype=torch.float64), torch.ones(160, dtype=torch.float64))
+    for factors in (
+        lambda seed: best_factors(e, 8, seed),
+        lambda seed: weighted_factors(e, 8, *ones, seed),
+        lambda seed: FollowedFactors(8, *ones, seed).of(e),
+    ):
+        first, again, other = (torch.matmul(*factors(seed)) for seed in (3, 3, 4))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+
+
+def test_single_precision_keeps_singular_values_a_millionth_of_the_largest() -> None:
+    """Squares of them are lost in fp32 sums: the decomposition has to be wider than what it decomposes."""
+    generator = torch.Generator().manual_seed(2)
+    u, v = (torch.linalg.qr(torch.randn(n, 20, generator=generator, dtype=torch.float64)).Q for n in (20, 48))
+    e = ((u * torch.logspace(0, -6, 20, dtype=torch.float64)) @ v.T).float()
+    for found, exact in ((e, e.double()), (e.T.contiguous(), e.T.double())):
+        left, right = best_factors(found, 20)
+        s = torch.linalg.svdvals(exact)
+        assert (left.double().norm(dim=0).square() / s).tolist() == pytest.approx([1.0] * 20, rel=1e-3)
+        assert (right.double().norm(dim=1).square() / s).tolist() == pytest.approx([1.0] * 20, rel=1e-3)
+
+
+def test_a_row_s_weight_counts_at_least_a_millionth_of_the_largest() -> None:
+    e = matrix(12, 20)
+    rows, columns = torch.ones(12, dtype=torch.float64), torch.ones(20, dtype=torch.float64)
+    rows[3], columns[5] = 0, 0
+    floored = rows.clamp(min=1e-6), columns.clamp(min=1e-6)
+    for got, wanted in zip(weighted_factors(e, 4, rows, columns), weighted_factors(e, 4, *floored), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    other = weighted_factors(e, 4, rows.clamp(min=1e-3), columns.clamp(min=1e-3))
+    assert not torch.allclose(torch.matmul(*weighted_factors(e, 4, rows, columns)), torch.matmul(*other))
+
+
+def test_sizes_of_the_decompositions_are_those_that_were_measured() -> None:
+    sizes = (low_rank.EXACT_UP_TO, low_rank.OVERSAMPLED, low_rank.PASSES, low_rank.FOLLOWED_BESIDES)
+    assert sizes == (2048, 32, 4, 8)

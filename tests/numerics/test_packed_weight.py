@@ -66,3 +66,13 @@ def test_the_kernel_makes_the_same_weights(form: str, bits: int) -> None:
         torch.testing.assert_close(out, weight.dequantize())
     else:
         assert torch.equal(out, weight.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_a_last_byte_that_is_not_full_is_no_weight(bits: int) -> None:
+    codes = (torch.arange(15).view(5, 3) % 2**bits).to(torch.uint8)
+    scheme = Scheme(bits=bits, group_size=PER_CHANNEL, symmetric=True)
+    weight = AffineWeight(codes, torch.full((5, 1), 0.5), None, scheme, torch.float32)
+    packed = PackedWeight.of(weight)
+    assert packed.packed.numel() == {2: 4, 4: 8, 8: 15}[bits]
+    assert torch.equal(packed.dequantize(torch.float32), (codes.float() - 2 ** (bits - 1)) * 0.5)

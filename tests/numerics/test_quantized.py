@@ -6,7 +6,7 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from workers.numerics.normal_float import DoubleQuantization, quantize
-from workers.numerics.quantized import AffineWeight, LinearResult, LowRank, StoredBits
+from workers.numerics.quantized import AffineWeight, LinearResult, LowRank, Scaling, StoredBits
 
 SCHEME = Scheme(bits=4, group_size=16, symmetric=False)
 
@@ -84,3 +84,58 @@ def test_every_part_of_a_result_is_counted_once() -> None:
     assert bits + StoredBits(codes=1, adapters=2) == StoredBits(
         bits.codes + 1, bits.scales, bits.codebooks, bits.adapters + 2
     )
+
+
+def everything() -> LinearResult:
+    """A result with every part that one may have."""
+    low_rank = LowRank.of_product(normal(24, 4), normal(4, 64, seed=3), 3.0, torch.float32)
+    scaling = Scaling(rows=normal(24, 1).abs() + 0.5, columns=normal(64).abs() + 0.5)
+    return LinearResult(with_offset(torch.float32), low_rank, scaling)
+
+
+def test_on_another_device_nothing_is_missing() -> None:
+    result = everything()
+    moved = result.to("cpu")
+    assert torch.equal(moved.dequantize(), result.dequantize())
+    assert moved.low_rank is not None
+    assert moved.low_rank.alpha == 3.0
+    assert moved.scaling is result.scaling
+    assert result.to("meta").weight.codes.device.type == "meta"
+    double = quantize(normal(24, 64), SCHEME, DoubleQuantization(4, torch.float16, 8), torch.float32)
+    assert torch.equal(double.to("cpu").dequantize(), double.dequantize())
+
+
+def test_weights_of_some_outputs_are_those_rows() -> None:
+    codes = torch.randint(0, 16, (24, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+    zero = torch.randint(0, 16, (24, 4), dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+    for weight in (
+        with_offset(torch.float32),
+        AffineWeight(codes, normal(24, 4), zero, SCHEME, torch.float32),
+        AffineWeight(codes, normal(24, 4), None, SCHEME, torch.float32),
+    ):
+        parts = weight.split([5, 1, 18])
+        assert [part.shape[0] for part in parts] == [5, 1, 18]
+        assert torch.equal(torch.cat([part.dequantize() for part in parts]), weight.dequantize())
+
+
+def test_zero_points_are_counted_at_the_width_of_codes() -> None:
+    codes, zero = torch.zeros(24, 64, dtype=torch.uint8), torch.zeros(24, 4, dtype=torch.uint8)
+    found = AffineWeight(codes, normal(24, 4).half(), zero, SCHEME, torch.float32).stored_bits()
+    assert found == StoredBits(codes=4 * 24 * 64, scales=(16 + 4) * 24 * 4)
+
+
+def test_scales_that_moved_are_taken_back() -> None:
+    scaling, weight = everything().scaling, normal(24, 64, seed=5)
+    assert isinstance(scaling.rows, Tensor)
+    assert isinstance(scaling.columns, Tensor)
+    torch.testing.assert_close(scaling.apply(weight), weight * scaling.columns / scaling.rows)
+    torch.testing.assert_close(scaling.undo(scaling.apply(weight)), weight)
+    assert Scaling().undo(weight) is weight
+
+
+def test_the_constant_zero_point_is_mid_range() -> None:
+    for bits in (2, 3, 4, 8):
+        codes = torch.tensor([[0, 2 ** (bits - 1), 2**bits - 1]], dtype=torch.uint8)
+        scheme = Scheme(bits=bits, group_size=-1, symmetric=True)
+        found = AffineWeight(codes, torch.tensor([[0.5]]), None, scheme, torch.float32).dequantize()
+        assert found.tolist() == [[-(2 ** (bits - 2)), 0, (2 ** (bits - 1) - 1) / 2]]

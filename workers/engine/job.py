@@ -101,7 +101,7 @@ class Job:
 
     @property
     def trains(self) -> bool:
-        """Whether adapters are trained beside the quantized weights."""
+        """True if adapters are trained beside the quantized weights."""
         return self.request.finetune is not None and self.request.adapter is not None
 
     @property

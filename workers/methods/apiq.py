@@ -186,9 +186,13 @@ class CorrectedWeights:
             weights = self.base.weights
         pairs = self._linears(torch.empty(sum(map(math.prod, self.shapes.values())), device="meta"), self._kept)
         return {
-            name: LinearResult(weight, LowRank(pair.a.to(self._dtype), pair.b.to(self._dtype), self._spec.alpha))
+            name: LinearResult(weight, self._copy(pair))
             for (name, weight), (_, pair) in zip(weights.items(), pairs, strict=True)
         }
+
+    def _copy(self, pair: LowRank) -> LowRank:
+        a, b = (factor.to(self._dtype, copy=True) for factor in (pair.a, pair.b))
+        return LowRank(a, b, pair.alpha)
 
     def _linears(self, flat: Tensor, factors: Tensor) -> list[tuple[Tensor, LowRank]]:
         """Each linear's slice of `flat` as (out, in), and its A and B, rounded to the model's dtype."""

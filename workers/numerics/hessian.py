@@ -101,6 +101,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, int]
         damped.diagonal().add_(torch.where(dead, mean, 0) + factor * damping * mean)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-        if not failed and bool(upper.isfinite().all()):
+        # A diagonal that overflowed gives a factor of zeros, which errors would be divided by.
+        if not failed and bool(upper.isfinite().all() & (upper.diagonal() > 0).all()):
             return upper, retries
     return None, len(DAMPING_STEPS)

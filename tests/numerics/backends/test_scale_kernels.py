@@ -132,3 +132,24 @@ def test_the_divergence_kernel_equals_the_eager_formula(kernels: object, vocabul
     assert expected.isnan().tolist() == [False, False, True]
     rtol, atol = (1e-2, 1e-5) if dtype == torch.bfloat16 else (1e-4, 1e-6)
     torch.testing.assert_close(teacher.cpu(), gradient, rtol=rtol, atol=atol, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_tuned_scales_are_not_rounded_before_the_product_is(dtype: torch.dtype) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).view(4, 64)
+    scale = torch.tensor([1 / 3, 0.7, -1 / 7, 1.0009])
+    out = torch.empty(4, 64, dtype=dtype)
+    dequantize_groups(codes, scale, 128, out)
+    exact = (codes.double() - 128) * scale.double().unsqueeze(1)
+    assert torch.equal(out, exact.float().to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_divergence_of_half_precision_logits_is_that_of_the_same_numbers_in_fp64(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = ((3 * torch.randn(6, 200, generator=generator)).to(dtype) for _ in range(2))
+    log_p, log_q = (logits.double().log_softmax(-1) for logits in (teacher, student))
+    each, gradient = divergence(student, teacher)
+    assert each.dtype == torch.float32
+    torch.testing.assert_close(each.double(), (log_p.exp() * (log_p - log_q)).sum(-1), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(gradient.double(), log_q.exp() - log_p.exp(), rtol=2**-7, atol=1e-6)
