@@ -266,7 +266,7 @@ def in_dtype(task: BlockTask, dtype: torch.dtype) -> BlockTask:
     task.block.to(dtype)
     halves = {field: getattr(task, field).to(dtype) for field in ("inputs", "inputs_fp")}
     task = with_statistics(replace(task, scale_dtype=dtype, **halves))
-    return replace(task, moments={key: value.float() for key, value in task.moments.items()})
+    return replace(task, second_moments={key: value.float() for key, value in task.second_moments.items()})
 
 
 @pytest.mark.parametrize("dtype", HALF_AND_SINGLE, ids=str)

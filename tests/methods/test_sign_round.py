@@ -159,7 +159,7 @@ def test_no_steps_equal_round_to_nearest_where_the_inputs_moments_are_known(sche
     """A search of the start's ranges is for those who go on from there."""
     task = toy_task(schemes={"up": scheme, "down": scheme})
     moments = {name: torch.rand(task.linear(name).in_features) + 0.01 for name in task.schemes}
-    task = replace(task, moments=moments)
+    task = replace(task, second_moments=moments)
     untuned = SignRound().quantize_block(task, SignRoundSpec(steps=0)).linears
     for name, result in RTN().quantize_block(task, RTNSpec()).linears.items():
         assert torch.equal(result.affine.codes, untuned[name].affine.codes)
@@ -172,7 +172,7 @@ def test_a_searched_start_has_the_lower_weighted_error(symmetric: bool) -> None:
     scheme = Scheme(bits=2, group_size=16, symmetric=symmetric)
     task = toy_task(schemes={"up": scheme, "down": scheme})
     moments = {name: torch.rand(task.linear(name).in_features) + 0.01 for name in task.schemes}
-    task, errors = replace(task, moments=moments), {}
+    task, errors = replace(task, second_moments=moments), {}
     for search in (True, False):
         (weights,) = rounded_weights(task, search=search)
         weights.keep(torch.tensor(True))

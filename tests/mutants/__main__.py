@@ -7,6 +7,7 @@ import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,11 +59,9 @@ def try_all(trials: Iterator[Trial], until: float, report: Callable[[Trial, Outc
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
         url = servers.text(stack.enter_context(servers.postgres_server()))
         trees = [make_tree(folder / str(number), {DATABASE: url}) for number in range(PROCESSES)]
-        threads = [threading.Thread(target=work, args=(tree,)) for tree in trees]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        with ThreadPoolExecutor(len(trees)) as pool:
+            for worker in [pool.submit(work, tree) for tree in trees]:
+                worker.result()
 
 
 def run_listed(wanted: Sequence[str]) -> int:
@@ -72,18 +71,19 @@ def run_listed(wanted: Sequence[str]) -> int:
         The number of mistakes that the tests do not notice.
     """
     mistakes = [mistake for mistake in listed() if not wanted or mistake.id in wanted]
-    unnoticed = list[str]()
+    outcomes = dict[str, Outcome]()
 
     def report(trial: Trial, outcome: Outcome) -> None:
         print(f"{outcome:9}  {trial.name}  {trial.file}", flush=True)
-        if outcome is Outcome.UNNOTICED:
-            unnoticed.append(trial.name)
+        outcomes[trial.name] = outcome
 
     try_all((_listed_trial(mistake) for mistake in mistakes), float("inf"), report)
-    print(f"{len(mistakes) - len(unnoticed)} of {len(mistakes)} listed mistakes are noticed")
-    for name in unnoticed:
-        print(f"not noticed: {name}")
-    return len(unnoticed)
+    noticed = {name for name, outcome in outcomes.items() if outcome is not Outcome.UNNOTICED}
+    print(f"{len(noticed)} of {len(mistakes)} listed mistakes are noticed")
+    unmet = [mistake.id for mistake in mistakes if mistake.id not in noticed]
+    for name in unmet:
+        print(f"{'not noticed' if name in outcomes else 'not tried'}: {name}")
+    return len(unmet)
 
 
 def _listed_trial(mistake: Mistake) -> Trial:

@@ -139,6 +139,8 @@ def test_a_grid_that_is_not_the_schemes_is_refused(symmetric: bool, zero: bool, 
     scheme = Scheme(bits=4, group_size=-1, symmetric=symmetric)
     with pytest.raises(ValueError, match=f"does not hold codes {lowest} to {highest}"):
         affine_weight(torch.zeros(1, 1, 4), foreign, scheme, torch.float32, torch.float32)
+
+
 HALF_AND_SINGLE = (torch.float16, torch.bfloat16, torch.float32)
 
 
