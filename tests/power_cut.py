@@ -1,4 +1,4 @@
-"""What a power cut would take of files that are written and renamed, found from the order of syncs and renames."""
+"""A recorder of writes, syncs and renames that says which files a power cut would take."""
 
 import os
 import stat

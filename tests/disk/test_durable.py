@@ -1,17 +1,21 @@
-"""What is promised to be there whole or not at all is so after a power cut, at every rename of the sources."""
+"""Files after a power cut: every rename of the sources leaves all of a file or none, as promised."""
 
 import ast
+import asyncio
 import hashlib
 import os
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import MagicMock, patch
 
 import pytest
 import torch
 
 from app.store.blobs import FolderBlobs, materialise
-from bitwright import downloads
+from bitwright.asynchronous import downloads as asynchronous
+from bitwright.blocking import downloads as blocking
+from bitwright.downloads import PartialFile, ignore_bytes
 from bitwright.endpoint import Endpoint, save_endpoint
 from bitwright.views import ArtifactView
 from tests.documentation import ROOT
@@ -46,20 +50,27 @@ def writing_shards(folder: Path) -> None:
     assert len(writer.finish()) == 2
 
 
-def downloading(folder: Path) -> None:
-    def receive(
-        _transport: object, _artifact: object, file: object, update: Callable[[bytes], None], *_: object
-    ) -> None:
-        file.write(DATA)  # type: ignore[attr-defined]
-        update(DATA)
-
-    view = ArtifactView(
+def view() -> ArtifactView:
+    return ArtifactView(
         id="a", job_id="j", format="native", path="w", sha256=hashlib.sha256(DATA).hexdigest(), size=len(DATA),
         media_type="x", created_at=datetime.now(UTC),
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(downloads, "_receive", receive)
-        downloads.download_artifact(None, view, folder, downloads.ignore_bytes)  # type: ignore[arg-type]
+
+
+def downloading(folder: Path) -> None:
+    def receive(_transport: object, _artifact: object, file: PartialFile, _on_bytes: object) -> None:
+        file.write(DATA)
+
+    with patch.object(blocking, "_receive", receive):
+        blocking.download_artifact(MagicMock(), view(), folder, ignore_bytes)
+
+
+def downloading_in_a_loop(folder: Path) -> None:
+    async def receive(_transport: object, _artifact: object, file: PartialFile, _on_bytes: object) -> None:
+        file.write(DATA)
+
+    with patch.object(asynchronous, "_receive", receive):
+        asyncio.run(asynchronous.download_artifact(MagicMock(), view(), folder, ignore_bytes))
 
 
 def saving(folder: Path) -> None:
@@ -74,7 +85,8 @@ DURABLE: dict[str, Callable[[Path], None]] = {
 WHOLE: dict[str, Callable[[Path], None]] = {
     "app/store/blobs.py::materialise": materialising,
     "workers/formats/shards.py::finish": writing_shards,
-    "bitwright/downloads.py::download_artifact": downloading,
+    "bitwright/blocking/downloads.py::download_artifact": downloading,
+    "bitwright/asynchronous/downloads.py::download_artifact": downloading_in_a_loop,
     "bitwright/endpoint.py::save_endpoint": saving,
 }
 """If the name is there, so are the bytes; without the name it is made again."""

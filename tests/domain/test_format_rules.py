@@ -1,4 +1,4 @@
-"""What each format can hold of a model, and the facts of the formats as they are promised."""
+"""Rules of what each format holds of a model, and the facts of the formats as literals."""
 
 from typing import Any
 

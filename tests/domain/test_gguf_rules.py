@@ -1,4 +1,4 @@
-"""What llama.cpp has built in, and what a configuration may therefore not say. `tests/engine/ships` asks llama.cpp."""
+"""Facts built into llama.cpp that a configuration must agree with. `tests/engine/ships` asks llama.cpp."""
 
 from typing import Any
 

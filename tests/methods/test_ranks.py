@@ -1,4 +1,4 @@
-"""What methods exchange with the engine: sums over ranks, what the loop is asked for, what is told of it.
+"""The exchange of methods with the engine: sums over ranks, settings of the loop, counters and progress.
 
 Two ranks that share the calibration make what one process makes of all of it.
 

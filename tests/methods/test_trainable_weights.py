@@ -1,4 +1,4 @@
-"""What the tuning loop counts on in every method that learns: a start that comes back, and chunks that do not show."""
+"""Promises of every method that learns to the tuning loop: a start that comes back, and chunks that do not show."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""What a method, an adapter, a merge and formats may be together."""
+"""Combinations of a method, an adapter, a merge and formats: which are taken, and the reasons for the others."""
 
 from typing import Any, Literal
 
