@@ -90,9 +90,14 @@ def test_a_postgresql_that_ended_the_connection_is_unavailable_once(shared_postg
     end(pid)  # while it waits in the pool: the next one to use it sees nothing of that
     with database.transaction() as session:
         pid = session.execute(text("SELECT pg_backend_pid()")).scalar_one()
-    with pytest.raises(Unavailable), database.transaction() as session:
-        end(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
-        AttemptWriter(session, "job_" + "0" * 26, 1).renew(60)
+
+    def renew_and_lose() -> None:
+        with database.transaction() as session:
+            end(session.execute(text("SELECT pg_backend_pid()")).scalar_one())
+            AttemptWriter(session, "job_" + "0" * 26, 1).renew(60)
+
+    with pytest.raises(Unavailable):
+        renew_and_lose()
     with database.transaction() as session:
         assert session.execute(text("SELECT pg_backend_pid()")).scalar_one() != pid
     database.close()
