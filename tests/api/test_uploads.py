@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 from starlette.testclient import TestClient
 
-from app.api import upload_receiving
 from app.api.upload_parts import PartsFolder
 from app.api.upload_receiving import Target, parse_content_range
 from bitwright.errors import InvalidRequest
@@ -352,7 +351,7 @@ def test_a_part_is_on_disk_before_its_offset_is_told(api: Api, monkeypatch: pyte
         steps.append(("advance", end))
         advance(target, start, end)
 
-    monkeypatch.setattr(upload_receiving.os, "fsync", record_fsync)
+    monkeypatch.setattr(os, "fsync", record_fsync)
     monkeypatch.setattr(Target, "advance", record_advance)
     url = f"/v1/uploads/{upload_id}/files/text.jsonl"
     assert api.client.put(url, content=TEXT).status_code == 204

@@ -238,7 +238,7 @@ def test_a_disk_that_fails_a_put_is_named_and_keeps_nothing(
     def fail(*_: object) -> None:
         raise OSError(number, "it failed")
 
-    monkeypatch.setattr(*((os, "fsync") if place == "fsync" else (Path, "replace")), fail)
+    monkeypatch.setattr("os.fsync" if place == "fsync" else "pathlib.Path.replace", fail)
     with pytest.raises(DiskFull if number in FULL else StorageError) as caught:
         blobs.put(source)
     assert caught.type is (DiskFull if number in FULL else StorageError)

@@ -292,7 +292,8 @@ def test_a_key_that_has_expired_stands_for_nothing(database: Database, tenant: s
             made, replayed = jobs.made_by("k-1"), jobs.find_replayed(Idempotency.of("k-1", asked))
             sent = uploads.find_replayed(Idempotency.of("k-2", asked))
             assert replayed is None or replayed.replayed
-            return made and made.id, replayed and replayed.id, sent and sent.id
+            found = [None if each is None else each.id for each in (made, replayed, sent)]
+            return found[0], found[1], found[2]
 
     assert standing() == (job_id, job_id, upload.id)
     with database.reading() as session, pytest.raises(KeyReused):

@@ -124,7 +124,7 @@ def test_a_key_is_stored_by_its_sha256_and_shown_by_its_start(database: Database
 
 def test_a_key_that_is_revoked_again_keeps_its_first_time(database: Database, tenant: str) -> None:
     key, _ = issue(database, tenant, Scope.READ)
-    times = []
+    times: list[object] = []
     for _ in range(2):
         with database.transaction() as session:
             keys.revoke_key(session, tenant, key.id)
