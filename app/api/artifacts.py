@@ -9,6 +9,7 @@ from starlette.responses import Response
 from app.api.auth import Reader
 from app.api.deps import BlobsOf, DatabaseOf
 from app.api.http.content import (
+    IMMUTABLE,
     Span,
     conditions,
     representation_headers,
@@ -66,7 +67,7 @@ def get_content(
     with database.reading() as session:
         artifact = ArtifactRepository(session, principal.tenant_id).get(artifact_id)
     etag = f'"{artifact.sha256}"'
-    headers = representation_headers(etag, PurePosixPath(artifact.path).name)
+    headers = representation_headers(etag, PurePosixPath(artifact.path).name, IMMUTABLE)
     headers |= {"Repr-Digest": sha256_digest(artifact.sha256), "Accept-Ranges": "bytes"}
     if conditions(request.headers, etag):
         return Response(status_code=304, headers={"ETag": etag, "Cache-Control": headers["Cache-Control"]})

@@ -17,6 +17,7 @@ from bitwright.views import EventPage
 
 router = APIRouter(tags=["events"])
 
+VARY = {"Vary": "Accept"}
 EXAMPLE = (
     'id: 3\nevent: progress\ndata: {"sequence": 3, "created_at": "2026-01-05T10:00:00Z", "attempt": 1, "event": …}\n\n'
 )
@@ -55,14 +56,14 @@ async def get_events(
     source = JobEvents(database, principal.tenant_id, job_id)
     if not accepts_stream(request.headers.get("accept", "")):
         page = await run_in_threadpool(_page, source, after, limit)
-        return JSONResponse(page.model_dump(mode="json"))
+        return JSONResponse(page.model_dump(mode="json"), headers=VARY)
     start = after if last_event_id is None else parse_last_event_id(last_event_id)
     job = await run_in_threadpool(source.job)
     if job.status in FINAL_STATUSES and start >= job.last_event:
-        return Response(status_code=204)
+        return Response(status_code=204, headers=VARY)
     feed.require_room()
     body = stream_events(feed, source, job.last_event, start)
-    return StreamingResponse(body, media_type=MEDIA_TYPE, headers=HEADERS)
+    return StreamingResponse(body, media_type=MEDIA_TYPE, headers=HEADERS | VARY)
 
 
 def _page(source: JobEvents, after: int, limit: int) -> EventPage:

@@ -47,10 +47,10 @@ LINKS = MappingProxyType(
 @router.get("/")
 def begin(request: Request) -> Response:
     """The service, and links to what it has: a page for a browser, JSON for others."""
-    root = _root(request)
+    root, vary = _root(request), {"Vary": "Accept"}
     if "text/html" not in request.headers.get("accept", ""):
         links = {name: f"{root}{path}" for name, (path, _) in LINKS.items()}
-        return JSONResponse({"name": "Bitwright", "version": version("bitwright"), "links": links})
+        return JSONResponse({"name": "Bitwright", "version": version("bitwright"), "links": links}, headers=vary)
     rows = "\n".join(
         f'<li><a href="{html.escape(root + path)}">{html.escape(path)}</a>: {html.escape(what)}</li>'
         for path, what in LINKS.values()
@@ -58,7 +58,8 @@ def begin(request: Request) -> Response:
     return HTMLResponse(
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>Bitwright</title></head>\n'
         f"<body><h1>Bitwright {html.escape(version('bitwright'))}</h1>\n<p>Quantization as a service.</p>\n"
-        f"<ul>\n{rows}\n</ul></body></html>\n"
+        f"<ul>\n{rows}\n</ul></body></html>\n",
+        headers=vary,
     )
 
 

@@ -236,8 +236,12 @@ class BucketBlobs:
         """See `BlobStore.delete`."""
         import obstore  # noqa: PLC0415
 
-        with suppress(FileNotFoundError):
+        try:
             obstore.delete(self._store, _key(sha256))
+        except FileNotFoundError:
+            pass
+        except (OSError, obstore.exceptions.BaseError) as error:
+            raise _storage_error(error, f"blob {sha256} could not be removed") from error
 
     def path(self, sha256: str) -> Path | None:
         """None: a bucket has no files."""
@@ -262,6 +266,8 @@ class BucketBlobs:
             return cast(datetime, obstore.head(self._store, _key(sha256))["last_modified"])
         except FileNotFoundError:
             return None
+        except (OSError, obstore.exceptions.BaseError) as error:
+            raise _storage_error(error, f"blob {sha256} could not be looked up") from error
 
     def tidy(self, before: datetime) -> None:
         """See `BlobStore.tidy`: the parts of an upload that was not completed are the bucket's own to expire."""
@@ -322,7 +328,10 @@ def _chunks(reader: BinaryIO, sha256: str, length: int) -> Iterator[bytes]:
     with closing(reader):
         yield b""
         while length > 0:
-            chunk = reader.read(min(CHUNK, length))
+            try:
+                chunk = reader.read(min(CHUNK, length))
+            except OSError as error:
+                raise _storage_error(error, f"blob {sha256} cannot be read") from error
             if not chunk:
                 raise StorageError(f"blob {sha256} is {length} bytes shorter than recorded")
             length -= len(chunk)

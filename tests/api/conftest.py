@@ -17,7 +17,7 @@ from app.store.attempts import AttemptWriter, Claim, NewArtifact, claim
 from app.store.blobs import open_blobs
 from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database
-from bitwright.errors import BitwrightError
+from bitwright.errors import BitwrightError, RequirementMissed
 from bitwright.job_states import DeviceClass
 from tests.reports import report
 
@@ -60,18 +60,27 @@ class Api:
 
     def succeed(self, held: Claim, checkpoints: Mapping[str, Mapping[str, bytes]] | None = None) -> None:
         """End a job with these files: format -> path -> content."""
-        artifacts = [
-            self._store(export_format, path, content)
-            for export_format, files in (checkpoints or {}).items()
-            for path, content in files.items()
-        ]
+        artifacts = self._store_all(checkpoints or {})
         with self.database.transaction() as session:
             AttemptWriter(session, held.job_id, held.attempt).succeed(report(), artifacts)
+
+    def miss(self, held: Claim, checkpoints: Mapping[str, Mapping[str, bytes]]) -> None:
+        """End a job with these files, and with a requirement that they miss."""
+        artifacts, error = self._store_all(checkpoints), RequirementMissed("perplexity ratio 1.3 exceeds 1.1")
+        with self.database.transaction() as session:
+            AttemptWriter(session, held.job_id, held.attempt).fail(error, report=report(), artifacts=artifacts)
 
     def fail(self, held: Claim, error: BitwrightError) -> None:
         """End an attempt with an error."""
         with self.database.transaction() as session:
             AttemptWriter(session, held.job_id, held.attempt).fail(error)
+
+    def _store_all(self, checkpoints: Mapping[str, Mapping[str, bytes]]) -> list[NewArtifact]:
+        return [
+            self._store(export_format, path, content)
+            for export_format, files in checkpoints.items()
+            for path, content in files.items()
+        ]
 
     def _store(self, export_format: str, path: str, content: bytes) -> NewArtifact:
         source = self.folder / "made"

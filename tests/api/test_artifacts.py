@@ -1,13 +1,20 @@
 """Artifacts and archives: ranges, validators, digests, and bytes that never change."""
 
+import asyncio
 import base64
 import hashlib
 import io
 import tarfile
+from collections.abc import Generator, Iterator, MutableMapping
+from pathlib import Path
+from typing import Any
 
 import pytest
+from starlette.requests import ClientDisconnect
 
-from app.api.http.content import Unsatisfiable, attachment, parse_range
+from app.api.http.archive import archive_digest, tar_member, write_tar
+from app.api.http.content import Unsatisfiable, attachment, parse_range, stream
+from app.store.blobs import FolderBlobs
 from tests.api.conftest import Api, problem
 
 WEIGHTS = bytes(range(256)) * 2000
@@ -46,7 +53,7 @@ def test_the_whole_content_comes_with_its_hash(api: Api, job_id: str) -> None:
     assert answer.headers["repr-digest"] == f"sha-256=:{base64.b64encode(digest.digest()).decode()}:"
     assert answer.headers["accept-ranges"] == "bytes"
     assert answer.headers["content-disposition"] == 'attachment; filename="model.safetensors"'
-    assert "immutable" in answer.headers["cache-control"]
+    assert answer.headers["cache-control"] == "private, max-age=31536000, immutable", "an id never gets other bytes"
     head = api.reader.head(url)
     assert (head.status_code, head.content) == (200, b"")
     assert head.headers["content-length"] == str(len(WEIGHTS))
@@ -100,6 +107,17 @@ def test_validators_decide(api: Api, job_id: str) -> None:
     assert status(If_None_Match=f'"x", W/{etag}') == 304
     assert status(If_None_Match="*") == 304
     assert status(If_None_Match='"x"') == 200
+    assert status(If_None_Match=etag.strip('"')) == 200, "a tag is quoted"
+    assert status(If_Match="*") == 200
+    assert status(If_Match=etag, If_None_Match=etag) == 304
+    assert status(Range="bytes=0-1", If_None_Match=etag) == 304
+    assert status(Range="bytes=0-1") == 206
+    problem(api.reader.get(url, headers={"If-Match": f"W/{etag}"}), 412, "precondition_failed")
+    unchanged = api.reader.get(url, headers={"If-None-Match": etag})
+    assert (unchanged.content, unchanged.headers["etag"]) == (b"", etag)
+    assert unchanged.headers["cache-control"] == "private, max-age=31536000, immutable"
+    head = api.reader.head(url, headers={"Range": "bytes=0-1"})
+    assert (head.status_code, head.headers["content-length"]) == (200, str(len(WEIGHTS)))
     assert status(If_Match=etag) == 200
     problem(api.reader.get(url, headers={"If-Match": '"x"'}), 412, "precondition_failed")
 
@@ -200,3 +218,133 @@ def test_a_name_cannot_break_out_of_its_header() -> None:
     header = attachment('a"\r\nX: y\\.bin')
     assert "\r" not in header
     assert header.startswith('attachment; filename="a___X: y_.bin"; filename*=')
+
+
+def test_archives_of_equal_names_and_sizes_are_told_apart_by_their_bytes(api: Api) -> None:
+    tags = []
+    for content in (b"one", b"two", b"one"):
+        job_id = api.submit()
+        api.succeed(api.claim(), {"native": {"model.safetensors": content}})
+        tags.append(api.reader.head(f"/v1/jobs/{job_id}/archive?folder=same").headers["etag"])
+    assert tags[0] == tags[2] != tags[1]
+    other = api.reader.get(f"/v1/jobs/{job_id}/archive?folder=same", headers={"If-None-Match": tags[1]})
+    assert other.status_code == 200
+    problem(
+        api.reader.get(f"/v1/jobs/{job_id}/archive?folder=same", headers={"If-Match": tags[1]}),
+        412,
+        "precondition_failed",
+    )
+
+
+def test_an_archives_tag_is_the_hash_of_its_layout_headers_and_contents() -> None:
+    first, second = tar_member("f/a", 3, "0a" * 32), tar_member("f/b", 700, "0b" * 32)
+    said = b"bitwright tar 1\n" + first.header + b"\x0a" * 32 + second.header + b"\x0b" * 32
+    assert archive_digest([first, second]) == hashlib.sha256(said).hexdigest()
+    assert (first.length, second.length) == (1024, 1536)
+    assert len({archive_digest(members) for members in ([], [first], [second], [second, first])}) == 4
+
+
+def test_an_archive_is_asked_for_anew_because_a_retry_may_change_it(api: Api) -> None:
+    job_id = api.submit()
+    url = f"/v1/jobs/{job_id}/archive"
+    api.miss(api.claim(), {"native": {"model.safetensors": b"one"}})
+    first = api.reader.get(url)
+    assert first.headers["cache-control"] == "private, no-cache"
+    same = api.reader.get(url, headers={"If-None-Match": first.headers["etag"]})
+    assert (same.status_code, same.headers["cache-control"]) == (304, "private, no-cache")
+    assert same.headers["etag"] == first.headers["etag"]
+    api.client.post(f"/v1/jobs/{job_id}/retry").raise_for_status()
+    api.succeed(api.claim(), {"native": {"model.safetensors": b"two"}})
+    again = api.reader.get(url, headers={"If-None-Match": first.headers["etag"]})
+    assert (again.status_code, again.headers["etag"] != first.headers["etag"]) == (200, True)
+    assert b"two" in again.content
+
+
+class _Watched(FolderBlobs):
+    """A store that remembers what it has opened."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self.opened: list[Any] = []
+
+    def open(self, sha256: str, start: int = 0) -> Any:
+        self.opened.append(super().open(sha256, start))
+        return self.opened[-1]
+
+
+@pytest.mark.parametrize("archive", [False, True], ids=["file", "archive"])
+@pytest.mark.parametrize("version", ["2.3", "2.4"])
+def test_a_caller_who_goes_away_leaves_no_file_open(tmp_path: Path, archive: bool, version: str) -> None:
+    """Of both kinds of servers: one tells it by a message, the other by a send that fails."""
+    blobs, source = _Watched(tmp_path / "blobs"), tmp_path / "source"
+    source.write_bytes(bytes(3 << 20))
+    blob = blobs.put(source)
+    chunks: Iterator[bytes]
+    if archive:
+        chunks = write_tar(blobs, [tar_member("f/a", blob.size, blob.sha256)])
+    else:
+        chunks = blobs.read_range(blob.sha256, 0, blob.size)
+    answer = stream(chunks, blob.size, media_type="x/y", headers={}, status=200)
+    sent = 0
+
+    async def send(message: MutableMapping[str, Any]) -> None:
+        nonlocal sent
+        sent += len(message.get("body", b""))
+        if sent > 1 << 20:
+            if version == "2.4":
+                raise OSError("the connection is gone")
+            await asyncio.Event().wait()
+
+    async def receive() -> MutableMapping[str, Any]:
+        while sent <= 1 << 20:
+            await asyncio.sleep(0)
+        return {"type": "http.disconnect"}
+
+    scope = {"type": "http", "asgi": {"spec_version": version}}
+    try:
+        asyncio.run(answer(scope, receive, send))
+    except ClientDisconnect:
+        assert version == "2.4"
+    assert isinstance(chunks, Generator)
+    assert chunks.gi_frame is None, "it is closed, not left to the collector"  # type: ignore[attr-defined]
+    assert [reader.closed for reader in blobs.opened] == [True]
+
+
+def test_a_whole_answer_has_its_length_and_closes_its_file(tmp_path: Path) -> None:
+    blobs, source = _Watched(tmp_path / "blobs"), tmp_path / "source"
+    source.write_bytes(b"12345")
+    blob = blobs.put(source)
+    answer = stream(blobs.read_range(blob.sha256, 1, 4), 3, media_type="x/y", headers={"ETag": '"a"'}, status=206)
+    assert (answer.status_code, answer.headers["content-length"], answer.headers["etag"]) == (206, "3", '"a"')
+    assert answer.headers["content-type"] == "x/y"
+
+
+@pytest.mark.parametrize(
+    ("value", "size", "span"),
+    [
+        ("bytes=0-0", 1, (0, 1)),
+        ("bytes=9-9", 10, (9, 1)),
+        ("bytes=9-", 10, (9, 1)),
+        ("bytes=0-10", 10, (0, 10)),
+        ("bytes=-10", 10, (0, 10)),
+        ("bytes=-11", 10, (0, 10)),
+        ("bytes=-1", 10, (9, 1)),
+        ("bytes= 3-5 ", 10, (3, 3)),
+        ("bytes=5-5", 10, (5, 1)),
+        ("bytes=5-4", 10, None),
+        ("bytes=12-11", 10, None),
+        ("Bytes=0-0", 10, None),
+        ("bytes=0-0,2-3", 10, None),
+        ("bytes=--1", 10, None),
+    ],
+)
+def test_a_range_by_hand(value: str, size: int, span: tuple[int, int] | None) -> None:
+    found = parse_range(value, size)
+    assert (found and (found.start, found.length)) == span
+
+
+@pytest.mark.parametrize(("value", "size"), [("bytes=10-", 10), ("bytes=10-10", 10), ("bytes=-0", 10), ("bytes=0-", 0)])
+def test_a_range_that_begins_at_the_end_is_unsatisfiable(value: str, size: int) -> None:
+    with pytest.raises(Unsatisfiable) as caught:
+        parse_range(value, size)
+    assert caught.value.headers == {"Content-Range": f"bytes */{size}"}

@@ -85,3 +85,24 @@ def test_the_root_says_where_to_begin(api: Api) -> None:
     assert sorted(links) == sorted(told["links"].values())
     for link in links:
         assert api.reader.get(link).status_code == 200, link
+
+
+def test_what_is_chosen_by_accept_says_so_to_caches(api: Api) -> None:
+    job_id = api.submit()
+    for url in ("/", f"/v1/jobs/{job_id}/events"):
+        for accept in ("text/html", "application/json"):
+            answer = api.reader.get(url, headers={"Accept": accept})
+            assert (answer.status_code, answer.headers["vary"]) == (200, "Accept")
+    assert api.client.post(f"/v1/jobs/{job_id}/cancel").status_code == 202
+    for after, status in (("0", 200), ("2", 204)):
+        headers = {"Accept": "text/event-stream", "Last-Event-ID": after}
+        answer = api.reader.get(f"/v1/jobs/{job_id}/events", headers=headers)
+        assert (answer.status_code, answer.headers["vary"]) == (status, "Accept")
+        assert answer.headers["cache-control"] == "no-store"
+
+
+def test_assets_are_for_everybodys_cache_and_nothing_else_is(api: Api) -> None:
+    asset = api.anonymous.get("/docs/assets/swagger-ui.css")
+    assert asset.headers["cache-control"] == "public, max-age=3600"
+    for url in ("/", "/docs", "/v1/jobs", "/v1/methods", "/openapi.json", "/v1/jobs/none"):
+        assert api.client.get(url).headers["cache-control"] == "no-store", url

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,8 @@ import pytest
 from starlette.testclient import TestClient
 
 from app.api.upload_parts import PartsFolder
+from app.api.upload_receiving import Target, parse_content_range
+from bitwright.errors import InvalidRequest
 from tests.api.checkpoints import write_checkpoint
 from tests.api.conftest import SHORTHAND, Answer, Api, problem
 
@@ -314,3 +317,75 @@ def test_jobs_are_filtered_by_the_recipe_that_was_asked_for(any_api: Api) -> Non
 
     assert found("qlora") == found("nf") == [(trained, "nf", "qlora")]
     assert found("rtn") == [(plain, "rtn", None)]
+
+
+@pytest.mark.parametrize(
+    ("value", "part"),
+    [(None, (0, 10)), ("bytes 0-9/10", (0, 10)), ("bytes 9-9/10", (9, 10)), (" bytes 3-5/10 ", (3, 6))],
+)
+def test_a_content_range_is_a_part_of_the_file(value: str | None, part: tuple[int, int]) -> None:
+    assert parse_content_range(value, 10) == part
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["bytes 0-10/10", "bytes 10-10/10", "bytes 5-4/10", "bytes 0-9/9", "bytes 0-9/11", "bytes 0-9", "items 0-9/10"],
+)
+def test_a_content_range_ends_before_the_file_does(value: str) -> None:
+    """The last byte of ten is number 9. It is told before the request reaches the disk."""
+    with pytest.raises(InvalidRequest) as caught:
+        parse_content_range(value, 10)
+    assert (caught.value.field, caught.value.value) == ("Content-Range", value)
+
+
+def test_a_part_is_on_disk_before_its_offset_is_told(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    upload_id = begin(api, {"text.jsonl": TEXT})
+    steps: list[tuple[str, int]] = []
+    fsync, advance = os.fsync, Target.advance
+
+    def record_fsync(descriptor: int) -> None:
+        steps.append(("fsync", os.fstat(descriptor).st_size))
+        fsync(descriptor)
+
+    def record_advance(target: Target, start: int, end: int) -> None:
+        steps.append(("advance", end))
+        advance(target, start, end)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Target, "advance", record_advance)
+    url = f"/v1/uploads/{upload_id}/files/text.jsonl"
+    assert api.client.put(url, content=TEXT).status_code == 204
+    assert steps == [("fsync", len(TEXT)), ("advance", len(TEXT))]
+
+
+def test_parts_stay_until_the_upload_is_complete(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A database that is away at the last step costs nothing but the call again."""
+    from app.store.uploads import UploadRepository
+    from bitwright.errors import Unavailable
+
+    upload_id = send(api, {"text.jsonl": TEXT})
+    with monkeypatch.context() as patched:
+
+        def fail(*_: object) -> None:
+            raise Unavailable("the database is not available now; try again")
+
+        patched.setattr(UploadRepository, "complete", fail)
+        answer = api.client.post(f"/v1/uploads/{upload_id}/complete")
+        problem(answer, 503, "unavailable")
+        assert answer.headers["retry-after"] == "5"
+    assert PartsFolder(api.settings.upload_dir, upload_id).present(0) == len(TEXT)
+    assert api.client.post(f"/v1/uploads/{upload_id}/complete").json()["status"] == "complete"
+    assert not (api.settings.upload_dir / upload_id).exists()
+
+
+def test_a_part_cuts_off_what_does_not_count(tmp_path: Path) -> None:
+    parts = PartsFolder(tmp_path, "upl_x")
+    with parts.locked():
+        with parts.open_at(3, 0) as file:
+            file.write(b"0123456789")
+        with parts.open_at(3, 4) as file:
+            file.write(b"x")
+    assert parts.path(3).read_bytes() == b"0123x"
+    assert parts.path(3).name == "0003.part"
+    assert (parts.present(3), parts.present(0)) == (5, 0)
+    assert parts.path(3).stat().st_mode & 0o777 == 0o600

@@ -1,13 +1,17 @@
 """Storage of a linear in the two formats, and detection of damage."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from bitwright.errors import CorruptCheckpoint
+from app.domain.methods import Scheme
+from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from tests.formats.examples import Made, codebook_made, random_result, scheme
 from workers.formats import compressed_tensors, native
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.normal_float import DoubleQuantization
+from workers.numerics.quantized import LinearResult
 
 SCHEME = scheme(3, 16, False)
 
@@ -104,6 +108,7 @@ def test_config_asks_for_unpacking_only_where_packed_loading_fails() -> None:
     assert compressed_tensors.config({"a": asymmetric}, []).items() >= keys.items()
     assert keys.keys().isdisjoint(compressed_tensors.config({"a": symmetric}, []))
     assert keys.keys().isdisjoint(compressed_tensors.config({"a": symmetric, "b": asymmetric}, []))
+    assert keys.keys().isdisjoint(compressed_tensors.config({"a": asymmetric, "b": scheme(8, 32, False)}, []))
 
 
 def test_a_quantized_head_is_a_target_by_name() -> None:
@@ -126,4 +131,105 @@ def _group(targets: list[str]) -> dict[str, object]:
         "input_activations": None,
         "output_activations": None,
         "format": "pack-quantized",
+    }
+
+
+S4, S8, Z4, Z8 = scheme(4, 32, True), scheme(8, -1, True), scheme(4, 32, False), scheme(8, 32, False)
+
+
+@pytest.mark.parametrize(
+    ("schemes", "unpacks", "loader"),
+    [
+        ([S4], False, False),
+        ([S4, S4], False, False),
+        ([S4, S8], False, False),
+        ([Z4], True, False),
+        ([Z4, Z4], True, False),
+        ([Z4, Z8], False, True),
+        ([S4, Z4], False, True),
+        ([S4, S8, Z8], False, True),
+    ],
+)
+def test_who_unpacks_a_checkpoint(schemes: list[Scheme], unpacks: bool, loader: bool) -> None:
+    """Unpacked while loading, every linear gets the first group's scheme: so never where there are several."""
+    assert compressed_tensors.unpacks_on_load(schemes) is unpacks
+    assert compressed_tensors.needs_loader(schemes) is loader
+    config = compressed_tensors.config({f"m.{index}": each for index, each in enumerate(schemes)}, [])
+    assert ("run_compressed" in config, "dequantize" in config) == (unpacks, unpacks)
+
+
+def test_the_configuration_of_one_scheme_in_full() -> None:
+    assert compressed_tensors.config({"a": Z4}, ["lm_head", "b"]) == {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "kv_cache_scheme": None,
+        "ignore": ["b", "lm_head"],
+        "config_groups": {
+            "group_0": {
+                "targets": ["Linear"],
+                "weights": {
+                    "num_bits": 4,
+                    "type": "int",
+                    "symmetric": False,
+                    "strategy": "group",
+                    "group_size": 32,
+                    "dynamic": False,
+                },
+                "input_activations": None,
+                "output_activations": None,
+                "format": "pack-quantized",
+            }
+        },
+        "run_compressed": False,
+        "dequantize": True,
+    }
+
+
+@pytest.mark.parametrize("stored", [torch.float32, torch.float16])
+def test_compressed_tensors_refuses_a_scale_that_it_would_round(stored: torch.dtype) -> None:
+    weight = random_result((8, 32), Z4, torch.bfloat16).affine
+    with pytest.raises(FormatCannotHold, match="rounding them") as caught:
+        compressed_tensors.compress("x", LinearResult(replace(weight, scale=weight.scale.to(stored))))
+    assert (caught.value.field, caught.value.value) == ("x", str(stored))
+
+
+@pytest.mark.parametrize(("bits", "package"), [(2, ""), (3, ">=0.1"), (4, ""), (5, ">=0.1"), (8, "")])
+def test_widths_that_straddle_words_need_a_newer_package(bits: int, package: str) -> None:
+    needed = compressed_tensors.package_needed([S4, scheme(bits, 32, True)])
+    assert needed.startswith(f"compressed-tensors{package}")
+    assert (needed == "compressed-tensors") is (not package)
+    assert (compressed_tensors.package_warnings([S4, scheme(bits, 32, True)]) == {}) is (not package)
+
+
+def test_the_description_of_native_linears_in_full() -> None:
+    results = {
+        "a": random_result((8, 32), Made(scheme(3, 16, False), offset=True, rank=2, alpha=4.0)),
+        "b": random_result((8, 32), codebook_made(4, 32, DoubleQuantization(3, torch.float16, 5)), torch.float16),
+        "c": random_result((8, 32), S8),
+    }
+    assert native.describe({name: StoredLinear.of(result) for name, result in results.items()}) == {
+        "format": "bitwright",
+        "version": 2,
+        "linears": {
+            "a": {
+                "form": "affine",
+                "bits": 3,
+                "group_size": 16,
+                "symmetric": False,
+                "dtype": "bfloat16",
+                "offset": True,
+                "low_rank": {"rank": 2, "alpha": 4.0},
+            },
+            "b": {
+                "form": "codebook",
+                "bits": 4,
+                "group_size": 32,
+                "symmetric": True,
+                "dtype": "float16",
+                "absmax": {"bits": 3, "superblock": 5},
+            },
+            "c": {"form": "affine", "bits": 8, "group_size": -1, "symmetric": True, "dtype": "bfloat16"},
+        },
     }

@@ -29,9 +29,11 @@ from tests.formats.examples import (
     write_quantized,
     write_with,
 )
+from workers.formats import peft
 from workers.formats.checkpoint import CheckpointWriter
 from workers.formats.peft import targets
-from workers.formats.registry import open_writer, open_writers
+from workers.formats.registry import adapter_base, open_writer, open_writers
+from workers.formats.stored_linear import StoredLowRank
 
 MERGED, PEFT = ExportFormat.MERGED, ExportFormat.PEFT
 BOTH = (MERGED, PEFT)
@@ -158,3 +160,50 @@ def test_every_format_has_a_writer_in_a_folder_of_its_name(tmp_path: Path, sourc
     assert all((tmp_path / name.value).is_dir() for name in ExportFormat)
     assert isinstance(writers[MERGED], CheckpointWriter)
     assert REPORT.method == "rtn"
+
+
+LOW = StoredLowRank(rank=4, alpha=8.0)
+
+
+def test_the_configuration_of_an_adapter_in_full() -> None:
+    """A switch that peft reads another way would scale or bias the correction without a word."""
+    adapted = {"a.b": LOW, "a.c": LOW, "x.d": StoredLowRank(rank=2, alpha=8.0)}
+    assert peft.config(adapted, ["lm_head"]) == {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": None,
+        "inference_mode": True,
+        "target_modules": ["b", "c", "d"],
+        "r": 4,
+        "lora_alpha": 8.0,
+        "rank_pattern": {r"x\.d": 2},
+        "alpha_pattern": {r"x\.d": 8.0},
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "use_rslora": False,
+        "use_dora": False,
+        "init_lora_weights": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("ranks", "allowed"),
+    [([1], 1), ([2], 8), ([8, 3], 8), ([9], 16), ([64, 65], 128), ([300], 320), ([512], 512), ([513], None)],
+)
+def test_vllm_is_given_the_next_rank_that_it_takes(ranks: list[int], allowed: int | None) -> None:
+    known, rank = peft._served_with([StoredLowRank(rank=one, alpha=1.0) for one in ranks])
+    assert rank == allowed
+    assert ("0.32.0 or newer" in known) is (len(set(ranks)) > 1)
+
+
+def test_an_adapter_belongs_to_a_dense_base_else_a_packed_one_else_the_native_one() -> None:
+    """Each says in its own words where the base is."""
+    schemes = {"a": W3}
+    for formats, word in (
+        ((PEFT, MERGED, ExportFormat.COMPRESSED_TENSORS), "merged"),
+        ((ExportFormat.COMPRESSED_TENSORS, PEFT), "compressed-tensors"),
+        ((PEFT,), "native"),
+        ((PEFT, ExportFormat.GGUF), "native"),
+    ):
+        assert f"`{word}` checkpoint" in adapter_base(formats, schemes).where

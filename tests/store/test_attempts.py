@@ -4,10 +4,9 @@ import pytest
 from sqlalchemy import update
 
 from app.domain.attempt_lines import AttemptEvent
-from app.domain.job_states import MAX_RETRIES_WITHOUT_PROGRESS, TRANSITIONS
 from app.store.artifacts import ArtifactRepository
 from app.store.attempts import AttemptWriter, Claim
-from app.store.endings import MAX_BACK_OFF_SECONDS, back_off, requeue_lost
+from app.store.endings import requeue_lost
 from app.store.events import EventRepository, StoredEvent, events_after
 from app.store.jobs import JobRepository
 from app.store.models import Job
@@ -41,6 +40,20 @@ from tests.store.samples import (
     tell,
     try_take,
 )
+
+MAX_RETRIES_WITHOUT_PROGRESS = 3
+"""After the first attempt: four in all."""
+ALLOWED = {
+    ("queued", "running"),
+    ("queued", "cancelled"),
+    ("running", "succeeded"),
+    ("running", "failed"),
+    ("running", "cancelled"),
+    ("running", "queued"),
+    ("failed", "queued"),
+    ("cancelled", "queued"),
+}
+"""Every move from one status to another."""
 
 
 def fail(database: Database, held: Claim, error: BitwrightError) -> JobStatus:
@@ -230,7 +243,7 @@ def test_only_listed_transitions_happen(database: Database, tenant: str, origin:
         job_id = add(database, tenant)
         for step in path.get(origin, [JobStatus.RUNNING, origin]):
             assert move(database, job_id, step)
-        assert move(database, job_id, target) is (target in TRANSITIONS[origin])
+        assert move(database, job_id, target) is ((origin.value, target.value) in ALLOWED)
 
 
 def move(database: Database, job_id: str, status: JobStatus) -> bool:
@@ -296,7 +309,7 @@ def test_a_fault_waits_longer_each_time_and_then_fails(database: Database, tenan
     for number in range(1, MAX_RETRIES_WITHOUT_PROGRESS + 1):
         assert fail(database, take(database), AttemptKilled("signal 9")) is JobStatus.QUEUED
         job = get(database, tenant, job_id)
-        assert 0 <= (job.available_at - job.updated_at).total_seconds() - back_off(number) < 1
+        assert 0 <= (job.available_at - job.updated_at).total_seconds() - 2**number < 1
         assert try_take(database) is None
         end_back_off(database, job_id)
     assert fail(database, take(database), AttemptKilled("signal 9")) is JobStatus.FAILED
@@ -305,13 +318,6 @@ def test_a_fault_waits_longer_each_time_and_then_fails(database: Database, tenan
     assert [a.number for a in attempts] == list(range(1, MAX_RETRIES_WITHOUT_PROGRESS + 2))
     assert [a.error and a.error["code"] for a in attempts] == ["attempt_killed"] * len(attempts)
     assert all(a.finished_at is not None for a in attempts)
-
-
-def test_back_off_grows_to_a_limit() -> None:
-    delays = [back_off(n) for n in range(40)]
-    assert delays == sorted(delays)
-    assert delays[0] > 0
-    assert delays[-1] == MAX_BACK_OFF_SECONDS
 
 
 def test_attempts_that_finish_a_new_block_do_not_count(database: Database, tenant: str) -> None:

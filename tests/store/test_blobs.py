@@ -1,5 +1,6 @@
 """One suite for every blob store."""
 
+import errno
 import hashlib
 import os
 import subprocess
@@ -12,10 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from app.store.blobs import CHUNK, BlobStore, BucketBlobs, FolderBlobs, open_blobs
-from bitwright.errors import StorageError
+from app.store.blobs import BlobStore, BucketBlobs, FolderBlobs, materialise, open_blobs
+from bitwright.errors import DiskFull, StorageError
 
 ABSENT = "0" * 64
+CHUNK = 1 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def _bucket(folder: Path) -> BlobStore:
@@ -191,3 +194,139 @@ def test_urls_open_stores(tmp_path: Path, write: Callable[[bytes], Path]) -> Non
     assert open_blobs(folder.as_uri()).exists(blob.sha256)
     assert open_blobs(str(folder)).path(blob.sha256) == folder / blob.sha256[:2] / blob.sha256
     assert isinstance(open_blobs("memory:///"), BucketBlobs)
+
+
+def test_a_blob_is_on_disk_before_it_has_its_name_and_its_name_before_put_returns(
+    tmp_path: Path, write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes, rename, the folder of the name, the folder of that folder: a power cut leaves all or nothing."""
+    blobs, source = FolderBlobs(tmp_path / "b"), write(b"seventeen bytes..")
+    steps: list[tuple[str, str, int]] = []
+    fsync, replace = os.fsync, Path.replace
+
+    def record_fsync(descriptor: int) -> None:
+        place = Path(f"/proc/self/fd/{descriptor}").readlink()
+        steps.append(("fsync", _role(place, blobs), place.stat().st_size if place.is_file() else 0))
+        fsync(descriptor)
+
+    def record_replace(place: Path, target: Path) -> Path:
+        steps.append(("replace", _role(target, blobs), place.stat().st_size))
+        return replace(place, target)
+
+    monkeypatch.setattr(os, "fsync", record_fsync)
+    monkeypatch.setattr(Path, "replace", record_replace)
+    blobs.put(source)
+    assert steps == [("fsync", "incoming", 17), ("replace", "named", 17), ("fsync", "parent", 0), ("fsync", "root", 0)]
+
+
+def _role(place: Path, blobs: FolderBlobs) -> str:
+    """What a path is within the store."""
+    root = Path(str(blobs.path(ABSENT))).parents[1]
+    parts = place.relative_to(root).parts
+    if len(parts) == 2:
+        return "incoming" if parts[0] == "incoming" else "named"
+    return "parent" if parts else "root"
+
+
+@pytest.mark.parametrize("number", [*FULL, errno.EIO])
+@pytest.mark.parametrize("place", ["fsync", "replace"])
+def test_a_disk_that_fails_a_put_is_named_and_keeps_nothing(
+    tmp_path: Path, write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch, place: str, number: int
+) -> None:
+    blobs, source = FolderBlobs(tmp_path / "b"), write(b"x")
+
+    def fail(*_: object) -> None:
+        raise OSError(number, "it failed")
+
+    monkeypatch.setattr("os.fsync" if place == "fsync" else "pathlib.Path.replace", fail)
+    with pytest.raises(DiskFull if number in FULL else StorageError) as caught:
+        blobs.put(source)
+    assert caught.type is (DiskFull if number in FULL else StorageError)
+    assert source.name in caught.value.detail
+    assert [path for path in (tmp_path / "b").rglob("*") if path.is_file()] == []
+
+
+def test_a_bucket_that_fails_is_a_storage_error_whatever_is_asked(
+    write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import obstore
+
+    blobs, source = _memory(Path()), write(b"x")
+    sha256 = hashlib.sha256(b"x").hexdigest()
+    for fault in (obstore.exceptions.GenericError("the bucket is away"), OSError(errno.ECONNRESET, "reset")):
+
+        def fail(*_: object, fault: Exception = fault) -> None:
+            raise fault
+
+        for name in ("put", "open_reader", "head", "delete"):
+            monkeypatch.setattr(obstore, name, fail)
+        uses = (blobs.open, blobs.exists, blobs.modified, blobs.delete, lambda _: blobs.put(source))
+        for use in uses:
+            with pytest.raises(StorageError) as caught:
+                use(sha256)
+            assert caught.value.__cause__ is fault
+    monkeypatch.undo()
+    assert not blobs.exists(sha256)
+
+
+class _Failing:
+    """A reader that gives a byte and then fails."""
+
+    def __init__(self) -> None:
+        self.reads, self.closed = 0, False
+
+    def read(self, size: int) -> bytes:
+        self.reads += 1
+        if self.reads > 1:
+            raise OSError(errno.EIO, "the disk is broken")
+        return b"x"
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_a_disk_that_fails_on_a_read_is_a_storage_error_and_nothing_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs, reader = FolderBlobs(tmp_path / "b"), _Failing()
+    monkeypatch.setattr(blobs, "open", lambda *_: reader)
+    chunks = blobs.read_range(ABSENT, 0, 3)
+    assert next(chunks) == b"x"
+    with pytest.raises(StorageError, match="cannot be read"):
+        next(chunks)
+    assert reader.closed
+
+
+def test_chunks_that_nobody_has_asked_for_close_what_they_read_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blobs, reader = FolderBlobs(tmp_path / "b"), _Failing()
+    monkeypatch.setattr(blobs, "open", lambda *_: reader)
+    chunks = blobs.read_range(ABSENT, 0, 3)
+    chunks.close()  # type: ignore[attr-defined]
+    assert (reader.reads, reader.closed) == (0, True)
+
+
+def test_no_chunk_is_larger_than_a_mebibyte(blobs: BlobStore, write: Callable[[bytes], Path]) -> None:
+    blob = blobs.put(write(b"x" * (2 * CHUNK + 5)))
+    assert [len(chunk) for chunk in blobs.read_range(blob.sha256, 1, 2 * CHUNK + 4)] == [CHUNK, CHUNK, 3]
+    with pytest.raises(StorageError, match="2097153 bytes shorter"):
+        list(blobs.read_range(blob.sha256, CHUNK, 4 * CHUNK + 6))
+
+
+def test_a_blob_becomes_a_file_only_if_its_bytes_are_those_of_its_name(
+    blobs: BlobStore, write: Callable[[bytes], Path], tmp_path: Path
+) -> None:
+    blob, target = blobs.put(write(b"12345")), tmp_path / "folder" / "file"
+    assert materialise(blobs, blob.sha256, target) is True
+    assert target.read_bytes() == b"12345"
+    place = blobs.path(blob.sha256)
+    if place is None:
+        return
+    place.write_bytes(b"other")
+    damaged = tmp_path / "folder" / "damaged"
+    assert materialise(blobs, blob.sha256, damaged) is False
+    assert [path.name for path in damaged.parent.iterdir()] == ["file"]
+    with pytest.raises(StorageError):
+        materialise(blobs, ABSENT, damaged)
+    assert [path.name for path in damaged.parent.iterdir()] == ["file"]

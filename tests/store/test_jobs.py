@@ -1,3 +1,4 @@
+import hashlib
 import json
 from datetime import UTC, datetime, timedelta
 
@@ -12,8 +13,9 @@ from app.store.events import EventRepository
 from app.store.idempotency import Idempotency
 from app.store.ids import new_id
 from app.store.jobs import JobRepository, count_by_status
-from app.store.models import Base, IdempotencyKey
+from app.store.models import Base, IdempotencyKey, Job
 from app.store.session import Database
+from app.store.uploads import NewUploadFile, UploadRepository
 from bitwright.errors import Conflict, IllegalTransition, InvalidRequest, KeyReused, NotFound
 from bitwright.events import StatusEvent
 from bitwright.job_states import JobStatus
@@ -257,3 +259,86 @@ def test_counts_by_status(database: Database, tenant: str, stranger: str) -> Non
     take(database)
     with database.reading() as session:
         assert count_by_status(session) == dict.fromkeys(JobStatus, 0) | {JobStatus.QUEUED: 2, JobStatus.RUNNING: 1}
+
+
+def test_a_retried_job_is_as_one_that_was_never_tried(database: Database, tenant: str) -> None:
+    job_id = add(database, tenant)
+    held = take(database)
+    with database.transaction() as session:
+        spoiled = {"micro_batch_divisor": 2, "fruitless_attempts": 4, "cancel_requested": True}
+        session.execute(update(Job).where(Job.id == job_id).values(spoiled))
+    with database.transaction() as session:
+        AttemptWriter(session, job_id, held.attempt).cancelled()
+    with database.transaction() as session:
+        later = {"error": {"code": "cuda_error", "detail": "Xid 31"}, "available_at": seconds_from_now(3600)}
+        session.execute(update(Job).where(Job.id == job_id).values(later))
+    with database.transaction() as session:
+        job = JobRepository(session, tenant).retry(job_id)
+        fresh = (job.micro_batch_divisor, job.fruitless_attempts, job.cancel_requested, job.error, job.finished_at)
+    assert fresh == (1, 0, False, None, None)
+    assert take(database).micro_batch_divisor == 1, "at once, in whole batches"
+
+
+def test_a_key_that_has_expired_stands_for_nothing(database: Database, tenant: str) -> None:
+    asked, other = request(), request(bits=8)
+    job_id, _ = add_with_key(database, tenant, "k-1", asked)
+    files = [NewUploadFile("a.jsonl", 3, "a" * 64)]
+    with database.transaction() as session:
+        upload = UploadRepository(session, tenant).create(files, idempotency=Idempotency.of("k-2", asked))
+
+    def standing() -> tuple[str | None, str | None, str | None]:
+        with database.reading() as session:
+            jobs, uploads = JobRepository(session, tenant), UploadRepository(session, tenant)
+            made, replayed = jobs.made_by("k-1"), jobs.find_replayed(Idempotency.of("k-1", asked))
+            sent = uploads.find_replayed(Idempotency.of("k-2", asked))
+            assert replayed is None or replayed.replayed
+            found = [None if each is None else each.id for each in (made, replayed, sent)]
+            return found[0], found[1], found[2]
+
+    assert standing() == (job_id, job_id, upload.id)
+    with database.reading() as session, pytest.raises(KeyReused):
+        JobRepository(session, tenant).find_replayed(Idempotency.of("k-1", other))
+    with database.transaction() as session:
+        session.execute(update(IdempotencyKey).values(expires_at=seconds_from_now(-1)))
+    assert standing() == (None, None, None)
+    with database.reading() as session:
+        assert JobRepository(session, tenant).find_replayed(Idempotency.of("k-1", other)) is None
+
+
+def test_a_key_of_another_tenant_stands_for_nothing(database: Database, tenant: str, stranger: str) -> None:
+    add_with_key(database, tenant, "k-1", request())
+    with database.reading() as session:
+        theirs = JobRepository(session, stranger)
+        assert theirs.made_by("k-1") is None
+        assert theirs.find_replayed(Idempotency.of("k-1", request(bits=8))) is None
+
+
+def test_a_fingerprint_is_that_of_the_full_request_in_its_order() -> None:
+    one, other = ({"a.*": {"bits": 8}, "b.*": {"bits": 4}}, {"b.*": {"bits": 4}, "a.*": {"bits": 8}})
+    asked = [
+        JobRequest.parse({"model": "a", "quantization": {"method": "rtn", "modules": {"overrides": overrides}}})
+        for overrides in (one, other)
+    ]
+    first, second = (Idempotency.of("k", each).fingerprint for each in asked)
+    assert first == hashlib.sha256(asked[0].model_dump_json().encode()).hexdigest()
+    assert first != second
+
+
+@pytest.mark.parametrize(("limit", "items"), [(-1, 1), (0, 1), (1, 1), (2, 2), (5000, 3)])
+def test_a_page_has_one_to_a_thousand_jobs(database: Database, tenant: str, limit: int, items: int) -> None:
+    for _ in range(3):
+        add(database, tenant)
+    with database.reading() as session:
+        page = JobRepository(session, tenant).page(after=None, limit=limit)
+        events = EventRepository(session, tenant).page(page.items[0].id, -1, limit)
+    assert len(page.items) == items
+    assert [event.sequence for event in events] == [1]
+
+
+def test_a_job_that_was_asked_for_by_a_recipe_is_found_by_both_names(database: Database, tenant: str) -> None:
+    with database.transaction() as session:
+        job_id = JobRepository(session, tenant).add(request(), recipe="qlora").id
+    with database.reading() as session:
+        for name, found in (("qlora", [job_id]), ("rtn", [job_id]), ("gptq", [])):
+            page = JobRepository(session, tenant).page(after=None, limit=9, method=name)
+            assert [job.id for job in page.items] == found

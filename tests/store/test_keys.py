@@ -1,9 +1,12 @@
+import hashlib
 from typing import get_args
 
 import pytest
+from sqlalchemy import update
 
 from app.domain.access import Scope
-from app.store import keys
+from app.store import ids, keys
+from app.store.clock import seconds_from_now
 from app.store.ids import ALPHABET, Prefix, is_id, new_id, require_id
 from app.store.models import ApiKey
 from app.store.session import Database
@@ -101,3 +104,46 @@ def test_ids_have_a_shape(prefix: Prefix) -> None:
 def test_what_is_no_id_is_not_found(text: str) -> None:
     with pytest.raises(NotFound):
         require_id("job", text, "job")
+
+
+def test_a_checksum_is_crc32_in_six_digits_of_base_62() -> None:
+    """CRC-32 of 32 letters A is 2905698078."""
+    assert keys._checksum("A" * 32) == "3Ae0o2"
+    assert keys._checksum("0123456789abcdefghijABCDEFGHIJzz") == "3T7FsN"
+    assert keys.BASE62 == "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
+def test_a_key_is_stored_by_its_sha256_and_shown_by_its_start(database: Database, tenant: str) -> None:
+    key, plaintext = issue(database, tenant, Scope.SUBMIT, Scope.READ)
+    with database.reading() as session:
+        row = session.get_one(ApiKey, key.id)
+    assert row.digest == hashlib.sha256(plaintext.encode()).hexdigest()
+    assert (row.start, row.scopes) == (plaintext[:8], ["read", "submit"])
+    assert len({issue(database, tenant, Scope.READ)[1] for _ in range(20)}) == 20
+
+
+def test_a_key_that_is_revoked_again_keeps_its_first_time(database: Database, tenant: str) -> None:
+    key, _ = issue(database, tenant, Scope.READ)
+    times: list[object] = []
+    for _ in range(2):
+        with database.transaction() as session:
+            keys.revoke_key(session, tenant, key.id)
+        with database.transaction() as session:
+            if not times:
+                session.execute(update(ApiKey).where(ApiKey.id == key.id).values(revoked_at=seconds_from_now(-3600)))
+        with database.reading() as session:
+            times.append(session.get_one(ApiKey, key.id).revoked_at)
+    assert times[0] == times[1]
+
+
+def test_ids_begin_with_their_milliseconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("app.store.ids._SEQUENCE", type(ids._SEQUENCE)())
+    monkeypatch.setattr("app.store.ids.time.time_ns", lambda: 1_700_000_000_123_999_999)
+    first, second = new_id("job"), new_id("job")
+    digits = "0123456789abcdefghjkmnpqrstvwxyz"
+    numbers = [
+        sum(digits.index(digit) << 5 * place for place, digit in enumerate(made[:3:-1])) for made in (first, second)
+    ]
+    assert [number >> 80 for number in numbers] == [1_700_000_000_123] * 2
+    assert first[:4] == "job_"
+    assert numbers[0] < numbers[1]

@@ -177,3 +177,44 @@ def test_uploads_are_listed_in_pages_newest_first(database: Database, tenant: st
         assert [upload.id for upload in UploadRepository(session, stranger).page(after=None, limit=9).items] == [theirs]
         with pytest.raises(InvalidRequest, match="cursor"):
             repository.page(after="job_" + "0" * 26, limit=1)
+
+
+def test_an_open_upload_has_a_day(database: Database, tenant: str) -> None:
+    upload_id = create(database, tenant, TEXT)
+    with database.reading() as session:
+        upload = UploadRepository(session, tenant).get(upload_id)
+    assert abs((upload.expires_at - upload.created_at).total_seconds() - 86_400) < 1
+
+
+def test_files_come_in_the_order_in_which_they_were_announced(database: Database, tenant: str) -> None:
+    names = ["b.json", "a.json", "c.json"]
+    upload_id = create(database, tenant, *(NewUploadFile(name, 1, "a" * 64) for name in names))
+    with database.reading() as session:
+        assert [file.name for file in UploadRepository(session, tenant).get(upload_id).files] == names
+
+
+def test_the_largest_upload_that_is_taken(database: Database, tenant: str) -> None:
+    files = [NewUploadFile(f"{n}", 0, "a" * 64) for n in range(1023)]
+    upload_id = create(database, tenant, *files, NewUploadFile("x" * 255, 2**63 - 1, "0123456789abcdef" * 4))
+    with database.reading() as session:
+        last = UploadRepository(session, tenant).get(upload_id).files[-1]
+    assert (last.name, last.size) == ("x" * 255, 2**63 - 1)
+
+
+def test_one_file_that_is_short_keeps_an_upload_open(database: Database, tenant: str) -> None:
+    other = NewUploadFile("other.json", 5, "c" * 64)
+    upload_id = create(database, tenant, TEXT, other)
+    with database.transaction() as session:
+        uploads = UploadRepository(session, tenant)
+        uploads.advance(upload_id, TEXT.name, start=0, end=10)
+        assert [file.offset for file in uploads.advance(upload_id, other.name, start=0, end=4).files] == [10, 4]
+        with pytest.raises(Conflict, match=r"not all bytes have arrived: other\.json \(4 of 5 bytes\)$"):
+            uploads.complete(upload_id)
+
+
+def test_an_expired_upload_that_a_job_reads_stays(database: Database, tenant: str) -> None:
+    upload_id = complete(database, tenant)
+    with database.transaction() as session:
+        JobRepository(session, tenant).add(request(calibration={"dataset": upload_id}))
+        session.execute(update(Upload).values(expires_at=seconds_from_now(-1), completed_at=None))
+        assert remove_expired_uploads(session) == []

@@ -124,3 +124,40 @@ def test_the_end_of_a_long_queue_is_not_told(database: Database, tenant: str, mo
     assert set(look(database)) == set(made[:2])
     with database.reading() as session:
         assert session.get_one(Job, made[2]).status is JobStatus.QUEUED
+
+
+def test_two_durations_give_their_mean_and_only_the_latest_jobs_count(
+    database: Database, tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("app.store.waiting.MEASURED_JOBS", 2)
+    alive(database, ("w1", DeviceClass.CPU))
+    for seconds in (9000, 50, 70):
+        add(database, tenant)
+        finish(database, take(database), seconds=seconds)
+    first, second = add(database, tenant), add(database, tenant)
+    assert [look(database)[job_id].eta_seconds for job_id in (first, second)] == [0, 60]
+
+
+def test_jobs_of_another_model_say_nothing_of_this_one(database: Database, tenant: str) -> None:
+    alive(database, ("w1", DeviceClass.CPU))
+    add(database, tenant, model="org/large")
+    finish(database, take(database), seconds=900)
+    small, behind = add(database, tenant), add(database, tenant)
+    assert (look(database)[small].eta_seconds, look(database)[behind].eta_seconds) == (0, None)
+
+
+def test_the_time_left_is_that_of_the_running_attempt(database: Database, tenant: str) -> None:
+    alive(database, ("w1", DeviceClass.CPU))
+    add(database, tenant)
+    finish(database, take(database), seconds=100)
+    add(database, tenant)
+    first = take(database)
+    with database.transaction() as session:
+        assert AttemptWriter(session, first.job_id, first.attempt).release() is JobStatus.QUEUED
+    take(database)
+    for number, ago in ((2, 30), (1, 5000)):  # the ended one was written last, and is no row to go by
+        with database.transaction() as session:
+            this = (Attempt.job_id == first.job_id, Attempt.number == number)
+            session.execute(update(Attempt).where(*this).values(started_at=seconds_from_now(-ago)))
+    waiting = add(database, tenant)
+    assert look(database)[waiting].eta_seconds == pytest.approx(70, abs=3)

@@ -15,7 +15,9 @@ from bitwright.errors import PreconditionFailed, RangeNotSatisfiable
 
 RANGE = re.compile(r"bytes=\s*(\d{0,19})-(\d{0,19})\s*")
 IMMUTABLE = "private, max-age=31536000, immutable"
-"""An id and its hash never stand for other bytes, so a cache may keep them."""
+"""An artifact's id never stands for other bytes, so its caller's cache may keep them."""
+REVALIDATED = "private, no-cache"
+"""For what changes under its name: a cache may keep it, and asks each time whether it is still the same."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +86,9 @@ def selected_span(headers: Headers, etag: str, size: int) -> Span | None:
     return parse_range(asked, size)
 
 
-def representation_headers(etag: str, filename: str) -> dict[str, str]:
+def representation_headers(etag: str, filename: str, cache: str) -> dict[str, str]:
     """Headers that hold for the whole content, whatever part of it is sent."""
-    return {"ETag": etag, "Cache-Control": IMMUTABLE, "Content-Disposition": attachment(filename)}
+    return {"ETag": etag, "Cache-Control": cache, "Content-Disposition": attachment(filename)}
 
 
 def attachment(filename: str) -> str:

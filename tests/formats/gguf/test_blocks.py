@@ -14,7 +14,9 @@ from app.domain.formats import FORMATS, ExportFormat
 from app.domain.methods import Scheme
 from bitwright.errors import FormatCannotHold
 from tests.formats.examples import Made, assert_same, random_result, scheme
-from workers.formats.gguf.blocks import MIDDLE, block_kind, pack, unpack
+from workers.formats.gguf import file
+from workers.formats.gguf.blocks import BLOCK, MIDDLE, block_kind, held, pack, unpack
+from workers.numerics.quantized import AffineWeight
 
 INFO = FORMATS[ExportFormat.GGUF]
 HELD = [
@@ -87,3 +89,62 @@ def test_a_fractional_offset_is_rounded_once_and_told() -> None:
 def test_what_would_have_to_change_is_refused(of: Scheme, dtype: torch.dtype, words: str) -> None:
     with pytest.raises(FormatCannotHold, match=words):
         pack("x", random_result((4, 64), of, dtype).affine)
+
+
+def test_the_tables_of_types_are_those_of_ggml() -> None:
+    assert BLOCK == 32
+    assert {kind.name: code for kind, code in MIDDLE.items()} == {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0}
+    assert {str(dtype).removeprefix("torch."): kind.name for dtype, kind in file.PLAIN.items()} == {
+        "bfloat16": "BF16",
+        "float16": "F16",
+        "float32": "F32",
+        "float64": "F64",
+    }
+    assert {kind.name: int(number) for kind, number in file.FILE_TYPES.items()} == {
+        "Q4_0": 2,
+        "Q4_1": 3,
+        "Q8_0": 7,
+        "Q5_0": 8,
+        "Q5_1": 9,
+    }
+
+
+def test_bytes_of_a_block_with_an_offset_are_those_of_ggml() -> None:
+    """Q5_1 by hand: d, m = -d * zero point, the fifth bits, the nibbles; weight 31 in the upper half of byte 15."""
+    codes = torch.zeros(1, 32, dtype=torch.uint8)
+    codes[0, 8], codes[0, 31] = 17, 14
+    weight = AffineWeight(
+        codes, torch.tensor([[0.5]]).half(), torch.tensor([[3]], dtype=torch.uint8), scheme(5, 32, False), torch.float16
+    )
+    data = pack("x", weight).data[0].tolist()
+    assert data[:4] == [0x00, 0x38, 0x00, 0xBE]
+    assert data[4:8] == [0, 1, 0, 0]
+    assert data[8:] == [0, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0xE0]
+
+
+def test_the_largest_move_of_an_offset_is_told() -> None:
+    """In steps of its own group's scale, whatever the scale's sign."""
+    weight = random_result((2, 64), Made(scheme(4, 32, False), offset=True), torch.float16).affine
+    offset = torch.tensor([[1.0, 0.0], [0.0, 2049.0]])  # 2049 becomes 2048
+    scale = torch.tensor([[1.0, 1.0], [1.0, -4.0]]).half()
+    assert pack("x", replace(weight, offset=offset, scale=scale)).offset_error == 0.25
+
+
+def test_what_is_held_is_what_is_packed() -> None:
+    weight = random_result((8, 64), scheme(4, 32, False), torch.float16).affine
+    assert weight.zero_point is not None
+    stored = held("x", weight)
+    assert stored.offset is not None
+    exact = -weight.scale.double() * weight.zero_point.double()
+    assert torch.equal(stored.offset, exact.to(torch.float16))
+    packed = pack("x", weight)
+    theirs = torch.from_numpy(gguf.quants.dequantize(packed.data.numpy(), packed.kind))
+    columns = torch.arange(64) // 32
+    ours = stored.codes.double() * stored.scale.double()[:, columns] + stored.offset.double()[:, columns]
+    assert torch.allclose(theirs.double(), ours, rtol=1e-6, atol=1e-9)
+
+
+def test_groups_that_are_no_whole_number_of_blocks_are_refused() -> None:
+    for group, columns in ((16, 64), (48, 96), (-1, 48)):
+        with pytest.raises(FormatCannotHold, match="no type for"):
+            pack("x", random_result((4, columns), scheme(4, group, True), torch.float16).affine)

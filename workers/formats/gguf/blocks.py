@@ -57,6 +57,7 @@ def pack(name: str, weight: AffineWeight) -> Packed:
 
     Raises:
         FormatCannotHold: no type holds the scheme, the groups do not divide into blocks, or the scale is not fp16.
+        ValueError: a code does not fit into the scheme's bits; packed, it would be another one.
     """
     kind = block_kind(weight.scheme)
     if kind is None or weight.group_size % BLOCK:
@@ -71,6 +72,8 @@ def pack(name: str, weight: AffineWeight) -> Packed:
             value=str(weight.scale.dtype),
             hint="quantize again with this format among the job's formats",
         )
+    if weight.codes.numel() and int(weight.codes.max()) >> weight.scheme.bits:
+        raise ValueError(f"code {int(weight.codes.max())} does not fit into {weight.scheme.bits} bits")
     scale = _of_blocks(weight, weight.scale)
     codes = weight.codes.view(weight.shape[0], -1, BLOCK)
     if kind in MIDDLE:
