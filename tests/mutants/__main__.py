@@ -37,8 +37,17 @@ class Trial:
     group: str
 
 
-def try_all(trials: Iterator[Trial], until: float, report: Callable[[Trial, Outcome], None]) -> None:
-    """Try mistakes in two copies of the tree until there are no more, or until that time (monotonic, s)."""
+def try_all(
+    trials: Iterator[Trial],
+    until: float,
+    report: Callable[[Trial, Outcome], None],
+    tests: Sequence[str] = (),
+) -> None:
+    """Try mistakes in two copies of the tree until there are no more, or until that time (monotonic, s).
+
+    Raises:
+        ValueError: pytest does not know some of `tests` in a tree without a mistake.
+    """
     lock = threading.Lock()
 
     def work(tree: Tree) -> None:
@@ -59,6 +68,8 @@ def try_all(trials: Iterator[Trial], until: float, report: Callable[[Trial, Outc
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mutants-")))
         url = servers.text(stack.enter_context(servers.postgres_server()))
         trees = [make_tree(folder / str(number), {DATABASE: url}) for number in range(PROCESSES)]
+        if tests and not trees[0].collects(tests):
+            raise ValueError("pytest does not find all tests that the list names: see its --collect-only")
         with ThreadPoolExecutor(len(trees)) as pool:
             for worker in [pool.submit(work, tree) for tree in trees]:
                 worker.result()
@@ -77,7 +88,8 @@ def run_listed(wanted: Sequence[str]) -> int:
         print(f"{outcome:9}  {trial.name}  {trial.file}", flush=True)
         outcomes[trial.name] = outcome
 
-    try_all((_listed_trial(mistake) for mistake in mistakes), float("inf"), report)
+    tests = sorted({test for mistake in mistakes for test in mistake.tests})
+    try_all((_listed_trial(mistake) for mistake in mistakes), float("inf"), report, tests)
     noticed = {name for name, outcome in outcomes.items() if outcome is not Outcome.UNNOTICED}
     print(f"{len(noticed)} of {len(mistakes)} listed mistakes are noticed")
     unmet = [mistake.id for mistake in mistakes if mistake.id not in noticed]

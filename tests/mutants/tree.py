@@ -63,6 +63,14 @@ class Tree:
             stop(process)
         return Outcome.UNNOTICED if code == 0 else Outcome.NOTICED
 
+    def collects(self, tests: Sequence[str]) -> bool:
+        """True if pytest knows all of these tests, whose failures would otherwise say nothing."""
+        command = [str(self.python), "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *tests]
+        environment = {**os.environ, **self.environment}
+        return (
+            subprocess.run(command, cwd=self.folder, env=environment, capture_output=True, check=False).returncode == 0
+        )
+
     def write(self, file: str, text: str) -> None:
         """Replace a source file's text."""
         (self.folder / file).write_text(text, encoding="utf-8")
