@@ -109,7 +109,12 @@ def test_trained_parameters_are_taken_over_or_refused(spec: AdapterSpec) -> None
     for name, adapter in Attach(spec, trained)(results, seed=2).items():
         assert all(torch.equal(tensor, trained[name][key]) for key, tensor in adapter.state_dict().items())
     key, tensor = next(iter(trained["up"].items()))
-    damaged = ({}, {key: tensor}, trained["up"] | {key: tensor.half()}, trained["up"] | {key: tensor[:-1]})
+    damaged: tuple[dict[str, Tensor], ...] = (
+        {},
+        {key: tensor},
+        trained["up"] | {key: tensor.half()},
+        trained["up"] | {key: tensor[:-1]},
+    )
     for other in damaged:
         if other.keys() == trained["up"].keys() and other[key] is tensor:
             continue  # an adapter of one parameter

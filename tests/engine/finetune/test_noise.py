@@ -255,9 +255,8 @@ def test_without_patience_the_last_parameters_stay(folder: Path, tmp_path: Path)
 
 def test_a_penalty_counts_once_over_all_ranks() -> None:
     """Each adds its part, and gradients are summed."""
-    value = torch.nn.Parameter(torch.tensor(2.0))
     for size in (1, 2, 4):
-        value.grad = None
+        value = torch.nn.Parameter(torch.tensor(2.0))
         processes = SimpleNamespace(size=size)
         penalties = [value**2, value.detach() * 3]
         resident = SimpleNamespace(penalties=lambda given=penalties: given)
