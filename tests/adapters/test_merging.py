@@ -1,6 +1,9 @@
 """Merges against fp64 algebra: 200 random layers, every convention, and what cannot be merged."""
 
+import math
 import random
+from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 
 import pytest
@@ -10,12 +13,14 @@ from torch import Tensor
 from app.domain.adapters import GroupedSpec, QABLoRASpec, QAHiRASpec, QALoRASpec
 from app.domain.adapters.shapes import shape_for
 from app.domain.methods import Scheme
-from bitwright.errors import OffsetNotRepresentable
+from bitwright.errors import NumericalFailure, OffsetNotRepresentable
+from workers.adapters import merging
+from workers.adapters.attaching import Attach, report
 from workers.adapters.grouped import GroupedAdapter
-from workers.adapters.merging import exact_weight, fold, offsets
+from workers.adapters.merging import exact_weight, fold, folded, offsets
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.normal_float import quantize
-from workers.numerics.quantized import AffineWeight
+from workers.numerics.quantized import AffineWeight, LinearResult
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -178,3 +183,125 @@ def test_an_offset_that_does_not_fit_its_dtype_is_refused() -> None:
     weight = quantized(Scheme(bits=4, group_size=16, symmetric=True), (8, 64), 9)
     with pytest.raises(OffsetNotRepresentable, match="float16"):
         fold(weight, torch.full((8, 4), 1e6), offset_dtype=torch.float16)
+
+
+# ---- Proofs that can fail --------------------------------------------------------------------------------------------
+
+MERGING: list[GroupedSpec] = [QALoRASpec(rank=4), QAHiRASpec(rank=2), QABLoRASpec(rank=4)]
+
+
+def one_code_more(weight: AffineWeight) -> AffineWeight:
+    codes = weight.codes.clone()
+    codes[3, 17] ^= 1
+    return replace(weight, codes=codes)
+
+
+def one_scale_more(weight: AffineWeight) -> AffineWeight:
+    scale = weight.scale.clone()
+    scale[3, 2] *= 1.5
+    return replace(weight, scale=scale)
+
+
+def nothing_more(weight: AffineWeight) -> AffineWeight:
+    return weight
+
+
+@pytest.mark.parametrize(("change", "kept"), [(one_code_more, False), (one_scale_more, False), (nothing_more, True)])
+def test_a_merge_that_touches_codes_or_scales_is_told(
+    change: Callable[[AffineWeight], AffineWeight], kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = quantized(Scheme(bits=4, group_size=16, symmetric=True), (8, 64), 8)
+    monkeypatch.setattr(merging, "folded", lambda *given, **how: change(folded(*given, **how)))
+    merged = fold(weight, torch.zeros(8, 4))
+    assert merged.proof.codes_and_scales_kept is kept
+    for before, after, said in (
+        (weight.codes, merged.weight.codes, (merged.proof.codes_before, merged.proof.codes_after)),
+        (weight.scale, merged.weight.scale, (merged.proof.scales_before, merged.proof.scales_after)),
+    ):
+        assert said == tuple(sha256(tensor.numpy().tobytes()).hexdigest() for tensor in (before, after))
+
+
+def test_the_report_tells_the_worst_of_all_merges() -> None:
+    weight = quantized(Scheme(bits=4, group_size=32, symmetric=False), (8, 64), 1)
+    spec = QALoRASpec(rank=4)
+    adapters = Attach(spec)({"up": LinearResult(weight)}, seed=1)
+    good = fold(weight, torch.full((8, 2), 0.01)).proof
+    bad = replace(good, codes_after="other", error_exact=1.0, error_stored=2.0, error_shipped=3.0, rounded=True)
+    for proofs in ([good, bad], [bad, good]):
+        told = report(spec, adapters, {"up": LinearResult(weight)}, proofs, "quantized").merge
+        assert told is not None
+        assert (told.codes_and_scales_kept, told.rounded, told.linears) == (False, True, 2)
+        assert (told.error_exact, told.error_stored, told.error_shipped) == (1.0, 2.0, 3.0)
+    assert report(spec, adapters, {"up": LinearResult(weight)}, [good], "16bit").merge is None
+
+
+# ---- Offsets at the edge ---------------------------------------------------------------------------------------------
+
+
+def with_one(delta: float, shape: tuple[int, int] = (8, 4)) -> Tensor:
+    """An update that is small but for one group."""
+    found = torch.full(shape, 0.01, dtype=torch.float64)
+    found[5, 1] = delta
+    return found
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(
+    ("beyond", "within", "dtype"), [(65_600.0, 65_000.0, torch.float16), (1e39, 3e38, torch.float32)]
+)
+def test_one_offset_beyond_its_dtype_among_good_ones_is_refused(
+    beyond: float, within: float, dtype: torch.dtype, symmetric: bool
+) -> None:
+    weight = quantized(Scheme(bits=4, group_size=16, symmetric=symmetric), (8, 64), 9)
+    for sign in (1, -1):
+        with pytest.raises(OffsetNotRepresentable, match=str(dtype)) as refused:
+            folded(weight, with_one(sign * beyond), name="model.layers.0.mlp.up_proj", offset_dtype=dtype)
+        assert refused.value.field == "model.layers.0.mlp.up_proj"
+        held = folded(weight, with_one(sign * within), offset_dtype=dtype)
+        assert held.offset is not None
+        assert held.offset.dtype == dtype
+        assert bool(held.offset.isfinite().all())
+
+
+@pytest.mark.parametrize("round_offset", [False, True])
+@pytest.mark.parametrize("damage", [math.nan, math.inf, -math.inf])
+def test_one_update_that_is_not_finite_is_the_trainings_failure(damage: float, round_offset: bool) -> None:
+    """Not a group that ends at the edge of its zero points, nor an advice to leave a format out."""
+    weight = quantized(Scheme(bits=4, group_size=16, symmetric=False), (8, 64), 9)
+    with pytest.raises(NumericalFailure, match=r"mlp\.up_proj is not finite") as refused:
+        folded(weight, with_one(damage), name="model.layers.0.mlp.up_proj", round_offset=round_offset)
+    assert refused.value.field == "finetune.learning_rate"
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_zero_points_out_of_range_after_a_round_end_at_the_last_that_there_is(bits: int, symmetric: bool) -> None:
+    """By hand, one group at a time; a zero point of 2^bits, or of -1, is never stored."""
+    weight = quantized(Scheme(bits=bits, group_size=16, symmetric=symmetric), (8, 64), bits)
+    steps = torch.tensor([-400.0, -0.4, 0.4, 400.0], dtype=torch.float64).expand(8, 4)
+    merged = fold(weight, weight.scale.double() * steps, round_offset=True)
+    zero, before = merged.weight.zero_point, weight.zero_point
+    assert zero is not None
+    assert zero.dtype == torch.uint8
+    assert not merged.weight.scheme.symmetric
+    for row in range(8):
+        for group in range(4):
+            old = 2 ** (bits - 1) if before is None else int(before[row, group])
+            wanted = min(max(round(old - float(steps[row, group])), 0), 2**bits - 1)
+            assert int(zero[row, group]) == wanted
+    assert sorted({int(value) for value in zero[:, 0]} | {int(value) for value in zero[:, 3]}) == [0, 2**bits - 1]
+
+
+@pytest.mark.parametrize("spec", MERGING, ids=lambda spec: spec.kind)
+@pytest.mark.parametrize("value", [0.5, -0.5, 0.0])
+def test_updates_of_one_sign_and_of_nothing_fold_exactly(spec: GroupedSpec, value: float) -> None:
+    weight = quantized(Scheme(bits=8, group_size=32, symmetric=False), (8, 64), 2, torch.bfloat16)
+    adapter = GroupedAdapter(shape_for(spec, 64, 8, 32))
+    for parameter in adapter.parameters():
+        parameter.data.fill_(abs(value))
+    delta = adapter.group_delta(32).detach() * (1 if value >= 0 else -1)
+    merged = fold(weight, delta)
+    exact = by_hand(weight) + delta.repeat_interleave(32, 1)
+    assert (by_hand(merged.weight) - exact).abs().max() <= 1e-6 * max(1.0, float(delta.abs().max()))
+    assert merged.proof.error_shipped <= merged.proof.bound
+    assert bool(delta.any()) is (value != 0)

@@ -262,6 +262,33 @@ def forget_a_linear(native: Path) -> None:
     (native / "bitwright.json").write_text(json.dumps(described))
 
 
+def name_one_more_linear(native: Path) -> None:
+    described = json.loads((native / "bitwright.json").read_text())
+    described["linears"]["model.layers.7.mlp.up_proj"] = described["linears"]["model.layers.1.mlp.up_proj"]
+    (native / "bitwright.json").write_text(json.dumps(described))
+
+
+def another_format(native: Path) -> None:
+    described = json.loads((native / "bitwright.json").read_text())
+    (native / "bitwright.json").write_text(json.dumps(described | {"format": "other"}))
+
+
+def give_a_tensor_twice(native: Path) -> None:
+    shutil.copyfile(native / "weights.safetensors", native / "weights-2.safetensors")
+
+
+def swap_two_linears(native: Path) -> None:
+    """Both are whole, and have each other's shape."""
+    up, down = "model.layers.0.mlp.up_proj.", "model.layers.0.mlp.down_proj."
+    tensors = load_file(native / "weights.safetensors")
+    names = {key: key.replace(up, down) if key.startswith(up) else key.replace(down, up) for key in tensors}
+    save_file({names[key]: tensor for key, tensor in tensors.items()}, native / "weights.safetensors")
+    described = json.loads((native / "bitwright.json").read_text())
+    linears = described["linears"]
+    linears[up[:-1]], linears[down[:-1]] = linears[down[:-1]], linears[up[:-1]]
+    (native / "bitwright.json").write_text(json.dumps(described))
+
+
 def another_version(native: Path) -> None:
     described = json.loads((native / "bitwright.json").read_text())
     (native / "bitwright.json").write_text(json.dumps(described | {"version": 99}))
@@ -279,7 +306,11 @@ def change_the_embeddings(native: Path) -> None:
         (truncate, "weights.safetensors"),
         (drop_a_tensor, "mlp.up_proj.scale' is missing"),
         (forget_a_linear, "model.layers.1.mlp.up_proj is quantized"),
+        (name_one_more_linear, "whether model.layers.7.mlp.up_proj is quantized"),
+        (swap_two_linears, "not that of the model"),
+        (give_a_tensor_twice, "is in weights-2.safetensors and in weights.safetensors"),
         (another_version, "not of version"),
+        (another_format, "not of version"),
         (change_the_embeddings, "the model has changed since"),
         (lambda native: (native / "bitwright.json").unlink(), "cannot be read"),
     ],

@@ -5,6 +5,7 @@ import importlib.util
 import re
 import shutil
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -74,6 +75,19 @@ def test_a_file_in_a_new_folder_counts_and_so_does_its_place(copy: Path) -> None
     after_the_move = code_version(copy)
     change_a_constant(moved)
     assert len({before, after_the_move, code_version(copy)}) == 3
+
+
+def test_a_files_name_and_where_it_ends_count_where_all_else_stays(copy: Path) -> None:
+    """The files stay in the same order, and so do all of their bytes."""
+    before = code_version(copy)
+    (copy / "workers/methods/gptq.py").rename(copy / "workers/methods/gptq_.py")
+    renamed = code_version(copy)
+    files = code_files(copy)
+    first, second = next((a, b) for a, b in pairwise(files) if a.parent == b.parent and b.stat().st_size)
+    head, tail = second.read_bytes()[:1], second.read_bytes()[1:]
+    first.write_bytes(first.read_bytes() + head)
+    second.write_bytes(tail)
+    assert len({before, renamed, code_version(copy)}) == 3
 
 
 def test_two_files_that_swap_their_contents_change_it(copy: Path) -> None:

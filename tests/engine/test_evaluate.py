@@ -61,6 +61,23 @@ def test_measures_are_those_of_their_definitions(
     assert {p.device.type for p in model.model.parameters()} == {"meta"}
 
 
+def test_half_precision_is_measured_in_fp32(tmp_path: Path) -> None:
+    """Against fp64 from the same bf16 logits: in bf16 the third digit would be wrong."""
+    whole = save_random_model(tmp_path, "llama", dtype=torch.bfloat16).requires_grad_(False)
+    ids = torch.randint(VOCABULARY, (4, 32), generator=torch.Generator().manual_seed(1))
+    hidden = last_hidden(tmp_path, ids)
+    assert hidden.dtype == torch.bfloat16
+    noisy = hidden + 0.1 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    model = StreamedModel.open(Checkpoint.open(tmp_path), CPU)
+    found = measure(model, hidden, noisy, Sequences(ids, "x"), quantized_head=None, tick=lambda _: None)
+    head = whole.get_output_embeddings().weight
+    p, q = ((whole.model.norm(each) @ head.T).double()[:, :-1].log_softmax(-1) for each in (hidden, noisy))
+    labels = ids[:, 1:].unsqueeze(-1)
+    assert found.perplexity_original == pytest.approx(math.exp(-p.gather(-1, labels).mean()), rel=1e-4)
+    assert found.perplexity == pytest.approx(math.exp(-q.gather(-1, labels).mean()), rel=1e-4)
+    assert found.kl_divergence == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+
+
 def test_the_same_stream_twice_is_no_change(tmp_path: Path) -> None:
     save_random_model(tmp_path, "qwen3")
     ids = torch.arange(32).view(2, 16)
@@ -79,3 +96,5 @@ def test_an_output_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     model = StreamedModel.open(Checkpoint.open(tmp_path), CPU)
     with pytest.raises(NumericalFailure, match="after quantization"):
         measure(model, hidden, hidden * torch.nan, Sequences(ids, "x"), quantized_head=None, tick=lambda _: None)
+    with pytest.raises(NumericalFailure, match="the original model's own outputs are not finite"):
+        measure(model, hidden * torch.nan, hidden, Sequences(ids, "x"), quantized_head=None, tick=lambda _: None)

@@ -23,7 +23,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from bitwright.errors import OffsetNotRepresentable
+from bitwright.errors import NumericalFailure, OffsetNotRepresentable
 from workers.numerics.quantized import AffineWeight, QuantizedWeight
 
 
@@ -76,6 +76,7 @@ def fold(
 
     Raises:
         OffsetNotRepresentable: the weight lies on a codebook, or an offset does not fit `offset_dtype`.
+        NumericalFailure: the update is not finite.
     """
     merged = folded(weight, delta, name=name, offset_dtype=offset_dtype, round_offset=round_offset)
     assert isinstance(weight, AffineWeight)  # noqa: S101 - for the type checker; other weights were refused
@@ -99,12 +100,19 @@ def folded(
 
     Raises:
         OffsetNotRepresentable: the weight lies on a codebook, or an offset does not fit `offset_dtype`.
+        NumericalFailure: the update is not finite.
     """
     if not isinstance(weight, AffineWeight):
         raise OffsetNotRepresentable(
             "a weight on a codebook has no offset that an adapter could be folded into",
             field=name or "merge",
             hint='merge in 16 bits (merge: "16bit"), or quantize the base with a method that makes affine weights',
+        )
+    if not torch.isfinite(delta).all():
+        raise NumericalFailure(
+            f"what was trained on {name or 'a linear'} is not finite: it cannot be folded into offsets",
+            field="finetune.learning_rate",
+            hint="use a lower learning rate, or more bits",
         )
     wanted = offsets(weight) + delta.double()
     return with_zero_points(weight, wanted) if round_offset else _with_offsets(weight, wanted, offset_dtype, name)

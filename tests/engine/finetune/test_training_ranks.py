@@ -2,14 +2,16 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from torch import Tensor
 
 from bitwright.errors import InternalError
 from tests.engine.device.rank_pair import SIZE, RankPair
-from tests.engine.finetune.test_trainer import Trained, attach_double, run
+from tests.engine.finetune.small_lora import SmallLoRA
+from tests.engine.finetune.test_trainer import Trained, as_class, attach_double, run
 from tests.engine.model.random_models import save_random_model
 from workers.engine.device.process_group import ProcessGroup, joined
 from workers.engine.finetune.checkpoints import TrainingState
@@ -53,6 +55,32 @@ def test_two_ranks_train_as_one_does(pair: RankPair, folder: Path, tmp_path: Pat
     assert TrainingState(tmp_path / "state", "fingerprint").progress.step == 6
     again = pair.run(trained, tmp_path / "store2", folder, tmp_path / "state", False)
     assert [found.outcome.resumed for found in again] == [6, 6]
+
+
+class DrawingLoRA(SmallLoRA):
+    """Draws a number in each training pass, and keeps it."""
+
+    draws: ClassVar[list[float]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.draws.append(float(torch.rand(())))
+        return super().forward(x)
+
+
+def drawn(rank: int, store: Path, folder: Path, state: Path) -> list[float]:
+    DrawingLoRA.draws.clear()
+    with joined(ProcessGroup(rank, SIZE), str(store), torch.device("cpu")) as processes:
+        fields: dict[str, Any] = FIELDS | {"steps": 2, "batch_size": 4}
+        run(folder, state, attach=as_class(DrawingLoRA), processes=processes, held_out=False, **fields)
+    return list(DrawingLoRA.draws)
+
+
+def test_each_rank_and_step_has_its_own_noise(pair: RankPair, folder: Path, tmp_path: Path) -> None:
+    """Else half of a step's sequences lose what the other half loses."""
+    first, second = pair.run(drawn, tmp_path / "store", folder, tmp_path / "state")
+    assert len(first) == len(second) == 2 * 4 * 7
+    assert len({*first, *second}) > 0.98 * len([*first, *second])
 
 
 def test_ranks_that_start_differently_are_refused(pair: RankPair, folder: Path, tmp_path: Path) -> None:
