@@ -1,4 +1,4 @@
-"""What is measured of a job's checkpoints, in which order, and from which difference on the report warns."""
+"""Figures of a job's checkpoints: what each one measures, in which order, and from which difference the report warns."""
 
 from types import SimpleNamespace
 from typing import Any
