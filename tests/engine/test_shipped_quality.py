@@ -1,4 +1,4 @@
-"""Figures of a job's checkpoints: what each one measures, in which order, and from which difference the report warns."""
+"""Figures of a job's checkpoints: the order in which they are measured, and from which difference the report warns."""
 
 from types import SimpleNamespace
 from typing import Any
