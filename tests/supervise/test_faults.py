@@ -225,7 +225,7 @@ def test_what_counts_as_progress_is_written_at_once_and_the_rest_each_second(
     buffer.add(event)
     buffer.flush_if_due()
     assert written() == ([event] if at_once else [])
-    clock[0] += 0.01
+    clock[0] += 0.02
     buffer.flush_if_due()
     assert written() == [event]
 
@@ -243,7 +243,7 @@ def test_a_block_that_could_not_be_written_waits_a_second_like_the_rest(
         buffer.flush_if_due()
         clock[0] += 0.1
     assert away.calls == 1
-    clock[0] += 0.5
+    clock[0] += 0.6
     buffer.flush_if_due()
     assert away.calls == 2
 

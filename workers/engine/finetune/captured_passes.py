@@ -12,6 +12,7 @@ is not bound by launches either. Adapters that hold some of their parameters fro
 Random numbers are those of eager passes: a replay goes on from the generator's seed and offset.
 """
 
+import gc
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -90,8 +91,10 @@ class Passes:
             self._captures = False
             self._forget()
             self._log("training_capture_failed", reason=str(error)[:200])
-        else:
-            torch.cuda.empty_cache()  # of what the passes that were tried took
+        # Frames of a failure hold its autograd graph and its nodes, which belong to the capture's stream and which an
+        # eager pass would use again.
+        gc.collect()
+        torch.cuda.empty_cache()  # of what the passes that were tried took
 
 
 @dataclass(frozen=True)
