@@ -2,13 +2,18 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
 
+# Read now: tests change the environment.
+FILE = Path(os.environ["BITWRIGHT_TEST_DURATIONS"])
+COLLECTS = "PYTEST_XDIST_WORKER" not in os.environ
+"""With several processes the one that collects their reports writes."""
+
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Append a phase's seconds. With several processes the one that collects their reports writes."""
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        return
-    with open(os.environ["BITWRIGHT_TEST_DURATIONS"], "a", encoding="utf-8") as file:
-        file.write(json.dumps({"test": report.nodeid, "seconds": report.duration}) + "\n")
+    """Append a phase's seconds."""
+    if COLLECTS:
+        with FILE.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"test": report.nodeid, "seconds": report.duration}) + "\n")
