@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -65,6 +66,15 @@ def test_a_message_for_another_device_notifies_nobody(sqlite_bench: Bench) -> No
     assert heard == []
     task("cpu")
     assert heard == [None]
+
+
+def test_each_application_of_a_process_notifies_its_own_worker(sqlite_bench: Bench) -> None:
+    """A worker makes another one whenever it listens anew."""
+    heard: list[str] = []
+    apps = [worker_app(sqlite_bench.context, partial(heard.append, name)) for name in ("first", "second")]
+    for app in apps:
+        app.tasks["workers.work"]("cpu")
+    assert heard == ["first", "second"]
 
 
 def test_after_a_fault_a_runner_waits_longer_and_after_a_success_as_before(

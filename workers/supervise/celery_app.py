@@ -61,7 +61,8 @@ def worker_app(context: WorkerContext, notify: Callable[[], None]) -> Celery:
         else:
             log.warning("message_for_another_device", wanted=device_class, device=context.device.value)
 
-    app.task(name=WORK_TASK, ignore_result=True)(receive)
+    # Not shared: Celery would give the task to every other application of the process, too.
+    app.task(name=WORK_TASK, ignore_result=True, shared=False)(receive)
     return app
 
 
