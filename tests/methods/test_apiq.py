@@ -236,3 +236,8 @@ def test_the_start_is_drawn_by_the_block_s_seed_within_the_paper_s_bounds() -> N
     assert torch.equal(starts[0], starts[1])
     assert not torch.equal(starts[0], starts[2])
     assert not starts[0][4 * 32 :].any()
+    a, bound = starts[0][: 4 * 32], 32**-0.5  # uniform within 1/sqrt(in) on both sides
+    assert float(a.abs().max()) <= bound
+    assert float(a.min()) < -0.8 * bound
+    assert float(a.max()) > 0.8 * bound
+    assert abs(float(a.mean())) < 0.2 * bound

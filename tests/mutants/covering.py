@@ -40,13 +40,20 @@ class CoverageMap:
     def choose(self, file: str, lines: Iterable[int], budget: float) -> list[str]:
         """Tests that run one of the lines, the quickest first, as many as the budget of seconds allows; at least five.
 
-        Lines that run when a module is imported belong to no test: then all tests of the file's other lines.
+        Lines that run when a module is imported belong to no test: then tests of the file's other lines, those in the
+        folder that mirrors the file's first, within twice the budget.
         """
         by_line = self.lines.get(file, {})
         tests = {test for line in lines for test in by_line.get(line, [])}
-        tests = tests or {test for ids in by_line.values() for test in ids}
+        if tests:
+            return self._quickest(tests, "", budget)
+        mirror = "/".join(("tests", *Path(file).parent.parts[1:]))
+        return self._quickest({test for ids in by_line.values() for test in ids}, mirror, 2 * budget)
+
+    def _quickest(self, tests: Iterable[str], first: str, budget: float) -> list[str]:
+        """The quickest tests whose seconds fit into the budget; those of the folder `first` before others."""
         chosen, spent = list[str](), 0.0
-        for test in sorted(tests, key=lambda test: (self.seconds.get(test, 1.0), test)):
+        for test in sorted(tests, key=lambda test: (not test.startswith(first), self.seconds.get(test, 1.0), test)):
             spent += self.seconds.get(test, 1.0)
             if spent > budget and len(chosen) >= 5:
                 break

@@ -170,7 +170,7 @@ def report(
         parameters=sum(sum(p.numel() for p in module.parameters()) for module in modules.values()),
         parameters_lora=sum(spec.rank * sum(results[name].weight.shape) for name in modules if name in results),
         flops_per_token=sum(module.flops_per_token for module in modules.values()),
-        bits_per_weight=sum(module.stored_bits for module in modules.values()) / max(1, weights),
+        bits_per_weight=sum(module.stored_bits for module in modules.values()) / weights,
         bit_operations=adapter_class(spec).bit_operations(modules, base_bits),
         merge=_merge_report(list(proofs)) if merge == "quantized" else None,
     )

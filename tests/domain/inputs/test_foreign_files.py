@@ -68,3 +68,18 @@ def test_pickled_weights_are_unsafe_and_say_so(names: list[str]) -> None:
 )
 def test_a_checkpoint_and_nothing_known_are_left_to_others(names: list[str]) -> None:
     assert foreign_files(names) is None
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["z.gguf", "m.gguf", "a.gguf"],
+        ["z.bin", "a.bin", "m.bin"],
+        ["config.json", "z.safetensors", "a.safetensors", "m.safetensors"],
+        ["config.json", "x/z/model.safetensors", "x/a/model.safetensors"],
+    ],
+)
+def test_of_several_files_the_first_by_name_is_shown(names: list[str]) -> None:
+    found = foreign_files(names)
+    assert found is not None
+    assert found.refusal("model").value == min(name for name in names if name != "config.json").rpartition("/")[2]
