@@ -147,3 +147,17 @@ def test_parameters_come_back_and_others_are_refused(spec: AdapterSpec) -> None:
         assert copy.state_dict().keys() == adapter.state_dict().keys()
     with pytest.raises(CorruptCheckpoint, match="other tensors"):
         after["up"].restore(before["down"].state_dict(), "up")
+
+
+def test_an_adapter_class_answers_for_all_of_its_own() -> None:
+    assert Adapter.__abstractmethods__ == {
+        "beside",
+        "is_stock",
+        "inner_rank",
+        "stored_bits",
+        "flops_per_token",
+        "stored",
+        "low_rank",
+        "delta_weight",
+        "group_delta",
+    }

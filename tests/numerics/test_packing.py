@@ -1,5 +1,7 @@
 """Packing against an oracle that knows nothing of bytes: one Python integer a row."""
 
+import sys
+
 import pytest
 import torch
 from compressed_tensors.compressors.pack_quantized import pack_to_int32, unpack_from_int32
@@ -64,3 +66,15 @@ def test_rows_of_a_transposed_tensor() -> None:
 def test_a_code_that_does_not_fit_is_refused(bits: int) -> None:
     with pytest.raises(ValueError, match=f"code {2**bits} does not fit into {bits} bits"):
         pack_bytes(torch.tensor([[0, 2**bits]], dtype=torch.uint8), bits)
+
+
+def test_words_of_a_big_endian_host_are_those_of_a_little_endian_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    """There a word's first byte is its highest, so bytes are turned around within each word, whatever their number."""
+    codes = torch.arange(48, dtype=torch.uint8).view(2, 24)
+    plain = pack_words(codes, 8)
+    monkeypatch.setattr(sys, "byteorder", "big")
+    turned = pack_words(codes, 8)
+    assert turned.flatten().view(torch.uint8).tolist() == [
+        byte for word in plain.flatten().view(torch.uint8).view(-1, 4).tolist() for byte in reversed(word)
+    ]
+    assert torch.equal(unpack_words(turned, 8, 24), codes)

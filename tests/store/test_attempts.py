@@ -446,3 +446,15 @@ def test_a_missed_requirement_keeps_report_and_artifacts(database: Database, ten
         AttemptWriter(session, job_id, again.attempt).succeed(report(), [artifact()])
     with database.reading() as session:
         assert len(ArtifactRepository(session, tenant).of_job(job_id)) == 1
+
+
+def test_a_writer_sees_what_was_asked_meanwhile_though_its_session_read_the_job_before(
+    database: Database, tenant: str
+) -> None:
+    job_id = add(database, tenant)
+    held = take(database)
+    with database.transaction() as session:
+        assert not session.get_one(Job, job_id).cancel_requested
+        cancel = update(Job).where(Job.id == job_id).values(cancel_requested=True)
+        session.execute(cancel.execution_options(synchronize_session=False))  # as another process would
+        assert AttemptWriter(session, job_id, held.attempt).release() is JobStatus.CANCELLED
