@@ -109,7 +109,7 @@ def test_after_a_restart_steps_are_those_of_new_weights(kind: str, *, symmetric:
     with_nan(again)
     assert again.faults() > 0
     again.restart()
-    assert again.faults() == 0
+    assert (type(again.faults()), again.faults()) == (int, 0), "on a host it is a number, and waits for nothing"
     back = torch.zeros_like(start)
     again.write(back)
     assert torch.equal(back, start)

@@ -68,6 +68,17 @@ def test_small_cases_equal_brute_force(seed: int, items: int, most: int, share: 
     assert found.gap < 1e-9, "it is known to be the optimum"
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_the_unit_of_errors_changes_no_choice(seed: int) -> None:
+    """A power of two, so that every sum and comparison is the same but for its exponent."""
+    costs, errors, budget = quantizers(7, 5, seed)
+    plain = allocate(costs, errors, budget)
+    small = allocate(costs, [[error * 2.0**-60 for error in each] for each in errors], budget)
+    assert small.choices == plain.choices
+    assert small.bound == plain.bound * 2.0**-60
+    assert plain.error == pytest.approx(brute_force(costs, errors, budget))
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_medium_cases_are_as_good_as_those_of_a_solver(seed: int) -> None:
     costs, errors, budget = quantizers(30, 12, seed)

@@ -454,7 +454,18 @@ def test_a_writer_sees_what_was_asked_meanwhile_though_its_session_read_the_job_
     job_id = add(database, tenant)
     held = take(database)
     with database.transaction() as session:
-        assert not session.get_one(Job, job_id).cancel_requested
+        job = session.get_one(Job, job_id)
+        assert not job.cancel_requested
         cancel = update(Job).where(Job.id == job_id).values(cancel_requested=True)
         session.execute(cancel.execution_options(synchronize_session=False))  # as another process would
         assert AttemptWriter(session, job_id, held.attempt).release() is JobStatus.CANCELLED
+
+
+def test_a_released_job_that_had_got_further_owes_no_attempt(database: Database, tenant: str) -> None:
+    job_id = add(database, tenant)
+    held = take(database)
+    with database.transaction() as session:
+        AttemptWriter(session, job_id, held.attempt).append([CheckpointEvent(step=1, total=9, milestone=1)])
+    with database.transaction() as session:
+        assert AttemptWriter(session, job_id, held.attempt).release() is JobStatus.QUEUED
+    assert get(database, tenant, job_id).fruitless_attempts == 0

@@ -78,6 +78,8 @@ def test_how_an_attempt_ends_decides_the_code(sqlite_bench: Bench, script: str, 
     error = sqlite_bench.attempts(job_id)[0].error
     assert error is not None
     assert error["code"] == code
+    if script in {"exit:7", "signal:SIGKILL"}:
+        assert "the attempt" in str(error["detail"]), "and not the fetch"
     assert sqlite_bench.artifacts(job_id) == []
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from app.store.workers import list_workers
 from tests.supervise.bench import Bench
 from workers.supervise import celery_app, heartbeat, runner
 from workers.supervise.celery_app import worker_app
@@ -113,6 +114,14 @@ def test_a_clock_that_is_wrong_is_told_once(sqlite_bench: Bench, monkeypatch: py
             me._beat()
         told += [skew for entry in logs if entry["event"] == "clock_skewed"]
     assert told == [3.1, -2.1]
+
+
+def test_a_worker_s_row_has_its_skew_in_milliseconds(sqlite_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(heartbeat, "clock_skew", lambda _: 1.23456)
+    Heartbeat(sqlite_bench.context)._beat()
+    with sqlite_bench.context.database.reading() as session:
+        (state,) = list_workers(session)
+    assert state.worker.capacity["clock_skew_seconds"] == 1.235
 
 
 def test_a_worker_prunes_after_its_first_heartbeat_and_then_each_hour(

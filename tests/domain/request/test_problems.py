@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from app.domain.request.job_request import JobRequest
 from app.domain.request.problems import MAX_PROBLEMS, text_problems
+from bitwright.errors import InvalidRequest
 
 UNSTORABLE = ["a\0", "b\0", "\0", "\ud800", "\udfff", "x\udbffy"]
 STORABLE = ["a", "\x01", "\ud7ff", "\ue000", "\U0010ffff", "\\ud800"]
@@ -50,3 +52,12 @@ ANY = st.recursive(TEXTS, lambda inner: st.lists(inner, max_size=3) | st.diction
 def test_no_place_is_told_twice(body: dict[str, Any]) -> None:
     found = places(body)
     assert len(set(found)) == len(found)
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [(None, "null"), ("x", "a string"), ([], "an array"), (True, "a boolean"), (1, "a number"), (1.5, "a number")],
+)
+def test_a_body_that_is_no_object_is_named_by_its_type(body: object, said: str) -> None:
+    with pytest.raises(InvalidRequest, match=f"must be a JSON object, not {said}$"):
+        JobRequest.parse(body)
