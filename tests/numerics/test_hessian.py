@@ -135,3 +135,8 @@ def test_a_diagonal_that_overflowed_has_no_factor(value: float) -> None:
     hessian = torch.eye(6)
     hessian[2, 2] = value
     assert inverse_factor(hessian, 0.01) == (None, 3)
+
+
+def test_a_single_column_that_overflowed_has_no_factor() -> None:
+    """Its square root is infinite, and no factorization fails."""
+    assert inverse_factor(torch.tensor([[torch.inf]]), 0.01) == (None, 3)
