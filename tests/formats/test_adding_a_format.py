@@ -12,7 +12,7 @@ from textwrap import indent
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("app", "bitwright", "workers", "tests")
+PACKAGES = ("app", "bitwright", "workers", "benchmarks", "tests")
 FILES = ("pyproject.toml", "constraints.txt", "requirements-vllm.txt")
 SUITES = (
     "tests/conformance/test_formats.py",
