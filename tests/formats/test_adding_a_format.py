@@ -1,19 +1,15 @@
 """The worked examples of docs/adding-a-format.md are formats after two touches each of a copy of the source."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import indent
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("app", "bitwright", "workers", "benchmarks", "tests")
-FILES = ("pyproject.toml", "constraints.txt", "requirements-vllm.txt")
+from tests.documentation import ROOT
+from tests.source_copy import copy_source, python
+
 SUITES = (
     "tests/conformance/test_formats.py",
     "tests/formats/cards/test_model_card.py",
@@ -62,10 +58,7 @@ def examples() -> dict[str, tuple[str, str]]:
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository with the examples' rows and files, and nothing else changed."""
     folder = tmp_path_factory.mktemp("source")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in FILES:
-        shutil.copyfile(ROOT / name, folder / name)
+    copy_source(folder)
     rows = ""
     for name, (row, file) in examples().items():
         (folder / f"workers/formats/{name}.py").write_text(file)
@@ -75,20 +68,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert mark
     table.write_text(before + indent(rows, "    ") + mark + after)
     return folder
-
-
-def python(source: Path, *arguments: str) -> str:
-    """Standard output of Python with the copy's packages."""
-    finished = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
 
 
 def test_a_row_and_a_file_make_a_format(source: Path, tmp_path: Path) -> None:

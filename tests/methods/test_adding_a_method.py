@@ -1,18 +1,15 @@
 """The worked example of docs/adding-a-method.md is a method after it is put into a copy of the source."""
 
 import json
-import os
 import re
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import indent
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("app", "bitwright", "workers", "tests")
+from tests.documentation import ROOT
+from tests.source_copy import copy_source, python
+
 SUITES = (
     "tests/conformance/test_methods.py",
     "tests/methods/test_registry.py",
@@ -50,9 +47,7 @@ print(json.dumps({"method": report.method, "refused": fields}))
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the repository with the example's spec, row and file, and nothing else changed."""
     folder = tmp_path_factory.mktemp("source")
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copyfile(ROOT / "pyproject.toml", folder / "pyproject.toml")
+    copy_source(folder)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/adding-a-method.md").read_text(), flags=re.S)
     spec, row = blocks[:2]
     (file,) = [block for block in blocks if "METHOD = " in block]
@@ -70,20 +65,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         text = text.replace(mark, added + mark, 1)
     catalogue.write_text(text)
     return folder
-
-
-def python(source: Path, *arguments: str) -> str:
-    """Standard output of Python with the copy's packages."""
-    finished = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=source,
-        env={**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert finished.returncode == 0, finished.stdout + finished.stderr
-    return finished.stdout
 
 
 def test_a_spec_a_row_and_a_file_make_a_method(source: Path, tmp_path: Path) -> None:

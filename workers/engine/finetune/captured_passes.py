@@ -91,9 +91,10 @@ class Passes:
             self._captures = False
             self._forget()
             self._log("training_capture_failed", reason=str(error)[:200])
-        # Frames of a failure hold its autograd graph and its nodes, which belong to the capture's stream and which an
-        # eager pass would use again.
-        gc.collect()
+        if not self._captures:
+            # Frames of the failure hold its autograd graph, whose nodes belong to the capture's stream, and which
+            # an eager pass would use again.
+            gc.collect()
         torch.cuda.empty_cache()  # of what the passes that were tried took
 
 
