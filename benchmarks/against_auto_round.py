@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
 from app.domain.methods import Scheme
 from app.domain.request.job_request import JobRequest
@@ -47,16 +47,25 @@ def read_text(path: str) -> str:
     return "\n\n".join(json.loads(line)["text"] for line in Path(path).read_text().splitlines())
 
 
+def windows(tokenizer: PreTrainedTokenizerBase, text: str, length: int) -> Tensor:
+    """Sequences of a text, (sequences, 1, length), each behind what the tokenizer begins a text with.
+
+    Gemma's and others' say nothing without the token of the beginning.
+    """
+    plain = tokenizer("a", add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer("a").input_ids
+    begin = torch.tensor(whole[: whole.index(plain[0])], dtype=torch.int64)
+    ids: Tensor = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    each = length - len(begin)
+    rows = ids[: len(ids) // each * each].view(-1, each)
+    return torch.cat([begin.expand(len(rows), -1), rows], dim=1)[:, None]
+
+
 class QualityMeter:
     """Perplexity and KL to the original over the first sequences of a text."""
 
     def __init__(self, model: str, text: str, sequences: int, device: str) -> None:
-        ids: Tensor = AutoTokenizer.from_pretrained(model)(text, return_tensors="pt").input_ids[0]
-        self._sequences = (
-            ids[: len(ids) // EVALUATION_LENGTH * EVALUATION_LENGTH]
-            .view(-1, 1, EVALUATION_LENGTH)[:sequences]
-            .to(device)
-        )
+        self._sequences = windows(AutoTokenizer.from_pretrained(model), text, EVALUATION_LENGTH)[:sequences].to(device)
         self._original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)
 
     @torch.inference_mode()

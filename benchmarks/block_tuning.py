@@ -1,7 +1,8 @@
-"""Time and memory of tuning one block: random Llama-shaped weights, random inputs, the engine's own loop.
+"""Time and memory of tuning one block: random weights of a model's shape, random inputs, the engine's own loop.
 
     python -m benchmarks.block_tuning --shape smollm2 --steps 200
     python -m benchmarks.block_tuning --shape llama-8b --group-size 128 --steps 50 --profile
+    python -m benchmarks.block_tuning --shape gemma3-270m --steps 200
 
 Speed does not depend on the values; quality is measured elsewhere (docs/results.md). Prints one JSON line a case.
 """
@@ -14,13 +15,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from transformers import LlamaConfig
-from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, PreTrainedConfig
 
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts.blocks import BlockTask
 from workers.engine.device.setup import reproducible
 from workers.engine.model.fused_blocks import Parts, fuse
+from workers.engine.model.fused_parts import LENGTH, fuse_parts, without_bands
 from workers.engine.model.streamed_model import BlockCall
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
@@ -28,37 +29,71 @@ from workers.methods.sign_round import SignRound
 
 @dataclass(frozen=True)
 class Shape:
+    """The shape of a model's blocks.
+
+    window   tokens that a position sees, where the model is Gemma 3; None: it is a Llama, and all
+    """
+
     hidden: int
     intermediate: int
     heads: int
     key_value_heads: int
+    head_dim: int
+    window: int | None = None
+
+    def config(self, length: int, *, blocks: int = 1, vocabulary: int = 32) -> PreTrainedConfig:
+        """A model of such blocks for sequences of `length` tokens. Of Gemma's, every sixth sees all; a single one does
+        not."""
+        sizes = {
+            "vocab_size": vocabulary,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": blocks,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": max(length, 2048),
+            "attn_implementation": "sdpa",
+            "dtype": torch.bfloat16,
+        }
+        if self.window is None:
+            return LlamaConfig(**sizes)
+        kinds = ["full_attention" if number % 6 == 5 else "sliding_attention" for number in range(blocks)]
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        return Gemma3TextConfig(layer_types=kinds, sliding_window=self.window, **special, **sizes)
 
 
 SHAPES = {
-    "smollm2": Shape(576, 1536, 9, 3),
-    "llama-8b": Shape(4096, 14336, 32, 8),
+    "smollm2": Shape(576, 1536, 9, 3, 64),
+    "llama-8b": Shape(4096, 14336, 32, 8, 128),
+    "gemma3-270m": Shape(640, 2048, 4, 1, 256, window=512),
 }
+
+
+def _block_and_call(shape: Shape, length: int, device: torch.device) -> tuple[nn.Module, BlockCall]:
+    with device:
+        model = AutoModelForCausalLM.from_config(shape.config(length), dtype=torch.bfloat16).eval()
+    block, calls = model.model.layers[0], list[BlockCall]()
+    hook = block.register_forward_pre_hook(
+        lambda _, arguments, keywords: calls.append(BlockCall(arguments[1:], keywords)), with_kwargs=True
+    )
+    with torch.no_grad():
+        model(torch.zeros(1, length, dtype=torch.int64, device=device), use_cache=False)
+    hook.remove()
+    return block.requires_grad_(False), calls[0]
 
 
 def make_task(
     shape: Shape, scheme: Scheme, samples: int, length: int, micro_batch: int, device: torch.device, *, fused: bool
 ) -> BlockTask:
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        max_position_embeddings=max(length, 2048),
-        attn_implementation="sdpa",
-    )
-    block: nn.Module = LlamaDecoderLayer(config, 0).to(device, torch.bfloat16).requires_grad_(False)
-    parts = Parts.on(device, torch.bfloat16) if fused else None
-    block = block if parts is None else fuse(block, parts)
+    block, call = _block_and_call(shape, length, device)
     hidden = torch.randn(samples, length, shape.hidden, dtype=torch.bfloat16, device=device)
-    positions = torch.arange(length, device=device)[None]
-    rotary = LlamaRotaryEmbedding(config).to(device)(hidden[:1], positions)
-    call = BlockCall((), {"position_embeddings": rotary, "position_ids": positions, "attention_mask": None})
+    parts = Parts.on(device, torch.bfloat16) if fused else None
+    if parts is not None:
+        block = fuse(block, parts)
+        fuse_parts(nn.ModuleList([block]), parts, lambda *_: _block_and_call(shape, LENGTH, device)[1].keywords)
+        call = BlockCall(call.arguments, without_bands(block, call.keywords, {}))
     with torch.no_grad():
         targets = torch.cat([call(block, rows) for rows in torch.split(hidden, micro_batch)])
     linears = {name: scheme for name, module in block.named_modules() if isinstance(module, nn.Linear)}

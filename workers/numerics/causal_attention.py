@@ -11,6 +11,7 @@ fp32 if that dtype has 16 bits. P is kept from the forward pass for the backward
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -21,6 +22,26 @@ SHORT, SHORT_TILE, LONG_TILE = 512, 64, 128
 """Positions of a tile: measured for sequences up to `SHORT`, and for longer ones."""
 MOST_KEPT = 1 << 26
 """Most probabilities that are kept for the backward pass; attention over more is left to torch."""
+
+
+@dataclass(frozen=True)
+class Band:
+    """A mask by which each position sees itself and the window - 1 positions before it."""
+
+    window: int
+
+    @classmethod
+    def of(cls, mask: Tensor) -> "Band | None":
+        """The band that a mask (1, 1, length, length) of truth values is; None if it is something else."""
+        if mask.dtype != torch.bool or mask.dim() != 4 or mask.shape[:2] != (1, 1) or mask.shape[2] != mask.shape[3]:
+            return None
+        band = cls(int(mask[0, 0, -1].sum()))
+        return band if band.window > 0 and torch.equal(mask[0, 0], band.mask(mask.shape[2], mask.device)) else None
+
+    def mask(self, length: int, device: torch.device) -> Tensor:
+        """The same as truth values, (length, length)."""
+        full = torch.ones(length, length, dtype=torch.bool, device=device)
+        return full.tril().triu(1 - self.window)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:

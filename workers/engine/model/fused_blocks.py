@@ -9,7 +9,7 @@ architecture runs without this file.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from workers.contracts.blocks import JoinsLinears, SplitOutput
 from workers.numerics.backend import BlockKernels, compiled_block_kernels, triton_serves
 from workers.numerics.backends import block_operators
-from workers.numerics.causal_attention import scaled_dot_product_attention
+from workers.numerics.causal_attention import Band
+from workers.numerics.windowed_attention import attend_within
 
 FAMILIES = ("Llama", "Mistral", "Qwen2", "Qwen3")
 FUSED = frozenset(f"{family}DecoderLayer" for family in FAMILIES)
@@ -31,14 +32,17 @@ class Parts:
 
     attend             causal attention, or with a mask: (q, k, v, mask, scaling) -> (batch, length, heads * width)
     packs_gate_up      whether `silu_mul` is as quick on gate and up packed in one tensor
+    takes_bands        whether `attend` takes a `Band` in place of a mask
     """
 
     rms_norm: Callable[..., Tensor]
     add_rms_norm: Callable[..., tuple[Tensor, Tensor]]
     silu_mul: Callable[..., Tensor]
+    gelu_mul: Callable[..., Tensor]
     apply_rope: Callable[..., tuple[Tensor, Tensor, Tensor]]
     attend: Callable[..., Tensor]
     packs_gate_up: bool
+    takes_bands: bool
 
     @classmethod
     def on(cls, device: torch.device, dtype: torch.dtype) -> "Parts | None":
@@ -50,44 +54,61 @@ class Parts:
     @classmethod
     def kernels(cls) -> "Parts":
         """Triton's."""
-        return cls._of(compiled_block_kernels(), scaled_dot_product_attention, packs_gate_up=True)
+        return cls._of(compiled_block_kernels(), attend_within, on_gpu=True)
 
     @classmethod
     def operators(cls) -> "Parts":
         """torch's."""
-        return cls._of(block_operators, block_operators.attend, packs_gate_up=False)
+        return cls._of(block_operators, block_operators.attend, on_gpu=False)
 
     @classmethod
-    def _of(cls, kernels: BlockKernels, attend: Callable[..., Tensor], *, packs_gate_up: bool) -> "Parts":
-        functions = (kernels.rms_norm, kernels.add_rms_norm, kernels.silu_mul, kernels.apply_rope)
-        return cls(*functions, attend=attend, packs_gate_up=packs_gate_up)
+    def _of(cls, kernels: BlockKernels, attend: Callable[..., Tensor], *, on_gpu: bool) -> "Parts":
+        functions = (kernels.rms_norm, kernels.add_rms_norm, kernels.silu_mul, kernels.gelu_mul, kernels.apply_rope)
+        return cls(*functions, attend=attend, packs_gate_up=on_gpu, takes_bands=on_gpu)
 
 
 class FusedRMSNorm(nn.Module):
-    """Llama's RMSNorm."""
+    """Llama's RMSNorm, or one of its kind.
 
-    def __init__(self, norm: Any, parts: Parts) -> None:
+    offset         what is added to the weight
+    rounds_twice   whether the normed input is rounded before the product with the weight, too
+    """
+
+    def __init__(self, norm: Any, parts: Parts, *, offset: float = 0.0, rounds_twice: bool = True) -> None:
         super().__init__()
         self.parts = parts
         self.weight: nn.Parameter = norm.weight
-        self.eps = float(norm.variance_epsilon)
+        self.eps = epsilon(norm)
+        self.offset, self.rounds_twice = offset, rounds_twice
 
     def forward(self, hidden: Tensor) -> Tensor:
-        return self.parts.rms_norm(hidden, self.weight, self.eps)
+        kind = {"offset": self.offset, "rounds_twice": self.rounds_twice}
+        return self.parts.rms_norm(hidden, self.weight, self.eps, **kind)
+
+
+def epsilon(norm: Any) -> float:
+    """The epsilon of a norm of transformers, by either of its names there.
+
+    Raises:
+        AttributeError: it has none.
+    """
+    return float(norm.eps if "eps" in vars(norm) else norm.variance_epsilon)
 
 
 class FusedMLP(JoinsLinears):
-    """down(silu(gate(x)) * up(x))"""
+    """down(silu(gate(x)) * up(x)), or with gelu's tanh form."""
 
-    def __init__(self, mlp: Any, parts: Parts) -> None:
+    def __init__(self, mlp: Any, parts: Parts, activation: Literal["silu", "gelu"] = "silu") -> None:
         super().__init__()
         self.parts = parts
+        self.activation = activation
         self.together = ("gate_proj", "up_proj") if parts.packs_gate_up else ()
         self.gate_proj, self.up_proj, self.down_proj = mlp.gate_proj, mlp.up_proj, mlp.down_proj
 
     def forward(self, hidden: Tensor) -> Tensor:
         both = (self.joined(hidden),) if self.joined is not None else (self.gate_proj(hidden), self.up_proj(hidden))
-        down: Tensor = self.down_proj(self.parts.silu_mul(*both))
+        multiply = self.parts.silu_mul if self.activation == "silu" else self.parts.gelu_mul
+        down: Tensor = self.down_proj(multiply(*both))
         return down
 
 
@@ -104,14 +125,14 @@ class FusedAttention(JoinsLinears):
         norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
         self.head_dim = int(attention.head_dim)
         self.counts = [linear.weight.shape[0] // self.head_dim for linear in (self.q_proj, self.k_proj, self.v_proj)]
-        self.q_norm, self.k_norm = (None if norm is None else FusedRMSNorm(norm, parts) for norm in norms)
+        self.q_norm, self.k_norm = (_fused_norm(norm, parts) for norm in norms)
         self.scaling = float(attention.scaling)
 
     def forward(
         self,
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Band | None = None,
         **_: Any,
     ) -> Tensor:
         query, key, value = self._turned(hidden_states, *position_embeddings)
@@ -131,6 +152,10 @@ class FusedAttention(JoinsLinears):
         query = query if self.q_norm is None else self.q_norm(query)
         key = key if self.k_norm is None else self.k_norm(key)
         return self.parts.apply_rope(query, key, value, counts=counts, cos=cos, sin=sin)
+
+
+def _fused_norm(norm: nn.Module | None, parts: Parts) -> FusedRMSNorm | None:
+    return norm if norm is None or isinstance(norm, FusedRMSNorm) else FusedRMSNorm(norm, parts)
 
 
 class FusedBlock(nn.Module, SplitOutput):

@@ -25,9 +25,12 @@ from app.domain.inputs.architectures import read_dimensions
 from workers.contracts.blocks import BlockForward
 from workers.engine.device.host_offload import in_transit
 from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.fused_blocks import FusedBlock, Parts
+from workers.engine.model.fused_parts import fuse_parts, without_bands
 from workers.engine.model.layouts import Layout, layout_of
 from workers.engine.model.meta_model import configuration, empty_model, fuse_blocks, model_dtype, tensor_sources
 from workers.engine.model.overflow import weight_overflow
+from workers.numerics.causal_attention import Band
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,15 @@ class StreamedModel:
         fuse_blocks(model.get_submodule(layout.blocks), dtype, device)
         sources, foreign = tensor_sources(model, checkpoint, layout.blocks)
         kept = checkpoint.without(foreign)
-        return cls(kept, model, layout=layout, sources=sources, dtype=dtype, device=device, left_out=tuple(foreign))
+        opened = cls(kept, model, layout=layout, sources=sources, dtype=dtype, device=device, left_out=tuple(foreign))
+        opened._fuse_parts()
+        return opened
+
+    def _fuse_parts(self) -> None:
+        """Puts fused parts into blocks that no hand-fused one stands for, where there are parts for the device."""
+        parts = Parts.on(self.device, self.dtype)
+        if parts is not None and not all(isinstance(block, FusedBlock) for block in self.blocks):
+            fuse_parts(self.blocks, parts, lambda index, length: self.capture_calls(length)[index].keywords)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -219,7 +230,12 @@ class StreamedModel:
         hidden = torch.zeros(1, length, self._width, dtype=self.dtype, device=self.device)
         with self._stand_ins() as recorders, self._swapped(self.layout.final_norm, nn.Identity()):
             decoder(inputs_embeds=hidden, use_cache=False)
-        calls = [BlockCall(*recorder.calls[0]) for recorder in recorders]
+        bands: dict[int, Band | None] = {}
+        calls = [
+            BlockCall(arguments, without_bands(block, keywords, bands))
+            for block, recorder in zip(self.blocks, recorders, strict=True)
+            for arguments, keywords in recorder.calls[:1]
+        ]
         first = {call.identity: call for call in reversed(calls)}
         return tuple(first[call.identity] for call in calls)
 

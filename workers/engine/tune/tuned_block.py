@@ -19,9 +19,6 @@ from workers.engine.tune.gradient_linear import GradientLinear
 
 MakeLinear = Callable[[Sequence[str], nn.Parameter | None], GradientLinear | None]
 """Some linears as one, with the bias of all, by their names; None if their weights do not lie one after another."""
-PLAIN = (bool, int, float, str, type(None))
-NOT_SHAPE = frozenset({"training", "layer_idx"})
-"""Plain attributes of modules that differ from block to block without changing what a block computes."""
 
 
 @dataclass(frozen=True)
@@ -132,14 +129,3 @@ def _shared_biases(linears: Sequence[nn.Module]) -> nn.Parameter | None:
     for linear, piece in zip(linears, torch.split(whole, [len(bias) for bias in present]), strict=True):
         linear.bias = nn.Parameter(piece, requires_grad=False)
     return nn.Parameter(whole, requires_grad=False)
-
-
-def shape_of(block: nn.Module) -> tuple[object, ...]:
-    """The properties that two blocks share if the same captured steps can compute them."""
-    tensors = [(name, tuple(t.shape), t.dtype) for name, t in block.state_dict(keep_vars=True).items()]
-    return (*tensors, *((name, type(module), _plain_attributes(module)) for name, module in block.named_modules()))
-
-
-def _plain_attributes(module: nn.Module) -> tuple[tuple[str, object], ...]:
-    attributes = {k: v for k, v in vars(module).items() if not k.startswith("_") and isinstance(v, PLAIN)}
-    return tuple(sorted((k, v) for k, v in attributes.items() if k not in NOT_SHAPE))

@@ -30,9 +30,10 @@ from workers.contracts.blocks import BlockTask, SplitOutput
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.device.cuda_graphs import captured
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
+from workers.engine.model.block_shape import shape_of
 from workers.engine.tune.minibatches import Minibatches, address
 from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
-from workers.engine.tune.tuned_block import TunedBlock, shape_of
+from workers.engine.tune.tuned_block import TunedBlock
 from workers.numerics.backend import BlockKernels, block_kernels
 from workers.numerics.quantized import Number
 

@@ -4,9 +4,10 @@ Each is one pass over its activations where eager code makes several, and an aut
 drives the block. Weights of norms are not trained here, so none gets a gradient. Arithmetic is fp32; results are
 rounded to the activations' dtype where transformers rounds them.
 
-    rms_norm      y = w * round(x / sqrt(mean(x^2) + eps))
+    rms_norm      y = w * round(x / sqrt(mean(x^2) + eps)); Gemma's has 1 + w, and rounds the product alone
     add_rms_norm  h = round(x + u), and the norm of h
     silu_mul      y = round(silu(g)) * u
+    gelu_mul      y = round(gelu(g)) * u, gelu by tanh
     apply_rope          (a, b) -> (a cos - b sin, b cos + a sin), a and b the halves of a head of queries or keys
     square_error  L = share * mean((y - t[index])^2) and dL/dy, y given as a tensor or as two that add up to it
     take_rows     x[index], rows of any size
@@ -26,9 +27,12 @@ COLUMN_ELEMENTS = 2048
 """Most elements of one row that a program handles in elementwise kernels."""
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm over the last dimension of x (..., width); weight (width,)."""
-    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_twice: bool = True) -> Tensor:
+    """The norm over the last dimension of x (..., width), times weight (width,) plus `offset`.
+
+    rounds_twice   before the product with the weight, too
+    """
+    y: Tensor = _RMSNorm.apply(x, weight, eps, offset, rounds_twice)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -40,7 +44,13 @@ def add_rms_norm(x: Tensor, update: Tensor, weight: Tensor, eps: float) -> tuple
 
 def silu_mul(*gate_up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise; the two as two tensors (..., width) or packed in one, (..., 2 width)."""
-    y: Tensor = _SiluMul.apply(*gate_up)  # type: ignore[no-untyped-call]
+    y: Tensor = _ActivationMul.apply("silu", *gate_up)  # type: ignore[no-untyped-call]
+    return y
+
+
+def gelu_mul(*gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up with gelu's tanh form; the arguments of `silu_mul`."""
+    y: Tensor = _ActivationMul.apply("gelu", *gate_up)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -116,15 +126,16 @@ def warm_ups(
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, offset: float, rounds_twice: bool) -> Tensor:
         x = x.contiguous()
-        y, inverse = _normed(x, None, x, weight, eps)
+        y, inverse = _normed(x, None, x, weight, eps, offset=offset, rounds_twice=rounds_twice)
+        ctx.offset = offset
         ctx.save_for_backward(x, weight, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _norm_backward(gradients[0], None, *ctx.saved_tensors), None, None
+        return _norm_backward(gradients[0], None, *ctx.saved_tensors, offset=ctx.offset), None, None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -141,15 +152,16 @@ class _AddRMSNorm(torch.autograd.Function):
         return d_h, d_h, None, None
 
 
-class _SiluMul(torch.autograd.Function):
+class _ActivationMul(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *gate_up: Tensor) -> Tensor:
+    def forward(ctx: Any, activation: str, *gate_up: Tensor) -> Tensor:
         gate_up = tuple(t.contiguous() for t in gate_up)
         ctx.save_for_backward(*gate_up)
+        ctx.gelu = activation == "gelu"
         gate, up = _halves(gate_up)
         y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
         grid, sizes = _columns(gate)
-        _silu_mul[grid](gate, up, y, gate.stride(-2), gate.shape[-1], **sizes)
+        _activation_mul[grid](gate, up, y, gate.stride(-2), gate.shape[-1], GELU=ctx.gelu, **sizes)
         return y
 
     @staticmethod
@@ -158,9 +170,9 @@ class _SiluMul(torch.autograd.Function):
         d_gate_up = tuple(torch.empty_like(t) for t in gate_up)
         (gate, up), (d_gate, d_up) = _halves(gate_up), _halves(d_gate_up)
         grid, sizes = _columns(gate)
-        d_y = gradients[0].contiguous()
-        _silu_mul_backward[grid](d_y, gate, up, d_gate, d_up, gate.stride(-2), gate.shape[-1], **sizes)
-        return d_gate_up
+        d_y, places = gradients[0].contiguous(), (gate.stride(-2), gate.shape[-1])
+        _activation_mul_backward[grid](d_y, gate, up, d_gate, d_up, *places, GELU=ctx.gelu, **sizes)
+        return None, *d_gate_up
 
 
 class _Turn(torch.autograd.Function):
@@ -177,23 +189,36 @@ class _Turn(torch.autograd.Function):
         return None, None, None, *((d_heads,) if ctx.packed else torch.split(d_heads, list(ctx.counts), dim=2))
 
 
-def _normed(x: Tensor, update: Tensor | None, h: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normed(
+    x: Tensor,
+    update: Tensor | None,
+    h: Tensor,
+    weight: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    rounds_twice: bool = True,
+) -> tuple[Tensor, Tensor]:
     """The norm of x, or of h <- x + update, and 1/sqrt(mean square + eps), fp32 (rows,)."""
     y, width = torch.empty_like(x), x.shape[-1]
     inverse = torch.empty(x.numel() // width, dtype=torch.float32, device=x.device)
     grid, sizes = _rows(len(inverse), width)
     added = update is not None
-    _rms_norm[grid](x, update if added else x, h, weight, y, inverse, len(inverse), width, eps, ADDED=added, **sizes)
+    places, kind = (len(inverse), width, eps, offset), {"ADDED": added, "ROUNDS_TWICE": rounds_twice}
+    _rms_norm[grid](x, update if added else x, h, weight, y, inverse, *places, **kind, **sizes)
     return y, inverse
 
 
-def _norm_backward(d_y: Tensor, d_h: Tensor | None, h: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:
+def _norm_backward(
+    d_y: Tensor, d_h: Tensor | None, h: Tensor, weight: Tensor, inverse: Tensor, *, offset: float = 0.0
+) -> Tensor:
     """The gradient by h: `d_h` plus the gradient through the norm."""
     gradient, d_y = torch.empty_like(h), d_y.contiguous()
     grid, sizes = _rows(len(inverse), h.shape[-1])
     added = d_h is not None
     also = d_y if d_h is None else d_h.contiguous()
-    _rms_norm_backward[grid](d_y, also, h, weight, inverse, gradient, len(inverse), h.shape[-1], ADDED=added, **sizes)
+    places = (len(inverse), h.shape[-1], offset)
+    _rms_norm_backward[grid](d_y, also, h, weight, inverse, gradient, *places, ADDED=added, **sizes)
     return gradient
 
 
@@ -233,7 +258,20 @@ def _columns(x: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
 
 @triton.jit
 def _rms_norm(  # type: ignore[no-untyped-def]
-    X, UPDATE, H, W, Y, INVERSE, count, width, eps, ADDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    X,
+    UPDATE,
+    H,
+    W,
+    Y,
+    INVERSE,
+    count,
+    width,
+    eps,
+    offset,
+    ADDED: tl.constexpr,
+    ROUNDS_TWICE: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
@@ -244,22 +282,24 @@ def _rms_norm(  # type: ignore[no-untyped-def]
         x += tl.load(UPDATE + at, mask=real, other=0.0).to(tl.float32)
         x = x.to(H.dtype.element_ty).to(tl.float32)
         tl.store(H + at, x.to(H.dtype.element_ty), mask=real)
-    w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
+    w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32) + offset
     inverse = 1.0 / tl.sqrt(tl.sum(x * x, 1) / width + eps)
-    normal = (x * inverse[:, None]).to(Y.dtype.element_ty).to(tl.float32)
+    normal = x * inverse[:, None]
+    if ROUNDS_TWICE:
+        normal = normal.to(Y.dtype.element_ty).to(tl.float32)
     tl.store(Y + at, (normal * w[None, :]).to(Y.dtype.element_ty), mask=real)
     tl.store(INVERSE + row, inverse, mask=row < count)
 
 
 @triton.jit
 def _rms_norm_backward(  # type: ignore[no-untyped-def]
-    DY, DH, H, W, INVERSE, D, count, width, ADDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
+    DY, DH, H, W, INVERSE, D, count, width, offset, ADDED: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, WIDTH)
     real = (row < count)[:, None] & (column < width)[None, :]
     at = row[:, None] * width + column[None, :]
-    w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32)
+    w = tl.load(W + column, mask=column < width, other=0.0).to(tl.float32) + offset
     inverse = tl.load(INVERSE + row, mask=row < count, other=0.0)[:, None]
     normal = tl.load(H + at, mask=real, other=0.0).to(tl.float32) * inverse
     d_normal = tl.load(DY + at, mask=real, other=0.0).to(tl.float32) * w[None, :]
@@ -271,28 +311,49 @@ def _rms_norm_backward(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _silu_mul(GATE, UP, Y, per_row, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _gelu_tanh(g):  # type: ignore[no-untyped-def]
+    """tanh(sqrt(2 / pi) (g + 0.044715 g^3)); gelu(g) = g (1 + it) / 2."""
+    inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
+    away = tl.exp(-2.0 * tl.abs(inner))  # at most 1
+    size = (1.0 - away) / (1.0 + away)
+    return tl.where(inner < 0, -size, size)
+
+
+@triton.jit
+def _activation_mul(GATE, UP, Y, per_row, width, GELU: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width
     g = tl.load(GATE + row * per_row + column, mask=real, other=0.0).to(tl.float32)
     u = tl.load(UP + row * per_row + column, mask=real, other=0.0).to(tl.float32)
-    silu = (g / (1.0 + tl.exp(-g))).to(Y.dtype.element_ty).to(tl.float32)
-    tl.store(Y + row * width + column, (silu * u).to(Y.dtype.element_ty), mask=real)
+    if GELU:  # noqa: SIM108 - a constant of the compiler chooses
+        activated = 0.5 * g * (1.0 + _gelu_tanh(g))
+    else:
+        activated = g / (1.0 + tl.exp(-g))
+    activated = activated.to(Y.dtype.element_ty).to(tl.float32)
+    tl.store(Y + row * width + column, (activated * u).to(Y.dtype.element_ty), mask=real)
 
 
 @triton.jit
-def _silu_mul_backward(DY, GATE, UP, DGATE, DUP, per_row, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def _activation_mul_backward(  # type: ignore[no-untyped-def]
+    DY, GATE, UP, DGATE, DUP, per_row, width, GELU: tl.constexpr, BLOCK: tl.constexpr
+):
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     real = column < width
     d = tl.load(DY + row * width + column, mask=real, other=0.0).to(tl.float32)
     g = tl.load(GATE + row * per_row + column, mask=real, other=0.0).to(tl.float32)
     u = tl.load(UP + row * per_row + column, mask=real, other=0.0).to(tl.float32)
-    sigmoid = 1.0 / (1.0 + tl.exp(-g))
-    silu = g * sigmoid
-    tl.store(DUP + row * per_row + column, (d * silu).to(DUP.dtype.element_ty), mask=real)
-    d_gate = d * u * (sigmoid + silu * (1.0 - sigmoid))
+    if GELU:
+        t = _gelu_tanh(g)
+        activated = 0.5 * g * (1.0 + t)
+        slope = 0.5 * (1.0 + t) + 0.5 * g * (1.0 - t * t) * 0.7978845608028654 * (1.0 + 3.0 * 0.044715 * g * g)
+    else:
+        sigmoid = 1.0 / (1.0 + tl.exp(-g))
+        activated = g * sigmoid
+        slope = sigmoid + activated * (1.0 - sigmoid)
+    tl.store(DUP + row * per_row + column, (d * activated).to(DUP.dtype.element_ty), mask=real)
+    d_gate = d * u * slope
     tl.store(DGATE + row * per_row + column, d_gate.to(DGATE.dtype.element_ty), mask=real)
 
 

@@ -13,12 +13,17 @@ from torch import Tensor, nn
 
 from workers.numerics.causal_attention import attend
 
-__all__ = ["add_rms_norm", "apply_rope", "attend", "rms_norm", "silu_mul", "square_error", "take_rows"]
+__all__ = ["add_rms_norm", "apply_rope", "attend", "gelu_mul", "rms_norm", "silu_mul", "square_error", "take_rows"]
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The norm over the last dimension of x (..., width); weight (width,)."""
-    y: Tensor = _RMSNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, rounds_twice: bool = True) -> Tensor:
+    """The norm over the last dimension of x (..., width), times weight (width,) plus `offset`.
+
+    rounds_twice   before the product with the weight, too
+    """
+    if offset or not rounds_twice:
+        weight = weight.to(_wide(x)) + offset
+    y: Tensor = _RMSNorm.apply(x, weight, eps, rounds_twice)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -32,6 +37,12 @@ def silu_mul(*gate_up: Tensor) -> Tensor:
     """silu(gate) * up, elementwise; the two as two tensors (..., width) or packed in one, (..., 2 width)."""
     y: Tensor = _SiluMul.apply(*gate_up)  # type: ignore[no-untyped-call]
     return y
+
+
+def gelu_mul(*gate_up: Tensor) -> Tensor:
+    """gelu(gate) * up with gelu's tanh form; the arguments of `silu_mul`."""
+    gate, up = _halves(gate_up)
+    return nn.functional.gelu(gate, approximate="tanh") * up
 
 
 def apply_rope(*heads: Tensor, counts: Sequence[int], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -67,14 +78,14 @@ def take_rows(source: Tensor, index: Tensor) -> Tensor:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        y, inverse = _normed(x, weight, eps)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, rounds_twice: bool) -> Tensor:
+        y, inverse = _normed(x, weight, eps, rounds_twice=rounds_twice)
         ctx.save_for_backward(x, weight, inverse)
         return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        return _norm_backward(gradients[0], *ctx.saved_tensors), None, None
+        return _norm_backward(gradients[0], *ctx.saved_tensors), None, None, None
 
 
 class _AddRMSNorm(torch.autograd.Function):
@@ -134,11 +145,13 @@ def _wide(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _normed(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def _normed(x: Tensor, weight: Tensor, eps: float, *, rounds_twice: bool = True) -> tuple[Tensor, Tensor]:
     """The norm of x, and 1/sqrt(mean square + eps), fp32 or wider (..., 1)."""
     inverse = _lengths(x).square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-    normal = x.to(inverse.dtype, copy=True).mul_(inverse).to(x.dtype)
-    return normal.mul_(weight), inverse
+    normal = x.to(inverse.dtype, copy=True).mul_(inverse)
+    if rounds_twice:
+        normal = normal.to(x.dtype)
+    return normal.to(weight.dtype).mul_(weight).to(x.dtype), inverse
 
 
 def _norm_backward(d_y: Tensor, h: Tensor, weight: Tensor, inverse: Tensor) -> Tensor:

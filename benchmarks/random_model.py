@@ -1,6 +1,6 @@
-"""Whole jobs on a random Llama with a few blocks of a large model's shape: seconds per block and peak memory.
+"""Whole jobs on a random model with a few blocks of a large model's shape: seconds per block and peak memory.
 
-    python -m benchmarks.random_llama TOKENIZER --text calibration.jsonl --presets default light
+    python -m benchmarks.random_model TOKENIZER --text calibration.jsonl --presets default light
 
 Speed does not depend on the values; quality is measured elsewhere (docs/results.md). TOKENIZER is a checkpoint folder
 whose tokenizer reads the text. One JSON line per preset: a block's seconds are from its turn to the next one's,
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.request.job_request import JobRequest
 from benchmarks.block_tuning import SHAPES
@@ -29,11 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tokenizer")
     parser.add_argument("--text", required=True)
-    parser.add_argument("--shape", choices=["llama-8b"], default="llama-8b")
+    parser.add_argument("--shape", choices=SHAPES, default="llama-8b")
     parser.add_argument("--blocks", type=int, default=3)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--presets", nargs="+", default=["default", "light"])
+    parser.add_argument("--keep", type=Path, help="only write the model, there")
     given = parser.parse_args()
+    if given.keep is not None:
+        write_model(given, given.keep)
+        return
     with tempfile.TemporaryDirectory() as folder:
         write_model(given, Path(folder) / "model")
         for number, preset in enumerate(given.presets):
@@ -43,19 +47,10 @@ def main() -> None:
 def write_model(given: argparse.Namespace, folder: Path) -> None:
     torch.manual_seed(0)
     shape, tokenizer = SHAPES[given.shape], AutoTokenizer.from_pretrained(given.tokenizer)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=shape.hidden,
-        intermediate_size=shape.intermediate,
-        num_hidden_layers=given.blocks,
-        num_attention_heads=shape.heads,
-        num_key_value_heads=shape.key_value_heads,
-        max_position_embeddings=max(2048, given.length),
-        tie_word_embeddings=True,
-        dtype=torch.bfloat16,
-    )
+    config = shape.config(given.length, blocks=given.blocks, vocabulary=len(tokenizer))
+    config.tie_word_embeddings = True
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+        AutoModelForCausalLM.from_config(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     torch.cuda.empty_cache()
 
