@@ -20,8 +20,8 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts.blocks import BlockTask
 from workers.engine.device.setup import reproducible
+from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.fused_blocks import Parts, fuse
-from workers.engine.model.streamed_model import BlockCall
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
 
