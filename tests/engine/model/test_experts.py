@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from app.domain.inputs.left_alone import left_alone
 from tests.engine.model.families import EXPERTS, MIXTURES, TOP_K, save_small_model
 from tests.engine.model.test_names import fused_file, layers_of
 from workers.contracts.experts import all_called, experts_of
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.model.experts import Experts, quantizable, routers, unfuse
+from workers.engine.model.experts import Experts, unfuse
 from workers.engine.model.names import Names
 
 IDS = torch.randint(0, 64, (3, 30), generator=torch.Generator().manual_seed(5))
@@ -116,11 +117,8 @@ def test_tokens_are_counted_and_routers_are_no_linears_to_quantize(family: str, 
         places = 2 if family == "phimoe" else TOP_K
         assert int(part.seen.sum()) == places * IDS.numel(), name
     block = model.get_submodule(layers_of(model))[-1]
-    inside = quantizable(block)
+    inside = [n for n, module in block.named_modules() if isinstance(module, nn.Linear) and not left_alone(n)]
     assert all(f".{e}.{p}" in " ".join(inside) for e in (0, EXPERTS - 1) for p in ("gate_proj", "up_proj", "down_proj"))
-    wanted = {"qwen2_moe": "mlp.shared_expert_gate", "phimoe": "mlp.router", "gemma4_moe": "router.proj"}
-    if family in wanted:
-        assert routers(block) == {wanted[family]}
     assert not {"gate", "router", "shared_expert_gate"} & {part for name in inside for part in name.split(".")}
 
 

@@ -150,7 +150,8 @@ class Experts(RoutedExperts):
         if self.joined is not None:
             return self.joined(rows, counts)
         if rows.is_meta:  # nobody is routed anywhere: each is called, so that a walk without weights sees all linears
-            return [self._expert(expert, rows) for expert in range(self.number)][0]
+            made = [self._expert(expert, rows) for expert in range(self.number)]
+            return made[0]
         sizes = counts.tolist()  # the one wait for the device
         owners = [None] * self.number if tokens is None else torch.split(tokens, sizes)
         parts = [
@@ -251,23 +252,3 @@ def _demand_no_experts(name: str, module: nn.Module) -> None:
             value=f"{name}.{fused[0]}",
             hint="quantize it tensor by tensor, with method rtn or nf",
         )
-
-
-def routers(block: nn.Module) -> set[str]:
-    """Linears of a block that decide where tokens go, by their names inside it: they are never quantized."""
-    found = set()
-    for part, experts in block.named_modules():
-        if not isinstance(experts, RoutedExperts):
-            continue
-        beside = part.rpartition(".")[0]
-        for name, module in block.get_submodule(beside).named_modules(prefix=beside):
-            named = any(word in ("gate", "router", "shared_expert_gate") for word in name.split("."))
-            if isinstance(module, nn.Linear) and named and module.out_features in (1, experts.number):
-                found.add(name)
-    return found
-
-
-def quantizable(block: nn.Module) -> dict[str, nn.Linear]:
-    """The linears of a block that may be quantized, by their names inside it."""
-    kept = routers(block)
-    return {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and n not in kept}
