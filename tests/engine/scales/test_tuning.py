@@ -222,14 +222,8 @@ def test_running_out_of_memory_takes_less_at_once(tmp_path: Path, monkeypatch: p
     assert isinstance(tune_scales(task), Skipped)
 
 
-def test_a_head_that_does_more_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = make_task(tmp_path, "llama")
-    logits = StreamedModel.logits
-    monkeypatch.setattr(StreamedModel, "logits", lambda self, hidden: 2 * logits(self, hidden))
-    outcome = tune_scales(task)
-    assert isinstance(outcome, Skipped)
-    assert "norm and head" in outcome.reason
-    assert isinstance(tune_scales(replace(task, schemes={})), Skipped)
+def test_without_a_quantized_linear_there_is_nothing_to_tune(tmp_path: Path) -> None:
+    assert isinstance(tune_scales(replace(make_task(tmp_path, "llama"), schemes={})), Skipped)
 
 
 TUNED: dict[str, Any] = {

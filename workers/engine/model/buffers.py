@@ -23,27 +23,30 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
         UnsupportedArchitecture: a buffer is left that neither fills.
     """
     persistent = set(model.state_dict())
-    for name, module in list(model.named_modules()):
-        empty = [leaf for leaf, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-        if not empty:
-            continue
-        for leaf in empty:
-            module._buffers[leaf] = _unfilled(module._buffers[leaf])
+    empty = [
+        (f"{name}.{leaf}", module, leaf)
+        for name, module in model.named_modules()
+        for leaf, buffer in module._buffers.items()
+        if buffer is not None and buffer.is_meta
+    ]
+    for _, module, leaf in empty:
+        module._buffers[leaf] = _unfilled(module._buffers[leaf])
+    for module in {id(module): module for _, module, _ in empty}.values():
         _initialize(model, module)
-        missing = [leaf for leaf in empty if _is_unfilled(module._buffers[leaf])]
-        # What the checkpoint fills needs no value of its own.
-        computed = [leaf for leaf in missing if f"{name}.{leaf}" not in persistent]
-        again = _built_again(model, module) if computed else None
-        for leaf in empty:
-            buffer = module._buffers[leaf]
-            if leaf in computed:
-                buffer = None if again is None else again._buffers.get(leaf)
-            if leaf in missing and leaf not in computed:
-                buffer = torch.zeros_like(module._buffers[leaf])
-            if buffer is None or buffer.is_meta:
-                hint = "choose a model that transformers builds from its config.json alone"
-                raise UnsupportedArchitecture(f"nothing computes the buffer {name}.{leaf}", field="model", hint=hint)
-            module._buffers[leaf] = buffer.to(device)
+    if any(_is_unfilled(module._buffers[leaf]) for _, module, leaf in empty):
+        for module in model.modules():
+            # Some models fill the buffers of their parts.
+            if isinstance(module, PreTrainedModel):
+                _initialize(model, module)
+    for name, module, leaf in empty:
+        buffer = module._buffers[leaf]
+        if _is_unfilled(buffer):
+            # What the checkpoint fills needs no value of its own.
+            buffer = torch.zeros_like(buffer) if name in persistent else _built_again(model, module, leaf)
+        if buffer is None:
+            hint = "choose a model that transformers builds from its config.json alone"
+            raise UnsupportedArchitecture(f"nothing computes the buffer {name}", field="model", hint=hint)
+        module._buffers[leaf] = buffer.to(device)
 
 
 def _unfilled(buffer: Any) -> torch.Tensor:
@@ -80,14 +83,12 @@ def _owner(model: PreTrainedModel, module: nn.Module) -> Any:
     return owner
 
 
-def _built_again(model: PreTrainedModel, module: nn.Module) -> nn.Module | None:
-    """The same module built with memory, from its configuration and its number if it has one; None if it wants more."""
+def _built_again(model: PreTrainedModel, module: nn.Module, leaf: str) -> torch.Tensor | None:
+    """A buffer of the same module built with memory, from its configuration and its number if it has one; None if it
+    wants more.
+    """
     config = getattr(module, "config", None) or _owner(model, module).config
-    number = getattr(module, "layer_idx", None)
-    for arguments in ([config], [config, number]):
-        try:
-            with torch.device("cpu"):
-                return type(module)(*arguments)
-        except Exception:  # noqa: S112 - a class that is built from something else
-            continue
+    for arguments in ([config], [config, getattr(module, "layer_idx", None)]):
+        with suppress(Exception), torch.device("cpu"):  # a class that is built from something else
+            return type(module)(*arguments)._buffers.get(leaf)
     return None

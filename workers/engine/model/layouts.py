@@ -57,9 +57,9 @@ def layout_of(model: PreTrainedModel) -> Layout:
         UnsupportedArchitecture: its decoder, blocks or head cannot be found.
     """
     names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
-    decoder = _decoder(model)
-    head, owner = _head(model, names)
     embeddings = model.get_input_embeddings()
+    decoder = _decoder(model, embeddings)
+    head, owner = _head(model, names)
     layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
     blocks = _blocks(decoder, layers)
     start = names[id(decoder)]
@@ -79,14 +79,11 @@ def layout_of(model: PreTrainedModel) -> Layout:
     )
 
 
-def _decoder(model: PreTrainedModel) -> nn.Module:
-    """The innermost module that transformers calls a decoder: wrappers of wrappers have several."""
-    found: nn.Module = model
-    while True:
-        inner = found.get_decoder() if isinstance(found, PreTrainedModel) else found
-        if inner is found:
-            return found
-        found = inner
+def _decoder(model: PreTrainedModel, embeddings: nn.Module) -> nn.Module:
+    """The innermost model with these embeddings in what transformers calls the decoder: wrappers have several."""
+    found: nn.Module = model.get_decoder()
+    inside = [module for module in found.modules() if isinstance(module, PreTrainedModel)]
+    return next((m for m in reversed(inside) if any(part is embeddings for part in m.modules())), found)
 
 
 def _head(model: PreTrainedModel, names: dict[int, str]) -> tuple[str, str]:

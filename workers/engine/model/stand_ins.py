@@ -82,15 +82,22 @@ class Answered(BaseModelOutputWithPast):
 
 
 class Done(nn.Module):
-    """Stands in for a decoder that has run: states go through `last`, if there is one, and out."""
+    """Stands in for a decoder that has run: whatever it is called with, `states` come out, through `last` if given.
 
-    def __init__(self, last: nn.Module | None) -> None:
+    inner   names of the modules inside of it on the way to the decoder, which some models call past it
+    """
+
+    def __init__(self, done: nn.Module, states: Tensor, last: nn.Module | None, inner: Iterable[str] = ()) -> None:
         super().__init__()
-        self.last = last
+        # Not as submodules: it would be its own. A head asks its decoder for plain attributes, too.
+        self.__dict__.update(dict.fromkeys(inner, self), done=done, last=last)
+        self.states = states
 
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> Answered:
-        states = inputs_embeds if self.last is None else self.last(inputs_embeds)
-        return Answered(last_hidden_state=states)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["done"], name)
+
+    def forward(self, *_: Any, **__: Any) -> Answered:
+        return Answered(last_hidden_state=self.states if self.last is None else self.last(self.states))
 
 
 def parameter_places(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module, str]]:

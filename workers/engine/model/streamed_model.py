@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from app.domain.inputs.architectures import check_numbers, find_architecture
+from app.domain.inputs.left_alone import is_further_part
 from workers.engine.model.block_calls import BlockCall, run_block, shared
 from workers.engine.model.block_linears import BlockLinears, block_linears, kind_of
 from workers.engine.model.checkpoint import Checkpoint
@@ -27,9 +28,9 @@ from workers.engine.model.dry_run import LENGTH, walk_of
 from workers.engine.model.layouts import layout_of
 from workers.engine.model.linear_forms import as_linears
 from workers.engine.model.meta_model import configuration, empty_model, fuse_blocks, model_dtype
+from workers.engine.model.names import Names
 from workers.engine.model.overflow import weight_overflow
 from workers.engine.model.stand_ins import Done, Reached, StandIn, imitated, parameter_places, stand_ins, swapped
-from workers.engine.model.stored_names import StoredNames, stored_names
 
 __all__ = ["BlockCall", "StreamedModel", "run_block"]
 
@@ -47,20 +48,20 @@ class StreamedModel:
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
         model: PreTrainedModel,
-        stored: StoredNames,
+        names: Names,
         *,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
-        self.checkpoint = checkpoint.without(stored.left_out)
-        self.left_out = stored.left_out
+        more = int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0)
         self.model = model
-        self.stored = stored
         self.dtype = dtype
         self.device = device
         self.layout = layout_of(model)
+        self.left_out = tuple(name for name in names.foreign if not is_further_part(name, len(self.blocks), more))
+        self.names = names.without(self.left_out)
+        self.checkpoint = self.names.checkpoint
         self.transposed = {f"{self.layout.blocks}.{name}" for name in as_linears(self.blocks)}
         self._fill_persistent_buffers()
         self.walk = walk_of(model, self.layout, device)
@@ -80,8 +81,8 @@ class StreamedModel:
         config = configuration(checkpoint)
         dtype = model_dtype(config, checkpoint)
         model = empty_model(config, dtype, device)
-        stored = stored_names(model, checkpoint, layout_of(model).blocks)
-        return cls(checkpoint, model, stored, dtype=dtype, device=device)
+        names = Names.of(model, checkpoint, layout_of(model).blocks)
+        return cls(model, names, dtype=dtype, device=device)
 
     @property
     def config(self) -> PreTrainedConfig:
@@ -90,12 +91,13 @@ class StreamedModel:
     @property
     def tied(self) -> bool:
         """True if the head is the embedding matrix."""
-        return f"{self.layout.head}.weight" in self.stored.tied
+        return f"{self.layout.head}.weight" in self.names.tied
 
-    @property
+    @cached_property
     def sources(self) -> Mapping[str, str]:
-        """Full parameter name -> the stored tensor that fills it."""
-        return self.stored.sources
+        """Full parameter name -> the stored tensor that is it as it is; without those that come from others."""
+        own = {name: self.names.own_name(name) for name in self.names.parameters}
+        return {name: source for name, source in own.items() if source is not None}
 
     @property
     def width(self) -> int:
@@ -151,11 +153,11 @@ class StreamedModel:
         return [found[kind] for kind in kinds]
 
     def _fill_persistent_buffers(self) -> None:
-        for name in self.stored.buffers:
+        for name in self.names.buffers:
             owner, leaf = self._place(name)
             buffer = owner._buffers[leaf]
             assert buffer is not None  # noqa: S101 - for the type checker
-            value = self.stored.read(name)
+            value = self.names.read(name)
             owner._buffers[leaf] = value.to(self.device, buffer.dtype if value.is_floating_point() else value.dtype)
 
     @contextmanager
@@ -203,13 +205,13 @@ class StreamedModel:
             NumericalFailure: a weight is not finite.
         """
         upload = upload or self._upload
-        tensors, read = {}, {}
+        tensors, read, stored = {}, {}, self.names.reader()
         for parameter, _, _ in parameter_places(self.model, name):
             if parameter in given:
                 tensors[parameter] = given[parameter]
             else:
                 dtype = self._dtypes.get(parameter, self.dtype)
-                tensors[parameter] = read[parameter] = upload(self._stored(parameter), dtype)
+                tensors[parameter] = read[parameter] = upload(self._turned(parameter, stored(parameter)), dtype)
         self._demand_finite(read)
         return tensors
 
@@ -226,9 +228,8 @@ class StreamedModel:
         owner, _, leaf = parameter.rpartition(".")
         return self.model.get_submodule(owner), leaf
 
-    def _stored(self, parameter: str) -> Tensor:
-        value = self.stored.read(parameter)
-        return value.T if parameter in self.transposed else value
+    def _turned(self, parameter: str, stored: Tensor) -> Tensor:
+        return stored.T if parameter in self.transposed else stored
 
     def _demand_finite(self, weights: Mapping[str, Tensor]) -> None:
         """One pass over each weight without a copy, and one wait for the device in all."""
@@ -238,7 +239,7 @@ class StreamedModel:
         extremes = torch.stack([torch.stack(torch.aminmax(weight)) for weight in weights.values()])
         for parameter, is_finite in zip(weights, extremes.isfinite().all(1).tolist(), strict=True):
             if not is_finite:
-                raise weight_overflow(parameter, self._stored(parameter), self.dtype)
+                raise weight_overflow(parameter, self.names.read(parameter), self.dtype)
 
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
@@ -276,7 +277,9 @@ class StreamedModel:
         if not self.walk.plain:
             hidden = self._after_blocks(hidden)
         owner = self.model.get_submodule(self.layout.owner)
-        with swapped(self.model, self.layout.body, Done(norm)):
+        inner = [name for name in self.layout.decoder.removeprefix(self.layout.body).split(".") if name]
+        done = Done(self.model.get_submodule(self.layout.body), hidden, norm, inner)
+        with swapped(self.model, self.layout.body, done):
             logits: Tensor = owner(inputs_embeds=hidden, use_cache=False).logits
         return logits
 

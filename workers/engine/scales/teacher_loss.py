@@ -21,7 +21,7 @@ from workers.numerics.divergence import divergence
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The model's norm and head, which must be loaded.
+    """The model's `after_blocks`, which must be loaded.
 
     quantized       the student's head weight, where that is quantized; else both have the original one
     tokens_at_once  tokens whose logits exist at a time
