@@ -145,7 +145,7 @@ class Names:
                 return self.checkpoint.read(own)
             if piece is None:
                 return whole(self.tied.get(parameter, parameter))
-            return piece.of(whole(piece.parameter))
+            return piece.of(whole(piece.parameter)).contiguous()
 
         return read
 

@@ -25,6 +25,7 @@ from workers.engine.model.block_calls import BlockCall, run_block, shared
 from workers.engine.model.block_linears import BlockLinears, block_linears, kind_of
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.dry_run import LENGTH, walk_of
+from workers.engine.model.experts import unfuse
 from workers.engine.model.layouts import layout_of
 from workers.engine.model.linear_forms import as_linears
 from workers.engine.model.meta_model import configuration, empty_model, fuse_blocks, model_dtype
@@ -60,7 +61,7 @@ class StreamedModel:
         self.device = device
         self.layout = layout_of(model)
         self.left_out = tuple(name for name in names.foreign if not is_further_part(name, len(self.blocks), more))
-        self.names = names.without(self.left_out)
+        self.names = names.without(self.left_out).with_slices(unfuse(model, self.layout.blocks))
         self.checkpoint = self.names.checkpoint
         self.transposed = {f"{self.layout.blocks}.{name}" for name in as_linears(self.blocks)}
         self._fill_persistent_buffers()
