@@ -84,8 +84,6 @@ TOKENS = {
 
 
 def _qwen(model_type: str, vision: dict[str, Any], **changes: Any) -> Make:
-    model_type: str, vision: dict[str, Any], **changes: Any
-) -> Make:
     def make(sizes: dict[str, Any], text: Text) -> PreTrainedConfig:
         del sizes
         rope = {} if "layer_types" in changes else {"rope_parameters": ROPE}
