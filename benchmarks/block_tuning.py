@@ -20,9 +20,9 @@ from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Pr
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts.blocks import BlockTask
 from workers.engine.device.setup import reproducible
+from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.fused_blocks import Parts, fuse
 from workers.engine.model.fused_parts import LENGTH, fuse_parts, without_bands
-from workers.engine.model.streamed_model import BlockCall
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
 

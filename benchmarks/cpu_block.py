@@ -35,8 +35,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.methods import Scheme, SignRoundSpec
 from workers.contracts.blocks import BlockTask
+from workers.engine.model.block_calls import run_block
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.model.streamed_model import StreamedModel, run_block
+from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import second_moments
 from workers.engine.tune.tuner import Tuner
 from workers.machine import available_threads
@@ -216,7 +217,7 @@ class Stage:
         tokenizer = AutoTokenizer.from_pretrained(given.model)
         lines = (given.model / "texts.jsonl").read_text().splitlines()
         ids = tokenizer([json.loads(line)["text"] for line in lines], truncation=True, max_length=given.length)
-        with self.model.loaded(self.model.layout.embeddings), torch.no_grad():
+        with self.model.loaded(*self.model.layout.outer), torch.no_grad():
             self.hidden = self.model.embed(torch.tensor(ids["input_ids"]))
 
     def loaded(self) -> Any:

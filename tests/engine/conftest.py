@@ -87,7 +87,7 @@ def engine_logits(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]
     found: list[tuple[Tensor, Tensor]] = []
 
     def watch(model: Any, original: Tensor, quantized: Tensor, sequences: Any, **rest: Any) -> Any:
-        with model.loaded(model.layout.final_norm, model.layout.head):
+        with model.loaded(*model.after_blocks):
             found.append((sequences.ids, model.logits(quantized)))
         return measure(model, original, quantized, sequences, **rest)
 

@@ -118,10 +118,10 @@ def measure(
     """
     head = model.model.get_submodule(model.layout.head)
     sums = torch.zeros(4, dtype=torch.float64)
-    step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
+    step = max(1, LOGITS_AT_ONCE[model.device.type] // model.vocabulary)
     ids = processes.share(sequences.ids)
     count, length = ids.shape
-    with model.loaded(model.layout.final_norm, model.layout.head):
+    with model.loaded(*model.after_blocks):
         weights = [head.weight, head.weight if quantized_head is None else _frozen(quantized_head.to(model.device))]
         for row in range(count):
             for start in range(0, length - 1, step):

@@ -104,7 +104,7 @@ def _check_length(model: StreamedModel, name: str, length: int) -> None:
 
 
 def _check_vocabulary(model: StreamedModel, ids: Tensor) -> None:
-    size = model.config.get_text_config().vocab_size
+    size = model.known_tokens
     if int(ids.max()) >= size:
         raise InvalidDataset(
             f"the tokenizer makes the token id {int(ids.max())}; the model knows {size}",

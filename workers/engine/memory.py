@@ -65,15 +65,22 @@ def device_memory(device: torch.device) -> int:
 
 def pass_bytes(model: StreamedModel) -> int:
     """Bytes per token that a block holds at once without autograd."""
-    config = model.config.get_text_config()
-    return int((4 * config.hidden_size + 3 * config.intermediate_size) * model.dtype.itemsize)
+    return int((4 * model.width + 3 * inner_width(model)) * model.dtype.itemsize)
 
 
 def graph_bytes(model: StreamedModel) -> int:
     """Bytes per token that autograd keeps of a block."""
-    config = model.config.get_text_config()
     # In units of the width and of the MLP's width, measured on Llama blocks.
-    return int((24 * config.hidden_size + 6 * config.intermediate_size) * model.dtype.itemsize)
+    return int((24 * model.width + 6 * inner_width(model)) * model.dtype.itemsize)
+
+
+def inner_width(model: StreamedModel) -> int:
+    """Of the MLP, as the configuration names it; else of the widest linear of a block."""
+    named = getattr(model.config.get_text_config(), "intermediate_size", None)
+    if isinstance(named, int):
+        return named
+    blocks = (model.block_linears(index).values() for index in range(len(model.blocks)))
+    return max((max(linear.weight.shape) for linears in blocks for linear in linears), default=4 * model.width)
 
 
 def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
@@ -81,12 +88,12 @@ def working_bytes(model: StreamedModel, length: int, micro_batch: int) -> int:
 
     length, micro_batch   of the sequences that go through a block at once with gradients
     """
-    item, config = model.dtype.itemsize, model.config.get_text_config()
+    item = model.dtype.itemsize
     block = max(sum(p.numel() for p in block.parameters()) for block in model.blocks)
     # Besides the block in hand there is the next one (`workers.engine.device.read_ahead`).
     tuning = 2 * block * item + block * TUNED_BYTES + micro_batch * length * graph_bytes(model)
-    head = config.vocab_size * config.hidden_size * item
-    logits = min(LOGITS_AT_ONCE["cuda"], length * config.vocab_size) * LOGITS_BYTES
+    head = model.vocabulary * model.width * item
+    logits = min(LOGITS_AT_ONCE["cuda"], length * model.vocabulary) * LOGITS_BYTES
     # In a pass for the reference row the block's rounded weights are there besides.
     return int(max(tuning, 3 * block * item + PASS_BYTES, head + logits))
 
@@ -110,7 +117,7 @@ def largest_pass_batch(model: StreamedModel, length: int) -> int:
 def activation_bytes(model: StreamedModel, sizes: list[ActivationSize]) -> int:
     """Hidden states of these sizes."""
     elements = sum(size.sequences * size.length * size.tensors for size in sizes)
-    return int(elements * model.config.get_text_config().hidden_size * model.dtype.itemsize)
+    return int(elements * model.width * model.dtype.itemsize)
 
 
 def activation_budget(model: StreamedModel, length: int, micro_batch: int) -> int | None:

@@ -17,10 +17,6 @@ MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 1024, 1 << 20, 1 << 24
 """Far above any published model: a configuration beyond them is damaged or hostile, and never sizes a buffer."""
 
 
-SHARED_INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj"))
-"""Linears of a block that read the same input, which runtimes join into one: a budget gives them one width."""
-
-
 @dataclass(frozen=True)
 class Architecture:
     """A supported `model_type`.
@@ -112,6 +108,33 @@ def read_dimensions(config: Mapping[str, object]) -> Dimensions:
         vocabulary=_number(values, "vocab_size", MAX_VOCABULARY),
         tied_embeddings=bool(values.get("tie_word_embeddings", architecture.model_type == "gemma3_text")),
     )
+
+
+COUNTS: MappingProxyType[str, int] = MappingProxyType(
+    {
+        **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), MAX_LAYERS),
+        **dict.fromkeys(("hidden_size", "n_embd", "d_model", "intermediate_size", "num_attention_heads"), MAX_WIDTH),
+        **dict.fromkeys(("num_key_value_heads", "head_dim", "num_experts", "num_local_experts"), MAX_WIDTH),
+        **dict.fromkeys(("n_routed_experts", "moe_intermediate_size"), MAX_WIDTH),
+        "vocab_size": MAX_VOCABULARY,
+    }
+)
+"""Numbers of a configuration that size a model, under all of their names, and the largest that is believed."""
+
+
+def check_numbers(config: Mapping[str, object]) -> None:
+    """Check the numbers that size a model, in a decoded `config.json` and in its parts.
+
+    Raises:
+        CorruptCheckpoint: one is not a whole number, or out of any sensible range.
+    """
+    for name, value in config.items():
+        if name in COUNTS and isinstance(value, int | float | str) and not isinstance(value, bool):
+            if not isinstance(value, int) or not 0 <= value <= COUNTS[name]:
+                detail = f"config.json has {name} = {value!r}; it must be a whole number up to {COUNTS[name]}"
+                raise CorruptCheckpoint(detail, field=name, value=value)
+        elif isinstance(value, Mapping):
+            check_numbers(value)
 
 
 def find_architecture(config: Mapping[str, object]) -> Architecture:

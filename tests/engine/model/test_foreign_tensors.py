@@ -34,7 +34,6 @@ def changed(folder: Path, change: Change, config: Mapping[str, Any] | None = Non
 
 LEFT_OUT: dict[str, Change] = {
     "a value head": lambda t: t | {"v_head.summary.weight": torch.ones(1, 32), "v_head.summary.bias": torch.ones(1)},
-    "a next-token-prediction block": lambda t: t | {"mtp.layers.0.weight": torch.ones(4, 4)},
     "a block after the last": lambda t: t | {"model.layers.4.eh_proj.weight": torch.ones(4, 4)},
     "a classifier": lambda t: t | {"score.weight": torch.ones(2, 32)},
 }
@@ -54,6 +53,20 @@ def test_tensors_that_the_model_does_not_have_are_left_out_as_transformers_does(
     ids = torch.randint(0, 64, (1, 20), generator=torch.Generator().manual_seed(0))
     before, after = (AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32)(ids).logits for f in (folder, merged))
     assert torch.nn.functional.cosine_similarity(before.flatten(), after.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.parametrize("name", ["mtp.layers.0.eh_proj.weight", "model.vision_tower.patch.weight"])
+def test_other_parts_of_a_model_go_into_the_result_as_they_are(name: str, tmp_path: Path) -> None:
+    part = torch.randn(4, 4).to(torch.bfloat16)
+    folder, lines = changed(tmp_path / "model", lambda t: t | {name: part}), list[AttemptLine]()
+    run_job(folder, tmp_path / "job", lines, bits=8, **QUICK | {"formats": ["merged", "compressed-tensors"]})
+    assert not [w for w in lines if isinstance(w, WarningEvent) and w.code == "tensors_left_out"]
+    for checkpoint in ("merged", "compressed-tensors"):
+        found = load_file(tmp_path / "job" / "output" / checkpoint / "model.safetensors")[name]
+        assert found.dtype == torch.bfloat16
+        assert torch.equal(found, part)
+    config = json.loads((tmp_path / "job" / "output" / "compressed-tensors" / "config.json").read_text())
+    assert name.removesuffix(".weight") in config["quantization_config"]["ignore"]
 
 
 def without(*names: str) -> Change:

@@ -15,7 +15,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3DecoderLayer
 
 from app.domain.methods import Scheme
 from tests.methods.toy_block import toy_task
-from workers.engine.model.streamed_model import BlockCall
+from workers.engine.model.block_calls import BlockCall
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.tuned_block import TunedBlock
 from workers.methods.sign_round import rounded_weights

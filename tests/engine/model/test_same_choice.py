@@ -20,7 +20,8 @@ from tests.engine.conftest import run_job
 from tests.engine.model.random_models import LENGTH, VOCABULARY, random_model, save_random_model
 from tests.engine.ships.gguf_models import LLAMA_3, save_model, save_tokenizer
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.model.meta_model import configuration, empty_model, model_dtype, tensor_sources
+from workers.engine.model.meta_model import configuration, empty_model, model_dtype
+from workers.engine.model.names import Names
 from workers.engine.text.sequences import load_tokenizer
 
 IDS = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(0))
@@ -116,8 +117,8 @@ def test_the_same_tensors_as_transformers_are_read(change: Change, tmp_path: Pat
     theirs = AutoModelForCausalLM.from_pretrained(folder)
     checkpoint = Checkpoint.open(folder)
     ours = empty_model(configuration(checkpoint), torch.float32, torch.device("cpu"))
-    sources, _ = tensor_sources(ours, checkpoint, "model.layers")
-    state = {name: checkpoint.read(source) for name, source in sources.items()}
+    names = Names.of(ours, checkpoint, "model.layers")
+    state = {name: names.read(name) for name in names.parameters}
     assert state.keys() == dict(theirs.named_parameters()).keys()
     for name, tensor in theirs.named_parameters():
         assert torch.equal(state[name], tensor), name
@@ -171,7 +172,7 @@ def test_two_names_of_one_parameter_are_refused(tmp_path: Path) -> None:
     checkpoint = Checkpoint.open(tmp_path)
     model = empty_model(configuration(checkpoint), torch.float32, torch.device("cpu"))
     with pytest.raises(CorruptCheckpoint, match=r"model\.norm\.weight and norm\.weight|norm\.weight and model"):
-        tensor_sources(model, checkpoint, "model.layers")
+        Names.of(model, checkpoint, "model.layers")
 
 
 def by_the_configuration(folder: Path) -> None:

@@ -11,7 +11,6 @@ from app.domain.inputs.architectures import ARCHITECTURES
 from bitwright.errors import CorruptCheckpoint, NumericalFailure, UnsupportedArchitecture
 from tests.engine.model.random_models import LENGTH, PECULIARITIES, VOCABULARY, WINDOW, save_random_model
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.model.layouts import LAYOUTS
 from workers.engine.model.streamed_model import StreamedModel, run_block
 
 CPU = torch.device("cpu")
@@ -23,16 +22,16 @@ def open_model(folder: Path) -> StreamedModel:
 
 def streamed_logits(model: StreamedModel, ids: torch.Tensor, micro_batch: int) -> torch.Tensor:
     calls = model.capture_calls(ids.shape[1])
-    with torch.no_grad(), model.loaded(model.layout.embeddings):
+    with torch.no_grad(), model.loaded(*model.layout.outer):
         hidden = model.embed(ids)
     for index, call in enumerate(calls):
         with model.loaded(model.layout.block(index)):
             run_block(call, model.blocks[index], hidden, hidden, micro_batch=micro_batch, device=CPU)
-    with model.loaded(model.layout.final_norm, model.layout.head):
+    with model.loaded(*model.after_blocks):
         return model.logits(hidden)
 
 
-@pytest.mark.parametrize("architecture", LAYOUTS)
+@pytest.mark.parametrize("architecture", PECULIARITIES)
 def test_block_by_block_gives_the_logits_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
     whole = save_random_model(tmp_path, architecture)
     ids = torch.randint(VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(1))
@@ -68,8 +67,7 @@ def test_blocks_that_are_called_alike_share_their_call(architecture: str, distin
 
 
 def test_every_architecture_of_the_domain_that_has_no_layout_is_refused_by_name(tmp_path: Path) -> None:
-    assert set(LAYOUTS) <= set(ARCHITECTURES)
-    assert set(LAYOUTS) == set(PECULIARITIES)
+    assert set(PECULIARITIES) <= set(ARCHITECTURES)
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     save_random_model(tmp_path / "weights", "llama")
     (tmp_path / "weights" / "model.safetensors").rename(tmp_path / "model.safetensors")

@@ -106,7 +106,7 @@ def open_stream(
     save_random_model(folder, "llama", dtype=dtype)
     model = StreamedModel.open(Checkpoint.open(folder), torch.device("cpu"))
     ids = torch.randint(VOCABULARY, (5, LENGTH), generator=torch.Generator().manual_seed(1))
-    with model.loaded(model.layout.embeddings):
+    with model.loaded(*model.layout.outer):
         return model, Activations(model, ids, PLAN, keep_inputs=keep_inputs)
 
 

@@ -158,7 +158,10 @@ def test_linears_of_one_input_are_one_item_unless_an_override_sets_one_apart() -
     leaves = [*(f"self_attn.{x}_proj" for x in "qkvo"), *(f"mlp.{x}_proj" for x in ("gate", "up", "down"))]
     names = [f"layers.{block}.{leaf}" for block in range(2) for leaf in leaves]
     candidates = {name: found for name in names if (found := spec.candidates(name, 64))}
-    items = [tuple(name.rpartition(".")[2][0] + name.split(".")[1] for name in item) for item in tied(candidates)]
+    shared = (leaves[:3], leaves[4:6])
+    groups = [[f"layers.{block}.{leaf}" for leaf in group] for block in range(2) for group in shared]
+    found = tied(candidates, groups)
+    items = [tuple(name.rpartition(".")[2][0] + name.split(".")[1] for name in item) for item in found]
     assert items == [("q0", "k0", "v0"), ("o0",), ("g0",), ("d0",), ("q1", "v1"), ("k1",), ("o1",), ("g1",), ("d1",)]
 
 

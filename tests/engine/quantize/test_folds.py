@@ -1,4 +1,4 @@
-"""Every row of the table of layouts: scales that move between neighbours change nothing that the model computes."""
+"""Every kind of block with folds: scales that move between neighbours change nothing that the model computes."""
 
 import pytest
 import torch
@@ -6,9 +6,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
-from tests.engine.model.random_models import LENGTH, VOCABULARY, random_model
+from tests.engine.model.random_models import LENGTH, PECULIARITIES, VOCABULARY, random_model
 from workers.contracts.blocks import Fold
-from workers.engine.model.layouts import LAYOUTS
+from workers.engine.model.layouts import layout_of
 from workers.methods.awq import settle
 
 
@@ -45,23 +45,26 @@ def exact_gemma_norms(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("shape", [{}, {"num_key_value_heads": 4}], ids=str)
-@pytest.mark.parametrize("architecture", LAYOUTS)
+@pytest.mark.parametrize("architecture", PECULIARITIES)
 def test_moved_scales_change_no_logit(architecture: str, shape: dict[str, int]) -> None:
     model = random_model(architecture, dtype=torch.float64, **shape)
     before, generator = logits(model), torch.Generator().manual_seed(2)
-    folds = LAYOUTS[architecture].folds
-    blocks = model.get_submodule(LAYOUTS[architecture].blocks)
+    layout = layout_of(model)
+    folds, blocks = layout.folds, model.get_submodule(layout.blocks)
+    assert folds
     moved = [fold(block, place, generator) for block in blocks.children() for place in folds]
     assert moved == [place.source != "self_attn.v_proj" or bool(shape) for _ in blocks.children() for place in folds]
     torch.testing.assert_close(logits(model), before, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("architecture", LAYOUTS)
+@pytest.mark.parametrize("architecture", PECULIARITIES)
 def test_every_linear_of_a_block_gets_scales_and_each_part_is_there(architecture: str) -> None:
-    block = next(random_model(architecture).get_submodule(LAYOUTS[architecture].blocks).children())
-    named = [name for place in LAYOUTS[architecture].folds for name in place.linears]
+    model = random_model(architecture)
+    layout = layout_of(model)
+    block = next(model.get_submodule(layout.blocks).children())
+    named = [name for place in layout.folds for name in place.linears]
     assert sorted(named) == sorted(n for n, m in block.named_modules() if isinstance(m, nn.Linear))
-    for place in LAYOUTS[architecture].folds:
+    for place in layout.folds:
         assert block.get_submodule(place.measured) is not block
         assert set(place.unclipped) <= set(place.linears)
 
@@ -70,6 +73,6 @@ def test_a_norms_offset_matters() -> None:
     """With the plain norm's rule, Gemma's logits change: the test above can fail."""
     model = random_model("gemma3_text", dtype=torch.float64)
     before, blocks = logits(model), model.get_submodule("model.layers")
-    plain = Fold("input_layernorm", LAYOUTS["gemma3_text"].folds[0].linears, "self_attn")
+    plain = Fold("input_layernorm", layout_of(model).folds[0].linears, "self_attn")
     assert fold(next(blocks.children()), plain, torch.Generator().manual_seed(2))
     assert (logits(model) - before).abs().max() > 1e-3

@@ -16,10 +16,9 @@ from app.domain.attempt_lines import AttemptLine
 from app.domain.methods import Scheme
 from bitwright.events import LogEvent, ProgressEvent, Stage, WarningEvent
 from tests.engine.conftest import Finished, finish, run_job
-from tests.engine.model.random_models import LENGTH, VOCABULARY, save_random_model
+from tests.engine.model.random_models import LENGTH, PECULIARITIES, VOCABULARY, save_random_model
 from workers.engine import memory
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.model.layouts import LAYOUTS
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.scales import stage as stage_module
 from workers.engine.scales import tuning as tuning_module
@@ -55,7 +54,7 @@ def make_task(
     ids = torch.randint(VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(1))
     seen: list[Tensor] = []
     whole.model.norm.register_forward_pre_hook(lambda _, arguments: seen.append(arguments[0].detach()))
-    with torch.no_grad(), model.loaded(model.layout.embeddings):
+    with torch.no_grad(), model.loaded(*model.layout.outer):
         inputs = model.embed(ids)
         whole(ids)
     weights = rounded(model, torch.float32 if dtype == torch.float64 else dtype, ignored)
@@ -97,13 +96,13 @@ def change_by_autograd(
 
 
 def begin(task: ScaleTask, fit: Fit, check: Callable[[ScaleTuning], None]) -> None:
-    with task.model.loaded(task.model.layout.final_norm, task.model.layout.head):
+    with task.model.loaded(*task.model.after_blocks):
         check(ScaleTuning.begin(task, fit, OutputHead.of(task.model, task.quantized_head)))
 
 
 @pytest.mark.parametrize(
     ("architecture", "fit", "ignored"),
-    [(name, Fit(4, 0), "-") for name in LAYOUTS]
+    [(name, Fit(4, 0), "-") for name in PECULIARITIES]
     + [("llama", Fit(1, 4), "-"), ("llama", Fit(3, 2), "layers.0."), ("gemma3_text", Fit(2, 3), "layers.0.")],
 )
 def test_the_gradient_is_autograds_through_the_whole_model(
@@ -131,7 +130,7 @@ def test_the_gradient_is_autograds_through_the_whole_model(
     begin(task, fit, check)
 
 
-@pytest.mark.parametrize("architecture", LAYOUTS)
+@pytest.mark.parametrize("architecture", PECULIARITIES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_architecture_gains(architecture: str, dtype: torch.dtype, tmp_path: Path) -> None:
     task = make_task(tmp_path, architecture, dtype)
@@ -223,14 +222,8 @@ def test_running_out_of_memory_takes_less_at_once(tmp_path: Path, monkeypatch: p
     assert isinstance(tune_scales(task), Skipped)
 
 
-def test_a_head_that_does_more_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    task = make_task(tmp_path, "llama")
-    logits = StreamedModel.logits
-    monkeypatch.setattr(StreamedModel, "logits", lambda self, hidden: 2 * logits(self, hidden))
-    outcome = tune_scales(task)
-    assert isinstance(outcome, Skipped)
-    assert "norm and head" in outcome.reason
-    assert isinstance(tune_scales(replace(task, schemes={})), Skipped)
+def test_without_a_quantized_linear_there_is_nothing_to_tune(tmp_path: Path) -> None:
+    assert isinstance(tune_scales(replace(make_task(tmp_path, "llama"), schemes={})), Skipped)
 
 
 TUNED: dict[str, Any] = {

@@ -101,10 +101,10 @@ class _Needs:
     @classmethod
     def of(cls, model: StreamedModel, names: set[str], length: int, pass_bytes: int) -> "_Needs":
         device, item, blocks = model.device.type, model.dtype.itemsize, len(model.blocks)
-        config, linears = model.config.get_text_config(), model.linears()
+        linears = model.linears()
         sizes = [linears[name].weight.numel() for name in names]
         others = sum(p.numel() for n, p in model.model.named_parameters() if n.removesuffix(".weight") not in names)
-        logits = max(FINETUNE_LOGITS_AT_ONCE[device], config.vocab_size) * FINETUNE_LOGITS_BYTES
+        logits = max(FINETUNE_LOGITS_AT_ONCE[device], model.vocabulary) * FINETUNE_LOGITS_BYTES
         fixed = others * item + sum(sizes) * ADAPTER_SHARE * (ADAPTER_BYTES + pass_bytes) + logits
         # Made anew, all weights of one block may exist at a time (`workers.engine.finetune.adapted_linear`).
         packed = sum(sizes) * (1 + item / blocks) + 3 * max(sizes, default=0) * 4
@@ -116,7 +116,7 @@ class _Needs:
             kept=sum(sizes) * item,
             fixed=MappingProxyType({True: fixed + sum(sizes) * item, False: fixed + packed}),
             graph=graph_bytes(model) * length,
-            inputs=blocks * config.hidden_size * item * length,
+            inputs=blocks * model.width * item * length,
         )
 
     def recomputed(self, micro_batch: int, *, keeps: bool) -> int:

@@ -19,7 +19,8 @@ from bitwright.errors import UnsupportedArchitecture
 from workers.contracts.adapters import AttachAdapters, TrainableAdapter
 from workers.engine.finetune.adapted_linear import AdaptedLinear, MakeWeight, rebuilt
 from workers.engine.finetune.token_loss import token_loss
-from workers.engine.model.streamed_model import BlockCall, StreamedModel
+from workers.engine.model.block_calls import BlockCall
+from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.seeds import derived_seed
 from workers.engine.text.packing import Batch
 from workers.numerics.quantized import LinearResult
@@ -140,11 +141,12 @@ def resident(
     changed  other parameters of a block that quantization changed, by full name
 
     Raises:
-        UnsupportedArchitecture: the model does more after its blocks than norm and head.
+        UnsupportedArchitecture: a training step cannot make the blocks' arguments for its rows.
     """
     dtype, layout = compute_dtype(model), model.layout
     adapters: dict[str, TrainableAdapter] = {}
     calls = model.capture_calls(how.length)
+    demand_trainable(model, calls)
     with ExitStack() as stack:
         stack.enter_context(model.filled(_outer_weights(model, dtype, head)))
         for index in range(len(model.blocks)):
@@ -157,23 +159,21 @@ def resident(
             for name, result in results.items():
                 base, saves = _base(result, attached.get(name), dtype, how), not how.keeps and index < how.recomputed
                 stack.enter_context(_adapted(model, name, base, attached.get(name), saves=saves))
-        resident = ResidentModel(model, adapters, calls, dtype, how.recomputed)
-        _demand_plain_head(resident)
-        yield resident
+        yield ResidentModel(model, adapters, calls, dtype, how.recomputed)
 
 
 def _outer_weights(model: StreamedModel, dtype: torch.dtype, head: Tensor | None) -> dict[str, Tensor]:
     """Embeddings, norm and head; a tied head is the embedding matrix itself."""
     layout = model.layout
-    weights = _read(model, layout.embeddings, dtype, {})
+    weights = {name: value for part in layout.outer for name, value in _read(model, part, dtype, {}).items()}
     given = {} if head is None else {f"{layout.head}.weight": head.to(model.device, dtype)}
     if model.tied:
         given[f"{layout.head}.weight"] = weights[f"{layout.embeddings}.weight"]
-    return weights | _read(model, layout.final_norm, dtype, {}) | _read(model, layout.head, dtype, given)
+    return weights | _read(model, layout.head, dtype, given)
 
 
 def _read(model: StreamedModel, name: str, dtype: torch.dtype, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return model.read(name, given, lambda tensor, _: tensor.to(model.device, dtype))
+    return model.read(name, given, lambda tensor, own: tensor.to(model.device, dtype if own == model.dtype else own))
 
 
 def _base(result: LinearResult, adapter: nn.Module | None, dtype: torch.dtype, how: Residence) -> Tensor | MakeWeight:
@@ -195,14 +195,24 @@ def _adapted(
         model.model.set_submodule(name, plain)
 
 
-def _demand_plain_head(resident: ResidentModel) -> None:
-    model = resident.model
-    width = model.config.get_text_config().hidden_size
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(1, 8, width, generator=generator).to(model.device, resident.dtype)
-    with torch.no_grad():
-        if torch.equal(model.head_logits(hidden), model.logits(hidden)):
-            return
-    detail = f"{type(model.model).__name__} does more after its blocks than norm and head: it cannot be finetuned"
-    hint = "quantize it without finetune, or finetune a model without a cap on its logits"
-    raise UnsupportedArchitecture(detail, field="model", hint=hint)
+TRAINABLE = frozenset({"attention_mask", "position_ids", "position_embeddings", "past_key_values", "use_cache"})
+"""Arguments of blocks that can be made for rows of several examples."""
+
+
+def demand_trainable(model: StreamedModel, calls: tuple[BlockCall, ...]) -> None:
+    """Check that a training step can make the blocks' arguments for its own rows.
+
+    Raises:
+        UnsupportedArchitecture: blocks get something else, or mix tokens other than by attention.
+    """
+    known = ("full_attention", "sliding_attention", "chunked_attention")
+    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(known)
+    for call in calls:
+        angles = call.keywords.get("position_embeddings")
+        rotary = isinstance(angles, tuple) and all(isinstance(a, Tensor) and a.dim() == 3 for a in angles)
+        others = [name for name, value in call.keywords.items() if name not in TRAINABLE and value is not None]
+        if call.arguments or others or kinds or not rotary or not model.walk.plain:
+            what = ", ".join([*sorted(kinds), *others]) or "more than attention with rotary embeddings"
+            detail = f"blocks of {type(model.model).__name__} cannot be finetuned: they take {what}"
+            hint = "quantize it without finetune, or finetune a model of another type"
+            raise UnsupportedArchitecture(detail, field="model", hint=hint)

@@ -89,7 +89,7 @@ def run(job: Job, head: Tensor | None) -> Finetuned | None:
 
     Raises:
         NumericalFailure: the loss is not finite.
-        UnsupportedArchitecture: the model does more after its blocks than norm and head.
+        UnsupportedArchitecture: a training step cannot make the blocks' arguments for its rows.
     """
     config, adapter, texts = job.request.finetune, job.request.adapter, job.texts.finetuning
     if config is None or adapter is None or texts is None:

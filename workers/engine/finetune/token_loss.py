@@ -39,7 +39,7 @@ class _TokenLoss(torch.autograd.Function):
         for chunk in _chunks(len(target_positions), model):
             leaf = states[chunk].detach().requires_grad_(learns)
             with torch.set_grad_enabled(learns):
-                logits = model.head_logits(leaf.unsqueeze(0))[0]
+                logits = model.logits(leaf.unsqueeze(0))[0]
             loss, by_logits = _cross_entropy(logits.detach(), labels[chunk])
             total += loss
             if learns:
@@ -70,6 +70,6 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 def _chunks(count: int, model: StreamedModel) -> Iterator[slice]:
     """Parts of about equal size."""
-    step = max(1, FINETUNE_LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
+    step = max(1, FINETUNE_LOGITS_AT_ONCE[model.device.type] // model.vocabulary)
     number = math.ceil(count / step)
     return (slice(count * i // number, count * (i + 1) // number) for i in range(number))

@@ -1,74 +1,116 @@
-"""Layouts of decoders in transformers' own classes: a table, one row per architecture.
+"""Module paths of a causal language model, found in the model that transformers has built: there is no table.
 
-Which architectures there are, and the shapes that a config.json promises, is `app.domain.inputs.architectures`; this
-table adds the module paths that only torch needs. A new row needs no code, but a proof:
-`tests/engine/model/test_streamed_model.py` builds
-a tiny random model of every row and holds that block by block gives the logits of the whole model.
+transformers says which modules are decoder, embeddings and head; the blocks are the one list under the decoder that is
+as long as the configuration says. `workers.engine.model.dry_run` finds out what only a call shows.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
-from types import MappingProxyType
 
-from app.domain.inputs.architectures import find_architecture
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from bitwright.errors import UnsupportedArchitecture
 from workers.contracts.blocks import Fold
+from workers.engine.model.special_cases import FOLDS
 
-
-def folds(*, before_mlp: str = "post_attention_layernorm", offset: float = 0.0) -> tuple[Fold, ...]:
-    """Places where scales can move in a block of the Llama shape.
-
-    before_mlp  the norm whose output goes into the gated MLP
-    offset      what norms add to their weights: 1 where they multiply by 1 + w
-
-    That attention mixes values by sums over tokens and that `up` meets `gate` in a product cannot be seen from calls
-    or shapes; `tests/engine/quantize/test_folds.py` holds every row against its model in fp64.
-    """
-    query_key, value = ("self_attn.q_proj", "self_attn.k_proj"), "self_attn.v_proj"
-    return (
-        Fold("input_layernorm", (*query_key, value), "self_attn", unclipped=query_key, offset=offset),
-        Fold(value, ("self_attn.o_proj",), "self_attn.o_proj"),
-        Fold(before_mlp, ("mlp.gate_proj", "mlp.up_proj"), "mlp", offset=offset),
-        Fold("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj"),
-    )
+HINT = "quantize its weights alone where the method needs no calls (rtn, nf), or choose another model"
 
 
 @dataclass(frozen=True)
 class Layout:
     """Module paths of a causal language model.
 
+    owner       the module that calls decoder and head and returns logits; "" is the model itself
     decoder     the module whose forward makes masks and rotary embeddings and runs the blocks
-    blocks      its list of decoder blocks
-    folds       where scales can move inside a block
+    embeddings  the matrix that token ids pick rows of
+    blocks      the decoder's list of blocks
+    head        the linear that makes logits
+    outer       modules of the decoder outside the blocks that have parameters, the embeddings among them
+    folds       where scales can move inside a block; none where nobody has proved it
     """
 
-    decoder: str = "model"
-    embeddings: str = "model.embed_tokens"
-    blocks: str = "model.layers"
-    final_norm: str = "model.norm"
-    head: str = "lm_head"
-    folds: tuple[Fold, ...] = folds()
+    owner: str
+    decoder: str
+    embeddings: str
+    blocks: str
+    head: str
+    outer: tuple[str, ...]
+    folds: tuple[Fold, ...] = ()
 
     def block(self, index: int) -> str:
         """Full module name of a block."""
         return f"{self.blocks}.{index}"
 
-
-LAYOUTS: MappingProxyType[str, Layout] = MappingProxyType(
-    {
-        "llama": Layout(),
-        "mistral": Layout(),
-        "qwen2": Layout(),
-        "qwen3": Layout(),
-        "gemma3_text": Layout(folds=folds(before_mlp="pre_feedforward_layernorm", offset=1.0)),
-    }
-)
-"""By `model_type` of config.json."""
+    @property
+    def body(self) -> str:
+        """What the owner calls to get hidden states: the decoder, or the part of a larger model that it is in."""
+        start = f"{self.owner}." if self.owner else ""
+        return start + self.decoder.removeprefix(start).partition(".")[0]
 
 
-def layout_of(config: Mapping[str, object]) -> Layout:
-    """The row for a decoded config.json.
+def layout_of(model: PreTrainedModel) -> Layout:
+    """The paths of a model, which may be without weights.
 
     Raises:
-        UnsupportedArchitecture: there is none, or the weights are quantized already.
+        UnsupportedArchitecture: its decoder, blocks or head cannot be found.
     """
-    return LAYOUTS[find_architecture(config).model_type]
+    names = {id(module): name for name, module in model.named_modules(remove_duplicate=False)}
+    embeddings = model.get_input_embeddings()
+    decoder = _decoder(model, embeddings)
+    head, owner = _head(model, names)
+    layers = int(model.config.get_text_config(decoder=True).num_hidden_layers)
+    blocks = _blocks(decoder, layers)
+    start = names[id(decoder)]
+    if not start or blocks is None:
+        detail = f"{type(model).__name__} has no list of {layers} blocks under its decoder"
+        raise UnsupportedArchitecture(detail, field="model", value=model.config.model_type, hint=HINT)
+    paths = names | {id(blocks): names[id(blocks)]}
+    folds = next((FOLDS.get(type(block).__name__, ()) for block in blocks), ())
+    return Layout(
+        owner=owner,
+        decoder=start,
+        embeddings=paths[id(embeddings)],
+        blocks=paths[id(blocks)],
+        head=head,
+        outer=tuple(_outer(decoder, start, paths[id(blocks)])),
+        folds=folds,
+    )
+
+
+def _decoder(model: PreTrainedModel, embeddings: nn.Module) -> nn.Module:
+    """The innermost model with these embeddings in what transformers calls the decoder: wrappers have several."""
+    found: nn.Module = model.get_decoder()
+    inside = [module for module in found.modules() if isinstance(module, PreTrainedModel)]
+    return next((m for m in reversed(inside) if any(part is embeddings for part in m.modules())), found)
+
+
+def _head(model: PreTrainedModel, names: dict[int, str]) -> tuple[str, str]:
+    """Full name of the head, and of the model that owns it: a wrapper's own model may."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            head = module.get_output_embeddings()
+            if isinstance(head, nn.Module):
+                return names[id(head)], names[id(module)]
+    detail = f"{type(model).__name__} has no head that makes logits"
+    raise UnsupportedArchitecture(detail, field="model", value=model.config.model_type, hint=HINT)
+
+
+def _blocks(decoder: nn.Module, layers: int) -> nn.ModuleList | None:
+    lists = [module for module in decoder.modules() if isinstance(module, nn.ModuleList) and len(module) == layers]
+    own = [each for each in lists if all(isinstance(child, GradientCheckpointingLayer) for child in each)]
+    return next(iter(own or lists), None)
+
+
+def _outer(decoder: nn.Module, name: str, blocks: str) -> Iterator[str]:
+    """Names of the decoder's parts with parameters that are not, and do not hold, the blocks."""
+    for leaf, weight in decoder._parameters.items():
+        if weight is not None:
+            yield f"{name}.{leaf}"
+    for leaf, child in decoder.named_children():
+        path = f"{name}.{leaf}"
+        if blocks.startswith(f"{path}."):
+            yield from _outer(child, path, blocks)
+        elif path != blocks and next(child.parameters(), None) is not None:
+            yield path

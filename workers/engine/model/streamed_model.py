@@ -1,99 +1,93 @@
 """A model whose weights come and go: built on meta, one block real at a time.
 
 transformers builds the modules from the configuration without memory for weights (the meta device). Buffers such as
-rotary frequencies are in no checkpoint; transformers' own initialization computes them. A block's weights are read
-for its turn (`workers.engine.device.read_ahead` reads them a block early) and dropped after.
+rotary frequencies are in no checkpoint; transformers' own initialization computes them. Those that are (the bias of a
+router) are read when the model is opened, and stay. A block's weights are read for its turn
+(`workers.engine.device.read_ahead` reads them a block early) and dropped after.
 
 What the model passes to a block besides hidden states (masks, rotary embeddings, positions) depends on the sequence
-length and on the block's layer type, not on the tokens: it is captured once a length for every block, in one pass in
-which recorders stand in for all blocks.
+length and on the block's layer type, not on the tokens (`workers.engine.model.dry_run` refuses a model where it does):
+it is captured once a length for every block, in one pass in which stand-ins take the place of all blocks.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import partial
+from functools import cached_property
 from types import MappingProxyType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from app.domain.inputs.architectures import read_dimensions
-from workers.contracts.blocks import BlockForward
-from workers.engine.device.host_offload import in_transit
+from app.domain.inputs.architectures import check_numbers, find_architecture
+from app.domain.inputs.left_alone import is_further_part
+from workers.engine.model.block_calls import BlockCall, run_block, shared
+from workers.engine.model.block_linears import BlockLinears, block_linears, kind_of
 from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.dry_run import LENGTH, walk_of
+from workers.engine.model.experts import unfuse
 from workers.engine.model.fused_blocks import FusedBlock, Parts
 from workers.engine.model.fused_parts import fuse_parts, without_bands
-from workers.engine.model.layouts import Layout, layout_of
-from workers.engine.model.meta_model import configuration, empty_model, fuse_blocks, model_dtype, tensor_sources
+from workers.engine.model.layouts import layout_of
+from workers.engine.model.linear_forms import as_linears
+from workers.engine.model.meta_model import configuration, empty_model, fuse_blocks, model_dtype
+from workers.engine.model.names import Names
 from workers.engine.model.overflow import weight_overflow
+from workers.engine.model.stand_ins import Done, Reached, StandIn, imitated, parameter_places, stand_ins, swapped
 from workers.numerics.causal_attention import Band
 
-
-@dataclass(frozen=True)
-class BlockCall:
-    """Arguments that the model passes to one block besides the hidden states, for one sequence of a certain length."""
-
-    arguments: tuple[Any, ...]
-    keywords: dict[str, Any]
-
-    def __call__(self, block: Callable[..., Any], hidden: Tensor) -> Any:
-        """block(hidden, ...) for any batch (batch, length, width); of a tuple of outputs, the first."""
-        output = block(hidden, *self.arguments, **self.keywords)
-        return output[0] if isinstance(output, tuple) else output
-
-    @property
-    def identity(self) -> tuple[object, ...]:
-        """Equal for calls with the very same objects."""
-        return (*map(id, self.arguments), *((name, id(value)) for name, value in self.keywords.items()))
+__all__ = ["BlockCall", "StreamedModel", "run_block"]
 
 
 class StreamedModel:
     """A causal language model on `device` of which only the parts in use have memory.
 
-    `left_out` are tensors of the checkpoint that the model does not have; its `checkpoint` is without them.
+    `left_out` are tensors of the checkpoint that nothing explains; its `checkpoint` is without them. What else it holds
+    and the model does not (a vision tower, blocks that predict further tokens) goes into every export as it is.
 
     Raises (from `open`):
-        UnsupportedArchitecture: its model_type has no row in the table, or it needs code of its own.
+        UnsupportedArchitecture: its model_type is not accepted, or it cannot be followed block by block.
         CorruptCheckpoint: names or shapes of the checkpoint's tensors do not fit the architecture.
     """
 
     def __init__(
         self,
-        checkpoint: Checkpoint,
         model: PreTrainedModel,
+        names: Names,
         *,
-        layout: Layout,
-        sources: Mapping[str, str],
         dtype: torch.dtype,
         device: torch.device,
-        left_out: tuple[str, ...] = (),
     ) -> None:
-        self.checkpoint = checkpoint
-        self.left_out = left_out
+        more = int(getattr(model.config.get_text_config(), "num_nextn_predict_layers", 0) or 0)
         self.model = model
-        self.layout = layout
-        self.sources = sources
         self.dtype = dtype
         self.device = device
+        self.layout = layout_of(model)
+        self.left_out = tuple(name for name in names.foreign if not is_further_part(name, len(self.blocks), more))
+        self.names = names.without(self.left_out).with_slices(unfuse(model, self.layout.blocks))
+        self.checkpoint = self.names.checkpoint
+        self.transposed = {f"{self.layout.blocks}.{name}" for name in as_linears(self.blocks)}
+        self._fill_persistent_buffers()
+        self.walk = walk_of(model, self.layout, device)
+        self._linears = self._of_blocks()
+        fuse_blocks(self.blocks, dtype, device)
+        self._fuse_parts()
 
     @classmethod
     def open(cls, checkpoint: Checkpoint, device: torch.device) -> "StreamedModel":
         """Builds the modules without weights and checks every name and shape of the checkpoint against them."""
-        layout = layout_of(checkpoint.config)
-        read_dimensions(checkpoint.config)
+        find_architecture(checkpoint.config)
+        return cls.unproved(checkpoint, device)
+
+    @classmethod
+    def unproved(cls, checkpoint: Checkpoint, device: torch.device) -> "StreamedModel":
+        """The same of any type, accepted or not."""
+        check_numbers(checkpoint.config)
         config = configuration(checkpoint)
         dtype = model_dtype(config, checkpoint)
         model = empty_model(config, dtype, device)
-        fuse_blocks(model.get_submodule(layout.blocks), dtype, device)
-        sources, foreign = tensor_sources(model, checkpoint, layout.blocks)
-        kept = checkpoint.without(foreign)
-        opened = cls(kept, model, layout=layout, sources=sources, dtype=dtype, device=device, left_out=tuple(foreign))
-        opened._fuse_parts()
-        return opened
+        names = Names.of(model, checkpoint, layout_of(model).blocks)
+        return cls(model, names, dtype=dtype, device=device)
 
     def _fuse_parts(self) -> None:
         """Puts fused parts into blocks that no hand-fused one stands for, where there are parts for the device."""
@@ -108,7 +102,28 @@ class StreamedModel:
     @property
     def tied(self) -> bool:
         """True if the head is the embedding matrix."""
-        return f"{self.layout.head}.weight" not in self.sources
+        return f"{self.layout.head}.weight" in self.names.tied
+
+    @cached_property
+    def sources(self) -> Mapping[str, str]:
+        """Full parameter name -> the stored tensor that is it as it is; without those that come from others."""
+        own = {name: self.names.own_name(name) for name in self.names.parameters}
+        return {name: source for name, source in own.items() if source is not None}
+
+    @property
+    def width(self) -> int:
+        """Of hidden states."""
+        return self.walk.width
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of logits."""
+        return int(self.model.get_submodule(self.layout.head).weight.shape[0])
+
+    @property
+    def known_tokens(self) -> int:
+        """Number of token ids."""
+        return int(self.model.get_submodule(self.layout.embeddings).weight.shape[0])
 
     @property
     def blocks(self) -> nn.ModuleList:
@@ -118,17 +133,43 @@ class StreamedModel:
         return modules
 
     def block_linears(self, index: int) -> dict[str, nn.Linear]:
-        """The linears of a block by their names inside it; on meta unless the block is loaded."""
-        return {name: module for name, module in self.blocks[index].named_modules() if isinstance(module, nn.Linear)}
+        """Linears of a block that may be quantized, by their names inside it; on meta unless the block is loaded."""
+        block = self.blocks[index]
+        return {name: _linear(block, name) for name in self._linears[index].names}
 
     def linears(self) -> dict[str, nn.Linear]:
         """Every linear that may be quantized, by full module name: those of all blocks, and the head."""
-        blocks, head = self.layout.blocks + ".", self.layout.head
-        return {
-            name: module
-            for name, module in self.model.named_modules()
-            if isinstance(module, nn.Linear) and (name.startswith(blocks) or name == head)
+        found = {
+            f"{self.layout.block(index)}.{name}": linear
+            for index in range(len(self.blocks))
+            for name, linear in self.block_linears(index).items()
         }
+        return found | {self.layout.head: _linear(self.model, self.layout.head)}
+
+    def input_groups(self) -> list[tuple[str, ...]]:
+        """Full names of linears that read the same input in the same part of a block, which runtimes may join."""
+        return [
+            tuple(f"{self.layout.block(index)}.{name}" for name in group)
+            for index, linears in enumerate(self._linears)
+            for group in linears.groups
+        ]
+
+    def _of_blocks(self) -> list[BlockLinears]:
+        """Of every block, found once for each kind of block."""
+        calls, found = self.capture_calls(LENGTH), dict[object, BlockLinears]()
+        kinds = [(kind_of(block), len(list(call.leaves()))) for block, call in zip(self.blocks, calls, strict=True)]
+        for kind, block, call in zip(kinds, self.blocks, calls, strict=True):
+            if kind not in found:
+                found[kind] = block_linears(block, call, (LENGTH, self.width), self.dtype)
+        return [found[kind] for kind in kinds]
+
+    def _fill_persistent_buffers(self) -> None:
+        for name in self.names.buffers:
+            owner, leaf = self._place(name)
+            buffer = owner._buffers[leaf]
+            assert buffer is not None  # noqa: S101 - for the type checker
+            value = self.names.read(name)
+            owner._buffers[leaf] = value.to(self.device, buffer.dtype if value.is_floating_point() else value.dtype)
 
     @contextmanager
     def loaded(self, *names: str, given: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
@@ -175,35 +216,31 @@ class StreamedModel:
             NumericalFailure: a weight is not finite.
         """
         upload = upload or self._upload
-        tensors, read = {}, {}
-        for parameter in self._parameter_names(name):
+        tensors, read, stored = {}, {}, self.names.reader()
+        for parameter, _, _ in parameter_places(self.model, name):
             if parameter in given:
                 tensors[parameter] = given[parameter]
             else:
-                tensors[parameter] = read[parameter] = upload(self._stored(parameter), self.dtype)
+                dtype = self._dtypes.get(parameter, self.dtype)
+                tensors[parameter] = read[parameter] = upload(self._turned(parameter, stored(parameter)), dtype)
         self._demand_finite(read)
         return tensors
 
+    @cached_property
+    def _dtypes(self) -> dict[str, torch.dtype]:
+        """Of parameters that have another than the model's."""
+        parameters = self.model.named_parameters(remove_duplicate=False)
+        return {name: weight.dtype for name, weight in parameters if weight.dtype != self.dtype}
+
     def _upload(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         return tensor.to(self.device, dtype)
-
-    def _parameter_names(self, name: str) -> list[str]:
-        modules = self.model.get_submodule(name).named_modules(prefix=name)
-        return [
-            f"{path}.{leaf}"
-            for path, module in modules
-            for leaf, weight in module._parameters.items()
-            if weight is not None
-        ]
 
     def _place(self, parameter: str) -> tuple[nn.Module, str]:
         owner, _, leaf = parameter.rpartition(".")
         return self.model.get_submodule(owner), leaf
 
-    def _stored(self, parameter: str) -> Tensor:
-        if self.tied and parameter == f"{self.layout.head}.weight":
-            parameter = f"{self.layout.embeddings}.weight"
-        return self.checkpoint.read(self.sources[parameter])
+    def _turned(self, parameter: str, stored: Tensor) -> Tensor:
+        return stored.T if parameter in self.transposed else stored
 
     def _demand_finite(self, weights: Mapping[str, Tensor]) -> None:
         """One pass over each weight without a copy, and one wait for the device in all."""
@@ -213,12 +250,20 @@ class StreamedModel:
         extremes = torch.stack([torch.stack(torch.aminmax(weight)) for weight in weights.values()])
         for parameter, is_finite in zip(weights, extremes.isfinite().all(1).tolist(), strict=True):
             if not is_finite:
-                raise weight_overflow(parameter, self._stored(parameter), self.dtype)
+                raise weight_overflow(parameter, self.names.read(parameter), self.dtype)
 
+    @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
-        """Hidden states before block 0, (batch, length, width); the embeddings must be loaded."""
-        hidden: Tensor = self.model.get_submodule(self.layout.embeddings)(ids)
-        return hidden
+        """Hidden states before block 0, (batch, length, width); the layout's `outer` must be loaded."""
+        if self.walk.embeds:
+            hidden: Tensor = self.model.get_submodule(self.layout.embeddings)(ids)
+            return hidden
+        try:
+            with self._stand_ins(stops=True):
+                self.model.get_submodule(self.layout.decoder)(input_ids=ids, use_cache=False)
+        except Reached as reached:
+            return reached.hidden
+        raise TypeError(f"{self.layout.decoder} has not called its first block")
 
     @torch.no_grad()
     def capture_calls(self, length: int) -> tuple[BlockCall, ...]:
@@ -226,111 +271,60 @@ class StreamedModel:
 
         Blocks that are called with the same objects share one call, so that what is made for it serves them all.
         """
-        decoder = self.model.get_submodule(self.layout.decoder)
-        hidden = torch.zeros(1, length, self._width, dtype=self.dtype, device=self.device)
-        with self._stand_ins() as recorders, self._swapped(self.layout.final_norm, nn.Identity()):
-            decoder(inputs_embeds=hidden, use_cache=False)
+        ids = torch.zeros(1, length, dtype=torch.int64, device=self.device)
+        with imitated(self.model, self.layout.outer, self.device), self._stand_ins() as recorders:
+            self.model.get_submodule(self.layout.decoder)(input_ids=ids, use_cache=False)
         bands: dict[int, Band | None] = {}
         calls = [
-            BlockCall(arguments, without_bands(block, keywords, bands))
+            BlockCall(call.arguments, without_bands(block, call.keywords, bands), self.walk.by_row)
             for block, recorder in zip(self.blocks, recorders, strict=True)
-            for arguments, keywords in recorder.calls[:1]
+            for call in recorder.calls[:1]
         ]
-        first = {call.identity: call for call in reversed(calls)}
-        return tuple(first[call.identity] for call in calls)
+        return shared(calls)
 
-    @torch.no_grad()
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits (batch, length, vocabulary) of hidden states after the last block; norm and head must be loaded.
+        """Logits (batch, length, vocabulary) of hidden states after the last block; `after_blocks` must be loaded.
 
-        The model's own forward runs with blocks that pass their input on, so that whatever it does around norm and
-        head (Gemma's soft cap) is done.
+        What the model does after its decoder (a scale, a soft cap) is done by its own forward pass. Autograd works.
+        Where the decoder does nothing but its norm after its blocks, no masks are made: many tokens cost no more than
+        their logits.
         """
-        with self._stand_ins():
-            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
-        return logits
-
-    def head_logits(self, hidden: Tensor) -> Tensor:
-        """`logits` without the decoder: its norm, then what the model does after it. Autograd works.
-
-        No masks are made, so that many tokens cost no more than their logits. Equal to `logits` where the decoder does
-        nothing but its norm after its blocks.
-        """
-        norm = self.model.get_submodule(self.layout.final_norm)
-        with self._swapped(self.layout.decoder, _Normed(norm)):
-            logits: Tensor = self.model(inputs_embeds=hidden, use_cache=False).logits
+        norm = None if self.walk.norm is None else self.model.get_submodule(self.walk.norm)
+        if not self.walk.plain:
+            hidden = self._after_blocks(hidden)
+        owner = self.model.get_submodule(self.layout.owner)
+        inner = [name for name in self.layout.decoder.removeprefix(self.layout.body).split(".") if name]
+        done = Done(self.model.get_submodule(self.layout.body), hidden, norm, inner)
+        with swapped(self.model, self.layout.body, done):
+            logits: Tensor = owner(inputs_embeds=hidden, use_cache=False).logits
         return logits
 
     @property
-    def _width(self) -> int:
-        return int(self.model.get_input_embeddings().weight.shape[1])
+    def after_blocks(self) -> tuple[str, ...]:
+        """What `logits` needs of the model, by name."""
+        last = tuple(name for name in self.layout.outer if name != self.layout.embeddings)
+        if self.walk.plain:
+            last = () if self.walk.norm is None else (self.walk.norm,)
+        return (*last, self.layout.head)
+
+    def _after_blocks(self, hidden: Tensor) -> Tensor:
+        """What the decoder makes of hidden states after its last block."""
+        ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
+        with imitated(self.model, self.layout.outer, self.device), self._stand_ins(hidden):
+            states: Tensor = self.model.get_submodule(self.layout.decoder)(input_ids=ids, use_cache=False)[0]
+        return states
 
     @contextmanager
-    def _stand_ins(self) -> Iterator[list["_Recorder"]]:
-        blocks = self.blocks
-        recorders = [_Recorder(block) for block in blocks]
-        parent, _, leaf = self.layout.blocks.rpartition(".")
-        owner = self.model.get_submodule(parent)
-        setattr(owner, leaf, nn.ModuleList(recorders))
-        try:
+    def _stand_ins(self, given: Tensor | None = None, *, stops: bool = False) -> Iterator[list[StandIn]]:
+        with stand_ins(self.model, self.layout.blocks, self.walk.outputs, given, stops=stops) as recorders:
             yield recorders
-        finally:
-            setattr(owner, leaf, blocks)
-
-    @contextmanager
-    def _swapped(self, name: str, module: nn.Module) -> Iterator[None]:
-        parent, _, leaf = name.rpartition(".")
-        owner, original = self.model.get_submodule(parent), self.model.get_submodule(name)
-        setattr(owner, leaf, module)
-        try:
-            yield
-        finally:
-            setattr(owner, leaf, original)
 
 
-class _Recorder(nn.Module):
-    """Stands in for a block: notes what it is called with and passes the hidden states on."""
-
-    def __init__(self, block: nn.Module) -> None:
-        super().__init__()
-        # Not a submodule: the model asks a block for plain attributes such as its attention type.
-        object.__setattr__(self, "block", block)
-        self.calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(object.__getattribute__(self, "block"), name)
-
-    def forward(self, hidden: Tensor, *arguments: Any, **keywords: Any) -> Tensor:
-        self.calls.append((arguments, keywords))
-        return hidden
-
-
-class _Normed(nn.Module):
-    """Stands in for a decoder whose blocks are done."""
-
-    def __init__(self, norm: nn.Module) -> None:
-        super().__init__()
-        self.norm = norm
-
-    def forward(self, inputs_embeds: Tensor, **_: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.norm(inputs_embeds))
-
-
-@torch.no_grad()
-def run_block(
-    forward: BlockForward, block: nn.Module, source: Tensor, target: Tensor, *, micro_batch: int, device: torch.device
-) -> None:
-    """target[i] = block(source[i]) for all sequences, `micro_batch` at a time; the two may be the same tensor.
-
-    Waits for a GPU only at the end, and only where the target is in host memory.
-    """
-    if not len(source):
-        return
-    if device.type == "cuda" and not source.is_cuda and not target.is_cuda:
-        in_transit(partial(forward, block), source, target, rows=micro_batch, device=device)
-        return
-    for before, after in zip(torch.split(source, micro_batch), torch.split(target, micro_batch), strict=True):
-        after.copy_(forward(block, before.to(device)))
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    module = model.get_submodule(name)
+    if not isinstance(module, nn.Linear):
+        raise TypeError(f"{name} is {type(module).__name__}, not Linear")
+    return module
 
 
 def _parameter(value: Tensor) -> nn.Parameter:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from workers.engine.device.process_group import ProcessGroup
-from workers.engine.model.streamed_model import BlockCall, StreamedModel, run_block
+from workers.engine.model.block_calls import BlockCall, run_block
+from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import Plan
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
@@ -71,7 +72,7 @@ class Activations:
     def rewind(self, model: StreamedModel) -> None:
         """X_q <- the embeddings, as before block 0. The kept inputs are let go."""
         self.inputs_fp = None
-        with model.loaded(model.layout.embeddings):
+        with model.loaded(*model.layout.outer):
             _embeddings(model, self._ids, self.quantized)
 
     def call(self, index: int) -> BlockCall:
@@ -92,15 +93,14 @@ class Activations:
 
 def _buffer(model: StreamedModel, ids: Tensor, plan: Plan) -> Tensor:
     """Uninitialized hidden states of the sequences, where the plan has them."""
-    width = model.config.get_text_config().hidden_size
     on_device = plan.activations == "device"
     pinned = not on_device and model.device.type == "cuda"
     place = model.device if on_device else torch.device("cpu")
-    return torch.empty(*ids.shape, width, dtype=model.dtype, device=place, pin_memory=pinned)
+    return torch.empty(*ids.shape, model.width, dtype=model.dtype, device=place, pin_memory=pinned)
 
 
 def _embeddings(model: StreamedModel, ids: Tensor, hidden: Tensor) -> Tensor:
-    """The sequences' embeddings, written to `hidden`; the embedding matrix must be loaded."""
+    """The sequences' embeddings, written to `hidden`; the model's `outer` must be loaded."""
     for row in range(len(ids)):
         hidden[row] = model.embed(ids[row : row + 1].to(model.device))[0]
     return hidden

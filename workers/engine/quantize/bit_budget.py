@@ -21,7 +21,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from app.domain.inputs.architectures import SHARED_INPUTS
 from app.domain.methods import BitBudget, Candidate, Form, WeightSpec
 from app.domain.methods.module_rules import over_budget
 from bitwright.errors import NumericalFailure
@@ -164,7 +163,7 @@ def spend(scoring: Scoring, budget: BitBudget) -> tuple[dict[str, Candidate], Al
     costs = {n: [c.stored_bits(shapes[n], scale_bits) for c in choices] for n, choices in candidates.items()}
     weights = sum(out * width for out, width in shapes.values())
     scored = time.perf_counter()
-    solved = solve(candidates, costs, errors, int(budget.average * weights))
+    solved = solve(candidates, costs, errors, int(budget.average * weights), scoring.model.input_groups())
     if solved is None:
         raise over_budget(budget.average, sum(map(min, costs.values())) / weights)
     allocation, chosen = solved
@@ -189,9 +188,10 @@ def solve(
     costs: Mapping[str, Sequence[int]],
     errors: Mapping[str, Sequence[float]],
     limit: int,
+    groups: Sequence[Sequence[str]] = (),
 ) -> tuple[Allocation, dict[str, int]] | None:
     """The allocation within `limit` bits, and each linear's choice by its full name; None if nothing is so small."""
-    items = list(tied(candidates))
+    items = list(tied(candidates, groups))
     item_costs = [[sum(each) for each in zip(*(costs[name] for name in item), strict=True)] for item in items]
     item_errors = [[sum(each) for each in zip(*(errors[name] for name in item), strict=True)] for item in items]
     if sum(map(min, item_costs)) > limit:
@@ -200,22 +200,22 @@ def solve(
     return allocation, {name: x for item, x in zip(items, allocation.choices, strict=True) for name in item}
 
 
-def tied(candidates: Mapping[str, tuple[Candidate, ...]]) -> Iterator[tuple[str, ...]]:
-    """The linears whose choices are one item: those of a block that read one input and choose among the same widths.
+def tied(candidates: Mapping[str, tuple[Candidate, ...]], groups: Sequence[Sequence[str]]) -> Iterator[tuple[str, ...]]:
+    """The linears whose choices are one item: those of a group that choose among the same widths.
+
+    groups   full names of linears that read the same input
 
     A configuration of more than a width (with a second level for the maxima) is each linear's own.
     """
+    others = {name: [other for other in group if other != name] for group in groups for name in group}
     done: set[str] = set()
     for name, choices in candidates.items():
         if name in done:
             continue
         together = [name]
-        for leaf, *others in ((n, *(m for m in group if m != n)) for group in SHARED_INPUTS for n in group):
-            if name.endswith("." + leaf) and all(choice.absmax is None for choice in choices):
-                prefix = name.removesuffix(leaf)
-                together += [
-                    f"{prefix}{o}" for o in others if _widths(candidates.get(prefix + o, ())) == _widths(choices)
-                ]
+        if all(choice.absmax is None for choice in choices):
+            alike = (other for other in others.get(name, ()) if other not in done)
+            together += [other for other in alike if _widths(candidates.get(other, ())) == _widths(choices)]
         done.update(together)
         yield tuple(together)
 

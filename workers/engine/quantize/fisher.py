@@ -18,8 +18,9 @@ from bitwright.errors import NumericalFailure
 from workers.contracts.blocks import Fisher
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.memory import FISHER_SHARE, LOGITS_AT_ONCE
+from workers.engine.model.block_calls import BlockCall, run_block
 from workers.engine.model.overflow import original_overflows
-from workers.engine.model.streamed_model import BlockCall, StreamedModel, run_block
+from workers.engine.model.streamed_model import StreamedModel
 from workers.machine import host_memory
 
 
@@ -54,14 +55,14 @@ def empirical_fisher(
 
 def sequences_at_once(model: StreamedModel, length: int) -> int:
     """Sequences whose hidden states before all blocks fit on the host; at least one."""
-    width = model.config.get_text_config().hidden_size
-    return max(1, int(FISHER_SHARE * host_memory() / ((len(model.blocks) + 1) * length * width * model.dtype.itemsize)))
+    each = (len(model.blocks) + 1) * length * model.width * model.dtype.itemsize
+    return max(1, int(FISHER_SHARE * host_memory() / each))
 
 
 @torch.no_grad()
 def _forward(model: StreamedModel, calls: tuple[BlockCall, ...], ids: Tensor, micro_batch: int) -> list[Tensor]:
     """Hidden states before each block and after the last, each (sequences, length, width) on the host."""
-    with model.loaded(model.layout.embeddings):
+    with model.loaded(*model.layout.outer):
         states = [torch.cat([model.embed(row[None].to(model.device)).cpu() for row in ids])]
     for index, block in enumerate(model.blocks):
         states.append(torch.empty_like(states[-1]))
@@ -74,14 +75,14 @@ def _forward(model: StreamedModel, calls: tuple[BlockCall, ...], ids: Tensor, mi
 
 def _loss_gradient(model: StreamedModel, hidden: Tensor, ids: Tensor) -> Tensor:
     """dL/d(hidden states after the last block), the shape of `hidden`, which it replaces."""
-    step = max(1, LOGITS_AT_ONCE[model.device.type] // model.config.get_text_config().vocab_size)
-    with model.loaded(model.layout.final_norm, model.layout.head):
+    step = max(1, LOGITS_AT_ONCE[model.device.type] // model.vocabulary)
+    with model.loaded(*model.after_blocks):
         for states, tokens in zip(hidden, ids, strict=True):
             for start in range(0, len(tokens), step):
                 labels = tokens[start + 1 : start + 1 + step].to(model.device)
                 leaf = states[start : start + step].to(model.device).requires_grad_()
                 with torch.enable_grad():
-                    logits = model.head_logits(leaf[None])[0, : len(labels)]
+                    logits = model.logits(leaf[None])[0, : len(labels)]
                     loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
                 (gradient,) = torch.autograd.grad(loss, leaf)
                 states[start : start + step] = gradient.to(states)

@@ -84,7 +84,7 @@ def _measured(job: Job, ids: Tensor) -> Prepared:
         return Prepared(fisher=fisher)
     activations = None
     if not isinstance(method_of(spec), ScoringMethod):
-        with model.loaded(model.layout.embeddings):
+        with model.loaded(*model.layout.outer):
             activations = Activations(model, ids, job.plan, keep_inputs=False)
     scoring = Scoring(
         model=model,

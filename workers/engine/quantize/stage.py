@@ -38,7 +38,7 @@ def run(job: Job) -> Quantized:
     """
     model, spec, texts, finished = job.model, job.spec, job.texts, job.finished_blocks
     observed = texts.calibration if spec.observes_inputs() else None
-    with model.loaded(model.layout.embeddings):
+    with model.loaded(*model.layout.outer):
         calibration = _activations(job, observed, keep_inputs=spec.needs_original_inputs())
         evaluation = _activations(job, texts.evaluation, reference=job.reference)
     finished.adopt(job.fingerprint())
@@ -60,7 +60,7 @@ def run(job: Job) -> Quantized:
 def _activations(
     job: Job, sequences: Sequences | None, *, keep_inputs: bool = False, reference: bool = False
 ) -> Activations | None:
-    """Activations of this process's share of the sequences; the embedding matrix must be loaded."""
+    """Activations of this process's share of the sequences; the model's `outer` must be loaded."""
     if sequences is None:
         return None
     ids = job.processes.share(sequences.ids)

@@ -13,7 +13,8 @@ from torch import Tensor
 from app.domain.methods import SCALE_BATCH_SIZE, Scheme
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.memory import GROUP_BYTES, LOGITS_AT_ONCE, SCALES_SHARE, device_memory, graph_bytes
-from workers.engine.model.streamed_model import BlockCall, StreamedModel
+from workers.engine.model.block_calls import BlockCall
+from workers.engine.model.streamed_model import StreamedModel
 from workers.numerics.quantized import AffineWeight
 
 

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import PER_CHANNEL, Scheme
-from workers.engine.model.streamed_model import BlockCall, StreamedModel
+from workers.engine.model.block_calls import BlockCall
+from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.tuned_block import replace_linears
 from workers.numerics.affine import store_scale

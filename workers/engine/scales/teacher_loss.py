@@ -21,7 +21,7 @@ from workers.numerics.divergence import divergence
 
 @dataclass(frozen=True)
 class OutputHead:
-    """The model's norm and head, which must be loaded.
+    """The model's `after_blocks`, which must be loaded.
 
     quantized       the student's head weight, where that is quantized; else both have the original one
     tokens_at_once  tokens whose logits exist at a time
@@ -37,13 +37,8 @@ class OutputHead:
         weight = model.model.get_submodule(model.layout.head).weight
         assert isinstance(weight, nn.Parameter)  # noqa: S101 - for the type checker
         student = weight if quantized is None else nn.Parameter(quantized.to(model.device), requires_grad=False)
-        vocabulary = model.config.get_text_config().vocab_size
+        vocabulary = model.vocabulary
         return cls(model, weight, student, max(1, LOGITS_AT_ONCE[model.device.type] // vocabulary))
-
-    @torch.no_grad()
-    def is_faithful(self, hidden: Tensor) -> bool:
-        """True if norm and head alone give the model's logits for (1, tokens, width): see `head_logits`."""
-        return torch.equal(self.model.head_logits(hidden), self.model.logits(hidden))
 
     def divergence(self, student: Tensor, teacher: Tensor) -> Tensor:
         """KL(teacher || student) summed over tokens, fp64; hidden states (batch, length, width)."""
@@ -83,7 +78,7 @@ class OutputHead:
 
     def _logits(self, hidden: Tensor) -> Tensor:
         """(tokens, vocabulary) of (tokens, width), with the weight that the head has now."""
-        return self.model.head_logits(hidden.unsqueeze(0))[0]
+        return self.model.logits(hidden.unsqueeze(0))[0]
 
     @contextmanager
     def _head(self, weight: nn.Parameter) -> Iterator[None]:

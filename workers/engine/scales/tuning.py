@@ -105,10 +105,8 @@ def tune_scales(task: ScaleTask) -> ScaleOutcome | Skipped:
 
 def _tune(task: ScaleTask, fit: Fit) -> ScaleOutcome | Skipped:
     model = task.model
-    with model.loaded(model.layout.final_norm, model.layout.head):
+    with model.loaded(*model.after_blocks):
         head = OutputHead.of(model, task.quantized_head)
-        if not head.is_faithful(task.targets[:1, :16].to(model.device)):
-            return Skipped("the model does more after its blocks than norm and head")
         tuning = ScaleTuning.begin(task, fit, head)
         before = tuning.held_out_divergence()
         if not math.isfinite(before):

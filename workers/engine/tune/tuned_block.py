@@ -7,15 +7,17 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from workers.contracts.blocks import BlockTask, JoinsLinears
+from workers.contracts.experts import RoutedExperts, experts_of
 from workers.contracts.tuning import TrainableWeights
 from workers.engine.tune.gradient_linear import GradientLinear
+from workers.engine.tune.grouped_experts import GroupedExperts, Stack, bias_of, receiver
 
 MakeLinear = Callable[[Sequence[str], nn.Parameter | None], GradientLinear | None]
 """Some linears as one, with the bias of all, by their names; None if their weights do not lie one after another."""
@@ -39,6 +41,25 @@ class FlatWeights:
         value, gradient = (torch.zeros(size, dtype=example.dtype, device=example.device) for _ in range(2))
         return cls(value, gradient, shapes)
 
+    def stacked(self, experts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor] | None:
+        """Weight and gradient (experts, sum of out, in) of the same linears of every expert, views with one step.
+
+        None unless each expert's lie one after another, all in the same shapes and at the same distance.
+        """
+        starts = dict(zip(self.shapes, accumulate(map(math.prod, self.shapes.values()), initial=0), strict=False))
+        views = [self.views(names) for names in experts]
+        first = views[0]
+        if first is None or any(view is None or view[0].shape != first[0].shape for view in views):
+            return None
+        places = [starts[names[0]] for names in experts]
+        steps = {after - before for before, after in pairwise(places)} or {first[0].numel()}
+        if len(steps) > 1:
+            return None
+        out, columns = first[0].shape
+        shape, strides = (len(experts), out, columns), (steps.pop(), columns, 1)
+        weight, gradient = (whole.as_strided(shape, strides, places[0]) for whole in (self.value, self.gradient))
+        return weight, gradient
+
     def views(self, names: Sequence[str]) -> tuple[Tensor, Tensor] | None:
         """Weight and gradient (sum of out, in) of linears as one; None unless they lie one after another here."""
         order = list(self.shapes)
@@ -60,7 +81,11 @@ class Accumulation:
 
 @dataclass(frozen=True)
 class TunedBlock:
-    """The copy of a block, with a `GradientLinear` for every linear that is tuned and nothing else trainable."""
+    """The copy of a block, with a `GradientLinear` for every linear that is tuned and nothing else trainable.
+
+    Experts are computed at once where their weights lie evenly. Where they are called one by one, one without tokens
+    leaves its gradient as it was, so that `begin` clears all of them.
+    """
 
     module: nn.Module
     flats: tuple[FlatWeights, ...]
@@ -74,7 +99,12 @@ class TunedBlock:
         module = copy.deepcopy(task.block, skipped).requires_grad_(False)
         flats = tuple(FlatWeights.like(task.linear(next(iter(group.shapes))).weight, group.shapes) for group in weights)
         block = cls(module, flats, Accumulation())
+        biases = {name: block._biases(part) for name, part in experts_of(module).items()}
         replace_linears(module, tuned, block._linear)
+        for name, part in experts_of(module).items():
+            part.seen, part.complete = None, frozenset()
+            # Not a submodule: its parameters are those of the linears that it joins.
+            object.__setattr__(part, "joined", block._experts(name, part, biases[name]))
         return block
 
     def adopt(self, block: nn.Module) -> None:
@@ -84,6 +114,31 @@ class TunedBlock:
         for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
             if id(tensor) not in tuned:
                 tensor.data.copy_(others[name])
+
+    def begin(self, *, adds: bool) -> None:
+        """Says whether the next backward adds to the gradients; else they are those of that backward alone."""
+        alone = any(part.joined is None for part in experts_of(self.module).values())
+        if alone and not adds:
+            for flat in self.flats:
+                flat.gradient.zero_()
+        self.accumulation.adds = adds or alone
+
+    def _biases(self, part: RoutedExperts) -> tuple[Tensor | None, Tensor | None]:
+        return bias_of(part, part.sides), bias_of(part, [part.down])
+
+    def _experts(
+        self, name: str, part: RoutedExperts, biases: tuple[Tensor | None, Tensor | None]
+    ) -> GroupedExperts | None:
+        """All experts of a part at once; None where their weights do not lie evenly, or some are not tuned."""
+        prefix, stacks = f"{name}." if name else "", []
+        for linears, bias in zip((part.sides, (part.down,)), biases, strict=True):
+            names = [[f"{prefix}{expert}.{linear}" for linear in linears] for expert in range(part.number)]
+            found = [views for flat in self.flats if (views := flat.stacked(names)) is not None]
+            if not found:
+                return None
+            weight, gradient = found[0]
+            stacks.append(Stack(nn.Parameter(weight), bias, receiver(gradient, lambda: self.accumulation.adds)))
+        return GroupedExperts(stacks[0], stacks[1], part.activated)
 
     def _linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
         """The linears of these names as one; None unless they lie one after another in a flat buffer."""

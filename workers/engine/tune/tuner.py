@@ -230,7 +230,7 @@ class _Run:
     def _gradients(self) -> None:
         batch = self.data.rows(self.count.view(1))
         for number, rows in enumerate(torch.split(batch, self.micro_batch)):
-            self.block.accumulation.adds = number > 0
+            self.block.begin(adds=number > 0)
             self._add_gradients(rows, len(rows) / (len(batch) * self.processes.size))
 
     def _sum_gradients(self) -> None:
