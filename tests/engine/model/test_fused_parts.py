@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from workers.engine.model.fused_blocks import FusedAttention, FusedMLP, FusedRMSNorm, Parts
-from workers.engine.model.fused_parts import fuse_parts, without_bands
+from workers.engine.model.fused_parts import fuse_parts, warm_ups, without_bands
+from workers.numerics.backends import block_kernels
 from workers.numerics.causal_attention import Band
 
 pytest.importorskip("triton")
@@ -220,3 +221,24 @@ def test_a_band_takes_the_place_of_a_mask_only_where_attention_takes_it() -> Non
     fuse_parts(nn.ModuleList([block]), Parts.kernels(), keywords_of(model))
     assert without_bands(block, call, {}) == {"attention_mask": Band(WINDOW)}
     assert without_bands(block, {"attention_mask": None}, {}) == {"attention_mask": None}
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "granite"])
+def test_warm_ups_launch_every_kernel_of_the_parts(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    launched: set[str] = set()
+    for name in ("_rms_norm", "_rms_norm_backward", "_activation_mul", "_activation_mul_backward", "_turn"):
+        kernel = getattr(block_kernels, name)
+
+        class Noted:
+            def __getitem__(self, grid: object, kernel: Any = kernel, name: str = name) -> Any:
+                launched.add(name)
+                return kernel[grid]
+
+        monkeypatch.setattr(block_kernels, name, Noted())
+    model = model_of(family, num_hidden_layers=3)
+    fuse_parts(model.model.layers, Parts.kernels(), keywords_of(model))
+    calls = warm_ups(model.model.layers, torch.float32, torch.device(DEVICE))
+    assert len(calls) == {"gemma3_text": 4, "granite": 3}[family]  # two widths of norms; an MLP; attention
+    for call in calls:
+        call()
+    assert launched == {"_rms_norm", "_rms_norm_backward", "_activation_mul", "_activation_mul_backward", "_turn"}

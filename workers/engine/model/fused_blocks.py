@@ -107,9 +107,12 @@ class FusedMLP(JoinsLinears):
 
     def forward(self, hidden: Tensor) -> Tensor:
         both = (self.joined(hidden),) if self.joined is not None else (self.gate_proj(hidden), self.up_proj(hidden))
-        multiply = self.parts.silu_mul if self.activation == "silu" else self.parts.gelu_mul
-        down: Tensor = self.down_proj(multiply(*both))
+        down: Tensor = self.down_proj(self.product(*both))
         return down
+
+    def product(self, *gate_up: Tensor) -> Tensor:
+        """The activated gate times up, of the two or of both packed in one."""
+        return self.parts.silu_mul(*gate_up) if self.activation == "silu" else self.parts.gelu_mul(*gate_up)
 
 
 class FusedAttention(JoinsLinears):

@@ -45,6 +45,47 @@ def fuse_parts(blocks: nn.ModuleList, parts: Parts, keywords: Callable[[int, int
             block.set_submodule(name, make(block.get_submodule(name), parts))
 
 
+def warm_ups(blocks: nn.ModuleList, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
+    """Calls on a few tokens, forward and backward, which compile the kernels of all fused parts of these blocks."""
+
+    def ones(*shape: int) -> Tensor:
+        return torch.ones(2, 16, *shape, dtype=dtype, device=device, requires_grad=True)
+
+    calls: dict[object, Callable[[], Any]] = {}
+    for part in blocks.modules():
+        if isinstance(part, FusedRMSNorm):
+            kind = {"offset": part.offset, "rounds_twice": part.rounds_twice}
+            calls["norm", len(part.weight), part.offset, part.rounds_twice] = partial(_norm, part, ones, kind)
+        elif isinstance(part, FusedMLP):
+            inner = part.gate_proj.weight.shape[0]
+            calls["mlp", inner, part.activation] = partial(_product, part, ones, inner)
+        elif isinstance(part, FusedAttention):
+            calls["attention", *part.counts, part.head_dim, part.q_norm is None] = partial(_turn, part, ones)
+    return [partial(_both_ways, call) for call in calls.values()]
+
+
+def _norm(part: FusedRMSNorm, ones: Callable[..., Tensor], kind: dict[str, Any]) -> Tensor:
+    hidden = ones(len(part.weight))
+    return part.parts.rms_norm(hidden, torch.ones_like(hidden[0, 0]).detach(), part.eps, **kind)
+
+
+def _product(part: FusedMLP, ones: Callable[..., Tensor], inner: int) -> Tensor:
+    return part.product(*((ones(2 * inner),) if part.together else (ones(inner), ones(inner))))
+
+
+def _turn(part: FusedAttention, ones: Callable[..., Tensor]) -> tuple[Tensor, ...]:
+    width = part.head_dim
+    heads = (ones(sum(part.counts), width),) if part.q_norm is None else [ones(count, width) for count in part.counts]
+    angles = ones(width)[:1].detach()
+    return part.parts.apply_rope(*heads, counts=part.counts, cos=angles, sin=angles)
+
+
+def _both_ways(call: Callable[[], Any]) -> None:
+    outputs = call()
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
+
+
 def without_bands(block: nn.Module, keywords: dict[str, Any], bands: dict[int, Band | None]) -> dict[str, Any]:
     """The keywords of a block's call, with a `Band` for the mask where that is one and the block's attention takes it.
 

@@ -12,7 +12,7 @@ import torch
 
 from app.domain.methods import Scheme, WeightSpec
 from workers.contracts.blocks import KernelMethod, WarmUp
-from workers.engine.model import fused_blocks
+from workers.engine.model import fused_blocks, fused_parts
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.registry import method_of
 from workers.numerics.backend import triton_serves
@@ -45,4 +45,6 @@ def _calls(
         calls += method.warm_ups(WarmUp(kinds, model.dtype, scale_dtype, model.device), spec)
     if isinstance(first, fused_blocks.FusedBlock):
         calls += fused_blocks.warm_ups(first, model.dtype, model.device)
+    else:
+        calls += fused_parts.warm_ups(model.blocks, model.dtype, model.device)
     return calls
