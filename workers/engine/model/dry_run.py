@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from bitwright.errors import UnsupportedArchitecture
 from workers.engine.model.block_calls import BlockCall, plain_value
 from workers.engine.model.layouts import HINT, Layout
+from workers.engine.model.special_cases import SHARED_STATES
 from workers.engine.model.stand_ins import StandIn, imitated, stand_ins
 
 LENGTH = 8
@@ -85,7 +86,7 @@ class _Run:
 
 def _run(model: PreTrainedModel, layout: Layout, ids: Tensor, outputs: int) -> _Run:
     decoder = model.get_submodule(layout.decoder)
-    with stand_ins(model, layout.blocks, outputs) as recorders, _watched(model, layout, recorders) as seen:
+    with stand_ins(model, layout.blocks, outputs) as recorders, _watched(model, layout) as seen:
         states = decoder(input_ids=ids, use_cache=False)[0]
     last = recorders[-1].passed
     norms = [name for name, given, made in seen if _same(given, last) and _same(made, states)]
@@ -112,7 +113,7 @@ def _outputs(model: PreTrainedModel, layout: Layout, ids: Tensor) -> int:
 
 
 @contextmanager
-def _watched(model: PreTrainedModel, layout: Layout, recorders: list[StandIn]) -> Iterator[list[tuple[str, Any, Any]]]:
+def _watched(model: PreTrainedModel, layout: Layout) -> Iterator[list[tuple[str, Any, Any]]]:
     """Name, input and output of each call of the decoder's other modules."""
     seen: list[tuple[str, Any, Any]] = []
 
@@ -120,10 +121,10 @@ def _watched(model: PreTrainedModel, layout: Layout, recorders: list[StandIn]) -
         return lambda _, given, made: seen.append((name, given[0] if given else None, made))
 
     with ExitStack() as stack:
-        for name in layout.outer:
-            module = dict(model.named_modules()).get(name)
-            if module is not None and not any(module is recorder for recorder in recorders):
-                stack.callback(module.register_forward_hook(note(name)).remove)
+        for name, module in model.get_submodule(layout.decoder).named_children():
+            path = f"{layout.decoder}.{name}"
+            if not layout.blocks.startswith(path):
+                stack.callback(module.register_forward_hook(note(path)).remove)
         yield seen
 
 
@@ -141,7 +142,7 @@ def _by_row(model: PreTrainedModel, one: BlockCall, other: BlockCall, both: Bloc
     """
     others, joined = dict(other.leaves()), dict(both.leaves())
     for path, value in one.leaves():
-        if not plain_value(value):
+        if not plain_value(value) and not _is_empty(model, path):
             raise _refused(model, f"block calls share {path}, a {type(value).__name__}")
         if not isinstance(value, Tensor):
             continue
@@ -153,6 +154,12 @@ def _by_row(model: PreTrainedModel, one: BlockCall, other: BlockCall, both: Bloc
         rows = value.shape[0] if value.dim() else 1
         if value.dim() and of_both.shape[0] == 2 * rows and rows > 1:
             yield path
+
+
+def _is_empty(model: PreTrainedModel, path: str) -> bool:
+    """True for a container that blocks of this model share but never fill."""
+    number = SHARED_STATES.get(path)
+    return number is not None and not getattr(model.config.get_text_config(), number, None)
 
 
 def _refused(model: PreTrainedModel, reason: str) -> UnsupportedArchitecture:

@@ -67,7 +67,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     found = getattr(transformers, named, None) if named in known else None
     fits = isinstance(found, type) and issubclass(found, PreTrainedModel) and isinstance(config, found.config_class)
     if not fits:
-        mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+        mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
+        if "text_config" in config.sub_configs:
+            mappings.reverse()
         found = next((mapping[type(config)] for mapping in mappings if type(config) in mapping), None)
     if found is None or config.is_encoder_decoder:
         raise UnsupportedArchitecture(

@@ -20,6 +20,9 @@ def folds(*, before_mlp: str = "post_attention_layernorm", offset: float = 0.0) 
     )
 
 
+SHARED_STATES: MappingProxyType[str, str] = MappingProxyType({"shared_kv_states": "num_kv_shared_layers"})
+"""Argument that all blocks of a model get, for keys and values of one that others use again -> the number of blocks
+that do. With none, nothing is ever put there (Gemma 4)."""
 FOLDS: MappingProxyType[str, tuple[Fold, ...]] = MappingProxyType(
     {
         "LlamaDecoderLayer": folds(),
