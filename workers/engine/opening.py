@@ -8,8 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import dishonoured_rank
-from app.domain.inputs.architectures import read_dimensions
-from app.domain.workload import has_reference, readers_of
+from app.domain.workload import ModelSize, has_reference, readers_of
 from bitwright.errors import InternalError
 from bitwright.events import Stage
 from workers.disk.orders import AttemptOrder
@@ -64,7 +63,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
             generation = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
             texts = read_texts(order, model, reporter, generation)
         _advise(order, model, reporter)
-        reference = has_reference(order.request, read_dimensions(checkpoint.config))
+        reference = has_reference(order.request, _size(model))
         sizes = texts.activation_sizes(order.request.quantization.needs_original_inputs(), reference)
         plan = make_plan(order, model, scale_dtype, sizes)
         reporter.log(
@@ -85,6 +84,12 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
             base_job=base_job,
             reference=reference,
         )
+
+
+def _size(model: StreamedModel) -> ModelSize:
+    linears = model.linears()
+    head = linears.pop(model.layout.head)
+    return ModelSize(sum(linear.weight.numel() for linear in linears.values()), head.weight.numel())
 
 
 def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> None:

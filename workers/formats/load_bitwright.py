@@ -49,17 +49,19 @@ def load(folder: str | Path, *, merge: bool = True, **options: Any) -> Any:
 
     merge   whether low-rank corrections are added to the weights; without them it is the base of a peft adapter
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (the weights alone need no transformers)
+    import transformers  # noqa: PLC0415  (the weights alone need no transformers)
 
-    config = AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights that are passed are already unpacked
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
+    named = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    if named is None or not isinstance(config, named.config_class):
+        with torch.device("meta"):
+            named = type(transformers.AutoModelForCausalLM.from_config(config))
     options.setdefault("dtype", config.dtype or torch.float32)
-    return model_class.from_pretrained(
-        None, config=config, state_dict=load_weights(folder, merge=merge), **options
-    ).eval()
+    loaded = named.from_pretrained(None, config=config, state_dict=load_weights(folder, merge=merge), **options)
+    (loaded[0] if isinstance(loaded, tuple) else loaded).eval()  # with the loading info, where that is asked for
+    return loaded
 
 
 def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]:
