@@ -1,10 +1,11 @@
 """From durable blocks and trained adapters to checkpoints: each linear once through its merge and every writer."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 
 from app.domain.attempt_lines import ResultLine
 from app.domain.format_rules import stored_formats
@@ -87,7 +88,7 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                     writer.add_tensor(model.sources[name], tensor)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     for writer in exported.writers.values():
-        writer.finish(ignored=tuple(name for name in model.linears() if name not in job.schemes))
+        writer.finish(ignored=_kept_linears(model, job.schemes))
         for code, message in writer.warnings.items():
             job.reporter.warning(code, message)
     if trained is not None:
@@ -126,6 +127,12 @@ def part_of(model: StreamedModel, name: str) -> StoredPart | None:
     if parameter in model.transposed:
         return StoredPart(of=model.sources[parameter], rows=(0, rows, 1), transposed=True)
     return None
+
+
+def _kept_linears(model: StreamedModel, quantized: Collection[str]) -> tuple[str, ...]:
+    """Every linear of the model that stays as it is, routers and other parts of a larger model included."""
+    linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    return tuple(name for name in linears if name not in quantized)
 
 
 def _left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tuple[str, StoredPart]]:
