@@ -83,7 +83,7 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                     writer.add_tensor(model.sources[name], tensor)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     for writer in exported.writers.values():
-        writer.finish(ignored=tuple(name for name in model.linears() if name not in job.schemes))
+        writer.finish(ignored=model.other_linears(job.schemes))
         for code, message in writer.warnings.items():
             job.reporter.warning(code, message)
     if trained is not None:
