@@ -1,7 +1,7 @@
 """Experts of a block that see only the tokens routed to them: what methods and the tuning loop know of them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -70,3 +70,16 @@ def all_called(block: nn.Module) -> Iterator[None]:
     finally:
         for part, complete in zip(parts, before, strict=True):
             part.complete = complete
+
+
+def seen_together(block: nn.Module, groups: Sequence[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+    """Groups of linears of one input in order, those together whose inputs do not depend on each other.
+
+    Those are the sides of all experts of a part, and then all their `down`s: one pass shows the inputs of each.
+    """
+    stages: dict[object, list[tuple[str, ...]]] = {}
+    for names in groups:
+        place = place_of(block, names[0])
+        key = names if place is None else (place[0], place[2] == experts_of(block)[place[0]].down)
+        stages.setdefault(key, []).append(names)
+    return list(stages.values())

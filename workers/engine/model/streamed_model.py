@@ -10,7 +10,7 @@ length and on the block's layer type, not on the tokens (`workers.engine.model.d
 it is captured once a length for every block, in one pass in which stand-ins take the place of all blocks.
 """
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from types import MappingProxyType
@@ -135,11 +135,6 @@ class StreamedModel:
             for name, linear in self.block_linears(index).items()
         }
         return found | {self.layout.head: _linear(self.model, self.layout.head)}
-
-    def other_linears(self, quantized: Collection[str]) -> tuple[str, ...]:
-        """Full names of all linears of the model but these, in every part of it: loaders must leave them alone."""
-        modules = self.model.named_modules()
-        return tuple(n for n, module in modules if isinstance(module, nn.Linear) and n not in quantized)
 
     def input_groups(self) -> list[tuple[str, ...]]:
         """Full names of linears that read the same input in the same part of a block, which runtimes may join."""
