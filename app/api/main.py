@@ -24,10 +24,8 @@ from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
 from app.store.session import Database
 
-ROUTERS = tuple(
-    module.router
-    for module in (jobs, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
-)
+MODULES = (jobs, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
+ROUTERS = tuple(module.router for module in MODULES)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

@@ -109,17 +109,29 @@ def perplexity(model: PreTrainedModel, ids: Tensor) -> float:
     return math.exp(float(losses))
 
 
-def shortfalls(folder: Path, report: Report, ids: Tensor) -> list[str]:
-    """What is wrong with a checkpoint of a job: keys of transformers' loading, and the perplexity."""
+def deviation(folder: Path, report: Report, ids: Tensor) -> tuple[float, list[str]]:
+    """How far a checkpoint's perplexity is from the report's, relative; and keys that transformers misses or leaves."""
     model, info = reloaded(folder)
-    wrong = [
-        f"{kind}: {sorted(map(str, info[kind]))[:3]}" for kind in ("missing_keys", "unexpected_keys") if info[kind]
-    ]
+    kinds = ("missing_keys", "unexpected_keys")
+    wrong = [f"{kind} {sorted(map(str, info[kind]))[:2]}" for kind in kinds if info[kind]]
     assert report.quality is not None
-    found, expected = perplexity(model, ids), report.quality.perplexity
-    if abs(found / expected - 1) > 0.005:
-        wrong.append(f"perplexity {found:.4f}, the report says {expected:.4f}")
-    return wrong
+    return abs(perplexity(model, ids) / report.quality.perplexity - 1), wrong
+
+
+CONV1D = "transformers keeps the linears of this type as Conv1D, which compressed-tensors does not replace"
+WEIGHTS = "transformers reads the weights of linears of this type itself, and packed ones have none"
+FUSED = "experts of this type are fused in its files, and transformers does not put packed experts together"
+
+
+def format_refusals(model: StreamedModel) -> dict[str, str]:
+    """Formats that no stock loader would load for this type, and why."""
+    if model.transposed:
+        return {"compressed-tensors": CONV1D}
+    if any(type(linear) is not torch.nn.Linear for linear in model.linears().values()):
+        return {"compressed-tensors": WEIGHTS}
+    if any(f"{name}.weight" not in model.sources for name in model.linears() if name != model.layout.head):
+        return {"compressed-tensors": FUSED}
+    return {}
 
 
 assert VOCABULARY > ORDINARY
