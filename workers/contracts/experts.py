@@ -16,6 +16,7 @@ class RoutedExperts(nn.Module):
     number    of experts
     sides     names of an expert's linears that get its input; their outputs meet in an activation
     down      name of the linear that gets what comes out of it
+    computes_all  whether every expert computes every token, with zeros for those that are not its own
     seen      where not None, int64 (experts,): tokens of every call are added, on the device
     complete  experts whose linears are called on every token; what they give is still of the routed ones alone
     joined    computes all experts at once, set by whoever holds their weights in one tensor
@@ -24,6 +25,7 @@ class RoutedExperts(nn.Module):
     number: int
     sides: tuple[str, ...]
     down: str = "down_proj"
+    computes_all: bool = False
     seen: Tensor | None = None
     complete: frozenset[int] = frozenset()
     joined: ComputeExperts | None = None

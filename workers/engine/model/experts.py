@@ -82,6 +82,7 @@ class Experts(RoutedExperts):
         inner = out // 2 if layout.has_gate else out
         self.layout = layout
         self.sides = tuple(layout.sides(inner))
+        self.computes_all = type(original).__name__ in SORTED_BEFORE
         self.described = str(sorted((k, v) for k, v in vars(original).items() if isinstance(v, int | float | str)))
         sizes = {**dict.fromkeys(self.sides, (width, inner)), DOWN: (inner, width)}
         for expert in range(self.number):
@@ -101,7 +102,7 @@ class Experts(RoutedExperts):
         if not self.layout.has_gate:
             activated: Tensor = original.act_fn(sides)
             return activated
-        if type(original).__name__ in SORTED_BEFORE:
+        if self.computes_all:
             gate, up = sides.chunk(2, dim=-1)
             return up * original.act_fn(gate)
         if not self.layout.is_concatenated:

@@ -116,10 +116,17 @@ class Names:
         A part of a fused tensor has the name that transformers' conversion would merge it from, if there is one, else
         that of the module.
         """
+        return (self._name_by_itself(linear) or linear).removesuffix(".weight")
+
+    def has_name(self, linear: str) -> bool:
+        """Whether loaders find a linear's weight by itself, in this file or in one that transformers would merge."""
+        return self._name_by_itself(linear) is not None
+
+    def _name_by_itself(self, linear: str) -> str | None:
         own, piece = self.own_name(f"{linear}.weight"), self.slices.get(f"{linear}.weight")
         if own is None and piece is not None:
-            own = self._alone.get(piece.parameter, {}).get((piece.index, piece.part(self._rows(piece))))
-        return (own or linear).removesuffix(".weight")
+            return self._alone.get(piece.parameter, {}).get((piece.index, piece.part(self._rows(piece))))
+        return own
 
     def place(self, parameter: str) -> tuple[str, Slice] | None:
         """The stored tensor that holds a parameter as a part, and where; None where there is none."""
