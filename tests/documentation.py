@@ -278,7 +278,12 @@ def _symmetries(values: frozenset[bool]) -> str:
 
 def architectures_table() -> str:
     rows = [
-        [f"`{model_type}`", row.title, f"`{row.model_class}`", "; ".join(f"{f}: {why}" for f, why in row.refusals.items())]
+        [
+            f"`{model_type}`",
+            row.title,
+            f"`{row.model_class}`",
+            "; ".join(f"{f}: {why}" for f, why in row.refusals.items()),
+        ]
         for model_type, row in ARCHITECTURES.items()
     ]
     refused = [[f"`{model_type}`", why] for model_type, why in REFUSED.items()]
@@ -303,8 +308,8 @@ def _off(value: float | None) -> str:
 
 def models_sentence() -> str:
     return (
-        f"{len(ARCHITECTURES)} model types of transformers, from Llama, Qwen and Gemma to mixtures of experts, hybrid and "
-        "recurrent models and the language models inside vision-language models: "
+        f"{len(ARCHITECTURES)} model types of transformers, from Llama, Qwen and Gemma to mixtures of experts, hybrid "
+        "and recurrent models and the language models inside vision-language models: "
         "[the list](docs/reference/methods.md#architectures)."
     )
 

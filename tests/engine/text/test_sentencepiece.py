@@ -1,4 +1,4 @@
-"""Tokenizers that are SentencePiece's file alone, as Llama 2's and Gemma's checkpoints had them: against its library."""
+"""Tokenizers that are SentencePiece's file alone, as in Llama 2's checkpoints: against its library."""
 
 import json
 from pathlib import Path
