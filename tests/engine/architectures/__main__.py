@@ -24,6 +24,7 @@ from tests.engine.architectures.proofs import (
     format_refusals,
     proved_job,
     save_tokenizer,
+    touched,
 )
 from tests.engine.architectures.titles import REFUSED, TITLES
 from workers.engine.model.checkpoint import Checkpoint
@@ -96,6 +97,8 @@ def _jobs(model: Path, place: Path, refusals: dict[str, str]) -> tuple[dict[str,
                 wrong.append(f"{request['method']}, {name}: {type(error).__name__}: {error}"[:200])
                 continue
             found[f"{request['method']}, {name}"] = float(f"{off:.1e}")
+            if name == "merged":
+                wrong += [f"{request['method']}: {key} was touched" for key in touched(model, folder / "output" / name)]
             wrong += [f"{request['method']}, {name}: {key}" for key in keys]
             wrong += [f"{request['method']}, {name}: perplexity off by {off:.1%}"] if off > CLOSE else []
     return found, wrong

@@ -118,6 +118,21 @@ def deviation(folder: Path, report: Report, ids: Tensor) -> tuple[float, list[st
     return abs(perplexity(model, ids) / report.quality.perplexity - 1), wrong
 
 
+def touched(source: Path, result: Path) -> list[str]:
+    """Stored tensors outside of the quantized linears that a merged checkpoint lost, changed, or has too much."""
+    before, after = Checkpoint.open(source), Checkpoint.open(result)
+    model = StreamedModel.unproved(before, CPU)
+    linears = (f"{name}.weight" for name in model.linears())
+    quantized = {stored for name in linears for stored in model.names.stored_names(name)}
+    wrong = [name for name in before.tensors.keys() ^ after.tensors.keys()]
+    for name in before.tensors.keys() & after.tensors.keys() - quantized:
+        one, other = before.read(name), after.read(name)
+        same = (one.dtype, one.shape) == (other.dtype, other.shape)
+        if not same or not torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8)):
+            wrong.append(name)
+    return sorted(wrong)
+
+
 CONV1D = "transformers keeps the linears of this type as Conv1D, which compressed-tensors does not replace"
 WEIGHTS = "transformers reads the weights of linears of this type itself, and packed ones have none"
 FUSED = "experts of this type are fused in its files, and transformers does not put packed experts together"
