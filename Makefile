@@ -25,7 +25,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 
-.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
+.PHONY: help demo serve test test-slow test-gpu test-llama-cpp test-vllm test-architectures test-mutants results lint format client docs docs-site types contracts migrations-check check setup image clean
 
 help: ## List the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | awk -F '\t' '{printf "  %-18s %s\n", $$1, $$2}'
@@ -49,6 +49,11 @@ test-llama-cpp: $(VENV)/.test $(LLAMA_CPP)/.installed ## Hold GGUF files against
 	BITWRIGHT_TEST_LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(BIN)/python -m pytest -m slow tests/engine/ships/test_gguf_in_llama_cpp.py $(ARGS)
 test-vllm: $(VENV)/.test $(VLLM_VENV)/.vllm ## Load checkpoints in a real vLLM on the CPU (an environment of its own, 3 GB; Linux, x86-64)
 	BITWRIGHT_TEST_VLLM='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest -m vllm $(ARGS)
+
+test-architectures: $(VENV)/.test ## Prove every model type on tiny checkpoints, and write the list of those that are accepted
+	$(BIN)/python -m pytest -m 'slow or not slow' tests/engine/architectures $(ARGS)
+	$(BIN)/python -m tests.engine.architectures
+	$(BIN)/python -m tests.documentation
 
 test-mutants: $(VENV)/.mutants ## Put drawn mistakes into the code and count those that the tests notice (30 minutes)
 	$(BIN)/python -m tests.mutants sampled $(ARGS)

@@ -85,6 +85,10 @@ class BlockEvent(Message):
         default=None, description="Mean squared error of the block's output before tuning."
     )
     loss: float | None = Field(default=None, description="The same after tuning.")
+    expert_tokens_least: int | None = Field(
+        default=None, description="Fewest calibration tokens that an expert of the block got; null: it has none."
+    )
+    experts_starved: int | None = Field(default=None, description="Experts that got too few.")
     seconds: float
 
 

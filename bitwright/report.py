@@ -67,6 +67,20 @@ class LinearReport(ReportPart):
     )
 
 
+class ExpertsReport(ReportPart):
+    """Tokens of the calibration text that the experts of a part of a block got."""
+
+    name: str
+    experts: int
+    tokens_least: int
+    tokens_median: float
+    floor: int = Field(description="Tokens below which an expert is starved.")
+    starved: dict[str, int] = Field(
+        default_factory=dict, description="Tokens of each starved expert, by its full name."
+    )
+    fallback: str | None = Field(default=None, description="What was done for them; null: there are none.")
+
+
 class BlockReport(ReportPart):
     index: int
     name: str
@@ -79,6 +93,9 @@ class BlockReport(ReportPart):
     linears: tuple[LinearReport, ...]
     counters: dict[str, float] = Field(
         default_factory=dict, description="What happened how often: fallbacks, the best step, and the like; by method."
+    )
+    experts: tuple[ExpertsReport, ...] = Field(
+        default=(), description="Of mixtures of experts, where a calibration text was read."
     )
 
 

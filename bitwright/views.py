@@ -227,6 +227,26 @@ class FormatView(View):
     runtimes: list[RuntimeView]
 
 
+class ArchitectureView(View):
+    """A type of model that can be quantized."""
+
+    model_type: str = Field(description="As config.json names it.")
+    title: str
+    model_class: str = Field(description="transformers' class.")
+    format_refusals: dict[str, str] = Field(
+        default_factory=dict, description="Formats that no checkpoint of this type can have, and why."
+    )
+
+
+class ArchitectureList(View):
+    """Answer to `GET /v1/architectures`."""
+
+    items: list[ArchitectureView]
+    refused: dict[str, str] = Field(
+        default_factory=dict, description="`model_type`s that are known and not accepted, and why."
+    )
+
+
 CLOCK_SKEW = "clock_skew_seconds"
 """Name of the difference between a worker's clock and the database's, among the facts of its machine."""
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from app.api.http.errors import problem_response
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule
-from app.domain.inputs.architectures import ARCHITECTURES
+from app.domain.inputs.architectures import ACCEPTED_FILE, ARCHITECTURES, REFUSED
 from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.job_request import JobRequest
@@ -84,6 +84,7 @@ FOLDERS = MappingProxyType(
         "tests/domain/request": "Requests, shorthand and recipes",
         "tests/e2e": "Whole jobs with real processes, faults included",
         "tests/engine": "Streaming, resume and evaluation against plain transformers",
+        "tests/engine/architectures": "Every accepted type on tiny checkpoints, and the list of them",
         "tests/engine/device": "Ranks, CUDA, reading ahead and writing behind",
         "tests/engine/finetune": "Training, its plan and its checkpoints",
         "tests/engine/model": "Checkpoints, streamed and fused blocks",
@@ -276,12 +277,41 @@ def _symmetries(values: frozenset[bool]) -> str:
 
 
 def architectures_table() -> str:
-    rows = [[f"`{model_type}`", architecture.title] for model_type, architecture in ARCHITECTURES.items()]
-    return table(("`model_type`", "models"), rows)
+    rows = [
+        [
+            f"`{model_type}`",
+            row.title,
+            f"`{row.model_class}`",
+            "; ".join(f"{f}: {why}" for f, why in row.refusals.items()),
+        ]
+        for model_type, row in ARCHITECTURES.items()
+    ]
+    refused = [[f"`{model_type}`", why] for model_type, why in REFUSED.items()]
+    accepted = table(("`model_type`", "models", "class of transformers", "formats that it cannot have"), rows)
+    return f"{accepted}\n\nKnown, and refused:\n\n{table(('`model_type`', 'why'), refused)}"
+
+
+def proofs_table() -> str:
+    """What `make test-architectures` measured of every type."""
+    stored = json.loads(ACCEPTED_FILE.read_text(encoding="utf-8"))
+    kinds = ("rtn, native", "rtn, merged", "rtn, compressed-tensors", "signround, merged")
+    rows = []
+    for name, row in stored["types"].items():
+        measured = row.get("perplexity", {})
+        rows.append([f"`{name}`", f"{row.get('streamed', 0.0):.0e}", *(_off(measured.get(kind)) for kind in kinds)])
+    return table(("`model_type`", "streamed logits", *kinds), rows)
+
+
+def _off(value: float | None) -> str:
+    return "refused" if value is None else f"{value:.2%}"
 
 
 def models_sentence() -> str:
-    return "; ".join(architecture.title for architecture in ARCHITECTURES.values()) + "."
+    return (
+        f"{len(ARCHITECTURES)} model types of transformers, from Llama, Qwen and Gemma to mixtures of experts, hybrid "
+        "and recurrent models and the language models inside vision-language models: "
+        "[the list](docs/reference/methods.md#architectures)."
+    )
 
 
 def problem_example() -> str:
@@ -372,6 +402,7 @@ PARTS: MappingProxyType[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "papers": ("docs/papers.md", papers),
         "finetuning papers": ("docs/papers.md", finetuning_papers),
         "results": ("docs/results.md", results),
+        "architecture proofs": ("docs/results.md", proofs_table),
         "finetuning results": ("docs/results.md", finetuning_results),
     }
 )

@@ -3,6 +3,7 @@
 from collections.abc import Collection, Iterable, Mapping
 
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
+from app.domain.inputs.architectures import ARCHITECTURES
 from app.domain.methods import METHODS, PER_CHANNEL, Form, Scheme, WeightSpec
 from bitwright.errors import FieldProblem
 
@@ -78,7 +79,7 @@ def model_problems(
     """
     problems = []
     for index, name in enumerate(formats):
-        info, details = FORMATS[name], []
+        info, details = FORMATS[name], _type_refusals(name, model_type)
         if info.architectures is not None and model_type not in info.architectures:
             known = ", ".join(sorted(info.architectures))
             details.append(f"{name.value} is written for {known}, not for {model_type}")
@@ -96,6 +97,16 @@ def model_problems(
             for detail in details
         ]
     return problems
+
+
+def _type_refusals(name: ExportFormat, model_type: str) -> list[str]:
+    """The reason why checkpoints of this format do not load for a type of model, and the formats that do."""
+    accepted = ARCHITECTURES.get(model_type)
+    if accepted is None or name.value not in accepted.refusals:
+        return []
+    rows = {f.value: info for f, info in FORMATS.items() if f.value not in accepted.refusals and not info.is_adapter}
+    others = [f for f, info in rows.items() if info.architectures is None or model_type in info.architectures]
+    return [f"{name.value}: {accepted.refusals[name.value]}; ask for {' or '.join(others)}"]
 
 
 def _scale_problems(formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:

@@ -4,9 +4,29 @@ The reference row of a report is what round to nearest makes of the same scheme 
 method can be judged by what doing nothing clever gives. It is measured where it costs less than a tenth of the job.
 """
 
-from app.domain.inputs.architectures import Dimensions
+from dataclasses import dataclass
+from typing import Protocol
+
 from app.domain.methods import SCALE_BATCH_SIZE
 from app.domain.request.job_request import JobRequest
+
+
+class Sized(Protocol):
+    """A model as far as its work goes: weights of all blocks' linears, and of the head."""
+
+    @property
+    def block_weights(self) -> int: ...
+    @property
+    def head_weights(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """The size of a model that is open."""
+
+    block_weights: int
+    head_weights: int
+
 
 BACKWARD = 3.5
 """Forward, backward and recomputing of fake-quantized weights, in forward passes."""
@@ -49,7 +69,7 @@ def tuned_sequences(request: JobRequest) -> int:
     return 0 if request.base_job else request.quantization.tuned_sequences(request.calibration.num_samples)
 
 
-def flops(request: JobRequest, dimensions: Dimensions) -> float:
+def flops(request: JobRequest, size: Sized) -> float:
     """Of the whole job, but for the reference row."""
     calibration = request.calibration
     passes = 3 if request.quantization.budget() is None else 4  # capture, targets, quantized activations; sensitivities
@@ -63,25 +83,25 @@ def flops(request: JobRequest, dimensions: Dimensions) -> float:
     through_blocks = forward + BACKWARD * (tuned + scaled) + TRAINING * trained + 2 * evaluated
     # Teacher, student, and back.
     through_head = 2 * evaluated + 3 * scaled + TRAINING * trained
-    return _block_flops(dimensions) * through_blocks + _head_flops(dimensions) * through_head
+    return _block_flops(size) * through_blocks + _head_flops(size) * through_head
 
 
-def reference_flops(request: JobRequest, dimensions: Dimensions) -> float:
+def reference_flops(request: JobRequest, size: Sized) -> float:
     """Of the reference row: one more pass of the evaluation text, and the logits of both models again."""
-    return evaluation_tokens(request) * (_block_flops(dimensions) + 2 * _head_flops(dimensions))
+    return evaluation_tokens(request) * (_block_flops(size) + 2 * _head_flops(size))
 
 
-def has_reference(request: JobRequest, dimensions: Dimensions) -> bool:
+def has_reference(request: JobRequest, size: Sized) -> bool:
     """True if a job measures what round to nearest makes of its schemes, besides what it makes itself."""
     if request.evaluation is None or (request.quantization.method == "rtn" and request.finetune is None):
         return False
-    return reference_flops(request, dimensions) < REFERENCE_SHARE * flops(request, dimensions)
+    return reference_flops(request, size) < REFERENCE_SHARE * flops(request, size)
 
 
-def _block_flops(dimensions: Dimensions) -> float:
+def _block_flops(size: Sized) -> float:
     """Of a token's forward pass through all blocks."""
-    return 2.0 * sum(out * width for out, width in dimensions.linears().values())
+    return 2.0 * size.block_weights
 
 
-def _head_flops(dimensions: Dimensions) -> float:
-    return 2.0 * dimensions.vocabulary * dimensions.hidden
+def _head_flops(size: Sized) -> float:
+    return 2.0 * size.head_weights

@@ -24,6 +24,7 @@ from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy
 from bitwright.uploads import choose_files, describe_files
 from bitwright.views import (
+    ArchitectureList,
     ArtifactView,
     EventPage,
     EventView,
@@ -252,6 +253,10 @@ class AsyncClient:
     async def formats(self) -> list[FormatView]:
         """Export formats and the runtimes that load them."""
         return (await self._read(Page[FormatView], "GET", "/v1/formats")).items
+
+    async def architectures(self) -> ArchitectureList:
+        """Model types that can be quantized, and reasons why others cannot."""
+        return await self._read(ArchitectureList, "GET", "/v1/architectures")
 
     async def workers(self) -> list[WorkerView]:
         """Registered workers."""

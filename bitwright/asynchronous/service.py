@@ -16,6 +16,7 @@ from bitwright.job_fields import JobFields, JsonObject, request_body
 from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy
 from bitwright.views import (
+    ArchitectureList,
     ArtifactView,
     EventView,
     FormatView,
@@ -57,6 +58,7 @@ class AsyncBitwright:
         self.uploads = AsyncUploads(self.client)
         self.methods = AsyncMethods(self.client)
         self.formats = AsyncFormats(self.client)
+        self.architectures = AsyncArchitectures(self.client)
         self.workers = AsyncWorkers(self.client)
 
     async def __aenter__(self) -> Self:
@@ -191,6 +193,14 @@ class AsyncFormats(_Resource):
     async def list(self) -> Sequence[FormatView]:
         """All formats and the runtimes that load them."""
         return await self._client.formats()
+
+
+class AsyncArchitectures(_Resource):
+    """Model types."""
+
+    async def list(self) -> ArchitectureList:
+        """All that can be quantized, and reasons why others cannot."""
+        return await self._client.architectures()
 
 
 class AsyncWorkers(_Resource):

@@ -25,6 +25,7 @@ from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy
 from bitwright.uploads import choose_files, describe_files
 from bitwright.views import (
+    ArchitectureList,
     ArtifactView,
     EventPage,
     EventView,
@@ -247,6 +248,10 @@ class Client:
     def formats(self) -> list[FormatView]:
         """Export formats and the runtimes that load them."""
         return self._read(Page[FormatView], "GET", "/v1/formats").items
+
+    def architectures(self) -> ArchitectureList:
+        """Model types that can be quantized, and reasons why others cannot."""
+        return self._read(ArchitectureList, "GET", "/v1/architectures")
 
     def workers(self) -> list[WorkerView]:
         """Registered workers."""

@@ -17,6 +17,7 @@ from bitwright.job_fields import JobFields, JsonObject, request_body
 from bitwright.job_states import JobStatus
 from bitwright.retries import RetryPolicy
 from bitwright.views import (
+    ArchitectureList,
     ArtifactView,
     EventView,
     FormatView,
@@ -58,6 +59,7 @@ class Bitwright:
         self.uploads = Uploads(self.client)
         self.methods = Methods(self.client)
         self.formats = Formats(self.client)
+        self.architectures = Architectures(self.client)
         self.workers = Workers(self.client)
 
     def __enter__(self) -> Self:
@@ -190,6 +192,14 @@ class Formats(_Resource):
     def list(self) -> Sequence[FormatView]:
         """All formats and the runtimes that load them."""
         return self._client.formats()
+
+
+class Architectures(_Resource):
+    """Model types."""
+
+    def list(self) -> ArchitectureList:
+        """All that can be quantized, and reasons why others cannot."""
+        return self._client.architectures()
 
 
 class Workers(_Resource):

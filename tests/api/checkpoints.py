@@ -5,6 +5,7 @@ import struct
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 CONFIG: dict[str, Any] = {
@@ -20,13 +21,19 @@ CONFIG: dict[str, Any] = {
 SHAPES = {"model.embed_tokens.weight": (128, 64), "model.norm.weight": (64,)}
 
 
-def write_checkpoint(folder: Path, config: Mapping[str, Any] | None = None, *, shards: bool = False) -> Path:
-    """A small checkpoint; in two files with an index if `shards`."""
+def write_checkpoint(
+    folder: Path,
+    config: Mapping[str, Any] | None = None,
+    *,
+    shards: bool = False,
+    shapes: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+) -> Path:
+    """A small checkpoint; in two files with an index if `shards`; with tensors of these shapes besides."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({**CONFIG, **(config or {})}))
     (folder / "tokenizer.json").write_text("{}")
     if not shards:
-        (folder / "model.safetensors").write_bytes(safetensors(SHAPES))
+        (folder / "model.safetensors").write_bytes(safetensors({**SHAPES, **shapes}))
         return folder
     weight_map = {}
     for number, (name, shape) in enumerate(SHAPES.items(), start=1):

@@ -81,6 +81,7 @@ def test_what_the_service_offers_and_takes(client: Bitwright, tmp_path: Path) ->
     assert upload.id in [one.id for one in client.uploads.list()]
     assert "rtn" in [method.name for method in client.methods.list().items]
     assert "gguf" in [format.name for format in client.formats.list()]
+    assert "llama" in [row.model_type for row in client.architectures.list().items]
     assert client.workers.list() == []
     full = client.jobs.preflight(model="org/name", method="rtn", calibration={"dataset": upload.id})
     assert full.request.model is not None

@@ -112,6 +112,7 @@ class BlockTask:
     micro_batch sequences that fit through the block at once with gradients
     absmax      linear name -> second level of codes for a codebook's maxima, where the budget chose one
     fisher      linear name -> its Fisher information, where the spec asks for it
+    starved     linears of experts that got too few tokens: the tuning loop leaves them at their start
     tick        called with the share of the block that is done, 0 to 1; often
     folds       where scales can move inside the block, in the order of the forward pass
     log         called with an event's name and fields when a method falls back to something worse
@@ -139,6 +140,7 @@ class BlockTask:
     quantize: "Quantize" = _no_other_method
     absmax: Mapping[str, AbsmaxScheme] = field(default_factory=dict)
     fisher: Mapping[str, Fisher] = field(default_factory=dict)
+    starved: frozenset[str] = frozenset()
 
     def linear(self, name: str) -> nn.Linear:
         """The block's linear of that name."""

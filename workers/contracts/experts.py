@@ -1,7 +1,7 @@
 """Experts of a block that see only the tokens routed to them: what methods and the tuning loop know of them."""
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ class RoutedExperts(nn.Module):
     number    of experts
     sides     names of an expert's linears that get its input; their outputs meet in an activation
     down      name of the linear that gets what comes out of it
+    computes_all  whether every expert computes every token, with zeros for those that are not its own
     seen      where not None, int64 (experts,): tokens of every call are added, on the device
     complete  experts whose linears are called on every token; what they give is still of the routed ones alone
     joined    computes all experts at once, set by whoever holds their weights in one tensor
@@ -24,6 +25,7 @@ class RoutedExperts(nn.Module):
     number: int
     sides: tuple[str, ...]
     down: str = "down_proj"
+    computes_all: bool = False
     seen: Tensor | None = None
     complete: frozenset[int] = frozenset()
     joined: ComputeExperts | None = None
@@ -70,3 +72,16 @@ def all_called(block: nn.Module) -> Iterator[None]:
     finally:
         for part, complete in zip(parts, before, strict=True):
             part.complete = complete
+
+
+def seen_together(block: nn.Module, groups: Sequence[tuple[str, ...]]) -> list[list[tuple[str, ...]]]:
+    """Groups of linears of one input in order, those together whose inputs do not depend on each other.
+
+    Those are the sides of all experts of a part, and then all their `down`s: one pass shows the inputs of each.
+    """
+    stages: dict[object, list[tuple[str, ...]]] = {}
+    for names in groups:
+        place = place_of(block, names[0])
+        key = names if place is None else (place[0], place[2] == experts_of(block)[place[0]].down)
+        stages.setdefault(key, []).append(names)
+    return list(stages.values())

@@ -69,7 +69,7 @@ class BaseJobResult:
         with _of_the_base():
             checkpoint = Checkpoint(folder / "native", {}, _tensors(folder / "native"))
             stored = _described(folder / "native" / DESCRIPTION)
-            names = {model.sources[f"{name}.weight"].removesuffix(".weight"): name for name in quantized}
+            names = {model.names.linear_name(name): name for name in quantized}
             if names.keys() != stored.keys():
                 other = min(names.keys() ^ stored.keys())
                 raise CorruptCheckpoint(f"{DESCRIPTION} and the request differ in whether {other} is quantized")
@@ -114,7 +114,7 @@ class BaseJobResult:
 
     def linear(self, name: str) -> LinearResult:
         """One quantized linear by its full name, on the host, without factors that its adapter has taken over."""
-        source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
+        source = self.model.names.linear_name(name)
         with _of_the_base():
             tensors = {key: self.native.read(key) for key in self._keys.get(source, ())}
             result = native.decompress(source, tensors, self.linears[name])
@@ -139,7 +139,7 @@ class BaseJobResult:
         """
         strict = [name for name in formats if FORMATS[name].scales is not ScaleDtype.ANY]
         for name in sorted(self.linears) if strict else ():
-            source = self.model.sources[f"{name}.weight"].removesuffix(".weight")
+            source = self.model.names.linear_name(name)
             scale = self.native.tensors.get(f"{source}.scale")
             stored = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
             if stored is not None and stored != scale_dtype:

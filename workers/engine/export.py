@@ -1,10 +1,11 @@
 """From durable blocks and trained adapters to checkpoints: each linear once through its merge and every writer."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
 import torch
+from torch import nn
 
 from app.domain.attempt_lines import ResultLine
 from app.domain.format_rules import stored_formats
@@ -23,6 +24,7 @@ from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
 from workers.formats.format import Writer
 from workers.formats.registry import open_writers
+from workers.formats.stored_linear import StoredPart
 from workers.numerics.quantized import LinearResult, StoredBits
 
 OUTPUT = "output"
@@ -78,12 +80,15 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                 _write_linear(model, name, base, trained, exported)
             if trained is not None:
                 bases |= {name: _outline(base) for name, base in block.items() if name in trained.modules}
+            for name, part in _left_beside(model, list(block)):
+                for writer in exported.writers.values():
+                    writer.add_part(model.names.linear_name(name), model.names.read(f"{name}.weight"), part)
             for name, tensor in finished.parameters(done - 1).items():
                 for writer in exported.writers.values():
                     writer.add_tensor(model.sources[name], tensor)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     for writer in exported.writers.values():
-        writer.finish(ignored=tuple(name for name in model.linears() if name not in job.schemes))
+        writer.finish(ignored=_kept_linears(model, job.schemes))
         for code, message in writer.warnings.items():
             job.reporter.warning(code, message)
     if trained is not None:
@@ -104,9 +109,41 @@ def _write_linear(
         exported.proofs += [] if merged.proof is None else [merged.proof]
     exported.stored += result.stored_bits()
     exported.weights += result.weight.codes.numel()
-    source = model.sources[f"{name}.weight"].removesuffix(".weight")
+    source, part = model.names.linear_name(name), part_of(model, name)
     for writer in exported.writers.values():
-        writer.add_linear(source, result, module=name)
+        writer.add_linear(source, result, module=name, part=part)
+
+
+def part_of(model: StreamedModel, name: str) -> StoredPart | None:
+    """The place of a linear's weight in a tensor of the checkpoint that holds more, or holds it transposed."""
+    parameter = f"{name}.weight"
+    place, rows = model.names.place(parameter), model.model.get_submodule(name).get_parameter("weight").shape[0]
+    if place is not None:
+        stored, piece = place
+        start, stop, step = piece.rows.indices(
+            model.names.model.state[piece.parameter].shape[2 if piece.transposed else 1]
+        )
+        return StoredPart(of=stored, index=piece.index, rows=(start, stop, step), transposed=piece.transposed)
+    if parameter in model.transposed:
+        return StoredPart(of=model.sources[parameter], rows=(0, rows, 1), transposed=True)
+    return None
+
+
+def _kept_linears(model: StreamedModel, quantized: Collection[str]) -> tuple[str, ...]:
+    """Every linear of the model that stays as it is, routers and other parts of a larger model included."""
+    linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
+    return tuple(name for name in linears if name not in quantized)
+
+
+def _left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tuple[str, StoredPart]]:
+    """Linears that are not quantized but share a tensor of the checkpoint with some that are."""
+    shared = {part.of for name in quantized if (part := part_of(model, name)) is not None and part.index is not None}
+    for parameter in model.names.slices if shared else ():
+        name, place = parameter.removesuffix(".weight"), model.names.place(parameter)
+        if place is not None and place[0] in shared and name not in quantized:
+            part = part_of(model, name)
+            if part is not None:
+                yield name, part
 
 
 def _describe(job: Job, trained: TrainedAdapters | None, exported: Exported, full: Report) -> dict[str, str]:

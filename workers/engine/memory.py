@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
+from workers.contracts.experts import experts_of
 from workers.engine.model.streamed_model import StreamedModel
 from workers.machine import host_memory
 
@@ -45,6 +46,8 @@ ADAPTER_SHARE = 0.03
 """Trained numbers for each weight: more than a LoRA of rank 64 has."""
 GROUP_BYTES = 6 * 4
 """For each group whose scale is tuned end to end: p, its gradient, m, v, s twice."""
+PLACES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_top_k")
+"""Names in configurations for the number of experts that a token goes through."""
 PASS_BYTES = 1 << 31
 """Of a GPU's memory that a pass without gradients may take: the fewer the calls, the less to launch."""
 
@@ -65,13 +68,32 @@ def device_memory(device: torch.device) -> int:
 
 def pass_bytes(model: StreamedModel) -> int:
     """Bytes per token that a block holds at once without autograd."""
-    return int((4 * model.width + 3 * inner_width(model)) * model.dtype.itemsize)
+    places, inner = routed(model)
+    elements = 4 * model.width + 3 * inner_width(model) + places * (4 * model.width + 4 * inner)
+    return int(elements * model.dtype.itemsize)
 
 
 def graph_bytes(model: StreamedModel) -> int:
     """Bytes per token that autograd keeps of a block."""
-    # In units of the width and of the MLP's width, measured on Llama blocks.
-    return int((24 * model.width + 6 * inner_width(model)) * model.dtype.itemsize)
+    # In units of the width and of the MLP's width, measured on Llama blocks. A token has a row for each of its experts:
+    # what goes in, gate and up, what they make, what comes out, weighted and put in order, and gradients beside them.
+    places, inner = routed(model)
+    elements = 24 * model.width + 6 * inner_width(model) + places * (5 * model.width + 7 * inner)
+    return int(elements * model.dtype.itemsize)
+
+
+def routed(model: StreamedModel) -> tuple[int, int]:
+    """Experts that a token goes through, and their inner width; zeros where there are none.
+
+    A part that multiplies inputs by the router's weights computes every expert on every token.
+    """
+    parts = [part for block in model.blocks for part in experts_of(block).values()]
+    if not parts:
+        return 0, 0
+    config, part = model.config.get_text_config(), max(parts, key=lambda each: each.number)
+    named = next((value for name in PLACES if isinstance(value := getattr(config, name, None), int)), part.number)
+    places = part.number if part.computes_all else min(named, part.number)
+    return places, part.linear(0, part.down).in_features
 
 
 def inner_width(model: StreamedModel) -> int:

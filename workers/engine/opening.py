@@ -1,6 +1,6 @@
 """Opening a job: its model and texts are read, and everything is decided that must be before the first block."""
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import dishonoured_rank
-from app.domain.inputs.architectures import read_dimensions
-from app.domain.workload import has_reference, readers_of
-from bitwright.errors import InternalError
+from app.domain.formats import ExportFormat
+from app.domain.workload import ModelSize, has_reference, readers_of
+from bitwright.errors import FormatCannotHold, InternalError
 from bitwright.events import Stage
 from workers.disk.orders import AttemptOrder
 from workers.engine.base_job import BaseJobResult
@@ -53,6 +53,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         schemes = plan_schemes(model, order.request.quantization)
         inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
+        _demand_separate_experts(order, model, schemes)
         scale_dtype = scale_dtype_of(order.request.formats, model.dtype)
         base_job = _base_job(order, model, set(schemes), scale_dtype)
         schemes = schemes if base_job is None else base_job.schemes
@@ -64,7 +65,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
             generation = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
             texts = read_texts(order, model, reporter, generation)
         _advise(order, model, reporter)
-        reference = has_reference(order.request, read_dimensions(checkpoint.config))
+        reference = has_reference(order.request, _size(model))
         sizes = texts.activation_sizes(order.request.quantization.needs_original_inputs(), reference)
         plan = make_plan(order, model, scale_dtype, sizes)
         reporter.log(
@@ -85,6 +86,31 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
             base_job=base_job,
             reference=reference,
         )
+
+
+def _demand_separate_experts(order: AttemptOrder, model: StreamedModel, schemes: Collection[str]) -> None:
+    """Refuses formats that store linears one by one, under the source's names, where the source has experts in one
+    tensor and no loader would merge them.
+
+    Raises:
+        FormatCannotHold: a packed format for stock loaders is asked for, and quantized experts have no name.
+    """
+    for index, name in enumerate(order.request.formats):
+        nameless = next((n for n in schemes if not model.names.has_name(n)), None)
+        if name is ExportFormat.COMPRESSED_TENSORS and nameless is not None:
+            raise FormatCannotHold(
+                f"{name.value} stores experts one by one; those of {type(model.model).__name__} are one tensor, and "
+                f"transformers merges no others ({nameless})",
+                field=f"formats.{index}",
+                value=name.value,
+                hint='ask for formats: ["merged"], ["native"] or ["gguf"]',
+            )
+
+
+def _size(model: StreamedModel) -> ModelSize:
+    linears = model.linears()
+    head = linears.pop(model.layout.head)
+    return ModelSize(sum(linear.weight.numel() for linear in linears.values()), head.weight.numel())
 
 
 def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> None:

@@ -118,7 +118,7 @@ def size_of(job: Job, stored: StoredBits, weights: int) -> SizeReport:
     """
     model, count = job.model, max(1, weights)
     before = sum(tensor.size for tensor in _tensors(model))
-    quantized = sum(model.checkpoint.tensors[model.sources[f"{name}.weight"]].size for name in job.schemes)
+    quantized = sum(model.names.stored_bytes(f"{name}.weight") for name in job.schemes)
     after = before - quantized + stored.total // 8
     return SizeReport(
         bytes_original=before,
@@ -135,7 +135,8 @@ def _tensors(model: StreamedModel) -> list[StoredTensor]:
 
     Never the modules: stages put others in their place, and parameters without memory.
     """
-    return [model.checkpoint.tensors[name] for name in sorted(set(model.sources.values()))]
+    stored = {name for parameter in model.names.parameters for name in model.names.stored_names(parameter)}
+    return [model.checkpoint.tensors[name] for name in sorted(stored)]
 
 
 def _parameters(model: StreamedModel) -> int:

@@ -10,8 +10,10 @@ import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from app.domain.format_rules import holds_base_alone
@@ -23,7 +25,7 @@ from workers.formats.cards.model_card import describe
 from workers.formats.format import Compress, Decompress, Format, Opening
 from workers.formats.shards import ShardWriter, write_json
 from workers.formats.source_files import check_tensor, copy_files, without_code
-from workers.formats.stored_linear import StoredLinear
+from workers.formats.stored_linear import StoredLinear, StoredPart
 from workers.numerics.quantized import LinearResult
 
 LOADER = Path(__file__).with_name("load_bitwright.py")
@@ -39,18 +41,20 @@ class Layout:
                    shall say that it finds no weights rather than fill them at random
     one_file       whether the weights are one file, held in memory until it is written, whatever the model's size
     config         schemes by module name, module names of the other linears -> fields added to config.json
-    files          linears by name in the checkpoint -> content of further JSON files, by name
+    files          linears and parts by name in the checkpoint -> content of further JSON files, by name
     needs_loader   whether the one-file loader is added
     warnings       code and message of requirements for loading
+    joins          whether parts of a tensor of the source are put together again, in the source's layout
     """
 
     compress: Compress
     stem: str = "model"
     one_file: bool = False
     config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
-    files: Callable[[Mapping[str, StoredLinear]], Mapping[str, object]] | None = None
+    files: Callable[[Mapping[str, StoredLinear], Mapping[str, StoredPart]], Mapping[str, object]] | None = None
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
     warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
+    joins: bool = False
 
 
 def checkpoint_format(
@@ -74,25 +78,54 @@ class CheckpointWriter:
         self._source = opening.source
         self._shards = ShardWriter(folder, layout.stem, sys.maxsize if layout.one_file else opening.shard_bytes)
         self._linears: dict[str, StoredLinear] = {}
+        self._parts: dict[str, StoredPart] = {}
+        self._wholes: dict[str, tuple[Tensor, int]] = {}
         self._modules: dict[str, str] = {}
         self._replaced: set[str] = set()
 
-    def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
+    def add_linear(
+        self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
+    ) -> None:
         """Store a quantized linear.
 
         name      of the linear in the source checkpoint, without `.weight`; its tensors get the same name
         module    its name in the transformers model, where that differs
+        part      its place in a tensor of the source, where it has none of that name and shape
 
         Raises:
             FormatCannotHold: the format would have to change the weight.
         """
-        if f"{name}.weight" not in self._source.tensors:
-            raise InternalError(f"the source checkpoint has no tensor {name}.weight", field=name)
+        holder = f"{name}.weight" if part is None else part.of
+        if holder not in self._source.tensors:
+            raise InternalError(f"the source checkpoint has no tensor {holder}", field=name)
         if holds_base_alone(self._opening.name, self._opening.formats):
             result = LinearResult(result.weight)
-        self._shards.add(self._layout.compress(name, result))
+        tensors = self._layout.compress(name, result)
+        if part is not None and self._layout.joins:
+            self._put(part, tensors[f"{name}.weight"])
+        else:
+            self._shards.add(tensors)
+        if part is not None:
+            self._parts[name] = part
         self._linears[name] = StoredLinear.of(result)
         self._modules[name] = module or name
+
+    def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
+        """Store the weight of a linear that is not quantized, but lies in one tensor with linears that are."""
+        if self._layout.joins:
+            self._put(part, tensor)
+        else:
+            self._shards.add({f"{name}.weight": tensor.contiguous()})
+        self._parts[name] = part
+
+    def _put(self, part: StoredPart, value: Tensor) -> None:
+        """A part into its tensor, which is stored when all of it is there."""
+        shape = tuple(self._source.tensors[part.of].shape)
+        whole, left = self._wholes.get(part.of) or (torch.empty(shape, dtype=value.dtype), prod(shape))
+        part.view(whole).copy_(value)
+        self._wholes[part.of] = (whole, left - value.numel())
+        if left == value.numel():
+            self._shards.add({part.of: self._wholes.pop(part.of)[0]})
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
@@ -105,7 +138,10 @@ class CheckpointWriter:
 
         ignored   module names of linears that stay as they are; those that the source's tensors show are added
         """
+        if self._wholes:
+            raise InternalError(f"parts of {next(iter(self._wholes))} are missing", field=next(iter(self._wholes)))
         written = {f"{name}.weight" for name in self._linears} | self._replaced
+        written |= {part.of for part in self._parts.values()}
         for name in self._source.tensors:
             if name not in written:
                 self._shards.add({name: self._source.read(name)})
@@ -138,7 +174,7 @@ class CheckpointWriter:
         if self._layout.config is not None:
             config |= self._layout.config(self._targets(), ignored)
         if self._layout.files is not None:
-            for name, content in self._layout.files(self._linears).items():
+            for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)
         if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes().values()):
             shutil.copyfile(LOADER, self._folder / LOADER.name)

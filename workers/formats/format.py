@@ -18,22 +18,29 @@ from workers.formats.cards.identity import Identity
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.shards import SHARD_BYTES
 from workers.formats.source_files import SourceCheckpoint
-from workers.formats.stored_linear import StoredLinear
+from workers.formats.stored_linear import StoredLinear, StoredPart
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 
 class Writer(Protocol):
     """One export of a job. The folder is the writer's own: anything that a previous attempt left in it is removed."""
 
-    def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
+    def add_linear(
+        self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
+    ) -> None:
         """Store a quantized linear.
 
         name      of the linear in the source checkpoint, without `.weight`
         module    its name in the transformers model, where that differs
+        part      its place in a tensor of the source, where it has none of that name and shape
 
         Raises:
             FormatCannotHold: the format would have to change the weight.
         """
+        ...
+
+    def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
+        """Store the weight of a linear that is not quantized, but lies in one tensor with linears that are."""
         ...
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:

@@ -49,17 +49,19 @@ def load(folder: str | Path, *, merge: bool = True, **options: Any) -> Any:
 
     merge   whether low-rank corrections are added to the weights; without them it is the base of a peft adapter
     """
-    from transformers import AutoConfig, AutoModelForCausalLM  # noqa: PLC0415  (the weights alone need no transformers)
+    import transformers  # noqa: PLC0415  (the weights alone need no transformers)
 
-    config = AutoConfig.from_pretrained(folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # the weights that are passed are already unpacked
-    with torch.device("meta"):
-        model_class = type(AutoModelForCausalLM.from_config(config))
+    named = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    if named is None or not isinstance(config, named.config_class):
+        with torch.device("meta"):
+            named = type(transformers.AutoModelForCausalLM.from_config(config))
     options.setdefault("dtype", config.dtype or torch.float32)
-    return model_class.from_pretrained(
-        None, config=config, state_dict=load_weights(folder, merge=merge), **options
-    ).eval()
+    loaded = named.from_pretrained(None, config=config, state_dict=load_weights(folder, merge=merge), **options)
+    (loaded[0] if isinstance(loaded, tuple) else loaded).eval()  # with the loading info, where that is asked for
+    return loaded
 
 
 def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]:
@@ -80,7 +82,35 @@ def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]
             raise ValueError(f"{name}: has the tensors {sorted(parts)}; it should have {sorted(expected)}")
         weight = dequantize(name, linear, parts)
         weights[f"{name}.weight"] = corrected(weight, linear, parts) if merge and "low_rank" in linear else weight
-    return tensors | weights
+    return joined(tensors | weights, native_parts(folder) if native else {})
+
+
+def native_parts(folder: Path) -> dict[str, dict[str, Any]]:
+    """Places of linears in larger tensors of the original, by name, in `bitwright.json`."""
+    description = json.loads((folder / "bitwright.json").read_text(encoding="utf-8"))
+    parts: dict[str, dict[str, Any]] = description.get("parts", {})
+    return parts
+
+
+def joined(weights: dict[str, Tensor], parts: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """The weights where parts of larger tensors are put together: `index` along the first dimension, `rows` of out."""
+    by_whole: dict[str, list[str]] = {}
+    for name, part in parts.items():
+        by_whole.setdefault(part["of"], []).append(name)
+    for whole, names in by_whole.items():
+        places = [parts[name] for name in names]
+        values = [weights.pop(f"{name}.weight") for name in names]
+        rows = max(max(range(*place["rows"])) for place in places) + 1
+        matrix = (values[0].shape[1], rows) if places[0].get("transposed") else (rows, values[0].shape[1])
+        numbers = [place["index"] for place in places if "index" in place]
+        tensor = torch.empty(*((max(numbers) + 1,) if numbers else ()), *matrix, dtype=values[0].dtype)
+        for place, value in zip(places, values, strict=True):
+            own = tensor[place["index"]] if numbers else tensor
+            (own.T if place.get("transposed") else own)[slice(*place["rows"])] = value
+        if sum(value.numel() for value in values) != tensor.numel():
+            raise ValueError(f"bitwright.json: the parts of {whole} do not fill it")
+        weights[whole] = tensor
+    return weights
 
 
 def native_linears(folder: Path) -> dict[str, dict[str, Any]]:

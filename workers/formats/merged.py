@@ -36,4 +36,4 @@ def adapter_base(_schemes: Mapping[str, Scheme]) -> AdapterBase:
     return AdapterBase("The base is the `merged` checkpoint of the same job:", PLAIN.format(folder=BASE), served=True)
 
 
-FORMAT = checkpoint_format(Layout(compress), loading, adapter_base)
+FORMAT = checkpoint_format(Layout(compress, joins=True), loading, adapter_base)

@@ -18,7 +18,8 @@ For a linear `name` of shape (out, in), with b bits (2 to 8) and groups of g inp
     name.lora_a         floating point (rank, in)
     name.lora_b         the same dtype (out, rank)
 
-`bitwright.json` describes every quantized linear (`StoredLinear`). Nothing is rounded: codes and scales are those of
+`bitwright.json` describes every quantized linear (`StoredLinear`), and where in a larger tensor of the original it
+belongs (`StoredPart`): experts of one tensor are stored one by one. Nothing is rounded: codes and scales are those of
 the method, and other formats are written from them later. The weight files are not called model.safetensors, so that
 `from_pretrained` says that it finds no weights rather than fill them at random.
 
@@ -28,6 +29,7 @@ engine evaluated them; or, on request, the quantized base alone, for the adapter
 
 from collections.abc import Mapping
 from math import prod
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
@@ -37,7 +39,7 @@ from app.domain.methods.schemes import group_width
 from bitwright.errors import CorruptCheckpoint
 from workers.formats.cards.loading import BASE, BY_ITSELF, FOLDER, AdapterBase, Loading, with_adapter_file
 from workers.formats.checkpoint import Layout, checkpoint_format
-from workers.formats.stored_linear import StoredLinear, StoredLowRank
+from workers.formats.stored_linear import StoredLinear, StoredLowRank, StoredPart
 from workers.numerics.packing import pack_bytes, packed_bytes, unpack_bytes
 from workers.numerics.quantized import (
     AffineWeight,
@@ -102,12 +104,19 @@ def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -
     return LinearResult(read(parts, stored), None if stored.low_rank is None else _low_rank(parts, stored.low_rank))
 
 
-def describe(linears: Mapping[str, StoredLinear]) -> dict[str, object]:
-    """The content of `bitwright.json`: every quantized linear by its name in the checkpoint."""
+def describe(
+    linears: Mapping[str, StoredLinear], parts: Mapping[str, StoredPart] = MappingProxyType({})
+) -> dict[str, object]:
+    """The content of `bitwright.json`: every quantized linear by its name in the checkpoint.
+
+    parts   of linears that lie in a larger tensor of the original, or transposed: a loader puts them there
+    """
+    places = {name: part.model_dump(exclude_defaults=True) for name, part in parts.items()}
     return {
         "format": "bitwright",
         "version": VERSION,
         "linears": {name: stored.model_dump(exclude_defaults=True) for name, stored in linears.items()},
+        **({"parts": places} if places else {}),
     }
 
 
@@ -227,7 +236,7 @@ FORMAT = checkpoint_format(
     Layout(
         compress,
         stem="weights",
-        files=lambda linears: {DESCRIPTION: describe(linears)},
+        files=lambda linears, parts: {DESCRIPTION: describe(linears, parts)},
         needs_loader=lambda _schemes: True,
     ),
     loading,

@@ -33,7 +33,7 @@ from workers.formats.cards.vllm import vllm_rows
 from workers.formats.format import Format, Opening
 from workers.formats.shards import write_json
 from workers.formats.source_files import LICENCES, copy_files
-from workers.formats.stored_linear import StoredLinear, StoredLowRank
+from workers.formats.stored_linear import StoredLinear, StoredLowRank, StoredPart
 from workers.numerics.quantized import LinearResult, LowRank
 
 ABOUT_ADAPTER = """\
@@ -140,12 +140,18 @@ class AdapterWriter:
         self._tensors: dict[str, Tensor] = {}
         self._linears: dict[str, StoredLinear] = {}
 
-    def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
+    def add_linear(
+        self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
+    ) -> None:
         """Keep a linear's correction, if it has one; `module` is its name in the transformers model, if another."""
+        del part
         module = module or name
         self._linears[module] = StoredLinear.of(result)
         if result.low_rank is not None:
             self._tensors |= {key: t.cpu().contiguous() for key, t in compress(module, result.low_rank).items()}
+
+    def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
+        """Does nothing: it belongs to the base."""
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Does nothing: other tensors that quantization changed belong to the base."""

@@ -27,6 +27,27 @@ class StoredLowRank(Description):
     alpha: float
 
 
+class StoredPart(Description):
+    """The place of a linear's weight (out, in) in a tensor of the source that holds more, or holds it transposed.
+
+    of          the source's name of that tensor
+    index       along its first dimension; None: it has two
+    rows        start, stop and step along out
+    transposed  whether out is its last dimension
+    """
+
+    of: str
+    index: int | None = None
+    rows: tuple[int, int, int]
+    transposed: bool = False
+
+    def view(self, whole: torch.Tensor) -> torch.Tensor:
+        """The weight's place in the tensor."""
+        matrix = whole if self.index is None else whole[self.index]
+        start, stop, step = self.rows
+        return (matrix.T if self.transposed else matrix)[start:stop:step]
+
+
 class StoredLinear(Description):
     """The facts on a linear that its tensors do not show.
 

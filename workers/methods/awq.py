@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from app.domain.methods import AWQSpec, Scheme
 from workers.contracts.blocks import BlockTask, Fold, Method
+from workers.contracts.experts import all_called
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.hessian import Hessian, input_groups, watched
@@ -98,7 +99,7 @@ class Observed:
 
     def magnitude(self) -> Tensor:
         """x (in,); columns that were always 0 get the mean of all columns."""
-        mean = self.total / self.tokens
+        mean = self.total / max(1, self.tokens)
         return torch.where(mean > 0, mean, mean.mean().clamp(min=torch.finfo(mean.dtype).tiny))
 
     def hessian(self, scheme: Scheme) -> Tensor:
@@ -111,7 +112,9 @@ def observe(task: BlockTask, inputs: Tensor) -> dict[str, Observed]:
     linears = {name: task.linear(name) for name in task.schemes}
     observed: dict[str, Observed] = {}
     firsts = {}
-    for names in input_groups(linears, next(task.passes(inputs[:1]))):
+    with all_called(task.block):
+        groups = input_groups(linears, next(task.passes(inputs[:1])))
+    for names in groups:
         first = linears[names[0]]
         columns, dtype = first.in_features, torch.promote_types(first.weight.dtype, torch.float32)
         widths = {task.schemes[name].width(columns) for name in names}
@@ -202,9 +205,11 @@ def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.d
 
 def _applies(task: BlockTask, fold: Fold) -> bool:
     """True if all linears of a fold are quantized and the source has one number per column of them."""
+    if not set(fold.linears) <= task.schemes.keys():
+        return False
     source = task.block.get_submodule(fold.source)
     is_linear = isinstance(source, nn.Linear)
-    if not set(fold.linears) <= task.schemes.keys() or (is_linear and fold.source not in task.schemes):
+    if is_linear and fold.source not in task.schemes:
         return False
     columns = task.linear(fold.linears[0]).in_features
     return not is_linear or task.linear(fold.source).out_features == columns

@@ -16,7 +16,8 @@ before the first of them (static groups): a stored group is still G consecutive 
 
 True sequential order: linears are taken in the order in which the block calls them; the inputs of each are quantized
 activations behind the linears that are quantized so far. Linears that get the same tensor (q, k, v) share H and U; if
-they share a scheme too, their rows are rounded together.
+they share a scheme too, their rows are rounded together. Experts of one part do not depend on each other: H of all
+their sides is summed in one pass, and of all that come after in another.
 
 | symbol | variable | shape |
 |---|---|---|
@@ -35,7 +36,7 @@ squared error.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -43,11 +44,14 @@ from torch import Tensor, nn
 
 from app.domain.methods import GPTQSpec, Scheme
 from workers.contracts.blocks import BlockTask, Method
+from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
-from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs
+from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs, watched
 from workers.numerics.quantized import AffineWeight, LinearResult
 
+HESSIAN_BYTES = 2 << 30
+"""Memory for the H of experts that are summed in one pass."""
 LAZY_COLUMNS = 128
 """Columns whose updates are kept from the rest of the row until all of them are rounded."""
 
@@ -87,8 +91,10 @@ class GPTQ:
         counters: Counter[str] = Counter(damping_raised=0, rounded_to_nearest=0)
         with task.restored():
             linears = {name: task.linear(name) for name in task.schemes}
-            for names in input_groups(linears, next(task.passes(task.inputs[:1]))):
-                elimination = self._eliminate(task, names, spec, counters)
+            with all_called(task.block):
+                groups = input_groups(linears, next(task.passes(task.inputs[:1])))
+            for names, hessian in _hessians(task, groups):
+                elimination = self._eliminate(task, names, hessian, spec, counters)
                 for scheme, alike in _by_scheme(task.schemes, names).items():
                     rows = torch.cat([linears[name].weight for name in alike])
                     together = quantize_weight(rows, elimination, scheme, task.scale_dtype)
@@ -100,12 +106,9 @@ class GPTQ:
         return BlockResult(results, counters={name: float(count) for name, count in counters.items()})
 
     def _eliminate(
-        self, task: BlockTask, names: tuple[str, ...], spec: GPTQSpec, counters: Counter[str]
+        self, task: BlockTask, names: tuple[str, ...], hessian: Hessian, spec: GPTQSpec, counters: Counter[str]
     ) -> Elimination:
-        """The elimination for linears that share their inputs, from their present inputs."""
-        first = task.linear(names[0])
-        hessian = Hessian(first.in_features, first.in_features, first.weight.dtype, task.device)
-        see_inputs(first, task.passes(task.inputs), hessian.add)
+        """The elimination for linears that share their inputs."""
         task.sum_(hessian.sum)
         matrix = hessian.matrix()[0]
         elimination = Elimination.of(matrix, spec.damping, act_order=spec.act_order)
@@ -118,6 +121,33 @@ class GPTQ:
             counters["damping_raised"] += len(names)
             task.log("damping_raised", retries=elimination.retries, **facts)
         return elimination
+
+
+def _hessians(task: BlockTask, groups: Sequence[tuple[str, ...]]) -> Iterator[tuple[tuple[str, ...], Hessian]]:
+    """H of each group's inputs as they are when it is asked for; those of a part's experts are summed in one pass."""
+    for stage in seen_together(task.block, groups):
+        width = task.linear(stage[0][0]).in_features
+        for together in batched(stage, max(1, HESSIAN_BYTES // (4 * width * width))):
+            firsts = {names[0]: task.linear(names[0]) for names in together}
+            sums = {
+                name: Hessian(linear.in_features, linear.in_features, linear.weight.dtype, task.device)
+                for name, linear in firsts.items()
+            }
+            if len(stage) == 1:
+                ((name, linear),) = firsts.items()
+                see_inputs(linear, task.passes(task.inputs), sums[name].add)
+            else:
+                with watched(firsts, lambda name, x, sums=sums: sums[name].add(x.flatten(0, -2))):
+                    for forward in task.passes(task.inputs):
+                        forward()
+            for names in together:
+                yield names, sums.pop(names[0])
+
+
+def batched(stage: Sequence[tuple[str, ...]], size: int) -> Iterator[Sequence[tuple[str, ...]]]:
+    """The groups of a stage, at most `size` at a time."""
+    for first in range(0, len(stage), size):
+        yield stage[first : first + size]
 
 
 def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:

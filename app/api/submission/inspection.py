@@ -76,7 +76,7 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
     if foreign is not None:
         raise foreign.refusal("model")
     config = _read_json(files, CONFIG, MAX_CONFIG_BYTES, names)
-    dimensions = read_dimensions(config)
+    read_dimensions(config)  # before anything larger is read
     shards = _shards(files, names)
     check_choice(names, SINGLE if SINGLE in names else INDEX, config)
     tensors: dict[str, TensorEntry] = {}
@@ -93,7 +93,7 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
         raise UnsupportedArchitecture(detail, field="model", value=quantized[0], hint=HINT)
     return Inspection(
         config=config,
-        dimensions=dimensions,
+        dimensions=read_dimensions(config, {name: entry.shape for name, entry in tensors.items()}),
         tensor_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
         weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in tensors.values()),
         tokenizer=bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}),

@@ -29,6 +29,7 @@ from bitwright.errors import (
     ERRORS,
     BitwrightError,
     FieldProblem,
+    IndivisibleGroup,
     InputError,
     InvalidDataset,
     InvalidRequest,
@@ -243,7 +244,9 @@ def check_shapes(preflight: Preflight, dimensions: Dimensions, config: Mapping[s
     inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
     spec, formats = preflight.request.quantization, preflight.request.formats
     for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
-        preflight.add(error, error.field or "quantization")
+        # Names of files are not those of modules: the worker judges patterns by the model that it opens.
+        if dimensions.exact or (isinstance(error, IndivisibleGroup) and not spec.modules.overrides):
+            preflight.add(error, error.field or "quantization")
     adapter = preflight.request.adapter
     for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter is not None else ():
         preflight.add(misfit, misfit.field or "adapter")

@@ -132,7 +132,7 @@ def test_another_blocks_biases_reach_the_joined_product(parts: Parts) -> None:
     schemes = {n: SCHEME for n, m in one.named_modules() if isinstance(m, nn.Linear)}
     task = replace(toy_task({}), block=one, schemes=schemes, device=torch.device(DEVICE))
     tuned = TunedBlock.of(task, rounded_weights(task, search=False))
-    tuned.adopt(other)
+    tuned.adopt(replace(task, block=other))
     assert isinstance(tuned.module, FusedBlock)
     joined = tuned.module.self_attn.joined
     assert isinstance(joined, GradientLinear)

@@ -7,7 +7,7 @@ file as transformers does while it loads (`transformers.core_model_loading`), wi
 import copy
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -20,6 +20,7 @@ from transformers.core_model_loading import (
     Transpose,
     WeightConverter,
     WeightTransform,
+    apply_converters,
     dot_natural_key,
     rename_source_key,
     revert_weight_conversion,
@@ -58,12 +59,17 @@ class Slice:
 
 @dataclass(frozen=True)
 class Skeletal:
-    """The model as far as a conversion asks for it: configuration, the transforms that its file needed, and its state
-    without memory."""
+    """The model as far as a conversion asks for it.
+
+    state        its parameters and buffers without memory
+    _weight_conversions   the transforms that its file needed, under the name that transformers looks for
+    converters   all that merge and cut, needed or not
+    """
 
     config: Any
     state: Mapping[str, Tensor]
     _weight_conversions: Sequence[WeightTransform]
+    converters: Sequence[WeightConverter] = ()
 
     def get_parameter(self, name: str) -> Tensor:
         """The parameter of that name.
@@ -74,6 +80,20 @@ class Skeletal:
         if name not in self.state:
             raise AttributeError(name)
         return self.state[name]
+
+    def alone(self, parameter: str) -> dict[tuple[int, object], str]:
+        """Names of a fused parameter's parts in a file that has them one by one, by `Slice.index` and `Slice.part`.
+
+        Empty where transformers merges no such file.
+        """
+        shape = self.state[parameter].shape
+        needed = [t for t in self._weight_conversions if t not in self.converters]
+        every = replace(self, _weight_conversions=[*needed, *self.converters])
+        names = sorted(revert_weight_conversion(every, {parameter: self.state[parameter]}), key=dot_natural_key)
+        if len(shape) != 3 or len(names) % shape[0] or len(names) == 1:
+            return {}
+        converter = next(c for c in map(copy.deepcopy, self.converters) if apply_converters(names[0], [c])[1])
+        return _by_part(names, converter, shape[0])
 
 
 @dataclass(frozen=True)
@@ -181,7 +201,20 @@ def grouped(model: PreTrainedModel, names: Sequence[str]) -> Grouping:
         family = tuple(dict.fromkeys((target, *_family(target, converter))))
         found.append(Conversion({p: tuple(n) for p, n in patterns.items()}, family, converter))
     used = [transform for transform in transforms if transform.was_used()]
-    return Grouping(tuple(found), tuple(doubled), others, Skeletal(model.config, state, used))
+    return Grouping(tuple(found), tuple(doubled), others, Skeletal(model.config, state, used, converters))
+
+
+def _by_part(names: Sequence[str], converter: WeightConverter, number: int) -> dict[tuple[int, object], str]:
+    """Stored names by (number of the expert, (which, of how many parts))."""
+    matched: dict[str, list[str]] = {pattern: [] for pattern in converter.source_patterns}
+    for name in names:
+        _, pattern = converter.rename_source_key(name)
+        if pattern is not None:
+            matched[pattern].append(name)
+    lists = [found for found in matched.values() if found]
+    if any(len(found) != number for found in lists):
+        return {}
+    return {(e, (k, len(lists))): name for k, found in enumerate(lists) for e, name in enumerate(found)}
 
 
 def _family(target: str, converter: WeightConverter) -> list[str]:

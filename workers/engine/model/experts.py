@@ -82,6 +82,7 @@ class Experts(RoutedExperts):
         inner = out // 2 if layout.has_gate else out
         self.layout = layout
         self.sides = tuple(layout.sides(inner))
+        self.computes_all = type(original).__name__ in SORTED_BEFORE
         self.described = str(sorted((k, v) for k, v in vars(original).items() if isinstance(v, int | float | str)))
         sizes = {**dict.fromkeys(self.sides, (width, inner)), DOWN: (inner, width)}
         for expert in range(self.number):
@@ -101,7 +102,7 @@ class Experts(RoutedExperts):
         if not self.layout.has_gate:
             activated: Tensor = original.act_fn(sides)
             return activated
-        if type(original).__name__ in SORTED_BEFORE:
+        if self.computes_all:
             gate, up = sides.chunk(2, dim=-1)
             return up * original.act_fn(gate)
         if not self.layout.is_concatenated:
@@ -124,7 +125,8 @@ class Experts(RoutedExperts):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows: Tensor = _Spread.apply(hidden, order, back, places)  # type: ignore[no-untyped-call]
         outputs = self._computed(rows, counts, lambda: hidden, order // places)
-        outputs = self.finished(outputs) * weights.flatten()[order].unsqueeze(-1)
+        sorted_weights: Tensor = _Sorted.apply(weights.flatten(), order, back)  # type: ignore[no-untyped-call]
+        outputs = self.finished(outputs) * sorted_weights.unsqueeze(-1)
         together: Tensor = _Collect.apply(outputs, order, back, places)  # type: ignore[no-untyped-call]
         return together.to(hidden.dtype)
 
@@ -187,6 +189,20 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
         return gradients[0][back].unflatten(0, (-1, ctx.places)).sum(1), None, None, None
+
+
+class _Sorted(torch.autograd.Function):
+    """values (rows,) in another order; backwards the order before, with nothing added up."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return values[order]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return gradients[0][back], None, None
 
 
 class _Collect(torch.autograd.Function):

@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.core_model_loading import dot_natural_key
 
-from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
-from workers.engine.model.checkpoint import FLOAT_DTYPES, Checkpoint
-from workers.engine.model.conversions import Conversion, Grouping, Read, Skeletal, Slice, grouped
-from workers.engine.model.foreign_tensors import Skeleton, demand_a_model, misfit
+from bitwright.errors import CorruptCheckpoint
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.conversion_checks import expected_names, fitted_conversions
+from workers.engine.model.conversions import Conversion, Read, Skeletal, Slice, grouped
+from workers.engine.model.foreign_tensors import Skeleton, demand_a_model
 
 NOTHING: Mapping[str, Any] = MappingProxyType({})
 OLD_FREQUENCIES = re.compile(r"rotary_emb\.inv_freq$")
@@ -66,8 +66,8 @@ class Names:
         if groups.doubled:
             raise _doubled(*groups.doubled[0])
         tied = dict(model.all_tied_weights_keys)
-        fitted, broken = _fitted(groups, checkpoint, buffers={name for name, _ in model.named_buffers()})
-        expected = [(conversion, _expected(conversion, groups.model)) for conversion in broken]
+        fitted, broken = fitted_conversions(groups, checkpoint, buffers={name for name, _ in model.named_buffers()})
+        expected = [(conversion, expected_names(conversion, groups.model)) for conversion in broken]
         missing = [name for conversion, names in expected for name in names if name not in conversion.names]
         foreign = [name for conversion, names in expected for name in conversion.names if name not in names]
         ignored = [name for name, target in groups.others.items() if _is_ignored(model, target)]
@@ -109,6 +109,49 @@ class Names:
             return self._stored_part(piece)
         conversion = self._conversion(parameter)
         return conversion.names[0] if conversion.converter is None else None
+
+    def linear_name(self, linear: str) -> str:
+        """Name of a linear in the checkpoint, without `.weight`: the file's own where it holds the weight by itself.
+
+        A part of a fused tensor has the name that transformers' conversion would merge it from, if there is one, else
+        that of the module.
+        """
+        return (self._name_by_itself(linear) or linear).removesuffix(".weight")
+
+    def has_name(self, linear: str) -> bool:
+        """Whether loaders find a linear's weight by itself, in this file or in one that transformers would merge."""
+        return self._name_by_itself(linear) is not None
+
+    def _name_by_itself(self, linear: str) -> str | None:
+        own, piece = self.own_name(f"{linear}.weight"), self.slices.get(f"{linear}.weight")
+        if own is None and piece is not None:
+            return self._alone.get(piece.parameter, {}).get((piece.index, piece.part(self._rows(piece))))
+        return own
+
+    def place(self, parameter: str) -> tuple[str, Slice] | None:
+        """The stored tensor that holds a parameter as a part, and where; None where there is none."""
+        piece = self.slices.get(parameter)
+        whole = None if piece is None or self.own_name(parameter) is not None else self.own_name(piece.parameter)
+        return None if piece is None or whole is None else (whole, piece)
+
+    def stored_bytes(self, parameter: str) -> int:
+        """Bytes that a parameter takes in the checkpoint."""
+        stored = [self.checkpoint.tensors[name] for name in self.stored_names(parameter)]
+        piece = self.slices.get(parameter)
+        if piece is None or self.own_name(parameter) is not None:
+            return sum(tensor.size for tensor in stored)
+        shape = self.model.state[piece.parameter].shape
+        share = piece.of(self.model.state[piece.parameter]).numel() / shape.numel()
+        return round(share * sum(tensor.size for tensor in stored))
+
+    @cached_property
+    def _alone(self) -> dict[str, dict[tuple[int, object], str]]:
+        """Of fused parameters that lie fused in the file: the names that transformers would merge, by part."""
+        return {name: self.model.alone(name) for name in self._sliced if self.conversions[name].converter is None}
+
+    def _rows(self, piece: Slice) -> int:
+        shape = self.model.state[piece.parameter].shape
+        return shape[-1] if piece.transposed else shape[1]
 
     def together(self, parameter: str) -> tuple[str, ...]:
         """The parameters that `write` needs all at once to make the stored tensors of this one."""
@@ -219,73 +262,6 @@ class Names:
                 )
             aside += conversions.pop(copy).names
         return replace(self, conversions=conversions, tied=dict(tied), ignored=tuple(aside))
-
-
-def _fitted(
-    groups: Grouping, checkpoint: Checkpoint, buffers: Collection[str]
-) -> tuple[list[Conversion], list[Conversion]]:
-    """Conversions that are right both ways, and those that lack stored tensors or have too many.
-
-    Raises:
-        CorruptCheckpoint: a shape or a dtype is not the model's.
-        UnsupportedArchitecture: transformers does not give the names back.
-    """
-    fitted: list[Conversion] = []
-    broken: list[Conversion] = []
-    for conversion in groups.conversions:
-        expected = _expected(conversion, groups.model)
-        given = _given(conversion.names, expected)
-        if given is None:
-            broken.append(conversion)
-            continue
-        fits = replace(conversion, given={back: name for back, name in given.items() if back != name})
-        for back, name in given.items():
-            _demand_fit(fits, checkpoint, name, expected[back], buffers)
-        _demand_both_ways(fits, checkpoint, groups.model)
-        fitted.append(fits)
-    return fitted, broken
-
-
-def _expected(conversion: Conversion, model: Skeletal) -> dict[str, tuple[int, ...]]:
-    """The stored names that transformers gives the parameters back under, and their shapes."""
-    state = {name: model.state[name] for name in conversion.parameters}
-    return {name: tuple(tensor.shape) for name, tensor in conversion.back(state, {}, model).items()}
-
-
-def _given(stored: Collection[str], expected: Collection[str]) -> dict[str, str] | None:
-    """Name that comes back -> the stored one, where they are the same but for a prefix; else None."""
-    pairs = zip(sorted(expected, key=dot_natural_key), sorted(stored, key=dot_natural_key), strict=False)
-    same = {back: name for back, name in pairs if back.endswith(name) or name.endswith(back)}
-    return same if len(same) == len(stored) == len(expected) else None
-
-
-def _demand_fit(
-    conversion: Conversion, checkpoint: Checkpoint, name: str, shape: tuple[int, ...], buffers: Collection[str]
-) -> None:
-    tensor, target = checkpoint.tensors[name], conversion.parameters[0]
-    turned = conversion.converter is not None and tensor.shape[:-2] + tensor.shape[:-3:-1] == shape
-    is_number = tensor.dtype in FLOAT_DTYPES or target in buffers
-    if not is_number or not (tensor.shape == shape or turned):
-        raise misfit(name, tensor.dtype, tensor.shape, shape, target)
-
-
-def _demand_both_ways(conversion: Conversion, checkpoint: Checkpoint, model: Skeletal) -> None:
-    """Runs a conversion on tensors without memory.
-
-    Raises:
-        UnsupportedArchitecture: it does not give the model's shapes, or not those of the file back.
-    """
-    if conversion.converter is None:
-        return
-    shapes = {name: checkpoint.tensors[name].shape for name in conversion.names}
-    made = conversion.values(lambda name: torch.empty(shapes[name], device="meta"), model)
-    back = conversion.back(made, shapes, model)
-    wrong = [name for name in conversion.parameters if name not in made or made[name].shape != model.state[name].shape]
-    wrong += [name for name in shapes if name not in back or tuple(back[name].shape) != shapes[name]]
-    if wrong:
-        hint = "choose a checkpoint of this model that transformers saved"
-        detail = f"transformers does not convert {wrong[0]} both ways between the file and the model"
-        raise UnsupportedArchitecture(detail, field="model", value=wrong[0], hint=hint)
 
 
 def _unfilled(model: PreTrainedModel, filled: Collection[str], tied: Mapping[str, str]) -> list[str]:

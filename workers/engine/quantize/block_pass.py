@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -35,6 +35,14 @@ from workers.engine.model.overflow import blaming_the_original
 from workers.engine.quantize.activations import Activations, second_moments, sum_moments
 from workers.engine.quantize.block_reader import BlockReader
 from workers.engine.quantize.block_report import BlockFindings, error_sums
+from workers.engine.quantize.expert_coverage import (
+    Coverage,
+    borrowed_moments,
+    complete,
+    counted,
+    coverage,
+    starved_warning,
+)
 from workers.engine.quantize.reference import rounded
 from workers.engine.quantize.registry import METHODS, method_of
 from workers.engine.reporter import Reporter
@@ -84,7 +92,11 @@ class BlockPass:
                     else:
                         self._quantize(index, progress, writer)
                 progress.end(index, computed=index >= resumed)
-        return tuple(block.report for block in self.job.finished_blocks.blocks[:total] if block.report is not None)
+        reports = [block.report for block in self.job.finished_blocks.blocks[:total] if block.report is not None]
+        warning = starved_warning(reports)
+        if warning is not None:
+            self.job.reporter.warning("experts_starved", warning)
+        return tuple(reports)
 
     def quantize_head(self) -> Tensor | None:
         """Rounds the head to nearest, if it is to be quantized; its dequantized weight."""
@@ -109,9 +121,11 @@ class BlockPass:
         block, prefix = self.job.model.blocks[index], self.job.model.layout.block(index)
         schemes = {n: self.job.schemes[f"{prefix}.{n}"] for n in self._quantized_linears(index)}
         observed = self.calibration or self.evaluation
-        with second_moments({n: self.job.model.block_linears(index)[n] for n in schemes}) as moments:
+        linears = {n: linear for n, linear in self.job.model.block_linears(index).items() if n in schemes}
+        with second_moments(linears) as moments, counted(block, self.job.model.device) as tokens:
             self._advance_original(index, block, only=observed)
-            sum_moments(self.job.processes, moments, {n: self.job.model.block_linears(index)[n] for n in schemes})
+            sum_moments(self.job.processes, moments, linears)
+        found = self._coverage(tokens, schemes, block)
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
         self._advance_reference(index, block)
 
@@ -122,8 +136,11 @@ class BlockPass:
         if self.job.base_job is not None:
             result = self.job.base_job.block(index)
         else:
-            task = self._task(index, block, schemes, moments, tick)
-            result = _quantize_block(task, self.job.spec) if schemes else BlockResult({})
+            starved = found.linears(block, list(schemes))
+            moments = moments | self._borrowed_moments(index, found, starved)
+            task = replace(self._task(index, block, schemes, moments, tick), starved=starved)
+            with complete(block, found.starved):
+                result = _quantize_block(task, self.job.spec) if schemes else BlockResult({})
         self._demand_agreement(index, result)
         writer.wait()
         shard = writer.give(partial(self._write_shard, index, result))
@@ -131,8 +148,23 @@ class BlockPass:
         self._advance_quantized(index, block)
         output = None if observed is None else observed.squared_error()
         self.job.processes.sum_(*([] if output is None else [output]))
-        findings = BlockFindings(index, prefix, started, result, errors, output)
+        findings = BlockFindings(index, prefix, started, result, errors, output, found)
         writer.give(partial(self._finish, shard, findings))
+
+    def _coverage(self, tokens: dict[str, Tensor], schemes: Mapping[str, Scheme], block: nn.Module) -> Coverage:
+        """Of the calibration text; nothing where none is read."""
+        if self.calibration is None or not tokens:
+            return Coverage()
+        self.job.processes.sum_(*tokens.values())
+        return coverage(tokens, schemes, block)
+
+    def _borrowed_moments(self, index: int, found: Coverage, starved: frozenset[str]) -> dict[str, Tensor]:
+        if not starved or self.calibration is None:
+            return {}
+        inputs = self.calibration.quantized if self.calibration.inputs_fp is None else self.calibration.inputs_fp
+        block, forward = self.job.model.blocks[index], self.calibration.call(index)
+        device, processes = self.job.model.device, self.job.processes
+        return borrowed_moments(block, forward, inputs, found, sorted(starved), device=device, processes=processes)
 
     def _demand_agreement(self, index: int, result: BlockResult) -> None:
         tensors = (*result.linears.values(), *result.parameters.values())
@@ -261,6 +293,8 @@ def _event(report: BlockReport, total: int) -> BlockEvent:
         name=report.name,
         loss_initial=report.loss_initial,
         loss=report.loss,
+        expert_tokens_least=min((part.tokens_least for part in report.experts), default=None),
+        experts_starved=sum(len(part.starved) for part in report.experts) if report.experts else None,
         seconds=report.seconds,
     )
 

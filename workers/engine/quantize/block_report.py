@@ -10,7 +10,7 @@ the block's output Y:
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from workers.contracts.results import BlockResult
 from workers.engine.model.overflow import ALSO_DTYPE
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import CHUNK_ELEMENTS
+from workers.engine.quantize.expert_coverage import Coverage
 from workers.numerics.quantized import CodebookWeight, LinearResult
 
 
@@ -33,6 +34,7 @@ class BlockFindings:
     started  `time.perf_counter` then
     linears  `error_sums` by name inside the block
     output   `Activations.squared_error` after the block; None if nothing was observed
+    coverage tokens of its experts
     """
 
     index: int
@@ -41,6 +43,7 @@ class BlockFindings:
     result: BlockResult
     linears: Mapping[str, Tensor]
     output: Tensor | None
+    coverage: Coverage = field(default_factory=Coverage)
 
     def report(self) -> BlockReport:
         """Waits for the device, once.
@@ -64,6 +67,7 @@ class BlockFindings:
             seconds=time.perf_counter() - self.started,
             linears=linears,
             counters={name: float(count) for name, count in self.result.counters.items()},
+            experts=self.coverage.report(self.name),
         )
 
     def _linear(self, name: str, sums: list[float]) -> LinearReport:

@@ -71,13 +71,16 @@ def bias_of(part: RoutedExperts, names: Sequence[str]) -> Tensor | None:
     return torch.stack([torch.cat(row) for row in present]) if all(len(row) == len(names) for row in present) else None
 
 
-def receiver(gradient: Tensor, adds: Callable[[], bool]) -> Receive:
-    """Puts dL/dW of every expert into `gradient` (experts, out, in), or adds it where `adds()` says so."""
+def receiver(gradient: Tensor, adds: Callable[[], bool], still: Tensor) -> Receive:
+    """Puts dL/dW of every expert into `gradient` (experts, out, in), or adds it where `adds()` says so.
+
+    still   truth values (experts,): whose gradient is 0 whatever it would be
+    """
 
     def receive(by_output: Tensor, x: Tensor, ends: Tensor) -> None:
         made = weight_gradients(by_output, x, ends)
         # A kernel may leave what it does not compute as it finds it: nobody's gradient is nothing.
-        without = torch.diff(ends, prepend=ends.new_zeros(1)) == 0
+        without = (torch.diff(ends, prepend=ends.new_zeros(1)) == 0) | still
         made.masked_fill_(without.view(-1, 1, 1), 0)
         if adds():
             gradient.add_(made)

@@ -6,7 +6,7 @@ The tuned block is a copy: the loop may keep it from block to block while the mo
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -74,9 +74,23 @@ class FlatWeights:
 
 @dataclass
 class Accumulation:
-    """Switch by which the next backward adds to the gradients instead of overwriting them."""
+    """What the next backward does with gradients: whether it adds to them instead of overwriting them.
+
+    starved   linears whose gradient stays 0
+    still     the same of experts computed at once: (experts,) truth values by part, where they are
+    """
 
     adds: bool = False
+    starved: frozenset[str] = frozenset()
+    still: dict[str, Tensor] = field(default_factory=dict)
+
+    def leave(self, starved: frozenset[str]) -> None:
+        """Leaves these linears as they are from now on, and no others."""
+        self.starved = starved
+        for part, still in self.still.items():
+            prefix = f"{part}." if part else ""
+            experts = {name.removeprefix(prefix).partition(".")[0] for name in starved if name.startswith(prefix)}
+            still.copy_(torch.tensor([str(expert) in experts for expert in range(len(still))]))
 
 
 @dataclass(frozen=True)
@@ -105,10 +119,13 @@ class TunedBlock:
             part.seen, part.complete = None, frozenset()
             # Not a submodule: its parameters are those of the linears that it joins.
             object.__setattr__(part, "joined", block._experts(name, part, biases[name]))
+        block.accumulation.leave(task.starved)
         return block
 
-    def adopt(self, block: nn.Module) -> None:
-        """The parameters and buffers of another block of the same shape, but for the tuned weights."""
+    def adopt(self, task: BlockTask) -> None:
+        """The parameters and buffers of another task's block of the same shape, but for the tuned weights."""
+        block = task.block
+        self.accumulation.leave(task.starved)
         others = dict(block.named_parameters()) | dict(block.named_buffers())
         tuned = {id(m.weight) for m in self.module.modules() if isinstance(m, GradientLinear)}
         for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
@@ -131,13 +148,16 @@ class TunedBlock:
     ) -> GroupedExperts | None:
         """All experts of a part at once; None where their weights do not lie evenly, or some are not tuned."""
         prefix, stacks = f"{name}." if name else "", []
+        still = torch.zeros(part.number, dtype=torch.bool, device=self.flats[0].value.device)
         for linears, bias in zip((part.sides, (part.down,)), biases, strict=True):
             names = [[f"{prefix}{expert}.{linear}" for linear in linears] for expert in range(part.number)]
             found = [views for flat in self.flats if (views := flat.stacked(names)) is not None]
             if not found:
                 return None
             weight, gradient = found[0]
-            stacks.append(Stack(nn.Parameter(weight), bias, receiver(gradient, lambda: self.accumulation.adds)))
+            receive = receiver(gradient, lambda: self.accumulation.adds, still)
+            stacks.append(Stack(nn.Parameter(weight), bias, receive))
+        self.accumulation.still[name] = still
         return GroupedExperts(stacks[0], stacks[1], part.activated)
 
     def _linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
@@ -148,6 +168,8 @@ class TunedBlock:
         (weight, gradient), accumulation = flats[0], self.accumulation
 
         def receive(by_output: Tensor, x: Tensor) -> None:
+            if not accumulation.starved.isdisjoint(names):
+                return
             if accumulation.adds:
                 gradient.addmm_(by_output.T, x)
             else:

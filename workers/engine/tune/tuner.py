@@ -172,7 +172,7 @@ class _Run:
     def adopt(self, task: BlockTask, weights: Sequence[TrainableWeights]) -> None:
         """Takes over another block: its parameters, its weights' start, its seed."""
         self.task = task
-        self.block.adopt(task.block)
+        self.block.adopt(task)
         for present, other in zip(self.weights, weights, strict=True):
             present.adopt(other)
         self.data.adopt(task.inputs, task.targets, **_sequences(task, self.settings, self.processes))

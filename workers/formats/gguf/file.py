@@ -30,7 +30,7 @@ from workers.formats.gguf.metadata import OTHER_FORMAT, Architecture
 from workers.formats.gguf.read_back import read_back
 from workers.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
 from workers.formats.source_files import LICENCES, SourceCheckpoint, check_tensor, copy_files
-from workers.formats.stored_linear import StoredLinear
+from workers.formats.stored_linear import StoredLinear, StoredPart
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 FILE = "model.gguf"
@@ -71,12 +71,16 @@ class GGUFFile:
         self._kinds: Counter[Kind] = Counter()
         self._offset_error = 0.0
 
-    def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
+    def add_linear(
+        self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
+    ) -> None:
         """Store a quantized linear; its low-rank correction goes into the `peft` checkpoint.
 
         Raises:
-            FormatCannotHold: the format would have to change codes or scales.
+            FormatCannotHold: the format would have to change codes or scales, or has no name for the linear.
         """
+        if part is not None:
+            raise self._no_part(name)
         weight = result.weight
         if not isinstance(weight, AffineWeight) or (result.low_rank and not base_alone(self._opening.formats)):
             raise FormatCannotHold(
@@ -90,6 +94,19 @@ class GGUFFile:
         self._linears[module or name] = StoredLinear.of(LinearResult(weight))
         self._kinds[packed.kind] += weight.codes.numel()
         self._offset_error = max(self._offset_error, packed.offset_error)
+
+    def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
+        """No tensor of the source becomes several.
+
+        Raises:
+            FormatCannotHold: always.
+        """
+        del tensor, part
+        raise self._no_part(name)
+
+    def _no_part(self, name: str) -> FormatCannotHold:
+        detail = f"gguf has no tensor for {name}, a part of a larger one"
+        return FormatCannotHold(detail, field=name, hint='ask for formats: ["merged"]')
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
