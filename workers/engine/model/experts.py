@@ -125,7 +125,8 @@ class Experts(RoutedExperts):
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         rows: Tensor = _Spread.apply(hidden, order, back, places)  # type: ignore[no-untyped-call]
         outputs = self._computed(rows, counts, lambda: hidden, order // places)
-        outputs = self.finished(outputs) * weights.flatten()[order].unsqueeze(-1)
+        sorted_weights: Tensor = _Sorted.apply(weights.flatten(), order, back)  # type: ignore[no-untyped-call]
+        outputs = self.finished(outputs) * sorted_weights.unsqueeze(-1)
         together: Tensor = _Collect.apply(outputs, order, back, places)  # type: ignore[no-untyped-call]
         return together.to(hidden.dtype)
 
@@ -188,6 +189,20 @@ class _Spread(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
         return gradients[0][back].unflatten(0, (-1, ctx.places)).sum(1), None, None, None
+
+
+class _Sorted(torch.autograd.Function):
+    """values (rows,) in another order; backwards the order before, with nothing added up."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, order: Tensor, back: Tensor) -> Tensor:
+        ctx.save_for_backward(back)
+        return values[order]
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (back,) = ctx.saved_tensors
+        return gradients[0][back], None, None
 
 
 class _Collect(torch.autograd.Function):
