@@ -245,7 +245,10 @@ class UnusableBaseJob(InputError):
 
 class UnsupportedArchitecture(InputError):
     code, title = "unsupported_architecture", "The model's architecture is not supported"
-    way_out = "Choose a model of a supported `model_type`, in 16 or 32 bits; `detail` lists them."
+    way_out = (
+        "Choose a model of an accepted `model_type`, in 16 or 32 bits: `GET /v1/architectures` lists them, and says "
+        "why others are not."
+    )
 
 
 class UnsafeCheckpoint(InputError):

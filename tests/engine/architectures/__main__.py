@@ -82,7 +82,10 @@ def _jobs(model: Path, place: Path, refusals: dict[str, str]) -> tuple[dict[str,
     for request in ({"method": "rtn", "formats": ["merged", *packed]}, TUNED | {"formats": ["merged"]}):
         folder = place / str(request["method"])
         try:
-            with patch("workers.engine.model.streamed_model.find_architecture"):
+            with (
+                patch("workers.engine.model.streamed_model.find_architecture"),
+                patch("app.domain.format_rules._type_refusals", return_value=[]),
+            ):
                 report, ids = proved_job(model, folder, **request)
         except Exception as error:
             wrong.append(f"{request['method']}: {type(error).__name__}: {error}"[:200])

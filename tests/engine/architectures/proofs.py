@@ -124,7 +124,7 @@ def touched(source: Path, result: Path) -> list[str]:
     model = StreamedModel.unproved(before, CPU)
     linears = (f"{name}.weight" for name in model.linears())
     quantized = {stored for name in linears for stored in model.names.stored_names(name)}
-    wrong = [name for name in before.tensors.keys() ^ after.tensors.keys()]
+    wrong = list(before.tensors.keys() ^ after.tensors.keys())
     for name in before.tensors.keys() & after.tensors.keys() - quantized:
         one, other = before.read(name), after.read(name)
         same = (one.dtype, one.shape) == (other.dtype, other.shape)

@@ -160,8 +160,8 @@ def test_linears_of_one_input_are_one_item_unless_an_override_sets_one_apart() -
     candidates = {name: found for name in names if (found := spec.candidates(name, 64))}
     shared = (leaves[:3], leaves[4:6])
     groups = [[f"layers.{block}.{leaf}" for leaf in group] for block in range(2) for group in shared]
-    found = tied(candidates, groups)
-    items = [tuple(name.rpartition(".")[2][0] + name.split(".")[1] for name in item) for item in found]
+    joined = tied(candidates, groups)
+    items = [tuple(name.rpartition(".")[2][0] + name.split(".")[1] for name in item) for item in joined]
     assert items == [("q0", "k0", "v0"), ("o0",), ("g0",), ("d0",), ("q1", "v1"), ("k1",), ("o1",), ("g1",), ("d1",)]
 
 

@@ -105,13 +105,16 @@ class ResidentModel:
 def _within_documents(mask: Tensor | None, documents: Tensor, dtype: torch.dtype) -> Tensor:
     """Attention mask (rows, 1, length, length): a position sees those of its own example that `mask` allows.
 
-    Booleans; on a GPU the summand of the scores, 0 or -inf, in `dtype`.
+    Booleans; on a GPU, or where the model's own mask is one, the summand of the scores, 0 or -inf, in `dtype`.
     """
     length = documents.shape[1]
+    added = documents.is_cuda or (mask is not None and mask.is_floating_point())
+    if mask is not None and mask.is_floating_point():
+        mask = mask == 0
     if mask is None:
         mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=documents.device).tril()
     sees: Tensor = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    if not documents.is_cuda:
+    if not added:
         return sees
     # As attention's kernel adds it: else each block would make this of the truth values.
     return torch.where(sees, 0.0, -torch.inf).to(dtype)
@@ -210,7 +213,9 @@ def demand_trainable(model: StreamedModel, calls: tuple[BlockCall, ...]) -> None
     for call in calls:
         angles = call.keywords.get("position_embeddings")
         rotary = isinstance(angles, tuple) and all(isinstance(a, Tensor) and a.dim() == 3 for a in angles)
-        others = [name for name, value in call.keywords.items() if name not in TRAINABLE and value is not None]
+        others = [
+            n for n, value in call.keywords.items() if n not in TRAINABLE and value is not None and value is not False
+        ]
         if call.arguments or others or kinds or not rotary or not model.walk.plain:
             what = ", ".join([*sorted(kinds), *others]) or "more than attention with rotary embeddings"
             detail = f"blocks of {type(model.model).__name__} cannot be finetuned: they take {what}"

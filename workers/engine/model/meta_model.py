@@ -1,6 +1,7 @@
 """Builds a model's modules without weights, in the class and the dtypes in which transformers loads it."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -62,9 +63,9 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UnsupportedArchitecture: transformers has none, or the model decodes what an encoder reads.
     """
-    named = next(iter(config.architectures or ()), None)
+    named = next(iter(config.architectures or ()), "")
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
-    found = getattr(transformers, named, None) if named in known else None
+    found: Any = getattr(transformers, named, None) if named in known else None
     fits = isinstance(found, type) and issubclass(found, PreTrainedModel) and isinstance(config, found.config_class)
     if not fits:
         mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]

@@ -73,7 +73,7 @@ def swapped(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
         setattr(owner, leaf, original)
 
 
-class Answered(BaseModelOutputWithPast):
+class Answered(BaseModelOutputWithPast):  # type: ignore[misc]
     """What a decoder returns; whatever else a model's head asks for is None."""
 
     def __getattr__(self, name: str) -> None:
@@ -118,10 +118,8 @@ def imitated(model: PreTrainedModel, names: Iterable[str], device: torch.device)
     """Numbers in place of the parameters of these modules that are on meta: different ones in every row, in next to no
     memory.
     """
-    places = [
-        (module, leaf, module._parameters[leaf]) for name in names for _, module, leaf in parameter_places(model, name)
-    ]
-    places = [(module, leaf, weight) for module, leaf, weight in places if weight.is_meta]
+    owners = [(module, leaf) for name in names for _, module, leaf in parameter_places(model, name)]
+    places = [(module, leaf, weight) for module, leaf in owners if (weight := module.get_parameter(leaf)).is_meta]
     generator = torch.Generator().manual_seed(0)
     try:
         for module, leaf, weight in places:

@@ -18,13 +18,14 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.domain.request.job_request import Calibration
 from bitwright.errors import InvalidDataset
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import PATIENCE
 from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.meta_model import configuration, model_class
 from workers.engine.model.overflow import original_overflows
 from workers.engine.text.sequences import Sequences, writes_start
 
@@ -97,7 +98,7 @@ def _resident(by: Generation) -> PreTrainedModel:
             value="generated",
             hint='calibrate on a text of yours or on "builtin", which need one block at a time',
         )
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = model_class(configuration(by.checkpoint)).from_pretrained(
         by.checkpoint.folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
     )
     return cast(PreTrainedModel, model.to(by.device).eval())
@@ -117,8 +118,10 @@ def _starts(count: int, seed: int, by: Generation) -> Tensor:
 def _at_once(model: PreTrainedModel, length: int, device: torch.device) -> int:
     """Sequences whose keys and values fit."""
     config = model.config.get_text_config()
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    # A layer without heads keeps a state that does not grow; as much as attention's is the most that it can be.
+    queries = getattr(config, "num_attention_heads", None) or 1
+    heads = getattr(config, "num_key_value_heads", None) or queries
+    width = getattr(config, "head_dim", None) or config.hidden_size // queries
     per_sequence = 2 * config.num_hidden_layers * heads * width * length * model.dtype.itemsize
     room = CACHE_SHARE * torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else HOST_CACHE_BYTES
     return max(1, min(MOST_AT_ONCE, int(room // per_sequence)))
