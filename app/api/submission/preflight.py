@@ -248,7 +248,7 @@ def check_shapes(preflight: Preflight, dimensions: Dimensions, config: Mapping[s
         if dimensions.exact or (isinstance(error, IndivisibleGroup) and not spec.modules.overrides):
             preflight.add(error, error.field or "quantization")
     adapter = preflight.request.adapter
-    for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter is not None else ():
+    for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter and dimensions.exact else ():
         preflight.add(misfit, misfit.field or "adapter")
     quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
     preflight.problems += model_problems(formats, dimensions.architecture.model_type, quantized, config)
