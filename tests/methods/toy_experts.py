@@ -43,7 +43,8 @@ class RoutedBlock(nn.Module):
         if self.starves:
             scores = scores - 1000 * nn.functional.one_hot(torch.tensor(STARVED), NUMBER).to(scores)
         weights, chosen = torch.topk(scores.softmax(-1), PLACES, dim=-1)
-        return hidden + self.experts(flat, chosen, weights).view_as(hidden)
+        routed: Tensor = self.experts(flat, chosen, weights)
+        return hidden + routed.view_as(hidden)
 
 
 def fused(kind: str, dtype: torch.dtype, generator: torch.Generator) -> tuple[nn.Module, Layout, Any]:

@@ -38,6 +38,7 @@ squared error.
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -137,11 +138,15 @@ def _hessians(task: BlockTask, groups: Sequence[tuple[str, ...]]) -> Iterator[tu
                 ((name, linear),) = firsts.items()
                 see_inputs(linear, task.passes(task.inputs), sums[name].add)
             else:
-                with watched(firsts, lambda name, x, sums=sums: sums[name].add(x.flatten(0, -2))):
+                with watched(firsts, partial(_add, sums)):
                     for forward in task.passes(task.inputs):
                         forward()
             for names in together:
                 yield names, sums.pop(names[0])
+
+
+def _add(sums: Mapping[str, Hessian], name: str, x: Tensor) -> None:
+    sums[name].add(x.flatten(0, -2))
 
 
 def batched(stage: Sequence[tuple[str, ...]], size: int) -> Iterator[Sequence[tuple[str, ...]]]:

@@ -106,7 +106,12 @@ MIXTURES: dict[str, dict[str, Any]] = {
     "minimax_m2": {},
     "llama4_text": {"interleave_moe_layer_step": 1, "moe_layers": [1]},
     "granitemoe": {},
-    "gemma4_moe": {"model_type": "gemma4_text", "enable_moe_block": True, "top_k_experts": TOP_K},
+    "gemma4_moe": {
+        "model_type": "gemma4_text",
+        "enable_moe_block": True,
+        "top_k_experts": TOP_K,
+        "hidden_size_per_layer_input": 0,
+    },
     "nemotron_h": {"layers_block_type": ["moe", "attention", "moe"], "num_hidden_layers": 3, "n_groups": 1},
 }
 RECURRENT: dict[str, dict[str, Any]] = {

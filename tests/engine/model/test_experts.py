@@ -17,7 +17,12 @@ from workers.engine.model.experts import Experts, unfuse
 from workers.engine.model.names import Names
 
 IDS = torch.randint(0, 64, (3, 30), generator=torch.Generator().manual_seed(5))
-FAMILIES = [*MIXTURES, "qwen3_next", "qwen3_5_moe_text", "granitemoehybrid", "jamba"]
+FEW = ("qwen2_moe", "gpt_oss", "llama4_text", "deepseek_v3", "nemotron_h", "granitemoe")
+"""One of each layout, and of each way to route."""
+FAMILIES = [
+    pytest.param(family, marks=() if family in FEW else pytest.mark.slow)
+    for family in (*MIXTURES, "qwen3_next", "qwen3_5_moe_text", "granitemoehybrid", "jamba")
+]
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 

@@ -30,7 +30,8 @@ def names_of(folder: Path) -> Names:
 
 def layers_of(model: PreTrainedModel) -> str:
     count = model.config.get_text_config().num_hidden_layers
-    return next(n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+    lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    return next(name for name, module in lists.items() if len(module) == count)
 
 
 def written(names: Names) -> dict[str, Tensor]:
@@ -85,7 +86,7 @@ def gate_and_up_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def exchanged(self: conversions.Conversion, *arguments: object) -> dict[str, Tensor]:
         if len(self.stored) > 1:
-            stored = dict(zip(self.stored, reversed(self.stored.values()), strict=True))
+            stored = dict(zip(self.stored, reversed(list(self.stored.values())), strict=True))
             self = conversions.Conversion(stored, self.parameters, self.converter)
         return values(self, *arguments)  # type: ignore[arg-type]
 

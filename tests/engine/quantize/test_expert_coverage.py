@@ -1,7 +1,6 @@
 """Tokens per expert, and experts that get few: counted, named, and no worse for it."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,13 +38,6 @@ THREE_BITS: dict[str, Any] = {
 }
 SCHEME = Scheme(bits=3, group_size=16, symmetric=True)
 pytestmark = pytest.mark.filterwarnings("ignore")
-
-
-@pytest.fixture(autouse=True)
-def any_type(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Types need no proof here."""
-    monkeypatch.setattr(StreamedModel, "open", StreamedModel.unproved)
-    return
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +137,9 @@ def test_a_starved_experts_moments_are_those_of_every_token() -> None:
     found = coverage(tokens, task.schemes, task.block)
     assert found.starved["experts"] >= {STARVED}
     names = sorted(found.linears(task.block, list(task.schemes)))
-    given = {"device": task.device, "processes": SINGLE_PROCESS}
-    moments = borrowed_moments(task.block, task.forward, task.inputs, found, names, **given)
+    moments = borrowed_moments(
+        task.block, task.forward, task.inputs, found, names, device=task.device, processes=SINGLE_PROCESS
+    )
     gate = moments[f"experts.{STARVED}.gate_proj"]
     torch.testing.assert_close(gate, column_squares(task.inputs.view(-1, WIDTH)).float())
     part = experts_of(task.block)["experts"]

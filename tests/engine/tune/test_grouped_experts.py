@@ -2,13 +2,14 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Scheme
-from tests.methods.toy_experts import INNER, NUMBER, STARVED, WIDTH, fused, routed_task
+from tests.methods.toy_experts import INNER, NUMBER, STARVED, WIDTH, RoutedBlock, fused, routed_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.experts import experts_of
 from workers.contracts.tuning import TuningSettings
@@ -34,7 +35,7 @@ class Plain:
 def tuned(task: BlockTask) -> TunedBlock:
     """The block of a task as the loop has it, its weights written."""
     groups = [Plain(weights) for weights in task.alike().values()]
-    block = TunedBlock.of(task, groups)  # type: ignore[arg-type] - only its shapes are asked for
+    block = TunedBlock.of(task, cast("Any", groups))  # only their shapes are asked for
     for group, flat in zip(groups, block.flats, strict=True):
         flat.value.copy_(group.value)
     return block
@@ -79,14 +80,14 @@ def test_gradients_are_autograds_through_the_fused_module(kind: str, grouped: bo
     output, found = gradients(block, task.inputs, target)
     original, _, _ = fused(kind, torch.float32, torch.Generator().manual_seed(6))
     theirs = task.block
-    experts, theirs.experts = theirs.experts, original  # type: ignore[attr-defined]
+    experts, theirs.experts = theirs.experts, original
     expected = theirs(task.inputs)
     (expected - target).square().sum().backward()
-    theirs.experts = experts  # type: ignore[attr-defined]
+    theirs.experts = experts
     torch.testing.assert_close(output, expected.detach())
     flat = dict(zip(names_in(block.flats), torch.split(torch.cat(found), sizes_in(block.flats)), strict=True))
     for expert in range(NUMBER):
-        both, down = (original.get_parameter(name).grad[expert] for name in ("gate_up_proj", "down_proj"))
+        both, down = (gradient_of(original, name)[expert] for name in ("gate_up_proj", "down_proj"))
         if kind == "gpt_oss":
             gate, up, down = both.T[0::2], both.T[1::2], down.T
         else:
@@ -94,6 +95,12 @@ def test_gradients_are_autograds_through_the_fused_module(kind: str, grouped: bo
         for name, wanted in (("gate_proj", gate), ("up_proj", up), ("down_proj", down)):
             mine = flat[f"experts.{expert}.{name}"].view(wanted.shape)
             torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+
+
+def gradient_of(module: nn.Module, name: str) -> Tensor:
+    gradient = module.get_parameter(name).grad
+    assert gradient is not None
+    return gradient
 
 
 def names_in(flats: tuple[FlatWeights, ...]) -> list[str]:
@@ -109,7 +116,7 @@ def test_an_expert_without_tokens_has_no_gradient_even_after_one_that_had(groupe
     task = routed_task(scheme=SCHEME, samples=4)
     block = tuned(task) if grouped else one_by_one(tuned(task))
     _, before = gradients(block, task.inputs, torch.zeros_like(task.inputs))
-    block.module.starves = True
+    cast("RoutedBlock", block.module).starves = True
     _, after = gradients(block, task.inputs, torch.zeros_like(task.inputs))
     starved = [name.startswith(f"experts.{STARVED}.") for name in names_in(block.flats)]
     for name_starves, old, new in zip(
