@@ -144,7 +144,7 @@ class Experts(RoutedExperts):
             self.seen += counts
 
     def _computed(self, rows: Tensor, counts: Tensor, every: Callable[[], Tensor], tokens: Tensor | None) -> Tensor:
-        """What the experts make of their rows, before what `finished` does.
+        """The experts' outputs for their rows, before what `finished` does.
 
         every    gives the hidden states of all tokens, for experts that are called on all
         tokens   number of each row's token
