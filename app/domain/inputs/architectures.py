@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from app.domain.inputs.quantized_tensors import HINT
+from app.domain.inputs.quantized.registry import read_method
 from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
 
 HEAD = "lm_head"
@@ -118,7 +118,7 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
     """The table's entry for a decoded `config.json`.
 
     Raises:
-        UnsupportedArchitecture: the table has none, or the checkpoint is quantized already.
+        UnsupportedArchitecture: the table has none, or the checkpoint is quantized in a way that is not read.
     """
     model_type = config.get("model_type")
     architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
@@ -128,13 +128,7 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
         raise UnsupportedArchitecture(
             detail, field="model", value=model_type, hint="choose a model of one of these types"
         )
-    if config.get("quantization_config") is not None:
-        detail = "config.json has a quantization_config: the checkpoint is quantized already"
-        raise UnsupportedArchitecture(detail, field="model", hint=HINT)
-    mlx = config.get("quantization")
-    if isinstance(mlx, Mapping) and "bits" in mlx:
-        detail = "config.json has MLX's quantization: the checkpoint is quantized already"
-        raise UnsupportedArchitecture(detail, field="model", hint=HINT)
+    read_method(config)
     return architecture
 
 

@@ -18,7 +18,7 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.domain.request.job_request import Calibration
 from bitwright.errors import InvalidDataset
@@ -97,10 +97,18 @@ def _resident(by: Generation) -> PreTrainedModel:
             value="generated",
             hint='calibrate on a text of yours or on "builtin", which need one block at a time',
         )
-    model = AutoModelForCausalLM.from_pretrained(
-        by.checkpoint.folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    return cast(PreTrainedModel, model.to(by.device).eval())
+    return _loaded(by.checkpoint).to(by.device).eval()
+
+
+def _loaded(checkpoint: Checkpoint) -> Any:
+    """The model with its weights on the host, those of a quantized source as the numbers that they mean."""
+    if checkpoint.presented is None:
+        return AutoModelForCausalLM.from_pretrained(
+            checkpoint.folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=config.dtype)
 
 
 def _starts(count: int, seed: int, by: Generation) -> Tensor:

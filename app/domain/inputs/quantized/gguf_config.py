@@ -9,7 +9,7 @@ leaves scaling out, and llama.cpp (`src/llama-model.cpp`, `convert_hf_to_gguf.py
 import math
 import struct
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import MappingProxyType
 
 from app.domain.inputs.quantized.gguf_header import GgufHeader
@@ -36,8 +36,8 @@ class GgufModel:
     architectures: str
     epsilon: str = "rms_norm_eps"
     layer_norm: bool = False
-    fields: Mapping[str, str] = MappingProxyType({})
-    constants: Mapping[str, object] = MappingProxyType({})
+    fields: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    constants: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
     partial: bool = False
 
 
@@ -96,6 +96,11 @@ def gguf_model(header: GgufHeader) -> GgufModel:
     Raises:
         UnsupportedCheckpoint: it is not read.
     """
+    parts = header.metadata.get("split.count", 1)
+    if parts not in (0, 1):
+        detail = f"the GGUF file is one of {parts} parts"
+        hint = "merge them: llama-gguf-split --merge first-part.gguf model.gguf"
+        raise UnsupportedCheckpoint(detail, field="model", value=parts, hint=hint)
     name = header.metadata.get("general.architecture")
     model = MODELS.get(name) if isinstance(name, str) else None
     if model is None or (name == "llama" and header.metadata.get("llama.expert_count")):
@@ -117,7 +122,7 @@ def gguf_config(header: GgufHeader, content: Callable[[str], bytes]) -> Config:
     model, architecture = gguf_model(header), str(header.metadata["general.architecture"])
     keys = _Keys(header, architecture)
     config: Config = {"architectures": [model.architectures], "model_type": model.model_type}
-    config |= {field: keys.whole(key) for key, field in {**COMMON, **model.fields}.items()}
+    config |= {name: keys.whole(key) for key, name in {**COMMON, **model.fields}.items()}
     heads, hidden = keys.whole("attention.head_count"), keys.whole("embedding_length")
     head_dim = keys.whole("attention.key_length", keys.whole("rope.dimension_count", hidden // heads or 1))
     if model.partial:
@@ -142,9 +147,9 @@ def gguf_config(header: GgufHeader, content: Callable[[str], bytes]) -> Config:
     for key in ("attn_logit_softcapping", "final_logit_softcapping"):
         if f"{architecture}.{key}" in header.metadata:
             config[key] = keys.number(key)
-    for key, field in IDS.items():
+    for key, name in IDS.items():
         token = header.metadata.get(f"tokenizer.ggml.{key}")
-        config[field] = token if isinstance(token, int) else None
+        config[name] = token if isinstance(token, int) else None
     return config
 
 

@@ -97,6 +97,14 @@ def read_method(config: Mapping[str, object]) -> str | None:
     raise UnsupportedArchitecture(detail, field="model", value=method, hint=hint)
 
 
+def quantized_warning(what: str) -> str:
+    """The warning of whoever quantizes a quantized source anew."""
+    return (
+        f"the source is {what}: its weights are read as the numbers that they mean, and quantizing them anew adds to "
+        "the error that they have already; the model that it was made from gives a better result"
+    )
+
+
 def read_quantized(
     config: Mapping[str, object], entries: Mapping[str, Stored], small: Callable[[str], bytes]
 ) -> QuantizedSource | None:
