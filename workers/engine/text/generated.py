@@ -18,13 +18,14 @@ from typing import Any, cast
 import torch
 from safetensors.torch import load, save
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from app.domain.request.job_request import Calibration
 from bitwright.errors import InvalidDataset
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import PATIENCE
 from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.model.meta_model import configuration, empty_model, model_dtype
 from workers.engine.model.overflow import original_overflows
 from workers.engine.text.sequences import Sequences, writes_start
 
@@ -106,9 +107,11 @@ def _loaded(checkpoint: Checkpoint) -> Any:
         return AutoModelForCausalLM.from_pretrained(
             checkpoint.folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+    config = configuration(checkpoint)
+    dtype = model_dtype(config, checkpoint)
+    of_class = type(empty_model(config, dtype, torch.device("cpu")))
     weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
-    return AutoModelForCausalLM.from_pretrained(None, config=config, state_dict=weights, dtype=config.dtype)
+    return of_class.from_pretrained(None, config=config, state_dict=weights, dtype=dtype)
 
 
 def _starts(count: int, seed: int, by: Generation) -> Tensor:

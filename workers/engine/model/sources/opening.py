@@ -1,5 +1,6 @@
 """A folder whose weights are quantized, opened as a checkpoint of ordinary floating-point tensors."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -55,7 +56,7 @@ def present_gguf(file: Path, scratch: Path | None) -> Presented:
         CorruptCheckpoint, UnsupportedCheckpoint: as `read_gguf`.
     """
     source = read_gguf(file)
-    folder = PresentedFolder(file.parent, source.config, scratch, partial(_save_tokenizer, file))
+    folder = PresentedFolder(file.parent, source.config, scratch, partial(_save_tokenizer, file, source.config["vocab_size"]))
     weights: dict[str, tuple[str, tuple[int, ...], Recipe]] = {
         name: (_name(tensor), tensor.shape, tensor) for name, tensor in source.tensors.items()
     }
@@ -74,8 +75,11 @@ def _nothing(folder: Path) -> None:
     """Leaves the folder as it is."""
 
 
-def _save_tokenizer(file: Path, folder: Path) -> None:
-    """The tokenizer that transformers makes of a file; none where the file has none that it reads."""
+def _save_tokenizer(file: Path, vocabulary: object, folder: Path) -> None:
+    """The tokenizer that transformers makes of a file; none where the file has none that it reads.
+
+    A token that its class adds on its own has no row in the embeddings (GPT-2's end of text), and goes.
+    """
     if any(folder.glob("tokenizer*.json")):
         return  # the folder's own goes before the one that is made anew
     try:
@@ -85,3 +89,9 @@ def _save_tokenizer(file: Path, folder: Path) -> None:
     except Exception:  # transformers raises whatever its parsers raise; what needs a tokenizer says that there is none
         return
     made.save_pretrained(folder)
+    saved = folder / "tokenizer.json"
+    described = json.loads(saved.read_bytes())
+    described["added_tokens"] = [
+        token for token in described["added_tokens"] if not isinstance(vocabulary, int) or token["id"] < vocabulary
+    ]
+    saved.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
