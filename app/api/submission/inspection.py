@@ -15,7 +15,7 @@ from typing import Protocol
 from app.domain.inputs.architectures import Dimensions, read_dimensions
 from app.domain.inputs.checkpoint_choice import check_choice
 from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files, gguf_file
-from app.domain.inputs.quantized.gguf_config import gguf_config
+from app.domain.inputs.quantized.gguf_config import gguf_config, gguf_words
 from app.domain.inputs.quantized.gguf_header import GgufHeader, parse_gguf
 from app.domain.inputs.quantized.registry import read_quantized
 from app.domain.inputs.quantized.stored import MOST_SMALL_BYTES, corrupt
@@ -118,14 +118,13 @@ def _inspect_gguf(files: CheckpointFiles, name: str) -> Inspection:
     header = parse_gguf(partial(files.read, name), files.size(name), name)
     config = gguf_config(header, partial(_gguf_content, files, name, header))
     weights = sum(prod(entry.shape) for entry in header.tensors.values())
-    kinds = sorted({entry.dtype for entry in header.tensors.values()})
     return Inspection(
         config=config,
         dimensions=read_dimensions(config),
         tensor_bytes=weights * MADE_BYTES,
         weights=weights,
         tokenizer="tokenizer.ggml.tokens" in header.counts,
-        quantized=f"a GGUF file ({', '.join(kinds)})",
+        quantized=gguf_words(header),
     )
 
 

@@ -110,6 +110,14 @@ def gguf_model(header: GgufHeader) -> GgufModel:
     return model
 
 
+def gguf_words(header: GgufHeader) -> str:
+    """The file in words: its types, those of most numbers first."""
+    numbers: dict[str, int] = {}
+    for entry in header.tensors.values():
+        numbers[entry.dtype] = numbers.get(entry.dtype, 0) + math.prod(entry.shape)
+    return f"a GGUF file ({', '.join(sorted(numbers, key=lambda kind: (-numbers[kind], kind)))})"
+
+
 def gguf_config(header: GgufHeader, content: Callable[[str], bytes]) -> Config:
     """The configuration, as config.json has it.
 

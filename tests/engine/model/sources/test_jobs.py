@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from app.domain.attempt_lines import AttemptLine
+from app.api.submission.inspection import FolderFiles, inspect_checkpoint
 from bitwright.events import WarningEvent
 from tests.engine.conftest import run_job
 from tests.engine.model.sources.encoders import KINDS, quantized_folder
@@ -26,6 +27,13 @@ def dequantized(folder: Path, target: Path) -> Path:
     tensors = {name: checkpoint.read(name) for name in checkpoint.tensors}
     save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
     return target
+
+
+def _inspected(folder: Path) -> tuple[int, int, object]:
+    """What a dry run says of an ordinary checkpoint."""
+    found = inspect_checkpoint(FolderFiles(folder))
+    assert found.quantized is None
+    return found.tensor_bytes, found.weights, found.config
 
 
 def demand_same(one: Path, other: Path) -> None:
@@ -50,6 +58,9 @@ def test_a_job_from_a_quantized_source_is_the_job_from_its_numbers(
     for name, tensor in load_file(plain / "model.safetensors").items():
         error = (tensor.float() - original[name].float()).norm() / original[name].float().norm()
         assert error < 0.2, f"{name} is another weight"
+    found, checkpoint = inspect_checkpoint(FolderFiles(source)), Checkpoint.open(source)
+    assert (found.tensor_bytes, found.weights) == (checkpoint.size, checkpoint.size // 2), "all of it is bf16"
+    assert (found.tensor_bytes, found.weights, found.config) == _inspected(plain)
     lines = list[AttemptLine]()
     result = run_job(source, tmp_path / "one", lines, formats=["merged"])
     other = run_job(plain, tmp_path / "other", formats=["merged"])
@@ -58,6 +69,7 @@ def test_a_job_from_a_quantized_source_is_the_job_from_its_numbers(
     (warning,) = [line for line in lines if isinstance(line, WarningEvent) and line.code == "quantized_source"]
     said = result.report.model.quantized_source
     assert said is not None
+    assert said == found.quantized
     assert said in warning.message
     assert warning.message in result.report.warnings
     assert other.report.model.quantized_source is None
@@ -85,11 +97,14 @@ def test_a_job_from_a_gguf_file_is_the_job_from_the_model_that_transformers_load
     assert tokenizer(text)["input_ids"] == load_tokenizer(small_model)(text)["input_ids"]
 
     plain = dequantized(source, tmp_path / "plain")
+    found = inspect_checkpoint(FolderFiles(source))
+    assert (found.tensor_bytes, found.weights, found.config) == _inspected(plain)
     result = run_job(source, tmp_path / "one", formats=["merged", "gguf"])
     run_job(plain, tmp_path / "other", formats=["merged", "gguf"])
     demand_same(tmp_path / "one", tmp_path / "other")
     said = result.report.model.quantized_source
     assert said is not None
+    assert said == found.quantized
     assert "GGUF" in said
     assert "Q8_0" in said
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "one" / "output" / "merged")

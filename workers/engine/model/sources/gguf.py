@@ -19,7 +19,7 @@ from gguf import MODEL_ARCH_NAMES, GGMLQuantizationType, dequantize, get_tensor_
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from app.domain.inputs.quantized.gguf_config import gguf_config
+from app.domain.inputs.quantized.gguf_config import gguf_config, gguf_words
 from app.domain.inputs.quantized.gguf_header import BLOCKS, GgufEntry, GgufHeader, parse_gguf
 from app.domain.inputs.quantized.stored import MOST_SMALL_BYTES, corrupt
 from bitwright.errors import CorruptCheckpoint, UnsupportedCheckpoint
@@ -82,12 +82,14 @@ class GgufSource:
 
     config    of the model, as config.json has it
     tensors   parameter's name -> how it is made
-    kinds     names of the GGML types, those of most weights first
+    what      the file in words
+    tokens    whether it holds a tokenizer
     """
 
     config: dict[str, object]
     tensors: Mapping[str, GgufTensor]
-    kinds: tuple[str, ...]
+    what: str
+    tokens: bool
 
 
 def read_gguf(file: Path) -> GgufSource:
@@ -101,10 +103,7 @@ def read_gguf(file: Path) -> GgufSource:
     config = gguf_config(header, partial(_content, file, header))
     dtype = getattr(torch, str(config["dtype"]))
     sources = dict(_sources(file, header, config, dtype))
-    numbers: dict[str, int] = {}
-    for entry in header.tensors.values():
-        numbers[entry.dtype] = numbers.get(entry.dtype, 0) + prod(entry.shape)
-    return GgufSource(config, sources, tuple(sorted(numbers, key=lambda kind: -numbers[kind])))
+    return GgufSource(config, sources, gguf_words(header), "tokenizer.ggml.tokens" in header.counts)
 
 
 def gguf_header(file: Path) -> GgufHeader:

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoTokenizer
 
 from app.domain.inputs.quantized.registry import QuantizedSource
-from workers.engine.model.sources.gguf import GgufSource, GgufTensor, read_gguf
+from workers.engine.model.sources.gguf import GgufTensor, read_gguf
 from workers.engine.model.sources.presented import PresentedFolder
 from workers.engine.model.sources.recipe import DTYPES, Dequantized, Recipe, presented_config, presented_dtype
 
@@ -56,19 +56,16 @@ def present_gguf(file: Path, scratch: Path | None) -> Presented:
         CorruptCheckpoint, UnsupportedCheckpoint: as `read_gguf`.
     """
     source = read_gguf(file)
-    folder = PresentedFolder(file.parent, source.config, scratch, partial(_save_tokenizer, file, source.config["vocab_size"]))
+    fill = partial(_save_tokenizer, file, source.config["vocab_size"]) if source.tokens else _nothing
+    folder = PresentedFolder(file.parent, source.config, scratch, fill)
     weights: dict[str, tuple[str, tuple[int, ...], Recipe]] = {
         name: (_name(tensor), tensor.shape, tensor) for name, tensor in source.tensors.items()
     }
-    return Presented(f"a GGUF file ({_kinds(source)})", dict(source.config), folder, weights)
+    return Presented(source.what, dict(source.config), folder, weights)
 
 
 def _name(tensor: GgufTensor) -> str:
     return DTYPES[str(tensor.dtype).removeprefix("torch.")]
-
-
-def _kinds(source: GgufSource) -> str:
-    return ", ".join(source.kinds)
 
 
 def _nothing(folder: Path) -> None:
