@@ -45,7 +45,8 @@ PIPELINE = ForeignFiles(
 GGUF_SUFFIX, PROJECTOR = ".gguf", "mmproj"
 SEVERAL_GGUF = (
     "give a folder or an upload with the one file that is to be read, of the most bits (BF16, F16 or Q8_0), merged by "
-    "llama-gguf-split where it is in parts, and no vision tower without it; or the model that it was made from, as safetensors"
+    "llama-gguf-split where it is in parts, and no vision tower without it; or the model that it was made from, as "
+    "safetensors"
 )
 BY_SUFFIX = (
     ((GGUF_SUFFIX,), "a collection of GGUF files, in which none alone is the model", SEVERAL_GGUF),

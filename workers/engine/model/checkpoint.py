@@ -120,9 +120,7 @@ class Checkpoint:
         return cls._present(presented, kept, config.get("quantization_config"))
 
     @classmethod
-    def _present(
-        cls, presented: Presented, kept: Mapping[str, StoredTensor], settings: object = None
-    ) -> "Checkpoint":
+    def _present(cls, presented: Presented, kept: Mapping[str, StoredTensor], settings: object = None) -> "Checkpoint":
         made = {
             name: StoredTensor(recipe.files[0], dtype, shape, recipe)
             for name, (dtype, shape, recipe) in presented.weights.items()

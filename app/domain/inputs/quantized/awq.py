@@ -1,6 +1,6 @@
 """AWQ's packed weights in the GEMM layout: `quant_method` awq.
 
-    module.qweight   I32 (in, out / 8)       eight outputs a word, in the order 0, 2, 4, 6, 1, 3, 5, 7 from the lowest bits
+    module.qweight   I32 (in, out / 8)       eight outputs a word, from the lowest bits 0, 2, 4, 6, 1, 3, 5, 7
     module.qzeros    I32 (groups, out / 8)   zero points, likewise; absent: 8
     module.scales    F16 (groups, out)
 

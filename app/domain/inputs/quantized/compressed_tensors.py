@@ -201,8 +201,8 @@ def _naive(reading: Reading, module: str, entry: Stored, of: tuple[Settings, str
     shape = matrix(name, entry)
     if scale.dtype in fp8.EXPONENTS:
         demand_shape(scale_name, scale, (shape[0], ceil_div(shape[1], MX_GROUP)), name)
-        numbers = {"rows": 1, "columns": MX_GROUP, "exponents": 1}
-        return QuantizedTensor(name, shape, "scaled", {"codes": name, "scale": scale_name}, numbers)
+        exponents = {"rows": 1, "columns": MX_GROUP, "exponents": 1}
+        return QuantizedTensor(name, shape, "scaled", {"codes": name, "scale": scale_name}, exponents)
     names = {"codes": name}
     numbers = _grouping(reading, module, shape, of[0], names)
     if f"{module}.weight_zero_point" in reading.entries:

@@ -104,7 +104,9 @@ def gguf_model(header: GgufHeader) -> GgufModel:
     name = header.metadata.get("general.architecture")
     model = MODELS.get(name) if isinstance(name, str) else None
     if model is None or (name == "llama" and header.metadata.get("llama.expert_count")):
-        detail = f"the GGUF file is of the architecture {name!r}; read are {', '.join(MODELS)}, without experts in llama"
+        detail = (
+            f"the GGUF file is of the architecture {name!r}; read are {', '.join(MODELS)}, without experts in llama"
+        )
         hint = "give the model that it was made from, as safetensors (the repository without -GGUF)"
         raise UnsupportedCheckpoint(detail, field="model", value=str(name), hint=hint)
     return model

