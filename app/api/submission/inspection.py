@@ -128,7 +128,7 @@ def _inspect_gguf(files: CheckpointFiles, name: str) -> Inspection:
     )
 
 
-def _content(files: CheckpointFiles, headers: Mapping[str, Mapping[str, TensorEntry]], tensor: str) -> bytes:
+def _content(files: CheckpointFiles, headers: dict[str, dict[str, TensorEntry]], tensor: str) -> bytes:
     """The bytes of a small tensor of a shard."""
     shard = next(shard for shard in reversed(headers) if tensor in headers[shard])
     entry = headers[shard][tensor]

@@ -246,8 +246,7 @@ class _Cursor:
     def _array(self, key: str) -> object:
         kind, count = self.number("I"), self.count("Q", MAX_ARRAY, f"values of {key!r}")
         if kind == TEXT:
-            for _ in range(count):
-                self.skip(self.number("Q"))
+            self._skip_texts(count)
             return _Length(count)
         if kind not in SCALARS:
             raise _corrupt(self._name, f"has {key!r}, an array of the type {kind}")
@@ -256,6 +255,19 @@ class _Cursor:
             self.skip(count * size)
             return _Length(count)
         return struct.unpack(f"<{count}{SCALARS[kind]}", self.take(count * size))
+
+    def _skip_texts(self, count: int) -> None:
+        """Steps over strings; a vocabulary has hundreds of thousands, so that each costs one look at the chunk."""
+        while count:
+            self.skip(self.number("Q"))
+            count -= 1
+            chunk, at = self._chunk, self.position - self._first
+            while count and at + 8 <= len(chunk):
+                ahead = at + 8 + int.from_bytes(chunk[at : at + 8], "little")
+                if ahead > len(chunk):
+                    break
+                at, count = ahead, count - 1
+            self.position = max(self.position, min(self._first + at, self._end))
 
     def tensor(self) -> tuple[str, int, tuple[int, ...], int]:
         """Name, type, sides with the fastest last, and offset of a tensor."""

@@ -162,7 +162,7 @@ def test_the_folder_that_is_presented_has_all_but_weights(tmp_path: Path) -> Non
     assert checkpoint.presented.what == "a GGUF file (F32)"
     first = checkpoint.digest("abc")
     assert Checkpoint.open(tmp_path / "model").digest("abc") == first
-    write_gguf(tmp_path / "model" / "model.gguf", "qwen2", random_model("qwen2"), **{"context_length": 64})
+    write_gguf(tmp_path / "model" / "model.gguf", "qwen2", random_model("qwen2"), context_length=64)
     assert Checkpoint.open(tmp_path / "model").digest("abc") != first
 
 
