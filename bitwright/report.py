@@ -239,6 +239,10 @@ class ModelReport(ReportPart):
     architecture: str
     dtype: str
     parameters: int
+    quantized_source: str | None = Field(
+        default=None,
+        description="What the source's weights were quantized as, whose error the result has too; null: they were not.",
+    )
 
 
 class StoredParts(ReportPart):

@@ -13,7 +13,7 @@ from app.api.representations import upload_view
 from app.api.submission.inspection import CONFIG, is_plain_name
 from app.api.upload_parts import PartsFolder
 from app.api.upload_receiving import Target, TornPart, find_file, parse_content_range, receive_part
-from app.domain.inputs.foreign_files import PICKLED, foreign_files
+from app.domain.inputs.foreign_files import PICKLED, foreign_files, gguf_file
 from app.domain.inputs.jsonl import check_jsonl
 from app.settings import Settings
 from app.store.blobs import BlobStore
@@ -70,7 +70,7 @@ def create_upload(
     database: DatabaseOf,
     idempotency_key: IdempotencyHeader = None,
 ) -> UploadView:
-    """Announce names, sizes and hashes: one `.jsonl` file of text, or the files of a checkpoint."""
+    """Announce names, sizes and hashes: one `.jsonl` file of text, the files of a checkpoint, or one GGUF file."""
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, body)
     if idempotency is not None:
         with database.reading() as session:
@@ -121,8 +121,11 @@ def check_files(body: UploadRequest, settings: Settings) -> None:
     if foreign is not None and (CONFIG not in names or not foreign.file.endswith(".safetensors")):
         raise foreign.refusal("files")
     text = len(names) == 1 and names[0].endswith(".jsonl")
-    if not text and not (CONFIG in names and any(name.endswith(".safetensors") for name in names)):
-        hint = "send one file named *.jsonl, or config.json with *.safetensors and the tokenizer's files"
+    checkpoint = CONFIG in names and any(name.endswith(".safetensors") for name in names)
+    if not text and not checkpoint and gguf_file(names) is None:
+        hint = (
+            "send one file named *.jsonl, or config.json with *.safetensors and the tokenizer's files, or one GGUF file"
+        )
         raise InvalidRequest("these files are neither a text nor a checkpoint", field="files", value=names, hint=hint)
     total = sum(file.size for file in body.files)
     if total > settings.max_upload_bytes:

@@ -24,8 +24,8 @@ def folder_of(api: Api, files: dict[str, bytes]) -> Path:
 
 ADAPTER = {"adapter_config.json": b"{}", "adapter_model.safetensors": safetensors({"a": (2, 2)})}
 SOURCES: list[tuple[dict[str, bytes], str, str]] = [
-    ({"m.Q4_K_M.gguf": b"GGUF"}, "unsupported_checkpoint", "GGUF"),
-    ({"config.json": b"{}", "m.gguf": b"GGUF"}, "unsupported_checkpoint", "GGUF"),
+    ({"m.Q4_K_M.gguf": b"GGUF", "m.Q8_0.gguf": b"GGUF"}, "unsupported_checkpoint", "GGUF"),
+    ({"config.json": b"{}", "mmproj.gguf": b"GGUF"}, "unsupported_checkpoint", "GGUF"),
     (ADAPTER, "unsupported_checkpoint", "merge_and_unload"),
     ({"config.json": b"{}", "model.onnx": b""}, "unsupported_checkpoint", "ONNX"),
     ({"config.json": b"{}", "pytorch_model.bin": b""}, "unsafe_checkpoint", "save_pretrained"),
@@ -47,14 +47,10 @@ def test_a_source_of_another_kind_is_named_wherever_it_comes_from(
 
 def test_a_file_as_a_model_is_named(api: Api) -> None:
     folder = folder_of(api, {"m.gguf": b"GGUF", "model.safetensors": b""})
-    found = problem(
-        api.client.post(DRY, json={**SHORTHAND, "model": str(folder / "m.gguf")}), 422, "unsupported_checkpoint"
-    )
-    assert "GGUF" in str(found["detail"])
-    plain = problem(
-        api.client.post(DRY, json={**SHORTHAND, "model": str(folder / "model.safetensors")}), 422, "source_not_found"
-    )
-    assert "name the folder" in str(plain["detail"])
+    for name in ("m.gguf", "model.safetensors"):
+        found = problem(api.client.post(DRY, json={**SHORTHAND, "model": str(folder / name)}), 422, "source_not_found")
+        assert "name the folder" in str(found["detail"])
+        assert "one GGUF file" in str(found["detail"])
 
 
 def test_a_folder_that_may_not_be_read_names_both_ways_and_no_folder_of_the_server(api: Api) -> None:

@@ -197,7 +197,7 @@ def test_what_the_hub_does_not_give(online: Bench, hub: Hub) -> None:
     hub.repositories["models/org/gated"] = FILES
     hub.gated.add("models/org/gated")
     hub.repositories["models/org/pickled"] = {"config.json": b"{}", "pytorch_model.bin": b"pickle"}
-    hub.repositories["models/org/model-GGUF"] = {"README.md": b"", "model.Q4_K_M.gguf": b"GGUF"}
+    hub.repositories["models/org/model-GGUF"] = {"a.Q4_K_M.gguf": b"GGUF", "a.Q8_0.gguf": b"GGUF"}
     hub.repositories["models/org/adapter"] = {"adapter_config.json": b"{}", "adapter_model.safetensors": b""}
     hub.repositories["datasets/org/columns"] = {"train.jsonl": b'{"a": 1}\n'}
     requests: list[dict[str, object]] = [*(fields for fields, _, _ in REFUSALS), {"model": MODEL}]

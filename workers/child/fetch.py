@@ -28,7 +28,7 @@ from huggingface_hub.errors import (
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from app.domain.attempt_lines import FetchedLine
-from app.domain.inputs.foreign_files import foreign_files
+from app.domain.inputs.foreign_files import foreign_files, gguf_file
 from bitwright.errors import (
     BitwrightError,
     DiskFull,
@@ -150,7 +150,9 @@ def _download(repo_id: str, commit: str, folder: Path, report: ReportPipe) -> No
     foreign = foreign_files(sizes)
     if foreign is not None:
         raise foreign.refusal("model")
-    if not any(name.endswith(".safetensors") for name in wanted):
+    gguf = gguf_file(sizes)
+    wanted += [] if gguf is None else [gguf]
+    if gguf is None and not any(name.endswith(".safetensors") for name in wanted):
         hint = "name a repository with config.json and safetensors"
         raise UnsupportedCheckpoint("the repository holds no weights", field="model", value=repo_id, hint=hint)
     total = sum(sizes[name] for name in wanted)

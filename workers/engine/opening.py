@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import dishonoured_rank
 from app.domain.formats import ExportFormat
+from app.domain.inputs.quantized.registry import quantized_warning
 from app.domain.workload import ModelSize, has_reference, readers_of
 from bitwright.errors import FormatCannotHold, InternalError
 from bitwright.events import Stage
@@ -45,9 +46,11 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
     device = open_device(order, rank)
     with reproducible(device):
         reporter.progress(Stage.LOAD, 0, 1, "models")
-        checkpoint = Checkpoint.open(Path(order.model_path))
+        checkpoint = Checkpoint.open(Path(order.model_path), workspace / f"source-{rank}")
         model = StreamedModel.open(checkpoint, device)
         checkpoint = model.checkpoint
+        if checkpoint.presented is not None:
+            reporter.warning("quantized_source", quantized_warning(checkpoint.presented.what))
         if model.left_out:
             reporter.warning("tensors_left_out", left_out_warning(model.left_out))
         schemes = plan_schemes(model, order.request.quantization)
@@ -57,7 +60,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         scale_dtype = scale_dtype_of(order.request.formats, model.dtype)
         base_job = _base_job(order, model, set(schemes), scale_dtype)
         schemes = schemes if base_job is None else base_job.schemes
-        tokenizer = _tokenizer(order, reporter)
+        tokenizer = _tokenizer(order, checkpoint.folder, reporter)
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         compiled = schemes if base_job is None else {}
@@ -125,10 +128,9 @@ def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> No
         reporter.warning("no_scales_to_move", f"awq moves no scales in blocks of {blocks}, and only clips ranges there")
 
 
-def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBase | None:
+def _tokenizer(order: AttemptOrder, folder: Path, reporter: Reporter) -> PreTrainedTokenizerBase | None:
     """The tokenizer if anything of the job reads text; None, with a warning where the result has none, if not."""
     readers = readers_of(order.request)
-    folder = Path(order.model_path)
     if readers:
         return load_tokenizer(folder, " and ".join(readers))
     if not has_tokenizer(folder):

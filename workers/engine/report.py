@@ -55,6 +55,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
             architecture=type(job.model.model).__name__,
             dtype=job.plan.dtype,
             parameters=_parameters(job.model),
+            quantized_source=_quantized_source(job),
         ),
         calibration=None if sequences is None else sequences.report(),
         quality=None if results.evaluated is None else results.evaluated.quality,
@@ -90,6 +91,11 @@ def identity_of(job: Job, results: Results) -> Identity:
         finetuning=None if results.finetuned is None else results.finetuned.report,
         base_training=() if job.base_job is None else job.base_job.training,
     )
+
+
+def _quantized_source(job: Job) -> str | None:
+    presented = job.model.checkpoint.presented
+    return None if presented is None else presented.what
 
 
 def _base_job_report(job: Job, blocks: int) -> BaseJobReport | None:

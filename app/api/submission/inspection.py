@@ -7,17 +7,24 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
 from app.domain.inputs.architectures import Dimensions, read_dimensions
 from app.domain.inputs.checkpoint_choice import check_choice
-from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files
-from app.domain.inputs.quantized_tensors import HINT, quantized_tensor
+from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files, gguf_file
+from app.domain.inputs.quantized.gguf_config import gguf_config, gguf_words
+from app.domain.inputs.quantized.gguf_header import GgufHeader, parse_gguf
+from app.domain.inputs.quantized.registry import read_quantized
+from app.domain.inputs.quantized.stored import MOST_SMALL_BYTES, corrupt
 from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, TensorEntry, header_length, parse_header
-from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture, UnsupportedCheckpoint
+from bitwright.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
 CONFIG = "config.json"
+MADE_BYTES = 2
+"""Bytes of a number that a quantized weight is read as: bf16."""
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 4 << 20, 64 << 20
 
 
@@ -54,20 +61,25 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Contents of a checkpoint: its configuration and shapes, and its tensors' bytes and number of weights."""
+    """Contents of a checkpoint: its configuration and shapes, and its tensors' bytes and number of weights.
+
+    tensor_bytes   in memory, with quantized weights as the numbers that they mean
+    quantized      what the checkpoint is, in words, where its weights are quantized
+    """
 
     config: Mapping[str, object]
     dimensions: Dimensions
     tensor_bytes: int
     weights: int
     tokenizer: bool
+    quantized: str | None = None
 
 
 def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
     """Judge a checkpoint.
 
     Raises:
-        UnsupportedArchitecture: not a `model_type` that can be quantized, or quantized already.
+        UnsupportedArchitecture: not a `model_type` that can be quantized, or quantized in a way that is not read.
         UnsafeCheckpoint, UnsupportedCheckpoint: its weights are pickled, or are none that this service reads.
         CorruptCheckpoint: a file is missing, truncated, or says what cannot be true.
     """
@@ -75,29 +87,62 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
     foreign = foreign_files(names)
     if foreign is not None:
         raise foreign.refusal("model")
+    gguf = gguf_file(names)
+    if gguf is not None:
+        return _inspect_gguf(files, gguf)
     config = _read_json(files, CONFIG, MAX_CONFIG_BYTES, names)
     read_dimensions(config)  # before anything larger is read
     shards = _shards(files, names)
     check_choice(names, SINGLE if SINGLE in names else INDEX, config)
-    tensors: dict[str, TensorEntry] = {}
-    for shard in sorted(shards):
-        tensors |= _read_header(files, shard)
+    headers = {shard: _read_header(files, shard) for shard in sorted(shards)}
+    tensors = {name: entry for header in headers.values() for name, entry in header.items()}
     for shard, promised in shards.items():
         missing = sorted(promised - tensors.keys())
         if missing:
             detail = f"{INDEX} says that {shard} holds {missing[0]}, but it does not, nor does another shard"
             raise CorruptCheckpoint(detail, field=INDEX)
-    quantized = quantized_tensor((name, entry.dtype) for name, entry in tensors.items())
-    if quantized is not None:
-        detail = f"the checkpoint is quantized already: {quantized[0]} is {quantized[1]}"
-        raise UnsupportedArchitecture(detail, field="model", value=quantized[0], hint=HINT)
+    quantized = read_quantized(config, tensors, partial(_content, files, headers))
+    kept = tensors if quantized is None else {name: tensors[name] for name in quantized.kept}
+    stored, shapes = kept.values(), {name: entry.shape for name, entry in kept.items()}
+    shapes |= {} if quantized is None else {name: weight.shape for name, weight in quantized.weights.items()}
+    made = 0 if quantized is None else sum(prod(weight.shape) for weight in quantized.weights.values())
+    return Inspection(
+        config={name: value for name, value in config.items() if name != "quantization_config"},
+        dimensions=read_dimensions(config, shapes),
+        tensor_bytes=sum(entry.end - entry.begin for entry in stored) + made * MADE_BYTES,
+        weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in stored) + made,
+        tokenizer=bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}),
+        quantized=None if quantized is None else quantized.what,
+    )
+
+
+def _inspect_gguf(files: CheckpointFiles, name: str) -> Inspection:
+    header = parse_gguf(partial(files.read, name), files.size(name), name)
+    config = gguf_config(header, partial(_gguf_content, files, name, header))
+    weights = sum(prod(entry.shape) for entry in header.tensors.values())
     return Inspection(
         config=config,
-        dimensions=read_dimensions(config, {name: entry.shape for name, entry in tensors.items()}),
-        tensor_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
-        weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in tensors.values()),
-        tokenizer=bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}),
+        dimensions=read_dimensions(config),
+        tensor_bytes=weights * MADE_BYTES,
+        weights=weights,
+        tokenizer="tokenizer.ggml.tokens" in header.counts,
+        quantized=gguf_words(header),
     )
+
+
+def _content(files: CheckpointFiles, headers: dict[str, dict[str, TensorEntry]], tensor: str) -> bytes:
+    """The bytes of a small tensor of a shard."""
+    shard = next(shard for shard in reversed(headers) if tensor in headers[shard])
+    entry = headers[shard][tensor]
+    start = LENGTH_BYTES + header_length(files.read(shard, 0, LENGTH_BYTES), files.size(shard), shard) + entry.begin
+    return files.read(shard, start, min(entry.end - entry.begin, MOST_SMALL_BYTES))
+
+
+def _gguf_content(files: CheckpointFiles, name: str, header: GgufHeader, tensor: str) -> bytes:
+    entry = header.tensors[tensor]
+    if entry.size > MOST_SMALL_BYTES:
+        raise corrupt(tensor, f"has {entry.size} bytes, where a few describe the model")
+    return files.read(name, entry.begin, entry.size)
 
 
 def _shards(files: CheckpointFiles, names: frozenset[str]) -> dict[str, set[str]]:

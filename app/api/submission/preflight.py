@@ -13,6 +13,7 @@ from app.domain.format_rules import model_problems
 from app.domain.formats import FORMATS
 from app.domain.inputs.architectures import HEAD, Dimensions
 from app.domain.inputs.foreign_files import foreign_files
+from app.domain.inputs.quantized.registry import quantized_warning
 from app.domain.inputs.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.methods.module_rules import rule_errors
 from app.domain.request.combination_rules import shape_errors
@@ -137,7 +138,7 @@ def _file_as_model(path: str) -> InputError:
     foreign = foreign_files([Path(path).name])
     if foreign is not None and not path.endswith(".safetensors"):
         return foreign.refusal("model.path")
-    hint = "name the folder that holds config.json and the safetensors"
+    hint = "name the folder that holds config.json and the safetensors, or one GGUF file"
     return SourceNotFound("this is a file, and a model is a folder", value=path, hint=hint)
 
 
@@ -229,6 +230,8 @@ def _inspect(preflight: Preflight, files: CheckpointFiles) -> Inspection | None:
         hint = "let the user that the service runs as read the folder and its files"
         preflight.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
         return None
+    if inspection.quantized is not None:
+        preflight.warnings.append(f"model: {quantized_warning(inspection.quantized)}")
     if not inspection.tokenizer:
         readers = " and ".join(readers_of(preflight.request))
         reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from app.domain.inputs.left_alone import left_alone
-from app.domain.inputs.quantized_tensors import HINT
+from app.domain.inputs.quantized.registry import read_method
 from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
 
 HEAD = "lm_head"
@@ -247,7 +247,7 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
     """The accepted type of a decoded `config.json`.
 
     Raises:
-        UnsupportedArchitecture: it is not accepted, or the checkpoint is quantized already.
+        UnsupportedArchitecture: it is not accepted, or the checkpoint is quantized in a way that is not read.
     """
     model_type = config.get("model_type")
     architecture = ARCHITECTURES.get(model_type) if isinstance(model_type, str) else None
@@ -256,13 +256,7 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
         detail = f"config.json has model_type {model_type!r}{reason}; supported are: {', '.join(ARCHITECTURES)}"
         hint = "choose a model of one of these types (GET /v1/architectures)"
         raise UnsupportedArchitecture(detail, field="model", value=model_type, hint=hint)
-    if config.get("quantization_config") is not None:
-        detail = "config.json has a quantization_config: the checkpoint is quantized already"
-        raise UnsupportedArchitecture(detail, field="model", hint=HINT)
-    mlx = config.get("quantization")
-    if isinstance(mlx, Mapping) and "bits" in mlx:
-        detail = "config.json has MLX's quantization: the checkpoint is quantized already"
-        raise UnsupportedArchitecture(detail, field="model", hint=HINT)
+    read_method(config)
     return architecture
 
 

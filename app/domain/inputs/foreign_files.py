@@ -1,7 +1,7 @@
 """Models in files that are no checkpoint of this service: what they are, by their names, and the way out of each.
 
-What is looked for is `config.json` with `model.safetensors`, or with shards and their index. A folder, an upload and a
-repository are judged alike, and nothing is opened.
+What is looked for is `config.json` with `model.safetensors`, or with shards and their index; or one GGUF file. A
+folder, an upload and a repository are judged alike, and nothing is opened.
 """
 
 from collections.abc import Collection
@@ -42,12 +42,18 @@ PIPELINE = ForeignFiles(
     "model_index.json",
     "give a causal language model: config.json with safetensors in one folder",
 )
+GGUF_SUFFIX, PROJECTOR = ".gguf", "mmproj"
+SEVERAL_GGUF = (
+    "give a folder or an upload with the one file that is to be read, of the most bits (BF16, F16 or Q8_0), merged by "
+    "llama-gguf-split where it is in parts, and no vision tower without it; or the model that it was made from, as "
+    "safetensors"
+)
 BY_SUFFIX = (
+    ((GGUF_SUFFIX,), "a collection of GGUF files, in which none alone is the model", SEVERAL_GGUF),
     (
-        (".gguf", ".ggml"),
-        "a GGUF file, which llama.cpp reads and which mostly is quantized already",
-        "give the model that it was made from, as safetensors (the repository without -GGUF); this service writes GGUF "
-        'itself: ask for formats ["gguf"]',
+        (".ggml",),
+        "a file of llama.cpp's older format",
+        "give the model that it was made from, as safetensors",
     ),
     ((".onnx",), "an ONNX export", "give the PyTorch model that it was exported from, as safetensors"),
     ((".npz",), "a model in MLX's old format", f"give the model that it was converted from, as safetensors ({SAVE})"),
@@ -75,7 +81,7 @@ def foreign_files(names: Collection[str]) -> ForeignFiles | None:
     names   of all files, with `/` between folders
     """
     leaves = {PurePosixPath(name).name: name for name in sorted(names, reverse=True)}
-    if SINGLE in names or INDEX in names:
+    if SINGLE in names or INDEX in names or gguf_file(names) is not None:
         return None
     for known in (ADAPTER, PIPELINE):
         if known.file in leaves:
@@ -90,6 +96,17 @@ def foreign_files(names: Collection[str]) -> ForeignFiles | None:
         if matching:
             return ForeignFiles(what, matching[0], hint)
     return _weights_only(leaves)
+
+
+def gguf_file(names: Collection[str]) -> str | None:
+    """The GGUF file that is the model, if there is one and no other checkpoint; a vision tower's is beside it.
+
+    names   of all files, with `/` between folders
+    """
+    if SINGLE in names or INDEX in names or ADAPTER.file in names or PIPELINE.file in names:
+        return None
+    found = [name for name in names if name.lower().endswith(GGUF_SUFFIX) and PROJECTOR not in name.lower()]
+    return found[0] if len(found) == 1 and "/" not in found[0] else None
 
 
 def _weights_only(leaves: Collection[str]) -> ForeignFiles | None:

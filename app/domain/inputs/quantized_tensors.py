@@ -1,4 +1,8 @@
-"""Tensors that only a quantized checkpoint has, recognized by name and dtype, whatever its config.json says."""
+"""Tensors that only a quantized checkpoint has, recognized by name and dtype, whatever its config.json says.
+
+Where a config.json says how they are quantized, `app.domain.inputs.quantized` reads them; what is left over, or in a
+checkpoint whose config.json is silent, is refused by these names.
+"""
 
 from collections.abc import Iterable
 

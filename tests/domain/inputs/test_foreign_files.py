@@ -7,8 +7,10 @@ from bitwright.errors import UnsafeCheckpoint, UnsupportedCheckpoint
 
 TOKENS = ["tokenizer.json", "tokenizer_config.json", "README.md"]
 FOREIGN: list[tuple[list[str], str, str]] = [
-    (["model-Q4_K_M.gguf"], "GGUF", "the model that it was made from"),
-    (["config.json", "a.Q8_0.gguf", "b.gguf"], "GGUF", 'formats ["gguf"]'),
+    (["model-Q4_K_M.gguf", "model-Q8_0.gguf"], "GGUF", "the one file that is to be read"),
+    (["config.json", "a.Q8_0.gguf", "b.gguf"], "GGUF", "the model that it was made from"),
+    (["config.json", "BF16/model.gguf"], "GGUF", "a folder or an upload with the one file"),
+    (["mmproj-model.gguf"], "GGUF", "no vision tower"),
     (["adapter_config.json", "adapter_model.safetensors"], "PEFT adapter", "merge_and_unload"),
     (["adapter_config.json", "adapter_model.bin"], "PEFT adapter", "base"),
     (["adapter_config.json", "config.json", "adapter_model.safetensors"], "PEFT adapter", "base"),
@@ -62,6 +64,8 @@ def test_pickled_weights_are_unsafe_and_say_so(names: list[str]) -> None:
         ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "original/c.pth"],
         ["config.json", "model.safetensors", "adapter_config.json"],
         ["config.json", "tokenizer.json"],
+        ["model-Q4_K_M.gguf"],
+        ["config.json", "model.GGUF", "mmproj-model-f16.gguf"],
         ["rows.jsonl"],
         [],
     ],

@@ -1,7 +1,10 @@
-"""A model folder, read lazily: safetensors only, every header checked before it is believed.
+"""A model folder, read lazily: safetensors or a GGUF file, every header checked before it is believed.
 
 `app.domain.inputs.safetensors_header` holds each header against its file's size. Tensors are mapped from the file
 when they are asked for, so that opening a 140 GB checkpoint costs a few megabytes. Pickled weights are never opened.
+
+Weights that are stored quantized are presented as the numbers that they mean: under their own names, in the
+configuration's dtype, made when they are read (`workers.engine.model.sources`).
 """
 
 import hashlib
@@ -17,9 +20,13 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from app.domain.inputs.checkpoint_choice import WEIGHTS_FIELD, check_choice
-from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files
+from app.domain.inputs.foreign_files import GGUF_SUFFIX, INDEX, SINGLE, foreign_files, gguf_file
+from app.domain.inputs.quantized.registry import read_quantized
 from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
 from bitwright.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
+from workers.engine.model.sources.gguf import gguf_header
+from workers.engine.model.sources.opening import Presented, present_gguf, present_safetensors
+from workers.engine.model.sources.recipe import Recipe
 
 MAX_JSON_BYTES = 100_000_000
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -27,11 +34,15 @@ FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Location of a tensor: its file, the file's name for its dtype, and its shape."""
+    """Location of a tensor: its file, the file's name for its dtype, and its shape.
+
+    recipe   how it is made, where it is not stored as it is; dtype and shape are then those that it is made in
+    """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
+    recipe: Recipe | None = None
 
     @property
     def size(self) -> int:
@@ -40,17 +51,32 @@ class StoredTensor:
 
 
 class Checkpoint:
-    """An open checkpoint folder: `config` (config.json, decoded) and `tensors` (stored name to place)."""
+    """An open checkpoint folder: `config` (config.json, decoded) and `tensors` (name to place).
 
-    def __init__(self, folder: Path, config: dict[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    folder      the files beside the weights: configuration, tokenizer, licence
+    presented   what a quantized source is, and is presented as; None: every tensor is stored as it is
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        config: dict[str, Any],
+        tensors: Mapping[str, StoredTensor],
+        presented: Presented | None = None,
+        settings: object = None,
+    ) -> None:
         self.folder = folder
         self.config = config
         self.tensors = tensors
+        self.presented = presented
+        self._settings = settings
         self._open: dict[Path, Any] = {}
 
     @classmethod
-    def open(cls, folder: Path) -> "Checkpoint":
+    def open(cls, folder: Path, scratch: Path | None = None) -> "Checkpoint":
         """Reads config.json and the headers of all weight files.
+
+        scratch   where the files beside a quantized source's weights are put; None: a temporary folder
 
         Raises:
             SourceNotFound: there is no such folder, or no config.json or no weights in it.
@@ -59,18 +85,22 @@ class Checkpoint:
             SourceForbidden: the worker's user may not read them.
         """
         try:
-            return cls._open_readable(folder)
+            return cls._open_readable(folder, scratch)
         except PermissionError as error:
             hint = "let the user that the worker runs as read the folder and its files"
             detail = f"{Path(str(error.filename)).name} may not be read by the worker's user"
             raise SourceForbidden(detail, field="model", hint=hint) from error
 
     @classmethod
-    def _open_readable(cls, folder: Path) -> "Checkpoint":
+    def _open_readable(cls, folder: Path, scratch: Path | None) -> "Checkpoint":
         config_file = folder / "config.json"
-        foreign = foreign_files([file.name for file in folder.iterdir()] if folder.is_dir() else [])
+        names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        foreign = foreign_files(names)
         if foreign is not None:
             raise foreign.refusal("model")
+        gguf = gguf_file(names)
+        if gguf is not None:
+            return cls._present(present_gguf(folder / gguf, scratch), {})
         if not config_file.is_file():
             hint = "name a folder that holds config.json and safetensors"
             raise SourceNotFound("the model's folder holds no config.json", field="model", hint=hint)
@@ -78,14 +108,29 @@ class Checkpoint:
         # As transformers chooses: one file goes before an index, which may be left over from an earlier save.
         single = (folder / SINGLE).is_file() or not (folder / INDEX).is_file()
         tensors = _single_file_tensors(folder) if single else _indexed_tensors(folder, folder / INDEX)
-        check_choice([file.name for file in folder.iterdir()], SINGLE if single else INDEX, config)
+        check_choice(names, SINGLE if single else INDEX, config)
         config.pop(WEIGHTS_FIELD, None)  # it names files of this folder, and results have their own
-        return cls(folder, config, tensors)
+        stored = cls(folder, config, tensors)
+        source = read_quantized(config, tensors, stored.content)
+        if source is None:
+            return stored
+        places = {name: tensor.file for name, tensor in tensors.items()}
+        presented = present_safetensors(folder, config, source, places, scratch)
+        kept = {name: tensors[name] for name in source.kept}
+        return cls._present(presented, kept, config.get("quantization_config"))
+
+    @classmethod
+    def _present(cls, presented: Presented, kept: Mapping[str, StoredTensor], settings: object = None) -> "Checkpoint":
+        made = {
+            name: StoredTensor(recipe.files[0], dtype, shape, recipe)
+            for name, (dtype, shape, recipe) in presented.weights.items()
+        }
+        return cls(presented.folder.path, presented.config, {**kept, **made}, presented, settings)
 
     @property
     def index_dtype(self) -> str | None:
         """The dtype that the index of the files names; mostly there is none."""
-        if any(file.name == SINGLE for file in self.files):
+        if any(file.name == SINGLE for file in self.files) or not (self.folder / INDEX).is_file():
             return None
         metadata = _read_json(self.folder / INDEX).get("metadata")
         dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
@@ -93,21 +138,37 @@ class Checkpoint:
 
     @property
     def files(self) -> tuple[Path, ...]:
-        """The safetensors files that hold its tensors."""
-        return tuple(sorted({entry.file for entry in self.tensors.values()}))
+        """The files that hold its tensors."""
+        found: set[Path] = set()
+        for entry in self.tensors.values():
+            found.update((entry.file,) if entry.recipe is None else entry.recipe.files)
+        return tuple(sorted(found))
 
     @property
     def size(self) -> int:
-        """Bytes of all tensors."""
+        """Bytes of all tensors, as they are read."""
         return sum(entry.size for entry in self.tensors.values())
 
     def read(self, name: str) -> Tensor:
-        """The tensor on the host, in the dtype of the file, memory-mapped.
+        """The tensor on the host, memory-mapped; or made anew, where it is stored quantized.
 
         Raises:
             CorruptCheckpoint: the file does not hold what its header says.
         """
-        file = self.tensors[name].file
+        entry = self.tensors[name]
+        if entry.recipe is None:
+            return self._stored(entry.file, name)
+        try:
+            return entry.recipe.make(self._stored)
+        except OSError as error:
+            detail = f"{entry.file.name}: cannot read {name}: {error.strerror}"
+            raise CorruptCheckpoint(detail, field="model") from error
+
+    def content(self, name: str) -> bytes:
+        """The bytes of a small tensor."""
+        return bytes(self.read(name).contiguous().flatten().view(torch.uint8).numpy())
+
+    def _stored(self, file: Path, name: str) -> Tensor:
         try:
             if file not in self._open:
                 self._open[file] = safe_open(file, framework="pt", device="cpu")
@@ -120,7 +181,7 @@ class Checkpoint:
     def without(self, names: Collection[str]) -> "Checkpoint":
         """The same folder as if it did not hold these tensors."""
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
-        return Checkpoint(self.folder, self.config, kept) if names else self
+        return Checkpoint(self.folder, self.config, kept, self.presented, self._settings) if names else self
 
     def close(self) -> None:
         """Lets go of the mapped files."""
@@ -129,6 +190,8 @@ class Checkpoint:
     def digest(self, revision: str | None) -> str:
         """Identity of the weights without reading them: headers and sizes, and times unless a revision pins them."""
         digest = hashlib.sha256(json.dumps(self.config, sort_keys=True).encode())
+        if self.presented is not None:
+            digest.update(f"{self.presented.what}:{json.dumps(self._settings, sort_keys=True)}:".encode())
         for file in self.files:
             status = file.stat()
             digest.update(f"{file.name}:{status.st_size}:{revision or status.st_mtime_ns}:".encode())
@@ -148,6 +211,8 @@ def read_tensors(file: Path) -> dict[str, StoredTensor]:
 
 def _header_bytes(file: Path) -> bytes:
     with file.open("rb") as stream:
+        if file.suffix.lower() == GGUF_SUFFIX:
+            return stream.read(gguf_header(file).data)
         length = header_length(stream.read(LENGTH_BYTES), file.stat().st_size, file.name)
         return stream.read(length)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
@@ -25,7 +25,7 @@ from bitwright.errors import InvalidDataset
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import PATIENCE
 from workers.engine.model.checkpoint import Checkpoint
-from workers.engine.model.meta_model import configuration, model_class
+from workers.engine.model.meta_model import configuration, model_class, model_dtype
 from workers.engine.model.overflow import original_overflows
 from workers.engine.text.sequences import Sequences, writes_start
 
@@ -98,10 +98,19 @@ def _resident(by: Generation) -> PreTrainedModel:
             value="generated",
             hint='calibrate on a text of yours or on "builtin", which need one block at a time',
         )
-    model: Any = model_class(configuration(by.checkpoint)).from_pretrained(
-        by.checkpoint.folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
-    )
-    return cast(PreTrainedModel, model.to(by.device).eval())
+    return cast(PreTrainedModel, _loaded(by.checkpoint).to(by.device).eval())
+
+
+def _loaded(checkpoint: Checkpoint) -> Any:
+    """The model with its weights on the host, those of a quantized source as the numbers that they mean."""
+    config = configuration(checkpoint)
+    of_class: Any = model_class(config)
+    if checkpoint.presented is None:
+        return of_class.from_pretrained(
+            checkpoint.folder, dtype="auto", local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    weights = {name: checkpoint.read(name) for name in checkpoint.tensors}
+    return of_class.from_pretrained(None, config=config, state_dict=weights, dtype=model_dtype(config, checkpoint))
 
 
 def _starts(count: int, seed: int, by: Generation) -> Tensor:

@@ -1,0 +1,94 @@
+"""A folder whose weights are quantized, opened as a checkpoint of ordinary floating-point tensors."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from app.domain.inputs.quantized.registry import QuantizedSource
+from workers.engine.model.sources.gguf import GgufTensor, read_gguf
+from workers.engine.model.sources.presented import PresentedFolder
+from workers.engine.model.sources.recipe import DTYPES, Dequantized, Recipe, presented_config, presented_dtype
+
+
+@dataclass(frozen=True)
+class Presented:
+    """A quantized source as it is presented.
+
+    what      the source in words, for a warning and the report
+    config    config.json without a word of quantization
+    folder    a folder with that file, the tokenizer and the rest, but no weights
+    weights   name -> dtype, by safetensors' name, shape and recipe of each weight that is made
+    """
+
+    what: str
+    config: dict[str, Any]
+    folder: PresentedFolder
+    weights: Mapping[str, tuple[str, tuple[int, ...], Recipe]]
+
+
+def present_safetensors(
+    folder: Path,
+    config: Mapping[str, Any],
+    source: QuantizedSource,
+    places: Mapping[str, Path],
+    scratch: Path | None,
+) -> Presented:
+    """A folder of safetensors with quantized weights; `places` says in which file each stored tensor is."""
+    name, plain = presented_dtype(config), presented_config(config)
+    dtype: torch.dtype = getattr(torch, name)
+    weights: dict[str, tuple[str, tuple[int, ...], Recipe]] = {}
+    for weight in source.weights.values():
+        parts = {part: places[part] for part in weight.parts.values()}
+        weights[weight.name] = DTYPES[name], weight.shape, Dequantized(weight, parts, dtype)
+    return Presented(source.what, plain, PresentedFolder(folder, plain, scratch, _nothing), weights)
+
+
+def present_gguf(file: Path, scratch: Path | None) -> Presented:
+    """A GGUF file.
+
+    Raises:
+        CorruptCheckpoint, UnsupportedCheckpoint: as `read_gguf`.
+    """
+    source = read_gguf(file)
+    fill = partial(_save_tokenizer, file, source.config["vocab_size"]) if source.tokens else _nothing
+    folder = PresentedFolder(file.parent, source.config, scratch, fill)
+    weights: dict[str, tuple[str, tuple[int, ...], Recipe]] = {
+        name: (_name(tensor), tensor.shape, tensor) for name, tensor in source.tensors.items()
+    }
+    return Presented(source.what, dict(source.config), folder, weights)
+
+
+def _name(tensor: GgufTensor) -> str:
+    return DTYPES[str(tensor.dtype).removeprefix("torch.")]
+
+
+def _nothing(folder: Path) -> None:
+    """Leaves the folder as it is."""
+
+
+def _save_tokenizer(file: Path, vocabulary: object, folder: Path) -> None:
+    """The tokenizer that transformers makes of a file; none where the file has none that it reads.
+
+    A token that its class adds on its own has no row in the embeddings (GPT-2's end of text), and goes.
+    """
+    if any(folder.glob("tokenizer*.json")):
+        return  # the folder's own goes before the one that is made anew
+    try:
+        made = AutoTokenizer.from_pretrained(
+            file.parent, gguf_file=file.name, local_files_only=True, trust_remote_code=False
+        )
+    except Exception:  # transformers raises whatever its parsers raise; what needs a tokenizer says that there is none
+        return
+    made.save_pretrained(folder)
+    saved = folder / "tokenizer.json"
+    described = json.loads(saved.read_bytes())
+    described["added_tokens"] = [
+        token for token in described["added_tokens"] if not isinstance(vocabulary, int) or token["id"] < vocabulary
+    ]
+    saved.write_text(json.dumps(described, ensure_ascii=False), encoding="utf-8")
