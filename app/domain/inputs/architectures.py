@@ -128,6 +128,22 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
         raise UnsupportedArchitecture(
             detail, field="model", value=model_type, hint="choose a model of one of these types"
         )
+    check_not_quantized(config)
+    return architecture
+
+
+def is_accepted(config: Mapping[str, object]) -> bool:
+    """True if the table has the `model_type` of a decoded `config.json`."""
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in ARCHITECTURES
+
+
+def check_not_quantized(config: Mapping[str, object]) -> None:
+    """Check that a decoded `config.json` does not say that its weights are quantized.
+
+    Raises:
+        UnsupportedArchitecture: it does.
+    """
     if config.get("quantization_config") is not None:
         detail = "config.json has a quantization_config: the checkpoint is quantized already"
         raise UnsupportedArchitecture(detail, field="model", hint=HINT)
@@ -135,7 +151,6 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
     if isinstance(mlx, Mapping) and "bits" in mlx:
         detail = "config.json has MLX's quantization: the checkpoint is quantized already"
         raise UnsupportedArchitecture(detail, field="model", hint=HINT)
-    return architecture
 
 
 def _number(values: Mapping[str, object], name: str, limit: int) -> int:

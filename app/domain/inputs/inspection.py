@@ -1,16 +1,19 @@
 """A look at a checkpoint before a job is queued: configuration, shapes and safetensors headers, no torch, no weights.
 
-It reads names, sizes and headers through `CheckpointFiles`, so a local folder and an upload are judged alike.
+It reads names, sizes and headers through `CheckpointFiles`, so a local folder, an upload and a repository on the Hub
+are judged alike.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from app.domain.inputs.architectures import Dimensions, read_dimensions
+from app.domain.inputs.architectures import Dimensions, check_not_quantized, is_accepted, read_dimensions
 from app.domain.inputs.checkpoint_choice import check_choice
 from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files
 from app.domain.inputs.quantized_tensors import HINT, quantized_tensor
@@ -19,6 +22,10 @@ from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture, Unsuppo
 
 CONFIG = "config.json"
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 4 << 20, 64 << 20
+HEADERS_AT_ONCE = 8
+"""A header is two reads of a few kilobytes, which over a network are all waiting."""
+WEIGHT_BYTES = {"float32": 4, "float64": 8}
+"""Of a weight, by config.json's dtype, where no header was read; else 2."""
 
 
 class CheckpointFiles(Protocol):
@@ -54,17 +61,25 @@ class FolderFiles:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Contents of a checkpoint: its configuration and shapes, and its tensors' bytes and number of weights."""
+    """Contents of a checkpoint: its configuration and shapes, and its tensors' bytes and number of weights.
+
+    dimensions   None for a type that is not accepted, of which tensors are all that is known
+    tensors      by name; empty where headers were not read: then `weights` is what the files' sizes say
+    """
 
     config: Mapping[str, object]
-    dimensions: Dimensions
+    dimensions: Dimensions | None
     tensor_bytes: int
     weights: int
     tokenizer: bool
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
 
 
-def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
-    """Judge a checkpoint.
+def inspect_checkpoint(files: CheckpointFiles, *, any_type: bool = False, headers: bool = True) -> Inspection:
+    """Judge a checkpoint: its configuration first, its weights' headers last.
+
+    any_type   whether a type that is not accepted will do, for a job without a model
+    headers    whether the headers of its weights are read; else names and sizes are all that is judged of them
 
     Raises:
         UnsupportedArchitecture: not a `model_type` that can be quantized, or quantized already.
@@ -76,28 +91,47 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
     if foreign is not None:
         raise foreign.refusal("model")
     config = _read_json(files, CONFIG, MAX_CONFIG_BYTES, names)
-    dimensions = read_dimensions(config)
+    dimensions = None
+    if any_type and not is_accepted(config):
+        check_not_quantized(config)
+    else:
+        dimensions = read_dimensions(config)
     shards = _shards(files, names)
     check_choice(names, SINGLE if SINGLE in names else INDEX, config)
+    tensors = _tensors(files, shards) if headers else {}
+    promised = ((name, "") for tensors_of_shard in shards.values() for name in tensors_of_shard)
+    quantized = quantized_tensor(((n, entry.dtype) for n, entry in tensors.items()) if headers else promised)
+    if quantized is not None:
+        detail = f"the checkpoint is quantized already: {quantized[0]} is {quantized[1]}"
+        raise UnsupportedArchitecture(detail, field="model", value=quantized[0], hint=HINT)
+    if headers:
+        size = sum(entry.end - entry.begin for entry in tensors.values())
+        weights = sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in tensors.values())
+    else:
+        size = sum(files.size(shard) for shard in shards)
+        weights = size // WEIGHT_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
+    tokenizer = bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"})
+    return Inspection(config, dimensions, size, weights, tokenizer, tensors)
+
+
+def _tensors(files: CheckpointFiles, shards: Mapping[str, set[str]]) -> dict[str, TensorEntry]:
+    """The tensors of all weight files, those of the last one in the order of names winning."""
     tensors: dict[str, TensorEntry] = {}
-    for shard in sorted(shards):
-        tensors |= _read_header(files, shard)
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        for entries in pool.map(partial(_read_header, files), sorted(shards)):
+            tensors |= entries
     for shard, promised in shards.items():
         missing = sorted(promised - tensors.keys())
         if missing:
             detail = f"{INDEX} says that {shard} holds {missing[0]}, but it does not, nor does another shard"
             raise CorruptCheckpoint(detail, field=INDEX)
-    quantized = quantized_tensor((name, entry.dtype) for name, entry in tensors.items())
-    if quantized is not None:
-        detail = f"the checkpoint is quantized already: {quantized[0]} is {quantized[1]}"
-        raise UnsupportedArchitecture(detail, field="model", value=quantized[0], hint=HINT)
-    return Inspection(
-        config=config,
-        dimensions=dimensions,
-        tensor_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
-        weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in tensors.values()),
-        tokenizer=bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}),
-    )
+    return tensors
+
+
+def weight_files(files: CheckpointFiles) -> list[str]:
+    """Names of the files that hold a checkpoint's weights, and of their index; raises as `inspect_checkpoint`."""
+    names = frozenset(files.names())
+    return [*sorted(_shards(files, names)), *([] if SINGLE in names else [INDEX])]
 
 
 def _shards(files: CheckpointFiles, names: frozenset[str]) -> dict[str, set[str]]:
