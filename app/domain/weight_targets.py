@@ -85,11 +85,22 @@ class Target:
 
 
 @dataclass(frozen=True)
+class KeptPart:
+    """An expert's linear that stays as it is, in a tensor of which others are quantized."""
+
+    name: str
+    tensor: str
+    shape: tuple[int, int]
+    place: ExpertPlace
+
+
+@dataclass(frozen=True)
 class Targets:
     """What is quantized, in the order of the tensors' names, and why each other matrix is not."""
 
     linears: tuple[Target, ...]
     left_alone: Mapping[str, str]
+    kept: tuple[KeptPart, ...] = ()
 
     @property
     def weights(self) -> int:
@@ -112,16 +123,17 @@ def weight_targets(tensors: Mapping[str, TensorShape], config: Mapping[str, obje
     candidates, left = _candidates(tensors, config, spec)
     for error in _errors(candidates, tensors, spec):
         raise error
-    linears = []
+    linears, parts = list[Target](), list[KeptPart]()
     for name, (tensor, shape, place) in candidates.items():
         scheme = spec.scheme(name)
-        if scheme is None:
-            left[name] = "ignored by the request"
-        elif not divides(scheme.group_size, shape[1]):
-            left[name] = f"{shape[1]} columns are no whole groups of {scheme.group_size}"
-        else:
+        if scheme is not None and divides(scheme.group_size, shape[1]):
             linears.append(Target(name, tensor, shape, scheme, place))
-    return Targets(tuple(linears), left)
+            continue
+        size = None if scheme is None else scheme.group_size
+        left[name] = "ignored by the request" if size is None else f"{shape[1]} columns are no whole groups of {size}"
+        parts += [] if place is None else [KeptPart(name, tensor, shape, place)]
+    divided = {target.tensor for target in linears}
+    return Targets(tuple(linears), left, tuple(part for part in parts if part.tensor in divided))
 
 
 def target_errors(
@@ -156,7 +168,7 @@ def _errors(
         if size is not None and misfit:
             field = f"{RULES}.overrides.{pattern}.group_size"
             errors.append(_indivisible(size, misfit[0], candidates[misfit[0]][1][1], field))
-    if spec.scheme(HEAD) is not None and not any(_is_head(name.removesuffix(WEIGHT)) for name in tensors):
+    if spec.scheme(HEAD) is not None and not any(is_head(name.removesuffix(WEIGHT)) for name in tensors):
         detail = f"{HEAD} is to be quantized, and the checkpoint has none: it shares its matrix with the embeddings"
         hint = f'add "{HEAD}" to modules.ignore'
         errors.append(InvalidRequest(detail, field=f"{RULES}.ignore", value=HEAD, hint=hint))
@@ -195,7 +207,7 @@ def _candidates(
         if entry.dtype not in FLOATING or len(entry.shape) < 2:
             continue
         reason = left_alone(module, layers if isinstance(layers, int) else None)
-        if _is_head(module):
+        if is_head(module):
             reason = None if spec.scheme(HEAD) is not None and tensor.endswith(WEIGHT) else "the head"
         if config.get("model_type") in CONV1D:
             reason = "stored (in, out), as a Conv1D"
@@ -236,7 +248,8 @@ def text_config(config: Mapping[str, object]) -> Mapping[str, object]:
     return config
 
 
-def _is_head(module: str) -> bool:
+def is_head(module: str) -> bool:
+    """True if a module of that name is the output head."""
     parts = module.split(".")
     return parts[-1] in HEADS and (parts[-1] != "output" or len(parts) == 1)
 

@@ -7,11 +7,13 @@ is never copied, and neither are the names by which its configurations call that
 
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from app.domain.format_rules import holds_base_alone
@@ -21,9 +23,10 @@ from bitwright.report import Report
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Compress, Decompress, Format, Opening
-from workers.formats.shards import ShardWriter, write_json
+from workers.formats.shards import Pieces, ShardWriter, write_json
 from workers.formats.source_files import check_tensor, copy_files, without_code
 from workers.formats.stored_linear import StoredLinear
+from workers.formats.written_part import StackedPlace, WrittenPart
 from workers.numerics.quantized import LinearResult
 
 LOADER = Path(__file__).with_name("load_bitwright.py")
@@ -39,7 +42,8 @@ class Layout:
                    shall say that it finds no weights rather than fill them at random
     one_file       whether the weights are one file, held in memory until it is written, whatever the model's size
     config         schemes by module name, module names of the other linears -> fields added to config.json
-    files          linears by name in the checkpoint -> content of further JSON files, by name
+    files          linears by name in the checkpoint, and places of those that are a part of a tensor of the source ->
+                   content of further JSON files, by name
     needs_loader   whether the one-file loader is added
     warnings       code and message of requirements for loading
     """
@@ -48,7 +52,7 @@ class Layout:
     stem: str = "model"
     one_file: bool = False
     config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
-    files: Callable[[Mapping[str, StoredLinear]], Mapping[str, object]] | None = None
+    files: Callable[[Mapping[str, StoredLinear], Mapping[str, StackedPlace]], Mapping[str, object]] | None = None
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
     warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
 
@@ -64,6 +68,14 @@ def checkpoint_format(
     return Format(writer, loading, layout.compress, decompress, adapter_base)
 
 
+@dataclass(frozen=True)
+class _Sealed:
+    """Names of tensors of the source, and of linears, that are in parts."""
+
+    tensors: frozenset[str] = frozenset()
+    linears: frozenset[str] = frozenset()
+
+
 class CheckpointWriter:
     """One checkpoint in one format."""
 
@@ -72,10 +84,15 @@ class CheckpointWriter:
         folder.mkdir(parents=True)
         self._layout, self._loading, self._folder, self._opening = layout, loading, folder, opening
         self._source = opening.source
-        self._shards = ShardWriter(folder, layout.stem, sys.maxsize if layout.one_file else opening.shard_bytes)
+        if opening.parts is not None:
+            opening.parts.mkdir(parents=True, exist_ok=True)
+        limits = (sys.maxsize, sys.maxsize) if layout.one_file else (opening.shard_bytes, opening.held_bytes)
+        self._shards = ShardWriter(folder, layout.stem, limits[0], held_bytes=limits[1], parts=opening.parts)
         self._linears: dict[str, StoredLinear] = {}
         self._modules: dict[str, str] = {}
-        self._replaced: set[str] = set()
+        self._stacked: dict[str, StackedPlace] = {}
+        self._written: set[str] = set()
+        self._sealed = _Sealed()
 
     def add_linear(self, name: str, result: LinearResult, *, module: str | None = None) -> None:
         """Store a quantized linear.
@@ -86,28 +103,85 @@ class CheckpointWriter:
         Raises:
             FormatCannotHold: the format would have to change the weight.
         """
-        if f"{name}.weight" not in self._source.tensors:
-            raise InternalError(f"the source checkpoint has no tensor {name}.weight", field=name)
+        self._add(name, f"{name}.weight", result)
+        self._modules[name] = module or name
+
+    def add_stacked(self, name: str, place: StackedPlace, stored: LinearResult | Tensor) -> None:
+        """Store a linear that is a part of a tensor of the source, all of whose linears are stored so.
+
+        stored   its result, or its weight (out, in) if it stays as it is
+
+        Raises as `add_linear`.
+        """
+        if isinstance(stored, Tensor):
+            self._shards.add({f"{name}.weight": stored})
+        else:
+            self._add(name, place.tensor, stored)
+            self._modules[name] = name
+        self._stacked[name] = place
+        self._written.add(place.tensor)
+
+    def _add(self, name: str, tensor: str, result: LinearResult) -> None:
+        if tensor not in self._source.tensors:
+            raise InternalError(f"the source checkpoint has no tensor {tensor}", field=name)
         if holds_base_alone(self._opening.name, self._opening.formats):
             result = LinearResult(result.weight)
         self._shards.add(self._layout.compress(name, result))
         self._linears[name] = StoredLinear.of(result)
-        self._modules[name] = module or name
+        self._written.add(tensor)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
         check_tensor(self._source, name, tensor)
         self._shards.add({name: tensor})
-        self._replaced.add(name)
+        self._written.add(name)
+
+    @contextmanager
+    def growing(self, name: str, dtype: torch.dtype) -> Iterator[Pieces]:
+        """A tensor in place of the source's of that name and shape, which comes in pieces."""
+        with self._shards.growing(name, dtype, tuple(self._source.tensors[name].shape)) as pieces:
+            yield pieces
+        self._written.add(name)
+
+    def seal(self) -> WrittenPart:
+        """Make everything durable that was added since the last time; where parts have a folder, it can be adopted."""
+        sealed = self._sealed
+        part = WrittenPart(
+            shards=self._shards.seal(),
+            tensors=tuple(sorted(self._written - sealed.tensors)),
+            linears={name: linear for name, linear in self._linears.items() if name not in sealed.linears},
+            stacked={name: place for name, place in self._stacked.items() if name not in sealed.linears},
+        )
+        self._sealed = self._as_sealed()
+        return part
+
+    def _as_sealed(self) -> "_Sealed":
+        return _Sealed(frozenset(self._written), frozenset([*self._linears, *self._stacked]))
+
+    def holds(self, part: WrittenPart) -> bool:
+        """True if all shards of a part lie in the folder of parts as they were sealed."""
+        return all(self._shards.holds(shard) for shard in part.shards)
+
+    def adopt(self, part: WrittenPart) -> None:
+        """Go on after a part that an earlier writer has sealed, as if this one had."""
+        self._shards.adopt(part.shards)
+        self._linears |= part.linears
+        self._modules |= {name: name for name in part.linears}
+        self._stacked |= part.stacked
+        self._written |= set(part.tensors)
+        self._sealed = self._as_sealed()
+
+    def abandon(self) -> None:
+        """Let go of open files of a checkpoint that will not be finished."""
+        self._shards.abandon()
 
     def finish(self, *, ignored: Collection[str] = ()) -> None:
         """Copy the rest of the checkpoint and write its configuration.
 
         ignored   module names of linears that stay as they are; those that the source's tensors show are added
         """
-        written = {f"{name}.weight" for name in self._linears} | self._replaced
         for name in self._source.tensors:
-            if name not in written:
+            if name not in self._written:
                 self._shards.add({name: self._source.read(name)})
         self._shards.finish()
         self._write_config(sorted({*ignored, *self._unquantized_matrices()} - self._targets().keys()))
@@ -138,7 +212,7 @@ class CheckpointWriter:
         if self._layout.config is not None:
             config |= self._layout.config(self._targets(), ignored)
         if self._layout.files is not None:
-            for name, content in self._layout.files(self._linears).items():
+            for name, content in self._layout.files(self._linears, self._stacked).items():
                 write_json(self._folder / name, content)
         if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes().values()):
             shutil.copyfile(LOADER, self._folder / LOADER.name)

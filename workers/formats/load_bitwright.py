@@ -22,6 +22,8 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
 
     lora_a, lora_b      (rank, in), (out, rank): (alpha / rank) * lora_b @ lora_a is added, and the sum rounded again
 
+Experts that were one 3-D tensor are linears of their own; `stacked` in `bitwright.json` says where each belongs.
+
 A symmetric linear has no zero_point tensor: it is 2^(bits-1). Widths, group size (-1: one group per row), symmetry and
 alpha of each are in `bitwright.json` (native) or in the quantization_config of `config.json`.
 """
@@ -80,7 +82,32 @@ def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]
             raise ValueError(f"{name}: has the tensors {sorted(parts)}; it should have {sorted(expected)}")
         weight = dequantize(name, linear, parts)
         weights[f"{name}.weight"] = corrected(weight, linear, parts) if merge and "low_rank" in linear else weight
-    return tensors | weights
+    return together(tensors | weights, stacked_linears(folder) if native else {})
+
+
+def stacked_linears(folder: Path) -> dict[str, dict[str, Any]]:
+    """Places of the linears that were a part of a 3-D tensor of fused experts, by name."""
+    places: dict[str, dict[str, Any]] = json.loads((folder / "bitwright.json").read_text(encoding="utf-8")).get(
+        "stacked", {}
+    )
+    return places
+
+
+def together(weights: dict[str, Tensor], places: dict[str, dict[str, Any]]) -> dict[str, Tensor]:
+    """The weights with experts back in the tensors that they were taken from."""
+    whole = {name: weight for name, weight in weights.items() if name.removesuffix(".weight") not in places}
+    for name, place in places.items():
+        weight, tensor = weights[f"{name}.weight"], place["tensor"]
+        if tensor not in whole:
+            whole[tensor] = torch.full(place["shape"], torch.nan, dtype=weight.dtype)
+        expert = whole[tensor][place["expert"]]
+        outputs = expert.T if place.get("transposed", False) else expert
+        first, step = place.get("first", 0), place.get("step", 1)
+        outputs[first : first + step * len(weight) : step] = weight
+    for name in {place["tensor"] for place in places.values()}:
+        if whole[name].isnan().any():
+            raise ValueError(f"{name}: an expert of it is not there")
+    return whole
 
 
 def native_linears(folder: Path) -> dict[str, dict[str, Any]]:

@@ -38,6 +38,7 @@ from bitwright.errors import CorruptCheckpoint
 from workers.formats.cards.loading import BASE, BY_ITSELF, FOLDER, AdapterBase, Loading, with_adapter_file
 from workers.formats.checkpoint import Layout, checkpoint_format
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
+from workers.formats.written_part import StackedPlace
 from workers.numerics.packing import pack_bytes, packed_bytes, unpack_bytes
 from workers.numerics.quantized import (
     AffineWeight,
@@ -102,12 +103,19 @@ def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -
     return LinearResult(read(parts, stored), None if stored.low_rank is None else _low_rank(parts, stored.low_rank))
 
 
-def describe(linears: Mapping[str, StoredLinear]) -> dict[str, object]:
-    """The content of `bitwright.json`: every quantized linear by its name in the checkpoint."""
+def describe(
+    linears: Mapping[str, StoredLinear], stacked: Mapping[str, StackedPlace] | None = None
+) -> dict[str, object]:
+    """The content of `bitwright.json`: every quantized linear by its name in the checkpoint.
+
+    stacked   places of those that are a part of a tensor, which the loader puts together again
+    """
+    places = {name: place.model_dump(exclude_defaults=True) for name, place in (stacked or {}).items()}
     return {
         "format": "bitwright",
         "version": VERSION,
         "linears": {name: stored.model_dump(exclude_defaults=True) for name, stored in linears.items()},
+        **({"stacked": places} if places else {}),
     }
 
 
@@ -227,7 +235,7 @@ FORMAT = checkpoint_format(
     Layout(
         compress,
         stem="weights",
-        files=lambda linears: {DESCRIPTION: describe(linears)},
+        files=lambda linears, stacked: {DESCRIPTION: describe(linears, stacked)},
         needs_loader=lambda _schemes: True,
     ),
     loading,
