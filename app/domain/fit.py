@@ -49,7 +49,7 @@ def misfits(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
 
 
 def warnings_of(request: JobRequest, inspection: Inspection) -> list[str]:
-    """What a dry run says of a fitting pair beside estimates."""
+    """Warnings of a dry run about a pair that fits, beside estimates."""
     accepted, said = inspection.dimensions is not None, list[str]()
     without_model = does_without_model(request, accepted=accepted)
     if without_model:

@@ -46,7 +46,7 @@ LEFT_ALONE: tuple[tuple[str, re.Pattern[str]], ...] = tuple(
         ("a classifier", r"(^|\.)(score|classifier|classification_head|value_head)($|\.)"),
     )
 )
-"""Why a module stays as it is, and names that say so. `.gate` is a router; `gate_proj` and `output_gate` are not."""
+"""Reasons why a module stays as it is, and names that say so. `.gate` is a router; `gate_proj` is not."""
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)\.")
 
 
@@ -96,7 +96,7 @@ class KeptPart:
 
 @dataclass(frozen=True)
 class Targets:
-    """What is quantized, in the order of the tensors' names, and why each other matrix is not."""
+    """The linears that are quantized, in the order of the tensors' names, and why each other matrix is not."""
 
     linears: tuple[Target, ...]
     left_alone: Mapping[str, str]
@@ -104,7 +104,7 @@ class Targets:
 
     @property
     def weights(self) -> int:
-        """How many weights are quantized."""
+        """Number of weights that are quantized."""
         return sum(out * width for out, width in (target.shape for target in self.linears))
 
 

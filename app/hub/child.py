@@ -70,7 +70,7 @@ class Looks:
     _kept: OrderedDict[tuple[str, str, bool], Answers] = field(default_factory=OrderedDict)
 
     def answer(self, question: Question) -> Answer:
-        """What the Hub has, or an error; never raises."""
+        """The repository as the Hub has it, or an error; never raises."""
         try:
             return self._answer(question)
         except BitwrightError as error:

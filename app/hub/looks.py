@@ -58,7 +58,7 @@ class Found(Line):
 
 
 class Answer(Line):
-    """What was found, or why nothing is; and what to say of a repository that has another name now."""
+    """The checkpoint or an error; and the message about a repository that has another name now."""
 
     number: int
     found: Found | None = None

@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from threading import Lock
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -30,17 +30,13 @@ MOST_REDIRECTS = 5
 AWAY = "the job is tried again by itself; on a machine without network use a local path or an upload"
 
 
-@dataclass
 class Allowance:
     """Time and bytes that may still be spent on a look; shared by the threads that spend them."""
 
-    seconds: float
-    bytes_left: int
-    _lock: Lock = field(default_factory=Lock)
-    _deadline: float = 0.0
-
-    def __post_init__(self) -> None:
-        self._deadline = time.monotonic() + self.seconds
+    def __init__(self, seconds: float, bytes_left: int) -> None:
+        self.seconds, self.bytes_left = seconds, bytes_left
+        self._lock = Lock()
+        self._deadline = time.monotonic() + seconds
 
     @property
     def left(self) -> float:
@@ -82,7 +78,7 @@ class HubReader:
     elsewhere: bool = False
 
     def repository(self, repo_id: str, revision: str) -> "Repository":
-        """What the Hub says of a model repository.
+        """A model repository as the Hub describes it.
 
         Raises:
             SourceNotFound, SourceGated, SourceForbidden: it does not give it.

@@ -24,7 +24,7 @@ class StackedPlace(BaseModel):
 
 
 class WrittenPart(BaseModel):
-    """What a writer has made durable since the part before.
+    """All that a writer has made durable since the part before.
 
     tensors   of the source that need not be written any more
     linears   by name in the checkpoint; `stacked` those that are a part of a tensor

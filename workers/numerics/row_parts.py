@@ -20,7 +20,7 @@ def row_parts(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
 
 
 def in_row_parts(matrix: Tensor, make: Callable[[slice], Tensor]) -> Tensor:
-    """What `make` gives for slices of a matrix's rows, one below the other."""
+    """Results of `make` for slices of a matrix's rows, one below the other."""
     parts = row_parts(matrix.shape[0], matrix.shape[1], matrix.device)
     first = next(parts, slice(0, 0))
     made = make(first)

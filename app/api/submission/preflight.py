@@ -75,7 +75,7 @@ class Preflight:
 
 
 def look_at_hub(request: JobRequest, hub: HubChild | None) -> Answer | None:
-    """What the Hub says of the request's model; None where it has none there, is late, or is not asked.
+    """The Hub's answer about the request's model; None where that is elsewhere, the Hub is late, or not asked.
 
     It takes seconds at the worst, so no transaction may be open.
     """

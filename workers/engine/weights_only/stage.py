@@ -85,7 +85,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
 
 
 def _judged(order: AttemptOrder, checkpoint: Checkpoint, reporter: Reporter) -> Targets:
-    """What is quantized; the caller is told of the rest."""
+    """The linears that are quantized; the caller is told of the rest."""
     request = order.request
     problems = without_model_problems(request)
     if problems:

@@ -28,7 +28,7 @@ from workers.numerics.row_parts import row_parts
 
 @dataclass(frozen=True)
 class Done:
-    """What a tensor's linears are in the report, and the bits that they take."""
+    """A tensor's linears as the report has them, and the bits that they take."""
 
     linears: tuple[FinishedLinear, ...] = ()
     bits: StoredBits = field(default_factory=StoredBits)
