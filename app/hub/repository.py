@@ -8,11 +8,12 @@ The two requests of the Hub's protocol that this takes (huggingface_hub 2.4 make
 What comes back is a stranger's: sizes are checked, and no more bytes are read than asked for, whatever the server says.
 """
 
+import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Lock
 from typing import Any
 from urllib.parse import quote, urljoin, urlsplit
@@ -27,6 +28,7 @@ HUB = "https://huggingface.co"
 CONNECT_SECONDS = 10.0
 MOST_FILES = 100_000
 MOST_REDIRECTS = 5
+MISLED = "ask the operator to look at BITWRIGHT_HUB_ENDPOINT"
 AWAY = "the job is tried again by itself; on a machine without network use a local path or an upload"
 
 
@@ -85,9 +87,11 @@ class HubReader:
             HubRateLimited, Unavailable: it does not answer now.
         """
         path = f"/api/models/{repo_id}/revision/{quote(revision, safe='')}?blobs=true"
-        with self._got(path, repo_id, {}) as answer:
-            body = b"".join(self._chunks(answer))
-        return _described(body, repo_id)
+        found = _described(self._json(path, repo_id), repo_id)
+        if all(size is not None for size in found.sizes.values()):
+            return found
+        path = f"/api/models/{found.id}/tree/{found.commit}?recursive=true&expand=false"
+        return replace(found, sizes=dict(found.sizes) | _tree_sizes(self._json(path, repo_id), repo_id))
 
     def read(self, repository: "Repository", name: str, start: int, length: int) -> bytes:
         """Up to `length` bytes of a file from `start`; raises as `repository`."""
@@ -101,6 +105,15 @@ class HubReader:
                 if len(found) >= skipped + length:
                     break
         return bytes(found[skipped : skipped + length])
+
+    def _json(self, path: str, repo_id: str) -> Any:
+        with self._got(path, repo_id, {}) as answer:
+            body = b"".join(self._chunks(answer))
+        try:
+            return json.loads(body)
+        except (ValueError, RecursionError) as error:
+            detail = "the Hub's answer is not JSON"
+            raise Unavailable(detail, field="model", value=repo_id, hint=MISLED) from error
 
     def _chunks(self, answer: httpx.Response) -> Iterator[bytes]:
         for chunk in answer.iter_raw(1 << 16):
@@ -139,11 +152,15 @@ class HubReader:
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository at one commit: its id as it is now, and its files' sizes by path."""
+    """A repository at one commit: its id as it is now, and its files' sizes by path; None where the Hub says none."""
 
     id: str
     commit: str
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int | None]
+
+    def size(self, name: str) -> int:
+        """Bytes of a file; 0 if they are not known."""
+        return self.sizes.get(name) or 0
 
 
 @dataclass(frozen=True)
@@ -160,23 +177,37 @@ class HubFiles:
 
     def size(self, name: str) -> int:
         """Bytes of the file, as the Hub says."""
-        return self.repository.sizes[name]
+        return self.repository.size(name)
 
     def read(self, name: str, start: int, length: int) -> bytes:
         """Up to `length` bytes from `start`."""
         return self.reader.read(self.repository, name, start, length) if length else b""
 
 
-def _described(body: bytes, repo_id: str) -> Repository:
-    hint = "ask the operator to look at BITWRIGHT_HUB_ENDPOINT"
+def _described(found: Any, repo_id: str) -> Repository:
     try:
-        found: Any = httpx.Response(200, content=body).json()
         commit, name, siblings = found["sha"], found.get("id", repo_id), found.get("siblings", [])
-        sizes = {file["rfilename"]: file.get("size") or 0 for file in siblings[:MOST_FILES]}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        sizes = {file["rfilename"]: file.get("size") for file in siblings[:MOST_FILES]}
+    except (TypeError, KeyError, AttributeError) as error:
         detail = "the Hub's answer is no description of a repository"
-        raise Unavailable(detail, field="model", value=repo_id, hint=hint) from error
+        raise Unavailable(detail, field="model", value=repo_id, hint=MISLED) from error
     sound = isinstance(commit, str) and commit.isalnum() and isinstance(name, str) and re.fullmatch(HUB_ID, name)
-    if not sound or not all(isinstance(n, str) and type(size) is int and size >= 0 for n, size in sizes.items()):
-        raise Unavailable("the Hub describes a repository as none can be", field="model", value=repo_id, hint=hint)
+    if not sound or not all(_is_size(path, size) for path, size in sizes.items()):
+        raise Unavailable("the Hub describes a repository as none can be", field="model", value=repo_id, hint=MISLED)
     return Repository(name, commit, sizes)
+
+
+def _tree_sizes(found: Any, repo_id: str) -> dict[str, int | None]:
+    """Sizes in the list of a repository's files; of a Hub that does not say them in the description."""
+    try:
+        sizes = {file["path"]: file.get("size") for file in found[:MOST_FILES] if file["type"] == "file"}
+    except (TypeError, KeyError, AttributeError) as error:
+        detail = "the Hub's answer is no list of files"
+        raise Unavailable(detail, field="model", value=repo_id, hint=MISLED) from error
+    if not all(_is_size(path, size) for path, size in sizes.items()):
+        raise Unavailable("the Hub lists files as none can be", field="model", value=repo_id, hint=MISLED)
+    return sizes
+
+
+def _is_size(path: object, size: object) -> bool:
+    return isinstance(path, str) and (size is None or (type(size) is int and size >= 0))

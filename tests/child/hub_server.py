@@ -56,6 +56,8 @@ class Hub:
     store: str = ""
     """Where large files are, if not here: the address of another server."""
     broken: bool = False
+    says_sizes: bool = True
+    """Whether a repository's description has its files' sizes; their list always has."""
     retry_after: str | None = None
     answering: threading.Event = field(default_factory=_set)
     """Cleared: every request waits."""
@@ -170,7 +172,8 @@ class _Handler(BaseHTTPRequestHandler):
         elif kind == "paths-info":
             found = []
         else:
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            size = (lambda data: {"size": len(data)}) if self.served.says_sizes else (lambda _: {})
+            siblings = [{"rfilename": name, **size(data)} for name, data in files.items()]
             name = repository.partition("/")[2]
             found = {"id": name, "_id": "1", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
             found |= {"downloads": 0, "likes": 0, "lastModified": "2024-01-01T00:00:00.000Z"}

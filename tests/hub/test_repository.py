@@ -52,6 +52,13 @@ def test_a_repository_is_its_commit_and_its_files_sizes(hub: Hub, client: httpx.
     assert files.read("model.safetensors", 3, 0) == b""
 
 
+def test_sizes_that_are_not_in_the_description_are_in_the_list_of_files(hub: Hub, client: httpx.Client) -> None:
+    hub.says_sizes = False
+    found = reader(client, hub).repository("org/model", "main")
+    assert found.sizes == {"config.json": 8, "model.safetensors": 1 << 40, "deep/x": 0}
+    assert [path.split("/")[4] for _, path in hub.requests] == ["revision", "tree"]
+
+
 def test_a_server_without_ranges_is_read_no_further_than_asked(hub: Hub, client: httpx.Client) -> None:
     def whole(request: httpx.Request) -> httpx.Response:
         return httpx.Response(200, stream=Endless())
@@ -146,6 +153,7 @@ def test_a_hub_that_takes_too_long_is_given_up(hub: Hub, client: httpx.Client) -
         b'{"sha": "abc", "siblings": [{"rfilename": 3}]}',
         b'{"sha": "abc", "siblings": [{"rfilename": "x", "size": -1}]}',
         b'{"sha": "abc", "siblings": [{"rfilename": "x", "size": "9"}]}',
+        b'{"sha": "abc", "siblings": [{"rfilename": "x"}]}',
         b'{"sha": "abc", "siblings": {"rfilename": "x"}}',
         json.dumps({"sha": "abc", "siblings": [[]]}).encode(),
     ],

@@ -157,7 +157,7 @@ def fetch_model(order: FetchOrder, repo_id: str, commit: str, reader: HubReader,
             files = HubFiles(reader, repository)
             results = examine(order, files, report)
             wanted = sorted({*weight_files(files), *needed_files(repository)})
-            size = sum(repository.sizes[name] for name in wanted)
+            size = sum(map(repository.size, wanted))
             require_disk(size, folder, results, Path.cwd(), repo_id)
             _download(repository, wanted, folder, report)
     return folder
@@ -170,7 +170,7 @@ def needed_files(repository: Repository) -> list[str]:
 
 
 def _download(repository: Repository, wanted: list[str], folder: Path, report: ReportPipe) -> None:
-    with progress_of(folder, sum(repository.sizes[name] for name in wanted), report):
+    with progress_of(folder, sum(map(repository.size, wanted)), report):
         snapshot_download(repository.id, revision=repository.commit, local_dir=folder, allow_patterns=wanted)
     sync_tree(folder)  # else a power cut leaves a folder that is complete by its mark alone, for all jobs to come
     (folder / COMPLETE).touch()
