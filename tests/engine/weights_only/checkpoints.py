@@ -46,7 +46,8 @@ def write(
     tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name, shape in (shapes or SHAPES).items()}
     if "model.language_model.norm.weight" in tensors:
         tensors["model.language_model.norm.weight"] = tensors["model.language_model.norm.weight"].float()
-    names, weight_map = sorted(tensors), {}
+    names = sorted(tensors)
+    weight_map: dict[str, str] = {}
     for number, own in enumerate((names[::2], names[1::2]), start=1):
         file = f"model-0000{number}-of-00002.safetensors"
         save_file({name: tensors[name].contiguous() for name in own}, folder / file, metadata={"format": "pt"})

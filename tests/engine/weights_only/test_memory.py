@@ -28,7 +28,8 @@ def sparse(folder: Path, size: float) -> Path:
     wide = 3584 if size < 6 * GB else 28672
     layer = {"self_attn.q_proj": (hidden, hidden), "mlp.gate_proj": (wide, hidden), "mlp.down_proj": (hidden, wide)}
     layers = max(SHARDS, round(size / (2 * sum(prod(shape) for shape in layer.values()))))
-    weight_map, files = {}, [list(range(layers))[n::SHARDS] for n in range(SHARDS)]
+    weight_map: dict[str, str] = {}
+    files = [list(range(layers))[n::SHARDS] for n in range(SHARDS)]
     for number, own in enumerate(files, start=1):
         shapes = {f"model.layers.{n}.{name}.weight": shape for n in own for name, shape in layer.items()}
         shapes |= {"model.embed_tokens.weight": (32_000, hidden)} if number == 1 else {}

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,8 @@ from bitwright.events import BlockEvent, LogEvent, ProgressEvent, Stage, Warning
 from tests.engine.conftest import Finished, finish, run_job
 from tests.engine.weights_only.checkpoints import SHAPES, read, write
 from workers.engine.weights_only import stage
+from workers.engine.weights_only.tensors import TensorPass
+from workers.formats.load_bitwright import load_weights
 
 LAYER = "model.language_model.layers.0"
 TARGETS = {
@@ -46,27 +47,14 @@ def output(finished: Finished, name: str) -> Path:
     return finished.workspace / "output" / name
 
 
-def loaded(folder: Path) -> dict[str, Tensor]:
-    """The weights of a native checkpoint, by the loader in it."""
-    sys.path.insert(0, str(folder))
-    try:
-        sys.modules.pop("load_bitwright", None)
-        import load_bitwright
-
-        weights: dict[str, Tensor] = load_bitwright.load_weights(folder)
-        return weights
-    finally:
-        sys.path.remove(str(folder))
-        sys.modules.pop("load_bitwright", None)
-
-
 def nearest(weight: Tensor, group: int, bits: int = 4) -> Tensor:
     """Round to nearest by the formula, symmetric with full range, in fp64 from the scale as it is stored."""
     groups = weight.double().view(weight.shape[0], -1, group)
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scale = (torch.where(-low > high, -low, -high) / 2 ** (bits - 1)).to(weight.dtype).double()
     codes = (groups / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
-    return (codes * scale).view(weight.shape).to(weight.dtype)
+    rounded: Tensor = (codes * scale).view(weight.shape)
+    return rounded.to(weight.dtype)
 
 
 def test_linears_are_rounded_and_everything_else_is_as_it_was(source: Path, done: Finished) -> None:
@@ -88,7 +76,7 @@ def test_linears_are_rounded_and_everything_else_is_as_it_was(source: Path, done
 
 
 def test_every_format_stands_for_the_same_numbers(done: Finished) -> None:
-    merged, native = read(output(done, "merged")), loaded(output(done, "native"))
+    merged, native = read(output(done, "merged")), load_weights(output(done, "native"))
     assert native.keys() == merged.keys()
     assert all(torch.equal(native[name], merged[name]) for name in merged)
     packed = read(output(done, "compressed-tensors"))
@@ -171,7 +159,7 @@ def test_overrides_and_ignores_reach_experts(source: Path, tmp_path: Path) -> No
     assert torch.equal(after[f"{experts}.down_proj"][1], nearest(before[f"{experts}.down_proj"][1], 16, bits=8))
     name = "model.language_model.layers.2.self_attn.q_proj.weight"
     assert torch.equal(after[name], before[name])
-    native = loaded(output(finished, "native"))
+    native = load_weights(output(finished, "native"))
     assert all(torch.equal(native[name], after[name]) for name in after)
     assert native.keys() == after.keys()
 
@@ -179,7 +167,7 @@ def test_overrides_and_ignores_reach_experts(source: Path, tmp_path: Path) -> No
 def test_experts_that_are_stored_input_by_output_and_in_turn(tmp_path: Path) -> None:
     """gpt-oss's layout: (experts, in, out) with gate and up in turn."""
     config = {"text_config": None, "model_type": "gpt_oss", "hidden_size": 64, "num_hidden_layers": 1}
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         "model.layers.0.mlp.experts.gate_up_proj": (2, 64, 96),
         "model.layers.0.mlp.experts.down_proj": (2, 48, 64),
     }
@@ -192,7 +180,7 @@ def test_experts_that_are_stored_input_by_output_and_in_turn(tmp_path: Path) -> 
         key = f"model.layers.0.mlp.experts.{name}"
         for e in range(2):
             assert torch.equal(after[key][e].T, nearest(before[key][e].T.contiguous(), 16)), "groups run along inputs"
-    native = loaded(output(finished, "native"))
+    native = load_weights(output(finished, "native"))
     assert all(torch.equal(native[name], after[name]) for name in after)
     packed = read(output(finished, "compressed-tensors"))
     shape = packed["model.layers.0.mlp.experts.1.up_proj.weight_shape"].tolist()
@@ -205,7 +193,7 @@ def test_experts_that_are_stored_input_by_output_and_in_turn(tmp_path: Path) -> 
 
 def killed_after(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """An attempt ends when it has so many parts, in the middle of the next."""
-    write_one: Callable[..., Any] = stage.TensorPass.write
+    write_one: Callable[..., Any] = TensorPass.write
     seen: list[str] = []
 
     def write(self: Any, name: str, writers: Any) -> Any:
@@ -214,7 +202,7 @@ def killed_after(parts: int, monkeypatch: pytest.MonkeyPatch) -> None:
             raise KeyboardInterrupt
         return write_one(self, name, writers)
 
-    monkeypatch.setattr(stage.TensorPass, "write", write)
+    monkeypatch.setattr(TensorPass, "write", write)
 
 
 def hashes(folder: Path) -> dict[str, bytes]:
@@ -237,13 +225,13 @@ def test_a_killed_attempt_costs_at_most_a_part(source: Path, tmp_path: Path, mon
     shutil.rmtree(tmp_path / "killed" / "output")
     lines: list[AttemptLine] = []
     read_again: list[str] = []
-    write_one = stage.TensorPass.write
+    write_one = TensorPass.write
 
     def watch(self: Any, name: str, writers: Any) -> Any:
         read_again.append(name)
         return write_one(self, name, writers)
 
-    monkeypatch.setattr(stage.TensorPass, "write", watch)
+    monkeypatch.setattr(TensorPass, "write", watch)
     result = run_job(source, tmp_path / "killed", lines, **arguments)
     assert len(read_again) == len(SHAPES) - 7
     assert any(line.event == "parts_resumed" for line in lines if isinstance(line, LogEvent))
