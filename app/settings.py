@@ -176,6 +176,11 @@ class Settings(BaseSettings):
     hub_token: Annotated[SecretStr, AfterValidator(values.token)] | None = Field(
         default=None, description="Hub token for gated and private repositories."
     )
+    hub_preflight: bool = Field(
+        default=False,
+        description="Whether the API looks at a model on the Hub when a job is submitted: file list, configuration and "
+        "index, at most 10 seconds. Never with HF_HUB_OFFLINE.",
+    )
 
     host: Annotated[str, AfterValidator(values.bind_host)] = Field(
         default="127.0.0.1", description="Address that the API binds."
@@ -257,6 +262,12 @@ class Settings(BaseSettings):
         return self.data_dir / "hub"
 
     @property
+    def looks_at_hub(self) -> bool:
+        """True if the API asks the Hub about a model before its job is queued."""
+        offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
+        return self.hub_preflight and self.hub_enabled and not offline
+
+    @property
     def heartbeat_seconds(self) -> float:
         """Between two renewals of a lease: a third of it, so that two may fail."""
         return self.lease_seconds / 3
@@ -265,6 +276,7 @@ class Settings(BaseSettings):
 WAYS: Mapping[str, str] = MappingProxyType(
     {
         "hub_enabled": "give true or false",
+        "hub_preflight": "give true or false",
         "devices": "give `all`, or a number from 1 to 64",
         "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
     }

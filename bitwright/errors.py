@@ -21,6 +21,7 @@ BitwrightError
 |-- InputError                the job's model or data cannot be used     (job fails at once)
 |   |-- SourceNotFound             source_not_found
 |   |-- SourceForbidden            source_forbidden
+|   |   `-- SourceGated            source_gated          a Hub repository whose terms are to be accepted
 |   |-- UnusableBaseJob            base_job_unusable
 |   |-- UnsupportedArchitecture    unsupported_architecture
 |   |-- UnsafeCheckpoint           unsafe_checkpoint
@@ -46,6 +47,7 @@ BitwrightError
     |-- CudaError                  cuda_error
     |-- StorageError               storage_error
     |-- Unavailable           503  unavailable           database or broker out of reach
+    |   `-- HubRateLimited    503  hub_rate_limited      the Hub wants fewer requests
     `-- InternalError         500  internal_error
 """
 
@@ -235,6 +237,11 @@ class SourceForbidden(InputError):
     )
 
 
+class SourceGated(SourceForbidden):
+    code, title = "source_gated", "The repository's terms must be accepted first"
+    way_out = "Accept the terms on the repository's page, with the account of the service's `BITWRIGHT_HUB_TOKEN`."
+
+
 class UnusableBaseJob(InputError):
     code, title = "base_job_unusable", "No job can start from this base job"
     way_out = (
@@ -377,6 +384,11 @@ class StorageError(PlatformError):
 class Unavailable(PlatformError):
     code, title, status = "unavailable", "The service is not available now", 503
     way_out = "Wait for `Retry-After` seconds; `/readyz` says what is missing."
+
+
+class HubRateLimited(Unavailable):
+    code, title = "hub_rate_limited", "The Hub limits the requests of this address"
+    way_out = "The job is tried again by itself; with `BITWRIGHT_HUB_TOKEN` the Hub allows more."
 
 
 class InternalError(PlatformError):

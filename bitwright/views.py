@@ -4,7 +4,7 @@ Views ignore fields that they do not know: an older client reads a newer service
 """
 
 from datetime import datetime
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -77,6 +77,9 @@ class JobRecord(View, Generic[RequestT]):
     updated_at: datetime
     started_at: datetime | None = None
     finished_at: datetime | None = None
+    not_checked: Literal["hub"] | None = Field(
+        default=None, description="In the answer to a submission: where the model is, and nobody has looked at it yet."
+    )
 
 
 class JobView(JobRecord[RequestView]):
@@ -268,6 +271,9 @@ class PreflightRecord(View, Generic[RequestT]):
     request: RequestT
     estimates: dict[str, Any] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
+    not_checked: Literal["hub"] | None = Field(
+        default=None, description="Where the model is, if nobody has looked at it: estimates are empty then."
+    )
 
 
 class PreflightView(PreflightRecord[RequestView]):

@@ -7,6 +7,7 @@ from fastapi import Depends, Header, Request
 
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
+from app.api.submission.hub_child import HubChild
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.session import Database
@@ -34,6 +35,10 @@ def _feed(state: Annotated["State", Depends(get_state)]) -> EventFeed:
     return state.feed
 
 
+def _hub(state: Annotated["State", Depends(get_state)]) -> HubChild | None:
+    return state.hub
+
+
 def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
     return state.metrics
 
@@ -47,12 +52,15 @@ class State:
     blobs: BlobStore
     feed: EventFeed
     metrics: Metrics
+    hub: HubChild | None = None
+    """None where models on the Hub are the workers' business alone."""
 
 
 SettingsOf = Annotated[Settings, Depends(_settings)]
 DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
+HubOf = Annotated[HubChild | None, Depends(_hub)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 IdempotencyHeader = Annotated[
     str | None,

@@ -7,13 +7,13 @@ from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from app.api.auth import Reader, Submitter
-from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, SettingsOf
+from app.api.deps import BlobsOf, DatabaseOf, HubOf, IdempotencyHeader, MetricsOf, SettingsOf
 from app.api.http.documentation import problems, text_header
 from app.api.representations import job_view
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
 from app.api.submission.job_examples import REQUEST_BODY
-from app.api.submission.preflight import run_preflight
+from app.api.submission.preflight import look_at_hub, run_preflight
 from app.api.views import JobView, PreflightView
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest
@@ -37,6 +37,7 @@ METADATA_PREFIX = "metadata."
 INPUT_PROBLEMS = (
     "source_not_found",
     "source_forbidden",
+    "source_gated",
     "base_job_unusable",
     "unsupported_architecture",
     "unsafe_checkpoint",
@@ -79,13 +80,15 @@ def create_job(
     database: DatabaseOf,
     blobs: BlobsOf,
     metrics: MetricsOf,
+    hub: HubOf,
     dry_run: Annotated[bool, Query(description="Check, expand and estimate; store nothing.")] = False,
     idempotency_key: IdempotencyHeader = None,
 ) -> Any:
     """Queue a job from its shorthand or its full form. All problems of a request are reported at once.
 
     A local path must lie under a configured folder. A checkpoint that the service can see is looked at: its
-    architecture, its shapes against the group size, its safetensors headers.
+    architecture, its shapes against the group size, its safetensors headers; and of a model on the Hub its file list,
+    configuration and index, where the operator has switched that on and the Hub answers within ten seconds.
 
     With `base_job`, or a job's id as `model`, finetuning starts from that job's result instead of quantizing.
     """
@@ -102,18 +105,27 @@ def create_job(
             replayed_job = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
             if replayed_job is not None:
                 return _accepted(session, replayed_job, response)
-        preflight = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+    seen = look_at_hub(request, hub)
+    with database.reading() as session:
+        preflight = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs, seen)
         alive = [state.worker for state in list_workers(session)]
         require_capacity(preflight.request, preflight.estimates, alive)
         if dry_run:
             preflight.warnings += capacity_warnings(preflight.request, preflight.estimates, alive)
     if dry_run:
-        view = PreflightView(request=preflight.request, estimates=preflight.estimates, warnings=preflight.warnings)
+        view = PreflightView(
+            request=preflight.request,
+            estimates=preflight.estimates,
+            warnings=preflight.warnings,
+            not_checked=preflight.not_checked,
+        )
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
         recipe = asked_recipe(body, preflight.request)
         job = JobRepository(session, principal.tenant_id).add(preflight.request, recipe=recipe, idempotency=idempotency)
         view_of_job = _accepted(session, job, response)
+        if not job.replayed:
+            view_of_job = view_of_job.model_copy(update={"not_checked": preflight.not_checked})
         alive_classes = live_classes(session)
     if not job.replayed:
         metrics.submitted.labels(job.method).inc()

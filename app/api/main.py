@@ -17,6 +17,7 @@ from app.api.http.errors import install_error_handlers
 from app.api.http.middleware import BodyLimit, RequestContext
 from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
+from app.api.submission.hub_child import HubChild
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
@@ -76,6 +77,7 @@ def build_state(settings: Settings) -> State:
         blobs=open_blobs(settings.blob_url),
         feed=feed,
         metrics=Metrics(count_jobs, lambda: feed.streams),
+        hub=HubChild(settings) if settings.looks_at_hub else None,
     )
 
 
@@ -99,4 +101,6 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         poller.cancel()
         with suppress(asyncio.CancelledError):
             await poller
+        if state.hub is not None:
+            state.hub.close()
         state.database.close()

@@ -10,10 +10,10 @@ from app.api.auth import Submitter
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, SettingsOf
 from app.api.http.documentation import problems, text_header
 from app.api.representations import upload_view
-from app.api.submission.inspection import CONFIG, is_plain_name
 from app.api.upload_parts import PartsFolder
 from app.api.upload_receiving import Target, TornPart, find_file, parse_content_range, receive_part
 from app.domain.inputs.foreign_files import PICKLED, foreign_files, gguf_file
+from app.domain.inputs.inspection import CONFIG, is_plain_name
 from app.domain.inputs.jsonl import check_jsonl
 from app.settings import Settings
 from app.store.blobs import BlobStore

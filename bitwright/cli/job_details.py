@@ -81,6 +81,8 @@ def preflight_table(view: PreflightView) -> Table:
     for name, value in view.estimates.items():
         if value is not None:
             table.add_row(f"estimate: {name.removesuffix('_bytes').replace('_', ' ')}", _estimate_text(name, value))
+    if view.not_checked is not None:
+        table.add_row("not checked", Text(f"the model on the {view.not_checked}", style="yellow"))
     for warning in view.warnings:
         table.add_row("warning", Text(warning, style="yellow"))
     return table

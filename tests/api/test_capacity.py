@@ -5,7 +5,8 @@ from typing import Any, cast
 
 import pytest
 
-from app.api.submission.capacity import GIB, MARGIN, capacity_warnings, require_capacity
+from app.api.submission.capacity import capacity_warnings, require_capacity
+from app.domain.capacity import GIB, MARGIN
 from app.store.models import Worker
 from bitwright.errors import ExceedsCapacity
 from tests.store.samples import request

@@ -23,11 +23,6 @@ CONSTANTS: dict[str, dict[str, object]] = {
     "http.archive": {"LAYOUT": b"bitwright tar 1\n", "END": bytes(1024)},
     "jobs": {"POLL_AFTER_SECONDS": 2},
     "submission.base_jobs": {"MAX_DESCRIPTION_BYTES": 67_108_864},
-    "submission.estimates": {
-        "HEAVY_BYTES": 2,
-        "TUNING_BYTES": 16,
-        "FLOPS_PER_SECOND": {"cpu": 6e10, "cuda": 1.5e14},
-    },
     "upload_receiving": {"BUFFER": 1_048_576},
 }
 

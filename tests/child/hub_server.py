@@ -1,27 +1,75 @@
-"""A small Hub on loopback: the endpoints that huggingface_hub asks for a repository, and nothing else."""
+"""A small Hub on loopback: the endpoints that huggingface_hub asks for a repository, and nothing else.
+
+It answers ranges, redirects a repository that has another name, limits requests, and counts the bytes that it gives by
+path. A file may be a `Hole`: a size that is said, of which only the beginning is there to be read.
+"""
 
 import hashlib
 import json
 import threading
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LARGE = 1000
+"""Bytes from which a file is kept in the store, where there is one."""
+
+
+def _set() -> threading.Event:
+    event = threading.Event()
+    event.set()
+    return event
+
+
+@dataclass(frozen=True)
+class Hole:
+    """A large file of which only the first bytes are there; whoever reads on gets zeros."""
+
+    size: int
+    start: bytes = b""
+
+    def __len__(self) -> int:
+        return self.size
+
+    def part(self, first: int, last: int) -> bytes:
+        """Bytes `first` to `last`, both included."""
+        return self.start[first : last + 1].ljust(last + 1 - first, b"\0")
+
+
+def part_of(data: "bytes | Hole", first: int, last: int) -> bytes:
+    """Bytes `first` to `last` of a file, both included."""
+    return data.part(first, last) if isinstance(data, Hole) else data[first : last + 1]
 
 
 @dataclass
 class Hub:
     """Contents of the server: repositories by "models/<id>" or "datasets/<id>", and the requests that it got."""
 
-    repositories: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    repositories: dict[str, dict[str, Any]] = field(default_factory=dict)
     gated: set[str] = field(default_factory=set)
+    renamed: dict[str, str] = field(default_factory=dict)
+    store: str = ""
+    """Where large files are, if not here: the address of another server."""
     broken: bool = False
+    says_sizes: bool = True
+    """Whether a repository's description has its files' sizes; their list always has."""
+    retry_after: str | None = None
+    answering: threading.Event = field(default_factory=_set)
+    """Cleared: every request waits."""
+    given: Counter[str] = field(default_factory=Counter)
+    """Bytes of bodies by path."""
     requests: list[tuple[str, str]] = field(default_factory=list)
     tokens: set[str] = field(default_factory=set)
     url: str = ""
+
+    def bytes_of(self, ending: str) -> int:
+        """Bytes given of files whose names end so."""
+        return sum(count for path, count in self.given.items() if path.endswith(ending))
 
 
 @contextmanager
@@ -39,6 +87,7 @@ def running_hub() -> Iterator[Hub]:
     try:
         yield hub
     finally:
+        hub.answering.set()
         server.shutdown()
         server.server_close()
         thread.join()
@@ -66,8 +115,15 @@ class _Handler(BaseHTTPRequestHandler):
         path = unquote(urlsplit(self.path).path).strip("/")
         self.served.requests.append((self.command, path))
         self.served.tokens.add(self.headers.get("Authorization", ""))
+        self.served.answering.wait(30)
         if self.served.broken:
             return self._send(503, b"{}", body)
+        if self.served.retry_after is not None:
+            return self._send(429, b"{}", body, {"Retry-After": self.served.retry_after})
+        for old, new in self.served.renamed.items():
+            if old.partition("/")[2] in path:
+                moved = self.path.replace(old.partition("/")[2], new.partition("/")[2])
+                return self._send(307, b"{}", body, {"Location": moved})
         repository, rest = self._find(path)
         if repository is None:
             return self._send(401, b"{}", body, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "no"})
@@ -79,8 +135,20 @@ class _Handler(BaseHTTPRequestHandler):
         name = rest.removeprefix("resolve/").partition("/")[2]
         if name not in files:
             return self._send(404, b"", body, {"X-Error-Code": "EntryNotFound", "X-Error-Message": "no"})
-        etag = hashlib.sha256(files[name]).hexdigest()
-        return self._send(200, files[name], body, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})
+        return self._file(files[name], body)
+
+    def _file(self, data: "bytes | Hole", body: bool) -> None:
+        etag = hashlib.sha256(data.start if isinstance(data, Hole) else data).hexdigest()
+        known = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        if self.served.store and len(data) > LARGE:
+            return self._send(302, b"", body, {**known, "Location": self.served.store + self.path})
+        wanted = self.headers.get("Range")
+        if wanted is None:
+            return self._send(200, part_of(data, 0, len(data) - 1), body, known)
+        first, _, last = wanted.removeprefix("bytes=").partition("-")
+        end = min(int(last or len(data) - 1), len(data) - 1)
+        known["Content-Range"] = f"bytes {first}-{end}/{len(data)}"
+        return self._send(206, part_of(data, int(first), end), body, known)
 
     def _find(self, path: str) -> tuple[str | None, str]:
         plain = path.removeprefix("api/")
@@ -98,13 +166,14 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(404, b"{}", body, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "no"})
         if kind == "tree":
             found: object = [
-                {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                {"type": "file", "path": n, "size": len(d), "oid": hashlib.sha1(n.encode()).hexdigest()}
                 for n, d in files.items()
             ]
         elif kind == "paths-info":
             found = []
         else:
-            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
+            size = (lambda data: {"size": len(data)}) if self.served.says_sizes else (lambda _: {})
+            siblings = [{"rfilename": name, **size(data)} for name, data in files.items()]
             name = repository.partition("/")[2]
             found = {"id": name, "_id": "1", "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
             found |= {"downloads": 0, "likes": 0, "lastModified": "2024-01-01T00:00:00.000Z"}
@@ -117,4 +186,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
         if body:
-            self.wfile.write(data)
+            self.served.given[unquote(urlsplit(self.path).path)] += len(data)
+            with suppress(BrokenPipeError, ConnectionResetError):  # who asked may have given up
+                self.wfile.write(data)

@@ -13,15 +13,17 @@ from pydantic import SecretStr
 
 from app.domain.attempt_lines import ATTEMPT_LINE, FailedLine, FetchedLine
 from app.domain.request.job_request import JobRequest
+from app.hub.repository import Repository
 from bitwright.errors import BitwrightError
 from bitwright.events import ErrorData
 from bitwright.job_states import JobStatus
+from tests.api.checkpoints import CONFIG, SHAPES, safetensors
 from tests.child.hub_server import COMMIT, Hub, running_hub
 from tests.power_cut import PowerCut
 from tests.supervise.bench import Bench
 from workers.child.lifeline import REPORT_FD
 from workers.disk.hub_cache import prune_models
-from workers.disk.orders import AttemptOrder
+from workers.disk.orders import AttemptOrder, FetchOrder
 from workers.disk.workspace import Workspace
 from workers.supervise.attempt_runner import supervise
 from workers.supervise.child_env import fetch_environment
@@ -29,13 +31,22 @@ from workers.supervise.sources import fetch_order
 
 MODEL = "org/tiny"
 FILES = {
-    "config.json": b'{"model_type": "llama"}',
-    "model.safetensors": b"weights",
+    "config.json": json.dumps(CONFIG).encode(),
+    "model.safetensors": safetensors(SHAPES),
     "tokenizer.json": b"{}",
-    "pytorch_model.bin": b"pickle",
-    "modeling_tiny.py": b"raise SystemExit('run')",
     "README.md": b"read",
 }
+LEFT = {
+    "pytorch_model.bin": b"pickle",
+    "modeling_tiny.py": b"raise SystemExit('run')",
+    "consolidated.safetensors": b"the same weights in their makers' layout",
+    "model.fp32.safetensors": b"the same weights in another dtype",
+    "model-Q4_K_M.gguf": b"GGUF",
+    "onnx/model.onnx": b"onnx",
+    "onnx/config.json": b"{}",
+    "original/params.json": b"{}",
+}
+"""Files of a repository that no job needs."""
 
 
 def calibrated(dataset: object) -> dict[str, object]:
@@ -46,7 +57,7 @@ def calibrated(dataset: object) -> dict[str, object]:
 @pytest.fixture
 def hub() -> Iterator[Hub]:
     with running_hub() as hub:
-        hub.repositories[f"models/{MODEL}"] = FILES
+        hub.repositories[f"models/{MODEL}"] = FILES | LEFT
         yield hub
 
 
@@ -69,18 +80,19 @@ def failure(bench: Bench, job_id: str) -> dict[str, object]:
 
 
 def test_a_model_is_pinned_and_only_safe_files_are_taken_once(online: Bench, hub: Hub) -> None:
-    job_id = online.submit("fail:invalid_dataset", model=MODEL)
+    job_id = online.submit("fail:invalid_dataset", model=MODEL, group_size=16)
     online.run()
     assert failure(online, job_id)["code"] == "invalid_dataset", "the attempt itself ran"
     given = order(online, job_id)
     assert given.model_revision == COMMIT
     taken = {path.name for path in Path(given.model_path).iterdir() if not path.name.startswith(".")}
-    assert taken == {"config.json", "model.safetensors", "tokenizer.json", "README.md"}
+    assert taken == FILES.keys()
+    assert sum(hub.bytes_of(name) for name in LEFT if "config" not in name) == 0
     assert not any(path.is_symlink() for path in Path(given.model_path).iterdir())
     assert hub.tokens == {"Bearer hf_secret"}
     assert [e.type for e in online.events(job_id) if e.type == "progress"]
     before = len(hub.requests)
-    again = online.submit("fail:invalid_dataset", model=MODEL)
+    again = online.submit("fail:invalid_dataset", model=MODEL, group_size=16)
     online.run()
     assert [path for _, path in hub.requests[before:] if "resolve" in path] == []
     assert order(online, again).model_revision == COMMIT
@@ -92,16 +104,15 @@ def test_a_model_is_complete_by_its_mark_only_once_it_is_on_the_disk(
     """After a power cut the next job would take a marked folder as it is, whatever its files hold."""
     from workers.child import fetch as fetching
 
-    files = {"config.json": b"{}", "model.safetensors": b"weights", "deep/tokenizer.json": b"{}"}
-    siblings = [SimpleNamespace(rfilename=name, size=len(data)) for name, data in files.items()]
-    hub = SimpleNamespace(model_info=lambda *_, **__: SimpleNamespace(siblings=siblings))
+    repository = Repository("org/tiny", COMMIT, {name: len(data) for name, data in FILES.items()})
+    reader = SimpleNamespace(
+        repository=lambda *_: repository, read=lambda _, name, start, length: FILES[name][start : start + length]
+    )
 
     def download(_id: str, *, local_dir: Path, **_: object) -> None:
-        for name, data in files.items():
-            (local_dir / name).parent.mkdir(exist_ok=True)
+        for name, data in FILES.items():
             (local_dir / name).write_bytes(data)
 
-    monkeypatch.setattr(fetching, "HfApi", lambda: hub)
     monkeypatch.setattr(fetching, "snapshot_download", download)
     cut, touch, marked = PowerCut(monkeypatch), Path.touch, []
 
@@ -111,29 +122,30 @@ def test_a_model_is_complete_by_its_mark_only_once_it_is_on_the_disk(
 
     monkeypatch.setattr(Path, "touch", mark)
     report = SimpleNamespace(write=lambda _: None)
-    folder = fetching.fetch_model("org/tiny", COMMIT, tmp_path, report)  # type: ignore[arg-type]
+    order = FetchOrder(model=None, models_folder=str(tmp_path))
+    folder = fetching.fetch_model(order, "org/tiny", COMMIT, reader, report)  # type: ignore[arg-type]
     assert marked == [set()]
     assert folder.name == f"org--tiny@{COMMIT}"
     assert (folder / ".complete").exists()
 
 
 def test_the_files_that_are_taken_of_a_repository() -> None:
-    from workers.child.fetch import ALLOWED, FORBIDDEN, IGNORED, NOT_FOUND, TEXT_COLUMNS, VOCABULARIES
+    from workers.child.fetch import ALLOWED, IGNORED, TEXT_COLUMNS, VOCABULARIES
 
     assert set(IGNORED) == {
-        *(".*", "onnx/*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
+        *(".*", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
     }
     assert set(VOCABULARIES) < set(ALLOWED)
     assert set(ALLOWED) == {
-        *("*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", "tokenizer*", "*.model", "*.tiktoken", "*.spm"),
+        *("*.json", "*.txt", "*.jinja", "README.md", "tokenizer*", "*.model", "*.tiktoken", "*.spm"),
         *("*.tokenizer", "vocab.bpe", "bpe.codes"),
         *("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*"),
     }
-    assert (TEXT_COLUMNS, FORBIDDEN, NOT_FOUND) == (("text", "prompt", "completion", "messages"), (401, 403), 404)
+    assert TEXT_COLUMNS == ("text", "prompt", "completion", "messages")
 
 
 def test_a_retry_stays_on_its_commit_although_the_branch_moved(online: Bench, hub: Hub) -> None:
-    job_id = online.submit("once:signal:SIGKILL,fail:invalid_dataset", model=MODEL)
+    job_id = online.submit("once:signal:SIGKILL,fail:invalid_dataset", model=MODEL, group_size=16)
     assert online.run() is JobStatus.QUEUED
     pinned = json.loads((online.workspace(job_id) / "fetched.json").read_bytes())
     assert pinned == {"model": COMMIT}
@@ -143,7 +155,7 @@ def test_a_retry_stays_on_its_commit_although_the_branch_moved(online: Bench, hu
 
 
 def test_a_model_that_an_attempt_reads_is_not_pruned(online: Bench) -> None:
-    online.submit("hang", model=MODEL)
+    online.submit("hang", model=MODEL, group_size=16)
     running, root = online.start(), online.context.settings.hub_dir
     running.log_event("hanging")
     assert prune_models(root, unused_seconds=-1) == []
@@ -167,7 +179,9 @@ def fetch_errors(bench: Bench, requests: Sequence[dict[str, object]]) -> list[Er
     for number, fields in enumerate(requests):
         workspace = Workspace.of(bench.context.settings.workspace_dir, f"job_{number}")
         workspace.open()
-        request = JobRequest.parse({"model": "/m", "method": "signround", "evaluation": None, **fields})
+        request = JobRequest.parse(
+            {"model": "/m", "method": "signround", "group_size": 16, "evaluation": None, **fields}
+        )
         workspace.write(workspace.fetch_order, fetch_order(request, workspace, bench.context.settings.hub_dir))
         folders.append(str(workspace.folder))
     bench.submit("")
@@ -183,7 +197,7 @@ def fetch_errors(bench: Bench, requests: Sequence[dict[str, object]]) -> list[Er
 REFUSALS: list[tuple[dict[str, object], str, str]] = [
     ({"model": "org/none"}, "source_not_found", "model"),
     ({"model": {"source": "hub", "id": MODEL, "revision": "gone"}}, "source_not_found", "model"),
-    ({"model": "org/gated"}, "source_forbidden", "model"),
+    ({"model": "org/gated"}, "source_gated", "model"),
     ({"model": "org/pickled"}, "unsafe_checkpoint", "model"),
     ({"model": "org/model-GGUF"}, "unsupported_checkpoint", "model"),
     ({"model": "org/adapter"}, "unsupported_checkpoint", "model"),

@@ -84,7 +84,7 @@ DURABLE: dict[str, Callable[[Path], None]] = {
 """Name and bytes are there after a power cut."""
 WHOLE: dict[str, Callable[[Path], None]] = {
     "app/store/blobs.py::materialise": materialising,
-    "workers/formats/shards.py::finish": writing_shards,
+    "workers/formats/shards.py::_named": writing_shards,
     "bitwright/blocking/downloads.py::download_artifact": downloading,
     "bitwright/asynchronous/downloads.py::download_artifact": downloading_in_a_loop,
     "bitwright/endpoint.py::save_endpoint": saving,

@@ -35,8 +35,8 @@ def test_a_job_is_tried_three_times_more() -> None:
 
 WEIGHTS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rtn": {},
-    "nf": {"double_quantization": True},
+    "rtn": {"weights_only": False},
+    "nf": {"double_quantization": True, "weights_only": False},
     "gptq": {"damping": 0.01, "act_order": True},
     "awq": {"search_samples": 32, "clip_search": True, "quantized_inputs": False},
     "omniquant": {"preset": "default", "epochs": 20, "batch_size": 1, "learning_rate": 0.005, "aug_loss": False},

@@ -1,7 +1,9 @@
 """`python -m workers.child.fetch WORKSPACE`: brings a job's model and texts from the Hub.
 
 The only process with network access and the Hub token (from its environment). A branch is pinned to its commit once a
-job; only safetensors, JSON and tokenizer files are taken; nothing that is fetched is ever executed.
+job. A model's configuration, file list, index and headers are judged before any of its weights are fetched; then its
+weights are taken, its JSON and tokenizer files, and no copy of the same in another format. Nothing that is fetched is
+ever executed.
 """
 
 import json
@@ -14,8 +16,9 @@ from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
+import httpx
 import structlog
-from huggingface_hub import HfApi, snapshot_download
+from huggingface_hub import HfApi, constants, get_token, snapshot_download
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -23,22 +26,16 @@ from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
-    RevisionNotFoundError,
 )
 from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
 from app.domain.attempt_lines import FetchedLine
-from app.domain.inputs.foreign_files import foreign_files, gguf_file
-from bitwright.errors import (
-    BitwrightError,
-    DiskFull,
-    InvalidDataset,
-    SourceForbidden,
-    SourceNotFound,
-    Unavailable,
-    UnsupportedCheckpoint,
-)
-from bitwright.events import TEXT_ROLES, ProgressEvent, Stage
+from app.domain.inputs.inspection import FolderFiles, weight_files
+from app.hub.answers import refusal_of, renamed
+from app.hub.repository import Allowance, HubFiles, HubReader, Repository
+from bitwright.errors import BitwrightError, InvalidDataset, SourceForbidden, SourceNotFound, Unavailable
+from bitwright.events import TEXT_ROLES, ProgressEvent, Stage, WarningEvent
+from workers.child.examination import examine, require_disk
 from workers.child.exceptions import as_bitwright_error
 from workers.child.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
 from workers.disk.durable import replace_file, sync_tree
@@ -47,10 +44,13 @@ from workers.disk.orders import FetchOrder, TextOrder
 
 LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "COPYING*", "USE_POLICY*")
 VOCABULARIES = ("tokenizer*", "*.model", "*.tiktoken", "*.spm", "*.tokenizer", "vocab.bpe", "bpe.codes")
-ALLOWED = ("*.safetensors", "*.json", "*.txt", "*.jinja", "README.md", *VOCABULARIES, *LICENCES)
-IGNORED = (".*", "onnx/*", "original/*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
+ALLOWED = ("*.json", "*.txt", "*.jinja", "README.md", *VOCABULARIES, *LICENCES)
+IGNORED = (".*", "*.safetensors", "*.bin", "*.pt", "*.pth", "*.pkl", "*.py", "*.msgpack", "*.h5", "*.gguf")
+TEMPLATES = "additional_chat_templates/"
+"""The one folder of a repository that belongs to a checkpoint."""
+LOOK_SECONDS, LOOK_BYTES = 300.0, 512 << 20
+"""Limits of what is read to judge a model; the headers of a thousand shards take a tenth of either."""
 TEXT_COLUMNS = ("text", "prompt", "completion", "messages")
-FORBIDDEN, NOT_FOUND = (401, 403), 404
 COMPLETE = ".complete"
 TransportError: type[BaseException] = HfHubHTTPError.__bases__[0]
 """HTTPError of the HTTP library that this version of huggingface_hub stands on (httpx or httpx2)."""
@@ -92,15 +92,16 @@ def fetch(order: FetchOrder, workspace: Path, report: ReportPipe) -> FetchedLine
     pins = Pins(workspace / "fetched.json")
     folder, revision = "", None
     if order.model is not None:
-        with hub_errors("model", order.model.id):
-            revision = pins.commit("model", partial(_commit, "model", order.model.id, order.model.revision))
-            folder = str(fetch_model(order.model.id, revision, Path(order.models_folder), report))
+        with hub_errors("model", order.model.id), hub_reader() as reader:
+            given = order.model.id, order.model.revision
+            revision = pins.commit("model", lambda: reader.repository(*given).commit)
+            folder = str(fetch_model(order, order.model.id, revision, reader, report))
     texts: dict[str, TextOrder | None] = {role: getattr(order, role) for role in TEXT_ROLES.values()}
     for field, role in TEXT_ROLES.items():
         text = texts[role]
         if text is not None and not Path(text.path).exists():
             with hub_errors(field, text.dataset.id):
-                commit = pins.commit(role, partial(_commit, "dataset", text.dataset.id, text.dataset.revision))
+                commit = pins.commit(role, partial(_commit, text.dataset.id, text.dataset.revision))
                 write_text(text, commit)
     paths = {f"{role}_path": None if text is None else text.path for role, text in texts.items()}
     return FetchedLine(model_path=folder, model_revision=revision, **paths)
@@ -121,46 +122,56 @@ class Pins:
         return self._commits[role]
 
 
-def _commit(repo_type: str, repo_id: str, revision: str) -> str:
-    info = HfApi().repo_info(repo_id, repo_type=repo_type, revision=revision)
+def _commit(repo_id: str, revision: str) -> str:
+    info = HfApi().repo_info(repo_id, repo_type="dataset", revision=revision)
     if info.sha is None:
         hint = "name a branch, a tag or a commit that exists"
         raise SourceNotFound("the Hub names no commit for this revision", field="revision", value=revision, hint=hint)
     return info.sha
 
 
-def fetch_model(repo_id: str, commit: str, models_folder: Path, report: ReportPipe) -> Path:
+@contextmanager
+def hub_reader() -> Iterator[HubReader]:
+    """A reader of the Hub that this process's environment names, with its token."""
+    with httpx.Client() as client:
+        allowance = Allowance(LOOK_SECONDS, LOOK_BYTES)
+        yield HubReader(client, allowance, constants.ENDPOINT, get_token() or None, elsewhere=True)
+
+
+def fetch_model(order: FetchOrder, repo_id: str, commit: str, reader: HubReader, report: ReportPipe) -> Path:
     """The folder with the checkpoint's files, downloaded unless another job did it. Real files, no links.
 
     Raises:
-        UnsafeCheckpoint, UnsupportedCheckpoint: the repository holds no safetensors, but something else or nothing.
-        DiskFull: its files do not fit.
+        InputError, InvalidRequest: the repository holds no model that the order's request fits.
+        ExceedsCapacity, DiskFull: the job or its files do not fit this machine.
     """
-    folder = models_folder / f"{repo_id.replace('/', '--')}@{commit}"
+    folder = Path(order.models_folder) / f"{repo_id.replace('/', '--')}@{commit}"
     with holding(folder):
-        if not (folder / COMPLETE).exists():
-            _download(repo_id, commit, folder, report)
+        if (folder / COMPLETE).exists():
+            examine(order, FolderFiles(folder), report)
+        else:
+            repository = reader.repository(repo_id, commit)
+            moved = renamed(repo_id, repository.id)
+            if moved is not None:
+                report.write(WarningEvent(code="repository_renamed", message=moved))
+            files = HubFiles(reader, repository)
+            results = examine(order, files, report)
+            wanted = sorted({*weight_files(files), *needed_files(repository)})
+            size = sum(map(repository.size, wanted))
+            require_disk(size, folder, results, Path.cwd(), repo_id)
+            _download(repository, wanted, folder, report)
     return folder
 
 
-def _download(repo_id: str, commit: str, folder: Path, report: ReportPipe) -> None:
-    siblings = HfApi().model_info(repo_id, revision=commit, files_metadata=True).siblings or []
-    sizes = {file.rfilename: file.size or 0 for file in siblings}
-    wanted = list(filter_repo_objects(sizes, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
-    foreign = foreign_files(sizes)
-    if foreign is not None:
-        raise foreign.refusal("model")
-    gguf = gguf_file(sizes)
-    wanted += [] if gguf is None else [gguf]
-    if gguf is None and not any(name.endswith(".safetensors") for name in wanted):
-        hint = "name a repository with config.json and safetensors"
-        raise UnsupportedCheckpoint("the repository holds no weights", field="model", value=repo_id, hint=hint)
-    total = sum(sizes[name] for name in wanted)
-    free = shutil.disk_usage(folder).free
-    if total > free:
-        raise DiskFull(f"the checkpoint has {total} bytes, the worker's disk has {free} left", value=repo_id)
-    with progress_of(folder, total, report):
-        snapshot_download(repo_id, revision=commit, local_dir=folder, allow_patterns=wanted)
+def needed_files(repository: Repository) -> list[str]:
+    """Files of a checkpoint beside its weights: those at the top of the repository, and its chat templates."""
+    top = [name for name in repository.sizes if "/" not in name.removeprefix(TEMPLATES)]
+    return list(filter_repo_objects(top, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
+
+
+def _download(repository: Repository, wanted: list[str], folder: Path, report: ReportPipe) -> None:
+    with progress_of(folder, sum(map(repository.size, wanted)), report):
+        snapshot_download(repository.id, revision=repository.commit, local_dir=folder, allow_patterns=wanted)
     sync_tree(folder)  # else a power cut leaves a folder that is complete by its mark alone, for all jobs to come
     (folder / COMPLETE).touch()
 
@@ -230,31 +241,25 @@ def hub_errors(field: str, repo_id: str) -> Iterator[None]:
         yield
     except BitwrightError:
         raise
-    except (GatedRepoError, DisabledRepoError) as error:
-        hint = "accept the repository's terms with the account of the service's token, BITWRIGHT_HUB_TOKEN"
-        raise SourceForbidden("the Hub refuses access", field=field, value=repo_id, hint=hint) from error
-    except RevisionNotFoundError as error:
-        hint = "name a branch, a tag or a commit that exists"
-        raise SourceNotFound("the repository has no such revision", field=field, value=repo_id, hint=hint) from error
-    except (RepositoryNotFoundError, HFValidationError) as error:
+    except HFValidationError as error:
         hint = "check the id; for a private repository the operator sets BITWRIGHT_HUB_TOKEN"
         raise SourceNotFound("the Hub has no such repository", field=field, value=repo_id, hint=hint) from error
     except HfHubHTTPError as error:
-        raise _of_status(error, field, repo_id) from error
+        raise _of_answer(error, field, repo_id) from error
     except (TransportError, LocalEntryNotFoundError, ConnectionError, TimeoutError) as error:
         hint = "the job is tried again by itself; on a machine without network use a local path or an upload"
         raise Unavailable("the Hub cannot be reached", field=field, value=repo_id, hint=hint) from error
 
 
-def _of_status(error: HfHubHTTPError, field: str, repo_id: str) -> BitwrightError:
-    status = error.response.status_code
-    if status in FORBIDDEN:
-        hint = "the operator's token, BITWRIGHT_HUB_TOKEN, must be allowed to read it"
-        return SourceForbidden(f"the Hub answers {status}", field=field, value=repo_id, hint=hint)
-    if status == NOT_FOUND:
-        hint = "check the id and the revision"
-        return SourceNotFound("the Hub has no such file", field=field, value=repo_id, hint=hint)
-    return Unavailable(f"the Hub answers {status}", field=field, value=repo_id)
+def _of_answer(error: HfHubHTTPError, field: str, repo_id: str) -> BitwrightError:
+    """The same error as a look at the repository would give; huggingface_hub's kinds say what a code may leave out."""
+    kinds = {GatedRepoError: "GatedRepo", RepositoryNotFoundError: "RepoNotFound"}
+    code = next((code for kind, code in kinds.items() if isinstance(error, kind)), None)
+    if isinstance(error, DisabledRepoError):
+        hint = "its owner or the Hub has taken it away; take another repository"
+        return SourceForbidden("access to the repository is disabled", field=field, value=repo_id, hint=hint)
+    headers = dict(error.response.headers) | ({} if code is None else {"x-error-code": code})
+    return refusal_of(error.response.status_code, headers, field, repo_id)
 
 
 if __name__ == "__main__":

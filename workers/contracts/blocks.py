@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from app.domain.methods import AbsmaxScheme, Candidate, Scheme, WeightSpec
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
+from workers.numerics.quantized import LinearResult
 
 
 class BlockForward(Protocol):
@@ -245,6 +246,16 @@ class KernelMethod(Protocol[S_contra]):
     @abstractmethod
     def warm_ups(self, kinds: WarmUp, spec: S_contra) -> list[Callable[[], object]]:
         """Calls that compile the kernels for the linears of a model; none where there is nothing to compile."""
+        ...
+
+
+@runtime_checkable
+class TensorMethod(Protocol[S_contra]):
+    """A method that looks at nothing but a linear's weight, so that it needs no model around it."""
+
+    @abstractmethod
+    def quantize_tensor(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, spec: S_contra) -> LinearResult:
+        """The result for one linear's weight (out, in), floating point, on the host."""
         ...
 
 

@@ -21,12 +21,18 @@ class TextOrder(BaseModel):
 
 class FetchOrder(BaseModel):
     """Models and texts to bring from the Hub; models go into folders of their own under `models_folder`, shared by all
-    jobs."""
+    jobs.
+
+    request    of the job, which the model must fit before its weights are fetched
+    capacity   bytes that the worker has, by name; what it does not know is left out
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: HubModel | None
     models_folder: str
+    request: JobRequest | None = None
+    capacity: dict[str, int] = Field(default_factory=dict)
     calibration: TextOrder | None = None
     evaluation: TextOrder | None = None
     finetuning: TextOrder | None = None

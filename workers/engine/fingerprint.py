@@ -19,6 +19,7 @@ SUPERVISION = (
     "workers/__main__.py",
     "workers/sweep.py",
     "workers/child/fetch.py",
+    "workers/child/examination.py",
     "workers/disk/hub_cache.py",
 )
 """Files of `CODE` that no attempt loads: a change of them keeps the finished blocks of a job that is tried again."""

@@ -1,11 +1,14 @@
-"""A job's computation from order to checkpoints: its stages in the order of time."""
+"""A job's computation from order to checkpoints: its stages in the order of time.
+
+A job without a model has one stage, which does everything.
+"""
 
 from dataclasses import replace
 from pathlib import Path
 
 from app.domain.attempt_lines import ResultLine
 from workers.disk.orders import AttemptOrder
-from workers.engine import evaluate, export, finetune, quantize, scales
+from workers.engine import evaluate, export, finetune, quantize, scales, weights_only
 from workers.engine.device.process_group import joined
 from workers.engine.job import Job
 from workers.engine.opening import open_job
@@ -21,6 +24,8 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         InvalidRequest: the head is to be quantized but tied to the embeddings.
         FormatCannotHold: a format of the request cannot hold this model.
     """
+    if weights_only.chosen(order):
+        return weights_only.run(order, workspace, reporter)
     with open_job(order, workspace, reporter, rank=0) as job:
         return export.run(*_computed(job))
 
@@ -30,6 +35,8 @@ def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
 
     Raises what `run` raises, and where it does, unless only this process meets the cause.
     """
+    if weights_only.chosen(order):
+        return  # one process reads and writes files
     with open_job(order, workspace, Reporter(lambda _: None), rank) as job:
         _computed(job)
 

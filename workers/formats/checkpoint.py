@@ -7,7 +7,8 @@ is never copied, and neither are the names by which its configurations call that
 
 import shutil
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from math import prod
@@ -23,9 +24,10 @@ from bitwright.report import Report
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Compress, Decompress, Format, Opening
-from workers.formats.shards import ShardWriter, write_json
+from workers.formats.shards import Pieces, ShardWriter, write_json
 from workers.formats.source_files import check_tensor, copy_files, without_code
 from workers.formats.stored_linear import StoredLinear, StoredPart
+from workers.formats.written_part import WrittenPart
 from workers.numerics.quantized import LinearResult
 
 LOADER = Path(__file__).with_name("load_bitwright.py")
@@ -68,6 +70,14 @@ def checkpoint_format(
     return Format(writer, loading, layout.compress, decompress, adapter_base)
 
 
+@dataclass(frozen=True)
+class _Sealed:
+    """Names of tensors of the source, and of linears, that are in parts."""
+
+    tensors: frozenset[str] = frozenset()
+    linears: frozenset[str] = frozenset()
+
+
 class CheckpointWriter:
     """One checkpoint in one format."""
 
@@ -76,12 +86,16 @@ class CheckpointWriter:
         folder.mkdir(parents=True)
         self._layout, self._loading, self._folder, self._opening = layout, loading, folder, opening
         self._source = opening.source
-        self._shards = ShardWriter(folder, layout.stem, sys.maxsize if layout.one_file else opening.shard_bytes)
+        if opening.parts is not None:
+            opening.parts.mkdir(parents=True, exist_ok=True)
+        limits = (sys.maxsize, sys.maxsize) if layout.one_file else (opening.shard_bytes, opening.held_bytes)
+        self._shards = ShardWriter(folder, layout.stem, limits[0], held_bytes=limits[1], parts=opening.parts)
         self._linears: dict[str, StoredLinear] = {}
         self._parts: dict[str, StoredPart] = {}
         self._wholes: dict[str, tuple[Tensor, int]] = {}
         self._modules: dict[str, str] = {}
-        self._replaced: set[str] = set()
+        self._written: set[str] = set()
+        self._sealed = _Sealed()
 
     def add_linear(
         self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
@@ -109,6 +123,7 @@ class CheckpointWriter:
             self._parts[name] = part
         self._linears[name] = StoredLinear.of(result)
         self._modules[name] = module or name
+        self._written.add(holder)
 
     def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
         """Store the weight of a linear that is not quantized, but lies in one tensor with linears that are."""
@@ -117,6 +132,7 @@ class CheckpointWriter:
         else:
             self._shards.add({f"{name}.weight": tensor.contiguous()})
         self._parts[name] = part
+        self._written.add(part.of)
 
     def _put(self, part: StoredPart, value: Tensor) -> None:
         """A part into its tensor, which is stored when all of it is there."""
@@ -131,7 +147,46 @@ class CheckpointWriter:
         """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
         check_tensor(self._source, name, tensor)
         self._shards.add({name: tensor})
-        self._replaced.add(name)
+        self._written.add(name)
+
+    @contextmanager
+    def growing(self, name: str, dtype: torch.dtype) -> Iterator[Pieces]:
+        """A tensor in place of the source's of that name and shape, which comes in pieces."""
+        with self._shards.growing(name, dtype, tuple(self._source.tensors[name].shape)) as pieces:
+            yield pieces
+        self._written.add(name)
+
+    def seal(self) -> WrittenPart:
+        """Make everything durable that was added since the last time; where parts have a folder, it can be adopted."""
+        sealed = self._sealed
+        part = WrittenPart(
+            shards=self._shards.seal(),
+            tensors=tuple(sorted(self._written - sealed.tensors)),
+            linears={name: linear for name, linear in self._linears.items() if name not in sealed.linears},
+            parts={name: place for name, place in self._parts.items() if name not in sealed.linears},
+        )
+        self._sealed = self._as_sealed()
+        return part
+
+    def _as_sealed(self) -> "_Sealed":
+        return _Sealed(frozenset(self._written), frozenset([*self._linears, *self._parts]))
+
+    def holds(self, part: WrittenPart) -> bool:
+        """True if all shards of a part lie in the folder of parts as they were sealed."""
+        return all(self._shards.holds(shard) for shard in part.shards)
+
+    def adopt(self, part: WrittenPart) -> None:
+        """Go on after a part that an earlier writer has sealed, as if this one had."""
+        self._shards.adopt(part.shards)
+        self._linears |= part.linears
+        self._modules |= {name: name for name in part.linears}
+        self._parts |= part.parts
+        self._written |= set(part.tensors)
+        self._sealed = self._as_sealed()
+
+    def abandon(self) -> None:
+        """Let go of open files of a checkpoint that will not be finished."""
+        self._shards.abandon()
 
     def finish(self, *, ignored: Collection[str] = ()) -> None:
         """Copy the rest of the checkpoint and write its configuration.
@@ -140,10 +195,8 @@ class CheckpointWriter:
         """
         if self._wholes:
             raise InternalError(f"parts of {next(iter(self._wholes))} are missing", field=next(iter(self._wholes)))
-        written = {f"{name}.weight" for name in self._linears} | self._replaced
-        written |= {part.of for part in self._parts.values()}
         for name in self._source.tensors:
-            if name not in written:
+            if name not in self._written:
                 self._shards.add({name: self._source.read(name)})
         self._shards.finish()
         self._write_config(sorted({*ignored, *self._unquantized_matrices()} - self._targets().keys()))

@@ -5,10 +5,12 @@ rows of `app.domain.formats`.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from app.domain.formats import ExportFormat
@@ -16,9 +18,10 @@ from app.domain.methods import Scheme
 from bitwright.report import Report
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.loading import AdapterBase, Lines
-from workers.formats.shards import SHARD_BYTES
+from workers.formats.shards import HELD_BYTES, SHARD_BYTES, Pieces
 from workers.formats.source_files import SourceCheckpoint
 from workers.formats.stored_linear import StoredLinear, StoredPart
+from workers.formats.written_part import WrittenPart
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 
@@ -61,6 +64,16 @@ class Writer(Protocol):
         ...
 
 
+class PartWriter(Writer, Protocol):
+    """A writer of a checkpoint that is made part by part, by one process after another; see `CheckpointWriter`."""
+
+    def growing(self, name: str, dtype: torch.dtype) -> AbstractContextManager[Pieces]: ...
+    def seal(self) -> WrittenPart: ...
+    def holds(self, part: WrittenPart) -> bool: ...
+    def adopt(self, part: WrittenPart) -> None: ...
+    def abandon(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Opening:
     """The arguments of a new writer.
@@ -68,6 +81,7 @@ class Opening:
     name       name of its format
     formats    all of the job's
     identity   the job's result, for files that name it before there is a report
+    parts      folder for shards before they are the checkpoint's, where another writer finds them (`WrittenPart`)
     base       schemes by module name -> the checkpoint of the job beside which its adapter is loaded
     """
 
@@ -77,6 +91,8 @@ class Opening:
     base: Callable[[Mapping[str, Scheme]], AdapterBase]
     identity: Identity | None = None
     shard_bytes: int = SHARD_BYTES
+    held_bytes: int = HELD_BYTES
+    parts: Path | None = None
 
 
 Compress = Callable[[str, LinearResult], dict[str, Tensor]]

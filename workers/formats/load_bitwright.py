@@ -22,6 +22,8 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
 
     lora_a, lora_b      (rank, in), (out, rank): (alpha / rank) * lora_b @ lora_a is added, and the sum rounded again
 
+Experts that were one 3-D tensor are linears of their own; `stacked` in `bitwright.json` says where each belongs.
+
 A symmetric linear has no zero_point tensor: it is 2^(bits-1). Widths, group size (-1: one group per row), symmetry and
 alpha of each are in `bitwright.json` (native) or in the quantization_config of `config.json`.
 """

@@ -18,8 +18,9 @@ from app.domain.methods import Scheme
 from bitwright.errors import FormatCannotHold, InternalError
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.loading import AdapterBase
-from workers.formats.format import Format, Opening, Writer
-from workers.formats.shards import SHARD_BYTES
+from workers.formats.checkpoint import CheckpointWriter
+from workers.formats.format import Format, Opening, PartWriter, Writer
+from workers.formats.shards import HELD_BYTES, SHARD_BYTES
 from workers.formats.source_files import SourceCheckpoint
 from workers.numerics.quantized import AffineWeight
 
@@ -60,6 +61,31 @@ def open_writer(
     """The writer of one checkpoint; `formats` are all of its job's."""
     base = partial(adapter_base, formats)
     return format_of(name).open(folder, Opening(name, source, formats, base, identity, shard_bytes))
+
+
+def open_part_writers(
+    folder: Path,
+    formats: Collection[ExportFormat],
+    source: SourceCheckpoint,
+    identity: Identity,
+    parts: Path,
+    held_bytes: int = HELD_BYTES,
+) -> Mapping[ExportFormat, PartWriter]:
+    """The same for a checkpoint that is made part by part; its shards lie in a folder of the format's name in `parts`.
+
+    Raises:
+        FormatCannotHold: a format needs the whole model at once.
+    """
+    base = partial(adapter_base, formats)
+    writers: dict[ExportFormat, PartWriter] = {}
+    for name in formats:
+        opening = Opening(name, source, formats, base, identity, held_bytes=held_bytes, parts=parts / name.value)
+        writer = format_of(name).open(folder / name.value, opening)
+        if not isinstance(writer, CheckpointWriter):
+            hint = "ask for native, merged or compressed-tensors"
+            raise FormatCannotHold(f"{name.value} is written from a model", field="formats", value=name, hint=hint)
+        writers[name] = writer
+    return writers
 
 
 def base_format(formats: Collection[ExportFormat]) -> ExportFormat:

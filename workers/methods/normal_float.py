@@ -10,8 +10,9 @@ Reads the weights alone, one linear at a time; cost O(out*in).
 """
 
 import torch
+from torch import Tensor
 
-from app.domain.methods import NormalFloatSpec
+from app.domain.methods import NormalFloatSpec, Scheme
 from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, quantize
@@ -24,12 +25,20 @@ QLORA = DoubleQuantization(bits=8, dtype=torch.float32, superblock=256)
 class NormalFloat:
     @torch.no_grad()
     def quantize_block(self, task: BlockTask, spec: NormalFloatSpec) -> BlockResult:
-        absmax: AbsmaxFormat = QLORA if spec.double_quantization else task.scale_dtype
-        results = {}
-        for name, scheme in task.schemes.items():
-            weight = task.linear(name).weight
-            results[name] = LinearResult(quantize(weight, scheme, absmax, weight.dtype))
-        return BlockResult(results)
+        return BlockResult(
+            {
+                name: self.quantize_tensor(task.linear(name).weight, scheme, task.scale_dtype, spec)
+                for name, scheme in task.schemes.items()
+            }
+        )
+
+    @torch.no_grad()
+    def quantize_tensor(
+        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, spec: NormalFloatSpec
+    ) -> LinearResult:
+        """One linear's weight (out, in) by itself."""
+        absmax: AbsmaxFormat = QLORA if spec.double_quantization else scale_dtype
+        return LinearResult(quantize(weight, scheme, absmax, weight.dtype))
 
 
 METHOD = Method(NormalFloatSpec, NormalFloat())

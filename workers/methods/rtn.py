@@ -15,6 +15,7 @@ from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.row_parts import row_parts
 
 
 class RTN:
@@ -26,10 +27,27 @@ class RTN:
         }
         return BlockResult(results)
 
+    def quantize_tensor(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, spec: RTNSpec) -> LinearResult:
+        """One linear's weight (out, in) by itself."""
+        del spec
+        return LinearResult(quantize_weight(weight, scheme, scale_dtype))
+
 
 @torch.no_grad()
 def quantize_weight(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
     """Round a weight (out, in) of any float dtype to `scheme`; in_features must divide into groups."""
+    parts = [
+        _rounded(weight[rows], scheme, scale_dtype)
+        for rows in row_parts(weight.shape[0], weight.shape[1], weight.device)
+    ]
+    if len(parts) == 1:
+        return parts[0]
+    codes, scale = torch.cat([part.codes for part in parts]), torch.cat([part.scale for part in parts])
+    zeros = [part.zero_point for part in parts if part.zero_point is not None]
+    return AffineWeight(codes, scale, torch.cat(zeros) if zeros else None, scheme, weight.dtype)
+
+
+def _rounded(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
     w = grouped(weight.float(), scheme.group_size)
     grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
     codes, _ = round_to_grid(w, grid)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from app.domain.methods import AbsmaxScheme, Scheme
 from workers.numerics.quantized import CodebookWeight, QuantizedAbsmax
+from workers.numerics.row_parts import in_row_parts
 
 OUTERMOST = 0.9677083
 """P of the module docstring."""
@@ -85,8 +86,12 @@ def quantize(weight: Tensor, scheme: Scheme, absmax: AbsmaxFormat, dtype: torch.
     dtype   of the dequantized weight
     """
     working = torch.promote_types(weight.dtype, torch.float32)
-    groups = weight.to(working).reshape(weight.shape[0], -1, scheme.width(weight.shape[1]))
-    largest = groups.abs().amax(-1)
+
+    def groups(rows: slice) -> Tensor:
+        part = weight[rows].to(working)
+        return part.reshape(part.shape[0], -1, scheme.width(weight.shape[1]))
+
+    largest = in_row_parts(weight, lambda rows: groups(rows).abs().amax(-1))
     stored: Tensor | QuantizedAbsmax
     if isinstance(absmax, DoubleQuantization):
         stored = quantize_absmax(largest.float(), absmax)
@@ -96,7 +101,7 @@ def quantize(weight: Tensor, scheme: Scheme, absmax: AbsmaxFormat, dtype: torch.
     values = codebook(scheme.bits).to(weight.device)
     # A group whose stored maximum is 0 has only zeros, whatever its codes; 1 keeps the quotient finite.
     used = torch.where(used == 0, 1, used).to(working).unsqueeze(-1)
-    codes = nearest_codes(groups / used, values).view(weight.shape)
+    codes = in_row_parts(weight, lambda rows: nearest_codes(groups(rows) / used[rows], values).flatten(1))
     return CodebookWeight(codes, values, stored, scheme, dtype)
 
 

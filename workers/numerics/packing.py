@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from workers.numerics.row_parts import in_row_parts
+
 
 def packed_bytes(count: int, bits: int) -> int:
     """Bytes that `count` codes of `bits` bits take."""
@@ -22,9 +24,13 @@ def pack_bytes(codes: Tensor, bits: int) -> Tensor:
     Raises:
         ValueError: a code does not fit into `bits` bits; packed, it would spill into its neighbour.
     """
-    rows, count = codes.shape
     if bits < 8 and codes.numel() and int(codes.max()) >> bits:
         raise ValueError(f"code {int(codes.max())} does not fit into {bits} bits")
+    return in_row_parts(codes, lambda rows: _packed(codes[rows], bits))
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    rows, count = codes.shape
     lanes = pad(codes, (0, -count % 8)).reshape(rows, -1, 8)
     stream = codes.new_zeros(rows, lanes.shape[1], bits)
     for lane in range(8):

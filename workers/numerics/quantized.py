@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme
+from workers.numerics.row_parts import in_row_parts
 
 Number = float | Tensor
 """A number, or one that the device still computes: reading it waits for the device."""
@@ -73,12 +74,16 @@ class AffineWeight:
 
     def dequantize(self) -> Tensor:
         """W_hat in `dtype`, (out, in): product (and sum with an offset) in fp32, one rounding."""
-        codes = self.codes.float().view(self.shape[0], -1, self.group_size)
-        scale = self.scale.float().unsqueeze(-1)
+        return in_row_parts(self.codes, self._dequantized)
+
+    def _dequantized(self, rows: slice) -> Tensor:
+        codes = self.codes[rows].float()
+        shape, codes = codes.shape, codes.view(codes.shape[0], -1, self.group_size)
+        scale = self.scale[rows].float().unsqueeze(-1)
         if self.offset is not None:
-            return (codes * scale + self.offset.float().unsqueeze(-1)).view(self.shape).to(self.dtype)
-        zero = 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else self.zero_point.float().unsqueeze(-1)
-        return ((codes - zero) * scale).view(self.shape).to(self.dtype)
+            return (codes * scale + self.offset[rows].float().unsqueeze(-1)).view(shape).to(self.dtype)
+        zero = 2.0 ** (self.scheme.bits - 1) if self.zero_point is None else self.zero_point[rows].float().unsqueeze(-1)
+        return ((codes - zero) * scale).view(shape).to(self.dtype)
 
     def to(self, device: torch.device | str) -> "AffineWeight":
         zero, offset = (None if tensor is None else tensor.to(device) for tensor in (self.zero_point, self.offset))
@@ -160,8 +165,13 @@ class CodebookWeight:
     def dequantize(self) -> Tensor:
         """W_hat in `dtype`, (out, in): product in fp32, one rounding."""
         absmax = self.absmax.float() if isinstance(self.absmax, Tensor) else self.absmax.dequantize()
-        values = self.codebook.index_select(0, self.codes.flatten().int()).view(self.shape[0], -1, self.group_size)
-        return (values * absmax.unsqueeze(-1)).view(self.shape).to(self.dtype)
+
+        def dequantized(rows: slice) -> Tensor:
+            codes = self.codes[rows]
+            values = self.codebook.index_select(0, codes.flatten().int()).view(codes.shape[0], -1, self.group_size)
+            return (values * absmax[rows].unsqueeze(-1)).view(codes.shape).to(self.dtype)
+
+        return in_row_parts(self.codes, dequantized)
 
     def to(self, device: torch.device | str) -> "CodebookWeight":
         codes, codebook, absmax = self.codes.to(device), self.codebook.to(device), self.absmax.to(device)

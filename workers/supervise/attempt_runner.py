@@ -146,7 +146,8 @@ class _Attempt:
             if named.source is not request.model
         }
         base_job = base_job_folder(*of_tenant, request.base_job, self._workspace)
-        wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir)
+        sizes = self._context.capacity.sizes()
+        wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir, sizes)
         fetched = None if wanted.empty else self._fetch(wanted)
         if fetched is not None:
             texts = {name: path or getattr(fetched, name) for name, path in texts.items()}

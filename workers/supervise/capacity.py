@@ -40,6 +40,14 @@ class Capacity:
     devices: int = 1
     """GPUs, or processes on a CPU, that a job may take."""
 
+    def sizes(self) -> dict[str, int | None]:
+        """Bytes by name, as estimates are held against; None where there is no such thing."""
+        return {
+            "host_memory_bytes": self.host_memory_bytes,
+            "device_memory_bytes": self.device_memory_bytes,
+            "disk_total_bytes": self.disk_total_bytes,
+        }
+
 
 def capacity(wanted: str, workspace_dir: Path, devices: int | Literal["all"] = 1) -> Capacity:
     """The device class to serve ("auto": cuda where torch finds one) and what the machine has.

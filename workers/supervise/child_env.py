@@ -3,13 +3,12 @@
 import os
 import sys
 
+from app.hub.environment import network_variables
 from app.settings import Settings
 from app.store.attempts import Claim
 from workers.child.lifeline import ATTEMPT, JOB_ID
 from workers.disk.workspace import Workspace
 from workers.supervise.child_process import child_environment
-
-NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "ALL_PROXY", "REQUESTS_CA_BUNDLE", "SSL_CERT_DIR", "CURL_CA_BUNDLE")
 
 ALWAYS = {
     # Else transformers sends model id and token to a public service when a repository holds only pickles.
@@ -72,12 +71,7 @@ def waiting() -> dict[str, str]:
 
 def fetch_environment(settings: Settings, workspace: Workspace, claim: Claim) -> dict[str, str]:
     """Of the fetch: the only child with the network's settings and the Hub token."""
-    network = {
-        name: value
-        for wanted in NETWORK
-        for name in (wanted, wanted.lower())
-        if (value := os.environ.get(name)) is not None
-    }
+    network = network_variables()
     if settings.hub_endpoint:
         network["HF_ENDPOINT"] = settings.hub_endpoint
     if settings.hub_token:

@@ -5,7 +5,7 @@ are taken from the blob store, and what is left for the Hub goes into a `FetchOr
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from pydantic import BaseModel
@@ -35,8 +35,13 @@ CHARACTERS_PER_TOKEN = 12
 """More than any tokenizer's average on text, so that a fetched head of a dataset is long enough."""
 
 
-def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) -> FetchOrder:
-    """Models and texts to fetch from the Hub. Equal datasets are fetched once, into one file."""
+def fetch_order(
+    request: JobRequest, workspace: Workspace, models_folder: Path, capacity: Mapping[str, int | None] | None = None
+) -> FetchOrder:
+    """Models and texts to fetch from the Hub. Equal datasets are fetched once, into one file.
+
+    capacity   the worker's, in bytes by name, against which the job is judged before it is fetched
+    """
     model = request.model if isinstance(request.model, HubModel) else None
     wanted = [
         (TEXT_ROLES[named.field], named.source, tokens_read(named.section))
@@ -51,7 +56,8 @@ def fetch_order(request: JobRequest, workspace: Workspace, models_folder: Path) 
             path=str(workspace.sources / f"{sharing[0][0]}.jsonl"),
             characters=CHARACTERS_PER_TOKEN * sum(size for _, size in sharing),
         )
-    return FetchOrder(model=model, models_folder=str(models_folder), **orders)
+    known = {name: size for name, size in (capacity or {}).items() if size is not None}
+    return FetchOrder(model=model, models_folder=str(models_folder), request=request, capacity=known, **orders)
 
 
 def tokens_read(section: BaseModel) -> int:

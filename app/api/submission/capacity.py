@@ -7,19 +7,10 @@ dry run warns. Nothing is refused while no worker of its device class is alive: 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from app.domain.capacity import GIB, SIZES, too_small
 from app.domain.request.job_request import JobRequest
 from app.store.models import Worker
 from bitwright.errors import ExceedsCapacity
-
-SIZES = {
-    "host_memory_bytes": "memory",
-    "device_memory_bytes": "GPU memory",
-    "disk_bytes": "free disk",
-}
-"""Name in a worker's capacity and in the estimates -> word for people."""
-MARGIN = 2.0
-"""Estimates are right within a factor of about two."""
-GIB = 1 << 30
 
 
 def capacity_warnings(request: JobRequest, estimates: Mapping[str, Any], workers: Sequence[Worker]) -> list[str]:
@@ -45,7 +36,7 @@ def require_capacity(request: JobRequest, estimates: Mapping[str, Any], workers:
     Raises:
         ExceedsCapacity: each of them is too small by far; the detail tells what the last of them lacks.
     """
-    reasons = [_too_small(estimates, worker.capacity) for worker in _of_its_class(request, workers)]
+    reasons = [too_small(estimates, worker.capacity) for worker in _of_its_class(request, workers)]
     if reasons and all(reasons):
         hint = "fewer or shorter calibration sequences need less; or start a larger worker"
         raise ExceedsCapacity(f"no worker that is alive could hold this job: {reasons[-1]}", field="model", hint=hint)
@@ -53,21 +44,3 @@ def require_capacity(request: JobRequest, estimates: Mapping[str, Any], workers:
 
 def _of_its_class(request: JobRequest, workers: Sequence[Worker]) -> list[Worker]:
     return [worker for worker in workers if request.device in ("any", worker.device_class)]
-
-
-def _too_small(estimates: Mapping[str, Any], capacity: Mapping[str, Any]) -> str | None:
-    """The shortage of a worker by more than the margin; None if nothing is short, or if it does not report it."""
-    host, device = capacity.get("host_memory_bytes"), capacity.get("device_memory_bytes")
-    available = {
-        # Activations lie in either.
-        "host_memory_bytes": host and host + (device or 0),
-        "device_memory_bytes": device,
-        # Free disk changes while a worker lives; the disk does not.
-        "disk_bytes": capacity.get("disk_total_bytes"),
-    }
-    for name, have in available.items():
-        needed = estimates.get(name)
-        if isinstance(have, int) and needed is not None and needed > MARGIN * have:
-            word = SIZES[name].removeprefix("free ")
-            return f"it needs about {needed / GIB:.1f} GiB of {word}, and {have / GIB:.1f} GiB is what there is"
-    return None

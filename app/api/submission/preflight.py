@@ -4,36 +4,30 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from app.api.submission.estimates import estimate
-from app.api.submission.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
-from app.domain.advice import dishonoured_rank, starved_calibration
-from app.domain.format_rules import model_problems
+from app.api.submission.hub_child import HubChild
+from app.domain.advice import starved_calibration
+from app.domain.estimates import estimate
+from app.domain.fit import can_do_without_model, misfits, problem_of, refusal, warnings_of, without_model_problems
 from app.domain.formats import FORMATS
-from app.domain.inputs.architectures import HEAD, Dimensions
 from app.domain.inputs.foreign_files import foreign_files
-from app.domain.inputs.quantized.registry import quantized_warning
+from app.domain.inputs.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
 from app.domain.inputs.roots import ALLOWED_HINT, check_links, lies_under
-from app.domain.methods.module_rules import rule_errors
-from app.domain.request.combination_rules import shape_errors
 from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import read_sources, with_source
-from app.domain.request.sources import HubDataset, LocalModel, LocalText, UploadedModel, UploadedText
+from app.domain.request.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
 from app.domain.runtimes import described, runtime_limits
-from app.domain.workload import readers_of
+from app.hub.looks import Answer
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
 from app.store.uploads import UploadRepository
 from bitwright.errors import (
-    ERRORS,
     BitwrightError,
     FieldProblem,
-    IndivisibleGroup,
     InputError,
     InvalidDataset,
-    InvalidRequest,
     NotFound,
     SourceForbidden,
     SourceNotFound,
@@ -64,21 +58,38 @@ class UploadFiles:
 
 @dataclass
 class Preflight:
-    """The request as it will be stored, and what was found out about it."""
+    """The request as it will be stored, and what was found out about it.
+
+    not_checked   "hub" where the model is there and nobody has looked at it
+    """
 
     request: JobRequest
     estimates: dict[str, Any] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     problems: list[FieldProblem] = field(default_factory=list)
+    not_checked: Literal["hub"] | None = None
 
     def add(self, error: BitwrightError, path: str) -> None:
         """Note an error about the field at `path`."""
-        detail = f"{error.detail}; {error.hint}" if error.hint else error.detail
-        self.problems.append(FieldProblem(field=path, code=error.code, detail=detail, value=error.value))
+        self.problems.append(problem_of(error, path))
 
 
-def run_preflight(request: JobRequest, settings: Settings, uploads: UploadRepository, blobs: BlobStore) -> Preflight:
+def look_at_hub(request: JobRequest, hub: HubChild | None) -> Answer | None:
+    """The Hub's answer about the request's model; None where that is elsewhere, the Hub is late, or not asked.
+
+    It takes seconds at the worst, so no transaction may be open.
+    """
+    if hub is None or not isinstance(request.model, HubModel):
+        return None
+    return hub.look(request.model, any_type=can_do_without_model(request))
+
+
+def run_preflight(
+    request: JobRequest, settings: Settings, uploads: UploadRepository, blobs: BlobStore, seen: Answer | None = None
+) -> Preflight:
     """Look at everything that the request names and that this machine can see.
+
+    seen   of a model on the Hub (`look_at_hub`)
 
     Raises:
         InputError: everything that is wrong is of one kind, e.g. group sizes that do not divide.
@@ -87,30 +98,19 @@ def run_preflight(request: JobRequest, settings: Settings, uploads: UploadReposi
     preflight = Preflight(request)
     model = _resolve_model(preflight, settings, uploads, blobs)
     _resolve_texts(preflight, settings, uploads)
-    if model is not None:
-        inspection = _inspect(preflight, model)
-        if inspection is not None:
-            check_shapes(preflight, inspection.dimensions, inspection.config)
-            linears = inspection.dimensions.linears()
-            short = dishonoured_rank(preflight.request.quantization, preflight.request.adapter, linears)
-            preflight.warnings += [short] if short else []
-            preflight.estimates = estimate(preflight.request, inspection)
+    inspection = _inspect(preflight, model) if model is not None else _seen(preflight, seen)
+    if inspection is not None:
+        preflight.problems += misfits(preflight.request, inspection)
+        preflight.warnings += warnings_of(preflight.request, inspection)
+        # Patterns and sizes that do not fit leave nothing to estimate.
+        preflight.estimates = {} if preflight.problems else estimate(preflight.request, inspection)
+    elif request.quantization.asks_for_weights_alone():
+        preflight.problems += without_model_problems(request)
     starved = starved_calibration(preflight.request)
     preflight.warnings += [*([starved] if starved else []), *runtime_warnings(preflight.request)]
     if preflight.problems:
-        raise _refusal(preflight.problems)
+        raise refusal(preflight.problems)
     return preflight
-
-
-def _refusal(problems: list[FieldProblem]) -> BitwrightError:
-    first = problems[0]
-    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
-    codes = {problem.code for problem in problems}
-    kind = ERRORS.get(first.code, InvalidRequest) if len(codes) == 1 else InvalidRequest
-    if not issubclass(kind, InputError):
-        kind = InvalidRequest
-    detail = f"{first.field}: {first.detail}{more}"
-    return kind(detail, field=first.field, value=first.value, errors=tuple(problems))
 
 
 def _resolve_model(
@@ -222,7 +222,7 @@ def _check_hub(preflight: Preflight, settings: Settings, path: str) -> None:
 
 def _inspect(preflight: Preflight, files: CheckpointFiles) -> Inspection | None:
     try:
-        inspection = inspect_checkpoint(files)
+        inspection = inspect_checkpoint(files, any_type=can_do_without_model(preflight.request))
     except InputError as error:
         preflight.add(error, "model")
         return None
@@ -230,33 +230,24 @@ def _inspect(preflight: Preflight, files: CheckpointFiles) -> Inspection | None:
         hint = "let the user that the service runs as read the folder and its files"
         preflight.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
         return None
-    if inspection.quantized is not None:
-        preflight.warnings.append(f"model: {quantized_warning(inspection.quantized)}")
-    if not inspection.tokenizer:
-        readers = " and ".join(readers_of(preflight.request))
-        reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
-        preflight.warnings.append(f"model: the checkpoint has no tokenizer, {reason}")
     return inspection
 
 
-def check_shapes(preflight: Preflight, dimensions: Dimensions, config: Mapping[str, object]) -> None:
-    """Group sizes, formats and adapters against the linears that they apply to, and patterns against the names.
-
-    config   the model's config.json, decoded
-    """
-    inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
-    spec, formats = preflight.request.quantization, preflight.request.formats
-    for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
-        # Names of files are not those of modules, and matrices of some types lie the other way round in them: what that
-        # leaves open, the worker judges by the model that it opens.
-        plain = not spec.modules.overrides and not dimensions.architecture.refusals
-        if dimensions.exact or (isinstance(error, IndivisibleGroup) and plain):
-            preflight.add(error, error.field or "quantization")
-    adapter = preflight.request.adapter
-    for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter and dimensions.exact else ():
-        preflight.add(misfit, misfit.field or "adapter")
-    quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
-    preflight.problems += model_problems(formats, dimensions.architecture.model_type, quantized, config)
+def _seen(preflight: Preflight, seen: Answer | None) -> Inspection | None:
+    """A model on the Hub as it was seen there; what only the Hub could say, and does not now, is left to the worker."""
+    if not isinstance(preflight.request.model, HubModel):
+        return None
+    error = None if seen is None or seen.error is None else seen.error.exception()
+    if isinstance(error, InputError):
+        preflight.add(error, "model")
+        return None
+    if error is not None:
+        preflight.warnings.append(f"model: {error.detail}; the worker will look at the model")
+    if seen is None or seen.found is None:
+        preflight.not_checked = "hub"
+        return None
+    preflight.warnings += [f"model: {seen.renamed}"] if seen.renamed else []
+    return seen.found.inspection()
 
 
 def runtime_warnings(request: JobRequest) -> list[str]:

@@ -260,6 +260,12 @@ def find_architecture(config: Mapping[str, object]) -> Architecture:
     return architecture
 
 
+def is_accepted(config: Mapping[str, object]) -> bool:
+    """True if the `model_type` of a decoded `config.json` is an accepted one."""
+    model_type = config.get("model_type")
+    return isinstance(model_type, str) and model_type in ARCHITECTURES
+
+
 def _number(values: Mapping[str, object], name: str, limit: int) -> int:
     value = values.get(name)
     if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= limit:

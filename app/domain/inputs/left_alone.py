@@ -10,22 +10,29 @@ import re
 
 LEFT_ALONE: tuple[tuple[str, str], ...] = (
     (r"router|gate|shared_expert_gate|gate_weight|wg", "routers and gates, which choose experts"),
-    (r".*conv(1d|2d|3d)?", "convolutions"),
-    (r"dt_proj|dt_.*|x_proj", "step sizes and inputs of state spaces, whose weights are used without a call"),
+    (r"dt_.*|x_proj|A_log", "step sizes and inputs of state spaces, whose weights are used without a call"),
     (r"indexer", "indexes of tokens that attention looks up"),
     (r"per_layer_.*", "per-layer embeddings"),
     (r"altup.*|laurel.*|.*hyper_connection.*|hc_.*", "mixing of residual streams"),
     (r"mtp.*|.*nextn.*", "blocks that predict further tokens"),
     (r".*(visual|vision|audio|image|video).*|.*projector.*|embed_vision", "images, sounds and what joins them to text"),
-    (r".*norm.*|embed_tokens|.*embeddings?|wte|wpe|word_embeddings.*", "norms and embeddings"),
+    (r".*norm.*|ln_.*", "norms"),
+    (r"embed_.*|.*embeddings?|emb|wte|wpe|word_embeddings.*|.*position.*|.*rotary.*", "embeddings"),
+    (r"score|classifier|classification_head|value_head", "classifiers"),
 )
 """Expressions that the whole of one part of a dotted name fits, and what they are about."""
-_PATTERNS = [re.compile(pattern, re.IGNORECASE) for pattern, _ in LEFT_ALONE]
+CONVOLUTION = re.compile(r".*conv(1d|2d|3d)?", re.IGNORECASE)
+"""The last part of a convolution's name; linears beside one may lie in a module of that name."""
+_PATTERNS = [(re.compile(pattern, re.IGNORECASE), about) for pattern, about in LEFT_ALONE]
 
 
-def left_alone(name: str) -> bool:
-    """True if a module of this dotted name, with or without `.weight`, is never quantized."""
-    return any(pattern.fullmatch(part) for part in name.removesuffix(".weight").split(".") for pattern in _PATTERNS)
+def left_alone(name: str) -> str | None:
+    """Parts of a model that a module of this dotted name, with or without `.weight`, is of and that are never
+    quantized; None if it is of no such part."""
+    parts = name.removesuffix(".weight").split(".")
+    if CONVOLUTION.fullmatch(parts[-1]):
+        return "convolutions"
+    return next((about for pattern, about in _PATTERNS for part in parts if pattern.fullmatch(part)), None)
 
 
 FURTHER_PARTS = (

@@ -19,6 +19,14 @@ SCALE_BATCH_SIZE = 4
 PresetName = Literal["light", "default", "best"]
 Steps = Annotated[int, Field(strict=True, ge=0, le=20_000)]
 BatchSize = Annotated[int, Field(strict=True, ge=1, le=1024, description="Sequences a step.")]
+WeightsOnly = Annotated[
+    bool,
+    Field(
+        strict=True,
+        description="Quantize the files' tensors one by one, without building the model: for what no memory holds. "
+        "A type that is not accepted is always quantized so. Nothing is evaluated.",
+    ),
+]
 LearningRate = Annotated[float, Field(strict=True, gt=0, le=1, allow_inf_nan=False)]
 
 
@@ -108,6 +116,14 @@ class WeightSpec(Spec):
         detail = f"must be {str(not value).lower()}: with these parameters {self.method} makes {made}"
         return _refusal((*where, "symmetric"), value, detail)
 
+    def needs_model(self) -> bool:
+        """True if the method computes with the model; else tensors of files are enough."""
+        return True
+
+    def asks_for_weights_alone(self) -> bool:
+        """True if the request wants the model left out, although it could be built."""
+        return False
+
     def factors_rank(self) -> int:
         """Rank of the factors beside each linear; 0: there are none."""
         return 0
@@ -163,6 +179,15 @@ class NormalFloatSpec(WeightSpec):
         description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
         "a weight in place of 4.25 with groups of 64.",
     )
+    weights_only: WeightsOnly = False
+
+    def needs_model(self) -> bool:
+        """Weights alone."""
+        return False
+
+    def asks_for_weights_alone(self) -> bool:
+        """As the request says."""
+        return self.weights_only
 
     def observes_inputs(self) -> bool:
         """Weights alone."""
@@ -177,6 +202,15 @@ class RTNSpec(WeightSpec):
     """Round to nearest. Looks at the weights alone."""
 
     method: Literal["rtn"] = "rtn"
+    weights_only: WeightsOnly = False
+
+    def needs_model(self) -> bool:
+        """A budget is spent by the outputs' errors."""
+        return self.budget() is not None
+
+    def asks_for_weights_alone(self) -> bool:
+        """As the request says."""
+        return self.weights_only
 
     def observes_inputs(self) -> bool:
         """Weights alone."""

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from app.api.submission.inspection import FolderFiles, inspect_checkpoint
 from app.domain.inputs.foreign_files import INDEX, SINGLE
+from app.domain.inputs.inspection import FolderFiles, inspect_checkpoint
 from bitwright.errors import CorruptCheckpoint
 from tests.engine.conftest import run_job
 from tests.engine.model.random_models import LENGTH, VOCABULARY, random_model, save_random_model

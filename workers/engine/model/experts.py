@@ -42,7 +42,7 @@ class Layout:
         """The layout of a module; None if it holds no fused experts that are known."""
         if type(module).__name__ in SORTED_BEFORE:
             return SORTED_BEFORE[type(module).__name__]
-        flags = {name: getattr(module, name, None) for name in cls.__dataclass_fields__}
+        flags: dict[str, Any] = {name: getattr(module, name, None) for name in cls.__dataclass_fields__}
         return cls(**flags) if all(isinstance(flag, bool) for flag in flags.values()) else None
 
     @property
@@ -104,10 +104,11 @@ class Experts(RoutedExperts):
             return activated
         if self.computes_all:
             gate, up = sides.chunk(2, dim=-1)
-            return up * original.act_fn(gate)
+            gated: Tensor = up * original.act_fn(gate)
+            return gated
         if not self.layout.is_concatenated:
             sides = torch.stack(sides.chunk(2, dim=-1), dim=-1).flatten(-2)
-        gated: Tensor = original._apply_gate(sides)
+        gated = original._apply_gate(sides)
         return gated
 
     def finished(self, rows: Tensor) -> Tensor:
@@ -188,7 +189,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
-        return gradients[0][back].unflatten(0, (-1, ctx.places)).sum(1), None, None, None
+        return gradients[0][back].view(-1, ctx.places, gradients[0].shape[-1]).sum(1), None, None, None
 
 
 class _Sorted(torch.autograd.Function):
@@ -212,7 +213,7 @@ class _Collect(torch.autograd.Function):
     def forward(ctx: Any, outputs: Tensor, order: Tensor, back: Tensor, places: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.places = places
-        return outputs[back].unflatten(0, (-1, places)).sum(1)
+        return outputs[back].view(-1, places, outputs.shape[-1]).sum(1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
-from app.api.submission.inspection import FolderFiles, inspect_checkpoint
+from app.domain.inputs.inspection import FolderFiles, inspect_checkpoint
 from bitwright.errors import CorruptCheckpoint, InputError
 from tests.api.checkpoints import CONFIG
 from tests.engine.model.sources.encoders import KINDS

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
-from app.api.submission.inspection import FolderFiles, inspect_checkpoint
 from app.domain.attempt_lines import AttemptLine
+from app.domain.inputs.inspection import FolderFiles, inspect_checkpoint
 from bitwright.events import WarningEvent
 from tests.engine.conftest import run_job
 from tests.engine.model.sources.encoders import KINDS, quantized_folder

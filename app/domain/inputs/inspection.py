@@ -1,23 +1,25 @@
 """A look at a checkpoint before a job is queued: configuration, shapes and safetensors headers, no torch, no weights.
 
-It reads names, sizes and headers through `CheckpointFiles`, so a local folder and an upload are judged alike.
+It reads names, sizes and headers through `CheckpointFiles`, so a local folder, an upload and a repository on the Hub
+are judged alike.
 """
 
 import json
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from functools import partial
 from math import prod
 from pathlib import Path, PurePosixPath
 from typing import Protocol
 
-from app.domain.inputs.architectures import Dimensions, read_dimensions
+from app.domain.inputs.architectures import Dimensions, is_accepted, read_dimensions
 from app.domain.inputs.checkpoint_choice import check_choice
 from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files, gguf_file
 from app.domain.inputs.quantized.gguf_config import gguf_config, gguf_words
 from app.domain.inputs.quantized.gguf_header import GgufHeader, parse_gguf
-from app.domain.inputs.quantized.registry import read_quantized
+from app.domain.inputs.quantized.registry import read_method, read_quantized
 from app.domain.inputs.quantized.stored import MOST_SMALL_BYTES, corrupt
 from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, TensorEntry, header_length, parse_header
 from bitwright.errors import CorruptCheckpoint, UnsupportedCheckpoint
@@ -26,6 +28,10 @@ CONFIG = "config.json"
 MADE_BYTES = 2
 """Bytes of a number that a quantized weight is read as: bf16."""
 MAX_CONFIG_BYTES, MAX_INDEX_BYTES = 4 << 20, 64 << 20
+HEADERS_AT_ONCE = 8
+"""A header is two reads of a few kilobytes, which over a network are all waiting."""
+WEIGHT_BYTES = {"float32": 4, "float64": 8}
+"""Of a weight, by config.json's dtype, where no header was read; else 2."""
 
 
 class CheckpointFiles(Protocol):
@@ -64,19 +70,26 @@ class Inspection:
     """Contents of a checkpoint: its configuration and shapes, and its tensors' bytes and number of weights.
 
     tensor_bytes   in memory, with quantized weights as the numbers that they mean
+    dimensions     None for a type that is not accepted, of which tensors are all that is known
+    tensors        by name, quantized ones as those numbers; empty where headers were not read: then `weights` is what
+                   the files' sizes say
     quantized      what the checkpoint is, in words, where its weights are quantized
     """
 
     config: Mapping[str, object]
-    dimensions: Dimensions
+    dimensions: Dimensions | None
     tensor_bytes: int
     weights: int
     tokenizer: bool
+    tensors: Mapping[str, TensorEntry] = field(default_factory=dict)
     quantized: str | None = None
 
 
-def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
-    """Judge a checkpoint.
+def inspect_checkpoint(files: CheckpointFiles, *, any_type: bool = False, headers: bool = True) -> Inspection:
+    """Judge a checkpoint: its configuration first, its weights' headers last.
+
+    any_type   whether a type that is not accepted will do, for a job without a model
+    headers    whether the headers of its weights are read; else names and sizes are all that is judged of them
 
     Raises:
         UnsupportedArchitecture: not a `model_type` that can be quantized, or quantized in a way that is not read.
@@ -91,29 +104,68 @@ def inspect_checkpoint(files: CheckpointFiles) -> Inspection:
     if gguf is not None:
         return _inspect_gguf(files, gguf)
     config = _read_json(files, CONFIG, MAX_CONFIG_BYTES, names)
-    read_dimensions(config)  # before anything larger is read
+    accepted = is_accepted(config) or not any_type
+    method = read_method(config)
+    if accepted:
+        read_dimensions(config)  # before anything larger is read
     shards = _shards(files, names)
     check_choice(names, SINGLE if SINGLE in names else INDEX, config)
-    headers = {shard: _read_header(files, shard) for shard in sorted(shards)}
-    tensors = {name: entry for header in headers.values() for name, entry in header.items()}
+    plain = {name: value for name, value in config.items() if name != "quantization_config"}
+    tokenizer = bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"})
+    if not headers:
+        size = sum(files.size(shard) for shard in shards)
+        weights = size // WEIGHT_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
+        dimensions = read_dimensions(config) if accepted else None
+        return Inspection(plain, dimensions, size, weights, tokenizer, quantized=method)
+    tensors, quantized = _logical(files, config, _headers(files, shards))
+    return Inspection(
+        config=plain,
+        dimensions=read_dimensions(config, {n: entry.shape for n, entry in tensors.items()}) if accepted else None,
+        tensor_bytes=sum(entry.end - entry.begin for entry in tensors.values()),
+        weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in tensors.values()),
+        tokenizer=tokenizer,
+        tensors=tensors,
+        quantized=quantized,
+    )
+
+
+Headers = dict[str, dict[str, TensorEntry]]
+"""Weight files by name -> their tensors."""
+
+
+def _headers(files: CheckpointFiles, shards: Mapping[str, set[str]]) -> Headers:
+    """Headers of all weight files in the order of names, which hold what the index promises."""
+    with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
+        headers = dict(zip(sorted(shards), pool.map(partial(_read_header, files), sorted(shards)), strict=True))
+    tensors = {name for header in headers.values() for name in header}
     for shard, promised in shards.items():
-        missing = sorted(promised - tensors.keys())
+        missing = sorted(promised - tensors)
         if missing:
             detail = f"{INDEX} says that {shard} holds {missing[0]}, but it does not, nor does another shard"
             raise CorruptCheckpoint(detail, field=INDEX)
+    return headers
+
+
+def _logical(
+    files: CheckpointFiles, config: Mapping[str, object], headers: Headers
+) -> tuple[dict[str, TensorEntry], str | None]:
+    """Tensors by name, those of the last file winning and quantized weights as bf16; and what the checkpoint is."""
+    tensors = {name: entry for header in headers.values() for name, entry in header.items()}
     quantized = read_quantized(config, tensors, partial(_content, files, headers))
-    kept = tensors if quantized is None else {name: tensors[name] for name in quantized.kept}
-    stored, shapes = kept.values(), {name: entry.shape for name, entry in kept.items()}
-    shapes |= {} if quantized is None else {name: weight.shape for name, weight in quantized.weights.items()}
-    made = 0 if quantized is None else sum(prod(weight.shape) for weight in quantized.weights.values())
-    return Inspection(
-        config={name: value for name, value in config.items() if name != "quantization_config"},
-        dimensions=read_dimensions(config, shapes),
-        tensor_bytes=sum(entry.end - entry.begin for entry in stored) + made * MADE_BYTES,
-        weights=sum((entry.end - entry.begin) * 8 // DTYPE_BITS[entry.dtype] for entry in stored) + made,
-        tokenizer=bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"}),
-        quantized=None if quantized is None else quantized.what,
-    )
+    if quantized is None:
+        return tensors, None
+    made = {name: (weight.shape, prod(weight.shape) * MADE_BYTES) for name, weight in quantized.weights.items()}
+    entries = {name: TensorEntry("BF16", shape, 0, size) for name, (shape, size) in made.items()}
+    return {name: tensors[name] for name in quantized.kept} | entries, quantized.what
+
+
+def weight_files(files: CheckpointFiles) -> list[str]:
+    """Names of the files that hold a checkpoint's weights, and of their index; raises as `inspect_checkpoint`."""
+    names = frozenset(files.names())
+    gguf = gguf_file(names)
+    if gguf is not None:
+        return [gguf]
+    return [*sorted(_shards(files, names)), *([] if SINGLE in names else [INDEX])]
 
 
 def _inspect_gguf(files: CheckpointFiles, name: str) -> Inspection:
@@ -130,7 +182,7 @@ def _inspect_gguf(files: CheckpointFiles, name: str) -> Inspection:
     )
 
 
-def _content(files: CheckpointFiles, headers: dict[str, dict[str, TensorEntry]], tensor: str) -> bytes:
+def _content(files: CheckpointFiles, headers: Headers, tensor: str) -> bytes:
     """The bytes of a small tensor of a shard."""
     shard = next(shard for shard in reversed(headers) if tensor in headers[shard])
     entry = headers[shard][tensor]

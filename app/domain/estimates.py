@@ -2,13 +2,15 @@
 
 from typing import Any
 
-from app.api.submission.inspection import Inspection
+from app.domain.fit import does_without_model
 from app.domain.format_rules import stored_formats
-from app.domain.inputs.architectures import HEAD
+from app.domain.inputs.architectures import HEAD, Dimensions
+from app.domain.inputs.inspection import Inspection
 from app.domain.methods import SCALE_BITS
 from app.domain.request.combination_rules import trained_parameters
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import GeneratedText
+from app.domain.weight_targets import weight_targets
 from app.domain.workload import (
     calibration_tokens,
     evaluation_tokens,
@@ -25,21 +27,65 @@ FLOPS_PER_SECOND = {"cpu": 6e10, "cuda": 1.5e14}
 """Rates that a small CPU worker and a data-centre GPU sustain in this engine's block passes."""
 
 
+BYTES_PER_SECOND = 2e8
+"""Rate at which tensors are read, rounded, packed and written where no model is built."""
+LARGEST_TENSOR = 2 << 30
+"""Host memory that a large tensor's part takes in fp32, with what is being written."""
+
+
 def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     """Estimates of a job on a checkpoint that could be looked at."""
-    block_weights = sum(out * width for out, width in inspection.dimensions.block_linears().values())
-    quantized, bits = _quantized_bits(request, inspection)
+    accepted = inspection.dimensions is not None
+    if inspection.dimensions is None or does_without_model(request, accepted=accepted):
+        return _estimate_without_model(request, inspection)
+    return _estimate(request, inspection, inspection.dimensions)
+
+
+def _estimate_without_model(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
+    """The same where tensors of files are quantized one by one; without their headers, as if all were linears."""
+    spec, default = request.quantization, request.quantization.schemes()[0][1]
+    quantized, bits = inspection.weights, inspection.weights * default.bits_per_weight(1 << 16, SCALE_BITS)
+    if inspection.tensors:
+        found = weight_targets(inspection.tensors, inspection.config, spec)
+        quantized = found.weights
+        bits = sum(
+            out * width * target.scheme.bits_per_weight(width, SCALE_BITS)
+            for target in found.linears
+            for out, width in [target.shape]
+        )
+    checkpoint = int(bits / 8 + max(inspection.weights - quantized, 0) * HEAVY_BYTES)
+    dense = max(inspection.weights * HEAVY_BYTES, inspection.tensor_bytes)
+    rows = [name.info for name in stored_formats(request.formats)]
+    written = sum(dense if info.dense else checkpoint for info in rows if not info.is_adapter)
+    seconds = round((inspection.tensor_bytes + written) / BYTES_PER_SECOND)
+    return {
+        "weights": inspection.weights,
+        "weights_quantized": quantized,
+        "bits_per_weight": round(bits / quantized, 3) if quantized else None,
+        "bytes_original": inspection.tensor_bytes,
+        "bytes_checkpoint": checkpoint,
+        "adapter_parameters": None,
+        "disk_bytes": written,
+        "host_memory_bytes": min(LARGEST_TENSOR, inspection.tensor_bytes) + (1 << 30),
+        "device_memory_bytes": 0,
+        "seconds": dict.fromkeys(FLOPS_PER_SECOND, seconds),
+    }
+
+
+def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimensions) -> dict[str, Any]:
+    block_weights = sum(out * width for out, width in dimensions.block_linears().values())
+    quantized, bits = _quantized_bits(request, dimensions)
     rest = max(inspection.weights - quantized, 0)
     checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
-    activations = _activation_bytes(request, inspection)
+    activations = _activation_bytes(request, dimensions)
     tuned = tuned_sequences(request) > 0
     # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
     generated = calibration_tokens(request) > 0 and isinstance(request.calibration.dataset, GeneratedText)
     resident = inspection.tensor_bytes * 4 // 3 if generated else 0
-    resident = max(resident, _training_bytes(request, inspection, checkpoint))
-    reference = has_reference(request, inspection.dimensions)
-    work = flops(request, inspection.dimensions)
-    work += reference_flops(request, inspection.dimensions) if reference else 0
+    resident = max(resident, _training_bytes(request, dimensions, checkpoint))
+    reference = has_reference(request, dimensions)
+    work = flops(request, dimensions)
+    work += reference_flops(request, dimensions) if reference else 0
     taken = checkpoint if request.base_job else 0  # the base job's native checkpoint, on the worker's disk
     return {
         "weights": inspection.weights,
@@ -47,7 +93,7 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
         "bits_per_weight": round(bits / quantized, 3) if quantized else None,
         "bytes_original": inspection.tensor_bytes,
         "bytes_checkpoint": checkpoint,
-        "adapter_parameters": _adapter_parameters(request, inspection),
+        "adapter_parameters": _adapter_parameters(request, dimensions),
         "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8) + taken,
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
         "device_memory_bytes": max(block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES), resident) + (1 << 30),
@@ -55,36 +101,36 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     }
 
 
-def _adapter_parameters(request: JobRequest, inspection: Inspection) -> int | None:
+def _adapter_parameters(request: JobRequest, dimensions: Dimensions) -> int | None:
     """Trainable numbers; None where nothing is trained."""
     if request.adapter is None:
         return None
-    return trained_parameters(request.quantization, request.adapter, inspection.dimensions.linears())
+    return trained_parameters(request.quantization, request.adapter, dimensions.linears())
 
 
-def _training_bytes(request: JobRequest, inspection: Inspection, packed: int) -> int:
+def _training_bytes(request: JobRequest, dimensions: Dimensions, packed: int) -> int:
     """Finetuning holds the quantized model whole, and of each parameter of the adapter value, gradient and moments."""
     if request.finetune is None:
         return 0
-    states = 16 * (_adapter_parameters(request, inspection) or 0)
-    block = max((out * width for out, width in inspection.dimensions.block_linears().values()), default=0)
+    states = 16 * (_adapter_parameters(request, dimensions) or 0)
+    block = max((out * width for out, width in dimensions.block_linears().values()), default=0)
     return packed + states + block * HEAVY_BYTES
 
 
-def _quantized_bits(request: JobRequest, inspection: Inspection) -> tuple[int, float]:
+def _quantized_bits(request: JobRequest, dimensions: Dimensions) -> tuple[int, float]:
     """Weights that are quantized, the head's too, and the bits of what is stored of them, low-rank factors included."""
     quantized, bits = 0, 0.0
     factor_bits, budget = request.quantization.factors_rank() * HEAVY_BYTES * 8, request.quantization.budget()
-    for name, (out, width) in inspection.dimensions.linears().items():
+    for name, (out, width) in dimensions.linears().items():
         scheme = request.quantization.scheme(name)
         if scheme is not None:
             each = scheme.bits_per_weight(width, SCALE_BITS) if budget is None else budget.average
             quantized += out * width
             bits += out * width * each + factor_bits * (out + width)
     head = request.quantization.scheme(HEAD)
-    if head is not None and not inspection.dimensions.tied_embeddings:
+    if head is not None and not dimensions.tied_embeddings:
         # Rounded to nearest whatever the method, outside any budget, and without factors.
-        shape = (inspection.dimensions.vocabulary, inspection.dimensions.hidden)
+        shape = (dimensions.vocabulary, dimensions.hidden)
         quantized += shape[0] * shape[1]
         bits += shape[0] * shape[1] * head.bits_per_weight(shape[1], SCALE_BITS)
     return quantized, bits
@@ -97,9 +143,9 @@ def _checkpoints_bytes(request: JobRequest, inspection: Inspection, packed: int)
     return sum(dense if info.dense else packed for info in rows if not info.is_adapter)
 
 
-def _activation_bytes(request: JobRequest, inspection: Inspection) -> int:
+def _activation_bytes(request: JobRequest, dimensions: Dimensions) -> int:
     """Hidden states that are kept: inputs, targets and the quantized stream to calibrate, two to evaluate, and a third
     for the reference row."""
-    streams = 3 if has_reference(request, inspection.dimensions) else 2
+    streams = 3 if has_reference(request, dimensions) else 2
     tokens = 3 * calibration_tokens(request) + streams * evaluation_tokens(request)
-    return tokens * inspection.dimensions.hidden * HEAVY_BYTES
+    return tokens * dimensions.hidden * HEAVY_BYTES

@@ -1,0 +1,137 @@
+"""Fit of a request to the checkpoint that it names, from configuration, shapes and names, before any weight is read.
+
+One answer for the API, for the child that looks at the Hub, and for the fetch.
+"""
+
+from collections.abc import Sequence
+
+from app.domain.advice import dishonoured_rank
+from app.domain.format_rules import model_problems
+from app.domain.inputs.architectures import HEAD, Dimensions
+from app.domain.inputs.inspection import Inspection
+from app.domain.inputs.quantized.registry import quantized_warning
+from app.domain.methods.module_rules import rule_errors
+from app.domain.request.combination_rules import shape_errors
+from app.domain.request.job_request import JobRequest
+from app.domain.weight_targets import target_errors, weight_targets
+from app.domain.workload import readers_of
+from bitwright.errors import ERRORS, BitwrightError, FieldProblem, IndivisibleGroup, InputError, InvalidRequest
+
+WITHOUT_MODEL = (
+    "{why}: its files' tensors are quantized one by one, without a model, and nothing is evaluated (weights only)"
+)
+NEEDED = (
+    ("finetune", "a job without a model trains nothing; leave finetune and adapter out"),
+    ("base_job", "a job without a model starts from no other job"),
+    ("require", "a job without a model evaluates nothing that requirements could be held against; leave require out"),
+)
+"""Fields of a request that need a model, and the way out."""
+
+
+def can_do_without_model(request: JobRequest) -> bool:
+    """True if the request could be met by tensors of files alone."""
+    return not request.quantization.needs_model() and request.finetune is None and request.base_job is None
+
+
+def does_without_model(request: JobRequest, *, accepted: bool) -> bool:
+    """True if the job runs without a model: it asks for that, or could and its model's type is not accepted."""
+    spec = request.quantization
+    return spec.asks_for_weights_alone() or (can_do_without_model(request) and not accepted)
+
+
+def misfits(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
+    """Group sizes, formats and adapters that do not fit the model's linears, and patterns that name none."""
+    accepted = inspection.dimensions is not None
+    if does_without_model(request, accepted=accepted):
+        return _misfits_without_model(request, inspection)
+    if inspection.dimensions is None:
+        return []
+    return _misfits_of_shapes(request, inspection, inspection.dimensions)
+
+
+def warnings_of(request: JobRequest, inspection: Inspection) -> list[str]:
+    """Warnings of a dry run about a pair that fits, beside estimates."""
+    accepted, said = inspection.dimensions is not None, list[str]()
+    without_model = does_without_model(request, accepted=accepted)
+    if without_model:
+        kind = inspection.config.get("model_type")
+        why = "quantization.weights_only" if accepted else f"model_type {str(kind)[:60]!r} is not an accepted type"
+        said.append(WITHOUT_MODEL.format(why=why))
+    if inspection.quantized is not None:
+        said.append(f"model: {quantized_warning(inspection.quantized)}")
+    if not inspection.tokenizer:
+        readers = "" if without_model else " and ".join(readers_of(request))
+        reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
+        said.append(f"model: the checkpoint has no tokenizer, {reason}")
+    if inspection.dimensions is not None and not without_model:
+        short = dishonoured_rank(request.quantization, request.adapter, inspection.dimensions.linears())
+        said += [short] if short else []
+    return said
+
+
+def problem_of(error: BitwrightError, path: str) -> FieldProblem:
+    """An error about the field at `path` as one of several problems."""
+    detail = f"{error.detail}; {error.hint}" if error.hint else error.detail
+    return FieldProblem(field=path, code=error.code, detail=detail, value=error.value)
+
+
+def refusal(problems: Sequence[FieldProblem]) -> BitwrightError:
+    """The error for all of these problems: of their kind if they are of one, else an `InvalidRequest`."""
+    first = problems[0]
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    codes = {problem.code for problem in problems}
+    kind = ERRORS.get(first.code, InvalidRequest) if len(codes) == 1 else InvalidRequest
+    if not issubclass(kind, InputError):
+        kind = InvalidRequest
+    detail = f"{first.field}: {first.detail}{more}"
+    return kind(detail, field=first.field, value=first.value, errors=tuple(problems))
+
+
+def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: Dimensions) -> list[FieldProblem]:
+    inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
+    spec, adapter = request.quantization, request.adapter
+    # Names of files are not those of modules, and matrices of some types lie the other way round in them: what that
+    # leaves open, the worker judges by the model that it opens.
+    plain = not spec.modules.overrides and not dimensions.architecture.refusals
+    problems = [
+        problem_of(error, error.field or "quantization")
+        for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings)
+        if dimensions.exact or (isinstance(error, IndivisibleGroup) and plain)
+    ]
+    if adapter is not None and dimensions.exact:
+        misshapen = shape_errors(spec, adapter, dimensions.linears())
+        problems += [problem_of(error, error.field or "adapter") for error in misshapen]
+    quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
+    return problems + model_problems(request.formats, dimensions.architecture.model_type, quantized, inspection.config)
+
+
+def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
+    spec, inputs = request.quantization, dict[str, int]()
+    problems = without_model_problems(request)
+    if inspection.tensors:
+        errors = target_errors(inspection.tensors, inspection.config, spec)
+        problems += [problem_of(error, error.field or "quantization") for error in errors]
+        if not errors:
+            found = weight_targets(inspection.tensors, inspection.config, spec)
+            inputs = {target.name: target.shape[1] for target in found.linears}
+    kind = str(inspection.config.get("model_type"))
+    return problems + model_problems(request.formats, kind, inputs, inspection.config)
+
+
+def without_model_problems(request: JobRequest) -> list[FieldProblem]:
+    """Parts of a request that a job without a model cannot do."""
+    problems = []
+    if request.quantization.needs_model():
+        detail = "a budget is spent by what the model computes; give a number of bits to quantize the weights alone"
+        problems.append(FieldProblem(field="quantization.bits", code="conflicting_fields", detail=detail))
+    for name, detail in NEEDED:
+        given = getattr(request, name)
+        if given is not None and (name != "require" or given.model_dump(exclude_none=True)):
+            problems.append(FieldProblem(field=name, code="conflicting_fields", detail=detail))
+    for index, name in enumerate(request.formats):
+        if name.info.architectures is not None or name.info.is_adapter:
+            detail = f"{name.value} is written from a model; ask for native, merged or compressed-tensors"
+            problems.append(
+                FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
+            )
+    return problems

@@ -1,0 +1,165 @@
+"""One tensor of the source: quantized and given to every writer, or given to them as it is."""
+
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from app.domain.formats import ExportFormat
+from app.domain.methods import Form, WeightSpec
+from app.domain.weight_targets import ExpertPlace, KeptPart, Target
+from bitwright.errors import InternalError, NumericalFailure
+from bitwright.report import LinearReport
+from workers.contracts.blocks import TensorMethod
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.plan import scale_dtype_of
+from workers.engine.quantize.block_report import error_sums
+from workers.engine.quantize.registry import method_of
+from workers.engine.weights_only.finished_parts import FinishedLinear
+from workers.formats.format import PartWriter
+from workers.formats.stored_linear import StoredPart
+from workers.numerics.quantized import CodebookWeight, LinearResult, StoredBits
+from workers.numerics.row_parts import row_parts
+
+
+@dataclass(frozen=True)
+class Done:
+    """A tensor's linears as the report has them, and the bits that they take."""
+
+    linears: tuple[FinishedLinear, ...] = ()
+    bits: StoredBits = field(default_factory=StoredBits)
+
+
+@dataclass(frozen=True)
+class TensorPass:
+    """Takes tensors of a checkpoint through a method and to writers, each by itself.
+
+    linears   by the tensor that holds them: those that are quantized, and experts' that stay beside such
+    """
+
+    checkpoint: Checkpoint
+    spec: WeightSpec
+    formats: tuple[ExportFormat, ...]
+    linears: Mapping[str, Sequence[Target | KeptPart]]
+
+    @torch.no_grad()
+    def write(self, name: str, writers: Mapping[ExportFormat, PartWriter]) -> Done:
+        """Store one tensor.
+
+        Raises:
+            NumericalFailure: a weight is not finite.
+        """
+        tensor, linears = self.checkpoint.read(name), self.linears.get(name, ())
+        if not linears:
+            for writer in writers.values():
+                writer.add_tensor(name, tensor)
+            return Done()
+        first = linears[0]
+        if isinstance(first, Target) and first.place is None:
+            return self._matrix(first, tensor, writers)
+        return self._experts(name, linears, tensor, writers)
+
+    def _matrix(self, target: Target, weight: Tensor, writers: Mapping[ExportFormat, PartWriter]) -> Done:
+        result, linear = self._quantized(target, weight)
+        for writer in writers.values():
+            writer.add_linear(target.name, result)
+        return Done((linear,), result.stored_bits())
+
+    def _experts(
+        self,
+        name: str,
+        parts: Sequence[Target | KeptPart],
+        tensor: Tensor,
+        writers: Mapping[ExportFormat, PartWriter],
+    ) -> Done:
+        """A 3-D tensor, one expert after another: linears in packed formats, the same tensor in dense ones."""
+        linears: list[FinishedLinear] = []
+        bits = StoredBits()
+        with ExitStack() as stack:
+            growing = [
+                stack.enter_context(writer.growing(name, tensor.dtype))
+                for export_format, writer in writers.items()
+                if export_format.info.dense
+            ]
+            packed = [writer for export_format, writer in writers.items() if not export_format.info.dense]
+            for expert, weights in _by_expert(parts, tensor):
+                whole = tensor[expert].clone() if growing else None
+                for part, place, weight in weights:
+                    stored: LinearResult | Tensor = weight
+                    if isinstance(part, Target):
+                        stored, linear = self._quantized(part, weight)
+                        linears.append(linear)
+                        bits += stored.stored_bits()
+                        if whole is not None:
+                            _outputs(whole, place, len(weight)).copy_(stored.dequantize())
+                    stored_part = _stored_part(part, place)
+                    for writer in packed:
+                        if isinstance(stored, Tensor):
+                            writer.add_part(part.name, stored, stored_part)
+                        else:
+                            writer.add_linear(part.name, stored, part=stored_part)
+                for pieces in growing:
+                    if whole is not None:
+                        pieces.append(whole)
+        return Done(tuple(linears), bits)
+
+    def _quantized(self, target: Target, weight: Tensor) -> tuple[LinearResult, FinishedLinear]:
+        started = time.perf_counter()
+        demand_finite(target.name, weight)
+        method = method_of(self.spec)
+        if not isinstance(method, TensorMethod):
+            raise InternalError(f"{self.spec.method} needs a model", field="quantization.method")
+        scale_dtype = scale_dtype_of(self.formats, weight.dtype)
+        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec)
+        squared, reference = error_sums(result.dequantize(), weight, None).tolist()
+        report = LinearReport(
+            name=target.name,
+            shape=target.shape,
+            form=Form.CODEBOOK if isinstance(result.weight, CodebookWeight) else Form.AFFINE,
+            **target.scheme.model_dump(),
+            weight_error=math.sqrt(squared / reference) if reference else 0.0,
+        )
+        return result, FinishedLinear(report=report, seconds=time.perf_counter() - started)
+
+
+def demand_finite(name: str, weight: Tensor) -> None:
+    """Check a linear's weight (out, in).
+
+    Raises:
+        NumericalFailure: it holds NaN or infinity.
+    """
+    for rows in row_parts(weight.shape[0], weight.shape[1], weight.device):
+        if not math.isfinite(float(weight[rows].abs().max())):
+            detail = f"the weight of {name} holds numbers that are not finite"
+            hint = "take another checkpoint, or put the linear into modules.ignore"
+            raise NumericalFailure(detail, field="model", value=name, hint=hint)
+
+
+Piece = tuple[Target | KeptPart, ExpertPlace, Tensor]
+
+
+def _by_expert(parts: Sequence[Target | KeptPart], tensor: Tensor) -> Iterator[tuple[int, list[Piece]]]:
+    """Every expert with its linears (out, in), in the order of the tensor."""
+    found: dict[int, list[tuple[Target | KeptPart, ExpertPlace]]] = {}
+    for part in parts:
+        if part.place is not None:
+            found.setdefault(part.place.expert, []).append((part, part.place))
+    for expert in range(len(tensor)):
+        own = found.get(expert, [])
+        yield expert, [(p, place, _outputs(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]
+
+
+def _outputs(expert: Tensor, place: ExpertPlace, count: int) -> Tensor:
+    """A linear's part (out, in) of an expert's matrix, in its memory."""
+    outputs = expert.T if place.transposed else expert
+    return outputs[place.first : place.first + place.step * count : place.step]
+
+
+def _stored_part(part: Target | KeptPart, place: ExpertPlace) -> StoredPart:
+    stop = place.first + place.step * part.shape[0]
+    rows = (place.first, stop, place.step)
+    return StoredPart(of=part.tensor, index=place.expert, rows=rows, transposed=place.transposed)
