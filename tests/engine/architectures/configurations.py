@@ -169,6 +169,7 @@ FURTHER: dict[str, dict[str, Any]] = {
         "n_groups": 1,
         "mamba_num_heads": 8,
         "mamba_head_dim": 16,
+        "moe_shared_expert_intermediate_size": 32,
     },
     "glm4_moe_lite": {"first_k_dense_replace": 2, "routed_scaling_factor": 1.7, **MLA},
     "flex_olmo": {},
