@@ -120,6 +120,9 @@ def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> No
     short = dishonoured_rank(request.quantization, request.adapter, shapes)
     if short is not None:
         reporter.warning("rank_not_reached", short)
+    if request.quantization.method == "awq" and request.base_job is None and not model.layout.folds:
+        blocks = type(model.blocks[0]).__name__
+        reporter.warning("no_scales_to_move", f"awq moves no scales in blocks of {blocks}, and only clips ranges there")
 
 
 def _tokenizer(order: AttemptOrder, reporter: Reporter) -> PreTrainedTokenizerBase | None:

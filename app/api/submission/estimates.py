@@ -67,7 +67,7 @@ def _training_bytes(request: JobRequest, inspection: Inspection, packed: int) ->
     if request.finetune is None:
         return 0
     states = 16 * (_adapter_parameters(request, inspection) or 0)
-    block = max(out * width for out, width in inspection.dimensions.block_linears().values())
+    block = max((out * width for out, width in inspection.dimensions.block_linears().values()), default=0)
     return packed + states + block * HEAVY_BYTES
 
 

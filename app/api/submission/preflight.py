@@ -244,11 +244,13 @@ def check_shapes(preflight: Preflight, dimensions: Dimensions, config: Mapping[s
     inputs = {name: width for name, (_, width) in dimensions.linears().items()} | {HEAD: dimensions.hidden}
     spec, formats = preflight.request.quantization, preflight.request.formats
     for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings):
-        # Names of files are not those of modules: the worker judges patterns by the model that it opens.
-        if dimensions.exact or (isinstance(error, IndivisibleGroup) and not spec.modules.overrides):
+        # Names of files are not those of modules, and matrices of some types lie the other way round in them: what that
+        # leaves open, the worker judges by the model that it opens.
+        plain = not spec.modules.overrides and not dimensions.architecture.refusals
+        if dimensions.exact or (isinstance(error, IndivisibleGroup) and plain):
             preflight.add(error, error.field or "quantization")
     adapter = preflight.request.adapter
-    for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter is not None else ():
+    for misfit in shape_errors(spec, adapter, dimensions.linears()) if adapter and dimensions.exact else ():
         preflight.add(misfit, misfit.field or "adapter")
     quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
     preflight.problems += model_problems(formats, dimensions.architecture.model_type, quantized, config)

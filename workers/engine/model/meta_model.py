@@ -66,8 +66,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     named = next(iter(config.architectures or ()), "")
     known = {*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values(), *MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES.values()}
     found: Any = getattr(transformers, named, None) if named in known else None
-    fits = isinstance(found, type) and issubclass(found, PreTrainedModel) and isinstance(config, found.config_class)
-    if not fits:
+    if found is None or not isinstance(config, found.config_class):
         mappings = [MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING]
         if "text_config" in config.sub_configs:
             mappings.reverse()
