@@ -32,11 +32,11 @@ class RoutedExperts(nn.Module):
 
     @abstractmethod
     def activated(self, sides: Tensor) -> Tensor:
-        """What `down` gets, (rows, in), from the outputs of `sides` next to each other, (rows, sum of out)."""
+        """The input of `down`, (rows, in), from the outputs of `sides` next to each other, (rows, sum of out)."""
 
     @abstractmethod
     def finished(self, rows: Tensor) -> Tensor:
-        """What an expert does after `down`."""
+        """An expert's outputs from those of `down`."""
 
     def linear(self, expert: int, name: str) -> nn.Linear:
         """One linear of one expert."""

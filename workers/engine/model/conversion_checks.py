@@ -1,4 +1,4 @@
-"""Whether stored tensors and a model's parameters become each other: every conversion, run without memory both ways."""
+"""Checks that stored tensors and a model's parameters become each other: each runs without memory both ways."""
 
 from collections.abc import Collection
 from dataclasses import replace

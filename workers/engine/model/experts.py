@@ -42,8 +42,9 @@ class Layout:
         """The layout of a module; None if it holds no fused experts that are known."""
         if type(module).__name__ in SORTED_BEFORE:
             return SORTED_BEFORE[type(module).__name__]
-        flags = {name: getattr(module, name, None) for name in cls.__dataclass_fields__}
-        return cls(**flags) if all(isinstance(flag, bool) for flag in flags.values()) else None
+        found = ((name, getattr(module, name, None)) for name in cls.__dataclass_fields__)
+        flags = {name: flag for name, flag in found if isinstance(flag, bool)}
+        return cls(**flags) if flags.keys() == cls.__dataclass_fields__.keys() else None
 
     @property
     def fused(self) -> str:
@@ -112,7 +113,8 @@ class Experts(RoutedExperts):
 
     def finished(self, rows: Tensor) -> Tensor:
         original: Any = self.original
-        return original.post_expert_norm(rows) if self.layout.has_post_expert_norm else rows
+        normed: Tensor = original.post_expert_norm(rows) if self.layout.has_post_expert_norm else rows
+        return normed
 
     def forward(self, hidden: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         if chosen is None or weights is None:
@@ -144,7 +146,7 @@ class Experts(RoutedExperts):
             self.seen += counts
 
     def _computed(self, rows: Tensor, counts: Tensor, every: Callable[[], Tensor], tokens: Tensor | None) -> Tensor:
-        """What the experts make of their rows, before what `finished` does.
+        """The experts' outputs for their rows, before what `finished` does.
 
         every    gives the hidden states of all tokens, for experts that are called on all
         tokens   number of each row's token
@@ -188,7 +190,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
-        return gradients[0][back].unflatten(0, (-1, ctx.places)).sum(1), None, None, None
+        return _by_token(gradients[0][back], ctx.places), None, None, None
 
 
 class _Sorted(torch.autograd.Function):
@@ -212,12 +214,17 @@ class _Collect(torch.autograd.Function):
     def forward(ctx: Any, outputs: Tensor, order: Tensor, back: Tensor, places: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.places = places
-        return outputs[back].unflatten(0, (-1, places)).sum(1)
+        return _by_token(outputs[back], places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (order,) = ctx.saved_tensors
         return gradients[0][order // ctx.places], None, None, None
+
+
+def _by_token(rows: Tensor, places: int) -> Tensor:
+    """(tokens * places, width) -> the sum of each token's rows."""
+    return rows.view(-1, places, rows.shape[-1]).sum(1)
 
 
 def unfuse(model: nn.Module, blocks: str) -> dict[str, Slice]:

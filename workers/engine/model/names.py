@@ -1,4 +1,4 @@
-"""Which stored tensors fill each parameter and persistent buffer of a model, and back: names and layouts both ways.
+"""Stored tensors that fill each parameter and persistent buffer of a model, and back: names and layouts both ways.
 
 transformers renames, merges, cuts and transposes tensors as it loads a checkpoint: experts that lie one by one in a
 file are one tensor of a module. Its own transforms are run here (`workers.engine.model.conversions`), never a table of
@@ -119,7 +119,7 @@ class Names:
         return (self._name_by_itself(linear) or linear).removesuffix(".weight")
 
     def has_name(self, linear: str) -> bool:
-        """Whether loaders find a linear's weight by itself, in this file or in one that transformers would merge."""
+        """True if loaders find a linear's weight by itself, in this file or in one that transformers would merge."""
         return self._name_by_itself(linear) is not None
 
     def _name_by_itself(self, linear: str) -> str | None:
@@ -277,7 +277,7 @@ def _varies(buffer: Tensor) -> bool:
 
 
 def _is_ignored(model: PreTrainedModel, name: str) -> bool:
-    """Whether transformers itself leaves a name aside where it fills nothing."""
+    """True for names that transformers itself leaves aside where they fill nothing."""
     patterns = [*map(re.compile, model._keys_to_ignore_on_load_unexpected or ()), OLD_FREQUENCIES]
     return any(pattern.search(name) for pattern in patterns)
 

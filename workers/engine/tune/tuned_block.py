@@ -77,7 +77,7 @@ class FlatWeights:
 
 @dataclass
 class Accumulation:
-    """What the next backward does with gradients: whether it adds to them instead of overwriting them.
+    """Ways in which the next backward treats gradients: it may add to them instead of overwriting them.
 
     starved   linears whose gradient stays 0
     still     the same of experts computed at once: (experts,) truth values by part, where they are
