@@ -1,6 +1,6 @@
 """Proves types and writes the list of those that are accepted: python -m tests.engine.architectures [TYPE ...].
 
-Rows of the types that are named, or of all, are made again; a type whose streamed logits differ loses its row.
+Rows of the types that are named, or of all, are made again; a type of which anything is wrong loses its row.
 """
 
 import json
@@ -47,7 +47,7 @@ def main(names: list[str]) -> int:
         failed += bool(wrong)
         say(f"{name:20} {'; '.join(wrong) or 'proved'}")
         rows.pop(name, None)
-        if row is not None:
+        if row is not None and not wrong:
             rows[name] = row
         order = {model_type: number for number, model_type in enumerate(TYPES)}
         rows = {key: rows[key] for key in sorted(rows, key=lambda key: order.get(key, len(order)))}

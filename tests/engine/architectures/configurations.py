@@ -158,7 +158,29 @@ OLDER: dict[str, dict[str, Any]] = {
     "bloom": {},
     "mpt": {},
 }
-TYPES: dict[str, dict[str, Any]] = DENSE | RECURRENT | MIXTURES | OLDER | {name: {} for name in WRAPPERS}
+FURTHER: dict[str, dict[str, Any]] = {
+    "granitemoeshared": GRANITE,
+    "ernie4_5_moe": {},
+    "hunyuan_v1_moe": {},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "nemotron_h": {
+        "layers_block_type": ["moe", "attention", "mamba", "mlp"] * 2,
+        "num_hidden_layers": 8,
+        "n_groups": 1,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+        "moe_shared_expert_intermediate_size": 32,
+    },
+    "glm4_moe_lite": {"first_k_dense_replace": 2, "routed_scaling_factor": 1.7, **MLA},
+    "flex_olmo": {},
+    "mamba": {},
+    "falcon_mamba": {},
+    "gptj": {"rotary_dim": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
+    "gpt_bigcode": {},
+    "persimmon": {},
+}
+TYPES: dict[str, dict[str, Any]] = DENSE | RECURRENT | MIXTURES | OLDER | FURTHER | {name: {} for name in WRAPPERS}
 """By model_type: changes of `SIZES` that the type needs."""
 
 

@@ -106,6 +106,21 @@ def test_a_model_that_changes_hidden_states_between_blocks_is_refused() -> None:
         walk_of(model, layout, CPU)
 
 
+def test_a_model_that_uses_what_a_block_returns_besides_is_refused() -> None:
+    model, layout = opened("bamba")
+    decoder = model.get_decoder()
+
+    def forward(input_ids: Tensor, **_: Any) -> tuple[Tensor]:
+        hidden, beside = decoder.embed_tokens(input_ids), None
+        for block in decoder.get_submodule("layers").children():
+            hidden, beside = block(hidden, before=beside)
+        return (hidden,)
+
+    decoder.forward = forward
+    with pytest.raises(UnsupportedArchitecture, match="before is what the block before returned"):
+        walk_of(model, layout, CPU)
+
+
 class Odd(nn.Module):
     """A block with a linear that is called twice, one whose weight alone is used, and a router."""
 

@@ -29,7 +29,7 @@ def names_of(folder: Path) -> Names:
 
 
 def layers_of(model: PreTrainedModel) -> str:
-    count = model.config.get_text_config().num_hidden_layers
+    count = int(model.config.get_text_config().num_hidden_layers)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
     found: str = next(name for name, module in lists.items() if len(module) == count)
     return found

@@ -103,6 +103,27 @@ def test_a_starved_expert_is_named_and_nothing_is_worse_than_the_nearest(
     assert all(bool(tensor.isfinite().all()) for tensor in merged.values())
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"method": "nf", "bits": 4},
+        {"method": "omniquant", "preset": "light"},
+        {"method": "loftq", "rank": 4},
+        {"method": "lq-lora", "rank": 4, "bits": {"average": 3.5, "choices": [3, 4]}},
+        {"method": "signround", "steps": 10, "scale_steps": 6},
+    ],
+    ids=lambda request: request["method"],
+)
+def test_other_methods_take_experts_that_no_token_reaches(
+    request_: dict[str, Any], starving_model: Path, tmp_path: Path
+) -> None:
+    few = {"num_samples": 8, "sequence_length": 64}
+    report, _ = job(starving_model, tmp_path, **{"calibration": few, **request_})
+    assert 0 < divergence(report) < 0.2
+    assert sum(STARVED_MODULE in linear.name for block in report.blocks for linear in block.linears) == 3
+
+
 def test_tokens_are_those_that_the_router_chose() -> None:
     task = routed_task(samples=4)
     part = experts_of(task.block)["experts"]

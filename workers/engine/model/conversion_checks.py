@@ -1,4 +1,4 @@
-"""Checks that stored tensors and a model's parameters become each other: conversions, run without memory both ways."""
+"""Checks that stored tensors and a model's parameters become each other: each runs without memory both ways."""
 
 from collections.abc import Collection
 from dataclasses import replace

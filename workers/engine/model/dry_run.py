@@ -59,6 +59,7 @@ def walk_of(model: PreTrainedModel, layout: Layout, device: torch.device) -> Wal
         outputs = _outputs(model, layout, ids)
         runs = [_run(model, layout, rows, outputs) for rows in (ids[:1], ids[1:], ids)]
         embedded = model.get_submodule(layout.embeddings)(ids[:1])
+        _demand_alone(model, layout, ids, outputs)
     first = runs[0]
     hidden = first.recorders[0].received
     if hidden is None or hidden.dim() != 3:
@@ -92,6 +93,31 @@ def _run(model: PreTrainedModel, layout: Layout, ids: Tensor, outputs: int) -> _
     norms = [name for name, given, made in seen if _same(given, last) and _same(made, states)]
     plain = _same(states, last) or bool(norms)
     return _Run(recorders, norms[0] if norms else None, plain)
+
+
+class _Beside:
+    """What a block returns besides hidden states."""
+
+
+def _demand_alone(model: PreTrainedModel, layout: Layout, ids: Tensor, outputs: int) -> None:
+    """Check that no block is given what another one returned besides hidden states.
+
+    Raises:
+        UnsupportedArchitecture: one is.
+    """
+    if outputs < 2:
+        return
+    with stand_ins(model, layout.blocks, outputs) as recorders:
+        for recorder in recorders:
+            recorder.beside = _Beside()
+        try:
+            model.get_submodule(layout.decoder)(input_ids=ids, use_cache=False)
+        except (ValueError, IndexError, TypeError, AttributeError, RuntimeError):
+            raise _refused(model, "it uses what a block returns besides hidden states") from None
+    for recorder in recorders:
+        for path, value in recorder.calls[0].leaves():
+            if isinstance(value, _Beside):
+                raise _refused(model, f"{path} is what the block before returned besides hidden states")
 
 
 def _outputs(model: PreTrainedModel, layout: Layout, ids: Tensor) -> int:

@@ -42,8 +42,9 @@ class Layout:
         """The layout of a module; None if it holds no fused experts that are known."""
         if type(module).__name__ in SORTED_BEFORE:
             return SORTED_BEFORE[type(module).__name__]
-        flags: dict[str, Any] = {name: getattr(module, name, None) for name in cls.__dataclass_fields__}
-        return cls(**flags) if all(isinstance(flag, bool) for flag in flags.values()) else None
+        found = ((name, getattr(module, name, None)) for name in cls.__dataclass_fields__)
+        flags = {name: flag for name, flag in found if isinstance(flag, bool)}
+        return cls(**flags) if flags.keys() == cls.__dataclass_fields__.keys() else None
 
     @property
     def fused(self) -> str:
@@ -104,16 +105,16 @@ class Experts(RoutedExperts):
             return activated
         if self.computes_all:
             gate, up = sides.chunk(2, dim=-1)
-            gated: Tensor = up * original.act_fn(gate)
-            return gated
+            return up * original.act_fn(gate)
         if not self.layout.is_concatenated:
             sides = torch.stack(sides.chunk(2, dim=-1), dim=-1).flatten(-2)
-        gated = original._apply_gate(sides)
+        gated: Tensor = original._apply_gate(sides)
         return gated
 
     def finished(self, rows: Tensor) -> Tensor:
         original: Any = self.original
-        return original.post_expert_norm(rows) if self.layout.has_post_expert_norm else rows
+        normed: Tensor = original.post_expert_norm(rows) if self.layout.has_post_expert_norm else rows
+        return normed
 
     def forward(self, hidden: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
         if chosen is None or weights is None:
@@ -189,7 +190,7 @@ class _Spread(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (back,) = ctx.saved_tensors
-        return gradients[0][back].view(-1, ctx.places, gradients[0].shape[-1]).sum(1), None, None, None
+        return _by_token(gradients[0][back], ctx.places), None, None, None
 
 
 class _Sorted(torch.autograd.Function):
@@ -213,12 +214,17 @@ class _Collect(torch.autograd.Function):
     def forward(ctx: Any, outputs: Tensor, order: Tensor, back: Tensor, places: int) -> Tensor:
         ctx.save_for_backward(order)
         ctx.places = places
-        return outputs[back].view(-1, places, outputs.shape[-1]).sum(1)
+        return _by_token(outputs[back], places)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (order,) = ctx.saved_tensors
         return gradients[0][order // ctx.places], None, None, None
+
+
+def _by_token(rows: Tensor, places: int) -> Tensor:
+    """(tokens * places, width) -> the sum of each token's rows."""
+    return rows.view(-1, places, rows.shape[-1]).sum(1)
 
 
 def unfuse(model: nn.Module, blocks: str) -> dict[str, Slice]:

@@ -25,7 +25,10 @@ class StandIn(nn.Module):
 
     outputs   length of the tuple that the block returns; 0 for a tensor alone
     given     hidden states to pass on in place of those that it gets
+    beside    what it returns besides hidden states
     """
+
+    beside: object = None
 
     def __init__(self, block: nn.Module, outputs: int, given: Tensor | None, *, stops: bool) -> None:
         super().__init__()
@@ -46,7 +49,7 @@ class StandIn(nn.Module):
         self.calls.append(BlockCall(tuple(others), keywords))
         self.received = hidden
         self.passed = hidden if self.given is None else self.given
-        return (self.passed, *[None] * (self.outputs - 1)) if self.outputs else self.passed
+        return (self.passed, *[self.beside] * (self.outputs - 1)) if self.outputs else self.passed
 
 
 @contextmanager

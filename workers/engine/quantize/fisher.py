@@ -106,7 +106,10 @@ def _backward(
             leaf = hidden[None].to(model.device).requires_grad_()
             with torch.enable_grad():
                 output = call(block, leaf)
-            by_inputs, *gradients = torch.autograd.grad(output, [leaf, *weights.values()], outer[None].to(output))
+            # An expert that none of the sequence's tokens went through has a gradient of zeros.
+            by_inputs, *gradients = torch.autograd.grad(
+                output, [leaf, *weights.values()], outer[None].to(output), allow_unused=True, materialize_grads=True
+            )
             outer.copy_(by_inputs[0])
             for name, each in zip(weights, gradients, strict=True):
                 squares = each.float().square()
