@@ -31,7 +31,8 @@ def names_of(folder: Path) -> Names:
 def layers_of(model: PreTrainedModel) -> str:
     count = int(model.config.get_text_config().num_hidden_layers)
     lists = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    return next(name for name, module in lists.items() if len(module) == count)
+    found: str = next(name for name, module in lists.items() if len(module) == count)
+    return found
 
 
 def written(names: Names) -> dict[str, Tensor]:

@@ -113,7 +113,9 @@ class Experts(RoutedExperts):
 
     def finished(self, rows: Tensor) -> Tensor:
         original: Any = self.original
-        normed: Tensor = original.post_expert_norm(rows) if self.layout.has_post_expert_norm else rows
+        if not self.layout.has_post_expert_norm:
+            return rows
+        normed: Tensor = original.post_expert_norm(rows)
         return normed
 
     def forward(self, hidden: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
