@@ -173,7 +173,6 @@ FURTHER: dict[str, dict[str, Any]] = {
     },
     "glm4_moe_lite": {"first_k_dense_replace": 2, "routed_scaling_factor": 1.7, **MLA},
     "flex_olmo": {},
-    "olmo_hybrid": {"layer_types": LINEAR},
     "mamba": {},
     "falcon_mamba": {},
     "gptj": {"rotary_dim": 8},

@@ -68,7 +68,6 @@ TITLES = {
     "nemotron_h": "Nemotron-H and Nemotron 3",
     "glm4_moe_lite": "GLM-4.7-Flash",
     "flex_olmo": "FlexOlmo",
-    "olmo_hybrid": "OLMo hybrid",
     "mamba": "Mamba",
     "falcon_mamba": "Falcon Mamba",
     "gptj": "GPT-J",
