@@ -105,7 +105,8 @@ class Experts(RoutedExperts):
             return activated
         if self.computes_all:
             gate, up = sides.chunk(2, dim=-1)
-            return up * original.act_fn(gate)
+            weighted: Tensor = up * original.act_fn(gate)
+            return weighted
         if not self.layout.is_concatenated:
             sides = torch.stack(sides.chunk(2, dim=-1), dim=-1).flatten(-2)
         gated: Tensor = original._apply_gate(sides)
