@@ -105,7 +105,8 @@ class Experts(RoutedExperts):
             return activated
         if self.computes_all:
             gate, up = sides.chunk(2, dim=-1)
-            return up * original.act_fn(gate)
+            weighted: Tensor = up * original.act_fn(gate)
+            return weighted
         if not self.layout.is_concatenated:
             sides = torch.stack(sides.chunk(2, dim=-1), dim=-1).flatten(-2)
         gated: Tensor = original._apply_gate(sides)
@@ -113,7 +114,9 @@ class Experts(RoutedExperts):
 
     def finished(self, rows: Tensor) -> Tensor:
         original: Any = self.original
-        normed: Tensor = original.post_expert_norm(rows) if self.layout.has_post_expert_norm else rows
+        if not self.layout.has_post_expert_norm:
+            return rows
+        normed: Tensor = original.post_expert_norm(rows)
         return normed
 
     def forward(self, hidden: Tensor, chosen: Tensor | None = None, weights: Tensor | None = None) -> Tensor:
