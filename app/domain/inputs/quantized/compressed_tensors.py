@@ -159,7 +159,7 @@ def _shape(reading: Reading, module: str, rows: int) -> tuple[int, int]:
 def _grouping(
     reading: Reading, module: str, shape: tuple[int, int], weight: Settings, names: dict[str, str]
 ) -> dict[str, float]:
-    """How many inputs share a scale; adds the scale, and the order of groups, to the parts."""
+    """Number of inputs that share a scale; adds the scale, and the order of groups, to the parts."""
     name = f"{module}.weight_scale"
     scale, (rows, columns) = reading.part(name, f"{module}.weight"), shape
     demand_dtype(name, scale, FLOATS)

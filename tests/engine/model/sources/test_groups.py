@@ -9,10 +9,14 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.entrypoints.convert.converters import AutoAWQConverter
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from safetensors.torch import load_file
 from torch import Tensor
 
 from bitwright.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from tests.engine.model.sources.folders import drawn, exactly, written
+
+GOLDEN = Path(__file__).parents[3] / "golden" / "gptqmodel_weights.safetensors"
+"""Made as `tests/golden/README.md` says."""
 
 
 def words(shape: tuple[int, int], seed: int) -> Tensor:
@@ -80,6 +84,19 @@ def test_a_group_that_there_is_not_is_refused_before_anything_is_indexed(tmp_pat
         stored["a.g_idx"][17] = index
         with pytest.raises(CorruptCheckpoint, match="of 3"):
             written(tmp_path, settings, stored).read("a.weight")
+
+
+@pytest.mark.parametrize("form", ["v1", "v2"])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_gptq_is_what_gptqmodel_makes_of_what_it_wrote(bits: int, form: str, tmp_path: Path) -> None:
+    prefix = f"bits{bits}_{form}."
+    found = {name.removeprefix(prefix): t for name, t in load_file(GOLDEN).items() if name.startswith(prefix)}
+    wanted = found.pop("dequantized")
+    settings = {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": True}
+    settings["checkpoint_format"] = "gptq" if form == "v1" else "gptq_v2"
+    ours = written(tmp_path, settings, {f"a.{part}": tensor for part, tensor in found.items()}).read("a.weight")
+    # GPTQModel multiplies in the dtype of its scales, fp16.
+    assert torch.equal(ours.half(), wanted.half())
 
 
 @pytest.mark.parametrize(
