@@ -29,7 +29,9 @@ NEEDED = (
 
 
 def can_do_without_model(request: JobRequest) -> bool:
-    """True if the request could be met by tensors of files alone."""
+    """True if the request could be met by tensors of files alone, or asks for that."""
+    if request.quantization.asks_for_weights_alone():
+        return True
     return not request.quantization.needs_model() and request.finetune is None and request.base_job is None
 
 
