@@ -1,4 +1,4 @@
-"""What people call the models of each type, and types that are known and refused."""
+"""Titles of the models of each type, as people call them, and types that are known and refused."""
 
 TITLES = {
     "llama": "Llama (SmolLM2, TinyLlama and others of its shape)",

@@ -1,4 +1,4 @@
-"""What a dry run finds of a model, and models that it refuses by what they do."""
+"""Findings of a dry run about a model, and models that it refuses by what they do."""
 
 from collections.abc import Callable
 from typing import Any

@@ -127,7 +127,12 @@ def test_it_is_told_and_reported(done: Finished) -> None:
     assert [line.index for line in done.lines if isinstance(line, BlockEvent)] == [0]
     assert {line.stage for line in done.lines if isinstance(line, ProgressEvent)} >= {Stage.QUANTIZE, Stage.EXPORT}
     reasons = {line.fields["reason"] for line in done.lines if isinstance(line, LogEvent) and "reason" in line.fields}
-    assert {"a router", "an embedding", "the head", "blocks that predict further tokens"} <= reasons
+    assert {
+        "routers and gates, which choose experts",
+        "embeddings",
+        "the head",
+        "blocks that predict further tokens",
+    } <= reasons
     for name in (*FORMATS, "native"):
         card = (output(done, name) / "README.md").read_text()
         assert "nothing was evaluated" in card
@@ -174,7 +179,7 @@ def test_experts_that_are_stored_input_by_output_and_in_turn(tmp_path: Path) -> 
     shapes |= {"model.layers.0.mlp.experts.gate_up_proj_bias": (2, 96)}
     source = write(tmp_path / "source", shapes, config)
     formats = ["compressed-tensors", "merged"]
-    finished = finish(source, tmp_path / "job", group_size=16, formats=formats)
+    finished = finish(source, tmp_path / "job", group_size=16, formats=formats, weights_only=True)
     before, after = read(source), read(output(finished, "merged"))
     for name in ("gate_up_proj", "down_proj"):
         key = f"model.layers.0.mlp.experts.{name}"

@@ -209,7 +209,7 @@ def demand_trainable(model: StreamedModel, calls: tuple[BlockCall, ...]) -> None
         UnsupportedArchitecture: blocks get something else, or mix tokens other than by attention.
     """
     known = ("full_attention", "sliding_attention", "chunked_attention")
-    kinds = set(getattr(model.config.get_text_config(), "layer_types", None) or ()) - set(known)
+    kinds = model.layer_types - set(known)
     for call in calls:
         angles = call.keywords.get("position_embeddings")
         rotary = isinstance(angles, tuple) and all(isinstance(a, Tensor) and a.dim() == 3 for a in angles)

@@ -1,4 +1,4 @@
-"""Which linears of a block are quantized, and which of them read one input.
+"""Linears of a block that are quantized, and groups of them that read one input.
 
 A linear is quantized if the block calls it, once, and no rule below leaves it alone. Some modules use a linear's weight
 without calling it: what is put in its place would not be seen.
@@ -62,7 +62,7 @@ def block_linears(block: nn.Module, call: BlockCall, shape: tuple[int, int], dty
 
 
 def _is_routed(name: str) -> bool:
-    """Whether a linear is an expert's, which sees only the tokens that a router sends."""
+    """True if a linear is an expert's, which sees only the tokens that a router sends."""
     return "experts" in name.split(".")
 
 

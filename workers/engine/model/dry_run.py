@@ -1,4 +1,4 @@
-"""What only a call shows of a model, found once at opening, without weights: how it goes through its blocks.
+"""Facts about a model that only a call shows, found once at opening, without weights: its way through its blocks.
 
 The decoder runs with stand-ins for its blocks and numbers in place of its few other weights. It must call every block
 once, in order, and hand on what the block before returned; what it passes besides may depend on the length and the
@@ -48,7 +48,7 @@ class Walk:
 
 @torch.no_grad()
 def walk_of(model: PreTrainedModel, layout: Layout, device: torch.device) -> Walk:
-    """How this model, which has its buffers but no weights, goes through its blocks.
+    """The way of this model, which has its buffers but no weights, through its blocks.
 
     Raises:
         UnsupportedArchitecture: it cannot be followed block by block.
@@ -96,7 +96,7 @@ def _run(model: PreTrainedModel, layout: Layout, ids: Tensor, outputs: int) -> _
 
 
 class _Beside:
-    """What a block returns besides hidden states."""
+    """Outputs of a block besides hidden states."""
 
 
 def _demand_alone(model: PreTrainedModel, layout: Layout, ids: Tensor, outputs: int) -> None:

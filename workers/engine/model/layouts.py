@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def body(self) -> str:
-        """What the owner calls to get hidden states: the decoder, or the part of a larger model that it is in."""
+        """The module that the owner calls for hidden states: the decoder, or the part of a larger model that it is in."""
         start = f"{self.owner}." if self.owner else ""
         return start + self.decoder.removeprefix(start).partition(".")[0]
 

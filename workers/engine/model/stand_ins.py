@@ -77,7 +77,7 @@ def swapped(model: nn.Module, name: str, module: nn.Module) -> Iterator[None]:
 
 
 class Answered(BaseModelOutputWithPast):  # type: ignore[misc]
-    """What a decoder returns; whatever else a model's head asks for is None."""
+    """Output of a decoder; whatever else a model's head asks for is None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

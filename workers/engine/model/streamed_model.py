@@ -100,6 +100,11 @@ class StreamedModel:
         return self.model.config
 
     @property
+    def layer_types(self) -> frozenset[str]:
+        """Kinds of its layers by transformers' names; empty where the configuration tells of none."""
+        return frozenset(getattr(self.config.get_text_config(), "layer_types", None) or ())
+
+    @property
     def tied(self) -> bool:
         """True if the head is the embedding matrix."""
         return f"{self.layout.head}.weight" in self.names.tied
@@ -301,14 +306,14 @@ class StreamedModel:
 
     @property
     def after_blocks(self) -> tuple[str, ...]:
-        """What `logits` needs of the model, by name."""
+        """Modules that `logits` needs of the model, by name."""
         last = tuple(name for name in self.layout.outer if name != self.layout.embeddings)
         if self.walk.plain:
             last = () if self.walk.norm is None else (self.walk.norm,)
         return (*last, self.layout.head)
 
     def _after_blocks(self, hidden: Tensor) -> Tensor:
-        """What the decoder makes of hidden states after its last block."""
+        """Hidden states after everything that the decoder does behind its last block."""
         ids = torch.zeros(hidden.shape[:2], dtype=torch.int64, device=self.device)
         with imitated(self.model, self.layout.outer, self.device), self._stand_ins(hidden):
             states: Tensor = self.model.get_submodule(self.layout.decoder)(input_ids=ids, use_cache=False)[0]
