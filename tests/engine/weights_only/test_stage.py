@@ -171,7 +171,7 @@ def test_overrides_and_ignores_reach_experts(source: Path, tmp_path: Path) -> No
 
 def test_experts_that_are_stored_input_by_output_and_in_turn(tmp_path: Path) -> None:
     """gpt-oss's layout: (experts, in, out) with gate and up in turn."""
-    config = {"text_config": None, "model_type": "gpt_oss", "hidden_size": 64, "num_hidden_layers": 1}
+    config = {"text_config": None, "model_type": "openai_privacy_filter", "hidden_size": 64, "num_hidden_layers": 1}
     shapes: dict[str, tuple[int, ...]] = {
         "model.layers.0.mlp.experts.gate_up_proj": (2, 64, 96),
         "model.layers.0.mlp.experts.down_proj": (2, 48, 64),

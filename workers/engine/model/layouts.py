@@ -45,7 +45,7 @@ class Layout:
 
     @property
     def body(self) -> str:
-        """The module that the owner calls for hidden states: the decoder, or the part of a larger model that it is in."""
+        """The module that the owner calls for hidden states: the decoder, or the part of a model that it is in."""
         start = f"{self.owner}." if self.owner else ""
         return start + self.decoder.removeprefix(start).partition(".")[0]
 
