@@ -36,6 +36,7 @@ NONSENSE = {
     "upload_dir": ["/etc/hostname"],
     "model_roots": ["/etc/hostname", '["/models"', "[1, 2]", '{"a": 1}x:/etc/hostname'],
     "hub_enabled": ["maybe", "2"],
+    "hub_preflight": ["maybe", "2"],
     "hub_endpoint": [
         "mirror",
         "ftp://mirror",

@@ -171,7 +171,6 @@ CHECKPOINTS: list[tuple[str, Callable[[Path], None], str, str]] = [
     ("tokenizer out of the roots", _link_out("tokenizer.json"), "source_forbidden", "tokenizer.json is a link"),
     ("no config", lambda folder: (folder / "config.json").unlink(), "corrupt_checkpoint", "config.json"),
     ("config is not JSON", _config("{"), "corrupt_checkpoint", "config.json"),
-    ("unknown architecture", _changed(model_type="mamba"), "unsupported_architecture", "llama"),
     ("quantized already", _changed(quantization_config={}), "unsupported_architecture", "quantized already"),
     ("layers of a hostile config", _changed(num_hidden_layers=10**9), "corrupt_checkpoint", "num_hidden_layers"),
     ("width that is no number", _changed(hidden_size="wide"), "corrupt_checkpoint", "hidden_size"),
@@ -190,6 +189,19 @@ def test_a_bad_checkpoint_is_refused(api: Api, spoil: Callable[[Path], None], co
     assert says in str(found["detail"])
     assert found["errors"]
     assert api.client.get("/v1/jobs").json()["items"] == []
+
+
+def test_a_type_that_is_not_accepted_is_refused_where_the_method_needs_a_model(api: Api) -> None:
+    folder = write_checkpoint(api.folder / "models" / "bad")
+    _changed(model_type="unheard_of")(folder)
+    body = {**SHORTHAND, "model": str(folder), "formats": ["merged"]}
+    found = problem(api.client.post("/v1/jobs", json={**body, "method": "gptq"}), 422, "unsupported_architecture")
+    assert "llama" in str(found["detail"])
+    assert "GET /v1/architectures" in json.dumps(found["errors"])
+    assert api.client.get("/v1/jobs").json()["items"] == []
+    taken = api.client.post("/v1/jobs?dry_run=true", json=body)
+    assert taken.status_code == 200
+    assert "weights only" in json.dumps(taken.json()["warnings"])
 
 
 def test_an_override_that_does_not_divide_is_named(api: Api) -> None:

@@ -149,8 +149,8 @@ def test_the_child_is_started_again_when_it_has_died_and_ends_with_the_api(
         hub.answering.clear()
         waiting: list[object] = []
         asking = threading.Thread(target=lambda: waiting.append(child.look(HubModel(id=MODEL), any_type=False)))
-        asking.start()
         before, dead = len(hub.requests), child.pid
+        asking.start()
         wait_for(lambda: len(hub.requests) > before, what="a question")
         os.kill(dead, signal.SIGKILL)
         asking.join(5)

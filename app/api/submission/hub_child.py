@@ -103,7 +103,7 @@ class HubChild:
 
     def _start(self) -> "subprocess.Popen[bytes]":
         process = subprocess.Popen(
-            [sys.executable, "-m", "app.hub.child"],
+            [sys.executable, "-P", "-m", "app.hub.child"],
             env=child_variables(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,

@@ -68,10 +68,10 @@ def test_blocks_that_are_called_alike_share_their_call(architecture: str, distin
 
 def test_every_architecture_of_the_domain_that_has_no_layout_is_refused_by_name(tmp_path: Path) -> None:
     assert set(PECULIARITIES) <= set(ARCHITECTURES)
-    (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3n"}')
     save_random_model(tmp_path / "weights", "llama")
     (tmp_path / "weights" / "model.safetensors").rename(tmp_path / "model.safetensors")
-    with pytest.raises(UnsupportedArchitecture, match="mamba") as caught:
+    with pytest.raises(UnsupportedArchitecture, match="gemma3n") as caught:
         open_model(tmp_path)
     assert caught.value.hint
 
