@@ -199,9 +199,6 @@ def test_a_type_that_is_not_accepted_is_refused_where_the_method_needs_a_model(a
     assert "llama" in str(found["detail"])
     assert "GET /v1/architectures" in json.dumps(found["errors"])
     assert api.client.get("/v1/jobs").json()["items"] == []
-    taken = api.client.post("/v1/jobs?dry_run=true", json=body)
-    assert taken.status_code == 200
-    assert "weights only" in json.dumps(taken.json()["warnings"])
 
 
 def test_an_override_that_does_not_divide_is_named(api: Api) -> None:
