@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
 
 from app.domain.methods import PER_CHANNEL, WeightSpec
+from app.domain.methods.schemes import fits
 from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnknownModule
 
 RULES = "quantization.modules"
@@ -52,7 +53,7 @@ def rule_errors(
 
 def matches_any(pattern: str, names: Iterable[str]) -> bool:
     """True if a glob of `modules` names at least one of the linears."""
-    return any(fnmatchcase(name, pattern) for name in names)
+    return any(fits(name, pattern) for name in names)
 
 
 def unknown_module(field: str, pattern: str, names: Iterable[str]) -> UnknownModule:

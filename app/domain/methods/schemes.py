@@ -1,6 +1,7 @@
 """Storage schemes of a linear's weight, and the rules that tell linears apart."""
 
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
@@ -99,6 +100,11 @@ class SchemeOverride(Spec):
 
 
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+
+
+def fits(name: str, pattern: str) -> bool:
+    """True if a glob names a module; the plain `lm_head` names the head of a part of a larger model, too."""
+    return fnmatchcase(name, pattern) or (pattern == "lm_head" and name.endswith(".lm_head"))
 
 
 class ModuleRules(Spec):

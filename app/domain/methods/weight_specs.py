@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
-from app.domain.methods.schemes import GroupSize, ModuleRules, Scheme, SchemeOverride, Spec, Symmetric
+from app.domain.methods.schemes import GroupSize, ModuleRules, Scheme, SchemeOverride, Spec, Symmetric, fits
 from bitwright.formats import Form
 
 ANY_SHARE = 840
@@ -42,7 +42,7 @@ class WeightSpec(Spec):
 
     def scheme(self, name: str) -> Scheme | None:
         """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
-        if any(fnmatchcase(name, pattern) for pattern in self.modules.ignore):
+        if any(fits(name, pattern) for pattern in self.modules.ignore):
             return None
         return self._schemes(o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))[-1]
 

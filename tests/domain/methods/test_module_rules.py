@@ -75,3 +75,15 @@ def test_the_sizes_that_are_named_divide(width: int) -> None:
     assert bool(sizes) == (width >= 8)
     assert divides(-1, width)
     assert not divides(0, width)
+
+
+@pytest.mark.parametrize(
+    ("name", "kept"),
+    [("lm_head", True), ("language_model.lm_head", True), ("model.my_lm_head", False), ("lm_head.weight", False)],
+)
+def test_the_default_keeps_the_head_of_a_part_of_a_larger_model(name: str, kept: bool) -> None:
+    spec = RTNSpec()
+    assert (spec.scheme(name) is None) is kept
+    inputs = {"language_model.model.layers.0.mlp.up_proj": 64, name: 64}
+    told = [error.value for error in rule_errors(spec, inputs, head=name, tied=False)]
+    assert told == ([] if kept else ["lm_head"])

@@ -85,6 +85,7 @@ def _jobs(model: Path, place: Path, refusals: dict[str, str]) -> tuple[dict[str,
             with (
                 patch("workers.engine.model.streamed_model.find_architecture"),
                 patch("app.domain.format_rules._type_refusals", return_value=[]),
+                patch("workers.engine.weights_only.chosen", return_value=False),
             ):
                 report, ids = proved_job(model, folder, **request)
         except Exception as error:

@@ -50,6 +50,7 @@ TITLES = {
     "minimax": "MiniMax-Text-01",
     "minimax_m2": "MiniMax-M2",
     "llama4_text": "Llama 4, text only",
+    "llama4": "Llama 4",
     "granitemoe": "Granite 3 MoE",
     "qwen3_next": "Qwen3-Next",
     "qwen3_5_moe_text": "Qwen3.5-MoE, text only",

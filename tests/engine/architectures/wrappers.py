@@ -74,6 +74,20 @@ def _mistral3(sizes: dict[str, Any], text: Text) -> PreTrainedConfig:
     )
 
 
+def _llama4(sizes: dict[str, Any], text: Text) -> PreTrainedConfig:
+    del sizes
+    inner = text("llama4_text", moe_layers=[1, 3], layer_types=["chunked_attention", "full_attention"] * 2)
+    vision = {**SIGLIP, "vision_output_dim": 64, "projector_input_dim": 64, "projector_output_dim": 64}
+    return AutoConfig.for_model(
+        "llama4",
+        text_config=inner.to_dict(),
+        vision_config=vision,
+        image_token_index=IMAGE,
+        boi_token_index=START,
+        eoi_token_index=END,
+    )
+
+
 ROPE = {"rope_type": "default", "mrope_section": [2, 3, 3], "rope_theta": 10_000.0}
 TOKENS = {
     "image_token_id": IMAGE,
@@ -117,6 +131,7 @@ LINEAR = ["linear_attention", "full_attention"] * 2
 WRAPPERS: dict[str, Make] = {
     "gemma3": _gemma3,
     "gemma4": _gemma4,
+    "llama4": _llama4,
     "llava": _llava,
     "mistral3": _mistral3,
     "qwen2_vl": _qwen("qwen2_vl", QWEN2),

@@ -87,12 +87,15 @@ def _decoder(model: PreTrainedModel, embeddings: nn.Module) -> nn.Module:
 
 
 def _head(model: PreTrainedModel, names: dict[int, str]) -> tuple[str, str]:
-    """Full name of the head, and of the model that owns it: a wrapper's own model may."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            head = module.get_output_embeddings()
-            if isinstance(head, nn.Module):
-                return names[id(head)], names[id(module)]
+    """Full name of the head, and of the innermost model that owns it: a wrapper may only pass on its logits."""
+    owners = [
+        (head, module)
+        for module in model.modules()
+        if isinstance(module, PreTrainedModel) and isinstance(head := module.get_output_embeddings(), nn.Module)
+    ]
+    if owners:
+        head, owner = next(pair for pair in reversed(owners) if pair[0] is owners[0][0])
+        return names[id(head)], names[id(owner)]
     detail = f"{type(model).__name__} has no head that makes logits"
     raise UnsupportedArchitecture(detail, field="model", value=model.config.model_type, hint=HINT)
 
