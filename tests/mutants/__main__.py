@@ -1,4 +1,4 @@
-"""`python -m tests.mutants listed [ID ...]` and `python -m tests.mutants sampled [--minutes 30] [--seed 0]`."""
+"""`python -m tests.mutants listed [ID ...]` and `python -m tests.mutants sampled [--minutes 27] [--seed 0]`."""
 
 import argparse
 import sys
@@ -157,7 +157,7 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("listed").add_argument("ids", nargs="*")
     sampled = commands.add_parser("sampled")
-    sampled.add_argument("--minutes", type=float, default=30.0)
+    sampled.add_argument("--minutes", type=float, default=27.0)
     sampled.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     unmet = run_listed(options.ids) if options.command == "listed" else run_sampled(options.minutes, options.seed)
