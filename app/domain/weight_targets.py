@@ -9,13 +9,13 @@ and so does what has less than 32 rows or columns, or columns that are no whole 
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Protocol
 
 from app.domain.inputs.architectures import ARCHITECTURES, HEAD
 from app.domain.inputs.left_alone import left_alone as part_left_alone
 from app.domain.methods import PER_CHANNEL, Scheme, WeightSpec
 from app.domain.methods.module_rules import RULES, divides, dividing_sizes, matches_any, unknown_module
+from app.domain.methods.schemes import fits
 from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnsupportedArchitecture
 
 WEIGHT = ".weight"
@@ -146,7 +146,7 @@ def _errors(
         if not matches_any(pattern, modules)
     ]
     for pattern, override in spec.modules.overrides.items():
-        matched = [name for name in candidates if fnmatchcase(name, pattern)]
+        matched = [name for name in candidates if fits(name, pattern)]
         errors += [] if matched else [unknown_module(f"{RULES}.overrides.{pattern}", pattern, candidates)]
         size = override.group_size
         misfit = [name for name in matched if size is not None and not divides(size, candidates[name][1][1])]

@@ -1,7 +1,6 @@
 """Frozen specs of the methods that make low-rank factors beside quantized weights."""
 
 import math
-from fnmatch import fnmatchcase
 from itertools import product
 from typing import Annotated, Literal, Self
 
@@ -17,6 +16,7 @@ from app.domain.methods.schemes import (
     GroupSize,
     Scheme,
     Symmetric,
+    fits,
 )
 from app.domain.methods.weight_specs import (
     BatchSize,
@@ -191,7 +191,7 @@ class LQLoRASpec(WeightSpec):
         schemes = [candidate.scheme for candidate in super().candidates(name, in_features)]
         if self.budget() is None:
             return tuple(Candidate(scheme, PRESET_ABSMAX) for scheme in schemes)
-        given = [o.group_size for p, o in self.modules.overrides.items() if fnmatchcase(name, p) and o.group_size]
+        given = [o.group_size for p, o in self.modules.overrides.items() if fits(name, p) and o.group_size]
         sizes = given[-1:] or [size for size in self.group_sizes if in_features % size == 0] or self.group_sizes[:1]
         grid = product(sizes, self.absmax_bits, self.absmax_dtypes, self.superblocks)
         return tuple(
@@ -203,7 +203,7 @@ class LQLoRASpec(WeightSpec):
     def scheme(self, name: str) -> Scheme | None:
         """As in every method; under a budget with the smallest group size, which divides if any does."""
         widest = super().scheme(name)
-        fixed = any(o.group_size for p, o in self.modules.overrides.items() if fnmatchcase(name, p))
+        fixed = any(o.group_size for p, o in self.modules.overrides.items() if fits(name, p))
         if widest is None or fixed or self.budget() is None:
             return widest
         return widest.model_copy(update={"group_size": min(self.group_sizes)})

@@ -5,7 +5,6 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from fnmatch import fnmatchcase
 
 from app.domain.methods import PER_CHANNEL, WeightSpec
 from app.domain.methods.schemes import fits
@@ -120,6 +119,6 @@ def _field_of_group(spec: WeightSpec, name: str) -> str:
     giving = [
         pattern
         for pattern, override in spec.modules.overrides.items()
-        if override.group_size is not None and fnmatchcase(name, pattern)
+        if override.group_size is not None and fits(name, pattern)
     ]
     return f"{RULES}.overrides.{giving[-1]}.group_size" if giving else "quantization.group_size"

@@ -1,7 +1,6 @@
 """Frozen specs: the parameters that every weight quantizer has, and the methods that make quantized weights alone."""
 
 from collections.abc import Iterable
-from fnmatch import fnmatchcase
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
@@ -44,13 +43,13 @@ class WeightSpec(Spec):
         """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
         if any(fits(name, pattern) for pattern in self.modules.ignore):
             return None
-        return self._schemes(o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))[-1]
+        return self._schemes(o for p, o in self.modules.overrides.items() if fits(name, p))[-1]
 
     def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
         """Choices of the budget for the linear of that name: one where its width is given; none if ignored."""
         if self.scheme(name) is None:
             return ()
-        overrides = (o for p, o in self.modules.overrides.items() if fnmatchcase(name, p))
+        overrides = (o for p, o in self.modules.overrides.items() if fits(name, p))
         return tuple(Candidate(scheme) for scheme in self._schemes(overrides))
 
     def schemes(self) -> tuple[tuple[str, Scheme], ...]:

@@ -87,3 +87,10 @@ def test_the_default_keeps_the_head_of_a_part_of_a_larger_model(name: str, kept:
     inputs = {"language_model.model.layers.0.mlp.up_proj": 64, name: 64}
     told = [error.value for error in rule_errors(spec, inputs, head=name, tied=False)]
     assert told == ([] if kept else ["lm_head"])
+
+
+def test_an_override_of_the_head_reaches_that_of_a_part_of_a_larger_model() -> None:
+    spec = RTNSpec(bits=4, modules={"ignore": [], "overrides": {"lm_head": {"bits": 8}}})
+    widths = {name: scheme.bits for name in ("language_model.lm_head", "my_lm_head") if (scheme := spec.scheme(name))}
+    assert widths == {"language_model.lm_head": 8, "my_lm_head": 4}
+    assert [choice.scheme.bits for choice in spec.candidates("language_model.lm_head", 64)] == [8]
