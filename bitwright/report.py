@@ -331,6 +331,11 @@ class Report(ReportPart):
     finetuning: FinetuningReport | None = Field(default=None, description="None where nothing was trained.")
     adapter: AdapterReport | None = Field(default=None, description="None where nothing was trained.")
     size: SizeReport
+    scales_rounded: dict[str, float] = Field(
+        default_factory=dict,
+        description="Formats that store scales in another dtype than they were fitted in, and hold some of them rounded: the "
+        "largest relative error.",
+    )
     seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")
     peak_memory: PeakMemory
     blocks_computed: int = Field(description="Blocks quantized by this attempt.")

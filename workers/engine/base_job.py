@@ -21,13 +21,12 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme
 from app.domain.request.base_job import ADAPTER_FILE, DESCRIPTION, REPORT
-from bitwright.errors import BitwrightError, CorruptCheckpoint, FormatCannotHold
+from bitwright.errors import BitwrightError, CorruptCheckpoint
 from bitwright.report import BaseTraining, BlockReport
 from workers.contracts.results import BlockResult
-from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
+from workers.engine.model.checkpoint import MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
 from workers.engine.model.streamed_model import StreamedModel
 from workers.formats import native
 from workers.formats.stored_linear import StoredLinear
@@ -130,25 +129,6 @@ class BaseJobResult:
         """
         base_job = {block.name: block.linears for block in self.blocks}
         return report.model_copy(update={"linears": base_job.get(report.name, report.linears)})
-
-    def demand_held(self, formats: tuple[ExportFormat, ...], scale_dtype: torch.dtype) -> None:
-        """Before anything is computed: whether the formats, which store `scale_dtype`, hold the scales as they are.
-
-        Raises:
-            FormatCannotHold: a format stores scales in another dtype.
-        """
-        strict = [name for name in formats if FORMATS[name].scales is not ScaleDtype.ANY]
-        for name in sorted(self.linears) if strict else ():
-            source = self.model.names.linear_name(name)
-            scale = self.native.tensors.get(f"{source}.scale")
-            stored = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
-            if stored is not None and stored != scale_dtype:
-                raise FormatCannotHold(
-                    f"{strict[0].value} stores scales as {scale_dtype}; those of the base job are {stored}",
-                    field="formats",
-                    value=strict[0].value,
-                    hint=f"ask for native or merged, or for the formats of the base job, or {HINT}",
-                )
 
     @cached_property
     def _keys(self) -> Mapping[str, list[str]]:

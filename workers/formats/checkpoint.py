@@ -45,6 +45,7 @@ class Layout:
     config         schemes by module name, module names of the other linears -> fields added to config.json
     files          linears and parts by name in the checkpoint -> content of further JSON files, by name
     needs_loader   whether the one-file loader is added
+    loader         that file
     warnings       code and message of requirements for loading
     joins          whether parts of a tensor of the source are put together again, in the source's layout
     """
@@ -57,6 +58,7 @@ class Layout:
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
     warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
     joins: bool = False
+    loader: Path = LOADER
 
 
 def checkpoint_format(
@@ -230,7 +232,7 @@ class CheckpointWriter:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)
         if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes().values()):
-            shutil.copyfile(LOADER, self._folder / LOADER.name)
+            shutil.copyfile(self._layout.loader, self._folder / self._layout.loader.name)
         write_json(self._folder / "config.json", config)
 
     def _schemes(self) -> dict[str, Scheme]:
