@@ -32,6 +32,7 @@ from workers.formats.packed.loading import LOADER, base_of, sections
 from workers.formats.packed.words import parts_of
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.normal_float import codebook
+from workers.numerics.packing import pack_bytes
 from workers.numerics.quantized import CodebookWeight, LinearResult, QuantizedAbsmax
 
 KIND = "nf4"
@@ -47,14 +48,14 @@ def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
         FormatCannotHold: another form or codebook, or blocks that the library does not have.
     """
     weight = _held(name, result)
-    pairs = weight.codes.reshape(-1, 2)
     state: dict[str, object] = {
         "quant_type": KIND,
         "blocksize": weight.group_size,
         "dtype": str(weight.dtype).removeprefix("torch."),
         "shape": list(weight.shape),
     }
-    parts = {"": (pairs[:, :1] << 4) | pairs[:, 1:], ".quant_map": weight.codebook.clone()}
+    octets = pack_bytes(weight.codes.reshape(-1, 2).flip(1), weight.scheme.bits)
+    parts = {"": octets, ".quant_map": weight.codebook.clone()}
     absmax = weight.absmax
     if isinstance(absmax, Tensor):
         parts[".absmax"] = absmax.float().flatten()

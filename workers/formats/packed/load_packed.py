@@ -14,7 +14,7 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
     bitsandbytes    absmax * quant_map[codes]       two codes a byte, the first in its high half; absmax by block, or
                                                     nested_quant_map[absmax] * nested_absmax + offset
 
-Codes are dense, lowest bit first. Widths are in `config.json`, or follow from the shapes.
+Codes are dense, lowest bit first. Widths are in `config.json`.
 """
 
 import json
@@ -105,22 +105,12 @@ def awq(_name: str, parts: dict[str, Tensor], _settings: dict[str, Any]) -> Tens
     return grouped(ordered(parts[".qweight"]), parts[".scales"].float().T, ordered(parts[".qzeros"]).float())
 
 
-def mlx(_name: str, parts: dict[str, Tensor], _settings: dict[str, Any]) -> Tensor:
-    """MLX's words to fp32 (out, in); the width follows from the shapes, since groups have 32 columns or a multiple."""
+def mlx(name: str, parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
+    """MLX's words to fp32 (out, in)."""
     words, scales, biases = parts[".weight"], parts[".scales"], parts[".biases"]
-    bits, columns = width_of(words.shape[1], scales.shape[1])
-    codes = unpack(words, bits, columns).view(*scales.shape, -1).float()
+    bits = settings.get(name, settings)["bits"]
+    codes = unpack(words, bits, words.shape[1] * 32 // bits).view(*scales.shape, -1).float()
     return (codes * scales.float().unsqueeze(-1) + biases.float().unsqueeze(-1)).flatten(1)
-
-
-def width_of(words: int, groups: int) -> tuple[int, int]:
-    """Bits of a code and inputs of a row of so many words and groups."""
-    fitting = [
-        (bits, groups * size) for bits in (2, 3, 4, 5, 6, 8) for size in (32, 64, 128) if groups * size * bits == 32 * words
-    ]
-    if len(fitting) != 1:
-        raise RuntimeError(f"{words} words of {groups} groups")
-    return fitting[0]
 
 
 def nf4(_name: str, parts: dict[str, Tensor], _settings: dict[str, Any]) -> Tensor:

@@ -75,9 +75,7 @@ def whole_zeros(name: str, weight: AffineWeight, export_format: ExportFormat) ->
     return torch.full(weight.scale.shape, 2 ** (weight.scheme.bits - 1), dtype=torch.uint8)
 
 
-def affine_weight(
-    name: str, codes: Tensor, zeros: Tensor, scales: Tensor, stored: StoredLinear
-) -> LinearResult:
+def affine_weight(name: str, codes: Tensor, zeros: Tensor, scales: Tensor, stored: StoredLinear) -> LinearResult:
     """The result of unpacked tensors.
 
     codes    uint8 (out, in)
