@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
-from app.domain.methods import MAX_BITS, MIN_BITS, PER_CHANNEL, Form, Scheme
+from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, PER_CHANNEL, Form, Scheme, SchemeName
 from app.domain.mlx_rules import mlx_refusals
 from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
 
@@ -81,6 +81,7 @@ class FormatInfo:
     always_kept       whether every job writes it, asked for or not
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
+    schemes           schemes by name that it holds
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
     """
 
@@ -105,6 +106,7 @@ class FormatInfo:
     library: str = "transformers"
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
+    schemes: frozenset[SchemeName] = frozenset()
 
     @property
     def is_adapter(self) -> bool:
@@ -128,6 +130,8 @@ class FormatInfo:
 
     def holds(self, scheme: Scheme) -> bool:
         """True if a linear of this scheme is stored exactly."""
+        if scheme.name is not None:
+            return scheme.name in self.schemes
         widths = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
         fits = scheme.group_size == PER_CHANNEL or scheme.group_size % self.group_multiple == 0
         one_of = self.group_sizes is None or scheme.group_size in self.group_sizes
@@ -150,7 +154,7 @@ GPTQMODEL, MLX_LM, BITSANDBYTES = "7.7.0", "0.32.2", "0.50.2"
 
 VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK})
+WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
 
 GPTQ_BITS, MLX_BITS = frozenset({2, 3, 4, 8}), frozenset({2, 3, 4, 5, 6, 8})
 MARLIN_GROUPS = frozenset({PER_CHANNEL, 32, 64, 128})
@@ -179,6 +183,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.OFFSETS}),
             offsets=Offsets.EXACT,
+            schemes=ALL_SCHEMES,
             always_kept=True,
             library="bitwright",
             runtimes=(
@@ -188,6 +193,7 @@ class ExportFormat(StrEnum):
                     ALL_BITS,
                     note="through the loader in the artifact",
                     version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
                 ),
             ),
         ),
@@ -259,10 +265,20 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.CODEBOOK, Result.SUMS}),
             offsets=Offsets.EXACT,
+            schemes=ALL_SCHEMES,
             dense=True,
             runtimes=(
-                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained", version=TRANSFORMERS),
-                RuntimeSupport("vllm", Support.TESTED, ALL_BITS, note="as the original", version=VLLM_CPU),
+                RuntimeSupport(
+                    "transformers",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="from_pretrained",
+                    version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
+                ),
+                RuntimeSupport(
+                    "vllm", Support.TESTED, ALL_BITS, note="as the original", version=VLLM_CPU, schemes=ALL_SCHEMES
+                ),
             ),
         ),
     )
@@ -277,6 +293,7 @@ class ExportFormat(StrEnum):
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.FACTORS}),
+            schemes=ALL_SCHEMES,
             library="peft",
             runtimes=(
                 RuntimeSupport(

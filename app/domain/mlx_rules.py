@@ -5,16 +5,15 @@ Read in mlx-lm 0.32.2, `mlx_lm/models` and `MODEL_REMAPPING` of `mlx_lm/utils.py
 
 from collections.abc import Mapping
 
-TYPES = frozenset(
-    (
-        "apertus cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4 falcon_h1 falcon_mamba gemma gemma2 "
-        "gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj "
-        "granite granitemoe granitemoehybrid helium hunyuan_v1_dense jamba lfm2 lfm2_moe llama llama4 llama4_text mamba "
-        "mamba2 minimax minimax_m2 ministral3 mistral mistral3 mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe phi phi3 "
-        "phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_moe qwen3_next qwen3_vl seed_oss smollm3 "
-        "stablelm starcoder2"
-    ).split()
-)
+NAMES = """
+apertus cohere cohere2 deepseek_v2 deepseek_v3 ernie4_5 ernie4_5_moe exaone4 falcon_h1 falcon_mamba gemma gemma2
+gemma3 gemma3_text gemma4 gemma4_text glm glm4 glm4_moe glm4_moe_lite gpt2 gpt_bigcode gpt_neox gpt_oss gptj
+granite granitemoe granitemoehybrid helium hunyuan_v1_dense jamba lfm2 lfm2_moe llama llama4 llama4_text mamba
+mamba2 minimax minimax_m2 ministral3 mistral mistral3 mixtral nemotron nemotron_h olmo olmo2 olmo3 olmoe phi
+phi3 phimoe qwen2 qwen2_5_vl qwen2_moe qwen2_vl qwen3 qwen3_5 qwen3_5_moe qwen3_moe qwen3_next qwen3_vl seed_oss
+smollm3 stablelm starcoder2
+"""
+TYPES = frozenset(NAMES.split())
 """`model_type`s that mlx-lm builds, of those that are accepted here."""
 
 

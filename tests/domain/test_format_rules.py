@@ -16,7 +16,7 @@ GPTQ, GPTQ_V2, AWQ, MLX, BITSANDBYTES = (
     ExportFormat(name) for name in ("gptq", "gptq-v2", "awq", "mlx", "bitsandbytes")
 )
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
-AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK})
+AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
 
 
 @pytest.mark.parametrize("inputs", [16, 31, 33, 48, 80, 1000])

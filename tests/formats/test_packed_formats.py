@@ -261,8 +261,8 @@ def test_a_scale_of_another_dtype_is_refused_and_never_rounded(name: ExportForma
     compress = format_of(name).compress
     assert compress is not None
     weight = random_result((32, 64), scheme(4, 32, True), BF16).affine
+    other = AffineWeight(weight.codes, weight.scale.float(), None, weight.scheme, BF16)
     with pytest.raises(FormatCannotHold, match="rounding them would change the weights"):
-        other = AffineWeight(weight.codes, weight.scale.float(), None, weight.scheme, BF16)
         compress("x", LinearResult(other))
 
 

@@ -4,11 +4,9 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import dishonoured_rank
-from app.domain.formats import ExportFormat
 from app.domain.inputs.quantized.registry import quantized_warning
 from app.domain.workload import ModelSize, has_reference, readers_of
 from bitwright.errors import FormatCannotHold, InternalError

@@ -83,8 +83,8 @@ def scale_dtype_of(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> tor
 
     dtype   the model's
 
-    Of bf16 and fp16 together it is bf16, whose numbers from 2^-17 on are fp16's, too; what lies below is rounded at the export
-    (`workers.engine.stored_scales`). Of fp32 and fp16 it is fp16.
+    Of bf16 and fp16 together it is bf16, whose numbers from 2^-17 on are fp16's, too; what lies below is rounded at the
+    export (`workers.engine.stored_scales`). Of fp32 and fp16 it is fp16.
     """
     wanted = {FORMATS[name].scales for name in formats}
     if wanted >= {ScaleDtype.MODEL, ScaleDtype.FLOAT16}:
@@ -111,4 +111,4 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     inputs = {name: linear.in_features for name, linear in model.linears().items()}
     for error in rule_errors(spec, inputs, head=model.layout.head, tied=model.tied):
         raise error
-    return {name: scheme for name in inputs if (scheme := spec.scheme(name)) is not None}
+    return {name: scheme for name in inputs if (scheme := spec.scheme_of(name)) is not None}

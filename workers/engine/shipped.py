@@ -6,8 +6,9 @@ Checkpoints of a job need not stand for the same numbers, so there may be severa
     beside    W_hat, and the adapter beside it: factors as stock peft adds them, others as their own loader does
     base      W_hat alone
 
-GGUF and MLX have offsets of 16 bits in place of zero points, so that their W_hat may be others. Each is measured once: the evaluation
-text goes through all blocks again with weights that are made of the finished blocks as the export makes them.
+GGUF and MLX have offsets of 16 bits in place of zero points, so that their W_hat may be others. Each is measured once:
+the evaluation text goes through all blocks again with weights that are made of the finished blocks as the export makes
+them.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence

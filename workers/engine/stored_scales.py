@@ -1,8 +1,8 @@
-"""Scales as each format of a job stores them: fitted once, and rounded here, never by a format, where one has another dtype.
+"""Scales as each format of a job stores them: fitted once, and rounded here where one has another dtype.
 
-A job's scales are fitted on the grid of the strictest of its formats (`workers.engine.plan.scale_dtype_of`): bf16's, where
-the model's dtype is that and another format has fp16, since fp16 holds eight significant bits exactly from 2^-17 on. What is
-left to round is counted for each format, and told.
+A job's scales are fitted on the grid of the strictest of its formats (`workers.engine.plan.scale_dtype_of`): bf16's,
+where the model's dtype is that and another format has fp16, since fp16 holds eight significant bits exactly from 2^-17
+on. What is left to round is counted for each format, and told.
 """
 
 import math

@@ -2,8 +2,8 @@
 
     name.qweight, name.qzeros, name.scales    `workers.formats.packed.words`
 
-A symmetric weight is stored with the zero point 8 and says so like any other: GPTQModel, which transformers reads AWQ with,
-has no form without. config.json has one group size for the whole model.
+A symmetric weight is stored with the zero point 8 and says so like any other: GPTQModel, which transformers reads AWQ
+with, has no form without. config.json has one group size for the whole model.
 """
 
 from collections.abc import Collection, Mapping

@@ -1,7 +1,7 @@
 """The `gptq` format: GPTQ's words with zero points in their first form, for symmetric weights.
 
-`workers.formats.packed.gptq_words` has the tensors. Every reader of GPTQ takes this form; vLLM reads of it symmetric weights
-of 4 and 8 bits.
+`workers.formats.packed.gptq_words` has the tensors. Every reader of GPTQ takes this form; vLLM reads of it symmetric
+weights of 4 and 8 bits.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """The `gptq-v2` format: GPTQ's words with zero points as they are, for weights of either symmetry.
 
-`workers.formats.packed.gptq_words` has the tensors. GPTQModel and transformers read it (checkpoint_format gptq_v2); vLLM symmetric weights
-of 4 and 8 bits.
+`workers.formats.packed.gptq_words` has the tensors. GPTQModel and transformers read it (checkpoint_format gptq_v2);
+vLLM symmetric weights of 4 and 8 bits.
 """
 
 from collections.abc import Mapping

@@ -11,8 +11,9 @@ from workers.numerics.quantized import AffineWeight
 def rescaled(weight: AffineWeight, dtype: torch.dtype) -> tuple[AffineWeight, float]:
     """The weight with its scales rounded to `dtype`, and the largest relative error of one.
 
-    The error of a scale below the smallest normal number of `dtype` is relative to that number. bf16's eight significant bits
-    are exact in fp16 from 2^-17 to its largest number. The error is infinite where a scale is beyond `dtype`.
+    The error of a scale below the smallest normal number of `dtype` is relative to that number. bf16's eight
+    significant bits are exact in fp16 from 2^-17 to its largest number. The error is infinite where a scale is beyond
+    `dtype`.
     """
     if weight.scale.dtype == dtype:
         return weight, 0.0

@@ -158,7 +158,8 @@ def test_vllm_computes_what_transformers_computes(tmp_path: Path, name: str) -> 
     (folder,) = folders.values()
     prompt = prompt_of(folder)
     answer = in_vllm(folder, None, prompt, tmp_path)
-    # Stock transformers reads GPTQ and AWQ by packages that are not here: the same job's native checkpoint stands for them.
+    # Stock transformers reads GPTQ and AWQ by packages that are not here: the same job's native checkpoint stands for
+    # them.
     stock = folder.name not in ("gptq", "awq")
     model = AutoModelForCausalLM.from_pretrained(folder) if stock else loader(native).load(native)
     assert_same_model(answer, model, name, prompt)

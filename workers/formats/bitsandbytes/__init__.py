@@ -1,4 +1,4 @@
-"""The `bitsandbytes` format: four-bit NormalFloat; see `workers.formats.bitsandbytes.checkpoint`."""
+"""The `bitsandbytes` format: four-bit NormalFloat; see its `checkpoint`."""
 
 from workers.formats.bitsandbytes.checkpoint import FORMAT
 

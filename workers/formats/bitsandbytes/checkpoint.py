@@ -10,9 +10,10 @@
     W_hat = absmax * quant_map[code]         absmax of a block; or nested_quant_map[code] * nested_absmax + offset
 
 Blocks go row after row; they are our groups, since those divide rows. The codebook is the library's own 16 numbers. Its
-second level looks codes up in a table of any 256 numbers: ours are code / (2^b1 - 1). Both are the same numbers, but the
-library multiplies table and scale where `QuantizedAbsmax` multiplies code and scale first: the last bit of an absmax in fp32
-may differ, which in 16 bits is a weight in some ten thousand, by its last bit. Absmax that are plain numbers are exact.
+second level looks codes up in a table of any 256 numbers: ours are code / (2^b1 - 1). Both are the same numbers, but
+the library multiplies table and scale where `QuantizedAbsmax` multiplies code and scale first: the last bit of an
+absmax in fp32 may differ, which in 16 bits is a weight in some ten thousand, by its last bit. Absmax that are plain
+numbers are exact.
 
 Read in bitsandbytes 0.50.2 (`functional.py`, `QuantState`).
 """

@@ -7,11 +7,11 @@
     W_hat = scales * codes + biases
 
 b is 2, 3, 4, 5, 6 or 8 and g is 32, 64 or 128. A bias of a symmetric weight is scale * 2^(b-1), which is exact; one of
-another zero point is rounded to the model's dtype once, as a fractional offset is, and the distance that this moves weights
-is told. MLX computes in the dtype of its inputs: it rounds the product before it adds the bias.
+another zero point is rounded to the model's dtype once, as a fractional offset is, and the distance that this moves
+weights is told. MLX computes in the dtype of its inputs: it rounds the product before it adds the bias.
 
-config.json has `quantization`: the most usual scheme, and those of linears that differ by their names. Read in mlx-lm 0.32.2
-(`utils.py`, `load_model`), which sees what is not quantized by the scales that are not there.
+config.json has `quantization`: the most usual scheme, and those of linears that differ by their names. Read in mlx-lm
+0.32.2 (`utils.py`, `load_model`), which sees what is not quantized by the scales that are not there.
 """
 
 from collections import Counter
@@ -77,6 +77,15 @@ def held(name: str, weight: AffineWeight) -> AffineWeight:
     return replace(weight, zero_point=None, offset=_biases(name, weight))
 
 
+def moved(name: str, result: LinearResult) -> float:
+    """The most by which rounding a bias moves a group's weights, in steps of its scale."""
+    weight = result.affine
+    if weight.scheme.symmetric:
+        return 0.0
+    exact = _exact(weight)
+    return float(((_biases(name, weight).float() - exact).abs() / weight.scale.float().abs()).nan_to_num(0.0).max())
+
+
 def config(schemes: Mapping[str, Scheme], _ignored: Collection[str]) -> dict[str, object]:
     """The `quantization` of config.json; `schemes` of every quantized linear by module name."""
     usual = Counter(schemes.values()).most_common(1)[0][0]
@@ -90,16 +99,19 @@ def _settings(scheme: Scheme) -> dict[str, object]:
 
 def _biases(name: str, weight: AffineWeight) -> Tensor:
     """In the model's dtype, (out, groups)."""
-    if weight.offset is not None:
-        exact = weight.offset.float()
-    else:
-        middle = 2.0 ** (weight.scheme.bits - 1)
-        exact = -weight.scale.float() * (middle if weight.zero_point is None else weight.zero_point.float())
-    biases = exact.to(weight.dtype)
+    biases = _exact(weight).to(weight.dtype)
     if not torch.isfinite(biases).all():
         hint = 'ask for formats: ["compressed-tensors"] or ["native"]'
         raise FormatCannotHold(f"a bias is beyond what {weight.dtype} holds", field=name, hint=hint)
     return biases
+
+
+def _exact(weight: AffineWeight) -> Tensor:
+    """Biases before they are rounded, fp32 (out, groups)."""
+    if weight.offset is not None:
+        return weight.offset.float()
+    middle = 2.0 ** (weight.scheme.bits - 1)
+    return -weight.scale.float() * (middle if weight.zero_point is None else weight.zero_point.float())
 
 
 FORMAT = replace(
@@ -108,6 +120,7 @@ FORMAT = replace(
             compress,
             config=lambda targets, ignored: {"quantization": config(targets, ignored)},
             needs_loader=lambda _schemes: True,
+            moved=moved,
             loader=LOADER,
         ),
         sections(ExportFormat.MLX),

@@ -3,12 +3,12 @@
     name.qweight, name.qzeros, name.scales    `workers.formats.packed.words`
     name.g_idx                                int32 (in)   group of each input, in order
 
-The first form (checkpoint_format gptq) stores zero points less one, and readers add it to whole words: a zero point of 0
-would borrow from its neighbour. So the first form is written for symmetric weights alone, and `gptq_v2` for any.
+The first form (checkpoint_format gptq) stores zero points less one, and readers add it to whole words: a zero point of
+0 would borrow from its neighbour. So the first form is written for symmetric weights alone, and `gptq_v2` for any.
 
 One scheme is the checkpoint's; linears of others, and those that stay as they are, are named by patterns (`dynamic`),
-which GPTQModel and vLLM match from the start of a module's name. vLLM asks for the name of what it fuses, so that goes into
-a pattern with its parts.
+which GPTQModel and vLLM match from the start of a module's name. vLLM asks for the name of what it fuses, so that goes
+into a pattern with its parts.
 """
 
 from collections import Counter

@@ -7,8 +7,8 @@ or, to see only the weights:    python load_packed.py path/to/checkpoint
 
 A quantized linear stands for the weight below, computed in fp32 and rounded once to the model's dtype:
 
-    gptq            scales * (codes - zeros)        qweight int32 (inputs packed, out), qzeros int32 (groups, out packed),
-                                                    scales (groups, out); checkpoint_format gptq has zeros less one
+    gptq            scales * (codes - zeros)        qweight int32 (inputs packed, out), qzeros (groups, out
+                                                    packed), scales (groups, out); in gptq's first form zeros less one
     awq             scales * (codes - zeros)        qweight int32 (in, out packed), in the order 0 2 4 6 1 3 5 7
     mlx             scales * codes + biases         weight uint32 (out, inputs packed), scales and biases (out, groups)
     bitsandbytes    absmax * quant_map[codes]       two codes a byte, the first in its high half; absmax by block, or

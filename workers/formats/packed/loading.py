@@ -1,4 +1,4 @@
-"""The section "Load" of cards of packed formats whose stock readers are other packages: the loader beside, then those."""
+"""The section "Load" of packed formats that other packages read: by the loader beside the files, then by those."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path

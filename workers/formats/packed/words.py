@@ -7,8 +7,8 @@
 
     W_hat = scales * (codes - zeros)
 
-Read in GPTQModel 7.7 (`nn_modules/qlinear`) and vLLM 0.32 (`auto_gptq.py`, `auto_awq.py`). A symmetric weight's zero point
-is 2^(b-1), and stands in the file like any other.
+Read in GPTQModel 7.7 (`nn_modules/qlinear`) and vLLM 0.32 (`auto_gptq.py`, `auto_awq.py`). A symmetric weight's zero
+point is 2^(b-1), and stands in the file like any other.
 """
 
 from collections.abc import Mapping
@@ -50,7 +50,8 @@ def affine_alone(name: str, result: LinearResult, export_format: ExportFormat, s
         raise FormatCannotHold(detail, field=name, value=weight.shape, hint="add it to modules.ignore")
     if weight.scale.dtype != scale:
         raise FormatCannotHold(
-            f"{title} stores scales as {scale}; these are {weight.scale.dtype}, and rounding them would change the weights",
+            f"{title} stores scales as {scale}; these are {weight.scale.dtype}, and rounding them would change the "
+            "weights",
             field=name,
             value=str(weight.scale.dtype),
             hint="quantize again with this format among the job's formats",
