@@ -335,8 +335,8 @@ class Report(ReportPart):
     adapter: AdapterReport | None = Field(default=None, description="None where nothing was trained.")
     size: SizeReport
     scales_rounded: dict[str, float] = Field(
-        default_factory=dict, description="Formats that store scales in another dtype than they were fitted in, and hold
-        some of them rounded: the "
+        default_factory=dict,
+        description="Formats that store scales in another dtype than they were fitted in, and had to round some: the "
         "largest relative error.",
     )
     seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")

@@ -47,7 +47,7 @@ class Layout:
     needs_loader   whether the one-file loader is added
     loader         that file
     warnings       code and message of requirements for loading
-    moved          name of a linear, its result -> how far rounding what stands in place of zero points moves weights, at
+    moved          name of a linear, its result -> how far rounding what stands for zero points moves weights, at
                    most, in steps of a scale; 0 where nothing is rounded
     joins          whether parts of a tensor of the source are put together again, in the source's layout
     """
