@@ -324,6 +324,11 @@ class Report(ReportPart):
     )
     head: LinearReport | None = Field(default=None, description="The output head, where it was quantized.")
     base_job: BaseJobReport | None = Field(default=None, description="None if this job quantized the model itself.")
+    exported_from: str | None = Field(
+        default=None,
+        description="Id of the job that made the result, where this one only wrote it in other formats: all figures are "
+        "of that one, but for time and memory.",
+    )
     blocks: tuple[BlockReport, ...] = Field(
         description="As they were quantized, before scales were tuned together. With `base_job`, its errors of linears."
     )

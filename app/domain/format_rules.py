@@ -71,6 +71,28 @@ def format_problems(
     return problems
 
 
+def stored_problems(
+    spec: WeightSpec, formats: tuple[ExportFormat, ...], schemes: Collection[Scheme], forms: frozenset[Form]
+) -> list[FieldProblem]:
+    """Everything in a result that one of `formats` cannot hold, by its linears' own schemes and forms.
+
+    The problems name the format.
+    """
+    problems = []
+    for index, name in enumerate(formats):
+        details = [_form_refusal(spec, name, formats, forms)]
+        ordered = sorted(schemes, key=str)
+        details += [one.detail for scheme in ordered for one in _scheme_problems(name, "", scheme, (), forms)[:1]]
+        if name.info.uniform and len(schemes) > 1:
+            details.append(_mixed(name, schemes, forms))
+        found = dict.fromkeys(detail for detail in details if detail is not None)
+        problems += [
+            FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
+            for detail in found
+        ]
+    return problems
+
+
 def model_problems(
     formats: tuple[ExportFormat, ...],
     model_type: str,
@@ -136,11 +158,15 @@ def _uniform_problems(index: int, name: ExportFormat, spec: WeightSpec) -> list[
     schemes = {scheme for _, scheme in spec.schemes()}
     if not name.info.uniform or len(schemes) < 2:
         return []
-    detail = (
-        f"{name.value} says one scheme for all linears of a model, and these have {len(schemes)}; leave out "
-        f"quantization.modules.overrides, or ask for formats: {_able(schemes, spec.forms())}"
-    )
+    detail = _mixed(name, schemes, spec.forms())
     return [FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)]
+
+
+def _mixed(name: ExportFormat, schemes: Collection[Scheme], forms: frozenset[Form]) -> str:
+    return (
+        f"{name.value} says one scheme for all linears of a model, and these have {len(schemes)}; ask for formats: "
+        f"{_able(schemes, forms)}"
+    )
 
 
 def _able(schemes: Collection[Scheme], forms: frozenset[Form]) -> str:

@@ -65,9 +65,9 @@ class BaseJobResult:
         Raises:
             CorruptCheckpoint: files are missing or contradict each other, or the model has changed since.
         """
-        with _of_the_base():
-            checkpoint = Checkpoint(folder / "native", {}, _tensors(folder / "native"))
-            stored = _described(folder / "native" / DESCRIPTION)
+        with of_the_base():
+            checkpoint = Checkpoint(folder / "native", {}, native_tensors(folder / "native"))
+            stored = described(folder / "native" / DESCRIPTION)
             names = {model.names.linear_name(name): name for name in quantized}
             if names.keys() != stored.keys():
                 other = min(names.keys() ^ stored.keys())
@@ -102,7 +102,7 @@ class BaseJobResult:
             CorruptCheckpoint: tensors are missing or do not fit.
         """
         prefix = self.model.layout.block(index) + "."
-        with _of_the_base():
+        with of_the_base():
             linears = {n.removeprefix(prefix): self.linear(n) for n in self.linears if n.startswith(prefix)}
             changed = {
                 name.removeprefix(prefix): self.native.read(source).clone()
@@ -114,7 +114,7 @@ class BaseJobResult:
     def linear(self, name: str) -> LinearResult:
         """One quantized linear by its full name, on the host, without factors that its adapter has taken over."""
         source = self.model.names.linear_name(name)
-        with _of_the_base():
+        with of_the_base():
             tensors = {key: self.native.read(key) for key in self._keys.get(source, ())}
             result = native.decompress(source, tensors, self.linears[name])
             linear = self.model.model.get_submodule(name)
@@ -160,7 +160,7 @@ class BaseJobResult:
 
 
 @contextmanager
-def _of_the_base() -> Iterator[None]:
+def of_the_base() -> Iterator[None]:
     """Names the request's field `base_job` in errors about the base job's files."""
     try:
         yield
@@ -169,7 +169,7 @@ def _of_the_base() -> Iterator[None]:
         raise
 
 
-def _tensors(folder: Path) -> dict[str, StoredTensor]:
+def native_tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("weights*.safetensors")):
         for name, tensor in read_tensors(file).items():
@@ -179,7 +179,7 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _described(file: Path) -> dict[str, StoredLinear]:
+def described(file: Path) -> dict[str, StoredLinear]:
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise CorruptCheckpoint(f"{file.name} is larger than {MAX_JSON_BYTES} bytes")

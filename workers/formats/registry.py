@@ -57,10 +57,11 @@ def open_writer(
     *,
     identity: Identity | None = None,
     shard_bytes: int = SHARD_BYTES,
+    held_bytes: int = HELD_BYTES,
 ) -> Writer:
     """The writer of one checkpoint; `formats` are all of its job's."""
     base = partial(adapter_base, formats)
-    return format_of(name).open(folder, Opening(name, source, formats, base, identity, shard_bytes))
+    return format_of(name).open(folder, Opening(name, source, formats, base, identity, shard_bytes, held_bytes))
 
 
 def open_part_writers(
