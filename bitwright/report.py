@@ -326,8 +326,8 @@ class Report(ReportPart):
     base_job: BaseJobReport | None = Field(default=None, description="None if this job quantized the model itself.")
     exported_from: str | None = Field(
         default=None,
-        description="Id of the job that made the result, where this one only wrote it in other formats: all figures are "
-        "of that one, but for time and memory.",
+        description="Id of the job that made the result, where this one only wrote it in other formats: all figures "
+        "are of that one, but for time and memory.",
     )
     blocks: tuple[BlockReport, ...] = Field(
         description="As they were quantized, before scales were tuned together. With `base_job`, its errors of linears."

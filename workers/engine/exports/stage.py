@@ -1,7 +1,7 @@
 """The whole of an export: every linear once from the native checkpoint to each writer, the rest copied as it is.
 
-Memory: a linear at a time, and what each writer holds of a shard (`HELD_BYTES`). Disk: the native checkpoint, which is
-a link to the store's files where that is possible, and the new ones. An attempt begins anew: a linear takes
+Memory: a linear at a time, and what all writers hold of a shard together (`HELD_BYTES`). Disk: the native checkpoint,
+which is a link to the store's files where that is possible, and the new ones. An attempt begins anew: a linear takes
 milliseconds.
 """
 
@@ -25,10 +25,9 @@ from workers.engine.stored_scales import StoredScales
 from workers.formats.cards.identity import Identity
 from workers.formats.format import Writer
 from workers.formats.registry import check_model, open_writer
+from workers.formats.shards import HELD_BYTES
 
 OUTPUT = "output"
-HELD_BYTES = 64 * 1024**2
-"""Bytes of a shard that a writer holds before it writes it as it grows."""
 EVERY = 16
 """Linears between two words on progress."""
 
@@ -53,7 +52,12 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
     identity = Identity.of(before)
     writers = {
         name: open_writer(
-            workspace / OUTPUT / name.value, name, source, formats, identity=identity, held_bytes=HELD_BYTES
+            workspace / OUTPUT / name.value,
+            name,
+            source,
+            formats,
+            identity=identity,
+            held_bytes=HELD_BYTES // len(formats),
         )
         for name in formats
     }
