@@ -324,6 +324,11 @@ class Report(ReportPart):
     )
     head: LinearReport | None = Field(default=None, description="The output head, where it was quantized.")
     base_job: BaseJobReport | None = Field(default=None, description="None if this job quantized the model itself.")
+    exported_from: str | None = Field(
+        default=None,
+        description="Id of the job that made the result, where this one only wrote it in other formats: all figures "
+        "are of that one, but for time and memory.",
+    )
     blocks: tuple[BlockReport, ...] = Field(
         description="As they were quantized, before scales were tuned together. With `base_job`, its errors of linears."
     )
@@ -334,6 +339,11 @@ class Report(ReportPart):
     finetuning: FinetuningReport | None = Field(default=None, description="None where nothing was trained.")
     adapter: AdapterReport | None = Field(default=None, description="None where nothing was trained.")
     size: SizeReport
+    scales_rounded: dict[str, float] = Field(
+        default_factory=dict,
+        description="Formats that store scales in another dtype than they were fitted in, and had to round some: the "
+        "largest relative error.",
+    )
     seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")
     peak_memory: PeakMemory
     blocks_computed: int = Field(description="Blocks quantized by this attempt.")

@@ -104,11 +104,13 @@ def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: 
         misshapen = shape_errors(spec, adapter, dimensions.linears())
         problems += [problem_of(error, error.field or "adapter") for error in misshapen]
     quantized = {name: width for name, width in inputs.items() if spec.scheme_of(name) is not None}
-    return problems + model_problems(request.formats, dimensions.architecture.model_type, quantized, inspection.config)
+    outputs = {name: rows for name, (rows, _) in dimensions.linears().items() if name in quantized}
+    kind = dimensions.architecture.model_type
+    return problems + model_problems(request.formats, kind, quantized, inspection.config, outputs)
 
 
 def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
-    spec, inputs = request.quantization, dict[str, int]()
+    spec, inputs, outputs = request.quantization, dict[str, int](), dict[str, int]()
     problems = without_model_problems(request)
     if inspection.tensors:
         errors = target_errors(inspection.tensors, inspection.config, spec)
@@ -116,8 +118,9 @@ def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[
         if not errors:
             found = weight_targets(inspection.tensors, inspection.config, spec)
             inputs = {target.name: target.shape[1] for target in found.linears}
+            outputs = {target.name: target.shape[0] for target in found.linears}
     kind = str(inspection.config.get("model_type"))
-    return problems + model_problems(request.formats, kind, inputs, inspection.config)
+    return problems + model_problems(request.formats, kind, inputs, inspection.config, outputs)
 
 
 def without_model_problems(request: JobRequest) -> list[FieldProblem]:
@@ -132,7 +135,7 @@ def without_model_problems(request: JobRequest) -> list[FieldProblem]:
             problems.append(FieldProblem(field=name, code="conflicting_fields", detail=detail))
     for index, name in enumerate(request.formats):
         if name.info.architectures is not None or name.info.is_adapter:
-            detail = f"{name.value} is written from a model; ask for native, merged or compressed-tensors"
+            detail = f"{name.value} is written from a model; ask for native, merged or another packed format"
             problems.append(
                 FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
             )

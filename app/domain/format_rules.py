@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
+from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result
 from app.domain.inputs.architectures import ARCHITECTURES
 from app.domain.methods import METHODS, PER_CHANNEL, Form, Scheme, WeightSpec
 from bitwright.errors import FieldProblem
@@ -24,8 +24,13 @@ def stored_formats(asked: Iterable[ExportFormat]) -> tuple[ExportFormat, ...]:
 
 
 def rounds_offsets(formats: Iterable[ExportFormat]) -> tuple[ExportFormat, ...]:
-    """Those of the formats that store offsets, and zero points as offsets, rounded to fp16."""
-    return tuple(name for name in formats if name.info.offsets is Offsets.FLOAT16)
+    """Those of the formats that store offsets, and zero points as offsets, rounded to 16 bits."""
+    return tuple(name for name in formats if name.info.offsets in (Offsets.FLOAT16, Offsets.MODEL))
+
+
+def halves_offsets(formats: Iterable[ExportFormat]) -> bool:
+    """True if an adapter's fold is rounded to fp16 for all formats, since one of them would do it alone."""
+    return any(name.info.offsets is Offsets.FLOAT16 for name in formats)
 
 
 KEPT = stored_formats(())[0].value
@@ -60,9 +65,32 @@ def format_problems(
                 FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
             )
         for pattern, scheme in spec.schemes():
-            of_scheme = _scheme_problems(name, pattern, scheme, spec.symmetries())
+            of_scheme = _scheme_problems(name, pattern, scheme, spec.symmetries(), forms)
             problems += [problem for problem in of_scheme if problem not in problems]
-    return problems + _scale_problems(formats)
+        problems += _uniform_problems(index, name, spec)
+    return problems
+
+
+def stored_problems(
+    spec: WeightSpec, formats: tuple[ExportFormat, ...], schemes: Collection[Scheme], forms: frozenset[Form]
+) -> list[FieldProblem]:
+    """Everything in a result that one of `formats` cannot hold, by its linears' own schemes and forms.
+
+    The problems name the format.
+    """
+    problems = []
+    for index, name in enumerate(formats):
+        details = [_form_refusal(spec, name, formats, forms)]
+        ordered = sorted(schemes, key=str)
+        details += [one.detail for scheme in ordered for one in _scheme_problems(name, "", scheme, (), forms)[:1]]
+        if name.info.uniform and len(schemes) > 1:
+            details.append(_mixed(name, schemes, forms))
+        found = dict.fromkeys(detail for detail in details if detail is not None)
+        problems += [
+            FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
+            for detail in found
+        ]
+    return problems
 
 
 def model_problems(
@@ -70,12 +98,14 @@ def model_problems(
     model_type: str,
     inputs: Mapping[str, int],
     config: Mapping[str, object] | None = None,
+    outputs: Mapping[str, int] | None = None,
 ) -> list[FieldProblem]:
     """Everything about a model that one of `formats` cannot hold.
 
     model_type   of its config.json
     inputs       in_features of every linear that is to be quantized, by full name
     config       its config.json, decoded
+    outputs      out_features of the same linears, as far as they are known
     """
     problems = []
     for index, name in enumerate(formats):
@@ -90,6 +120,13 @@ def model_problems(
                     "inputs: add it to modules.ignore"
                 )
                 break
+        for linear, rows in (outputs or {}).items():
+            if rows % info.output_multiple:
+                details.append(
+                    f"{name.value} packs outputs in words, {info.output_multiple} at a time; {linear} has {rows} "
+                    "outputs: add it to modules.ignore"
+                )
+                break
         if info.model_check is not None and config is not None:
             details += info.model_check(model_type, config)
         problems += [
@@ -102,31 +139,45 @@ def model_problems(
 def _type_refusals(name: ExportFormat, model_type: str) -> list[str]:
     """The reason why checkpoints of this format do not load for a type of model, and the formats that do."""
     accepted = ARCHITECTURES.get(model_type)
-    if accepted is None or name.value not in accepted.refusals:
+    reason = None if accepted is None else _refused_as(name, accepted.refusals)
+    if accepted is None or reason is None:
         return []
-    rows = {f.value: info for f, info in FORMATS.items() if f.value not in accepted.refusals and not info.is_adapter}
-    others = [f for f, info in rows.items() if info.architectures is None or model_type in info.architectures]
-    return [f"{name.value}: {accepted.refusals[name.value]}; ask for {' or '.join(others)}"]
+    rows = {f: info for f, info in FORMATS.items() if not _refused_as(f, accepted.refusals) and not info.is_adapter}
+    others = [f.value for f, info in rows.items() if info.architectures is None or model_type in info.architectures]
+    return [f"{name.value}: {reason}; ask for {' or '.join(others)}"]
 
 
-def _scale_problems(formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
-    """A format whose scales have another dtype than those of the formats before it."""
-    first: ExportFormat | None = None
-    problems = []
-    for index, name in enumerate(formats):
-        scales = FORMATS[name].scales
-        if scales is ScaleDtype.ANY:
-            continue
-        if first is not None and scales is not FORMATS[first].scales:
-            detail = (
-                f"{name.value} stores scales as {scales.value}, {first.value} as {FORMATS[first].scales.value}, and "
-                "neither rounds them; make a job for each"
-            )
-            problems.append(
-                FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
-            )
-        first = first or name
-    return problems
+def _refused_as(name: ExportFormat, refusals: Mapping[str, str]) -> str | None:
+    """The reason for a format among those that were tried: what packs linears under their own names has that of
+    compressed-tensors."""
+    return refusals.get(name.value, refusals.get(ExportFormat.COMPRESSED_TENSORS) if name.info.by_name else None)
+
+
+def _uniform_problems(index: int, name: ExportFormat, spec: WeightSpec) -> list[FieldProblem]:
+    """The reason why a format that says one scheme for the whole model cannot hold this one's."""
+    schemes = {scheme for _, scheme in spec.schemes()}
+    if not name.info.uniform or len(schemes) < 2:
+        return []
+    detail = _mixed(name, schemes, spec.forms())
+    return [FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)]
+
+
+def _mixed(name: ExportFormat, schemes: Collection[Scheme], forms: frozenset[Form]) -> str:
+    return (
+        f"{name.value} says one scheme for all linears of a model, and these have {len(schemes)}; ask for formats: "
+        f"{_able(schemes, forms)}"
+    )
+
+
+def _able(schemes: Collection[Scheme], forms: frozenset[Form]) -> str:
+    """The formats that hold linears of all these schemes with their codes, as they stand in a request."""
+    rows = [
+        name.value
+        for name, info in FORMATS.items()
+        if not info.dense and not info.is_adapter and not info.always_kept and not (info.uniform and len(schemes) > 1)
+        if forms - {Form.LOW_RANK} <= info.kinds and all(info.holds(scheme) for scheme in schemes)
+    ]
+    return " or ".join(f'["{row}"]' for row in [*rows, KEPT])
 
 
 def _form_refusal(
@@ -155,10 +206,10 @@ def _form_refusal(
 
 
 def _scheme_problems(
-    name: ExportFormat, pattern: str, scheme: Scheme, symmetries: Collection[bool]
+    name: ExportFormat, pattern: str, scheme: Scheme, symmetries: Collection[bool], forms: frozenset[Form]
 ) -> list[FieldProblem]:
     """Reasons why a format cannot hold linears of a scheme; `symmetries` are those that the method takes."""
-    info = name.info
+    info, able = name.info, _able([scheme], forms)
     where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
     problems = []
     if scheme.name is not None:
@@ -170,26 +221,35 @@ def _scheme_problems(
     if scheme.group_size != PER_CHANNEL and scheme.group_size % info.group_multiple:
         detail = (
             f"{name.value} holds groups of multiples of {info.group_multiple}, or -1; not {scheme.group_size}; change "
-            f'group_size, or ask for formats: ["{KEPT}"]'
+            f"group_size, or ask for formats: {able}"
+        )
+        problems.append(
+            FieldProblem(field=where + "group_size", code="format_cannot_hold", detail=detail, value=scheme.group_size)
+        )
+    elif info.group_sizes is not None and scheme.group_size not in info.group_sizes:
+        sizes = ", ".join(map(str, sorted(info.group_sizes)))
+        detail = (
+            f"{name.value} holds groups of {sizes}, not {scheme.group_size}; change group_size, or ask for formats: "
+            f"{able}"
         )
         problems.append(
             FieldProblem(field=where + "group_size", code="format_cannot_hold", detail=detail, value=scheme.group_size)
         )
     if scheme.bits not in info.bits:
         widths = ", ".join(map(str, sorted(info.bits)))
-        detail = f'{name.value} holds {widths} bits, not {scheme.bits}; change bits, or ask for formats: ["{KEPT}"]'
+        detail = f"{name.value} holds {widths} bits, not {scheme.bits}; change bits, or ask for formats: {able}"
         problems.append(FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits))
     elif not scheme.symmetric and info.asymmetric_bits is not None and scheme.bits not in info.asymmetric_bits:
         widths = ", ".join(map(str, sorted(info.asymmetric_bits)))
         detail = (
             f"{name.value} holds asymmetric weights of {widths} bits, not {scheme.bits}; set symmetric to true, or "
-            f'ask for formats: ["{KEPT}"]'
+            f"ask for formats: {able}"
         )
         problems.append(FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits))
     if scheme.symmetric not in info.symmetries:
         word = "symmetric" if scheme.symmetric else "asymmetric"
         other = f"set symmetric to {str(not scheme.symmetric).lower()}, or " if len(symmetries) > 1 else ""
-        detail = f'{name.value} cannot hold {word} weights; {other}ask for formats: ["{KEPT}"]'
+        detail = f"{name.value} cannot hold {word} weights; {other}ask for formats: {able}"
         problems.append(
             FieldProblem(field=where + "symmetric", code="format_cannot_hold", detail=detail, value=scheme.symmetric)
         )

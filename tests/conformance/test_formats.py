@@ -39,7 +39,7 @@ from workers.formats import compressed_tensors, merged, peft
 from workers.formats.registry import format_of
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.normal_float import DoubleQuantization
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, CodebookWeight, LinearResult, QuantizedAbsmax, QuantizedWeight
 
 CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
 PEFT = ExportFormat.PEFT
@@ -93,12 +93,31 @@ def through(export_format: ExportFormat, result: LinearResult) -> LinearResult:
     decompress = format_of(export_format).decompress
     assert decompress is not None
     found = decompress(NAME, compress(export_format, NAME, result), StoredLinear.of(result))
-    weight, made = found.weight, result.weight
-    if isinstance(weight, AffineWeight) and isinstance(made, AffineWeight) and not export_format.info.always_kept:
-        assert weight.scale.dtype in (made.scale.dtype, F32)
-        assert torch.equal(weight.scale.double(), made.scale.double())  # in a wider dtype, it may be
-        return replace(found, weight=replace(weight, scale=made.scale))
-    return found
+    return found if export_format.info.always_kept else replace(found, weight=in_the_dtypes_of(result, found))
+
+
+def in_the_dtypes_of(made: LinearResult, found: LinearResult) -> QuantizedWeight:
+    """The weight that was found, with what may have come back in a wider dtype in that which was made."""
+    weight, own = found.weight, made.weight
+    if isinstance(weight, AffineWeight) and isinstance(own, AffineWeight):
+        if own.offset is not None and weight.offset is not None:
+            # Formats whose offsets are rounded are held to the rounded ones.
+            weight = replace(weight, offset=own.offset)
+        return replace(weight, scale=narrowed(weight.scale, own.scale))
+    assert isinstance(weight, CodebookWeight)
+    assert isinstance(own, CodebookWeight)
+    if isinstance(weight.absmax, Tensor):
+        assert isinstance(own.absmax, Tensor)
+        return replace(weight, absmax=narrowed(weight.absmax, own.absmax))
+    assert isinstance(own.absmax, QuantizedAbsmax)
+    return replace(weight, absmax=replace(weight.absmax, scale=narrowed(weight.absmax.scale, own.absmax.scale)))
+
+
+def narrowed(found: Tensor, made: Tensor) -> Tensor:
+    """The numbers that were made, which are those that were found, bit for bit."""
+    assert found.dtype in (made.dtype, F32)
+    assert torch.equal(found.double(), made.double())
+    return made
 
 
 def compress(export_format: ExportFormat, name: str, result: LinearResult) -> dict[str, Tensor]:
@@ -141,27 +160,36 @@ def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
     if form is Form.FLOAT:
         return draw(floats(info))
     multiple = info.group_multiple
-    group = draw(st.sampled_from([-1, *(size for size in (1, 3, 8, 32, 96) if size % multiple == 0)]))
+    sizes = [-1, *(size for size in (1, 3, 8, 32, 64, 96) if size % multiple == 0)]
+    group = draw(st.sampled_from([size for size in sizes if info.group_sizes is None or size in info.group_sizes]))
     columns = (
         multiple * draw(st.integers(1, max(3, 70 // multiple))) if group == -1 else group * draw(st.integers(1, 5))
     )
     symmetric = form is Form.CODEBOOK or draw(st.sampled_from(sorted(info.symmetries)))
     bits = info.bits if symmetric or info.asymmetric_bits is None else info.asymmetric_bits
     second = st.builds(
-        DoubleQuantization, st.sampled_from([2, 3, 4, 8]), st.sampled_from([BF16, F16, F32]), st.sampled_from([4, 16])
+        DoubleQuantization,
+        st.sampled_from([2, 3, 4, 8]),
+        st.sampled_from([BF16, F16, F32]),
+        st.sampled_from([64, 256] if export_format is ExportFormat.BITSANDBYTES else [4, 16]),
     )
     lowest = {LowRankRule.BESIDE: 0, LowRankRule.IS: 1}.get(info.low_rank)
     made = Made(
         scheme=scheme(draw(st.sampled_from(sorted(bits))), group, symmetric),
         form=form,
         absmax=draw(st.one_of(st.sampled_from([BF16, F16, F32]), second)),
-        offset=form is Form.AFFINE and not symmetric and info.offsets is Offsets.EXACT and draw(st.booleans()),
+        offset=form is Form.AFFINE
+        and not symmetric
+        and info.offsets in (Offsets.EXACT, Offsets.MODEL)
+        and draw(st.booleans()),
         rank=0 if lowest == 0 else draw(st.integers(lowest or 0, 5)),
         alpha=draw(st.sampled_from([1.0, 16.0, 0.5])),
         factors=draw(st.sampled_from([BF16, F32])),
     )
     dtype = F16 if info.scales is ScaleDtype.FLOAT16 else draw(st.sampled_from([BF16, F16, F32]))
-    return random_result((draw(st.integers(1, 40)), columns), made, dtype, draw(st.integers(0, 2**31)))
+    most = max(1, 40 // info.output_multiple)
+    rows = info.output_multiple * draw(st.integers(1, most))
+    return random_result((rows, columns), made, dtype, draw(st.integers(0, 2**31)))
 
 
 @pytest.mark.parametrize("export_format", INVERTIBLE)

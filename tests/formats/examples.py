@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from app.domain.formats import ExportFormat
 from app.domain.methods import Form, Scheme
 from bitwright.report import ModelReport, PeakMemory, Report, SizeReport
+from workers.engine.stored_scales import StoredScales
 from workers.formats.format import Writer
-from workers.formats.registry import open_writer
+from workers.formats.registry import held, open_writer
 from workers.numerics.float_grids import quantize
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook
 from workers.numerics.quantized import (
@@ -224,16 +225,21 @@ def write_quantized(
     formats   all of the job's; with `peft` among them the written checkpoint holds the base alone
     """
     writer = open_writer(folder, export_format, source, formats, shard_bytes=shard_bytes)
-    return write_with(writer, source, made)
+    return write_with(writer, source, made, export_format)
 
 
-def write_with(writer: Writer, source: Source, made: Sequence[Made | Scheme]) -> nn.Module:
-    """`write_quantized` with a writer of one's own."""
+def write_with(
+    writer: Writer, source: Source, made: Sequence[Made | Scheme], rounds_as: ExportFormat = ExportFormat.NATIVE
+) -> nn.Module:
+    """`write_quantized` with a writer of one's own; the model has the numbers that the format `rounds_as` stores."""
     model = AutoModelForCausalLM.from_pretrained(source.folder).eval()
     for index, (name, linear) in enumerate(linears(model)):
         shape = (linear.out_features, linear.in_features)
         result = random_result(shape, made[index % len(made)], linear.weight.dtype, seed=index)
+        result = StoredScales().of(rounds_as, name, result)
         writer.add_linear(name, result)
+        if isinstance(result.weight, AffineWeight):
+            result = replace(result, weight=held(rounds_as, name, result.weight))
         linear.weight.data = result.dequantize()
     writer.finish()
     writer.describe(REPORT)

@@ -20,6 +20,8 @@ from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.report import Results, identity_of, report_of, size_of
 from workers.engine.shipped import TrainedAdapters
+from workers.engine.stored_scales import CODE as SCALES_ROUNDED
+from workers.engine.stored_scales import StoredScales
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
 from workers.formats.format import Writer
@@ -46,7 +48,11 @@ def run(job: Job, results: Results) -> ResultLine:
         adapter = adapter.model_copy(update={"before_merge": evaluated.before_merge})
     size = size_of(job, exported.stored, exported.weights)
     report = report_of(job, results, size).model_copy(
-        update={"adapter": adapter, "warnings": tuple(job.reporter.warnings)}
+        update={
+            "adapter": adapter,
+            "scales_rounded": exported.scales.report(),
+            "warnings": tuple(job.reporter.warnings),
+        }
     )
     checkpoints = _describe(job, trained, exported, report)
     job.model.checkpoint.close()
@@ -59,6 +65,7 @@ class Exported:
 
     stored, weights   bits of all quantized linears as they ship, and how many weights they are
     proofs            of the merges of adapters
+    scales            those of each format
     """
 
     writers: Mapping[ExportFormat, Writer]
@@ -66,6 +73,7 @@ class Exported:
     weights: int = 0
     adapter: AdapterReport | None = None
     proofs: list[MergeProof] = field(default_factory=list)
+    scales: StoredScales = field(default_factory=StoredScales)
 
 
 def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exported:
@@ -91,6 +99,8 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
         writer.finish(ignored=_kept_linears(model, job.schemes))
         for code, message in writer.warnings.items():
             job.reporter.warning(code, message)
+    for message in exported.scales.warnings().values():
+        job.reporter.warning(SCALES_ROUNDED, message)
     if trained is not None:
         exported.adapter = report(trained.spec, trained.modules, bases, exported.proofs, trained.merge)
         kept = {name: stored(module) for name, module in trained.modules.items()}
@@ -110,8 +120,8 @@ def _write_linear(
     exported.stored += result.stored_bits()
     exported.weights += result.weight.codes.numel()
     source, part = model.names.linear_name(name), part_of(model, name)
-    for writer in exported.writers.values():
-        writer.add_linear(source, result, module=name, part=part)
+    for export_format, writer in exported.writers.items():
+        writer.add_linear(source, exported.scales.of(export_format, source, result), module=name, part=part)
 
 
 def part_of(model: StreamedModel, name: str) -> StoredPart | None:

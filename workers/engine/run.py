@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.domain.attempt_lines import ResultLine
 from workers.disk.orders import AttemptOrder
-from workers.engine import evaluate, export, finetune, quantize, scales, weights_only
+from workers.engine import evaluate, export, exports, finetune, quantize, scales, weights_only
 from workers.engine.device.process_group import joined
 from workers.engine.job import Job
 from workers.engine.opening import open_job
@@ -24,6 +24,8 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         InvalidRequest: the head is to be quantized but tied to the embeddings.
         FormatCannotHold: a format of the request cannot hold this model.
     """
+    if order.request.exports:
+        return exports.run(order, workspace, reporter)
     if weights_only.chosen(order):
         return weights_only.run(order, workspace, reporter)
     with open_job(order, workspace, reporter, rank=0) as job:
@@ -35,7 +37,7 @@ def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
 
     Raises what `run` raises, and where it does, unless only this process meets the cause.
     """
-    if weights_only.chosen(order):
+    if order.request.exports or weights_only.chosen(order):
         return  # one process reads and writes files
     with open_job(order, workspace, Reporter(lambda _: None), rank) as job:
         _computed(job)

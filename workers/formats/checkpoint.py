@@ -45,7 +45,10 @@ class Layout:
     config         schemes by module name, module names of the other linears -> fields added to config.json
     files          linears and parts by name in the checkpoint -> content of further JSON files, by name
     needs_loader   whether the one-file loader is added
+    loader         that file
     warnings       code and message of requirements for loading
+    moved          name of a linear, its result -> how far rounding what stands for zero points moves weights, at
+                   most, in steps of a scale; 0 where nothing is rounded
     joins          whether parts of a tensor of the source are put together again, in the source's layout
     """
 
@@ -56,7 +59,9 @@ class Layout:
     files: Callable[[Mapping[str, StoredLinear], Mapping[str, StoredPart]], Mapping[str, object]] | None = None
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
     warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
+    moved: Callable[[str, LinearResult], float] | None = None
     joins: bool = False
+    loader: Path = LOADER
 
 
 def checkpoint_format(
@@ -95,6 +100,7 @@ class CheckpointWriter:
         self._wholes: dict[str, tuple[Tensor, int]] = {}
         self._modules: dict[str, str] = {}
         self._written: set[str] = set()
+        self._moved = 0.0
         self._sealed = _Sealed()
 
     def add_linear(
@@ -115,6 +121,8 @@ class CheckpointWriter:
         if holds_base_alone(self._opening.name, self._opening.formats):
             result = LinearResult(result.weight)
         tensors = self._layout.compress(name, result)
+        if self._layout.moved is not None:
+            self._moved = max(self._moved, self._layout.moved(name, result))
         if part is not None and self._layout.joins:
             self._put(part, tensors[f"{name}.weight"])
         else:
@@ -208,8 +216,13 @@ class CheckpointWriter:
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """Requirements for loading; nothing is rounded here."""
-        return {} if self._layout.warnings is None else self._layout.warnings(self._schemes().values())
+        """Requirements for loading, and how far rounded offsets move weights."""
+        found = {} if self._layout.warnings is None else dict(self._layout.warnings(self._schemes().values()))
+        if self._moved:
+            name, moved = self._opening.name.value, f"at most {self._moved:.3g} of a group's step"
+            text = f"{name} stores offsets in place of zero points, rounded to the model's dtype: {moved}"
+            found[f"{name}_offsets_rounded"] = text
+        return found
 
     def _unquantized_matrices(self) -> Iterable[str]:
         """Modules with a matrix that is not quantized: other linears, and embeddings, whose listing does no harm.
@@ -230,7 +243,7 @@ class CheckpointWriter:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)
         if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes().values()):
-            shutil.copyfile(LOADER, self._folder / LOADER.name)
+            shutil.copyfile(self._layout.loader, self._folder / self._layout.loader.name)
         write_json(self._folder / "config.json", config)
 
     def _schemes(self) -> dict[str, Scheme]:

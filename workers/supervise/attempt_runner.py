@@ -139,13 +139,13 @@ class _Attempt:
     def _order(self) -> AttemptOrder:
         request, tenant = self._claim.request, self._claim.tenant_id
         of_tenant = (self._context, tenant)
-        model = model_path(*of_tenant, request, self._workspace)
+        model = None if request.exports else model_path(*of_tenant, request, self._workspace)
         texts = {
             f"{TEXT_ROLES[named.field]}_path": text_path(*of_tenant, named.source, self._workspace, field=named.field)
             for named in read_sources(request)
             if named.source is not request.model
         }
-        base_job = base_job_folder(*of_tenant, request.base_job, self._workspace)
+        base_job = base_job_folder(*of_tenant, request.base_job, self._workspace, exports=request.exports)
         sizes = self._context.capacity.sizes()
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir, sizes)
         fetched = None if wanted.empty else self._fetch(wanted)

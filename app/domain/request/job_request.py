@@ -137,6 +137,11 @@ class JobRequest(RequestPart):
         default_factory=dict, max_length=16, description="Up to 16 labels of your own; lists filter by them."
     )
 
+    @property
+    def exports(self) -> bool:
+        """True if the job makes other formats of its base job's result, and computes nothing."""
+        return self.base_job is not None and self.finetune is None
+
     @classmethod
     def parse(cls, body: object, base_job: BaseJob | None = None) -> Self:
         """The request from a decoded JSON body, in shorthand or full form.

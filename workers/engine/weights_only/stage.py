@@ -22,6 +22,8 @@ from workers.engine.clock import StageClock
 from workers.engine.fingerprint import code_version, fingerprint, library_versions
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.reporter import Reporter
+from workers.engine.stored_scales import CODE as SCALES_ROUNDED
+from workers.engine.stored_scales import StoredScales
 from workers.engine.weights_only.finished_parts import FinishedLinear, FinishedParts
 from workers.engine.weights_only.parts import parts_of
 from workers.engine.weights_only.result import identity_of, report_of
@@ -70,13 +72,16 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
     with ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.abandon)
-        _write_parts(order, checkpoint, targets, finished, writers, reporter)
+        scales = _write_parts(order, checkpoint, targets, finished, writers, reporter)
+        for message in scales.warnings().values():
+            reporter.warning(SCALES_ROUNDED, message)
         clock.enter(Stage.EXPORT)
         for writer in writers.values():
             writer.finish(ignored=tuple(targets.left_alone))
             for code, message in writer.warnings.items():
                 reporter.warning(code, message)
     report = report_of(order, checkpoint, targets, finished.parts, finished.resumed, clock, reporter)
+    report = report.model_copy(update={"scales_rounded": scales.report()})
     for writer in writers.values():
         writer.describe(report)
     reporter.progress(Stage.EXPORT, 1, 1, "checkpoints")
@@ -91,8 +96,8 @@ def _judged(order: AttemptOrder, checkpoint: Checkpoint, reporter: Reporter) -> 
     if problems:
         raise refusal(problems)
     targets = weight_targets(checkpoint.tensors, checkpoint.config, request.quantization)
-    inputs = {target.name: target.shape[1] for target in targets.linears}
-    check_model(request.formats, checkpoint, str(checkpoint.config.get("model_type")), inputs)
+    shapes = {target.name: target.shape for target in targets.linears}
+    check_model(request.formats, checkpoint, str(checkpoint.config.get("model_type")), shapes)
     reporter.warning("not_evaluated", NOT_EVALUATED)
     for reason, count in Counter(targets.left_alone.values()).most_common():
         example = next(name for name, why in targets.left_alone.items() if why == reason)
@@ -124,18 +129,19 @@ def _write_parts(
     finished: FinishedParts,
     writers: Mapping[ExportFormat, PartWriter],
     reporter: Reporter,
-) -> None:
-    """All parts that no earlier attempt has finished."""
+) -> StoredScales:
+    """All parts that no earlier attempt has finished; what was rounded of scales, by any."""
     by_tensor: dict[str, list[Target | KeptPart]] = {}
     everything: list[Target | KeptPart] = [*targets.linears, *targets.kept]
     for linear in everything:
         by_tensor.setdefault(linear.tensor, []).append(linear)
-    tensor_pass = TensorPass(checkpoint, order.request.quantization, order.request.formats, by_tensor)
     parts, total = parts_of(checkpoint.tensors, PART_BYTES), len(checkpoint.tensors)
     finished.adopt(partial(_whole, writers))
     for part in finished.parts:
         for name, writer in writers.items():
             writer.adopt(part.written[name.value])
+    scales = StoredScales(finished.parts[-1].errors if finished.parts else {})
+    tensor_pass = TensorPass(checkpoint, order.request.quantization, order.request.formats, by_tensor, scales)
     if finished.resumed:
         reporter.log("parts_resumed", parts=finished.resumed)
     done = sum(len(names) for names in parts[: finished.resumed])
@@ -149,9 +155,10 @@ def _write_parts(
             done += 1
             reporter.progress(Stage.QUANTIZE, done, total, "tensors")
         written = {name.value: writer.seal() for name, writer in writers.items()}
-        finished.finish(written, tuple(linears), bits)
+        finished.finish(written, tuple(linears), bits, scales.report())
         seconds = sum(linear.seconds for linear in linears)
         reporter.block(BlockEvent(index=index, total=len(parts), name=f"{names[0]} ...", seconds=seconds))
+    return scales
 
 
 def _whole(writers: Mapping[ExportFormat, PartWriter], written: Mapping[str, WrittenPart]) -> bool:

@@ -19,6 +19,7 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.plan import scale_dtype_of
 from workers.engine.quantize.block_report import error_sums
 from workers.engine.quantize.registry import method_of
+from workers.engine.stored_scales import StoredScales
 from workers.engine.weights_only.finished_parts import FinishedLinear
 from workers.formats.format import PartWriter
 from workers.formats.stored_linear import StoredPart
@@ -39,12 +40,14 @@ class TensorPass:
     """Takes tensors of a checkpoint through a method and to writers, each by itself.
 
     linears   by the tensor that holds them: those that are quantized, and experts' that stay beside such
+    scales    those of each format
     """
 
     checkpoint: Checkpoint
     spec: WeightSpec
     formats: tuple[ExportFormat, ...]
     linears: Mapping[str, Sequence[Target | KeptPart]]
+    scales: StoredScales = field(default_factory=StoredScales)
 
     @torch.no_grad()
     def write(self, name: str, writers: Mapping[ExportFormat, PartWriter]) -> Done:
@@ -65,8 +68,8 @@ class TensorPass:
 
     def _matrix(self, target: Target, weight: Tensor, writers: Mapping[ExportFormat, PartWriter]) -> Done:
         result, linear = self._quantized(target, weight)
-        for writer in writers.values():
-            writer.add_linear(target.name, result)
+        for export_format, writer in writers.items():
+            writer.add_linear(target.name, self.scales.of(export_format, target.name, result))
         return Done((linear,), result.stored_bits())
 
     def _experts(
@@ -85,7 +88,7 @@ class TensorPass:
                 for export_format, writer in writers.items()
                 if export_format.info.dense
             ]
-            packed = [writer for export_format, writer in writers.items() if not export_format.info.dense]
+            packed = {name: writer for name, writer in writers.items() if not name.info.dense}
             for expert, weights in _by_expert(parts, tensor):
                 whole = tensor[expert].clone() if growing else None
                 for part, place, weight in weights:
@@ -97,11 +100,12 @@ class TensorPass:
                         if whole is not None:
                             _outputs(whole, place, len(weight)).copy_(stored.dequantize())
                     stored_part = _stored_part(part, place)
-                    for writer in packed:
+                    for export_format, writer in packed.items():
                         if isinstance(stored, Tensor):
                             writer.add_part(part.name, stored, stored_part)
                         else:
-                            writer.add_linear(part.name, stored, part=stored_part)
+                            own = self.scales.of(export_format, part.name, stored)
+                            writer.add_linear(part.name, own, part=stored_part)
                 for pieces in growing:
                     if whole is not None:
                         pieces.append(whole)

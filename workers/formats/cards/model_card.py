@@ -205,6 +205,8 @@ def provenance(report: Report, licence: str | None, source: SourceCard, *, left_
         text = report.calibration
         size = f"{text.num_samples} sequences of {text.sequence_length} tokens"
         lines.append(f"- Calibration: {size} of {source_name(text.source)} (sha256 `{text.sha256[:16]}`)")
+    if report.exported_from is not None:
+        lines.append(f"- Exported from the result of job `{report.exported_from}`, whose codes and figures these are")
     if report.base_job is not None:
         lines.append(f"- Quantized by job `{report.base_job.job_id}`, whose codes these are; this job finetuned")
     if report.scales is not None and report.scales.kept:
