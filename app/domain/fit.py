@@ -6,14 +6,14 @@ One answer for the API, for the child that looks at the Hub, and for the fetch.
 from collections.abc import Sequence
 
 from app.domain.advice import dishonoured_rank
-from app.domain.format_rules import model_problems
-from app.domain.inputs.architectures import HEAD, Dimensions
+from app.domain.format_rules import head_problems, model_problems
+from app.domain.inputs.architectures import EMBEDDINGS, HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.inputs.quantized.registry import quantized_warning
 from app.domain.methods.module_rules import rule_errors
 from app.domain.request.combination_rules import shape_errors
 from app.domain.request.job_request import JobRequest
-from app.domain.weight_targets import target_errors, weight_targets
+from app.domain.weight_targets import has_head, target_errors, weight_targets
 from app.domain.workload import readers_of
 from bitwright.errors import ERRORS, BitwrightError, FieldProblem, IndivisibleGroup, InputError, InvalidRequest
 
@@ -104,6 +104,9 @@ def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: 
         misshapen = shape_errors(spec, adapter, dimensions.linears())
         problems += [problem_of(error, error.field or "adapter") for error in misshapen]
     quantized = {name: width for name, width in inputs.items() if spec.scheme_of(name) is not None}
+    quantized |= {} if spec.embeddings_scheme() is None else {EMBEDDINGS: dimensions.hidden}
+    if dimensions.exact:
+        problems += head_problems(request.formats, spec, tied=dimensions.tied_embeddings)
     return problems + model_problems(request.formats, dimensions.architecture.model_type, quantized, inspection.config)
 
 
@@ -116,6 +119,7 @@ def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[
         if not errors:
             found = weight_targets(inspection.tensors, inspection.config, spec)
             inputs = {target.name: target.shape[1] for target in found.linears}
+            problems += head_problems(request.formats, spec, tied=not has_head(inspection.tensors))
     kind = str(inspection.config.get("model_type"))
     return problems + model_problems(request.formats, kind, inputs, inspection.config)
 

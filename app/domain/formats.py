@@ -51,6 +51,17 @@ class Offsets(StrEnum):
     """Rounded to fp16, as are the offsets that it stores in place of zero points."""
 
 
+class EmbeddingRule(StrEnum):
+    """Quantized embeddings in a format. A quantized head is a linear like others everywhere."""
+
+    NONE = "none"
+    """Not at all."""
+    ANY = "any"
+    """In any scheme that it holds, once for both where the head is tied to them."""
+    UNIFORM = "uniform"
+    """As integers, in one scheme with all linears and the head, which is stored by itself even where it is tied."""
+
+
 class Result(StrEnum):
     """Product of a job, as far as a request that names no format needs to know."""
 
@@ -76,6 +87,7 @@ class FormatInfo:
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
     schemes           schemes by name that it holds
+    embeddings        whether it holds quantized embeddings
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
     """
 
@@ -98,6 +110,7 @@ class FormatInfo:
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
     schemes: frozenset[SchemeName] = frozenset()
+    embeddings: EmbeddingRule = EmbeddingRule.NONE
 
     @property
     def is_adapter(self) -> bool:
@@ -150,6 +163,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.OFFSETS}),
             offsets=Offsets.EXACT,
             schemes=ALL_SCHEMES,
+            embeddings=EmbeddingRule.ANY,
             always_kept=True,
             library="bitwright",
             runtimes=(
@@ -175,6 +189,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             scales=ScaleDtype.MODEL,
             default_for=frozenset({Result.AFFINE}),
+            embeddings=EmbeddingRule.UNIFORM,
             runtimes=(
                 RuntimeSupport(
                     "transformers",
@@ -232,6 +247,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.CODEBOOK, Result.SUMS}),
             offsets=Offsets.EXACT,
             schemes=ALL_SCHEMES,
+            embeddings=EmbeddingRule.ANY,
             dense=True,
             runtimes=(
                 RuntimeSupport(
@@ -260,6 +276,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.FACTORS}),
             schemes=ALL_SCHEMES,
+            embeddings=EmbeddingRule.ANY,
             library="peft",
             runtimes=(
                 RuntimeSupport(
@@ -293,6 +310,7 @@ class ExportFormat(StrEnum):
             group_multiple=32,
             architectures=frozenset(GGUF_ARCHITECTURES),
             offsets=Offsets.FLOAT16,
+            embeddings=EmbeddingRule.ANY,
             library="gguf",
             weight_files=("*.gguf",),
             model_check=gguf_refusals,

@@ -46,6 +46,7 @@ class Layout:
     files          linears and parts by name in the checkpoint -> content of further JSON files, by name
     needs_loader   whether the one-file loader is added
     warnings       code and message of requirements for loading
+    embeddings     the fields of `config` -> those of a checkpoint whose embeddings are quantized; None: the same
     joins          whether parts of a tensor of the source are put together again, in the source's layout
     """
 
@@ -56,6 +57,7 @@ class Layout:
     files: Callable[[Mapping[str, StoredLinear], Mapping[str, StoredPart]], Mapping[str, object]] | None = None
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
     warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
+    embeddings: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
     joins: bool = False
 
 
@@ -225,7 +227,9 @@ class CheckpointWriter:
     def _write_config(self, ignored: list[str]) -> None:
         config = {**without_code(self._source.config), **self._dtype_fields()}
         if self._layout.config is not None:
-            config |= self._layout.config(self._targets(), ignored)
+            fields = self._layout.config(self._targets(), ignored)
+            quantizes_embeddings = self._opening.embeddings is not None and self._layout.embeddings is not None
+            config |= self._layout.embeddings(fields) if quantizes_embeddings else fields
         if self._layout.files is not None:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)

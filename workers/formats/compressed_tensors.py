@@ -25,6 +25,7 @@ from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from workers.formats.cards.loading import BASE, FOLDER, LOAD_VLLM, AdapterBase, Loading, model_lines
 from workers.formats.cards.vllm import vllm_knowledge
 from workers.formats.checkpoint import Layout, checkpoint_format
+from workers.formats.quantized_embeddings import with_embeddings
 from workers.formats.native import LOAD_BITWRIGHT
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.packing import pack_words, unpack_words
@@ -257,6 +258,7 @@ FORMAT = checkpoint_format(
     Layout(
         compress,
         config=lambda targets, ignored: {"quantization_config": config(targets, ignored)},
+        embeddings=with_embeddings,
         needs_loader=needs_loader,
         warnings=package_warnings,
     ),
