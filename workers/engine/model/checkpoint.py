@@ -140,6 +140,11 @@ class Checkpoint:
         return dtype if isinstance(dtype, str) else None
 
     @property
+    def has_copies(self) -> bool:
+        """True if a tensor is another name of one of the files' (`untied`)."""
+        return any(tensor.copies is not None for tensor in self.tensors.values())
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold its tensors."""
         found: set[Path] = set()
