@@ -29,6 +29,7 @@ from app.domain.methods.schemes import fits
 from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnsupportedArchitecture
 
 WEIGHT = ".weight"
+HEAD_TENSOR = HEAD + WEIGHT
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 LEAST_SIDE = 32
 """Fewer rows or columns than this: a gate, a time step, a lookup; nothing that takes room."""
@@ -98,6 +99,11 @@ class Targets:
     linears: tuple[Target, ...]
     left_alone: Mapping[str, str]
     kept: tuple[KeptPart, ...] = ()
+
+    @property
+    def embeddings(self) -> Target | None:
+        """The matrix of embeddings, where it is quantized."""
+        return next((target for target in self.linears if is_embeddings(target.name)), None)
 
     @property
     def weights(self) -> int:

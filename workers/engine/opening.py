@@ -126,7 +126,8 @@ def _demand_one_scheme(order: AttemptOrder, model: StreamedModel) -> None:
         FormatCannotHold: one of the request's formats is such a one.
     """
     for problem in head_problems(order.request.formats, order.request.quantization, tied=model.tied):
-        raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value)
+        hint = "GET /v1/formats lists what each one holds"
+        raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value, hint=hint)
 
 
 def _demand_separate_experts(order: AttemptOrder, model: StreamedModel, schemes: Collection[str]) -> None:

@@ -132,7 +132,7 @@ class WeightSpec(Spec):
         Raises:
             ValidationError: with the location of each value that is refused.
         """
-        refused = [] if self.symmetric in self.symmetries() else [self._symmetryrefusal((), self.symmetric)]
+        refused = [] if self.symmetric in self.symmetries() else [self._symmetry_refusal((), self.symmetric)]
         for pattern, override in self.modules.overrides.items():
             where = ("modules", "overrides", pattern)
             for name, value in override.model_dump(exclude_none=True).items():
@@ -259,7 +259,7 @@ class NamedSchemeSpec(WeightSpec):
             refused = [refusal((name,), getattr(self, name), detail) for name in ("scheme", *given)]
             raise ValidationError.from_exception_data(type(self).__name__, refused)
         if self.scheme is not None and self.scheme not in self.named_schemes:
-            refusal = self._schemerefusal((), self.scheme)
+            refusal = self._scheme_refusal((), self.scheme)
             raise ValidationError.from_exception_data(type(self).__name__, [refusal])
         return self
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import ResultLine
@@ -148,3 +149,30 @@ def test_two_schemes_for_one_matrix_are_refused(tied_model: Path, rows: Path, tm
 def test_a_head_that_stays_is_refused_where_it_does_not_load(small_model: Path, rows: Path, tmp_path: Path) -> None:
     with pytest.raises(FormatCannotHold, match='ask for formats: \\["native"\\]'):
         ran(small_model, rows, tmp_path, {"embeddings": 4}, formats=["compressed-tensors"])
+
+
+@pytest.mark.parametrize("modules", [{"embeddings": 4}, {"head": 4}, {"embeddings": 4, "head": 4}], ids=str)
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_without_a_model_the_same_files_are_made(
+    tied: bool, modules: dict[str, int], small_model: Path, tied_model: Path, tmp_path: Path
+) -> None:
+    """Of a model's class and of tensors by their names, the codes, scales and configuration are the same."""
+    model = tied_model if tied else small_model
+    formats = ["merged", *(["compressed-tensors"] if tied or "head" in modules else [])]
+    body: dict[str, Any] = {"modules": modules, "formats": formats, "evaluation": None}
+    by_class = run_job(model, tmp_path / "class", **body).report
+    by_name = run_job(model, tmp_path / "names", weights_only=True, **body).report
+    for name in ("native", *formats):
+        one, other = (tmp_path / way / "output" / name for way in ("class", "names"))
+        stem = "weights" if name == "native" else "model"
+        assert equal(load_file(one / f"{stem}.safetensors"), load_file(other / f"{stem}.safetensors"))
+        configs = [json.loads((folder / "config.json").read_text()) for folder in (one, other)]
+        assert configs[0] == configs[1]
+    assert by_name.embeddings == by_class.embeddings
+    assert by_name.head == by_class.head
+    assert by_name.size == by_class.size
+    assert by_name.model.parameters == by_class.model.parameters
+
+
+def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

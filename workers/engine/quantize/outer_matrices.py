@@ -64,6 +64,14 @@ def quantized_head(job: Job, calibration: Activations | None) -> tuple[LinearRep
         return report_of_matrix(head, original, result), result.dequantize()
 
 
+def plain_head(job: Job) -> Tensor:
+    """The dequantized head of a job that looks at weights alone, on the host."""
+    head = job.model.layout.head
+    with job.model.loaded(head):
+        result = _rounded(job, head, job.model.model.get_parameter(f"{head}.weight"), None)
+        return result.dequantize().cpu()
+
+
 def _rounded(job: Job, name: str, original: Tensor, moments: Tensor | None) -> LinearResult:
     return LinearResult(quantize_matrix(original, job.schemes[name], job.plan.scale_dtype, moments))
 
