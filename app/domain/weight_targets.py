@@ -24,6 +24,7 @@ from app.domain.methods.module_rules import (
     matches_any,
     outer_errors,
     unknown_module,
+    unties,
 )
 from app.domain.methods.schemes import fits
 from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnsupportedArchitecture
@@ -299,6 +300,14 @@ def embeddings_tensor(tensors: Collection[str]) -> str | None:
     """The stored matrix of embeddings; None where no name, or more than one, is known to be it."""
     found = [name for name in tensors if name.endswith(WEIGHT) and is_embeddings(name.removesuffix(WEIGHT))]
     return found[0] if len(found) == 1 else None
+
+
+def seen_tensors(tensors: Mapping[str, TensorShape], spec: WeightSpec) -> Mapping[str, TensorShape]:
+    """The tensors with a head besides, where that alone is to be quantized and is the embeddings."""
+    embeddings = embeddings_tensor(tensors)
+    if not unties(spec) or has_head(tensors) or embeddings is None:
+        return tensors
+    return {**tensors, HEAD_TENSOR: tensors[embeddings]}
 
 
 def _of_experts(module: str) -> bool:

@@ -11,6 +11,8 @@ from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
 from app.domain.methods.schemes import (
     HEAD_PATTERN,
     INTEGER_FIELDS,
+    PRESET_ABSMAX,
+    AbsmaxScheme,
     GroupSize,
     ModuleRules,
     Scheme,
@@ -171,6 +173,10 @@ class WeightSpec(Spec):
         """True if the request wants the model left out, although it could be built."""
         return False
 
+    def absmax(self) -> AbsmaxScheme | None:
+        """The second level of codebooks' maxima, where it is one for all; None: there is none."""
+        return None
+
     def factors_rank(self) -> int:
         """Rank of the factors beside each linear; 0: there are none."""
         return 0
@@ -233,6 +239,10 @@ class NormalFloatSpec(WeightSpec):
     def observes_inputs(self) -> bool:
         """Weights alone."""
         return False
+
+    def absmax(self) -> AbsmaxScheme | None:
+        """QLoRA's, with double quantization."""
+        return PRESET_ABSMAX if self.double_quantization else None
 
     def forms(self) -> frozenset[Form]:
         """Codes of a codebook."""
