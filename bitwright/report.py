@@ -258,13 +258,21 @@ class StoredParts(ReportPart):
 
 
 class SizeReport(ReportPart):
-    """Bytes of tensors; everything that the native format stores of the quantized linears counts."""
+    """Sizes of the whole model, and then of what was quantized of it.
 
+    Bytes of tensors, of which everything counts that the native format stores of the quantized linears.
+    """
+
+    bytes_files: dict[str, int] = Field(
+        default_factory=dict, description="Of the weight files, by checkpoint. Empty: an older report."
+    )
     bytes_original: int
     bytes_quantized: int
+    bits_per_weight_model: float = Field(description="Of all parameters, embeddings and head included.")
     quantized_weights: int = Field(description="Weights that were quantized.")
-    bits_per_weight: float = Field(description="Of the quantized linears alone, low-rank factors included.")
-    bits_per_weight_model: float = Field(description="Of all parameters, embeddings included.")
+    bits_per_weight: float = Field(
+        description="Of the quantized linears alone, embeddings and head where they are, low-rank factors included."
+    )
     parts: StoredParts | None = Field(default=None, description="The components of `bits_per_weight`.")
 
 
@@ -322,7 +330,13 @@ class Report(ReportPart):
         "nothing was measured, where the method is round to nearest itself, and where the row would cost a tenth of "
         "the job or more.",
     )
-    head: LinearReport | None = Field(default=None, description="The output head, where it was quantized.")
+    embeddings: LinearReport | None = Field(
+        default=None,
+        description="The matrix of embeddings, where it was quantized; of a model that ties them the head's, too.",
+    )
+    head: LinearReport | None = Field(
+        default=None, description="The output head, where it was quantized as a matrix of its own."
+    )
     base_job: BaseJobReport | None = Field(default=None, description="None if this job quantized the model itself.")
     exported_from: str | None = Field(
         default=None,

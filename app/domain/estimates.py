@@ -1,16 +1,21 @@
 """Rough numbers for a dry run: bytes on disk, memory, time. Meant to be right within a factor of about two."""
 
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
+from app.domain.file_sizes import Matrix, Rest, file_bytes
 from app.domain.fit import does_without_model
-from app.domain.format_rules import stored_formats
-from app.domain.inputs.architectures import HEAD, Dimensions
+from app.domain.format_rules import holds_base_alone, stored_formats
+from app.domain.inputs.architectures import Dimensions
 from app.domain.inputs.inspection import Inspection
-from app.domain.methods import SCALE_BITS
+from app.domain.methods import SCALE_BITS, Form
+from app.domain.methods.module_rules import unties
 from app.domain.request.combination_rules import trained_parameters
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import GeneratedText
-from app.domain.weight_targets import weight_targets
+from app.domain.untied import is_tied, outer_shape
+from app.domain.weight_targets import has_head, is_embeddings, seen_tensors, weight_targets
 from app.domain.workload import (
     calibration_tokens,
     evaluation_tokens,
@@ -44,26 +49,25 @@ def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
 def _estimate_without_model(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     """The same where tensors of files are quantized one by one; without their headers, as if all were linears."""
     spec, default = request.quantization, request.quantization.schemes()[0][1]
-    quantized, bits = inspection.weights, inspection.weights * default.bits_per_weight(1 << 16, SCALE_BITS)
-    if inspection.tensors:
-        found = weight_targets(inspection.tensors, inspection.config, spec)
-        quantized = found.weights
-        bits = sum(
-            out * width * target.scheme.bits_per_weight(width, SCALE_BITS)
-            for target in found.linears
-            for out, width in [target.shape]
-        )
-    checkpoint = int(bits / 8 + max(inspection.weights - quantized, 0) * HEAVY_BYTES)
+    if not inspection.tensors:
+        matrices = [Matrix((inspection.weights, 1), None, default.bits_per_weight(1 << 16, SCALE_BITS))]
+    else:
+        tensors = seen_tensors(inspection.tensors, spec)
+        codebook, tied = Form.CODEBOOK in spec.forms(), not has_head(tensors)
+        linears = weight_targets(tensors, inspection.config, spec).linears
+        matrices = [
+            Matrix(target.shape, target.scheme, twice=tied)
+            if is_embeddings(target.name)
+            else Matrix(target.shape, target.scheme, absmax=spec.absmax(), codebook=codebook)
+            for target in linears
+        ]
+    sizes = _sizes(request, inspection, matrices)
     dense = max(inspection.weights * HEAVY_BYTES, inspection.tensor_bytes)
     rows = [name.info for name in stored_formats(request.formats)]
-    written = sum(dense if info.dense else checkpoint for info in rows if not info.is_adapter)
+    written = sum(dense if info.dense else sizes["bytes_checkpoint"] for info in rows if not info.is_adapter)
     seconds = round((inspection.tensor_bytes + written) / BYTES_PER_SECOND)
     return {
-        "weights": inspection.weights,
-        "weights_quantized": quantized,
-        "bits_per_weight": round(bits / quantized, 3) if quantized else None,
-        "bytes_original": inspection.tensor_bytes,
-        "bytes_checkpoint": checkpoint,
+        **sizes,
         "adapter_parameters": None,
         "disk_bytes": written,
         "host_memory_bytes": min(LARGEST_TENSOR, inspection.tensor_bytes) + (1 << 30),
@@ -72,11 +76,36 @@ def _estimate_without_model(request: JobRequest, inspection: Inspection) -> dict
     }
 
 
+def _sizes(request: JobRequest, inspection: Inspection, matrices: Sequence[Matrix]) -> dict[str, Any]:
+    """Sizes of the whole model first, then of what is quantized of it."""
+    # Weights of a quantized head that are not the model's own, but its embeddings' once more.
+    untied = prod(outer_shape(inspection) or (0,)) if _unties(request, inspection) else 0
+    quantized, bits = sum(matrix.weights for matrix in matrices), sum(matrix.native_bits for matrix in matrices)
+    kept = max(inspection.weights - quantized + untied, 0)
+    checkpoint = int(bits / 8 + kept * HEAVY_BYTES)
+    width = inspection.tensor_bytes / max(1, inspection.weights)
+    vocabulary = 0 if inspection.dimensions is None else inspection.dimensions.vocabulary
+    rest = Rest(round(kept * width), max(0, len(inspection.tensors) - len(matrices)), width, vocabulary)
+    formats, adapter = stored_formats(request.formats), _adapter_parameters(request, inspection.dimensions) or 0
+    alone = {name: holds_base_alone(name, formats) for name in formats}
+    return {
+        "bytes_files": {
+            name.value: file_bytes(name, matrices, rest, base_alone=alone[name], adapter=adapter) for name in formats
+        },
+        "bytes_original": inspection.tensor_bytes,
+        "bytes_checkpoint": checkpoint,
+        "bits_per_weight_model": round(checkpoint * 8 / inspection.weights, 3) if inspection.weights else None,
+        "weights": inspection.weights,
+        "weights_quantized": quantized,
+        "bits_per_weight": round(bits / quantized, 3) if quantized else None,
+    }
+
+
 def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimensions) -> dict[str, Any]:
     block_weights = sum(out * width for out, width in dimensions.block_linears().values())
-    quantized, bits = _quantized_bits(request, dimensions)
-    rest = max(inspection.weights - quantized, 0)
-    checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
+    matrices = _matrices(request, dimensions)
+    sizes = _sizes(request, inspection, matrices)
+    checkpoint, bits = sizes["bytes_checkpoint"], sum(matrix.native_bits for matrix in matrices)
     activations = _activation_bytes(request, dimensions)
     tuned = tuned_sequences(request) > 0
     # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
@@ -88,11 +117,7 @@ def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimension
     work += reference_flops(request, dimensions) if reference else 0
     taken = checkpoint if request.base_job else 0  # the base job's native checkpoint, on the worker's disk
     return {
-        "weights": inspection.weights,
-        "weights_quantized": quantized,
-        "bits_per_weight": round(bits / quantized, 3) if quantized else None,
-        "bytes_original": inspection.tensor_bytes,
-        "bytes_checkpoint": checkpoint,
+        **sizes,
         "adapter_parameters": _adapter_parameters(request, dimensions),
         "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8) + taken,
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
@@ -101,9 +126,14 @@ def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimension
     }
 
 
-def _adapter_parameters(request: JobRequest, dimensions: Dimensions) -> int | None:
+def _unties(request: JobRequest, inspection: Inspection) -> bool:
+    """True if a tied head is stored apart, because it alone is quantized."""
+    return unties(request.quantization) and is_tied(inspection)
+
+
+def _adapter_parameters(request: JobRequest, dimensions: Dimensions | None) -> int | None:
     """Trainable numbers; None where nothing is trained."""
-    if request.adapter is None:
+    if request.adapter is None or dimensions is None:
         return None
     return trained_parameters(request.quantization, request.adapter, dimensions.linears())
 
@@ -117,23 +147,24 @@ def _training_bytes(request: JobRequest, dimensions: Dimensions, packed: int) ->
     return packed + states + block * HEAVY_BYTES
 
 
-def _quantized_bits(request: JobRequest, dimensions: Dimensions) -> tuple[int, float]:
-    """Weights that are quantized, the head's too, and the bits of what is stored of them, low-rank factors included."""
-    quantized, bits = 0, 0.0
-    factor_bits, budget = request.quantization.factors_rank() * HEAVY_BYTES * 8, request.quantization.budget()
-    for name, (out, width) in dimensions.linears().items():
-        scheme = request.quantization.scheme_of(name)
-        if scheme is not None:
-            each = scheme.bits_per_weight(width, SCALE_BITS) if budget is None else budget.average
-            quantized += out * width
-            bits += out * width * each + factor_bits * (out + width)
-    head = request.quantization.scheme_of(HEAD)
-    if head is not None and not dimensions.tied_embeddings:
-        # Rounded to nearest whatever the method, outside any budget, and without factors.
-        shape = (dimensions.vocabulary, dimensions.hidden)
-        quantized += shape[0] * shape[1]
-        bits += shape[0] * shape[1] * head.bits_per_weight(shape[1], SCALE_BITS)
-    return quantized, bits
+def _matrices(request: JobRequest, dimensions: Dimensions) -> list[Matrix]:
+    """Everything that is quantized: linears of the blocks, embeddings, and the head."""
+    spec, found = request.quantization, list[Matrix]()
+    codebook = Form.CODEBOOK in spec.forms()
+    budget, outer = spec.budget(), (dimensions.vocabulary, dimensions.hidden)
+    for name, shape in dimensions.linears().items():
+        scheme = spec.scheme_of(name)
+        if scheme is not None and budget is not None:
+            found.append(Matrix(shape, None, budget.average, rank=spec.factors_rank()))
+        elif scheme is not None:
+            found.append(Matrix(shape, scheme, absmax=spec.absmax(), codebook=codebook, rank=spec.factors_rank()))
+    # Rounded to nearest whatever the method, outside any budget, and without factors.
+    embeddings, head, tied = spec.embeddings_scheme(), spec.head_scheme(), dimensions.tied_embeddings
+    if embeddings is not None:
+        found.append(Matrix(outer, embeddings, twice=tied))
+    if head is not None and (not tied or unties(spec)):
+        found.append(Matrix(outer, head))
+    return found
 
 
 def _checkpoints_bytes(request: JobRequest, inspection: Inspection, packed: int) -> int:

@@ -6,14 +6,15 @@ One answer for the API, for the child that looks at the Hub, and for the fetch.
 from collections.abc import Sequence
 
 from app.domain.advice import dishonoured_rank
-from app.domain.format_rules import model_problems
-from app.domain.inputs.architectures import HEAD, Dimensions
+from app.domain.format_rules import head_problems, model_problems
+from app.domain.inputs.architectures import EMBEDDINGS, HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.inputs.quantized.registry import quantized_warning
 from app.domain.methods.module_rules import rule_errors
 from app.domain.request.combination_rules import shape_errors
 from app.domain.request.job_request import JobRequest
-from app.domain.weight_targets import target_errors, weight_targets
+from app.domain.untied import untied_warnings
+from app.domain.weight_targets import has_head, seen_tensors, target_errors, weight_targets
 from app.domain.workload import readers_of
 from bitwright.errors import ERRORS, BitwrightError, FieldProblem, IndivisibleGroup, InputError, InvalidRequest
 
@@ -65,6 +66,7 @@ def warnings_of(request: JobRequest, inspection: Inspection) -> list[str]:
         readers = "" if without_model else " and ".join(readers_of(request))
         reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
         said.append(f"model: the checkpoint has no tokenizer, {reason}")
+    said += untied_warnings(request, inspection)
     if inspection.dimensions is not None and not without_model:
         short = dishonoured_rank(request.quantization, request.adapter, inspection.dimensions.linears())
         said += [short] if short else []
@@ -105,6 +107,9 @@ def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: 
         problems += [problem_of(error, error.field or "adapter") for error in misshapen]
     quantized = {name: width for name, width in inputs.items() if spec.scheme_of(name) is not None}
     outputs = {name: rows for name, (rows, _) in dimensions.linears().items() if name in quantized}
+    quantized |= {} if spec.embeddings_scheme() is None else {EMBEDDINGS: dimensions.hidden}
+    if dimensions.exact:
+        problems += head_problems(request.formats, spec, tied=dimensions.tied_embeddings)
     kind = dimensions.architecture.model_type
     return problems + model_problems(request.formats, kind, quantized, inspection.config, outputs)
 
@@ -112,13 +117,15 @@ def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: 
 def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
     spec, inputs, outputs = request.quantization, dict[str, int](), dict[str, int]()
     problems = without_model_problems(request)
-    if inspection.tensors:
-        errors = target_errors(inspection.tensors, inspection.config, spec)
+    tensors = seen_tensors(inspection.tensors, spec)
+    if tensors:
+        errors = target_errors(tensors, inspection.config, spec)
         problems += [problem_of(error, error.field or "quantization") for error in errors]
         if not errors:
-            found = weight_targets(inspection.tensors, inspection.config, spec)
+            found = weight_targets(tensors, inspection.config, spec)
             inputs = {target.name: target.shape[1] for target in found.linears}
             outputs = {target.name: target.shape[0] for target in found.linears}
+            problems += head_problems(request.formats, spec, tied=not has_head(tensors))
     kind = str(inspection.config.get("model_type"))
     return problems + model_problems(request.formats, kind, inputs, inspection.config, outputs)
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result
+from app.domain.formats import FORMATS, EmbeddingRule, ExportFormat, LowRankRule, Offsets, Result
 from app.domain.inputs.architectures import ARCHITECTURES
 from app.domain.methods import METHODS, PER_CHANNEL, Form, Scheme, WeightSpec
 from bitwright.errors import FieldProblem
@@ -65,9 +65,11 @@ def format_problems(
                 FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
             )
         for pattern, scheme in spec.schemes():
-            of_scheme = _scheme_problems(name, pattern, scheme, spec.symmetries(), forms)
+            where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
+            of_scheme = _scheme_problems(name, where, scheme, spec.symmetries(), forms)
             problems += [problem for problem in of_scheme if problem not in problems]
         problems += _uniform_problems(index, name, spec)
+        problems += [problem for problem in _outer_problems(index, name, spec, forms) if problem not in problems]
     return problems
 
 
@@ -82,7 +84,9 @@ def stored_problems(
     for index, name in enumerate(formats):
         details = [_form_refusal(spec, name, formats, forms)]
         ordered = sorted(schemes, key=str)
-        details += [one.detail for scheme in ordered for one in _scheme_problems(name, "", scheme, (), forms)[:1]]
+        details += [
+            one.detail for each in ordered for one in _scheme_problems(name, "quantization.", each, (), forms)[:1]
+        ]
         if name.info.uniform and len(schemes) > 1:
             details.append(_mixed(name, schemes, forms))
         found = dict.fromkeys(detail for detail in details if detail is not None)
@@ -91,6 +95,62 @@ def stored_problems(
             for detail in found
         ]
     return problems
+
+
+def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec, forms: frozenset[Form]) -> list[FieldProblem]:
+    """Reasons why a format cannot hold the schemes of embeddings and head."""
+    problems: list[FieldProblem] = []
+    embeddings, head = spec.embeddings_scheme(), spec.modules.head and spec.head_scheme()
+    for field, scheme in (("embeddings", embeddings), ("head", head)):
+        if scheme is None:
+            continue
+        where = f"quantization.modules.{field}."
+        if scheme.form not in name.info.kinds and scheme.name is None:
+            detail = (
+                f"{name.value} cannot hold {scheme.form.value} weights, as the {field} would be; {_other_formats()}"
+            )
+            problems.append(
+                FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits)
+            )
+            continue
+        problems += _scheme_problems(name, where, scheme, frozenset({True, False}), forms)
+    if embeddings is None or name.info.embeddings is EmbeddingRule.ANY:
+        return problems
+    if name.info.embeddings is EmbeddingRule.NONE:
+        detail = f"{name.value} holds no quantized embeddings; {_other_formats()}, or leave modules.embeddings out"
+    else:
+        different = [scheme for scheme in [*dict(spec.schemes()).values(), head or embeddings] if scheme != embeddings]
+        if not different and spec.budget() is None and embeddings.name is None:
+            return problems
+        detail = (
+            f"{name.value} with quantized embeddings loads with one scheme of integers for linears, head and embeddings "
+            f"alone: give all of them the same, leave modules.embeddings out, or {_other_formats()}"
+        )
+    return [
+        *problems,
+        FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name),
+    ]
+
+
+def head_problems(formats: tuple[ExportFormat, ...], spec: WeightSpec, *, tied: bool) -> list[FieldProblem]:
+    """Formats that hold quantized embeddings only with the head, where a model's head is another matrix that stays."""
+    if spec.modules.embeddings is None or tied or spec.head_scheme() == spec.embeddings_scheme():
+        return []
+    detail = (
+        "{} with quantized embeddings loads with one scheme for linears, head and embeddings alone, and this model's "
+        f"head is a matrix of its own: give modules.head the same scheme, or {_other_formats()}"
+    )
+    return [
+        FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail.format(name.value), value=name)
+        for index, name in enumerate(formats)
+        if name.info.embeddings is EmbeddingRule.UNIFORM
+    ]
+
+
+def _other_formats() -> str:
+    """The formats that hold embeddings in a scheme of their own, as they stand in a request."""
+    able = [f for f in ExportFormat if f.info.embeddings is EmbeddingRule.ANY and not f.info.is_adapter]
+    return "ask for formats: " + " or ".join(f'["{name.value}"]' for name in able)
 
 
 def model_problems(
@@ -206,11 +266,14 @@ def _form_refusal(
 
 
 def _scheme_problems(
-    name: ExportFormat, pattern: str, scheme: Scheme, symmetries: Collection[bool], forms: frozenset[Form]
+    name: ExportFormat, where: str, scheme: Scheme, symmetries: Collection[bool], forms: frozenset[Form]
 ) -> list[FieldProblem]:
-    """Reasons why a format cannot hold linears of a scheme; `symmetries` are those that the method takes."""
+    """Reasons why a format cannot hold linears of a scheme.
+
+    where        path of the fields that give it, with a dot at its end
+    symmetries   those that the method takes
+    """
     info, able = name.info, _able([scheme], forms)
-    where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
     problems = []
     if scheme.name is not None:
         if scheme.name in info.schemes:

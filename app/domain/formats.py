@@ -54,6 +54,17 @@ class Offsets(StrEnum):
     """The same in the model's dtype, which scales have there, too."""
 
 
+class EmbeddingRule(StrEnum):
+    """Quantized embeddings in a format. A quantized head is a linear like others everywhere."""
+
+    NONE = "none"
+    """Not at all."""
+    ANY = "any"
+    """In any scheme that it holds, once for both where the head is tied to them."""
+    UNIFORM = "uniform"
+    """As integers, in one scheme with all linears and the head, which is stored by itself even where it is tied."""
+
+
 class Result(StrEnum):
     """Product of a job, as far as a request that names no format needs to know."""
 
@@ -82,6 +93,7 @@ class FormatInfo:
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
     schemes           schemes by name that it holds
+    embeddings        whether it holds quantized embeddings
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
     """
 
@@ -107,6 +119,7 @@ class FormatInfo:
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
     schemes: frozenset[SchemeName] = frozenset()
+    embeddings: EmbeddingRule = EmbeddingRule.NONE
 
     @property
     def is_adapter(self) -> bool:
@@ -184,6 +197,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.OFFSETS}),
             offsets=Offsets.EXACT,
             schemes=ALL_SCHEMES,
+            embeddings=EmbeddingRule.ANY,
             always_kept=True,
             library="bitwright",
             runtimes=(
@@ -209,6 +223,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             scales=ScaleDtype.MODEL,
             default_for=frozenset({Result.AFFINE}),
+            embeddings=EmbeddingRule.UNIFORM,
             runtimes=(
                 RuntimeSupport(
                     "transformers",
@@ -266,6 +281,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.CODEBOOK, Result.SUMS}),
             offsets=Offsets.EXACT,
             schemes=ALL_SCHEMES,
+            embeddings=EmbeddingRule.ANY,
             dense=True,
             runtimes=(
                 RuntimeSupport(
@@ -294,6 +310,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.FACTORS}),
             schemes=ALL_SCHEMES,
+            embeddings=EmbeddingRule.ANY,
             library="peft",
             runtimes=(
                 RuntimeSupport(
@@ -327,6 +344,7 @@ class ExportFormat(StrEnum):
             group_multiple=32,
             architectures=frozenset(GGUF_ARCHITECTURES),
             offsets=Offsets.FLOAT16,
+            embeddings=EmbeddingRule.ANY,
             library="gguf",
             weight_files=("*.gguf",),
             model_check=gguf_refusals,
@@ -491,6 +509,7 @@ class ExportFormat(StrEnum):
             group_multiple=32,
             group_sizes=frozenset({32, 64, 128}),
             offsets=Offsets.MODEL,
+            embeddings=EmbeddingRule.ANY,
             library="mlx",
             model_check=mlx_refusals,
             runtimes=(

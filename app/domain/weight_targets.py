@@ -1,9 +1,9 @@
 """Tensors of a checkpoint that a job without a model quantizes, by names, shapes and dtypes alone: one pure rule.
 
 A linear is a floating-point matrix `<name>.weight`, or one expert's part of a 3-D tensor of fused experts. What a
-language model computes exactly by design (norms, routers, recurrent state), what its quality hangs on for few bytes
-(embeddings, the head), and what is no decoder layer (vision, audio, projectors, multi-token prediction) stays as it is,
-and so does what has less than 32 rows or columns, or columns that are no whole groups.
+language model computes exactly by design (norms, routers, recurrent state), and what is no decoder layer (vision,
+audio, projectors, multi-token prediction) stays as it is, and so does what has less than 32 rows or columns, or columns
+that are no whole groups. Embeddings and head are quantized where the request gives them a scheme.
 """
 
 import re
@@ -20,18 +20,24 @@ from app.domain.methods.module_rules import (
     dividing_sizes,
     field_of_name,
     indivisible_name,
+    indivisible_outer,
     matches_any,
+    outer_errors,
     unknown_module,
+    unties,
 )
 from app.domain.methods.schemes import fits
 from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnsupportedArchitecture
 
 WEIGHT = ".weight"
+HEAD_TENSOR = HEAD + WEIGHT
 FLOATING = frozenset({"F64", "F32", "F16", "BF16"})
 LEAST_SIDE = 32
 """Fewer rows or columns than this: a gate, a time step, a lookup; nothing that takes room."""
 HEADS = frozenset({HEAD, "embed_out", "output"})
 """Last names of modules that are a model's head; `output` only at the top of the tree."""
+EMBEDDINGS = frozenset({"embed_tokens", "wte", "embed_in", "word_embeddings", "tok_embeddings", "embeddings"})
+"""Last names of modules that are the matrix of embeddings."""
 IN_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "w13")
 """Fused experts' tensors that read hidden states; the others write them."""
 OUT_ORDER = ("down_proj", "w2")
@@ -96,6 +102,11 @@ class Targets:
     kept: tuple[KeptPart, ...] = ()
 
     @property
+    def embeddings(self) -> Target | None:
+        """The matrix of embeddings, where it is quantized."""
+        return next((target for target in self.linears if is_embeddings(target.name)), None)
+
+    @property
     def weights(self) -> int:
         """Number of weights that are quantized."""
         return sum(out * width for out, width in (target.shape for target in self.linears))
@@ -118,7 +129,7 @@ def weight_targets(tensors: Mapping[str, TensorShape], config: Mapping[str, obje
         raise error
     linears, parts = list[Target](), list[KeptPart]()
     for name, (tensor, shape, place) in candidates.items():
-        scheme = spec.scheme_of(name)
+        scheme = _scheme_of(name, spec)
         if scheme is not None and scheme.divides(shape[1]):
             linears.append(Target(name, tensor, shape, scheme, place))
             continue
@@ -161,16 +172,37 @@ def _errors(
         if size is not None and misfit:
             field = f"{RULES}.overrides.{pattern}.group_size"
             errors.append(_indivisible(size, misfit[0], candidates[misfit[0]][1][1], field))
-    if spec.scheme_of(HEAD) is not None and not any(is_head(name.removesuffix(WEIGHT)) for name in tensors):
-        detail = f"{HEAD} is to be quantized, and the checkpoint has none: it shares its matrix with the embeddings"
-        hint = f'add "{HEAD}" to modules.ignore'
-        errors.append(InvalidRequest(detail, field=f"{RULES}.ignore", value=HEAD, hint=hint))
-    return errors + _group_errors(candidates, spec)
+    return errors + _outer_errors(candidates, tensors, spec) + _group_errors(candidates, spec)
+
+
+def _outer_errors(
+    candidates: Mapping[str, Candidate], tensors: Collection[str], spec: WeightSpec
+) -> list[InputError | RequestError]:
+    """What does not fit of the schemes of embeddings and head."""
+    widths = {name: shape[1] for name, (_, shape, _) in candidates.items()}
+    embeddings = next((name for name in widths if is_embeddings(name)), None)
+    if spec.modules.embeddings is not None and embeddings is None:
+        detail = "the checkpoint has no one matrix of embeddings, as far as names tell"
+        hint = "leave modules.embeddings out"
+        return [InvalidRequest(detail, field=f"{RULES}.embeddings", hint=hint)]
+    width = 0 if embeddings is None else widths[embeddings]
+    errors = outer_errors(spec, width, head=HEAD, tied=not has_head(tensors))
+    head, width = spec.head_scheme(), next((widths[name] for name in widths if is_head(name)), 0)
+    if spec.modules.head is not None and head is not None and width and not head.divides(width):
+        errors.append(indivisible_outer(head, width, "head"))
+    return errors
+
+
+def _scheme_of(name: str, spec: WeightSpec) -> Scheme | None:
+    """The scheme of a candidate; embeddings and head have their own fields for it."""
+    if is_embeddings(name):
+        return spec.embeddings_scheme()
+    return spec.head_scheme() if is_head(name) and spec.modules.head is not None else spec.scheme_of(name)
 
 
 def _group_errors(candidates: Mapping[str, Candidate], spec: WeightSpec) -> list[InputError | RequestError]:
     """An error where groups divide no linear at all; else those that they do not divide stay as they are."""
-    schemes = {name: scheme for name in candidates if (scheme := spec.scheme_of(name)) is not None}
+    schemes = {name: scheme for name in candidates if (scheme := _scheme_of(name, spec)) is not None}
     if not schemes:
         detail = "every linear of the checkpoint is ignored, so there is nothing to quantize"
         field, value = f"{RULES}.ignore", ", ".join(spec.modules.ignore)
@@ -198,6 +230,7 @@ def _candidates(
     layers = text.get("num_hidden_layers")
     found: dict[str, Candidate] = {}
     left: dict[str, str] = {}
+    matrix = None if spec.modules.embeddings is None else embeddings_tensor(tensors)
     for tensor in sorted(tensors):
         entry, module = tensors[tensor], tensor.removesuffix(WEIGHT)
         if entry.dtype not in FLOATING or len(entry.shape) < 2:
@@ -205,6 +238,8 @@ def _candidates(
         reason = left_alone(module, layers if isinstance(layers, int) else None)
         if is_head(module):
             reason = None if spec.scheme_of(HEAD) is not None and tensor.endswith(WEIGHT) else "the head"
+        if tensor == matrix:
+            reason = None
         if config.get("model_type") in CONV1D:
             reason = "stored (in, out), as a Conv1D"
         if reason is not None:
@@ -248,6 +283,31 @@ def is_head(module: str) -> bool:
     """True if a module of that name is the output head."""
     parts = module.split(".")
     return parts[-1] in HEADS and (parts[-1] != "output" or len(parts) == 1)
+
+
+def has_head(tensors: Collection[str]) -> bool:
+    """True if a checkpoint with tensors of these names has an output head of its own."""
+    return any(is_head(name.removesuffix(WEIGHT)) for name in tensors)
+
+
+def is_embeddings(module: str) -> bool:
+    """True if a module of that name is the matrix that token ids pick rows of."""
+    parent, _, name = module.rpartition(".")
+    return name in EMBEDDINGS and LAYER.search(module) is None and part_left_alone(parent) is None
+
+
+def embeddings_tensor(tensors: Collection[str]) -> str | None:
+    """The stored matrix of embeddings; None where no name, or more than one, is known to be it."""
+    found = [name for name in tensors if name.endswith(WEIGHT) and is_embeddings(name.removesuffix(WEIGHT))]
+    return found[0] if len(found) == 1 else None
+
+
+def seen_tensors(tensors: Mapping[str, TensorShape], spec: WeightSpec) -> Mapping[str, TensorShape]:
+    """The tensors with a head besides, where that alone is to be quantized and is the embeddings."""
+    embeddings = embeddings_tensor(tensors)
+    if not unties(spec) or has_head(tensors) or embeddings is None:
+        return tensors
+    return {**tensors, HEAD_TENSOR: tensors[embeddings]}
 
 
 def _of_experts(module: str) -> bool:

@@ -26,6 +26,7 @@ from workers.engine.memory import LOGITS_AT_ONCE
 from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
+from workers.engine.quantize.outer_matrices import plain_head
 from workers.engine.quantize.stage import Quantized
 from workers.engine.shipped import Replay, evaluated_key, shipments_of
 from workers.engine.shipped_quality import Evaluated, QualityMeter, differences, evaluate
@@ -74,9 +75,14 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
 
 
 def _reference(job: Job, activations: Activations, sequences: Sequences, head: Tensor | None) -> Figures | None:
-    """The row of round to nearest, whose head is `head`: that is rounded to nearest anyway."""
+    """The row of round to nearest.
+
+    head   the job's: embeddings and a head that is tied to them are rounded to nearest in every job
+    """
     if activations.reference is None:
         return None
+    if head is not None and job.model.layout.head in job.schemes:
+        head = plain_head(job)
     quality = measure(
         job.model,
         activations.original,

@@ -3,13 +3,14 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from app.domain.attempt_lines import ResultLine
 from app.domain.format_rules import stored_formats
-from app.domain.formats import ExportFormat
+from app.domain.formats import EmbeddingRule, ExportFormat
 from bitwright.events import Stage
 from bitwright.formats import ADAPTER_FOLDER
 from bitwright.report import AdapterReport, Report
@@ -24,6 +25,7 @@ from workers.engine.stored_scales import CODE as SCALES_ROUNDED
 from workers.engine.stored_scales import StoredScales
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
+from workers.formats.cards.model_card import stored_bytes
 from workers.formats.format import Writer
 from workers.formats.registry import open_writers
 from workers.formats.stored_linear import StoredPart
@@ -46,7 +48,9 @@ def run(job: Job, results: Results) -> ResultLine:
     adapter = exported.adapter
     if adapter is not None and evaluated is not None:
         adapter = adapter.model_copy(update={"before_merge": evaluated.before_merge})
-    size = size_of(job, exported.stored, exported.weights)
+    size = size_of(job, exported.stored, exported.weights).model_copy(
+        update={"bytes_files": weight_bytes(job.workspace / OUTPUT, exported.writers)}
+    )
     report = report_of(job, results, size).model_copy(
         update={
             "adapter": adapter,
@@ -57,6 +61,11 @@ def run(job: Job, results: Results) -> ResultLine:
     checkpoints = _describe(job, trained, exported, report)
     job.model.checkpoint.close()
     return ResultLine(report=report, checkpoints=checkpoints)
+
+
+def weight_bytes(folder: Path, formats: Collection[ExportFormat]) -> dict[str, int]:
+    """Bytes of the weight files of finished checkpoints, by their folder under `folder`."""
+    return {name.value: stored_bytes(folder / name.value, name.info.weight_files) for name in formats}
 
 
 @dataclass
@@ -80,8 +89,10 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
     """Every checkpoint but its report; a block is read while the one before it is packed."""
     model, finished, folder = job.model, job.finished_blocks, job.workspace / OUTPUT
     total, bases = len(finished.blocks), dict[str, LinearResult]()
-    formats = stored_formats(job.request.formats)
-    exported = Exported(open_writers(folder, formats, model.checkpoint, identity))
+    exported = Exported(_writers(job, folder, identity))
+    for name, embeddings in finished.load_embeddings().items():
+        _write_linear(model, name, embeddings, trained, exported)
+        _write_tied_head(model, embeddings, exported)
     with closing(read_ahead(finished.load, total, torch.device("cpu"))) as blocks:
         for done, block in enumerate(blocks, start=1):
             for name, base in block.items():
@@ -106,6 +117,25 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
         kept = {name: stored(module) for name, module in trained.modules.items()}
         write_adapter(folder / ADAPTER_FOLDER, trained.spec.kind, kept)
     return exported
+
+
+def _writers(job: Job, folder: Path, identity: Identity) -> Mapping[ExportFormat, Writer]:
+    """A writer for each format; those that store a tied head besides quantized embeddings see it in their source."""
+    model, formats, name = job.model, stored_formats(job.request.formats), job.model.layout.embeddings
+    if name not in job.schemes:
+        return open_writers(folder, formats, model.checkpoint, identity)
+    untied, stored = model.checkpoint, model.names.own_name(f"{name}.weight")
+    if model.tied and stored is not None:
+        untied = model.checkpoint.untied(stored, f"{model.layout.head}.weight")
+    return open_writers(folder, formats, model.checkpoint, identity, embeddings=name, untied=untied)
+
+
+def _write_tied_head(model: StreamedModel, embeddings: LinearResult, exported: Exported) -> None:
+    """The head that is the quantized embeddings, to writers that store it by itself."""
+    head = model.layout.head
+    for export_format, writer in exported.writers.items():
+        if model.tied and export_format.info.embeddings is EmbeddingRule.UNIFORM:
+            writer.add_linear(head, embeddings, module=head)
 
 
 def _write_linear(

@@ -3,6 +3,7 @@
     state/state.json             {"fingerprint": ..., "blocks": [{"index", "file", "sha256", "report"}, ...]}
     state/block-00000.safetensors  the block's linears as in the native format, described in the header, and other
                                  parameters that changed
+    state/embeddings.safetensors   the matrix of embeddings in the same way, where it is quantized
     state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
 
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts them
@@ -61,10 +62,20 @@ class FinishedScales(BaseModel):
     report: ScaleReport
 
 
+class FinishedEmbeddings(BaseModel):
+    """The durable matrix of embeddings, where it is quantized."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    sha256: str
+
+
 class StateFile(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     fingerprint: str
+    embeddings: FinishedEmbeddings | None = None
     blocks: tuple[FinishedBlock, ...] = ()
     scales: FinishedScales | None = None
 
@@ -114,6 +125,21 @@ class FinishedBlocks:
         """The report of the stage that tunes scales end to end, if it is done."""
         return None if self._state.scales is None else self._state.scales.report
 
+    @property
+    def embeddings(self) -> FinishedEmbeddings | None:
+        """The file of the quantized embeddings, once they are durable."""
+        return self._state.embeddings
+
+    def save_embeddings(self, name: str, result: LinearResult) -> None:
+        """Makes the quantized embeddings durable, before any block; `name` is the matrix's full module name."""
+        shard = self._linears_file("embeddings.safetensors", {name: result}, {})
+        finished = FinishedEmbeddings(file=shard.file, sha256=shard.sha256)
+        self._replace_state(self._state.model_copy(update={"embeddings": finished}))
+
+    def load_embeddings(self) -> dict[str, LinearResult]:
+        """The quantized embeddings by full module name, on the host; empty where they are not quantized."""
+        return {} if self.embeddings is None else self._linears_in(self.embeddings.file)
+
     def save(self, index: int, linears: Mapping[str, LinearResult], report: BlockReport | None) -> None:
         """Makes a block durable; `linears` by full name. Returns when a crash can no longer lose it."""
         self.finish(index, self.write_shard(index, linears), report)
@@ -129,6 +155,9 @@ class FinishedBlocks:
         linears     by full name
         parameters  others that changed with them, by full name
         """
+        return self._linears_file(f"block-{index:05d}.safetensors", linears, parameters)
+
+    def _linears_file(self, file: str, linears: Mapping[str, LinearResult], parameters: Mapping[str, Tensor]) -> Shard:
         stored = {name: StoredLinear.of(result) for name, result in linears.items()}
 
         def tensors() -> dict[str, Tensor]:
@@ -136,7 +165,7 @@ class FinishedBlocks:
             return {key: tensor.cpu().contiguous() for named in (*packed, parameters) for key, tensor in named.items()}
 
         about = {"linears": LINEARS.dump_json(stored).decode()}
-        return replace(self._write(f"block-{index:05d}.safetensors", tensors, about), parameters=tuple(parameters))
+        return replace(self._write(file, tensors, about), parameters=tuple(parameters))
 
     def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
         """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
@@ -158,7 +187,10 @@ class FinishedBlocks:
 
     def load(self, index: int) -> dict[str, LinearResult]:
         """The linears of a finished block by full name, on the host."""
-        data = self._read(self.blocks[index].file)
+        return self._linears_in(self.blocks[index].file)
+
+    def _linears_in(self, file: str) -> dict[str, LinearResult]:
+        data = self._read(file)
         tensors, stored = load(data), described_linears(data)
         return {name: self._with_scale(name, native.decompress(name, tensors, stored[name])) for name in stored}
 
@@ -197,21 +229,31 @@ class FinishedBlocks:
             return empty
         if state.fingerprint != fingerprint:
             return empty
+        if state.embeddings is not None and not self._is_sound(state.embeddings):
+            return empty  # X_q of every block began with them
         sound = []
         for position, block in enumerate(state.blocks):
             if block.index != position or not self._is_sound(block):
                 break
             sound.append(block)
         whole = len(sound) == len(state.blocks) and state.scales is not None and self._is_sound(state.scales)
-        return StateFile(fingerprint=fingerprint, blocks=tuple(sound), scales=state.scales if whole else None)
+        scales = state.scales if whole else None
+        return StateFile(fingerprint=fingerprint, embeddings=state.embeddings, blocks=tuple(sound), scales=scales)
 
     def _agreed(self, state: StateFile) -> StateFile:
         """The part that every process reads; none goes on before all have looked, so none sees what another writes."""
         blocks = self._processes.least(len(state.blocks))
         scales = self._processes.least(int(state.scales is not None))
-        return state.model_copy(update={"blocks": state.blocks[:blocks], "scales": state.scales if scales else None})
+        embeddings = self._processes.least(int(state.embeddings is not None))
+        return state.model_copy(
+            update={
+                "blocks": state.blocks[:blocks],
+                "scales": state.scales if scales else None,
+                "embeddings": state.embeddings if embeddings else None,
+            }
+        )
 
-    def _is_sound(self, shard: FinishedBlock | FinishedScales) -> bool:
+    def _is_sound(self, shard: FinishedBlock | FinishedScales | FinishedEmbeddings) -> bool:
         try:
             data = self._read(shard.file)
         except OSError:

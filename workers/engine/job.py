@@ -111,8 +111,9 @@ class Job:
 
     @property
     def block_schemes(self) -> dict[str, Scheme]:
-        """Schemes of the blocks' linears, without the head's."""
-        return {name: scheme for name, scheme in self.schemes.items() if name != self.model.layout.head}
+        """Schemes of the blocks' linears, without those of embeddings and head."""
+        outer = {self.model.layout.head, self.model.layout.embeddings}
+        return {name: scheme for name, scheme in self.schemes.items() if name not in outer}
 
     def fingerprint(self) -> str:
         """sha256 of everything that decides the codes, as far as it is known: `prepared` is part of it."""

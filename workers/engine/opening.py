@@ -4,12 +4,15 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import dishonoured_rank
+from app.domain.format_rules import head_problems
 from app.domain.inputs.quantized.registry import quantized_warning
+from app.domain.methods import WeightSpec
 from app.domain.workload import ModelSize, has_reference, readers_of
-from bitwright.errors import FormatCannotHold, InternalError
+from bitwright.errors import FormatCannotHold, InternalError, InvalidRequest
 from bitwright.events import Stage
 from workers.disk.orders import AttemptOrder
 from workers.engine.base_job import BaseJobResult
@@ -45,7 +48,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
     with reproducible(device):
         reporter.progress(Stage.LOAD, 0, 1, "models")
         checkpoint = Checkpoint.open(Path(order.model_path), workspace / f"source-{rank}")
-        model = StreamedModel.open(checkpoint, device)
+        model = _opened(checkpoint, order.request.quantization, device)
         checkpoint = model.checkpoint
         if checkpoint.presented is not None:
             reporter.warning("quantized_source", quantized_warning(checkpoint.presented.what))
@@ -53,7 +56,9 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
             reporter.warning("tensors_left_out", left_out_warning(model.left_out))
         schemes = plan_schemes(model, order.request.quantization)
         shapes = {name: (linear.out_features, linear.in_features) for name, linear in model.linears().items()}
+        shapes |= {model.layout.embeddings: (model.known_tokens, model.embedding_width)}
         quantized = {name: shape for name, shape in shapes.items() if name in schemes}
+        _demand_one_scheme(order, model)
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], quantized)
         _demand_separate_experts(order, model, schemes)
         scale_dtype = scale_dtype_of(order.request.formats, model.dtype)
@@ -88,6 +93,43 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
             base_job=base_job,
             reference=reference,
         )
+
+
+def _opened(checkpoint: Checkpoint, spec: WeightSpec, device: torch.device) -> StreamedModel:
+    """The model with a head of its own where that alone is to be quantized; without a stored copy of a tied one where
+    both are.
+
+    Raises:
+        InvalidRequest: the head of such a model cannot be told from its embeddings.
+    """
+    model = StreamedModel.open(checkpoint, device)
+    if not model.tied or (spec.modules.embeddings is None and spec.modules.head is None):
+        return model
+    head, embeddings = f"{model.layout.head}.weight", model.names.own_name(f"{model.layout.embeddings}.weight")
+    if spec.modules.embeddings is not None:
+        return (
+            StreamedModel.open(model.checkpoint.without([head]), device) if head in model.checkpoint.tensors else model
+        )
+    if embeddings is not None:
+        untied = StreamedModel.open(model.checkpoint.untied(embeddings, head), device)
+        if not untied.tied and head not in untied.left_out:
+            return untied
+    raise InvalidRequest(
+        f"{type(model.model).__name__} has one matrix for head and embeddings, and no way to tell them apart",
+        field="quantization.modules.head",
+        hint="give modules.embeddings the scheme, which then is that of both",
+    )
+
+
+def _demand_one_scheme(order: AttemptOrder, model: StreamedModel) -> None:
+    """Refuses formats that hold quantized embeddings only with the head, where that is a matrix that stays as it is.
+
+    Raises:
+        FormatCannotHold: one of the request's formats is such a one.
+    """
+    for problem in head_problems(order.request.formats, order.request.quantization, tied=model.tied):
+        hint = "GET /v1/formats lists what each one holds"
+        raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value, hint=hint)
 
 
 def _demand_separate_experts(order: AttemptOrder, model: StreamedModel, schemes: Collection[str]) -> None:

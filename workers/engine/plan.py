@@ -101,14 +101,22 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
-    """Full name -> scheme of every linear that is to be quantized.
+    """Full name -> scheme of every linear that is to be quantized, and of the embeddings.
+
+    A head that is tied to the embeddings is their matrix, and has no scheme of its own.
 
     Raises:
         UnknownModule: a pattern matches no linear.
         IndivisibleGroup: a group size does not divide a linear's inputs.
         InvalidRequest: the head is to be quantized, but it is the embedding matrix; or nothing is left to quantize.
     """
-    inputs = {name: linear.in_features for name, linear in model.linears().items()}
-    for error in rule_errors(spec, inputs, head=model.layout.head, tied=model.tied):
+    inputs, head = {name: linear.in_features for name, linear in model.linears().items()}, model.layout.head
+    for error in rule_errors(spec, inputs, head=head, tied=model.tied, width=model.embedding_width):
         raise error
-    return {name: scheme for name in inputs if (scheme := spec.scheme_of(name)) is not None}
+    schemes = {name: scheme for name in inputs if (scheme := spec.scheme_of(name)) is not None}
+    if model.tied:
+        schemes.pop(head, None)
+    elif spec.modules.head is not None and (of_head := spec.head_scheme()) is not None:
+        schemes[head] = of_head
+    embeddings = spec.embeddings_scheme()
+    return schemes if embeddings is None else {model.layout.embeddings: embeddings, **schemes}

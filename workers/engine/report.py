@@ -32,6 +32,7 @@ class Results:
     """Results of a job's stages, from which the report is made."""
 
     blocks: tuple[BlockReport, ...]
+    embeddings: LinearReport | None
     head: LinearReport | None
     scales: ScaleReport | None
     finetuned: Finetuned | None
@@ -61,6 +62,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
         quality=None if results.evaluated is None else results.evaluated.quality,
         shipped=() if results.evaluated is None else results.evaluated.shipped,
         round_to_nearest=None if results.evaluated is None else results.evaluated.reference,
+        embeddings=results.embeddings,
         head=results.head,
         base_job=_base_job_report(job, len(results.blocks)),
         blocks=results.blocks,
@@ -123,9 +125,10 @@ def size_of(job: Job, stored: StoredBits, weights: int) -> SizeReport:
     weights   how many weights they are
     """
     model, count = job.model, max(1, weights)
-    before = sum(tensor.size for tensor in _tensors(model))
+    tensors = _tensors(model)
+    before = sum(tensor.size for tensor in tensors if tensor.copies is None)
     quantized = sum(model.names.stored_bytes(f"{name}.weight") for name in job.schemes)
-    after = before - quantized + stored.total // 8
+    after = sum(tensor.size for tensor in tensors) - quantized + stored.total // 8
     return SizeReport(
         bytes_original=before,
         bytes_quantized=after,
@@ -146,4 +149,4 @@ def _tensors(model: StreamedModel) -> list[StoredTensor]:
 
 
 def _parameters(model: StreamedModel) -> int:
-    return sum(prod(tensor.shape) for tensor in _tensors(model))
+    return sum(prod(tensor.shape) for tensor in _tensors(model) if tensor.copies is None)

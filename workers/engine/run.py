@@ -21,7 +21,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
 
     Raises:
         InputError: the model, its data or the request's numbers do not fit together.
-        InvalidRequest: the head is to be quantized but tied to the embeddings.
+        InvalidRequest: the head is to be quantized but is the embeddings, of which the request does not speak.
         FormatCannotHold: a format of the request cannot hold this model.
     """
     if order.request.exports:
@@ -53,4 +53,6 @@ def _computed(job: Job) -> tuple[Job, Results]:
         quantized = replace(quantized, calibration=None)
         finetuned = finetune.run(job, quantized.head)
         evaluated = evaluate.run(job, quantized, finetuned)
-    return job, Results(quantized.blocks, quantized.head_report, tuned, finetuned, evaluated)
+    return job, Results(
+        quantized.blocks, quantized.embeddings_report, quantized.head_report, tuned, finetuned, evaluated
+    )

@@ -187,11 +187,11 @@ def _rounding_formats(job: Job) -> tuple[ExportFormat, ...]:
     if request.merge == "quantized":
         if request.round_offset:
             return rounding
-        # Offsets of all formats are fp16 then, where one has them so; a head has no adapter.
+        # Offsets of all formats are fp16 then, where one has them so; embeddings and head have no adapter.
         in_model_dtype = tuple(name for name in rounding if not halves_offsets([name]))
         if in_model_dtype:
             return in_model_dtype
-        schemes = {name: scheme for name, scheme in schemes.items() if name == job.model.layout.head}
+        schemes = {name: scheme for name, scheme in schemes.items() if name not in job.block_schemes}
     return rounding if any(not scheme.symmetric for scheme in schemes.values()) else ()
 
 
@@ -210,7 +210,11 @@ class Replay:
 
     def run(self, activations: Activations, shipment: Shipment) -> None:
         """X_q of the activations, rewound to the embeddings, through all blocks."""
-        activations.rewind(self.model)
+        embeddings = {
+            f"{name}.weight": self._shipped_base(name, base, shipment).to(self.model.device).dequantize()
+            for name, base in self.finished.load_embeddings().items()
+        }
+        activations.rewind(self.model, embeddings)
 
         def shipped_base(name: str, base: LinearResult) -> LinearResult:
             return self._shipped_base(name, base, shipment)
@@ -221,11 +225,14 @@ class Replay:
                     activations.advance_quantized(index, self.model.blocks[index])
 
     def head(self, shipment: Shipment) -> Tensor | None:
-        """The dequantized weight of the head, where that is quantized."""
-        if len(self.finished.blocks) == len(self.model.blocks):
+        """The dequantized weight of the head, where that is quantized; of a tied one that of the embeddings."""
+        if len(self.finished.blocks) > len(self.model.blocks):
+            name = self.model.layout.head
+            base = self.finished.load(len(self.model.blocks))[name]
+        elif self.model.tied and self.finished.embeddings is not None:
+            ((name, base),) = self.finished.load_embeddings().items()
+        else:
             return None
-        name = self.model.layout.head
-        base = self.finished.load(len(self.model.blocks))[name]
         return self._shipped_base(name, base, shipment).to(self.model.device).dequantize()
 
     def _shipped_base(self, name: str, base: LinearResult, shipment: Shipment) -> LinearResult:

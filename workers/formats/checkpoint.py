@@ -49,6 +49,7 @@ class Layout:
     warnings       code and message of requirements for loading
     moved          name of a linear, its result -> how far rounding what stands for zero points moves weights, at
                    most, in steps of a scale; 0 where nothing is rounded
+    embeddings     the fields of `config` -> those of a checkpoint whose embeddings are quantized; None: the same
     joins          whether parts of a tensor of the source are put together again, in the source's layout
     """
 
@@ -60,6 +61,7 @@ class Layout:
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
     warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
     moved: Callable[[str, LinearResult], float] | None = None
+    embeddings: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
     joins: bool = False
     loader: Path = LOADER
 
@@ -238,7 +240,9 @@ class CheckpointWriter:
     def _write_config(self, ignored: list[str]) -> None:
         config = {**without_code(self._source.config), **self._dtype_fields()}
         if self._layout.config is not None:
-            config |= self._layout.config(self._targets(), ignored)
+            fields = self._layout.config(self._targets(), ignored)
+            quantizes_embeddings = self._opening.embeddings is not None and self._layout.embeddings is not None
+            config |= self._layout.embeddings(fields) if quantizes_embeddings else fields
         if self._layout.files is not None:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)

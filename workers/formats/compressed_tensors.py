@@ -26,6 +26,7 @@ from workers.formats.cards.loading import BASE, FOLDER, LOAD_VLLM, AdapterBase, 
 from workers.formats.cards.vllm import vllm_knowledge
 from workers.formats.checkpoint import Layout, checkpoint_format
 from workers.formats.native import LOAD_BITWRIGHT
+from workers.formats.quantized_embeddings import with_embeddings
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.packing import pack_words, unpack_words
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -257,6 +258,7 @@ FORMAT = checkpoint_format(
     Layout(
         compress,
         config=lambda targets, ignored: {"quantization_config": config(targets, ignored)},
+        embeddings=with_embeddings,
         needs_loader=needs_loader,
         warnings=package_warnings,
     ),

@@ -81,6 +81,7 @@ class Opening:
     name       name of its format
     formats    all of the job's
     identity   the job's result, for files that name it before there is a report
+    embeddings module name of the quantized embeddings; None: they stay as they are
     parts      folder for shards before they are the checkpoint's, where another writer finds them (`WrittenPart`)
     base       schemes by module name -> the checkpoint of the job beside which its adapter is loaded
     """
@@ -93,6 +94,7 @@ class Opening:
     shard_bytes: int = SHARD_BYTES
     held_bytes: int = HELD_BYTES
     parts: Path | None = None
+    embeddings: str | None = None
 
 
 Compress = Callable[[str, LinearResult], dict[str, Tensor]]

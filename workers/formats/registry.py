@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 
 from app.domain.format_rules import model_problems, stored_formats
-from app.domain.formats import ExportFormat
+from app.domain.formats import EmbeddingRule, ExportFormat
 from app.domain.methods import Scheme
 from bitwright.errors import FormatCannotHold, InternalError
 from workers.formats.cards.identity import Identity
@@ -40,13 +40,36 @@ def format_of(name: ExportFormat) -> Format:
 
 
 def open_writers(
-    folder: Path, formats: Collection[ExportFormat], source: SourceCheckpoint, identity: Identity | None = None
+    folder: Path,
+    formats: Collection[ExportFormat],
+    source: SourceCheckpoint,
+    identity: Identity | None = None,
+    *,
+    embeddings: str | None = None,
+    untied: SourceCheckpoint | None = None,
 ) -> Mapping[ExportFormat, Writer]:
     """A writer for each format of a job, in a folder of its name under `folder`.
 
-    identity   the job's result, for files that name it before there is a report
+    identity     the job's result, for files that name it before there is a report
+    embeddings   as in `Opening`
+    untied       the source with its head besides, for formats that store a tied one by itself; None: as it is
     """
-    return {name: open_writer(folder / name.value, name, source, formats, identity=identity) for name in formats}
+    return {
+        name: open_writer(
+            folder / name.value,
+            name,
+            source_for(name, source, untied),
+            formats,
+            identity=identity,
+            embeddings=embeddings,
+        )
+        for name in formats
+    }
+
+
+def source_for(name: ExportFormat, source: SourceCheckpoint, untied: SourceCheckpoint | None) -> SourceCheckpoint:
+    """The source as a format sees it, of which one with its head besides may be known."""
+    return source if untied is None or name.info.embeddings is not EmbeddingRule.UNIFORM else untied
 
 
 def open_writer(
@@ -58,10 +81,12 @@ def open_writer(
     identity: Identity | None = None,
     shard_bytes: int = SHARD_BYTES,
     held_bytes: int = HELD_BYTES,
+    embeddings: str | None = None,
 ) -> Writer:
     """The writer of one checkpoint; `formats` are all of its job's."""
     base = partial(adapter_base, formats)
-    return format_of(name).open(folder, Opening(name, source, formats, base, identity, shard_bytes, held_bytes))
+    opening = Opening(name, source, formats, base, identity, shard_bytes, held_bytes, embeddings=embeddings)
+    return format_of(name).open(folder, opening)
 
 
 def open_part_writers(
@@ -71,8 +96,13 @@ def open_part_writers(
     identity: Identity,
     parts: Path,
     held_bytes: int = HELD_BYTES,
+    *,
+    embeddings: str | None = None,
+    untied: SourceCheckpoint | None = None,
 ) -> Mapping[ExportFormat, PartWriter]:
     """The same for a checkpoint that is made part by part; its shards lie in a folder of the format's name in `parts`.
+
+    embeddings, untied   as in `open_writers`
 
     Raises:
         FormatCannotHold: a format needs the whole model at once.
@@ -80,7 +110,16 @@ def open_part_writers(
     base = partial(adapter_base, formats)
     writers: dict[ExportFormat, PartWriter] = {}
     for name in formats:
-        opening = Opening(name, source, formats, base, identity, held_bytes=held_bytes, parts=parts / name.value)
+        opening = Opening(
+            name,
+            source_for(name, source, untied),
+            formats,
+            base,
+            identity,
+            held_bytes=held_bytes,
+            parts=parts / name.value,
+            embeddings=embeddings,
+        )
         writer = format_of(name).open(folder / name.value, opening)
         if not isinstance(writer, CheckpointWriter):
             hint = "ask for native, merged or another packed format"

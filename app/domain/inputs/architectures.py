@@ -20,6 +20,8 @@ from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
 
 HEAD = "lm_head"
 """Full module name of the output head, in all architectures."""
+EMBEDDINGS = "model.embed_tokens"
+"""Full module name of the embeddings, in those of the Llama shape."""
 MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 1024, 1 << 20, 1 << 24
 """Far above any published model: a configuration beyond them is damaged or hostile, and never sizes a buffer."""
 

@@ -74,6 +74,10 @@ class LoftQSpec(WeightSpec):
         """Weights alone."""
         return False
 
+    def absmax(self) -> AbsmaxScheme | None:
+        """QLoRA's, with double quantization."""
+        return PRESET_ABSMAX if self.double_quantization else None
+
     def forms(self) -> frozenset[Form]:
         """By the base."""
         return frozenset({Form.AFFINE if self.base == "affine" else Form.CODEBOOK, Form.LOW_RANK})
@@ -219,6 +223,10 @@ class LQLoRASpec(WeightSpec):
     def observes_inputs(self) -> bool:
         """Text is for the Fisher information alone."""
         return False
+
+    def absmax(self) -> AbsmaxScheme | None:
+        """QLoRA's, without a budget."""
+        return None if self.budget() is not None else PRESET_ABSMAX
 
     def forms(self) -> frozenset[Form]:
         """NormalFloat codes and factors, whatever the parameters."""

@@ -6,9 +6,10 @@
 import math
 from collections.abc import Iterable, Mapping
 
-from app.domain.methods import PER_CHANNEL, WeightSpec
+from app.domain.methods import PER_CHANNEL, Scheme, WeightSpec
 from app.domain.methods.named_schemes import SchemeName
-from app.domain.methods.schemes import fits
+from app.domain.methods.schemes import HEAD_PATTERN, fits
+from app.domain.runtimes import described
 from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnknownModule
 
 RULES = "quantization.modules"
@@ -17,27 +18,20 @@ SMALLEST_NAMED = 8
 
 
 def rule_errors(
-    spec: WeightSpec, inputs: Mapping[str, int], *, head: str, tied: bool
+    spec: WeightSpec, inputs: Mapping[str, int], *, head: str, tied: bool, width: int | None = None
 ) -> list[InputError | RequestError]:
     """Everything in `spec` that does not fit, each with field, value and hint.
 
-    head   full module name of the output head
-    tied   whether it is the embedding matrix
+    head    full module name of the output head
+    tied    whether it is the embedding matrix
+    width   columns of the embedding matrix; None: those of the head
     """
     errors: list[InputError | RequestError] = []
     patterns = {f"{RULES}.ignore.{index}": pattern for index, pattern in enumerate(spec.modules.ignore)}
     patterns |= {f"{RULES}.overrides.{pattern}": pattern for pattern in spec.modules.overrides}
     errors += [unknown_module(field, p, inputs) for field, p in patterns.items() if not matches_any(p, inputs)]
     quantized = [name for name in inputs if spec.scheme_of(name) is not None]
-    if tied and head in quantized:
-        errors.append(
-            InvalidRequest(
-                f"{head} shares its matrix with the embeddings, which must stay as they are",
-                field=f"{RULES}.ignore",
-                value=head,
-                hint=f'add "{head}" to modules.ignore',
-            )
-        )
+    errors += outer_errors(spec, inputs.get(head, 0) if width is None else width, head=head, tied=tied)
     if not quantized:
         errors.append(
             InvalidRequest(
@@ -49,6 +43,60 @@ def rule_errors(
         )
     problems = [*errors, *_indivisible(spec, inputs, quantized)]
     return problems or _out_of_reach(spec, inputs, [name for name in quantized if name != head])
+
+
+def outer_errors(spec: WeightSpec, width: int, *, head: str, tied: bool) -> list[InputError | RequestError]:
+    """What does not fit of the schemes of embeddings and head; the head's groups are judged with the linears'.
+
+    width   columns of the embedding matrix
+    """
+    embeddings, of_head = spec.embeddings_scheme(), spec.head_scheme()
+    errors: list[InputError | RequestError] = []
+    if tied and embeddings is None and of_head is not None and spec.modules.head is None:
+        errors.append(
+            InvalidRequest(
+                f"{head} shares its matrix with the embeddings, of which this request does not speak",
+                field=f"{RULES}.ignore",
+                value=head,
+                hint=f'give modules.embeddings a scheme, which then is that of both, or add "{head}" to modules.ignore',
+            )
+        )
+    if tied and embeddings is not None and of_head is not None and embeddings != of_head:
+        own = spec.modules.head is not None
+        errors.append(
+            InvalidRequest(
+                f"{head} and the embeddings are one matrix in this model, and the request gives them two schemes",
+                field=f"{RULES}.head" if own else f"{RULES}.ignore",
+                value=described(of_head),
+                hint="leave modules.head out" if own else f'add "{head}" to modules.ignore',
+            )
+        )
+    if embeddings is not None and width and not embeddings.divides(width):
+        errors.append(indivisible_outer(embeddings, width, "embeddings"))
+    return errors
+
+
+def unties(spec: WeightSpec) -> bool:
+    """True if a head that is the embedding matrix becomes one of its own: it alone is to be quantized."""
+    return spec.modules.head is not None and spec.modules.embeddings is None
+
+
+def indivisible_outer(scheme: Scheme, width: int, name: str) -> IndivisibleGroup:
+    """The error for groups that do not divide the rows of embeddings or head, named by their field."""
+    if scheme.name is not None:
+        return IndivisibleGroup(
+            f"groups of {scheme.group_size} of the scheme {scheme.name} do not divide the {width} columns of the {name}",
+            field=f"{RULES}.{name}.scheme",
+            value=scheme.name.value,
+            hint="give another scheme, or leave the field out",
+        )
+    sizes = ", ".join(map(str, [*dividing_sizes(width), PER_CHANNEL]))
+    return IndivisibleGroup(
+        f"group_size {scheme.group_size} does not divide the {width} columns of the {name}",
+        field=f"{RULES}.{name}.group_size",
+        value=scheme.group_size,
+        hint=f"use one of {sizes} (one group a row)",
+    )
 
 
 def matches_any(pattern: str, names: Iterable[str]) -> bool:
@@ -82,6 +130,9 @@ def _indivisible(spec: WeightSpec, inputs: Mapping[str, int], quantized: Iterabl
     for name in quantized:
         scheme, width = spec.scheme_of(name), inputs[name]
         if scheme is None or scheme.divides(width):
+            continue
+        if spec.modules.head is not None and fits(name, HEAD_PATTERN):
+            errors.setdefault(f"{RULES}.head", indivisible_outer(scheme, width, "head"))
             continue
         if scheme.name is not None:
             field = field_of_name(spec, name)

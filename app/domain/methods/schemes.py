@@ -1,10 +1,12 @@
 """Storage schemes of a linear's weight, and the rules that tell linears apart."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
+from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.domain.methods.named_schemes import SCHEMES, WHOLE, Element, NamedScheme, SchemeName
 from bitwright.formats import Form
@@ -151,18 +153,23 @@ INTEGER_FIELDS = ("bits", "group_size", "symmetric")
 """Fields that describe integers, which a scheme's name takes the place of."""
 
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
+HEAD_PATTERN = "lm_head"
+"""The plain name of the output head in patterns."""
 
 
 def fits(name: str, pattern: str) -> bool:
     """True if a glob names a module; the plain `lm_head` names the head of a part of a larger model, too."""
-    return fnmatchcase(name, pattern) or (pattern == "lm_head" and name.endswith(".lm_head"))
+    return fnmatchcase(name, pattern) or (pattern == HEAD_PATTERN and name.endswith(f".{HEAD_PATTERN}"))
 
 
 class ModuleRules(Spec):
     """Rules for which linears are quantized, and which differ. Patterns are globs over full module names."""
 
     ignore: tuple[Pattern, ...] = Field(
-        default=("lm_head",), max_length=256, description="Linears that keep their 16-bit weight."
+        default=(HEAD_PATTERN,),
+        max_length=256,
+        description="Linears that keep their 16-bit weight. With `head`, none where this is silent.",
+        json_schema_extra=without_default,
     )
     overrides: dict[Pattern, SchemeOverride] = Field(
         default_factory=dict,
@@ -170,3 +177,65 @@ class ModuleRules(Spec):
         description="Pattern to changed bits, group_size or symmetric, or to a scheme by name; later matches win.",
         examples=[{"model.layers.*.mlp.down_proj": {"bits": 8}}],
     )
+    embeddings: SchemeOverride | None = Field(
+        default=None,
+        description="Scheme of the matrix of embeddings, which is the head's too where the model ties them; `4` and a "
+        "scheme's name are short for it. null: it stays in 16 bits.",
+        examples=[{"bits": 4, "group_size": 32}],
+    )
+    head: SchemeOverride | None = Field(
+        default=None,
+        description="Scheme of the output head, in the same words. Alone in a model that ties it to the embeddings, it "
+        "is stored apart from them. null: it stays in 16 bits, or is the quantized embeddings.",
+        examples=[{"bits": 4, "group_size": 32}],
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _head_is_not_ignored(cls, given: object) -> object:
+        """A request that gives a scheme to the head and does not speak of `ignore` ignores nothing."""
+        if isinstance(given, Mapping) and given.get("head") is not None and "ignore" not in given:
+            return {**given, "ignore": ()}
+        return given
+
+    @model_validator(mode="after")
+    def _outer_matrices_have_one_scheme(self) -> Self:
+        """Schemes of embeddings and head say a width, and nothing else says another of the head.
+
+        Raises:
+            ValidationError: with the location of each value that is refused.
+        """
+        refused = []
+        for name in OUTER:
+            given = getattr(self, name)
+            if given is not None and given.bits is None and given.scheme is None:
+                detail = f"say bits or a scheme by name for the {name}, e.g. 4"
+                refused.append(refusal((name,), given.model_dump(exclude_none=True), detail))
+        if self.head is not None:
+            for index, pattern in enumerate(self.ignore):
+                if pattern == HEAD_PATTERN:
+                    detail = "modules.head gives the head a scheme; leave it out of ignore, or leave modules.head out"
+                    refused.append(refusal(("ignore", index), pattern, detail, CONFLICTING))
+            if HEAD_PATTERN in self.overrides:
+                detail = "modules.head gives the head a scheme; leave this override out"
+                value = self.overrides[HEAD_PATTERN].model_dump(exclude_none=True)
+                refused.append(refusal(("overrides", HEAD_PATTERN), value, detail, CONFLICTING))
+        if refused:
+            raise ValidationError.from_exception_data(type(self).__name__, refused)
+        return self
+
+
+OUTER = ("embeddings", "head")
+"""Fields of `ModuleRules` for the matrices outside the blocks."""
+CONFLICTING: Literal["conflicting_fields"] = "conflicting_fields"
+
+
+def refusal(
+    location: tuple[int | str, ...],
+    value: object,
+    detail: str,
+    kind: Literal["value_refused", "conflicting_fields"] = "value_refused",
+) -> InitErrorDetails:
+    """A refused value, for `ValidationError.from_exception_data`."""
+    reason = PydanticCustomError(kind, "{error}", {"error": detail})
+    return InitErrorDetails(type=reason, loc=location, input=value)

@@ -4,12 +4,15 @@ from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
-from pydantic_core import InitErrorDetails, PydanticCustomError
+from pydantic_core import InitErrorDetails
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
 from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
 from app.domain.methods.schemes import (
+    HEAD_PATTERN,
     INTEGER_FIELDS,
+    PRESET_ABSMAX,
+    AbsmaxScheme,
     GroupSize,
     ModuleRules,
     Scheme,
@@ -17,6 +20,7 @@ from app.domain.methods.schemes import (
     Spec,
     Symmetric,
     fits,
+    refusal,
 )
 from bitwright.formats import Form
 
@@ -53,9 +57,26 @@ class WeightSpec(Spec):
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
+        if self.modules.head is not None and fits(name, HEAD_PATTERN):
+            return self._outer_scheme(self.modules.head)
         if any(fits(name, pattern) for pattern in self.modules.ignore):
             return None
         return self._schemes(o for p, o in self.modules.overrides.items() if fits(name, p))[-1]
+
+    def embeddings_scheme(self) -> Scheme | None:
+        """The scheme of the matrix of embeddings; None if that stays as it is."""
+        return None if self.modules.embeddings is None else self._outer_scheme(self.modules.embeddings)
+
+    def head_scheme(self) -> Scheme | None:
+        """The scheme of the output head by its own field or as a linear like others; None if neither speaks of it."""
+        return self.scheme_of(HEAD_PATTERN)
+
+    def _outer_scheme(self, given: SchemeOverride) -> Scheme:
+        """The scheme of a matrix outside the blocks: what it does not say is as in the linears."""
+        if given.scheme is not None:
+            return Scheme.named(given.scheme)
+        values = {"group_size": self.group_size, "symmetric": self.symmetric} | given.model_dump(exclude_none=True)
+        return Scheme.model_validate(values)
 
     def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
         """Choices of the budget for the linear of that name: one where its width is given; none if ignored."""
@@ -129,20 +150,20 @@ class WeightSpec(Spec):
                     for reason in error.errors():
                         if reason["loc"][:1] == (name,):
                             limit = reason["msg"].removeprefix("Input should be ")
-                            refused.append(_refusal((*where, name), value, f"{self.method} takes {name} {limit}"))
+                            refused.append(refusal((*where, name), value, f"{self.method} takes {name} {limit}"))
         if refused:
             raise ValidationError.from_exception_data(type(self).__name__, refused)
         return self
 
     def _scheme_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
         known = ", ".join(sorted(self.named_schemes)) or "none by name"
-        return _refusal((*where, "scheme"), value, f"{self.method} takes these schemes: {known}; or give bits")
+        return refusal((*where, "scheme"), value, f"{self.method} takes these schemes: {known}; or give bits")
 
     def _symmetry_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
         kind = "symmetric" if value else "asymmetric"
         made = "codes of a codebook, which has no zero point" if Form.CODEBOOK in self.forms() else f"no {kind} weights"
         detail = f"must be {str(not value).lower()}: with these parameters {self.method} makes {made}"
-        return _refusal((*where, "symmetric"), value, detail)
+        return refusal((*where, "symmetric"), value, detail)
 
     def needs_model(self) -> bool:
         """True if the method computes with the model; else tensors of files are enough."""
@@ -151,6 +172,10 @@ class WeightSpec(Spec):
     def asks_for_weights_alone(self) -> bool:
         """True if the request wants the model left out, although it could be built."""
         return False
+
+    def absmax(self) -> AbsmaxScheme | None:
+        """The second level of codebooks' maxima, where it is one for all; None: there is none."""
+        return None
 
     def factors_rank(self) -> int:
         """Rank of the factors beside each linear; 0: there are none."""
@@ -190,12 +215,6 @@ class WeightSpec(Spec):
         return 0
 
 
-def _refusal(location: tuple[str, ...], value: object, detail: str) -> InitErrorDetails:
-    """A refused value, for `ValidationError.from_exception_data`."""
-    reason = PydanticCustomError("value_refused", "{error}", {"error": detail})
-    return InitErrorDetails(type=reason, loc=location, input=value)
-
-
 class NormalFloatSpec(WeightSpec):
     """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
 
@@ -221,6 +240,10 @@ class NormalFloatSpec(WeightSpec):
         """Weights alone."""
         return False
 
+    def absmax(self) -> AbsmaxScheme | None:
+        """QLoRA's, with double quantization."""
+        return PRESET_ABSMAX if self.double_quantization else None
+
     def forms(self) -> frozenset[Form]:
         """Codes of a codebook."""
         return frozenset({Form.CODEBOOK})
@@ -243,7 +266,7 @@ class NamedSchemeSpec(WeightSpec):
         given = [name for name in INTEGER_FIELDS if name in self.model_fields_set]
         if self.scheme is not None and given:
             detail = f"give scheme, or {' and '.join(given)}, not both: {self.scheme} says all of them"
-            refused = [_refusal((name,), getattr(self, name), detail) for name in ("scheme", *given)]
+            refused = [refusal((name,), getattr(self, name), detail) for name in ("scheme", *given)]
             raise ValidationError.from_exception_data(type(self).__name__, refused)
         if self.scheme is not None and self.scheme not in self.named_schemes:
             refusal = self._scheme_refusal((), self.scheme)

@@ -24,6 +24,7 @@ CODES = MappingProxyType(
         "missing": "missing_field",
         "union_tag_not_found": "missing_field",
         "extra_forbidden": "unknown_field",
+        "conflicting_fields": "conflicting_fields",
         "value_error": "out_of_range",  # what our own validators raise; their message says what is right
     }
 )
@@ -73,7 +74,8 @@ def _schema(model: type[BaseModel]) -> Schema:
 def as_written(body: Mapping[str, object], field: str) -> str:
     """The path of a field of the full form in the body that the caller sent, which may be shorthand.
 
-    "quantization.bits" is "bits" where there is no `quantization`; "model.id" is "model" where that is a text.
+    "quantization.bits" is "bits" where there is no `quantization`; "model.id" is "model" where that is a text, and a
+    number stands for an object in the same way.
     """
     parts = field.split(".")
     if parts[0] == "quantization" and body.get("quantization") is None:
@@ -82,7 +84,7 @@ def as_written(body: Mapping[str, object], field: str) -> str:
         return "method" if parts[1:] in ([], ["kind"]) else ".".join(parts[1:])
     value: object = body
     for depth, key in enumerate(parts):
-        if isinstance(value, str):
+        if isinstance(value, str | int):
             return ".".join(parts[:depth])
         value = value.get(key) if isinstance(value, Mapping) else None
     return field

@@ -7,6 +7,7 @@ from pydantic import BaseModel, ValidationError
 
 from app.domain.adapters import ADAPTERS, GATE_TRAVEL, LEARNING_RATE, AdapterSpec, BayesianLoRASpec
 from app.domain.methods import METHODS, RECIPES
+from app.domain.methods.schemes import OUTER
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES, expand_adapter
 from app.domain.request.base_job import BaseJob, Folded, start_from
 from app.domain.request.combination_rules import default_result_formats
@@ -68,6 +69,7 @@ def expand(body: Mapping[str, object], base_job: BaseJob | None = None) -> Expan
     full["quantization"] = quantization
     _expand_sources(full)
     _apply_preset(full)
+    _expand_outer(full)
     _fill_learning_rates(full)
     _fill_formats(full, None if base_job is None else base_job.folded)
     return Expansion(full, problems, method_known)
@@ -146,6 +148,26 @@ def _apply_preset(body: dict[str, object]) -> None:
     if isinstance(calibration, Mapping):
         size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}
         body["calibration"] = size | dict(calibration)
+
+
+def _expand_outer(body: dict[str, object]) -> None:
+    """Schemes of embeddings and head in full: a width or a name alone, and what the linears' default says for the rest."""
+    quantization = body.get("quantization")
+    modules = quantization.get("modules") if isinstance(quantization, dict) else None
+    if not isinstance(quantization, dict) or not isinstance(modules, Mapping):
+        return
+    fields = METHODS[quantization["method"]].spec.model_fields
+    silent = {name: quantization.get(name, fields[name].default) for name in ("group_size", "symmetric")}
+    changed = dict(modules)
+    for name in OUTER:
+        given = modules.get(name)
+        if isinstance(given, str):
+            given = {"scheme": given}
+        elif isinstance(given, int) and not isinstance(given, bool):
+            given = {"bits": given}
+        if isinstance(given, Mapping):
+            changed[name] = dict(given) if given.get("scheme") is not None else {**silent, **given}
+    quantization["modules"] = changed
 
 
 def _fill_learning_rates(body: dict[str, object]) -> None:

@@ -1,7 +1,7 @@
 """The whole quantized model on the device with its adapters: what a training step runs.
 
-Embeddings, norms and the head are as the checkpoint has them, in a 16-bit compute dtype; the blocks are the model's own
-modules, with an `AdaptedLinear` for every quantized linear while the context lasts. How the model calls a block is
+Norms, and embeddings and head unless quantized, are as the checkpoint has them, in a 16-bit compute dtype; the blocks
+are the model's own modules, with an `AdaptedLinear` for every quantized linear while the context lasts. How the model calls a block is
 recorded as for every other stage; where a sequence holds several examples, the same masks and rotary angles are made
 for them: attention only within an example, positions from 0 in each.
 """
@@ -134,14 +134,16 @@ def resident(
     *,
     seed: int,
     head: Tensor | None = None,
+    embeddings: Mapping[str, Tensor] = MappingProxyType({}),
     changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({}),
 ) -> Iterator[ResidentModel]:
     """The model while it is loaded, with new adapters.
 
-    load     quantized linears of a block by full name
-    attach   makes the adapters of a block's linears
-    head     dequantized weight of the head, where that is quantized
-    changed  other parameters of a block that quantization changed, by full name
+    load        quantized linears of a block by full name
+    attach      makes the adapters of a block's linears
+    head        dequantized weight of the head, where that is quantized
+    embeddings  that of the embeddings by parameter, where they are
+    changed     other parameters of a block that quantization changed, by full name
 
     Raises:
         UnsupportedArchitecture: a training step cannot make the blocks' arguments for its rows.
@@ -151,7 +153,7 @@ def resident(
     calls = model.capture_calls(how.length)
     demand_trainable(model, calls)
     with ExitStack() as stack:
-        stack.enter_context(model.filled(_outer_weights(model, dtype, head)))
+        stack.enter_context(model.filled(_outer_weights(model, dtype, head, embeddings)))
         for index in range(len(model.blocks)):
             results = {name: result.to(model.device) for name, result in load(index).items()}
             attached = attach(results, derived_seed(seed, index))
@@ -165,10 +167,12 @@ def resident(
         yield ResidentModel(model, adapters, calls, dtype, how.recomputed)
 
 
-def _outer_weights(model: StreamedModel, dtype: torch.dtype, head: Tensor | None) -> dict[str, Tensor]:
+def _outer_weights(
+    model: StreamedModel, dtype: torch.dtype, head: Tensor | None, embeddings: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
     """Embeddings, norm and head; a tied head is the embedding matrix itself."""
-    layout = model.layout
-    weights = {name: value for part in layout.outer for name, value in _read(model, part, dtype, {}).items()}
+    layout, there = model.layout, {name: value.to(model.device, dtype) for name, value in embeddings.items()}
+    weights = {name: value for part in layout.outer for name, value in _read(model, part, dtype, there).items()}
     given = {} if head is None else {f"{layout.head}.weight": head.to(model.device, dtype)}
     if model.tied:
         given[f"{layout.head}.weight"] = weights[f"{layout.embeddings}.weight"]

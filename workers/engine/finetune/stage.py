@@ -23,6 +23,7 @@ from workers.engine.finetune.resident_model import Residence, ResidentModel, res
 from workers.engine.finetune.trainer import TrainingOutcome, TrainingTask, mean_loss, train, validation_batches
 from workers.engine.fingerprint import fingerprint
 from workers.engine.job import Job
+from workers.engine.quantize.outer_matrices import substitutes
 from workers.engine.seeds import derived_seed
 from workers.engine.shipped import Numbers, TrainedAdapters, shipments_of
 from workers.engine.text.finetuning_texts import FinetuningTexts
@@ -63,6 +64,11 @@ class _Finetuning:
     @property
     def seed(self) -> int:
         return derived_seed(self.job.seed, "finetune")
+
+    @property
+    def embeddings(self) -> Mapping[str, Tensor]:
+        """Quantized embeddings, dequantized, by parameter; empty where they are not quantized."""
+        return substitutes(self.job.model, self.job.finished_blocks)
 
     def fingerprint(self, plan: TrainingPlan) -> str:
         """sha256 of everything that decides the adapters; how often passes are captured changes nothing."""
@@ -131,7 +137,16 @@ def _shipped_loss(stage: _Finetuning, finetuned: Finetuned) -> float | None:
 
     how = Residence(length=config.sequence_length, keeps=report.weights_kept, recomputed=0)
     changed = job.finished_blocks.parameters
-    with resident(job.model, shipped, _no_adapters, how, seed=stage.seed, head=stage.head, changed=changed) as model:
+    with resident(
+        job.model,
+        shipped,
+        _no_adapters,
+        how,
+        seed=stage.seed,
+        head=stage.head,
+        embeddings=stage.embeddings,
+        changed=changed,
+    ) as model:
         return mean_loss(model, (batch.to(job.model.device) for batch in batches), job.processes)
 
 
@@ -177,7 +192,14 @@ def _trained(stage: _Finetuning, divisor: int, peak_before: int | None) -> Finet
     finished = job.finished_blocks
     try:
         with resident(
-            job.model, finished.load, stage.attach, how, seed=stage.seed, head=stage.head, changed=finished.parameters
+            job.model,
+            finished.load,
+            stage.attach,
+            how,
+            seed=stage.seed,
+            head=stage.head,
+            embeddings=stage.embeddings,
+            changed=finished.parameters,
         ) as model:
             outcome = train(_task(stage, plan, model))
             report = _report(stage, plan, outcome, _peak(job.model.device))

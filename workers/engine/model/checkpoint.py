@@ -10,7 +10,7 @@ configuration's dtype, made when they are read (`workers.engine.model.sources`).
 import hashlib
 import json
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from workers.engine.model.sources.opening import Presented, present_gguf, presen
 from workers.engine.model.sources.recipe import Recipe
 
 MAX_JSON_BYTES = 100_000_000
+TIE = "tie_word_embeddings"
 FLOAT_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -37,12 +38,14 @@ class StoredTensor:
     """Location of a tensor: its file, the file's name for its dtype, and its shape.
 
     recipe   how it is made, where it is not stored as it is; dtype and shape are then those that it is made in
+    copies   the tensor of the file that it is another name of; None: it has its own
     """
 
     file: Path
     dtype: str
     shape: tuple[int, ...]
     recipe: Recipe | None = None
+    copies: str | None = None
 
     @property
     def size(self) -> int:
@@ -137,6 +140,11 @@ class Checkpoint:
         return dtype if isinstance(dtype, str) else None
 
     @property
+    def has_copies(self) -> bool:
+        """True if a tensor is another name of one of the files' (`untied`)."""
+        return any(tensor.copies is not None for tensor in self.tensors.values())
+
+    @property
     def files(self) -> tuple[Path, ...]:
         """The files that hold its tensors."""
         found: set[Path] = set()
@@ -157,7 +165,7 @@ class Checkpoint:
         """
         entry = self.tensors[name]
         if entry.recipe is None:
-            return self._stored(entry.file, name)
+            return self._stored(entry.file, entry.copies or name)
         try:
             return entry.recipe.make(self._stored)
         except OSError as error:
@@ -182,6 +190,15 @@ class Checkpoint:
         """The same folder as if it did not hold these tensors."""
         kept = {name: tensor for name, tensor in self.tensors.items() if name not in names}
         return Checkpoint(self.folder, self.config, kept, self.presented, self._settings) if names else self
+
+    def untied(self, embeddings: str, head: str) -> "Checkpoint":
+        """The same folder as if its head, which is the embedding matrix, were stored besides.
+
+        embeddings, head   names of the tensors
+        """
+        copy = replace(self.tensors[embeddings], copies=self.tensors[embeddings].copies or embeddings)
+        tensors = {**self.tensors, head: self.tensors.get(head, copy)}
+        return Checkpoint(self.folder, with_tie(self.config, tied=False), tensors, self.presented, self._settings)
 
     def close(self) -> None:
         """Lets go of the mapped files."""
@@ -215,6 +232,12 @@ def _header_bytes(file: Path) -> bytes:
             return stream.read(gguf_header(file).data)
         length = header_length(stream.read(LENGTH_BYTES), file.stat().st_size, file.name)
         return stream.read(length)
+
+
+def with_tie(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
+    """A configuration, decoded, that says whether head and embeddings are one matrix; so do its parts that say it."""
+    parts = {name: with_tie(part, tied=tied) for name, part in config.items() if isinstance(part, dict) and TIE in part}
+    return {**config, **parts, TIE: tied}
 
 
 def read_json(file: Path) -> dict[str, Any]:

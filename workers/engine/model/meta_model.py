@@ -28,7 +28,7 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
         CorruptCheckpoint: it does not.
     """
     try:
-        return AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises whatever its validators raise
         words = _words(error, checkpoint.folder)
         raise CorruptCheckpoint(
@@ -36,6 +36,10 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
             field="model",
             hint="correct that field of config.json, or take the file that came with the weights",
         ) from error
+    if checkpoint.has_copies:
+        for part in (config, config.get_text_config()):
+            part.tie_word_embeddings = False
+    return config
 
 
 def model_dtype(config: PreTrainedConfig, checkpoint: Checkpoint) -> torch.dtype:

@@ -131,6 +131,11 @@ class StreamedModel:
         return int(self.model.get_submodule(self.layout.embeddings).weight.shape[0])
 
     @property
+    def embedding_width(self) -> int:
+        """Columns of the matrix of embeddings."""
+        return int(self.model.get_submodule(self.layout.embeddings).weight.shape[1])
+
+    @property
     def blocks(self) -> nn.ModuleList:
         modules = self.model.get_submodule(self.layout.blocks)
         if not isinstance(modules, nn.ModuleList):

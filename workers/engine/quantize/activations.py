@@ -3,7 +3,7 @@
     X_fp, X_q   (sequences, length, width), the model's dtype, on the device or in (pinned) host memory
 
 The target of block k is block_k(X_fp), and the quantized block sees X_q, so that each block also corrects the error of
-the blocks before it. Before block 0 both are the embeddings.
+the blocks before it. Before block 0 both are the embeddings, of X_q the quantized ones where they are quantized.
 """
 
 from collections.abc import Iterator, Mapping
@@ -36,6 +36,7 @@ class Activations:
     ) -> None:
         self._device = model.device
         self._ids = ids
+        self._given: Mapping[str, Tensor] = {}
         self._pass_batch = plan.pass_batch
         self.calls = model.capture_calls(ids.shape[1])
         self.original, self.quantized = (_buffer(model, ids, plan) for _ in range(2))
@@ -69,10 +70,27 @@ class Activations:
     def _run(self, index: int, block: nn.Module, source: Tensor, target: Tensor) -> None:
         run_block(self.calls[index], block, source, target, micro_batch=self._pass_batch, device=self._device)
 
-    def rewind(self, model: StreamedModel) -> None:
-        """X_q <- the embeddings, as before block 0. The kept inputs are let go."""
+    def substitute(self, model: StreamedModel, given: Mapping[str, Tensor]) -> None:
+        """Quantized embeddings in place of the original ones from now on, in X_q and in the reference; before block 0.
+
+        given   dequantized, by parameter
+        """
+        self._given = given
+        self._restart(model, given)
+        if self.reference is not None:
+            self.reference.copy_(self.quantized)
+
+    def rewind(self, model: StreamedModel, given: Mapping[str, Tensor] | None = None) -> None:
+        """X_q <- the embeddings, as before block 0. The kept inputs are let go.
+
+        given   others than those that the quantized model has
+        """
         self.inputs_fp = None
-        with model.loaded(*model.layout.outer):
+        self._restart(model, self._given if given is None else given)
+
+    def _restart(self, model: StreamedModel, given: Mapping[str, Tensor]) -> None:
+        there = {name: value.to(model.device) for name, value in given.items()}
+        with model.loaded(*model.layout.outer, given=there):
             _embeddings(model, self._ids, self.quantized)
 
     def call(self, index: int) -> BlockCall:

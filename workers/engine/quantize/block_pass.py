@@ -44,11 +44,10 @@ from workers.engine.quantize.expert_coverage import (
     starved_warning,
 )
 from workers.engine.quantize.reference import rounded
-from workers.engine.quantize.registry import METHODS, method_of
+from workers.engine.quantize.registry import method_of
 from workers.engine.reporter import Reporter
 from workers.engine.seeds import derived_seed
 from workers.engine.tune.tuner import Tuner
-from workers.numerics.quantized import LinearResult
 
 
 @dataclass(frozen=True)
@@ -97,24 +96,6 @@ class BlockPass:
         if warning is not None:
             self.job.reporter.warning("experts_starved", warning)
         return tuple(reports)
-
-    def quantize_head(self) -> Tensor | None:
-        """Rounds the head to nearest, if it is to be quantized; its dequantized weight."""
-        head, index = self.job.model.layout.head, len(self.job.model.blocks)
-        if head not in self.job.schemes:
-            return None
-        if index >= self.job.finished_blocks.resumed:
-            self.job.finished_blocks.save(index, {head: self._head(index, head)}, None)
-            self.job.finished_blocks.settle()
-        return self.job.finished_blocks.load(index)[head].dequantize()
-
-    def _head(self, index: int, head: str) -> LinearResult:
-        if self.job.base_job is not None:
-            return self.job.base_job.linear(head)
-        with self.job.model.loaded(head):
-            container = nn.ModuleDict({"head": self.job.model.model.get_submodule(head)})
-            task = self._task(index, container, {"head": self.job.schemes[head]}, {}, lambda _: None)
-            return METHODS["rtn"].quantize_block(task, self.job.spec).linears["head"]
 
     def _quantize(self, index: int, progress: "_Progress", writer: WriteBehind) -> None:
         started = time.perf_counter()
@@ -207,12 +188,11 @@ class BlockPass:
     ) -> BlockTask:
         activations = self.calibration
         empty = torch.empty(0, 0, 0, dtype=self.job.model.dtype)
-        is_block = index < len(self.job.model.blocks)
         absmax, fisher = self.job.prepared.of_block(self.job.model.layout.block(index))
         return BlockTask(
             index=index,
             block=block,
-            forward=activations.call(index) if activations is not None and is_block else _no_forward,
+            forward=activations.call(index) if activations is not None else _no_forward,
             inputs=empty if activations is None else activations.quantized,
             inputs_fp=empty if activations is None or activations.inputs_fp is None else activations.inputs_fp,
             targets=empty if activations is None else activations.original,

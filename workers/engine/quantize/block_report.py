@@ -19,7 +19,6 @@ from bitwright.errors import NumericalFailure
 from bitwright.report import BlockReport, LinearReport
 from workers.contracts.results import BlockResult
 from workers.engine.model.overflow import ALSO_DTYPE
-from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import CHUNK_ELEMENTS
 from workers.engine.quantize.expert_coverage import Coverage
 from workers.numerics.quantized import LinearResult
@@ -95,14 +94,10 @@ def _linear_report(name: str, result: LinearResult, sums: list[float]) -> Linear
     )
 
 
-def report_of_head(model: StreamedModel, stored: Mapping[str, LinearResult]) -> LinearReport:
-    """Of the output head, which is quantized; `stored` has it by its full name."""
-    name = model.layout.head
-    with model.loaded(name):
-        original = model.model.get_submodule(name).weight
-        assert isinstance(original, Tensor)  # noqa: S101 - for the type checker
-        sums = error_sums(stored[name].to(model.device).dequantize(), original, None)
-    return _linear_report(name, stored[name], sums.tolist())
+def report_of_matrix(name: str, original: Tensor, result: LinearResult) -> LinearReport:
+    """Of a quantized matrix outside the blocks, given the original (out, in) on its device."""
+    sums = error_sums(result.to(original.device).dequantize(), original, None)
+    return _linear_report(name, result, sums.tolist())
 
 
 @torch.no_grad()

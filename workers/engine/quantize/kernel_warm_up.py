@@ -39,7 +39,7 @@ def _calls(
     model: StreamedModel, schemes: Mapping[str, Scheme], spec: WeightSpec, scale_dtype: torch.dtype
 ) -> list[Callable[[], object]]:
     linears = model.linears()
-    kinds = frozenset((linears[name].in_features, scheme) for name, scheme in schemes.items())
+    kinds = frozenset((linears[name].in_features, scheme) for name, scheme in schemes.items() if name in linears)
     method, first, calls = method_of(spec), model.blocks[0], list[Callable[[], object]]()
     if isinstance(method, KernelMethod):
         calls += method.warm_ups(WarmUp(kinds, model.dtype, scale_dtype, model.device), spec)

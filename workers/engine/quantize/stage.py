@@ -1,4 +1,4 @@
-"""The stage that quantizes every block, and the head where a request names it."""
+"""The stage that quantizes every block, and embeddings and head where a request names them."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ from bitwright.report import BlockReport, LinearReport
 from workers.engine.job import Job
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_pass import BlockPass
-from workers.engine.quantize.block_report import report_of_head
+from workers.engine.quantize.outer_matrices import quantize_embeddings, quantized_head, substitutes
 from workers.engine.text.sequences import Sequences
 from workers.engine.tune.tuner import Tuner
 
@@ -18,13 +18,14 @@ from workers.engine.tune.tuner import Tuner
 class Quantized:
     """The result of the stage, beside the finished blocks.
 
-    head                     its dequantized weight, where it is quantized
+    head                     its dequantized weight, where it is quantized; of a tied model that of the embeddings
     calibration, evaluation  activations after the last block; None where no such text is read
     """
 
     blocks: tuple[BlockReport, ...]
     head: Tensor | None
     head_report: LinearReport | None
+    embeddings_report: LinearReport | None
     calibration: Activations | None
     evaluation: Activations | None
 
@@ -38,10 +39,15 @@ def run(job: Job) -> Quantized:
     """
     model, spec, texts, finished = job.model, job.spec, job.texts, job.finished_blocks
     observed = texts.calibration if spec.observes_inputs() else None
+    finished.adopt(job.fingerprint())
+    embeddings = quantize_embeddings(job)
     with model.loaded(*model.layout.outer):
         calibration = _activations(job, observed, keep_inputs=spec.needs_original_inputs())
         evaluation = _activations(job, texts.evaluation, reference=job.reference)
-    finished.adopt(job.fingerprint())
+    given = substitutes(model, finished)
+    for activations in (calibration, evaluation):
+        if activations is not None and given:
+            activations.substitute(model, given)
     if finished.resumed:
         job.reporter.log("blocks_resumed", blocks=finished.resumed)
     job.clock.enter(Stage.QUANTIZE)
@@ -49,12 +55,13 @@ def run(job: Job) -> Quantized:
     blocks = BlockPass(job, calibration, evaluation, tuner)
     reports = blocks.run()
     finished.settle()
-    head = blocks.quantize_head()
-    if head is not None and job.base_job is None:
-        job.reporter.warning("head_rounded", f"{model.layout.head} is rounded to nearest: only blocks are tuned")
+    head_report, head = quantized_head(job, calibration)
+    outer = [report.name for report in (embeddings, head_report) if report is not None]
+    if outer and job.base_job is None:
+        verb = "is" if len(outer) == 1 else "are"
+        job.reporter.warning("head_rounded", f"{' and '.join(outer)} {verb} rounded to nearest: only blocks are tuned")
     tuner.release()
-    head_report = None if head is None else report_of_head(model, finished.load(len(model.blocks)))
-    return Quantized(reports, head, head_report, calibration, evaluation)
+    return Quantized(reports, head, head_report, embeddings, calibration, evaluation)
 
 
 def _activations(

@@ -1,15 +1,17 @@
 """The report of a job without a model: sizes and weight errors; there is nothing that could have been evaluated."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from functools import reduce
 from importlib.metadata import version
 from math import prod
+from pathlib import Path
 
 import torch
 
-from app.domain.weight_targets import FLOATING, Targets, is_head, text_config
+from app.domain.formats import ExportFormat
+from app.domain.weight_targets import FLOATING, Targets, is_embeddings, is_head, text_config
 from bitwright.report import (
     BlockReport,
     LinearReport,
@@ -27,6 +29,7 @@ from workers.engine.text.sequences import source_label
 from workers.engine.weights_only.finished_parts import FinishedLinear, FinishedPart
 from workers.engine.weights_only.parts import bytes_of
 from workers.formats.cards.identity import Identity
+from workers.formats.cards.model_card import stored_bytes
 from workers.numerics.quantized import StoredBits
 
 BLOCK = re.compile(r"^(.*?\.?(?:layers|h|blocks)\.\d+)\.")
@@ -57,8 +60,9 @@ def report_of(
     """The report; `resumed` of the parts are an earlier attempt's."""
     request = order.request
     earlier = {linear.report.name for part in parts[:resumed] for linear in part.linears}
-    blocks = blocks_of([linear for part in parts for linear in part.linears if not is_head(linear.report.name)])
+    blocks = blocks_of([linear for part in parts for linear in part.linears if not _is_outer(linear.report.name)])
     taken_over = sum(all(linear.name in earlier for linear in block.linears) for block in blocks)
+    matrices = [linear.report for part in parts for linear in part.linears if is_embeddings(linear.report.name)]
     heads = [linear.report for part in parts for linear in part.linears if is_head(linear.report.name)]
     return Report(
         version=version("bitwright"),
@@ -69,6 +73,7 @@ def report_of(
         model=model_report(order, checkpoint, targets),
         calibration=None,
         quality=None,
+        embeddings=matrices[0] if matrices else None,
         head=heads[0] if heads else None,
         blocks=blocks,
         size=size_of(checkpoint, targets, reduce(lambda one, more: one + more.stored, parts, StoredBits())),
@@ -78,6 +83,16 @@ def report_of(
         blocks_resumed=taken_over,
         warnings=tuple(reporter.warnings),
     )
+
+
+def _is_outer(name: str) -> bool:
+    return is_head(name) or is_embeddings(name)
+
+
+def with_files(report: Report, folder: Path, formats: Collection[ExportFormat]) -> Report:
+    """The report with the bytes of the weight files in finished checkpoints, each in a folder of its format's name."""
+    files = {name.value: stored_bytes(folder / name.value, name.info.weight_files) for name in formats}
+    return report.model_copy(update={"size": report.size.model_copy(update={"bytes_files": files})})
 
 
 def model_report(order: AttemptOrder, checkpoint: Checkpoint, targets: Targets) -> ModelReport:
@@ -124,10 +139,11 @@ def block_name(linear: LinearReport) -> str:
 
 def size_of(checkpoint: Checkpoint, targets: Targets, stored: StoredBits) -> SizeReport:
     """Sizes before and after; `stored` are the bits of all quantized linears."""
-    before = sum(bytes_of(tensor) for tensor in checkpoint.tensors.values())
+    whole = sum(bytes_of(tensor) for tensor in checkpoint.tensors.values())
+    before = sum(bytes_of(tensor) for tensor in checkpoint.tensors.values() if tensor.copies is None)
     width = {name: bytes_of(tensor) / max(1, prod(tensor.shape)) for name, tensor in checkpoint.tensors.items()}
     quantized = sum(int(prod(target.shape) * width[target.tensor]) for target in targets.linears)
-    after, count = before - quantized + stored.total // 8, max(1, targets.weights)
+    after, count = whole - quantized + stored.total // 8, max(1, targets.weights)
     return SizeReport(
         bytes_original=before,
         bytes_quantized=after,
@@ -139,4 +155,5 @@ def size_of(checkpoint: Checkpoint, targets: Targets, stored: StoredBits) -> Siz
 
 
 def _parameters(checkpoint: Checkpoint) -> int:
-    return sum(prod(tensor.shape) for tensor in checkpoint.tensors.values() if tensor.dtype in FLOATING)
+    own = [tensor for tensor in checkpoint.tensors.values() if tensor.copies is None]
+    return sum(prod(tensor.shape) for tensor in own if tensor.dtype in FLOATING)

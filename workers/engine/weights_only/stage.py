@@ -12,10 +12,20 @@ from pathlib import Path
 
 from app.domain.attempt_lines import ResultLine
 from app.domain.fit import can_do_without_model, does_without_model, refusal, without_model_problems
-from app.domain.format_rules import stored_formats
+from app.domain.format_rules import head_problems, stored_formats
 from app.domain.formats import ExportFormat
 from app.domain.inputs.architectures import is_accepted
-from app.domain.weight_targets import KeptPart, Target, Targets, weight_targets
+from app.domain.methods import WeightSpec
+from app.domain.methods.module_rules import unties
+from app.domain.weight_targets import (
+    HEAD_TENSOR,
+    KeptPart,
+    Target,
+    Targets,
+    embeddings_tensor,
+    has_head,
+    weight_targets,
+)
 from bitwright.events import BlockEvent, Stage
 from workers.disk.orders import AttemptOrder
 from workers.engine.clock import StageClock
@@ -26,7 +36,7 @@ from workers.engine.stored_scales import CODE as SCALES_ROUNDED
 from workers.engine.stored_scales import StoredScales
 from workers.engine.weights_only.finished_parts import FinishedLinear, FinishedParts
 from workers.engine.weights_only.parts import parts_of
-from workers.engine.weights_only.result import identity_of, report_of
+from workers.engine.weights_only.result import identity_of, report_of, with_files
 from workers.engine.weights_only.tensors import TensorPass
 from workers.formats.format import PartWriter
 from workers.formats.registry import check_model, open_part_writers
@@ -62,13 +72,24 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
     """
     clock = StageClock(Stage.LOAD)
     reporter.progress(Stage.LOAD, 0, 1, "models")
-    checkpoint = Checkpoint.open(Path(order.model_path))
+    checkpoint = seen(Checkpoint.open(Path(order.model_path)), order.request.quantization)
     targets = _judged(order, checkpoint, reporter)
     reporter.progress(Stage.LOAD, 1, 1, "models")
     clock.enter(Stage.QUANTIZE)
     formats = stored_formats(order.request.formats)
     finished = FinishedParts(workspace / "state" / "weights-only", _fingerprint(order, checkpoint))
-    writers = open_part_writers(workspace / OUTPUT, formats, checkpoint, identity_of(order), finished.folder)
+    matrix = targets.embeddings
+    writers = open_part_writers(
+        workspace / OUTPUT,
+        formats,
+        checkpoint,
+        identity_of(order),
+        finished.folder,
+        embeddings=None if matrix is None else matrix.name,
+        untied=None
+        if matrix is None or has_head(checkpoint.tensors)
+        else checkpoint.untied(matrix.tensor, HEAD_TENSOR),
+    )
     with ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.abandon)
@@ -82,11 +103,20 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
                 reporter.warning(code, message)
     report = report_of(order, checkpoint, targets, finished.parts, finished.resumed, clock, reporter)
     report = report.model_copy(update={"scales_rounded": scales.report()})
+    report = with_files(report, workspace / OUTPUT, writers)
     for writer in writers.values():
         writer.describe(report)
     reporter.progress(Stage.EXPORT, 1, 1, "checkpoints")
     checkpoint.close()
     return ResultLine(report=report, checkpoints={name.value: f"{OUTPUT}/{name.value}" for name in writers})
+
+
+def seen(checkpoint: Checkpoint, spec: WeightSpec) -> Checkpoint:
+    """The checkpoint with a head besides, where that alone is to be quantized and is the embeddings."""
+    embeddings = embeddings_tensor(checkpoint.tensors)
+    if not unties(spec) or has_head(checkpoint.tensors) or embeddings is None:
+        return checkpoint
+    return checkpoint.untied(embeddings, HEAD_TENSOR)
 
 
 def _judged(order: AttemptOrder, checkpoint: Checkpoint, reporter: Reporter) -> Targets:
@@ -96,6 +126,8 @@ def _judged(order: AttemptOrder, checkpoint: Checkpoint, reporter: Reporter) -> 
     if problems:
         raise refusal(problems)
     targets = weight_targets(checkpoint.tensors, checkpoint.config, request.quantization)
+    for problem in head_problems(request.formats, request.quantization, tied=not has_head(checkpoint.tensors)):
+        raise refusal([problem])
     shapes = {target.name: target.shape for target in targets.linears}
     check_model(request.formats, checkpoint, str(checkpoint.config.get("model_type")), shapes)
     reporter.warning("not_evaluated", NOT_EVALUATED)

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from app.domain.formats import ExportFormat
+from app.domain.formats import EmbeddingRule, ExportFormat
+from app.domain.inputs.architectures import HEAD
 from app.domain.methods import WeightSpec
-from app.domain.weight_targets import ExpertPlace, KeptPart, Target
+from app.domain.weight_targets import ExpertPlace, KeptPart, Target, has_head, is_embeddings, is_head
 from bitwright.errors import InternalError, NumericalFailure
 from bitwright.report import LinearReport
 from workers.contracts.blocks import TensorMethod
@@ -25,6 +26,7 @@ from workers.formats.format import PartWriter
 from workers.formats.stored_linear import StoredPart
 from workers.numerics.quantized import LinearResult, StoredBits
 from workers.numerics.row_parts import row_parts
+from workers.numerics.searched_matrix import quantize_matrix
 
 
 @dataclass(frozen=True)
@@ -68,8 +70,12 @@ class TensorPass:
 
     def _matrix(self, target: Target, weight: Tensor, writers: Mapping[ExportFormat, PartWriter]) -> Done:
         result, linear = self._quantized(target, weight)
+        tied = is_embeddings(target.name) and not has_head(self.checkpoint.tensors)
         for export_format, writer in writers.items():
-            writer.add_linear(target.name, self.scales.of(export_format, target.name, result))
+            stored = self.scales.of(export_format, target.name, result)
+            writer.add_linear(target.name, stored)
+            if tied and export_format.info.embeddings is EmbeddingRule.UNIFORM:
+                writer.add_linear(HEAD, stored)
         return Done((linear,), result.stored_bits())
 
     def _experts(
@@ -114,11 +120,7 @@ class TensorPass:
     def _quantized(self, target: Target, weight: Tensor) -> tuple[LinearResult, FinishedLinear]:
         started = time.perf_counter()
         demand_finite(target.name, weight)
-        method = method_of(self.spec)
-        if not isinstance(method, TensorMethod):
-            raise InternalError(f"{self.spec.method} needs a model", field="quantization.method")
-        scale_dtype = scale_dtype_of(self.formats, weight.dtype)
-        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec)
+        result = self._result(target, weight, scale_dtype_of(self.formats, weight.dtype))
         squared, reference = error_sums(result.dequantize(), weight, None).tolist()
         report = LinearReport(
             name=target.name,
@@ -129,6 +131,16 @@ class TensorPass:
             weight_error=math.sqrt(squared / reference) if reference else 0.0,
         )
         return result, FinishedLinear(report=report, seconds=time.perf_counter() - started)
+
+    def _result(self, target: Target, weight: Tensor, scale_dtype: torch.dtype) -> LinearResult:
+        """The linear by the spec's method; embeddings and head as in every job."""
+        if is_embeddings(target.name) or (is_head(target.name) and self.spec.modules.head is not None):
+            return LinearResult(quantize_matrix(weight, target.scheme, scale_dtype))
+        method = method_of(self.spec)
+        if not isinstance(method, TensorMethod):
+            raise InternalError(f"{self.spec.method} needs a model", field="quantization.method")
+        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec)
+        return result
 
 
 def demand_finite(name: str, weight: Tensor) -> None:

@@ -61,6 +61,7 @@ class Architecture:
             detail = f"gguf is written for {known}, not for {model_type}"
             raise FormatCannotHold(detail, field="formats", hint=OTHER_FORMAT)
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        config.tie_word_embeddings = dimensions.tied_embeddings  # the source may be seen otherwise than its file says
         kind = ARCHITECTURES[model_type]
         moved = {"q_proj": dimensions.heads, "k_proj": dimensions.key_value_heads} if kind is MODEL_ARCH.LLAMA else {}
         for refusal in gguf_refusals(model_type, config.to_dict()):
