@@ -167,22 +167,26 @@ class ExportFormat(StrEnum):
     COMPRESSED_TENSORS = (
         "compressed-tensors",
         FormatInfo(
-            title="compressed-tensors (pack-quantized)",
-            summary="The format of llm-compressor; loads with from_pretrained and in vLLM.",
-            kinds=frozenset({Form.AFFINE}),
+            title="compressed-tensors",
+            summary="The format of llm-compressor, of integers, FP8, NVFP4 and MX; loads with from_pretrained and in "
+            "vLLM.",
+            kinds=frozenset({Form.AFFINE, Form.FLOAT}),
             low_rank=LowRankRule.BESIDE,
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             scales=ScaleDtype.MODEL,
             default_for=frozenset({Result.AFFINE}),
+            schemes=ALL_SCHEMES,
             runtimes=(
                 RuntimeSupport(
                     "transformers",
                     Support.TESTED,
                     ALL_BITS,
                     note="from_pretrained, with compressed-tensors 0.18 or newer for 3, 5, 6 and 7 bits; mixed widths "
-                    "with zero points through the loader in the artifact",
+                    "with zero points through the loader in the artifact; NVFP4 and MX in bfloat16; inputs are rounded "
+                    "where the scheme has activations",
                     version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "peft",
@@ -191,13 +195,18 @@ class ExportFormat(StrEnum):
                     note="LoRA on a model loaded with CompressedTensorsConfig(dequantize=True); the model card has the "
                     "lines for mixed widths",
                     version=PEFT_PACKAGE,
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "vllm",
                     Support.BY_RULES,
                     ALL_BITS,
                     note="one scheme for q, k, v and one for gate, up; inputs of a linear divisible by the group on "
-                    "every tensor-parallel rank; not with VLLM_BATCH_INVARIANT at 3, 5, 6 and 7 bits",
+                    "every tensor-parallel rank; zero points of a linear in whole words of 32 bits; not with "
+                    "VLLM_BATCH_INVARIANT at 3, 5, 6 and 7 bits; FP8 in weights alone below 8.9; MXFP4 from 8.0 on; "
+                    "NVFP4 and MXFP4 round inputs on Blackwell and are weights alone elsewhere; fp8-block: all fused "
+                    "linears but the last in whole blocks of 128 outputs; fp8-tensor: the weights of fused linears are "
+                    "rounded again to one scale",
                     version=VLLM,
                     devices="NVIDIA GPUs of compute capability 7.5 or newer",
                     smallest_group=16,
@@ -206,6 +215,7 @@ class ExportFormat(StrEnum):
                         WidthsSince("0.25.0", ALL_BITS - {4, 8}, frozenset({True})),
                         WidthsSince("0.31.0", ALL_BITS - {4, 8}, frozenset({False})),
                     ),
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "vllm",
@@ -216,6 +226,7 @@ class ExportFormat(StrEnum):
                     devices="CPUs",
                     group_multiple=2,
                     fused=VLLM_FUSED,
+                    schemes=frozenset({SchemeName.FP8, SchemeName.INT8}),
                 ),
             ),
         ),

@@ -24,6 +24,7 @@ from bitwright.report import Report
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Compress, Decompress, Format, Opening
+from workers.formats.fused_linears import NumbersInCommon
 from workers.formats.shards import Pieces, ShardWriter, write_json
 from workers.formats.source_files import check_tensor, copy_files, without_code
 from workers.formats.stored_linear import StoredLinear, StoredPart
@@ -45,7 +46,8 @@ class Layout:
     config         schemes by module name, module names of the other linears -> fields added to config.json
     files          linears and parts by name in the checkpoint -> content of further JSON files, by name
     needs_loader   whether the one-file loader is added
-    warnings       code and message of requirements for loading
+    warnings       code and message of requirements for loading, of the linears' schemes and outputs by name
+    in_common      numbers of a linear, by name, that those which runtimes run as one with it must have, too
     joins          whether parts of a tensor of the source are put together again, in the source's layout
     """
 
@@ -55,7 +57,8 @@ class Layout:
     config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
     files: Callable[[Mapping[str, StoredLinear], Mapping[str, StoredPart]], Mapping[str, object]] | None = None
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
-    warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
+    warnings: Callable[[Mapping[str, Scheme], Mapping[str, int]], Mapping[str, str]] | None = None
+    in_common: Callable[[LinearResult], Mapping[str, float]] | None = None
     joins: bool = False
 
 
@@ -96,6 +99,7 @@ class CheckpointWriter:
         self._modules: dict[str, str] = {}
         self._written: set[str] = set()
         self._sealed = _Sealed()
+        self._in_common = NumbersInCommon()
 
     def add_linear(
         self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
@@ -115,6 +119,8 @@ class CheckpointWriter:
         if holds_base_alone(self._opening.name, self._opening.formats):
             result = LinearResult(result.weight)
         tensors = self._layout.compress(name, result)
+        if self._layout.in_common is not None:
+            self._in_common.check(name, self._layout.in_common(result))
         if part is not None and self._layout.joins:
             self._put(part, tensors[f"{name}.weight"])
         else:
@@ -204,12 +210,12 @@ class CheckpointWriter:
 
     def describe(self, report: Report) -> list[Path]:
         """Add the report and the model card, after `finish`; all files of the folder."""
-        return describe(self._folder, report, self._linears, self._opening, self._loading)
+        return describe(self._folder, report, self._linears, self._opening, self._loading, self._outputs())
 
     @property
     def warnings(self) -> Mapping[str, str]:
         """Requirements for loading; nothing is rounded here."""
-        return {} if self._layout.warnings is None else self._layout.warnings(self._schemes().values())
+        return {} if self._layout.warnings is None else self._layout.warnings(self._schemes(), self._outputs())
 
     def _unquantized_matrices(self) -> Iterable[str]:
         """Modules with a matrix that is not quantized: other linears, and embeddings, whose listing does no harm.
@@ -235,6 +241,12 @@ class CheckpointWriter:
 
     def _schemes(self) -> dict[str, Scheme]:
         return {name: linear.scheme for name, linear in self._linears.items()}
+
+    def _outputs(self) -> dict[str, int]:
+        """out_features of the linears that are a matrix of the source, or a part of one."""
+        tensors, own = self._source.tensors, {name: f"{name}.weight" for name in self._linears}
+        matrices = {name: tensors[weight].shape[0] for name, weight in own.items() if weight in tensors}
+        return matrices | {n: len(range(*part.rows)) for n, part in self._parts.items() if n in self._linears}
 
     def _targets(self) -> dict[str, Scheme]:
         """Schemes by module name, and also by name in the checkpoint if a runtime may use that."""
