@@ -54,19 +54,41 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str], *, kv_cache:
 
 
 def unpacks_on_load(schemes: Iterable[Scheme]) -> bool:
-    """True if config.json asks transformers to unpack the weights while loading: one scheme, asymmetric."""
+    """True if config.json asks transformers to unpack the weights while loading: one scheme, which fails packed.
+
+    Weights alone with small scales fail packed in a model of another dtype than bf16, which is what decoders give.
+    """
     distinct = set(schemes)
-    return len(distinct) == 1 and not any(scheme.symmetric for scheme in distinct)
+    return len(distinct) == 1 and not any(_loads_packed(s) and not _weights_of_bf16(s) for s in distinct)
 
 
 def needs_loader(schemes: Iterable[Scheme]) -> bool:
-    """True if transformers 5.23 cannot load the checkpoint by itself: several schemes, one of them asymmetric.
+    """True if transformers 5.23 cannot load the checkpoint by itself: several schemes, one of which fails packed.
 
-    Loaded packed, it fails on the zero points; unpacked while loading, every linear gets the first group's scheme.
-    compressed-tensors decompresses each tensor correctly; the one-file loader does the same for the whole model.
+    Unpacked while loading, every linear gets the first group's scheme. compressed-tensors decompresses each tensor
+    correctly; the one-file loader does the same for the whole model.
     """
     distinct = set(schemes)
-    return len(distinct) > 1 and not all(scheme.symmetric for scheme in distinct)
+    return len(distinct) > 1 and not all(_loads_packed(scheme) for scheme in distinct)
+
+
+def _loads_packed(scheme: Scheme) -> bool:
+    """False if transformers 5.23 with compressed-tensors 0.20 fails on packed weights of the scheme.
+
+    On zero points, while loading; with inputs rounded in groups, in the first forward pass of a linear whose inputs are
+    no whole groups, which a scheme of blocks may have.
+    """
+    whole = scheme.row is None or scheme.row.whole_groups
+    return scheme.symmetric and whole
+
+
+def decodes_to_bf16(scheme: Scheme) -> bool:
+    """True if compressed-tensors 0.20 decodes the scheme to bf16, whatever the model's dtype."""
+    return scheme.row is not None and scheme.row.scale is not ScaleType.FLOAT
+
+
+def _weights_of_bf16(scheme: Scheme) -> bool:
+    return decodes_to_bf16(scheme) and not rounds_inputs([scheme])
 
 
 def rounds_inputs(schemes: Iterable[Scheme]) -> bool:

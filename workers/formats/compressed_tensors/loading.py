@@ -4,10 +4,14 @@ from collections.abc import Iterable, Mapping
 
 from app.domain.formats import DENSE_WORDS, ExportFormat
 from app.domain.methods import Scheme
-from app.domain.methods.named_schemes import ScaleType
 from workers.formats.cards.loading import BASE, FOLDER, LOAD_VLLM, AdapterBase, Loading, model_lines
 from workers.formats.cards.vllm import vllm_knowledge
-from workers.formats.compressed_tensors.configuration import needs_loader, rounds_inputs
+from workers.formats.compressed_tensors.configuration import (
+    decodes_to_bf16,
+    needs_loader,
+    rounds_inputs,
+    unpacks_on_load,
+)
 from workers.formats.native import LOAD_BITWRIGHT
 
 LOAD_PACKED = """\
@@ -19,11 +23,11 @@ tokenizer = AutoTokenizer.from_pretrained("{folder}")
 ```"""
 
 ABOUT_MIXED = """\
-`from_pretrained` of transformers 5.23 does not load mixed widths with zero points; the loader makes an ordinary
-floating-point model from the same tensors."""
+`from_pretrained` of transformers 5.23 does not load several schemes where one has zero points or blocks; the loader
+makes an ordinary floating-point model from the same tensors."""
 
 ABOUT_UNPACKING = """\
-Linears of this checkpoint differ in width or group, so do not load it with `CompressedTensorsConfig(dequantize=True)`
+Linears of this checkpoint differ in their scheme, so do not load it with `CompressedTensorsConfig(dequantize=True)`
 or its older name `run_compressed=False`: transformers 5.23 then reads every linear by the first group's scheme, with
 wrong weights and without an error where the shapes happen to fit."""
 
@@ -100,15 +104,12 @@ def _load_packed(schemes: Mapping[str, Scheme]) -> str:
         about = [LOAD_BITWRIGHT, ABOUT_MIXED, ABOUT_UNPACKING, *([INPUTS_AS_THEY_ARE] if rounds else [])]
         return "\n\n".join(about).format(folder=FOLDER)
     several = len(distinct) > 1
-    # Decoders of block scales give bfloat16 whatever config.json says, and a matrix product refuses two dtypes.
-    dtype = ', dtype="bfloat16"' if any(_small_scales(scheme) for scheme in distinct) else ""
+    rounds, unpacks = rounds and not unpacks_on_load(distinct), unpacks_on_load(distinct)
+    # A matrix product refuses two dtypes.
+    dtype = ', dtype="bfloat16"' if not unpacks and any(map(decodes_to_bf16, distinct)) else ""
     about = [LOAD_PACKED.format(folder=FOLDER, package=package_needed(distinct), dtype=dtype)]
     about += [ABOUT_INPUTS.format(otherwise="" if several else WEIGHTS_ALONE).rstrip()] if rounds else []
     return "\n\n".join([*about, *([ABOUT_UNPACKING] if several else [])])
-
-
-def _small_scales(scheme: Scheme) -> bool:
-    return scheme.row is not None and scheme.row.scale is not ScaleType.FLOAT
 
 
 def _unpacked(schemes: Mapping[str, Scheme]) -> str:
