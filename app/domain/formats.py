@@ -76,6 +76,7 @@ class FormatInfo:
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
     schemes           schemes by name that it holds
+    kv_cache          whether it holds scales of a key-value cache in FP8
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
     """
 
@@ -98,6 +99,7 @@ class FormatInfo:
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
     schemes: frozenset[SchemeName] = frozenset()
+    kv_cache: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -150,6 +152,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.OFFSETS}),
             offsets=Offsets.EXACT,
             schemes=ALL_SCHEMES,
+            kv_cache=True,
             always_kept=True,
             library="bitwright",
             runtimes=(

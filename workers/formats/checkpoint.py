@@ -21,6 +21,7 @@ from app.domain.format_rules import holds_base_alone
 from app.domain.methods import Scheme
 from bitwright.errors import InternalError
 from bitwright.report import Report
+from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Compress, Decompress, Format, Opening
@@ -47,6 +48,8 @@ class Layout:
     needs_loader   whether the one-file loader is added
     warnings       code and message of requirements for loading
     joins          whether parts of a tensor of the source are put together again, in the source's layout
+    kv_cache       name of an attention, its scales -> their stored tensors; None: they are left out
+    kv_config      config.json's fields -> what is added to them if there are such scales
     """
 
     compress: Compress
@@ -57,6 +60,8 @@ class Layout:
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
     warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
     joins: bool = False
+    kv_cache: Callable[[str, KVScales], dict[str, Tensor]] | None = None
+    kv_config: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
 
 
 def checkpoint_format(
@@ -95,6 +100,7 @@ class CheckpointWriter:
         self._wholes: dict[str, tuple[Tensor, int]] = {}
         self._modules: dict[str, str] = {}
         self._written: set[str] = set()
+        self._attentions: list[str] = []
         self._sealed = _Sealed()
 
     def add_linear(
@@ -148,6 +154,12 @@ class CheckpointWriter:
         check_tensor(self._source, name, tensor)
         self._shards.add({name: tensor})
         self._written.add(name)
+
+    def add_kv_scales(self, attention: str, scales: KVScales) -> None:
+        """Store the scales of an attention's key-value cache, where the layout has them."""
+        if self._layout.kv_cache is not None:
+            self._shards.add(self._layout.kv_cache(attention, scales))
+            self._attentions.append(attention)
 
     @contextmanager
     def growing(self, name: str, dtype: torch.dtype) -> Iterator[Pieces]:
@@ -226,6 +238,8 @@ class CheckpointWriter:
         config = {**without_code(self._source.config), **self._dtype_fields()}
         if self._layout.config is not None:
             config |= self._layout.config(self._targets(), ignored)
+        if self._layout.kv_config is not None and self._attentions:
+            config |= self._layout.kv_config(config)
         if self._layout.files is not None:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)

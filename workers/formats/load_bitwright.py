@@ -43,6 +43,8 @@ PARTS = (
     *("codebook", "absmax", "absmax_codes", "absmax_scale", "absmax_offset"),
     *("global_scale", "input_amax"),
 )
+CACHE = (".k_scale", ".v_scale")
+"""Ends of the names of scales for a runtime's key-value cache, which are no part of the model."""
 PACKED = {"codes": "packed", "scale": "scale", "zero_point": "zero_point", "shape": "shape"}
 """Tensors of a linear -> their names in compressed-tensors, after `weight_`."""
 
@@ -85,6 +87,7 @@ def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]
             raise ValueError(f"{name}: has the tensors {sorted(parts)}; it should have {sorted(expected)}")
         weight = dequantize(name, linear, parts)
         weights[f"{name}.weight"] = corrected(weight, linear, parts) if merge and "low_rank" in linear else weight
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(CACHE)}
     return joined(tensors | weights, native_parts(folder) if native else {})
 
 
