@@ -76,6 +76,7 @@ class FormatInfo:
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
     schemes           schemes by name that it holds
+    kv_cache          whether it holds scales of a key-value cache in FP8
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
     """
 
@@ -98,6 +99,7 @@ class FormatInfo:
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
     schemes: frozenset[SchemeName] = frozenset()
+    kv_cache: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -150,6 +152,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.OFFSETS}),
             offsets=Offsets.EXACT,
             schemes=ALL_SCHEMES,
+            kv_cache=True,
             always_kept=True,
             library="bitwright",
             runtimes=(
@@ -177,6 +180,7 @@ class ExportFormat(StrEnum):
             scales=ScaleDtype.MODEL,
             default_for=frozenset({Result.AFFINE}),
             schemes=ALL_SCHEMES,
+            kv_cache=True,
             runtimes=(
                 RuntimeSupport(
                     "transformers",
@@ -205,8 +209,7 @@ class ExportFormat(StrEnum):
                     "every tensor-parallel rank; zero points of a linear in whole words of 32 bits; not with "
                     "VLLM_BATCH_INVARIANT at 3, 5, 6 and 7 bits; FP8 in weights alone below 8.9; MXFP4 from 8.0 on; "
                     "NVFP4 and MXFP4 round inputs on Blackwell and are weights alone elsewhere; fp8-block: all fused "
-                    "linears but the last in whole blocks of 128 outputs; fp8-tensor: the weights of fused linears are "
-                    "rounded again to one scale",
+                    "linears but the last in whole blocks of 128 outputs",
                     version=VLLM,
                     devices="NVIDIA GPUs of compute capability 7.5 or newer",
                     smallest_group=16,

@@ -136,7 +136,9 @@ def floats(draw: st.DrawFn, info: FormatInfo) -> LinearResult:
 def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
     """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
-    form = draw(st.sampled_from(sorted(info.kinds)))
+    form = draw(
+        st.sampled_from(sorted(info.kinds - ({Form.FLOAT} - {s.form for s in map(Scheme.named, info.schemes)})))
+    )
     if form is Form.FLOAT:
         return draw(floats(info))
     multiple = info.group_multiple

@@ -21,6 +21,7 @@ from app.domain.format_rules import holds_base_alone
 from app.domain.methods import Scheme
 from bitwright.errors import InternalError
 from bitwright.report import Report
+from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Compress, Decompress, Format, Opening
@@ -49,6 +50,8 @@ class Layout:
     warnings       code and message of requirements for loading, of the linears' schemes and outputs by name
     in_common      numbers of a linear, by name, that those which runtimes run as one with it must have, too
     joins          whether parts of a tensor of the source are put together again, in the source's layout
+    kv_cache       name of an attention, its scales -> their stored tensors; None: they are left out
+    kv_config      config.json's fields -> what is added to them if there are such scales
     """
 
     compress: Compress
@@ -60,6 +63,8 @@ class Layout:
     warnings: Callable[[Mapping[str, Scheme], Mapping[str, int]], Mapping[str, str]] | None = None
     in_common: Callable[[LinearResult], Mapping[str, float]] | None = None
     joins: bool = False
+    kv_cache: Callable[[str, KVScales], dict[str, Tensor]] | None = None
+    kv_config: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
 
 
 def checkpoint_format(
@@ -98,6 +103,7 @@ class CheckpointWriter:
         self._wholes: dict[str, tuple[Tensor, int]] = {}
         self._modules: dict[str, str] = {}
         self._written: set[str] = set()
+        self._attentions: list[str] = []
         self._sealed = _Sealed()
         self._in_common = NumbersInCommon()
 
@@ -154,6 +160,12 @@ class CheckpointWriter:
         check_tensor(self._source, name, tensor)
         self._shards.add({name: tensor})
         self._written.add(name)
+
+    def add_kv_scales(self, attention: str, scales: KVScales) -> None:
+        """Store the scales of an attention's key-value cache, where the layout has them."""
+        if self._layout.kv_cache is not None:
+            self._shards.add(self._layout.kv_cache(attention, scales))
+            self._attentions.append(attention)
 
     @contextmanager
     def growing(self, name: str, dtype: torch.dtype) -> Iterator[Pieces]:
@@ -232,6 +244,8 @@ class CheckpointWriter:
         config = {**without_code(self._source.config), **self._dtype_fields()}
         if self._layout.config is not None:
             config |= self._layout.config(self._targets(), ignored)
+        if self._layout.kv_config is not None and self._attentions:
+            config |= self._layout.kv_config(config)
         if self._layout.files is not None:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)

@@ -50,6 +50,8 @@ PARTS = (
     *("codebook", "absmax", "absmax_codes", "absmax_scale", "absmax_offset"),
     *("global_scale", "input_amax"),
 )
+CACHE = (".k_scale", ".v_scale")
+"""Ends of the names of scales for a runtime's key-value cache, which are no part of the model."""
 PACKED = {
     **{"weight": "codes", "weight_packed": "codes", "weight_scale": "scale", "weight_zero_point": "zero_point"},
     **{"weight_shape": "shape", "weight_global_scale": "global_scale"},
@@ -97,6 +99,7 @@ def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]
             raise ValueError(f"{name}: has the tensors {sorted(parts)}; it should have {sorted(expected)}")
         weight = dequantize(name, linear, parts)
         weights[f"{name}.weight"] = corrected(weight, linear, parts) if merge and "low_rank" in linear else weight
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(CACHE)}
     return joined(tensors | weights, native_parts(folder) if native else {})
 
 
@@ -141,6 +144,7 @@ def packed_linears(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[s
     """Descriptions of the linears with packed weights, by name, from the quantization_config of `config.json`."""
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     quantization = config["quantization_config"]
+    dtype = config.get("dtype") or config.get("torch_dtype")
     by_target = {target: group for group in quantization["config_groups"].values() for target in group["targets"]}
     linears = {}
     for name in sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):

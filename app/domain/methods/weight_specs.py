@@ -196,36 +196,6 @@ def _refusal(location: tuple[str, ...], value: object, detail: str) -> InitError
     return InitErrorDetails(type=reason, loc=location, input=value)
 
 
-class NormalFloatSpec(WeightSpec):
-    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
-
-    method: Literal["nf"] = "nf"
-    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
-    double_quantization: bool = Field(
-        default=True,
-        strict=True,
-        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
-        "a weight in place of 4.25 with groups of 64.",
-    )
-    weights_only: WeightsOnly = False
-
-    def needs_model(self) -> bool:
-        """Weights alone."""
-        return False
-
-    def asks_for_weights_alone(self) -> bool:
-        """As the request says."""
-        return self.weights_only
-
-    def observes_inputs(self) -> bool:
-        """Weights alone."""
-        return False
-
-    def forms(self) -> frozenset[Form]:
-        """Codes of a codebook."""
-        return frozenset({Form.CODEBOOK})
-
-
 class NamedSchemeSpec(WeightSpec):
     """Parameters of a method that takes schemes by name as well as integers."""
 
@@ -256,10 +226,46 @@ class NamedSchemeSpec(WeightSpec):
         return {name: value for name, value in fields.items() if self.scheme is None or name not in INTEGER_FIELDS}
 
 
+class NormalFloatSpec(WeightSpec):
+    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
+
+    method: Literal["nf"] = "nf"
+    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
+    double_quantization: bool = Field(
+        default=True,
+        strict=True,
+        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
+        "a weight in place of 4.25 with groups of 64.",
+    )
+    weights_only: WeightsOnly = False
+
+    def needs_model(self) -> bool:
+        """Weights alone."""
+        return False
+
+    def asks_for_weights_alone(self) -> bool:
+        """As the request says."""
+        return self.weights_only
+
+    def observes_inputs(self) -> bool:
+        """Weights alone."""
+        return False
+
+    def forms(self) -> frozenset[Form]:
+        """Codes of a codebook."""
+        return frozenset({Form.CODEBOOK})
+
+
 class RTNSpec(NamedSchemeSpec):
     """Round to nearest. Looks at the weights alone."""
 
     method: Literal["rtn"] = "rtn"
+    scale_search: bool = Field(
+        default=True,
+        strict=True,
+        description="FP4 and MX: of the scales that can be stored near the usual one, take that with the least squared "
+        "error of its group; of no effect on integers and FP8.",
+    )
     weights_only: WeightsOnly = False
 
     def needs_model(self) -> bool:
@@ -279,7 +285,7 @@ class RTNSpec(NamedSchemeSpec):
         return False
 
 
-class GPTQSpec(WeightSpec):
+class GPTQSpec(NamedSchemeSpec):
     """GPTQ: columns rounded in turn, each column's error made up for by those that are not rounded yet."""
 
     method: Literal["gptq"] = "gptq"
@@ -311,7 +317,7 @@ class GPTQSpec(WeightSpec):
         return ANY_SHARE
 
 
-class AWQSpec(WeightSpec):
+class AWQSpec(NamedSchemeSpec):
     """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
 
     method: Literal["awq"] = "awq"
@@ -346,10 +352,11 @@ class AWQSpec(WeightSpec):
         return ANY_SHARE
 
 
-class SignRoundSpec(WeightSpec):
+class SignRoundSpec(NamedSchemeSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
     method: Literal["signround"] = "signround"
+    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES - {SchemeName.FP8_TENSOR, SchemeName.FP8_BLOCK}
     preset: PresetName = Field(
         default="default",
         description="Fills both numbers of steps and the calibration's size where they are not given.",

@@ -7,7 +7,7 @@ from app.domain.fused_shapes import shape_warning
 from app.domain.methods import Scheme
 from workers.formats.cards.vllm import vllm_rows
 from workers.formats.checkpoint import Layout, checkpoint_format
-from workers.formats.compressed_tensors.configuration import config, needs_loader
+from workers.formats.compressed_tensors.configuration import config, needs_loader, with_kv_cache
 from workers.formats.compressed_tensors.loading import adapter_base, loading, package_warnings
 from workers.formats.compressed_tensors.refusals import in_common
 from workers.formats.compressed_tensors.tensors import compress, decompress
@@ -27,6 +27,8 @@ FORMAT = checkpoint_format(
         needs_loader=needs_loader,
         warnings=warnings,
         in_common=in_common,
+        kv_cache=lambda attention, scales: scales.tensors(attention),
+        kv_config=with_kv_cache,
     ),
     loading,
     adapter_base,

@@ -18,12 +18,11 @@ SCALE_DTYPES = {ScaleType.E4M3: "torch.float8_e4m3fn", ScaleType.E8M0: "torch.ui
 KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
-def config(schemes: Mapping[str, Scheme], ignored: Collection[str], *, kv_cache: bool = False) -> dict[str, object]:
+def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str, object]:
     """The `quantization_config` of config.json.
 
-    schemes    every quantized linear by module name
-    ignored    module names of all other linears, the head included
-    kv_cache   whether the checkpoint has scales of an FP8 cache
+    schemes   every quantized linear by module name
+    ignored   module names of all other linears, the head included
 
     One scheme for all: its group targets the class `Linear`, less `ignored`, and a quantized head by its name, since
     vLLM's head is of another class. Several: one group per scheme, with the concrete names of its linears, because a
@@ -43,7 +42,7 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str], *, kv_cache:
         "format": formats[0] if len(formats) == 1 else MIXED,
         "quantization_status": "compressed",
         "global_compression_ratio": None,
-        "kv_cache_scheme": dict(KV_CACHE) if kv_cache else None,
+        "kv_cache_scheme": None,
         "ignore": sorted(ignored),
         "config_groups": {
             f"group_{index}": _group(scheme, names if mixed else everywhere)
@@ -51,6 +50,12 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str], *, kv_cache:
         },
         **unpacked,
     }
+
+
+def with_kv_cache(fields: Mapping[str, object]) -> dict[str, object]:
+    """The `quantization_config` of a checkpoint with scales of an FP8 key-value cache, of the one in these fields."""
+    found = fields["quantization_config"]
+    return {"quantization_config": {**(found if isinstance(found, dict) else {}), "kv_cache_scheme": dict(KV_CACHE)}}
 
 
 def unpacks_on_load(schemes: Iterable[Scheme]) -> bool:
