@@ -160,9 +160,7 @@ def packed_linears(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[s
             "group_size": block[1],
             "symmetric": weights["symmetric"],
             "scheme_name": group["format"],
-            "dtype": str(scale.dtype).removeprefix("torch.")
-            if wide
-            else config.get("dtype", config.get("torch_dtype")),
+            "dtype": str(scale.dtype).removeprefix("torch.") if wide else dtype,
             "input_amax": calibrated,
         }
     return linears
