@@ -29,6 +29,9 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 CLOSE = 0.12
 """Largest difference of a log-probability: both compute in bfloat16, each with roundings of its own."""
 
+ROUNDED = {"int8": 0.25, "fp8": 0.5}
+"""The same where both round a linear's inputs, too: a rounding that falls the other way moves all that comes after."""
+
 DIVERGENCE = 0.0002
 """Largest mean KL divergence, nats per token: a tenth of what quantization makes of this model, or less."""
 
@@ -130,6 +133,9 @@ LOADED: dict[str, dict[str, Any]] = {
     "mixed groups": {"group_size": 64, "modules": {"overrides": {"*.down_proj": {"group_size": 8}}}},
     "with the head": {"modules": {"ignore": []}},
     "merged": {"formats": ["merged"]},
+    "int8": {"scheme": "int8"},
+    "fp8": {"scheme": "fp8"},
+    "4 bits and fp8": {"group_size": 64, "modules": {"overrides": {"*.down_proj": {"scheme": "fp8"}}}},
 }
 
 
