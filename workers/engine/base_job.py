@@ -26,6 +26,7 @@ from app.domain.methods import Scheme
 from app.domain.request.base_job import ADAPTER_FILE, DESCRIPTION, REPORT
 from bitwright.errors import BitwrightError, CorruptCheckpoint, FormatCannotHold
 from bitwright.report import BaseTraining, BlockReport
+from workers.contracts.kv_cache import KVScales
 from workers.contracts.results import BlockResult
 from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
 from workers.engine.model.streamed_model import StreamedModel
@@ -123,6 +124,15 @@ class BaseJobResult:
                 raise CorruptCheckpoint(f"{source} has the shape {result.weight.shape}, not that of the model")
         return replace(result, low_rank=None) if name in self.adapters else result
 
+    def cache_scales(self, attention: str | None) -> KVScales | None:
+        """Scales of an attention's key-value cache, by its full name; None where that job stored none."""
+        source = None if attention is None else self.model.names.module_name(attention)
+        keys = [] if source is None else [key for key in self._keys.get(source, ()) if key.endswith(("k_scale", "v_scale"))]
+        if source is None or not keys:
+            return None
+        with _of_the_base():
+            return KVScales.read(source, {key: self.native.read(key) for key in keys})
+
     def corrected(self, report: BlockReport) -> BlockReport:
         """The report of a block that was taken over: its linears' errors are those of the job that made them.
 
@@ -142,7 +152,9 @@ class BaseJobResult:
             source = self.model.names.linear_name(name)
             scale = self.native.tensors.get(f"{source}.scale")
             stored = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
-            if stored is not None and stored != scale_dtype:
+            row = self.linears[name].scheme.row
+            is_byte = row is not None and row.scale.stored_bits is not None
+            if stored is not None and stored != scale_dtype and not is_byte:
                 raise FormatCannotHold(
                     f"{strict[0].value} stores scales as {scale_dtype}; those of the base job are {stored}",
                     field="formats",

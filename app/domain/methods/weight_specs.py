@@ -46,6 +46,10 @@ class WeightSpec(Spec):
     group_size: GroupSize = 64
     symmetric: Symmetric = True
     modules: ModuleRules = ModuleRules()
+    kv_cache: Literal["fp8"] | None = Field(
+        default=None,
+        description="fp8: measure scales for a runtime's key-value cache in FP8 on calibration text, and store them.",
+    )
     method: str = ""
     """The name in a request; each method narrows it to its own."""
     named_schemes: ClassVar[frozenset[SchemeName]] = frozenset()
@@ -169,8 +173,13 @@ class WeightSpec(Spec):
         return self.budget() is not None or self.needs_fisher()
 
     def reads_text(self) -> bool:
-        """True if the method, its budget or its weighting reads calibration text."""
-        return self.observes_inputs() or self.needs_preparation()
+        """True if the method, its budget or its weighting reads calibration text, or numbers of it are stored."""
+        return self.observes_inputs() or self.needs_preparation() or self.measures_inputs()
+
+    def measures_inputs(self) -> bool:
+        """True if numbers of activations on calibration text are stored: of a calibrated scheme, or of a cache."""
+        rows = (scheme.row for _, scheme in self.schemes())
+        return self.kv_cache is not None or any(row is not None and row.calibrated for row in rows)
 
     def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
         """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
@@ -240,8 +249,8 @@ class NormalFloatSpec(WeightSpec):
     weights_only: WeightsOnly = False
 
     def needs_model(self) -> bool:
-        """Weights alone."""
-        return False
+        """Weights alone, unless scales of a cache are measured."""
+        return self.measures_inputs()
 
     def asks_for_weights_alone(self) -> bool:
         """As the request says."""
@@ -269,8 +278,8 @@ class RTNSpec(NamedSchemeSpec):
     weights_only: WeightsOnly = False
 
     def needs_model(self) -> bool:
-        """A budget is spent by the outputs' errors."""
-        return self.budget() is not None
+        """A budget is spent by the outputs' errors, and activations are the model's."""
+        return self.budget() is not None or self.measures_inputs()
 
     def asks_for_weights_alone(self) -> bool:
         """As the request says."""

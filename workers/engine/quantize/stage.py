@@ -37,7 +37,7 @@ def run(job: Job) -> Quantized:
         InternalError: the processes have computed different weights for a block.
     """
     model, spec, texts, finished = job.model, job.spec, job.texts, job.finished_blocks
-    observed = texts.calibration if spec.observes_inputs() else None
+    observed = texts.calibration if spec.observes_inputs() or spec.measures_inputs() else None
     with model.loaded(*model.layout.outer):
         calibration = _activations(job, observed, keep_inputs=spec.needs_original_inputs())
         evaluation = _activations(job, texts.evaluation, reference=job.reference)
