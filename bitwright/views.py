@@ -207,6 +207,7 @@ class RuntimeView(View):
     smallest_group: int = 1
     group_multiple: int = 1
     since: list[WidthsView] = Field(default_factory=list, description="Widths that earlier releases did not take.")
+    schemes: list[str] = Field(default_factory=list, description="Schemes by name that it loads.")
     note: str = ""
 
 
@@ -227,6 +228,7 @@ class FormatView(View):
     asymmetric_bits: list[int] | None = Field(default=None, description="Widths with zero points; null: all of bits.")
     group_multiple: int = Field(default=1, description="Groups are multiples of so many columns.")
     architectures: list[str] | None = Field(default=None, description="`model_type`s that it takes; null: all.")
+    schemes: list[str] = Field(default_factory=list, description="Schemes by name that it holds.")
     runtimes: list[RuntimeView]
 
 

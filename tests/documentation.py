@@ -15,7 +15,7 @@ from app.api.http.errors import problem_response
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule
 from app.domain.inputs.architectures import ACCEPTED_FILE, ARCHITECTURES, REFUSED
-from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
+from app.domain.methods import ALL_SCHEMES, METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo, SchemeName
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.job_request import JobRequest
 from app.domain.runtimes import RuntimeSupport, Support
@@ -64,6 +64,7 @@ FOLDERS = MappingProxyType(
         "workers/adapters": "Adapters: attached, trained, merged",
         "workers/formats": "Checkpoint formats, each an exact inverse of itself",
         "workers/formats/cards": "Model cards: what a checkpoint is, how it loads, what it learned",
+        "workers/formats/compressed_tensors": "compressed-tensors: tensors, configuration, refusals",
         "workers/formats/gguf": "GGUF files: tensors, tokenizer, metadata",
         "workers/methods": "One file per method",
         "workers/numerics": "Codes, scales, codebooks and packing",
@@ -225,12 +226,18 @@ def formats_table() -> str:
 
 
 def _runtime_cells(runtime: RuntimeSupport) -> list[str]:
-    loads = f"{_numbers(runtime.bits)} bits, {_group_sizes(runtime)}"
+    loads = f"{_numbers(runtime.bits)} bits, {_group_sizes(runtime)}{_schemes(runtime.schemes)}"
     for added in runtime.since:
         loads += f"; {_numbers(added.bits)} bits {_symmetries(added.symmetric)} since {added.version}"
     where = f"{runtime.runtime} on {runtime.devices}" if runtime.devices else runtime.runtime
     known = "tested" if runtime.support is Support.TESTED else "by its rules"
     return [where, loads + (f"; {runtime.note}" if runtime.note else ""), f"{known}, {runtime.version}"]
+
+
+def _schemes(names: frozenset[SchemeName]) -> str:
+    if names == ALL_SCHEMES:
+        return "; every scheme by name"
+    return f"; {', '.join(f'`{name}`' for name in sorted(names))}" if names else ""
 
 
 def _group_sizes(runtime: RuntimeSupport) -> str:

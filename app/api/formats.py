@@ -30,6 +30,7 @@ def format_view(name: ExportFormat, info: FormatInfo) -> FormatView:
         asymmetric_bits=None if info.asymmetric_bits is None else sorted(info.asymmetric_bits),
         group_multiple=info.group_multiple,
         architectures=None if info.architectures is None else sorted(info.architectures),
+        schemes=sorted(info.schemes),
         runtimes=[_runtime_view(runtime) for runtime in info.runtimes],
     )
 
@@ -49,5 +50,6 @@ def _runtime_view(runtime: RuntimeSupport) -> RuntimeView:
             WidthsView(version=added.version, bits=sorted(added.bits), symmetric=sorted(added.symmetric))
             for added in runtime.since
         ],
+        schemes=sorted(runtime.schemes),
         note=runtime.note,
     )

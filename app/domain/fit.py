@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from app.domain.advice import dishonoured_rank
 from app.domain.format_rules import head_problems, model_problems
+from app.domain.fused_shapes import shape_warning
 from app.domain.inputs.architectures import EMBEDDINGS, HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.inputs.quantized.registry import quantized_warning
@@ -70,7 +71,27 @@ def warnings_of(request: JobRequest, inspection: Inspection) -> list[str]:
     if inspection.dimensions is not None and not without_model:
         short = dishonoured_rank(request.quantization, request.adapter, inspection.dimensions.linears())
         said += [short] if short else []
-    return said
+    return said + shape_warnings(request, inspection)
+
+
+def shape_warnings(request: JobRequest, inspection: Inspection) -> list[str]:
+    """Runtimes that load a requested format, but not linears of these shapes."""
+    spec = request.quantization
+    if does_without_model(request, accepted=inspection.dimensions is not None):
+        if not inspection.tensors or target_errors(inspection.tensors, inspection.config, spec):
+            return []
+        found = weight_targets(inspection.tensors, inspection.config, spec).linears
+        schemes = {target.name: target.scheme for target in found}
+        outputs = {target.name: target.shape[0] for target in found}
+    else:
+        linears = {} if inspection.dimensions is None else inspection.dimensions.linears()
+        schemes = {name: scheme for name in linears if (scheme := spec.scheme_of(name)) is not None}
+        outputs = {name: out for name, (out, _) in linears.items()}
+    return [
+        warning
+        for name in request.formats
+        for warning in shape_warning(name.value, schemes, outputs, name.info.runtimes)
+    ]
 
 
 def problem_of(error: BitwrightError, path: str) -> FieldProblem:

@@ -94,6 +94,7 @@ class FormatInfo:
     weight_files      patterns of the files with its tensors
     schemes           schemes by name that it holds
     embeddings        whether it holds quantized embeddings
+    kv_cache          whether it holds scales of a key-value cache in FP8
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
     """
 
@@ -120,6 +121,7 @@ class FormatInfo:
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
     schemes: frozenset[SchemeName] = frozenset()
     embeddings: EmbeddingRule = EmbeddingRule.NONE
+    kv_cache: bool = False
 
     @property
     def is_adapter(self) -> bool:
@@ -198,6 +200,7 @@ class ExportFormat(StrEnum):
             offsets=Offsets.EXACT,
             schemes=ALL_SCHEMES,
             embeddings=EmbeddingRule.ANY,
+            kv_cache=True,
             always_kept=True,
             library="bitwright",
             runtimes=(
@@ -215,14 +218,17 @@ class ExportFormat(StrEnum):
     COMPRESSED_TENSORS = (
         "compressed-tensors",
         FormatInfo(
-            title="compressed-tensors (pack-quantized)",
-            summary="The format of llm-compressor; loads with from_pretrained and in vLLM.",
-            kinds=frozenset({Form.AFFINE}),
+            title="compressed-tensors",
+            summary="The format of llm-compressor, of integers, FP8, NVFP4 and MX; loads with from_pretrained and in "
+            "vLLM.",
+            kinds=frozenset({Form.AFFINE, Form.FLOAT}),
             low_rank=LowRankRule.BESIDE,
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             scales=ScaleDtype.MODEL,
             default_for=frozenset({Result.AFFINE}),
+            schemes=ALL_SCHEMES,
+            kv_cache=True,
             embeddings=EmbeddingRule.UNIFORM,
             runtimes=(
                 RuntimeSupport(
@@ -230,8 +236,10 @@ class ExportFormat(StrEnum):
                     Support.TESTED,
                     ALL_BITS,
                     note="from_pretrained, with compressed-tensors 0.18 or newer for 3, 5, 6 and 7 bits; mixed widths "
-                    "with zero points through the loader in the artifact",
+                    "with zero points through the loader in the artifact; NVFP4 and MX in bfloat16; inputs are rounded "
+                    "where the scheme has activations",
                     version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "peft",
@@ -240,13 +248,17 @@ class ExportFormat(StrEnum):
                     note="LoRA on a model loaded with CompressedTensorsConfig(dequantize=True); the model card has the "
                     "lines for mixed widths",
                     version=PEFT_PACKAGE,
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "vllm",
                     Support.BY_RULES,
                     ALL_BITS,
                     note="one scheme for q, k, v and one for gate, up; inputs of a linear divisible by the group on "
-                    "every tensor-parallel rank; not with VLLM_BATCH_INVARIANT at 3, 5, 6 and 7 bits",
+                    "every tensor-parallel rank; zero points of a linear in whole words of 32 bits; not with "
+                    "VLLM_BATCH_INVARIANT at 3, 5, 6 and 7 bits; FP8 in weights alone below 8.9; MXFP4 from 8.0 on; "
+                    "NVFP4 and MXFP4 round inputs on Blackwell and are weights alone elsewhere; fp8-block: all fused "
+                    "linears but the last in whole blocks of 128 outputs",
                     version=VLLM,
                     devices="NVIDIA GPUs of compute capability 7.5 or newer",
                     smallest_group=16,
@@ -255,6 +267,7 @@ class ExportFormat(StrEnum):
                         WidthsSince("0.25.0", ALL_BITS - {4, 8}, frozenset({True})),
                         WidthsSince("0.31.0", ALL_BITS - {4, 8}, frozenset({False})),
                     ),
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "vllm",
@@ -265,6 +278,7 @@ class ExportFormat(StrEnum):
                     devices="CPUs",
                     group_multiple=2,
                     fused=VLLM_FUSED,
+                    schemes=frozenset({SchemeName.FP8, SchemeName.INT8}),
                 ),
             ),
         ),

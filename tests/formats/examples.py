@@ -100,7 +100,7 @@ def random_result(
     shape: tuple[int, int], made: Made | Scheme, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> LinearResult:
     """Every code and zero point alike likely, scales of both signs, a correction about as large as a code's step."""
-    made = made if isinstance(made, Made) else Made(made)
+    made = made if isinstance(made, Made) else Made(made, made.form)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
     if made.form is Form.FLOAT:
@@ -126,9 +126,12 @@ def _affine_weight(
 def _float_weight(
     shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, generator: torch.Generator
 ) -> QuantizedWeight:
-    """A random weight rounded: every bit pattern of a code is a number, but for e4m3's NaN."""
-    weight = quantize(torch.randn(shape, generator=generator).to(dtype) * 0.1, scheme, dtype)
-    amax = torch.rand(1, generator=generator) if scheme.row is not None and scheme.row.calibrated else None
+    """A random weight rounded: every bit pattern of a code is a number, but for e4m3's NaN.
+
+    What runtimes want of linears that they run as one is the same of all.
+    """
+    weight = quantize(torch.randn(shape, generator=generator).to(dtype) * 0.1, scheme, dtype, torch.tensor(0.75))
+    amax = torch.tensor([2.75]) if scheme.row is not None and scheme.row.calibrated else None
     return replace(weight, input_amax=amax)
 
 

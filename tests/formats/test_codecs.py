@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from app.domain.methods import Scheme
+from app.domain.methods import Scheme, SchemeName
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from tests.formats.examples import Made, codebook_made, random_result, scheme
 from workers.formats import compressed_tensors, native
@@ -134,6 +134,10 @@ def _group(targets: list[str]) -> dict[str, object]:
     }
 
 
+def named(name: str) -> Scheme:
+    return Scheme.named(SchemeName(name))
+
+
 S4, S8, Z4, Z8 = scheme(4, 32, True), scheme(8, -1, True), scheme(4, 32, False), scheme(8, 32, False)
 
 
@@ -148,6 +152,12 @@ S4, S8, Z4, Z8 = scheme(4, 32, True), scheme(8, -1, True), scheme(4, 32, False),
         ([Z4, Z8], False, True),
         ([S4, Z4], False, True),
         ([S4, S8, Z8], False, True),
+        *(([named(name)], False, False) for name in ("fp8", "fp8-tensor", "fp8a16", "int8", "nvfp4", "mxfp8")),
+        *(([named(name)], True, False) for name in ("fp8-block", "nvfp4a16", "mxfp4a16", "mxfp8a16")),
+        ([S4, named("fp8")], False, False),
+        ([named("nvfp4a16"), named("fp8")], False, False),
+        ([named("fp8-block"), named("fp8")], False, True),
+        ([Z4, named("fp8")], False, True),
     ],
 )
 def test_who_unpacks_a_checkpoint(schemes: list[Scheme], unpacks: bool, loader: bool) -> None:

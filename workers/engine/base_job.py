@@ -25,6 +25,7 @@ from app.domain.methods import Scheme
 from app.domain.request.base_job import ADAPTER_FILE, DESCRIPTION, REPORT
 from bitwright.errors import BitwrightError, CorruptCheckpoint
 from bitwright.report import BaseTraining, BlockReport
+from workers.contracts.kv_cache import KVScales
 from workers.contracts.results import BlockResult
 from workers.engine.model.checkpoint import MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
 from workers.engine.model.streamed_model import StreamedModel
@@ -121,6 +122,19 @@ class BaseJobResult:
             if result.weight.shape != tuple(linear.weight.shape):
                 raise CorruptCheckpoint(f"{source} has the shape {result.weight.shape}, not that of the model")
         return replace(result, low_rank=None) if name in self.adapters else result
+
+    def cache_scales(self, attention: str | None) -> KVScales | None:
+        """Scales of an attention's key-value cache, by its full name; None where that job stored none."""
+        source = None if attention is None else self.model.names.module_name(attention)
+        keys = (
+            []
+            if source is None
+            else [key for key in self._keys.get(source, ()) if key.endswith(("k_scale", "v_scale"))]
+        )
+        if source is None or not keys:
+            return None
+        with _of_the_base():
+            return KVScales.read(source, {key: self.native.read(key) for key in keys})
 
     def corrected(self, report: BlockReport) -> BlockReport:
         """The report of a block that was taken over: its linears' errors are those of the job that made them.

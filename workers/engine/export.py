@@ -105,6 +105,9 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
             for name, tensor in finished.parameters(done - 1).items():
                 for writer in exported.writers.values():
                     writer.add_tensor(model.sources[name], tensor)
+            for name, scales in finished.caches(done - 1).items():
+                for writer in exported.writers.values():
+                    writer.add_kv_scales(model.names.module_name(name), scales)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     for writer in exported.writers.values():
         writer.finish(ignored=_kept_linears(model, job.schemes))

@@ -14,7 +14,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.numerics.backends import block_operators, rounding_operators
+from workers.numerics.backends import block_operators, float_rounding_operators, rounding_operators
+from workers.numerics.backends.float_rounding_operators import FloatGroups, FloatSettings
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 
 
@@ -48,6 +49,24 @@ class RoundingKernels(Protocol):
         counted: bool,
         device: torch.device,
     ) -> list[Callable[[], object]]: ...
+
+
+class FloatRoundingKernels(Protocol):
+    """The same on floating-point grids; `workers.numerics.backends.float_rounding_operators` describes the functions."""
+
+    def write(self, groups: FloatGroups, settings: FloatSettings, w_hat: Tensor) -> None: ...
+    def step(
+        self,
+        groups: FloatGroups,
+        settings: FloatSettings,
+        *,
+        gradient: Tensor,
+        rate: Tensor,
+        faults: Tensor,
+        limits: tuple[float, float],
+        w_hat: Tensor,
+    ) -> None: ...
+    def keep(self, groups: FloatGroups, settings: FloatSettings, better: Tensor) -> None: ...
 
 
 class BlockKernels(Protocol):
@@ -109,6 +128,11 @@ def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
 def rounding_kernels(device: torch.device, dtype: torch.dtype) -> RoundingKernels:
     """Rounding kernels for weights of this dtype."""
     return _rounding_kernels() if triton_serves(device, dtype) else rounding_operators
+
+
+def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRoundingKernels:  # noqa: ARG001 - for kernels
+    """Rounding kernels of floating-point grids for weights of this dtype."""
+    return float_rounding_operators
 
 
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:

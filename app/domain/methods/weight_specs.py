@@ -50,6 +50,10 @@ class WeightSpec(Spec):
     group_size: GroupSize = 64
     symmetric: Symmetric = True
     modules: ModuleRules = ModuleRules()
+    kv_cache: Literal["fp8"] | None = Field(
+        default=None,
+        description="fp8: measure scales for a runtime's key-value cache in FP8 on calibration text, and store them.",
+    )
     method: str = ""
     """The name in a request; each method narrows it to its own."""
     named_schemes: ClassVar[frozenset[SchemeName]] = frozenset()
@@ -194,8 +198,13 @@ class WeightSpec(Spec):
         return self.budget() is not None or self.needs_fisher()
 
     def reads_text(self) -> bool:
-        """True if the method, its budget or its weighting reads calibration text."""
-        return self.observes_inputs() or self.needs_preparation()
+        """True if the method, its budget or its weighting reads calibration text, or numbers of it are stored."""
+        return self.observes_inputs() or self.needs_preparation() or self.measures_inputs()
+
+    def measures_inputs(self) -> bool:
+        """True if numbers of activations on calibration text are stored: of a calibrated scheme, or of a cache."""
+        rows = (scheme.row for _, scheme in self.schemes())
+        return self.kv_cache is not None or any(row is not None and row.calibrated for row in rows)
 
     def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
         """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
@@ -213,40 +222,6 @@ class WeightSpec(Spec):
     def shared_batch(self) -> int:
         """Sequences of a step that several GPUs may divide among themselves; 0 if they would gain nothing."""
         return 0
-
-
-class NormalFloatSpec(WeightSpec):
-    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
-
-    method: Literal["nf"] = "nf"
-    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
-    double_quantization: bool = Field(
-        default=True,
-        strict=True,
-        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
-        "a weight in place of 4.25 with groups of 64.",
-    )
-    weights_only: WeightsOnly = False
-
-    def needs_model(self) -> bool:
-        """Weights alone."""
-        return False
-
-    def asks_for_weights_alone(self) -> bool:
-        """As the request says."""
-        return self.weights_only
-
-    def observes_inputs(self) -> bool:
-        """Weights alone."""
-        return False
-
-    def absmax(self) -> AbsmaxScheme | None:
-        """QLoRA's, with double quantization."""
-        return PRESET_ABSMAX if self.double_quantization else None
-
-    def forms(self) -> frozenset[Form]:
-        """Codes of a codebook."""
-        return frozenset({Form.CODEBOOK})
 
 
 class NamedSchemeSpec(WeightSpec):
@@ -269,8 +244,8 @@ class NamedSchemeSpec(WeightSpec):
             refused = [refusal((name,), getattr(self, name), detail) for name in ("scheme", *given)]
             raise ValidationError.from_exception_data(type(self).__name__, refused)
         if self.scheme is not None and self.scheme not in self.named_schemes:
-            refusal = self._scheme_refusal((), self.scheme)
-            raise ValidationError.from_exception_data(type(self).__name__, [refusal])
+            refused = [self._scheme_refusal((), self.scheme)]
+            raise ValidationError.from_exception_data(type(self).__name__, refused)
         return self
 
     @model_serializer(mode="wrap")
@@ -279,15 +254,55 @@ class NamedSchemeSpec(WeightSpec):
         return {name: value for name, value in fields.items() if self.scheme is None or name not in INTEGER_FIELDS}
 
 
+class NormalFloatSpec(WeightSpec):
+    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
+
+    method: Literal["nf"] = "nf"
+    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
+    double_quantization: bool = Field(
+        default=True,
+        strict=True,
+        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
+        "a weight in place of 4.25 with groups of 64.",
+    )
+    weights_only: WeightsOnly = False
+
+    def needs_model(self) -> bool:
+        """Weights alone, unless scales of a cache are measured."""
+        return self.measures_inputs()
+
+    def asks_for_weights_alone(self) -> bool:
+        """As the request says."""
+        return self.weights_only
+
+    def observes_inputs(self) -> bool:
+        """Weights alone."""
+        return False
+
+    def absmax(self) -> AbsmaxScheme | None:
+        """QLoRA's, with double quantization."""
+        return PRESET_ABSMAX if self.double_quantization else None
+
+    def forms(self) -> frozenset[Form]:
+        """Codes of a codebook."""
+        return frozenset({Form.CODEBOOK})
+
+
 class RTNSpec(NamedSchemeSpec):
     """Round to nearest. Looks at the weights alone."""
 
     method: Literal["rtn"] = "rtn"
+    scale_search: bool = Field(
+        default=True,
+        strict=True,
+        description="FP4 and MX: of the scales that can be stored near the usual one, take that with the least squared "
+        "error of its group; of no effect on integers and FP8.",
+    )
     weights_only: WeightsOnly = False
 
     def needs_model(self) -> bool:
-        """A budget is spent by the outputs' errors."""
-        return self.budget() is not None
+        """A budget is spent by the outputs' errors, and activations are the model's."""
+        return self.budget() is not None or self.measures_inputs()
 
     def asks_for_weights_alone(self) -> bool:
         """As the request says."""
@@ -302,7 +317,7 @@ class RTNSpec(NamedSchemeSpec):
         return False
 
 
-class GPTQSpec(WeightSpec):
+class GPTQSpec(NamedSchemeSpec):
     """GPTQ: columns rounded in turn, each column's error made up for by those that are not rounded yet."""
 
     method: Literal["gptq"] = "gptq"
@@ -334,7 +349,7 @@ class GPTQSpec(WeightSpec):
         return ANY_SHARE
 
 
-class AWQSpec(WeightSpec):
+class AWQSpec(NamedSchemeSpec):
     """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
 
     method: Literal["awq"] = "awq"
@@ -369,10 +384,11 @@ class AWQSpec(WeightSpec):
         return ANY_SHARE
 
 
-class SignRoundSpec(WeightSpec):
+class SignRoundSpec(NamedSchemeSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
     method: Literal["signround"] = "signround"
+    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES - {SchemeName.FP8_TENSOR, SchemeName.FP8_BLOCK}
     preset: PresetName = Field(
         default="default",
         description="Fills both numbers of steps and the calibration's size where they are not given.",

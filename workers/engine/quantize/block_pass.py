@@ -26,11 +26,13 @@ from bitwright.errors import InternalError
 from bitwright.events import BlockEvent, Stage
 from bitwright.report import BlockReport
 from workers.contracts.blocks import BlockTask
+from workers.contracts.kv_cache import KVScales
 from workers.contracts.results import BlockResult
 from workers.engine.device.process_group import checksum
 from workers.engine.device.write_behind import WriteBehind
 from workers.engine.finished_blocks import Shard
 from workers.engine.job import Job
+from workers.engine.model.cache_states import CacheWatch, attention_of
 from workers.engine.model.overflow import blaming_the_original
 from workers.engine.quantize.activations import Activations, second_moments, sum_moments
 from workers.engine.quantize.block_reader import BlockReader
@@ -45,9 +47,11 @@ from workers.engine.quantize.expert_coverage import (
 )
 from workers.engine.quantize.reference import rounded
 from workers.engine.quantize.registry import method_of
+from workers.engine.quantize.serving import Measured, Served, cache_scales, set_amax, with_input_amax
 from workers.engine.reporter import Reporter
 from workers.engine.seeds import derived_seed
 from workers.engine.tune.tuner import Tuner
+from workers.numerics.input_rounding import input_roundings
 
 
 @dataclass(frozen=True)
@@ -103,34 +107,73 @@ class BlockPass:
         schemes = {n: self.job.schemes[f"{prefix}.{n}"] for n in self._quantized_linears(index)}
         observed = self.calibration or self.evaluation
         linears = {n: linear for n, linear in self.job.model.block_linears(index).items() if n in schemes}
+        measured = Measured.of(linears, schemes, self._caches, calibrates=self.calibration is not None)
         with second_moments(linears) as moments, counted(block, self.job.model.device) as tokens:
-            self._advance_original(index, block, only=observed)
+            with measured.inputs.watching():
+                self._advance_original(index, block, only=observed, cache=measured.cache)
             sum_moments(self.job.processes, moments, linears)
         found = self._coverage(tokens, schemes, block)
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
+        joined = self.job.model.joined(index)
+        columns, cache = measured.inputs.columns(self.job.processes), self._cache_scales(index, measured)
+        input_amax = set_amax(columns, joined, schemes)
+        base = None if self.job.base_job is None else self.job.base_job.block(index)
+        self._serve(
+            index,
+            Served(input_roundings(schemes, input_amax), cache)
+            if base is None
+            else Served.of(base.linears, cache, self.job.model.device),
+        )
         self._advance_reference(index, block)
 
         def tick(share: float) -> None:
             writer.wait()
             progress.tick(index, share)
 
-        if self.job.base_job is not None:
-            result = self.job.base_job.block(index)
+        if base is not None:
+            result = base
         else:
             starved = found.linears(block, list(schemes))
             moments = moments | self._borrowed_moments(index, found, starved)
-            task = replace(self._task(index, block, schemes, moments, tick), starved=starved)
+            task = replace(self._task(index, block, schemes, moments, tick), starved=starved, joined=joined)
+            task = replace(task, input_amax=input_amax)
             with complete(block, found.starved):
                 result = _quantize_block(task, self.job.spec) if schemes else BlockResult({})
+            amax = set_amax(columns, joined, schemes, result.linears)
+            result = replace(result, linears=with_input_amax(result.linears, amax))
         self._demand_agreement(index, result)
         writer.wait()
-        shard = writer.give(partial(self._write_shard, index, result))
+        shard = writer.give(partial(self._write_shard, index, result, cache))
         errors = self._put(index, result, moments)
+        self._serve(index, Served.of(result.linears, cache, self.job.model.device))
         self._advance_quantized(index, block)
         output = None if observed is None else observed.squared_error()
         self.job.processes.sum_(*([] if output is None else [output]))
         findings = BlockFindings(index, prefix, started, result, errors, output, found)
         writer.give(partial(self._finish, shard, findings))
+
+    @property
+    def _caches(self) -> bool:
+        """True if scales of a cache are measured or taken over."""
+        return self.job.spec.kv_cache is not None
+
+    def _serve(self, index: int, served: Served) -> None:
+        for activations in (self.calibration, self.evaluation):
+            if activations is not None:
+                activations.served[index] = served
+
+    def _cache_scales(self, index: int, measured: Measured) -> KVScales | None:
+        if not self._caches:
+            return None
+        if self.job.base_job is not None:
+            return self.job.base_job.cache_scales(self._attention(index))
+        device = self.job.model.device
+        return None if measured.cache is None else cache_scales(measured.cache, self.job.processes, device)
+
+    def _attention(self, index: int) -> str | None:
+        """Full name of a block's attention."""
+        name = attention_of(self.job.model.blocks[index])
+        return None if name is None else f"{self.job.model.layout.block(index)}.{name}"
 
     def _coverage(self, tokens: dict[str, Tensor], schemes: Mapping[str, Scheme], block: nn.Module) -> Coverage:
         """Of the calibration text; nothing where none is read."""
@@ -152,11 +195,13 @@ class BlockPass:
         if not self.job.processes.alone and not self.job.processes.agree(checksum(tensors)):
             raise InternalError(f"block {index}: the processes have computed different weights")
 
-    def _write_shard(self, index: int, result: BlockResult) -> Shard:
+    def _write_shard(self, index: int, result: BlockResult, cache: KVScales | None) -> Shard:
         prefix = self.job.model.layout.block(index)
         linears = {f"{prefix}.{name}": linear for name, linear in result.linears.items()}
         parameters = {f"{prefix}.{name}": value for name, value in result.parameters.items()}
-        return self.job.finished_blocks.write_shard(index, linears, parameters)
+        attention = self._attention(index)
+        caches = {} if cache is None or attention is None else {attention: cache}
+        return self.job.finished_blocks.write_shard(index, linears, parameters, caches)
 
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
         """Makes a block count, and reports it then."""
@@ -169,10 +214,20 @@ class BlockPass:
         block, prefix = self.job.model.blocks[index], self.job.model.layout.block(index)
         for activations in (self.calibration, self.evaluation):
             self._advance_original(index, block, only=activations)
+        self._serve(index, self._finished_serving(index, prefix))
         self._advance_reference(index, block)
         for name in list(quantized):
             self._replace(index, name.removeprefix(prefix + "."), quantized.pop(name))
         self._advance_quantized(index, block)
+
+    def _finished_serving(self, index: int, prefix: str) -> Served:
+        """The roundings of a finished block; nothing is read where its schemes say of none."""
+        schemes = [self.job.schemes[f"{prefix}.{name}"] for name in self._quantized_linears(index)]
+        if not self._caches and not any(s.row is not None and s.row.activations is not None for s in schemes):
+            return Served()
+        linears = {n.removeprefix(f"{prefix}."): r for n, r in self.job.finished_blocks.load(index).items()}
+        cache = next(iter(self.job.finished_blocks.caches(index).values()), None)
+        return Served.of(linears, cache, self.job.model.device)
 
     def _quantized_linears(self, index: int) -> list[str]:
         prefix = self.job.model.layout.block(index)
@@ -212,10 +267,12 @@ class BlockPass:
             fisher=fisher,
         )
 
-    def _advance_original(self, index: int, block: nn.Module, only: Activations | None) -> None:
+    def _advance_original(
+        self, index: int, block: nn.Module, only: Activations | None, cache: CacheWatch | None = None
+    ) -> None:
         if only is not None:
             with self.job.clock.during(self._stage_of(only)):
-                only.advance_original(index, block)
+                only.advance_original(index, block, cache)
 
     def _advance_reference(self, index: int, block: nn.Module) -> None:
         """Before anything changes the block's weights."""
@@ -225,7 +282,12 @@ class BlockPass:
         schemes = {name: self.job.schemes[f"{prefix}.{name}"] for name in self._quantized_linears(index)}
         with (
             self.job.clock.during(Stage.EVALUATE),
-            rounded(self.job.model.block_linears(index), schemes, self.job.plan.scale_dtype),
+            rounded(
+                self.job.model.block_linears(index),
+                schemes,
+                self.job.plan.scale_dtype,
+                self.job.model.joined(index),
+            ),
         ):
             activations.advance_reference(index, block)
 

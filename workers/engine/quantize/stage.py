@@ -38,7 +38,7 @@ def run(job: Job) -> Quantized:
         InternalError: the processes have computed different weights for a block.
     """
     model, spec, texts, finished = job.model, job.spec, job.texts, job.finished_blocks
-    observed = texts.calibration if spec.observes_inputs() else None
+    observed = texts.calibration if spec.observes_inputs() or spec.measures_inputs() else None
     finished.adopt(job.fingerprint())
     embeddings = quantize_embeddings(job)
     with model.loaded(*model.layout.outer):

@@ -1,7 +1,7 @@
 """Pieces of a model card's section "Load" that formats share; each format's own file composes the section."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.domain.format_rules import base_alone
 from app.domain.formats import ExportFormat
@@ -100,6 +100,7 @@ class Loading:
     apart     name of the adapter that was measured with it and lies in the job's adapter file alone; None: none does
     model_id  id of the model that was quantized, if it is on the Hub
     base      schemes by module name -> the base of the job's adapter
+    outputs   out_features of the linears, by the same names, as far as the checkpoint's tensors say
     """
 
     linears: Mapping[str, StoredLinear]
@@ -107,6 +108,7 @@ class Loading:
     apart: str | None = None
     model_id: str | None = None
     base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None
+    outputs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def schemes(self) -> dict[str, Scheme]:

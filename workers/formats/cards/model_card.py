@@ -7,6 +7,7 @@ says so, and its lines combine both.
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
@@ -31,8 +32,12 @@ def describe(
     linears: Mapping[str, StoredLinear],
     opening: Opening,
     loading: Lines,
+    outputs: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Path]:
-    """Adds report.json and README.md to a checkpoint that is complete otherwise; all files of the folder."""
+    """Adds report.json and README.md to a checkpoint that is complete otherwise; all files of the folder.
+
+    outputs   out_features of the linears, as far as known
+    """
     write_json(folder / "report.json", report.model_dump(mode="json"))
     card = read_source_card(opening.source.folder)
     text = model_card(
@@ -47,6 +52,7 @@ def describe(
         licence_copied=card.license_link is not None and (folder / card.license_link).is_file(),
         stored_bytes=stored_bytes(folder, opening.name.info.weight_files),
         left_code=names_code(opening.source),
+        outputs=outputs,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     return sorted(file for file in folder.rglob("*") if file.is_file())
@@ -70,6 +76,7 @@ def model_card(
     licence_copied: bool = False,
     stored_bytes: int | None = None,
     left_code: bool = False,
+    outputs: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """The card as Markdown with the Hub's front matter.
 
@@ -81,6 +88,7 @@ def model_card(
     licence_copied   whether the file that `source` names as its licence lies beside the card
     stored_bytes     bytes of the weight files beside the card
     left_code        whether the source's configuration names code, which was not copied
+    outputs          out_features of the linears, as in `Loading`
     """
     identity, source = Identity.of(report), source or SourceCard()
     contents = _contents(identity, export_format, linears, formats)
@@ -91,7 +99,7 @@ def model_card(
         f"# {title(identity, contents)}{_bits(report, contents, export_format, linears)}",
         _summary(report, contents, export_format, linears),
         "## Load",
-        *loading(Loading(linears, formats, apart, identity.model_id, base)),
+        *loading(Loading(linears, formats, apart, identity.model_id, base, outputs)),
         *training(report),
         *quality(report, contents, export_format),
         *reference_lines(report.round_to_nearest),

@@ -1,0 +1,38 @@
+"""Definition of the format of compressed-tensors: its tensors, configuration and card in one place."""
+
+from collections.abc import Mapping
+
+from app.domain.formats import ExportFormat
+from app.domain.fused_shapes import shape_warning
+from app.domain.methods import Scheme
+from workers.formats.cards.vllm import vllm_rows
+from workers.formats.checkpoint import Layout, checkpoint_format
+from workers.formats.compressed_tensors.configuration import config, needs_loader, with_kv_cache
+from workers.formats.compressed_tensors.loading import adapter_base, loading, package_warnings
+from workers.formats.compressed_tensors.refusals import in_common
+from workers.formats.compressed_tensors.tensors import compress, decompress
+from workers.formats.quantized_embeddings import with_embeddings
+
+
+def warnings(schemes: Mapping[str, Scheme], outputs: Mapping[str, int]) -> dict[str, str]:
+    """Code and message of requirements for loading, and of shapes that a runtime refuses."""
+    name = ExportFormat.COMPRESSED_TENSORS
+    shapes = shape_warning(name.value, schemes, outputs, vllm_rows(name))
+    return package_warnings(schemes.values()) | ({"runtime_refuses_shapes": " ".join(shapes)} if shapes else {})
+
+
+FORMAT = checkpoint_format(
+    Layout(
+        compress,
+        config=lambda targets, ignored: {"quantization_config": config(targets, ignored)},
+        embeddings=with_embeddings,
+        needs_loader=needs_loader,
+        warnings=warnings,
+        in_common=in_common,
+        kv_cache=lambda attention, scales: scales.tensors(attention),
+        kv_config=with_kv_cache,
+    ),
+    loading,
+    adapter_base,
+    decompress,
+)
