@@ -133,7 +133,7 @@ class BaseJobResult:
         )
         if source is None or not keys:
             return None
-        with _of_the_base():
+        with of_the_base():
             return KVScales.read(source, {key: self.native.read(key) for key in keys})
 
     def corrected(self, report: BlockReport) -> BlockReport:

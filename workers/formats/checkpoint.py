@@ -47,16 +47,12 @@ class Layout:
     config         schemes by module name, module names of the other linears -> fields added to config.json
     files          linears and parts by name in the checkpoint -> content of further JSON files, by name
     needs_loader   whether the one-file loader is added
-<<<<<<< HEAD
     loader         that file
-    warnings       code and message of requirements for loading
+    warnings       code and message of requirements for loading, of the linears' schemes and outputs by name
     moved          name of a linear, its result -> how far rounding what stands for zero points moves weights, at
                    most, in steps of a scale; 0 where nothing is rounded
     embeddings     the fields of `config` -> those of a checkpoint whose embeddings are quantized; None: the same
-=======
-    warnings       code and message of requirements for loading, of the linears' schemes and outputs by name
     in_common      numbers of a linear, by name, that those which runtimes run as one with it must have, too
->>>>>>> ct
     joins          whether parts of a tensor of the source are put together again, in the source's layout
     kv_cache       name of an attention, its scales -> their stored tensors; None: they are left out
     kv_config      config.json's fields -> what is added to them if there are such scales
@@ -68,19 +64,14 @@ class Layout:
     config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
     files: Callable[[Mapping[str, StoredLinear], Mapping[str, StoredPart]], Mapping[str, object]] | None = None
     needs_loader: Callable[[Collection[Scheme]], bool] | None = None
-<<<<<<< HEAD
-    warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
+    warnings: Callable[[Mapping[str, Scheme], Mapping[str, int]], Mapping[str, str]] | None = None
+    in_common: Callable[[LinearResult], Mapping[str, float]] | None = None
     moved: Callable[[str, LinearResult], float] | None = None
     embeddings: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
     joins: bool = False
     loader: Path = LOADER
-=======
-    warnings: Callable[[Mapping[str, Scheme], Mapping[str, int]], Mapping[str, str]] | None = None
-    in_common: Callable[[LinearResult], Mapping[str, float]] | None = None
-    joins: bool = False
     kv_cache: Callable[[str, KVScales], dict[str, Tensor]] | None = None
     kv_config: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
->>>>>>> ct
 
 
 def checkpoint_format(
@@ -119,11 +110,8 @@ class CheckpointWriter:
         self._wholes: dict[str, tuple[Tensor, int]] = {}
         self._modules: dict[str, str] = {}
         self._written: set[str] = set()
-<<<<<<< HEAD
         self._moved = 0.0
-=======
         self._attentions: list[str] = []
->>>>>>> ct
         self._sealed = _Sealed()
         self._in_common = NumbersInCommon()
 
@@ -145,13 +133,10 @@ class CheckpointWriter:
         if holds_base_alone(self._opening.name, self._opening.formats):
             result = LinearResult(result.weight)
         tensors = self._layout.compress(name, result)
-<<<<<<< HEAD
         if self._layout.moved is not None:
             self._moved = max(self._moved, self._layout.moved(name, result))
-=======
         if self._layout.in_common is not None:
             self._in_common.check(name, self._layout.in_common(result))
->>>>>>> ct
         if part is not None and self._layout.joins:
             self._put(part, tensors[f"{name}.weight"])
         else:
@@ -251,18 +236,13 @@ class CheckpointWriter:
 
     @property
     def warnings(self) -> Mapping[str, str]:
-<<<<<<< HEAD
         """Requirements for loading, and how far rounded offsets move weights."""
-        found = {} if self._layout.warnings is None else dict(self._layout.warnings(self._schemes().values()))
+        found = {} if self._layout.warnings is None else dict(self._layout.warnings(self._schemes(), self._outputs()))
         if self._moved:
             name, moved = self._opening.name.value, f"at most {self._moved:.3g} of a group's step"
             text = f"{name} stores offsets in place of zero points, rounded to the model's dtype: {moved}"
             found[f"{name}_offsets_rounded"] = text
         return found
-=======
-        """Requirements for loading; nothing is rounded here."""
-        return {} if self._layout.warnings is None else self._layout.warnings(self._schemes(), self._outputs())
->>>>>>> ct
 
     def _unquantized_matrices(self) -> Iterable[str]:
         """Modules with a matrix that is not quantized: other linears, and embeddings, whose listing does no harm.
@@ -278,15 +258,11 @@ class CheckpointWriter:
     def _write_config(self, ignored: list[str]) -> None:
         config = {**without_code(self._source.config), **self._dtype_fields()}
         if self._layout.config is not None:
-<<<<<<< HEAD
             fields = self._layout.config(self._targets(), ignored)
             quantizes_embeddings = self._opening.embeddings is not None and self._layout.embeddings is not None
             config |= self._layout.embeddings(fields) if quantizes_embeddings else fields
-=======
-            config |= self._layout.config(self._targets(), ignored)
         if self._layout.kv_config is not None and self._attentions:
             config |= self._layout.kv_config(config)
->>>>>>> ct
         if self._layout.files is not None:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)
