@@ -16,7 +16,7 @@ from types import MappingProxyType
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
 from app.domain.methods import MAX_BITS, MIN_BITS, Form
-from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
+from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 
 
 class ScaleDtype(StrEnum):
@@ -73,6 +73,7 @@ class FormatInfo:
     offsets           how it stores fractional offsets
     dense             whether it stores weights in the model's own dtype, as large as the original's
     always_kept       whether every job writes it, asked for or not
+    read_by           stock loaders that a worker tries it in
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
@@ -93,6 +94,7 @@ class FormatInfo:
     offsets: Offsets = Offsets.NONE
     dense: bool = False
     always_kept: bool = False
+    read_by: tuple[Runtime, ...] = ()
     library: str = "transformers"
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
@@ -148,6 +150,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.OFFSETS}),
             offsets=Offsets.EXACT,
             always_kept=True,
+            read_by=(Runtime.TRANSFORMERS,),
             library="bitwright",
             runtimes=(
                 RuntimeSupport(
@@ -171,6 +174,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             scales=ScaleDtype.MODEL,
             default_for=frozenset({Result.AFFINE}),
+            read_by=(Runtime.TRANSFORMERS, Runtime.VLLM),
             runtimes=(
                 RuntimeSupport(
                     "transformers",
@@ -228,6 +232,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.CODEBOOK, Result.SUMS}),
             offsets=Offsets.EXACT,
             dense=True,
+            read_by=(Runtime.TRANSFORMERS, Runtime.VLLM),
             runtimes=(
                 RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained", version=TRANSFORMERS),
                 RuntimeSupport("vllm", Support.TESTED, ALL_BITS, note="as the original", version=VLLM_CPU),
@@ -245,6 +250,7 @@ class ExportFormat(StrEnum):
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.FACTORS}),
+            read_by=(Runtime.PEFT, Runtime.VLLM),
             library="peft",
             runtimes=(
                 RuntimeSupport(
@@ -278,6 +284,7 @@ class ExportFormat(StrEnum):
             group_multiple=32,
             architectures=frozenset(GGUF_ARCHITECTURES),
             offsets=Offsets.FLOAT16,
+            read_by=(Runtime.LLAMA_CPP,),
             library="gguf",
             weight_files=("*.gguf",),
             model_check=gguf_refusals,

@@ -80,7 +80,7 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                 _write_linear(model, name, base, trained, exported)
             if trained is not None:
                 bases |= {name: _outline(base) for name, base in block.items() if name in trained.modules}
-            for name, part in _left_beside(model, list(block)):
+            for name, part in left_beside(model, list(block)):
                 for writer in exported.writers.values():
                     writer.add_part(model.names.linear_name(name), model.names.read(f"{name}.weight"), part)
             for name, tensor in finished.parameters(done - 1).items():
@@ -88,7 +88,7 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                     writer.add_tensor(model.sources[name], tensor)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     for writer in exported.writers.values():
-        writer.finish(ignored=_kept_linears(model, job.schemes))
+        writer.finish(ignored=kept_linears(model, job.schemes))
         for code, message in writer.warnings.items():
             job.reporter.warning(code, message)
     if trained is not None:
@@ -129,13 +129,13 @@ def part_of(model: StreamedModel, name: str) -> StoredPart | None:
     return None
 
 
-def _kept_linears(model: StreamedModel, quantized: Collection[str]) -> tuple[str, ...]:
+def kept_linears(model: StreamedModel, quantized: Collection[str]) -> tuple[str, ...]:
     """Every linear of the model that stays as it is, routers and other parts of a larger model included."""
     linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
     return tuple(name for name in linears if name not in quantized)
 
 
-def _left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tuple[str, StoredPart]]:
+def left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tuple[str, StoredPart]]:
     """Linears that are not quantized but share a tensor of the checkpoint with some that are."""
     shared = {part.of for name in quantized if (part := part_of(model, name)) is not None and part.index is not None}
     for parameter in model.names.slices if shared else ():

@@ -1,0 +1,203 @@
+"""One block, exported and read back before the hours are spent on all of them.
+
+The first block is rounded to nearest in the job's own schemes and exported by the very writers of the job's formats, as
+a checkpoint of one layer (`workers.engine.loads_here.cut`). Runtimes of the worker load it, and their logits are
+compared with the engine's for the same numbers. They read beside the job's first stages; before tuning it waits for
+them.
+
+A failure may be the cut's: some types are no model with one layer. So the cut model is read unquantized then, and where
+that fails too, nothing was checked.
+"""
+
+import shutil
+import time
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from app.domain.format_rules import stored_formats
+from app.domain.formats import ExportFormat
+from app.domain.runtimes import Runtime
+from bitwright.errors import BitwrightError, RuntimeDidNotLoad
+from bitwright.events import Stage
+from bitwright.report import LoadReport
+from workers.engine.export import kept_linears, left_beside, part_of
+from workers.engine.job import Job
+from workers.engine.loads_here.cut import CutCheckpoint, NotOneBlockError, first_block, write_plain
+from workers.engine.loads_here.reading import Check, Probe, Reading
+from workers.engine.quantize.activations import Activations
+from workers.formats.registry import open_writer
+from workers.methods.rtn import quantize_weight
+from workers.numerics.quantized import LinearResult
+
+FOLDER = "reading"
+"""In the workspace: the cut checkpoints, and the runtimes' logs and caches."""
+BEFORE_TRAINING = "it holds what training makes, and the block is read before"
+
+
+@dataclass(frozen=True)
+class BlockCheck:
+    """A check that runs beside the job.
+
+    expected   logits of the block as it is quantized, fp32 (tokens, vocabulary)
+    reports    of runtimes that were asked, when they are done
+    skipped    of formats that nothing could be tried of
+    """
+
+    job: Job
+    reading: Reading
+    probe: Probe
+    cut: CutCheckpoint | None
+    reports: Future[list[LoadReport]] | None
+    skipped: tuple[LoadReport, ...] = ()
+
+    def result(self) -> tuple[LoadReport, ...]:
+        """The reports, when all are there.
+
+        Raises:
+            RuntimeDidNotLoad: a runtime does not load a format, or computes something else.
+        """
+        if self.reports is None:
+            return self.skipped
+        with self.job.clock.during(Stage.VERIFY):
+            reports = self.reports.result()
+            if any(report.result not in ("loads", "not_checked") for report in reports):
+                reports = self._blamed(reports)
+            shutil.rmtree(self.job.workspace / FOLDER / "block", ignore_errors=True)
+        self.job.reporter.progress(Stage.VERIFY, 1, 1, "blocks")
+        return (*reports, *self.skipped)
+
+    def _blamed(self, reports: list[LoadReport]) -> list[LoadReport]:
+        """The reports, none of them a failure, since the cut model does not load as it is.
+
+        Raises:
+            RuntimeDidNotLoad: it does, so that failures are the format's.
+        """
+        assert self.cut is not None  # noqa: S101 - for the type checker
+        folder = self.job.workspace / FOLDER / "block" / "plain"
+        write_plain(self.cut, folder)
+        where = self.job.order.runtimes.get(Runtime.TRANSFORMERS)
+        if where is not None:
+            check = Check(ExportFormat.MERGED, Runtime.TRANSFORMERS, where)
+            plain = self.reading.read(check, folder, self.probe, block_logits(self.job, self.probe, {}), level="block")
+            if plain.result != "loads":
+                why = f"its first block alone is no model to transformers, quantized or not: {plain.detail}"
+                return [_not_checked(report, why) for report in reports]
+        raise failure(next(report for report in reports if report.result not in ("loads", "not_checked")))
+
+
+def begin(job: Job, checks: list[Check], reading: Reading) -> BlockCheck:
+    """Write the block, and let the runtimes read it meanwhile."""
+    job.reporter.progress(Stage.VERIFY, 0, 1, "blocks")
+    probe = Probe.of(job.model)
+    able = [check for check in checks if not check.format.info.is_adapter]
+    skipped = tuple(_skipped(check, BEFORE_TRAINING) for check in checks if check.format.info.is_adapter)
+    try:
+        cut = first_block(job.model)
+        results = rounded_block(job)
+        weights = {f"{name}.weight": result.dequantize() for name, result in results.items()}
+        expected = block_logits(job, probe, weights)
+    except (NotOneBlockError, BitwrightError) as error:
+        why = error.detail if isinstance(error, BitwrightError) else str(error)
+        return BlockCheck(job, reading, probe, None, None, (*(_skipped(check, why) for check in able), *skipped))
+    pool = ThreadPoolExecutor(1, thread_name_prefix="reading")
+    reports = pool.submit(_read_all, job, able, reading, probe, cut, results, expected)
+    pool.shutdown(wait=False)
+    return BlockCheck(job, reading, probe, cut, reports, skipped)
+
+
+@torch.no_grad()
+def rounded_block(job: Job) -> dict[str, LinearResult]:
+    """The linears of the first block, and the head if it is quantized, rounded to nearest; by full name, on the host."""
+    prefix, head = job.model.layout.block(0), job.model.layout.head
+    wanted = [name for name in (f"{prefix}.{each}" for each in job.model.block_linears(0)) if name in job.schemes]
+    results = {}
+    for module, names in ((prefix, wanted), (head, [head] if head in job.schemes else [])):
+        weights = job.model.read(module) if names else {}
+        for name in names:
+            rounded = quantize_weight(weights[f"{name}.weight"], job.schemes[name], job.plan.scale_dtype)
+            results[name] = LinearResult(rounded).to(torch.device("cpu"))
+    return results
+
+
+@torch.no_grad()
+def block_logits(job: Job, probe: Probe, weights: Mapping[str, Tensor]) -> Tensor:
+    """Logits of a model of the first block alone, fp32 (tokens, vocabulary) on the host.
+
+    weights   in place of the model's own, by full parameter name
+    """
+    model, given = job.model, {name: weight.to(job.model.device) for name, weight in weights.items()}
+    with model.loaded(*model.layout.outer):
+        activations = Activations(model, probe.ids, job.plan, keep_inputs=False)
+    with model.loaded(model.layout.block(0), given=given):
+        activations.advance_quantized(0, model.blocks[0])
+    with model.loaded(*model.after_blocks, given=given):
+        return model.logits(activations.quantized.to(model.device))[0].float().cpu()
+
+
+def write_block(job: Job, name: ExportFormat, cut: CutCheckpoint, results: Mapping[str, LinearResult]) -> Path:
+    """The checkpoint of the block in a format, by its own writer."""
+    folder = job.workspace / FOLDER / "block" / name.value
+    model = job.model
+    writer = open_writer(folder, name, cut, stored_formats(job.request.formats))
+    for linear, result in results.items():
+        writer.add_linear(model.names.linear_name(linear), result, module=linear, part=part_of(model, linear))
+    for linear, part in left_beside(model, list(results)):
+        if linear.startswith(model.layout.block(0) + "."):
+            writer.add_part(model.names.linear_name(linear), model.names.read(f"{linear}.weight"), part)
+    later = tuple(model.layout.block(index) + "." for index in range(1, len(model.blocks)))
+    writer.finish(ignored=[each for each in kept_linears(model, results) if not each.startswith(later)])
+    return folder
+
+
+def failure(report: LoadReport) -> RuntimeDidNotLoad:
+    """The error of a block that a runtime does not read."""
+    does = "does not load" if report.result == "does_not_load" else "misreads"
+    return RuntimeDidNotLoad(
+        f"{report.runtime} {report.version or ''} {does} one block as {report.format}: {report.detail}",
+        field="formats",
+        value=report.format,
+    )
+
+
+def _read_all(
+    job: Job,
+    checks: list[Check],
+    reading: Reading,
+    probe: Probe,
+    cut: CutCheckpoint,
+    results: Mapping[str, LinearResult],
+    expected: Tensor,
+) -> list[LoadReport]:
+    """In a thread beside the job; a format that does not hold the block is no fault of a runtime."""
+    reports, folders = list[LoadReport](), dict[ExportFormat, Path]()
+    for check in checks:
+        started = time.perf_counter()
+        try:
+            if check.format not in folders:
+                folders[check.format] = write_block(job, check.format, cut, results)
+        except BitwrightError as error:
+            reports.append(_skipped(check, error.detail))
+            continue
+        report = reading.read(check, folders[check.format], probe, expected, level="block")
+        reports.append(report.model_copy(update={"seconds": time.perf_counter() - started}))
+    return reports
+
+
+def _skipped(check: Check, why: str) -> LoadReport:
+    return LoadReport(
+        format=check.format.value,
+        runtime=check.runtime.value,
+        version=check.where.version,
+        read="block",
+        result="not_checked",
+        detail=why,
+    )
+
+
+def _not_checked(report: LoadReport, why: str) -> LoadReport:
+    return report.model_copy(update={"result": "not_checked", "detail": why, "difference": None})
