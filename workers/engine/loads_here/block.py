@@ -36,6 +36,7 @@ from workers.numerics.quantized import LinearResult
 
 FOLDER = "reading"
 """In the workspace: the cut checkpoints, and the runtimes' logs and caches."""
+FAILED = ("does_not_load", "differs")
 BEFORE_TRAINING = "it holds what training makes, and the block is read before"
 
 
@@ -63,11 +64,14 @@ class BlockCheck:
         """
         if self.reports is None:
             return self.skipped
+        folder = self.job.workspace / FOLDER / "block"
         with self.job.clock.during(Stage.VERIFY):
-            reports = self.reports.result()
-            if any(report.result not in ("loads", "not_checked") for report in reports):
-                reports = self._blamed(reports)
-            shutil.rmtree(self.job.workspace / FOLDER / "block", ignore_errors=True)
+            try:
+                reports = self.reports.result()
+                if any(report.result in FAILED for report in reports):
+                    reports = self._blamed(reports)
+            finally:
+                shutil.rmtree(folder, ignore_errors=True)
         self.job.reporter.progress(Stage.VERIFY, 1, 1, "blocks")
         return (*reports, *self.skipped)
 
@@ -87,7 +91,7 @@ class BlockCheck:
             if plain.result != "loads":
                 why = f"its first block alone is no model to transformers, quantized or not: {plain.detail}"
                 return [_not_checked(report, why) for report in reports]
-        raise failure(next(report for report in reports if report.result not in ("loads", "not_checked")))
+        raise failure(next(report for report in reports if report.result in FAILED))
 
 
 def begin(job: Job, checks: list[Check], reading: Reading) -> BlockCheck:
