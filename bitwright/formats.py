@@ -11,6 +11,8 @@ class Form(StrEnum):
     """Integer codes with a scale per group, and a zero point or an offset."""
     CODEBOOK = "codebook"
     """Indices into a table of values (NormalFloat) with a largest magnitude per group."""
+    FLOAT = "float"
+    """Codes of a small floating-point type (FP8, FP4) with a scale per group."""
     LOW_RANK = "low-rank"
     """Two factors beside one of the other forms, whose product is added to it, as in LoRA."""
 

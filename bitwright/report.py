@@ -56,10 +56,13 @@ class ShippedFigures(ReportPart):
 class LinearReport(ReportPart):
     name: str
     shape: tuple[int, int] = Field(description="(out_features, in_features)")
-    form: Form = Field(default=Form.AFFINE, description="Of the quantized weight: affine or codebook.")
+    form: Form = Field(default=Form.AFFINE, description="Of the quantized weight: affine, codebook or float.")
     bits: int
     group_size: int
     symmetric: bool
+    scheme: str | None = Field(
+        default=None, description="The scheme's name (nvfp4, ...); null: integers or NormalFloat."
+    )
     rank: int | None = Field(default=None, description="Of the low-rank correction beside it; null: there is none.")
     weight_error: float = Field(description="||W - W_hat|| / ||W||, Frobenius; W_hat with its correction.")
     output_error: float | None = Field(

@@ -66,6 +66,7 @@ class QuantizationView(RequestPart):
     bits: int | BudgetView | None = Field(default=None, union_mode="left_to_right")
     group_size: int | None = None
     symmetric: bool | None = None
+    scheme: str | None = None
 
     def budget(self) -> BudgetView | None:
         """The budget, if widths are chosen by one."""

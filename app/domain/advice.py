@@ -48,7 +48,7 @@ def dishonoured_rank(
     A kind that trades shape for rank promises the parameters of the LoRA of that rank; the others promise an update of
     that rank.
     """
-    quantized = {name: shape for name, shape in linears.items() if spec.scheme(name) is not None}
+    quantized = {name: shape for name, shape in linears.items() if spec.scheme_of(name) is not None}
     if adapter is None:
         rank, most = spec.factors_rank(), min((min(shape) for shape in quantized.values()), default=None)
         if most is None or rank <= most:
@@ -72,7 +72,7 @@ def dishonoured_rank(
 
 
 def _update_rank(spec: WeightSpec, adapter: AdapterSpec, name: str, out_features: int, in_features: int) -> int:
-    scheme = spec.scheme(name)
+    scheme = spec.scheme_of(name)
     if not isinstance(adapter, GroupedSpec) or scheme is None:
         return min(adapter.rank, out_features, in_features)
     try:

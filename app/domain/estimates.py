@@ -122,12 +122,12 @@ def _quantized_bits(request: JobRequest, dimensions: Dimensions) -> tuple[int, f
     quantized, bits = 0, 0.0
     factor_bits, budget = request.quantization.factors_rank() * HEAVY_BYTES * 8, request.quantization.budget()
     for name, (out, width) in dimensions.linears().items():
-        scheme = request.quantization.scheme(name)
+        scheme = request.quantization.scheme_of(name)
         if scheme is not None:
             each = scheme.bits_per_weight(width, SCALE_BITS) if budget is None else budget.average
             quantized += out * width
             bits += out * width * each + factor_bits * (out + width)
-    head = request.quantization.scheme(HEAD)
+    head = request.quantization.scheme_of(HEAD)
     if head is not None and not dimensions.tied_embeddings:
         # Rounded to nearest whatever the method, outside any budget, and without factors.
         shape = (dimensions.vocabulary, dimensions.hidden)

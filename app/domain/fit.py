@@ -103,7 +103,7 @@ def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: 
     if adapter is not None and dimensions.exact:
         misshapen = shape_errors(spec, adapter, dimensions.linears())
         problems += [problem_of(error, error.field or "adapter") for error in misshapen]
-    quantized = {name: width for name, width in inputs.items() if spec.scheme(name) is not None}
+    quantized = {name: width for name, width in inputs.items() if spec.scheme_of(name) is not None}
     return problems + model_problems(request.formats, dimensions.architecture.model_type, quantized, inspection.config)
 
 

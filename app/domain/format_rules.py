@@ -43,7 +43,7 @@ def default_formats(spec: WeightSpec, forms: frozenset[Form] | None = None) -> t
     forms   of what the job makes of a linear, if not the method's alone
     """
     forms = spec.forms() if forms is None else forms
-    weights = default_for(Result.AFFINE if forms <= {Form.AFFINE, Form.LOW_RANK} else Result.CODEBOOK)
+    weights = default_for(Result.CODEBOOK if Form.CODEBOOK in forms else Result.AFFINE)
     return (weights, default_for(Result.FACTORS)) if Form.LOW_RANK in forms else (weights,)
 
 
@@ -134,7 +134,8 @@ def _form_refusal(
 ) -> str | None:
     """The reason why a format cannot hold what the spec makes of a linear, whatever its scheme; None if it can."""
     info, method = FORMATS[name], spec.method
-    foreign = sorted(forms - {Form.LOW_RANK} - info.kinds)
+    # Schemes by name, of which a form may have many, are judged one by one.
+    foreign = sorted(forms - {Form.LOW_RANK, Form.FLOAT} - info.kinds)
     if foreign:
         able = ", ".join(sorted(f.value for f, i in FORMATS.items() if forms - {Form.LOW_RANK} <= i.kinds))
         return f"{name.value} cannot hold the {' and '.join(foreign)} weights of {method}; formats that can: {able}"
@@ -160,6 +161,12 @@ def _scheme_problems(
     info = name.info
     where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
     problems = []
+    if scheme.name is not None:
+        if scheme.name in info.schemes:
+            return []
+        able = ", ".join(f'"{row.value}"' for row in ExportFormat if scheme.name in row.info.schemes)
+        detail = f"{name.value} cannot hold the scheme {scheme.name}; formats that can: {able}"
+        return [FieldProblem(field=where + "scheme", code="format_cannot_hold", detail=detail, value=scheme.name.value)]
     if scheme.group_size != PER_CHANNEL and scheme.group_size % info.group_multiple:
         detail = (
             f"{name.value} holds groups of multiples of {info.group_multiple}, or -1; not {scheme.group_size}; change "

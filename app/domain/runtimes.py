@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from app.domain.methods import PER_CHANNEL, Scheme
+from app.domain.methods import PER_CHANNEL, SCHEMES, Scheme, SchemeName
 
 
 class Runtime(StrEnum):
@@ -39,7 +39,7 @@ class WidthsSince:
     symmetric: frozenset[bool] = frozenset({True, False})
 
     def holds(self, scheme: Scheme) -> bool:
-        return scheme.bits in self.bits and scheme.symmetric in self.symmetric
+        return scheme.name is None and scheme.bits in self.bits and scheme.symmetric in self.symmetric
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,13 @@ class RuntimeSupport:
     """Last names of linears that it runs as one, and so needs in one scheme."""
     since: tuple[WidthsSince, ...] = ()
     """Widths that earlier releases did not take."""
+    schemes: frozenset[SchemeName] = frozenset()
+    """Schemes by name that it loads, whatever the limits of integers."""
 
     def loads(self, scheme: Scheme) -> bool:
         """True if a linear in this scheme is within the runtime's limits."""
+        if scheme.name is not None:
+            return scheme.name in self.schemes
         bits = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
         return scheme.bits in bits and self._takes_group(scheme.group_size)
 
@@ -89,6 +93,8 @@ class RuntimeSupport:
 
 def described(scheme: Scheme) -> str:
     """A scheme in words."""
+    if scheme.name is not None:
+        return f"{scheme.name.value} ({SCHEMES[scheme.name].title})"
     group = "per channel" if scheme.group_size == PER_CHANNEL else f"group size {scheme.group_size}"
     return f"{scheme.bits} bits, {'symmetric' if scheme.symmetric else 'asymmetric'}, {group}"
 

@@ -14,7 +14,15 @@ from typing import Protocol
 from app.domain.inputs.architectures import ARCHITECTURES, HEAD
 from app.domain.inputs.left_alone import left_alone as part_left_alone
 from app.domain.methods import PER_CHANNEL, Scheme, WeightSpec
-from app.domain.methods.module_rules import RULES, divides, dividing_sizes, matches_any, unknown_module
+from app.domain.methods.module_rules import (
+    RULES,
+    divides,
+    dividing_sizes,
+    field_of_name,
+    indivisible_name,
+    matches_any,
+    unknown_module,
+)
 from app.domain.methods.schemes import fits
 from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnsupportedArchitecture
 
@@ -110,8 +118,8 @@ def weight_targets(tensors: Mapping[str, TensorShape], config: Mapping[str, obje
         raise error
     linears, parts = list[Target](), list[KeptPart]()
     for name, (tensor, shape, place) in candidates.items():
-        scheme = spec.scheme(name)
-        if scheme is not None and divides(scheme.group_size, shape[1]):
+        scheme = spec.scheme_of(name)
+        if scheme is not None and scheme.divides(shape[1]):
             linears.append(Target(name, tensor, shape, scheme, place))
             continue
         size = None if scheme is None else scheme.group_size
@@ -153,7 +161,7 @@ def _errors(
         if size is not None and misfit:
             field = f"{RULES}.overrides.{pattern}.group_size"
             errors.append(_indivisible(size, misfit[0], candidates[misfit[0]][1][1], field))
-    if spec.scheme(HEAD) is not None and not any(is_head(name.removesuffix(WEIGHT)) for name in tensors):
+    if spec.scheme_of(HEAD) is not None and not any(is_head(name.removesuffix(WEIGHT)) for name in tensors):
         detail = f"{HEAD} is to be quantized, and the checkpoint has none: it shares its matrix with the embeddings"
         hint = f'add "{HEAD}" to modules.ignore'
         errors.append(InvalidRequest(detail, field=f"{RULES}.ignore", value=HEAD, hint=hint))
@@ -162,14 +170,17 @@ def _errors(
 
 def _group_errors(candidates: Mapping[str, Candidate], spec: WeightSpec) -> list[InputError | RequestError]:
     """An error where groups divide no linear at all; else those that they do not divide stay as they are."""
-    schemes = {name: scheme for name in candidates if (scheme := spec.scheme(name)) is not None}
+    schemes = {name: scheme for name in candidates if (scheme := spec.scheme_of(name)) is not None}
     if not schemes:
         detail = "every linear of the checkpoint is ignored, so there is nothing to quantize"
         field, value = f"{RULES}.ignore", ", ".join(spec.modules.ignore)
         return [InvalidRequest(detail, field=field, value=value, hint="ignore fewer linears")]
-    if any(divides(scheme.group_size, candidates[name][1][1]) for name, scheme in schemes.items()):
+    if any(scheme.divides(candidates[name][1][1]) for name, scheme in schemes.items()):
         return []
     name, scheme = next(iter(schemes.items()))
+    if scheme.name is not None:
+        field = field_of_name(spec, name)
+        return [indivisible_name(scheme.name, scheme.group_size, name, candidates[name][1][1], field)]
     return [_indivisible(scheme.group_size, name, candidates[name][1][1], "quantization.group_size")]
 
 
@@ -193,7 +204,7 @@ def _candidates(
             continue
         reason = left_alone(module, layers if isinstance(layers, int) else None)
         if is_head(module):
-            reason = None if spec.scheme(HEAD) is not None and tensor.endswith(WEIGHT) else "the head"
+            reason = None if spec.scheme_of(HEAD) is not None and tensor.endswith(WEIGHT) else "the head"
         if config.get("model_type") in CONV1D:
             reason = "stored (in, out), as a Conv1D"
         if reason is not None:

@@ -143,6 +143,8 @@ def tabbed(*fields: object) -> str:
 
 def scheme_text(quantization: QuantizationView) -> str:
     """Width of the codes or the budget that linears share, group and form."""
+    if quantization.scheme is not None:
+        return quantization.scheme
     budget = quantization.budget()
     if budget is None:
         bits = f"{quantization.bits} bits"

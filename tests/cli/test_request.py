@@ -24,7 +24,7 @@ def test_module_rules_move_a_shorthand_request_into_its_full_form() -> None:
     assert request.quantization.bits == 3
     assert request.quantization.modules.ignore == ("lm_head", "*.o_proj")
     assert (
-        request.quantization.scheme("model.layers.0.mlp.down_proj")
+        request.quantization.scheme_of("model.layers.0.mlp.down_proj")
         == dict(request.quantization.schemes())["*.down_proj"]
     )
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
-from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, ScaleDtype
+from app.domain.formats import FORMATS, ExportFormat, FormatInfo, LowRankRule, Offsets, ScaleDtype
 from app.domain.methods import Form, Scheme
 from bitwright.errors import FormatCannotHold
 from tests.engine.model.loading import loader
@@ -120,10 +120,25 @@ def test_every_format_offers_what_the_suite_asks_for(export_format: ExportFormat
 
 
 @st.composite
+def floats(draw: st.DrawFn, info: FormatInfo) -> LinearResult:
+    """Of the schemes by name of a floating-point element that the table allows the format."""
+    names = [name for name in sorted(info.schemes) if Scheme.named(name).form is Form.FLOAT]
+    chosen = Scheme.named(draw(st.sampled_from(names)))
+    columns = draw(st.integers(1, 5)) * 32 if chosen.group_size != 128 else draw(st.integers(1, 300))
+    lowest = {LowRankRule.BESIDE: 0, LowRankRule.IS: 1}.get(info.low_rank)
+    rank = 0 if lowest == 0 else draw(st.integers(lowest or 0, 5))
+    dtype = draw(st.sampled_from([BF16, F16, F32]))
+    made = Made(chosen, Form.FLOAT, rank=rank)
+    return random_result((draw(st.integers(1, 200)), columns), made, dtype, draw(st.integers(0, 2**31)))
+
+
+@st.composite
 def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
     """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
     form = draw(st.sampled_from(sorted(info.kinds)))
+    if form is Form.FLOAT:
+        return draw(floats(info))
     multiple = info.group_multiple
     group = draw(st.sampled_from([-1, *(size for size in (1, 3, 8, 32, 96) if size % multiple == 0)]))
     columns = (

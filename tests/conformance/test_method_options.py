@@ -62,6 +62,7 @@ def choices(spec: WeightSpec) -> object:
 
 
 ELSEWHERE: dict[tuple[str, str], tuple[dict[str, Any], Any, Callable[[WeightSpec], object]]] = {
+    ("rtn", "scheme"): ({}, "nvfp4", lambda spec: spec.schemes()),
     ("rtn", "weights_only"): ({}, True, lambda spec: spec.asks_for_weights_alone()),
     ("nf", "weights_only"): ({}, True, lambda spec: spec.asks_for_weights_alone()),
     ("signround", "scale_steps"): ({}, 7, lambda spec: spec.end_to_end_steps()),

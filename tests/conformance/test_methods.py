@@ -31,13 +31,15 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def quick(name: str, **fields: Any) -> WeightSpec:
+    """A spec of little work; a scheme's name stands in place of the numbers of integers."""
     kind = NAMED[name].spec
-    return kind.model_validate({key: value for key, value in (QUICK | fields).items() if key in kind.model_fields})
+    quickly = {k: v for k, v in QUICK.items() if k not in ("bits", "group_size") or fields.get("scheme") is None}
+    return kind.model_validate({key: value for key, value in (quickly | fields).items() if key in kind.model_fields})
 
 
 def task_for(spec: WeightSpec, names: tuple[str, ...] = LINEARS, **changed: Any) -> BlockTask:
     """A gated MLP, one of whose input columns is always 0, as the engine gives it to the spec's method."""
-    schemes: dict[str, Scheme] = {name: scheme for name in names if (scheme := spec.scheme(name)) is not None}
+    schemes: dict[str, Scheme] = {name: scheme for name in names if (scheme := spec.scheme_of(name)) is not None}
     return with_statistics(gated_task(schemes, **({"samples": 16, "length": 12} | changed)))
 
 

@@ -66,11 +66,11 @@ def test_later_overrides_win_and_ignored_linears_have_no_scheme() -> None:
             },
         }
     )
-    assert spec.scheme("model.layers.0.self_attn.q_proj") == scheme(4)
-    assert spec.scheme("model.layers.0.mlp.up_proj") == scheme(8)
-    assert spec.scheme("model.layers.0.mlp.down_proj") == scheme(8, -1, False)
-    assert spec.scheme("model.layers.0.self_attn.o_proj") is None
-    assert spec.scheme("lm_head") is None
+    assert spec.scheme_of("model.layers.0.self_attn.q_proj") == scheme(4)
+    assert spec.scheme_of("model.layers.0.mlp.up_proj") == scheme(8)
+    assert spec.scheme_of("model.layers.0.mlp.down_proj") == scheme(8, -1, False)
+    assert spec.scheme_of("model.layers.0.self_attn.o_proj") is None
+    assert spec.scheme_of("lm_head") is None
 
 
 def test_every_method_names_its_spec_and_paper() -> None:

@@ -12,7 +12,7 @@ CT, GGUF, MERGED, NATIVE, PEFT = (
     ExportFormat(name) for name in ("compressed-tensors", "gguf", "merged", "native", "peft")
 )
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
-AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK})
+AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
 
 
 @pytest.mark.parametrize("inputs", [16, 31, 33, 48, 80, 1000])

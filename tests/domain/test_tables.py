@@ -35,7 +35,7 @@ def test_a_job_is_tried_three_times_more() -> None:
 
 WEIGHTS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rtn": {"weights_only": False},
+    "rtn": {"scheme": None, "weights_only": False},
     "nf": {"double_quantization": True, "weights_only": False},
     "gptq": {"damping": 0.01, "act_order": True},
     "awq": {"search_samples": 32, "clip_search": True, "quantized_inputs": False},

@@ -1,7 +1,7 @@
 """Random results in every form and scheme, a report, and a tiny random Llama to write and to load."""
 
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from app.domain.methods import Form, Scheme
 from bitwright.report import ModelReport, PeakMemory, Report, SizeReport
 from workers.formats.format import Writer
 from workers.formats.registry import open_writer
+from workers.numerics.float_grids import quantize
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook
 from workers.numerics.quantized import (
     AffineWeight,
@@ -91,7 +92,7 @@ def held_by(export_format: ExportFormat, rank: int = 0) -> list[Made]:
     for symmetric in sorted(info.symmetries) if Form.AFFINE in info.kinds else ():
         widths = info.bits if symmetric or info.asymmetric_bits is None else info.asymmetric_bits
         made += [Made(scheme(bits, size, symmetric), rank=rank) for bits in {min(widths), max(widths)}]
-    return made
+    return made + [Made(each, each.form, rank=rank) for each in map(Scheme.named, sorted(info.schemes))]
 
 
 def random_result(
@@ -101,6 +102,8 @@ def random_result(
     made = made if isinstance(made, Made) else Made(made)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
+    if made.form is Form.FLOAT:
+        return LinearResult(_float_weight(shape, made.scheme, dtype, generator), _low_rank(shape, made, generator))
     groups = 1 if made.scheme.group_size == -1 else columns // made.scheme.group_size
     codes = torch.randint(0, 2**made.scheme.bits, shape, dtype=torch.uint8, generator=generator)
     scale = torch.randn(rows, groups, generator=generator) * 0.1
@@ -117,6 +120,15 @@ def _affine_weight(
         return AffineWeight(codes, scale, None, made.scheme, dtype, offset)
     zero = torch.randint(0, 2**bits, scale.shape, dtype=torch.uint8, generator=generator)
     return AffineWeight(codes, scale, None if made.scheme.symmetric else zero, made.scheme, dtype)
+
+
+def _float_weight(
+    shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, generator: torch.Generator
+) -> QuantizedWeight:
+    """A random weight rounded: every bit pattern of a code is a number, but for e4m3's NaN."""
+    weight = quantize(torch.randn(shape, generator=generator).to(dtype) * 0.1, scheme, dtype)
+    amax = torch.rand(1, generator=generator) if scheme.row is not None and scheme.row.calibrated else None
+    return replace(weight, input_amax=amax)
 
 
 def _codebook_weight(
@@ -144,7 +156,7 @@ def assert_same(first: object, second: object) -> None:
     """Equal in every bit and every property, part by part."""
     if isinstance(first, Tensor) and isinstance(second, Tensor):
         assert first.dtype == second.dtype
-        assert torch.equal(first, second)
+        assert torch.equal(*(each.float() if each.dtype.itemsize == 1 else each for each in (first, second)))
     elif isinstance(first, dict) and isinstance(second, dict):
         assert first.keys() == second.keys()
         for key in first:

@@ -106,4 +106,4 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     inputs = {name: linear.in_features for name, linear in model.linears().items()}
     for error in rule_errors(spec, inputs, head=model.layout.head, tied=model.tied):
         raise error
-    return {name: scheme for name in inputs if (scheme := spec.scheme(name)) is not None}
+    return {name: scheme for name in inputs if (scheme := spec.scheme_of(name)) is not None}

@@ -41,6 +41,7 @@ VERSION = 2
 PARTS = (
     *("codes", "shape", "scale", "zero_point", "offset", "lora_a", "lora_b"),
     *("codebook", "absmax", "absmax_codes", "absmax_scale", "absmax_offset"),
+    *("global_scale", "input_amax"),
 )
 PACKED = {"codes": "packed", "scale": "scale", "zero_point": "zero_point", "shape": "shape"}
 """Tensors of a linear -> their names in compressed-tensors, after `weight_`."""
@@ -164,6 +165,9 @@ def expected_parts(linear: dict[str, Any]) -> set[str]:
     if linear["form"] == "affine":
         zero = set() if linear["symmetric"] else {"offset" if linear.get("offset") else "zero_point"}
         parts = {"codes", "shape", "scale"} | zero
+    elif linear["form"] == "float":
+        parts = {"codes", "shape", "scale"} | ({"input_amax"} if linear.get("input_amax") else set())
+        parts |= {"global_scale"} if linear["scheme_name"].startswith("nvfp4") else set()
     else:
         level = {"absmax_codes", "absmax_scale", "absmax_offset"} if "absmax" in linear else {"absmax"}
         parts = {"codes", "shape", "codebook"} | level
@@ -172,6 +176,8 @@ def expected_parts(linear: dict[str, Any]) -> set[str]:
 
 def dequantize(name: str, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
     """The weight (out, in) of one linear, without a correction."""
+    if linear["form"] == "float":
+        return small_float(name, linear, parts)
     packed, bits, (rows, columns) = parts["codes"], linear["bits"], parts["shape"].tolist()
     groups = 1 if linear["group_size"] == -1 else columns // linear["group_size"]
     width = -(-columns * bits // (8 * packed.element_size()))
@@ -208,6 +214,25 @@ def from_codebook(codes: Tensor, linear: dict[str, Any], parts: dict[str, Tensor
     values = parts["codebook"].index_select(0, codes.flatten().int()).view(codes.shape)
     weight: Tensor = values * absmax.float().unsqueeze(-1)
     return weight
+
+
+def small_float(name: str, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
+    """factor * value(code) of FP8 or FP4 codes, (out, in); a factor is of some rows and columns."""
+    packed, scale, bits, (rows, columns) = parts["codes"], parts["scale"], linear["bits"], parts["shape"].tolist()
+    width = columns if linear["group_size"] == -1 else linear["group_size"]
+    band = rows if len(scale) == 1 else 1 if len(scale) == rows else 128
+    if packed.shape != (rows, columns * bits // 8) or scale.shape != (-(-rows // band), -(-columns // width)):
+        raise ValueError(f"{name}: tensors of {rows} x {columns} weights do not fit {linear}")
+    if bits == 8:
+        values = packed.view(torch.float8_e4m3fn).float()
+    else:
+        magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        values = torch.cat([magnitudes, -magnitudes])[unpack(packed, 4, columns).int()]
+    factor = torch.exp2(scale.float() - 127) if scale.dtype == torch.uint8 else scale.float()
+    if "global_scale" in parts:
+        factor = factor / parts["global_scale"]
+    factor = factor.repeat_interleave(band, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
+    return (values * factor).to(getattr(torch, linear["dtype"]))
 
 
 def corrected(weight: Tensor, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:

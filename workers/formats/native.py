@@ -14,6 +14,10 @@ For a linear `name` of shape (out, in), with b bits (2 to 8) and groups of g inp
     name.absmax_codes   uint8 (ceil(out * (in / g) * b1 / 8))  dense, row after row
     name.absmax_scale   fp16, bf16 or fp32 (ceil(out * (in / g) / B1))
     name.absmax_offset  fp32 ()
+  float (FP8, FP4)
+    name.scale          (bands, ceil(in / g)): floating point, e4m3 beside a global scale, or uint8 exponents plus 127
+    name.global_scale   fp32 (1): true scales are the stored ones divided by it
+    name.input_amax     fp32 (1): largest magnitude of the inputs in calibration text
   with a low-rank correction
     name.lora_a         floating point (rank, in)
     name.lora_b         the same dtype (out, rank)
@@ -27,7 +31,7 @@ The loader returns a model whose weights have the corrections in them (`LinearRe
 engine evaluated them; or, on request, the quantized base alone, for the adapter of the `peft` checkpoint.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from types import MappingProxyType
 
@@ -35,6 +39,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Form, Scheme
+from app.domain.methods.named_schemes import WHOLE, ScaleType
 from app.domain.methods.schemes import group_width
 from bitwright.errors import CorruptCheckpoint
 from workers.formats.cards.loading import BASE, BY_ITSELF, FOLDER, AdapterBase, Loading, with_adapter_file
@@ -44,6 +49,7 @@ from workers.numerics.packing import pack_bytes, packed_bytes, unpack_bytes
 from workers.numerics.quantized import (
     AffineWeight,
     CodebookWeight,
+    FloatWeight,
     LinearResult,
     LowRank,
     QuantizedAbsmax,
@@ -87,7 +93,7 @@ def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     parts = {
         "codes": pack_bytes(weight.codes, weight.scheme.bits),
         "shape": torch.tensor(weight.shape, dtype=torch.int64),
-        **(_affine_parts(weight) if isinstance(weight, AffineWeight) else _codebook_parts(weight)),
+        **_own_parts(weight),
         **({} if low_rank is None else {"lora_a": low_rank.a.contiguous(), "lora_b": low_rank.b.contiguous()}),
     }
     return {f"{name}.{suffix}": tensor for suffix, tensor in parts.items()}
@@ -100,7 +106,7 @@ def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -
         CorruptCheckpoint: a tensor is missing, or their shapes do not fit together.
     """
     parts = _Parts(name, tensors)
-    read = _affine_weight if stored.form is Form.AFFINE else _codebook_weight
+    read = READERS[stored.form]
     return LinearResult(read(parts, stored), None if stored.low_rank is None else _low_rank(parts, stored.low_rank))
 
 
@@ -179,6 +185,12 @@ class _Parts:
         return CorruptCheckpoint(f"tensors of {self._name} do not fit its shape {tuple(self.shape)}", field=self._name)
 
 
+def _own_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
+    if isinstance(weight, AffineWeight):
+        return _affine_parts(weight)
+    return _codebook_parts(weight) if isinstance(weight, CodebookWeight) else _float_parts(weight)
+
+
 def _affine_parts(weight: AffineWeight) -> dict[str, Tensor]:
     parts = {"scale": weight.scale.contiguous()}
     if weight.zero_point is not None:
@@ -223,6 +235,39 @@ def _codebook_weight(parts: _Parts, stored: StoredLinear) -> QuantizedWeight:
     if codebook.shape != (2**stored.bits,):
         raise parts.misfit()
     return CodebookWeight(parts.codes(stored), codebook, absmax, stored.scheme, stored.torch_dtype)
+
+
+def _float_parts(weight: FloatWeight) -> dict[str, Tensor]:
+    others = {"global_scale": weight.global_scale, "input_amax": weight.input_amax}
+    return {
+        "scale": weight.scale.contiguous(),
+        # One number of linears that a runtime joins, and safetensors refuses tensors that share memory.
+        **{suffix: tensor.clone() for suffix, tensor in others.items() if tensor is not None},
+    }
+
+
+def _float_weight(parts: _Parts, stored: StoredLinear) -> QuantizedWeight:
+    scheme, (rows, columns) = stored.scheme, parts.shape
+    if scheme.row is None or scheme.form is not Form.FLOAT:
+        raise parts.misfit()
+    bands = 1 if scheme.group_rows == WHOLE else -(-rows // scheme.group_rows)
+    scale, row = parts["scale"], scheme.row
+    is_float = scale.is_floating_point() and scale.dtype.itemsize > 1
+    right = {ScaleType.E8M0: scale.dtype == torch.uint8, ScaleType.E4M3: scale.dtype == torch.float8_e4m3fn}
+    if scale.shape != (bands, scheme.groups(columns)) or not right.get(row.scale, is_float):
+        raise parts.misfit()
+    divisor = parts["global_scale"] if row.scale is ScaleType.E4M3 else None
+    amax = parts["input_amax"] if stored.input_amax else None
+    if any(number is not None and number.shape != (1,) for number in (divisor, amax)):
+        raise parts.misfit()
+    return FloatWeight(parts.codes(stored), scale, scheme, stored.torch_dtype, divisor, amax)
+
+
+READERS: Mapping[Form, Callable[[_Parts, StoredLinear], QuantizedWeight]] = {
+    Form.AFFINE: _affine_weight,
+    Form.CODEBOOK: _codebook_weight,
+    Form.FLOAT: _float_weight,
+}
 
 
 def _low_rank(parts: _Parts, stored: StoredLowRank) -> LowRank:

@@ -5,8 +5,8 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.methods import Form, Scheme
-from workers.numerics.quantized import AffineWeight, CodebookWeight, LinearResult, QuantizedAbsmax
+from app.domain.methods import Form, Scheme, SchemeName
+from workers.numerics.quantized import AffineWeight, CodebookWeight, FloatWeight, LinearResult, QuantizedAbsmax
 
 
 class Description(BaseModel):
@@ -53,9 +53,11 @@ class StoredLinear(Description):
 
     dtype     torch's name of the dequantized weight's dtype
     absmax    None: one floating-point number per group
+    scheme_name  None: integers or a codebook, of which the other fields say all
+    input_amax   whether the largest magnitude of the inputs is stored
     """
 
-    form: Literal[Form.AFFINE, Form.CODEBOOK]
+    form: Literal[Form.AFFINE, Form.CODEBOOK, Form.FLOAT]
     bits: int
     group_size: int
     symmetric: bool
@@ -63,6 +65,8 @@ class StoredLinear(Description):
     offset: bool = False
     absmax: StoredAbsmax | None = None
     low_rank: StoredLowRank | None = None
+    scheme_name: SchemeName | None = None
+    input_amax: bool = False
 
     @classmethod
     def of(cls, result: LinearResult) -> "StoredLinear":
@@ -72,8 +76,10 @@ class StoredLinear(Description):
         if isinstance(absmax, QuantizedAbsmax):
             second = StoredAbsmax(bits=absmax.bits, superblock=absmax.superblock)
         return cls(
-            form=Form.CODEBOOK if isinstance(weight, CodebookWeight) else Form.AFFINE,
-            **weight.scheme.model_dump(),
+            form=weight.form,
+            **weight.scheme.model_dump(exclude={"name"}),
+            scheme_name=weight.scheme.name,
+            input_amax=isinstance(weight, FloatWeight) and weight.input_amax is not None,
             dtype=str(weight.dtype).removeprefix("torch."),
             offset=isinstance(weight, AffineWeight) and weight.offset is not None,
             absmax=second,
@@ -82,7 +88,7 @@ class StoredLinear(Description):
 
     @property
     def scheme(self) -> Scheme:
-        return Scheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric)
+        return Scheme(bits=self.bits, group_size=self.group_size, symmetric=self.symmetric, name=self.scheme_name)
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -1,6 +1,6 @@
 """Round to nearest (RTN): the baseline that every other method is measured against.
 
-    s, z from the group's range (`workers.numerics.affine`, alpha = beta = 1)
+    s, z from the group's range (`workers.numerics.affine`, alpha = beta = 1; FP8 and FP4: `float_grids`)
     q = clamp(round(w/s) + z),  w_hat = s*(q - z)
 
 Reads the weights alone, one linear at a time; cost O(out*in). Left out on purpose: range search and any use of
@@ -10,11 +10,12 @@ activations, which would make it another method.
 import torch
 from torch import Tensor
 
-from app.domain.methods import RTNSpec, Scheme
+from app.domain.methods import Form, RTNSpec, Scheme
 from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
+from workers.numerics import float_grids
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, LinearResult, QuantizedWeight
 from workers.numerics.row_parts import row_parts
 
 
@@ -22,7 +23,7 @@ class RTN:
     def quantize_block(self, task: BlockTask, spec: RTNSpec) -> BlockResult:
         del spec  # the task's schemes say it all
         results = {
-            name: LinearResult(quantize_weight(task.linear(name).weight, scheme, task.scale_dtype))
+            name: LinearResult(round_to_scheme(task.linear(name).weight, scheme, task.scale_dtype))
             for name, scheme in task.schemes.items()
         }
         return BlockResult(results)
@@ -30,7 +31,14 @@ class RTN:
     def quantize_tensor(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, spec: RTNSpec) -> LinearResult:
         """One linear's weight (out, in) by itself."""
         del spec
-        return LinearResult(quantize_weight(weight, scheme, scale_dtype))
+        return LinearResult(round_to_scheme(weight, scheme, scale_dtype))
+
+
+def round_to_scheme(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
+    """Round a weight (out, in) of any float dtype to nearest, whatever the scheme's element."""
+    if scheme.form is Form.FLOAT:
+        return float_grids.quantize(weight, scheme, scale_dtype)
+    return quantize_weight(weight, scheme, scale_dtype)
 
 
 @torch.no_grad()

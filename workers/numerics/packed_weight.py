@@ -1,7 +1,7 @@
 """Quantized weights as training holds them: codes packed in memory, W_hat computed in one pass over them.
 
     affine      w_hat = scale * (code - zero)       or scale * code + offset
-    codebook    w_hat = absmax * codebook[code]
+    codebook    w_hat = absmax * codebook[code]         FP8 and FP4 too, with a table of their values
 
 Codes of up to 2 bits lie four in a byte, up to 4 bits two, wider ones one; the first in the lowest bits. Arithmetic is
 that of `workers.numerics.quantized`: fp32, rounded once. On a GPU one kernel unpacks, scales and rounds
@@ -9,13 +9,15 @@ that of `workers.numerics.quantized`: fp32, rounded once. On a GPU one kernel un
 """
 
 from dataclasses import dataclass
+from math import gcd
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from workers.numerics.backend import unpack_kernels
-from workers.numerics.quantized import AffineWeight, CodebookWeight, QuantizedAbsmax, QuantizedWeight
+from workers.numerics.float_elements import element_table
+from workers.numerics.quantized import AffineWeight, CodebookWeight, FloatWeight, QuantizedAbsmax, QuantizedWeight
 
 Kind = Literal["middle", "zero", "offset", "codebook"]
 
@@ -49,12 +51,23 @@ class PackedWeight:
         kind: Kind = "codebook"
         scale: Tensor | QuantizedAbsmax
         other: Tensor | None
+        if isinstance(weight, FloatWeight):
+            return cls._of_float(weight, packed, width)
         if isinstance(weight, CodebookWeight):
             scale, other = weight.absmax, weight.codebook.contiguous()
         else:
             kind, other = _zero(weight)
             scale = weight.scale
         return cls(packed, width, weight.shape, weight.group_size, kind, scale, other, middle)
+
+    @classmethod
+    def _of_float(cls, weight: FloatWeight, packed: Tensor, width: int) -> "PackedWeight":
+        """The codes as indices into a table of all values; groups that are not whole are cut into smaller ones."""
+        columns, factor = weight.shape[1], weight.row_factor()
+        size = gcd(columns, weight.group_size)
+        whole = factor.repeat_interleave(weight.group_size // size, 1)[:, : columns // size].contiguous()
+        table = element_table(weight.scheme, packed.device)
+        return cls(packed, width, weight.shape, size, "codebook", whole, table, 0.0)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W_hat, (out, in)."""

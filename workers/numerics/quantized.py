@@ -3,6 +3,7 @@
     AffineWeight    W_hat = scale * (codes - zero_point)      one scale per group of consecutive input columns
                     W_hat = scale * codes + offset            the same with a fractional offset per group
     CodebookWeight  W_hat = absmax * codebook[codes]          one absmax per group; it may be quantized itself
+    FloatWeight     W_hat = factor * value(codes)             codes of FP8 or FP4, one factor per group or block
     LowRank         (alpha / rank) * b @ a                    added to one of the above
 
 A linear represents W_hat, or W_hat plus its low-rank product. `codes` are unsigned, 0 .. 2^bits - 1. A symmetric
@@ -12,11 +13,14 @@ side of a group's range may take the extra code (SignRound's full range).
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from app.domain.methods import Scheme
+from app.domain.methods import Form, Scheme
+from app.domain.methods.named_schemes import WHOLE
+from workers.numerics.float_elements import element_table
 from workers.numerics.row_parts import in_row_parts
 
 Number = float | Tensor
@@ -61,6 +65,7 @@ class AffineWeight:
     scheme: Scheme
     dtype: torch.dtype
     offset: Tensor | None = None
+    form: ClassVar[Form] = Form.AFFINE
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -151,6 +156,7 @@ class CodebookWeight:
     absmax: Tensor | QuantizedAbsmax
     scheme: Scheme
     dtype: torch.dtype
+    form: ClassVar[Form] = Form.CODEBOOK
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -188,7 +194,73 @@ class CodebookWeight:
         return StoredBits(codes=codes, scales=scales, codebooks=_bits(self.codebook))
 
 
-QuantizedWeight = AffineWeight | CodebookWeight
+@dataclass(frozen=True)
+class FloatWeight:
+    """A linear's weight as codes of a small floating-point type, with a factor per group of columns or block.
+
+        W_hat = factor * value(code)    factor = scale, 2^(scale - 127) or scale / global_scale
+
+    codes         uint8, (out, in): the bits of e4m3; of e2m1 sign << 3 | index of the magnitude
+    scale         (bands, groups): floating point, or fp8 e4m3 beside a global scale, or uint8 exponents plus 127
+    scheme        one by name, of a floating-point element; bands are of `group_rows` rows
+    dtype         of the dequantized weight
+    global_scale  fp32, (1,): what a true scale is multiplied by before it is rounded to e4m3
+    input_amax    fp32, (1,): largest magnitude of the inputs in calibration text, where the scheme is `calibrated`
+    """
+
+    codes: Tensor
+    scale: Tensor
+    scheme: Scheme
+    dtype: torch.dtype
+    global_scale: Tensor | None = None
+    input_amax: Tensor | None = None
+    form: ClassVar[Form] = Form.FLOAT
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Columns per group, of the last one perhaps fewer; the number of inputs where a group is a row."""
+        return self.scheme.width(self.codes.shape[1])
+
+    def factor(self) -> Tensor:
+        """The factors, fp32 (bands, groups)."""
+        if self.scale.dtype == torch.uint8:
+            return torch.exp2(self.scale.float() - 127)
+        return self.scale.float() if self.global_scale is None else self.scale.float() / self.global_scale
+
+    def row_factor(self) -> Tensor:
+        """The factors of every row, fp32 (out, groups)."""
+        rows, factor = self.codes.shape[0], self.factor()
+        band = rows if self.scheme.group_rows == WHOLE else self.scheme.group_rows
+        return factor if band == 1 else factor.repeat_interleave(band, 0)[:rows]
+
+    def dequantize(self) -> Tensor:
+        """W_hat in `dtype`, (out, in): product in fp32, one rounding."""
+        factor, table = self.row_factor(), element_table(self.scheme, self.codes.device)
+        columns, width = self.codes.shape[1], self.group_size
+
+        def dequantized(rows: slice) -> Tensor:
+            values = table.index_select(0, self.codes[rows].flatten().int()).view(-1, columns)
+            return (values * factor[rows].repeat_interleave(width, 1)[:, :columns]).to(self.dtype)
+
+        return in_row_parts(self.codes, dequantized)
+
+    def to(self, device: torch.device | str) -> "FloatWeight":
+        """The weight with its tensors there."""
+        rest = (None if tensor is None else tensor.to(device) for tensor in (self.global_scale, self.input_amax))
+        return FloatWeight(self.codes.to(device), self.scale.to(device), self.scheme, self.dtype, *rest)
+
+    def stored_bits(self) -> StoredBits:
+        """Bits of codes and of all scales."""
+        others = sum(_bits(tensor) for tensor in (self.global_scale, self.input_amax) if tensor is not None)
+        return StoredBits(codes=self.codes.numel() * self.scheme.bits, scales=_bits(self.scale) + others)
+
+
+QuantizedWeight = AffineWeight | CodebookWeight | FloatWeight
 
 
 @dataclass(frozen=True)

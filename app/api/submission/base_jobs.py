@@ -118,7 +118,7 @@ def _folded(spec: WeightSpec, linears: Mapping[str, Mapping[str, Any]]) -> Folde
     if any(linear.get("offset") for linear in linears.values()):
         return "offsets"
     for name, linear in linears.items():
-        scheme = spec.scheme(name)
+        scheme = spec.scheme_of(name)
         if scheme is not None and scheme.symmetric and linear.get("symmetric") is False:
             return "zero_points"
     return None

@@ -3,6 +3,7 @@
 from app.domain.methods.budgets import BitBudget, Candidate
 from app.domain.methods.catalogue import METHODS, RECIPES, MethodInfo, Preset, QuantizationSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
+from app.domain.methods.named_schemes import ALL_SCHEMES, SCHEMES, NamedScheme, SchemeName
 from app.domain.methods.schemes import (
     MAX_BITS,
     MIN_BITS,
@@ -27,6 +28,7 @@ from app.domain.methods.weight_specs import (
 from bitwright.formats import Form
 
 __all__ = [
+    "ALL_SCHEMES",
     "MAX_BITS",
     "METHODS",
     "MIN_BITS",
@@ -35,6 +37,7 @@ __all__ = [
     "RECIPES",
     "SCALE_BATCH_SIZE",
     "SCALE_BITS",
+    "SCHEMES",
     "AWQSpec",
     "AbsmaxScheme",
     "ApiQSpec",
@@ -46,12 +49,14 @@ __all__ = [
     "LoftQSpec",
     "MethodInfo",
     "ModuleRules",
+    "NamedScheme",
     "NormalFloatSpec",
     "OmniQuantSpec",
     "Preset",
     "QuantizationSpec",
     "RTNSpec",
     "Scheme",
+    "SchemeName",
     "SchemeOverride",
     "SignRoundSpec",
     "WeightSpec",

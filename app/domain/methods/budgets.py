@@ -6,6 +6,7 @@ from typing import Annotated, Self
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
+from app.domain.methods.named_schemes import WHOLE
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS, SCALE_BITS, AbsmaxScheme, Bits, Scheme, Spec
 
 
@@ -64,6 +65,12 @@ class Candidate:
         What a linear has but once (a codebook, the least of its maxima) is left out, as in LQ-LoRA's count.
         """
         weights = shape[0] * shape[1]
+        row = self.scheme.row
+        if row is not None:
+            bands = 1 if row.rows == WHOLE else -(-shape[0] // row.rows)
+            return self.scheme.bits * weights + (row.scale.stored_bits or scale_bits) * bands * self.scheme.groups(
+                shape[1]
+            )
         groups = weights // self.scheme.width(shape[1])
         if self.absmax is not None:
             superblocks = -(-groups // self.absmax.superblock)

@@ -105,7 +105,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="Round to nearest",
             summary="The baseline: each weight goes to the nearest code of its group's range.",
             paper=None,
-            produces=frozenset({Form.AFFINE}),
+            produces=frozenset({Form.AFFINE, Form.FLOAT}),
         ),
         "nf": MethodInfo(
             spec=NormalFloatSpec,
@@ -150,7 +150,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="LoftQ",
             summary="Rounds to NormalFloat or an affine grid and corrects what is lost by low-rank factors, in turn.",
             paper="2310.08659",
-            produces=frozenset(Form),
+            produces=frozenset({Form.AFFINE, Form.CODEBOOK, Form.LOW_RANK}),
         ),
         "apiq": MethodInfo(
             spec=ApiQSpec,

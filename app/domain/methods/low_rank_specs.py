@@ -200,9 +200,9 @@ class LQLoRASpec(WeightSpec):
             for scheme in schemes
         )
 
-    def scheme(self, name: str) -> Scheme | None:
+    def scheme_of(self, name: str) -> Scheme | None:
         """As in every method; under a budget with the smallest group size, which divides if any does."""
-        widest = super().scheme(name)
+        widest = super().scheme_of(name)
         fixed = any(o.group_size for p, o in self.modules.overrides.items() if fits(name, p))
         if widest is None or fixed or self.budget() is None:
             return widest

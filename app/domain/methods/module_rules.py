@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Mapping
 
 from app.domain.methods import PER_CHANNEL, WeightSpec
+from app.domain.methods.named_schemes import SchemeName
 from app.domain.methods.schemes import fits
 from bitwright.errors import IndivisibleGroup, InputError, InvalidRequest, RequestError, UnknownModule
 
@@ -27,7 +28,7 @@ def rule_errors(
     patterns = {f"{RULES}.ignore.{index}": pattern for index, pattern in enumerate(spec.modules.ignore)}
     patterns |= {f"{RULES}.overrides.{pattern}": pattern for pattern in spec.modules.overrides}
     errors += [unknown_module(field, p, inputs) for field, p in patterns.items() if not matches_any(p, inputs)]
-    quantized = [name for name in inputs if spec.scheme(name) is not None]
+    quantized = [name for name in inputs if spec.scheme_of(name) is not None]
     if tied and head in quantized:
         errors.append(
             InvalidRequest(
@@ -79,8 +80,12 @@ def _indivisible(spec: WeightSpec, inputs: Mapping[str, int], quantized: Iterabl
     """One error for each field that gave a size which does not divide, about the first linear that it is wrong for."""
     errors: dict[str, IndivisibleGroup] = {}
     for name in quantized:
-        scheme, width = spec.scheme(name), inputs[name]
-        if scheme is None or divides(scheme.group_size, width):
+        scheme, width = spec.scheme_of(name), inputs[name]
+        if scheme is None or scheme.divides(width):
+            continue
+        if scheme.name is not None:
+            field = field_of_name(spec, name)
+            errors.setdefault(field, indivisible_name(scheme.name, scheme.group_size, name, width, field))
             continue
         field = _field_of_group(spec, name)
         if field not in errors:
@@ -112,6 +117,22 @@ def over_budget(average: float, least: float) -> InvalidRequest:
         value=average,
         hint=f"ask for at least {math.ceil(least * 100) / 100:g}, smaller choices or larger groups",
     )
+
+
+def indivisible_name(scheme: SchemeName, size: int, linear: str, width: int, field: str) -> IndivisibleGroup:
+    """The error for a scheme by name whose groups do not divide a linear."""
+    return IndivisibleGroup(
+        f"groups of {size} of the scheme {scheme} do not divide the {width} inputs of {linear}",
+        field=field,
+        value=scheme.value,
+        hint=f'add "{linear}" to modules.ignore, or give it another scheme by an override',
+    )
+
+
+def field_of_name(spec: WeightSpec, name: str) -> str:
+    """Path of the field that gave a linear its scheme by name: of several overrides, the last one."""
+    giving = [p for p, override in spec.modules.overrides.items() if override.scheme is not None and fits(name, p)]
+    return f"{RULES}.overrides.{giving[-1]}.scheme" if giving else "quantization.scheme"
 
 
 def _field_of_group(spec: WeightSpec, name: str) -> str:

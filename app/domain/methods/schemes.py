@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, model_validator
+
+from app.domain.methods.named_schemes import SCHEMES, WHOLE, Element, NamedScheme, SchemeName
+from bitwright.formats import Form
 
 MIN_BITS, MAX_BITS = 2, 8
 PER_CHANNEL = -1
@@ -56,18 +59,55 @@ SCALE_BITS = 16
 
 
 class Scheme(Spec):
-    """Storage scheme of one linear's weight."""
+    """Storage scheme of one linear's weight.
+
+    name   None: integers, of which the other fields say all; else they are those of the name's row in `SCHEMES`
+    """
 
     bits: Bits
     group_size: GroupSize
     symmetric: Symmetric
+    name: SchemeName | None = None
+
+    @classmethod
+    def named(cls, name: SchemeName) -> "Scheme":
+        """The scheme of that name."""
+        row = SCHEMES[name]
+        return cls(bits=row.bits, group_size=row.group_size, symmetric=True, name=name)
+
+    @property
+    def row(self) -> NamedScheme | None:
+        """The facts of its name; None for integers."""
+        return None if self.name is None else SCHEMES[self.name]
+
+    @property
+    def form(self) -> Form:
+        """The form of weights in it, where a method makes no codebook."""
+        return Form.AFFINE if self.row is None or self.row.element is Element.INTEGER else Form.FLOAT
+
+    @property
+    def group_rows(self) -> int:
+        """Consecutive rows that share a scale; `WHOLE`: all."""
+        return 1 if self.row is None else self.row.rows
 
     def width(self, in_features: int) -> int:
-        """Columns of a group of a linear with so many inputs."""
+        """Columns of a group of a linear with so many inputs, of the last one perhaps fewer."""
         return group_width(self.group_size, in_features)
 
+    def groups(self, in_features: int) -> int:
+        """Groups of a row."""
+        return -(-in_features // self.width(in_features))
+
+    def divides(self, in_features: int) -> bool:
+        """True if a linear with so many inputs can be stored: its columns are whole groups, where they must be."""
+        some = self.row is not None and not self.row.whole_groups
+        return some or self.group_size == PER_CHANNEL or in_features % self.group_size == 0
+
     def bits_per_weight(self, in_features: int, scale_bits: int = SCALE_BITS) -> float:
-        """Bits of a weight with its share of scale and zero point."""
+        """Bits of a weight with its share of scale and zero point; what a whole linear has but once is left out."""
+        if self.row is not None:
+            rows, of_scale = self.row.rows, self.row.scale.stored_bits or scale_bits
+            return self.bits + (0 if rows == WHOLE else of_scale / (self.width(in_features) * rows))
         return self.bits + (scale_bits + (0 if self.symmetric else self.bits)) / self.width(in_features)
 
 
@@ -92,12 +132,23 @@ PRESET_ABSMAX = AbsmaxScheme(bits=8, dtype="float32", superblock=256)
 
 
 class SchemeOverride(Spec):
-    """Changes by an override for the linears that its pattern matches."""
+    """Changes by an override for the linears that its pattern matches: a scheme by name, or numbers of integers."""
 
     bits: Bits | None = None
     group_size: GroupSize | None = None
     symmetric: Symmetric | None = None
+    scheme: SchemeName | None = Field(default=None, description="A scheme by name, in place of the other three.")
 
+    @model_validator(mode="after")
+    def _says_one_of_them(self) -> Self:
+        given = [name for name in INTEGER_FIELDS if getattr(self, name) is not None]
+        if self.scheme is not None and given:
+            raise ValueError(f"give scheme, or {' and '.join(given)}, not both: a scheme's name says all three")
+        return self
+
+
+INTEGER_FIELDS = ("bits", "group_size", "symmetric")
+"""Fields that describe integers, which a scheme's name takes the place of."""
 
 Pattern = Annotated[str, StringConstraints(min_length=1, max_length=512)]
 
@@ -116,6 +167,6 @@ class ModuleRules(Spec):
     overrides: dict[Pattern, SchemeOverride] = Field(
         default_factory=dict,
         max_length=256,
-        description="Pattern to changed bits, group_size or symmetric; of several matches, later ones win.",
+        description="Pattern to changed bits, group_size or symmetric, or to a scheme by name; later matches win.",
         examples=[{"model.layers.*.mlp.down_proj": {"bits": 8}}],
     )

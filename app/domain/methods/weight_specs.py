@@ -1,13 +1,23 @@
 """Frozen specs: the parameters that every weight quantizer has, and the methods that make quantized weights alone."""
 
 from collections.abc import Iterable
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
-from app.domain.methods.schemes import GroupSize, ModuleRules, Scheme, SchemeOverride, Spec, Symmetric, fits
+from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
+from app.domain.methods.schemes import (
+    INTEGER_FIELDS,
+    GroupSize,
+    ModuleRules,
+    Scheme,
+    SchemeOverride,
+    Spec,
+    Symmetric,
+    fits,
+)
 from bitwright.formats import Form
 
 ANY_SHARE = 840
@@ -38,8 +48,10 @@ class WeightSpec(Spec):
     modules: ModuleRules = ModuleRules()
     method: str = ""
     """The name in a request; each method narrows it to its own."""
+    named_schemes: ClassVar[frozenset[SchemeName]] = frozenset()
+    """Schemes by name that the method takes."""
 
-    def scheme(self, name: str) -> Scheme | None:
+    def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
         if any(fits(name, pattern) for pattern in self.modules.ignore):
             return None
@@ -47,7 +59,7 @@ class WeightSpec(Spec):
 
     def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
         """Choices of the budget for the linear of that name: one where its width is given; none if ignored."""
-        if self.scheme(name) is None:
+        if self.scheme_of(name) is None:
             return ()
         overrides = (o for p, o in self.modules.overrides.items() if fits(name, p))
         return tuple(Candidate(scheme) for scheme in self._schemes(overrides))
@@ -60,12 +72,22 @@ class WeightSpec(Spec):
     def _schemes(self, overrides: Iterable[SchemeOverride]) -> list[Scheme]:
         """All that these overrides leave, by rising width."""
         values: dict[str, object] = {"group_size": self.group_size, "symmetric": self.symmetric}
+        name = self.default_name()
         for override in overrides:
-            values |= override.model_dump(exclude_none=True)
+            given = override.model_dump(exclude_none=True)
+            name = override.scheme or (None if given else name)
+            values |= given
+        if name is not None:
+            return [Scheme.named(name)]
+        values.pop("scheme", None)
         if "bits" in values:
             return [Scheme.model_validate(values)]
         widths = self.bits.choices if isinstance(self.bits, BitBudget) else (self.bits,)
         return [Scheme.model_validate({"bits": width} | values) for width in widths]
+
+    def default_name(self) -> SchemeName | None:
+        """The scheme that the request gives by name; None where it gives numbers of integers."""
+        return None
 
     def budget(self) -> BitBudget | None:
         """The budget, where widths are chosen by it."""
@@ -77,7 +99,7 @@ class WeightSpec(Spec):
 
     def forms(self) -> frozenset[Form]:
         """Forms that these parameters make of the linears of the blocks."""
-        return frozenset({Form.AFFINE})
+        return frozenset(scheme.form for _, scheme in self.schemes())
 
     def symmetries(self) -> frozenset[bool]:
         """Values of `symmetric` that it takes, of the default and of overrides alike: on a codebook there is no zero
@@ -98,6 +120,9 @@ class WeightSpec(Spec):
                 if name == "symmetric":
                     refused += [] if value in self.symmetries() else [self._symmetry_refusal(where, value)]
                     continue
+                if name == "scheme":
+                    refused += [] if value in self.named_schemes else [self._scheme_refusal(where, value)]
+                    continue
                 try:
                     type(self).model_validate({name: value})
                 except ValidationError as error:
@@ -108,6 +133,10 @@ class WeightSpec(Spec):
         if refused:
             raise ValidationError.from_exception_data(type(self).__name__, refused)
         return self
+
+    def _scheme_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
+        known = ", ".join(sorted(self.named_schemes)) or "none by name"
+        return _refusal((*where, "scheme"), value, f"{self.method} takes these schemes: {known}; or give bits")
 
     def _symmetry_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
         kind = "symmetric" if value else "asymmetric"
@@ -197,7 +226,37 @@ class NormalFloatSpec(WeightSpec):
         return frozenset({Form.CODEBOOK})
 
 
-class RTNSpec(WeightSpec):
+class NamedSchemeSpec(WeightSpec):
+    """Parameters of a method that takes schemes by name as well as integers."""
+
+    scheme: SchemeName | None = Field(
+        default=None, description="A number format by name, in place of bits, group_size and symmetric."
+    )
+    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES
+
+    def default_name(self) -> SchemeName | None:
+        """The spec's `scheme`."""
+        return self.scheme
+
+    @model_validator(mode="after")
+    def _scheme_says_all(self) -> Self:
+        given = [name for name in INTEGER_FIELDS if name in self.model_fields_set]
+        if self.scheme is not None and given:
+            detail = f"give scheme, or {' and '.join(given)}, not both: {self.scheme} says all of them"
+            refused = [_refusal((name,), getattr(self, name), detail) for name in ("scheme", *given)]
+            raise ValidationError.from_exception_data(type(self).__name__, refused)
+        if self.scheme is not None and self.scheme not in self.named_schemes:
+            refusal = self._scheme_refusal((), self.scheme)
+            raise ValidationError.from_exception_data(type(self).__name__, [refusal])
+        return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_the_name_says(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if self.scheme is None or name not in INTEGER_FIELDS}
+
+
+class RTNSpec(NamedSchemeSpec):
     """Round to nearest. Looks at the weights alone."""
 
     method: Literal["rtn"] = "rtn"

@@ -85,7 +85,7 @@ def shape_errors(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[str, t
     """Linears (out, in) whose shape or groups the adapter does not fit: the first for each field of the request."""
     errors: dict[str, InputError] = {}
     for name, (out_features, in_features) in linears.items():
-        scheme = spec.scheme(name)
+        scheme = spec.scheme_of(name)
         if scheme is None or not isinstance(adapter, GroupedSpec):
             continue
         try:
@@ -104,7 +104,7 @@ def trained_parameters(spec: WeightSpec, adapter: AdapterSpec, linears: Mapping[
     """Trainable numbers of the adapters of linears (out, in) that fit; gates are not counted."""
     count = 0
     for name, (out_features, in_features) in linears.items():
-        scheme = spec.scheme(name)
+        scheme = spec.scheme_of(name)
         if scheme is None:
             continue
         try:

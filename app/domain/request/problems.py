@@ -28,7 +28,7 @@ CODES = MappingProxyType(
     }
 )
 RANGES = ("greater_than", "less_than", "too_long", "too_short", "string_too", "finite_number", "int_parsing_size")
-OWN = ("value_error", "value_refused")
+OWN = ("value_error", "value_refused", "conflicting_fields")
 """Errors of our own validators, whose context has the whole sentence."""
 VALUES = ("literal", "enum", "union_tag_invalid", "value", "string_pattern", "string_unicode")
 

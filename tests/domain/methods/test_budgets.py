@@ -64,7 +64,7 @@ def test_overrides_win_over_the_budget() -> None:
     assert [(s.bits, s.group_size) for s in schemes["x.b"]] == [(2, 32), (4, 32)]
     assert [(s.bits, s.group_size) for s in schemes["x.c"]] == [(2, 64), (4, 64)]
     assert schemes["lm_head"] == []
-    assert spec.scheme("x.c") == Scheme(bits=4, group_size=64, symmetric=True)
+    assert spec.scheme_of("x.c") == Scheme(bits=4, group_size=64, symmetric=True)
     assert len(spec.schemes()) == 2 + 1 + 2
 
 

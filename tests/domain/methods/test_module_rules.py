@@ -83,7 +83,7 @@ def test_the_sizes_that_are_named_divide(width: int) -> None:
 )
 def test_the_default_keeps_the_head_of_a_part_of_a_larger_model(name: str, kept: bool) -> None:
     spec = RTNSpec()
-    assert (spec.scheme(name) is None) is kept
+    assert (spec.scheme_of(name) is None) is kept
     inputs = {"language_model.model.layers.0.mlp.up_proj": 64, name: 64}
     told = [error.value for error in rule_errors(spec, inputs, head=name, tied=False)]
     assert told == ([] if kept else ["lm_head"])
@@ -91,6 +91,8 @@ def test_the_default_keeps_the_head_of_a_part_of_a_larger_model(name: str, kept:
 
 def test_an_override_of_the_head_reaches_that_of_a_part_of_a_larger_model() -> None:
     spec = RTNSpec(bits=4, modules={"ignore": [], "overrides": {"lm_head": {"bits": 8}}})
-    widths = {name: scheme.bits for name in ("language_model.lm_head", "my_lm_head") if (scheme := spec.scheme(name))}
+    widths = {
+        name: scheme.bits for name in ("language_model.lm_head", "my_lm_head") if (scheme := spec.scheme_of(name))
+    }
     assert widths == {"language_model.lm_head": 8, "my_lm_head": 4}
     assert [choice.scheme.bits for choice in spec.candidates("language_model.lm_head", 64)] == [8]

@@ -11,13 +11,14 @@ that fails too, nothing was checked.
 
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from app.domain.format_rules import stored_formats
 from app.domain.formats import ExportFormat
@@ -25,13 +26,14 @@ from app.domain.runtimes import Runtime
 from bitwright.errors import BitwrightError, RuntimeDidNotLoad
 from bitwright.events import Stage
 from bitwright.report import LoadReport
+from workers.contracts.blocks import BlockTask
 from workers.engine.export import kept_linears, left_beside, part_of
 from workers.engine.job import Job
 from workers.engine.loads_here.cut import CutCheckpoint, NotOneBlockError, first_block, write_plain
 from workers.engine.loads_here.reading import Check, Probe, Reading
 from workers.engine.quantize.activations import Activations
+from workers.engine.quantize.registry import METHODS
 from workers.formats.registry import open_writer
-from workers.methods.rtn import quantize_weight
 from workers.numerics.quantized import LinearResult
 
 FOLDER = "reading"
@@ -117,15 +119,44 @@ def begin(job: Job, checks: list[Check], reading: Reading) -> BlockCheck:
 @torch.no_grad()
 def rounded_block(job: Job) -> dict[str, LinearResult]:
     """The linears of the first block, and the head if it is quantized, rounded to nearest; by full name, on the host."""
-    prefix, head = job.model.layout.block(0), job.model.layout.head
-    wanted = [name for name in (f"{prefix}.{each}" for each in job.model.block_linears(0)) if name in job.schemes]
-    results = {}
-    for module, names in ((prefix, wanted), (head, [head] if head in job.schemes else [])):
-        weights = job.model.read(module) if names else {}
-        for name in names:
-            rounded = quantize_weight(weights[f"{name}.weight"], job.schemes[name], job.plan.scale_dtype)
-            results[name] = LinearResult(rounded).to(torch.device("cpu"))
+    model, head = job.model, job.model.layout.head
+    prefix = model.layout.block(0)
+    own = [name for name in model.block_linears(0) if f"{prefix}.{name}" in job.schemes]
+    with model.loaded(prefix):
+        results = _rounded(job, model.blocks[0], prefix, own)
+    if head in job.schemes:
+        owner, _, leaf = head.rpartition(".")
+        with model.loaded(head):
+            results |= _rounded(job, model.model.get_submodule(owner), owner, [leaf])
     return results
+
+
+def _rounded(job: Job, module: nn.Module, prefix: str, names: Sequence[str]) -> dict[str, LinearResult]:
+    """Linears inside a module by the method that rounds to nearest, with the schemes of the job."""
+    full = {name: f"{prefix}.{name}" if prefix else name for name in names}
+    empty = torch.empty(0, 0, 0, dtype=job.model.dtype)
+    task = BlockTask(
+        index=0,
+        block=module,
+        forward=_unused,
+        inputs=empty,
+        inputs_fp=empty,
+        targets=empty,
+        schemes={name: job.schemes[full[name]] for name in names},
+        second_moments={},
+        scale_dtype=job.plan.scale_dtype,
+        device=job.model.device,
+        seed=job.seed,
+        micro_batch=1,
+        tick=lambda _: None,
+        tune=_unused,
+    )
+    made = METHODS["rtn"].quantize_block(task, job.spec).linears
+    return {full[name]: result.to(torch.device("cpu")) for name, result in made.items()}
+
+
+def _unused(*_: object) -> NoReturn:
+    raise TypeError("rounding to nearest looks at weights alone")
 
 
 @torch.no_grad()

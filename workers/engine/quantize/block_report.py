@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from app.domain.methods import Form
 from bitwright.errors import NumericalFailure
 from bitwright.report import BlockReport, LinearReport
 from workers.contracts.results import BlockResult
@@ -23,7 +22,7 @@ from workers.engine.model.overflow import ALSO_DTYPE
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import CHUNK_ELEMENTS
 from workers.engine.quantize.expert_coverage import Coverage
-from workers.numerics.quantized import CodebookWeight, LinearResult
+from workers.numerics.quantized import LinearResult
 
 
 @dataclass(frozen=True)
@@ -87,8 +86,9 @@ def _linear_report(name: str, result: LinearResult, sums: list[float]) -> Linear
     return LinearReport(
         name=name,
         shape=weight.shape,
-        form=Form.CODEBOOK if isinstance(weight, CodebookWeight) else Form.AFFINE,
-        **weight.scheme.model_dump(),
+        form=weight.form,
+        **weight.scheme.model_dump(exclude={"name"}),
+        scheme=weight.scheme.name,
         rank=None if low_rank is None else low_rank.rank,
         weight_error=_ratio(*sums[:2]),
         output_error=_ratio(*sums[2:]) if sums[2:] else None,

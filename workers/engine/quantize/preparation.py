@@ -76,7 +76,7 @@ def _measured(job: Job, ids: Tensor) -> Prepared:
 
     fisher: dict[str, Fisher] = {}
     if spec.needs_fisher():
-        names = {name for name in model.linears() if spec.scheme(name) is not None and name != model.layout.head}
+        names = {name for name in model.linears() if spec.scheme_of(name) is not None and name != model.layout.head}
         fisher = empirical_fisher(
             model, ids, names, job.plan.micro_batch, lambda done: tick(done * share), job.processes
         )

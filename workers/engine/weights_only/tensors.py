@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from app.domain.formats import ExportFormat
-from app.domain.methods import Form, WeightSpec
+from app.domain.methods import WeightSpec
 from app.domain.weight_targets import ExpertPlace, KeptPart, Target
 from bitwright.errors import InternalError, NumericalFailure
 from bitwright.report import LinearReport
@@ -22,7 +22,7 @@ from workers.engine.quantize.registry import method_of
 from workers.engine.weights_only.finished_parts import FinishedLinear
 from workers.formats.format import PartWriter
 from workers.formats.stored_linear import StoredPart
-from workers.numerics.quantized import CodebookWeight, LinearResult, StoredBits
+from workers.numerics.quantized import LinearResult, StoredBits
 from workers.numerics.row_parts import row_parts
 
 
@@ -119,8 +119,9 @@ class TensorPass:
         report = LinearReport(
             name=target.name,
             shape=target.shape,
-            form=Form.CODEBOOK if isinstance(result.weight, CodebookWeight) else Form.AFFINE,
-            **target.scheme.model_dump(),
+            form=result.weight.form,
+            **target.scheme.model_dump(exclude={"name"}),
+            scheme=target.scheme.name,
             weight_error=math.sqrt(squared / reference) if reference else 0.0,
         )
         return result, FinishedLinear(report=report, seconds=time.perf_counter() - started)

@@ -143,7 +143,7 @@ def _summary(
         group = "per channel" if linear.group_size == -1 else str(linear.group_size)
         low_rank = linear.low_rank
         factors = "none" if low_rank is None else f"rank {low_rank.rank}, alpha {low_rank.alpha:g}"
-        lines.append(f"| {count} | {linear.bits} | {group} | {_zero_point(linear)} | {factors} |")
+        lines.append(f"| {count} | {_width(linear)} | {group} | {_zero_point(linear)} | {factors} |")
     return "\n".join(lines)
 
 
@@ -159,7 +159,13 @@ def _finetuned(report: Report, contents: Contents) -> str:
     return f" Then finetuned: {trained}, which is this adapter."
 
 
+def _width(linear: StoredLinear) -> str:
+    return str(linear.bits) if linear.scheme_name is None else f"{linear.bits} ({linear.scheme_name})"
+
+
 def _zero_point(linear: StoredLinear) -> str:
+    if linear.form is Form.FLOAT:
+        return "none: codes are floating-point numbers"
     if linear.form is Form.CODEBOOK:
         return "none: codes index a codebook"
     return "an offset of each group" if linear.offset else "fixed" if linear.symmetric else "of each group"

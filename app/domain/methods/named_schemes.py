@@ -1,0 +1,151 @@
+"""Schemes that go by a name: number formats with an element type, a scale type and activations of their own.
+
+A row says all that the formulas need (`workers.numerics.float_grids`); formats and runtimes go by the name. Sources:
+the presets of the package compressed-tensors 0.20, and the OCP Microscaling Formats specification 1.0.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from types import MappingProxyType
+
+WHOLE = -1
+"""In place of a number of rows or columns: all of them."""
+
+
+class SchemeName(StrEnum):
+    """The names, as a request has them in `scheme`."""
+
+    FP8 = "fp8"
+    FP8_TENSOR = "fp8-tensor"
+    FP8_BLOCK = "fp8-block"
+    FP8A16 = "fp8a16"
+    INT8 = "int8"
+    NVFP4 = "nvfp4"
+    NVFP4A16 = "nvfp4a16"
+    MXFP4 = "mxfp4"
+    MXFP4A16 = "mxfp4a16"
+    MXFP8 = "mxfp8"
+    MXFP8A16 = "mxfp8a16"
+
+
+class Element(StrEnum):
+    """The type of a code."""
+
+    INTEGER = "integer"
+    E4M3 = "e4m3"
+    """FP8 without infinities: largest 448, NaN 0x7F."""
+    E2M1 = "e2m1"
+    """FP4: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives."""
+
+
+class ScaleType(StrEnum):
+    """The type of a stored scale."""
+
+    FLOAT = "float"
+    """16 or 32 bits: the dtype that the job's formats store scales in."""
+    E4M3 = "e4m3"
+    """8 bits, after a factor of the whole tensor in fp32 (`global_scale`, a divisor)."""
+    E8M0 = "e8m0"
+    """8 bits: a power of two, its exponent plus 127."""
+
+    @property
+    def stored_bits(self) -> int | None:
+        """Bits of a scale; None: those of the formats' dtype."""
+        return None if self is ScaleType.FLOAT else 8
+
+
+@dataclass(frozen=True)
+class Activations:
+    """The rounding of a linear's inputs while a runtime serves the checkpoint.
+
+    columns      consecutive inputs of a token that share a scale; `WHOLE`: all of them
+    every_token  whether all tokens share one scale, known before
+    scale        type of the scales
+    calibrated   whether a number from calibration text is stored: the largest magnitude of the inputs
+    """
+
+    element: Element
+    bits: int
+    columns: int
+    scale: ScaleType = ScaleType.FLOAT
+    every_token: bool = False
+    calibrated: bool = False
+
+
+@dataclass(frozen=True)
+class NamedScheme:
+    """The facts of a name.
+
+    group_size   consecutive columns that share a scale; `WHOLE`: all
+    rows         consecutive rows that do; `WHOLE`: all
+    whole_groups whether the columns of a linear must be whole groups; else the last group has what is left
+    activations  None: they stay in 16 bits
+    """
+
+    title: str
+    element: Element
+    bits: int
+    group_size: int
+    scale: ScaleType = ScaleType.FLOAT
+    rows: int = 1
+    whole_groups: bool = True
+    activations: Activations | None = None
+
+    @property
+    def calibrated(self) -> bool:
+        """True if a number from calibration text is stored beside the weight."""
+        return self.activations is not None and self.activations.calibrated
+
+
+_E4M3, _E2M1 = Element.E4M3, Element.E2M1
+_TOKEN = Activations(_E4M3, 8, WHOLE)
+_MX4, _MX8 = (Activations(e, b, 32, ScaleType.E8M0) for e, b in ((_E2M1, 4), (_E4M3, 8)))
+
+SCHEMES: MappingProxyType[SchemeName, NamedScheme] = MappingProxyType(
+    {
+        SchemeName.FP8: NamedScheme("FP8, a scale per row, activations per token", _E4M3, 8, WHOLE, activations=_TOKEN),
+        SchemeName.FP8_TENSOR: NamedScheme(
+            "FP8, one scale, activations with one calibrated scale",
+            _E4M3,
+            8,
+            WHOLE,
+            rows=WHOLE,
+            activations=Activations(_E4M3, 8, WHOLE, every_token=True, calibrated=True),
+        ),
+        SchemeName.FP8_BLOCK: NamedScheme(
+            "FP8, a scale per block of 128 x 128, activations per 128 inputs",
+            _E4M3,
+            8,
+            128,
+            rows=128,
+            whole_groups=False,
+            activations=Activations(_E4M3, 8, 128),
+        ),
+        SchemeName.FP8A16: NamedScheme("FP8 weights alone, a scale per row", _E4M3, 8, WHOLE),
+        SchemeName.INT8: NamedScheme(
+            "INT8, a scale per row, activations per token (W8A8)",
+            Element.INTEGER,
+            8,
+            WHOLE,
+            activations=Activations(Element.INTEGER, 8, WHOLE),
+        ),
+        SchemeName.NVFP4: NamedScheme(
+            "NVFP4, groups of 16, activations too (W4A4)",
+            _E2M1,
+            4,
+            16,
+            ScaleType.E4M3,
+            activations=Activations(_E2M1, 4, 16, ScaleType.E4M3, calibrated=True),
+        ),
+        SchemeName.NVFP4A16: NamedScheme("NVFP4 weights alone, groups of 16", _E2M1, 4, 16, ScaleType.E4M3),
+        SchemeName.MXFP4: NamedScheme(
+            "MXFP4, groups of 32, activations too", _E2M1, 4, 32, ScaleType.E8M0, activations=_MX4
+        ),
+        SchemeName.MXFP4A16: NamedScheme("MXFP4 weights alone, groups of 32", _E2M1, 4, 32, ScaleType.E8M0),
+        SchemeName.MXFP8: NamedScheme(
+            "MXFP8, groups of 32, activations too", _E4M3, 8, 32, ScaleType.E8M0, activations=_MX8
+        ),
+        SchemeName.MXFP8A16: NamedScheme("MXFP8 weights alone, groups of 32", _E4M3, 8, 32, ScaleType.E8M0),
+    }
+)
+ALL_SCHEMES = frozenset(SchemeName)

@@ -1,0 +1,54 @@
+"""Small floating-point types as tables of their values: E4M3 (8 bits) and E2M1 (4 bits).
+
+E4M3 is torch's `float8_e4m3fn` (largest 448, no infinities; OCP 8-bit Floating Point Specification 1.0). E2M1 has sign,
+two bits of exponent and one of mantissa: 0, 0.5, 1, 1.5, 2, 3, 4, 6 (OCP Microscaling Formats 1.0, section 5.3.3).
+Rounding is to the nearest value, ties to an even mantissa, which for E2M1 is the even index; what is larger than the
+largest value becomes that.
+"""
+
+from functools import cache
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import Scheme
+from app.domain.methods.named_schemes import Element
+
+E2M1_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+LARGEST = {Element.E4M3: 448.0, Element.E2M1: 6.0}
+SIGN = 8
+"""Bit of an E2M1 code."""
+
+
+def element_of(scheme: Scheme) -> Element:
+    """The type of the codes of a scheme by name."""
+    if scheme.row is None:
+        raise ValueError(f"{scheme} goes by no name")
+    return scheme.row.element
+
+
+def element_table(scheme: Scheme, device: torch.device) -> Tensor:
+    """The value of every code, fp32 (2^bits,)."""
+    return _table(element_of(scheme), device)
+
+
+@cache
+def _table(element: Element, device: torch.device) -> Tensor:
+    if element is Element.E4M3:
+        return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().to(device)
+    magnitudes = torch.tensor(E2M1_MAGNITUDES)
+    return torch.cat([magnitudes, -magnitudes]).to(device)
+
+
+def encode(values: Tensor, element: Element) -> Tensor:
+    """Codes, uint8, of floating-point numbers of any shape that are scaled already."""
+    if element is Element.E4M3:
+        return values.float().clamp(-448, 448).to(torch.float8_e4m3fn).view(torch.uint8)
+    magnitude = values.abs()
+    # Midpoints between neighbours; a tie goes down to an even index, and up from an odd one.
+    index = torch.zeros(values.shape, dtype=torch.uint8, device=values.device)
+    for lower, (low, high) in enumerate(pairwise(E2M1_MAGNITUDES)):
+        middle = (low + high) / 2
+        index += (magnitude > middle) if lower % 2 == 0 else (magnitude >= middle)
+    return torch.where(torch.signbit(values), index | SIGN, index)
