@@ -1,6 +1,6 @@
 """From durable blocks and trained adapters to checkpoints: each linear once through its merge and every writer."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 
@@ -12,7 +12,7 @@ from app.domain.format_rules import stored_formats
 from app.domain.formats import ExportFormat
 from bitwright.events import Stage
 from bitwright.formats import ADAPTER_FOLDER
-from bitwright.report import AdapterReport, Report
+from bitwright.report import AdapterReport, LoadReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.device.read_ahead import read_ahead
@@ -31,8 +31,14 @@ OUTPUT = "output"
 """Folder of a workspace that holds a folder per checkpoint."""
 
 
-def run(job: Job, results: Results) -> ResultLine:
+ReadFiles = Callable[[Job, TrainedAdapters | None], tuple[LoadReport, ...]]
+"""Everything that is known of whether runtimes load the result."""
+
+
+def run(job: Job, results: Results, read: ReadFiles | None = None) -> ResultLine:
     """Writes every format from the durable blocks, and the same report into each.
+
+    read   tries the checkpoints, which lack only their report
 
     Raises:
         FormatCannotHold: a format would have to change a weight.
@@ -41,6 +47,9 @@ def run(job: Job, results: Results) -> ResultLine:
     job.clock.enter(Stage.EXPORT)
     trained, evaluated = None if results.finetuned is None else results.finetuned.trained, results.evaluated
     exported = _write(job, trained, identity_of(job, results))
+    if read is not None:
+        results = replace(results, loads=read(job, trained))
+        job.clock.enter(Stage.EXPORT)
     adapter = exported.adapter
     if adapter is not None and evaluated is not None:
         adapter = adapter.model_copy(update={"before_merge": evaluated.before_merge})

@@ -1,4 +1,4 @@
-"""Limits of a child that handles a stranger's files, and the ways in which it can end: every one of them is a result."""
+"""Limits of a child that handles a stranger's files, and the ways in which it can end: each of them is a result."""
 
 from dataclasses import dataclass
 from enum import StrEnum

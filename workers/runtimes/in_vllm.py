@@ -45,7 +45,7 @@ def main() -> None:
 
 
 def read(order: dict[str, Any]) -> dict[str, Any]:
-    """Log-probabilities in place of logits, which differ by a constant a row; the last row is that of the next token."""
+    """Log-probabilities in place of logits, from which they differ by a constant a row."""
     from vllm import LLM, SamplingParams  # noqa: PLC0415
     from vllm.lora.request import LoRARequest  # noqa: PLC0415
 

@@ -99,9 +99,9 @@ class BlockCheck:
 def begin(job: Job, checks: list[Check], reading: Reading) -> BlockCheck:
     """Write the block, and let the runtimes read it meanwhile."""
     job.reporter.progress(Stage.VERIFY, 0, 1, "blocks")
-    probe = Probe.of(job.model)
+    probe = Probe.of(job.model.checkpoint.folder, job.model.known_tokens)
     able = [check for check in checks if not check.format.info.is_adapter]
-    skipped = tuple(_skipped(check, BEFORE_TRAINING) for check in checks if check.format.info.is_adapter)
+    left = tuple(skipped(check, BEFORE_TRAINING) for check in checks if check.format.info.is_adapter)
     try:
         cut = first_block(job.model)
         results = rounded_block(job)
@@ -109,16 +109,16 @@ def begin(job: Job, checks: list[Check], reading: Reading) -> BlockCheck:
         expected = block_logits(job, probe, weights)
     except (NotOneBlockError, BitwrightError) as error:
         why = error.detail if isinstance(error, BitwrightError) else str(error)
-        return BlockCheck(job, reading, probe, None, None, (*(_skipped(check, why) for check in able), *skipped))
+        return BlockCheck(job, reading, probe, None, None, (*(skipped(check, why) for check in able), *left))
     pool = ThreadPoolExecutor(1, thread_name_prefix="reading")
     reports = pool.submit(_read_all, job, able, reading, probe, cut, results, expected)
     pool.shutdown(wait=False)
-    return BlockCheck(job, reading, probe, cut, reports, skipped)
+    return BlockCheck(job, reading, probe, cut, reports, left)
 
 
 @torch.no_grad()
 def rounded_block(job: Job) -> dict[str, LinearResult]:
-    """The linears of the first block, and the head if it is quantized, rounded to nearest; by full name, on the host."""
+    """Linears of the first block, and the head if it is quantized, rounded to nearest; by full name, on the host."""
     model, head = job.model, job.model.layout.head
     prefix = model.layout.block(0)
     own = [name for name in model.block_linears(0) if f"{prefix}.{name}" in job.schemes]
@@ -216,14 +216,15 @@ def _read_all(
             if check.format not in folders:
                 folders[check.format] = write_block(job, check.format, cut, results)
         except BitwrightError as error:
-            reports.append(_skipped(check, error.detail))
+            reports.append(skipped(check, error.detail))
             continue
         report = reading.read(check, folders[check.format], probe, expected, level="block")
         reports.append(report.model_copy(update={"seconds": time.perf_counter() - started}))
     return reports
 
 
-def _skipped(check: Check, why: str) -> LoadReport:
+def skipped(check: Check, why: str) -> LoadReport:
+    """The report of a format of which no block could be tried."""
     return LoadReport(
         format=check.format.value,
         runtime=check.runtime.value,

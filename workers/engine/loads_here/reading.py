@@ -1,5 +1,6 @@
 """Checkpoints read by the runtimes that the worker has, each by a limited child: whatever happens to it is a result."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ from bitwright.errors import RuntimeDidNotLoad
 from bitwright.report import LoadReport
 from workers.disk.orders import AttemptOrder, RuntimePlace
 from workers.engine.loads_here.comparison import CLOSE, difference, read_logits
-from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.text.sequences import has_tokenizer, load_tokenizer
 from workers.limited.limits import Ended, Limits, last_lines
 from workers.limited.process import Handle, LimitedProcess
@@ -57,16 +57,15 @@ class Probe:
     text: str | None
 
     @classmethod
-    def of(cls, model: StreamedModel) -> Self:
-        """A short text in the model's tokens, or some of its tokens."""
-        folder = model.checkpoint.folder
+    def of(cls, folder: Path, known_tokens: int) -> Self:
+        """A short text in the tokens of a model's folder, or some of its tokens."""
         with suppress(Exception):  # a tokenizer that nothing reads may be anything; then it is not the result's fault
             if has_tokenizer(folder):
                 ids = load_tokenizer(folder)(TEXT)["input_ids"]
-                if ids and max(ids) < model.known_tokens:
+                if ids and max(ids) < known_tokens:
                     return cls(torch.tensor([ids]), TEXT)
         generator = torch.Generator().manual_seed(0)
-        return cls(torch.randint(model.known_tokens, (1, IDS), generator=generator), None)
+        return cls(torch.randint(known_tokens, (1, IDS), generator=generator), None)
 
 
 def checks_of(order: AttemptOrder) -> list[Check]:
@@ -149,19 +148,16 @@ class Reading:
             place=check.where.place,
         )
         answer, log = self._answer(check, order, _size(folder, base))
-        problem, apart = _judged(check.runtime, answer, order, expected)
-        result: Literal["loads", "does_not_load", "differs"] = "loads"
-        if problem:
-            result = "does_not_load" if apart is None else "differs"
-            problem = last_lines(f"{log}\n{problem}".strip().replace(f"{self._folder.parent}/", ""))
+        verdict = _judged(check.runtime, answer, order, expected)
+        said = f"{log}\n{verdict.problem}".replace(f"{self._folder.parent}/", "") if verdict.problem else ""
         return LoadReport(
             format=check.format.value,
             runtime=check.runtime.value,
             version=answer.version or check.where.version,
             read=level,
-            result=result,
-            detail=problem or None,
-            difference=apart,
+            result=verdict.result,
+            detail=last_lines(said) or None,
+            difference=verdict.difference,
             tokens_written=len(answer.written) if tokens else None,
             seconds=time.perf_counter() - started,
         )
@@ -190,30 +186,42 @@ class Reading:
             return ReadAnswer(problem="its answer is not understood"), said
 
 
-def _judged(
-    runtime: Runtime, answer: ReadAnswer, order: ReadOrder, expected: Tensor | None
-) -> tuple[str, float | None]:
-    """The problem of an answer, empty if there is none, and the difference of its logits."""
+@dataclass(frozen=True)
+class _Verdict:
+    """On an answer: its problem, empty if there is none, and how far its logits are off, where that is a number."""
+
+    problem: str = ""
+    result: Literal["loads", "does_not_load", "differs"] = "loads"
+    difference: float | None = None
+
+
+def _judged(runtime: Runtime, answer: ReadAnswer, order: ReadOrder, expected: Tensor | None) -> _Verdict:
     if answer.problem:
-        return answer.problem, None
+        return _Verdict(answer.problem, "does_not_load")
     try:
         data = Path(order.logits).read_bytes()
     except OSError:
         data = b""
     logits = read_logits(data, len(order.ids), answer.vocabulary)
     if logits is None:
-        return f"it gives {len(data)} bytes of logits for {len(order.ids)} tokens of {answer.vocabulary}", None
+        words = f"it gives {len(data)} bytes of logits for {len(order.ids)} tokens of {answer.vocabulary}"
+        return _Verdict(words, "does_not_load")
     if order.tokens and len(answer.written) != order.tokens:
-        return f"it wrote {len(answer.written)} tokens of {order.tokens}", None
+        return _Verdict(f"it wrote {len(answer.written)} tokens of {order.tokens}", "does_not_load")
     if expected is None:
-        return "", None
+        return _Verdict()
     if logits.shape != expected.shape:
-        return f"it knows {logits.shape[1]} tokens, and the model {expected.shape[1]}", None
+        return _Verdict(f"it knows {logits.shape[1]} tokens, and the model {expected.shape[1]}", "differs")
     apart = difference(expected, logits)
+    if not math.isfinite(apart):
+        return _Verdict("it loads the files, and its logits are not finite", "differs")
     if apart <= CLOSE[runtime]:
-        return "", apart
-    words = f"it loads the files and computes another model: its logits differ from the engine's by {apart:.3g} "
-    return f"{words}standard deviations, and {CLOSE[runtime]:g} is rounding", apart if apart == apart else -1.0
+        return _Verdict(difference=apart)
+    words = (
+        f"it loads the files and computes another model: its logits differ from the engine's by {apart:.3g} standard "
+        f"deviations, and {CLOSE[runtime]:g} is what rounding may do"
+    )
+    return _Verdict(words, "differs", apart)
 
 
 def _size(folder: Path, base: Path | None) -> int:

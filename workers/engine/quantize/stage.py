@@ -1,5 +1,6 @@
 """The stage that quantizes every block, and the head where a request names it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -29,8 +30,10 @@ class Quantized:
     evaluation: Activations | None
 
 
-def run(job: Job) -> Quantized:
+def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
     """Finishes every block that an earlier attempt has not finished; all of them are durable then.
+
+    ready   called before the first block, and may refuse to go on
 
     Raises:
         NumericalFailure: a weight or an output is not finite; it says whether the original model's is.
@@ -44,6 +47,7 @@ def run(job: Job) -> Quantized:
     finished.adopt(job.fingerprint())
     if finished.resumed:
         job.reporter.log("blocks_resumed", blocks=finished.resumed)
+    ready()
     job.clock.enter(Stage.QUANTIZE)
     tuner = Tuner(job.reporter.log, job.processes)
     blocks = BlockPass(job, calibration, evaluation, tuner)

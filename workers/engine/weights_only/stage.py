@@ -5,7 +5,7 @@ source and the result; shards are written once, and become the checkpoint's by a
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from app.domain.formats import ExportFormat
 from app.domain.inputs.architectures import is_accepted
 from app.domain.weight_targets import KeptPart, Target, Targets, weight_targets
 from bitwright.events import BlockEvent, Stage
+from bitwright.report import LoadReport
 from workers.disk.orders import AttemptOrder
 from workers.engine.clock import StageClock
 from workers.engine.fingerprint import code_version, fingerprint, library_versions
@@ -40,6 +41,10 @@ NOT_EVALUATED = (
 )
 
 
+ReadWeights = Callable[[Checkpoint, Reporter, Path], tuple[LoadReport, ...]]
+"""Everything that is known of whether runtimes load the checkpoints in a folder."""
+
+
 def chosen(order: AttemptOrder) -> bool:
     """True if the job runs without a model: as it asks, or because its model's type is not an accepted one."""
     request = order.request
@@ -51,8 +56,10 @@ def chosen(order: AttemptOrder) -> bool:
     return does_without_model(request, accepted=accepted)
 
 
-def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
+def run(order: AttemptOrder, workspace: Path, reporter: Reporter, read: ReadWeights) -> ResultLine:
     """Quantize and write every tensor; checkpoints go to `workspace`/output/<format>.
+
+    read   tries the checkpoints, which lack only their report
 
     Raises:
         InputError, InvalidRequest: the checkpoint or the request's numbers do not fit together.
@@ -76,7 +83,12 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
             writer.finish(ignored=tuple(targets.left_alone))
             for code, message in writer.warnings.items():
                 reporter.warning(code, message)
+    if order.request.verify == "files":
+        clock.enter(Stage.VERIFY)
+    loads = read(checkpoint, reporter, workspace / OUTPUT)
+    clock.enter(Stage.EXPORT)
     report = report_of(order, checkpoint, targets, finished.parts, finished.resumed, clock, reporter)
+    report = report.model_copy(update={"loads": loads})
     for writer in writers.values():
         writer.describe(report)
     reporter.progress(Stage.EXPORT, 1, 1, "checkpoints")
