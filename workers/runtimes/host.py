@@ -92,7 +92,7 @@ def _read(order: ReadOrder) -> ReadAnswer:
     except Exception as error:
         import traceback  # noqa: PLC0415
 
-        traceback.print_exc()
+        traceback.print_exc(limit=-3)
         words = " ".join(str(error).split())
         return ReadAnswer(problem=f"{type(error).__name__}: {words}"[:2000])
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from workers.machine import available_threads
 from workers.runtimes.libraries import LIBRARY, library_version
 from workers.runtimes.order import ReadAnswer, ReadOrder
 
@@ -73,6 +74,9 @@ class _Context:
         self._context = llama.llama_init_from_model(model, parameters)
         if not self._context:
             raise RuntimeError("llama.cpp makes no context for the model")
+        # It would take four; and threads that wait spin.
+        threads = available_threads()
+        llama.llama_set_n_threads(self._context, threads, threads)
 
     def logits(self, ids: tuple[int, ...]) -> Any:
         """numpy's fp32 (tokens, vocabulary) after each of the next tokens."""
@@ -128,6 +132,7 @@ def _declared(llama_file: Path) -> Any:
     llama.llama_tokenize.argtypes = [c.c_void_p, c.c_char_p, c.c_int32, ids, c.c_int32, c.c_bool, c.c_bool]
     llama.llama_batch_init.restype = _Batch
     llama.llama_batch_free.argtypes = [_Batch]
+    llama.llama_set_n_threads.argtypes = [c.c_void_p, c.c_int32, c.c_int32]
     llama.llama_decode.argtypes = [c.c_void_p, _Batch]
     llama.llama_get_logits.restype = c.POINTER(c.c_float)
     llama.llama_get_logits.argtypes = [c.c_void_p]

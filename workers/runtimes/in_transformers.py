@@ -23,10 +23,10 @@ def read(order: ReadOrder) -> ReadAnswer:
     """The answer to an order; whatever transformers or peft raises goes through."""
     runtime = order.runtime
     folder = Path(order.base or order.folder)
-    problem = "" if order.text is None else tokenizer_problem(Path(order.folder), order.text, order.ids)
+    problem = "" if order.text is None else tokenizer_problem(folder, order.text, order.ids)
     if problem:
         return ReadAnswer(version=version(runtime), problem=problem)
-    model, lacking = load(folder)
+    model, lacking = load(folder, unpacked=order.base is not None)
     if lacking:
         return ReadAnswer(version=version(runtime), problem=lacking)
     if order.base is not None:
@@ -49,8 +49,11 @@ def tokenizer_problem(folder: Path, text: str, ids: tuple[int, ...]) -> str:
     return ""
 
 
-def load(folder: Path) -> tuple[PreTrainedModel, str]:
-    """The model as stock calls load it, in the dtype of its files; and what it lacks, in words."""
+def load(folder: Path, *, unpacked: bool = False) -> tuple[PreTrainedModel, str]:
+    """The model as stock calls load it, in the dtype of its files; and what it lacks, in words.
+
+    unpacked   whether packed linears become ordinary ones, which an adapter is added to
+    """
     gguf = _gguf(folder)
     given: dict[str, Any] = {} if gguf is None else {"gguf_file": gguf}
     if (folder / LOADER).is_file():
@@ -64,6 +67,10 @@ def load(folder: Path) -> tuple[PreTrainedModel, str]:
         model, info = _model_class(folder, given).from_pretrained(
             folder, dtype="auto", output_loading_info=True, **given
         )
+        quantization = getattr(model.config, "quantization_config", None)
+        if unpacked and quantization is not None:
+            # Not while loading: transformers then reads every linear by the first group's scheme.
+            model.hf_quantizer.compressor.decompress_model(model)
     lacking = sorted(info.get("missing_keys", ()))
     misfits = sorted(str(entry[0] if isinstance(entry, tuple) else entry) for entry in info.get("mismatched_keys", ()))
     if lacking:

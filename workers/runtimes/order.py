@@ -1,6 +1,13 @@
 """The order to read a checkpoint in a runtime, and the answer: one line of JSON each."""
 
+import sys
+
 from pydantic import BaseModel, ConfigDict, Field
+
+HOST = (sys.executable, "-P", "-m", "workers.runtimes.host")
+"""The command of the child that obeys."""
+FILE_BYTES = 1 << 30
+"""Of a file that a runtime writes: logits, logs, caches."""
 
 
 class ReadOrder(BaseModel):

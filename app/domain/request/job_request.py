@@ -16,6 +16,7 @@ from app.domain.methods import QuantizationSpec
 from app.domain.request.base_job import JOB_ID, BaseJob, Folded
 from app.domain.request.combination_rules import result_problems
 from app.domain.request.finetuning import Finetune
+from app.domain.request.loading_rules import loading_problems
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems, with_new_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
@@ -168,6 +169,9 @@ class JobRequest(RequestPart):
             request = cls.model_validate(expansion.body)
         except ValidationError as error:
             problems = with_new_problems(problems, field_problems(error, cls, body, ALL_SHORTHAND))
+        else:
+            loads = None if request.require is None else request.require.loads
+            problems = with_new_problems(problems, loading_problems(request.verify, loads, request.formats))
         problems += _adapter_problems(expansion)
         problems += _format_problems(expansion, body, None if base_job is None else base_job.folded)
         if problems:

@@ -1,7 +1,6 @@
 """Checkpoints read by the runtimes that the worker has, each by a limited child: whatever happens to it is a result."""
 
 import math
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -24,14 +23,11 @@ from workers.limited.limits import Ended, Limits, last_lines
 from workers.limited.process import Handle, LimitedProcess
 from workers.machine import host_memory
 from workers.runtimes import in_vllm
-from workers.runtimes.order import ReadAnswer, ReadOrder
+from workers.runtimes.order import FILE_BYTES, HOST, ReadAnswer, ReadOrder
 
-HOST = (sys.executable, "-P", "-m", "workers.runtimes.host")
 TEXT = "The `with` statement is used to wrap the execution of a block with methods."
 IDS = 16
 """Tokens that are read where a model has no tokenizer."""
-FILE_BYTES = 1 << 30
-"""Of a file that a runtime writes: logits, logs, caches."""
 SECONDS, SECONDS_OF_VLLM = 120.0, 300.0
 SECONDS_PER_GB = 60.0
 """More for a checkpoint of that size: to map it, unpack it and write a few tokens."""

@@ -36,6 +36,7 @@ from workers.numerics.quantized import StoredBits
 OUTPUT = "output"
 PART_BYTES = SHARD_BYTES
 """Bytes of the source that a killed attempt may cost."""
+NOT_READ = "no model was built (weights only): nothing was evaluated"
 NOT_EVALUATED = (
     "no model was built (weights only): nothing was evaluated, and nothing has tried whether a runtime loads the result"
 )
@@ -105,7 +106,7 @@ def _judged(order: AttemptOrder, checkpoint: Checkpoint, reporter: Reporter) -> 
     targets = weight_targets(checkpoint.tensors, checkpoint.config, request.quantization)
     inputs = {target.name: target.shape[1] for target in targets.linears}
     check_model(request.formats, checkpoint, str(checkpoint.config.get("model_type")), inputs)
-    reporter.warning("not_evaluated", NOT_EVALUATED)
+    reporter.warning("not_evaluated", NOT_READ if request.verify == "files" else NOT_EVALUATED)
     for reason, count in Counter(targets.left_alone.values()).most_common():
         example = next(name for name, why in targets.left_alone.items() if why == reason)
         reporter.log("tensors_left_alone", reason=reason, count=count, example=example)
