@@ -6,7 +6,7 @@ from enum import StrEnum
 
 @dataclass(frozen=True)
 class Limits:
-    """What one order may take.
+    """The most that one order may take.
 
     seconds        of wall time
     memory_bytes   of all processes of the child's group together, mapped files not counted

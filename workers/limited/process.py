@@ -27,7 +27,7 @@ from workers.limited.environment import limited_environment
 from workers.limited.limits import Ended, Limits, Outcome
 
 LOG = "child.log"
-"""What the child prints to its standard error, in its folder."""
+"""In the child's folder: all that it prints to its standard error."""
 WATCH_SECONDS = 0.1
 MIB = 1 << 20
 

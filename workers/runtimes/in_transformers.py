@@ -40,7 +40,7 @@ def read(order: ReadOrder) -> ReadAnswer:
 
 
 def tokenizer_problem(folder: Path, text: str, ids: tuple[int, ...]) -> str:
-    """What is wrong with the tokenizer of a folder, which must turn the text into these ids; empty: nothing."""
+    """The fault of a folder's tokenizer, which must turn the text into these ids; empty: there is none."""
     gguf = _gguf(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder, **({} if gguf is None else {"gguf_file": gguf}))
     made = tokenizer(text)["input_ids"]

@@ -38,7 +38,7 @@ class ReadOrder(BaseModel):
 
 
 class ReadAnswer(BaseModel):
-    """What came of it.
+    """The outcome of an order.
 
     version     of the runtime, as it says itself
     problem     what went wrong, in one line; empty: it loads and computes

@@ -1,4 +1,4 @@
-"""What a request may ask of runtimes: only what one of its formats is loaded by, and only if something is read."""
+"""Rules on required runtimes: one of the formats must be loaded by each, and something must be read."""
 
 from collections.abc import Sequence
 from typing import Literal

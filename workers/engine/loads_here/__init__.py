@@ -1,1 +1,1 @@
-"""Whether the worker's runtimes load what the job makes: one block before it is made, and the files afterwards."""
+"""Checks that the worker's runtimes load what the job makes: one block before it is made, the files afterwards."""
