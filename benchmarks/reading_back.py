@@ -2,9 +2,9 @@
 
     python -m benchmarks.reading_back MODEL --pairs 3 --samples 16 --length 256
 
-Attempts are processes of their own, as a worker starts them, and the child that reads is lent to one after another. Its
-start is paid by the first that reads, which is part of what is measured. Prints a JSON line per attempt and one with the
-ratios: wall time, and processor time of attempt and child together, which other work on the machine disturbs less.
+Attempts are processes of their own, as a worker starts them; the child that reads is lent to one after another, and the
+first that reads pays for its start. Prints a JSON line per attempt and one with the ratios: wall time, and processor
+time of attempt and child together, which other work on the machine disturbs less.
 """
 
 import argparse
@@ -94,8 +94,8 @@ def attempt(body: dict[str, Any], workspace: Path, reader: WarmReader) -> dict[s
 
 def obey(workspace: str) -> None:
     """An attempt, in this process."""
-    from workers.engine.reporter import Reporter  # noqa: PLC0415
-    from workers.engine.run import run  # noqa: PLC0415
+    from workers.engine.reporter import Reporter
+    from workers.engine.run import run
 
     folder = Path(workspace)
     order = AttemptOrder.model_validate_json((folder / "order.json").read_bytes())

@@ -1,4 +1,4 @@
-"""One block is read before tuning: faults of a writer end the job then, with real children; what is no fault does not."""
+"""One block is read before tuning, by real children: a writer's faults end the job then, and nothing else does."""
 
 import sys
 from collections.abc import Iterator
