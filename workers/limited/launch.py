@@ -8,7 +8,7 @@ Everything here outlives `exec`, so that any program can be confined, whatever l
     files       none that it writes grows beyond FILE_BYTES; no core is dumped
     privileges  no program that it starts gains any
 
-It imports the standard library alone.
+It imports the standard library alone. Systems other than Linux have none of this but the limits of files.
 """
 
 import ctypes
@@ -38,7 +38,8 @@ OPEN_FILES = 1024
 def main(arguments: list[str]) -> None:
     """Confine this process and become the command."""
     file_bytes, parent, command = int(arguments[0]), int(arguments[1]), arguments[2:]
-    leave_network()
+    if sys.platform == "linux":
+        leave_network()
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
     # After the namespaces: what changes a process's credentials takes this back.
     _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
@@ -110,7 +111,7 @@ def refuse_internet_sockets() -> None:
 
 def _unshare(flags: int) -> bool:
     with suppress(AttributeError):  # Linux's own
-        return _libc().unshare(flags) == 0
+        return bool(_libc().unshare(flags) == 0)
     return False
 
 

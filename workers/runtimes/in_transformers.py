@@ -4,6 +4,7 @@ A folder with the one-file loader is loaded by that, since stock calls do not; a
 `gguf_file`. Tensors that are missing and would be filled at random are a problem, which transformers only warns of.
 """
 
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,7 @@ def load(folder: Path, *, unpacked: bool = False) -> tuple[PreTrainedModel, str]
         model, info = _model_class(folder, given).from_pretrained(
             folder, dtype="auto", output_loading_info=True, **given
         )
-        quantization = getattr(model.config, "quantization_config", None)
-        if unpacked and quantization is not None:
+        if unpacked and "quantization_config" in vars(model.config):
             # Not while loading: transformers then reads every linear by the first group's scheme.
             model.hf_quantizer.compressor.decompress_model(model)
     lacking = sorted(info.get("missing_keys", ()))
@@ -82,22 +82,32 @@ def load(folder: Path, *, unpacked: bool = False) -> tuple[PreTrainedModel, str]
 
 @torch.no_grad()
 def compute(model: PreTrainedModel, ids: Tensor, tokens: int) -> tuple[Tensor, list[int]]:
-    """Logits after each of `ids` (1, length), fp32 (length, vocabulary), and the tokens written after them."""
-    logits = model(input_ids=ids).logits[0].float().contiguous()
-    if not tokens:
-        return logits, []
+    """Logits after each of `ids` (1, length), fp32 (length, vocabulary), and the tokens written after them.
+
+    Where a checkpoint rounds activations, tokens are written with them rounded; logits are those of its weights alone,
+    in which a misreading shows: four bits of activations would hide it.
+    """
+    written = list[int]()
     mask = torch.ones_like(ids)
-    kept = {"pad_token_id": 0, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
-    made = model.generate(input_ids=ids, attention_mask=mask, **kept)
-    return logits, made[0, ids.shape[1] :].tolist()
+    if tokens:
+        kept = {"pad_token_id": 0, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
+        written = model.generate(input_ids=ids, attention_mask=mask, **kept)[0, ids.shape[1] :].tolist()
+    else:
+        model(input_ids=ids)
+    if "quantization_config" in vars(model.config):
+        with suppress(ImportError):
+            from compressed_tensors.quantization import disable_quantization  # noqa: PLC0415
+
+            model.apply(disable_quantization)
+    return model(input_ids=ids).logits[0].float().contiguous(), written
 
 
 def _model_class(folder: Path, given: dict[str, Any]) -> Any:
     """The class that the configuration names, else the one of causal language models."""
     config = AutoConfig.from_pretrained(folder, **given)
-    named = getattr(transformers, next(iter(config.architectures or ()), ""), None)
-    fits = isinstance(named, type) and issubclass(named, PreTrainedModel) and isinstance(config, named.config_class)
-    return named if fits else AutoModelForCausalLM
+    named: Any = getattr(transformers, next(iter(config.architectures or ()), ""), None)
+    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    return named if is_model and isinstance(config, named.config_class) else AutoModelForCausalLM
 
 
 def _gguf(folder: Path) -> str | None:

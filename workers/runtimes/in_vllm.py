@@ -63,6 +63,7 @@ def read(order: dict[str, Any]) -> dict[str, Any]:
         max_num_seqs=1,
         max_logprobs=vocabulary,
         **lora,
+        **_memory(),
     )
     if order["text"] is not None:
         made = list(model.get_tokenizer()(order["text"])["input_ids"])
@@ -80,6 +81,16 @@ def read(order: dict[str, Any]) -> dict[str, Any]:
             array("f", [row[n].logprob if n in row else -math.inf for n in range(vocabulary)]).tofile(stream)
     written = list(found.outputs[0].token_ids) if order["tokens"] else []
     return {"vocabulary": vocabulary, "written": written}
+
+
+def _memory() -> dict[str, float]:
+    """The share of a GPU that vLLM may take: most of what the job beside it leaves."""
+    import torch  # noqa: PLC0415
+
+    if not torch.cuda.is_available():
+        return {}
+    free, total = torch.cuda.mem_get_info()
+    return {"gpu_memory_utilization": min(0.9, 0.9 * free / total)}
 
 
 def rank_of(adapter: str) -> int:

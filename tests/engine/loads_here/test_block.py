@@ -18,7 +18,7 @@ from workers.limited.process import LimitedProcess
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
-    real = block.open_writer
+    real = vars(block)["open_writer"]
 
     def opened(folder: Path, *given: Any, **named: Any) -> Any:
         return Faulty(real(folder, *given, **named), folder, fault)

@@ -41,7 +41,13 @@ def test_every_format_is_loaded_and_writes(small_model: Path, tmp_path: Path, re
 
 
 def test_an_adapter_is_loaded_beside_its_base(small_model: Path, tmp_path: Path, reads: dict[str, Any]) -> None:
-    spec = {"method": "loftq", "bits": 3, "rank": 4, "base": "affine", "formats": ["compressed-tensors", "peft"]}
+    spec: dict[str, Any] = {
+        "method": "loftq",
+        "bits": 3,
+        "rank": 4,
+        "base": "affine",
+        "formats": ["compressed-tensors", "peft"],
+    }
     report = run_job(small_model, tmp_path, order=reads, verify="files", **spec).report
     assert files_of(report.loads) == [
         ("compressed-tensors", "transformers", "loads", 16),
@@ -70,7 +76,7 @@ def test_without_a_model_files_load_and_are_compared_with_nothing(
 def test_a_failure_keeps_the_files_and_warns_and_misses_what_is_required(
     small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
-    real = export.open_writers
+    real = vars(export)["open_writers"]
 
     def opened(folder: Path, *given: Any, **named: Any) -> dict[ExportFormat, Any]:
         writers = dict(real(folder, *given, **named))

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +86,8 @@ class BlockCheck:
         assert self.cut is not None  # noqa: S101 - for the type checker
         folder = self.job.workspace / FOLDER / "block" / "plain"
         write_plain(self.cut, folder)
-        where = self.job.order.runtimes.get(Runtime.TRANSFORMERS)
-        if where is not None:
-            check = Check(ExportFormat.MERGED, Runtime.TRANSFORMERS, where)
+        if Runtime.TRANSFORMERS in self.job.order.runtimes:
+            check = Check.of(ExportFormat.MERGED, Runtime.TRANSFORMERS, self.job.order)
             plain = self.reading.read(check, folder, self.probe, block_logits(self.job, self.probe, {}), level="block")
             if plain.result != "loads":
                 why = f"its first block alone is no model to transformers, quantized or not: {plain.detail}"
@@ -155,7 +154,7 @@ def _rounded(job: Job, module: nn.Module, prefix: str, names: Sequence[str]) -> 
     return {full[name]: result.to(torch.device("cpu")) for name, result in made.items()}
 
 
-def _unused(*_: object) -> NoReturn:
+def _unused(*_: Any, **__: Any) -> Any:
     raise TypeError("rounding to nearest looks at weights alone")
 
 

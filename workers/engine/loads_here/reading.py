@@ -1,6 +1,7 @@
 """Checkpoints read by the runtimes that the worker has, each by a limited child: whatever happens to it is a result."""
 
 import math
+import shutil
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,7 +18,7 @@ from app.domain.runtimes import ONLY_WHERE_ASKED, Runtime
 from bitwright.errors import RuntimeDidNotLoad
 from bitwright.report import LoadReport
 from workers.disk.orders import AttemptOrder, RuntimePlace
-from workers.engine.loads_here.comparison import CLOSE, difference, read_logits
+from workers.engine.loads_here.comparison import CLOSE, CLOSE_WITH_ACTIVATIONS, difference, read_logits
 from workers.engine.text.sequences import has_tokenizer, load_tokenizer
 from workers.limited.limits import Ended, Limits, last_lines
 from workers.limited.process import Handle, LimitedProcess
@@ -38,11 +39,23 @@ HOST_SHARE = 0.9
 
 @dataclass(frozen=True)
 class Check:
-    """A format that a runtime is to load."""
+    """A format that a runtime is to load.
+
+    close   largest difference of its logits that is rounding
+    """
 
     format: ExportFormat
     runtime: Runtime
     where: RuntimePlace
+    close: float
+
+    @classmethod
+    def of(cls, name: ExportFormat, runtime: Runtime, order: AttemptOrder) -> Self:
+        """The check of a format by a runtime of an order's worker."""
+        rows = [scheme.row for _, scheme in order.request.quantization.schemes()]
+        rounds = any(row is not None and row.activations is not None for row in rows) and not name.info.dense
+        close = CLOSE_WITH_ACTIVATIONS.get(runtime, CLOSE[runtime]) if rounds else CLOSE[runtime]
+        return cls(name, runtime, order.runtimes[runtime], close)
 
 
 @dataclass(frozen=True)
@@ -77,7 +90,7 @@ def checks_of(order: AttemptOrder) -> list[Check]:
         hint = "GET /v1/workers says what each has; give it to all workers, or drop it from require.loads"
         raise RuntimeDidNotLoad(detail, field="require.loads", value=lacking[0], hint=hint)
     return [
-        Check(name, runtime, order.runtimes[runtime])
+        Check.of(name, runtime, order)
         for name in request.formats
         for runtime in name.info.read_by
         if runtime in order.runtimes and (runtime in asked or runtime not in ONLY_WHERE_ASKED)
@@ -144,7 +157,8 @@ class Reading:
             place=check.where.place,
         )
         answer, log = self._answer(check, order, _size(folder, base))
-        verdict = _judged(check.runtime, answer, order, expected)
+        verdict = _judged(check.close, answer, order, expected)
+        shutil.rmtree(place, ignore_errors=True)
         said = f"{log}\n{verdict.problem}".replace(f"{self._folder.parent}/", "") if verdict.problem else ""
         return LoadReport(
             format=check.format.value,
@@ -191,7 +205,7 @@ class _Verdict:
     difference: float | None = None
 
 
-def _judged(runtime: Runtime, answer: ReadAnswer, order: ReadOrder, expected: Tensor | None) -> _Verdict:
+def _judged(close: float, answer: ReadAnswer, order: ReadOrder, expected: Tensor | None) -> _Verdict:
     if answer.problem:
         return _Verdict(answer.problem, "does_not_load")
     try:
@@ -211,11 +225,11 @@ def _judged(runtime: Runtime, answer: ReadAnswer, order: ReadOrder, expected: Te
     apart = difference(expected, logits)
     if not math.isfinite(apart):
         return _Verdict("it loads the files, and its logits are not finite", "differs")
-    if apart <= CLOSE[runtime]:
+    if apart <= close:
         return _Verdict(difference=apart)
     words = (
         f"it loads the files and computes another model: its logits differ from the engine's by {apart:.3g} standard "
-        f"deviations, and {CLOSE[runtime]:g} is what rounding may do"
+        f"deviations, and {close:g} is what rounding may do"
     )
     return _Verdict(words, "differs", apart)
 
