@@ -321,6 +321,14 @@ class NumericalFailure(InputError):
     )
 
 
+class RuntimeDidNotLoad(InputError):
+    code, title = "runtime_did_not_load", "A runtime does not load what the job would make"
+    way_out = (
+        "`detail` has the runtime's last lines: leave the format out, change the scheme, or set `verify` to `off` if "
+        "it is served elsewhere."
+    )
+
+
 class RequirementMissed(InputError):
     code, title = "requirement_missed", "The result misses a requirement of the request"
     way_out = "The report has the numbers: raise bits, or a better preset, or loosen `require`."

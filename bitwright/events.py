@@ -26,6 +26,7 @@ class Stage(StrEnum):
     FINETUNE = "finetune"
     EVALUATE = "evaluate"
     EXPORT = "export"
+    VERIFY = "verify"
     STORE = "store"
 
 

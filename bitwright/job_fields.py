@@ -36,6 +36,7 @@ class JobFields(TypedDict, total=False):
     evaluation: JsonObject | None
     formats: Sequence[str]
     seed: int
+    verify: str | None
     require: JsonObject | None
     device: str
     priority: int

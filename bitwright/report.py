@@ -304,6 +304,26 @@ class BaseJobReport(ReportPart):
     )
 
 
+class LoadReport(ReportPart):
+    """A try to read a checkpoint of the job in a runtime, in a process of its own without a network."""
+
+    format: str = Field(description="Folder of the checkpoint.")
+    runtime: str
+    version: str | None = Field(default=None, description="Of the runtime, as it says itself; null: it said nothing.")
+    read: Literal["block", "files"] = Field(
+        description="block: one block in the job's schemes, before the rest was made. files: the whole checkpoint."
+    )
+    result: Literal["loads", "does_not_load", "differs", "not_checked"] = Field(
+        description="differs: it loads, and computes something else than was made."
+    )
+    detail: str | None = Field(default=None, description="The runtime's own words, or why nothing was tried.")
+    difference: float | None = Field(
+        default=None, description="Of its logits from the engine's, root mean square, in standard deviations."
+    )
+    tokens_written: int | None = None
+    seconds: float = 0.0
+
+
 class Report(ReportPart):
     """The steps of a job and their outcome."""
 
@@ -352,6 +372,9 @@ class Report(ReportPart):
     )
     finetuning: FinetuningReport | None = Field(default=None, description="None where nothing was trained.")
     adapter: AdapterReport | None = Field(default=None, description="None where nothing was trained.")
+    loads: tuple[LoadReport, ...] = Field(
+        default=(), description="What runtimes of the worker made of the result, as far as `verify` asked for it."
+    )
     size: SizeReport
     scales_rounded: dict[str, float] = Field(
         default_factory=dict,

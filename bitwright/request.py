@@ -95,6 +95,7 @@ class RequestView(RequestPart):
     evaluation: dict[str, Any] | None = None
     formats: tuple[str, ...] | None = None
     seed: int | None = None
+    verify: str | None = None
     require: dict[str, Any] | None = None
     device: str | None = None
     priority: int | None = None

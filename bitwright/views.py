@@ -256,12 +256,20 @@ CLOCK_SKEW = "clock_skew_seconds"
 """Name of the difference between a worker's clock and the database's, among the facts of its machine."""
 
 
+RUNTIMES = "runtimes"
+"""Name of the runtimes that a worker has, by name their release, among the facts of its machine."""
+
+
 class WorkerView(View):
     id: str
     device: str
     capacity: dict[str, Any] = Field(default_factory=dict)
     job_id: str | None = None
     last_seen_at: datetime
+    runtimes: dict[str, str] | None = Field(
+        default=None,
+        description="Release of each runtime that it reads results in, by name; null: an older worker, which says not.",
+    )
     clock_skew_seconds: float | None = Field(
         default=None, description="By how much the clock of the worker's machine is ahead of the database's."
     )

@@ -17,7 +17,7 @@ from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
 from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, PER_CHANNEL, Form, Scheme, SchemeName
 from app.domain.mlx_rules import mlx_refusals
-from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
+from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 
 
 class ScaleDtype(StrEnum):
@@ -90,6 +90,7 @@ class FormatInfo:
     offsets           how it stores fractional offsets
     dense             whether it stores weights in the model's own dtype, as large as the original's
     always_kept       whether every job writes it, asked for or not
+    read_by           stock loaders that a worker tries it in
     library           `library_name` of its model cards: what loads it
     weight_files      patterns of the files with its tensors
     schemes           schemes by name that it holds
@@ -116,6 +117,7 @@ class FormatInfo:
     offsets: Offsets = Offsets.NONE
     dense: bool = False
     always_kept: bool = False
+    read_by: tuple[Runtime, ...] = ()
     library: str = "transformers"
     weight_files: tuple[str, ...] = ("*.safetensors",)
     model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
@@ -202,6 +204,7 @@ class ExportFormat(StrEnum):
             embeddings=EmbeddingRule.ANY,
             kv_cache=True,
             always_kept=True,
+            read_by=(Runtime.TRANSFORMERS,),
             library="bitwright",
             runtimes=(
                 RuntimeSupport(
@@ -230,6 +233,7 @@ class ExportFormat(StrEnum):
             schemes=ALL_SCHEMES,
             kv_cache=True,
             embeddings=EmbeddingRule.UNIFORM,
+            read_by=(Runtime.TRANSFORMERS, Runtime.VLLM),
             runtimes=(
                 RuntimeSupport(
                     "transformers",
@@ -297,6 +301,7 @@ class ExportFormat(StrEnum):
             schemes=ALL_SCHEMES,
             embeddings=EmbeddingRule.ANY,
             dense=True,
+            read_by=(Runtime.TRANSFORMERS, Runtime.VLLM),
             runtimes=(
                 RuntimeSupport(
                     "transformers",
@@ -325,6 +330,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.FACTORS}),
             schemes=ALL_SCHEMES,
             embeddings=EmbeddingRule.ANY,
+            read_by=(Runtime.PEFT, Runtime.VLLM),
             library="peft",
             runtimes=(
                 RuntimeSupport(
@@ -359,6 +365,7 @@ class ExportFormat(StrEnum):
             architectures=frozenset(GGUF_ARCHITECTURES),
             offsets=Offsets.FLOAT16,
             embeddings=EmbeddingRule.ANY,
+            read_by=(Runtime.LLAMA_CPP,),
             library="gguf",
             weight_files=("*.gguf",),
             model_check=gguf_refusals,

@@ -12,7 +12,7 @@ from rich.text import Text
 from bitwright.errors import BitwrightError
 from bitwright.events import ProgressEvent
 from bitwright.job_states import JobStatus
-from bitwright.report import Report
+from bitwright.report import LoadReport, Report
 from bitwright.request import AdapterRequestView, QuantizationView
 from bitwright.views import JobView, MethodList, QueueView
 
@@ -216,7 +216,19 @@ def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})
     if report.scales is not None and report.scales.kept:
         before, after = f"{report.scales.kl_initial:.5f}", f"{report.scales.kl:.5f}"
         table.add_row("KL on held-out calibration text, scales tuned", before, after)
+    for name, said in loads_text(report.loads).items():
+        table.add_row(name, "", said)
     return table
+
+
+def loads_text(loads: Iterable[LoadReport]) -> dict[str, str]:
+    """Format and runtime -> its last word on the result: on the files, else on one block."""
+    said = {"loads": "loads", "does_not_load": "does not load", "differs": "misreads", "not_checked": "not tried with"}
+    read = {"files": "the files", "block": "one block"}
+    return {
+        f"{load.format} in {load.runtime} {load.version or ''}".strip(): f"{said[load.result]} {read[load.read]}"
+        for load in sorted(loads, key=lambda load: load.read == "files")
+    }
 
 
 def times_table(report: Report) -> Table:

@@ -48,6 +48,10 @@ def submit(
     max_perplexity_ratio: Annotated[float | None, typer.Option(help="Fail above this ratio.")] = None,
     max_kl_divergence: Annotated[float | None, typer.Option(help="Fail above this divergence, nats per token.")] = None,
     min_top1_agreement: Annotated[float | None, typer.Option(help="Fail below this share.")] = None,
+    verify: Annotated[str | None, typer.Option(help="What runtimes read of the result: block, files or off.")] = None,
+    require_load: Annotated[
+        list[str] | None, typer.Option(help="Fail unless this runtime loads the result: vllm, llama.cpp, ...")
+    ] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="A label, name=value.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
     dry_run: Annotated[
@@ -68,9 +72,9 @@ def submit(
     calibration = {"dataset": _absolute(dataset), "num_samples": samples, "sequence_length": sequence_length}
     set_section(body, "calibration", calibration)
     limits = {"max_perplexity_ratio": max_perplexity_ratio, "max_kl_divergence": max_kl_divergence}
-    set_section(body, "require", limits | {"min_top1_agreement": min_top1_agreement})
+    set_section(body, "require", limits | {"min_top1_agreement": min_top1_agreement, "loads": require_load})
     set_section(body, "metadata", parse_labels(metadata))
-    set_fields(body, {"formats": format})
+    set_fields(body, {"formats": format, "verify": verify})
     if not evaluation:
         body["evaluation"] = None
     with connect(url, key, data_dir) as client:

@@ -1,6 +1,6 @@
 """From durable blocks and trained adapters to checkpoints: each linear once through its merge and every writer."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from app.domain.format_rules import stored_formats
 from app.domain.formats import EmbeddingRule, ExportFormat
 from bitwright.events import Stage
 from bitwright.formats import ADAPTER_FOLDER
-from bitwright.report import AdapterReport, Report
+from bitwright.report import AdapterReport, LoadReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.device.read_ahead import read_ahead
@@ -35,8 +35,14 @@ OUTPUT = "output"
 """Folder of a workspace that holds a folder per checkpoint."""
 
 
-def run(job: Job, results: Results) -> ResultLine:
+ReadFiles = Callable[[Job, TrainedAdapters | None], tuple[LoadReport, ...]]
+"""Everything that is known of whether runtimes load the result."""
+
+
+def run(job: Job, results: Results, read: ReadFiles | None = None) -> ResultLine:
     """Writes every format from the durable blocks, and the same report into each.
+
+    read   tries the checkpoints, which lack only their report
 
     Raises:
         FormatCannotHold: a format would have to change a weight.
@@ -45,6 +51,9 @@ def run(job: Job, results: Results) -> ResultLine:
     job.clock.enter(Stage.EXPORT)
     trained, evaluated = None if results.finetuned is None else results.finetuned.trained, results.evaluated
     exported = _write(job, trained, identity_of(job, results))
+    if read is not None:
+        results = replace(results, loads=read(job, trained))
+        job.clock.enter(Stage.EXPORT)
     adapter = exported.adapter
     if adapter is not None and evaluated is not None:
         adapter = adapter.model_copy(update={"before_merge": evaluated.before_merge})
@@ -99,7 +108,7 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                 _write_linear(model, name, base, trained, exported)
             if trained is not None:
                 bases |= {name: _outline(base) for name, base in block.items() if name in trained.modules}
-            for name, part in _left_beside(model, list(block)):
+            for name, part in left_beside(model, list(block)):
                 for writer in exported.writers.values():
                     writer.add_part(model.names.linear_name(name), model.names.read(f"{name}.weight"), part)
             for name, tensor in finished.parameters(done - 1).items():
@@ -110,7 +119,7 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                     writer.add_kv_scales(model.names.module_name(name), scales)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     for writer in exported.writers.values():
-        writer.finish(ignored=_kept_linears(model, job.schemes))
+        writer.finish(ignored=kept_linears(model, job.schemes))
         for code, message in writer.warnings.items():
             job.reporter.warning(code, message)
     for message in exported.scales.warnings().values():
@@ -172,13 +181,13 @@ def part_of(model: StreamedModel, name: str) -> StoredPart | None:
     return None
 
 
-def _kept_linears(model: StreamedModel, quantized: Collection[str]) -> tuple[str, ...]:
+def kept_linears(model: StreamedModel, quantized: Collection[str]) -> tuple[str, ...]:
     """Every linear of the model that stays as it is, routers and other parts of a larger model included."""
     linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
     return tuple(name for name in linears if name not in quantized)
 
 
-def _left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tuple[str, StoredPart]]:
+def left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tuple[str, StoredPart]]:
     """Linears that are not quantized but share a tensor of the checkpoint with some that are."""
     shared = {part.of for name in quantized if (part := part_of(model, name)) is not None and part.index is not None}
     for parameter in model.names.slices if shared else ():

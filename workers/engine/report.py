@@ -8,6 +8,7 @@ from bitwright.report import (
     BaseJobReport,
     BlockReport,
     LinearReport,
+    LoadReport,
     ModelReport,
     PeakMemory,
     Report,
@@ -37,6 +38,7 @@ class Results:
     scales: ScaleReport | None
     finetuned: Finetuned | None
     evaluated: Evaluated | None
+    loads: tuple[LoadReport, ...] = ()
 
 
 def report_of(job: Job, results: Results, size: SizeReport) -> Report:
@@ -69,6 +71,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
         allocation=job.prepared.report,
         scales=results.scales,
         finetuning=None if results.finetuned is None else results.finetuned.report,
+        loads=results.loads,
         size=size,
         seconds=job.clock.seconds(),
         peak_memory=_peak_memory(job, results),

@@ -11,6 +11,7 @@ from workers.disk.orders import AttemptOrder
 from workers.engine import evaluate, export, exports, finetune, quantize, scales, weights_only
 from workers.engine.device.process_group import joined
 from workers.engine.job import Job
+from workers.engine.loads_here.stage import Verification, verification
 from workers.engine.opening import open_job
 from workers.engine.report import Results
 from workers.engine.reporter import Reporter
@@ -23,13 +24,15 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         InputError: the model, its data or the request's numbers do not fit together.
         InvalidRequest: the head is to be quantized but is the embeddings, of which the request does not speak.
         FormatCannotHold: a format of the request cannot hold this model.
+        RuntimeDidNotLoad: a runtime of the worker does not read one block of the result.
     """
-    if order.request.exports:
-        return exports.run(order, workspace, reporter)
-    if weights_only.chosen(order):
-        return weights_only.run(order, workspace, reporter)
-    with open_job(order, workspace, reporter, rank=0) as job:
-        return export.run(*_computed(job))
+    with verification(order, workspace) as checks:
+        if order.request.exports:
+            return exports.run(order, workspace, reporter)
+        if weights_only.chosen(order):
+            return weights_only.run(order, workspace, reporter, checks.weights)
+        with open_job(order, workspace, reporter, rank=0) as job:
+            return export.run(*_computed(job, checks), checks.files)
 
 
 def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
@@ -43,11 +46,15 @@ def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
         _computed(job)
 
 
-def _computed(job: Job) -> tuple[Job, Results]:
-    """The stages that all processes of the job go through together."""
+def _computed(job: Job, checks: Verification | None = None) -> tuple[Job, Results]:
+    """The stages that all processes of the job go through together; one of them has `checks` beside."""
     with joined(job.processes, job.order.rendezvous, job.model.device):
         job = quantize.prepare(job)
-        quantized = quantize.run(job)
+        if checks is None:
+            quantized = quantize.run(job)
+        else:
+            checks.begin(job)
+            quantized = quantize.run(job, checks.demand_block)
         tuned = scales.run(job, quantized)
         # Two or three tensors of (sequences, length, width), whose memory finetuning may need.
         quantized = replace(quantized, calibration=None)

@@ -16,6 +16,9 @@ def missed_requirement(
     """
     if require is None or not require.model_dump(exclude_none=True):
         return None
+    unloaded = _unloaded(require, report)
+    if unloaded is not None or not require.model_dump(exclude_none=True, exclude={"loads"}):
+        return unloaded
     if report.quality is None:
         detail = "the request has requirements, but the job evaluated nothing to hold them against"
         return RequirementMissed(detail, field="evaluation", hint="give an evaluation, or drop require")
@@ -34,6 +37,24 @@ def missed_requirement(
         value=names,
         hint=_way_out(require, report),
     )
+
+
+def _unloaded(require: Requirements, report: Report) -> RequirementMissed | None:
+    """The error for the first required runtime that does not load the result, or was not seen to."""
+    for runtime in require.loads or ():
+        tries = [load for load in report.loads if load.runtime == runtime]
+        files = [load for load in tries if load.read == "files"]
+        failed = [load for load in files or tries if load.result in ("does_not_load", "differs")]
+        if failed:
+            detail = f"{runtime.value} {failed[0].version or ''} does not load {failed[0].format}: {failed[0].detail}"
+        elif not any(load.result == "loads" for load in files or tries):
+            reasons = [load.detail or "" for load in tries]
+            detail = f"{runtime.value} was not seen to load the result: {next(iter(reasons), 'nothing was read')}"
+        else:
+            continue
+        hint = "the artifacts are stored; report.loads has the runtime's own words"
+        return RequirementMissed(detail, field="require.loads", value=runtime.value, hint=hint)
+    return None
 
 
 def _way_out(require: Requirements, report: Report) -> str:

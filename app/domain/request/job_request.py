@@ -16,9 +16,11 @@ from app.domain.methods import QuantizationSpec
 from app.domain.request.base_job import JOB_ID, BaseJob, Folded
 from app.domain.request.combination_rules import result_problems
 from app.domain.request.finetuning import Finetune
+from app.domain.request.loading_rules import loading_problems
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems, with_new_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
+from app.domain.runtimes import Runtime
 from bitwright.errors import FieldProblem, InvalidRequest, shorten
 from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus
 
@@ -83,6 +85,12 @@ class Requirements(RequestPart):
         allow_inf_nan=False,
         description="Share of tokens where the most likely next token is the same.",
     )
+    loads: tuple[Runtime, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=len(Runtime),
+        description="Runtimes that must load the result. With verify block the one block counts, with files the files.",
+    )
 
 
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -127,6 +135,11 @@ class JobRequest(RequestPart):
     seed: int = Field(
         default=0, strict=True, ge=0, le=2**63 - 1, description="Same request, device and plan: same codes."
     )
+    verify: Literal["block", "files", "off"] = Field(
+        default="block",
+        description="What a worker's runtimes read of the result. block: one block, before the rest is made; files: "
+        "that, and the finished checkpoints, which write 16 tokens; off: nothing.",
+    )
     require: Requirements | None = None
     device: Literal["any", "cpu", "cuda"] = Field(default="any", description="Device class that may run the job.")
     priority: int = Field(default=0, strict=True, ge=-100, le=100, description="Higher runs first.")
@@ -161,6 +174,9 @@ class JobRequest(RequestPart):
             request = cls.model_validate(expansion.body)
         except ValidationError as error:
             problems = with_new_problems(problems, field_problems(error, cls, body, ALL_SHORTHAND))
+        else:
+            loads = None if request.require is None else request.require.loads
+            problems = with_new_problems(problems, loading_problems(request.verify, loads, request.formats))
         problems += _adapter_problems(expansion)
         problems += _format_problems(expansion, body, None if base_job is None else base_job.folded)
         if problems:

@@ -5,7 +5,7 @@ source and the result; shards are written once, and become the checkpoint's by a
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,6 +27,7 @@ from app.domain.weight_targets import (
     weight_targets,
 )
 from bitwright.events import BlockEvent, Stage
+from bitwright.report import LoadReport
 from workers.disk.orders import AttemptOrder
 from workers.engine.clock import StageClock
 from workers.engine.fingerprint import code_version, fingerprint, library_versions
@@ -47,9 +48,14 @@ from workers.numerics.quantized import StoredBits
 OUTPUT = "output"
 PART_BYTES = SHARD_BYTES
 """Bytes of the source that a killed attempt may cost."""
+NOT_READ = "no model was built (weights only): nothing was evaluated"
 NOT_EVALUATED = (
     "no model was built (weights only): nothing was evaluated, and nothing has tried whether a runtime loads the result"
 )
+
+
+ReadWeights = Callable[[Checkpoint, Reporter, Path], tuple[LoadReport, ...]]
+"""Everything that is known of whether runtimes load the checkpoints in a folder."""
 
 
 def chosen(order: AttemptOrder) -> bool:
@@ -63,8 +69,10 @@ def chosen(order: AttemptOrder) -> bool:
     return does_without_model(request, accepted=accepted)
 
 
-def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
+def run(order: AttemptOrder, workspace: Path, reporter: Reporter, read: ReadWeights) -> ResultLine:
     """Quantize and write every tensor; checkpoints go to `workspace`/output/<format>.
+
+    read   tries the checkpoints, which lack only their report
 
     Raises:
         InputError, InvalidRequest: the checkpoint or the request's numbers do not fit together.
@@ -101,8 +109,12 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
             writer.finish(ignored=tuple(targets.left_alone))
             for code, message in writer.warnings.items():
                 reporter.warning(code, message)
+    if order.request.verify == "files":
+        clock.enter(Stage.VERIFY)
+    loads = read(checkpoint, reporter, workspace / OUTPUT)
+    clock.enter(Stage.EXPORT)
     report = report_of(order, checkpoint, targets, finished.parts, finished.resumed, clock, reporter)
-    report = report.model_copy(update={"scales_rounded": scales.report()})
+    report = report.model_copy(update={"scales_rounded": scales.report(), "loads": loads})
     report = with_files(report, workspace / OUTPUT, writers)
     for writer in writers.values():
         writer.describe(report)
@@ -130,7 +142,7 @@ def _judged(order: AttemptOrder, checkpoint: Checkpoint, reporter: Reporter) -> 
         raise refusal([problem])
     shapes = {target.name: target.shape for target in targets.linears}
     check_model(request.formats, checkpoint, str(checkpoint.config.get("model_type")), shapes)
-    reporter.warning("not_evaluated", NOT_EVALUATED)
+    reporter.warning("not_evaluated", NOT_READ if request.verify == "files" else NOT_EVALUATED)
     for reason, count in Counter(targets.left_alone.values()).most_common():
         example = next(name for name, why in targets.left_alone.items() if why == reason)
         reporter.log("tensors_left_alone", reason=reason, count=count, example=example)

@@ -18,7 +18,7 @@ from bitwright.report import Report, SizeReport
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.identity import Contents, Identity, adapter_title, contents_of, title
 from workers.formats.cards.loading import AdapterBase, Lines, Loading
-from workers.formats.cards.sections import code, quality, reference_lines, source_name, training
+from workers.formats.cards.sections import code, quality, reference_lines, source_name, training, tried
 from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.format import Opening
 from workers.formats.shards import write_json
@@ -100,6 +100,7 @@ def model_card(
         _summary(report, contents, export_format, linears),
         "## Load",
         *loading(Loading(linears, formats, apart, identity.model_id, base, outputs)),
+        *tried(report, export_format),
         *training(report),
         *quality(report, contents, export_format),
         *reference_lines(report.round_to_nearest),
