@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
 from app.domain.inputs.architectures import ARCHITECTURES
-from app.domain.methods import METHODS, PER_CHANNEL, Form, Scheme, WeightSpec
+from app.domain.methods import METHODS, PER_CHANNEL, Choice, Form, Scheme, SchemeName, WeightSpec
 from bitwright.errors import FieldProblem
 
 
@@ -61,8 +61,30 @@ def format_problems(
             )
         for pattern, scheme in spec.schemes():
             of_scheme = _scheme_problems(name, pattern, scheme, spec.symmetries())
+            if not pattern and spec.chooses():
+                of_scheme = [_of_choices(problem, spec) for problem in of_scheme]
             problems += [problem for problem in of_scheme if problem not in problems]
     return problems + _scale_problems(formats)
+
+
+def _of_choices(problem: FieldProblem, spec: WeightSpec) -> FieldProblem:
+    """The problem of a width or scheme that stands among the choices of a budget or goal."""
+    if problem.field not in ("quantization.bits", "quantization.scheme"):
+        return problem
+    return problem.model_copy(update={"field": f"quantization.{spec.field_of_choices()}"})
+
+
+def held_choices(spec: WeightSpec, formats: Iterable[ExportFormat], choices: Iterable[Choice]) -> tuple[Choice, ...]:
+    """Those of `choices` that every one of the formats holds, with the spec's groups and symmetry."""
+    held = []
+    for choice in choices:
+        if isinstance(choice, SchemeName):
+            scheme = Scheme.named(choice)
+        else:
+            scheme = Scheme(bits=choice, group_size=spec.group_size, symmetric=spec.symmetric)
+        if not any(_scheme_problems(name, "", scheme, spec.symmetries()) for name in formats):
+            held.append(choice)
+    return tuple(held)
 
 
 def model_problems(

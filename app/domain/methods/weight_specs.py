@@ -7,6 +7,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
+from app.domain.methods.goals import AtMost, Choice, Fits, Goal
 from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
 from app.domain.methods.schemes import (
     INTEGER_FIELDS,
@@ -57,12 +58,14 @@ class WeightSpec(Spec):
             return None
         return self._schemes(o for p, o in self.modules.overrides.items() if fits(name, p))[-1]
 
-    def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
-        """Choices of the budget for the linear of that name: one where its width is given; none if ignored."""
+    def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:
+        """Choices for the linear of that name: one where its width is given; those whose groups divide it; none if it
+        is ignored."""
         if self.scheme_of(name) is None:
             return ()
-        overrides = (o for p, o in self.modules.overrides.items() if fits(name, p))
-        return tuple(Candidate(scheme) for scheme in self._schemes(overrides))
+        schemes = self._schemes(o for p, o in self.modules.overrides.items() if fits(name, p))
+        dividing = [scheme for scheme in schemes if scheme.divides(in_features)]
+        return tuple(Candidate(scheme) for scheme in dividing or schemes)
 
     def schemes(self) -> tuple[tuple[str, Scheme], ...]:
         """The default's schemes with the pattern "", and each override's, alone, with its own: of a budget, several."""
@@ -72,18 +75,22 @@ class WeightSpec(Spec):
     def _schemes(self, overrides: Iterable[SchemeOverride]) -> list[Scheme]:
         """All that these overrides leave, by rising width."""
         values: dict[str, object] = {"group_size": self.group_size, "symmetric": self.symmetric}
-        name = self.default_name()
+        name, choices = self.default_name(), self.choices()
         for override in overrides:
             given = override.model_dump(exclude_none=True)
             name = override.scheme or (None if given else name)
             values |= given
+            integers = [] if override.scheme else [choice for choice in choices if isinstance(choice, int)]
+            choices = tuple(integers) if given and integers else choices
         if name is not None:
             return [Scheme.named(name)]
         values.pop("scheme", None)
         if "bits" in values:
             return [Scheme.model_validate(values)]
-        widths = self.bits.choices if isinstance(self.bits, BitBudget) else (self.bits,)
-        return [Scheme.model_validate({"bits": width} | values) for width in widths]
+        named = SchemeName
+        return [
+            Scheme.named(c) if isinstance(c, named) else Scheme.model_validate({"bits": c} | values) for c in choices
+        ]
 
     def default_name(self) -> SchemeName | None:
         """The scheme that the request gives by name; None where it gives numbers of integers."""
@@ -92,6 +99,24 @@ class WeightSpec(Spec):
     def budget(self) -> BitBudget | None:
         """The budget, where widths are chosen by it."""
         return self.bits if isinstance(self.bits, BitBudget) else None
+
+    def goal(self) -> Goal | None:
+        """The goal, where widths are chosen for it."""
+        return None
+
+    def chooses(self) -> bool:
+        """True if each linear's scheme is chosen, for a budget or a goal."""
+        return self.budget() is not None or self.goal() is not None
+
+    def choices(self) -> tuple[Choice, ...]:
+        """What a linear without an override may become: of a budget or goal, several."""
+        if isinstance(self.bits, BitBudget):
+            return self.bits.choices
+        return (self.bits,)
+
+    def field_of_choices(self) -> str:
+        """The field of `quantization` that says what is chosen from."""
+        return "bits"
 
     def least_bits(self, name: str, in_features: int) -> float:
         """Bits a weight, scales included, of the cheapest way to store a linear that is not ignored."""
@@ -114,6 +139,8 @@ class WeightSpec(Spec):
             ValidationError: with the location of each value that is refused.
         """
         refused = [] if self.symmetric in self.symmetries() else [self._symmetry_refusal((), self.symmetric)]
+        foreign = [c for c in self.choices() if isinstance(c, SchemeName) and c not in self.named_schemes]
+        refused += [self._scheme_refusal((self.field_of_choices(), "choices"), choice.value) for choice in foreign]
         for pattern, override in self.modules.overrides.items():
             where = ("modules", "overrides", pattern)
             for name, value in override.model_dump(exclude_none=True).items():
@@ -136,7 +163,8 @@ class WeightSpec(Spec):
 
     def _scheme_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
         known = ", ".join(sorted(self.named_schemes)) or "none by name"
-        return _refusal((*where, "scheme"), value, f"{self.method} takes these schemes: {known}; or give bits")
+        location = where if where[-1:] == ("choices",) else (*where, "scheme")
+        return _refusal(location, value, f"{self.method} takes these schemes: {known}; or give bits")
 
     def _symmetry_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
         kind = "symmetric" if value else "asymmetric"
@@ -166,7 +194,7 @@ class WeightSpec(Spec):
 
     def needs_preparation(self) -> bool:
         """True if a budget is spent or Fisher information measured before the first block."""
-        return self.budget() is not None or self.needs_fisher()
+        return self.chooses() or self.needs_fisher()
 
     def reads_text(self) -> bool:
         """True if the method, its budget or its weighting reads calibration text."""
@@ -196,37 +224,58 @@ def _refusal(location: tuple[str, ...], value: object, detail: str) -> InitError
     return InitErrorDetails(type=reason, loc=location, input=value)
 
 
-class NormalFloatSpec(WeightSpec):
-    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
+class GoalSpec(WeightSpec):
+    """Parameters of a method that takes a goal in place of bits."""
 
-    method: Literal["nf"] = "nf"
-    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
-    double_quantization: bool = Field(
-        default=True,
-        strict=True,
-        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
-        "a weight in place of 4.25 with groups of 64.",
+    at_most: AtMost | None = Field(
+        default=None, description="A limit in place of bits: of the distance from the original, or of the size."
     )
-    weights_only: WeightsOnly = False
+    fits: Fits | None = Field(default=None, description="Memory that the result is to be served in, in place of bits.")
 
-    def needs_model(self) -> bool:
-        """Weights alone."""
-        return False
+    def goal(self) -> Goal | None:
+        """The spec's `at_most` or `fits`."""
+        return self.at_most or self.fits
 
-    def asks_for_weights_alone(self) -> bool:
-        """As the request says."""
-        return self.weights_only
+    def choices(self) -> tuple[Choice, ...]:
+        """The goal's, where there is one."""
+        goal = self.goal()
+        return super().choices() if goal is None else goal.choices
 
-    def observes_inputs(self) -> bool:
-        """Weights alone."""
-        return False
+    def field_of_choices(self) -> str:
+        """The field of the goal, where there is one."""
+        if self.goal() is None:
+            return super().field_of_choices()
+        return "fits" if self.at_most is None else "at_most"
 
-    def forms(self) -> frozenset[Form]:
-        """Codes of a codebook."""
-        return frozenset({Form.CODEBOOK})
+    @model_validator(mode="after")
+    def _says_bits_or_a_goal(self) -> Self:
+        """Of bits, a scheme and a goal there is one.
+
+        Raises:
+            ValidationError: with the location of each of them.
+        """
+        ways = {name: value for name, value in self._ways().items() if value is not None}
+        if self.goal() is not None and len(ways) > 1:
+            detail = f"give {' or '.join(ways)}, one of them: each says how large the result is to be"
+            refused = [_refusal((name,), value, detail) for name, value in ways.items()]
+            raise ValidationError.from_exception_data(type(self).__name__, refused)
+        return self
+
+    def _ways(self) -> dict[str, object]:
+        given = self.bits if "bits" in self.model_fields_set else None
+        return {"bits": given, "at_most": self.at_most, "fits": self.fits}
+
+    def _said_otherwise(self) -> tuple[str, ...]:
+        """Fields that another one takes the place of."""
+        return () if self.goal() is None else ("bits",)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_said_otherwise(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name not in self._said_otherwise()}
 
 
-class NamedSchemeSpec(WeightSpec):
+class NamedSchemeSpec(GoalSpec):
     """Parameters of a method that takes schemes by name as well as integers."""
 
     scheme: SchemeName | None = Field(
@@ -250,10 +299,11 @@ class NamedSchemeSpec(WeightSpec):
             raise ValidationError.from_exception_data(type(self).__name__, [refusal])
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_what_the_name_says(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if self.scheme is None or name not in INTEGER_FIELDS}
+    def _ways(self) -> dict[str, object]:
+        return super()._ways() | {"scheme": self.scheme}
+
+    def _said_otherwise(self) -> tuple[str, ...]:
+        return super()._said_otherwise() if self.scheme is None else INTEGER_FIELDS
 
 
 class RTNSpec(NamedSchemeSpec):
@@ -263,8 +313,8 @@ class RTNSpec(NamedSchemeSpec):
     weights_only: WeightsOnly = False
 
     def needs_model(self) -> bool:
-        """A budget is spent by the outputs' errors."""
-        return self.budget() is not None
+        """A budget is spent, or a goal reached, by the outputs' errors."""
+        return self.chooses()
 
     def asks_for_weights_alone(self) -> bool:
         """As the request says."""
@@ -279,7 +329,7 @@ class RTNSpec(NamedSchemeSpec):
         return False
 
 
-class GPTQSpec(WeightSpec):
+class GPTQSpec(GoalSpec):
     """GPTQ: columns rounded in turn, each column's error made up for by those that are not rounded yet."""
 
     method: Literal["gptq"] = "gptq"
@@ -311,7 +361,7 @@ class GPTQSpec(WeightSpec):
         return ANY_SHARE
 
 
-class AWQSpec(WeightSpec):
+class AWQSpec(GoalSpec):
     """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
 
     method: Literal["awq"] = "awq"
@@ -346,7 +396,7 @@ class AWQSpec(WeightSpec):
         return ANY_SHARE
 
 
-class SignRoundSpec(WeightSpec):
+class SignRoundSpec(GoalSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
     method: Literal["signround"] = "signround"
@@ -392,7 +442,7 @@ class SignRoundSpec(WeightSpec):
         return self.batch_size if self.steps else 0
 
 
-class OmniQuantSpec(WeightSpec):
+class OmniQuantSpec(GoalSpec):
     """OmniQuant's learnable weight clipping: each group's range tuned by AdamW, block by block."""
 
     method: Literal["omniquant"] = "omniquant"
