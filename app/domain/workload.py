@@ -74,7 +74,8 @@ def flops(request: JobRequest, size: Sized) -> float:
     calibration = request.calibration
     passes = 4 if request.quantization.chooses() else 3  # capture, targets, quantized activations; sensitivities
     forward = passes * calibration_tokens(request)
-    tuned = tuned_sequences(request) * calibration.sequence_length
+    rounds = 1 if request.base_job else request.quantization.most_rounds()
+    tuned = rounds * tuned_sequences(request) * calibration.sequence_length
     evaluated = evaluation_tokens(request)
     sequences = min(SCALE_BATCH_SIZE, calibration.num_samples)
     scale_steps = 0 if request.base_job else request.quantization.end_to_end_steps()

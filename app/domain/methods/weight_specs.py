@@ -87,9 +87,9 @@ class WeightSpec(Spec):
         values.pop("scheme", None)
         if "bits" in values:
             return [Scheme.model_validate(values)]
-        named = SchemeName
         return [
-            Scheme.named(c) if isinstance(c, named) else Scheme.model_validate({"bits": c} | values) for c in choices
+            Scheme.named(choice) if isinstance(choice, SchemeName) else Scheme.model_validate({"bits": choice} | values)
+            for choice in choices
         ]
 
     def default_name(self) -> SchemeName | None:
@@ -204,6 +204,10 @@ class WeightSpec(Spec):
         """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
         return 0
 
+    def most_rounds(self) -> int:
+        """How often the model is quantized at the most until its goal is met."""
+        return 1
+
     def end_to_end_steps(self) -> int:
         """Steps that tune the scales of the whole model after the last block; 0 leaves that stage out."""
         return 0
@@ -240,6 +244,10 @@ class GoalSpec(WeightSpec):
         """The goal's, where there is one."""
         goal = self.goal()
         return super().choices() if goal is None else goal.choices
+
+    def most_rounds(self) -> int:
+        """The goal's; a method that looks at weights alone makes what was measured before."""
+        return self.at_most.rounds if self.at_most is not None and self.at_most.kl and self.observes_inputs() else 1
 
     def field_of_choices(self) -> str:
         """The field of the goal, where there is one."""
