@@ -10,12 +10,14 @@ from torch import nn
 from app.domain.attempt_lines import ResultLine
 from app.domain.format_rules import stored_formats
 from app.domain.formats import ExportFormat
+from app.domain.request.goal_problems import sized_formats
 from bitwright.events import Stage
 from bitwright.formats import ADAPTER_FOLDER
 from bitwright.report import AdapterReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.device.read_ahead import read_ahead
+from workers.engine.goal.outcome import with_files
 from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.report import Results, identity_of, report_of, size_of
@@ -46,7 +48,11 @@ def run(job: Job, results: Results) -> ResultLine:
         adapter = adapter.model_copy(update={"before_merge": evaluated.before_merge})
     size = size_of(job, exported.stored, exported.weights)
     report = report_of(job, results, size).model_copy(
-        update={"adapter": adapter, "warnings": tuple(job.reporter.warnings)}
+        update={
+            "adapter": adapter,
+            "goal": with_files(job.prepared.goal, _file_sizes(job)),
+            "warnings": tuple(job.reporter.warnings),
+        }
     )
     checkpoints = _describe(job, trained, exported, report)
     job.model.checkpoint.close()
@@ -144,6 +150,18 @@ def _left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tup
             part = part_of(model, name)
             if part is not None:
                 yield name, part
+
+
+def _file_sizes(job: Job) -> dict[str, int]:
+    """Bytes of the weight files of every packed checkpoint that was asked for."""
+    return {
+        name.value: sum(
+            file.stat().st_size
+            for pattern in name.info.weight_files
+            for file in (job.workspace / OUTPUT / name.value).glob(pattern)
+        )
+        for name in sized_formats(job.request.formats)
+    }
 
 
 def _describe(job: Job, trained: TrainedAdapters | None, exported: Exported, full: Report) -> dict[str, str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.domain.attempt_lines import ResultLine
 from workers.disk.orders import AttemptOrder
-from workers.engine import evaluate, export, finetune, quantize, scales, weights_only
+from workers.engine import evaluate, export, finetune, goal, quantize, weights_only
 from workers.engine.device.process_group import joined
 from workers.engine.job import Job
 from workers.engine.opening import open_job
@@ -45,8 +45,7 @@ def _computed(job: Job) -> tuple[Job, Results]:
     """The stages that all processes of the job go through together."""
     with joined(job.processes, job.order.rendezvous, job.model.device):
         job = quantize.prepare(job)
-        quantized = quantize.run(job)
-        tuned = scales.run(job, quantized)
+        job, quantized, tuned = goal.make(job)
         # Two or three tensors of (sequences, length, width), whose memory finetuning may need.
         quantized = replace(quantized, calibration=None)
         finetuned = finetune.run(job, quantized.head)

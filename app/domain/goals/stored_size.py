@@ -21,9 +21,9 @@ SHAPE_BITS = 128
 """Two int64 that say a packed linear's shape."""
 NUMBERS_BITS = 64
 """A global scale and a largest input, fp32 each."""
-LINEAR_TENSORS = 5
+LINEAR_TENSORS = 4
 """Tensors of a packed linear, at the most."""
-HEADER_BYTES = 160
+HEADER_BYTES = 128
 """Of a tensor's entry in a header, its name aside: dtype, shape, offsets, alignment."""
 GGUF_BLOCK = 32
 GGUF_BYTES = ((4, 18, 20), (5, 22, 24), (8, 34, 36))
