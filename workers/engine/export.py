@@ -24,6 +24,7 @@ from workers.engine.report import Results, identity_of, report_of, size_of
 from workers.engine.shipped import TrainedAdapters
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
+from workers.formats.cards.model_card import stored_bytes
 from workers.formats.format import Writer
 from workers.formats.registry import open_writers
 from workers.formats.stored_linear import StoredPart
@@ -155,11 +156,7 @@ def _left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tup
 def _file_sizes(job: Job) -> dict[str, int]:
     """Bytes of the weight files of every packed checkpoint that was asked for."""
     return {
-        name.value: sum(
-            file.stat().st_size
-            for pattern in name.info.weight_files
-            for file in (job.workspace / OUTPUT / name.value).glob(pattern)
-        )
+        name.value: stored_bytes(job.workspace / OUTPUT / name.value, name.info.weight_files)
         for name in sized_formats(job.request.formats)
     }
 

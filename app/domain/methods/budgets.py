@@ -24,12 +24,12 @@ class BitBudget(Spec):
         allow_inf_nan=False,
         description="At most this many bits per weight, scales and zero points included, low-rank factors not.",
     )
+    choices: Choices = Field(default=BUDGET_WIDTHS, description="Widths, and schemes by name, to choose from.")
     over: Literal["linears", "model"] = Field(
         default="linears",
         description="What is counted: all linears of the blocks, without the output head; or all that the checkpoint "
         "stores, embeddings, head and norms too, which stay as they are unless the request says otherwise.",
     )
-    choices: Choices = Field(default=BUDGET_WIDTHS, description="Widths, and schemes by name, to choose from.")
 
     @model_validator(mode="after")
     def _is_in_reach(self) -> Self:

@@ -23,7 +23,7 @@ def choice_order(choice: Choice) -> tuple[int, str]:
 
 def _each_once(choices: tuple[Choice, ...]) -> tuple[Choice, ...]:
     if len(set(choices)) < len(choices):
-        raise ValueError("must name each width or scheme once")
+        raise ValueError("must name each width once, and each scheme")
     return tuple(sorted(choices, key=choice_order))
 
 

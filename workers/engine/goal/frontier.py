@@ -62,7 +62,7 @@ def frontier(scores: Scores, limit: int | None = None, count: int = POINTS) -> t
     limits = [least + (most - least) * step // max(1, count - 1) for step in range(count)]
     found = [scores.best(size) for size in sorted({*limits, *([] if limit is None else [limit])})]
     points: list[Point] = []
-    for point in sorted((p for p in found if p is not None), key=lambda p: (p.bits, p.error)):
+    for point in sorted((p for p in (*found, largest) if p is not None), key=lambda p: (p.bits, p.error)):
         if not points or (point.bits > points[-1].bits and point.error < points[-1].error):
             points.append(point)
     return tuple(points)
