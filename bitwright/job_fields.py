@@ -18,6 +18,9 @@ class JobFields(TypedDict, total=False):
     model: str | PathLike[str] | JsonObject
     method: str
     bits: int | JsonObject
+    scheme: str
+    at_most: JsonObject
+    fits: JsonObject
     group_size: int
     symmetric: bool
     preset: str

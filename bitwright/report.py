@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.formats import ADAPTER_FOLDER, Form
+from bitwright.frontier import FrontierPoint
 
 
 class ReportPart(BaseModel):
@@ -215,6 +216,7 @@ class AllocatedLinear(ReportPart):
     name: str
     bits: int = Field(description="Width of a code.")
     group_size: int
+    scheme: str | None = Field(default=None, description="The scheme's name; null: integers or NormalFloat.")
     bits_per_weight: float = Field(description="Scales and zero points included, low-rank factors not.")
     absmax: str | None = Field(
         default=None, description="How a codebook's maxima are stored: width, dtype and groups of their scale."
@@ -222,15 +224,39 @@ class AllocatedLinear(ReportPart):
 
 
 class AllocationReport(ReportPart):
-    """The spending of a bit budget."""
+    """What each linear became, where a bit budget or a goal chose."""
 
-    average: float = Field(description="Bits per weight that were requested.")
-    reached: float = Field(description="Bits per weight that the choices take, never more.")
+    average: float | None = Field(description="Bits per weight that were requested; null: a goal was.")
+    over: Literal["linears", "model"] = Field(
+        default="linears", description="What `average` and `reached` count: the linears alone, or the whole checkpoint."
+    )
+    reached: float = Field(description="Bits per weight that the choices take, of a budget never more.")
     error: float = Field(description="Sum over linears of what their choices cost in error.")
     gap: float = Field(description="At most this share of the error is above the least that the budget allows.")
     seconds: float = Field(description="Scoring and solving.")
     solver_seconds: float = Field(description="Solving alone.")
     linears: tuple[AllocatedLinear, ...]
+
+
+class GoalReport(ReportPart):
+    """The way to a goal that stood in place of bits."""
+
+    goal: Literal["kl", "bytes", "memory"]
+    limit: float = Field(description="As asked for: nats a token, or bytes.")
+    weight_limit: int | None = Field(
+        default=None, description="Bytes that the weight files may take: of memory, what the KV cache leaves."
+    )
+    cache_bytes: int | None = Field(default=None, description="Of the KV cache that memory was kept for.")
+    text: TextReport | None = Field(description="Held-out calibration text of all figures here; null: none was left.")
+    frontier: tuple[FrontierPoint, ...] = Field(description="From the smallest to the largest that was looked at.")
+    chosen: int = Field(description="Index in `frontier` of what was made.")
+    rounds: int = Field(description="How often the model was quantized and measured on the way, all attempts together.")
+    met: bool = Field(description="Whether the result keeps the limit: of kl on that text, of bytes in the files.")
+    next_smaller_misses: bool | None = Field(
+        description="Whether the point before was measured, and misses; null: there is none, or the goal is a size."
+    )
+    bytes: dict[str, int] = Field(default_factory=dict, description="Of weight files, by packed checkpoint.")
+    seconds: float = Field(description="Of scoring and measuring, without the quantizing.")
 
 
 class ModelReport(ReportPart):
@@ -366,7 +392,8 @@ class Report(ReportPart):
     blocks: tuple[BlockReport, ...] = Field(
         description="As they were quantized, before scales were tuned together. With `base_job`, its errors of linears."
     )
-    allocation: AllocationReport | None = Field(default=None, description="None if bits was not a budget.")
+    allocation: AllocationReport | None = Field(default=None, description="None if bits was not a budget, nor a goal.")
+    goal: GoalReport | None = Field(default=None, description="None where the request had no goal.")
     scales: ScaleReport | None = Field(
         default=None, description="None if scales were not tuned end to end, or that was skipped; see the warnings."
     )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from app.domain.advice import dishonoured_rank
 from app.domain.format_rules import head_problems, model_problems
 from app.domain.fused_shapes import shape_warning
+from app.domain.goals.reach import reach_errors
 from app.domain.inputs.architectures import EMBEDDINGS, HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.inputs.quantized.registry import quantized_warning
@@ -123,6 +124,8 @@ def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: 
         for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings)
         if dimensions.exact or (isinstance(error, IndivisibleGroup) and plain)
     ]
+    if not problems:
+        problems += [problem_of(e, e.field or "quantization") for e in reach_errors(request, inspection, dimensions)]
     if adapter is not None and dimensions.exact:
         misshapen = shape_errors(spec, adapter, dimensions.linears())
         problems += [problem_of(error, error.field or "adapter") for error in misshapen]

@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from app.domain.formats import FORMATS, EmbeddingRule, ExportFormat, LowRankRule, Offsets, Result
 from app.domain.inputs.architectures import ARCHITECTURES
-from app.domain.methods import METHODS, PER_CHANNEL, Form, Scheme, WeightSpec
+from app.domain.methods import METHODS, PER_CHANNEL, Choice, Form, Scheme, SchemeName, WeightSpec
 from bitwright.errors import FieldProblem
 
 
@@ -67,6 +67,8 @@ def format_problems(
         for pattern, scheme in spec.schemes():
             where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
             of_scheme = _scheme_problems(name, where, scheme, spec.symmetries(), forms)
+            if not pattern and spec.chooses():
+                of_scheme = [_of_choices(problem, spec) for problem in of_scheme]
             problems += [problem for problem in of_scheme if problem not in problems]
         problems += _uniform_problems(index, name, spec)
         problems += [problem for problem in _outer_problems(index, name, spec, forms) if problem not in problems]
@@ -151,6 +153,28 @@ def _other_formats() -> str:
     """The formats that hold embeddings in a scheme of their own, as they stand in a request."""
     able = [f for f in ExportFormat if f.info.embeddings is EmbeddingRule.ANY and not f.info.is_adapter]
     return "ask for formats: " + " or ".join(f'["{name.value}"]' for name in able)
+
+
+def _of_choices(problem: FieldProblem, spec: WeightSpec) -> FieldProblem:
+    """The problem of a width or scheme that stands among the choices of a budget or goal."""
+    if problem.field not in ("quantization.bits", "quantization.scheme"):
+        return problem
+    return problem.model_copy(update={"field": f"quantization.{spec.field_of_choices()}"})
+
+
+def held_choices(spec: WeightSpec, formats: Iterable[ExportFormat], choices: Iterable[Choice]) -> tuple[Choice, ...]:
+    """Those of `choices` that every one of the formats holds, with the spec's groups and symmetry."""
+    held = []
+    for choice in choices:
+        if isinstance(choice, SchemeName):
+            scheme = Scheme.named(choice)
+        else:
+            scheme = Scheme(bits=choice, group_size=spec.group_size, symmetric=spec.symmetric)
+        if not any(
+            _scheme_problems(name, "quantization.", scheme, spec.symmetries(), spec.forms()) for name in formats
+        ):
+            held.append(choice)
+    return tuple(held)
 
 
 def model_problems(

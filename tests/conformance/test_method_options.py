@@ -61,8 +61,17 @@ def choices(spec: WeightSpec) -> object:
     return spec.candidates("model.layers.0.mlp.up_proj", 1024)
 
 
+GOAL: tuple[dict[str, Any], Any, Callable[[WeightSpec], object]] = ({}, {"kl": 0.1}, lambda spec: spec.goal())
+FITS: tuple[dict[str, Any], Any, Callable[[WeightSpec], object]] = (
+    {},
+    {"memory": "1GB", "context": 64},
+    lambda spec: spec.goal(),
+)
+
 ELSEWHERE: dict[tuple[str, str], tuple[dict[str, Any], Any, Callable[[WeightSpec], object]]] = {
     ("rtn", "scheme"): ({}, "nvfp4", lambda spec: spec.schemes()),
+    **{(name, "at_most"): GOAL for name in ("rtn", "gptq", "awq", "omniquant", "signround")},
+    **{(name, "fits"): FITS for name in ("rtn", "gptq", "awq", "omniquant", "signround")},
     ("rtn", "weights_only"): ({}, True, lambda spec: spec.asks_for_weights_alone()),
     ("nf", "weights_only"): ({}, True, lambda spec: spec.asks_for_weights_alone()),
     ("signround", "scale_steps"): ({}, 7, lambda spec: spec.end_to_end_steps()),

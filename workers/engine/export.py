@@ -11,12 +11,14 @@ from torch import nn
 from app.domain.attempt_lines import ResultLine
 from app.domain.format_rules import stored_formats
 from app.domain.formats import EmbeddingRule, ExportFormat
+from app.domain.request.goal_problems import sized_formats
 from bitwright.events import Stage
 from bitwright.formats import ADAPTER_FOLDER
 from bitwright.report import AdapterReport, LoadReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.device.read_ahead import read_ahead
+from workers.engine.goal.outcome import with_files
 from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.report import Results, identity_of, report_of, size_of
@@ -64,6 +66,7 @@ def run(job: Job, results: Results, read: ReadFiles | None = None) -> ResultLine
         update={
             "adapter": adapter,
             "scales_rounded": exported.scales.report(),
+            "goal": with_files(job.prepared.goal, _file_sizes(job)),
             "warnings": tuple(job.reporter.warnings),
         }
     )
@@ -196,6 +199,14 @@ def left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tupl
             part = part_of(model, name)
             if part is not None:
                 yield name, part
+
+
+def _file_sizes(job: Job) -> dict[str, int]:
+    """Bytes of the weight files of every packed checkpoint that was asked for."""
+    return {
+        name.value: stored_bytes(job.workspace / OUTPUT / name.value, name.info.weight_files)
+        for name in sized_formats(job.request.formats)
+    }
 
 
 def _describe(job: Job, trained: TrainedAdapters | None, exported: Exported, full: Report) -> dict[str, str]:

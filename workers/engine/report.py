@@ -69,6 +69,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
         base_job=_base_job_report(job, len(results.blocks)),
         blocks=results.blocks,
         allocation=job.prepared.report,
+        goal=job.prepared.goal,
         scales=results.scales,
         finetuning=None if results.finetuned is None else results.finetuned.report,
         loads=results.loads,

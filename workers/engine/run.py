@@ -8,7 +8,7 @@ from pathlib import Path
 
 from app.domain.attempt_lines import ResultLine
 from workers.disk.orders import AttemptOrder
-from workers.engine import evaluate, export, exports, finetune, quantize, scales, weights_only
+from workers.engine import evaluate, export, exports, finetune, goal, quantize, weights_only
 from workers.engine.device.process_group import joined
 from workers.engine.job import Job
 from workers.engine.loads_here.stage import Verification, verification
@@ -50,12 +50,7 @@ def _computed(job: Job, checks: Verification | None = None) -> tuple[Job, Result
     """The stages that all processes of the job go through together; one of them has `checks` beside."""
     with joined(job.processes, job.order.rendezvous, job.model.device):
         job = quantize.prepare(job)
-        if checks is None:
-            quantized = quantize.run(job)
-        else:
-            checks.begin(job)
-            quantized = quantize.run(job, checks.demand_block)
-        tuned = scales.run(job, quantized)
+        job, quantized, tuned = goal.make(job, quantize.run if checks is None else checks.checked(quantize.run))
         # Two or three tensors of (sequences, length, width), whose memory finetuning may need.
         quantized = replace(quantized, calibration=None)
         finetuned = finetune.run(job, quantized.head)

@@ -16,6 +16,7 @@ from app.domain.methods import QuantizationSpec
 from app.domain.request.base_job import JOB_ID, BaseJob, Folded
 from app.domain.request.combination_rules import result_problems
 from app.domain.request.finetuning import Finetune
+from app.domain.request.goal_problems import goal_problems
 from app.domain.request.loading_rules import loading_problems
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems, with_new_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
@@ -172,6 +173,9 @@ class JobRequest(RequestPart):
         problems = with_new_problems(expansion.problems, text_problems(body))
         try:
             request = cls.model_validate(expansion.body)
+            found = goal_problems(request, request.calibration.num_samples)
+            written = [p.model_copy(update={"field": as_written(body, p.field)}) for p in found]
+            problems = with_new_problems(problems, written)
         except ValidationError as error:
             problems = with_new_problems(problems, field_problems(error, cls, body, ALL_SHORTHAND))
         else:

@@ -1,6 +1,6 @@
 """The checks of a job, as its order wants them: nothing, one block, or one block and the files."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from workers.engine.loads_here import block
 from workers.engine.loads_here.files import ShippedLogits, Way, read_files
 from workers.engine.loads_here.reading import Check, Probe, Reading, checks_of
 from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.quantize.stage import Quantized
 from workers.engine.reporter import Reporter
 from workers.engine.shipped import TrainedAdapters
 
@@ -38,6 +39,15 @@ class Verification:
         if self.checks:
             with job.clock.during(Stage.VERIFY):
                 self._running = block.begin(job, self.checks, self._reading)
+
+    def checked(self, quantize: Callable[[Job, Callable[[], object]], Quantized]) -> Callable[[Job], Quantized]:
+        """The stage that quantizes, with one block in the job's schemes read back before the first is computed."""
+
+        def run(job: Job) -> Quantized:
+            self.begin(job)
+            return quantize(job, self.demand_block)
+
+        return run
 
     def demand_block(self) -> None:
         """Wait for the block's reports.

@@ -16,6 +16,7 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form, Scheme
 from bitwright.report import Report, SizeReport
 from workers.formats.cards.front_matter import front_matter
+from workers.formats.cards.goal import goal
 from workers.formats.cards.identity import Contents, Identity, adapter_title, contents_of, title
 from workers.formats.cards.loading import AdapterBase, Lines, Loading
 from workers.formats.cards.sections import code, quality, reference_lines, source_name, training, tried
@@ -104,6 +105,7 @@ def model_card(
         *training(report),
         *quality(report, contents, export_format),
         *reference_lines(report.round_to_nearest),
+        *goal(report),
         "## Size",
         _size(report, contents, stored_bytes),
         "## Provenance",
