@@ -29,6 +29,9 @@ def format_view(name: ExportFormat, info: FormatInfo) -> FormatView:
         symmetric=sorted(info.symmetries),
         asymmetric_bits=None if info.asymmetric_bits is None else sorted(info.asymmetric_bits),
         group_multiple=info.group_multiple,
+        group_sizes=None if info.group_sizes is None else sorted(info.group_sizes),
+        output_multiple=info.output_multiple,
+        uniform=info.uniform,
         architectures=None if info.architectures is None else sorted(info.architectures),
         runtimes=[_runtime_view(runtime) for runtime in info.runtimes],
     )
