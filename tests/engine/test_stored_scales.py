@@ -1,6 +1,8 @@
 """Scales of several formats from one job: the dtype that they are fitted in, and what is rounded after all."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -74,11 +76,11 @@ def test_a_scale_beyond_a_dtype_is_refused() -> None:
 
 
 @pytest.mark.parametrize("method", ["rtn", "signround"])
-def test_one_job_makes_formats_of_all_scales(method: str, tmp_path: pytest.TempPathFactory) -> None:
+def test_one_job_makes_formats_of_all_scales(method: str, tmp_path: Path) -> None:
     """Codes and scales of `native` are those of a job for the strictest format alone."""
     small = {} if method == "rtn" else {"steps": 2, "scale_steps": 0, "batch_size": 1}
     quantization = {"method": method, "bits": 4, "group_size": 64, **small}
-    text = {"calibration": {"num_samples": 2, "sequence_length": 32}, "evaluation": None}
+    text: dict[str, Any] = {"calibration": {"num_samples": 2, "sequence_length": 32}, "evaluation": None}
     folder = tiny_model_folder()
     done = run_job(
         folder, tmp_path / "all", quantization=quantization, formats=["compressed-tensors", "gguf", "awq"], **text
