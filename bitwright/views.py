@@ -227,6 +227,9 @@ class FormatView(View):
     symmetric: list[bool]
     asymmetric_bits: list[int] | None = Field(default=None, description="Widths with zero points; null: all of bits.")
     group_multiple: int = Field(default=1, description="Groups are multiples of so many columns.")
+    group_sizes: list[int] | None = Field(default=None, description="The only groups that it holds; null: any.")
+    output_multiple: int = Field(default=1, description="Linears have a multiple of so many outputs.")
+    uniform: bool = Field(default=False, description="Whether all linears of a checkpoint have one scheme.")
     architectures: list[str] | None = Field(default=None, description="`model_type`s that it takes; null: all.")
     schemes: list[str] = Field(default_factory=list, description="Schemes by name that it holds.")
     runtimes: list[RuntimeView]

@@ -64,11 +64,15 @@ FOLDERS = MappingProxyType(
         "workers/engine/scales": "All scales tuned end to end",
         "workers/engine/finetune": "Training of adapters beside the quantized model",
         "workers/engine/weights_only": "Jobs without a model: tensors of files, one by one",
+        "workers/engine/exports": "Other formats of a finished job's result, from its native checkpoint",
         "workers/adapters": "Adapters: attached, trained, merged",
         "workers/formats": "Checkpoint formats, each an exact inverse of itself",
         "workers/formats/cards": "Model cards: what a checkpoint is, how it loads, what it learned",
         "workers/formats/compressed_tensors": "compressed-tensors: tensors, configuration, refusals",
         "workers/formats/gguf": "GGUF files: tensors, tokenizer, metadata",
+        "workers/formats/packed": "What the formats of 32-bit words share: words, checks, loader",
+        "workers/formats/mlx": "MLX's affine checkpoints",
+        "workers/formats/bitsandbytes": "bitsandbytes' NF4 checkpoints",
         "workers/methods": "One file per method",
         "workers/numerics": "Codes, scales, codebooks and packing",
         "workers/numerics/backends": "Triton kernels beside their twins in torch",
@@ -97,6 +101,7 @@ FOLDERS = MappingProxyType(
         "tests/engine": "Streaming, resume and evaluation against plain transformers",
         "tests/engine/architectures": "Every accepted type on tiny checkpoints, and the list of them",
         "tests/engine/device": "Ranks, CUDA, reading ahead and writing behind",
+        "tests/engine/exports": "Exports against the job's own files, and their memory",
         "tests/engine/finetune": "Training, its plan and its checkpoints",
         "tests/engine/model": "Checkpoints, streamed and fused blocks",
         "tests/engine/model/sources": "Quantized sources against the libraries that they are of",
@@ -278,11 +283,19 @@ def _held(info: FormatInfo) -> str:
     weights = f"{_numbers(info.bits)} bits, {_symmetries(info.symmetries)}"
     if info.asymmetric_bits is not None:
         weights = f"{_numbers(info.bits)} bits symmetric, {_numbers(info.asymmetric_bits)} asymmetric"
-    if info.group_multiple > 1:
+    if Form.AFFINE not in info.kinds:
+        weights = f"{_numbers(info.bits)} bits on a codebook"
+    if info.group_sizes is not None:
+        weights += f", groups of {', '.join(map(str, sorted(info.group_sizes)))}"
+    elif info.group_multiple > 1:
         weights += f", groups of multiples of {info.group_multiple} or per channel"
+    if info.output_multiple > 1:
+        weights += f", outputs in multiples of {info.output_multiple}"
+    if info.uniform:
+        weights += ", one scheme for all linears"
     if info.architectures is not None:
         weights += f", {', '.join(sorted(info.architectures))}"
-    codebook = ", or on a codebook" if Form.CODEBOOK in info.kinds else ""
+    codebook = ", or on a codebook" if {Form.CODEBOOK, Form.AFFINE} <= info.kinds else ""
     return f"{weights}{codebook}; low-rank factors {LOW_RANK[info.low_rank]}"
 
 

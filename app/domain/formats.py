@@ -8,152 +8,44 @@ rule that joins them: with an adapter's format (`peft`) among a job's formats, e
 base alone, and that checkpoint is the adapter that belongs to it; without it, the factors must be in the checkpoint.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from app.domain import packed_formats
+from app.domain.format_info import (
+    PEFT_PACKAGE,
+    TRANSFORMERS,
+    VLLM,
+    VLLM_CPU,
+    VLLM_FUSED,
+    EmbeddingRule,
+    FormatInfo,
+    LowRankRule,
+    Offsets,
+    Result,
+    ScaleDtype,
+)
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
-from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, PER_CHANNEL, Form, Scheme, SchemeName
-from app.domain.mlx_rules import mlx_refusals
+from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form
 from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 
-
-class ScaleDtype(StrEnum):
-    """The dtype in which a format stores scales; methods know it before they optimize, so a job has only one."""
-
-    ANY = "any"
-    MODEL = "the model's dtype"
-    FLOAT16 = "float16"
-
-
-class LowRankRule(StrEnum):
-    """The place of low-rank factors in a format."""
-
-    KEEPS = "keeps"
-    """Holds them beside the quantized weights."""
-    MERGES = "merges"
-    """Adds their product to its weights, unless `peft` is asked for too."""
-    BESIDE = "beside"
-    """Holds the quantized weights alone: only together with `peft`."""
-    IS = "is"
-    """Holds the factors and nothing else: only for results that have some."""
-
-
-class Offsets(StrEnum):
-    """Storage of a group's fractional offset in a format, which a folded adapter leaves in place of a zero point."""
-
-    NONE = "none"
-    """Not at all: zero points are integers."""
-    EXACT = "exact"
-    """As it is, or in the weights themselves."""
-    FLOAT16 = "float16"
-    """Rounded to fp16, as are the offsets that it stores in place of zero points."""
-    MODEL = "model"
-    """The same in the model's dtype, which scales have there, too."""
-
-
-class EmbeddingRule(StrEnum):
-    """Quantized embeddings in a format. A quantized head is a linear like others everywhere."""
-
-    NONE = "none"
-    """Not at all."""
-    ANY = "any"
-    """In any scheme that it holds, once for both where the head is tied to them."""
-    UNIFORM = "uniform"
-    """As integers, in one scheme with all linears and the head, which is stored by itself even where it is tied."""
-
-
-class Result(StrEnum):
-    """Product of a job, as far as a request that names no format needs to know."""
-
-    AFFINE = "affine"
-    CODEBOOK = "codebook"
-    OFFSETS = "affine with fractional offsets"
-    SUMS = "weights with an adapter added to them"
-    FACTORS = "low-rank factors"
-
-
-@dataclass(frozen=True)
-class FormatInfo:
-    """The facts of a format.
-
-    kinds             forms of quantized weights that it holds
-    asymmetric_bits   widths with zero points; None: all of `bits`
-    group_multiple    groups are multiples of so many columns; per channel, rows are
-    group_sizes       the only groups that it holds; None: any
-    output_multiple   linears have a multiple of so many outputs
-    uniform           whether all linears of a checkpoint have one scheme
-    architectures     `model_type`s that it is written for; None: all
-    default_for       results for which it is chosen where a request names no format; one format per result
-    offsets           how it stores fractional offsets
-    dense             whether it stores weights in the model's own dtype, as large as the original's
-    always_kept       whether every job writes it, asked for or not
-    read_by           stock loaders that a worker tries it in
-    library           `library_name` of its model cards: what loads it
-    weight_files      patterns of the files with its tensors
-    schemes           schemes by name that it holds
-    embeddings        whether it holds quantized embeddings
-    kv_cache          whether it holds scales of a key-value cache in FP8
-    model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
-    """
-
-    title: str
-    summary: str
-    kinds: frozenset[Form]
-    low_rank: LowRankRule
-    bits: frozenset[int]
-    symmetries: frozenset[bool]
-    runtimes: tuple[RuntimeSupport, ...]
-    scales: ScaleDtype = ScaleDtype.ANY
-    asymmetric_bits: frozenset[int] | None = None
-    group_multiple: int = 1
-    group_sizes: frozenset[int] | None = None
-    output_multiple: int = 1
-    uniform: bool = False
-    architectures: frozenset[str] | None = None
-    default_for: frozenset[Result] = frozenset()
-    offsets: Offsets = Offsets.NONE
-    dense: bool = False
-    always_kept: bool = False
-    read_by: tuple[Runtime, ...] = ()
-    library: str = "transformers"
-    weight_files: tuple[str, ...] = ("*.safetensors",)
-    model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
-    schemes: frozenset[SchemeName] = frozenset()
-    embeddings: EmbeddingRule = EmbeddingRule.NONE
-    kv_cache: bool = False
-
-    @property
-    def is_adapter(self) -> bool:
-        """True if it holds low-rank factors alone, and is no model without its base."""
-        return self.low_rank is LowRankRule.IS
-
-    @property
-    def holds_factors(self) -> bool:
-        """True if a checkpoint has the factors beside or in its weights, whatever the job's other formats."""
-        return self.low_rank is LowRankRule.KEEPS
-
-    @property
-    def holds_sums(self) -> bool:
-        """True if it holds a weight with an adapter's product added to it."""
-        return self.low_rank in {LowRankRule.KEEPS, LowRankRule.MERGES}
-
-    @property
-    def by_name(self) -> bool:
-        """True if it packs each linear under the name that stock loaders look for, as the source names it."""
-        return not (self.dense or self.always_kept or self.is_adapter or self.architectures is not None)
-
-    def holds(self, scheme: Scheme) -> bool:
-        """True if a linear of this scheme is stored exactly."""
-        if scheme.name is not None:
-            return scheme.name in self.schemes
-        widths = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
-        fits = scheme.group_size == PER_CHANNEL or scheme.group_size % self.group_multiple == 0
-        one_of = self.group_sizes is None or scheme.group_size in self.group_sizes
-        return scheme.bits in widths and scheme.symmetric in self.symmetries and fits and one_of
-
+__all__ = [
+    "ALL_BITS",
+    "DENSE_WORDS",
+    "FORMATS",
+    "STRADDLING_BITS",
+    "VLLM_CPU",
+    "VLLM_FUSED",
+    "WEIGHT_FORMS",
+    "EmbeddingRule",
+    "ExportFormat",
+    "FormatInfo",
+    "LowRankRule",
+    "Offsets",
+    "Result",
+    "ScaleDtype",
+]
 
 ALL_BITS = frozenset(range(MIN_BITS, MAX_BITS + 1))
 STRADDLING_BITS = frozenset({3, 5, 6, 7})
@@ -163,24 +55,7 @@ DENSE_WORDS = WidthsSince("0.18.0", STRADDLING_BITS)
 """Of the package compressed-tensors: since 0.18 it packs these widths without gaps, as we and vLLM do. Earlier releases
 left bits of each word empty, and refuse the dense tensors by their shape."""
 
-TRANSFORMERS, PEFT_PACKAGE, VLLM, VLLM_CPU = "5.23.0", "0.21.2", "0.33.0", "0.32.0"
-"""Releases of the runtimes: the first two those of constraints.txt, vLLM's the one that was read, and the one that
-`make test-vllm` installs."""
-GPTQMODEL, MLX_LM, BITSANDBYTES = "7.7.0", "0.32.2", "0.50.2"
-"""Releases whose source was read, and whose own tools made what is in tests/golden."""
-
-VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-
 WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
-
-GPTQ_BITS, MLX_BITS = frozenset({2, 3, 4, 8}), frozenset({2, 3, 4, 5, 6, 8})
-MARLIN_GROUPS = frozenset({PER_CHANNEL, 32, 64, 128})
-
-
-def _by_loader(bits: frozenset[int]) -> RuntimeSupport:
-    """The row of transformers for a format whose artifact has a loader of its own."""
-    note = "through the loader in the artifact, as a model with plain linears"
-    return RuntimeSupport("transformers", Support.TESTED, bits, note=note, version=TRANSFORMERS)
 
 
 class ExportFormat(StrEnum):
@@ -389,188 +264,11 @@ class ExportFormat(StrEnum):
         ),
     )
 
-    GPTQ = (
-        "gptq",
-        FormatInfo(
-            title="GPTQ",
-            summary="Packed words of GPTQModel and AutoGPTQ, zero points in their first form: symmetric weights.",
-            kinds=frozenset({Form.AFFINE}),
-            low_rank=LowRankRule.BESIDE,
-            bits=GPTQ_BITS,
-            symmetries=frozenset({True}),
-            scales=ScaleDtype.FLOAT16,
-            group_multiple=32,
-            output_multiple=32,
-            runtimes=(
-                _by_loader(GPTQ_BITS),
-                RuntimeSupport(
-                    "gptqmodel",
-                    Support.BY_RULES,
-                    GPTQ_BITS,
-                    group_sizes=frozenset({PER_CHANNEL, 32, 64, 128, 256, 512, 1024}),
-                    note="from_pretrained of transformers goes through it",
-                    version=GPTQMODEL,
-                ),
-                RuntimeSupport(
-                    "vllm",
-                    Support.BY_RULES,
-                    frozenset({4, 8}),
-                    note="one scheme for q, k, v and one for gate, up; scales are rounded to the dtype that it runs in",
-                    version=VLLM,
-                    devices="NVIDIA GPUs",
-                    group_sizes=MARLIN_GROUPS,
-                    fused=VLLM_FUSED,
-                ),
-                RuntimeSupport(
-                    "vllm",
-                    Support.TESTED,
-                    frozenset({4}),
-                    note="the same for fused linears and scales",
-                    version=VLLM_CPU,
-                    devices="CPUs",
-                    group_sizes=MARLIN_GROUPS,
-                    fused=VLLM_FUSED,
-                ),
-            ),
-        ),
-    )
-    GPTQ_V2 = (
-        "gptq-v2",
-        FormatInfo(
-            title="GPTQ, second form",
-            summary="The same words with zero points as they are (checkpoint_format gptq_v2): of either symmetry.",
-            kinds=frozenset({Form.AFFINE}),
-            low_rank=LowRankRule.BESIDE,
-            bits=GPTQ_BITS,
-            symmetries=frozenset({True, False}),
-            scales=ScaleDtype.FLOAT16,
-            group_multiple=32,
-            output_multiple=32,
-            runtimes=(
-                _by_loader(GPTQ_BITS),
-                RuntimeSupport(
-                    "gptqmodel",
-                    Support.BY_RULES,
-                    GPTQ_BITS,
-                    group_sizes=frozenset({PER_CHANNEL, 32, 64, 128, 256, 512, 1024}),
-                    note="from_pretrained of transformers goes through it",
-                    version=GPTQMODEL,
-                ),
-                RuntimeSupport(
-                    "vllm",
-                    Support.BY_RULES,
-                    frozenset({4, 8}),
-                    asymmetric_bits=frozenset(),
-                    note="symmetric weights alone; one scheme for q, k, v and one for gate, up",
-                    version=VLLM,
-                    devices="NVIDIA GPUs",
-                    group_sizes=MARLIN_GROUPS,
-                    fused=VLLM_FUSED,
-                ),
-            ),
-        ),
-    )
-    AWQ = (
-        "awq",
-        FormatInfo(
-            title="AWQ (GEMM)",
-            summary="Four-bit words of AutoAWQ in the order of its GEMM kernels, with a zero point for each group.",
-            kinds=frozenset({Form.AFFINE}),
-            low_rank=LowRankRule.BESIDE,
-            bits=frozenset({4}),
-            symmetries=frozenset({True, False}),
-            scales=ScaleDtype.FLOAT16,
-            group_multiple=32,
-            output_multiple=32,
-            uniform=True,
-            runtimes=(
-                _by_loader(frozenset({4})),
-                RuntimeSupport(
-                    "gptqmodel",
-                    Support.BY_RULES,
-                    frozenset({4}),
-                    group_sizes=MARLIN_GROUPS,
-                    note="from_pretrained of transformers goes through it",
-                    version=GPTQMODEL,
-                ),
-                RuntimeSupport(
-                    "vllm",
-                    Support.BY_RULES,
-                    frozenset({4}),
-                    note="q, k, v all quantized or none, and gate, up; scales are rounded to the dtype that it runs in",
-                    version=VLLM,
-                    devices="NVIDIA GPUs of compute capability 7.5 or newer",
-                    group_sizes=MARLIN_GROUPS,
-                    fused=VLLM_FUSED,
-                ),
-                RuntimeSupport(
-                    "vllm",
-                    Support.TESTED,
-                    frozenset({4}),
-                    note="the same for fused linears and scales",
-                    version=VLLM_CPU,
-                    devices="CPUs",
-                    group_sizes=MARLIN_GROUPS,
-                    fused=VLLM_FUSED,
-                ),
-            ),
-        ),
-    )
-    MLX = (
-        "mlx",
-        FormatInfo(
-            title="MLX (affine)",
-            summary="A dense stream of codes with scale and bias for each group, for Apple's machines.",
-            kinds=frozenset({Form.AFFINE}),
-            low_rank=LowRankRule.BESIDE,
-            bits=MLX_BITS,
-            symmetries=frozenset({True, False}),
-            scales=ScaleDtype.MODEL,
-            asymmetric_bits=MLX_BITS - {8},
-            group_multiple=32,
-            group_sizes=frozenset({32, 64, 128}),
-            offsets=Offsets.MODEL,
-            embeddings=EmbeddingRule.ANY,
-            library="mlx",
-            model_check=mlx_refusals,
-            runtimes=(
-                _by_loader(MLX_BITS),
-                RuntimeSupport(
-                    "mlx-lm",
-                    Support.BY_RULES,
-                    MLX_BITS,
-                    asymmetric_bits=MLX_BITS - {8},
-                    group_sizes=frozenset({32, 64, 128}),
-                    note="its own arithmetic in 16 bits rounds product and sum: in bfloat16 by up to 0.06 of a step at "
-                    "4 bits, 1 at 8",
-                    version=MLX_LM,
-                ),
-            ),
-        ),
-    )
-    BITSANDBYTES = (
-        "bitsandbytes",
-        FormatInfo(
-            title="bitsandbytes NF4",
-            summary="Four-bit NormalFloat as QLoRA's library stores it; the base that peft trains on.",
-            kinds=frozenset({Form.CODEBOOK}),
-            low_rank=LowRankRule.BESIDE,
-            bits=frozenset({4}),
-            symmetries=frozenset({True}),
-            group_multiple=32,
-            group_sizes=frozenset({32, 64, 128, 256, 512, 1024, 2048, 4096}),
-            runtimes=(
-                _by_loader(frozenset({4})),
-                RuntimeSupport(
-                    "bitsandbytes",
-                    Support.BY_RULES,
-                    frozenset({4}),
-                    note="from_pretrained of transformers goes through it; groups of 32 since 0.50",
-                    version=BITSANDBYTES,
-                ),
-            ),
-        ),
-    )
+    GPTQ = ("gptq", packed_formats.GPTQ)
+    GPTQ_V2 = ("gptq-v2", packed_formats.GPTQ_V2)
+    AWQ = ("awq", packed_formats.AWQ)
+    MLX = ("mlx", packed_formats.MLX)
+    BITSANDBYTES = ("bitsandbytes", packed_formats.BITSANDBYTES)
 
     def __new__(cls, name: str, *info: FormatInfo) -> "ExportFormat":
         """A member of that name. `ExportFormat("gguf")` does not come here: it looks the member up."""

@@ -10,7 +10,8 @@ from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import read_sources
 from app.store.models import Artifact
 from bitwright.errors import InvalidDataset
-from tests.api.conftest import Api, problem
+from tests.api.conftest import Api
+from tests.api.conftest import problem as problem_of
 
 LINEAR = {"form": "affine", "bits": 4, "group_size": 64, "symmetric": True, "dtype": "bfloat16"}
 NAME = "model.layers.0.mlp.up_proj"
@@ -25,6 +26,11 @@ def native(config: dict[str, Any] | None = None, **linear: object) -> dict[str, 
         "report.json": b"{}",
         "weights.safetensors": b"weights",
     }
+
+
+def problem(answer: Any, status: int, code: str) -> dict[str, Any]:
+    found: dict[str, Any] = problem_of(answer, status, code)
+    return found
 
 
 def make(api: Api, files: dict[str, dict[str, bytes]] | None = None, **fields: object) -> str:

@@ -16,7 +16,7 @@ from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import LinearResult
 
 LESS = 1
-"""What stored zero points are less than they mean."""
+"""The difference of a zero point and what is stored of it."""
 
 
 def compress(name: str, result: LinearResult) -> dict[str, Tensor]:

@@ -48,8 +48,9 @@ def sparse_native(folder: Path, size: float) -> Path:
             large["model.embed_tokens.weight"] = ("BF16", [32_000, hidden], 64_000 * hidden)
         file = folder / f"weights-0000{number}-of-0000{SHARDS}.safetensors"
         header, position = dict[str, object](), 0
-        for name, (dtype, shape, content) in {**small, **large}.items():
-            end = position + (content if isinstance(content, int) else len(content))
+        sizes = {name: (dtype, shape, len(content)) for name, (dtype, shape, content) in small.items()} | large
+        for name, (dtype, shape, size_of) in sizes.items():
+            end = position + size_of
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
             position = end
         start = with_header(header, 0)

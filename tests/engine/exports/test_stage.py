@@ -111,8 +111,8 @@ def test_every_form_is_exported_as_it_would_be_written(source: Any, tmp_path: Pa
 
 
 def test_scales_of_fp16_are_rounded_for_a_model_in_bf16_and_told(tmp_path: Path) -> None:
-    scheme = {"bits": 4, "group_size": 32, "symmetric": False}
-    done = run_job(tiny_model_folder(), tmp_path / "base", method="rtn", **scheme, formats=["gguf"])
+    asymmetric: dict[str, Any] = {"bits": 4, "group_size": 32, "symmetric": False}
+    done = run_job(tiny_model_folder(), tmp_path / "base", method="rtn", **asymmetric, formats=["gguf"])
     native = tmp_path / "base" / done.checkpoints["native"]
     report = export(native, tmp_path / "work", ["compressed-tensors", "gguf", "merged"]).report
     assert report.scales_rounded.keys() == {"compressed-tensors"}

@@ -135,7 +135,7 @@ def rule(name: str, settings: dict[str, Any]) -> dict[str, Any]:
     """GPTQ's settings of one linear: those of the first pattern that its name matches, over the checkpoint's."""
     for pattern, own in settings.get("dynamic", {}).items():
         if pattern.startswith("+:") and re.match(pattern[2:], name):
-            return settings | own
+            return {**settings, **own}
     return settings
 
 
