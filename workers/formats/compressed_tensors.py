@@ -162,7 +162,7 @@ def needs_loader(schemes: Iterable[Scheme]) -> bool:
 def loading(about: Loading) -> list[str]:
     """The card's section "Load"."""
     schemes = about.schemes
-    known, refusal = vllm_knowledge(ExportFormat.COMPRESSED_TENSORS, schemes)
+    known, refusal = vllm_knowledge(ExportFormat.COMPRESSED_TENSORS, schemes, about.embeddings)
     vllm = f"vLLM does not load it, {refusal}." if refusal else LOAD_VLLM.format(folder=FOLDER, known=known)
     lines = [_load_packed(schemes), vllm]
     return model_lines(about, lines, "load the weights unpacked", _unpacked(schemes).format(folder=FOLDER))

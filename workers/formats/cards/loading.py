@@ -99,6 +99,7 @@ class Loading:
     formats   all of the job's
     apart     name of the adapter that was measured with it and lies in the job's adapter file alone; None: none does
     model_id  id of the model that was quantized, if it is on the Hub
+    embeddings  module name of the embeddings, if they are among the quantized linears
     base      schemes by module name -> the base of the job's adapter
     """
 
@@ -107,6 +108,7 @@ class Loading:
     apart: str | None = None
     model_id: str | None = None
     base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None
+    embeddings: str | None = None
 
     @property
     def schemes(self) -> dict[str, Scheme]:

@@ -12,18 +12,29 @@ def vllm_rows(name: ExportFormat) -> tuple[RuntimeSupport, ...]:
     return tuple(row for row in name.info.runtimes if row.runtime == "vllm")
 
 
-def vllm_refusals(schemes: Mapping[str, Scheme], support: RuntimeSupport) -> list[str]:
-    """Reasons why a row's rules refuse a checkpoint with these linears; empty if none applies."""
+def vllm_refusals(
+    schemes: Mapping[str, Scheme], support: RuntimeSupport, embeddings: str | None = None
+) -> list[str]:
+    """Reasons why a row's rules refuse a checkpoint with these linears; empty if none applies.
+
+    embeddings   name of the embeddings among them
+    """
     refused = sorted({described(scheme) for scheme in schemes.values() if not support.loads(scheme)})
-    return [f"it has no kernel for {scheme}" for scheme in refused] + _split_fusions(schemes, support)
+    reasons = [f"it has no kernel for {scheme}" for scheme in refused]
+    packed = None if embeddings is None else schemes.get(embeddings)
+    if not refused and packed is not None and not support.looks_up(packed):
+        reasons.append(f"it looks no rows up in embeddings of {described(packed)}")
+    return reasons + _split_fusions(schemes, support)
 
 
-def vllm_knowledge(name: ExportFormat, schemes: Mapping[str, Scheme]) -> tuple[str, str | None]:
+def vllm_knowledge(
+    name: ExportFormat, schemes: Mapping[str, Scheme], embeddings: str | None = None
+) -> tuple[str, str | None]:
     """The vLLM that loads a checkpoint with these linears, where, and how we know; or why none does."""
     rows = vllm_rows(name)
-    able = [row for row in rows if not vllm_refusals(schemes, row)]
+    able = [row for row in rows if not vllm_refusals(schemes, row, embeddings)]
     if not able:
-        return "", f"{rows[0].known()}: {vllm_refusals(schemes, rows[0])[0]}"
+        return "", f"{rows[0].known()}: {vllm_refusals(schemes, rows[0], embeddings)[0]}"
     # Releases that were tested come before those whose source was read.
     known = "; ".join(row.known() for row in sorted(able, key=lambda row: row.support is not Support.TESTED))
     since = able[0].first_release(schemes.values())
