@@ -69,6 +69,8 @@ class JobSnapshot:
         if view.error is not None:
             yield "error", f"{view.error.code}: {view.error.detail}"
         if view.report is not None:
-            yield "bits per weight", f"{view.report.size.bits_per_weight:.3f}"
+            size = view.report.size
+            bits = f"{size.bits_per_weight_model:.3f} of the model, {size.bits_per_weight:.3f} of quantized linears"
+            yield "bits per weight", bits
             if (quality := view.report.quality) is not None:
                 yield "perplexity", f"{quality.perplexity_original:.3f} before, {quality.perplexity:.3f} after"

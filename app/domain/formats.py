@@ -141,6 +141,7 @@ class ExportFormat(StrEnum):
                     version=VLLM,
                     devices="NVIDIA GPUs of compute capability 7.5 or newer",
                     smallest_group=16,
+                    embeddings=frozenset({2, 4, 8}),
                     fused=VLLM_FUSED,
                     since=(
                         WidthsSince("0.25.0", ALL_BITS - {4, 8}, frozenset({True})),
@@ -156,6 +157,7 @@ class ExportFormat(StrEnum):
                     version=VLLM_CPU,
                     devices="CPUs",
                     group_multiple=2,
+                    embeddings=frozenset(),
                     fused=VLLM_FUSED,
                     schemes=frozenset({SchemeName.FP8, SchemeName.INT8}),
                 ),

@@ -67,6 +67,8 @@ class RuntimeSupport:
     """Widths that earlier releases did not take."""
     schemes: frozenset[SchemeName] = frozenset()
     """Schemes by name that it loads, whatever the limits of integers."""
+    embeddings: frozenset[int] | None = None
+    """Widths of symmetric integers in which it looks rows of packed embeddings up; None: of all that it loads."""
 
     def loads(self, scheme: Scheme) -> bool:
         """True if a linear in this scheme is within the runtime's limits."""
@@ -74,6 +76,11 @@ class RuntimeSupport:
             return scheme.name in self.schemes
         bits = self.bits if scheme.symmetric or self.asymmetric_bits is None else self.asymmetric_bits
         return scheme.bits in bits and self._takes_group(scheme.group_size)
+
+    def looks_up(self, scheme: Scheme) -> bool:
+        """True if it runs a model with embeddings in this scheme, packed."""
+        own = self.embeddings
+        return self.loads(scheme) and (own is None or (scheme.name is None and scheme.symmetric and scheme.bits in own))
 
     def first_release(self, schemes: Iterable[Scheme]) -> str | None:
         """The oldest release that takes all of them, where the row knows of older ones that do not."""
@@ -99,17 +106,18 @@ def described(scheme: Scheme) -> str:
     return f"{scheme.bits} bits, {'symmetric' if scheme.symmetric else 'asymmetric'}, {group}"
 
 
-def runtime_limits(rows: Iterable[RuntimeSupport], what: str, scheme: Scheme) -> list[str]:
+def runtime_limits(rows: Iterable[RuntimeSupport], what: str, scheme: Scheme, *, embeddings: bool = False) -> list[str]:
     """A sentence for each runtime of these rows that does not load linears of `scheme`, or only on some devices.
 
-    what   the sentence's object
+    what         the sentence's object
+    embeddings   whether it is about embeddings, which a runtime may load and not look rows up in
     """
     by_runtime: dict[str, list[RuntimeSupport]] = {}
     for row in rows:
         by_runtime.setdefault(row.runtime, []).append(row)
     notes = []
     for runtime, known in by_runtime.items():
-        able = [row for row in known if row.loads(scheme)]
+        able = [row for row in known if (row.looks_up(scheme) if embeddings else row.loads(scheme))]
         unable = "; ".join(row.known() for row in known if row not in able)
         if not able:
             notes.append(f"{runtime} does not load {what} ({unable})")

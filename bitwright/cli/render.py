@@ -226,10 +226,10 @@ def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})
         table.add_row(f"size of {name}" if name else "size", before, format_bytes(bytes_))
         before = ""
     original_bits = 8 * size.bytes_original / max(1, report.model.parameters)
+    table.add_row("bits per weight, whole model", f"{original_bits:.2f}", f"{size.bits_per_weight_model:.3f}")
     table.add_row("bits per weight, quantized linears", f"{original_bits:.2f}", f"{size.bits_per_weight:.3f}")
     if size.parts is not None and size.parts.adapters:
         table.add_row("of these, low-rank factors", "", f"{size.parts.adapters:.3f}")
-    table.add_row("bits per weight, whole model", f"{original_bits:.2f}", f"{size.bits_per_weight_model:.3f}")
     if quality is not None:
         table.add_row("perplexity", f"{quality.perplexity_original:.3f}", f"{quality.perplexity:.3f}")
         table.add_row("KL to the original, nats per token", "0", f"{quality.kl_divergence:.5f}")

@@ -252,10 +252,17 @@ def _seen(preflight: Preflight, seen: Answer | None) -> Inspection | None:
 
 def runtime_warnings(request: JobRequest) -> list[str]:
     """Runtimes that load a requested format, but not with these widths or groups, or not on every device."""
-    schemes = {scheme for _, scheme in request.quantization.schemes()}
-    return [
+    spec = request.quantization
+    schemes = {scheme for _, scheme in spec.schemes()} | ({spec.head_scheme()} - {None})
+    warnings = [
         warning
         for name in request.formats
         for scheme in sorted(schemes, key=lambda s: (s.bits, s.group_size, s.symmetric))
         for warning in runtime_limits(FORMATS[name].runtimes, f"{name.value} of {described(scheme)}", scheme)
     ]
+    embeddings = spec.embeddings_scheme()
+    if embeddings is not None:
+        for name in request.formats:
+            what = f"{name.value} with embeddings of {described(embeddings)}"
+            warnings += runtime_limits(FORMATS[name].runtimes, what, embeddings, embeddings=True)
+    return warnings

@@ -99,6 +99,7 @@ class Loading:
     formats   all of the job's
     apart     name of the adapter that was measured with it and lies in the job's adapter file alone; None: none does
     model_id  id of the model that was quantized, if it is on the Hub
+    embeddings  module name of the embeddings, if they are among the quantized linears
     base      schemes by module name -> the base of the job's adapter
     outputs   out_features of the linears, by the same names, as far as the checkpoint's tensors say
     """
@@ -108,6 +109,7 @@ class Loading:
     apart: str | None = None
     model_id: str | None = None
     base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None
+    embeddings: str | None = None
     outputs: Mapping[str, int] = field(default_factory=dict)
 
     @property

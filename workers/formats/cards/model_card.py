@@ -14,7 +14,7 @@ import yaml
 from app.domain.format_rules import holds_base_alone
 from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form, Scheme
-from bitwright.report import Report, SizeReport
+from bitwright.report import LinearReport, Report, SizeReport
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.goal import goal
 from workers.formats.cards.identity import Contents, Identity, adapter_title, contents_of, title
@@ -97,10 +97,10 @@ def model_card(
     apart = adapter_title(identity.adapter) if in_adapter_file else None
     sections = [
         header(front_matter(identity, contents, export_format, source, licence_copied)),
-        f"# {title(identity, contents)}{_bits(report, contents, export_format, linears)}",
+        f"# {title(identity, contents)}{_bits(report, contents, export_format, linears, stored_bytes)}",
         _summary(report, contents, export_format, linears),
         "## Load",
-        *loading(Loading(linears, formats, apart, identity.model_id, base, outputs)),
+        *loading(Loading(linears, formats, apart, identity.model_id, base, _embeddings(report, linears), outputs)),
         *tried(report, export_format),
         *training(report),
         *quality(report, contents, export_format),
@@ -130,16 +130,28 @@ def _contents(
     return contents_of(identity, linears, holds_base_alone(export_format, formats))
 
 
-def _bits(report: Report, contents: Contents, export_format: ExportFormat, linears: Mapping[str, StoredLinear]) -> str:
-    """Width of the weights in this folder, for the title."""
+def _embeddings(report: Report, linears: Mapping[str, StoredLinear]) -> str | None:
+    """Name of the quantized embeddings among the linears of this folder."""
+    return report.embeddings.name if report.embeddings is not None and report.embeddings.name in linears else None
+
+
+def _bits(
+    report: Report,
+    contents: Contents,
+    export_format: ExportFormat,
+    linears: Mapping[str, StoredLinear],
+    stored: int | None,
+) -> str:
+    """Size of the weights in this folder, and their width over the whole model, for the title."""
     if contents is Contents.ADAPTER:
         return ""
     if export_format.info.dense:
         dtypes = {linear.dtype for linear in linears.values()} or {report.model.dtype}
         return f", merged into {' and '.join(sorted(dtypes))}"
-    size = report.size
-    factors = size.parts.adapters if size.parts is not None and contents is Contents.BASE else 0
-    return f", {size.bits_per_weight - factors:.2f} bits per weight"
+    if stored is None:
+        return f", {report.size.bits_per_weight_model:.2f} bits per weight of the whole model"
+    bits = stored * 8 / max(1, report.model.parameters)
+    return f", {stored / 1e6:.4g} MB, {bits:.2f} bits per weight of the whole model"
 
 
 def _summary(
@@ -155,7 +167,21 @@ def _summary(
         low_rank = linear.low_rank
         factors = "none" if low_rank is None else f"rank {low_rank.rank}, alpha {low_rank.alpha:g}"
         lines.append(f"| {count} | {_width(linear)} | {group} | {_zero_point(linear)} | {factors} |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_outer(report)])
+
+
+def _outer(report: Report) -> list[str]:
+    """A paragraph on embeddings and head, where they are among the linears."""
+    said = []
+    if report.embeddings is not None:
+        said.append(f"the embeddings ({_in_words(report.embeddings)})")
+    if report.head is not None:
+        said.append(f"the output head ({_in_words(report.head)})")
+    return ["", f"Among them {'is' if len(said) == 1 else 'are'} {' and '.join(said)}."] if said else []
+
+
+def _in_words(linear: LinearReport) -> str:
+    return linear.scheme or f"{linear.bits} bits"
 
 
 def _finetuned(report: Report, contents: Contents) -> str:
@@ -183,17 +209,25 @@ def _zero_point(linear: StoredLinear) -> str:
 
 
 def _size(report: Report, contents: Contents, stored: int | None) -> str:
-    size = report.size
-    here = f"The weight files in this folder take {stored / 1e6:.1f} MB. " if stored is not None else ""
+    size, count = report.size, max(1, report.model.parameters)
+    here = ""
+    if stored is not None:
+        whole = "" if contents is Contents.ADAPTER else _whole_bits(stored, count)
+        here = f"The weight files in this folder take {stored / 1e6:.1f} MB{whole}. "
     together = size.parts is None or size.parts.adapters > 0
     whose = (
         "" if contents is Contents.WHOLE else "Base and low-rank factors together: " if together else "The base alone: "
     )
     return (
         f"{here}{whose}{size.bytes_original / 1e6:.1f} MB of tensors before, {size.bytes_quantized / 1e6:.1f} MB "
-        f"after, counted as the native format stores them: {size.bits_per_weight:.3f} bits for each quantized "
-        f"weight{_parts(size)}, and {size.bits_per_weight_model:.3f} for each weight of the model."
+        f"after, counted as the native format stores them: {size.bits_per_weight_model:.3f} bits for each weight of the "
+        f"model, and {size.bits_per_weight:.3f} for each quantized one{_parts(size)}."
     )
+
+
+def _whole_bits(stored: int, count: int) -> str:
+    """Bits of a weight of the whole model in files of so many bytes, as the middle of a sentence."""
+    return f": {stored * 8 / count:.2f} bits for each weight of the model, embeddings and head included"
 
 
 def _parts(size: SizeReport) -> str:

@@ -65,7 +65,7 @@ model = load("{folder}")"""
 def loading(about: Loading) -> list[str]:
     """The card's section "Load"."""
     schemes = about.schemes
-    known, refusal = vllm_knowledge(ExportFormat.COMPRESSED_TENSORS, schemes, about.outputs)
+    known, refusal = vllm_knowledge(ExportFormat.COMPRESSED_TENSORS, schemes, about.outputs, about.embeddings)
     vllm = f"vLLM does not load it, {refusal}." if refusal else LOAD_VLLM.format(folder=FOLDER, known=known)
     lines = [_load_packed(schemes), vllm]
     return model_lines(about, lines, "load the weights unpacked", _unpacked(schemes).format(folder=FOLDER))
