@@ -59,7 +59,7 @@ class Layout:
     one_file: bool = False
     config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
     files: Callable[[Mapping[str, StoredLinear], Mapping[str, StoredPart]], Mapping[str, object]] | None = None
-    needs_loader: Callable[[Collection[Scheme]], bool] | None = None
+    needs_loader: Callable[[Mapping[str, Scheme]], bool] | None = None
     warnings: Callable[[Mapping[str, Scheme], Mapping[str, int]], Mapping[str, str]] | None = None
     in_common: Callable[[LinearResult], Mapping[str, float]] | None = None
     joins: bool = False
@@ -249,7 +249,7 @@ class CheckpointWriter:
         if self._layout.files is not None:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)
-        if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes().values()):
+        if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes()):
             shutil.copyfile(LOADER, self._folder / LOADER.name)
         write_json(self._folder / "config.json", config)
 

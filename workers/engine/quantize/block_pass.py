@@ -137,7 +137,12 @@ class BlockPass:
         columns, cache = measured.inputs.columns(self.job.processes), self._cache_scales(index, measured)
         input_amax = set_amax(columns, joined, schemes)
         base = None if self.job.base_job is None else self.job.base_job.block(index)
-        self._serve(index, Served(input_roundings(schemes, input_amax), cache) if base is None else Served.of(base.linears, cache, self.job.model.device))
+        self._serve(
+            index,
+            Served(input_roundings(schemes, input_amax), cache)
+            if base is None
+            else Served.of(base.linears, cache, self.job.model.device),
+        )
         self._advance_reference(index, block)
 
         def tick(share: float) -> None:

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,9 +20,10 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.plan import scale_dtype_of
 from workers.engine.quantize.block_report import error_sums
 from workers.engine.quantize.registry import method_of
+from workers.engine.weights_only.expert_parts import outputs_of, stored_part
 from workers.engine.weights_only.finished_parts import FinishedLinear
+from workers.engine.weights_only.joined_scales import JoinedScales
 from workers.formats.format import PartWriter
-from workers.formats.stored_linear import StoredPart
 from workers.numerics.quantized import LinearResult, StoredBits
 from workers.numerics.row_parts import row_parts
 
@@ -45,6 +47,11 @@ class TensorPass:
     spec: WeightSpec
     formats: tuple[ExportFormat, ...]
     linears: Mapping[str, Sequence[Target | KeptPart]]
+
+    @cached_property
+    def joined(self) -> JoinedScales:
+        """Scales that linears share, whatever tensors they lie in."""
+        return JoinedScales(self.checkpoint, self.linears)
 
     @torch.no_grad()
     def write(self, name: str, writers: Mapping[ExportFormat, PartWriter]) -> Done:
@@ -95,13 +102,13 @@ class TensorPass:
                         linears.append(linear)
                         bits += stored.stored_bits()
                         if whole is not None:
-                            _outputs(whole, place, len(weight)).copy_(stored.dequantize())
-                    stored_part = _stored_part(part, place)
+                            outputs_of(whole, place, len(weight)).copy_(stored.dequantize())
+                    description = stored_part(part, place)
                     for writer in packed:
                         if isinstance(stored, Tensor):
-                            writer.add_part(part.name, stored, stored_part)
+                            writer.add_part(part.name, stored, description)
                         else:
-                            writer.add_linear(part.name, stored, part=stored_part)
+                            writer.add_linear(part.name, stored, part=description)
                 for pieces in growing:
                     if whole is not None:
                         pieces.append(whole)
@@ -114,7 +121,8 @@ class TensorPass:
         if not isinstance(method, TensorMethod):
             raise InternalError(f"{self.spec.method} needs a model", field="quantization.method")
         scale_dtype = scale_dtype_of(self.formats, weight.dtype)
-        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec)
+        amax = self.joined.amax(target.name)
+        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec, amax)
         squared, reference = error_sums(result.dequantize(), weight, None).tolist()
         report = LinearReport(
             name=target.name,
@@ -151,16 +159,4 @@ def _by_expert(parts: Sequence[Target | KeptPart], tensor: Tensor) -> Iterator[t
             found.setdefault(part.place.expert, []).append((part, part.place))
     for expert in range(len(tensor)):
         own = found.get(expert, [])
-        yield expert, [(p, place, _outputs(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]
-
-
-def _outputs(expert: Tensor, place: ExpertPlace, count: int) -> Tensor:
-    """A linear's part (out, in) of an expert's matrix, in its memory."""
-    outputs = expert.T if place.transposed else expert
-    return outputs[place.first : place.first + place.step * count : place.step]
-
-
-def _stored_part(part: Target | KeptPart, place: ExpertPlace) -> StoredPart:
-    stop = place.first + place.step * part.shape[0]
-    rows = (place.first, stop, place.step)
-    return StoredPart(of=part.tensor, index=place.expert, rows=rows, transposed=place.transposed)
+        yield expert, [(p, place, outputs_of(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]
