@@ -84,3 +84,10 @@ def test_what_is_not_known_or_not_loaded_at_all_is_not_told() -> None:
     tiny = Scheme(bits=4, group_size=8, symmetric=False)
     assert not GPU.loads(tiny)
     assert shape_refusals({"a.q_proj": tiny}, {"a.q_proj": 33}, GPU) == {}
+
+
+def test_experts_have_no_kernel_for_fp8_weights_alone() -> None:
+    alone, served = Scheme.named(SchemeName.FP8A16), Scheme.named(SchemeName.FP8)
+    for name, refused in (("mlp.experts.0.down_proj", True), ("mlp.down_proj", False)):
+        assert bool(shape_refusals({name: alone}, {name: 256}, GPU)) is refused
+        assert shape_refusals({name: served}, {name: 256}, GPU) == {}

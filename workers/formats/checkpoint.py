@@ -63,7 +63,7 @@ class Layout:
     one_file: bool = False
     config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
     files: Callable[[Mapping[str, StoredLinear], Mapping[str, StoredPart]], Mapping[str, object]] | None = None
-    needs_loader: Callable[[Collection[Scheme]], bool] | None = None
+    needs_loader: Callable[[Mapping[str, Scheme]], bool] | None = None
     warnings: Callable[[Mapping[str, Scheme], Mapping[str, int]], Mapping[str, str]] | None = None
     in_common: Callable[[LinearResult], Mapping[str, float]] | None = None
     moved: Callable[[str, LinearResult], float] | None = None
@@ -266,7 +266,7 @@ class CheckpointWriter:
         if self._layout.files is not None:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)
-        if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes().values()):
+        if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes()):
             shutil.copyfile(self._layout.loader, self._folder / self._layout.loader.name)
         write_json(self._folder / "config.json", config)
 

@@ -71,9 +71,9 @@ def test_a_cache_in_fp8_has_its_scales(tmp_path: Path, small_model: Path) -> Non
 
 def test_shapes_that_vllm_refuses_are_told(tmp_path: Path, small_model: Path) -> None:
     result = run_job(small_model, tmp_path, scheme="fp8-block")
-    (warning,) = (w for w in result.report.warnings if "refuses shapes" in w)
+    (warning,) = (w for w in result.report.warnings if "refuses linears" in w)
     assert (
-        "vllm refuses shapes of this model: it runs q_proj, k_proj, v_proj of model.layers.0.self_attn as one"
+        "vllm refuses linears of this model: it runs q_proj, k_proj, v_proj of model.layers.0.self_attn as one"
         in warning
     )
     card = (tmp_path / result.checkpoints["compressed-tensors"] / "README.md").read_text()

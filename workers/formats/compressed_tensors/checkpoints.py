@@ -7,18 +7,28 @@ from app.domain.fused_shapes import shape_warning
 from app.domain.methods import Scheme
 from workers.formats.cards.vllm import vllm_rows
 from workers.formats.checkpoint import Layout, checkpoint_format
-from workers.formats.compressed_tensors.configuration import config, needs_loader, with_kv_cache
+from workers.formats.compressed_tensors.configuration import config, misreads_experts, needs_loader, with_kv_cache
 from workers.formats.compressed_tensors.loading import adapter_base, loading, package_warnings
 from workers.formats.compressed_tensors.refusals import in_common
 from workers.formats.compressed_tensors.tensors import compress, decompress
 from workers.formats.quantized_embeddings import with_embeddings
 
+MISREAD = (
+    "compressed-tensors: transformers 5.23 reads experts of this scheme wrongly, and not always with an error; load "
+    "the checkpoint with the loader in it, or in vLLM"
+)
+
 
 def warnings(schemes: Mapping[str, Scheme], outputs: Mapping[str, int]) -> dict[str, str]:
-    """Code and message of requirements for loading, and of shapes that a runtime refuses."""
+    """Code and message of requirements for loading, and of linears that a runtime refuses."""
     name = ExportFormat.COMPRESSED_TENSORS
     shapes = shape_warning(name.value, schemes, outputs, vllm_rows(name))
-    return package_warnings(schemes.values()) | ({"runtime_refuses_shapes": " ".join(shapes)} if shapes else {})
+    found = package_warnings(schemes.values())
+    if shapes:
+        found["runtime_refuses_linears"] = " ".join(shapes)
+    if misreads_experts(schemes):
+        found["transformers_misreads_experts"] = MISREAD
+    return found
 
 
 FORMAT = checkpoint_format(

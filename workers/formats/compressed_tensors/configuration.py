@@ -8,6 +8,7 @@ the storage of its linears' weights and the rounding of their inputs at inferenc
 
 from collections.abc import Collection, Iterable, Mapping
 
+from app.domain.fused_shapes import is_expert
 from app.domain.inputs.architectures import HEAD
 from app.domain.methods import PER_CHANNEL, SCHEMES, Scheme, SchemeName
 from app.domain.methods.named_schemes import WHOLE, Activations, Element, NamedScheme, ScaleType
@@ -15,6 +16,10 @@ from workers.formats.compressed_tensors.tensors import format_of_scheme
 
 MIXED = "mixed-precision"
 SCALE_DTYPES = {ScaleType.E4M3: "torch.float8_e4m3fn", ScaleType.E8M0: "torch.uint8"}
+READ_OF_EXPERTS = frozenset(
+    {SchemeName.FP8, SchemeName.FP8_TENSOR, SchemeName.FP8A16, SchemeName.MXFP4, SchemeName.MXFP4A16}
+)
+"""Schemes by name in which transformers 5.23 reads experts."""
 KV_CACHE = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 
 
@@ -26,14 +31,15 @@ def config(schemes: Mapping[str, Scheme], ignored: Collection[str]) -> dict[str,
 
     One scheme for all: its group targets the class `Linear`, less `ignored`, and a quantized head by its name, since
     vLLM's head is of another class. Several: one group per scheme, with the concrete names of its linears, because a
-    class as target of two groups lets the first one win everywhere.
+    class as target of two groups lets the first one win everywhere. Experts' group comes first: transformers reads all
+    experts by that.
     """
     # compressed-tensors 0.20 expects packed zero points unpacked when transformers 5.23 loads weights packed, and
     # refuses the checkpoint; unpacking while loading works. transformers has deprecated `run_compressed`, which is all
     # that its older releases know; `dequantize` takes its place.
     unpacked = {"run_compressed": False, "dequantize": True} if unpacks_on_load(schemes.values()) else {}
     groups: dict[Scheme, list[str]] = {}
-    for name, scheme in schemes.items():
+    for name, scheme in sorted(schemes.items(), key=lambda item: not is_expert(item[0])):
         groups.setdefault(scheme, []).append(name)
     mixed, everywhere = len(groups) > 1, ["Linear", *(name for name in schemes if name == HEAD)]
     formats = list(dict.fromkeys(format_of_scheme(scheme) for scheme in groups))
@@ -67,14 +73,34 @@ def unpacks_on_load(schemes: Iterable[Scheme]) -> bool:
     return len(distinct) == 1 and not any(_loads_packed(s) and not _weights_of_bf16(s) for s in distinct)
 
 
-def needs_loader(schemes: Iterable[Scheme]) -> bool:
+def needs_loader(schemes: Mapping[str, Scheme]) -> bool:
     """True if transformers 5.23 cannot load the checkpoint by itself: several schemes, one of which fails packed.
 
     Unpacked while loading, every linear gets the first group's scheme. compressed-tensors decompresses each tensor
-    correctly; the one-file loader does the same for the whole model.
+    correctly; the one-file loader does the same for the whole model. So it is where experts are misread.
     """
-    distinct = set(schemes)
-    return len(distinct) > 1 and not all(_loads_packed(scheme) for scheme in distinct)
+    distinct = set(schemes.values())
+    packed = len(distinct) > 1 and not all(_loads_packed(scheme) for scheme in distinct)
+    return packed or misreads_experts(schemes)
+
+
+def misreads_experts(schemes: Mapping[str, Scheme]) -> bool:
+    """True if transformers 5.23 gives experts other weights than were written, with or without an error.
+
+    It makes one tensor of them while loading, all by one group: of class names or plain names the first. Of NVFP4 it
+    leaves the global scale out; zero points, int8, blocks and MXFP8 it does not know
+    (`integrations/compressed_tensors.py`).
+    """
+    experts = _of_experts(schemes)
+    return len(experts) > 1 or not all(_experts_load(scheme) for scheme in experts)
+
+
+def _of_experts(schemes: Mapping[str, Scheme]) -> set[Scheme]:
+    return {scheme for name, scheme in schemes.items() if is_expert(name)}
+
+
+def _experts_load(scheme: Scheme) -> bool:
+    return scheme.symmetric if scheme.name is None else scheme.name in READ_OF_EXPERTS
 
 
 def _loads_packed(scheme: Scheme) -> bool:

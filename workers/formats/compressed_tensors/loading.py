@@ -8,6 +8,7 @@ from workers.formats.cards.loading import BASE, FOLDER, LOAD_VLLM, AdapterBase, 
 from workers.formats.cards.vllm import vllm_knowledge
 from workers.formats.compressed_tensors.configuration import (
     decodes_to_bf16,
+    misreads_experts,
     needs_loader,
     rounds_inputs,
     unpacks_on_load,
@@ -30,6 +31,10 @@ ABOUT_UNPACKING = """\
 Linears of this checkpoint differ in their scheme, so do not load it with `CompressedTensorsConfig(dequantize=True)`
 or its older name `run_compressed=False`: transformers 5.23 then reads every linear by the first group's scheme, with
 wrong weights and without an error where the shapes happen to fit."""
+
+ABOUT_EXPERTS = """\
+Do not load it with `from_pretrained`: transformers 5.23 reads experts of this scheme wrongly, and not always with an
+error. The loader makes an ordinary floating-point model from the same tensors."""
 
 ABOUT_INPUTS = """\
 Loaded so, the inputs of its linears are rounded as a server rounds them. {otherwise}"""
@@ -73,7 +78,7 @@ def loading(about: Loading) -> list[str]:
 
 def adapter_base(schemes: Mapping[str, Scheme]) -> AdapterBase:
     """The checkpoint, unpacked, as the base of the job's adapter."""
-    package = "" if needs_loader(schemes.values()) else f" (and `pip install '{package_needed(schemes.values())}'`)"
+    package = "" if needs_loader(schemes) else f" (and `pip install '{package_needed(schemes.values())}'`)"
     where = f"The base is the `compressed-tensors` checkpoint of the same job, unpacked{package}:"
     _, refusal = vllm_knowledge(ExportFormat.COMPRESSED_TENSORS, schemes)
     return AdapterBase(where, _unpacked(schemes).format(folder=BASE), served=refusal is None)
@@ -100,8 +105,9 @@ def package_warnings(schemes: Iterable[Scheme]) -> dict[str, str]:
 def _load_packed(schemes: Mapping[str, Scheme]) -> str:
     distinct = set(schemes.values())
     rounds = rounds_inputs(distinct)
-    if needs_loader(distinct):
-        about = [LOAD_BITWRIGHT, ABOUT_MIXED, ABOUT_UNPACKING, *([INPUTS_AS_THEY_ARE] if rounds else [])]
+    if needs_loader(schemes):
+        why = [ABOUT_EXPERTS] if misreads_experts(schemes) else [ABOUT_MIXED, ABOUT_UNPACKING]
+        about = [LOAD_BITWRIGHT, *why, *([INPUTS_AS_THEY_ARE] if rounds else [])]
         return "\n\n".join(about).format(folder=FOLDER)
     several = len(distinct) > 1
     rounds, unpacks = rounds and not unpacks_on_load(distinct), unpacks_on_load(distinct)
@@ -118,7 +124,7 @@ def _unpacked(schemes: Mapping[str, Scheme]) -> str:
     transformers 5.23 unpacks every linear by the first group's scheme when it unpacks while loading; unpacked
     afterwards by compressed-tensors, each has its own.
     """
-    if needs_loader(schemes.values()):
+    if needs_loader(schemes):
         return UNPACKED_BY_LOADER
     if len(set(schemes.values())) == 1:
         return UNPACKED
