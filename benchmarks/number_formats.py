@@ -34,7 +34,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "light": {"method": "signround", "preset": "light"},
     "default": {"method": "signround"},
 }
-HEADER = "| scheme | method | MB | bits of the model | KL | KL served | perplexity | seconds |\n|---|---|---|---|---|---|---|---|"
+HEADER = "| scheme | method | MB | bits of the model | KL | KL served | perplexity | seconds |\n" + "|---" * 8 + "|"
 
 
 def main() -> None:

@@ -127,7 +127,11 @@ class BaseJobResult:
     def cache_scales(self, attention: str | None) -> KVScales | None:
         """Scales of an attention's key-value cache, by its full name; None where that job stored none."""
         source = None if attention is None else self.model.names.module_name(attention)
-        keys = [] if source is None else [key for key in self._keys.get(source, ()) if key.endswith(("k_scale", "v_scale"))]
+        keys = (
+            []
+            if source is None
+            else [key for key in self._keys.get(source, ()) if key.endswith(("k_scale", "v_scale"))]
+        )
         if source is None or not keys:
             return None
         with _of_the_base():

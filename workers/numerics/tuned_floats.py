@@ -62,9 +62,7 @@ class TunedFloats:
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         """V by the signs of its gradients."""
-        self._kernels.step(
-            self.state, self._element, gradient=gradient, rate=rate, faults=self._faults, w_hat=out
-        )
+        self._kernels.step(self.state, self._element, gradient=gradient, rate=rate, faults=self._faults, w_hat=out)
 
     @torch.no_grad()
     def keep(self, better: Tensor) -> None:

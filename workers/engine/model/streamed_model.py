@@ -21,8 +21,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from app.domain.inputs.architectures import check_numbers, find_architecture
 from app.domain.inputs.left_alone import is_further_part
-from workers.engine.model.block_calls import BlockCall, run_block, shared
 from workers.contracts.experts import experts_of
+from workers.engine.model.block_calls import BlockCall, run_block, shared
 from workers.engine.model.block_linears import BlockLinears, block_linears, kind_of
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.dry_run import LENGTH, walk_of

@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -22,6 +22,7 @@ from workers.engine.quantize.registry import method_of
 from workers.engine.weights_only.finished_parts import FinishedLinear
 from workers.formats.format import PartWriter
 from workers.formats.stored_linear import StoredPart
+from workers.numerics.joined import shares_scale
 from workers.numerics.quantized import LinearResult, StoredBits
 from workers.numerics.row_parts import row_parts
 
@@ -39,12 +40,15 @@ class TensorPass:
     """Takes tensors of a checkpoint through a method and to writers, each by itself.
 
     linears   by the tensor that holds them: those that are quantized, and experts' that stay beside such
+    joined    the linears that a runtime makes one matrix of with the one of that name, itself among them
     """
 
     checkpoint: Checkpoint
     spec: WeightSpec
     formats: tuple[ExportFormat, ...]
     linears: Mapping[str, Sequence[Target | KeptPart]]
+    joined: Callable[[str], Sequence[Target]] = lambda _: ()
+    _amax: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def write(self, name: str, writers: Mapping[ExportFormat, PartWriter]) -> Done:
@@ -114,7 +118,8 @@ class TensorPass:
         if not isinstance(method, TensorMethod):
             raise InternalError(f"{self.spec.method} needs a model", field="quantization.method")
         scale_dtype = scale_dtype_of(self.formats, weight.dtype)
-        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec)
+        amax = self._joined_amax(target)
+        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec, amax)
         squared, reference = error_sums(result.dequantize(), weight, None).tolist()
         report = LinearReport(
             name=target.name,
@@ -125,6 +130,22 @@ class TensorPass:
             weight_error=math.sqrt(squared / reference) if reference else 0.0,
         )
         return result, FinishedLinear(report=report, seconds=time.perf_counter() - started)
+
+    def _joined_amax(self, target: Target) -> Tensor | None:
+        """Largest magnitude of a linear and of all that a runtime joins with it; None where scales are its own.
+
+        Each of the others' tensors is read once for it.
+        """
+        others = self.joined(target.name) if shares_scale(target.scheme) else ()
+        if len(others) < 2:
+            return None
+        for other in others:
+            if other.name not in self._amax:
+                tensor = self.checkpoint.read(other.tensor)
+                place = other.place
+                own = tensor if place is None else _outputs(tensor[place.expert], place, other.shape[0])
+                self._amax[other.name] = own.abs().max().float()
+        return torch.stack([self._amax[other.name] for other in others]).max()
 
 
 def demand_finite(name: str, weight: Tensor) -> None:
