@@ -72,7 +72,7 @@ def format_problems(
             problems += [problem for problem in of_scheme if problem not in problems]
         problems += _uniform_problems(index, name, spec)
         problems += [problem for problem in _outer_problems(index, name, spec, forms) if problem not in problems]
-    return problems
+    return problems + _cache_problems(spec, formats)
 
 
 def stored_problems(
@@ -262,6 +262,17 @@ def _able(schemes: Collection[Scheme], forms: frozenset[Form]) -> str:
         if forms - {Form.LOW_RANK} <= info.kinds and all(info.holds(scheme) for scheme in schemes)
     ]
     return " or ".join(f'["{row}"]' for row in [*rows, KEPT])
+
+
+def _cache_problems(spec: WeightSpec, formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
+    """Formats that were asked for, none of which holds the scales of a key-value cache."""
+    if spec.kv_cache is None or not formats or any(name.info.kv_cache for name in formats):
+        return []
+    able = ", ".join(f'"{row.value}"' for row in ExportFormat if row.info.kv_cache)
+    names = " and ".join(name.value for name in formats)
+    detail = f"{names} cannot hold scales of a key-value cache; formats that can: {able}; or leave kv_cache out"
+    field = "quantization.kv_cache"
+    return [FieldProblem(field=field, code="format_cannot_hold", detail=detail, value=spec.kv_cache)]
 
 
 def _form_refusal(

@@ -53,7 +53,7 @@ class RoundingKernels(Protocol):
 
 
 class FloatRoundingKernels(Protocol):
-    """The same on floating-point grids; `workers.numerics.backends.float_rounding_operators` describes the functions."""
+    """The same on floating-point grids; `.float_rounding_operators` of the backends describes the functions."""
 
     def write(self, groups: FloatGroups, element: Element, w_hat: Tensor) -> None: ...
     def step(
