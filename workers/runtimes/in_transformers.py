@@ -93,13 +93,14 @@ def compute(model: PreTrainedModel, ids: Tensor, tokens: int) -> tuple[Tensor, l
         kept = {"pad_token_id": 0, "max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False}
         written = model.generate(input_ids=ids, attention_mask=mask, **kept)[0, ids.shape[1] :].tolist()
     else:
-        model(input_ids=ids)
+        model(input_ids=ids, use_cache=False)
     if "quantization_config" in vars(model.config):
         with suppress(ImportError):
             from compressed_tensors.quantization import disable_quantization  # noqa: PLC0415
 
             model.apply(disable_quantization)
-    return model(input_ids=ids).logits[0].float().contiguous(), written
+    # No cache: a model of one layer that keeps no keys has none that counts tokens.
+    return model(input_ids=ids, use_cache=False).logits[0].float().contiguous(), written
 
 
 def _model_class(folder: Path, given: dict[str, Any]) -> Any:

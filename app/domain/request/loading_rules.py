@@ -17,17 +17,16 @@ def loading_problems(
     if verify == "off":
         detail = "nothing is read with verify off: leave it out, or ask for block or files"
         return [FieldProblem(field="verify", code="conflicting_fields", detail=detail, value=verify)]
-    able = {runtime for name in formats for runtime in name.info.read_by}
     problems = []
     for index, runtime in enumerate(loads):
-        if runtime not in able:
+        read = [name for name in formats if runtime in name.info.read_by]
+        if not read:
             by = sorted(name.value for name in ExportFormat if runtime in name.info.read_by)
             detail = f"{runtime.value} reads none of the job's formats; it reads {', '.join(by)}"
-            problems.append(
-                FieldProblem(field=f"require.loads.{index}", code="conflicting_fields", detail=detail, value=runtime)
-            )
-    adapters_alone = verify == "block" and all(name.info.is_adapter for name in formats)
-    if adapters_alone and not problems:
-        detail = "an adapter is no block, and only verify files reads it"
-        problems.append(FieldProblem(field="verify", code="conflicting_fields", detail=detail, value=verify))
+        elif verify == "block" and all(name.info.is_adapter for name in read):
+            detail = f"{runtime.value} reads an adapter, which is no block: ask for verify files"
+        else:
+            continue
+        field = f"require.loads.{index}"
+        problems.append(FieldProblem(field=field, code="conflicting_fields", detail=detail, value=runtime))
     return problems

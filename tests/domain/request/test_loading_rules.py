@@ -37,5 +37,7 @@ def test_what_can_be_required(body: dict[str, Any], expected: dict[str, str]) ->
 
 def test_an_adapter_alone_is_read_with_its_files() -> None:
     body = {"method": "loftq", "rank": 4, "formats": ["peft"], "require": {"loads": ["peft"]}}
-    assert problems(**body) == {"verify": "conflicting_fields"}
+    assert problems(**body) == {"require.loads.0": "conflicting_fields"}
+    both = body | {"formats": ["merged", "peft"]}
+    assert problems(**both) == {"require.loads.0": "conflicting_fields"}
     assert problems(**body, verify="files") == {}

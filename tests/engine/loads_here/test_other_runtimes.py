@@ -82,7 +82,7 @@ class TestVLLM:
     ) -> None:
         plant(monkeypatch, FAULTS[fault])
         order = with_runtime({**reads, "runtimes": {}}, "vllm", VLLM)
-        with pytest.raises(RuntimeDidNotLoad, match="vllm 0.32.0"):
+        with pytest.raises(RuntimeDidNotLoad, match=r"vllm 0\.32\.0"):
             run_job(tiny_model_folder(), tmp_path, order=order, **IN_VLLM)
 
     def test_its_own_refusal_is_told_in_its_own_words(self, tmp_path: Path, reads: dict[str, Any]) -> None:

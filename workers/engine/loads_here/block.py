@@ -29,8 +29,9 @@ from bitwright.report import LoadReport
 from workers.contracts.blocks import BlockTask
 from workers.engine.export import kept_linears, left_beside, part_of
 from workers.engine.job import Job
+from workers.engine.loads_here.checks import Check, Probe
 from workers.engine.loads_here.cut import CutCheckpoint, NotOneBlockError, first_block, write_plain
-from workers.engine.loads_here.reading import Check, Probe, Reading
+from workers.engine.loads_here.reading import Reading
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.registry import METHODS
 from workers.formats.registry import open_writer

@@ -1,8 +1,8 @@
 """The smallest valid checkpoint of a model: its first block, with embeddings, norms and head as they are.
 
-The configuration is the model's own with one layer, and lists of it with an entry for each layer have one. Most types
-are models with one layer as with many; where one is not, transformers does not load the cut model even unquantized, and
-`workers.engine.loads_here.block` blames nobody.
+The configuration is the model's own with one layer, and what it has for each layer, by number or place, is that of the
+first. Most types are models with one layer as with many; where one is not, transformers does not load the cut model
+even unquantized, and `workers.engine.loads_here.block` blames nobody.
 """
 
 from collections.abc import Mapping
@@ -77,12 +77,20 @@ def one_layer(config: Mapping[str, Any], model: StreamedModel) -> dict[str, Any]
     if not isinstance(text, dict) or text.get(field) != count:
         raise NotOneBlockError(f"config.json does not say in {field} that the model has {count} layers")
     for name, value in text.items():
-        listed = isinstance(value, list) and len(value) == count and not name.endswith(TOKENS)
-        text[name] = value[:1] if listed else value
+        text[name] = value if name.endswith(TOKENS) else _of_first_layer(value, count)
     text[field] = 1
     if text.get(FURTHER):
         text[FURTHER] = 0
     return cut
+
+
+def _of_first_layer(value: object, layers: int) -> object:
+    """A field's value without what it has for other layers: a list with an entry for each, or a table by number."""
+    if isinstance(value, list) and len(value) == layers:
+        return value[:1]
+    if isinstance(value, dict) and value and all(str(key).isdigit() for key in value):
+        return {key: entry for key, entry in value.items() if int(key) == 0}
+    return value
 
 
 def write_plain(source: CutCheckpoint, folder: Path) -> None:

@@ -15,7 +15,9 @@ from app.domain.formats import ExportFormat
 from bitwright.events import Stage
 from bitwright.report import LoadReport
 from workers.engine.job import Job
-from workers.engine.loads_here.reading import HOST_SHARE, Check, Probe, Reading
+from workers.engine.loads_here.checks import Check, Probe
+from workers.engine.loads_here.comparison import ROUTED
+from workers.engine.loads_here.reading import HOST_SHARE, Reading
 from workers.engine.quantize.activations import Activations
 from workers.engine.reporter import Reporter
 from workers.engine.shipped import Key, Replay, Shipment, TrainedAdapters, shipments_of
@@ -31,10 +33,12 @@ class Way:
 
     base       checkpoint that an adapter is loaded beside; None: it stands alone
     expected   logits, fp32 (tokens, vocabulary); None: nothing is known of them
+    looser     times so far as usual they may be off
     """
 
     base: ExportFormat | None = None
     expected: Tensor | None = None
+    looser: float = 1.0
 
 
 def read_files(
@@ -60,7 +64,10 @@ def read_files(
             way = way_of(check.format)
             base = None if way.base is None else output / way.base.value
             folder = output / check.format.value
-            reports.append(reading.read(check, folder, probe, way.expected, level="files", base=base, tokens=TOKENS))
+            report = reading.read(
+                check, folder, probe, way.expected, level="files", base=base, tokens=TOKENS, looser=way.looser
+            )
+            reports.append(report)
         reporter.progress(Stage.VERIFY, done, len(checks), "checkpoints")
     for report in reports:
         if report.result != "loads":
@@ -74,15 +81,16 @@ class ShippedLogits:
     def __init__(self, job: Job, trained: TrainedAdapters | None, probe: Probe) -> None:
         self._job, self._probe = job, probe
         self._replay = Replay(job.model, job.finished_blocks, trained)
+        self._looser = ROUTED if any(".experts." in name for name in job.model.linears()) else 1.0
         self._made: dict[Key, Tensor] = {}
 
     def way(self, name: ExportFormat) -> Way:
         """The way that a format's checkpoint is read: alone, or an adapter beside its base."""
         for shipment in shipments_of(self._job):
             if name.info.is_adapter and shipment.adapter == name.value:
-                return Way(ExportFormat(shipment.checkpoints[0]), self._logits(shipment))
+                return Way(ExportFormat(shipment.checkpoints[0]), self._logits(shipment), self._looser)
             if shipment.adapter is None and name.value in shipment.checkpoints:
-                return Way(None, self._logits(shipment))
+                return Way(None, self._logits(shipment), self._looser)
         return Way()
 
     @torch.no_grad()

@@ -12,8 +12,9 @@ from workers.disk.orders import AttemptOrder
 from workers.engine.export import OUTPUT
 from workers.engine.job import Job
 from workers.engine.loads_here import block
+from workers.engine.loads_here.checks import Check, Probe, checks_of, untried
 from workers.engine.loads_here.files import ShippedLogits, Way, read_files
-from workers.engine.loads_here.reading import Check, Probe, Reading, checks_of
+from workers.engine.loads_here.reading import Reading
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.quantize.stage import Quantized
 from workers.engine.reporter import Reporter
@@ -31,7 +32,8 @@ class Verification:
 
     def __init__(self, order: AttemptOrder, reading: Reading, checks: list[Check]) -> None:
         self._order, self._reading, self.checks = order, reading, checks
-        self.of_block: tuple[LoadReport, ...] = ()
+        self._untried = () if order.request.verify == "off" else untried(order)
+        self.of_block = self._untried
         self._running: block.BlockCheck | None = None
 
     def begin(self, job: Job) -> None:
@@ -56,7 +58,7 @@ class Verification:
             RuntimeDidNotLoad: a runtime does not load it.
         """
         if self._running is not None:
-            self.of_block = self._running.result()
+            self.of_block = (*self._running.result(), *self._untried)
             self._running = None
 
     def files(self, job: Job, trained: TrainedAdapters | None) -> tuple[LoadReport, ...]:
@@ -74,11 +76,12 @@ class Verification:
     def weights(self, checkpoint: Checkpoint, reporter: Reporter, output: Path) -> tuple[LoadReport, ...]:
         """The reports on a job without a model: of its finished checkpoints alone, whose logits nobody knows."""
         if self._order.request.verify != "files":
-            return tuple(block.skipped(check, NO_MODEL) for check in self.checks)
+            return (*(block.skipped(check, NO_MODEL) for check in self.checks), *self._untried)
         vocabulary = text_config(checkpoint.config).get("vocab_size")
         probe = Probe.of(checkpoint.folder, vocabulary if isinstance(vocabulary, int) else 1)
         parameters = sum(tensor.size // 2 for tensor in checkpoint.tensors.values())
-        return read_files(self.checks, self._reading, reporter, output, probe, _alone, parameters)
+        read = read_files(self.checks, self._reading, reporter, output, probe, _alone, parameters)
+        return (*read, *self._untried)
 
 
 @contextmanager
