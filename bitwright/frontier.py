@@ -11,7 +11,7 @@ class FrontierPoint(BaseModel):
     bytes: int = Field(description="Of the weight files of a checkpoint, at the most.")
     bits_per_weight: float = Field(description="Of the linears whose schemes are chosen, scales included.")
     error: float | None = Field(
-        default=None, description="Sum over linears of their outputs' relative squared errors, rounded to nearest."
+        default=None, description="KL by the loss's squared gradients, nats a token, before anything is measured."
     )
     kl_predicted: float | None = Field(
         default=None, description="Nats a token, rounded to nearest: between the points that were measured."

@@ -248,6 +248,9 @@ class GoalReport(ReportPart):
     )
     cache_bytes: int | None = Field(default=None, description="Of the KV cache that memory was kept for.")
     text: TextReport | None = Field(description="Held-out calibration text of all figures here; null: none was left.")
+    margin: float | None = Field(
+        default=None, description="A point holds if KL on that text is at most `limit` divided by this: it is a sample."
+    )
     frontier: tuple[FrontierPoint, ...] = Field(description="From the smallest to the largest that was looked at.")
     chosen: int = Field(description="Index in `frontier` of what was made.")
     rounds: int = Field(description="How often the model was quantized and measured on the way, all attempts together.")

@@ -27,7 +27,7 @@ from app.domain.format_info import (
 )
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
-from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form
+from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
 from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 
 __all__ = [

@@ -1,7 +1,7 @@
 """Goals and budgets that no choice of schemes can reach, by sizes alone: told before anything is computed."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from app.domain.formats import ExportFormat
@@ -72,7 +72,7 @@ def reach_errors(request: JobRequest, inspection: Inspection, dimensions: Dimens
         limit = byte_limit(spec.goal(), inspection.config)
     except InvalidRequest as error:
         return [error]
-    sizes = _sizes(spec, request.formats, inspection, dimensions)
+    sizes = _sizes(spec, None if over_model else request.formats, inspection, dimensions)
     if budget is not None and over_model:
         least = 8 * sizes.least / max(1, inspection.weights)
         return [over_budget(budget.average, least, "model")] if budget.average < least else []
@@ -81,24 +81,34 @@ def reach_errors(request: JobRequest, inspection: Inspection, dimensions: Dimens
     return []
 
 
-def _sizes(spec: WeightSpec, formats: Iterable[ExportFormat], inspection: Inspection, dimensions: Dimensions) -> Sizes:
-    """By configuration and headers; where names of linears are not exact, as if all of them could be dropped."""
-    formats, shapes = tuple(formats), dimensions.linears()
+def _sizes(
+    spec: WeightSpec, formats: tuple[ExportFormat, ...] | None, inspection: Inspection, dimensions: Dimensions
+) -> Sizes:
+    """By configuration and headers; where names of linears are not exact, as if all of them could be dropped.
+
+    formats   None: codes and scales alone count, as for a budget
+    """
+
+    def bits(choice: Candidate, shape: tuple[int, int]) -> int:
+        return choice.stored_bits(shape) if formats is None else stored_bits(formats, choice, shape, SCALE_BITS)
+
+    shapes = dimensions.linears()
     each = inspection.tensor_bytes / max(1, inspection.weights)
     choices: dict[str, tuple[int, ...]] = {}
     weights = 0
     for name, shape in shapes.items():
         candidates = spec.candidates(name, shape[1])
         if dimensions.exact and candidates:
-            choices[name] = tuple(stored_bits(formats, c, shape, SCALE_BITS) for c in candidates)
+            choices[name] = tuple(bits(candidate, shape) for candidate in candidates)
         if candidates or not dimensions.exact:
             weights += math.prod(shape)
     kept = inspection.tensor_bytes - int(weights * each)
     head = spec.scheme_of(HEAD)
     if head is not None and not dimensions.tied_embeddings:
         shape = (dimensions.vocabulary, dimensions.hidden)
-        kept -= int(math.prod(shape) * each) - stored_bits(formats, Candidate(head), shape, SCALE_BITS) // 8
-    return Sizes(max(0, kept) + (header_bytes(choices, ()) if dimensions.exact else 0), choices, weights)
+        kept -= int(math.prod(shape) * each) - bits(Candidate(head), shape) // 8
+    headers = header_bytes(choices, ()) if dimensions.exact and formats is not None else 0
+    return Sizes(max(0, kept) + headers, choices, weights)
 
 
 def too_small(

@@ -6,7 +6,7 @@ from app.domain.goals.kv_cache import cache_bytes
 from app.domain.goals.reach import byte_limit
 from app.domain.goals.stored_size import header_bytes, stored_bits
 from app.domain.methods import AtMost, Candidate, Fits
-from workers.engine.goal.search import MARGIN
+from workers.engine.goal.search import margin
 from workers.engine.job import Job
 from workers.engine.quantize.stored_sizes import head_bytes
 
@@ -25,6 +25,7 @@ class Limits:
     costs        their bits, the most of all packed formats
     cache        bytes that are left to the KV cache
     weights_chosen   number of weights of those linears
+    margin       by which a point must keep the distance on the text that decides
     """
 
     kl: float | None
@@ -34,11 +35,12 @@ class Limits:
     costs: dict[str, list[int]]
     cache: int | None = None
     weights_chosen: int = 0
+    margin: float = 1.0
 
     @property
     def holds(self) -> float:
         """The distance that a point must keep on the text that decides."""
-        return (self.kl or 0.0) / MARGIN
+        return (self.kl or 0.0) / self.margin
 
     @property
     def bits(self) -> int | None:
@@ -46,8 +48,10 @@ class Limits:
         return None if self.kl is not None else 8 * (self.weights - self.kept)
 
 
-def limits_of(job: Job) -> Limits:
+def limits_of(job: Job, held_out: int) -> Limits:
     """The limits of a job's goal.
+
+    held_out   tokens of the text that decides
 
     Raises:
         InvalidRequest: the size of the KV cache is not known, or too much.
@@ -71,6 +75,7 @@ def limits_of(job: Job) -> Limits:
         costs=costs,
         cache=cache_bytes(model.checkpoint.config, goal.context, goal.sequences) if isinstance(goal, Fits) else None,
         weights_chosen=sum(out * width for out, width in shapes.values()),
+        margin=margin(held_out),
     )
 
 

@@ -87,6 +87,7 @@ def goal_report(
         weight_limit=None if kind == "kl" else limits.weights,
         cache_bytes=limits.cache,
         text=text,
+        margin=limits.margin if kind == "kl" else None,
         frontier=points,
         chosen=index,
         rounds=len(progress.made),

@@ -1,9 +1,9 @@
 """The search for the smallest point of a frontier whose distance keeps a limit, with few measurements.
 
-The distance (KL) of a point rounded to nearest is measured where the search needs it, and predicted elsewhere: log KL
-as a function of log error, straight between measured points, with slope 1 outside where one is known alone. The errors
-fall from point to point, and measured values that rise by noise count as the larger one before them, so that the
-prediction is monotone.
+A point's error is a prediction of its distance (KL) when it is rounded to nearest. That is measured where the search
+needs it; elsewhere log KL is taken as a function of log error, straight between measured points, with slope 1 outside
+where one is known alone. The errors fall from point to point, and of measured values that rise by noise the smaller one
+before them counts, so that the prediction is monotone.
 
 A method that tunes is closer than that by a factor which only making it tells: that of the last point made stands for
 the others.
@@ -14,8 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-MARGIN = 1.05
-"""Of text for text: a point holds if it keeps the limit divided by this on the text that decides."""
+SPREAD = 4.0
+"""Two standard errors of a mean of single tokens, where those differ by twice their mean."""
 MOST_MEASURED = 10
 """Points that are rounded and measured at the most."""
 TINY = 1e-12
@@ -65,13 +65,12 @@ class Curve:
         return math.log(max(value, TINY))
 
     def next_rounded(self, limit: float) -> int | None:
-        """The point to measure next; None once the smallest that holds is known, or that none does.
-
-        The largest comes first: it says whether the limit is in reach.
-        """
+        """The point to measure next; None once the smallest that holds is known, or that none does."""
         last = len(self.errors) - 1
-        if last not in self.rounded:
-            return last
+        if not self.rounded:
+            return next((index for index, error in enumerate(self.errors) if error <= limit), last)
+        if last not in self.rounded and min(self.rounded.values()) > limit:
+            return self._larger(limit)
         holding, missing = bracket(self.rounded, limit)
         if holding is None or holding - missing <= 1 or len(self.rounded) >= MOST_MEASURED:
             return None
@@ -81,6 +80,11 @@ class Curve:
         if len(self.rounded) > 4 and guess in (holding, missing + 1):
             guess = (missing + holding) // 2
         return min(max(guess, missing + 1), holding - 1)
+
+    def _larger(self, limit: float) -> int | None:
+        """The next point above those that all miss; None if the largest does."""
+        missing, last = max(self.rounded), len(self.errors) - 1
+        return next((i for i in range(missing + 1, last) if (self.predicted(i) or 0.0) <= limit), last)
 
     def smallest_rounded(self, limit: float) -> int | None:
         """The smallest point that was measured to hold, rounded to nearest."""
@@ -109,6 +113,11 @@ class Curve:
         """The smallest point that was made and holds, or else the closest that was made."""
         holding, _ = bracket(self.made, limit)
         return min(self.made, key=lambda index: self.made[index]) if holding is None else holding
+
+
+def margin(tokens: int) -> float:
+    """Of text for text: a point holds if it keeps the limit divided by this on so many tokens, which are a sample."""
+    return 1 + SPREAD / math.sqrt(max(1, tokens))
 
 
 def bracket(values: Mapping[int, float], limit: float) -> tuple[int | None, int]:

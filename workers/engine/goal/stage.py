@@ -1,6 +1,6 @@
 """The stages that quantize, towards a goal: scored once, measured where it matters, made, and made again where needed.
 
-1. One pass of the calibration text scores every linear's candidates (`workers.engine.quantize.bit_budget`).
+1. One pass of the calibration text, and back, scores every linear's candidates (`workers.engine.goal.scores`).
 2. The frontier is the best allocation of each of `POINTS` sizes.
 3. For a distance, points are rounded to nearest and measured on held-out calibration text until the smallest that
    holds is known. For a size, the point of that size is the result, and it and both ends are measured.
@@ -8,7 +8,8 @@
    only making tells: the point is made and measured on the held-out text, then a smaller or a larger one, at most as
    often as the request's `rounds`.
 
-A point holds if it keeps the limit divided by `MARGIN`, for the text that decides is a sample.
+A point holds if it keeps the limit with a margin (`workers.engine.goal.search.margin`), for the text that decides is a
+sample.
 """
 
 import time
@@ -16,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from app.domain.goals.reach import too_small
-from app.domain.methods import Candidate
 from bitwright.errors import GoalOutOfReach
 from bitwright.events import Stage
 from bitwright.report import ScaleReport
@@ -27,11 +27,9 @@ from workers.engine.goal.held_out import HeldOut, split
 from workers.engine.goal.limits import Limits, limits_of
 from workers.engine.goal.outcome import allocation_report, goal_report, points_report, uniform_sizes
 from workers.engine.goal.progress import Progress, forget_others, point_folder
+from workers.engine.goal.scores import predicted_errors
 from workers.engine.goal.search import Curve
 from workers.engine.job import Job, Prepared
-from workers.engine.model.overflow import blaming_the_original
-from workers.engine.quantize.activations import Activations
-from workers.engine.quantize.bit_budget import Scoring
 from workers.engine.quantize.stage import Quantized
 
 TUNING_GAIN = 4.0
@@ -99,7 +97,7 @@ class _Aim:
         while (index := self.curve.next_rounded(limit)) is not None:
             self._round(index)
         found = self.curve.smallest_rounded(limit)
-        if found is None and (self.exact or self.curve.rounded[len(self.points) - 1] > TUNING_GAIN * limit):
+        if found is None and (self.exact or min(self.curve.rounded.values()) > TUNING_GAIN * limit):
             raise self._out_of_reach(self.limits.kl)
         if self.exact and found is not None:
             return found
@@ -167,7 +165,7 @@ class _Aim:
 
     def _out_of_reach(self, kl: float) -> GoalOutOfReach:
         points = points_report(self.points, self.limits, self.curve)
-        nearest = self.curve.rounded[len(self.points) - 1]
+        nearest = min(self.curve.rounded.values())
         return GoalOutOfReach(
             f"the largest choices come as close as a KL of {nearest:.3g}, and at most {kl:g} is asked for",
             field="quantization.at_most",
@@ -181,43 +179,25 @@ def _opened(job: Job) -> _Aim:
     """Scored, or adopted from an earlier attempt."""
     job.clock.enter(Stage.CALIBRATE)
     texts, sequences = split(job.texts)
-    limits, progress = limits_of(job), Progress.adopted(job)
+    limits = limits_of(job, 0 if sequences is None else sequences.ids.numel())
+    progress = Progress.adopted(job)
     full, job = job, replace(job, texts=texts)
     costs = limits.costs
     if limits.bits is not None and sum(map(min, costs.values())) > limits.bits:
         sizes = uniform_sizes(limits)
         raise too_small(job.spec, limits.weights, limits.kept, sizes[0].bytes, sizes)
-    if progress is None:
+    if progress is None and texts.calibration is not None:
         started = time.perf_counter()
-        errors = _errors(job, limits.candidates)
+        errors = predicted_errors(job, texts.calibration.ids, limits.candidates)
         progress = Progress(
             fingerprint=full.fingerprint(),
             errors={name: tuple(each) for name, each in errors.items()},
             seconds=time.perf_counter() - started,
         ).save(job)
+    if progress is None:
+        raise TypeError("a goal is scored on calibration text")
     scores = Scores(limits.candidates, costs, progress.errors, job.model.input_groups())
     points = frontier(scores, limits.bits)
     # Its activations are made again by every attempt: nothing of them is kept.
     held_out = None if sequences is None else HeldOut.through(job, sequences)
     return _Aim(job, limits, scores, points, progress, held_out)
-
-
-def _errors(job: Job, candidates: dict[str, tuple[Candidate, ...]]) -> dict[str, list[float]]:
-    model, total = job.model, len(job.model.blocks)
-    ids = job.processes.share(job.texts.calibration.ids) if job.texts.calibration is not None else None
-    if ids is None:
-        raise TypeError("a goal is scored on calibration text")
-    with model.loaded(*model.layout.outer):
-        activations = Activations(model, ids, job.plan, keep_inputs=False)
-    scoring = Scoring(
-        model=model,
-        spec=job.spec,
-        scale_dtype=job.plan.scale_dtype,
-        seed=job.seed,
-        activations=activations,
-        fisher={},
-        tick=lambda done: job.reporter.progress(Stage.CALIBRATE, done * total, total, "blocks"),
-        processes=job.processes,
-    )
-    with blaming_the_original(model.dtype, lambda: [activations.original]):
-        return scoring.errors(candidates)
