@@ -67,7 +67,8 @@ def of_other_formats() -> dict[str, dict[str, Any]]:
         if name not in asked and not name.info.is_adapter:
             scheme = held_by(name)[-1].scheme
             method = "rtn" if Form.AFFINE in name.info.kinds else "nf"
-            job = {"quantization": {"method": method, **scheme.model_dump(exclude={"name"})}, "adapter": {"kind": "lora", "rank": 4}}
+            quantization = {"method": method, **scheme.model_dump(exclude={"name"})}
+            job: dict[str, Any] = {"quantization": quantization, "adapter": {"kind": "lora", "rank": 4}}
             jobs[f"lora-{name}"] = job | {"formats": [name.value, "peft"]}
     return jobs
 
