@@ -186,7 +186,7 @@ def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
         alpha=draw(st.sampled_from([1.0, 16.0, 0.5])),
         factors=draw(st.sampled_from([BF16, F32])),
     )
-    dtype = F16 if info.scales is ScaleDtype.FLOAT16 else draw(st.sampled_from([BF16, F16, F32]))
+    dtype = F16 if info.scales in (ScaleDtype.FLOAT16, ScaleDtype.COMMON) else draw(st.sampled_from([BF16, F16, F32]))
     most = max(1, 40 // info.output_multiple)
     rows = info.output_multiple * draw(st.integers(1, most))
     return random_result((rows, columns), made, dtype, draw(st.integers(0, 2**31)))
