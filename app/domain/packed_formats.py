@@ -13,18 +13,19 @@ from app.domain.format_info import (
     Offsets,
     ScaleDtype,
 )
-from app.domain.methods import PER_CHANNEL, Form
+from app.domain.methods import PER_CHANNEL, Form, SchemeName
 from app.domain.mlx_rules import mlx_refusals
 from app.domain.runtimes import RuntimeSupport, Support
 
 GPTQ_BITS, MLX_BITS = frozenset({2, 3, 4, 8}), frozenset({2, 3, 4, 5, 6, 8})
+MLX_SCHEMES = frozenset({SchemeName.MXFP4A16, SchemeName.MXFP8A16})
 MARLIN_GROUPS = frozenset({PER_CHANNEL, 32, 64, 128})
 
 
-def _by_loader(bits: frozenset[int]) -> RuntimeSupport:
+def _by_loader(bits: frozenset[int], schemes: frozenset[SchemeName] = frozenset()) -> RuntimeSupport:
     """The row of transformers for a format whose artifact has a loader of its own."""
     note = "through the loader in the artifact, as a model with plain linears"
-    return RuntimeSupport("transformers", Support.TESTED, bits, note=note, version=TRANSFORMERS)
+    return RuntimeSupport("transformers", Support.TESTED, bits, note=note, version=TRANSFORMERS, schemes=schemes)
 
 
 GPTQ = FormatInfo(
@@ -149,9 +150,9 @@ AWQ = FormatInfo(
 )
 
 MLX = FormatInfo(
-    title="MLX (affine)",
-    summary="A dense stream of codes with scale and bias for each group, for Apple's machines.",
-    kinds=frozenset({Form.AFFINE}),
+    title="MLX",
+    summary="A dense stream of codes with scale and bias for each group, or MXFP4 and MXFP8, for Apple's machines.",
+    kinds=frozenset({Form.AFFINE, Form.FLOAT}),
     low_rank=LowRankRule.BESIDE,
     bits=MLX_BITS,
     symmetries=frozenset({True, False}),
@@ -160,10 +161,11 @@ MLX = FormatInfo(
     group_multiple=32,
     group_sizes=frozenset({32, 64, 128}),
     offsets=Offsets.MODEL,
+    schemes=MLX_SCHEMES,
     library="mlx",
     model_check=mlx_refusals,
     runtimes=(
-        _by_loader(MLX_BITS),
+        _by_loader(MLX_BITS, MLX_SCHEMES),
         RuntimeSupport(
             "mlx-lm",
             Support.BY_RULES,
@@ -173,6 +175,7 @@ MLX = FormatInfo(
             note="its own arithmetic in 16 bits rounds product and sum: in bfloat16 by up to 0.06 of a step at "
             "4 bits, 1 at 8",
             version=MLX_LM,
+            schemes=MLX_SCHEMES,
         ),
     ),
 )

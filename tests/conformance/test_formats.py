@@ -39,7 +39,14 @@ from workers.formats import compressed_tensors, merged, peft
 from workers.formats.registry import format_of
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.normal_float import DoubleQuantization
-from workers.numerics.quantized import AffineWeight, CodebookWeight, LinearResult, QuantizedAbsmax, QuantizedWeight
+from workers.numerics.quantized import (
+    AffineWeight,
+    CodebookWeight,
+    FloatWeight,
+    LinearResult,
+    QuantizedAbsmax,
+    QuantizedWeight,
+)
 
 CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
 PEFT = ExportFormat.PEFT
@@ -104,6 +111,8 @@ def in_the_dtypes_of(made: LinearResult, found: LinearResult) -> QuantizedWeight
             # Formats whose offsets are rounded are held to the rounded ones.
             weight = replace(weight, offset=own.offset)
         return replace(weight, scale=narrowed(weight.scale, own.scale))
+    if isinstance(weight, FloatWeight):
+        return weight
     assert isinstance(weight, CodebookWeight)
     assert isinstance(own, CodebookWeight)
     if isinstance(weight.absmax, Tensor):
