@@ -157,9 +157,7 @@ def _matrices(request: JobRequest, dimensions: Dimensions) -> list[Matrix]:
         if scheme is not None and budget is not None:
             found.append(Matrix(shape, None, budget.average, rank=spec.factors_rank()))
         elif scheme is not None:
-            found.append(
-                Matrix(shape, scheme, absmax=spec.absmax(), codebook=codebook, rank=spec.factors_rank())
-            )
+            found.append(Matrix(shape, scheme, absmax=spec.absmax(), codebook=codebook, rank=spec.factors_rank()))
     # Rounded to nearest whatever the method, outside any budget, and without factors.
     embeddings, head, tied = spec.embeddings_scheme(), spec.head_scheme(), dimensions.tied_embeddings
     if embeddings is not None:

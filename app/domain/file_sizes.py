@@ -88,7 +88,12 @@ def file_bytes(
         times = 2 if matrix.twice and name.info.embeddings is EmbeddingRule.UNIFORM else 1
         total += times * _of_matrix(name, matrix, rest.width, base_alone=base_alone)
     if name is ExportFormat.GGUF:
-        return int(total) + VOCABULARY_BYTES * rest.vocabulary + METADATA_BYTES + TENSOR_BYTES * (rest.tensors + len(matrices))
+        return (
+            int(total)
+            + VOCABULARY_BYTES * rest.vocabulary
+            + METADATA_BYTES
+            + TENSOR_BYTES * (rest.tensors + len(matrices))
+        )
     tensors = sum(1 if name.info.dense else _tensors(matrix) for matrix in matrices)
     return int(total) + HEADER_BYTES * (rest.tensors + tensors)
 

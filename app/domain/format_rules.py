@@ -90,8 +90,12 @@ def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec) -> list[Fi
             continue
         where = f"quantization.modules.{field}."
         if scheme.form not in name.info.kinds and scheme.name is None:
-            detail = f"{name.value} cannot hold {scheme.form.value} weights, as the {field} would be; {_other_formats()}"
-            problems.append(FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits))
+            detail = (
+                f"{name.value} cannot hold {scheme.form.value} weights, as the {field} would be; {_other_formats()}"
+            )
+            problems.append(
+                FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits)
+            )
             continue
         problems += _scheme_problems(name, where, scheme, frozenset({True, False}))
     if holds_embeddings(name, spec):
@@ -100,8 +104,8 @@ def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec) -> list[Fi
         detail = f"{name.value} holds no quantized embeddings; {_other_formats()}, or leave modules.embeddings out"
     else:
         detail = (
-            f"{name.value} with quantized embeddings loads with one scheme of integers for linears, head and embeddings "
-            f"alone: give all of them the same, leave modules.embeddings out, or {_other_formats()}"
+            f"{name.value} with quantized embeddings loads with one scheme of integers for linears, head and "
+            f"embeddings alone: give all of them the same, leave modules.embeddings out, or {_other_formats()}"
         )
     return [
         *problems,
@@ -118,9 +122,7 @@ def head_problems(formats: tuple[ExportFormat, ...], spec: WeightSpec, *, tied: 
         f"head is a matrix of its own: give modules.head the same scheme, or {_other_formats()}"
     )
     return [
-        FieldProblem(
-            field=f"formats.{index}", code="format_cannot_hold", detail=detail.format(name.value), value=name
-        )
+        FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail.format(name.value), value=name)
         for index, name in enumerate(formats)
         if name.info.embeddings is EmbeddingRule.UNIFORM
     ]

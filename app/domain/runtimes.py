@@ -93,9 +93,7 @@ def described(scheme: Scheme) -> str:
     return f"{scheme.bits} bits, {'symmetric' if scheme.symmetric else 'asymmetric'}, {group}"
 
 
-def runtime_limits(
-    rows: Iterable[RuntimeSupport], what: str, scheme: Scheme, *, embeddings: bool = False
-) -> list[str]:
+def runtime_limits(rows: Iterable[RuntimeSupport], what: str, scheme: Scheme, *, embeddings: bool = False) -> list[str]:
     """A sentence for each runtime of these rows that does not load linears of `scheme`, or only on some devices.
 
     what         the sentence's object

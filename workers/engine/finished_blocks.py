@@ -157,9 +157,7 @@ class FinishedBlocks:
         """
         return self._linears_file(f"block-{index:05d}.safetensors", linears, parameters)
 
-    def _linears_file(
-        self, file: str, linears: Mapping[str, LinearResult], parameters: Mapping[str, Tensor]
-    ) -> Shard:
+    def _linears_file(self, file: str, linears: Mapping[str, LinearResult], parameters: Mapping[str, Tensor]) -> Shard:
         stored = {name: StoredLinear.of(result) for name, result in linears.items()}
 
         def tensors() -> dict[str, Tensor]:

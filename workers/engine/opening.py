@@ -103,11 +103,13 @@ def _opened(checkpoint: Checkpoint, spec: WeightSpec, device: torch.device) -> S
         InvalidRequest: the head of such a model cannot be told from its embeddings.
     """
     model = StreamedModel.open(checkpoint, device)
-    if not model.tied or spec.modules.embeddings is None and spec.modules.head is None:
+    if not model.tied or (spec.modules.embeddings is None and spec.modules.head is None):
         return model
     head, embeddings = f"{model.layout.head}.weight", model.names.own_name(f"{model.layout.embeddings}.weight")
     if spec.modules.embeddings is not None:
-        return StreamedModel.open(model.checkpoint.without([head]), device) if head in model.checkpoint.tensors else model
+        return (
+            StreamedModel.open(model.checkpoint.without([head]), device) if head in model.checkpoint.tensors else model
+        )
     if embeddings is not None:
         untied = StreamedModel.open(model.checkpoint.untied(embeddings, head), device)
         if not untied.tied and head not in untied.left_out:

@@ -25,8 +25,8 @@ from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from workers.formats.cards.loading import BASE, FOLDER, LOAD_VLLM, AdapterBase, Loading, model_lines
 from workers.formats.cards.vllm import vllm_knowledge
 from workers.formats.checkpoint import Layout, checkpoint_format
-from workers.formats.quantized_embeddings import with_embeddings
 from workers.formats.native import LOAD_BITWRIGHT
+from workers.formats.quantized_embeddings import with_embeddings
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.packing import pack_words, unpack_words
 from workers.numerics.quantized import AffineWeight, LinearResult

@@ -84,7 +84,9 @@ def open_writer(
 ) -> Writer:
     """The writer of one checkpoint; `formats` are all of its job's."""
     base = partial(adapter_base, formats)
-    return format_of(name).open(folder, Opening(name, source, formats, base, identity, shard_bytes, embeddings=embeddings))
+    return format_of(name).open(
+        folder, Opening(name, source, formats, base, identity, shard_bytes, embeddings=embeddings)
+    )
 
 
 def open_part_writers(

@@ -58,7 +58,7 @@ def outer_errors(spec: WeightSpec, width: int, *, head: str, tied: bool) -> list
                 f"{head} shares its matrix with the embeddings, of which this request does not speak",
                 field=f"{RULES}.ignore",
                 value=head,
-                hint=f'give modules.embeddings a scheme, which then is that of both, or add "{head}" to modules.ignore',
+                hint=f'give modules.embeddings a scheme, which is that of both then, or add "{head}" to modules.ignore',
             )
         )
     if tied and embeddings is not None and of_head is not None and embeddings != of_head:

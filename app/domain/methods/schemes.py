@@ -231,7 +231,10 @@ CONFLICTING: Literal["conflicting_fields"] = "conflicting_fields"
 
 
 def refusal(
-    location: tuple[int | str, ...], value: object, detail: str, kind: Literal["value_refused", "conflicting_fields"] = "value_refused"
+    location: tuple[int | str, ...],
+    value: object,
+    detail: str,
+    kind: Literal["value_refused", "conflicting_fields"] = "value_refused",
 ) -> InitErrorDetails:
     """A refused value, for `ValidationError.from_exception_data`."""
     reason = PydanticCustomError(kind, "{error}", {"error": detail})

@@ -11,12 +11,12 @@ from bitwright.errors import FieldProblem, InvalidRequest
 
 def parsed(modules: dict[str, Any], formats: tuple[str, ...] = ("native",), **quantization: Any) -> JobRequest:
     fields = {"method": "rtn", "bits": 2, "group_size": 32, **quantization}
-    return JobRequest.parse(
-        {"model": "o/m", "quantization": {**fields, "modules": modules}, "formats": list(formats)}
-    )
+    return JobRequest.parse({"model": "o/m", "quantization": {**fields, "modules": modules}, "formats": list(formats)})
 
 
-def problems(modules: dict[str, Any], formats: tuple[str, ...] = ("native",), **quantization: Any) -> list[FieldProblem]:
+def problems(
+    modules: dict[str, Any], formats: tuple[str, ...] = ("native",), **quantization: Any
+) -> list[FieldProblem]:
     with pytest.raises(InvalidRequest) as caught:
         parsed(modules, formats, **quantization)
     return list(caught.value.errors)
@@ -29,7 +29,9 @@ def test_a_width_alone_stands_for_the_linears_groups_and_symmetry() -> None:
     assert modules["head"] == {"bits": 8, "group_size": 32, "symmetric": False, "scheme": None}
     spec = request.quantization
     assert spec.embeddings_scheme() == Scheme(bits=4, group_size=32, symmetric=False)
-    assert spec.head_scheme() == spec.scheme_of("language_model.lm_head") == Scheme(bits=8, group_size=32, symmetric=False)
+    assert (
+        spec.head_scheme() == spec.scheme_of("language_model.lm_head") == Scheme(bits=8, group_size=32, symmetric=False)
+    )
     assert spec.scheme_of("model.layers.0.mlp.up_proj") == Scheme(bits=2, group_size=32, symmetric=False)
 
 
@@ -63,7 +65,11 @@ def test_silence_leaves_both_in_16_bits() -> None:
     ("modules", "field", "code"),
     [
         ({"head": 4, "ignore": ["lm_head"]}, "quantization.modules.ignore.0", "conflicting_fields"),
-        ({"head": 4, "overrides": {"lm_head": {"bits": 8}}}, "quantization.modules.overrides.lm_head", "conflicting_fields"),
+        (
+            {"head": 4, "overrides": {"lm_head": {"bits": 8}}},
+            "quantization.modules.overrides.lm_head",
+            "conflicting_fields",
+        ),
         ({"embeddings": {"group_size": 32}}, "quantization.modules.embeddings", "invalid_value"),
         ({"embeddings": {"bits": 4, "scheme": "fp8"}}, "quantization.modules.embeddings", "out_of_range"),
         ({"embeddings": 9}, "quantization.modules.embeddings", "out_of_range"),

@@ -50,7 +50,11 @@ def assert_told_truly(result: ResultLine, workspace: Path, ids: torch.Tensor) ->
 def sequences(model: Path, result: ResultLine, rows: Path) -> torch.Tensor:
     from app.domain.request.job_request import JobRequest
 
-    body = {"model": str(model), "method": "rtn", "evaluation": {"dataset": str(rows), "num_samples": 4, "sequence_length": 48}}
+    body = {
+        "model": str(model),
+        "method": "rtn",
+        "evaluation": {"dataset": str(rows), "num_samples": 4, "sequence_length": 48},
+    }
     return shipping.sequences(JobRequest.parse(body), model, rows)
 
 

@@ -84,7 +84,9 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         identity_of(order),
         finished.folder,
         embeddings=None if matrix is None else matrix.name,
-        untied=None if matrix is None or has_head(checkpoint.tensors) else checkpoint.untied(matrix.tensor, HEAD_TENSOR),
+        untied=None
+        if matrix is None or has_head(checkpoint.tensors)
+        else checkpoint.untied(matrix.tensor, HEAD_TENSOR),
     )
     with ExitStack() as stack:
         for writer in writers.values():

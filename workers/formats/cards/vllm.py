@@ -12,9 +12,7 @@ def vllm_rows(name: ExportFormat) -> tuple[RuntimeSupport, ...]:
     return tuple(row for row in name.info.runtimes if row.runtime == "vllm")
 
 
-def vllm_refusals(
-    schemes: Mapping[str, Scheme], support: RuntimeSupport, embeddings: str | None = None
-) -> list[str]:
+def vllm_refusals(schemes: Mapping[str, Scheme], support: RuntimeSupport, embeddings: str | None = None) -> list[str]:
     """Reasons why a row's rules refuse a checkpoint with these linears; empty if none applies.
 
     embeddings   name of the embeddings among them
