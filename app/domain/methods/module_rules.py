@@ -85,7 +85,7 @@ def indivisible_outer(scheme: Scheme, width: int, name: str) -> IndivisibleGroup
     """The error for groups that do not divide the rows of embeddings or head, named by their field."""
     if scheme.name is not None:
         return IndivisibleGroup(
-            f"groups of {scheme.group_size} of the scheme {scheme.name} do not divide the {width} columns of the {name}",
+            f"groups of {scheme.group_size} of the scheme {scheme.name} do not divide {width} columns of the {name}",
             field=f"{RULES}.{name}.scheme",
             value=scheme.name.value,
             hint="give another scheme, or leave the field out",
