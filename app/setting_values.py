@@ -136,6 +136,21 @@ def folder(path: Path) -> Path:
     return absolute
 
 
+def program(path: Path) -> Path:
+    """The absolute path of a program; where it is missing, the worker that wants it says so."""
+    if "\0" in str(path):
+        raise ValueError("a path holds no NUL")
+    try:
+        absolute = path.expanduser().absolute()
+        if absolute.is_dir():
+            raise ValueError(f"{absolute} is a folder; name the program in it, e.g. {absolute}/bin/python")
+    except RuntimeError as error:
+        raise ValueError(f"{error}: there is no such user; give the whole path") from error
+    except OSError as error:
+        raise ValueError(f"this cannot be a program ({error.strerror}); name another one") from error
+    return absolute
+
+
 def _check_folder(path: Path) -> None:
     """A path that is, or leads through, what is no folder."""
     for place in (path, *path.parents):

@@ -225,6 +225,12 @@ class Settings(BaseSettings):
     devices: Literal["all"] | Annotated[int, Field(ge=1, le=64)] = Field(
         default=1, description="GPUs that a worker gives to a job, `all` that it sees or so many; on a CPU, processes."
     )
+    llama_cpp: Folder | None = Field(
+        default=None, description="Folder with llama.cpp's shared libraries, in which a worker reads GGUF files."
+    )
+    vllm_python: Annotated[Path, AfterValidator(values.program)] | None = Field(
+        default=None, description="Python of an environment with vLLM, in which a worker reads what a request requires."
+    )
     worker_name: Annotated[str, AfterValidator(values.process_name)] = Field(
         default_factory=_worker_name, description="First part of a worker's id."
     )

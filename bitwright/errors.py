@@ -34,6 +34,7 @@ BitwrightError
 |   |-- MisalignedAdapter          misaligned_adapter
 |   |-- OffsetNotRepresentable     offset_not_representable
 |   |-- NumericalFailure           numerical_failure
+|   |-- GoalOutOfReach             goal_out_of_reach     has the frontier
 |   `-- RequirementMissed          requirement_missed
 |-- ResourceError             the machine was too small
 |   |-- OutOfGpuMemory             out_of_gpu_memory     (once more, with smaller micro-batches)
@@ -56,6 +57,8 @@ from math import isfinite
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from bitwright.frontier import FrontierPoint
 
 
 class Retry(StrEnum):
@@ -319,6 +322,32 @@ class NumericalFailure(InputError):
         "Check the checkpoint, and whether its dtype overflows (bfloat16 in config.json); raise bits or lower "
         "the learning rate."
     )
+
+
+class RuntimeDidNotLoad(InputError):
+    code, title = "runtime_did_not_load", "A runtime does not load what the job would make"
+    way_out = (
+        "`detail` has the runtime's last lines: leave the format out, change the scheme, or set `verify` to `off` if "
+        "it is served elsewhere."
+    )
+
+
+class GoalOutOfReach(InputError):
+    code, title = "goal_out_of_reach", "No choice of schemes reaches the goal"
+    way_out = "`frontier` has the sizes and distances that can be reached: loosen the goal, or widen its `choices`."
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        field: str | None = None,
+        value: object = None,
+        hint: str | None = None,
+        errors: tuple[FieldProblem, ...] = (),
+        frontier: tuple[FrontierPoint, ...] = (),
+    ) -> None:
+        super().__init__(detail, field=field, value=value, hint=hint, errors=errors)
+        self.frontier = frontier
 
 
 class RequirementMissed(InputError):

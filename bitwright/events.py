@@ -7,11 +7,12 @@ validates each line and stores the events.
 from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, TypeAdapter, model_serializer
 
-from bitwright.errors import ERRORS, BitwrightError, InternalError
+from bitwright.errors import ERRORS, BitwrightError, GoalOutOfReach, InternalError
+from bitwright.frontier import FrontierPoint
 from bitwright.job_states import JobStatus
 
 
@@ -26,6 +27,7 @@ class Stage(StrEnum):
     FINETUNE = "finetune"
     EVALUATE = "evaluate"
     EXPORT = "export"
+    VERIFY = "verify"
     STORE = "store"
 
 
@@ -41,16 +43,30 @@ class ErrorData(Message):
     field: str | None = None
     value: str | int | float | bool | None = None
     hint: str | None = None
+    frontier: tuple[FrontierPoint, ...] | None = Field(
+        default=None, description="Of goal_out_of_reach: the sizes and distances that can be reached, smallest first."
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_an_empty_frontier(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Clients of earlier releases refuse fields that they do not know."""
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name != "frontier" or value is not None}
 
     @classmethod
     def of(cls, error: BitwrightError) -> "ErrorData":
         """The error as it travels: over a pipe, into the table, to the caller."""
         value = error.value if isinstance(error.value, str | int | float | bool) else None
-        return cls(code=error.code, detail=error.detail, field=error.field, value=value, hint=error.hint)
+        frontier = (error.frontier or None) if isinstance(error, GoalOutOfReach) else None
+        return cls(
+            code=error.code, detail=error.detail, field=error.field, value=value, hint=error.hint, frontier=frontier
+        )
 
     def exception(self) -> BitwrightError:
         """The original exception; an `InternalError` for an unknown code."""
         kind = ERRORS.get(self.code, InternalError)
+        if issubclass(kind, GoalOutOfReach):
+            return kind(self.detail, field=self.field, value=self.value, hint=self.hint, frontier=self.frontier or ())
         return kind(self.detail, field=self.field, value=self.value, hint=self.hint)
 
 

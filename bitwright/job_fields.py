@@ -18,6 +18,9 @@ class JobFields(TypedDict, total=False):
     model: str | PathLike[str] | JsonObject
     method: str
     bits: int | JsonObject
+    scheme: str
+    at_most: JsonObject
+    fits: JsonObject
     group_size: int
     symmetric: bool
     preset: str
@@ -36,6 +39,7 @@ class JobFields(TypedDict, total=False):
     evaluation: JsonObject | None
     formats: Sequence[str]
     seed: int
+    verify: str | None
     require: JsonObject | None
     device: str
     priority: int

@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.formats import ADAPTER_FOLDER, Form
+from bitwright.frontier import FrontierPoint
 
 
 class ReportPart(BaseModel):
@@ -215,6 +216,7 @@ class AllocatedLinear(ReportPart):
     name: str
     bits: int = Field(description="Width of a code.")
     group_size: int
+    scheme: str | None = Field(default=None, description="The scheme's name; null: integers or NormalFloat.")
     bits_per_weight: float = Field(description="Scales and zero points included, low-rank factors not.")
     absmax: str | None = Field(
         default=None, description="How a codebook's maxima are stored: width, dtype and groups of their scale."
@@ -222,15 +224,42 @@ class AllocatedLinear(ReportPart):
 
 
 class AllocationReport(ReportPart):
-    """The spending of a bit budget."""
+    """What each linear became, where a bit budget or a goal chose."""
 
-    average: float = Field(description="Bits per weight that were requested.")
-    reached: float = Field(description="Bits per weight that the choices take, never more.")
+    average: float | None = Field(description="Bits per weight that were requested; null: a goal was.")
+    over: Literal["linears", "model"] = Field(
+        default="linears", description="What `average` and `reached` count: the linears alone, or the whole checkpoint."
+    )
+    reached: float = Field(description="Bits per weight that the choices take, of a budget never more.")
     error: float = Field(description="Sum over linears of what their choices cost in error.")
     gap: float = Field(description="At most this share of the error is above the least that the budget allows.")
     seconds: float = Field(description="Scoring and solving.")
     solver_seconds: float = Field(description="Solving alone.")
     linears: tuple[AllocatedLinear, ...]
+
+
+class GoalReport(ReportPart):
+    """The way to a goal that stood in place of bits."""
+
+    goal: Literal["kl", "bytes", "memory"]
+    limit: float = Field(description="As asked for: nats a token, or bytes.")
+    weight_limit: int | None = Field(
+        default=None, description="Bytes that the weight files may take: of memory, what the KV cache leaves."
+    )
+    cache_bytes: int | None = Field(default=None, description="Of the KV cache that memory was kept for.")
+    text: TextReport | None = Field(description="Held-out calibration text of all figures here; null: none was left.")
+    margin: float | None = Field(
+        default=None, description="A point holds if KL on that text is at most `limit` divided by this: it is a sample."
+    )
+    frontier: tuple[FrontierPoint, ...] = Field(description="From the smallest to the largest that was looked at.")
+    chosen: int = Field(description="Index in `frontier` of what was made.")
+    rounds: int = Field(description="How often the model was quantized and measured on the way, all attempts together.")
+    met: bool = Field(description="Whether the result keeps the limit: of kl on that text, of bytes in the files.")
+    next_smaller_misses: bool | None = Field(
+        description="Whether the point before was measured, and misses; null: there is none, or the goal is a size."
+    )
+    bytes: dict[str, int] = Field(default_factory=dict, description="Of weight files, by packed checkpoint.")
+    seconds: float = Field(description="Of scoring and measuring, without the quantizing.")
 
 
 class ModelReport(ReportPart):
@@ -304,6 +333,26 @@ class BaseJobReport(ReportPart):
     )
 
 
+class LoadReport(ReportPart):
+    """A try to read a checkpoint of the job in a runtime, in a process of its own without a network."""
+
+    format: str = Field(description="Folder of the checkpoint.")
+    runtime: str
+    version: str | None = Field(default=None, description="Of the runtime, as it says itself; null: it said nothing.")
+    read: Literal["block", "files"] = Field(
+        description="block: one block in the job's schemes, before the rest was made. files: the whole checkpoint."
+    )
+    result: Literal["loads", "does_not_load", "differs", "not_checked"] = Field(
+        description="differs: it loads, and computes something else than was made."
+    )
+    detail: str | None = Field(default=None, description="The runtime's own words, or why nothing was tried.")
+    difference: float | None = Field(
+        default=None, description="Of its logits from the engine's, root mean square, in standard deviations."
+    )
+    tokens_written: int | None = None
+    seconds: float = 0.0
+
+
 class Report(ReportPart):
     """The steps of a job and their outcome."""
 
@@ -318,6 +367,11 @@ class Report(ReportPart):
     calibration: TextReport | None
     quality: Quality | None = Field(
         description="Of the checkpoints that were asked for, the first way to load them in `shipped`."
+    )
+    served: str | None = Field(
+        default=None,
+        description="What a server rounds besides weights and the figures of `quality`, `shipped` and "
+        "`round_to_nearest` include, in words: inputs of linears, a key-value cache. null: nothing.",
     )
     shipped: tuple[ShippedFigures, ...] = Field(
         default=(),
@@ -338,16 +392,30 @@ class Report(ReportPart):
         default=None, description="The output head, where it was quantized as a matrix of its own."
     )
     base_job: BaseJobReport | None = Field(default=None, description="None if this job quantized the model itself.")
+    exported_from: str | None = Field(
+        default=None,
+        description="Id of the job that made the result, where this one only wrote it in other formats: all figures "
+        "are of that one, but for time and memory.",
+    )
     blocks: tuple[BlockReport, ...] = Field(
         description="As they were quantized, before scales were tuned together. With `base_job`, its errors of linears."
     )
-    allocation: AllocationReport | None = Field(default=None, description="None if bits was not a budget.")
+    allocation: AllocationReport | None = Field(default=None, description="None if bits was not a budget, nor a goal.")
+    goal: GoalReport | None = Field(default=None, description="None where the request had no goal.")
     scales: ScaleReport | None = Field(
         default=None, description="None if scales were not tuned end to end, or that was skipped; see the warnings."
     )
     finetuning: FinetuningReport | None = Field(default=None, description="None where nothing was trained.")
     adapter: AdapterReport | None = Field(default=None, description="None where nothing was trained.")
+    loads: tuple[LoadReport, ...] = Field(
+        default=(), description="What runtimes of the worker made of the result, as far as `verify` asked for it."
+    )
     size: SizeReport
+    scales_rounded: dict[str, float] = Field(
+        default_factory=dict,
+        description="Formats that store scales in another dtype than they were fitted in, and had to round some: the "
+        "largest relative error.",
+    )
     seconds: dict[str, float] = Field(description="Wall time by stage; the stages add up to `total`.")
     peak_memory: PeakMemory
     blocks_computed: int = Field(description="Blocks quantized by this attempt.")

@@ -56,7 +56,19 @@ class BudgetView(RequestPart):
     """A budget that linears share instead of one width."""
 
     average: float | None = None
-    choices: tuple[int, ...] | None = None
+    over: str | None = None
+    choices: tuple[int | str, ...] | None = None
+
+
+class GoalView(RequestPart):
+    """A goal in place of bits: a distance, a size, or memory that the result is to be served in."""
+
+    kl: float | None = None
+    bytes: int | None = None
+    memory: int | None = None
+    context: int | None = None
+    sequences: int | None = None
+    choices: tuple[int | str, ...] | None = None
 
 
 class QuantizationView(RequestPart):
@@ -67,6 +79,8 @@ class QuantizationView(RequestPart):
     group_size: int | None = None
     symmetric: bool | None = None
     scheme: str | None = None
+    at_most: GoalView | None = None
+    fits: GoalView | None = None
 
     def budget(self) -> BudgetView | None:
         """The budget, if widths are chosen by one."""
@@ -95,6 +109,7 @@ class RequestView(RequestPart):
     evaluation: dict[str, Any] | None = None
     formats: tuple[str, ...] | None = None
     seed: int | None = None
+    verify: str | None = None
     require: dict[str, Any] | None = None
     device: str | None = None
     priority: int | None = None

@@ -154,7 +154,8 @@ class MethodView(View):
     title: str
     summary: str
     paper: str | None = Field(default=None, description="arXiv number.")
-    produces: list[str] = Field(description="Forms of what it makes of a linear: affine, codebook, low-rank.")
+    produces: list[str] = Field(description="Forms of what it makes of a linear: affine, codebook, float, low-rank.")
+    schemes: list[str] = Field(default_factory=list, description="Values of `scheme` that it takes.")
     needs_calibration: bool
     presets: list[str] = Field(default_factory=list)
     parameters: dict[str, Any] = Field(description="JSON Schema of `quantization` with this method.")
@@ -207,6 +208,7 @@ class RuntimeView(View):
     smallest_group: int = 1
     group_multiple: int = 1
     since: list[WidthsView] = Field(default_factory=list, description="Widths that earlier releases did not take.")
+    schemes: list[str] = Field(default_factory=list, description="Schemes by name that it loads.")
     note: str = ""
 
 
@@ -226,7 +228,11 @@ class FormatView(View):
     symmetric: list[bool]
     asymmetric_bits: list[int] | None = Field(default=None, description="Widths with zero points; null: all of bits.")
     group_multiple: int = Field(default=1, description="Groups are multiples of so many columns.")
+    group_sizes: list[int] | None = Field(default=None, description="The only groups that it holds; null: any.")
+    output_multiple: int = Field(default=1, description="Linears have a multiple of so many outputs.")
+    uniform: bool = Field(default=False, description="Whether all linears of a checkpoint have one scheme.")
     architectures: list[str] | None = Field(default=None, description="`model_type`s that it takes; null: all.")
+    schemes: list[str] = Field(default_factory=list, description="Schemes by name that it holds.")
     runtimes: list[RuntimeView]
 
 
@@ -254,12 +260,20 @@ CLOCK_SKEW = "clock_skew_seconds"
 """Name of the difference between a worker's clock and the database's, among the facts of its machine."""
 
 
+RUNTIMES = "runtimes"
+"""Name of the runtimes that a worker has, by name their release, among the facts of its machine."""
+
+
 class WorkerView(View):
     id: str
     device: str
     capacity: dict[str, Any] = Field(default_factory=dict)
     job_id: str | None = None
     last_seen_at: datetime
+    runtimes: dict[str, str] | None = Field(
+        default=None,
+        description="Release of each runtime that it reads results in, by name; null: an older worker, which says not.",
+    )
     clock_skew_seconds: float | None = Field(
         default=None, description="By how much the clock of the worker's machine is ahead of the database's."
     )

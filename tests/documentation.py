@@ -15,7 +15,7 @@ from app.api.http.errors import problem_response
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule
 from app.domain.inputs.architectures import ACCEPTED_FILE, ARCHITECTURES, REFUSED
-from app.domain.methods import METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo
+from app.domain.methods import ALL_SCHEMES, METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo, SchemeName
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.job_request import JobRequest
 from app.domain.runtimes import RuntimeSupport, Support
@@ -37,6 +37,7 @@ FOLDERS = MappingProxyType(
         "app/domain": "Pure types: pydantic and the standard library only",
         "app/domain/request": "The request: shorthand, recipes, sources, problems",
         "app/domain/methods": "Schemes, specs and budgets of quantization methods, and their catalogue",
+        "app/domain/goals": "Goals in bytes: what formats store, what a cache takes, what is out of reach",
         "app/domain/adapters": "Specs and shapes of adapters",
         "app/domain/inputs": "Checks of files that strangers send",
         "app/domain/inputs/quantized": "Quantized sources by their headers: which tensors mean which weight",
@@ -49,9 +50,12 @@ FOLDERS = MappingProxyType(
         "workers": "Celery on one side of a process boundary, torch on the other; never FastAPI",
         "workers/supervise": "Claims a job, runs an attempt in a child process, keeps its lease, stores its results",
         "workers/child": "Runs in the child process; no database, broker, bucket or key",
+        "workers/limited": "A child process with limits for what strangers send: no network, its end is a result",
+        "workers/runtimes": "Programs that such a child runs: a checkpoint read in transformers, llama.cpp or vLLM",
         "workers/disk": "Workspaces, durable writes, the Hub cache",
         "workers/contracts": "The seam between engine, methods, adapters and formats",
         "workers/engine": "The stages of a job, in the order of `run.py`",
+        "workers/engine/loads_here": "Checks that runtimes load the result: one block before, the files afterwards",
         "workers/engine/model": "Checkpoint, meta model, streamed and fused blocks",
         "workers/engine/model/sources": "Quantized sources as ordinary tensors, made when they are read",
         "workers/engine/text": "Calibration, evaluation and training text",
@@ -59,12 +63,18 @@ FOLDERS = MappingProxyType(
         "workers/engine/quantize": "Block by block: activations, method, finished blocks",
         "workers/engine/tune": "The tuning loop that learned methods share",
         "workers/engine/scales": "All scales tuned end to end",
+        "workers/engine/goal": "A goal in place of bits: scores, the frontier, the smallest result that holds",
         "workers/engine/finetune": "Training of adapters beside the quantized model",
         "workers/engine/weights_only": "Jobs without a model: tensors of files, one by one",
+        "workers/engine/exports": "Other formats of a finished job's result, from its native checkpoint",
         "workers/adapters": "Adapters: attached, trained, merged",
         "workers/formats": "Checkpoint formats, each an exact inverse of itself",
         "workers/formats/cards": "Model cards: what a checkpoint is, how it loads, what it learned",
+        "workers/formats/compressed_tensors": "compressed-tensors: tensors, configuration, refusals",
         "workers/formats/gguf": "GGUF files: tensors, tokenizer, metadata",
+        "workers/formats/packed": "What the formats of 32-bit words share: words, checks, loader",
+        "workers/formats/mlx": "MLX's affine checkpoints",
+        "workers/formats/bitsandbytes": "bitsandbytes' NF4 checkpoints",
         "workers/methods": "One file per method",
         "workers/numerics": "Codes, scales, codebooks and packing",
         "workers/numerics/backends": "Triton kernels beside their twins in torch",
@@ -80,10 +90,12 @@ FOLDERS = MappingProxyType(
         "tests/cli": "The command line",
         "tests/bitwright": "The client against real sockets",
         "tests/conformance": "Suites that every method, adapter and format must pass",
+        "tests/limited": "A limited child: what it cannot do, and its ends",
         "tests/disk": "Workspaces and caches",
         "tests/documents": "Every shell and Python block of the documents, against a live service",
         "tests/domain": "Requests, formats and errors",
         "tests/domain/adapters": "Specs and shapes of adapters",
+        "tests/domain/goals": "Goals in a request, caches, and what sizes put out of reach",
         "tests/domain/inputs": "Checks of files that strangers send",
         "tests/domain/inputs/quantized": "Headers of quantized sources that lie",
         "tests/domain/methods": "Specs, budgets and module rules",
@@ -92,11 +104,13 @@ FOLDERS = MappingProxyType(
         "tests/engine": "Streaming, resume and evaluation against plain transformers",
         "tests/engine/architectures": "Every accepted type on tiny checkpoints, and the list of them",
         "tests/engine/device": "Ranks, CUDA, reading ahead and writing behind",
+        "tests/engine/exports": "Exports against the job's own files, and their memory",
         "tests/engine/finetune": "Training, its plan and its checkpoints",
         "tests/engine/model": "Checkpoints, streamed and fused blocks",
         "tests/engine/model/sources": "Quantized sources against the libraries that they are of",
         "tests/engine/quantize": "The block pass, base jobs, budgets",
         "tests/engine/scales": "End-to-end scale tuning",
+        "tests/engine/goal": "Goals through the engine: the frontier, the search, jobs that keep them",
         "tests/engine/ships": "Files of whole jobs, loaded by the runtimes that they are for",
         "tests/engine/text": "Calibration sequences and training examples",
         "tests/engine/tune": "The tuning loop",
@@ -138,8 +152,10 @@ FILES = MappingProxyType(
         "docs/papers.md": "Per paper, the request that reproduces its row and our figure",
         "docs/changelog.md": "CHANGELOG.md as a page of the site",
         "docs/guides/quantize.md": "Method, scheme, format and calibration text",
+        "docs/guides/goals.md": "A distance, a size or a machine in place of bits",
         "docs/guides/finetune.md": "Adapters, merges, training that starts from a base job",
         "docs/guides/load.md": "transformers, peft, vLLM, llama.cpp",
+        "docs/guides/verify.md": "Runtimes that try the result before and after it is made",
         "docs/guides/http.md": "The API with curl",
         "docs/guides/python.md": "The client",
         "docs/guides/ci.md": "Exit codes, requirements, repeated requests",
@@ -225,12 +241,18 @@ def formats_table() -> str:
 
 
 def _runtime_cells(runtime: RuntimeSupport) -> list[str]:
-    loads = f"{_numbers(runtime.bits)} bits, {_group_sizes(runtime)}"
+    loads = f"{_numbers(runtime.bits)} bits, {_group_sizes(runtime)}{_schemes(runtime.schemes)}"
     for added in runtime.since:
         loads += f"; {_numbers(added.bits)} bits {_symmetries(added.symmetric)} since {added.version}"
     where = f"{runtime.runtime} on {runtime.devices}" if runtime.devices else runtime.runtime
     known = "tested" if runtime.support is Support.TESTED else "by its rules"
     return [where, loads + (f"; {runtime.note}" if runtime.note else ""), f"{known}, {runtime.version}"]
+
+
+def _schemes(names: frozenset[SchemeName]) -> str:
+    if names == ALL_SCHEMES:
+        return "; every scheme by name"
+    return f"; {', '.join(f'`{name}`' for name in sorted(names))}" if names else ""
 
 
 def _group_sizes(runtime: RuntimeSupport) -> str:
@@ -266,11 +288,19 @@ def _held(info: FormatInfo) -> str:
     weights = f"{_numbers(info.bits)} bits, {_symmetries(info.symmetries)}"
     if info.asymmetric_bits is not None:
         weights = f"{_numbers(info.bits)} bits symmetric, {_numbers(info.asymmetric_bits)} asymmetric"
-    if info.group_multiple > 1:
+    if Form.AFFINE not in info.kinds:
+        weights = f"{_numbers(info.bits)} bits on a codebook"
+    if info.group_sizes is not None:
+        weights += f", groups of {', '.join(map(str, sorted(info.group_sizes)))}"
+    elif info.group_multiple > 1:
         weights += f", groups of multiples of {info.group_multiple} or per channel"
+    if info.output_multiple > 1:
+        weights += f", outputs in multiples of {info.output_multiple}"
+    if info.uniform:
+        weights += ", one scheme for all linears"
     if info.architectures is not None:
         weights += f", {', '.join(sorted(info.architectures))}"
-    codebook = ", or on a codebook" if Form.CODEBOOK in info.kinds else ""
+    codebook = ", or on a codebook" if {Form.CODEBOOK, Form.AFFINE} <= info.kinds else ""
     return f"{weights}{codebook}; low-rank factors {LOW_RANK[info.low_rank]}"
 
 

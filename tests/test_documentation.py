@@ -13,6 +13,7 @@ import yaml
 
 from app.api.main import create_app
 from app.domain.methods import METHODS
+from app.domain.request.exports import ExportRequest
 from app.domain.request.job_request import JobRequest
 from app.settings import Settings
 from bitwright.errors import ERRORS, FieldProblem
@@ -124,6 +125,8 @@ def test_bodies_of_the_curl_examples_are_valid() -> None:
         body = json.loads(text)
         if curl_target(words)[1] == "/v1/uploads":
             UploadRequest.model_validate(body)
+        elif curl_target(words)[1].endswith("/exports"):
+            ExportRequest.model_validate(body)
         else:
             assert JobRequest.parse(body).quantization.method in METHODS
         parsed += 1

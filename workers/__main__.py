@@ -12,6 +12,7 @@ from app.store.session import Database
 from workers.supervise.capacity import capacity
 from workers.supervise.celery_app import run_worker
 from workers.supervise.context import WorkerContext
+from workers.supervise.runtimes import WarmReader, found_runtimes
 
 log = structlog.get_logger("workers")
 
@@ -29,7 +30,7 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
     except RuntimeError as error:
         log.error("device_missing", reason=str(error))
         return 2
-    database = Database(settings.database_url)
+    database, reader = Database(settings.database_url), WarmReader(settings.workspace_dir)
     context = WorkerContext(
         worker_id=f"{settings.worker_name}.{new_id('wrk')}",
         capacity=machine,
@@ -37,10 +38,13 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         database=database,
         blobs=open_blobs(settings.blob_url),
         attempt_module=attempt_module,
+        runtimes=found_runtimes(settings),
+        reader=reader,
     )
     try:
         run_worker(context)
     finally:
+        reader.close()
         database.close()
     return 0
 

@@ -29,7 +29,11 @@ def format_view(name: ExportFormat, info: FormatInfo) -> FormatView:
         symmetric=sorted(info.symmetries),
         asymmetric_bits=None if info.asymmetric_bits is None else sorted(info.asymmetric_bits),
         group_multiple=info.group_multiple,
+        group_sizes=None if info.group_sizes is None else sorted(info.group_sizes),
+        output_multiple=info.output_multiple,
+        uniform=info.uniform,
         architectures=None if info.architectures is None else sorted(info.architectures),
+        schemes=sorted(info.schemes),
         runtimes=[_runtime_view(runtime) for runtime in info.runtimes],
     )
 
@@ -49,5 +53,6 @@ def _runtime_view(runtime: RuntimeSupport) -> RuntimeView:
             WidthsView(version=added.version, bits=sorted(added.bits), symmetric=sorted(added.symmetric))
             for added in runtime.since
         ],
+        schemes=sorted(runtime.schemes),
         note=runtime.note,
     )

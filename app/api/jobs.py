@@ -104,7 +104,7 @@ def create_job(
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
             replayed_job = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
             if replayed_job is not None:
-                return _accepted(session, replayed_job, response)
+                return accepted(session, replayed_job, response)
     seen = look_at_hub(request, hub)
     with database.reading() as session:
         preflight = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs, seen)
@@ -123,7 +123,7 @@ def create_job(
     with database.transaction() as session:
         recipe = asked_recipe(body, preflight.request)
         job = JobRepository(session, principal.tenant_id).add(preflight.request, recipe=recipe, idempotency=idempotency)
-        view_of_job = _accepted(session, job, response)
+        view_of_job = accepted(session, job, response)
         if not job.replayed:
             view_of_job = view_of_job.model_copy(update={"not_checked": preflight.not_checked})
         alive_classes = live_classes(session)
@@ -135,7 +135,7 @@ def create_job(
     return view_of_job
 
 
-def _accepted(session: Session, job: Job, response: Response) -> JobView:
+def accepted(session: Session, job: Job, response: Response) -> JobView:
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["Retry-After"] = str(POLL_AFTER_SECONDS)
     if job.replayed:

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from app.api import architectures, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
+from app.api import architectures, artifacts, events, exports, formats, health, jobs, methods, pages, uploads, workers
 from app.api.deps import State
 from app.api.event_feed import POLL_LIMIT, EventFeed
 from app.api.http import archive
@@ -25,7 +25,7 @@ from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
 from app.store.session import Database
 
-MODULES = (jobs, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
+MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
 ROUTERS = tuple(module.router for module in MODULES)
 
 

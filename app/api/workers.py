@@ -9,7 +9,7 @@ from app.api.http.documentation import problems
 from app.store.jobs import JobRepository
 from app.store.workers import WorkerState, list_workers
 from bitwright.errors import NotFound
-from bitwright.views import CLOCK_SKEW, Page, WorkerView
+from bitwright.views import CLOCK_SKEW, RUNTIMES, Page, WorkerView
 
 router = APIRouter(tags=["catalogue"])
 
@@ -23,12 +23,13 @@ def get_workers(principal: Reader, database: DatabaseOf) -> Page[WorkerView]:
 
 def _worker_view(session: Session, tenant_id: str, state: WorkerState) -> WorkerView:
     capacity = dict(state.worker.capacity)
-    skew = capacity.pop(CLOCK_SKEW, None)
+    skew, runtimes = capacity.pop(CLOCK_SKEW, None), capacity.pop(RUNTIMES, None)
     return WorkerView(
         id=state.worker.id,
         device=state.worker.device_class,
         capacity=capacity,
         clock_skew_seconds=skew,
+        runtimes=runtimes,
         job_id=_own_job(session, tenant_id, state.job_id),
         last_seen_at=state.worker.last_seen_at,
     )

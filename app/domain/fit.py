@@ -7,9 +7,12 @@ from collections.abc import Sequence
 
 from app.domain.advice import dishonoured_rank
 from app.domain.format_rules import head_problems, model_problems
+from app.domain.fused_shapes import shape_warning
+from app.domain.goals.reach import reach_errors
 from app.domain.inputs.architectures import EMBEDDINGS, HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.inputs.quantized.registry import quantized_warning
+from app.domain.methods import SchemeName, WeightSpec
 from app.domain.methods.module_rules import rule_errors
 from app.domain.request.combination_rules import shape_errors
 from app.domain.request.job_request import JobRequest
@@ -70,7 +73,27 @@ def warnings_of(request: JobRequest, inspection: Inspection) -> list[str]:
     if inspection.dimensions is not None and not without_model:
         short = dishonoured_rank(request.quantization, request.adapter, inspection.dimensions.linears())
         said += [short] if short else []
-    return said
+    return said + shape_warnings(request, inspection)
+
+
+def shape_warnings(request: JobRequest, inspection: Inspection) -> list[str]:
+    """Runtimes that load a requested format, but not linears of these shapes."""
+    spec = request.quantization
+    if does_without_model(request, accepted=inspection.dimensions is not None):
+        if not inspection.tensors or target_errors(inspection.tensors, inspection.config, spec):
+            return []
+        found = weight_targets(inspection.tensors, inspection.config, spec).linears
+        schemes = {target.name: target.scheme for target in found}
+        outputs = {target.name: target.shape[0] for target in found}
+    else:
+        linears = {} if inspection.dimensions is None else inspection.dimensions.linears()
+        schemes = {name: scheme for name in linears if (scheme := spec.scheme_of(name)) is not None}
+        outputs = {name: out for name, (out, _) in linears.items()}
+    return [
+        warning
+        for name in request.formats
+        for warning in shape_warning(name.value, schemes, outputs, name.info.runtimes)
+    ]
 
 
 def problem_of(error: BitwrightError, path: str) -> FieldProblem:
@@ -102,18 +125,22 @@ def _misfits_of_shapes(request: JobRequest, inspection: Inspection, dimensions: 
         for error in rule_errors(spec, inputs, head=HEAD, tied=dimensions.tied_embeddings)
         if dimensions.exact or (isinstance(error, IndivisibleGroup) and plain)
     ]
+    if not problems:
+        problems += [problem_of(e, e.field or "quantization") for e in reach_errors(request, inspection, dimensions)]
     if adapter is not None and dimensions.exact:
         misshapen = shape_errors(spec, adapter, dimensions.linears())
         problems += [problem_of(error, error.field or "adapter") for error in misshapen]
     quantized = {name: width for name, width in inputs.items() if spec.scheme_of(name) is not None}
+    outputs = {name: rows for name, (rows, _) in dimensions.linears().items() if name in quantized}
     quantized |= {} if spec.embeddings_scheme() is None else {EMBEDDINGS: dimensions.hidden}
     if dimensions.exact:
         problems += head_problems(request.formats, spec, tied=dimensions.tied_embeddings)
-    return problems + model_problems(request.formats, dimensions.architecture.model_type, quantized, inspection.config)
+    kind = dimensions.architecture.model_type
+    return problems + model_problems(request.formats, kind, quantized, inspection.config, outputs)
 
 
 def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
-    spec, inputs = request.quantization, dict[str, int]()
+    spec, inputs, outputs = request.quantization, dict[str, int](), dict[str, int]()
     problems = without_model_problems(request)
     tensors = seen_tensors(inspection.tensors, spec)
     if tensors:
@@ -122,15 +149,39 @@ def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[
         if not errors:
             found = weight_targets(tensors, inspection.config, spec)
             inputs = {target.name: target.shape[1] for target in found.linears}
+            outputs = {target.name: target.shape[0] for target in found.linears}
             problems += head_problems(request.formats, spec, tied=not has_head(tensors))
     kind = str(inspection.config.get("model_type"))
-    return problems + model_problems(request.formats, kind, inputs, inspection.config)
+    return problems + model_problems(request.formats, kind, inputs, inspection.config, outputs)
+
+
+WEIGHTS_ALONE = {SchemeName.NVFP4: SchemeName.NVFP4A16, SchemeName.FP8_TENSOR: SchemeName.FP8}
+"""Schemes that store a number from calibration text, and what takes their place without a model."""
+
+
+def _unmeasurable(spec: WeightSpec) -> list[FieldProblem]:
+    """Numbers of activations that would be stored, and that nothing measures without a model."""
+    problems = []
+    for pattern, scheme in spec.schemes():
+        if scheme.name in WEIGHTS_ALONE:
+            where = f"quantization.modules.overrides.{pattern}.scheme" if pattern else "quantization.scheme"
+            detail = (
+                f"{scheme.name} stores a number of activations from calibration text, which needs the model; give "
+                f'"{WEIGHTS_ALONE[scheme.name]}" to quantize the weights alone'
+            )
+            problems.append(
+                FieldProblem(field=where, code="conflicting_fields", detail=detail, value=scheme.name.value)
+            )
+    if spec.kv_cache is not None:
+        detail = "scales of a key-value cache are measured on calibration text, which needs the model; leave it out"
+        problems.append(FieldProblem(field="quantization.kv_cache", code="conflicting_fields", detail=detail))
+    return problems
 
 
 def without_model_problems(request: JobRequest) -> list[FieldProblem]:
     """Parts of a request that a job without a model cannot do."""
-    problems = []
-    if request.quantization.needs_model():
+    problems, spec = _unmeasurable(request.quantization), request.quantization
+    if spec.chooses() or (spec.needs_model() and not problems):
         detail = "a budget is spent by what the model computes; give a number of bits to quantize the weights alone"
         problems.append(FieldProblem(field="quantization.bits", code="conflicting_fields", detail=detail))
     for name, detail in NEEDED:
@@ -139,7 +190,7 @@ def without_model_problems(request: JobRequest) -> list[FieldProblem]:
             problems.append(FieldProblem(field=name, code="conflicting_fields", detail=detail))
     for index, name in enumerate(request.formats):
         if name.info.architectures is not None or name.info.is_adapter:
-            detail = f"{name.value} is written from a model; ask for native, merged or compressed-tensors"
+            detail = f"{name.value} is written from a model; ask for native, merged or another packed format"
             problems.append(
                 FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
             )

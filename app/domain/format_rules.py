@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Iterable, Mapping
 
-from app.domain.formats import FORMATS, EmbeddingRule, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
+from app.domain.formats import FORMATS, EmbeddingRule, ExportFormat, LowRankRule, Offsets, Result
 from app.domain.inputs.architectures import ARCHITECTURES
-from app.domain.methods import METHODS, PER_CHANNEL, Form, Scheme, WeightSpec
+from app.domain.methods import METHODS, PER_CHANNEL, Choice, Form, Scheme, SchemeName, WeightSpec
 from bitwright.errors import FieldProblem
 
 
@@ -24,8 +24,13 @@ def stored_formats(asked: Iterable[ExportFormat]) -> tuple[ExportFormat, ...]:
 
 
 def rounds_offsets(formats: Iterable[ExportFormat]) -> tuple[ExportFormat, ...]:
-    """Those of the formats that store offsets, and zero points as offsets, rounded to fp16."""
-    return tuple(name for name in formats if name.info.offsets is Offsets.FLOAT16)
+    """Those of the formats that store offsets, and zero points as offsets, rounded to 16 bits."""
+    return tuple(name for name in formats if name.info.offsets in (Offsets.FLOAT16, Offsets.MODEL))
+
+
+def halves_offsets(formats: Iterable[ExportFormat]) -> bool:
+    """True if an adapter's fold is rounded to fp16 for all formats, since one of them would do it alone."""
+    return any(name.info.offsets is Offsets.FLOAT16 for name in formats)
 
 
 KEPT = stored_formats(())[0].value
@@ -75,13 +80,40 @@ def format_problems(
             )
         for pattern, scheme in spec.schemes():
             where = f"quantization.modules.overrides.{pattern}." if pattern else "quantization."
-            of_scheme = _scheme_problems(name, where, scheme, spec.symmetries())
+            of_scheme = _scheme_problems(name, where, scheme, spec.symmetries(), forms)
+            if not pattern and spec.chooses():
+                of_scheme = [_of_choices(problem, spec) for problem in of_scheme]
             problems += [problem for problem in of_scheme if problem not in problems]
-        problems += [problem for problem in _outer_problems(index, name, spec) if problem not in problems]
-    return problems + _scale_problems(formats)
+        problems += _uniform_problems(index, name, spec)
+        problems += [problem for problem in _outer_problems(index, name, spec, forms) if problem not in problems]
+    return problems + _cache_problems(spec, formats)
 
 
-def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec) -> list[FieldProblem]:
+def stored_problems(
+    spec: WeightSpec, formats: tuple[ExportFormat, ...], schemes: Collection[Scheme], forms: frozenset[Form]
+) -> list[FieldProblem]:
+    """Everything in a result that one of `formats` cannot hold, by its linears' own schemes and forms.
+
+    The problems name the format.
+    """
+    problems = []
+    for index, name in enumerate(formats):
+        details = [_form_refusal(spec, name, formats, forms)]
+        ordered = sorted(schemes, key=str)
+        details += [
+            one.detail for each in ordered for one in _scheme_problems(name, "quantization.", each, (), forms)[:1]
+        ]
+        if name.info.uniform and len(schemes) > 1:
+            details.append(_mixed(name, schemes, forms))
+        found = dict.fromkeys(detail for detail in details if detail is not None)
+        problems += [
+            FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
+            for detail in found
+        ]
+    return problems
+
+
+def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec, forms: frozenset[Form]) -> list[FieldProblem]:
     """Reasons why a format cannot hold the schemes of embeddings and head."""
     problems: list[FieldProblem] = []
     embeddings, head = spec.embeddings_scheme(), spec.modules.head and spec.head_scheme()
@@ -97,7 +129,7 @@ def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec) -> list[Fi
                 FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits)
             )
             continue
-        problems += _scheme_problems(name, where, scheme, frozenset({True, False}))
+        problems += _scheme_problems(name, where, scheme, frozenset({True, False}), forms)
     if holds_embeddings(name, spec):
         return problems
     if name.info.embeddings is EmbeddingRule.NONE:
@@ -134,17 +166,41 @@ def _other_formats() -> str:
     return "ask for formats: " + " or ".join(f'["{name.value}"]' for name in able)
 
 
+def _of_choices(problem: FieldProblem, spec: WeightSpec) -> FieldProblem:
+    """The problem of a width or scheme that stands among the choices of a budget or goal."""
+    if problem.field not in ("quantization.bits", "quantization.scheme"):
+        return problem
+    return problem.model_copy(update={"field": f"quantization.{spec.field_of_choices()}"})
+
+
+def held_choices(spec: WeightSpec, formats: Iterable[ExportFormat], choices: Iterable[Choice]) -> tuple[Choice, ...]:
+    """Those of `choices` that every one of the formats holds, with the spec's groups and symmetry."""
+    held = []
+    for choice in choices:
+        if isinstance(choice, SchemeName):
+            scheme = Scheme.named(choice)
+        else:
+            scheme = Scheme(bits=choice, group_size=spec.group_size, symmetric=spec.symmetric)
+        if not any(
+            _scheme_problems(name, "quantization.", scheme, spec.symmetries(), spec.forms()) for name in formats
+        ):
+            held.append(choice)
+    return tuple(held)
+
+
 def model_problems(
     formats: tuple[ExportFormat, ...],
     model_type: str,
     inputs: Mapping[str, int],
     config: Mapping[str, object] | None = None,
+    outputs: Mapping[str, int] | None = None,
 ) -> list[FieldProblem]:
     """Everything about a model that one of `formats` cannot hold.
 
     model_type   of its config.json
     inputs       in_features of every linear that is to be quantized, by full name
     config       its config.json, decoded
+    outputs      out_features of the same linears, as far as they are known
     """
     problems = []
     for index, name in enumerate(formats):
@@ -159,6 +215,13 @@ def model_problems(
                     "inputs: add it to modules.ignore"
                 )
                 break
+        for linear, rows in (outputs or {}).items():
+            if rows % info.output_multiple:
+                details.append(
+                    f"{name.value} packs outputs in words, {info.output_multiple} at a time; {linear} has {rows} "
+                    "outputs: add it to modules.ignore"
+                )
+                break
         if info.model_check is not None and config is not None:
             details += info.model_check(model_type, config)
         problems += [
@@ -171,31 +234,56 @@ def model_problems(
 def _type_refusals(name: ExportFormat, model_type: str) -> list[str]:
     """The reason why checkpoints of this format do not load for a type of model, and the formats that do."""
     accepted = ARCHITECTURES.get(model_type)
-    if accepted is None or name.value not in accepted.refusals:
+    reason = None if accepted is None else _refused_as(name, accepted.refusals)
+    if accepted is None or reason is None:
         return []
-    rows = {f.value: info for f, info in FORMATS.items() if f.value not in accepted.refusals and not info.is_adapter}
-    others = [f for f, info in rows.items() if info.architectures is None or model_type in info.architectures]
-    return [f"{name.value}: {accepted.refusals[name.value]}; ask for {' or '.join(others)}"]
+    rows = {f: info for f, info in FORMATS.items() if not _refused_as(f, accepted.refusals) and not info.is_adapter}
+    others = [f.value for f, info in rows.items() if info.architectures is None or model_type in info.architectures]
+    return [f"{name.value}: {reason}; ask for {' or '.join(others)}"]
 
 
-def _scale_problems(formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
-    """A format whose scales have another dtype than those of the formats before it."""
-    first: ExportFormat | None = None
-    problems = []
-    for index, name in enumerate(formats):
-        scales = FORMATS[name].scales
-        if scales is ScaleDtype.ANY:
-            continue
-        if first is not None and scales is not FORMATS[first].scales:
-            detail = (
-                f"{name.value} stores scales as {scales.value}, {first.value} as {FORMATS[first].scales.value}, and "
-                "neither rounds them; make a job for each"
-            )
-            problems.append(
-                FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)
-            )
-        first = first or name
-    return problems
+def _refused_as(name: ExportFormat, refusals: Mapping[str, str]) -> str | None:
+    """The reason for a format among those that were tried: what packs linears under their own names has that of
+    compressed-tensors."""
+    return refusals.get(name.value, refusals.get(ExportFormat.COMPRESSED_TENSORS) if name.info.by_name else None)
+
+
+def _uniform_problems(index: int, name: ExportFormat, spec: WeightSpec) -> list[FieldProblem]:
+    """The reason why a format that says one scheme for the whole model cannot hold this one's."""
+    schemes = {scheme for _, scheme in spec.schemes()}
+    if not name.info.uniform or len(schemes) < 2:
+        return []
+    detail = _mixed(name, schemes, spec.forms())
+    return [FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail, value=name)]
+
+
+def _mixed(name: ExportFormat, schemes: Collection[Scheme], forms: frozenset[Form]) -> str:
+    return (
+        f"{name.value} says one scheme for all linears of a model, and these have {len(schemes)}; ask for formats: "
+        f"{_able(schemes, forms)}"
+    )
+
+
+def _able(schemes: Collection[Scheme], forms: frozenset[Form]) -> str:
+    """The formats that hold linears of all these schemes with their codes, as they stand in a request."""
+    rows = [
+        name.value
+        for name, info in FORMATS.items()
+        if not info.dense and not info.is_adapter and not info.always_kept and not (info.uniform and len(schemes) > 1)
+        if forms - {Form.LOW_RANK} <= info.kinds and all(info.holds(scheme) for scheme in schemes)
+    ]
+    return " or ".join(f'["{row}"]' for row in [*rows, KEPT])
+
+
+def _cache_problems(spec: WeightSpec, formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
+    """Formats that were asked for, none of which holds the scales of a key-value cache."""
+    if spec.kv_cache is None or not formats or any(name.info.kv_cache for name in formats):
+        return []
+    able = ", ".join(f'"{row.value}"' for row in ExportFormat if row.info.kv_cache)
+    names = " and ".join(name.value for name in formats)
+    detail = f"{names} cannot hold scales of a key-value cache; formats that can: {able}; or leave kv_cache out"
+    field = "quantization.kv_cache"
+    return [FieldProblem(field=field, code="format_cannot_hold", detail=detail, value=spec.kv_cache)]
 
 
 def _form_refusal(
@@ -224,14 +312,14 @@ def _form_refusal(
 
 
 def _scheme_problems(
-    name: ExportFormat, where: str, scheme: Scheme, symmetries: Collection[bool]
+    name: ExportFormat, where: str, scheme: Scheme, symmetries: Collection[bool], forms: frozenset[Form]
 ) -> list[FieldProblem]:
     """Reasons why a format cannot hold linears of a scheme.
 
     where        path of the fields that give it, with a dot at its end
     symmetries   those that the method takes
     """
-    info = name.info
+    info, able = name.info, _able([scheme], forms)
     problems = []
     if scheme.name is not None:
         if scheme.name in info.schemes:
@@ -242,26 +330,35 @@ def _scheme_problems(
     if scheme.group_size != PER_CHANNEL and scheme.group_size % info.group_multiple:
         detail = (
             f"{name.value} holds groups of multiples of {info.group_multiple}, or -1; not {scheme.group_size}; change "
-            f'group_size, or ask for formats: ["{KEPT}"]'
+            f"group_size, or ask for formats: {able}"
+        )
+        problems.append(
+            FieldProblem(field=where + "group_size", code="format_cannot_hold", detail=detail, value=scheme.group_size)
+        )
+    elif info.group_sizes is not None and scheme.group_size not in info.group_sizes:
+        sizes = ", ".join(map(str, sorted(info.group_sizes)))
+        detail = (
+            f"{name.value} holds groups of {sizes}, not {scheme.group_size}; change group_size, or ask for formats: "
+            f"{able}"
         )
         problems.append(
             FieldProblem(field=where + "group_size", code="format_cannot_hold", detail=detail, value=scheme.group_size)
         )
     if scheme.bits not in info.bits:
         widths = ", ".join(map(str, sorted(info.bits)))
-        detail = f'{name.value} holds {widths} bits, not {scheme.bits}; change bits, or ask for formats: ["{KEPT}"]'
+        detail = f"{name.value} holds {widths} bits, not {scheme.bits}; change bits, or ask for formats: {able}"
         problems.append(FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits))
     elif not scheme.symmetric and info.asymmetric_bits is not None and scheme.bits not in info.asymmetric_bits:
         widths = ", ".join(map(str, sorted(info.asymmetric_bits)))
         detail = (
             f"{name.value} holds asymmetric weights of {widths} bits, not {scheme.bits}; set symmetric to true, or "
-            f'ask for formats: ["{KEPT}"]'
+            f"ask for formats: {able}"
         )
         problems.append(FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits))
     if scheme.symmetric not in info.symmetries:
         word = "symmetric" if scheme.symmetric else "asymmetric"
         other = f"set symmetric to {str(not scheme.symmetric).lower()}, or " if len(symmetries) > 1 else ""
-        detail = f'{name.value} cannot hold {word} weights; {other}ask for formats: ["{KEPT}"]'
+        detail = f"{name.value} cannot hold {word} weights; {other}ask for formats: {able}"
         problems.append(
             FieldProblem(field=where + "symmetric", code="format_cannot_hold", detail=detail, value=scheme.symmetric)
         )

@@ -8,125 +8,44 @@ rule that joins them: with an adapter's format (`peft`) among a job's formats, e
 base alone, and that checkpoint is the adapter that belongs to it; without it, the factors must be in the checkpoint.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from app.domain import packed_formats
+from app.domain.format_info import (
+    PEFT_PACKAGE,
+    TRANSFORMERS,
+    VLLM,
+    VLLM_CPU,
+    VLLM_FUSED,
+    EmbeddingRule,
+    FormatInfo,
+    LowRankRule,
+    Offsets,
+    Result,
+    ScaleDtype,
+)
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
 from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
-from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
+from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 
-
-class ScaleDtype(StrEnum):
-    """The dtype in which a format stores scales; methods know it before they optimize, so a job has only one."""
-
-    ANY = "any"
-    MODEL = "the model's dtype"
-    FLOAT16 = "float16"
-
-
-class LowRankRule(StrEnum):
-    """The place of low-rank factors in a format."""
-
-    KEEPS = "keeps"
-    """Holds them beside the quantized weights."""
-    MERGES = "merges"
-    """Adds their product to its weights, unless `peft` is asked for too."""
-    BESIDE = "beside"
-    """Holds the quantized weights alone: only together with `peft`."""
-    IS = "is"
-    """Holds the factors and nothing else: only for results that have some."""
-
-
-class Offsets(StrEnum):
-    """Storage of a group's fractional offset in a format, which a folded adapter leaves in place of a zero point."""
-
-    NONE = "none"
-    """Not at all: zero points are integers."""
-    EXACT = "exact"
-    """As it is, or in the weights themselves."""
-    FLOAT16 = "float16"
-    """Rounded to fp16, as are the offsets that it stores in place of zero points."""
-
-
-class EmbeddingRule(StrEnum):
-    """Quantized embeddings in a format. A quantized head is a linear like others everywhere."""
-
-    NONE = "none"
-    """Not at all."""
-    ANY = "any"
-    """In any scheme that it holds, once for both where the head is tied to them."""
-    UNIFORM = "uniform"
-    """As integers, in one scheme with all linears and the head, which is stored by itself even where it is tied."""
-
-
-class Result(StrEnum):
-    """Product of a job, as far as a request that names no format needs to know."""
-
-    AFFINE = "affine"
-    CODEBOOK = "codebook"
-    OFFSETS = "affine with fractional offsets"
-    SUMS = "weights with an adapter added to them"
-    FACTORS = "low-rank factors"
-
-
-@dataclass(frozen=True)
-class FormatInfo:
-    """The facts of a format.
-
-    kinds             forms of quantized weights that it holds
-    asymmetric_bits   widths with zero points; None: all of `bits`
-    group_multiple    groups are multiples of so many columns; per channel, rows are
-    architectures     `model_type`s that it is written for; None: all
-    default_for       results for which it is chosen where a request names no format; one format per result
-    offsets           how it stores fractional offsets
-    dense             whether it stores weights in the model's own dtype, as large as the original's
-    always_kept       whether every job writes it, asked for or not
-    library           `library_name` of its model cards: what loads it
-    weight_files      patterns of the files with its tensors
-    schemes           schemes by name that it holds
-    embeddings        whether it holds quantized embeddings
-    model_check       model_type and decoded config.json -> everything that it cannot hold of such a model, in words
-    """
-
-    title: str
-    summary: str
-    kinds: frozenset[Form]
-    low_rank: LowRankRule
-    bits: frozenset[int]
-    symmetries: frozenset[bool]
-    runtimes: tuple[RuntimeSupport, ...]
-    scales: ScaleDtype = ScaleDtype.ANY
-    asymmetric_bits: frozenset[int] | None = None
-    group_multiple: int = 1
-    architectures: frozenset[str] | None = None
-    default_for: frozenset[Result] = frozenset()
-    offsets: Offsets = Offsets.NONE
-    dense: bool = False
-    always_kept: bool = False
-    library: str = "transformers"
-    weight_files: tuple[str, ...] = ("*.safetensors",)
-    model_check: Callable[[str, Mapping[str, object]], list[str]] | None = None
-    schemes: frozenset[SchemeName] = frozenset()
-    embeddings: EmbeddingRule = EmbeddingRule.NONE
-
-    @property
-    def is_adapter(self) -> bool:
-        """True if it holds low-rank factors alone, and is no model without its base."""
-        return self.low_rank is LowRankRule.IS
-
-    @property
-    def holds_factors(self) -> bool:
-        """True if a checkpoint has the factors beside or in its weights, whatever the job's other formats."""
-        return self.low_rank is LowRankRule.KEEPS
-
-    @property
-    def holds_sums(self) -> bool:
-        """True if it holds a weight with an adapter's product added to it."""
-        return self.low_rank in {LowRankRule.KEEPS, LowRankRule.MERGES}
-
+__all__ = [
+    "ALL_BITS",
+    "DENSE_WORDS",
+    "FORMATS",
+    "STRADDLING_BITS",
+    "VLLM_CPU",
+    "VLLM_FUSED",
+    "WEIGHT_FORMS",
+    "EmbeddingRule",
+    "ExportFormat",
+    "FormatInfo",
+    "LowRankRule",
+    "Offsets",
+    "Result",
+    "ScaleDtype",
+]
 
 ALL_BITS = frozenset(range(MIN_BITS, MAX_BITS + 1))
 STRADDLING_BITS = frozenset({3, 5, 6, 7})
@@ -135,12 +54,6 @@ STRADDLING_BITS = frozenset({3, 5, 6, 7})
 DENSE_WORDS = WidthsSince("0.18.0", STRADDLING_BITS)
 """Of the package compressed-tensors: since 0.18 it packs these widths without gaps, as we and vLLM do. Earlier releases
 left bits of each word empty, and refuse the dense tensors by their shape."""
-
-TRANSFORMERS, PEFT_PACKAGE, VLLM, VLLM_CPU = "5.23.0", "0.21.2", "0.33.0", "0.32.0"
-"""Releases of the runtimes: the first two those of constraints.txt, vLLM's the one that was read, and the one that
-`make test-vllm` installs."""
-
-VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
 
@@ -164,7 +77,9 @@ class ExportFormat(StrEnum):
             offsets=Offsets.EXACT,
             schemes=ALL_SCHEMES,
             embeddings=EmbeddingRule.ANY,
+            kv_cache=True,
             always_kept=True,
+            read_by=(Runtime.TRANSFORMERS,),
             library="bitwright",
             runtimes=(
                 RuntimeSupport(
@@ -181,23 +96,29 @@ class ExportFormat(StrEnum):
     COMPRESSED_TENSORS = (
         "compressed-tensors",
         FormatInfo(
-            title="compressed-tensors (pack-quantized)",
-            summary="The format of llm-compressor; loads with from_pretrained and in vLLM.",
-            kinds=frozenset({Form.AFFINE}),
+            title="compressed-tensors",
+            summary="The format of llm-compressor, of integers, FP8, NVFP4 and MX; loads with from_pretrained and in "
+            "vLLM.",
+            kinds=frozenset({Form.AFFINE, Form.FLOAT}),
             low_rank=LowRankRule.BESIDE,
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
             scales=ScaleDtype.MODEL,
             default_for=frozenset({Result.AFFINE}),
+            schemes=ALL_SCHEMES,
+            kv_cache=True,
             embeddings=EmbeddingRule.UNIFORM,
+            read_by=(Runtime.TRANSFORMERS, Runtime.VLLM),
             runtimes=(
                 RuntimeSupport(
                     "transformers",
                     Support.TESTED,
                     ALL_BITS,
                     note="from_pretrained, with compressed-tensors 0.18 or newer for 3, 5, 6 and 7 bits; mixed widths "
-                    "with zero points through the loader in the artifact",
+                    "with zero points through the loader in the artifact; NVFP4 and MX in bfloat16; inputs are rounded "
+                    "where the scheme has activations",
                     version=TRANSFORMERS,
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "peft",
@@ -206,13 +127,17 @@ class ExportFormat(StrEnum):
                     note="LoRA on a model loaded with CompressedTensorsConfig(dequantize=True); the model card has the "
                     "lines for mixed widths",
                     version=PEFT_PACKAGE,
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "vllm",
                     Support.BY_RULES,
                     ALL_BITS,
                     note="one scheme for q, k, v and one for gate, up; inputs of a linear divisible by the group on "
-                    "every tensor-parallel rank; not with VLLM_BATCH_INVARIANT at 3, 5, 6 and 7 bits",
+                    "every tensor-parallel rank; zero points of a linear in whole words of 32 bits; not with "
+                    "VLLM_BATCH_INVARIANT at 3, 5, 6 and 7 bits; FP8 in weights alone below 8.9; MXFP4 from 8.0 on; "
+                    "NVFP4 and MXFP4 round inputs on Blackwell and are weights alone elsewhere; fp8-block: all fused "
+                    "linears but the last in whole blocks of 128 outputs",
                     version=VLLM,
                     devices="NVIDIA GPUs of compute capability 7.5 or newer",
                     smallest_group=16,
@@ -222,6 +147,7 @@ class ExportFormat(StrEnum):
                         WidthsSince("0.25.0", ALL_BITS - {4, 8}, frozenset({True})),
                         WidthsSince("0.31.0", ALL_BITS - {4, 8}, frozenset({False})),
                     ),
+                    schemes=ALL_SCHEMES,
                 ),
                 RuntimeSupport(
                     "vllm",
@@ -233,6 +159,7 @@ class ExportFormat(StrEnum):
                     group_multiple=2,
                     embeddings=frozenset(),
                     fused=VLLM_FUSED,
+                    schemes=frozenset({SchemeName.FP8, SchemeName.INT8}),
                 ),
             ),
         ),
@@ -251,6 +178,7 @@ class ExportFormat(StrEnum):
             schemes=ALL_SCHEMES,
             embeddings=EmbeddingRule.ANY,
             dense=True,
+            read_by=(Runtime.TRANSFORMERS, Runtime.VLLM),
             runtimes=(
                 RuntimeSupport(
                     "transformers",
@@ -279,6 +207,7 @@ class ExportFormat(StrEnum):
             default_for=frozenset({Result.FACTORS}),
             schemes=ALL_SCHEMES,
             embeddings=EmbeddingRule.ANY,
+            read_by=(Runtime.PEFT, Runtime.VLLM),
             library="peft",
             runtimes=(
                 RuntimeSupport(
@@ -313,6 +242,7 @@ class ExportFormat(StrEnum):
             architectures=frozenset(GGUF_ARCHITECTURES),
             offsets=Offsets.FLOAT16,
             embeddings=EmbeddingRule.ANY,
+            read_by=(Runtime.LLAMA_CPP,),
             library="gguf",
             weight_files=("*.gguf",),
             model_check=gguf_refusals,
@@ -335,6 +265,12 @@ class ExportFormat(StrEnum):
             ),
         ),
     )
+
+    GPTQ = ("gptq", packed_formats.GPTQ)
+    GPTQ_V2 = ("gptq-v2", packed_formats.GPTQ_V2)
+    AWQ = ("awq", packed_formats.AWQ)
+    MLX = ("mlx", packed_formats.MLX)
+    BITSANDBYTES = ("bitsandbytes", packed_formats.BITSANDBYTES)
 
     def __new__(cls, name: str, *info: FormatInfo) -> "ExportFormat":
         """A member of that name. `ExportFormat("gguf")` does not come here: it looks the member up."""

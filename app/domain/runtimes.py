@@ -12,6 +12,19 @@ from enum import StrEnum
 from app.domain.methods import PER_CHANNEL, SCHEMES, Scheme, SchemeName
 
 
+class Runtime(StrEnum):
+    """The runtimes that a worker may have, and in which it tries what it makes."""
+
+    TRANSFORMERS = "transformers"
+    LLAMA_CPP = "llama.cpp"
+    VLLM = "vllm"
+    PEFT = "peft"
+
+
+ONLY_WHERE_ASKED = frozenset({Runtime.VLLM})
+"""Runtimes that take so long to start that they read a result only where a request names them."""
+
+
 class Support(StrEnum):
     TESTED = "tested"
     BY_RULES = "by_rules"

@@ -72,9 +72,10 @@ def tuned_sequences(request: JobRequest) -> int:
 def flops(request: JobRequest, size: Sized) -> float:
     """Of the whole job, but for the reference row."""
     calibration = request.calibration
-    passes = 3 if request.quantization.budget() is None else 4  # capture, targets, quantized activations; sensitivities
+    passes = 4 if request.quantization.chooses() else 3  # capture, targets, quantized activations; sensitivities
     forward = passes * calibration_tokens(request)
-    tuned = tuned_sequences(request) * calibration.sequence_length
+    rounds = 1 if request.base_job else request.quantization.most_rounds()
+    tuned = rounds * tuned_sequences(request) * calibration.sequence_length
     evaluated = evaluation_tokens(request)
     sequences = min(SCALE_BATCH_SIZE, calibration.num_samples)
     scale_steps = 0 if request.base_job else request.quantization.end_to_end_steps()

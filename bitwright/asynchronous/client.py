@@ -126,6 +126,26 @@ class AsyncClient:
         """Queue a failed or cancelled job again; finished blocks are kept."""
         return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/retry")
 
+    async def export(
+        self,
+        job_id: str,
+        formats: Sequence[str],
+        *,
+        device: str | None = None,
+        priority: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+    ) -> JobView:
+        """Queue a job that makes other formats from the kept native checkpoint of a job that succeeded.
+
+        Raises:
+            InputError: a format cannot hold the result, or the job has none to export.
+        """
+        body = {"formats": list(formats), "device": device, "priority": priority, "metadata": metadata}
+        given = {name: value for name, value in body.items() if value is not None}
+        headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
+        return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/exports", json=given, headers=headers)
+
     async def delete(self, job_id: str) -> None:
         """Remove a final job and its artifacts."""
         await self._transport.send("DELETE", f"/v1/jobs/{job_id}")

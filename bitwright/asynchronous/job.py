@@ -1,6 +1,6 @@
 """A job as an object: its state as of the last request, and its operations."""
 
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -60,6 +60,10 @@ class AsyncJob(JobSnapshot):
         """Queue a failed or cancelled job again; finished blocks are kept."""
         self.view = await self._client.retry(self.id)
         return self
+
+    async def export(self, formats: Sequence[str]) -> "AsyncJob":
+        """Make other formats of the succeeded job's result; the job that makes them. See `AsyncJobs.export`."""
+        return AsyncJob(self._client, await self._client.export(self.id, formats))
 
     async def delete(self) -> None:
         """Remove the final job and its artifacts."""

@@ -1,7 +1,7 @@
 # Made from bitwright/asynchronous/job.py by `make client`: change it there.
 """A job as an object: its state as of the last request, and its operations."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -61,6 +61,10 @@ class Job(JobSnapshot):
         """Queue a failed or cancelled job again; finished blocks are kept."""
         self.view = self._client.retry(self.id)
         return self
+
+    def export(self, formats: Sequence[str]) -> "Job":
+        """Make other formats of the succeeded job's result; the job that makes them. See `Jobs.export`."""
+        return Job(self._client, self._client.export(self.id, formats))
 
     def delete(self) -> None:
         """Remove the final job and its artifacts."""

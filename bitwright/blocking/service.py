@@ -140,6 +140,34 @@ class Jobs(_Resource):
         """Queue a failed or cancelled job again; finished blocks are kept."""
         return Job(self._client, self._client.retry(job_id))
 
+    def export(
+        self,
+        job_id: str,
+        formats: Sequence[str],
+        *,
+        device: str | None = None,
+        priority: int | None = None,
+        metadata: Mapping[str, str] | None = None,
+        idempotency_key: str | None = None,
+    ) -> Job:
+        """Make other formats of a succeeded job's result, in a job of its own; nothing is computed anew.
+
+        Args:
+            job_id: the job whose native checkpoint they are made from.
+            formats: names of GET /v1/formats, without native.
+            device: class of the worker, "cpu" (default) or "any".
+            priority: higher runs first.
+            metadata: labels of your own.
+            idempotency_key: the same key never makes a second job; default: a new one per call.
+
+        Raises:
+            InputError: a format cannot hold the result, or the job has none to export.
+        """
+        view = self._client.export(
+            job_id, formats, device=device, priority=priority, metadata=metadata, idempotency_key=idempotency_key
+        )
+        return Job(self._client, view)
+
     def delete(self, job_id: str) -> None:
         """Remove a final job and its artifacts."""
         self._client.delete(job_id)

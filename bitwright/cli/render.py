@@ -11,9 +11,10 @@ from rich.text import Text
 
 from bitwright.errors import BitwrightError
 from bitwright.events import ProgressEvent
+from bitwright.frontier import FrontierPoint
 from bitwright.job_states import JobStatus
-from bitwright.report import Report
-from bitwright.request import AdapterRequestView, QuantizationView
+from bitwright.report import LoadReport, Report
+from bitwright.request import AdapterRequestView, GoalView, QuantizationView
 from bitwright.views import JobView, MethodList, QueueView
 
 STATUS_STYLES = {
@@ -145,13 +146,25 @@ def scheme_text(quantization: QuantizationView) -> str:
     """Width of the codes or the budget that linears share, group and form."""
     if quantization.scheme is not None:
         return quantization.scheme
-    budget = quantization.budget()
-    if budget is None:
+    budget, goal = quantization.budget(), quantization.at_most or quantization.fits
+    if goal is not None:
+        bits = goal_text(goal)
+    elif budget is None:
         bits = f"{quantization.bits} bits"
     else:
-        bits = f"{budget.average:g} bits per weight of {', '.join(map(str, budget.choices or ()))}"
+        whole = " of the whole model" if budget.over == "model" else ""
+        bits = f"{budget.average:g} bits per weight{whole} of {', '.join(map(str, budget.choices or ()))}"
     form = "symmetric" if quantization.symmetric else "asymmetric"
     return f"{bits}, group {quantization.group_size}, {form}"
+
+
+def goal_text(goal: GoalView) -> str:
+    """A goal, and what is chosen from."""
+    if goal.memory is not None:
+        asked = f"fits {format_bytes(goal.memory)} with {goal.sequences} x {goal.context} tokens"
+    else:
+        asked = "at most " + (f"KL {goal.kl:g}" if goal.kl is not None else format_bytes(goal.bytes or 0))
+    return f"{asked}, of {', '.join(map(str, goal.choices or ()))}"
 
 
 def job_table(job: JobView) -> Table:
@@ -178,9 +191,20 @@ def job_table(job: JobView) -> Table:
         table.add_row(f"attempt {attempt.number}", text)
     if job.error is not None:
         table.add_row("error", Text(f"{job.error.code}: {job.error.detail}", style="red"))
+        for point in job.error.frontier or ():
+            table.add_row("within reach", point_text(point))
     for name, value in job.metadata.items():
         table.add_row(f"metadata {name}", value)
     return table
+
+
+def point_text(point: FrontierPoint) -> str:
+    """A point of a frontier: size, and distance as far as it is known."""
+    known = point.kl if point.kl is not None else point.kl_rounded
+    distance = "" if known is None else f", KL {known:.3g}"
+    if known is None and point.kl_predicted is not None:
+        distance = f", KL about {point.kl_predicted:.3g}"
+    return f"{format_bytes(point.bytes)}, {point.bits_per_weight:.2f} bits per weight{distance}"
 
 
 def adapter_text(adapter: AdapterRequestView, merge: str | None) -> str:
@@ -213,10 +237,25 @@ def report_table(report: Report, files: Mapping[str, int] = MappingProxyType({})
     if (nearest := report.round_to_nearest) is not None:
         figures = f"perplexity {nearest.perplexity:.3f}, KL {nearest.kl_divergence:.5f}"
         table.add_row("round to nearest, same scheme", "", figures)
+    if (goal := report.goal) is not None:
+        asked = f"KL {goal.limit:g}" if goal.goal == "kl" else format_bytes(goal.limit)
+        table.add_row(f"goal {'met' if goal.met else 'missed'}: {asked}", "", point_text(goal.frontier[goal.chosen]))
     if report.scales is not None and report.scales.kept:
         before, after = f"{report.scales.kl_initial:.5f}", f"{report.scales.kl:.5f}"
         table.add_row("KL on held-out calibration text, scales tuned", before, after)
+    for name, said in loads_text(report.loads).items():
+        table.add_row(name, "", said)
     return table
+
+
+def loads_text(loads: Iterable[LoadReport]) -> dict[str, str]:
+    """Format and runtime -> its last word on the result: on the files, else on one block."""
+    said = {"loads": "loads", "does_not_load": "does not load", "differs": "misreads", "not_checked": "not tried with"}
+    read = {"files": "the files", "block": "one block"}
+    return {
+        f"{load.format} in {load.runtime} {load.version or ''}".strip(): f"{said[load.result]} {read[load.read]}"
+        for load in sorted(loads, key=lambda load: load.read == "files")
+    }
 
 
 def times_table(report: Report) -> Table:

@@ -28,6 +28,17 @@ def submit(
     ] = None,
     method: Annotated[str | None, typer.Option(help="Method or recipe: see `bitwright methods`.")] = None,
     bits: Annotated[int | None, typer.Option(help="Width of a weight, 2 to 8.")] = None,
+    at_most_kl: Annotated[
+        float | None, typer.Option(help="In place of bits: the smallest result this close, nats per token.")
+    ] = None,
+    at_most_bytes: Annotated[
+        str | None, typer.Option(help="In place of bits: the closest result this small, e.g. 90MB.")
+    ] = None,
+    fits_memory: Annotated[
+        str | None, typer.Option(help="In place of bits: what serves in this memory, e.g. 24GB, with --context.")
+    ] = None,
+    context: Annotated[int | None, typer.Option(help="With --fits-memory: tokens of a sequence.")] = None,
+    sequences: Annotated[int | None, typer.Option(help="With --fits-memory: sequences at a time.")] = None,
     group_size: Annotated[int | None, typer.Option(help="Input columns that share a scale; -1: all.")] = None,
     symmetric: Annotated[bool | None, typer.Option("--symmetric/--asymmetric", help="Form of the scheme.")] = None,
     preset: Annotated[str | None, typer.Option(help="light, default or best.")] = None,
@@ -52,6 +63,10 @@ def submit(
     max_perplexity_ratio: Annotated[float | None, typer.Option(help="Fail above this ratio.")] = None,
     max_kl_divergence: Annotated[float | None, typer.Option(help="Fail above this divergence, nats per token.")] = None,
     min_top1_agreement: Annotated[float | None, typer.Option(help="Fail below this share.")] = None,
+    verify: Annotated[str | None, typer.Option(help="What runtimes read of the result: block, files or off.")] = None,
+    require_load: Annotated[
+        list[str] | None, typer.Option(help="Fail unless this runtime loads the result: vllm, llama.cpp, ...")
+    ] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="A label, name=value.")] = None,
     idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
     dry_run: Annotated[
@@ -68,14 +83,18 @@ def submit(
     set_fields(body, {"model": _absolute(model), "seed": seed, "device": device, "priority": priority})
     scheme = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
     tuning = {"preset": preset, "steps": steps, "scale_steps": scale_steps}
+    scheme |= {
+        "at_most": _given(kl=at_most_kl, bytes=_size(at_most_bytes)),
+        "fits": _given(memory=_size(fits_memory), context=context, sequences=sequences),
+    }
     outer = {"embeddings": parse_scheme(embeddings), "head": parse_scheme(head)}
     set_quantization(body, scheme | tuning, ignore, parse_overrides(override), outer)
     calibration = {"dataset": _absolute(dataset), "num_samples": samples, "sequence_length": sequence_length}
     set_section(body, "calibration", calibration)
     limits = {"max_perplexity_ratio": max_perplexity_ratio, "max_kl_divergence": max_kl_divergence}
-    set_section(body, "require", limits | {"min_top1_agreement": min_top1_agreement})
+    set_section(body, "require", limits | {"min_top1_agreement": min_top1_agreement, "loads": require_load})
     set_section(body, "metadata", parse_labels(metadata))
-    set_fields(body, {"formats": format})
+    set_fields(body, {"formats": format, "verify": verify})
     if not evaluation:
         body["evaluation"] = None
     with connect(url, key, data_dir) as client:
@@ -186,6 +205,16 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, dict[str, int]]:
             raise RequestError(detail, field="override", value=pattern, hint="give each pattern once")
         parsed[pattern] = {"bits": int(bits)}
     return parsed
+
+
+def _given(**flags: object) -> dict[str, object] | None:
+    """The flags that were given, as an object; None without one."""
+    return {name: value for name, value in flags.items() if value is not None} or None
+
+
+def _size(text: str | None) -> str | int | None:
+    """A number of bytes as a number; a size with a unit as it is, which the service reads."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def _absolute(source: str | None) -> str | None:

@@ -14,7 +14,7 @@ from tests.store.samples import request
 HOST, DEVICE, DISK, TOTAL = "host_memory_bytes", "device_memory_bytes", "disk_bytes", "disk_total_bytes"
 
 
-def worker(capacity: dict[str, int] | None = None, device_class: str = "cuda") -> Worker:
+def worker(capacity: dict[str, Any] | None = None, device_class: str = "cuda") -> Worker:
     return cast(Worker, SimpleNamespace(device_class=device_class, capacity=capacity or {}))
 
 
@@ -76,3 +76,32 @@ def test_a_dry_run_warns_from_the_first_byte_on() -> None:
         "the job needs about 2.0 GiB of memory; the largest worker has 1.0 GiB",
         "the job needs about 4.0 GiB of GPU memory; the largest worker has 1.0 GiB",
     ]
+
+
+@pytest.mark.parametrize(
+    ("workers", "is_refused"),
+    [
+        ([], False),
+        ([{"runtimes": {"transformers": "5.23.0"}}], True),
+        ([{"runtimes": {"transformers": "5.23.0"}}, {"runtimes": {"vllm": "0.32.0"}}], False),
+        ([{"runtimes": {"transformers": "5.23.0"}}, {}], False),  # an older one, of which nothing is known
+        ([{}], False),
+    ],
+)
+def test_a_runtime_that_no_worker_has_is_refused(workers: list[dict[str, Any]], is_refused: bool) -> None:
+    asked = request(require={"loads": ["vllm"]})
+    alive = [worker(capacity) for capacity in workers]
+    caught = None
+    try:
+        require_capacity(asked, {}, alive)
+    except ExceedsCapacity as error:
+        caught = error
+    assert (caught is not None) is is_refused
+    assert caught is None or (caught.field, caught.value) == ("require.loads", "vllm")
+    warned = any("vllm" in warning for warning in capacity_warnings(asked, {}, alive))
+    assert warned is bool(workers), "it is so unless each of them has it"
+
+
+def test_a_runtime_that_all_workers_have_is_no_matter() -> None:
+    asked = request(require={"loads": ["vllm"]})
+    assert capacity_warnings(asked, {}, [worker({"runtimes": {"vllm": "0.32.0"}})]) == []

@@ -235,6 +235,15 @@ def test_workers_show_only_ones_own_jobs(api: Api) -> None:
     assert theirs[0]["job_id"] is None
 
 
+def test_workers_name_the_runtimes_that_they_have(api: Api) -> None:
+    with api.database.transaction() as session:
+        register(session, "worker-1", DeviceClass.CPU, {"runtimes": {"transformers": "5.23.0"}, "disk_bytes": 5})
+        register(session, "worker-2", DeviceClass.CPU, {"disk_bytes": 5})
+    first, older = api.client.get("/v1/workers").json()["items"]
+    assert (first["runtimes"], first["capacity"]) == ({"transformers": "5.23.0"}, {"disk_bytes": 5})
+    assert older["runtimes"] is None
+
+
 def test_a_job_of_another_version_is_told_as_it_was_stored(any_api: Api) -> None:
     """Neither the request nor the report that it stored is one that this version knows."""
     fine = any_api.submit()

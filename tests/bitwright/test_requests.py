@@ -1,5 +1,6 @@
 """Requests that meet a busy service, a lost answer, or a refusal."""
 
+import json
 import socket
 from dataclasses import replace
 
@@ -7,7 +8,15 @@ import httpx
 import pytest
 
 from bitwright import Client, RetryPolicy
-from bitwright.errors import IllegalTransition, InvalidRequest, NotFound, RequestError, Unauthenticated, Unavailable
+from bitwright.errors import (
+    FormatCannotHold,
+    IllegalTransition,
+    InvalidRequest,
+    NotFound,
+    RequestError,
+    Unauthenticated,
+    Unavailable,
+)
 from bitwright.job_states import JobStatus
 from bitwright.retries import retry_after
 from tests.bitwright.cutting_proxy import CutAnswer, CuttingProxy, Refuse
@@ -32,6 +41,27 @@ def test_a_job_goes_in_and_comes_out_with_every_default(service: Service) -> Non
         client.delete(job.id)
         with pytest.raises(NotFound):
             client.job(job.id)
+
+
+def test_a_result_is_exported_by_a_job_of_its_own(service: Service) -> None:
+    linear = {"form": "affine", "bits": 4, "group_size": 64, "symmetric": True, "dtype": "bfloat16"}
+    native = {
+        "bitwright.json": json.dumps({"format": "bitwright", "version": 2, "linears": {"a": linear}}).encode(),
+        "config.json": b'{"model_type": "llama"}',
+        "report.json": b"{}",
+    }
+    job_id = service.finished(REQUEST, {"native": native})
+    with service.client() as client:
+        job = client.export(job_id, ["gguf", "mlx"], metadata={"for": "phones"}, idempotency_key="once")
+        assert client.export(job_id, ["gguf", "mlx"], metadata={"for": "phones"}, idempotency_key="once").id == job.id
+        assert (job.request.base_job, list(job.request.formats or ())) == (job_id, ["gguf", "mlx"])
+        with pytest.raises(FormatCannotHold, match=r"bitsandbytes cannot hold the affine weights"):
+            client.export(job_id, ["bitsandbytes"])
+        client.cancel(job.id)
+    with service.resources() as bitwright:
+        exported = bitwright.jobs.retrieve(job_id).export(["awq"])
+        assert exported.view.request.base_job == job_id
+        assert bitwright.jobs.export(job_id, ["gptq"], device="any").view.request.device == "any"
 
 
 def test_lists_go_on_over_pages(service: Service) -> None:

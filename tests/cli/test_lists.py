@@ -241,3 +241,22 @@ def test_methods_are_lines_in_a_pipe_too(service: Service) -> None:
     assert {len(row) for row in rows.values()} == {4}
     assert rows["signround"][2] == "arXiv:2309.05516"
     assert rows["qlora"][1].startswith("short for ")
+
+
+def test_export_prints_the_id_of_the_job_that_makes_the_formats(service: Service) -> None:
+    linear = {"form": "affine", "bits": 4, "group_size": 64, "symmetric": True, "dtype": "bfloat16"}
+    native = {
+        "bitwright.json": json.dumps({"format": "bitwright", "version": 2, "linears": {"a": linear}}).encode(),
+        "config.json": b'{"model_type": "llama"}',
+        "report.json": b"{}",
+    }
+    job_id = service.finished({"model": "org/name", "method": "rtn"}, {"native": native})
+    done = command("export", job_id, "--format", "gguf", "--format", "mlx", "--metadata", "for=phones", *flags(service))
+    assert done.returncode == 0, done.stderr
+    with service.client() as client:
+        job = client.job(done.stdout.strip())
+    assert (job.request.base_job, job.metadata) == (job_id, {"for": "phones"})
+    assert list(job.request.formats or ()) == ["gguf", "mlx"]
+    refused = command("export", job_id, "--format", "bitsandbytes", *flags(service))
+    assert refused.returncode == 2
+    assert "formats that can" in refused.stderr

@@ -6,9 +6,10 @@ import pytest
 
 from app.domain.request.job_request import JobRequest
 from bitwright.cli.jobs import parse_labels
-from bitwright.cli.render import error_lines
+from bitwright.cli.render import error_lines, loads_text
 from bitwright.cli.submit import parse_overrides, read_request
 from bitwright.errors import FieldProblem, InvalidRequest, MalformedBody, RequestError, SourceForbidden
+from bitwright.report import LoadReport
 
 
 def refusal(body: dict[str, object]) -> InvalidRequest:
@@ -58,3 +59,16 @@ def test_a_flag_that_contradicts_itself_is_refused() -> None:
         parse_overrides(["*.down_proj=8", "*.down_proj=4"])
     with pytest.raises(RequestError, match="twice"):
         parse_labels(["a=1", "a=2"])
+
+
+def test_a_runtimes_last_word_on_a_format_is_told_once() -> None:
+    told = {"format": "merged", "runtime": "vllm", "version": "0.32.0"}
+    block = LoadReport.model_validate(told | {"read": "block", "result": "loads"})
+    files = LoadReport.model_validate(told | {"read": "files", "result": "differs"})
+    other = LoadReport.model_validate(
+        {"format": "gguf", "runtime": "llama.cpp", "read": "block", "result": "not_checked"}
+    )
+    assert loads_text([files, block, other]) == {
+        "merged in vllm 0.32.0": "misreads the files",
+        "gguf in llama.cpp": "not tried with one block",
+    }

@@ -2,14 +2,14 @@
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.compressors.pack_quantized import PackedQuantizationCompressor
+from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from app.domain.formats import FORMATS, ExportFormat, FormatInfo, LowRankRule, Offsets, ScaleDtype
-from app.domain.methods import Form, Scheme
+from app.domain.methods import Form, Scheme, SchemeName
 from bitwright.errors import FormatCannotHold
 from tests.engine.model.loading import loader
 from tests.formats.examples import (
@@ -39,7 +39,7 @@ from workers.formats import compressed_tensors, merged, peft
 from workers.formats.registry import format_of
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.normal_float import DoubleQuantization
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, CodebookWeight, LinearResult, QuantizedAbsmax, QuantizedWeight
 
 CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
 PEFT = ExportFormat.PEFT
@@ -48,6 +48,12 @@ UNIFORM = [scheme(bits, group, symmetric) for bits in range(2, 9) for group in (
 MIXED_SYMMETRIC = [scheme(4, 32, True), scheme(8, -1, True), scheme(3, 16, True), scheme(2, 32, True)]
 MIXED = [scheme(4, 32, True), scheme(8, -1, False), scheme(3, 16, False), scheme(2, 32, True)]
 """The last row of each kind: one scheme after the other, linear by linear."""
+NAMED = [Scheme.named(name) for name in sorted(FORMATS[CT].schemes)]
+ROUNDING = [s for s in NAMED if s.row is not None and s.row.activations is not None and s.name != SchemeName.FP8_BLOCK]
+"""Inputs are rounded when transformers loads them packed."""
+WEIGHTS_ALONE = [s for s in NAMED if s not in ROUNDING]
+MIXED_NAMED = [scheme(4, 32, True), Scheme.named(SchemeName.FP8), Scheme.named(SchemeName.NVFP4A16)]
+EVERY_SCHEME = [*NAMED, scheme(4, 32, True), scheme(3, 16, False)]
 
 
 EVERY_FORM = [
@@ -72,7 +78,7 @@ def label(value: object) -> str:
     """A readable test id of a list of schemes: w4g32 is symmetric, w4g32z has zero points."""
     if value is EVERY_FORM or not isinstance(value, Sequence):
         return "every-form" if value is EVERY_FORM else str(value)
-    return "+".join(f"w{s.bits}g{s.group_size}{'' if s.symmetric else 'z'}" for s in value)
+    return "+".join(s.name or f"w{s.bits}g{s.group_size}{'' if s.symmetric else 'z'}" for s in value)
 
 
 NAME = "model.layers.0.mlp.up_proj"
@@ -93,12 +99,31 @@ def through(export_format: ExportFormat, result: LinearResult) -> LinearResult:
     decompress = format_of(export_format).decompress
     assert decompress is not None
     found = decompress(NAME, compress(export_format, NAME, result), StoredLinear.of(result))
-    weight, made = found.weight, result.weight
-    if isinstance(weight, AffineWeight) and isinstance(made, AffineWeight) and not export_format.info.always_kept:
-        assert weight.scale.dtype in (made.scale.dtype, F32)
-        assert torch.equal(weight.scale.double(), made.scale.double())  # in a wider dtype, it may be
-        return replace(found, weight=replace(weight, scale=made.scale))
-    return found
+    return found if export_format.info.always_kept else replace(found, weight=in_the_dtypes_of(result, found))
+
+
+def in_the_dtypes_of(made: LinearResult, found: LinearResult) -> QuantizedWeight:
+    """The weight that was found, with what may have come back in a wider dtype in that which was made."""
+    weight, own = found.weight, made.weight
+    if isinstance(weight, AffineWeight) and isinstance(own, AffineWeight):
+        if own.offset is not None and weight.offset is not None:
+            # Formats whose offsets are rounded are held to the rounded ones.
+            weight = replace(weight, offset=own.offset)
+        return replace(weight, scale=narrowed(weight.scale, own.scale))
+    assert isinstance(weight, CodebookWeight)
+    assert isinstance(own, CodebookWeight)
+    if isinstance(weight.absmax, Tensor):
+        assert isinstance(own.absmax, Tensor)
+        return replace(weight, absmax=narrowed(weight.absmax, own.absmax))
+    assert isinstance(own.absmax, QuantizedAbsmax)
+    return replace(weight, absmax=replace(weight.absmax, scale=narrowed(weight.absmax.scale, own.absmax.scale)))
+
+
+def narrowed(found: Tensor, made: Tensor) -> Tensor:
+    """The numbers that were made, which are those that were found, bit for bit."""
+    assert found.dtype in (made.dtype, F32)
+    assert torch.equal(found.double(), made.double())
+    return made
 
 
 def compress(export_format: ExportFormat, name: str, result: LinearResult) -> dict[str, Tensor]:
@@ -136,32 +161,42 @@ def floats(draw: st.DrawFn, info: FormatInfo) -> LinearResult:
 def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
     """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
-    floating = any(Scheme.named(name).form is Form.FLOAT for name in info.schemes)
-    form = draw(st.sampled_from(sorted(info.kinds - (set() if floating else {Form.FLOAT}))))
+    # A table's row may hold all forms, and no scheme by name.
+    by_name = {Scheme.named(name).form for name in info.schemes}
+    form = draw(st.sampled_from(sorted(info.kinds - ({Form.FLOAT} - by_name))))
     if form is Form.FLOAT:
         return draw(floats(info))
     multiple = info.group_multiple
-    group = draw(st.sampled_from([-1, *(size for size in (1, 3, 8, 32, 96) if size % multiple == 0)]))
+    sizes = [-1, *(size for size in (1, 3, 8, 32, 64, 96) if size % multiple == 0)]
+    group = draw(st.sampled_from([size for size in sizes if info.group_sizes is None or size in info.group_sizes]))
     columns = (
         multiple * draw(st.integers(1, max(3, 70 // multiple))) if group == -1 else group * draw(st.integers(1, 5))
     )
     symmetric = form is Form.CODEBOOK or draw(st.sampled_from(sorted(info.symmetries)))
     bits = info.bits if symmetric or info.asymmetric_bits is None else info.asymmetric_bits
     second = st.builds(
-        DoubleQuantization, st.sampled_from([2, 3, 4, 8]), st.sampled_from([BF16, F16, F32]), st.sampled_from([4, 16])
+        DoubleQuantization,
+        st.sampled_from([2, 3, 4, 8]),
+        st.sampled_from([BF16, F16, F32]),
+        st.sampled_from([64, 256] if export_format is ExportFormat.BITSANDBYTES else [4, 16]),
     )
     lowest = {LowRankRule.BESIDE: 0, LowRankRule.IS: 1}.get(info.low_rank)
     made = Made(
         scheme=scheme(draw(st.sampled_from(sorted(bits))), group, symmetric),
         form=form,
         absmax=draw(st.one_of(st.sampled_from([BF16, F16, F32]), second)),
-        offset=form is Form.AFFINE and not symmetric and info.offsets is Offsets.EXACT and draw(st.booleans()),
+        offset=form is Form.AFFINE
+        and not symmetric
+        and info.offsets in (Offsets.EXACT, Offsets.MODEL)
+        and draw(st.booleans()),
         rank=0 if lowest == 0 else draw(st.integers(lowest or 0, 5)),
         alpha=draw(st.sampled_from([1.0, 16.0, 0.5])),
         factors=draw(st.sampled_from([BF16, F32])),
     )
     dtype = F16 if info.scales is ScaleDtype.FLOAT16 else draw(st.sampled_from([BF16, F16, F32]))
-    return random_result((draw(st.integers(1, 40)), columns), made, dtype, draw(st.integers(0, 2**31)))
+    most = max(1, 40 // info.output_multiple)
+    rows = info.output_multiple * draw(st.integers(1, most))
+    return random_result((rows, columns), made, dtype, draw(st.integers(0, 2**31)))
 
 
 @pytest.mark.parametrize("export_format", INVERTIBLE)
@@ -199,16 +234,40 @@ def test_compressed_tensors_refuses_what_it_would_have_to_change(made: Made) -> 
         compressed_tensors.compress(NAME, random_result((32, 64), made))
 
 
+def decompressed(tensors: Mapping[str, Tensor], group: Any) -> Tensor:
+    """compressed-tensors' own weight of one linear's tensors, by the format of its group."""
+    found = BaseCompressor.get_value_from_registry(group.format).decompress(dict(tensors), group)["weight"]
+    assert isinstance(found, Tensor)
+    return found
+
+
+def decodes_to_bf16(scheme: Scheme) -> bool:
+    """compressed-tensors' decoders of NVFP4 and MX give bf16, whatever dtype the model has."""
+    return scheme.name is not None and scheme.name.startswith(("nv", "mx"))
+
+
 @given(data=st.data())
 @settings(deadline=None, max_examples=100)
 def test_compressed_tensors_dequantizes_the_same_bits(data: st.DataObject) -> None:
-    result = data.draw(results(CT))
-    weight, tensors = result.affine, compressed_tensors.compress("x", result)
+    _same_bits_in_compressed_tensors(data.draw(results(CT)).weight)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+@pytest.mark.parametrize("name", sorted(FORMATS[CT].schemes))
+def test_compressed_tensors_dequantizes_every_scheme_to_the_same_bits(name: SchemeName, dtype: torch.dtype) -> None:
+    made = Made(Scheme.named(name), Scheme.named(name).form)
+    _same_bits_in_compressed_tensors(random_result((200, 320), made, dtype).weight)
+
+
+def _same_bits_in_compressed_tensors(weight: QuantizedWeight) -> None:
+    tensors = compressed_tensors.compress("x", LinearResult(weight))
     stored = {name.removeprefix("x."): t for name, t in tensors.items()}
     config = QuantizationConfig.model_validate(compressed_tensors.config({"x": weight.scheme}, []))
-    theirs = PackedQuantizationCompressor.decompress(stored, config.config_groups["group_0"])["weight"]
-    assert theirs.dtype == weight.dtype
-    assert torch.equal(theirs, weight.dequantize())
+    theirs = decompressed(stored, config.config_groups["group_0"])
+    narrow = decodes_to_bf16(weight.scheme)
+    assert theirs.dtype == (BF16 if narrow else weight.dtype)
+    ours = replace(weight, dtype=BF16) if narrow else weight
+    assert torch.equal(theirs, ours.dequantize())
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +298,9 @@ def assert_weights_equal(model: nn.Module, expected: nn.Module) -> None:
         assert torch.equal(found[name].weight, linear.weight), name
 
 
-@pytest.mark.parametrize("schemes", [*([s] for s in UNIFORM), MIXED_SYMMETRIC], ids=label)
+@pytest.mark.parametrize(
+    "schemes", [*([s] for s in UNIFORM), MIXED_SYMMETRIC, *([s] for s in WEIGHTS_ALONE)], ids=label
+)
 def test_transformers_loads_what_was_written(tmp_path: Path, source: Source, schemes: Sequence[Scheme]) -> None:
     expected = write_quantized(source, tmp_path / "out", CT, schemes)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -248,7 +309,57 @@ def test_transformers_loads_what_was_written(tmp_path: Path, source: Source, sch
     assert_weights_equal(model, expected)
 
 
-@pytest.mark.parametrize("schemes", [*([s] for s in UNIFORM), MIXED_SYMMETRIC, MIXED], ids=label)
+@pytest.mark.parametrize("schemes", [*([s] for s in ROUNDING), MIXED_NAMED], ids=label)
+def test_transformers_rounds_inputs_and_has_our_weights(
+    tmp_path: Path, source: Source, schemes: Sequence[Scheme]
+) -> None:
+    expected = write_quantized(source, tmp_path / "out", CT, schemes)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    rounded = logits(model)
+    assert_weights_equal(model, expected)
+    assert not torch.equal(rounded, logits(expected))
+    for module in model.modules():
+        module.quantization_enabled = False
+    assert_logits_agree(model, expected)
+
+
+@pytest.mark.parametrize("schemes", [[s] for s in NAMED], ids=label)
+def test_transformers_unpacks_every_scheme_while_loading(
+    tmp_path: Path, source: Source, schemes: Sequence[Scheme]
+) -> None:
+    expected = write_quantized(source, tmp_path / "out", CT, schemes)
+    model = load_unpacked(tmp_path / "out")
+    assert_weights_equal(model, expected)
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize("schemes", [[s] for s in WEIGHTS_ALONE], ids=label)
+def test_weights_alone_load_in_a_model_of_fp32(tmp_path: Path, schemes: Sequence[Scheme]) -> None:
+    """Decoders of NVFP4 round to bf16 there; the scales of the rest are powers of two, or of the model's dtype."""
+    expected = write_quantized(tiny_llama(tmp_path / "source", F32), tmp_path / "out", CT, schemes)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.dtype == F32
+    if schemes[0].name == SchemeName.NVFP4A16:
+        for _, linear in linears(expected):
+            linear.weight.data = linear.weight.bfloat16().float()
+    assert (logits(model) - logits(expected)).abs().max() < 1e-5
+    assert_weights_equal(model, expected)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16, F32], ids=str)
+def test_the_loader_reads_every_scheme_of_compressed_tensors(tmp_path: Path, dtype: torch.dtype) -> None:
+    expected = write_quantized(tiny_llama(tmp_path / "source", dtype), tmp_path / "out", CT, EVERY_SCHEME)
+    model = loader(tmp_path / "out").load(tmp_path / "out")
+    assert model.dtype == dtype
+    assert_weights_equal(model, expected)
+    assert torch.equal(logits(model), logits(expected))
+
+
+@pytest.mark.parametrize(
+    "schemes",
+    [*([s] for s in UNIFORM), MIXED_SYMMETRIC, MIXED, *([s] for s in NAMED), MIXED_NAMED, EVERY_SCHEME],
+    ids=label,
+)
 def test_every_stored_linear_decompresses_to_our_weight(
     tmp_path: Path, source: Source, schemes: Sequence[Scheme]
 ) -> None:
@@ -259,12 +370,14 @@ def test_every_stored_linear_decompresses_to_our_weight(
         groups = [g for g in config.config_groups.values() if set(g.targets) & {name, "Linear"}]
         stored = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
         assert len(groups) == 1
-        assert torch.equal(PackedQuantizationCompressor.decompress(stored, groups[0])["weight"], linear.weight)
+        assert torch.equal(decompressed(stored, groups[0]), linear.weight)
 
 
 @peft_meets_transformers
 @pytest.mark.parametrize(
-    "schemes", [[UNIFORM[0]], [scheme(4, 32, True)], [scheme(4, 32, False)], [UNIFORM[-1]]], ids=label
+    "schemes",
+    [[UNIFORM[0]], [scheme(4, 32, True)], [scheme(4, 32, False)], [UNIFORM[-1]], *([s] for s in NAMED)],
+    ids=label,
 )
 def test_a_lora_attaches_and_learns(tmp_path: Path, source: Source, schemes: Sequence[Scheme]) -> None:
     expected = write_quantized(source, tmp_path / "out", CT, schemes)
@@ -274,10 +387,13 @@ def test_a_lora_attaches_and_learns(tmp_path: Path, source: Source, schemes: Seq
 
 
 @peft_meets_transformers
-def test_a_lora_attaches_to_mixed_widths(tmp_path: Path, source: Source) -> None:
-    expected = write_quantized(source, tmp_path / "out", CT, MIXED_SYMMETRIC)
+@pytest.mark.parametrize("schemes", [MIXED_SYMMETRIC, MIXED_NAMED], ids=label)
+def test_a_lora_attaches_to_mixed_schemes(tmp_path: Path, source: Source, schemes: Sequence[Scheme]) -> None:
+    expected = write_quantized(source, tmp_path / "out", CT, schemes)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     model.hf_quantizer.compressor.decompress_model(model)
+    for module in model.modules():
+        module.quantization_enabled = False
     assert_weights_equal(model, expected)
     _train_lora(model)
 

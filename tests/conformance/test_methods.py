@@ -31,9 +31,11 @@ every_method = pytest.mark.parametrize("name", METHODS)
 
 
 def quick(name: str, **fields: Any) -> WeightSpec:
-    """A spec of little work; a scheme's name stands in place of the numbers of integers."""
+    """A spec of little work; a scheme's name or a goal stands in place of bits, and a name in place of groups too."""
     kind = NAMED[name].spec
-    quickly = {k: v for k, v in QUICK.items() if k not in ("bits", "group_size") or fields.get("scheme") is None}
+    instead = {"bits": {"scheme", "at_most", "fits"}, "group_size": {"scheme"}}
+    given = {key for key, value in fields.items() if value is not None}
+    quickly = {key: value for key, value in QUICK.items() if not instead.get(key, set()) & given}
     return kind.model_validate({key: value for key, value in (quickly | fields).items() if key in kind.model_fields})
 
 

@@ -155,7 +155,7 @@ def test_a_format_may_hold_one_symmetry_alone(held: bool, symmetric: bool, monke
         assert all(f"set symmetric to {str(held).lower()}, or ask for" in problem.detail for problem in found)
     only = format_problems(NormalFloatSpec(), (row,))
     assert [problem.detail for problem in only] == (
-        [] if held else ['merged cannot hold symmetric weights; ask for formats: ["native"]']
+        [] if held else ['merged cannot hold symmetric weights; ask for formats: ["bitsandbytes"] or ["native"]']
     )
 
 
@@ -183,7 +183,11 @@ CT, MERGED, PEFT, NATIVE = (ExportFormat(n) for n in ("compressed-tensors", "mer
         (AFFINE | LORA, (NATIVE, CT), {1: 'without the low-rank factors of rtn; add "peft"'}),
         (NF, (NATIVE, MERGED), {}),
         (NF, (PEFT, MERGED), {0: "makes none"}),
-        (NF, (CT,), {0: "cannot hold the codebook weights of rtn; formats that can: merged, native, peft"}),
+        (
+            NF,
+            (CT,),
+            {0: "cannot hold the codebook weights of rtn; formats that can: bitsandbytes, merged, native, peft"},
+        ),
         (NF | LORA, (MERGED, PEFT), {}),
         (NF | LORA, (CT, PEFT), {0: "cannot hold the codebook weights"}),
         (NF | AFFINE, (CT, MERGED), {0: "cannot hold the codebook weights"}),

@@ -6,10 +6,14 @@ import pytest
 
 from app.domain.format_rules import KEPT, default_for, format_problems, model_problems, rounds_offsets, stored_formats
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
-from app.domain.methods import Form, RTNSpec
+from app.domain.methods import Form, NormalFloatSpec, RTNSpec, WeightSpec
+from app.domain.methods.schemes import ModuleRules, SchemeOverride
 
 CT, GGUF, MERGED, NATIVE, PEFT = (
     ExportFormat(name) for name in ("compressed-tensors", "gguf", "merged", "native", "peft")
+)
+GPTQ, GPTQ_V2, AWQ, MLX, BITSANDBYTES = (
+    ExportFormat(name) for name in ("gptq", "gptq-v2", "awq", "mlx", "bitsandbytes")
 )
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
 AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
@@ -48,20 +52,70 @@ def test_gguf_holds_groups_of_multiples_of_32_or_rows(group: int, held: bool) ->
     assert format_problems(RTNSpec(group_size=group), (NATIVE, CT, MERGED)) == []
 
 
-def test_formats_with_other_scales_are_no_job_together() -> None:
-    (problem,) = format_problems(RTNSpec(), (NATIVE, CT, MERGED, GGUF))
-    assert (problem.field, problem.code) == ("formats.3", "format_cannot_hold")
-    assert "gguf stores scales as float16, compressed-tensors as the model's dtype" in problem.detail
-    assert format_problems(RTNSpec(), (NATIVE, GGUF, MERGED)) == []
-    assert [problem.field for problem in format_problems(RTNSpec(), (GGUF, CT))] == ["formats.1"]
+def test_formats_of_any_scales_come_from_one_job() -> None:
+    assert format_problems(RTNSpec(), (NATIVE, CT, MERGED, GGUF, GPTQ, GPTQ_V2, AWQ, MLX)) == []
 
 
-def test_every_job_keeps_native_and_gguf_alone_rounds_offsets() -> None:
+@pytest.mark.parametrize(
+    ("spec", "name", "field", "words"),
+    [
+        (RTNSpec(symmetric=False), GPTQ, "symmetric", 'or ["gptq-v2"] or ["awq"] or ["mlx"] or ["native"]'),
+        (RTNSpec(bits=5), GPTQ, "bits", "gptq holds 2, 3, 4, 8 bits, not 5; change bits, or ask for"),
+        (RTNSpec(bits=3), AWQ, "bits", "awq holds 4 bits, not 3; change bits, or ask for formats: "),
+        (RTNSpec(group_size=256), MLX, "group_size", "mlx holds groups of 32, 64, 128, not 256; change group_size"),
+        (RTNSpec(bits=8, symmetric=False), MLX, "bits", "asymmetric weights of 2, 3, 4, 5, 6 bits, not 8"),
+        (NormalFloatSpec(bits=3), BITSANDBYTES, "bits", "bitsandbytes holds 4 bits, not 3; change bits, or ask for"),
+        (
+            NormalFloatSpec(group_size=-1),
+            BITSANDBYTES,
+            "group_size",
+            'not -1; change group_size, or ask for formats: ["native"]',
+        ),
+    ],
+)
+def test_packed_formats_refuse_schemes_with_the_formats_that_hold_them(
+    spec: WeightSpec, name: ExportFormat, field: str, words: str
+) -> None:
+    (problem,) = format_problems(spec, (NATIVE, name))
+    assert (problem.field, problem.code) == (f"quantization.{field}", "format_cannot_hold")
+    assert words in problem.detail
+    assert problem.detail.endswith('["native"]')
+
+
+def test_awq_holds_one_scheme_for_the_whole_model() -> None:
+    rules = ModuleRules(overrides={"*q_proj": SchemeOverride(group_size=32)})
+    (problem,) = format_problems(RTNSpec(modules=rules), (CT, AWQ, GPTQ, MLX))
+    assert (problem.field, problem.code) == ("formats.1", "format_cannot_hold")
+    assert "one scheme for all linears of a model, and these have 2" in problem.detail
+    assert '["awq"]' not in problem.detail
+
+
+@pytest.mark.parametrize("name", [GPTQ, GPTQ_V2, AWQ])
+def test_words_are_filled_by_outputs(name: ExportFormat) -> None:
+    (problem,) = model_problems((name,), "llama", {"a.up": 64, "a.down": 64}, outputs={"a.up": 64, "a.down": 40})
+    assert "a.down has 40 outputs: add it to modules.ignore" in problem.detail
+    assert model_problems((CT, MLX), "llama", {"a.down": 64}, outputs={"a.down": 40}) == []
+
+
+def test_mlx_is_for_what_mlx_lm_builds() -> None:
+    (problem,) = model_problems((MLX,), "bloom", {}, {"model_type": "bloom"})
+    assert "mlx-lm 0.32.2 has no file for model_type 'bloom'" in problem.detail
+    assert model_problems((MLX,), "llama", {"a": 64}, LLAMA) == []
+
+
+def test_packed_formats_share_the_refusals_of_a_type() -> None:
+    """Experts of gpt-oss are one tensor in its files, which no loader puts together from packed ones."""
+    for name in (GPTQ, GPTQ_V2, AWQ, MLX, BITSANDBYTES):
+        (problem,) = model_problems((name,), "gpt_oss", {"a": 64})
+        assert problem.detail.startswith(f"{name.value}: experts of this type are fused")
+
+
+def test_every_job_keeps_native_and_gguf_and_mlx_round_offsets() -> None:
     assert stored_formats([]) == (NATIVE,)
     assert stored_formats([CT, GGUF, CT]) == (CT, GGUF, NATIVE)
     assert stored_formats([NATIVE, CT]) == (NATIVE, CT)
     assert KEPT == "native"
-    assert rounds_offsets(ExportFormat) == (GGUF,)
+    assert rounds_offsets(ExportFormat) == (GGUF, MLX)
 
 
 def test_the_format_of_each_result() -> None:

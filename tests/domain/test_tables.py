@@ -34,15 +34,19 @@ def test_a_job_is_tried_three_times_more() -> None:
 
 
 WEIGHTS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True}
+NO_GOAL: dict[str, Any] = {"at_most": None, "fits": None}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rtn": {"scheme": None, "weights_only": False},
+    "rtn": {**NO_GOAL, "scheme": None, "weights_only": False},
     "nf": {"double_quantization": True, "weights_only": False},
-    "gptq": {"damping": 0.01, "act_order": True},
-    "awq": {"search_samples": 32, "clip_search": True, "quantized_inputs": False},
-    "omniquant": {"preset": "default", "epochs": 20, "batch_size": 1, "learning_rate": 0.005, "aug_loss": False},
+    "gptq": {**NO_GOAL, "damping": 0.01, "act_order": True},
+    "awq": {**NO_GOAL, "search_samples": 32, "clip_search": True, "quantized_inputs": False},
+    "omniquant": {
+        **{"preset": "default", "epochs": 20, "batch_size": 1, "learning_rate": 0.005, "aug_loss": False},
+        **NO_GOAL,
+    },
     "signround": {
         **{"preset": "default", "steps": 200, "batch_size": 8, "learning_rate": None, "scale_search": True},
-        **{"quantized_inputs": True, "scale_steps": 0},
+        **{"quantized_inputs": True, "scale_steps": 0, **NO_GOAL},
     },
     "loftq": {"base": "normal-float", "double_quantization": False, "rank": 64, "alpha": 16.0, "iterations": 5},
     "apiq": {
@@ -51,7 +55,12 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
         **{"aug_loss": False, "base": "rtn", "freeze_base": False},
     },
     "lq-lora": {
-        **{"bits": {"average": 2.75, "choices": (2, 3, 4, 8)}, "rank": 64, "alpha": 16.0, "iterations": 100},
+        **{
+            "bits": {"average": 2.75, "choices": (2, 3, 4, 8), "over": "linears"},
+            "rank": 64,
+            "alpha": 16.0,
+            "iterations": 100,
+        },
         **{"fisher": True, "group_sizes": (16, 32, 64), "absmax_bits": (2, 3, 4, 8), "superblocks": (16, 64, 256)},
         **{"absmax_dtypes": ("bfloat16", "float16", "float32")},
     },

@@ -36,6 +36,23 @@ def has_checkpoint(installed: Installation, job_id: str) -> bool:
 
 
 @pytest.mark.slow
+def test_other_formats_are_exported_after_the_job(installed: Installation, short_model: Path) -> None:
+    """And are the bytes that the job itself would have written, whatever happens to it meanwhile."""
+    body: dict[str, Any] = {"model": str(short_model), "method": "rtn", "bits": 4, "group_size": 32, "evaluation": None}
+    first = installed.submit(**body, formats=["compressed-tensors"])
+    report_of(installed, first)
+    formats = ["awq", "gptq", "merged"]
+    second = installed.client.export(first, formats).id
+    report = report_of(installed, second)
+    assert (report["exported_from"], report["blocks_computed"]) == (first, 0)
+    assert {event.event.stage for event in installed.client.events_page(second).items if event.event.type == "progress"}
+    other = installed.submit(**body, formats=formats)
+    report_of(installed, other)
+    found, own = tensor_hashes(installed, second), tensor_hashes(installed, other)
+    assert found == {path: sha256 for path, sha256 in own.items() if not path.startswith("native/")}
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("killed", [False, True])
 def test_a_finetune_goes_on_from_another_jobs_result(killed: bool, installed: Installation, short_model: Path) -> None:
     small: dict[str, Any] = {"evaluation": {"num_samples": 2, "sequence_length": 64}}

@@ -37,8 +37,10 @@ def run_job(
     model: Path, workspace: Path, lines: list[AttemptLine] | None = None, order: Any = None, **request: Any
 ) -> ResultLine:
     """Runs the pipeline over small texts; `request` is the body, fields of `quantization` at its top."""
-    quantization = {"method": "rtn", "bits": 4, "group_size": 32}
+    quantization = {"method": "rtn", **({} if "scheme" in request else {"group_size": 32})}
     quantization |= {name: request.pop(name) for name in list(request) if name not in JobRequest.model_fields}
+    if not quantization.keys() & {"at_most", "fits", "scheme"}:
+        quantization = {"bits": 4, **quantization}
     body = {"model": str(model), "quantization": quantization, **TEXTS, **request}
     workspace.mkdir(parents=True, exist_ok=True)
     sink = [] if lines is None else lines

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from app.domain.formats import ExportFormat
 from app.domain.methods import Form, Scheme
 from bitwright.report import ModelReport, PeakMemory, Report, SizeReport
+from workers.engine.stored_scales import StoredScales
 from workers.formats.format import Writer
-from workers.formats.registry import open_writer
+from workers.formats.registry import held, open_writer
 from workers.numerics.float_grids import quantize
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook
 from workers.numerics.quantized import (
@@ -99,7 +100,7 @@ def random_result(
     shape: tuple[int, int], made: Made | Scheme, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> LinearResult:
     """Every code and zero point alike likely, scales of both signs, a correction about as large as a code's step."""
-    made = made if isinstance(made, Made) else Made(made)
+    made = made if isinstance(made, Made) else Made(made, made.form)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
     if made.form is Form.FLOAT:
@@ -125,9 +126,12 @@ def _affine_weight(
 def _float_weight(
     shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, generator: torch.Generator
 ) -> QuantizedWeight:
-    """A random weight rounded: every bit pattern of a code is a number, but for e4m3's NaN."""
-    weight = quantize(torch.randn(shape, generator=generator).to(dtype) * 0.1, scheme, dtype)
-    amax = torch.rand(1, generator=generator) if scheme.row is not None and scheme.row.calibrated else None
+    """A random weight rounded: every bit pattern of a code is a number, but for e4m3's NaN.
+
+    What runtimes want of linears that they run as one is the same of all.
+    """
+    weight = quantize(torch.randn(shape, generator=generator).to(dtype) * 0.1, scheme, dtype, torch.tensor(0.75))
+    amax = torch.tensor([2.75]) if scheme.row is not None and scheme.row.calibrated else None
     return replace(weight, input_amax=amax)
 
 
@@ -224,16 +228,21 @@ def write_quantized(
     formats   all of the job's; with `peft` among them the written checkpoint holds the base alone
     """
     writer = open_writer(folder, export_format, source, formats, shard_bytes=shard_bytes)
-    return write_with(writer, source, made)
+    return write_with(writer, source, made, export_format)
 
 
-def write_with(writer: Writer, source: Source, made: Sequence[Made | Scheme]) -> nn.Module:
-    """`write_quantized` with a writer of one's own."""
+def write_with(
+    writer: Writer, source: Source, made: Sequence[Made | Scheme], rounds_as: ExportFormat = ExportFormat.NATIVE
+) -> nn.Module:
+    """`write_quantized` with a writer of one's own; the model has the numbers that the format `rounds_as` stores."""
     model = AutoModelForCausalLM.from_pretrained(source.folder).eval()
     for index, (name, linear) in enumerate(linears(model)):
         shape = (linear.out_features, linear.in_features)
         result = random_result(shape, made[index % len(made)], linear.weight.dtype, seed=index)
+        result = StoredScales().of(rounds_as, name, result)
         writer.add_linear(name, result)
+        if isinstance(result.weight, AffineWeight):
+            result = replace(result, weight=held(rounds_as, name, result.weight))
         linear.weight.data = result.dequantize()
     writer.finish()
     writer.describe(REPORT)

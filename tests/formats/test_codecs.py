@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from app.domain.methods import Scheme
+from app.domain.methods import Scheme, SchemeName
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from tests.formats.examples import Made, codebook_made, random_result, scheme
 from workers.formats import compressed_tensors, native
@@ -134,6 +134,10 @@ def _group(targets: list[str]) -> dict[str, object]:
     }
 
 
+def named(name: str) -> Scheme:
+    return Scheme.named(SchemeName(name))
+
+
 S4, S8, Z4, Z8 = scheme(4, 32, True), scheme(8, -1, True), scheme(4, 32, False), scheme(8, 32, False)
 
 
@@ -148,14 +152,49 @@ S4, S8, Z4, Z8 = scheme(4, 32, True), scheme(8, -1, True), scheme(4, 32, False),
         ([Z4, Z8], False, True),
         ([S4, Z4], False, True),
         ([S4, S8, Z8], False, True),
+        *(([named(name)], False, False) for name in ("fp8", "fp8-tensor", "fp8a16", "int8", "nvfp4", "mxfp8")),
+        *(([named(name)], True, False) for name in ("fp8-block", "nvfp4a16", "mxfp4a16", "mxfp8a16")),
+        ([S4, named("fp8")], False, False),
+        ([named("nvfp4a16"), named("fp8")], False, False),
+        ([named("fp8-block"), named("fp8")], False, True),
+        ([Z4, named("fp8")], False, True),
     ],
 )
 def test_who_unpacks_a_checkpoint(schemes: list[Scheme], unpacks: bool, loader: bool) -> None:
     """Unpacked while loading, every linear gets the first group's scheme: so never where there are several."""
     assert compressed_tensors.unpacks_on_load(schemes) is unpacks
-    assert compressed_tensors.needs_loader(schemes) is loader
-    config = compressed_tensors.config({f"m.{index}": each for index, each in enumerate(schemes)}, [])
+    by_name = {f"m.{index}": each for index, each in enumerate(schemes)}
+    assert compressed_tensors.needs_loader(by_name) is loader
+    config = compressed_tensors.config(by_name, [])
     assert ("run_compressed" in config, "dequantize" in config) == (unpacks, unpacks)
+
+
+@pytest.mark.parametrize(
+    ("experts", "others", "loader"),
+    [
+        (["fp8"], ["fp8"], False),
+        (["fp8-tensor"], ["fp8"], False),
+        (["mxfp4a16"], ["fp8"], False),
+        (["fp8a16"], ["nvfp4a16"], False),
+        (["nvfp4a16"], ["nvfp4a16"], True),
+        (["int8"], ["int8"], True),
+        (["mxfp8"], ["mxfp8"], True),
+        (["fp8-block"], ["fp8-block"], True),
+        (["fp8", "fp8a16"], ["fp8"], True),
+    ],
+)
+def test_experts_that_transformers_misreads_come_with_a_loader(
+    experts: list[str], others: list[str], loader: bool
+) -> None:
+    """It reads all of them by the first group, and leaves NVFP4's global scale out without a word."""
+    schemes = {f"layers.0.self_attn.{index}": named(name) for index, name in enumerate(others)}
+    schemes |= {f"layers.0.mlp.shared_experts.{index}": named("nvfp4a16") for index in ([] if loader else [0])}
+    schemes |= {f"layers.0.mlp.experts.{index}.up_proj": named(name) for index, name in enumerate(experts)}
+    assert compressed_tensors.needs_loader(schemes) is loader
+    groups = compressed_tensors.config(schemes, [])["config_groups"]
+    assert isinstance(groups, dict)
+    if len(groups) > 1:
+        assert "layers.0.mlp.experts.0.up_proj" in groups["group_0"]["targets"]
 
 
 def test_the_configuration_of_one_scheme_in_full() -> None:

@@ -49,7 +49,7 @@ def test_every_format_of_safetensors(export_format: ExportFormat, tmp_path: Path
     made = held_by(export_format, rank=0 if export_format.info.low_rank is LowRankRule.BESIDE else 2)
     for name in ("first", "second"):
         writer = open_writers(tmp_path / name, (export_format,), source)[export_format]
-        write_with(writer, source, made)
+        write_with(writer, source, made, export_format)
     assert one_entry_at_most(tmp_path / "first") >= 1
     assert_same_bytes(tmp_path / "first", tmp_path / "second")
 

@@ -9,6 +9,7 @@ import pytest
 from obstore.store import MemoryStore
 
 from app.domain.request.base_job import BaseJob
+from app.domain.request.exports import ExportRequest, export_request
 from app.domain.request.job_request import JobRequest
 from app.store.blobs import BucketBlobs, materialise
 from app.store.ids import new_id
@@ -120,6 +121,26 @@ def test_bytes_that_are_gone_are_the_stores_fault(sqlite_bench: Bench, workspace
     with pytest.raises(StorageError):
         base_job_folder(sqlite_bench.context, sqlite_bench.tenant_id, job_id, workspace)
     assert not (workspace.sources / job_id).exists()
+
+
+def test_an_export_gets_all_of_the_native_checkpoint_and_no_model(sqlite_bench: Bench, workspace: Workspace) -> None:
+    job_id = make(sqlite_bench)
+    context, tenant = sqlite_bench.context, sqlite_bench.tenant_id
+    found = base_job_folder(context, tenant, job_id, workspace, exports=True)
+    files = {file.name: file.read_text() for file in (Path(str(found)) / "native").iterdir()}
+    assert files == {**READ, "report.json": "{}", "README.md": "card"}
+    # A job that succeeded leaves no workspace: its order is looked at in one that fails.
+    base = JobRequest.model_validate(sqlite_bench.job(job_id).request)
+    script = {"script": "fail:invalid_dataset"}
+    asked = export_request(base, job_id, ExportRequest.model_validate({"formats": ["gguf"], "metadata": script}))
+    with context.database.transaction() as session:
+        exported = JobRepository(session, tenant).add(asked).id
+    assert sqlite_bench.run() is JobStatus.FAILED
+    order = Workspace.of(context.settings.workspace_dir, exported).order
+    read = AttemptOrder.model_validate_json(order.read_bytes())
+    assert read.request.exports
+    assert read.model_path == ""
+    assert str(read.base_job_path).endswith(f"sources/{job_id}")
 
 
 @pytest.mark.parametrize("bucket", [False, True])

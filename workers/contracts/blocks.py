@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from app.domain.methods import AbsmaxScheme, Candidate, Scheme, WeightSpec
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
+from workers.numerics.input_rounding import InputRounding, input_roundings
+from workers.numerics.joined import joined_amax
 from workers.numerics.quantized import LinearResult
 
 
@@ -114,6 +116,9 @@ class BlockTask:
     absmax      linear name -> second level of codes for a codebook's maxima, where the budget chose one
     fisher      linear name -> its Fisher information, where the spec asks for it
     starved     linears of experts that got too few tokens: the tuning loop leaves them at their start
+    joined      sets of linears of the same input that a runtime makes one matrix of: their scales of whole tensors are
+                one (`workers.numerics.joined`)
+    input_amax  linear name -> largest magnitude of its set's original inputs, fp32 (1,), where the scheme is calibrated
     tick        called with the share of the block that is done, 0 to 1; often
     folds       where scales can move inside the block, in the order of the forward pass
     log         called with an event's name and fields when a method falls back to something worse
@@ -142,6 +147,8 @@ class BlockTask:
     absmax: Mapping[str, AbsmaxScheme] = field(default_factory=dict)
     fisher: Mapping[str, Fisher] = field(default_factory=dict)
     starved: frozenset[str] = frozenset()
+    joined: Sequence[tuple[str, ...]] = ()
+    input_amax: Mapping[str, Tensor] = field(default_factory=dict)
 
     def linear(self, name: str) -> nn.Linear:
         """The block's linear of that name."""
@@ -155,6 +162,18 @@ class BlockTask:
         sum_of_all = torch.tensor(number)
         self.sum_(sum_of_all)
         return int(sum_of_all)
+
+    def joined_amax(self, weights: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """By linear, where its scheme has a scale of the whole tensor: the largest magnitude of its set, fp32 ().
+
+        weights   in place of the block's own
+        """
+        own = {name: self.linear(name).weight.detach() for name in self.schemes} if weights is None else weights
+        return joined_amax(self.joined, self.schemes, own)
+
+    def input_roundings(self) -> dict[str, InputRounding]:
+        """The rounding of inputs that a server of the result does, by linear."""
+        return input_roundings(self.schemes, self.input_amax)
 
     def alike(self) -> dict[tuple[Scheme, int], dict[str, Tensor]]:
         """Weights by name, those of the same scheme and group width together."""
@@ -254,8 +273,18 @@ class TensorMethod(Protocol[S_contra]):
     """A method that looks at nothing but a linear's weight, so that it needs no model around it."""
 
     @abstractmethod
-    def quantize_tensor(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, spec: S_contra) -> LinearResult:
-        """The result for one linear's weight (out, in), floating point, on the host."""
+    def quantize_tensor(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        spec: S_contra,
+        joined_amax: Tensor | None = None,
+    ) -> LinearResult:
+        """The result for one linear's weight (out, in), floating point, on the host.
+
+        joined_amax   largest magnitude of all linears that a runtime joins with it; None: of it alone
+        """
         ...
 
 

@@ -43,6 +43,24 @@ class FetchOrder(BaseModel):
         return not any((self.model, *(getattr(self, role) for role in TEXT_ROLES.values())))
 
 
+class RuntimePlace(Message):
+    """A runtime of a worker.
+
+    place   where it is, if it is not among this Python's packages: llama.cpp's libraries, the Python of vLLM
+    """
+
+    version: str
+    place: str | None = None
+
+
+class WarmChild(Message):
+    """A limited child that waits for orders (`workers.limited.process.Handle`)."""
+
+    orders: int
+    answers: int
+    pid: int
+
+
 class AttemptOrder(Message):
     """The supervisor's order to an attempt: `order.json` in the workspace. All paths are absolute and local."""
 
@@ -61,4 +79,10 @@ class AttemptOrder(Message):
     device_index: int = Field(default=0, description="Of the first rank; the others follow.")
     world_size: int = Field(default=1, ge=1, description="Processes that compute the job together, each a rank.")
     rendezvous: str = Field(default="", description="Path of a new file by which several ranks find each other.")
+    runtimes: dict[str, RuntimePlace] = Field(
+        default_factory=dict, description="What the worker has to read results in, by name."
+    )
+    warm: WarmChild | None = Field(
+        default=None, description="A child that has imported what reading takes; None: the attempt starts one."
+    )
     micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")

@@ -21,13 +21,13 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme
 from app.domain.request.base_job import ADAPTER_FILE, DESCRIPTION, REPORT
-from bitwright.errors import BitwrightError, CorruptCheckpoint, FormatCannotHold
+from bitwright.errors import BitwrightError, CorruptCheckpoint
 from bitwright.report import BaseTraining, BlockReport
+from workers.contracts.kv_cache import KVScales
 from workers.contracts.results import BlockResult
-from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
+from workers.engine.model.checkpoint import MAX_JSON_BYTES, Checkpoint, StoredTensor, read_tensors
 from workers.engine.model.streamed_model import StreamedModel
 from workers.formats import native
 from workers.formats.stored_linear import StoredLinear
@@ -66,9 +66,9 @@ class BaseJobResult:
         Raises:
             CorruptCheckpoint: files are missing or contradict each other, or the model has changed since.
         """
-        with _of_the_base():
-            checkpoint = Checkpoint(folder / "native", {}, _tensors(folder / "native"))
-            stored = _described(folder / "native" / DESCRIPTION)
+        with of_the_base():
+            checkpoint = Checkpoint(folder / "native", {}, native_tensors(folder / "native"))
+            stored = described(folder / "native" / DESCRIPTION)
             names = {model.names.linear_name(name): name for name in quantized}
             if names.keys() != stored.keys():
                 other = min(names.keys() ^ stored.keys())
@@ -103,7 +103,7 @@ class BaseJobResult:
             CorruptCheckpoint: tensors are missing or do not fit.
         """
         prefix = self.model.layout.block(index) + "."
-        with _of_the_base():
+        with of_the_base():
             linears = {n.removeprefix(prefix): self.linear(n) for n in self.linears if n.startswith(prefix)}
             changed = {
                 name.removeprefix(prefix): self.native.read(source).clone()
@@ -115,13 +115,26 @@ class BaseJobResult:
     def linear(self, name: str) -> LinearResult:
         """One quantized linear by its full name, on the host, without factors that its adapter has taken over."""
         source = self.model.names.linear_name(name)
-        with _of_the_base():
+        with of_the_base():
             tensors = {key: self.native.read(key) for key in self._keys.get(source, ())}
             result = native.decompress(source, tensors, self.linears[name])
             linear = self.model.model.get_submodule(name)
             if result.weight.shape != tuple(linear.weight.shape):
                 raise CorruptCheckpoint(f"{source} has the shape {result.weight.shape}, not that of the model")
         return replace(result, low_rank=None) if name in self.adapters else result
+
+    def cache_scales(self, attention: str | None) -> KVScales | None:
+        """Scales of an attention's key-value cache, by its full name; None where that job stored none."""
+        source = None if attention is None else self.model.names.module_name(attention)
+        keys = (
+            []
+            if source is None
+            else [key for key in self._keys.get(source, ()) if key.endswith(("k_scale", "v_scale"))]
+        )
+        if source is None or not keys:
+            return None
+        with of_the_base():
+            return KVScales.read(source, {key: self.native.read(key) for key in keys})
 
     def corrected(self, report: BlockReport) -> BlockReport:
         """The report of a block that was taken over: its linears' errors are those of the job that made them.
@@ -130,25 +143,6 @@ class BaseJobResult:
         """
         base_job = {block.name: block.linears for block in self.blocks}
         return report.model_copy(update={"linears": base_job.get(report.name, report.linears)})
-
-    def demand_held(self, formats: tuple[ExportFormat, ...], scale_dtype: torch.dtype) -> None:
-        """Before anything is computed: whether the formats, which store `scale_dtype`, hold the scales as they are.
-
-        Raises:
-            FormatCannotHold: a format stores scales in another dtype.
-        """
-        strict = [name for name in formats if FORMATS[name].scales is not ScaleDtype.ANY]
-        for name in sorted(self.linears) if strict else ():
-            source = self.model.names.linear_name(name)
-            scale = self.native.tensors.get(f"{source}.scale")
-            stored = None if scale is None else FLOAT_DTYPES.get(scale.dtype)
-            if stored is not None and stored != scale_dtype:
-                raise FormatCannotHold(
-                    f"{strict[0].value} stores scales as {scale_dtype}; those of the base job are {stored}",
-                    field="formats",
-                    value=strict[0].value,
-                    hint=f"ask for native or merged, or for the formats of the base job, or {HINT}",
-                )
 
     @cached_property
     def _keys(self) -> Mapping[str, list[str]]:
@@ -180,7 +174,7 @@ class BaseJobResult:
 
 
 @contextmanager
-def _of_the_base() -> Iterator[None]:
+def of_the_base() -> Iterator[None]:
     """Names the request's field `base_job` in errors about the base job's files."""
     try:
         yield
@@ -189,7 +183,7 @@ def _of_the_base() -> Iterator[None]:
         raise
 
 
-def _tensors(folder: Path) -> dict[str, StoredTensor]:
+def native_tensors(folder: Path) -> dict[str, StoredTensor]:
     tensors: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("weights*.safetensors")):
         for name, tensor in read_tensors(file).items():
@@ -199,7 +193,7 @@ def _tensors(folder: Path) -> dict[str, StoredTensor]:
     return tensors
 
 
-def _described(file: Path) -> dict[str, StoredLinear]:
+def described(file: Path) -> dict[str, StoredLinear]:
     try:
         if file.stat().st_size > MAX_JSON_BYTES:
             raise CorruptCheckpoint(f"{file.name} is larger than {MAX_JSON_BYTES} bytes")

@@ -1,6 +1,6 @@
 """From durable blocks and trained adapters to checkpoints: each linear once through its merge and every writer."""
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,16 +11,20 @@ from torch import nn
 from app.domain.attempt_lines import ResultLine
 from app.domain.format_rules import stored_formats
 from app.domain.formats import EmbeddingRule, ExportFormat
+from app.domain.request.goal_problems import sized_formats
 from bitwright.events import Stage
 from bitwright.formats import ADAPTER_FOLDER
-from bitwright.report import AdapterReport, Report
+from bitwright.report import AdapterReport, LoadReport, Report
 from workers.adapters.attaching import report, stored
 from workers.adapters.merging import MergeProof
 from workers.engine.device.read_ahead import read_ahead
+from workers.engine.goal.outcome import with_files
 from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.report import Results, identity_of, report_of, size_of
 from workers.engine.shipped import TrainedAdapters
+from workers.engine.stored_scales import CODE as SCALES_ROUNDED
+from workers.engine.stored_scales import StoredScales
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.model_card import stored_bytes
@@ -33,8 +37,14 @@ OUTPUT = "output"
 """Folder of a workspace that holds a folder per checkpoint."""
 
 
-def run(job: Job, results: Results) -> ResultLine:
+ReadFiles = Callable[[Job, TrainedAdapters | None], tuple[LoadReport, ...]]
+"""Everything that is known of whether runtimes load the result."""
+
+
+def run(job: Job, results: Results, read: ReadFiles | None = None) -> ResultLine:
     """Writes every format from the durable blocks, and the same report into each.
+
+    read   tries the checkpoints, which lack only their report
 
     Raises:
         FormatCannotHold: a format would have to change a weight.
@@ -43,6 +53,9 @@ def run(job: Job, results: Results) -> ResultLine:
     job.clock.enter(Stage.EXPORT)
     trained, evaluated = None if results.finetuned is None else results.finetuned.trained, results.evaluated
     exported = _write(job, trained, identity_of(job, results))
+    if read is not None:
+        results = replace(results, loads=read(job, trained))
+        job.clock.enter(Stage.EXPORT)
     adapter = exported.adapter
     if adapter is not None and evaluated is not None:
         adapter = adapter.model_copy(update={"before_merge": evaluated.before_merge})
@@ -50,7 +63,12 @@ def run(job: Job, results: Results) -> ResultLine:
         update={"bytes_files": weight_bytes(job.workspace / OUTPUT, exported.writers)}
     )
     report = report_of(job, results, size).model_copy(
-        update={"adapter": adapter, "warnings": tuple(job.reporter.warnings)}
+        update={
+            "adapter": adapter,
+            "scales_rounded": exported.scales.report(),
+            "goal": with_files(job.prepared.goal, _file_sizes(job)),
+            "warnings": tuple(job.reporter.warnings),
+        }
     )
     checkpoints = _describe(job, trained, exported, report)
     job.model.checkpoint.close()
@@ -68,6 +86,7 @@ class Exported:
 
     stored, weights   bits of all quantized linears as they ship, and how many weights they are
     proofs            of the merges of adapters
+    scales            those of each format
     """
 
     writers: Mapping[ExportFormat, Writer]
@@ -75,6 +94,7 @@ class Exported:
     weights: int = 0
     adapter: AdapterReport | None = None
     proofs: list[MergeProof] = field(default_factory=list)
+    scales: StoredScales = field(default_factory=StoredScales)
 
 
 def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exported:
@@ -91,17 +111,22 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
                 _write_linear(model, name, base, trained, exported)
             if trained is not None:
                 bases |= {name: _outline(base) for name, base in block.items() if name in trained.modules}
-            for name, part in _left_beside(model, list(block)):
+            for name, part in left_beside(model, list(block)):
                 for writer in exported.writers.values():
                     writer.add_part(model.names.linear_name(name), model.names.read(f"{name}.weight"), part)
             for name, tensor in finished.parameters(done - 1).items():
                 for writer in exported.writers.values():
                     writer.add_tensor(model.sources[name], tensor)
+            for name, scales in finished.caches(done - 1).items():
+                for writer in exported.writers.values():
+                    writer.add_kv_scales(model.names.module_name(name), scales)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     for writer in exported.writers.values():
-        writer.finish(ignored=_kept_linears(model, job.schemes))
+        writer.finish(ignored=kept_linears(model, job.schemes))
         for code, message in writer.warnings.items():
             job.reporter.warning(code, message)
+    for message in exported.scales.warnings().values():
+        job.reporter.warning(SCALES_ROUNDED, message)
     if trained is not None:
         exported.adapter = report(trained.spec, trained.modules, bases, exported.proofs, trained.merge)
         kept = {name: stored(module) for name, module in trained.modules.items()}
@@ -140,8 +165,8 @@ def _write_linear(
     exported.stored += result.stored_bits()
     exported.weights += result.weight.codes.numel()
     source, part = model.names.linear_name(name), part_of(model, name)
-    for writer in exported.writers.values():
-        writer.add_linear(source, result, module=name, part=part)
+    for export_format, writer in exported.writers.items():
+        writer.add_linear(source, exported.scales.of(export_format, source, result), module=name, part=part)
 
 
 def part_of(model: StreamedModel, name: str) -> StoredPart | None:
@@ -159,13 +184,13 @@ def part_of(model: StreamedModel, name: str) -> StoredPart | None:
     return None
 
 
-def _kept_linears(model: StreamedModel, quantized: Collection[str]) -> tuple[str, ...]:
+def kept_linears(model: StreamedModel, quantized: Collection[str]) -> tuple[str, ...]:
     """Every linear of the model that stays as it is, routers and other parts of a larger model included."""
     linears = [name for name, module in model.model.named_modules() if isinstance(module, nn.Linear)]
     return tuple(name for name in linears if name not in quantized)
 
 
-def _left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tuple[str, StoredPart]]:
+def left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tuple[str, StoredPart]]:
     """Linears that are not quantized but share a tensor of the checkpoint with some that are."""
     shared = {part.of for name in quantized if (part := part_of(model, name)) is not None and part.index is not None}
     for parameter in model.names.slices if shared else ():
@@ -174,6 +199,14 @@ def _left_beside(model: StreamedModel, quantized: Sequence[str]) -> Iterator[tup
             part = part_of(model, name)
             if part is not None:
                 yield name, part
+
+
+def _file_sizes(job: Job) -> dict[str, int]:
+    """Bytes of the weight files of every packed checkpoint that was asked for."""
+    return {
+        name.value: stored_bytes(job.workspace / OUTPUT / name.value, name.info.weight_files)
+        for name in sized_formats(job.request.formats)
+    }
 
 
 def _describe(job: Job, trained: TrainedAdapters | None, exported: Exported, full: Report) -> dict[str, str]:

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from app.domain.inputs.safetensors_header import LENGTH_BYTES
 from bitwright.report import BlockReport, ScaleReport
+from workers.contracts.kv_cache import KVScales
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.formats import native
@@ -41,6 +42,7 @@ class FinishedBlock(BaseModel):
     """A durable block; `report` is None for the head, which is no block.
 
     parameters   names of the file's tensors that are not of quantized linears
+    caches       full names of attentions whose scales of a key-value cache are in it
     """
 
     model_config = ConfigDict(frozen=True)
@@ -50,6 +52,7 @@ class FinishedBlock(BaseModel):
     sha256: str
     report: BlockReport | None
     parameters: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
 
 
 class FinishedScales(BaseModel):
@@ -82,11 +85,15 @@ class StateFile(BaseModel):
 
 @dataclass(frozen=True)
 class Shard:
-    """A durable file in the state folder, its sha256, and which of its tensors are not of quantized linears."""
+    """A durable file in the state folder, its sha256, and which of its tensors are not of quantized linears.
+
+    parameters, caches   as in `FinishedBlock`
+    """
 
     file: str
     sha256: str
     parameters: tuple[str, ...] = ()
+    caches: tuple[str, ...] = ()
 
 
 class FinishedBlocks:
@@ -132,7 +139,7 @@ class FinishedBlocks:
 
     def save_embeddings(self, name: str, result: LinearResult) -> None:
         """Makes the quantized embeddings durable, before any block; `name` is the matrix's full module name."""
-        shard = self._linears_file("embeddings.safetensors", {name: result}, {})
+        shard = self._linears_file("embeddings.safetensors", {name: result})
         finished = FinishedEmbeddings(file=shard.file, sha256=shard.sha256)
         self._replace_state(self._state.model_copy(update={"embeddings": finished}))
 
@@ -149,28 +156,43 @@ class FinishedBlocks:
         index: int,
         linears: Mapping[str, LinearResult],
         parameters: Mapping[str, Tensor] = MappingProxyType({}),
+        caches: Mapping[str, KVScales] = MappingProxyType({}),
     ) -> Shard:
         """A block's weights in a durable file that does not count before `finish`.
 
         linears     by full name
         parameters  others that changed with them, by full name
+        caches      scales of key-value caches, by the attention's full name
         """
-        return self._linears_file(f"block-{index:05d}.safetensors", linears, parameters)
+        return self._linears_file(f"block-{index:05d}.safetensors", linears, parameters, caches)
 
-    def _linears_file(self, file: str, linears: Mapping[str, LinearResult], parameters: Mapping[str, Tensor]) -> Shard:
+    def _linears_file(
+        self,
+        file: str,
+        linears: Mapping[str, LinearResult],
+        parameters: Mapping[str, Tensor] = MappingProxyType({}),
+        caches: Mapping[str, KVScales] = MappingProxyType({}),
+    ) -> Shard:
         stored = {name: StoredLinear.of(result) for name, result in linears.items()}
 
         def tensors() -> dict[str, Tensor]:
             packed = [native.compress(name, result) for name, result in linears.items()]
+            packed += [scales.tensors(name) for name, scales in caches.items()]
             return {key: tensor.cpu().contiguous() for named in (*packed, parameters) for key, tensor in named.items()}
 
         about = {"linears": LINEARS.dump_json(stored).decode()}
-        return replace(self._write(file, tensors, about), parameters=tuple(parameters))
+        shard = self._write(file, tensors, about)
+        return replace(shard, parameters=tuple(parameters), caches=tuple(caches))
 
     def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
         """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
         block = FinishedBlock(
-            index=index, file=shard.file, sha256=shard.sha256, report=report, parameters=shard.parameters
+            index=index,
+            file=shard.file,
+            sha256=shard.sha256,
+            report=report,
+            parameters=shard.parameters,
+            caches=shard.caches,
         )
         self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
 
@@ -199,6 +221,12 @@ class FinishedBlocks:
         block = self.blocks[index]
         tensors = load(self._read(block.file)) if block.parameters else {}
         return {name: tensors[name] for name in block.parameters}
+
+    def caches(self, index: int) -> dict[str, KVScales]:
+        """Scales of key-value caches of a finished block, by the attention's full name, on the host."""
+        block = self.blocks[index]
+        tensors = load(self._read(block.file)) if block.caches else {}
+        return {name: KVScales.read(name, tensors) for name in block.caches}
 
     def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
         """The result with the scale that was tuned end to end, if there is one: only affine weights have one."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from app.domain.methods import AbsmaxScheme, Scheme, WeightSpec
 from app.domain.request.job_request import JobRequest
-from bitwright.report import AllocationReport
+from bitwright.report import AllocationReport, GoalReport
 from workers.contracts.blocks import Fisher
 from workers.disk.orders import AttemptOrder
 from workers.engine.base_job import BaseJobResult
@@ -32,13 +32,15 @@ CODES_DEPEND_ON = {"base_job", "quantization", "calibration", "seed"}
 class Prepared:
     """Facts about the whole model that a spec asks for before the first block, by full linear name; else empty.
 
-    schemes, absmax   chosen by the budget
+    schemes, absmax   chosen by the budget or for the goal
+    goal              the way there, once it is reached
     """
 
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     absmax: Mapping[str, AbsmaxScheme] = field(default_factory=dict)
     fisher: Mapping[str, Fisher] = field(default_factory=dict)
     report: AllocationReport | None = None
+    goal: GoalReport | None = None
 
     def of_block(self, prefix: str) -> tuple[dict[str, AbsmaxScheme], dict[str, Fisher]]:
         """Second levels and Fisher information of a block's linears, by their names inside it."""

@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import dishonoured_rank
 from app.domain.format_rules import head_problems
-from app.domain.formats import ExportFormat
 from app.domain.inputs.quantized.registry import quantized_warning
 from app.domain.methods import WeightSpec
 from app.domain.workload import ModelSize, has_reference, readers_of
@@ -56,13 +55,14 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         if model.left_out:
             reporter.warning("tensors_left_out", left_out_warning(model.left_out))
         schemes = plan_schemes(model, order.request.quantization)
-        inputs = {name: linear.in_features for name, linear in model.linears().items() if name in schemes}
-        inputs |= {model.layout.embeddings: model.embedding_width} if model.layout.embeddings in schemes else {}
+        shapes = {name: (linear.out_features, linear.in_features) for name, linear in model.linears().items()}
+        shapes |= {model.layout.embeddings: (model.known_tokens, model.embedding_width)}
+        quantized = {name: shape for name, shape in shapes.items() if name in schemes}
         _demand_one_scheme(order, model)
-        check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], inputs)
+        check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], quantized)
         _demand_separate_experts(order, model, schemes)
         scale_dtype = scale_dtype_of(order.request.formats, model.dtype)
-        base_job = _base_job(order, model, set(schemes), scale_dtype)
+        base_job = _base_job(order, model, set(schemes))
         schemes = schemes if base_job is None else base_job.schemes
         tokenizer = _tokenizer(order, checkpoint.folder, reporter)
         reporter.progress(Stage.LOAD, 1, 1, "models")
@@ -141,7 +141,7 @@ def _demand_separate_experts(order: AttemptOrder, model: StreamedModel, schemes:
     """
     for index, name in enumerate(order.request.formats):
         nameless = next((n for n in schemes if not model.names.has_name(n)), None)
-        if name is ExportFormat.COMPRESSED_TENSORS and nameless is not None:
+        if name.info.by_name and nameless is not None:
             raise FormatCannotHold(
                 f"{name.value} stores experts one by one; those of {type(model.model).__name__} are one tensor, and "
                 f"transformers merges no others ({nameless})",
@@ -179,16 +179,12 @@ def _tokenizer(order: AttemptOrder, folder: Path, reporter: Reporter) -> PreTrai
     return None
 
 
-def _base_job(
-    order: AttemptOrder, model: StreamedModel, quantized: set[str], scale_dtype: torch.dtype
-) -> BaseJobResult | None:
+def _base_job(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> BaseJobResult | None:
     if order.request.base_job is None:
         return None
     if order.base_job_path is None:
         raise InternalError("the order has no folder of the job that this one starts from", field="base_job")
-    base_job = BaseJobResult.open(Path(order.base_job_path), model, quantized)
-    base_job.demand_held(order.request.formats, scale_dtype)
-    return base_job
+    return BaseJobResult.open(Path(order.base_job_path), model, quantized)
 
 
 def _generation(

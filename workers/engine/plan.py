@@ -79,11 +79,16 @@ def plan_report(plan: Plan) -> dict[str, str | int | float | bool | None]:
 
 
 def scale_dtype_of(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which every one of the formats stores scales without rounding them.
+    """The dtype in which scales are fitted, so that every one of the formats stores them without rounding.
 
-    Formats that differ in it do not go together: the request is refused.
+    dtype   the model's
+
+    Of bf16 and fp16 together it is bf16, whose numbers from 2^-17 on are fp16's, too; what lies below is rounded at the
+    export (`workers.engine.stored_scales`). Of fp32 and fp16 it is fp16.
     """
     wanted = {FORMATS[name].scales for name in formats}
+    if wanted >= {ScaleDtype.MODEL, ScaleDtype.FLOAT16}:
+        return dtype if dtype.itemsize == torch.float16.itemsize else torch.float16
     if ScaleDtype.MODEL in wanted:
         return dtype
     if ScaleDtype.FLOAT16 in wanted:

@@ -8,9 +8,10 @@ from pathlib import Path
 
 from app.domain.attempt_lines import ResultLine
 from workers.disk.orders import AttemptOrder
-from workers.engine import evaluate, export, finetune, quantize, scales, weights_only
+from workers.engine import evaluate, export, exports, finetune, goal, quantize, weights_only
 from workers.engine.device.process_group import joined
 from workers.engine.job import Job
+from workers.engine.loads_here.stage import Verification, verification
 from workers.engine.opening import open_job
 from workers.engine.report import Results
 from workers.engine.reporter import Reporter
@@ -23,11 +24,15 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         InputError: the model, its data or the request's numbers do not fit together.
         InvalidRequest: the head is to be quantized but is the embeddings, of which the request does not speak.
         FormatCannotHold: a format of the request cannot hold this model.
+        RuntimeDidNotLoad: a runtime of the worker does not read one block of the result.
     """
-    if weights_only.chosen(order):
-        return weights_only.run(order, workspace, reporter)
-    with open_job(order, workspace, reporter, rank=0) as job:
-        return export.run(*_computed(job))
+    with verification(order, workspace) as checks:
+        if order.request.exports:
+            return exports.run(order, workspace, reporter)
+        if weights_only.chosen(order):
+            return weights_only.run(order, workspace, reporter, checks.weights)
+        with open_job(order, workspace, reporter, rank=0) as job:
+            return export.run(*_computed(job, checks), checks.files)
 
 
 def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
@@ -35,18 +40,17 @@ def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
 
     Raises what `run` raises, and where it does, unless only this process meets the cause.
     """
-    if weights_only.chosen(order):
+    if order.request.exports or weights_only.chosen(order):
         return  # one process reads and writes files
     with open_job(order, workspace, Reporter(lambda _: None), rank) as job:
         _computed(job)
 
 
-def _computed(job: Job) -> tuple[Job, Results]:
-    """The stages that all processes of the job go through together."""
+def _computed(job: Job, checks: Verification | None = None) -> tuple[Job, Results]:
+    """The stages that all processes of the job go through together; one of them has `checks` beside."""
     with joined(job.processes, job.order.rendezvous, job.model.device):
         job = quantize.prepare(job)
-        quantized = quantize.run(job)
-        tuned = scales.run(job, quantized)
+        job, quantized, tuned = goal.make(job, quantize.run if checks is None else checks.checked(quantize.run))
         # Two or three tensors of (sequences, length, width), whose memory finetuning may need.
         quantized = replace(quantized, calibration=None)
         finetuned = finetune.run(job, quantized.head)

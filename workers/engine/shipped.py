@@ -6,8 +6,9 @@ Checkpoints of a job need not stand for the same numbers, so there may be severa
     beside    W_hat, and the adapter beside it: factors as stock peft adds them, others as their own loader does
     base      W_hat alone
 
-GGUF has fp16 offsets in place of zero points, so that its W_hat may be another. Each is measured once: the evaluation
-text goes through all blocks again with weights that are made of the finished blocks as the export makes them.
+GGUF and MLX have offsets of 16 bits in place of zero points, so that their W_hat may be others. Each is measured once:
+the evaluation text goes through all blocks again with weights that are made of the finished blocks as the export makes
+them.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.adapters import AdapterSpec
-from app.domain.format_rules import rounds_offsets, stored_formats
+from app.domain.format_rules import halves_offsets, rounds_offsets, stored_formats
 from app.domain.formats import ExportFormat
 from app.domain.methods import Form
 from app.domain.request.combination_rules import result_forms
@@ -89,7 +90,7 @@ class TrainedAdapters:
     @classmethod
     def of(cls, request: JobRequest, spec: AdapterSpec, modules: Mapping[str, nn.Module]) -> "TrainedAdapters":
         """Adapters that a job of this request trained."""
-        dtype = torch.float16 if rounds_offsets(request.formats) else torch.float32
+        dtype = torch.float16 if halves_offsets(request.formats) else torch.float32
         return cls(spec, modules, request.merge, request.round_offset, dtype)
 
     def result(self, name: str, base: LinearResult) -> LinearResult:
@@ -180,13 +181,16 @@ def evaluated_key(job: Job) -> Key | None:
 
 
 def _rounding_formats(job: Job) -> tuple[ExportFormat, ...]:
-    """The job's formats in which zero points become fp16 offsets, if it has zero points."""
+    """The job's formats in which zero points become offsets of 16 bits, if it has zero points."""
     request, schemes = job.request, job.schemes
     rounding = rounds_offsets(request.formats)
     if request.merge == "quantized":
         if request.round_offset:
             return rounding
-        # Offsets of all formats are fp16 then; embeddings and head have no adapter.
+        # Offsets of all formats are fp16 then, where one has them so; embeddings and head have no adapter.
+        in_model_dtype = tuple(name for name in rounding if not halves_offsets([name]))
+        if in_model_dtype:
+            return in_model_dtype
         schemes = {name: scheme for name, scheme in schemes.items() if name not in job.block_schemes}
     return rounding if any(not scheme.symmetric for scheme in schemes.values()) else ()
 

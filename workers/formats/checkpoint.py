@@ -21,9 +21,11 @@ from app.domain.format_rules import holds_base_alone
 from app.domain.methods import Scheme
 from bitwright.errors import InternalError
 from bitwright.report import Report
+from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Compress, Decompress, Format, Opening
+from workers.formats.fused_linears import NumbersInCommon
 from workers.formats.shards import Pieces, ShardWriter, write_json
 from workers.formats.source_files import check_tensor, copy_files, without_code
 from workers.formats.stored_linear import StoredLinear, StoredPart
@@ -45,9 +47,15 @@ class Layout:
     config         schemes by module name, module names of the other linears -> fields added to config.json
     files          linears and parts by name in the checkpoint -> content of further JSON files, by name
     needs_loader   whether the one-file loader is added
-    warnings       code and message of requirements for loading
+    loader         that file
+    warnings       code and message of requirements for loading, of the linears' schemes and outputs by name
+    moved          name of a linear, its result -> how far rounding what stands for zero points moves weights, at
+                   most, in steps of a scale; 0 where nothing is rounded
     embeddings     the fields of `config` -> those of a checkpoint whose embeddings are quantized; None: the same
+    in_common      numbers of a linear, by name, that those which runtimes run as one with it must have, too
     joins          whether parts of a tensor of the source are put together again, in the source's layout
+    kv_cache       name of an attention, its scales -> their stored tensors; None: they are left out
+    kv_config      config.json's fields -> what is added to them if there are such scales
     """
 
     compress: Compress
@@ -55,10 +63,15 @@ class Layout:
     one_file: bool = False
     config: Callable[[Mapping[str, Scheme], Collection[str]], Mapping[str, object]] | None = None
     files: Callable[[Mapping[str, StoredLinear], Mapping[str, StoredPart]], Mapping[str, object]] | None = None
-    needs_loader: Callable[[Collection[Scheme]], bool] | None = None
-    warnings: Callable[[Collection[Scheme]], Mapping[str, str]] | None = None
+    needs_loader: Callable[[Mapping[str, Scheme]], bool] | None = None
+    warnings: Callable[[Mapping[str, Scheme], Mapping[str, int]], Mapping[str, str]] | None = None
+    in_common: Callable[[LinearResult], Mapping[str, float]] | None = None
+    moved: Callable[[str, LinearResult], float] | None = None
     embeddings: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
     joins: bool = False
+    loader: Path = LOADER
+    kv_cache: Callable[[str, KVScales], dict[str, Tensor]] | None = None
+    kv_config: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
 
 
 def checkpoint_format(
@@ -97,7 +110,10 @@ class CheckpointWriter:
         self._wholes: dict[str, tuple[Tensor, int]] = {}
         self._modules: dict[str, str] = {}
         self._written: set[str] = set()
+        self._moved = 0.0
+        self._attentions: list[str] = []
         self._sealed = _Sealed()
+        self._in_common = NumbersInCommon()
 
     def add_linear(
         self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
@@ -117,6 +133,10 @@ class CheckpointWriter:
         if holds_base_alone(self._opening.name, self._opening.formats):
             result = LinearResult(result.weight)
         tensors = self._layout.compress(name, result)
+        if self._layout.moved is not None:
+            self._moved = max(self._moved, self._layout.moved(name, result))
+        if self._layout.in_common is not None:
+            self._in_common.check(name, self._layout.in_common(result))
         if part is not None and self._layout.joins:
             self._put(part, tensors[f"{name}.weight"])
         else:
@@ -150,6 +170,12 @@ class CheckpointWriter:
         check_tensor(self._source, name, tensor)
         self._shards.add({name: tensor})
         self._written.add(name)
+
+    def add_kv_scales(self, attention: str, scales: KVScales) -> None:
+        """Store the scales of an attention's key-value cache, where the layout has them."""
+        if self._layout.kv_cache is not None:
+            self._shards.add(self._layout.kv_cache(attention, scales))
+            self._attentions.append(attention)
 
     @contextmanager
     def growing(self, name: str, dtype: torch.dtype) -> Iterator[Pieces]:
@@ -206,12 +232,17 @@ class CheckpointWriter:
 
     def describe(self, report: Report) -> list[Path]:
         """Add the report and the model card, after `finish`; all files of the folder."""
-        return describe(self._folder, report, self._linears, self._opening, self._loading)
+        return describe(self._folder, report, self._linears, self._opening, self._loading, self._outputs())
 
     @property
     def warnings(self) -> Mapping[str, str]:
-        """Requirements for loading; nothing is rounded here."""
-        return {} if self._layout.warnings is None else self._layout.warnings(self._schemes().values())
+        """Requirements for loading, and how far rounded offsets move weights."""
+        found = {} if self._layout.warnings is None else dict(self._layout.warnings(self._schemes(), self._outputs()))
+        if self._moved:
+            name, moved = self._opening.name.value, f"at most {self._moved:.3g} of a group's step"
+            text = f"{name} stores offsets in place of zero points, rounded to the model's dtype: {moved}"
+            found[f"{name}_offsets_rounded"] = text
+        return found
 
     def _unquantized_matrices(self) -> Iterable[str]:
         """Modules with a matrix that is not quantized: other linears, and embeddings, whose listing does no harm.
@@ -230,15 +261,23 @@ class CheckpointWriter:
             fields = self._layout.config(self._targets(), ignored)
             quantizes_embeddings = self._opening.embeddings is not None and self._layout.embeddings is not None
             config |= self._layout.embeddings(fields) if quantizes_embeddings else fields
+        if self._layout.kv_config is not None and self._attentions:
+            config |= self._layout.kv_config(config)
         if self._layout.files is not None:
             for name, content in self._layout.files(self._linears, self._parts).items():
                 write_json(self._folder / name, content)
-        if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes().values()):
-            shutil.copyfile(LOADER, self._folder / LOADER.name)
+        if self._layout.needs_loader is not None and self._layout.needs_loader(self._schemes()):
+            shutil.copyfile(self._layout.loader, self._folder / self._layout.loader.name)
         write_json(self._folder / "config.json", config)
 
     def _schemes(self) -> dict[str, Scheme]:
         return {name: linear.scheme for name, linear in self._linears.items()}
+
+    def _outputs(self) -> dict[str, int]:
+        """out_features of the linears that are a matrix of the source, or a part of one."""
+        tensors, own = self._source.tensors, {name: f"{name}.weight" for name in self._linears}
+        matrices = {name: tensors[weight].shape[0] for name, weight in own.items() if weight in tensors}
+        return matrices | {n: len(range(*part.rows)) for n, part in self._parts.items() if n in self._linears}
 
     def _targets(self) -> dict[str, Scheme]:
         """Schemes by module name, and also by name in the checkpoint if a runtime may use that."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from bitwright.report import Report
+from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.shards import HELD_BYTES, SHARD_BYTES, Pieces
@@ -48,6 +49,13 @@ class Writer(Protocol):
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
+        ...
+
+    def add_kv_scales(self, attention: str, scales: KVScales) -> None:
+        """Store the scales of an attention's key-value cache; `attention` is its name in the source checkpoint.
+
+        A format whose row does not say `kv_cache` leaves them out.
+        """
         ...
 
     def finish(self, *, ignored: Collection[str] = ()) -> None:

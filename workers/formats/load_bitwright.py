@@ -9,6 +9,7 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
 
     affine, native      compressed-tensors      scale * (codes - zero_point), or scale * codes + offset
     codes               weight_packed           (out, inputs packed) uint8 | int32: dense along a row, lowest bit first
+                        weight                  (out, in) int8, of 8 bits: codes minus 128
     scale               weight_scale            (out, groups): one per group of consecutive inputs, of either sign
     zero_point          weight_zero_point       dense, row after row, uint8 | dense along the outputs, int32
     offset                                      (out, groups): in place of a zero point
@@ -19,6 +20,12 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
     codebook            (2^bits) fp32
     absmax              (out, groups); or  absmax_offset + absmax_scale * absmax_codes / (2^b - 1),  where the codes of
                         b bits are dense, row after row, and consecutive groups share a scale
+
+    float, native       compressed-tensors      factor * value(code)
+    codes               weight_packed | weight  FP4 (out, in / 2) uint8, the first in the low bits | FP8 (out, in) e4m3
+    scale               weight_scale            (rows of blocks, groups): a factor, or uint8: 2^(scale - 127)
+    global_scale        weight_global_scale     (1): of FP4 with e4m3 scales, factor = scale / global_scale
+    input_amax          input_scale | input_global_scale    (1): for a server that rounds inputs; not used here
 
     lora_a, lora_b      (rank, in), (out, rank): (alpha / rank) * lora_b @ lora_a is added, and the sum rounded again
 
@@ -43,8 +50,14 @@ PARTS = (
     *("codebook", "absmax", "absmax_codes", "absmax_scale", "absmax_offset"),
     *("global_scale", "input_amax"),
 )
-PACKED = {"codes": "packed", "scale": "scale", "zero_point": "zero_point", "shape": "shape"}
-"""Tensors of a linear -> their names in compressed-tensors, after `weight_`."""
+CACHE = (".k_scale", ".v_scale")
+"""Ends of the names of scales for a runtime's key-value cache, which are no part of the model."""
+PACKED = {
+    **{"weight": "codes", "weight_packed": "codes", "weight_scale": "scale", "weight_zero_point": "zero_point"},
+    **{"weight_shape": "shape", "weight_global_scale": "global_scale"},
+    **{"input_scale": "input_amax", "input_global_scale": "input_amax"},
+}
+"""Tensors of a linear in compressed-tensors -> the same here."""
 
 
 def load(folder: str | Path, *, merge: bool = True, **options: Any) -> Any:
@@ -76,15 +89,17 @@ def load_weights(folder: str | Path, *, merge: bool = True) -> dict[str, Tensor]
     folder = Path(folder)
     native = (folder / "bitwright.json").exists()
     tensors = read_tensors(folder, "weights" if native else "model")
-    stored = {suffix: f".{suffix}" for suffix in PARTS} if native else {p: f".weight_{n}" for p, n in PACKED.items()}
+    names = {part: part for part in PARTS} if native else PACKED
     weights = {}
     for name, linear in (native_linears(folder) if native else packed_linears(folder, tensors)).items():
-        parts = {p: tensors.pop(name + ending) for p, ending in stored.items() if name + ending in tensors}
+        parts = {p: tensors.pop(f"{name}.{n}") for n, p in names.items() if f"{name}.{n}" in tensors}
+        parts |= {} if native else unsigned(parts)
         expected = expected_parts(linear)
         if parts.keys() != expected:
             raise ValueError(f"{name}: has the tensors {sorted(parts)}; it should have {sorted(expected)}")
         weight = dequantize(name, linear, parts)
         weights[f"{name}.weight"] = corrected(weight, linear, parts) if merge and "low_rank" in linear else weight
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(CACHE)}
     return joined(tensors | weights, native_parts(folder) if native else {})
 
 
@@ -127,21 +142,39 @@ def native_linears(folder: Path) -> dict[str, dict[str, Any]]:
 
 def packed_linears(folder: Path, tensors: dict[str, Tensor]) -> dict[str, dict[str, Any]]:
     """Descriptions of the linears with packed weights, by name, from the quantization_config of `config.json`."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
-    by_target = {target: group["weights"] for group in config["config_groups"].values() for target in group["targets"]}
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    quantization = config["quantization_config"]
+    dtype = config.get("dtype") or config.get("torch_dtype")
+    by_target = {target: group for group in quantization["config_groups"].values() for target in group["targets"]}
     linears = {}
-    for name in sorted(key.removesuffix(".weight_packed") for key in tensors if key.endswith(".weight_packed")):
-        weights = by_target.get(name, by_target.get("Linear"))
-        if weights is None:
+    for name in sorted(key.removesuffix(".weight_scale") for key in tensors if key.endswith(".weight_scale")):
+        group, scale = by_target.get(name, by_target.get("Linear")), tensors[f"{name}.weight_scale"]
+        if group is None:
             raise ValueError(f"config.json: no group of quantization_config names {name}")
+        weights, wide = group["weights"], scale.dtype.itemsize > 1
+        block = weights.get("block_structure") or [1, weights.get("group_size") or -1]
+        calibrated = (group["input_activations"] or {}).get("dynamic") in (False, "local")
         linears[name] = {
-            "form": "affine",
+            "form": "affine" if weights["type"] == "int" else "float",
             "bits": weights["num_bits"],
-            "group_size": weights["group_size"] or -1,
+            "group_size": block[1],
             "symmetric": weights["symmetric"],
-            "dtype": str(tensors[f"{name}.weight_scale"].dtype).removeprefix("torch."),
+            "scheme_name": group["format"],
+            "dtype": str(scale.dtype).removeprefix("torch.") if wide else dtype,
+            "input_amax": calibrated,
         }
     return linears
+
+
+def unsigned(parts: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of a linear in compressed-tensors that look otherwise here."""
+    codes, scale = parts.get("codes"), parts.get("scale")
+    changed = {} if scale is None or scale.ndim == 2 else {"scale": scale.view(1, 1)}
+    if codes is not None and codes.dtype != torch.int32:
+        per_byte = 2 if codes.dtype == torch.uint8 else 1
+        changed["shape"] = torch.tensor([len(codes), codes.shape[1] * per_byte])
+        changed["codes"] = codes.view(torch.uint8) ^ (128 if codes.dtype == torch.int8 else 0)
+    return changed
 
 
 def read_tensors(folder: Path, stem: str) -> dict[str, Tensor]:

@@ -22,6 +22,10 @@ For a linear `name` of shape (out, in), with b bits (2 to 8) and groups of g inp
     name.lora_a         floating point (rank, in)
     name.lora_b         the same dtype (out, rank)
 
+and for an attention whose key-value cache is to be in FP8
+
+    attention.k_scale, attention.v_scale    fp32 (1): `workers.contracts.kv_cache`
+
 `bitwright.json` describes every quantized linear (`StoredLinear`), and where in a larger tensor of the original it
 belongs (`StoredPart`): experts of one tensor are stored one by one. Nothing is rounded: codes and scales are those of
 the method, and other formats are written from them later. The weight files are not called model.safetensors, so that
@@ -283,6 +287,7 @@ FORMAT = checkpoint_format(
         stem="weights",
         files=lambda linears, parts: {DESCRIPTION: describe(linears, parts)},
         needs_loader=lambda _schemes: True,
+        kv_cache=lambda attention, scales: scales.tensors(attention),
     ),
     loading,
     adapter_base,

@@ -26,6 +26,7 @@ from torch import Tensor
 from app.domain.formats import ExportFormat
 from bitwright.errors import FormatCannotHold, InternalError
 from bitwright.report import Report
+from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.loading import BASE, FOLDER, WITH_ADAPTER, Loading
 from workers.formats.cards.model_card import describe
@@ -149,6 +150,9 @@ class AdapterWriter:
         self._linears[module] = StoredLinear.of(result)
         if result.low_rank is not None:
             self._tensors |= {key: t.cpu().contiguous() for key, t in compress(module, result.low_rank).items()}
+
+    def add_kv_scales(self, attention: str, scales: KVScales) -> None:
+        """Does nothing: they belong to the base."""
 
     def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
         """Does nothing: it belongs to the base."""

@@ -80,13 +80,13 @@ def open_writer(
     *,
     identity: Identity | None = None,
     shard_bytes: int = SHARD_BYTES,
+    held_bytes: int = HELD_BYTES,
     embeddings: str | None = None,
 ) -> Writer:
     """The writer of one checkpoint; `formats` are all of its job's."""
     base = partial(adapter_base, formats)
-    return format_of(name).open(
-        folder, Opening(name, source, formats, base, identity, shard_bytes, embeddings=embeddings)
-    )
+    opening = Opening(name, source, formats, base, identity, shard_bytes, held_bytes, embeddings=embeddings)
+    return format_of(name).open(folder, opening)
 
 
 def open_part_writers(
@@ -122,7 +122,7 @@ def open_part_writers(
         )
         writer = format_of(name).open(folder / name.value, opening)
         if not isinstance(writer, CheckpointWriter):
-            hint = "ask for native, merged or compressed-tensors"
+            hint = "ask for native, merged or another packed format"
             raise FormatCannotHold(f"{name.value} is written from a model", field="formats", value=name, hint=hint)
         writers[name] = writer
     return writers
@@ -156,16 +156,17 @@ def held(name: ExportFormat, module: str, weight: AffineWeight) -> AffineWeight:
 
 
 def check_model(
-    formats: tuple[ExportFormat, ...], source: SourceCheckpoint, model_type: str, inputs: Mapping[str, int]
+    formats: tuple[ExportFormat, ...], source: SourceCheckpoint, model_type: str, shapes: Mapping[str, tuple[int, int]]
 ) -> None:
     """Check that the formats can hold a model, before anything is computed.
 
-    inputs   in_features of every linear that is to be quantized, by full name
+    shapes   (out, in) of every linear that is to be quantized, by full name
 
     Raises:
         FormatCannotHold: one of them cannot.
     """
-    for problem in model_problems(formats, model_type, inputs, source.config):
+    inputs, outputs = ({name: shape[side] for name, shape in shapes.items()} for side in (1, 0))
+    for problem in model_problems(formats, model_type, inputs, source.config, outputs):
         hint = "leave the format out, or change what its detail names; GET /v1/formats lists what each one holds"
         raise FormatCannotHold(problem.detail, field=problem.field, value=problem.value, hint=hint)
     for name in formats:

@@ -15,6 +15,7 @@ decide a softmax:
     m = c * max abs(W s),   c in {1, 19/20, ..., 11/20},   min over c of  (w_hat - w) H_g (w_hat - w)^T
 
 with H_g the group's diagonal block of H = 2 X^T X (`workers.numerics.hessian`): the error of the group's own products.
+On schemes of FP8 and FP4 (`workers.numerics.float_grids`) the stored scales near the usual one take the place of c.
 
 | symbol | variable | shape |
 |---|---|---|
@@ -40,13 +41,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.domain.methods import AWQSpec, Scheme
+from app.domain.methods import AWQSpec, Form, Scheme
+from app.domain.methods.named_schemes import ScaleType
 from workers.contracts.blocks import BlockTask, Fold, Method
 from workers.contracts.experts import all_called
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.float_grids import quantize, searched
 from workers.numerics.hessian import Hessian, input_groups, watched
-from workers.numerics.quantized import AffineWeight, LinearResult, Number, Scaling
+from workers.numerics.joined import shares_scale
+from workers.numerics.quantized import FloatWeight, LinearResult, Number, QuantizedWeight, Scaling
 
 STEPS = 20
 """Number of steps in the interval of alpha, and in that of c."""
@@ -71,12 +75,16 @@ class AWQ:
             if fold.source in scalings:
                 scalings[fold.source] = replace(scalings[fold.source], rows=scale.unsqueeze(1))
             task.tick(0.9 * done / len(folds))
+        scaled = {name: _scaled(task, name, scaling) for name, scaling in scalings.items()}
+        amax = task.joined_amax(scaled) if any(map(shares_scale, task.schemes.values())) else {}
+        del scaled
         unclipped = {name for fold in task.folds for name in fold.unclipped}
         results = {}
         for name, scaling in scalings.items():
-            clips = spec.clip_search and name not in unclipped
+            clips = spec.clip_search and name not in unclipped and _is_searched(task.schemes[name])
             hessian = observed[name].hessian(task.schemes[name]) if clips else None
-            results[name] = LinearResult(quantize_weight(task, name, scaling, hessian), scaling=scaling)
+            weight = quantize_weight(task, name, scaling, hessian, amax.get(name))
+            results[name] = LinearResult(weight, scaling=scaling)
         moved, kept = float(len(folds)), float(len(task.folds) - len(folds))
         counters: dict[str, Number] = {"scales_moved": moved, "scales_kept": kept}
         return BlockResult(results, counters=counters, parameters=parameters)
@@ -117,7 +125,7 @@ def observe(task: BlockTask, inputs: Tensor) -> dict[str, Observed]:
     for names in groups:
         first = linears[names[0]]
         columns, dtype = first.in_features, torch.promote_types(first.weight.dtype, torch.float32)
-        widths = {task.schemes[name].width(columns) for name in names}
+        widths = {task.schemes[name].width(columns) for name in names if _is_searched(task.schemes[name])}
         hessians = {width: Hessian(columns, width, dtype, task.device) for width in widths}
         shared = Observed(torch.zeros(columns, dtype=dtype, device=task.device), hessians)
         observed |= dict.fromkeys(names, shared)
@@ -136,12 +144,15 @@ def search_scale(task: BlockTask, fold: Fold, magnitude: Tensor, inputs: Tensor)
     calls = _calls(task, inputs, task.block.get_submodule(fold.measured))
     targets = [call() for call in calls]
     weights = {name: task.linear(name).weight for name in fold.linears}
+    shared = any(shares_scale(task.schemes[name]) for name in weights)
     candidates = [_scale(magnitude, step / STEPS) for step in range(STEPS)]
     errors = torch.zeros(STEPS, dtype=torch.float64, device=magnitude.device)
     with task.restored():
         for step, scale in enumerate(candidates):
+            moved = {name: scale * weight.to(scale.dtype) for name, weight in weights.items()}
+            amax = task.joined_amax(moved) if shared else {}
             for name, weight in weights.items():
-                rounded = _round(scale * weight.to(scale.dtype), task.schemes[name], task.scale_dtype)
+                rounded = _round(moved[name], task.schemes[name], task.scale_dtype, amax.get(name))
                 task.linear(name).weight = nn.Parameter((rounded / scale).to(weight.dtype), requires_grad=False)
             for call, target in zip(calls, targets, strict=True):
                 errors[step] += (call().to(scale.dtype) - target).square().sum(dtype=torch.float64)
@@ -169,18 +180,54 @@ def settle(block: nn.Module, fold: Fold, scale: Tensor) -> tuple[Tensor, dict[st
     return scale, changed
 
 
-def quantize_weight(task: BlockTask, name: str, scaling: Scaling, hessian: Tensor | None) -> AffineWeight:
-    """Rounds a linear with the scales in it; `hessian` (groups, G, G) clips the groups' ranges, None leaves them."""
-    weight, scheme = task.linear(name).weight, task.schemes[name]
-    w = scaling.apply(weight.to(torch.promote_types(weight.dtype, torch.float32)))
-    w = grouped(w, scheme.group_size)
-    ranges = GroupRange.of(w)
+def _is_searched(scheme: Scheme) -> bool:
+    """True if its ranges can be clipped, or its scales chosen: not those of FP8, where that gains nothing."""
+    return scheme.form is not Form.FLOAT or (scheme.row is not None and scheme.row.scale is not ScaleType.FLOAT)
+
+
+def _scaled(task: BlockTask, name: str, scaling: Scaling) -> Tensor:
+    """A linear's weight with the scales in it, fp32 or fp64 (out, in)."""
+    weight = task.linear(name).weight
+    return scaling.apply(weight.to(torch.promote_types(weight.dtype, torch.float32)))
+
+
+def quantize_weight(
+    task: BlockTask, name: str, scaling: Scaling, hessian: Tensor | None, joined_amax: Tensor | None = None
+) -> QuantizedWeight:
+    """Rounds a linear with the scales in it; `hessian` (groups, G, G) clips the groups' ranges, None leaves them.
+
+    joined_amax   of weights with the scales in them, as in `workers.numerics.joined`
+    """
+    weight, scheme, w = task.linear(name).weight, task.schemes[name], _scaled(task, name, scaling)
     if hessian is not None:
         # A scaled column is multiplied by an input divided by s.
-        s = torch.ones_like(w[0]) if isinstance(scaling.columns, float) else scaling.columns.view_as(w[0])
-        ranges = clip_ranges(w, hessian / (s.unsqueeze(1) * s.unsqueeze(2)), scheme, task.scale_dtype)
+        s = torch.ones(w.shape[1]).to(w) if isinstance(scaling.columns, float) else scaling.columns
+        s = s.view(len(hessian), -1)
+        hessian = hessian / (s.unsqueeze(1) * s.unsqueeze(2))
+    if scheme.form is Form.FLOAT:
+        return _quantize_float(w, scheme, task.scale_dtype, hessian, joined_amax, weight.dtype)
+    w = grouped(w, scheme.group_size)
+    ranges = GroupRange.of(w) if hessian is None else clip_ranges(w, hessian, scheme, task.scale_dtype)
     grid = affine_grid(ranges, scheme, task.scale_dtype)
     return affine_weight(round_to_grid(w, grid)[0], grid, scheme, task.scale_dtype, weight.dtype)
+
+
+def _quantize_float(
+    w: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    hessian: Tensor | None,
+    joined_amax: Tensor | None,
+    dtype: torch.dtype,
+) -> FloatWeight:
+    """The weight (out, in), scales in it, on a floating-point grid, with the best scales by the groups' products."""
+
+    def cost(error: Tensor) -> Tensor:
+        error = error.transpose(0, 1)
+        return ((error @ hessian.to(error.dtype)) * error).sum(-1).T if hessian is not None else error
+
+    quantized = searched(w, scheme, scale_dtype, joined_amax, cost=None if hessian is None else cost)
+    return replace(quantized, dtype=dtype)
 
 
 def clip_ranges(w: Tensor, hessian: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> GroupRange:
@@ -220,8 +267,10 @@ def _scale(magnitude: Tensor, alpha: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _round(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Tensor:
+def _round(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, joined_amax: Tensor | None) -> Tensor:
     """Q: rounded to nearest, (out, in), in the dtype given."""
+    if scheme.form is Form.FLOAT:
+        return quantize(weight, scheme, scale_dtype, joined_amax).dequantize()
     w = grouped(weight, scheme.group_size)
     grid = affine_grid(GroupRange.of(w), scheme, scale_dtype)
     return _dequantize(round_to_grid(w, grid)[0], grid).view_as(weight)

@@ -14,6 +14,9 @@ A group's scale is computed when its first column is reached, from weights that 
 `act_order`, columns are rounded in the order of falling diag H, and all scales are computed from the original weights
 before the first of them (static groups): a stored group is still G consecutive columns.
 
+On schemes of FP8 and FP4 (`workers.numerics.float_grids`) the scales are always those of the original weights, fixed
+before the first column: the best that can be stored, with errors weighted by diag H. w_hat_j = s*E(W[:, j]/s) then.
+
 True sequential order: linears are taken in the order in which the block calls them; the inputs of each are quantized
 activations behind the linears that are quantized so far. Linears that get the same tensor (q, k, v) share H and U; if
 they share a scheme too, their rows are rounded together. Experts of one part do not depend on each other: H of all
@@ -37,19 +40,21 @@ squared error.
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.methods import GPTQSpec, Scheme
+from app.domain.methods import Form, GPTQSpec, Scheme
 from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.float_elements import element_of, encode, rounded
+from workers.numerics.float_grids import searched_grid
 from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs, watched
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult, QuantizedWeight
 
 HESSIAN_BYTES = 2 << 30
 """Memory for the H of experts that are summed in one pass."""
@@ -92,14 +97,21 @@ class GPTQ:
         counters: Counter[str] = Counter(damping_raised=0, rounded_to_nearest=0)
         with task.restored():
             linears = {name: task.linear(name) for name in task.schemes}
+            amax = task.joined_amax()
             with all_called(task.block):
                 groups = input_groups(linears, next(task.passes(task.inputs[:1])))
             for names, hessian in _hessians(task, groups):
                 elimination = self._eliminate(task, names, hessian, spec, counters)
                 for scheme, alike in _by_scheme(task.schemes, names).items():
-                    rows = torch.cat([linears[name].weight for name in alike])
-                    together = quantize_weight(rows, elimination, scheme, task.scale_dtype)
-                    parts = together.split([linears[name].out_features for name in alike])
+                    weights = [linears[name].weight for name in alike]
+                    parts: Sequence[QuantizedWeight]
+                    if scheme.form is Form.FLOAT:
+                        moments = hessian.sum[0].diagonal()
+                        shared = [amax.get(name) for name in alike]
+                        parts = quantize_floats(weights, elimination, scheme, task.scale_dtype, moments, shared)
+                    else:
+                        together = quantize_weight(torch.cat(weights), elimination, scheme, task.scale_dtype)
+                        parts = together.split([len(weight) for weight in weights])
                     results |= {name: LinearResult(weight) for name, weight in zip(alike, parts, strict=True)}
                 for name in names:
                     linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
@@ -173,6 +185,42 @@ def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, sc
             columns[j + 1 : batch.stop].addr_(factor[j, j + 1 : batch.stop], error, alpha=-1)
         columns[batch.stop :].addmm_(factor[batch, batch.stop :].T, errors, alpha=-1)
     return affine_weight(grouped(codes.T, scheme.group_size), grid, scheme, scale_dtype, weight.dtype)
+
+
+def quantize_floats(
+    weights: Sequence[Tensor],
+    elimination: Elimination,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    moments: Tensor,
+    joined_amax: Sequence[Tensor | None],
+) -> list[FloatWeight]:
+    """The same on a floating-point grid for weights (rows, in) of the same inputs, each with scales of its own.
+
+    moments       of the inputs, (in,), to choose the scales by
+    joined_amax   of each, as in `workers.numerics.joined`
+    """
+    order, factor, element = elimination.order.tolist(), elimination.factor, element_of(scheme)
+    grids = [
+        searched_grid(weight.to(factor.dtype), scheme, scale_dtype, amax, moments)
+        for weight, amax in zip(weights, joined_amax, strict=True)
+    ]
+    scales, width = torch.cat([grid.row_factor() for grid in grids]).to(factor.dtype), grids[0].group_size
+    columns = torch.cat(list(weights)).T[elimination.order].to(factor.dtype, copy=True)
+    steps = torch.empty_like(columns)
+    for batch in _lazy_batches(len(columns), LAZY_COLUMNS):
+        errors = torch.empty_like(columns[batch])
+        for j in range(batch.start, batch.stop):
+            scale = scales[:, order[j] // width]
+            steps[order[j]] = rounded(columns[j] / scale, element)
+            error = torch.div(columns[j] - scale * steps[order[j]], factor[j, j], out=errors[j - batch.start])
+            columns[j + 1 : batch.stop].addr_(factor[j, j + 1 : batch.stop], error, alpha=-1)
+        columns[batch.stop :].addmm_(factor[batch, batch.stop :].T, errors, alpha=-1)
+    codes = torch.split(encode(steps.T, element), [len(weight) for weight in weights])
+    return [
+        replace(grid, codes=own.contiguous(), dtype=weight.dtype)
+        for grid, own, weight in zip(grids, codes, weights, strict=True)
+    ]
 
 
 def _round_column(column: Tensor, grid: Grid, group: int) -> tuple[Tensor, Tensor]:

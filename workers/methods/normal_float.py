@@ -34,9 +34,15 @@ class NormalFloat:
 
     @torch.no_grad()
     def quantize_tensor(
-        self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, spec: NormalFloatSpec
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        spec: NormalFloatSpec,
+        joined_amax: Tensor | None = None,
     ) -> LinearResult:
         """One linear's weight (out, in) by itself."""
+        del joined_amax
         absmax: AbsmaxFormat = QLORA if spec.double_quantization else scale_dtype
         return LinearResult(quantize(weight, scheme, absmax, weight.dtype))
 

@@ -1,10 +1,13 @@
 """Round to nearest (RTN): the baseline that every other method is measured against.
 
-    s, z from the group's range (`workers.numerics.affine`, alpha = beta = 1; FP8 and FP4: `float_grids`)
+    s, z from the group's range (`workers.numerics.affine`, alpha = beta = 1)
     q = clamp(round(w/s) + z),  w_hat = s*(q - z)
 
-Reads the weights alone, one linear at a time; cost O(out*in). Left out on purpose: range search and any use of
-activations, which would make it another method.
+Schemes of FP8 and FP4 have the scales of `workers.numerics.float_grids`. Of FP4 and MX, where few scales can be stored,
+the one near the usual with the least squared error of its group is taken (`scale_search`).
+
+Reads the weights alone, one linear at a time; cost O(out*in). Left out on purpose: a search of integers' ranges and any
+use of activations, which would make it another method.
 """
 
 import torch
@@ -21,23 +24,38 @@ from workers.numerics.row_parts import row_parts
 
 class RTN:
     def quantize_block(self, task: BlockTask, spec: RTNSpec) -> BlockResult:
-        del spec  # the task's schemes say it all
+        amax = task.joined_amax()
         results = {
-            name: LinearResult(round_to_scheme(task.linear(name).weight, scheme, task.scale_dtype))
+            name: self.quantize_tensor(task.linear(name).weight, scheme, task.scale_dtype, spec, amax.get(name))
             for name, scheme in task.schemes.items()
         }
         return BlockResult(results)
 
-    def quantize_tensor(self, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, spec: RTNSpec) -> LinearResult:
-        """One linear's weight (out, in) by itself."""
-        del spec
-        return LinearResult(round_to_scheme(weight, scheme, scale_dtype))
+    def quantize_tensor(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        spec: RTNSpec,
+        joined_amax: Tensor | None = None,
+    ) -> LinearResult:
+        """One linear's weight (out, in) by itself; what a runtime joins with it only lends its largest magnitude."""
+        search = spec.scale_search
+        return LinearResult(round_to_scheme(weight, scheme, scale_dtype, joined_amax, search=search))
 
 
-def round_to_scheme(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
+def round_to_scheme(
+    weight: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    joined_amax: Tensor | None = None,
+    *,
+    search: bool = True,
+) -> QuantizedWeight:
     """Round a weight (out, in) of any float dtype to nearest, whatever the scheme's element."""
     if scheme.form is Form.FLOAT:
-        return float_grids.quantize(weight, scheme, scale_dtype)
+        quantize = float_grids.searched if search else float_grids.quantize
+        return quantize(weight, scheme, scale_dtype, joined_amax)
     return quantize_weight(weight, scheme, scale_dtype)
 
 

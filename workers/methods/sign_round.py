@@ -29,9 +29,14 @@ the quantizer. With 0 steps the result is round to nearest.
 The start (`scale_search`) may shrink lo and hi first: of some range factors, those with the least rounding error when
 columns are weighted by their inputs' second moments. alpha and beta then stay in [1/2, 3/2].
 
+Floating-point grids (FP4, FP8; `workers.numerics.tuned_floats`): the same with the values of the element in place of
+the integers. A piecewise linear map u takes the k-th value to k, and V is added to u(w/s), so that it reaches the next
+value everywhere; scales are the best that can be stored, and stay. Where the scheme rounds activations, the block is
+tuned with rounded ones (`workers.engine.tune`), straight through.
+
 Different from the paper: that start; the original block reads the original activations and the quantized
 block the quantized ones (as in AutoRound's code); the parameters kept are those with the lowest loss on held-out
-sequences, not on the step's own minibatch. Left out: activation quantization, norm and bias tuning.
+sequences, not on the step's own minibatch. Left out: norm and bias tuning.
 """
 
 import math
@@ -42,15 +47,16 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from app.domain.methods import Scheme, SignRoundSpec
+from app.domain.methods import Form, Scheme, SignRoundSpec
 from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
-from workers.numerics.backend import rounding_kernels
+from workers.numerics.backend import float_rounding_kernels, rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, LinearResult, Number
+from workers.numerics.tuned_floats import TunedFloats
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
@@ -76,20 +82,28 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
     kernels, dtypes = rounding_kernels(kinds.device, kinds.dtype), (kinds.dtype, kinds.scale_dtype)
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
     for columns, scheme in kinds.linears:
+        if scheme.row is not None and scheme.form is Form.FLOAT:
+            width, floats = math.gcd(scheme.width(columns), columns), float_rounding_kernels(kinds.device, kinds.dtype)
+            calls += floats.warm_ups(width, scheme.row.element, kinds.dtype, kinds.device)
+            continue
         width, settings = scheme.width(columns), GridSettings.of(scheme, kinds.scale_dtype)
         calls += kernels.warm_ups(columns, width, settings, dtypes=dtypes, counted=counted, device=kinds.device)
     return calls
 
 
-def rounded_weights(task: BlockTask, *, search: bool, settings: TuningSettings | None = None) -> list["RoundedWeights"]:
+def rounded_weights(
+    task: BlockTask, *, search: bool, settings: TuningSettings | None = None
+) -> list["RoundedWeights | TunedFloats"]:
     """The block's linears in groups of the same scheme and group width.
 
     search    whether ranges start from those with the least rounding error
     settings  settings of the steps that follow; if they are known, V may be counted in steps
     """
-    second_moments = task.second_moments if search else {}
+    second_moments, amax = task.second_moments if search else {}, task.joined_amax()
     return [
-        RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings)
+        TunedFloats(weights, scheme, task.scale_dtype, second_moments, amax)
+        if scheme.form is Form.FLOAT
+        else RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings)
         for (scheme, width), weights in task.alike().items()
     ]
 

@@ -14,7 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from workers.numerics.backends import block_operators, rounding_operators
+from app.domain.methods.named_schemes import Element
+from workers.numerics.backends import block_operators, float_rounding_operators, rounding_operators
+from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 
 
@@ -47,6 +49,19 @@ class RoundingKernels(Protocol):
         dtypes: tuple[torch.dtype, torch.dtype],
         counted: bool,
         device: torch.device,
+    ) -> list[Callable[[], object]]: ...
+
+
+class FloatRoundingKernels(Protocol):
+    """The same on floating-point grids; `.float_rounding_operators` of the backends describes the functions."""
+
+    def write(self, groups: FloatGroups, element: Element, w_hat: Tensor) -> None: ...
+    def step(
+        self, groups: FloatGroups, element: Element, *, gradient: Tensor, rate: Tensor, faults: Tensor, w_hat: Tensor
+    ) -> None: ...
+    def keep(self, groups: FloatGroups, element: Element, better: Tensor) -> None: ...
+    def warm_ups(
+        self, width: int, element: Element, dtype: torch.dtype, device: torch.device
     ) -> list[Callable[[], object]]: ...
 
 
@@ -111,6 +126,11 @@ def rounding_kernels(device: torch.device, dtype: torch.dtype) -> RoundingKernel
     return _rounding_kernels() if triton_serves(device, dtype) else rounding_operators
 
 
+def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRoundingKernels:
+    """Rounding kernels of floating-point grids for weights of this dtype."""
+    return _float_rounding_kernels() if triton_serves(device, dtype) else float_rounding_operators
+
+
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
     """Block kernels for hidden states of this dtype; None if only the generic path computes them."""
     if device.type == "cpu":
@@ -139,6 +159,13 @@ def compiled_block_kernels() -> CompiledBlockKernels:
 @cache
 def _rounding_kernels() -> RoundingKernels:
     from workers.numerics.backends import rounding_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _float_rounding_kernels() -> FloatRoundingKernels:
+    from workers.numerics.backends import float_rounding_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

@@ -5,7 +5,7 @@ Nothing here computes; nothing in the attempt's process knows a database, a brok
 
 import time
 from collections.abc import Callable, Mapping
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from bitwright.errors import AttemptSuperseded, BitwrightError, DiskFull, Intern
 from bitwright.events import TEXT_ROLES, ErrorData
 from bitwright.job_states import JobStatus
 from workers.disk.hub_cache import holding
-from workers.disk.orders import AttemptOrder, FetchOrder
+from workers.disk.orders import AttemptOrder, FetchOrder, WarmChild
 from workers.disk.workspace import Workspace
 from workers.machine import oom_kills
 from workers.supervise.base_job import base_job_folder
@@ -99,12 +99,15 @@ class _Attempt:
         """Sources, attempt, storage. Raises whatever ends the attempt early."""
         self._lease.check()
         self._workspace.open()
-        order = self._order()
-        self._workspace.write(self._workspace.order, order)
-        environment = attempt_environment(self._workspace, self._claim)
-        # Only a model from the Hub has a revision; its folder is shared, and pruned when nobody uses it.
-        with holding(Path(order.model_path)) if order.model_revision else nullcontext():
-            result = self._listen_for(ResultLine, self._context.attempt_module, environment, ranks=order.world_size)
+        with self._reader() as warm:
+            order = self._order(warm)
+            self._workspace.write(self._workspace.order, order)
+            environment = attempt_environment(self._workspace, self._claim)
+            given = () if warm is None else (warm.orders, warm.answers)
+            # Only a model from the Hub has a revision; its folder is shared, and pruned when nobody uses it.
+            with holding(Path(order.model_path)) if order.model_revision else nullcontext():
+                module, ranks = self._context.attempt_module, order.world_size
+                result = self._listen_for(ResultLine, module, environment, ranks=ranks, given=given)
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
         request = self._claim.request
         missed = missed_requirement(request.require, result.report, request.formats)
@@ -136,16 +139,22 @@ class _Attempt:
                     raise
                 time.sleep(1)
 
-    def _order(self) -> AttemptOrder:
+    def _reader(self) -> AbstractContextManager[WarmChild | None]:
+        """The child that reads results, where the request wants them read."""
+        context = self._context
+        wanted = context.reader is not None and context.runtimes and self._claim.request.verify != "off"
+        return context.reader.lent() if context.reader is not None and wanted else nullcontext()
+
+    def _order(self, warm: WarmChild | None) -> AttemptOrder:
         request, tenant = self._claim.request, self._claim.tenant_id
         of_tenant = (self._context, tenant)
-        model = model_path(*of_tenant, request, self._workspace)
+        model = None if request.exports else model_path(*of_tenant, request, self._workspace)
         texts = {
             f"{TEXT_ROLES[named.field]}_path": text_path(*of_tenant, named.source, self._workspace, field=named.field)
             for named in read_sources(request)
             if named.source is not request.model
         }
-        base_job = base_job_folder(*of_tenant, request.base_job, self._workspace)
+        base_job = base_job_folder(*of_tenant, request.base_job, self._workspace, exports=request.exports)
         sizes = self._context.capacity.sizes()
         wanted = fetch_order(request, self._workspace, self._context.settings.hub_dir, sizes)
         fetched = None if wanted.empty else self._fetch(wanted)
@@ -162,6 +171,8 @@ class _Attempt:
             world_size=world_size(request, self._context.capacity.devices),
             rendezvous=str(self._workspace.rendezvous(self._claim.attempt)),
             micro_batch_divisor=self._claim.micro_batch_divisor,
+            runtimes=dict(self._context.runtimes),
+            warm=warm,
             **texts,
         )
 
@@ -173,8 +184,18 @@ class _Attempt:
         environment = fetch_environment(self._context.settings, self._workspace, self._claim)
         return self._listen_for(FetchedLine, "workers.child.fetch", environment)
 
-    def _listen_for(self, wanted: type[T], module: str, environment: Mapping[str, str], ranks: int = 1) -> T:
-        """Run a child to its end, pass its events on, and return the line of the type `wanted` that it ended with."""
+    def _listen_for(
+        self,
+        wanted: type[T],
+        module: str,
+        environment: Mapping[str, str],
+        ranks: int = 1,
+        given: tuple[int, ...] = (),
+    ) -> T:
+        """Run a child to its end, pass its events on, and return the line of the type `wanted` that it ended with.
+
+        given   open descriptors that the child gets, too
+        """
         reader, endings = LineReader(), _Endings()
         folder = str(self._workspace.folder)
         kills_before = oom_kills()
@@ -184,6 +205,7 @@ class _Attempt:
             environment=environment,
             log_path=self._workspace.log,
             silence_seconds=float(self._context.settings.lease_seconds),
+            given=given,
         ) as child:
             log.info("process_started", module=module, pid=child.pid, ranks=ranks)
             while not child.ended():

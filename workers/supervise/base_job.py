@@ -22,8 +22,12 @@ from workers.supervise.context import WorkerContext
 ANEW = "submit the request without base_job: it is quantized anew"
 
 
-def base_job_folder(context: WorkerContext, tenant_id: str, job_id: str | None, workspace: Workspace) -> str | None:
+def base_job_folder(
+    context: WorkerContext, tenant_id: str, job_id: str | None, workspace: Workspace, *, exports: bool = False
+) -> str | None:
     """The folder with a base job's checkpoints, brought unless an earlier attempt did it; None without such a job.
+
+    exports   whether other formats are to be made of its native checkpoint, all of which is brought then
 
     Raises:
         SourceNotFound: the job or its native checkpoint has been deleted.
@@ -36,7 +40,7 @@ def base_job_folder(context: WorkerContext, tenant_id: str, job_id: str | None, 
     folder = workspace.sources / job_id
     if folder.exists():
         return str(folder)
-    files = _files(context, tenant_id, job_id)
+    files = _files(context, tenant_id, job_id, exports=exports)
     staged = workspace.sources / f".{job_id}"
     shutil.rmtree(staged, ignore_errors=True)
     try:
@@ -54,7 +58,7 @@ def base_job_folder(context: WorkerContext, tenant_id: str, job_id: str | None, 
     return str(folder)
 
 
-def _files(context: WorkerContext, tenant_id: str, job_id: str) -> list[tuple[str, str, str]]:
+def _files(context: WorkerContext, tenant_id: str, job_id: str, *, exports: bool) -> list[tuple[str, str, str]]:
     """Checkpoint, path and hash of every file that is read."""
     with context.database.reading() as session:
         try:
@@ -63,7 +67,11 @@ def _files(context: WorkerContext, tenant_id: str, job_id: str) -> list[tuple[st
         except NotFound as error:
             detail = f"{job_id}, which this job starts from, has been deleted"
             raise SourceNotFound(detail, field="base_job", value=job_id, hint=ANEW) from error
-        files = [(file.format, file.path, file.sha256) for file in stored if is_read(request, file.format, file.path)]
+        files = [
+            (file.format, file.path, file.sha256)
+            for file in stored
+            if is_read(request, file.format, file.path, exports=exports)
+        ]
     if not files:
         detail = f"{job_id}, which this job starts from, has no native checkpoint any more"
         raise SourceNotFound(detail, field="base_job", value=job_id, hint=ANEW)

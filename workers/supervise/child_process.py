@@ -97,15 +97,20 @@ class ChildProcess:
         log_path: Path,
         silence_seconds: float,
         peers: Sequence[list[str]] = (),
+        given: Sequence[int] = (),
     ) -> None:
-        """Start `python -m *arguments`, and the same for each of `peers`; what they print is appended to `log_path`."""
+        """Start `python -m *arguments`, and the same for each of `peers`; what they print is appended to `log_path`.
+
+        given   open descriptors that they get, too
+        """
         variables = {**environment, SUPERVISOR_PID: str(os.getpid()), SILENCE_SECONDS: str(silence_seconds)}
         self._reading, writing = os.pipe()
         self._processes: list[_Process] = []
         self._code: int | None = None
         try:
             for command in (arguments, *peers):
-                self._processes.append(_Process(command, environment=variables, log_path=log_path, report=writing))
+                descriptors = (writing, *given)
+                self._processes.append(_Process(command, environment=variables, log_path=log_path, pipes=descriptors))
         except BaseException:
             self._end_groups(0)
             os.close(self._reading)
@@ -202,16 +207,18 @@ class ChildProcess:
 class _Process:
     """One process of a child, the leader of a process group."""
 
-    def __init__(self, arguments: list[str], *, environment: Mapping[str, str], log_path: Path, report: int) -> None:
-        """report    the pipe's writing end"""
+    def __init__(
+        self, arguments: list[str], *, environment: Mapping[str, str], log_path: Path, pipes: tuple[int, ...]
+    ) -> None:
+        """pipes    descriptors that it gets; the first is the report pipe's writing end"""
         with log_path.open("ab") as log:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", *arguments],
                 stdin=subprocess.PIPE,
                 stdout=log,
                 stderr=log,
-                env={**environment, REPORT_FD: str(report)},
-                pass_fds=(report,),
+                env={**environment, REPORT_FD: str(pipes[0])},
+                pass_fds=pipes,
                 start_new_session=True,
             )
 

@@ -1,13 +1,16 @@
 """Context of a worker process: made once at its start, given to everything that supervises."""
 
 import threading
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.session import Database
 from bitwright.job_states import DeviceClass
+from workers.disk.orders import RuntimePlace
 from workers.supervise.capacity import Capacity
+from workers.supervise.runtimes import WarmReader
 
 
 @dataclass(frozen=True)
@@ -16,6 +19,8 @@ class WorkerContext:
 
     stopping        set when the process was asked to end: the attempt in hand is given back
     attempt_module  what `python -m` runs for an attempt; the tests of supervision bring their own
+    runtimes        what there is to read results in, by name
+    reader          the child that does; None: attempts start their own
     """
 
     worker_id: str
@@ -25,6 +30,8 @@ class WorkerContext:
     blobs: BlobStore
     stopping: threading.Event = field(default_factory=threading.Event)
     attempt_module: str = "workers.child.attempt"
+    runtimes: Mapping[str, RuntimePlace] = field(default_factory=dict)
+    reader: WarmReader | None = None
 
     @property
     def device(self) -> DeviceClass:

@@ -10,7 +10,7 @@ import structlog
 from app.store.attempts import has_ended
 from app.store.workers import clock_skew, describe, gone, heartbeat, register
 from bitwright.errors import Unavailable
-from bitwright.views import CLOCK_SKEW
+from bitwright.views import CLOCK_SKEW, RUNTIMES
 from workers.disk.hub_cache import prune_models
 from workers.disk.workspace import prune
 from workers.supervise.context import WorkerContext
@@ -50,7 +50,8 @@ class Heartbeat:
     def _description(self, skew: float) -> dict[str, object]:
         capacity = asdict(self._context.capacity)
         capacity.pop("device")
-        return {"version": version("bitwright"), CLOCK_SKEW: skew, **capacity}
+        runtimes = {name: found.version for name, found in self._context.runtimes.items()}
+        return {"version": version("bitwright"), CLOCK_SKEW: skew, RUNTIMES: runtimes, **capacity}
 
     def _warn(self, skew: float) -> None:
         """Say that this machine's clock is wrong, when it is found to be and when it has changed by much."""

@@ -4,7 +4,7 @@ from collections.abc import Collection
 
 from app.domain.request.job_request import Requirements
 from bitwright.errors import RequirementMissed
-from bitwright.report import Quality, Report, ShippedFigures
+from bitwright.report import GoalReport, Quality, Report, ShippedFigures
 
 
 def missed_requirement(
@@ -14,8 +14,13 @@ def missed_requirement(
 
     formats   whose checkpoints must keep them; None: all that were stored
     """
+    if report.goal is not None and not report.goal.met:
+        return _missed_goal(report.goal)
     if require is None or not require.model_dump(exclude_none=True):
         return None
+    unloaded = _unloaded(require, report)
+    if unloaded is not None or not require.model_dump(exclude_none=True, exclude={"loads"}):
+        return unloaded
     if report.quality is None:
         detail = "the request has requirements, but the job evaluated nothing to hold them against"
         return RequirementMissed(detail, field="evaluation", hint="give an evaluation, or drop require")
@@ -34,6 +39,39 @@ def missed_requirement(
         value=names,
         hint=_way_out(require, report),
     )
+
+
+def _unloaded(require: Requirements, report: Report) -> RequirementMissed | None:
+    """The error for the first required runtime that does not load the result, or was not seen to."""
+    for runtime in require.loads or ():
+        tries = [load for load in report.loads if load.runtime == runtime]
+        files = [load for load in tries if load.read == "files"]
+        failed = [load for load in files or tries if load.result in ("does_not_load", "differs")]
+        if failed:
+            detail = f"{runtime.value} {failed[0].version or ''} does not load {failed[0].format}: {failed[0].detail}"
+        elif not any(load.result == "loads" for load in files or tries):
+            reasons = [load.detail or "" for load in tries]
+            detail = f"{runtime.value} was not seen to load the result: {next(iter(reasons), 'nothing was read')}"
+        else:
+            continue
+        hint = "the artifacts are stored; report.loads has the runtime's own words"
+        return RequirementMissed(detail, field="require.loads", value=runtime.value, hint=hint)
+    return None
+
+
+def _missed_goal(goal: GoalReport) -> RequirementMissed:
+    """The error for a goal that what was made does not keep."""
+    if goal.goal == "kl":
+        made = goal.frontier[goal.chosen].kl
+        detail = (
+            f"a KL of {goal.limit:g} was asked for, and after {goal.rounds} rounds the closest result has {made:.3g}"
+        )
+        hint = "the artifacts are stored; allow more rounds, or a larger KL"
+        return RequirementMissed(detail, field="quantization.at_most.kl", value=made, hint=hint)
+    largest = max(goal.bytes.values(), default=0)
+    field = "quantization.fits" if goal.goal == "memory" else "quantization.at_most.bytes"
+    detail = f"the weight files take {largest} bytes, and {goal.weight_limit} were asked for"
+    return RequirementMissed(detail, field=field, value=largest, hint="the artifacts are stored; allow more")
 
 
 def _way_out(require: Requirements, report: Report) -> str:

@@ -42,7 +42,7 @@ def fetch_order(
 
     capacity   the worker's, in bytes by name, against which the job is judged before it is fetched
     """
-    model = request.model if isinstance(request.model, HubModel) else None
+    model = request.model if isinstance(request.model, HubModel) and not request.exports else None
     wanted = [
         (TEXT_ROLES[named.field], named.source, tokens_read(named.section))
         for named in read_sources(request)

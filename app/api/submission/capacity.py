@@ -11,6 +11,7 @@ from app.domain.capacity import GIB, SIZES, too_small
 from app.domain.request.job_request import JobRequest
 from app.store.models import Worker
 from bitwright.errors import ExceedsCapacity
+from bitwright.views import RUNTIMES
 
 
 def capacity_warnings(request: JobRequest, estimates: Mapping[str, Any], workers: Sequence[Worker]) -> list[str]:
@@ -19,7 +20,7 @@ def capacity_warnings(request: JobRequest, estimates: Mapping[str, Any], workers
     if not able:
         kind = "worker" if request.device == "any" else f"{request.device} worker"
         return [f"no {kind} is alive now; the job will wait for one"]
-    warnings = []
+    warnings = _runtime_warnings(request, able)
     for name, word in SIZES.items():
         needed = estimates.get(name)
         sizes = [worker.capacity.get(name) for worker in able]
@@ -34,12 +35,36 @@ def require_capacity(request: JobRequest, estimates: Mapping[str, Any], workers:
     """Refuse a job that none of the workers could ever hold.
 
     Raises:
-        ExceedsCapacity: each of them is too small by far; the detail tells what the last of them lacks.
+        ExceedsCapacity: each of them is too small by far, or lacks a runtime that is required; the detail tells what
+            the last of them lacks.
     """
+    _require_runtimes(request, workers)
     reasons = [too_small(estimates, worker.capacity) for worker in _of_its_class(request, workers)]
     if reasons and all(reasons):
         hint = "fewer or shorter calibration sequences need less; or start a larger worker"
         raise ExceedsCapacity(f"no worker that is alive could hold this job: {reasons[-1]}", field="model", hint=hint)
+
+
+def _runtime_warnings(request: JobRequest, able: Sequence[Worker]) -> list[str]:
+    """Required runtimes that not every worker is known to have, which may take the job all the same."""
+    asked = () if request.require is None else request.require.loads or ()
+    known = [worker.capacity.get(RUNTIMES) for worker in able]
+    return [
+        f"not every worker that may take the job is known to have {runtime.value}; one without it ends the job"
+        for runtime in asked
+        if not all(isinstance(runtimes, dict) and runtime in runtimes for runtimes in known)
+    ]
+
+
+def _require_runtimes(request: JobRequest, workers: Sequence[Worker]) -> None:
+    asked = set() if request.require is None else set(request.require.loads or ())
+    able = _of_its_class(request, workers)
+    known = [set(worker.capacity[RUNTIMES]) for worker in able if isinstance(worker.capacity.get(RUNTIMES), dict)]
+    if asked and known and len(known) == len(able) and not any(asked <= runtimes for runtimes in known):
+        lacking = min(runtime.value for runtime in asked - max(known, key=lambda runtimes: len(asked & runtimes)))
+        detail = f"no worker that is alive has {lacking}, which the request requires"
+        hint = "GET /v1/workers says what each has; start one that has it, or leave it out of require.loads"
+        raise ExceedsCapacity(detail, field="require.loads", value=lacking, hint=hint)
 
 
 def _of_its_class(request: JobRequest, workers: Sequence[Worker]) -> list[Worker]:

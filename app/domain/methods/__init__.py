@@ -2,6 +2,8 @@
 
 from app.domain.methods.budgets import BitBudget, Candidate
 from app.domain.methods.catalogue import METHODS, RECIPES, MethodInfo, Preset, QuantizationSpec
+from app.domain.methods.codebook_specs import NormalFloatSpec
+from app.domain.methods.goals import AtMost, Choice, Fits, Goal
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
 from app.domain.methods.named_schemes import ALL_SCHEMES, SCHEMES, NamedScheme, SchemeName
 from app.domain.methods.schemes import (
@@ -19,7 +21,6 @@ from app.domain.methods.weight_specs import (
     SCALE_BATCH_SIZE,
     AWQSpec,
     GPTQSpec,
-    NormalFloatSpec,
     OmniQuantSpec,
     RTNSpec,
     SignRoundSpec,
@@ -41,10 +42,14 @@ __all__ = [
     "AWQSpec",
     "AbsmaxScheme",
     "ApiQSpec",
+    "AtMost",
     "BitBudget",
     "Candidate",
+    "Choice",
+    "Fits",
     "Form",
     "GPTQSpec",
+    "Goal",
     "LQLoRASpec",
     "LoftQSpec",
     "MethodInfo",

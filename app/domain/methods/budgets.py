@@ -2,39 +2,40 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from app.domain.methods.goals import Choices, choice_order
 from app.domain.methods.named_schemes import WHOLE
-from app.domain.methods.schemes import MAX_BITS, MIN_BITS, SCALE_BITS, AbsmaxScheme, Bits, Scheme, Spec
+from app.domain.methods.schemes import MIN_BITS, SCALE_BITS, AbsmaxScheme, Bits, Scheme, Spec
 
-
-def _each_once(choices: tuple[int, ...]) -> tuple[int, ...]:
-    if len(set(choices)) < len(choices):
-        raise ValueError("must name each width once")
-    return tuple(sorted(choices))
+BUDGET_WIDTHS = (2, 3, 4, 8)
+"""Widths that a budget chooses from where the request names none, as far as its formats hold them."""
 
 
 class BitBudget(Spec):
-    """Widths that are chosen for each linear, by how much each of them would cost its output."""
+    """Widths or schemes that are chosen for each linear, by how much each of them would cost its output."""
 
     average: float = Field(
         strict=True,
         ge=MIN_BITS,
         le=16,
         allow_inf_nan=False,
-        description="At most this many bits per weight over all linears of the blocks, scales and zero points "
-        "included, low-rank factors and the output head not.",
+        description="At most this many bits per weight, scales and zero points included, low-rank factors not.",
     )
-    choices: Annotated[tuple[Bits, ...], AfterValidator(_each_once)] = Field(
-        default=(2, 3, 4, 8), min_length=1, max_length=MAX_BITS - MIN_BITS + 1, description="Widths to choose from."
+    choices: Choices = Field(default=BUDGET_WIDTHS, description="Widths, and schemes by name, to choose from.")
+    over: Literal["linears", "model"] = Field(
+        default="linears",
+        description="What is counted: all linears of the blocks, without the output head; or all that the checkpoint "
+        "stores, embeddings, head and norms too, which stay as they are unless the request says otherwise.",
     )
 
     @model_validator(mode="after")
     def _is_in_reach(self) -> Self:
-        if self.average < self.choices[0]:
-            raise ValueError(f"average must be at least {self.choices[0]}, the least of choices")
+        least = choice_order(self.choices[0])[0]
+        if self.average < least:
+            raise ValueError(f"average must be at least {least}, the least of choices")
         return self
 
 

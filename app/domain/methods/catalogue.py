@@ -11,12 +11,12 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS
 from app.domain.methods.weight_specs import (
     AWQSpec,
     GPTQSpec,
-    NormalFloatSpec,
     OmniQuantSpec,
     RTNSpec,
     SignRoundSpec,
@@ -119,7 +119,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="GPTQ",
             summary="Rounds a linear's columns in turn; those not rounded yet make up for each one's error.",
             paper="2210.17323",
-            produces=frozenset({Form.AFFINE}),
+            produces=frozenset({Form.AFFINE, Form.FLOAT}),
         ),
         "awq": MethodInfo(
             spec=AWQSpec,
@@ -127,7 +127,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="Scales up the columns of large inputs before rounding, folds the inverse into norms and linears "
             "before them, and clips ranges.",
             paper="2306.00978",
-            produces=frozenset({Form.AFFINE}),
+            produces=frozenset({Form.AFFINE, Form.FLOAT}),
         ),
         "omniquant": MethodInfo(
             spec=OmniQuantSpec,
@@ -142,7 +142,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="SignRound",
             summary="Tunes rounding and clipping ranges of a block's linears against the original block's output.",
             paper="2309.05516",
-            produces=frozenset({Form.AFFINE}),
+            produces=frozenset({Form.AFFINE, Form.FLOAT}),
             presets=SIGNROUND_PRESETS,
         ),
         "loftq": MethodInfo(

@@ -128,7 +128,8 @@ def _indivisible(spec: WeightSpec, inputs: Mapping[str, int], quantized: Iterabl
     """One error for each field that gave a size which does not divide, about the first linear that it is wrong for."""
     errors: dict[str, IndivisibleGroup] = {}
     for name in quantized:
-        scheme, width = spec.scheme_of(name), inputs[name]
+        width = inputs[name]
+        scheme = next((candidate.scheme for candidate in spec.candidates(name, width)), None)
         if scheme is None or scheme.divides(width):
             continue
         if spec.modules.head is not None and fits(name, HEAD_PATTERN):
@@ -155,15 +156,17 @@ def _out_of_reach(
 ) -> list[InputError | RequestError]:
     """The error of a budget below what even the linear with the cheapest choice takes."""
     budget, least = spec.budget(), min((spec.least_bits(name, inputs[name]) for name in quantized), default=0.0)
-    if budget is None or budget.average >= least:
+    if budget is None or budget.over == "model" or budget.average >= least:
         return []
     return [over_budget(budget.average, least)]
 
 
-def over_budget(average: float, least: float) -> InvalidRequest:
+def over_budget(average: float, least: float, over: str = "linears") -> InvalidRequest:
     """The error for a budget that the cheapest choices exceed."""
+    whole = " of the whole model, with embeddings, head and norms" if over == "model" else ""
     return InvalidRequest(
-        f"with scales and zero points the cheapest choices take {least:.4g} bits a weight, more than {average:g}",
+        f"with scales and zero points the cheapest choices take {least:.4g} bits a weight{whole}, more than "
+        f"{average:g}",
         field="quantization.bits.average",
         value=average,
         hint=f"ask for at least {math.ceil(least * 100) / 100:g}, smaller choices or larger groups",

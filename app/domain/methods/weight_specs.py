@@ -7,6 +7,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from pydantic_core import InitErrorDetails
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
+from app.domain.methods.goals import AtMost, Choice, Fits, Goal
 from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
 from app.domain.methods.schemes import (
     HEAD_PATTERN,
@@ -50,6 +51,10 @@ class WeightSpec(Spec):
     group_size: GroupSize = 64
     symmetric: Symmetric = True
     modules: ModuleRules = ModuleRules()
+    kv_cache: Literal["fp8"] | None = Field(
+        default=None,
+        description="fp8: measure scales for a runtime's key-value cache in FP8 on calibration text, and store them.",
+    )
     method: str = ""
     """The name in a request; each method narrows it to its own."""
     named_schemes: ClassVar[frozenset[SchemeName]] = frozenset()
@@ -78,12 +83,14 @@ class WeightSpec(Spec):
         values = {"group_size": self.group_size, "symmetric": self.symmetric} | given.model_dump(exclude_none=True)
         return Scheme.model_validate(values)
 
-    def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:  # noqa: ARG002 - for grids
-        """Choices of the budget for the linear of that name: one where its width is given; none if ignored."""
+    def candidates(self, name: str, in_features: int) -> tuple[Candidate, ...]:
+        """Choices for the linear of that name: one where its width is given; those whose groups divide it; none if it
+        is ignored."""
         if self.scheme_of(name) is None:
             return ()
-        overrides = (o for p, o in self.modules.overrides.items() if fits(name, p))
-        return tuple(Candidate(scheme) for scheme in self._schemes(overrides))
+        schemes = self._schemes(o for p, o in self.modules.overrides.items() if fits(name, p))
+        dividing = [scheme for scheme in schemes if scheme.divides(in_features)]
+        return tuple(Candidate(scheme) for scheme in dividing or schemes)
 
     def schemes(self) -> tuple[tuple[str, Scheme], ...]:
         """The default's schemes with the pattern "", and each override's, alone, with its own: of a budget, several."""
@@ -93,18 +100,22 @@ class WeightSpec(Spec):
     def _schemes(self, overrides: Iterable[SchemeOverride]) -> list[Scheme]:
         """All that these overrides leave, by rising width."""
         values: dict[str, object] = {"group_size": self.group_size, "symmetric": self.symmetric}
-        name = self.default_name()
+        name, choices = self.default_name(), self.choices()
         for override in overrides:
             given = override.model_dump(exclude_none=True)
             name = override.scheme or (None if given else name)
             values |= given
+            integers = [] if override.scheme else [choice for choice in choices if isinstance(choice, int)]
+            choices = tuple(integers) if given and integers else choices
         if name is not None:
             return [Scheme.named(name)]
         values.pop("scheme", None)
         if "bits" in values:
             return [Scheme.model_validate(values)]
-        widths = self.bits.choices if isinstance(self.bits, BitBudget) else (self.bits,)
-        return [Scheme.model_validate({"bits": width} | values) for width in widths]
+        return [
+            Scheme.named(choice) if isinstance(choice, SchemeName) else Scheme.model_validate({"bits": choice} | values)
+            for choice in choices
+        ]
 
     def default_name(self) -> SchemeName | None:
         """The scheme that the request gives by name; None where it gives numbers of integers."""
@@ -113,6 +124,24 @@ class WeightSpec(Spec):
     def budget(self) -> BitBudget | None:
         """The budget, where widths are chosen by it."""
         return self.bits if isinstance(self.bits, BitBudget) else None
+
+    def goal(self) -> Goal | None:
+        """The goal, where widths are chosen for it."""
+        return None
+
+    def chooses(self) -> bool:
+        """True if each linear's scheme is chosen, for a budget or a goal."""
+        return self.budget() is not None or self.goal() is not None
+
+    def choices(self) -> tuple[Choice, ...]:
+        """What a linear without an override may become: of a budget or goal, several."""
+        if isinstance(self.bits, BitBudget):
+            return self.bits.choices
+        return (self.bits,)
+
+    def field_of_choices(self) -> str:
+        """The field of `quantization` that says what is chosen from."""
+        return "bits"
 
     def least_bits(self, name: str, in_features: int) -> float:
         """Bits a weight, scales included, of the cheapest way to store a linear that is not ignored."""
@@ -135,6 +164,8 @@ class WeightSpec(Spec):
             ValidationError: with the location of each value that is refused.
         """
         refused = [] if self.symmetric in self.symmetries() else [self._symmetry_refusal((), self.symmetric)]
+        foreign = [c for c in self.choices() if isinstance(c, SchemeName) and c not in self.named_schemes]
+        refused += [self._scheme_refusal((self.field_of_choices(), "choices"), choice.value) for choice in foreign]
         for pattern, override in self.modules.overrides.items():
             where = ("modules", "overrides", pattern)
             for name, value in override.model_dump(exclude_none=True).items():
@@ -157,7 +188,8 @@ class WeightSpec(Spec):
 
     def _scheme_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
         known = ", ".join(sorted(self.named_schemes)) or "none by name"
-        return refusal((*where, "scheme"), value, f"{self.method} takes these schemes: {known}; or give bits")
+        location = where if where[-1:] == ("choices",) else (*where, "scheme")
+        return refusal(location, value, f"{self.method} takes these schemes: {known}; or give bits")
 
     def _symmetry_refusal(self, where: tuple[str, ...], value: object) -> InitErrorDetails:
         kind = "symmetric" if value else "asymmetric"
@@ -191,15 +223,24 @@ class WeightSpec(Spec):
 
     def needs_preparation(self) -> bool:
         """True if a budget is spent or Fisher information measured before the first block."""
-        return self.budget() is not None or self.needs_fisher()
+        return self.chooses() or self.needs_fisher()
 
     def reads_text(self) -> bool:
-        """True if the method, its budget or its weighting reads calibration text."""
-        return self.observes_inputs() or self.needs_preparation()
+        """True if the method, its budget or its weighting reads calibration text, or numbers of it are stored."""
+        return self.observes_inputs() or self.needs_preparation() or self.measures_inputs()
+
+    def measures_inputs(self) -> bool:
+        """True if numbers of activations on calibration text are stored: of a calibrated scheme, or of a cache."""
+        rows = (scheme.row for _, scheme in self.schemes())
+        return self.kv_cache is not None or any(row is not None and row.calibrated for row in rows)
 
     def tuned_sequences(self, num_samples: int) -> int:  # noqa: ARG002 - for methods that tune
         """Sequences that go through a block with gradients when `num_samples` calibrate: what the work is priced by."""
         return 0
+
+    def most_rounds(self) -> int:
+        """How often the model is quantized at the most until its goal is met."""
+        return 1
 
     def end_to_end_steps(self) -> int:
         """Steps that tune the scales of the whole model after the last block; 0 leaves that stage out."""
@@ -215,41 +256,62 @@ class WeightSpec(Spec):
         return 0
 
 
-class NormalFloatSpec(WeightSpec):
-    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
+class GoalSpec(WeightSpec):
+    """Parameters of a method that takes a goal in place of bits."""
 
-    method: Literal["nf"] = "nf"
-    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
-    double_quantization: bool = Field(
-        default=True,
-        strict=True,
-        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
-        "a weight in place of 4.25 with groups of 64.",
+    at_most: AtMost | None = Field(
+        default=None, description="A limit in place of bits: of the distance from the original, or of the size."
     )
-    weights_only: WeightsOnly = False
+    fits: Fits | None = Field(default=None, description="Memory that the result is to be served in, in place of bits.")
 
-    def needs_model(self) -> bool:
-        """Weights alone."""
-        return False
+    def goal(self) -> Goal | None:
+        """The spec's `at_most` or `fits`."""
+        return self.at_most or self.fits
 
-    def asks_for_weights_alone(self) -> bool:
-        """As the request says."""
-        return self.weights_only
+    def choices(self) -> tuple[Choice, ...]:
+        """The goal's, where there is one."""
+        goal = self.goal()
+        return super().choices() if goal is None else goal.choices
 
-    def observes_inputs(self) -> bool:
-        """Weights alone."""
-        return False
+    def most_rounds(self) -> int:
+        """The goal's; a method that looks at weights alone makes what was measured before."""
+        return self.at_most.rounds if self.at_most is not None and self.at_most.kl and self.observes_inputs() else 1
 
-    def absmax(self) -> AbsmaxScheme | None:
-        """QLoRA's, with double quantization."""
-        return PRESET_ABSMAX if self.double_quantization else None
+    def field_of_choices(self) -> str:
+        """The field of the goal, where there is one."""
+        if self.goal() is None:
+            return super().field_of_choices()
+        return "fits" if self.at_most is None else "at_most"
 
-    def forms(self) -> frozenset[Form]:
-        """Codes of a codebook."""
-        return frozenset({Form.CODEBOOK})
+    @model_validator(mode="after")
+    def _says_bits_or_a_goal(self) -> Self:
+        """Of bits, a scheme and a goal there is one.
+
+        Raises:
+            ValidationError: with the location of each of them.
+        """
+        ways = {name: value for name, value in self._ways().items() if value is not None}
+        if self.goal() is not None and len(ways) > 1:
+            detail = f"give {' or '.join(ways)}, one of them: each says how large the result is to be"
+            refused = [refusal((name,), value, detail) for name, value in ways.items()]
+            raise ValidationError.from_exception_data(type(self).__name__, refused)
+        return self
+
+    def _ways(self) -> dict[str, object]:
+        given = self.bits if "bits" in self.model_fields_set else None
+        return {"bits": given, "at_most": self.at_most, "fits": self.fits}
+
+    def _said_otherwise(self) -> tuple[str, ...]:
+        """Fields that another one takes the place of."""
+        return () if self.goal() is None else ("bits",)
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_said_otherwise(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = handler(self)
+        return {name: value for name, value in fields.items() if name not in self._said_otherwise()}
 
 
-class NamedSchemeSpec(WeightSpec):
+class NamedSchemeSpec(GoalSpec):
     """Parameters of a method that takes schemes by name as well as integers."""
 
     scheme: SchemeName | None = Field(
@@ -269,25 +331,66 @@ class NamedSchemeSpec(WeightSpec):
             refused = [refusal((name,), getattr(self, name), detail) for name in ("scheme", *given)]
             raise ValidationError.from_exception_data(type(self).__name__, refused)
         if self.scheme is not None and self.scheme not in self.named_schemes:
-            refusal = self._scheme_refusal((), self.scheme)
-            raise ValidationError.from_exception_data(type(self).__name__, [refusal])
+            refused = [self._scheme_refusal((), self.scheme)]
+            raise ValidationError.from_exception_data(type(self).__name__, refused)
         return self
 
-    @model_serializer(mode="wrap")
-    def _without_what_the_name_says(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        fields: dict[str, Any] = handler(self)
-        return {name: value for name, value in fields.items() if self.scheme is None or name not in INTEGER_FIELDS}
+    def _ways(self) -> dict[str, object]:
+        return super()._ways() | {"scheme": self.scheme}
+
+    def _said_otherwise(self) -> tuple[str, ...]:
+        return super()._said_otherwise() if self.scheme is None else INTEGER_FIELDS
+
+
+class NormalFloatSpec(WeightSpec):
+    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
+
+    method: Literal["nf"] = "nf"
+    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
+    double_quantization: bool = Field(
+        default=True,
+        strict=True,
+        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
+        "a weight in place of 4.25 with groups of 64.",
+    )
+    weights_only: WeightsOnly = False
+
+    def needs_model(self) -> bool:
+        """Weights alone, unless scales of a cache are measured."""
+        return self.measures_inputs()
+
+    def asks_for_weights_alone(self) -> bool:
+        """As the request says."""
+        return self.weights_only
+
+    def observes_inputs(self) -> bool:
+        """Weights alone."""
+        return False
+
+    def absmax(self) -> AbsmaxScheme | None:
+        """QLoRA's, with double quantization."""
+        return PRESET_ABSMAX if self.double_quantization else None
+
+    def forms(self) -> frozenset[Form]:
+        """Codes of a codebook."""
+        return frozenset({Form.CODEBOOK})
 
 
 class RTNSpec(NamedSchemeSpec):
     """Round to nearest. Looks at the weights alone."""
 
     method: Literal["rtn"] = "rtn"
+    scale_search: bool = Field(
+        default=True,
+        strict=True,
+        description="FP4 and MX: of the scales that can be stored near the usual one, take that with the least squared "
+        "error of its group; of no effect on integers and FP8.",
+    )
     weights_only: WeightsOnly = False
 
     def needs_model(self) -> bool:
-        """A budget is spent by the outputs' errors."""
-        return self.budget() is not None
+        """A budget is spent, or a goal reached, by the outputs' errors, and activations are the model's."""
+        return self.chooses() or self.measures_inputs()
 
     def asks_for_weights_alone(self) -> bool:
         """As the request says."""
@@ -302,7 +405,7 @@ class RTNSpec(NamedSchemeSpec):
         return False
 
 
-class GPTQSpec(WeightSpec):
+class GPTQSpec(NamedSchemeSpec):
     """GPTQ: columns rounded in turn, each column's error made up for by those that are not rounded yet."""
 
     method: Literal["gptq"] = "gptq"
@@ -334,7 +437,7 @@ class GPTQSpec(WeightSpec):
         return ANY_SHARE
 
 
-class AWQSpec(WeightSpec):
+class AWQSpec(NamedSchemeSpec):
     """AWQ: columns of large inputs scaled up before rounding, the inverse folded into what comes before them."""
 
     method: Literal["awq"] = "awq"
@@ -369,7 +472,7 @@ class AWQSpec(WeightSpec):
         return ANY_SHARE
 
 
-class SignRoundSpec(WeightSpec):
+class SignRoundSpec(NamedSchemeSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
     method: Literal["signround"] = "signround"
@@ -415,7 +518,7 @@ class SignRoundSpec(WeightSpec):
         return self.batch_size if self.steps else 0
 
 
-class OmniQuantSpec(WeightSpec):
+class OmniQuantSpec(GoalSpec):
     """OmniQuant's learnable weight clipping: each group's range tuned by AdamW, block by block."""
 
     method: Literal["omniquant"] = "omniquant"

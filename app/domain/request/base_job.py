@@ -71,11 +71,15 @@ def continued_adapter(request: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return None if request.get("merge") == "quantized" else adapter
 
 
-def is_read(request: Mapping[str, Any], checkpoint: str, path: str) -> bool:
+def is_read(request: Mapping[str, Any], checkpoint: str, path: str, *, exports: bool = False) -> bool:
     """True if a job that starts from one of this request reads this file of that checkpoint.
+
+    exports   whether it makes other formats of the native checkpoint: it reads all of that, and nothing else
 
     The native checkpoint has the weights, a LoRA's factors among them; other adapters are in their own file alone.
     """
+    if exports:
+        return checkpoint == "native"
     if checkpoint == "native":
         weights = path.startswith("weights") and path.endswith(".safetensors")
         return weights or path in (DESCRIPTION, REPORT)

@@ -16,9 +16,12 @@ from app.domain.methods import QuantizationSpec
 from app.domain.request.base_job import JOB_ID, BaseJob, Folded
 from app.domain.request.combination_rules import result_problems
 from app.domain.request.finetuning import Finetune
+from app.domain.request.goal_problems import goal_problems
+from app.domain.request.loading_rules import loading_problems
 from app.domain.request.problems import MAX_PROBLEMS, as_written, field_problems, text_problems, with_new_problems
 from app.domain.request.shorthand import ALL_SHORTHAND, SHORTHAND, Expansion, expand
 from app.domain.request.sources import BuiltinText, CalibrationSource, DatasetSource, ModelSource
+from app.domain.runtimes import Runtime
 from bitwright.errors import FieldProblem, InvalidRequest, shorten
 from bitwright.job_states import FINAL_STATUSES, DeviceClass, JobStatus
 
@@ -83,6 +86,12 @@ class Requirements(RequestPart):
         allow_inf_nan=False,
         description="Share of tokens where the most likely next token is the same.",
     )
+    loads: tuple[Runtime, ...] | None = Field(
+        default=None,
+        min_length=1,
+        max_length=len(Runtime),
+        description="Runtimes that must load the result. With verify block the one block counts, with files the files.",
+    )
 
 
 MetadataKey = Annotated[str, StringConstraints(min_length=1, max_length=64)]
@@ -127,6 +136,11 @@ class JobRequest(RequestPart):
     seed: int = Field(
         default=0, strict=True, ge=0, le=2**63 - 1, description="Same request, device and plan: same codes."
     )
+    verify: Literal["block", "files", "off"] = Field(
+        default="block",
+        description="What a worker's runtimes read of the result. block: one block, before the rest is made; files: "
+        "that, and the finished checkpoints, which write 16 tokens; off: nothing.",
+    )
     require: Requirements | None = None
     device: Literal["any", "cpu", "cuda"] = Field(default="any", description="Device class that may run the job.")
     priority: int = Field(default=0, strict=True, ge=-100, le=100, description="Higher runs first.")
@@ -136,6 +150,11 @@ class JobRequest(RequestPart):
     metadata: dict[MetadataKey, MetadataValue] = Field(
         default_factory=dict, max_length=16, description="Up to 16 labels of your own; lists filter by them."
     )
+
+    @property
+    def exports(self) -> bool:
+        """True if the job makes other formats of its base job's result, and computes nothing."""
+        return self.base_job is not None and self.finetune is None
 
     @classmethod
     def parse(cls, body: object, base_job: BaseJob | None = None) -> Self:
@@ -154,8 +173,14 @@ class JobRequest(RequestPart):
         problems = with_new_problems(expansion.problems, text_problems(body))
         try:
             request = cls.model_validate(expansion.body)
+            found = goal_problems(request, request.calibration.num_samples)
+            written = [p.model_copy(update={"field": as_written(body, p.field)}) for p in found]
+            problems = with_new_problems(problems, written)
         except ValidationError as error:
             problems = with_new_problems(problems, field_problems(error, cls, body, ALL_SHORTHAND))
+        else:
+            loads = None if request.require is None else request.require.loads
+            problems = with_new_problems(problems, loading_problems(request.verify, loads, request.formats))
         problems += _adapter_problems(expansion)
         problems += _format_problems(expansion, body, None if base_job is None else base_job.folded)
         if problems:

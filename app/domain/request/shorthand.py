@@ -6,7 +6,10 @@ from dataclasses import dataclass
 from pydantic import BaseModel, ValidationError
 
 from app.domain.adapters import ADAPTERS, GATE_TRAVEL, LEARNING_RATE, AdapterSpec, BayesianLoRASpec
-from app.domain.methods import METHODS, RECIPES
+from app.domain.format_rules import held_choices
+from app.domain.formats import ExportFormat
+from app.domain.methods import METHODS, RECIPES, SCHEMES, SchemeName
+from app.domain.methods.goals import choice_order, spell_out
 from app.domain.methods.schemes import OUTER
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES, expand_adapter
 from app.domain.request.base_job import BaseJob, Folded, start_from
@@ -72,6 +75,7 @@ def expand(body: Mapping[str, object], base_job: BaseJob | None = None) -> Expan
     _expand_outer(full)
     _fill_learning_rates(full)
     _fill_formats(full, None if base_job is None else base_job.folded)
+    _fill_choices(full)
     return Expansion(full, problems, method_known)
 
 
@@ -197,3 +201,34 @@ def _fill_formats(body: dict[str, object], folded: Folded | None) -> None:
     except ValidationError:
         return
     body["formats"] = list(default_result_formats(spec, fields.adapter, fields.merge, fields.round_offset, folded))
+
+
+class _ChoicePart(BaseModel):
+    """The fields that the choices of a budget or goal follow from."""
+
+    formats: tuple[ExportFormat, ...]
+
+
+def _fill_choices(body: dict[str, object]) -> None:
+    """What a budget or goal chooses from where it does not say: what every format holds of the usual widths, or of the
+    schemes of weights alone where that is one width at the most."""
+    quantization = body.get("quantization")
+    if not isinstance(quantization, dict):
+        return
+    for field in ("bits", "at_most", "fits"):
+        given = quantization.get(field)
+        if not isinstance(given, Mapping) or "choices" in given:
+            continue
+        try:
+            spec = METHODS[quantization["method"]].spec.model_validate(quantization)
+            formats = _ChoicePart.model_validate(body).formats
+        except ValidationError:
+            return
+        found = held_choices(spec, formats, spec.choices())
+        if len(found) < 2:
+            weights_alone = [
+                name for name in SchemeName if name in spec.named_schemes and SCHEMES[name].activations is None
+            ]
+            found += held_choices(spec, formats, weights_alone)
+        if found:
+            quantization[field] = {**given, "choices": spell_out(sorted(found, key=choice_order))}

@@ -41,7 +41,12 @@ def _in_value(section: BaseModel, field: str, value: object) -> Iterator[NamedSo
 
 
 def read_sources(request: JobRequest) -> list[NamedSource]:
-    """The sources that the job reads: all, but for calibration text where blocks are taken from a base job."""
+    """The sources that the job reads: all, but for calibration text where blocks are taken from a base job.
+
+    An export reads the base job's native checkpoint alone.
+    """
+    if request.exports:
+        return []
     unread = request.calibration if request.base_job is not None else None
     return [named for named in named_sources(request) if named.section is not unread]
 

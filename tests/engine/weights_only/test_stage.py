@@ -295,3 +295,36 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:
     with pytest.raises(BitwrightError, match=r"weight of b holds") as refused:
         run_job(folder, tmp_path / "job")
     assert refused.value.code == "numerical_failure"
+
+
+def global_scales(folder: Path) -> dict[str, float]:
+    """By linear, of a checkpoint in compressed-tensors."""
+    ending = ".weight_global_scale"
+    return {name.removesuffix(ending): float(t) for name, t in read(folder).items() if name.endswith(ending)}
+
+
+def test_linears_that_run_as_one_share_a_global_scale(source: Path, tmp_path: Path) -> None:
+    """Whether they lie in one tensor, as experts' gate and up, or each in its own."""
+    made = finish(source, tmp_path / "job", scheme="nvfp4a16", formats=FORMATS)
+    found, before = global_scales(output(made, "compressed-tensors")), read(source)
+    experts = before[f"{LAYER}.mlp.experts.gate_up_proj"].float().abs().amax((1, 2))
+    for expert, amax in enumerate(experts):
+        both = {found[f"{LAYER}.mlp.experts.{expert}.{name}"] for name in ("gate_proj", "up_proj")}
+        assert len(both) == 1
+        assert both.pop() == pytest.approx(448 * 6 / float(amax))
+    alone = before[f"{LAYER}.self_attn.q_proj.weight"].float().abs().max()
+    assert found[f"{LAYER}.self_attn.q_proj"] == pytest.approx(448 * 6 / float(alone))
+    packed, merged = load_weights(output(made, "native")), read(output(made, "merged"))
+    assert all(torch.equal(packed[name], merged[name]) for name in merged)
+
+
+@pytest.mark.parametrize(
+    ("asked", "field"),
+    [({"scheme": "nvfp4"}, "quantization.scheme"), ({"kv_cache": "fp8"}, "quantization.kv_cache")],
+)
+def test_what_the_model_would_have_to_compute_is_refused(
+    source: Path, tmp_path: Path, asked: dict[str, Any], field: str
+) -> None:
+    with pytest.raises(BitwrightError) as caught:
+        run_job(source, tmp_path, weights_only=True, **asked)
+    assert caught.value.field == field

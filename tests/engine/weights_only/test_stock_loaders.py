@@ -8,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from tests.engine.conftest import run_job
+from tests.engine.model.loading import loader
 from tests.engine.weights_only.checkpoints import read
 
 SIZES: dict[str, Any] = {
@@ -34,16 +35,33 @@ def opened(folder: Path) -> Any:
     return model.eval()
 
 
-def test_a_mixture_of_experts_loads_in_transformers(mixture: Path, tmp_path: Path) -> None:
-    formats = ["merged", "compressed-tensors"]
-    run_job(mixture, tmp_path, formats=formats, weights_only=True, group_size=32)
+STOCK: list[dict[str, Any]] = [
+    {"group_size": 32},
+    *({"scheme": name} for name in ("fp8a16", "mxfp4a16")),
+    {"group_size": 32, "modules": {"overrides": {"*.self_attn.*": {"scheme": "fp8a16"}}}},
+    {"scheme": "fp8a16", "modules": {"overrides": {"*.self_attn.*": {"bits": 4, "group_size": 32}}}},
+]
+BY_LOADER: list[dict[str, Any]] = [
+    *({"scheme": name} for name in ("nvfp4a16", "mxfp8", "int8", "fp8-block")),
+    {"group_size": 32, "symmetric": False},
+    {"group_size": 32, "modules": {"overrides": {"*.down_proj": {"scheme": "nvfp4a16"}}}},
+]
+
+
+@pytest.mark.parametrize("scheme", [*STOCK, *BY_LOADER], ids=str)
+def test_a_mixture_of_experts_loads_in_transformers(mixture: Path, tmp_path: Path, scheme: dict[str, Any]) -> None:
+    """By itself, or with the loader where it would misread experts; a merged checkpoint has the same weights."""
+    run_job(mixture, tmp_path, formats=["merged", "compressed-tensors"], weights_only=True, **scheme)
     output = tmp_path / "output"
     before, after = read(mixture), read(output / "merged")
     assert before.keys() == after.keys()
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert any("experts" in name for name in changed)
     assert not any("mlp.gate.weight" in name or "norm" in name or "embed" in name for name in changed)
-    merged, packed = opened(output / "merged"), opened(output / "compressed-tensors")
+    folder = output / "compressed-tensors"
+    assert (folder / "load_bitwright.py").exists() is (scheme in BY_LOADER)
+    merged = opened(output / "merged")
+    packed = loader(folder).load(folder) if scheme in BY_LOADER else opened(folder)
     ids = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, found = merged(ids).logits.float(), packed(ids).logits.float()

@@ -14,7 +14,7 @@ import yaml
 
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
-from bitwright.report import Quality, Report, TextReport
+from bitwright.report import LoadReport, Quality, Report, TextReport
 from tests.formats.examples import (
     REPORT,
     Made,
@@ -165,6 +165,22 @@ def test_quality_and_calibration_are_told_where_measured() -> None:
     assert "| same most likely token | 100 % | 90.00 % |" in text
     assert "4 sequences of 64 tokens of `builtin`" in text
     assert "## Quality" not in card(CT, a=W4)
+
+
+def test_the_card_says_in_which_runtimes_it_was_read_back() -> None:
+    told: dict[str, Any] = {"format": "merged", "read": "files", "result": "loads"}
+    loads = (
+        LoadReport(**told, runtime="transformers", version="5.23.0", difference=0.00512),
+        LoadReport(**told | {"read": "block", "result": "not_checked"}, runtime="vllm"),
+        LoadReport(**told | {"read": "block", "result": "differs"}, runtime="vllm", version="0.32.0", difference=0.5),
+        LoadReport(**told | {"format": "gguf"}, runtime="llama.cpp"),
+    )
+    text = card(ExportFormat.MERGED, REPORT.model_copy(update={"loads": loads}))
+    assert "| transformers 5.23.0 | this checkpoint | loads | 0.0051 |" in text
+    assert "| vllm 0.32.0 | one block of it | misreads | 0.5 |" in text
+    assert "not_checked" not in text
+    assert "| llama.cpp" not in text
+    assert "Read back" not in card(ExportFormat.MERGED)
 
 
 def test_the_line_that_misreads_mixed_widths_is_warned_of_and_not_given() -> None:

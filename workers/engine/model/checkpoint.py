@@ -107,7 +107,7 @@ class Checkpoint:
         if not config_file.is_file():
             hint = "name a folder that holds config.json and safetensors"
             raise SourceNotFound("the model's folder holds no config.json", field="model", hint=hint)
-        config = _read_json(config_file)
+        config = read_json(config_file)
         # As transformers chooses: one file goes before an index, which may be left over from an earlier save.
         single = (folder / SINGLE).is_file() or not (folder / INDEX).is_file()
         tensors = _single_file_tensors(folder) if single else _indexed_tensors(folder, folder / INDEX)
@@ -135,7 +135,7 @@ class Checkpoint:
         """The dtype that the index of the files names; mostly there is none."""
         if any(file.name == SINGLE for file in self.files) or not (self.folder / INDEX).is_file():
             return None
-        metadata = _read_json(self.folder / INDEX).get("metadata")
+        metadata = read_json(self.folder / INDEX).get("metadata")
         dtype = metadata.get("dtype") if isinstance(metadata, dict) else None
         return dtype if isinstance(dtype, str) else None
 
@@ -240,7 +240,7 @@ def with_tie(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     return {**config, **parts, TIE: tied}
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_JSON_BYTES:
         raise CorruptCheckpoint(f"{file.name} is larger than {MAX_JSON_BYTES} bytes", field="model", value=file.name)
     try:
@@ -264,7 +264,7 @@ def _single_file_tensors(folder: Path) -> dict[str, StoredTensor]:
 
 
 def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpoint(f"{index.name} has no weight_map", field="model", value=index.name)
     tensors: dict[str, StoredTensor] = {}

@@ -136,9 +136,12 @@ class FusedAttention(JoinsLinears):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | Band | None = None,
+        past_key_values: Any = None,
         **_: Any,
     ) -> Tensor:
         query, key, value = self._turned(hidden_states, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, 0)
         projected: Tensor = self.o_proj(self.parts.attend(query, key, value, attention_mask, self.scaling))
         return projected
 

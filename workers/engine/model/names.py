@@ -118,6 +118,14 @@ class Names:
         """
         return (self._name_by_itself(linear) or linear).removesuffix(".weight")
 
+    def module_name(self, module: str) -> str:
+        """Name of a module of a block in the checkpoint, as the names of its parameters show it; else its own."""
+        for parameter in self.parameters:
+            own = self.own_name(parameter) if parameter.startswith(module + ".") else None
+            if own is not None and own.endswith(below := parameter.removeprefix(module)):
+                return own.removesuffix(below)
+        return module
+
     def has_name(self, linear: str) -> bool:
         """True if loaders find a linear's weight by itself, in this file or in one that transformers would merge."""
         return self._name_by_itself(linear) is not None

@@ -21,6 +21,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from app.domain.inputs.architectures import check_numbers, find_architecture
 from app.domain.inputs.left_alone import is_further_part
+from workers.contracts.experts import experts_of
 from workers.engine.model.block_calls import BlockCall, run_block, shared
 from workers.engine.model.block_linears import BlockLinears, block_linears, kind_of
 from workers.engine.model.checkpoint import Checkpoint
@@ -163,6 +164,17 @@ class StreamedModel:
             for index, linears in enumerate(self._linears)
             for group in linears.groups
         ]
+
+    def joined(self, index: int) -> list[tuple[str, ...]]:
+        """The same of one block, by names inside it; of experts, the linears that get an expert's input."""
+        block = self.blocks[index]
+        experts = [
+            tuple(f"{part}.{expert}.{name}" if part else f"{expert}.{name}" for name in module.sides)
+            for part, module in experts_of(block).items()
+            for expert in range(module.number)
+        ]
+        known = {name for names in experts for name in names}
+        return [names for names in self._linears[index].groups if known.isdisjoint(names)] + experts
 
     def _of_blocks(self) -> list[BlockLinears]:
         """Of every block, found once for each kind of block."""

@@ -15,8 +15,10 @@ from torch import Tensor, nn
 
 from workers.engine.device.process_group import ProcessGroup
 from workers.engine.model.block_calls import BlockCall, run_block
+from workers.engine.model.cache_states import CacheWatch, with_cache
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import Plan
+from workers.engine.quantize.serving import Served
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}
 """Elements that are held in fp32 at a time when squares are summed: on a CPU, what stays in its caches."""
@@ -29,6 +31,7 @@ class Activations:
     inputs_fp   X_fp before the block; None unless a method needs it
     quantized   X_q; after `advance_quantized`, the quantized block's output
     reference   the same through blocks that are rounded to nearest; None unless the report has that row
+    served      by block: what a server of the result rounds besides, in `quantized` and in `reference`
     """
 
     def __init__(
@@ -43,19 +46,26 @@ class Activations:
         self.inputs_fp = _buffer(model, ids, plan) if keep_inputs else None
         self.quantized.copy_(_embeddings(model, ids, self.original))
         self.reference = _buffer(model, ids, plan).copy_(self.original) if reference else None
+        self.served: dict[int, Served] = {}
 
-    def advance_original(self, index: int, block: nn.Module) -> None:
-        """X_fp <- block(X_fp)."""
-        self._run(index, block, self._kept_inputs(), self.original)
+    def advance_original(self, index: int, block: nn.Module, cache: CacheWatch | None = None) -> None:
+        """X_fp <- block(X_fp); `cache` sees keys and values."""
+        call = self.calls[index] if cache is None else with_cache(self.calls[index], cache)
+        self._run(call, block, self._kept_inputs(), self.original)
 
     def advance_quantized(self, index: int, block: nn.Module) -> None:
         """X_q <- block(X_q)."""
-        self._run(index, block, self.quantized, self.quantized)
+        self._serve(index, block, self.quantized)
 
     def advance_reference(self, index: int, block: nn.Module) -> None:
         """The reference's hidden states through the block, whose weights must be the rounded ones."""
         if self.reference is not None:
-            self._run(index, block, self.reference, self.reference)
+            self._serve(index, block, self.reference)
+
+    def _serve(self, index: int, block: nn.Module, states: Tensor) -> None:
+        served = self.served.get(index, Served())
+        with served.within(block):
+            self._run(served.call(self.calls[index], self._device), block, states, states)
 
     def _kept_inputs(self) -> Tensor:
         """X_fp before the block, where it is not overwritten if a method needs it."""
@@ -67,8 +77,8 @@ class Activations:
         self.original, self.inputs_fp = self.inputs_fp, self.original
         return self.inputs_fp
 
-    def _run(self, index: int, block: nn.Module, source: Tensor, target: Tensor) -> None:
-        run_block(self.calls[index], block, source, target, micro_batch=self._pass_batch, device=self._device)
+    def _run(self, call: BlockCall, block: nn.Module, source: Tensor, target: Tensor) -> None:
+        run_block(call, block, source, target, micro_batch=self._pass_batch, device=self._device)
 
     def substitute(self, model: StreamedModel, given: Mapping[str, Tensor]) -> None:
         """Quantized embeddings in place of the original ones from now on, in X_q and in the reference; before block 0.

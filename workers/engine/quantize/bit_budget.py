@@ -10,7 +10,8 @@ comes from one pass of the calibration text through the original blocks. Linears
 gate, up) get one width, since runtimes join them: their choices are one item.
 
 The budget counts code bits, scales and zero points of the blocks' quantized linears, those with an override too. It
-does not count low-rank factors, the output head, or what a linear has but once.
+does not count low-rank factors, or what a linear has but once. Over the model it counts besides what the checkpoint
+stores of everything else: embeddings, head and norms.
 """
 
 import time
@@ -30,6 +31,7 @@ from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations, second_moments, sum_moments
 from workers.engine.quantize.registry import method_of
+from workers.engine.quantize.stored_sizes import kept_bytes, parameters
 from workers.engine.seeds import derived_seed
 from workers.methods.rtn import quantize_weight
 from workers.numerics import normal_float
@@ -75,7 +77,8 @@ class Scoring:
         for name, errors in by_linear.items():
             if not all(map(_is_finite, errors)):
                 hint = "leave the widths out of choices that overflow the model's dtype, or give bits as a number"
-                raise NumericalFailure(f"{name}: a choice's error is not finite", field="quantization.bits", hint=hint)
+                field = f"quantization.{self.spec.field_of_choices()}"
+                raise NumericalFailure(f"{name}: a choice's error is not finite", field=field, hint=hint)
         return by_linear
 
     def _block_errors(self, index: int, candidates: Mapping[str, tuple[Candidate, ...]]) -> dict[str, list[float]]:
@@ -163,20 +166,25 @@ def spend(scoring: Scoring, budget: BitBudget) -> tuple[dict[str, Candidate], Al
     costs = {n: [c.stored_bits(shapes[n], scale_bits) for c in choices] for n, choices in candidates.items()}
     weights = sum(out * width for out, width in shapes.values())
     scored = time.perf_counter()
-    solved = solve(candidates, costs, errors, int(budget.average * weights), scoring.model.input_groups())
+    kept, counted = 0, weights
+    if budget.over == "model":
+        kept, counted = 8 * kept_bytes(scoring.model, scoring.spec, scale_bits), parameters(scoring.model)
+    limit = int(budget.average * counted) - kept
+    solved = solve(candidates, costs, errors, limit, scoring.model.input_groups())
     if solved is None:
-        raise over_budget(budget.average, sum(map(min, costs.values())) / weights)
+        raise over_budget(budget.average, (kept + sum(map(min, costs.values()))) / counted, budget.over)
     allocation, chosen = solved
     ended = time.perf_counter()
     report = AllocationReport(
         average=budget.average,
-        reached=allocation.cost / max(1, weights),
+        over=budget.over,
+        reached=(kept + allocation.cost) / max(1, counted),
         error=allocation.error,
         gap=allocation.gap,
         seconds=ended - started,
         solver_seconds=ended - scored,
         linears=tuple(
-            _described(name, candidates[name][x], costs[name][x] / (shapes[name][0] * shapes[name][1]))
+            described(name, candidates[name][x], costs[name][x] / (shapes[name][0] * shapes[name][1]))
             for name, x in chosen.items()
         ),
     )
@@ -220,16 +228,18 @@ def tied(candidates: Mapping[str, tuple[Candidate, ...]], groups: Sequence[Seque
         yield tuple(together)
 
 
-def _widths(choices: Sequence[Candidate]) -> list[int]:
-    return [choice.scheme.bits for choice in choices]
+def _widths(choices: Sequence[Candidate]) -> list[tuple[int, str | None]]:
+    return [(choice.scheme.bits, choice.scheme.name) for choice in choices]
 
 
-def _described(name: str, choice: Candidate, bits: float) -> AllocatedLinear:
+def described(name: str, choice: Candidate, bits: float) -> AllocatedLinear:
+    """A linear's choice as the report has it."""
     second = choice.absmax
     return AllocatedLinear(
         name=name,
         bits=choice.scheme.bits,
         group_size=choice.scheme.group_size,
+        scheme=choice.scheme.name,
         bits_per_weight=bits,
         absmax=None if second is None else f"{second.bits} bits, {second.dtype}, {second.superblock}",
     )

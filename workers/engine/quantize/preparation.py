@@ -54,7 +54,7 @@ def prepare(job: Job) -> Job:
         InvalidRequest: even the cheapest choices take more than the budget.
         NumericalFailure: an error is not finite.
     """
-    if job.texts.calibration is None or not job.spec.needs_preparation():
+    if job.texts.calibration is None or not job.spec.needs_preparation() or job.spec.goal() is not None:
         return job
     files = _PreparedFiles(job.state_folder, job.fingerprint())
     prepared = files.adopt()

@@ -5,22 +5,32 @@ The evaluation text goes through every block once more, with its linears rounded
 that no code depends on whether there is a reference. `app.domain.workload` decides that.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 from torch import dtype, nn
 
 from app.domain.methods import Scheme
-from workers.methods.rtn import quantize_weight
+from workers.methods.rtn import round_to_scheme
+from workers.numerics.joined import joined_amax
 
 
 @contextmanager
-def rounded(linears: Mapping[str, nn.Linear], schemes: Mapping[str, Scheme], scale_dtype: dtype) -> Iterator[None]:
-    """The linears that have a scheme, by name, with their weights rounded to nearest; as they were afterwards."""
+def rounded(
+    linears: Mapping[str, nn.Linear],
+    schemes: Mapping[str, Scheme],
+    scale_dtype: dtype,
+    joined: Sequence[tuple[str, ...]] = (),
+) -> Iterator[None]:
+    """The linears that have a scheme, by name, with their weights rounded to nearest; as they were afterwards.
+
+    joined   those that a runtime joins (`workers.numerics.joined`)
+    """
     kept = {name: linears[name].weight for name in schemes}
+    amax = joined_amax(joined, schemes, kept)
     try:
         for name, scheme in schemes.items():
-            value = quantize_weight(kept[name], scheme, scale_dtype).dequantize()
+            value = round_to_scheme(kept[name], scheme, scale_dtype, amax.get(name)).dequantize()
             linears[name].weight = nn.Parameter(value, requires_grad=False)
         yield
     finally:

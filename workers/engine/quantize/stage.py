@@ -1,5 +1,6 @@
 """The stage that quantizes every block, and embeddings and head where a request names them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -30,15 +31,17 @@ class Quantized:
     evaluation: Activations | None
 
 
-def run(job: Job) -> Quantized:
+def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
     """Finishes every block that an earlier attempt has not finished; all of them are durable then.
+
+    ready   called before the first block, and may refuse to go on
 
     Raises:
         NumericalFailure: a weight or an output is not finite; it says whether the original model's is.
         InternalError: the processes have computed different weights for a block.
     """
     model, spec, texts, finished = job.model, job.spec, job.texts, job.finished_blocks
-    observed = texts.calibration if spec.observes_inputs() else None
+    observed = texts.calibration if spec.observes_inputs() or spec.measures_inputs() else None
     finished.adopt(job.fingerprint())
     embeddings = quantize_embeddings(job)
     with model.loaded(*model.layout.outer):
@@ -50,6 +53,7 @@ def run(job: Job) -> Quantized:
             activations.substitute(model, given)
     if finished.resumed:
         job.reporter.log("blocks_resumed", blocks=finished.resumed)
+    ready()
     job.clock.enter(Stage.QUANTIZE)
     tuner = Tuner(job.reporter.log, job.processes)
     blocks = BlockPass(job, calibration, evaluation, tuner)

@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from workers.numerics.input_rounding import InputRounding
+
 Receive = Callable[[Tensor, Tensor], None]
 """Given dL/dy (tokens, out) and x (tokens, in), from which dL/dW = (dL/dy)^T x."""
 
@@ -16,17 +18,35 @@ class GradientLinear(nn.Module):
     weight    (out, in), a view of a flat buffer; requires a gradient, so that autograd comes this way
     bias      (out,), not trained
     receive   called with the factors of the weight's gradient; the parameter itself gets none
+    rounding  of x before the product, which passes gradients straight through; dL/dW is that by the rounded x
     """
 
-    def __init__(self, weight: Tensor, bias: nn.Parameter | None, receive: Receive) -> None:
+    def __init__(
+        self, weight: Tensor, bias: nn.Parameter | None, receive: Receive, rounding: InputRounding | None = None
+    ) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.bias = bias
         self.receive = receive
+        self.rounding = rounding
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.rounding is not None:
+            x = StraightThrough.apply(x, self.rounding)  # type: ignore[no-untyped-call]
         y: Tensor = _Product.apply(x, self.weight, self.bias, self.receive)  # type: ignore[no-untyped-call]
         return y
+
+
+class StraightThrough(torch.autograd.Function):
+    """Rounded inputs, whose gradient is that of the inputs."""
+
+    @staticmethod
+    def forward(_: Any, x: Tensor, rounding: InputRounding) -> Tensor:
+        return rounding(x)
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0], None
 
 
 class _Product(torch.autograd.Function):

@@ -6,7 +6,7 @@ The tuned block is a copy: the loop may keep it from block to block while the mo
 import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -18,6 +18,7 @@ from workers.contracts.experts import RoutedExperts, experts_of
 from workers.contracts.tuning import TrainableWeights
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.grouped_experts import GroupedExperts, Stack, bias_of, receiver
+from workers.numerics.input_rounding import InputRounding
 
 MakeLinear = Callable[[Sequence[str], nn.Parameter | None], GradientLinear | None]
 """Some linears as one, with the bias of all, by their names; None if their weights do not lie one after another."""
@@ -104,6 +105,7 @@ class TunedBlock:
     module: nn.Module
     flats: tuple[FlatWeights, ...]
     accumulation: Accumulation
+    roundings: Mapping[str, InputRounding] = field(default_factory=dict)
 
     @classmethod
     def of(cls, task: BlockTask, weights: Sequence[TrainableWeights]) -> "TunedBlock":
@@ -112,7 +114,7 @@ class TunedBlock:
         skipped: dict[int, Any] = {id(weight := task.linear(n).weight): nn.Parameter(weight[:0]) for n in tuned}
         module = copy.deepcopy(task.block, skipped).requires_grad_(False)
         flats = tuple(FlatWeights.like(task.linear(next(iter(group.shapes))).weight, group.shapes) for group in weights)
-        block = cls(module, flats, Accumulation())
+        block = cls(module, flats, Accumulation(), own_roundings(task))
         biases = {name: block._biases(part) for name, part in experts_of(module).items()}
         replace_linears(module, tuned, block._linear)
         for name, part in experts_of(module).items():
@@ -126,6 +128,10 @@ class TunedBlock:
         """The parameters and buffers of another task's block of the same shape, but for the tuned weights."""
         block = task.block
         self.accumulation.leave(task.starved)
+        given = task.input_roundings()
+        for name, rounding in self.roundings.items():
+            if rounding.amax is not None and given[name].amax is not None:
+                rounding.amax.copy_(given[name].amax)
         others = dict(block.named_parameters()) | dict(block.named_buffers())
         tuned = {id(m.weight) for m in self.module.modules() if isinstance(m, GradientLinear)}
         for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:
@@ -151,6 +157,8 @@ class TunedBlock:
         still = torch.zeros(part.number, dtype=torch.bool, device=self.flats[0].value.device)
         for linears, bias in zip((part.sides, (part.down,)), biases, strict=True):
             names = [[f"{prefix}{expert}.{linear}" for linear in linears] for expert in range(part.number)]
+            if any(linear in self.roundings for own in names for linear in own):
+                return None  # inputs are rounded by the linears themselves
             found = [views for flat in self.flats if (views := flat.stacked(names)) is not None]
             if not found:
                 return None
@@ -175,7 +183,15 @@ class TunedBlock:
             else:
                 torch.mm(by_output.T, x, out=gradient)
 
-        return GradientLinear(weight, bias, receive)
+        return GradientLinear(weight, bias, receive, self.roundings.get(names[0]))
+
+
+def own_roundings(task: BlockTask) -> dict[str, InputRounding]:
+    """The roundings of a task's inputs, with numbers of their own, which another block's may take the place of."""
+    return {
+        name: rounding if rounding.amax is None else replace(rounding, amax=rounding.amax.clone())
+        for name, rounding in task.input_roundings().items()
+    }
 
 
 def replace_linears(module: nn.Module, names: Iterable[str], make: MakeLinear) -> None:

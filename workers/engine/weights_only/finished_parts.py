@@ -13,6 +13,7 @@ from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from app.domain.formats import ExportFormat
 from bitwright.report import LinearReport
 from workers.disk.durable import replace_file, sync_folder
 from workers.formats.written_part import WrittenPart
@@ -33,6 +34,7 @@ class FinishedPart(BaseModel):
 
     written   by format
     bits      of its quantized linears, by what they hold (`StoredBits`)
+    scales    by format: the largest relative error of scales that it stores rounded, up to this part
     """
 
     model_config = ConfigDict(frozen=True)
@@ -42,10 +44,16 @@ class FinishedPart(BaseModel):
     written: dict[str, WrittenPart]
     linears: tuple[FinishedLinear, ...]
     bits: dict[str, int] = Field(default_factory=dict)
+    scales: dict[str, float] = Field(default_factory=dict)
 
     @property
     def stored(self) -> StoredBits:
         return StoredBits(**self.bits)
+
+    @property
+    def errors(self) -> dict[ExportFormat, float]:
+        """`scales` as `StoredScales` has them."""
+        return {ExportFormat(name): error for name, error in self.scales.items()}
 
 
 class FinishedParts:
@@ -64,7 +72,13 @@ class FinishedParts:
             self.parts.append(part)
         self.resumed = len(self.parts)
 
-    def finish(self, written: Mapping[str, WrittenPart], linears: tuple[FinishedLinear, ...], bits: StoredBits) -> None:
+    def finish(
+        self,
+        written: Mapping[str, WrittenPart],
+        linears: tuple[FinishedLinear, ...],
+        bits: StoredBits,
+        scales: Mapping[str, float],
+    ) -> None:
         """Add the next part. Returns when a crash can no longer lose it."""
         for name in written:
             sync_folder(self.folder / name)
@@ -74,6 +88,7 @@ class FinishedParts:
             written=dict(written),
             linears=linears,
             bits=asdict(bits),
+            scales=dict(scales),
         )
         replace_file(self._file(part.index), part.model_dump_json().encode())
         self.parts.append(part)

@@ -5,7 +5,7 @@ source and the result; shards are written once, and become the checkpoint's by a
 """
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -27,11 +27,14 @@ from app.domain.weight_targets import (
     weight_targets,
 )
 from bitwright.events import BlockEvent, Stage
+from bitwright.report import LoadReport
 from workers.disk.orders import AttemptOrder
 from workers.engine.clock import StageClock
 from workers.engine.fingerprint import code_version, fingerprint, library_versions
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.reporter import Reporter
+from workers.engine.stored_scales import CODE as SCALES_ROUNDED
+from workers.engine.stored_scales import StoredScales
 from workers.engine.weights_only.finished_parts import FinishedLinear, FinishedParts
 from workers.engine.weights_only.parts import parts_of
 from workers.engine.weights_only.result import identity_of, report_of, with_files
@@ -45,9 +48,14 @@ from workers.numerics.quantized import StoredBits
 OUTPUT = "output"
 PART_BYTES = SHARD_BYTES
 """Bytes of the source that a killed attempt may cost."""
+NOT_READ = "no model was built (weights only): nothing was evaluated"
 NOT_EVALUATED = (
     "no model was built (weights only): nothing was evaluated, and nothing has tried whether a runtime loads the result"
 )
+
+
+ReadWeights = Callable[[Checkpoint, Reporter, Path], tuple[LoadReport, ...]]
+"""Everything that is known of whether runtimes load the checkpoints in a folder."""
 
 
 def chosen(order: AttemptOrder) -> bool:
@@ -61,8 +69,10 @@ def chosen(order: AttemptOrder) -> bool:
     return does_without_model(request, accepted=accepted)
 
 
-def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
+def run(order: AttemptOrder, workspace: Path, reporter: Reporter, read: ReadWeights) -> ResultLine:
     """Quantize and write every tensor; checkpoints go to `workspace`/output/<format>.
+
+    read   tries the checkpoints, which lack only their report
 
     Raises:
         InputError, InvalidRequest: the checkpoint or the request's numbers do not fit together.
@@ -91,13 +101,20 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
     with ExitStack() as stack:
         for writer in writers.values():
             stack.callback(writer.abandon)
-        _write_parts(order, checkpoint, targets, finished, writers, reporter)
+        scales = _write_parts(order, checkpoint, targets, finished, writers, reporter)
+        for message in scales.warnings().values():
+            reporter.warning(SCALES_ROUNDED, message)
         clock.enter(Stage.EXPORT)
         for writer in writers.values():
             writer.finish(ignored=tuple(targets.left_alone))
             for code, message in writer.warnings.items():
                 reporter.warning(code, message)
+    if order.request.verify == "files":
+        clock.enter(Stage.VERIFY)
+    loads = read(checkpoint, reporter, workspace / OUTPUT)
+    clock.enter(Stage.EXPORT)
     report = report_of(order, checkpoint, targets, finished.parts, finished.resumed, clock, reporter)
+    report = report.model_copy(update={"scales_rounded": scales.report(), "loads": loads})
     report = with_files(report, workspace / OUTPUT, writers)
     for writer in writers.values():
         writer.describe(report)
@@ -123,9 +140,9 @@ def _judged(order: AttemptOrder, checkpoint: Checkpoint, reporter: Reporter) -> 
     targets = weight_targets(checkpoint.tensors, checkpoint.config, request.quantization)
     for problem in head_problems(request.formats, request.quantization, tied=not has_head(checkpoint.tensors)):
         raise refusal([problem])
-    inputs = {target.name: target.shape[1] for target in targets.linears}
-    check_model(request.formats, checkpoint, str(checkpoint.config.get("model_type")), inputs)
-    reporter.warning("not_evaluated", NOT_EVALUATED)
+    shapes = {target.name: target.shape for target in targets.linears}
+    check_model(request.formats, checkpoint, str(checkpoint.config.get("model_type")), shapes)
+    reporter.warning("not_evaluated", NOT_READ if request.verify == "files" else NOT_EVALUATED)
     for reason, count in Counter(targets.left_alone.values()).most_common():
         example = next(name for name, why in targets.left_alone.items() if why == reason)
         reporter.log("tensors_left_alone", reason=reason, count=count, example=example)
@@ -156,18 +173,19 @@ def _write_parts(
     finished: FinishedParts,
     writers: Mapping[ExportFormat, PartWriter],
     reporter: Reporter,
-) -> None:
-    """All parts that no earlier attempt has finished."""
+) -> StoredScales:
+    """All parts that no earlier attempt has finished; what was rounded of scales, by any."""
     by_tensor: dict[str, list[Target | KeptPart]] = {}
     everything: list[Target | KeptPart] = [*targets.linears, *targets.kept]
     for linear in everything:
         by_tensor.setdefault(linear.tensor, []).append(linear)
-    tensor_pass = TensorPass(checkpoint, order.request.quantization, order.request.formats, by_tensor)
     parts, total = parts_of(checkpoint.tensors, PART_BYTES), len(checkpoint.tensors)
     finished.adopt(partial(_whole, writers))
     for part in finished.parts:
         for name, writer in writers.items():
             writer.adopt(part.written[name.value])
+    scales = StoredScales(finished.parts[-1].errors if finished.parts else {})
+    tensor_pass = TensorPass(checkpoint, order.request.quantization, order.request.formats, by_tensor, scales)
     if finished.resumed:
         reporter.log("parts_resumed", parts=finished.resumed)
     done = sum(len(names) for names in parts[: finished.resumed])
@@ -181,9 +199,10 @@ def _write_parts(
             done += 1
             reporter.progress(Stage.QUANTIZE, done, total, "tensors")
         written = {name.value: writer.seal() for name, writer in writers.items()}
-        finished.finish(written, tuple(linears), bits)
+        finished.finish(written, tuple(linears), bits, scales.report())
         seconds = sum(linear.seconds for linear in linears)
         reporter.block(BlockEvent(index=index, total=len(parts), name=f"{names[0]} ...", seconds=seconds))
+    return scales
 
 
 def _whole(writers: Mapping[ExportFormat, PartWriter], written: Mapping[str, WrittenPart]) -> bool:

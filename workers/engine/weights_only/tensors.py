@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,9 +21,11 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.plan import scale_dtype_of
 from workers.engine.quantize.block_report import error_sums
 from workers.engine.quantize.registry import method_of
+from workers.engine.stored_scales import StoredScales
+from workers.engine.weights_only.expert_parts import outputs_of, stored_part
 from workers.engine.weights_only.finished_parts import FinishedLinear
+from workers.engine.weights_only.joined_scales import JoinedScales
 from workers.formats.format import PartWriter
-from workers.formats.stored_linear import StoredPart
 from workers.numerics.quantized import LinearResult, StoredBits
 from workers.numerics.row_parts import row_parts
 from workers.numerics.searched_matrix import quantize_matrix
@@ -41,12 +44,19 @@ class TensorPass:
     """Takes tensors of a checkpoint through a method and to writers, each by itself.
 
     linears   by the tensor that holds them: those that are quantized, and experts' that stay beside such
+    scales    those of each format
     """
 
     checkpoint: Checkpoint
     spec: WeightSpec
     formats: tuple[ExportFormat, ...]
     linears: Mapping[str, Sequence[Target | KeptPart]]
+    scales: StoredScales = field(default_factory=StoredScales)
+
+    @cached_property
+    def joined(self) -> JoinedScales:
+        """Scales that linears share, whatever tensors they lie in."""
+        return JoinedScales(self.checkpoint, self.linears)
 
     @torch.no_grad()
     def write(self, name: str, writers: Mapping[ExportFormat, PartWriter]) -> Done:
@@ -69,9 +79,10 @@ class TensorPass:
         result, linear = self._quantized(target, weight)
         tied = is_embeddings(target.name) and not has_head(self.checkpoint.tensors)
         for export_format, writer in writers.items():
-            writer.add_linear(target.name, result)
+            stored = self.scales.of(export_format, target.name, result)
+            writer.add_linear(target.name, stored)
             if tied and export_format.info.embeddings is EmbeddingRule.UNIFORM:
-                writer.add_linear(HEAD, result)
+                writer.add_linear(HEAD, stored)
         return Done((linear,), result.stored_bits())
 
     def _experts(
@@ -90,7 +101,7 @@ class TensorPass:
                 for export_format, writer in writers.items()
                 if export_format.info.dense
             ]
-            packed = [writer for export_format, writer in writers.items() if not export_format.info.dense]
+            packed = {name: writer for name, writer in writers.items() if not name.info.dense}
             for expert, weights in _by_expert(parts, tensor):
                 whole = tensor[expert].clone() if growing else None
                 for part, place, weight in weights:
@@ -100,13 +111,14 @@ class TensorPass:
                         linears.append(linear)
                         bits += stored.stored_bits()
                         if whole is not None:
-                            _outputs(whole, place, len(weight)).copy_(stored.dequantize())
-                    stored_part = _stored_part(part, place)
-                    for writer in packed:
+                            outputs_of(whole, place, len(weight)).copy_(stored.dequantize())
+                    description = stored_part(part, place)
+                    for export_format, writer in packed.items():
                         if isinstance(stored, Tensor):
-                            writer.add_part(part.name, stored, stored_part)
+                            writer.add_part(part.name, stored, description)
                         else:
-                            writer.add_linear(part.name, stored, part=stored_part)
+                            own = self.scales.of(export_format, part.name, stored)
+                            writer.add_linear(part.name, own, part=description)
                 for pieces in growing:
                     if whole is not None:
                         pieces.append(whole)
@@ -134,7 +146,8 @@ class TensorPass:
         method = method_of(self.spec)
         if not isinstance(method, TensorMethod):
             raise InternalError(f"{self.spec.method} needs a model", field="quantization.method")
-        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec)
+        amax = self.joined.amax(target.name)
+        result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec, amax)
         return result
 
 
@@ -162,16 +175,4 @@ def _by_expert(parts: Sequence[Target | KeptPart], tensor: Tensor) -> Iterator[t
             found.setdefault(part.place.expert, []).append((part, part.place))
     for expert in range(len(tensor)):
         own = found.get(expert, [])
-        yield expert, [(p, place, _outputs(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]
-
-
-def _outputs(expert: Tensor, place: ExpertPlace, count: int) -> Tensor:
-    """A linear's part (out, in) of an expert's matrix, in its memory."""
-    outputs = expert.T if place.transposed else expert
-    return outputs[place.first : place.first + place.step * count : place.step]
-
-
-def _stored_part(part: Target | KeptPart, place: ExpertPlace) -> StoredPart:
-    stop = place.first + place.step * part.shape[0]
-    rows = (place.first, stop, place.step)
-    return StoredPart(of=part.tensor, index=place.expert, rows=rows, transposed=place.transposed)
+        yield expert, [(p, place, outputs_of(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]

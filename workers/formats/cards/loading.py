@@ -1,7 +1,7 @@
 """Pieces of a model card's section "Load" that formats share; each format's own file composes the section."""
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from app.domain.format_rules import base_alone
 from app.domain.formats import ExportFormat
@@ -101,6 +101,7 @@ class Loading:
     model_id  id of the model that was quantized, if it is on the Hub
     embeddings  module name of the embeddings, if they are among the quantized linears
     base      schemes by module name -> the base of the job's adapter
+    outputs   out_features of the linears, by the same names, as far as the checkpoint's tensors say
     """
 
     linears: Mapping[str, StoredLinear]
@@ -109,6 +110,7 @@ class Loading:
     model_id: str | None = None
     base: Callable[[Mapping[str, Scheme]], AdapterBase] | None = None
     embeddings: str | None = None
+    outputs: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def schemes(self) -> dict[str, Scheme]:

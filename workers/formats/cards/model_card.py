@@ -7,6 +7,7 @@ says so, and its lines combine both.
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 
@@ -15,9 +16,10 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form, Scheme
 from bitwright.report import LinearReport, Report, SizeReport
 from workers.formats.cards.front_matter import front_matter
+from workers.formats.cards.goal import goal
 from workers.formats.cards.identity import Contents, Identity, adapter_title, contents_of, title
 from workers.formats.cards.loading import AdapterBase, Lines, Loading
-from workers.formats.cards.sections import code, quality, reference_lines, source_name, training
+from workers.formats.cards.sections import code, quality, reference_lines, source_name, training, tried
 from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.format import Opening
 from workers.formats.shards import write_json
@@ -31,8 +33,12 @@ def describe(
     linears: Mapping[str, StoredLinear],
     opening: Opening,
     loading: Lines,
+    outputs: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Path]:
-    """Adds report.json and README.md to a checkpoint that is complete otherwise; all files of the folder."""
+    """Adds report.json and README.md to a checkpoint that is complete otherwise; all files of the folder.
+
+    outputs   out_features of the linears, as far as known
+    """
     write_json(folder / "report.json", report.model_dump(mode="json"))
     card = read_source_card(opening.source.folder)
     text = model_card(
@@ -47,6 +53,7 @@ def describe(
         licence_copied=card.license_link is not None and (folder / card.license_link).is_file(),
         stored_bytes=stored_bytes(folder, opening.name.info.weight_files),
         left_code=names_code(opening.source),
+        outputs=outputs,
     )
     (folder / "README.md").write_text(text, encoding="utf-8")
     return sorted(file for file in folder.rglob("*") if file.is_file())
@@ -70,6 +77,7 @@ def model_card(
     licence_copied: bool = False,
     stored_bytes: int | None = None,
     left_code: bool = False,
+    outputs: Mapping[str, int] = MappingProxyType({}),
 ) -> str:
     """The card as Markdown with the Hub's front matter.
 
@@ -81,6 +89,7 @@ def model_card(
     licence_copied   whether the file that `source` names as its licence lies beside the card
     stored_bytes     bytes of the weight files beside the card
     left_code        whether the source's configuration names code, which was not copied
+    outputs          out_features of the linears, as in `Loading`
     """
     identity, source = Identity.of(report), source or SourceCard()
     contents = _contents(identity, export_format, linears, formats)
@@ -91,10 +100,12 @@ def model_card(
         f"# {title(identity, contents)}{_bits(report, contents, export_format, linears, stored_bytes)}",
         _summary(report, contents, export_format, linears),
         "## Load",
-        *loading(Loading(linears, formats, apart, identity.model_id, base, _embeddings(report, linears))),
+        *loading(Loading(linears, formats, apart, identity.model_id, base, _embeddings(report, linears), outputs)),
+        *tried(report, export_format),
         *training(report),
         *quality(report, contents, export_format),
         *reference_lines(report.round_to_nearest),
+        *goal(report),
         "## Size",
         _size(report, contents, stored_bytes),
         "## Provenance",
@@ -239,6 +250,8 @@ def provenance(report: Report, licence: str | None, source: SourceCard, *, left_
         text = report.calibration
         size = f"{text.num_samples} sequences of {text.sequence_length} tokens"
         lines.append(f"- Calibration: {size} of {source_name(text.source)} (sha256 `{text.sha256[:16]}`)")
+    if report.exported_from is not None:
+        lines.append(f"- Exported from the result of job `{report.exported_from}`, whose codes and figures these are")
     if report.base_job is not None:
         lines.append(f"- Quantized by job `{report.base_job.job_id}`, whose codes these are; this job finetuned")
     if report.scales is not None and report.scales.kept:

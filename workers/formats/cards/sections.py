@@ -57,6 +57,7 @@ def quality(report: Report, contents: Contents, export_format: ExportFormat | No
                 f"| same most likely token | 100 % | {100 * measured.top1_agreement:.2f} % |",
             ]
         ),
+        *([] if report.served is None else [f"The figures include {report.served}."]),
     ]
 
 
@@ -138,3 +139,18 @@ def _merge(adapter: AdapterReport) -> str:
         f"It is folded into {where} of {merge.linears} linears; codes and scales {kept}. The largest error that the "
         f"fold makes of a weight is {merge.error_shipped:.3g}."
     )
+
+
+def tried(report: Report, export_format: ExportFormat) -> list[str]:
+    """A paragraph on the runtimes that read this format where it was made; empty where none did."""
+    said = {"loads": "loads", "does_not_load": "does not load", "differs": "misreads"}
+    rows = [
+        f"| {load.runtime} {load.version or ''} | {'this checkpoint' if load.read == 'files' else 'one block of it'} "
+        f"| {said[load.result]} | {'' if load.difference is None else f'{load.difference:.2g}'} |"
+        for load in report.loads
+        if load.format == export_format.value and load.result in said
+    ]
+    if not rows:
+        return []
+    about = "Read back where it was made; the difference of its logits is in standard deviations:"
+    return ["\n".join([about, "", "| runtime | read | result | difference |", "|---|---|---|---|", *rows])]

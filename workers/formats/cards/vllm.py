@@ -1,8 +1,10 @@
 """vLLM's rules for a checkpoint, from the rows of its format, so that a model card promises no more than they allow."""
 
 from collections.abc import Mapping
+from types import MappingProxyType
 
 from app.domain.formats import ExportFormat
+from app.domain.fused_shapes import shape_refusals
 from app.domain.methods import Scheme
 from app.domain.runtimes import RuntimeSupport, Support, described
 
@@ -12,9 +14,18 @@ def vllm_rows(name: ExportFormat) -> tuple[RuntimeSupport, ...]:
     return tuple(row for row in name.info.runtimes if row.runtime == "vllm")
 
 
-def vllm_refusals(schemes: Mapping[str, Scheme], support: RuntimeSupport, embeddings: str | None = None) -> list[str]:
+NO_OUTPUTS: Mapping[str, int] = MappingProxyType({})
+
+
+def vllm_refusals(
+    schemes: Mapping[str, Scheme],
+    support: RuntimeSupport,
+    outputs: Mapping[str, int] = NO_OUTPUTS,
+    embeddings: str | None = None,
+) -> list[str]:
     """Reasons why a row's rules refuse a checkpoint with these linears; empty if none applies.
 
+    outputs      out_features by the same names, as far as known
     embeddings   name of the embeddings among them
     """
     refused = sorted({described(scheme) for scheme in schemes.values() if not support.loads(scheme)})
@@ -22,17 +33,21 @@ def vllm_refusals(schemes: Mapping[str, Scheme], support: RuntimeSupport, embedd
     packed = None if embeddings is None else schemes.get(embeddings)
     if not refused and packed is not None and not support.looks_up(packed):
         reasons.append(f"it looks no rows up in embeddings of {described(packed)}")
-    return reasons + _split_fusions(schemes, support)
+    shapes = shape_refusals(schemes, outputs, support).values()
+    return [*reasons, *_split_fusions(schemes, support), *shapes]
 
 
 def vllm_knowledge(
-    name: ExportFormat, schemes: Mapping[str, Scheme], embeddings: str | None = None
+    name: ExportFormat,
+    schemes: Mapping[str, Scheme],
+    outputs: Mapping[str, int] = NO_OUTPUTS,
+    embeddings: str | None = None,
 ) -> tuple[str, str | None]:
     """The vLLM that loads a checkpoint with these linears, where, and how we know; or why none does."""
     rows = vllm_rows(name)
-    able = [row for row in rows if not vllm_refusals(schemes, row, embeddings)]
+    able = [row for row in rows if not vllm_refusals(schemes, row, outputs, embeddings)]
     if not able:
-        return "", f"{rows[0].known()}: {vllm_refusals(schemes, rows[0], embeddings)[0]}"
+        return "", f"{rows[0].known()}: {vllm_refusals(schemes, rows[0], outputs, embeddings)[0]}"
     # Releases that were tested come before those whose source was read.
     known = "; ".join(row.known() for row in sorted(able, key=lambda row: row.support is not Support.TESTED))
     since = able[0].first_release(schemes.values())

@@ -21,6 +21,7 @@ from torch import Tensor
 from app.domain.format_rules import base_alone
 from bitwright.errors import FormatCannotHold
 from bitwright.report import Report
+from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Format, Opening
 from workers.formats.gguf.blocks import compress, decompress, held, pack
@@ -94,6 +95,9 @@ class GGUFFile:
         self._linears[module or name] = StoredLinear.of(LinearResult(weight))
         self._kinds[packed.kind] += weight.codes.numel()
         self._offset_error = max(self._offset_error, packed.offset_error)
+
+    def add_kv_scales(self, attention: str, scales: KVScales) -> None:
+        """Does nothing: the format has no place for them."""
 
     def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
         """No tensor of the source becomes several.

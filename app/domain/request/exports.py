@@ -1,0 +1,125 @@
+"""Another format of a job's result: a job of its own that reads the kept native checkpoint and computes nothing.
+
+    POST /v1/jobs/{id}/exports    {"formats": ["gguf", "mlx"]}
+
+Its request is that of the job that it starts from, as far as the result's description needs it, with `base_job` and no
+`finetune`: that is what tells it from a job that trains on.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from app.domain.format_rules import model_problems, stored_problems
+from app.domain.formats import ExportFormat, Offsets
+from app.domain.methods import Form, Scheme
+from app.domain.request.job_request import JobRequest, MetadataKey, MetadataValue
+from bitwright.errors import FieldProblem
+
+KEPT_ALREADY = "the job keeps it already: download it from there, or leave it out"
+
+
+class ExportRequest(BaseModel):
+    """Body of POST /v1/jobs/{id}/exports."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    formats: tuple[ExportFormat, ...] = Field(
+        min_length=1, max_length=8, description="Checkpoints to write; `native` is the job's own."
+    )
+    device: Literal["cpu", "any"] = Field(
+        default="cpu", description="Class of the worker; no accelerator is used on either."
+    )
+    priority: int = Field(default=0, strict=True, ge=-100, le=100, description="Higher runs first.")
+    metadata: dict[MetadataKey, MetadataValue] = Field(
+        default_factory=dict, max_length=16, description="Up to 16 labels of your own; lists filter by them."
+    )
+
+
+class ExportOf(ExportRequest):
+    """An export with the job that it starts from: what an Idempotency-Key stands for."""
+
+    base_job: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A job's native checkpoint, as its files describe it.
+
+    linears   entries of `bitwright.json` by quantized linear
+    config    config.json, decoded
+    """
+
+    linears: Mapping[str, Mapping[str, Any]]
+    config: Mapping[str, object]
+
+    @property
+    def schemes(self) -> frozenset[Scheme]:
+        """All schemes of its linears."""
+        return frozenset(
+            Scheme(
+                bits=linear["bits"],
+                group_size=linear["group_size"],
+                symmetric=linear["symmetric"],
+                name=linear.get("scheme_name"),
+            )
+            for linear in self.linears.values()
+        )
+
+    @property
+    def forms(self) -> frozenset[Form]:
+        """All forms of its linears, low-rank factors among them."""
+        forms = {Form(linear["form"]) for linear in self.linears.values()}
+        factors = any("low_rank" in linear for linear in self.linears.values())
+        return frozenset(forms | ({Form.LOW_RANK} if factors else set()))
+
+    @property
+    def has_offsets(self) -> bool:
+        """True if an adapter lies in its weights as fractional offsets."""
+        return any(linear.get("offset") for linear in self.linears.values())
+
+
+def export_request(base: JobRequest, job_id: str, asked: ExportRequest) -> JobRequest:
+    """The full request of the export of the job `job_id`, whose own one is `base`."""
+    changed = {
+        "base_job": job_id,
+        "formats": asked.formats,
+        "adapter": None,
+        "finetune": None,
+        "merge": None,
+        "round_offset": False,
+        "evaluation": None,
+        "require": None,
+        "device": asked.device,
+        "priority": asked.priority,
+        "time_limit_seconds": None,
+        "metadata": asked.metadata,
+    }
+    return base.model_copy(update=changed)
+
+
+def export_problems(base: JobRequest, kept: Kept, formats: Sequence[ExportFormat]) -> list[FieldProblem]:
+    """Everything in a job's result that one of the formats cannot hold."""
+    problems = [
+        FieldProblem(field=f"formats.{index}", code="conflicting_fields", detail=KEPT_ALREADY, value=name)
+        for index, name in enumerate(formats)
+        if name.info.always_kept
+    ]
+    asked = tuple(formats)
+    problems += stored_problems(base.quantization, asked, kept.schemes, kept.forms)
+    if kept.has_offsets:
+        able = [f'["{name.value}"]' for name in ExportFormat if name.info.offsets is not Offsets.NONE]
+        problems += [
+            FieldProblem(
+                field=f"formats.{index}",
+                code="offset_not_representable",
+                detail=f"{name.value} stores integer zero points, and an adapter lies in these weights as an offset of "
+                f"each group; ask for formats: {' or '.join(able)}",
+                value=name,
+            )
+            for index, name in enumerate(formats)
+            if name.info.offsets is Offsets.NONE and not name.info.is_adapter
+        ]
+    return problems + model_problems(asked, str(kept.config.get("model_type")), {}, kept.config)

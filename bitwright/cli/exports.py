@@ -1,0 +1,41 @@
+"""`bitwright export`: other formats of a job's result, made by a job of its own."""
+
+from typing import Annotated
+
+import typer
+
+from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from bitwright.cli.jobs import JobArgument, JsonOption, parse_labels, print_json
+from bitwright.cli.render import out
+from bitwright.cli.watch import finish, follow_job
+
+
+def export(
+    job_id: JobArgument,
+    formats: Annotated[
+        list[str], typer.Option("--format", help="A format of GET /v1/formats. May be given several times.")
+    ],
+    device: Annotated[str | None, typer.Option(help="Class of the worker: cpu (default) or any.")] = None,
+    metadata: Annotated[list[str] | None, typer.Option(help="A label, as name=value. May be given several times.")] = (
+        None
+    ),
+    idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
+    wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
+    as_json: JsonOption = False,
+    url: UrlOption = None,
+    key: KeyOption = None,
+    data_dir: DataDirOption = None,
+) -> None:
+    """Make other formats of a succeeded job's result; prints the id of the job that makes them."""
+    labels = parse_labels(metadata) or None
+    with connect(url, key, data_dir) as client:
+        job = client.export(job_id, formats, device=device, metadata=labels, idempotency_key=idempotency_key)
+        if not wait:
+            if as_json:
+                print_json(job)
+            else:
+                typer.echo(job.id)
+            return
+        job = client.wait(job.id) if as_json else follow_job(client, job.id, out())
+        artifacts = client.artifacts(job.id)
+    finish(job, artifacts, as_json=as_json)

@@ -1,0 +1,91 @@
+"""The limits that a goal sets, in the terms of the frontier: distance, or bits of the linears that are chosen."""
+
+from dataclasses import dataclass
+
+from app.domain.goals.kv_cache import cache_bytes
+from app.domain.goals.reach import byte_limit
+from app.domain.goals.stored_size import header_bytes, stored_bits
+from app.domain.methods import AtMost, Candidate, Fits
+from workers.engine.goal.search import margin
+from workers.engine.job import Job
+from workers.engine.quantize.stored_sizes import head_bytes
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
+"""Files whose content a GGUF file holds."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """A goal and the sizes that it is held against.
+
+    kl           None where the goal is a size
+    weights      bytes that the weight files may take; 0 where the goal is a distance
+    kept         bytes of the weight files besides the linears that are chosen, at the most
+    candidates   of every such linear, by full name
+    costs        their bits, the most of all packed formats
+    cache        bytes that are left to the KV cache
+    weights_chosen   number of weights of those linears
+    margin       by which a point must keep the distance on the text that decides
+    """
+
+    kl: float | None
+    weights: int
+    kept: int
+    candidates: dict[str, tuple[Candidate, ...]]
+    costs: dict[str, list[int]]
+    cache: int | None = None
+    weights_chosen: int = 0
+    margin: float = 1.0
+
+    @property
+    def holds(self) -> float:
+        """The distance that a point must keep on the text that decides."""
+        return (self.kl or 0.0) / self.margin
+
+    @property
+    def bits(self) -> int | None:
+        """Bits that the chosen linears may take; None where the goal is a distance."""
+        return None if self.kl is not None else 8 * (self.weights - self.kept)
+
+
+def limits_of(job: Job, held_out: int) -> Limits:
+    """The limits of a job's goal.
+
+    held_out   tokens of the text that decides
+
+    Raises:
+        InvalidRequest: the size of the KV cache is not known, or too much.
+    """
+    goal, model, scale_bits = job.spec.goal(), job.model, job.plan.scale_dtype.itemsize * 8
+    linears, formats = model.linears(), job.request.formats
+    head = model.layout.head
+    candidates = {
+        name: found
+        for name, linear in linears.items()
+        if name != head and (found := job.spec.candidates(name, linear.in_features))
+    }
+    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in candidates}
+    costs = {n: [stored_bits(formats, c, shapes[n], scale_bits) for c in found] for n, found in candidates.items()}
+    is_distance = isinstance(goal, AtMost) and goal.kl is not None
+    return Limits(
+        kl=goal.kl if isinstance(goal, AtMost) else None,
+        weights=0 if is_distance else byte_limit(goal, model.checkpoint.config) or 0,
+        kept=_kept(job, tuple(candidates), scale_bits),
+        candidates=candidates,
+        costs=costs,
+        cache=cache_bytes(model.checkpoint.config, goal.context, goal.sequences) if isinstance(goal, Fits) else None,
+        weights_chosen=sum(out * width for out, width in shapes.values()),
+        margin=margin(held_out),
+    )
+
+
+def _kept(job: Job, chosen: tuple[str, ...], scale_bits: int) -> int:
+    """All tensors of the checkpoint less those of quantized linears, a quantized head, and headers."""
+    model, tensors = job.model, job.model.checkpoint.tensors
+    quantized = sum(model.names.stored_bytes(f"{name}.weight") for name in job.schemes)
+    kept = sum(tensor.size for tensor in tensors.values()) - quantized + head_bytes(model, job.spec, scale_bits)
+    kept += header_bytes(chosen, tensors)
+    if any(name.info.weight_files != ("*.safetensors",) for name in job.request.formats):
+        files = (model.checkpoint.folder / name for name in TOKENIZER_FILES)
+        kept += sum(file.stat().st_size for file in files if file.is_file())
+    return kept

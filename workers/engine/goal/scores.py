@@ -1,0 +1,99 @@
+"""Predicted distances of every linear's candidates: what each adds to the KL of the whole model, nats a token.
+
+For small changes of the weights KL(original || changed) = 1/2 dw^T F dw, with the Fisher information F of the next
+token's distribution. With F's diagonal from the squared gradients of the text's loss, by the sums of its rows and
+columns (`workers.engine.quantize.fisher`), a linear's candidate with the weight W_hat costs
+
+    e = 1/2 sum_ij r_i c_j / (sum r) (w_hat_ij - w_ij)^2 / tokens
+
+which adds up over linears and needs no weighting between them. Errors of linears' outputs do: allocations by those are
+no closer than one width for all (docs/results.md).
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import Candidate
+from bitwright.errors import NumericalFailure
+from bitwright.events import Stage
+from workers.contracts.blocks import Fisher
+from workers.engine.job import Job
+from workers.engine.quantize.fisher import empirical_fisher
+from workers.methods.rtn import quantize_weight
+
+SCORED_TOKENS = 32_768
+"""Tokens of the calibration text that are scored at the most."""
+SCORED_LENGTH = 512
+"""Tokens of a piece whose gradient is squared: more pieces, less noise."""
+FISHER_SHARE = 0.85
+"""Of the time of scoring."""
+
+
+def predicted_errors(job: Job, ids: Tensor, candidates: Mapping[str, Sequence[Candidate]]) -> dict[str, list[float]]:
+    """Of every candidate of every linear, by full name.
+
+    ids   int64 (sequences, length), the calibration text
+
+    Raises:
+        NumericalFailure: one of them is not finite.
+    """
+    model, blocks = job.model, len(job.model.blocks)
+
+    def tick(done: float) -> None:
+        job.reporter.progress(Stage.CALIBRATE, done * blocks, blocks, "blocks")
+
+    own = job.processes.share(pieces(ids))
+    fisher = empirical_fisher(
+        model, own, set(candidates), job.plan.micro_batch, lambda done: tick(done * FISHER_SHARE), job.processes
+    )
+    tokens, errors = job.processes.total(own.numel()), dict[str, list[float]]()
+    least = min((float(each.rows.sum()) for each in fisher.values() if float(each.rows.sum()) > 0), default=1.0)
+    for index in range(blocks):
+        prefix = model.layout.block(index)
+        with model.loaded(prefix):
+            for name, linear in model.block_linears(index).items():
+                full = f"{prefix}.{name}"
+                if full in candidates:
+                    known = _seen(fisher[full], least)
+                    errors[full] = [
+                        rounding_error(linear.weight, choice, known, job.plan.scale_dtype) / tokens
+                        for choice in candidates[full]
+                    ]
+        tick(FISHER_SHARE + (1 - FISHER_SHARE) * (index + 1) / blocks)
+    for full, each in errors.items():
+        if not all(error < float("inf") for error in each):
+            hint = "leave the widths out of choices that overflow the model's dtype, or give bits as a number"
+            field = f"quantization.{job.spec.field_of_choices()}"
+            raise NumericalFailure(f"{full}: a choice's error is not finite", field=field, hint=hint)
+    return errors
+
+
+def pieces(ids: Tensor) -> Tensor:
+    """The text that is scored, in pieces of one length: (pieces, length)."""
+    length = ids.shape[1]
+    part = next(n for n in range(min(length, SCORED_LENGTH), 0, -1) if length % n == 0)
+    part = part if 2 * part > min(length, SCORED_LENGTH) else min(length, SCORED_LENGTH)
+    cut = ids[:, : length // part * part].reshape(-1, part)
+    return cut[: max(1, SCORED_TOKENS // part)]
+
+
+def _seen(fisher: Fisher, least: float) -> Fisher:
+    """The information; of an expert that no token met, as little as any other linear has, all weights alike."""
+    if float(fisher.rows.sum()) > 0:
+        return fisher
+    rows, columns = torch.ones_like(fisher.rows), torch.ones_like(fisher.columns)
+    return Fisher(rows * (least / len(rows)), columns * (least / len(columns)))
+
+
+@torch.no_grad()
+def rounding_error(weight: Tensor, choice: Candidate, fisher: Fisher, scale_dtype: torch.dtype) -> float:
+    """1/2 sum_ij F_ij (w_hat_ij - w_ij)^2 of a weight (out, in) rounded to nearest."""
+    working = weight.float()
+    squares = (quantize_weight(working, choice.scheme, scale_dtype).dequantize() - working).square_()
+    rows, columns = (side.to(squares.device, torch.float32) for side in (fisher.rows, fisher.columns))
+    # Shares, so that fp32 holds the product whatever the size of the gradients.
+    total = rows.double().sum()
+    by_row = squares @ (columns / columns.sum())
+    return float(0.5 * total * (by_row.double() @ (rows / rows.sum()).double()))

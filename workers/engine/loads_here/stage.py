@@ -1,0 +1,105 @@
+"""The checks of a job, as its order wants them: nothing, one block, or one block and the files."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from app.domain.formats import ExportFormat
+from app.domain.weight_targets import text_config
+from bitwright.events import Stage
+from bitwright.report import LoadReport
+from workers.disk.orders import AttemptOrder
+from workers.engine.export import OUTPUT
+from workers.engine.job import Job
+from workers.engine.loads_here import block
+from workers.engine.loads_here.checks import Check, Probe, checks_of, untried
+from workers.engine.loads_here.files import ShippedLogits, Way, read_files
+from workers.engine.loads_here.reading import Reading
+from workers.engine.model.checkpoint import Checkpoint
+from workers.engine.quantize.stage import Quantized
+from workers.engine.reporter import Reporter
+from workers.engine.shipped import TrainedAdapters
+
+NO_MODEL = "no model is built of it, so none of one block"
+
+
+class Verification:
+    """The checks of one attempt.
+
+    checks     none where the request wants none, or where the worker has no runtime that reads one of its formats
+    of_block   reports on the one block, once they are there
+    """
+
+    def __init__(self, order: AttemptOrder, reading: Reading, checks: list[Check]) -> None:
+        self._order, self._reading, self.checks = order, reading, checks
+        self._untried = () if order.request.verify == "off" else untried(order)
+        self.of_block = self._untried
+        self._running: block.BlockCheck | None = None
+
+    def begin(self, job: Job) -> None:
+        """Start to check one block, beside what the job does next."""
+        if self.checks:
+            with job.clock.during(Stage.VERIFY):
+                self._running = block.begin(job, self.checks, self._reading)
+
+    def checked(self, quantize: Callable[[Job, Callable[[], object]], Quantized]) -> Callable[[Job], Quantized]:
+        """The stage that quantizes, with one block in the job's schemes read back before the first is computed."""
+
+        def run(job: Job) -> Quantized:
+            self.begin(job)
+            return quantize(job, self.demand_block)
+
+        return run
+
+    def demand_block(self) -> None:
+        """Wait for the block's reports.
+
+        Raises:
+            RuntimeDidNotLoad: a runtime does not load it.
+        """
+        if self._running is not None:
+            self.of_block = (*self._running.result(), *self._untried)
+            self._running = None
+
+    def files(self, job: Job, trained: TrainedAdapters | None) -> tuple[LoadReport, ...]:
+        """The block's reports, and those on the finished checkpoints if the request wants them read."""
+        if self._order.request.verify != "files" or not self.checks:
+            return self.of_block
+        job.clock.enter(Stage.VERIFY)
+        probe = Probe.of(job.model.checkpoint.folder, job.model.known_tokens)
+        logits = ShippedLogits(job, trained, probe)
+        parameters = sum(weight.numel() for weight in job.model.model.parameters())
+        output = job.workspace / OUTPUT
+        read = read_files(self.checks, self._reading, job.reporter, output, probe, logits.way, parameters)
+        return (*self.of_block, *read)
+
+    def weights(self, checkpoint: Checkpoint, reporter: Reporter, output: Path) -> tuple[LoadReport, ...]:
+        """The reports on a job without a model: of its finished checkpoints alone, whose logits nobody knows."""
+        if self._order.request.verify != "files":
+            return (*(block.skipped(check, NO_MODEL) for check in self.checks), *self._untried)
+        vocabulary = text_config(checkpoint.config).get("vocab_size")
+        probe = Probe.of(checkpoint.folder, vocabulary if isinstance(vocabulary, int) else 1)
+        parameters = sum(tensor.size // 2 for tensor in checkpoint.tensors.values())
+        read = read_files(self.checks, self._reading, reporter, output, probe, _alone, parameters)
+        return (*read, *self._untried)
+
+
+@contextmanager
+def verification(order: AttemptOrder, workspace: Path) -> Iterator[Verification]:
+    """The checks of an order, and a child that gets ready for them while the job is opened.
+
+    Raises:
+        RuntimeDidNotLoad: the worker lacks a runtime that the request requires.
+    """
+    checks = [] if order.request.verify == "off" else checks_of(order)
+    reading = Reading(order, workspace / block.FOLDER)
+    try:
+        if checks:
+            reading.warm_up()
+        yield Verification(order, reading, checks)
+    finally:
+        reading.close()
+
+
+def _alone(_: ExportFormat) -> Way:
+    return Way()
