@@ -49,7 +49,21 @@ def default_formats(spec: WeightSpec, forms: frozenset[Form] | None = None) -> t
     """
     forms = spec.forms() if forms is None else forms
     weights = default_for(Result.CODEBOOK if Form.CODEBOOK in forms else Result.AFFINE)
+    if not holds_embeddings(weights, spec):
+        # Bases of adapters are as large as the original; by itself, what every job keeps is the smallest that fits.
+        weights = default_for(Result.CODEBOOK) if Form.LOW_RANK in forms else default_for(Result.OFFSETS)
     return (weights, default_for(Result.FACTORS)) if Form.LOW_RANK in forms else (weights,)
+
+
+def holds_embeddings(name: ExportFormat, spec: WeightSpec) -> bool:
+    """True if a format holds the spec's embeddings together with its linears and head, or they stay as they are."""
+    embeddings = spec.embeddings_scheme()
+    if embeddings is None or name.info.embeddings is EmbeddingRule.ANY:
+        return True
+    if name.info.embeddings is EmbeddingRule.NONE or embeddings.name is not None or spec.budget() is not None:
+        return False
+    head = spec.head_scheme() or embeddings
+    return {head, *(scheme for _, scheme in spec.schemes())} == {embeddings}
 
 
 def format_problems(
@@ -116,17 +130,14 @@ def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec, forms: fro
             )
             continue
         problems += _scheme_problems(name, where, scheme, frozenset({True, False}), forms)
-    if embeddings is None or name.info.embeddings is EmbeddingRule.ANY:
+    if holds_embeddings(name, spec):
         return problems
     if name.info.embeddings is EmbeddingRule.NONE:
         detail = f"{name.value} holds no quantized embeddings; {_other_formats()}, or leave modules.embeddings out"
     else:
-        different = [scheme for scheme in [*dict(spec.schemes()).values(), head or embeddings] if scheme != embeddings]
-        if not different and spec.budget() is None and embeddings.name is None:
-            return problems
         detail = (
-            f"{name.value} with quantized embeddings loads with one scheme of integers for linears, head and embeddings "
-            f"alone: give all of them the same, leave modules.embeddings out, or {_other_formats()}"
+            f"{name.value} with quantized embeddings loads with one scheme of integers for linears, head and "
+            f"embeddings alone: give all of them the same, leave modules.embeddings out, or {_other_formats()}"
         )
     return [
         *problems,

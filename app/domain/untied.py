@@ -37,7 +37,7 @@ def untied_warnings(request: JobRequest, inspection: Inspection) -> list[str]:
     if unties(spec) and head is not None:
         more = matrix_bytes(Matrix(shape, head)) / 1e6
         return [
-            f"quantization.modules.head: the model has one matrix for head and embeddings; the quantized head is stored "
+            "quantization.modules.head: the model has one matrix for head and embeddings; the quantized head is stored "
             f"besides, {more:.1f} MB more, and tie_word_embeddings becomes false"
         ]
     if embeddings is None:

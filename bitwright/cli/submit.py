@@ -1,7 +1,9 @@
 """`bitwright submit`: a request from flags, from a YAML or JSON file, or from a file with flags on top."""
 
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any
 
 import typer
@@ -50,6 +52,8 @@ def submit(
     evaluation: Annotated[bool, typer.Option("--evaluation/--no-evaluation", help="Measure before and after.")] = True,
     ignore: Annotated[list[str] | None, typer.Option(help="Pattern of linears to leave as they are.")] = None,
     override: Annotated[list[str] | None, typer.Option(help="PATTERN=BITS for the linears that match.")] = None,
+    embeddings: Annotated[str | None, typer.Option(help="Bits of the embeddings, or a scheme by name.")] = None,
+    head: Annotated[str | None, typer.Option(help="The same of the output head.")] = None,
     format: Annotated[
         list[str] | None, typer.Option("--format", help="Checkpoint format; see GET /v1/formats.")
     ] = None,
@@ -83,7 +87,8 @@ def submit(
         "at_most": _given(kl=at_most_kl, bytes=_size(at_most_bytes)),
         "fits": _given(memory=_size(fits_memory), context=context, sequences=sequences),
     }
-    set_quantization(body, scheme | tuning, ignore, parse_overrides(override))
+    outer = {"embeddings": parse_scheme(embeddings), "head": parse_scheme(head)}
+    set_quantization(body, scheme | tuning, ignore, parse_overrides(override), outer)
     calibration = {"dataset": _absolute(dataset), "num_samples": samples, "sequence_length": sequence_length}
     set_section(body, "calibration", calibration)
     limits = {"max_perplexity_ratio": max_perplexity_ratio, "max_kl_divergence": max_kl_divergence}
@@ -156,19 +161,31 @@ def set_section(body: dict[str, Any], name: str, flags: dict[str, Any]) -> None:
 
 
 def set_quantization(
-    body: dict[str, Any], flags: dict[str, Any], ignore: list[str] | None, overrides: dict[str, dict[str, int]]
+    body: dict[str, Any],
+    flags: dict[str, Any],
+    ignore: list[str] | None,
+    overrides: dict[str, dict[str, int]],
+    outer: Mapping[str, int | str | None] = MappingProxyType({}),
 ) -> None:
-    """Put method and scheme where the request has them: inside `quantization` if it is there, else in shorthand."""
-    if (ignore or overrides) and "quantization" not in body:  # the shorthand has no module rules
+    """Put method and scheme where the request has them: inside `quantization` if it is there, else in shorthand.
+
+    outer   schemes of embeddings and head
+    """
+    rules: dict[str, Any] = {}
+    set_fields(rules, {"ignore": ignore or None, "overrides": overrides or None, **outer})
+    if rules and "quantization" not in body:  # the shorthand has no module rules
         body["quantization"] = {name: body.pop(name) for name in shorthand_fields(body)}
     target = body.get("quantization", body)
     if not isinstance(target, dict):
         hint = "write its fields below it, or at the top without it"
         raise RequestError("quantization must be an object", field="quantization", value=target, hint=hint)
     set_fields(target, flags)
-    rules: dict[str, Any] = {}
-    set_fields(rules, {"ignore": ignore or None, "overrides": overrides or None})
     set_section(target, "modules", rules)
+
+
+def parse_scheme(text: str | None) -> int | str | None:
+    """A width in bits, or a scheme's name, as a request has it."""
+    return int(text) if text is not None and text.isdecimal() else text
 
 
 def parse_overrides(overrides: list[str] | None) -> dict[str, dict[str, int]]:

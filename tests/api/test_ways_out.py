@@ -86,14 +86,20 @@ def test_weights_that_are_quantized_already_are_seen_at_once(api: Api, tensors: 
     assert "16-bit" in str(found["detail"])
 
 
-def dry_run(api: Api, **fields: Any) -> dict[str, Any]:
-    """Estimates and warnings of a job on a small checkpoint."""
-    folder = api.folder / "models" / "small"
+def small_checkpoint(api: Api, *, tied: bool = False) -> Path:
+    folder = api.folder / "models" / ("tied" if tied else "small")
     if not folder.exists():
-        write_checkpoint(folder, {"tie_word_embeddings": False})
+        write_checkpoint(folder, {"tie_word_embeddings": tied})
         shapes = {f"{name}.weight": shape for name, shape in read_dimensions(CONFIG).linears().items()}
-        shapes |= {f"{name}.weight": (128, 64) for name in ("model.embed_tokens", "lm_head")}
+        outer = ("model.embed_tokens",) if tied else ("model.embed_tokens", "lm_head")
+        shapes |= {f"{name}.weight": (128, 64) for name in outer}
         (folder / "model.safetensors").write_bytes(safetensors(shapes))
+    return folder
+
+
+def dry_run(api: Api, *, tied: bool = False, **fields: Any) -> dict[str, Any]:
+    """Estimates and warnings of a job on a small checkpoint."""
+    folder = small_checkpoint(api, tied=tied)
     scheme = {} if "quantization" in fields else {"method": "rtn", "group_size": 32}
     answer = api.client.post(DRY, json={"model": str(folder), **scheme, **fields})
     assert answer.status_code == 200, answer.text
@@ -149,3 +155,54 @@ def test_a_missing_tokenizer_is_told_with_who_needs_it(api: Api) -> None:
     assert "evaluation needs: add tokenizer.json" in told_of(dry_run(api), "model")[0]
     assert "none goes with the result" in told_of(dry_run(api, evaluation=None), "model")[0]
     assert "calibration and evaluation" in told_of(dry_run(api, method="gptq"), "model")[0]
+
+
+def test_a_head_stored_apart_from_its_embeddings_is_told_with_its_bytes(api: Api) -> None:
+    rules = {"method": "rtn", "group_size": 32, "modules": {"head": 4}}
+    found = dry_run(api, quantization=rules, tied=True, formats=["merged"])
+    plain = dry_run(api, tied=True, formats=["merged"])["estimates"]
+    (warning,) = told_of(found, "quantization.modules.head")
+    assert "tie_word_embeddings becomes false" in warning
+    added = 128 * 64 * 4.5 / 8
+    assert f"{added / 1e6:.1f} MB more" in warning
+    assert found["estimates"]["bytes_checkpoint"] - plain["bytes_checkpoint"] == added
+    files, before = found["estimates"]["bytes_files"], plain["bytes_files"]
+    assert files["native"] - before["native"] == pytest.approx(added, abs=600)
+    assert files["merged"] - before["merged"] == pytest.approx(128 * 64 * 2, abs=300)
+
+
+def test_a_tied_matrix_stored_twice_is_told(api: Api) -> None:
+    rules = {"method": "rtn", "group_size": 32, "modules": {"embeddings": 4}}
+    found = dry_run(api, quantization=rules, tied=True, formats=["compressed-tensors"])
+    told = told_of(found, "formats.0")
+    assert [("stores the matrix of head and embeddings twice" in warning) for warning in told] == [True]
+    files = found["estimates"]["bytes_files"]
+    assert files["compressed-tensors"] - files["native"] == pytest.approx(128 * 64 * 4.5 / 8, abs=600)
+    assert any("with embeddings of 4 bits" in warning and "vllm" in warning for warning in found["warnings"])
+
+
+WIDE = {"bits": 4, "group_size": 48}
+RULES = "quantization.modules"
+
+
+@pytest.mark.parametrize(
+    ("tied", "modules", "formats", "field", "code"),
+    [
+        (False, {"embeddings": 4}, ["compressed-tensors"], "formats.0", "format_cannot_hold"),
+        (True, {"embeddings": 4, "head": 8}, ["native"], "quantization.modules.head", "invalid_request"),
+        (True, {"ignore": []}, ["native"], "quantization.modules.ignore", "invalid_request"),
+        (True, {"embeddings": WIDE}, ["native"], f"{RULES}.embeddings.group_size", "group_size_does_not_divide"),
+        (False, {"head": WIDE}, ["native"], f"{RULES}.head.group_size", "group_size_does_not_divide"),
+    ],
+)
+def test_what_a_model_cannot_have_is_refused_when_it_is_submitted(
+    api: Api, tied: bool, modules: dict[str, Any], formats: list[str], field: str, code: str
+) -> None:
+    body = {
+        "model": str(small_checkpoint(api, tied=tied)),
+        "quantization": {"method": "rtn", "group_size": 32, "modules": modules},
+        "formats": formats,
+    }
+    answer = api.client.post(DRY, json=body)
+    assert answer.status_code == 422
+    assert [(each["field"], each["code"]) for each in answer.json()["errors"]] == [(field, code)]

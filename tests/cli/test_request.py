@@ -7,7 +7,7 @@ import pytest
 
 from app.domain.request.job_request import JobRequest
 from bitwright.cli.jobs import parse_labels
-from bitwright.cli.submit import parse_overrides, read_request, set_quantization
+from bitwright.cli.submit import parse_overrides, parse_scheme, read_request, set_quantization
 from bitwright.errors import MalformedBody, RequestError
 
 
@@ -27,6 +27,16 @@ def test_module_rules_move_a_shorthand_request_into_its_full_form() -> None:
         request.quantization.scheme_of("model.layers.0.mlp.down_proj")
         == dict(request.quantization.schemes())["*.down_proj"]
     )
+
+
+def test_embeddings_and_head_are_said_by_a_width_or_a_name() -> None:
+    body: dict[str, Any] = {"model": "org/name", "method": "rtn", "bits": 2}
+    set_quantization(body, {}, None, {}, {"embeddings": parse_scheme("4"), "head": parse_scheme("fp8")})
+    body["formats"] = ["native"]
+    modules = JobRequest.parse(body).quantization.modules
+    assert modules.embeddings is not None
+    assert modules.head is not None
+    assert (modules.embeddings.bits, modules.head.scheme) == (4, "fp8")
 
 
 def test_flags_win_over_the_full_form_of_a_file(tmp_path: Path) -> None:

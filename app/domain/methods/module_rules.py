@@ -58,7 +58,7 @@ def outer_errors(spec: WeightSpec, width: int, *, head: str, tied: bool) -> list
                 f"{head} shares its matrix with the embeddings, of which this request does not speak",
                 field=f"{RULES}.ignore",
                 value=head,
-                hint=f'give modules.embeddings a scheme, which then is that of both, or add "{head}" to modules.ignore',
+                hint=f'give modules.embeddings a scheme, which is that of both then, or add "{head}" to modules.ignore',
             )
         )
     if tied and embeddings is not None and of_head is not None and embeddings != of_head:
@@ -85,7 +85,7 @@ def indivisible_outer(scheme: Scheme, width: int, name: str) -> IndivisibleGroup
     """The error for groups that do not divide the rows of embeddings or head, named by their field."""
     if scheme.name is not None:
         return IndivisibleGroup(
-            f"groups of {scheme.group_size} of the scheme {scheme.name} do not divide the {width} columns of the {name}",
+            f"groups of {scheme.group_size} of the scheme {scheme.name} do not divide {width} columns of the {name}",
             field=f"{RULES}.{name}.scheme",
             value=scheme.name.value,
             hint="give another scheme, or leave the field out",

@@ -155,7 +155,7 @@ def _apply_preset(body: dict[str, object]) -> None:
 
 
 def _expand_outer(body: dict[str, object]) -> None:
-    """Schemes of embeddings and head in full: a width or a name alone, and what the linears' default says for the rest."""
+    """Schemes of embeddings and head in full: a width or a name alone, and the rest as the linears' default says."""
     quantization = body.get("quantization")
     modules = quantization.get("modules") if isinstance(quantization, dict) else None
     if not isinstance(quantization, dict) or not isinstance(modules, Mapping):

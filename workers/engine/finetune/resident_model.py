@@ -1,9 +1,9 @@
 """The whole quantized model on the device with its adapters: what a training step runs.
 
 Norms, and embeddings and head unless quantized, are as the checkpoint has them, in a 16-bit compute dtype; the blocks
-are the model's own modules, with an `AdaptedLinear` for every quantized linear while the context lasts. How the model calls a block is
-recorded as for every other stage; where a sequence holds several examples, the same masks and rotary angles are made
-for them: attention only within an example, positions from 0 in each.
+are the model's own modules, with an `AdaptedLinear` for every quantized linear while the context lasts. How the model
+calls a block is recorded as for every other stage; where a sequence holds several examples, the same masks and rotary
+angles are made for them: attention only within an example, positions from 0 in each.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -220,8 +220,8 @@ def _size(report: Report, contents: Contents, stored: int | None) -> str:
     )
     return (
         f"{here}{whose}{size.bytes_original / 1e6:.1f} MB of tensors before, {size.bytes_quantized / 1e6:.1f} MB "
-        f"after, counted as the native format stores them: {size.bits_per_weight_model:.3f} bits for each weight of the "
-        f"model, and {size.bits_per_weight:.3f} for each quantized one{_parts(size)}."
+        f"after, counted as the native format stores them: {size.bits_per_weight_model:.3f} bits for each weight of "
+        f"the model, and {size.bits_per_weight:.3f} for each quantized one{_parts(size)}."
     )
 
 

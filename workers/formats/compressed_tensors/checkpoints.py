@@ -8,10 +8,10 @@ from app.domain.methods import Scheme
 from workers.formats.cards.vllm import vllm_rows
 from workers.formats.checkpoint import Layout, checkpoint_format
 from workers.formats.compressed_tensors.configuration import config, misreads_experts, needs_loader, with_kv_cache
+from workers.formats.compressed_tensors.embeddings import with_embeddings
 from workers.formats.compressed_tensors.loading import adapter_base, loading, package_warnings
 from workers.formats.compressed_tensors.refusals import in_common
 from workers.formats.compressed_tensors.tensors import compress, decompress
-from workers.formats.quantized_embeddings import with_embeddings
 
 MISREAD = (
     "compressed-tensors: transformers 5.23 reads experts of this scheme wrongly, and not always with an error; load "
