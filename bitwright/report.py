@@ -311,6 +311,11 @@ class Report(ReportPart):
     quality: Quality | None = Field(
         description="Of the checkpoints that were asked for, the first way to load them in `shipped`."
     )
+    served: str | None = Field(
+        default=None,
+        description="What a server rounds besides weights and the figures of `quality`, `shipped` and "
+        "`round_to_nearest` include, in words: inputs of linears, a key-value cache. null: nothing.",
+    )
     shipped: tuple[ShippedFigures, ...] = Field(
         default=(),
         description="Every way to load what was stored, measured with the numbers that are stored: those of `quality` "

@@ -154,7 +154,8 @@ class MethodView(View):
     title: str
     summary: str
     paper: str | None = Field(default=None, description="arXiv number.")
-    produces: list[str] = Field(description="Forms of what it makes of a linear: affine, codebook, low-rank.")
+    produces: list[str] = Field(description="Forms of what it makes of a linear: affine, codebook, float, low-rank.")
+    schemes: list[str] = Field(default_factory=list, description="Values of `scheme` that it takes.")
     needs_calibration: bool
     presets: list[str] = Field(default_factory=list)
     parameters: dict[str, Any] = Field(description="JSON Schema of `quantization` with this method.")

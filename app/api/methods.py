@@ -33,6 +33,7 @@ def method_view(name: str, info: MethodInfo) -> MethodView:
         summary=info.summary,
         paper=info.paper,
         produces=sorted(info.produces),
+        schemes=sorted(info.spec.named_schemes),
         needs_calibration=info.needs_calibration,
         presets=list(info.presets),
         parameters=info.spec.model_json_schema(),

@@ -11,7 +11,7 @@ from app.domain.fused_shapes import shape_warning
 from app.domain.inputs.architectures import HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.inputs.quantized.registry import quantized_warning
-from app.domain.methods import WeightSpec
+from app.domain.methods import SchemeName, WeightSpec
 from app.domain.methods.module_rules import rule_errors
 from app.domain.request.combination_rules import shape_errors
 from app.domain.request.job_request import JobRequest
@@ -142,24 +142,35 @@ def _misfits_without_model(request: JobRequest, inspection: Inspection) -> list[
     return problems + model_problems(request.formats, kind, inputs, inspection.config)
 
 
-def _need_of_a_model(spec: WeightSpec) -> FieldProblem:
-    if spec.budget() is not None:
-        detail = "a budget is spent by what the model computes; give a number of bits to quantize the weights alone"
-        return FieldProblem(field="quantization.bits", code="conflicting_fields", detail=detail)
+WEIGHTS_ALONE = {SchemeName.NVFP4: SchemeName.NVFP4A16, SchemeName.FP8_TENSOR: SchemeName.FP8}
+"""Schemes that store a number from calibration text, and what takes their place without a model."""
+
+
+def _unmeasurable(spec: WeightSpec) -> list[FieldProblem]:
+    """Numbers of activations that would be stored, and that nothing measures without a model."""
+    problems = []
+    for pattern, scheme in spec.schemes():
+        if scheme.name in WEIGHTS_ALONE:
+            where = f"quantization.modules.overrides.{pattern}.scheme" if pattern else "quantization.scheme"
+            detail = (
+                f"{scheme.name} stores a number of activations from calibration text, which needs the model; give "
+                f'"{WEIGHTS_ALONE[scheme.name]}" to quantize the weights alone'
+            )
+            problems.append(
+                FieldProblem(field=where, code="conflicting_fields", detail=detail, value=scheme.name.value)
+            )
     if spec.kv_cache is not None:
-        detail = "scales of a cache are measured on what the model computes; leave kv_cache out"
-        return FieldProblem(field="quantization.kv_cache", code="conflicting_fields", detail=detail)
-    detail = (
-        "the scheme stores a number of the inputs, which the model computes; take one of weights alone, as nvfp4a16"
-    )
-    return FieldProblem(field="quantization.scheme", code="conflicting_fields", detail=detail)
+        detail = "scales of a key-value cache are measured on calibration text, which needs the model; leave it out"
+        problems.append(FieldProblem(field="quantization.kv_cache", code="conflicting_fields", detail=detail))
+    return problems
 
 
 def without_model_problems(request: JobRequest) -> list[FieldProblem]:
     """Parts of a request that a job without a model cannot do."""
-    problems = []
-    if request.quantization.needs_model():
-        problems.append(_need_of_a_model(request.quantization))
+    problems, spec = _unmeasurable(request.quantization), request.quantization
+    if spec.budget() is not None or (spec.needs_model() and not problems):
+        detail = "a budget is spent by what the model computes; give a number of bits to quantize the weights alone"
+        problems.append(FieldProblem(field="quantization.bits", code="conflicting_fields", detail=detail))
     for name, detail in NEEDED:
         given = getattr(request, name)
         if given is not None and (name != "require" or given.model_dump(exclude_none=True)):

@@ -62,7 +62,7 @@ def format_problems(
         for pattern, scheme in spec.schemes():
             of_scheme = _scheme_problems(name, pattern, scheme, spec.symmetries())
             problems += [problem for problem in of_scheme if problem not in problems]
-    return problems + _scale_problems(formats)
+    return problems + _scale_problems(formats) + _cache_problems(spec, formats)
 
 
 def model_problems(
@@ -127,6 +127,17 @@ def _scale_problems(formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
             )
         first = first or name
     return problems
+
+
+def _cache_problems(spec: WeightSpec, formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
+    """Formats that were asked for, none of which holds the scales of a key-value cache."""
+    if spec.kv_cache is None or not formats or any(name.info.kv_cache for name in formats):
+        return []
+    able = ", ".join(f'"{row.value}"' for row in ExportFormat if row.info.kv_cache)
+    names = " and ".join(name.value for name in formats)
+    detail = f"{names} cannot hold scales of a key-value cache; formats that can: {able}; or leave kv_cache out"
+    field = "quantization.kv_cache"
+    return [FieldProblem(field=field, code="format_cannot_hold", detail=detail, value=spec.kv_cache)]
 
 
 def _form_refusal(

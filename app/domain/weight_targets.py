@@ -9,6 +9,7 @@ and so does what has less than 32 rows or columns, or columns that are no whole 
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from app.domain.inputs.architectures import ARCHITECTURES, HEAD
@@ -35,6 +36,8 @@ HEADS = frozenset({HEAD, "embed_out", "output"})
 IN_ORDER = ("gate_up_proj", "gate_proj", "up_proj", "w1", "w3", "w13")
 """Fused experts' tensors that read hidden states; the others write them."""
 OUT_ORDER = ("down_proj", "w2")
+JOINED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"), ("w1", "w3"), ("q_a_proj", "kv_a_proj_with_mqa"))
+"""Last names of linears that runtimes make one matrix of (vLLM 0.33)."""
 INTERLEAVED = frozenset({"gpt_oss", "openai_privacy_filter"})
 """Types whose `gate_up_proj` has gate and up in turn, not one after the other (transformers 5.23)."""
 CONV1D = frozenset({"gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp"})
@@ -94,6 +97,23 @@ class Targets:
     linears: tuple[Target, ...]
     left_alone: Mapping[str, str]
     kept: tuple[KeptPart, ...] = ()
+
+    def joined(self, name: str) -> tuple[Target, ...]:
+        """The linear of that name and those that a runtime makes one matrix of with it, as names show, of one scheme.
+
+        Queries, keys and values; gate and up, of an expert too.
+        """
+        return self._sets[name]
+
+    @cached_property
+    def _sets(self) -> dict[str, tuple[Target, ...]]:
+        by_set: dict[tuple[str, int, Scheme], list[Target]] = {}
+        for target in self.linears:
+            parent, _, leaf = target.name.rpartition(".")
+            index = next((i for i, names in enumerate(JOINED) if leaf in names), None)
+            key = (target.name, -1) if index is None else (parent, index)
+            by_set.setdefault((*key, target.scheme), []).append(target)
+        return {target.name: tuple(targets) for targets in by_set.values() for target in targets}
 
     @property
     def weights(self) -> int:

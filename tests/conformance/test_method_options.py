@@ -22,7 +22,7 @@ from workers.contracts.results import BlockResult
 
 OTHER: dict[str, dict[str, Any]] = {
     "": {"bits": 3, "group_size": 8, "symmetric": False, "modules": {"ignore": ["up"]}},
-    "rtn": {},
+    "rtn": {"scale_search": False},
     "nf": {"double_quantization": False},
     "gptq": {"damping": 0.5, "act_order": False},
     "awq": {"search_samples": 1, "clip_search": False, "quantized_inputs": True},
@@ -62,7 +62,8 @@ def choices(spec: WeightSpec) -> object:
 
 
 ELSEWHERE: dict[tuple[str, str], tuple[dict[str, Any], Any, Callable[[WeightSpec], object]]] = {
-    ("rtn", "scheme"): ({}, "nvfp4", lambda spec: spec.schemes()),
+    **{(name, "scheme"): ({}, "nvfp4", lambda spec: spec.schemes()) for name in ("rtn", "gptq", "awq", "signround")},
+    **{(name, "kv_cache"): ({}, "fp8", lambda spec: spec.measures_inputs()) for name in NAMED},
     ("rtn", "weights_only"): ({}, True, lambda spec: spec.asks_for_weights_alone()),
     ("nf", "weights_only"): ({}, True, lambda spec: spec.asks_for_weights_alone()),
     ("signround", "scale_steps"): ({}, 7, lambda spec: spec.end_to_end_steps()),
@@ -90,7 +91,10 @@ STARTS: dict[str, dict[str, Any]] = {
     "apiq": {"bits": 2, "steps": 12, "learning_rate": 0.01},
 }
 """What has to be so that a method gets anywhere in its few steps."""
-WITH: dict[tuple[str, str], dict[str, Any]] = {("loftq", "symmetric"): {"base": "affine"}}
+WITH: dict[tuple[str, str], dict[str, Any]] = {
+    ("loftq", "symmetric"): {"base": "affine"},
+    ("rtn", "scale_search"): {"bits": None, "group_size": None, "symmetric": None, "scheme": "nvfp4a16"},
+}
 """Other fields without which an option is refused."""
 
 

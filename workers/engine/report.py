@@ -59,6 +59,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
         ),
         calibration=None if sequences is None else sequences.report(),
         quality=None if results.evaluated is None else results.evaluated.quality,
+        served=None if results.evaluated is None else served_words(job),
         shipped=() if results.evaluated is None else results.evaluated.shipped,
         round_to_nearest=None if results.evaluated is None else results.evaluated.reference,
         head=results.head,
@@ -74,6 +75,18 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
         blocks_resumed=resumed,
         warnings=tuple(job.reporter.warnings),
     )
+
+
+def served_words(job: Job) -> str | None:
+    """What the evaluation rounds besides weights, as a server of the job's schemes does it; None: nothing."""
+    rows = {scheme.name: scheme.row.activations for scheme in job.block_schemes.values() if scheme.row is not None}
+    rounded = sorted(name for name, activations in rows.items() if name is not None and activations is not None)
+    parts = [f"inputs of linears as a server of {' and '.join(rounded)} rounds them"] if rounded else []
+    if any(job.finished_blocks.caches(index) for index in range(len(job.model.blocks))):
+        parts.append("keys and values as an FP8 cache gives them back")
+    if not parts:
+        return None
+    return f"{'; '.join(parts)}: checkpoints that are loaded in floating point, as native and merged, do not round them"
 
 
 def identity_of(job: Job, results: Results) -> Identity:

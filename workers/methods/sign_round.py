@@ -31,8 +31,8 @@ columns are weighted by their inputs' second moments. alpha and beta then stay i
 
 Floating-point grids (FP4, FP8; `workers.numerics.tuned_floats`): the same with the values of the element in place of
 the integers. A piecewise linear map u takes the k-th value to k, and V is added to u(w/s), so that it reaches the next
-value everywhere; alpha moves the scale, which is rounded as it is stored, and exponents of MX stay. Where the scheme
-rounds activations, the block is tuned with rounded ones (`workers.engine.tune`), straight through.
+value everywhere; scales are the best that can be stored, and stay. Where the scheme rounds activations, the block is
+tuned with rounded ones (`workers.engine.tune`), straight through.
 
 Different from the paper: that start; the original block reads the original activations and the quantized
 block the quantized ones (as in AutoRound's code); the parameters kept are those with the lowest loss on held-out
@@ -52,7 +52,7 @@ from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
-from workers.numerics.backend import rounding_kernels
+from workers.numerics.backend import float_rounding_kernels, rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, LinearResult, Number
@@ -82,7 +82,9 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
     kernels, dtypes = rounding_kernels(kinds.device, kinds.dtype), (kinds.dtype, kinds.scale_dtype)
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
     for columns, scheme in kinds.linears:
-        if scheme.form is Form.FLOAT:
+        if scheme.row is not None and scheme.form is Form.FLOAT:
+            width, floats = math.gcd(scheme.width(columns), columns), float_rounding_kernels(kinds.device, kinds.dtype)
+            calls += floats.warm_ups(width, scheme.row.element, kinds.dtype, kinds.device)
             continue
         width, settings = scheme.width(columns), GridSettings.of(scheme, kinds.scale_dtype)
         calls += kernels.warm_ups(columns, width, settings, dtypes=dtypes, counted=counted, device=kinds.device)

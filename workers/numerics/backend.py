@@ -14,8 +14,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from app.domain.methods.named_schemes import Element
 from workers.numerics.backends import block_operators, float_rounding_operators, rounding_operators
-from workers.numerics.backends.float_rounding_operators import FloatGroups, FloatSettings
+from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 
 
@@ -52,21 +53,16 @@ class RoundingKernels(Protocol):
 
 
 class FloatRoundingKernels(Protocol):
-    """The same on floating-point grids; `workers.numerics.backends.float_rounding_operators` describes the functions."""
+    """The same on floating-point grids; `.float_rounding_operators` of the backends describes the functions."""
 
-    def write(self, groups: FloatGroups, settings: FloatSettings, w_hat: Tensor) -> None: ...
+    def write(self, groups: FloatGroups, element: Element, w_hat: Tensor) -> None: ...
     def step(
-        self,
-        groups: FloatGroups,
-        settings: FloatSettings,
-        *,
-        gradient: Tensor,
-        rate: Tensor,
-        faults: Tensor,
-        limits: tuple[float, float],
-        w_hat: Tensor,
+        self, groups: FloatGroups, element: Element, *, gradient: Tensor, rate: Tensor, faults: Tensor, w_hat: Tensor
     ) -> None: ...
-    def keep(self, groups: FloatGroups, settings: FloatSettings, better: Tensor) -> None: ...
+    def keep(self, groups: FloatGroups, element: Element, better: Tensor) -> None: ...
+    def warm_ups(
+        self, width: int, element: Element, dtype: torch.dtype, device: torch.device
+    ) -> list[Callable[[], object]]: ...
 
 
 class BlockKernels(Protocol):
@@ -130,9 +126,9 @@ def rounding_kernels(device: torch.device, dtype: torch.dtype) -> RoundingKernel
     return _rounding_kernels() if triton_serves(device, dtype) else rounding_operators
 
 
-def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRoundingKernels:  # noqa: ARG001 - for kernels
+def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRoundingKernels:
     """Rounding kernels of floating-point grids for weights of this dtype."""
-    return float_rounding_operators
+    return _float_rounding_kernels() if triton_serves(device, dtype) else float_rounding_operators
 
 
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
@@ -163,6 +159,13 @@ def compiled_block_kernels() -> CompiledBlockKernels:
 @cache
 def _rounding_kernels() -> RoundingKernels:
     from workers.numerics.backends import rounding_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _float_rounding_kernels() -> FloatRoundingKernels:
+    from workers.numerics.backends import float_rounding_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

@@ -17,9 +17,9 @@ CACHED = 1 << 19
 """Elements of a part that stays in a CPU's caches through a chain of operations."""
 
 
-def row_parts(rows: int, columns: int, device: torch.device, elements: int = PART) -> Iterator[slice]:
+def row_parts(rows: int, columns: int, device: torch.device, elements: int | None = None) -> Iterator[slice]:
     """Slices of the rows of a matrix, all of them at once where it is small or not on the host."""
-    step = rows if device.type != "cpu" else max(1, elements // max(1, columns))
+    step = rows if device.type != "cpu" else max(1, (elements or PART) // max(1, columns))
     yield from (slice(first, min(first + step, rows)) for first in range(0, rows, max(1, step)))
 
 

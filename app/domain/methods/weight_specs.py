@@ -365,7 +365,6 @@ class SignRoundSpec(NamedSchemeSpec):
     """SignRound (AutoRound): rounding offsets and clipping ranges tuned by signed gradient descent, block by block."""
 
     method: Literal["signround"] = "signround"
-    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES - {SchemeName.FP8_TENSOR, SchemeName.FP8_BLOCK}
     preset: PresetName = Field(
         default="default",
         description="Fills both numbers of steps and the calibration's size where they are not given.",

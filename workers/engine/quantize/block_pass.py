@@ -11,7 +11,7 @@ does after a third of its steps), that is less than a block.
 """
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from app.domain.methods import Scheme, WeightSpec
 from bitwright.errors import InternalError
-from bitwright.events import BlockEvent, Stage
+from bitwright.events import Stage
 from bitwright.report import BlockReport
 from workers.contracts.blocks import BlockTask
 from workers.contracts.kv_cache import KVScales
@@ -35,6 +35,7 @@ from workers.engine.job import Job
 from workers.engine.model.cache_states import CacheWatch, attention_of
 from workers.engine.model.overflow import blaming_the_original
 from workers.engine.quantize.activations import Activations, second_moments, sum_moments
+from workers.engine.quantize.block_progress import BlockProgress, block_event
 from workers.engine.quantize.block_reader import BlockReader
 from workers.engine.quantize.block_report import BlockFindings, error_sums
 from workers.engine.quantize.expert_coverage import (
@@ -48,11 +49,37 @@ from workers.engine.quantize.expert_coverage import (
 from workers.engine.quantize.reference import rounded
 from workers.engine.quantize.registry import METHODS, method_of
 from workers.engine.quantize.serving import Measured, Served, cache_scales, set_amax, with_input_amax
-from workers.engine.reporter import Reporter
 from workers.engine.seeds import derived_seed
 from workers.engine.tune.tuner import Tuner
-from workers.numerics.input_rounding import input_roundings
+from workers.numerics.input_rounding import InputRounding, input_roundings
 from workers.numerics.quantized import LinearResult
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """What the passes through an original block have shown.
+
+    moments    `second_moments`, of starved experts those of tokens that they borrowed, too
+    columns    largest magnitudes of the inputs of calibrated linears, by column
+    joined     linears that a runtime makes one matrix of
+    cache      scales of the attention's cache
+    """
+
+    schemes: Mapping[str, Scheme]
+    moments: dict[str, Tensor]
+    coverage: Coverage
+    columns: Mapping[str, Tensor]
+    joined: Sequence[tuple[str, ...]]
+    cache: KVScales | None
+
+    def amax(self, results: Mapping[str, LinearResult] | None = None) -> dict[str, Tensor]:
+        """`set_amax` of the block's linears."""
+        return set_amax(self.columns, self.joined, self.schemes, results)
+
+    @property
+    def roundings(self) -> dict[str, InputRounding]:
+        """Those of inputs, as long as no scale has moved."""
+        return input_roundings(self.schemes, self.amax())
 
 
 @dataclass(frozen=True)
@@ -84,7 +111,7 @@ class BlockPass:
 
     def _run(self) -> tuple[BlockReport, ...]:
         total, resumed = len(self.job.model.blocks), self.job.finished_blocks.resumed
-        progress = _Progress(self.job.reporter, total)
+        progress = BlockProgress(self.job.reporter, total)
         reader = BlockReader(self.job.model, self.job.finished_blocks)
         with WriteBehind(self.job.model.device) as writer, closing(reader.blocks()) as blocks:
             for index in range(total):
@@ -120,10 +147,34 @@ class BlockPass:
             task = self._task(index, container, {"head": self.job.schemes[head]}, {}, lambda _: None)
             return METHODS["rtn"].quantize_block(task, self.job.spec).linears["head"]
 
-    def _quantize(self, index: int, progress: "_Progress", writer: WriteBehind) -> None:
+    def _quantize(self, index: int, progress: BlockProgress, writer: WriteBehind) -> None:
         started = time.perf_counter()
         block, prefix = self.job.model.blocks[index], self.job.model.layout.block(index)
         schemes = {n: self.job.schemes[f"{prefix}.{n}"] for n in self._quantized_linears(index)}
+        seen = self._look(index, block, schemes)
+        base = None if self.job.base_job is None else self.job.base_job.block(index)
+        self._serve(index, Served(seen.roundings, seen.cache) if base is None else self._served(base, seen.cache))
+        self._advance_reference(index, block)
+
+        def tick(share: float) -> None:
+            writer.wait()
+            progress.tick(index, share)
+
+        result = self._result(index, block, seen, tick) if base is None else base
+        self._demand_agreement(index, result)
+        writer.wait()
+        shard = writer.give(partial(self._write_shard, index, result, seen.cache))
+        errors = self._put(index, result, seen.moments)
+        self._serve(index, self._served(result, seen.cache))
+        self._advance_quantized(index, block)
+        observed = self.calibration or self.evaluation
+        output = None if observed is None else observed.squared_error()
+        self.job.processes.sum_(*([] if output is None else [output]))
+        findings = BlockFindings(index, prefix, started, result, errors, output, seen.coverage)
+        writer.give(partial(self._finish, shard, findings))
+
+    def _look(self, index: int, block: nn.Module, schemes: Mapping[str, Scheme]) -> "_Seen":
+        """The passes of all texts through the original block, and what shows in them."""
         observed = self.calibration or self.evaluation
         linears = {n: linear for n, linear in self.job.model.block_linears(index).items() if n in schemes}
         measured = Measured.of(linears, schemes, self._caches, calibrates=self.calibration is not None)
@@ -133,43 +184,22 @@ class BlockPass:
             sum_moments(self.job.processes, moments, linears)
         found = self._coverage(tokens, schemes, block)
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
-        joined = self.job.model.joined(index)
-        columns, cache = measured.inputs.columns(self.job.processes), self._cache_scales(index, measured)
-        input_amax = set_amax(columns, joined, schemes)
-        base = None if self.job.base_job is None else self.job.base_job.block(index)
-        self._serve(
-            index,
-            Served(input_roundings(schemes, input_amax), cache)
-            if base is None
-            else Served.of(base.linears, cache, self.job.model.device),
-        )
-        self._advance_reference(index, block)
+        columns = measured.inputs.columns(self.job.processes)
+        joined, cache = self.job.model.joined(index), self._cache_scales(index, measured)
+        return _Seen(schemes, moments, found, columns, joined, cache)
 
-        def tick(share: float) -> None:
-            writer.wait()
-            progress.tick(index, share)
+    def _result(self, index: int, block: nn.Module, seen: "_Seen", tick: Callable[[float], None]) -> BlockResult:
+        """The method's result for the block, with the numbers of inputs that its schemes store."""
+        starved = seen.coverage.linears(block, list(seen.schemes))
+        seen.moments.update(self._borrowed_moments(index, seen.coverage, starved))
+        task = self._task(index, block, seen.schemes, seen.moments, tick)
+        task = replace(task, starved=starved, joined=seen.joined, input_amax=seen.amax())
+        with complete(block, seen.coverage.starved):
+            result = _quantize_block(task, self.job.spec) if seen.schemes else BlockResult({})
+        return replace(result, linears=with_input_amax(result.linears, seen.amax(result.linears)))
 
-        if base is not None:
-            result = base
-        else:
-            starved = found.linears(block, list(schemes))
-            moments = moments | self._borrowed_moments(index, found, starved)
-            task = replace(self._task(index, block, schemes, moments, tick), starved=starved, joined=joined)
-            task = replace(task, input_amax=input_amax)
-            with complete(block, found.starved):
-                result = _quantize_block(task, self.job.spec) if schemes else BlockResult({})
-            amax = set_amax(columns, joined, schemes, result.linears)
-            result = replace(result, linears=with_input_amax(result.linears, amax))
-        self._demand_agreement(index, result)
-        writer.wait()
-        shard = writer.give(partial(self._write_shard, index, result, cache))
-        errors = self._put(index, result, moments)
-        self._serve(index, Served.of(result.linears, cache, self.job.model.device))
-        self._advance_quantized(index, block)
-        output = None if observed is None else observed.squared_error()
-        self.job.processes.sum_(*([] if output is None else [output]))
-        findings = BlockFindings(index, prefix, started, result, errors, output, found)
-        writer.give(partial(self._finish, shard, findings))
+    def _served(self, result: BlockResult, cache: KVScales | None) -> Served:
+        return Served.of(result.linears, cache, self.job.model.device)
 
     @property
     def _caches(self) -> bool:
@@ -227,7 +257,7 @@ class BlockPass:
         report = findings.report()
         report = report if self.job.base_job is None else self.job.base_job.corrected(report)
         self.job.finished_blocks.finish(findings.index, shard.result(), report)
-        self.job.reporter.block(_event(report, len(self.job.model.blocks)))
+        self.job.reporter.block(block_event(report, len(self.job.model.blocks)))
 
     def _replay(self, index: int, quantized: dict[str, Tensor]) -> None:
         block, prefix = self.job.model.blocks[index], self.job.model.layout.block(index)
@@ -346,44 +376,3 @@ def _quantize_block(task: BlockTask, spec: WeightSpec) -> BlockResult:
 
 def _no_forward(block: Callable[..., Any], hidden: Tensor) -> Tensor:
     raise TypeError(f"{block} is given to a method without inputs: {tuple(hidden.shape)}")
-
-
-def _event(report: BlockReport, total: int) -> BlockEvent:
-    return BlockEvent(
-        index=report.index,
-        total=total,
-        name=report.name,
-        loss_initial=report.loss_initial,
-        loss=report.loss,
-        expert_tokens_least=min((part.tokens_least for part in report.experts), default=None),
-        experts_starved=sum(len(part.starved) for part in report.experts) if report.experts else None,
-        seconds=report.seconds,
-    )
-
-
-class _Progress:
-    """Progress of the pass, with the time left from the blocks that were measured."""
-
-    def __init__(self, reporter: Reporter, total: int) -> None:
-        self._reporter = reporter
-        self._total = total
-        self._started = 0.0
-        self._measured: list[float] = []
-
-    def begin(self, index: int) -> None:
-        self._started = time.monotonic()
-        self.tick(index, 0.0)
-
-    def tick(self, index: int, share: float) -> None:
-        elapsed = time.monotonic() - self._started
-        a_block = sum(self._measured) / len(self._measured) if self._measured else None
-        if a_block is None and share > 0.05:
-            a_block = elapsed / share
-        left = None if a_block is None else max(0.0, (self._total - index - share) * a_block)
-        self._reporter.progress(Stage.QUANTIZE, index + min(share, 0.999), self._total, "blocks", left)
-
-    def end(self, index: int, *, computed: bool) -> None:
-        if computed:
-            self._measured.append(time.monotonic() - self._started)
-        if index + 1 == self._total:
-            self._reporter.progress(Stage.QUANTIZE, self._total, self._total, "blocks")

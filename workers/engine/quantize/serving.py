@@ -144,7 +144,15 @@ def set_amax(
         moved = 1.0 if results is None else results[name].scaling.columns
         amax[name] = (column / moved).amax().float().reshape(1)
     sets = sets_of(joined, schemes, amax)
-    return {name: torch.cat([amax[other] for other in names]).amax().reshape(1) for name, names in sets.items()}
+    found = {name: torch.cat([amax[other] for other in names]).amax().reshape(1) for name, names in sets.items()}
+    return {name: torch.where(own > 0, own, _of_namesakes(name, found)) for name, own in found.items()}
+
+
+def _of_namesakes(name: str, amax: Mapping[str, Tensor]) -> Tensor:
+    """For an expert without a token: the largest of all experts; 1 where there was nothing but zeros."""
+    leaf = name.rpartition(".")[2]
+    largest = torch.cat([own for other, own in amax.items() if other.rpartition(".")[2] == leaf]).amax().reshape(1)
+    return torch.where(largest > 0, largest, torch.ones_like(largest))
 
 
 def with_input_amax(results: Mapping[str, LinearResult], amax: Mapping[str, Tensor]) -> dict[str, LinearResult]:

@@ -130,7 +130,8 @@ def _write_parts(
     everything: list[Target | KeptPart] = [*targets.linears, *targets.kept]
     for linear in everything:
         by_tensor.setdefault(linear.tensor, []).append(linear)
-    tensor_pass = TensorPass(checkpoint, order.request.quantization, order.request.formats, by_tensor)
+    spec, formats = order.request.quantization, order.request.formats
+    tensor_pass = TensorPass(checkpoint, spec, formats, by_tensor, targets.joined)
     parts, total = parts_of(checkpoint.tensors, PART_BYTES), len(checkpoint.tensors)
     finished.adopt(partial(_whole, writers))
     for part in finished.parts:

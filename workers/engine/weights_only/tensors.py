@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,10 +19,10 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.plan import scale_dtype_of
 from workers.engine.quantize.block_report import error_sums
 from workers.engine.quantize.registry import method_of
-from workers.engine.weights_only.expert_parts import outputs_of, stored_part
 from workers.engine.weights_only.finished_parts import FinishedLinear
-from workers.engine.weights_only.joined_scales import JoinedScales
 from workers.formats.format import PartWriter
+from workers.formats.stored_linear import StoredPart
+from workers.numerics.joined import shares_scale
 from workers.numerics.quantized import LinearResult, StoredBits
 from workers.numerics.row_parts import row_parts
 
@@ -41,17 +40,15 @@ class TensorPass:
     """Takes tensors of a checkpoint through a method and to writers, each by itself.
 
     linears   by the tensor that holds them: those that are quantized, and experts' that stay beside such
+    joined    the linears that a runtime makes one matrix of with the one of that name, itself among them
     """
 
     checkpoint: Checkpoint
     spec: WeightSpec
     formats: tuple[ExportFormat, ...]
     linears: Mapping[str, Sequence[Target | KeptPart]]
-
-    @cached_property
-    def joined(self) -> JoinedScales:
-        """Scales that linears share, whatever tensors they lie in."""
-        return JoinedScales(self.checkpoint, self.linears)
+    joined: Callable[[str], Sequence[Target]] = lambda _: ()
+    _amax: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def write(self, name: str, writers: Mapping[ExportFormat, PartWriter]) -> Done:
@@ -102,13 +99,13 @@ class TensorPass:
                         linears.append(linear)
                         bits += stored.stored_bits()
                         if whole is not None:
-                            outputs_of(whole, place, len(weight)).copy_(stored.dequantize())
-                    description = stored_part(part, place)
+                            _outputs(whole, place, len(weight)).copy_(stored.dequantize())
+                    stored_part = _stored_part(part, place)
                     for writer in packed:
                         if isinstance(stored, Tensor):
-                            writer.add_part(part.name, stored, description)
+                            writer.add_part(part.name, stored, stored_part)
                         else:
-                            writer.add_linear(part.name, stored, part=description)
+                            writer.add_linear(part.name, stored, part=stored_part)
                 for pieces in growing:
                     if whole is not None:
                         pieces.append(whole)
@@ -121,7 +118,7 @@ class TensorPass:
         if not isinstance(method, TensorMethod):
             raise InternalError(f"{self.spec.method} needs a model", field="quantization.method")
         scale_dtype = scale_dtype_of(self.formats, weight.dtype)
-        amax = self.joined.amax(target.name)
+        amax = self._joined_amax(target)
         result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec, amax)
         squared, reference = error_sums(result.dequantize(), weight, None).tolist()
         report = LinearReport(
@@ -133,6 +130,22 @@ class TensorPass:
             weight_error=math.sqrt(squared / reference) if reference else 0.0,
         )
         return result, FinishedLinear(report=report, seconds=time.perf_counter() - started)
+
+    def _joined_amax(self, target: Target) -> Tensor | None:
+        """Largest magnitude of a linear and of all that a runtime joins with it; None where scales are its own.
+
+        Each of the others' tensors is read once for it.
+        """
+        others = self.joined(target.name) if shares_scale(target.scheme) else ()
+        if len(others) < 2:
+            return None
+        for other in others:
+            if other.name not in self._amax:
+                tensor = self.checkpoint.read(other.tensor)
+                place = other.place
+                own = tensor if place is None else _outputs(tensor[place.expert], place, other.shape[0])
+                self._amax[other.name] = own.abs().max().float()
+        return torch.stack([self._amax[other.name] for other in others]).max()
 
 
 def demand_finite(name: str, weight: Tensor) -> None:
@@ -159,4 +172,16 @@ def _by_expert(parts: Sequence[Target | KeptPart], tensor: Tensor) -> Iterator[t
             found.setdefault(part.place.expert, []).append((part, part.place))
     for expert in range(len(tensor)):
         own = found.get(expert, [])
-        yield expert, [(p, place, outputs_of(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]
+        yield expert, [(p, place, _outputs(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]
+
+
+def _outputs(expert: Tensor, place: ExpertPlace, count: int) -> Tensor:
+    """A linear's part (out, in) of an expert's matrix, in its memory."""
+    outputs = expert.T if place.transposed else expert
+    return outputs[place.first : place.first + place.step * count : place.step]
+
+
+def _stored_part(part: Target | KeptPart, place: ExpertPlace) -> StoredPart:
+    stop = place.first + place.step * part.shape[0]
+    rows = (place.first, stop, place.step)
+    return StoredPart(of=part.tensor, index=place.expert, rows=rows, transposed=place.transposed)

@@ -57,6 +57,7 @@ def quality(report: Report, contents: Contents, export_format: ExportFormat | No
                 f"| same most likely token | 100 % | {100 * measured.top1_agreement:.2f} % |",
             ]
         ),
+        *([] if report.served is None else [f"The figures include {report.served}."]),
     ]
 
 
