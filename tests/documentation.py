@@ -15,7 +15,17 @@ from app.api.http.errors import problem_response
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule
 from app.domain.inputs.architectures import ACCEPTED_FILE, ARCHITECTURES, REFUSED
-from app.domain.methods import ALL_SCHEMES, METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo, SchemeName
+from app.domain.methods import (
+    ALL_SCHEMES,
+    METHODS,
+    PER_CHANNEL,
+    RECIPES,
+    SCHEMES,
+    Form,
+    MethodInfo,
+    Scheme,
+    SchemeName,
+)
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.job_request import JobRequest
 from app.domain.runtimes import RuntimeSupport, Support
@@ -249,6 +259,16 @@ def _runtime_cells(runtime: RuntimeSupport) -> list[str]:
     return [where, loads + (f"; {runtime.note}" if runtime.note else ""), f"{known}, {runtime.version}"]
 
 
+def schemes_table() -> str:
+    rows = []
+    for name, row in SCHEMES.items():
+        held = ", ".join(f"`{export.value}`" for export, info in FORMATS.items() if name in info.schemes)
+        bits = f"{Scheme.named(name).bits_per_weight(4096):.4g}"
+        numbers = "calibration text" if row.calibrated else ""
+        rows.append([f"`{name}`", row.title, bits, numbers, held])
+    return table(("scheme", "what it is", "bits a weight", "needs", "formats"), rows)
+
+
 def _schemes(names: frozenset[SchemeName]) -> str:
     if names == ALL_SCHEMES:
         return "; every scheme by name"
@@ -434,6 +454,7 @@ PARTS: MappingProxyType[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "adapters": ("docs/reference/methods.md", adapters_table),
         "architectures": ("docs/reference/methods.md", architectures_table),
         "formats": ("docs/reference/formats.md", formats_table),
+        "schemes": ("docs/reference/formats.md", schemes_table),
         "settings": ("docs/reference/settings.md", settings_table),
         "problem": ("docs/reference/errors.md", problem_example),
         "tree": ("docs/code-map.md", tree),
