@@ -97,6 +97,7 @@ FOLDERS = MappingProxyType(
         "tests/engine/architectures": "Every accepted type on tiny checkpoints, and the list of them",
         "tests/engine/device": "Ranks, CUDA, reading ahead and writing behind",
         "tests/engine/finetune": "Training, its plan and its checkpoints",
+        "tests/engine/loads_here": "Faults of writers, planted and found by real children",
         "tests/engine/model": "Checkpoints, streamed and fused blocks",
         "tests/engine/model/sources": "Quantized sources against the libraries that they are of",
         "tests/engine/quantize": "The block pass, base jobs, budgets",
