@@ -116,6 +116,7 @@ FOLDERS = MappingProxyType(
         "tests/engine/device": "Ranks, CUDA, reading ahead and writing behind",
         "tests/engine/exports": "Exports against the job's own files, and their memory",
         "tests/engine/finetune": "Training, its plan and its checkpoints",
+        "tests/engine/loads_here": "Faults of writers, planted and found by real children",
         "tests/engine/model": "Checkpoints, streamed and fused blocks",
         "tests/engine/model/sources": "Quantized sources against the libraries that they are of",
         "tests/engine/quantize": "The block pass, base jobs, budgets",
