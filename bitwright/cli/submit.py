@@ -73,7 +73,7 @@ def submit(
     """Submit a job. Prints its id; with --wait, follows it to its end."""
     body = read_request(file) if file is not None else {}
     set_fields(body, {"model": _absolute(model), "seed": seed, "device": device, "priority": priority})
-    scheme = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    scheme: dict[str, Any] = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
     tuning = {"preset": preset, "steps": steps, "scale_steps": scale_steps}
     scheme |= {
         "at_most": _given(kl=at_most_kl, bytes=_size(at_most_bytes)),
