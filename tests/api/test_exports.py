@@ -157,7 +157,9 @@ def test_an_adapter_in_a_file_of_its_own_is_not_exported(api: Api) -> None:
     found = problem(export(api, make(api, files, **body), "merged"), 422, "base_job_unusable")
     assert "qa-lora beside its weights" in str(found["detail"])
     folded = make(api, {"native": native(symmetric=False, offset=True)}, **body, merge="quantized")
-    assert export(api, folded, "mlx", "merged").status_code == 202
+    answer = export(api, folded, "mlx", "merged")
+    assert answer.status_code == 202
+    assert (answer.json()["request"]["finetune"], answer.json()["request"]["adapter"]) == (None, None)
 
 
 @pytest.mark.parametrize(

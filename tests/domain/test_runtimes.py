@@ -49,6 +49,25 @@ def test_vllm_by_its_rules(bits: int, group: int, symmetric: bool) -> None:
     assert (gpu.support, cpu.support, cpu.version) == (Support.BY_RULES, Support.TESTED, VLLM_CPU)
 
 
+@pytest.mark.parametrize("name", [ExportFormat.GPTQ, ExportFormat.GPTQ_V2, ExportFormat.AWQ])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group", [-1, 32, 64, 96, 128, 256])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_vllm_reads_of_gptq_and_awq_what_marlin_takes(
+    bits: int, group: int, symmetric: bool, name: ExportFormat
+) -> None:
+    """GPTQ: 4 and 8 bits, symmetric (`TYPE_MAP` of auto_gptq.py); AWQ: 4 bits; on a CPU 4 bits of either."""
+    of, awq = scheme(bits, group, symmetric), name is ExportFormat.AWQ
+    if not name.info.holds(of):
+        return
+    gpu, *cpu = [row for row in FORMATS[name].runtimes if row.runtime == "vllm"]
+    fits = group in (-1, 32, 64, 128)
+    assert gpu.loads(of) is (fits and (awq or (symmetric and bits in (4, 8))))
+    for row in cpu:
+        assert (row.support, row.version) == (Support.TESTED, VLLM_CPU)
+        assert row.loads(of) is (fits and bits == 4)
+
+
 @pytest.mark.parametrize(
     ("schemes", "release"),
     [

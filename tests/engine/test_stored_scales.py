@@ -29,6 +29,7 @@ CT, GGUF, GPTQ, MLX, NATIVE = (ExportFormat(name) for name in ("compressed-tenso
         ((GPTQ,), F32, F16),
         ((NATIVE,), F32, F32),
         ((CT, GGUF), BF16, BF16),
+        ((CT, GGUF), F32, F16),
         ((GGUF, MLX, NATIVE), BF16, BF16),
         ((CT, GPTQ), F16, F16),
         ((CT, GPTQ), F32, F16),
