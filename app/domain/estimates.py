@@ -4,6 +4,7 @@ from typing import Any
 
 from app.domain.fit import does_without_model
 from app.domain.format_rules import stored_formats
+from app.domain.goals.reach import byte_limit
 from app.domain.inputs.architectures import HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.methods import SCALE_BITS
@@ -76,7 +77,7 @@ def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimension
     block_weights = sum(out * width for out, width in dimensions.block_linears().values())
     quantized, bits = _quantized_bits(request, dimensions)
     rest = max(inspection.weights - quantized, 0)
-    checkpoint = int(bits / 8 + rest * HEAVY_BYTES)
+    checkpoint = _as_asked(request, inspection, int(bits / 8 + rest * HEAVY_BYTES))
     activations = _activation_bytes(request, dimensions)
     tuned = tuned_sequences(request) > 0
     # The model writes its own calibration text, which takes all of it and a third of that for keys and values.
@@ -134,6 +135,15 @@ def _quantized_bits(request: JobRequest, dimensions: Dimensions) -> tuple[int, f
         quantized += shape[0] * shape[1]
         bits += shape[0] * shape[1] * head.bits_per_weight(shape[1], SCALE_BITS)
     return quantized, bits
+
+
+def _as_asked(request: JobRequest, inspection: Inspection, widest: int) -> int:
+    """Bytes of a packed checkpoint as a size or a budget over the model asks for; else `widest`, of the widest choices."""
+    spec = request.quantization
+    budget, limit = spec.budget(), byte_limit(spec.goal(), inspection.config)
+    if budget is not None and budget.over == "model":
+        return int(budget.average * inspection.weights / 8)
+    return widest if limit is None else min(widest, limit)
 
 
 def _checkpoints_bytes(request: JobRequest, inspection: Inspection, packed: int) -> int:
