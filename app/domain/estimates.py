@@ -138,7 +138,7 @@ def _quantized_bits(request: JobRequest, dimensions: Dimensions) -> tuple[int, f
 
 
 def _as_asked(request: JobRequest, inspection: Inspection, widest: int) -> int:
-    """Bytes of a packed checkpoint as a size or a budget over the model asks for; else `widest`, of the widest choices."""
+    """Bytes of a packed checkpoint as a size or a budget over the model asks for; else `widest`, of wide choices."""
     spec = request.quantization
     budget, limit = spec.budget(), byte_limit(spec.goal(), inspection.config)
     if budget is not None and budget.over == "model":
