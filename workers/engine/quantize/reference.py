@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from torch import dtype, nn
 
 from app.domain.methods import Scheme
-from workers.methods.rtn import quantize_weight
+from workers.methods.rtn import round_to_scheme
 
 
 @contextmanager
@@ -20,7 +20,7 @@ def rounded(linears: Mapping[str, nn.Linear], schemes: Mapping[str, Scheme], sca
     kept = {name: linears[name].weight for name in schemes}
     try:
         for name, scheme in schemes.items():
-            value = quantize_weight(kept[name], scheme, scale_dtype).dequantize()
+            value = round_to_scheme(kept[name], scheme, scale_dtype).dequantize()
             linears[name].weight = nn.Parameter(value, requires_grad=False)
         yield
     finally:
