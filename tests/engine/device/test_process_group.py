@@ -341,7 +341,8 @@ def test_two_ranks_reach_a_goal_as_one_does_and_measure_nothing_twice(
     pair: RankPair, small_model: Path, tmp_path: Path
 ) -> None:
     sizes = {"calibration": {"num_samples": 13, "sequence_length": 32}}
-    request = {"method": "gptq", "at_most": {"kl": 0.015}, "formats": ["native"], "evaluation": None} | sizes
+    request: dict[str, Any] = {"method": "gptq", "at_most": {"kl": 0.015}, "formats": ["native"], "evaluation": None}
+    request |= sizes
     runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
     two, one = report_of(runs).goal, run_job(small_model, tmp_path / "one", **request).report.goal
     assert_same_made(runs)
