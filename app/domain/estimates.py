@@ -95,7 +95,10 @@ def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimension
         "bytes_original": inspection.tensor_bytes,
         "bytes_checkpoint": checkpoint,
         "adapter_parameters": _adapter_parameters(request, dimensions),
-        "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8) + taken,
+        # Towards a goal the blocks of two points are kept at a time.
+        "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint)
+        + int(bits / 8) * min(2, request.quantization.most_rounds())
+        + taken,
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
         "device_memory_bytes": max(block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES), resident) + (1 << 30),
         "seconds": {device: round(work / speed) for device, speed in FLOPS_PER_SECOND.items()},
@@ -140,7 +143,7 @@ def _quantized_bits(request: JobRequest, dimensions: Dimensions) -> tuple[int, f
 def _as_asked(request: JobRequest, inspection: Inspection, widest: int) -> int:
     """Bytes of a packed checkpoint as a size or a budget over the model asks for; else `widest`, of wide choices."""
     spec = request.quantization
-    budget, limit = spec.budget(), byte_limit(spec.goal(), inspection.config)
+    budget, limit = spec.budget(), byte_limit(spec, inspection.config)
     if budget is not None and budget.over == "model":
         return int(budget.average * inspection.weights / 8)
     return widest if limit is None else min(widest, limit)
