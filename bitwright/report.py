@@ -224,7 +224,7 @@ class AllocatedLinear(ReportPart):
 
 
 class AllocationReport(ReportPart):
-    """What each linear became, where a bit budget or a goal chose."""
+    """Schemes of all linears, where a bit budget or a goal chose them."""
 
     average: float | None = Field(description="Bits per weight that were requested; null: a goal was.")
     over: Literal["linears", "model"] = Field(

@@ -35,6 +35,7 @@ GATHERING = frozenset(
         "bitwright/event_stream.py:ServerSentEvent",
         "workers/engine/export.py:Exported",
         "workers/engine/finetune/trainer.py:_Training",
+        "workers/engine/goal/stage.py:_Aim",
         "workers/engine/scales/tuning.py:ScaleTuning",
         "workers/engine/stored_scales.py:StoredScales",
         "workers/engine/text/documents.py:Notes",

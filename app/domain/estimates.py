@@ -7,6 +7,7 @@ from typing import Any
 from app.domain.file_sizes import Matrix, Rest, file_bytes
 from app.domain.fit import does_without_model
 from app.domain.format_rules import holds_base_alone, stored_formats
+from app.domain.goals.reach import byte_limit
 from app.domain.inputs.architectures import Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.methods import SCALE_BITS, Form
@@ -82,7 +83,7 @@ def _sizes(request: JobRequest, inspection: Inspection, matrices: Sequence[Matri
     untied = prod(outer_shape(inspection) or (0,)) if _unties(request, inspection) else 0
     quantized, bits = sum(matrix.weights for matrix in matrices), sum(matrix.native_bits for matrix in matrices)
     kept = max(inspection.weights - quantized + untied, 0)
-    checkpoint = int(bits / 8 + kept * HEAVY_BYTES)
+    checkpoint = _as_asked(request, inspection, int(bits / 8 + kept * HEAVY_BYTES))
     width = inspection.tensor_bytes / max(1, inspection.weights)
     vocabulary = 0 if inspection.dimensions is None else inspection.dimensions.vocabulary
     rest = Rest(round(kept * width), max(0, len(inspection.tensors) - len(matrices)), width, vocabulary)
@@ -90,7 +91,13 @@ def _sizes(request: JobRequest, inspection: Inspection, matrices: Sequence[Matri
     alone = {name: holds_base_alone(name, formats) for name in formats}
     return {
         "bytes_files": {
-            name.value: file_bytes(name, matrices, rest, base_alone=alone[name], adapter=adapter) for name in formats
+            name.value: _as_asked(
+                request,
+                inspection,
+                file_bytes(name, matrices, rest, base_alone=alone[name], adapter=adapter),
+                dense=name.info.dense or name.info.is_adapter,
+            )
+            for name in formats
         },
         "bytes_original": inspection.tensor_bytes,
         "bytes_checkpoint": checkpoint,
@@ -119,7 +126,10 @@ def _estimate(request: JobRequest, inspection: Inspection, dimensions: Dimension
     return {
         **sizes,
         "adapter_parameters": _adapter_parameters(request, dimensions),
-        "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint) + int(bits / 8) + taken,
+        # Towards a goal the blocks of two points are kept at a time.
+        "disk_bytes": _checkpoints_bytes(request, inspection, checkpoint)
+        + int(bits / 8) * min(2, request.quantization.most_rounds())
+        + taken,
         "host_memory_bytes": activations + 4 * block_weights * HEAVY_BYTES + (1 << 30),
         "device_memory_bytes": max(block_weights * (TUNING_BYTES if tuned else 2 * HEAVY_BYTES), resident) + (1 << 30),
         "seconds": {device: round(work / speed) for device, speed in FLOPS_PER_SECOND.items()},
@@ -165,6 +175,26 @@ def _matrices(request: JobRequest, dimensions: Dimensions) -> list[Matrix]:
     if head is not None and (not tied or unties(spec)):
         found.append(Matrix(outer, head))
     return found
+
+
+def _as_asked(request: JobRequest, inspection: Inspection, widest: int) -> int:
+    """Bytes of a packed checkpoint as a size or a budget over the model asks for; else `widest`, of wide choices."""
+    spec = request.quantization
+    budget, limit = spec.budget(), byte_limit(spec, inspection.config)
+    if budget is not None and budget.over == "model":
+        return int(budget.average * inspection.weights / 8)
+    return widest if limit is None else min(widest, limit)
+
+
+def _as_asked(request: JobRequest, inspection: Inspection, widest: int, *, dense: bool = False) -> int:
+    """Bytes of a packed checkpoint as a size or a budget over the model asks for; else `widest`, of wide choices."""
+    spec = request.quantization
+    budget, limit = spec.budget(), byte_limit(spec, inspection.config)
+    if dense:
+        return widest
+    if budget is not None and budget.over == "model":
+        return int(budget.average * inspection.weights / 8)
+    return widest if limit is None else min(widest, limit)
 
 
 def _checkpoints_bytes(request: JobRequest, inspection: Inspection, packed: int) -> int:

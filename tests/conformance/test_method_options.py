@@ -109,7 +109,10 @@ WITH: dict[tuple[str, str], dict[str, Any]] = {
 
 def asked(name: str, **fields: Any) -> WeightSpec:
     """A quick spec with the method's `STARTS`."""
-    return quick(name, **(STARTS.get(name, {}) | fields))
+    starts = STARTS.get(name, {})
+    if fields.get("at_most") or fields.get("fits"):
+        starts = {field: value for field, value in starts.items() if field != "bits"}
+    return quick(name, **(starts | fields))
 
 
 def seen_task(spec: WeightSpec) -> BlockTask:

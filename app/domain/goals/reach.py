@@ -9,7 +9,7 @@ from app.domain.goals.kv_cache import cache_bytes
 from app.domain.goals.stored_size import header_bytes, stored_bits
 from app.domain.inputs.architectures import HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
-from app.domain.methods import SCALE_BITS, AtMost, Candidate, Fits, Goal, WeightSpec
+from app.domain.methods import SCALE_BITS, AtMost, Candidate, Fits, WeightSpec
 from app.domain.methods.goals import RESERVE
 from app.domain.methods.module_rules import over_budget
 from app.domain.methods.sizes import in_words
@@ -20,17 +20,27 @@ from bitwright.frontier import FrontierPoint
 Config = Mapping[str, object]
 
 
-def byte_limit(goal: Goal | None, config: Config) -> int | None:
+def cache_of(spec: WeightSpec, config: Config) -> int | None:
+    """Bytes of the KV cache that a goal leaves room for; None where it is about none.
+
+    Raises:
+        InvalidRequest: the cache's size is not known.
+    """
+    goal = spec.goal()
+    return cache_bytes(config, goal.context, goal.sequences) if isinstance(goal, Fits) else None
+
+
+def byte_limit(spec: WeightSpec, config: Config) -> int | None:
     """Bytes that weight files may take; None where the goal is no size.
 
     Raises:
         InvalidRequest: the cache's size is not known, or it alone takes more than the memory.
     """
+    goal, cache = spec.goal(), cache_of(spec, config)
     if isinstance(goal, AtMost):
         return goal.bytes
-    if not isinstance(goal, Fits):
+    if not isinstance(goal, Fits) or cache is None:
         return None
-    cache = cache_bytes(config, goal.context, goal.sequences)
     limit = int(goal.memory / RESERVE) - cache
     if limit <= 0:
         raise InvalidRequest(
@@ -69,7 +79,7 @@ def reach_errors(request: JobRequest, inspection: Inspection, dimensions: Dimens
     if request.base_job is not None or not (spec.goal() is not None or over_model):
         return []
     try:
-        limit = byte_limit(spec.goal(), inspection.config)
+        limit = byte_limit(spec, inspection.config)
     except InvalidRequest as error:
         return [error]
     sizes = _sizes(spec, None if over_model else request.formats, inspection, dimensions)

@@ -1,4 +1,4 @@
-"""What a request may say in place of bits: a distance that the result must keep, a size, or memory that it must fit."""
+"""Goals of a request, in place of bits: a distance that the result must keep, a size, or memory that it must fit."""
 
 from collections.abc import Iterable
 from typing import Annotated, Any, Self

@@ -134,7 +134,7 @@ class WeightSpec(Spec):
         return self.budget() is not None or self.goal() is not None
 
     def choices(self) -> tuple[Choice, ...]:
-        """What a linear without an override may become: of a budget or goal, several."""
+        """Choices of a linear without an override: of a budget or goal, several."""
         if isinstance(self.bits, BitBudget):
             return self.bits.choices
         return (self.bits,)
@@ -239,7 +239,7 @@ class WeightSpec(Spec):
         return 0
 
     def most_rounds(self) -> int:
-        """How often the model is quantized at the most until its goal is met."""
+        """Most times that the model is quantized until its goal is met."""
         return 1
 
     def end_to_end_steps(self) -> int:

@@ -210,7 +210,7 @@ class _ChoicePart(BaseModel):
 
 
 def _fill_choices(body: dict[str, object]) -> None:
-    """What a budget or goal chooses from where it does not say: what every format holds of the usual widths, or of the
+    """Choices of a budget or goal that does not say them: what every format holds of the usual widths, or of the
     schemes of weights alone where that is one width at the most."""
     quantization = body.get("quantization")
     if not isinstance(quantization, dict):

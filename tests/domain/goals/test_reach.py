@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from app.domain.estimates import estimate
 from app.domain.fit import misfits, refusal
 from app.domain.inputs.inspection import FolderFiles, Inspection, inspect_checkpoint
 from app.domain.request.job_request import JobRequest
@@ -79,6 +80,17 @@ def test_an_average_over_the_model_counts_what_stays(inspection: Inspection) -> 
     found = problems(inspection, bits=budget | {"average": least - 0.1})
     assert "of the whole model" in found["quantization.bits.average"][1]
     assert problems(inspection, bits=budget | {"average": least + 4}) == {}
+
+
+def test_an_estimate_is_of_the_size_that_is_asked_for(inspection: Inspection) -> None:
+    def size(**fields: Any) -> int:
+        request = JobRequest.parse({"model": "org/name", "method": "rtn", "formats": ["native"], **fields})
+        return int(estimate(request, inspection)["bytes_checkpoint"])
+
+    widest = size(at_most={"kl": 0.1})
+    assert size(at_most={"bytes": widest - 1000}) == widest - 1000
+    assert size(at_most={"bytes": "1GB"}) == widest
+    assert size(bits={"average": 12, "over": "model"}) == 12 * (OF_LINEARS + KEPT) // 16
 
 
 def test_a_cache_that_is_not_known_is_refused_when_the_job_is_posted(inspection: Inspection) -> None:

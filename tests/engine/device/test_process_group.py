@@ -170,7 +170,7 @@ def test_two_ranks_tune_as_one_process_does_with_their_batches(pair: RankPair, t
 
 def job_on_ranks(pair: RankPair, model: Path, workspace: Path, attempt: int = 1, **request: Any) -> list[RankRun]:
     """The rank's runs; `request` as in `run_job`."""
-    quantization = {"method": "rtn", "bits": 4, "group_size": 32}
+    quantization = {"method": "rtn", "group_size": 32} | ({} if "at_most" in request else {"bits": 4})
     quantization |= {name: request.pop(name) for name in list(request) if name not in JobRequest.model_fields}
     workspace.mkdir(exist_ok=True)
     body = {"quantization": quantization, **TEXTS, **request}
@@ -335,6 +335,26 @@ def test_two_ranks_spend_a_budget_as_one_does_and_adopt_how_it_was_spent(
     again = report_of(job_on_ranks(pair, small_model, tmp_path / "two", 2, **request))
     assert (tmp_path / "two/state/prepared.json").read_bytes() == prepared
     assert again.allocation == two.allocation, "the seconds too: nothing was measured again"
+
+
+def test_two_ranks_reach_a_goal_as_one_does_and_measure_nothing_twice(
+    pair: RankPair, small_model: Path, tmp_path: Path
+) -> None:
+    sizes = {"calibration": {"num_samples": 13, "sequence_length": 32}}
+    request: dict[str, Any] = {"method": "gptq", "at_most": {"kl": 0.015}, "formats": ["native"], "evaluation": None}
+    request |= sizes
+    runs = job_on_ranks(pair, small_model, tmp_path / "two", **request)
+    two, one = report_of(runs).goal, run_job(small_model, tmp_path / "one", **request).report.goal
+    assert_same_made(runs)
+    assert two is not None
+    assert one is not None
+    assert (two.chosen, two.met, two.rounds) == (one.chosen, one.met, one.rounds)
+    for mine, other in zip(two.frontier, one.frontier, strict=True):
+        assert mine.bytes == other.bytes
+        assert mine.kl_predicted == pytest.approx(other.kl_predicted, rel=0.02)
+    again = report_of(job_on_ranks(pair, small_model, tmp_path / "two", 2, **request))
+    assert again.goal == two, "the seconds too"
+    assert again.blocks_resumed == len(again.blocks)
 
 
 def test_a_job_on_two_ranks_goes_on_from_its_blocks(pair: RankPair, small_model: Path, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import replay_quantized
 from workers.engine.quantize.reference import rounded
 from workers.engine.text.sequences import Sequences
-from workers.methods.rtn import quantize_weight
+from workers.methods.rtn import round_to_scheme
 
 HELD_OUT_TOKENS = 8192
 """Tokens that decide, where the calibration text has them to spare: a quarter of its sequences at the most."""
@@ -96,4 +96,4 @@ def _rounded_head(job: Job) -> Tensor | None:
         return None
     with model.loaded(head):
         weight = model.linears()[head].weight
-        return quantize_weight(weight, scheme, job.plan.scale_dtype).dequantize()
+        return round_to_scheme(weight, scheme, job.plan.scale_dtype).dequantize()

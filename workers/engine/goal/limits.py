@@ -2,10 +2,9 @@
 
 from dataclasses import dataclass
 
-from app.domain.goals.kv_cache import cache_bytes
-from app.domain.goals.reach import byte_limit
+from app.domain.goals.reach import byte_limit, cache_of
 from app.domain.goals.stored_size import header_bytes, stored_bits
-from app.domain.methods import AtMost, Candidate, Fits
+from app.domain.methods import AtMost, Candidate
 from workers.engine.goal.search import margin
 from workers.engine.job import Job
 from workers.engine.quantize.stored_sizes import head_bytes
@@ -69,11 +68,11 @@ def limits_of(job: Job, held_out: int) -> Limits:
     is_distance = isinstance(goal, AtMost) and goal.kl is not None
     return Limits(
         kl=goal.kl if isinstance(goal, AtMost) else None,
-        weights=0 if is_distance else byte_limit(goal, model.checkpoint.config) or 0,
+        weights=0 if is_distance else byte_limit(job.spec, model.checkpoint.config) or 0,
         kept=_kept(job, tuple(candidates), scale_bits),
         candidates=candidates,
         costs=costs,
-        cache=cache_bytes(model.checkpoint.config, goal.context, goal.sequences) if isinstance(goal, Fits) else None,
+        cache=cache_of(job.spec, model.checkpoint.config),
         weights_chosen=sum(out * width for out, width in shapes.values()),
         margin=margin(held_out),
     )

@@ -1,4 +1,4 @@
-"""What is reported of the way to a goal."""
+"""Report of the way to a goal: the points that were looked at, the one that was made, what is written of it."""
 
 from collections.abc import Sequence
 from typing import Literal
@@ -15,7 +15,7 @@ from workers.engine.quantize.bit_budget import described
 
 
 def allocation_report(scores: Scores, point: Point, job: Job, seconds: float) -> AllocationReport:
-    """What each linear becomes at a point."""
+    """Schemes of all linears at a point."""
     linears = job.model.linears()
     shapes = {name: (linears[name].out_features, linears[name].in_features) for name in point.choices}
     scale_bits = job.plan.scale_dtype.itemsize * 8

@@ -21,7 +21,7 @@ from bitwright.events import Stage
 from workers.contracts.blocks import Fisher
 from workers.engine.job import Job
 from workers.engine.quantize.fisher import empirical_fisher
-from workers.methods.rtn import quantize_weight
+from workers.methods.rtn import round_to_scheme
 
 SCORED_TOKENS = 32_768
 """Tokens of the calibration text that are scored at the most."""
@@ -91,7 +91,7 @@ def _seen(fisher: Fisher, least: float) -> Fisher:
 def rounding_error(weight: Tensor, choice: Candidate, fisher: Fisher, scale_dtype: torch.dtype) -> float:
     """1/2 sum_ij F_ij (w_hat_ij - w_ij)^2 of a weight (out, in) rounded to nearest."""
     working = weight.float()
-    squares = (quantize_weight(working, choice.scheme, scale_dtype).dequantize() - working).square_()
+    squares = (round_to_scheme(working, choice.scheme, scale_dtype).dequantize() - working).square_()
     rows, columns = (side.to(squares.device, torch.float32) for side in (fisher.rows, fisher.columns))
     # Shares, so that fp32 holds the product whatever the size of the gradients.
     total = rows.double().sum()

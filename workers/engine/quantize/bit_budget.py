@@ -33,7 +33,7 @@ from workers.engine.quantize.activations import Activations, second_moments, sum
 from workers.engine.quantize.registry import method_of
 from workers.engine.quantize.stored_sizes import kept_bytes, parameters
 from workers.engine.seeds import derived_seed
-from workers.methods.rtn import quantize_weight
+from workers.methods.rtn import round_to_scheme
 from workers.numerics import normal_float
 from workers.numerics.allocation import Allocation, allocate
 
@@ -126,7 +126,7 @@ def output_error(
     if codebook:
         rounded = normal_float.quantize(working, choice.scheme, scale_dtype, torch.float32).dequantize()
     else:
-        rounded = quantize_weight(working, choice.scheme, scale_dtype).dequantize()
+        rounded = round_to_scheme(working, choice.scheme, scale_dtype).dequantize()
     return (rounded - working).square().sum(0, dtype=torch.float64) @ moments.double()
 
 
