@@ -73,6 +73,8 @@ def ran(model: Path, rows: Path, workspace: Path, modules: Any, **request: Any) 
 
 CASES: dict[str, dict[str, Any]] = {
     "embeddings alone": {"modules": {"embeddings": 2}, "formats": ["native", "merged", "gguf"]},
+    "mlx": {"modules": {"embeddings": 3, "head": 3}, "formats": ["mlx", "merged"], "symmetric": False},
+    "mlx, a head alone": {"modules": {"head": 2}, "formats": ["mlx"]},
     "both apart": {"modules": {"embeddings": 4, "head": 4}, "formats": ["merged", "gguf"]},
     "uniform": {"modules": {"embeddings": 4, "head": 4}, "formats": ["compressed-tensors", "merged"]},
     "uniform with zero points": {
