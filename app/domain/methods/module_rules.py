@@ -46,7 +46,7 @@ def rule_errors(
 
 
 def outer_errors(spec: WeightSpec, width: int, *, head: str, tied: bool) -> list[InputError | RequestError]:
-    """What does not fit of the schemes of embeddings and head; the head's groups are judged with the linears'.
+    """Misfits of the schemes of embeddings and head; the head's groups are judged with the linears'.
 
     width   columns of the embedding matrix
     """

@@ -188,4 +188,4 @@ PACKED: Mapping[ExportFormat, Callable[[Matrix, Scheme], Stored]] = MappingProxy
         ExportFormat.BITSANDBYTES: _bitsandbytes,
     }
 )
-"""What formats but the native one store of a matrix."""
+"""Size of a matrix in each packed format but the native one."""
