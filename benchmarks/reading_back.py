@@ -31,7 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--method", default="signround")
-    parser.add_argument("--preset", default="light")
+    parser.add_argument("--preset", default="light", help="empty: the method has none")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--length", type=int, default=256)
@@ -55,7 +55,7 @@ def body_of(arguments: argparse.Namespace, verify: str) -> dict[str, Any]:
     return {
         "model": str(arguments.model),
         "method": arguments.method,
-        "preset": arguments.preset,
+        **({"preset": arguments.preset} if arguments.preset else {}),
         "bits": 4,
         "group_size": 64,
         "calibration": text,

@@ -15,7 +15,17 @@ from app.api.http.errors import problem_response
 from app.domain.adapters import ADAPTERS
 from app.domain.formats import FORMATS, FormatInfo, LowRankRule
 from app.domain.inputs.architectures import ACCEPTED_FILE, ARCHITECTURES, REFUSED
-from app.domain.methods import ALL_SCHEMES, METHODS, PER_CHANNEL, RECIPES, Form, MethodInfo, SchemeName
+from app.domain.methods import (
+    ALL_SCHEMES,
+    METHODS,
+    PER_CHANNEL,
+    RECIPES,
+    SCHEMES,
+    Form,
+    MethodInfo,
+    Scheme,
+    SchemeName,
+)
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES
 from app.domain.request.job_request import JobRequest
 from app.domain.runtimes import RuntimeSupport, Support
@@ -107,6 +117,7 @@ FOLDERS = MappingProxyType(
         "tests/engine/device": "Ranks, CUDA, reading ahead and writing behind",
         "tests/engine/exports": "Exports against the job's own files, and their memory",
         "tests/engine/finetune": "Training, its plan and its checkpoints",
+        "tests/engine/loads_here": "Faults of writers, planted and found by real children",
         "tests/engine/model": "Checkpoints, streamed and fused blocks",
         "tests/engine/model/sources": "Quantized sources against the libraries that they are of",
         "tests/engine/quantize": "The block pass, base jobs, budgets",
@@ -248,6 +259,16 @@ def _runtime_cells(runtime: RuntimeSupport) -> list[str]:
     where = f"{runtime.runtime} on {runtime.devices}" if runtime.devices else runtime.runtime
     known = "tested" if runtime.support is Support.TESTED else "by its rules"
     return [where, loads + (f"; {runtime.note}" if runtime.note else ""), f"{known}, {runtime.version}"]
+
+
+def schemes_table() -> str:
+    rows = []
+    for name, row in SCHEMES.items():
+        held = ", ".join(f"`{export.value}`" for export, info in FORMATS.items() if name in info.schemes)
+        bits = f"{Scheme.named(name).bits_per_weight(4096):.4g}"
+        numbers = "calibration text" if row.calibrated else ""
+        rows.append([f"`{name}`", row.title, bits, numbers, held])
+    return table(("scheme", "what it is", "bits a weight", "needs", "formats"), rows)
 
 
 def _schemes(names: frozenset[SchemeName]) -> str:
@@ -435,6 +456,7 @@ PARTS: MappingProxyType[str, tuple[str, Callable[[], str]]] = MappingProxyType(
         "adapters": ("docs/reference/methods.md", adapters_table),
         "architectures": ("docs/reference/methods.md", architectures_table),
         "formats": ("docs/reference/formats.md", formats_table),
+        "schemes": ("docs/reference/formats.md", schemes_table),
         "settings": ("docs/reference/settings.md", settings_table),
         "problem": ("docs/reference/errors.md", problem_example),
         "tree": ("docs/code-map.md", tree),

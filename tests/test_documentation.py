@@ -137,7 +137,7 @@ def test_files_of_the_command_line_are_valid_requests() -> None:
     files = [yaml.safe_load(code) for code in code_blocks(GUIDES, "yaml")]
     parsed = [JobRequest.parse({"model": "ORG/MODEL", **body}) for body in files]
     assert sum(request.finetune is not None for request in parsed) == 1
-    assert sum(request.require is not None for request in parsed) == 1
+    assert sum(request.require is not None for request in parsed) == 2
 
 
 def test_requests_of_the_papers_are_valid() -> None:

@@ -22,6 +22,8 @@ class ScaleDtype(StrEnum):
     ANY = "any"
     MODEL = "the model's dtype"
     FLOAT16 = "float16"
+    COMMON = "float16, exact in the model's dtype too"
+    """For runtimes that round float16 scales to the dtype that they run in."""
 
 
 class LowRankRule(StrEnum):

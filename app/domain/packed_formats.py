@@ -14,18 +14,19 @@ from app.domain.format_info import (
     Offsets,
     ScaleDtype,
 )
-from app.domain.methods import PER_CHANNEL, Form
+from app.domain.methods import PER_CHANNEL, Form, SchemeName
 from app.domain.mlx_rules import mlx_refusals
 from app.domain.runtimes import RuntimeSupport, Support
 
 GPTQ_BITS, MLX_BITS = frozenset({2, 3, 4, 8}), frozenset({2, 3, 4, 5, 6, 8})
+MLX_SCHEMES = frozenset({SchemeName.MXFP4A16, SchemeName.MXFP8A16})
 MARLIN_GROUPS = frozenset({PER_CHANNEL, 32, 64, 128})
 
 
-def _by_loader(bits: frozenset[int]) -> RuntimeSupport:
+def _by_loader(bits: frozenset[int], schemes: frozenset[SchemeName] = frozenset()) -> RuntimeSupport:
     """The row of transformers for a format whose artifact has a loader of its own."""
     note = "through the loader in the artifact, as a model with plain linears"
-    return RuntimeSupport("transformers", Support.TESTED, bits, note=note, version=TRANSFORMERS)
+    return RuntimeSupport("transformers", Support.TESTED, bits, note=note, version=TRANSFORMERS, schemes=schemes)
 
 
 GPTQ = FormatInfo(
@@ -35,7 +36,7 @@ GPTQ = FormatInfo(
     low_rank=LowRankRule.BESIDE,
     bits=GPTQ_BITS,
     symmetries=frozenset({True}),
-    scales=ScaleDtype.FLOAT16,
+    scales=ScaleDtype.COMMON,
     group_multiple=32,
     output_multiple=32,
     runtimes=(
@@ -52,7 +53,7 @@ GPTQ = FormatInfo(
             "vllm",
             Support.BY_RULES,
             frozenset({4, 8}),
-            note="one scheme for q, k, v and one for gate, up; scales are rounded to the dtype that it runs in",
+            note="one scheme for q, k, v and one for gate, up",
             version=VLLM,
             devices="NVIDIA GPUs",
             group_sizes=MARLIN_GROUPS,
@@ -62,7 +63,7 @@ GPTQ = FormatInfo(
             "vllm",
             Support.TESTED,
             frozenset({4}),
-            note="the same for fused linears and scales",
+            note="the same for fused linears",
             version=VLLM_CPU,
             devices="CPUs",
             group_sizes=MARLIN_GROUPS,
@@ -78,7 +79,7 @@ GPTQ_V2 = FormatInfo(
     low_rank=LowRankRule.BESIDE,
     bits=GPTQ_BITS,
     symmetries=frozenset({True, False}),
-    scales=ScaleDtype.FLOAT16,
+    scales=ScaleDtype.COMMON,
     group_multiple=32,
     output_multiple=32,
     runtimes=(
@@ -112,7 +113,7 @@ AWQ = FormatInfo(
     low_rank=LowRankRule.BESIDE,
     bits=frozenset({4}),
     symmetries=frozenset({True, False}),
-    scales=ScaleDtype.FLOAT16,
+    scales=ScaleDtype.COMMON,
     group_multiple=32,
     output_multiple=32,
     uniform=True,
@@ -130,7 +131,7 @@ AWQ = FormatInfo(
             "vllm",
             Support.BY_RULES,
             frozenset({4}),
-            note="q, k, v all quantized or none, and gate, up; scales are rounded to the dtype that it runs in",
+            note="q, k, v all quantized or none, and gate, up",
             version=VLLM,
             devices="NVIDIA GPUs of compute capability 7.5 or newer",
             group_sizes=MARLIN_GROUPS,
@@ -140,7 +141,7 @@ AWQ = FormatInfo(
             "vllm",
             Support.TESTED,
             frozenset({4}),
-            note="the same for fused linears and scales",
+            note="the same for fused linears",
             version=VLLM_CPU,
             devices="CPUs",
             group_sizes=MARLIN_GROUPS,
@@ -150,9 +151,9 @@ AWQ = FormatInfo(
 )
 
 MLX = FormatInfo(
-    title="MLX (affine)",
-    summary="A dense stream of codes with scale and bias for each group, for Apple's machines.",
-    kinds=frozenset({Form.AFFINE}),
+    title="MLX",
+    summary="A dense stream of codes with scale and bias for each group, or MXFP4 and MXFP8, for Apple's machines.",
+    kinds=frozenset({Form.AFFINE, Form.FLOAT}),
     low_rank=LowRankRule.BESIDE,
     bits=MLX_BITS,
     symmetries=frozenset({True, False}),
@@ -162,10 +163,11 @@ MLX = FormatInfo(
     group_sizes=frozenset({32, 64, 128}),
     offsets=Offsets.MODEL,
     embeddings=EmbeddingRule.ANY,
+    schemes=MLX_SCHEMES,
     library="mlx",
     model_check=mlx_refusals,
     runtimes=(
-        _by_loader(MLX_BITS),
+        _by_loader(MLX_BITS, MLX_SCHEMES),
         RuntimeSupport(
             "mlx-lm",
             Support.BY_RULES,
@@ -175,6 +177,7 @@ MLX = FormatInfo(
             note="its own arithmetic in 16 bits rounds product and sum: in bfloat16 by up to 0.06 of a step at "
             "4 bits, 1 at 8",
             version=MLX_LM,
+            schemes=MLX_SCHEMES,
         ),
     ),
 )

@@ -81,12 +81,9 @@ def submit(
     """Submit a job. Prints its id; with --wait, follows it to its end."""
     body = read_request(file) if file is not None else {}
     set_fields(body, {"model": _absolute(model), "seed": seed, "device": device, "priority": priority})
-    scheme = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
+    scheme: dict[str, Any] = {"method": method, "bits": bits, "group_size": group_size, "symmetric": symmetric}
     tuning = {"preset": preset, "steps": steps, "scale_steps": scale_steps}
-    scheme |= {
-        "at_most": _given(kl=at_most_kl, bytes=_size(at_most_bytes)),
-        "fits": _given(memory=_size(fits_memory), context=context, sequences=sequences),
-    }
+    scheme |= goal_fields(at_most_kl, at_most_bytes, fits_memory, context, sequences)
     outer = {"embeddings": parse_scheme(embeddings), "head": parse_scheme(head)}
     set_quantization(body, scheme | tuning, ignore, parse_overrides(override), outer)
     calibration = {"dataset": _absolute(dataset), "num_samples": samples, "sequence_length": sequence_length}
@@ -205,6 +202,16 @@ def parse_overrides(overrides: list[str] | None) -> dict[str, dict[str, int]]:
             raise RequestError(detail, field="override", value=pattern, hint="give each pattern once")
         parsed[pattern] = {"bits": int(bits)}
     return parsed
+
+
+def goal_fields(
+    kl: float | None, size: str | None, memory: str | None, context: int | None, sequences: int | None
+) -> dict[str, object]:
+    """The goals that flags ask for, by field; None for one that none of them is about."""
+    return {
+        "at_most": _given(kl=kl, bytes=_size(size)),
+        "fits": _given(memory=_size(memory), context=context, sequences=sequences),
+    }
 
 
 def _given(**flags: object) -> dict[str, object] | None:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
+from app.domain.methods import SchemeName
 from app.store.models import Job
 from app.store.workers import register
 from bitwright.errors import InvalidDataset
@@ -127,6 +128,31 @@ def test_a_dry_run_stores_nothing(api: Api) -> None:
     (told,) = (warning for warning in view["warnings"] if warning.startswith("vllm"))
     assert told.startswith("vllm loads compressed-tensors of 3 bits, symmetric, group size 16 from 0.25.0 on (by the")
     assert api.client.get("/v1/jobs").json()["items"] == []
+
+
+def test_a_scheme_by_name_is_told_where_vllm_refuses_its_shapes(api: Api) -> None:
+    """Before anything is computed, naming the linear; other schemes have no such rule."""
+    folder = write_checkpoint(api.folder / "models" / "tiny", shards=True)
+
+    def dry(scheme: str) -> dict[str, Any]:
+        body = {"model": str(folder), "method": "rtn", "scheme": scheme}
+        answer = api.client.post("/v1/jobs?dry_run=true", json=body)
+        assert answer.status_code == 200, answer.text
+        found: dict[str, Any] = answer.json()
+        return found
+
+    def told(view: dict[str, Any]) -> list[str]:
+        return [warning for warning in view["warnings"] if "refuses linears" in warning]
+
+    (refusal,) = told(dry("fp8-block"))
+    assert "in blocks of 128 rows, and " in refusal
+    assert "model.layers.0.self_attn" in refusal
+    assert "by the rules of 0.33.0" in refusal
+    served = dry("fp8")
+    assert told(served) == []
+    assert served["request"]["formats"] == ["compressed-tensors"]
+    odd = {"model": str(folder), "method": "rtn", "scheme": "mxfp4", "modules": {"ignore": ["lm_head"]}}
+    assert api.client.post("/v1/jobs?dry_run=true", json=odd).status_code == 200
 
 
 def test_a_dry_run_prices_finetuning(api: Api) -> None:
@@ -277,4 +303,7 @@ def test_methods_and_formats_are_listed(api: Api) -> None:
     assert (gpu["support"], gpu["bits"], gpu["smallest_group"]) == ("by_rules", [2, 3, 4, 5, 6, 7, 8], 16)
     assert (gpu["version"], "NVIDIA" in gpu["devices"], gpu["since"][0]["version"]) == ("0.33.0", True, "0.25.0")
     assert (cpu["support"], cpu["bits"], cpu["version"], cpu["devices"]) == ("tested", [4], "0.32.0", "CPUs")
+    assert formats["compressed-tensors"]["schemes"] == sorted(SchemeName)
+    assert (set(gpu["schemes"]), cpu["schemes"]) == (set(SchemeName), ["fp8", "int8"])
+    assert formats["gguf"]["schemes"] == []
     assert all(runtime["version"] for item in formats.values() for runtime in item["runtimes"])

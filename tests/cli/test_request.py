@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
+from app.domain.methods import AtMost, Fits
 from app.domain.request.job_request import JobRequest
 from bitwright.cli.jobs import parse_labels
-from bitwright.cli.submit import parse_overrides, parse_scheme, read_request, set_quantization
+from bitwright.cli.submit import goal_fields, parse_overrides, parse_scheme, read_request, set_quantization
 from bitwright.errors import MalformedBody, RequestError
 
 
@@ -15,6 +16,20 @@ def test_flags_alone_make_a_shorthand_request() -> None:
     body: dict[str, Any] = {"model": "org/name"}
     set_quantization(body, {"method": "signround", "bits": 3, "group_size": None}, None, {})
     assert body == {"model": "org/name", "method": "signround", "bits": 3}
+
+
+def test_flags_say_a_goal_in_place_of_bits() -> None:
+    def request(*flags: Any) -> JobRequest:
+        body: dict[str, Any] = {"model": "org/name", "method": "gptq"}
+        set_quantization(body, goal_fields(*flags), None, {})
+        return JobRequest.parse(body)
+
+    assert request(0.05, None, None, None, None).quantization.goal() == AtMost(kl=0.05)
+    assert request(None, "90MB", None, None, None).quantization.goal() == AtMost(bytes=90_000_000)
+    assert request(None, "4096", None, None, None).quantization.goal() == AtMost(bytes=4096)
+    fits = request(None, None, "1GiB", 2048, 4).quantization.goal()
+    assert fits == Fits(memory=1 << 30, context=2048, sequences=4)
+    assert request(None, None, None, None, None).quantization.goal() is None
 
 
 def test_module_rules_move_a_shorthand_request_into_its_full_form() -> None:

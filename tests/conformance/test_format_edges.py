@@ -61,7 +61,7 @@ def edges(info: FormatInfo) -> Iterator[LinearResult]:
         a, b = torch.zeros(2, 5 * GROUP, dtype=BF16), torch.zeros(ROWS, 2, dtype=BF16)
         b[0, 0], a[1, 3], b[2, 1] = 2.0**100, -(2.0**-126), 1.0
         factors = LowRank(a, b, 16.0)
-    for dtype in (F16,) if info.scales is ScaleDtype.FLOAT16 else (BF16, F16):
+    for dtype in (F16,) if info.scales in (ScaleDtype.FLOAT16, ScaleDtype.COMMON) else (BF16, F16):
         for symmetric in info.symmetries if Form.AFFINE in info.kinds else ():
             for bits in info.bits if symmetric or info.asymmetric_bits is None else info.asymmetric_bits:
                 yield LinearResult(edge_weight(bits, symmetric, dtype), factors)

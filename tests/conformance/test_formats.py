@@ -39,7 +39,14 @@ from workers.formats import compressed_tensors, merged, peft
 from workers.formats.registry import format_of
 from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.normal_float import DoubleQuantization
-from workers.numerics.quantized import AffineWeight, CodebookWeight, LinearResult, QuantizedAbsmax, QuantizedWeight
+from workers.numerics.quantized import (
+    AffineWeight,
+    CodebookWeight,
+    FloatWeight,
+    LinearResult,
+    QuantizedAbsmax,
+    QuantizedWeight,
+)
 
 CT, NATIVE, MERGED = ExportFormat.COMPRESSED_TENSORS, ExportFormat.NATIVE, ExportFormat.MERGED
 PEFT = ExportFormat.PEFT
@@ -110,6 +117,8 @@ def in_the_dtypes_of(made: LinearResult, found: LinearResult) -> QuantizedWeight
             # Formats whose offsets are rounded are held to the rounded ones.
             weight = replace(weight, offset=own.offset)
         return replace(weight, scale=narrowed(weight.scale, own.scale))
+    if isinstance(weight, FloatWeight):
+        return weight
     assert isinstance(weight, CodebookWeight)
     assert isinstance(own, CodebookWeight)
     if isinstance(weight.absmax, Tensor):
@@ -193,7 +202,7 @@ def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
         alpha=draw(st.sampled_from([1.0, 16.0, 0.5])),
         factors=draw(st.sampled_from([BF16, F32])),
     )
-    dtype = F16 if info.scales is ScaleDtype.FLOAT16 else draw(st.sampled_from([BF16, F16, F32]))
+    dtype = F16 if info.scales in (ScaleDtype.FLOAT16, ScaleDtype.COMMON) else draw(st.sampled_from([BF16, F16, F32]))
     most = max(1, 40 // info.output_multiple)
     rows = info.output_multiple * draw(st.integers(1, most))
     return random_result((rows, columns), made, dtype, draw(st.integers(0, 2**31)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from app.domain.attempt_lines import AttemptLine
 from app.domain.request.base_job import BaseJob, Folded, is_read
 from app.domain.request.job_request import JobRequest
-from bitwright.errors import CorruptCheckpoint, FormatCannotHold, InternalError
+from bitwright.errors import CorruptCheckpoint, InternalError
 from bitwright.events import BlockEvent
 from bitwright.report import FinetuningReport, Report
 from tests.engine.conftest import TEXTS
@@ -327,13 +327,23 @@ def test_what_does_not_fit_is_said_of_the_base_job(
     assert "base_job" in refused.value.hint
 
 
-def test_scales_that_a_format_would_round_are_refused_before_training(
+def test_formats_with_other_scales_than_the_base_jobs_have_them_exactly_or_told(
     quantized: Done, small_model: Path, text: dict[str, Any], tmp_path: Path
 ) -> None:
-    lines: list[AttemptLine] = []
-    with pytest.raises(FormatCannotHold, match=r"torch\.float16; those of the base job are torch\.bfloat16"):
-        do(small_model, tmp_path / "job", {"finetune": text, "formats": ["gguf", "peft"]}, quantized, lines=lines)
-    assert not [line for line in lines if isinstance(line, BlockEvent)]
+    """bf16 scales of usual size are fp16 numbers, too."""
+    done = do(small_model, tmp_path / "job", {"finetune": text, "formats": ["gptq", "peft"]}, quantized)
+    assert done.report.scales_rounded == {}
+    stored, native = (load_file(file) for file in (done.output / "gptq" / "model.safetensors", weights_of(quantized)))
+    scales = {key.removesuffix(".scales"): scale for key, scale in stored.items() if key.endswith(".scales")}
+    assert scales
+    for name, scale in scales.items():
+        made = native[f"{name}.scale"]
+        assert (scale.dtype, made.dtype) == (torch.float16, torch.bfloat16)
+        assert torch.equal(scale.T.float(), made.float())
+
+
+def weights_of(done: Done) -> Path:
+    return done.output / "native" / "weights.safetensors"
 
 
 def test_an_unreadable_report_costs_only_the_errors_of_its_linears(

@@ -24,7 +24,9 @@ CT, GGUF, GPTQ, MLX, NATIVE = (ExportFormat(name) for name in ("compressed-tenso
     [
         ((CT,), BF16, BF16),
         ((GGUF,), BF16, F16),
-        ((GPTQ, GGUF), BF16, F16),
+        ((GPTQ,), BF16, BF16),
+        ((GPTQ, GGUF), BF16, BF16),
+        ((GPTQ,), F32, F16),
         ((NATIVE,), F32, F32),
         ((CT, GGUF), BF16, BF16),
         ((GGUF, MLX, NATIVE), BF16, BF16),

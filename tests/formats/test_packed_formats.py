@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from app.domain.formats import ExportFormat
-from app.domain.methods import Form, Scheme
+from app.domain.methods import Form, Scheme, SchemeName
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from tests.formats.examples import Made, codebook_made, random_result, scheme
 from workers.formats import awq, gptq, gptq_v2
@@ -173,8 +173,28 @@ def test_a_fractional_offset_is_rounded_to_the_models_dtype() -> None:
 def test_mlx_config_has_the_usual_scheme_and_those_that_differ() -> None:
     found = mlx.config({"a": scheme(4, 64, True), "b": scheme(4, 64, False), "c": scheme(8, 32, True)}, [])
     assert found["group_size"] == 64
-    assert found["c"] == {"group_size": 32, "bits": 8}
+    assert found["c"] == {"group_size": 32, "bits": 8, "mode": "affine"}
     assert "a" not in found
+
+
+@pytest.mark.parametrize("name", [SchemeName.MXFP4A16, SchemeName.MXFP8A16])
+def test_mxs_own_bytes_come_back_as_they_are(name: SchemeName) -> None:
+    stored, of = golden(name.removesuffix("a16")), Scheme.named(name)
+    about = StoredLinear(form=Form.FLOAT, **of.model_dump(exclude={"name"}), scheme_name=name, dtype="float32")
+    found = mlx.decompress("x", stored, about)
+    again = mlx.compress("x", found)
+    assert again.keys() == stored.keys() - {"dequantized"}
+    for key, tensor in again.items():
+        assert torch.equal(tensor.view(torch.uint8), stored[key].view(torch.uint8)), key
+    assert torch.equal(found.dequantize(), stored["dequantized"])
+    assert mlx.config({"x": of}, [])["mode"] == name.removesuffix("a16")
+    parts = {key.removeprefix("x"): tensor for key, tensor in stored.items()}
+    assert torch.equal(load_packed.mlx("x", parts, mlx.config({"x": of}, [])), stored["dequantized"])
+
+
+def test_mlx_holds_no_other_float_schemes() -> None:
+    with pytest.raises(FormatCannotHold, match="mlx holds no weights of nvfp4a16"):
+        mlx.compress("x", random_result((32, 64), Made(Scheme.named(SchemeName.NVFP4A16), Form.FLOAT)))
 
 
 # bitsandbytes

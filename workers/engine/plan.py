@@ -83,11 +83,12 @@ def scale_dtype_of(formats: tuple[ExportFormat, ...], dtype: torch.dtype) -> tor
 
     dtype   the model's
 
-    Of bf16 and fp16 together it is bf16, whose numbers from 2^-17 on are fp16's, too; what lies below is rounded at the
-    export (`workers.engine.stored_scales`). Of fp32 and fp16 it is fp16.
+    Of bf16 and fp16 together, and where a format's runtimes make the one of the other, it is bf16, whose numbers from
+    2^-17 on are fp16's, too; what lies below is rounded at the export (`workers.engine.stored_scales`). Of fp32 and
+    fp16 it is fp16.
     """
     wanted = {FORMATS[name].scales for name in formats}
-    if wanted >= {ScaleDtype.MODEL, ScaleDtype.FLOAT16}:
+    if ScaleDtype.COMMON in wanted or wanted >= {ScaleDtype.MODEL, ScaleDtype.FLOAT16}:
         return dtype if dtype.itemsize == torch.float16.itemsize else torch.float16
     if ScaleDtype.MODEL in wanted:
         return dtype

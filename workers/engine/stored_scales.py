@@ -21,7 +21,8 @@ CODE = "scales_rounded"
 def stored_dtype(name: ExportFormat, dtype: torch.dtype) -> torch.dtype | None:
     """The dtype of a format's scales; None if it holds any. `dtype` is that of the dequantized weight."""
     wanted = FORMATS[name].scales
-    return {ScaleDtype.MODEL: dtype, ScaleDtype.FLOAT16: torch.float16}.get(wanted)
+    half = dict.fromkeys((ScaleDtype.FLOAT16, ScaleDtype.COMMON), torch.float16)
+    return {ScaleDtype.MODEL: dtype, **half}.get(wanted)
 
 
 @dataclass

@@ -40,13 +40,10 @@ def cache_bytes(config: Config, context: int, sequences: int, value_bytes: int =
     foreign = next((kind for kind in kinds if kind not in KNOWN_LAYERS), None)
     if foreign is not None:
         raise _unknown(f"config.json has layers of {str(foreign)[:60]!r}, whose cache is not known here")
-    window = text.get("sliding_window") if any(kind == "sliding_attention" for kind in kinds) else None
-    kept = [min(context, window) if _slides(kind) and _is_count(window) else context for kind in kinds]  # type: ignore[type-var]
-    return int(sum(kept)) * _values(text) * value_bytes * sequences
-
-
-def _slides(kind: object) -> bool:
-    return kind == "sliding_attention"
+    window = text.get("sliding_window")
+    window = min(context, window) if isinstance(window, int) and window > 0 else context
+    tokens = sum(window if kind == "sliding_attention" else context for kind in kinds)
+    return tokens * _values(text) * value_bytes * sequences
 
 
 def _values(text: Config) -> int:

@@ -28,7 +28,9 @@ KEPT = 2 * (512 * 64 + 64)
 
 @pytest.fixture
 def inspection(tmp_path: Path) -> Inspection:
-    shapes = {f"model.layers.{n}.{name}.weight": shape for n in range(2) for name, shape in LINEARS.items()}
+    shapes: dict[str, tuple[int, ...]] = {
+        f"model.layers.{n}.{name}.weight": shape for n in range(2) for name, shape in LINEARS.items()
+    }
     shapes |= {"model.embed_tokens.weight": (512, 64), "model.norm.weight": (64,)}
     save_file({n: torch.zeros(s, dtype=torch.bfloat16) for n, s in shapes.items()}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))

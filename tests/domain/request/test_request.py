@@ -259,7 +259,7 @@ TABLE: list[tuple[str, dict[str, Any], str, str, str]] = [
         {**BASE, "bits": 6, "symmetric": False, "formats": ["gguf"]},
         "bits",
         "format_cannot_hold",
-        'formats: ["native"]',
+        'ask for formats: ["compressed-tensors"]',
     ),
     (
         "format width of an override",

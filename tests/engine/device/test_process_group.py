@@ -328,6 +328,7 @@ def test_two_ranks_spend_a_budget_as_one_does_and_adopt_how_it_was_spent(
     assert one.allocation is not None
     assert two.allocation.linears == one.allocation.linears
     assert two.allocation.error == pytest.approx(one.allocation.error, rel=1e-2)
+    assert two.allocation.average is not None
     assert two.allocation.reached <= two.allocation.average
     prepared = (tmp_path / "two/state/prepared.json").read_bytes()
     (tmp_path / "two/state/state.json").unlink()

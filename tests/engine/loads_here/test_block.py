@@ -16,6 +16,10 @@ from tests.engine.loads_here.faults import FAULTS, Fault, Faulty
 from workers.engine.loads_here import block, cut
 from workers.limited.process import LimitedProcess
 
+SLOW = pytest.mark.slow
+OFTEN = ("another width", "scales of k and v swapped", "no tokenizer", "codes of 64 bits")
+"""Faults of each kind that are planted in every run; the rest in the slow ones."""
+
 
 def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     real = vars(block)["open_writer"]
@@ -26,7 +30,7 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     monkeypatch.setattr(block, "open_writer", opened)
 
 
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [each if each in OFTEN else pytest.param(each, marks=SLOW) for each in FAULTS])
 def test_a_fault_ends_the_job_before_anything_is_tuned(
     small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -48,13 +52,21 @@ def test_a_fault_ends_the_job_before_anything_is_tuned(
 @pytest.mark.parametrize(
     "request_body",
     [
-        {},
-        {"symmetric": False, "bits": 3},
-        {"modules": {"ignore": ["lm_head", "*.q_proj"], "overrides": {"*.down_proj": {"bits": 8}}}, "symmetric": False},
-        {"formats": ["merged", "native"], "quantization": {"method": "rtn", "scheme": "nvfp4a16"}},
-        {"formats": ["native"], "method": "lq-lora", "rank": 2, "bits": 3},
+        pytest.param({}, id="4 bits"),
+        pytest.param({"symmetric": False, "bits": 3}, id="3 bits, asymmetric"),
+        pytest.param(
+            {
+                "modules": {"ignore": ["lm_head", "*.q_proj"], "overrides": {"*.down_proj": {"bits": 8}}},
+                "symmetric": False,
+            },
+            id="mixed",
+            marks=SLOW,
+        ),
+        pytest.param(
+            {"formats": ["merged", "native"], "quantization": {"method": "rtn", "scheme": "nvfp4a16"}}, id="nvfp4a16"
+        ),
+        pytest.param({"formats": ["native"], "method": "lq-lora", "rank": 2, "bits": 3}, id="low-rank", marks=SLOW),
     ],
-    ids=["4 bits", "3 bits, asymmetric", "mixed", "nvfp4a16", "low-rank"],
 )
 def test_what_is_sound_loads_and_computes_what_the_engine_does(
     small_model: Path, tmp_path: Path, reads: dict[str, Any], request_body: dict[str, Any]

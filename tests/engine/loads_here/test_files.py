@@ -72,7 +72,7 @@ def test_without_a_model_files_load_and_are_compared_with_nothing(
     assert [load.result for load in unread.loads] == ["not_checked"]
 
 
-@pytest.mark.parametrize("fault", ["scales of rows swapped", "no tokenizer"])
+@pytest.mark.parametrize("fault", ["scales of rows swapped", pytest.param("no tokenizer", marks=pytest.mark.slow)])
 def test_a_failure_keeps_the_files_and_warns_and_misses_what_is_required(
     small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:

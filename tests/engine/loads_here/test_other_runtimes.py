@@ -46,7 +46,7 @@ def with_runtime(reads: dict[str, Any], name: str, place: str) -> dict[str, Any]
 class TestLlamaCpp:
     def test_it_loads_a_block_and_the_file(self, small_model: Path, tmp_path: Path, reads: dict[str, Any]) -> None:
         order = with_runtime(reads, "llama.cpp", LLAMA_CPP)
-        body = {"formats": ["gguf"], "verify": "files", "require": {"loads": ["llama.cpp"]}}
+        body: dict[str, Any] = {"formats": ["gguf"], "verify": "files", "require": {"loads": ["llama.cpp"]}}
         report = run_job(small_model, tmp_path, order=order, **body).report
         assert [(load.runtime, load.read, load.result) for load in report.loads] == [
             ("llama.cpp", "block", "loads"),

@@ -67,7 +67,8 @@ def of_other_formats() -> dict[str, dict[str, Any]]:
         if name not in asked and not name.info.is_adapter:
             scheme = held_by(name)[-1].scheme
             method = "rtn" if Form.AFFINE in name.info.kinds else "nf"
-            job = {"quantization": {"method": method, **scheme.model_dump()}, "adapter": {"kind": "lora", "rank": 4}}
+            quantization = {"method": method, **scheme.model_dump(exclude={"name"})}
+            job: dict[str, Any] = {"quantization": quantization, "adapter": {"kind": "lora", "rank": 4}}
             jobs[f"lora-{name}"] = job | {"formats": [name.value, "peft"]}
     return jobs
 
@@ -205,7 +206,8 @@ def test_the_first_lines_of_a_card_load_what_its_figures_are_of(
     job: Job, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Run as they stand, but for the folders: the perplexity of the loaded model is the card's."""
-    monkeypatch.syspath_prepend(str(job.folders["native"]))
+    for folder in job.folders.values():
+        monkeypatch.syspath_prepend(str(folder))
     for name in job.folders:
         if name == "adapter" and job.spec.get("merge") == "quantized":
             continue  # its base is another job's

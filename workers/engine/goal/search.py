@@ -106,7 +106,7 @@ class Curve:
         """KL of what the method makes, as a share of rounding's: of the last point made in the order of size."""
         if not self.made:
             return 1.0
-        index = next(reversed(self.made))
+        index = list(self.made)[-1]
         return self.made[index] / max(self.predicted(index) or TINY, TINY)
 
     def chosen(self, limit: float) -> int:

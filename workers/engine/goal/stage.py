@@ -89,10 +89,10 @@ class _Aim:
             GoalOutOfReach: the frontier does not reach the limit.
         """
         if self.limits.kl is None:
-            index = self._of_size()
-            for each in dict.fromkeys((index, 0, len(self.points) - 1)):
+            of_size = self._of_size()
+            for each in dict.fromkeys((of_size, 0, len(self.points) - 1)):
                 self._round(each)
-            return index
+            return of_size
         limit = self.limits.holds
         while (index := self.curve.next_rounded(limit)) is not None:
             self._round(index)

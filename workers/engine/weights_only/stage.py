@@ -185,7 +185,8 @@ def _write_parts(
         for name, writer in writers.items():
             writer.adopt(part.written[name.value])
     scales = StoredScales(finished.parts[-1].errors if finished.parts else {})
-    tensor_pass = TensorPass(checkpoint, order.request.quantization, order.request.formats, by_tensor, scales)
+    spec, formats = order.request.quantization, order.request.formats
+    tensor_pass = TensorPass(checkpoint, spec, formats, by_tensor, targets.joined, scales)
     if finished.resumed:
         reporter.log("parts_resumed", parts=finished.resumed)
     done = sum(len(names) for names in parts[: finished.resumed])

@@ -2,10 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -22,10 +21,10 @@ from workers.engine.plan import scale_dtype_of
 from workers.engine.quantize.block_report import error_sums
 from workers.engine.quantize.registry import method_of
 from workers.engine.stored_scales import StoredScales
-from workers.engine.weights_only.expert_parts import outputs_of, stored_part
 from workers.engine.weights_only.finished_parts import FinishedLinear
-from workers.engine.weights_only.joined_scales import JoinedScales
 from workers.formats.format import PartWriter
+from workers.formats.stored_linear import StoredPart
+from workers.numerics.joined import shares_scale
 from workers.numerics.quantized import LinearResult, StoredBits
 from workers.numerics.row_parts import row_parts
 from workers.numerics.searched_matrix import quantize_matrix
@@ -44,6 +43,7 @@ class TensorPass:
     """Takes tensors of a checkpoint through a method and to writers, each by itself.
 
     linears   by the tensor that holds them: those that are quantized, and experts' that stay beside such
+    joined    the linears that a runtime makes one matrix of with the one of that name, itself among them
     scales    those of each format
     """
 
@@ -51,12 +51,9 @@ class TensorPass:
     spec: WeightSpec
     formats: tuple[ExportFormat, ...]
     linears: Mapping[str, Sequence[Target | KeptPart]]
+    joined: Callable[[str], Sequence[Target]] = lambda _: ()
     scales: StoredScales = field(default_factory=StoredScales)
-
-    @cached_property
-    def joined(self) -> JoinedScales:
-        """Scales that linears share, whatever tensors they lie in."""
-        return JoinedScales(self.checkpoint, self.linears)
+    _amax: dict[str, Tensor] = field(default_factory=dict)
 
     @torch.no_grad()
     def write(self, name: str, writers: Mapping[ExportFormat, PartWriter]) -> Done:
@@ -111,14 +108,14 @@ class TensorPass:
                         linears.append(linear)
                         bits += stored.stored_bits()
                         if whole is not None:
-                            outputs_of(whole, place, len(weight)).copy_(stored.dequantize())
-                    description = stored_part(part, place)
+                            _outputs(whole, place, len(weight)).copy_(stored.dequantize())
+                    stored_part = _stored_part(part, place)
                     for export_format, writer in packed.items():
                         if isinstance(stored, Tensor):
-                            writer.add_part(part.name, stored, description)
+                            writer.add_part(part.name, stored, stored_part)
                         else:
                             own = self.scales.of(export_format, part.name, stored)
-                            writer.add_linear(part.name, own, part=description)
+                            writer.add_linear(part.name, own, part=stored_part)
                 for pieces in growing:
                     if whole is not None:
                         pieces.append(whole)
@@ -146,9 +143,25 @@ class TensorPass:
         method = method_of(self.spec)
         if not isinstance(method, TensorMethod):
             raise InternalError(f"{self.spec.method} needs a model", field="quantization.method")
-        amax = self.joined.amax(target.name)
+        amax = self._joined_amax(target)
         result: LinearResult = method.quantize_tensor(weight, target.scheme, scale_dtype, self.spec, amax)
         return result
+
+    def _joined_amax(self, target: Target) -> Tensor | None:
+        """Largest magnitude of a linear and of all that a runtime joins with it; None where scales are its own.
+
+        Each of the others' tensors is read once for it.
+        """
+        others = self.joined(target.name) if shares_scale(target.scheme) else ()
+        if len(others) < 2:
+            return None
+        for other in others:
+            if other.name not in self._amax:
+                tensor = self.checkpoint.read(other.tensor)
+                place = other.place
+                own = tensor if place is None else _outputs(tensor[place.expert], place, other.shape[0])
+                self._amax[other.name] = own.abs().max().float()
+        return torch.stack([self._amax[other.name] for other in others]).max()
 
 
 def demand_finite(name: str, weight: Tensor) -> None:
@@ -175,4 +188,16 @@ def _by_expert(parts: Sequence[Target | KeptPart], tensor: Tensor) -> Iterator[t
             found.setdefault(part.place.expert, []).append((part, part.place))
     for expert in range(len(tensor)):
         own = found.get(expert, [])
-        yield expert, [(p, place, outputs_of(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]
+        yield expert, [(p, place, _outputs(tensor[expert], place, p.shape[0]).contiguous()) for p, place in own]
+
+
+def _outputs(expert: Tensor, place: ExpertPlace, count: int) -> Tensor:
+    """A linear's part (out, in) of an expert's matrix, in its memory."""
+    outputs = expert.T if place.transposed else expert
+    return outputs[place.first : place.first + place.step * count : place.step]
+
+
+def _stored_part(part: Target | KeptPart, place: ExpertPlace) -> StoredPart:
+    stop = place.first + place.step * part.shape[0]
+    rows = (place.first, stop, place.step)
+    return StoredPart(of=part.tensor, index=place.expert, rows=rows, transposed=place.transposed)

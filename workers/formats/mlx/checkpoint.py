@@ -1,10 +1,12 @@
-"""MLX's affine mode, as mlx-lm saves and reads it.
+"""MLX's modes of quantized weights, as mlx-lm saves and reads them.
 
     name.weight   uint32 (out, in * b / 32)       codes, dense along the inputs, lowest bits first
     name.scales   the model's dtype (out, in / g)
     name.biases   the same                        -scale * zero_point, or the group's fractional offset
 
     W_hat = scales * codes + biases
+
+    mxfp4, mxfp8: name.weight as above, of 4 or 8 bits, and name.scales uint8 (out, in / 32): exponents plus 127
 
 b is 2, 3, 4, 5, 6 or 8 and g is 32, 64 or 128. A bias of a symmetric weight is scale * 2^(b-1), which is exact; one of
 another zero point is rounded to the model's dtype once, as a fractional offset is, and the distance that this moves
@@ -22,14 +24,16 @@ import torch
 from torch import Tensor
 
 from app.domain.formats import ExportFormat
-from app.domain.methods import Scheme
+from app.domain.methods import Form, Scheme, SchemeName
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from workers.formats.checkpoint import Layout, checkpoint_format
 from workers.formats.packed.loading import LOADER, base_of, sections
 from workers.formats.packed.words import affine_alone, parts_of
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.packing import pack_words, unpack_words
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult
+
+MODES = {SchemeName.MXFP4A16: "mxfp4", SchemeName.MXFP8A16: "mxfp8"}
 
 
 def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
@@ -38,6 +42,8 @@ def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     Raises:
         FormatCannotHold: another form or scheme, or a scale of another dtype than the model's.
     """
+    if isinstance(result.weight, FloatWeight):
+        return _float_parts(name, result)
     weight = affine_alone(name, result, ExportFormat.MLX, result.weight.dtype)
     return {
         f"{name}.weight": pack_words(weight.codes, weight.scheme.bits).view(torch.uint32),
@@ -52,12 +58,14 @@ def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -
     Raises:
         CorruptCheckpoint: a tensor is missing, or their shapes do not fit together.
     """
-    words, scales, biases = parts_of(name, tensors, "weight", "scales", "biases")
-    scheme = stored.scheme
+    (words, scales), scheme = parts_of(name, tensors, "weight", "scales"), stored.scheme
+    biases = scales if stored.form is Form.FLOAT else parts_of(name, tensors, "biases")[0]
     columns = words.shape[1] * 32 // scheme.bits
     if scales.shape != biases.shape or scales.shape != (len(words), columns // scheme.width(columns)):
         raise CorruptCheckpoint(f"tensors of {name} do not fit each other", field=name)
     codes = unpack_words(words.view(torch.int32), scheme.bits, columns)
+    if stored.form is Form.FLOAT:
+        return LinearResult(FloatWeight(codes, scales, scheme, stored.torch_dtype))
     zero = offset = None
     if stored.offset:
         offset = biases
@@ -79,8 +87,8 @@ def held(name: str, weight: AffineWeight) -> AffineWeight:
 
 def moved(name: str, result: LinearResult) -> float:
     """The most by which rounding a bias moves a group's weights, in steps of its scale."""
-    weight = result.affine
-    if weight.scheme.symmetric:
+    weight = result.weight
+    if not isinstance(weight, AffineWeight) or weight.scheme.symmetric:
         return 0.0
     exact = _exact(weight)
     return float(((_biases(name, weight).float() - exact).abs() / weight.scale.float().abs()).nan_to_num(0.0).max())
@@ -90,11 +98,22 @@ def config(schemes: Mapping[str, Scheme], _ignored: Collection[str]) -> dict[str
     """The `quantization` of config.json; `schemes` of every quantized linear by module name."""
     usual = Counter(schemes.values()).most_common(1)[0][0]
     others = {name: _settings(scheme) for name, scheme in schemes.items() if scheme != usual}
-    return {**_settings(usual), "mode": "affine", **others}
+    return {**_settings(usual), **others}
 
 
 def _settings(scheme: Scheme) -> dict[str, object]:
-    return {"group_size": scheme.group_size, "bits": scheme.bits}
+    mode = "affine" if scheme.name is None else MODES[scheme.name]
+    return {"group_size": scheme.group_size, "bits": scheme.bits, "mode": mode}
+
+
+def _float_parts(name: str, result: LinearResult) -> dict[str, Tensor]:
+    """Tensors of a weight in one of the floating-point modes."""
+    weight = result.weight
+    if not isinstance(weight, FloatWeight) or weight.scheme.name not in MODES or result.low_rank is not None:
+        hint = 'ask for formats: ["native"] or ["merged"]'
+        raise FormatCannotHold(f"mlx holds no weights of {weight.scheme.name}", field=name, hint=hint)
+    words = pack_words(weight.codes, weight.scheme.bits).view(torch.uint32)
+    return {f"{name}.weight": words, f"{name}.scales": weight.scale.contiguous()}
 
 
 def _biases(name: str, weight: AffineWeight) -> Tensor:

@@ -10,7 +10,8 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
     gptq            scales * (codes - zeros)        qweight int32 (inputs packed, out), qzeros (groups, out
                                                     packed), scales (groups, out); in gptq's first form zeros less one
     awq             scales * (codes - zeros)        qweight int32 (in, out packed), in the order 0 2 4 6 1 3 5 7
-    mlx             scales * codes + biases         weight uint32 (out, inputs packed), scales and biases (out, groups)
+    mlx             scales * codes + biases         weight uint32 (out, inputs packed), scales and biases (out, groups);
+                                                    mxfp4, mxfp8: 2^(scales - 127) times FP4 or FP8 numbers
     bitsandbytes    absmax * quant_map[codes]       two codes a byte, the first in its high half; absmax by block, or
                                                     nested_quant_map[absmax] * nested_absmax + offset
 
@@ -107,10 +108,16 @@ def awq(_name: str, parts: dict[str, Tensor], _settings: dict[str, Any]) -> Tens
 
 def mlx(name: str, parts: dict[str, Tensor], settings: dict[str, Any]) -> Tensor:
     """MLX's words to fp32 (out, in)."""
-    words, scales, biases = parts[".weight"], parts[".scales"], parts[".biases"]
-    bits = settings.get(name, settings)["bits"]
-    codes = unpack(words, bits, words.shape[1] * 32 // bits).view(*scales.shape, -1).float()
-    return (codes * scales.float().unsqueeze(-1) + biases.float().unsqueeze(-1)).flatten(1)
+    words, scales, own = parts[".weight"], parts[".scales"], settings.get(name, settings)
+    bits, mode = own["bits"], own.get("mode", "affine")
+    codes = unpack(words, bits, words.shape[1] * 32 // bits).view(*scales.shape, -1)
+    if mode in ("mxfp4", "mxfp8"):
+        magnitudes = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+        small = torch.cat([magnitudes, -magnitudes])
+        values = small[codes.int()] if mode == "mxfp4" else codes.view(torch.float8_e4m3fn).float()
+        return (values * torch.exp2(scales.float() - 127).unsqueeze(-1)).flatten(1)
+    biases = parts[".biases"]
+    return (codes.float() * scales.float().unsqueeze(-1) + biases.float().unsqueeze(-1)).flatten(1)
 
 
 def nf4(_name: str, parts: dict[str, Tensor], _settings: dict[str, Any]) -> Tensor:
