@@ -49,6 +49,7 @@ FOLDERS = MappingProxyType(
         "app/domain/methods": "Schemes, specs and budgets of quantization methods, and their catalogue",
         "app/domain/goals": "Goals in bytes: what formats store, what a cache takes, what is out of reach",
         "app/domain/adapters": "Specs and shapes of adapters",
+        "app/domain/sizes": "Sizes of results, told before anything is made",
         "app/domain/inputs": "Checks of files that strangers send",
         "app/domain/inputs/quantized": "Quantized sources by their headers: which tensors mean which weight",
         "app/store": "SQLAlchemy; the only place with SQL",

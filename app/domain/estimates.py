@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from app.domain.file_sizes import Matrix, Rest, file_bytes
 from app.domain.fit import does_without_model
 from app.domain.format_rules import holds_base_alone, stored_formats
 from app.domain.goals.reach import byte_limit
@@ -15,7 +14,8 @@ from app.domain.methods.module_rules import unties
 from app.domain.request.combination_rules import trained_parameters
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import GeneratedText
-from app.domain.untied import is_tied, outer_shape
+from app.domain.sizes.files import Matrix, Rest, file_bytes
+from app.domain.sizes.untied_heads import is_tied, outer_shape
 from app.domain.weight_targets import has_head, is_embeddings, seen_tensors, weight_targets
 from app.domain.workload import (
     calibration_tokens,

@@ -16,7 +16,7 @@ from app.domain.methods import SchemeName, WeightSpec
 from app.domain.methods.module_rules import rule_errors
 from app.domain.request.combination_rules import shape_errors
 from app.domain.request.job_request import JobRequest
-from app.domain.untied import untied_warnings
+from app.domain.sizes.untied_heads import untied_warnings
 from app.domain.weight_targets import has_head, seen_tensors, target_errors, weight_targets
 from app.domain.workload import readers_of
 from bitwright.errors import ERRORS, BitwrightError, FieldProblem, IndivisibleGroup, InputError, InvalidRequest

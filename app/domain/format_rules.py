@@ -116,7 +116,7 @@ def stored_problems(
 def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec, forms: frozenset[Form]) -> list[FieldProblem]:
     """Reasons why a format cannot hold the schemes of embeddings and head."""
     problems: list[FieldProblem] = []
-    embeddings, head = spec.embeddings_scheme(), spec.modules.head and spec.head_scheme()
+    embeddings, head = spec.embeddings_scheme(), None if spec.modules.head is None else spec.head_scheme()
     for field, scheme in (("embeddings", embeddings), ("head", head)):
         if scheme is None:
             continue

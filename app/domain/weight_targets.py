@@ -198,7 +198,7 @@ def _errors(
 def _outer_errors(
     candidates: Mapping[str, Candidate], tensors: Collection[str], spec: WeightSpec
 ) -> list[InputError | RequestError]:
-    """What does not fit of the schemes of embeddings and head."""
+    """Misfits of the schemes of embeddings and head."""
     widths = {name: shape[1] for name, (_, shape, _) in candidates.items()}
     embeddings = next((name for name in widths if is_embeddings(name)), None)
     if spec.modules.embeddings is not None and embeddings is None:

@@ -69,7 +69,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_defaults_of_a_method(method: str) -> None:
-    modules = {"ignore": ("lm_head",), "overrides": {}, "embeddings": None, "head": None}
+    modules: dict[str, Any] = {"ignore": ("lm_head",), "overrides": {}, "embeddings": None, "head": None}
     expected = {"method": method, "modules": modules, **WEIGHTS, **METHOD_DEFAULTS[method]}
     assert METHODS[method].spec().model_dump() == expected
 

@@ -259,8 +259,8 @@ class CheckpointWriter:
         config = {**without_code(self._source.config), **self._dtype_fields()}
         if self._layout.config is not None:
             fields = self._layout.config(self._targets(), ignored)
-            quantizes_embeddings = self._opening.embeddings is not None and self._layout.embeddings is not None
-            config |= self._layout.embeddings(fields) if quantizes_embeddings else fields
+            changed = self._layout.embeddings
+            config |= fields if self._opening.embeddings is None or changed is None else changed(fields)
         if self._layout.kv_config is not None and self._attentions:
             config |= self._layout.kv_config(config)
         if self._layout.files is not None:

@@ -253,7 +253,8 @@ def _seen(preflight: Preflight, seen: Answer | None) -> Inspection | None:
 def runtime_warnings(request: JobRequest) -> list[str]:
     """Runtimes that load a requested format, but not with these widths or groups, or not on every device."""
     spec = request.quantization
-    schemes = {scheme for _, scheme in spec.schemes()} | ({spec.head_scheme()} - {None})
+    head = spec.head_scheme()
+    schemes = {scheme for _, scheme in spec.schemes()} | ({head} if head is not None else set())
     warnings = [
         warning
         for name in request.formats

@@ -2,6 +2,7 @@
 
 from app.domain.methods.budgets import BitBudget, Candidate
 from app.domain.methods.catalogue import METHODS, RECIPES, MethodInfo, Preset, QuantizationSpec
+from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.goals import AtMost, Choice, Fits, Goal
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
@@ -21,7 +22,6 @@ from app.domain.methods.weight_specs import (
     SCALE_BATCH_SIZE,
     AWQSpec,
     GPTQSpec,
-    OmniQuantSpec,
     RTNSpec,
     SignRoundSpec,
     WeightSpec,

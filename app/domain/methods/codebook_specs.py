@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from app.domain.methods.schemes import PRESET_ABSMAX, AbsmaxScheme
 from app.domain.methods.weight_specs import WeightsOnly, WeightSpec
 from bitwright.formats import Form
 
@@ -32,6 +33,10 @@ class NormalFloatSpec(WeightSpec):
     def observes_inputs(self) -> bool:
         """Weights alone."""
         return False
+
+    def absmax(self) -> AbsmaxScheme | None:
+        """QLoRA's, with double quantization."""
+        return PRESET_ABSMAX if self.double_quantization else None
 
     def forms(self) -> frozenset[Form]:
         """Codes of a codebook."""

@@ -46,7 +46,7 @@ def rule_errors(
 
 
 def outer_errors(spec: WeightSpec, width: int, *, head: str, tied: bool) -> list[InputError | RequestError]:
-    """What does not fit of the schemes of embeddings and head; the head's groups are judged with the linears'.
+    """Misfits of the schemes of embeddings and head; the head's groups are judged with the linears'.
 
     width   columns of the embedding matrix
     """
@@ -129,11 +129,13 @@ def _indivisible(spec: WeightSpec, inputs: Mapping[str, int], quantized: Iterabl
     errors: dict[str, IndivisibleGroup] = {}
     for name in quantized:
         width = inputs[name]
+        if spec.modules.head is not None and fits(name, HEAD_PATTERN):
+            head = spec.head_scheme()
+            if head is not None and not head.divides(width):
+                errors.setdefault(f"{RULES}.head", indivisible_outer(head, width, "head"))
+            continue
         scheme = next((candidate.scheme for candidate in spec.candidates(name, width)), None)
         if scheme is None or scheme.divides(width):
-            continue
-        if spec.modules.head is not None and fits(name, HEAD_PATTERN):
-            errors.setdefault(f"{RULES}.head", indivisible_outer(scheme, width, "head"))
             continue
         if scheme.name is not None:
             field = field_of_name(spec, name)

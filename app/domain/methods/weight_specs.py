@@ -12,7 +12,6 @@ from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
 from app.domain.methods.schemes import (
     HEAD_PATTERN,
     INTEGER_FIELDS,
-    PRESET_ABSMAX,
     AbsmaxScheme,
     GroupSize,
     ModuleRules,
@@ -342,40 +341,6 @@ class NamedSchemeSpec(GoalSpec):
         return super()._said_otherwise() if self.scheme is None else INTEGER_FIELDS
 
 
-class NormalFloatSpec(WeightSpec):
-    """NormalFloat, round to nearest: the base of QLoRA. Looks at the weights alone."""
-
-    method: Literal["nf"] = "nf"
-    bits: int = Field(default=4, strict=True, ge=2, le=4, description="Width of a code in bits: NF2, NF3 or NF4.")
-    double_quantization: bool = Field(
-        default=True,
-        strict=True,
-        description="Store the groups' largest magnitudes in 8 bits, with one fp32 number for 256 of them: 4.127 bits "
-        "a weight in place of 4.25 with groups of 64.",
-    )
-    weights_only: WeightsOnly = False
-
-    def needs_model(self) -> bool:
-        """Weights alone, unless scales of a cache are measured."""
-        return self.measures_inputs()
-
-    def asks_for_weights_alone(self) -> bool:
-        """As the request says."""
-        return self.weights_only
-
-    def observes_inputs(self) -> bool:
-        """Weights alone."""
-        return False
-
-    def absmax(self) -> AbsmaxScheme | None:
-        """QLoRA's, with double quantization."""
-        return PRESET_ABSMAX if self.double_quantization else None
-
-    def forms(self) -> frozenset[Form]:
-        """Codes of a codebook."""
-        return frozenset({Form.CODEBOOK})
-
-
 class RTNSpec(NamedSchemeSpec):
     """Round to nearest. Looks at the weights alone."""
 
@@ -516,38 +481,3 @@ class SignRoundSpec(NamedSchemeSpec):
     def shared_batch(self) -> int:
         """A step's batch, if there are steps."""
         return self.batch_size if self.steps else 0
-
-
-class OmniQuantSpec(GoalSpec):
-    """OmniQuant's learnable weight clipping: each group's range tuned by AdamW, block by block."""
-
-    method: Literal["omniquant"] = "omniquant"
-    preset: PresetName = Field(
-        default="default", description="Fills epochs, aug_loss and the calibration's size where they are not given."
-    )
-    epochs: int = Field(
-        default=20,
-        strict=True,
-        ge=0,
-        le=1000,
-        description="Passes over the calibration sequences per block; with 0 every range is shrunk to 0.982 of itself.",
-    )
-    batch_size: BatchSize = 1
-    learning_rate: LearningRate = Field(default=5e-3, description="Of every step.")
-    aug_loss: bool = Field(
-        default=False,
-        strict=True,
-        description="Also keep close to what the original block makes of the quantized inputs.",
-    )
-
-    def tuned_sequences(self, num_samples: int) -> int:
-        """Every sequence an epoch."""
-        return self.epochs * num_samples
-
-    def needs_original_inputs(self) -> bool:
-        """Targets are enough."""
-        return False
-
-    def shared_batch(self) -> int:
-        """A step's batch, if there are steps."""
-        return self.batch_size if self.epochs else 0

@@ -17,9 +17,9 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
-def loader(folder: Path) -> Any:
+def loader(folder: Path, name: str = "load_bitwright") -> Any:
     """The loader that lies in the artifact."""
-    spec = importlib.util.spec_from_file_location("load_bitwright", folder / "load_bitwright.py")
+    spec = importlib.util.spec_from_file_location(name, folder / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -187,7 +187,9 @@ def perplexity(model: Any, ids: Tensor) -> float:
 def loaded(way: ShippedFigures, checkpoint: str, output: Path, dtype: torch.dtype) -> Any:
     """A checkpoint as its own loader loads it, with the adapter beside it that goes with this way."""
     folder = output / checkpoint
-    if checkpoint == "native":
+    if checkpoint == "mlx":
+        model = loader(folder, "load_packed").load(folder)
+    elif checkpoint == "native":
         model = loader(folder).load(folder, merge=way.adapter is None)
     elif checkpoint == "gguf":
         model = AutoModelForCausalLM.from_pretrained(

@@ -24,6 +24,12 @@ CASES: dict[str, dict[str, Any]] = {
     "NVFP4": {"scheme": "nvfp4a16", "modules": {"embeddings": "nvfp4a16"}, "formats": ["merged"]},
     "NormalFloat": {"method": "nf", "bits": 4, "group_size": 64, "formats": ["merged"]},
     "factors": {"method": "loftq", "rank": 4, "iterations": 1, "formats": ["merged", "peft"]},
+    "mlx": {"bits": 4, "symmetric": False, "modules": EVERY, "formats": ["mlx"]},
+    "gptq": {"bits": 4, "formats": ["gptq"]},
+    "awq": {"bits": 4, "symmetric": False, "formats": ["awq"]},
+    "bitsandbytes": {"method": "nf", "bits": 4, "group_size": 64, "formats": ["bitsandbytes"]},
+    "compressed-tensors, FP8": {"scheme": "fp8", "formats": ["compressed-tensors"]},
+    "compressed-tensors, NVFP4": {"scheme": "nvfp4a16", "formats": ["compressed-tensors"]},
     "without a model": {"bits": 4, "weights_only": True, "modules": EVERY, "formats": ["compressed-tensors"]},
 }
 

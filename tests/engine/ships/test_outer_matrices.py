@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import ResultLine
+from app.domain.request.job_request import JobRequest
 from bitwright.errors import FormatCannotHold, InvalidRequest
 from tests.engine.conftest import run_job
 from tests.engine.model.loading import loader
@@ -44,12 +45,10 @@ def assert_told_truly(result: ResultLine, workspace: Path, ids: torch.Tensor) ->
     for name, size in result.report.size.bytes_files.items():
         files = (workspace / "output" / name).glob("*.gguf" if name == "gguf" else "*.safetensors")
         assert size == sum(file.stat().st_size for file in files)
-    assert set(result.report.size.bytes_files) == set(result.checkpoints)
+    assert set(result.report.size.bytes_files) == set(result.checkpoints) - {"adapter"}
 
 
 def sequences(model: Path, result: ResultLine, rows: Path) -> torch.Tensor:
-    from app.domain.request.job_request import JobRequest
-
     body = {
         "model": str(model),
         "method": "rtn",
@@ -73,6 +72,8 @@ def ran(model: Path, rows: Path, workspace: Path, modules: Any, **request: Any) 
 
 CASES: dict[str, dict[str, Any]] = {
     "embeddings alone": {"modules": {"embeddings": 2}, "formats": ["native", "merged", "gguf"]},
+    "mlx": {"modules": {"embeddings": 3, "head": 3}, "formats": ["mlx", "merged"], "symmetric": False},
+    "mlx, a head alone": {"modules": {"head": 2}, "formats": ["mlx"]},
     "both apart": {"modules": {"embeddings": 4, "head": 4}, "formats": ["merged", "gguf"]},
     "uniform": {"modules": {"embeddings": 4, "head": 4}, "formats": ["compressed-tensors", "merged"]},
     "uniform with zero points": {
@@ -180,3 +181,31 @@ def test_without_a_model_the_same_files_are_made(
 
 def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_adapters_are_trained_on_quantized_embeddings(
+    tied: bool, small_model: Path, tied_model: Path, rows: Path, tmp_path: Path
+) -> None:
+    """And a job that goes on from the result takes its matrices as they are."""
+    model, modules = tied_model if tied else small_model, {"embeddings": 2, "head": 2}
+    finetune = {"dataset": str(rows), "steps": 2, "batch_size": 2, "sequence_length": 48}
+    evaluation = {"dataset": str(rows), "num_samples": 4, "sequence_length": 48}
+    paths = {"evaluation_path": str(rows), "finetuning_path": str(rows)}
+    body: dict[str, Any] = {"modules": modules, "adapter": {"kind": "lora", "rank": 2}, "finetune": finetune}
+    body |= {"evaluation": evaluation, "formats": ["merged", "peft"]}
+    first = run_job(model, tmp_path / "first", order=paths, **body)
+    ids = shipping.sequences(JobRequest.parse({"model": str(model), "method": "rtn", **finetuned(body)}), model, rows)
+    assert_told_truly(first, tmp_path / "first", ids)
+    base = {"base_job_path": str(tmp_path / "first" / "output")}
+    again = run_job(model, tmp_path / "again", order=paths | base, base_job="job_" + "0" * 25, **body)
+    stored = [load_file(tmp_path / job / "output" / "native" / "weights.safetensors") for job in ("first", "again")]
+    outer = [name for name in stored[0] if "embed_tokens" in name or "lm_head" in name]
+    assert outer
+    assert all(torch.equal(stored[0][name], stored[1][name]) for name in outer)
+    assert again.report.embeddings == first.report.embeddings
+
+
+def finetuned(body: dict[str, Any]) -> dict[str, Any]:
+    """The fields that decide the evaluation text."""
+    return {name: body[name] for name in ("finetune", "evaluation")}

@@ -39,7 +39,7 @@ def quantize_embeddings(job: Job) -> LinearReport | None:
 
 
 def substitutes(model: StreamedModel, finished: FinishedBlocks) -> dict[str, Tensor]:
-    """What stands for the embedding matrix in the quantized model, on the host, by parameter; empty if it stays."""
+    """Replacement of the embedding matrix in the quantized model, on the host, by parameter; empty if it stays."""
     results = finished.load_embeddings()
     return {f"{name}.weight": result.to(model.device).dequantize().cpu() for name, result in results.items()}
 

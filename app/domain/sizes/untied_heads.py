@@ -1,12 +1,10 @@
 """Heads that are the embedding matrix in a model and stored apart in its results, and the bytes that this adds."""
 
-from math import prod
-
-from app.domain.file_sizes import Matrix, matrix_bytes
 from app.domain.formats import EmbeddingRule
 from app.domain.inputs.inspection import Inspection
 from app.domain.methods.module_rules import unties
 from app.domain.request.job_request import JobRequest
+from app.domain.sizes.files import Matrix
 from app.domain.weight_targets import embeddings_tensor, has_head
 
 
@@ -18,7 +16,7 @@ def outer_shape(inspection: Inspection) -> tuple[int, int] | None:
         return rows, columns
     dimensions = inspection.dimensions
     shape = None if dimensions is None else (dimensions.vocabulary, dimensions.hidden)
-    return shape if shape is not None and prod(shape) else None
+    return shape if shape is not None and all(shape) else None
 
 
 def is_tied(inspection: Inspection) -> bool:
@@ -35,14 +33,14 @@ def untied_warnings(request: JobRequest, inspection: Inspection) -> list[str]:
         return []
     head, embeddings = spec.head_scheme(), spec.embeddings_scheme()
     if unties(spec) and head is not None:
-        more = matrix_bytes(Matrix(shape, head)) / 1e6
+        more = Matrix(shape, head).native_bits / 8 / 1e6
         return [
             "quantization.modules.head: the model has one matrix for head and embeddings; the quantized head is stored "
             f"besides, {more:.1f} MB more, and tie_word_embeddings becomes false"
         ]
     if embeddings is None:
         return []
-    more = matrix_bytes(Matrix(shape, embeddings)) / 1e6
+    more = Matrix(shape, embeddings).native_bits / 8 / 1e6
     return [
         f"formats.{index}: {name.value} stores the matrix of head and embeddings twice, {more:.1f} MB more: vLLM finds "
         "no head in quantized embeddings"
