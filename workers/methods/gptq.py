@@ -112,7 +112,8 @@ class GPTQ:
                     else:
                         together = quantize_weight(torch.cat(weights), elimination, scheme, task.scale_dtype)
                         parts = together.split([len(weight) for weight in weights])
-                    results |= {name: LinearResult(weight) for name, weight in zip(alike, parts, strict=True)}
+                    for name, weight in zip(alike, parts, strict=True):
+                        results[name] = LinearResult(weight)
                 for name in names:
                     linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
                 task.tick(len(results) / len(linears))
