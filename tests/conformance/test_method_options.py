@@ -93,14 +93,15 @@ STARTS: dict[str, dict[str, Any]] = {
 """What has to be so that a method gets anywhere in its few steps."""
 WITH: dict[tuple[str, str], dict[str, Any]] = {
     ("loftq", "symmetric"): {"base": "affine"},
-    ("rtn", "scale_search"): {"bits": None, "group_size": None, "symmetric": None, "scheme": "nvfp4a16"},
+    ("rtn", "scale_search"): {"scheme": "nvfp4a16"},
 }
 """Other fields without which an option is refused."""
 
 
 def asked(name: str, **fields: Any) -> WeightSpec:
     """A quick spec with the method's `STARTS`."""
-    return quick(name, **(STARTS.get(name, {}) | fields))
+    starts = {k: v for k, v in STARTS.get(name, {}).items() if k != "bits" or "scheme" not in fields}
+    return quick(name, **(starts | fields))
 
 
 def seen_task(spec: WeightSpec) -> BlockTask:

@@ -33,15 +33,22 @@ def test_a_job_is_tried_three_times_more() -> None:
     assert MAX_RETRIES_WITHOUT_PROGRESS == 3
 
 
-WEIGHTS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True}
+WEIGHTS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True, "kv_cache": None}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rtn": {"scheme": None, "weights_only": False},
+    "rtn": {"scheme": None, "scale_search": True, "weights_only": False},
     "nf": {"double_quantization": True, "weights_only": False},
-    "gptq": {"damping": 0.01, "act_order": True},
-    "awq": {"search_samples": 32, "clip_search": True, "quantized_inputs": False},
+    "gptq": {"scheme": None, "damping": 0.01, "act_order": True},
+    "awq": {"scheme": None, "search_samples": 32, "clip_search": True, "quantized_inputs": False},
     "omniquant": {"preset": "default", "epochs": 20, "batch_size": 1, "learning_rate": 0.005, "aug_loss": False},
     "signround": {
-        **{"preset": "default", "steps": 200, "batch_size": 8, "learning_rate": None, "scale_search": True},
+        **{
+            "scheme": None,
+            "preset": "default",
+            "steps": 200,
+            "batch_size": 8,
+            "learning_rate": None,
+            "scale_search": True,
+        },
         **{"quantized_inputs": True, "scale_steps": 0},
     },
     "loftq": {"base": "normal-float", "double_quantization": False, "rank": 64, "alpha": 16.0, "iterations": 5},

@@ -8,7 +8,8 @@ import torch
 
 from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme, WeightSpec
-from app.domain.methods.module_rules import rule_errors
+from app.domain.methods.module_rules import field_of_name, rule_errors
+from bitwright.errors import InvalidRequest
 from workers.disk.orders import AttemptOrder
 from workers.engine.memory import (
     ACTIVATION_BYTES,
@@ -106,4 +107,10 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     inputs = {name: linear.in_features for name, linear in model.linears().items()}
     for error in rule_errors(spec, inputs, head=model.layout.head, tied=model.tied):
         raise error
-    return {name: scheme for name in inputs if (scheme := spec.scheme_of(name)) is not None}
+    schemes = {name: scheme for name in inputs if (scheme := spec.scheme_of(name)) is not None}
+    head = schemes.get(model.layout.head)
+    if head is not None and head.row is not None and head.row.calibrated:
+        detail = f"{head.name} stores a number of a linear's inputs, and the head's are not looked at"
+        hint = "give the head a scheme of weights alone by an override, or leave it in modules.ignore"
+        raise InvalidRequest(detail, field=field_of_name(spec, model.layout.head), value=head.name, hint=hint)
+    return schemes

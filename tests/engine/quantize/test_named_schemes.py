@@ -13,12 +13,13 @@ from compressed_tensors.quantization.lifecycle.forward import fake_quantize
 from compressed_tensors.quantization.utils import calculate_qparams
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
-from app.domain.request.job_request import Evaluation
+from app.domain.request.job_request import Calibration, Evaluation
 from bitwright.report import Report
 from tests.engine.conftest import run_job
-from workers.engine.text.sequences import evaluation_sequences, load_tokenizer
+from workers.engine.quantize import block_pass
+from workers.engine.text.sequences import calibration_sequences, evaluation_sequences, load_tokenizer
 from workers.formats.load_bitwright import load
 
 SIZE: dict[str, Any] = {
@@ -64,8 +65,8 @@ def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
 
 
 @contextmanager
-def quantized_inputs(model: nn.Module, tensors: dict[str, Tensor], cache: bool) -> Iterator[None]:
-    """A transformers model that rounds inputs by compressed-tensors, and keys and values in its attention."""
+def quantized_inputs(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[None]:
+    """A transformers model that rounds inputs by compressed-tensors."""
     args = QuantizationArgs(
         num_bits=4, type="float", strategy="tensor_group", group_size=16, scale_dtype=E4M3, dynamic="local"
     )
@@ -85,29 +86,21 @@ def quantized_inputs(model: nn.Module, tensors: dict[str, Tensor], cache: bool) 
     yield
     for handle in handles:
         handle.remove()
-    assert cache or handles
 
 
-class FloatCache:
-    """In the place of a cache: keys and values as e4m3 with the stored scales gives them back."""
+class FloatCache(DynamicCache):  # type: ignore[misc]
+    """In the place of a cache: keys and values as e4m3 with the stored scales gives them back; nothing is kept."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
+        super().__init__()
         self.tensors = tensors
 
-    def update(self, key: Tensor, value: Tensor, layer: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key: Tensor, value: Tensor, layer_idx: int, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         states = []
         for state, kind in ((key, "k_scale"), (value, "v_scale")):
-            scale = self.tensors[f"model.layers.{layer}.self_attn.{kind}"]
+            scale = self.tensors[f"model.layers.{layer_idx}.self_attn.{kind}"]
             states.append(((state.float() / scale).clamp(-448, 448).to(E4M3).float() * scale).to(state.dtype))
         return states[0], states[1]
-
-    def get_seq_length(self, *_: Any) -> int:
-        return 0
-
-    def get_mask_sizes(self, query: Any, *_: Any) -> tuple[int, int]:
-        return (query if isinstance(query, int) else query.shape[0]), 0
-
-    is_compileable = False
 
 
 def perplexity(model: Any, ids: Tensor, **given: Any) -> float:
@@ -124,7 +117,7 @@ def test_the_report_tells_what_a_server_computes(served: tuple[Path, Report], ti
         load_tokenizer(tiny_model, "evaluation"), Evaluation(**SIZE["evaluation"]), None, 0, None, None
     ).ids
     assert report.quality is not None
-    with quantized_inputs(model, tensors, cache=True):
+    with quantized_inputs(model, tensors):
         found = perplexity(model, ids, past_key_values=FloatCache(tensors))
     assert report.quality.perplexity == pytest.approx(found, rel=2e-3)
     assert report.quality.perplexity != pytest.approx(perplexity(model, ids), rel=2e-3)
@@ -135,12 +128,8 @@ def test_the_report_tells_what_a_server_computes(served: tuple[Path, Report], ti
 
 def test_stored_numbers_are_maxima_of_the_original_model(served: tuple[Path, Report], tiny_model: Path) -> None:
     """Largest inputs of q, k and v together, keys after rotary embeddings and values, by transformers' own forward."""
-    from workers.engine.text.sequences import calibration_sequences
-
     workspace, _ = served
     tensors = stored(workspace)
-    from app.domain.request.job_request import Calibration
-
     ids = calibration_sequences(
         load_tokenizer(tiny_model, "calibration"), Calibration(**SIZE["calibration"]), None, 0, None
     ).ids
@@ -172,8 +161,6 @@ def test_stored_numbers_are_maxima_of_the_original_model(served: tuple[Path, Rep
 def test_a_resumed_job_serves_as_an_undisturbed_one(
     served: tuple[Path, Report], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from workers.engine.quantize import block_pass
-
     settled, stop = block_pass.BlockPass._result, KeyboardInterrupt
 
     def interrupted(self: Any, index: int, *given: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from app.domain.methods import Scheme, WeightSpec
+from app.domain.methods import RTNSpec, Scheme, WeightSpec
 from bitwright.errors import InternalError
 from bitwright.events import Stage
 from bitwright.report import BlockReport
@@ -57,7 +57,7 @@ from workers.numerics.quantized import LinearResult
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the passes through an original block have shown.
+    """Findings of the passes through an original block.
 
     moments    `second_moments`, of starved experts those of tokens that they borrowed, too
     columns    largest magnitudes of the inputs of calibrated linears, by column
@@ -145,7 +145,7 @@ class BlockPass:
         with self.job.model.loaded(head):
             container = nn.ModuleDict({"head": self.job.model.model.get_submodule(head)})
             task = self._task(index, container, {"head": self.job.schemes[head]}, {}, lambda _: None)
-            return METHODS["rtn"].quantize_block(task, self.job.spec).linears["head"]
+            return METHODS["rtn"].quantize_block(task, RTNSpec()).linears["head"]
 
     def _quantize(self, index: int, progress: BlockProgress, writer: WriteBehind) -> None:
         started = time.perf_counter()
@@ -174,7 +174,7 @@ class BlockPass:
         writer.give(partial(self._finish, shard, findings))
 
     def _look(self, index: int, block: nn.Module, schemes: Mapping[str, Scheme]) -> "_Seen":
-        """The passes of all texts through the original block, and what shows in them."""
+        """Takes all texts through the original block; what shows in it."""
         observed = self.calibration or self.evaluation
         linears = {n: linear for n, linear in self.job.model.block_linears(index).items() if n in schemes}
         measured = Measured.of(linears, schemes, self._caches, calibrates=self.calibration is not None)
