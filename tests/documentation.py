@@ -129,6 +129,7 @@ FOLDERS = MappingProxyType(
         "tests/engine/weights_only": "Jobs without a model: numbers, bytes that stay, resume, memory",
         "tests/formats": "Tensors and configurations of each format",
         "tests/formats/cards": "Model cards and what they inherit",
+        "tests/formats/compressed_tensors": "Golden bytes of compressed-tensors, and what the format refuses",
         "tests/formats/gguf": "GGUF files against the package gguf",
         "tests/methods": "Methods against their formulas",
         "tests/mutants": "Mistakes put into the sources one at a time, and whether the tests notice",

@@ -177,15 +177,6 @@ def _matrices(request: JobRequest, dimensions: Dimensions) -> list[Matrix]:
     return found
 
 
-def _as_asked(request: JobRequest, inspection: Inspection, widest: int) -> int:
-    """Bytes of a packed checkpoint as a size or a budget over the model asks for; else `widest`, of wide choices."""
-    spec = request.quantization
-    budget, limit = spec.budget(), byte_limit(spec, inspection.config)
-    if budget is not None and budget.over == "model":
-        return int(budget.average * inspection.weights / 8)
-    return widest if limit is None else min(widest, limit)
-
-
 def _as_asked(request: JobRequest, inspection: Inspection, widest: int, *, dense: bool = False) -> int:
     """Bytes of a packed checkpoint as a size or a budget over the model asks for; else `widest`, of wide choices."""
     spec = request.quantization

@@ -102,15 +102,15 @@ STARTS: dict[str, dict[str, Any]] = {
 """What has to be so that a method gets anywhere in its few steps."""
 WITH: dict[tuple[str, str], dict[str, Any]] = {
     ("loftq", "symmetric"): {"base": "affine"},
-    ("rtn", "scale_search"): {"bits": None, "group_size": None, "symmetric": None, "scheme": "nvfp4a16"},
+    ("rtn", "scale_search"): {"scheme": "nvfp4a16"},
 }
 """Other fields without which an option is refused."""
 
 
 def asked(name: str, **fields: Any) -> WeightSpec:
     """A quick spec with the method's `STARTS`."""
-    starts = STARTS.get(name, {})
-    if fields.get("at_most") or fields.get("fits"):
+    starts, other = STARTS.get(name, {}), ("at_most", "fits", "scheme")
+    if any(fields.get(field) for field in other):
         starts = {field: value for field, value in starts.items() if field != "bits"}
     return quick(name, **(starts | fields))
 

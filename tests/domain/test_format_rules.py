@@ -17,6 +17,7 @@ GPTQ, GPTQ_V2, AWQ, MLX, BITSANDBYTES = (
 )
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
 AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
+PACKED = AFFINE | {Form.FLOAT}
 
 
 @pytest.mark.parametrize("inputs", [16, 31, 33, 48, 80, 1000])
@@ -132,7 +133,7 @@ def test_the_format_of_each_result() -> None:
     ("name", "kinds", "low_rank", "scales", "offsets", "dense", "library", "files"),
     [
         (NATIVE, WEIGHTS, LowRankRule.KEEPS, ScaleDtype.ANY, Offsets.EXACT, False, "bitwright", "*.safetensors"),
-        (CT, AFFINE, LowRankRule.BESIDE, ScaleDtype.MODEL, Offsets.NONE, False, "transformers", "*.safetensors"),
+        (CT, PACKED, LowRankRule.BESIDE, ScaleDtype.MODEL, Offsets.NONE, False, "transformers", "*.safetensors"),
         (MERGED, WEIGHTS, LowRankRule.MERGES, ScaleDtype.ANY, Offsets.EXACT, True, "transformers", "*.safetensors"),
         (PEFT, WEIGHTS, LowRankRule.IS, ScaleDtype.ANY, Offsets.NONE, False, "peft", "*.safetensors"),
         (GGUF, AFFINE, LowRankRule.BESIDE, ScaleDtype.FLOAT16, Offsets.FLOAT16, False, "gguf", "*.gguf"),

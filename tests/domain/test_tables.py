@@ -33,20 +33,21 @@ def test_a_job_is_tried_three_times_more() -> None:
     assert MAX_RETRIES_WITHOUT_PROGRESS == 3
 
 
-WEIGHTS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True}
+WEIGHTS: dict[str, Any] = {"bits": 4, "group_size": 64, "symmetric": True, "kv_cache": None}
 NO_GOAL: dict[str, Any] = {"at_most": None, "fits": None}
+NAMED: dict[str, Any] = {**NO_GOAL, "scheme": None}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "rtn": {**NO_GOAL, "scheme": None, "weights_only": False},
+    "rtn": {**NAMED, "scale_search": True, "weights_only": False},
     "nf": {"double_quantization": True, "weights_only": False},
-    "gptq": {**NO_GOAL, "damping": 0.01, "act_order": True},
-    "awq": {**NO_GOAL, "search_samples": 32, "clip_search": True, "quantized_inputs": False},
+    "gptq": {**NAMED, "damping": 0.01, "act_order": True},
+    "awq": {**NAMED, "search_samples": 32, "clip_search": True, "quantized_inputs": False},
     "omniquant": {
         **{"preset": "default", "epochs": 20, "batch_size": 1, "learning_rate": 0.005, "aug_loss": False},
         **NO_GOAL,
     },
     "signround": {
         **{"preset": "default", "steps": 200, "batch_size": 8, "learning_rate": None, "scale_search": True},
-        **{"quantized_inputs": True, "scale_steps": 0, **NO_GOAL},
+        **{"quantized_inputs": True, "scale_steps": 0, **NAMED},
     },
     "loftq": {"base": "normal-float", "double_quantization": False, "rank": 64, "alpha": 16.0, "iterations": 5},
     "apiq": {

@@ -21,8 +21,8 @@ OUT, IN, TOKENS = 512, 1024, 32
 
 def config_of(scheme: Scheme) -> dict[str, Any]:
     """The group of config.json that describes such linears."""
-    written = compressed_tensors.config({"x": scheme}, ())
-    (group,) = written["config_groups"].values()
+    groups: Any = compressed_tensors.config({"x": scheme}, ())["config_groups"]
+    (group,) = groups.values()
     return {**group["weights"], "format": group["format"], "quant_method": "compressed-tensors"}
 
 

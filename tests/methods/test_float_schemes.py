@@ -1,6 +1,7 @@
 """Methods on schemes of FP4 and FP8: GPTQ against a plain loop in fp64, limits in which they agree, joined scales."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,7 @@ def test_gptq_is_the_plain_loop_with_scales_of_the_original_weights(name: str, a
         assert error(weight, made.dequantize(), inputs) < 0.7 * error(weight, expected.dequantize(), inputs)
 
 
-def task_of(name: str, **changed: object) -> BlockTask:
+def task_of(name: str, **changed: Any) -> BlockTask:
     scheme = Scheme.named(SchemeName(name))
     task = gated_task({"gate": scheme, "up": scheme}, joined=(("gate", "up"),), **changed)
     moments = {linear: torch.rand(32) + 0.1 for linear in task.schemes}

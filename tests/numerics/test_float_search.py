@@ -31,7 +31,9 @@ def errors(weight: Tensor, factor: Tensor, width: int, moments: Tensor) -> Tenso
     w = weight.double().view(len(weight), -1, width)
     in_steps = w / factor.double().unsqueeze(-1)
     nearest = VALUES[Element.E2M1][(in_steps.unsqueeze(-1) - VALUES[Element.E2M1]).abs().argmin(-1)]
-    return ((nearest * factor.double().unsqueeze(-1) - w).square() * moments.double().view(-1, width)).sum(-1)
+    squares = (nearest * factor.double().unsqueeze(-1) - w).square()
+    total: Tensor = (squares * moments.double().view(-1, width)).sum(-1)
+    return total
 
 
 @settings(max_examples=8, deadline=None)

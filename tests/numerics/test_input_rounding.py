@@ -58,7 +58,8 @@ def theirs(x: Tensor, name: SchemeName, amax: float) -> Tensor:
         scale, zero = calculate_qparams(
             groups.amin(-1, keepdim=keep), groups.amax(-1, keepdim=keep), args, global_scale=divisor
         )
-    return fake_quantize(x, scale, zero, args, global_scale=divisor)
+    found: Tensor = fake_quantize(x, scale, zero, args, global_scale=divisor)
+    return found
 
 
 @pytest.mark.parametrize("name", ARGS)

@@ -8,7 +8,8 @@ import torch
 
 from app.domain.formats import FORMATS, ExportFormat, ScaleDtype
 from app.domain.methods import Scheme, WeightSpec
-from app.domain.methods.module_rules import rule_errors
+from app.domain.methods.module_rules import field_of_name, rule_errors
+from bitwright.errors import InvalidRequest
 from workers.disk.orders import AttemptOrder
 from workers.engine.memory import (
     ACTIVATION_BYTES,
@@ -120,4 +121,14 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     elif spec.modules.head is not None and (of_head := spec.head_scheme()) is not None:
         schemes[head] = of_head
     embeddings = spec.embeddings_scheme()
-    return schemes if embeddings is None else {model.layout.embeddings: embeddings, **schemes}
+    schemes = schemes if embeddings is None else {model.layout.embeddings: embeddings, **schemes}
+    _demand_weights_alone(spec, head, schemes.get(head))
+    _demand_weights_alone(spec, model.layout.embeddings, embeddings)
+    return schemes
+
+
+def _demand_weights_alone(spec: WeightSpec, name: str, scheme: Scheme | None) -> None:
+    if scheme is not None and scheme.row is not None and scheme.row.calibrated:
+        detail = f"{scheme.name} stores a number of a linear's inputs, and those of {name} are not looked at"
+        hint = "give it a scheme of weights alone, or leave it as it is"
+        raise InvalidRequest(detail, field=field_of_name(spec, name), value=scheme.name, hint=hint)

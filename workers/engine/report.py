@@ -84,7 +84,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
 
 
 def served_words(job: Job) -> str | None:
-    """What the evaluation rounds besides weights, as a server of the job's schemes does it; None: nothing."""
+    """Words for all that the evaluation rounds besides weights, as a server does it; None: nothing."""
     rows = {scheme.name: scheme.row.activations for scheme in job.block_schemes.values() if scheme.row is not None}
     rounded = sorted(name for name, activations in rows.items() if name is not None and activations is not None)
     parts = [f"inputs of linears as a server of {' and '.join(rounded)} rounds them"] if rounded else []

@@ -2,11 +2,8 @@
 
 from collections.abc import Mapping
 
-from app.domain.formats import VLLM_FUSED
+from app.domain.weight_targets import JOINED
 from bitwright.errors import FormatCannotHold
-
-FUSED = (*VLLM_FUSED, ("w1", "w3"))
-"""The last pair is gate and up of an expert, as Mixtral names them."""
 
 
 class NumbersInCommon:
@@ -22,7 +19,7 @@ class NumbersInCommon:
             FormatCannotHold: a companion has another one.
         """
         parent, _, last = name.rpartition(".")
-        for fused in FUSED:
+        for fused in JOINED:
             if last not in fused or not numbers:
                 continue
             first, theirs = self._first.setdefault((parent, fused), (name, numbers))

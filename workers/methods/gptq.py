@@ -103,15 +103,9 @@ class GPTQ:
             for names, hessian in _hessians(task, groups):
                 elimination = self._eliminate(task, names, hessian, spec, counters)
                 for scheme, alike in _by_scheme(task.schemes, names).items():
-                    weights = [linears[name].weight for name in alike]
-                    parts: Sequence[QuantizedWeight]
-                    if scheme.form is Form.FLOAT:
-                        moments = hessian.sum[0].diagonal()
-                        shared = [amax.get(name) for name in alike]
-                        parts = quantize_floats(weights, elimination, scheme, task.scale_dtype, moments, shared)
-                    else:
-                        together = quantize_weight(torch.cat(weights), elimination, scheme, task.scale_dtype)
-                        parts = together.split([len(weight) for weight in weights])
+                    weights, shared = [linears[name].weight for name in alike], [amax.get(name) for name in alike]
+                    moments = hessian.sum[0].diagonal()
+                    parts = _quantized(weights, elimination, scheme, task.scale_dtype, moments, shared)
                     results |= {name: LinearResult(weight) for name, weight in zip(alike, parts, strict=True)}
                 for name in names:
                     linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
@@ -165,6 +159,21 @@ def batched(stage: Sequence[tuple[str, ...]], size: int) -> Iterator[Sequence[tu
     """The groups of a stage, at most `size` at a time."""
     for first in range(0, len(stage), size):
         yield stage[first : first + size]
+
+
+def _quantized(
+    weights: Sequence[Tensor],
+    elimination: Elimination,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    moments: Tensor,
+    joined_amax: Sequence[Tensor | None],
+) -> Sequence[QuantizedWeight]:
+    """Weights (rows, in) of the same inputs and one scheme, whose rows are rounded together."""
+    if scheme.form is Form.FLOAT:
+        return quantize_floats(weights, elimination, scheme, scale_dtype, moments, joined_amax)
+    together = quantize_weight(torch.cat(list(weights)), elimination, scheme, scale_dtype)
+    return together.split([len(weight) for weight in weights])
 
 
 def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:

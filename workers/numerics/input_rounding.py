@@ -47,7 +47,7 @@ class InputRounding:
             return _on_grid(x.float(), self._calibrated() / _largest(about), about.element).to(x.dtype)
         width = columns if about.columns == WHOLE else about.columns
         wide = nn.functional.pad(x.float(), (0, -columns % width))
-        groups = wide.unflatten(-1, (-1, width))
+        groups = wide.view(*wide.shape[:-1], -1, width)
         scale = self._scales(groups.abs().amax(-1, keepdim=True))
         return _on_grid(groups, scale, about.element).flatten(-2)[..., :columns].to(x.dtype)
 

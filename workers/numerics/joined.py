@@ -23,7 +23,7 @@ def sets_of(
     joined: Iterable[Sequence[str]], schemes: Mapping[str, Scheme], wanted: Iterable[str]
 ) -> dict[str, tuple[str, ...]]:
     """For every wanted linear all that it is joined with and that have its scheme, itself among them."""
-    sets = {name: (name,) for name in wanted}
+    sets: dict[str, tuple[str, ...]] = {name: (name,) for name in wanted}
     for names in joined:
         for name in names:
             if name in sets:

@@ -6,7 +6,8 @@ the formulas are in `workers.numerics.backends.float_rounding_operators`.
 Scales are the best that can be stored (`workers.numerics.float_grids.searched`) and stay so. Tuned along with V, as
 those of integers are, they do harm: a group of 16 has little say in its scale's gradient, and a step of it moves all of
 its weights. On the tiny model of the tests, NVFP4 at 65,536 tokens, a KL of 0.0016 with scales fixed is 0.0031 with
-tuned ones, and 0.0046 rounded to nearest.
+tuned ones, and 0.0046 rounded to nearest; the first two blocks of SmolLM2-135M (50 steps, 8,192 tokens) lose 36 and
+41 % of their held-out error with scales fixed, and 0 and 26 % of a larger one with tuned ones.
 """
 
 import math

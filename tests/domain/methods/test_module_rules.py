@@ -61,6 +61,16 @@ def test_what_does_not_fit_is_named_by_its_field(
     assert fields(modules, group_size=group_size) == expected
 
 
+@pytest.mark.parametrize("name", ["nvfp4", "nvfp4a16", "mxfp4", "mxfp8a16"])
+def test_columns_that_are_no_whole_groups_of_a_scheme_are_named_by_their_linear(name: str) -> None:
+    spec = RTNSpec.model_validate({"scheme": name})
+    (error,) = rule_errors(spec, INPUTS, head="lm_head", tied=True)
+    assert (error.code, error.field, error.value) == ("group_size_does_not_divide", "quantization.scheme", name)
+    assert "the 100 inputs of model.layers.0.mlp.down_proj" in error.detail
+    fits = {"scheme": name, "modules": {"overrides": {"*.down_proj": {"scheme": "fp8-block"}}}}
+    assert rule_errors(RTNSpec.model_validate(fits), INPUTS, head="lm_head", tied=True) == []
+
+
 def test_an_untied_head_is_a_linear_like_others() -> None:
     assert fields({"ignore": ["*.down_proj"]}, tied=False, group_size=64) == {
         "quantization.group_size": "group_size_does_not_divide"

@@ -88,7 +88,7 @@ def quantized_inputs(model: nn.Module, tensors: dict[str, Tensor]) -> Iterator[N
         handle.remove()
 
 
-class FloatCache(DynamicCache):
+class FloatCache(DynamicCache):  # type: ignore[misc]
     """In the place of a cache: keys and values as e4m3 with the stored scales gives them back; nothing is kept."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:

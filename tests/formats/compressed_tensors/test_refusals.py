@@ -130,12 +130,19 @@ def test_a_missing_or_misshapen_tensor_is_told(name: SchemeName) -> None:
 
 
 Change = Callable[[FloatWeight], FloatWeight]
-OTHER_GLOBAL: Change = lambda w: replace(w, global_scale=w.global_scale * 1.0001)  # type: ignore[operator]  # noqa: E731
-OTHER_INPUTS: Change = lambda w: replace(w, input_amax=torch.tensor([2.5]))  # noqa: E731
+
+
+def other_global(weight: FloatWeight) -> FloatWeight:
+    assert weight.global_scale is not None
+    return replace(weight, global_scale=weight.global_scale + 1)
+
+
+def other_inputs(weight: FloatWeight) -> FloatWeight:
+    return replace(weight, input_amax=torch.tensor([2.5]))
 
 
 @pytest.mark.parametrize(
-    ("change", "what"), [(OTHER_GLOBAL, "global scale"), (OTHER_INPUTS, "magnitude of the inputs")]
+    ("change", "what"), [(other_global, "global scale"), (other_inputs, "magnitude of the inputs")]
 )
 @pytest.mark.parametrize(("first", "second"), [("q_proj", "v_proj"), ("q_proj", "k_proj"), ("gate_proj", "up_proj")])
 def test_unequal_numbers_of_linears_that_run_as_one_are_refused(

@@ -21,7 +21,8 @@ def values(scheme: Scheme) -> Tensor:
     """All of the element, ascending, fp64."""
     if scheme.bits == 4:
         return torch.cat([-E2M1.flip(0)[:-1], E2M1])
-    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().nan_to_num(0).unique()
+    every: Tensor = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).double().nan_to_num(0).unique()
+    return every
 
 
 def differentiable(weight: Tensor, factor: Tensor, v: Tensor, scheme: Scheme) -> Tensor:
@@ -34,7 +35,8 @@ def differentiable(weight: Tensor, factor: Tensor, v: Tensor, scheme: Scheme) ->
     inside = (q >= 0) & (q < len(table))
     q = q.clamp(0, len(table) - 1).long()
     step = (table.diff()[q.clamp(max=len(table) - 2)]) * inside
-    return factor * (table[q] + step * (v - v.detach()))
+    w_hat: Tensor = factor * (table[q] + step * (v - v.detach()))
+    return w_hat
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=lambda scheme: scheme.name)

@@ -57,7 +57,7 @@ from workers.numerics.quantized import LinearResult
 
 @dataclass(frozen=True)
 class _Seen:
-    """What the passes through an original block have shown.
+    """Findings of the passes through an original block.
 
     moments    `second_moments`, of starved experts those of tokens that they borrowed, too
     columns    largest magnitudes of the inputs of calibrated linears, by column
@@ -156,7 +156,7 @@ class BlockPass:
         writer.give(partial(self._finish, shard, findings))
 
     def _look(self, index: int, block: nn.Module, schemes: Mapping[str, Scheme]) -> "_Seen":
-        """The passes of all texts through the original block, and what shows in them."""
+        """Takes all texts through the original block; what shows in it."""
         observed = self.calibration or self.evaluation
         linears = {n: linear for n, linear in self.job.model.block_linears(index).items() if n in schemes}
         measured = Measured.of(linears, schemes, self._caches, calibrates=self.calibration is not None)

@@ -93,7 +93,7 @@ class InputMaxima:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a pass of calibration text through an original block is looked at for; `cache` None: nothing of a cache."""
+    """Watches over a pass of calibration text through an original block; `cache` None: not over its cache."""
 
     inputs: InputMaxima
     cache: CacheWatch | None

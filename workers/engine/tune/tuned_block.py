@@ -130,8 +130,9 @@ class TunedBlock:
         self.accumulation.leave(task.starved)
         given = task.input_roundings()
         for name, rounding in self.roundings.items():
-            if rounding.amax is not None and given[name].amax is not None:
-                rounding.amax.copy_(given[name].amax)
+            theirs = given[name].amax
+            if rounding.amax is not None and theirs is not None:
+                rounding.amax.copy_(theirs)
         others = dict(block.named_parameters()) | dict(block.named_buffers())
         tuned = {id(m.weight) for m in self.module.modules() if isinstance(m, GradientLinear)}
         for name, tensor in [*self.module.named_parameters(), *self.module.named_buffers()]:

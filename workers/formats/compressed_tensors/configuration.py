@@ -172,8 +172,9 @@ def _activations(name: SchemeName) -> dict[str, object] | None:
 
 
 def _grouped(size: int, scale: ScaleType) -> dict[str, object]:
-    strategy = {"strategy": "tensor_group" if scale is ScaleType.E4M3 else "group", "group_size": size}
-    return strategy | ({"scale_dtype": SCALE_DTYPES[scale]} if scale in SCALE_DTYPES else {})
+    strategy = "tensor_group" if scale is ScaleType.E4M3 else "group"
+    dtype = {"scale_dtype": SCALE_DTYPES[scale]} if scale in SCALE_DTYPES else {}
+    return {"strategy": strategy, "group_size": size, **dtype}
 
 
 def _args(element: Element, bits: int, *, dynamic: bool | str) -> dict[str, object]:
