@@ -34,6 +34,7 @@ BitwrightError
 |   |-- MisalignedAdapter          misaligned_adapter
 |   |-- OffsetNotRepresentable     offset_not_representable
 |   |-- NumericalFailure           numerical_failure
+|   |-- RuntimeDidNotLoad          runtime_did_not_load
 |   |-- GoalOutOfReach             goal_out_of_reach     has the frontier
 |   `-- RequirementMissed          requirement_missed
 |-- ResourceError             the machine was too small

@@ -25,7 +25,6 @@ BODIES: list[tuple[str, Any, str, str]] = [
         "bits",
     ),
     ("an adapter where none is made", {**SHORTHAND, "formats": ["peft"]}, "format_cannot_hold", "formats.0"),
-    ("two dtypes of scales", {**SHORTHAND, "formats": [*CT, "gguf"]}, "format_cannot_hold", "formats.1"),
     ("unknown field", {**SHORTHAND, "bit": 4}, "unknown_field", "bit"),
     ("unknown field below", {**SHORTHAND, "calibration": {"samples": 1}}, "unknown_field", "calibration.samples"),
     ("no model", {"method": "rtn"}, "missing_field", "model"),

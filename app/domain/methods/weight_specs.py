@@ -3,8 +3,16 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, model_serializer, model_validator
-from pydantic_core import InitErrorDetails
+from pydantic import (
+    Field,
+    GetJsonSchemaHandler,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+from pydantic.json_schema import JsonSchemaValue
+from pydantic_core import CoreSchema, InitErrorDetails
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
 from app.domain.methods.goals import AtMost, Choice, Fits, Goal
@@ -308,6 +316,19 @@ class GoalSpec(WeightSpec):
     def _without_what_is_said_otherwise(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
         fields: dict[str, Any] = handler(self)
         return {name: value for name, value in fields.items() if name not in self._said_otherwise()}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> JsonSchemaValue:
+        """The schema of the fields, also where they are serialized: that fewer of them are changes no field."""
+        return handler(_fields_alone(core_schema))
+
+
+def _fields_alone(schema: Any) -> Any:
+    """A core schema without the functions that serialize it."""
+    if not isinstance(schema, dict):
+        return schema
+    kept = {name: value for name, value in schema.items() if name != "serialization"}
+    return {name: _fields_alone(value) if name == "schema" else value for name, value in kept.items()}
 
 
 class NamedSchemeSpec(GoalSpec):

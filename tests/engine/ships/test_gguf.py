@@ -262,7 +262,6 @@ def test_sentencepiece_and_surplus_tokens_are_refused(small_model: Path, tmp_pat
     [
         ({"formats": ["gguf"], "group_size": 48}, "group_size"),
         ({"formats": ["gguf"], "bits": 6, "symmetric": False}, "bits"),
-        ({"formats": ["native", "compressed-tensors", "gguf"]}, "formats.2"),
     ],
 )
 def test_schemes_that_it_cannot_hold_are_refused_at_once(body: dict[str, Any], field: str) -> None:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from app.domain.format_rules import stored_formats
 from app.domain.formats import ExportFormat
+from app.domain.methods import RTNSpec
 from app.domain.runtimes import Runtime
 from bitwright.errors import BitwrightError, RuntimeDidNotLoad
 from bitwright.events import Stage
@@ -151,7 +152,7 @@ def _rounded(job: Job, module: nn.Module, prefix: str, names: Sequence[str]) -> 
         tick=lambda _: None,
         tune=_unused,
     )
-    made = METHODS["rtn"].quantize_block(task, job.spec).linears
+    made = METHODS["rtn"].quantize_block(task, RTNSpec()).linears
     return {full[name]: result.to(torch.device("cpu")) for name, result in made.items()}
 
 
@@ -196,6 +197,7 @@ def failure(report: LoadReport) -> RuntimeDidNotLoad:
         f"{report.runtime} {report.version or ''} {does} one block as {report.format}: {report.detail}",
         field="formats",
         value=report.format,
+        hint="ask for another format or scheme, or set verify to off if it is served elsewhere",
     )
 
 
