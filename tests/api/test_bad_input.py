@@ -11,7 +11,6 @@ from bitwright.errors import shorten
 from tests.api.checkpoints import CONFIG, with_header, write_checkpoint, write_index
 from tests.api.conftest import SHORTHAND, Api, problem
 
-CT = ["compressed-tensors"]
 BODIES: list[tuple[str, Any, str, str]] = [
     ("unknown method", {**SHORTHAND, "method": "magic"}, "unknown_method", "method"),
     ("bits 0", {**SHORTHAND, "bits": 0}, "out_of_range", "bits"),

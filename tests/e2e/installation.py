@@ -207,9 +207,13 @@ class Installation:
         return self.folder / "data" / "workspaces" / job_id
 
     def attempt_pids(self, job_id: str = "") -> list[int]:
-        """Attempts and fetches of every worker that lives, and what they started; or the processes of one job alone."""
+        """Attempts and fetches of every worker that lives, and what they started; or the processes of one job alone.
+
+        The child that reads results back is the worker's own, and lives as long as it does.
+        """
         found = [pid for worker in self.workers if worker.running() for pid in children(worker.pid)]
-        return [pid for pid in found if alive(pid) and job_id in command_line(pid)]
+        lines = {pid: command_line(pid) for pid in found if alive(pid)}
+        return [pid for pid, line in lines.items() if job_id in line and not any(name in line for name in READERS)]
 
     def wait_until_idle(self, *pids: int, seconds: float) -> None:
         """Wait until none of the processes computes."""
