@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from app.domain.formats import ExportFormat
+from app.domain.methods import Form
 from app.domain.request.goal_problems import sized_formats
 from bitwright.errors import GoalOutOfReach
 from bitwright.events import ErrorData
@@ -15,6 +16,7 @@ from bitwright.report import GoalReport, Report
 from tests.engine.conftest import run_job
 from tests.tiny_model import tiny_model_folder
 from workers.engine.goal import held_out, stage
+from workers.engine.quantize import outer_matrices
 from workers.methods.gptq import GPTQ
 from workers.supervise.requirements import missed_requirement
 
@@ -84,7 +86,7 @@ def test_the_frontier_is_monotone_and_its_measurements_are_what_was_made(trained
     assert found.text.num_samples == 4, "a quarter of the calibration text"
 
 
-PACKED = [name.value for name in sized_formats(ExportFormat)]
+PACKED = [name.value for name in sized_formats(ExportFormat) if Form.AFFINE in name.info.kinds]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -154,6 +156,50 @@ def test_a_goal_chooses_among_schemes_too(trained: Path, tmp_path: Path) -> None
         start = f"model.layers.{block}."
         assert len({linears[f"{start}self_attn.{x}_proj"].scheme for x in "qkv"}) == 1
         assert len({linears[f"{start}mlp.{x}_proj"].scheme for x in ("gate", "up")}) == 1
+
+
+@pytest.mark.parametrize("choices", [[2, "nvfp4a16", "fp8a16"], ["nvfp4a16", "fp8", "int8"]])
+def test_rounding_is_measured_as_it_is_made(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: list[Any]
+) -> None:
+    """With linears that a runtime joins, scales as the request searches them, rounded inputs, embeddings and head."""
+    made, finished = dict[int, float](), stage._Aim.finished
+
+    def measured(self: Any, index: int, job: Any) -> Any:
+        head = next(iter(outer_matrices.substitutes(job.model, job.finished_blocks).values()), None)
+        made[index] = self.held_out.made(job, head)
+        return finished(self, index, job)
+
+    monkeypatch.setattr(stage._Aim, "finished", measured)
+    request = {"scale_search": False, "formats": ["native"], "modules": {"embeddings": {"bits": 8, "group_size": 32}}}
+    found = goal_of(run_job(trained, tmp_path, at_most={"kl": 0.03, "choices": choices}, **request, **ENOUGH).report)
+    assert 0 < found.chosen < len(found.frontier) - 1
+    assert made == {found.chosen: pytest.approx(found.frontier[found.chosen].kl_rounded, rel=1e-4)}
+
+
+def test_inputs_by_calibrated_numbers_and_a_cache_are_rounded_as_well(trained: Path, tmp_path: Path) -> None:
+    goal = {"kl": 0.5, "choices": ["nvfp4", "fp8-tensor"]}
+    for method in ("rtn", "gptq"):
+        found = goal_of(
+            run_job(trained, tmp_path / method, method=method, at_most=goal, kv_cache="fp8", formats=["native"],
+                    **ENOUGH).report
+        )  # fmt: skip
+        assert found.met
+
+
+@pytest.mark.parametrize("name", ["native", "compressed-tensors", "gguf", "mlx"])
+def test_a_size_is_kept_with_quantized_embeddings(trained: Path, tmp_path: Path, name: str) -> None:
+    outer = {"embeddings": {"bits": 4, "group_size": 32}}
+    limit = 250_000
+    request = {"formats": [name], "evaluation": None, "calibration": ENOUGH["calibration"], "modules": outer}
+    choices = [4] if name == "compressed-tensors" else [2, 3, 4, 8]
+    at_most = {"bytes": limit, "choices": choices}
+    report = run_job(trained, tmp_path, at_most=at_most, **request).report
+    assert report.embeddings is not None
+    assert report.embeddings.bits == 4
+    size = sum(file.stat().st_size for pattern in ExportFormat(name).info.weight_files
+               for file in (tmp_path / "output" / name).glob(pattern))  # fmt: skip
+    assert size <= limit
 
 
 def test_a_distance_out_of_reach_ends_before_tuning_with_the_frontier(trained: Path, tmp_path: Path) -> None:
