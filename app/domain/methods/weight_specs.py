@@ -362,7 +362,7 @@ class RTNSpec(NamedSchemeSpec):
         return self.scale_search
 
     def needs_model(self) -> bool:
-        """A budget is spent, or a goal reached, by the outputs' errors, and activations are the model's."""
+        """A budget is spent, or a goal reached, by what the model computes, and activations are the model's."""
         return self.chooses() or self.measures_inputs()
 
     def asks_for_weights_alone(self) -> bool:

@@ -16,7 +16,6 @@ from bitwright.report import GoalReport, Report
 from tests.engine.conftest import run_job
 from tests.tiny_model import tiny_model_folder
 from workers.engine.goal import held_out, stage
-from workers.engine.quantize import outer_matrices
 from workers.methods.gptq import GPTQ
 from workers.supervise.requirements import missed_requirement
 
@@ -163,18 +162,18 @@ def test_rounding_is_measured_as_it_is_made(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: list[Any]
 ) -> None:
     """With linears that a runtime joins, scales as the request searches them, rounded inputs, embeddings and head."""
-    made, finished = dict[int, float](), stage._Aim.finished
+    made, judged = list[float](), stage._Aim.judged
 
-    def measured(self: Any, index: int, job: Any) -> Any:
-        head = next(iter(outer_matrices.substitutes(job.model, job.finished_blocks).values()), None)
-        made[index] = self.held_out.made(job, head)
-        return finished(self, index, job)
+    def measured(self: Any, index: int, job: Any, quantized: Any) -> int:
+        made.append(self.held_out.made(job, quantized.head))
+        return judged(self, index, job, quantized)
 
-    monkeypatch.setattr(stage._Aim, "finished", measured)
-    request = {"scale_search": False, "formats": ["native"], "modules": {"embeddings": {"bits": 8, "group_size": 32}}}
-    found = goal_of(run_job(trained, tmp_path, at_most={"kl": 0.03, "choices": choices}, **request, **ENOUGH).report)
-    assert 0 < found.chosen < len(found.frontier) - 1
-    assert made == {found.chosen: pytest.approx(found.frontier[found.chosen].kl_rounded, rel=1e-4)}
+    monkeypatch.setattr(stage._Aim, "judged", measured)
+    outer = {"embeddings": {"bits": 8, "group_size": 32}, "head": {"bits": 6, "group_size": 32}}
+    request: dict[str, Any] = {"scale_search": False, "formats": ["native"], "modules": outer}
+    found = goal_of(run_job(trained, tmp_path, at_most={"kl": 0.02, "choices": choices}, **request, **ENOUGH).report)
+    point = found.frontier[found.chosen]
+    assert made == [pytest.approx(point.kl_rounded, rel=1e-4)]
 
 
 def test_inputs_by_calibrated_numbers_and_a_cache_are_rounded_as_well(trained: Path, tmp_path: Path) -> None:
@@ -189,17 +188,23 @@ def test_inputs_by_calibrated_numbers_and_a_cache_are_rounded_as_well(trained: P
 
 @pytest.mark.parametrize("name", ["native", "compressed-tensors", "gguf", "mlx"])
 def test_a_size_is_kept_with_quantized_embeddings(trained: Path, tmp_path: Path, name: str) -> None:
-    outer = {"embeddings": {"bits": 4, "group_size": 32}}
-    limit = 250_000
-    request = {"formats": [name], "evaluation": None, "calibration": ENOUGH["calibration"], "modules": outer}
-    choices = [4] if name == "compressed-tensors" else [2, 3, 4, 8]
+    """The first with a head in 16 bits, the second with all of one scheme, the others with a head of its own width."""
+    four = {"bits": 4, "group_size": 32}
+    heads: dict[str, Any] = {"native": {}, "compressed-tensors": {"head": four}}
+    outer = {"embeddings": four, **heads.get(name, {"head": four | {"bits": 8}})}
+    choices = [4] if name == "compressed-tensors" else [4, 8]
+    request: dict[str, Any] = {"formats": [name], "evaluation": None, "calibration": ENOUGH["calibration"]}
+    with pytest.raises(GoalOutOfReach) as refused:
+        run_job(trained, tmp_path / "least", at_most={"bytes": 1000, "choices": choices}, modules=outer, **request)
+    limit = refused.value.frontier[0].bytes + 30_000
     at_most = {"bytes": limit, "choices": choices}
-    report = run_job(trained, tmp_path, at_most=at_most, **request).report
+    report = run_job(trained, tmp_path / "made", at_most=at_most, modules=outer, **request).report
     assert report.embeddings is not None
     assert report.embeddings.bits == 4
-    size = sum(file.stat().st_size for pattern in ExportFormat(name).info.weight_files
-               for file in (tmp_path / "output" / name).glob(pattern))  # fmt: skip
-    assert size <= limit
+    found = goal_of(report)
+    assert found.met
+    assert found.bytes[name] <= limit
+    assert found.bytes[name] > limit - 60_000, "what is estimated is close to what is written"
 
 
 def test_a_distance_out_of_reach_ends_before_tuning_with_the_frontier(trained: Path, tmp_path: Path) -> None:

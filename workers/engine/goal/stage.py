@@ -27,9 +27,9 @@ from workers.engine.goal.held_out import HeldOut, split
 from workers.engine.goal.limits import Limits, limits_of
 from workers.engine.goal.outcome import allocation_report, goal_report, points_report, uniform_sizes
 from workers.engine.goal.progress import Progress, forget_others, point_folder
-from workers.engine.quantize.scores import predicted_errors
 from workers.engine.goal.search import Curve
 from workers.engine.job import Job, Prepared
+from workers.engine.quantize.scores import predicted_errors
 from workers.engine.quantize.stage import Quantized
 
 TUNING_GAIN = 4.0

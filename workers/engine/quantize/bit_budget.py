@@ -27,7 +27,6 @@ from workers.engine.quantize.stored_sizes import kept_bytes, parameters
 from workers.engine.seeds import derived_seed
 from workers.numerics.allocation import Allocation, allocate
 
-
 Errors = Callable[[Mapping[str, tuple[Candidate, ...]]], Mapping[str, Sequence[float]]]
 """The errors of every choice of every linear, from the choices; may raise NumericalFailure."""
 
