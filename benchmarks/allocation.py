@@ -21,9 +21,10 @@ from app.domain.methods import Candidate
 from app.domain.request.job_request import JobRequest
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.bit_budget import Scoring, solve
+from workers.engine.quantize.bit_budget import Scoring, candidates_of, solve
 from workers.engine.quantize.fisher import empirical_fisher
 from workers.engine.text.sequences import calibration_sequences, load_tokenizer
+from workers.methods.lq_lora import LQLoRA
 
 
 def main() -> None:
@@ -37,7 +38,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     given = parser.parse_args()
     scoring, times = measured(given, request_of(given))
-    candidates = scoring.candidates()
+    candidates = candidates_of(scoring.model, scoring.spec)
     started = time.perf_counter()
     errors = scoring.errors(candidates)
     times["scoring_seconds"] = time.perf_counter() - started
@@ -65,8 +66,15 @@ def measured(given: argparse.Namespace, request: JobRequest) -> tuple[Scoring, d
     started = time.perf_counter()
     fisher = empirical_fisher(model, sequences.ids, names, 1, lambda _: None)
     seconds = {"fisher_seconds": time.perf_counter() - started}
-    spec = request.quantization
-    return Scoring(model, spec, torch.bfloat16, request.seed, None, fisher, lambda _: None), seconds
+    return Scoring(
+        model=model,
+        spec=request.quantization,
+        method=LQLoRA(),
+        scale_dtype=torch.bfloat16,
+        seed=request.seed,
+        fisher=fisher,
+        tick=lambda _: None,
+    ), seconds
 
 
 def spent(

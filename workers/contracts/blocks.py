@@ -290,7 +290,7 @@ class TensorMethod(Protocol[S_contra]):
 
 @runtime_checkable
 class ScoringMethod(Protocol[S_contra]):
-    """A method that says itself what a budget weighs; else the engine weighs the rounding error of the outputs."""
+    """A method that says itself what a budget weighs; else that is the distance that rounding is predicted to add."""
 
     def candidate_errors(self, task: ScoreTask, spec: S_contra) -> list[float]:
         """An error for each candidate, in one unit for all linears of a model."""

@@ -13,6 +13,7 @@ from bitwright.errors import InvalidRequest
 
 CACHE_BYTES = 2
 """Of a value in the model's own 16 bits."""
+FP8_CACHE_BYTES = 1
 KNOWN_LAYERS = frozenset({"full_attention", "sliding_attention", "chunked_attention"})
 STATES = (
     *("layers_block_type", "block_types", "hybrid_override_pattern", "mamba_d_state", "mamba_num_heads", "ssm_cfg"),

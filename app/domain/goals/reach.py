@@ -3,15 +3,16 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from app.domain.formats import ExportFormat
-from app.domain.goals.kv_cache import cache_bytes
-from app.domain.goals.stored_size import header_bytes, stored_bits
-from app.domain.inputs.architectures import HEAD, Dimensions
+from app.domain.goals.kv_cache import CACHE_BYTES, FP8_CACHE_BYTES, cache_bytes
+from app.domain.goals.stored_size import header_bytes, outer_bits, stored_bits
+from app.domain.inputs.architectures import Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.methods import SCALE_BITS, AtMost, Candidate, Fits, WeightSpec
 from app.domain.methods.goals import RESERVE
-from app.domain.methods.module_rules import over_budget
+from app.domain.methods.module_rules import over_budget, unties
 from app.domain.methods.sizes import in_words
 from app.domain.request.job_request import JobRequest
 from bitwright.errors import BitwrightError, GoalOutOfReach, InvalidRequest
@@ -27,7 +28,8 @@ def cache_of(spec: WeightSpec, config: Config) -> int | None:
         InvalidRequest: the cache's size is not known.
     """
     goal = spec.goal()
-    return cache_bytes(config, goal.context, goal.sequences) if isinstance(goal, Fits) else None
+    value_bytes = CACHE_BYTES if spec.kv_cache is None else FP8_CACHE_BYTES
+    return cache_bytes(config, goal.context, goal.sequences, value_bytes) if isinstance(goal, Fits) else None
 
 
 def byte_limit(spec: WeightSpec, config: Config) -> int | None:
@@ -113,10 +115,13 @@ def _sizes(
         if candidates or not dimensions.exact:
             weights += math.prod(shape)
     kept = inspection.tensor_bytes - int(weights * each)
-    head = spec.scheme_of(HEAD)
-    if head is not None and not dimensions.tied_embeddings:
-        shape = (dimensions.vocabulary, dimensions.hidden)
-        kept -= int(math.prod(shape) * each) - bits(Candidate(head), shape) // 8
+    embeddings, head, tied = spec.embeddings_scheme(), spec.head_scheme(), dimensions.tied_embeddings
+    shape = (dimensions.vocabulary, dimensions.hidden)
+    dense, bits_of = int(math.prod(shape) * each), partial(outer_bits, formats, shape=shape, scale_bits=SCALE_BITS)
+    if embeddings is not None:
+        kept += bits_of(embeddings, tied=tied) // 8 - dense
+    if head is not None and (not tied or unties(spec)):
+        kept += bits_of(head, tied=False) // 8 - (0 if tied else dense)
     headers = header_bytes(choices, ()) if dimensions.exact and formats is not None else 0
     return Sizes(max(0, kept) + headers, choices, weights)
 

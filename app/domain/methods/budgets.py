@@ -15,7 +15,7 @@ BUDGET_WIDTHS = (2, 3, 4, 8)
 
 
 class BitBudget(Spec):
-    """Widths or schemes that are chosen for each linear, by how much each of them would cost its output."""
+    """Widths or schemes that are chosen for each linear, by the distance that each of them is predicted to add."""
 
     average: float = Field(
         strict=True,

@@ -220,6 +220,10 @@ class WeightSpec(Spec):
         """Rank of the factors beside each linear; 0: there are none."""
         return 0
 
+    def rounds_to_searched_scales(self) -> bool:
+        """True if rounding to nearest, which stands for the method where choices are judged, searches FP4's scales."""
+        return True
+
     def needs_fisher(self) -> bool:
         """True if the engine measures the loss's squared gradients by the weights before the first block."""
         return False
@@ -374,8 +378,12 @@ class RTNSpec(NamedSchemeSpec):
     )
     weights_only: WeightsOnly = False
 
+    def rounds_to_searched_scales(self) -> bool:
+        """As the request says."""
+        return self.scale_search
+
     def needs_model(self) -> bool:
-        """A budget is spent, or a goal reached, by the outputs' errors, and activations are the model's."""
+        """A budget is spent, or a goal reached, by what the model computes, and activations are the model's."""
         return self.chooses() or self.measures_inputs()
 
     def asks_for_weights_alone(self) -> bool:

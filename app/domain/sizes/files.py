@@ -22,6 +22,8 @@ SHARD_BYTES, HELD_BYTES, ROOM_BYTES = 2 << 30, 256 << 20, 1 << 20
 """Bytes of a safetensors file, those from which on it is written as it grows, and the room for its header then."""
 SHAPE_BYTES = 16
 """Of the tensor with a linear's shape."""
+NUMBERS_BYTES = 8
+"""Of a global scale and a largest input, at the most."""
 GGML_BLOCK = 32
 GGML_BYTES = {True: {4: 18, 5: 22, 8: 34}, False: {4: 20, 5: 24}}
 """Symmetric or not -> the widths that there are types of -> bytes of a block."""
@@ -36,6 +38,7 @@ class Matrix:
     codebook whether codes are indices into a codebook
     rank     of factors beside it
     twice    whether it is the head, too, and is stored as that again where a format stores a tied head by itself
+    scale_bits   of a scale in the job's dtype
     """
 
     shape: tuple[int, int]
@@ -45,6 +48,7 @@ class Matrix:
     codebook: bool = False
     rank: int = 0
     twice: bool = False
+    scale_bits: int = SCALE_BITS
 
     @property
     def weights(self) -> int:
@@ -55,7 +59,7 @@ class Matrix:
         """Bits of its codes and scales in the native format."""
         if self.scheme is None:
             return self.average * self.weights
-        return Candidate(self.scheme, self.absmax).stored_bits(self.shape)
+        return Candidate(self.scheme, self.absmax).stored_bits(self.shape, self.scale_bits)
 
     @property
     def native_bits(self) -> float:
@@ -99,16 +103,26 @@ def file_bytes(
         return int(factors or adapter * SCALE_BITS / 8) + 2 * len(matrices) * HEADER_BYTES
     total, tensors = float(rest.size), rest.tensors
     for matrix in matrices:
-        times = 2 if matrix.twice and name.info.embeddings is EmbeddingRule.UNIFORM else 1
-        stored = _of_matrix(name, matrix, rest.width, base_alone=base_alone)
-        total, tensors = total + times * stored.size, tensors + times * stored.tensors
+        stored = stored_in(name, matrix, rest.width, base_alone=base_alone)
+        total, tensors = total + stored.size, tensors + stored.tensors
     if name is ExportFormat.GGUF:
         return int(total) + VOCABULARY_BYTES * rest.vocabulary + METADATA_BYTES + TENSOR_BYTES * tensors
     rooms = ceil(total / SHARD_BYTES) * ROOM_BYTES if total > HELD_BYTES else 0
     return int(total) + max(rooms, HEADER_BYTES * tensors)
 
 
-def _of_matrix(name: ExportFormat, matrix: Matrix, width: float, *, base_alone: bool) -> Stored:
+def stored_in(name: ExportFormat, matrix: Matrix, width: float, *, base_alone: bool = False) -> Stored:
+    """The bytes of a matrix in a format's file, header aside.
+
+    width        bytes of a weight that stays as it is
+    base_alone   whether this checkpoint lacks the factors
+    """
+    stored = _once(name, matrix, width, base_alone=base_alone)
+    times = 2 if matrix.twice and name.info.embeddings is EmbeddingRule.UNIFORM else 1
+    return Stored(times * stored.size, times * stored.tensors)
+
+
+def _once(name: ExportFormat, matrix: Matrix, width: float, *, base_alone: bool) -> Stored:
     if name.info.dense:
         return Stored(matrix.weights * width, 1)
     if name is ExportFormat.NATIVE or matrix.scheme is None:
@@ -118,11 +132,18 @@ def _of_matrix(name: ExportFormat, matrix: Matrix, width: float, *, base_alone: 
 
 
 def _native(matrix: Matrix, factors: float) -> Stored:
-    """Codes, scales and shape; zero points, a codebook, a second level and factors besides."""
-    zeros = matrix.scheme is not None and not matrix.scheme.symmetric
+    """Codes, scales and shape; zero points, a codebook, a second level, numbers of a tensor and factors besides."""
+    scheme = matrix.scheme
+    zeros = scheme is not None and not scheme.symmetric
     tensors = 3 + zeros + matrix.codebook + 2 * (matrix.absmax is not None) + 2 * (factors > 0)
-    codebook = 4 << matrix.scheme.bits if matrix.codebook and matrix.scheme is not None else 0
-    return Stored(matrix.base_bits / 8 + SHAPE_BYTES + codebook + factors, tensors)
+    if scheme is None:
+        return Stored(matrix.base_bits / 8 + SHAPE_BYTES + factors, tensors)
+    (rows, columns), codebook = matrix.shape, 4 << scheme.bits if matrix.codebook else 0
+    # A row of codes ends with a whole byte, and so do all zero points.
+    padding = rows * (-columns * scheme.bits % 8) + (-rows * scheme.groups(columns) * scheme.bits % 8) * zeros
+    numbers = 0 if scheme.name is None else NUMBERS_BYTES
+    size = (matrix.base_bits + padding) / 8 + SHAPE_BYTES + codebook + numbers + factors
+    return Stored(size, tensors + (2 if numbers else 0))
 
 
 def _as_native(matrix: Matrix, _scheme: Scheme) -> Stored:
@@ -132,17 +153,17 @@ def _as_native(matrix: Matrix, _scheme: Scheme) -> Stored:
 def _gguf(matrix: Matrix, scheme: Scheme) -> Stored:
     """Blocks of 32 weights with a scale each, whatever the group."""
     bytes_of = GGML_BYTES[scheme.symmetric]
-    block = bytes_of[min(width for width in bytes_of if width >= scheme.bits)]
-    return Stored(matrix.weights / GGML_BLOCK * block, 1)
+    block = bytes_of[min((width for width in bytes_of if width >= scheme.bits), default=max(bytes_of))]
+    return Stored(matrix.shape[0] * ceil(matrix.shape[1] / GGML_BLOCK) * block, 1)
 
 
 def _compressed_tensors(matrix: Matrix, scheme: Scheme) -> Stored:
-    """Codes and zero points in words, scales of 16 bits, and the shape; small floats as native."""
+    """Codes and zero points in words, scales, and the shape; small floats as native."""
     if scheme.name is not None:
         return _as_native(matrix, scheme)
     (rows, columns), groups = matrix.shape, scheme.groups(matrix.shape[1])
     zeros = 0 if scheme.symmetric else _words(rows, scheme.bits) * groups
-    size = rows * _words(columns, scheme.bits) + zeros + SCALE_BITS / 8 * rows * groups + SHAPE_BYTES
+    size = rows * _words(columns, scheme.bits) + zeros + matrix.scale_bits / 8 * rows * groups + SHAPE_BYTES
     return Stored(size, 3 + (not scheme.symmetric))
 
 

@@ -73,6 +73,30 @@ def test_memory_that_the_cache_alone_fills_is_refused(inspection: Inspection) ->
     assert problems(inspection, fits={"memory": "1GB", "context": 1000}) == {}
 
 
+def test_an_fp8_cache_takes_one_byte_a_value(inspection: Inspection) -> None:
+    a_token = 2 * 2 * 2 * 16
+    goal = {"memory": int(1.1 * (1000 * a_token + KEPT + OF_LINEARS)), "context": 1000}
+    assert "quantization.fits" in problems(inspection, fits=goal)
+    assert problems(inspection, fits=goal, kv_cache="fp8") == {}
+
+
+@pytest.mark.parametrize(("formats", "times"), [(["native"], 1), (["mlx"], 1), (["compressed-tensors"], 2)])
+def test_quantized_embeddings_count_as_they_are_stored(inspection: Inspection, formats: list[str], times: int) -> None:
+    def is_refused(limit: int, **modules: Any) -> bool:
+        goal = {"method": "rtn", "at_most": {"bytes": limit, "choices": [4]}, "modules": modules}
+        request = JobRequest.parse({"model": "org/name", "formats": formats, "quantization": goal})
+        return "goal_out_of_reach" in {problem.code for problem in misfits(request, inspection)}
+
+    four, linears, headers = {"bits": 4, "group_size": 64}, OF_LINEARS // 4 + OF_LINEARS // 64, 20_000
+    least = 2 * 64 + times * 512 * (64 // 2 + 2) + linears
+    assert is_refused(least - 1, embeddings=four)
+    assert not is_refused(least + headers, embeddings=four)
+    if formats == ["native"]:
+        alone = KEPT + 512 * (64 // 2 + 2) + linears
+        assert is_refused(alone - 1, head=four)
+        assert not is_refused(alone + headers, head=four)
+
+
 def test_an_average_over_the_model_counts_what_stays(inspection: Inspection) -> None:
     weights = OF_LINEARS // 2 + KEPT // 2
     least = (8 * KEPT + 2.25 * OF_LINEARS / 2) / weights

@@ -8,6 +8,7 @@ import pytest
 from safetensors.torch import load_file
 
 from app.domain.formats import ExportFormat
+from app.domain.methods import Form
 from app.domain.request.goal_problems import sized_formats
 from bitwright.errors import GoalOutOfReach
 from bitwright.events import ErrorData
@@ -84,7 +85,7 @@ def test_the_frontier_is_monotone_and_its_measurements_are_what_was_made(trained
     assert found.text.num_samples == 4, "a quarter of the calibration text"
 
 
-PACKED = [name.value for name in sized_formats(ExportFormat)]
+PACKED = [name.value for name in sized_formats(ExportFormat) if Form.AFFINE in name.info.kinds]
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -154,6 +155,56 @@ def test_a_goal_chooses_among_schemes_too(trained: Path, tmp_path: Path) -> None
         start = f"model.layers.{block}."
         assert len({linears[f"{start}self_attn.{x}_proj"].scheme for x in "qkv"}) == 1
         assert len({linears[f"{start}mlp.{x}_proj"].scheme for x in ("gate", "up")}) == 1
+
+
+@pytest.mark.parametrize("choices", [[2, "nvfp4a16", "fp8a16"], ["nvfp4a16", "fp8", "int8"]])
+def test_rounding_is_measured_as_it_is_made(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, choices: list[Any]
+) -> None:
+    """With linears that a runtime joins, scales as the request searches them, rounded inputs, embeddings and head."""
+    made, judged = list[float](), stage._Aim.judged
+
+    def measured(self: Any, index: int, job: Any, quantized: Any) -> int:
+        made.append(self.held_out.made(job, quantized.head))
+        return judged(self, index, job, quantized)
+
+    monkeypatch.setattr(stage._Aim, "judged", measured)
+    outer = {"embeddings": {"bits": 8, "group_size": 32}, "head": {"bits": 6, "group_size": 32}}
+    request: dict[str, Any] = {"scale_search": False, "formats": ["native"], "modules": outer}
+    found = goal_of(run_job(trained, tmp_path, at_most={"kl": 0.02, "choices": choices}, **request, **ENOUGH).report)
+    point = found.frontier[found.chosen]
+    assert made == [pytest.approx(point.kl_rounded, rel=1e-4)]
+
+
+def test_inputs_by_calibrated_numbers_and_a_cache_are_rounded_as_well(trained: Path, tmp_path: Path) -> None:
+    goal = {"kl": 0.5, "choices": ["nvfp4", "fp8-tensor"]}
+    for method in ("rtn", "gptq"):
+        found = goal_of(
+            run_job(trained, tmp_path / method, method=method, at_most=goal, kv_cache="fp8", formats=["native"],
+                    **ENOUGH).report
+        )  # fmt: skip
+        assert found.met
+
+
+@pytest.mark.parametrize("name", ["native", "compressed-tensors", "gguf", "mlx"])
+def test_a_size_is_kept_with_quantized_embeddings(trained: Path, tmp_path: Path, name: str) -> None:
+    """The first with a head in 16 bits, the second with all of one scheme, the others with a head of its own width."""
+    four = {"bits": 4, "group_size": 32}
+    heads: dict[str, Any] = {"native": {}, "compressed-tensors": {"head": four}}
+    outer = {"embeddings": four, **heads.get(name, {"head": four | {"bits": 8}})}
+    choices = [4] if name == "compressed-tensors" else [4, 8]
+    request: dict[str, Any] = {"formats": [name], "evaluation": None, "calibration": ENOUGH["calibration"]}
+    with pytest.raises(GoalOutOfReach) as refused:
+        run_job(trained, tmp_path / "least", at_most={"bytes": 1000, "choices": choices}, modules=outer, **request)
+    limit = refused.value.frontier[0].bytes + 30_000
+    at_most = {"bytes": limit, "choices": choices}
+    report = run_job(trained, tmp_path / "made", at_most=at_most, modules=outer, **request).report
+    assert report.embeddings is not None
+    assert report.embeddings.bits == 4
+    found = goal_of(report)
+    assert found.met
+    assert found.bytes[name] <= limit
+    assert found.bytes[name] > limit - 60_000, "what is estimated is close to what is written"
 
 
 def test_a_distance_out_of_reach_ends_before_tuning_with_the_frontier(trained: Path, tmp_path: Path) -> None:

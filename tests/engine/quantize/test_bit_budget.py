@@ -8,13 +8,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from app.domain.methods import Candidate, Scheme, WeightSpec
+from app.domain.methods import WeightSpec
 from bitwright.errors import InvalidRequest
 from bitwright.report import Report
 from tests.engine.conftest import run_job
+from tests.tiny_model import tiny_model_folder
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.quantize.bit_budget import output_error, tied
+from workers.engine.quantize.bit_budget import tied
 from workers.engine.quantize.fisher import empirical_fisher
 from workers.methods.lq_lora import LQLoRA
 
@@ -139,17 +140,28 @@ def test_fisher_information_is_that_of_autograd_through_the_whole_model(small_mo
     assert told[-1] == pytest.approx(1)
 
 
-def test_the_score_of_a_width_is_its_rounding_error_at_the_output() -> None:
-    generator = torch.Generator().manual_seed(0)
-    weight, moments = torch.randn(6, 32, generator=generator), torch.rand(32, generator=generator)
-    scheme = Scheme(bits=3, group_size=32, symmetric=False)
-    low, high = weight.double().amin(1).clamp(max=0), weight.double().amax(1).clamp(min=0)
-    step = (high - low)[:, None] / 7
-    zero = (-low[:, None] / step).round()
-    rounded = ((weight / step).round() + zero).clamp(0, 7) - zero
-    expected = ((rounded * step - weight).square() * moments).sum()
-    found = output_error(weight, Candidate(scheme), moments, torch.float32, codebook=False)
-    assert float(found) == pytest.approx(float(expected), rel=1e-4)
+@pytest.mark.slow
+def test_a_budget_comes_closer_than_one_width_of_as_many_bits(tmp_path: Path) -> None:
+    trained = tiny_model_folder()
+    texts: dict[str, Any] = {
+        "calibration": {"num_samples": 32, "sequence_length": 64},
+        "evaluation": {"num_samples": 24, "sequence_length": 64},
+    }
+    one = run_job(trained, tmp_path / "one", bits=3, formats=["native"], **texts).report
+    budget = {"average": one.size.bits_per_weight, "choices": [2, 3, 4, 5]}
+    chosen = run_job(trained, tmp_path / "many", bits=budget, formats=["native"], **texts).report
+    assert chosen.size.bits_per_weight <= one.size.bits_per_weight
+    assert chosen.quality is not None
+    assert one.quality is not None
+    assert chosen.quality.kl_divergence < 0.8 * one.quality.kl_divergence
+
+
+def test_codes_of_a_codebook_are_chosen_by_what_their_rounding_adds(small_model: Path, tmp_path: Path) -> None:
+    budget = {"average": 3.0, "choices": [2, 3, 4]}
+    report = run_job(small_model, tmp_path, method="loftq", rank=4, bits=budget, formats=["native"]).report
+    assert report.allocation is not None
+    assert 2.8 < report.allocation.reached <= 3.0
+    assert len(set(widths(report).values())) > 1
 
 
 def test_linears_of_one_input_are_one_item_unless_an_override_sets_one_apart() -> None:

@@ -1,22 +1,31 @@
-"""Held-out calibration text: its distance through rounded blocks, and through what the method made."""
+"""Held-out calibration text: its distance through rounded blocks, and through what the method made.
+
+Quantized embeddings and head, inputs and caches that a server rounds are in both. Rounded blocks have numbers of inputs
+and caches by the held-out text, those that are made by the calibration text.
+"""
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from app.domain.methods import Scheme
+from app.domain.methods import Candidate, Scheme
 from app.domain.request.goal_problems import LEAST_SAMPLES
 from bitwright.errors import NumericalFailure
+from workers.contracts.kv_cache import KVScales
 from workers.engine.evaluate import measure
 from workers.engine.job import Job
 from workers.engine.job_texts import Texts
+from workers.engine.model.cache_states import CacheWatch
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import replay_quantized
+from workers.engine.quantize.outer_matrices import plain_embeddings, plain_head
 from workers.engine.quantize.reference import rounded
+from workers.engine.quantize.serving import InputMaxima, Served, cache_scales, set_amax
 from workers.engine.text.sequences import Sequences
-from workers.methods.rtn import round_to_scheme
+from workers.numerics.input_rounding import input_roundings
 
 HELD_OUT_TOKENS = 8192
 """Tokens that decide, where the calibration text has them to spare: a quarter of its sequences at the most."""
@@ -37,37 +46,75 @@ def split(texts: Texts) -> tuple[Texts, Sequences | None]:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Activations of the held-out sequences: those of the original model are after the last block."""
+    """Activations of the held-out sequences: those of the original model are after the last block.
+
+    head    its dequantized weight by the weights alone, on the host; None where it stays
+    inputs  by block: largest magnitude of the inputs' columns of the linears that may get a calibrated scheme
+    caches  by block: scales of its cache, where the request asks for them
+    """
 
     sequences: Sequences
     activations: Activations
+    head: Tensor | None
+    inputs: tuple[Mapping[str, Tensor], ...]
+    caches: tuple[KVScales | None, ...]
 
     @classmethod
-    def through(cls, job: Job, sequences: Sequences) -> "HeldOut":
-        """This process's share of the sequences, through the original blocks."""
-        model = job.model
+    def through(
+        cls, job: Job, sequences: Sequences, candidates: Mapping[str, Sequence[Candidate]] = MappingProxyType({})
+    ) -> "HeldOut":
+        """This process's share of the sequences, through the original blocks.
+
+        candidates   of every linear that is chosen, by full name
+        """
+        model, inputs, caches = job.model, list[Mapping[str, Tensor]](), list[KVScales | None]()
         with model.loaded(*model.layout.outer):
             activations = Activations(model, job.processes.share(sequences.ids), job.plan, keep_inputs=False)
+        embeddings = plain_embeddings(job)
+        if embeddings:
+            activations.substitute(model, embeddings)
         for index in range(len(model.blocks)):
-            with model.loaded(model.layout.block(index)):
-                activations.advance_original(index, model.blocks[index])
-        return cls(sequences, activations)
+            prefix = model.layout.block(index)
+            with model.loaded(prefix):
+                watched = InputMaxima(_calibrated(model.block_linears(index), prefix, candidates))
+                cache = None if job.spec.kv_cache is None else CacheWatch()
+                with watched.watching():
+                    activations.advance_original(index, model.blocks[index], cache)
+                inputs.append(watched.columns(job.processes))
+                caches.append(None if cache is None else cache_scales(cache, job.processes, model.device))
+        head = plain_head(job) if model.layout.head in job.schemes else None
+        if model.tied:
+            head = next(iter(embeddings.values()), None)
+        return cls(sequences, activations, head, tuple(inputs), tuple(caches))
 
     def rounded(self, job: Job, schemes: dict[str, Scheme]) -> float:
         """KL of the model with these schemes' linears rounded to nearest, nats a token."""
         model = job.model
         self.activations.rewind(model)
         for index in range(len(model.blocks)):
-            prefix = model.layout.block(index)
+            prefix, joined = model.layout.block(index), model.joined(index)
             linears = model.block_linears(index)
             own = {name: schemes[f"{prefix}.{name}"] for name in linears if f"{prefix}.{name}" in schemes}
-            with model.loaded(prefix), rounded(model.block_linears(index), own, job.plan.scale_dtype):
+            columns = {name: each for name, each in self.inputs[index].items() if name in own}
+            roundings = input_roundings(own, set_amax(columns, joined, own))
+            self.activations.served[index] = Served(roundings, self.caches[index])
+            search = job.spec.rounds_to_searched_scales()
+            with (
+                model.loaded(prefix),
+                rounded(model.block_linears(index), own, job.plan.scale_dtype, joined, search=search),
+            ):
                 self.activations.advance_quantized(index, model.blocks[index])
-        return self._distance(job, _rounded_head(job))
+        return self._distance(job, self.head)
 
     def made(self, job: Job, head: Tensor | None) -> float:
         """KL of the job's finished blocks and its head, nats a token."""
-        replay_quantized(job.model, job.finished_blocks, self.activations)
+        model, finished = job.model, job.finished_blocks
+        for index in range(len(model.blocks)):
+            prefix = model.layout.block(index)
+            linears = {name.removeprefix(f"{prefix}."): each for name, each in finished.load(index).items()}
+            cache = next(iter(finished.caches(index).values()), None)
+            self.activations.served[index] = Served.of(linears, cache, model.device)
+        replay_quantized(model, finished, self.activations)
         return self._distance(job, head)
 
     def _distance(self, job: Job, head: Tensor | None) -> float:
@@ -88,12 +135,12 @@ class HeldOut:
         return min(quality.kl_divergence, WORST)
 
 
-@torch.no_grad()
-def _rounded_head(job: Job) -> Tensor | None:
-    head, model = job.model.layout.head, job.model
-    scheme = job.schemes.get(head)
-    if scheme is None:
-        return None
-    with model.loaded(head):
-        weight = model.linears()[head].weight
-        return round_to_scheme(weight, scheme, job.plan.scale_dtype).dequantize()
+def _calibrated(
+    linears: Mapping[str, nn.Linear], prefix: str, candidates: Mapping[str, Sequence[Candidate]]
+) -> dict[str, nn.Linear]:
+    """Those of a block that may get a scheme with a number of their inputs."""
+    return {
+        name: linear
+        for name, linear in linears.items()
+        if any(c.scheme.row is not None and c.scheme.row.calibrated for c in candidates.get(f"{prefix}.{name}", ()))
+    }

@@ -7,7 +7,7 @@ from app.domain.goals.stored_size import header_bytes, stored_bits
 from app.domain.methods import AtMost, Candidate
 from workers.engine.goal.search import margin
 from workers.engine.job import Job
-from workers.engine.quantize.stored_sizes import head_bytes
+from workers.engine.quantize.stored_sizes import outer_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
 """Files whose content a GGUF file holds."""
@@ -79,10 +79,11 @@ def limits_of(job: Job, held_out: int) -> Limits:
 
 
 def _kept(job: Job, chosen: tuple[str, ...], scale_bits: int) -> int:
-    """All tensors of the checkpoint less those of quantized linears, a quantized head, and headers."""
+    """All tensors of the checkpoint less those that are quantized, quantized embeddings and head, and headers."""
     model, tensors = job.model, job.model.checkpoint.tensors
     quantized = sum(model.names.stored_bytes(f"{name}.weight") for name in job.schemes)
-    kept = sum(tensor.size for tensor in tensors.values()) - quantized + head_bytes(model, job.spec, scale_bits)
+    kept = sum(tensor.size for tensor in tensors.values()) - quantized
+    kept += outer_bytes(model, job.schemes, job.request.formats, scale_bits)
     kept += header_bytes(chosen, tensors)
     if any(name.info.weight_files != ("*.safetensors",) for name in job.request.formats):
         files = (model.checkpoint.folder / name for name in TOKENIZER_FILES)

@@ -1,6 +1,6 @@
 """The stages that quantize, towards a goal: scored once, measured where it matters, made, and made again where needed.
 
-1. One pass of the calibration text, and back, scores every linear's candidates (`workers.engine.goal.scores`).
+1. One pass of the calibration text, and back, scores every linear's candidates (`workers.engine.quantize.scores`).
 2. The frontier is the best allocation of each of `POINTS` sizes.
 3. For a distance, points are rounded to nearest and measured on held-out calibration text until the smallest that
    holds is known. For a size, the point of that size is the result, and it and both ends are measured.
@@ -27,9 +27,9 @@ from workers.engine.goal.held_out import HeldOut, split
 from workers.engine.goal.limits import Limits, limits_of
 from workers.engine.goal.outcome import allocation_report, goal_report, points_report, uniform_sizes
 from workers.engine.goal.progress import Progress, forget_others, point_folder
-from workers.engine.goal.scores import predicted_errors
 from workers.engine.goal.search import Curve
 from workers.engine.job import Job, Prepared
+from workers.engine.quantize.scores import predicted_errors
 from workers.engine.quantize.stage import Quantized
 
 TUNING_GAIN = 4.0
@@ -199,5 +199,5 @@ def _opened(job: Job) -> _Aim:
     scores = Scores(limits.candidates, costs, progress.errors, job.model.input_groups())
     points = frontier(scores, limits.bits)
     # Its activations are made again by every attempt: nothing of them is kept.
-    held_out = None if sequences is None else HeldOut.through(job, sequences)
+    held_out = None if sequences is None else HeldOut.through(job, sequences, limits.candidates)
     return _Aim(job, limits, scores, points, progress, held_out)

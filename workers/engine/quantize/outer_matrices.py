@@ -64,6 +64,16 @@ def quantized_head(job: Job, calibration: Activations | None) -> tuple[LinearRep
         return report_of_matrix(head, original, result), result.dequantize()
 
 
+def plain_embeddings(job: Job) -> dict[str, Tensor]:
+    """Replacement of the embedding matrix as it will be, on the host, by parameter; empty if it stays."""
+    name = job.model.layout.embeddings
+    if name not in job.schemes:
+        return {}
+    with job.model.loaded(name):
+        result = _rounded(job, name, job.model.model.get_parameter(f"{name}.weight"), None)
+        return {f"{name}.weight": result.dequantize().cpu()}
+
+
 def plain_head(job: Job) -> Tensor:
     """The dequantized head of a job that looks at weights alone, on the host."""
     head = job.model.layout.head

@@ -10,6 +10,7 @@ the first one did, and does not measure again. The result belongs to the fingerp
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -22,11 +23,10 @@ from bitwright.report import AllocationReport
 from workers.contracts.blocks import Fisher, ScoringMethod
 from workers.disk.durable import replace_file
 from workers.engine.job import Job, Prepared
-from workers.engine.model.overflow import blaming_the_original
-from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.bit_budget import Scoring, spend
 from workers.engine.quantize.fisher import empirical_fisher
 from workers.engine.quantize.registry import method_of
+from workers.engine.quantize.scores import predicted_errors
 
 
 class _Choice(BaseModel):
@@ -60,14 +60,17 @@ def prepare(job: Job) -> Job:
     prepared = files.adopt()
     everyone = job.processes.least(int(prepared is not None))
     if prepared is None or not everyone:
-        prepared = _measured(job, job.processes.share(job.texts.calibration.ids))
+        prepared = _measured(job, job.texts.calibration.ids)
         if job.processes.leads:
             files.save(prepared)
     return replace(job, prepared=prepared, schemes={**job.schemes, **prepared.schemes})
 
 
 def _measured(job: Job, ids: Tensor) -> Prepared:
-    """Fisher information and choices, on the sequences of this process."""
+    """Fisher information, where the spec asks for it, and choices.
+
+    ids   int64 (sequences, length), the calibration text of all processes
+    """
     model, spec, total = job.model, job.spec, len(job.model.blocks)
     budget, share = spec.budget(), 0.5 if spec.needs_fisher() else 0.0
 
@@ -77,27 +80,26 @@ def _measured(job: Job, ids: Tensor) -> Prepared:
     fisher: dict[str, Fisher] = {}
     if spec.needs_fisher():
         names = {name for name in model.linears() if spec.scheme_of(name) is not None and name != model.layout.head}
+        own = job.processes.share(ids)
         fisher = empirical_fisher(
-            model, ids, names, job.plan.micro_batch, lambda done: tick(done * share), job.processes
+            model, own, names, job.plan.micro_batch, lambda done: tick(done * share), job.processes
         )
     if budget is None:
         return Prepared(fisher=fisher)
-    activations = None
-    if not isinstance(method_of(spec), ScoringMethod):
-        with model.loaded(*model.layout.outer):
-            activations = Activations(model, ids, job.plan, keep_inputs=False)
-    scoring = Scoring(
-        model=model,
-        spec=spec,
-        scale_dtype=job.plan.scale_dtype,
-        seed=job.seed,
-        activations=activations,
-        fisher=fisher,
-        tick=lambda done: tick(share + (1 - share) * done),
-        processes=job.processes,
-    )
-    with blaming_the_original(model.dtype, lambda: [] if activations is None else [activations.original]):
-        chosen, report = spend(scoring, budget)
+    method = method_of(spec)
+    if isinstance(method, ScoringMethod):
+        scoring = Scoring(
+            model=model,
+            spec=spec,
+            method=method,
+            scale_dtype=job.plan.scale_dtype,
+            seed=job.seed,
+            fisher=fisher,
+            tick=lambda done: tick(share + (1 - share) * done),
+        )
+        chosen, report = spend(job, budget, scoring.errors)
+    else:
+        chosen, report = spend(job, budget, partial(predicted_errors, job, ids))
     return _prepared(chosen, fisher, report)
 
 

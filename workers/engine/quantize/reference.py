@@ -21,16 +21,19 @@ def rounded(
     schemes: Mapping[str, Scheme],
     scale_dtype: dtype,
     joined: Sequence[tuple[str, ...]] = (),
+    *,
+    search: bool = True,
 ) -> Iterator[None]:
     """The linears that have a scheme, by name, with their weights rounded to nearest; as they were afterwards.
 
     joined   those that a runtime joins (`workers.numerics.joined`)
+    search   whether scales of FP4 and MX are searched
     """
     kept = {name: linears[name].weight for name in schemes}
     amax = joined_amax(joined, schemes, kept)
     try:
         for name, scheme in schemes.items():
-            value = round_to_scheme(kept[name], scheme, scale_dtype, amax.get(name)).dequantize()
+            value = round_to_scheme(kept[name], scheme, scale_dtype, amax.get(name), search=search).dequantize()
             linears[name].weight = nn.Parameter(value, requires_grad=False)
         yield
     finally:

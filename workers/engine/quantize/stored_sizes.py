@@ -1,33 +1,43 @@
 """Bytes that a model's checkpoint stores of everything whose scheme is not chosen, and its number of parameters."""
 
+from collections.abc import Iterable, Mapping
 from math import prod
 
-from app.domain.methods import Candidate, WeightSpec
+from app.domain.formats import ExportFormat
+from app.domain.goals.stored_size import outer_bits
+from app.domain.methods import Scheme
 from workers.engine.model.checkpoint import StoredTensor
 from workers.engine.model.streamed_model import StreamedModel
 
 
-def kept_bytes(model: StreamedModel, spec: WeightSpec, scale_bits: int) -> int:
-    """Of parameters of the model, each once, without the blocks' quantized linears; a head as it is stored."""
-    names = [name for name in model.linears() if spec.scheme_of(name) is not None]
+def kept_bytes(model: StreamedModel, schemes: Mapping[str, Scheme], scale_bits: int) -> int:
+    """Of parameters of the model, each once, without the blocks' quantized linears; quantized outer ones as such.
+
+    schemes   of everything that is quantized, by full name
+    """
     kept = sum(tensor.size for tensor in _tensors(model))
-    kept -= sum(model.names.stored_bytes(f"{name}.weight") for name in names)
-    return kept + head_bytes(model, spec, scale_bits)
+    kept -= sum(model.names.stored_bytes(f"{name}.weight") for name in schemes)
+    return kept + outer_bytes(model, schemes, None, scale_bits)
 
 
-def head_bytes(model: StreamedModel, spec: WeightSpec, scale_bits: int) -> int:
-    """Of the quantized head, whose scheme nothing chooses; 0 where it stays as it is."""
-    head = model.layout.head
-    scheme = spec.scheme_of(head)
-    if scheme is None:
-        return 0
-    linear = model.linears()[head]
-    return Candidate(scheme).stored_bits((linear.out_features, linear.in_features), scale_bits) // 8
+def outer_bytes(
+    model: StreamedModel, schemes: Mapping[str, Scheme], formats: Iterable[ExportFormat] | None, scale_bits: int
+) -> int:
+    """Of quantized embeddings and a quantized head, whose schemes nothing chooses; 0 where they stay as they are.
+
+    formats   None: codes and scales alone count
+    """
+    bits = 0
+    for name in {model.layout.embeddings, model.layout.head} & schemes.keys():
+        rows, columns = model.model.get_submodule(name).weight.shape
+        twice = model.tied and name == model.layout.embeddings
+        bits += outer_bits(formats, schemes[name], (rows, columns), scale_bits, tied=twice)
+    return -(-bits // 8)
 
 
 def parameters(model: StreamedModel) -> int:
-    """Number of the model's parameters, shared ones once."""
-    return sum(prod(tensor.shape) for tensor in _tensors(model))
+    """Number of the model's parameters, shared ones once, and so is a head that is untied for its scheme."""
+    return sum(prod(tensor.shape) for tensor in _tensors(model) if tensor.copies is None)
 
 
 def _tensors(model: StreamedModel) -> list[StoredTensor]:

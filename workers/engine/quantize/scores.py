@@ -7,7 +7,8 @@ columns (`workers.engine.quantize.fisher`), a linear's candidate with the weight
     e = 1/2 sum_ij r_i c_j / (sum r) (w_hat_ij - w_ij)^2 / tokens
 
 which adds up over linears and needs no weighting between them. Errors of linears' outputs do: allocations by those are
-no closer than one width for all (docs/results.md).
+no closer than one width for all (docs/results.md). Methods that score their own choices (`ScoringMethod`) aside, goals
+and budgets of bits go by these.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,13 +16,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from app.domain.methods import Candidate
+from app.domain.methods import Candidate, Form, WeightSpec
 from bitwright.errors import NumericalFailure
 from bitwright.events import Stage
 from workers.contracts.blocks import Fisher
 from workers.engine.job import Job
 from workers.engine.quantize.fisher import empirical_fisher
 from workers.methods.rtn import round_to_scheme
+from workers.numerics import normal_float
 
 SCORED_TOKENS = 32_768
 """Tokens of the calibration text that are scored at the most."""
@@ -44,6 +46,13 @@ def predicted_errors(job: Job, ids: Tensor, candidates: Mapping[str, Sequence[Ca
     def tick(done: float) -> None:
         job.reporter.progress(Stage.CALIBRATE, done * blocks, blocks, "blocks")
 
+    codebook, search = Form.CODEBOOK in job.spec.forms(), job.spec.rounds_to_searched_scales()
+
+    def round_(weight: Tensor, choice: Candidate) -> Tensor:
+        if codebook:
+            return normal_float.quantize(weight, choice.scheme, job.plan.scale_dtype, torch.float32).dequantize()
+        return round_to_scheme(weight, choice.scheme, job.plan.scale_dtype, search=search).dequantize()
+
     own = job.processes.share(pieces(ids))
     fisher = empirical_fisher(
         model, own, set(candidates), job.plan.micro_batch, lambda done: tick(done * FISHER_SHARE), job.processes
@@ -58,16 +67,25 @@ def predicted_errors(job: Job, ids: Tensor, candidates: Mapping[str, Sequence[Ca
                 if full in candidates:
                     known = _seen(fisher[full], least)
                     errors[full] = [
-                        rounding_error(linear.weight, choice, known, job.plan.scale_dtype) / tokens
+                        rounding_error(linear.weight, round_(linear.weight.float(), choice), known) / tokens
                         for choice in candidates[full]
                     ]
         tick(FISHER_SHARE + (1 - FISHER_SHARE) * (index + 1) / blocks)
-    for full, each in errors.items():
-        if not all(error < float("inf") for error in each):
-            hint = "leave the widths out of choices that overflow the model's dtype, or give bits as a number"
-            field = f"quantization.{job.spec.field_of_choices()}"
-            raise NumericalFailure(f"{full}: a choice's error is not finite", field=field, hint=hint)
+    demand_finite(errors, job.spec)
     return errors
+
+
+def demand_finite(errors: Mapping[str, Sequence[float]], spec: WeightSpec) -> None:
+    """Nothing, if all errors are numbers.
+
+    Raises:
+        NumericalFailure: one of them is not finite.
+    """
+    for full, each in errors.items():
+        if not all(abs(error) < float("inf") for error in each):
+            hint = "leave the widths out of choices that overflow the model's dtype, or give bits as a number"
+            field = f"quantization.{spec.field_of_choices()}"
+            raise NumericalFailure(f"{full}: a choice's error is not finite", field=field, hint=hint)
 
 
 def pieces(ids: Tensor) -> Tensor:
@@ -88,10 +106,9 @@ def _seen(fisher: Fisher, least: float) -> Fisher:
 
 
 @torch.no_grad()
-def rounding_error(weight: Tensor, choice: Candidate, fisher: Fisher, scale_dtype: torch.dtype) -> float:
-    """1/2 sum_ij F_ij (w_hat_ij - w_ij)^2 of a weight (out, in) rounded to nearest."""
-    working = weight.float()
-    squares = (round_to_scheme(working, choice.scheme, scale_dtype).dequantize() - working).square_()
+def rounding_error(weight: Tensor, rounded: Tensor, fisher: Fisher) -> float:
+    """1/2 sum_ij F_ij (w_hat_ij - w_ij)^2 of a weight (out, in) and what it is rounded to, fp32 (out, in)."""
+    squares = (rounded - weight.float()).square_()
     rows, columns = (side.to(squares.device, torch.float32) for side in (fisher.rows, fisher.columns))
     # Shares, so that fp32 holds the product whatever the size of the gradients.
     total = rows.double().sum()

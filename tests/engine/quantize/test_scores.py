@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from app.domain.methods import Candidate, Scheme, SchemeName
+from app.domain.methods import Scheme, SchemeName
 from workers.contracts.blocks import Fisher
-from workers.engine.goal.scores import pieces, rounding_error
+from workers.engine.quantize.scores import pieces, rounding_error
 from workers.methods.rtn import quantize_weight
 from workers.numerics import float_grids
 
@@ -29,9 +29,10 @@ def test_an_error_is_half_the_information_weighted_square(scheme: Scheme) -> Non
     rows, columns = torch.rand(48, generator=generator) * 1e9, torch.rand(64, generator=generator)
     columns *= rows.sum() / columns.sum()
     information = torch.outer(rows.double(), columns.double()) / rows.double().sum()
-    change = (rounded(weight, scheme) - weight).double()
+    made = rounded(weight, scheme)
+    change = (made - weight).double()
     expected = 0.5 * float((information * change.square()).sum())
-    found = rounding_error(weight, Candidate(scheme), Fisher(rows, columns), torch.float32)
+    found = rounding_error(weight, made, Fisher(rows, columns))
     assert found == pytest.approx(expected, rel=1e-4)
 
 
