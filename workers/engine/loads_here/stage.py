@@ -81,20 +81,18 @@ class Verification:
         if self._order.request.verify != "files":
             return (*(block.skipped(check, NO_MODEL) for check in self.checks), *self._untried)
         parameters = sum(tensor.size // 2 for tensor in checkpoint.tensors.values())
-        return self._alone(Finished(output, checkpoint.folder, checkpoint.config, parameters), reporter, self.checks)
+        made = Finished(output, checkpoint.folder, checkpoint.config, parameters)
+        return (*self._alone(made, reporter, self.checks), *self._untried)
 
     def exported(self, made: Finished, reporter: Reporter) -> tuple[LoadReport, ...]:
         """The reports on an export's finished checkpoints, if the request wants them read."""
         formats = self._order.request.formats
         if self._order.request.verify != "files":
             return ()
-        able, unable = [], list[LoadReport]()
-        for check in self.checks:
-            if check.format.info.is_adapter and base_format(formats) not in formats:
-                unable.append(block.skipped(check, NO_BASE).model_copy(update={"read": "files"}))
-            else:
-                able.append(check)
-        return (*self._alone(made, reporter, able), *unable)
+        able = [each for each in self.checks if not each.format.info.is_adapter or base_format(formats) in formats]
+        unable = (block.skipped(check, NO_BASE) for check in self.checks if check not in able)
+        untried = [report.model_copy(update={"read": "files"}) for report in (*unable, *self._untried)]
+        return (*self._alone(made, reporter, able), *untried)
 
     def _alone(self, made: Finished, reporter: Reporter, checks: list[Check]) -> tuple[LoadReport, ...]:
         """Finished checkpoints, read without a model to hold their logits against."""
@@ -104,8 +102,7 @@ class Verification:
         def way(name: ExportFormat) -> Way:
             return Way(base_format(formats) if name.info.is_adapter else None)
 
-        read = read_files(checks, self._reading, reporter, made.output, probe, way, made.parameters)
-        return (*read, *self._untried)
+        return read_files(checks, self._reading, reporter, made.output, probe, way, made.parameters)
 
 
 @contextmanager
