@@ -122,9 +122,7 @@ def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec, forms: fro
             continue
         where = f"quantization.modules.{field}."
         if scheme.form not in name.info.kinds and scheme.name is None:
-            detail = (
-                f"{name.value} cannot hold {scheme.form.value} weights, as the {field} would be; {_other_formats()}"
-            )
+            detail = f"{name.value} cannot hold {scheme.form.value} weights, as the {field} would be; {other_formats()}"
             problems.append(
                 FieldProblem(field=where + "bits", code="format_cannot_hold", detail=detail, value=scheme.bits)
             )
@@ -133,11 +131,11 @@ def _outer_problems(index: int, name: ExportFormat, spec: WeightSpec, forms: fro
     if holds_embeddings(name, spec):
         return problems
     if name.info.embeddings is EmbeddingRule.NONE:
-        detail = f"{name.value} holds no quantized embeddings; {_other_formats()}, or leave modules.embeddings out"
+        detail = f"{name.value} holds no quantized embeddings; {other_formats()}, or leave modules.embeddings out"
     else:
         detail = (
             f"{name.value} with quantized embeddings loads with one scheme of integers for linears, head and "
-            f"embeddings alone: give all of them the same, leave modules.embeddings out, or {_other_formats()}"
+            f"embeddings alone: give all of them the same, leave modules.embeddings out, or {other_formats()}"
         )
     return [
         *problems,
@@ -151,7 +149,7 @@ def head_problems(formats: tuple[ExportFormat, ...], spec: WeightSpec, *, tied: 
         return []
     detail = (
         "{} with quantized embeddings loads with one scheme for linears, head and embeddings alone, and this model's "
-        f"head is a matrix of its own: give modules.head the same scheme, or {_other_formats()}"
+        f"head is a matrix of its own: give modules.head the same scheme, or {other_formats()}"
     )
     return [
         FieldProblem(field=f"formats.{index}", code="format_cannot_hold", detail=detail.format(name.value), value=name)
@@ -160,7 +158,7 @@ def head_problems(formats: tuple[ExportFormat, ...], spec: WeightSpec, *, tied: 
     ]
 
 
-def _other_formats() -> str:
+def other_formats() -> str:
     """The formats that hold embeddings in a scheme of their own, as they stand in a request."""
     able = [f for f in ExportFormat if f.info.embeddings is EmbeddingRule.ANY and not f.info.is_adapter]
     return "ask for formats: " + " or ".join(f'["{name.value}"]' for name in able)

@@ -144,6 +144,7 @@ class AsyncJobs(_Resource):
         job_id: str,
         formats: Sequence[str],
         *,
+        verify: str | None = None,
         device: str | None = None,
         priority: int | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -154,6 +155,7 @@ class AsyncJobs(_Resource):
         Args:
             job_id: the job whose native checkpoint they are made from.
             formats: names of GET /v1/formats, without native.
+            verify: "files" lets the worker's runtimes read the checkpoints; "off" (default).
             device: class of the worker, "cpu" (default) or "any".
             priority: higher runs first.
             metadata: labels of your own.
@@ -163,7 +165,13 @@ class AsyncJobs(_Resource):
             InputError: a format cannot hold the result, or the job has none to export.
         """
         view = await self._client.export(
-            job_id, formats, device=device, priority=priority, metadata=metadata, idempotency_key=idempotency_key
+            job_id,
+            formats,
+            verify=verify,
+            device=device,
+            priority=priority,
+            metadata=metadata,
+            idempotency_key=idempotency_key,
         )
         return AsyncJob(self._client, view)
 

@@ -131,6 +131,7 @@ class Client:
         job_id: str,
         formats: Sequence[str],
         *,
+        verify: str | None = None,
         device: str | None = None,
         priority: int | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -141,8 +142,8 @@ class Client:
         Raises:
             InputError: a format cannot hold the result, or the job has none to export.
         """
-        body = {"formats": list(formats), "device": device, "priority": priority, "metadata": metadata}
-        given = {name: value for name, value in body.items() if value is not None}
+        body = {"formats": list(formats), "verify": verify, "device": device, "priority": priority}
+        given = {name: value for name, value in {**body, "metadata": metadata}.items() if value is not None}
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return self._read(JobView, "POST", f"/v1/jobs/{job_id}/exports", json=given, headers=headers)
 

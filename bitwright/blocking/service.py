@@ -145,6 +145,7 @@ class Jobs(_Resource):
         job_id: str,
         formats: Sequence[str],
         *,
+        verify: str | None = None,
         device: str | None = None,
         priority: int | None = None,
         metadata: Mapping[str, str] | None = None,
@@ -155,6 +156,7 @@ class Jobs(_Resource):
         Args:
             job_id: the job whose native checkpoint they are made from.
             formats: names of GET /v1/formats, without native.
+            verify: "files" lets the worker's runtimes read the checkpoints; "off" (default).
             device: class of the worker, "cpu" (default) or "any".
             priority: higher runs first.
             metadata: labels of your own.
@@ -164,7 +166,13 @@ class Jobs(_Resource):
             InputError: a format cannot hold the result, or the job has none to export.
         """
         view = self._client.export(
-            job_id, formats, device=device, priority=priority, metadata=metadata, idempotency_key=idempotency_key
+            job_id,
+            formats,
+            verify=verify,
+            device=device,
+            priority=priority,
+            metadata=metadata,
+            idempotency_key=idempotency_key,
         )
         return Job(self._client, view)
 

@@ -15,6 +15,9 @@ def export(
     formats: Annotated[
         list[str], typer.Option("--format", help="A format of GET /v1/formats. May be given several times.")
     ],
+    verify: Annotated[
+        str | None, typer.Option(help="files: the worker's runtimes read the checkpoints; off, the default: nothing.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="Class of the worker: cpu (default) or any.")] = None,
     metadata: Annotated[list[str] | None, typer.Option(help="A label, as name=value. May be given several times.")] = (
         None
@@ -29,7 +32,9 @@ def export(
     """Make other formats of a succeeded job's result; prints the id of the job that makes them."""
     labels = parse_labels(metadata) or None
     with connect(url, key, data_dir) as client:
-        job = client.export(job_id, formats, device=device, metadata=labels, idempotency_key=idempotency_key)
+        job = client.export(
+            job_id, formats, verify=verify, device=device, metadata=labels, idempotency_key=idempotency_key
+        )
         if not wait:
             if as_json:
                 print_json(job)

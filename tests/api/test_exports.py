@@ -140,6 +140,80 @@ def test_what_a_format_cannot_hold_is_refused_with_those_that_can(
     assert words in told["detail"]
 
 
+OUTER = "model.embed_tokens"
+
+
+def native_of(config: dict[str, Any], **schemes: dict[str, Any]) -> dict[str, bytes]:
+    """A native checkpoint of these linears: all like the usual one, but for what is given."""
+    linears = {name: {**LINEAR, **scheme} for name, scheme in schemes.items()}
+    described = {"format": "bitwright", "version": 2, "linears": {NAME: LINEAR, **linears}}
+    return native(config) | {"bitwright.json": json.dumps(described).encode()}
+
+
+LLAMA = {
+    "model_type": "llama",
+    **{"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2},
+    **{"vocab_size": 400, "max_position_embeddings": 64},
+}
+
+
+@pytest.mark.parametrize(
+    ("tied", "schemes", "modules", "held"),
+    [
+        (True, {OUTER: {}}, {"embeddings": 4}, ["compressed-tensors", "merged", "gguf", "mlx"]),
+        (False, {OUTER: {}}, {"embeddings": 4}, ["merged", "gguf", "mlx"]),
+        (
+            False,
+            {OUTER: {}, "lm_head": {}},
+            {"embeddings": 4, "head": 4},
+            ["compressed-tensors", "merged", "gguf", "mlx"],
+        ),
+        (True, {OUTER: {"bits": 8}}, {"embeddings": 8}, ["merged", "gguf", "mlx"]),
+        (
+            True,
+            {OUTER: {"bits": 8, "group_size": -1, "form": "float", "scheme_name": "fp8a16"}},
+            {"embeddings": "fp8a16"},
+            ["merged"],
+        ),
+        (
+            False,
+            {"lm_head": {"bits": 8}},
+            {"head": 8},
+            ["compressed-tensors", "merged", "gguf", "gptq", "gptq-v2", "mlx"],
+        ),
+    ],
+    ids=["tied", "a head that stays", "both", "two schemes", "a number format", "a head alone"],
+)
+def test_quantized_embeddings_are_refused_where_a_format_does_not_hold_them(
+    api: Api, tied: bool, schemes: dict[str, dict[str, Any]], modules: dict[str, Any], held: list[str]
+) -> None:
+    files = {"native": native_of({**LLAMA, "tie_word_embeddings": tied}, **schemes)}
+    quantization = {"method": "rtn", "bits": 4, "group_size": 64, "modules": modules}
+    job_id = make(api, files, quantization=quantization, formats=["merged"])
+    answers = {name.value: export(api, job_id, name.value) for name in ExportFormat}
+    assert [name for name, answer in answers.items() if answer.status_code == 202] == held
+    refused = [name for name in answers if name not in [*held, "native", "peft"]]
+    for name in refused:
+        (told, *_) = problem(answers[name], 422, "format_cannot_hold")["errors"]
+        assert (told["field"], told["value"]) == ("formats.0", name)
+        assert '["merged"]' in told["detail"]
+
+
+def test_scales_of_a_cache_are_no_reason_to_refuse(api: Api) -> None:
+    files = {"native": native_of(LLAMA)}
+    job_id = make(api, files, bits=4, group_size=64, kv_cache="fp8", formats=["native"])
+    assert export(api, job_id, "compressed-tensors", "gguf").status_code == 202
+    assert export(api, job_id, "gguf").status_code == 202
+
+
+def test_nothing_is_read_unless_it_is_asked_for(api: Api) -> None:
+    job_id = make(api, verify="files")
+    assert export(api, job_id, "gguf").json()["request"]["verify"] == "off"
+    assert export(api, job_id, "gguf", verify="files").json()["request"]["verify"] == "files"
+    found = problem(export(api, job_id, "gguf", verify="block"), 422, "invalid_request")
+    assert found["errors"][0]["field"] == "verify"
+
+
 def test_the_models_own_type_is_judged_too(api: Api) -> None:
     job_id = make(api, {"native": native({"model_type": "gemma3_text"})})
     found = problem(export(api, job_id, "gguf"), 422, "format_cannot_hold")

@@ -24,7 +24,7 @@ from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.report import Results, identity_of, report_of, size_of
 from workers.engine.shipped import TrainedAdapters
 from workers.engine.stored_scales import CODE as SCALES_ROUNDED
-from workers.engine.stored_scales import StoredScales
+from workers.engine.stored_scales import StoredScales, caches_left_out
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.model_card import stored_bytes
@@ -127,6 +127,8 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
             job.reporter.warning(code, message)
     for message in exported.scales.warnings().values():
         job.reporter.warning(SCALES_ROUNDED, message)
+    for code, message in caches_left_out(() if job.spec.kv_cache is None else exported.writers):
+        job.reporter.warning(code, message)
     if trained is not None:
         exported.adapter = report(trained.spec, trained.modules, bases, exported.proofs, trained.merge)
         kept = {name: stored(module) for name, module in trained.modules.items()}
@@ -150,7 +152,7 @@ def _write_tied_head(model: StreamedModel, embeddings: LinearResult, exported: E
     head = model.layout.head
     for export_format, writer in exported.writers.items():
         if model.tied and export_format.info.embeddings is EmbeddingRule.UNIFORM:
-            writer.add_linear(head, embeddings, module=head)
+            writer.add_linear(head, exported.scales.of(export_format, head, embeddings), module=head)
 
 
 def _write_linear(

@@ -28,7 +28,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
     """
     with verification(order, workspace) as checks:
         if order.request.exports:
-            return exports.run(order, workspace, reporter)
+            return exports.run(order, workspace, reporter, checks.exported)
         if weights_only.chosen(order):
             return weights_only.run(order, workspace, reporter, checks.weights)
         with open_job(order, workspace, reporter, rank=0) as job:

@@ -6,6 +6,7 @@ on. What is left to round is counted for each format, and told.
 """
 
 import math
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -23,6 +24,13 @@ def stored_dtype(name: ExportFormat, dtype: torch.dtype) -> torch.dtype | None:
     wanted = FORMATS[name].scales
     half = dict.fromkeys((ScaleDtype.FLOAT16, ScaleDtype.COMMON), torch.float16)
     return {ScaleDtype.MODEL: dtype, **half}.get(wanted)
+
+
+def caches_left_out(formats: Collection[ExportFormat]) -> Iterator[tuple[str, str]]:
+    """Code and sentence for the caller on each format that leaves out the scales of a job's key-value cache."""
+    for name in formats:
+        if not name.info.kv_cache and not name.info.is_adapter:
+            yield "kv_cache_left_out", f"{name.value}: the scales of the key-value cache are left out, it holds none"
 
 
 @dataclass

@@ -12,11 +12,12 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from app.domain.format_rules import model_problems, stored_problems
-from app.domain.formats import ExportFormat, Offsets
+from app.domain.format_rules import head_problems, model_problems, other_formats, stored_problems
+from app.domain.formats import EmbeddingRule, ExportFormat, Offsets
+from app.domain.inputs.architectures import read_dimensions
 from app.domain.methods import Form, Scheme
 from app.domain.request.job_request import JobRequest, MetadataKey, MetadataValue
-from bitwright.errors import FieldProblem
+from bitwright.errors import CorruptCheckpoint, FieldProblem, UnsupportedArchitecture
 
 KEPT_ALREADY = "the job keeps it already: download it from there, or leave it out"
 
@@ -28,6 +29,10 @@ class ExportRequest(BaseModel):
 
     formats: tuple[ExportFormat, ...] = Field(
         min_length=1, max_length=8, description="Checkpoints to write; `native` is the job's own."
+    )
+    verify: Literal["files", "off"] = Field(
+        default="off",
+        description="files: the worker's runtimes read the finished checkpoints, and write 16 tokens; off: nothing.",
     )
     device: Literal["cpu", "any"] = Field(
         default="cpu", description="Class of the worker; no accelerator is used on either."
@@ -76,6 +81,14 @@ class Kept:
         return frozenset(forms | ({Form.LOW_RANK} if factors else set()))
 
     @property
+    def tied(self) -> bool:
+        """True if its head is its embeddings, as far as its configuration tells; a worker sees its tensors."""
+        try:
+            return read_dimensions(self.config).tied_embeddings
+        except (CorruptCheckpoint, UnsupportedArchitecture):
+            return True
+
+    @property
     def has_offsets(self) -> bool:
         """True if an adapter lies in its weights as fractional offsets."""
         return any(linear.get("offset") for linear in self.linears.values())
@@ -91,6 +104,7 @@ def export_request(base: JobRequest, job_id: str, asked: ExportRequest) -> JobRe
         "merge": None,
         "round_offset": False,
         "evaluation": None,
+        "verify": asked.verify,
         "require": None,
         "device": asked.device,
         "priority": asked.priority,
@@ -109,6 +123,7 @@ def export_problems(base: JobRequest, kept: Kept, formats: Sequence[ExportFormat
     ]
     asked = tuple(formats)
     problems += stored_problems(base.quantization, asked, kept.schemes, kept.forms)
+    problems += [problem for problem in _embedding_problems(base, kept, asked) if problem not in problems]
     if kept.has_offsets:
         able = [f'["{name.value}"]' for name in ExportFormat if name.info.offsets is not Offsets.NONE]
         problems += [
@@ -123,3 +138,27 @@ def export_problems(base: JobRequest, kept: Kept, formats: Sequence[ExportFormat
             if name.info.offsets is Offsets.NONE and not name.info.is_adapter
         ]
     return problems + model_problems(asked, str(kept.config.get("model_type")), {}, kept.config)
+
+
+def _embedding_problems(base: JobRequest, kept: Kept, formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
+    """Formats that do not hold a result's quantized embeddings, or not in schemes such as it has."""
+    if base.quantization.modules.embeddings is None:
+        return []
+    one_of_integers = {scheme.name for scheme in kept.schemes} == {None} and len(kept.schemes) == 1
+    said = {
+        EmbeddingRule.NONE: "holds no quantized embeddings, as this result has",
+        EmbeddingRule.UNIFORM: "with quantized embeddings loads with one scheme of integers for linears, head and "
+        "embeddings alone, and this result has others",
+    }
+    problems = [
+        FieldProblem(
+            field=f"formats.{index}",
+            code="format_cannot_hold",
+            detail=f"{name.value} {said[name.info.embeddings]}; {other_formats()}",
+            value=name,
+        )
+        for index, name in enumerate(formats)
+        if name.info.embeddings is EmbeddingRule.NONE
+        or (name.info.embeddings is EmbeddingRule.UNIFORM and not one_of_integers)
+    ]
+    return problems or head_problems(formats, base.quantization, tied=kept.tied)

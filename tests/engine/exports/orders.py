@@ -12,18 +12,21 @@ from workers.engine.reporter import Reporter
 from workers.engine.run import run
 
 
-def export_order(native: Path, formats: Sequence[str], **base: Any) -> AttemptOrder:
+def export_order(
+    native: Path, formats: Sequence[str], verify: str = "off", order: Any = None, **base: Any
+) -> AttemptOrder:
     """The order to make these formats of a native checkpoint, which lies in a folder of that name.
 
-    base   fields of the request of the job that made it
+    order   further fields of the order
+    base    fields of the request of the job that made it
     """
     assert native.name == "native"
-    request = JobRequest.parse({"model": "org/model", "method": "rtn", **base})
-    asked = ExportRequest.model_validate({"formats": formats})
+    body = {"model": "org/model", **({} if "quantization" in base else {"method": "rtn"}), **base}
+    asked = ExportRequest.model_validate({"formats": formats, "verify": verify})
+    request = JobRequest.parse({**body, "formats": ["native"]})
     exported = export_request(request, "job_1", asked)
-    return AttemptOrder(
-        job_id="job_2", attempt=1, request=exported, model_path="", base_job_path=str(native.parent), device="cpu"
-    )
+    fields = {"job_id": "job_2", "attempt": 1, "request": exported, "device": "cpu", **(order or {})}
+    return AttemptOrder(model_path="", base_job_path=str(native.parent), **fields)
 
 
 def export(native: Path, workspace: Path, formats: Sequence[str], **base: Any) -> ResultLine:

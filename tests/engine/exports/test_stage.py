@@ -8,12 +8,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from app.domain.formats import ExportFormat
+from app.domain.methods import Form, Scheme, SchemeName
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from bitwright.report import Report
 from tests.engine.conftest import run_job
+from tests.engine.exports.checkpoints import assert_same, tensors
 from tests.engine.exports.orders import export
 from tests.formats.examples import Made, codebook_made, scheme, tiny_llama, write_quantized
 from tests.tiny_model import tiny_model_folder
@@ -29,37 +30,21 @@ def job(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: workspace / path for name, path in done.checkpoints.items()}
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    return {name: t for file in sorted(folder.glob("*.safetensors")) for name, t in load_file(file).items()}
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    """All but the tensors, whose order in a file may be another, and what says how the files came to be."""
-    told = ("README.md", "report.json")
-    return {
-        file.name: file.read_bytes()
-        for file in folder.iterdir()
-        if file.name not in told and ".safetensors" not in file.name
-    }
-
-
 def test_exports_are_what_the_job_itself_writes(job: dict[str, Path], tmp_path: Path) -> None:
     done = export(job["native"], tmp_path, PACKED)
     assert done.checkpoints == {name: f"output/{name}" for name in PACKED}
     for name in PACKED:
-        made, own = tmp_path / "output" / name, job[name]
-        assert files(made) == files(own), name
-        ours, theirs = tensors(made), tensors(own)
-        assert ours.keys() == theirs.keys()
-        for key, tensor in ours.items():
-            assert torch.equal(tensor.flatten().view(torch.uint8), theirs[key].flatten().view(torch.uint8)), key
+        assert_same(tmp_path / "output" / name, job[name])
 
 
 def test_the_report_is_the_jobs_and_says_where_it_comes_from(job: dict[str, Path], tmp_path: Path) -> None:
     report = export(job["native"], tmp_path, ["gptq"]).report
     before = Report.model_validate_json((job["native"] / "report.json").read_bytes())
     assert report.exported_from == "job_1"
-    assert (report.quality, report.blocks, report.size) == (before.quality, before.blocks, before.size)
+    assert (report.quality, report.blocks) == (before.quality, before.blocks)
+    size = (tmp_path / "output" / "gptq" / "model.safetensors").stat().st_size
+    assert report.size == before.size.model_copy(update={"bytes_files": {"gptq": size}})
+    assert report.loads == ()
     assert report.plan["export"] is True
     assert report.seconds["total"] < before.seconds["total"]
     card, own = ((folder / "README.md").read_text() for folder in (tmp_path / "output" / "gptq", job["gptq"]))
@@ -91,6 +76,13 @@ FORMS: dict[str, tuple[list[Made], list[str]]] = {
     "offsets": ([Made(scheme(4, 32, False), offset=True)], ["mlx", "merged"]),
     "widths": ([Made(scheme(4, 32, True)), Made(scheme(8, 32, True))], ["gptq", "mlx", "compressed-tensors"]),
     "NF4": ([codebook_made(4, 32)], ["bitsandbytes", "merged"]),
+    "NVFP4": ([Made(Scheme.named(SchemeName.NVFP4), Form.FLOAT)], ["compressed-tensors", "merged"]),
+    "FP8": ([Made(Scheme.named(SchemeName.FP8_BLOCK), Form.FLOAT)], ["compressed-tensors", "merged"]),
+    "INT8": ([Made(Scheme.named(SchemeName.INT8))], ["compressed-tensors", "merged"]),
+    "MX": (
+        [Made(Scheme.named(name), Form.FLOAT) for name in (SchemeName.MXFP4A16, SchemeName.MXFP8A16)],
+        ["compressed-tensors", "mlx"],
+    ),
     "factors": ([Made(scheme(4, 32, True), rank=2)], ["compressed-tensors", "peft"]),
     "factors of NF4": ([codebook_made(4, 32, rank=2)], ["bitsandbytes", "peft"]),
 }
@@ -107,7 +99,8 @@ def test_every_form_is_exported_as_it_would_be_written(source: Any, tmp_path: Pa
         ours, theirs = tensors(tmp_path / "work" / "output" / export_format), tensors(own)
         assert ours.keys() == theirs.keys()
         for key, tensor in ours.items():
-            assert torch.equal(tensor, theirs[key]), key
+            assert tensor.dtype is theirs[key].dtype
+            assert torch.equal(tensor.flatten().view(torch.uint8), theirs[key].flatten().view(torch.uint8)), key
 
 
 def test_scales_of_fp16_are_rounded_for_a_model_in_bf16_and_told(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ quantized linear is shown as the original's tensor, by name, shape and dtype alo
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -15,10 +15,12 @@ from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
 from app.domain.request.base_job import DESCRIPTION, REPORT
+from app.domain.weight_targets import HEAD, HEAD_TENSOR, is_embeddings
 from bitwright.errors import CorruptCheckpoint, InternalError
 from bitwright.report import Report
+from workers.contracts.kv_cache import KEY_SCALE, VALUE_SCALE, KVScales
 from workers.engine.base_job import described, native_tensors, of_the_base
-from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, Checkpoint, read_json
+from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, TIE, Checkpoint, read_json, with_tie
 from workers.formats import native
 from workers.formats.load_bitwright import PARTS
 from workers.formats.stored_linear import StoredLinear, StoredPart
@@ -45,6 +47,7 @@ class NativeSource:
     stored    every tensor of its files
     linears   quantized linears by name
     parts     places of linears, quantized or not, that lie in a larger tensor of the original
+    caches    names of attentions whose scales of a key-value cache are stored
     """
 
     folder: Path
@@ -52,10 +55,13 @@ class NativeSource:
     stored: Checkpoint
     linears: Mapping[str, StoredLinear]
     parts: Mapping[str, StoredPart]
+    caches: tuple[str, ...] = field(default=())
 
     @classmethod
-    def open(cls, folder: Path) -> "NativeSource":
+    def open(cls, folder: Path, *, kv_cache: bool = False) -> "NativeSource":
         """Reads descriptions and headers.
+
+        kv_cache   whether its job stored scales of key-value caches; if not, such names are the original's own
 
         Raises:
             CorruptCheckpoint: files are missing or contradict each other.
@@ -68,7 +74,9 @@ class NativeSource:
                 parts = _PARTS.validate_python(description.get("parts", {}))
             except ValidationError as error:
                 raise CorruptCheckpoint(f"{DESCRIPTION} has parts that cannot be read") from error
-            return cls(folder, read_json(folder / "config.json"), stored, linears, parts)
+            end = f".{KEY_SCALE}"
+            caches = [name.removesuffix(end) for name in stored.tensors if kv_cache and name.endswith(end)]
+            return cls(folder, read_json(folder / "config.json"), stored, linears, parts, tuple(caches))
 
     def report(self) -> Report:
         """The report of the job that made it.
@@ -127,6 +135,33 @@ class NativeSource:
             if name not in self.linears:
                 yield name, self.stored.read(f"{name}.weight"), part
 
+    def kv_scales(self) -> Iterator[tuple[str, KVScales]]:
+        """Attentions with the scales of their key-value caches.
+
+        Raises:
+            CorruptCheckpoint: one is missing, or is no positive number.
+        """
+        with of_the_base():
+            for name in self.caches:
+                keys = [f"{name}.{suffix}" for suffix in (KEY_SCALE, VALUE_SCALE)]
+                yield (
+                    name,
+                    KVScales.read(name, {key: self.stored.read(key) for key in keys if key in self.stored.tensors}),
+                )
+
+    @cached_property
+    def embeddings(self) -> str | None:
+        """Name of the quantized matrix of embeddings; None where that stayed as it was."""
+        return next((name for name in self.linears if is_embeddings(name)), None)
+
+    @property
+    def tied(self) -> bool:
+        """True if the head is the quantized embeddings."""
+        texts = [self.config, *(part for part in self.config.values() if isinstance(part, Mapping))]
+        said = any(text.get(TIE) is True for text in texts)
+        apart = HEAD in self.linears or (HEAD_TENSOR in self.stored.tensors and not said)
+        return self.embeddings is not None and not apart
+
     @property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every quantized linear."""
@@ -136,7 +171,8 @@ class NativeSource:
     def _taken(self) -> frozenset[str]:
         """Stored names that the original does not have."""
         of_linears = (f"{name}.{suffix}" for name in self.linears for suffix in PARTS)
-        return frozenset([*of_linears, *(f"{name}.weight" for name in self.parts)])
+        of_caches = (f"{name}.{suffix}" for name in self.caches for suffix in (KEY_SCALE, VALUE_SCALE))
+        return frozenset([*of_linears, *of_caches, *(f"{name}.weight" for name in self.parts)])
 
     def _shown(self, name: str) -> Shown:
         linear = self.linears.get(name)
@@ -153,6 +189,31 @@ class NativeSource:
         if min(sides) < 1:
             raise CorruptCheckpoint(f"{key} is {sides}", field="base_job")
         return Shown(DTYPE_NAMES.get(linear.dtype, "F32"), sides)
+
+
+@dataclass(frozen=True)
+class Untied:
+    """A native checkpoint whose head is its quantized embeddings, as if that were stored besides."""
+
+    source: NativeSource
+    embeddings: str
+
+    @property
+    def folder(self) -> Path:
+        return self.source.folder
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        return with_tie(self.source.config, tied=False)
+
+    @cached_property
+    def tensors(self) -> Mapping[str, Shown]:
+        own = self.source.tensors
+        return {**own, HEAD_TENSOR: own[f"{self.embeddings}.weight"]}
+
+    def read(self, name: str) -> Tensor:
+        """A tensor that was not quantized; the head is no such."""
+        return self.source.read(name)
 
 
 def _whole(parts: list[tuple[StoredPart, Shown]]) -> Shown:

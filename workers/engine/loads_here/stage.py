@@ -10,6 +10,7 @@ from bitwright.events import Stage
 from bitwright.report import LoadReport
 from workers.disk.orders import AttemptOrder
 from workers.engine.export import OUTPUT
+from workers.engine.exports.stage import Finished
 from workers.engine.job import Job
 from workers.engine.loads_here import block
 from workers.engine.loads_here.checks import Check, Probe, checks_of, untried
@@ -19,8 +20,10 @@ from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.quantize.stage import Quantized
 from workers.engine.reporter import Reporter
 from workers.engine.shipped import TrainedAdapters
+from workers.formats.registry import base_format
 
 NO_MODEL = "no model is built of it, so none of one block"
+NO_BASE = "its base is not among the formats that were made: ask for merged, too"
 
 
 class Verification:
@@ -77,11 +80,29 @@ class Verification:
         """The reports on a job without a model: of its finished checkpoints alone, whose logits nobody knows."""
         if self._order.request.verify != "files":
             return (*(block.skipped(check, NO_MODEL) for check in self.checks), *self._untried)
-        vocabulary = text_config(checkpoint.config).get("vocab_size")
-        probe = Probe.of(checkpoint.folder, vocabulary if isinstance(vocabulary, int) else 1)
         parameters = sum(tensor.size // 2 for tensor in checkpoint.tensors.values())
-        read = read_files(self.checks, self._reading, reporter, output, probe, _alone, parameters)
-        return (*read, *self._untried)
+        made = Finished(output, checkpoint.folder, checkpoint.config, parameters)
+        return (*self._alone(made, reporter, self.checks), *self._untried)
+
+    def exported(self, made: Finished, reporter: Reporter) -> tuple[LoadReport, ...]:
+        """The reports on an export's finished checkpoints, if the request wants them read."""
+        formats = self._order.request.formats
+        if self._order.request.verify != "files":
+            return ()
+        able = [each for each in self.checks if not each.format.info.is_adapter or base_format(formats) in formats]
+        unable = (block.skipped(check, NO_BASE) for check in self.checks if check not in able)
+        untried = [report.model_copy(update={"read": "files"}) for report in (*unable, *self._untried)]
+        return (*self._alone(made, reporter, able), *untried)
+
+    def _alone(self, made: Finished, reporter: Reporter, checks: list[Check]) -> tuple[LoadReport, ...]:
+        """Finished checkpoints, read without a model to hold their logits against."""
+        vocabulary, formats = text_config(made.config).get("vocab_size"), self._order.request.formats
+        probe = Probe.of(made.source, vocabulary if isinstance(vocabulary, int) else 1)
+
+        def way(name: ExportFormat) -> Way:
+            return Way(base_format(formats) if name.info.is_adapter else None)
+
+        return read_files(checks, self._reading, reporter, made.output, probe, way, made.parameters)
 
 
 @contextmanager
@@ -99,7 +120,3 @@ def verification(order: AttemptOrder, workspace: Path) -> Iterator[Verification]
         yield Verification(order, reading, checks)
     finally:
         reading.close()
-
-
-def _alone(_: ExportFormat) -> Way:
-    return Way()
