@@ -33,6 +33,7 @@ ARMS: dict[str, dict[str, Any]] = {
     "awq": {"method": "awq"},
     "light": {"method": "signround", "preset": "light"},
     "default": {"method": "signround"},
+    "best": {"method": "signround", "preset": "best"},
 }
 HEADER = "| scheme | method | MB | bits of the model | KL | KL served | perplexity | seconds |\n" + "|---" * 8 + "|"
 

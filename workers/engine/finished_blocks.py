@@ -4,7 +4,8 @@
     state/block-00000.safetensors  the block's linears as in the native format, described in the header, and other
                                  parameters that changed
     state/embeddings.safetensors   the matrix of embeddings in the same way, where it is quantized
-    state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own
+    state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own.
+                                 Norms that were tuned with them, by full parameter name
 
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts them
 only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
@@ -32,7 +33,7 @@ from workers.disk.durable import replace_file
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.formats import native
 from workers.formats.stored_linear import StoredLinear
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult
 
 LINEARS = TypeAdapter(dict[str, StoredLinear])
 """Descriptions of linears in a shard's header, by full name."""
@@ -56,13 +57,17 @@ class FinishedBlock(BaseModel):
 
 
 class FinishedScales(BaseModel):
-    """The durable result of tuning scales end to end; no scales in the file if the old ones stayed."""
+    """The durable result of tuning scales end to end; no scales in the file if the old ones stayed.
+
+    parameters   by block: names of the file's tensors that are others, tuned along, in place of the block's own
+    """
 
     model_config = ConfigDict(frozen=True)
 
     file: str
     sha256: str
     report: ScaleReport
+    parameters: dict[int, tuple[str, ...]] = {}
 
 
 class FinishedEmbeddings(BaseModel):
@@ -196,11 +201,22 @@ class FinishedBlocks:
         )
         self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
 
-    def save_scales(self, scales: Mapping[str, Tensor], report: ScaleReport) -> None:
-        """Makes scales durable that take the place of the blocks' own, by full linear name; `load` then gives them."""
-        self._scales = {name: scale.cpu().contiguous() for name, scale in scales.items()}
+    def save_scales(
+        self,
+        scales: Mapping[str, Tensor],
+        report: ScaleReport,
+        parameters: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
+    ) -> None:
+        """Makes durable what takes the place of the blocks' own: `load` and `parameters` then give it.
+
+        scales       by full linear name
+        parameters   others that were tuned along, by block and full name
+        """
+        tensors = [*scales.items(), *(item for own in parameters.values() for item in own.items())]
+        self._scales = {name: tensor.cpu().contiguous() for name, tensor in tensors}
         shard = self._write("scales.safetensors", lambda: self._scales, {})
-        finished = FinishedScales(file=shard.file, sha256=shard.sha256, report=report)
+        names = {index: tuple(own) for index, own in parameters.items()}
+        finished = FinishedScales(file=shard.file, sha256=shard.sha256, report=report, parameters=names)
         self._replace_state(self._state.model_copy(update={"scales": finished}))
 
     def settle(self) -> None:
@@ -220,7 +236,8 @@ class FinishedBlocks:
         """Other parameters that a finished block changed, by full name, on the host."""
         block = self.blocks[index]
         tensors = load(self._read(block.file)) if block.parameters else {}
-        return {name: tensors[name] for name in block.parameters}
+        tuned = () if self._state.scales is None else self._state.scales.parameters.get(index, ())
+        return {name: tensors[name] for name in block.parameters} | {name: self._scales[name] for name in tuned}
 
     def caches(self, index: int) -> dict[str, KVScales]:
         """Scales of key-value caches of a finished block, by the attention's full name, on the host."""
@@ -229,8 +246,8 @@ class FinishedBlocks:
         return {name: KVScales.read(name, tensors) for name in block.caches}
 
     def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
-        """The result with the scale that was tuned end to end, if there is one: only affine weights have one."""
-        if name not in self._scales or not isinstance(result.weight, AffineWeight):
+        """The result with the scale that was tuned end to end, if there is one: weights of codebooks have none."""
+        if name not in self._scales or not isinstance(result.weight, AffineWeight | FloatWeight):
             return result
         return replace(result, weight=replace(result.weight, scale=self._scales[name]))
 

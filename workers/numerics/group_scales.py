@@ -5,7 +5,8 @@ With q the codes, z the zero points and s the scale of a group of G columns:
     w_hat = s*(q - z)                 in fp32, rounded once: the bits of `AffineWeight.dequantize`
     dL/ds = sum_group D*(q - z)       D = dL/dw_hat
 
-Both read codes as they are stored, one byte each, and need no copy of the weight in fp32.
+Both read codes as they are stored, one byte each, and need no copy of the weight in fp32. Of floating-point codes the
+values L, which fit into e4m3, take the place of q - z.
 """
 
 from collections.abc import Iterator
@@ -41,6 +42,18 @@ def add_scale_gradient(gradient: Tensor, codes: Tensor, zero: Tensor | int, out:
         return
     for rows in _chunks(codes):
         out[rows] += _steps(codes[rows], _of(zero, rows), out.dtype).mul_(gradient[rows]).sum(-1)
+
+
+def dequantize_levels(levels: Tensor, scale: Tensor, out: Tensor) -> None:
+    """Writes scale*levels to `out`: levels (groups, G) e4m3; scale (groups,) fp32; out (groups, G)."""
+    for rows in _chunks(levels):
+        out[rows] = levels[rows].float().mul_(scale[rows].unsqueeze(-1))
+
+
+def add_level_gradient(gradient: Tensor, levels: Tensor, out: Tensor) -> None:
+    """Adds each group's sum of gradient*levels to `out` (groups,), fp32 or fp64; gradient (groups, G)."""
+    for rows in _chunks(levels):
+        out[rows] += levels[rows].to(out.dtype).mul_(gradient[rows]).sum(-1)
 
 
 def _steps(codes: Tensor, zero: Tensor | int, dtype: torch.dtype) -> Tensor:

@@ -72,7 +72,10 @@ class FusedRMSNorm(nn.Module):
 
     offset         what is added to the weight
     rounds_twice   whether the normed input is rounded before the product with the weight, too
+    watch          what passes its outputs on, where somebody needs their gradient; the weight itself gets none
     """
+
+    watch: Callable[[Tensor], Tensor] | None = None
 
     def __init__(self, norm: Any, parts: Parts, *, offset: float = 0.0, rounds_twice: bool = True) -> None:
         super().__init__()
@@ -83,7 +86,11 @@ class FusedRMSNorm(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         kind = {"offset": self.offset, "rounds_twice": self.rounds_twice}
-        return self.parts.rms_norm(hidden, self.weight, self.eps, **kind)
+        return self.watched(self.parts.rms_norm(hidden, self.weight, self.eps, **kind))
+
+    def watched(self, normal: Tensor) -> Tensor:
+        """Outputs of this norm, whoever computed them."""
+        return normal if self.watch is None else self.watch(normal)
 
 
 def epsilon(norm: Any) -> float:
@@ -183,7 +190,7 @@ class FusedBlock(nn.Module, SplitOutput):
         attended = self.self_attn(self.input_layernorm(hidden_states), **keywords)
         norm = self.post_attention_layernorm
         residual, normal = self.parts.add_rms_norm(hidden_states, attended, norm.weight, norm.eps)
-        return [residual, self.mlp(normal)]
+        return [residual, self.mlp(norm.watched(normal))]
 
 
 def warm_ups(block: FusedBlock, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:

@@ -15,7 +15,8 @@ from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.memory import GROUP_BYTES, LOGITS_AT_ONCE, SCALES_SHARE, device_memory, graph_bytes
 from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
-from workers.numerics.quantized import AffineWeight
+from workers.engine.scales.families import TunedWeight
+from workers.numerics.input_rounding import InputRounding
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ScaleTask:
     micro_batch     sequences that may go through a block at once with gradients
     held_bytes      memory that other tensors of the job hold
     changed         other parameters of a block that quantizing it changed, by full name
+    roundings       of the inputs of a block's linears, as a server rounds them, by name inside the block
+    norms           whether the blocks' norms are tuned along
     tick            called with the steps done
     log             called with an event's name and fields when a slower way is taken
     processes           who tunes along, each over its own sequences
@@ -38,7 +41,7 @@ class ScaleTask:
 
     model: StreamedModel
     schemes: Mapping[str, Scheme]
-    weights: Callable[[int], Mapping[str, AffineWeight]]
+    weights: Callable[[int], Mapping[str, TunedWeight]]
     calls: tuple[BlockCall, ...]
     inputs: Tensor
     targets: Tensor
@@ -48,6 +51,8 @@ class ScaleTask:
     micro_batch: int
     held_bytes: int
     changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({})
+    roundings: Callable[[int], Mapping[str, InputRounding]] = lambda _: MappingProxyType({})
+    norms: bool = False
     tick: Callable[[int], None] = lambda _: None
     log: Callable[..., None] = lambda *_, **__: None
     processes: ProcessGroup = SINGLE_PROCESS
@@ -108,14 +113,11 @@ def _resident_bytes(task: ScaleTask) -> int:
     quantized = [linears[name] for name in task.schemes]
     weights = sum(linear.weight.numel() for linear in quantized)
     groups = sum(
-        linears[name].out_features * _groups(linears[name].in_features, scheme) for name, scheme in task.schemes.items()
+        linears[name].out_features * scheme.groups(linears[name].in_features)
+        for name, scheme in task.schemes.items()
     )
     others = sum(parameter.numel() for parameter in model.blocks.parameters()) - weights
     head = linears[model.layout.head].weight.numel() * (1 if task.quantized_head is None else 2)
     largest = max(linear.weight.numel() for linear in quantized)
     chunk = LOGITS_AT_ONCE[model.device.type] * (3 * item + (0 if model.device.type == "cuda" else 16))
     return weights * (item + 1) + groups * GROUP_BYTES + (others + head + largest) * item + chunk
-
-
-def _groups(columns: int, scheme: Scheme) -> int:
-    return columns // scheme.width(columns)

@@ -2,7 +2,8 @@
 
 Codes stay as they are stored, one byte each. Linears of one scheme lie one after another in flat buffers, so that one
 pass writes the weights of the whole model; the gradient with respect to a weight lives only until it is summed into
-its groups. What a block computes besides is the model's own module, whatever its architecture.
+its groups. Norms may be tuned along (`workers.engine.scales.norms`). What a block computes besides is the model's own
+module, whatever its architecture.
 """
 
 import copy
@@ -15,19 +16,22 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
-from app.domain.methods import PER_CHANNEL, Scheme
+from app.domain.methods import Scheme
 from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.scales.families import Family, TunedWeight, kind_of, trains
+from workers.engine.scales.norms import Norms, tunable_norms
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.tuned_block import replace_linears
-from workers.numerics.affine import store_scale
-from workers.numerics.group_scales import add_scale_gradient, dequantize_groups
-from workers.numerics.quantized import AffineWeight
+from workers.numerics.input_rounding import InputRounding
 
 
 @dataclass(frozen=True)
 class Place:
-    """Location of a linear: its groups in the flat buffers of its family, and in those of all families."""
+    """Location of a linear: its groups in the flat buffers of its family, and its numbers in what is flat over all.
+
+    overall is empty where the scales stay.
+    """
 
     family: int
     groups: slice
@@ -35,72 +39,68 @@ class Place:
     shape: tuple[int, int]
 
 
-@dataclass(frozen=True)
-class Family:
-    """The linears of one scheme and group width, flat.
-
-    codes   q, uint8 (groups, G)          start  s before tuning, fp32 or fp64 (groups,)
-    zero    z, uint8 (groups,), or the constant one of symmetric schemes
-    value   w_hat, (groups, G), the model's dtype
-    overall its groups in what is flat over all families
-    """
-
-    codes: Tensor
-    zero: Tensor | int
-    start: Tensor
-    value: Tensor
-    overall: slice
-
-
 class GroupScales:
     """The scales of many linears as s*(1 + p), rounded to the dtype that stores them; p is fp32 (or fp64) and flat.
 
-    change    p of all groups
-    gradient  sum over a group of D*(q - z), D the gradient with respect to the weight; times s it is the gradient of p
+    change    p of all groups, and after them of all norms
+    gradient  sum over a group of D*(q - z), D the gradient with respect to the weight; times `start`, which is s or
+              what takes its place, it is the gradient of p
     """
 
     def __init__(
-        self, shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme], model: StreamedModel
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        schemes: Mapping[str, Scheme],
+        model: StreamedModel,
+        *,
+        norms: bool = False,
     ) -> None:
-        """shapes and schemes by full linear name; `put` fills in codes and scales."""
+        """shapes and schemes by full linear name; `put` fills in codes and scales; norms: of their blocks, too."""
         self.places, sizes = _places(shapes, schemes)
-        self._working = torch.promote_types(model.dtype, torch.float32)
-        self.families, first = [], 0
+        self.families: list[Family] = []
+        self._overall: list[slice] = []
+        first = 0
         for (scheme, width), count in sizes.items():
-            self.families.append(self._family(scheme, width, slice(first, first := first + count), model))
+            value = torch.zeros(count, width, dtype=model.dtype, device=model.device)
+            self.families.append(kind_of(scheme)(count, width, scheme, value))
+            numbers = count if trains(scheme) else 0
+            self._overall.append(slice(first, first := first + numbers))
+        tuned = tunable_norms(model, schemes) if norms else ()
+        size = first + len(tuned) * model.width
+        working = torch.promote_types(model.dtype, torch.float32)
         self.change, self.gradient, self.start = (
-            torch.zeros(first, dtype=self._working, device=model.device) for _ in range(3)
+            torch.zeros(size, dtype=working, device=model.device) for _ in range(3)
         )
-        self._stored: dict[str, torch.dtype] = {}
+        self.start[first:] = 1
+        self.norms = Norms.of(tuned, self.change[first:], self.gradient[first:])
 
-    def put(self, name: str, weight: AffineWeight) -> None:
+    def put(self, name: str, weight: TunedWeight) -> None:
         """Takes over the codes, zero points and scales of a linear."""
         place = self.places[name]
-        family = self.families[place.family]
-        family.codes[place.groups] = weight.codes.view(-1, family.codes.shape[1]).to(family.codes.device)
-        family.start[place.groups] = weight.scale.flatten().to(family.start)
-        self.start[place.overall] = family.start[place.groups]
-        if weight.zero_point is not None and isinstance(family.zero, Tensor):
-            family.zero[place.groups] = weight.zero_point.flatten().to(family.zero.device)
-        self._stored[name] = weight.scale.dtype
+        start = self.families[place.family].put(place.groups, weight)
+        if start is not None:
+            self.start[place.overall] = start
 
     @torch.no_grad()
     def write(self) -> None:
         """The weights of the present scales, as they would be stored."""
-        for family in self.families:
-            scale = self._rounded(family.start, self.change[family.overall])
-            dequantize_groups(family.codes, scale, family.zero, family.value)
+        for family, overall in zip(self.families, self._overall, strict=True):
+            family.write(self.change[overall])
+        self.norms.write()
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
-        """The present scales in the dtype that stores them, (out, groups) by full linear name."""
+        """The present scales in the dtype that stores them, (out, groups) by full linear name; not those that stay."""
         scales = {}
         for name, place in self.places.items():
-            scale = self._rounded(self.start[place.overall], self.change[place.overall])
-            scales[name] = scale.view(place.shape[0], -1).to(self._stored[name])
+            scale = self.families[place.family].stored(place.groups, self.change[place.overall])
+            if scale is not None:
+                scales[name] = scale.view(place.shape[0], -1)
         return scales
 
-    def linear(self, names: Sequence[str], bias: nn.Parameter | None) -> GradientLinear | None:
+    def linear(
+        self, names: Sequence[str], bias: nn.Parameter | None, rounding: InputRounding | None = None
+    ) -> GradientLinear | None:
         """The linears of these names as one, which adds to their groups' gradients.
 
         None unless they lie one after another.
@@ -109,13 +109,8 @@ class GroupScales:
         if place is None:
             return None
         family = self.families[place.family]
-        codes, gradient = family.codes[place.groups], self.gradient[place.overall]
-        zero = family.zero if isinstance(family.zero, int) else family.zero[place.groups]
-
-        def receive(by_output: Tensor, x: Tensor) -> None:
-            add_scale_gradient((by_output.T @ x).view(codes.shape), codes, zero, gradient)
-
-        return GradientLinear(family.value[place.groups].view(place.shape), bias, receive)
+        receive = family.receiver(place.groups, self.gradient[place.overall])
+        return GradientLinear(family.value[place.groups].view(place.shape), bias, receive, rounding)
 
     def _place(self, names: Sequence[str]) -> Place | None:
         places = [self.places[name] for name in names if name in self.places]
@@ -132,39 +127,25 @@ class GroupScales:
             shape=(sum(place.shape[0] for place in places), first.shape[1]),
         )
 
-    def _rounded(self, start: Tensor, change: Tensor) -> Tensor:
-        (dtype,) = set(self._stored.values())
-        return store_scale(start * (1 + change), dtype)
-
-    def _family(self, scheme: Scheme, width: int, overall: slice, model: StreamedModel) -> Family:
-        count = overall.stop - overall.start
-        codes = torch.zeros(count, width, dtype=torch.uint8, device=model.device)
-        return Family(
-            codes=codes,
-            zero=2 ** (scheme.bits - 1) if scheme.symmetric else torch.zeros_like(codes[:, 0]),
-            start=torch.zeros(count, dtype=self._working, device=model.device),
-            value=torch.zeros(count, width, dtype=model.dtype, device=model.device),
-            overall=overall,
-        )
-
 
 def _places(
     shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
 ) -> tuple[dict[str, Place], dict[tuple[Scheme, int], int]]:
-    """Each linear's place, and the groups of each family by scheme and width."""
+    """Each linear's place, and the groups of each family by scheme and width; rows where scales stay."""
     members: dict[tuple[Scheme, int], list[str]] = {}
     for name, shape in shapes.items():
-        width = shape[1] if schemes[name].group_size == PER_CHANNEL else schemes[name].group_size
-        members.setdefault((schemes[name], width), []).append(name)
+        scheme = schemes[name]
+        width = scheme.width(shape[1]) if trains(scheme) else shape[1]
+        members.setdefault((scheme, width), []).append(name)
     places, sizes, first = {}, {}, 0
     for number, ((scheme, width), names) in enumerate(members.items()):
         here = 0
         for name in names:
             count = math.prod(shapes[name]) // width
-            overall = slice(first + here, first + here + count)
+            overall = slice(first + here, first + here + count) if trains(scheme) else slice(first, first)
             places[name] = Place(number, slice(here, here := here + count), overall, shapes[name])
         sizes[scheme, width] = here
-        first += here
+        first += here if trains(scheme) else 0
     return places, sizes
 
 
@@ -188,20 +169,27 @@ class ScaledBlocks:
         model: StreamedModel,
         calls: Sequence[BlockCall],
         schemes: Mapping[str, Scheme],
-        weights: Callable[[int], Mapping[str, AffineWeight]],
+        weights: Callable[[int], Mapping[str, TunedWeight]],
         *,
         changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({}),
+        roundings: Callable[[int], Mapping[str, InputRounding]] = lambda _: MappingProxyType({}),
+        norms: bool = False,
         recomputed: int,
     ) -> "ScaledBlocks":
         """The blocks on the device, as they are quantized.
 
-        schemes   of their quantized linears, whose weights `weights` gives by block
-        changed   a block's other parameters that differ from the checkpoint's, by full name
+        schemes    of their quantized linears, whose weights `weights` gives by block
+        changed    a block's other parameters that differ from the checkpoint's, by full name
+        roundings  of the inputs of a block's linears, by name inside it
+        norms      whether norms are tuned along
         """
         linears = model.linears()
         shapes = {name: (linears[name].out_features, linears[name].in_features) for name in schemes}
-        scales = GroupScales(shapes, schemes, model)
-        blocks = [_load_block(model, index, scales, weights(index), changed(index)) for index in range(len(calls))]
+        scales = GroupScales(shapes, schemes, model, norms=norms)
+        blocks = [
+            _load_block(model, index, scales, weights(index), changed(index), roundings(index))
+            for index in range(len(calls))
+        ]
         quantized = [i for i, b in enumerate(blocks) if any(isinstance(m, GradientLinear) for m in b.modules())]
         scales.write()
         return cls(blocks, calls, scales, quantized[0], recomputed)
@@ -242,8 +230,9 @@ def _load_block(
     model: StreamedModel,
     index: int,
     scales: GroupScales,
-    weights: Mapping[str, AffineWeight],
+    weights: Mapping[str, TunedWeight],
     changed: Mapping[str, Tensor],
+    roundings: Mapping[str, InputRounding],
 ) -> nn.Module:
     """A copy of a block with a `GradientLinear` for every quantized linear, whose original weight is never read."""
     prefix = model.layout.block(index)
@@ -255,6 +244,7 @@ def _load_block(
     replace_linears(
         block,
         [name.removeprefix(prefix + ".") for name in weights],
-        lambda names, bias: scales.linear([f"{prefix}.{name}" for name in names], bias),
+        lambda names, bias: scales.linear([f"{prefix}.{name}" for name in names], bias, roundings.get(names[0])),
     )
+    scales.norms.adopt(prefix, block)
     return block

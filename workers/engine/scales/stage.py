@@ -5,8 +5,8 @@ calibration      its activations are rewound to the embeddings; those of the ori
 finished blocks  the tuned scales, durable, take the place of the blocks' own; a retry adopts them, or repeats the stage
 evaluation       its quantized activations go through all blocks again, with the weights that ship
 
-Only affine weights have such scales: where a method made a codebook or low-rank factors, the stage is left out and the
-report's warnings say so.
+Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and the
+report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along.
 """
 
 import time
@@ -21,11 +21,13 @@ from workers.engine.job import Job
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import replay_quantized
 from workers.engine.quantize.stage import Quantized
+from workers.engine.quantize.serving import Served
 from workers.engine.reporter import Reporter
+from workers.engine.scales.families import TunedWeight
 from workers.engine.scales.memory_plan import ScaleTask, Skipped
 from workers.engine.scales.tuning import ScaleOutcome, tune_scales
 from workers.engine.seeds import derived_seed
-from workers.numerics.quantized import AffineWeight
+from workers.numerics.quantized import AffineWeight, FloatWeight
 
 
 def run(job: Job, quantized: Quantized) -> ScaleReport | None:
@@ -56,7 +58,8 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
         job.reporter.warning("scale_tuning_skipped", f"scales were not tuned end to end: {outcome.reason}")
         return None
     report = _report(outcome, steps, time.perf_counter() - started)
-    job.finished_blocks.save_scales(outcome.scales if report.kept else {}, report)
+    scales, norms = (outcome.scales, outcome.norms) if report.kept else ({}, {})
+    job.finished_blocks.save_scales(scales, report, norms)
     if report.kept and quantized.evaluation is not None:
         job.clock.enter(Stage.EVALUATE)
         replay_quantized(job.model, job.finished_blocks, quantized.evaluation)
@@ -64,8 +67,8 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
 
 
 def _outcome(job: Job, quantized: Quantized, calibration: Activations) -> ScaleOutcome | Skipped:
-    if job.spec.forms() != {Form.AFFINE}:
-        return Skipped("only affine weights without low-rank factors have scales that can be tuned alone")
+    if not job.spec.forms() <= {Form.AFFINE, Form.FLOAT}:
+        return Skipped("only integers and floating-point codes without low-rank factors have scales to tune alone")
     calibration.rewind(job.model)
     return tune_scales(_task(job, calibration, quantized.evaluation, quantized.head))
 
@@ -73,15 +76,18 @@ def _outcome(job: Job, quantized: Quantized, calibration: Activations) -> ScaleO
 def _task(job: Job, calibration: Activations, evaluation: Activations | None, head: Tensor | None) -> ScaleTask:
     model, finished, steps = job.model, job.finished_blocks, job.spec.end_to_end_steps()
 
-    def affine_weights(index: int) -> dict[str, AffineWeight]:
-        return {name: result.affine for name, result in finished.load(index).items()}
+    def weights(index: int) -> dict[str, TunedWeight]:
+        found = {name: result.weight for name, result in finished.load(index).items()}
+        return {name: weight for name, weight in found.items() if isinstance(weight, AffineWeight | FloatWeight)}
 
     held = [each.original for each in (calibration, evaluation) if each is not None]
     return ScaleTask(
         model=model,
         schemes=job.block_schemes,
-        weights=affine_weights,
+        weights=weights,
         changed=finished.parameters,
+        roundings=lambda index: calibration.served.get(index, Served()).inputs,
+        norms=Form.FLOAT in job.spec.forms(),
         calls=calibration.calls,
         inputs=calibration.quantized,
         targets=calibration.original,

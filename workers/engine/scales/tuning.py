@@ -34,7 +34,7 @@ scales, zero points, norms, and any text but the calibration's.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -61,6 +61,7 @@ TICKS = 20
 class ScaleOutcome:
     """The tuned scales by full linear name, (out, groups), and what they gain on held-out sequences.
 
+    norms                            the tuned ones' weights by block and full name, where norms are tuned along
     divergence_initial, divergence   mean KL a token there, with the old and with the tuned scales
     """
 
@@ -70,6 +71,7 @@ class ScaleOutcome:
     held_out: int
     fit: Fit
     captured: bool
+    norms: dict[int, dict[str, Tensor]] = field(default_factory=dict)
 
     @property
     def is_better(self) -> bool:
@@ -119,7 +121,16 @@ def _tune(task: ScaleTask, fit: Fit) -> ScaleOutcome | Skipped:
         tuning.run()
         after = tuning.held_out_divergence()
         held_out = task.processes.total(len(tuning.held_out))
-        return ScaleOutcome(tuning.blocks.scales.stored(), before, after, held_out, fit, tuning.replay is not None)
+        scales = tuning.blocks.scales
+        return ScaleOutcome(
+            scales=scales.stored(),
+            norms=scales.norms.stored(),
+            divergence_initial=before,
+            divergence=after,
+            held_out=held_out,
+            fit=fit,
+            captured=tuning.replay is not None,
+        )
 
 
 @dataclass
@@ -155,6 +166,8 @@ class ScaleTuning:
             task.schemes,
             task.weights,
             changed=task.changed,
+            roundings=task.roundings,
+            norms=task.norms,
             recomputed=fit.recomputed,
         )
         return cls(
