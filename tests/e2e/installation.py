@@ -26,6 +26,9 @@ from bitwright.retries import RetryPolicy
 from tests.servers import free_port
 from tests.supervise.bench import alive, wait_for
 
+READERS = ("workers.limited.launch", "workers.runtimes.host")
+"""Modules of a worker's reading child."""
+
 
 def children(pid: int) -> Iterator[int]:
     """Ids of the processes below `pid`, at any depth."""

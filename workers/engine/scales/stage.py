@@ -20,8 +20,8 @@ from bitwright.report import ScaleReport
 from workers.engine.job import Job
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import replay_quantized
-from workers.engine.quantize.stage import Quantized
 from workers.engine.quantize.serving import Served
+from workers.engine.quantize.stage import Quantized
 from workers.engine.reporter import Reporter
 from workers.engine.scales.families import TunedWeight
 from workers.engine.scales.memory_plan import ScaleTask, Skipped
