@@ -160,9 +160,10 @@ def _gguf(matrix: Matrix, scheme: Scheme) -> Stored:
 
 
 def _compressed_tensors(matrix: Matrix, scheme: Scheme) -> Stored:
-    """Codes and zero points in words, scales, and the shape; small floats as native."""
+    """Codes and zero points in words, scales, and the shape; schemes by name as native, without it."""
     if scheme.name is not None:
-        return _as_native(matrix, scheme)
+        native = _as_native(matrix, scheme)
+        return Stored(native.size - SHAPE_BYTES, native.tensors - 1)
     (rows, columns), groups = matrix.shape, scheme.groups(matrix.shape[1])
     zeros = 0 if scheme.symmetric else _words(rows, scheme.bits) * groups
     size = rows * _words(columns, scheme.bits) + zeros + matrix.scale_bits / 8 * rows * groups + SHAPE_BYTES
