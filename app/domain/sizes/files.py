@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from app.domain.formats import EmbeddingRule, ExportFormat
 from app.domain.methods import SCALE_BITS, AbsmaxScheme, Candidate, Scheme
+from app.domain.methods.named_schemes import ScaleType
 
 HEADER_BYTES = 115
 """Of a tensor in the header of a safetensors file."""
@@ -22,8 +23,8 @@ SHARD_BYTES, HELD_BYTES, ROOM_BYTES = 2 << 30, 256 << 20, 1 << 20
 """Bytes of a safetensors file, those from which on it is written as it grows, and the room for its header then."""
 SHAPE_BYTES = 16
 """Of the tensor with a linear's shape."""
-NUMBERS_BYTES = 8
-"""Of a global scale and a largest input, at the most."""
+NUMBER_BYTES = 4
+"""Of a global scale, and of a largest input."""
 GGML_BLOCK = 32
 GGML_BYTES = {True: {4: 18, 5: 22, 8: 34}, False: {4: 20, 5: 24}}
 """Symmetric or not -> the widths that there are types of -> bytes of a block."""
@@ -141,9 +142,10 @@ def _native(matrix: Matrix, factors: float) -> Stored:
     (rows, columns), codebook = matrix.shape, 4 << scheme.bits if matrix.codebook else 0
     # A row of codes ends with a whole byte, and so do all zero points.
     padding = rows * (-columns * scheme.bits % 8) + (-rows * scheme.groups(columns) * scheme.bits % 8) * zeros
-    numbers = 0 if scheme.name is None else NUMBERS_BYTES
-    size = (matrix.base_bits + padding) / 8 + SHAPE_BYTES + codebook + numbers + factors
-    return Stored(size, tensors + (2 if numbers else 0))
+    row = scheme.row
+    numbers = 0 if row is None else (row.scale is ScaleType.E4M3) + row.calibrated
+    size = (matrix.base_bits + padding) / 8 + SHAPE_BYTES + codebook + NUMBER_BYTES * numbers + factors
+    return Stored(size, tensors + numbers)
 
 
 def _as_native(matrix: Matrix, _scheme: Scheme) -> Stored:
@@ -158,9 +160,10 @@ def _gguf(matrix: Matrix, scheme: Scheme) -> Stored:
 
 
 def _compressed_tensors(matrix: Matrix, scheme: Scheme) -> Stored:
-    """Codes and zero points in words, scales, and the shape; small floats as native."""
+    """Codes and zero points in words, scales, and the shape; schemes by name as native, without it."""
     if scheme.name is not None:
-        return _as_native(matrix, scheme)
+        native = _as_native(matrix, scheme)
+        return Stored(native.size - SHAPE_BYTES, native.tensors - 1)
     (rows, columns), groups = matrix.shape, scheme.groups(matrix.shape[1])
     zeros = 0 if scheme.symmetric else _words(rows, scheme.bits) * groups
     size = rows * _words(columns, scheme.bits) + zeros + matrix.scale_bits / 8 * rows * groups + SHAPE_BYTES
