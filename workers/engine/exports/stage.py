@@ -17,7 +17,7 @@ from app.domain.attempt_lines import ResultLine
 from app.domain.fit import refusal
 from app.domain.format_rules import head_problems
 from app.domain.formats import EmbeddingRule, ExportFormat
-from app.domain.weight_targets import HEAD
+from app.domain.inputs.architectures import HEAD
 from bitwright.errors import InternalError
 from bitwright.events import Stage
 from bitwright.report import LoadReport, Report
