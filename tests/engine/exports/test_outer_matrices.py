@@ -69,7 +69,7 @@ def test_matrices_outside_the_blocks_are_what_the_job_itself_writes(
 
 
 def test_a_head_that_stays_apart_is_refused_beside_packed_embeddings(small_model: Path, tmp_path: Path) -> None:
-    asked = {"modules": {"embeddings": 4}}
+    asked: dict[str, Any] = {"modules": {"embeddings": 4}}
     base = run_job(small_model, tmp_path / "base", formats=["native"], evaluation=None, **asked)
     native = tmp_path / "base" / base.checkpoints["native"]
     with pytest.raises(FormatCannotHold, match="head is a matrix of its own"):
@@ -80,7 +80,7 @@ def test_a_head_that_stays_apart_is_refused_beside_packed_embeddings(small_model
 def test_number_formats_and_scales_of_a_cache_are_what_the_job_itself_writes(
     name: str, formats: list[str], small_model: Path, tmp_path: Path
 ) -> None:
-    asked = {"scheme": name, "kv_cache": "fp8"}
+    asked: dict[str, Any] = {"scheme": name, "kv_cache": "fp8"}
     report = exported(small_model, tmp_path, ["compressed-tensors", *formats], asked)
     folder = tmp_path / "work" / "output" / "compressed-tensors"
     settings = json.loads((folder / "config.json").read_text())["quantization_config"]
@@ -94,7 +94,7 @@ def test_number_formats_and_scales_of_a_cache_are_what_the_job_itself_writes(
 
 
 def test_a_lost_scale_of_a_cache_is_named(small_model: Path, tmp_path: Path) -> None:
-    asked = {"scheme": "fp8", "kv_cache": "fp8"}
+    asked: dict[str, Any] = {"scheme": "fp8", "kv_cache": "fp8"}
     base = run_job(small_model, tmp_path / "base", formats=["native"], evaluation=None, **asked)
     native = tmp_path / "base" / base.checkpoints["native"]
     stored = load_file(native / "weights.safetensors")

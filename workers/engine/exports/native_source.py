@@ -14,8 +14,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
+from app.domain.inputs.architectures import HEAD
 from app.domain.request.base_job import DESCRIPTION, REPORT
-from app.domain.weight_targets import HEAD, HEAD_TENSOR, is_embeddings
+from app.domain.weight_targets import HEAD_TENSOR, is_embeddings
 from bitwright.errors import CorruptCheckpoint, InternalError
 from bitwright.report import Report
 from workers.contracts.kv_cache import KEY_SCALE, VALUE_SCALE, KVScales

@@ -17,18 +17,18 @@ from app.domain.attempt_lines import ResultLine
 from app.domain.fit import refusal
 from app.domain.format_rules import head_problems
 from app.domain.formats import EmbeddingRule, ExportFormat
-from app.domain.weight_targets import HEAD
+from app.domain.inputs.architectures import HEAD
 from bitwright.errors import InternalError
 from bitwright.events import Stage
 from bitwright.report import LoadReport, Report
 from workers.disk.orders import AttemptOrder
 from workers.engine.clock import StageClock, peak_memory
-from workers.engine.export import weight_bytes
 from workers.engine.exports.native_source import NativeSource, Untied
 from workers.engine.reporter import Reporter
 from workers.engine.stored_scales import CODE as SCALES_ROUNDED
 from workers.engine.stored_scales import StoredScales, caches_left_out
 from workers.formats.cards.identity import Identity
+from workers.formats.cards.model_card import stored_bytes
 from workers.formats.format import Writer
 from workers.formats.registry import check_model, open_writer, source_for
 from workers.formats.shards import HELD_BYTES
@@ -87,7 +87,7 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter, read: ReadExpo
     parameters = sum(prod(tensor.shape) for tensor in source.tensors.values())
     loads = read(Finished(workspace / OUTPUT, source.folder, source.config, parameters), reporter)
     clock.enter(Stage.EXPORT)
-    sizes = weight_bytes(workspace / OUTPUT, formats)
+    sizes = {name.value: stored_bytes(workspace / OUTPUT / name.value, name.info.weight_files) for name in formats}
     report = _report(before, order, clock, scales, reporter).model_copy(
         update={"loads": loads, "size": before.size.model_copy(update={"bytes_files": sizes})}
     )
