@@ -35,7 +35,7 @@ GRADIENT_AT = ("llama", "qwen3", "gemma3_text")
 def float_task(folder: Path, architecture: str, dtype: torch.dtype = torch.float32, **changed: Any) -> ScaleTask:
     """A task on a random model whose linears are NVFP4, FP8 and MXFP4 by name, and integers in the last block."""
     task = make_task(folder, architecture, dtype)
-    integers = {name: weight for name, weight in task.weights(3).items()}
+    integers = dict(task.weights(3))
     weights: dict[str, AffineWeight | FloatWeight] = {}
     for name in task.schemes:
         with task.model.loaded(name):
@@ -116,7 +116,9 @@ def test_the_gradient_is_autograds_through_the_whole_model(architecture: str, fi
         scales = tuning.blocks.scales
         scales.change.copy_(0.02 * torch.randn(scales.change.shape, generator=torch.Generator().manual_seed(2)))
         scales.write()
-        flat = {name: place.overall for name, place in scales.places.items() if place.overall.stop > place.overall.start}
+        flat = {
+            name: place.overall for name, place in scales.places.items() if place.overall.stop > place.overall.start
+        }
         assert {name.rpartition(".")[2] for name in scales.places.keys() - flat.keys()} == {"up_proj", "o_proj"}
         first = len(scales.change) - len(scales.norms.names) * 32
         assert len(scales.norms.names) == 4 * parts
@@ -208,7 +210,9 @@ def stored(workspace: Path) -> dict[str, Tensor]:
 
 
 def same(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8))
+    return one.dtype == other.dtype and torch.equal(
+        one.contiguous().view(torch.uint8), other.contiguous().view(torch.uint8)
+    )
 
 
 def assert_same(first: Path, second: Path) -> None:
@@ -339,4 +343,6 @@ def test_what_is_no_better_is_not_kept(
     assert not report.scales.kept
     assert report.quality == plain.report.quality
     assert_same(plain.workspace, tmp_path / "worse")
-    assert not all(same(tensor, stored(undisturbed.workspace)[name]) for name, tensor in stored(plain.workspace).items())
+    assert not all(
+        same(tensor, stored(undisturbed.workspace)[name]) for name, tensor in stored(plain.workspace).items()
+    )

@@ -67,9 +67,7 @@ class IntegerFamily:
         """Room for `count` groups of `width` columns."""
         self.value = value
         self._codes = torch.zeros(count, width, dtype=torch.uint8, device=value.device)
-        self._zero: Tensor | int = (
-            2 ** (scheme.bits - 1) if scheme.symmetric else torch.zeros_like(self._codes[:, 0])
-        )
+        self._zero: Tensor | int = 2 ** (scheme.bits - 1) if scheme.symmetric else torch.zeros_like(self._codes[:, 0])
         self._start = torch.zeros(count, dtype=_working(value), device=value.device)
         self._dtype: torch.dtype = torch.float32
 

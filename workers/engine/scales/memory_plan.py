@@ -113,8 +113,7 @@ def _resident_bytes(task: ScaleTask) -> int:
     quantized = [linears[name] for name in task.schemes]
     weights = sum(linear.weight.numel() for linear in quantized)
     groups = sum(
-        linears[name].out_features * scheme.groups(linears[name].in_features)
-        for name, scheme in task.schemes.items()
+        linears[name].out_features * scheme.groups(linears[name].in_features) for name, scheme in task.schemes.items()
     )
     others = sum(parameter.numel() for parameter in model.blocks.parameters()) - weights
     head = linears[model.layout.head].weight.numel() * (1 if task.quantized_head is None else 2)

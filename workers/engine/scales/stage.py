@@ -5,8 +5,8 @@ calibration      its activations are rewound to the embeddings; those of the ori
 finished blocks  the tuned scales, durable, take the place of the blocks' own; a retry adopts them, or repeats the stage
 evaluation       its quantized activations go through all blocks again, with the weights that ship
 
-Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and the
-report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along.
+Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and
+the report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along.
 """
 
 import time
@@ -20,8 +20,8 @@ from bitwright.report import ScaleReport
 from workers.engine.job import Job
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import replay_quantized
-from workers.engine.quantize.stage import Quantized
 from workers.engine.quantize.serving import Served
+from workers.engine.quantize.stage import Quantized
 from workers.engine.reporter import Reporter
 from workers.engine.scales.families import TunedWeight
 from workers.engine.scales.memory_plan import ScaleTask, Skipped
