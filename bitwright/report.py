@@ -104,7 +104,10 @@ class BlockReport(ReportPart):
 
 
 class ScaleReport(ReportPart):
-    """The stage that tunes all scales together, codes fixed, against the original model's next-token distribution."""
+    """The stage that tunes all scales together, codes fixed, against the original model's next-token distribution.
+
+    On floating-point grids the blocks' norms are tuned along.
+    """
 
     steps: int
     kl_initial: float = Field(description="KL(original || quantized) on held-out calibration text, with old scales.")

@@ -124,6 +124,22 @@ def test_blocks_of_another_fingerprint_and_out_of_order_are_not_adopted(tmp_path
     assert other.resumed == 1
 
 
+def test_parameters_tuned_along_take_the_place_of_the_blocks_own(tmp_path: Path) -> None:
+    state, old, new = FinishedBlocks(tmp_path), torch.ones(4), torch.full((4,), 0.5)
+    state.adopt("one")
+    for index in range(2):
+        norms = {f"layers.{index}.{name}.weight": old.clone() for name in ("norm", "other")}
+        state.finish(index, state.write_shard(index, block(index), norms), None)
+    state.save_scales({}, TUNED, {1: {"layers.1.norm.weight": new}})
+    again = FinishedBlocks(tmp_path)
+    again.adopt("one")
+    for held in (state, again):
+        assert all(torch.equal(value, old) for value in held.parameters(0).values())
+        found = held.parameters(1)
+        assert torch.equal(found.pop("layers.1.norm.weight"), new)
+        assert [(name, torch.equal(value, old)) for name, value in found.items()] == [("layers.1.other.weight", True)]
+
+
 def test_tuned_scales_take_the_place_of_the_blocks_own_and_belong_to_all_of_them(
     tmp_path: Path, written: list[tuple[str, set[str]]]
 ) -> None:

@@ -81,6 +81,7 @@ def change_by_autograd(
     leaves, values = {}, {}
     for index in range(len(task.calls)):
         for name, weight in task.weights(index).items():
+            assert isinstance(weight, AffineWeight)
             p = leaves[name] = changes[name].clone().requires_grad_()
             free = weight.scale.double() * (1 + p)
             scale = free + (store_scale(free, weight.scale.dtype) - free).detach()

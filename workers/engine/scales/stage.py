@@ -5,8 +5,8 @@ calibration      its activations are rewound to the embeddings; those of the ori
 finished blocks  the tuned scales, durable, take the place of the blocks' own; a retry adopts them, or repeats the stage
 evaluation       its quantized activations go through all blocks again, with the weights that ship
 
-Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and the
-report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along.
+Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and
+the report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along.
 """
 
 import time

@@ -16,7 +16,7 @@ falls on held-out sequences; else the old ones stay.
 
 | symbol | variable | shape |
 |---|---|---|
-| q, z, s | `Family.codes`, `.zero`, `.start` | (groups, G), (groups,), (groups,): all linears of one scheme, flat |
+| q, z, s | `IntegerFamily` | (groups, G), (groups,), (groups,): all linears of one scheme, flat |
 | p | `GroupScales.change` | (groups,), fp32 |
 | D | one linear's at a time | (out, in), the model's dtype |
 | t, u | a chunk's at a time | (tokens, vocabulary), the model's dtype |
@@ -28,8 +28,9 @@ blocks are computed twice. Where not even that fits, by an estimate, the stage i
 
 On a GPU a step is captured once and replayed (`workers.engine.device.cuda_graphs`); elsewhere, or where capture
 fails, the
-same steps run eagerly. Several ranks each hold all blocks, and sum dL/dp over their sequences. Left out: the head's own
-scales, zero points, norms, and any text but the calibration's.
+same steps run eagerly. Several ranks each hold all blocks, and sum dL/dp over their sequences. What w_hat is on
+floating-point grids: `workers.engine.scales.families`; there norms have a p, too (`workers.engine.scales.norms`). Left
+out: the head's own scales, zero points, the last norm, and any text but the calibration's.
 """
 
 import math
