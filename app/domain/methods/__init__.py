@@ -1,5 +1,6 @@
 """Quantization methods: schemes, specs and budgets, and the catalogue of methods and recipes."""
 
+from app.domain.methods.any_method import SCALE_BATCH_SIZE, WeightSpec
 from app.domain.methods.budgets import BitBudget, Candidate
 from app.domain.methods.catalogue import METHODS, RECIPES, MethodInfo, Preset, QuantizationSpec
 from app.domain.methods.clipping_specs import OmniQuantSpec
@@ -18,14 +19,7 @@ from app.domain.methods.schemes import (
     Scheme,
     SchemeOverride,
 )
-from app.domain.methods.weight_specs import (
-    SCALE_BATCH_SIZE,
-    AWQSpec,
-    GPTQSpec,
-    RTNSpec,
-    SignRoundSpec,
-    WeightSpec,
-)
+from app.domain.methods.weight_specs import AWQSpec, GPTQSpec, RTNSpec, SignRoundSpec
 from bitwright.formats import Form
 
 __all__ = [

@@ -11,17 +11,12 @@ from typing import Annotated
 
 from pydantic import Field, ValidationError
 
+from app.domain.methods.any_method import WeightSpec
 from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS
-from app.domain.methods.weight_specs import (
-    AWQSpec,
-    GPTQSpec,
-    RTNSpec,
-    SignRoundSpec,
-    WeightSpec,
-)
+from app.domain.methods.weight_specs import AWQSpec, GPTQSpec, RTNSpec, SignRoundSpec
 from bitwright.formats import Form
 
 QuantizationSpec = Annotated[

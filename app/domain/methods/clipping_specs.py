@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from app.domain.methods.weight_specs import BatchSize, GoalSpec, LearningRate, PresetName
+from app.domain.methods.any_method import BatchSize, GoalSpec, LearningRate, PresetName
 
 
 class OmniQuantSpec(GoalSpec):

@@ -4,8 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from app.domain.methods.any_method import WeightsOnly, WeightSpec
 from app.domain.methods.schemes import PRESET_ABSMAX, AbsmaxScheme
-from app.domain.methods.weight_specs import WeightsOnly, WeightSpec
 from bitwright.formats import Form
 
 

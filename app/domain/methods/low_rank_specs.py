@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from app.domain.methods.any_method import BatchSize, LearningRate, PresetName, Steps, WeightSpec
 from app.domain.methods.budgets import BitBudget, Candidate, Width
 from app.domain.methods.schemes import (
     MAX_BITS,
@@ -18,15 +19,7 @@ from app.domain.methods.schemes import (
     Symmetric,
     fits,
 )
-from app.domain.methods.weight_specs import (
-    BatchSize,
-    LearningRate,
-    PresetName,
-    RTNSpec,
-    SignRoundSpec,
-    Steps,
-    WeightSpec,
-)
+from app.domain.methods.weight_specs import RTNSpec, SignRoundSpec
 from bitwright.formats import Form
 
 Rank = Annotated[
