@@ -53,12 +53,13 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (file,) = [block for block in blocks if "METHOD = " in block]
     (folder / "workers/methods/shrink.py").write_text(file)
     specs = folder / "app/domain/methods/weight_specs.py"
-    specs.write_text(f"{specs.read_text()}\n\n{spec}")
+    imported = specs.read_text().replace("    WeightsOnly,\n", "    WeightsOnly,\n    WeightSpec,\n", 1)
+    specs.write_text(f"{imported}\n\n{spec}")
     catalogue = folder / "app/domain/methods/catalogue.py"
     text = catalogue.read_text()
     for mark, added in {
         '        "nf": MethodInfo(': indent(row.removeprefix("{\n").removesuffix("}\n"), " " * 4),
-        "    RTNSpec,\n": "    ShrinkSpec,\n",
+        "AWQSpec, ": "ShrinkSpec, ",
         "RTNSpec | ": "ShrinkSpec | ",
     }.items():
         assert mark in text
