@@ -118,6 +118,7 @@ class ScaleReport(ReportPart):
     blocks_recomputed: int = Field(description="Blocks whose activations did not fit and were computed again.")
     captured: bool = Field(description="Whether a step was replayed as one CUDA graph.")
     seconds: float
+    norms: int = Field(default=0, description="Norms of blocks that were tuned along, on floating-point grids.")
 
 
 class Validation(ReportPart):

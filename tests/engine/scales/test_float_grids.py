@@ -262,6 +262,10 @@ def test_codes_global_scales_and_powers_of_two_stay(jobs: tuple[str, Finished, F
     assert bool(scales) is (scheme == "nvfp4a16")
     assert len(norms) == 4
     assert all(after[name].dtype == torch.bfloat16 for name in norms)
+    assert tuned.report.scales is not None
+    assert tuned.report.scales.norms == 4
+    card = (tuned.workspace / "output/compressed-tensors/README.md").read_text()
+    assert "- Scales and 4 norms tuned end to end in 60 steps, codes fixed" in card
 
 
 def test_what_ships_is_what_was_measured(jobs: tuple[str, Finished, Finished], tiny_model: Path) -> None:

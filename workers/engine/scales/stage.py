@@ -124,4 +124,5 @@ def _report(outcome: ScaleOutcome, steps: int, seconds: float) -> ScaleReport:
         blocks_recomputed=outcome.fit.recomputed,
         captured=outcome.captured,
         seconds=seconds,
+        norms=sum(map(len, outcome.norms.values())),
     )

@@ -255,7 +255,8 @@ def provenance(report: Report, licence: str | None, source: SourceCard, *, left_
     if report.base_job is not None:
         lines.append(f"- Quantized by job `{report.base_job.job_id}`, whose codes these are; this job finetuned")
     if report.scales is not None and report.scales.kept:
-        lines.append(f"- Scales tuned end to end in {report.scales.steps} steps, codes fixed")
+        along = f" and {report.scales.norms} norms" if report.scales.norms else ""
+        lines.append(f"- Scales{along} tuned end to end in {report.scales.steps} steps, codes fixed")
     lines.append(f"- Seed {report.seed}; everything measured is in `report.json`")
     named = f" ({', '.join(source.license_name or name for name in source.license)})" if source.license else ""
     lines.append(f"- Licence: the source's{named}{f', see `{licence}`' if licence else ''}")
