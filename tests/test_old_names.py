@@ -4,6 +4,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 SCRIPT = """
 from app.domain.errors import BitwrightError
 from app.domain.events import AttemptOrder
@@ -18,6 +20,7 @@ print(BitwrightError is present, JobStatus.QUEUED.value, callable(run))
 """
 
 
+@pytest.mark.slow
 def test_a_script_with_old_names_runs(tmp_path: Path) -> None:
     script = tmp_path / "report.py"
     script.write_text(SCRIPT)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastapi import Depends, FastAPI
 
-from app.api import architectures, artifacts, events, exports, formats, health, jobs, methods, pages, uploads, workers
+from app.api import architectures, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
 from app.api.deps import State
 from app.api.event_feed import POLL_LIMIT, EventFeed
 from app.api.http import archive
@@ -17,6 +17,7 @@ from app.api.http.errors import install_error_handlers
 from app.api.http.middleware import BodyLimit, RequestContext
 from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
+from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables

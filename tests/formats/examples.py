@@ -17,7 +17,7 @@ from bitwright.report import ModelReport, PeakMemory, Report, SizeReport
 from workers.engine.stored_scales import StoredScales
 from workers.formats.format import Writer
 from workers.formats.registry import held, open_writer
-from workers.numerics.float_grids import quantize
+from workers.numerics.floats.float_grids import quantize
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook
 from workers.numerics.quantized import (
     AffineWeight,

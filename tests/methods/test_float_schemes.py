@@ -13,7 +13,7 @@ from tests.methods.toy_block import gated_task
 from workers.contracts.blocks import BlockTask
 from workers.engine.quantize.registry import METHODS
 from workers.methods.gptq import Elimination, quantize_floats
-from workers.numerics.float_grids import searched
+from workers.numerics.floats.float_grids import searched
 from workers.numerics.quantized import FloatWeight
 
 COLUMNS = 128

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from app.domain.methods import AbsmaxScheme, Candidate, Scheme, WeightSpec
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
-from workers.numerics.input_rounding import InputRounding, input_roundings
-from workers.numerics.joined import joined_amax
+from workers.numerics.floats.input_rounding import InputRounding, input_roundings
+from workers.numerics.floats.joined import joined_amax
 from workers.numerics.quantized import LinearResult
 
 
@@ -117,7 +117,7 @@ class BlockTask:
     fisher      linear name -> its Fisher information, where the spec asks for it
     starved     linears of experts that got too few tokens: the tuning loop leaves them at their start
     joined      sets of linears of the same input that a runtime makes one matrix of: their scales of whole tensors are
-                one (`workers.numerics.joined`)
+                one (`workers.numerics.floats.joined`)
     input_amax  linear name -> largest magnitude of its set's original inputs, fp32 (1,), where the scheme is calibrated
     tick        called with the share of the block that is done, 0 to 1; often
     folds       where scales can move inside the block, in the order of the forward pass

@@ -15,7 +15,7 @@ decide a softmax:
     m = c * max abs(W s),   c in {1, 19/20, ..., 11/20},   min over c of  (w_hat - w) H_g (w_hat - w)^T
 
 with H_g the group's diagonal block of H = 2 X^T X (`workers.numerics.hessian`): the error of the group's own products.
-On schemes of FP8 and FP4 (`workers.numerics.float_grids`) the stored scales near the usual one take the place of c.
+On schemes of FP8 and FP4 (`floats.float_grids`) the stored scales near the usual one take the place of c.
 
 | symbol | variable | shape |
 |---|---|---|
@@ -47,9 +47,9 @@ from workers.contracts.blocks import BlockTask, Fold, Method
 from workers.contracts.experts import all_called
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
-from workers.numerics.float_grids import quantize, searched
+from workers.numerics.floats.float_grids import quantize, searched
+from workers.numerics.floats.joined import shares_scale
 from workers.numerics.hessian import Hessian, input_groups, watched
-from workers.numerics.joined import shares_scale
 from workers.numerics.quantized import FloatWeight, LinearResult, Number, QuantizedWeight, Scaling
 
 STEPS = 20
@@ -196,7 +196,7 @@ def quantize_weight(
 ) -> QuantizedWeight:
     """Rounds a linear with the scales in it; `hessian` (groups, G, G) clips the groups' ranges, None leaves them.
 
-    joined_amax   of weights with the scales in them, as in `workers.numerics.joined`
+    joined_amax   of weights with the scales in them, as in `workers.numerics.floats.joined`
     """
     weight, scheme, w = task.linear(name).weight, task.schemes[name], _scaled(task, name, scaling)
     if hessian is not None:

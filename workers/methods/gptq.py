@@ -14,7 +14,7 @@ A group's scale is computed when its first column is reached, from weights that 
 `act_order`, columns are rounded in the order of falling diag H, and all scales are computed from the original weights
 before the first of them (static groups): a stored group is still G consecutive columns.
 
-On schemes of FP8 and FP4 (`workers.numerics.float_grids`) the scales are always those of the original weights, fixed
+On schemes of FP8 and FP4 (`floats.float_grids`) the scales are always those of the original weights, fixed
 before the first column: the best that can be stored, with errors weighted by diag H. w_hat_j = s*E(W[:, j]/s) then.
 
 True sequential order: linears are taken in the order in which the block calls them; the inputs of each are quantized
@@ -51,8 +51,8 @@ from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
-from workers.numerics.float_elements import element_of, encode, rounded
-from workers.numerics.float_grids import searched_grid
+from workers.numerics.floats.elements import element_of, encode, rounded
+from workers.numerics.floats.float_grids import searched_grid
 from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs, watched
 from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult, QuantizedWeight
 
@@ -207,7 +207,7 @@ def quantize_floats(
     """The same on a floating-point grid for weights (rows, in) of the same inputs, each with scales of its own.
 
     moments       of the inputs, (in,), to choose the scales by
-    joined_amax   of each, as in `workers.numerics.joined`
+    joined_amax   of each, as in `workers.numerics.floats.joined`
     """
     order, factor, element = elimination.order.tolist(), elimination.factor, element_of(scheme)
     grids = [

@@ -3,7 +3,7 @@
     s, z from the group's range (`workers.numerics.affine`, alpha = beta = 1)
     q = clamp(round(w/s) + z),  w_hat = s*(q - z)
 
-Schemes of FP8 and FP4 have the scales of `workers.numerics.float_grids`. Of FP4 and MX, where few scales can be stored,
+Schemes of FP8 and FP4 have the scales of `floats.float_grids`. Of FP4 and MX, where few scales can be stored,
 the one near the usual with the least squared error of its group is taken (`scale_search`).
 
 Reads the weights alone, one linear at a time; cost O(out*in). Left out on purpose: a search of integers' ranges and any
@@ -16,8 +16,8 @@ from torch import Tensor
 from app.domain.methods import Form, RTNSpec, Scheme
 from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
-from workers.numerics import float_grids
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.floats import float_grids
 from workers.numerics.quantized import AffineWeight, LinearResult, QuantizedWeight
 from workers.numerics.row_parts import row_parts
 

@@ -29,7 +29,7 @@ the quantizer. With 0 steps the result is round to nearest.
 The start (`scale_search`) may shrink lo and hi first: of some range factors, those with the least rounding error when
 columns are weighted by their inputs' second moments. alpha and beta then stay in [1/2, 3/2].
 
-Floating-point grids (FP4, FP8; `workers.numerics.tuned_floats`): the same with the values of the element in place of
+Floating-point grids (FP4, FP8; `floats.tuned_floats`): the same with the values of the element in place of
 the integers. A piecewise linear map u takes the k-th value to k, and V is added to u(w/s), so that it reaches the next
 value everywhere; scales are the best that can be stored, and stay. Where the scheme rounds activations, the block is
 tuned with rounded ones (`workers.engine.tune`), straight through.
@@ -54,9 +54,9 @@ from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
 from workers.numerics.backend import float_rounding_kernels, rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.floats.tuned_floats import TunedFloats
 from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, LinearResult, Number
-from workers.numerics.tuned_floats import TunedFloats
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""

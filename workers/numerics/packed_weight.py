@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from workers.numerics.backend import unpack_kernels
-from workers.numerics.float_elements import element_table
+from workers.numerics.floats.elements import element_table
 from workers.numerics.quantized import AffineWeight, CodebookWeight, FloatWeight, QuantizedAbsmax, QuantizedWeight
 
 Kind = Literal["middle", "zero", "offset", "codebook"]

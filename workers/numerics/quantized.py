@@ -20,7 +20,7 @@ from torch import Tensor
 
 from app.domain.methods import Form, Scheme
 from app.domain.methods.named_schemes import WHOLE
-from workers.numerics.float_elements import element_table
+from workers.numerics.floats.elements import element_table
 from workers.numerics.row_parts import in_row_parts
 
 Number = float | Tensor

@@ -6,17 +6,17 @@ least error is taken, columns weighted by the second moments of what the matrix 
     least over ranges of  sum_j m_j (w_hat_j - w_j)^2         m = 1 where nothing is known of the inputs
 
 A row of an embedding is looked up, not multiplied: its error is that of its numbers, so m = 1. Schemes of
-floating-point elements have the scales of `workers.numerics.float_grids`.
+floating-point elements have the scales of `workers.numerics.floats.float_grids`.
 """
 
 import torch
 from torch import Tensor
 
 from app.domain.methods import Form, Scheme
-from workers.numerics import float_grids
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.backend import rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings
+from workers.numerics.floats import float_grids
 from workers.numerics.quantized import AffineWeight, QuantizedWeight
 
 PART = 1 << 24

@@ -1,6 +1,6 @@
 """Schemes that go by a name: number formats with an element type, a scale type and activations of their own.
 
-A row says all that the formulas need (`workers.numerics.float_grids`); formats and runtimes go by the name. Sources:
+A row says all that the formulas need (`floats.float_grids`); formats and runtimes go by the name. Sources:
 the presets of the package compressed-tensors 0.20, and the OCP Microscaling Formats specification 1.0.
 """
 

@@ -337,6 +337,7 @@ def test_two_ranks_spend_a_budget_as_one_does_and_adopt_how_it_was_spent(
     assert again.allocation == two.allocation, "the seconds too: nothing was measured again"
 
 
+@pytest.mark.slow
 def test_two_ranks_reach_a_goal_as_one_does_and_measure_nothing_twice(
     pair: RankPair, small_model: Path, tmp_path: Path
 ) -> None:

@@ -290,6 +290,7 @@ def test_an_interrupted_run_ends_with_the_same_bits(steps: int, folder: Path, tm
     assert not again.told(MetricEvent)
 
 
+@pytest.mark.slow
 def test_a_run_killed_ten_times_ends_with_the_same_bits(folder: Path, tmp_path: Path) -> None:
     whole = run(folder, tmp_path / "whole", steps=30, checkpoint_every=2)
     for kill in range(10):

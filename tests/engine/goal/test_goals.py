@@ -243,6 +243,7 @@ def test_too_few_rounds_miss_the_goal_and_say_so(
     assert "0.5" in missed.detail
 
 
+@pytest.mark.slow
 def test_an_interrupted_job_goes_on_in_the_round_in_hand(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -43,7 +43,7 @@ def divergence(report: Report) -> float:
     return report.quality.kl_divergence
 
 
-@pytest.mark.parametrize("scheme", ["nvfp4a16", "mxfp4a16"])
+@pytest.mark.parametrize("scheme", ["nvfp4a16", pytest.param("mxfp4a16", marks=pytest.mark.slow)])
 def test_methods_are_closer_than_rounding_and_a_search_closer_than_none(
     scheme: str, tiny_model: Path, tmp_path: Path
 ) -> None:

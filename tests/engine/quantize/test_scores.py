@@ -7,7 +7,7 @@ from app.domain.methods import Scheme, SchemeName
 from workers.contracts.blocks import Fisher
 from workers.engine.quantize.scores import pieces, rounding_error
 from workers.methods.rtn import quantize_weight
-from workers.numerics import float_grids
+from workers.numerics.floats import float_grids
 
 
 def rounded(weight: torch.Tensor, scheme: Scheme) -> torch.Tensor:

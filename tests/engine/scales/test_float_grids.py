@@ -22,8 +22,8 @@ from workers.engine.scales import tuning as tuning_module
 from workers.engine.scales.memory_plan import Fit, ScaleTask
 from workers.engine.scales.tuning import ScaleOutcome, ScaleTuning, tune_scales
 from workers.formats.load_bitwright import load_weights
-from workers.numerics import float_grids
-from workers.numerics.input_rounding import input_roundings
+from workers.numerics.floats import float_grids
+from workers.numerics.floats.input_rounding import input_roundings
 from workers.numerics.quantized import AffineWeight, FloatWeight
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -231,7 +231,7 @@ LONG: dict[str, Any] = {
 }
 
 
-@pytest.fixture(scope="module", params=["nvfp4a16", "mxfp4a16"])
+@pytest.fixture(scope="module", params=["nvfp4a16", pytest.param("mxfp4a16", marks=pytest.mark.slow)])
 def jobs(
     request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[str, Finished, Finished]:
@@ -310,7 +310,7 @@ class Interrupted(Exception):
     pass
 
 
-@pytest.mark.parametrize("moment", ["in the middle", "after it is durable"])
+@pytest.mark.parametrize("moment", [pytest.param("in the middle", marks=pytest.mark.slow), "after it is durable"])
 def test_a_resumed_job_has_the_scales_and_norms_of_an_undisturbed_one(
     moment: str, small_model: Path, undisturbed: Finished, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,6 +183,7 @@ def equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
 def test_adapters_are_trained_on_quantized_embeddings(
     tied: bool, small_model: Path, tied_model: Path, rows: Path, tmp_path: Path

@@ -18,8 +18,8 @@ from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.tune import tuner as tuner_module
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
-from workers.numerics import tuned_floats
 from workers.numerics.backends import float_rounding_operators
+from workers.numerics.floats import tuned_floats
 
 pytestmark = [
     pytest.mark.gpu,

@@ -12,7 +12,7 @@ from app.domain.methods import Scheme, SchemeName
 from tests.formats.examples import assert_same
 from workers.formats.compressed_tensors import compress, decompress
 from workers.formats.stored_linear import StoredLinear
-from workers.numerics.float_grids import quantize
+from workers.numerics.floats.float_grids import quantize
 from workers.numerics.quantized import LinearResult
 
 GOLDEN = load_file(Path(__file__).parents[2] / "golden" / "compressed_tensors_weights.safetensors")

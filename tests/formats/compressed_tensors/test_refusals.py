@@ -17,7 +17,7 @@ from tests.formats.examples import assert_same, random_result, tiny_llama
 from workers.formats.compressed_tensors import compress, decompress
 from workers.formats.registry import open_writer
 from workers.formats.stored_linear import StoredLinear
-from workers.numerics.float_grids import quantize
+from workers.numerics.floats.float_grids import quantize
 from workers.numerics.quantized import FloatWeight, LinearResult
 
 NAMES = sorted(SchemeName)

@@ -10,7 +10,7 @@ from app.domain.methods import Scheme, SchemeName
 from app.domain.methods.named_schemes import Element
 from workers.numerics.backends import float_rounding_operators as plain
 from workers.numerics.backends.float_rounding_operators import FloatGroups
-from workers.numerics.tuned_floats import TunedFloats
+from workers.numerics.floats.tuned_floats import TunedFloats
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)

@@ -18,14 +18,14 @@ from workers.contracts.kv_cache import KVScales
 from workers.engine.evaluate import measure
 from workers.engine.job import Job
 from workers.engine.job_texts import Texts
-from workers.engine.model.cache_states import CacheWatch
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.block_reader import replay_quantized
+from workers.engine.quantize.cache_states import CacheWatch
 from workers.engine.quantize.outer_matrices import plain_embeddings, plain_head
 from workers.engine.quantize.reference import rounded
 from workers.engine.quantize.serving import InputMaxima, Served, cache_scales, set_amax
 from workers.engine.text.sequences import Sequences
-from workers.numerics.input_rounding import input_roundings
+from workers.numerics.floats.input_rounding import input_roundings
 
 HELD_OUT_TOKENS = 8192
 """Tokens that decide, where the calibration text has them to spare: a quarter of its sequences at the most."""

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from workers.engine.device.process_group import ProcessGroup
 from workers.engine.model.block_calls import BlockCall, run_block
-from workers.engine.model.cache_states import CacheWatch, with_cache
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.plan import Plan
+from workers.engine.quantize.cache_states import CacheWatch, with_cache
 from workers.engine.quantize.serving import Served
 
 CHUNK_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 24}

@@ -32,12 +32,12 @@ from workers.engine.device.process_group import checksum
 from workers.engine.device.write_behind import WriteBehind
 from workers.engine.finished_blocks import Shard
 from workers.engine.job import Job
-from workers.engine.model.cache_states import CacheWatch, attention_of
 from workers.engine.model.overflow import blaming_the_original
 from workers.engine.quantize.activations import Activations, second_moments, sum_moments
 from workers.engine.quantize.block_progress import BlockProgress, block_event
 from workers.engine.quantize.block_reader import BlockReader
 from workers.engine.quantize.block_report import BlockFindings, error_sums
+from workers.engine.quantize.cache_states import CacheWatch, attention_of
 from workers.engine.quantize.expert_coverage import (
     Coverage,
     borrowed_moments,
@@ -51,7 +51,7 @@ from workers.engine.quantize.registry import method_of
 from workers.engine.quantize.serving import Measured, Served, cache_scales, set_amax, with_input_amax
 from workers.engine.seeds import derived_seed
 from workers.engine.tune.tuner import Tuner
-from workers.numerics.input_rounding import InputRounding, input_roundings
+from workers.numerics.floats.input_rounding import InputRounding, input_roundings
 from workers.numerics.quantized import LinearResult
 
 

@@ -12,7 +12,7 @@ from torch import dtype, nn
 
 from app.domain.methods import Scheme
 from workers.methods.rtn import round_to_scheme
-from workers.numerics.joined import joined_amax
+from workers.numerics.floats.joined import joined_amax
 
 
 @contextmanager
@@ -26,7 +26,7 @@ def rounded(
 ) -> Iterator[None]:
     """The linears that have a scheme, by name, with their weights rounded to nearest; as they were afterwards.
 
-    joined   those that a runtime joins (`workers.numerics.joined`)
+    joined   those that a runtime joins (`workers.numerics.floats.joined`)
     search   whether scales of FP4 and MX are searched
     """
     kept = {name: linears[name].weight for name in schemes}

@@ -15,9 +15,9 @@ from app.domain.methods import Scheme
 from workers.contracts.kv_cache import KVScales
 from workers.engine.device.process_group import ProcessGroup
 from workers.engine.model.block_calls import BlockCall
-from workers.engine.model.cache_states import CacheWatch, RoundedCache, with_cache
-from workers.numerics.input_rounding import InputRounding, input_roundings, rounding_inputs
-from workers.numerics.joined import sets_of
+from workers.engine.quantize.cache_states import CacheWatch, RoundedCache, with_cache
+from workers.numerics.floats.input_rounding import InputRounding, input_roundings, rounding_inputs
+from workers.numerics.floats.joined import sets_of
 from workers.numerics.quantized import FloatWeight, LinearResult
 
 

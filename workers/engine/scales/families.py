@@ -20,8 +20,8 @@ from app.domain.methods import Scheme
 from app.domain.methods.named_schemes import WHOLE, Element, ScaleType
 from workers.engine.tune.gradient_linear import Receive
 from workers.numerics.affine import store_scale
-from workers.numerics.float_elements import element_table
-from workers.numerics.float_grids import E4M3_MAX, SMALLEST_E4M3
+from workers.numerics.floats.elements import element_table
+from workers.numerics.floats.float_grids import E4M3_MAX, SMALLEST_E4M3
 from workers.numerics.group_scales import (
     add_level_gradient,
     add_scale_gradient,

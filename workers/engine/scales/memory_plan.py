@@ -16,7 +16,7 @@ from workers.engine.memory import GROUP_BYTES, LOGITS_AT_ONCE, SCALES_SHARE, dev
 from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.scales.families import TunedWeight
-from workers.numerics.input_rounding import InputRounding
+from workers.numerics.floats.input_rounding import InputRounding
 
 
 @dataclass(frozen=True)

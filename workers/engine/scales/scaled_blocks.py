@@ -23,7 +23,7 @@ from workers.engine.scales.families import Family, TunedWeight, kind_of, trains
 from workers.engine.scales.norms import Norms, tunable_norms
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.tuned_block import replace_linears
-from workers.numerics.input_rounding import InputRounding
+from workers.numerics.floats.input_rounding import InputRounding
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from workers.numerics.input_rounding import InputRounding
+from workers.numerics.floats.input_rounding import InputRounding
 
 Receive = Callable[[Tensor, Tensor], None]
 """Given dL/dy (tokens, out) and x (tokens, in), from which dL/dW = (dL/dy)^T x."""

@@ -18,7 +18,7 @@ from workers.contracts.experts import RoutedExperts, experts_of
 from workers.contracts.tuning import TrainableWeights
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.grouped_experts import GroupedExperts, Stack, bias_of, receiver
-from workers.numerics.input_rounding import InputRounding
+from workers.numerics.floats.input_rounding import InputRounding
 
 MakeLinear = Callable[[Sequence[str], nn.Parameter | None], GradientLinear | None]
 """Some linears as one, with the bias of all, by their names; None if their weights do not lie one after another."""

@@ -24,7 +24,7 @@ from workers.engine.stored_scales import StoredScales
 from workers.engine.weights_only.finished_parts import FinishedLinear
 from workers.formats.format import PartWriter
 from workers.formats.stored_linear import StoredPart
-from workers.numerics.joined import shares_scale
+from workers.numerics.floats.joined import shares_scale
 from workers.numerics.quantized import LinearResult, StoredBits
 from workers.numerics.row_parts import row_parts
 from workers.numerics.searched_matrix import quantize_matrix

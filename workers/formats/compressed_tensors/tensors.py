@@ -42,7 +42,7 @@ from app.domain.methods.named_schemes import WHOLE, Element, ScaleType
 from bitwright.errors import CorruptCheckpoint
 from workers.formats.compressed_tensors.refusals import held
 from workers.formats.stored_linear import StoredLinear
-from workers.numerics.float_grids import global_scale_of
+from workers.numerics.floats.float_grids import global_scale_of
 from workers.numerics.packing import pack_bytes, pack_words, unpack_bytes, unpack_words
 from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult
 

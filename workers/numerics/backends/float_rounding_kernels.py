@@ -18,7 +18,7 @@ from torch import Tensor
 from app.domain.methods.named_schemes import Element
 from workers.numerics.backends.float_rounding_operators import LIMIT, FloatGroups
 from workers.numerics.backends.rounding_kernels import TO_NEAREST, _sign, _stored
-from workers.numerics.float_elements import LAST_INDEX, SIGN
+from workers.numerics.floats.elements import LAST_INDEX, SIGN
 
 PROGRAM_ELEMENTS = 1024
 

@@ -1,6 +1,6 @@
 """The fake quantizer of SignRound on floating-point grids, in torch's operators, for any device and dtype.
 
-With L_k the values of the element, u the map that counts them (`workers.numerics.float_elements.to_index`) and s the
+With L_k the values of the element, u the map that counts them (`workers.numerics.floats.elements.to_index`) and s the
 factor of a group:
 
     q = clamp(round(u(w / s) + V)),    w_hat = s * L_q,    m = [q was not clamped],    D = dL/dw_hat
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from app.domain.methods.named_schemes import Element
 from workers.numerics.backends.rounding_operators import CACHED_ELEMENTS, CHUNK_ELEMENTS
-from workers.numerics.float_elements import LAST_INDEX, code_of_index, from_index, to_index
+from workers.numerics.floats.elements import LAST_INDEX, code_of_index, from_index, to_index
 
 LIMIT = 0.5
 """Of V."""

@@ -4,7 +4,7 @@ With a the largest magnitude of a token's inputs, of so many consecutive ones, o
 largest value of the element:
 
     FP8, INT8       s = a / M, in fp32 (M = 448, or 127);  x_hat = s * E(x / s)
-    MXFP4, MXFP8    s = 2^e of groups of 32, e by the rule of weights (`workers.numerics.float_grids.exponents`)
+    MXFP4, MXFP8    s = 2^e of groups of 32, e by the rule of weights (`workers.numerics.floats.float_grids.exponents`)
     NVFP4           G = 448 * 6 / a of the calibration text;  s = e4m3(G * a_group / 6) / G, groups of 16
 
 vLLM 0.33 computes them so (per token, per token and group, or static), and compressed-tensors 0.20 but for INT8, where
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from app.domain.methods import Scheme
 from app.domain.methods.named_schemes import WHOLE, Activations, Element, ScaleType
-from workers.numerics.float_elements import LARGEST, rounded
-from workers.numerics.float_grids import E2M1_MAX, E4M3_MAX, SMALLEST_E4M3, exponents, global_scale_of
+from workers.numerics.floats.elements import LARGEST, rounded
+from workers.numerics.floats.float_grids import E2M1_MAX, E4M3_MAX, SMALLEST_E4M3, exponents, global_scale_of
 
 INT8_MAX = 127
 SMALLEST_SCALE = 1e-12

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from app.domain.methods import Scheme, SchemeName
 from app.domain.methods.named_schemes import Element
-from workers.numerics.float_elements import code_of_index, encode, from_index, rounded, to_index
-from workers.numerics.float_grids import quantize, searched
-from workers.numerics.joined import joined_amax
+from workers.numerics.floats.elements import code_of_index, encode, from_index, rounded, to_index
+from workers.numerics.floats.float_grids import quantize, searched
+from workers.numerics.floats.joined import joined_amax
 
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6], dtype=torch.float64)
 VALUES = {

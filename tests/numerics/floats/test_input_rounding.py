@@ -10,7 +10,7 @@ from compressed_tensors.quantization.utils import calculate_qparams
 from torch import Tensor, nn
 
 from app.domain.methods import Scheme, SchemeName
-from workers.numerics.input_rounding import InputRounding, input_roundings, rounding_inputs
+from workers.numerics.floats.input_rounding import InputRounding, input_roundings, rounding_inputs
 
 FLOAT8 = {"num_bits": 8, "type": "float"}
 ARGS: dict[SchemeName, dict[str, Any]] = {

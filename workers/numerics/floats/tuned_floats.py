@@ -3,7 +3,7 @@
 What SignRound hands to the tuning loop for the schemes of e2m1 and e4m3: the tensors, their start and the kept result;
 the formulas are in `workers.numerics.backends.float_rounding_operators`.
 
-Scales are the best that can be stored (`workers.numerics.float_grids.searched`) and stay so. Tuned along with V, as
+Scales are the best that can be stored (`float_grids.searched`) and stay so. Tuned along with V, as
 those of integers are, they do harm: a group of 16 has little say in its scale's gradient, and a step of it moves all of
 its weights. On the tiny model of the tests, NVFP4 at 65,536 tokens, a KL of 0.0016 with scales fixed is 0.0031 with
 tuned ones, and 0.0046 rounded to nearest; the first two blocks of SmolLM2-135M (50 steps, 8,192 tokens) lose 36 and
@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme
-from workers.numerics import float_grids
 from workers.numerics.backend import float_rounding_kernels
 from workers.numerics.backends.float_rounding_operators import FloatGroups
-from workers.numerics.float_elements import element_of
+from workers.numerics.floats import float_grids
+from workers.numerics.floats.elements import element_of
 from workers.numerics.learned_ranges import working_dtype
 from workers.numerics.quantized import FloatWeight, LinearResult, Number
 
@@ -40,7 +40,7 @@ class TunedFloats:
     ) -> None:
         """V = 0 on the best of the stored scales, weighted by the inputs' second moments where they are known.
 
-        joined_amax   by linear, as in `workers.numerics.joined`
+        joined_amax   by linear, as in `workers.numerics.floats.joined`
         """
         self.shapes: Mapping[str, tuple[int, int]] = {
             name: (weight.shape[0], weight.shape[1]) for name, weight in weights.items()

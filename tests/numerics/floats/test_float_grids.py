@@ -11,8 +11,8 @@ from torch import Tensor
 from app.domain.methods import Scheme, SchemeName
 from app.domain.methods.named_schemes import Element
 from workers.methods.rtn import round_to_scheme
-from workers.numerics.float_elements import encode
-from workers.numerics.float_grids import encoded, exponents, quantize
+from workers.numerics.floats.elements import encode
+from workers.numerics.floats.float_grids import encoded, exponents, quantize
 from workers.numerics.packed_weight import PackedWeight
 from workers.numerics.quantized import FloatWeight
 

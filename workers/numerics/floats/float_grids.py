@@ -8,7 +8,7 @@ element (448 for e4m3, 6 for e2m1):
     e8m0 scales     s = 2^e, e = floor(log2 a) - log2 of M's power of two, one more where a / 2^floor(log2 a) >= 1.75
     w_hat = s * E(w / s)
 
-E rounds to the element (`workers.numerics.float_elements`). The rule for exponents is that of compressed-tensors
+E rounds to the element (`workers.numerics.floats.elements`). The rule for exponents is that of compressed-tensors
 0.20: maxima of up to 7/8 of the next power of two are clipped rather than the resolution halved.
 
 `searched` takes, of the scales that can be stored near those, the one with the least weighted squared error of each
@@ -25,7 +25,7 @@ from torch import Tensor
 from app.domain.methods import Scheme
 from app.domain.methods.named_schemes import WHOLE, Element, NamedScheme, ScaleType
 from workers.numerics.affine import SMALLEST_SCALE
-from workers.numerics.float_elements import LARGEST, encode, rounded
+from workers.numerics.floats.elements import LARGEST, encode, rounded
 from workers.numerics.quantized import FloatWeight
 from workers.numerics.row_parts import CACHED, row_parts
 
