@@ -436,6 +436,7 @@ def test_ranks_on_gpus_replay_graphs_around_their_exchange(pair: RankPair, small
 # ---- What is taken over --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ranks_take_over_the_same_blocks(pair: RankPair, small_model: Path, tmp_path: Path) -> None:
     """Each reads the base job itself; the one that writes stores what both have."""
     run_job(small_model, tmp_path / "earlier", method="rtn")
