@@ -213,7 +213,7 @@ def test_scales_are_not_tuned_end_to_end_where_there_are_none(
     result: ResultLine = run_job(small_model, tmp_path, lines, **(AFFINE | {"scale_steps": 5}))
     assert result.report.scales is None
     warnings = {line.code: line.message for line in lines if isinstance(line, WarningEvent)}
-    assert "without low-rank factors" in warnings["scale_tuning_skipped"]
+    assert "only integers and floating-point codes without low-rank factors" in warnings["scale_tuning_skipped"]
 
 
 def test_a_request_that_names_no_formats_gets_those_that_hold_the_result(

@@ -36,7 +36,7 @@ DIVERGENCE = 0.0002
 """Largest mean KL divergence, nats per token: a tenth of what quantization makes of this model, or less."""
 
 NEARLY_LOSSLESS = ("int8", "fp8")
-"""What 8 bits make of this model is no more than what two forward passes differ in; wrong scales are far more."""
+"""Schemes whose change of this model is no more than two forward passes differ; wrong scales make far more."""
 
 TEXT = "The `with` statement is used to wrap the execution of a block with methods defined by a context manager."
 TOKENS = 12

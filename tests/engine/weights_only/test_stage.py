@@ -304,7 +304,7 @@ def global_scales(folder: Path) -> dict[str, float]:
 
 
 def test_linears_that_run_as_one_share_a_global_scale(source: Path, tmp_path: Path) -> None:
-    """Whether they lie in one tensor, as experts' gate and up, or each in its own."""
+    """True if they lie in one tensor, as experts' gate and up; else each lies in its own."""
     made = finish(source, tmp_path / "job", scheme="nvfp4a16", formats=FORMATS)
     found, before = global_scales(output(made, "compressed-tensors")), read(source)
     experts = before[f"{LAYER}.mlp.experts.gate_up_proj"].float().abs().amax((1, 2))
