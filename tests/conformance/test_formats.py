@@ -133,12 +133,26 @@ def floats(draw: st.DrawFn, info: FormatInfo) -> LinearResult:
 
 
 @st.composite
+def blocks(draw: st.DrawFn, info: FormatInfo) -> LinearResult:
+    """Of llama.cpp's types that the table allows the format, in rows of one super-block or several."""
+    names = [name for name in sorted(info.schemes) if Scheme.named(name).form is Form.BLOCKS]
+    columns = draw(st.sampled_from([32, 64, 96, 256, 512]))
+    lowest = {LowRankRule.BESIDE: 0, LowRankRule.IS: 1}.get(info.low_rank)
+    rank = 0 if lowest == 0 else draw(st.integers(lowest or 0, 5))
+    made = Made(Scheme.named(draw(st.sampled_from(names))), Form.BLOCKS, rank=rank)
+    dtype = draw(st.sampled_from([BF16, F16, F32]))
+    return random_result((draw(st.integers(1, 40)), columns), made, dtype, draw(st.integers(0, 2**31)))
+
+
+@st.composite
 def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
     """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
     form = draw(st.sampled_from(sorted(info.kinds)))
     if form is Form.FLOAT:
         return draw(floats(info))
+    if form is Form.BLOCKS:
+        return draw(blocks(info))
     multiple = info.group_multiple
     group = draw(st.sampled_from([-1, *(size for size in (1, 3, 8, 32, 96) if size % multiple == 0)]))
     columns = (

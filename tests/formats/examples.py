@@ -15,6 +15,7 @@ from app.domain.formats import ExportFormat
 from app.domain.methods import Form, Scheme
 from bitwright.report import ModelReport, PeakMemory, Report, SizeReport
 from workers.formats.format import Writer
+from workers.formats.gguf.block_bytes import decode
 from workers.formats.registry import open_writer
 from workers.numerics.float_grids import quantize
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook
@@ -102,6 +103,8 @@ def random_result(
     made = made if isinstance(made, Made) else Made(made)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
+    if made.form is Form.BLOCKS:
+        return LinearResult(_block_weight(shape, made.scheme, dtype, generator), _low_rank(shape, made, generator))
     if made.form is Form.FLOAT:
         return LinearResult(_float_weight(shape, made.scheme, dtype, generator), _low_rank(shape, made, generator))
     groups = 1 if made.scheme.group_size == -1 else columns // made.scheme.group_size
@@ -129,6 +132,18 @@ def _float_weight(
     weight = quantize(torch.randn(shape, generator=generator).to(dtype) * 0.1, scheme, dtype)
     amax = torch.rand(1, generator=generator) if scheme.row is not None and scheme.row.calibrated else None
     return replace(weight, input_amax=amax)
+
+
+def _block_weight(
+    shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, generator: torch.Generator
+) -> QuantizedWeight:
+    """Random bytes in the scheme's type, or in the one that rows of so many columns fall back to; scales are small."""
+    fitted = scheme.fitted(shape[1])
+    assert fitted.blocks is not None
+    size = shape[1] // fitted.blocks.weights * fitted.blocks.size
+    weight = decode(torch.randint(0, 256, (shape[0], size), dtype=torch.uint8, generator=generator), fitted, dtype)
+    small = (torch.randn(weight.scale.shape, generator=generator) * 0.001).half()
+    return replace(weight, scale=small, minimum=None if weight.minimum is None else small.flip(0))
 
 
 def _codebook_weight(

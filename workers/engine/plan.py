@@ -96,7 +96,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
-    """Full name -> scheme of every linear that is to be quantized.
+    """Full name -> scheme of every linear that is to be quantized, fitted to its inputs.
 
     Raises:
         UnknownModule: a pattern matches no linear.
@@ -106,4 +106,4 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     inputs = {name: linear.in_features for name, linear in model.linears().items()}
     for error in rule_errors(spec, inputs, head=model.layout.head, tied=model.tied):
         raise error
-    return {name: scheme for name in inputs if (scheme := spec.scheme_of(name)) is not None}
+    return {n: scheme.fitted(width) for n, width in inputs.items() if (scheme := spec.scheme_of(n)) is not None}

@@ -4,7 +4,8 @@
     q = clamp(round(w/s) + z),  w_hat = s*(q - z)
 
 Reads the weights alone, one linear at a time; cost O(out*in). Left out on purpose: range search and any use of
-activations, which would make it another method.
+activations, which would make it another method. llama.cpp's types are the exception: their scales are codes themselves,
+so that any rounding to them is a search (`workers.numerics.blocks.search`), weighted by the inputs' second moments.
 """
 
 import torch
@@ -15,15 +16,17 @@ from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics import float_grids
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.blocks.search import search_blocks
 from workers.numerics.quantized import AffineWeight, LinearResult, QuantizedWeight
 from workers.numerics.row_parts import row_parts
 
 
 class RTN:
     def quantize_block(self, task: BlockTask, spec: RTNSpec) -> BlockResult:
-        del spec  # the task's schemes say it all
+        # Without calibration, moments are those of the evaluation text, which must not decide anything.
+        moments = task.second_moments if spec.observes_inputs() else {}
         results = {
-            name: LinearResult(round_to_scheme(task.linear(name).weight, scheme, task.scale_dtype))
+            name: LinearResult(round_to_scheme(task.linear(name).weight, scheme, task.scale_dtype, moments.get(name)))
             for name, scheme in task.schemes.items()
         }
         return BlockResult(results)
@@ -34,8 +37,15 @@ class RTN:
         return LinearResult(round_to_scheme(weight, scheme, scale_dtype))
 
 
-def round_to_scheme(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> QuantizedWeight:
-    """Round a weight (out, in) of any float dtype to nearest, whatever the scheme's element."""
+def round_to_scheme(
+    weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, moments: Tensor | None = None
+) -> QuantizedWeight:
+    """Round a weight (out, in) of any float dtype to nearest, whatever the scheme's element.
+
+    moments   second moments of the inputs, (in,), for schemes whose scales are searched
+    """
+    if scheme.form is Form.BLOCKS:
+        return search_blocks(weight, scheme, moments)
     if scheme.form is Form.FLOAT:
         return float_grids.quantize(weight, scheme, scale_dtype)
     return quantize_weight(weight, scheme, scale_dtype)

@@ -3,7 +3,7 @@
 from app.domain.methods.budgets import BitBudget, Candidate
 from app.domain.methods.catalogue import METHODS, RECIPES, MethodInfo, Preset, QuantizationSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
-from app.domain.methods.named_schemes import ALL_SCHEMES, SCHEMES, NamedScheme, SchemeName
+from app.domain.methods.named_schemes import ALL_SCHEMES, BLOCK_SCHEMES, SCHEMES, NamedScheme, SchemeName
 from app.domain.methods.schemes import (
     MAX_BITS,
     MIN_BITS,
@@ -29,6 +29,7 @@ from bitwright.formats import Form
 
 __all__ = [
     "ALL_SCHEMES",
+    "BLOCK_SCHEMES",
     "MAX_BITS",
     "METHODS",
     "MIN_BITS",

@@ -7,7 +7,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, ValidationError, mode
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
-from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
+from app.domain.methods.named_schemes import ALL_SCHEMES, BLOCK_SCHEMES, SchemeName
 from app.domain.methods.schemes import (
     INTEGER_FIELDS,
     GroupSize,
@@ -232,7 +232,7 @@ class NamedSchemeSpec(WeightSpec):
     scheme: SchemeName | None = Field(
         default=None, description="A number format by name, in place of bits, group_size and symmetric."
     )
-    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES
+    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES - BLOCK_SCHEMES
 
     def default_name(self) -> SchemeName | None:
         """The spec's `scheme`."""
@@ -257,10 +257,11 @@ class NamedSchemeSpec(WeightSpec):
 
 
 class RTNSpec(NamedSchemeSpec):
-    """Round to nearest. Looks at the weights alone."""
+    """Round to nearest. Looks at the weights alone, but for llama.cpp's types, whose search weighs them by inputs."""
 
     method: Literal["rtn"] = "rtn"
     weights_only: WeightsOnly = False
+    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES
 
     def needs_model(self) -> bool:
         """A budget is spent by the outputs' errors."""
@@ -271,11 +272,12 @@ class RTNSpec(NamedSchemeSpec):
         return self.weights_only
 
     def observes_inputs(self) -> bool:
-        """Weights alone."""
-        return False
+        """Calibration text says how much each column of llama.cpp's types matters, unless weights alone are asked for:
+        what an imatrix file is to its own quantizer."""
+        return Form.BLOCKS in self.forms() and not self.weights_only
 
     def needs_original_inputs(self) -> bool:
-        """Text is for a budget alone."""
+        """Text is for a budget, or for sums of the inputs' squares."""
         return False
 
 
