@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, GGUFWriter, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter, get_tensor_name_map
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
@@ -192,7 +192,7 @@ class _Bytes:
 
 def _add_tensor(writer: GGUFWriter, name: str, data: "np.memmap[Any, Any]", kind: int) -> None:
     """Add rows of bytes; of a type that the package does not know yet, it is told their shape in weights."""
-    if kind in Kind:
+    if kind in GGML_QUANT_SIZES:
         writer.add_tensor(name, data, raw_dtype=Kind(kind))
         return
     shape = (*data.shape[:-1], data.shape[-1] // TYPES[kind].size * TYPES[kind].weights)
