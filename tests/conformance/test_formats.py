@@ -148,8 +148,8 @@ def blocks(draw: st.DrawFn, info: FormatInfo) -> LinearResult:
 def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
     """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
-    floating = any(Scheme.named(name).form is Form.FLOAT for name in info.schemes)
-    form = draw(st.sampled_from(sorted(info.kinds - (set() if floating else {Form.FLOAT}))))
+    by_name = {Form.FLOAT, Form.BLOCKS} - {Scheme.named(name).form for name in info.schemes}
+    form = draw(st.sampled_from(sorted(info.kinds - by_name)))
     if form is Form.FLOAT:
         return draw(floats(info))
     if form is Form.BLOCKS:

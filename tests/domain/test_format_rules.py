@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from app.domain.format_rules import KEPT, default_for, format_problems, model_problems, rounds_offsets, stored_formats
+from app.domain.format_rules import KEPT, default_for, default_formats, format_problems, model_problems, rounds_offsets, stored_formats
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
 from app.domain.methods import Form, RTNSpec
 
@@ -12,7 +12,8 @@ CT, GGUF, MERGED, NATIVE, PEFT = (
     ExportFormat(name) for name in ("compressed-tensors", "gguf", "merged", "native", "peft")
 )
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
-AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
+AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT, Form.BLOCKS})
+LLAMA_CPP = frozenset({Form.AFFINE, Form.BLOCKS})
 
 
 @pytest.mark.parametrize("inputs", [16, 31, 33, 48, 80, 1000])
@@ -64,10 +65,23 @@ def test_every_job_keeps_native_and_gguf_alone_rounds_offsets() -> None:
     assert rounds_offsets(ExportFormat) == (GGUF,)
 
 
+def test_types_by_name_are_gguf_s_and_what_holds_any_numbers() -> None:
+    for name in ("q2_k", "q4_k", "iq3_s", "q8_0"):
+        spec = RTNSpec.model_validate({"scheme": name})
+        assert format_problems(spec, (GGUF, NATIVE, MERGED)) == []
+        assert default_formats(spec) == (GGUF,)
+        (problem,) = format_problems(spec, (CT,))
+        assert (problem.field, problem.code) == ("quantization.scheme", "format_cannot_hold")
+        assert '"gguf"' in problem.detail
+    (problem,) = format_problems(RTNSpec.model_validate({"scheme": "nvfp4"}), (GGUF,))
+    assert problem.field == "quantization.scheme"
+
+
 def test_the_format_of_each_result() -> None:
     assert {result: default_for(result) for result in Result} == {
         Result.AFFINE: CT,
         Result.CODEBOOK: MERGED,
+        Result.BLOCKS: GGUF,
         Result.OFFSETS: NATIVE,
         Result.SUMS: MERGED,
         Result.FACTORS: PEFT,
@@ -81,7 +95,7 @@ def test_the_format_of_each_result() -> None:
         (CT, AFFINE, LowRankRule.BESIDE, ScaleDtype.MODEL, Offsets.NONE, False, "transformers", "*.safetensors"),
         (MERGED, WEIGHTS, LowRankRule.MERGES, ScaleDtype.ANY, Offsets.EXACT, True, "transformers", "*.safetensors"),
         (PEFT, WEIGHTS, LowRankRule.IS, ScaleDtype.ANY, Offsets.NONE, False, "peft", "*.safetensors"),
-        (GGUF, AFFINE, LowRankRule.BESIDE, ScaleDtype.FLOAT16, Offsets.FLOAT16, False, "gguf", "*.gguf"),
+        (GGUF, LLAMA_CPP, LowRankRule.BESIDE, ScaleDtype.FLOAT16, Offsets.FLOAT16, False, "gguf", "*.gguf"),
     ],
 )
 def test_the_facts_of_a_format(

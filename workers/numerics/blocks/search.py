@@ -35,12 +35,16 @@ LEAST_SHARE = 1e-5
 
 @dataclass(frozen=True)
 class _Blocks:
-    """Numbers of blocks (blocks, sub-blocks, columns) in units of a power of two of each, and their weights."""
+    """Numbers of blocks (blocks, sub-blocks, columns) in units of a power of two of each, and their weights.
+
+    known   whether all numbers of a block are finite: there is no weight for the others, and NaN says so
+    """
 
     kind: BlockType
     numbers: Tensor
     weights: Tensor
     unit: Tensor
+    known: Tensor
 
     def stored(self, scale: Tensor) -> Tensor:
         """Scales (blocks,) rounded as they are stored, in the same units."""
@@ -102,7 +106,7 @@ def _searched(weight: Tensor, kind: BlockType, importance: Tensor | None) -> tup
     def in_rows(tensor: Tensor) -> Tensor:
         return tensor.reshape(rows, -1)
 
-    scale = in_rows(state.scale * blocks.unit).half()
+    scale = in_rows(torch.where(blocks.known, state.scale * blocks.unit, torch.nan)).half()
     minimum = in_rows(state.minimum * blocks.unit).half() if kind.offset else None
     return (
         codes_of(in_rows(state.levels), kind),
@@ -117,14 +121,16 @@ def _blocks(weight: Tensor, kind: BlockType, importance: Tensor | None) -> _Bloc
     shape = (-1, kind.weights // kind.columns, kind.columns)
     numbers = weight.float().reshape(shape)
     largest = numbers.abs().amax((1, 2))
-    unit = torch.where(largest > 0, torch.exp2(torch.frexp(largest)[1].float().clamp(-120, 120)), 1.0)
-    numbers = numbers / unit.view(-1, 1, 1)
+    known = torch.isfinite(largest)
+    unit = torch.exp2(torch.frexp(largest)[1].float().clamp(-120, 120))
+    unit = torch.where(known & (largest > 0), unit, 1.0)
+    numbers = torch.where(known.view(-1, 1, 1), numbers / unit.view(-1, 1, 1), 0.0)
     if importance is None:
-        return _Blocks(kind, numbers, torch.ones_like(numbers), unit)
+        return _Blocks(kind, numbers, torch.ones_like(numbers), unit, known)
     importance = importance.float()
     mean = importance.mean()
     weights = torch.ones_like(importance) if mean <= 0 else (importance / mean).clamp(min=LEAST_SHARE)
-    return _Blocks(kind, numbers, weights.expand(weight.shape).reshape(shape), unit)
+    return _Blocks(kind, numbers, weights.expand(weight.shape).reshape(shape), unit, known)
 
 
 def _start(blocks: _Blocks, fit: Fit) -> _State:
