@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from app.domain.format_rules import KEPT, default_for, default_formats, format_problems, model_problems, rounds_offsets, stored_formats
+from app.domain.format_rules import (
+    KEPT,
+    default_for,
+    default_formats,
+    format_problems,
+    model_problems,
+    rounds_offsets,
+    stored_formats,
+)
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
 from app.domain.methods import Form, RTNSpec
 

@@ -36,8 +36,8 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_job(
     model: Path, workspace: Path, lines: list[AttemptLine] | None = None, order: Any = None, **request: Any
 ) -> ResultLine:
-    """Runs the pipeline over small texts; `request` is the body, fields of `quantization` at its top."""
-    quantization = {"method": "rtn", "bits": 4, "group_size": 32}
+    """Runs the pipeline over small texts; `request` is the body, fields of `quantization` at its top, or it whole."""
+    quantization = request.pop("quantization", {"method": "rtn", "bits": 4, "group_size": 32})
     quantization |= {name: request.pop(name) for name in list(request) if name not in JobRequest.model_fields}
     body = {"model": str(model), "quantization": quantization, **TEXTS, **request}
     workspace.mkdir(parents=True, exist_ok=True)

@@ -20,9 +20,7 @@ every_type = pytest.mark.parametrize("name", sorted(BLOCK_SCHEMES))
 SYMMETRIC = BlockType(0, 0, 6, 6, 0, (-2, -1, 0, 1))
 AFFINE = BlockType(0, 0, 6, 6, 0, (0, 1, 2, 3), offset=True)
 SUPER = BlockType(0, 0, 6, 3, 0, (-2, -1, 0, 1), SmallIntegers(2, -2))
-SUPER_AFFINE = BlockType(
-    0, 0, 6, 3, 0, (0, 1, 2, 3), SmallIntegers(2), offset=True, minimums=SmallIntegers(2)
-)
+SUPER_AFFINE = BlockType(0, 0, 6, 3, 0, (0, 1, 2, 3), SmallIntegers(2), offset=True, minimums=SmallIntegers(2))
 SEEDS = st.integers(0, 2**31)
 
 
@@ -160,7 +158,7 @@ def test_weights_of_columns_are_what_is_minimised(name: SchemeName) -> None:
 
 
 @every_type
-def test_rows_are_computed_alike_in_parts_and_at_once_but_for_the_order_of_sums(name: SchemeName, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_are_alike_in_parts_and_at_once_but_for_sums(name: SchemeName, monkeypatch: pytest.MonkeyPatch) -> None:
     weight, weights = problem(512, 5, rows=6)
     whole = search_blocks(weight, Scheme.named(name), weights[0])
     monkeypatch.setattr(search, "PART", 1024)

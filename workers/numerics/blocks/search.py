@@ -181,9 +181,7 @@ def _value(codes: Tensor, integers: SmallIntegers | None) -> Tensor:
     return torch.ones_like(codes) if integers is None else codes * integers.step + integers.first
 
 
-def _with_levels(
-    blocks: _Blocks, scale: Tensor, codes: Tensor, minimum: Tensor, minimum_codes: Tensor
-) -> _State:
+def _with_levels(blocks: _Blocks, scale: Tensor, codes: Tensor, minimum: Tensor, minimum_codes: Tensor) -> _State:
     """The state with the nearest levels; its error by block."""
     levels, error = _rounding(blocks, scale, codes, minimum, minimum_codes)
     return _State(scale, codes, minimum, minimum_codes, levels, error.sum(1))
@@ -245,9 +243,7 @@ class _Choice:
 
 def _tried(blocks: _Blocks, state: _State, codes: Tensor, minimum_codes: Tensor | None = None) -> _Choice:
     minimum_codes = state.minimum_codes if minimum_codes is None else minimum_codes
-    return _Choice(
-        codes, minimum_codes, *_rounding(blocks, state.scale, codes, state.minimum, minimum_codes)
-    )
+    return _Choice(codes, minimum_codes, *_rounding(blocks, state.scale, codes, state.minimum, minimum_codes))
 
 
 def _with_its_minimum(blocks: _Blocks, state: _State, codes: Tensor) -> _Choice:

@@ -1,6 +1,7 @@
 """The best factor, and offset, of each sub-block by itself: real numbers, before they become codes.
 
-For numbers x with weights a, levels l and trial factors f_t that spread the levels a little more or less than the range:
+For numbers x with weights a, levels l and trial factors f_t that spread the levels a little more or less than the
+range:
 
     l = level nearest to (x - o) / f_t
     without an offset    f = sum(a x l) / sum(a l^2)                          least squares with these levels
