@@ -284,8 +284,8 @@ class ExportFormat(StrEnum):
         "gguf",
         FormatInfo(
             title="GGUF",
-            summary="One file for llama.cpp: its types by name (q4_k, ...); of integers, Q4_0 and Q4_1 for 2 to 4 bits, Q5_0 "
-            "and Q5_1 for 5, Q8_0 for 6 to 8.",
+            summary="One file for llama.cpp: its types by name (q4_k, ...); of integers, Q4_0 and Q4_1 for 2 to 4 "
+            "bits, Q5_0 and Q5_1 for 5, Q8_0 for 6 to 8.",
             kinds=frozenset({Form.AFFINE, Form.BLOCKS}),
             low_rank=LowRankRule.BESIDE,
             bits=ALL_BITS,

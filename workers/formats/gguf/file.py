@@ -196,7 +196,7 @@ def _add_tensor(writer: GGUFWriter, name: str, data: "np.memmap[Any, Any]", kind
         writer.add_tensor(name, data, raw_dtype=Kind(kind))
         return
     shape = (*data.shape[:-1], data.shape[-1] // TYPES[kind].size * TYPES[kind].weights)
-    writer.add_tensor(name, data.view(np.int8), raw_shape=shape, raw_dtype=kind)  # type: ignore[arg-type]
+    writer.add_tensor(name, data.view(np.int8), raw_shape=shape, raw_dtype=kind)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
