@@ -23,7 +23,7 @@ def pinned(file: str) -> dict[str, str]:
     return dict(line.split("==") for line in lines if "==" in line)
 
 
-@pytest.mark.parametrize(("name", "row"), ROWS, ids=str)
+@pytest.mark.parametrize(("name", "row"), ROWS, ids=[f"{name}-{row.runtime}-{row.version}" for name, row in ROWS])
 def test_every_row_says_its_release(name: ExportFormat, row: RuntimeSupport) -> None:
     assert row.version
     if row.support is Support.TESTED:
