@@ -33,7 +33,7 @@ class BlockPreset(StrEnum):
 
 @dataclass(frozen=True)
 class MixFacts:
-    """What the rules ask of a model.
+    """The facts of a model that the rules ask for.
 
     grouped   heads over key-value heads
     experts   0: there are none

@@ -47,7 +47,7 @@ def trials_of(kind: BlockType) -> Trials:
     return Trials(12, 0.85, 1.2) if levels <= 16 else Trials(8, 0.95, 1.05)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fit:
     """Factors and offsets of sub-blocks (...,), and the sums of squared errors that they leave."""
 
