@@ -41,6 +41,11 @@ def types(result: ResultLine) -> dict[str, str | None]:
         ("q2_0", "q2_0", 42, 41),
         pytest.param("q4_k", "q5_0", 12, 15, marks=pytest.mark.slow),
         pytest.param("iq3_s", "iq4_nl", 21, 26, marks=pytest.mark.slow),
+        pytest.param("q3_k", "q4_0", 11, 12, marks=pytest.mark.slow),
+        pytest.param("q5_k", "q5_1", 13, 17, marks=pytest.mark.slow),
+        pytest.param("q6_k", "q8_0", 14, 18, marks=pytest.mark.slow),
+        pytest.param("iq4_xs", "iq4_nl", 23, 30, marks=pytest.mark.slow),
+        pytest.param("q4_1", "q4_1", 3, 3, marks=pytest.mark.slow),
     ],
 )
 def test_a_file_holds_the_types_that_the_report_says_and_the_numbers_that_were_measured(

@@ -24,8 +24,9 @@ from workers.numerics.blocks.sub_blocks import Fit, fit_sub_blocks, inverse
 from workers.numerics.quantized import BlockWeight
 
 ROUNDS = 2
-PART = 1 << 17
-"""Weights at a time on the host: what is computed of them stays in its caches."""
+PART, DEVICE_PART = 1 << 17, 1 << 25
+"""Weights at a time on the host, where what is computed of them stays in its caches, and on a device, where some dozen
+numbers for each have room."""
 SECOND_TRIALS = 13
 LARGEST = 65504.0
 """Of fp16."""
@@ -82,9 +83,9 @@ def search_blocks(weight: Tensor, scheme: Scheme, importance: Tensor | None = No
     kind = scheme.blocks
     if kind is None or weight.shape[1] % kind.weights:
         raise ValueError(f"{scheme} has no blocks in rows of {weight.shape[1]}")
-    step = len(weight) if weight.device.type != "cpu" else max(1, PART // weight.shape[1])
+    step = max(1, (PART if weight.device.type == "cpu" else DEVICE_PART) // weight.shape[1])
     parts = []
-    for first in range(0, len(weight), max(1, step)):
+    for first in range(0, len(weight), step):
         rows = slice(first, first + step)
         own = importance if importance is None or importance.ndim == 1 else importance[rows]
         parts.append(_searched(weight[rows], kind, own))
