@@ -11,6 +11,7 @@ from app.domain.inputs.architectures import Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.methods import SCALE_BITS, Form
 from app.domain.methods.module_rules import unties
+from app.domain.mixes import bound_to
 from app.domain.request.combination_rules import trained_parameters
 from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import GeneratedText
@@ -41,7 +42,7 @@ LARGEST_TENSOR = 2 << 30
 
 def estimate(request: JobRequest, inspection: Inspection) -> dict[str, Any]:
     """Estimates of a job on a checkpoint that could be looked at."""
-    accepted = inspection.dimensions is not None
+    accepted, request = inspection.dimensions is not None, bound_to(request, inspection)
     if inspection.dimensions is None or does_without_model(request, accepted=accepted):
         return _estimate_without_model(request, inspection)
     return _estimate(request, inspection, inspection.dimensions)

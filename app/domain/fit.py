@@ -12,8 +12,9 @@ from app.domain.goals.reach import reach_errors
 from app.domain.inputs.architectures import EMBEDDINGS, HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.inputs.quantized.registry import quantized_warning
-from app.domain.methods import SchemeName, WeightSpec
+from app.domain.methods import Candidate, SchemeName, WeightSpec
 from app.domain.methods.module_rules import rule_errors
+from app.domain.mixes import bound_to, fallback_words
 from app.domain.request.combination_rules import shape_errors
 from app.domain.request.job_request import JobRequest
 from app.domain.sizes.untied_heads import untied_warnings
@@ -47,7 +48,7 @@ def does_without_model(request: JobRequest, *, accepted: bool) -> bool:
 
 def misfits(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
     """Group sizes, formats and adapters that do not fit the model's linears, and patterns that name none."""
-    accepted = inspection.dimensions is not None
+    accepted, request = inspection.dimensions is not None, bound_to(request, inspection)
     if does_without_model(request, accepted=accepted):
         return _misfits_without_model(request, inspection)
     if inspection.dimensions is None:
@@ -58,6 +59,7 @@ def misfits(request: JobRequest, inspection: Inspection) -> list[FieldProblem]:
 def warnings_of(request: JobRequest, inspection: Inspection) -> list[str]:
     """Warnings of a dry run about a pair that fits, beside estimates."""
     accepted, said = inspection.dimensions is not None, list[str]()
+    request = bound_to(request, inspection)
     without_model = does_without_model(request, accepted=accepted)
     if without_model:
         kind = inspection.config.get("model_type")
@@ -70,10 +72,33 @@ def warnings_of(request: JobRequest, inspection: Inspection) -> list[str]:
         reason = f"which {readers} needs: add tokenizer.json" if readers else "so none goes with the result"
         said.append(f"model: the checkpoint has no tokenizer, {reason}")
     said += untied_warnings(request, inspection)
+    said += fallback_warnings(request, inspection)
     if inspection.dimensions is not None and not without_model:
         short = dishonoured_rank(request.quantization, request.adapter, inspection.dimensions.linears())
         said += [short] if short else []
     return said + shape_warnings(request, inspection)
+
+
+def fallback_warnings(request: JobRequest, inspection: Inspection) -> list[str]:
+    """Linears that get another of llama.cpp's types than they were given, and the bits of a weight with that.
+
+    Nothing where each is chosen: choices are what its rows can hold.
+    """
+    spec, dimensions = request.quantization, inspection.dimensions
+    if dimensions is None or spec.chooses() or request.base_job is not None:
+        return []
+    shapes = dimensions.linears() | {HEAD: (dimensions.vocabulary, dimensions.hidden)}
+    given = {name: spec.scheme_of(name) for name in shapes}
+    if dimensions.tied_embeddings:
+        given.pop(HEAD)
+    embeddings = spec.embeddings_scheme()
+    if embeddings is not None:
+        shapes, given = shapes | {EMBEDDINGS: shapes[HEAD]}, given | {EMBEDDINGS: embeddings}
+    wanted = {name: scheme for name, scheme in given.items() if scheme is not None and min(shapes[name]) > 0}
+    bits = sum(Candidate(scheme).stored_bits(shapes[name]) for name, scheme in wanted.items())
+    weights = sum(out * width for out, width in (shapes[name] for name in wanted))
+    words = fallback_words(wanted, {name: shapes[name][1] for name in wanted}, bits / max(1, weights))
+    return [] if words is None else [f"quantization.scheme: {words}"]
 
 
 def shape_warnings(request: JobRequest, inspection: Inspection) -> list[str]:

@@ -1,6 +1,6 @@
 """Opening a job: its model and texts are read, and everything is decided that must be before the first block."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase
 from app.domain.advice import dishonoured_rank
 from app.domain.format_rules import head_problems
 from app.domain.inputs.quantized.registry import quantized_warning
-from app.domain.methods import WeightSpec
+from app.domain.methods import Candidate, Scheme, WeightSpec
+from app.domain.mixes import bound, fallback_words
 from app.domain.workload import ModelSize, has_reference, readers_of
 from bitwright.errors import FormatCannotHold, InternalError, InvalidRequest
 from bitwright.events import Stage
@@ -49,7 +50,8 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         reporter.progress(Stage.LOAD, 0, 1, "models")
         checkpoint = Checkpoint.open(Path(order.model_path), workspace / f"source-{rank}")
         model = _opened(checkpoint, order.request.quantization, device)
-        checkpoint = model.checkpoint
+        checkpoint, request = model.checkpoint, bound(order.request, model.config.to_dict(), model.tied)
+        order = order.model_copy(update={"request": request})
         if checkpoint.presented is not None:
             reporter.warning("quantized_source", quantized_warning(checkpoint.presented.what))
         if model.left_out:
@@ -71,7 +73,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         with compiling(model, compiled, order.request.quantization, scale_dtype):
             generation = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
             texts = read_texts(order, model, reporter, generation)
-        _advise(order, model, reporter)
+        _advise(order, model, schemes, reporter)
         reference = has_reference(order.request, _size(model))
         sizes = texts.activation_sizes(order.request.quantization.needs_original_inputs(), reference)
         plan = make_plan(order, model, scale_dtype, sizes)
@@ -103,10 +105,11 @@ def _opened(checkpoint: Checkpoint, spec: WeightSpec, device: torch.device) -> S
         InvalidRequest: the head of such a model cannot be told from its embeddings.
     """
     model = StreamedModel.open(checkpoint, device)
-    if not model.tied or (spec.modules.embeddings is None and spec.modules.head is None):
+    embeds = spec.embeddings_scheme() is not None
+    if not model.tied or not (embeds or spec.modules.head is not None):
         return model
     head, embeddings = f"{model.layout.head}.weight", model.names.own_name(f"{model.layout.embeddings}.weight")
-    if spec.modules.embeddings is not None:
+    if embeds:
         return (
             StreamedModel.open(model.checkpoint.without([head]), device) if head in model.checkpoint.tensors else model
         )
@@ -157,16 +160,34 @@ def _size(model: StreamedModel) -> ModelSize:
     return ModelSize(sum(linear.weight.numel() for linear in linears.values()), head.weight.numel())
 
 
-def _advise(order: AttemptOrder, model: StreamedModel, reporter: Reporter) -> None:
+def _advise(order: AttemptOrder, model: StreamedModel, schemes: Mapping[str, Scheme], reporter: Reporter) -> None:
     request = order.request
     shapes = {name: (linear.out_features, linear.in_features) for name, linear in model.linears().items()}
     shapes.pop(model.layout.head, None)
     short = dishonoured_rank(request.quantization, request.adapter, shapes)
     if short is not None:
         reporter.warning("rank_not_reached", short)
+    fallback = _fallback(request.quantization, model, schemes)
+    if fallback is not None and request.base_job is None:
+        reporter.warning("block_types_fall_back", fallback)
     if request.quantization.method == "awq" and request.base_job is None and not model.layout.folds:
         blocks = type(model.blocks[0]).__name__
         reporter.warning("no_scales_to_move", f"awq moves no scales in blocks of {blocks}, and only clips ranges there")
+
+
+def _fallback(spec: WeightSpec, model: StreamedModel, schemes: Mapping[str, Scheme]) -> str | None:
+    """Words on linears whose rows are not whole blocks of the types that the request gives them."""
+    if spec.chooses():
+        return None
+    linears, outer = model.linears(), model.layout.embeddings
+    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in schemes if name in linears}
+    wanted = {name: scheme for name in shapes if (scheme := spec.scheme_of(name)) is not None}
+    embeddings = spec.embeddings_scheme()
+    if embeddings is not None and outer in schemes:
+        wanted[outer], shapes[outer] = embeddings, (model.known_tokens, model.embedding_width)
+    bits = sum(Candidate(scheme).stored_bits(shapes[name]) for name, scheme in wanted.items())
+    weights = sum(out * width for out, width in (shapes[name] for name in wanted))
+    return fallback_words(wanted, {name: shapes[name][1] for name in wanted}, bits / max(1, weights))
 
 
 def _tokenizer(order: AttemptOrder, folder: Path, reporter: Reporter) -> PreTrainedTokenizerBase | None:

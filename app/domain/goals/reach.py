@@ -8,7 +8,7 @@ from functools import partial
 from app.domain.formats import ExportFormat
 from app.domain.goals.kv_cache import CACHE_BYTES, FP8_CACHE_BYTES, cache_bytes
 from app.domain.goals.stored_size import header_bytes, outer_bits, stored_bits
-from app.domain.inputs.architectures import Dimensions
+from app.domain.inputs.architectures import EMBEDDINGS, HEAD, Dimensions
 from app.domain.inputs.inspection import Inspection
 from app.domain.methods import SCALE_BITS, AtMost, Candidate, Fits, WeightSpec
 from app.domain.methods.goals import RESERVE
@@ -118,10 +118,15 @@ def _sizes(
     embeddings, head, tied = spec.embeddings_scheme(), spec.head_scheme(), dimensions.tied_embeddings
     shape = (dimensions.vocabulary, dimensions.hidden)
     dense, bits_of = int(math.prod(shape) * each), partial(outer_bits, formats, shape=shape, scale_bits=SCALE_BITS)
+    chosen = spec.embeddings_candidates(dimensions.hidden)
     if embeddings is not None:
-        kept += bits_of(embeddings, tied=tied) // 8 - dense
+        kept += (0 if chosen else bits_of(embeddings, tied=tied) // 8) - dense
+    if chosen:
+        choices[EMBEDDINGS] = tuple(bits_of(choice.scheme, tied=tied) for choice in chosen)
     if head is not None and (not tied or unties(spec)):
-        kept += bits_of(head, tied=False) // 8 - (0 if tied else dense)
+        of_head = spec.head_candidates(dimensions.hidden)
+        kept += (0 if of_head else bits_of(head, tied=False) // 8) - (0 if tied else dense)
+        choices |= {HEAD: tuple(bits_of(choice.scheme, tied=False) for choice in of_head)} if of_head else {}
     headers = header_bytes(choices, ()) if dimensions.exact and formats is not None else 0
     return Sizes(max(0, kept) + headers, choices, weights)
 

@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import (
     Field,
     GetJsonSchemaHandler,
+    PrivateAttr,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -14,9 +15,11 @@ from pydantic import (
 from pydantic.json_schema import JsonSchemaValue
 from pydantic_core import CoreSchema, InitErrorDetails
 
+from app.domain.methods.block_presets import UNKNOWN_MODEL, MixFacts
 from app.domain.methods.budgets import BitBudget, Candidate, Width
 from app.domain.methods.goals import AtMost, Choice, Fits, Goal
-from app.domain.methods.named_schemes import PRESET_SCHEMES, SchemeName
+from app.domain.methods.mixed_modules import mixed_embeddings, mixed_scheme
+from app.domain.methods.named_schemes import BLOCK_SCHEMES, PRESET_SCHEMES, BlockPreset, NamedChoice, SchemeName
 from app.domain.methods.schemes import (
     HEAD_PATTERN,
     INTEGER_FIELDS,
@@ -66,25 +69,46 @@ class WeightSpec(Spec):
     """The name in a request; each method narrows it to its own."""
     named_schemes: ClassVar[frozenset[SchemeName]] = frozenset()
     """Schemes by name that the method takes."""
+    _facts: MixFacts | None = PrivateAttr(default=None)
+
+    def of_model(self, facts: MixFacts) -> Self:
+        """The parameters for a model of which mixes of types ask these facts."""
+        known = self.model_copy()
+        known._facts = facts
+        return known
 
     def scheme_of(self, name: str) -> Scheme | None:
         """The scheme of the linear with this full module name, of a budget the widest; None if it is ignored."""
         if self.modules.head is not None and fits(name, HEAD_PATTERN):
-            return self._outer_scheme(self.modules.head)
+            return self._outer_scheme(self.modules.head, self.modules.embeddings)
         if any(fits(name, pattern) for pattern in self.modules.ignore):
             return None
-        return self._schemes(o for p, o in self.modules.overrides.items() if fits(name, p))[-1]
+        return self._schemes((o for p, o in self.modules.overrides.items() if fits(name, p)), name)[-1]
 
     def embeddings_scheme(self) -> Scheme | None:
-        """The scheme of the matrix of embeddings; None if that stays as it is."""
-        return None if self.modules.embeddings is None else self._outer_scheme(self.modules.embeddings)
+        """The scheme of the matrix of embeddings, of a budget the widest; None if that stays as it is."""
+        given = self.modules.embeddings
+        if given is not None:
+            return self._outer_scheme(given, self.modules.head, embeddings=True)
+        return self._schemes(())[-1] if self.chooses_outer() else None
 
     def head_scheme(self) -> Scheme | None:
         """The scheme of the output head by its own field or as a linear like others; None if neither speaks of it."""
         return self.scheme_of(HEAD_PATTERN)
 
-    def _outer_scheme(self, given: SchemeOverride) -> Scheme:
-        """The scheme of a matrix outside the blocks: what it does not say is as in the linears."""
+    def _outer_scheme(self, given: SchemeOverride, other: SchemeOverride | None, *, embeddings: bool = False) -> Scheme:
+        """The scheme of a matrix outside the blocks: what it does not say is as in the linears.
+
+        other   of embeddings and head, what is given to the other: where that is the same matrix, it says more than a
+                mix does
+        """
+        if isinstance(given.scheme, BlockPreset):
+            facts = self._facts or UNKNOWN_MODEL
+            if facts.tied and other is not None and not isinstance(other.scheme, BlockPreset):
+                return self._outer_scheme(other, None)
+            tied_head = facts.tied or not embeddings
+            head = mixed_scheme(given.scheme, facts, HEAD_PATTERN)
+            return Scheme.named(head if tied_head else mixed_embeddings(given.scheme, facts))
         if given.scheme is not None:
             return Scheme.named(given.scheme)
         values = {"group_size": self.group_size, "symmetric": self.symmetric} | given.model_dump(exclude_none=True)
@@ -95,22 +119,38 @@ class WeightSpec(Spec):
         is ignored."""
         if self.scheme_of(name) is None:
             return ()
-        schemes = self._schemes(o for p, o in self.modules.overrides.items() if fits(name, p))
-        dividing = [scheme for scheme in schemes if scheme.divides(in_features)]
-        return tuple(Candidate(scheme) for scheme in dividing or schemes)
+        schemes = self._schemes((o for p, o in self.modules.overrides.items() if fits(name, p)), name)
+        return _dividing(schemes, in_features)
+
+    def embeddings_candidates(self, width: int) -> tuple[Candidate, ...]:
+        """Choices for the matrix of embeddings of so many columns; none where nothing is chosen for it."""
+        chosen = self.modules.embeddings is None and self.chooses_outer()
+        return _dividing(self._schemes(()), width) if chosen else ()
+
+    def head_candidates(self, width: int) -> tuple[Candidate, ...]:
+        """Choices for a head of its own of so many columns; none where nothing is chosen for it."""
+        chosen = self.modules.head is None and self.chooses_outer()
+        return self.candidates(HEAD_PATTERN, width) if chosen else ()
+
+    def chooses_outer(self) -> bool:
+        """True if embeddings and head are among what a budget or goal chooses for, unless fields of their own speak."""
+        chosen = self.budget() or self.goal()
+        return chosen is not None and chosen.outer
 
     def schemes(self) -> tuple[tuple[str, Scheme], ...]:
         """The default's schemes with the pattern "", and each override's, alone, with its own: of a budget, several."""
         given = {"": (), **{pattern: (override,) for pattern, override in self.modules.overrides.items()}}
         return tuple((pattern, scheme) for pattern, overrides in given.items() for scheme in self._schemes(overrides))
 
-    def _schemes(self, overrides: Iterable[SchemeOverride]) -> list[Scheme]:
-        """All that these overrides leave, by rising width."""
+    def _schemes(self, overrides: Iterable[SchemeOverride], module: str = "") -> list[Scheme]:
+        """All that these overrides leave of the linear's schemes, by rising width."""
         values: dict[str, object] = {"group_size": self.group_size, "symmetric": self.symmetric}
-        name, choices = self.default_name(), self.choices()
+        name, choices = self.default_name(module), self.choices()
         for override in overrides:
             given = override.model_dump(exclude_none=True)
-            name = override.scheme or (None if given else name)
+            # No override names a mix: its model refuses that.
+            own = override.scheme if isinstance(override.scheme, SchemeName) else None
+            name = own or (None if given else name)
             values |= given
             integers = [] if override.scheme else [choice for choice in choices if isinstance(choice, int)]
             choices = tuple(integers) if given and integers else choices
@@ -124,8 +164,15 @@ class WeightSpec(Spec):
             for choice in choices
         ]
 
-    def default_name(self) -> SchemeName | None:
-        """The scheme that the request gives by name; None where it gives numbers of integers."""
+    def default_name(self, module: str = "") -> SchemeName | None:  # noqa: ARG002 - of mixes
+        """The scheme that the request gives a linear by name; None where it gives numbers of integers.
+
+        module   its full name; "": of a mix the type that most linears get
+        """
+        return None
+
+    def mix(self) -> BlockPreset | None:
+        """The mix of types that gives each linear its own; None: there is none."""
         return None
 
     def budget(self) -> BitBudget | None:
@@ -327,6 +374,13 @@ class GoalSpec(WeightSpec):
         return handler(_fields_alone(core_schema))
 
 
+def _dividing(schemes: Iterable[Scheme], in_features: int) -> tuple[Candidate, ...]:
+    """Those whose groups divide the inputs, each as what it falls back to, once; all of them where none does."""
+    schemes = list(schemes)
+    dividing = dict.fromkeys(scheme.fitted(in_features) for scheme in schemes if scheme.divides(in_features))
+    return tuple(Candidate(scheme) for scheme in dividing or schemes)
+
+
 def _fields_alone(schema: Any) -> Any:
     """A core schema without the functions that serialize it."""
     if not isinstance(schema, dict):
@@ -338,14 +392,22 @@ def _fields_alone(schema: Any) -> Any:
 class NamedSchemeSpec(GoalSpec):
     """Parameters of a method that takes schemes by name as well as integers."""
 
-    scheme: SchemeName | None = Field(
-        default=None, description="A number format by name, in place of bits, group_size and symmetric."
+    scheme: NamedChoice | None = Field(
+        default=None,
+        description="A number format by name, in place of bits, group_size and symmetric; or one of llama.cpp's mixes "
+        "(q4_k_m, ...), by which each linear gets a type. Upper case is the same.",
     )
     named_schemes: ClassVar[frozenset[SchemeName]] = PRESET_SCHEMES
 
-    def default_name(self) -> SchemeName | None:
-        """The spec's `scheme`."""
-        return self.scheme
+    def default_name(self, module: str = "") -> SchemeName | None:
+        """The spec's `scheme`; of a mix, the linear's type."""
+        if not isinstance(self.scheme, BlockPreset):
+            return self.scheme
+        return mixed_scheme(self.scheme, self._facts or UNKNOWN_MODEL, module)
+
+    def mix(self) -> BlockPreset | None:
+        """The spec's `scheme`, where it is a mix."""
+        return self.scheme if isinstance(self.scheme, BlockPreset) else None
 
     @model_validator(mode="after")
     def _scheme_says_all(self) -> Self:
@@ -354,7 +416,8 @@ class NamedSchemeSpec(GoalSpec):
             detail = f"give scheme, or {' and '.join(given)}, not both: {self.scheme} says all of them"
             refused = [refusal((name,), getattr(self, name), detail) for name in ("scheme", *given)]
             raise ValidationError.from_exception_data(type(self).__name__, refused)
-        if self.scheme is not None and self.scheme not in self.named_schemes:
+        able = BLOCK_SCHEMES <= self.named_schemes if self.mix() else self.scheme in self.named_schemes
+        if self.scheme is not None and not able:
             refused = [self._scheme_refusal((), self.scheme)]
             raise ValidationError.from_exception_data(type(self).__name__, refused)
         return self

@@ -7,28 +7,12 @@ no matrix, norms and routers keep their numbers, and are not asked about.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from enum import StrEnum
 from types import MappingProxyType
 
-from app.domain.methods.named_schemes import SchemeName
+from app.domain.methods.named_schemes import BlockPreset, SchemeName
 from app.domain.methods.schemes import Scheme
 
 N = SchemeName
-
-
-class BlockPreset(StrEnum):
-    """The mixes, as a request would name them."""
-
-    Q2_K = "q2_k_m"
-    """llama.cpp calls it Q2_K, as it does the type."""
-    Q3_K_S = "q3_k_s"
-    Q3_K_M = "q3_k_m"
-    Q3_K_L = "q3_k_l"
-    Q4_K_S = "q4_k_s"
-    Q4_K_M = "q4_k_m"
-    Q5_K_S = "q5_k_s"
-    Q5_K_M = "q5_k_m"
-    IQ3_M = "iq3_m"
 
 
 @dataclass(frozen=True)
@@ -45,6 +29,9 @@ class MixFacts:
     experts: int
     tied: bool
 
+
+UNKNOWN_MODEL = MixFacts(layers=1, grouped=1, experts=0, tied=False)
+"""In place of a model that has not been looked at."""
 
 Rule = Callable[[int, MixFacts], SchemeName | None]
 
@@ -128,18 +115,23 @@ def block_types_of(preset: BlockPreset, facts: MixFacts, tensors: Mapping[str, i
     """
     found = {}
     for name, columns in tensors.items():
-        scheme = Scheme.named(_type_of(preset, facts, name, columns)).fitted(columns)
+        scheme = Scheme.named(type_of_tensor(preset, facts, name, columns)).fitted(columns)
         if not scheme.divides(columns) or scheme.name is None:
             raise ValueError(f"{name} has {columns} columns, and no type has blocks that divide them")
         found[name] = scheme.name
     return found
 
 
-def _type_of(preset: BlockPreset, facts: MixFacts, name: str, columns: int) -> SchemeName:
+def type_of_tensor(preset: BlockPreset, facts: MixFacts, name: str, columns: int | None) -> SchemeName:
+    """The type of a matrix, before rows that are not whole blocks of it get another.
+
+    columns   of the matrix; None: whole blocks of any type
+    """
     mix = MIXES[preset]
     if name == "output.weight" or (facts.tied and name == "token_embd.weight"):
         block = Scheme.named(mix.base).blocks
-        return N.Q8_0 if block is not None and columns % block.weights else N.Q6_K
+        whole = columns is None or block is None or columns % block.weights == 0
+        return N.Q6_K if whole else N.Q8_0
     layer = int(name.split(".")[1]) if name.startswith("blk.") else 0
     found: SchemeName | None = None
     if any(part in name for part in VALUES):

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from app.domain.methods.goals import Choices, choice_order
+from app.domain.methods.goals import Choices, ChoosesOuter, choice_order
 from app.domain.methods.named_schemes import WHOLE
 from app.domain.methods.schemes import MIN_BITS, SCALE_BITS, AbsmaxScheme, Bits, Scheme, Spec
 
@@ -31,9 +31,13 @@ class BitBudget(Spec):
         "stores, embeddings, head and norms too, which stay as they are unless the request says otherwise.",
     )
 
+    outer: ChoosesOuter = False
+
     @model_validator(mode="after")
     def _is_in_reach(self) -> Self:
         least = choice_order(self.choices[0])[0]
+        if self.outer and self.over != "model":
+            raise ValueError('outer chooses for embeddings and head, which only a budget over the "model" counts')
         if self.average < least:
             raise ValueError(f"average must be at least {least}, the least of choices")
         return self

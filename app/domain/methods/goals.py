@@ -3,10 +3,10 @@
 from collections.abc import Iterable
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
 from app.domain.methods.named_schemes import SCHEMES, SchemeName
-from app.domain.methods.schemes import MAX_BITS, MIN_BITS, Bits, Spec
+from app.domain.methods.schemes import MAX_BITS, MIN_BITS, Bits, Spec, without_default
 from app.domain.methods.sizes import Size
 
 Choice = int | SchemeName
@@ -31,8 +31,12 @@ def _json_type(value: object) -> str:
     return "string" if isinstance(value, str) else "integer"
 
 
+def _lower(value: object) -> object:
+    return value.lower() if isinstance(value, str) else value
+
+
 OneChoice = Annotated[
-    Annotated[Bits, Tag("integer")] | Annotated[SchemeName, Tag("string")],
+    Annotated[Bits, Tag("integer")] | Annotated[SchemeName, BeforeValidator(_lower), Tag("string")],
     Discriminator(_json_type),
     Field(description="A width of integers, or a scheme by name."),
 ]
@@ -43,14 +47,27 @@ Choices = Annotated[
 ]
 
 
+ChoosesOuter = Annotated[
+    bool,
+    Field(
+        strict=True,
+        description="Choose for embeddings and head, too, where `modules` says nothing of them. True by default where "
+        "gguf is the packed format and llama.cpp's types are the choices.",
+        json_schema_extra=without_default,
+    ),
+]
+
+
 class Goal(Spec):
     """A goal, and what may be chosen to reach it."""
 
     choices: Choices = Field(
         default=GOAL_WIDTHS,
         description="Widths and schemes by name that each linear's is chosen from; by default the widths of these that "
-        "every requested format holds.",
+        "every requested format holds; for gguf alone llama.cpp's types.",
+        json_schema_extra=without_default,
     )
+    outer: ChoosesOuter = False
 
 
 class AtMost(Goal):

@@ -7,6 +7,10 @@ the presets of the package compressed-tensors 0.20, and the OCP Microscaling For
 from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
+from typing import Annotated
+
+from pydantic import BeforeValidator, WithJsonSchema
+from pydantic_core import PydanticKnownError
 
 from app.domain.methods import block_types
 from app.domain.methods.block_types import BlockType
@@ -45,6 +49,21 @@ class SchemeName(StrEnum):
     Q8_0 = "q8_0"
 
 
+class BlockPreset(StrEnum):
+    """llama.cpp's mixes of types, as a request has them in `scheme`: each matrix's type follows from its name."""
+
+    Q2_K = "q2_k_m"
+    """llama.cpp calls it Q2_K, as it does the type."""
+    Q3_K_S = "q3_k_s"
+    Q3_K_M = "q3_k_m"
+    Q3_K_L = "q3_k_l"
+    Q4_K_S = "q4_k_s"
+    Q4_K_M = "q4_k_m"
+    Q5_K_S = "q5_k_s"
+    Q5_K_M = "q5_k_m"
+    IQ3_M = "iq3_m"
+
+
 class Element(StrEnum):
     """The type of a code."""
 
@@ -69,6 +88,31 @@ class ScaleType(StrEnum):
     def stored_bits(self) -> int | None:
         """Bits of a scale; None: those of the formats' dtype."""
         return None if self is ScaleType.FLOAT else 8
+
+
+NameOfScheme = SchemeName | BlockPreset
+
+
+def find_name(value: object) -> NameOfScheme:
+    """The scheme or mix of a name, of upper or lower case.
+
+    Raises:
+        PydanticKnownError: there is none.
+    """
+    plain = value.lower() if isinstance(value, str) else value
+    for names in (SchemeName, BlockPreset):
+        if plain in names.__members__.values():
+            return names(plain)
+    raise PydanticKnownError("enum", {"expected": " or ".join(repr(each.value) for each in ALL_NAMES)})
+
+
+NamedChoice = Annotated[
+    NameOfScheme,
+    BeforeValidator(find_name),
+    WithJsonSchema({"type": "string", "enum": [each.value for each in (*SchemeName, *BlockPreset)]}),
+]
+"""A field's value: the name of a scheme or of a mix."""
+ALL_NAMES = (*SchemeName, *BlockPreset)
 
 
 @dataclass(frozen=True)

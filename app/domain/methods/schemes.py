@@ -9,7 +9,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstra
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
 from app.domain.methods.block_types import BlockType
-from app.domain.methods.named_schemes import SCHEMES, WHOLE, Element, NamedScheme, SchemeName
+from app.domain.methods.named_schemes import (
+    SCHEMES,
+    WHOLE,
+    BlockPreset,
+    Element,
+    NamedChoice,
+    NamedScheme,
+    SchemeName,
+)
 from bitwright.formats import Form
 
 MIN_BITS, MAX_BITS = 2, 8
@@ -170,7 +178,11 @@ class SchemeOverride(Spec):
     bits: Bits | None = None
     group_size: GroupSize | None = None
     symmetric: Symmetric | None = None
-    scheme: SchemeName | None = Field(default=None, description="A scheme by name, in place of the other three.")
+    scheme: NamedChoice | None = Field(
+        default=None,
+        description="A scheme by name, in place of the other three; of embeddings and head also a mix's, of which they "
+        "get the type.",
+    )
 
     @model_validator(mode="after")
     def _says_one_of_them(self) -> Self:
@@ -242,6 +254,10 @@ class ModuleRules(Spec):
             if given is not None and given.bits is None and given.scheme is None:
                 detail = f"say bits or a scheme by name for the {name}, e.g. 4"
                 refused.append(refusal((name,), given.model_dump(exclude_none=True), detail))
+        for pattern, override in self.overrides.items():
+            if isinstance(override.scheme, BlockPreset):
+                detail = f"{override.scheme} is a mix of a whole model; name a type, e.g. q6_k"
+                refused.append(refusal(("overrides", pattern, "scheme"), override.scheme.value, detail))
         if self.head is not None:
             for index, pattern in enumerate(self.ignore):
                 if pattern == HEAD_PATTERN:

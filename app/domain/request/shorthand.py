@@ -13,6 +13,7 @@ from app.domain.methods.goals import choice_order, spell_out
 from app.domain.methods.schemes import OUTER
 from app.domain.request.adapter_recipes import ADAPTER_RECIPES, expand_adapter
 from app.domain.request.base_job import BaseJob, Folded, start_from
+from app.domain.request.block_choices import fill_block_choices, fill_mix
 from app.domain.request.combination_rules import default_result_formats
 from app.domain.request.finetuning import Finetune
 from app.domain.request.sources import expand_source
@@ -72,9 +73,11 @@ def expand(body: Mapping[str, object], base_job: BaseJob | None = None) -> Expan
     full["quantization"] = quantization
     _expand_sources(full)
     _apply_preset(full)
+    fill_mix(full)
     _expand_outer(full)
     _fill_learning_rates(full)
     _fill_formats(full, None if base_job is None else base_job.folded)
+    fill_block_choices(full)
     _fill_choices(full)
     return Expansion(full, problems, method_known)
 

@@ -17,6 +17,7 @@ from app.domain.formats import ExportFormat
 from app.domain.inputs.architectures import is_accepted
 from app.domain.methods import WeightSpec
 from app.domain.methods.module_rules import unties
+from app.domain.mixes import bound
 from app.domain.weight_targets import (
     HEAD_TENSOR,
     KeptPart,
@@ -81,6 +82,8 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter, read: ReadWeig
     clock = StageClock(Stage.LOAD)
     reporter.progress(Stage.LOAD, 0, 1, "models")
     checkpoint = seen(Checkpoint.open(Path(order.model_path)), order.request.quantization)
+    request = bound(order.request, checkpoint.config, not has_head(checkpoint.tensors))
+    order = order.model_copy(update={"request": request})
     targets = _judged(order, checkpoint, reporter)
     reporter.progress(Stage.LOAD, 1, 1, "models")
     clock.enter(Stage.QUANTIZE)
