@@ -119,6 +119,9 @@ class ScaleReport(ReportPart):
     captured: bool = Field(description="Whether a step was replayed as one CUDA graph.")
     seconds: float
     norms: int = Field(default=0, description="Norms of blocks that were tuned along, on floating-point grids.")
+    codes: int | None = Field(
+        default=None, description="Weights whose code changed, where codes were tuned along (FP4); null: codes stayed."
+    )
 
 
 class Validation(ReportPart):
