@@ -141,7 +141,7 @@ class MovingCodes:
             square = self.square[rows].to(place.dtype).mul_(betas[1])
             square.addcmul_(gradient, gradient, value=1 - betas[1])
             self.mean[rows], self.square[rows] = mean, square
-            step = mean.div_((square / unbiased[1]).sqrt_().add_(TINY)).mul_(pace)
+            step = (square / unbiased[1]).sqrt_().add_(TINY).reciprocal_().mul_(mean).mul_(pace)
             place.sub_(step).clamp_(-self._axis.top - BOX, self._axis.top + BOX)
 
     def _index(self, rows: slice) -> Tensor:
