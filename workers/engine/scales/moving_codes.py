@@ -36,8 +36,8 @@ PACE_CODES = 0.5
 """Of x, in parts of the rate of scales: at the highest rate a thousandth of a code a step."""
 BOX = 0.49
 """The farthest that a place starts from its code."""
-TINY = 1e-30
-"""Added to Adam's root: a gradient of 0 moves nothing."""
+TINY = 1e-12
+"""Added to the root: a gradient that is nothing moves nothing."""
 
 
 def moves_codes(scheme: Scheme) -> bool:
