@@ -3,8 +3,8 @@
     python -m benchmarks.end_to_end MODEL --calibration calibration.jsonl --choice other.jsonl --scheme mxfp4a16 \
         --settings steps=0 steps=100,codes=0 steps=100 steps=200,pace=0.25
 
-Blocks are quantized once, as the preset `default` of SignRound does; of each setting one row: KL on the held-out share of the
-calibration text before and after, KL and perplexity on the text of `--choice`, which nothing is tuned on, weights
+Blocks are quantized once, as the preset `default` of SignRound does. A row of each setting: KL on the held-out share of
+the calibration text before and after, KL and perplexity on the text of `--choice`, which nothing is tuned on, weights
 whose code changed, and seconds. To choose numbers by: figures to publish come from a third text.
 
     steps   end to end; 0: blocks as they are

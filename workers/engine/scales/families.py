@@ -151,6 +151,7 @@ class MovingFamily:
 
     def __init__(self, count: int, width: int, scheme: Scheme, value: Tensor) -> None:
         """Room for `count` groups of `width` columns."""
+        del width
         self.value = value
         self.trains = trains(scheme)
         self._scales = FloatScales(count, scheme, value)

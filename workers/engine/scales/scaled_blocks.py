@@ -2,8 +2,8 @@
 
 Codes stay as they are stored, one byte each, unless they move (`workers.engine.scales.moving_codes`). Linears of one
 scheme lie one after another in flat buffers, so that one pass writes the weights of the whole model; the gradient with
-respect to a weight whose code stays lives only until it is summed into its groups. Norms may be tuned along (`workers.engine.scales.norms`). What a block computes besides is the model's own
-module, whatever its architecture.
+respect to a weight whose code stays lives only until it is summed into its groups. Norms may be tuned along
+(`workers.engine.scales.norms`). What a block computes besides is the model's own module, whatever its architecture.
 """
 
 import copy
@@ -21,7 +21,7 @@ from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.scales.families import Family, TunedWeight, grouped, kind_of
 from workers.engine.scales.float_scales import trains
-from workers.engine.scales.moving_codes import MovingCodes, moves_codes
+from workers.engine.scales.moving_codes import MovingCodes
 from workers.engine.scales.norms import Norms, tunable_norms
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.tuned_block import replace_linears
@@ -113,7 +113,7 @@ class GroupScales:
 
     @torch.no_grad()
     def codes(self) -> dict[str, Tensor]:
-        """The present codes on the host as they are stored, uint8 (out, in) by full linear name; not those that stay."""
+        """The present codes on the host, uint8 (out, in) by full linear name; not those that stay."""
         found = {}
         for name, place in self.places.items():
             moving = self.families[place.family].codes
