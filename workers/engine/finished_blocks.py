@@ -329,10 +329,9 @@ class FinishedBlocks:
 
 
 def with_codes(result: LinearResult, codes: Tensor | None) -> LinearResult:
-    """The result with other codes; None: with its own."""
-    if codes is None:
+    """The result with other codes; None, or where codes have no scales: with its own."""
+    if codes is None or not isinstance(result.weight, AffineWeight | FloatWeight):
         return result
-    assert isinstance(result.weight, FloatWeight)  # noqa: S101 - for the type checker
     return replace(result, weight=replace(result.weight, codes=codes))
 
 

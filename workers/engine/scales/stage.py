@@ -65,6 +65,7 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
         job.finished_blocks.save_scales(outcome.scales, report, outcome.norms, outcome.codes)
     else:
         job.finished_blocks.save_scales({}, report)
+    job.finished_blocks.settle()
     if report.kept and quantized.evaluation is not None:
         job.clock.enter(Stage.EVALUATE)
         replay_quantized(job.model, job.finished_blocks, quantized.evaluation)
