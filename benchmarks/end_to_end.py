@@ -1,11 +1,12 @@
 """Settings of the end-to-end stage, tried one after another on the same quantized blocks.
 
-    python -m benchmarks.end_to_end MODEL --calibration calibration.jsonl --choice other.jsonl --scheme mxfp4a16 \
-        --settings steps=0 steps=100,codes=0 steps=100 steps=200,pace=0.25
+    python -m benchmarks.end_to_end MODEL --calibration calibration.jsonl --choice other.jsonl --valid valid.jsonl \
+        --scheme mxfp4a16 --settings steps=0 steps=100,codes=0 steps=100 steps=200,pace=0.25
 
 Blocks are quantized once, as the preset `default` of SignRound does. A row of each setting: KL on the held-out share of
-the calibration text before and after, KL and perplexity on the text of `--choice`, which nothing is tuned on, weights
-whose code changed, and seconds. To choose numbers by: figures to publish come from a third text.
+the calibration text before and after; KL on the text of `--choice`, which nothing is tuned on, to choose a setting by;
+KL and perplexity on that of `--valid`, to publish of the one that was chosen; weights whose code changed, and seconds.
+Models are judged by transformers, as in `benchmarks.number_formats`.
 
     steps   end to end; 0: blocks as they are
     codes   0: codes stay
@@ -13,8 +14,7 @@ whose code changed, and seconds. To choose numbers by: figures to publish come f
     rate    of scales at its highest
     box     the farthest that a place starts from its code
     batch   sequences a step
-    sign    1: by the signs of m in place of Adam
-    beta    of m
+    beta    of m; beta2: of v
     seed    of the order of sequences and of the held-out share
 """
 
@@ -26,95 +26,88 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
 
 from app.domain.request.job_request import JobRequest
-from benchmarks.against_auto_round import EVALUATION_LENGTH
+from benchmarks.against_auto_round import QualityMeter, read_text
 from workers.disk.orders import AttemptOrder
-from workers.engine import evaluate, goal, quantize
+from workers.engine import goal, quantize, scales
 from workers.engine.opening import open_job
-from workers.engine.quantize.block_reader import replay_quantized
 from workers.engine.reporter import Reporter
 from workers.engine.scales import memory_plan, moving_codes, tuning
 from workers.engine.scales import stage as scales_stage
-from workers.engine.scales.moving_codes import MovingCodes, parts
 
-HEADER = "| settings | KL held out before | after | KL | perplexity | codes | seconds | fit |\n" + "|---" * 8 + "|"
+HEADER = "| setting | KL, choice | KL | perplexity | held out, before | after | codes | seconds |\n" + "|---" * 8 + "|"
+PACE, BOX, RATE, BETAS, BATCH = moving_codes.PACE_CODES, moving_codes.BOX, tuning.LEARNING_RATE, tuning.BETAS, 4
 
 
 class Done(Exception):
     """The end of the job: every setting was tried."""
 
 
-def by_signs(self: MovingCodes, rate: Any, unbiased: Any, betas: Any) -> None:
-    """A step by the signs of m."""
-    del unbiased, betas
-    for rows in parts(self.place):
-        gradient = self.gradient[rows].float().nan_to_num_(0.0, 0.0, 0.0)
-        mean = self.mean[rows].float().lerp_(gradient, 1 - BETA)
-        self.mean[rows] = mean
-        top = self._axis.top + 0.49
-        self.place[rows].sub_(mean.sign().mul_(rate * moving_codes.PACE_CODES)).clamp_(-top, top)
-
-
-BETA = 0.9
-BY_ADAM = MovingCodes.move
-
-
 def apply(setting: dict[str, float]) -> None:
     """Makes a setting's numbers those of the engine."""
-    global BETA
-    moving_codes.PACE_CODES = setting.get("pace", 0.5)
-    moving_codes.BOX = setting.get("box", 0.49)
-    tuning.LEARNING_RATE = setting.get("rate", 2e-3)
-    tuning.BETAS = (setting.get("beta", 0.9), setting.get("beta2", 0.95))
-    BETA = setting.get("beta", 0.9)
-    MovingCodes.move = by_signs if setting.get("sign") else BY_ADAM  # type: ignore[method-assign]
-    memory_plan.SCALE_BATCH_SIZE = int(setting.get("batch", 4))
+    moving_codes.PACE_CODES = setting.get("pace", PACE)
+    moving_codes.BOX = setting.get("box", BOX)
+    tuning.LEARNING_RATE = setting.get("rate", RATE)
+    tuning.BETAS = (setting.get("beta", BETAS[0]), setting.get("beta2", BETAS[1]))
+    memory_plan.SCALE_BATCH_SIZE = int(setting.get("batch", BATCH))
 
 
-def try_all(settings: list[str]) -> Any:
+def tune(job: Any, quantized: Any, setting: dict[str, float]) -> str:
+    """Tunes by a setting and makes the result that of the finished blocks; the end of a row."""
+    apply(setting)
+    if not setting.get("steps", 100):
+        return "| | | | |"
+    started = time.perf_counter()
+    quantized.calibration.rewind(job.model)
+    task = replace(
+        scales_stage._task(job, quantized.calibration, quantized.evaluation, quantized.head),
+        steps=int(setting.get("steps", 100)),
+        codes=bool(setting.get("codes", 1)),
+    )
+    found = tuning.tune_scales(replace(task, seed=task.seed + int(setting.get("seed", 0))))
+    if isinstance(found, memory_plan.Skipped):
+        return found.reason
+    seconds = time.perf_counter() - started
+    report = scales_stage._report(found, task.steps, seconds)
+    job.finished_blocks.save_scales(found.scales, report, found.norms, found.codes)
+    slower = "" if found.captured else " eager"
+    return f"| {found.divergence_initial:.5f} | {found.divergence:.5f} | {found.changed:,} | {seconds:.1f}{slower} |"
+
+
+def weights(job: Any) -> dict[str, Tensor]:
+    """What the finished blocks have changed, by full parameter name."""
+    found: dict[str, Tensor] = {}
+    for index in range(len(job.model.blocks)):
+        linears = job.finished_blocks.load(index)
+        found |= {f"{name}.weight": result.dequantize() for name, result in linears.items()}
+        found |= job.finished_blocks.parameters(index)
+    return found
+
+
+def stage_of(settings: list[str], model: str, meters: list[QualityMeter]) -> Any:
     """In place of the stage: all settings, and then the end."""
 
     def stage(job: Any, quantized: Any) -> None:
         print(HEADER, flush=True)
+        before = job.finished_blocks._state
         for text in settings:
-            setting = {key: float(value) for key, _, value in (part.partition("=") for part in text.split(","))}
-            apply(setting)
-            started, told = time.perf_counter(), ["", "", "", ""]
-            if setting.get("steps", 100):
-                quantized.calibration.rewind(job.model)
-                task = scales_stage._task(job, quantized.calibration, quantized.evaluation, quantized.head)
-                task = replace(
-                    task,
-                    steps=int(setting.get("steps", 100)),
-                    seed=task.seed + int(setting.get("seed", 0)),
-                    codes=bool(setting.get("codes", 1)),
-                )
-                found = tuning.tune_scales(task)
-                if isinstance(found, memory_plan.Skipped):
-                    print(f"| {text} | {found.reason} |", flush=True)
-                    continue
-                seconds = time.perf_counter() - started
-                before, after = f"{found.divergence_initial:.5f}", f"{found.divergence:.5f}"
-                told = [before, after, str(found.changed), f"{seconds:.1f} | {found.fit} {found.captured}"]
-                report = scales_stage._report(found, task.steps, seconds)
-                job.finished_blocks.save_scales(found.scales, report, found.norms, found.codes)
-            replay_quantized(job.model, job.finished_blocks, quantized.evaluation)
-            quality = evaluate.measure(
-                job.model,
-                quantized.evaluation.original,
-                quantized.evaluation.quantized,
-                job.texts.evaluation,
-                quantized_head=quantized.head,
-                tick=lambda _: None,
-            )
-            figures = f"{quality.kl_divergence:.5f} | {quality.perplexity:.3f}"
-            print(f"| {text} | {told[0]} | {told[1]} | {figures} | {told[2]} | {told[3]} |", flush=True)
-            job.finished_blocks._state = job.finished_blocks._state.model_copy(update={"scales": None})
-            job.finished_blocks._scales = {}
+            end = tune(job, quantized, {key: float(value) for key, _, value in map(partition, text.split(","))})
+            whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+            whole.load_state_dict(weights(job), strict=False)
+            choice, valid = (meter(whole) for meter in meters)
+            figures = f"{choice['kl']:.5f} | {valid['kl']:.5f} | {valid['perplexity']:.3f}"
+            print(f"| {text} | {figures} {end}", flush=True)
+            job.finished_blocks._state, job.finished_blocks._scales = before, {}
         raise Done
 
     return stage
+
+
+def partition(text: str) -> tuple[str, str, str]:
+    return text.partition("=")
 
 
 def main() -> None:
@@ -122,16 +115,17 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--calibration", required=True)
     parser.add_argument("--choice", required=True)
+    parser.add_argument("--valid", required=True)
     parser.add_argument("--scheme", default="mxfp4a16")
     parser.add_argument("--settings", nargs="+", required=True)
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
-    parser.add_argument("--sequences", type=int, default=32, help="of the text to choose by")
-    parser.add_argument("--evaluation-length", type=int, default=EVALUATION_LENGTH)
+    parser.add_argument("--sequences", type=int, default=32, help="of the texts to choose and to publish by")
     parser.add_argument("--steps", type=int, default=200, help="of a block")
     parser.add_argument("--learning-rate", type=float, help="of blocks")
     given = parser.parse_args()
-    model, calibration, choice = (str(Path(p).resolve()) for p in (given.model, given.calibration, given.choice))
+    model, calibration = (str(Path(p).resolve()) for p in (given.model, given.calibration))
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
     body = {
         "model": model,
@@ -141,11 +135,7 @@ def main() -> None:
             "num_samples": given.samples,
             "sequence_length": given.length,
         },
-        "evaluation": {
-            "dataset": {"source": "local", "path": choice},
-            "num_samples": given.sequences,
-            "sequence_length": given.evaluation_length,
-        },
+        "evaluation": None,
         "formats": ["native"],
     }
     order = AttemptOrder(
@@ -154,11 +144,10 @@ def main() -> None:
         request=JobRequest.parse(body),
         model_path=model,
         calibration_path=calibration,
-        evaluation_path=choice,
-        device="cuda" if torch.cuda.is_available() else "cpu",
+        device=device,
     )
-    scales_stage.run = try_all(given.settings)
-    goal.stage.scales.run = scales_stage.run
+    meters = [QualityMeter(model, read_text(text), given.sequences, device) for text in (given.choice, given.valid)]
+    scales.run = stage_of(given.settings, model, meters)
     with tempfile.TemporaryDirectory() as folder, open_job(order, Path(folder), Reporter(lambda _: None), 0) as job:
         try:
             goal.make(quantize.prepare(job), quantize.run)

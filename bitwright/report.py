@@ -104,9 +104,9 @@ class BlockReport(ReportPart):
 
 
 class ScaleReport(ReportPart):
-    """The stage that tunes all scales together, codes fixed, against the original model's next-token distribution.
+    """The stage that tunes all scales together against the original model's next-token distribution.
 
-    On floating-point grids the blocks' norms are tuned along.
+    On floating-point grids the blocks' norms are tuned along, and codes of FP4 where there is room.
     """
 
     steps: int

@@ -111,7 +111,7 @@ class MovingCodes:
         self.place[groups] = self._axis.place(scaled).to(index.dtype).clamp(index - BOX, index + BOX)
 
     def values(self, rows: slice) -> Tensor:
-        """What the codes stand for, without scales: fp32 (or fp64), a new tensor."""
+        """The values of the codes, without scales: fp32 (or fp64), a new tensor."""
         return self._axis.value(self._index(rows))
 
     def codes(self, groups: slice) -> Tensor:

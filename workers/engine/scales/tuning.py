@@ -1,4 +1,4 @@
-"""End-to-end scale tuning: once every block is done, the scales of all of them together, codes fixed.
+"""End-to-end tuning: once every block is done, the scales of all of them together, and the codes of FP4.
 
 For each quantized linear of the blocks, with codes q, zero points z and scales s of groups of G columns:
 
@@ -22,15 +22,16 @@ falls on held-out sequences; else the old ones stay.
 | t, u | a chunk's at a time | (tokens, vocabulary), the model's dtype |
 
 Cost: a step is a forward and a backward of the whole model over 4 sequences, three products with the head, and one pass
-over codes and weights. Memory: w_hat and q of all blocks (half precision: 3 bytes per weight), 5 numbers per group,
-and the activations of all blocks where they fit; of the first blocks only the inputs where they do not, and those
-blocks are computed twice. Where not even that fits, by an estimate, the stage is left out.
+over codes and weights. Memory: w_hat and q of all blocks (half precision: 3 bytes per weight; 12 where codes move), 5
+numbers per group, and the activations of all blocks where they fit; of the first blocks only the inputs where they do
+not, and those blocks are computed twice. Where not even that fits, by an estimate, the stage is left out.
 
 On a GPU a step is captured once and replayed (`workers.engine.device.cuda_graphs`); elsewhere, or where capture
-fails, the
-same steps run eagerly. Several ranks each hold all blocks, and sum dL/dp over their sequences. What w_hat is on
-floating-point grids: `workers.engine.scales.families`; there norms have a p, too (`workers.engine.scales.norms`). Left
-out: the head's own scales, zero points, the last norm, and any text but the calibration's.
+fails, the same steps run eagerly. Several ranks each hold all blocks, and sum gradients over their sequences. What
+w_hat is on floating-point grids: `workers.engine.scales.families`; there norms have a p, too
+(`workers.engine.scales.norms`), and where there is room, each weight of FP4 has a place on its grid, which the same
+steps move (`workers.engine.scales.moving_codes`). Left out: the head's own scales, zero points, the codes of integers,
+the last norm, and any text but the calibration's.
 """
 
 import math
