@@ -149,3 +149,4 @@ SCHEMES: MappingProxyType[SchemeName, NamedScheme] = MappingProxyType(
     }
 )
 ALL_SCHEMES = frozenset(SchemeName)
+FP4 = frozenset(name for name, row in SCHEMES.items() if row.element is _E2M1)
