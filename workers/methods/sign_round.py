@@ -35,7 +35,7 @@ value everywhere; scales are the best that can be stored, and stay. Where the sc
 tuned with rounded ones (`workers.engine.tune`), straight through.
 
 llama.cpp's block types (`blocks.tuned_blocks`): the same with u((w - o)/f). Where there are steps, factors, offsets and
-codes begin as GPTQ makes them, and V so that u + V is in its code's interval: at 2 and 3 bits signs alone, which move
+codes begin as GPTQ and its sweeps make them, and V so that u + V is in its code's interval: at 2 and 3 bits signs alone, which move
 all weights at once, are a long way from codes that know how columns go together.
 
 Different from the paper: that start; the original block reads the original activations and the quantized
@@ -66,6 +66,9 @@ from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, 
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
+
+SWEEPS = 2
+"""Of coordinate descent after GPTQ's last column, where llama.cpp's types begin."""
 
 
 class SignRound(KernelMethod[SignRoundSpec]):
@@ -130,7 +133,9 @@ def compensated(task: BlockTask) -> dict[str, BlockWeight]:
     schemes = {name: scheme for name, scheme in task.schemes.items() if scheme.form is Form.BLOCKS}
     if not schemes:
         return {}
-    made = task.quantize(replace(task, schemes=schemes, tick=lambda _: None), GPTQSpec(act_order=False)).linears
+    made = task.quantize(
+        replace(task, schemes=schemes, tick=lambda _: None), GPTQSpec(act_order=False, sweeps=SWEEPS)
+    ).linears
     return {name: result.weight for name, result in made.items() if isinstance(result.weight, BlockWeight)}
 
 
