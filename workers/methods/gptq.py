@@ -16,6 +16,8 @@ before the first of them (static groups): a stored group is still G consecutive 
 
 On schemes of FP8 and FP4 (`floats.float_grids`) the scales are always those of the original weights, fixed
 before the first column: the best that can be stored, with errors weighted by diag H. w_hat_j = s*E(W[:, j]/s) then.
+In llama.cpp's block types a block's factors and offsets are searched as groups' scales are computed, when its first
+column is reached or before all (`blocks.elimination`); `sweeps` of coordinate descent may follow (`blocks.descent`).
 
 True sequential order: linears are taken in the order in which the block calls them; the inputs of each are quantized
 activations behind the linears that are quantized so far. Linears that get the same tensor (q, k, v) share H and U; if
@@ -51,9 +53,18 @@ from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.blocks.descent import descend
+from workers.numerics.blocks.elimination import columns_together, eliminate, split_rows
 from workers.numerics.floats.elements import element_of, encode, rounded
 from workers.numerics.floats.float_grids import searched_grid
-from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs, watched
+from workers.numerics.hessian import (
+    Hessian,
+    damped_hessian,
+    input_groups,
+    inverse_factor,
+    see_inputs,
+    watched,
+)
 from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult, QuantizedWeight
 
 HESSIAN_BYTES = 2 << 30
@@ -68,17 +79,23 @@ class Elimination:
 
     static    whether the groups' scales are those of the original weights; else columns are in the stored order
     retries   number of times that the damping was raised
+    identity  whether U is I, for want of a factor
     """
 
     order: Tensor
     factor: Tensor
     static: bool
     retries: int = 0
+    identity: bool = False
 
     @classmethod
-    def of(cls, hessian: Tensor, damping: float, *, act_order: bool) -> "Elimination | None":
-        """The elimination for H (in, in); None if it cannot be factorized."""
-        falling = hessian.diagonal().argsort(descending=True, stable=True)
+    def of(cls, hessian: Tensor, damping: float, *, act_order: bool, together: int = 1) -> "Elimination | None":
+        """The elimination for H (in, in); None if it cannot be factorized.
+
+        together   consecutive columns that stay so in any order
+        """
+        falling = hessian.diagonal().view(-1, together).sum(1).argsort(descending=True, stable=True)
+        falling = (falling.unsqueeze(1) * together + torch.arange(together, device=hessian.device)).flatten()
         order = falling if act_order else torch.arange(len(hessian), device=hessian.device)
         factor, retries = inverse_factor(hessian[order][:, order], damping)
         return None if factor is None else cls(order, factor, act_order, retries)
@@ -87,7 +104,8 @@ class Elimination:
     def none(cls, hessian: Tensor) -> "Elimination":
         """U = I: every column is rounded to nearest."""
         identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-        return cls(torch.arange(len(hessian), device=hessian.device), identity, static=False)
+        order = torch.arange(len(hessian), device=hessian.device)
+        return cls(order, identity, static=False, identity=True)
 
 
 class GPTQ:
@@ -105,7 +123,10 @@ class GPTQ:
                 for scheme, alike in _by_scheme(task.schemes, names).items():
                     weights, shared = [linears[name].weight for name in alike], [amax.get(name) for name in alike]
                     moments = hessian.sum[0].diagonal()
-                    parts = _quantized(weights, elimination, scheme, task.scale_dtype, moments, shared)
+                    sweeps = 0 if elimination.identity else spec.sweeps
+                    damped = damped_hessian(hessian.matrix()[0], spec.damping, elimination.retries) if sweeps else None
+                    made = (weights, elimination, scheme, task.scale_dtype, moments, shared)
+                    parts = _quantized(*made, damped, sweeps)
                     results |= {name: LinearResult(weight) for name, weight in zip(alike, parts, strict=True)}
                 for name in names:
                     linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
@@ -118,7 +139,8 @@ class GPTQ:
         """The elimination for linears that share their inputs."""
         task.sum_(hessian.sum)
         matrix = hessian.matrix()[0]
-        elimination = Elimination.of(matrix, spec.damping, act_order=spec.act_order)
+        together = max(columns_together(task.schemes[name]) for name in names)
+        elimination = Elimination.of(matrix, spec.damping, act_order=spec.act_order, together=together)
         facts = {"block": task.index, "linears": ", ".join(names)}
         if elimination is None:
             counters["rounded_to_nearest"] += len(names)
@@ -168,10 +190,20 @@ def _quantized(
     scale_dtype: torch.dtype,
     moments: Tensor,
     joined_amax: Sequence[Tensor | None],
+    damped: Tensor | None,
+    sweeps: int,
 ) -> Sequence[QuantizedWeight]:
-    """Weights (rows, in) of the same inputs and one scheme, whose rows are rounded together."""
+    """Weights (rows, in) of the same inputs and one scheme, whose rows are rounded together.
+
+    damped   H + lambda I, by which llama.cpp's types descend further, in so many sweeps; None: they do not
+    """
     if scheme.form is Form.FLOAT:
         return quantize_floats(weights, elimination, scheme, scale_dtype, moments, joined_amax)
+    if scheme.form is Form.BLOCKS:
+        weight, order = torch.cat(list(weights)), elimination.order if elimination.static else None
+        made = eliminate(weight, scheme, None if elimination.identity else elimination.factor, moments, order)
+        made = made if damped is None else descend(weight, made, damped, sweeps)
+        return split_rows(made, [len(each) for each in weights])
     together = quantize_weight(torch.cat(list(weights)), elimination, scheme, scale_dtype)
     return together.split([len(weight) for weight in weights])
 

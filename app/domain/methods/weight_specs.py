@@ -1,6 +1,6 @@
 """Frozen specs of the methods that make quantized weights alone."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,7 +13,6 @@ from app.domain.methods.any_method import (
     Steps,
     WeightsOnly,
 )
-from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
 from bitwright.formats import Form
 
 
@@ -28,7 +27,6 @@ class RTNSpec(NamedSchemeSpec):
         "error of its group; of no effect on integers and FP8.",
     )
     weights_only: WeightsOnly = False
-    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES
 
     def rounds_to_searched_scales(self) -> bool:
         """As the request says."""
@@ -69,6 +67,14 @@ class GPTQSpec(NamedSchemeSpec):
         strict=True,
         description="Take columns by falling Hessian diagonal instead of in their order. Groups stay consecutive "
         "columns, with scales from the original weights (static groups).",
+    )
+    sweeps: int = Field(
+        default=0,
+        strict=True,
+        ge=0,
+        le=100,
+        description="llama.cpp's types: passes of coordinate descent after the last column, over codes, sub-blocks' "
+        "scales and minimums, and blocks' own, by the same error of the outputs. Of no effect on other schemes.",
     )
 
     def tuned_sequences(self, num_samples: int) -> int:
@@ -145,8 +151,8 @@ class SignRoundSpec(NamedSchemeSpec):
     scale_steps: Steps = Field(
         default=0,
         description="Steps that tune all scales together against the original model's next-token distribution once "
-        "every block is done, codes fixed, and on floating-point grids the blocks' norms with them; 0 leaves that out. "
-        "Skipped with a warning where the model does not fit.",
+        "every block is done, and on floating-point grids the blocks' norms with them, of FP4 the codes, too; 0 leaves "
+        "that out. Skipped with a warning where the model does not fit.",
     )
 
     def tuned_sequences(self, num_samples: int) -> int:

@@ -6,7 +6,8 @@ finished blocks  the tuned scales, durable, take the place of the blocks' own; a
 evaluation       its quantized activations go through all blocks again, with the weights that ship
 
 Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and
-the report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along.
+the report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along, and the codes of
+FP4 unless the device has no room for that, which a warning and the report say.
 """
 
 import time
@@ -25,9 +26,10 @@ from workers.engine.quantize.stage import Quantized
 from workers.engine.reporter import Reporter
 from workers.engine.scales.families import TunedWeight
 from workers.engine.scales.memory_plan import ScaleTask, Skipped
+from workers.engine.scales.moving_codes import moves_codes
 from workers.engine.scales.tuning import ScaleOutcome, tune_scales
 from workers.engine.seeds import derived_seed
-from workers.numerics.quantized import AffineWeight, FloatWeight
+from workers.numerics.quantized import AffineWeight, BlockWeight, FloatWeight
 
 
 def run(job: Job, quantized: Quantized) -> ScaleReport | None:
@@ -58,8 +60,13 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
         job.reporter.warning("scale_tuning_skipped", f"scales were not tuned end to end: {outcome.reason}")
         return None
     report = _report(outcome, steps, time.perf_counter() - started)
-    scales, norms = (outcome.scales, outcome.norms) if report.kept else ({}, {})
-    job.finished_blocks.save_scales(scales, report, norms)
+    if any(map(moves_codes, job.block_schemes.values())) and not outcome.fit.codes:
+        job.reporter.warning("codes_not_tuned", "codes stay as they are: to tune them, too, memory is too small")
+    if report.kept:
+        job.finished_blocks.save_scales(outcome.scales, report, outcome.norms, outcome.codes)
+    else:
+        job.finished_blocks.save_scales({}, report)
+    job.finished_blocks.settle()
     if report.kept and quantized.evaluation is not None:
         job.clock.enter(Stage.EVALUATE)
         replay_quantized(job.model, job.finished_blocks, quantized.evaluation)
@@ -67,7 +74,7 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
 
 
 def _outcome(job: Job, quantized: Quantized, calibration: Activations) -> ScaleOutcome | Skipped:
-    if not job.spec.forms() <= {Form.AFFINE, Form.FLOAT}:
+    if not job.spec.forms() <= {Form.AFFINE, Form.FLOAT, Form.BLOCKS}:
         return Skipped("only integers and floating-point codes without low-rank factors have scales to tune alone")
     calibration.rewind(job.model)
     return tune_scales(_task(job, calibration, quantized.evaluation, quantized.head))
@@ -78,7 +85,11 @@ def _task(job: Job, calibration: Activations, evaluation: Activations | None, he
 
     def weights(index: int) -> dict[str, TunedWeight]:
         found = {name: result.weight for name, result in finished.load(index).items()}
-        return {name: weight for name, weight in found.items() if isinstance(weight, AffineWeight | FloatWeight)}
+        return {
+            name: weight
+            for name, weight in found.items()
+            if isinstance(weight, AffineWeight | FloatWeight | BlockWeight)
+        }
 
     held = [each.original for each in (calibration, evaluation) if each is not None]
     return ScaleTask(
@@ -87,7 +98,8 @@ def _task(job: Job, calibration: Activations, evaluation: Activations | None, he
         weights=weights,
         changed=finished.parameters,
         roundings=lambda index: calibration.served.get(index, Served()).inputs,
-        norms=Form.FLOAT in job.spec.forms(),
+        norms=not job.spec.forms().isdisjoint({Form.FLOAT, Form.BLOCKS}),
+        codes=True,
         calls=calibration.calls,
         inputs=calibration.quantized,
         targets=calibration.original,
@@ -125,4 +137,5 @@ def _report(outcome: ScaleOutcome, steps: int, seconds: float) -> ScaleReport:
         captured=outcome.captured,
         seconds=seconds,
         norms=sum(map(len, outcome.norms.values())),
+        codes=outcome.changed if outcome.fit.codes else None,
     )
