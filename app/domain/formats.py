@@ -25,8 +25,8 @@ from app.domain.format_info import (
     Result,
     ScaleDtype,
 )
-from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
-from app.domain.gguf_rules import gguf_refusals
+from app.domain.gguf.architectures import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.domain.gguf.rules import gguf_refusals
 from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
 from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 

@@ -12,9 +12,7 @@ from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 
-import numpy as np
-import torch
-from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, get_tensor_name_map
+from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
@@ -25,9 +23,11 @@ from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Format, Opening
 from workers.formats.gguf.blocks import compress, decompress, held, pack
+from workers.formats.gguf.collected import Collected
 from workers.formats.gguf.identity import add_identity
 from workers.formats.gguf.loading import loading
-from workers.formats.gguf.metadata import OTHER_FORMAT, Architecture
+from workers.formats.gguf.metadata import Architecture
+from workers.formats.gguf.placed import PlacedTensors
 from workers.formats.gguf.read_back import read_back
 from workers.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
 from workers.formats.source_files import LICENCES, SourceCheckpoint, check_tensor, copy_files
@@ -35,9 +35,6 @@ from workers.formats.stored_linear import StoredLinear, StoredPart
 from workers.numerics.quantized import AffineWeight, LinearResult
 
 FILE = "model.gguf"
-PLAIN: MappingProxyType[torch.dtype, Kind] = MappingProxyType(
-    {torch.bfloat16: Kind.BF16, torch.float16: Kind.F16, torch.float32: Kind.F32, torch.float64: Kind.F64}
-)
 FILE_TYPES: MappingProxyType[Kind, LlamaFileType] = MappingProxyType(
     {
         Kind.Q4_0: LlamaFileType.MOSTLY_Q4_0,
@@ -55,7 +52,7 @@ def check_source(source: SourceCheckpoint) -> None:
     Raises:
         FormatCannotHold: its architecture or tokenizer is not supported.
     """
-    check_tokenizer(source.folder, Architecture.of(source).dimensions.vocabulary)
+    check_tokenizer(source.folder, Architecture.of(source).vocabulary)
 
 
 class GGUFFile:
@@ -66,9 +63,8 @@ class GGUFFile:
         folder.mkdir(parents=True)
         self._folder, self._opening, self._source = folder, opening, opening.source
         self._architecture = Architecture.of(opening.source)
-        self._names = get_tensor_name_map(self._architecture.kind, self._architecture.dimensions.layers)
+        self._placed = PlacedTensors(self._architecture, Collected(folder / "tensors.partial"))
         self._linears: dict[str, StoredLinear] = {}
-        self._stored = _Bytes(folder / "tensors.partial")
         self._kinds: Counter[Kind] = Counter()
         self._offset_error = 0.0
 
@@ -80,8 +76,6 @@ class GGUFFile:
         Raises:
             FormatCannotHold: the format would have to change codes or scales, or has no name for the linear.
         """
-        if part is not None:
-            raise self._no_part(name)
         weight = result.weight
         if not isinstance(weight, AffineWeight) or (result.low_rank and not base_alone(self._opening.formats)):
             raise FormatCannotHold(
@@ -89,10 +83,13 @@ class GGUFFile:
                 field=name,
                 hint='ask for formats: ["merged"], or add "peft" for the low-rank factors',
             )
-        order = self._architecture.row_order(f"{name}.weight")
-        packed = pack(name, weight)
-        self._add(f"{name}.weight", packed.data if order is None else packed.data[order], packed.kind)
         self._linears[module or name] = StoredLinear.of(LinearResult(weight))
+        source = None if part is None else part.of
+        if self._placed.is_remade(f"{name}.weight"):
+            self._placed.add_dequantized(f"{name}.weight", weight.dequantize(), source)
+            return
+        packed = pack(name, weight)
+        self._placed.add_rows(f"{name}.weight", packed.data, packed.kind, source)
         self._kinds[packed.kind] += weight.codes.numel()
         self._offset_error = max(self._offset_error, packed.offset_error)
 
@@ -100,38 +97,30 @@ class GGUFFile:
         """Does nothing: the format has no place for them."""
 
     def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
-        """No tensor of the source becomes several.
+        """Store an unquantized linear, (out, in), that lies in one tensor of the source with quantized ones.
 
         Raises:
-            FormatCannotHold: always.
+            FormatCannotHold: the file has one tensor of one type for all of them.
         """
-        del tensor, part
-        raise self._no_part(name)
-
-    def _no_part(self, name: str) -> FormatCannotHold:
-        detail = f"gguf has no tensor for {name}, a part of a larger one"
-        return FormatCannotHold(detail, field=name, hint='ask for formats: ["merged"]')
+        self._placed.add_plain(f"{name}.weight", tensor, part.of)
 
     def add_tensor(self, name: str, tensor: Tensor) -> None:
         """Store a tensor that quantization changed in place of the source's tensor of that name and shape."""
         check_tensor(self._source, name, tensor)
-        self._add_plain(name, tensor)
+        self._placed.add_plain(name, tensor)
 
     def finish(self, *, ignored: Collection[str] = ()) -> None:  # noqa: ARG002 - the source's tensors show them
         """Write the file: metadata, tokenizer, quantized linears, and the rest of the checkpoint."""
         for name in self._source.tensors:
-            if name not in self._stored.names and not self._is_left_out(name):
-                self._add_plain(name, self._source.read(name))
-        factors = self._architecture.rotary_factors()
-        if factors is not None:
-            self._stored.add("rope_freqs.weight", _as_bytes(factors), Kind.F32)
+            if name not in self._placed.done and not self._placed.is_left_out(name):
+                self._placed.add_plain(name, self._source.read(name))
         writer = GGUFWriter(self._folder / FILE, self._architecture.name)
         add_identity(writer, self._source, self._opening.identity, base_alone(self._opening.formats))
-        self._architecture.add_to(writer)
-        add_tokenizer(writer, self._source.folder, self._architecture.dimensions.vocabulary)
+        self._architecture.add_to(writer, self._source)
+        add_tokenizer(writer, self._source.folder, self._architecture.vocabulary)
         writer.add_quantization_version(GGML_QUANT_VERSION)
         writer.add_file_type(FILE_TYPES[self._kinds.most_common(1)[0][0]])
-        self._stored.write(writer)
+        self._placed.finish(writer)
         copy_files(self._source.folder, self._folder, LICENCES)
 
     def describe(self, report: Report) -> list[Path]:
@@ -146,58 +135,6 @@ class GGUFFile:
             return {}
         moved = f"at most {self._offset_error:.3g} of a group's step"
         return {"gguf_offsets_rounded": f"gguf stores offsets in place of zero points, rounded to fp16: {moved}"}
-
-    def _is_left_out(self, name: str) -> bool:
-        """True for rotary frequencies, which are computed, and for a head that is the embedding matrix."""
-        head = self._architecture.dimensions.tied_embeddings and name == "lm_head.weight"
-        return head or name.endswith("rotary_emb.inv_freq")
-
-    def _add_plain(self, name: str, tensor: Tensor) -> None:
-        order = self._architecture.row_order(name)
-        tensor = tensor if order is None else tensor[order]
-        tensor = tensor.float() if tensor.ndim == 1 else tensor
-        self._add(name, _as_bytes(tensor), PLAIN[tensor.dtype])
-
-    def _add(self, name: str, data: Tensor, kind: Kind) -> None:
-        gguf_name = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if gguf_name is None:
-            detail = f"gguf has no name for the tensor {name}"
-            raise FormatCannotHold(detail, field="formats", value=name, hint=OTHER_FORMAT)
-        self._stored.add(gguf_name, data, kind, source=name)
-
-
-class _Bytes:
-    """Tensors on disk in the order in which they came, until the file's list of tensors can be written."""
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._size = 0
-        self._entries: list[tuple[str, Kind, int, tuple[int, ...]]] = []
-        self.names: set[str] = set()
-
-    def add(self, name: str, data: Tensor, kind: Kind, *, source: str | None = None) -> None:
-        """Append `data`, uint8 (..., bytes per row); `source` is the tensor's name in the source checkpoint."""
-        self._entries.append((name, kind, self._size, tuple(data.shape)))
-        with self._file.open("ab") as stream:
-            data.contiguous().numpy().tofile(stream)
-        self._size += data.numel()
-        self.names.add(source or name)
-
-    def write(self, writer: GGUFWriter) -> None:
-        """Write the complete GGUF file; removes the collected bytes."""
-        for name, kind, offset, shape in self._entries:
-            data = np.memmap(self._file, dtype=np.uint8, mode="r", offset=offset, shape=shape)
-            writer.add_tensor(name, data, raw_dtype=kind)
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-        self._file.unlink()
-
-
-def _as_bytes(tensor: Tensor) -> Tensor:
-    """The numbers of a tensor as uint8 (..., bytes per row)."""
-    return tensor.contiguous().unsqueeze(-1).view(torch.uint8).flatten(-2)
 
 
 FORMAT = Format(GGUFFile, loading, compress, decompress, check_source=check_source, held=held)

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig
 
-from workers.formats.gguf.tokenizer import SourceTokenizer
+from workers.formats.gguf.tokenizers.source import SourceTokenizer
 
 FIELDS = (
     "vocab_size",
