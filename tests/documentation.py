@@ -13,7 +13,9 @@ from types import MappingProxyType
 
 from app.api.http.errors import problem_response
 from app.domain.adapters import ADAPTERS
-from app.domain.formats import FORMATS, FormatInfo, LowRankRule
+from app.domain.formats import FORMATS, ExportFormat, FormatInfo, LowRankRule
+from app.domain.gguf.architectures import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.domain.gguf.architectures import WRAPPERS
 from app.domain.inputs.architectures import ACCEPTED_FILE, ARCHITECTURES, REFUSED
 from app.domain.methods import (
     ALL_SCHEMES,
@@ -324,7 +326,7 @@ def _held(info: FormatInfo) -> str:
     if info.uniform:
         weights += ", one scheme for all linears"
     if info.architectures is not None:
-        weights += f", {', '.join(sorted(info.architectures))}"
+        weights += f", the model types that {info.known_by} knows"
     codebook = ", or on a codebook" if {Form.CODEBOOK, Form.AFFINE} <= info.kinds else ""
     return f"{weights}{codebook}; low-rank factors {LOW_RANK[info.low_rank]}"
 
@@ -345,13 +347,20 @@ def architectures_table() -> str:
             f"`{model_type}`",
             row.title,
             f"`{row.model_class}`",
+            f"`{gguf_name(model_type)}`" if gguf_name(model_type) else "",
             "; ".join(f"{f}: {why}" for f, why in row.refusals.items()),
         ]
         for model_type, row in ARCHITECTURES.items()
     ]
     refused = [[f"`{model_type}`", why] for model_type, why in REFUSED.items()]
-    accepted = table(("`model_type`", "models", "class of transformers", "formats that it cannot have"), rows)
+    accepted = table(("`model_type`", "models", "class of transformers", "in llama.cpp", "formats that it cannot have"), rows)
     return f"{accepted}\n\nKnown, and refused:\n\n{table(('`model_type`', 'why'), refused)}"
+
+
+def gguf_name(model_type: str) -> str:
+    """llama.cpp's architecture of a type; nothing where there is none."""
+    row = GGUF_ARCHITECTURES.get(WRAPPERS.get(model_type, model_type))
+    return row.name if row is not None and model_type in (ExportFormat.GGUF.info.architectures or ()) else ""
 
 
 def proofs_table() -> str:

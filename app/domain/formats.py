@@ -26,6 +26,8 @@ from app.domain.format_info import (
     ScaleDtype,
 )
 from app.domain.gguf.architectures import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.domain.gguf.architectures import RELEASE as LLAMA_CPP_RELEASE
+from app.domain.gguf.architectures import WRAPPERS as GGUF_WRAPPERS
 from app.domain.gguf.rules import gguf_refusals
 from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
 from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
@@ -239,7 +241,8 @@ class ExportFormat(StrEnum):
             scales=ScaleDtype.FLOAT16,
             asymmetric_bits=frozenset({2, 3, 4, 5}),
             group_multiple=32,
-            architectures=frozenset(GGUF_ARCHITECTURES),
+            architectures=frozenset({*GGUF_ARCHITECTURES, *GGUF_WRAPPERS}),
+            known_by=f"llama.cpp {LLAMA_CPP_RELEASE}",
             offsets=Offsets.FLOAT16,
             embeddings=EmbeddingRule.ANY,
             read_by=(Runtime.LLAMA_CPP,),
@@ -259,7 +262,8 @@ class ExportFormat(StrEnum):
                     "llama.cpp",
                     Support.TESTED,
                     ALL_BITS,
-                    note="byte-level BPE tokenizers; text that is not normalized to NFC stays so there",
+                    note="tokenizers of byte-level BPE, and of BPE with bytes to fall back on (SentencePiece's); text that is "
+                    "not normalized to NFC stays so there; the vision tower of a model is left to its own converter",
                     version="node-llama-cpp 3.22.1",
                 ),
             ),

@@ -30,7 +30,7 @@ from workers.formats.gguf.metadata import Architecture
 from workers.formats.gguf.placed import PlacedTensors
 from workers.formats.gguf.read_back import read_back
 from workers.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
-from workers.formats.source_files import LICENCES, SourceCheckpoint, check_tensor, copy_files
+from workers.formats.source_files import LICENCES, BlockSource, SourceCheckpoint, check_tensor, copy_files
 from workers.formats.stored_linear import StoredLinear, StoredPart
 from workers.numerics.quantized import AffineWeight, LinearResult
 
@@ -67,6 +67,7 @@ class GGUFFile:
         self._linears: dict[str, StoredLinear] = {}
         self._kinds: Counter[Kind] = Counter()
         self._offset_error = 0.0
+        self._tokens: tuple[str, ...] = ()
 
     def add_linear(
         self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
@@ -113,28 +114,51 @@ class GGUFFile:
         """Write the file: metadata, tokenizer, quantized linears, and the rest of the checkpoint."""
         for name in self._source.tensors:
             if name not in self._placed.done and not self._placed.is_left_out(name):
-                self._placed.add_plain(name, self._source.read(name))
+                self._add_untouched(name)
         writer = GGUFWriter(self._folder / FILE, self._architecture.name)
         add_identity(writer, self._source, self._opening.identity, base_alone(self._opening.formats))
         self._architecture.add_to(writer, self._source)
-        add_tokenizer(writer, self._source.folder, self._architecture.vocabulary)
+        self._tokens = add_tokenizer(writer, self._source.folder, self._architecture.vocabulary)
         writer.add_quantization_version(GGML_QUANT_VERSION)
-        writer.add_file_type(FILE_TYPES[self._kinds.most_common(1)[0][0]])
-        self._placed.finish(writer)
+        most = self._kinds.most_common(1)
+        writer.add_file_type(FILE_TYPES[most[0][0]] if most else LlamaFileType.GUESSED)
+        self._placed.finish(writer, self._source)
         copy_files(self._source.folder, self._folder, LICENCES)
+
+    def _add_untouched(self, name: str) -> None:
+        """A tensor that nothing was done to; of a GGUF file, its bytes."""
+        source = self._source
+        if not isinstance(source, BlockSource) or not self._placed.copy(name, source):
+            self._placed.add_plain(name, source.read(name))
 
     def describe(self, report: Report) -> list[Path]:
         """Add the report and the model card, after `finish`; all files of the folder."""
         reading = read_back(self._folder, FILE, self._architecture.config, self._source.folder)
-        return describe(self._folder, report, self._linears, self._opening, partial(loading, reading=reading))
+        tower = any(map(self._architecture.names.is_tower, self._source.tensors))
+        lines = partial(loading, reading=reading, tower=tower)
+        return describe(self._folder, report, self._linears, self._opening, lines)
 
     @property
     def warnings(self) -> dict[str, str]:
-        """Code and message of each warning for the caller, after the last linear."""
-        if not self._offset_error:
-            return {}
-        moved = f"at most {self._offset_error:.3g} of a group's step"
-        return {"gguf_offsets_rounded": f"gguf stores offsets in place of zero points, rounded to fp16: {moved}"}
+        """Code and message of each warning for the caller, after `finish`."""
+        found: dict[str, str] = {}
+        if self._offset_error:
+            moved = f"at most {self._offset_error:.3g} of a group's step"
+            found["gguf_offsets_rounded"] = f"gguf stores offsets in place of zero points, rounded to fp16: {moved}"
+        if self._placed.whole:
+            found["gguf_stored_whole"] = (
+                f"gguf stores {len(self._placed.whole)} quantized linears in their own dtype, for llama.cpp has their "
+                f"columns in another order: {self._placed.whole[0]} and others like it"
+            )
+        beside = [name for name in self._source.tensors if self._architecture.names.is_beside(name)]
+        if beside:
+            found["gguf_parts_left_out"] = (
+                f"gguf holds the language model's own blocks: {len(beside)} tensors beside them are left out, as "
+                f"{beside[0]}"
+            )
+        if self._tokens:
+            found["gguf_tokens_differ"] = "gguf: " + "; ".join(self._tokens)
+        return found
 
 
 FORMAT = Format(GGUFFile, loading, compress, decompress, check_source=check_source, held=held)

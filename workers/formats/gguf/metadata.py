@@ -65,9 +65,11 @@ class Architecture:
             config.tie_word_embeddings = tied  # the source may be seen otherwise than its file says
         for refusal in gguf_refusals(outer, config.to_dict()):
             raise FormatCannotHold(refusal, field="formats", hint=OTHER_FORMAT)
-        numbers = config_of(config)
-        name = RULES[model_type].name
-        return cls(name, model_type, KINDS[name], FAMILIES[model_type], config, numbers, bool(tied))
+        rules = RULES[model_type]
+        numbers = config_of(config, partial=rules.partial)
+        family = FAMILIES[model_type]
+        name = family.other(numbers) or rules.name
+        return cls(name, model_type, KINDS[name], family, config, numbers, bool(tied))
 
     @property
     def vocabulary(self) -> int:

@@ -13,6 +13,7 @@ from bitwright.errors import FormatCannotHold
 from workers.formats.gguf.architectures.names import FUSED
 from workers.formats.gguf.collected import Collected
 from workers.formats.gguf.metadata import OTHER_FORMAT, Architecture
+from workers.formats.source_files import BlockSource
 
 PLAIN: MappingProxyType[torch.dtype, Kind] = MappingProxyType(
     {torch.bfloat16: Kind.BF16, torch.float16: Kind.F16, torch.float32: Kind.F32, torch.float64: Kind.F64}
@@ -27,13 +28,15 @@ SSM_MATRICES = re.compile(r"ssm_(?:in|out|x|beta_alpha|alpha|beta)\.weight$")
 class PlacedTensors:
     """The tensors of one file.
 
-    done   names in the source of those that are there
+    done    names in the source of those that are there
+    whole   names of quantized linears that are there in their own dtype
     """
 
     def __init__(self, architecture: Architecture, collected: Collected) -> None:
         self._architecture, self._family = architecture, architecture.family
         self._names, self._collected = architecture.names, collected
         self.done: set[str] = set()
+        self.whole: list[str] = []
 
     def is_left_out(self, name: str) -> bool:
         """True for what a file does not hold: a head that is the embedding matrix, towers, computed numbers."""
@@ -63,6 +66,10 @@ class PlacedTensors:
 
     def add_dequantized(self, name: str, weight: Tensor, source: str | None = None) -> None:
         """Store a quantized matrix (out, in) whose columns move: its numbers, in its own dtype."""
+        self.whole.append(name.removesuffix(".weight"))
+        self._add_remade(name, weight, source)
+
+    def _add_remade(self, name: str, weight: Tensor, source: str | None = None) -> None:
         self.done.add(source or name)
         assert self._family.remake is not None  # noqa: S101 - for the type checker: `is_remade` says so
         for made, tensor in self._family.remake(self._names.plain(name), weight, self._architecture.numbers).items():
@@ -76,7 +83,7 @@ class PlacedTensors:
         """Store an unquantized tensor by its source's name."""
         self.done.add(source or name)
         if self.is_remade(name):
-            self.add_dequantized(name, tensor, source)
+            self._add_remade(name, tensor, source)
             return
         if tensor.ndim >= 2 and FUSED.fullmatch(self._names.plain(name)):
             for part, own in self._fused(name, tensor):
@@ -91,10 +98,26 @@ class PlacedTensors:
             rows = changed[place.rows] if changed.ndim else changed
             self._put(place.name, rows, slot=place.slot, of=place.of)
 
-    def finish(self, writer: GGUFWriter) -> None:
-        """Write the file, with the tensors that the source does not hold."""
+    def copy(self, name: str, source: BlockSource) -> bool:
+        """Store a tensor of a source that is a GGUF file, byte for byte; False where it has none for it as a whole."""
+        stored, places = source.blocks(name), None
+        if stored is not None:
+            places = self._names.places(name, len(stored.data))
+        if stored is None or places is None or len(places) != 1:
+            return False
+        self.done.add(name)
+        place = places[0]
+        self._collected.add(place.name, stored.data, Kind(stored.kind), slot=place.slot, of=place.of)
+        return True
+
+    def finish(self, writer: GGUFWriter, source: object) -> None:
+        """Write the file, with the tensors that are made of no parameter: those of a `source` that is a GGUF file."""
         for name, tensor in self._architecture.added().items():
-            self._put(name, tensor)
+            stored = source.blocks(name) if isinstance(source, BlockSource) else None
+            if stored is None:
+                self._put(name, tensor)
+            else:
+                self._collected.add(name, stored.data, Kind(stored.kind))
         self._collected.write(writer)
 
     def _fused(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

@@ -14,8 +14,9 @@ from workers.formats.gguf.architectures.rows import (
     head_dim,
     norms_plus_one,
     queries_and_keys_in_pairs,
+    rope_of,
 )
-from workers.formats.gguf.architectures.windows import windows
+from workers.formats.gguf.architectures.windows import SLIDING, windows
 
 SCALES: Mapping[str, str] = MappingProxyType(
     {
@@ -41,6 +42,49 @@ def gemma3_keys(config: Config) -> Values:
     sliding = given.get("sliding_attention") or {}
     base = sliding.get("rope_theta", config.get("rope_local_base_freq"))
     return {**windows(config), **({} if base is None else {"rope.freq_base_swa": float(base)})}
+
+
+def gemma4_keys(config: Config) -> Values:
+    """Heads of two widths, for layers with windows and for others, whose rotary embedding reaches a part of them."""
+    full, sliding = int(config.get("global_head_dim") or config["head_dim"]), int(config["head_dim"])
+    rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    keys = {
+        **gemma3_keys(config),
+        "attention.shared_kv_layers": int(config.get("num_kv_shared_layers") or 0),
+        "embedding_length_per_layer_input": int(config.get("hidden_size_per_layer_input") or 0),
+        "attention.key_length": full,
+        "attention.value_length": full,
+        "attention.key_length_swa": sliding,
+        "attention.value_length_swa": sliding,
+        "rope.dimension_count": full,
+        "rope.dimension_count_swa": int(sliding * (rope.get("partial_rotary_factor") or 1)),
+    }
+    heads = config.get("num_global_key_value_heads")
+    if heads and config.get("attention_k_eq_v"):
+        own = config["num_key_value_heads"]
+        keys["attention.head_count_kv"] = [own if kind == SLIDING else heads for kind in config["layer_types"]]
+    if config.get("enable_moe_block"):
+        keys["expert_feed_forward_length"] = config["moe_intermediate_size"]
+        keys["expert_used_count"] = config["top_k_experts"]
+        keys["expert_count"] = config["num_experts"]
+    return keys
+
+
+def gemma4_factors(config: Config) -> Tensors:
+    """Divisors of rotary frequencies of layers that see all: those beyond the part that is turned stand still."""
+    half = int(config.get("global_head_dim") or config["head_dim"]) // 2
+    part = rope_of(config).get("partial_rotary_factor") or 1.0
+    factors = torch.full((half,), 1e30)
+    factors[: int(half * part)] = 1.0
+    return {"rope_freqs.weight": factors}
+
+
+GEMMA4_NAMES = (
+    (r"^model\.layers\.(\d+)\.layer_scalar$", r"=blk.\1.layer_output_scale.weight"),
+    (r"^model\.layers\.(\d+)\.experts\.(gate|up|down)_proj$", r"=blk.\1.ffn_\2_exps"),
+    (r"^model\.layers\.(\d+)\.router\.scale$", r"=blk.\1.ffn_gate_inp.scale"),
+    (r"^model\.layers\.(\d+)\.router\.per_expert_scale$", r"=blk.\1.ffn_down_exps.scale"),
+)
 
 
 def phi3_keys(config: Config) -> Values:
@@ -96,6 +140,14 @@ def mistral3_keys(config: Config) -> Values:
     return keys
 
 
+def grown_base(config: Config) -> Values:
+    """Hunyuan's base of the rotary embedding, which a fixed `alpha` makes larger."""
+    rope, width = config.get("rope_parameters") or {}, head_dim(config)
+    if rope.get("rope_type") != "dynamic":
+        return {}
+    return {"rope.freq_base": float(rope["rope_theta"]) * float(rope["alpha"]) ** (width / (width - 2))}
+
+
 def sections(config: Config) -> Values:
     """Sections of the rotary embedding for time, height and width."""
     rope = config.get("rope_parameters") or {}
@@ -122,6 +174,7 @@ DENSE: Mapping[str, Family] = MappingProxyType(
         "gemma": Family(change=norms_plus_one),
         "gemma2": Family(keys=CAPS, derive=windows, change=norms_plus_one),
         "gemma3_text": Family(keys=CAPS, derive=gemma3_keys, change=norms_plus_one),
+        "gemma4_text": Family(keys=CAPS, derive=gemma4_keys, renames=GEMMA4_NAMES, added=gemma4_factors),
         "phi": Family(epsilon="layer_norm_eps", layer_norm=True),
         "phi3": Family(derive=phi3_keys, added=phi3_factors),
         "olmo": Family(
@@ -151,7 +204,7 @@ DENSE: Mapping[str, Family] = MappingProxyType(
         "nemotron": Family(epsilon="norm_eps", layer_norm=True, change=layer_norms_plus_one),
         "exaone4": Family(derive=windows),
         "ernie4_5": Family(),
-        "hunyuan_v1_dense": Family(),
+        "hunyuan_v1_dense": Family(derive=grown_base),
         "seed_oss": Family(),
         "qwen2_vl_text": Family(derive=sections),
         "qwen2_5_vl_text": Family(derive=sections),
@@ -161,4 +214,3 @@ DENSE: Mapping[str, Family] = MappingProxyType(
     }
 )
 """transformers' `model_type` -> the family."""
-_ = head_dim

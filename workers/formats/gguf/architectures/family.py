@@ -56,6 +56,7 @@ def nothing_derived(config: Config) -> Values:
 class Family:
     """A model type of transformers as llama.cpp's architecture.
 
+    other      configuration -> llama.cpp's name of another architecture that such a model is of; None: the usual one
     keys       further keys of the metadata -> fields of the configuration; one that is None is left out
     derive     keys that follow from several fields
     epsilon    field of the norms' epsilon
@@ -74,6 +75,7 @@ class Family:
     alternating  whether rows of gate and up alternate in fused experts, else the gate's come first
     """
 
+    other: Callable[[Config], str | None] = no_name
     keys: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     derive: Callable[[Config], Values] = nothing_derived
     epsilon: str = "rms_norm_eps"

@@ -3,12 +3,13 @@
 Read in llama.cpp v0.5.0 (`src/models/*.cpp`) and its converter (`conversion/*.py`).
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 
 from torch import Tensor
 
-from workers.formats.gguf.architectures.dense import SCALES
+from workers.formats.gguf.architectures.dense import SCALES, grown_base
 from workers.formats.gguf.architectures.family import Config, Family, Rows, Tensors, Values
 from workers.formats.gguf.architectures.rows import halves, queries_and_keys_in_pairs
 from workers.formats.gguf.architectures.windows import windows
@@ -20,13 +21,18 @@ CORRECTION = (r"\.e_score_correction_bias$", ".e_score_correction")
 BIAS_OF_CHOICE = (r"^model\.layers\.(\d+)\..*\.e_score_correction_bias$", r"=blk.\1.exp_probs_b.bias")
 
 
+SHARED_MLP = re.compile(r"\.layers\.(?P<block>\d+)\.shared_mlp\.(?P<part>input_linear|output_linear)$")
+
+
 def granite_split(name: str, rows: int, config: Config) -> Sequence[tuple[str, Rows]] | None:
-    """Gate and up of a fused matrix."""
-    del config
-    if not name.endswith("shared_mlp.input_linear"):
+    """Gate and up of a fused matrix: of experts that every token has, or of the only feed-forward part."""
+    found = SHARED_MLP.search(name)
+    if found is None:
         return None
-    before = name.removesuffix("input_linear")
-    return halves(f"{before}gate_proj", f"{before}up_proj", rows)
+    last = "_shexp" if config.get("num_local_experts") else ""
+    if found["part"] == "output_linear":
+        return ((f"=blk.{found['block']}.ffn_down{last}", slice(None)),)
+    return halves(f"=blk.{found['block']}.ffn_gate{last}", f"=blk.{found['block']}.ffn_up{last}", rows)
 
 
 GRANITE_EXPERTS = (
@@ -34,9 +40,6 @@ GRANITE_EXPERTS = (
     (r"\.block_sparse_moe\.output_linear\.weight$", ".block_sparse_moe.experts.down_proj"),
 )
 GRANITE_NAMES = (
-    (r"^model\.layers\.(\d+)\.shared_mlp\.gate_proj$", r"=blk.\1.ffn_gate_shexp"),
-    (r"^model\.layers\.(\d+)\.shared_mlp\.up_proj$", r"=blk.\1.ffn_up_shexp"),
-    (r"^model\.layers\.(\d+)\.shared_mlp\.output_linear$", r"=blk.\1.ffn_down_shexp"),
     (r"^model\.layers\.(\d+)\.block_sparse_moe\.experts\.gate_proj$", r"=blk.\1.ffn_gate_exps"),
     (r"^model\.layers\.(\d+)\.block_sparse_moe\.experts\.up_proj$", r"=blk.\1.ffn_up_exps"),
     (r"^model\.layers\.(\d+)\.block_sparse_moe\.experts\.down_proj$", r"=blk.\1.ffn_down_exps"),
@@ -123,6 +126,7 @@ def hunyuan_keys(config: Config) -> Values:
 
     width = config.get("moe_intermediate_size")
     return {
+        **grown_base(config),
         "expert_shared_feed_forward_length": config["intermediate_size"],
         "expert_feed_forward_length": config["intermediate_size"] if width is None else only("moe_intermediate_size"),
         "expert_used_count": only("moe_topk"),

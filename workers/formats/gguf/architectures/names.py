@@ -65,13 +65,19 @@ class Names:
 
     def is_left_out(self, name: str) -> bool:
         """True for tensors that a file has no place for: towers, computed ones, blocks beyond the model's own."""
-        if OUTSIDE.match(name) or COMPUTED.search(name):
+        if COMPUTED.search(name) or self.is_beside(name):
             return True
-        plain = self.plain(name)
-        block = BLOCK.search(plain)
-        if block is not None and int(block["block"]) >= self._blocks:
-            return True
-        return self._family.left_out is not None and re.search(self._family.left_out, plain) is not None
+        return self._family.left_out is not None and re.search(self._family.left_out, self.plain(name)) is not None
+
+    def is_beside(self, name: str) -> bool:
+        """True for parts of the model beside its blocks: towers, and blocks that guess several tokens ahead."""
+        block = BLOCK.search(self.plain(name))
+        return OUTSIDE.match(name) is not None or (block is not None and int(block["block"]) >= self._blocks)
+
+    @staticmethod
+    def is_tower(name: str) -> bool:
+        """True for parts of a tower or its projector."""
+        return OUTSIDE.match(name) is not None and not name.removeprefix("model.").startswith("mtp.")
 
     def places(self, name: str, rows: int) -> list[Place] | None:
         """The places of a tensor of so many rows; None if llama.cpp has no name for one of them.

@@ -7,7 +7,7 @@ from gguf import GGUFWriter
 from transformers import PreTrainedConfig
 
 from workers.formats.gguf.architectures.family import Config, Family, Value
-from workers.formats.gguf.architectures.rows import head_dim, rope_of, turned
+from workers.formats.gguf.architectures.rows import PART, head_dim, rope_of, turned
 
 CONTEXT = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length")
 FLOATS = frozenset(
@@ -38,8 +38,11 @@ FLOATS = frozenset(
 """Keys that are floating-point numbers even where a configuration has a whole one."""
 
 
-def config_of(config: PreTrainedConfig) -> dict[str, Any]:
-    """Fields of the language model's configuration, under all names that they have."""
+def config_of(config: PreTrainedConfig, *, partial: bool) -> dict[str, Any]:
+    """Fields of the language model's configuration, under all names that they have.
+
+    partial   whether the model turns heads in part, where the configuration says so
+    """
     text = config.get_text_config(decoder=True)
     fields: dict[str, Any] = text.to_dict()
     for alias, name in text.attribute_map.items():
@@ -47,7 +50,8 @@ def config_of(config: PreTrainedConfig) -> dict[str, Any]:
             fields[alias] = fields[name]
     if fields.get("tie_word_embeddings") is None or text is not config:
         fields["tie_word_embeddings"] = bool(config.to_dict().get("tie_word_embeddings", False))
-    return fields
+    own = rope_of(fields).get("partial_rotary_factor") or fields.get("partial_rotary_factor")
+    return {**fields, PART: float(own) if partial and own else 1.0}
 
 
 def common_keys(family: Family, config: Config) -> Iterator[tuple[str, Value]]:

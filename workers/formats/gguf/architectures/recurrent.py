@@ -184,6 +184,8 @@ def hybrid_layers(config: Config) -> list[bool]:
 def hybrid_keys(config: Config) -> Values:
     """State spaces of heads, and attention in some layers, with or without a rotary embedding."""
     heads, attention = int(config["num_key_value_heads"]), hybrid_layers(config)
+    if all(attention):
+        return shared_width(config)
     turned = config["model_type"] == "bamba" or config.get("position_embedding_type") == "rope"
     keys: dict[str, Value] = {
         "attention.head_count_kv": [heads if own else 0 for own in attention],
@@ -194,9 +196,22 @@ def hybrid_keys(config: Config) -> Values:
         "ssm.inner_size": int(config["mamba_expand"] * config["hidden_size"]),
         "ssm.time_step_rank": config["mamba_n_heads"],
     }
-    if config.get("shared_intermediate_size"):
-        keys["expert_shared_feed_forward_length"] = config["shared_intermediate_size"]
-    return keys
+    return {**keys, **shared_width(config)}
+
+
+def shared_width(config: Config) -> Values:
+    """The width of shared experts; without others they are the feed-forward part."""
+    width = config.get("shared_intermediate_size")
+    if not width or config.get("num_local_experts"):
+        return {"expert_shared_feed_forward_length": int(width)} if width else {}
+    return {"feed_forward_length": int(width)}
+
+
+def all_attention(config: Config) -> str | None:
+    """The architecture of a Granite 4 that has no state spaces."""
+    if config["model_type"] != "granitemoehybrid" or not all(hybrid_layers(config)):
+        return None
+    return "granitemoe" if config.get("num_local_experts") else "granite"
 
 
 def jamba_keys(config: Config) -> Values:
@@ -245,7 +260,7 @@ RECURRENT: Mapping[str, Family] = MappingProxyType(
             epsilon="norm_eps", keys=WIDTH, derive=lfm2_moe_keys, change=transition, renames=LFM2_NAMES
         ),
         "bamba": Family(**HYBRID),  # type: ignore[arg-type]
-        "granitemoehybrid": Family(keys=SCALES, **HYBRID),  # type: ignore[arg-type]
+        "granitemoehybrid": Family(keys=SCALES, other=all_attention, **HYBRID),  # type: ignore[arg-type]
         "mamba": Family(epsilon="", derive=mamba_keys, change=transition),
         "falcon_mamba": Family(epsilon="", derive=mamba_keys, change=transition),
         "mamba2": Family(epsilon="", derive=mamba2_keys, change=by_heads, renames=(STEP_BIAS,)),

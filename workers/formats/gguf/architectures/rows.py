@@ -9,6 +9,8 @@ from torch import Tensor
 
 from workers.formats.gguf.architectures.family import Config
 
+PART = "part of a head that is turned"
+"""Field that is added to a configuration: not all of those that transformers reads are used by every model."""
 QUERY_OR_KEY = re.compile(r"\.(?P<part>[qk])_proj$")
 
 
@@ -26,8 +28,7 @@ def rope_of(config: Config) -> dict[str, Any]:
 
 def turned(config: Config) -> int:
     """Numbers of a head that the rotary embedding turns."""
-    factor = rope_of(config).get("partial_rotary_factor") or config.get("partial_rotary_factor") or 1.0
-    return int(head_dim(config) * factor)
+    return int(head_dim(config) * config[PART])
 
 
 def heads_of(part: str, config: Config) -> int:
