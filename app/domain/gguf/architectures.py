@@ -94,7 +94,9 @@ DENSE: Mapping[str, GgufArchitecture] = MappingProxyType(
             rotary=frozenset({"proportional"}),
             biases=("attention_bias",),
             windows=True,
-            demands=_demands(hidden_size_per_layer_input=(0, None), use_bidirectional_attention=(False, None, "vision")),
+            demands=_demands(
+                hidden_size_per_layer_input=(0, None), use_bidirectional_attention=(False, None, "vision")
+            ),
             partial=True,
         ),
         "phi": GgufArchitecture("phi2", GELU, demands=_demands(qk_layernorm=(False,)), partial=True),
@@ -108,9 +110,7 @@ DENSE: Mapping[str, GgufArchitecture] = MappingProxyType(
         ),
         "glm": GgufArchitecture("chatglm", partial=True),
         "glm4": GgufArchitecture("glm4", partial=True),
-        "cohere": GgufArchitecture(
-            "command-r", biases=("attention_bias",), demands=_demands(use_qk_norm=(False,))
-        ),
+        "cohere": GgufArchitecture("command-r", biases=("attention_bias",), demands=_demands(use_qk_norm=(False,))),
         "cohere2": GgufArchitecture("cohere2", biases=("attention_bias",), windows=True),
         "stablelm": GgufArchitecture("stablelm", partial=True),
         "starcoder2": GgufArchitecture("starcoder2", GELU, window=1 << 30, demands=_demands(use_bias=(True,))),
@@ -121,9 +121,7 @@ DENSE: Mapping[str, GgufArchitecture] = MappingProxyType(
             "hunyuan-dense", rotary=DEFAULT | {"dynamic"}, biases=("attention_bias",), check=peculiar.with_alpha
         ),
         "seed_oss": GgufArchitecture("seed_oss", biases=("attention_out_bias", "mlp_bias")),
-        "apertus": GgufArchitecture(
-            "apertus", frozenset({"xielu"}), rotary=DEFAULT | {"llama3"}, biases=BOTH
-        ),
+        "apertus": GgufArchitecture("apertus", frozenset({"xielu"}), rotary=DEFAULT | {"llama3"}, biases=BOTH),
         "arcee": GgufArchitecture("arcee", SQUARED, rotary=SCALED, biases=BOTH),
         "qwen2_vl_text": GgufArchitecture("qwen2vl", square=True, by_layer=True),
         "qwen2_5_vl_text": GgufArchitecture("qwen2vl", square=True, by_layer=True),
@@ -159,14 +157,16 @@ MIXTURES: Mapping[str, GgufArchitecture] = MappingProxyType(
             "deepseek2",
             rotary=DEFAULT | {"yarn"},
             biases=BOTH,
-            demands=_demands(topk_method=("greedy",), norm_topk_prob=(False,)), own_scale=True),
-        "deepseek_v3": GgufArchitecture("deepseek2", rotary=DEFAULT | {"yarn"}, biases=BOTH, demands=TURNED, own_scale=True),
+            demands=_demands(topk_method=("greedy",), norm_topk_prob=(False,)),
+            own_scale=True,
+        ),
+        "deepseek_v3": GgufArchitecture(
+            "deepseek2", rotary=DEFAULT | {"yarn"}, biases=BOTH, demands=TURNED, own_scale=True
+        ),
         "glm4_moe": GgufArchitecture("glm4moe", demands=_demands(n_group=(1,)), partial=True),
         "glm4_moe_lite": GgufArchitecture("deepseek2", biases=BOTH, demands=TURNED),
         "minimax_m2": GgufArchitecture("minimax-m2", partial=True),
-        "ernie4_5_moe": GgufArchitecture(
-            "ernie4_5-moe", biases=("use_bias",), check=peculiar.ernie_experts
-        ),
+        "ernie4_5_moe": GgufArchitecture("ernie4_5-moe", biases=("use_bias",), check=peculiar.ernie_experts),
         "hunyuan_v1_moe": GgufArchitecture(
             "hunyuan-moe", rotary=DEFAULT | {"dynamic"}, biases=("attention_bias",), check=peculiar.with_alpha
         ),
@@ -186,10 +186,15 @@ RECURRENT: Mapping[str, GgufArchitecture] = MappingProxyType(
             "qwen3next",
             biases=("attention_bias",),
             demands=MappingProxyType({**EVERY_BLOCK, "norm_topk_prob": (True,)}),
-            check=peculiar.heads_of_one_width, partial=True),
-        "qwen3_5_text": GgufArchitecture("qwen35", biases=("attention_bias",), check=peculiar.heads_of_one_width, partial=True),
+            check=peculiar.heads_of_one_width,
+            partial=True,
+        ),
+        "qwen3_5_text": GgufArchitecture(
+            "qwen35", biases=("attention_bias",), check=peculiar.heads_of_one_width, partial=True
+        ),
         "qwen3_5_moe_text": GgufArchitecture(
-            "qwen35moe", biases=("attention_bias",), check=peculiar.heads_of_one_width, partial=True),
+            "qwen35moe", biases=("attention_bias",), check=peculiar.heads_of_one_width, partial=True
+        ),
         "lfm2": GgufArchitecture("lfm2", biases=("conv_bias",)),
         "lfm2_moe": GgufArchitecture(
             "lfm2moe",
@@ -215,9 +220,7 @@ OLDER: Mapping[str, GgufArchitecture] = MappingProxyType(
         "falcon": GgufArchitecture(
             "falcon", GELU, biases=("bias",), demands=_demands(alibi=(False,), parallel_attn=(True,))
         ),
-        "bloom": GgufArchitecture(
-            "bloom", GELU, demands=_demands(apply_residual_connection_post_layernorm=(False,))
-        ),
+        "bloom": GgufArchitecture("bloom", GELU, demands=_demands(apply_residual_connection_post_layernorm=(False,))),
         "mpt": GgufArchitecture("mpt", GELU, check=peculiar.mpt),
         "gpt_bigcode": GgufArchitecture(
             "starcoder", GELU, demands=_demands(multi_query=(True,), scale_attn_weights=(True,))
@@ -244,7 +247,7 @@ WRAPPERS: Mapping[str, str] = MappingProxyType(
 COMPUTED_OTHERWISE: Mapping[str, str] = MappingProxyType(
     {
         "phimoe": "it computes other norms and another choice of experts than the model",
-        "falcon_h1": "its file holds weights multiplied by the model's multipliers, and tuned ones would be rounded anew",
+        "falcon_h1": "its file holds weights times the model's multipliers, and tuned ones would be rounded anew",
     }
 )
 """Types whose name llama.cpp has, and why a file of it is not written."""

@@ -38,7 +38,7 @@ def gemma3(config: Config) -> Iterator[str]:
     rope = config.get("rope_parameters")
     sliding = rope.get(SLIDING) if isinstance(rope, Mapping) else None
     if isinstance(sliding, Mapping) and sliding.get("rope_type", "default") != "default":
-        yield f"a rotary embedding of the type {sliding['rope_type']!r} in layers with windows, and it scales none there"
+        yield f"rotary scaling of the type {sliding['rope_type']!r} in layers with windows, and it scales none there"
 
 
 def every_fourth_unturned(config: Config) -> Iterator[str]:

@@ -92,7 +92,7 @@ def sentencepiece(prefix: str, *, complete: bool = True, around: str = "<s> $A")
 
 
 KINDS: dict[str, Callable[[], Tokenizer]] = {
-    "gpt-2": lambda: byte_level(),
+    "gpt-2": byte_level,
     "smollm": lambda: byte_level(digits=True),
     "llama-bpe": lambda: byte_level(LLAMA_3, whole_words=True),
     "dbrx": lambda: byte_level(LLAMA_3),

@@ -7,20 +7,29 @@ room for all.
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+from gguf import GGML_QUANT_SIZES, GGUFWriter
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter
 from torch import Tensor
 
+from app.domain.methods import SCHEMES
+from app.domain.methods.block_types import BlockType
 from bitwright.errors import FormatCannotHold
+
+TYPES: MappingProxyType[int, BlockType] = MappingProxyType(
+    {row.blocks.number: row.blocks for row in SCHEMES.values() if row.blocks is not None}
+)
+"""The types of quantized tensors by their numbers."""
 
 
 @dataclass
 class _Entry:
     """A tensor of the file: its rows of bytes, where they begin, and which of a stack have come."""
 
-    kind: Kind
+    kind: int
     shape: tuple[int, ...]
     begin: int
     stacked: int = 0
@@ -42,7 +51,7 @@ class Collected:
     def __contains__(self, name: object) -> bool:
         return name in self._entries
 
-    def add(self, name: str, data: Tensor, kind: Kind, *, slot: int | None = None, of: int = 1) -> None:
+    def add(self, name: str, data: Tensor, kind: int, *, slot: int | None = None, of: int = 1) -> None:
         """Take a tensor, or one of a stack of `of`; uint8 (..., bytes per row).
 
         Raises:
@@ -76,9 +85,18 @@ class Collected:
                 raise FormatCannotHold(detail, field="formats", value=name, hint="leave gguf out of formats")
             shape = (entry.stacked, *entry.shape) if entry.stacked else entry.shape
             data = np.memmap(self._file, dtype=np.uint8, mode="r", offset=entry.begin, shape=shape)
-            writer.add_tensor(name, data, raw_dtype=entry.kind)
+            _add_tensor(writer, name, data, entry.kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         self._file.unlink()
+
+
+def _add_tensor(writer: GGUFWriter, name: str, data: "np.memmap[Any, Any]", kind: int) -> None:
+    """Add rows of bytes; of a type that the package does not know yet, it is told their shape in weights."""
+    if kind in GGML_QUANT_SIZES:
+        writer.add_tensor(name, data, raw_dtype=Kind(kind))
+        return
+    shape = (*data.shape[:-1], data.shape[-1] // TYPES[kind].size * TYPES[kind].weights)
+    writer.add_tensor(name, data.view(np.int8), raw_shape=shape, raw_dtype=kind)

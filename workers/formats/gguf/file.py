@@ -10,10 +10,8 @@ from collections import Counter
 from collections.abc import Collection
 from functools import partial
 from pathlib import Path
-from types import MappingProxyType
 
 from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType
-from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from app.domain.format_rules import base_alone
@@ -23,7 +21,7 @@ from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Format, Opening
 from workers.formats.gguf.blocks import compress, decompress, held, pack
-from workers.formats.gguf.collected import Collected
+from workers.formats.gguf.collected import TYPES, Collected
 from workers.formats.gguf.identity import add_identity
 from workers.formats.gguf.loading import loading
 from workers.formats.gguf.metadata import Architecture
@@ -32,18 +30,9 @@ from workers.formats.gguf.read_back import read_back
 from workers.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
 from workers.formats.source_files import LICENCES, BlockSource, SourceCheckpoint, check_tensor, copy_files
 from workers.formats.stored_linear import StoredLinear, StoredPart
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult
 
 FILE = "model.gguf"
-FILE_TYPES: MappingProxyType[Kind, LlamaFileType] = MappingProxyType(
-    {
-        Kind.Q4_0: LlamaFileType.MOSTLY_Q4_0,
-        Kind.Q4_1: LlamaFileType.MOSTLY_Q4_1,
-        Kind.Q5_0: LlamaFileType.MOSTLY_Q5_0,
-        Kind.Q5_1: LlamaFileType.MOSTLY_Q5_1,
-        Kind.Q8_0: LlamaFileType.MOSTLY_Q8_0,
-    }
-)
 
 
 def check_source(source: SourceCheckpoint) -> None:
@@ -65,7 +54,7 @@ class GGUFFile:
         self._architecture = Architecture.of(opening.source)
         self._placed = PlacedTensors(self._architecture, Collected(folder / "tensors.partial"))
         self._linears: dict[str, StoredLinear] = {}
-        self._kinds: Counter[Kind] = Counter()
+        self._kinds: Counter[int] = Counter()
         self._offset_error = 0.0
         self._tokens: tuple[str, ...] = ()
 
@@ -78,9 +67,10 @@ class GGUFFile:
             FormatCannotHold: the format would have to change codes or scales, or has no name for the linear.
         """
         weight = result.weight
-        if not isinstance(weight, AffineWeight) or (result.low_rank and not base_alone(self._opening.formats)):
+        alone = result.low_rank is None or base_alone(self._opening.formats)
+        if not isinstance(weight, AffineWeight | BlockWeight) or not alone:
             raise FormatCannotHold(
-                "gguf holds affine weights without low-rank factors",
+                "gguf holds affine weights and llama.cpp's own types, without low-rank factors",
                 field=name,
                 hint='ask for formats: ["merged"], or add "peft" for the low-rank factors',
             )
@@ -121,7 +111,7 @@ class GGUFFile:
         self._tokens = add_tokenizer(writer, self._source.folder, self._architecture.vocabulary)
         writer.add_quantization_version(GGML_QUANT_VERSION)
         most = self._kinds.most_common(1)
-        writer.add_file_type(FILE_TYPES[most[0][0]] if most else LlamaFileType.GUESSED)
+        writer.add_file_type(TYPES[most[0][0]].file_type if most else LlamaFileType.GUESSED)
         self._placed.finish(writer, self._source)
         copy_files(self._source.folder, self._folder, LICENCES)
 

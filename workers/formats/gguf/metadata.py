@@ -14,8 +14,8 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from app.domain.gguf.rules import gguf_refusals, language_model, unknown
 from app.domain.gguf.architectures import ARCHITECTURES as RULES
+from app.domain.gguf.rules import gguf_refusals, language_model, unknown
 from app.domain.inputs.architectures import find_architecture
 from bitwright.errors import FormatCannotHold
 from workers.formats.gguf.architectures.family import Config, Family

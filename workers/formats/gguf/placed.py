@@ -48,7 +48,7 @@ class PlacedTensors:
         pattern = self._family.remakes(self._architecture.numbers)
         return pattern is not None and re.search(pattern, self._names.plain(name)) is not None
 
-    def add_rows(self, name: str, data: Tensor, kind: Kind, source: str | None = None) -> None:
+    def add_rows(self, name: str, data: Tensor, kind: int, source: str | None = None) -> None:
         """Store rows of bytes, uint8 (rows, bytes), of a tensor by its source's name.
 
         source   name of the source's tensor that holds it with others
@@ -107,7 +107,7 @@ class PlacedTensors:
             return False
         self.done.add(name)
         place = places[0]
-        self._collected.add(place.name, stored.data, Kind(stored.kind), slot=place.slot, of=place.of)
+        self._collected.add(place.name, stored.data, stored.kind, slot=place.slot, of=place.of)
         return True
 
     def finish(self, writer: GGUFWriter, source: object) -> None:
@@ -117,7 +117,7 @@ class PlacedTensors:
             if stored is None:
                 self._put(name, tensor)
             else:
-                self._collected.add(name, stored.data, Kind(stored.kind))
+                self._collected.add(name, stored.data, stored.kind)
         self._collected.write(writer)
 
     def _fused(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:

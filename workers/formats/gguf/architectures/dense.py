@@ -158,7 +158,8 @@ def xielu(config: Config, read: Callable[[str], Tensor]) -> Values:
     """The four numbers of each block's activation."""
     return {
         f"=xielu.{key}": [
-            float(read(f"model.layers.{block}.mlp.act_fn.{key}").float()) for block in range(config["num_hidden_layers"])
+            float(read(f"model.layers.{block}.mlp.act_fn.{key}").float())
+            for block in range(config["num_hidden_layers"])
         ]
         for key in ("alpha_n", "alpha_p", "beta", "eps")
     }

@@ -1,4 +1,4 @@
-"""The facts by which a model type's checkpoint becomes llama.cpp's: one row of data, or a small pure function, for each.
+"""The facts by which a model type's checkpoint becomes llama.cpp's: a row of data, or a small pure function.
 
 Names are the source's after `workers.formats.gguf.architectures.names` has made them plain: without the prefixes of
 wrappers, and with experts' numbers taken out.
@@ -66,7 +66,7 @@ class Family:
     order      name of a linear or its bias -> source's index of each row of the file, int64 (rows,); None: as they are
     split      name, rows -> names and rows of the several tensors of the file that a tensor of the source is
     change     numbers of an unquantized tensor that llama.cpp wants otherwise
-    remakes    configuration -> regular expression of matrices whose columns move, so that no quantized block fits the file
+    remakes    configuration -> regular expression of matrices whose columns move: no quantized block fits the file
     remake     the file's tensors by name, from such a matrix, fp32 (out, in)
     added      tensors that the source does not hold
     left_out   regular expression of the source's tensors that llama.cpp has no use for

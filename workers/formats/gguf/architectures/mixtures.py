@@ -169,9 +169,7 @@ MIXTURES: Mapping[str, Family] = MappingProxyType(
             aliases=GRANITE_EXPERTS,
             renames=GRANITE_NAMES,
         ),
-        "gpt_oss": Family(
-            derive=gpt_oss_keys, renames=(SINKS,), transposed_experts=True, alternating=True
-        ),
+        "gpt_oss": Family(derive=gpt_oss_keys, renames=(SINKS,), transposed_experts=True, alternating=True),
         "deepseek_v2": Family(derive=mla_keys, **DEEPSEEK),  # type: ignore[arg-type]
         "deepseek_v3": Family(derive=v3_keys, **DEEPSEEK),  # type: ignore[arg-type]
         "glm4_moe": Family(keys=WIDTH, derive=glm4_moe_keys, renames=(BIAS_OF_CHOICE,)),
@@ -196,9 +194,7 @@ MIXTURES: Mapping[str, Family] = MappingProxyType(
             change=lambda name, tensor, _: tensor.reshape(-1) if "e_score_correction" in name else tensor,
         ),
         "hunyuan_v1_moe": Family(derive=hunyuan_keys),
-        "llama4_text": Family(
-            derive=llama4_keys, transposed_experts=True
-        ),
+        "llama4_text": Family(derive=llama4_keys, transposed_experts=True),
     }
 )
 """transformers' `model_type` -> the family."""

@@ -20,7 +20,9 @@ COMPUTED = re.compile(r"rotary_emb\.inv_freq$|\.attn\.(?:masked_)?bias$|\.attent
 EXPERT = re.compile(r"(?P<before>.*\bexperts)\.(?P<number>\d+)\.(?P<after>.+)")
 NORM_OF_HEAD = re.compile(r"(?P<before>.*\.(?P<part>[qk])_layernorm)\.norms\.(?P<number>\d+)\.(?P<after>weight)")
 BLOCK = re.compile(r"\b(?:layers|h|blocks)\.(?P<block>\d+)\.")
-FUSED = re.compile(r"(?P<before>.*\bexperts\.)(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?P<leaf>_bias|\.weight|)$")
+FUSED = re.compile(
+    r"(?P<before>.*\bexperts\.)(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?P<leaf>_bias|\.weight|)$"
+)
 LEAVES = (".weight", ".bias")
 
 

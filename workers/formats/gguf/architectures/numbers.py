@@ -78,7 +78,7 @@ def common_keys(family: Family, config: Config) -> Iterator[tuple[str, Value]]:
 
 
 def put(writer: GGUFWriter, architecture: str, key: str, value: Value) -> None:
-    """Adds a key, as the type that llama.cpp reads it as: under the architecture's name, but for one that begins with ="""
+    """Adds a key under the architecture's name, or under its own after a =, as the type that llama.cpp reads."""
     full = key[1:] if key.startswith("=") else f"{architecture}.{key}"
     if isinstance(value, bool):
         writer.add_bool(full, value)

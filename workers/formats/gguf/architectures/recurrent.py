@@ -71,7 +71,7 @@ def next_split(name: str, rows: int, config: Config) -> Sequence[tuple[str, Tens
     value = int(config["linear_value_head_dim"] * config["linear_num_value_heads"]) // groups
     whole = torch.arange(groups * 2 * (key + value)).view(groups, -1)
     q, k, v, z = whole.split([key, key, value, value], 1)
-    block = name.split(".layers.")[1].split(".")[0]
+    block = name.split(".layers.")[1].split(".", maxsplit=1)[0]
     qkv = torch.cat([part.flatten() for part in (q, k, v)])
     return (f"=blk.{block}.attn_qkv", qkv), (f"=blk.{block}.attn_gate", z.flatten())
 
@@ -256,9 +256,7 @@ RECURRENT: Mapping[str, Family] = MappingProxyType(
         "qwen3_5_text": Family(derive=qwen35_keys, **DELTA, **TILED),  # type: ignore[arg-type]
         "qwen3_5_moe_text": Family(keys=SHARED, derive=qwen35_keys, **DELTA, **TILED),  # type: ignore[arg-type]
         "lfm2": Family(epsilon="norm_eps", derive=lfm2_keys, change=transition),
-        "lfm2_moe": Family(
-            epsilon="norm_eps", keys=WIDTH, derive=lfm2_moe_keys, change=transition, renames=LFM2_NAMES
-        ),
+        "lfm2_moe": Family(epsilon="norm_eps", keys=WIDTH, derive=lfm2_moe_keys, change=transition, renames=LFM2_NAMES),
         "bamba": Family(**HYBRID),  # type: ignore[arg-type]
         "granitemoehybrid": Family(keys=SCALES, other=all_attention, **HYBRID),  # type: ignore[arg-type]
         "mamba": Family(epsilon="", derive=mamba_keys, change=transition),

@@ -41,7 +41,9 @@ def byte_fallback(described: Mapping[str, Any]) -> Vocabulary:
     if scores is not None:
         return Vocabulary("llama", "default", None, scores, prefix, bytes_by_name=True, warnings=warnings)
     if prefix or any("\n" in first + second for first, second in pairs):
-        raise refusal("its merges are not those that scores of its pieces would make, which llama.cpp's algorithm needs")
+        raise refusal(
+            "its merges are not those that scores of its pieces would make, which llama.cpp's algorithm needs"
+        )
     merges = [f"{first} {second}" for first, second in pairs]
     return Vocabulary("gemma4", "gemma4", merges, {}, prefix, bytes_by_name=True, warnings=warnings)
 

@@ -155,5 +155,3 @@ def _check_rewriting(described: Mapping[str, Any]) -> None:
     for name in ("continuing_subword_prefix", "end_of_word_suffix"):
         if described["model"].get(name):
             raise refusal(f"it has {name} = {described['model'][name]!r}, which llama.cpp does not know")
-
-
