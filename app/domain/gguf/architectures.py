@@ -40,6 +40,7 @@ class GgufArchitecture:
     demands     further fields, and the values that it computes with
     check       words on what else it does not compute
     partial     whether transformers turns heads in part where the configuration says so
+    per_layer   whether some numbers of single layers may differ
     own_scale   whether it reads what YaRN's mscale_all_dim does to the scale of attention
     """
 
@@ -56,6 +57,7 @@ class GgufArchitecture:
     check: Check = peculiar.nothing
     partial: bool = False
     own_scale: bool = False
+    per_layer: bool = False
 
 
 BOTH = ("attention_bias", "mlp_bias")
@@ -98,6 +100,8 @@ DENSE: Mapping[str, GgufArchitecture] = MappingProxyType(
                 hidden_size_per_layer_input=(0, None), use_bidirectional_attention=(False, None, "vision")
             ),
             partial=True,
+            per_layer=True,
+            check=peculiar.gemma4,
         ),
         "phi": GgufArchitecture("phi2", GELU, demands=_demands(qk_layernorm=(False,)), partial=True),
         "phi3": GgufArchitecture("phi3", rotary=DEFAULT | {"longrope"}, window=1 << 30, positions=4096, partial=True),

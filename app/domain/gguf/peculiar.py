@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping
 
 Config = Mapping[str, object]
 SLIDING = "sliding_attention"
+OWN_OF_FULL_LAYERS = frozenset({"head_dim", "num_key_value_heads"})
 
 
 def nothing(config: Config) -> Iterator[str]:
@@ -39,6 +40,18 @@ def gemma3(config: Config) -> Iterator[str]:
     sliding = rope.get(SLIDING) if isinstance(rope, Mapping) else None
     if isinstance(sliding, Mapping) and sliding.get("rope_type", "default") != "default":
         yield f"rotary scaling of the type {sliding['rope_type']!r} in layers with windows, and it scales none there"
+
+
+def gemma4(config: Config) -> Iterator[str]:
+    """Layers that see the whole text share what they have of their own: widths and heads of keys and values."""
+    given, types = config.get("per_layer_config"), config.get("layer_types")
+    if not isinstance(given, Mapping) or not given or not isinstance(types, list):
+        return
+    full = [str(layer) for layer, kind in enumerate(types) if kind != SLIDING]
+    own = [given.get(layer) for layer in full]
+    names = {name for each in given.values() if isinstance(each, Mapping) for name in each}
+    if any(layer not in full for layer in given) or own.count(own[0]) < len(own) or names - OWN_OF_FULL_LAYERS:
+        yield f"per_layer_config of {sorted(names)}, and it has widths of heads alone, the same in all full layers"
 
 
 def every_fourth_unturned(config: Config) -> Iterator[str]:

@@ -166,7 +166,7 @@ def _layers(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
         yield f"config.json has num_hidden_layers = {layers}, and llama.cpp holds at most {MAX_LAYERS}"
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") and not architecture.per_layer:
         yield f"config.json has per_layer_config, and llama.cpp's {architecture.name} has the same numbers in all"
 
 

@@ -31,6 +31,8 @@ pytestmark = [
 VOCABULARY = 400
 IDS = torch.randint(4, 300, (40,), generator=torch.Generator().manual_seed(0))
 """Longer than every window, and without the token of an image."""
+BLOCKS = dict.fromkeys(("gpt2", "bloom", "falcon", "gpt_bigcode"), "h") | {"mpt": "blocks"}
+"""Name of the list of blocks, where it is not `layers`."""
 FULL = ["full_attention"] * 4
 SECTIONS = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25, "mrope_section": [1, 1, 0]}
 YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -127,8 +129,11 @@ TYPES = sorted({*(ARCHITECTURES.keys() & ACCEPTED.keys()), *WRAPPERS})
 def test_llama_cpp_computes_the_merged_model(
     model_type: str, changes: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The first half stays as it is: llama.cpp rounds activations to 8 bits before quantized weights, and the routers
+    and states of random models make much of it. Every type has two blocks whose linears are all quantized."""
     source = save(tmp_path / "source", model_type, changes, monkeypatch)
-    result = run_job(source, tmp_path / "job", formats=["gguf", "merged"], bits=8, evaluation=None)
+    modules = {"ignore": ["lm_head", *(f"*{BLOCKS.get(model_type, 'layers')}.{number}.*" for number in (0, 1))]}
+    result = run_job(source, tmp_path / "job", formats=["gguf", "merged"], bits=8, evaluation=None, modules=modules)
     folders = {name: tmp_path / "job" / result.checkpoints[name] for name in ("gguf", "merged")}
     answer = ask(Path(FOLDER), folders["gguf"] / "model.gguf", IDS.tolist(), [])
     assert isinstance(answer, Answer), answer
@@ -140,4 +145,4 @@ def test_llama_cpp_computes_the_merged_model(
     difference = float((found - expected).square().mean().sqrt() / expected.std())
     print(f"{model_type} {changes}: {perplexity(found):.3f}, {perplexity(expected):.3f}, {difference:.4f}")  # noqa: T201
     assert perplexity(found) == pytest.approx(perplexity(expected), rel=0.005)
-    assert difference < 0.05
+    assert difference < 0.03

@@ -9,11 +9,11 @@ from typing import Any
 import gguf
 import pytest
 import torch
-from app.domain.gguf.rules import gguf_refusals
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from app.domain.format_rules import model_problems
 from app.domain.formats import ExportFormat
+from app.domain.gguf.rules import gguf_refusals
 from bitwright.errors import FormatCannotHold
 from tests.engine.conftest import run_job
 from tests.engine.ships.gguf_models import LLAMA_3, QWEN, SHAPE, save_model, save_tokenizer

@@ -26,6 +26,8 @@ from workers.formats.gguf.architectures.rows import rope_of, turned
 from workers.formats.source_files import SourceCheckpoint
 
 KINDS: dict[str, MODEL_ARCH] = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+UNCAPPED = frozenset({"gemma3"})
+"""Wrappers that do not cap their logits in transformers, whatever the language model's configuration says."""
 OTHER_FORMAT = "leave gguf out of formats: merged holds every model"
 
 
@@ -67,6 +69,8 @@ class Architecture:
             raise FormatCannotHold(refusal, field="formats", hint=OTHER_FORMAT)
         rules = RULES[model_type]
         numbers = config_of(config, partial=rules.partial)
+        if outer in UNCAPPED:
+            numbers["final_logit_softcapping"] = None
         family = FAMILIES[model_type]
         name = family.other(numbers) or rules.name
         return cls(name, model_type, KINDS[name], family, config, numbers, bool(tied))

@@ -44,9 +44,16 @@ def gemma3_keys(config: Config) -> Values:
     return {**windows(config), **({} if base is None else {"rope.freq_base_swa": float(base)})}
 
 
+def of_full_layers(config: Config, name: str) -> int:
+    """A number of the layers that see the whole text, where they have one of their own."""
+    layers = [str(layer) for layer, kind in enumerate(config["layer_types"]) if kind != SLIDING]
+    given = config.get("per_layer_config") or {}
+    return int(next((given[layer][name] for layer in layers if name in given.get(layer, {})), config[name]))
+
+
 def gemma4_keys(config: Config) -> Values:
     """Heads of two widths, for layers with windows and for others, whose rotary embedding reaches a part of them."""
-    full, sliding = int(config.get("global_head_dim") or config["head_dim"]), int(config["head_dim"])
+    full, sliding = int(of_full_layers(config, "head_dim")), int(config["head_dim"])
     rope = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
     keys = {
         **gemma3_keys(config),
@@ -59,9 +66,8 @@ def gemma4_keys(config: Config) -> Values:
         "rope.dimension_count": full,
         "rope.dimension_count_swa": int(sliding * (rope.get("partial_rotary_factor") or 1)),
     }
-    heads = config.get("num_global_key_value_heads")
-    if heads and config.get("attention_k_eq_v"):
-        own = config["num_key_value_heads"]
+    heads, own = of_full_layers(config, "num_key_value_heads"), config["num_key_value_heads"]
+    if heads != own:
         keys["attention.head_count_kv"] = [own if kind == SLIDING else heads for kind in config["layer_types"]]
     if config.get("enable_moe_block"):
         keys["expert_feed_forward_length"] = config["moe_intermediate_size"]
@@ -72,7 +78,7 @@ def gemma4_keys(config: Config) -> Values:
 
 def gemma4_factors(config: Config) -> Tensors:
     """Divisors of rotary frequencies of layers that see all: those beyond the part that is turned stand still."""
-    half = int(config.get("global_head_dim") or config["head_dim"]) // 2
+    half = int(of_full_layers(config, "head_dim")) // 2
     part = rope_of(config).get("partial_rotary_factor") or 1.0
     factors = torch.full((half,), 1e30)
     factors[: int(half * part)] = 1.0

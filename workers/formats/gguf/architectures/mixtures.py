@@ -181,7 +181,6 @@ MIXTURES: Mapping[str, Family] = MappingProxyType(
             },
             renames=(BIAS_OF_CHOICE,),
         ),
-        "phimoe": Family(epsilon="rms_norm_eps"),
         "ernie4_5_moe": Family(
             keys=WIDTH,
             derive=lambda config: {
