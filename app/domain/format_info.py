@@ -85,6 +85,7 @@ class FormatInfo:
     output_multiple   linears have a multiple of so many outputs
     uniform           whether all linears of a checkpoint have one scheme
     architectures     `model_type`s that it is written for; None: all
+    stacks_experts    whether all experts of a block are one tensor of one type
     known_by          the program whose model types these are, and its release
     default_for       results for which it is chosen where a request names no format; one format per result
     offsets           how it stores fractional offsets
@@ -114,6 +115,7 @@ class FormatInfo:
     uniform: bool = False
     architectures: frozenset[str] | None = None
     known_by: str = ""
+    stacks_experts: bool = False
     default_for: frozenset[Result] = frozenset()
     offsets: Offsets = Offsets.NONE
     dense: bool = False

@@ -243,6 +243,7 @@ class ExportFormat(StrEnum):
             asymmetric_bits=frozenset({2, 3, 4, 5}),
             group_multiple=32,
             architectures=frozenset({*GGUF_ARCHITECTURES, *GGUF_WRAPPERS}),
+            stacks_experts=True,
             known_by=f"llama.cpp {LLAMA_CPP_RELEASE}",
             default_for=frozenset({Result.BLOCKS}),
             offsets=Offsets.FLOAT16,

@@ -80,7 +80,7 @@ def sentencepiece(prefix: str, *, complete: bool = True, around: str = "<s> $A")
         made.pre_tokenizer = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme=prefix, split=False)
     made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     split = pre_tokenizers.Metaspace(replacement=SPACE, prepend_scheme="never", split=True)
-    lines = pre_tokenizers.Split(Regex("\n+"), "isolated")
+    lines = pre_tokenizers.Split(Regex("\n"), "isolated")
     own, made.pre_tokenizer = made.pre_tokenizer, pre_tokenizers.Sequence([split, lines])
     octets = [f"<0x{value:02X}>" for value in range(256)]
     trained = json.loads(_trained(made, around, [], octets).to_str())

@@ -1,4 +1,4 @@
-"""A GGUF file as source: what a job does not quantize has the same bytes in the file that it writes."""
+"""A GGUF file as source keeps the bytes of what a job does not quantize; experts of a block have one type in it."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,10 @@ import gguf
 import numpy as np
 import pytest
 
+from bitwright.errors import FormatCannotHold
 from tests.engine.conftest import run_job
+from tests.engine.model.families import save_small_model
+from tests.engine.ships.gguf_models import save_tokenizer
 
 
 def bytes_of(file: Path) -> dict[str, tuple[str, Any]]:
@@ -31,3 +34,13 @@ def test_what_is_not_asked_for_keeps_its_bytes(bits: int, small_model: Path, tmp
     changed = {name for name in old if old[name][0] != new[name][0] or not np.array_equal(old[name][1], new[name][1])}
     assert changed == {"blk.2.ffn_down.weight"}
     assert {kind for kind, _ in old.values()} == {"Q5_0", "BF16", "F32"}
+
+
+def test_experts_of_several_schemes_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
+    save_small_model(tmp_path / "source", "mixtral", vocab_size=400, hidden_size=64, intermediate_size=64, head_dim=16)
+    save_tokenizer(tmp_path / "source")
+    for modules in ({"overrides": {"*.experts.3.*": {"bits": 8}}}, {"ignore": ["lm_head", "*.experts.11.w2"]}):
+        with pytest.raises(FormatCannotHold, match="all experts of a block in one tensor of one type") as refused:
+            run_job(tmp_path / "source", tmp_path / "job", formats=["gguf"], modules=modules)
+        assert refused.value.field == "formats.0"
+    assert not list((tmp_path / "job" / "state").glob("*.safetensors"))
