@@ -211,6 +211,12 @@ RECURRENT: Mapping[str, GgufArchitecture] = MappingProxyType(
         "falcon_mamba": GgufArchitecture("mamba", biases=("use_bias",), check=peculiar.twice_as_wide),
         "mamba2": GgufArchitecture("mamba2", biases=("use_bias",)),
         "jamba": GgufArchitecture("jamba"),
+        "nemotron_h": GgufArchitecture(
+            "nemotron_h",
+            biases=("use_bias", "mamba_proj_bias"),
+            demands=_demands(mlp_hidden_act=("relu2",), moe_latent_size=(None,), topk_group=(1,), n_group=(1,)),
+            check=peculiar.one_kind_of_parts,
+        ),
     }
 )
 OLDER: Mapping[str, GgufArchitecture] = MappingProxyType(

@@ -122,6 +122,13 @@ def twice_as_wide(config: Config) -> Iterator[str]:
         yield f"intermediate_size = {found[1]}, and it takes twice the hidden_size of {found[0]}"
 
 
+def one_kind_of_parts(config: Config) -> Iterator[str]:
+    """Feed-forward parts all with experts, or all without."""
+    kinds = config.get("layers_block_type")
+    if isinstance(kinds, list) and {"moe", "mlp"} <= set(map(str, kinds)):
+        yield "layers_block_type of both moe and mlp, and it has feed-forward parts of one kind"
+
+
 def mpt(config: Config) -> Iterator[str]:
     """ALiBi, with the usual scale."""
     attention = config.get("attn_config")

@@ -29,7 +29,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),
 ]
 VOCABULARY = 400
-IDS = torch.randint(4, 300, (40,), generator=torch.Generator().manual_seed(0))
+IDS = torch.randint(4, 300, (100,), generator=torch.Generator().manual_seed(0))
 """Longer than every window, and without the token of an image."""
 BLOCKS = dict.fromkeys(("gpt2", "bloom", "falcon", "gpt_bigcode"), "h") | {"mpt": "blocks"}
 """Name of the list of blocks, where it is not `layers`."""
@@ -51,9 +51,10 @@ LONG = {
     "partial_rotary_factor": 0.5,
     "short_factor": [1.0, 1.1, 1.2, 1.3],
     "long_factor": [2.0, 2.5, 3.0, 4.0],
-    "original_max_position_embeddings": 64,
     "factor": 4.0,
 }
+ORIGINAL, LONGER = ({"original_max_position_embeddings": length} for length in (32, 512))
+"""Contexts that the texts of these tests are longer than, and shorter."""
 CHANGES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
     "ministral3": {"layer_types": FULL, "sliding_window": None},
@@ -79,6 +80,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     },
     "qwen3_5_text": {"rope_parameters": SECTIONS},
     "qwen3_5_moe_text": {"rope_parameters": SECTIONS},
+    "nemotron_h": {"layers_block_type": ["moe", "attention", "mamba", "moe"] * 2},
     "mamba": {"intermediate_size": 128},
     "falcon_mamba": {"intermediate_size": 128},
 }
@@ -91,7 +93,8 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("olmo3", {"rope_parameters": {"full_attention": YARN, "sliding_attention": {**YARN, "rope_type": "default"}}}),
     ("exaone4", {"rope_parameters": LLAMA_3}),
     ("apertus", {"rope_parameters": LLAMA_3}),
-    ("phi3", {"rope_parameters": LONG, "original_max_position_embeddings": 64}),
+    ("phi3", {"rope_parameters": LONG | ORIGINAL, **ORIGINAL}),
+    ("phi3", {"rope_parameters": LONG | LONGER, **LONGER, "max_position_embeddings": 2048}),
     ("hunyuan_v1_dense", {"rope_parameters": {**LINEAR, "rope_type": "dynamic", "alpha": 50.0}}),
     ("gpt_oss", {"rope_parameters": {**YARN, "truncate": False}}),
     ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
@@ -99,6 +102,9 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("gemma3_text", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_theta": 1e3}}}),
     ("granitemoehybrid", {"position_embedding_type": "rope"}),
     ("glm4_moe", {"use_qk_norm": True}),
+    ("nemotron_h", {"layers_block_type": ["mlp", "attention", "mamba", "mlp"] * 2}),
+    ("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0}),
+    ("granitemoehybrid", {"layer_types": ["attention"] * 4, "num_local_experts": 0, "num_experts_per_tok": 0}),
     ("gpt_neox", {"use_parallel_residual": False}),
     ("falcon", {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": 1}),
 ]

@@ -37,7 +37,9 @@ def test_what_is_not_asked_for_keeps_its_bytes(bits: int, small_model: Path, tmp
 
 
 def test_experts_of_several_schemes_are_refused_before_anything_is_computed(tmp_path: Path) -> None:
-    save_small_model(tmp_path / "source", "mixtral", vocab_size=400, hidden_size=64, intermediate_size=64, head_dim=16)
+    save_small_model(
+        tmp_path / "source", "mixtral", vocab_size=400, hidden_size=64, intermediate_size=64, sliding_window=None
+    )
     save_tokenizer(tmp_path / "source")
     for modules in ({"overrides": {"*.experts.3.*": {"bits": 8}}}, {"ignore": ["lm_head", "*.experts.11.w2"]}):
         with pytest.raises(FormatCannotHold, match="all experts of a block in one tensor of one type") as refused:

@@ -214,6 +214,49 @@ def all_attention(config: Config) -> str | None:
     return "granitemoe" if config.get("num_local_experts") else "granite"
 
 
+def one_part_keys(config: Config) -> Values:
+    """Blocks of one part each, attention, a state space or a feed-forward part, told apart by numbers that are 0."""
+    kinds, heads = config["layers_block_type"], int(config["num_key_value_heads"])
+    experts = "moe" in kinds
+    width = int(config["moe_intermediate_size"] if experts else config["intermediate_size"])
+    keys: dict[str, Value] = {
+        "attention.head_count_kv": [heads if own else 0 for own in hybrid_layers(config)],
+        "feed_forward_length": [width if kind in ("moe", "mlp") else 0 for kind in kinds],
+        "attention.layer_norm_epsilon": float(config["layer_norm_epsilon"]),
+        "attention.layer_norm_rms_epsilon": float(config["layer_norm_epsilon"]),
+        "ssm.conv_kernel": config["conv_kernel"],
+        "ssm.state_size": config["ssm_state_size"],
+        "ssm.group_count": config["n_groups"],
+        "ssm.inner_size": int(config["mamba_num_heads"] * config["mamba_head_dim"]),
+        "ssm.time_step_rank": config["mamba_num_heads"],
+    }
+    if not experts:
+        return {**keys, "expert_count": 0, "expert_used_count": 0}
+    return {
+        **keys,
+        "expert_feed_forward_length": width,
+        "expert_shared_feed_forward_length": config["moe_shared_expert_intermediate_size"],
+        "expert_shared_count": config["n_shared_experts"],
+        "expert_weights_norm": bool(config["norm_topk_prob"]),
+        "expert_weights_scale": float(config["routed_scaling_factor"]),
+        "expert_group_count": config["n_group"],
+    }
+
+
+def with_experts(config: Config) -> str | None:
+    """The architecture of a Nemotron-H with experts."""
+    return "nemotron_h_moe" if "moe" in config["layers_block_type"] else None
+
+
+ONE_PART = r"^backbone\.layers\.(\d+)\.mixer\."
+ONE_PART_NAMES = (
+    STEP_BIAS,
+    (ONE_PART + r"gate\.e_score_correction_bias$", r"=blk.\1.exp_probs_b.bias"),
+    (ONE_PART + r"experts\.(up|down)_proj$", r"=blk.\1.ffn_\2_exps"),
+    (ONE_PART + r"shared_experts\.(up|down)_proj$", r"=blk.\1.ffn_\2_shexp"),
+)
+
+
 def jamba_keys(config: Config) -> Values:
     """State spaces, and attention in some layers."""
     period, offset = config["attn_layer_period"], config["attn_layer_offset"]
@@ -262,6 +305,9 @@ RECURRENT: Mapping[str, Family] = MappingProxyType(
         "mamba": Family(epsilon="", derive=mamba_keys, change=transition),
         "falcon_mamba": Family(epsilon="", derive=mamba_keys, change=transition),
         "mamba2": Family(epsilon="", derive=mamba2_keys, change=by_heads, renames=(STEP_BIAS,)),
+        "nemotron_h": Family(
+            epsilon="", derive=one_part_keys, other=with_experts, change=by_heads, renames=ONE_PART_NAMES
+        ),
         "jamba": Family(derive=jamba_keys, change=transition, renames=JAMBA_NAMES),
     }
 )
