@@ -13,7 +13,9 @@ from types import MappingProxyType
 
 from app.api.http.errors import problem_response
 from app.domain.adapters import ADAPTERS
-from app.domain.formats import FORMATS, FormatInfo, LowRankRule
+from app.domain.formats import FORMATS, ExportFormat, FormatInfo, LowRankRule
+from app.domain.gguf.architectures import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.domain.gguf.architectures import WRAPPERS
 from app.domain.inputs.architectures import ACCEPTED_FILE, ARCHITECTURES, REFUSED
 from app.domain.methods import (
     ALL_SCHEMES,
@@ -49,6 +51,7 @@ FOLDERS = MappingProxyType(
         "app/domain": "Pure types: pydantic and the standard library only",
         "app/domain/request": "The request: shorthand, recipes, sources, problems",
         "app/domain/methods": "Schemes, specs and budgets of quantization methods, and their catalogue",
+        "app/domain/gguf": "llama.cpp's architectures, and what a GGUF file cannot say",
         "app/domain/goals": "Goals in bytes: what formats store, what a cache takes, what is out of reach",
         "app/domain/adapters": "Specs and shapes of adapters",
         "app/domain/sizes": "Sizes of results, told before anything is made",
@@ -85,6 +88,8 @@ FOLDERS = MappingProxyType(
         "workers/formats/cards": "Model cards: what a checkpoint is, how it loads, what it learned",
         "workers/formats/compressed_tensors": "compressed-tensors: tensors, configuration, refusals",
         "workers/formats/gguf": "GGUF files: tensors, tokenizer, metadata",
+        "workers/formats/gguf/architectures": "Model types as llama.cpp has them, a row of data for each",
+        "workers/formats/gguf/tokenizers": "Tokenizers as llama.cpp has them, a file for each kind",
         "workers/formats/packed": "What the formats of 32-bit words share: words, checks, loader",
         "workers/formats/mlx": "MLX's affine checkpoints",
         "workers/formats/bitsandbytes": "bitsandbytes' NF4 checkpoints",
@@ -110,6 +115,7 @@ FOLDERS = MappingProxyType(
         "tests/documents": "Every shell and Python block of the documents, against a live service",
         "tests/domain": "Requests, formats and errors",
         "tests/domain/adapters": "Specs and shapes of adapters",
+        "tests/domain/gguf": "What a configuration says and a GGUF file cannot",
         "tests/domain/goals": "Goals in a request, caches, and what sizes put out of reach",
         "tests/domain/inputs": "Checks of files that strangers send",
         "tests/domain/inputs/quantized": "Headers of quantized sources that lie",
@@ -135,6 +141,8 @@ FOLDERS = MappingProxyType(
         "tests/formats/cards": "Model cards and what they inherit",
         "tests/formats/compressed_tensors": "Golden bytes of compressed-tensors, and what the format refuses",
         "tests/formats/gguf": "GGUF files against the package gguf",
+        "tests/formats/gguf/architectures": "Names, rows and parts that llama.cpp has otherwise",
+        "tests/formats/gguf/tokenizers": "Rules of tokenizers by their names in llama.cpp",
         "tests/methods": "Methods against their formulas",
         "tests/mutants": "Mistakes put into the sources one at a time, and whether the tests notice",
         "tests/numerics": "Rounding, codebooks and packing",
@@ -335,7 +343,7 @@ def _held(info: FormatInfo) -> str:
     if info.uniform:
         weights += ", one scheme for all linears"
     if info.architectures is not None:
-        weights += f", {', '.join(sorted(info.architectures))}"
+        weights += f", the model types that {info.known_by} knows"
     codebook = ", or on a codebook" if {Form.CODEBOOK, Form.AFFINE} <= info.kinds else ""
     return f"{weights}{codebook}; low-rank factors {LOW_RANK[info.low_rank]}"
 
@@ -356,13 +364,22 @@ def architectures_table() -> str:
             f"`{model_type}`",
             row.title,
             f"`{row.model_class}`",
+            f"`{gguf_name(model_type)}`" if gguf_name(model_type) else "",
             "; ".join(f"{f}: {why}" for f, why in row.refusals.items()),
         ]
         for model_type, row in ARCHITECTURES.items()
     ]
     refused = [[f"`{model_type}`", why] for model_type, why in REFUSED.items()]
-    accepted = table(("`model_type`", "models", "class of transformers", "formats that it cannot have"), rows)
+    accepted = table(
+        ("`model_type`", "models", "class of transformers", "in llama.cpp", "formats that it cannot have"), rows
+    )
     return f"{accepted}\n\nKnown, and refused:\n\n{table(('`model_type`', 'why'), refused)}"
+
+
+def gguf_name(model_type: str) -> str:
+    """llama.cpp's architecture of a type; nothing where there is none."""
+    row = GGUF_ARCHITECTURES.get(WRAPPERS.get(model_type, model_type))
+    return row.name if row is not None and model_type in (ExportFormat.GGUF.info.architectures or ()) else ""
 
 
 def proofs_table() -> str:

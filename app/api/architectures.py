@@ -29,8 +29,9 @@ def architecture_view(row: Architecture) -> ArchitectureView:
     """A row of the list of types."""
     refusals = dict(row.refusals)
     for name, info in FORMATS.items():
-        if info.architectures is not None and row.model_type not in info.architectures:
-            refusals[name.value] = f"{name.value} is written for {', '.join(sorted(info.architectures))}"
+        other = info.refusal_of(row.model_type)
+        if other is not None:
+            refusals[name.value] = f"{name.value} {other}"
     return ArchitectureView(
         model_type=row.model_type, title=row.title, model_class=row.model_class, format_refusals=refusals
     )

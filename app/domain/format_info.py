@@ -85,6 +85,8 @@ class FormatInfo:
     output_multiple   linears have a multiple of so many outputs
     uniform           whether all linears of a checkpoint have one scheme
     architectures     `model_type`s that it is written for; None: all
+    stacks_experts    whether all experts of a block are one tensor of one type
+    known_by          the program whose model types these are, and its release
     default_for       results for which it is chosen where a request names no format; one format per result
     offsets           how it stores fractional offsets
     dense             whether it stores weights in the model's own dtype, as large as the original's
@@ -112,6 +114,8 @@ class FormatInfo:
     output_multiple: int = 1
     uniform: bool = False
     architectures: frozenset[str] | None = None
+    known_by: str = ""
+    stacks_experts: bool = False
     default_for: frozenset[Result] = frozenset()
     offsets: Offsets = Offsets.NONE
     dense: bool = False
@@ -143,6 +147,12 @@ class FormatInfo:
     def by_name(self) -> bool:
         """True if it packs each linear under the name that stock loaders look for, as the source names it."""
         return not (self.dense or self.always_kept or self.is_adapter or self.architectures is not None)
+
+    def refusal_of(self, model_type: str) -> str | None:
+        """The reason why it is not written for a type of model; None if it is."""
+        if self.architectures is None or model_type in self.architectures:
+            return None
+        return f"is written for the model types that {self.known_by} knows, and {model_type} is none of them"
 
     def holds(self, scheme: Scheme) -> bool:
         """True if a linear of this scheme is stored exactly."""

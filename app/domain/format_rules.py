@@ -204,9 +204,9 @@ def model_problems(
     problems = []
     for index, name in enumerate(formats):
         info, details = FORMATS[name], _type_refusals(name, model_type)
-        if info.architectures is not None and model_type not in info.architectures:
-            known = ", ".join(sorted(info.architectures))
-            details.append(f"{name.value} is written for {known}, not for {model_type}")
+        other = info.refusal_of(model_type)
+        if other is not None and (info.model_check is None or config is None):
+            details.append(f"{name.value} {other}")
         for linear, columns in inputs.items():
             if columns % info.group_multiple:
                 details.append(

@@ -25,8 +25,10 @@ from app.domain.format_info import (
     Result,
     ScaleDtype,
 )
-from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
-from app.domain.gguf_rules import gguf_refusals
+from app.domain.gguf.architectures import ARCHITECTURES as GGUF_ARCHITECTURES
+from app.domain.gguf.architectures import RELEASE as LLAMA_CPP_RELEASE
+from app.domain.gguf.architectures import WRAPPERS as GGUF_WRAPPERS
+from app.domain.gguf.rules import gguf_refusals
 from app.domain.methods import ALL_SCHEMES, BLOCK_SCHEMES, MAX_BITS, MIN_BITS, PRESET_SCHEMES, Form, SchemeName
 from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 
@@ -240,7 +242,9 @@ class ExportFormat(StrEnum):
             scales=ScaleDtype.FLOAT16,
             asymmetric_bits=frozenset({2, 3, 4, 5}),
             group_multiple=32,
-            architectures=frozenset(GGUF_ARCHITECTURES),
+            architectures=frozenset({*GGUF_ARCHITECTURES, *GGUF_WRAPPERS}),
+            stacks_experts=True,
+            known_by=f"llama.cpp {LLAMA_CPP_RELEASE}",
             default_for=frozenset({Result.BLOCKS}),
             offsets=Offsets.FLOAT16,
             embeddings=EmbeddingRule.ANY,
@@ -263,7 +267,8 @@ class ExportFormat(StrEnum):
                     "llama.cpp",
                     Support.TESTED,
                     ALL_BITS,
-                    note="byte-level BPE tokenizers; text that is not normalized to NFC stays so there",
+                    note="tokenizers of byte-level BPE, and of BPE with bytes to fall back on (SentencePiece's); text "
+                    "that is not normalized to NFC stays so there; a model's vision tower is left to its own converter",
                     version="node-llama-cpp 3.22.1",
                     schemes=BLOCK_SCHEMES,
                 ),

@@ -1,6 +1,6 @@
 """Opening a job: its model and texts are read, and everything is decided that must be before the first block."""
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -31,6 +31,7 @@ from workers.engine.quantize.kernel_warm_up import compiling
 from workers.engine.reporter import Reporter
 from workers.engine.text.generated import Generation
 from workers.engine.text.sequences import has_tokenizer, load_tokenizer
+from workers.formats.gguf.architectures.names import EXPERT
 from workers.formats.registry import check_model
 
 
@@ -63,6 +64,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         _demand_one_scheme(order, model)
         check_model(order.request.formats, checkpoint, checkpoint.config["model_type"], quantized)
         _demand_separate_experts(order, model, schemes)
+        _demand_alike_experts(order, schemes, list(shapes))
         scale_dtype = scale_dtype_of(order.request.formats, model.dtype)
         base_job = _base_job(order, model, set(schemes))
         schemes = schemes if base_job is None else base_job.schemes
@@ -151,6 +153,30 @@ def _demand_separate_experts(order: AttemptOrder, model: StreamedModel, schemes:
                 field=f"formats.{index}",
                 value=name.value,
                 hint='ask for formats: ["merged"], ["native"] or ["gguf"]',
+            )
+
+
+def _demand_alike_experts(order: AttemptOrder, schemes: Mapping[str, Scheme], linears: Sequence[str]) -> None:
+    """Refuses formats that store the experts of a block as one tensor, where these differ.
+
+    linears   names of all, of which `schemes` are to be quantized
+
+    Raises:
+        FormatCannotHold: such a format is asked for, and experts of a block have several schemes, or some have none.
+    """
+    stacking = [index for index, name in enumerate(order.request.formats) if name.info.stacks_experts]
+    found: dict[tuple[str, str], str] = {}
+    for name in linears if stacking else ():
+        place = EXPERT.fullmatch(name)
+        first = name if place is None else found.setdefault((place["before"], place["after"]), name)
+        if schemes.get(name) != schemes.get(first):
+            value = order.request.formats[stacking[0]].value
+            raise FormatCannotHold(
+                f"{value} stores all experts of a block in one tensor of one type, and {name} has another scheme than "
+                f"{first}",
+                field=f"formats.{stacking[0]}",
+                value=value,
+                hint="give all experts of a block the same scheme, or put all of them into modules.ignore",
             )
 
 

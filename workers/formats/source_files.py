@@ -3,9 +3,10 @@
 import json
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -51,6 +52,23 @@ CODE = frozenset({".py", ".pyc", ".so", ".sh", ".js", ".pkl", ".pickle", ".pt", 
 NAMES_OF_CODE = frozenset({"auto_map", "custom_pipelines"})
 """Keys of configurations that name classes in the repository's own Python files."""
 MAX_CONFIG_BYTES = 50_000_000
+
+
+@dataclass(frozen=True)
+class StoredBlocks:
+    """A tensor as a GGUF file holds it: the number of its type, and its bytes, uint8 (..., bytes per row)."""
+
+    kind: int
+    data: Tensor
+
+
+@runtime_checkable
+class BlockSource(Protocol):
+    """A source that is a GGUF file."""
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The bytes of a tensor by its name in the source, or of one that no parameter is made of by the file's."""
+        ...
 
 
 class SourceCheckpoint(Protocol):

@@ -75,6 +75,7 @@ def _library(folder: Path) -> Any:
     llama.llama_init_from_model.argtypes = [c.c_void_p, _Parameters]
     llama.llama_model_get_vocab.restype = c.c_void_p
     llama.llama_model_get_vocab.argtypes = [c.c_void_p]
+    llama.llama_set_n_threads.argtypes = [c.c_void_p, c.c_int32, c.c_int32]
     llama.llama_vocab_n_tokens.argtypes = [c.c_void_p]
     ids = c.POINTER(c.c_int32)
     llama.llama_tokenize.argtypes = [c.c_void_p, c.c_char_p, c.c_int32, ids, c.c_int32, c.c_bool, c.c_bool]
@@ -145,6 +146,8 @@ def _logits(llama: Any, model: int, ids: list[int], width: int) -> Any:
     for place in range(3):  # the context, and how many tokens are given and computed at once
         sizes[place] = len(ids)
     context = llama.llama_init_from_model(model, parameters)
+    if context:
+        llama.llama_set_n_threads(context, 1, 1)  # its threads wait for each other busily, where cores are shared
     batch = llama.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for place, token in enumerate(ids):

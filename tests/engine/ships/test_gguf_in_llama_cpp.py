@@ -95,8 +95,7 @@ def test_what_is_written_computes_the_same(model_type: str, config: dict[str, An
     [
         ("llama", {"hidden_act": "gelu"}),
         ("llama", {"hidden_act": "relu"}),
-        ("llama", {"rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}}),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}}),
+        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 0.5, "rope_theta": 1e4}}),
         ("mistral", {"sliding_window": 32}),
         ("mistral", {"hidden_act": "gelu_pytorch_tanh", "sliding_window": None}),
         ("qwen2", {"hidden_act": "gelu"}),

@@ -13,11 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GgufCo
 
 from app.domain.format_rules import model_problems
 from app.domain.formats import ExportFormat
-from app.domain.gguf_rules import gguf_refusals
+from app.domain.gguf.rules import gguf_refusals
 from bitwright.errors import FormatCannotHold
 from tests.engine.conftest import run_job
 from tests.engine.ships.gguf_models import LLAMA_3, QWEN, SHAPE, save_model, save_tokenizer
-from workers.formats.gguf.tokenizer import SourceTokenizer, check_tokenizer
+from workers.formats.gguf.tokenizer import check_tokenizer
+from workers.formats.gguf.tokenizers.source import SourceTokenizer
 
 IDS = torch.randint(4, 390, (2, 64), generator=torch.Generator().manual_seed(0))
 ROPE = {
@@ -44,9 +45,9 @@ def keys(workspace: Path, result: Any) -> dict[str, Any]:
         ("mistral", {"hidden_act": "relu", "sliding_window": None}, "hidden_act = 'relu'"),
         ("qwen2", {"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
         ("qwen3", {"attention_bias": True}, "attention_bias = True"),
-        ("llama", {"rope_parameters": LINEAR}, "type linear"),
+        ("granite", {"rope_parameters": LINEAR}, "type linear"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "type dynamic"),
-        ("llama", {"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_parameters": ROPE}, "type yarn"),
+        ("gemma", {"rope_scaling": {"type": "yarn", "factor": 2.0}, "hidden_act": "gelu"}, "type yarn"),
         ("llama", {"rope_parameters": ROPE | {"partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
         ("qwen2", {"rope_parameters": ROPE}, "type llama3"),
         ("qwen3", {"rope_parameters": ROPE}, "type llama3"),

@@ -14,7 +14,7 @@ from app.domain.formats import FORMATS, ExportFormat
 from app.domain.methods import Scheme
 from bitwright.errors import FormatCannotHold
 from tests.formats.examples import Made, assert_same, random_result, scheme
-from workers.formats.gguf import file
+from workers.formats.gguf import collected, placed
 from workers.formats.gguf.blocks import BLOCK, MIDDLE, block_kind, held, pack, unpack
 from workers.numerics.quantized import AffineWeight
 
@@ -94,13 +94,13 @@ def test_what_would_have_to_change_is_refused(of: Scheme, dtype: torch.dtype, wo
 def test_the_tables_of_types_are_those_of_ggml() -> None:
     assert BLOCK == 32
     assert {kind.name: code for kind, code in MIDDLE.items()} == {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0}
-    assert {str(dtype).removeprefix("torch."): kind.name for dtype, kind in file.PLAIN.items()} == {
+    assert {str(dtype).removeprefix("torch."): kind.name for dtype, kind in placed.PLAIN.items()} == {
         "bfloat16": "BF16",
         "float16": "F16",
         "float32": "F32",
         "float64": "F64",
     }
-    assert {kind: (row.size, row.weights, row.file_type) for kind, row in file.TYPES.items()} == {
+    assert {kind: (row.size, row.weights, row.file_type) for kind, row in collected.TYPES.items()} == {
         2: (18, 32, 2),
         3: (20, 32, 3),
         6: (22, 32, 8),

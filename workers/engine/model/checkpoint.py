@@ -24,9 +24,10 @@ from app.domain.inputs.foreign_files import GGUF_SUFFIX, INDEX, SINGLE, foreign_
 from app.domain.inputs.quantized.registry import read_quantized
 from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
 from bitwright.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
-from workers.engine.model.sources.gguf import gguf_header
+from workers.engine.model.sources.gguf import GgufTensor, gguf_header
 from workers.engine.model.sources.opening import Presented, present_gguf, present_safetensors
 from workers.engine.model.sources.recipe import Recipe
+from workers.formats.source_files import StoredBlocks
 
 MAX_JSON_BYTES = 100_000_000
 TIE = "tie_word_embeddings"
@@ -171,6 +172,14 @@ class Checkpoint:
         except OSError as error:
             detail = f"{entry.file.name}: cannot read {name}: {error.strerror}"
             raise CorruptCheckpoint(detail, field="model") from error
+
+    def blocks(self, name: str) -> StoredBlocks | None:
+        """The bytes of a tensor of a GGUF file, or of one that it holds besides, by the file's name; None of others."""
+        entry = self.tensors.get(name)
+        recipe: object = None if entry is None else entry.recipe
+        if entry is None and self.presented is not None:
+            recipe = self.presented.computed.get(name)
+        return recipe.stored() if isinstance(recipe, GgufTensor) else None
 
     def content(self, name: str) -> bytes:
         """The bytes of a small tensor."""

@@ -42,6 +42,13 @@ ABOUT_GGUF_IN_TRANSFORMERS = """\
 Not with transformers: 5.23 makes another model of this file, without an error. Of the original {what}. Ask for the
 format `merged` to load it there."""
 
+ABOUT_GGUF_UNTRIED = """\
+transformers 5.23 is not known to make the same model of this file: ask for the format `merged` to load it there."""
+
+ABOUT_GGUF_TOWER = """\
+The file is the language model alone. llama.cpp sees images through a second file, the mmproj, which its own converter
+makes of the original model: `python convert_hf_to_gguf.py --mmproj` and the model's folder."""
+
 ABOUT_GGUF_TOKENIZER = """\
 transformers 5.23 would make another tokenizer of this file: take the original model's, as the lines do."""
 
@@ -52,14 +59,20 @@ ABOUT_GGUF_APART = """\
 llama.cpp has no adapters of this kind."""
 
 
-def loading(about: Loading, reading: Reading | None = None) -> list[str]:
-    """The card's section "Load"; `reading` describes the model that transformers loads, the same one if not given."""
-    lines = [LOAD_LLAMA_CPP.format(folder=FOLDER), *_in_transformers(about.linears, reading or Reading())]
-    return [*_with_adapter(about), *lines]
+def loading(about: Loading, reading: Reading | None = None, *, tower: bool = False) -> list[str]:
+    """The card's section "Load".
+
+    reading   the model that transformers loads; the same one if not given
+    tower     whether the original has a vision tower, which is not in the file
+    """
+    lines = [LOAD_LLAMA_CPP.format(folder=FOLDER), *([ABOUT_GGUF_TOWER] if tower else [])]
+    return [*_with_adapter(about), *lines, *_in_transformers(about.linears, reading or Reading())]
 
 
 def _in_transformers(linears: Mapping[str, StoredLinear], reading: Reading) -> list[str]:
     """The lines for transformers, if it loads the model that the file holds."""
+    if reading.untried:
+        return [ABOUT_GGUF_UNTRIED]
     if reading.other_model:
         return [ABOUT_GGUF_IN_TRANSFORMERS.format(what="; ".join(reading.other_model))]
     dtype = min({linear.dtype for linear in linears.values()}, default="float32")

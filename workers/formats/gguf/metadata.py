@@ -1,16 +1,12 @@
-"""The architecture of a checkpoint as GGUF metadata: names, numbers, and the order of rows that llama.cpp expects.
+"""The architecture of a checkpoint as GGUF metadata: numbers, names, and what llama.cpp wants otherwise.
 
-Llama's rotary embedding pairs row i of a head with row i + d/2 in transformers and with row i + 1 in GGML, so that rows
-of q and k (and their biases) are reordered: (heads, 2, d/2) becomes (heads, d/2, 2). Whole rows move, with their codes
-and scales, so nothing is rounded. Qwen keeps transformers' order.
-
-Numbers that config.json leaves out are those that transformers assumes. Models that a file cannot describe are refused
-by the rules of `app.domain.gguf_rules`, applied here to the configuration as transformers completes it.
+What a model type needs is its row in `workers.formats.gguf.architectures`; here it meets a checkpoint. Numbers that
+config.json leaves out are those that transformers assumes. Models that a file cannot describe are refused by the rules
+of `app.domain.gguf`, applied here to the configuration as transformers completes it.
 """
 
 import math
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,89 +14,96 @@ from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig
 
-from app.domain.gguf_rules import ARCHITECTURES as RULES
-from app.domain.gguf_rules import gguf_refusals
-from app.domain.inputs.architectures import Dimensions, read_dimensions
+from app.domain.gguf.architectures import ARCHITECTURES as RULES
+from app.domain.gguf.rules import gguf_refusals, language_model, unknown
+from app.domain.inputs.architectures import find_architecture
 from bitwright.errors import FormatCannotHold
+from workers.formats.gguf.architectures.family import Config, Family
+from workers.formats.gguf.architectures.names import Names, plain_name
+from workers.formats.gguf.architectures.numbers import common_keys, config_of, experts_of, put
+from workers.formats.gguf.architectures.registry import FAMILIES
+from workers.formats.gguf.architectures.rows import rope_of, turned
 from workers.formats.source_files import SourceCheckpoint
 
-KINDS = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
-ARCHITECTURES: MappingProxyType[str, MODEL_ARCH] = MappingProxyType(
-    {model_type: KINDS[rules.name] for model_type, rules in RULES.items()}
-)
-"""transformers' `model_type` -> GGUF's architecture."""
-
-
-OTHER_FORMAT = "leave gguf out of formats: compressed-tensors and merged hold this model"
+KINDS: dict[str, MODEL_ARCH] = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+UNCAPPED = frozenset({"gemma3"})
+"""Wrappers that do not cap their logits in transformers, whatever the language model's configuration says."""
+OTHER_FORMAT = "leave gguf out of formats: merged holds every model"
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """An architecture's metadata and its reordered rows.
+    """A checkpoint's architecture in llama.cpp.
 
-    permuted    last names of linears whose rows are reordered -> their heads
+    model_type  of the language model, which a wrapper with a vision tower has inside
+    config      transformers' own, of the whole model
+    numbers     fields of the language model's configuration
+    tied        whether the head is the embedding matrix
     """
 
+    name: str
+    model_type: str
     kind: MODEL_ARCH
+    family: Family
     config: PreTrainedConfig
-    dimensions: Dimensions
-    permuted: dict[str, int]
+    numbers: Config
+    tied: bool
 
     @classmethod
     def of(cls, source: SourceCheckpoint) -> "Architecture":
         """The architecture of a checkpoint.
 
         Raises:
-            FormatCannotHold: the model's type is not known here, or its configuration has something that a file cannot
-            describe.
+            FormatCannotHold: llama.cpp does not know the model's type, or its configuration has something that a file
+            cannot describe.
         """
-        dimensions = read_dimensions(source.config)
-        model_type = dimensions.architecture.model_type
-        if model_type not in ARCHITECTURES:
-            known = ", ".join(ARCHITECTURES)
-            detail = f"gguf is written for {known}, not for {model_type}"
-            raise FormatCannotHold(detail, field="formats", hint=OTHER_FORMAT)
+        outer = find_architecture(source.config).model_type
+        model_type = language_model(outer, source.config)
+        if model_type not in RULES:
+            raise FormatCannotHold(unknown(outer, model_type), field="formats", hint=OTHER_FORMAT)
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-        config.tie_word_embeddings = dimensions.tied_embeddings  # the source may be seen otherwise than its file says
-        kind = ARCHITECTURES[model_type]
-        moved = {"q_proj": dimensions.heads, "k_proj": dimensions.key_value_heads} if kind is MODEL_ARCH.LLAMA else {}
-        for refusal in gguf_refusals(model_type, config.to_dict()):
+        tied = _is_tied(source)
+        if tied is not None:
+            config.tie_word_embeddings = tied  # the source may be seen otherwise than its file says
+        for refusal in gguf_refusals(outer, config.to_dict()):
             raise FormatCannotHold(refusal, field="formats", hint=OTHER_FORMAT)
-        return cls(kind, config, dimensions, moved)
+        rules = RULES[model_type]
+        numbers = config_of(config, partial=rules.partial)
+        if outer in UNCAPPED:
+            numbers["final_logit_softcapping"] = None
+        family = FAMILIES[model_type]
+        name = family.other(numbers) or rules.name
+        return cls(name, model_type, KINDS[name], family, config, numbers, bool(tied))
 
     @property
-    def name(self) -> str:
-        name: str = MODEL_ARCH_NAMES[self.kind]
-        return name
+    def vocabulary(self) -> int:
+        """Rows of the embedding matrix."""
+        return int(self.numbers["vocab_size"])
+
+    @property
+    def names(self) -> Names:
+        """llama.cpp's names of the checkpoint's tensors."""
+        return Names(self.kind, self.family, self.numbers, experts_of(self.numbers))
 
     @property
     def rope(self) -> dict[str, Any]:
         """Rotary parameters as transformers names them."""
-        return {"rope_type": "default", **(self.config.rope_parameters or {})}
+        return rope_of(self.numbers)
 
-    def row_order(self, tensor: str) -> Tensor | None:
-        """Source index of each row of a stored tensor (by its name in the source), int64 (rows,); None: unchanged."""
-        heads = next((count for name, count in self.permuted.items() if f".{name}." in tensor), None)
-        if heads is None:
-            return None
-        half = self.dimensions.head_dim // 2
-        return torch.arange(heads * 2 * half).view(heads, 2, half).transpose(1, 2).flatten()
+    def add_to(self, writer: GGUFWriter, source: SourceCheckpoint) -> None:
+        """Adds the architecture's numbers; of a key that stands twice the later one counts."""
+        keys = dict(common_keys(self.family, self.numbers))
+        if self.family.from_weights is not None:
+            own = {plain_name(name): name for name in source.tensors}
+            keys |= self.family.from_weights(self.numbers, lambda name: source.read(own[name]))
+        for key, value in keys.items():
+            put(writer, self.name, key, value)
 
-    def add_to(self, writer: GGUFWriter) -> None:
-        """Adds the architecture's numbers."""
-        numbers, config = self.dimensions, self.config
-        writer.add_context_length(config.max_position_embeddings)
-        writer.add_embedding_length(numbers.hidden)
-        writer.add_block_count(numbers.layers)
-        writer.add_feed_forward_length(numbers.intermediate)
-        writer.add_head_count(numbers.heads)
-        writer.add_head_count_kv(numbers.key_value_heads)
-        writer.add_key_length(numbers.head_dim)
-        writer.add_value_length(numbers.head_dim)
-        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-        writer.add_vocab_size(numbers.vocabulary)
-        writer.add_rope_dimension_count(numbers.head_dim)
-        writer.add_rope_freq_base(float(self.rope["rope_theta"]))
+    def added(self) -> dict[str, Tensor]:
+        """Tensors that the source does not hold, by llama.cpp's names."""
+        tensors = dict(self.family.added(self.numbers)) if self.family.added is not None else {}
+        factors = self.rotary_factors()
+        return tensors if factors is None else {**tensors, "rope_freqs.weight": factors}
 
     def rotary_factors(self) -> Tensor | None:
         """Divisor of each rotary frequency, fp32 (head_dim / 2,), under Llama 3's scaling; None without it.
@@ -111,9 +114,14 @@ class Architecture:
         rope = self.rope
         if rope["rope_type"] != "llama3":
             return None
-        width, context = self.dimensions.head_dim, rope["original_max_position_embeddings"]
+        width, context = turned(self.numbers), rope["original_max_position_embeddings"]
         frequency = 1.0 / rope["rope_theta"] ** (torch.arange(0, width, 2, dtype=torch.float64) / width)
         turns = context * frequency / (2 * math.pi)
         low, high, factor = (float(rope[name]) for name in ("low_freq_factor", "high_freq_factor", "factor"))
         kept: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 / ((1 - kept) / factor + kept)).float()
+
+
+def _is_tied(source: SourceCheckpoint) -> bool | None:
+    """Whether the checkpoint has no head of its own; None where it names it otherwise."""
+    return not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in source.tensors)

@@ -24,6 +24,7 @@ from app.domain.inputs.quantized.gguf_header import BLOCKS, GgufEntry, GgufHeade
 from app.domain.inputs.quantized.stored import MOST_SMALL_BYTES, corrupt
 from bitwright.errors import CorruptCheckpoint, UnsupportedCheckpoint
 from workers.engine.model.sources.recipe import ReadStored
+from workers.formats.source_files import StoredBlocks
 
 CHUNK_NUMBERS = 1 << 22
 """Numbers that are dequantized at once: what a tensor costs beside itself."""
@@ -57,6 +58,14 @@ class GgufTensor:
         """Files that it reads."""
         return (self.file,)
 
+    def stored(self) -> StoredBlocks:
+        """Its bytes, in llama.cpp's own order of rows."""
+        width = self.entry.shape[-1] // BLOCKS[self.entry.kind][1] * BLOCKS[self.entry.kind][2]
+        octets = np.fromfile(self.file, np.uint8, self.entry.size, offset=self.entry.begin)
+        if len(octets) != self.entry.size:
+            raise corrupt(self.file.name, "is shorter than its header says")
+        return StoredBlocks(self.entry.kind, torch.from_numpy(octets).view(*self.entry.shape[:-1], width))
+
     def make(self, read: ReadStored) -> Tensor:  # noqa: ARG002 - a GGUF file has no tensors of safetensors
         """The tensor on the host, dequantized some rows at a time."""
         kind = GGMLQuantizationType(self.entry.kind)
@@ -84,12 +93,14 @@ class GgufSource:
     tensors   parameter's name -> how it is made
     what      the file in words
     tokens    whether it holds a tokenizer
+    computed  tensors of rotary frequencies, by the file's names
     """
 
     config: dict[str, object]
     tensors: Mapping[str, GgufTensor]
     what: str
     tokens: bool
+    computed: Mapping[str, GgufTensor]
 
 
 def read_gguf(file: Path) -> GgufSource:
@@ -103,7 +114,12 @@ def read_gguf(file: Path) -> GgufSource:
     config = gguf_config(header, partial(_content, file, header))
     dtype = getattr(torch, str(config["dtype"]))
     sources = dict(_sources(file, header, config, dtype))
-    return GgufSource(config, sources, gguf_words(header), "tokenizer.ggml.tokens" in header.counts)
+    computed = {
+        name: GgufTensor(file, entry, entry.shape, dtype)
+        for name, entry in header.tensors.items()
+        if COMPUTED.fullmatch(name)
+    }
+    return GgufSource(config, sources, gguf_words(header), "tokenizer.ggml.tokens" in header.counts, computed)
 
 
 def gguf_header(file: Path) -> GgufHeader:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,14 @@ class Presented:
     config    config.json without a word of quantization
     folder    a folder with that file, the tokenizer and the rest, but no weights
     weights   name -> dtype, by safetensors' name, shape and recipe of each weight that is made
+    computed  tensors of a GGUF file that no weight is made of, by its names
     """
 
     what: str
     config: dict[str, Any]
     folder: PresentedFolder
     weights: Mapping[str, tuple[str, tuple[int, ...], Recipe]]
+    computed: Mapping[str, GgufTensor] = field(default_factory=dict)
 
 
 def present_safetensors(
@@ -61,7 +63,7 @@ def present_gguf(file: Path, scratch: Path | None) -> Presented:
     weights: dict[str, tuple[str, tuple[int, ...], Recipe]] = {
         name: (_name(tensor), tensor.shape, tensor) for name, tensor in source.tensors.items()
     }
-    return Presented(source.what, dict(source.config), folder, weights)
+    return Presented(source.what, dict(source.config), folder, weights, source.computed)
 
 
 def _name(tensor: GgufTensor) -> str:

@@ -1,56 +1,37 @@
 """Rules on a config.json for models that are to become GGUF files: llama.cpp's architectures are fixed.
 
-A GGUF file names one of llama.cpp's architectures and a few numbers. What else a configuration decides in transformers
-(the activation, biases, the mask, the rotary embedding) is built into llama.cpp, so that another value either makes a
-file that does not load or one that computes another model. Read in llama.cpp b11434 and v0.5.0, `src/models/*.cpp`;
-`tests/engine/ships/test_gguf_in_llama_cpp.py` holds every rule against its library.
+What a configuration decides in transformers and llama.cpp has built in either makes a file that does not load or one
+that computes another model. `tests/engine/ships/test_gguf_in_llama_cpp.py` holds the rules against its library.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from types import MappingProxyType
+
+from app.domain.gguf.architectures import ARCHITECTURES, COMPUTED_OTHERWISE, RELEASE, WRAPPERS, GgufArchitecture
+from app.domain.gguf.peculiar import SLIDING
 
 MAX_LAYERS = 512
 """LLAMA_MAX_LAYERS of llama.cpp."""
-SILU = frozenset({"silu", "swish"})
-SLIDING = "sliding_attention"
 WAY_OUT = 'leave gguf out, or ask for formats: ["merged"]'
+UNTRUNCATED = frozenset({"gpt-oss"})
+"""Architectures whose YaRN is without whole turns in transformers, which llama.cpp rounds to them."""
+ACTIVATIONS = ("hidden_act", "hidden_activation", "activation_function", "activation")
 
 Config = Mapping[str, object]
 
 
-@dataclass(frozen=True)
-class GgufArchitecture:
-    """A `model_type` as llama.cpp computes it.
-
-    name        llama.cpp's name
-    rotary      types of rotary embedding that the file can say
-    biases      fields that add biases which it has no tensors for
-    square      whether heads times head_dim is the model's width
-    window      what transformers assumes of `sliding_window` where config.json is silent, if every layer slides
-    by_layer    whether layers slide one by one, as `use_sliding_window` and `layer_types` say
-    positions   what transformers assumes of `max_position_embeddings`
-    """
-
-    name: str
-    rotary: frozenset[str] = frozenset({"default"})
-    biases: tuple[str, ...] = ()
-    square: bool = False
-    window: int | None = None
-    by_layer: bool = False
-    positions: int = 32_768
+def language_model(model_type: str, config: Config) -> str:
+    """`model_type` of the language model, which one with a vision tower has inside."""
+    inner = config.get("text_config")
+    own = inner.get("model_type") if isinstance(inner, Mapping) else None
+    return own if isinstance(own, str) else WRAPPERS.get(model_type, model_type)
 
 
-LLAMA_ROTARY = frozenset({"default", "llama3"})
-ARCHITECTURES: MappingProxyType[str, GgufArchitecture] = MappingProxyType(
-    {
-        "llama": GgufArchitecture("llama", LLAMA_ROTARY, positions=2048),
-        "mistral": GgufArchitecture("llama", LLAMA_ROTARY, window=4096, positions=131_072),
-        "qwen2": GgufArchitecture("qwen2", square=True, by_layer=True),
-        "qwen3": GgufArchitecture("qwen3", biases=("attention_bias",), by_layer=True),
-    }
-)
-"""transformers' `model_type` -> what llama.cpp makes of it."""
+def unknown(model_type: str, inner: str) -> str:
+    """The refusal of a type that llama.cpp does not know, or of which no file is written."""
+    if inner in COMPUTED_OTHERWISE:
+        return f"gguf is not written for {inner}: of llama.cpp {RELEASE}, {COMPUTED_OTHERWISE[inner]}"
+    what = model_type if model_type == inner else f"{model_type}, with a {inner} inside"
+    return f"gguf is written for the model types that llama.cpp {RELEASE} knows, and {what} is none of them"
 
 
 def gguf_refusals(model_type: str, config: Config) -> list[str]:
@@ -58,19 +39,23 @@ def gguf_refusals(model_type: str, config: Config) -> list[str]:
 
     config   config.json, decoded; or transformers' reading of it, in which nothing is left out
     """
-    architecture = ARCHITECTURES.get(model_type)
+    inner = language_model(model_type, config)
+    architecture = ARCHITECTURES.get(inner)
     if architecture is None:
-        return []
-    return [f"{problem}; {WAY_OUT}" for check in CHECKS for problem in check(architecture, config)]
+        return [f"{unknown(model_type, inner)}; {WAY_OUT}"]
+    text = config.get("text_config")
+    own: Config = text if isinstance(text, Mapping) else config
+    return [f"{problem}; {WAY_OUT}" for check in CHECKS for problem in check(architecture, own)]
 
 
 def _activation(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
-    activation = config.get("hidden_act", "silu")
-    if activation not in SILU:
-        yield (
-            f"config.json has hidden_act = {activation!r}, and a GGUF file cannot say that: llama.cpp's "
-            f"{architecture.name} always computes silu"
-        )
+    for name in ACTIVATIONS:
+        activation = config.get(name)
+        if activation is not None and activation not in architecture.activation:
+            yield (
+                f"config.json has {name} = {activation!r}, and a GGUF file cannot say that: llama.cpp's "
+                f"{architecture.name} always computes {min(architecture.activation)}"
+            )
 
 
 def _biases(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
@@ -82,9 +67,25 @@ def _biases(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
             )
 
 
+def _demands(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
+    for name, values in architecture.demands.items():
+        if name in config and config[name] not in values:
+            yield (
+                f"config.json has {name} = {config[name]!r}, and llama.cpp's {architecture.name} always computes with "
+                f"{values[0]!r}"
+            )
+
+
+def _peculiar(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
+    for words in architecture.check(config):
+        yield f"config.json has {words} (llama.cpp's {architecture.name})"
+
+
 def _rotary(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
     given = config.get("rope_scaling") or config.get("rope_parameters")
     rope: Config = given if isinstance(given, Mapping) else {}
+    full = rope.get("full_attention")
+    rope = full if isinstance(full, Mapping) else rope
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in architecture.rotary:
         known = " and ".join(sorted(architecture.rotary))
@@ -92,11 +93,30 @@ def _rotary(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
             f"config.json has rotary scaling of the type {kind}, and gguf is written for {known} with llama.cpp's "
             f"{architecture.name}"
         )
-    elif kind != "default" and rope.get("partial_rotary_factor", 1) != 1:
+    elif kind != "default" and rope.get("partial_rotary_factor", 1) != 1 and not architecture.partial:
         yield (
             f"config.json has partial_rotary_factor = {rope['partial_rotary_factor']!r}, and llama.cpp's "
             f"{architecture.name} turns whole heads"
         )
+    elif kind == "yarn":
+        yield from _yarn(architecture, rope)
+
+
+def _yarn(architecture: GgufArchitecture, rope: Config) -> Iterator[str]:
+    whole, part = rope.get("mscale_all_dim"), rope.get("mscale")
+    scaled = bool(whole) and (not architecture.own_scale or part not in (1, whole))
+    whole_turns = rope.get("truncate", True) or architecture.name in UNTRUNCATED
+    wrong = {
+        "attention_factor": rope.get("attention_factor"),
+        "mscale_all_dim": whole if scaled else None,
+        "truncate": None if whole_turns else False,
+    }
+    for name, value in wrong.items():
+        if value is not None:
+            yield (
+                f"config.json has {name} = {value!r} of YaRN, and llama.cpp's {architecture.name} computes with the "
+                "factor alone"
+            )
 
 
 def _window(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
@@ -111,7 +131,9 @@ def _window(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
 
 
 def _sliding_window(architecture: GgufArchitecture, config: Config) -> int | None:
-    """The window that at least one layer has; None without one."""
+    """The window that at least one layer has and a file cannot say; None without one."""
+    if architecture.windows:
+        return None
     window = config.get("sliding_window", 4096 if architecture.by_layer else architecture.window)
     if not isinstance(window, int) or isinstance(window, bool):
         return None
@@ -144,13 +166,15 @@ def _layers(architecture: GgufArchitecture, config: Config) -> Iterator[str]:
     layers = config.get("num_hidden_layers")
     if isinstance(layers, int) and layers > MAX_LAYERS:
         yield f"config.json has num_hidden_layers = {layers}, and llama.cpp holds at most {MAX_LAYERS}"
-    if config.get("per_layer_config"):
+    if config.get("per_layer_config") and not architecture.per_layer:
         yield f"config.json has per_layer_config, and llama.cpp's {architecture.name} has the same numbers in all"
 
 
 CHECKS: tuple[Callable[[GgufArchitecture, Config], Iterator[str]], ...] = (
     _activation,
     _biases,
+    _demands,
+    _peculiar,
     _rotary,
     _window,
     _heads,
