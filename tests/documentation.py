@@ -212,17 +212,10 @@ def _zero_points(info: MethodInfo) -> str:
 
 
 def presets_table() -> str:
-    rows = [
-        [
-            f"`{name}`",
-            f"`{preset}`",
-            "; FP4: ".join(map(_fields, filter(None, (p.spec, p.fp4)))),
-            str(p.num_samples),
-            str(p.sequence_length),
-        ]
-        for name, info in METHODS.items()
-        for preset, p in info.presets.items()
-    ]
+    rows = []
+    for name, preset, p in ((name, *item) for name, info in METHODS.items() for item in info.presets.items()):
+        sets = "; FP4: ".join(map(_fields, filter(None, (p.spec, p.fp4))))
+        rows.append([f"`{name}`", f"`{preset}`", sets, str(p.num_samples), str(p.sequence_length)])
     return table(("method", "preset", "sets", "sequences", "tokens per sequence"), rows)
 
 

@@ -242,7 +242,7 @@ def jobs(
 
 
 def test_held_out_text_and_other_text_are_closer_by_it(jobs: tuple[str, Finished, Finished]) -> None:
-    scheme, plain, tuned = jobs
+    _, plain, tuned = jobs
     report = tuned.report
     assert report.scales is not None
     assert report.scales.kept
