@@ -34,26 +34,17 @@ from bitwright.events import BlockEvent, LogEvent, ProgressEvent, Stage
 from bitwright.report import Report
 from tests.reports import QUALITY, report
 from workers.child.attempt import take_lock
+from workers.child.birth import born
 from workers.child.exceptions import as_bitwright_error
-from workers.child.lifeline import (
-    EXIT_FAILED,
-    REPORT_FD,
-    SILENCE_SECONDS,
-    ReportPipe,
-    follow_supervisor,
-    log_as_json,
-    prefer_for_oom_kill,
-)
+from workers.child.lifeline import EXIT_FAILED, REPORT_FD, SILENCE_SECONDS, ReportPipe
 from workers.disk.orders import AttemptOrder
 
 BLOCKS = 100
 
 
 def main(arguments: list[str]) -> int:
-    follow_supervisor()
-    prefer_for_oom_kill()
-    log_as_json()
-    workspace, rank = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0
+    birth = born(arguments, lambda _: None)
+    workspace, rank = birth.workspace, birth.rank
     pipe = ReportPipe()
     if rank == 0:
         take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + 10)
