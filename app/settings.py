@@ -229,8 +229,8 @@ class Settings(BaseSettings):
         default=None,
         ge=0,
         le=8,
-        description="Processes that wait for a worker's next jobs, with all imported and the device open; unset: 1 where "
-        "there are 16 GB of memory, else 0.",
+        description="Processes that wait for a worker's next jobs, with all imported and the device open; unset: 1 "
+        "where there are 16 GB of memory, else 0.",
     )
     llama_cpp: Folder | None = Field(
         default=None, description="Folder with llama.cpp's shared libraries, in which a worker reads GGUF files."

@@ -2,9 +2,9 @@
 
     python -m benchmarks.job_start [MODEL] --pairs 6 --idle 15
 
-Two services (`bitwright serve`, one worker each) stand side by side, and one of them works at a time. Each round measures an
-import of torch and transformers' Llama in a fresh Python, then the same job at each service after `--idle` seconds, in
-turns which goes first. Times are the service's own, from the job's row to its end. Prints a JSON line per run, and one
+Two services (`bitwright serve`, one worker each) stand side by side, and one of them works at a time. Each round
+measures an import of torch and transformers' Llama in a fresh Python, then the same job at each service after `--idle`
+seconds, in turns which goes first. Times are the service's own, from the job's row to its end. Prints a JSON line per run, and one
 with medians, medians of the ratios to the import of the same round, and a time line of the last job of each kind.
 """
 
@@ -35,7 +35,9 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=6)
     parser.add_argument("--idle", type=float, default=15.0)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--queued", type=int, default=0, help="beside: so many jobs at once to the service with a spare")
+    parser.add_argument(
+        "--queued", type=int, default=0, help="beside: so many jobs at once to the service with a spare"
+    )
     arguments = parser.parse_args()
     model = arguments.model or _tiny_model()
     with ExitStack() as stack:
@@ -82,7 +84,8 @@ def _run(client: Client, arguments: argparse.Namespace, model: Path) -> dict[str
     if job.finished_at is None or job.report is None:
         raise SystemExit(f"{job.id} {job.status.value}: {job.error}")
     line = [
-        (round((view.created_at - job.created_at).total_seconds(), 2), _name(view.event)) for view in client.events(job.id)
+        (round((view.created_at - job.created_at).total_seconds(), 2), _name(view.event))
+        for view in client.events(job.id)
     ]
     line.append((round((job.finished_at - job.created_at).total_seconds(), 2), "finished"))
     stages = {name: round(value, 3) for name, value in job.report.seconds.items()}
@@ -91,7 +94,9 @@ def _run(client: Client, arguments: argparse.Namespace, model: Path) -> dict[str
 
 def _name(event: Any) -> str:
     said = event.model_dump()
-    return " ".join(str(said[name]) for name in ("type", "event", "status", "stage", "done") if said.get(name) is not None)
+    return " ".join(
+        str(said[name]) for name in ("type", "event", "status", "stage", "done") if said.get(name) is not None
+    )
 
 
 def _queue(client: Client, arguments: argparse.Namespace, model: Path) -> dict[str, Any]:

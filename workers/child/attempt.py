@@ -33,8 +33,8 @@ LOCK_MARGIN_SECONDS = 10.0
 log = structlog.get_logger("workers.child.attempt")
 
 
-def main(arguments: list[str]) -> int:
-    """Run the attempt whose order lies in the folder `arguments[0]`, as rank `arguments[1]`; the exit code."""
+def main(arguments: list[str]) -> NoReturn:
+    """Run the attempt whose order lies in the folder `arguments[0]`, as rank `arguments[1]`, and end."""
     birth = born(arguments, prepare)
     report = ReportPipe()
     workspace, rank = birth.workspace, birth.rank
@@ -49,13 +49,13 @@ def main(arguments: list[str]) -> int:
         log.error("attempt_failed", code=known.code, exc_info=error)
         report.fail(known)
         leave(EXIT_FAILED)
-    if rank:
-        leave(0)
-    return 0
+    leave(0)
 
 
 def leave(code: int) -> NoReturn:
-    """End at once: a device's library may wait for ranks that are gone before it lets the interpreter end."""
+    """End at once: all that is to last is on the disk, to free what torch and its libraries hold takes the interpreter
+    half a second, and a device's library may wait for ranks that are gone before it lets the interpreter end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -99,4 +99,4 @@ def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe, rank: in
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])
