@@ -4,8 +4,9 @@
 
 Two services (`bitwright serve`, one worker each) stand side by side, and one of them works at a time. Each round
 measures an import of torch and transformers' Llama in a fresh Python, then the same job at each service after `--idle`
-seconds, in turns which goes first. Times are the service's own, from the job's row to its end. Prints a JSON line per run, and one
-with medians, medians of the ratios to the import of the same round, and a time line of the last job of each kind.
+seconds, in turns which goes first. Times are the service's own, from the job's row to its end. Prints a JSON line per
+round, and one with medians, medians of the ratios to the import of the same round, and a time line of the last job of
+each kind.
 """
 
 import argparse

@@ -3,7 +3,6 @@
 Nothing here draws a random number or keeps a tensor, so that a job's numbers do not depend on how its process began.
 """
 
-import gc
 import os
 
 
@@ -17,9 +16,6 @@ def prepare(device: str) -> None:
 
     if device == "cuda":
         _open_gpu()
-    # What is imported stays until the end: no collection of the job's looks at it again.
-    gc.collect()
-    gc.freeze()
 
 
 def wait_quietly() -> None:

@@ -82,8 +82,13 @@ class Runner:
             log.exception("work_failed")
 
     def _tend(self) -> None:
-        if self._context.spares is not None:
-            self._context.spares.tend()
+        """Have ready what the next job begins with."""
+        context = self._context
+        if context.spares is None or not context.spares.count:
+            return
+        context.spares.tend()
+        if context.reader is not None and context.runtimes:
+            context.reader.start()
 
     def _pause(self) -> float:
         interval = self._context.settings.worker_poll_seconds
