@@ -18,6 +18,7 @@ import tempfile
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from shutil import which
 from statistics import median
 from typing import Any
 
@@ -45,6 +46,8 @@ def main() -> None:
         clients = {kind: stack.enter_context(_service(stack, model, kind, arguments.device)) for kind in KINDS}
         for client in clients.values():  # what only a worker's first job pays for
             _run(client, arguments, model)
+        time.sleep(arguments.idle)
+        _say({"idle": _idle_memory()})
         runs = [_round(number, clients, arguments, model) for number in range(arguments.pairs)]
         _say(_summary(runs))
         if arguments.queued:
@@ -98,6 +101,17 @@ def _name(event: Any) -> str:
     return " ".join(
         str(said[name]) for name in ("type", "event", "status", "stage", "done") if said.get(name) is not None
     )
+
+
+def _idle_memory() -> dict[str, Any]:
+    """MB that the waiting spare holds of the machine's memory, and that all processes hold of the GPUs'."""
+    lines = {path.parent: path.read_bytes() for path in Path("/proc").glob("[0-9]*/cmdline")}
+    held = [(folder / "status").read_text() for folder, line in lines.items() if b"--spare" in line]
+    sizes = [int(line.split()[1]) // 1024 for text in held for line in text.splitlines() if line.startswith("VmRSS")]
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    gpu = subprocess.run(query, capture_output=True, text=True, check=False).stdout if which("nvidia-smi") else ""
+    # The smaller one of the two is the guard, which was forked before anything was imported.
+    return {"spare_mb": max(sizes, default=0), "gpu_mb": [int(size) for size in gpu.split()]}
 
 
 def _queue(client: Client, arguments: argparse.Namespace, model: Path) -> dict[str, Any]:
