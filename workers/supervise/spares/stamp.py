@@ -1,4 +1,4 @@
-"""What a process is made of, as a value: one that was started with another stamp is of yesterday."""
+"""A value for all that a process is made of: one that was started with another stamp is of yesterday."""
 
 import hashlib
 import os
