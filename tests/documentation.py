@@ -348,13 +348,8 @@ def _symmetries(values: frozenset[bool]) -> str:
 
 def architectures_table() -> str:
     rows = [
-        [
-            f"`{model_type}`",
-            row.title,
-            f"`{row.model_class}`",
-            "; ".join(f"{f}: {why}" for f, why in row.refusals.items()),
-        ]
-        for model_type, row in ARCHITECTURES.items()
+        [f"`{kind}`", row.title, f"`{row.model_class}`", "; ".join(f"{f}: {why}" for f, why in row.refusals.items())]
+        for kind, row in ARCHITECTURES.items()
     ]
     refused = [[f"`{model_type}`", why] for model_type, why in REFUSED.items()]
     accepted = table(("`model_type`", "models", "class of transformers", "formats that it cannot have"), rows)

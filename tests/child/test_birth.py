@@ -25,7 +25,9 @@ def spare(tmp_path: Path, device: str = "cpu") -> Spare:
 def said(child: ChildProcess) -> dict[str, object]:
     """The first line of a child."""
     lines: list[bytes] = []
-    wait_for(lambda: lines.extend(child.lines(0.1)) or lines, what="a line")
+    while not lines:
+        assert not child.ended(), "it said nothing"
+        lines += child.lines(0.1) or child.remaining_lines()
     told: dict[str, object] = json.loads(lines[0])
     return told
 

@@ -34,7 +34,7 @@ EXIT_ABANDONED = 76
 
 PR_SET_PDEATHSIG = 1
 ATTEMPT_OOM_SCORE, SPARE_OOM_SCORE = 500, 1000
-"""When memory runs out the kernel ends a process with the highest score first: one that waits before one that works."""
+"""Of processes alike the kernel ends that of the highest score first when memory runs out: one that waits."""
 
 
 def follow_supervisor() -> None:

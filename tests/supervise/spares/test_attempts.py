@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from bitwright.job_states import JobStatus
 from tests.supervise.bench import CPU, Running, alive, wait_for
 from tests.supervise.spares.conftest import Waiting
-from workers.disk.orders import WarmChild
+from workers.disk.orders import SpareOrder, WarmChild
 from workers.supervise import attempt_runner
 from workers.supervise.attempt_runner import supervise
 from workers.supervise.spares.spare import Spare
@@ -94,7 +94,7 @@ def test_a_spare_that_dies_with_an_order_that_it_did_not_read_costs_a_job_nothin
     """The same attempt goes on in a process that is started for it."""
     spare, order = waiting.spare(), Spare.order
 
-    def kill_and_order(self: Spare, given: attempt_runner.SpareOrder) -> None:
+    def kill_and_order(self: Spare, given: SpareOrder) -> None:
         if moment == "before its order is sent":
             os.kill(self.pid, signal.SIGKILL)
             wait_for(self.child.ended, what="the end of the spare")

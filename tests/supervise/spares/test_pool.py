@@ -11,6 +11,7 @@ from app.settings import Settings
 from bitwright.job_states import DeviceClass
 from tests.supervise.bench import CPU, alive, wait_for
 from tests.supervise.spares.conftest import MODULE, Waiting
+from workers.supervise.capacity import Capacity
 from workers.supervise.spares import pool
 from workers.supervise.spares.pool import Spares, leaves_room, spares_of
 
@@ -28,9 +29,7 @@ GPU = replace(CPU, device=DeviceClass.CUDA, device_memory_bytes=80 << 30)
     ],
 )
 @pytest.mark.parametrize("device", [CPU, GPU], ids=["cpu", "gpu"])
-def test_the_number_of_spares(
-    tmp_path: Path, device: pool.Capacity, memory: int, said: int | None, expected: int
-) -> None:
+def test_the_number_of_spares(tmp_path: Path, device: Capacity, memory: int, said: int | None, expected: int) -> None:
     settings = Settings(data_dir=tmp_path).model_copy(update={"spares": said})
     assert spares_of(settings, replace(device, host_memory_bytes=memory)) == expected
 

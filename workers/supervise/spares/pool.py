@@ -23,8 +23,10 @@ ENOUGH_MEMORY = 16_000_000_000
 """Bytes of a machine, or of its container, from which on a worker has a spare unless it is told otherwise."""
 HOST_BYTES, DEVICE_BYTES = 1 << 30, 600_000_000
 """The most that a spare holds of the machine's memory and of its GPU's."""
+NAMES = ("host_memory_bytes", "device_memory_bytes")
+"""Of these two in what a job says that it needs."""
 MARGIN = 2.0
-"""What a job needs is told within a factor of about two."""
+"""A job's need is told within a factor of about two."""
 OLDEST_SECONDS = 3600.0
 LOOK_SECONDS = 60.0
 """Between two looks at what waits: of yesterday's code, or older than an hour."""
@@ -53,9 +55,6 @@ def leaves_room(needed: Mapping[str, object], capacity: Capacity, count: int) ->
     elif MARGIN * device + count * DEVICE_BYTES > capacity.device_memory_bytes:
         return False
     return MARGIN * host + count * HOST_BYTES <= capacity.host_memory_bytes
-
-
-NAMES = ("host_memory_bytes", "device_memory_bytes")
 
 
 class Spares:
