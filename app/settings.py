@@ -225,6 +225,13 @@ class Settings(BaseSettings):
     devices: Literal["all"] | Annotated[int, Field(ge=1, le=64)] = Field(
         default=1, description="GPUs that a worker gives to a job, `all` that it sees or so many; on a CPU, processes."
     )
+    spares: int | None = Field(
+        default=None,
+        ge=0,
+        le=8,
+        description="Processes that wait for a worker's next jobs, with all imported and the device open; unset: 1 "
+        "where there are 16 GB of memory, else 0.",
+    )
     llama_cpp: Folder | None = Field(
         default=None, description="Folder with llama.cpp's shared libraries, in which a worker reads GGUF files."
     )

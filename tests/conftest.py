@@ -18,6 +18,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = str(Path(__file__).resolve().parent.parent)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (ROOT, os.environ.get("PYTHONPATH"))))
 
+# No worker keeps a spare attempt unless a test is about that: each one imports torch for seconds.
+os.environ.setdefault("BITWRIGHT_SPARES", "0")
+
 # Before anything imports torch: threads that wait sleep, so that tests in two processes do not starve each other.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 

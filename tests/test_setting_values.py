@@ -61,6 +61,7 @@ NONSENSE = {
     "worker_poll_seconds": ["0", "inf", "nan", "301", "soon"],
     "device": ["tpu", "gpu", "cuda:0"],
     "devices": ["0", "-1", "some", "65", "1.5"],
+    "spares": ["-1", "9", "one", "1.5"],
     "llama_cpp": ["/etc/hostname", "/" + "x" * 300],
     "vllm_python": ["/etc", "/" + "x" * 300, "~nobody-of-this-name/bin/python"],
     "worker_name": ["two words", "a/b", "gpu%h", "a@b", "-x", "x" * 161],

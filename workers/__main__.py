@@ -13,6 +13,7 @@ from workers.supervise.capacity import capacity
 from workers.supervise.celery_app import run_worker
 from workers.supervise.context import WorkerContext
 from workers.supervise.runtimes import WarmReader, found_runtimes
+from workers.supervise.spares.pool import Spares
 
 log = structlog.get_logger("workers")
 
@@ -31,8 +32,10 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         log.error("device_missing", reason=str(error))
         return 2
     database, reader = Database(settings.database_url), WarmReader(settings.workspace_dir)
+    worker_id = f"{settings.worker_name}.{new_id('wrk')}"
+    spares = Spares(attempt_module, worker_id, settings, machine)
     context = WorkerContext(
-        worker_id=f"{settings.worker_name}.{new_id('wrk')}",
+        worker_id=worker_id,
         capacity=machine,
         settings=settings,
         database=database,
@@ -40,10 +43,12 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         attempt_module=attempt_module,
         runtimes=found_runtimes(settings),
         reader=reader,
+        spares=spares,
     )
     try:
         run_worker(context)
     finally:
+        spares.close()
         reader.close()
         database.close()
     return 0

@@ -1,5 +1,6 @@
 """A whole service of one's own for as long as a `with` block lasts: `bitwright serve` as a child process."""
 
+import os
 import subprocess
 import sys
 import time
@@ -16,6 +17,8 @@ from bitwright.errors import BitwrightError, Unavailable
 START_SECONDS = 120.0
 STOP_SECONDS = 40.0
 LOG_NAME = "serve.log"
+ONE_JOB = {"BITWRIGHT_SPARES": "0"}
+"""A spare takes a processor for seconds, for the job after the next one. A variable that is set goes first."""
 
 
 class EmbeddedService:
@@ -39,7 +42,12 @@ class EmbeddedService:
         with (self._data_dir / LOG_NAME).open("ab") as log:
             # A session of its own: Ctrl-C goes to this process, which then ends the service in order.
             self._process = subprocess.Popen(
-                tied_to_this_process(command), stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                tied_to_this_process(command),
+                env=ONE_JOB | os.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
             )
         try:
             self._endpoint = self._await_ready(self._process)

@@ -47,6 +47,7 @@ def service(folder: Path) -> Iterator[EmbeddedService]:
     with pytest.MonkeyPatch.context() as environment, ThreadingHTTPServer(("127.0.0.1", 0), EmptyHub) as hub:
         threading.Thread(target=hub.serve_forever, daemon=True).start()
         environment.setenv("BITWRIGHT_HUB_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        environment.delenv("BITWRIGHT_SPARES", raising=False)
         with EmbeddedService(folder) as running:
             yield running
         hub.shutdown()
@@ -66,6 +67,12 @@ def test_address_and_key_are_where_the_other_commands_find_them(service: Embedde
     assert key is not None
     assert key.key is not None
     assert (folder / LOG_NAME).read_text().count(key.key) == 1
+
+
+def test_a_service_for_one_job_keeps_no_spare(service: EmbeddedService) -> None:
+    assert b"BITWRIGHT_SPARES=0\0" in Path(f"/proc/{service.pid}/environ").read_bytes()
+    assert eventually(lambda: child(service, "workers") is not None)
+    assert child(service, "--spare") is None
 
 
 def test_it_says_that_it_serves_once_its_worker_lives(service: EmbeddedService, folder: Path) -> None:

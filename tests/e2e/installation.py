@@ -118,6 +118,7 @@ class Installation:
             "DEVICE": "cpu",
             "PORT": str(self.port),
             "HUB_ENABLED": "false",
+            "SPARES": "0",
             **self.settings,
         }
         self.variables = {f"BITWRIGHT_{name}": value for name, value in settings.items()}

@@ -12,6 +12,7 @@ A real process on the real lifeline, pipe and lock; only the computation is left
     log:EVENT       write a log line                          outside         a result that names a folder outside
     result          report the result, and go on              failed:CODE     report a failure, and go on
     environment     report the names of its variables         rank:N:STEP     only as this rank
+    needs:BYTES     say that the job needs such memory      given           report what it reads from the warm child
     pid             report its process id and rank            lost:N          wait for rank N's end, which told
                                                                               its pid, and fail over it
 A step is the first rank's unless `rank` says otherwise.
@@ -34,31 +35,22 @@ from bitwright.events import BlockEvent, LogEvent, ProgressEvent, Stage
 from bitwright.report import Report
 from tests.reports import QUALITY, report
 from workers.child.attempt import take_lock
+from workers.child.birth import born
 from workers.child.exceptions import as_bitwright_error
-from workers.child.lifeline import (
-    EXIT_FAILED,
-    REPORT_FD,
-    SILENCE_SECONDS,
-    ReportPipe,
-    follow_supervisor,
-    log_as_json,
-    prefer_for_oom_kill,
-)
+from workers.child.lifeline import EXIT_FAILED, REPORT_FD, SILENCE_SECONDS, ReportPipe
 from workers.disk.orders import AttemptOrder
 
 BLOCKS = 100
 
 
 def main(arguments: list[str]) -> int:
-    follow_supervisor()
-    prefer_for_oom_kill()
-    log_as_json()
-    workspace, rank = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0
+    birth = born(arguments, lambda _: None)
+    workspace, rank = birth.workspace, birth.rank
     pipe = ReportPipe()
     if rank == 0:
         take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + 10)
     order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
-    script = Script(order, workspace, rank, pipe)
+    script = Script(order.renumbered(birth.given), workspace, rank, pipe)
     try:
         for step in order.request.metadata.get("script", "").split(","):
             script.do(step)
@@ -127,6 +119,16 @@ class Script:
         child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
         self.pipe.write(LogEvent(event="grandchild", fields={"pid": child.pid}))
 
+    def needs(self, size: str) -> None:
+        fields = {"host_memory_bytes": int(size), "device_memory_bytes": 0}
+        self.pipe.write(LogEvent(event="memory_needed", fields=dict(fields)))
+
+    def given(self, _: str) -> None:
+        assert self.order.warm is not None
+        os.write(self.order.warm.orders, b"asked\n")
+        said = os.read(self.order.warm.answers, 100).decode()
+        self.pipe.write(LogEvent(event="given", fields={"said": said}))
+
     def outside(self, _: str) -> None:
         self.pipe.write(ResultLine(report=report_for(self.order), checkpoints={"native": "../.."}))
         os._exit(0)
@@ -165,6 +167,8 @@ STEPS: dict[str, Callable[[Script, str], object]] = {
     "child": Script.child,
     "environment": Script.environment,
     "outside": Script.outside,
+    "needs": Script.needs,
+    "given": Script.given,
     "pid": Script.pid,
     "lost": Script.lost,
     "log": lambda _, event: structlog.get_logger("script").info(event),

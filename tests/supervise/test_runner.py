@@ -1,5 +1,6 @@
 """The thread that runs jobs: it asks by itself and when it is notified, and no fault ends it."""
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,9 +14,12 @@ from sqlalchemy import event
 from app.store.attempts import work_waits
 from app.store.session import Database
 from bitwright.job_states import JobStatus
-from tests.supervise.bench import Bench, make_context, wait_for
-from workers.supervise import runner
+from tests.supervise.bench import Bench, alive, make_context, wait_for
+from workers.disk.orders import RuntimePlace
+from workers.supervise import runner, runtimes
 from workers.supervise.runner import Runner
+from workers.supervise.runtimes import WarmReader
+from workers.supervise.spares.pool import Spares
 
 
 @pytest.fixture
@@ -120,3 +124,30 @@ def test_a_database_that_is_away_is_asked_less_and_less_often(tmp_path: Path) ->
     assert pauses[0] <= 2 * (1 + runner.JITTER)
     assert 60 * (1 - runner.JITTER) <= pauses[-1] <= 60 * (1 + runner.JITTER)
     database.close()
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_what_the_next_job_begins_with_is_there_before_it_comes(
+    sqlite_bench: Bench, runners: list[Runner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """A spare, and the child that reads results, where a worker has spares."""
+    monkeypatch.setattr(runtimes, "HOST", (sys.executable, "-c", "import sys; sys.stdin.read()"))
+    context = sqlite_bench.context
+    settings = context.settings.model_copy(update={"spares": count})
+    spares = Spares(context.attempt_module, context.worker_id, settings, context.capacity)
+    reader = WarmReader(tmp_path)
+    found = {"transformers": RuntimePlace(version="5")}
+    given = replace(context, settings=settings, spares=spares, reader=reader, runtimes=found)
+    one = start(replace(sqlite_bench, context=given), runners, 0.1)
+    one.notify()
+    assert len(spares.waiting) == count
+    pids = [spare.pid for spare in spares.waiting]
+    if count:
+        pids.append(reader.start().handle.pid)
+        assert all(map(alive, pids))
+    else:
+        assert reader._child is None
+    one.stop()
+    spares.close()
+    reader.close()
+    wait_for(lambda: not any(map(alive, pids)), 5, what="the end of both")

@@ -1,5 +1,7 @@
 """`python -m workers.child.attempt WORKSPACE [RANK]`: one attempt at one job, in a process of its own, or in several.
 
+A process may be born before there is a job (`workers.child.birth`).
+
 It knows no database, broker, bucket or key, and no network: its order lies in the workspace, its words go through a
 pipe, its results into the workspace. Whatever goes wrong becomes one `failed` line and exit code 1.
 
@@ -18,15 +20,11 @@ from typing import NoReturn
 import structlog
 
 from bitwright.errors import InternalError
+from workers.child.birth import born
 from workers.child.exceptions import as_bitwright_error
-from workers.child.lifeline import (
-    EXIT_FAILED,
-    SILENCE_SECONDS,
-    ReportPipe,
-    follow_supervisor,
-    log_as_json,
-    prefer_for_oom_kill,
-)
+from workers.child.lifeline import EXIT_FAILED, SILENCE_SECONDS, ReportPipe
+from workers.child.needs import tell_needs
+from workers.child.preparation import prepare, wait_quietly
 from workers.disk.orders import AttemptOrder
 
 LOCK_MARGIN_SECONDS = 10.0
@@ -35,31 +33,29 @@ LOCK_MARGIN_SECONDS = 10.0
 log = structlog.get_logger("workers.child.attempt")
 
 
-def main(arguments: list[str]) -> int:
-    """Run the attempt whose order lies in the folder `arguments[0]`, as rank `arguments[1]`; the exit code."""
-    follow_supervisor()
-    prefer_for_oom_kill()
-    log_as_json()
+def main(arguments: list[str]) -> NoReturn:
+    """Run the attempt whose order lies in the folder `arguments[0]`, as rank `arguments[1]`, and end."""
+    birth = born(arguments, prepare)
     report = ReportPipe()
-    workspace, rank = Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0
+    workspace, rank = birth.workspace, birth.rank
     structlog.contextvars.bind_contextvars(**({"rank": rank} if rank else {}))
     try:
         if rank == 0:
             take_lock(workspace / "lock", seconds=float(os.environ[SILENCE_SECONDS]) + LOCK_MARGIN_SECONDS)
         order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
-        run_order(order, workspace, report, rank)
+        run_order(order.renumbered(birth.given), workspace, report, rank)
     except BaseException as error:
         known = as_bitwright_error(error)
         log.error("attempt_failed", code=known.code, exc_info=error)
         report.fail(known)
         leave(EXIT_FAILED)
-    if rank:
-        leave(0)
-    return 0
+    leave(0)
 
 
 def leave(code: int) -> NoReturn:
-    """End at once: a device's library may wait for ranks that are gone before it lets the interpreter end."""
+    """End at once: all that is to last is on the disk, to free what torch and its libraries hold takes the interpreter
+    half a second, and a device's library may wait for ranks that are gone before it lets the interpreter end.
+    """
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
@@ -89,9 +85,9 @@ def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe, rank: in
     if rank == 0:
         # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
         shutil.rmtree(workspace / "output", ignore_errors=True)
-    # Threads that wait for each other sleep rather than spin: on a shared machine spinning costs many times the work.
-    # OpenMP reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if rank == 0 and order.tells_needs:
+        tell_needs(order, report)
+    wait_quietly()
     # torch takes seconds to load: lock and lifeline come first.
     from workers.engine.reporter import Reporter  # noqa: PLC0415
     from workers.engine.run import assist, run  # noqa: PLC0415
@@ -103,4 +99,4 @@ def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe, rank: in
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    main(sys.argv[1:])

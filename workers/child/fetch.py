@@ -37,7 +37,15 @@ from bitwright.errors import BitwrightError, InvalidDataset, SourceForbidden, So
 from bitwright.events import TEXT_ROLES, ProgressEvent, Stage, WarningEvent
 from workers.child.examination import examine, require_disk
 from workers.child.exceptions import as_bitwright_error
-from workers.child.lifeline import EXIT_FAILED, ReportPipe, follow_supervisor, log_as_json
+from workers.child.lifeline import (
+    ATTEMPT,
+    EXIT_FAILED,
+    JOB_ID,
+    ReportPipe,
+    follow_supervisor,
+    log_as_json,
+    name_in_log,
+)
 from workers.disk.durable import replace_file, sync_tree
 from workers.disk.hub_cache import holding
 from workers.disk.orders import FetchOrder, TextOrder
@@ -62,6 +70,7 @@ def main(arguments: list[str]) -> int:
     """Fetch what the order in the workspace folder `arguments[0]` names; the exit code."""
     follow_supervisor()
     log_as_json()
+    name_in_log(os.environ[JOB_ID], int(os.environ[ATTEMPT]))
     return obey(Path(arguments[0]), ReportPipe())
 
 

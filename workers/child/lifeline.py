@@ -33,6 +33,8 @@ EXIT_ABANDONED = 76
 """The supervisor is gone or silent; nobody reads this code but a person with a log."""
 
 PR_SET_PDEATHSIG = 1
+ATTEMPT_OOM_SCORE, SPARE_OOM_SCORE = 500, 1000
+"""Of processes alike the kernel ends that of the highest score first when memory runs out: one that waits."""
 
 
 def follow_supervisor() -> None:
@@ -64,16 +66,20 @@ def _guard(control: int, silence: float) -> NoReturn:
     raise AssertionError("not reached")
 
 
-def prefer_for_oom_kill() -> None:
+def prefer_for_oom_kill(score: int) -> None:
     """Ask the kernel to end this process, not its supervisor, when memory runs out."""
     with suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("500")
+        Path("/proc/self/oom_score_adj").write_text(str(score))
 
 
 def log_as_json() -> None:
-    """Log JSON lines that carry the ids of job and attempt; standard error is the workspace's attempt.log."""
+    """Log JSON lines; standard error is the workspace's attempt.log, or a file of a process that has no job yet."""
     configure_logging(SimpleNamespace(log_format="json", log_level="INFO"))
-    structlog.contextvars.bind_contextvars(job_id=os.environ[JOB_ID], attempt=int(os.environ[ATTEMPT]))
+
+
+def name_in_log(job_id: str, attempt: int) -> None:
+    """Let log lines carry the ids of job and attempt."""
+    structlog.contextvars.bind_contextvars(job_id=job_id, attempt=attempt)
 
 
 class ReportPipe:

@@ -1,5 +1,6 @@
 """Orders from the supervisor to its children: `fetch.json` and `order.json` in the workspace."""
 
+from collections.abc import Mapping
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -86,3 +87,27 @@ class AttemptOrder(Message):
         default=None, description="A child that has imported what reading takes; None: the attempt starts one."
     )
     micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")
+    tells_needs: bool = Field(
+        default=False, description="Whether the attempt reports what it will need: the worker has memory to give back."
+    )
+
+    def renumbered(self, given: Mapping[int, int]) -> "AttemptOrder":
+        """The order with the numbers that descriptors have in another process: `given`, from number to number."""
+        if self.warm is None or not given:
+            return self
+        ends = {"orders": given[self.warm.orders], "answers": given[self.warm.answers]}
+        return self.model_copy(update={"warm": self.warm.model_copy(update=ends)})
+
+
+class SpareOrder(Message):
+    """The one order that a spare takes: a JSON line, with descriptors beside it (`workers.child.birth`).
+
+    log     the file that takes what the process prints from then on
+    given   numbers that the descriptors have in the supervisor, in the order in which they come
+    """
+
+    workspace: str
+    log: str
+    job_id: str
+    attempt: int
+    given: tuple[int, ...] = ()

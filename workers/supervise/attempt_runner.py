@@ -11,15 +11,17 @@ from typing import TypeVar
 
 import structlog
 
-from app.domain.attempt_lines import FailedLine, FetchedLine, ResultLine
+from app.domain.attempt_lines import AttemptEvent, FailedLine, FetchedLine, ResultLine
 from app.domain.full_disk import disk_full
 from app.domain.request.source_walk import read_sources
+from app.domain.request.sources import GeneratedText
 from app.store.attempts import AttemptWriter, Claim
 from bitwright.errors import AttemptSuperseded, BitwrightError, DiskFull, InternalError, SourceForbidden, Unavailable
-from bitwright.events import TEXT_ROLES, ErrorData
+from bitwright.events import TEXT_ROLES, ErrorData, LogEvent
 from bitwright.job_states import JobStatus
+from workers.child.needs import NEEDS
 from workers.disk.hub_cache import holding
-from workers.disk.orders import AttemptOrder, FetchOrder, WarmChild
+from workers.disk.orders import AttemptOrder, FetchOrder, SpareOrder, WarmChild
 from workers.disk.workspace import Workspace
 from workers.machine import oom_kills
 from workers.supervise.base_job import base_job_folder
@@ -32,6 +34,7 @@ from workers.supervise.lease import JobCancelled, LeaseKeeper, WorkerStopping
 from workers.supervise.outputs import store_outputs
 from workers.supervise.requirements import missed_requirement
 from workers.supervise.sources import fetch_order, model_path, text_path
+from workers.supervise.spares.spare import Spare
 from workers.supervise.world_size import world_size
 
 POLL_SECONDS = 0.2
@@ -58,6 +61,9 @@ def supervise(context: WorkerContext, claim: Claim) -> JobStatus | None:
         except Unavailable:
             log.error("attempt_end_not_written")
             return None
+        finally:
+            if context.spares is not None:
+                context.spares.attempt_ended()
         log.info("attempt_ended", status=status.value)
         return status
 
@@ -102,12 +108,10 @@ class _Attempt:
         with self._reader() as warm:
             order = self._order(warm)
             self._workspace.write(self._workspace.order, order)
-            environment = attempt_environment(self._workspace, self._claim)
             given = () if warm is None else (warm.orders, warm.answers)
             # Only a model from the Hub has a revision; its folder is shared, and pruned when nobody uses it.
             with holding(Path(order.model_path)) if order.model_revision else nullcontext():
-                module, ranks = self._context.attempt_module, order.world_size
-                result = self._listen_for(ResultLine, module, environment, ranks=ranks, given=given)
+                result = self._compute(order, given)
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
         request = self._claim.request
         missed = missed_requirement(request.require, result.report, request.formats)
@@ -173,6 +177,7 @@ class _Attempt:
             micro_batch_divisor=self._claim.micro_batch_divisor,
             runtimes=dict(self._context.runtimes),
             warm=warm,
+            tells_needs=self._context.spares is not None and self._context.spares.count > 0,
             **texts,
         )
 
@@ -183,6 +188,61 @@ class _Attempt:
         self._workspace.write(self._workspace.fetch_order, wanted)
         environment = fetch_environment(self._context.settings, self._workspace, self._claim)
         return self._listen_for(FetchedLine, "workers.child.fetch", environment)
+
+    def _compute(self, order: AttemptOrder, given: tuple[int, ...]) -> ResultLine:
+        """Let a spare do what the order says, or a process that is started for it.
+
+        given   open descriptors that it gets
+        """
+        module, ranks = self._context.attempt_module, order.world_size
+        # The ranks of a job wait for each other, so that one of them that is there at once gains nothing.
+        spare = self._spare(order) if ranks == 1 else None
+        result = None if spare is None else self._compute_in(spare, given)
+        if result is not None:
+            return result
+        self._lease.check()
+        environment = attempt_environment(self._workspace, self._claim)
+        return self._listen_for(ResultLine, module, environment, ranks=ranks, given=given)
+
+    def _compute_in(self, spare: Spare, given: tuple[int, ...]) -> ResultLine | None:
+        """The result of a spare; None if it ended before it knew of the job, which bears no blame for that."""
+        with spare:
+            try:
+                spare.order(self._spare_order(given))
+            except OSError:
+                log.warning("spare_lost", pid=spare.pid, said=spare.last_words())
+                return None
+            log.info("spare_taken", pid=spare.pid, ready=spare.ready, age=round(spare.age, 1))
+            try:
+                return self._listen(ResultLine, self._context.attempt_module, spare.child)
+            except BitwrightError:
+                if spare.took_order or not spare.child.ended():
+                    raise
+                log.warning("spare_lost", pid=spare.pid, said=spare.last_words())
+                return None
+
+    def _spare(self, order: AttemptOrder) -> Spare | None:
+        """The spare that takes the order, if one waits; others end if the job wants their memory, as far as is known
+        now.
+        """
+        spares, request = self._context.spares, order.request
+        if spares is None:
+            return None
+        spare = spares.take()
+        # After a lack of memory all of it is the job's. And how much of a GPU is free decides how much text a model
+        # writes at a time, so that it must not depend on who waits beside.
+        if order.micro_batch_divisor > 1 or isinstance(request.calibration.dataset, GeneratedText):
+            spares.give_back()
+        return spare
+
+    def _spare_order(self, given: tuple[int, ...]) -> SpareOrder:
+        return SpareOrder(
+            workspace=str(self._workspace.folder),
+            log=str(self._workspace.log),
+            job_id=self._claim.job_id,
+            attempt=self._claim.attempt,
+            given=given,
+        )
 
     def _listen_for(
         self,
@@ -196,9 +256,7 @@ class _Attempt:
 
         given   open descriptors that the child gets, too
         """
-        reader, endings = LineReader(), _Endings()
         folder = str(self._workspace.folder)
-        kills_before = oom_kills()
         with ChildProcess(
             [module, folder],
             peers=[[module, folder, str(rank)] for rank in range(1, ranks)],
@@ -208,13 +266,21 @@ class _Attempt:
             given=given,
         ) as child:
             log.info("process_started", module=module, pid=child.pid, ranks=ranks)
-            while not child.ended():
-                self._hear(child.lines(POLL_SECONDS), reader, endings)
-                self._events.flush_if_due()
-                self._lease.check()
-            self._hear(child.remaining_lines(), reader, endings)
-            code = child.finish()
-            log.info("process_ended", module=module, code=code, ignored=reader.ignored + child.dropped_lines)
+            return self._listen(wanted, module, child)
+
+    def _listen(self, wanted: type[T], module: str, child: ChildProcess) -> T:
+        """Hear a child to its end, pass its events on, and return the line of the type `wanted` that it ended with."""
+        reader, endings, spares = LineReader(), _Endings(), self._context.spares
+        kills_before = oom_kills()
+        while not child.ended():
+            self._hear(child.lines(POLL_SECONDS), reader, endings)
+            self._events.flush_if_due()
+            self._lease.check()
+            if spares is not None:
+                spares.tend()
+        self._hear(child.remaining_lines(), reader, endings)
+        code = child.finish()
+        log.info("process_ended", module=module, code=code, ignored=reader.ignored + child.dropped_lines)
         self._events.flush()
         what = "fetch" if wanted is FetchedLine else "attempt"
         if code == 0 and isinstance(endings.result, wanted):
@@ -230,7 +296,13 @@ class _Attempt:
                 # Of several ranks the first to report has the cause, the others only miss it.
                 endings.failed = endings.failed or line.error
             elif line is not None:
+                self._make_room(line)
                 self._events.add(line)
+
+    def _make_room(self, event: AttemptEvent) -> None:
+        """End the spares that wait where a child says that its job needs their memory."""
+        if self._context.spares is not None and isinstance(event, LogEvent) and event.event == NEEDS:
+            self._context.spares.make_room(event.fields)
 
 
 class _Endings:

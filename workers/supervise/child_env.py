@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 from app.hub.environment import network_variables
 from app.settings import Settings
@@ -60,8 +61,17 @@ OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFL
 
 def attempt_environment(workspace: Workspace, claim: Claim) -> dict[str, str]:
     """Of the attempt: offline, and with caches that go with the workspace."""
-    caches = {"HF_HOME": str(workspace.folder / "cache")}
-    return RANKS | child_environment(ALWAYS | TOKENIZING | ALLOCATOR | waiting() | OFFLINE | _names(claim) | caches)
+    return _computing(workspace.folder) | _names(claim)
+
+
+def spare_environment(folder: Path) -> dict[str, str]:
+    """Of a process that will be an attempt: the same without a job's names, and with caches in a folder of its own."""
+    return _computing(folder)
+
+
+def _computing(folder: Path) -> dict[str, str]:
+    caches = {"HF_HOME": str(folder / "cache")}
+    return RANKS | child_environment(ALWAYS | TOKENIZING | ALLOCATOR | waiting() | OFFLINE | caches)
 
 
 def waiting() -> dict[str, str]:

@@ -25,6 +25,8 @@ PULSE_SECONDS = 1.0
 GRACE_SECONDS = 1.0
 """Between asking a child to end and ending it."""
 ORPHAN_SECONDS = 1.0
+END_SECONDS = 0.01
+"""Between two looks whether a child that has closed its report pipe has ended."""
 
 PASSED_ON = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV", "SSL_CERT_FILE")
 PASSED_ON_PREFIXES = (
@@ -147,7 +149,7 @@ class ChildProcess:
             data = os.read(self._reading, 1 << 20)
             if data:
                 return self._splitter.feed(data)
-            self._closing.wait(timeout)  # end of file: do not spin until the process has ended, too
+            self._closing.wait(min(timeout, END_SECONDS))  # end of file: do not spin until the process has ended, too
         return []
 
     def remaining_lines(self) -> list[bytes]:

@@ -11,6 +11,7 @@ from bitwright.job_states import DeviceClass
 from workers.disk.orders import RuntimePlace
 from workers.supervise.capacity import Capacity
 from workers.supervise.runtimes import WarmReader
+from workers.supervise.spares.pool import Spares
 
 
 @dataclass(frozen=True)
@@ -21,6 +22,7 @@ class WorkerContext:
     attempt_module  what `python -m` runs for an attempt; the tests of supervision bring their own
     runtimes        what there is to read results in, by name
     reader          the child that does; None: attempts start their own
+    spares          processes that wait to be attempts; None: each attempt is started when its job is there
     """
 
     worker_id: str
@@ -32,6 +34,7 @@ class WorkerContext:
     attempt_module: str = "workers.child.attempt"
     runtimes: Mapping[str, RuntimePlace] = field(default_factory=dict)
     reader: WarmReader | None = None
+    spares: Spares | None = None
 
     @property
     def device(self) -> DeviceClass:

@@ -66,10 +66,12 @@ class Runner:
         """Work if there is something to do. No fault ends the thread."""
         context = self._context
         try:
+            self._tend()
             with context.database.reading() as session:
                 waits = work_waits(session, context.device)
             if waits:
                 work(context, context.device.value)
+                self._tend()
             self._faults = 0
         except Unavailable:
             self._faults += 1
@@ -78,6 +80,15 @@ class Runner:
         except Exception:  # a driver's own kinds, too: a worker that no longer asks would look idle for ever
             self._faults += 1
             log.exception("work_failed")
+
+    def _tend(self) -> None:
+        """Have ready what the next job begins with."""
+        context = self._context
+        if context.spares is None or not context.spares.count:
+            return
+        context.spares.tend()
+        if context.reader is not None and context.runtimes:
+            context.reader.start()
 
     def _pause(self) -> float:
         interval = self._context.settings.worker_poll_seconds

@@ -69,22 +69,27 @@ def _vllm_version(python: Path, folder: Path) -> str | None:
 class WarmReader:
     """A limited child that reads results in runtimes (`workers.runtimes.host`), lent to one attempt after another.
 
-    It is started when the first attempt wants it, and imports what it needs while that opens its model. An attempt that
-    ended badly may have left it with an order: then the next one gets another.
+    It is started when the first attempt wants it, and imports what it needs while that opens its model; where a worker
+    has spares, it waits beside them. An attempt that ended badly may have left it with an order: then the next one gets
+    another.
     """
 
     def __init__(self, workspaces: Path) -> None:
         self._folder = workspaces / FOLDER
         self._child: LimitedProcess | None = None
 
-    @contextmanager
-    def lent(self) -> Iterator[WarmChild]:
-        """The child's pipes, for a process that is started while the context lasts."""
+    def start(self) -> LimitedProcess:
+        """The child; started now unless there is one that takes orders."""
         if self._child is None or not self._child.usable:
             self.close()
             self._child = LimitedProcess.start(HOST, folder=self._folder, file_bytes=FILE_BYTES)
             log.info("reader_started", pid=self._child.handle.pid)
-        handle = self._child.handle
+        return self._child
+
+    @contextmanager
+    def lent(self) -> Iterator[WarmChild]:
+        """The child's pipes, for a process that is started while the context lasts."""
+        handle = self.start().handle
         try:
             yield WarmChild(orders=handle.orders, answers=handle.answers, pid=handle.pid)
         except BaseException:
