@@ -12,10 +12,13 @@ from torch import Tensor, nn
 
 from workers.numerics.product_dtype import product_dtype
 
+WIDENED_ELEMENTS = 1 << 20
+"""Elements of a weight that are in fp32 at a time."""
+
 
 @contextmanager
 def quick_products(module: nn.Module) -> Iterator[None]:
-    """While the context lasts, the module's linears multiply in `product_dtype`. Weights must stay as they are."""
+    """While the context lasts, the module's linears multiply in `product_dtype`."""
     linears = [each for each in module.modules() if type(each) is nn.Linear]
     slow = [each for each in linears if product_dtype(each.weight.device, each.weight.dtype) != each.weight.dtype]
     inputs = _Widened()
@@ -41,17 +44,19 @@ class _Widened:
 
 
 class _Product:
-    """The forward pass of one linear. Its weight is widened once."""
+    """The forward pass of one linear, some rows of its weight at a time: never all of a large one in fp32."""
 
     def __init__(self, linear: nn.Linear, inputs: _Widened) -> None:
         self._linear, self._inputs = linear, inputs
-        self._dtype = product_dtype(linear.weight.device, linear.weight.dtype)
-        self._weight: Tensor | None = None
 
     def __call__(self, x: Tensor) -> Tensor:
+        weight, bias = self._linear.weight, self._linear.bias
         if torch.is_grad_enabled():
-            return nn.functional.linear(x, self._linear.weight, self._linear.bias)
-        if self._weight is None:
-            self._weight = self._linear.weight.to(self._dtype)
-        bias = None if self._linear.bias is None else self._linear.bias.to(self._dtype)
-        return nn.functional.linear(self._inputs.of(x, self._dtype), self._weight, bias).to(x.dtype)
+            return nn.functional.linear(x, weight, bias)
+        dtype = product_dtype(weight.device, weight.dtype)
+        wide, y = self._inputs.of(x, dtype), x.new_empty(*x.shape[:-1], len(weight))
+        step = max(1, WIDENED_ELEMENTS // weight.shape[1])
+        for rows in (slice(start, start + step) for start in range(0, len(weight), step)):
+            some = None if bias is None else bias[rows].to(dtype)
+            y[..., rows] = nn.functional.linear(wide, weight[rows].to(dtype), some)
+        return y
