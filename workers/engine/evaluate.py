@@ -24,8 +24,8 @@ from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.finetune.stage import Finetuned
 from workers.engine.job import Job
 from workers.engine.memory import LOGITS_AT_ONCE
-from workers.engine.model.quick_products import quick_products
 from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
+from workers.engine.model.quick_products import quick_products
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.outer_matrices import plain_head
@@ -185,11 +185,11 @@ def _token_sums(original: Tensor, others: Sequence[Tensor], labels: Tensor) -> T
     for part in (slice(start, start + rows) for start in range(0, len(labels), rows)):
         p, index = original[part].float().log_softmax(-1), labels[part].unsqueeze(-1)
         shares, best = p.exp(), largest(p)
-        for total, logits in zip(sums, others, strict=True):
+        for number, logits in enumerate(others):
             q = logits[part].float().log_softmax(-1)
             divergence, agreement = torch.linalg.vecdot(shares, p - q), best == largest(q)
             each = (-p.gather(-1, index), -q.gather(-1, index), divergence, agreement)
-            total += torch.stack([token.double().sum() for token in each])
+            sums[number] += torch.stack([token.double().sum() for token in each])
     return sums.cpu()
 
 
