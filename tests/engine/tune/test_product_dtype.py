@@ -45,7 +45,7 @@ class Watched:
         self.written.append(out.dtype)
         out.copy_(self.value.flatten())
 
-    def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:  # noqa: ARG002 - they do not move
+    def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         self.gradients.append(gradient.clone())
         self.write(out)
 
@@ -113,7 +113,7 @@ def test_arguments_of_the_call_have_the_dtype_of_its_hidden_states(multiplied_in
     assert all(each == (multiplied_in, multiplied_in, [multiplied_in, torch.int64], 3) for each in seen)
 
 
-def test_both_ways_come_as_close(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp32_products_come_as_close_as_those_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     losses = {}
     for dtype in (torch.float32, torch.bfloat16):
         for module in (tuner, tuned_block):
@@ -124,4 +124,4 @@ def test_both_ways_come_as_close(monkeypatch: pytest.MonkeyPatch) -> None:
         assert result.loss_initial is not None
         losses[dtype] = float(result.loss)
         assert float(result.loss) < 0.8 * float(result.loss_initial)
-    assert losses[torch.float32] == pytest.approx(losses[torch.bfloat16], rel=0.05)
+    assert losses[torch.float32] < 1.05 * losses[torch.bfloat16]
