@@ -4,9 +4,11 @@ A blob's name is made of 64 hexadecimal digits and nothing else, so no name can 
 complete or absent, never half there. References to blobs are rows of the database; `app.store.garbage` frees the rest.
 """
 
+import errno
 import hashlib
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import closing, suppress
@@ -44,8 +46,11 @@ class BlobEntry:
 class BlobStore(Protocol):
     """Operations of every blob store. All but `put` raise StorageError for a name that is not a sha256."""
 
-    def put(self, path: Path) -> Blob:
+    def put(self, path: Path, *, give: bool = False) -> Blob:
         """Store a file's bytes; if they are there already, only their `modified` changes.
+
+        give   nobody else has the file or writes to it, and it may be gone afterwards: a store of files on the same
+               disk takes it instead of a copy
 
         Raises:
             DiskFull: there is no room.
@@ -117,20 +122,23 @@ class FolderBlobs:
         self._incoming = folder / "incoming"
         self._incoming.mkdir(parents=True, exist_ok=True)
 
-    def put(self, path: Path) -> Blob:
+    def put(self, path: Path, *, give: bool = False) -> Blob:
         """See `BlobStore.put`: written beside, synced, then renamed, so a power cut leaves all or nothing."""
         try:
-            return self._put(path)
+            return self._put(path, give)
         except OSError as error:
             raise _storage_error(error, f"{path.name} could not be stored") from error
 
-    def _put(self, path: Path) -> Blob:
+    def _put(self, path: Path, give: bool) -> Blob:
         with tempfile.NamedTemporaryFile(dir=self._incoming, delete=False) as target:
             try:
                 with path.open("rb") as source:
-                    blob = _copy(source, target)
-                target.flush()
-                os.fsync(target.fileno())
+                    taken = give and _moved(source, path, Path(target.name))
+                    blob = _hash(source) if taken else _copy(source, target)
+                    target.flush()
+                    os.fsync(source.fileno() if taken else target.fileno())
+                if taken:
+                    os.utime(target.name)
                 place = self._place(blob.sha256)
                 place.parent.mkdir(exist_ok=True)
                 Path(target.name).replace(place)
@@ -200,7 +208,7 @@ class BucketBlobs:
     def __init__(self, store: Any) -> None:
         self._store = store
 
-    def put(self, path: Path) -> Blob:
+    def put(self, path: Path, *, give: bool = False) -> Blob:  # noqa: ARG002 - a bucket takes no files
         """See `BlobStore.put`: an object appears only when its upload is complete."""
         import obstore  # noqa: PLC0415 - only a bucket needs it
 
@@ -346,6 +354,27 @@ def _checked(sha256: str) -> str:
 
 def _key(sha256: str) -> str:
     return f"{_checked(sha256)[:2]}/{sha256}"
+
+
+def _moved(source: BinaryIO, path: Path, target: Path) -> bool:
+    """True if the open file at `path` now has the name `target` and no other, so that nobody finds it to write to it.
+
+    False where it lies on another disk or has more names, which may be a user's.
+    """
+    opened = os.fstat(source.fileno())
+    if not stat.S_ISREG(opened.st_mode) or opened.st_nlink != 1 or path.is_symlink():
+        return False
+    try:
+        path.replace(target)
+    except OSError as error:
+        if error.errno in (errno.EXDEV, errno.EPERM, errno.EACCES):
+            return False
+        raise
+    here = target.stat()
+    if (here.st_dev, here.st_ino, here.st_nlink) != (opened.st_dev, opened.st_ino, 1):
+        raise OSError(errno.ESTALE, "the file was replaced or linked while it was stored")
+    target.chmod(0o600)
+    return True
 
 
 def _copy(source: BinaryIO, target: Any) -> Blob:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 from bitwright.errors import NumericalFailure
 from tests.engine.model.random_models import VOCABULARY, save_random_model
 from workers.engine import memory
-from workers.engine.evaluate import measure
+from workers.engine.evaluate import PART, Beside, largest, measure
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.text.sequences import Sequences
@@ -98,3 +98,28 @@ def test_an_output_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
         measure(model, hidden, hidden * torch.nan, Sequences(ids, "x"), quantized_head=None, tick=lambda _: None)
     with pytest.raises(NumericalFailure, match="the original model's own outputs are not finite"):
         measure(model, hidden * torch.nan, hidden, Sequences(ids, "x"), quantized_head=None, tick=lambda _: None)
+
+
+def test_what_is_measured_beside_has_the_quality_that_it_has_alone(tmp_path: Path) -> None:
+    whole = save_random_model(tmp_path, "llama").requires_grad_(False)
+    ids = torch.randint(VOCABULARY, (3, 20), generator=torch.Generator().manual_seed(1))
+    hidden = last_hidden(tmp_path, ids)
+    near, far = (hidden + size * torch.randn_like(hidden) for size in (0.1, 0.4))
+    head = 1.1 * whole.get_output_embeddings().weight.detach()
+    model = StreamedModel.open(Checkpoint.open(tmp_path), CPU)
+
+    def alone(states: torch.Tensor, head: torch.Tensor | None, beside: Beside | None = None) -> object:
+        texts = (model, hidden, states, Sequences(ids, "x"))
+        return measure(*texts, quantized_head=head, tick=lambda _: None, beside=beside)
+
+    beside = Beside(far, head, [])
+    assert alone(near, None, beside) == alone(near, None)
+    assert beside.found == [alone(far, head)]
+
+
+@pytest.mark.parametrize("width", [PART, 7 * PART, 7 * PART + 1])
+def test_the_largest_is_the_first_among_equals(width: int) -> None:
+    """Logits of 16 bits are often equal."""
+    rows = torch.randint(3, (200, width), generator=torch.Generator().manual_seed(0)).float()
+    rows[0] = -torch.inf
+    assert torch.equal(largest(rows), torch.tensor([row.index(max(row)) for row in rows.tolist()]))

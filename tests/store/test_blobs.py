@@ -164,6 +164,106 @@ def test_a_put_that_is_killed_leaves_no_blob(tmp_path: Path) -> None:
     assert list((tmp_path / "b" / "incoming").iterdir()) == []
 
 
+class TestAFileThatIsGiven:
+    def test_it_becomes_the_blob_and_nothing_else_has_its_bytes(
+        self, tmp_path: Path, write: Callable[[bytes], Path]
+    ) -> None:
+        blobs, source = FolderBlobs(tmp_path / "b"), write(b"given")
+        number = source.stat().st_ino
+        os.utime(source, (1, 1))
+        blob = blobs.put(source, give=True)
+        place = blobs.path(blob.sha256)
+        assert place is not None
+        assert (place.stat().st_ino, place.stat().st_nlink) == (number, 1)
+        assert not source.exists()
+        assert blob.sha256 == hashlib.sha256(b"given").hexdigest()
+        assert list((tmp_path / "b" / "incoming").iterdir()) == []
+        modified = blobs.modified(blob.sha256)
+        assert modified is not None
+        assert datetime.now(UTC) - modified < timedelta(minutes=1), "as old as its put, or garbage would take it"
+
+    def test_what_is_written_to_its_path_later_changes_no_blob(
+        self, blobs: BlobStore, write: Callable[[bytes], Path]
+    ) -> None:
+        source = write(b"before")
+        blob = blobs.put(source, give=True)
+        source.write_bytes(b"after!")
+        with blobs.open(blob.sha256) as reader:
+            assert reader.read() == b"before"
+
+    @pytest.mark.parametrize("kind", ["hard", "symbolic"])
+    def test_one_that_has_another_name_is_copied(
+        self, tmp_path: Path, write: Callable[[bytes], Path], kind: str
+    ) -> None:
+        """The other name may be a user's, who writes to it next."""
+        blobs, own = FolderBlobs(tmp_path / "b"), write(b"mine")
+        output = tmp_path / "output"
+        (output.hardlink_to if kind == "hard" else output.symlink_to)(own)
+        blob = blobs.put(output, give=True)
+        with own.open("r+b") as file:
+            file.write(b"YOUR")
+        with blobs.open(blob.sha256) as reader:
+            assert reader.read() == b"mine"
+        assert own.read_bytes() == b"YOUR"
+
+    def test_one_on_another_disk_is_copied(
+        self, tmp_path: Path, write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        blobs, source, replace = FolderBlobs(tmp_path / "b"), write(b"far"), Path.replace
+
+        def other_disk(path: Path, target: Path) -> Path:
+            if path == source:
+                raise OSError(errno.EXDEV, "another disk")
+            return replace(path, target)
+
+        monkeypatch.setattr(Path, "replace", other_disk)
+        blob = blobs.put(source, give=True)
+        assert source.read_bytes() == b"far"
+        with blobs.open(blob.sha256) as reader:
+            assert reader.read() == b"far"
+
+    def test_its_bytes_are_read_once(
+        self, tmp_path: Path, write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        blobs, source, sizes, sha256 = FolderBlobs(tmp_path / "b"), write(b"x" * 3 * CHUNK), list[int](), hashlib.sha256
+
+        class Counting:
+            def __init__(self) -> None:
+                self._digest = sha256()
+
+            def update(self, data: bytes) -> None:
+                sizes.append(len(data))
+                self._digest.update(data)
+
+            def hexdigest(self) -> str:
+                return self._digest.hexdigest()
+
+        monkeypatch.setattr("app.store.blobs.hashlib.sha256", Counting)
+        blobs.put(source, give=True)
+        assert sum(sizes) == 3 * CHUNK
+
+    def test_it_is_on_disk_before_it_has_its_name(
+        self, tmp_path: Path, write: Callable[[bytes], Path], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        blobs, source = FolderBlobs(tmp_path / "b"), write(b"safe")
+        synced: list[int] = []
+        fsync, replace = os.fsync, Path.replace
+
+        def record(descriptor: int) -> None:
+            synced.append(os.fstat(descriptor).st_ino)
+            fsync(descriptor)
+
+        def named(place: Path, target: Path) -> Path:
+            if target.parent.name != "incoming":
+                assert place.stat().st_ino in synced
+            return replace(place, target)
+
+        monkeypatch.setattr(os, "fsync", record)
+        monkeypatch.setattr(Path, "replace", named)
+        blobs.put(source, give=True)
+        assert len(synced) == 3
+
+
 def test_a_file_that_is_no_blob_is_not_listed(tmp_path: Path, write: Callable[[bytes], Path]) -> None:
     blobs = FolderBlobs(tmp_path / "b")
     blob = blobs.put(write(b"x"))

@@ -345,7 +345,7 @@ class FailingBlobs:
     def __init__(self, error: OSError, good: int = 0) -> None:
         self.error, self.good = error, good
 
-    def put(self, path: Path) -> Blob:
+    def put(self, path: Path, *, give: bool = False) -> Blob:
         if self.good:
             self.good -= 1
             return Blob("0" * 64, path.stat().st_size)
@@ -443,10 +443,10 @@ def test_storing_ends_between_two_files_when_the_attempt_must(
 ) -> None:
     put, stored = sqlite_bench.context.blobs.put, list[str]()
 
-    def put_and_stop(path: Path) -> Blob:
+    def put_and_stop(path: Path, *, give: bool) -> Blob:
         stored.append(path.name)
         sqlite_bench.context.stopping.set()
-        return put(path)
+        return put(path, give=give)
 
     monkeypatch.setattr(sqlite_bench.context.blobs, "put", put_and_stop)
     job_id = sqlite_bench.submit("file:a.json:{},file:b.json:{}")

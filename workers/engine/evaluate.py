@@ -10,8 +10,9 @@ Activations of both are there when the last block is done; logits are made for s
 """
 
 import math
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from workers.engine.finetune.stage import Finetuned
 from workers.engine.job import Job
 from workers.engine.memory import LOGITS_AT_ONCE
 from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
+from workers.engine.model.quick_products import quick_products
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.outer_matrices import plain_head
@@ -31,6 +33,11 @@ from workers.engine.quantize.stage import Quantized
 from workers.engine.shipped import Replay, evaluated_key, shipments_of
 from workers.engine.shipped_quality import Evaluated, QualityMeter, differences, evaluate
 from workers.engine.text.sequences import Sequences
+
+CACHED_LOGITS = 262_144
+"""Logits of a model that are compared at once for each thread of a CPU: they stay in its caches."""
+PART = 64
+"""Logits of a part whose maximum is found first."""
 
 
 def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluated | None:
@@ -44,20 +51,18 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
     if activations is None or sequences is None:
         return None
 
+    def quality(states: Tensor, head: Tensor | None, tick: Callable[[float], None], **more: Any) -> Quality:
+        texts = (job.model, activations.original, states, sequences)
+        return measure(*texts, quantized_head=head, tick=tick, processes=job.processes, **more)
+
+    beside = _round_to_nearest(job, activations, quantized.head)
+
     def measured(head: Tensor | None, number: int, count: int) -> Quality:
         def tick(share: float) -> None:
             total = len(sequences.ids) * count
             job.reporter.progress(Stage.EVALUATE, (number + share) / count * total, total, "sequences")
 
-        return measure(
-            job.model,
-            activations.original,
-            activations.quantized,
-            sequences,
-            quantized_head=head,
-            tick=tick,
-            processes=job.processes,
-        )
+        return quality(activations.quantized, head, tick, beside=beside if number == 0 else None)
 
     evaluated = evaluate(
         shipments_of(job),
@@ -71,11 +76,29 @@ def run(job: Job, quantized: Quantized, finetuned: Finetuned | None) -> Evaluate
         job.reporter.metric(name, getattr(evaluated.quality, name))
     for code, message in differences(evaluated, None if finetuned is None else finetuned.report, _merging(job)):
         job.reporter.warning(code, message)
-    return replace(evaluated, reference=_reference(job, activations, sequences, quantized.head))
+    if beside is None:
+        return evaluated
+    found = beside.found[0] if beside.found else quality(beside.states, beside.head, lambda _: None)
+    job.reporter.metric("perplexity_round_to_nearest", found.perplexity)
+    return replace(evaluated, reference=Figures.of(found))
 
 
-def _reference(job: Job, activations: Activations, sequences: Sequences, head: Tensor | None) -> Figures | None:
-    """The row of round to nearest.
+@dataclass(frozen=True)
+class Beside:
+    """Hidden states that are measured in the pass of others, so that the original's logits are made once for both.
+
+    states     after the last block, (sequences, length, width)
+    head       dequantized weight of the head where it is not the original's
+    found      gets the quality
+    """
+
+    states: Tensor
+    head: Tensor | None
+    found: list[Quality]
+
+
+def _round_to_nearest(job: Job, activations: Activations, head: Tensor | None) -> Beside | None:
+    """What the row of round to nearest is measured on, where the report has one.
 
     head   the job's: embeddings and a head that is tied to them are rounded to nearest in every job
     """
@@ -83,17 +106,7 @@ def _reference(job: Job, activations: Activations, sequences: Sequences, head: T
         return None
     if head is not None and job.model.layout.head in job.schemes:
         head = plain_head(job)
-    quality = measure(
-        job.model,
-        activations.original,
-        activations.reference,
-        sequences,
-        quantized_head=head,
-        tick=lambda _: None,
-        processes=job.processes,
-    )
-    job.reporter.metric("perplexity_round_to_nearest", quality.perplexity)
-    return Figures.of(quality)
+    return Beside(activations.reference, head, [])
 
 
 def _merging(job: Job) -> str:
@@ -113,51 +126,81 @@ def measure(
     quantized_head: Tensor | None,
     tick: Callable[[float], None],
     processes: ProcessGroup = SINGLE_PROCESS,
+    beside: Beside | None = None,
 ) -> Quality:
     """Quality on `sequences`, whose hidden states after the last block are given, each (sequences, length, width).
 
     quantized_head  dequantized weight of the head where that is quantized too
     processes       those that measure together; the hidden states are of this one's share of the sequences
+    beside          others that are measured, too
 
     Raises:
         NumericalFailure: the original or the quantized model's output is not finite.
     """
-    head = model.model.get_submodule(model.layout.head)
-    sums = torch.zeros(4, dtype=torch.float64)
+    head, others = model.model.get_submodule(model.layout.head), [] if beside is None else [beside]
+    sums = torch.zeros(1 + len(others), 4, dtype=torch.float64)
     step = max(1, LOGITS_AT_ONCE[model.device.type] // model.vocabulary)
     ids = processes.share(sequences.ids)
     count, length = ids.shape
-    with model.loaded(*model.after_blocks):
-        weights = [head.weight, head.weight if quantized_head is None else _frozen(quantized_head.to(model.device))]
+    with model.loaded(*model.after_blocks), quick_products(head):
+        weights = _weights(head.weight, [quantized_head, *(other.head for other in others)])
+        states = (original, quantized, *(other.states for other in others))
         for row in range(count):
             for start in range(0, length - 1, step):
                 positions = slice(start, min(start + step, length - 1))
                 logits = []
-                for states, weight in zip((original, quantized), weights, strict=True):
+                for hidden, weight in zip(states, weights, strict=True):
                     head.weight = weight
-                    logits.append(model.logits(states[row : row + 1, positions].to(model.device))[0])
+                    logits.append(model.logits(hidden[row : row + 1, positions].to(model.device))[0])
                 labels = ids[row, positions.start + 1 : positions.stop + 1].to(model.device)
-                sums += _token_sums(logits[0], logits[1], labels).cpu()
+                sums += _token_sums(logits[0], logits[1:], labels)
             tick((row + 1) / count)
         head.weight = weights[0]
     processes.sum_(sums)
-    if not math.isfinite(sums[0]):
+    if not math.isfinite(sums[0, 0]):
         raise original_overflows(model.dtype)
-    return _quality(sums, len(sequences.ids) * (length - 1), sequences)
+    quality, *rest = [_quality(each, len(sequences.ids) * (length - 1), sequences) for each in sums]
+    for other, found in zip(others, rest, strict=True):
+        other.found.append(found)
+    return quality
+
+
+def _weights(own: nn.Parameter, others: Sequence[Tensor | None]) -> list[nn.Parameter]:
+    """The head's own weight and those in its place; the same tensor is the same parameter."""
+    frozen = {id(other): _frozen(other.to(own.device)) for other in others if other is not None}
+    return [own, *(own if other is None else frozen[id(other)] for other in others)]
 
 
 def _frozen(weight: Tensor) -> nn.Parameter:
     return nn.Parameter(weight, requires_grad=False)
 
 
-def _token_sums(original: Tensor, quantized: Tensor, labels: Tensor) -> Tensor:
-    """-log p(x), -log q(x), KL and agreement, each summed over tokens; logits (tokens, vocabulary). fp64 (4,)."""
-    p, q = original.float().log_softmax(-1), quantized.float().log_softmax(-1)
-    index = labels.unsqueeze(-1)
-    divergence = (p.exp() * (p - q)).sum(-1)
-    agreement = p.argmax(-1) == q.argmax(-1)
-    rows = (-p.gather(-1, index), -q.gather(-1, index), divergence, agreement)
-    return torch.stack([row.double().sum() for row in rows])
+def _token_sums(original: Tensor, others: Sequence[Tensor], labels: Tensor) -> Tensor:
+    """-log p(x), -log q(x), KL and agreement, each summed over tokens, for every q; logits (tokens, vocabulary).
+
+    fp64 (others, 4), on the host.
+    """
+    sums = torch.zeros(len(others), 4, dtype=torch.float64, device=original.device)
+    rows = len(labels) if original.is_cuda else max(1, CACHED_LOGITS * torch.get_num_threads() // original.shape[-1])
+    for part in (slice(start, start + rows) for start in range(0, len(labels), rows)):
+        p, index = original[part].float().log_softmax(-1), labels[part].unsqueeze(-1)
+        shares, best = p.exp(), largest(p)
+        for number, logits in enumerate(others):
+            q = logits[part].float().log_softmax(-1)
+            divergence, agreement = torch.linalg.vecdot(shares, p - q), best == largest(q)
+            each = (-p.gather(-1, index), -q.gather(-1, index), divergence, agreement)
+            sums[number] += torch.stack([token.double().sum() for token in each])
+    return sums.cpu()
+
+
+def largest(rows: Tensor) -> Tensor:
+    """`argmax` over the last dimension, the first among equals; by parts on a CPU, where maxima are far quicker."""
+    if rows.is_cuda or rows.shape[-1] % PART:
+        return rows.argmax(-1)
+    parts = rows.view(*rows.shape[:-1], -1, PART)
+    part = parts.amax(-1).argmax(-1, keepdim=True)
+    inside = parts.take_along_dim(part.unsqueeze(-1), -2).squeeze(-2).argmax(-1, keepdim=True)
+    return (part * PART + inside).squeeze(-1)
 
 
 def _quality(sums: Tensor, tokens: int, sequences: Sequences) -> Quality:

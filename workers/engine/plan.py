@@ -20,6 +20,7 @@ from workers.engine.memory import (
     largest_pass_batch,
 )
 from workers.engine.model.streamed_model import StreamedModel
+from workers.numerics.product_dtype import product_dtype
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Plan:
                     bytes that a process's activations need, and its device could give; None for a device without memory
                     of its own
     world_size      processes that share the sequences of each text (`workers.engine.device.process_group`)
+    products        dtype that blocks multiply matrices in (`workers.numerics.product_dtype`)
     """
 
     device: str
@@ -47,6 +49,7 @@ class Plan:
     activation_bytes: int
     activation_budget: int | None
     world_size: int = 1
+    products: str = ""
 
     def decides_codes(self) -> dict[str, object]:
         """The part of the plan that a resumed attempt must share."""
@@ -71,6 +74,7 @@ def make_plan(order: AttemptOrder, model: StreamedModel, scale_dtype: torch.dtyp
         activation_bytes=needed,
         activation_budget=budget,
         world_size=order.world_size,
+        products=_name(product_dtype(model.device, model.dtype)),
     )
 
 

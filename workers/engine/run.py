@@ -55,6 +55,8 @@ def _computed(job: Job, checks: Verification | None = None) -> tuple[Job, Result
         quantized = replace(quantized, calibration=None)
         finetuned = finetune.run(job, quantized.head)
         evaluated = evaluate.run(job, quantized, finetuned)
+        if checks is not None:
+            checks.demand_block()
     return job, Results(
         quantized.blocks, quantized.embeddings_report, quantized.head_report, tuned, finetuned, evaluated
     )

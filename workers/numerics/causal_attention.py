@@ -5,8 +5,9 @@ For each tile of consecutive positions, with P = softmax(c q k^T) over the keys 
     o = P v        dv = P^T do        dS = P * (do v^T - rowsum(P * do v^T))        dq = c dS k        dk = c dS^T q
 
 Keys beyond a tile are never multiplied. Query heads that share a key head lie one after another as rows of one product,
-so that keys and values are not repeated. P and dS have the queries' dtype; products, maxima and sums are accumulated in
-fp32 if that dtype has 16 bits. P is kept from the forward pass for the backward.
+so that keys and values are not repeated. P and dS have the dtype of products (`workers.numerics.product_dtype`);
+products, maxima and sums are accumulated in fp32 if that dtype has 16 bits. P is kept from the forward pass for the
+backward.
 """
 
 import math
@@ -17,6 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from workers.numerics.product_dtype import product_dtype
 
 SHORT, SHORT_TILE, LONG_TILE = 512, 64, 128
 """Positions of a tile: measured for sequences up to `SHORT`, and for longer ones."""
@@ -81,11 +84,11 @@ def scaled_dot_product_attention(
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float) -> Tensor:
-        groups = key.shape[2]
-        keys, values = (_by_group(x, slice(None), groups) for x in (key, value))
+        groups, dtype = key.shape[2], product_dtype(query.device, query.dtype)
+        keys, values = (_by_group(x, slice(None), groups).to(dtype) for x in (key, value))
         output, kept = torch.empty(query.shape, dtype=query.dtype), []
         for rows in _tiles(query.shape[1]):
-            queries = _by_group(query, rows, groups)
+            queries = _by_group(query, rows, groups).to(dtype)
             scores = _scaled_product(queries, keys[:, : rows.stop].mT, scaling)
             count = rows.stop - rows.start
             scores.view(len(scores), -1, count, scores.shape[-1])[..., rows].add_(_later(count, scores.dtype))
@@ -102,11 +105,11 @@ class _TiledAttention(torch.autograd.Function):
         keys, values, *kept = ctx.saved_tensors
         query_shape, (batch, length, groups, width) = ctx.shapes
         d_output = gradients[0].reshape(query_shape)
-        d_query = torch.empty(query_shape, dtype=keys.dtype)
+        d_query = torch.empty(query_shape, dtype=d_output.dtype)
         d_keys, d_values = (torch.empty(x.shape, dtype=x.dtype) for x in (keys, values))
         tiles = list(zip(_tiles(length), kept[::2], kept[1::2], strict=True))
         for rows, queries, probabilities in reversed(tiles):
-            d_tile = _by_group(d_output, rows, groups)
+            d_tile = _by_group(d_output, rows, groups).to(keys.dtype)
             d_probabilities = torch.bmm(d_tile, values[:, : rows.stop].mT)
             d_scores = torch.ops.aten._softmax_backward_data(d_probabilities, probabilities, -1, probabilities.dtype)
             _put_by_group(d_query, rows, groups, _scaled_product(d_scores, keys[:, : rows.stop], ctx.scaling))
@@ -114,7 +117,7 @@ class _TiledAttention(torch.autograd.Function):
             adds = float(rows.stop < length)
             d_values[:, : rows.stop].baddbmm_(probabilities.mT, d_tile, beta=adds)
             d_keys[:, : rows.stop].baddbmm_(d_scores.mT, queries, beta=adds, alpha=ctx.scaling)
-        back = (x.view(batch, groups, length, width).transpose(1, 2) for x in (d_keys, d_values))
+        back = (x.view(batch, groups, length, width).transpose(1, 2).to(d_output.dtype) for x in (d_keys, d_values))
         return d_query, *back, None
 
 

@@ -29,7 +29,7 @@ def media_type(name: str) -> str:
 def store_outputs(
     blobs: BlobStore, workspace: Workspace, result: ResultLine, lease: LeaseKeeper, events: EventBuffer
 ) -> list[NewArtifact]:
-    """Hash and store every file of every checkpoint. Storing again what is there costs only the hash.
+    """Hash and store every file of every checkpoint, which the workspace gives away where the store takes it.
 
     Raises:
         InternalError: the result names a folder outside the workspace's output, or an empty one.
@@ -47,7 +47,7 @@ def store_outputs(
     for checkpoint, path, name in files:
         lease.check()
         try:
-            blob = blobs.put(path)
+            blob = blobs.put(path, give=True)
         except OSError as error:
             if disk_full(error):
                 raise DiskFull("the blob store's disk is full", value=f"{checkpoint}/{name}") from error

@@ -30,6 +30,20 @@ def plant(monkeypatch: pytest.MonkeyPatch, fault: Fault) -> None:
     monkeypatch.setattr(block, "open_writer", opened)
 
 
+TUNED = {"method": "signround", "steps": 1}
+
+
+def test_a_job_that_tunes_nothing_is_computed_beside_the_reading_and_writes_no_checkpoint_after_a_fault(
+    small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plant(monkeypatch, FAULTS[OFTEN[0]])
+    lines: list[AttemptLine] = []
+    with pytest.raises(RuntimeDidNotLoad):
+        run_job(small_model, tmp_path, lines, order=reads)
+    assert any(isinstance(line, BlockEvent) for line in lines)
+    assert not (tmp_path / "output").exists()
+
+
 @pytest.mark.parametrize("name", [each if each in OFTEN else pytest.param(each, marks=SLOW) for each in FAULTS])
 def test_a_fault_ends_the_job_before_anything_is_tuned(
     small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch, name: str
@@ -37,7 +51,7 @@ def test_a_fault_ends_the_job_before_anything_is_tuned(
     plant(monkeypatch, FAULTS[name])
     lines: list[AttemptLine] = []
     with pytest.raises(RuntimeDidNotLoad) as caught:
-        run_job(small_model, tmp_path, lines, order=reads)
+        run_job(small_model, tmp_path, lines, order=reads, **TUNED)
     error = caught.value
     assert error.code == "runtime_did_not_load"
     assert RUNTIMES["transformers"]["version"] in error.detail

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from app.domain.formats import ExportFormat
+from app.domain.runtimes import Runtime
 from app.domain.weight_targets import text_config
 from bitwright.events import Stage
 from bitwright.report import LoadReport
@@ -46,10 +47,15 @@ class Verification:
                 self._running = block.begin(job, self.checks, self._reading)
 
     def checked(self, quantize: Callable[[Job, Callable[[], object]], Quantized]) -> Callable[[Job], Quantized]:
-        """The stage that quantizes, with one block in the job's schemes read back before the first is computed."""
+        """The stage that quantizes, with one block in the job's schemes read back before the first is tuned.
+
+        Where nothing is tuned no hours are at stake: it is read beside everything that comes before the checkpoints.
+        """
 
         def run(job: Job) -> Quantized:
             self.begin(job)
+            if job.model.device.type == "cuda" and any(check.runtime is Runtime.VLLM for check in self.checks):
+                self.demand_block()  # else both would count on the GPU's free memory
             return quantize(job, self.demand_block)
 
         return run

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from workers.contracts.blocks import BlockForward
 from workers.engine.device.host_offload import in_transit
+from workers.engine.model.quick_products import quick_products
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,18 @@ def _changed(path: str, value: Any, change: Callable[[str, Any], Any]) -> Any:
     return change(path.removeprefix("."), value)
 
 
+def in_dtype(dtype: torch.dtype, forward: BlockForward, block: Callable[..., Any], hidden: Tensor) -> Any:
+    """`forward` of block and hidden states in `dtype`, with the floating-point arguments of the call in it, too."""
+
+    def widened(_: str, value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    def called(states: Tensor, *arguments: Any, **keywords: Any) -> Any:
+        return block(states, *_changed("", arguments, widened), **_changed("", keywords, widened))
+
+    return forward(called, hidden)
+
+
 def shared(calls: list[BlockCall]) -> tuple[BlockCall, ...]:
     """The same calls; blocks that are called with the same objects share one: what is made for it serves them all."""
     first = {call.identity: call for call in reversed(calls)}
@@ -95,8 +108,9 @@ def run_block(
     if device.type == "cuda" and not source.is_cuda and not target.is_cuda:
         in_transit(partial(forward, block), source, target, rows=micro_batch, device=device)
         return
-    for before, after in zip(torch.split(source, micro_batch), torch.split(target, micro_batch), strict=True):
-        after.copy_(forward(block, before.to(device)))
+    with quick_products(block):
+        for before, after in zip(torch.split(source, micro_batch), torch.split(target, micro_batch), strict=True):
+            after.copy_(forward(block, before.to(device)))
 
 
 def plain_value(value: object) -> bool:

@@ -93,12 +93,14 @@ class BlockPass:
     calibration   activations that the method observes; None where it looks at weights alone
     evaluation    activations that the result is measured on; they take the same pass
     tuner         exchanges gradients with the other processes, as the main thread exchanges everything else
+    ready         called before a block is given to the method, and may refuse to go on
     """
 
     job: Job
     calibration: Activations | None
     evaluation: Activations | None
     tuner: Tuner
+    ready: Callable[[], object] = lambda: None
 
     def run(self) -> tuple[BlockReport, ...]:
         """Quantizes or takes over every block that is not finished; replays the others. All are durable then.
@@ -146,6 +148,7 @@ class BlockPass:
             writer.wait()
             progress.tick(index, share)
 
+        self.ready()
         result = self._result(index, block, seen, tick) if base is None else base
         self._demand_agreement(index, result)
         writer.wait()

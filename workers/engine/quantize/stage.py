@@ -34,7 +34,8 @@ class Quantized:
 def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
     """Finishes every block that an earlier attempt has not finished; all of them are durable then.
 
-    ready   called before the first block, and may refuse to go on
+    ready   called before the first block is given to a method that tunes, when the passes through it are done, and may
+            refuse to go on
 
     Raises:
         NumericalFailure: a weight or an output is not finite; it says whether the original model's is.
@@ -53,10 +54,9 @@ def run(job: Job, ready: Callable[[], object] = lambda: None) -> Quantized:
             activations.substitute(model, given)
     if finished.resumed:
         job.reporter.log("blocks_resumed", blocks=finished.resumed)
-    ready()
     job.clock.enter(Stage.QUANTIZE)
     tuner = Tuner(job.reporter.log, job.processes)
-    blocks = BlockPass(job, calibration, evaluation, tuner)
+    blocks = BlockPass(job, calibration, evaluation, tuner, ready if spec.observes_inputs() else lambda: None)
     reports = blocks.run()
     finished.settle()
     head_report, head = quantized_head(job, calibration)

@@ -19,6 +19,7 @@ from workers.contracts.tuning import TrainableWeights
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.grouped_experts import GroupedExperts, Stack, bias_of, receiver
 from workers.numerics.floats.input_rounding import InputRounding
+from workers.numerics.product_dtype import product_dtype
 
 MakeLinear = Callable[[Sequence[str], nn.Parameter | None], GradientLinear | None]
 """Some linears as one, with the bias of all, by their names; None if their weights do not lie one after another."""
@@ -28,19 +29,29 @@ MakeLinear = Callable[[Sequence[str], nn.Parameter | None], GradientLinear | Non
 class FlatWeights:
     """W_hat of one `TrainableWeights` and the gradient with respect to it, flat; the block's linears are views.
 
-    shapes   (out, in) by linear, in the order in which they lie
+    value      W_hat in the dtype that products are computed in, as the block's linears multiply by it
+    gradient   in the same dtype
+    written    W_hat in the model's dtype, where methods write it; `value` itself where the two are one
+    shapes     (out, in) by linear, in the order in which they lie
     """
 
     value: Tensor
     gradient: Tensor
+    written: Tensor
     shapes: Mapping[str, tuple[int, int]]
 
     @classmethod
     def like(cls, example: Tensor, shapes: Mapping[str, tuple[int, int]]) -> "FlatWeights":
-        """Zeros of the dtype and on the device of `example`."""
-        size = sum(map(math.prod, shapes.values()))
-        value, gradient = (torch.zeros(size, dtype=example.dtype, device=example.device) for _ in range(2))
-        return cls(value, gradient, shapes)
+        """Zeros for weights of the dtype and on the device of `example`."""
+        size, dtype = sum(map(math.prod, shapes.values())), product_dtype(example.device, example.dtype)
+        value, gradient = (torch.zeros(size, dtype=dtype, device=example.device) for _ in range(2))
+        written = value if dtype == example.dtype else torch.zeros_like(value, dtype=example.dtype)
+        return cls(value, gradient, written, shapes)
+
+    def publish(self) -> None:
+        """Hands what was written to the block's linears."""
+        if self.written is not self.value:
+            self.value.copy_(self.written)
 
     def stacked(self, experts: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor] | None:
         """Weight and gradient (experts, sum of out, in) of the same linears of every expert, views with one step.
@@ -113,6 +124,7 @@ class TunedBlock:
         tuned = {name for group in weights for name in group.shapes}
         skipped: dict[int, Any] = {id(weight := task.linear(n).weight): nn.Parameter(weight[:0]) for n in tuned}
         module = copy.deepcopy(task.block, skipped).requires_grad_(False)
+        module = module.to(product_dtype(task.device, task.inputs.dtype))
         flats = tuple(FlatWeights.like(task.linear(next(iter(group.shapes))).weight, group.shapes) for group in weights)
         block = cls(module, flats, Accumulation(), own_roundings(task))
         biases = {name: block._biases(part) for name, part in experts_of(module).items()}

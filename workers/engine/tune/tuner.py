@@ -21,6 +21,7 @@ over the ranks, between two graphs where there would be one, and all take the sa
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -30,11 +31,13 @@ from workers.contracts.blocks import BlockTask, SplitOutput
 from workers.contracts.tuning import TrainableWeights, TuningOutcome, TuningSettings
 from workers.engine.device.cuda_graphs import captured
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
+from workers.engine.model.block_calls import in_dtype
 from workers.engine.model.block_shape import shape_of
 from workers.engine.tune.minibatches import Minibatches, address
 from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
 from workers.engine.tune.tuned_block import TunedBlock
 from workers.numerics.backend import BlockKernels, block_kernels
+from workers.numerics.product_dtype import product_dtype
 from workers.numerics.quantized import Number
 
 CHECKS = 10
@@ -208,7 +211,8 @@ class _Run:
         self.count.zero_()
         self.best.fill_(math.inf)
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
-            weights.write(flat.value)
+            weights.write(flat.written)
+            flat.publish()
         self.check()
         self.initial = self._measured("before")
 
@@ -239,7 +243,8 @@ class _Run:
     def _move(self) -> None:
         rate = self.rates.index_select(0, self.count.view(1))[0]
         for weights, flat in zip(self.weights, self.block.flats, strict=True):
-            weights.step(flat.gradient, rate, flat.value)
+            weights.step(flat.gradient, rate, flat.written)
+            flat.publish()
         self.count += 1
 
     def _check(self) -> None:
@@ -279,6 +284,9 @@ class _Run:
         if self.kernels is None:
             return [forward(module, self.data.inputs.index_select(0, rows))]
         inputs = self.kernels.take_rows(self.data.inputs, rows)
+        dtype = product_dtype(inputs.device, inputs.dtype)
+        if dtype != inputs.dtype:
+            forward, inputs = partial(in_dtype, dtype, forward), inputs.to(dtype)
         if isinstance(module, SplitOutput):
             return list(forward(module.residual_and_update, inputs))
         return [forward(module, inputs)]

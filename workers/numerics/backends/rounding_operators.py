@@ -28,9 +28,9 @@ from workers.numerics.affine import (
     store_scale,
 )
 
-CACHED_ELEMENTS = 524_288
-"""Elements of a chunk: two cores' halves of an operator's buffers about fill their second-level caches."""
-CHUNK_ELEMENTS = CACHED_ELEMENTS << 6
+CACHED_ELEMENTS = 131_072
+"""Elements of a chunk for each thread: the buffers of a chain of operators about fill a second-level cache."""
+CHUNK_ELEMENTS = CACHED_ELEMENTS << 8
 """Elements of a chunk on a GPU, where the buffers only have to fit."""
 
 
@@ -84,7 +84,6 @@ class Buffers:
     """Buffers of one chunk, (groups, G), in the working dtype; their contents change during a pass."""
 
     weight: Tensor
-    gradient: Tensor
     unclamped: Tensor
     codes: Tensor
 
@@ -140,18 +139,18 @@ def _gradients(groups: Groups, rows: slice, grid: Grid, work: Buffers, d: Tensor
     Writes to `sums` those of D*(q - z), D*m*w and, if there are four, of D and D*m over each group.
     """
     by_steps, by_weight, *by_zero = (total[rows] for total in sums)
-    d = work.gradient.copy_(d)
+    d = d.to(work.codes.dtype)
     steps = _steps(_codes(groups, rows, grid, work), grid)
-    torch.sum(torch.mul(d, steps, out=work.codes), -1, out=by_steps)
+    torch.sum(steps.mul_(d), -1, out=by_steps)
     if by_zero:
         torch.sum(d, -1, out=by_zero[0])
-    inside = torch.ops.aten.hardtanh_backward.grad_input(
-        d, work.unclamped, grid.lowest - 0.5, grid.highest + 0.5, grad_input=d
+    inside: Tensor = torch.ops.aten.hardtanh_backward.grad_input(
+        d, work.unclamped, grid.lowest - 0.5, grid.highest + 0.5, grad_input=work.unclamped
     )
-    torch.sum(torch.mul(inside, work.weight, out=work.codes), -1, out=by_weight)
+    torch.sum(work.weight.mul_(inside), -1, out=by_weight)
     if by_zero:
         torch.sum(inside, -1, out=by_zero[1])
-    return d
+    return inside
 
 
 def _range_gradients(groups: Groups, grid: Grid, sums: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -279,7 +278,7 @@ def _chunks(groups: Groups) -> Iterator[tuple[slice, Buffers]]:
 
 
 def _elements(weight: Tensor) -> int:
-    return CHUNK_ELEMENTS if weight.is_cuda else CACHED_ELEMENTS
+    return CHUNK_ELEMENTS if weight.is_cuda else CACHED_ELEMENTS * torch.get_num_threads()
 
 
 @lru_cache

@@ -1,0 +1,82 @@
+"""Linears of passes in fp32 products: the numbers, roundings and hooks of the linears themselves."""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from workers.engine.model import quick_products as module
+from workers.engine.model.quick_products import quick_products
+
+
+@pytest.fixture(autouse=True)
+def _fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """16-bit products are the slower ones, whatever processor runs the tests."""
+    monkeypatch.setattr(module, "product_dtype", lambda _, dtype: torch.float32 if dtype.itemsize == 2 else dtype)
+
+
+@pytest.fixture(params=[torch.bfloat16, torch.float16, torch.float32])
+def pair(request: pytest.FixtureRequest) -> Iterator[nn.Sequential]:
+    torch.manual_seed(0)
+    block = nn.Sequential(nn.Linear(40, 24, bias=True), nn.Tanh(), nn.Linear(24, 56, bias=False))
+    with torch.no_grad():
+        yield block.to(request.param)
+
+
+def correct(linear: nn.Linear, x: Tensor) -> Tensor:
+    """In fp64, rounded once."""
+    bias = None if linear.bias is None else linear.bias.double()
+    return nn.functional.linear(x.double(), linear.weight.double(), bias)
+
+
+@pytest.mark.parametrize("at_once", [1, 24 * 5, 1 << 20])
+def test_outputs_are_those_of_the_product_rounded_once(
+    pair: nn.Sequential, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "WIDENED_ELEMENTS", at_once)
+    dtype = pair[0].weight.dtype
+    x = torch.randn(3, 7, 40).to(dtype)
+    with quick_products(pair):
+        found = [pair[0](x), pair[2](x[..., :24].contiguous())]
+    for linear, y, given in zip((pair[0], pair[2]), found, (x, x[..., :24]), strict=True):
+        assert y.dtype == dtype
+        torch.testing.assert_close(y.double(), correct(linear, given), rtol=torch.finfo(dtype).eps, atol=1e-6)
+
+
+def test_inputs_that_change_in_place_are_read_again(pair: nn.Sequential) -> None:
+    x = torch.randn(2, 40).to(pair[0].weight.dtype)
+    with quick_products(pair):
+        pair[0](x)
+        x.zero_()
+        torch.testing.assert_close(pair[0](x), pair[0].bias.expand(2, -1))
+
+
+def test_a_weight_that_is_replaced_meanwhile_counts(pair: nn.Sequential) -> None:
+    x = torch.randn(2, 40).to(pair[0].weight.dtype)
+    with quick_products(pair):
+        pair[0](x)
+        pair[0].weight = nn.Parameter(torch.zeros_like(pair[0].weight), requires_grad=False)
+        torch.testing.assert_close(pair[0](x), pair[0].bias.expand(2, -1))
+
+
+def test_hooks_see_the_linears_own_inputs_and_nothing_stays(pair: nn.Sequential) -> None:
+    seen: list[Tensor] = []
+    pair[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    x, dtype = torch.randn(2, 40), pair[0].weight.dtype
+    failing = nn.Sequential(*pair, nn.Unflatten(1, (57,)))
+    with pytest.raises(RuntimeError, match="unflatten"), quick_products(failing):
+        failing(x.to(dtype))
+    assert [(inputs.dtype, inputs.shape) for inputs in seen] == [(dtype, (2, 24))]
+    assert all("forward" not in vars(linear) for linear in pair)
+
+
+def test_gradients_are_those_of_the_linears() -> None:
+    linear, x = nn.Linear(8, 4).bfloat16(), torch.randn(3, 8, dtype=torch.bfloat16)
+    with quick_products(linear):
+        linear(x).float().square().sum().backward()
+    assert linear.weight.grad is not None
+    own = linear.weight.grad.clone()
+    linear.zero_grad()
+    linear(x).float().square().sum().backward()
+    torch.testing.assert_close(own, linear.weight.grad)
