@@ -15,7 +15,8 @@ decide a softmax:
     m = c * max abs(W s),   c in {1, 19/20, ..., 11/20},   min over c of  (w_hat - w) H_g (w_hat - w)^T
 
 with H_g the group's diagonal block of H = 2 X^T X (`workers.numerics.hessian`): the error of the group's own products.
-On schemes of FP8 and FP4 (`floats.float_grids`) the stored scales near the usual one take the place of c.
+On schemes of FP8 and FP4 (`floats.float_grids`) the stored scales near the usual one take the place of c; on
+llama.cpp's block types (`blocks.search`) their search does, there and in Q, weighted by the diagonal of H alone.
 
 | symbol | variable | shape |
 |---|---|---|
@@ -47,6 +48,7 @@ from workers.contracts.blocks import BlockTask, Fold, Method
 from workers.contracts.experts import all_called
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.blocks.search import search_blocks
 from workers.numerics.floats.float_grids import quantize, searched
 from workers.numerics.floats.joined import shares_scale
 from workers.numerics.hessian import Hessian, input_groups, watched
@@ -152,7 +154,8 @@ def search_scale(task: BlockTask, fold: Fold, magnitude: Tensor, inputs: Tensor)
             moved = {name: scale * weight.to(scale.dtype) for name, weight in weights.items()}
             amax = task.joined_amax(moved) if shared else {}
             for name, weight in weights.items():
-                rounded = _round(moved[name], task.schemes[name], task.scale_dtype, amax.get(name))
+                moments = _scaled_moments(task, name, scale)
+                rounded = _round(moved[name], task.schemes[name], task.scale_dtype, amax.get(name), moments)
                 task.linear(name).weight = nn.Parameter((rounded / scale).to(weight.dtype), requires_grad=False)
             for call, target in zip(calls, targets, strict=True):
                 errors[step] += (call().to(scale.dtype) - target).square().sum(dtype=torch.float64)
@@ -204,6 +207,9 @@ def quantize_weight(
         s = torch.ones(w.shape[1]).to(w) if isinstance(scaling.columns, float) else scaling.columns
         s = s.view(len(hessian), -1)
         hessian = hessian / (s.unsqueeze(1) * s.unsqueeze(2))
+    if scheme.form is Form.BLOCKS:
+        moments = _scaled_moments(task, name, scaling.columns) if hessian is None else hessian.diagonal(0, 1, 2).flatten()
+        return replace(search_blocks(w, scheme, moments), dtype=weight.dtype)
     if scheme.form is Form.FLOAT:
         return _quantize_float(w, scheme, task.scale_dtype, hessian, joined_amax, weight.dtype)
     w = grouped(w, scheme.group_size)
@@ -267,8 +273,22 @@ def _scale(magnitude: Tensor, alpha: float) -> Tensor:
     return scale / (scale.max() * scale.min()).sqrt()
 
 
-def _round(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype, joined_amax: Tensor | None) -> Tensor:
-    """Q: rounded to nearest, (out, in), in the dtype given."""
+def _scaled_moments(task: BlockTask, name: str, scale: Tensor | float) -> Tensor | None:
+    """Second moments of the inputs of a column, divided by s as they are, (in,), where they are known."""
+    moments = task.second_moments.get(name)
+    return None if moments is None else moments / (scale * scale)
+
+
+def _round(
+    weight: Tensor,
+    scheme: Scheme,
+    scale_dtype: torch.dtype,
+    joined_amax: Tensor | None,
+    moments: Tensor | None,
+) -> Tensor:
+    """Q: rounded to nearest, (out, in), in the dtype given; moments weigh the search of llama.cpp's types."""
+    if scheme.form is Form.BLOCKS:
+        return search_blocks(weight, scheme, moments).dequantize()
     if scheme.form is Form.FLOAT:
         return quantize(weight, scheme, scale_dtype, joined_amax).dequantize()
     w = grouped(weight, scheme.group_size)

@@ -31,7 +31,8 @@ columns are weighted by their inputs' second moments. alpha and beta then stay i
 
 Floating-point grids (FP4, FP8; `floats.tuned_floats`): the same with the values of the element in place of
 the integers. A piecewise linear map u takes the k-th value to k, and V is added to u(w/s), so that it reaches the next
-value everywhere; scales are the best that can be stored, and stay. Where the scheme rounds activations, the block is
+value everywhere; scales are the best that can be stored, and stay. So it is on llama.cpp's block types
+(`blocks.tuned_blocks`), whose factors and offsets come from the search of round to nearest. Where the scheme rounds activations, the block is
 tuned with rounded ones (`workers.engine.tune`), straight through.
 
 Different from the paper: that start; the original block reads the original activations and the quantized
@@ -54,6 +55,7 @@ from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
 from workers.numerics.backend import float_rounding_kernels, rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.blocks.tuned_blocks import TunedBlocks
 from workers.numerics.floats.tuned_floats import TunedFloats
 from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, LinearResult, Number
@@ -82,6 +84,8 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
     kernels, dtypes = rounding_kernels(kinds.device, kinds.dtype), (kinds.dtype, kinds.scale_dtype)
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
     for columns, scheme in kinds.linears:
+        if scheme.form is Form.BLOCKS:
+            continue  # torch's operators compute them
         if scheme.row is not None and scheme.form is Form.FLOAT:
             width, floats = math.gcd(scheme.width(columns), columns), float_rounding_kernels(kinds.device, kinds.dtype)
             calls += floats.warm_ups(width, scheme.row.element, kinds.dtype, kinds.device)
@@ -93,19 +97,23 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
 
 def rounded_weights(
     task: BlockTask, *, search: bool, settings: TuningSettings | None = None
-) -> list["RoundedWeights | TunedFloats"]:
+) -> list["RoundedWeights | TunedFloats | TunedBlocks"]:
     """The block's linears in groups of the same scheme and group width.
 
     search    whether ranges start from those with the least rounding error
     settings  settings of the steps that follow; if they are known, V may be counted in steps
     """
     second_moments, amax = task.second_moments if search else {}, task.joined_amax()
-    return [
-        TunedFloats(weights, scheme, task.scale_dtype, second_moments, amax)
-        if scheme.form is Form.FLOAT
-        else RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings)
-        for (scheme, width), weights in task.alike().items()
-    ]
+    made: list[RoundedWeights | TunedFloats | TunedBlocks] = []
+    for (scheme, width), weights in task.alike().items():
+        if scheme.form is Form.BLOCKS:
+            # Their grid is a search in any case, which knows the inputs where anybody does.
+            made.append(TunedBlocks(weights, scheme, task.second_moments))
+        elif scheme.form is Form.FLOAT:
+            made.append(TunedFloats(weights, scheme, task.scale_dtype, second_moments, amax))
+        else:
+            made.append(RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings))
+    return made
 
 
 def start_ranges(

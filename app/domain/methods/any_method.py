@@ -19,7 +19,7 @@ from app.domain.methods.block_presets import UNKNOWN_MODEL, MixFacts
 from app.domain.methods.budgets import BitBudget, Candidate, Width
 from app.domain.methods.goals import AtMost, Choice, Fits, Goal
 from app.domain.methods.mixed_modules import mixed_embeddings, mixed_scheme
-from app.domain.methods.named_schemes import BLOCK_SCHEMES, PRESET_SCHEMES, BlockPreset, NamedChoice, SchemeName
+from app.domain.methods.named_schemes import ALL_SCHEMES, BLOCK_SCHEMES, BlockPreset, NamedChoice, SchemeName
 from app.domain.methods.schemes import (
     HEAD_PATTERN,
     INTEGER_FIELDS,
@@ -397,7 +397,7 @@ class NamedSchemeSpec(GoalSpec):
         description="A number format by name, in place of bits, group_size and symmetric; or one of llama.cpp's mixes "
         "(q4_k_m, ...), by which each linear gets a type. Upper case is the same.",
     )
-    named_schemes: ClassVar[frozenset[SchemeName]] = PRESET_SCHEMES
+    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES
 
     def default_name(self, module: str = "") -> SchemeName | None:
         """The spec's `scheme`; of a mix, the linear's type."""

@@ -1,6 +1,6 @@
 """Frozen specs of the methods that make quantized weights alone."""
 
-from typing import ClassVar, Literal
+from typing import Literal
 
 from pydantic import Field
 
@@ -13,7 +13,6 @@ from app.domain.methods.any_method import (
     Steps,
     WeightsOnly,
 )
-from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
 from bitwright.formats import Form
 
 
@@ -28,7 +27,6 @@ class RTNSpec(NamedSchemeSpec):
         "error of its group; of no effect on integers and FP8.",
     )
     weights_only: WeightsOnly = False
-    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES
 
     def rounds_to_searched_scales(self) -> bool:
         """As the request says."""

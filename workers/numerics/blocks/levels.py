@@ -48,6 +48,28 @@ def codes_of(levels: Tensor, kind: BlockType) -> Tensor:
     return torch.bucketize(levels.contiguous(), _middles(kind, levels.device)).to(torch.uint8)
 
 
+def place_of(numbers: Tensor, kind: BlockType) -> Tensor:
+    """Places of numbers among uneven levels, real: the k-th level is at k, and between two of them it is linear."""
+    table = level_table(kind, numbers.device).to(numbers.dtype)
+    first, whole = _by_whole_numbers(kind, numbers.device)
+    at = numbers.floor().sub_(first).clamp_(0, len(whole) - 1).int()
+    below = whole.index_select(0, at.flatten())
+    low, high = (table.index_select(0, index).view(numbers.shape) for index in (below, below + 1))
+    return ((numbers - low) / (high - low)).add_(below.view(numbers.shape))
+
+
+@cache
+def _by_whole_numbers(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
+    """A first whole number, and for it and each that follows the last code whose level is no higher, int32.
+
+    The last level has the code before: there is none after it.
+    """
+    first, last = kind.levels[0], kind.levels[-1]
+    inner = torch.tensor(kind.levels[1:-1], device=device)
+    codes = torch.bucketize(torch.arange(first, last + 1, device=device), inner, right=True)
+    return first, codes.int()
+
+
 @cache
 def lattice(device: torch.device) -> Tensor:
     """The points of the lattice, fp32 (512, 4)."""

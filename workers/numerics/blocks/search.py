@@ -128,10 +128,17 @@ def _blocks(weight: Tensor, kind: BlockType, importance: Tensor | None) -> _Bloc
     numbers = torch.where(known.view(-1, 1, 1), numbers / unit.view(-1, 1, 1), 0.0)
     if importance is None:
         return _Blocks(kind, numbers, torch.ones_like(numbers), unit, known)
+    weights = column_weights(importance, weight)
+    return _Blocks(kind, numbers, weights.expand(weight.shape).reshape(shape), unit, known)
+
+
+def column_weights(importance: Tensor | None, weight: Tensor) -> Tensor:
+    """Importance of the mean 1, fp32 (in,) or (out, in); None: ones. No column has none at all."""
+    if importance is None:
+        return torch.ones(weight.shape[1], device=weight.device)
     importance = importance.float()
     mean = importance.mean()
-    weights = torch.ones_like(importance) if mean <= 0 else (importance / mean).clamp(min=LEAST_SHARE)
-    return _Blocks(kind, numbers, weights.expand(weight.shape).reshape(shape), unit, known)
+    return torch.ones_like(importance) if mean <= 0 else (importance / mean).clamp(min=LEAST_SHARE)
 
 
 def _start(blocks: _Blocks, fit: Fit) -> _State:
