@@ -31,7 +31,7 @@ from benchmarks.gguf.durations import durations
 from benchmarks.gguf.originals import Texts
 from benchmarks.gguf.rows import MIXES, OURS, TYPES, Row
 from benchmarks.gguf.subject import Machine, Subject
-from benchmarks.gguf.table import HEADER, baseline_of, row_of, tables
+from benchmarks.gguf.table import HEADER, baseline_of, over_seeds, row_of, tables
 from benchmarks.gguf.trained import write_trained
 
 BUDGET_ARMS = ("signround light", "signround default", "signround best")
@@ -69,23 +69,23 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     given = parsed()
     known: list[dict[str, Any]] = []
-    with machine(given) as where, tempfile.TemporaryDirectory() as folder:
-        if {"types", "mixes"} & set(given.tables):
-            for seed in given.seeds:
+    with tempfile.TemporaryDirectory() as folder:
+        with machine(given, given.workers) as where:
+            for seed in given.seeds if {"types", "mixes"} & set(given.tables) else ():
                 measure(given, where, given.model, planned(given), seed, Path(folder), known)
-        if "time" in given.tables:
-            texts = texts_of(given)
-            for line in durations(given.model, where, texts.fields(), given.mixes, given.turns, Path(folder)):
-                print(line, flush=True)
-        if "trained" in given.tables:
-            for seed in given.seeds:
+            for seed in given.seeds if "trained" in given.tables else ():
                 train_and_measure(given, where, seed, Path(folder), known)
-    print(tables(known), flush=True)
+        print(tables(known), over_seeds(known), sep="\n", flush=True)
+        if "time" in given.tables:
+            with machine(given, 1) as where:
+                fields = texts_of(given).fields()
+                for line in durations(given.model.resolve(), where, fields, given.mixes, given.turns, Path(folder)):
+                    print(line, flush=True)
 
 
 @contextmanager
-def machine(given: argparse.Namespace) -> Iterator[Machine]:
-    with ProcessPoolExecutor(given.workers, mp_context=get_context("spawn")) as pool:
+def machine(given: argparse.Namespace, workers: int) -> Iterator[Machine]:
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         yield Machine(given.device, given.llama_cpp.resolve(), pool, given.judges)
 
 

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from app.domain.request.job_request import Calibration
 from benchmarks.gguf.ours import Job, finished
-from workers.engine.text.sequences import calibration_sequences, load_tokenizer
+from workers.engine.text.sequences import Sequences, calibration_sequences, load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,10 @@ class Texts:
     samples: int
     length: int
 
-    def calibration_ids(self, model: Path, seed: int) -> Tensor:
-        """The sequences that a job of this seed is calibrated on, int64 (samples, length)."""
+    def sequences(self, model: Path, seed: int) -> Sequences:
+        """Those that a job of this seed is calibrated on."""
         asked = Calibration(num_samples=self.samples, sequence_length=self.length)
-        return calibration_sequences(load_tokenizer(model), asked, self.calibration, seed, None).ids
+        return calibration_sequences(load_tokenizer(model), asked, self.calibration, seed, None)
 
     def fields(self) -> dict[str, Any]:
         """The request's `calibration`."""

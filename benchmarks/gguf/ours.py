@@ -39,6 +39,7 @@ class Finished:
     seconds   of its work, without loading and export
     total     with both
     bits      of a weight of its linears, as stored
+    text      SHA-256 of the sequences that calibrated it; None: none did
     """
 
     file: Path
@@ -46,6 +47,7 @@ class Finished:
     seconds: float
     total: float
     bits: float
+    text: str | None
 
 
 def finished(job: Job, folder: Path) -> Finished:
@@ -76,4 +78,6 @@ def finished(job: Job, folder: Path) -> Finished:
         file = Path(tempfile.mkdtemp(dir=folder)) / made.name
         shutil.move(made, file)
     seconds = sum(spent for name, spent in report.seconds.items() if name not in APART)
-    return Finished(file, file.stat().st_size, seconds, report.seconds["total"], report.size.bits_per_weight)
+    text = None if report.calibration is None else report.calibration.sha256
+    size = file.stat().st_size
+    return Finished(file, size, seconds, report.seconds["total"], report.size.bits_per_weight, text)

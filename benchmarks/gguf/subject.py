@@ -61,8 +61,9 @@ class Subject:
         sequences, length   of the text that judges: as many as there are, spread over the text
         """
         write_original(self.model, self.original)
-        ids = self.texts.calibration_ids(self.model, self.seed)
-        write_importance(self.model, self.original, ids, self.machine.device, self.folder / "importance.npz")
+        text = self.texts.sequences(self.model, self.seed)
+        write_importance(self.model, self.original, text.ids, self.machine.device, self.folder / "importance.npz")
+        (self.folder / "text").write_text(text.sha256)
         if self.machine.device == "cuda":
             torch.cuda.empty_cache()
         cut = windows(AutoTokenizer.from_pretrained(self.model), read_text(str(self.texts.valid)), length)[:, 0]
@@ -121,6 +122,8 @@ class Subject:
             quantization = {**quantization, "at_most": {"bytes": limit}}
         job = Job(self.model, quantization, self.machine.device, self.texts.fields(), self.seed)
         made = self.machine.pool.submit(finished, job, self.folder).result()
+        if made.text not in (None, (self.folder / "text").read_text()):
+            raise RuntimeError("the job was calibrated on other sequences than the imatrix")
         return made.file, {"bytes": made.bytes, "seconds": made.seconds, "bits": made.bits}
 
     def _judged(self, file: Path, *, writes: bool) -> dict[str, Any]:

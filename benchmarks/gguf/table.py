@@ -1,7 +1,13 @@
-"""Tables in Markdown of what was measured: KL(original || file), perplexity and the likeliest tokens that stay."""
+"""Tables in Markdown of what was measured: KL(original || file), perplexity and the likeliest tokens that stay.
 
+python -m benchmarks.gguf.table rows.jsonl          # of runs that were cut short, too
+"""
+
+import json
 import math
+import sys
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,13 +36,18 @@ def _against(told: Mapping[str, Any], baseline: Mapping[str, Any] | None) -> str
     """How far the divergence is from the baseline's, with the standard error over sequences (jackknife)."""
     if baseline is None or "error" in baseline or told["name"] == IMATRIX:
         return ""
-    ours, theirs = np.array(told["kl"]), np.array(baseline["kl"])
-    ratio, count = ours.sum() / theirs.sum(), len(ours)
+    change, error = change_of(told["kl"], baseline["kl"])
+    return f"{change:+.1%} ± {error:.1%}"
+
+
+def change_of(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+    """The sum of `ours` over that of `theirs`, less 1, and its standard error if each place is drawn by itself."""
+    mine, other, count = np.array(ours), np.array(theirs), len(ours)
+    change = float(mine.sum() / other.sum() - 1)
     if count < 2:
-        return f"{ratio - 1:+.1%}"
-    without = (ours.sum() - ours) / (theirs.sum() - theirs)
-    error = math.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
-    return f"{ratio - 1:+.1%} ± {error:.1%}"
+        return change, math.nan
+    without = (mine.sum() - mine) / (other.sum() - other)
+    return change, math.sqrt((count - 1) / count * ((without - without.mean()) ** 2).sum())
 
 
 def baseline_of(told: Mapping[str, Any], all_rows: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
@@ -56,3 +67,35 @@ def tables(all_rows: list[dict[str, Any]]) -> str:
             f"\n{model}, {table}\n\n{HEADER}\n" + "\n".join(row_of(r, baseline_of(r, all_rows)) for r in chosen)
         )
     return "\n".join(parts)
+
+
+def over_seeds(all_rows: list[dict[str, Any]]) -> str:
+    """Means over seeds with their standard deviations, where a row has several; each against its own baseline."""
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in all_rows:
+        if "error" not in row:
+            groups.setdefault((row["model"], row["table"], row["subject"], row["name"]), []).append(row)
+    lines = list[str]()
+    for (model, table, subject, name), rows in groups.items():
+        if len(rows) < 2:
+            continue
+        divergences = np.array([sum(row["kl"]) / row["tokens"] for row in rows])
+        bases = [baseline_of(row, all_rows) for row in rows]
+        changes = np.array([change_of(row["kl"], base["kl"])[0] for row, base in zip(rows, bases, strict=True) if base])
+        mean = f"{divergences.mean():.4f} ± {divergences.std(ddof=1):.4f}"
+        against = f"{changes.mean():+.1%} ± {changes.std(ddof=1):.1%}" if name != IMATRIX and len(changes) > 1 else ""
+        lines.append(f"| {model}, {table} | {subject} | {name} | {len(rows)} | {mean} | {against} |")
+    header = "\n| | | file | seeds | KL divergence | against llama.cpp, imatrix |\n" + "| --- " * 6 + "|"
+    return "\n".join([header, *lines]) if lines else ""
+
+
+def main(*files: str) -> None:
+    """Print the tables of rows that runs have written; of a row that several have, the last."""
+    keys = ("model", "table", "subject", "name", "seed")
+    found = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
+    known = {tuple(row[key] for key in keys): row for row in found}
+    print(tables([*known.values()]), over_seeds([*known.values()]), sep="\n")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
