@@ -14,6 +14,7 @@ from workers.engine.run import run
 
 APART = {"load", "evaluate", "export", "total"}
 """Stages that no figure counts."""
+FILES = {"gguf": "model.gguf", "compressed-tensors": "model.safetensors"}
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,7 @@ def finished(job: Job, folder: Path) -> Finished:
     )
     with tempfile.TemporaryDirectory(dir=folder) as workspace:
         report = run(order, Path(workspace), Reporter(lambda _: None)).report
-        (made,) = sorted(
-            (Path(workspace) / "output" / job.format).glob("*.gguf" if job.format == "gguf" else "*.safetensors")
-        )
+        made = Path(workspace) / "output" / job.format / FILES[job.format]
         file = Path(tempfile.mkdtemp(dir=folder)) / made.name
         shutil.move(made, file)
     seconds = sum(spent for name, spent in report.seconds.items() if name not in APART)

@@ -1,5 +1,6 @@
 """GGUF files beside llama.cpp's: the original as a file, the imatrix, the plan's rows and the tables' arithmetic."""
 
+import json
 import os
 import subprocess
 import sys
@@ -115,9 +116,8 @@ def test_rows_of_both_sides_are_printed(tmp_path: Path) -> None:
     """On a model of rows that no super-block divides, so that both fall back to Q4_0, of which files are as large."""
     text = tmp_path / "text.jsonl"
     command = [sys.executable, "-m", "benchmarks.gguf", str(tiny_model_folder()), "--llama-cpp", FOLDER]
-    text.write_text(
-        "\n".join('{"text": "' + f"Row {i} of a text, with its {i * 7} words. " * 9 + '"}' for i in range(60))
-    )
+    lines = [json.dumps({"text": f"Row {i} of a text, with its {i * 7} words. " * 9}) for i in range(60)]
+    text.write_text("\n".join(lines))
     sizes = ["--samples", "2", "--length", "32", "--sequences", "2", "--judged-length", "32", "--workers", "1"]
     chosen = ["--tables", "types", "--types", "q2_k", "--arms", "rtn, searched", "--device", "cpu", "--judges", "1"]
     texts = ["--calibration", str(text), "--valid", str(text)]
