@@ -104,9 +104,9 @@ class BlockReport(ReportPart):
 
 
 class ScaleReport(ReportPart):
-    """The stage that tunes all scales together, codes fixed, against the original model's next-token distribution.
+    """The stage that tunes all scales together against the original model's next-token distribution.
 
-    On floating-point grids the blocks' norms are tuned along.
+    On floating-point grids the blocks' norms are tuned along, and codes of FP4 where there is room.
     """
 
     steps: int
@@ -119,6 +119,9 @@ class ScaleReport(ReportPart):
     captured: bool = Field(description="Whether a step was replayed as one CUDA graph.")
     seconds: float
     norms: int = Field(default=0, description="Norms of blocks that were tuned along, on floating-point grids.")
+    codes: int | None = Field(
+        default=None, description="Weights whose code changed, where codes were tuned along (FP4); null: codes stayed."
+    )
 
 
 class Validation(ReportPart):

@@ -163,6 +163,30 @@ def test_tuned_scales_take_the_place_of_the_blocks_own_and_belong_to_all_of_them
     assert not torch.equal(rest.load(1)["layers.1.up"].affine.scale, tuned)
 
 
+def test_tuned_codes_take_the_place_of_the_blocks_own_once_the_state_says_so(
+    tmp_path: Path, written: list[tuple[str, set[str]]]
+) -> None:
+    state, codes = finished(tmp_path), torch.full((8, 32), 5, dtype=torch.uint8)
+    before, scale = state.load(1)["layers.1.up"].affine, torch.full((8, 2), 0.25)
+    written.clear()
+    state.save_scales({"layers.1.up": scale}, TUNED, codes={"layers.1.up": codes})
+    assert [name for name, _ in written] == ["tuned-00001.safetensors", "scales.safetensors", "state.json"]
+    again = FinishedBlocks(tmp_path)
+    again.adopt("one")
+    for held in (state, again):
+        weight = held.load(1)["layers.1.up"].affine
+        assert torch.equal(weight.codes, codes)
+        assert torch.equal(weight.scale, scale)
+        assert torch.equal(held.load(0)["layers.0.up"].affine.codes, block(0)["layers.0.up"].affine.codes)
+    file = tmp_path / "tuned-00001.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    rest = FinishedBlocks(tmp_path)
+    rest.adopt("one")
+    assert (rest.resumed, rest.scales) == (3, None)
+    assert torch.equal(rest.load(1)["layers.1.up"].affine.codes, before.codes)
+    assert torch.equal(rest.load(1)["layers.1.up"].affine.scale, before.scale)
+
+
 def test_only_the_first_process_writes_blocks(tmp_path: Path, written: list[tuple[str, set[str]]]) -> None:
     processes: Any = Assistant()
     state = FinishedBlocks(tmp_path, processes)

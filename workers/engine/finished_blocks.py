@@ -6,6 +6,7 @@
     state/embeddings.safetensors   the matrix of embeddings in the same way, where it is quantized
     state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own.
                                  Norms that were tuned with them, by full parameter name
+    state/tuned-00000.safetensors  a block's linears in place of those of its shard, where codes were tuned with them
 
 A block's shard is durable before state.json names it, and state.json is replaced whole. An attempt adopts them
 only under its own fingerprint (request, model files, calibration tokens, code, plan), only in order from block 0, and
@@ -56,10 +57,20 @@ class FinishedBlock(BaseModel):
     caches: tuple[str, ...] = ()
 
 
+class FinishedLinears(BaseModel):
+    """A durable file of linears: the matrix of embeddings, or those of a block."""
+
+    model_config = ConfigDict(frozen=True)
+
+    file: str
+    sha256: str
+
+
 class FinishedScales(BaseModel):
     """The durable result of tuning scales end to end; no scales in the file if the old ones stayed.
 
     parameters   by block: names of the file's tensors that are others, tuned along, in place of the block's own
+    linears      by block: files of its linears, in place of the block's own, where codes were tuned along
     """
 
     model_config = ConfigDict(frozen=True)
@@ -68,22 +79,14 @@ class FinishedScales(BaseModel):
     sha256: str
     report: ScaleReport
     parameters: dict[int, tuple[str, ...]] = {}
-
-
-class FinishedEmbeddings(BaseModel):
-    """The durable matrix of embeddings, where it is quantized."""
-
-    model_config = ConfigDict(frozen=True)
-
-    file: str
-    sha256: str
+    linears: dict[int, FinishedLinears] = {}
 
 
 class StateFile(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     fingerprint: str
-    embeddings: FinishedEmbeddings | None = None
+    embeddings: FinishedLinears | None = None
     blocks: tuple[FinishedBlock, ...] = ()
     scales: FinishedScales | None = None
 
@@ -138,14 +141,14 @@ class FinishedBlocks:
         return None if self._state.scales is None else self._state.scales.report
 
     @property
-    def embeddings(self) -> FinishedEmbeddings | None:
+    def embeddings(self) -> FinishedLinears | None:
         """The file of the quantized embeddings, once they are durable."""
         return self._state.embeddings
 
     def save_embeddings(self, name: str, result: LinearResult) -> None:
         """Makes the quantized embeddings durable, before any block; `name` is the matrix's full module name."""
         shard = self._linears_file("embeddings.safetensors", {name: result})
-        finished = FinishedEmbeddings(file=shard.file, sha256=shard.sha256)
+        finished = FinishedLinears(file=shard.file, sha256=shard.sha256)
         self._replace_state(self._state.model_copy(update={"embeddings": finished}))
 
     def load_embeddings(self) -> dict[str, LinearResult]:
@@ -206,18 +209,35 @@ class FinishedBlocks:
         scales: Mapping[str, Tensor],
         report: ScaleReport,
         parameters: Mapping[int, Mapping[str, Tensor]] = MappingProxyType({}),
+        codes: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         """Makes durable what takes the place of the blocks' own: `load` and `parameters` then give it.
 
         scales       by full linear name
         parameters   others that were tuned along, by block and full name
+        codes        that were, uint8 (out, in) by full linear name
         """
+        linears = self._save_codes(codes) if codes else {}
         tensors = [*scales.items(), *(item for own in parameters.values() for item in own.items())]
         self._scales = {name: tensor.cpu().contiguous() for name, tensor in tensors}
         shard = self._write("scales.safetensors", lambda: self._scales, {})
         names = {index: tuple(own) for index, own in parameters.items()}
-        finished = FinishedScales(file=shard.file, sha256=shard.sha256, report=report, parameters=names)
+        finished = FinishedScales(
+            file=shard.file, sha256=shard.sha256, report=report, parameters=names, linears=linears
+        )
         self._replace_state(self._state.model_copy(update={"scales": finished}))
+
+    def _save_codes(self, codes: Mapping[str, Tensor]) -> dict[int, FinishedLinears]:
+        """Files of the blocks' linears with these codes, by block; those of before stay until the state says so."""
+        files = {}
+        for block in self.blocks:
+            linears = self._linears_in(block.file)
+            if not linears.keys() & codes.keys():
+                continue
+            moved = {name: with_codes(result, codes.get(name)) for name, result in linears.items()}
+            shard = self._linears_file(f"tuned-{block.index:05d}.safetensors", moved)
+            files[block.index] = FinishedLinears(file=shard.file, sha256=shard.sha256)
+        return files
 
     def settle(self) -> None:
         """Returns once everything that any process has saved can be loaded by all of them."""
@@ -225,7 +245,8 @@ class FinishedBlocks:
 
     def load(self, index: int) -> dict[str, LinearResult]:
         """The linears of a finished block by full name, on the host."""
-        return self._linears_in(self.blocks[index].file)
+        tuned = {} if self._state.scales is None else self._state.scales.linears
+        return self._linears_in((tuned.get(index) or self.blocks[index]).file)
 
     def _linears_in(self, file: str) -> dict[str, LinearResult]:
         data = self._read(file)
@@ -281,7 +302,8 @@ class FinishedBlocks:
             if block.index != position or not self._is_sound(block):
                 break
             sound.append(block)
-        whole = len(sound) == len(state.blocks) and state.scales is not None and self._is_sound(state.scales)
+        tuned = () if state.scales is None else (state.scales, *state.scales.linears.values())
+        whole = len(sound) == len(state.blocks) and all(map(self._is_sound, tuned))
         scales = state.scales if whole else None
         return StateFile(fingerprint=fingerprint, embeddings=state.embeddings, blocks=tuple(sound), scales=scales)
 
@@ -298,12 +320,19 @@ class FinishedBlocks:
             }
         )
 
-    def _is_sound(self, shard: FinishedBlock | FinishedScales | FinishedEmbeddings) -> bool:
+    def _is_sound(self, shard: FinishedBlock | FinishedScales | FinishedLinears) -> bool:
         try:
             data = self._read(shard.file)
         except OSError:
             return False
         return hashlib.sha256(data).hexdigest() == shard.sha256
+
+
+def with_codes(result: LinearResult, codes: Tensor | None) -> LinearResult:
+    """The result with other codes; None, or where codes have no scales: with its own."""
+    if codes is None or not isinstance(result.weight, AffineWeight | FloatWeight):
+        return result
+    return replace(result, weight=replace(result.weight, codes=codes))
 
 
 def described_linears(shard: bytes) -> dict[str, StoredLinear]:

@@ -46,6 +46,8 @@ ADAPTER_SHARE = 0.03
 """Trained numbers for each weight: more than a LoRA of rank 64 has."""
 GROUP_BYTES = 6 * 4
 """For each group whose scale is tuned end to end: p, its gradient, m, v, s twice."""
+MOVING_BYTES = {2: 4 + 3 * 2, 4: 4 * 4, 8: 4 * 8}
+"""For each weight whose code is tuned end to end, by the bytes of the model's dtype: x, its gradient, m, v."""
 PLACES = ("num_experts_per_tok", "top_k_experts", "moe_topk", "num_experts_per_token", "moe_top_k")
 """Names in configurations for the number of experts that a token goes through."""
 PASS_BYTES = 1 << 31

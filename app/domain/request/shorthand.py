@@ -149,7 +149,7 @@ def _apply_preset(body: dict[str, object]) -> None:
     preset = info.presets.get(str(name))
     if preset is None:
         return
-    for field, value in preset.spec.items():
+    for field, value in preset.fields(quantization.get("scheme")).items():
         quantization.setdefault(field, value)
     calibration = body.get("calibration", {})
     if isinstance(calibration, Mapping):

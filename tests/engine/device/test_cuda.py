@@ -208,6 +208,18 @@ def test_scales_are_tuned_in_one_captured_step_and_the_same_again(small_model: P
     assert (first.kl_initial, first.kl) == (again.kl_initial, again.kl)
 
 
+def test_codes_move_in_one_captured_step_and_the_same_again(small_model: Path, tmp_path: Path) -> None:
+    request: dict[str, Any] = {"method": "signround", "scheme": "mxfp4a16", "steps": 12, "scale_steps": 80}
+    first, again = (run_job(small_model, tmp_path / name, **ON_GPU, **request).report.scales for name in "ab")
+    assert differing(tmp_path / "a", tmp_path / "b") == []
+    assert first is not None
+    assert first.captured
+    assert first.kept
+    assert first.codes
+    assert again is not None
+    assert (first.kl_initial, first.kl, first.codes) == (again.kl_initial, again.kl, again.codes)
+
+
 def test_eager_steps_give_the_scales_of_captured_ones(
     small_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from app.domain.methods import Scheme, SignRoundSpec
 from app.domain.request.job_request import JobRequest
@@ -21,12 +23,15 @@ from bitwright.report import Report
 from tests.engine.conftest import TEXTS, run_job
 from tests.engine.device.rank_pair import SIZE, RankPair, RankRun, run_job_on_ranks
 from tests.engine.device.steps_of_ranks import batches_of, splits_of, steps_of_ranks, union
+from tests.engine.model.random_models import save_random_model
+from tests.engine.scales.test_float_grids import float_task
 from tests.engine.tune.test_tuner import RecordedWeights, weights_of
 from tests.methods.toy_block import toy_task
 from workers.contracts.blocks import BlockTask
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningOutcome, TuningSettings
 from workers.engine.device.process_group import ProcessGroup, checksum, joined
+from workers.engine.scales.tuning import ScaleOutcome, tune_scales
 from workers.engine.tune.tuner import Tuner
 from workers.methods.sign_round import SignRound
 from workers.numerics.quantized import AffineWeight, LinearResult
@@ -163,6 +168,27 @@ def test_two_ranks_tune_as_one_process_does_with_their_batches(pair: RankPair, t
         assert torch.equal(mine.codes, other.codes)
         assert torch.equal(mine.scale, other.scale)
         assert (mine.codes != alone.codes).float().mean() < 1e-3
+
+
+def moved_codes(folder: Path, processes: ProcessGroup) -> ScaleOutcome:
+    """FP4 and others of a saved model tuned end to end, each rank on its share of six sequences."""
+    saved = "tests.engine.scales.test_tuning.save_random_model"
+    with patch(saved, lambda folder, *_, **__: AutoModelForCausalLM.from_pretrained(folder)):
+        task = float_task(folder, "llama", steps=60, codes=True)
+    inputs, targets = (processes.share(states) for states in (task.inputs, task.targets))
+    outcome = tune_scales(replace(task, inputs=inputs, targets=targets, processes=processes))
+    assert isinstance(outcome, ScaleOutcome)
+    return outcome
+
+
+def test_two_ranks_move_the_same_codes(pair: RankPair, tmp_path: Path) -> None:
+    save_random_model(tmp_path / "model", "llama")
+    first, second = run_on_both(pair, connected, tmp_path / "store", partial(moved_codes, tmp_path / "model"))
+    assert first.is_better
+    assert first.divergence == second.divergence
+    assert first.changed == second.changed > 0
+    assert first.codes.keys() == second.codes.keys()
+    assert all(torch.equal(first.codes[name], second.codes[name]) for name in first.codes)
 
 
 # ---- Whole jobs ----------------------------------------------------------------------------------------------------

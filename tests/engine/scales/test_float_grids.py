@@ -252,20 +252,24 @@ def test_held_out_text_and_other_text_are_closer_by_it(jobs: tuple[str, Finished
     assert report.quality.kl_divergence < plain.report.quality.kl_divergence
 
 
-def test_codes_global_scales_and_powers_of_two_stay(jobs: tuple[str, Finished, Finished]) -> None:
+def test_codes_norms_and_scales_that_are_no_powers_of_two_change_and_nothing_else(
+    jobs: tuple[str, Finished, Finished],
+) -> None:
     scheme, plain, tuned = jobs
     before, after = stored(plain.workspace), stored(tuned.workspace)
     changed = {name for name in before if not same(before[name], after[name])}
     scales = {name for name in changed if name.endswith("_proj.scale")}
     norms = {name for name in changed if name.endswith("layernorm.weight")}
-    assert changed == scales | norms
+    codes = {name for name in changed if name.endswith("_proj.codes")}
+    assert changed == scales | norms | codes
+    assert len(codes) == 14
     assert bool(scales) is (scheme == "nvfp4a16")
     assert len(norms) == 4
     assert all(after[name].dtype == torch.bfloat16 for name in norms)
     assert tuned.report.scales is not None
     assert tuned.report.scales.norms == 4
     card = (tuned.workspace / "output/compressed-tensors/README.md").read_text()
-    assert "- Scales and 4 norms tuned end to end in 60 steps, codes fixed" in card
+    assert "- Scales, 4 norms and codes tuned end to end in 60 steps" in card
 
 
 def test_what_ships_is_what_was_measured(jobs: tuple[str, Finished, Finished], tiny_model: Path) -> None:

@@ -3,11 +3,12 @@
     integers              w_hat = round(s*(1 + p)) * (q - z)         rounded to the dtype that stores scales
     FP8, a scale per row  w_hat = round(s*(1 + p)) * L
     NVFP4                 w_hat = e4m3(S*(1 + 2*p)) / G * L          s = S/G, S the stored scale, G the global one
+    MXFP4                 w_hat = 2^e * L                            e as it is
     others                w_hat as it is
 
-L is the value of a code, e4m3 or e2m1. A code of an e4m3 scale is 6 to 12 % wide, so that its p moves at twice the
-pace; it is kept in fp32 and adds up until it reaches the next code. Scales that are powers of two would halve or
-double, and those of a whole tensor or block are shared by what a runtime joins: both stay.
+L is the value of a code, e4m3 or e2m1. Codes of e2m1 move, too, where there is room for what that takes
+(`workers.engine.scales.moving_codes`); a family without p or moving codes is what a gradient goes through. Scales:
+`workers.engine.scales.float_scales`.
 """
 
 from collections.abc import Callable
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme
-from app.domain.methods.named_schemes import WHOLE, Element, ScaleType
+from app.domain.methods.named_schemes import Element
+from workers.engine.scales.float_scales import FloatScales, trains
+from workers.engine.scales.moving_codes import FloatAxis, MovingCodes, moves_codes, parts
 from workers.engine.tune.gradient_linear import Receive
 from workers.numerics.affine import store_scale
-from workers.numerics.floats.elements import element_table
-from workers.numerics.floats.float_grids import E4M3_MAX, SMALLEST_E4M3
+from workers.numerics.floats.elements import element_of, element_table
 from workers.numerics.group_scales import (
     add_level_gradient,
     add_scale_gradient,
@@ -31,22 +33,29 @@ from workers.numerics.group_scales import (
 from workers.numerics.quantized import AffineWeight, FloatWeight
 
 TunedWeight = AffineWeight | FloatWeight
-PACE_E4M3 = 2.0
-"""Of p where scales are e4m3: the reach of a stage is then one or two codes."""
 
 
 class Family(Protocol):
     """Linears whose groups lie one after another.
 
     value   w_hat, (groups, G), the model's dtype
-    trains  whether p has a number for each group; else the weights stay as they are put
     """
 
     value: Tensor
-    trains: bool
 
-    def put(self, groups: slice, weight: TunedWeight) -> Tensor | None:
-        """Takes over a linear; the derivative of a weight by p where L or q - z is 1, at p = 0, (groups,)."""
+    @property
+    def trains(self) -> bool:
+        """True if p has a number for each group; else scales stay as they are put."""
+
+    @property
+    def codes(self) -> MovingCodes | None:
+        """The codes, where they move."""
+
+    def put(self, groups: slice, weight: TunedWeight, original: Tensor | None = None) -> Tensor | None:
+        """Takes over a linear; the derivative of a weight by p where L or q - z is 1, at p = 0, (groups,).
+
+        original   the weight that was quantized, (out, in), where codes move
+        """
 
     def write(self, change: Tensor) -> None:
         """The weights of p (groups of the family,), as they would be stored."""
@@ -62,6 +71,7 @@ class IntegerFamily:
     """Codes q, uint8 (groups, G); zero points, uint8 (groups,), or the constant one of symmetric schemes."""
 
     trains = True
+    codes = None
 
     def __init__(self, count: int, width: int, scheme: Scheme, value: Tensor) -> None:
         """Room for `count` groups of `width` columns."""
@@ -71,7 +81,8 @@ class IntegerFamily:
         self._start = torch.zeros(count, dtype=_working(value), device=value.device)
         self._dtype: torch.dtype = torch.float32
 
-    def put(self, groups: slice, weight: TunedWeight) -> Tensor | None:
+    def put(self, groups: slice, weight: TunedWeight, original: Tensor | None = None) -> Tensor | None:
+        del original
         assert isinstance(weight, AffineWeight)  # noqa: S101 - for the type checker
         self._codes[groups] = weight.codes.view(-1, self._codes.shape[1]).to(self._codes.device)
         self._start[groups] = weight.scale.flatten().to(self._start)
@@ -100,43 +111,31 @@ class IntegerFamily:
 
 
 class FloatFamily:
-    """Values L of the codes, as e4m3, which holds those of e2m1, too, (groups, G), with a scale for each group.
-
-    Scales are of a dtype of 16 or 32 bits, or e4m3 beside the linear's G.
-    """
+    """Values L of the codes, as e4m3, which holds those of e2m1, too, (groups, G), with a scale for each group."""
 
     trains = True
+    codes = None
 
     def __init__(self, count: int, width: int, scheme: Scheme, value: Tensor) -> None:
         """Room for `count` groups of `width` columns."""
         self.value = value
         self._scheme = scheme
         self._levels = torch.zeros(count, width, dtype=torch.float8_e4m3fn, device=value.device)
-        self._start = torch.zeros(count, dtype=_working(value), device=value.device)
-        self._divisor = torch.ones(count, dtype=torch.float32, device=value.device)
-        self._dtype: torch.dtype = torch.float32
-        small = scheme.row is not None and scheme.row.scale is ScaleType.E4M3
-        self._pace = PACE_E4M3 if small else 1.0
+        self._scales = FloatScales(count, scheme, value)
 
-    def put(self, groups: slice, weight: TunedWeight) -> Tensor | None:
+    def put(self, groups: slice, weight: TunedWeight, original: Tensor | None = None) -> Tensor | None:
+        del original
         assert isinstance(weight, FloatWeight)  # noqa: S101 - for the type checker
         device = self.value.device
         values = element_table(self._scheme, device).index_select(0, weight.codes.to(device).flatten().int())
         self._levels[groups] = values.view(-1, self._levels.shape[1]).to(torch.float8_e4m3fn)
-        self._start[groups] = weight.scale.flatten().to(device).to(self._start.dtype)
-        if weight.global_scale is not None:
-            self._divisor[groups] = weight.global_scale.to(device)
-        self._dtype = weight.scale.dtype
-        return self._start[groups] / self._divisor[groups] * self._pace
+        return self._scales.put(groups, weight)
 
     def write(self, change: Tensor) -> None:
-        factor = self._rounded(slice(None), change).float()
-        # A division where there is one in `FloatWeight.factor`, whose bits these are.
-        factor = factor / self._divisor if self._dtype.itemsize == 1 else factor
-        dequantize_levels(self._levels, factor, self.value)
+        dequantize_levels(self._levels, self._scales.factor(change), self.value)
 
     def stored(self, groups: slice, change: Tensor) -> Tensor | None:
-        return self._rounded(groups, change).to(self._dtype)
+        return self._scales.stored(groups, change)
 
     def receiver(self, groups: slice, gradient: Tensor) -> Receive:
         levels = self._levels[groups]
@@ -146,25 +145,64 @@ class FloatFamily:
 
         return receive
 
-    def _rounded(self, groups: slice, change: Tensor) -> Tensor:
-        """Stored scales, in the working dtype."""
-        wanted = self._start[groups] * (1 + self._pace * change)
-        if self._dtype.itemsize > 1:
-            return store_scale(wanted, self._dtype)
-        return wanted.float().clamp(SMALLEST_E4M3, E4M3_MAX).to(self._dtype).to(wanted.dtype)
+
+class MovingFamily:
+    """Codes of e2m1 that move, beside scales that are tuned along or stay."""
+
+    def __init__(self, count: int, width: int, scheme: Scheme, value: Tensor) -> None:
+        """Room for `count` groups of `width` columns."""
+        del width
+        self.value = value
+        self.trains = trains(scheme)
+        self._scales = FloatScales(count, scheme, value)
+        self.codes = MovingCodes(count, FloatAxis(element_of(scheme), element_table(scheme, value.device)), value)
+
+    def put(self, groups: slice, weight: TunedWeight, original: Tensor | None = None) -> Tensor | None:
+        assert isinstance(weight, FloatWeight)  # noqa: S101 - for the type checker
+        assert original is not None  # noqa: S101 - for the type checker
+        start, width = self._scales.put(groups, weight), self.value.shape[1]
+        factor = weight.factor().to(original.device).view(-1, 1)
+        scaled = original.to(self.codes.place.dtype).view(-1, width) / factor
+        self.codes.put(groups, weight.codes.to(original.device).view(-1, width), scaled)
+        return start
+
+    def write(self, change: Tensor) -> None:
+        factor = self._scales.factor(change)
+        for rows in parts(self.value):
+            # In fp32 whatever the model is in: the bits of `FloatWeight.dequantize`.
+            self.value[rows] = self.codes.values(rows).float().mul_(factor[rows].unsqueeze(-1))
+
+    def stored(self, groups: slice, change: Tensor) -> Tensor | None:
+        return self._scales.stored(groups, change) if self.trains else None
+
+    def receiver(self, groups: slice, gradient: Tensor) -> Receive:
+        shape, first = self.value[groups].shape, groups.start
+
+        def receive(by_output: Tensor, x: Tensor) -> None:
+            by_weight = (by_output.T @ x).view(shape)
+            self.codes.receive(groups, by_weight)
+            if not self.trains:
+                return
+            for rows in parts(by_weight):
+                levels = self.codes.values(slice(first + rows.start, min(first + rows.stop, groups.stop)))
+                gradient[rows] += levels.to(gradient.dtype).mul_(by_weight[rows]).sum(-1)
+
+        return receive
 
 
 class FixedFamily:
     """Weights that stay: what a gradient through them needs, and no codes."""
 
     trains = False
+    codes = None
 
     def __init__(self, count: int, width: int, scheme: Scheme, value: Tensor) -> None:
         """Room for `count` rows of `width` columns, which is the shape of `value`."""
         del count, width, scheme
         self.value = value
 
-    def put(self, groups: slice, weight: TunedWeight) -> Tensor | None:
+    def put(self, groups: slice, weight: TunedWeight, original: Tensor | None = None) -> Tensor | None:
+        del original
         self.value[groups] = weight.to(self.value.device).dequantize().view(-1, self.value.shape[1])
         return None
 
@@ -180,18 +218,19 @@ class FixedFamily:
         return lambda *_: None
 
 
-def kind_of(scheme: Scheme) -> Callable[[int, int, Scheme, Tensor], Family]:
-    """The family of a scheme: the scales of some stay."""
+def kind_of(scheme: Scheme, codes: bool) -> Callable[[int, int, Scheme, Tensor], Family]:
+    """The family of a scheme; codes: whether those that can move do."""
     row = scheme.row
     if row is None or row.element is Element.INTEGER:
         return IntegerFamily
-    moves = row.rows == 1 and row.scale is not ScaleType.E8M0 and (row.group_size == WHOLE or row.whole_groups)
-    return FloatFamily if moves else FixedFamily
+    if codes and moves_codes(scheme):
+        return MovingFamily
+    return FloatFamily if trains(scheme) else FixedFamily
 
 
-def trains(scheme: Scheme) -> bool:
-    """True if the scheme's scales are tuned."""
-    return kind_of(scheme) is not FixedFamily
+def grouped(scheme: Scheme, codes: bool) -> bool:
+    """True if the groups of a scheme lie one after another in its family, else rows do."""
+    return kind_of(scheme, codes) is not FixedFamily
 
 
 def _working(value: Tensor) -> torch.dtype:

@@ -5,17 +5,18 @@ same machine always gives the same plan, and so the same scales.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from torch import Tensor
 
 from app.domain.methods import SCALE_BATCH_SIZE, Scheme
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
-from workers.engine.memory import GROUP_BYTES, LOGITS_AT_ONCE, SCALES_SHARE, device_memory, graph_bytes
+from workers.engine.memory import GROUP_BYTES, LOGITS_AT_ONCE, MOVING_BYTES, SCALES_SHARE, device_memory, graph_bytes
 from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.scales.families import TunedWeight
+from workers.engine.scales.moving_codes import moves_codes
 from workers.numerics.floats.input_rounding import InputRounding
 
 
@@ -34,6 +35,7 @@ class ScaleTask:
     changed         other parameters of a block that quantizing it changed, by full name
     roundings       of the inputs of a block's linears, as a server rounds them, by name inside the block
     norms           whether the blocks' norms are tuned along
+    codes           whether codes move that can, where there is room
     tick            called with the steps done
     log             called with an event's name and fields when a slower way is taken
     processes           who tunes along, each over its own sequences
@@ -53,6 +55,7 @@ class ScaleTask:
     changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({})
     roundings: Callable[[int], Mapping[str, InputRounding]] = lambda _: MappingProxyType({})
     norms: bool = False
+    codes: bool = False
     tick: Callable[[int], None] = lambda _: None
     log: Callable[..., None] = lambda *_, **__: None
     processes: ProcessGroup = SINGLE_PROCESS
@@ -65,16 +68,22 @@ class ScaleTask:
 
 @dataclass(frozen=True)
 class Fit:
-    """Plan by which the stage fits into memory: sequences at once, and blocks with activations computed twice."""
+    """Plan by which the stage fits into memory: sequences at once, and blocks with activations computed twice.
+
+    codes   whether codes move that can
+    """
 
     micro_batch: int
     recomputed: int
+    codes: bool = False
 
     def lowered(self, blocks: int) -> "Fit | None":
-        """The next smaller one; None if there is none."""
+        """The next smaller one; None if there is none. Codes stop last."""
         if self.recomputed < blocks:
-            return Fit(self.micro_batch, blocks)
-        return Fit(self.micro_batch // 2, blocks) if self.micro_batch > 1 else None
+            return replace(self, recomputed=blocks)
+        if self.micro_batch > 1:
+            return replace(self, micro_batch=self.micro_batch // 2)
+        return replace(self, codes=False) if self.codes else None
 
 
 @dataclass(frozen=True)
@@ -85,11 +94,22 @@ class Skipped:
 
 
 def find_fit(task: ScaleTask) -> Fit | Skipped:
-    """The largest micro-batch that fits by an estimate, with as many blocks' activations as then still fit."""
+    """The largest micro-batch that fits by an estimate, with as many blocks' activations as then still fit.
+
+    Codes move if one sequence at a time then fits.
+    """
+    if task.codes and any(map(moves_codes, task.schemes.values())):
+        fit = _fit(task, codes=True)
+        if isinstance(fit, Fit):
+            return fit
+    return _fit(task, codes=False)
+
+
+def _fit(task: ScaleTask, *, codes: bool) -> Fit | Skipped:
     model, blocks, length = task.model, len(task.calls), task.inputs.shape[1]
     device = model.device
     allowed = SCALES_SHARE[device.type] * device_memory(device) - task.held_bytes
-    fixed = _resident_bytes(task)
+    fixed = _resident_bytes(task, codes)
     micro_batch = min(task.micro_batch, task.batch_size, len(task.inputs))
     while True:
         sequences = micro_batch * length
@@ -97,7 +117,7 @@ def find_fit(task: ScaleTask) -> Fit | Skipped:
         # The input of every block, and of one block all that autograd keeps; targets and gradients besides.
         least = fixed + graph + (blocks + 4) * sequences * task.inputs.shape[2] * model.dtype.itemsize
         if least <= allowed:
-            return Fit(micro_batch, max(0, blocks - 1 - int((allowed - least) // graph)))
+            return Fit(micro_batch, max(0, blocks - 1 - int((allowed - least) // graph)), codes)
         if micro_batch == 1:
             reason = (
                 f"the whole model with gradients needs {least / 1e9:.3g} GB; {max(allowed, 0) / 1e9:.3g} GB are left"
@@ -106,8 +126,8 @@ def find_fit(task: ScaleTask) -> Fit | Skipped:
         micro_batch //= 2
 
 
-def _resident_bytes(task: ScaleTask) -> int:
-    """Weights, codes and scales of all blocks, the head, and what a chunk of logits takes."""
+def _resident_bytes(task: ScaleTask, codes: bool) -> int:
+    """Weights, codes and scales of all blocks, the head, and what a chunk of logits takes; codes: if they move."""
     model, linears = task.model, task.model.linears()
     item = model.dtype.itemsize
     quantized = [linears[name] for name in task.schemes]
@@ -119,4 +139,6 @@ def _resident_bytes(task: ScaleTask) -> int:
     head = linears[model.layout.head].weight.numel() * (1 if task.quantized_head is None else 2)
     largest = max(linear.weight.numel() for linear in quantized)
     chunk = LOGITS_AT_ONCE[model.device.type] * (3 * item + (0 if model.device.type == "cuda" else 16))
-    return weights * (item + 1) + groups * GROUP_BYTES + (others + head + largest) * item + chunk
+    moving = sum(linears[name].weight.numel() for name, scheme in task.schemes.items() if codes and moves_codes(scheme))
+    stored = weights - moving + moving * MOVING_BYTES[item]
+    return weights * item + stored + groups * GROUP_BYTES + (others + head + largest) * item + chunk

@@ -1,9 +1,9 @@
-"""All blocks of a quantized model at once on the device, their weights functions of the groups' scales alone.
+"""All blocks of a quantized model at once on the device, their weights functions of the groups' scales, and of codes.
 
-Codes stay as they are stored, one byte each. Linears of one scheme lie one after another in flat buffers, so that one
-pass writes the weights of the whole model; the gradient with respect to a weight lives only until it is summed into
-its groups. Norms may be tuned along (`workers.engine.scales.norms`). What a block computes besides is the model's own
-module, whatever its architecture.
+Codes stay as they are stored, one byte each, unless they move (`workers.engine.scales.moving_codes`). Linears of one
+scheme lie one after another in flat buffers, so that one pass writes the weights of the whole model; the gradient with
+respect to a weight whose code stays lives only until it is summed into its groups. Norms may be tuned along
+(`workers.engine.scales.norms`). What a block computes besides is the model's own module, whatever its architecture.
 """
 
 import copy
@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from app.domain.methods import Scheme
 from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.scales.families import Family, TunedWeight, kind_of, trains
+from workers.engine.scales.families import Family, TunedWeight, grouped, kind_of
+from workers.engine.scales.float_scales import trains
+from workers.engine.scales.moving_codes import MovingCodes
 from workers.engine.scales.norms import Norms, tunable_norms
 from workers.engine.tune.gradient_linear import GradientLinear
 from workers.engine.tune.tuned_block import replace_linears
@@ -42,6 +44,7 @@ class Place:
 class GroupScales:
     """The scales of many linears as s*(1 + p), rounded to the dtype that stores them; p is fp32 (or fp64) and flat.
 
+    moving    codes that move
     change    p of all groups, and after them of all norms
     gradient  sum over a group of D*(q - z), D the gradient with respect to the weight; times `start`, which is s or
               what takes its place, it is the gradient of p
@@ -54,17 +57,22 @@ class GroupScales:
         model: StreamedModel,
         *,
         norms: bool = False,
+        codes: bool = False,
     ) -> None:
-        """shapes and schemes by full linear name; `put` fills in codes and scales; norms: of their blocks, too."""
-        self.places, sizes = _places(shapes, schemes)
+        """shapes and schemes by full linear name; `put` fills in codes and scales.
+
+        norms, codes   of their blocks, too; whether codes move that can
+        """
+        self.places, sizes = _places(shapes, schemes, codes)
         self.families: list[Family] = []
         self._overall: list[slice] = []
         first = 0
         for (scheme, width), count in sizes.items():
             value = torch.zeros(count, width, dtype=model.dtype, device=model.device)
-            self.families.append(kind_of(scheme)(count, width, scheme, value))
+            self.families.append(kind_of(scheme, codes)(count, width, scheme, value))
             numbers = count if trains(scheme) else 0
             self._overall.append(slice(first, first := first + numbers))
+        self.moving: list[MovingCodes] = [family.codes for family in self.families if family.codes is not None]
         tuned = tunable_norms(model, schemes) if norms else ()
         size = first + len(tuned) * model.width
         working = torch.promote_types(model.dtype, torch.float32)
@@ -74,10 +82,14 @@ class GroupScales:
         self.start[first:] = 1
         self.norms = Norms.of(tuned, self.change[first:], self.gradient[first:])
 
-    def put(self, name: str, weight: TunedWeight) -> None:
-        """Takes over the codes, zero points and scales of a linear."""
+    def needs_original(self, name: str) -> bool:
+        """True if `put` needs the weight that a linear was quantized from."""
+        return self.families[self.places[name].family].codes is not None
+
+    def put(self, name: str, weight: TunedWeight, original: Tensor | None = None) -> None:
+        """Takes over the codes, zero points and scales of a linear; original: (out, in), where its codes move."""
         place = self.places[name]
-        start = self.families[place.family].put(place.groups, weight)
+        start = self.families[place.family].put(place.groups, weight, original)
         if start is not None:
             self.start[place.overall] = start
 
@@ -87,6 +99,27 @@ class GroupScales:
         for family, overall in zip(self.families, self._overall, strict=True):
             family.write(self.change[overall])
         self.norms.write()
+
+    def gradients(self) -> list[Tensor]:
+        """Sums over this rank's sequences, of which the ranks need those over all."""
+        return [self.gradient, *(codes.gradient for codes in self.moving)]
+
+    def restart(self) -> None:
+        """No change, and no gradients of before."""
+        self.change.zero_()
+        for codes in self.moving:
+            codes.restart()
+        self.write()
+
+    @torch.no_grad()
+    def codes(self) -> dict[str, Tensor]:
+        """The present codes on the host, uint8 (out, in) by full linear name; not those that stay."""
+        found = {}
+        for name, place in self.places.items():
+            moving = self.families[place.family].codes
+            if moving is not None:
+                found[name] = moving.codes(place.groups).view(place.shape).cpu()
+        return found
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
@@ -129,13 +162,13 @@ class GroupScales:
 
 
 def _places(
-    shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme]
+    shapes: Mapping[str, tuple[int, int]], schemes: Mapping[str, Scheme], codes: bool
 ) -> tuple[dict[str, Place], dict[tuple[Scheme, int], int]]:
     """Each linear's place, and the groups of each family by scheme and width; rows where scales stay."""
     members: dict[tuple[Scheme, int], list[str]] = {}
     for name, shape in shapes.items():
         scheme = schemes[name]
-        width = scheme.width(shape[1]) if trains(scheme) else shape[1]
+        width = scheme.width(shape[1]) if grouped(scheme, codes) else shape[1]
         members.setdefault((scheme, width), []).append(name)
     places, sizes, first = {}, {}, 0
     for number, ((scheme, width), names) in enumerate(members.items()):
@@ -174,6 +207,7 @@ class ScaledBlocks:
         changed: Callable[[int], Mapping[str, Tensor]] = lambda _: MappingProxyType({}),
         roundings: Callable[[int], Mapping[str, InputRounding]] = lambda _: MappingProxyType({}),
         norms: bool = False,
+        codes: bool = False,
         recomputed: int,
     ) -> "ScaledBlocks":
         """The blocks on the device, as they are quantized.
@@ -182,10 +216,11 @@ class ScaledBlocks:
         changed    a block's other parameters that differ from the checkpoint's, by full name
         roundings  of the inputs of a block's linears, by name inside it
         norms      whether norms are tuned along
+        codes      whether codes move that can
         """
         linears = model.linears()
         shapes = {name: (linears[name].out_features, linears[name].in_features) for name in schemes}
-        scales = GroupScales(shapes, schemes, model, norms=norms)
+        scales = GroupScales(shapes, schemes, model, norms=norms, codes=codes)
         blocks = [
             _load_block(model, index, scales, weights(index), changed(index), roundings(index))
             for index in range(len(calls))
@@ -240,7 +275,8 @@ def _load_block(
     with model.loaded(prefix, given=unread | {name: value.to(model.device) for name, value in changed.items()}):
         block = copy.deepcopy(model.blocks[index])
     for name, weight in weights.items():
-        scales.put(name, weight)
+        original = model.read(name)[f"{name}.weight"] if scales.needs_original(name) else None
+        scales.put(name, weight, original)
     replace_linears(
         block,
         [name.removeprefix(prefix + ".") for name in weights],

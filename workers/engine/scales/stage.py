@@ -6,7 +6,8 @@ finished blocks  the tuned scales, durable, take the place of the blocks' own; a
 evaluation       its quantized activations go through all blocks again, with the weights that ship
 
 Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and
-the report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along.
+the report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along, and the codes of
+FP4 unless the device has no room for that, which a warning and the report say.
 """
 
 import time
@@ -25,6 +26,7 @@ from workers.engine.quantize.stage import Quantized
 from workers.engine.reporter import Reporter
 from workers.engine.scales.families import TunedWeight
 from workers.engine.scales.memory_plan import ScaleTask, Skipped
+from workers.engine.scales.moving_codes import moves_codes
 from workers.engine.scales.tuning import ScaleOutcome, tune_scales
 from workers.engine.seeds import derived_seed
 from workers.numerics.quantized import AffineWeight, FloatWeight
@@ -58,8 +60,13 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
         job.reporter.warning("scale_tuning_skipped", f"scales were not tuned end to end: {outcome.reason}")
         return None
     report = _report(outcome, steps, time.perf_counter() - started)
-    scales, norms = (outcome.scales, outcome.norms) if report.kept else ({}, {})
-    job.finished_blocks.save_scales(scales, report, norms)
+    if any(map(moves_codes, job.block_schemes.values())) and not outcome.fit.codes:
+        job.reporter.warning("codes_not_tuned", "codes of FP4 stay as they are: to tune them, too, memory is too small")
+    if report.kept:
+        job.finished_blocks.save_scales(outcome.scales, report, outcome.norms, outcome.codes)
+    else:
+        job.finished_blocks.save_scales({}, report)
+    job.finished_blocks.settle()
     if report.kept and quantized.evaluation is not None:
         job.clock.enter(Stage.EVALUATE)
         replay_quantized(job.model, job.finished_blocks, quantized.evaluation)
@@ -88,6 +95,7 @@ def _task(job: Job, calibration: Activations, evaluation: Activations | None, he
         changed=finished.parameters,
         roundings=lambda index: calibration.served.get(index, Served()).inputs,
         norms=Form.FLOAT in job.spec.forms(),
+        codes=True,
         calls=calibration.calls,
         inputs=calibration.quantized,
         targets=calibration.original,
@@ -125,4 +133,5 @@ def _report(outcome: ScaleOutcome, steps: int, seconds: float) -> ScaleReport:
         captured=outcome.captured,
         seconds=seconds,
         norms=sum(map(len, outcome.norms.values())),
+        codes=outcome.changed if outcome.fit.codes else None,
     )

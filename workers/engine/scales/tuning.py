@@ -1,4 +1,4 @@
-"""End-to-end scale tuning: once every block is done, the scales of all of them together, codes fixed.
+"""End-to-end tuning: once every block is done, the scales of all of them together, and the codes of FP4.
 
 For each quantized linear of the blocks, with codes q, zero points z and scales s of groups of G columns:
 
@@ -22,19 +22,20 @@ falls on held-out sequences; else the old ones stay.
 | t, u | a chunk's at a time | (tokens, vocabulary), the model's dtype |
 
 Cost: a step is a forward and a backward of the whole model over 4 sequences, three products with the head, and one pass
-over codes and weights. Memory: w_hat and q of all blocks (half precision: 3 bytes per weight), 5 numbers per group,
-and the activations of all blocks where they fit; of the first blocks only the inputs where they do not, and those
-blocks are computed twice. Where not even that fits, by an estimate, the stage is left out.
+over codes and weights. Memory: w_hat and q of all blocks (half precision: 3 bytes per weight; 12 where codes move), 5
+numbers per group, and the activations of all blocks where they fit; of the first blocks only the inputs where they do
+not, and those blocks are computed twice. Where not even that fits, by an estimate, the stage is left out.
 
 On a GPU a step is captured once and replayed (`workers.engine.device.cuda_graphs`); elsewhere, or where capture
-fails, the
-same steps run eagerly. Several ranks each hold all blocks, and sum dL/dp over their sequences. What w_hat is on
-floating-point grids: `workers.engine.scales.families`; there norms have a p, too (`workers.engine.scales.norms`). Left
-out: the head's own scales, zero points, the last norm, and any text but the calibration's.
+fails, the same steps run eagerly. Several ranks each hold all blocks, and sum gradients over their sequences. What
+w_hat is on floating-point grids: `workers.engine.scales.families`; there norms have a p, too
+(`workers.engine.scales.norms`), and where there is room, each weight of FP4 has a place on its grid, which the same
+steps move (`workers.engine.scales.moving_codes`). Left out: the head's own scales, zero points, the codes of integers,
+the last norm, and any text but the calibration's.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -49,6 +50,8 @@ from workers.engine.scales.memory_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scales.scaled_blocks import ScaledBlocks
 from workers.engine.scales.teacher_loss import OutputHead
 from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
+from workers.numerics.floats.elements import element_table
+from workers.numerics.quantized import FloatWeight
 
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 10
@@ -63,6 +66,8 @@ class ScaleOutcome:
     """The tuned scales by full linear name, (out, groups), and what they gain on held-out sequences.
 
     norms                            the tuned ones' weights by block and full name, where norms are tuned along
+    codes                            on the host, uint8 (out, in) by full linear name, where they moved
+    changed                          weights whose code is another than before
     divergence_initial, divergence   mean KL a token there, with the old and with the tuned scales
     """
 
@@ -73,6 +78,8 @@ class ScaleOutcome:
     fit: Fit
     captured: bool
     norms: dict[int, dict[str, Tensor]] = field(default_factory=dict)
+    codes: dict[str, Tensor] = field(default_factory=dict)
+    changed: int = 0
 
     @property
     def is_better(self) -> bool:
@@ -123,15 +130,29 @@ def _tune(task: ScaleTask, fit: Fit) -> ScaleOutcome | Skipped:
         after = tuning.held_out_divergence()
         held_out = task.processes.total(len(tuning.held_out))
         scales = tuning.blocks.scales
+        codes = scales.codes()
         return ScaleOutcome(
             scales=scales.stored(),
             norms=scales.norms.stored(),
+            codes=codes,
+            changed=_changed(task, codes),
             divergence_initial=before,
             divergence=after,
             held_out=held_out,
             fit=fit,
             captured=tuning.replay is not None,
         )
+
+
+def _changed(task: ScaleTask, codes: Mapping[str, Tensor]) -> int:
+    """Weights whose code has another value than before: 0 has two codes."""
+    count = 0
+    for index in range(len(task.calls) if codes else 0):
+        for name, weight in task.weights(index).items():
+            if name in codes and isinstance(weight, FloatWeight):
+                values, before = element_table(weight.scheme, codes[name].device), weight.codes.to(codes[name].device)
+                count += int((values[codes[name].int()] != values[before.int()]).sum())
+    return count
 
 
 @dataclass
@@ -169,6 +190,7 @@ class ScaleTuning:
             changed=task.changed,
             roundings=task.roundings,
             norms=task.norms,
+            codes=fit.codes,
             recomputed=fit.recomputed,
         )
         return cls(
@@ -199,9 +221,9 @@ class ScaleTuning:
     def run(self) -> None:
         """All steps, from the start."""
         self.rates.copy_(rates(self.task.steps))
-        for tensor in (self.count, self.mean, self.square, self.blocks.scales.change):
+        for tensor in (self.count, self.mean, self.square):
             tensor.zero_()
-        self.blocks.scales.write()
+        self.blocks.scales.restart()
         every, step = max(1, self.task.steps // TICKS), self.replay or self.step
         for done in range(1, self.task.steps + 1):
             step()
@@ -213,7 +235,8 @@ class ScaleTuning:
     def gradient(self, batch: Tensor) -> Tensor:
         """dL/dp of the mean over the tokens of some sequences, flat (groups,); this rank's part of the mean of all."""
         scales = self.blocks.scales
-        scales.gradient.zero_()
+        for gradient in scales.gradients():
+            gradient.zero_()
         for indices in torch.split(batch, self.fit.micro_batch):
             inputs, targets = self._rows(indices)
             self.blocks.add_gradients(inputs, partial(self.head.gradient, teacher=targets))
@@ -241,7 +264,7 @@ class ScaleTuning:
         self.gradient(self.batches.index_select(0, self.count.view(1).to(self.batches.device))[0])
 
     def _sum_gradients(self) -> None:
-        self.task.processes.sum_(self.blocks.scales.gradient)
+        self.task.processes.sum_(*self.blocks.scales.gradients())
 
     def _move(self) -> None:
         # A number that is not finite moves nothing; comparisons would hide it, and Adam would keep it.
@@ -253,6 +276,8 @@ class ScaleTuning:
         unbiased = [1 - torch.exp(self.count * math.log(beta)) for beta in BETAS]
         scale = (self.square / unbiased[1]).sqrt_().add_(EPSILON)
         self.blocks.scales.change.sub_((self.mean / scale).mul_(rate / unbiased[0]))
+        for codes in self.blocks.scales.moving:
+            codes.move(rate, (unbiased[0], unbiased[1]), BETAS)
         self.blocks.scales.write()
 
     def _rows(self, indices: Tensor) -> tuple[Tensor, Tensor]:

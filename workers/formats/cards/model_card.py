@@ -14,7 +14,7 @@ import yaml
 from app.domain.format_rules import holds_base_alone
 from app.domain.formats import ExportFormat
 from app.domain.methods import METHODS, Form, Scheme
-from bitwright.report import LinearReport, Report, SizeReport
+from bitwright.report import LinearReport, Report, ScaleReport, SizeReport
 from workers.formats.cards.front_matter import front_matter
 from workers.formats.cards.goal import goal
 from workers.formats.cards.identity import Contents, Identity, adapter_title, contents_of, title
@@ -257,10 +257,19 @@ def provenance(report: Report, licence: str | None, source: SourceCard, *, left_
     if report.base_job is not None:
         lines.append(f"- Quantized by job `{report.base_job.job_id}`, whose codes these are; this job finetuned")
     if report.scales is not None and report.scales.kept:
-        along = f" and {report.scales.norms} norms" if report.scales.norms else ""
-        lines.append(f"- Scales{along} tuned end to end in {report.scales.steps} steps, codes fixed")
+        lines.append(f"- {_tuned_end_to_end(report.scales)}")
     lines.append(f"- Seed {report.seed}; everything measured is in `report.json`")
     named = f" ({', '.join(source.license_name or name for name in source.license)})" if source.license else ""
     lines.append(f"- Licence: the source's{named}{f', see `{licence}`' if licence else ''}")
     lines += [f"- Warning: {' '.join(warning.split())}" for warning in report.warnings]
     return "\n".join(lines)
+
+
+def _tuned_end_to_end(scales: ScaleReport) -> str:
+    """The parts of the model that were tuned together, and those that were not."""
+    norms = f"{scales.norms} norms"
+    if scales.codes is not None:
+        along = f", {norms} and codes" if scales.norms else " and codes"
+        return f"Scales{along} tuned end to end in {scales.steps} steps, {scales.codes:,} codes changed"
+    along = f" and {norms}" if scales.norms else ""
+    return f"Scales{along} tuned end to end in {scales.steps} steps, codes fixed"

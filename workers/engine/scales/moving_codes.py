@@ -1,0 +1,154 @@
+"""Codes that move end to end: a place x for each weight on the axis of its grid's indices, rounded in every step.
+
+    w_hat = s * value(q),  q = clamp(round(x), -top, top)       value(k): the grid's k-th value, odd in k
+    x starts at u(w/s), at most 0.49 from the code of before    u: the piecewise linear inverse of `value`
+    D = dL/dw_hat                                               rounding passes gradients straight through
+    x <- x - r_i * m_i/(1 - b1^i) / sqrt(v_i/(1 - b2^i))        Adam, m and v of D; r_i is half the rate of scales
+    x stays within -top - 0.49 and top + 0.49
+
+dL/dx is D times s and the distance of neighbouring values, both positive: Adam divides a gradient by its own size, so
+D stands for it. Where the original weight lies in its code's interval says how little is lost by the other
+neighbour, and 0.49 that the code of before is kept as long as nothing moves. Of a place that starts in the middle of
+its interval, nothing would be known, and no step that keeps the other weights would reach an end of it.
+
+| symbol | variable | shape |
+|---|---|---|
+| x | `place` | (groups, G), fp32 (fp64 for a model in it) |
+| D, m, v | `gradient`, `mean`, `square` | the same, bf16 for a model in half precision: of fp32's range, and averaged |
+
+The axis is all that is known of the grid. Straight-through gradients through whole models: Bengio et al.,
+arXiv:1308.3432; for codes against the original model's distribution: LLM-QAT, arXiv:2305.17888.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from app.domain.methods import Scheme
+from app.domain.methods.named_schemes import Element
+from workers.numerics.floats.elements import LAST_INDEX, code_of_index, from_index, to_index
+from workers.numerics.group_scales import CACHED_ELEMENTS, CHUNK_ELEMENTS
+
+PACE_CODES = 0.5
+"""Of x, in parts of the rate of scales: at the highest rate a thousandth of a code a step."""
+BOX = 0.49
+"""The farthest that a place starts from its code."""
+TINY = 1e-12
+"""Added to the root: a gradient that is nothing moves nothing."""
+
+
+def moves_codes(scheme: Scheme) -> bool:
+    """True if codes of the scheme move where there is room: those of FP4, which are coarse, in whole groups."""
+    row = scheme.row
+    return row is not None and row.element is Element.E2M1 and row.rows == 1 and row.whole_groups
+
+
+class Axis(Protocol):
+    """A grid as whole numbers in the order of its values, from -top to top."""
+
+    @property
+    def top(self) -> int:
+        """The largest index."""
+
+    def place(self, scaled: Tensor) -> Tensor:
+        """u of weights over their scale."""
+
+    def value(self, index: Tensor) -> Tensor:
+        """Values of whole indices, in their dtype."""
+
+    def index(self, codes: Tensor) -> Tensor:
+        """Indices of stored codes, fp32."""
+
+    def code(self, index: Tensor) -> Tensor:
+        """Codes of whole indices as they are stored, uint8."""
+
+
+@dataclass(frozen=True)
+class FloatAxis:
+    """The axis of a small floating-point type.
+
+    values   of its codes, fp32 (2^bits,)
+    """
+
+    element: Element
+    values: Tensor
+
+    @property
+    def top(self) -> int:
+        return LAST_INDEX[self.element]
+
+    def place(self, scaled: Tensor) -> Tensor:
+        return to_index(scaled, self.element)
+
+    def value(self, index: Tensor) -> Tensor:
+        return from_index(index, self.element)
+
+    def index(self, codes: Tensor) -> Tensor:
+        values = self.values.index_select(0, codes.flatten().int()).view(codes.shape)
+        return to_index(values, self.element).round_()
+
+    def code(self, index: Tensor) -> Tensor:
+        return code_of_index(index, self.element)
+
+
+class MovingCodes:
+    """The codes of linears whose groups lie one after another: their places, gradients, and Adam's m and v."""
+
+    def __init__(self, count: int, axis: Axis, value: Tensor) -> None:
+        """Room for `count` groups of weights like `value` (groups, G)."""
+        working = torch.promote_types(value.dtype, torch.float32)
+        moments = torch.bfloat16 if value.dtype.itemsize == 2 else working
+        self._axis = axis
+        self.place = torch.zeros(count, value.shape[1], dtype=working, device=value.device)
+        self.gradient, self.mean, self.square = (torch.zeros_like(self.place, dtype=moments) for _ in range(3))
+
+    def put(self, groups: slice, codes: Tensor, scaled: Tensor) -> None:
+        """Takes over codes as they are stored; `scaled` is the original weight over its scales, both (groups, G)."""
+        index = self._axis.index(codes).to(self.place.dtype)
+        self.place[groups] = self._axis.place(scaled).to(index.dtype).clamp(index - BOX, index + BOX)
+
+    def values(self, rows: slice) -> Tensor:
+        """The values of the codes, without scales: fp32 (or fp64), a new tensor."""
+        return self._axis.value(self._index(rows))
+
+    def codes(self, groups: slice) -> Tensor:
+        """The codes as they are stored, uint8."""
+        return self._axis.code(self._index(groups))
+
+    def receive(self, groups: slice, gradient: Tensor) -> None:
+        """Adds D (groups, G) to what this step has had of it."""
+        self.gradient[groups] += gradient
+
+    def restart(self) -> None:
+        """Forgets past gradients."""
+        for tensor in (self.gradient, self.mean, self.square):
+            tensor.zero_()
+
+    def move(self, rate: Tensor, unbiased: tuple[Tensor, Tensor], betas: tuple[float, float]) -> None:
+        """A step of Adam; a gradient that is not finite counts as 0.
+
+        rate      that of scales, a number on the device
+        unbiased  1 - b1^i and 1 - b2^i, the same
+        """
+        pace = rate * PACE_CODES / unbiased[0]
+        for rows in parts(self.place):
+            place = self.place[rows]
+            gradient = self.gradient[rows].to(place.dtype).nan_to_num_(0.0, 0.0, 0.0)
+            mean = self.mean[rows].to(place.dtype).lerp_(gradient, 1 - betas[0])
+            square = self.square[rows].to(place.dtype).mul_(betas[1])
+            square.addcmul_(gradient, gradient, value=1 - betas[1])
+            self.mean[rows], self.square[rows] = mean, square
+            step = (square / unbiased[1]).sqrt_().add_(TINY).reciprocal_().mul_(mean).mul_(pace)
+            place.sub_(step).clamp_(-self._axis.top - BOX, self._axis.top + BOX)
+
+    def _index(self, rows: slice) -> Tensor:
+        return self.place[rows].round().clamp_(-self._axis.top, self._axis.top)
+
+
+def parts(groups: Tensor) -> Iterator[slice]:
+    """Slices of (groups, G), so that intermediate tensors stay small."""
+    size = max(1, (CHUNK_ELEMENTS if groups.is_cuda else CACHED_ELEMENTS) // groups.shape[1])
+    return (slice(start, start + size) for start in range(0, len(groups), size))
