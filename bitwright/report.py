@@ -365,6 +365,11 @@ class Report(ReportPart):
 
     version: str = Field(description="Version of Bitwright.")
     method: str
+    scheme: str | None = Field(
+        default=None,
+        description="What was asked for, in words: a scheme's or a mix's name, numbers of integers, or what each "
+        "linear's was chosen for. null in reports of releases before.",
+    )
     seed: int
     device: str
     plan: dict[str, str | int | float | bool | None] = Field(

@@ -28,7 +28,7 @@ from workers.engine.stored_scales import StoredScales, caches_left_out
 from workers.formats.adapter_file import describe_adapter, write_adapter
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.model_card import stored_bytes
-from workers.formats.format import Writer
+from workers.formats.format import InputWriter, Writer
 from workers.formats.registry import open_writers
 from workers.formats.stored_linear import StoredPart
 from workers.numerics.quantized import LinearResult, StoredBits
@@ -120,6 +120,10 @@ def _write(job: Job, trained: TrainedAdapters | None, identity: Identity) -> Exp
             for name, scales in finished.caches(done - 1).items():
                 for writer in exported.writers.values():
                     writer.add_kv_scales(model.names.module_name(name), scales)
+            for name, squares in finished.inputs(done - 1).items():
+                for writer in exported.writers.values():
+                    if isinstance(writer, InputWriter):
+                        writer.add_inputs(model.names.linear_name(name), squares)
             job.reporter.progress(Stage.EXPORT, done, total + 1, "blocks")
     for writer in exported.writers.values():
         writer.finish(ignored=kept_linears(model, job.schemes))

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from app.domain.inputs.safetensors_header import LENGTH_BYTES
 from bitwright.report import BlockReport, ScaleReport
+from workers.contracts.input_squares import InputSquares
 from workers.contracts.kv_cache import KVScales
 from workers.disk.durable import replace_file
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
@@ -45,6 +46,7 @@ class FinishedBlock(BaseModel):
 
     parameters   names of the file's tensors that are not of quantized linears
     caches       full names of attentions whose scales of a key-value cache are in it
+    inputs       full names of linears whose sums of squared inputs are in it
     """
 
     model_config = ConfigDict(frozen=True)
@@ -55,6 +57,7 @@ class FinishedBlock(BaseModel):
     report: BlockReport | None
     parameters: tuple[str, ...] = ()
     caches: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
 
 
 class FinishedLinears(BaseModel):
@@ -95,13 +98,14 @@ class StateFile(BaseModel):
 class Shard:
     """A durable file in the state folder, its sha256, and which of its tensors are not of quantized linears.
 
-    parameters, caches   as in `FinishedBlock`
+    parameters, caches, inputs   as in `FinishedBlock`
     """
 
     file: str
     sha256: str
     parameters: tuple[str, ...] = ()
     caches: tuple[str, ...] = ()
+    inputs: tuple[str, ...] = ()
 
 
 class FinishedBlocks:
@@ -165,14 +169,16 @@ class FinishedBlocks:
         linears: Mapping[str, LinearResult],
         parameters: Mapping[str, Tensor] = MappingProxyType({}),
         caches: Mapping[str, KVScales] = MappingProxyType({}),
+        inputs: Mapping[str, InputSquares] = MappingProxyType({}),
     ) -> Shard:
         """A block's weights in a durable file that does not count before `finish`.
 
         linears     by full name
         parameters  others that changed with them, by full name
         caches      scales of key-value caches, by the attention's full name
+        inputs      sums of the linears' squared inputs, by full name
         """
-        return self._linears_file(f"block-{index:05d}.safetensors", linears, parameters, caches)
+        return self._linears_file(f"block-{index:05d}.safetensors", linears, parameters, caches, inputs)
 
     def _linears_file(
         self,
@@ -180,17 +186,19 @@ class FinishedBlocks:
         linears: Mapping[str, LinearResult],
         parameters: Mapping[str, Tensor] = MappingProxyType({}),
         caches: Mapping[str, KVScales] = MappingProxyType({}),
+        inputs: Mapping[str, InputSquares] = MappingProxyType({}),
     ) -> Shard:
         stored = {name: StoredLinear.of(result) for name, result in linears.items()}
 
         def tensors() -> dict[str, Tensor]:
             packed = [native.compress(name, result) for name, result in linears.items()]
             packed += [scales.tensors(name) for name, scales in caches.items()]
+            packed += [squares.tensors(name) for name, squares in inputs.items()]
             return {key: tensor.cpu().contiguous() for named in (*packed, parameters) for key, tensor in named.items()}
 
         about = {"linears": LINEARS.dump_json(stored).decode()}
         shard = self._write(file, tensors, about)
-        return replace(shard, parameters=tuple(parameters), caches=tuple(caches))
+        return replace(shard, parameters=tuple(parameters), caches=tuple(caches), inputs=tuple(inputs))
 
     def finish(self, index: int, shard: Shard, report: BlockReport | None) -> None:
         """Adopts the shard of the block after those that are finished. Returns when a crash can no longer lose it."""
@@ -201,6 +209,7 @@ class FinishedBlocks:
             report=report,
             parameters=shard.parameters,
             caches=shard.caches,
+            inputs=shard.inputs,
         )
         self._replace_state(self._state.model_copy(update={"blocks": (*self.blocks, block)}))
 
@@ -265,6 +274,12 @@ class FinishedBlocks:
         block = self.blocks[index]
         tensors = load(self._read(block.file)) if block.caches else {}
         return {name: KVScales.read(name, tensors) for name in block.caches}
+
+    def inputs(self, index: int) -> dict[str, InputSquares]:
+        """Sums of squared inputs of a finished block's linears, by full name, on the host."""
+        block = self.blocks[index]
+        tensors = load(self._read(block.file)) if block.inputs else {}
+        return {name: InputSquares.read(name, tensors) for name in block.inputs}
 
     def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
         """The result with the scale that was tuned end to end, if there is one: weights of codebooks have none."""

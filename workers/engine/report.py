@@ -4,6 +4,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from math import prod
 
+from app.domain.methods.spec_words import in_words
 from bitwright.report import (
     BaseJobReport,
     BlockReport,
@@ -48,6 +49,7 @@ def report_of(job: Job, results: Results, size: SizeReport) -> Report:
     return Report(
         version=version("bitwright"),
         method=request.quantization.method,
+        scheme=in_words(request.quantization),
         seed=request.seed,
         device=job.order.device,
         plan=plan_report(job.plan),
@@ -109,6 +111,8 @@ def identity_of(job: Job, results: Results) -> Identity:
         folded=trained and request.merge == "quantized",
         finetuning=None if results.finetuned is None else results.finetuned.report,
         base_training=() if job.base_job is None else job.base_job.training,
+        scheme=in_words(request.quantization),
+        calibration=None if job.texts.calibration is None else job.texts.calibration.report(),
     )
 
 

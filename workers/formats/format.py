@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme
 from bitwright.report import Report
+from workers.contracts.input_squares import InputSquares
 from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.loading import AdapterBase, Lines
@@ -69,6 +70,15 @@ class Writer(Protocol):
     @property
     def warnings(self) -> Mapping[str, str]:
         """Code and message of each warning for the caller, after the last linear."""
+        ...
+
+
+@runtime_checkable
+class InputWriter(Protocol):
+    """A writer that keeps what calibration text put into linears, beside what it made of them."""
+
+    def add_inputs(self, name: str, squares: InputSquares) -> None:
+        """Keep the sums of a linear's squared inputs; `name` as in `add_linear`. Before `finish`."""
         ...
 
 

@@ -416,7 +416,7 @@ class NamedSchemeSpec(GoalSpec):
             detail = f"give scheme, or {' and '.join(given)}, not both: {self.scheme} says all of them"
             refused = [refusal((name,), getattr(self, name), detail) for name in ("scheme", *given)]
             raise ValidationError.from_exception_data(type(self).__name__, refused)
-        able = BLOCK_SCHEMES <= self.named_schemes if self.mix() else self.scheme in self.named_schemes
+        able = self.named_schemes >= BLOCK_SCHEMES if self.mix() else self.scheme in self.named_schemes
         if self.scheme is not None and not able:
             refused = [self._scheme_refusal((), self.scheme)]
             raise ValidationError.from_exception_data(type(self).__name__, refused)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from app.domain.methods.goals import Choices, ChoosesOuter, choice_order
+from app.domain.methods.goals import Choices, ChoosesOuter, check_outer, choice_order
 from app.domain.methods.named_schemes import WHOLE
 from app.domain.methods.schemes import MIN_BITS, SCALE_BITS, AbsmaxScheme, Bits, Scheme, Spec
 
@@ -38,6 +38,7 @@ class BitBudget(Spec):
         least = choice_order(self.choices[0])[0]
         if self.outer and self.over != "model":
             raise ValueError('outer chooses for embeddings and head, which only a budget over the "model" counts')
+        check_outer(self.outer, self.choices)
         if self.average < least:
             raise ValueError(f"average must be at least {least}, the least of choices")
         return self

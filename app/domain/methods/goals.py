@@ -5,7 +5,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag, model_validator
 
-from app.domain.methods.named_schemes import SCHEMES, SchemeName
+from app.domain.methods.named_schemes import BLOCK_SCHEMES, SCHEMES, SchemeName
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS, Bits, Spec, without_default
 from app.domain.methods.sizes import Size
 
@@ -58,6 +58,16 @@ ChoosesOuter = Annotated[
 ]
 
 
+def check_outer(outer: bool, choices: tuple[Choice, ...]) -> None:
+    """Check that what embeddings and head are chosen from is llama.cpp's types.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if outer and not all(choice in BLOCK_SCHEMES for choice in choices):
+        raise ValueError("outer goes with choices of llama.cpp's types alone; give modules.embeddings a scheme instead")
+
+
 class Goal(Spec):
     """A goal, and what may be chosen to reach it."""
 
@@ -68,6 +78,11 @@ class Goal(Spec):
         json_schema_extra=without_default,
     )
     outer: ChoosesOuter = False
+
+    @model_validator(mode="after")
+    def _chooses_types_for_outer(self) -> Self:
+        check_outer(self.outer, self.choices)
+        return self
 
 
 class AtMost(Goal):

@@ -1,4 +1,4 @@
-"""The type that llama.cpp's mixes give a module: its name as transformers has it says which tensor of a file it becomes.
+"""The type that llama.cpp's mixes give a module: its name in transformers says which tensor of a file it becomes.
 
 Only the parts that the rules of a mix ask for are told apart (values, keys, the outputs of attention and of the MLP);
 every other linear is of the mix's base type, whatever a file calls it. The names are those of gguf's own table

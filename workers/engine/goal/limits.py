@@ -3,10 +3,11 @@
 from dataclasses import dataclass
 
 from app.domain.goals.reach import byte_limit, cache_of
-from app.domain.goals.stored_size import header_bytes, stored_bits
+from app.domain.goals.stored_size import header_bytes
 from app.domain.methods import AtMost, Candidate
 from workers.engine.goal.search import margin
 from workers.engine.job import Job
+from workers.engine.quantize.candidates import candidates_of, costs_of, shapes_of
 from workers.engine.quantize.stored_sizes import outer_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -56,15 +57,8 @@ def limits_of(job: Job, held_out: int) -> Limits:
         InvalidRequest: the size of the KV cache is not known, or too much.
     """
     goal, model, scale_bits = job.spec.goal(), job.model, job.plan.scale_dtype.itemsize * 8
-    linears, formats = model.linears(), job.request.formats
-    head = model.layout.head
-    candidates = {
-        name: found
-        for name, linear in linears.items()
-        if name != head and (found := job.spec.candidates(name, linear.in_features))
-    }
-    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in candidates}
-    costs = {n: [stored_bits(formats, c, shapes[n], scale_bits) for c in found] for n, found in candidates.items()}
+    candidates = candidates_of(model, job.spec)
+    shapes, costs = shapes_of(model, candidates), costs_of(model, candidates, job.request.formats, scale_bits)
     is_distance = isinstance(goal, AtMost) and goal.kl is not None
     return Limits(
         kl=goal.kl if isinstance(goal, AtMost) else None,
@@ -83,7 +77,7 @@ def _kept(job: Job, chosen: tuple[str, ...], scale_bits: int) -> int:
     model, tensors = job.model, job.model.checkpoint.tensors
     quantized = sum(model.names.stored_bytes(f"{name}.weight") for name in job.schemes)
     kept = sum(tensor.size for tensor in tensors.values()) - quantized
-    kept += outer_bytes(model, job.schemes, job.request.formats, scale_bits)
+    kept += outer_bytes(model, job.schemes, chosen, job.request.formats, scale_bits)
     kept += header_bytes(chosen, tensors)
     if any(name.info.weight_files != ("*.safetensors",) for name in job.request.formats):
         files = (model.checkpoint.folder / name for name in TOKENIZER_FILES)

@@ -12,12 +12,12 @@ from workers.engine.goal.progress import Progress
 from workers.engine.goal.search import Curve
 from workers.engine.job import Job
 from workers.engine.quantize.bit_budget import described
+from workers.engine.quantize.candidates import shapes_of
 
 
 def allocation_report(scores: Scores, point: Point, job: Job, seconds: float) -> AllocationReport:
     """Schemes of all linears at a point."""
-    linears = job.model.linears()
-    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in point.choices}
+    shapes = shapes_of(job.model, point.choices)
     scale_bits = job.plan.scale_dtype.itemsize * 8
     chosen = {name: scores.candidates[name][x] for name, x in point.choices.items()}
     bits = {name: choice.stored_bits(shapes[name], scale_bits) for name, choice in chosen.items()}

@@ -29,6 +29,7 @@ from workers.engine.goal.outcome import allocation_report, goal_report, points_r
 from workers.engine.goal.progress import Progress, forget_others, point_folder
 from workers.engine.goal.search import Curve
 from workers.engine.job import Job, Prepared
+from workers.engine.quantize.candidates import joined_choices
 from workers.engine.quantize.scores import predicted_errors
 from workers.engine.quantize.stage import Quantized
 
@@ -196,7 +197,9 @@ def _opened(job: Job) -> _Aim:
         ).save(job)
     if progress is None:
         raise TypeError("a goal is scored on calibration text")
-    scores = Scores(limits.candidates, costs, progress.errors, job.model.input_groups())
+    scores = Scores(
+        limits.candidates, costs, progress.errors, joined_choices(job.model, job.request.formats, limits.candidates)
+    )
     points = frontier(scores, limits.bits)
     # Its activations are made again by every attempt: nothing of them is kept.
     held_out = None if sequences is None else HeldOut.through(job, sequences, limits.candidates)

@@ -277,6 +277,10 @@ class StreamedModel:
     @torch.no_grad()
     def embed(self, ids: Tensor) -> Tensor:
         """Hidden states before block 0, (batch, length, width); the layout's `outer` must be loaded."""
+        return self.embedded(ids)
+
+    def embedded(self, ids: Tensor) -> Tensor:
+        """The same, through which autograd works."""
         if self.walk.embeds:
             hidden: Tensor = self.model.get_submodule(self.layout.embeddings)(ids)
             return hidden

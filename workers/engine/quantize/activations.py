@@ -148,6 +148,22 @@ def second_moments(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, Tenso
         watch.sums[name] = total.float()
 
 
+@contextmanager
+def counted_inputs(linears: Mapping[str, nn.Linear]) -> Iterator[dict[str, int]]:
+    """Number of tokens that each linear is called on."""
+    counts: dict[str, int] = dict.fromkeys(linears, 0)
+
+    def count(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        counts[name] += arguments[0].shape[:-1].numel()
+
+    handles = [linear.register_forward_pre_hook(partial(count, name)) for name, linear in linears.items()]
+    try:
+        yield counts
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def sum_moments(processes: ProcessGroup, moments: dict[str, Tensor], linears: Mapping[str, nn.Linear]) -> None:
     """Over all processes, inside the context of `second_moments`; one without a sequence adds zeros."""
     if processes.alone:

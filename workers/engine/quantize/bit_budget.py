@@ -6,7 +6,9 @@ the same input (q, k, v; gate, up) get one width, since runtimes join them: thei
 
 The budget counts code bits, scales and zero points of the blocks' quantized linears, those with an override too. It
 does not count low-rank factors, or what a linear has but once. Over the model it counts besides what the checkpoint
-stores of everything else: embeddings, head and norms.
+stores of everything else: embeddings, head and norms. Where the request leaves embeddings and head to it, they are
+chosen like the linears; in a file for llama.cpp every linear has a type of its own
+(`workers.engine.quantize.candidates`).
 """
 
 import time
@@ -22,6 +24,7 @@ from bitwright.report import AllocatedLinear, AllocationReport
 from workers.contracts.blocks import Fisher, ScoreTask, ScoringMethod
 from workers.engine.job import Job
 from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quantize.candidates import candidates_of, costs_of, joined_choices, shapes_of
 from workers.engine.quantize.scores import demand_finite
 from workers.engine.quantize.stored_sizes import kept_bytes, parameters
 from workers.engine.seeds import derived_seed
@@ -64,32 +67,25 @@ class Scoring:
         return by_linear
 
 
-def candidates_of(model: StreamedModel, spec: WeightSpec) -> dict[str, tuple[Candidate, ...]]:
-    """Of every quantized linear of the blocks, by full name."""
-    all_choices = {n: spec.candidates(n, m.in_features) for n, m in model.linears().items()}
-    return {name: choices for name, choices in all_choices.items() if choices and name != model.layout.head}
-
-
 def spend(job: Job, budget: BitBudget, errors_of: Errors) -> tuple[dict[str, Candidate], AllocationReport]:
-    """The choice of every quantized linear of the blocks, by full name.
+    """The choice of everything that is chosen for, by full name.
 
     Raises:
         InvalidRequest: even the cheapest choices take more than the budget.
         NumericalFailure: an error is not finite.
     """
     started, model = time.perf_counter(), job.model
-    candidates, linears = candidates_of(model, job.spec), model.linears()
-    errors = errors_of(candidates)
-    shapes = {name: (linears[name].out_features, linears[name].in_features) for name in candidates}
+    candidates = candidates_of(model, job.spec)
+    errors, shapes = errors_of(candidates), shapes_of(model, candidates)
     scale_bits = job.plan.scale_dtype.itemsize * 8
-    costs = {n: [c.stored_bits(shapes[n], scale_bits) for c in choices] for n, choices in candidates.items()}
+    costs = costs_of(model, candidates, None, scale_bits)
     weights = sum(out * width for out, width in shapes.values())
     scored = time.perf_counter()
     kept, counted = 0, weights
     if budget.over == "model":
-        kept, counted = 8 * kept_bytes(model, job.schemes, scale_bits), parameters(model)
+        kept, counted = 8 * kept_bytes(model, job.schemes, candidates, scale_bits), parameters(model)
     limit = int(budget.average * counted) - kept
-    solved = solve(candidates, costs, errors, limit, model.input_groups())
+    solved = solve(candidates, costs, errors, limit, joined_choices(model, job.request.formats, candidates))
     if solved is None:
         raise over_budget(budget.average, (kept + sum(map(min, costs.values()))) / counted, budget.over)
     allocation, chosen = solved

@@ -21,11 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import Scheme, WeightSpec
 from bitwright.errors import InternalError
 from bitwright.events import Stage
 from bitwright.report import BlockReport
 from workers.contracts.blocks import BlockTask
+from workers.contracts.input_squares import InputSquares
 from workers.contracts.kv_cache import KVScales
 from workers.contracts.results import BlockResult
 from workers.engine.device.process_group import checksum
@@ -33,7 +35,7 @@ from workers.engine.device.write_behind import WriteBehind
 from workers.engine.finished_blocks import Shard
 from workers.engine.job import Job
 from workers.engine.model.overflow import blaming_the_original
-from workers.engine.quantize.activations import Activations, second_moments, sum_moments
+from workers.engine.quantize.activations import Activations, counted_inputs, second_moments, sum_moments
 from workers.engine.quantize.block_progress import BlockProgress, block_event
 from workers.engine.quantize.block_reader import BlockReader
 from workers.engine.quantize.block_report import BlockFindings, error_sums
@@ -63,6 +65,7 @@ class _Seen:
     columns    largest magnitudes of the inputs of calibrated linears, by column
     joined     linears that a runtime makes one matrix of
     cache      scales of the attention's cache
+    inputs     sums of the linears' squared inputs in the calibration text, where they are kept
     """
 
     schemes: Mapping[str, Scheme]
@@ -71,6 +74,7 @@ class _Seen:
     columns: Mapping[str, Tensor]
     joined: Sequence[tuple[str, ...]]
     cache: KVScales | None
+    inputs: Mapping[str, InputSquares]
 
     def amax(self, results: Mapping[str, LinearResult] | None = None) -> dict[str, Tensor]:
         """`set_amax` of the block's linears."""
@@ -145,7 +149,7 @@ class BlockPass:
         result = self._result(index, block, seen, tick) if base is None else base
         self._demand_agreement(index, result)
         writer.wait()
-        shard = writer.give(partial(self._write_shard, index, result, seen.cache))
+        shard = writer.give(partial(self._write_shard, index, result, seen.cache, seen.inputs))
         errors = self._put(index, result, seen.moments)
         self._serve(index, self._served(result, seen.cache))
         self._advance_quantized(index, block)
@@ -161,14 +165,23 @@ class BlockPass:
         linears = {n: linear for n, linear in self.job.model.block_linears(index).items() if n in schemes}
         measured = Measured.of(linears, schemes, self._caches, calibrates=self.calibration is not None)
         with second_moments(linears) as moments, counted(block, self.job.model.device) as tokens:
-            with measured.inputs.watching():
+            with measured.inputs.watching(), counted_inputs(linears) as counts:
                 self._advance_original(index, block, only=observed, cache=measured.cache)
             sum_moments(self.job.processes, moments, linears)
         found = self._coverage(tokens, schemes, block)
         self._advance_original(index, block, only=self.evaluation if self.calibration else None)
         columns = measured.inputs.columns(self.job.processes)
         joined, cache = self.job.model.joined(index), self._cache_scales(index, measured)
-        return _Seen(schemes, moments, found, columns, joined, cache)
+        return _Seen(schemes, moments, found, columns, joined, cache, self._input_squares(moments, counts))
+
+    def _input_squares(self, moments: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, InputSquares]:
+        """Of the calibration text, where a file for llama.cpp is written: its importance matrix is kept beside it."""
+        if self.calibration is None or ExportFormat.GGUF not in self.job.request.formats:
+            return {}
+        total = self.job.processes.total
+        found = {name: total(counts.get(name, 0)) for name in sorted(moments)}
+        # Starved experts' moments are replaced later, in the same mapping.
+        return {name: InputSquares(moments[name].cpu(), count) for name, count in found.items()}
 
     def _result(self, index: int, block: nn.Module, seen: "_Seen", tick: Callable[[float], None]) -> BlockResult:
         """The method's result for the block, with the numbers of inputs that its schemes store."""
@@ -226,13 +239,16 @@ class BlockPass:
         if not self.job.processes.alone and not self.job.processes.agree(checksum(tensors)):
             raise InternalError(f"block {index}: the processes have computed different weights")
 
-    def _write_shard(self, index: int, result: BlockResult, cache: KVScales | None) -> Shard:
+    def _write_shard(
+        self, index: int, result: BlockResult, cache: KVScales | None, inputs: Mapping[str, InputSquares]
+    ) -> Shard:
         prefix = self.job.model.layout.block(index)
         linears = {f"{prefix}.{name}": linear for name, linear in result.linears.items()}
         parameters = {f"{prefix}.{name}": value for name, value in result.parameters.items()}
         attention = self._attention(index)
         caches = {} if cache is None or attention is None else {attention: cache}
-        return self.job.finished_blocks.write_shard(index, linears, parameters, caches)
+        squares = {f"{prefix}.{name}": each for name, each in inputs.items()}
+        return self.job.finished_blocks.write_shard(index, linears, parameters, caches, squares)
 
     def _finish(self, shard: Future[Shard], findings: BlockFindings) -> None:
         """Makes a block count, and reports it then."""

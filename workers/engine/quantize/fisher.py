@@ -32,18 +32,23 @@ def empirical_fisher(
     tick: Callable[[float], None],
     processes: ProcessGroup = SINGLE_PROCESS,
 ) -> dict[str, Fisher]:
-    """Of the linears of these full names, on token ids (sequences, length), each rank's own; on the host."""
+    """Of the matrices of these full names, on token ids (sequences, length), each rank's own; on the host.
+
+    names   of linears of the blocks, and of the head or the embeddings: of a matrix that is both, as the embeddings
+    """
     calls, blocks = model.capture_calls(ids.shape[1]), len(model.blocks)
     sums: dict[str, Fisher] = {}
     at_once = sequences_at_once(model, ids.shape[1])
     for start in range(0, len(ids), at_once):
         batch = ids[start : start + at_once]
         states = _forward(model, calls, batch, micro_batch)
-        gradient = _loss_gradient(model, states.pop(), batch)
+        gradient = _loss_gradient(model, states.pop(), batch, _head_of(model, names), sums)
         for index in reversed(range(blocks)):
             wanted = [name for name in model.block_linears(index) if f"{model.layout.block(index)}.{name}" in names]
             _backward(model, calls[index], index, wanted, states.pop(), gradient, sums)
             tick((start + len(batch) * (blocks - index) / blocks) / len(ids))
+        if model.layout.embeddings in names:
+            _embeddings_backward(model, batch, gradient, sums)
     for name in sorted(names):  # the same order on every rank
         processes.sum_(sums[name].rows, sums[name].columns)
         if not sums[name].rows.isfinite().all():
@@ -73,20 +78,60 @@ def _forward(model: StreamedModel, calls: tuple[BlockCall, ...], ids: Tensor, mi
     return states
 
 
-def _loss_gradient(model: StreamedModel, hidden: Tensor, ids: Tensor) -> Tensor:
-    """dL/d(hidden states after the last block), the shape of `hidden`, which it replaces."""
+def _head_of(model: StreamedModel, names: Collection[str]) -> str | None:
+    """The name under which the head is wanted; None if it is not."""
+    name = model.layout.embeddings if model.tied else model.layout.head
+    return name if name in names else None
+
+
+def _loss_gradient(
+    model: StreamedModel, hidden: Tensor, ids: Tensor, head: str | None, sums: dict[str, Fisher]
+) -> Tensor:
+    """dL/d(hidden states after the last block), the shape of `hidden`, which it replaces.
+
+    head   where the squared gradients by the head's weight are added in `sums`; None: nowhere
+    """
     step = max(1, LOGITS_AT_ONCE[model.device.type] // model.vocabulary)
     with model.loaded(*model.after_blocks):
+        weight = model.model.get_submodule(model.layout.head).get_parameter("weight").requires_grad_(head is not None)
         for states, tokens in zip(hidden, ids, strict=True):
+            by_head = None if head is None else torch.zeros(weight.shape, device=model.device)
             for start in range(0, len(tokens), step):
                 labels = tokens[start + 1 : start + 1 + step].to(model.device)
                 leaf = states[start : start + step].to(model.device).requires_grad_()
                 with torch.enable_grad():
                     logits = model.logits(leaf[None])[0, : len(labels)]
                     loss = torch.nn.functional.cross_entropy(logits.float(), labels, reduction="sum")
-                (gradient,) = torch.autograd.grad(loss, leaf)
+                inputs = [leaf] if by_head is None else [leaf, weight]
+                gradient, *others = torch.autograd.grad(loss, inputs)
                 states[start : start + step] = gradient.to(states)
+                for each in others:
+                    by_head += each
+            if head is not None and by_head is not None:
+                _add(sums, head, by_head)
     return hidden
+
+
+def _embeddings_backward(model: StreamedModel, ids: Tensor, gradient: Tensor, sums: dict[str, Fisher]) -> None:
+    """Adds the embeddings' squared gradients to `sums`, from those by the inputs of block 0.
+
+    Of a matrix that is the head, too, the squares of both uses are added: their product is left out, which is small,
+    for few rows are looked up in a sequence, and a row that is has its gradient as the head from other tokens.
+    """
+    with model.loaded(*model.layout.outer):
+        weight = model.model.get_submodule(model.layout.embeddings).get_parameter("weight").requires_grad_()
+        for tokens, outer in zip(ids, gradient, strict=True):
+            with torch.enable_grad():
+                hidden = model.embedded(tokens[None].to(model.device))
+            (by_weight,) = torch.autograd.grad(hidden, weight, outer[None].to(hidden))
+            _add(sums, model.layout.embeddings, by_weight)
+
+
+def _add(sums: dict[str, Fisher], name: str, gradient: Tensor) -> None:
+    """Adds a sequence's squared gradient by a weight (out, in)."""
+    squares = gradient.float().square()
+    added, known = Fisher(squares.sum(1), squares.sum(0)), sums.get(name)
+    sums[name] = added if known is None else Fisher(known.rows + added.rows, known.columns + added.columns)
 
 
 def _backward(
@@ -112,7 +157,4 @@ def _backward(
             )
             outer.copy_(by_inputs[0])
             for name, each in zip(weights, gradients, strict=True):
-                squares = each.float().square()
-                added = Fisher(squares.sum(1), squares.sum(0))
-                known = sums.get(name)
-                sums[name] = added if known is None else Fisher(known.rows + added.rows, known.columns + added.columns)
+                _add(sums, name, each)

@@ -7,7 +7,9 @@ columns (`workers.engine.quantize.fisher`), a linear's candidate with the weight
     e = 1/2 sum_ij r_i c_j / (sum r) (w_hat_ij - w_ij)^2 / tokens
 
 which adds up over linears and needs no weighting between them. Errors of linears' outputs do: allocations by those are
-no closer than one width for all (docs/results.md). Methods that score their own choices (`ScoringMethod`) aside, goals
+no closer than one width for all (docs/results.md). Embeddings and head are matrices like others here.
+
+Methods that score their own choices (`ScoringMethod`) aside, goals
 and budgets of bits go by these.
 """
 
@@ -48,10 +50,18 @@ def predicted_errors(job: Job, ids: Tensor, candidates: Mapping[str, Sequence[Ca
 
     codebook, search = Form.CODEBOOK in job.spec.forms(), job.spec.rounds_to_searched_scales()
 
-    def round_(weight: Tensor, choice: Candidate) -> Tensor:
+    def round_(weight: Tensor, choice: Candidate, moments: Tensor | None) -> Tensor:
         if codebook:
             return normal_float.quantize(weight, choice.scheme, job.plan.scale_dtype, torch.float32).dequantize()
-        return round_to_scheme(weight, choice.scheme, job.plan.scale_dtype, search=search).dequantize()
+        scale_dtype = job.plan.scale_dtype
+        return round_to_scheme(weight, choice.scheme, scale_dtype, search=search, moments=moments).dequantize()
+
+    def errors_of(name: str, weight: Tensor, moments: Tensor | None) -> list[float]:
+        return [
+            rounding_error(weight, round_(weight.float(), choice, moments), known) / tokens
+            for choice in candidates[name]
+            for known in [_seen(fisher[name], least)]
+        ]
 
     own = job.processes.share(pieces(ids))
     fisher = empirical_fisher(
@@ -65,12 +75,14 @@ def predicted_errors(job: Job, ids: Tensor, candidates: Mapping[str, Sequence[Ca
             for name, linear in model.block_linears(index).items():
                 full = f"{prefix}.{name}"
                 if full in candidates:
-                    known = _seen(fisher[full], least)
-                    errors[full] = [
-                        rounding_error(linear.weight, round_(linear.weight.float(), choice), known) / tokens
-                        for choice in candidates[full]
-                    ]
+                    errors[full] = errors_of(full, linear.weight, _columns(fisher[full], model.device))
         tick(FISHER_SHARE + (1 - FISHER_SHARE) * (index + 1) / blocks)
+    for name in [each for each in (model.layout.embeddings, model.layout.head) if each in candidates]:
+        with model.loaded(name):
+            weight = model.model.get_submodule(name).get_parameter("weight")
+            # Rows of embeddings are looked up: their columns count alike, as they do when they are made.
+            is_head = name == model.layout.head
+            errors[name] = errors_of(name, weight, _columns(fisher[name], model.device) if is_head else None)
     demand_finite(errors, job.spec)
     return errors
 
@@ -95,6 +107,12 @@ def pieces(ids: Tensor) -> Tensor:
     part = part if 2 * part > min(length, SCORED_LENGTH) else min(length, SCORED_LENGTH)
     cut = ids[:, : length // part * part].reshape(-1, part)
     return cut[: max(1, SCORED_TOKENS // part)]
+
+
+def _columns(fisher: Fisher, device: torch.device) -> Tensor:
+    """Weights of the columns in the search of llama.cpp's types: in place of the inputs' second moments, which the
+    columns' sums of F are but for the outputs' gradients."""
+    return fisher.columns.to(device, torch.float32)
 
 
 def _seen(fisher: Fisher, least: float) -> Fisher:

@@ -1,6 +1,6 @@
 """Bytes that a model's checkpoint stores of everything whose scheme is not chosen, and its number of parameters."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from math import prod
 
 from app.domain.formats import ExportFormat
@@ -10,25 +10,30 @@ from workers.engine.model.checkpoint import StoredTensor
 from workers.engine.model.streamed_model import StreamedModel
 
 
-def kept_bytes(model: StreamedModel, schemes: Mapping[str, Scheme], scale_bits: int) -> int:
+def kept_bytes(model: StreamedModel, schemes: Mapping[str, Scheme], chosen: Collection[str], scale_bits: int) -> int:
     """Of parameters of the model, each once, without the blocks' quantized linears; quantized outer ones as such.
 
     schemes   of everything that is quantized, by full name
+    chosen    names of those that are chosen for, which are not counted
     """
     kept = sum(tensor.size for tensor in _tensors(model))
     kept -= sum(model.names.stored_bytes(f"{name}.weight") for name in schemes)
-    return kept + outer_bytes(model, schemes, None, scale_bits)
+    return kept + outer_bytes(model, schemes, chosen, None, scale_bits)
 
 
 def outer_bytes(
-    model: StreamedModel, schemes: Mapping[str, Scheme], formats: Iterable[ExportFormat] | None, scale_bits: int
+    model: StreamedModel,
+    schemes: Mapping[str, Scheme],
+    chosen: Collection[str],
+    formats: Iterable[ExportFormat] | None,
+    scale_bits: int,
 ) -> int:
     """Of quantized embeddings and a quantized head, whose schemes nothing chooses; 0 where they stay as they are.
 
     formats   None: codes and scales alone count
     """
     bits = 0
-    for name in {model.layout.embeddings, model.layout.head} & schemes.keys():
+    for name in ({model.layout.embeddings, model.layout.head} & schemes.keys()) - set(chosen):
         rows, columns = model.model.get_submodule(name).weight.shape
         twice = model.tied and name == model.layout.embeddings
         bits += outer_bits(formats, schemes[name], (rows, columns), scale_bits, tied=twice)

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from app.domain.formats import ExportFormat
+from app.domain.methods.spec_words import in_words
 from app.domain.weight_targets import FLOATING, Targets, is_embeddings, is_head, text_config
 from bitwright.report import (
     BlockReport,
@@ -45,6 +46,7 @@ def identity_of(order: AttemptOrder) -> Identity:
         model_id=model if request.model.source == "hub" else None,
         revision=order.model_revision,
         method=request.quantization.method,
+        scheme=in_words(request.quantization),
     )
 
 
@@ -67,6 +69,7 @@ def report_of(
     return Report(
         version=version("bitwright"),
         method=request.quantization.method,
+        scheme=in_words(request.quantization),
         seed=request.seed,
         device=order.device,
         plan={"device": "cpu", "weights_only": True, "parts": len(parts), "threads": torch.get_num_threads()},

@@ -16,7 +16,7 @@ from typing import Literal
 from app.domain import methods
 from app.domain.adapters import ADAPTERS
 from app.domain.request.sources import HUB_ID, UPLOAD_ID
-from bitwright.report import BaseTraining, FinetuningReport, Report
+from bitwright.report import BaseTraining, FinetuningReport, Report, TextReport
 from workers.formats.stored_linear import StoredLinear
 
 CACHED = re.compile(r"[\\/](?:models|datasets)--(?:[\w.-]+?--)?([\w.-]+)[\\/]snapshots[\\/][0-9a-f]+[\\/]?$")
@@ -57,6 +57,8 @@ class Identity:
     adapter         kind of the adapter that was trained beside them; None: no training
     folded          whether the adapter lies in the quantized weights
     base_training   training of the base jobs
+    scheme          as it was asked for, in words: a name, a mix, numbers, or what was chosen for; None: not known
+    calibration     the text that the method read
     """
 
     version: str
@@ -68,6 +70,8 @@ class Identity:
     folded: bool = False
     finetuning: FinetuningReport | None = None
     base_training: tuple[BaseTraining, ...] = ()
+    scheme: str | None = None
+    calibration: TextReport | None = None
 
     @classmethod
     def of(cls, report: Report) -> "Identity":
@@ -83,6 +87,8 @@ class Identity:
             folded=adapter is not None and adapter.merge is not None,
             finetuning=report.finetuning,
             base_training=() if report.base_job is None else report.base_job.training,
+            scheme=report.scheme,
+            calibration=report.calibration,
         )
 
     @property

@@ -248,6 +248,8 @@ def provenance(report: Report, licence: str | None, source: SourceCard, *, left_
     ]
     if left_code:
         lines.append("- The source's configuration names code of its own, which Bitwright neither runs nor copies")
+    if report.scheme is not None:
+        lines.append(f"- Scheme: {report.scheme}")
     if report.calibration is not None:
         text = report.calibration
         size = f"{text.num_samples} sequences of {text.sequence_length} tokens"

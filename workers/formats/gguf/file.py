@@ -24,11 +24,14 @@ from app.domain.methods import SCHEMES
 from app.domain.methods.block_types import BlockType
 from bitwright.errors import FormatCannotHold
 from bitwright.report import Report
+from workers.contracts.input_squares import InputSquares
 from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.model_card import describe
 from workers.formats.format import Format, Opening
 from workers.formats.gguf.blocks import compress, decompress, held, pack
-from workers.formats.gguf.identity import add_identity
+from workers.formats.gguf.identity import add_identity, add_recipe
+from workers.formats.gguf.importance import FILE as IMPORTANCE
+from workers.formats.gguf.importance import say_importance, write_importance
 from workers.formats.gguf.loading import loading
 from workers.formats.gguf.metadata import OTHER_FORMAT, Architecture
 from workers.formats.gguf.read_back import read_back
@@ -69,6 +72,7 @@ class GGUFFile:
         self._stored = _Bytes(folder / "tensors.partial")
         self._kinds: Counter[int] = Counter()
         self._offset_error = 0.0
+        self._inputs: dict[str, dict[int, InputSquares]] = {}
 
     def add_linear(
         self, name: str, result: LinearResult, *, module: str | None = None, part: StoredPart | None = None
@@ -97,6 +101,12 @@ class GGUFFile:
 
     def add_kv_scales(self, attention: str, scales: KVScales) -> None:
         """Does nothing: the format has no place for them."""
+
+    def add_inputs(self, name: str, squares: InputSquares) -> None:
+        """Keep the sums of a linear's squared inputs, for the importance matrix beside the file."""
+        gguf_name = self._names.get_name(f"{name}.weight", try_suffixes=(".weight",))
+        if gguf_name is not None:
+            self._inputs[gguf_name] = {0: squares}
 
     def add_part(self, name: str, tensor: Tensor, part: StoredPart) -> None:
         """No tensor of the source becomes several.
@@ -129,7 +139,11 @@ class GGUFFile:
         self._architecture.add_to(writer)
         add_tokenizer(writer, self._source.folder, self._architecture.dimensions.vocabulary)
         writer.add_quantization_version(GGML_QUANT_VERSION)
-        writer.add_file_type(TYPES[self._kinds.most_common(1)[0][0]].file_type)
+        add_recipe(writer, self._opening.identity, TYPES[self._kinds.most_common(1)[0][0]].file_type)
+        text = None if self._opening.identity is None else self._opening.identity.calibration
+        if self._inputs and text is not None:
+            write_importance(self._folder / IMPORTANCE, self._architecture.name, text, self._inputs)
+            say_importance(writer, text, len(self._inputs))
         self._stored.write(writer)
         copy_files(self._source.folder, self._folder, LICENCES)
 

@@ -9,12 +9,16 @@ from pathlib import PurePosixPath
 from gguf import GGUFType, GGUFWriter, size_label
 
 from app.domain.formats import ExportFormat
+from app.domain.methods.block_presets import MIXES
 from workers.formats.cards.front_matter import TASK, tags
-from workers.formats.cards.identity import Contents, Dataset, Identity, contents_of, title
+from workers.formats.cards.identity import Contents, Dataset, Identity, contents_of, last_segment, title
 from workers.formats.cards.source_card import SourceCard, read_source_card
 from workers.formats.source_files import SourceCheckpoint
 
 HUB = "https://huggingface.co"
+OWN = "bitwright."
+"""What keys of this program begin with: `version`, `method`, `scheme` as asked for, and `calibration`'s text."""
+MIX_NUMBERS = {preset.value: mix.number for preset, mix in MIXES.items()}
 
 
 def add_identity(writer: GGUFWriter, source: SourceCheckpoint, identity: Identity | None, base_alone: bool) -> None:
@@ -42,6 +46,27 @@ def add_identity(writer: GGUFWriter, source: SourceCheckpoint, identity: Identit
     writer.add_tags([*tags(identity, ExportFormat.GGUF), card.pipeline_tag or TASK])
     if card.language:
         writer.add_languages(list(card.language))
+
+
+def add_recipe(writer: GGUFWriter, identity: Identity | None, file_type: int) -> None:
+    """Adds how the weights were made: llama.cpp's number of the mix, and under `bitwright.` the rest.
+
+    file_type   of the type that most weights have, where no mix says another (`llama_ftype`)
+    """
+    mix = None if identity is None else MIX_NUMBERS.get(identity.scheme or "")
+    writer.add_file_type(file_type if mix is None else mix)
+    if identity is None:
+        return
+    writer.add_string(OWN + "version", identity.version)
+    writer.add_string(OWN + "method", identity.method)
+    if identity.scheme is not None:
+        writer.add_string(OWN + "scheme", identity.scheme)
+    text = identity.calibration
+    if text is not None:
+        # The name of a folder, not its path: that belongs to one machine.
+        writer.add_string(OWN + "calibration.dataset", last_segment(text.source))
+        writer.add_string(OWN + "calibration.sha256", text.sha256)
+        writer.add_uint32(OWN + "calibration.tokens", text.tokens)
 
 
 def _count(source: SourceCheckpoint, name: str) -> int:
