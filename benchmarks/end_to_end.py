@@ -37,6 +37,7 @@ from workers.engine.opening import open_job
 from workers.engine.reporter import Reporter
 from workers.engine.scales import memory_plan, moving_codes, tuning
 from workers.engine.scales import stage as scales_stage
+from workers.methods import sign_round
 
 HEADER = "| setting | KL, choice | KL | perplexity | held out, before | after | codes | seconds |\n" + "|---" * 8 + "|"
 PACE, BOX, RATE, BETAS, BATCH = moving_codes.PACE_CODES, moving_codes.BOX, tuning.LEARNING_RATE, tuning.BETAS, 4
@@ -118,6 +119,8 @@ def main() -> None:
     parser.add_argument("--valid", required=True)
     parser.add_argument("--scheme", default="mxfp4a16")
     parser.add_argument("--settings", nargs="+", required=True)
+    parser.add_argument("--only", help="pattern of the linears that have the scheme; others have q8_0")
+    parser.add_argument("--start", choices=["gptq", "search"], default="gptq", help="of llama.cpp's types")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--sequences", type=int, default=32, help="of the texts to choose and to publish by")
@@ -127,9 +130,13 @@ def main() -> None:
     model, calibration = (str(Path(p).resolve()) for p in (given.model, given.calibration))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     rate = {} if given.learning_rate is None else {"learning_rate": given.learning_rate}
+    only = {"overrides": {given.only: {"scheme": given.scheme}}} if given.only else {}
+    scheme = {"scheme": "q8_0" if only else given.scheme, "modules": only}
+    if given.start == "search":
+        sign_round.compensated = lambda _: {}
     body = {
         "model": model,
-        "quantization": {"method": "signround", "scheme": given.scheme, "steps": given.steps, "scale_steps": 1, **rate},
+        "quantization": {"method": "signround", "steps": given.steps, "scale_steps": 1, **scheme, **rate},
         "calibration": {
             "dataset": {"source": "local", "path": calibration},
             "num_samples": given.samples,

@@ -4,7 +4,8 @@
     state/block-00000.safetensors  the block's linears as in the native format, described in the header, and other
                                  parameters that changed
     state/embeddings.safetensors   the matrix of embeddings in the same way, where it is quantized
-    state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own.
+    state/scales.safetensors     scales that were tuned end to end, by full linear name; in place of the blocks' own. Of
+                                 llama.cpp's types, by that name and the tensor's.
                                  Norms that were tuned with them, by full parameter name
     state/tuned-00000.safetensors  a block's linears in place of those of its shard, where codes were tuned with them
 
@@ -35,8 +36,10 @@ from workers.disk.durable import replace_file
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.formats import native
 from workers.formats.stored_linear import StoredLinear
-from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, BlockWeight, FloatWeight, LinearResult
 
+STORED = ("scale", "scale_codes", "minimum", "minimum_codes")
+"""Tensors of a `BlockWeight` beside its codes, which are tuned end to end by these names after the linear's."""
 LINEARS = TypeAdapter(dict[str, StoredLinear])
 """Descriptions of linears in a shard's header, by full name."""
 
@@ -283,6 +286,10 @@ class FinishedBlocks:
 
     def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
         """The result with the scale that was tuned end to end, if there is one: weights of codebooks have none."""
+        if isinstance(result.weight, BlockWeight):
+            prefix = f"{name}."
+            own = {part: tensor for part in STORED if (tensor := self._scales.get(prefix + part)) is not None}
+            return replace(result, weight=replace(result.weight, **own)) if own else result
         if name not in self._scales or not isinstance(result.weight, AffineWeight | FloatWeight):
             return result
         return replace(result, weight=replace(result.weight, scale=self._scales[name]))

@@ -208,7 +208,9 @@ def quantize_weight(
         s = s.view(len(hessian), -1)
         hessian = hessian / (s.unsqueeze(1) * s.unsqueeze(2))
     if scheme.form is Form.BLOCKS:
-        moments = _scaled_moments(task, name, scaling.columns) if hessian is None else hessian.diagonal(0, 1, 2).flatten()
+        moments = (
+            _scaled_moments(task, name, scaling.columns) if hessian is None else hessian.diagonal(0, 1, 2).flatten()
+        )
         return replace(search_blocks(w, scheme, moments), dtype=weight.dtype)
     if scheme.form is Form.FLOAT:
         return _quantize_float(w, scheme, task.scale_dtype, hessian, joined_amax, weight.dtype)

@@ -16,8 +16,8 @@ before the first of them (static groups): a stored group is still G consecutive 
 
 On schemes of FP8 and FP4 (`floats.float_grids`) the scales are always those of the original weights, fixed
 before the first column: the best that can be stored, with errors weighted by diag H. w_hat_j = s*E(W[:, j]/s) then.
-In llama.cpp's block types a block's factors and offsets are searched in the same way (`blocks.search`), as groups'
-scales are: when its first column is reached, or before all.
+In llama.cpp's block types a block's factors and offsets are searched as groups' scales are computed, when its first
+column is reached or before all (`blocks.elimination`); `sweeps` of coordinate descent may follow (`blocks.descent`).
 
 True sequential order: linears are taken in the order in which the block calls them; the inputs of each are quantized
 activations behind the linears that are quantized so far. Linears that get the same tensor (q, k, v) share H and U; if
@@ -49,18 +49,23 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Form, GPTQSpec, Scheme
-from app.domain.methods.block_types import ODD_LEVELS, BlockType
 from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
-from workers.numerics.blocks.levels import QUAD, codes_of, nearest_levels
-from workers.numerics.blocks.search import column_weights, search_blocks
-from workers.numerics.blocks.sub_blocks import inverse
+from workers.numerics.blocks.descent import descend
+from workers.numerics.blocks.elimination import columns_together, eliminate, split_rows
 from workers.numerics.floats.elements import element_of, encode, rounded
 from workers.numerics.floats.float_grids import searched_grid
-from workers.numerics.hessian import Hessian, input_groups, inverse_factor, see_inputs, watched
-from workers.numerics.quantized import AffineWeight, BlockWeight, FloatWeight, LinearResult, QuantizedWeight
+from workers.numerics.hessian import (
+    Hessian,
+    damped_hessian,
+    input_groups,
+    inverse_factor,
+    see_inputs,
+    watched,
+)
+from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult, QuantizedWeight
 
 HESSIAN_BYTES = 2 << 30
 """Memory for the H of experts that are summed in one pass."""
@@ -74,12 +79,14 @@ class Elimination:
 
     static    whether the groups' scales are those of the original weights; else columns are in the stored order
     retries   number of times that the damping was raised
+    identity  whether U is I, for want of a factor
     """
 
     order: Tensor
     factor: Tensor
     static: bool
     retries: int = 0
+    identity: bool = False
 
     @classmethod
     def of(cls, hessian: Tensor, damping: float, *, act_order: bool, together: int = 1) -> "Elimination | None":
@@ -97,7 +104,8 @@ class Elimination:
     def none(cls, hessian: Tensor) -> "Elimination":
         """U = I: every column is rounded to nearest."""
         identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-        return cls(torch.arange(len(hessian), device=hessian.device), identity, static=False)
+        order = torch.arange(len(hessian), device=hessian.device)
+        return cls(order, identity, static=False, identity=True)
 
 
 class GPTQ:
@@ -115,7 +123,10 @@ class GPTQ:
                 for scheme, alike in _by_scheme(task.schemes, names).items():
                     weights, shared = [linears[name].weight for name in alike], [amax.get(name) for name in alike]
                     moments = hessian.sum[0].diagonal()
-                    parts = _quantized(weights, elimination, scheme, task.scale_dtype, moments, shared)
+                    sweeps = 0 if elimination.identity else spec.sweeps
+                    damped = damped_hessian(hessian.matrix()[0], spec.damping, elimination.retries) if sweeps else None
+                    made = (weights, elimination, scheme, task.scale_dtype, moments, shared)
+                    parts = _quantized(*made, damped, sweeps)
                     results |= {name: LinearResult(weight) for name, weight in zip(alike, parts, strict=True)}
                 for name in names:
                     linears[name].weight = nn.Parameter(results[name].weight.dequantize(), requires_grad=False)
@@ -179,12 +190,20 @@ def _quantized(
     scale_dtype: torch.dtype,
     moments: Tensor,
     joined_amax: Sequence[Tensor | None],
+    damped: Tensor | None,
+    sweeps: int,
 ) -> Sequence[QuantizedWeight]:
-    """Weights (rows, in) of the same inputs and one scheme, whose rows are rounded together."""
+    """Weights (rows, in) of the same inputs and one scheme, whose rows are rounded together.
+
+    damped   H + lambda I, by which llama.cpp's types descend further, in so many sweeps; None: they do not
+    """
     if scheme.form is Form.FLOAT:
         return quantize_floats(weights, elimination, scheme, scale_dtype, moments, joined_amax)
     if scheme.form is Form.BLOCKS:
-        return split_rows(quantize_blocks(torch.cat(list(weights)), elimination, scheme, moments), weights)
+        weight, order = torch.cat(list(weights)), elimination.order if elimination.static else None
+        made = eliminate(weight, scheme, None if elimination.identity else elimination.factor, moments, order)
+        made = made if damped is None else descend(weight, made, damped, sweeps)
+        return split_rows(made, [len(each) for each in weights])
     together = quantize_weight(torch.cat(list(weights)), elimination, scheme, scale_dtype)
     return together.split([len(weight) for weight in weights])
 
@@ -243,93 +262,6 @@ def quantize_floats(
         replace(grid, codes=own.contiguous(), dtype=weight.dtype)
         for grid, own, weight in zip(grids, codes, weights, strict=True)
     ]
-
-
-def quantize_blocks(weight: Tensor, elimination: Elimination, scheme: Scheme, moments: Tensor) -> BlockWeight:
-    """The same in one of llama.cpp's block types for a weight (rows, in); a lattice rounds its columns four at a time.
-
-    A block's factors and offsets are searched, weighted by the inputs' second moments (in,), when its first column is
-    reached; with an order of its own, all of them on the original weights. Then for columns B that round together:
-
-        e_B = (W[:, B] - w_hat_B) U[B, B]^-1,   W[:, after B] <- W[:, after B] - e_B U[B, after B]
-    """
-    order, factor, width = elimination.order.tolist(), elimination.factor, columns_together(scheme)
-    columns = weight.T[elimination.order].to(factor.dtype, copy=True)
-    grid = _BlockGrid(scheme, weight, moments, static=elimination.static)
-    levels = torch.empty_like(columns)
-    for batch in _lazy_batches(len(columns), LAZY_COLUMNS):
-        errors = torch.empty_like(columns[batch])
-        for j in range(batch.start, batch.stop, width):
-            now = slice(j, j + width)
-            if j % grid.kind.weights == 0 and not elimination.static:
-                grid.search(columns[j : j + grid.kind.weights].T, order[j])
-            levels[order[j] : order[j] + width], w_hat = grid.rounded(columns[now], order[j])
-            off = columns[now] - w_hat
-            error = off / factor[j, j] if width == 1 else _solved(factor[now, now], off)
-            errors[j - batch.start : j - batch.start + width] = error
-            columns[j + width : batch.stop].addmm_(factor[now, j + width : batch.stop].T, error, alpha=-1)
-        columns[batch.stop :].addmm_(factor[batch, batch.stop :].T, errors, alpha=-1)
-    return replace(grid.weight(), codes=codes_of(levels.T.float(), grid.kind).contiguous(), dtype=weight.dtype)
-
-
-def _solved(upper: Tensor, off: Tensor) -> Tensor:
-    """e, (columns, rows), of off = U^T e."""
-    return torch.linalg.solve_triangular(upper.T, off, upper=False)
-
-
-class _BlockGrid:
-    """Factors and offsets of a weight's blocks, searched block by block or all before the first column."""
-
-    def __init__(self, scheme: Scheme, weight: Tensor, moments: Tensor, *, static: bool) -> None:
-        self._scheme, self._moments = scheme, moments
-        self._parts: list[BlockWeight] = []
-        self._factor: list[Tensor] = []
-        self._offset: list[Tensor | None] = []
-        assert scheme.blocks is not None  # noqa: S101 - for the type checker
-        self.kind: BlockType = scheme.blocks
-        self._weights = column_weights(moments, weight).to(torch.promote_types(weight.dtype, torch.float32))
-        if static:
-            for first in range(0, weight.shape[1], self.kind.weights):
-                self.search(weight[:, first : first + self.kind.weights], first)
-
-    def search(self, weight: Tensor, first: int) -> None:
-        """The grid of the block whose first column this is, (rows, columns of a block)."""
-        found = search_blocks(weight.contiguous(), self._scheme, self._moments[first : first + self.kind.weights])
-        self._parts.append(found)
-        offset = found.offset()
-        self._factor += found.factor().T.to(self._weights.dtype).unbind()
-        self._offset += [None] * found.factor().shape[1] if offset is None else list(offset.T.to(self._weights.dtype))
-
-    def rounded(self, columns: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Levels and w_hat of columns (some, rows) that begin with this one."""
-        group = first // self.kind.columns
-        factor, offset = self._factor[group], self._offset[group]
-        numbers = (columns if offset is None else columns - offset) * inverse(factor)
-        weights = self._weights[first : first + len(columns)].expand(columns.shape[1], -1)
-        levels = nearest_levels(numbers.T.contiguous(), self.kind, weights).T
-        w_hat = factor * levels
-        return levels, w_hat if offset is None else w_hat + offset
-
-    def weight(self) -> BlockWeight:
-        """The blocks side by side, with codes that do not matter yet."""
-        names = ("codes", "scale", "scale_codes", "minimum", "minimum_codes")
-        parts = {name: [getattr(part, name) for part in self._parts] for name in names}
-        joined = {name: None if own[0] is None else torch.cat(own, 1) for name, own in parts.items()}
-        return replace(self._parts[0], **joined)
-
-
-def columns_together(scheme: Scheme) -> int:
-    """Consecutive columns that round together: four where a type takes levels from a lattice."""
-    return QUAD if scheme.blocks is not None and scheme.blocks.levels == ODD_LEVELS else 1
-
-
-def split_rows(together: BlockWeight, weights: Sequence[Tensor]) -> list[BlockWeight]:
-    """The rows of each of some weights."""
-    names, rows = ("codes", "scale", "scale_codes", "minimum", "minimum_codes"), [len(weight) for weight in weights]
-    parts = {
-        name: [None] * len(rows) if (whole := getattr(together, name)) is None else whole.split(rows) for name in names
-    }
-    return [replace(together, **{name: parts[name][at] for name in names}) for at in range(len(rows))]
 
 
 def _round_column(column: Tensor, grid: Grid, group: int) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,12 @@ columns are weighted by their inputs' second moments. alpha and beta then stay i
 
 Floating-point grids (FP4, FP8; `floats.tuned_floats`): the same with the values of the element in place of
 the integers. A piecewise linear map u takes the k-th value to k, and V is added to u(w/s), so that it reaches the next
-value everywhere; scales are the best that can be stored, and stay. So it is on llama.cpp's block types
-(`blocks.tuned_blocks`), whose factors and offsets come from the search of round to nearest. Where the scheme rounds activations, the block is
+value everywhere; scales are the best that can be stored, and stay. Where the scheme rounds activations, the block is
 tuned with rounded ones (`workers.engine.tune`), straight through.
+
+llama.cpp's block types (`blocks.tuned_blocks`): the same with u((w - o)/f). Where there are steps, factors, offsets and
+codes begin as GPTQ and its sweeps make them, and V so that u + V is in its code's interval: at 2 and 3 bits signs alone, which move
+all weights at once, are a long way from codes that know how columns go together.
 
 Different from the paper: that start; the original block reads the original activations and the quantized
 block the quantized ones (as in AutoRound's code); the parameters kept are those with the lowest loss on held-out
@@ -48,20 +51,24 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from app.domain.methods import Form, Scheme, SignRoundSpec
+from app.domain.methods import Form, GPTQSpec, Scheme, SignRoundSpec
 from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
 from workers.numerics.backend import float_rounding_kernels, rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.blocks.search import search_blocks
 from workers.numerics.blocks.tuned_blocks import TunedBlocks
 from workers.numerics.floats.tuned_floats import TunedFloats
 from workers.numerics.learned_ranges import steps, working_dtype
-from workers.numerics.quantized import AffineWeight, LinearResult, Number
+from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, Number
 
 FULL_LIMITS, SEARCHED_LIMITS = (0.0, 1.0), (0.5, 1.5)
 """Limits of alpha and beta: a full range may only shrink, a searched one may also widen."""
+
+SWEEPS = 2
+"""Of coordinate descent after GPTQ's last column, where llama.cpp's types begin."""
 
 
 class SignRound(KernelMethod[SignRoundSpec]):
@@ -72,7 +79,8 @@ class SignRound(KernelMethod[SignRoundSpec]):
         rate = spec.learning_rate or 1 / max(spec.steps, 1)
         settings = TuningSettings(spec.steps, spec.batch_size, rate)
         source = task if spec.quantized_inputs else replace(task, inputs=task.inputs_fp)
-        weights = rounded_weights(task, search=spec.scale_search and spec.steps > 0, settings=settings)
+        starts = compensated(task) if spec.steps else {}
+        weights = rounded_weights(task, search=spec.scale_search and spec.steps > 0, settings=settings, starts=starts)
         outcome = task.tune(source, weights, settings)
         counters = {"best_step": outcome.best_step, "nan_gradients": outcome.faults}
         return BlockResult(outcome.linears, outcome.loss_initial, outcome.loss, counters)
@@ -96,24 +104,43 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
 
 
 def rounded_weights(
-    task: BlockTask, *, search: bool, settings: TuningSettings | None = None
+    task: BlockTask,
+    *,
+    search: bool,
+    settings: TuningSettings | None = None,
+    starts: Mapping[str, BlockWeight] = MappingProxyType({}),
 ) -> list["RoundedWeights | TunedFloats | TunedBlocks"]:
     """The block's linears in groups of the same scheme and group width.
 
     search    whether ranges start from those with the least rounding error
     settings  settings of the steps that follow; if they are known, V may be counted in steps
+    starts    of linears in llama.cpp's types; those that have none begin with the search of round to nearest
     """
     second_moments, amax = task.second_moments if search else {}, task.joined_amax()
     made: list[RoundedWeights | TunedFloats | TunedBlocks] = []
     for (scheme, width), weights in task.alike().items():
         if scheme.form is Form.BLOCKS:
-            # Their grid is a search in any case, which knows the inputs where anybody does.
-            made.append(TunedBlocks(weights, scheme, task.second_moments))
+            made.append(TunedBlocks(weights, {name: starts.get(name) or _searched(task, name) for name in weights}))
         elif scheme.form is Form.FLOAT:
             made.append(TunedFloats(weights, scheme, task.scale_dtype, second_moments, amax))
         else:
             made.append(RoundedWeights(weights, scheme, width, task.scale_dtype, second_moments, settings))
     return made
+
+
+def compensated(task: BlockTask) -> dict[str, BlockWeight]:
+    """The linears in llama.cpp's types as GPTQ makes them: codes that know the outputs, each linear by itself."""
+    schemes = {name: scheme for name, scheme in task.schemes.items() if scheme.form is Form.BLOCKS}
+    if not schemes:
+        return {}
+    made = task.quantize(
+        replace(task, schemes=schemes, tick=lambda _: None), GPTQSpec(act_order=False, sweeps=SWEEPS)
+    ).linears
+    return {name: result.weight for name, result in made.items() if isinstance(result.weight, BlockWeight)}
+
+
+def _searched(task: BlockTask, name: str) -> BlockWeight:
+    return search_blocks(task.linear(name).weight.detach(), task.schemes[name], task.second_moments.get(name))
 
 
 def start_ranges(

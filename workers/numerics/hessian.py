@@ -82,6 +82,17 @@ def input_groups(linears: Mapping[str, nn.Linear], forward: Callable[[], object]
     return [tuple(names) for _, names in calls]
 
 
+def damped_hessian(hessian: Tensor, damping: float, retries: int = 0) -> Tensor:
+    """H + lambda I of `inverse_factor` when the damping was raised so many times."""
+    diagonal = hessian.diagonal()
+    dead = diagonal == 0
+    mean = diagonal.sum() / (~dead).sum().clamp(min=1)
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    damped = hessian.clone()
+    damped.diagonal().add_(torch.where(dead, mean, 0) + DAMPING_STEPS[retries] * damping * mean)
+    return damped
+
+
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, int]:
     """The upper triangular U with U^T U = (H + lambda I)^-1, lambda = `damping` * mean(diag H), and retries.
 
@@ -91,14 +102,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, int]
     With J the exchange of first and last, J (H + lambda I) J = L L^T gives U = (J L J)^-1: one factorization and one
     triangular inverse, instead of the inverse of H and a factorization of that.
     """
-    diagonal = hessian.diagonal()
-    dead = diagonal == 0
-    mean = diagonal.sum() / (~dead).sum().clamp(min=1)
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
     identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    for retries, factor in enumerate(DAMPING_STEPS):
-        damped = hessian.clone()
-        damped.diagonal().add_(torch.where(dead, mean, 0) + factor * damping * mean)
+    for retries in range(len(DAMPING_STEPS)):
+        damped = damped_hessian(hessian, damping, retries)
         lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
         upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
         # A diagonal that overflowed gives a factor of zeros, which errors would be divided by.

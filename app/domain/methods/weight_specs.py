@@ -68,6 +68,14 @@ class GPTQSpec(NamedSchemeSpec):
         description="Take columns by falling Hessian diagonal instead of in their order. Groups stay consecutive "
         "columns, with scales from the original weights (static groups).",
     )
+    sweeps: int = Field(
+        default=0,
+        strict=True,
+        ge=0,
+        le=100,
+        description="llama.cpp's types: passes of coordinate descent after the last column, over codes, sub-blocks' "
+        "scales and minimums, and blocks' own, by the same error of the outputs. Of no effect on other schemes.",
+    )
 
     def tuned_sequences(self, num_samples: int) -> int:
         """Cost of Hessians and their factors, in sequences that are tuned on: about one for each that calibrates."""

@@ -4,14 +4,16 @@
     FP8, a scale per row  w_hat = round(s*(1 + p)) * L
     NVFP4                 w_hat = e4m3(S*(1 + 2*p)) / G * L          s = S/G, S the stored scale, G the global one
     MXFP4                 w_hat = 2^e * L                            e as it is
+    llama.cpp's types     `workers.engine.scales.block_family`
     others                w_hat as it is
 
-L is the value of a code, e4m3 or e2m1. Codes of e2m1 move, too, where there is room for what that takes
-(`workers.engine.scales.moving_codes`); a family without p or moving codes is what a gradient goes through. Scales:
-`workers.engine.scales.float_scales`.
+L is the value of a code, e4m3 or e2m1. Codes of e2m1, and of llama.cpp's types up to 4 bits, move, too, where there
+is room for what that takes (`workers.engine.scales.moving_codes`); a family without p or moving codes is what a
+gradient goes through. Scales: `workers.engine.scales.float_scales`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from app.domain.methods.named_schemes import Element
+from workers.engine.scales.block_family import BlockFamily, numbers_of
 from workers.engine.scales.float_scales import FloatScales, trains
 from workers.engine.scales.moving_codes import FloatAxis, MovingCodes, moves_codes, parts
 from workers.engine.tune.gradient_linear import Receive
@@ -30,9 +33,9 @@ from workers.numerics.group_scales import (
     dequantize_groups,
     dequantize_levels,
 )
-from workers.numerics.quantized import AffineWeight, FloatWeight
+from workers.numerics.quantized import AffineWeight, BlockWeight, FloatWeight
 
-TunedWeight = AffineWeight | FloatWeight
+TunedWeight = AffineWeight | FloatWeight | BlockWeight
 
 
 class Family(Protocol):
@@ -60,8 +63,11 @@ class Family(Protocol):
     def write(self, change: Tensor) -> None:
         """The weights of p (groups of the family,), as they would be stored."""
 
-    def stored(self, groups: slice, change: Tensor) -> Tensor | None:
-        """The scales of some groups with their p, as they are stored; None where they stay."""
+    def stored(self, groups: slice, change: Tensor) -> Tensor | Mapping[str, Tensor] | None:
+        """The scales of some groups with their p, as they are stored; None where they stay.
+
+        Where more than one tensor of a weight is tuned, all of them by name.
+        """
 
     def receiver(self, groups: slice, gradient: Tensor) -> Receive:
         """Adds the groups' sums of D*(q - z), or D*L, to `gradient` (groups,)."""
@@ -221,11 +227,20 @@ class FixedFamily:
 def kind_of(scheme: Scheme, codes: bool) -> Callable[[int, int, Scheme, Tensor], Family]:
     """The family of a scheme; codes: whether those that can move do."""
     row = scheme.row
+    if scheme.blocks is not None:
+        return partial(BlockFamily, moving=codes and moves_codes(scheme))
     if row is None or row.element is Element.INTEGER:
         return IntegerFamily
     if codes and moves_codes(scheme):
         return MovingFamily
     return FloatFamily if trains(scheme) else FixedFamily
+
+
+def changes(scheme: Scheme, groups: int) -> int:
+    """Numbers of p for so many groups of a scheme."""
+    if scheme.blocks is not None:
+        return numbers_of(scheme.blocks, groups)
+    return groups if trains(scheme) else 0
 
 
 def grouped(scheme: Scheme, codes: bool) -> bool:

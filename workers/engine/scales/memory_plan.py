@@ -15,7 +15,7 @@ from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
 from workers.engine.memory import GROUP_BYTES, LOGITS_AT_ONCE, MOVING_BYTES, SCALES_SHARE, device_memory, graph_bytes
 from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.scales.families import TunedWeight
+from workers.engine.scales.families import TunedWeight, changes
 from workers.engine.scales.moving_codes import moves_codes
 from workers.numerics.floats.input_rounding import InputRounding
 
@@ -133,7 +133,8 @@ def _resident_bytes(task: ScaleTask, codes: bool) -> int:
     quantized = [linears[name] for name in task.schemes]
     weights = sum(linear.weight.numel() for linear in quantized)
     groups = sum(
-        linears[name].out_features * scheme.groups(linears[name].in_features) for name, scheme in task.schemes.items()
+        max(count := linears[name].out_features * scheme.groups(linears[name].in_features), changes(scheme, count))
+        for name, scheme in task.schemes.items()
     )
     others = sum(parameter.numel() for parameter in model.blocks.parameters()) - weights
     head = linears[model.layout.head].weight.numel() * (1 if task.quantized_head is None else 2)

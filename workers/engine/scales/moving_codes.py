@@ -1,10 +1,10 @@
 """Codes that move end to end: a place x for each weight on the axis of its grid's indices, rounded in every step.
 
-    w_hat = s * value(q),  q = clamp(round(x), -top, top)       value(k): the grid's k-th value, odd in k
+    w_hat = s * value(q),  q = clamp(round(x), low, high)       value(k): the grid's k-th value
     x starts at u(w/s), at most 0.49 from the code of before    u: the piecewise linear inverse of `value`
     D = dL/dw_hat                                               rounding passes gradients straight through
     x <- x - r_i * m_i/(1 - b1^i) / sqrt(v_i/(1 - b2^i))        Adam, m and v of D; r_i is half the rate of scales
-    x stays within -top - 0.49 and top + 0.49
+    x stays within low - 0.49 and high + 0.49
 
 dL/dx is D times s and the distance of neighbouring values, both positive: Adam divides a gradient by its own size, so
 D stands for it. Where the original weight lies in its code's interval says how little is lost by the other
@@ -36,25 +36,37 @@ PACE_CODES = 0.5
 """Of x, in parts of the rate of scales: at the highest rate a thousandth of a code a step."""
 BOX = 0.49
 """The farthest that a place starts from its code."""
+COARSE = 4
+"""Bits of codes in llama.cpp's types, at most: finer ones have little to gain."""
 TINY = 1e-12
 """Added to the root: a gradient that is nothing moves nothing."""
 
 
 def moves_codes(scheme: Scheme) -> bool:
-    """True if codes of the scheme move where there is room: those of FP4, which are coarse, in whole groups."""
+    """True if codes of the scheme move where there is room: coarse ones, of FP4 in whole groups and in llama.cpp's
+    types."""
     row = scheme.row
+    if scheme.blocks is not None:
+        return scheme.blocks.code_bits <= COARSE
     return row is not None and row.element is Element.E2M1 and row.rows == 1 and row.whole_groups
 
 
 class Axis(Protocol):
-    """A grid as whole numbers in the order of its values, from -top to top."""
+    """A grid as whole numbers in the order of its values."""
 
     @property
-    def top(self) -> int:
-        """The largest index."""
+    def low(self) -> int:
+        """The smallest index."""
+
+    @property
+    def high(self) -> int:
+        """The largest one."""
 
     def place(self, scaled: Tensor) -> Tensor:
         """u of weights over their scale."""
+
+    def rounded(self, place: Tensor) -> Tensor:
+        """Indices of places, a new tensor."""
 
     def value(self, index: Tensor) -> Tensor:
         """Values of whole indices, in their dtype."""
@@ -77,11 +89,18 @@ class FloatAxis:
     values: Tensor
 
     @property
-    def top(self) -> int:
+    def low(self) -> int:
+        return -LAST_INDEX[self.element]
+
+    @property
+    def high(self) -> int:
         return LAST_INDEX[self.element]
 
     def place(self, scaled: Tensor) -> Tensor:
         return to_index(scaled, self.element)
+
+    def rounded(self, place: Tensor) -> Tensor:
+        return place.round().clamp_(self.low, self.high)
 
     def value(self, index: Tensor) -> Tensor:
         return from_index(index, self.element)
@@ -142,10 +161,10 @@ class MovingCodes:
             square.addcmul_(gradient, gradient, value=1 - betas[1])
             self.mean[rows], self.square[rows] = mean, square
             step = (square / unbiased[1]).sqrt_().add_(TINY).reciprocal_().mul_(mean).mul_(pace)
-            place.sub_(step).clamp_(-self._axis.top - BOX, self._axis.top + BOX)
+            place.sub_(step).clamp_(self._axis.low - BOX, self._axis.high + BOX)
 
     def _index(self, rows: slice) -> Tensor:
-        return self.place[rows].round().clamp_(-self._axis.top, self._axis.top)
+        return self._axis.rounded(self.place[rows])
 
 
 def parts(groups: Tensor) -> Iterator[slice]:

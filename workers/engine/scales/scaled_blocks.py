@@ -19,8 +19,7 @@ from torch import Tensor, nn
 from app.domain.methods import Scheme
 from workers.engine.model.block_calls import BlockCall
 from workers.engine.model.streamed_model import StreamedModel
-from workers.engine.scales.families import Family, TunedWeight, grouped, kind_of
-from workers.engine.scales.float_scales import trains
+from workers.engine.scales.families import Family, TunedWeight, changes, grouped, kind_of
 from workers.engine.scales.moving_codes import MovingCodes
 from workers.engine.scales.norms import Norms, tunable_norms
 from workers.engine.tune.gradient_linear import GradientLinear
@@ -70,8 +69,7 @@ class GroupScales:
         for (scheme, width), count in sizes.items():
             value = torch.zeros(count, width, dtype=model.dtype, device=model.device)
             self.families.append(kind_of(scheme, codes)(count, width, scheme, value))
-            numbers = count if trains(scheme) else 0
-            self._overall.append(slice(first, first := first + numbers))
+            self._overall.append(slice(first, first := first + changes(scheme, count)))
         self.moving: list[MovingCodes] = [family.codes for family in self.families if family.codes is not None]
         tuned = tunable_norms(model, schemes) if norms else ()
         size = first + len(tuned) * model.width
@@ -123,12 +121,19 @@ class GroupScales:
 
     @torch.no_grad()
     def stored(self) -> dict[str, Tensor]:
-        """The present scales in the dtype that stores them, (out, groups) by full linear name; not those that stay."""
+        """The present scales in the dtype that stores them, (out, groups) by full linear name; not those that stay.
+
+        Where more than one tensor of a weight is tuned, by its name and theirs.
+        """
         scales = {}
         for name, place in self.places.items():
-            scale = self.families[place.family].stored(place.groups, self.change[place.overall])
-            if scale is not None:
-                scales[name] = scale.view(place.shape[0], -1)
+            found = self.families[place.family].stored(place.groups, self.change[place.overall])
+            own = (
+                {name: found}
+                if isinstance(found, Tensor)
+                else {f"{name}.{part}": t for part, t in (found or {}).items()}
+            )
+            scales |= {key: tensor.view(place.shape[0], -1) for key, tensor in own.items()}
         return scales
 
     def linear(
@@ -175,10 +180,10 @@ def _places(
         here = 0
         for name in names:
             count = math.prod(shapes[name]) // width
-            overall = slice(first + here, first + here + count) if trains(scheme) else slice(first, first)
+            overall = slice(first + changes(scheme, here), first + changes(scheme, here + count))
             places[name] = Place(number, slice(here, here := here + count), overall, shapes[name])
         sizes[scheme, width] = here
-        first += here if trains(scheme) else 0
+        first += changes(scheme, here)
     return places, sizes
 
 

@@ -29,7 +29,7 @@ from workers.engine.scales.memory_plan import ScaleTask, Skipped
 from workers.engine.scales.moving_codes import moves_codes
 from workers.engine.scales.tuning import ScaleOutcome, tune_scales
 from workers.engine.seeds import derived_seed
-from workers.numerics.quantized import AffineWeight, FloatWeight
+from workers.numerics.quantized import AffineWeight, BlockWeight, FloatWeight
 
 
 def run(job: Job, quantized: Quantized) -> ScaleReport | None:
@@ -61,7 +61,7 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
         return None
     report = _report(outcome, steps, time.perf_counter() - started)
     if any(map(moves_codes, job.block_schemes.values())) and not outcome.fit.codes:
-        job.reporter.warning("codes_not_tuned", "codes of FP4 stay as they are: to tune them, too, memory is too small")
+        job.reporter.warning("codes_not_tuned", "codes stay as they are: to tune them, too, memory is too small")
     if report.kept:
         job.finished_blocks.save_scales(outcome.scales, report, outcome.norms, outcome.codes)
     else:
@@ -74,7 +74,7 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
 
 
 def _outcome(job: Job, quantized: Quantized, calibration: Activations) -> ScaleOutcome | Skipped:
-    if not job.spec.forms() <= {Form.AFFINE, Form.FLOAT}:
+    if not job.spec.forms() <= {Form.AFFINE, Form.FLOAT, Form.BLOCKS}:
         return Skipped("only integers and floating-point codes without low-rank factors have scales to tune alone")
     calibration.rewind(job.model)
     return tune_scales(_task(job, calibration, quantized.evaluation, quantized.head))
@@ -85,7 +85,11 @@ def _task(job: Job, calibration: Activations, evaluation: Activations | None, he
 
     def weights(index: int) -> dict[str, TunedWeight]:
         found = {name: result.weight for name, result in finished.load(index).items()}
-        return {name: weight for name, weight in found.items() if isinstance(weight, AffineWeight | FloatWeight)}
+        return {
+            name: weight
+            for name, weight in found.items()
+            if isinstance(weight, AffineWeight | FloatWeight | BlockWeight)
+        }
 
     held = [each.original for each in (calibration, evaluation) if each is not None]
     return ScaleTask(
@@ -94,7 +98,7 @@ def _task(job: Job, calibration: Activations, evaluation: Activations | None, he
         weights=weights,
         changed=finished.parameters,
         roundings=lambda index: calibration.served.get(index, Served()).inputs,
-        norms=Form.FLOAT in job.spec.forms(),
+        norms=not job.spec.forms().isdisjoint({Form.FLOAT, Form.BLOCKS}),
         codes=True,
         calls=calibration.calls,
         inputs=calibration.quantized,

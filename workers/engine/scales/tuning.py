@@ -51,7 +51,7 @@ from workers.engine.scales.scaled_blocks import ScaledBlocks
 from workers.engine.scales.teacher_loss import OutputHead
 from workers.engine.tune.sequence_order import MOST_HELD_OUT, minibatches, split
 from workers.numerics.floats.elements import element_table
-from workers.numerics.quantized import FloatWeight
+from workers.numerics.quantized import BlockWeight, FloatWeight
 
 LEARNING_RATE = 2e-3
 WARM_UP_STEPS = 10
@@ -149,6 +149,8 @@ def _changed(task: ScaleTask, codes: Mapping[str, Tensor]) -> int:
     count = 0
     for index in range(len(task.calls) if codes else 0):
         for name, weight in task.weights(index).items():
+            if name in codes and isinstance(weight, BlockWeight):
+                count += int((codes[name] != weight.codes.to(codes[name].device)).sum())
             if name in codes and isinstance(weight, FloatWeight):
                 values, before = element_table(weight.scheme, codes[name].device), weight.codes.to(codes[name].device)
                 count += int((values[codes[name].int()] != values[before.int()]).sum())

@@ -1,0 +1,179 @@
+"""Coordinate descent on all that a block type stores of a weight, by the error of the linear's outputs.
+
+    min over codes q, k, m and scales d, dmin of  tr((W_hat - W) H (W_hat - W)^T)
+    w_hat = d (first + step k) L_q - dmin m
+
+One of them at a time, for all rows at once, with G = (W_hat - W) H kept as it changes. Where v is the change of w_hat
+by a unit of a number, over the columns B that it touches, the best change of that number is
+
+    - G[:, B] v / (v H[B, B] v)
+
+rounded to what can be stored next to it: a level, an integer, a number of fp16. So no step raises the error. A sweep
+is over the codes of weights, column by column (in a lattice, four at a time), then those of sub-blocks, then the scales
+of blocks. Cost of a sweep: two products of out*in^2.
+
+Coordinate descent on codes of a fixed grid is QuantEase's (Behdin et al., arXiv:2309.01885); here the grid moves, too.
+"""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from app.domain.methods.block_types import ODD_LEVELS, BlockType, SmallIntegers
+from workers.numerics.blocks.levels import QUAD, codes_of, level_table, nearest_levels
+from workers.numerics.blocks.sub_blocks import inverse
+from workers.numerics.quantized import BlockWeight
+
+COLUMNS = 128
+"""Columns whose changes reach the others' G at once, by one product."""
+LARGEST = 65504.0
+"""Of fp16."""
+
+
+@torch.no_grad()
+def descend(weight: Tensor, start: BlockWeight, hessian: Tensor, sweeps: int) -> BlockWeight:
+    """The weight (out, in) from a quantized one, with H (in, in), fp32 or fp64, whose diagonal is positive.
+
+    Rows that begin with numbers that are not finite stay.
+    """
+    state = _State.of(weight, start, hessian)
+    known = state.pull.isfinite().all(1, keepdim=True)
+    state.pull.masked_fill_(~known, 0.0)
+    for _ in range(sweeps):
+        state.move_codes()
+        for number in range(state.numbers.shape[1]):
+            state.move_sub_block(number)
+        for number in range(state.scale.shape[1]):
+            state.move_block(number)
+    made = state.weight(start)
+    names = ("codes", "scale", "scale_codes", "minimum", "minimum_codes")
+    kept = {
+        name: None if (old := getattr(start, name)) is None else torch.where(known, getattr(made, name), old)
+        for name in names
+    }
+    return replace(start, **kept)
+
+
+@dataclass(frozen=True)
+class _State:
+    """What moves, in H's dtype; changed in place.
+
+    levels                     (out, in)
+    numbers, minimum_numbers   first + step * k and m, (out, sub-blocks); ones where there are no codes
+    scale, minimum             d, and -dmin or the offset itself, (out, blocks)
+    pull                       G, (out, in)
+    """
+
+    kind: BlockType
+    hessian: Tensor
+    levels: Tensor
+    numbers: Tensor
+    scale: Tensor
+    minimum_numbers: Tensor
+    minimum: Tensor
+    pull: Tensor
+
+    @classmethod
+    def of(cls, weight: Tensor, start: BlockWeight, hessian: Tensor) -> "_State":
+        """The state of a quantized weight."""
+        kind, like = start.kind, hessian
+        levels = level_table(kind, weight.device)[start.codes.long()].to(like)
+        scale = start.scale.to(like)
+        ones = scale.repeat_interleave(kind.weights // kind.columns, 1).fill_(1)
+        numbers = _numbers(start.scale_codes, kind.scales, ones)
+        minimum = torch.zeros_like(scale) if start.minimum is None else start.minimum.to(like)
+        minimum_numbers = _numbers(start.minimum_codes, kind.minimums, ones)
+        pull = (replace(start, dtype=torch.float32).dequantize().to(like) - weight.to(like)) @ hessian
+        minimum = -minimum if kind.minimums else minimum
+        return cls(kind, hessian, levels, numbers, scale.clone(), minimum_numbers, minimum.clone(), pull)
+
+    def move_codes(self) -> None:
+        """Levels of all columns in turn, each the nearest to where its error would be least."""
+        kind, width = self.kind, QUAD if self.kind.levels == ODD_LEVELS else 1
+        for first in range(0, self.levels.shape[1], COLUMNS):
+            batch = slice(first, min(first + COLUMNS, self.levels.shape[1]))
+            near, changes = self.hessian[batch, batch], torch.zeros_like(self.levels[:, batch])
+            pull = self.pull[:, batch].clone()
+            for j in range(0, near.shape[0], width):
+                now, columns = slice(j, j + width), slice(first + j, first + j + width)
+                sub_block = (first + j) // kind.columns
+                factor = self.scale[:, columns.start // kind.weights] * self.numbers[:, sub_block]
+                changes[:, now] = self._nearer(columns, near[now, now], pull[:, now], factor.unsqueeze(1))
+                pull.addmm_(changes[:, now], near[now])
+            self.pull.addmm_(changes, self.hessian[batch])
+
+    def _nearer(self, columns: slice, hessian: Tensor, pull: Tensor, factor: Tensor) -> Tensor:
+        """Moves the levels of some columns; the change of their weights."""
+        before = self.levels[:, columns]
+        if before.shape[1] == 1:
+            after = nearest_levels(before - pull / hessian * inverse(factor), self.kind)
+        else:
+            best = torch.linalg.solve(hessian, pull.T).T
+            weights = hessian.diagonal().expand(before.shape).contiguous()
+            after = nearest_levels((before - best * inverse(factor)).contiguous(), self.kind, weights)
+        change = (after - before) * factor
+        if before.shape[1] > 1:
+            # The nearest point of a lattice is so by the diagonal alone.
+            gains = (2 * change * pull + (change @ hessian) * change).sum(1, keepdim=True) < 0
+            after, change = torch.where(gains, after, before), torch.where(gains, change, 0.0)
+        self.levels[:, columns] = after
+        return change
+
+    def move_sub_block(self, number: int) -> None:
+        """k and m of one sub-block."""
+        kind = self.kind
+        columns = slice(number * kind.columns, (number + 1) * kind.columns)
+        block = columns.start // kind.weights
+        for integers, numbers, scale, by in (
+            (kind.scales, self.numbers, self.scale, self.levels[:, columns]),
+            (kind.minimums, self.minimum_numbers, self.minimum, torch.ones_like(self.levels[:, columns])),
+        ):
+            if integers is None:
+                continue
+            unit = by * scale[:, block : block + 1]
+            codes = (numbers[:, number] + self._best(columns, unit) - integers.first) / integers.step
+            after = codes.round_().clamp_(0, integers.largest) * integers.step + integers.first
+            self._apply(columns, unit, after - numbers[:, number])
+            numbers[:, number] = after
+
+    def move_block(self, number: int) -> None:
+        """d and dmin of one block."""
+        kind, parts = self.kind, self.kind.weights // self.kind.columns
+        columns, own = (slice(number * size, (number + 1) * size) for size in (kind.weights, parts))
+        units = [(self.scale, self.levels[:, columns] * self.numbers[:, own].repeat_interleave(kind.columns, 1))]
+        if kind.offset:
+            units.append((self.minimum, self.minimum_numbers[:, own].repeat_interleave(kind.columns, 1)))
+        for scale, unit in units:
+            wanted = scale[:, number] + self._best(columns, unit)
+            after = wanted.clamp(-LARGEST, LARGEST).half().to(scale.dtype)
+            self._apply(columns, unit, after - scale[:, number])
+            scale[:, number] = after
+
+    def _best(self, columns: slice, unit: Tensor) -> Tensor:
+        """The best change of a number that changes the weights of some columns by `unit`, (out,)."""
+        curvature = ((unit @ self.hessian[columns, columns]) * unit).sum(1)
+        return -(self.pull[:, columns] * unit).sum(1) * inverse(curvature)
+
+    def _apply(self, columns: slice, unit: Tensor, change: Tensor) -> None:
+        self.pull.addmm_(unit * change.unsqueeze(1), self.hessian[columns])
+
+    def weight(self, start: BlockWeight) -> BlockWeight:
+        """As it is stored."""
+        minimum = -self.minimum if self.kind.minimums else self.minimum
+        return replace(
+            start,
+            codes=codes_of(self.levels.float(), self.kind),
+            scale=self.scale.half(),
+            scale_codes=_codes(self.numbers, self.kind.scales),
+            minimum=minimum.half() if self.kind.offset else None,
+            minimum_codes=_codes(self.minimum_numbers, self.kind.minimums),
+        )
+
+
+def _numbers(codes: Tensor | None, integers: SmallIntegers | None, ones: Tensor) -> Tensor:
+    return ones.clone() if codes is None or integers is None else codes.to(ones) * integers.step + integers.first
+
+
+def _codes(numbers: Tensor, integers: SmallIntegers | None) -> Tensor | None:
+    return None if integers is None else ((numbers - integers.first) / integers.step).to(torch.uint8)
