@@ -14,10 +14,10 @@ from app.domain.methods.schemes import HEAD_PATTERN, fits
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")
 ATTENTION = frozenset({"self_attn", "attn", "attention", "self_attention"})
 """Parts of a block, of which some plain names of linears say what they are."""
-VALUE = frozenset({"v_proj", "wv"})
+VALUE, VALUE_IN_ATTENTION = "v_proj", "wv"
 JOINED = frozenset({"qkv_proj", "query_key_value", "Wqkv", "c_attn", "in_proj_qkv"})
-KEY = frozenset({"k_proj", "wk"})
-OUTPUT = frozenset({"o_proj"})
+KEY, KEY_IN_ATTENTION = "k_proj", "wk"
+OUTPUT = "o_proj"
 OUTPUT_IN_ATTENTION = frozenset({"out_proj", "dense", "c_proj", "wo", "Wo"})
 DOWN = frozenset({"down_proj", "dense_4h_to_h", "fc2", "fc_out", "w2", "output_linear"})
 DOWN_IN_MLP = frozenset({"c_proj", "Wo"})
@@ -31,21 +31,25 @@ def part_of_file(module: str) -> str:
         return "output.weight"
     layer, names = LAYER.search(module + "."), module.split(".")
     leaf, parent = names[-1], names[-2] if len(names) > 1 else ""
-    if leaf in VALUE:
-        part = "attn_v"
-    elif leaf in JOINED:
-        part = "attn_qkv"
-    elif leaf == "kv_b_proj":
-        part = "attn_kv_b"
-    elif leaf in KEY:
-        part = "attn_k"
-    elif leaf in OUTPUT or (leaf in OUTPUT_IN_ATTENTION and parent in ATTENTION):
-        part = "attn_output"
-    elif leaf in DOWN or (leaf in DOWN_IN_MLP and parent == "mlp"):
-        part = "ffn_down"
-    else:
-        part = leaf
-    return f"blk.{layer[1] if layer else 0}.{part}.weight"
+    return f"blk.{layer[1] if layer else 0}.{_part(leaf, parent)}.weight"
+
+
+def _part(leaf: str, parent: str) -> str:
+    """The part of a block in a file, as far as mixes tell; another linear's own last name."""
+    attention = parent in ATTENTION
+    if leaf == VALUE or (attention and leaf == VALUE_IN_ATTENTION):
+        return "attn_v"
+    if leaf in JOINED:
+        return "attn_qkv"
+    if leaf == "kv_b_proj":
+        return "attn_kv_b"
+    if leaf == KEY or (attention and leaf == KEY_IN_ATTENTION):
+        return "attn_k"
+    if leaf == OUTPUT or (attention and leaf in OUTPUT_IN_ATTENTION):
+        return "attn_output"
+    if leaf in DOWN or (leaf in DOWN_IN_MLP and parent == "mlp"):
+        return "ffn_down"
+    return leaf
 
 
 def mixed_scheme(preset: BlockPreset, facts: MixFacts, module: str) -> SchemeName:

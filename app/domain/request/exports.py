@@ -142,7 +142,7 @@ def export_problems(base: JobRequest, kept: Kept, formats: Sequence[ExportFormat
 
 def _embedding_problems(base: JobRequest, kept: Kept, formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:
     """Formats that do not hold a result's quantized embeddings, or not in schemes such as it has."""
-    if base.quantization.modules.embeddings is None:
+    if base.quantization.embeddings_scheme() is None:
         return []
     one_of_integers = {scheme.name for scheme in kept.schemes} == {None} and len(kept.schemes) == 1
     said = {

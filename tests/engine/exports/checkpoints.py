@@ -12,8 +12,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def files(folder: Path) -> dict[str, bytes]:
-    """All but the tensors, whose order in a file may be another, and what says how the files came to be."""
-    told = ("README.md", "report.json")
+    """All but the tensors, whose order in a file may be another, and what says how the files came to be.
+
+    An importance matrix is of text that an export does not read.
+    """
+    told = ("README.md", "report.json", "model.imatrix")
     return {
         file.name: file.read_bytes()
         for file in folder.iterdir()

@@ -20,6 +20,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "one scheme, weights only": ({**UNIFORM, "weights_only": True}, ["compressed-tensors", "mlx"]),
     "embeddings alone": ({"modules": {"embeddings": 8}}, ["gguf", "mlx", "merged"]),
     "a head alone": ({"modules": {"head": 8}}, ["compressed-tensors", "gguf", "mlx"]),
+    "types of llama.cpp": ({"scheme": "q5_1", "modules": {"embeddings": "q8_0"}}, ["gguf", "merged"]),
     "embeddings in FP8": ({"modules": {"embeddings": "fp8a16"}}, ["merged"]),
 }
 

@@ -8,14 +8,18 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from app.domain.formats import ExportFormat
 from app.domain.methods import WeightSpec
 from bitwright.errors import InvalidRequest
 from bitwright.report import Report
 from tests.engine.conftest import run_job
 from tests.tiny_model import tiny_model_folder
+from workers.contracts.blocks import Fisher
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.streamed_model import StreamedModel
+from workers.engine.quantize import scores
 from workers.engine.quantize.bit_budget import tied
+from workers.engine.quantize.candidates import joined_choices
 from workers.engine.quantize.fisher import empirical_fisher
 from workers.methods.lq_lora import LQLoRA
 
@@ -122,7 +126,7 @@ def test_fisher_information_is_that_of_autograd_through_the_whole_model(small_mo
     reference.save_pretrained(folder)
     ids = torch.randint(0, 400, (3, 17), generator=torch.Generator().manual_seed(0))
     model = StreamedModel.open(Checkpoint.open(folder), torch.device("cpu"))
-    names = [name for name in model.linears() if name != "lm_head"]
+    names = [*model.linears(), "model.embed_tokens"]
     told: list[float] = []
     found = empirical_fisher(model, ids, names, 2, told.append)
     sums = {name: torch.zeros(reference.get_submodule(name).weight.shape) for name in names}
@@ -138,6 +142,62 @@ def test_fisher_information_is_that_of_autograd_through_the_whole_model(small_mo
         assert torch.allclose(found[name].columns, whole.sum(0), rtol=2e-3, atol=1e-5 * float(whole.sum(0).max()))
     assert told == sorted(told)
     assert told[-1] == pytest.approx(1)
+
+
+@pytest.mark.filterwarnings("ignore:.*loss_type.*")
+def test_a_matrix_that_is_embeddings_and_head_has_the_squares_of_both_uses(small_model: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "tied"
+    reference = AutoModelForCausalLM.from_pretrained(small_model, dtype=torch.float32)
+    reference.config.tie_word_embeddings = True
+    reference.tie_weights()
+    reference.save_pretrained(folder)
+    reference.lm_head.weight = torch.nn.Parameter(reference.model.embed_tokens.weight.detach().clone())
+    model = StreamedModel.open(Checkpoint.open(folder), torch.device("cpu"))
+    assert model.tied
+    ids = torch.randint(0, 400, (2, 13), generator=torch.Generator().manual_seed(1))
+    found = empirical_fisher(model, ids, ["model.embed_tokens"], 2, lambda _: None)["model.embed_tokens"]
+    whole = torch.zeros(reference.lm_head.weight.shape)
+    for row in ids:
+        logits = reference(row[None]).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+        whole += reference.lm_head.weight.grad.square() + reference.model.embed_tokens.weight.grad.square()
+        reference.zero_grad()
+    assert torch.allclose(found.rows, whole.sum(1), rtol=2e-3, atol=1e-5 * float(whole.sum(1).max()))
+    assert torch.allclose(found.columns, whole.sum(0), rtol=2e-3, atol=1e-5 * float(whole.sum(0).max()))
+
+
+def test_a_sample_of_rows_stands_for_all_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = torch.Generator().manual_seed(0)
+    weight = torch.randn(1024, 256, generator=made) * torch.rand(1024, 1, generator=made)
+    rows, columns = torch.rand(1024, generator=made) ** 6, torch.rand(256, generator=made)
+    fisher = Fisher(rows / rows.sum(), columns / columns.sum())
+    rounded = (weight * 4).round() / 4
+    assert scores.sampled_rows(fisher.rows, 256) is None
+    monkeypatch.setattr(scores, "SCORED_WEIGHTS", 1 << 15)
+    sample = scores.sampled_rows(fisher.rows, 256)
+    assert sample is not None
+    assert len(sample) == 128
+    evenly = Fisher((fisher.rows.sum() / 128).expand(128), fisher.columns)
+    whole = scores.rounding_error(weight, rounded, fisher)
+    assert scores.rounding_error(weight[sample], rounded[sample], evenly) == pytest.approx(whole, rel=0.05)
+    formula = 0.5 * float(((rounded - weight) ** 2 * fisher.rows[:, None] * fisher.columns).sum())
+    assert whole == pytest.approx(formula, rel=1e-4)
+
+
+@pytest.mark.parametrize(("formats", "joined"), [(["gguf", "merged"], False), (["gguf", "mlx"], True)])
+def test_linears_of_one_input_have_types_of_their_own_in_a_gguf_file(
+    small_model: Path, formats: list[str], joined: bool
+) -> None:
+    model = StreamedModel.open(Checkpoint.open(small_model), torch.device("cpu"))
+    names = list(model.linears())
+    groups = joined_choices(model, [ExportFormat(name) for name in formats], names)
+    assert any("q_proj" in name for group in groups for name in group) == joined
+    experts = [
+        f"model.layers.0.mlp.experts.{number}.{leaf}" for number in range(3) for leaf in ("up_proj", "down_proj")
+    ]
+    if not joined:
+        together = joined_choices(model, [ExportFormat.GGUF], [*names, *experts])
+        assert sorted(map(sorted, together)) == sorted([sorted(experts[::2]), sorted(experts[1::2])])
 
 
 @pytest.mark.slow

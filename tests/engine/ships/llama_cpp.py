@@ -97,6 +97,48 @@ def quantize(folder: Path, source: Path, target: Path, file_type: int) -> None:
     assert not failed, "llama.cpp does not quantize the file"
 
 
+class _Importance(c.Structure):
+    """One entry of the list that ends with a null name."""
+
+    _fields_ = (("name", c.c_char_p), ("data", c.POINTER(c.c_float)), ("size", c.c_size_t))
+
+
+def quantize_with(folder: Path, source: Path, target: Path, file_type: int, weights: dict[str, Any]) -> str | None:
+    """The same with an importance matrix, in a process of its own, since llama.cpp may end it; its words if it fails.
+
+    weights   mean squared inputs of each tensor's columns, by name
+    """
+    place = target.with_suffix(".npz")
+    np.savez(place, **weights)
+    order = json.dumps([str(source), str(target), file_type, str(place)])
+    command = [
+        sys.executable,
+        "-c",
+        f"from tests.engine.ships.llama_cpp import _weigh; _weigh({str(folder)!r}, {order!r})",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return (done.stderr[-2000:] or "it failed") if done.returncode else None
+
+
+def _weigh(folder: str, order: str) -> None:
+    source, target, file_type, place = json.loads(order)
+    llama, stored = _library(Path(folder)), np.load(place)
+    arrays = {name: np.ascontiguousarray(stored[name], np.float32) for name in stored.files}
+    entries = (_Importance * (len(arrays) + 1))()
+    for entry, (name, array) in zip(entries, arrays.items(), strict=False):
+        entry.name, entry.size = name.encode(), array.size
+        entry.data = array.ctypes.data_as(c.POINTER(c.c_float))
+    llama.llama_model_quantize_default_params.restype = _Parameters
+    parameters = llama.llama_model_quantize_default_params()
+    base = c.addressof(parameters)
+    # Threads, file type, two types of outer tensors; bools, of which the first allows quantized sources; pointers.
+    c.cast(base, c.POINTER(c.c_int32))[0], c.cast(base, c.POINTER(c.c_int32))[1] = 1, file_type
+    c.c_bool.from_address(base + 16).value = True
+    c.c_void_p.from_address(base + 24).value = c.addressof(entries) if arrays else None
+    llama.llama_model_quantize.argtypes = [c.c_char_p, c.c_char_p, c.POINTER(_Parameters)]
+    sys.exit(llama.llama_model_quantize(source.encode(), target.encode(), c.byref(parameters)))
+
+
 def _logits(llama: Any, model: int, ids: list[int], width: int) -> Any:
     parameters = llama.llama_context_default_params()
     sizes = c.cast(c.byref(parameters), c.POINTER(c.c_uint32))

@@ -18,6 +18,8 @@ CASES: dict[str, dict[str, Any]] = {
     "gguf, 2 bits": {"bits": 2, "formats": ["gguf"]},
     "gguf, 5 bits with zero points": {"bits": 5, "symmetric": False, "formats": ["gguf"]},
     "gguf, all of it": {"bits": 4, "modules": {"embeddings": 8, "head": 6}, "formats": ["gguf"]},
+    "gguf, a type": {"scheme": "q4_k", "formats": ["gguf"]},
+    "gguf, a mix": {"scheme": "q4_k_m", "formats": ["gguf"]},
     "all of it": {"bits": 4, "modules": EVERY, "formats": ["compressed-tensors", "merged"]},
     "embeddings": {"bits": 2, "modules": {"embeddings": {"bits": 4, "group_size": 16}}, "formats": ["merged"]},
     "FP8": {"scheme": "fp8", "formats": ["merged"]},

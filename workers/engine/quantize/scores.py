@@ -31,6 +31,8 @@ SCORED_TOKENS = 32_768
 """Tokens of the calibration text that are scored at the most."""
 SCORED_LENGTH = 512
 """Tokens of a piece whose gradient is squared: more pieces, less noise."""
+SCORED_WEIGHTS = 1 << 18
+"""Weights of a matrix that are searched for each of llama.cpp's types."""
 FISHER_SHARE = 0.85
 """Of the time of scoring."""
 
@@ -57,11 +59,14 @@ def predicted_errors(job: Job, ids: Tensor, candidates: Mapping[str, Sequence[Ca
         return round_to_scheme(weight, choice.scheme, scale_dtype, search=search, moments=moments).dequantize()
 
     def errors_of(name: str, weight: Tensor, moments: Tensor | None) -> list[float]:
-        return [
-            rounding_error(weight, round_(weight.float(), choice, moments), known) / tokens
-            for choice in candidates[name]
-            for known in [_seen(fisher[name], least)]
-        ]
+        found, known = list[float](), _seen(fisher[name], least)
+        for choice in candidates[name]:
+            # Rows in llama.cpp's types are searched one by one, for as long as a method takes: some stand for all.
+            share = None if choice.scheme.blocks is None else sampled_rows(known.rows, weight.shape[1])
+            rows = weight if share is None else weight[share.to(weight.device)]
+            seen = known if share is None else _evenly(known, len(share))
+            found.append(rounding_error(rows, round_(rows.float(), choice, moments), seen) / tokens)
+        return found
 
     own = job.processes.share(pieces(ids))
     fisher = empirical_fisher(
@@ -113,6 +118,28 @@ def _columns(fisher: Fisher, device: torch.device) -> Tensor:
     """Weights of the columns in the search of llama.cpp's types: in place of the inputs' second moments, which the
     columns' sums of F are but for the outputs' gradients."""
     return fisher.columns.to(device, torch.float32)
+
+
+def sampled_rows(rows: Tensor, columns: int) -> Tensor | None:
+    """Rows that stand for all of a matrix, int64; None where it is small enough to be looked at whole.
+
+    rows   their sums of F, fp32 (out,)
+
+    Systematic sampling in proportion to those sums: a row of much information comes several times, and the mean of
+    the sampled rows' errors a unit of it is that of all rows, weighted by it, but for the sample's noise.
+    """
+    count = max(1, SCORED_WEIGHTS // columns)
+    if count >= len(rows):
+        return None
+    shares = rows.double().cpu().cumsum(0)
+    points = (torch.arange(count, dtype=torch.float64) + 0.5) / count * shares[-1]
+    return torch.searchsorted(shares, points).clamp_(max=len(rows) - 1)
+
+
+def _evenly(fisher: Fisher, count: int) -> Fisher:
+    """The information as that of `count` sampled rows, which count alike."""
+    total = fisher.rows.double().sum()
+    return Fisher((total / count).float().expand(count), fisher.columns)
 
 
 def _seen(fisher: Fisher, least: float) -> Fisher:

@@ -31,7 +31,7 @@ from workers.formats.format import Format, Opening
 from workers.formats.gguf.blocks import compress, decompress, held, pack
 from workers.formats.gguf.identity import add_identity, add_recipe
 from workers.formats.gguf.importance import FILE as IMPORTANCE
-from workers.formats.gguf.importance import say_importance, write_importance
+from workers.formats.gguf.importance import write_importance
 from workers.formats.gguf.loading import loading
 from workers.formats.gguf.metadata import OTHER_FORMAT, Architecture
 from workers.formats.gguf.read_back import read_back
@@ -143,7 +143,6 @@ class GGUFFile:
         text = None if self._opening.identity is None else self._opening.identity.calibration
         if self._inputs and text is not None:
             write_importance(self._folder / IMPORTANCE, self._architecture.name, text, self._inputs)
-            say_importance(writer, text, len(self._inputs))
         self._stored.write(writer)
         copy_files(self._source.folder, self._folder, LICENCES)
 

@@ -20,9 +20,6 @@ from workers.contracts.input_squares import COUNTS, SUMS, InputSquares
 from workers.formats.cards.identity import last_segment
 
 FILE = "model.imatrix"
-OF_MODEL = "quantize.imatrix."
-"""Keys by which llama.cpp's quantizer says in a model's file what it was weighed by."""
-
 Matrices = Mapping[int, InputSquares]
 """Squares of the matrices of one tensor, by their place in it."""
 
@@ -50,11 +47,3 @@ def write_importance(file: Path, architecture: str, text: TextReport, tensors: M
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def say_importance(writer: GGUFWriter, text: TextReport, entries: int) -> None:
-    """Say in a model's file what weighed its columns, as llama.cpp's quantizer does."""
-    writer.add_string(OF_MODEL + "file", FILE)
-    writer.add_string(OF_MODEL + "dataset", last_segment(text.source))
-    writer.add_uint32(OF_MODEL + "entries_count", entries)
-    writer.add_uint32(OF_MODEL + "chunks_count", text.num_samples)
