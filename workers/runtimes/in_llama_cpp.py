@@ -40,7 +40,7 @@ def read(order: ReadOrder) -> ReadAnswer:
     (file,) = Path(order.folder).glob("*.gguf")
     folder = Path(order.place or "")
     version = library_version(folder) or ""
-    llama = _library(folder)
+    llama = library(folder)
     model = llama.llama_model_load_from_file(str(file).encode(), llama.llama_model_default_params())
     if not model:
         return ReadAnswer(version=version, problem="llama.cpp does not load the file")
@@ -51,7 +51,7 @@ def read(order: ReadOrder) -> ReadAnswer:
             problem = f"the file's tokenizer makes {made[:8]} of a text that is {list(order.ids[:8])}"
             return ReadAnswer(version=version, problem=problem)
     width = llama.llama_vocab_n_tokens(vocabulary)
-    context = _Context(llama, model, len(order.ids) + order.tokens, width)
+    context = Context(llama, model, len(order.ids) + order.tokens, width, available_threads())
     logits = context.logits(order.ids)
     logits.tofile(order.logits)
     written: list[int] = []
@@ -62,10 +62,10 @@ def read(order: ReadOrder) -> ReadAnswer:
     return ReadAnswer(version=version, vocabulary=width, written=tuple(written))
 
 
-class _Context:
-    """A sequence that grows."""
+class Context:
+    """A sequence that grows, of `length` tokens at the most; logits are `width` numbers a token."""
 
-    def __init__(self, llama: Any, model: int, length: int, width: int) -> None:
+    def __init__(self, llama: Any, model: int, length: int, width: int, threads: int) -> None:
         parameters = llama.llama_context_default_params()
         sizes = c.cast(c.byref(parameters), c.POINTER(c.c_uint32))
         for place in range(3):  # the context, and how many tokens are given and computed at once
@@ -75,8 +75,11 @@ class _Context:
         if not self._context:
             raise RuntimeError("llama.cpp makes no context for the model")
         # It would take four; and threads that wait spin.
-        threads = available_threads()
         llama.llama_set_n_threads(self._context, threads, threads)
+
+    def close(self) -> None:
+        """Gives its memory back."""
+        self._llama.llama_free(self._context)
 
     def logits(self, ids: tuple[int, ...]) -> Any:
         """numpy's fp32 (tokens, vocabulary) after each of the next tokens."""
@@ -95,7 +98,7 @@ class _Context:
         return found
 
 
-def _library(folder: Path) -> Any:
+def library(folder: Path) -> Any:
     """libllama of a folder with its functions declared: of several builds, the first that this machine can load.
 
     Raises:
@@ -125,6 +128,7 @@ def _declared(llama_file: Path) -> Any:
     llama.llama_model_load_from_file.argtypes = [c.c_char_p, _Parameters]
     llama.llama_init_from_model.restype = c.c_void_p
     llama.llama_init_from_model.argtypes = [c.c_void_p, _Parameters]
+    llama.llama_free.argtypes = [c.c_void_p]
     llama.llama_model_get_vocab.restype = c.c_void_p
     llama.llama_model_get_vocab.argtypes = [c.c_void_p]
     llama.llama_vocab_n_tokens.argtypes = [c.c_void_p]

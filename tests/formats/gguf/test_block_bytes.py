@@ -73,6 +73,39 @@ def test_random_blocks_are_the_numbers_of_the_decoder_and_come_back(name: Scheme
     assert torch.equal(encode(decode(data, weight.scheme, torch.float32)), data)
 
 
+FINITE_ENDS = (0.0, -0.0, 2.0**-24, -(2.0**-24), 2.0**-14, 65504.0, -65504.0)
+"""What fp16 has at its ends: zeros, the least numbers, subnormal and normal, and the largest ones."""
+
+
+def blocks_of_one_byte(name: SchemeName, byte: int) -> BlockWeight:
+    """A row of blocks whose every byte is alike, but for scales (and minimums), which are pairs of fp16's ends."""
+    scheme = Scheme.named(name)
+    assert scheme.blocks is not None
+    pairs = torch.cartesian_prod(torch.tensor(FINITE_ENDS), torch.tensor(FINITE_ENDS)).half()
+    weight = decode(torch.full((1, len(pairs) * scheme.blocks.size), byte, dtype=torch.uint8), scheme, torch.float32)
+    minimum = None if weight.minimum is None else pairs[:, 1].reshape(weight.scale.shape)
+    return replace(weight, scale=pairs[:, 0].reshape(weight.scale.shape).contiguous(), minimum=minimum)
+
+
+@pytest.mark.parametrize("byte", [0x00, 0xFF, 0x55, 0x80])
+@every_type
+def test_blocks_of_one_byte_at_the_ends_of_fp16_are_the_numbers_of_the_decoder(name: SchemeName, byte: int) -> None:
+    weight = blocks_of_one_byte(name, byte)
+    data = encode(weight)
+    assert same_bits(weight.dequantize(), decoded(name, data))
+    assert torch.equal(encode(decode(data, weight.scheme, torch.float32)), data)
+
+
+@every_type
+def test_bytes_of_zeros_are_a_weight_of_zeros(name: SchemeName) -> None:
+    scheme = Scheme.named(name)
+    assert scheme.blocks is not None
+    data = torch.zeros(2, 3 * scheme.blocks.size, dtype=torch.uint8)
+    assert not decode(data, scheme, torch.float32).dequantize().any()
+    assert not decoded(name, data).any()
+    assert torch.equal(encode(decode(data, scheme, torch.float32)), data)
+
+
 EXTREMES = {
     "zero": torch.zeros(3, 512),
     "constant": torch.full((3, 512), 0.37),

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import BLOCK_SCHEMES, Scheme, SchemeName
-from tests.formats.gguf.test_block_bytes import EXTREMES, random_blocks, same_bits
+from tests.formats.gguf.test_block_bytes import EXTREMES, blocks_of_one_byte, random_blocks, same_bits
 from tests.numerics.blocks.ggml import decoded, quantized
 from workers.formats.gguf.block_bytes import encode
 from workers.numerics.blocks.search import search_blocks
@@ -29,6 +29,9 @@ that of 256, or of 32."""
 def test_the_decoder_in_c_gives_the_same_numbers(name: SchemeName) -> None:
     weight = random_blocks(name, 200)
     assert same_bits(decoded(FOLDER, name, encode(weight), weight.shape[1]), weight.dequantize())
+    for byte in (0x00, 0xFF, 0x55, 0x80):
+        alike = blocks_of_one_byte(name, byte)
+        assert same_bits(decoded(FOLDER, name, encode(alike), alike.shape[1]), alike.dequantize())
     for case in EXTREMES.values():
         extreme = search_blocks(case, weight.scheme)
         assert same_bits(decoded(FOLDER, name, encode(extreme), 512), extreme.dequantize())
