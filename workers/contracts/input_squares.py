@@ -27,5 +27,5 @@ class InputSquares:
 
     @classmethod
     def read(cls, name: str, tensors: Mapping[str, Tensor]) -> "InputSquares":
-        """What `tensors` gave."""
+        """The inverse of `tensors`."""
         return cls(tensors[f"{name}.{SUMS}"], int(tensors[f"{name}.{COUNTS}"]))

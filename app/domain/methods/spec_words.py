@@ -1,4 +1,4 @@
-"""What a request asks of the weights' size, in a few words, for reports and for the files themselves."""
+"""A few words for what a request asks of the weights' size, for reports and for the files themselves."""
 
 from app.domain.methods.any_method import WeightSpec
 from app.domain.methods.goals import AtMost, Fits

@@ -1,4 +1,4 @@
-"""What requests for GGUF files mean where they are silent: mixes, and what budgets and goals choose from."""
+"""Requests for GGUF files where they are silent: mixes, and what budgets and goals choose from."""
 
 from typing import Any
 

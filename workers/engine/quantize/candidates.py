@@ -1,4 +1,4 @@
-"""What a budget or a goal chooses for: linears of the blocks, embeddings and head, with the ways to store each.
+"""Choices of a budget or a goal: of linears of the blocks, embeddings and head, each with the ways to store it.
 
 A matrix that is embeddings and head at once goes by the name of the embeddings, as in the schemes of a job. Runtimes
 that join linears take one width for those; llama.cpp multiplies each by itself, so that in a GGUF file everyone has its

@@ -17,7 +17,7 @@ from workers.formats.source_files import SourceCheckpoint
 
 HUB = "https://huggingface.co"
 OWN = "bitwright."
-"""What keys of this program begin with: `version`, `method`, `scheme` as asked for, and `calibration`'s text."""
+"""The beginning of this program's keys: `version`, `method`, `scheme` as asked for, and `calibration`'s text."""
 MIX_NUMBERS = {preset.value: mix.number for preset, mix in MIXES.items()}
 
 
