@@ -239,4 +239,7 @@ BLOCK_SCHEMES = frozenset(_BLOCKS)
 """Those of llama.cpp's files."""
 PRESET_SCHEMES = ALL_SCHEMES - BLOCK_SCHEMES
 """Those that compressed-tensors has presets of."""
-FP4 = frozenset(name for name, row in SCHEMES.items() if row.element is _E2M1)
+COARSE = frozenset(
+    n for n, row in SCHEMES.items() if row.element is _E2M1 or (row.blocks and row.blocks.code_bits <= 4)
+)
+"""Those whose codes are worth moving end to end: of FP4, and llama.cpp's of at most 4 bits."""
