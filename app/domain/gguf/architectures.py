@@ -2,7 +2,7 @@
 
 A GGUF file names one of llama.cpp's architectures and some numbers. What else a configuration decides in transformers
 (the activation, biases, the mask, the rotary embedding) is built into llama.cpp. Read in llama.cpp b11434 and v0.5.0,
-`src/models/*.cpp`; `tests/engine/ships/test_gguf_architectures.py` holds every row against its library.
+`src/models/*.cpp`; `tests/engine/ships/gguf/test_architectures.py` holds every row against its library.
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from bitwright.errors import FormatCannotHold
-from tests.engine.ships.gguf_tokenizers import MIXED, SPACE, sentencepiece
+from tests.engine.ships.gguf.tokenizers import MIXED, SPACE, sentencepiece
 from workers.formats.gguf.tokenizers.byte_fallback import byte_fallback, scores_of
 
 

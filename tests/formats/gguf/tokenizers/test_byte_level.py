@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from bitwright.errors import FormatCannotHold
-from tests.engine.ships.gguf_tokenizers import GPT_4O, KINDS, LLAMA_3, TEKKEN, byte_level
+from tests.engine.ships.gguf.tokenizers import GPT_4O, KINDS, LLAMA_3, TEKKEN, byte_level
 from workers.formats.gguf.tokenizers.byte_level import byte_level as rules
 from workers.formats.gguf.tokenizers.byte_level import pre_name
 

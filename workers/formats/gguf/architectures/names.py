@@ -97,9 +97,9 @@ class Names:
         parts = self._family.split(stem, rows, self._config)
         if parts is None:
             order = self._family.order(stem, self._config)
-            parts = ((stem, slice(None) if order is None else order),)  # type: ignore[assignment]
+            parts = ((stem, slice(None) if order is None else order),)
         places = []
-        for part, own in parts:  # type: ignore[union-attr]
+        for part, own in parts:
             found = self.find(part, leaf)
             if found is None:
                 return None

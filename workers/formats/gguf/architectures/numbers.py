@@ -43,8 +43,8 @@ def config_of(config: PreTrainedConfig, *, partial: bool) -> dict[str, Any]:
 
     partial   whether the model turns heads in part, where the configuration says so
     """
-    text = config.get_text_config(decoder=True)
-    fields: dict[str, Any] = text.to_dict()
+    text: Any = config.get_text_config(decoder=True)
+    fields: dict[str, Any] = {"num_hidden_layers": text.num_hidden_layers, **text.to_dict()}
     for alias, name in text.attribute_map.items():
         if name in fields and fields.get(alias) is None:
             fields[alias] = fields[name]

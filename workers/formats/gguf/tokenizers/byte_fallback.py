@@ -76,7 +76,8 @@ def _ways(token: str, known: set[str]) -> Iterator[tuple[str, str]]:
 
 def _spaces(described: Mapping[str, Any], vocabulary: Mapping[str, int]) -> tuple[bool, tuple[str, ...]]:
     """Whether a space is put before a text, and texts with which llama.cpp does it otherwise."""
-    escaped, prefix, warnings = False, False, ()
+    escaped, prefix = False, False
+    warnings: tuple[str, ...] = ()
     for step in steps_of(described.get("normalizer"), "normalizers"):
         if step["type"] == "Prepend" and step["prepend"] == SPACE:
             prefix = True

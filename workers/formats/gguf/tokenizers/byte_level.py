@@ -139,7 +139,13 @@ def _isolates(step: Mapping[str, Any], *, alone: bool) -> bool:
 
 def _whole_words_matter(described: Mapping[str, Any]) -> bool:
     """True if merges do not make some token of the vocabulary, which is then one only where whole words are."""
-    plain = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None}
+    plain: dict[str, Any] = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+    }
     plain |= {"pre_tokenizer": None, "post_processor": None, "decoder": None}
     merging = Tokenizer.from_str(json.dumps(plain | {"model": {**described["model"], "ignore_merges": False}}))
     added = {token["content"] for token in described.get("added_tokens", ())}

@@ -41,7 +41,7 @@ def test_experts_of_several_schemes_are_refused_before_anything_is_computed(tmp_
         tmp_path / "source", "mixtral", vocab_size=400, hidden_size=64, intermediate_size=64, sliding_window=None
     )
     save_tokenizer(tmp_path / "source")
-    for modules in ({"overrides": {"*.experts.3.*": {"bits": 8}}}, {"ignore": ["lm_head", "*.experts.11.w2"]}):
+    for modules in ({"overrides": {"*.experts.3.*": {"bits": 8}}}, {"ignore": ["lm_head", "*.experts.11.down_proj"]}):
         with pytest.raises(FormatCannotHold, match="all experts of a block in one tensor of one type") as refused:
             run_job(tmp_path / "source", tmp_path / "job", formats=["gguf"], modules=modules)
         assert refused.value.field == "formats.0"

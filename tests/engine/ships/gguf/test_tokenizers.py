@@ -10,8 +10,8 @@ import pytest
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.formats import ExportFormat
+from tests.engine.ships.gguf.tokenizers import KINDS, MIXED, SPECIAL, VOCABULARY, save
 from tests.engine.ships.gguf_models import SHAPE
-from tests.engine.ships.gguf_tokenizers import KINDS, MIXED, SPECIAL, VOCABULARY, save
 from tests.engine.ships.llama_cpp import Answer, ask
 from workers.engine.model.checkpoint import Checkpoint
 from workers.formats.registry import open_writer

@@ -53,6 +53,16 @@ LONG = {
     "long_factor": [2.0, 2.5, 3.0, 4.0],
     "factor": 4.0,
 }
+GPT_OSS = YARN | {
+    "rope_theta": 150_000.0,
+    "factor": 32.0,
+    "original_max_position_embeddings": 4096,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+}
+"""As published: llama.cpp takes whole turns, which with narrower heads and shorter contexts is another embedding."""
+SLIDING = {"rope_type": "default", "rope_theta": 1e3}
 ORIGINAL, LONGER = ({"original_max_position_embeddings": length} for length in (32, 512))
 """Contexts that the texts of these tests are longer than, and shorter."""
 CHANGES: dict[str, dict[str, Any]] = {
@@ -96,10 +106,10 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("phi3", {"rope_parameters": LONG | ORIGINAL, **ORIGINAL}),
     ("phi3", {"rope_parameters": LONG | LONGER, **LONGER, "max_position_embeddings": 2048}),
     ("hunyuan_v1_dense", {"rope_parameters": {**LINEAR, "rope_type": "dynamic", "alpha": 50.0}}),
-    ("gpt_oss", {"rope_parameters": {**YARN, "truncate": False}}),
+    ("gpt_oss", {"rope_parameters": GPT_OSS, "head_dim": 64}),
     ("deepseek_v2", {"rope_parameters": {**YARN, "mscale": 0.707, "mscale_all_dim": 0.707}}),
     ("deepseek_v3", {"rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 1.0}}),
-    ("gemma3_text", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": {"rope_theta": 1e3}}}),
+    ("gemma3_text", {"rope_parameters": {"full_attention": LINEAR, "sliding_attention": SLIDING}}),
     ("granitemoehybrid", {"position_embedding_type": "rope"}),
     ("glm4_moe", {"use_qk_norm": True}),
     ("nemotron_h", {"layers_block_type": ["mlp", "attention", "mamba", "mlp"] * 2}),
