@@ -15,7 +15,7 @@ from app.domain.methods.any_method import WeightSpec
 from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
-from app.domain.methods.named_schemes import FP4
+from app.domain.methods.named_schemes import MX_FP4
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS
 from app.domain.methods.weight_specs import AWQSpec, GPTQSpec, RTNSpec, SignRoundSpec
 from bitwright.formats import Form
@@ -31,24 +31,24 @@ class Preset:
     """Values that a preset fills in where the request is silent: fields of the method's spec, and the calibration's
     size.
 
-    fp4   fields that have another value where the request's `scheme` is of FP4
+    mx_fp4   fields that have another value where the request's `scheme` is of MXFP4
     """
 
     spec: Mapping[str, int]
     num_samples: int
     sequence_length: int
-    fp4: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    mx_fp4: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
     def fields(self, scheme: object) -> dict[str, int]:
         """The spec's for a request's `scheme`, whatever stands there."""
-        return {**self.spec, **(self.fp4 if isinstance(scheme, str) and scheme in FP4 else {})}
+        return {**self.spec, **(self.mx_fp4 if isinstance(scheme, str) and scheme in MX_FP4 else {})}
 
 
 SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
         "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
-        "best": Preset({"steps": 200, "scale_steps": 100}, 128, 2048, fp4=MappingProxyType({"scale_steps": 400})),
+        "best": Preset({"steps": 200, "scale_steps": 100}, 128, 2048, mx_fp4=MappingProxyType({"scale_steps": 400})),
     }
 )
 

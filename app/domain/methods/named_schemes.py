@@ -195,4 +195,4 @@ BLOCK_SCHEMES = frozenset(_BLOCKS)
 """Those of llama.cpp's files."""
 PRESET_SCHEMES = ALL_SCHEMES - BLOCK_SCHEMES
 """Those that compressed-tensors has presets of."""
-FP4 = frozenset(name for name, row in SCHEMES.items() if row.element is _E2M1)
+MX_FP4 = frozenset(name for name, row in SCHEMES.items() if (row.element, row.scale) == (_E2M1, ScaleType.E8M0))

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import AttemptLine
+from app.domain.methods.named_schemes import ScaleType
 from bitwright.events import WarningEvent
 from tests.engine.conftest import Finished, finish, run_job
 from tests.engine.scales.test_float_grids import E2M1, FP8, MXFP4, NVFP4, by_hand, float_task, values_of
@@ -33,8 +34,10 @@ FAST = 8.0
 
 @pytest.fixture(scope="module", autouse=True)
 def _fast() -> Iterator[None]:
+    """Codes move fast, and those of NVFP4, too, whose scales are tuned along."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moving_codes_module, "PACE_CODES", FAST)
+        patch.setattr(moving_codes_module, "BESIDE", frozenset({ScaleType.E8M0, ScaleType.E4M3}))
         yield
 
 

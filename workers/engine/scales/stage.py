@@ -7,7 +7,7 @@ evaluation       its quantized activations go through all blocks again, with the
 
 Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and
 the report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along, and the codes of
-FP4 unless the device has no room for that, which a warning and the report say.
+MXFP4 unless the device has no room for that, which a warning and the report say.
 """
 
 import time
@@ -61,7 +61,9 @@ def _tune(job: Job, quantized: Quantized, calibration: Activations) -> ScaleRepo
         return None
     report = _report(outcome, steps, time.perf_counter() - started)
     if any(map(moves_codes, job.block_schemes.values())) and not outcome.fit.codes:
-        job.reporter.warning("codes_not_tuned", "codes of FP4 stay as they are: to tune them, too, memory is too small")
+        job.reporter.warning(
+            "codes_not_tuned", "codes of MXFP4 stay as they are: to tune them, too, memory is too small"
+        )
     if report.kept:
         job.finished_blocks.save_scales(outcome.scales, report, outcome.norms, outcome.codes)
     else:
