@@ -43,7 +43,7 @@ def float_task(folder: Path, architecture: str, dtype: torch.dtype = torch.float
             weight = task.model.model.get_submodule(name).weight
             scale_dtype = torch.float32 if dtype == torch.float64 else dtype
             weights[name] = float_grids.quantize(weight, scheme, scale_dtype)
-    weights |= {name: integers[name] for name in integers if "down_proj" in name}
+    weights |= {n: each for n, each in integers.items() if "down_proj" in n and isinstance(each, AffineWeight)}
     return replace(
         task,
         schemes={name: weight.scheme for name, weight in weights.items()},
@@ -95,6 +95,7 @@ def gradients_by_autograd(
     values = {}
     for index in range(len(task.calls)):
         for name, weight in task.weights(index).items():
+            assert isinstance(weight, AffineWeight | FloatWeight)
             p = leaves.get(name, torch.zeros(weight.scale.shape, dtype=torch.float64))
             values[f"{name}.weight"] = by_hand(weight, p)
     for name in changes.keys() & parameters.keys():

@@ -25,7 +25,7 @@ from workers.engine.scales.memory_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scales.moving_codes import FloatAxis, MovingCodes
 from workers.engine.scales.tuning import ScaleOutcome, ScaleTuning, tune_scales
 from workers.numerics.floats.elements import element_of, element_table
-from workers.numerics.quantized import FloatWeight
+from workers.numerics.quantized import AffineWeight, FloatWeight
 
 MOVING = Fit(4, 0, codes=True)
 FAST = 8.0
@@ -114,6 +114,7 @@ def gradients_by_autograd(
     leaves, values = {}, {}
     for index in range(len(task.calls)):
         for name, weight in task.weights(index).items():
+            assert isinstance(weight, AffineWeight | FloatWeight)
             codes, p = held.get(name, (weight.codes, torch.zeros(weight.scale.shape, dtype=torch.float64)))
             moved = replace(weight, codes=codes)
             leaf = torch.zeros(weight.shape, dtype=torch.float64).requires_grad_(), p.clone().requires_grad_()
