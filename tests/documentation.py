@@ -228,7 +228,7 @@ def _zero_points(info: MethodInfo) -> str:
 def presets_table() -> str:
     rows = []
     for name, preset, p in ((name, *item) for name, info in METHODS.items() for item in info.presets.items()):
-        sets = "; FP4 and llama.cpp's up to 4 bits: ".join(map(_fields, filter(None, (p.spec, p.coarse))))
+        sets = "; MXFP4 and llama.cpp's up to 4 bits: ".join(map(_fields, filter(None, (p.spec, p.coarse))))
         rows.append([f"`{name}`", f"`{preset}`", sets, str(p.num_samples), str(p.sequence_length)])
     return table(("method", "preset", "sets", "sequences", "tokens per sequence"), rows)
 
