@@ -83,9 +83,9 @@ def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[
 
 
 def clean_environment() -> Mapping[str, str]:
-    """This process's environment without settings of Bitwright, and with wide output."""
+    """This process's environment without settings of Bitwright, with wide output and no worker's spare."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("BITWRIGHT_")}
-    return {**kept, "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    return {**kept, "COLUMNS": "200", "OMP_NUM_THREADS": "1", "BITWRIGHT_SPARES": "0"}
 
 
 def _stat(pid: int) -> list[str]:

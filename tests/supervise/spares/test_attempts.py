@@ -15,6 +15,7 @@ from tests.supervise.spares.conftest import Waiting
 from workers.disk.orders import SpareOrder, WarmChild
 from workers.supervise import attempt_runner
 from workers.supervise.attempt_runner import supervise
+from workers.supervise.spares import pool
 from workers.supervise.spares.spare import Spare
 
 GOOD = "block,log:hello,file:a.json:{}"
@@ -38,6 +39,7 @@ def test_a_job_is_done_by_the_spare_and_the_next_one_waits(waiting: Waiting) -> 
     assert len(list(folder.iterdir())) == 1, "the folders of spares that were taken are gone"
 
 
+@pytest.mark.slow
 def test_the_next_spare_starts_while_the_job_runs(waiting: Waiting) -> None:
     first = waiting.spare()
     waiting.bench.submit("hang", time_limit_seconds=1)
@@ -87,7 +89,9 @@ def test_a_spare_that_was_killed_costs_a_job_nothing(waiting: Waiting) -> None:
     assert [(a.number, a.error) for a in waiting.bench.attempts(job_id)] == [(1, None)]
 
 
-@pytest.mark.parametrize("moment", ["before its order is sent", "before it reads its order"])
+@pytest.mark.parametrize(
+    "moment", [pytest.param("before its order is sent", marks=pytest.mark.slow), "before it reads its order"]
+)
 def test_a_spare_that_dies_with_an_order_that_it_did_not_read_costs_a_job_nothing(
     waiting: Waiting, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
@@ -113,6 +117,19 @@ def test_a_spare_that_dies_with_an_order_that_it_did_not_read_costs_a_job_nothin
     assert not alive(spare.pid)
 
 
+def test_after_an_upgrade_a_job_is_done_by_a_process_of_the_new_code(
+    waiting: Waiting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stale = waiting.spare()
+    monkeypatch.setattr(pool, "stamp", lambda _: "after an upgrade")
+    waiting.bench.submit(GOOD)
+    with capture_logs() as logs:
+        assert waiting.bench.run() is JobStatus.SUCCEEDED
+    events = [log["event"] for log in logs]
+    assert ("spare_renewed" in events, "spare_taken" in events, "process_started" in events) == (True, False, True)
+    assert not alive(stale.pid)
+
+
 def test_out_of_memory_is_tried_again_with_all_memory_and_no_spare_beside(waiting: Waiting) -> None:
     waiting.spare()
     job_id = waiting.bench.submit("once:raise:MemoryError,sleep:0.5,file:a.json:{}")
@@ -126,7 +143,7 @@ def test_out_of_memory_is_tried_again_with_all_memory_and_no_spare_beside(waitin
     waiting.spare()
 
 
-@pytest.mark.parametrize(("needed", "stays"), [(1 << 30, True), (40 << 30, False)])
+@pytest.mark.parametrize(("needed", "stays"), [pytest.param(1 << 30, True, marks=pytest.mark.slow), (40 << 30, False)])
 def test_a_job_gets_the_memory_of_a_spare_that_it_needs(waiting: Waiting, needed: int, stays: bool) -> None:
     waiting.spare()
     waiting.bench.submit(f"sleep:0.3,needs:{needed},sleep:0.8,file:a.json:{{}}")
@@ -143,6 +160,7 @@ def test_no_spare_stands_beside_a_model_that_writes_its_text(waiting: Waiting) -
     assert waiting.spares.waiting == ()
 
 
+@pytest.mark.slow
 def test_ranks_are_started_for_their_job_and_the_spare_waits_on(waiting: Waiting) -> None:
     spare = waiting.spare()
     context = replace(waiting.bench.context, capacity=replace(CPU, devices=2))

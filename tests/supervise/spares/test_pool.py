@@ -101,13 +101,6 @@ def test_a_spare_is_renewed_when_code_or_variables_change_and_after_an_hour(
     assert [alive(pid) for pid in pids] == [False] * 4 + [True]
 
 
-def test_a_spare_of_yesterday_is_not_taken(waiting: Waiting, monkeypatch: pytest.MonkeyPatch) -> None:
-    spare = waiting.spare()
-    monkeypatch.setattr(pool, "stamp", lambda _: "after an upgrade")
-    assert waiting.spares.take() is None
-    assert not alive(spare.pid)
-
-
 def test_on_few_processors_the_next_spare_leaves_them_to_the_attempt(
     waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
