@@ -24,7 +24,6 @@ from app.domain.methods import (
     SCHEMES,
     Form,
     MethodInfo,
-    Preset,
     Scheme,
     SchemeName,
 )
@@ -217,17 +216,11 @@ def _zero_points(info: MethodInfo) -> str:
 
 
 def presets_table() -> str:
-    rows = [
-        [f"`{name}`", f"`{preset}`", _sets(p), str(p.num_samples), str(p.sequence_length)]
-        for name, info in METHODS.items()
-        for preset, p in info.presets.items()
-    ]
+    rows = []
+    for name, preset, p in ((name, *item) for name, info in METHODS.items() for item in info.presets.items()):
+        sets = "; FP4: ".join(map(_fields, filter(None, (p.spec, p.fp4))))
+        rows.append([f"`{name}`", f"`{preset}`", sets, str(p.num_samples), str(p.sequence_length)])
     return table(("method", "preset", "sets", "sequences", "tokens per sequence"), rows)
-
-
-def _sets(preset: Preset) -> str:
-    """The fields that a preset fills in."""
-    return _fields(preset.spec) + (f"; of FP4 {_fields(preset.fp4)}" if preset.fp4 else "")
 
 
 def recipes_table() -> str:

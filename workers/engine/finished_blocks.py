@@ -324,9 +324,10 @@ class FinishedBlocks:
             if block.index != position or not self._is_sound(block):
                 break
             sound.append(block)
-        tuned = () if state.scales is None else (state.scales, *state.scales.linears.values())
-        whole = len(sound) == len(state.blocks) and all(map(self._is_sound, tuned))
-        scales = state.scales if whole else None
+        scales = state.scales
+        if scales is not None:
+            tuned = self._is_sound(scales) and all(map(self._is_sound, scales.linears.values()))
+            scales = scales if tuned and len(sound) == len(state.blocks) else None
         return StateFile(fingerprint=fingerprint, embeddings=state.embeddings, blocks=tuple(sound), scales=scales)
 
     def _agreed(self, state: StateFile) -> StateFile:

@@ -149,9 +149,9 @@ def test_the_gradient_of_moved_codes_is_autograds_through_the_whole_model(fit: F
         assert largest > 1e-3
         for name, (by_weight, by_change) in expected.items():
             place = scales.places[name]
-            moving = scales.families[place.family].codes
-            assert moving is not None
-            found = moving.gradient[place.groups].view(place.shape)
+            codes_of = scales.families[place.family].codes
+            assert codes_of is not None
+            found = codes_of.gradient[place.groups].view(place.shape)
             torch.testing.assert_close(found, by_weight, rtol=1e-5, atol=1e-6 * largest)
             if task.schemes[name] == NVFP4:
                 torch.testing.assert_close(

@@ -120,7 +120,7 @@ def _neighbours(device: torch.device) -> Tensor:
 
 
 def _on_lattice(numbers: Tensor, weights: Tensor | None) -> Tensor:
-    magnitudes = numbers.abs().view(-1, QUAD)
+    magnitudes = numbers.abs().float().view(-1, QUAD)
     points = _neighbours(numbers.device)
     if weights is None:
         found = points[:, 0][cells_of(magnitudes)]
