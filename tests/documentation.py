@@ -101,6 +101,7 @@ FOLDERS = MappingProxyType(
         "migrations": "Alembic",
         "migrations/versions": "One file per change of the tables",
         "benchmarks": "Measurements side by side; never part of the tests",
+        "benchmarks/gguf": "GGUF files beside those of llama.cpp's quantizer",
         "tests": "Mirrors app/ and workers/",
         "tests/adapters": "Adapters and merges against dense fp64 algebra",
         "tests/api": "The HTTP interface, through a real server or client",

@@ -15,6 +15,7 @@ known, and as tables at the end; percentages have the standard error over sequen
 
 import argparse
 import json
+import math
 import os
 import tempfile
 import time
@@ -34,6 +35,7 @@ from benchmarks.gguf.subject import Machine, Subject
 from benchmarks.gguf.table import HEADER, baseline_of, over_seeds, row_of, tables
 from benchmarks.gguf.trained import write_trained
 
+STARTED = time.monotonic()
 BUDGET_ARMS = ("signround light", "signround default", "signround best")
 
 
@@ -62,6 +64,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--train-batch", type=int, default=32)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--turns", type=int, default=2, help="of time, after one that warms")
+    parser.add_argument("--minutes", type=float, help="no row begins later than that after the start")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
@@ -85,8 +88,9 @@ def main() -> None:
 
 @contextmanager
 def machine(given: argparse.Namespace, workers: int) -> Iterator[Machine]:
+    until = STARTED + (math.inf if given.minutes is None else 60 * given.minutes)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        yield Machine(given.device, given.llama_cpp.resolve(), pool, given.judges)
+        yield Machine(given.device, given.llama_cpp.resolve(), pool, workers, given.judges, until)
 
 
 def texts_of(given: argparse.Namespace) -> Texts:

@@ -25,14 +25,17 @@ class Machine:
     """Where rows are made.
 
     libraries   folder of llama.cpp's
-    workers     processes of jobs, which share the device
+    pool        processes of jobs, which share the device; so many as `workers`
     judges      files that llama.cpp reads at a time, with so many threads each
+    until       no row begins after that time, of the monotonic clock
     """
 
     device: str
     libraries: Path
     pool: ProcessPoolExecutor
+    workers: int
     judges: int
+    until: float
 
     @property
     def threads(self) -> int:
@@ -74,31 +77,40 @@ class Subject:
     def results(self, rows: list[Row]) -> Iterator[dict[str, Any]]:
         """The rows as they become known, llama.cpp's first: sizes of its files are limits of ours."""
         sizes: dict[str, int] = {}
-        turns = threading.Semaphore(self.machine.judges)
+        turns, jobs = threading.Semaphore(self.machine.judges), threading.Semaphore(self.machine.workers)
         for kind in (Peer, Ours):
             some = [row for row in rows if isinstance(row.make, kind)]
             if not some:
                 continue
             with ThreadPoolExecutor(len(some)) as threads:
-                for done in as_completed([threads.submit(self._result, row, sizes, turns) for row in some]):
+                for done in as_completed([threads.submit(self._result, row, sizes, turns, jobs) for row in some]):
                     yield done.result()
 
-    def _result(self, row: Row, sizes: dict[str, int], turns: threading.Semaphore) -> dict[str, Any]:
+    def _result(
+        self, row: Row, sizes: dict[str, int], turns: threading.Semaphore, jobs: threading.Semaphore
+    ) -> dict[str, Any]:
         told = {"table": row.table, "subject": row.subject, "name": row.name, "seed": self.seed}
         try:
             if isinstance(row.make, Peer):
                 with turns:
+                    self._in_time()
                     file, made = self._by_llama_cpp(row.make)
                 if row.baseline:
                     sizes[f"{row.table} {row.subject}"] = made["bytes"]
             else:
-                file, made = self._by_a_job(row.make, sizes.get(f"{row.table} {row.subject}"))
+                with jobs:
+                    self._in_time()
+                    file, made = self._by_a_job(row.make, sizes.get(f"{row.table} {row.subject}"))
             with turns:
                 judged = self._judged(file, writes=False)
             file.unlink()
         except Exception as error:  # one row that fails leaves the others
             return told | {"error": f"{type(error).__name__}: {error}"}
         return told | made | judged
+
+    def _in_time(self) -> None:
+        if time.monotonic() > self.machine.until:
+            raise TimeoutError("no time was left")
 
     def _by_llama_cpp(self, make: Peer) -> tuple[Path, dict[str, Any]]:
         started = time.perf_counter()
