@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import AttemptLine
-from app.domain.methods.named_schemes import ScaleType
+from app.domain.methods.named_schemes import SchemeName
 from bitwright.events import WarningEvent
 from tests.engine.conftest import Finished, finish, run_job
 from tests.engine.scales.test_float_grids import E2M1, FP8, MXFP4, NVFP4, by_hand, float_task, values_of
@@ -37,7 +37,7 @@ def _fast() -> Iterator[None]:
     """Codes move fast, and those of NVFP4, too, whose scales are tuned along."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moving_codes_module, "PACE_CODES", FAST)
-        patch.setattr(moving_codes_module, "BESIDE", frozenset({ScaleType.E8M0, ScaleType.E4M3}))
+        patch.setattr(moving_codes_module, "MOVED", moving_codes_module.MOVED | {SchemeName.NVFP4, SchemeName.NVFP4A16})
         yield
 
 

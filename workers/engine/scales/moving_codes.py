@@ -36,9 +36,9 @@ PACE_CODES = 0.5
 """Of x, in parts of the rate of scales: at the highest rate a thousandth of a code a step."""
 BOX = 0.49
 """The farthest that a place starts from its code."""
-BESIDE = frozenset({ScaleType.E8M0})
-"""Types of scales beside which codes move. Beside NVFP4's, which are tuned themselves, it works, too: 2 % on a tiny
-model, and not measured on a real one."""
+MOVED = COARSE
+"""Schemes whose codes move. NVFP4's could, too, beside scales that are tuned themselves: 2 % on a tiny model, and not
+measured on a real one."""
 TINY = 1e-12
 """Added to the root: a gradient that is nothing moves nothing."""
 
@@ -46,7 +46,7 @@ TINY = 1e-12
 def moves_codes(scheme: Scheme) -> bool:
     """True if codes of the scheme move where there is room: coarse ones, in whole groups."""
     row = scheme.row
-    return row is not None and scheme.name in COARSE and row.rows == 1 and row.whole_groups
+    return row is not None and scheme.name in MOVED and row.rows == 1 and row.whole_groups
 
 
 class Axis(Protocol):
