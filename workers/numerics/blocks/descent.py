@@ -57,7 +57,7 @@ def descend(weight: Tensor, start: BlockWeight, hessian: Tensor, sweeps: int) ->
 
 @dataclass(frozen=True)
 class _State:
-    """What moves, in H's dtype; changed in place.
+    """Tensors that move, in H's dtype; changed in place.
 
     levels                     (out, in)
     numbers, minimum_numbers   first + step * k and m, (out, sub-blocks); ones where there are no codes
