@@ -31,7 +31,7 @@ class Preset:
     """Values that a preset fills in where the request is silent: fields of the method's spec, and the calibration's
     size.
 
-    coarse   fields that have another value where a scheme of the request is FP4 or one of llama.cpp's up to 4 bits
+    coarse   fields that have another value where a scheme of the request is MXFP4 or one of llama.cpp's up to 4 bits
     """
 
     spec: Mapping[str, int]

@@ -96,7 +96,10 @@ def test_a_preset_fills_what_the_request_leaves_open(method: str, preset: str) -
 
 @pytest.mark.parametrize(
     ("scheme", "steps"),
-    [("mxfp4a16", 400), ("nvfp4", 400), ("fp8", 100), ("int8", 100), ("q2_k", 400), ("iq4_xs", 400), ("q6_k", 100)],
+    [
+        *[("mxfp4a16", 400), ("mxfp4", 400), ("nvfp4", 100), ("fp8", 100), ("int8", 100)],
+        *[("q2_k", 400), ("iq4_xs", 400), ("q6_k", 100)],
+    ],
 )
 def test_a_preset_takes_more_steps_where_codes_move(scheme: str, steps: int) -> None:
     body = {"model": "org/name", "method": "signround", "preset": "best", "scheme": scheme}

@@ -49,7 +49,7 @@ class Layout:
     @property
     def size(self) -> int:
         """Numbers of a block."""
-        return self.minimum.stop
+        return int(self.minimum.stop)
 
 
 def numbers_of(kind: BlockType, groups: int) -> int:
