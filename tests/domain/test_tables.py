@@ -101,8 +101,8 @@ def test_the_presets_of_the_methods() -> None:
         if info.presets
     }
     assert found == PRESETS
-    mx_fp4 = {name: dict(preset.mx_fp4) for name, preset in METHODS["signround"].presets.items()}
-    assert mx_fp4 == {"light": {}, "default": {}, "best": {"scale_steps": 400}}
+    coarse = {name: dict(preset.coarse) for name, preset in METHODS["signround"].presets.items()}
+    assert coarse == {"light": {}, "default": {}, "best": {"scale_steps": 400}}
 
 
 def test_what_the_recipes_stand_for() -> None:

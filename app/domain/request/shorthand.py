@@ -158,7 +158,7 @@ def _apply_preset(body: dict[str, object]) -> None:
 
 
 def _named_schemes(quantization: Mapping[str, object]) -> list[object]:
-    """What stands where a request may name schemes of linears, unchecked."""
+    """Values that stand where a request may name schemes of linears, unchecked."""
     modules = quantization.get("modules")
     overrides = modules.get("overrides") if isinstance(modules, Mapping) else None
     own = overrides.values() if isinstance(overrides, Mapping) else ()

@@ -106,8 +106,14 @@ def test_a_preset_takes_more_steps_where_codes_move(scheme: str, steps: int) -> 
     assert JobRequest.parse(body).quantization.model_dump()["scale_steps"] == steps
     assert JobRequest.parse({**body, "scale_steps": 7}).quantization.model_dump()["scale_steps"] == 7
     assert JobRequest.parse({**body, "preset": "light"}).quantization.model_dump()["scale_steps"] == 0
-    mixed = {**body, "scheme": "q8_0", "modules": {"overrides": {"*.down_proj": {"scheme": scheme}}}}
-    assert JobRequest.parse(mixed).quantization.model_dump()["scale_steps"] == steps
+
+
+@pytest.mark.parametrize(("scheme", "steps"), [("q2_k", 400), ("q6_k", 100)])
+def test_a_scheme_of_an_override_counts_as_well(scheme: str, steps: int) -> None:
+    overrides = {"*.down_proj": {"scheme": scheme}}
+    body = {"method": "signround", "preset": "best", "scheme": "q8_0", "modules": {"overrides": overrides}}
+    quantization = JobRequest.parse({"model": "org/name", "quantization": body}).quantization
+    assert quantization.model_dump()["scale_steps"] == steps
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
