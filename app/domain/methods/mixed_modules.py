@@ -7,8 +7,8 @@ every other linear is of the mix's base type, whatever a file calls it. The name
 
 import re
 
-from app.domain.methods.block_presets import BlockPreset, MixFacts, type_of_tensor
-from app.domain.methods.named_schemes import SchemeName
+from app.domain.methods.block_presets import MixFacts, type_of_tensor
+from app.domain.methods.named_schemes import BlockPreset, SchemeName
 from app.domain.methods.schemes import HEAD_PATTERN, fits
 
 LAYER = re.compile(r"(?:^|\.)(?:layers|h|blocks|layer)\.(\d+)\.")

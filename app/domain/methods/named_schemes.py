@@ -91,6 +91,7 @@ class ScaleType(StrEnum):
 
 
 NameOfScheme = SchemeName | BlockPreset
+ALL_NAMES: tuple[NameOfScheme, ...] = (*SchemeName, *BlockPreset)
 
 
 def find_name(value: object) -> NameOfScheme:
@@ -99,20 +100,19 @@ def find_name(value: object) -> NameOfScheme:
     Raises:
         PydanticKnownError: there is none.
     """
-    plain = value.lower() if isinstance(value, str) else value
-    for names in (SchemeName, BlockPreset):
-        if plain in names.__members__.values():
-            return names(plain)
+    plain = value.lower() if isinstance(value, str) else ""
+    for each in ALL_NAMES:
+        if plain == each.value:
+            return each
     raise PydanticKnownError("enum", {"expected": " or ".join(repr(each.value) for each in ALL_NAMES)})
 
 
 NamedChoice = Annotated[
     NameOfScheme,
     BeforeValidator(find_name),
-    WithJsonSchema({"type": "string", "enum": [each.value for each in (*SchemeName, *BlockPreset)]}),
+    WithJsonSchema({"type": "string", "enum": [each.value for each in ALL_NAMES]}),
 ]
 """A field's value: the name of a scheme or of a mix."""
-ALL_NAMES = (*SchemeName, *BlockPreset)
 
 
 @dataclass(frozen=True)

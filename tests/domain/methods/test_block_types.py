@@ -4,8 +4,9 @@ import pytest
 from pydantic import ValidationError
 
 from app.domain.methods import BLOCK_SCHEMES, Candidate, Form, OmniQuantSpec, RTNSpec, Scheme, SchemeName
-from app.domain.methods.block_presets import BlockPreset, MixFacts, block_types_of
+from app.domain.methods.block_presets import MixFacts, block_types_of
 from app.domain.methods.module_rules import rule_errors
+from app.domain.methods.named_schemes import BlockPreset
 
 BITS = {
     **{"q2_k": 2.625, "q3_k": 3.4375, "q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "iq3_s": 3.4375, "iq4_nl": 4.5},

@@ -9,8 +9,9 @@ from gguf.tensor_mapping import TensorNameMap
 from pydantic import ValidationError
 
 from app.domain.methods import GPTQSpec, RTNSpec
-from app.domain.methods.block_presets import BlockPreset, MixFacts, block_types_of
+from app.domain.methods.block_presets import MixFacts, block_types_of
 from app.domain.methods.mixed_modules import part_of_file
+from app.domain.methods.named_schemes import BlockPreset
 
 NAMES = {
     MODEL_TENSOR.ATTN_V: "attn_v",

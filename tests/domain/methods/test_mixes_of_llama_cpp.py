@@ -7,7 +7,8 @@ import gguf
 import numpy as np
 import pytest
 
-from app.domain.methods.block_presets import MIXES, BlockPreset, MixFacts, block_types_of
+from app.domain.methods.block_presets import MIXES, MixFacts, block_types_of
+from app.domain.methods.named_schemes import BlockPreset
 from tests.engine.ships.llama_cpp import quantize
 
 FOLDER = os.environ.get("BITWRIGHT_TEST_LLAMA_CPP", "")

@@ -56,6 +56,19 @@ class TestLlamaCpp:
         assert report.loads[1].tokens_written == 16
         assert all(load.difference is not None and load.difference < 0.03 for load in report.loads)
 
+    @pytest.mark.parametrize("scheme", ["q4_k_m", "iq4_nl"])
+    def test_it_loads_its_own_types_embeddings_and_head_too(
+        self, scheme: str, small_model: Path, tmp_path: Path, reads: dict[str, Any]
+    ) -> None:
+        order = with_runtime(reads, "llama.cpp", LLAMA_CPP)
+        modules = {} if scheme == "q4_k_m" else {"modules": {"embeddings": "q5_0", "head": "q6_k"}}
+        body: dict[str, Any] = {"formats": ["gguf"], "verify": "files", "require": {"loads": ["llama.cpp"]}}
+        quantization = {"method": "rtn", "scheme": scheme, **modules}
+        report = run_job(small_model, tmp_path, order=order, quantization=quantization, **body).report
+        found = [(load.read, load.result) for load in report.loads if load.runtime == "llama.cpp"]
+        assert found == [("block", "loads"), ("files", "loads")]
+        assert all(load.difference is not None and load.difference < 0.05 for load in report.loads)
+
     @pytest.mark.parametrize("fault", [cut_short, other_numbers])
     def test_faults_end_the_job_before_tuning(
         self, small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch, fault: Fault

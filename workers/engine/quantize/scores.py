@@ -80,7 +80,7 @@ def predicted_errors(job: Job, ids: Tensor, candidates: Mapping[str, Sequence[Ca
             for name, linear in model.block_linears(index).items():
                 full = f"{prefix}.{name}"
                 if full in candidates:
-                    errors[full] = errors_of(full, linear.weight, _columns(fisher[full], model.device))
+                    errors[full] = errors_of(full, linear.weight, _columns(_seen(fisher[full], least), model.device))
         tick(FISHER_SHARE + (1 - FISHER_SHARE) * (index + 1) / blocks)
     for name in [each for each in (model.layout.embeddings, model.layout.head) if each in candidates]:
         with model.loaded(name):
