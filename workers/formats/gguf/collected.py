@@ -25,7 +25,7 @@ TYPES: MappingProxyType[int, BlockType] = MappingProxyType(
 """The types of quantized tensors by their numbers."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Entry:
     """A tensor of the file: its rows of bytes, where they begin, and which of a stack have come."""
 

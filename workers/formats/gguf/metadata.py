@@ -28,6 +28,7 @@ from workers.formats.source_files import SourceCheckpoint
 KINDS: dict[str, MODEL_ARCH] = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
 UNCAPPED = frozenset({"gemma3"})
 """Wrappers that do not cap their logits in transformers, whatever the language model's configuration says."""
+HEADS = ("lm_head.weight", "embed_out.weight")
 OTHER_FORMAT = "leave gguf out of formats: merged holds every model"
 
 
@@ -62,9 +63,8 @@ class Architecture:
         if model_type not in RULES:
             raise FormatCannotHold(unknown(outer, model_type), field="formats", hint=OTHER_FORMAT)
         config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
-        tied = _is_tied(source)
-        if tied is not None:
-            config.tie_word_embeddings = tied  # the source may be seen otherwise than its file says
+        tied = _is_tied(source, config)
+        config.tie_word_embeddings = tied  # the source may be seen otherwise than its file says
         for refusal in gguf_refusals(outer, config.to_dict()):
             raise FormatCannotHold(refusal, field="formats", hint=OTHER_FORMAT)
         rules = RULES[model_type]
@@ -73,7 +73,7 @@ class Architecture:
             numbers["final_logit_softcapping"] = None
         family = FAMILIES[model_type]
         name = family.other(numbers) or rules.name
-        return cls(name, model_type, KINDS[name], family, config, numbers, bool(tied))
+        return cls(name, model_type, KINDS[name], family, config, numbers, tied)
 
     @property
     def vocabulary(self) -> int:
@@ -122,6 +122,8 @@ class Architecture:
         return (1 / ((1 - kept) / factor + kept)).float()
 
 
-def _is_tied(source: SourceCheckpoint) -> bool | None:
-    """Whether the checkpoint has no head of its own; None where it names it otherwise."""
-    return not any(name.endswith(("lm_head.weight", "embed_out.weight")) for name in source.tensors)
+def _is_tied(source: SourceCheckpoint, config: PreTrainedConfig) -> bool:
+    """True if the head is the embedding matrix: the configuration says so, or the checkpoint has no head of its own."""
+    text: Any = config.get_text_config(decoder=True)
+    said = source.config.get("tie_word_embeddings", text.tie_word_embeddings)
+    return bool(said) or not any(name.endswith(HEADS) for name in source.tensors)

@@ -94,7 +94,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "mamba": {"intermediate_size": 128},
     "falcon_mamba": {"intermediate_size": 128},
 }
-"""What llama.cpp has built in, where the configurations of `tests.engine.architectures` are otherwise."""
+"""Facts that llama.cpp has built in, where the configurations of `tests.engine.architectures` are otherwise."""
 MORE: list[tuple[str, dict[str, Any]]] = [
     ("llama", {"rope_parameters": YARN}),
     ("llama", {"rope_parameters": LINEAR}),

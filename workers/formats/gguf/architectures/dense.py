@@ -131,7 +131,7 @@ def layer_norms_plus_one(name: str, tensor: Tensor, config: Config) -> Tensor:
 
 
 def parallel(config: Config) -> Values:
-    """Whether attention and feed-forward part read the same input."""
+    """The word on attention and a feed-forward part that read the same input."""
     return {"use_parallel_residual": bool(config.get("use_parallel_residual", True))}
 
 

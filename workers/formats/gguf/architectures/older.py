@@ -70,7 +70,7 @@ def bigcode_keys(config: Config) -> Values:
 
 
 def gpt_neox_keys(config: Config) -> Values:
-    """Whether attention and feed-forward part read the same input."""
+    """The word on attention and a feed-forward part that read the same input."""
     return {"use_parallel_residual": bool(config["use_parallel_residual"])}
 
 

@@ -57,7 +57,7 @@ def next_split(name: str, rows: int, config: Config) -> Sequence[tuple[str, Tens
     groups, key = int(config["linear_num_key_heads"]), int(config["linear_key_head_dim"])
     value = int(config["linear_value_head_dim"] * config["linear_num_value_heads"]) // groups
     whole = torch.arange(groups * 2 * (key + value)).view(groups, -1)
-    q, k, v, z = torch.split(whole, [key, key, value, value], 1)  # type: ignore[no-untyped-call]
+    q, k, v, z = torch.split(whole, [key, key, value, value], 1)
     block = name.split(".layers.")[1].split(".", maxsplit=1)[0]
     qkv = torch.cat([part.flatten() for part in (q, k, v)])
     return (f"=blk.{block}.attn_qkv", qkv), (f"=blk.{block}.attn_gate", z.flatten())

@@ -65,7 +65,7 @@ def by_heads(name: str, tensor: Tensor, config: Config) -> Tensor:
 
 
 def hybrid_layers(config: Config) -> list[bool]:
-    """Whether each layer is one of attention."""
+    """True for each layer of attention."""
     types = config.get("layer_types") or config.get("layers_block_type")
     if isinstance(types, list):
         return [kind in ("attention", "full_attention") for kind in types]

@@ -75,7 +75,7 @@ def _ways(token: str, known: set[str]) -> Iterator[tuple[str, str]]:
 
 
 def _spaces(described: Mapping[str, Any], vocabulary: Mapping[str, int]) -> tuple[bool, tuple[str, ...]]:
-    """Whether a space is put before a text, and texts with which llama.cpp does it otherwise."""
+    """The truth of whether a space comes before a text, and words on texts of which llama.cpp has another idea."""
     escaped, prefix = False, False
     warnings: tuple[str, ...] = ()
     for step in steps_of(described.get("normalizer"), "normalizers"):
