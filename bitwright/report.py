@@ -106,7 +106,7 @@ class BlockReport(ReportPart):
 class ScaleReport(ReportPart):
     """The stage that tunes all scales together against the original model's next-token distribution.
 
-    On floating-point grids the blocks' norms are tuned along, and codes of FP4 where there is room.
+    On floating-point grids the blocks' norms are tuned along, and codes of MXFP4 where there is room.
     """
 
     steps: int
@@ -120,7 +120,8 @@ class ScaleReport(ReportPart):
     seconds: float
     norms: int = Field(default=0, description="Norms of blocks that were tuned along, on floating-point grids.")
     codes: int | None = Field(
-        default=None, description="Weights whose code changed, where codes were tuned along (FP4); null: codes stayed."
+        default=None,
+        description="Weights whose code changed, where codes were tuned along (MXFP4); null: codes stayed.",
     )
 
 

@@ -218,7 +218,7 @@ def _zero_points(info: MethodInfo) -> str:
 def presets_table() -> str:
     rows = []
     for name, preset, p in ((name, *item) for name, info in METHODS.items() for item in info.presets.items()):
-        sets = "; FP4: ".join(map(_fields, filter(None, (p.spec, p.fp4))))
+        sets = "; MXFP4 and llama.cpp's up to 4 bits: ".join(_fields(own) for own in (p.spec, p.coarse) if own)
         rows.append([f"`{name}`", f"`{preset}`", sets, str(p.num_samples), str(p.sequence_length)])
     return table(("method", "preset", "sets", "sequences", "tokens per sequence"), rows)
 
@@ -272,8 +272,7 @@ def schemes_table() -> str:
     for name, row in SCHEMES.items():
         held = ", ".join(f"`{export.value}`" for export, info in FORMATS.items() if name in info.schemes)
         bits = f"{Scheme.named(name).bits_per_weight(4096):.4g}"
-        numbers = "calibration text" if row.calibrated else ""
-        rows.append([f"`{name}`", row.title, bits, numbers, held])
+        rows.append([f"`{name}`", row.title, bits, "calibration text" if row.calibrated else "", held])
     return table(("scheme", "what it is", "bits a weight", "needs", "formats"), rows)
 
 

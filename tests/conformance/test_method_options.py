@@ -75,6 +75,7 @@ ELSEWHERE: dict[tuple[str, str], tuple[dict[str, Any], Any, Callable[[WeightSpec
     **{(name, "kv_cache"): ({}, "fp8", lambda spec: spec.measures_inputs()) for name in NAMED},
     ("rtn", "weights_only"): ({}, True, lambda spec: spec.asks_for_weights_alone()),
     ("nf", "weights_only"): ({}, True, lambda spec: spec.asks_for_weights_alone()),
+    ("gptq", "sweeps"): ({}, 2, lambda spec: spec.model_dump()["sweeps"]),
     ("signround", "scale_steps"): ({}, 7, lambda spec: spec.end_to_end_steps()),
     ("lq-lora", "fisher"): ({}, False, lambda spec: spec.needs_fisher()),
     ("lq-lora", "group_sizes"): ({"bits": BUDGET}, (32,), choices),

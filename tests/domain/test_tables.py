@@ -39,7 +39,7 @@ NAMED: dict[str, Any] = {**NO_GOAL, "scheme": None}
 METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     "rtn": {**NAMED, "scale_search": True, "weights_only": False},
     "nf": {"double_quantization": True, "weights_only": False},
-    "gptq": {**NAMED, "damping": 0.01, "act_order": True},
+    "gptq": {**NAMED, "damping": 0.01, "act_order": True, "sweeps": 0},
     "awq": {**NAMED, "search_samples": 32, "clip_search": True, "quantized_inputs": False},
     "omniquant": {
         **{"preset": "default", "epochs": 20, "batch_size": 1, "learning_rate": 0.005, "aug_loss": False},
@@ -101,8 +101,8 @@ def test_the_presets_of_the_methods() -> None:
         if info.presets
     }
     assert found == PRESETS
-    fp4 = {name: dict(preset.fp4) for name, preset in METHODS["signround"].presets.items()}
-    assert fp4 == {"light": {}, "default": {}, "best": {"scale_steps": 400}}
+    coarse = {name: dict(preset.coarse) for name, preset in METHODS["signround"].presets.items()}
+    assert coarse == {"light": {}, "default": {}, "best": {"scale_steps": 400}}
 
 
 def test_what_the_recipes_stand_for() -> None:

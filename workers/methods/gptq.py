@@ -54,7 +54,8 @@ from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.blocks.descent import descend
-from workers.numerics.blocks.elimination import columns_together, eliminate, split_rows
+from workers.numerics.blocks.elimination import columns_together, eliminate
+from workers.numerics.blocks.stored_parts import split_rows
 from workers.numerics.floats.elements import element_of, encode, rounded
 from workers.numerics.floats.float_grids import searched_grid
 from workers.numerics.hessian import (

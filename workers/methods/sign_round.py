@@ -35,8 +35,8 @@ value everywhere; scales are the best that can be stored, and stay. Where the sc
 tuned with rounded ones (`workers.engine.tune`), straight through.
 
 llama.cpp's block types (`blocks.tuned_blocks`): the same with u((w - o)/f). Where there are steps, factors, offsets and
-codes begin as GPTQ and its sweeps make them, and V so that u + V is in its code's interval: at 2 and 3 bits signs alone, which move
-all weights at once, are a long way from codes that know how columns go together.
+codes of at most 4 bits begin as GPTQ and its sweeps make them, and V so that u + V is in its code's interval: signs
+alone, which move all weights at once, are a long way from codes that know how columns go together.
 
 Different from the paper: that start; the original block reads the original activations and the quantized
 block the quantized ones (as in AutoRound's code); the parameters kept are those with the lowest loss on held-out
@@ -52,6 +52,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Form, GPTQSpec, Scheme, SignRoundSpec
+from app.domain.methods.named_schemes import COARSE
 from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
@@ -129,8 +130,8 @@ def rounded_weights(
 
 
 def compensated(task: BlockTask) -> dict[str, BlockWeight]:
-    """The linears in llama.cpp's types as GPTQ makes them: codes that know the outputs, each linear by itself."""
-    schemes = {name: scheme for name, scheme in task.schemes.items() if scheme.form is Form.BLOCKS}
+    """The linears in llama.cpp's types up to 4 bits as GPTQ makes them: codes that know the outputs of each."""
+    schemes = {name: scheme for name, scheme in task.schemes.items() if scheme.blocks and scheme.name in COARSE}
     if not schemes:
         return {}
     made = task.quantize(

@@ -4,7 +4,7 @@ A spec is a method's parameters and nothing else. `METHODS` lists every method w
 shorthand names that stand for parts of a request. The specs, and what they are made of, are found here too.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Annotated
@@ -15,7 +15,7 @@ from app.domain.methods.any_method import WeightSpec
 from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
-from app.domain.methods.named_schemes import FP4
+from app.domain.methods.named_schemes import COARSE
 from app.domain.methods.schemes import MAX_BITS, MIN_BITS
 from app.domain.methods.weight_specs import AWQSpec, GPTQSpec, RTNSpec, SignRoundSpec
 from bitwright.formats import Form
@@ -31,24 +31,25 @@ class Preset:
     """Values that a preset fills in where the request is silent: fields of the method's spec, and the calibration's
     size.
 
-    fp4   fields that have another value where the request's `scheme` is of FP4
+    coarse   fields that have another value where a scheme of the request is MXFP4 or one of llama.cpp's up to 4 bits
     """
 
     spec: Mapping[str, int]
     num_samples: int
     sequence_length: int
-    fp4: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
+    coarse: Mapping[str, int] = field(default_factory=lambda: MappingProxyType({}))
 
-    def fields(self, scheme: object) -> dict[str, int]:
-        """The spec's for a request's `scheme`, whatever stands there."""
-        return {**self.spec, **(self.fp4 if isinstance(scheme, str) and scheme in FP4 else {})}
+    def fields(self, schemes: Iterable[object]) -> dict[str, int]:
+        """The spec's for the schemes that a request names, whatever stands there."""
+        named = {scheme for scheme in schemes if isinstance(scheme, str)}
+        return {**self.spec, **(self.coarse if named & COARSE else {})}
 
 
 SIGNROUND_PRESETS: MappingProxyType[str, Preset] = MappingProxyType(
     {
         "light": Preset({"steps": 50, "scale_steps": 0}, num_samples=128, sequence_length=2048),
         "default": Preset({"steps": 200, "scale_steps": 0}, num_samples=128, sequence_length=2048),
-        "best": Preset({"steps": 200, "scale_steps": 100}, 128, 2048, fp4=MappingProxyType({"scale_steps": 400})),
+        "best": Preset({"steps": 200, "scale_steps": 100}, 128, 2048, coarse=MappingProxyType({"scale_steps": 400})),
     }
 )
 
@@ -123,7 +124,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="GPTQ",
             summary="Rounds a linear's columns in turn; those not rounded yet make up for each one's error.",
             paper="2210.17323",
-            produces=frozenset({Form.AFFINE, Form.FLOAT}),
+            produces=frozenset({Form.AFFINE, Form.FLOAT, Form.BLOCKS}),
         ),
         "awq": MethodInfo(
             spec=AWQSpec,
@@ -131,7 +132,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             summary="Scales up the columns of large inputs before rounding, folds the inverse into norms and linears "
             "before them, and clips ranges.",
             paper="2306.00978",
-            produces=frozenset({Form.AFFINE, Form.FLOAT}),
+            produces=frozenset({Form.AFFINE, Form.FLOAT, Form.BLOCKS}),
         ),
         "omniquant": MethodInfo(
             spec=OmniQuantSpec,
@@ -146,7 +147,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="SignRound",
             summary="Tunes rounding and clipping ranges of a block's linears against the original block's output.",
             paper="2309.05516",
-            produces=frozenset({Form.AFFINE, Form.FLOAT}),
+            produces=frozenset({Form.AFFINE, Form.FLOAT, Form.BLOCKS}),
             presets=SIGNROUND_PRESETS,
         ),
         "loftq": MethodInfo(

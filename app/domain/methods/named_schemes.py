@@ -239,4 +239,9 @@ BLOCK_SCHEMES = frozenset(_BLOCKS)
 """Those of llama.cpp's files."""
 PRESET_SCHEMES = ALL_SCHEMES - BLOCK_SCHEMES
 """Those that compressed-tensors has presets of."""
-FP4 = frozenset(name for name, row in SCHEMES.items() if row.element is _E2M1)
+COARSE = frozenset(
+    name
+    for name, row in SCHEMES.items()
+    if (row.element, row.scale) == (_E2M1, ScaleType.E8M0) or (row.blocks and row.blocks.code_bits <= 4)
+)
+"""Those whose codes move end to end: of MXFP4, whose scales hardly can, and llama.cpp's of at most 4 bits."""

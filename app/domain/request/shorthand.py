@@ -149,12 +149,20 @@ def _apply_preset(body: dict[str, object]) -> None:
     preset = info.presets.get(str(name))
     if preset is None:
         return
-    for field, value in preset.fields(quantization.get("scheme")).items():
+    for field, value in preset.fields(_named_schemes(quantization)).items():
         quantization.setdefault(field, value)
     calibration = body.get("calibration", {})
     if isinstance(calibration, Mapping):
         size = {"num_samples": preset.num_samples, "sequence_length": preset.sequence_length}
         body["calibration"] = size | dict(calibration)
+
+
+def _named_schemes(quantization: Mapping[str, object]) -> list[object]:
+    """Values that stand where a request may name schemes of linears, unchecked."""
+    modules = quantization.get("modules")
+    overrides = modules.get("overrides") if isinstance(modules, Mapping) else None
+    own = overrides.values() if isinstance(overrides, Mapping) else ()
+    return [quantization.get("scheme"), *(each.get("scheme") for each in own if isinstance(each, Mapping))]
 
 
 def _expand_outer(body: dict[str, object]) -> None:

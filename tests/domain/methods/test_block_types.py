@@ -3,7 +3,7 @@
 import pytest
 from pydantic import ValidationError
 
-from app.domain.methods import BLOCK_SCHEMES, Candidate, Form, GPTQSpec, RTNSpec, Scheme, SchemeName
+from app.domain.methods import BLOCK_SCHEMES, Candidate, Form, OmniQuantSpec, RTNSpec, Scheme, SchemeName
 from app.domain.methods.block_presets import BlockPreset, MixFacts, block_types_of
 from app.domain.methods.module_rules import rule_errors
 
@@ -43,7 +43,7 @@ def test_text_weighs_the_columns_unless_weights_alone_are_asked_for() -> None:
 
 def test_methods_that_do_not_know_them_refuse_them() -> None:
     with pytest.raises(ValidationError):
-        GPTQSpec.model_validate({"scheme": "q4_k"})
+        OmniQuantSpec.model_validate({"scheme": "q4_k"})
 
 
 def test_rows_that_no_type_holds_are_told() -> None:

@@ -94,12 +94,26 @@ def test_a_preset_fills_what_the_request_leaves_open(method: str, preset: str) -
         assert JobRequest.parse({**body, field: other}).quantization.model_dump()[field] == other
 
 
-@pytest.mark.parametrize(("scheme", "steps"), [("mxfp4a16", 400), ("nvfp4", 400), ("fp8", 100), ("int8", 100)])
+@pytest.mark.parametrize(
+    ("scheme", "steps"),
+    [
+        *[("mxfp4a16", 400), ("mxfp4", 400), ("nvfp4", 100), ("fp8", 100), ("int8", 100)],
+        *[("q2_k", 400), ("iq4_xs", 400), ("q6_k", 100)],
+    ],
+)
 def test_a_preset_takes_more_steps_where_codes_move(scheme: str, steps: int) -> None:
     body = {"model": "org/name", "method": "signround", "preset": "best", "scheme": scheme}
     assert JobRequest.parse(body).quantization.model_dump()["scale_steps"] == steps
     assert JobRequest.parse({**body, "scale_steps": 7}).quantization.model_dump()["scale_steps"] == 7
     assert JobRequest.parse({**body, "preset": "light"}).quantization.model_dump()["scale_steps"] == 0
+
+
+@pytest.mark.parametrize(("scheme", "steps"), [("q2_k", 400), ("q6_k", 100)])
+def test_a_scheme_of_an_override_counts_as_well(scheme: str, steps: int) -> None:
+    overrides = {"*.down_proj": {"scheme": scheme}}
+    body = {"method": "signround", "preset": "best", "scheme": "q8_0", "modules": {"overrides": overrides}}
+    quantization = JobRequest.parse({"model": "org/name", "quantization": body}).quantization
+    assert quantization.model_dump()["scale_steps"] == steps
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

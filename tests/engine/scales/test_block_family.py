@@ -1,4 +1,4 @@
-"""Block types end to end: what is written is what is stored, gradients are autograd's, and a job ships what it measured."""
+"""Block types end to end: what is written is what is stored, gradients are autograd's, and a job ships it."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -114,9 +114,7 @@ def test_the_gradient_is_that_of_rounding_straight_through(name: SchemeName) -> 
     own = slice(len(start) // 2, len(start))
     p = change[own].view(-1, Layout.of(made.kind).size).clone().requires_grad_()
     weight = by_formula(made, p)
-    torch.testing.assert_close(
-        family.value[second(family)].view(ROWS, COLUMNS), weight.detach(), rtol=1e-6, atol=1e-7
-    )
+    torch.testing.assert_close(family.value[second(family)].view(ROWS, COLUMNS), weight.detach(), rtol=1e-6, atol=1e-7)
     by_output, x = (torch.randn(7, n, dtype=torch.float64, generator=generator) for n in (ROWS, COLUMNS))
     (expected,) = torch.autograd.grad(((x @ weight.T) * by_output).sum(), p)
     gradient = torch.zeros(len(start) // 2, dtype=torch.float64)

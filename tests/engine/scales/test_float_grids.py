@@ -43,7 +43,7 @@ def float_task(folder: Path, architecture: str, dtype: torch.dtype = torch.float
             weight = task.model.model.get_submodule(name).weight
             scale_dtype = torch.float32 if dtype == torch.float64 else dtype
             weights[name] = float_grids.quantize(weight, scheme, scale_dtype)
-    weights |= {name: integers[name] for name in integers if "down_proj" in name}
+    weights |= {n: each for n, each in integers.items() if "down_proj" in n and isinstance(each, AffineWeight)}
     return replace(
         task,
         schemes={name: weight.scheme for name, weight in weights.items()},
@@ -95,6 +95,7 @@ def gradients_by_autograd(
     values = {}
     for index in range(len(task.calls)):
         for name, weight in task.weights(index).items():
+            assert isinstance(weight, AffineWeight | FloatWeight)
             p = leaves.get(name, torch.zeros(weight.scale.shape, dtype=torch.float64))
             values[f"{name}.weight"] = by_hand(weight, p)
     for name in changes.keys() & parameters.keys():
@@ -242,11 +243,11 @@ def jobs(
 
 
 def test_held_out_text_and_other_text_are_closer_by_it(jobs: tuple[str, Finished, Finished]) -> None:
-    _, plain, tuned = jobs
+    scheme, plain, tuned = jobs
     report = tuned.report
     assert report.scales is not None
     assert report.scales.kept
-    assert report.scales.kl < 0.98 * report.scales.kl_initial
+    assert report.scales.kl < (0.95 if scheme == "nvfp4a16" else 0.98) * report.scales.kl_initial
     assert report.quality is not None
     assert plain.report.quality is not None
     assert report.quality.kl_divergence < plain.report.quality.kl_divergence
@@ -262,14 +263,15 @@ def test_codes_norms_and_scales_that_are_no_powers_of_two_change_and_nothing_els
     norms = {name for name in changed if name.endswith("layernorm.weight")}
     codes = {name for name in changed if name.endswith("_proj.codes")}
     assert changed == scales | norms | codes
-    assert len(codes) == 14
+    assert len(codes) == (0 if scheme == "nvfp4a16" else 14)
     assert bool(scales) is (scheme == "nvfp4a16")
     assert len(norms) == 4
     assert all(after[name].dtype == torch.bfloat16 for name in norms)
     assert tuned.report.scales is not None
     assert tuned.report.scales.norms == 4
     card = (tuned.workspace / "output/compressed-tensors/README.md").read_text()
-    assert "- Scales, 4 norms and codes tuned end to end in 60 steps" in card
+    along = " and 4 norms" if scheme == "nvfp4a16" else ", 4 norms and codes"
+    assert f"- Scales{along} tuned end to end in 60 steps" in card
 
 
 def test_what_ships_is_what_was_measured(jobs: tuple[str, Finished, Finished], tiny_model: Path) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from app.domain.attempt_lines import AttemptLine
+from app.domain.methods.named_schemes import ScaleType
 from bitwright.events import WarningEvent
 from tests.engine.conftest import Finished, finish, run_job
 from tests.engine.scales.test_float_grids import E2M1, FP8, MXFP4, NVFP4, by_hand, float_task, values_of
@@ -24,7 +25,7 @@ from workers.engine.scales.memory_plan import Fit, ScaleTask, Skipped, find_fit
 from workers.engine.scales.moving_codes import FloatAxis, MovingCodes
 from workers.engine.scales.tuning import ScaleOutcome, ScaleTuning, tune_scales
 from workers.numerics.floats.elements import element_of, element_table
-from workers.numerics.quantized import FloatWeight
+from workers.numerics.quantized import AffineWeight, FloatWeight
 
 MOVING = Fit(4, 0, codes=True)
 FAST = 8.0
@@ -33,8 +34,10 @@ FAST = 8.0
 
 @pytest.fixture(scope="module", autouse=True)
 def _fast() -> Iterator[None]:
+    """Codes move fast, and those of NVFP4, too, whose scales are tuned along."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(moving_codes_module, "PACE_CODES", FAST)
+        patch.setattr(moving_codes_module, "BESIDE", frozenset({ScaleType.E8M0, ScaleType.E4M3}))
         yield
 
 
@@ -111,6 +114,7 @@ def gradients_by_autograd(
     leaves, values = {}, {}
     for index in range(len(task.calls)):
         for name, weight in task.weights(index).items():
+            assert isinstance(weight, AffineWeight | FloatWeight)
             codes, p = held.get(name, (weight.codes, torch.zeros(weight.scale.shape, dtype=torch.float64)))
             moved = replace(weight, codes=codes)
             leaf = torch.zeros(weight.shape, dtype=torch.float64).requires_grad_(), p.clone().requires_grad_()

@@ -1,6 +1,7 @@
 """Coordinate descent: never worse, no single move left at its end, and the same by brute force on a small block."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -36,7 +37,7 @@ def test_no_row_is_worse_after_any_number_of_sweeps(name: SchemeName) -> None:
     start = search_blocks(weight, Scheme.named(name), hessian.diagonal())
     found = [errors(weight, descend(weight, start, hessian, sweeps), hessian) for sweeps in (0, 1, 2, 5)]
     assert torch.equal(found[0], errors(weight, start, hessian))
-    for before, after in zip(found, found[1:], strict=False):
+    for before, after in pairwise(found):
         # d and dmin are rounded to fp16 as part of their move.
         assert bool((after <= before * (1 + 1e-6)).all())
     assert found[-1].sum() < 0.85 * found[0].sum()

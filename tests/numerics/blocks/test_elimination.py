@@ -9,9 +9,10 @@ from torch import Tensor
 from app.domain.methods import Scheme, SchemeName
 from tests.methods.test_gptq import correlated
 from workers.methods.gptq import Elimination
-from workers.numerics.blocks.elimination import columns_together, eliminate, split_rows
+from workers.numerics.blocks.elimination import columns_together, eliminate
 from workers.numerics.blocks.levels import lattice, level_table
 from workers.numerics.blocks.search import search_blocks
+from workers.numerics.blocks.stored_parts import split_rows
 from workers.numerics.quantized import BlockWeight
 
 NAMES = ["q2_k", "q3_k", "q4_0", "q4_1", "iq4_xs"]

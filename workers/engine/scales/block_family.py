@@ -32,7 +32,7 @@ LARGEST = 65504.0
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the numbers of a block are: p of its sub-blocks' factors and offsets, of its d and of its dmin."""
+    """Places of a block's numbers: p of its sub-blocks' factors and offsets, of its d and of its dmin."""
 
     factors: slice
     offsets: slice
@@ -49,7 +49,7 @@ class Layout:
     @property
     def size(self) -> int:
         """Numbers of a block."""
-        return self.minimum.stop
+        return int(self.minimum.stop)
 
 
 def numbers_of(kind: BlockType, groups: int) -> int:

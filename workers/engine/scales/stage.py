@@ -7,7 +7,7 @@ evaluation       its quantized activations go through all blocks again, with the
 
 Only weights on grids have such scales: where a method made a codebook or low-rank factors, the stage is left out and
 the report's warnings say so. In a job with a floating-point grid the blocks' norms are tuned along, and the codes of
-FP4 unless the device has no room for that, which a warning and the report say.
+MXFP4 unless the device has no room for that, which a warning and the report say.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""End-to-end tuning: once every block is done, the scales of all of them together, and the codes of FP4.
+"""End-to-end tuning: once every block is done, the scales of all of them together, and MXFP4's codes.
 
 For each quantized linear of the blocks, with codes q, zero points z and scales s of groups of G columns:
 
@@ -29,7 +29,7 @@ not, and those blocks are computed twice. Where not even that fits, by an estima
 On a GPU a step is captured once and replayed (`workers.engine.device.cuda_graphs`); elsewhere, or where capture
 fails, the same steps run eagerly. Several ranks each hold all blocks, and sum gradients over their sequences. What
 w_hat is on floating-point grids: `workers.engine.scales.families`; there norms have a p, too
-(`workers.engine.scales.norms`), and where there is room, each weight of FP4 has a place on its grid, which the same
+(`workers.engine.scales.norms`), and where there is room, each weight of MXFP4 has a place on its grid, which the same
 steps move (`workers.engine.scales.moving_codes`). Left out: the head's own scales, zero points, the codes of integers,
 the last norm, and any text but the calibration's.
 """

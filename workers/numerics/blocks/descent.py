@@ -23,6 +23,7 @@ from torch import Tensor
 from app.domain.methods.block_types import ODD_LEVELS, BlockType, SmallIntegers
 from workers.numerics.blocks.levels import QUAD, codes_of, level_table, nearest_levels
 from workers.numerics.blocks.sub_blocks import inverse
+from workers.numerics.blocks.stored_parts import of_rows
 from workers.numerics.quantized import BlockWeight
 
 COLUMNS = 128
@@ -46,18 +47,12 @@ def descend(weight: Tensor, start: BlockWeight, hessian: Tensor, sweeps: int) ->
             state.move_sub_block(number)
         for number in range(state.scale.shape[1]):
             state.move_block(number)
-    made = state.weight(start)
-    names = ("codes", "scale", "scale_codes", "minimum", "minimum_codes")
-    kept = {
-        name: None if (old := getattr(start, name)) is None else torch.where(known, getattr(made, name), old)
-        for name in names
-    }
-    return replace(start, **kept)
+    return of_rows(known, state.weight(start), start)
 
 
 @dataclass(frozen=True)
 class _State:
-    """What moves, in H's dtype; changed in place.
+    """Tensors that move, in H's dtype; changed in place.
 
     levels                     (out, in)
     numbers, minimum_numbers   first + step * k and m, (out, sub-blocks); ones where there are no codes

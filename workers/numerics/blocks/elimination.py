@@ -10,7 +10,6 @@ weighted by 1 / U[j, j]^2. In another order than the stored one all blocks are s
 weighted by the inputs' second moments.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,13 +19,12 @@ from app.domain.methods import Scheme
 from app.domain.methods.block_types import ODD_LEVELS, BlockType
 from workers.numerics.blocks.levels import QUAD, codes_of, nearest_levels
 from workers.numerics.blocks.search import search_blocks
+from workers.numerics.blocks.stored_parts import beside
 from workers.numerics.blocks.sub_blocks import inverse
 from workers.numerics.quantized import BlockWeight
 
 LAZY_COLUMNS = 128
 """Columns whose updates are kept from the rest of the row until all of them are rounded."""
-PARTS = ("codes", "scale", "scale_codes", "minimum", "minimum_codes")
-"""Tensors of a `BlockWeight`, rows first."""
 
 
 def columns_together(scheme: Scheme) -> int:
@@ -106,16 +104,4 @@ class _Grid:
 
     def weight(self) -> BlockWeight:
         """The blocks side by side, with codes that do not matter yet."""
-        parts = {name: [getattr(part, name) for part in self._parts] for name in PARTS}
-        return replace(
-            self._parts[0], **{name: None if own[0] is None else torch.cat(own, 1) for name, own in parts.items()}
-        )
-
-
-def split_rows(together: BlockWeight, rows: Sequence[int]) -> list[BlockWeight]:
-    """Weights with the given numbers of consecutive outputs."""
-    parts = {name: None if (own := getattr(together, name)) is None else own.split(list(rows)) for name in PARTS}
-    return [
-        replace(together, **{name: None if own is None else own[at] for name, own in parts.items()})
-        for at in range(len(rows))
-    ]
+        return beside(self._parts)
