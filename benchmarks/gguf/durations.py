@@ -6,7 +6,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks.gguf.ours import Job, finished
-from benchmarks.gguf.rows import MIXES
+from benchmarks.gguf.rows import MIXES, outer
 from benchmarks.gguf.subject import Machine
 
 LIGHT = {"method": "signround", "preset": "light"}
@@ -21,7 +21,7 @@ def durations(
     jobs = {"W4, groups of 64, compressed-tensors": plain}
     for mix in mixes:
         name = MIXES[mix][1]
-        quantization = {**LIGHT, "scheme": name, "modules": {"embeddings": {"scheme": name}}}
+        quantization = {**LIGHT, "scheme": name, "modules": outer(name)}
         jobs[f"{mix}, gguf"] = Job(model, quantization, machine.device, calibration)
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in jobs}
     for _ in range(turns + 1):

@@ -107,15 +107,14 @@ def quantize(order: Quantize) -> dict[str, Any]:
     parameters = llama.llama_model_quantize_default_params()
     assert (parameters.head_type, parameters.embeddings_type) == (UNCHANGED, UNCHANGED), "another release's structure"
     parameters.threads, parameters.file_type = order.threads, order.file_type
-    types = [(pattern.encode(), number) for pattern, number in order.types.items()]
+    types = [_TensorType(pattern.encode(), number) for pattern, number in order.types.items()]
     if types:
-        parameters.types = (_TensorType * (len(types) + 1))(*types, (None, 0))
+        parameters.types = (_TensorType * (len(types) + 1))(*types, _TensorType())
     arrays = dict(np.load(order.importance)) if order.importance is not None else {}
     if arrays:
-        rows = [
-            (name.encode(), array.ctypes.data_as(c.POINTER(c.c_float)), array.size) for name, array in arrays.items()
-        ]
-        parameters.importance = (_Importance * (len(rows) + 1))(*rows, (None, None, 0))
+        floats = c.POINTER(c.c_float)
+        rows = [_Importance(name.encode(), each.ctypes.data_as(floats), each.size) for name, each in arrays.items()]
+        parameters.importance = (_Importance * (len(rows) + 1))(*rows, _Importance())
     if llama.llama_model_quantize(order.source.encode(), order.target.encode(), c.byref(parameters)):
         sys.exit("llama.cpp does not quantize the file")
     return {"bytes": Path(order.target).stat().st_size}

@@ -85,7 +85,8 @@ def write_importance(model: Path, original: Path, ids: Tensor, device: str, targ
         for row in ids:
             network.model(row[None].to(device))
     found = {f"{known.get_name(name)}.weight": total / ids.numel() for name, total in sums.items()}
-    np.savez(target, **{name: mean.float().cpu().numpy() for name, mean in found.items()})
+    arrays: dict[str, Any] = {name: mean.float().cpu().numpy() for name, mean in found.items()}
+    np.savez(target, **arrays)
 
 
 def _observe(total: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:

@@ -69,6 +69,11 @@ class Row:
         return self.name == IMATRIX
 
 
+def outer(scheme: str) -> dict[str, Any]:
+    """Fields of `modules` that give embeddings and head a scheme, or a mix's."""
+    return {"embeddings": {"scheme": scheme}, "head": {"scheme": scheme}}
+
+
 def ffn_down(types: list[str], arms: list[str]) -> Iterator[Row]:
     """Every matrix in Q8_0 but the 30 of ffn_down, which have one type."""
     for kind in types:
@@ -76,7 +81,7 @@ def ffn_down(types: list[str], arms: list[str]) -> Iterator[Row]:
         for name, importance in ((PEER, False), (IMATRIX, True)):
             if importance or kind != "iq3_s":  # which llama.cpp makes only with an imatrix
                 yield Row(table, kind, name, Peer(ALL_Q8_0, {"ffn_down": TYPES[kind]}, importance))
-        modules = {"overrides": {"*.mlp.down_proj": {"scheme": kind}}, "embeddings": {"scheme": "q8_0"}}
+        modules = {"overrides": {"*.mlp.down_proj": {"scheme": kind}}, **outer("q8_0")}
         for arm in arms:
             yield Row(table, kind, arm, Ours({**OURS[arm], "scheme": "q8_0", "modules": modules}))
 
@@ -88,8 +93,7 @@ def one_type(types: list[str], arms: list[str]) -> Iterator[Row]:
         types_of = {r"blk\.": TYPES[kind]}
         yield Row(table, kind, IMATRIX, Peer(ALL_Q8_0, types_of))
         for arm in arms:
-            modules = {"embeddings": {"scheme": "q8_0"}}
-            yield Row(table, kind, arm, Ours({**OURS[arm], "scheme": kind, "modules": modules}))
+            yield Row(table, kind, arm, Ours({**OURS[arm], "scheme": kind, "modules": outer("q8_0")}))
 
 
 def mixes(names: list[str], arms: list[str], budget_arms: list[str]) -> Iterator[Row]:
@@ -98,8 +102,8 @@ def mixes(names: list[str], arms: list[str], budget_arms: list[str]) -> Iterator
     for name in names:
         file_type, ours = MIXES[name]
         yield Row(table, name, IMATRIX, Peer(file_type))
-        modules = {"embeddings": {"scheme": ours}}
         for arm in arms:
-            yield Row(table, name, f"the same types, {arm}", Ours({**OURS[arm], "scheme": ours, "modules": modules}))
+            quantization = {**OURS[arm], "scheme": ours, "modules": outer(ours)}
+            yield Row(table, name, f"the same types, {arm}", Ours(quantization))
         for arm in budget_arms:
             yield Row(table, name, f"a budget, {arm}", Ours(OURS[arm], at_most=True))
