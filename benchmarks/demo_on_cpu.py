@@ -251,7 +251,7 @@ def _attention(shape: Shape, rows: int, length: int, dtype: torch.dtype, count: 
     return run
 
 
-def rates(model: Path) -> dict[str, dict[str, float]]:
+def rates(model: Path) -> dict[str, Any]:
     shape, tokens = Shape.of(model), BATCH_SIZE * SEQUENCE_LENGTH
     operations = tokens * (3 * sum(2.0 * out * inside for out, inside in shape.linears))
     found = {}

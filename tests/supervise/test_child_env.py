@@ -44,7 +44,7 @@ QUIET = {
 }
 LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 COMPUTING = {
-    **{"TOKENIZERS_PARALLELISM": "true", "GOMP_SPINCOUNT": "1000", "MALLOC_MMAP_THRESHOLD_": "33554432"},
+    **{"TOKENIZERS_PARALLELISM": "true", "GOMP_SPINCOUNT": "10000", "MALLOC_MMAP_THRESHOLD_": "33554432"},
     **{"MALLOC_TRIM_THRESHOLD_": "1073741824", "MALLOC_TOP_PAD_": "67108864", "NCCL_NVLS_ENABLE": "0"},
     **{"GLOO_SOCKET_IFNAME": LOOPBACK, "NCCL_SOCKET_IFNAME": LOOPBACK},
     **{"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"},
@@ -85,7 +85,7 @@ def test_the_variables_of_a_fetch(sqlite_bench: Bench, workspace: Workspace, cla
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "1000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
+    [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
 )
 def test_how_threads_wait_is_the_operators_to_say(
     workspace: Workspace, claimed: Claim, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None

@@ -26,9 +26,9 @@ def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
 def _multiplies_bfloat16(processors: Path) -> bool:
     """True if a processor with these flags is quicker in bf16."""
     try:
-        fields = dict(line.partition(":")[::2] for line in processors.read_text().splitlines() if ":" in line)
+        lines = processors.read_text().splitlines()
     except OSError:
         return False
-    fields = {name.strip(): value.split() for name, value in fields.items()}
+    fields = {name.strip(): value.split() for name, _, value in (line.partition(":") for line in lines)}
     flags = fields.get("flags", [])
-    return "amx_bf16" in flags or ("avx512_bf16" in flags and fields.get("vendor_id") == ["AuthenticAMD"])
+    return "amx_bf16" in flags or ("avx512_bf16" in flags and fields.get("vendor_id", []) == ["AuthenticAMD"])

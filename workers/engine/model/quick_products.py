@@ -23,7 +23,7 @@ def quick_products(module: nn.Module) -> Iterator[None]:
     slow = [each for each in linears if product_dtype(each.weight.device, each.weight.dtype) != each.weight.dtype]
     inputs = _Widened()
     for linear in slow:
-        linear.forward = _Product(linear, inputs)  # type: ignore[method-assign]
+        linear.forward = _Product(linear, inputs)  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
