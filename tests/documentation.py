@@ -236,9 +236,8 @@ def presets_table() -> str:
 
 def recipes_table() -> str:
     rows = [[f"`{name}`", _fields(fields)] for name, fields in RECIPES.items()]
-    for name, recipe in ADAPTER_RECIPES.items():
-        base = _fields(recipe.quantization)
-        rows.append([f"`{name}`", f"{base}, `adapter`: `{recipe.kind}`; needs `finetune.dataset`"])
+    for name, each in ADAPTER_RECIPES.items():
+        rows.append([f"`{name}`", f"{_fields(each.quantization)}, `adapter`: `{each.kind}`; needs `finetune.dataset`"])
     return table(("recipe", "stands for"), rows)
 
 
