@@ -344,7 +344,7 @@ class FinishedBlocks:
 
 def with_codes(result: LinearResult, codes: Tensor | None) -> LinearResult:
     """The result with other codes; None, or where codes have no scales: with its own."""
-    if codes is None or not isinstance(result.weight, AffineWeight | FloatWeight):
+    if codes is None or not isinstance(result.weight, AffineWeight | FloatWeight | BlockWeight):
         return result
     return replace(result, weight=replace(result.weight, codes=codes))
 
