@@ -31,6 +31,7 @@ from transformers import AutoModelForCausalLM
 
 from app.domain.request.job_request import JobRequest
 from benchmarks.against_auto_round import QualityMeter, read_text
+from workers.contracts.blocks import BlockTask
 from workers.disk.orders import AttemptOrder
 from workers.engine import goal, quantize, scales
 from workers.engine.opening import open_job
@@ -38,6 +39,7 @@ from workers.engine.reporter import Reporter
 from workers.engine.scales import memory_plan, moving_codes, tuning
 from workers.engine.scales import stage as scales_stage
 from workers.methods import sign_round
+from workers.numerics.quantized import BlockWeight
 
 HEADER = "| setting | KL, choice | KL | perplexity | held out, before | after | codes | seconds |\n" + "|---" * 8 + "|"
 PACE, BOX, RATE, BETAS, BATCH = moving_codes.PACE_CODES, moving_codes.BOX, tuning.LEARNING_RATE, tuning.BETAS, 4
@@ -111,6 +113,12 @@ def partition(text: str) -> tuple[str, str, str]:
     return text.partition("=")
 
 
+def not_compensated(task: BlockTask) -> dict[str, BlockWeight]:
+    """Nothing: linears begin with the search."""
+    del task
+    return {}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
@@ -133,7 +141,7 @@ def main() -> None:
     only = {"overrides": {given.only: {"scheme": given.scheme}}} if given.only else {}
     scheme = {"scheme": "q8_0" if only else given.scheme, "modules": only}
     if given.start == "search":
-        sign_round.compensated = lambda _: {}
+        sign_round.compensated = not_compensated
     body = {
         "model": model,
         "quantization": {"method": "signround", "steps": given.steps, "scale_steps": 1, **scheme, **rate},

@@ -151,8 +151,9 @@ class SignRoundSpec(NamedSchemeSpec):
     scale_steps: Steps = Field(
         default=0,
         description="Steps that tune all scales together against the original model's next-token distribution once "
-        "every block is done, and on floating-point grids the blocks' norms with them, of MXFP4 the codes, too; 0 "
-        "leaves that out. Skipped with a warning where the model does not fit.",
+        "every block is done, and on floating-point grids and in llama.cpp's types the blocks' norms with them; of "
+        "MXFP4 and of llama.cpp's up to 4 bits the codes, too. 0 leaves that out. Skipped with a warning where the "
+        "model does not fit.",
     )
 
     def tuned_sequences(self, num_samples: int) -> int:

@@ -78,3 +78,11 @@ def test_formats_without_a_place_for_a_cache_s_scales_are_refused() -> None:
     assert problem.field == "kv_cache"
     assert "native" in problem.detail
     assert JobRequest.parse({**body, "formats": ["gguf", "native"], "group_size": 32}).quantization.kv_cache == "fp8"
+
+
+@pytest.mark.parametrize(("scheme", "steps"), [("q2_k", 400), ("q6_k", 100)])
+def test_a_scheme_of_an_override_counts_as_well(scheme: str, steps: int) -> None:
+    overrides = {"*.down_proj": {"scheme": scheme}}
+    body = {"method": "signround", "preset": "best", "scheme": "q8_0", "modules": {"overrides": overrides}}
+    quantization = JobRequest.parse({"model": "org/name", "quantization": body}).quantization
+    assert quantization.model_dump()["scale_steps"] == steps

@@ -108,14 +108,6 @@ def test_a_preset_takes_more_steps_where_codes_move(scheme: str, steps: int) -> 
     assert JobRequest.parse({**body, "preset": "light"}).quantization.model_dump()["scale_steps"] == 0
 
 
-@pytest.mark.parametrize(("scheme", "steps"), [("q2_k", 400), ("q6_k", 100)])
-def test_a_scheme_of_an_override_counts_as_well(scheme: str, steps: int) -> None:
-    overrides = {"*.down_proj": {"scheme": scheme}}
-    body = {"method": "signround", "preset": "best", "scheme": "q8_0", "modules": {"overrides": overrides}}
-    quantization = JobRequest.parse({"model": "org/name", "quantization": body}).quantization
-    assert quantization.model_dump()["scale_steps"] == steps
-
-
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_recipe_is_a_request_with_its_fields(recipe: str) -> None:
     spelled_out = JobRequest.parse({"model": "org/name", "bits": 2, **RECIPES[recipe]})

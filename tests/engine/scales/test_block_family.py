@@ -14,6 +14,8 @@ from torch import Tensor
 from app.domain.methods import BLOCK_SCHEMES, Scheme, SchemeName
 from tests.engine.conftest import finish, run_job
 from workers.engine.scales.block_family import BlockFamily, Layout
+from workers.engine.scales.memory_plan import ScaleTask, Skipped
+from workers.engine.scales.tuning import ScaleOutcome, tune_scales
 from workers.formats.load_bitwright import load_weights
 from workers.numerics.blocks.search import search_blocks
 from workers.numerics.quantized import BlockWeight
@@ -47,7 +49,9 @@ def second(family: BlockFamily) -> slice:
 
 def stored_as(family: BlockFamily, made: BlockWeight, change: Tensor) -> BlockWeight:
     """The second linear as it would be stored."""
-    found = {key: tensor.view(ROWS, -1) for key, tensor in family.stored(second(family), change).items()}
+    found: dict[str, Any] = {
+        key: tensor.view(ROWS, -1) for key, tensor in family.stored(second(family), change).items()
+    }
     if family.codes is not None:
         found["codes"] = family.codes.codes(second(family)).view(ROWS, COLUMNS)
     return replace(made, **found)
@@ -178,13 +182,24 @@ def decoded(file: Path) -> dict[str, np.ndarray]:
 def test_a_job_ships_what_its_stage_measured_and_another_attempt_goes_on_with_it(
     wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # In so few steps codes would hardly get anywhere.
+    monkeypatch.setattr("workers.engine.scales.moving_codes.PACE_CODES", 0.8)
+    outcomes: list[ScaleOutcome] = []
+
+    def watched(task: ScaleTask) -> ScaleOutcome | Skipped:
+        found = tune_scales(task)
+        assert isinstance(found, ScaleOutcome)
+        outcomes.append(found)
+        return found
+
+    monkeypatch.setattr("workers.engine.scales.stage.tune_scales", watched)
     whole = finish(wide_model, tmp_path / "whole", **SMALL)
     scales = whole.report.scales
     assert scales is not None
     assert scales.kept
     assert scales.kl < scales.kl_initial
     assert scales.norms == 4
-    assert scales.codes is not None
+    assert scales.codes
     output = whole.workspace / "output"
     weights, file = load_weights(output / "native"), decoded(output / "gguf" / "model.gguf")
     for ours, theirs in (("mlp.down_proj", "ffn_down"), ("self_attn.v_proj", "attn_v"), ("mlp.up_proj", "ffn_up")):
@@ -192,6 +207,16 @@ def test_a_job_ships_what_its_stage_measured_and_another_attempt_goes_on_with_it
             expected = weights[f"model.layers.{index}.{ours}.weight"]
             found = torch.from_numpy(file[f"blk.{index}.{theirs}.weight"].astype(np.float32))
             assert torch.equal(found.to(expected.dtype), expected)
+    name, own = "model.layers.1.mlp.up_proj", outcomes[0]
+    parts = {part: own.scales[f"{name}.{part}"] for part in ("scale", "scale_codes", "minimum", "minimum_codes")}
+    measured = BlockWeight(own.codes[name], parts["scale"], Scheme.named(SchemeName.Q2_K), torch.bfloat16)
+    measured = replace(
+        measured,
+        scale_codes=parts["scale_codes"],
+        minimum=parts["minimum"],
+        minimum_codes=parts["minimum_codes"],
+    )
+    assert torch.equal(measured.dequantize(), weights[f"{name}.weight"])
     plain = finish(wide_model, tmp_path / "plain", **(SMALL | {"scale_steps": 0}))
     before, after = (load_file(each.workspace / "output/native/weights.safetensors") for each in (plain, whole))
     changed = {name.rpartition(".")[2] for name in before if not torch.equal(before[name], after[name])}

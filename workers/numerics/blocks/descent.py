@@ -90,30 +90,41 @@ class _State:
             batch = slice(first, min(first + COLUMNS, self.levels.shape[1]))
             near, changes = self.hessian[batch, batch], torch.zeros_like(self.levels[:, batch])
             pull = self.pull[:, batch].clone()
-            for j in range(0, near.shape[0], width):
-                now, columns = slice(j, j + width), slice(first + j, first + j + width)
-                sub_block = (first + j) // kind.columns
-                factor = self.scale[:, columns.start // kind.weights] * self.numbers[:, sub_block]
-                changes[:, now] = self._nearer(columns, near[now, now], pull[:, now], factor.unsqueeze(1))
-                pull.addmm_(changes[:, now], near[now])
+            factor = self._factors(batch)
+            if width == QUAD:
+                self._move_points(batch, near, factor, pull, changes)
+            else:
+                steps, levels = inverse(factor) / near.diagonal(), self.levels[:, batch]
+                for j in range(near.shape[0]):
+                    now, before = slice(j, j + 1), levels[:, j : j + 1]
+                    after = nearest_levels(torch.addcmul(before, pull[:, now], steps[:, now], value=-1), kind)
+                    change = torch.mul(after - before, factor[:, now], out=changes[:, now])
+                    pull.addmm_(change, near[now])
+                    before.copy_(after)
             self.pull.addmm_(changes, self.hessian[batch])
 
-    def _nearer(self, columns: slice, hessian: Tensor, pull: Tensor, factor: Tensor) -> Tensor:
-        """Moves the levels of some columns; the change of their weights."""
-        before = self.levels[:, columns]
-        if before.shape[1] == 1:
-            after = nearest_levels(before - pull / hessian * inverse(factor), self.kind)
-        else:
-            best = torch.linalg.solve(hessian, pull.T).T
+    def _factors(self, columns: slice) -> Tensor:
+        """Factors of some columns, (out, columns)."""
+        whole = self.scale.repeat_interleave(self.kind.weights // self.kind.columns, 1) * self.numbers
+        at = torch.arange(columns.start, columns.stop, device=whole.device) // self.kind.columns
+        return whole.index_select(1, at)
+
+    def _move_points(self, batch: slice, near: Tensor, factor: Tensor, pull: Tensor, changes: Tensor) -> None:
+        """Points of a lattice in turn; `pull` and `changes` of the batch follow."""
+        inverses = inverse(factor)
+        for j in range(0, near.shape[0], QUAD):
+            now = slice(j, j + QUAD)
+            before, hessian = self.levels[:, batch][:, now], near[now, now]
+            best = torch.linalg.solve(hessian, pull[:, now].T).T
             weights = hessian.diagonal().expand(before.shape).contiguous()
-            after = nearest_levels((before - best * inverse(factor)).contiguous(), self.kind, weights)
-        change = (after - before) * factor
-        if before.shape[1] > 1:
-            # The nearest point of a lattice is so by the diagonal alone.
-            gains = (2 * change * pull + (change @ hessian) * change).sum(1, keepdim=True) < 0
-            after, change = torch.where(gains, after, before), torch.where(gains, change, 0.0)
-        self.levels[:, columns] = after
-        return change
+            wanted = (before - best * inverses[:, now]).contiguous()
+            after = nearest_levels(wanted, self.kind, weights).to(before.dtype)
+            change = (after - before) * factor[:, now]
+            # The nearest point is so by the diagonal alone.
+            gains = (2 * change * pull[:, now] + (change @ hessian) * change).sum(1, keepdim=True) < 0
+            changes[:, now] = torch.where(gains, change, 0.0)
+            before.copy_(torch.where(gains, after, before))
+            pull.addmm_(changes[:, now], near[now])
 
     def move_sub_block(self, number: int) -> None:
         """k and m of one sub-block."""

@@ -82,13 +82,16 @@ class _Grid:
         self._scheme, self._importance = scheme, importance
         self._parts: list[BlockWeight] = []
         self._factor: list[Tensor] = []
+        self._inverse: list[Tensor] = []
         self._offset: list[Tensor] = []
 
     def search(self, weight: Tensor, first: int) -> None:
         """The grid of some blocks whose first column this is, (rows, columns)."""
         found = search_blocks(weight, self._scheme, self._importance[first : first + weight.shape[1]])
         self._parts.append(found)
-        self._factor += found.factor().T.to(self._importance.dtype).unbind()
+        factor = found.factor().T.to(self._importance.dtype)
+        self._factor += factor.unbind()
+        self._inverse += inverse(factor).unbind()
         if (offset := found.offset()) is not None:
             self._offset += offset.T.to(self._importance.dtype).unbind()
 
@@ -96,11 +99,13 @@ class _Grid:
         """Levels and w_hat of columns (some, rows), which are stored there."""
         group = at.start // self.kind.columns
         factor, offset = self._factor[group], self._offset[group] if self._offset else None
-        numbers = (columns if offset is None else columns - offset) * inverse(factor)
-        importance = self._importance[at].expand(columns.shape[1], -1)
-        levels = nearest_levels(numbers.T.contiguous(), self.kind, importance).T
-        w_hat = factor * levels
-        return levels, w_hat if offset is None else w_hat + offset
+        numbers = (columns if offset is None else columns - offset) * self._inverse[group]
+        if len(columns) == 1:
+            levels = nearest_levels(numbers, self.kind)
+        else:
+            importance = self._importance[at].expand(columns.shape[1], -1)
+            levels = nearest_levels(numbers.T.contiguous(), self.kind, importance).T
+        return levels, factor * levels if offset is None else torch.addcmul(offset, factor, levels)
 
     def weight(self) -> BlockWeight:
         """The blocks side by side, with codes that do not matter yet."""
