@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from gguf import LlamaHfVocab
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, decoders, models, normalizers
 
 SPACE = "\N{LOWER ONE EIGHTH BLOCK}"
 folder = Path(sys.argv[1])
@@ -21,6 +21,7 @@ tokens = ["<unk>", "<s>", "</s>", *(f"<0x{value:02X}>" for value in range(256)),
 model = models.BPE({token: index for index, token in enumerate(tokens)}, [("b", "c"), ("a", "b")], byte_fallback=True)
 made = Tokenizer(model)
 made.normalizer = normalizers.Replace(" ", SPACE)
+made.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
 made.save(str(folder / "tokenizer.json"))
 (folder / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
 scores = {text.decode(): score for text, score, _ in LlamaHfVocab(folder).all_tokens()}

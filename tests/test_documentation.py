@@ -19,7 +19,8 @@ from app.settings import Settings
 from bitwright.errors import ERRORS, FieldProblem
 from bitwright.views import UploadRequest
 from tests.command_lines import check_bitwright
-from tests.documentation import FILES, FOLDERS, PARTS, ROOT, with_part
+from tests.described_files import FILES
+from tests.documentation import FOLDERS, PARTS, ROOT, with_part
 
 README = ROOT / "README.md"
 README_BYTES = 10_240

@@ -95,7 +95,6 @@ def test_what_is_written_computes_the_same(model_type: str, config: dict[str, An
     [
         ("llama", {"hidden_act": "gelu"}),
         ("llama", {"hidden_act": "relu"}),
-        ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 0.5, "rope_theta": 1e4}}),
         ("mistral", {"sliding_window": 32}),
         ("mistral", {"hidden_act": "gelu_pytorch_tanh", "sliding_window": None}),
         ("qwen2", {"hidden_act": "gelu"}),
