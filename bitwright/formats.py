@@ -13,6 +13,8 @@ class Form(StrEnum):
     """Indices into a table of values (NormalFloat) with a largest magnitude per group."""
     FLOAT = "float"
     """Codes of a small floating-point type (FP8, FP4) with a scale per group."""
+    BLOCKS = "blocks"
+    """Codes in llama.cpp's blocks (Q4_K and the like): scales of parts of a block are codes themselves."""
     LOW_RANK = "low-rank"
     """Two factors beside one of the other forms, whose product is added to it, as in LoRA."""
 

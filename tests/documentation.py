@@ -19,6 +19,7 @@ from app.domain.methods import (
     ALL_SCHEMES,
     METHODS,
     PER_CHANNEL,
+    PRESET_SCHEMES,
     RECIPES,
     SCHEMES,
     Form,
@@ -88,6 +89,7 @@ FOLDERS = MappingProxyType(
         "workers/formats/bitsandbytes": "bitsandbytes' NF4 checkpoints",
         "workers/methods": "One file per method",
         "workers/numerics": "Codes, scales, codebooks and packing",
+        "workers/numerics/blocks": "llama.cpp's block types: levels, and the search of their scales",
         "workers/numerics/backends": "Triton kernels beside their twins in torch",
         "workers/numerics/floats": "FP8 and FP4: tables, scales, learned rounding, inputs rounded to them",
         "migrations": "Alembic",
@@ -135,6 +137,7 @@ FOLDERS = MappingProxyType(
         "tests/methods": "Methods against their formulas",
         "tests/mutants": "Mistakes put into the sources one at a time, and whether the tests notice",
         "tests/numerics": "Rounding, codebooks and packing",
+        "tests/numerics/blocks": "The search against brute force and llama.cpp's own quantizers",
         "tests/numerics/backends": "Kernels against their plain twins",
         "tests/numerics/floats": "FP8 and FP4 against other people's casts and brute force",
         "tests/store": "One suite on SQLite and on PostgreSQL",
@@ -277,6 +280,8 @@ def schemes_table() -> str:
 def _schemes(names: frozenset[SchemeName]) -> str:
     if names == ALL_SCHEMES:
         return "; every scheme by name"
+    if names == PRESET_SCHEMES:
+        return "; every scheme by name but llama.cpp's types"
     return f"; {', '.join(f'`{name}`' for name in sorted(names))}" if names else ""
 
 

@@ -69,6 +69,7 @@ class Result(StrEnum):
     AFFINE = "affine"
     CODEBOOK = "codebook"
     OFFSETS = "affine with fractional offsets"
+    BLOCKS = "weights in llama.cpp's blocks"
     SUMS = "weights with an adapter added to them"
     FACTORS = "low-rank factors"
 

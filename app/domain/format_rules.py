@@ -48,7 +48,8 @@ def default_formats(spec: WeightSpec, forms: frozenset[Form] | None = None) -> t
     forms   of what the job makes of a linear, if not the method's alone
     """
     forms = spec.forms() if forms is None else forms
-    weights = default_for(Result.CODEBOOK if Form.CODEBOOK in forms else Result.AFFINE)
+    kind = Result.CODEBOOK if Form.CODEBOOK in forms else Result.BLOCKS if Form.BLOCKS in forms else Result.AFFINE
+    weights = default_for(kind)
     if not holds_embeddings(weights, spec):
         # Bases of adapters are as large as the original; by itself, what every job keeps is the smallest that fits.
         weights = default_for(Result.CODEBOOK) if Form.LOW_RANK in forms else default_for(Result.OFFSETS)
@@ -290,7 +291,7 @@ def _form_refusal(
     """The reason why a format cannot hold what the spec makes of a linear, whatever its scheme; None if it can."""
     info, method = FORMATS[name], spec.method
     # Schemes by name, of which a form may have many, are judged one by one.
-    foreign = sorted(forms - {Form.LOW_RANK, Form.FLOAT} - info.kinds)
+    foreign = sorted(forms - {Form.LOW_RANK, Form.FLOAT, Form.BLOCKS} - info.kinds)
     if foreign:
         able = ", ".join(sorted(f.value for f, i in FORMATS.items() if forms - {Form.LOW_RANK} <= i.kinds))
         return f"{name.value} cannot hold the {' and '.join(foreign)} weights of {method}; formats that can: {able}"

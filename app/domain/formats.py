@@ -27,7 +27,7 @@ from app.domain.format_info import (
 )
 from app.domain.gguf_rules import ARCHITECTURES as GGUF_ARCHITECTURES
 from app.domain.gguf_rules import gguf_refusals
-from app.domain.methods import ALL_SCHEMES, MAX_BITS, MIN_BITS, Form, SchemeName
+from app.domain.methods import ALL_SCHEMES, BLOCK_SCHEMES, MAX_BITS, MIN_BITS, PRESET_SCHEMES, Form, SchemeName
 from app.domain.runtimes import Runtime, RuntimeSupport, Support, WidthsSince
 
 __all__ = [
@@ -55,7 +55,7 @@ DENSE_WORDS = WidthsSince("0.18.0", STRADDLING_BITS)
 """Of the package compressed-tensors: since 0.18 it packs these widths without gaps, as we and vLLM do. Earlier releases
 left bits of each word empty, and refuse the dense tensors by their shape."""
 
-WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
+WEIGHT_FORMS = frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT, Form.BLOCKS})
 
 
 class ExportFormat(StrEnum):
@@ -105,7 +105,7 @@ class ExportFormat(StrEnum):
             symmetries=frozenset({True, False}),
             scales=ScaleDtype.MODEL,
             default_for=frozenset({Result.AFFINE}),
-            schemes=ALL_SCHEMES,
+            schemes=PRESET_SCHEMES,
             kv_cache=True,
             embeddings=EmbeddingRule.UNIFORM,
             read_by=(Runtime.TRANSFORMERS, Runtime.VLLM),
@@ -118,7 +118,7 @@ class ExportFormat(StrEnum):
                     "with zero points through the loader in the artifact; NVFP4 and MX in bfloat16; inputs are rounded "
                     "where the scheme has activations",
                     version=TRANSFORMERS,
-                    schemes=ALL_SCHEMES,
+                    schemes=PRESET_SCHEMES,
                 ),
                 RuntimeSupport(
                     "peft",
@@ -127,7 +127,7 @@ class ExportFormat(StrEnum):
                     note="LoRA on a model loaded with CompressedTensorsConfig(dequantize=True); the model card has the "
                     "lines for mixed widths",
                     version=PEFT_PACKAGE,
-                    schemes=ALL_SCHEMES,
+                    schemes=PRESET_SCHEMES,
                 ),
                 RuntimeSupport(
                     "vllm",
@@ -147,7 +147,7 @@ class ExportFormat(StrEnum):
                         WidthsSince("0.25.0", ALL_BITS - {4, 8}, frozenset({True})),
                         WidthsSince("0.31.0", ALL_BITS - {4, 8}, frozenset({False})),
                     ),
-                    schemes=ALL_SCHEMES,
+                    schemes=PRESET_SCHEMES,
                 ),
                 RuntimeSupport(
                     "vllm",
@@ -231,8 +231,9 @@ class ExportFormat(StrEnum):
         "gguf",
         FormatInfo(
             title="GGUF",
-            summary="One file for llama.cpp: Q4_0 and Q4_1 for 2 to 4 bits, Q5_0 and Q5_1 for 5, Q8_0 for 6 to 8.",
-            kinds=frozenset({Form.AFFINE}),
+            summary="One file for llama.cpp: its types by name (q4_k, ...); of integers, Q4_0 and Q4_1 for 2 to 4 "
+            "bits, Q5_0 and Q5_1 for 5, Q8_0 for 6 to 8.",
+            kinds=frozenset({Form.AFFINE, Form.BLOCKS}),
             low_rank=LowRankRule.BESIDE,
             bits=ALL_BITS,
             symmetries=frozenset({True, False}),
@@ -240,9 +241,11 @@ class ExportFormat(StrEnum):
             asymmetric_bits=frozenset({2, 3, 4, 5}),
             group_multiple=32,
             architectures=frozenset(GGUF_ARCHITECTURES),
+            default_for=frozenset({Result.BLOCKS}),
             offsets=Offsets.FLOAT16,
             embeddings=EmbeddingRule.ANY,
             read_by=(Runtime.LLAMA_CPP,),
+            schemes=BLOCK_SCHEMES,
             library="gguf",
             weight_files=("*.gguf",),
             model_check=gguf_refusals,
@@ -254,6 +257,7 @@ class ExportFormat(StrEnum):
                     note="from_pretrained with gguf_file, where transformers makes the same model of it: not with "
                     "Llama 3's rotary scaling, nor with biases; the model card says",
                     version=TRANSFORMERS,
+                    schemes=BLOCK_SCHEMES - {SchemeName.Q2_0},
                 ),
                 RuntimeSupport(
                     "llama.cpp",
@@ -261,6 +265,7 @@ class ExportFormat(StrEnum):
                     ALL_BITS,
                     note="byte-level BPE tokenizers; text that is not normalized to NFC stays so there",
                     version="node-llama-cpp 3.22.1",
+                    schemes=BLOCK_SCHEMES,
                 ),
             ),
         ),

@@ -151,7 +151,7 @@ def weight_targets(tensors: Mapping[str, TensorShape], config: Mapping[str, obje
     for name, (tensor, shape, place) in candidates.items():
         scheme = _scheme_of(name, spec)
         if scheme is not None and scheme.divides(shape[1]):
-            linears.append(Target(name, tensor, shape, scheme, place))
+            linears.append(Target(name, tensor, shape, scheme.fitted(shape[1]), place))
             continue
         size = None if scheme is None else scheme.group_size
         left[name] = "ignored by the request" if size is None else f"{shape[1]} columns are no whole groups of {size}"

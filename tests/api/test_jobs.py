@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 from sqlalchemy import update
 
-from app.domain.methods import SchemeName
+from app.domain.methods import BLOCK_SCHEMES, PRESET_SCHEMES
 from app.store.models import Job
 from app.store.workers import register
 from bitwright.errors import InvalidDataset
@@ -301,7 +301,7 @@ def test_methods_and_formats_are_listed(api: Api) -> None:
     assert (gpu["support"], gpu["bits"], gpu["smallest_group"]) == ("by_rules", [2, 3, 4, 5, 6, 7, 8], 16)
     assert (gpu["version"], "NVIDIA" in gpu["devices"], gpu["since"][0]["version"]) == ("0.33.0", True, "0.25.0")
     assert (cpu["support"], cpu["bits"], cpu["version"], cpu["devices"]) == ("tested", [4], "0.32.0", "CPUs")
-    assert formats["compressed-tensors"]["schemes"] == sorted(SchemeName)
-    assert (set(gpu["schemes"]), cpu["schemes"]) == (set(SchemeName), ["fp8", "int8"])
-    assert formats["gguf"]["schemes"] == []
+    assert formats["compressed-tensors"]["schemes"] == sorted(PRESET_SCHEMES)
+    assert (set(gpu["schemes"]), cpu["schemes"]) == (PRESET_SCHEMES, ["fp8", "int8"])
+    assert formats["gguf"]["schemes"] == sorted(BLOCK_SCHEMES)
     assert all(runtime["version"] for item in formats.values() for runtime in item["runtimes"])

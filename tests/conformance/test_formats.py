@@ -41,6 +41,7 @@ from workers.formats.stored_linear import StoredLinear, StoredLowRank
 from workers.numerics.normal_float import DoubleQuantization
 from workers.numerics.quantized import (
     AffineWeight,
+    BlockWeight,
     CodebookWeight,
     FloatWeight,
     LinearResult,
@@ -117,7 +118,7 @@ def in_the_dtypes_of(made: LinearResult, found: LinearResult) -> QuantizedWeight
             # Formats whose offsets are rounded are held to the rounded ones.
             weight = replace(weight, offset=own.offset)
         return replace(weight, scale=narrowed(weight.scale, own.scale))
-    if isinstance(weight, FloatWeight):
+    if isinstance(weight, FloatWeight | BlockWeight):
         return weight
     assert isinstance(weight, CodebookWeight)
     assert isinstance(own, CodebookWeight)
@@ -167,14 +168,28 @@ def floats(draw: st.DrawFn, info: FormatInfo) -> LinearResult:
 
 
 @st.composite
+def blocks(draw: st.DrawFn, info: FormatInfo) -> LinearResult:
+    """Of llama.cpp's types that the table allows the format, in rows of one super-block or several."""
+    names = [name for name in sorted(info.schemes) if Scheme.named(name).form is Form.BLOCKS]
+    columns = draw(st.sampled_from([32, 64, 96, 256, 512]))
+    lowest = {LowRankRule.BESIDE: 0, LowRankRule.IS: 1}.get(info.low_rank)
+    rank = 0 if lowest == 0 else draw(st.integers(lowest or 0, 5))
+    made = Made(Scheme.named(draw(st.sampled_from(names))), Form.BLOCKS, rank=rank)
+    dtype = draw(st.sampled_from([BF16, F16, F32]))
+    return random_result((draw(st.integers(1, 40)), columns), made, dtype, draw(st.integers(0, 2**31)))
+
+
+@st.composite
 def results(draw: st.DrawFn, export_format: ExportFormat) -> LinearResult:
     """Of every form and scheme that the table allows the format."""
     info = FORMATS[export_format]
     # A table's row may hold all forms, and no scheme by name.
     by_name = {Scheme.named(name).form for name in info.schemes}
-    form = draw(st.sampled_from(sorted(info.kinds - ({Form.FLOAT} - by_name))))
+    form = draw(st.sampled_from(sorted(info.kinds - ({Form.FLOAT, Form.BLOCKS} - by_name))))
     if form is Form.FLOAT:
         return draw(floats(info))
+    if form is Form.BLOCKS:
+        return draw(blocks(info))
     multiple = info.group_multiple
     sizes = [-1, *(size for size in (1, 3, 8, 32, 64, 96) if size % multiple == 0)]
     group = draw(st.sampled_from([size for size in sizes if info.group_sizes is None or size in info.group_sizes]))

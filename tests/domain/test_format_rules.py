@@ -4,7 +4,15 @@ from typing import Any
 
 import pytest
 
-from app.domain.format_rules import KEPT, default_for, format_problems, model_problems, rounds_offsets, stored_formats
+from app.domain.format_rules import (
+    KEPT,
+    default_for,
+    default_formats,
+    format_problems,
+    model_problems,
+    rounds_offsets,
+    stored_formats,
+)
 from app.domain.formats import FORMATS, ExportFormat, LowRankRule, Offsets, Result, ScaleDtype
 from app.domain.methods import Form, NormalFloatSpec, RTNSpec, WeightSpec
 from app.domain.methods.schemes import ModuleRules, SchemeOverride
@@ -16,8 +24,9 @@ GPTQ, GPTQ_V2, AWQ, MLX, BITSANDBYTES = (
     ExportFormat(name) for name in ("gptq", "gptq-v2", "awq", "mlx", "bitsandbytes")
 )
 LLAMA: dict[str, Any] = {"model_type": "llama", "max_position_embeddings": 64}
-AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT})
+AFFINE, WEIGHTS = frozenset({Form.AFFINE}), frozenset({Form.AFFINE, Form.CODEBOOK, Form.FLOAT, Form.BLOCKS})
 PACKED = AFFINE | {Form.FLOAT}
+LLAMA_CPP = frozenset({Form.AFFINE, Form.BLOCKS})
 
 
 @pytest.mark.parametrize("inputs", [16, 31, 33, 48, 80, 1000])
@@ -119,10 +128,23 @@ def test_every_job_keeps_native_and_gguf_and_mlx_round_offsets() -> None:
     assert rounds_offsets(ExportFormat) == (GGUF, MLX)
 
 
+def test_types_by_name_are_gguf_s_and_what_holds_any_numbers() -> None:
+    for name in ("q2_k", "q4_k", "iq3_s", "q8_0"):
+        spec = RTNSpec.model_validate({"scheme": name})
+        assert format_problems(spec, (GGUF, NATIVE, MERGED)) == []
+        assert default_formats(spec) == (GGUF,)
+        (problem,) = format_problems(spec, (CT,))
+        assert (problem.field, problem.code) == ("quantization.scheme", "format_cannot_hold")
+        assert '"gguf"' in problem.detail
+    (problem,) = format_problems(RTNSpec.model_validate({"scheme": "nvfp4"}), (GGUF,))
+    assert problem.field == "quantization.scheme"
+
+
 def test_the_format_of_each_result() -> None:
     assert {result: default_for(result) for result in Result} == {
         Result.AFFINE: CT,
         Result.CODEBOOK: MERGED,
+        Result.BLOCKS: GGUF,
         Result.OFFSETS: NATIVE,
         Result.SUMS: MERGED,
         Result.FACTORS: PEFT,
@@ -136,7 +158,7 @@ def test_the_format_of_each_result() -> None:
         (CT, PACKED, LowRankRule.BESIDE, ScaleDtype.MODEL, Offsets.NONE, False, "transformers", "*.safetensors"),
         (MERGED, WEIGHTS, LowRankRule.MERGES, ScaleDtype.ANY, Offsets.EXACT, True, "transformers", "*.safetensors"),
         (PEFT, WEIGHTS, LowRankRule.IS, ScaleDtype.ANY, Offsets.NONE, False, "peft", "*.safetensors"),
-        (GGUF, AFFINE, LowRankRule.BESIDE, ScaleDtype.FLOAT16, Offsets.FLOAT16, False, "gguf", "*.gguf"),
+        (GGUF, LLAMA_CPP, LowRankRule.BESIDE, ScaleDtype.FLOAT16, Offsets.FLOAT16, False, "gguf", "*.gguf"),
     ],
 )
 def test_the_facts_of_a_format(

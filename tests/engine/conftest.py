@@ -36,8 +36,9 @@ def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run_job(
     model: Path, workspace: Path, lines: list[AttemptLine] | None = None, order: Any = None, **request: Any
 ) -> ResultLine:
-    """Runs the pipeline over small texts; `request` is the body, fields of `quantization` at its top."""
-    quantization = {"method": "rtn", **({} if "scheme" in request else {"group_size": 32})}
+    """Runs the pipeline over small texts; `request` is the body, fields of `quantization` at its top, or it whole."""
+    plain = {"method": "rtn", **({} if "scheme" in request else {"group_size": 32})}
+    quantization = request.pop("quantization", plain)
     quantization |= {name: request.pop(name) for name in list(request) if name not in JobRequest.model_fields}
     if not quantization.keys() & {"at_most", "fits", "scheme"}:
         quantization = {"bits": 4, **quantization}

@@ -16,6 +16,7 @@ from app.domain.methods import Form, Scheme
 from bitwright.report import ModelReport, PeakMemory, Report, SizeReport
 from workers.engine.stored_scales import StoredScales
 from workers.formats.format import Writer
+from workers.formats.gguf.block_bytes import decode
 from workers.formats.registry import held, open_writer
 from workers.numerics.floats.float_grids import quantize
 from workers.numerics.normal_float import AbsmaxFormat, DoubleQuantization, codebook
@@ -103,6 +104,8 @@ def random_result(
     made = made if isinstance(made, Made) else Made(made, made.form)
     generator = torch.Generator().manual_seed(seed)
     rows, columns = shape
+    if made.form is Form.BLOCKS:
+        return LinearResult(_block_weight(shape, made.scheme, dtype, generator), _low_rank(shape, made, generator))
     if made.form is Form.FLOAT:
         return LinearResult(_float_weight(shape, made.scheme, dtype, generator), _low_rank(shape, made, generator))
     groups = 1 if made.scheme.group_size == -1 else columns // made.scheme.group_size
@@ -133,6 +136,18 @@ def _float_weight(
     weight = quantize(torch.randn(shape, generator=generator).to(dtype) * 0.1, scheme, dtype, torch.tensor(0.75))
     amax = torch.tensor([2.75]) if scheme.row is not None and scheme.row.calibrated else None
     return replace(weight, input_amax=amax)
+
+
+def _block_weight(
+    shape: tuple[int, int], scheme: Scheme, dtype: torch.dtype, generator: torch.Generator
+) -> QuantizedWeight:
+    """Random bytes in the scheme's type, or in the one that rows of so many columns fall back to; scales are small."""
+    fitted = scheme.fitted(shape[1])
+    assert fitted.blocks is not None
+    size = shape[1] // fitted.blocks.weights * fitted.blocks.size
+    weight = decode(torch.randint(0, 256, (shape[0], size), dtype=torch.uint8, generator=generator), fitted, dtype)
+    small = (torch.randn(weight.scale.shape, generator=generator) * 0.001).half()
+    return replace(weight, scale=small, minimum=None if weight.minimum is None else small.flip(0))
 
 
 def _codebook_weight(

@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 import torch
 
-from app.domain.methods import PER_CHANNEL, Scheme
+from app.domain.methods import BLOCK_SCHEMES, PER_CHANNEL, Form, Scheme, SchemeName
+from tests.formats.examples import Made, random_result
 from workers.numerics.packed_weight import PackedWeight
 from workers.numerics.quantized import AffineWeight, CodebookWeight, QuantizedAbsmax, QuantizedWeight
 
@@ -45,6 +46,12 @@ def test_packed_weights_are_the_weights(form: str, bits: int, group_size: int) -
     packed = PackedWeight.of(weight)
     assert packed.packed.numel() == OUT * IN * {2: 2, 3: 4, 4: 4}.get(bits, 8) // 8
     assert torch.equal(packed.dequantize(torch.bfloat16), weight.dequantize())
+
+
+@pytest.mark.parametrize("name", sorted(BLOCK_SCHEMES))
+def test_packed_blocks_are_the_weights(name: SchemeName) -> None:
+    weight = random_result((5, 512), Made(Scheme.named(name), Form.BLOCKS), torch.float32).weight
+    assert torch.equal(PackedWeight.of(weight).dequantize(torch.float32), weight.dequantize())
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])

@@ -107,7 +107,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
-    """Full name -> scheme of every linear that is to be quantized, and of the embeddings.
+    """Full name -> scheme of every linear that is to be quantized, fitted to its inputs, and of the embeddings.
 
     A head that is tied to the embeddings is their matrix, and has no scheme of its own.
 
@@ -119,13 +119,14 @@ def plan_schemes(model: StreamedModel, spec: WeightSpec) -> dict[str, Scheme]:
     inputs, head = {name: linear.in_features for name, linear in model.linears().items()}, model.layout.head
     for error in rule_errors(spec, inputs, head=head, tied=model.tied, width=model.embedding_width):
         raise error
-    schemes = {name: scheme for name in inputs if (scheme := spec.scheme_of(name)) is not None}
+    schemes = {name: scheme.fitted(inputs[name]) for name in inputs if (scheme := spec.scheme_of(name)) is not None}
     if model.tied:
         schemes.pop(head, None)
     elif spec.modules.head is not None and (of_head := spec.head_scheme()) is not None:
-        schemes[head] = of_head
+        schemes[head] = of_head.fitted(inputs[head])
     embeddings = spec.embeddings_scheme()
-    schemes = schemes if embeddings is None else {model.layout.embeddings: embeddings, **schemes}
+    if embeddings is not None:
+        schemes = {model.layout.embeddings: embeddings.fitted(model.embedding_width), **schemes}
     _demand_weights_alone(spec, head, schemes.get(head))
     _demand_weights_alone(spec, model.layout.embeddings, embeddings)
     return schemes

@@ -26,6 +26,11 @@ A quantized linear stands for the weight below, computed in fp32 and rounded onc
     scale               weight_scale            (rows of blocks, groups): a factor, or uint8: 2^(scale - 127)
     global_scale        weight_global_scale     (1): of FP4 with e4m3 scales, factor = scale / global_scale
     input_amax          input_scale | input_global_scale    (1): for a server that rounds inputs; not used here
+    llama.cpp's blocks, native      factor * level(codes) + offset, as in `BLOCKS`
+    codes, shape        as above
+    scale, minimum      (out, blocks) fp16: factor = scale * (first + step * scale_codes), offset = -minimum *
+                        minimum_codes; where there are no such codes, factor = scale and offset = minimum
+    scale_codes, minimum_codes      one per sub-block, dense, row after row
 
     lora_a, lora_b      (rank, in), (out, rank): (alpha / rank) * lora_b @ lora_a is added, and the sum rounded again
 
@@ -48,7 +53,7 @@ VERSION = 2
 PARTS = (
     *("codes", "shape", "scale", "zero_point", "offset", "lora_a", "lora_b"),
     *("codebook", "absmax", "absmax_codes", "absmax_scale", "absmax_offset"),
-    *("global_scale", "input_amax"),
+    *("global_scale", "input_amax", "scale_codes", "minimum", "minimum_codes"),
 )
 CACHE = (".k_scale", ".v_scale")
 """Ends of the names of scales for a runtime's key-value cache, which are no part of the model."""
@@ -58,6 +63,25 @@ PACKED = {
     **{"input_scale": "input_amax", "input_global_scale": "input_amax"},
 }
 """Tensors of a linear in compressed-tensors -> the same here."""
+UNEVEN = (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113)
+BLOCKS: dict[str, tuple[int, int, tuple[int, ...], tuple[int, int, int] | None, int | None]] = {
+    "q4_0": (32, 32, tuple(range(-8, 8)), None, None),
+    "q4_1": (32, 32, tuple(range(16)), None, 0),
+    "q5_0": (32, 32, tuple(range(-16, 16)), None, None),
+    "q5_1": (32, 32, tuple(range(32)), None, 0),
+    "q8_0": (32, 32, tuple(range(-128, 128)), None, None),
+    "q2_0": (64, 64, tuple(range(-1, 3)), None, None),
+    "q2_k": (256, 16, tuple(range(4)), (4, 0, 1), 4),
+    "q3_k": (256, 16, tuple(range(-4, 4)), (6, -32, 1), None),
+    "q4_k": (256, 32, tuple(range(16)), (6, 0, 1), 6),
+    "q5_k": (256, 32, tuple(range(32)), (6, 0, 1), 6),
+    "q6_k": (256, 16, tuple(range(-32, 32)), (8, -128, 1), None),
+    "iq4_nl": (32, 32, UNEVEN, None, None),
+    "iq4_xs": (256, 32, UNEVEN, (6, -32, 1), None),
+    "iq3_s": (256, 32, tuple(range(-15, 16, 2)), (4, 1, 2), None),
+}
+"""llama.cpp's types: weights of a block and of a sub-block, levels; bits, first and step of the codes of factors; bits
+of the codes of offsets, 0 where offsets are stored as they are, None where there is none."""
 
 
 def load(folder: str | Path, *, merge: bool = True, **options: Any) -> Any:
@@ -201,6 +225,10 @@ def expected_parts(linear: dict[str, Any]) -> set[str]:
     elif linear["form"] == "float":
         parts = {"codes", "shape", "scale"} | ({"input_amax"} if linear.get("input_amax") else set())
         parts |= {"global_scale"} if linear["scheme_name"].startswith("nvfp4") else set()
+    elif linear["form"] == "blocks":
+        _, _, _, scales, minimums = BLOCKS[linear["scheme_name"]]
+        parts = {"codes", "shape", "scale"} | ({"scale_codes"} if scales else set())
+        parts |= (set() if minimums is None else {"minimum"}) | ({"minimum_codes"} if minimums else set())
     else:
         level = {"absmax_codes", "absmax_scale", "absmax_offset"} if "absmax" in linear else {"absmax"}
         parts = {"codes", "shape", "codebook"} | level
@@ -211,6 +239,8 @@ def dequantize(name: str, linear: dict[str, Any], parts: dict[str, Tensor]) -> T
     """The weight (out, in) of one linear, without a correction."""
     if linear["form"] == "float":
         return small_float(name, linear, parts)
+    if linear["form"] == "blocks":
+        return from_blocks(name, linear, parts)
     packed, bits, (rows, columns) = parts["codes"], linear["bits"], parts["shape"].tolist()
     groups = 1 if linear["group_size"] == -1 else columns // linear["group_size"]
     width = -(-columns * bits // (8 * packed.element_size()))
@@ -266,6 +296,28 @@ def small_float(name: str, linear: dict[str, Any], parts: dict[str, Tensor]) -> 
         factor = factor / parts["global_scale"]
     factor = factor.repeat_interleave(band, 0)[:rows].repeat_interleave(width, 1)[:, :columns]
     return (values * factor).to(getattr(torch, linear["dtype"]))
+
+
+def from_blocks(name: str, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:
+    """factor * level(code) + offset of one of llama.cpp's types, (out, in)."""
+    block, columns, levels, scales, minimums = BLOCKS[linear["scheme_name"]]
+    packed, bits, (rows, width) = parts["codes"], (len(levels) - 1).bit_length(), parts["shape"].tolist()
+    halves = [parts[suffix] for suffix in ("scale", "minimum") if suffix in parts]
+    if packed.shape != (rows, width * bits // 8) or any(t.shape != (rows, width // block) for t in halves):
+        raise ValueError(f"{name}: tensors of {rows} x {width} weights do not fit {linear}")
+
+    def of_sub_blocks(half: str, suffix: str, bits: int, first: int, step: int) -> Tensor:
+        count = rows * (width // columns)
+        codes = unpack(parts[suffix].unsqueeze(0), bits, count).view(rows, -1).float()
+        return parts[half].float().repeat_interleave(block // columns, 1) * (codes * step + first)
+
+    values = torch.tensor(levels, dtype=torch.float32)[unpack(packed, bits, width).int()].view(rows, -1, columns)
+    factor = of_sub_blocks("scale", "scale_codes", *scales) if scales else parts["scale"].float()
+    weight = values * factor.unsqueeze(-1)
+    if minimums is not None:
+        offset = -of_sub_blocks("minimum", "minimum_codes", minimums, 0, 1) if minimums else parts["minimum"].float()
+        weight = weight + offset.unsqueeze(-1)
+    return weight.view(rows, width).to(getattr(torch, linear["dtype"]))
 
 
 def corrected(weight: Tensor, linear: dict[str, Any], parts: dict[str, Tensor]) -> Tensor:

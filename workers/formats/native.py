@@ -18,6 +18,12 @@ For a linear `name` of shape (out, in), with b bits (2 to 8) and groups of g inp
     name.scale          (bands, ceil(in / g)): floating point, e4m3 beside a global scale, or uint8 exponents plus 127
     name.global_scale   fp32 (1): true scales are the stored ones divided by it
     name.input_amax     fp32 (1): largest magnitude of the inputs in calibration text
+  blocks (llama.cpp's types: blocks of B weights, sub-blocks of g)
+    name.codes          of the bits that hold each by itself, where a file has several together
+    name.scale          fp16 (out, in / B)
+    name.scale_codes    uint8 (ceil(out * (in / g) * b1 / 8)) dense, row after row; where sub-blocks have their own
+    name.minimum        fp16 (out, in / B)                    where there is an offset
+    name.minimum_codes  uint8, as scale_codes
   with a low-rank correction
     name.lora_a         floating point (rank, in)
     name.lora_b         the same dtype (out, rank)
@@ -52,6 +58,7 @@ from workers.formats.stored_linear import StoredLinear, StoredLowRank, StoredPar
 from workers.numerics.packing import pack_bytes, packed_bytes, unpack_bytes
 from workers.numerics.quantized import (
     AffineWeight,
+    BlockWeight,
     CodebookWeight,
     FloatWeight,
     LinearResult,
@@ -95,7 +102,7 @@ def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     """The stored tensors of the linear `name`, by full name."""
     weight, low_rank = result.weight, result.low_rank
     parts = {
-        "codes": pack_bytes(weight.codes, weight.scheme.bits),
+        "codes": pack_bytes(weight.codes, weight.scheme.code_bits),
         "shape": torch.tensor(weight.shape, dtype=torch.int64),
         **_own_parts(weight),
         **({} if low_rank is None else {"lora_a": low_rank.a.contiguous(), "lora_b": low_rank.b.contiguous()}),
@@ -161,10 +168,10 @@ class _Parts:
 
     def codes(self, stored: StoredLinear) -> Tensor:
         """The codes, uint8 (out, in)."""
-        packed, (out_features, in_features) = self["codes"], self.shape
-        if packed.shape != (out_features, packed_bytes(in_features, stored.bits)):
+        packed, (out_features, in_features), bits = self["codes"], self.shape, stored.scheme.code_bits
+        if packed.shape != (out_features, packed_bytes(in_features, bits)):
             raise self.misfit()
-        return unpack_bytes(packed, stored.bits, in_features)
+        return unpack_bytes(packed, bits, in_features)
 
     def dense(self, suffix: str, bits: int, shape: torch.Size) -> Tensor:
         """The codes of one tensor, uint8 of that shape, which are packed row after row."""
@@ -192,6 +199,8 @@ class _Parts:
 def _own_parts(weight: QuantizedWeight) -> dict[str, Tensor]:
     if isinstance(weight, AffineWeight):
         return _affine_parts(weight)
+    if isinstance(weight, BlockWeight):
+        return _block_parts(weight)
     return _codebook_parts(weight) if isinstance(weight, CodebookWeight) else _float_parts(weight)
 
 
@@ -267,10 +276,39 @@ def _float_weight(parts: _Parts, stored: StoredLinear) -> QuantizedWeight:
     return FloatWeight(parts.codes(stored), scale, scheme, stored.torch_dtype, divisor, amax)
 
 
+def _block_parts(weight: BlockWeight) -> dict[str, Tensor]:
+    kind = weight.kind
+    levels = {"scale_codes": (weight.scale_codes, kind.scales), "minimum_codes": (weight.minimum_codes, kind.minimums)}
+    parts = {"scale": weight.scale.contiguous()}
+    if weight.minimum is not None:
+        parts["minimum"] = weight.minimum.contiguous()
+    for name, (codes, integers) in levels.items():
+        if codes is not None and integers is not None:
+            parts[name] = pack_bytes(codes.reshape(1, -1), integers.bits).flatten()
+    return parts
+
+
+def _block_weight(parts: _Parts, stored: StoredLinear) -> QuantizedWeight:
+    scheme, kind, (rows, columns) = stored.scheme, stored.scheme.blocks, parts.shape
+    if kind is None or columns % kind.weights:
+        raise parts.misfit()
+    blocks, sub_blocks = (torch.Size((rows, columns // size)) for size in (kind.weights, kind.columns))
+    halves = [parts["scale"], *([parts["minimum"]] if kind.offset else [])]
+    if any(number.shape != blocks or number.dtype != torch.float16 for number in halves):
+        raise parts.misfit()
+    scales, minimums = (
+        None if of is None else parts.dense(suffix, of.bits, sub_blocks)
+        for suffix, of in (("scale_codes", kind.scales), ("minimum_codes", kind.minimums))
+    )
+    minimum = halves[1] if kind.offset else None
+    return BlockWeight(parts.codes(stored), halves[0], scheme, stored.torch_dtype, scales, minimum, minimums)
+
+
 READERS: Mapping[Form, Callable[[_Parts, StoredLinear], QuantizedWeight]] = {
     Form.AFFINE: _affine_weight,
     Form.CODEBOOK: _codebook_weight,
     Form.FLOAT: _float_weight,
+    Form.BLOCKS: _block_weight,
 }
 
 

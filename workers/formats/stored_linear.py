@@ -57,7 +57,7 @@ class StoredLinear(Description):
     input_amax   whether the largest magnitude of the inputs is stored
     """
 
-    form: Literal[Form.AFFINE, Form.CODEBOOK, Form.FLOAT]
+    form: Literal[Form.AFFINE, Form.CODEBOOK, Form.FLOAT, Form.BLOCKS]
     bits: int
     group_size: int
     symmetric: bool

@@ -7,7 +7,9 @@ Schemes of FP8 and FP4 have the scales of `floats.float_grids`. Of FP4 and MX, w
 the one near the usual with the least squared error of its group is taken (`scale_search`).
 
 Reads the weights alone, one linear at a time; cost O(out*in). Left out on purpose: a search of integers' ranges and any
-use of activations, which would make it another method.
+use of activations, which would make it another method. llama.cpp's types are the exception: their scales are codes
+themselves, so that any rounding to them is a search (`workers.numerics.blocks.search`), weighted by the inputs' second
+moments.
 """
 
 import torch
@@ -17,6 +19,7 @@ from app.domain.methods import Form, RTNSpec, Scheme
 from workers.contracts.blocks import BlockTask, Method
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.blocks.search import search_blocks
 from workers.numerics.floats import float_grids
 from workers.numerics.quantized import AffineWeight, LinearResult, QuantizedWeight
 from workers.numerics.row_parts import row_parts
@@ -25,8 +28,19 @@ from workers.numerics.row_parts import row_parts
 class RTN:
     def quantize_block(self, task: BlockTask, spec: RTNSpec) -> BlockResult:
         amax = task.joined_amax()
+        # Without calibration, moments are those of the evaluation text, which must not decide anything.
+        moments = task.second_moments if spec.observes_inputs() else {}
         results = {
-            name: self.quantize_tensor(task.linear(name).weight, scheme, task.scale_dtype, spec, amax.get(name))
+            name: LinearResult(
+                round_to_scheme(
+                    task.linear(name).weight,
+                    scheme,
+                    task.scale_dtype,
+                    amax.get(name),
+                    search=spec.scale_search,
+                    moments=moments.get(name),
+                )
+            )
             for name, scheme in task.schemes.items()
         }
         return BlockResult(results)
@@ -51,8 +65,15 @@ def round_to_scheme(
     joined_amax: Tensor | None = None,
     *,
     search: bool = True,
+    moments: Tensor | None = None,
 ) -> QuantizedWeight:
-    """Round a weight (out, in) of any float dtype to nearest, whatever the scheme's element."""
+    """Round a weight (out, in) of any float dtype to nearest, whatever the scheme's element.
+
+    search    whether FP4 and MX take the best of the scales near the usual one
+    moments   second moments of the inputs, (in,), that weigh the search of llama.cpp's types
+    """
+    if scheme.form is Form.BLOCKS:
+        return search_blocks(weight, scheme, moments)
     if scheme.form is Form.FLOAT:
         quantize = float_grids.searched if search else float_grids.quantize
         return quantize(weight, scheme, scale_dtype, joined_amax)

@@ -2,6 +2,7 @@
 
     affine      w_hat = scale * (code - zero)       or scale * code + offset
     codebook    w_hat = absmax * codebook[code]         FP8 and FP4 too, with a table of their values
+    blocks      one of these three, with the exact factor and offset of each sub-block
 
 Codes of up to 2 bits lie four in a byte, up to 4 bits two, wider ones one; the first in the lowest bits. Arithmetic is
 that of `workers.numerics.quantized`: fp32, rounded once. On a GPU one kernel unpacks, scales and rounds
@@ -16,8 +17,16 @@ import torch
 from torch import Tensor
 
 from workers.numerics.backend import unpack_kernels
+from workers.numerics.blocks.levels import level_table
 from workers.numerics.floats.elements import element_table
-from workers.numerics.quantized import AffineWeight, CodebookWeight, FloatWeight, QuantizedAbsmax, QuantizedWeight
+from workers.numerics.quantized import (
+    AffineWeight,
+    BlockWeight,
+    CodebookWeight,
+    FloatWeight,
+    QuantizedAbsmax,
+    QuantizedWeight,
+)
 
 Kind = Literal["middle", "zero", "offset", "codebook"]
 
@@ -46,11 +55,13 @@ class PackedWeight:
     @classmethod
     def of(cls, weight: QuantizedWeight) -> "PackedWeight":
         """The packed weight, on the same device."""
-        width = next(width for width in (2, 4, 8) if weight.scheme.bits <= width)
+        width = next(width for width in (2, 4, 8) if weight.scheme.code_bits <= width)
         packed, middle = _pack(weight.codes, width), 2.0 ** (weight.scheme.bits - 1)
         kind: Kind = "codebook"
         scale: Tensor | QuantizedAbsmax
         other: Tensor | None
+        if isinstance(weight, BlockWeight):
+            return cls._of_blocks(weight, packed, width)
         if isinstance(weight, FloatWeight):
             return cls._of_float(weight, packed, width)
         if isinstance(weight, CodebookWeight):
@@ -68,6 +79,17 @@ class PackedWeight:
         whole = factor.repeat_interleave(weight.group_size // size, 1)[:, : columns // size].contiguous()
         table = element_table(weight.scheme, packed.device)
         return cls(packed, width, weight.shape, size, "codebook", whole, table, 0.0)
+
+    @classmethod
+    def _of_blocks(cls, weight: BlockWeight, packed: Tensor, width: int) -> "PackedWeight":
+        """The exact factors and offsets of the sub-blocks; levels are codes less a constant, or a table."""
+        offset, first = weight.offset(), weight.kind.levels[0]
+        table = None if weight.kind.uniform else level_table(weight.kind, packed.device)
+        if offset is not None and (first or table is not None):
+            raise ValueError(f"{weight.scheme} has an offset beside levels that are not its codes")
+        kind: Kind = "middle" if table is None and offset is None else "codebook" if offset is None else "offset"
+        other = table if offset is None else offset
+        return cls(packed, width, weight.shape, weight.group_size, kind, weight.factor(), other, float(-first))
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """W_hat, (out, in)."""

@@ -4,6 +4,7 @@
                     W_hat = scale * codes + offset            the same with a fractional offset per group
     CodebookWeight  W_hat = absmax * codebook[codes]          one absmax per group; it may be quantized itself
     FloatWeight     W_hat = factor * value(codes)             codes of FP8 or FP4, one factor per group or block
+    BlockWeight     W_hat = factor * level(codes) + offset    llama.cpp's types: codes of factors and offsets, too
     LowRank         (alpha / rank) * b @ a                    added to one of the above
 
 A linear represents W_hat, or W_hat plus its low-rank product. `codes` are unsigned, 0 .. 2^bits - 1. A symmetric
@@ -19,7 +20,9 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Form, Scheme
+from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import WHOLE
+from workers.numerics.blocks.levels import level_table
 from workers.numerics.floats.elements import element_table
 from workers.numerics.row_parts import in_row_parts
 
@@ -260,7 +263,99 @@ class FloatWeight:
         return StoredBits(codes=self.codes.numel() * self.scheme.bits, scales=_bits(self.scale) + others)
 
 
-QuantizedWeight = AffineWeight | CodebookWeight | FloatWeight
+@dataclass(frozen=True)
+class BlockWeight:
+    """A linear's weight in a type of llama.cpp's (`app.domain.methods.block_types`), of blocks within rows.
+
+        W_hat = factor * level(code) + offset     factor = scale * (first + step * scale_code)
+                                                  offset = -(minimum * minimum_code), or minimum where it has no codes
+    With codes of 8 bits at most beside fp16 all but the last sum is exact in fp32, on any device and in any order: the
+    numbers are those that llama.cpp decodes.
+
+    codes          uint8 (out, in), indices into the type's levels
+    scale          fp16 (out, blocks)
+    scale_codes    uint8 (out, sub-blocks); None: a block is not divided
+    minimum        fp16 (out, blocks); None: the type has no offset
+    minimum_codes  uint8 (out, sub-blocks)
+    scheme         one by name
+    dtype          of the dequantized weight
+    """
+
+    codes: Tensor
+    scale: Tensor
+    scheme: Scheme
+    dtype: torch.dtype
+    scale_codes: Tensor | None = None
+    minimum: Tensor | None = None
+    minimum_codes: Tensor | None = None
+    form: ClassVar[Form] = Form.BLOCKS
+
+    @property
+    def kind(self) -> BlockType:
+        """The facts of its type.
+
+        Raises:
+            ValueError: the scheme is no type of llama.cpp's.
+        """
+        if self.scheme.blocks is None:
+            raise ValueError(f"{self.scheme} is no type of llama.cpp's")
+        return self.scheme.blocks
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def group_size(self) -> int:
+        """Columns of a sub-block."""
+        return self.scheme.group_size
+
+    def factor(self) -> Tensor:
+        """The factors of the sub-blocks, exact, fp32 (out, sub-blocks)."""
+        if self.scale_codes is None or self.kind.scales is None:
+            return self.scale.float()
+        numbers = self.scale_codes.float() * self.kind.scales.step + self.kind.scales.first
+        return self._of_sub_blocks(self.scale) * numbers
+
+    def offset(self) -> Tensor | None:
+        """The offsets of the sub-blocks, exact, fp32 (out, sub-blocks); None: the type has none."""
+        if self.minimum is None:
+            return None
+        if self.minimum_codes is None:
+            return self.minimum.float()
+        return -(self._of_sub_blocks(self.minimum) * self.minimum_codes.float())
+
+    def _of_sub_blocks(self, of_blocks: Tensor) -> Tensor:
+        return of_blocks.float().repeat_interleave(self.kind.weights // self.kind.columns, 1)
+
+    def dequantize(self) -> Tensor:
+        """W_hat in `dtype`, (out, in): product (and sum with an offset) in fp32, one rounding."""
+        table, factor, offset = level_table(self.kind, self.codes.device), self.factor(), self.offset()
+
+        def dequantized(rows: slice) -> Tensor:
+            levels = table.index_select(0, self.codes[rows].flatten().int())
+            weight = levels.view(-1, factor.shape[1], self.group_size) * factor[rows].unsqueeze(-1)
+            weight = weight if offset is None else weight + offset[rows].unsqueeze(-1)
+            return weight.view(-1, self.codes.shape[1]).to(self.dtype)
+
+        return in_row_parts(self.codes, dequantized)
+
+    def to(self, device: torch.device | str) -> "BlockWeight":
+        """The weight with its tensors there."""
+        rest = (self.scale_codes, self.minimum, self.minimum_codes)
+        there = (None if tensor is None else tensor.to(device) for tensor in rest)
+        return BlockWeight(self.codes.to(device), self.scale.to(device), self.scheme, self.dtype, *there)
+
+    def stored_bits(self) -> StoredBits:
+        """Bits of the blocks, as a file has them."""
+        kind, levels = self.kind, ((self.scale_codes, self.kind.scales), (self.minimum_codes, self.kind.minimums))
+        scales = _bits(self.scale) + (0 if self.minimum is None else _bits(self.minimum))
+        scales += sum(codes.numel() * of.bits for codes, of in levels if codes is not None and of is not None)
+        return StoredBits(codes=self.codes.numel() // kind.weights * kind.size * 8 - scales, scales=scales)
+
+
+QuantizedWeight = AffineWeight | CodebookWeight | FloatWeight | BlockWeight
 
 
 @dataclass(frozen=True)

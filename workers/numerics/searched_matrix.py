@@ -6,7 +6,8 @@ least error is taken, columns weighted by the second moments of what the matrix 
     least over ranges of  sum_j m_j (w_hat_j - w_j)^2         m = 1 where nothing is known of the inputs
 
 A row of an embedding is looked up, not multiplied: its error is that of its numbers, so m = 1. Schemes of
-floating-point elements have the scales of `workers.numerics.floats.float_grids`.
+floating-point elements have the scales of `workers.numerics.floats.float_grids`, and llama.cpp's types are searched by
+`workers.numerics.blocks.search`, with the same m.
 """
 
 import torch
@@ -16,6 +17,7 @@ from app.domain.methods import Form, Scheme
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped, round_to_grid
 from workers.numerics.backend import rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings
+from workers.numerics.blocks.search import search_blocks
 from workers.numerics.floats import float_grids
 from workers.numerics.quantized import AffineWeight, QuantizedWeight
 
@@ -33,6 +35,8 @@ def quantize_matrix(
     """
     if scheme.form is Form.FLOAT:
         return float_grids.quantize(weight, scheme, scale_dtype)
+    if scheme.form is Form.BLOCKS:
+        return search_blocks(weight, scheme, moments)
     weights = torch.ones(weight.shape[1], device=weight.device) if moments is None else moments.float()
     rows = max(1, PART // weight.shape[1])
     parts = [_rounded(part, scheme, scale_dtype, weights) for part in torch.split(weight, rows)]

@@ -7,7 +7,14 @@ from app.domain.methods.clipping_specs import OmniQuantSpec
 from app.domain.methods.codebook_specs import NormalFloatSpec
 from app.domain.methods.goals import AtMost, Choice, Fits, Goal
 from app.domain.methods.low_rank_specs import ApiQSpec, LoftQSpec, LQLoRASpec
-from app.domain.methods.named_schemes import ALL_SCHEMES, SCHEMES, NamedScheme, SchemeName
+from app.domain.methods.named_schemes import (
+    ALL_SCHEMES,
+    BLOCK_SCHEMES,
+    PRESET_SCHEMES,
+    SCHEMES,
+    NamedScheme,
+    SchemeName,
+)
 from app.domain.methods.schemes import (
     MAX_BITS,
     MIN_BITS,
@@ -24,11 +31,13 @@ from bitwright.formats import Form
 
 __all__ = [
     "ALL_SCHEMES",
+    "BLOCK_SCHEMES",
     "MAX_BITS",
     "METHODS",
     "MIN_BITS",
     "PER_CHANNEL",
     "PRESET_ABSMAX",
+    "PRESET_SCHEMES",
     "RECIPES",
     "SCALE_BATCH_SIZE",
     "SCALE_BITS",

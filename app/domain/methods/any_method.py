@@ -16,7 +16,7 @@ from pydantic_core import CoreSchema, InitErrorDetails
 
 from app.domain.methods.budgets import BitBudget, Candidate, Width
 from app.domain.methods.goals import AtMost, Choice, Fits, Goal
-from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
+from app.domain.methods.named_schemes import PRESET_SCHEMES, SchemeName
 from app.domain.methods.schemes import (
     HEAD_PATTERN,
     INTEGER_FIELDS,
@@ -341,7 +341,7 @@ class NamedSchemeSpec(GoalSpec):
     scheme: SchemeName | None = Field(
         default=None, description="A number format by name, in place of bits, group_size and symmetric."
     )
-    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES
+    named_schemes: ClassVar[frozenset[SchemeName]] = PRESET_SCHEMES
 
     def default_name(self) -> SchemeName | None:
         """The spec's `scheme`."""

@@ -67,6 +67,8 @@ class Candidate:
         """
         weights = shape[0] * shape[1]
         row = self.scheme.row
+        if row is not None and row.blocks is not None:
+            return round(self.scheme.bits_per_weight(shape[1]) * weights)
         if row is not None:
             bands = 1 if row.rows == WHOLE else -(-shape[0] // row.rows)
             return self.scheme.bits * weights + (row.scale.stored_bits or scale_bits) * bands * self.scheme.groups(

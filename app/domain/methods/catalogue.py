@@ -100,7 +100,7 @@ METHODS: MappingProxyType[str, MethodInfo] = MappingProxyType(
             title="Round to nearest",
             summary="The baseline: each weight goes to the nearest code of its group's range.",
             paper=None,
-            produces=frozenset({Form.AFFINE, Form.FLOAT}),
+            produces=frozenset({Form.AFFINE, Form.FLOAT, Form.BLOCKS}),
         ),
         "nf": MethodInfo(
             spec=NormalFloatSpec,

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
+from app.domain.methods import block_types
+from app.domain.methods.block_types import BlockType
+
 WHOLE = -1
 """In place of a number of rows or columns: all of them."""
 
@@ -26,6 +29,20 @@ class SchemeName(StrEnum):
     MXFP4A16 = "mxfp4a16"
     MXFP8 = "mxfp8"
     MXFP8A16 = "mxfp8a16"
+    Q2_K = "q2_k"
+    Q3_K = "q3_k"
+    Q4_K = "q4_k"
+    Q5_K = "q5_k"
+    Q6_K = "q6_k"
+    IQ3_S = "iq3_s"
+    IQ4_NL = "iq4_nl"
+    IQ4_XS = "iq4_xs"
+    Q2_0 = "q2_0"
+    Q4_0 = "q4_0"
+    Q4_1 = "q4_1"
+    Q5_0 = "q5_0"
+    Q5_1 = "q5_1"
+    Q8_0 = "q8_0"
 
 
 class Element(StrEnum):
@@ -80,6 +97,7 @@ class NamedScheme:
     rows         consecutive rows that do; `WHOLE`: all
     whole_groups whether the columns of a linear must be whole groups; else the last group has what is left
     activations  None: they stay in 16 bits
+    blocks       the type that llama.cpp's files store it in, which says all of its numbers; None: it is none of those
     """
 
     title: str
@@ -90,6 +108,7 @@ class NamedScheme:
     rows: int = 1
     whole_groups: bool = True
     activations: Activations | None = None
+    blocks: BlockType | None = None
 
     @property
     def calibrated(self) -> bool:
@@ -100,6 +119,28 @@ class NamedScheme:
 _E4M3, _E2M1 = Element.E4M3, Element.E2M1
 _TOKEN = Activations(_E4M3, 8, WHOLE)
 _MX4, _MX8 = (Activations(e, b, 32, ScaleType.E8M0) for e, b in ((_E2M1, 4), (_E4M3, 8)))
+
+
+def _in_blocks(title: str, bits: int, kind: BlockType) -> NamedScheme:
+    return NamedScheme(f"{title}, for llama.cpp", Element.INTEGER, bits, kind.columns, blocks=kind)
+
+
+_BLOCKS = {
+    SchemeName.Q2_K: _in_blocks("2-bit codes in super-blocks, 2.625 bits a weight", 2, block_types.Q2_K),
+    SchemeName.Q3_K: _in_blocks("3-bit codes in super-blocks, 3.4375 bits a weight", 3, block_types.Q3_K),
+    SchemeName.Q4_K: _in_blocks("4-bit codes in super-blocks, 4.5 bits a weight", 4, block_types.Q4_K),
+    SchemeName.Q5_K: _in_blocks("5-bit codes in super-blocks, 5.5 bits a weight", 5, block_types.Q5_K),
+    SchemeName.Q6_K: _in_blocks("6-bit codes in super-blocks, 6.5625 bits a weight", 6, block_types.Q6_K),
+    SchemeName.IQ3_S: _in_blocks("A lattice of 3.25 bits in super-blocks, 3.4375 bits a weight", 3, block_types.IQ3_S),
+    SchemeName.IQ4_NL: _in_blocks("4-bit codes of uneven levels, 4.5 bits a weight", 4, block_types.IQ4_NL),
+    SchemeName.IQ4_XS: _in_blocks("The same in super-blocks, 4.25 bits a weight", 4, block_types.IQ4_XS),
+    SchemeName.Q2_0: _in_blocks("2-bit codes in blocks of 64, 2.25 bits a weight", 2, block_types.Q2_0),
+    SchemeName.Q4_0: _in_blocks("4-bit codes in blocks of 32, 4.5 bits a weight", 4, block_types.Q4_0),
+    SchemeName.Q4_1: _in_blocks("4-bit codes in blocks of 32 with an offset, 5 bits a weight", 4, block_types.Q4_1),
+    SchemeName.Q5_0: _in_blocks("5-bit codes in blocks of 32, 5.5 bits a weight", 5, block_types.Q5_0),
+    SchemeName.Q5_1: _in_blocks("5-bit codes in blocks of 32 with an offset, 6 bits a weight", 5, block_types.Q5_1),
+    SchemeName.Q8_0: _in_blocks("8-bit codes in blocks of 32, 8.5 bits a weight", 8, block_types.Q8_0),
+}
 
 SCHEMES: MappingProxyType[SchemeName, NamedScheme] = MappingProxyType(
     {
@@ -146,6 +187,11 @@ SCHEMES: MappingProxyType[SchemeName, NamedScheme] = MappingProxyType(
             "MXFP8, groups of 32, activations too", _E4M3, 8, 32, ScaleType.E8M0, activations=_MX8
         ),
         SchemeName.MXFP8A16: NamedScheme("MXFP8 weights alone, groups of 32", _E4M3, 8, 32, ScaleType.E8M0),
+        **_BLOCKS,
     }
 )
 ALL_SCHEMES = frozenset(SchemeName)
+BLOCK_SCHEMES = frozenset(_BLOCKS)
+"""Those of llama.cpp's files."""
+PRESET_SCHEMES = ALL_SCHEMES - BLOCK_SCHEMES
+"""Those that compressed-tensors has presets of."""

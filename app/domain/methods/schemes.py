@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, ValidationError, model_validator
 from pydantic_core import InitErrorDetails, PydanticCustomError
 
+from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import SCHEMES, WHOLE, Element, NamedScheme, SchemeName
 from bitwright.formats import Form
 
@@ -75,7 +76,8 @@ class Scheme(Spec):
     def named(cls, name: SchemeName) -> "Scheme":
         """The scheme of that name."""
         row = SCHEMES[name]
-        return cls(bits=row.bits, group_size=row.group_size, symmetric=True, name=name)
+        symmetric = row.blocks is None or not row.blocks.offset
+        return cls(bits=row.bits, group_size=row.group_size, symmetric=symmetric, name=name)
 
     @property
     def row(self) -> NamedScheme | None:
@@ -85,7 +87,27 @@ class Scheme(Spec):
     @property
     def form(self) -> Form:
         """The form of weights in it, where a method makes no codebook."""
+        if self.blocks is not None:
+            return Form.BLOCKS
         return Form.AFFINE if self.row is None or self.row.element is Element.INTEGER else Form.FLOAT
+
+    @property
+    def blocks(self) -> BlockType | None:
+        """The type of llama.cpp's that it is; None: it is none."""
+        return None if self.row is None else self.row.blocks
+
+    @property
+    def code_bits(self) -> int:
+        """Bits that hold any of its codes by itself: those of `bits`, but where codes are stored several together."""
+        return self.bits if self.blocks is None else self.blocks.code_bits
+
+    def fitted(self, in_features: int) -> "Scheme":
+        """The scheme that a linear with so many inputs gets: where they are not whole blocks of llama.cpp's, the type
+        that its quantizer takes instead (`llama_tensor_get_type` of v0.5.0)."""
+        kind = self.blocks
+        if kind is None or kind.fallback is None or in_features % kind.weights == 0:
+            return self
+        return Scheme.named(SchemeName(kind.fallback))
 
     @property
     def group_rows(self) -> int:
@@ -101,12 +123,21 @@ class Scheme(Spec):
         return -(-in_features // self.width(in_features))
 
     def divides(self, in_features: int) -> bool:
-        """True if a linear with so many inputs can be stored: its columns are whole groups, where they must be."""
+        """True if a linear with so many inputs can be stored: its columns are whole groups, where they must be.
+
+        Of llama.cpp's types, in the one that it falls back to, too.
+        """
+        kind = self.fitted(in_features).blocks
+        if kind is not None:
+            return in_features % kind.weights == 0
         some = self.row is not None and not self.row.whole_groups
         return some or self.group_size == PER_CHANNEL or in_features % self.group_size == 0
 
     def bits_per_weight(self, in_features: int, scale_bits: int = SCALE_BITS) -> float:
         """Bits of a weight with its share of scale and zero point; what a whole linear has but once is left out."""
+        kind = self.fitted(in_features).blocks
+        if kind is not None:
+            return kind.bits_per_weight
         if self.row is not None:
             rows, of_scale = self.row.rows, self.row.scale.stored_bits or scale_bits
             return self.bits + (0 if rows == WHOLE else of_scale / (self.width(in_features) * rows))

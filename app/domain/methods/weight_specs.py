@@ -1,6 +1,6 @@
 """Frozen specs of the methods that make quantized weights alone."""
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 
@@ -13,10 +13,12 @@ from app.domain.methods.any_method import (
     Steps,
     WeightsOnly,
 )
+from app.domain.methods.named_schemes import ALL_SCHEMES, SchemeName
+from bitwright.formats import Form
 
 
 class RTNSpec(NamedSchemeSpec):
-    """Round to nearest. Looks at the weights alone."""
+    """Round to nearest. Looks at the weights alone, but for llama.cpp's types, whose search weighs them by inputs."""
 
     method: Literal["rtn"] = "rtn"
     scale_search: bool = Field(
@@ -26,6 +28,7 @@ class RTNSpec(NamedSchemeSpec):
         "error of its group; of no effect on integers and FP8.",
     )
     weights_only: WeightsOnly = False
+    named_schemes: ClassVar[frozenset[SchemeName]] = ALL_SCHEMES
 
     def rounds_to_searched_scales(self) -> bool:
         """As the request says."""
@@ -40,11 +43,12 @@ class RTNSpec(NamedSchemeSpec):
         return self.weights_only
 
     def observes_inputs(self) -> bool:
-        """Weights alone."""
-        return False
+        """Calibration text says how much each column of llama.cpp's types matters, unless weights alone are asked for:
+        what an imatrix file is to its own quantizer."""
+        return Form.BLOCKS in self.forms() and not self.weights_only
 
     def needs_original_inputs(self) -> bool:
-        """Text is for a budget alone."""
+        """Text is for a budget, or for sums of the inputs' squares."""
         return False
 
 

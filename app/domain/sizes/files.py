@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 from app.domain.formats import EmbeddingRule, ExportFormat
 from app.domain.methods import SCALE_BITS, AbsmaxScheme, Candidate, Scheme
+from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import ScaleType
 
 HEADER_BYTES = 115
@@ -134,7 +135,9 @@ def _once(name: ExportFormat, matrix: Matrix, width: float, *, base_alone: bool)
 
 def _native(matrix: Matrix, factors: float) -> Stored:
     """Codes, scales and shape; zero points, a codebook, a second level, numbers of a tensor and factors besides."""
-    scheme = matrix.scheme
+    scheme = None if matrix.scheme is None else matrix.scheme.fitted(matrix.shape[1])
+    if scheme is not None and scheme.blocks is not None:
+        return _native_blocks(matrix, scheme.blocks, factors)
     zeros = scheme is not None and not scheme.symmetric
     tensors = 3 + zeros + matrix.codebook + 2 * (matrix.absmax is not None) + 2 * (factors > 0)
     if scheme is None:
@@ -148,12 +151,25 @@ def _native(matrix: Matrix, factors: float) -> Stored:
     return Stored(size, tensors + numbers)
 
 
+def _native_blocks(matrix: Matrix, kind: BlockType, factors: float) -> Stored:
+    """Codes of a width that holds them all, and the numbers of blocks and of sub-blocks, each a tensor."""
+    (rows, columns), halves = matrix.shape, 1 + kind.offset
+    beside = [integers for integers in (kind.scales, kind.minimums) if integers is not None]
+    codes = rows * ceil(columns * kind.code_bits / 8)
+    integers = sum(ceil(matrix.weights / kind.columns * of.bits / 8) for of in beside)
+    size = codes + integers + 2 * halves * matrix.weights / kind.weights + SHAPE_BYTES + factors
+    return Stored(size, 2 + halves + len(beside) + 2 * (factors > 0))
+
+
 def _as_native(matrix: Matrix, _scheme: Scheme) -> Stored:
     return _native(matrix, 0.0)
 
 
 def _gguf(matrix: Matrix, scheme: Scheme) -> Stored:
-    """Blocks of 32 weights with a scale each, whatever the group."""
+    """Blocks of 32 weights with a scale each, whatever the group; of a type by name, its own."""
+    kind = scheme.fitted(matrix.shape[1]).blocks
+    if kind is not None:
+        return Stored(matrix.weights / kind.weights * kind.size, 1)
     bytes_of = GGML_BYTES[scheme.symmetric]
     block = bytes_of[min((width for width in bytes_of if width >= scheme.bits), default=max(bytes_of))]
     return Stored(matrix.shape[0] * ceil(matrix.shape[1] / GGML_BLOCK) * block, 1)

@@ -18,9 +18,10 @@ def parsed(**quantization: Any) -> JobRequest:
 
 @pytest.mark.parametrize("method", ["rtn", "gptq", "awq", "signround"])
 def test_these_methods_take_every_scheme_and_others_none(method: str) -> None:
-    assert len(METHODS[method].spec.named_schemes) == 11
+    in_blocks = method == "rtn"
+    assert len(METHODS[method].spec.named_schemes) == (25 if in_blocks else 11)
     assert parsed(method=method, scheme="nvfp4a16").quantization.forms() == {"float"}
-    assert METHODS[method].produces == {"affine", "float"}
+    assert METHODS[method].produces == {"affine", "float", *(("blocks",) if in_blocks else ())}
     with pytest.raises(InvalidRequest, match="not both"):
         parsed(method=method, scheme="nvfp4a16", bits=4)
     assert {name for name, info in METHODS.items() if info.spec.named_schemes} == {"rtn", "gptq", "awq", "signround"}

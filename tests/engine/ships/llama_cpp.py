@@ -85,6 +85,18 @@ def _library(folder: Path) -> Any:
     return llama
 
 
+def quantize(folder: Path, source: Path, target: Path, file_type: int) -> None:
+    """A file by llama.cpp's own quantizer, in this process; `file_type` is the number of a mix (`llama_ftype`)."""
+    llama = _library(folder)
+    llama.llama_model_quantize_default_params.restype = _Parameters
+    parameters = llama.llama_model_quantize_default_params()
+    numbers = c.cast(c.pointer(parameters), c.POINTER(c.c_int32))
+    numbers[0], numbers[1] = 1, file_type
+    llama.llama_model_quantize.argtypes = [c.c_char_p, c.c_char_p, c.POINTER(_Parameters)]
+    failed = llama.llama_model_quantize(str(source).encode(), str(target).encode(), c.byref(parameters))
+    assert not failed, "llama.cpp does not quantize the file"
+
+
 def _logits(llama: Any, model: int, ids: list[int], width: int) -> Any:
     parameters = llama.llama_context_default_params()
     sizes = c.cast(c.byref(parameters), c.POINTER(c.c_uint32))

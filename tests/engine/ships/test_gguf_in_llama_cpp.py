@@ -13,13 +13,16 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from app.domain.formats import ExportFormat
+from app.domain.methods import BLOCK_SCHEMES
 from bitwright.errors import FormatCannotHold
 from tests.engine.conftest import run_job
 from tests.engine.ships.gguf_models import LLAMA_3, QWEN, save_model, save_tokenizer
 from tests.engine.ships.llama_cpp import Answer, ask
 from workers.formats.gguf import metadata as gguf_metadata
+from workers.tiny_model import Recipe, make_tiny_model
 
 FOLDER = os.environ.get("BITWRIGHT_TEST_LLAMA_CPP", "")
+ROOT = Path(__file__).parents[3]
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(not FOLDER, reason="make test-llama-cpp installs llama.cpp")]
 
 IDS = torch.randint(4, 390, (96,), generator=torch.Generator().manual_seed(0))
@@ -154,3 +157,31 @@ def test_llama_cpp_makes_the_tokens_that_transformers_makes(
     assert isinstance(answer, Answer), answer
     expected = AutoTokenizer.from_pretrained(source)
     assert answer.tokens == [expected(text)["input_ids"] for text in TEXTS]
+
+
+@pytest.fixture(scope="session")
+def wide_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two Llama blocks of whole super-blocks, trained until it knows its text."""
+    recipe = Recipe(vocabulary=400, width=256, intermediate=512, blocks=2, positions=256, steps=120, batch=4)
+    return make_tiny_model(tmp_path_factory.mktemp("models") / "wide", recipe)
+
+
+def perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    return float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:]).exp())
+
+
+@pytest.mark.parametrize("name", sorted(BLOCK_SCHEMES))
+def test_types_by_name_speak_in_llama_cpp_as_in_the_engine(name: str, wide_model: Path, tmp_path: Path) -> None:
+    quantization = {"method": "rtn", "scheme": name}
+    result = run_job(wide_model, tmp_path, formats=["gguf", "merged"], quantization=quantization)
+    assert {linear.scheme for block in result.report.blocks for linear in block.linears} == {name}
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    ids = AutoTokenizer.from_pretrained(wide_model)(text, return_tensors="pt", truncation=True, max_length=256)[
+        "input_ids"
+    ][0]
+    answer = ask(Path(FOLDER), tmp_path / result.checkpoints["gguf"] / "model.gguf", ids.tolist(), [])
+    assert isinstance(answer, Answer), answer
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / result.checkpoints["merged"], dtype=torch.float32)
+    with torch.no_grad():
+        ours = perplexity(merged(ids[None]).logits[0], ids)
+    assert perplexity(torch.from_numpy(answer.logits), ids) == pytest.approx(ours, rel=0.005)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from app.domain.formats import ExportFormat
-from app.domain.methods import Scheme, SchemeName
+from app.domain.methods import PRESET_SCHEMES, Scheme, SchemeName
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold
 from tests.formats.examples import assert_same, random_result, tiny_llama
 from workers.formats.compressed_tensors import compress, decompress
@@ -20,7 +20,7 @@ from workers.formats.stored_linear import StoredLinear
 from workers.numerics.floats.float_grids import quantize
 from workers.numerics.quantized import FloatWeight, LinearResult
 
-NAMES = sorted(SchemeName)
+NAMES = sorted(PRESET_SCHEMES)
 FLOATS = [name for name in NAMES if name != SchemeName.INT8]
 NAN, INF = float("nan"), float("inf")
 

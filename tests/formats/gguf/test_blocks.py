@@ -100,12 +100,21 @@ def test_the_tables_of_types_are_those_of_ggml() -> None:
         "float32": "F32",
         "float64": "F64",
     }
-    assert {kind.name: int(number) for kind, number in file.FILE_TYPES.items()} == {
-        "Q4_0": 2,
-        "Q4_1": 3,
-        "Q8_0": 7,
-        "Q5_0": 8,
-        "Q5_1": 9,
+    assert {kind: (row.size, row.weights, row.file_type) for kind, row in file.TYPES.items()} == {
+        2: (18, 32, 2),
+        3: (20, 32, 3),
+        6: (22, 32, 8),
+        7: (24, 32, 9),
+        8: (34, 32, 7),
+        10: (84, 256, 10),
+        11: (110, 256, 12),
+        12: (144, 256, 15),
+        13: (176, 256, 17),
+        14: (210, 256, 18),
+        20: (18, 32, 25),
+        21: (110, 256, 26),
+        23: (136, 256, 30),
+        42: (18, 64, 41),
     }
 
 

@@ -205,6 +205,8 @@ def _zero_point(linear: StoredLinear) -> str:
         return "none: codes are floating-point numbers"
     if linear.form is Form.CODEBOOK:
         return "none: codes index a codebook"
+    if linear.form is Form.BLOCKS:
+        return "fixed" if linear.symmetric else "an offset of each group"
     return "an offset of each group" if linear.offset else "fixed" if linear.symmetric else "of each group"
 
 

@@ -12,7 +12,8 @@ codes move from the middle of their own range to that of the type, so that codes
 rounded to fp16 once; the distance that this moves weights is reported. In a block, byte j of the nibbles has weight j
 in its lower half and weight j + 16 in its upper one, and fifth bits are one little-endian word, weight 0 lowest.
 
-There is no type for asymmetric 6 to 8 bits, or for groups that are no multiple of 32.
+There is no type for asymmetric 6 to 8 bits, or for groups that are no multiple of 32. Weights in a type by its name
+have their bytes already (`workers.formats.gguf.block_bytes`).
 """
 
 from collections.abc import Mapping
@@ -24,8 +25,9 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from bitwright.errors import CorruptCheckpoint, FormatCannotHold
+from workers.formats.gguf.block_bytes import decode, encode
 from workers.formats.stored_linear import StoredLinear
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult
 
 BLOCK = 32
 MIDDLE = {Kind.Q4_0: 8, Kind.Q5_0: 16, Kind.Q8_0: 0}
@@ -36,11 +38,12 @@ MIDDLE = {Kind.Q4_0: 8, Kind.Q5_0: 16, Kind.Q8_0: 0}
 class Packed:
     """A linear's rows in a type's bytes.
 
+    kind          number of the type, which the package gguf need not know
     data          uint8 (out, bytes per row)
     offset_error  the most by which rounding an offset moves a group's weights, in steps of its scale; 0 if symmetric
     """
 
-    kind: Kind
+    kind: int
     data: Tensor
     offset_error: float
 
@@ -52,13 +55,15 @@ def block_kind(scheme: Scheme) -> Kind | None:
     return Kind.Q4_1 if scheme.bits <= 4 else Kind.Q5_1 if scheme.bits == 5 else None
 
 
-def pack(name: str, weight: AffineWeight) -> Packed:
-    """The weight in the type of its scheme.
+def pack(name: str, weight: AffineWeight | BlockWeight) -> Packed:
+    """The weight in the type of its scheme, or in the one that it is in.
 
     Raises:
         FormatCannotHold: no type holds the scheme, the groups do not divide into blocks, or the scale is not fp16.
         ValueError: a code does not fit into the scheme's bits; packed, it would be another one.
     """
+    if isinstance(weight, BlockWeight):
+        return Packed(weight.kind.number, encode(weight), 0.0)
     kind = block_kind(weight.scheme)
     if kind is None or weight.group_size % BLOCK:
         raise FormatCannotHold(
@@ -88,7 +93,8 @@ def pack(name: str, weight: AffineWeight) -> Packed:
 
 def compress(name: str, result: LinearResult) -> dict[str, Tensor]:
     """The bytes of the linear `name` as one tensor; refuses what `pack` does."""
-    return {f"{name}.weight": pack(name, result.affine).data}
+    weight = result.weight
+    return {f"{name}.weight": pack(name, weight if isinstance(weight, BlockWeight) else result.affine).data}
 
 
 def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -> LinearResult:
@@ -98,6 +104,8 @@ def decompress(name: str, tensors: Mapping[str, Tensor], stored: StoredLinear) -
         CorruptCheckpoint: no type holds the scheme, or the tensor is missing.
     """
     kind, data = block_kind(stored.scheme), tensors.get(f"{name}.weight")
+    if data is not None and stored.scheme.blocks is not None:
+        return LinearResult(decode(data, stored.scheme, stored.torch_dtype))
     if kind is None or data is None:
         raise CorruptCheckpoint(f"there are no blocks of {stored.scheme}", field=name)
     return LinearResult(unpack(data, kind, stored.scheme, stored.torch_dtype))

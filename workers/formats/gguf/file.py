@@ -11,14 +11,17 @@ from collections.abc import Collection
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGML_QUANT_VERSION, GGUFWriter, LlamaFileType, get_tensor_name_map
+from gguf import GGML_QUANT_SIZES, GGML_QUANT_VERSION, GGUFWriter, get_tensor_name_map
 from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from app.domain.format_rules import base_alone
+from app.domain.methods import SCHEMES
+from app.domain.methods.block_types import BlockType
 from bitwright.errors import FormatCannotHold
 from bitwright.report import Report
 from workers.contracts.kv_cache import KVScales
@@ -32,21 +35,16 @@ from workers.formats.gguf.read_back import read_back
 from workers.formats.gguf.tokenizer import add_tokenizer, check_tokenizer
 from workers.formats.source_files import LICENCES, SourceCheckpoint, check_tensor, copy_files
 from workers.formats.stored_linear import StoredLinear, StoredPart
-from workers.numerics.quantized import AffineWeight, LinearResult
+from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult
 
 FILE = "model.gguf"
 PLAIN: MappingProxyType[torch.dtype, Kind] = MappingProxyType(
     {torch.bfloat16: Kind.BF16, torch.float16: Kind.F16, torch.float32: Kind.F32, torch.float64: Kind.F64}
 )
-FILE_TYPES: MappingProxyType[Kind, LlamaFileType] = MappingProxyType(
-    {
-        Kind.Q4_0: LlamaFileType.MOSTLY_Q4_0,
-        Kind.Q4_1: LlamaFileType.MOSTLY_Q4_1,
-        Kind.Q5_0: LlamaFileType.MOSTLY_Q5_0,
-        Kind.Q5_1: LlamaFileType.MOSTLY_Q5_1,
-        Kind.Q8_0: LlamaFileType.MOSTLY_Q8_0,
-    }
+TYPES: MappingProxyType[int, BlockType] = MappingProxyType(
+    {row.blocks.number: row.blocks for row in SCHEMES.values() if row.blocks is not None}
 )
+"""The types of quantized tensors by their numbers."""
 
 
 def check_source(source: SourceCheckpoint) -> None:
@@ -69,7 +67,7 @@ class GGUFFile:
         self._names = get_tensor_name_map(self._architecture.kind, self._architecture.dimensions.layers)
         self._linears: dict[str, StoredLinear] = {}
         self._stored = _Bytes(folder / "tensors.partial")
-        self._kinds: Counter[Kind] = Counter()
+        self._kinds: Counter[int] = Counter()
         self._offset_error = 0.0
 
     def add_linear(
@@ -83,9 +81,10 @@ class GGUFFile:
         if part is not None:
             raise self._no_part(name)
         weight = result.weight
-        if not isinstance(weight, AffineWeight) or (result.low_rank and not base_alone(self._opening.formats)):
+        alone = result.low_rank is None or base_alone(self._opening.formats)
+        if not isinstance(weight, AffineWeight | BlockWeight) or not alone:
             raise FormatCannotHold(
-                "gguf holds affine weights without low-rank factors",
+                "gguf holds affine weights and llama.cpp's own types, without low-rank factors",
                 field=name,
                 hint='ask for formats: ["merged"], or add "peft" for the low-rank factors',
             )
@@ -130,7 +129,7 @@ class GGUFFile:
         self._architecture.add_to(writer)
         add_tokenizer(writer, self._source.folder, self._architecture.dimensions.vocabulary)
         writer.add_quantization_version(GGML_QUANT_VERSION)
-        writer.add_file_type(FILE_TYPES[self._kinds.most_common(1)[0][0]])
+        writer.add_file_type(TYPES[self._kinds.most_common(1)[0][0]].file_type)
         self._stored.write(writer)
         copy_files(self._source.folder, self._folder, LICENCES)
 
@@ -158,7 +157,7 @@ class GGUFFile:
         tensor = tensor.float() if tensor.ndim == 1 else tensor
         self._add(name, _as_bytes(tensor), PLAIN[tensor.dtype])
 
-    def _add(self, name: str, data: Tensor, kind: Kind) -> None:
+    def _add(self, name: str, data: Tensor, kind: int) -> None:
         gguf_name = self._names.get_name(name, try_suffixes=(".weight", ".bias"))
         if gguf_name is None:
             detail = f"gguf has no name for the tensor {name}"
@@ -172,10 +171,10 @@ class _Bytes:
     def __init__(self, file: Path) -> None:
         self._file = file
         self._size = 0
-        self._entries: list[tuple[str, Kind, int, tuple[int, ...]]] = []
+        self._entries: list[tuple[str, int, int, tuple[int, ...]]] = []
         self.names: set[str] = set()
 
-    def add(self, name: str, data: Tensor, kind: Kind, *, source: str | None = None) -> None:
+    def add(self, name: str, data: Tensor, kind: int, *, source: str | None = None) -> None:
         """Append `data`, uint8 (..., bytes per row); `source` is the tensor's name in the source checkpoint."""
         self._entries.append((name, kind, self._size, tuple(data.shape)))
         with self._file.open("ab") as stream:
@@ -187,12 +186,21 @@ class _Bytes:
         """Write the complete GGUF file; removes the collected bytes."""
         for name, kind, offset, shape in self._entries:
             data = np.memmap(self._file, dtype=np.uint8, mode="r", offset=offset, shape=shape)
-            writer.add_tensor(name, data, raw_dtype=kind)
+            _add_tensor(writer, name, data, kind)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
         self._file.unlink()
+
+
+def _add_tensor(writer: GGUFWriter, name: str, data: "np.memmap[Any, Any]", kind: int) -> None:
+    """Add rows of bytes; of a type that the package does not know yet, it is told their shape in weights."""
+    if kind in GGML_QUANT_SIZES:
+        writer.add_tensor(name, data, raw_dtype=Kind(kind))
+        return
+    shape = (*data.shape[:-1], data.shape[-1] // TYPES[kind].size * TYPES[kind].weights)
+    writer.add_tensor(name, data.view(np.int8), raw_shape=shape, raw_dtype=kind)
 
 
 def _as_bytes(tensor: Tensor) -> Tensor:
