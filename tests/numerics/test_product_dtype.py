@@ -1,4 +1,4 @@
-"""Which dtype products have, by what processors say of themselves."""
+"""Choice of the dtype of products, by what processors say of themselves."""
 
 from pathlib import Path
 

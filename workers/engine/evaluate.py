@@ -98,7 +98,7 @@ class Beside:
 
 
 def _round_to_nearest(job: Job, activations: Activations, head: Tensor | None) -> Beside | None:
-    """What the row of round to nearest is measured on, where the report has one.
+    """States and head of the row of round to nearest, where the report has one.
 
     head   the job's: embeddings and a head that is tied to them are rounded to nearest in every job
     """
