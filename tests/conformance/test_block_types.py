@@ -118,15 +118,13 @@ def test_half_precision_is_kept(method: str) -> None:
 def test_each_way_that_knows_more_of_the_outputs_is_closer(name: str) -> None:
     """Round to nearest by the search, GPTQ, its sweeps, and learned rounding, which starts with those."""
     task = task_for(name)
-    errors = [
-        output_error(task, quantized(method, task, quick(method, **fields)))
-        for method, fields in [
-            ("rtn", {"scheme": name}),
-            ("gptq", {"act_order": False}),
-            ("gptq", {"act_order": False, "sweeps": 2}),
-            ("signround", {}),
-        ]
+    ways: list[tuple[str, dict[str, Any]]] = [
+        ("rtn", {"scheme": name}),
+        ("gptq", {"act_order": False}),
+        ("gptq", {"act_order": False, "sweeps": 2}),
+        ("signround", {}),
     ]
+    errors = [output_error(task, quantized(method, task, quick(method, **fields))) for method, fields in ways]
     assert errors[1] < 0.75 * errors[0]
     assert errors[2] < errors[1]
     assert errors[3] <= errors[2] * 1.01

@@ -38,8 +38,6 @@ from workers.formats import native
 from workers.formats.stored_linear import StoredLinear
 from workers.numerics.quantized import AffineWeight, BlockWeight, FloatWeight, LinearResult
 
-STORED = ("scale", "scale_codes", "minimum", "minimum_codes")
-"""Tensors of a `BlockWeight` beside its codes, which are tuned end to end by these names after the linear's."""
 LINEARS = TypeAdapter(dict[str, StoredLinear])
 """Descriptions of linears in a shard's header, by full name."""
 
@@ -287,12 +285,20 @@ class FinishedBlocks:
     def _with_scale(self, name: str, result: LinearResult) -> LinearResult:
         """The result with the scale that was tuned end to end, if there is one: weights of codebooks have none."""
         if isinstance(result.weight, BlockWeight):
-            prefix = f"{name}."
-            own = {part: tensor for part in STORED if (tensor := self._scales.get(prefix + part)) is not None}
-            return replace(result, weight=replace(result.weight, **own)) if own else result
+            return replace(result, weight=self._with_tuned(name, result.weight))
         if name not in self._scales or not isinstance(result.weight, AffineWeight | FloatWeight):
             return result
         return replace(result, weight=replace(result.weight, scale=self._scales[name]))
+
+    def _with_tuned(self, name: str, weight: BlockWeight) -> BlockWeight:
+        """A weight in a type of llama.cpp's with all that was tuned of it."""
+        return replace(
+            weight,
+            scale=self._scales.get(f"{name}.scale", weight.scale),
+            scale_codes=self._scales.get(f"{name}.scale_codes", weight.scale_codes),
+            minimum=self._scales.get(f"{name}.minimum", weight.minimum),
+            minimum_codes=self._scales.get(f"{name}.minimum_codes", weight.minimum_codes),
+        )
 
     def _write(self, file: str, tensors: Callable[[], dict[str, Tensor]], about: dict[str, str]) -> Shard:
         if not self._processes.leads:

@@ -47,7 +47,9 @@ def second(family: BlockFamily) -> slice:
 
 def stored_as(family: BlockFamily, made: BlockWeight, change: Tensor) -> BlockWeight:
     """The second linear as it would be stored."""
-    found = {key: tensor.view(ROWS, -1) for key, tensor in family.stored(second(family), change).items()}
+    found: dict[str, Any] = {
+        key: tensor.view(ROWS, -1) for key, tensor in family.stored(second(family), change).items()
+    }
     if family.codes is not None:
         found["codes"] = family.codes.codes(second(family)).view(ROWS, COLUMNS)
     return replace(made, **found)

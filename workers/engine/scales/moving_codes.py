@@ -36,9 +36,6 @@ PACE_CODES = 0.5
 """Of x, in parts of the rate of scales: at the highest rate a thousandth of a code a step."""
 BOX = 0.49
 """The farthest that a place starts from its code."""
-BESIDE = frozenset({ScaleType.E8M0})
-"""Types of scales beside which codes move. Beside NVFP4's, which are tuned themselves, it works, too: 2 % on a tiny
-model, and not measured on a real one."""
 TINY = 1e-12
 """Added to the root: a gradient that is nothing moves nothing."""
 

@@ -125,7 +125,7 @@ class GroupScales:
 
         Where more than one tensor of a weight is tuned, by its name and theirs.
         """
-        scales = {}
+        scales: dict[str, Tensor] = {}
         for name, place in self.places.items():
             found = self.families[place.family].stored(place.groups, self.change[place.overall])
             own = (

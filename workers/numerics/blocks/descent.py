@@ -22,8 +22,8 @@ from torch import Tensor
 
 from app.domain.methods.block_types import ODD_LEVELS, BlockType, SmallIntegers
 from workers.numerics.blocks.levels import QUAD, codes_of, level_table, nearest_levels
-from workers.numerics.blocks.sub_blocks import inverse
 from workers.numerics.blocks.stored_parts import of_rows
+from workers.numerics.blocks.sub_blocks import inverse
 from workers.numerics.quantized import BlockWeight
 
 COLUMNS = 128
