@@ -105,8 +105,8 @@ def _loss_gradient(
                 inputs = [leaf] if by_head is None else [leaf, weight]
                 gradient, *others = torch.autograd.grad(loss, inputs)
                 states[start : start + step] = gradient.to(states)
-                for each in others:
-                    by_head += each
+                if by_head is not None:
+                    by_head += others[0]
             if head is not None and by_head is not None:
                 _add(sums, head, by_head)
     return hidden
