@@ -135,10 +135,11 @@ class FolderBlobs:
                 with path.open("rb") as source:
                     taken = give and _moved(source, path, Path(target.name))
                     blob = _hash(source) if taken else _copy(source, target)
-                    target.flush()
-                    os.fsync(source.fileno() if taken else target.fileno())
                 if taken:
                     os.utime(target.name)
+                else:
+                    target.flush()
+                    os.fsync(target.fileno())
                 place = self._place(blob.sha256)
                 place.parent.mkdir(exist_ok=True)
                 Path(target.name).replace(place)
@@ -364,6 +365,7 @@ def _moved(source: BinaryIO, path: Path, target: Path) -> bool:
     opened = os.fstat(source.fileno())
     if not stat.S_ISREG(opened.st_mode) or opened.st_nlink != 1 or path.is_symlink():
         return False
+    os.fsync(source.fileno())
     try:
         path.replace(target)
     except OSError as error:

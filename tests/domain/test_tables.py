@@ -57,7 +57,7 @@ METHOD_DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "lq-lora": {
         **{
-            "bits": {"average": 2.75, "choices": (2, 3, 4, 8), "over": "linears"},
+            "bits": {"average": 2.75, "choices": (2, 3, 4, 8), "over": "linears", "outer": False},
             "rank": 64,
             "alpha": 16.0,
             "iterations": 100,

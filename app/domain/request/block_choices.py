@@ -63,7 +63,10 @@ def fill_block_choices(body: dict[str, object]) -> None:
     quantization = body.get("quantization")
     if not isinstance(quantization, dict) or not _is_for_llama_cpp(body):
         return
-    able = METHODS[quantization["method"]].spec.named_schemes
+    method = METHODS.get(quantization["method"])
+    if method is None:
+        return
+    able = method.spec.named_schemes
     for field in ("bits", "at_most", "fits"):
         given = quantization.get(field)
         if not isinstance(given, Mapping):

@@ -139,10 +139,12 @@ def run_job_on_ranks(
     lines: list[AttemptLine] = []
     write = FinishedBlocks.write_shard
 
-    def record(state: FinishedBlocks, index: int, weights: Any, parameters: Any = None, caches: Any = None) -> Shard:
+    def record(
+        state: FinishedBlocks, index: int, weights: Any, parameters: Any = None, caches: Any = None, inputs: Any = None
+    ) -> Shard:
         made[index] = {f"{n}.{k}": t.cpu().clone() for n, w in weights.items() for k, t in tensors(w).items()}
         made[index] |= {n: tensor.cpu().clone() for n, tensor in (parameters or {}).items()}
-        return write(state, index, weights, parameters or {}, caches or {})
+        return write(state, index, weights, parameters or {}, caches or {}, inputs or {})
 
     try:
         with patch.object(FinishedBlocks, "write_shard", record):

@@ -125,5 +125,5 @@ class Architecture:
 def _is_tied(source: SourceCheckpoint, config: PreTrainedConfig) -> bool:
     """True if the head is the embedding matrix: the configuration says so, or the checkpoint has no head of its own."""
     text: Any = config.get_text_config(decoder=True)
-    said = source.config.get("tie_word_embeddings", text.tie_word_embeddings)
+    said = source.config.get("tie_word_embeddings", text.to_dict().get("tie_word_embeddings", False))
     return bool(said) or not any(name.endswith(HEADS) for name in source.tensors)
