@@ -179,6 +179,7 @@ def decoded(file: Path) -> dict[str, np.ndarray]:
     return {t.name: quants.dequantize(t.data, t.tensor_type) for t in GGUFReader(file).tensors}
 
 
+@pytest.mark.slow
 def test_a_job_ships_what_its_stage_measured_and_another_attempt_goes_on_with_it(
     wide_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,7 @@ def test_out_of_memory_is_tried_again_with_all_memory_and_no_spare_beside(waitin
     waiting.spare()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("needed", "stays"), [pytest.param(1 << 30, True, marks=pytest.mark.slow), (40 << 30, False)])
 def test_a_job_gets_the_memory_of_a_spare_that_it_needs(waiting: Waiting, needed: int, stays: bool) -> None:
     waiting.spare()

@@ -83,6 +83,7 @@ def test_a_spare_that_was_killed_is_buried_and_followed_by_another_after_a_while
     assert waiting.spare().pid != spare.pid
 
 
+@pytest.mark.slow
 def test_a_spare_is_renewed_when_code_or_variables_change_and_after_an_hour(
     waiting: Waiting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
