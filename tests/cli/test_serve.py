@@ -156,10 +156,17 @@ def test_a_service_that_cannot_start_says_why(tmp_path: Path) -> None:
         pass
 
 
-def test_a_signal_ends_the_service_and_leaves_no_process_but_the_key(tmp_path: Path) -> None:
-    """Three lives of one data folder, each ended by another signal though a stream is open."""
+@pytest.mark.parametrize(
+    "signals",
+    [[signal.SIGTERM], pytest.param([signal.SIGTERM, signal.SIGINT, signal.SIGHUP], marks=pytest.mark.slow)],
+    ids=["one", "each"],
+)
+def test_a_signal_ends_the_service_and_leaves_no_process_but_the_key(
+    tmp_path: Path, signals: list[signal.Signals]
+) -> None:
+    """Lives of one data folder, each ended by another signal though a stream is open."""
     keys = set()
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in signals:
         with EmbeddedService(tmp_path, model_roots=[tmp_path]) as service:
             assert eventually(lambda: child(service, "-m workers ") is not None)
             below = descendants(service.pid)

@@ -21,7 +21,10 @@ TAKING = sorted(name for name, info in NAMED.items() if Form.BLOCKS in info.prod
 NAMES = ["q2_k", "q3_k", "iq3_s", "iq4_xs", "q4_1", "q6_k"]
 QUICK = {"steps": 5, "batch_size": 4, "search_samples": 2}
 WIDTH = 256
-every_method = pytest.mark.parametrize("method", TAKING)
+every_method = pytest.mark.parametrize(
+    "method", [pytest.param(method, marks=pytest.mark.slow) if method == "awq" else method for method in TAKING]
+)
+"""AWQ searches a grid for every candidate, which takes long."""
 every_pair = pytest.mark.parametrize(
     ("method", "name"), [(method, name) for method in TAKING for name in (NAMES if method != "awq" else ["q2_k"])]
 )

@@ -5,6 +5,7 @@ import time
 from datetime import datetime
 from itertools import pairwise
 
+import pytest
 import redis
 
 from tests.e2e.installation import Installation
@@ -31,6 +32,7 @@ def test_a_killed_worker_takes_its_attempt_along_and_the_job_goes_on(installed: 
     ]
 
 
+@pytest.mark.slow
 def test_a_worker_that_wakes_after_its_lease_writes_nothing(installed: Installation) -> None:
     """SIGSTOP of the worker, not of its attempt: that ends by itself, the job moves on, the sleeper is fenced."""
     installed.start("worker1")
@@ -55,6 +57,7 @@ def test_a_worker_that_wakes_after_its_lease_writes_nothing(installed: Installat
     installed.wait_for_status(again, "succeeded")
 
 
+@pytest.mark.slow
 def test_a_flushed_broker_loses_nothing_and_two_workers_never_hold_one_job(installed: Installation) -> None:
     installed["worker0"].stop()
     jobs = [installed.submit(GOOD) for _ in range(6)]

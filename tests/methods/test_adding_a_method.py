@@ -68,6 +68,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_spec_a_row_and_a_file_make_a_method(source: Path, tmp_path: Path) -> None:
     answer = json.loads(python(source, "-c", JOB, str(tmp_path)).splitlines()[-1])
     assert answer["method"] == "shrink"

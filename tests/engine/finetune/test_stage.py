@@ -224,6 +224,7 @@ def too_many_at_once(patch: pytest.MonkeyPatch, most: int) -> None:
     patch.setattr(ResidentModel, "loss", limited)
 
 
+@pytest.mark.slow
 def test_a_stage_that_runs_out_of_memory_goes_on_with_less_at_once_and_keeps_the_blocks(
     whole: tuple[Job, Report], small_model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -323,6 +324,7 @@ def test_every_recipe_trains_from_shorthand(method: str, small_model: Path, rows
         assert report.adapter.bit_operations.adapter_saving > 0.3, "gates close in however few steps"
 
 
+@pytest.mark.slow
 def test_builtin_text_and_a_quantized_head(small_model: Path, tmp_path: Path) -> None:
     report = Job(tmp_path / "job").run(small_model, None, {"modules": {"ignore": []}}, steps=2, validation_share=0.0)
     assert report.finetuning is not None

@@ -21,6 +21,7 @@ def files_of(loads: tuple[LoadReport, ...]) -> list[tuple[str, str, str, int | N
     return [(load.format, load.runtime, load.result, load.tokens_written) for load in loads if load.read == "files"]
 
 
+@pytest.mark.slow
 def test_every_format_is_loaded_and_writes(small_model: Path, tmp_path: Path, reads: dict[str, Any]) -> None:
     lines: list[AttemptLine] = []
     formats = ["compressed-tensors", "merged", "native"]
