@@ -79,6 +79,7 @@ def test_an_abandoned_event_stream_is_closed_with_its_iterator(service: Service)
         asyncio.run(steps(proxy))
 
 
+@pytest.mark.slow
 def test_many_jobs_are_waited_for_without_a_thread_each(service: Service) -> None:
     async def steps() -> None:
         async with connect(service) as client:

@@ -144,6 +144,7 @@ def test_the_files_that_are_taken_of_a_repository() -> None:
     assert TEXT_COLUMNS == ("text", "prompt", "completion", "messages")
 
 
+@pytest.mark.slow
 def test_a_retry_stays_on_its_commit_although_the_branch_moved(online: Bench, hub: Hub) -> None:
     job_id = online.submit("once:signal:SIGKILL,fail:invalid_dataset", model=MODEL, group_size=16)
     assert online.run() is JobStatus.QUEUED
@@ -207,6 +208,7 @@ REFUSALS: list[tuple[dict[str, object], str, str]] = [
 ]
 
 
+@pytest.mark.slow
 def test_what_the_hub_does_not_give(online: Bench, hub: Hub) -> None:
     hub.repositories["models/org/gated"] = FILES
     hub.gated.add("models/org/gated")

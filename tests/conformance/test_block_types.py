@@ -26,7 +26,11 @@ every_method = pytest.mark.parametrize(
 )
 """AWQ searches a grid for every candidate, which takes long."""
 every_pair = pytest.mark.parametrize(
-    ("method", "name"), [(method, name) for method in TAKING for name in (NAMES if method != "awq" else ["q2_k"])]
+    ("method", "name"),
+    [
+        *[(method, name) for method in TAKING if method != "awq" for name in NAMES],
+        pytest.param("awq", "q2_k", marks=pytest.mark.slow),
+    ],
 )
 
 

@@ -95,6 +95,7 @@ def test_a_killed_broker_delays_and_loses_nothing(installed: Installation) -> No
     installed.wait_for_status(third, "succeeded")
 
 
+@pytest.mark.slow
 def test_a_killed_api_is_missed_by_nobody(installed: Installation) -> None:
     """The job goes on without it, and a client that waits sees the end."""
     job_id = installed.submit("block,sleep:2,file:a.json:{}")

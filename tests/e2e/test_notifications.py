@@ -54,6 +54,7 @@ def starts_soon(installed: Installation, **fields: object) -> None:
     installed.wait_for_status(job_id, "succeeded", seconds=SOON)
 
 
+@pytest.mark.slow
 def test_nothing_grows_while_nobody_reads(idle: Installation, broker: redis.Redis) -> None:
     """`any` notifies no class without a worker, and a class's queue holds one message at the most."""
     broker.flushall()
@@ -96,6 +97,7 @@ def test_a_dead_broker_and_no_sweep(idle: Installation) -> None:
     starts_soon(idle)
 
 
+@pytest.mark.slow
 def test_a_worker_whose_clock_is_ahead_hears_and_tells(idle: Installation) -> None:
     """Three minutes: longer than any message used to be valid. Polls are put off, so that it must be a message."""
     idle["worker0"].stop()

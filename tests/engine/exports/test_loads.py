@@ -26,6 +26,7 @@ def reads(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
         yield {"runtimes": RUNTIMES, "warm": warm}
 
 
+@pytest.mark.slow
 def test_the_files_are_read_where_the_export_asks_for_it(
     small_model: Path, tmp_path: Path, reads: dict[str, Any]
 ) -> None:
