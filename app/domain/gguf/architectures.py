@@ -206,7 +206,7 @@ RECURRENT: Mapping[str, GgufArchitecture] = MappingProxyType(
             demands=_demands(norm_topk_prob=(True,), use_expert_bias=(True,), routed_scaling_factor=(1.0, 1)),
         ),
         "bamba": GgufArchitecture("granitehybrid", partial=True),
-        "granitemoehybrid": GgufArchitecture("granitehybrid", square=True),
+        "granitemoehybrid": GgufArchitecture("granitehybrid", square=True, check=peculiar.turned_experts),
         "mamba": GgufArchitecture("mamba", biases=("use_bias",), check=peculiar.twice_as_wide),
         "falcon_mamba": GgufArchitecture("mamba", biases=("use_bias",), check=peculiar.twice_as_wide),
         "mamba2": GgufArchitecture("mamba2", biases=("use_bias",)),

@@ -122,6 +122,14 @@ def twice_as_wide(config: Config) -> Iterator[str]:
         yield f"intermediate_size = {found[1]}, and it takes twice the hidden_size of {found[0]}"
 
 
+def turned_experts(config: Config) -> Iterator[str]:
+    """Attention alone beside experts is what `granitemoe` computes, and that always turns heads."""
+    kinds = config.get("layer_types") or config.get("layers_block_type")
+    alone = isinstance(kinds, list) and {str(kind) for kind in kinds} <= {"attention", "full_attention"}
+    if alone and config.get("num_local_experts") and config.get("position_embedding_type") != "rope":
+        yield "experts, layers of attention alone and no rotary embedding, and its granitemoe always has one"
+
+
 def one_kind_of_parts(config: Config) -> Iterator[str]:
     """Feed-forward parts all with experts, or all without."""
     kinds = config.get("layers_block_type")

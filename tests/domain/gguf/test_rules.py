@@ -65,6 +65,12 @@ def test_architectures_by_their_names_in_llama_cpp() -> None:
         ("qwen3", {"attention_bias": False}),
         ("llama", {"num_hidden_layers": 512}),
         ("llama", {"per_layer_config": {}}),
+        ("granitemoehybrid", {"layer_types": ["attention"], "num_local_experts": 0}),
+        ("granitemoehybrid", {"layer_types": ["attention", "mamba"], "num_local_experts": 4}),
+        (
+            "granitemoehybrid",
+            {"layer_types": ["attention"], "num_local_experts": 4, "position_embedding_type": "rope"},
+        ),
     ],
     ids=str,
 )
@@ -95,6 +101,7 @@ def test_a_configuration_that_the_file_can_say(model_type: str, config: dict[str
         ("qwen2", {"head_dim": 4, "num_attention_heads": 2, "hidden_size": 9}, "head_dim = 4"),
         ("llama", {"num_hidden_layers": 513}, "num_hidden_layers = 513, and llama.cpp holds at most 512"),
         ("llama", {"per_layer_config": {"a": 1}}, "per_layer_config"),
+        ("granitemoehybrid", {"layer_types": ["attention"], "num_local_experts": 4}, "granitemoe always has one"),
         ("zaya", {}, "llama.cpp v0.5.0 knows, and zaya is none of them"),
         ("llava", {"text_config": {"model_type": "zaya"}}, "llava, with a zaya inside"),
         ("phimoe", {}, "of llama.cpp v0.5.0, it computes other norms"),

@@ -115,6 +115,7 @@ MORE: list[tuple[str, dict[str, Any]]] = [
     ("nemotron_h", {"layers_block_type": ["mlp", "attention", "mamba", "mlp"] * 2}),
     ("granitemoehybrid", {"num_local_experts": 0, "num_experts_per_tok": 0}),
     ("granitemoehybrid", {"layer_types": ["attention"] * 4, "num_local_experts": 0, "num_experts_per_tok": 0}),
+    ("granitemoehybrid", {"layer_types": ["attention"] * 4, "position_embedding_type": "rope"}),
     ("gpt_neox", {"use_parallel_residual": False}),
     ("falcon", {"new_decoder_architecture": False, "multi_query": True, "num_kv_heads": 1}),
 ]

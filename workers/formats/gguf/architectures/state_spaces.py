@@ -76,9 +76,9 @@ def hybrid_layers(config: Config) -> list[bool]:
 def hybrid_keys(config: Config) -> Values:
     """State spaces of heads, and attention in some layers, with or without a rotary embedding."""
     heads, attention = int(config["num_key_value_heads"]), hybrid_layers(config)
-    if all(attention):
-        return shared_width(config)
     turned = config["model_type"] == "bamba" or config.get("position_embedding_type") == "rope"
+    if all(attention):
+        return {"rope.scaling.finetuned": turned, **shared_width(config)}
     keys: dict[str, Value] = {
         "attention.head_count_kv": [heads if own else 0 for own in attention],
         "rope.scaling.finetuned": turned,
