@@ -6,13 +6,14 @@ of `app.domain.gguf`, applied here to the configuration as transformers complete
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from gguf import MODEL_ARCH, MODEL_ARCH_NAMES, GGUFWriter
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, PreTrainedConfig
 
 from app.domain.gguf.architectures import ARCHITECTURES as RULES
 from app.domain.gguf.rules import gguf_refusals, language_model, unknown
@@ -62,9 +63,10 @@ class Architecture:
         model_type = language_model(outer, source.config)
         if model_type not in RULES:
             raise FormatCannotHold(unknown(outer, model_type), field="formats", hint=OTHER_FORMAT)
-        config = AutoConfig.from_pretrained(source.folder, local_files_only=True, trust_remote_code=False)
+        # Not from the folder's file: the source may be seen otherwise than that says, such as one block of it.
+        config = CONFIG_MAPPING[outer].from_dict(deepcopy(dict(source.config)))
         tied = _is_tied(source, config)
-        config.tie_word_embeddings = tied  # the source may be seen otherwise than its file says
+        config.tie_word_embeddings = tied
         for refusal in gguf_refusals(outer, config.to_dict()):
             raise FormatCannotHold(refusal, field="formats", hint=OTHER_FORMAT)
         rules = RULES[model_type]

@@ -21,11 +21,18 @@ TYPES = sorted({*(ARCHITECTURES.keys() & ACCEPTED.keys()), *WRAPPERS})
 QUICK = frozenset(
     {"llama", "mixtral", "gemma3", "gpt_oss", "qwen3_5_moe_text", "granitemoeshared", "deepseek_v3", "gpt2"}
 )
+EVERY_BLOCK: dict[str, dict[str, Any]] = {
+    "qwen2_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+    "qwen3_moe": {"decoder_sparse_step": 1, "mlp_only_layers": []},
+}
+"""Others than those with experts in every block are refused."""
 
 
 def names_of(model_type: str) -> tuple[Names, dict[str, tuple[int, ...]]]:
     """The names, and the shape of every tensor as transformers stores it."""
     config = configuration(model_type)
+    for field, value in EVERY_BLOCK.get(model_type, {}).items():
+        setattr(config, field, value)
     inner = config.get_text_config(decoder=True).model_type if model_type in WRAPPERS else model_type
     with torch.device("meta"):
         model: Any = model_class(config)._from_config(config)
