@@ -55,13 +55,17 @@ def least_error(numbers: Tensor, weights: Tensor, first: Tensor, second: Tensor 
     return float(torch.minimum(alone.min(), torch.where(solvable & (shift >= 0), both, torch.inf).min()))
 
 
+FP32 = 2e-5
+"""Room for an error in fp32 that is a small difference of sums of some dozens."""
+
+
 @given(SEEDS)
 @settings(deadline=None, max_examples=25)
 def test_a_factor_is_nearly_the_best_of_all_choices_of_levels(seed: int) -> None:
     numbers, weights = problem(6, seed)
     found = fit_sub_blocks(numbers, weights, SYMMETRIC)
     best = least_error(numbers, weights, all_levels(SYMMETRIC, 6), None)
-    assert best <= float(found.error) * (1 + 1e-4) + 1e-6
+    assert best <= float(found.error) * (1 + 1e-4) + FP32
     assert float(found.error) <= 1.35 * best + 1e-4
 
 
@@ -72,7 +76,7 @@ def test_a_factor_and_an_offset_are_nearly_the_best(seed: int) -> None:
     found = fit_sub_blocks(numbers, weights, AFFINE)
     levels = all_levels(AFFINE, 6)
     best = min(least_error(numbers, weights, levels, sign * torch.ones_like(levels)) for sign in (1, -1))
-    assert best <= float(found.error) * (1 + 1e-4) + 1e-6
+    assert best <= float(found.error) * (1 + 1e-4) + FP32
     assert float(found.error) <= 1.6 * best + 2e-3
 
 
