@@ -128,8 +128,12 @@ def test_the_result_is_the_calibrated_point_itself(granularity: str, dtype: torc
             for name, linear in result.linears.items():
                 task.linear(name).weight = nn.Parameter(linear.dequantize())
             loss = (task.block(task.inputs[order]) - task.targets[order]).float().square().mean()
+            wide = task.block.float()(task.inputs[order].float()) - task.targets[order].float()
         # Products of a block in bf16 may be made in fp32, where a processor is quicker so.
-        assert float(loss) == pytest.approx(result.loss, rel=1e-5 if dtype == torch.float32 else 2e-3)
+        assert result.loss in (
+            pytest.approx(float(loss), rel=1e-5),
+            pytest.approx(float(wide.square().mean()), rel=1e-5),
+        )
         assert result.loss_initial is not None
         assert result.loss is not None
         assert result.loss < 0.8 * result.loss_initial
