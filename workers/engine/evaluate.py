@@ -21,11 +21,11 @@ from bitwright.errors import NumericalFailure
 from bitwright.events import Stage
 from bitwright.report import Figures, Quality
 from workers.engine.device.process_group import SINGLE_PROCESS, ProcessGroup
+from workers.engine.device.quick_products import quick_products
 from workers.engine.finetune.stage import Finetuned
 from workers.engine.job import Job
 from workers.engine.memory import LOGITS_AT_ONCE
 from workers.engine.model.overflow import ALSO_DTYPE, original_overflows
-from workers.engine.model.quick_products import quick_products
 from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
 from workers.engine.quantize.outer_matrices import plain_head

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from workers.contracts.blocks import BlockForward
 from workers.engine.device.host_offload import in_transit
-from workers.engine.model.quick_products import quick_products
+from workers.engine.device.quick_products import quick_products
 
 
 @dataclass(frozen=True)

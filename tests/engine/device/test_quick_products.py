@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from workers.engine.model import quick_products as module
-from workers.engine.model.quick_products import quick_products
+from workers.engine.device import quick_products as module
+from workers.engine.device.quick_products import quick_products
 
 
 @pytest.fixture(autouse=True)
