@@ -19,6 +19,9 @@ from workers.numerics.backends import block_operators, float_rounding_operators,
 from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 
+LOOP_DTYPES = frozenset({torch.bfloat16, torch.float32})
+"""Of tensors that compiled loops read and write."""
+
 
 class RoundingKernels(Protocol):
     """The fake quantizer of SignRound; `workers.numerics.backends.rounding_operators` describes the functions."""
@@ -121,9 +124,16 @@ def triton_serves(device: torch.device, dtype: torch.dtype) -> bool:
     return device.type == "cuda" and dtype != torch.float64 and _has_triton()
 
 
+def loops_serve(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if compiled loops compute tensors of this dtype there: on a CPU, in fp32 and bf16."""
+    return device.type == "cpu" and dtype in LOOP_DTYPES
+
+
 def rounding_kernels(device: torch.device, dtype: torch.dtype) -> RoundingKernels:
     """Rounding kernels for weights of this dtype."""
-    return _rounding_kernels() if triton_serves(device, dtype) else rounding_operators
+    if triton_serves(device, dtype):
+        return _rounding_kernels()
+    return _rounding_loops() if loops_serve(device, dtype) else rounding_operators
 
 
 def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRoundingKernels:
@@ -161,6 +171,13 @@ def _rounding_kernels() -> RoundingKernels:
     from workers.numerics.backends import rounding_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
+
+
+@cache
+def _rounding_loops() -> RoundingKernels:
+    from workers.numerics.backends import rounding_loops as loops  # noqa: PLC0415 - Numba
+
+    return loops
 
 
 @cache

@@ -126,11 +126,18 @@ def step(
     for rows, work in _chunks(groups):
         inside = _gradients(groups, rows, grid.rows(rows), work, gradient[rows], sums)
         groups.offset[rows].addcmul_(inside.sign_(), move[rows])
+    move_factors(groups, grid, sums, rate=rate, limits=limits, faults=faults)
+    write(groups, settings, w_hat)
+
+
+def move_factors(
+    groups: Groups, grid: Grid, sums: Sequence[Tensor], *, rate: Tensor, limits: tuple[float, float], faults: Tensor
+) -> None:
+    """Updates alpha and beta from sums over each group: of D*(q - z), D*m*w and, if there is z, of D and D*m."""
     d_alpha, d_beta = _range_gradients(groups, grid, sums)
     faults += d_alpha.isnan().sum(dtype=faults.dtype)
     for factor, by_factor in ((groups.alpha, d_alpha), (groups.beta, d_beta)):
         factor.sub_(by_factor.nan_to_num_().sign_().mul_(rate)).clamp_(*limits)
-    write(groups, settings, w_hat)
 
 
 def _gradients(groups: Groups, rows: slice, grid: Grid, work: Buffers, d: Tensor, sums: Sequence[Tensor]) -> Tensor:
@@ -190,30 +197,38 @@ def search_range(
     factors for the two sides. Among equals the first, larger one is taken.
     """
     rows = len(second_moments) * max(1, _elements(weight) // second_moments.numel())
-    search = _search_symmetric if settings.symmetric else _search_asymmetric
     dtype = torch.promote_types(weight.dtype, torch.float32)
     ranges = []
     for chunk in torch.split(weight, rows):
         roots = second_moments.to(dtype).sqrt().repeat(len(chunk) // len(second_moments), 1)
-        ranges.append(search(chunk.to(dtype), roots, settings.bits, scale_dtype))
+        wide = chunk.to(dtype)
+        ranges.append(least_range(GroupRange.of(wide), _Lengths(wide, roots), settings, scale_dtype))
     low, high = (torch.cat(bounds) for bounds in zip(*ranges, strict=True))
     return low, high
 
 
-def _search_symmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+Bound = Tensor | float
+"""Of a group's codes, less the zero point: (groups,), or a number for all."""
+Lengths = Callable[[Tensor, Sequence[tuple[Bound, Bound]]], Sequence[Tensor]]
+"""For a grid's scale and bounds of its codes: s * sqrt(sum of moments * error^2) of each group, once for each bounds."""
+
+
+def least_range(
+    full: GroupRange, lengths: Lengths, settings: GridSettings, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The range with the least of `lengths` for each group: low and high. `full` is that of the weights."""
+    search = _search_symmetric if settings.symmetric else _search_asymmetric
+    return search(full, lengths, settings.bits, scale_dtype)
+
+
+def _search_symmetric(full: GroupRange, lengths: Lengths, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The search for both signs of a scale, which share w/s, since rounding is even: only the extra code differs."""
-    full, levels = GroupRange.of(weight), 2 ** (bits - 1)
+    levels = 2 ** (bits - 1)
     low_wins, widest = -full.low > full.high, torch.maximum(-full.low, full.high)
     least, reach, by_low = torch.full_like(widest, torch.inf), widest, low_wins
-    in_steps, rounded, error = (torch.empty_like(weight) for _ in range(3))
     for factor in range_factors(SYMMETRIC_FACTORS):
         scale = store_scale(widest * factor / levels, scale_dtype)
-        torch.div(weight, scale.unsqueeze(-1), out=in_steps)
-        torch.round(in_steps, out=rounded)
-        positive, negative = (
-            _length(torch.clamp(rounded, lowest, lowest + 2 * levels - 1, out=error).sub_(in_steps), roots) * scale
-            for lowest in (-levels, 1 - levels)
-        )
+        positive, negative = lengths(scale, ((-levels, levels - 1), (1 - levels, levels)))
         usual, other = torch.where(low_wins, positive, negative), torch.where(low_wins, negative, positive)
         for total, side in ((usual, low_wins), (other, ~low_wins)):
             better = total < least
@@ -223,30 +238,44 @@ def _search_symmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: tor
     return torch.where(by_low, -reach, nothing), torch.where(by_low, nothing, reach)
 
 
-def _search_asymmetric(weight: Tensor, roots: Tensor, bits: int, scale_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    full, scheme = GroupRange.of(weight), _scheme(bits, False)
+def _search_asymmetric(
+    full: GroupRange, lengths: Lengths, bits: int, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    scheme = _scheme(bits, False)
     least, best = torch.full_like(full.low, torch.inf), full
-    in_steps, error = (torch.empty_like(weight) for _ in range(2))
     factors = range_factors(ASYMMETRIC_FACTORS)
     for candidate in (GroupRange(full.low * a, full.high * b) for a in factors for b in factors):
         tried = affine_grid(candidate, scheme, scale_dtype)
-        torch.div(weight, tried.scale.unsqueeze(-1), out=in_steps)
-        torch.round(in_steps, out=error)
-        if tried.zero is not None:
-            zero = tried.zero.unsqueeze(-1)
-            torch.maximum(error, tried.lowest - zero, out=error)
-            torch.minimum(error, tried.highest - zero, out=error)
-        total = _length(error.sub_(in_steps), roots) * tried.scale
+        zero: Bound = 0.0 if tried.zero is None else tried.zero
+        (total,) = lengths(tried.scale, ((tried.lowest - zero, tried.highest - zero),))
         better = total < least
         least = torch.where(better, total, least)
         best = GroupRange(torch.where(better, candidate.low, best.low), torch.where(better, candidate.high, best.high))
     return best.low, best.high
 
 
-def _length(error: Tensor, roots: Tensor) -> Tensor:
-    """sqrt(sum of moments * error^2) of each group; `error` is overwritten."""
-    length: Tensor = torch.linalg.vector_norm(error.mul_(roots), dim=-1)
-    return length
+class _Lengths:
+    """`Lengths` of weights and roots of moments, both (groups, G) in the working dtype."""
+
+    def __init__(self, weight: Tensor, roots: Tensor) -> None:
+        self._weight, self._roots = weight, roots
+        self._in_steps, self._rounded, self._error = (torch.empty_like(weight) for _ in range(3))
+
+    def __call__(self, scale: Tensor, bounds: Sequence[tuple[Bound, Bound]]) -> list[Tensor]:
+        torch.div(self._weight, scale.unsqueeze(-1), out=self._in_steps)
+        torch.round(self._in_steps, out=self._rounded)
+        return [self._length(*each) * scale for each in bounds]
+
+    def _length(self, lowest: Bound, highest: Bound) -> Tensor:
+        error = self._error
+        if isinstance(lowest, Tensor) and isinstance(highest, Tensor):
+            torch.maximum(self._rounded, lowest.unsqueeze(-1), out=error)
+            torch.minimum(error, highest.unsqueeze(-1), out=error)
+        else:
+            torch.clamp(self._rounded, lowest, highest, out=error)
+        error.sub_(self._in_steps).mul_(self._roots)
+        length: Tensor = torch.linalg.vector_norm(error, dim=-1)
+        return length
 
 
 def _codes(groups: Groups, rows: slice, grid: Grid, work: Buffers) -> Tensor:
