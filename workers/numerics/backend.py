@@ -144,8 +144,13 @@ def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRou
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
     """Block kernels for hidden states of this dtype; None if only the generic path computes them."""
     if device.type == "cpu":
-        return block_operators
+        return cpu_block_kernels(dtype)
     return compiled_block_kernels() if triton_serves(device, dtype) else None
+
+
+def cpu_block_kernels(dtype: torch.dtype) -> BlockKernels:
+    """Block kernels on a CPU."""
+    return _block_loops() if loops_serve(torch.device("cpu"), dtype) else block_operators
 
 
 def scale_kernels(device: torch.device, dtype: torch.dtype) -> ScaleKernels | None:
@@ -171,6 +176,13 @@ def _rounding_kernels() -> RoundingKernels:
     from workers.numerics.backends import rounding_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
+
+
+@cache
+def _block_loops() -> BlockKernels:
+    from workers.numerics.backends import block_loops as loops  # noqa: PLC0415 - Numba
+
+    return loops
 
 
 @cache

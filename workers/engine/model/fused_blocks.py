@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from workers.contracts.blocks import JoinsLinears, SplitOutput
-from workers.numerics.backend import BlockKernels, compiled_block_kernels, triton_serves
+from workers.numerics.backend import BlockKernels, compiled_block_kernels, cpu_block_kernels, triton_serves
 from workers.numerics.backends import block_operators
 from workers.numerics.causal_attention import Band
 from workers.numerics.windowed_attention import attend_within
@@ -48,7 +48,7 @@ class Parts:
     def on(cls, device: torch.device, dtype: torch.dtype) -> "Parts | None":
         """The parts that serve a device; None if there are none for it."""
         if device.type == "cpu":
-            return cls.operators()
+            return cls._of(cpu_block_kernels(dtype), block_operators.attend, on_gpu=False)
         return cls.kernels() if triton_serves(device, dtype) else None
 
     @classmethod

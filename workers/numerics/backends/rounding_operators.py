@@ -210,7 +210,7 @@ def search_range(
 Bound = Tensor | float
 """Of a group's codes, less the zero point: (groups,), or a number for all."""
 Lengths = Callable[[Tensor, Sequence[tuple[Bound, Bound]]], Sequence[Tensor]]
-"""For a grid's scale and bounds of its codes: s * sqrt(sum of moments * error^2) of each group, once for each bounds."""
+"""For a scale and bounds of codes: s * sqrt(sum of moments * error^2) of each group, once for each pair of bounds."""
 
 
 def least_range(

@@ -26,8 +26,13 @@ def wide(number: Any) -> Any:
     raise NotImplementedError("compiled only")
 
 
-def put(array: Any, row: int, column: int, value: Any) -> None:
-    """Write an fp32 number to array[row, column], rounded to what lies there."""
+def rounded(value: Any, like: Any) -> Any:
+    """An fp32 number rounded to what the array `like` holds, in fp32."""
+    raise NotImplementedError("compiled only")
+
+
+def stored(value: Any, like: Any) -> Any:
+    """An fp32 number as what the array `like` holds, rounded to it."""
     raise NotImplementedError("compiled only")
 
 
@@ -59,16 +64,31 @@ def _wide(number: Any) -> Any:
     return of_number
 
 
-@overload(put)
-def _put(array: Any, row: Any, column: Any, value: Any) -> Any:
-    if array.dtype == types.uint16:
+@overload(rounded)
+def _rounded(value: Any, like: Any) -> Any:
+    if like.dtype == types.uint16:
 
-        def put_bits(array: Any, row: Any, column: Any, value: Any) -> None:
-            array[row, column] = _to_bits(value)
+        def to_bits_and_back(value: Any, like: Any) -> Any:
+            return _of_bits(_to_bits(value))
 
-        return put_bits
+        return to_bits_and_back
 
-    def put_number(array: Any, row: Any, column: Any, value: Any) -> None:
-        array[row, column] = value
+    def unchanged(value: Any, like: Any) -> Any:
+        return np.float32(value)
 
-    return put_number
+    return unchanged
+
+
+@overload(stored)
+def _stored(value: Any, like: Any) -> Any:
+    if like.dtype == types.uint16:
+
+        def to_bits(value: Any, like: Any) -> Any:
+            return _to_bits(value)
+
+        return to_bits
+
+    def unchanged(value: Any, like: Any) -> Any:
+        return np.float32(value)
+
+    return unchanged

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numba import njit
 
-from workers.numerics.loops.numbers import put, wide
+from workers.numerics.loops.numbers import stored, wide
 
 SUMS = {"reassoc", "nsz"}
 """Freedoms of the loops that add up: the order of a sum."""
@@ -65,7 +65,7 @@ def write(
         s, z = scale[g], zero[g]
         for j in range(weight.shape[1]):
             q = np.rint(offset[g, j] + wide(weight[g, j]) / s) + z
-            put(out, g, j, (min(max(q, lowest), highest) - z) * s)
+            out[g, j] = stored((min(max(q, lowest), highest) - z) * s, out)
 
 
 @njit(nogil=True, error_model="numpy", fastmath=SUMS)
