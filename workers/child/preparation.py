@@ -27,7 +27,10 @@ def wait_quietly() -> None:
 
 
 def _open_gpu() -> None:
-    """The context of the first visible GPU, its matrix library for the dtypes of models, and Triton's driver."""
+    """The context of the first visible GPU, its matrix library for what most models are in, and Triton's driver.
+
+    No other dtype: each that is multiplied in takes its kernels into the device's memory, while the process waits.
+    """
     import torch  # noqa: PLC0415
 
     from workers.engine.device.setup import reproducible  # noqa: PLC0415
@@ -36,14 +39,14 @@ def _open_gpu() -> None:
     device = torch.device("cuda", 0)
     torch.cuda.set_device(device)
     with reproducible(device):
-        for dtype in (torch.bfloat16, torch.float32):
-            ones = torch.ones(32, 32, dtype=dtype, device=device)
-            (ones @ ones).sum().item()
-            del ones
+        ones = torch.ones(32, 32, dtype=torch.bfloat16, device=device)
+        (ones @ ones).sum().item()
+        del ones
     if triton_serves(device, torch.bfloat16):
         with suppress(Exception):  # what fails here fails again, and is reported, where a kernel is needed
             from triton.runtime import driver  # noqa: PLC0415
 
             driver.active.get_current_target()
+    torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
     torch.cuda.reset_peak_memory_stats(device)
