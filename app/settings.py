@@ -232,6 +232,11 @@ class Settings(BaseSettings):
         description="Processes that wait for a worker's next jobs, with all imported and the device open; unset: 1 "
         "where there are 16 GB of memory, else 0.",
     )
+    kernel_dir: Folder = Field(
+        default_factory=lambda: default_data_dir() / "kernels",
+        description="Where a worker keeps the loops that it compiles for its processor, once for a version of the "
+        "code; workers may share it.",
+    )
     llama_cpp: Folder | None = Field(
         default=None, description="Folder with llama.cpp's shared libraries, in which a worker reads GGUF files."
     )

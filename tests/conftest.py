@@ -1,7 +1,9 @@
 """Fixtures that tests of several parts share. Servers start once a session, and only if a test asks for them."""
 
+import hashlib
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +29,13 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not Path("/dev/nvidiactl").exists():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+# Before anything imports Numba: what one process of the tests compiles, the others read. Of this version of the loops.
+LOOPS = Path(__file__).resolve().parent.parent / "workers" / "numerics" / "loops"
+_version = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(LOOPS.glob("*.py")))).hexdigest()[:16]
+os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"bitwright-test-loops-{_version}"))
+# And workers of the tests compile none ahead, for seconds of a processor, unless a test is about that.
+os.environ.setdefault("BITWRIGHT_KERNEL_DIR", str(Path(tempfile.gettempdir()) / f"bitwright-test-kernels-{_version}"))
 
 
 LONGEST = ("documents", "e2e", "cli", "engine", "workers")

@@ -62,6 +62,7 @@ NONSENSE = {
     "device": ["tpu", "gpu", "cuda:0"],
     "devices": ["0", "-1", "some", "65", "1.5"],
     "spares": ["-1", "9", "one", "1.5"],
+    "kernel_dir": ["/etc/hostname", "/etc/hostname/below"],
     "llama_cpp": ["/etc/hostname", "/" + "x" * 300],
     "vllm_python": ["/etc", "/" + "x" * 300, "~nobody-of-this-name/bin/python"],
     "worker_name": ["two words", "a/b", "gpu%h", "a@b", "-x", "x" * 161],

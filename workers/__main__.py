@@ -12,6 +12,7 @@ from app.store.session import Database
 from workers.supervise.capacity import capacity
 from workers.supervise.celery_app import run_worker
 from workers.supervise.context import WorkerContext
+from workers.supervise.kernels import Kernels
 from workers.supervise.runtimes import WarmReader, found_runtimes
 from workers.supervise.spares.pool import Spares
 
@@ -33,7 +34,8 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         return 2
     database, reader = Database(settings.database_url), WarmReader(settings.workspace_dir)
     worker_id = f"{settings.worker_name}.{new_id('wrk')}"
-    spares = Spares(attempt_module, worker_id, settings, machine)
+    kernels = Kernels(settings.kernel_dir, float(settings.lease_seconds))
+    spares = Spares(attempt_module, worker_id, settings, machine, kernels)
     context = WorkerContext(
         worker_id=worker_id,
         capacity=machine,
@@ -44,11 +46,13 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         runtimes=found_runtimes(settings),
         reader=reader,
         spares=spares,
+        kernels=kernels,
     )
     try:
         run_worker(context)
     finally:
         spares.close()
+        kernels.close()
         reader.close()
         database.close()
     return 0

@@ -17,6 +17,8 @@ def prepare(device: str) -> None:
 
     if device == "cuda":
         _open_gpu()
+    else:
+        _read_loops()
 
 
 def wait_quietly() -> None:
@@ -24,6 +26,16 @@ def wait_quietly() -> None:
     work. OpenMP reads this when torch is loaded.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def _read_loops() -> None:
+    """Loops that are compiled already; others are left to the job that needs them, and to the worker's own child."""
+    from workers.numerics.loops.compiled import are_kept  # noqa: PLC0415
+
+    if are_kept():
+        from workers.numerics.backends.loops_ahead import compile_all  # noqa: PLC0415
+
+        compile_all()
 
 
 def _open_gpu() -> None:

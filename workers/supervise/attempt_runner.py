@@ -201,6 +201,8 @@ class _Attempt:
         if result is not None:
             return result
         self._lease.check()
+        if self._context.kernels is not None:
+            self._context.kernels.give(self._workspace.folder)
         environment = attempt_environment(self._workspace, self._claim)
         return self._listen_for(ResultLine, module, environment, ranks=ranks, given=given)
 
@@ -278,6 +280,8 @@ class _Attempt:
             self._lease.check()
             if spares is not None:
                 spares.tend()
+            if self._context.kernels is not None:
+                self._context.kernels.tend()
         self._hear(child.remaining_lines(), reader, endings)
         code = child.finish()
         log.info("process_ended", module=module, code=code, ignored=reader.ignored + child.dropped_lines)

@@ -1,10 +1,12 @@
 """Capacity of this machine. torch is asked in a process of its own: the worker never loads it."""
 
+import ctypes
 import json
 import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
 
@@ -22,6 +24,7 @@ count = torch.cuda.device_count()
 print(json.dumps({"name": first.name, "memory": first.total_memory, "count": count} if found else None))
 """
 PROBE_SECONDS = 120
+DRIVER = "libcuda.so.1"
 
 log = structlog.get_logger(__name__)
 
@@ -55,7 +58,7 @@ def capacity(wanted: str, workspace_dir: Path, devices: int | Literal["all"] = 1
     Raises:
         RuntimeError: cuda is wanted and torch finds none, or fewer than are wanted.
     """
-    gpu = None if wanted == "cpu" else _probe()
+    gpu = None if wanted == "cpu" or not may_have_gpu() else _probe()
     if wanted == "cuda" and gpu is None:
         raise RuntimeError("BITWRIGHT_DEVICE is cuda, but torch finds no CUDA device")
     visible = 1 if gpu is None else int(gpu["count"])
@@ -72,6 +75,27 @@ def capacity(wanted: str, workspace_dir: Path, devices: int | Literal["all"] = 1
         disk_total_bytes=disk.total,
         devices=visible if devices == "all" else devices,
     )
+
+
+def may_have_gpu() -> bool:
+    """False where torch can find no GPU, which it is not asked then: to load it takes a second.
+
+    That is where it was built for processors alone, and on Linux without a driver, unless it is built for another
+    vendor's.
+    """
+    try:
+        build = version("torch").partition("+")[2]
+    except PackageNotFoundError:
+        return True
+    if build == "cpu":
+        return False
+    if sys.platform != "linux" or build.startswith(("rocm", "xpu")):
+        return True
+    try:
+        ctypes.CDLL(DRIVER)
+    except OSError:
+        return False
+    return True
 
 
 def _probe() -> dict[str, str | int] | None:

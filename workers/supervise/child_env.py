@@ -57,6 +57,8 @@ WAITING = {
 WAITING_IS_GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables by which whoever runs the worker decides this."""
 
+KERNELS = "NUMBA_CACHE_DIR"
+
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
@@ -70,8 +72,18 @@ def spare_environment(folder: Path) -> dict[str, str]:
     return _computing(folder)
 
 
+def kernel_environment(folder: Path) -> dict[str, str]:
+    """Of the child that compiles loops for those to come, into `folder`."""
+    return _computing(folder) | {KERNELS: str(folder)}
+
+
+def kernels_in(folder: Path) -> Path:
+    """The place of compiled loops in the folder of a process's own."""
+    return folder / "cache" / "kernels"
+
+
 def _computing(folder: Path) -> dict[str, str]:
-    caches = {"HF_HOME": str(folder / "cache")}
+    caches = {"HF_HOME": str(folder / "cache"), KERNELS: str(kernels_in(folder))}
     return RANKS | child_environment(ALWAYS | TOKENIZING | ALLOCATOR | waiting() | OFFLINE | caches)
 
 

@@ -10,6 +10,7 @@ from app.store.session import Database
 from bitwright.job_states import DeviceClass
 from workers.disk.orders import RuntimePlace
 from workers.supervise.capacity import Capacity
+from workers.supervise.kernels import Kernels
 from workers.supervise.runtimes import WarmReader
 from workers.supervise.spares.pool import Spares
 
@@ -22,6 +23,7 @@ class WorkerContext:
     attempt_module  what `python -m` runs for an attempt; the tests of supervision bring their own
     runtimes        what there is to read results in, by name
     reader          the child that does; None: attempts start their own
+    kernels         compiled loops that attempts begin with; None: each compiles what it needs
     spares          processes that wait to be attempts; None: each attempt is started when its job is there
     """
 
@@ -35,6 +37,7 @@ class WorkerContext:
     runtimes: Mapping[str, RuntimePlace] = field(default_factory=dict)
     reader: WarmReader | None = None
     spares: Spares | None = None
+    kernels: Kernels | None = None
 
     @property
     def device(self) -> DeviceClass:

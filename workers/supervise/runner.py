@@ -84,6 +84,8 @@ class Runner:
     def _tend(self) -> None:
         """Have ready what the next job begins with."""
         context = self._context
+        if context.kernels is not None:
+            context.kernels.tend()
         if context.spares is None or not context.spares.count:
             return
         context.spares.tend()

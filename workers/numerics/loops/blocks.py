@@ -1,4 +1,4 @@
-"""Loops of what lies between the matrix products of a decoder block; `workers.numerics.backends.block_loops` calls them.
+"""Loops of what lies between a decoder block's matrix products; `workers.numerics.backends.block_loops` calls them.
 
 Arrays are (tokens, width) unless it is said; each loop takes tokens `first` to `end`. Numbers are rounded wherever
 torch's operators would round them.
@@ -7,17 +7,16 @@ torch's operators would round them.
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from workers.numerics.loops.compiled import adding_loop, loop
 from workers.numerics.loops.numbers import rounded, stored, wide
-from workers.numerics.loops.rounding import SUMS
 
 LOG2_E = np.float32(1.44269504088896341)
 LN2_HIGH, LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 LEAST, MOST = np.float32(-87.0), np.float32(88.0)
 
 
-@njit(error_model="numpy")
+@loop
 def exponential(x: Any) -> Any:
     """e^x in fp32 within two units of the last place, of x within -87 and 88; a polynomial, which vector units take."""
     x = min(max(x, LEAST), MOST)
@@ -33,7 +32,7 @@ def exponential(x: Any) -> Any:
     return p * np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
 
 
-@njit(error_model="numpy", fastmath=SUMS)
+@adding_loop
 def _squares(x: Any, row: Any) -> Any:
     total = np.float32(0)
     for j in range(x.shape[1]):
@@ -41,7 +40,7 @@ def _squares(x: Any, row: Any) -> Any:
     return total
 
 
-@njit(error_model="numpy", fastmath=SUMS)
+@adding_loop
 def _along(d_y: Any, h: Any, weight: Any, row: Any) -> Any:
     total = np.float32(0)
     for j in range(h.shape[1]):
@@ -49,7 +48,7 @@ def _along(d_y: Any, h: Any, weight: Any, row: Any) -> Any:
     return total
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def norm(first: int, end: int, x: Any, weight: Any, eps: Any, twice: Any, y: Any, inverse: Any) -> None:
     """y = x / sqrt(mean square + eps) * weight, rounded before that product, too, if `twice`; inverse (tokens,)."""
     width = x.shape[1]
@@ -64,7 +63,7 @@ def norm(first: int, end: int, x: Any, weight: Any, eps: Any, twice: Any, y: Any
                 y[i, j] = stored(wide(x[i, j]) * by * wide(weight[j]), y)
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def add(first: int, end: int, x: Any, update: Any, h: Any) -> None:
     """h = x + update"""
     for i in range(first, end):
@@ -72,7 +71,7 @@ def add(first: int, end: int, x: Any, update: Any, h: Any) -> None:
             h[i, j] = stored(wide(x[i, j]) + wide(update[i, j]), h)
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def norm_backward(
     first: int, end: int, d_y: Any, h: Any, weight: Any, inverse: Any, adds: Any, more: Any, d_h: Any
 ) -> None:
@@ -89,7 +88,7 @@ def norm_backward(
             d_h[i, j] = stored(value, d_h)
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def silu_mul(first: int, end: int, gate: Any, up: Any, y: Any) -> None:
     """y = silu(gate) * up, with silu rounded"""
     for i in range(first, end):
@@ -98,7 +97,7 @@ def silu_mul(first: int, end: int, gate: Any, up: Any, y: Any) -> None:
             y[i, j] = stored(rounded(g / (np.float32(1) + exponential(-g)), y) * wide(up[i, j]), y)
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def silu_mul_backward(first: int, end: int, d_y: Any, gate: Any, up: Any, d_gate: Any, d_up: Any) -> None:
     """The gradients by gate and up of `silu_mul`."""
     one = np.float32(1)
@@ -110,7 +109,7 @@ def silu_mul_backward(first: int, end: int, d_y: Any, gate: Any, up: Any, d_gate
             d_gate[i, j] = stored(rounded(d * wide(up[i, j]), d_y) * share * (one + g * (one - share)), d_gate)
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def turn(first: int, end: int, x: Any, turned: int, cos: Any, sin: Any, back: Any, y: Any) -> None:
     """x (tokens, heads, width) with its first `turned` heads turned by their token's angles, or `back`, in y.
 
@@ -130,7 +129,7 @@ def turn(first: int, end: int, x: Any, turned: int, cos: Any, sin: Any, back: An
                 y[i, h, j] = x[i, h, j]
 
 
-@njit(error_model="numpy", fastmath=SUMS)
+@adding_loop
 def _error_squares(error: Any, row: Any, targets: Any, at: Any, two: Any, other: Any) -> Any:
     total = np.float32(0)
     for j in range(error.shape[1]):
@@ -142,7 +141,7 @@ def _error_squares(error: Any, row: Any, targets: Any, at: Any, two: Any, other:
     return total
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def square_error(
     first: int,
     end: int,

@@ -8,15 +8,12 @@ group are in the order that the vector units like best: their last bits are the 
 from typing import Any
 
 import numpy as np
-from numba import njit
 
+from workers.numerics.loops.compiled import adding_loop, loop
 from workers.numerics.loops.numbers import stored, wide
 
-SUMS = {"reassoc", "nsz"}
-"""Freedoms of the loops that add up: the order of a sum."""
 
-
-@njit(nogil=True, error_model="numpy")
+@loop
 def symmetric_scale(
     first: int, end: int, low: Any, high: Any, alpha: Any, beta: Any, levels: Any, smallest: Any, scale: Any
 ) -> None:
@@ -27,7 +24,7 @@ def symmetric_scale(
         scale[g] = min(s, -smallest) if s < 0 else max(s, smallest)
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def move_factors(
     first: int,
     end: int,
@@ -56,7 +53,7 @@ def move_factors(
         beta[g] = min(max(beta[g] + rate * (up - down), least), most)
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def write(
     first: int, end: int, weight: Any, offset: Any, scale: Any, zero: Any, lowest: Any, highest: Any, out: Any
 ) -> None:
@@ -68,7 +65,7 @@ def write(
             out[g, j] = stored((min(max(q, lowest), highest) - z) * s, out)
 
 
-@njit(nogil=True, error_model="numpy", fastmath=SUMS)
+@adding_loop
 def move(
     first: int,
     end: int,
@@ -101,7 +98,7 @@ def move(
         sums[0, g], sums[1, g], sums[2, g], sums[3, g] = by_steps, by_weight, by_all, by_inside
 
 
-@njit(nogil=True, error_model="numpy")
+@loop
 def keep(
     first: int, end: int, weight: Any, offset: Any, scale: Any, zero: Any, lowest: Any, highest: Any, codes: Any
 ) -> None:
@@ -113,7 +110,7 @@ def keep(
             codes[g, j] = np.uint8(np.int32(min(max(q, lowest), highest) - lowest))
 
 
-@njit(nogil=True, error_model="numpy", fastmath=SUMS)
+@adding_loop
 def lengths(first: int, end: int, weight: Any, roots: Any, scale: Any, lowest: Any, highest: Any, out: Any) -> None:
     """s * sqrt(sum of (root * (clamp(round(w/s)) - w/s))^2); bounds of clamping, (ranges, groups), give each a row of
     out. Groups take the rows of `roots` in turn.

@@ -14,6 +14,7 @@ from app.settings import Settings
 from workers.machine import available_threads
 from workers.supervise.capacity import Capacity
 from workers.supervise.child_env import spare_environment
+from workers.supervise.kernels import Kernels
 from workers.supervise.spares.spare import Spare, leftovers
 from workers.supervise.spares.stamp import stamp
 
@@ -60,9 +61,11 @@ def leaves_room(needed: Mapping[str, object], capacity: Capacity, count: int) ->
 class Spares:
     """Processes that wait to be attempts; none where `count` is 0."""
 
-    def __init__(self, module: str, worker_id: str, settings: Settings, capacity: Capacity) -> None:
+    def __init__(
+        self, module: str, worker_id: str, settings: Settings, capacity: Capacity, kernels: Kernels | None = None
+    ) -> None:
         self._module = module
-        self._capacity = capacity
+        self._capacity, self._kernels = capacity, kernels
         self._silence = float(settings.lease_seconds)
         self._count = spares_of(settings, capacity)
         self._folder = settings.workspace_dir / FOLDER / worker_id
@@ -141,6 +144,8 @@ class Spares:
                 shutil.rmtree(old, ignore_errors=True)
             # Before it starts: what changes while it imports makes it one of yesterday.
             made_of = self._stamp()
+            if self._kernels is not None:
+                self._kernels.give(folder)
             spare = Spare(
                 self._module,
                 self._capacity.device.value,

@@ -36,7 +36,7 @@ class Spare:
         stamp   of what it is made of; kept for whoever asks
         """
         self.stamp = stamp
-        folder.mkdir(parents=True)
+        folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._born = time.monotonic()
         self._heard = b""

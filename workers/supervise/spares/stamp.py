@@ -9,7 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 """The folder of the packages `app`, `bitwright` and `workers`."""
 PACKAGES = ("app", "bitwright", "workers")
-LIBRARIES = ("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "compressed-tensors", "pydantic")
+LIBRARIES = (
+    *("torch", "transformers", "tokenizers", "safetensors", "numpy", "triton", "numba", "llvmlite"),
+    *("compressed-tensors", "pydantic"),
+)
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
