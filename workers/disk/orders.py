@@ -9,6 +9,9 @@ from app.domain.request.job_request import JobRequest
 from app.domain.request.sources import HubDataset, HubModel
 from bitwright.events import TEXT_ROLES, Message
 
+BUILTIN_TEXT = "BITWRIGHT_BUILTIN_TEXT"
+"""Variable that names the file with the builtin text, for children of a worker."""
+
 
 class TextOrder(BaseModel):
     """One Hub dataset to write as JSONL to `path`: rows from the start, until `characters` of text are there."""

@@ -8,6 +8,7 @@ from app.hub.environment import network_variables
 from app.settings import Settings
 from app.store.attempts import Claim
 from workers.child.lifeline import ATTEMPT, JOB_ID
+from workers.disk.orders import BUILTIN_TEXT
 from workers.disk.workspace import Workspace
 from workers.supervise.child_process import child_environment
 
@@ -58,6 +59,8 @@ WAITING_IS_GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 """Variables by which whoever runs the worker decides this."""
 
 KERNELS = "NUMBA_CACHE_DIR"
+TEXTS = "builtin_text.json"
+"""File beside the kernels: the builtin text, which takes seconds to find in the standard library."""
 
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
@@ -74,7 +77,7 @@ def spare_environment(folder: Path) -> dict[str, str]:
 
 def kernel_environment(folder: Path) -> dict[str, str]:
     """Of the child that compiles loops for those to come, into `folder`."""
-    return _computing(folder) | {KERNELS: str(folder)}
+    return _computing(folder) | _made_ahead(folder)
 
 
 def kernels_in(folder: Path) -> Path:
@@ -83,8 +86,12 @@ def kernels_in(folder: Path) -> Path:
 
 
 def _computing(folder: Path) -> dict[str, str]:
-    caches = {"HF_HOME": str(folder / "cache"), KERNELS: str(kernels_in(folder))}
+    caches = {"HF_HOME": str(folder / "cache")} | _made_ahead(kernels_in(folder))
     return RANKS | child_environment(ALWAYS | TOKENIZING | ALLOCATOR | waiting() | OFFLINE | caches)
+
+
+def _made_ahead(folder: Path) -> dict[str, str]:
+    return {KERNELS: str(folder), BUILTIN_TEXT: str(folder / TEXTS)}
 
 
 def waiting() -> dict[str, str]:

@@ -14,8 +14,10 @@ from transformers import PreTrainedTokenizerBase
 from app.domain.inputs.rows import Conversation, parse_row
 from app.domain.request.job_request import Calibration, Evaluation
 from bitwright.errors import InvalidDataset
-from workers.engine.text import documents
-from workers.engine.text.documents import Half, builtin_documents, half_of, read_jsonl
+from workers.disk.orders import BUILTIN_TEXT
+from workers.engine.text import builtin
+from workers.engine.text.builtin import builtin_documents, write_found
+from workers.engine.text.documents import Half, half_of, read_jsonl
 from workers.engine.text.sequences import calibration_sequences, evaluation_sequences, load_tokenizer
 
 Write = Callable[..., Path]
@@ -210,8 +212,8 @@ def test_builtin_text_is_found_once_and_no_farther_than_it_is_read(monkeypatch: 
             found.append(text)
             yield text
 
-    monkeypatch.setattr(documents, "_reference_texts", texts)
-    documents._builtin.cache_clear()
+    monkeypatch.setattr(builtin, "_reference_texts", texts)
+    builtin._builtin.cache_clear()
     try:
         first, second = builtin_documents(), builtin_documents()
         assert (next(first), next(first), next(second)) == ("a", "b", "a")
@@ -219,4 +221,23 @@ def test_builtin_text_is_found_once_and_no_farther_than_it_is_read(monkeypatch: 
         assert (list(second), list(first), list(builtin_documents())) == (["b", "c"], ["c"], ["a", "b", "c"])
         assert found == ["a", "b", "a", "c"]
     finally:
-        documents._builtin.cache_clear()
+        builtin._builtin.cache_clear()
+
+
+def test_builtin_text_that_a_worker_has_found_is_the_same_and_that_of_another_python_is_not_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    walked = list(builtin_documents())
+    file = tmp_path / "builtin.json"
+    monkeypatch.setenv(BUILTIN_TEXT, str(file))
+    write_found()
+    monkeypatch.setattr(builtin, "_reference_texts", lambda: iter(["walked"]))
+    for content, expected in (
+        (file.read_text(), walked),
+        (json.dumps({"python": "4.0", "texts": ["other"]}), ["walked"]),
+        ("{", ["walked"]),
+    ):
+        file.write_text(content)
+        builtin._builtin.cache_clear()
+        assert list(builtin_documents()) == expected
+    builtin._builtin.cache_clear()

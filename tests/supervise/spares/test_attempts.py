@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from bitwright.job_states import JobStatus
 from tests.supervise.bench import CPU, Running, alive, wait_for
 from tests.supervise.spares.conftest import Waiting
-from workers.disk.orders import SpareOrder, WarmChild
+from workers.disk.orders import BUILTIN_TEXT, SpareOrder, WarmChild
 from workers.supervise import attempt_runner
 from workers.supervise.attempt_runner import supervise
 from workers.supervise.spares import pool
@@ -205,7 +205,7 @@ def test_an_attempt_and_a_spare_have_the_same_variables_but_for_the_jobs_names(w
     started = dict(variable.split("=", 1) for variable in _environ(_attempt_pid(waiting)))
     waiting.bench.cancel(running.claim.job_id)
     running.wait()
-    own = {"BITWRIGHT_REPORT_FD", "HF_HOME"}
+    own = {"BITWRIGHT_REPORT_FD", "HF_HOME", BUILTIN_TEXT}  # each in a folder of its own
     assert {
         name: value for name, value in started.items() if name not in own | {"BITWRIGHT_JOB_ID", "BITWRIGHT_ATTEMPT"}
     } == {name: value for name, value in born.items() if name not in own}

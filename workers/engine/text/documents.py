@@ -1,30 +1,20 @@
-"""Sources of text: the running Python's own reference text, or a JSONL file; each split in two by hash.
+"""Documents of a text, builtin (`workers.engine.text.builtin`) or of a JSONL file; each text split in two by hash.
 
 The split is by the text itself: a document's sha256 puts it into the calibration half or the evaluation half, always
 the same one, so that no evaluation ever reads what calibrated.
 """
 
-import ast
 import hashlib
 import json
-import pydoc_data.topics
-import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from copy import copy
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from functools import cache
-from itertools import tee
 from pathlib import Path
 
 from app.domain.inputs.jsonl import Record, numbered_records
 from app.domain.inputs.rows import Conversation, PlainText, Row, TextPair
 from bitwright.errors import InvalidDataset
-
-SHORTEST_DOCSTRING = 100
-"""Characters; shorter ones say little."""
-SKIPPED_FOLDERS = frozenset({"test", "tests", "site-packages", "dist-packages", "__pycache__", "idlelib", "pydoc_data"})
 
 Document = str | Conversation
 """Plain text, or what a chat template makes one of."""
@@ -51,52 +41,6 @@ def _said(document: Conversation) -> object:
     if not document.tools and not document.settings:
         return messages
     return {"messages": messages, "tools": document.tools, "settings": document.settings}
-
-
-def builtin_documents() -> Iterator[str]:
-    """The language reference of `pydoc_data.topics`, then the standard library's docstrings; each text once.
-
-    All of it takes seconds to find, so that a process looks no farther than somebody has read, and once.
-    """
-    return copy(_builtin())
-
-
-@cache
-def _builtin() -> Iterator[str]:
-    """Never advanced itself; its copies share what they have found."""
-    return tee(_once(_reference_texts()), 1)[0]
-
-
-def _once(texts: Iterator[str]) -> Iterator[str]:
-    seen = set()
-    for text in texts:
-        if text not in seen:
-            seen.add(text)
-            yield text
-
-
-def _reference_texts() -> Iterator[str]:
-    topics = pydoc_data.topics.topics
-    yield from (topics[name] for name in sorted(topics))
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for file in sorted(root.rglob("*.py")):
-        if not SKIPPED_FOLDERS & set(file.relative_to(root).parts):
-            yield from _docstrings(file)
-
-
-def _docstrings(file: Path) -> Iterator[str]:
-    try:
-        tree = ast.parse(file.read_bytes())
-    except (SyntaxError, ValueError, OSError):
-        return
-    pending: list[ast.AST] = [tree]
-    while pending:
-        node = pending.pop()
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = ast.get_docstring(node)
-            if text and len(text) >= SHORTEST_DOCSTRING:
-                yield text
-            pending.extend(reversed(node.body))
 
 
 @dataclass

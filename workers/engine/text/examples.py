@@ -23,8 +23,9 @@ from app.domain.inputs.jsonl import Record
 from app.domain.inputs.rows import Conversation, PlainText
 from app.domain.request.finetuning import Finetune
 from bitwright.errors import InvalidDataset
+from workers.engine.text.builtin import builtin_documents
 from workers.engine.text.conversations import ChatTemplate, readable
-from workers.engine.text.documents import Half, Notes, builtin_documents, document_of, half_of, hash_of, read_rows
+from workers.engine.text.documents import Half, Notes, document_of, half_of, hash_of, read_rows
 from workers.engine.text.sequences import has_end, start_tokens, without_start
 from workers.engine.text.turns import Span, Turns
 

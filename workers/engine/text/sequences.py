@@ -20,8 +20,9 @@ from app.domain.request.job_request import Calibration, Evaluation
 from app.domain.request.sources import CalibrationSource, DatasetSource, ModelSource
 from bitwright.errors import CorruptCheckpoint, InvalidDataset
 from bitwright.report import TextReport
+from workers.engine.text.builtin import builtin_documents
 from workers.engine.text.conversations import ChatTemplate, readable
-from workers.engine.text.documents import Document, Half, Notes, builtin_documents, half_of, hash_of, read_jsonl
+from workers.engine.text.documents import Document, Half, Notes, half_of, hash_of, read_jsonl
 
 SURPLUS = 2
 """Sequences read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
