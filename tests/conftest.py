@@ -34,7 +34,7 @@ if not Path("/dev/nvidiactl").exists():
 LOOPS = Path(__file__).resolve().parent.parent / "workers" / "numerics" / "loops"
 _version = hashlib.sha256(b"".join(file.read_bytes() for file in sorted(LOOPS.glob("*.py")))).hexdigest()[:16]
 os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"bitwright-test-loops-{_version}"))
-# And workers of the tests compile none ahead, for seconds of a processor, unless a test is about that.
+# The same of what workers of the tests compile ahead, which is no matter of the user's own folder.
 os.environ.setdefault("BITWRIGHT_KERNEL_DIR", str(Path(tempfile.gettempdir()) / f"bitwright-test-kernels-{_version}"))
 
 

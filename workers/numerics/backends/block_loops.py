@@ -63,12 +63,18 @@ def square_error(
     """`block_operators.square_error`"""
     if not _are_loops(*parts, targets) or targets.dtype != parts[0].dtype:
         return block_operators.square_error(parts, targets, index, share, scaled)
-    part, gradient = parts[0], torch.empty_like(parts[0])
+    part, error = parts[0], torch.empty_like(parts[0])
     squares = torch.empty(part.shape[:-1].numel())
-    arrays = _rows(part), _rows(parts[-1]), len(parts) == 2, _rows(targets), index.numpy(), part.shape[1]
-    given = (*arrays, np.float32(2 * share * scaled / part.numel()), array(squares), _rows(gradient))
-    _over(part, lambda first, end: loops.square_error(first, end, *given))
-    return squares.sum() * (share / part.numel()), gradient
+    given = _rows(part), _rows(parts[-1]), len(parts) == 2, _rows(targets), index.numpy(), part.shape[1]
+    rows, total, factor = _rows(error), array(squares), np.float32(2 * share * scaled / part.numel())
+
+    def compared(first: int, end: int) -> None:
+        loops.errors(first, end, *given, rows)
+        loops.squares(first, end, rows, total)
+        loops.scale(first, end, rows, factor)
+
+    _over(part, compared)
+    return squares.sum() * (share / part.numel()), error
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -145,9 +151,15 @@ def _over(x: Tensor, loop: Any) -> None:
 
 def _normed(x: Tensor, weight: Tensor, eps: float, *, rounds_twice: bool) -> tuple[Tensor, Tensor]:
     """The norm of x, and 1/sqrt(mean square + eps), fp32 (tokens,)."""
-    y, inverse = torch.empty_like(x), torch.empty(x.shape[:-1].numel())
-    given = _rows(x), array(weight), np.float32(eps), rounds_twice, _rows(y), array(inverse)
-    _over(x, lambda first, end: loops.norm(first, end, *given))
+    y, (inverse, total) = torch.empty_like(x), torch.empty(2, x.shape[:-1].numel())
+    hidden, sums = _rows(x), array(total)
+    given = hidden, array(weight), np.float32(eps), rounds_twice, sums, _rows(y), array(inverse)
+
+    def normed(first: int, end: int) -> None:
+        loops.squares(first, end, hidden, sums)
+        loops.norm(first, end, *given)
+
+    _over(x, normed)
     return y, inverse
 
 
@@ -155,8 +167,14 @@ def _norm_backward(d_y: Tensor, more: Tensor | None, h: Tensor, weight: Tensor, 
     """The gradient by h, plus `more`."""
     d_h, d_y = torch.empty_like(h), d_y.contiguous()
     added = d_y if more is None else more.contiguous()
-    given = _rows(d_y), _rows(h), array(weight), array(inverse), more is not None, _rows(added), _rows(d_h)
-    _over(h, lambda first, end: loops.norm_backward(first, end, *given))
+    of_norm, total = (_rows(d_y), _rows(h), array(weight)), array(torch.empty_like(inverse))
+    rest = array(inverse), total, more is not None, _rows(added), _rows(d_h)
+
+    def back(first: int, end: int) -> None:
+        loops.along(first, end, *of_norm, total)
+        loops.norm_backward(first, end, *of_norm, *rest)
+
+    _over(h, back)
     return d_h
 
 

@@ -2,6 +2,9 @@
 
 Arrays are (tokens, width) unless it is said; each loop takes tokens `first` to `end`. Numbers are rounded wherever
 torch's operators would round them.
+
+A loop with sums calls nothing that adds up and is called by no other loop: of a function that several loops call, the
+linker takes one of several compilations, whose sums may be in another order.
 """
 
 from typing import Any
@@ -33,27 +36,24 @@ def exponential(x: Any) -> Any:
 
 
 @adding_loop
-def _squares(x: Any, row: Any) -> Any:
-    total = np.float32(0)
-    for j in range(x.shape[1]):
-        total += wide(x[row, j]) * wide(x[row, j])
-    return total
-
-
-@adding_loop
-def _along(d_y: Any, h: Any, weight: Any, row: Any) -> Any:
-    total = np.float32(0)
-    for j in range(h.shape[1]):
-        total += rounded(wide(d_y[row, j]) * wide(weight[j]), d_y) * wide(h[row, j])
-    return total
+def squares(first: int, end: int, x: Any, total: Any) -> None:
+    """total (tokens,): sums of squares"""
+    for i in range(first, end):
+        of_token = np.float32(0)
+        for j in range(x.shape[1]):
+            of_token += wide(x[i, j]) * wide(x[i, j])
+        total[i] = of_token
 
 
 @loop
-def norm(first: int, end: int, x: Any, weight: Any, eps: Any, twice: Any, y: Any, inverse: Any) -> None:
-    """y = x / sqrt(mean square + eps) * weight, rounded before that product, too, if `twice`; inverse (tokens,)."""
+def norm(first: int, end: int, x: Any, weight: Any, eps: Any, twice: Any, total: Any, y: Any, inverse: Any) -> None:
+    """y = x / sqrt(mean square + eps) * weight, rounded before that product, too, if `twice`; inverse (tokens,).
+
+    total   of `squares`
+    """
     width = x.shape[1]
     for i in range(first, end):
-        by = np.float32(1) / np.sqrt(_squares(x, i) / np.float32(width) + eps)
+        by = np.float32(1) / np.sqrt(total[i] / np.float32(width) + eps)
         inverse[i] = by
         if twice:
             for j in range(width):
@@ -71,18 +71,28 @@ def add(first: int, end: int, x: Any, update: Any, h: Any) -> None:
             h[i, j] = stored(wide(x[i, j]) + wide(update[i, j]), h)
 
 
+@adding_loop
+def along(first: int, end: int, d_y: Any, h: Any, weight: Any, total: Any) -> None:
+    """total (tokens,): sums of d_y * weight, rounded, times h"""
+    for i in range(first, end):
+        of_token = np.float32(0)
+        for j in range(h.shape[1]):
+            of_token += rounded(wide(d_y[i, j]) * wide(weight[j]), d_y) * wide(h[i, j])
+        total[i] = of_token
+
+
 @loop
 def norm_backward(
-    first: int, end: int, d_y: Any, h: Any, weight: Any, inverse: Any, adds: Any, more: Any, d_h: Any
+    first: int, end: int, d_y: Any, h: Any, weight: Any, inverse: Any, total: Any, adds: Any, more: Any, d_h: Any
 ) -> None:
-    """The gradient by h of `norm`, rounded; plus `more`, rounded again, if `adds`."""
+    """The gradient by h of `norm`, rounded; plus `more`, rounded again, if `adds`. total: of `along`"""
     width = h.shape[1]
     for i in range(first, end):
         by = inverse[i]
-        along = -(_along(d_y, h, weight, i) * by) / np.float32(width)
+        back = -(total[i] * by) / np.float32(width)
         for j in range(width):
             by_normal = rounded(wide(d_y[i, j]) * wide(weight[j]), d_y)
-            value = (wide(h[i, j]) * by * along + by_normal) * by
+            value = (wide(h[i, j]) * by * back + by_normal) * by
             if adds:
                 value = rounded(value, d_h) + wide(more[i, j])
             d_h[i, j] = stored(value, d_h)
@@ -129,41 +139,26 @@ def turn(first: int, end: int, x: Any, turned: int, cos: Any, sin: Any, back: An
                 y[i, h, j] = x[i, h, j]
 
 
-@adding_loop
-def _error_squares(error: Any, row: Any, targets: Any, at: Any, two: Any, other: Any) -> Any:
-    total = np.float32(0)
-    for j in range(error.shape[1]):
-        y = wide(error[row, j])
-        if two:
-            y = rounded(y + wide(other[row, j]), error)
-        e = rounded(y - wide(targets[at, j]), error)
-        total += e * e
-    return total
-
-
 @loop
-def square_error(
-    first: int,
-    end: int,
-    part: Any,
-    other: Any,
-    two: Any,
-    targets: Any,
-    index: Any,
-    length: int,
-    factor: Any,
-    squares: Any,
-    gradient: Any,
+def errors(
+    first: int, end: int, part: Any, other: Any, two: Any, targets: Any, index: Any, length: int, error: Any
 ) -> None:
-    """squares (tokens,) of y - targets, and `factor` times that difference; y = part, or part + other if `two`.
+    """error = y - targets; y = part, or part + other if `two`.
 
     Tokens are `length` for each sequence; index: sequences' places in targets (all tokens, width)
     """
     for i in range(first, end):
         at = index[i // length] * length + i % length
-        squares[i] = _error_squares(part, i, targets, at, two, other)
         for j in range(part.shape[1]):
             y = wide(part[i, j])
             if two:
                 y = rounded(y + wide(other[i, j]), part)
-            gradient[i, j] = stored(rounded(y - wide(targets[at, j]), part) * factor, gradient)
+            error[i, j] = stored(y - wide(targets[at, j]), error)
+
+
+@loop
+def scale(first: int, end: int, x: Any, factor: Any) -> None:
+    """x = x * factor"""
+    for i in range(first, end):
+        for j in range(x.shape[1]):
+            x[i, j] = stored(wide(x[i, j]) * factor, x)
