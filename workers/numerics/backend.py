@@ -14,8 +14,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from app.domain.methods import Scheme
+from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import Element
-from workers.numerics.backends import block_operators, float_rounding_operators, rounding_operators
+from workers.numerics.backends import block_operators, column_operators, float_rounding_operators, rounding_operators
+from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
 from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 
@@ -62,6 +65,17 @@ class FloatRoundingKernels(Protocol):
     def keep(self, groups: FloatGroups, element: Element, better: Tensor) -> None: ...
     def warm_ups(
         self, width: int, element: Element, dtype: torch.dtype, device: torch.device
+    ) -> list[Callable[[], object]]: ...
+
+
+class ColumnKernels(Protocol):
+    """Columns that are rounded in turn; `workers.numerics.backends.column_operators` describes the functions."""
+
+    def round_integers(self, columns: Columns, batch: slice, grid: IntegerGrid) -> None: ...
+    def round_floats(self, columns: Columns, batch: slice, scale: Tensor, element: Element) -> None: ...
+    def round_levels(self, columns: Columns, batch: slice, now: slice, grid: LevelGrid) -> None: ...
+    def warm_ups(
+        self, columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device
     ) -> list[Callable[[], object]]: ...
 
 
@@ -131,6 +145,11 @@ def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRou
     return _float_rounding_kernels() if triton_serves(device, dtype) else float_rounding_operators
 
 
+def column_kernels(device: torch.device, dtype: torch.dtype) -> ColumnKernels:
+    """Kernels for columns in turn whose errors are computed in this dtype."""
+    return _column_kernels() if triton_serves(device, dtype) else column_operators
+
+
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
     """Block kernels for hidden states of this dtype; None if only the generic path computes them."""
     if device.type == "cpu":
@@ -166,6 +185,13 @@ def _rounding_kernels() -> RoundingKernels:
 @cache
 def _float_rounding_kernels() -> FloatRoundingKernels:
     from workers.numerics.backends import float_rounding_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _column_kernels() -> ColumnKernels:
+    from workers.numerics.backends import column_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

@@ -36,7 +36,7 @@ def nearest_levels(numbers: Tensor, kind: BlockType, weights: Tensor | None = No
     if kind.levels == ODD_LEVELS:
         return _on_lattice(numbers, weights)
     # All middles are multiples of a half: the levels stand in a table of the halves.
-    first, table = _by_halves(kind, numbers.device)
+    first, table = levels_by_halves(kind, numbers.device)
     halves = (numbers * 2).floor_().sub_(first).clamp_(0, len(table) - 1).int()
     return table.index_select(0, halves.flatten()).view(numbers.shape)
 
@@ -101,7 +101,7 @@ def _middles(kind: BlockType, device: torch.device) -> Tensor:
 
 
 @cache
-def _by_halves(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
+def levels_by_halves(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
     """A first number of halves, and the level nearest to what follows each, up to the next: fp32."""
     first, last = 2 * kind.levels[0], 2 * kind.levels[-1]
     middles, table = _middles(kind, device), level_table(kind, device)

@@ -88,7 +88,7 @@ def search_blocks(weight: Tensor, scheme: Scheme, importance: Tensor | None = No
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
         own = importance if importance is None or importance.ndim == 1 else importance[rows]
-        parts.append(_searched(weight[rows], kind, own))
+        parts.append(_searched(weight[rows].contiguous(), kind, own))
     names = ("codes", "scale", "scale_codes", "minimum", "minimum_codes")
     columns = [None if made[0] is None else torch.cat(made) for made in zip(*parts, strict=True)]
     tensors = dict(zip(names, columns, strict=True))
