@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme
-from app.domain.methods.block_types import BlockType
+from app.domain.methods.block_types import ODD_LEVELS, BlockType
 from app.domain.methods.named_schemes import Element
 from workers.numerics.backends import block_operators, column_operators, float_rounding_operators, rounding_operators
 from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
@@ -77,6 +77,23 @@ class ColumnKernels(Protocol):
     def warm_ups(
         self, columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device
     ) -> list[Callable[[], object]]: ...
+
+
+class DescentKernels(Protocol):
+    """A sweep of coordinate descent over all of a block type's numbers; `workers.numerics.blocks.descent` has it."""
+
+    def sweep(
+        self,
+        kind: BlockType,
+        hessian: Tensor,
+        levels: Tensor,
+        numbers: Tensor,
+        scale: Tensor,
+        minimum_numbers: Tensor,
+        minimum: Tensor,
+        pull: Tensor,
+    ) -> None: ...
+    def warm_ups(self, columns: int, kind: BlockType, device: torch.device) -> list[Callable[[], object]]: ...
 
 
 class BlockKernels(Protocol):
@@ -150,6 +167,12 @@ def column_kernels(device: torch.device, dtype: torch.dtype) -> ColumnKernels:
     return _column_kernels() if triton_serves(device, dtype) else column_operators
 
 
+def descent_kernels(device: torch.device, dtype: torch.dtype, kind: BlockType) -> DescentKernels | None:
+    """Kernels for a sweep with H in this dtype; None if torch's operators compute it, as those of a lattice's levels."""
+    served = triton_serves(device, dtype) and kind.levels != ODD_LEVELS
+    return _descent_kernels() if served else None
+
+
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
     """Block kernels for hidden states of this dtype; None if only the generic path computes them."""
     if device.type == "cpu":
@@ -192,6 +215,13 @@ def _float_rounding_kernels() -> FloatRoundingKernels:
 @cache
 def _column_kernels() -> ColumnKernels:
     from workers.numerics.backends import column_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _descent_kernels() -> DescentKernels:
+    from workers.numerics.backends import descent_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

@@ -2,7 +2,7 @@
 
 Rows do not depend on each other, so a program takes its rows of a batch (COLUMNS, ROWS) into registers and goes through
 the columns there: what takes ten launches a column in eager code is one for 128. Formulas are in
-`workers.numerics.backends.column_operators`, whose functions these are, and in `workers.numerics.blocks.descent`.
+`workers.numerics.backends.column_operators`, whose functions these are.
 
 Arithmetic is fp32. Divisions and roundings are those of IEEE; a product and the difference after it may be rounded
 once (fma) where eager code rounds twice, which now and then moves a number across a middle between two codes. A NaN
@@ -54,37 +54,6 @@ def round_levels(columns: Columns, batch: slice, now: slice, grid: LevelGrid) ->
     _eliminate(columns, batch, now, grid.factor, grid.offset, table, KIND=LEVELS, **facts)
 
 
-def move_levels(
-    levels: Tensor, pull: Tensor, factor: Tensor, hessian: Tensor, batch: slice, kind: BlockType, changes: Tensor
-) -> None:
-    """Moves the levels of a batch in turn, each to the nearest to where the error of the outputs would be least.
-
-    levels, pull   (in, rows), fp32; levels change
-    factor         of sub-blocks, (sub-blocks, rows)
-    hessian        H, (in, in)
-    changes        of the weights of the batch, (COLUMNS, rows), written
-    """
-    table, facts = level_facts(kind, levels.device)
-    rows = levels.shape[1]
-    _move_levels[(triton.cdiv(rows, ROWS),)](
-        levels,
-        pull,
-        factor,
-        hessian,
-        levels if table is None else table,
-        changes,
-        rows,
-        len(hessian),
-        batch.start,
-        batch.stop,
-        kind.columns,
-        COLUMNS=COLUMNS,
-        ROWS=ROWS,
-        num_warps=4,
-        **facts,
-    )
-
-
 def level_facts(kind: BlockType, device: torch.device) -> tuple[Tensor | None, dict[str, int | bool | float]]:
     """A table of levels by halves, None for consecutive integers, and what kernels know of a type when they compile."""
     first, table = (0, None) if kind.uniform else levels_by_halves(kind, device)
@@ -113,12 +82,7 @@ def warm_ups(columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: tor
 
 def _of_levels(work: Columns, batch: slice, kind: BlockType, factor: Tensor) -> list[Callable[[], object]]:
     grid = LevelGrid(kind, factor, factor, factor.clone() if kind.offset else None, work.factor.diagonal())
-    if grid.together > 1:
-        return []
-    return [
-        partial(round_levels, work, batch, batch, grid),
-        partial(move_levels, work.found, work.left, factor, work.factor, batch, kind, work.errors),
-    ]
+    return [] if grid.together > 1 else [partial(round_levels, work, batch, batch, grid)]
 
 
 def _of_integers(scheme: Scheme, scale_dtype: torch.dtype, width: int | None) -> dict[str, object]:
@@ -285,44 +249,3 @@ def _round_columns(  # type: ignore[no-untyped-def]
         left = left - upper[:, None] * error[None, :]
     if end < last:
         tl.store(LEFT + tile, left, mask=held & (at >= end)[:, None])
-
-
-@triton.jit(do_not_specialize=["first", "last"])
-def _move_levels(  # type: ignore[no-untyped-def]
-    LEVELS,
-    PULL,
-    SCALE,
-    HESSIAN,
-    TABLE,
-    CHANGES,
-    rows,
-    columns,
-    first,
-    last,
-    width,
-    UNIFORM: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    FIRST_HALF: tl.constexpr,
-    LAST_HALF: tl.constexpr,
-    COLUMNS: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    real = row < rows
-    place = tl.arange(0, COLUMNS)
-    at = (first + place).to(tl.int64)
-    inside = at < last
-    pull = tl.load(PULL + at[:, None] * rows + row[None, :], mask=inside[:, None] & real[None, :], other=0.0)
-    for j in range(first, last):
-        near = tl.load(HESSIAN + j * columns + at, mask=inside, other=0.0)
-        diagonal = tl.load(HESSIAN + j * columns + j)
-        scale = tl.load(SCALE + (row * 0 + j // width) * rows + row, mask=real, other=1.0)
-        before = tl.load(LEVELS + (row * 0 + j) * rows + row, mask=real, other=0.0)
-        own = tl.sum(tl.where(place[:, None] == j - first, pull, 0.0), 0)
-        wanted = before - own * tl.div_rn(_inverse(scale), diagonal + own * 0.0)
-        after = _nearest_level(wanted, TABLE, UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF)
-        change = (after - before) * scale
-        tl.store(LEVELS + (row * 0 + j) * rows + row, after, mask=real)
-        tl.store(CHANGES + (row * 0 + j - first) * rows + row, change, mask=real)
-        pull = pull + near[:, None] * change[None, :]
