@@ -21,6 +21,7 @@ from workers.numerics.backends import block_operators, column_operators, float_r
 from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
 from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.quantized import BlockWeight
 
 
 class RoundingKernels(Protocol):
@@ -76,6 +77,24 @@ class ColumnKernels(Protocol):
     def round_levels(self, columns: Columns, batch: slice, now: slice, grid: LevelGrid) -> None: ...
     def warm_ups(
         self, columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device
+    ) -> list[Callable[[], object]]: ...
+
+
+class SearchKernels(Protocol):
+    """The search of block types; `workers.numerics.blocks.search` has it in torch's operators."""
+
+    def search(
+        self,
+        made: BlockWeight,
+        weight: Tensor,
+        weights: Tensor,
+        factor: Tensor | None = None,
+        offset: Tensor | None = None,
+        *,
+        codes: bool = True,
+    ) -> None: ...
+    def warm_ups(
+        self, columns: int, scheme: Scheme, dtype: torch.dtype, device: torch.device
     ) -> list[Callable[[], object]]: ...
 
 
@@ -167,6 +186,11 @@ def column_kernels(device: torch.device, dtype: torch.dtype) -> ColumnKernels:
     return _column_kernels() if triton_serves(device, dtype) else column_operators
 
 
+def search_kernels(device: torch.device, dtype: torch.dtype) -> SearchKernels | None:
+    """Kernels that search weights of this dtype; None if torch's operators compute it."""
+    return _search_kernels() if triton_serves(device, dtype) else None
+
+
 def descent_kernels(device: torch.device, dtype: torch.dtype, kind: BlockType) -> DescentKernels | None:
     """Kernels for a sweep with H in this dtype; None if torch's operators compute it, as those of a lattice's levels."""
     served = triton_serves(device, dtype) and kind.levels != ODD_LEVELS
@@ -215,6 +239,13 @@ def _float_rounding_kernels() -> FloatRoundingKernels:
 @cache
 def _column_kernels() -> ColumnKernels:
     from workers.numerics.backends import column_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _search_kernels() -> SearchKernels:
+    from workers.numerics.backends import search_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

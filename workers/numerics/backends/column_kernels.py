@@ -12,7 +12,7 @@ The interpreter runs the same code on a CPU (TRITON_INTERPRET=1); there the test
 """
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -27,7 +27,7 @@ from workers.numerics.backends import column_operators
 from workers.numerics.backends.column_operators import COLUMNS, Columns, IntegerGrid, LevelGrid
 from workers.numerics.backends.float_rounding_kernels import _unclamped, _value
 from workers.numerics.backends.rounding_kernels import STORED, TO_NEAREST, _grid
-from workers.numerics.blocks.levels import levels_by_halves
+from workers.numerics.blocks.levels import codes_of, levels_by_halves
 from workers.numerics.floats.elements import LAST_INDEX
 
 ROWS = 16
@@ -54,11 +54,20 @@ def round_levels(columns: Columns, batch: slice, now: slice, grid: LevelGrid) ->
     _eliminate(columns, batch, now, grid.factor, grid.offset, table, KIND=LEVELS, **facts)
 
 
-def level_facts(kind: BlockType, device: torch.device) -> tuple[Tensor | None, dict[str, int | bool | float]]:
-    """A table of levels by halves, None for consecutive integers, and what kernels know of a type when they compile."""
-    first, table = (0, None) if kind.uniform else levels_by_halves(kind, device)
+def level_facts(kind: BlockType, device: torch.device) -> tuple[Tensor | None, dict[str, float]]:
+    """Tables of levels and of codes by halves, one after the other, and what kernels know of a type when they compile.
+
+    No tables for consecutive integers.
+    """
+    first, table = (0, None) if kind.uniform else _tables(kind, device)
     facts = {"UNIFORM": kind.uniform, "LOWEST": float(kind.levels[0]), "HIGHEST": float(kind.levels[-1])}
-    return table, {**facts, "FIRST_HALF": float(first), "LAST_HALF": float(0 if table is None else len(table) - 1)}
+    return table, {**facts, "FIRST_HALF": float(first), "LAST_HALF": float(0 if table is None else len(table) // 2 - 1)}
+
+
+@cache
+def _tables(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
+    first, levels = levels_by_halves(kind, device)
+    return first, torch.cat([levels, codes_of(levels, kind).float()])
 
 
 def warm_ups(columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
@@ -81,7 +90,7 @@ def warm_ups(columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: tor
 
 
 def _of_levels(work: Columns, batch: slice, kind: BlockType, factor: Tensor) -> list[Callable[[], object]]:
-    grid = LevelGrid(kind, factor, factor, factor.clone() if kind.offset else None, work.factor.diagonal())
+    grid = LevelGrid(kind, factor, factor.clone() if kind.offset else None, work.factor.diagonal())
     return [] if grid.together > 1 else [partial(round_levels, work, batch, batch, grid)]
 
 

@@ -22,7 +22,6 @@ from workers.numerics.affine import Grid, GroupRange, affine_grid, round_to_grid
 from workers.numerics.blocks.levels import QUAD, nearest_levels
 from workers.numerics.blocks.sub_blocks import inverse
 from workers.numerics.floats.elements import rounded
-from workers.numerics.quantized import BlockWeight
 
 COLUMNS = 128
 """Most columns of a batch: its updates are kept from the rest of the row until all of them are rounded."""
@@ -97,14 +96,13 @@ class IntegerGrid:
 
 @dataclass(frozen=True)
 class LevelGrid:
-    """Factors of sub-blocks, 1 / factors (0 for 0) and offsets, if they have any, (sub-blocks, rows), working dtype.
+    """Factors of sub-blocks and their offsets, if they have any, (sub-blocks, rows) in the working dtype.
 
     importance   of columns' squared errors, (in,) in their order: levels of a lattice are the nearest by it
     """
 
     kind: BlockType
     factor: Tensor
-    inverse: Tensor
     offset: Tensor | None
     importance: Tensor
 
@@ -112,16 +110,7 @@ class LevelGrid:
     def empty(cls, kind: BlockType, columns: int, like: Tensor, importance: Tensor) -> "LevelGrid":
         """No factors yet, of so many columns; `like` is (.., rows) in the working dtype."""
         factor = like.new_empty(columns // kind.columns, like.shape[1])
-        return cls(kind, factor, factor.clone(), factor.clone() if kind.offset else None, importance)
-
-    def put(self, found: BlockWeight, first: int) -> None:
-        """Writes factors and offsets of some blocks whose first column that is."""
-        factor = found.factor().T
-        own = slice(first // self.kind.columns, first // self.kind.columns + len(factor))
-        self.factor[own] = factor
-        self.inverse[own] = inverse(self.factor[own])
-        if self.offset is not None and (offset := found.offset()) is not None:
-            self.offset[own] = offset.T
+        return cls(kind, factor, torch.empty_like(factor) if kind.offset else None, importance)
 
     @property
     def together(self) -> int:
@@ -162,7 +151,7 @@ def round_floats(columns: Columns, batch: slice, scale: Tensor, element: Element
 
 def round_levels(columns: Columns, batch: slice, now: slice, grid: LevelGrid) -> None:
     """Rounds the columns `now` of a batch to levels; groups are sub-blocks."""
-    factors, inverses = grid.factor.unbind(), grid.inverse.unbind()
+    factors, inverses = grid.factor.unbind(), inverse(grid.factor).unbind()
     offsets = None if grid.offset is None else grid.offset.unbind()
 
     def rounding(at: int | slice, group: int) -> tuple[Tensor, Tensor]:

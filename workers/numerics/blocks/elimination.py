@@ -21,8 +21,8 @@ from app.domain.methods.block_types import ODD_LEVELS
 from workers.numerics.backend import column_kernels
 from workers.numerics.backends.column_operators import COLUMNS, Columns, LevelGrid
 from workers.numerics.blocks.levels import QUAD, codes_of
-from workers.numerics.blocks.search import search_blocks
-from workers.numerics.blocks.stored_parts import beside
+from workers.numerics.blocks.search import block_weights, column_weights, search_blocks, search_into
+from workers.numerics.blocks.stored_parts import columns_of, empty_weight
 from workers.numerics.quantized import BlockWeight
 
 
@@ -46,11 +46,14 @@ def eliminate(
     kind, turn = scheme.blocks, torch.arange(weight.shape[1], device=weight.device) if order is None else order
     columns, kernels = Columns.of(weight, turn, factor, kind.columns), column_kernels(weight.device, factor.dtype)
     importance = (1 / factor.diagonal().square() if order is None else moments).to(factor.dtype)
-    grid, parts = LevelGrid.empty(kind, len(turn), columns.left, importance[turn]), list[BlockWeight]()
+    weights = block_weights(importance, kind.weights) if order is None else column_weights(importance, weight)
+    grid, made = LevelGrid.empty(kind, len(turn), columns.left, importance[turn]), empty_weight(weight, scheme)
 
     def search(some: Tensor, first: int) -> None:
-        parts.append(search_blocks(some, scheme, importance[first : first + some.shape[1]]))
-        grid.put(parts[-1], first)
+        own = slice(first // kind.columns, (first + some.shape[1]) // kind.columns)
+        offset = None if grid.offset is None else grid.offset[own]
+        here = slice(first, first + some.shape[1])
+        search_into(columns_of(made, here), some, weights[here], grid.factor[own], offset, codes=False)
 
     if order is not None:
         search(weight, 0)
@@ -61,7 +64,7 @@ def eliminate(
             kernels.round_levels(columns, batch, now, grid)
         columns.follow(batch)
     codes = codes_of(columns.stored(turn).T.float(), kind).contiguous()
-    return replace(beside(parts), codes=codes, dtype=weight.dtype)
+    return replace(made, codes=codes)
 
 
 def _parts(whole: slice, width: int) -> Iterator[slice]:

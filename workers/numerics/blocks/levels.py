@@ -110,7 +110,7 @@ def levels_by_halves(kind: BlockType, device: torch.device) -> tuple[int, Tensor
 
 
 @cache
-def _neighbours(device: torch.device) -> Tensor:
+def neighbours(device: torch.device) -> Tensor:
     """The points nearest to each cell's middle, nearest first, fp32 (4096, NEIGHBOURS, 4)."""
     places = torch.arange(STEPS**QUAD, device=device)
     middles = torch.stack([places // STEPS**digit % STEPS * 2 + 1 for digit in range(QUAD)], -1).float()
@@ -121,7 +121,7 @@ def _neighbours(device: torch.device) -> Tensor:
 
 def _on_lattice(numbers: Tensor, weights: Tensor | None) -> Tensor:
     magnitudes = numbers.abs().float().view(-1, QUAD)
-    points = _neighbours(numbers.device)
+    points = neighbours(numbers.device)
     if weights is None:
         found = points[:, 0][cells_of(magnitudes)]
     else:
