@@ -41,7 +41,7 @@ squared error.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -49,7 +49,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Form, GPTQSpec, Scheme
-from workers.contracts.blocks import BlockTask, Method
+from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
 from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped
@@ -58,6 +58,7 @@ from workers.numerics.backends.column_operators import COLUMNS, Columns, Integer
 from workers.numerics.blocks.descent import descend
 from workers.numerics.blocks.elimination import columns_together, eliminate
 from workers.numerics.blocks.stored_parts import split_rows
+from workers.numerics.blocks.warm_up import block_warm_ups
 from workers.numerics.floats.elements import element_of, encode
 from workers.numerics.floats.float_grids import searched_grid
 from workers.numerics.hessian import (
@@ -109,7 +110,17 @@ class Elimination:
         return cls(order, identity, static=False, identity=True)
 
 
-class GPTQ:
+class GPTQ(KernelMethod[GPTQSpec]):
+    def warm_ups(self, kinds: WarmUp, spec: GPTQSpec) -> list[Callable[[], object]]:
+        calls, dtypes = list[Callable[[], object]](), (kinds.dtype, kinds.scale_dtype)
+        kernels = column_kernels(kinds.device, torch.promote_types(kinds.dtype, torch.float32))
+        for columns, scheme in kinds.linears:
+            if scheme.blocks is not None:
+                calls += block_warm_ups(columns, scheme, dtypes, kinds.device, eliminates=True, sweeps=spec.sweeps)
+            else:
+                calls += kernels.warm_ups(columns, scheme, kinds.scale_dtype, kinds.device)
+        return calls
+
     @torch.no_grad()
     def quantize_block(self, task: BlockTask, spec: GPTQSpec) -> BlockResult:
         results: dict[str, LinearResult] = {}

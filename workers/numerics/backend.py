@@ -17,10 +17,18 @@ from torch import Tensor
 from app.domain.methods import Scheme
 from app.domain.methods.block_types import ODD_LEVELS, BlockType
 from app.domain.methods.named_schemes import Element
-from workers.numerics.backends import block_operators, column_operators, float_rounding_operators, rounding_operators
+from workers.numerics.backends import (
+    block_operators,
+    block_rounding_operators,
+    column_operators,
+    float_rounding_operators,
+    rounding_operators,
+)
+from workers.numerics.backends.block_rounding_operators import BlockGroups
 from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
 from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.blocks.axis import BlockAxis
 from workers.numerics.quantized import BlockWeight
 
 
@@ -67,6 +75,17 @@ class FloatRoundingKernels(Protocol):
     def warm_ups(
         self, width: int, element: Element, dtype: torch.dtype, device: torch.device
     ) -> list[Callable[[], object]]: ...
+
+
+class BlockRoundingKernels(Protocol):
+    """The same on llama.cpp's types; `workers.numerics.backends.block_rounding_operators` describes the functions."""
+
+    def write(self, groups: BlockGroups, axis: BlockAxis, w_hat: Tensor) -> None: ...
+    def step(
+        self, groups: BlockGroups, axis: BlockAxis, *, gradient: Tensor, rate: Tensor, faults: Tensor, w_hat: Tensor
+    ) -> None: ...
+    def keep(self, groups: BlockGroups, axis: BlockAxis, better: Tensor) -> None: ...
+    def warm_ups(self, kind: BlockType, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]: ...
 
 
 class ColumnKernels(Protocol):
@@ -181,6 +200,11 @@ def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRou
     return _float_rounding_kernels() if triton_serves(device, dtype) else float_rounding_operators
 
 
+def block_rounding_kernels(device: torch.device, dtype: torch.dtype) -> BlockRoundingKernels:
+    """Rounding kernels of llama.cpp's types for places of this dtype."""
+    return _block_rounding_kernels() if triton_serves(device, dtype) else block_rounding_operators
+
+
 def column_kernels(device: torch.device, dtype: torch.dtype) -> ColumnKernels:
     """Kernels for columns in turn whose errors are computed in this dtype."""
     return _column_kernels() if triton_serves(device, dtype) else column_operators
@@ -232,6 +256,13 @@ def _rounding_kernels() -> RoundingKernels:
 @cache
 def _float_rounding_kernels() -> FloatRoundingKernels:
     from workers.numerics.backends import float_rounding_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _block_rounding_kernels() -> BlockRoundingKernels:
+    from workers.numerics.backends import block_rounding_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 
