@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods import Scheme
-from app.domain.methods.block_types import ODD_LEVELS, BlockType
+from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import Element
 from workers.numerics.backends import (
     block_operators,
@@ -215,10 +215,9 @@ def search_kernels(device: torch.device, dtype: torch.dtype) -> SearchKernels | 
     return _search_kernels() if triton_serves(device, dtype) else None
 
 
-def descent_kernels(device: torch.device, dtype: torch.dtype, kind: BlockType) -> DescentKernels | None:
-    """Kernels for a sweep with H in this dtype; None if torch's operators compute it, as those of a lattice's levels."""
-    served = triton_serves(device, dtype) and kind.levels != ODD_LEVELS
-    return _descent_kernels() if served else None
+def descent_kernels(device: torch.device, dtype: torch.dtype) -> DescentKernels | None:
+    """Kernels for a sweep with H in this dtype; None if torch's operators compute it."""
+    return _descent_kernels() if triton_serves(device, dtype) else None
 
 
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:

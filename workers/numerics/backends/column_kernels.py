@@ -23,7 +23,6 @@ from app.domain.methods import Scheme
 from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import Element
 from workers.numerics.affine import SMALLEST_SCALE
-from workers.numerics.backends import column_operators
 from workers.numerics.backends.column_operators import COLUMNS, Columns, IntegerGrid, LevelGrid
 from workers.numerics.backends.float_rounding_kernels import _unclamped, _value
 from workers.numerics.backends.rounding_kernels import STORED, TO_NEAREST, _grid
@@ -46,9 +45,11 @@ def round_floats(columns: Columns, batch: slice, scale: Tensor, element: Element
 
 
 def round_levels(columns: Columns, batch: slice, now: slice, grid: LevelGrid) -> None:
-    """Rounds the columns `now` of a batch to levels; groups are sub-blocks. A lattice's are rounded by operators."""
+    """Rounds the columns `now` of a batch to levels; groups are sub-blocks."""
     if grid.together > 1:
-        column_operators.round_levels(columns, batch, now, grid)
+        from workers.numerics.backends.lattice_kernels import round_points  # noqa: PLC0415 - it imports this one
+
+        round_points(columns, batch, now, grid)
         return
     table, facts = level_facts(grid.kind, grid.factor.device)
     _eliminate(columns, batch, now, grid.factor, grid.offset, table, KIND=LEVELS, **facts)
@@ -91,7 +92,7 @@ def warm_ups(columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: tor
 
 def _of_levels(work: Columns, batch: slice, kind: BlockType, factor: Tensor) -> list[Callable[[], object]]:
     grid = LevelGrid(kind, factor, factor.clone() if kind.offset else None, work.factor.diagonal())
-    return [] if grid.together > 1 else [partial(round_levels, work, batch, batch, grid)]
+    return [partial(round_levels, work, batch, batch, grid)]
 
 
 def _of_integers(scheme: Scheme, scale_dtype: torch.dtype, width: int | None) -> dict[str, object]:

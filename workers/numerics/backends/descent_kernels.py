@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from app.domain.methods.block_types import BlockType, SmallIntegers
+from app.domain.methods.block_types import ODD_LEVELS, BlockType, SmallIntegers
 from workers.numerics.backends.column_kernels import _inverse, _nearest_level, _to_whole, level_facts
 from workers.numerics.backends.column_operators import COLUMNS
+from workers.numerics.backends.lattice_kernels import inverse_quads, move_points
 
 ROWS = 16
 PANEL = 256
@@ -42,9 +43,13 @@ def sweep(
     count = len(levels)
     changes, own = torch.empty_like(levels[:PANEL]), kind.weights // kind.columns
     factor = scale.repeat_interleave(own, 0).mul_(numbers)
+    quads = inverse_quads(hessian) if kind.levels == ODD_LEVELS else None
     for first in range(0, count, COLUMNS):
         batch = slice(first, min(first + COLUMNS, count))
-        move_levels(levels, pull, factor, hessian, batch, kind, changes)
+        if quads is None:
+            move_levels(levels, pull, factor, hessian, batch, kind, changes)
+        else:
+            move_points(levels, pull, factor, hessian, quads, batch, kind.columns, changes)
         _follow(pull, hessian, batch, changes)
     panels = [slice(first, min(first + PANEL, count)) for first in range(0, count, PANEL)]
     if kind.scales is not None:

@@ -42,7 +42,7 @@ def descend(weight: Tensor, start: BlockWeight, hessian: Tensor, sweeps: int) ->
     state = _State.of(weight, start, hessian)
     known = state.pull.isfinite().all(1, keepdim=True)
     state.pull.masked_fill_(~known, 0.0)
-    kernels = descent_kernels(weight.device, hessian.dtype, start.kind)
+    kernels = descent_kernels(weight.device, hessian.dtype)
     if kernels is not None:
         state = state.turned()
     for _ in range(sweeps):

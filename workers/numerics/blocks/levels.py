@@ -37,7 +37,8 @@ def nearest_levels(numbers: Tensor, kind: BlockType, weights: Tensor | None = No
         return _on_lattice(numbers, weights)
     # All middles are multiples of a half: the levels stand in a table of the halves.
     first, table = levels_by_halves(kind, numbers.device)
-    halves = (numbers * 2).floor_().sub_(first).clamp_(0, len(table) - 1).int()
+    # A NaN becomes some integer, which is brought into the table.
+    halves = (numbers * 2).floor_().sub_(first).clamp_(0, len(table) - 1).int().clamp_(0, len(table) - 1)
     return table.index_select(0, halves.flatten()).view(numbers.shape)
 
 
@@ -52,7 +53,7 @@ def place_of(numbers: Tensor, kind: BlockType) -> Tensor:
     """Places of numbers among uneven levels, real: the k-th level is at k, and between two of them it is linear."""
     table = level_table(kind, numbers.device).to(numbers.dtype)
     first, whole = _by_whole_numbers(kind, numbers.device)
-    at = numbers.floor().sub_(first).clamp_(0, len(whole) - 1).int()
+    at = numbers.floor().sub_(first).clamp_(0, len(whole) - 1).int().clamp_(0, len(whole) - 1)
     below = whole.index_select(0, at.flatten())
     low, high = (table.index_select(0, index).view(numbers.shape) for index in (below, below + 1))
     return ((numbers - low) / (high - low)).add_(below.view(numbers.shape))
@@ -91,7 +92,7 @@ def cells_of(magnitudes: Tensor) -> Tensor:
     index = ((magnitudes - 1) / 2).round_().clamp_(0, STEPS - 1)
     places = STEPS ** torch.arange(QUAD, dtype=torch.float32, device=magnitudes.device)
     cells: Tensor = (index @ places).long()
-    return cells
+    return cells.clamp_(0, STEPS**QUAD - 1)  # NaN, too
 
 
 @cache

@@ -26,7 +26,7 @@ def block_warm_ups(
     kind, (dtype, scale_dtype) = scheme.blocks, dtypes
     assert kind is not None  # noqa: S101 - for the type checker
     working = working_dtype(torch.empty(0, dtype=dtype))
-    search, descent = search_kernels(device, dtype), descent_kernels(device, working, kind)
+    search, descent = search_kernels(device, dtype), descent_kernels(device, working)
     calls = [] if search is None else search.warm_ups(columns, scheme, dtype, device)
     if eliminates:
         calls += column_kernels(device, working).warm_ups(columns, scheme, scale_dtype, device)
