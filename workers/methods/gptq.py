@@ -41,7 +41,7 @@ squared error.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -49,14 +49,17 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.methods import Form, GPTQSpec, Scheme
-from workers.contracts.blocks import BlockTask, Method
+from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.experts import all_called, seen_together
 from workers.contracts.results import BlockResult
-from workers.numerics.affine import Grid, GroupRange, affine_grid, affine_weight, grouped, round_to_grid
+from workers.numerics.affine import GroupRange, affine_grid, affine_weight, grouped
+from workers.numerics.backend import column_kernels
+from workers.numerics.backends.column_operators import COLUMNS, Columns, IntegerGrid
 from workers.numerics.blocks.descent import descend
 from workers.numerics.blocks.elimination import columns_together, eliminate
 from workers.numerics.blocks.stored_parts import split_rows
-from workers.numerics.floats.elements import element_of, encode, rounded
+from workers.numerics.blocks.warm_up import block_warm_ups
+from workers.numerics.floats.elements import element_of, encode
 from workers.numerics.floats.float_grids import searched_grid
 from workers.numerics.hessian import (
     Hessian,
@@ -70,8 +73,6 @@ from workers.numerics.quantized import AffineWeight, FloatWeight, LinearResult, 
 
 HESSIAN_BYTES = 2 << 30
 """Memory for the H of experts that are summed in one pass."""
-LAZY_COLUMNS = 128
-"""Columns whose updates are kept from the rest of the row until all of them are rounded."""
 
 
 @dataclass(frozen=True)
@@ -109,7 +110,17 @@ class Elimination:
         return cls(order, identity, static=False, identity=True)
 
 
-class GPTQ:
+class GPTQ(KernelMethod[GPTQSpec]):
+    def warm_ups(self, kinds: WarmUp, spec: GPTQSpec) -> list[Callable[[], object]]:
+        calls, dtypes = list[Callable[[], object]](), (kinds.dtype, kinds.scale_dtype)
+        kernels = column_kernels(kinds.device, torch.promote_types(kinds.dtype, torch.float32))
+        for columns, scheme in kinds.linears:
+            if scheme.blocks is not None:
+                calls += block_warm_ups(columns, scheme, dtypes, kinds.device, eliminates=True, sweeps=spec.sweeps)
+            else:
+                calls += kernels.warm_ups(columns, scheme, kinds.scale_dtype, kinds.device)
+        return calls
+
     @torch.no_grad()
     def quantize_block(self, task: BlockTask, spec: GPTQSpec) -> BlockResult:
         results: dict[str, LinearResult] = {}
@@ -211,22 +222,19 @@ def _quantized(
 
 def quantize_weight(weight: Tensor, elimination: Elimination, scheme: Scheme, scale_dtype: torch.dtype) -> AffineWeight:
     """The formulas of the module docstring for a weight (rows, in) of any float dtype."""
-    order, factor = elimination.order.tolist(), elimination.factor
+    order, factor = elimination.order, elimination.factor
     whole = grouped(weight.to(factor.dtype), scheme.group_size)
-    grid = affine_grid(GroupRange.of(whole), scheme, scale_dtype)
-    columns = weight.T[elimination.order].to(factor.dtype, copy=True)
-    codes, width = torch.empty_like(columns), whole.shape[2]
-    for batch in _lazy_batches(len(columns), LAZY_COLUMNS if elimination.static else width):
-        errors = torch.empty_like(columns[batch])
-        for j in range(batch.start, batch.stop):
-            group, place = divmod(order[j], width)
-            if place == 0 and not elimination.static:
-                _put(grid, group, affine_grid(GroupRange.of(columns[j : j + width].T), scheme, scale_dtype))
-            codes[order[j]], w_hat = _round_column(columns[j], grid, group)
-            error = torch.div(columns[j] - w_hat, factor[j, j], out=errors[j - batch.start])
-            columns[j + 1 : batch.stop].addr_(factor[j, j + 1 : batch.stop], error, alpha=-1)
-        columns[batch.stop :].addmm_(factor[batch, batch.stop :].T, errors, alpha=-1)
-    return affine_weight(grouped(codes.T, scheme.group_size), grid, scheme, scale_dtype, weight.dtype)
+    first, width = affine_grid(GroupRange.of(whole), scheme, scale_dtype), whole.shape[2]
+    columns, kernels = Columns.of(weight, order, factor, width), column_kernels(weight.device, factor.dtype)
+    moving = not elimination.static
+    grid = IntegerGrid.of(first, scheme, scale_dtype, width if moving and width <= COLUMNS else None)
+    for batch in _lazy_batches(len(order), width if moving else COLUMNS):
+        if moving and width > COLUMNS and batch.start % width == 0:
+            grid.put(batch.start // width, columns.left[batch.start : batch.start + width])
+        kernels.round_integers(columns, batch, grid)
+        columns.follow(batch)
+    codes = grouped(columns.stored(order).T, scheme.group_size)
+    return affine_weight(codes, grid.of_rows(first), scheme, scale_dtype, weight.dtype)
 
 
 def quantize_floats(
@@ -242,49 +250,30 @@ def quantize_floats(
     moments       of the inputs, (in,), to choose the scales by
     joined_amax   of each, as in `workers.numerics.floats.joined`
     """
-    order, factor, element = elimination.order.tolist(), elimination.factor, element_of(scheme)
+    order, factor, element = elimination.order, elimination.factor, element_of(scheme)
     grids = [
         searched_grid(weight.to(factor.dtype), scheme, scale_dtype, amax, moments)
         for weight, amax in zip(weights, joined_amax, strict=True)
     ]
-    scales, width = torch.cat([grid.row_factor() for grid in grids]).to(factor.dtype), grids[0].group_size
-    columns = torch.cat(list(weights)).T[elimination.order].to(factor.dtype, copy=True)
-    steps = torch.empty_like(columns)
-    for batch in _lazy_batches(len(columns), LAZY_COLUMNS):
-        errors = torch.empty_like(columns[batch])
-        for j in range(batch.start, batch.stop):
-            scale = scales[:, order[j] // width]
-            steps[order[j]] = rounded(columns[j] / scale, element)
-            error = torch.div(columns[j] - scale * steps[order[j]], factor[j, j], out=errors[j - batch.start])
-            columns[j + 1 : batch.stop].addr_(factor[j, j + 1 : batch.stop], error, alpha=-1)
-        columns[batch.stop :].addmm_(factor[batch, batch.stop :].T, errors, alpha=-1)
-    codes = torch.split(encode(steps.T, element), [len(weight) for weight in weights])
+    scale = torch.cat([grid.row_factor() for grid in grids]).to(factor.dtype).T.contiguous()
+    columns = Columns.of(torch.cat(list(weights)), order, factor, grids[0].group_size)
+    kernels = column_kernels(factor.device, factor.dtype)
+    for batch in _lazy_batches(len(order), COLUMNS):
+        kernels.round_floats(columns, batch, scale, element)
+        columns.follow(batch)
+    codes = torch.split(encode(columns.stored(order).T, element), [len(weight) for weight in weights])
     return [
         replace(grid, codes=own.contiguous(), dtype=weight.dtype)
         for grid, own, weight in zip(grids, codes, weights, strict=True)
     ]
 
 
-def _round_column(column: Tensor, grid: Grid, group: int) -> tuple[Tensor, Tensor]:
-    """q and w_hat of one column, (rows,)."""
-    scale, zero = grid.scale[:, group], None if grid.zero is None else grid.zero[:, group]
-    codes = round_to_grid(column.unsqueeze(1), Grid(scale, zero, grid.lowest, grid.highest))[0].squeeze(1)
-    return codes, scale * (codes if zero is None else codes - zero)
-
-
-def _put(grid: Grid, group: int, new: Grid) -> None:
-    """Overwrites the grid of one group with `new`, (rows,)."""
-    grid.scale[:, group] = new.scale
-    if grid.zero is not None and new.zero is not None:
-        grid.zero[:, group] = new.zero
-
-
 def _lazy_batches(columns: int, width: int) -> Iterator[slice]:
-    """Batches of at most `LAZY_COLUMNS` columns that start with a group, so that groups see all previous updates."""
-    stride = max(width, LAZY_COLUMNS // width * width)
+    """Batches of at most `COLUMNS` columns that start with a group, so that groups see all previous updates."""
+    stride = max(width, COLUMNS // width * width)
     for first in range(0, columns, stride):
         last = min(first + stride, columns)
-        yield from (slice(start, min(start + LAZY_COLUMNS, last)) for start in range(first, last, LAZY_COLUMNS))
+        yield from (slice(start, min(start + COLUMNS, last)) for start in range(first, last, COLUMNS))
 
 
 def _by_scheme(schemes: Mapping[str, Scheme], names: tuple[str, ...]) -> dict[Scheme, list[str]]:

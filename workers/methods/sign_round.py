@@ -57,10 +57,11 @@ from workers.contracts.blocks import BlockTask, KernelMethod, Method, WarmUp
 from workers.contracts.results import BlockResult
 from workers.contracts.tuning import TuningSettings
 from workers.numerics.affine import GroupRange, round_to_grid
-from workers.numerics.backend import float_rounding_kernels, rounding_kernels
+from workers.numerics.backend import block_rounding_kernels, float_rounding_kernels, rounding_kernels
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
 from workers.numerics.blocks.search import search_blocks
 from workers.numerics.blocks.tuned_blocks import TunedBlocks
+from workers.numerics.blocks.warm_up import block_warm_ups
 from workers.numerics.floats.tuned_floats import TunedFloats
 from workers.numerics.learned_ranges import steps, working_dtype
 from workers.numerics.quantized import AffineWeight, BlockWeight, LinearResult, Number
@@ -93,8 +94,12 @@ def warm_ups(kinds: WarmUp, spec: SignRoundSpec) -> list[Callable[[], object]]:
     kernels, dtypes = rounding_kernels(kinds.device, kinds.dtype), (kinds.dtype, kinds.scale_dtype)
     counted = kernels.offset_unit(spec.steps, 1.0) is not None
     for columns, scheme in kinds.linears:
-        if scheme.form is Form.BLOCKS:
-            continue  # torch's operators compute them
+        if scheme.blocks is not None:
+            blocks = block_rounding_kernels(kinds.device, kinds.dtype)
+            calls += blocks.warm_ups(scheme.blocks, kinds.dtype, kinds.device)
+            starts = bool(spec.steps) and scheme.name in COARSE
+            calls += block_warm_ups(columns, scheme, dtypes, kinds.device, eliminates=starts, sweeps=SWEEPS * starts)
+            continue
         if scheme.row is not None and scheme.form is Form.FLOAT:
             width, floats = math.gcd(scheme.width(columns), columns), float_rounding_kernels(kinds.device, kinds.dtype)
             calls += floats.warm_ups(width, scheme.row.element, kinds.dtype, kinds.device)

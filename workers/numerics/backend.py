@@ -14,10 +14,22 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from app.domain.methods import Scheme
+from app.domain.methods.block_types import BlockType
 from app.domain.methods.named_schemes import Element
-from workers.numerics.backends import block_operators, float_rounding_operators, rounding_operators
+from workers.numerics.backends import (
+    block_operators,
+    block_rounding_operators,
+    column_operators,
+    float_rounding_operators,
+    rounding_operators,
+)
+from workers.numerics.backends.block_rounding_operators import BlockGroups
+from workers.numerics.backends.column_operators import Columns, IntegerGrid, LevelGrid
 from workers.numerics.backends.float_rounding_operators import FloatGroups
 from workers.numerics.backends.rounding_operators import GridSettings, Groups
+from workers.numerics.blocks.axis import BlockAxis
+from workers.numerics.quantized import BlockWeight
 
 LOOP_DTYPES = frozenset({torch.bfloat16, torch.float32})
 """Of tensors that compiled loops read and write."""
@@ -66,6 +78,63 @@ class FloatRoundingKernels(Protocol):
     def warm_ups(
         self, width: int, element: Element, dtype: torch.dtype, device: torch.device
     ) -> list[Callable[[], object]]: ...
+
+
+class BlockRoundingKernels(Protocol):
+    """The same on llama.cpp's types; `workers.numerics.backends.block_rounding_operators` describes the functions."""
+
+    def write(self, groups: BlockGroups, axis: BlockAxis, w_hat: Tensor) -> None: ...
+    def step(
+        self, groups: BlockGroups, axis: BlockAxis, *, gradient: Tensor, rate: Tensor, faults: Tensor, w_hat: Tensor
+    ) -> None: ...
+    def keep(self, groups: BlockGroups, axis: BlockAxis, better: Tensor) -> None: ...
+    def warm_ups(self, kind: BlockType, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]: ...
+
+
+class ColumnKernels(Protocol):
+    """Columns that are rounded in turn; `workers.numerics.backends.column_operators` describes the functions."""
+
+    def round_integers(self, columns: Columns, batch: slice, grid: IntegerGrid) -> None: ...
+    def round_floats(self, columns: Columns, batch: slice, scale: Tensor, element: Element) -> None: ...
+    def round_levels(self, columns: Columns, batch: slice, now: slice, grid: LevelGrid) -> None: ...
+    def warm_ups(
+        self, columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device
+    ) -> list[Callable[[], object]]: ...
+
+
+class SearchKernels(Protocol):
+    """The search of block types; `workers.numerics.blocks.search` has it in torch's operators."""
+
+    def search(
+        self,
+        made: BlockWeight,
+        weight: Tensor,
+        weights: Tensor,
+        factor: Tensor | None = None,
+        offset: Tensor | None = None,
+        *,
+        codes: bool = True,
+    ) -> None: ...
+    def warm_ups(
+        self, columns: int, scheme: Scheme, dtype: torch.dtype, device: torch.device
+    ) -> list[Callable[[], object]]: ...
+
+
+class DescentKernels(Protocol):
+    """A sweep of coordinate descent over all of a block type's numbers; `workers.numerics.blocks.descent` has it."""
+
+    def sweep(
+        self,
+        kind: BlockType,
+        hessian: Tensor,
+        levels: Tensor,
+        numbers: Tensor,
+        scale: Tensor,
+        minimum_numbers: Tensor,
+        minimum: Tensor,
+        pull: Tensor,
+    ) -> None: ...
+    def warm_ups(self, columns: int, kind: BlockType, device: torch.device) -> list[Callable[[], object]]: ...
 
 
 class BlockKernels(Protocol):
@@ -141,6 +210,26 @@ def float_rounding_kernels(device: torch.device, dtype: torch.dtype) -> FloatRou
     return _float_rounding_kernels() if triton_serves(device, dtype) else float_rounding_operators
 
 
+def block_rounding_kernels(device: torch.device, dtype: torch.dtype) -> BlockRoundingKernels:
+    """Rounding kernels of llama.cpp's types for places of this dtype."""
+    return _block_rounding_kernels() if triton_serves(device, dtype) else block_rounding_operators
+
+
+def column_kernels(device: torch.device, dtype: torch.dtype) -> ColumnKernels:
+    """Kernels for columns in turn whose errors are computed in this dtype."""
+    return _column_kernels() if triton_serves(device, dtype) else column_operators
+
+
+def search_kernels(device: torch.device, dtype: torch.dtype) -> SearchKernels | None:
+    """Kernels that search weights of this dtype; None if torch's operators compute it."""
+    return _search_kernels() if triton_serves(device, dtype) else None
+
+
+def descent_kernels(device: torch.device, dtype: torch.dtype) -> DescentKernels | None:
+    """Kernels for a sweep with H in this dtype; None if torch's operators compute it."""
+    return _descent_kernels() if triton_serves(device, dtype) else None
+
+
 def block_kernels(device: torch.device, dtype: torch.dtype) -> BlockKernels | None:
     """Block kernels for hidden states of this dtype; None if only the generic path computes them."""
     if device.type == "cpu":
@@ -195,6 +284,34 @@ def _rounding_loops() -> RoundingKernels:
 @cache
 def _float_rounding_kernels() -> FloatRoundingKernels:
     from workers.numerics.backends import float_rounding_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _block_rounding_kernels() -> BlockRoundingKernels:
+    from workers.numerics.backends import block_rounding_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _column_kernels() -> ColumnKernels:
+    from workers.numerics.backends import column_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _search_kernels() -> SearchKernels:
+    from workers.numerics.backends import search_kernels as kernels  # noqa: PLC0415 - Triton
+
+    return kernels
+
+
+@cache
+def _descent_kernels() -> DescentKernels:
+    from workers.numerics.backends import descent_kernels as kernels  # noqa: PLC0415 - Triton
 
     return kernels
 

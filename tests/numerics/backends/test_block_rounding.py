@@ -1,13 +1,16 @@
-"""Tuned rounding on block types: against autograd in fp64 with rounding straight through, and what is kept."""
+"""Tuned rounding on block types: against autograd in fp64, rounding straight through; Triton's kernels; what is kept."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from app.domain.methods import BLOCK_SCHEMES, Scheme, SchemeName
+from workers.numerics.backends import block_rounding_operators as operators
 from workers.numerics.blocks.search import search_blocks
 from workers.numerics.blocks.tuned_blocks import TunedBlocks
 from workers.numerics.quantized import BlockWeight
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def start(name: SchemeName, seed: int = 0) -> tuple[Tensor, BlockWeight]:
@@ -96,3 +99,30 @@ def test_sub_blocks_without_a_factor_do_not_move() -> None:
     ours, w_hat = tuned(weight, made), torch.empty_like(weight)
     ours.step(torch.randn_like(weight), torch.tensor(0.5), w_hat)
     assert not w_hat[2].any()
+
+
+@pytest.mark.parametrize("name", ["q2_k", "q3_k", "iq4_nl", "iq3_s"])
+def test_kernels_give_the_bits_of_the_plain_steps(name: str) -> None:
+    kernels = pytest.importorskip("workers.numerics.backends.block_rounding_kernels")
+    weight = start(SchemeName(name))[0].bfloat16().to(DEVICE)
+    made, yes = search_blocks(weight, Scheme.named(SchemeName(name))), torch.tensor(True, device=DEVICE)
+    runs = []
+    for module in (operators, kernels):
+        of, seen, w_hat = tuned(weight, made), list[Tensor](), torch.empty_like(weight)
+        of._kernels = module
+        generator = torch.Generator().manual_seed(5)
+        of.write(w_hat)
+        for _ in range(3):
+            seen.append(w_hat.clone())
+            gradient = torch.randn(weight.shape, generator=generator).bfloat16().to(DEVICE)
+            gradient[0, 1], gradient[2], gradient[3, 5] = float("nan"), 0, float("inf")
+            of.step(gradient, torch.tensor(0.4, device=DEVICE), w_hat)
+        of.keep(~yes)
+        assert not of.state.codes.any()
+        of.keep(yes)
+        assert int(of.faults()) == 3
+        runs.append([*seen, w_hat, of.state.codes, of.state.place])
+    for one, other in zip(*runs, strict=True):
+        assert torch.equal(one, other)
+    for call in kernels.warm_ups(made.kind, torch.bfloat16, DEVICE):
+        call()

@@ -11,7 +11,7 @@ it is exact in fp32 as llama.cpp decodes it, but for the last sum. Weights are p
 cache.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -40,6 +40,11 @@ class BlockGroups:
     def tensors(self) -> dict[str, Any]:
         """All tensors by name."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
+
+
+def warm_ups(*_: object) -> list[Callable[[], object]]:
+    """An empty list: nothing is compiled."""
+    return []
 
 
 def write(groups: BlockGroups, axis: BlockAxis, w_hat: Tensor) -> None:

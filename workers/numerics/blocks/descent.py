@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from app.domain.methods.block_types import ODD_LEVELS, BlockType, SmallIntegers
+from workers.numerics.backend import descent_kernels
 from workers.numerics.blocks.levels import QUAD, codes_of, level_table, nearest_levels
 from workers.numerics.blocks.stored_parts import of_rows
 from workers.numerics.blocks.sub_blocks import inverse
@@ -41,13 +42,15 @@ def descend(weight: Tensor, start: BlockWeight, hessian: Tensor, sweeps: int) ->
     state = _State.of(weight, start, hessian)
     known = state.pull.isfinite().all(1, keepdim=True)
     state.pull.masked_fill_(~known, 0.0)
+    kernels = descent_kernels(weight.device, hessian.dtype)
+    if kernels is not None:
+        state = state.turned()
     for _ in range(sweeps):
-        state.move_codes()
-        for number in range(state.numbers.shape[1]):
-            state.move_sub_block(number)
-        for number in range(state.scale.shape[1]):
-            state.move_block(number)
-    return of_rows(known, state.weight(start), start)
+        if kernels is None:
+            state.sweep()
+        else:
+            kernels.sweep(state.kind, state.hessian, *state.moving())
+    return of_rows(known, (state if kernels is None else state.turned()).weight(start), start)
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,22 @@ class _State:
         pull = (replace(start, dtype=torch.float32).dequantize().to(like) - weight.to(like)) @ hessian
         minimum = -minimum if kind.minimums else minimum
         return cls(kind, hessian, levels, numbers, scale.clone(), minimum_numbers, minimum.clone(), pull)
+
+    def moving(self) -> tuple[Tensor, ...]:
+        """What changes in a sweep, in the order of the fields."""
+        return self.levels, self.numbers, self.scale, self.minimum_numbers, self.minimum, self.pull
+
+    def turned(self) -> "_State":
+        """The same with rows last, where they were first, or the other way around."""
+        return _State(self.kind, self.hessian.contiguous(), *(tensor.T.contiguous() for tensor in self.moving()))
+
+    def sweep(self) -> None:
+        """A sweep; rows are first."""
+        self.move_codes()
+        for number in range(self.numbers.shape[1]):
+            self.move_sub_block(number)
+        for number in range(self.scale.shape[1]):
+            self.move_block(number)
 
     def move_codes(self) -> None:
         """Levels of all columns in turn, each the nearest to where its error would be least."""

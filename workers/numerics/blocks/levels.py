@@ -36,8 +36,9 @@ def nearest_levels(numbers: Tensor, kind: BlockType, weights: Tensor | None = No
     if kind.levels == ODD_LEVELS:
         return _on_lattice(numbers, weights)
     # All middles are multiples of a half: the levels stand in a table of the halves.
-    first, table = _by_halves(kind, numbers.device)
-    halves = (numbers * 2).floor_().sub_(first).clamp_(0, len(table) - 1).int()
+    first, table = levels_by_halves(kind, numbers.device)
+    # A NaN becomes some integer, which is brought into the table.
+    halves = (numbers * 2).floor_().sub_(first).clamp_(0, len(table) - 1).int().clamp_(0, len(table) - 1)
     return table.index_select(0, halves.flatten()).view(numbers.shape)
 
 
@@ -52,7 +53,7 @@ def place_of(numbers: Tensor, kind: BlockType) -> Tensor:
     """Places of numbers among uneven levels, real: the k-th level is at k, and between two of them it is linear."""
     table = level_table(kind, numbers.device).to(numbers.dtype)
     first, whole = _by_whole_numbers(kind, numbers.device)
-    at = numbers.floor().sub_(first).clamp_(0, len(whole) - 1).int()
+    at = numbers.floor().sub_(first).clamp_(0, len(whole) - 1).int().clamp_(0, len(whole) - 1)
     below = whole.index_select(0, at.flatten())
     low, high = (table.index_select(0, index).view(numbers.shape) for index in (below, below + 1))
     return ((numbers - low) / (high - low)).add_(below.view(numbers.shape))
@@ -91,7 +92,7 @@ def cells_of(magnitudes: Tensor) -> Tensor:
     index = ((magnitudes - 1) / 2).round_().clamp_(0, STEPS - 1)
     places = STEPS ** torch.arange(QUAD, dtype=torch.float32, device=magnitudes.device)
     cells: Tensor = (index @ places).long()
-    return cells
+    return cells.clamp_(0, STEPS**QUAD - 1)  # NaN, too
 
 
 @cache
@@ -101,7 +102,7 @@ def _middles(kind: BlockType, device: torch.device) -> Tensor:
 
 
 @cache
-def _by_halves(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
+def levels_by_halves(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
     """A first number of halves, and the level nearest to what follows each, up to the next: fp32."""
     first, last = 2 * kind.levels[0], 2 * kind.levels[-1]
     middles, table = _middles(kind, device), level_table(kind, device)
@@ -110,7 +111,7 @@ def _by_halves(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
 
 
 @cache
-def _neighbours(device: torch.device) -> Tensor:
+def neighbours(device: torch.device) -> Tensor:
     """The points nearest to each cell's middle, nearest first, fp32 (4096, NEIGHBOURS, 4)."""
     places = torch.arange(STEPS**QUAD, device=device)
     middles = torch.stack([places // STEPS**digit % STEPS * 2 + 1 for digit in range(QUAD)], -1).float()
@@ -121,7 +122,7 @@ def _neighbours(device: torch.device) -> Tensor:
 
 def _on_lattice(numbers: Tensor, weights: Tensor | None) -> Tensor:
     magnitudes = numbers.abs().float().view(-1, QUAD)
-    points = _neighbours(numbers.device)
+    points = neighbours(numbers.device)
     if weights is None:
         found = points[:, 0][cells_of(magnitudes)]
     else:

@@ -19,7 +19,9 @@ from torch import Tensor
 
 from app.domain.methods import Scheme
 from app.domain.methods.block_types import BlockType, SmallIntegers
+from workers.numerics.backend import search_kernels
 from workers.numerics.blocks.levels import codes_of, nearest_levels
+from workers.numerics.blocks.stored_parts import empty_weight, rows_of
 from workers.numerics.blocks.sub_blocks import Fit, fit_sub_blocks, inverse
 from workers.numerics.quantized import BlockWeight
 
@@ -83,20 +85,47 @@ def search_blocks(weight: Tensor, scheme: Scheme, importance: Tensor | None = No
     kind = scheme.blocks
     if kind is None or weight.shape[1] % kind.weights:
         raise ValueError(f"{scheme} has no blocks in rows of {weight.shape[1]}")
+    made = empty_weight(weight, scheme)
+    search_into(made, weight, column_weights(importance, weight))
+    return made
+
+
+def search_into(
+    made: BlockWeight,
+    weight: Tensor,
+    weights: Tensor,
+    factor: Tensor | None = None,
+    offset: Tensor | None = None,
+    *,
+    codes: bool = True,
+) -> None:
+    """Searches a weight (out, in) and writes what is found to `made`, whose tensors may be views.
+
+    weights          of the squared errors, fp32, (in,) or (out, in), of the mean 1
+    factor, offset   of the sub-blocks, (sub-blocks, out); written where given
+    codes            whether codes of weights are written
+    """
+    kernels = search_kernels(weight.device, weight.dtype)
+    if kernels is not None:
+        kernels.search(made, weight, weights, factor, offset, codes=codes)
+        return
     step = max(1, (PART if weight.device.type == "cpu" else DEVICE_PART) // weight.shape[1])
-    parts = []
     for first in range(0, len(weight), step):
         rows = slice(first, first + step)
-        own = importance if importance is None or importance.ndim == 1 else importance[rows]
-        parts.append(_searched(weight[rows], kind, own))
-    names = ("codes", "scale", "scale_codes", "minimum", "minimum_codes")
-    columns = [None if made[0] is None else torch.cat(made) for made in zip(*parts, strict=True)]
-    tensors = dict(zip(names, columns, strict=True))
-    return BlockWeight(scheme=scheme, dtype=weight.dtype, **tensors)  # type: ignore[arg-type]
+        found = _searched(weight[rows].contiguous(), made.kind, weights if weights.ndim == 1 else weights[rows])
+        part = rows_of(made, rows)
+        stored = (part.codes, part.scale, part.scale_codes, part.minimum, part.minimum_codes)
+        for place, tensor in zip(stored, found, strict=True):
+            if place is not None and tensor is not None:
+                place.copy_(tensor)
+    if factor is not None:
+        factor.copy_(made.factor().T)
+    if offset is not None and (own := made.offset()) is not None:
+        offset.copy_(own.T)
 
 
-def _searched(weight: Tensor, kind: BlockType, importance: Tensor | None) -> tuple[Tensor | None, ...]:
-    blocks = _blocks(weight, kind, importance)
+def _searched(weight: Tensor, kind: BlockType, weights: Tensor) -> tuple[Tensor | None, ...]:
+    blocks = _blocks(weight, kind, weights)
     state = _start(blocks, fit_sub_blocks(blocks.numbers, blocks.weights, kind))
     for _ in range(ROUNDS):
         if kind.scales is not None:
@@ -118,7 +147,7 @@ def _searched(weight: Tensor, kind: BlockType, importance: Tensor | None) -> tup
     )
 
 
-def _blocks(weight: Tensor, kind: BlockType, importance: Tensor | None) -> _Blocks:
+def _blocks(weight: Tensor, kind: BlockType, weights: Tensor) -> _Blocks:
     shape = (-1, kind.weights // kind.columns, kind.columns)
     numbers = weight.float().reshape(shape)
     largest = numbers.abs().amax((1, 2))
@@ -126,9 +155,6 @@ def _blocks(weight: Tensor, kind: BlockType, importance: Tensor | None) -> _Bloc
     unit = torch.exp2(torch.frexp(largest)[1].float().clamp(-120, 120))
     unit = torch.where(known & (largest > 0), unit, 1.0)
     numbers = torch.where(known.view(-1, 1, 1), numbers / unit.view(-1, 1, 1), 0.0)
-    if importance is None:
-        return _Blocks(kind, numbers, torch.ones_like(numbers), unit, known)
-    weights = column_weights(importance, weight)
     return _Blocks(kind, numbers, weights.expand(weight.shape).reshape(shape), unit, known)
 
 
@@ -136,9 +162,17 @@ def column_weights(importance: Tensor | None, weight: Tensor) -> Tensor:
     """Importance of the mean 1, fp32 (in,) or (out, in); None: ones. No column has none at all."""
     if importance is None:
         return torch.ones(weight.shape[1], device=weight.device)
-    importance = importance.float()
-    mean = importance.mean()
-    return torch.ones_like(importance) if mean <= 0 else (importance / mean).clamp(min=LEAST_SHARE)
+    return _of_mean_1(importance.float(), importance.float().mean())
+
+
+def block_weights(importance: Tensor, width: int) -> Tensor:
+    """Importance (in,), of the mean 1 in each `width` consecutive columns, fp32 (in,)."""
+    blocks = importance.float().view(-1, width)
+    return _of_mean_1(blocks, blocks.mean(1, keepdim=True)).flatten()
+
+
+def _of_mean_1(importance: Tensor, mean: Tensor) -> Tensor:
+    return torch.where(mean <= 0, 1.0, (importance / mean).clamp(min=LEAST_SHARE))
 
 
 def _start(blocks: _Blocks, fit: Fit) -> _State:
@@ -162,18 +196,24 @@ def _start(blocks: _Blocks, fit: Fit) -> _State:
 def _second_scale(numbers: Tensor, weights: Tensor, integers: SmallIntegers) -> Tensor:
     """d of the least sum of weights * (numbers - d k)^2 over trials, (blocks,), of numbers (blocks, sub-blocks)."""
     widest = numbers.gather(1, numbers.abs().argmax(1, keepdim=True))
-    last = integers.first + integers.step * integers.largest
-    edge = integers.first if abs(integers.first) > abs(last) else last
     best = torch.full((len(numbers),), torch.inf, device=numbers.device)
     scale = torch.zeros_like(best)
-    for trial in range(SECOND_TRIALS):
-        tried = widest / (edge * (1 + (trial - SECOND_TRIALS // 2) * 0.5 / SECOND_TRIALS / abs(edge) ** 0.5))
+    for divisor in second_divisors(integers):
+        tried = widest / divisor
         whole = _value(_nearest_codes(numbers, tried.squeeze(1), integers), integers)
         found = (weights * numbers * whole).sum(1) * inverse((weights * whole.square()).sum(1))
         error = (weights * (numbers - found.unsqueeze(1) * whole).square()).sum(1)
         better = error < best
         best, scale = torch.where(better, error, best), torch.where(better, found, scale)
     return scale
+
+
+def second_divisors(integers: SmallIntegers) -> list[float]:
+    """What the widest number of a block is divided by for trials of its scale."""
+    last = integers.first + integers.step * integers.largest
+    edge = integers.first if abs(integers.first) > abs(last) else last
+    steps = (trial - SECOND_TRIALS // 2 for trial in range(SECOND_TRIALS))
+    return [edge * (1 + step * 0.5 / SECOND_TRIALS / abs(edge) ** 0.5) for step in steps]
 
 
 def _nearest_codes(numbers: Tensor, scale: Tensor, integers: SmallIntegers) -> Tensor:

@@ -1,4 +1,4 @@
-"""The tensors that a block type stores of a weight, rows first: side by side, in parts, and row by row of two."""
+"""The tensors that a block type stores of a weight, rows first: empty ones, views of parts, and row by row of two."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -6,18 +6,44 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from app.domain.methods import Scheme
 from workers.numerics.quantized import BlockWeight
 
 
-def beside(weights: Sequence[BlockWeight]) -> BlockWeight:
-    """Weights of the same rows, their columns one after another."""
-    return _each(weights, lambda parts: torch.cat(list(parts), 1))
+def empty_weight(weight: Tensor, scheme: Scheme) -> BlockWeight:
+    """What a weight (out, in) becomes in a type whose blocks divide its rows, before anything is known of it."""
+    kind = scheme.blocks
+    assert kind is not None  # noqa: S101 - for the type checker
+    rows, columns = weight.shape
+
+    def empty(size: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(rows, columns // size, dtype=dtype, device=weight.device)
+
+    return BlockWeight(
+        empty(1, torch.uint8),
+        empty(kind.weights, torch.float16),
+        scheme,
+        weight.dtype,
+        None if kind.scales is None else empty(kind.columns, torch.uint8),
+        empty(kind.weights, torch.float16) if kind.offset else None,
+        None if kind.minimums is None else empty(kind.columns, torch.uint8),
+    )
+
+
+def columns_of(weight: BlockWeight, columns: slice) -> BlockWeight:
+    """Views of some columns, whole blocks."""
+
+    def part(tensors: Sequence[Tensor]) -> Tensor:
+        width = weight.codes.shape[1] // tensors[0].shape[1]
+        return tensors[0][:, columns.start // width : columns.stop // width]
+
+    return _each((weight,), part)
 
 
 def split_rows(weight: BlockWeight, rows: Sequence[int]) -> list[BlockWeight]:
     """Weights with the given numbers of consecutive outputs."""
     ends = [sum(rows[: at + 1]) for at in range(len(rows))]
-    return [_rows(weight, slice(end - count, end)) for end, count in zip(ends, rows, strict=True)]
+    return [rows_of(weight, slice(end - count, end)) for end, count in zip(ends, rows, strict=True)]
 
 
 def of_rows(first: Tensor, one: BlockWeight, other: BlockWeight) -> BlockWeight:
@@ -25,7 +51,8 @@ def of_rows(first: Tensor, one: BlockWeight, other: BlockWeight) -> BlockWeight:
     return _each((one, other), lambda parts: torch.where(first, parts[0], parts[1]))
 
 
-def _rows(weight: BlockWeight, rows: slice) -> BlockWeight:
+def rows_of(weight: BlockWeight, rows: slice) -> BlockWeight:
+    """Views of some rows."""
     return _each((weight,), lambda parts: parts[0][rows])
 
 

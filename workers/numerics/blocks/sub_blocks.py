@@ -47,6 +47,12 @@ def trials_of(kind: BlockType) -> Trials:
     return Trials(12, 0.85, 1.2) if levels <= 16 else Trials(8, 0.95, 1.05)
 
 
+def edges_of(kind: BlockType) -> tuple[int, ...]:
+    """Levels that the widest number is tried at: both ends, but where they are the same without their signs."""
+    lowest, highest = kind.levels[0], kind.levels[-1]
+    return (highest,) if lowest == -highest else (lowest, highest)
+
+
 @dataclass(frozen=True)
 class Fit:
     """Factors and offsets of sub-blocks (...,), and the sums of squared errors that they leave."""
@@ -76,12 +82,8 @@ def _fit_factor(numbers: Tensor, weights: Tensor, kind: BlockType) -> Fit:
     weighted = weights * numbers
     energy = (weighted * numbers).sum(-1)
     widest = numbers.gather(-1, numbers.abs().argmax(-1, keepdim=True)).squeeze(-1)
-    lowest, highest = kind.levels[0], kind.levels[-1]
-    if kind.levels[0] == -kind.levels[-1]:
-        edges: tuple[int, ...] = (highest,)
-        widest = widest.abs()
-    else:
-        edges = (lowest, highest)
+    edges = edges_of(kind)
+    widest = widest.abs() if len(edges) == 1 else widest
 
     def solved(factor: Tensor) -> Fit:
         levels = nearest_levels(numbers * inverse(factor).unsqueeze(-1), kind)

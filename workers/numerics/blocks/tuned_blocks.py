@@ -14,7 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from workers.numerics.backends import block_rounding_operators as operators
+from workers.numerics.backend import block_rounding_kernels
 from workers.numerics.backends.block_rounding_operators import BlockGroups
 from workers.numerics.blocks.axis import BlockAxis, start_of
 from workers.numerics.learned_ranges import working_dtype
@@ -32,20 +32,21 @@ class TunedBlocks:
         self._grids = dict(starts)
         self._axis = BlockAxis(next(iter(starts.values())).kind)
         self.state = _start(self._axis, weights, starts)
+        self._kernels = block_rounding_kernels(self.state.place.device, self.state.place.dtype)
         self._faults = torch.zeros(1, dtype=torch.int32, device=self.state.place.device)
 
     @torch.no_grad()
     def write(self, out: Tensor) -> None:
-        operators.write(self.state, self._axis, w_hat=out)
+        self._kernels.write(self.state, self._axis, w_hat=out)
 
     @torch.no_grad()
     def step(self, gradient: Tensor, rate: Tensor, out: Tensor) -> None:
         """Places by the signs of their gradients."""
-        operators.step(self.state, self._axis, gradient=gradient, rate=rate, faults=self._faults, w_hat=out)
+        self._kernels.step(self.state, self._axis, gradient=gradient, rate=rate, faults=self._faults, w_hat=out)
 
     @torch.no_grad()
     def keep(self, better: Tensor) -> None:
-        operators.keep(self.state, self._axis, better=better)
+        self._kernels.keep(self.state, self._axis, better=better)
 
     def restart(self) -> None:
         self.state.place.copy_(self.state.start)
