@@ -8,6 +8,7 @@ of `app.domain.gguf`, applied here to the configuration as transformers complete
 import math
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ class Architecture:
         """Rows of the embedding matrix."""
         return int(self.numbers["vocab_size"])
 
-    @property
+    @cached_property
     def names(self) -> Names:
         """llama.cpp's names of the checkpoint's tensors."""
         return Names(self.kind, self.family, self.numbers, experts_of(self.numbers))
