@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from app.domain.formats import ExportFormat
 from app.domain.goals.reach import byte_limit, cache_of
 from app.domain.goals.stored_size import header_bytes
 from app.domain.methods import AtMost, Candidate
@@ -79,7 +80,7 @@ def _kept(job: Job, chosen: tuple[str, ...], scale_bits: int) -> int:
     kept = sum(tensor.size for tensor in tensors.values()) - quantized
     kept += outer_bytes(model, job.schemes, chosen, job.request.formats, scale_bits)
     kept += header_bytes(chosen, tensors)
-    if any(name.info.weight_files != ("*.safetensors",) for name in job.request.formats):
+    if ExportFormat.GGUF in job.request.formats:
         files = (model.checkpoint.folder / name for name in TOKENIZER_FILES)
         kept += sum(file.stat().st_size for file in files if file.is_file())
     return kept
