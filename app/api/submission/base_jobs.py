@@ -8,7 +8,16 @@ from pydantic import ValidationError
 
 from app.domain.inputs.inspection import CONFIG
 from app.domain.methods import WeightSpec
-from app.domain.request.base_job import DESCRIPTION, INPUTS, REPORT, BaseJob, Folded, continued_adapter, is_read, named_job
+from app.domain.request.base_job import (
+    DESCRIPTION,
+    INPUTS,
+    REPORT,
+    BaseJob,
+    Folded,
+    continued_adapter,
+    is_read,
+    named_job,
+)
 from app.domain.request.exports import Kept
 from app.domain.request.job_request import JobRequest
 from app.store.artifacts import ArtifactRepository

@@ -55,7 +55,8 @@ class GGUFFile:
         folder.mkdir(parents=True)
         self._folder, self._opening, self._source = folder, opening, opening.source
         self._architecture = Architecture.of(opening.source)
-        self._placed = PlacedTensors(self._architecture, Collected(folder / "tensors.partial"))
+        self._collected = Collected(folder / "tensors.partial")
+        self._placed = PlacedTensors(self._architecture, self._collected)
         self._linears: dict[str, StoredLinear] = {}
         self._kinds: Counter[int] = Counter()
         self._offset_error = 0.0
@@ -126,7 +127,8 @@ class GGUFFile:
         text = None if self._opening.identity is None else self._opening.identity.calibration
         if self._inputs and text is not None:
             write_importance(self._folder / IMPORTANCE, self._architecture.name, text, self._inputs)
-        self._placed.finish(writer, self._source)
+        self._placed.add_made(self._source)
+        self._collected.write(writer)
         copy_files(self._source.folder, self._folder, LICENCES)
 
     def _add_untouched(self, name: str) -> None:
