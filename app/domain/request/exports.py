@@ -144,12 +144,12 @@ def export_problems(base: JobRequest, kept: Kept, formats: Sequence[ExportFormat
 
 LEGACY = (
     "gguf stores these codes and scales as they are, in llama.cpp's older types of 32 weights (Q4_0, Q4_1, Q5_0, Q5_1, "
-    "Q8_0): K types have scales of scales, so they would be rounded anew. For those submit a job whose scheme is one of "
-    "them, such as q4_k, or a mix, such as q4_k_m"
+    "Q8_0): K types have scales of scales, so they would be rounded anew. For those submit a job whose scheme is one, "
+    "such as q4_k, or a mix of them, such as q4_k_m"
 )
 NO_IMPORTANCE = (
-    "gguf is written without model.imatrix: the job kept no sums of squared inputs, since it read no calibration text or "
-    "was made by an earlier version"
+    "gguf is written without model.imatrix: the job kept no sums of squared inputs, since it read no calibration text "
+    "or was made by an earlier version"
 )
 
 

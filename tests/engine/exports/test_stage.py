@@ -38,7 +38,7 @@ def test_exports_are_what_the_job_itself_writes(job: dict[str, Path], tmp_path: 
 
 
 def test_a_gguf_export_has_the_importance_matrix_of_the_jobs_own_text(tmp_path: Path) -> None:
-    """The same bytes as of a job that asked for gguf at once; a job without text keeps no sums, and the card says so."""
+    """The same bytes as of a job that asked for gguf at once; without the sums there is none, and the card says so."""
     made = {}
     for formats in (["gguf"], ["native"]):
         done = run_job(tiny_model_folder(), tmp_path / formats[0], method="gptq", group_size=64, formats=formats)

@@ -23,7 +23,7 @@ QUANTIZED = {"Q4_0", "Q8_0"}
 def test_what_is_known_before_is_close_to_the_file_and_never_less(
     model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tied head, fused experts with biases, experts one by one, other shapes in the file, a tower, transposed ones."""
+    """A tied head, fused experts with biases, single experts, other shapes in the file, a tower, transposed ones."""
     monkeypatch.setitem(SIZES, "vocab_size", 400)
     monkeypatch.setitem(SIZES, "sliding_window", None if model_type == "mixtral" else SIZES["sliding_window"])
     source = tmp_path / "source"

@@ -178,7 +178,7 @@ class BlockPass:
         return _Seen(schemes, moments, found, columns, joined, cache, self._input_squares(moments, counts))
 
     def _input_squares(self, moments: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, InputSquares]:
-        """Of the calibration text, where a file for llama.cpp is or can be made: an importance matrix lies beside it."""
+        """Of the calibration text, where a file for llama.cpp is or can be made: beside it is an importance matrix."""
         if self.calibration is None or not self._makes_gguf:
             return {}
         total = self.job.processes.total

@@ -125,7 +125,7 @@ class Architecture:
 
 
 def _with_floats(value: Any) -> Any:
-    """A copy of decoded JSON in which numbers that JSON does not have, such as infinity, are what transformers reads."""
+    """A copy of decoded JSON with the numbers that JSON does not have, such as infinity, as transformers reads them."""
     if isinstance(value, list):
         return [_with_floats(item) for item in value]
     if not isinstance(value, dict):
