@@ -1,5 +1,6 @@
 """Fixtures that tests of several parts share. Servers start once a session, and only if a test asks for them."""
 
+import gc
 import hashlib
 import os
 import shutil
@@ -12,6 +13,9 @@ from sqlalchemy import URL
 
 from app.store.session import migrate
 from tests import servers
+
+# Nothing of what collecting imports and makes is ever garbage, and looking for it takes a third of that time.
+gc.disable()
 
 # The models of the tests are tiny: threads would wait for each other longer than they compute. Read when torch loads.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -38,7 +42,7 @@ os.environ.setdefault("NUMBA_CACHE_DIR", str(Path(tempfile.gettempdir()) / f"bit
 os.environ.setdefault("BITWRIGHT_KERNEL_DIR", str(Path(tempfile.gettempdir()) / f"bitwright-test-kernels-{_version}"))
 
 
-LONGEST = ("documents", "e2e", "cli", "engine", "workers")
+LONGEST = ("documents", "e2e", "cli", "device", "ships", "supervise", "engine")
 """Folders whose files take longest. They begin first, so that none is left for the end, with the other process idle."""
 
 
@@ -46,10 +50,21 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Long files first; within a folder, and of the rest, the order stays."""
 
     def turn(item: pytest.Item) -> int:
-        folder = item.path.parent.name
-        return LONGEST.index(folder) if folder in LONGEST else len(LONGEST)
+        folders = item.path.relative_to(ROOT).parts
+        return next((number for number, name in enumerate(LONGEST) if name in folders), len(LONGEST))
 
     items.sort(key=turn)
+
+
+def pytest_collection_finish() -> None:
+    """Garbage is looked for again, in what tests make."""
+    gc.freeze()
+    gc.enable()
+
+
+def pytest_unconfigure() -> None:
+    """At the end all is looked through: extension modules complain of what is left."""
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")

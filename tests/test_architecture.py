@@ -60,8 +60,9 @@ def tree(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
 
 
-def nodes(path: Path) -> Iterator[ast.AST]:
-    return ast.walk(tree(path))
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    return tuple(ast.walk(tree(path)))
 
 
 def dotted(node: ast.expr) -> str:

@@ -4,6 +4,7 @@ import ast
 import json
 import re
 import shlex
+from functools import cache
 from itertools import pairwise
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -58,7 +59,6 @@ def _complete_lines(text: str) -> list[str]:
 
 
 CURLS = [words for words in shell_commands(GUIDES) if words[0] == "curl"]
-ROUTES = create_app(Settings()).openapi()["paths"]
 VARIABLES = {"$SIZE": "1", "$SHA256": "0" * 64, "$UPLOAD": "upl_01k6z3f8c2v9q4w7x5y1t0r8ab"}
 """Values that the shell puts into the bodies of the examples; that the examples work is shown in tests/documents."""
 
@@ -95,10 +95,17 @@ def test_every_file_of_the_tree_exists() -> None:
     assert pages - FILES.keys() == set()
 
 
+@cache
+def routes() -> dict[str, set[str]]:
+    """Methods by path, with {} for an id."""
+    paths = create_app(Settings()).openapi()["paths"]
+    return {re.sub(r"\{[^}]+\}", "{}", route): set(operations) for route, operations in paths.items()}
+
+
 @pytest.mark.parametrize("words", CURLS, ids=lambda words: " ".join(curl_target(words)))
 def test_curl_example_names_a_route(words: list[str]) -> None:
     method, path = curl_target(words)
-    methods = {re.sub(r"\{[^}]+\}", "{}", route): set(operations) for route, operations in ROUTES.items()}
+    methods = routes()
     assert path in methods
     assert method.lower() in methods[path]
 

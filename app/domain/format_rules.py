@@ -56,6 +56,18 @@ def default_formats(spec: WeightSpec, forms: frozenset[Form] | None = None) -> t
     return (weights, default_for(Result.FACTORS)) if Form.LOW_RANK in forms else (weights,)
 
 
+def makes_gguf(spec: WeightSpec, formats: Collection[ExportFormat], forms: frozenset[Form], model_type: str) -> bool:
+    """True if a GGUF file is among a result's formats, or could be made of it later.
+
+    forms        of what the job makes of a linear
+    model_type   of the model's config.json
+    """
+    gguf = ExportFormat.GGUF
+    if gguf in formats:
+        return True
+    return gguf.info.refusal_of(model_type) is None and not format_problems(spec, (gguf,), forms - {Form.LOW_RANK})
+
+
 def holds_embeddings(name: ExportFormat, spec: WeightSpec) -> bool:
     """True if a format holds the spec's embeddings together with its linears and head, or they stay as they are."""
     embeddings = spec.embeddings_scheme()

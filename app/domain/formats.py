@@ -81,6 +81,7 @@ class ExportFormat(StrEnum):
             embeddings=EmbeddingRule.ANY,
             kv_cache=True,
             always_kept=True,
+            weight_files=("weights*.safetensors",),
             read_by=(Runtime.TRANSFORMERS,),
             library="bitwright",
             runtimes=(

@@ -147,6 +147,17 @@ class AsyncClient:
         headers = {"Idempotency-Key": idempotency_key or str(uuid.uuid4())}
         return await self._read(JobView, "POST", f"/v1/jobs/{job_id}/exports", json=given, headers=headers)
 
+    async def preflight_export(self, job_id: str, formats: Sequence[str]) -> PreflightView:
+        """The full request that `export` would queue, with warnings; nothing is stored.
+
+        Raises:
+            InputError: a format cannot hold the result, or the job has none to export.
+        """
+        given, query = {"formats": list(formats)}, {"dry_run": "true"}
+        headers = {"Idempotency-Key": str(uuid.uuid4())}
+        path = f"/v1/jobs/{job_id}/exports"
+        return await self._read(PreflightView, "POST", path, params=query, json=given, headers=headers)
+
     async def delete(self, job_id: str) -> None:
         """Remove a final job and its artifacts."""
         await self._transport.send("DELETE", f"/v1/jobs/{job_id}")

@@ -139,6 +139,10 @@ class AsyncJobs(_Resource):
         """Queue a failed or cancelled job again; finished blocks are kept."""
         return AsyncJob(self._client, await self._client.retry(job_id))
 
+    async def preflight_export(self, job_id: str, formats: Sequence[str]) -> PreflightView:
+        """The full request that `export` would queue, with warnings on what the formats will not have."""
+        return await self._client.preflight_export(job_id, formats)
+
     async def export(
         self,
         job_id: str,

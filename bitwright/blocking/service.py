@@ -140,6 +140,10 @@ class Jobs(_Resource):
         """Queue a failed or cancelled job again; finished blocks are kept."""
         return Job(self._client, self._client.retry(job_id))
 
+    def preflight_export(self, job_id: str, formats: Sequence[str]) -> PreflightView:
+        """The full request that `export` would queue, with warnings on what the formats will not have."""
+        return self._client.preflight_export(job_id, formats)
+
     def export(
         self,
         job_id: str,

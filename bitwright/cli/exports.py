@@ -5,6 +5,7 @@ from typing import Annotated
 import typer
 
 from bitwright.cli.connection import DataDirOption, KeyOption, UrlOption, connect
+from bitwright.cli.job_details import preflight_table
 from bitwright.cli.jobs import JobArgument, JsonOption, parse_labels, print_json
 from bitwright.cli.render import out
 from bitwright.cli.watch import finish, follow_job
@@ -23,6 +24,7 @@ def export(
         None
     ),
     idempotency_key: Annotated[str | None, typer.Option(help="The same key never makes a second job.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and advise; queue nothing.")] = False,
     wait: Annotated[bool, typer.Option("--wait", help="Follow the job to its end.")] = False,
     as_json: JsonOption = False,
     url: UrlOption = None,
@@ -32,6 +34,10 @@ def export(
     """Make other formats of a succeeded job's result; prints the id of the job that makes them."""
     labels = parse_labels(metadata) or None
     with connect(url, key, data_dir) as client:
+        if dry_run:
+            answer = client.preflight_export(job_id, formats)
+            print_json(answer) if as_json or not out().is_terminal else out().print(preflight_table(answer))
+            return
         job = client.export(
             job_id, formats, verify=verify, device=device, metadata=labels, idempotency_key=idempotency_key
         )

@@ -61,6 +61,27 @@ def test_an_export_is_a_job_of_its_own(any_api: Api) -> None:
     assert any_api.client.get(f"/v1/jobs/{job['id']}/events").status_code == 200
 
 
+def test_a_dry_run_says_what_a_gguf_file_will_not_have(api: Api) -> None:
+    """Types of llama.cpp with scales of scales, and an importance matrix where no squares of inputs are kept."""
+    files = native()
+    with_inputs = make(api, {"native": files | {"inputs.safetensors": b"sums"}})
+    without, blocks = make(api), make(api, {"native": native(form="blocks", scheme_name="q4_k", group_size=32)})
+
+    def words(job_id: str, *formats: str) -> str:
+        answer = api.client.post(f"/v1/jobs/{job_id}/exports?dry_run=true", json={"formats": list(formats)})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["request"]["base_job"] == job_id
+        return " ".join(answer.json()["warnings"])
+
+    before = api.client.get("/v1/jobs").json()
+    assert "q4_k" in words(with_inputs, "gguf")
+    assert "imatrix" not in words(with_inputs, "gguf")
+    assert "without model.imatrix" in words(without, "gguf")
+    assert "q4_k" not in words(blocks, "gguf")
+    assert words(without, "awq") == ""
+    assert api.client.get("/v1/jobs").json() == before
+
+
 def test_the_same_key_makes_one_job(api: Api) -> None:
     job_id = make(api)
     headers = {"Idempotency-Key": "once"}

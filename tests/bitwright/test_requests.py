@@ -57,6 +57,7 @@ def test_a_result_is_exported_by_a_job_of_its_own(service: Service) -> None:
         assert (job.request.base_job, list(job.request.formats or ())) == (job_id, ["gguf", "mlx"])
         with pytest.raises(FormatCannotHold, match=r"bitsandbytes cannot hold the affine weights"):
             client.export(job_id, ["bitsandbytes"])
+        assert "q4_k" in " ".join(client.preflight_export(job_id, ["gguf"]).warnings)
         client.cancel(job.id)
     with service.resources() as bitwright:
         exported = bitwright.jobs.retrieve(job_id).export(["awq"])

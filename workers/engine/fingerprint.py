@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -34,7 +35,8 @@ def fingerprint(parts: Mapping[str, object]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def library_versions() -> dict[str, str | None]:
+@cache
+def library_versions() -> Mapping[str, str | None]:
     """The versions of the libraries that compute codes; None for one that is not installed."""
     return {name: _version(name) for name in LIBRARIES}
 
@@ -46,7 +48,13 @@ def _version(name: str) -> str | None:
         return None
 
 
-def code_version(root: Path = ROOT) -> str:
+@cache
+def code_version() -> str:
+    """sha256 of this program's sources that can change codes, read once: a process runs what it has loaded."""
+    return digest_of(ROOT)
+
+
+def digest_of(root: Path) -> str:
     """sha256 of the sources under `root` that can change codes, each with its path."""
     digest = hashlib.sha256()
     for file in code_files(root):

@@ -15,12 +15,14 @@ from math import prod
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from app.domain.format_rules import holds_base_alone
 from app.domain.methods import Scheme
 from bitwright.errors import InternalError
 from bitwright.report import Report
+from workers.contracts.input_squares import InputSquares
 from workers.contracts.kv_cache import KVScales
 from workers.formats.cards.loading import AdapterBase, Lines
 from workers.formats.cards.model_card import describe
@@ -56,6 +58,7 @@ class Layout:
     joins          whether parts of a tensor of the source are put together again, in the source's layout
     kv_cache       name of an attention, its scales -> their stored tensors; None: they are left out
     kv_config      config.json's fields -> what is added to them if there are such scales
+    inputs         file of the sums of linears' squared inputs, for other formats later; None: they are left out
     """
 
     compress: Compress
@@ -72,6 +75,7 @@ class Layout:
     loader: Path = LOADER
     kv_cache: Callable[[str, KVScales], dict[str, Tensor]] | None = None
     kv_config: Callable[[Mapping[str, object]], Mapping[str, object]] | None = None
+    inputs: str | None = None
 
 
 def checkpoint_format(
@@ -112,6 +116,7 @@ class CheckpointWriter:
         self._written: set[str] = set()
         self._moved = 0.0
         self._attentions: list[str] = []
+        self._inputs: dict[str, Tensor] = {}
         self._sealed = _Sealed()
         self._in_common = NumbersInCommon()
 
@@ -177,6 +182,11 @@ class CheckpointWriter:
             self._shards.add(self._layout.kv_cache(attention, scales))
             self._attentions.append(attention)
 
+    def add_inputs(self, name: str, squares: InputSquares) -> None:
+        """Keep the sums of a linear's squared inputs, where the layout has a file of them."""
+        if self._layout.inputs is not None:
+            self._inputs |= squares.tensors(name)
+
     @contextmanager
     def growing(self, name: str, dtype: torch.dtype) -> Iterator[Pieces]:
         """A tensor in place of the source's of that name and shape, which comes in pieces."""
@@ -227,6 +237,8 @@ class CheckpointWriter:
             if name not in self._written:
                 self._shards.add({name: self._source.read(name)})
         self._shards.finish()
+        if self._layout.inputs is not None and self._inputs:
+            save_file(self._inputs, self._folder / self._layout.inputs)
         self._write_config(sorted({*ignored, *self._unquantized_matrices()} - self._targets().keys()))
         copy_files(self._source.folder, self._folder)
 

@@ -37,6 +37,11 @@ belongs (`StoredPart`): experts of one tensor are stored one by one. Nothing is 
 the method, and other formats are written from them later. The weight files are not called model.safetensors, so that
 `from_pretrained` says that it finds no weights rather than fill them at random.
 
+Where a GGUF file can be made of the result, `inputs.safetensors` has what its importance matrix is made of:
+
+    name.in_sum2        fp32 (in)                             sum over calibration tokens of x_j^2, of the original
+    name.counts         int64 (1)                             number of tokens
+
 The loader returns a model whose weights have the corrections in them (`LinearResult.dequantize`), as the
 engine evaluated them; or, on request, the quantized base alone, for the adapter of the `peft` checkpoint.
 """
@@ -51,6 +56,7 @@ from torch import Tensor
 from app.domain.methods import Form, Scheme
 from app.domain.methods.named_schemes import WHOLE, ScaleType
 from app.domain.methods.schemes import group_width
+from app.domain.request.base_job import INPUTS
 from bitwright.errors import CorruptCheckpoint
 from workers.formats.cards.loading import BASE, BY_ITSELF, FOLDER, AdapterBase, Loading, with_adapter_file
 from workers.formats.checkpoint import Layout, checkpoint_format
@@ -326,6 +332,7 @@ FORMAT = checkpoint_format(
         files=lambda linears, parts: {DESCRIPTION: describe(linears, parts)},
         needs_loader=lambda _schemes: True,
         kv_cache=lambda attention, scales: scales.tensors(attention),
+        inputs=INPUTS,
     ),
     loading,
     adapter_base,

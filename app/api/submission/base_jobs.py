@@ -8,7 +8,16 @@ from pydantic import ValidationError
 
 from app.domain.inputs.inspection import CONFIG
 from app.domain.methods import WeightSpec
-from app.domain.request.base_job import DESCRIPTION, REPORT, BaseJob, Folded, continued_adapter, is_read, named_job
+from app.domain.request.base_job import (
+    DESCRIPTION,
+    INPUTS,
+    REPORT,
+    BaseJob,
+    Folded,
+    continued_adapter,
+    is_read,
+    named_job,
+)
 from app.domain.request.exports import Kept
 from app.domain.request.job_request import JobRequest
 from app.store.artifacts import ArtifactRepository
@@ -66,7 +75,7 @@ def exported_job(
     files = {(file.format, file.path): file for file in stored if file.format == "native"}
     _demand_native(job_id, files, blobs, (DESCRIPTION, REPORT, CONFIG))
     linears = _description(job_id, files, blobs)
-    return request, Kept(linears, _json(job_id, files["native", CONFIG], blobs))
+    return request, Kept(linears, _json(job_id, files["native", CONFIG], blobs), inputs=("native", INPUTS) in files)
 
 
 def _base_job(job_id: str, jobs: JobRepository, artifacts: ArtifactRepository, blobs: BlobStore) -> BaseJob:

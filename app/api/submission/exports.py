@@ -1,16 +1,18 @@
 """POST /v1/jobs/{id}/exports: other formats of a job's result, made by a job of its own."""
 
+from typing import Annotated, Any
+
 import structlog
-from fastapi import APIRouter, BackgroundTasks, Response
+from fastapi import APIRouter, BackgroundTasks, Query, Response
 
 from app.api.auth import Submitter
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf
 from app.api.http.documentation import problems
 from app.api.jobs import ACCEPTED, accepted
 from app.api.submission.base_jobs import exported_job
-from app.api.views import JobView
+from app.api.views import JobView, PreflightView
 from app.domain.fit import refusal
-from app.domain.request.exports import ExportOf, ExportRequest, export_problems, export_request
+from app.domain.request.exports import ExportOf, ExportRequest, export_advice, export_problems, export_request
 from app.queue import notify_workers
 from app.store.artifacts import ArtifactRepository
 from app.store.idempotency import Idempotency
@@ -26,7 +28,9 @@ log = structlog.get_logger(__name__)
     summary="Export a job's result in other formats",
     operation_id="export_job",
     status_code=202,
+    response_model=JobView,
     responses={
+        200: {"description": "Dry run: nothing is stored.", "model": PreflightView},
         202: ACCEPTED,
         **problems(
             "not_found", "base_job_unusable", "format_cannot_hold", "offset_not_representable", "idempotency_key_reused"
@@ -43,8 +47,9 @@ def export_job(
     database: DatabaseOf,
     blobs: BlobsOf,
     metrics: MetricsOf,
+    dry_run: Annotated[bool, Query(description="Check and advise; store nothing.")] = False,
     idempotency_key: IdempotencyHeader = None,
-) -> JobView:
+) -> Any:
     """Queue a job that makes other formats from the kept native checkpoint of a job that succeeded.
 
     It has states and events of its own, needs no GPU, and computes nothing: codes are the same, and scales, too, unless
@@ -55,13 +60,17 @@ def export_job(
     with database.reading() as session:
         tenant = (session, principal.tenant_id)
         jobs = JobRepository(*tenant)
-        earlier = None if idempotency is None else jobs.find_replayed(idempotency)
+        earlier = None if idempotency is None or dry_run else jobs.find_replayed(idempotency)
         if earlier is not None:
             return accepted(session, earlier, response)
         base, kept = exported_job(job_id, jobs, ArtifactRepository(*tenant), blobs)
     found = export_problems(base, kept, body.formats)
     if found:
         raise refusal(found)
+    if dry_run:
+        advice = export_advice(kept, body.formats)
+        checked = PreflightView(request=export_request(base, job_id, body), warnings=advice)
+        return Response(checked.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
         job = JobRepository(session, principal.tenant_id).add(
             export_request(base, job_id, body), idempotency=idempotency

@@ -33,6 +33,8 @@ CHANGEABLE = frozenset({"dropout"})
 DESCRIPTION = "bitwright.json"
 REPORT = "report.json"
 ADAPTER_FILE = "adapter.safetensors"
+INPUTS = "inputs.safetensors"
+"""In a native checkpoint: sums of the original linears' squared inputs over calibration text."""
 
 _OF_METHODS = frozenset(field for info in METHODS.values() for field in info.spec.model_fields)
 _MODEL: TypeAdapter[Any] = TypeAdapter(ModelSource)

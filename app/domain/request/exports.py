@@ -55,10 +55,12 @@ class Kept:
 
     linears   entries of `bitwright.json` by quantized linear
     config    config.json, decoded
+    inputs    whether it has sums of the linears' squared inputs
     """
 
     linears: Mapping[str, Mapping[str, Any]]
     config: Mapping[str, object]
+    inputs: bool = False
 
     @property
     def schemes(self) -> frozenset[Scheme]:
@@ -138,6 +140,25 @@ def export_problems(base: JobRequest, kept: Kept, formats: Sequence[ExportFormat
             if name.info.offsets is Offsets.NONE and not name.info.is_adapter
         ]
     return problems + model_problems(asked, str(kept.config.get("model_type")), {}, kept.config)
+
+
+LEGACY = (
+    "gguf stores these codes and scales as they are, in llama.cpp's older types of 32 weights (Q4_0, Q4_1, Q5_0, Q5_1, "
+    "Q8_0): K types have scales of scales, so they would be rounded anew. For those submit a job whose scheme is one, "
+    "such as q4_k, or a mix of them, such as q4_k_m"
+)
+NO_IMPORTANCE = (
+    "gguf is written without model.imatrix: the job kept no sums of squared inputs, since it read no calibration text "
+    "or was made by an earlier version"
+)
+
+
+def export_advice(kept: Kept, formats: Sequence[ExportFormat]) -> list[str]:
+    """Words on what an export will not have, though one might expect it."""
+    if ExportFormat.GGUF not in formats:
+        return []
+    legacy = any(scheme.blocks is None for scheme in kept.schemes)
+    return [*([LEGACY] if legacy else []), *([] if kept.inputs else [NO_IMPORTANCE])]
 
 
 def _embedding_problems(base: JobRequest, kept: Kept, formats: tuple[ExportFormat, ...]) -> list[FieldProblem]:

@@ -262,7 +262,9 @@ OBSERVING: list[Any] = [
     {"method": "awq", "search_samples": 16},
     {"method": "omniquant", "epochs": 2, "batch_size": 2, "aug_loss": True},
     {"method": "apiq", "steps": 12, "batch_size": 2, "rank": 4},
-    {"method": "apiq", "steps": 12, "batch_size": 4, "rank": 4, "granularity": "layer"},
+    pytest.param(
+        {"method": "apiq", "steps": 12, "batch_size": 4, "rank": 4, "granularity": "layer"}, marks=pytest.mark.slow
+    ),
     pytest.param(
         {"method": "apiq", "steps": 12, "batch_size": 6, "rank": 4, "base": "signround", "aug_loss": True},
         marks=pytest.mark.slow,
@@ -294,8 +296,8 @@ def test_what_two_ranks_observe_is_what_one_observes(
         assert same.float().mean() > 0.97
 
 
-EACH_FOR_ITSELF: list[dict[str, Any]] = [
-    {"method": "nf", "bits": 4, "group_size": 32},
+EACH_FOR_ITSELF: list[Any] = [
+    pytest.param({"method": "nf", "bits": 4, "group_size": 32}, marks=pytest.mark.slow),
     {"method": "loftq", "bits": 3, "group_size": 32, "rank": 4},
 ]
 

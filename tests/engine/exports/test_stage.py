@@ -37,6 +37,23 @@ def test_exports_are_what_the_job_itself_writes(job: dict[str, Path], tmp_path: 
         assert_same(tmp_path / "output" / name, job[name])
 
 
+def test_a_gguf_export_has_the_importance_matrix_of_the_jobs_own_text(tmp_path: Path) -> None:
+    """The same bytes as of a job that asked for gguf at once; without the sums there is none, and the card says so."""
+    made = {}
+    for formats in (["gguf"], ["native"]):
+        done = run_job(tiny_model_folder(), tmp_path / formats[0], method="gptq", group_size=64, formats=formats)
+        made[formats[0]] = tmp_path / formats[0] / done.checkpoints["native"]
+    export(made["native"], tmp_path / "later", ["gguf"])
+    later, own = tmp_path / "later/output/gguf", made["gguf"].parent / "gguf"
+    assert (later / "model.imatrix").read_bytes() == (own / "model.imatrix").read_bytes()
+    assert "llama-quantize --imatrix model.imatrix" in (later / "README.md").read_text()
+    (made["native"] / "inputs.safetensors").unlink()
+    export(made["native"], tmp_path / "without", ["gguf"])
+    without = tmp_path / "without/output/gguf"
+    assert not (without / "model.imatrix").exists()
+    assert "the job kept no sums of squared inputs" in (without / "README.md").read_text()
+
+
 def test_the_report_is_the_jobs_and_says_where_it_comes_from(job: dict[str, Path], tmp_path: Path) -> None:
     report = export(job["native"], tmp_path, ["gptq"]).report
     before = Report.model_validate_json((job["native"] / "report.json").read_bytes())

@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,7 @@ class Case:
         return True
 
 
+@cache
 def kinds() -> list[Case]:
     """Every adapter, base, ending and formats that go together: whether they do is no matter of the other axes."""
     return list(filter(Case.exists, itertools.starmap(Case, itertools.product(ADAPTERS, BASES, ENDINGS, FORMATS))))

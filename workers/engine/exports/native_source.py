@@ -12,13 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from app.domain.inputs.architectures import HEAD
-from app.domain.request.base_job import DESCRIPTION, REPORT
+from app.domain.request.base_job import DESCRIPTION, INPUTS, REPORT
 from app.domain.weight_targets import HEAD_TENSOR, is_embeddings
 from bitwright.errors import CorruptCheckpoint, InternalError
 from bitwright.report import Report
+from workers.contracts.input_squares import COUNTS, InputSquares
 from workers.contracts.kv_cache import KEY_SCALE, VALUE_SCALE, KVScales
 from workers.engine.base_job import described, native_tensors, of_the_base
 from workers.engine.model.checkpoint import FLOAT_DTYPES, MAX_JSON_BYTES, TIE, Checkpoint, read_json, with_tie
@@ -149,6 +152,24 @@ class NativeSource:
                     name,
                     KVScales.read(name, {key: self.stored.read(key) for key in keys if key in self.stored.tensors}),
                 )
+
+    @cached_property
+    def inputs(self) -> Mapping[str, InputSquares]:
+        """Sums of squared inputs of its linears, where calibration text was read and a GGUF file can hold them.
+
+        Raises:
+            CorruptCheckpoint: the file cannot be read, or lacks numbers of a linear.
+        """
+        file = self.folder / INPUTS
+        if not file.is_file():
+            return {}
+        with of_the_base():
+            try:
+                tensors = load_file(file)
+                names = [name.removesuffix(f".{COUNTS}") for name in tensors if name.endswith(f".{COUNTS}")]
+                return {name: InputSquares.read(name, tensors) for name in names if name in self.linears}
+            except (SafetensorError, KeyError, ValueError) as error:
+                raise CorruptCheckpoint(f"{INPUTS} cannot be read: {error}") from error
 
     @cached_property
     def embeddings(self) -> str | None:

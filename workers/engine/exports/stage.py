@@ -29,7 +29,7 @@ from workers.engine.stored_scales import CODE as SCALES_ROUNDED
 from workers.engine.stored_scales import StoredScales, caches_left_out
 from workers.formats.cards.identity import Identity
 from workers.formats.cards.model_card import stored_bytes
-from workers.formats.format import Writer
+from workers.formats.format import InputWriter, Writer
 from workers.formats.registry import check_model, open_writer, source_for
 from workers.formats.shards import HELD_BYTES
 
@@ -138,6 +138,9 @@ def _write(
             writer.add_part(name, weight, place)
         for attention, cache in source.kv_scales():
             writer.add_kv_scales(attention, cache)
+        if isinstance(writer, InputWriter):
+            for name, squares in source.inputs.items():
+                writer.add_inputs(name, squares)
         writer.finish()
         for code, message in writer.warnings.items():
             reporter.warning(code, message)

@@ -2,16 +2,16 @@
 
 from dataclasses import dataclass
 
+from app.domain.formats import ExportFormat
 from app.domain.goals.reach import byte_limit, cache_of
 from app.domain.goals.stored_size import header_bytes
 from app.domain.methods import AtMost, Candidate
 from workers.engine.goal.search import margin
 from workers.engine.job import Job
+from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.candidates import candidates_of, costs_of, shapes_of
 from workers.engine.quantize.stored_sizes import outer_bytes
-
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "merges.txt")
-"""Files whose content a GGUF file holds."""
+from workers.formats.gguf.sizes import PackedLinear, bytes_beside
 
 
 @dataclass(frozen=True)
@@ -76,10 +76,32 @@ def _kept(job: Job, chosen: tuple[str, ...], scale_bits: int) -> int:
     """All tensors of the checkpoint less those that are quantized, quantized embeddings and head, and headers."""
     model, tensors = job.model, job.model.checkpoint.tensors
     quantized = sum(model.names.stored_bytes(f"{name}.weight") for name in job.schemes)
-    kept = sum(tensor.size for tensor in tensors.values()) - quantized
-    kept += outer_bytes(model, job.schemes, chosen, job.request.formats, scale_bits)
-    kept += header_bytes(chosen, tensors)
-    if any(name.info.weight_files != ("*.safetensors",) for name in job.request.formats):
-        files = (model.checkpoint.folder / name for name in TOKENIZER_FILES)
-        kept += sum(file.stat().st_size for file in files if file.is_file())
-    return kept
+    formats = job.request.formats
+    kept = []
+    if set(formats) != {ExportFormat.GGUF}:
+        kept.append(sum(tensor.size for tensor in tensors.values()) - quantized + header_bytes(chosen, tensors))
+    if ExportFormat.GGUF in formats:
+        kept.append(beside_blocks(job))
+    return max(kept) + outer_bytes(model, job.schemes, chosen, formats, scale_bits)
+
+
+def beside_blocks(job: Job) -> int:
+    """Of a GGUF file, with its tokenizer: all but the blocks of quantized linears."""
+    model, names = job.model, job.model.names
+    linears = [
+        PackedLinear(names.linear_name(name), tuple(names.stored_names(f"{name}.weight")), shape)
+        for name in job.schemes
+        for shape in [_shape(model, name)]
+    ]
+    taken = {stored for linear in linears for stored in linear.tensors}
+    beside = {}
+    for parameter in names.slices:
+        name = parameter.removesuffix(".weight")
+        if name != parameter and name not in job.schemes and taken.intersection(names.stored_names(parameter)):
+            beside[names.linear_name(name)] = _shape(model, name)
+    return bytes_beside(model.checkpoint, linears, beside)
+
+
+def _shape(model: StreamedModel, name: str) -> tuple[int, int]:
+    rows, columns = model.model.get_submodule(name).get_parameter("weight").shape
+    return rows, columns

@@ -15,13 +15,13 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from app.domain.formats import ExportFormat
+from app.domain.format_rules import makes_gguf
 from app.domain.methods import Scheme, WeightSpec
 from bitwright.errors import InternalError
 from bitwright.events import Stage
@@ -178,13 +178,18 @@ class BlockPass:
         return _Seen(schemes, moments, found, columns, joined, cache, self._input_squares(moments, counts))
 
     def _input_squares(self, moments: Mapping[str, Tensor], counts: Mapping[str, int]) -> dict[str, InputSquares]:
-        """Of the calibration text, where a file for llama.cpp is written: its importance matrix is kept beside it."""
-        if self.calibration is None or ExportFormat.GGUF not in self.job.request.formats:
+        """Of the calibration text, where a file for llama.cpp is or can be made: beside it is an importance matrix."""
+        if self.calibration is None or not self._makes_gguf:
             return {}
         total = self.job.processes.total
         found = {name: total(counts.get(name, 0)) for name in sorted(moments)}
         # Starved experts' moments are replaced later, in the same mapping.
         return {name: InputSquares(moments[name].cpu(), count) for name, count in found.items()}
+
+    @cached_property
+    def _makes_gguf(self) -> bool:
+        model_type = str(self.job.model.checkpoint.config.get("model_type"))
+        return makes_gguf(self.job.spec, self.job.request.formats, self.job.spec.forms(), model_type)
 
     def _result(self, index: int, block: nn.Module, seen: "_Seen", tick: Callable[[float], None]) -> BlockResult:
         """The method's result for the block, with the numbers of inputs that its schemes store."""

@@ -26,7 +26,7 @@ from workers.formats.gguf.collected import TYPES, Collected
 from workers.formats.gguf.identity import add_identity, add_recipe
 from workers.formats.gguf.importance import FILE as IMPORTANCE
 from workers.formats.gguf.importance import write_importance
-from workers.formats.gguf.loading import loading
+from workers.formats.gguf.loading import ABOUT_IMPORTANCE, NO_IMPORTANCE, loading
 from workers.formats.gguf.metadata import Architecture
 from workers.formats.gguf.placed import PlacedTensors
 from workers.formats.gguf.read_back import read_back
@@ -55,7 +55,8 @@ class GGUFFile:
         folder.mkdir(parents=True)
         self._folder, self._opening, self._source = folder, opening, opening.source
         self._architecture = Architecture.of(opening.source)
-        self._placed = PlacedTensors(self._architecture, Collected(folder / "tensors.partial"))
+        self._collected = Collected(folder / "tensors.partial")
+        self._placed = PlacedTensors(self._architecture, self._collected)
         self._linears: dict[str, StoredLinear] = {}
         self._kinds: Counter[int] = Counter()
         self._offset_error = 0.0
@@ -126,7 +127,8 @@ class GGUFFile:
         text = None if self._opening.identity is None else self._opening.identity.calibration
         if self._inputs and text is not None:
             write_importance(self._folder / IMPORTANCE, self._architecture.name, text, self._inputs)
-        self._placed.finish(writer, self._source)
+        self._placed.add_made(self._source)
+        self._collected.write(writer)
         copy_files(self._source.folder, self._folder, LICENCES)
 
     def _add_untouched(self, name: str) -> None:
@@ -139,8 +141,16 @@ class GGUFFile:
         """Add the report and the model card, after `finish`; all files of the folder."""
         reading = read_back(self._folder, FILE, self._architecture.config, self._source.folder)
         tower = any(map(self._architecture.names.is_tower, self._source.tensors))
-        lines = partial(loading, reading=reading, tower=tower)
+        lines = partial(loading, reading=reading, tower=tower, importance=self._about_importance())
         return describe(self._folder, report, self._linears, self._opening, lines)
+
+    def _about_importance(self) -> str:
+        """The card's words on the importance matrix."""
+        if (self._folder / IMPORTANCE).is_file():
+            return ABOUT_IMPORTANCE
+        text = None if self._opening.identity is None else self._opening.identity.calibration
+        why = "the job read no calibration text" if text is None else "the job kept no sums of squared inputs"
+        return NO_IMPORTANCE.format(why=why)
 
     @property
     def warnings(self) -> dict[str, str]:

@@ -52,6 +52,13 @@ makes of the original model: `python convert_hf_to_gguf.py --mmproj` and the mod
 ABOUT_GGUF_TOKENIZER = """\
 transformers 5.23 would make another tokenizer of this file: take the original model's, as the lines do."""
 
+ABOUT_IMPORTANCE = """\
+`model.imatrix` beside it is the importance matrix of the calibration text, of the original model. llama.cpp's quantizer
+reads it with `llama-quantize --imatrix model.imatrix`, to make other types of the original as a GGUF file."""
+
+NO_IMPORTANCE = """\
+There is no importance matrix beside it (`model.imatrix`): {why}."""
+
 ABOUT_GGUF_BASE = """\
 llama.cpp's `convert_lora_to_gguf.py` converts the `peft` checkpoint, which `llama-cli --lora` then adds."""
 
@@ -59,14 +66,18 @@ ABOUT_GGUF_APART = """\
 llama.cpp has no adapters of this kind."""
 
 
-def loading(about: Loading, reading: Reading | None = None, *, tower: bool = False) -> list[str]:
+def loading(
+    about: Loading, reading: Reading | None = None, *, tower: bool = False, importance: str | None = None
+) -> list[str]:
     """The card's section "Load".
 
     reading   the model that transformers loads; the same one if not given
     tower     whether the original has a vision tower, which is not in the file
+    importance  paragraph on the importance matrix; none if not given
     """
+    more = [] if importance is None else [importance]
     lines = [LOAD_LLAMA_CPP.format(folder=FOLDER), *([ABOUT_GGUF_TOWER] if tower else [])]
-    return [*_with_adapter(about), *lines, *_in_transformers(about.linears, reading or Reading())]
+    return [*_with_adapter(about), *lines, *_in_transformers(about.linears, reading or Reading()), *more]
 
 
 def _in_transformers(linears: Mapping[str, StoredLinear], reading: Reading) -> list[str]:

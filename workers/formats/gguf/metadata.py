@@ -6,8 +6,8 @@ of `app.domain.gguf`, applied here to the configuration as transformers complete
 """
 
 import math
-from copy import deepcopy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Architecture:
         if model_type not in RULES:
             raise FormatCannotHold(unknown(outer, model_type), field="formats", hint=OTHER_FORMAT)
         # Not from the folder's file: the source may be seen otherwise than that says, such as one block of it.
-        config = CONFIG_MAPPING[outer].from_dict(deepcopy(dict(source.config)))
+        config = CONFIG_MAPPING[outer].from_dict(_with_floats(dict(source.config)))
         tied = _is_tied(source, config)
         config.tie_word_embeddings = tied
         for refusal in gguf_refusals(outer, config.to_dict()):
@@ -82,7 +82,7 @@ class Architecture:
         """Rows of the embedding matrix."""
         return int(self.numbers["vocab_size"])
 
-    @property
+    @cached_property
     def names(self) -> Names:
         """llama.cpp's names of the checkpoint's tensors."""
         return Names(self.kind, self.family, self.numbers, experts_of(self.numbers))
@@ -122,6 +122,17 @@ class Architecture:
         low, high, factor = (float(rope[name]) for name in ("low_freq_factor", "high_freq_factor", "factor"))
         kept: Tensor = ((turns - low) / (high - low)).clamp(0, 1)
         return (1 / ((1 - kept) / factor + kept)).float()
+
+
+def _with_floats(value: Any) -> Any:
+    """A copy of decoded JSON with the numbers that JSON does not have, such as infinity, as transformers reads them."""
+    if isinstance(value, list):
+        return [_with_floats(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    if value.keys() == {"__float__"}:
+        return float(value["__float__"])
+    return {name: _with_floats(item) for name, item in value.items()}
 
 
 def _is_tied(source: SourceCheckpoint, config: PreTrainedConfig) -> bool:

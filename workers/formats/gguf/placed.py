@@ -3,15 +3,14 @@
 import re
 from collections.abc import Iterator
 from types import MappingProxyType
+from typing import Protocol
 
 import torch
 from gguf import GGMLQuantizationType as Kind
-from gguf import GGUFWriter
 from torch import Tensor
 
 from bitwright.errors import FormatCannotHold
 from workers.formats.gguf.architectures.names import FUSED
-from workers.formats.gguf.collected import Collected
 from workers.formats.gguf.metadata import OTHER_FORMAT, Architecture
 from workers.formats.source_files import BlockSource
 
@@ -25,6 +24,12 @@ ALWAYS_FP32 = re.compile(
 SSM_MATRICES = re.compile(r"ssm_(?:in|out|x|beta_alpha|alpha|beta)\.weight$")
 
 
+class Collects(Protocol):
+    """A place for the tensors of a file (`Collected`), or for their sizes alone."""
+
+    def add(self, name: str, data: Tensor, kind: int, *, slot: int | None = None, of: int = 1) -> None: ...
+
+
 class PlacedTensors:
     """The tensors of one file.
 
@@ -32,7 +37,7 @@ class PlacedTensors:
     whole   names of quantized linears that are there in their own dtype
     """
 
-    def __init__(self, architecture: Architecture, collected: Collected) -> None:
+    def __init__(self, architecture: Architecture, collected: Collects) -> None:
         self._architecture, self._family = architecture, architecture.family
         self._names, self._collected = architecture.names, collected
         self.done: set[str] = set()
@@ -114,15 +119,14 @@ class PlacedTensors:
         self._collected.add(place.name, stored.data, stored.kind, slot=place.slot, of=place.of)
         return True
 
-    def finish(self, writer: GGUFWriter, source: object) -> None:
-        """Write the file, with the tensors that are made of no parameter: those of a `source` that is a GGUF file."""
+    def add_made(self, source: object) -> None:
+        """Store the tensors that are made of no parameter: those of a `source` that is a GGUF file."""
         for name, tensor in self._architecture.added().items():
             stored = source.blocks(name) if isinstance(source, BlockSource) else None
             if stored is None:
                 self._put(name, tensor)
             else:
                 self._collected.add(name, stored.data, stored.kind)
-        self._collected.write(writer)
 
     def _fused(self, name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Names and numbers, (experts, out, in) or (experts, out), of the experts in one tensor of the source."""
