@@ -45,6 +45,7 @@ INPUT_PROBLEMS = (
     "corrupt_checkpoint",
     "group_size_does_not_divide",
     "invalid_dataset",
+    "over_limit",
     "unknown_module",
 )
 ACCEPTED = {

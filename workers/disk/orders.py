@@ -55,7 +55,7 @@ class RuntimePlace(Message):
 
 
 class WarmChild(Message):
-    """A limited child that waits for orders (`workers.limited.process.Handle`)."""
+    """A limited child that waits for orders (`app.limited.process.Handle`)."""
 
     orders: int
     answers: int

@@ -12,10 +12,10 @@ from pathlib import Path
 import structlog
 
 from app.domain.runtimes import Runtime
+from app.limited.environment import limited_environment
+from app.limited.process import LimitedProcess
 from app.settings import Settings
 from workers.disk.orders import RuntimePlace, WarmChild
-from workers.limited.environment import limited_environment
-from workers.limited.process import LimitedProcess
 from workers.runtimes.libraries import library_version
 from workers.runtimes.order import FILE_BYTES, HOST
 
@@ -67,7 +67,7 @@ def _vllm_version(python: Path, folder: Path) -> str | None:
 
 
 class WarmReader:
-    """A limited child that reads results in runtimes (`workers.runtimes.host`), lent to one attempt after another.
+    """A limited child that reads results in runtimes (`workers.child.host`), lent to one attempt after another.
 
     It is started when the first attempt wants it, and imports what it needs while that opens its model; where a worker
     has spares, it waits beside them. An attempt that ended badly may have left it with an order: then the next one gets

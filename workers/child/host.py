@@ -1,4 +1,4 @@
-"""`python -P -m workers.runtimes.host`: reads checkpoints in runtimes, one order a line, one answer a line.
+"""`python -P -m workers.child.host`: reads checkpoints in runtimes, one order a line, one answer a line.
 
 It imports transformers once and forks for each order: an order finds everything imported and nothing of the orders
 before it, and its death (llama.cpp ends its process where a file contradicts itself) is an answer. A hang is the
@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import NoReturn
 
-from workers.limited.process import exit_words
+from app.limited.process import exit_words
 from workers.runtimes.order import ReadAnswer, ReadOrder
 
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36

@@ -1,4 +1,4 @@
-"""`python -P -m workers.limited.launch FILE_BYTES PARENT COMMAND...`: confines this process, then becomes COMMAND.
+"""`python -P -m app.limited.launch FILE_BYTES PARENT COMMAND...`: confines this process, then becomes COMMAND.
 
 Everything here outlives `exec`, so that any program can be confined, whatever language it is written in:
 

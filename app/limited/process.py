@@ -3,7 +3,7 @@
     child = LimitedProcess.start([sys.executable, "-P", "-m", "..."], folder=folder, file_bytes=1 << 28)
     outcome = child.ask(order, Limits(seconds=60, memory_bytes=4 << 30))
 
-It is started confined (`workers.limited.launch`) and may wait for its first order as long as its owner likes. Whatever
+It is started confined (`app.limited.launch`) and may wait for its first order as long as its owner likes. Whatever
 happens to it while it has one is an `Outcome`: its death, too much time, memory or output. A child that did not answer
 is ended, with its whole process group, and takes no further order.
 
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from workers.limited.environment import limited_environment
-from workers.limited.limits import Ended, Limits, Outcome
+from app.limited.environment import limited_environment
+from app.limited.limits import Ended, Limits, Outcome
 
 LOG = "child.log"
 """In the child's folder: all that it prints to its standard error."""
@@ -58,7 +58,7 @@ class LimitedProcess:
         extra   variables beside those of `limited_environment`
         """
         folder.mkdir(parents=True, exist_ok=True)
-        launch = [sys.executable, "-P", "-m", "workers.limited.launch", str(file_bytes), str(os.getpid())]
+        launch = [sys.executable, "-P", "-m", "app.limited.launch", str(file_bytes), str(os.getpid())]
         environment = limited_environment(folder, extra)
         (their_orders, orders), (answers, their_answers) = os.pipe(), os.pipe()
         try:
