@@ -4,7 +4,7 @@ Everything here outlives `exec`, so that any program can be confined, whatever l
 
     network     a network namespace of its own, in which nothing is but its own loopback; where the kernel refuses that,
                 a filter of system calls that refuses internet sockets
-    lifetime    it ends when the process that started it does
+    lifetime    it ends when PARENT does, the process that started it; 0: nothing is done about that
     files       none that it writes grows beyond FILE_BYTES; no core is dumped
     privileges  no program that it starts gains any
 
@@ -42,9 +42,10 @@ def main(arguments: list[str]) -> None:
         leave_network()
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
     # After the namespaces: what changes a process's credentials takes this back.
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(EXIT_ORPHANED)
+    if parent:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(EXIT_ORPHANED)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)

@@ -29,6 +29,8 @@ from app.limited.limits import Ended, Limits, Outcome
 LOG = "child.log"
 """In the child's folder: all that it prints to its standard error."""
 WATCH_SECONDS = 0.1
+NO_PARENT = "0"
+"""In place of a process id: whoever is the parent."""
 MIB = 1 << 20
 
 
@@ -48,17 +50,26 @@ class LimitedProcess:
         self.handle = handle
         self._process = process
         self._usable = True
+        self._heard = b""
 
     @classmethod
     def start(
-        cls, command: Sequence[str], *, folder: Path, file_bytes: int, extra: Mapping[str, str] | None = None
+        cls,
+        command: Sequence[str],
+        *,
+        folder: Path,
+        file_bytes: int,
+        extra: Mapping[str, str] | None = None,
+        of_thread: bool = True,
     ) -> Self:
         """Start a command; its working folder, caches and log are in `folder`, which is made if it is not there.
 
-        extra   variables beside those of `limited_environment`
+        extra       variables beside those of `limited_environment`
+        of_thread   whether it ends with the thread that starts it; else with its input, which it must watch
         """
         folder.mkdir(parents=True, exist_ok=True)
-        launch = [sys.executable, "-P", "-m", "app.limited.launch", str(file_bytes), str(os.getpid())]
+        parent = str(os.getpid()) if of_thread else NO_PARENT
+        launch = [sys.executable, "-P", "-m", "app.limited.launch", str(file_bytes), parent]
         environment = limited_environment(folder, extra)
         (their_orders, orders), (answers, their_answers) = os.pipe(), os.pipe()
         try:
@@ -89,10 +100,24 @@ class LimitedProcess:
 
     def ask(self, order: bytes, limits: Limits) -> Outcome:
         """Give an order, a line of JSON without its end, and wait for the answer; from one thread at a time."""
-        if not self.usable:
+        self.send(order + b"\n")
+        return self.hear(limits)
+
+    def send(self, data: bytes) -> None:
+        """Write bytes to its input: an order with its end, or what it has asked for. One that ended hears nothing."""
+        with suppress(OSError):
+            while self.usable and data:
+                data = data[os.write(self.handle.orders, data) :]
+
+    def hear(self, limits: Limits, since: float | None = None) -> Outcome:
+        """Wait for its next line.
+
+        since   the moment, of `time.monotonic`, from which the limit of time counts; None: now
+        """
+        if not self.usable and b"\n" not in self._heard:
             return Outcome(Ended.DIED, words="it had ended before it was asked")
         try:
-            outcome = self._ask(order, limits)
+            outcome = self._hear(limits, time.monotonic() if since is None else since)
         except OSError:
             outcome = self._died()
         if outcome.ended is not Ended.ANSWERED:
@@ -121,22 +146,20 @@ class LimitedProcess:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _ask(self, order: bytes, limits: Limits) -> Outcome:
-        deadline, answer = time.monotonic() + limits.seconds, b""
-        data = order + b"\n"
-        while data:
-            data = data[os.write(self.handle.orders, data) :]
+    def _hear(self, limits: Limits, since: float) -> Outcome:
+        deadline = since + limits.seconds
         while True:
+            line, newline, rest = self._heard.partition(b"\n")
+            if len(line) > limits.answer_bytes:
+                return Outcome(Ended.TOO_MUCH_OUTPUT, words=f"it wrote more than {limits.answer_bytes} bytes")
+            if newline:
+                self._heard = rest
+                return Outcome(Ended.ANSWERED, line)
             if select.select([self.handle.answers], [], [], WATCH_SECONDS)[0]:
                 chunk = os.read(self.handle.answers, 1 << 16)
                 if not chunk:
                     return self._died()
-                answer += chunk
-                line, newline, _ = answer.partition(b"\n")
-                if len(line) > limits.answer_bytes:
-                    return Outcome(Ended.TOO_MUCH_OUTPUT, words=f"it wrote more than {limits.answer_bytes} bytes")
-                if newline:
-                    return Outcome(Ended.ANSWERED, line)
+                self._heard += chunk
             elif (used := group_memory(self.handle.pid)) > limits.memory_bytes:
                 words = f"it took {used // MIB} MiB of memory, and may take {limits.memory_bytes // MIB}"
                 return Outcome(Ended.TOO_MUCH_MEMORY, words=words)
