@@ -61,15 +61,19 @@ class LimitedProcess:
         file_bytes: int,
         extra: Mapping[str, str] | None = None,
         of_thread: bool = True,
+        user: int = 0,
     ) -> Self:
         """Start a command; its working folder, caches and log are in `folder`, which is made if it is not there.
 
         extra       variables beside those of `limited_environment`
         of_thread   whether it ends with the thread that starts it; else with its input, which it must watch
+        user        number of the user that it goes on as, whose folder it is; 0: this process's own
         """
         folder.mkdir(parents=True, exist_ok=True)
+        if user:
+            os.chown(folder, user, user)
         parent = str(os.getpid()) if of_thread else NO_PARENT
-        launch = [sys.executable, "-P", "-m", "app.limited.launch", str(file_bytes), parent]
+        launch = [sys.executable, "-P", "-m", "app.limited.launch", str(file_bytes), parent, str(user)]
         environment = limited_environment(folder, extra)
         (their_orders, orders), (answers, their_answers) = os.pipe(), os.pipe()
         try:
@@ -114,7 +118,7 @@ class LimitedProcess:
 
         since   the moment, of `time.monotonic`, from which the limit of time counts; None: now
         """
-        if not self.usable and b"\n" not in self._heard:
+        if not self._usable:
             return Outcome(Ended.DIED, words="it had ended before it was asked")
         try:
             outcome = self._hear(limits, time.monotonic() if since is None else since)
@@ -127,7 +131,7 @@ class LimitedProcess:
     def kill(self) -> None:
         """End the child and its whole group, now."""
         if self._usable:
-            self._usable = False
+            self._usable, self._heard = False, b""
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self.handle.pid, signal.SIGKILL)
         if self._process is not None:
@@ -194,6 +198,13 @@ def group_memory(group: int, root: Path = Path("/proc")) -> int:
                 if int((folder / "stat").read_text().rpartition(")")[2].split()[2]) == group:
                     total += _held(folder / "status")
     return total
+
+
+def held_memory(pid: int, root: Path = Path("/proc")) -> int:
+    """Bytes that a process holds, mapped files not counted; 0 where it has ended or the system does not say."""
+    with suppress(OSError, ValueError, IndexError):
+        return _held(root / str(pid) / "status")
+    return 0
 
 
 def _held(status: Path) -> int:

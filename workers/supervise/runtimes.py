@@ -74,15 +74,17 @@ class WarmReader:
     another.
     """
 
-    def __init__(self, workspaces: Path) -> None:
+    def __init__(self, workspaces: Path, user: int | None = None) -> None:
+        """user   that the child goes on as; None: this process's own"""
         self._folder = workspaces / FOLDER
+        self._user = user or 0
         self._child: LimitedProcess | None = None
 
     def start(self) -> LimitedProcess:
         """The child; started now unless there is one that takes orders."""
         if self._child is None or not self._child.usable:
             self.close()
-            self._child = LimitedProcess.start(HOST, folder=self._folder, file_bytes=FILE_BYTES)
+            self._child = LimitedProcess.start(HOST, folder=self._folder, file_bytes=FILE_BYTES, user=self._user)
             log.info("reader_started", pid=self._child.handle.pid)
         return self._child
 

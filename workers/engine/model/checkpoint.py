@@ -85,10 +85,11 @@ class Checkpoint:
         self._open: dict[Path, Any] = {}
 
     @classmethod
-    def open(cls, folder: Path, scratch: Path | None = None) -> "Checkpoint":
+    def open(cls, folder: Path, scratch: Path | None = None, made: Path | None = None) -> "Checkpoint":
         """Reads config.json and the headers of all weight files.
 
         scratch   where the files beside a quantized source's weights are put; None: a temporary folder
+        made      a scratch folder of the same source, whose tokenizer is taken rather than made again
 
         Raises:
             SourceNotFound: there is no such folder, or no config.json or no weights in it.
@@ -97,14 +98,14 @@ class Checkpoint:
             SourceForbidden: the worker's user may not read them.
         """
         try:
-            return cls._open_readable(folder, scratch)
+            return cls._open_readable(folder, scratch, made)
         except PermissionError as error:
             hint = "let the user that the worker runs as read the folder and its files"
             detail = f"{Path(str(error.filename)).name} may not be read by the worker's user"
             raise SourceForbidden(detail, field="model", hint=hint) from error
 
     @classmethod
-    def _open_readable(cls, folder: Path, scratch: Path | None) -> "Checkpoint":
+    def _open_readable(cls, folder: Path, scratch: Path | None, made: Path | None) -> "Checkpoint":
         config_file = folder / "config.json"
         names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
         check_side_files(names, lambda name: (folder / name).stat().st_size)
@@ -113,7 +114,7 @@ class Checkpoint:
             raise foreign.refusal("model")
         gguf = gguf_file(names)
         if gguf is not None:
-            return cls._present(present_gguf(folder / gguf, scratch), {})
+            return cls._present(present_gguf(folder / gguf, scratch, made), {})
         if not config_file.is_file():
             hint = "name a folder that holds config.json and safetensors"
             raise SourceNotFound("the model's folder holds no config.json", field="model", hint=hint)
