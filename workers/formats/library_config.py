@@ -17,7 +17,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from workers.formats.source_files import IMPLEMENTATIONS
 
@@ -44,6 +44,18 @@ def library_config(folder: Path, config: Mapping[str, Any]) -> PreTrainedConfig:
         read = AutoConfig.from_pretrained(place, local_files_only=True, trust_remote_code=False)
     read.name_or_path = str(folder)
     return read
+
+
+def library_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer of a folder, whose class may follow from its configuration; whatever transformers raises goes
+    through. Code in the folder is never run.
+    """
+    file = folder / FILE
+    given = {"config": library_config(folder, json.loads(file.read_bytes()))} if file.is_file() else {}
+    made: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        folder, local_files_only=True, trust_remote_code=False, **given
+    )
+    return made
 
 
 def known_part(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from app.domain.request.job_request import Calibration, Evaluation
 from app.domain.request.sources import CalibrationSource, DatasetSource, ModelSource
@@ -22,6 +22,7 @@ from bitwright.errors import CorruptCheckpoint, InvalidDataset
 from bitwright.report import TextReport
 from workers.engine.text.conversations import ChatTemplate, readable
 from workers.engine.text.documents import Document, Half, Notes, builtin_documents, half_of, hash_of, read_jsonl
+from workers.formats.library_config import library_tokenizer
 
 PROBE = "The `with` statement is used to wrap the execution of a block with methods."
 """A short text, of which any tokenizer makes tokens."""
@@ -63,7 +64,7 @@ def load_tokenizer(folder: Path, needed_for: str = "its text") -> PreTrainedToke
         CorruptCheckpoint: there is none that transformers can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return library_tokenizer(folder)
     except MemoryError:
         raise
     except Exception as error:  # transformers raises whatever its parsers raise
