@@ -58,7 +58,7 @@ def test_a_header_is_as_long_as_the_configuration_has_names() -> None:
     assert refused.value.hint == safetensors_header.NAMED
     body = json.dumps({name: {"dtype": "U8", "shape": [0], "data_offsets": [0, 0]} for name in "abc"}).encode()
     assert len(parse_header(body, 8 + len(body), "a", 3)) == 3
-    with pytest.raises(CorruptCheckpoint, match="config.json can name 1"):
+    with pytest.raises(CorruptCheckpoint, match=r"config\.json can name 1"):
         parse_header(body, 8 + len(body), "a", 1)
 
 

@@ -5,8 +5,8 @@
     inputs.ask_texts()            # the child reads them while this process opens the model
     texts = inputs.texts()
 
-Where an order does not ask for it (whoever runs the engine without a supervisor), nothing is tried, and the engine reads
-the texts in its own process.
+Where an order does not ask for it (whoever runs the engine without a supervisor), nothing is tried, and the engine
+reads the texts in its own process.
 """
 
 import time
