@@ -237,6 +237,30 @@ class Settings(BaseSettings):
         description="Where a worker keeps the loops that it compiles for its processor, once for a version of the "
         "code; workers may share it.",
     )
+    input_seconds: Finite = Field(
+        default=120.0,
+        ge=1,
+        le=DAY,
+        description="So long a worker's child may read a job's configuration, tokenizer and texts; and a second more "
+        "for each MiB of text.",
+    )
+    input_memory_bytes: int = Field(
+        default=4 * GIB, ge=64 * MIB, le=PIB, description="The most memory that this may take."
+    )
+    attempt_memory: Literal["plan", "off"] | Annotated[int, Field(ge=GIB, le=PIB)] = Field(
+        default="plan",
+        description="The most memory of an attempt: `plan`, by what its job is estimated to need; so many bytes; or "
+        "`off`.",
+    )
+    attempt_network: Literal["own", "shared"] = Field(
+        default="own",
+        description="Whether an attempt has a network of its own, in which nothing is but its loopback, or the "
+        "worker's.",
+    )
+    attempt_user: Annotated[str, AfterValidator(values.user)] | None = Field(
+        default=None,
+        description="User that a worker which runs as root lets attempts run as: a name or a number; unset: root.",
+    )
     llama_cpp: Folder | None = Field(
         default=None, description="Folder with llama.cpp's shared libraries, in which a worker reads GGUF files."
     )
@@ -296,6 +320,7 @@ WAYS: Mapping[str, str] = MappingProxyType(
         "hub_enabled": "give true or false",
         "hub_preflight": "give true or false",
         "devices": "give `all`, or a number from 1 to 64",
+        "attempt_memory": "give `plan`, `off`, or bytes, 1 GiB at the least",
         "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
     }
 )

@@ -115,7 +115,7 @@ def _cases(weight: Tensor, hessian: Tensor) -> Iterator[tuple[str, Callable[[], 
     columns, moments = weight.shape[1], hessian.diagonal()
     for act_order in (False, True):
         made = Elimination.of(hessian, 0.01, act_order=act_order)
-        assert made is not None  # noqa: S101 - for the type checker
+        assert made is not None
         for scheme in (Scheme(bits=4, group_size=64, symmetric=True), Scheme(bits=3, group_size=64, symmetric=False)):
             name = f"{scheme.bits} bits, {'static' if act_order else 'moving'} groups"
             yield name, lambda m=made, s=scheme: gptq.quantize_weight(weight, m, s, torch.bfloat16)
@@ -125,7 +125,7 @@ def _cases(weight: Tensor, hessian: Tensor) -> Iterator[tuple[str, Callable[[], 
         lambda m=made: gptq.quantize_floats([weight], m, scheme, torch.float32, moments, [None])[0],
     )
     straight = Elimination.of(hessian, 0.01, act_order=False)
-    assert straight is not None  # noqa: S101 - for the type checker
+    assert straight is not None
     for kind in ("q4_0", "q4_1") if columns % 256 else ("q2_k", "q3_k", "iq4_xs", "iq3_s"):
         scheme = Scheme.named(SchemeName(kind))
         yield f"{kind}, search", lambda s=scheme: search.search_blocks(weight, s, moments)

@@ -29,6 +29,7 @@ BitwrightError
 |   |-- CorruptCheckpoint          corrupt_checkpoint
 |   |-- IndivisibleGroup           group_size_does_not_divide
 |   |-- InvalidDataset             invalid_dataset
+|   |-- OverLimit                  over_limit            took more time, memory or bytes than it may
 |   |-- UnknownModule              unknown_module
 |   |-- FormatCannotHold           format_cannot_hold
 |   |-- MisalignedAdapter          misaligned_adapter
@@ -289,6 +290,15 @@ class InvalidDataset(InputError):
     way_out = (
         "JSONL, each line an object with `text`, `prompt` and `completion`, or `messages`; enough text for "
         "the samples asked for."
+    )
+
+
+class OverLimit(InputError):
+    code, title = "over_limit", "The job took more than it may"
+    way_out = (
+        "Give less: `detail` names the file and the limit. What reads a job's input has `BITWRIGHT_INPUT_SECONDS` and "
+        "`BITWRIGHT_INPUT_MEMORY_BYTES`, an attempt what its plan needs (`BITWRIGHT_ATTEMPT_MEMORY`); the operator "
+        "may raise them."
     )
 
 

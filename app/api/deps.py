@@ -8,6 +8,7 @@ from fastapi import Depends, Header, Request
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
 from app.api.submission.hub_child import HubChild
+from app.inspection.inspector import Inspector
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.session import Database
@@ -39,6 +40,10 @@ def _hub(state: Annotated["State", Depends(get_state)]) -> HubChild | None:
     return state.hub
 
 
+def _inspector(state: Annotated["State", Depends(get_state)]) -> Inspector:
+    return state.inspector
+
+
 def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
     return state.metrics
 
@@ -52,6 +57,7 @@ class State:
     blobs: BlobStore
     feed: EventFeed
     metrics: Metrics
+    inspector: Inspector
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
 
@@ -61,6 +67,7 @@ DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
+InspectorOf = Annotated[Inspector, Depends(_inspector)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 IdempotencyHeader = Annotated[
     str | None,

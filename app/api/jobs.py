@@ -7,13 +7,13 @@ from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from sqlalchemy.orm import Session
 
 from app.api.auth import Reader, Submitter
-from app.api.deps import BlobsOf, DatabaseOf, HubOf, IdempotencyHeader, MetricsOf, SettingsOf
+from app.api.deps import BlobsOf, DatabaseOf, HubOf, IdempotencyHeader, InspectorOf, MetricsOf, SettingsOf
 from app.api.http.documentation import problems, text_header
 from app.api.representations import job_view
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
 from app.api.submission.job_examples import REQUEST_BODY
-from app.api.submission.preflight import look_at_hub, run_preflight
+from app.api.submission.preflight import find_sources, judge_model, look_at_hub
 from app.api.views import JobView, PreflightView
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest
@@ -45,6 +45,7 @@ INPUT_PROBLEMS = (
     "corrupt_checkpoint",
     "group_size_does_not_divide",
     "invalid_dataset",
+    "over_limit",
     "unknown_module",
 )
 ACCEPTED = {
@@ -81,6 +82,7 @@ def create_job(
     blobs: BlobsOf,
     metrics: MetricsOf,
     hub: HubOf,
+    inspector: InspectorOf,
     dry_run: Annotated[bool, Query(description="Check, expand and estimate; store nothing.")] = False,
     idempotency_key: IdempotencyHeader = None,
 ) -> Any:
@@ -107,7 +109,9 @@ def create_job(
                 return accepted(session, replayed_job, response)
     seen = look_at_hub(request, hub)
     with database.reading() as session:
-        preflight = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs, seen)
+        preflight, model = find_sources(request, settings, UploadRepository(session, principal.tenant_id), blobs)
+    judge_model(preflight, model, inspector, principal.tenant_id, seen)
+    with database.reading() as session:
         alive = [state.worker for state in list_workers(session)]
         require_capacity(preflight.request, preflight.estimates, alive)
         if dry_run:

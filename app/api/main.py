@@ -19,6 +19,7 @@ from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
+from app.inspection.inspector import inspector_of_process
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
@@ -78,6 +79,7 @@ def build_state(settings: Settings) -> State:
         blobs=open_blobs(settings.blob_url),
         feed=feed,
         metrics=Metrics(count_jobs, lambda: feed.streams),
+        inspector=inspector_of_process(),
         hub=HubChild(settings) if settings.looks_at_hub else None,
     )
 

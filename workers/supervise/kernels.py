@@ -11,7 +11,7 @@ from pathlib import Path
 
 import structlog
 
-from workers.supervise.child_env import kernel_environment, kernels_in
+from workers.supervise.child_env import TEXTS, kernel_environment, kernels_in
 from workers.supervise.child_process import ChildProcess
 from workers.supervise.spares.stamp import stamp
 
@@ -35,6 +35,11 @@ class Kernels:
     def ready(self) -> bool:
         """True where there is something to give."""
         return self._folder.is_dir()
+
+    @property
+    def builtin_text(self) -> Path:
+        """The file with the builtin text, once it is there."""
+        return self._folder / TEXTS
 
     def tend(self) -> None:
         """Start the child if the folder is not there, and take over what it made. Takes some milliseconds."""

@@ -71,7 +71,9 @@ def _tables(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
     return first, torch.cat([levels, codes_of(levels, kind).float()])
 
 
-def warm_ups(columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
+def warm_ups(
+    columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device
+) -> list[Callable[[], object]]:
     """A launch of each kernel on a few rows, which compiles them for linears of so many columns in a scheme."""
     if columns % scheme.width(columns) or (scheme.blocks is not None and columns % scheme.blocks.weights):
         return []

@@ -55,7 +55,9 @@ def sweep(
     if kind.scales is not None:
         small = (kind.scales, kind.minimums)
         for panel in panels:
-            move_numbers(kind, levels, pull, hessian, (scale, minimum), (numbers, minimum_numbers), panel, changes, small)
+            move_numbers(
+                kind, levels, pull, hessian, (scale, minimum), (numbers, minimum_numbers), panel, changes, small
+            )
             _follow(pull, hessian, panel, changes)
     for panel in panels:
         move_numbers(kind, levels, pull, hessian, (numbers, minimum_numbers), (scale, minimum), panel, changes, None)

@@ -48,7 +48,14 @@ def inverse_quads(hessian: Tensor) -> Tensor:
 
 
 def move_points(
-    levels: Tensor, pull: Tensor, factor: Tensor, hessian: Tensor, quads: Tensor, batch: slice, width: int, changes: Tensor
+    levels: Tensor,
+    pull: Tensor,
+    factor: Tensor,
+    hessian: Tensor,
+    quads: Tensor,
+    batch: slice,
+    width: int,
+    changes: Tensor,
 ) -> None:
     """`descent_kernels.move_levels` four by four, where that lowers the error; `quads` are `inverse_quads`.
 

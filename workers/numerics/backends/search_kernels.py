@@ -89,9 +89,7 @@ def search(
     )
 
 
-def warm_ups(
-    columns: int, scheme: Scheme, dtype: torch.dtype, device: torch.device
-) -> list[Callable[[], object]]:
+def warm_ups(columns: int, scheme: Scheme, dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
     """A launch on a few rows of each layout that a search meets, which compiles it."""
     kind = scheme.blocks
     if kind is None or columns % kind.weights:
