@@ -6,6 +6,7 @@ of `app.domain.gguf`, applied here to the configuration as transformers complete
 """
 
 import math
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
