@@ -140,16 +140,22 @@ class Children:
         log.warning("child_ended", name=child.program.name, exit_code=code, restart_in_seconds=delay)
 
     def _end_all(self) -> None:
+        """In reverse order; those that no other one waits for are asked to end at once."""
+        for child in self._children:
+            if child.process is not None and child.program.ready is None and child.process.poll() is None:
+                child.process.terminate()
         for child in reversed(self._children):
             if child.process is not None:
-                _end(child.process, child.program.stop_seconds)
+                _end(child.process, child.program.stop_seconds, asked=child.program.ready is None)
                 log.info("child_stopped", name=child.program.name, exit_code=child.process.returncode)
                 child.process = None
 
 
-def _end(process: subprocess.Popen[bytes], grace_seconds: float) -> None:
+def _end(process: subprocess.Popen[bytes], grace_seconds: float, *, asked: bool) -> None:
+    """End it, after `grace_seconds` by force; `asked` if it has been told to end."""
     if process.poll() is None:
-        process.terminate()
+        if not asked:
+            process.terminate()
         with suppress(subprocess.TimeoutExpired):
             process.wait(grace_seconds)
     _signal_group(process, signal.SIGKILL)

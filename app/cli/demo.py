@@ -10,21 +10,25 @@ from typing import Annotated, Any
 
 import httpx
 import typer
+from rich.console import Console
 
 from app.cli.children import tied_to_this_process
 from app.cli.embedded import EmbeddedService
 from app.cli.installed import how_to_call
-from app.cli.loading import load_and_generate
+from app.cli.loading import FreshPython
 from app.domain.methods import METHODS
 from app.settings import get_settings
+from bitwright import Client
 from bitwright.cli.connection import DataDirOption
 from bitwright.cli.job_details import brought
 from bitwright.cli.jobs import download_checkpoint
 from bitwright.cli.render import format_seconds, out, report_table, times_table
 from bitwright.cli.submit import set_fields, set_section
-from bitwright.cli.watch import finish, follow_job
+from bitwright.cli.watch import finish, shown_on
 from bitwright.errors import InternalError
+from bitwright.events import ProgressEvent, Stage
 from bitwright.folders import claim_folder
+from bitwright.views import EventView, JobView
 
 HUB = "https://huggingface.co"
 HUB_MODEL = "HuggingFaceTB/SmolLM2-135M"
@@ -77,7 +81,8 @@ def demo(
         client = stack.enter_context(service.client())
         job = client.submit(body)
         console.print(f"Submitted {job.id} to {service.url}", soft_wrap=True)
-        job = follow_job(client, job.id, console)
+        fresh = stack.enter_context(FreshPython())
+        job = _followed(client, job.id, console, fresh)
         if job.report is None:
             finish(job, [], as_json=False)
             raise InternalError(f"{job.id} {job.status.value} without a report")
@@ -85,7 +90,7 @@ def demo(
         parts = download_checkpoint(client, job.id, checkpoint, None)
         console.print(f"Checkpoint: {checkpoint.absolute()}", soft_wrap=True)
         # The first is the model; of low-rank methods the factors lie beside it, for peft.
-        loaded = load_and_generate(next(iter(parts)), prompt)
+        loaded = fresh.load_and_generate(next(iter(parts)), prompt)
         console.print(f"Loaded in a fresh Python with {loaded.loader} in {format_seconds(loaded.seconds)}; it says:")
         console.print(f"    {loaded.text.strip()}", markup=False, soft_wrap=True)
         console.print()
@@ -95,6 +100,18 @@ def demo(
         if call := how_to_call():
             console.print()
             console.print(f"From here on, the command is {call}.", soft_wrap=True, markup=False)
+
+
+def _followed(client: Client, job_id: str, console: Console, fresh: FreshPython) -> JobView:
+    """The final job. The process that is to load its result starts when the blocks are done."""
+    with shown_on(console) as show:
+
+        def seen(stored: EventView) -> None:
+            show(stored)
+            if isinstance(stored.event, ProgressEvent) and stored.event.stage in (Stage.EVALUATE, Stage.EXPORT):
+                fresh.start()
+
+        return client.wait(job_id, on_event=seen)
 
 
 def _model_roots(model: Path) -> list[Path]:

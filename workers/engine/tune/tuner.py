@@ -256,9 +256,16 @@ class _Run:
     @torch.no_grad()
     def _measure(self) -> None:
         self.loss.zero_()
-        for rows in torch.split(self.data.held_out, self.micro_batch):
+        for rows in torch.split(self.data.held_out, self._measured_at_once):
             parts = self._outputs(rows)
             self.loss += self._error(parts, rows, len(rows) / (len(self.data.held_out) * self.processes.size))[0]
+
+    @property
+    def _measured_at_once(self) -> int:
+        """Sequences of the held-out loss that pass the block together: on a CPU as many as fit with gradients, where
+        products of more tokens are quicker; on a GPU those of a captured step.
+        """
+        return self.micro_batch if self.task.device.type == "cuda" else max(self.micro_batch, self.task.micro_batch)
 
     def _sum_loss(self) -> None:
         self.processes.sum_(self.loss)
