@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture(autouse=True)
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operators on every device, until a test says otherwise; kernels in few programs, which the interpreter is slow at."""
+    """Operators until a test says otherwise, and few programs, at which the interpreter is slow."""
     monkeypatch.setattr(backend, "triton_serves", lambda *_: False)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(search_kernels, "PROGRAM_ELEMENTS", 8192)
@@ -32,7 +32,9 @@ def errors(weight: Tensor, made: BlockWeight, hessian: Tensor) -> Tensor:
     return ((off @ hessian.double()) * off).sum(1)
 
 
-@pytest.mark.parametrize(("name", "columns"), [("q2_k", 256), ("q3_k", 512), ("q4_1", 320), ("iq4_nl", 160), ("iq3_s", 256)])
+@pytest.mark.parametrize(
+    ("name", "columns"), [("q2_k", 256), ("q3_k", 512), ("q4_1", 320), ("iq4_nl", 160), ("iq3_s", 256)]
+)
 def test_a_sweep_makes_the_moves_of_the_operators(name: str, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """All of them, over panels that are not whole, too; the last bits of a sum may decide one next to a middle."""
     weight, hessian = (tensor.float().to(DEVICE) for tensor in problem(columns, 5, 3))

@@ -36,7 +36,8 @@ INTEGERS, FLOATS, LEVELS = 0, 1, 2
 
 def round_integers(columns: Columns, batch: slice, grid: IntegerGrid) -> None:
     """Rounds a batch to integers q. A group whose grid is written begins in the batch and ends in it."""
-    _eliminate(columns, batch, batch, grid.scale, grid.zero, **_of_integers(grid.scheme, grid.scale_dtype, grid.width))
+    facts = _of_integers(grid.scheme, grid.scale_dtype, grid.width)
+    _eliminate(columns, batch, batch, grid.scale, grid.zero, None, **facts)
 
 
 def round_floats(columns: Columns, batch: slice, scale: Tensor, element: Element) -> None:
@@ -71,7 +72,9 @@ def _tables(kind: BlockType, device: torch.device) -> tuple[int, Tensor]:
     return first, torch.cat([levels, codes_of(levels, kind).float()])
 
 
-def warm_ups(columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device) -> list[Callable[[], object]]:
+def warm_ups(
+    columns: int, scheme: Scheme, scale_dtype: torch.dtype, device: torch.device
+) -> list[Callable[[], object]]:
     """A launch of each kernel on a few rows, which compiles them for linears of so many columns in a scheme."""
     if columns % scheme.width(columns) or (scheme.blocks is not None and columns % scheme.blocks.weights):
         return []
@@ -216,19 +219,18 @@ def _round_columns(  # type: ignore[no-untyped-def]
         upper = tl.load(FACTOR + j * columns + at, mask=inside & (at > j), other=0.0)
         diagonal = tl.load(FACTOR + j * columns + j)
         group = tl.load(GROUP + j).to(tl.int64) * rows + row
-        if WIDTH > 0:
-            if j % WIDTH == 0:
-                own = ((at >= j) & (at < j + WIDTH))[:, None]
-                low = tl.minimum(tl.min(tl.where(own, left, 0.0), 0), 0.0)
-                high = tl.maximum(tl.max(tl.where(own, left, 0.0), 0), 0.0)
-                broken = tl.sum((own & (left != left)).to(tl.int32), 0) > 0  # noqa: PLR0124 - NaN alone differs
-                new_scale, new_zero = _grid(
-                    low, high, low * 0.0 + 1.0, low * 0.0 + 1.0, SMALLEST, BITS, SYMMETRIC, STORED_AS
-                )
-                tl.store(SCALE + group, tl.where(broken, float("nan"), new_scale), mask=real)
-                if OTHER:
-                    tl.store(ZERO + group, new_zero, mask=real)
-                tl.debug_barrier()
+        if WIDTH > 0 and j % WIDTH == 0:
+            own = ((at >= j) & (at < j + WIDTH))[:, None]
+            low = tl.minimum(tl.min(tl.where(own, left, 0.0), 0), 0.0)
+            high = tl.maximum(tl.max(tl.where(own, left, 0.0), 0), 0.0)
+            broken = tl.sum((own & (left != left)).to(tl.int32), 0) > 0  # noqa: PLR0124 - NaN alone differs
+            new_scale, new_zero = _grid(
+                low, high, low * 0.0 + 1.0, low * 0.0 + 1.0, SMALLEST, BITS, SYMMETRIC, STORED_AS
+            )
+            tl.store(SCALE + group, tl.where(broken, float("nan"), new_scale), mask=real)
+            if OTHER:
+                tl.store(ZERO + group, new_zero, mask=real)
+            tl.debug_barrier()
         scale = tl.load(SCALE + group, mask=real, other=1.0)
         column = tl.sum(tl.where(place[:, None] == j - first, left, 0.0), 0)
         if KIND == 0:

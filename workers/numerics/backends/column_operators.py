@@ -174,7 +174,7 @@ def round_levels(columns: Columns, batch: slice, now: slice, grid: LevelGrid) ->
 def _one_by_one(
     columns: Columns, batch: slice, now: slice, rounding: Callable[[int, int], tuple[Tensor, Tensor]]
 ) -> None:
-    """The formulas of the module docstring for the columns `now`; `rounding` gives what is found, and w_hat, (rows,)."""
+    """The module docstring's formulas for the columns `now`; `rounding` gives what is found, and w_hat, (rows,)."""
     left, factor = columns.left, columns.factor
     for j, group in zip(range(now.start, now.stop), columns.group[now].tolist(), strict=True):
         columns.found[j], w_hat = rounding(j, group)
@@ -187,9 +187,7 @@ def _some_together(
 ) -> None:
     """The same with e_B = (w_B - w_hat_B) U[B, B]^-1 for so many columns B at once, (together, rows)."""
     left, factor = columns.left, columns.factor
-    for j, group in zip(
-        range(now.start, now.stop, together), columns.group[now][::together].tolist(), strict=True
-    ):
+    for j, group in zip(range(now.start, now.stop, together), columns.group[now][::together].tolist(), strict=True):
         some = slice(j, j + together)
         columns.found[some], w_hat = rounding(some, group)
         error = torch.linalg.solve_triangular(factor[some, some].T, left[some] - w_hat, upper=False)

@@ -5,8 +5,8 @@ takes some of them through a whole part of their columns: COLUMNS whose levels m
 do. What that changes reaches the other columns' G by one product for each part.
 
 Within a panel G is not needed, only what it is along the numbers that move. With v_s the change of a row by a unit of
-number s, b_s = G v_s and A_st = v_s H v_t, a move of s by c changes b_t by c A_st; b is computed once, and a row of A when
-s is reached. All arithmetic is fp32.
+number s, b_s = G v_s and A_st = v_s H v_t, a move of s by c changes b_t by c A_st; b is computed once, and a row of A
+when s is reached. All arithmetic is fp32.
 """
 
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def sweep(
     minimum: Tensor,
     pull: Tensor,
 ) -> None:
-    """A sweep, in place: the tensors of `descent`'s state in fp32, columns, sub-blocks or blocks first and rows last."""
+    """A sweep, in place; all but H are the tensors of `descent`'s state in fp32, with rows last."""
     count = len(levels)
     changes, own = torch.empty_like(levels[:PANEL]), kind.weights // kind.columns
     factor = scale.repeat_interleave(own, 0).mul_(numbers)
@@ -55,7 +55,9 @@ def sweep(
     if kind.scales is not None:
         small = (kind.scales, kind.minimums)
         for panel in panels:
-            move_numbers(kind, levels, pull, hessian, (scale, minimum), (numbers, minimum_numbers), panel, changes, small)
+            move_numbers(
+                kind, levels, pull, hessian, (scale, minimum), (numbers, minimum_numbers), panel, changes, small
+            )
             _follow(pull, hessian, panel, changes)
     for panel in panels:
         move_numbers(kind, levels, pull, hessian, (numbers, minimum_numbers), (scale, minimum), panel, changes, None)
@@ -196,7 +198,7 @@ def _move_levels(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _moved(number, wanted, WHOLE: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _moved(wanted, WHOLE: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
     """What can be stored that is nearest to `wanted`."""
     if WHOLE:
         code = tl.minimum(tl.maximum(_to_whole((wanted - FIRST) / STEP), 0.0), MOST * 1.0)
@@ -287,7 +289,7 @@ def _move_numbers(  # type: ignore[no-untyped-def]
         curve = _by_part(pushed * unit, ROWS, PARTS, PART)
         number = tl.load(NUMBERS + stored, mask=real, other=0.0)
         wanted = number - _of_part(slope, here) * _inverse(_of_part(curve, here))
-        after = _moved(number, wanted, WHOLE, FIRST, STEP, MOST)
+        after = _moved(wanted, WHOLE, FIRST, STEP, MOST)
         tl.store(NUMBERS + stored, after, mask=real)
         change = (after - number)[:, None]
         moved = tl.where(here, change, moved)
@@ -297,7 +299,7 @@ def _move_numbers(  # type: ignore[no-untyped-def]
             curve_2 = _by_part(pushed_2 * unit_2, ROWS, PARTS, PART)
             number = tl.load(NUMBERS_2 + stored, mask=real, other=0.0)
             wanted = number - _of_part(slope_2, here) * _inverse(_of_part(curve_2, here))
-            after = _moved(number, wanted, WHOLE, 0, 1, MOST_2)
+            after = _moved(wanted, WHOLE, 0, 1, MOST_2)
             tl.store(NUMBERS_2 + stored, after, mask=real)
             change = (after - number)[:, None]
             moved_2 = tl.where(here, change, moved_2)
