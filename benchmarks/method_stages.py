@@ -120,7 +120,8 @@ def _cases(weight: Tensor, hessian: Tensor) -> Iterator[tuple[str, Callable[[], 
         for scheme in (Scheme(bits=4, group_size=64, symmetric=True), Scheme(bits=3, group_size=64, symmetric=False)):
             name = f"{scheme.bits} bits, {'static' if act_order else 'moving'} groups"
             yield name, partial(gptq.quantize_weight, weight, made, scheme, torch.bfloat16)
-    yield "nvfp4a16", partial(_floats, weight, made, moments)
+        if act_order:
+            yield "nvfp4a16", partial(_floats, weight, made, moments)
     straight = Elimination.of(hessian, 0.01, act_order=False)
     assert straight is not None
     for kind in ("q4_0", "q4_1") if columns % 256 else ("q2_k", "q3_k", "iq4_xs", "iq3_s"):

@@ -33,7 +33,6 @@ def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backend, "triton_serves", lambda *_: False)
     for module in ("workers.methods.gptq", "workers.numerics.blocks.elimination"):
         monkeypatch.setattr(f"{module}.column_kernels", lambda *_: kernels)
-    return
 
 
 def problem(columns: int, rows: int = 16) -> tuple[Tensor, Tensor]:

@@ -29,8 +29,8 @@ from workers.numerics.backends.rounding_kernels import STORED, TO_NEAREST, _grid
 from workers.numerics.blocks.levels import codes_of, levels_by_halves
 from workers.numerics.floats.elements import LAST_INDEX
 
-ROWS = 16
-"""Rows of a program: few, since a step waits for its sums longer than it computes."""
+ROWS, WARPS = 16, 4
+"""Rows of a program, and its warps: few, since a step waits for its sums longer than it computes."""
 INTEGERS, FLOATS, LEVELS = 0, 1, 2
 
 
@@ -137,7 +137,7 @@ def _eliminate(
         OTHER=other is not None,
         COLUMNS=COLUMNS,
         ROWS=ROWS,
-        num_warps=4,
+        num_warps=WARPS,
         **facts,
     )
 
@@ -215,8 +215,11 @@ def _round_columns(  # type: ignore[no-untyped-def]
     tile = at[:, None] * rows + row[None, :]
     held = inside[:, None] & real[None, :]
     left = tl.load(LEFT + tile, mask=held, other=0.0)
+    line = tl.load(FACTOR + begin * columns + at, mask=inside, other=0.0)
     for j in range(begin, end):
-        upper = tl.load(FACTOR + j * columns + at, mask=inside & (at > j), other=0.0)
+        upper = tl.where(at > j, line, 0.0)
+        # The next row is on its way while this one is used.
+        line = tl.load(FACTOR + (j + 1) * columns + at, mask=inside & (at > j), other=0.0)
         diagonal = tl.load(FACTOR + j * columns + j)
         group = tl.load(GROUP + j).to(tl.int64) * rows + row
         if WIDTH > 0 and j % WIDTH == 0:

@@ -22,7 +22,10 @@ from workers.numerics.backends.column_kernels import _inverse, _nearest_level, _
 from workers.numerics.backends.column_operators import COLUMNS
 from workers.numerics.backends.lattice_kernels import inverse_quads, move_points
 
-ROWS = 16
+ROWS, WARPS = 16, 4
+"""Of a program whose levels move, and its warps."""
+NUMBER_ROWS, NUMBER_WARPS = 16, 8
+"""Of a program whose scales move."""
 PANEL = 256
 """Columns whose scales move in one launch; whole blocks of every type."""
 LARGEST = tl.constexpr(65504.0)
@@ -94,7 +97,7 @@ def move_levels(
         kind.columns,
         COLUMNS=COLUMNS,
         ROWS=ROWS,
-        num_warps=4,
+        num_warps=WARPS,
         **facts,
     )
 
@@ -120,7 +123,7 @@ def move_numbers(
     part, sub = (kind.weights, kind.columns) if integers is None else (kind.columns, kind.weights)
     small, other = (None, None) if integers is None else integers
     rows = levels.shape[1]
-    _move_numbers[(triton.cdiv(rows, ROWS),)](
+    _move_numbers[(triton.cdiv(rows, NUMBER_ROWS),)](
         levels,
         pull,
         hessian,
@@ -140,9 +143,9 @@ def move_numbers(
         SUB=sub,
         PART=part,
         PANEL=PANEL,
-        ROWS=ROWS,
+        ROWS=NUMBER_ROWS,
         CHUNK=16,
-        num_warps=8,
+        num_warps=NUMBER_WARPS,
     )
 
 
@@ -183,11 +186,15 @@ def _move_levels(  # type: ignore[no-untyped-def]
     at = (first + place).to(tl.int64)
     inside = at < last
     pull = tl.load(PULL + at[:, None] * rows + row[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+    line = tl.load(HESSIAN + first * columns + at, mask=inside, other=0.0)
+    level = tl.load(LEVELS + (row * 0 + first) * rows + row, mask=real, other=0.0)
     for j in range(first, last):
-        near = tl.load(HESSIAN + j * columns + at, mask=inside, other=0.0)
+        near, before = line, level
+        # What the next column asks for is on its way while this one moves.
+        line = tl.load(HESSIAN + (j + 1) * columns + at, mask=inside & (at > j), other=0.0)
+        level = tl.load(LEVELS + (row * 0 + j + 1) * rows + row, mask=real & (j + 1 < last), other=0.0)
         diagonal = tl.load(HESSIAN + j * columns + j)
         scale = tl.load(SCALE + (row * 0 + j // width) * rows + row, mask=real, other=1.0)
-        before = tl.load(LEVELS + (row * 0 + j) * rows + row, mask=real, other=0.0)
         own = tl.sum(tl.where(place[:, None] == j - first, pull, 0.0), 0)
         wanted = before - own * tl.div_rn(_inverse(scale), diagonal + own * 0.0)
         after = _nearest_level(wanted, TABLE, UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF)
