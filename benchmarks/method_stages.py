@@ -1,4 +1,4 @@
-"""Kernels of columns in turn against torch's operators on real shapes, and the seconds of jobs by what they are spent on.
+"""Kernels of columns in turn against torch's operators on real shapes, and the seconds of jobs by stage.
 
     python -m benchmarks.method_stages check [--device cuda] [--large]
     python -m benchmarks.method_stages jobs MODEL --calibration FILE --cells q3_k gptq_w4
@@ -17,6 +17,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -81,8 +82,8 @@ def main() -> None:
     text = {"dataset": {"source": "local", "path": str(arguments.calibration)}}
     calibration = {**text, "num_samples": arguments.sequences, "sequence_length": arguments.length}
     for name in arguments.cells:
-        for line in _job(name, arguments.model, calibration, arguments.device):
-            print(line, flush=True)
+        for stage in _job(name, arguments.model, calibration, arguments.device):
+            print(stage, flush=True)
 
 
 def _checks(device: str, large: tuple[tuple[int, int], ...]) -> Iterator[dict[str, Any]]:
@@ -118,20 +119,22 @@ def _cases(weight: Tensor, hessian: Tensor) -> Iterator[tuple[str, Callable[[], 
         assert made is not None
         for scheme in (Scheme(bits=4, group_size=64, symmetric=True), Scheme(bits=3, group_size=64, symmetric=False)):
             name = f"{scheme.bits} bits, {'static' if act_order else 'moving'} groups"
-            yield name, lambda m=made, s=scheme: gptq.quantize_weight(weight, m, s, torch.bfloat16)
-    scheme = Scheme.named(SchemeName.NVFP4A16)
-    yield (
-        "nvfp4a16",
-        lambda m=made: gptq.quantize_floats([weight], m, scheme, torch.float32, moments, [None])[0],
-    )
+            yield name, partial(gptq.quantize_weight, weight, made, scheme, torch.bfloat16)
+        if act_order:
+            yield "nvfp4a16", partial(_floats, weight, made, moments)
     straight = Elimination.of(hessian, 0.01, act_order=False)
     assert straight is not None
     for kind in ("q4_0", "q4_1") if columns % 256 else ("q2_k", "q3_k", "iq4_xs", "iq3_s"):
         scheme = Scheme.named(SchemeName(kind))
-        yield f"{kind}, search", lambda s=scheme: search.search_blocks(weight, s, moments)
-        yield f"{kind}, elimination", lambda s=scheme: elimination.eliminate(weight, s, straight.factor, moments)
+        yield f"{kind}, search", partial(search.search_blocks, weight, scheme, moments)
+        yield f"{kind}, elimination", partial(elimination.eliminate, weight, scheme, straight.factor, moments)
         start = search.search_blocks(weight, scheme, moments)
-        yield f"{kind}, two sweeps", lambda s=start: descent.descend(weight, s, hessian, 2)
+        yield f"{kind}, two sweeps", partial(descent.descend, weight, start, hessian, 2)
+
+
+def _floats(weight: Tensor, made: Elimination, moments: Tensor) -> QuantizedWeight:
+    scheme = Scheme.named(SchemeName.NVFP4A16)
+    return gptq.quantize_floats([weight], made, scheme, torch.float32, moments, [None])[0]
 
 
 def _compared(call: Callable[[], QuantizedWeight], weight: Tensor, hessian: Tensor) -> dict[str, Any]:
@@ -142,7 +145,7 @@ def _compared(call: Callable[[], QuantizedWeight], weight: Tensor, hessian: Tens
         call()
         plain, slow = _timed(call)
     return {
-        "codes that differ": float((ours.codes != plain.codes).float().mean()),  # type: ignore[union-attr]
+        "codes that differ": float((ours.codes != plain.codes).float().mean()),
         "error over plain": _error(weight, ours, hessian) / _error(weight, plain, hessian),
         "ms": round(seconds * 1e3, 2),
         "plain ms": round(slow * 1e3, 2),

@@ -1,4 +1,4 @@
-"""Tuned rounding on block types: against autograd in fp64, rounding straight through; Triton's kernels; what is kept."""
+"""Tuned rounding on block types: against autograd in fp64, rounding straight through; kernels; what is kept."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """Columns in turn by Triton's kernels: the codes of torch's operators, and those of explicit inverses in fp64."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from typing import TypeVar
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from workers.numerics.quantized import QuantizedWeight
 
 kernels = pytest.importorskip("workers.numerics.backends.column_kernels")
 
+T = TypeVar("T")
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 INTEGERS = [
     (Scheme(bits=4, group_size=16, symmetric=True), False),
@@ -26,12 +28,11 @@ INTEGERS = [
 
 
 @pytest.fixture
-def by_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def by_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels for columns, and nothing else, on any device."""
     monkeypatch.setattr(backend, "triton_serves", lambda *_: False)
     for module in ("workers.methods.gptq", "workers.numerics.blocks.elimination"):
         monkeypatch.setattr(f"{module}.column_kernels", lambda *_: kernels)
-    yield
 
 
 def problem(columns: int, rows: int = 16) -> tuple[Tensor, Tensor]:
@@ -134,7 +135,7 @@ def test_warm_ups_can_be_called(scheme: str) -> None:
     assert kernels.warm_ups(65, named, torch.bfloat16, DEVICE) == []
 
 
-def _plainly(call):  # type: ignore[no-untyped-def]
+def _plainly(call: Callable[[], T]) -> T:
     """A result of torch's operators, on a GPU, too."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(backend, "triton_serves", lambda *_: False)

@@ -21,7 +21,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 @pytest.fixture(autouse=True)
 def plainly(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Operators on every device, until a test says otherwise; kernels in few programs, which the interpreter is slow at."""
+    """Operators until a test says otherwise, and few programs, at which the interpreter is slow."""
     monkeypatch.setattr(backend, "triton_serves", lambda *_: False)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(search_kernels, "PROGRAM_ELEMENTS", 8192)

@@ -29,14 +29,15 @@ from workers.numerics.backends.rounding_kernels import STORED, TO_NEAREST, _grid
 from workers.numerics.blocks.levels import codes_of, levels_by_halves
 from workers.numerics.floats.elements import LAST_INDEX
 
-ROWS = 16
-"""Rows of a program: few, since a step waits for its sums longer than it computes."""
+ROWS, WARPS = 16, 4
+"""Rows of a program, and its warps: few, since a step waits for its sums longer than it computes."""
 INTEGERS, FLOATS, LEVELS = 0, 1, 2
 
 
 def round_integers(columns: Columns, batch: slice, grid: IntegerGrid) -> None:
     """Rounds a batch to integers q. A group whose grid is written begins in the batch and ends in it."""
-    _eliminate(columns, batch, batch, grid.scale, grid.zero, **_of_integers(grid.scheme, grid.scale_dtype, grid.width))
+    facts = _of_integers(grid.scheme, grid.scale_dtype, grid.width)
+    _eliminate(columns, batch, batch, grid.scale, grid.zero, None, **facts)
 
 
 def round_floats(columns: Columns, batch: slice, scale: Tensor, element: Element) -> None:
@@ -136,7 +137,7 @@ def _eliminate(
         OTHER=other is not None,
         COLUMNS=COLUMNS,
         ROWS=ROWS,
-        num_warps=4,
+        num_warps=WARPS,
         **facts,
     )
 
@@ -214,23 +215,25 @@ def _round_columns(  # type: ignore[no-untyped-def]
     tile = at[:, None] * rows + row[None, :]
     held = inside[:, None] & real[None, :]
     left = tl.load(LEFT + tile, mask=held, other=0.0)
+    line = tl.load(FACTOR + begin * columns + at, mask=inside, other=0.0)
     for j in range(begin, end):
-        upper = tl.load(FACTOR + j * columns + at, mask=inside & (at > j), other=0.0)
+        upper = tl.where(at > j, line, 0.0)
+        # The next row is on its way while this one is used.
+        line = tl.load(FACTOR + (j + 1) * columns + at, mask=inside & (at > j), other=0.0)
         diagonal = tl.load(FACTOR + j * columns + j)
         group = tl.load(GROUP + j).to(tl.int64) * rows + row
-        if WIDTH > 0:
-            if j % WIDTH == 0:
-                own = ((at >= j) & (at < j + WIDTH))[:, None]
-                low = tl.minimum(tl.min(tl.where(own, left, 0.0), 0), 0.0)
-                high = tl.maximum(tl.max(tl.where(own, left, 0.0), 0), 0.0)
-                broken = tl.sum((own & (left != left)).to(tl.int32), 0) > 0  # noqa: PLR0124 - NaN alone differs
-                new_scale, new_zero = _grid(
-                    low, high, low * 0.0 + 1.0, low * 0.0 + 1.0, SMALLEST, BITS, SYMMETRIC, STORED_AS
-                )
-                tl.store(SCALE + group, tl.where(broken, float("nan"), new_scale), mask=real)
-                if OTHER:
-                    tl.store(ZERO + group, new_zero, mask=real)
-                tl.debug_barrier()
+        if WIDTH > 0 and j % WIDTH == 0:
+            own = ((at >= j) & (at < j + WIDTH))[:, None]
+            low = tl.minimum(tl.min(tl.where(own, left, 0.0), 0), 0.0)
+            high = tl.maximum(tl.max(tl.where(own, left, 0.0), 0), 0.0)
+            broken = tl.sum((own & (left != left)).to(tl.int32), 0) > 0  # noqa: PLR0124 - NaN alone differs
+            new_scale, new_zero = _grid(
+                low, high, low * 0.0 + 1.0, low * 0.0 + 1.0, SMALLEST, BITS, SYMMETRIC, STORED_AS
+            )
+            tl.store(SCALE + group, tl.where(broken, float("nan"), new_scale), mask=real)
+            if OTHER:
+                tl.store(ZERO + group, new_zero, mask=real)
+            tl.debug_barrier()
         scale = tl.load(SCALE + group, mask=real, other=1.0)
         column = tl.sum(tl.where(place[:, None] == j - first, left, 0.0), 0)
         if KIND == 0:

@@ -129,11 +129,13 @@ def round_integers(columns: Columns, batch: slice, grid: IntegerGrid) -> None:
     lowest = -(2 ** (scheme.bits - 1)) if scheme.symmetric else 0
     highest = lowest + 2**scheme.bits - 1
 
-    def rounding(j: int, group: int) -> tuple[Tensor, Tensor]:
+    scales, zeros = grid.scale.unbind(), None if grid.zero is None else grid.zero.unbind()
+
+    def rounding(column: Tensor, j: int, group: int) -> tuple[Tensor, Tensor]:
         if width is not None and j % width == 0:
             grid.put(group, columns.left[j : j + width])
-        scale, zero = grid.scale[group], None if grid.zero is None else grid.zero[group]
-        codes = round_to_grid(columns.left[j].unsqueeze(1), Grid(scale, zero, lowest, highest))[0].squeeze(1)
+        scale, zero = scales[group], None if zeros is None else zeros[group]
+        codes = round_to_grid(column.unsqueeze(1), Grid(scale, zero, lowest, highest))[0].squeeze(1)
         return codes, scale * (codes if zero is None else codes - zero)
 
     _one_by_one(columns, batch, batch, rounding)
@@ -142,9 +144,11 @@ def round_integers(columns: Columns, batch: slice, grid: IntegerGrid) -> None:
 def round_floats(columns: Columns, batch: slice, scale: Tensor, element: Element) -> None:
     """Rounds a batch to values of an element, scales (groups, rows) in the working dtype."""
 
-    def rounding(j: int, group: int) -> tuple[Tensor, Tensor]:
-        values = rounded(columns.left[j] / scale[group], element)
-        return values, scale[group] * values
+    scales = scale.unbind()
+
+    def rounding(column: Tensor, _: int, group: int) -> tuple[Tensor, Tensor]:
+        values = rounded(column / scales[group], element)
+        return values, scales[group] * values
 
     _one_by_one(columns, batch, batch, rounding)
 
@@ -154,14 +158,13 @@ def round_levels(columns: Columns, batch: slice, now: slice, grid: LevelGrid) ->
     factors, inverses = grid.factor.unbind(), inverse(grid.factor).unbind()
     offsets = None if grid.offset is None else grid.offset.unbind()
 
-    def rounding(at: int | slice, group: int) -> tuple[Tensor, Tensor]:
-        left, factor = columns.left[at], factors[group]
-        offset = None if offsets is None else offsets[group]
+    def rounding(left: Tensor, j: int, group: int) -> tuple[Tensor, Tensor]:
+        factor, offset = factors[group], None if offsets is None else offsets[group]
         numbers = (left if offset is None else left - offset) * inverses[group]
-        if isinstance(at, int):
+        if grid.together == 1:
             levels = nearest_levels(numbers, grid.kind)
         else:
-            importance = grid.importance[at].expand(left.shape[1], -1)
+            importance = grid.importance[j : j + len(left)].expand(left.shape[1], -1)
             levels = nearest_levels(numbers.T.contiguous(), grid.kind, importance).T
         return levels, factor * levels if offset is None else torch.addcmul(offset, factor, levels)
 
@@ -171,25 +174,31 @@ def round_levels(columns: Columns, batch: slice, now: slice, grid: LevelGrid) ->
         _some_together(columns, batch, now, rounding, grid.together)
 
 
-def _one_by_one(
-    columns: Columns, batch: slice, now: slice, rounding: Callable[[int, int], tuple[Tensor, Tensor]]
-) -> None:
-    """The formulas of the module docstring for the columns `now`; `rounding` gives what is found, and w_hat, (rows,)."""
+Rounding = Callable[[Tensor, int, int], tuple[Tensor, Tensor]]
+"""(what is left of a column, or of some together; its place; its group) -> what is found, and w_hat."""
+
+
+def _one_by_one(columns: Columns, batch: slice, now: slice, rounding: Rounding) -> None:
+    """The module docstring's formulas for the columns `now`."""
     left, factor = columns.left, columns.factor
-    for j, group in zip(range(now.start, now.stop), columns.group[now].tolist(), strict=True):
-        columns.found[j], w_hat = rounding(j, group)
-        error = torch.div(left[j] - w_hat, factor[j, j], out=columns.errors[j - batch.start])
+    errors = columns.errors[now.start - batch.start : now.stop - batch.start]
+    each = (left[now], columns.found[now], errors, factor.diagonal()[now])
+    groups = columns.group[now].tolist()
+    for place, (column, found, error, diagonal) in enumerate(zip(*(of.unbind() for of in each), strict=True)):
+        j = now.start + place
+        codes, w_hat = rounding(column, j, groups[place])
+        found.copy_(codes)
+        torch.div(column - w_hat, diagonal, out=error)
         left[j + 1 : batch.stop].addr_(factor[j, j + 1 : batch.stop], error, alpha=-1)
 
 
-def _some_together(
-    columns: Columns, batch: slice, now: slice, rounding: Callable[[slice, int], tuple[Tensor, Tensor]], together: int
-) -> None:
+def _some_together(columns: Columns, batch: slice, now: slice, rounding: Rounding, together: int) -> None:
     """The same with e_B = (w_B - w_hat_B) U[B, B]^-1 for so many columns B at once, (together, rows)."""
     left, factor = columns.left, columns.factor
-    for j, group in zip(range(now.start, now.stop, together), columns.group[now][::together].tolist(), strict=True):
+    groups = columns.group[now].tolist()
+    for j in range(now.start, now.stop, together):
         some = slice(j, j + together)
-        columns.found[some], w_hat = rounding(some, group)
+        columns.found[some], w_hat = rounding(left[some], j, groups[j - now.start])
         error = torch.linalg.solve_triangular(factor[some, some].T, left[some] - w_hat, upper=False)
         columns.errors[j - batch.start : j - batch.start + together] = error
         left[some.stop : batch.stop].addmm_(factor[some, some.stop : batch.stop].T, error, alpha=-1)

@@ -5,8 +5,8 @@ takes some of them through a whole part of their columns: COLUMNS whose levels m
 do. What that changes reaches the other columns' G by one product for each part.
 
 Within a panel G is not needed, only what it is along the numbers that move. With v_s the change of a row by a unit of
-number s, b_s = G v_s and A_st = v_s H v_t, a move of s by c changes b_t by c A_st; b is computed once, and a row of A when
-s is reached. All arithmetic is fp32.
+number s, b_s = G v_s and A_st = v_s H v_t, a move of s by c changes b_t by c A_st; b is computed once, and a row of A
+when s is reached. All arithmetic is fp32.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,10 @@ from workers.numerics.backends.column_kernels import _inverse, _nearest_level, _
 from workers.numerics.backends.column_operators import COLUMNS
 from workers.numerics.backends.lattice_kernels import inverse_quads, move_points
 
-ROWS = 16
+ROWS, WARPS = 16, 4
+"""Of a program whose levels move, and its warps."""
+NUMBER_ROWS, NUMBER_WARPS = 16, 8
+"""Of a program whose scales move."""
 PANEL = 256
 """Columns whose scales move in one launch; whole blocks of every type."""
 LARGEST = tl.constexpr(65504.0)
@@ -39,7 +42,7 @@ def sweep(
     minimum: Tensor,
     pull: Tensor,
 ) -> None:
-    """A sweep, in place: the tensors of `descent`'s state in fp32, columns, sub-blocks or blocks first and rows last."""
+    """A sweep, in place; all but H are the tensors of `descent`'s state in fp32, with rows last."""
     count = len(levels)
     changes, own = torch.empty_like(levels[:PANEL]), kind.weights // kind.columns
     factor = scale.repeat_interleave(own, 0).mul_(numbers)
@@ -94,7 +97,7 @@ def move_levels(
         kind.columns,
         COLUMNS=COLUMNS,
         ROWS=ROWS,
-        num_warps=4,
+        num_warps=WARPS,
         **facts,
     )
 
@@ -120,7 +123,7 @@ def move_numbers(
     part, sub = (kind.weights, kind.columns) if integers is None else (kind.columns, kind.weights)
     small, other = (None, None) if integers is None else integers
     rows = levels.shape[1]
-    _move_numbers[(triton.cdiv(rows, ROWS),)](
+    _move_numbers[(triton.cdiv(rows, NUMBER_ROWS),)](
         levels,
         pull,
         hessian,
@@ -140,9 +143,9 @@ def move_numbers(
         SUB=sub,
         PART=part,
         PANEL=PANEL,
-        ROWS=ROWS,
+        ROWS=NUMBER_ROWS,
         CHUNK=16,
-        num_warps=8,
+        num_warps=NUMBER_WARPS,
     )
 
 
@@ -183,11 +186,15 @@ def _move_levels(  # type: ignore[no-untyped-def]
     at = (first + place).to(tl.int64)
     inside = at < last
     pull = tl.load(PULL + at[:, None] * rows + row[None, :], mask=inside[:, None] & real[None, :], other=0.0)
+    line = tl.load(HESSIAN + first * columns + at, mask=inside, other=0.0)
+    level = tl.load(LEVELS + (row * 0 + first) * rows + row, mask=real, other=0.0)
     for j in range(first, last):
-        near = tl.load(HESSIAN + j * columns + at, mask=inside, other=0.0)
+        near, before = line, level
+        # What the next column asks for is on its way while this one moves.
+        line = tl.load(HESSIAN + (j + 1) * columns + at, mask=inside & (at > j), other=0.0)
+        level = tl.load(LEVELS + (row * 0 + j + 1) * rows + row, mask=real & (j + 1 < last), other=0.0)
         diagonal = tl.load(HESSIAN + j * columns + j)
         scale = tl.load(SCALE + (row * 0 + j // width) * rows + row, mask=real, other=1.0)
-        before = tl.load(LEVELS + (row * 0 + j) * rows + row, mask=real, other=0.0)
         own = tl.sum(tl.where(place[:, None] == j - first, pull, 0.0), 0)
         wanted = before - own * tl.div_rn(_inverse(scale), diagonal + own * 0.0)
         after = _nearest_level(wanted, TABLE, UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF)
@@ -198,7 +205,7 @@ def _move_levels(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _moved(number, wanted, WHOLE: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+def _moved(wanted, WHOLE: tl.constexpr, FIRST: tl.constexpr, STEP: tl.constexpr, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
     """What can be stored that is nearest to `wanted`."""
     if WHOLE:
         code = tl.minimum(tl.maximum(_to_whole((wanted - FIRST) / STEP), 0.0), MOST * 1.0)
@@ -289,7 +296,7 @@ def _move_numbers(  # type: ignore[no-untyped-def]
         curve = _by_part(pushed * unit, ROWS, PARTS, PART)
         number = tl.load(NUMBERS + stored, mask=real, other=0.0)
         wanted = number - _of_part(slope, here) * _inverse(_of_part(curve, here))
-        after = _moved(number, wanted, WHOLE, FIRST, STEP, MOST)
+        after = _moved(wanted, WHOLE, FIRST, STEP, MOST)
         tl.store(NUMBERS + stored, after, mask=real)
         change = (after - number)[:, None]
         moved = tl.where(here, change, moved)
@@ -299,7 +306,7 @@ def _move_numbers(  # type: ignore[no-untyped-def]
             curve_2 = _by_part(pushed_2 * unit_2, ROWS, PARTS, PART)
             number = tl.load(NUMBERS_2 + stored, mask=real, other=0.0)
             wanted = number - _of_part(slope_2, here) * _inverse(_of_part(curve_2, here))
-            after = _moved(number, wanted, WHOLE, 0, 1, MOST_2)
+            after = _moved(wanted, WHOLE, 0, 1, MOST_2)
             tl.store(NUMBERS_2 + stored, after, mask=real)
             change = (after - number)[:, None]
             moved_2 = tl.where(here, change, moved_2)

@@ -1,4 +1,4 @@
-"""Triton kernels for columns of a lattice's type (IQ3_S): four in turn are rounded to one of its points, or move to one.
+"""Triton kernels for columns of a lattice's type (IQ3_S): four in turn are rounded to a point of it, or move to one.
 
 What `column_kernels` and `descent_kernels` do for one column, with the same arguments; formulas are in
 `workers.numerics.backends.column_operators` and `workers.numerics.blocks.descent`. Each of four columns is a vector of

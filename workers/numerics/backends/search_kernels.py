@@ -26,6 +26,7 @@ from workers.numerics.blocks.sub_blocks import REFINEMENTS, edges_of, trials_of
 from workers.numerics.quantized import BlockWeight
 
 PROGRAM_ELEMENTS = 1024
+NEAR = tl.constexpr(NEIGHBOURS)
 LARGEST = tl.constexpr(65504.0)
 """Of fp16."""
 
@@ -67,7 +68,6 @@ def search(
         made.codes.stride(0),
         made.scale.stride(0),
         0 if made.scale_codes is None else made.scale_codes.stride(0),
-        LATTICE=lattice,
         OFFSET_KIND=0 if not kind.offset else 1 if kind.minimums is None else 2,
         TRIALS=_trials(kind),
         SECOND=len(second_divisors(kind.scales or SmallIntegers(1))),
@@ -80,12 +80,11 @@ def search(
         GRID=factor is not None,
         REFINEMENTS=REFINEMENTS,
         ROUNDS=ROUNDS,
-        NEIGHBOURS=NEIGHBOURS,
         ROWS=each,
         PARTS=kind.weights // kind.columns,
         WIDTH=kind.columns,
         num_warps=4,
-        **facts,
+        FACTS=(*facts.values(), lattice),
     )
 
 
@@ -138,30 +137,20 @@ def _across(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _levels(  # type: ignore[no-untyped-def]
-    numbers,
-    weights,
-    TABLE,
-    WEIGHTED: tl.constexpr,
-    LATTICE: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    FIRST_HALF: tl.constexpr,
-    LAST_HALF: tl.constexpr,
+    numbers, weights, TABLE, WEIGHTED: tl.constexpr, FACTS: tl.constexpr
 ):
     """`workers.numerics.blocks.levels.nearest_levels`, with weights where a lattice asks for them."""
-    if LATTICE:
+    if FACTS[5]:
         quads: tl.constexpr = numbers.shape[2] // 4
         magnitude = tl.reshape(tl.abs(numbers), (numbers.shape[0], numbers.shape[1], quads, 4))
         index = tl.minimum(tl.maximum(_to_whole((magnitude - 1) / 2), 0.0), 7.0).to(tl.int32)
         digit = tl.arange(0, 4)[None, None, None, :]
-        at = tl.sum(index << (3 * digit), 3)[:, :, :, None] * (NEIGHBOURS * 4) + digit
+        at = tl.sum(index << (3 * digit), 3)[:, :, :, None] * (NEAR * 4) + digit
         found = tl.load(TABLE + at)
         if WEIGHTED:
             weight = tl.reshape(weights, (numbers.shape[0], numbers.shape[1], quads, 4))
             least = tl.sum((found - magnitude) * (found - magnitude) * weight, 3)[:, :, :, None]
-            for other in range(1, NEIGHBOURS):
+            for other in range(1, NEAR):
                 point = tl.load(TABLE + at + other * 4)
                 error = tl.sum((point - magnitude) * (point - magnitude) * weight, 3)[:, :, :, None]
                 found = tl.where(error < least, point, found)
@@ -169,7 +158,7 @@ def _levels(  # type: ignore[no-untyped-def]
         found = tl.reshape(found, (numbers.shape[0], numbers.shape[1], numbers.shape[2]))
         level = tl.where(numbers < 0, -found, found)
     else:
-        level = _nearest_level(numbers, TABLE, UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF)
+        level = _nearest_level(numbers, TABLE, FACTS[0], FACTS[1], FACTS[2], FACTS[3], FACTS[4])
     return level
 
 
@@ -178,10 +167,7 @@ def _widest(numbers, axis: tl.constexpr):  # type: ignore[no-untyped-def]
     """Of the numbers along the last axis the first of the largest magnitude."""
     magnitude = tl.abs(numbers)
     place = tl.arange(0, numbers.shape[axis])
-    if axis == 2:
-        place = place[None, None, :]
-    else:
-        place = place[None, :]
+    place = place[None, None, :] if axis == 2 else place[None, :]
     most = tl.max(magnitude, axis, keep_dims=True)
     first = tl.min(tl.where(magnitude == most, place, numbers.shape[axis]), axis, keep_dims=True)
     return tl.sum(tl.where(place == first, numbers, 0.0), axis)
@@ -220,46 +206,19 @@ def _stored(scale, unit):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _offset(minimum, minimum_codes, OFFSET_KIND: tl.constexpr):  # type: ignore[no-untyped-def]
-    if OFFSET_KIND == 2:
-        offset = -(minimum[:, None] * minimum_codes)
-    else:
-        offset = minimum[:, None] + minimum_codes * 0.0
+    offset = -(minimum[:, None] * minimum_codes) if OFFSET_KIND == 2 else minimum[:, None] + minimum_codes * 0.0
     return offset
 
 
 @triton.jit
 def _solved(  # type: ignore[no-untyped-def]
-    numbers,
-    weights,
-    factor,
-    offset,
-    TABLE,
-    OFFSET_KIND: tl.constexpr,
-    LATTICE: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    FIRST_HALF: tl.constexpr,
-    LAST_HALF: tl.constexpr,
+    numbers, weights, factor, offset, TABLE, OFFSET_KIND: tl.constexpr, FACTS: tl.constexpr
 ):
     """The best factor and offset (ROWS, PARTS) for the levels that a factor and an offset give, and their error."""
     scaled = numbers
     if OFFSET_KIND > 0:
         scaled = numbers - _across(offset)
-    levels = _levels(
-        scaled * _across(_inverse(factor)),
-        weights,
-        TABLE,
-        False,
-        LATTICE,
-        NEIGHBOURS,
-        UNIFORM,
-        LOWEST,
-        HIGHEST,
-        FIRST_HALF,
-        LAST_HALF,
-    )
+    levels = _levels(scaled * _across(_inverse(factor)), weights, TABLE, False, FACTS)
     energy, product = tl.sum(weights * numbers * numbers, 2), tl.sum(weights * numbers * levels, 2)
     two = tl.sum(weights * levels * levels, 2)
     slope = product * _inverse(two)
@@ -282,37 +241,13 @@ def _solved(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _rounding(  # type: ignore[no-untyped-def]
-    numbers,
-    weights,
-    factor,
-    offset,
-    TABLE,
-    OFFSET_KIND: tl.constexpr,
-    LATTICE: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    FIRST_HALF: tl.constexpr,
-    LAST_HALF: tl.constexpr,
+    numbers, weights, factor, offset, TABLE, OFFSET_KIND: tl.constexpr, FACTS: tl.constexpr
 ):
     """The nearest levels with factors and offsets (ROWS, PARTS), and the errors of sub-blocks."""
     own = numbers
     if OFFSET_KIND > 0:
         own = numbers - _across(offset)
-    levels = _levels(
-        own * _across(_inverse(factor)),
-        weights,
-        TABLE,
-        True,
-        LATTICE,
-        NEIGHBOURS,
-        UNIFORM,
-        LOWEST,
-        HIGHEST,
-        FIRST_HALF,
-        LAST_HALF,
-    )
+    levels = _levels(own * _across(_inverse(factor)), weights, TABLE, True, FACTS)
     off = own - levels * _across(factor)
     return levels, tl.sum(off * off * weights, 2)
 
@@ -337,7 +272,6 @@ def _search(  # type: ignore[no-untyped-def]
     codes_row,
     scale_row,
     parts_row,
-    LATTICE: tl.constexpr,
     OFFSET_KIND: tl.constexpr,
     TRIALS: tl.constexpr,
     SECOND: tl.constexpr,
@@ -354,15 +288,10 @@ def _search(  # type: ignore[no-untyped-def]
     GRID: tl.constexpr,
     REFINEMENTS: tl.constexpr,
     ROUNDS: tl.constexpr,
-    NEIGHBOURS: tl.constexpr,
     ROWS: tl.constexpr,
     PARTS: tl.constexpr,
     WIDTH: tl.constexpr,
-    UNIFORM: tl.constexpr,
-    LOWEST: tl.constexpr,
-    HIGHEST: tl.constexpr,
-    FIRST_HALF: tl.constexpr,
-    LAST_HALF: tl.constexpr,
+    FACTS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     block = tl.program_id(1)
@@ -392,10 +321,7 @@ def _search(  # type: ignore[no-untyped-def]
         widest = tl.div_rn(tl.maximum(high - low, 0.0), low * 0.0 + LAST_LEVEL)
     else:
         low = by_part * 0.0
-        if BY_MAGNITUDE:
-            widest = tl.max(tl.abs(numbers), 2)
-        else:
-            widest = _widest(numbers, 2)
+        widest = tl.max(tl.abs(numbers), 2) if BY_MAGNITUDE else _widest(numbers, 2)
     factor, offset = widest * 0.0, widest * 0.0
     least = widest * 0.0 + float("inf")
     for trial in range(TRIALS + REFINEMENTS):
@@ -407,21 +333,7 @@ def _search(  # type: ignore[no-untyped-def]
             from_there = low + widest * LAST_LEVEL * tl.load(TRIED + TRIALS + which) / 2
         tried = tl.where(refines, factor, tried)
         from_there = tl.where(refines, offset, from_there)
-        slope, shift, error = _solved(
-            numbers,
-            weights,
-            tried,
-            from_there,
-            TABLE,
-            OFFSET_KIND,
-            LATTICE,
-            NEIGHBOURS,
-            UNIFORM,
-            LOWEST,
-            HIGHEST,
-            FIRST_HALF,
-            LAST_HALF,
-        )
+        slope, shift, error = _solved(numbers, weights, tried, from_there, TABLE, OFFSET_KIND, FACTS)
         better = error < least
         factor = tl.where(better, slope, factor)
         offset = tl.where(better, shift, offset)
@@ -446,10 +358,7 @@ def _search(  # type: ignore[no-untyped-def]
     if SCALES:
         value = codes * STEP + FIRST
     own = _offset(minimum, minimum_codes, OFFSET_KIND)
-    levels, errors = _rounding(
-        numbers, weights, scale[:, None] * value, own, TABLE, OFFSET_KIND, LATTICE, NEIGHBOURS,
-        UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF,
-    )  # fmt: skip
+    levels, errors = _rounding(numbers, weights, scale[:, None] * value, own, TABLE, OFFSET_KIND, FACTS)
     error = tl.sum(errors, 1)
     for _round in range(ROUNDS):
         if SCALES:
@@ -460,16 +369,12 @@ def _search(  # type: ignore[no-untyped-def]
                 tried = scale[:, None] * (moved * STEP + FIRST)
                 with_it = minimum_codes
                 if OFFSET_KIND == 2:
-                    levels, _errors = _rounding(
-                        numbers, weights, tried, own, TABLE, OFFSET_KIND, LATTICE, NEIGHBOURS,
-                        UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF,
-                    )  # fmt: skip
+                    levels, _errors = _rounding(numbers, weights, tried, own, TABLE, OFFSET_KIND, FACTS)
                     off = tl.sum(weights * (numbers - _across(tried) * levels), 2)
                     with_it = _codes_of(-tl.div_rn(off, by_part), minimum, FIRST_2, STEP_2, MOST_2)
                 levels, tried_errors = _rounding(
-                    numbers, weights, tried, _offset(minimum, with_it, OFFSET_KIND), TABLE, OFFSET_KIND, LATTICE,
-                    NEIGHBOURS, UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF,
-                )  # fmt: skip
+                    numbers, weights, tried, _offset(minimum, with_it, OFFSET_KIND), TABLE, OFFSET_KIND, FACTS
+                )
                 better = tried_errors < best_errors
                 best = tl.where(better, moved, best)
                 best_minimum = tl.where(better, with_it, best_minimum)
@@ -478,10 +383,14 @@ def _search(  # type: ignore[no-untyped-def]
                 for step in range(2):
                     with_it = tl.minimum(tl.maximum(best_minimum + (2 * step - 1), 0.0), MOST_2 * 1.0)
                     levels, tried_errors = _rounding(
-                        numbers, weights, scale[:, None] * (best * STEP + FIRST),
-                        _offset(minimum, with_it, OFFSET_KIND), TABLE, OFFSET_KIND, LATTICE, NEIGHBOURS,
-                        UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF,
-                    )  # fmt: skip
+                        numbers,
+                        weights,
+                        scale[:, None] * (best * STEP + FIRST),
+                        _offset(minimum, with_it, OFFSET_KIND),
+                        TABLE,
+                        OFFSET_KIND,
+                        FACTS,
+                    )
                     better = tried_errors < best_errors
                     best_minimum = tl.where(better, with_it, best_minimum)
                     best_errors = tl.where(better, tried_errors, best_errors)
@@ -493,10 +402,7 @@ def _search(  # type: ignore[no-untyped-def]
             value = codes * STEP + FIRST
         # Scales of the block by least squares with the levels that there are.
         own = _offset(minimum, minimum_codes, OFFSET_KIND)
-        levels, errors = _rounding(
-            numbers, weights, scale[:, None] * value, own, TABLE, OFFSET_KIND, LATTICE, NEIGHBOURS,
-            UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF,
-        )  # fmt: skip
+        levels, errors = _rounding(numbers, weights, scale[:, None] * value, own, TABLE, OFFSET_KIND, FACTS)
         first = levels * _across(value)
         square = tl.sum(tl.sum(weights * first * first, 2), 1)
         product = tl.sum(tl.sum(weights * first * numbers, 2), 1)
@@ -519,9 +425,14 @@ def _search(  # type: ignore[no-untyped-def]
             new_scale, new_minimum = product * _inverse(square), minimum
         new_scale = _stored(new_scale, unit)
         levels, tried_errors = _rounding(
-            numbers, weights, new_scale[:, None] * value, _offset(new_minimum, minimum_codes, OFFSET_KIND), TABLE,
-            OFFSET_KIND, LATTICE, NEIGHBOURS, UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF,
-        )  # fmt: skip
+            numbers,
+            weights,
+            new_scale[:, None] * value,
+            _offset(new_minimum, minimum_codes, OFFSET_KIND),
+            TABLE,
+            OFFSET_KIND,
+            FACTS,
+        )
         total = tl.sum(tried_errors, 1)
         better = total < error
         scale = tl.where(better, new_scale, scale)
@@ -546,14 +457,11 @@ def _search(  # type: ignore[no-untyped-def]
         if OFFSET_KIND > 0:
             tl.store(OFFSET + turned, _offset(minimum * unit, minimum_codes, OFFSET_KIND), mask=held_parts)
     if CODES:
-        levels, errors = _rounding(
-            numbers, weights, scale[:, None] * value, own, TABLE, OFFSET_KIND, LATTICE, NEIGHBOURS,
-            UNIFORM, LOWEST, HIGHEST, FIRST_HALF, LAST_HALF,
-        )  # fmt: skip
-        if LATTICE:
+        levels, errors = _rounding(numbers, weights, scale[:, None] * value, own, TABLE, OFFSET_KIND, FACTS)
+        if FACTS[5]:
             code = (levels + 15) / 2
-        elif UNIFORM:
-            code = levels - LOWEST
+        elif FACTS[0]:
+            code = levels - FACTS[1]
         else:
-            code = tl.load(TABLE + (levels * 2 - FIRST_HALF + LAST_HALF + 1).to(tl.int32))
+            code = tl.load(TABLE + (levels * 2 - FACTS[3] + FACTS[4] + 1).to(tl.int32))
         tl.store(CODE + row[:, None, None] * codes_row + column[None, :, :], code.to(tl.uint8), mask=held)
