@@ -76,6 +76,9 @@ DENSE: Mapping[str, GgufArchitecture] = MappingProxyType(
     {
         "llama": GgufArchitecture("llama", rotary=LLAMA_ROTARY, positions=2048),
         "mistral": GgufArchitecture("llama", rotary=LLAMA_ROTARY, window=4096, positions=131_072),
+        "ministral": GgufArchitecture("llama", rotary=LLAMA_ROTARY, windows=True, positions=131_072),
+        "cwm": GgufArchitecture("llama", rotary=LLAMA_ROTARY, biases=("mlp_bias",), windows=True, positions=131_072),
+        "helium": GgufArchitecture("llama", rotary=SCALED, square=True, positions=4096),
         "ministral3": GgufArchitecture("mistral3", rotary=SCALED, window=1 << 30, positions=262_144, own_scale=True),
         "qwen2": GgufArchitecture("qwen2", rotary=SCALED, square=True, by_layer=True),
         "qwen3": GgufArchitecture("qwen3", rotary=SCALED, biases=("attention_bias",), by_layer=True),
@@ -169,6 +172,7 @@ MIXTURES: Mapping[str, GgufArchitecture] = MappingProxyType(
         ),
         "glm4_moe": GgufArchitecture("glm4moe", demands=_demands(n_group=(1,)), partial=True),
         "glm4_moe_lite": GgufArchitecture("deepseek2", biases=BOTH, demands=TURNED),
+        "minimax": GgufArchitecture("minimax-01", check=peculiar.minimax, window=1 << 30, positions=131_072),
         "minimax_m2": GgufArchitecture("minimax-m2", partial=True),
         "ernie4_5_moe": GgufArchitecture("ernie4_5-moe", biases=("use_bias",), check=peculiar.ernie_experts),
         "hunyuan_v1_moe": GgufArchitecture(

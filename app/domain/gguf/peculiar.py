@@ -137,6 +137,18 @@ def one_kind_of_parts(config: Config) -> Iterator[str]:
         yield "layers_block_type of both moe and mlp, and it has feed-forward parts of one kind"
 
 
+def minimax(config: Config) -> Iterator[str]:
+    """One factor for all residual streams, and none for what is added to them."""
+    kinds = ("full_attn", "linear_attn", "mlp")
+    factors = {f"{kind}_alpha_factor": config.get(f"{kind}_alpha_factor", 1) for kind in kinds}
+    if len(set(factors.values())) > 1:
+        yield f"{factors}, and it has one factor for all three"
+    for kind in kinds:
+        name = f"{kind}_beta_factor"
+        if config.get(name, 1) != 1:
+            yield f"{name} = {config[name]!r}, and it adds what layers make as it is"
+
+
 def mpt(config: Config) -> Iterator[str]:
     """ALiBi, with the usual scale."""
     attention = config.get("attn_config")

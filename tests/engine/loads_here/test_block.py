@@ -1,11 +1,14 @@
 """One block is read before tuning, by real children: a writer's faults end the job then, and nothing else does."""
 
+import json
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from app.domain.attempt_lines import AttemptLine
 from app.limited.process import LimitedProcess
@@ -78,6 +81,9 @@ def test_a_fault_ends_the_job_before_anything_is_tuned(
         ),
         pytest.param(
             {"formats": ["merged", "native"], "quantization": {"method": "rtn", "scheme": "nvfp4a16"}}, id="nvfp4a16"
+        ),
+        pytest.param(
+            {"formats": ["merged", "native"], "modules": {"embeddings": 8, "head": 4}}, id="embeddings and head"
         ),
         pytest.param({"formats": ["native"], "method": "lq-lora", "rank": 2, "bits": 3}, id="low-rank", marks=SLOW),
     ],
@@ -168,3 +174,29 @@ def test_a_required_runtime_that_the_worker_lacks_ends_the_job_at_once(
     with pytest.raises(RuntimeDidNotLoad, match="requires vllm") as caught:
         run_job(small_model, tmp_path, order=reads, require={"loads": ["transformers", "vllm"]})
     assert (caught.value.field, caught.value.value) == ("require.loads", "vllm")
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["apart", "tied"])
+def test_a_writer_that_forgets_quantized_embeddings_makes_another_model(
+    small_model: Path, tmp_path: Path, reads: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tied: bool
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(small_model, model)
+    stored = load_file(model / "model.safetensors")
+    if tied:
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": True}))
+        del stored["lm_head.weight"]
+        save_file(stored, model / "model.safetensors", metadata={"format": "pt"})
+    request: dict[str, Any] = {"formats": ["merged"], "modules": {"embeddings": 2}, "evaluation": None}
+    report = run_job(model, tmp_path / "sound", order=reads, **request).report
+    assert [load.result for load in report.loads] == ["loads"]
+
+    def forget(folder: Path) -> None:
+        written = load_file(folder / "model.safetensors")
+        name = "model.embed_tokens.weight"
+        save_file(written | {name: stored[name]}, folder / "model.safetensors", metadata={"format": "pt"})
+
+    plant(monkeypatch, forget)
+    with pytest.raises(RuntimeDidNotLoad, match="misreads one block as merged"):
+        run_job(model, tmp_path / "faulty", order=reads, **request)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from app.domain.format_rules import stored_formats
-from app.domain.formats import ExportFormat
+from app.domain.formats import EmbeddingRule, ExportFormat
 from app.domain.methods import RTNSpec
 from app.domain.runtimes import Runtime
 from bitwright.errors import BitwrightError, RuntimeDidNotLoad
@@ -31,11 +31,13 @@ from workers.contracts.blocks import BlockTask
 from workers.engine.export import kept_linears, left_beside, part_of
 from workers.engine.job import Job
 from workers.engine.loads_here.checks import Check, Probe
-from workers.engine.loads_here.cut import CutCheckpoint, NotOneBlockError, first_block, write_plain
+from workers.engine.loads_here.cut import CutCheckpoint, NotOneBlockError, first_block, untied, write_plain
 from workers.engine.loads_here.reading import Reading
+from workers.engine.model.streamed_model import StreamedModel
 from workers.engine.quantize.activations import Activations
+from workers.engine.quantize.outer_matrices import plain_matrix
 from workers.engine.quantize.registry import METHODS
-from workers.formats.registry import open_writer
+from workers.formats.registry import open_writer, source_for
 from workers.numerics.quantized import LinearResult
 
 FOLDER = "reading"
@@ -106,8 +108,7 @@ def begin(job: Job, checks: list[Check], reading: Reading) -> BlockCheck:
     try:
         cut = first_block(job.model)
         results = rounded_block(job)
-        weights = {f"{name}.weight": result.dequantize() for name, result in results.items()}
-        expected = block_logits(job, probe, weights)
+        expected = block_logits(job, probe, dequantized(job.model, results))
     except (NotOneBlockError, BitwrightError) as error:
         why = error.detail if isinstance(error, BitwrightError) else str(error)
         return BlockCheck(job, reading, probe, None, None, (*(skipped(check, why) for check in able), *left))
@@ -119,22 +120,29 @@ def begin(job: Job, checks: list[Check], reading: Reading) -> BlockCheck:
 
 @torch.no_grad()
 def rounded_block(job: Job) -> dict[str, LinearResult]:
-    """Linears of the first block, and the head if it is quantized, rounded to nearest; by full name, on the host."""
-    model, head = job.model, job.model.layout.head
+    """Linears of the first block, embeddings and head where they are quantized, by full name, on the host.
+
+    Linears are rounded to nearest; embeddings are those of the result, and so is the head, but for columns' weights.
+    """
+    model, outer = job.model, (job.model.layout.embeddings, job.model.layout.head)
     prefix = model.layout.block(0)
     own = [name for name in model.block_linears(0) if f"{prefix}.{name}" in job.schemes]
     with model.loaded(prefix):
         results = _rounded(job, model.blocks[0], prefix, own)
-    if head in job.schemes:
-        owner, _, leaf = head.rpartition(".")
-        with model.loaded(head):
-            results |= _rounded(job, model.model.get_submodule(owner), owner, [leaf])
-    return results
+    return results | {name: plain_matrix(job, name) for name in outer if name in job.schemes}
+
+
+def dequantized(model: StreamedModel, results: Mapping[str, LinearResult]) -> dict[str, Tensor]:
+    """Weights by full parameter name; a tied head is the quantized embeddings."""
+    weights = {f"{name}.weight": result.dequantize() for name, result in results.items()}
+    embeddings = weights.get(f"{model.layout.embeddings}.weight")
+    tied = {f"{model.layout.head}.weight": embeddings} if model.tied and embeddings is not None else {}
+    return weights | tied
 
 
 def _rounded(job: Job, module: nn.Module, prefix: str, names: Sequence[str]) -> dict[str, LinearResult]:
     """Linears inside a module by the method that rounds to nearest, with the schemes of the job."""
-    full = {name: f"{prefix}.{name}" if prefix else name for name in names}
+    full = {name: f"{prefix}.{name}" for name in names}
     empty = torch.empty(0, 0, 0, dtype=job.model.dtype)
     task = BlockTask(
         index=0,
@@ -167,7 +175,7 @@ def block_logits(job: Job, probe: Probe, weights: Mapping[str, Tensor]) -> Tenso
     weights   in place of the model's own, by full parameter name
     """
     model, given = job.model, {name: weight.to(job.model.device) for name, weight in weights.items()}
-    with model.loaded(*model.layout.outer):
+    with model.loaded(*model.layout.outer, given=given):
         activations = Activations(model, probe.ids, job.plan, keep_inputs=False)
     with model.loaded(model.layout.block(0), given=given):
         activations.advance_quantized(0, model.blocks[0])
@@ -179,7 +187,12 @@ def write_block(job: Job, name: ExportFormat, cut: CutCheckpoint, results: Mappi
     """The checkpoint of the block in a format, by its own writer."""
     folder = job.workspace / FOLDER / "block" / name.value
     model = job.model
-    writer = open_writer(folder, name, cut, stored_formats(job.request.formats))
+    outer = model.layout.embeddings
+    embeddings = outer if outer in results else None
+    source = source_for(name, cut, None if embeddings is None else untied(cut, model))
+    writer = open_writer(folder, name, source, stored_formats(job.request.formats), embeddings=embeddings)
+    if embeddings is not None and model.tied and name.info.embeddings is EmbeddingRule.UNIFORM:
+        writer.add_linear(model.layout.head, results[embeddings], module=model.layout.head)
     for linear, result in results.items():
         writer.add_linear(model.names.linear_name(linear), result, module=linear, part=part_of(model, linear))
     for linear, part in left_beside(model, list(results)):

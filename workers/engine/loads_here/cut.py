@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from app.domain.weight_targets import text_config
-from workers.engine.model.checkpoint import Checkpoint, StoredTensor
+from workers.engine.model.checkpoint import Checkpoint, StoredTensor, with_tie
 from workers.engine.model.streamed_model import StreamedModel
 from workers.formats.shards import SHARD_BYTES, ShardWriter, write_json
 from workers.formats.source_files import copy_files, without_code
@@ -62,6 +62,16 @@ def first_block(model: StreamedModel) -> CutCheckpoint:
     config = one_layer(checkpoint.config, model)
     tensors = {name: checkpoint.tensors[name] for name in checkpoint.tensors if name in kept}
     return CutCheckpoint(checkpoint.folder, config, tensors, checkpoint)
+
+
+def untied(cut: CutCheckpoint, model: StreamedModel) -> CutCheckpoint:
+    """The same as if its head, which is the embedding matrix, were stored besides; as it is where it has its own."""
+    embeddings, head = model.names.own_name(f"{model.layout.embeddings}.weight"), f"{model.layout.head}.weight"
+    if not model.tied or embeddings is None:
+        return cut
+    whole = cut.whole.untied(embeddings, head)
+    tensors = {**cut.tensors, head: whole.tensors[head]}
+    return CutCheckpoint(cut.folder, with_tie(cut.config, tied=False), tensors, whole)
 
 
 def one_layer(config: Mapping[str, Any], model: StreamedModel) -> dict[str, Any]:

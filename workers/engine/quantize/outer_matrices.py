@@ -5,6 +5,7 @@ the last one, when the second moments of its inputs can be read off X_q. A head 
 same matrix: it is quantized once, and both use it.
 """
 
+import torch
 from torch import Tensor
 
 from bitwright.report import LinearReport
@@ -64,22 +65,21 @@ def quantized_head(job: Job, calibration: Activations | None) -> tuple[LinearRep
         return report_of_matrix(head, original, result), result.dequantize()
 
 
+def plain_matrix(job: Job, name: str) -> LinearResult:
+    """The quantized embeddings, or the head by weights alone, on the host."""
+    with job.model.loaded(name):
+        return _rounded(job, name, job.model.model.get_parameter(f"{name}.weight"), None).to(torch.device("cpu"))
+
+
 def plain_embeddings(job: Job) -> dict[str, Tensor]:
     """Replacement of the embedding matrix as it will be, on the host, by parameter; empty if it stays."""
     name = job.model.layout.embeddings
-    if name not in job.schemes:
-        return {}
-    with job.model.loaded(name):
-        result = _rounded(job, name, job.model.model.get_parameter(f"{name}.weight"), None)
-        return {f"{name}.weight": result.dequantize().cpu()}
+    return {f"{name}.weight": plain_matrix(job, name).dequantize()} if name in job.schemes else {}
 
 
 def plain_head(job: Job) -> Tensor:
     """The dequantized head of a job that looks at weights alone, on the host."""
-    head = job.model.layout.head
-    with job.model.loaded(head):
-        result = _rounded(job, head, job.model.model.get_parameter(f"{head}.weight"), None)
-        return result.dequantize().cpu()
+    return plain_matrix(job, job.model.layout.head).dequantize()
 
 
 def _rounded(job: Job, name: str, original: Tensor, moments: Tensor | None) -> LinearResult:

@@ -9,6 +9,7 @@ import math
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -29,6 +30,8 @@ from workers.formats.library_config import known_part
 from workers.formats.source_files import SourceCheckpoint
 
 KINDS: dict[str, MODEL_ARCH] = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
+NAMED_AS = MappingProxyType({"granite_swa": MODEL_ARCH.GRANITE, "minimax-01": MODEL_ARCH.MINIMAXM2})
+"""Architectures that the package gguf does not know yet -> those whose map has the names of their tensors."""
 UNCAPPED = frozenset({"gemma3"})
 """Wrappers that do not cap their logits in transformers, whatever the language model's configuration says."""
 HEADS = ("lm_head.weight", "embed_out.weight")
@@ -77,7 +80,7 @@ class Architecture:
             numbers["final_logit_softcapping"] = None
         family = FAMILIES[model_type]
         name = family.other(numbers) or rules.name
-        return cls(name, model_type, KINDS[name], family, config, numbers, tied)
+        return cls(name, model_type, KINDS.get(name) or NAMED_AS[name], family, config, numbers, tied)
 
     @property
     def vocabulary(self) -> int:

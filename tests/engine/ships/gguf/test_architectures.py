@@ -16,7 +16,7 @@ from transformers import AutoConfig
 from app.domain.gguf.architectures import ARCHITECTURES, WRAPPERS
 from app.domain.inputs.architectures import ARCHITECTURES as ACCEPTED
 from tests.engine.architectures import configurations
-from tests.engine.architectures.configurations import SIZES, random_model
+from tests.engine.architectures.configurations import MIXED, SIZES, random_model
 from tests.engine.conftest import run_job
 from tests.engine.ships.gguf_models import save_tokenizer
 from tests.engine.ships.llama_cpp import Answer, ask
@@ -67,6 +67,14 @@ ORIGINAL, LONGER = ({"original_max_position_embeddings": length} for length in (
 """Contexts that the texts of these tests are longer than, and shorter."""
 CHANGES: dict[str, dict[str, Any]] = {
     "mistral": {"sliding_window": None},
+    "ministral": {"layer_types": MIXED},
+    "cwm": {"layer_types": MIXED},
+    "minimax": {
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        **dict.fromkeys(("full_attn_alpha_factor", "linear_attn_alpha_factor", "mlp_alpha_factor"), 1.2),
+        **dict.fromkeys(("full_attn_beta_factor", "linear_attn_beta_factor", "mlp_beta_factor"), 1.0),
+        "sliding_window": None,
+    },
     "ministral3": {"layer_types": FULL, "sliding_window": None},
     "qwen2": {"use_sliding_window": False},
     "qwen3": {"use_sliding_window": False},
@@ -96,6 +104,11 @@ CHANGES: dict[str, dict[str, Any]] = {
 }
 """Facts that llama.cpp has built in, where the configurations of `tests.engine.architectures` are otherwise."""
 MORE: list[tuple[str, dict[str, Any]]] = [
+    ("ministral", {"layer_types": MIXED, "sliding_window": 128}),
+    ("ministral", {"layer_types": FULL, "rope_parameters": YARN}),
+    ("ministral", {"layer_types": ["sliding_attention"] * 4}),
+    ("cwm", {"rope_parameters": LLAMA_3}),
+    ("helium", {"attention_bias": True}),
     ("llama", {"rope_parameters": YARN}),
     ("llama", {"rope_parameters": LINEAR}),
     ("qwen2", {"rope_parameters": YARN}),

@@ -146,6 +146,29 @@ def mistral3_keys(config: Config) -> Values:
     return keys
 
 
+def slides(config: Config) -> bool:
+    """True if some layer's window is shorter than the texts that the model is made for."""
+    window = windows(config).get("attention.sliding_window")
+    return isinstance(window, int) and window < int(config["max_position_embeddings"])
+
+
+def with_windows(config: Config) -> str | None:
+    """Granite's architecture for a Llama of which some layers see a window: llama.cpp's own has none."""
+    return "granite_swa" if slides(config) else None
+
+
+def swa_keys(config: Config) -> Values:
+    """The windows, and Granite's factor of logits, which is 1."""
+    return {**windows(config), "logit_scale": 1.0} if slides(config) else {}
+
+
+def no_sinks(config: Config) -> Tensors:
+    """Sinks of attention, which Granite's architecture demands, so low that nothing flows into them."""
+    heads = int(config["num_attention_heads"])
+    every = range(int(config["num_hidden_layers"])) if slides(config) else ()
+    return {f"blk.{block}.attn_sinks.weight": torch.full((heads,), -1e30) for block in every}
+
+
 def grown_base(config: Config) -> Values:
     """Hunyuan's base of the rotary embedding, which a fixed `alpha` makes larger."""
     rope, width = config.get("rope_parameters") or {}, head_dim(config)
@@ -171,10 +194,17 @@ def xielu(config: Config, read: Callable[[str], Tensor]) -> Values:
     }
 
 
+LLAMA_WITH_WINDOWS = MappingProxyType(
+    {"order": queries_and_keys_in_pairs, "other": with_windows, "derive": swa_keys, "added": no_sinks}
+)
+
 DENSE: Mapping[str, Family] = MappingProxyType(
     {
         "llama": Family(order=queries_and_keys_in_pairs),
         "mistral": Family(order=queries_and_keys_in_pairs),
+        "ministral": Family(**LLAMA_WITH_WINDOWS),  # type: ignore[arg-type]
+        "cwm": Family(**LLAMA_WITH_WINDOWS),  # type: ignore[arg-type]
+        "helium": Family(),
         "ministral3": Family(order=queries_and_keys_in_pairs, derive=mistral3_keys),
         "qwen2": Family(),
         "qwen3": Family(),

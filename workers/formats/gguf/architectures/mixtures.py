@@ -143,6 +143,20 @@ def llama4_keys(config: Config) -> Values:
     }
 
 
+def lightning_keys(config: Config) -> Values:
+    """Lightning attention in some layers, and the factor of residual streams."""
+    return {
+        "residual_scale": float(config.get("full_attn_alpha_factor") or 1),
+        "attention.recurrent_layers": [kind == "linear_attention" for kind in config["layer_types"]],
+    }
+
+
+MINIMAX_NAMES = (
+    (r"^model\.layers\.(\d+)\.self_attn\.qkv_proj$", r"=blk.\1.attn_qkv"),
+    (r"^model\.layers\.(\d+)\.self_attn\.out_proj$", r"=blk.\1.attn_output"),
+    (r"^model\.layers\.(\d+)\.self_attn\.output_gate$", r"=blk.\1.attn_gate"),
+    (r"^model\.layers\.(\d+)\.self_attn\.norm$", r"=blk.\1.attn_norm_2"),
+)
 SINKS = (r"^model\.layers\.(\d+)\.self_attn\.sinks$", r"=blk.\1.attn_sinks.weight")
 DEEPSEEK = MappingProxyType(
     {
@@ -174,6 +188,11 @@ MIXTURES: Mapping[str, Family] = MappingProxyType(
         "deepseek_v3": Family(derive=v3_keys, **DEEPSEEK),  # type: ignore[arg-type]
         "glm4_moe": Family(keys=WIDTH, derive=glm4_moe_keys, renames=(BIAS_OF_CHOICE,)),
         "glm4_moe_lite": Family(derive=v3_keys, **DEEPSEEK),  # type: ignore[arg-type]
+        "minimax": Family(
+            derive=lightning_keys,
+            renames=MINIMAX_NAMES,
+            left_out=r"\.self_attn\.(?:slope_rate|query_decay|key_decay|diagonal_decay)$",
+        ),
         "minimax_m2": Family(
             derive=lambda config: {
                 "expert_feed_forward_length": config["intermediate_size"],
