@@ -18,6 +18,12 @@ BitwrightError
 |   |-- KeyReused             422  idempotency_key_reused
 |   |-- ExceedsCapacity       422  exceeds_capacity      no worker could ever hold the job
 |   `-- TooManyRequests       429  too_many_requests
+|       `-- QuotaExceeded     429  quota_exceeded        a quota of the tenant; each kind has a code:
+|           |-- RateLimitExceeded     rate_limit_exceeded
+|           |-- QueuedJobsExceeded    queued_jobs_exceeded
+|           |-- StorageExceeded       storage_exceeded
+|           |-- UploadsExceeded       uploads_exceeded
+|           `-- StreamsExceeded       streams_exceeded
 |-- InputError                the job's model or data cannot be used     (job fails at once)
 |   |-- SourceNotFound             source_not_found
 |   |-- SourceForbidden            source_forbidden
@@ -220,6 +226,64 @@ class ExceedsCapacity(RequestError):
 class TooManyRequests(RequestError):
     code, title, status = "too_many_requests", "Too many requests", 429
     way_out = "Wait for `Retry-After` seconds."
+
+
+class QuotaExceeded(TooManyRequests):
+    """A quota of the tenant is used up; `policy` names it in `RateLimit` and `violated-policies`.
+
+    quota                 what the tenant may have; None where the answer of another service is told
+    retry_after_seconds   when to ask again
+    window_seconds        of a rate: the length of the window that the quota is for
+    """
+
+    code, title = "quota_exceeded", "A quota of the tenant is used up"
+    way_out = "`GET /v1/usage` shows quotas and what is used of them; the operator can raise one."
+    policy: ClassVar[str] = "quota"
+    unit: ClassVar[str | None] = None
+
+    def __init__(
+        self,
+        detail: str,
+        *,
+        field: str | None = None,
+        value: object = None,
+        hint: str | None = None,
+        errors: tuple[FieldProblem, ...] = (),
+        quota: int | None = None,
+        retry_after_seconds: int = 30,
+        window_seconds: int | None = None,
+    ) -> None:
+        super().__init__(detail, field=field, value=value, hint=hint, errors=errors)
+        self.quota = quota
+        self.retry_after_seconds = retry_after_seconds
+        self.window_seconds = window_seconds
+
+
+class RateLimitExceeded(QuotaExceeded):
+    code, title, policy = "rate_limit_exceeded", "The tenant sends more POST requests a minute than it may", "posts"
+    way_out = "Wait for `Retry-After` seconds; `RateLimit` tells in every answer what is left."
+
+
+class QueuedJobsExceeded(QuotaExceeded):
+    code, title, policy = "queued_jobs_exceeded", "As many jobs of the tenant wait as may", "queued-jobs"
+    way_out = "Submit again when one has begun, or cancel one that waits."
+
+
+class StorageExceeded(QuotaExceeded):
+    code, title, policy = "storage_exceeded", "The tenant's storage is used up", "storage"
+    unit = "content-bytes"
+    way_out = "Delete jobs or uploads that are no longer needed, or ask the operator for more."
+
+
+class UploadsExceeded(QuotaExceeded):
+    code, title, policy = "uploads_exceeded", "The tenant has as many uploads as it may", "uploads"
+    way_out = "Delete an upload that no job reads any more; `GET /v1/uploads` lists them."
+
+
+class StreamsExceeded(QuotaExceeded):
+    code, title, policy = "streams_exceeded", "The tenant follows as many event streams as it may", "streams"
+    unit = "concurrent-requests"
+    way_out = "Close one, or poll the JSON page of events instead."
 
 
 class InputError(BitwrightError):

@@ -297,6 +297,8 @@ class PreflightView(PreflightRecord[RequestView]):
 class Problem(View):
     """RFC 9457 problem document."""
 
+    model_config = ConfigDict(frozen=True, extra="ignore", populate_by_name=True)
+
     type: str
     title: str
     status: int
@@ -307,4 +309,9 @@ class Problem(View):
     value: Any = None
     hint: str | None = None
     errors: list[FieldProblem] = Field(default_factory=list)
+    violated_policies: list[str] | None = Field(
+        default=None,
+        alias="violated-policies",
+        description="Of a quota that is used up: its names in `RateLimit-Policy`.",
+    )
     request_id: str | None = None

@@ -64,6 +64,14 @@ class Tenant(Base):
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     name: Mapped[str] = mapped_column(String(200), unique=True)
     created_at: Mapped[datetime] = mapped_column(default=now())
+    suspended_at: Mapped[datetime | None]
+    """From then on its keys are refused and no job of it begins."""
+    quotas: Mapped[JsonObject | None]
+    """Its own, by the names of `bitwright.tenancy.Quotas`; what is not there is the service's."""
+    model_roots: Mapped[list[str] | None]
+    allowed_models: Mapped[list[str] | None]
+    served_at: Mapped[datetime | None]
+    """When a worker last took one of its jobs: of two tenants with equally many running, the other goes first."""
 
 
 class ApiKey(Base):
@@ -80,6 +88,11 @@ class ApiKey(Base):
     scopes: Mapped[list[str]]
     created_at: Mapped[datetime] = mapped_column(default=now())
     revoked_at: Mapped[datetime | None]
+    expires_at: Mapped[datetime | None]
+    last_used_at: Mapped[datetime | None]
+    """Written at most once a minute."""
+    replaces: Mapped[str | None] = mapped_column(Id)
+    """The key that it was rotated from."""
 
 
 class Job(Base):
@@ -180,6 +193,12 @@ class Attempt(Base):
     finished_at: Mapped[datetime | None]
     error: Mapped[JsonObject | None]
     blocks_done: Mapped[int] = mapped_column(default=0)
+    device_class: Mapped[str | None] = mapped_column(String(8))
+    """`cpu` or `cuda`, of its worker."""
+    devices: Mapped[int | None]
+    """GPUs, or processes on a CPU, that the worker gives to it."""
+    price_micros: Mapped[int | None] = mapped_column(BigInteger)
+    """Millionths of the currency for an hour of one device, when it began."""
 
 
 class Event(Base):
@@ -199,7 +218,10 @@ class Artifact(Base):
     """One file of a checkpoint that a job made; its bytes are the blob of that hash."""
 
     __tablename__ = "artifact"
-    __table_args__ = (UniqueConstraint("job_id", "format", "path"),)
+    __table_args__ = (
+        UniqueConstraint("job_id", "format", "path"),
+        Index("ix_artifact_tenant_id_size", "tenant_id", "size"),
+    )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
     tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"))
@@ -243,6 +265,7 @@ class UploadFile(Base):
     """One file of an upload and how many of its bytes have arrived."""
 
     __tablename__ = "upload_file"
+    __table_args__ = (Index("ix_upload_file_tenant_id_size", "tenant_id", "size"),)
 
     upload_id: Mapped[str] = mapped_column(Id, ForeignKey("upload.id", ondelete="CASCADE"), primary_key=True)
     name: Mapped[str] = mapped_column(String(1024), primary_key=True)
@@ -295,3 +318,61 @@ class IdempotencyKey(Base):
     upload_id: Mapped[str | None] = mapped_column(Id, index=True)
     created_at: Mapped[datetime] = mapped_column(default=now())
     expires_at: Mapped[datetime]
+
+
+class HubToken(Base):
+    """A Hub token of a tenant, or of one job until its end; only ever stored encrypted."""
+
+    __tablename__ = "hub_token"
+
+    owner: Mapped[str] = mapped_column(Id, primary_key=True)
+    """Id of the tenant or of the job."""
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), index=True)
+    job_id: Mapped[str | None] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), index=True)
+    sealed: Mapped[str] = mapped_column(Text)
+    created_at: Mapped[datetime] = mapped_column(default=now())
+
+
+class RateWindow(Base):
+    """How much of a rate a tenant has used in the window that runs."""
+
+    __tablename__ = "rate_window"
+
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), primary_key=True)
+    name: Mapped[str] = mapped_column(String(32), primary_key=True)
+    used: Mapped[int]
+    ends_at: Mapped[datetime]
+
+
+class UsageMonth(Base):
+    """What a tenant used within a month; it outlives the jobs that it was used for."""
+
+    __tablename__ = "usage_month"
+
+    tenant_id: Mapped[str] = mapped_column(Id, ForeignKey("tenant.id", ondelete="CASCADE"), primary_key=True)
+    month: Mapped[str] = mapped_column(String(7), primary_key=True)
+    """Year and month in UTC, `2026-11`."""
+    jobs: Mapped[int] = mapped_column(default=0)
+    gpu_seconds: Mapped[float] = mapped_column(default=0.0)
+    cpu_seconds: Mapped[float] = mapped_column(default=0.0)
+    uploaded_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    stored_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    downloaded_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    cost_micros: Mapped[int | None] = mapped_column(BigInteger)
+    """Millionths of the currency; None if no attempt had a price."""
+
+
+class AuditEntry(Base):
+    """Something that somebody did. A trigger refuses any change of a row; it outlives whatever it names."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index("ix_audit_tenant_id_id", "tenant_id", "id"),)
+
+    id: Mapped[str] = mapped_column(Id, primary_key=True)
+    at: Mapped[datetime] = mapped_column(default=now(), index=True)
+    tenant_id: Mapped[str] = mapped_column(Id)
+    key_id: Mapped[str | None] = mapped_column(Id)
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str] = mapped_column(String(64))
+    request_id: Mapped[str | None] = mapped_column(String(64))
+    details: Mapped[JsonObject | None]
