@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field
 
+from bitwright.money import Money
 from bitwright.views import View
 
 MAX_OVERLAP_SECONDS = 30 * 86_400
@@ -149,18 +150,11 @@ class AuditView(View):
     details: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
 
 
-class Money(View):
-    """An amount, as a decimal number in text."""
-
-    amount: str = Field(examples=["1.250000"])
-    currency: str = Field(examples=["EUR"])
-
-
 class MonthView(View):
     """What a tenant used within a month (UTC)."""
 
     month: str = Field(examples=["2026-11"])
-    jobs: int = Field(description="Jobs that reached a final status.")
+    jobs: int = Field(description="Jobs that ended; one that was retried ends again.")
     gpu_seconds: float = Field(
         description="Time of attempts times their GPUs; attempts that ended by a fault of the service are not counted."
     )

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from enum import StrEnum
 
+from bitwright.tenancy import Quotas
+
 
 class Scope(StrEnum):
     """Scope of a key. Each scope includes those before it."""
@@ -19,6 +21,8 @@ class Principal:
     tenant_id: str
     key_id: str
     scopes: frozenset[Scope]
+    quotas: Quotas = Quotas()
+    """The tenant's own, without the service's defaults."""
 
     def allows(self, needed: Scope) -> bool:
         """True if one of the scopes is, or includes, `needed`."""
