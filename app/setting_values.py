@@ -3,6 +3,7 @@
 The message does not name the variable; `app.settings` puts that, and the value without its secrets, before it.
 """
 
+import base64
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from bitwright.addresses import check_host, is_host, scheme_of, split_address
 
 LONGEST_SOCKET_PATH = 107
 """Bytes that the path of a Unix socket may have."""
+TOKEN_KEY_BYTES = 32
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,159}")
 
 DATABASES = ("sqlite", "sqlite+pysqlite", "postgresql", "postgres", "postgresql+psycopg")
@@ -169,6 +171,18 @@ def token(value: SecretStr) -> SecretStr:
     if not re.fullmatch(r"[!-~]+", value.get_secret_value()):
         raise ValueError("a token is one word of printable ASCII; copy it anew, without quotes or line ends")
     return value
+
+
+def token_keys(keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+    """Keys of Fernet: 32 bytes in URL-safe base 64."""
+    for key in keys:
+        try:
+            size = len(base64.b64decode(key.get_secret_value(), altchars=b"-_", validate=True))
+        except (ValueError, UnicodeEncodeError):
+            size = 0
+        if size != TOKEN_KEY_BYTES:
+            raise ValueError("a key is 32 bytes in URL-safe base 64; `bitwright tenants token-key` makes one")
+    return keys
 
 
 def bind_host(value: str) -> str:

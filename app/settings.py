@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from difflib import get_close_matches
+from decimal import Decimal
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType
@@ -34,6 +35,7 @@ from app import setting_values as values
 from bitwright.addresses import shown, web_address
 from bitwright.endpoint import default_data_dir
 from bitwright.errors import InvalidSettings
+from bitwright.tenancy import Quotas
 
 KIB, MIB, GIB, PIB = 1 << 10, 1 << 20, 1 << 30, 1 << 50
 DAY = 86_400
@@ -106,6 +108,16 @@ def _split_paths(value: object) -> object:
         raise ValueError('a value that begins with [ must be a JSON list of folders, e.g. ["/models"]') from error
 
 
+def _split_words(value: object) -> object:
+    """A variable holds words divided by commas or spaces."""
+    return value.replace(",", " ").split() if isinstance(value, str) else value
+
+
+def _parse_quotas(value: object) -> object:
+    """A variable holds a JSON object."""
+    return json.loads(value) if isinstance(value, str) else value
+
+
 def _sqlite_url(data: dict[str, Any]) -> str:
     return f"sqlite:///{data['data_dir']}/bitwright.db"
 
@@ -134,6 +146,9 @@ def _worker_name() -> str:
 
 Folder = Annotated[Path, AfterValidator(values.folder)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+Price = Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=6, allow_inf_nan=False)]
+SECRETS = ("hub_token", "token_keys")
+"""Settings whose values are never shown."""
 
 log = structlog.get_logger(__name__)
 
@@ -192,6 +207,42 @@ class Settings(BaseSettings):
     )
     max_streams: int = Field(default=512, ge=1, le=100_000, description="Event streams that a process serves at once.")
     event_poll_seconds: Finite = Field(default=0.25, gt=0, le=30, description="How often streams look for events.")
+
+    tenant_quotas: Annotated[Quotas, NoDecode, BeforeValidator(_parse_quotas)] = Field(
+        default=Quotas(),
+        description="Quotas of every tenant that has none of its own, as JSON: queued_jobs, running_jobs, "
+        "storage_bytes, upload_bytes, uploads, streams, posts_per_minute, max_priority.",
+    )
+    token_keys: Annotated[
+        tuple[SecretStr, ...], NoDecode, BeforeValidator(_split_words), AfterValidator(values.token_keys)
+    ] = Field(
+        default=(),
+        description="Keys that encrypt Hub tokens of tenants and jobs, divided by commas: the first encrypts, all "
+        "decrypt. `bitwright tenants token-key` makes one.",
+    )
+    audit_retention_days: int | None = Field(
+        default=365, ge=1, le=36_500, description="Entries of the audit log older than this are deleted."
+    )
+    price_per_gpu_hour: Price | None = Field(
+        default=None, description="Price of an hour of one GPU, for dry runs, reports and usage."
+    )
+    price_per_cpu_hour: Price | None = Field(
+        default=None, description="The same of a worker without a GPU, or of each of its processes."
+    )
+    price_currency: str = Field(default="USD", pattern="^[A-Z]{3}$", description="Currency of the prices.")
+    metrics_by_tenant: bool = Field(
+        default=False,
+        description="Whether /metrics names tenants by their ids, with what each stores: it needs no key.",
+    )
+    worker_metrics_port: int | None = Field(
+        default=None,
+        ge=1,
+        le=65_535,
+        description="Port on which a worker serves its own metrics, at `worker_metrics_host`; unset: none.",
+    )
+    worker_metrics_host: Annotated[str, AfterValidator(values.bind_host)] = Field(
+        default="127.0.0.1", description="Address for `worker_metrics_port`."
+    )
 
     lease_seconds: int = Field(
         default=30, ge=3, le=3600, description="A running job that is silent for longer is taken back."
@@ -255,7 +306,7 @@ class Settings(BaseSettings):
             return handler(value)
         except ValidationError as error:
             name = str(info.field_name)
-            readable = "***" if name == "hub_token" else shown(value)
+            readable = "***" if name in SECRETS else shown(value)
             problem = _problem(name, value, error)
             raise PydanticCustomError(
                 "setting", "{said}", {"said": f"{PREFIX}{name.upper()} is {readable}: {problem}"}
@@ -280,6 +331,11 @@ class Settings(BaseSettings):
         offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
         return self.hub_preflight and self.hub_enabled and not offline
 
+    def price_micros(self, device: str) -> int | None:
+        """Millionths of the currency for an hour of one device of this class; None if it has no price."""
+        price = self.price_per_gpu_hour if device == "cuda" else self.price_per_cpu_hour
+        return None if price is None else int(price * 1_000_000)
+
     @property
     def heartbeat_seconds(self) -> float:
         """Between two renewals of a lease: a third of it, so that two may fail."""
@@ -291,6 +347,9 @@ WAYS: Mapping[str, str] = MappingProxyType(
         "hub_enabled": "give true or false",
         "hub_preflight": "give true or false",
         "devices": "give `all`, or a number from 1 to 64",
+        "tenant_quotas": 'give a JSON object of whole numbers, e.g. {"queued_jobs": 100, "posts_per_minute": 60}',
+        "metrics_by_tenant": "give true or false",
+        "price_currency": "give three capital letters, e.g. EUR",
         "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
     }
 )

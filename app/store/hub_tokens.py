@@ -16,7 +16,7 @@ from app.store.models import HubToken
 from app.store.upsert import upsert
 from bitwright.errors import InvalidRequest, StorageError
 
-NO_KEY_HINT = "the operator sets BITWRIGHT_SECRET_KEYS; `bitwright tenants secret-key` makes one"
+NO_KEY_HINT = "the operator sets BITWRIGHT_TOKEN_KEYS; `bitwright tenants token-key` makes one"
 
 
 class Vault:
@@ -32,7 +32,7 @@ class Vault:
             InvalidRequest: the service has no key to encrypt with.
         """
         if self._keys is None:
-            raise InvalidRequest("this service keeps no tokens: it has no secret key", field=field, hint=NO_KEY_HINT)
+            raise InvalidRequest("this service keeps no tokens: it has no key for them", field=field, hint=NO_KEY_HINT)
         return self._keys.encrypt(token.encode()).decode()
 
     def open(self, sealed: str) -> str:
@@ -47,7 +47,7 @@ class Vault:
         except InvalidToken:
             pass
         detail = "a Hub token was encrypted with a key that this process does not have"
-        raise StorageError(detail, hint="put the older key behind the newer one in BITWRIGHT_SECRET_KEYS") from None
+        raise StorageError(detail, hint="put the older key behind the newer one in BITWRIGHT_TOKEN_KEYS") from None
 
     def renewed(self, sealed: str) -> str:
         """The same token, encrypted with the first key."""

@@ -130,7 +130,7 @@ def test_keys_follow_each_other(database: Database, tenant: str) -> None:
         assert renew_tokens(session, vault(new, old)) == 1
     with database.reading() as session:
         assert token_of(session, vault(new), tenant_id=tenant, job_id="") == TOKEN
-    with database.transaction() as session, pytest.raises(InvalidRequest, match="secret key"):
+    with database.transaction() as session, pytest.raises(InvalidRequest, match="no key"):
         keep_token(session, Vault(()), TOKEN, tenant_id=tenant)
 
 
