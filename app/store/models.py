@@ -41,7 +41,8 @@ Status = Enum(
     create_constraint=True,
     name="status",
 )
-MODEL_START = "substr(model, 1, 256)"
+START_LENGTH = 256
+MODEL_START = f"substr(model, 1, {START_LENGTH})"
 """What the index by model holds: a path may be longer than an entry of a B-tree of PostgreSQL."""
 Id = String(30)
 Sha256 = String(64)
