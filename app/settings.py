@@ -206,6 +206,12 @@ class Settings(BaseSettings):
         default=200 * GIB, ge=KIB, le=PIB, description="Largest upload, all its files together."
     )
     max_streams: int = Field(default=512, ge=1, le=100_000, description="Event streams that a process serves at once.")
+    max_streams_of_key: int | None = Field(
+        default=None,
+        ge=1,
+        le=100_000,
+        description="Of these, streams of one key at once; unset: a quarter.",
+    )
     event_poll_seconds: Finite = Field(default=0.25, gt=0, le=30, description="How often streams look for events.")
 
     tenant_quotas: Annotated[Quotas, NoDecode, BeforeValidator(_parse_quotas)] = Field(

@@ -50,6 +50,7 @@ NONSENSE = {
     "port": ["seventy", "-1", "70000", "80.5", "tcp://10.0.0.1:8080"],
     "max_body_bytes": ["1MB", "0", "-1", "1e99"],
     "max_upload_bytes": ["200 GiB", "0", str(1 << 60)],
+    "max_streams_of_key": ["0", "many", "1000001"],
     "max_streams": ["0", "many", "1000001"],
     "event_poll_seconds": ["0", "-1", "inf", "nan", "31", "soon"],
     "tenant_quotas": ["ten", '{"queued": 1}', '{"queued_jobs": -1}', '{"queued_jobs": "many"}', "[1]", '{"streams": 1.5}'],
@@ -207,7 +208,7 @@ def test_a_hosts_name_of_any_kind_names_a_worker(monkeypatch: pytest.MonkeyPatch
         ["-m", "workers.sweep"],
         ["-m", "bitwright.cli", "serve"],
         ["-m", "bitwright.cli", "worker"],
-        ["-m", "uvicorn", "--factory", "app.api.main:create_app"],
+        ["-m", "bitwright.cli", "api"],
     ],
     ids=lambda words: " ".join(words[1:]),
 )

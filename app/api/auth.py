@@ -47,12 +47,12 @@ async def name_caller(principal: Annotated[Principal, Depends(find_principal)]) 
 Caller = Annotated[Principal, Depends(name_caller)]
 
 
-def reader(principal: Caller) -> Principal:
+async def reader(principal: Caller) -> Principal:
     """The caller, who may read."""
     return _allow(principal, Scope.READ)
 
 
-def submitter(principal: Caller) -> Principal:
+async def submitter(principal: Caller) -> Principal:
     """The caller, who may submit, cancel and upload."""
     return _allow(principal, Scope.SUBMIT)
 

@@ -1,4 +1,7 @@
-"""State of an API process, and the aliases by which endpoints ask for it."""
+"""State of an API process, and the aliases by which endpoints ask for it.
+
+Coroutines, because a plain function would take a thread for each of them, of which there are few.
+"""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -13,33 +16,33 @@ from app.store.blobs import BlobStore
 from app.store.session import Database
 
 
-def get_state(request: Request) -> "State":
+async def get_state(request: Request) -> "State":
     """The state that `create_app` made."""
     state: State = request.app.state.bitwright
     return state
 
 
-def _settings(state: Annotated["State", Depends(get_state)]) -> Settings:
+async def _settings(state: Annotated["State", Depends(get_state)]) -> Settings:
     return state.settings
 
 
-def _database(state: Annotated["State", Depends(get_state)]) -> Database:
+async def _database(state: Annotated["State", Depends(get_state)]) -> Database:
     return state.database
 
 
-def _blobs(state: Annotated["State", Depends(get_state)]) -> BlobStore:
+async def _blobs(state: Annotated["State", Depends(get_state)]) -> BlobStore:
     return state.blobs
 
 
-def _feed(state: Annotated["State", Depends(get_state)]) -> EventFeed:
+async def _feed(state: Annotated["State", Depends(get_state)]) -> EventFeed:
     return state.feed
 
 
-def _hub(state: Annotated["State", Depends(get_state)]) -> HubChild | None:
+async def _hub(state: Annotated["State", Depends(get_state)]) -> HubChild | None:
     return state.hub
 
 
-def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
+async def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
     return state.metrics
 
 

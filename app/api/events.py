@@ -61,8 +61,8 @@ async def get_events(
     job = await run_in_threadpool(source.job)
     if job.status in FINAL_STATUSES and start >= job.last_event:
         return Response(status_code=204, headers=VARY)
-    feed.require_room()
-    body = stream_events(feed, source, job.last_event, start)
+    feed.require_room(principal.key_id)
+    body = stream_events(feed, source, job.last_event, start, principal.key_id)
     return StreamingResponse(body, media_type=MEDIA_TYPE, headers=HEADERS | VARY)
 
 

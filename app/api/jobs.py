@@ -5,6 +5,7 @@ from typing import Annotated, Any
 import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
 from sqlalchemy.orm import Session
+from starlette.datastructures import QueryParams
 
 from app.api.auth import Reader, Submitter
 from app.api.deps import BlobsOf, DatabaseOf, HubOf, IdempotencyHeader, MetricsOf, SettingsOf
@@ -20,12 +21,15 @@ from app.domain.request.job_request import JobRequest
 from app.queue import notify_workers
 from app.store.artifacts import ArtifactRepository
 from app.store.idempotency import Idempotency
+from app.store.ids import id_pattern
+from app.store.job_pages import JobFilters
 from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.session import Database
 from app.store.uploads import UploadRepository
 from app.store.waiting import Place, places
 from app.store.workers import list_workers, live_classes
+from bitwright.errors import InvalidRequest
 from bitwright.job_states import JobStatus
 from bitwright.views import Page
 
@@ -34,6 +38,10 @@ log = structlog.get_logger(__name__)
 
 POLL_AFTER_SECONDS = 2
 METADATA_PREFIX = "metadata."
+MAX_LABELS = 16
+Cursor = Annotated[
+    str | None, Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": id_pattern("job")})
+]
 INPUT_PROBLEMS = (
     "source_not_found",
     "source_forbidden",
@@ -159,7 +167,7 @@ def _place(session: Session, job: Job) -> Place | None:
                 "in": "query",
                 "description": "Only jobs with these labels, e.g. `metadata.commit=abc123`; several must all match.",
                 "required": False,
-                "schema": {"type": "object", "additionalProperties": {"type": "string"}},
+                "schema": {"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": MAX_LABELS},
                 "style": "form",
                 "explode": True,
             }
@@ -171,7 +179,7 @@ def list_jobs(
     request: Request,
     principal: Reader,
     database: DatabaseOf,
-    after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    after: Cursor = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs a page.")] = 50,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
     method: Annotated[str | None, Query(max_length=64, description="Only jobs of this method or recipe.")] = None,
@@ -183,18 +191,28 @@ def list_jobs(
 
     Labels filter by `metadata.<name>=<value>`.
     """
-    labels = {
-        name.removeprefix(METADATA_PREFIX): value
-        for name, value in request.query_params.items()
-        if name.startswith(METADATA_PREFIX)
-    }
+    filters = JobFilters(status=status, method=method, model=model, labels=labels_of(request.query_params))
     with database.reading() as session:
-        page = JobRepository(session, principal.tenant_id).page(
-            after=after, limit=limit, status=status, method=method, model=model, metadata=labels or None
-        )
+        page = JobRepository(session, principal.tenant_id).page(after=after, limit=limit, filters=filters)
         queue = places(session) if any(job.status is JobStatus.QUEUED for job in page.items) else {}
         items = [job_view(job, place=queue.get(job.id)) for job in page.items]
         return Page(items=items, next_cursor=page.next_cursor)
+
+
+def labels_of(query: QueryParams) -> dict[str, str]:
+    """The labels that a query filters by.
+
+    Raises:
+        InvalidRequest: more than a job can have.
+    """
+    labels = {
+        name.removeprefix(METADATA_PREFIX): value for name, value in query.items() if name.startswith(METADATA_PREFIX)
+    }
+    if len(labels) > MAX_LABELS:
+        detail = f"a list takes up to {MAX_LABELS} filters by label, as many as a job can have; this has {len(labels)}"
+        hint = f"leave {len(labels) - MAX_LABELS} of them out"
+        raise InvalidRequest(detail, field="query.metadata", value=len(labels), hint=hint)
+    return labels
 
 
 @router.get(

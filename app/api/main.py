@@ -1,7 +1,7 @@
-"""The application. `uvicorn --factory app.api.main:create_app` serves it with settings from the environment."""
+"""The application. `bitwright api` serves it with settings from the environment (`app.api.server`)."""
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence, Set
 from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 from typing import Any
@@ -24,7 +24,8 @@ from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
-from app.store.session import Database
+from app.store.keys import good_keys
+from app.store.session import REQUESTS, Database
 
 MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
 ROUTERS = tuple(module.router for module in MODULES)
@@ -61,7 +62,7 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 def build_state(settings: Settings) -> State:
     """State that the application's requests share."""
-    database = Database(settings.database_url)
+    database = Database(settings.database_url, REQUESTS)
 
     def read_events(cursors: Mapping[str, int]) -> Sequence[StoredEvent]:
         with database.reading() as session:
@@ -71,7 +72,17 @@ def build_state(settings: Settings) -> State:
         with database.reading() as session:
             return {status.value: count for status, count in count_by_status(session).items()}
 
-    feed = EventFeed(read_events, poll_seconds=settings.event_poll_seconds, max_streams=settings.max_streams)
+    def keys_that_are_good(key_ids: Set[str]) -> Set[str]:
+        with database.reading() as session:
+            return good_keys(session, key_ids)
+
+    feed = EventFeed(
+        read_events,
+        poll_seconds=settings.event_poll_seconds,
+        max_streams=settings.max_streams,
+        max_streams_of_key=settings.max_streams_of_key or max(settings.max_streams // 4, 1),
+        good_keys=keys_that_are_good,
+    )
     return State(
         settings=settings,
         database=database,

@@ -18,6 +18,7 @@ from app.domain.inputs.jsonl import check_jsonl
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.idempotency import Idempotency
+from app.store.ids import id_pattern
 from app.store.models import Upload, UploadFile
 from app.store.session import Database
 from app.store.uploads import SEND_THE_REST, NewUploadFile, UploadRepository
@@ -139,7 +140,10 @@ def list_uploads(
     *,
     principal: Submitter,
     database: DatabaseOf,
-    after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    after: Annotated[
+        str | None,
+        Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": id_pattern("upl")}),
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Uploads a page.")] = 50,
     status: Annotated[Literal["open", "complete"] | None, Query(description="Only uploads in this status.")] = None,
 ) -> Page[UploadView]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
-from itertools import islice
+from itertools import groupby, islice
 
 from sqlalchemy import delete, select
 from sqlalchemy.orm import Session
@@ -16,17 +16,28 @@ from bitwright.job_states import FINAL_STATUSES
 GRACE_SECONDS = 24 * 3600.0
 """A blob is stored before the row that names it is committed, and a large checkpoint or upload takes hours to store."""
 HASHES_A_QUERY = 500
+ROWS_A_TRANSACTION = 1000
+"""Jobs or keys that one transaction removes: on SQLite nobody else writes meanwhile."""
 
 
-def remove_expired_keys(session: Session) -> None:
-    """Remove Idempotency-Keys that have expired."""
-    session.execute(delete(IdempotencyKey).where(IdempotencyKey.expires_at <= now()))
+def remove_expired_keys(session: Session, *, limit: int = ROWS_A_TRANSACTION) -> int:
+    """Remove up to `limit` Idempotency-Keys that have expired; how many there were."""
+    expired = (
+        select(IdempotencyKey.tenant_id, IdempotencyKey.key).where(IdempotencyKey.expires_at <= now()).limit(limit)
+    )
+    rows = session.execute(expired).all()
+    for tenant_id, keys in groupby(sorted(rows), key=lambda row: row.tenant_id):
+        these = (IdempotencyKey.tenant_id == tenant_id, IdempotencyKey.key.in_([row.key for row in keys]))
+        # Asked again: a caller may have taken the key anew meanwhile.
+        session.execute(delete(IdempotencyKey).where(*these, IdempotencyKey.expires_at <= now()))
+    return len(rows)
 
 
-def remove_old_jobs(session: Session, *, older_than_seconds: float) -> list[str]:
-    """Remove jobs that ended so long ago, with all that belongs to them; their ids."""
-    old = (Job.status.in_(FINAL_STATUSES), Job.finished_at <= seconds_from_now(-older_than_seconds))
-    return list(session.scalars(delete(Job).where(*old).returning(Job.id)))
+def remove_old_jobs(session: Session, *, older_than_seconds: float, limit: int = ROWS_A_TRANSACTION) -> list[str]:
+    """Remove up to `limit` jobs that ended so long ago, with all that belongs to them; their ids."""
+    old = (Job.finished_at <= seconds_from_now(-older_than_seconds), Job.status.in_(FINAL_STATUSES))
+    some = select(Job.id).where(*old).order_by(Job.finished_at).limit(limit)
+    return list(session.scalars(delete(Job).where(Job.id.in_(some), *old).returning(Job.id)))
 
 
 def collect_blobs(database: Database, blobs: BlobStore, *, grace_seconds: float = GRACE_SECONDS) -> list[str]:

@@ -45,6 +45,11 @@ def is_id(prefix: Prefix, text: str) -> bool:
     return text.startswith(prefix + "_") and SHAPE.fullmatch(text) is not None
 
 
+def id_pattern(prefix: Prefix) -> str:
+    """The shape of an id with this prefix, for a JSON schema."""
+    return f"^{prefix}_[{ALPHABET}]{{26}}$"
+
+
 def require_id(prefix: Prefix, text: str, kind: str) -> str:
     """`text`, if it has an id's shape.
 

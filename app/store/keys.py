@@ -5,7 +5,7 @@ import re
 import secrets
 import string
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
@@ -121,6 +121,17 @@ def note_uses(session: Session, uses: Mapping[str, float]) -> None:
         at = seconds_from_now(-ago)
         newer = or_(ApiKey.last_used_at.is_(None), ApiKey.last_used_at < at)
         session.execute(update(ApiKey).where(ApiKey.id == key_id, newer).values(last_used_at=at))
+
+
+def good_keys(session: Session, key_ids: Set[str]) -> frozenset[str]:
+    """Those of the keys, by id, that `authenticate` would accept now."""
+    valid = (
+        ApiKey.revoked_at.is_(None),
+        or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > now()),
+        Tenant.suspended_at.is_(None),
+    )
+    query = select(ApiKey.id).join(Tenant, Tenant.id == ApiKey.tenant_id).where(ApiKey.id.in_(key_ids), *valid)
+    return frozenset(session.scalars(query))
 
 
 def list_keys(session: Session, tenant_id: str) -> Sequence[ApiKey]:

@@ -41,8 +41,16 @@ Status = Enum(
     create_constraint=True,
     name="status",
 )
+START_LENGTH = 256
+MODEL_START = f"substr(model, 1, {START_LENGTH})"
+"""What the index by model holds: a path may be longer than an entry of a B-tree of PostgreSQL."""
 Id = String(30)
 Sha256 = String(64)
+
+
+def _where(condition: str) -> dict[str, Any]:
+    """Options of an index that holds only the rows of this condition."""
+    return {"postgresql_where": text(condition), "sqlite_where": text(condition)}
 
 
 class Base(DeclarativeBase):
@@ -104,6 +112,12 @@ class Job(Base):
         Index("ix_job_tenant_id_id", "tenant_id", "id"),
         Index("ix_job_claim", "status", "device", "priority", "id"),
         Index("ix_job_lease", "lease_expires_at", postgresql_where=text("lease_expires_at IS NOT NULL")),
+        # For lists: each ends with what they are ordered by, and a status is one of five.
+        Index("ix_job_status", "tenant_id", "status", "id"),
+        Index("ix_job_method", "tenant_id", "method", "status", "id"),
+        Index("ix_job_recipe", "tenant_id", "recipe", "status", "id", **_where("recipe IS NOT NULL")),
+        Index("ix_job_model", "tenant_id", text(MODEL_START), "status", "id"),
+        Index("ix_job_finished", "finished_at", **_where("finished_at IS NOT NULL")),
     )
 
     id: Mapped[str] = mapped_column(Id, primary_key=True)
@@ -158,7 +172,7 @@ class JobLabel(Base):
     """One entry of a request's metadata, for lists to filter by with one index on every database."""
 
     __tablename__ = "job_label"
-    __table_args__ = (Index("ix_job_label_tenant_id_name_value", "tenant_id", "name", "value"),)
+    __table_args__ = (Index("ix_job_label_value", "tenant_id", "name", "value", "job_id"),)
 
     job_id: Mapped[str] = mapped_column(Id, ForeignKey("job.id", ondelete="CASCADE"), primary_key=True)
     name: Mapped[str] = mapped_column(String(64), primary_key=True)
@@ -317,7 +331,7 @@ class IdempotencyKey(Base):
     job_id: Mapped[str | None] = mapped_column(Id, index=True)
     upload_id: Mapped[str | None] = mapped_column(Id, index=True)
     created_at: Mapped[datetime] = mapped_column(default=now())
-    expires_at: Mapped[datetime]
+    expires_at: Mapped[datetime] = mapped_column(index=True)
 
 
 class HubToken(Base):

@@ -35,8 +35,9 @@ async def refuse_unread(request: Request) -> None:
         return
     for each in _dependants(route.dependant):
         if each.call in (reader, submitter):
-            principal = await run_in_threadpool(find_principal, get_state(request).database, await bearer(request))
-            each.call(await name_caller(principal))
+            database = (await get_state(request)).database
+            principal = await run_in_threadpool(find_principal, database, await bearer(request))
+            await each.call(await name_caller(principal))
     more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
     raise InvalidRequest(f"{problems[0].field}: {problems[0].detail}{more}", errors=tuple(problems[:MAX_PROBLEMS]))
 
