@@ -9,8 +9,8 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from difflib import get_close_matches
 from decimal import Decimal
+from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from types import MappingProxyType

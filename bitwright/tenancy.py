@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Field, SecretStr
 
 from bitwright.money import Money
 from bitwright.views import View
@@ -92,7 +92,7 @@ class HubTokenRequest(View):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    token: str = Field(pattern=r"^[!-~]{1,500}$", description="One word of printable ASCII.")
+    token: SecretStr = Field(description="One word of up to 500 printable ASCII characters.")
 
 
 class KeyRequest(View):

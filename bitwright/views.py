@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from bitwright.errors import FieldProblem
 from bitwright.events import ErrorData, Event, ProgressEvent
 from bitwright.job_states import JobStatus
+from bitwright.money import Money
 from bitwright.report import Report
 from bitwright.request import RequestView
 
@@ -287,6 +288,10 @@ class PreflightRecord(View, Generic[RequestT]):
     warnings: list[str] = Field(default_factory=list)
     not_checked: Literal["hub"] | None = Field(
         default=None, description="Where the model is, if nobody has looked at it: estimates are empty then."
+    )
+    cost: dict[str, Money] = Field(
+        default_factory=dict,
+        description="For the estimated seconds, by class of device (`cpu`, `cuda`); empty: no price or no estimate.",
     )
 
 

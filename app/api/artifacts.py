@@ -7,7 +7,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from app.api.auth import Reader
-from app.api.deps import BlobsOf, DatabaseOf
+from app.api.deps import BlobsOf, DatabaseOf, LaterOf
 from app.api.http.content import (
     IMMUTABLE,
     Span,
@@ -19,6 +19,7 @@ from app.api.http.content import (
 )
 from app.api.http.documentation import binary, problems, text_header
 from app.api.representations import artifact_view
+from app.api.tenancy.downloads import note_download
 from app.store.artifacts import ArtifactRepository
 from bitwright.errors import StorageError
 from bitwright.views import ArtifactView, Page
@@ -61,7 +62,7 @@ def list_artifacts(job_id: str, principal: Reader, database: DatabaseOf) -> Page
     responses=RESPONSES,
 )
 def get_content(
-    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf
+    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf, later: LaterOf
 ) -> Response:
     """The bytes of a file, or one range of them. With several ranges, or one that does not parse, all of it comes."""
     with database.reading() as session:
@@ -78,6 +79,8 @@ def get_content(
     if span is not None:
         status = 206
         headers["Content-Range"] = f"bytes {span.start}-{span.start + span.length - 1}/{artifact.size}"
+    if request.method == "GET":
+        note_download(later, database, principal, "artifact.downloaded", artifact_id, extent.length)
     chunks = (
         iter(())
         if request.method == "HEAD"
@@ -94,7 +97,7 @@ def get_content(
     responses=RESPONSES,
 )
 def head_content(
-    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf
+    artifact_id: str, request: Request, principal: Reader, database: DatabaseOf, blobs: BlobsOf, later: LaterOf
 ) -> Response:
     """Headers of the GET, without the bytes."""
-    return get_content(artifact_id, request, principal, database, blobs)
+    return get_content(artifact_id, request, principal, database, blobs, later)

@@ -7,12 +7,15 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from fastapi import Depends, Header, Request
+from pydantic import SecretStr
 
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
 from app.api.submission.hub_child import HubChild
+from app.api.tenancy.later import WrittenLater
 from app.settings import Settings
 from app.store.blobs import BlobStore
+from app.store.hub_tokens import Vault
 from app.store.session import Database
 
 
@@ -46,6 +49,14 @@ async def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
     return state.metrics
 
 
+async def _later(state: Annotated["State", Depends(get_state)]) -> WrittenLater:
+    return state.later
+
+
+async def _vault(state: Annotated["State", Depends(get_state)]) -> Vault:
+    return state.vault
+
+
 @dataclass(frozen=True)
 class State:
     """Everything that requests share."""
@@ -55,16 +66,30 @@ class State:
     blobs: BlobStore
     feed: EventFeed
     metrics: Metrics
+    later: WrittenLater
+    vault: Vault
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
 
 
+StateOf = Annotated[State, Depends(get_state)]
 SettingsOf = Annotated[Settings, Depends(_settings)]
 DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
+LaterOf = Annotated[WrittenLater, Depends(_later)]
+VaultOf = Annotated[Vault, Depends(_vault)]
+HubTokenHeader = Annotated[
+    SecretStr | None,
+    Header(
+        alias="X-Hub-Token",
+        max_length=500,
+        description="A Hub token for this job alone: kept encrypted, used to fetch the model and texts, erased at the "
+        "job's end. It is no part of the request that an Idempotency-Key stands for.",
+    ),
+]
 IdempotencyHeader = Annotated[
     str | None,
     Header(

@@ -14,7 +14,7 @@ import structlog
 from starlette.concurrency import run_in_threadpool
 
 from app.store.events import StoredEvent
-from bitwright.errors import TooManyRequests
+from bitwright.errors import StreamsExceeded, TooManyRequests
 
 BACKLOG = 256
 """Events that wait in memory for one stream."""
@@ -35,12 +35,14 @@ ReadEvents = Callable[[Mapping[str, int]], Sequence[StoredEvent]]
 class Subscription:
     """Events that the poll has brought for one stream. `lagging`: some of it was dropped; replay from the store.
 
-    key_id   the key that the stream was opened with
-    ended    the stream is to end now: the process ends, or the key does
+    key_id      the key that the stream was opened with
+    tenant_id   its tenant
+    ended       the stream is to end now: the process ends, or the key does
     """
 
     job_id: str
     key_id: str = ""
+    tenant_id: str = ""
     ended: bool = False
     waiting: list[StoredEvent] = field(default_factory=list)
     lagging: bool = False
@@ -103,12 +105,17 @@ class EventFeed:
         """Streams that are open now."""
         return sum(map(len, self._subscribers.values()))
 
-    def require_room(self, key_id: str = "") -> None:
+    def require_room(self, key_id: str = "", tenant_id: str = "", most_of_tenant: int | None = None) -> None:
         """Refuse one stream too many.
 
         Raises:
             TooManyRequests: the process serves as many streams as it may, or as many as one key may have.
+            StreamsExceeded: it serves the tenant as many as that may have.
         """
+        of_tenant = sum(subscription.tenant_id == tenant_id for subscription in self._all())
+        if most_of_tenant is not None and of_tenant >= most_of_tenant:
+            detail = f"the tenant may follow {most_of_tenant} event streams at once, and does"
+            raise StreamsExceeded(detail, quota=most_of_tenant)
         mine = sum(subscription.key_id == key_id for subscription in self._all())
         if mine >= self._max_streams_of_key:
             detail = f"this key has {mine} event streams open here, as many as one may have"
@@ -118,9 +125,9 @@ class EventFeed:
             raise TooManyRequests(detail, hint="poll the JSON page of events instead, or try again later")
 
     @contextmanager
-    def subscribe(self, job_id: str, newest: int, key_id: str = "") -> Iterator[Subscription]:
+    def subscribe(self, job_id: str, newest: int, key_id: str = "", tenant_id: str = "") -> Iterator[Subscription]:
         """Receive events of the job that are newer than `newest`, the last one stored when this was called."""
-        subscription = Subscription(job_id, key_id, ended=self._closing)
+        subscription = Subscription(job_id, key_id, tenant_id, ended=self._closing)
         self._subscribers.setdefault(job_id, set()).add(subscription)
         self._cursors.setdefault(job_id, newest)
         self._listening.set()

@@ -27,7 +27,7 @@ class JobEvents:
 
     def __init__(self, database: Database, tenant_id: str, job_id: str) -> None:
         self._database = database
-        self._tenant_id = tenant_id
+        self.tenant_id = tenant_id
         self.job_id = job_id
 
     def job(self) -> Job:
@@ -37,12 +37,12 @@ class JobEvents:
             NotFound: the tenant has no such job.
         """
         with self._database.reading() as session:
-            return JobRepository(session, self._tenant_id).get(self.job_id)
+            return JobRepository(session, self.tenant_id).get(self.job_id)
 
     def page(self, after: int, limit: int = REPLAY_PAGE) -> Sequence[StoredEvent]:
         """Stored events with a greater sequence than `after`."""
         with self._database.reading() as session:
-            return EventRepository(session, self._tenant_id).page(self.job_id, after, limit)
+            return EventRepository(session, self.tenant_id).page(self.job_id, after, limit)
 
     def finished(self, last_sent: int) -> bool:
         """True if nothing comes after event `last_sent`: the job is final or deleted."""
@@ -61,7 +61,7 @@ async def stream_events(
     One that ends before its job does says again when to come back: another process may serve by then.
     """
     last_sent = after
-    with feed.subscribe(source.job_id, newest, key_id) as subscription:
+    with feed.subscribe(source.job_id, newest, key_id, source.tenant_id) as subscription:
         yield RETRY
         replaying = True
         while True:

@@ -8,23 +8,45 @@ from sqlalchemy.orm import Session
 from starlette.datastructures import QueryParams
 
 from app.api.auth import Reader, Submitter
-from app.api.deps import BlobsOf, DatabaseOf, HubOf, IdempotencyHeader, MetricsOf, SettingsOf
+from app.api.deps import (
+    BlobsOf,
+    DatabaseOf,
+    HubOf,
+    HubTokenHeader,
+    IdempotencyHeader,
+    MetricsOf,
+    SettingsOf,
+    VaultOf,
+)
 from app.api.http.documentation import problems, text_header
 from app.api.representations import job_view
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
 from app.api.submission.job_examples import REQUEST_BODY
 from app.api.submission.preflight import look_at_hub, run_preflight
+from app.api.tenancy.admission import NO_ROOM, actor, require_allowed
+from app.api.tenancy.queueing import (
+    TOKEN_FIELD,
+    checked_token,
+    estimated_cost,
+    has_token,
+    policy_and_settings,
+    queue_job,
+)
 from app.api.views import JobView, PreflightView
 from app.domain.request.asked_recipe import asked_recipe
 from app.domain.request.job_request import JobRequest
+from app.domain.request.sources import LocalModel
 from app.queue import notify_workers
 from app.store.artifacts import ArtifactRepository
+from app.store.audit import record
+from app.store.hub_tokens import keep_token
 from app.store.idempotency import Idempotency
 from app.store.ids import id_pattern
 from app.store.job_pages import JobFilters
 from app.store.jobs import JobRepository
 from app.store.models import Job
+from app.store.quotas import require_queue_room
 from app.store.session import Database
 from app.store.uploads import UploadRepository
 from app.store.waiting import Place, places
@@ -75,7 +97,7 @@ ACCEPTED = {
     responses={
         200: {"description": "Dry run: nothing is stored.", "model": PreflightView},
         202: ACCEPTED,
-        **problems("body_too_large", "idempotency_key_reused", "exceeds_capacity", *INPUT_PROBLEMS),
+        **problems("body_too_large", "idempotency_key_reused", "exceeds_capacity", *NO_ROOM, *INPUT_PROBLEMS),
     },
 )
 def create_job(
@@ -89,6 +111,9 @@ def create_job(
     blobs: BlobsOf,
     metrics: MetricsOf,
     hub: HubOf,
+    vault: VaultOf,
+    http: Request,
+    hub_token: HubTokenHeader = None,
     dry_run: Annotated[bool, Query(description="Check, expand and estimate; store nothing.")] = False,
     idempotency_key: IdempotencyHeader = None,
 ) -> Any:
@@ -107,15 +132,21 @@ def create_job(
         base_job = find_base_job(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
     request = JobRequest.parse(body, base_job)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
+    token = checked_token(hub_token)
     with database.reading() as session:
         if idempotency is not None and not dry_run:
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
             replayed_job = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
             if replayed_job is not None:
                 return accepted(session, replayed_job, response)
+        policy, settings = policy_and_settings(session, principal, settings)
+        if not isinstance(request.model, LocalModel):  # of a local one the real path counts
+            require_allowed(policy, request)
+        hub = None if has_token(session, principal, token) else hub
     seen = look_at_hub(request, hub)
     with database.reading() as session:
         preflight = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs, seen)
+        require_allowed(policy, preflight.request)
         alive = [state.worker for state in list_workers(session)]
         require_capacity(preflight.request, preflight.estimates, alive)
         if dry_run:
@@ -126,11 +157,13 @@ def create_job(
             estimates=preflight.estimates,
             warnings=preflight.warnings,
             not_checked=preflight.not_checked,
+            cost=estimated_cost(preflight.estimates, settings),
         )
         return Response(view.model_dump_json(), media_type="application/json")
     with database.transaction() as session:
         recipe = asked_recipe(body, preflight.request)
-        job = JobRepository(session, principal.tenant_id).add(preflight.request, recipe=recipe, idempotency=idempotency)
+        given = {"recipe": recipe, "idempotency": idempotency, "vault": vault, "token": token}
+        job = queue_job(session, http, principal, policy, preflight.request, **given)
         view_of_job = accepted(session, job, response)
         if not job.replayed:
             view_of_job = view_of_job.model_copy(update={"not_checked": preflight.not_checked})
@@ -245,6 +278,7 @@ def delete_job(job_id: str, principal: Submitter, database: DatabaseOf) -> None:
     """Remove a final job with its events and artifacts. Cancel one that is not final first."""
     with database.transaction() as session:
         JobRepository(session, principal.tenant_id).delete(job_id)
+        record(session, actor(principal), "job.deleted", job_id)
     log.info("job_deleted", job_id=job_id)
 
 
@@ -262,6 +296,7 @@ def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf) -> JobVi
     """End a queued job at once; a running one's process ends within seconds."""
     with database.transaction() as session:
         JobRepository(session, principal.tenant_id).cancel(job_id)
+        record(session, actor(principal), "job.cancelled", job_id)
     log.info("job_cancel_requested", job_id=job_id)
     return read_job(database, principal.tenant_id, job_id)
 
@@ -271,12 +306,31 @@ def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf) -> JobVi
     summary="Retry a job",
     operation_id="retry_job",
     status_code=202,
-    responses={202: {"description": "Queued again."}, **problems("not_found", "illegal_transition")},
+    responses={202: {"description": "Queued again."}, **problems("not_found", "illegal_transition", *NO_ROOM)},
 )
-def retry_job(job_id: str, principal: Submitter, database: DatabaseOf, background: BackgroundTasks) -> JobView:
-    """Queue a failed or cancelled job again. Blocks that were finished are not computed again."""
+def retry_job(
+    *,
+    job_id: str,
+    principal: Submitter,
+    settings: SettingsOf,
+    database: DatabaseOf,
+    vault: VaultOf,
+    background: BackgroundTasks,
+    hub_token: HubTokenHeader = None,
+) -> JobView:
+    """Queue a failed or cancelled job again. Blocks that were finished are not computed again.
+
+    The job's own Hub token was erased at its end: send it again if the model is still to be fetched.
+    """
+    token = checked_token(hub_token)
     with database.transaction() as session:
         job = JobRepository(session, principal.tenant_id).retry(job_id)
+        # Behind the retry, which tells whether there is such a job; a refusal takes it back.
+        policy, _ = policy_and_settings(session, principal, settings)
+        require_queue_room(session, principal.tenant_id, policy.quotas, queued=1)
+        if token is not None:
+            keep_token(session, vault, token, tenant_id=principal.tenant_id, job_id=job_id, field=TOKEN_FIELD)
+        record(session, actor(principal), "job.retried", job_id)
         alive = live_classes(session)
     log.info("job_retried", job_id=job_id)
     background.add_task(notify_workers, job.device, alive)

@@ -9,6 +9,7 @@ from typing import Any
 from fastapi import Depends, FastAPI
 
 from app.api import architectures, artifacts, events, formats, health, jobs, methods, pages, uploads, workers
+from app.api.admin import audit, keys, tenants, usage
 from app.api.deps import State
 from app.api.event_feed import POLL_LIMIT, EventFeed
 from app.api.http import archive
@@ -19,16 +20,19 @@ from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
+from app.api.tenancy.later import WrittenLater
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.events import StoredEvent, events_after
+from app.store.hub_tokens import Vault
 from app.store.jobs import count_by_status
 from app.store.keys import good_keys
 from app.store.session import REQUESTS, Database
 
 MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
-ROUTERS = tuple(module.router for module in MODULES)
+ADMIN_MODULES = (tenants, keys, usage, audit)
+ROUTERS = tuple(module.router for module in (*MODULES, *ADMIN_MODULES))
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
@@ -89,6 +93,8 @@ def build_state(settings: Settings) -> State:
         blobs=open_blobs(settings.blob_url),
         feed=feed,
         metrics=Metrics(count_jobs, lambda: feed.streams),
+        later=WrittenLater(database),
+        vault=Vault(settings.token_keys),
         hub=HubChild(settings) if settings.looks_at_hub else None,
     )
 
@@ -107,12 +113,15 @@ class Application(FastAPI):
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     state: State = app.state.bitwright
     poller = asyncio.create_task(state.feed.run(), name="event-feed")
+    writer = asyncio.create_task(state.later.run(), name="later-writes")
     try:
         yield
     finally:
-        poller.cancel()
-        with suppress(asyncio.CancelledError):
-            await poller
+        for task in (poller, writer):
+            task.cancel()
+            with suppress(asyncio.CancelledError):
+                await task
+        await asyncio.to_thread(state.later.close)
         if state.hub is not None:
             state.hub.close()
         state.database.close()

@@ -10,18 +10,23 @@ from app.api.auth import Submitter
 from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, SettingsOf
 from app.api.http.documentation import problems, text_header
 from app.api.representations import upload_view
+from app.api.tenancy.admission import actor
 from app.api.upload_parts import PartsFolder
 from app.api.upload_receiving import Target, TornPart, find_file, parse_content_range, receive_part
 from app.domain.inputs.foreign_files import PICKLED, foreign_files, gguf_file
 from app.domain.inputs.inspection import CONFIG, is_plain_name
 from app.domain.inputs.jsonl import check_jsonl
 from app.settings import Settings
+from app.store.audit import record
 from app.store.blobs import BlobStore
 from app.store.idempotency import Idempotency
 from app.store.ids import id_pattern
 from app.store.models import Upload, UploadFile
+from app.store.quotas import require_upload_room
 from app.store.session import Database
+from app.store.tenants import policy_of
 from app.store.uploads import SEND_THE_REST, NewUploadFile, UploadRepository
+from app.store.usage import add_usage
 from bitwright.errors import (
     BodyTooLarge,
     Conflict,
@@ -60,7 +65,10 @@ PART_BODY: dict[str, Any] = {
     status_code=201,
     responses={
         201: CREATED,
-        **problems("body_too_large", "unsafe_checkpoint", "unsupported_checkpoint", "idempotency_key_reused"),
+        **problems(
+            *("body_too_large", "unsafe_checkpoint", "unsupported_checkpoint", "idempotency_key_reused"),
+            *("rate_limit_exceeded", "uploads_exceeded", "storage_exceeded"),
+        ),
     },
 )
 def create_upload(
@@ -81,7 +89,11 @@ def create_upload(
     check_files(body, settings)
     files = [NewUploadFile(file.name, file.size, file.sha256) for file in body.files]
     with database.transaction() as session:
+        policy = policy_of(session, principal.tenant_id, settings.tenant_quotas)
+        require_upload_room(session, principal.tenant_id, policy.quotas, sum(file.size for file in files))
         upload = UploadRepository(session, principal.tenant_id).create(files, idempotency=idempotency)
+        if not upload.replayed:
+            record(session, actor(principal), "upload.created", upload.id)
         return _created(upload, response)
 
 
@@ -177,6 +189,7 @@ def delete_upload(upload_id: str, principal: Submitter, settings: SettingsOf, da
     """Remove an upload that no unfinished job reads."""
     with database.transaction() as session:
         UploadRepository(session, principal.tenant_id).delete(upload_id)
+        record(session, actor(principal), "upload.deleted", upload_id)
     PartsFolder(settings.upload_dir, upload_id).remove()
 
 
@@ -270,6 +283,8 @@ def complete_upload(
             _keep(file, parts, database, blobs)
         with database.transaction() as session:
             view = upload_view(UploadRepository(session, principal.tenant_id).complete(upload_id))
+            add_usage(session, principal.tenant_id, uploaded_bytes=sum(file.size for file in view.files))
+            record(session, actor(principal), "upload.completed", upload_id)
     parts.remove()
     log.info("upload_completed", upload_id=upload_id, files=len(view.files))
     return view

@@ -1,6 +1,6 @@
 """Access rights: the scopes of an API key and the principal that a key stands for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from bitwright.tenancy import Quotas
@@ -21,7 +21,7 @@ class Principal:
     tenant_id: str
     key_id: str
     scopes: frozenset[Scope]
-    quotas: Quotas = Quotas()
+    quotas: Quotas = field(default_factory=Quotas)
     """The tenant's own, without the service's defaults."""
 
     def allows(self, needed: Scope) -> bool:

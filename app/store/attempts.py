@@ -73,7 +73,7 @@ def claim(
     worker_id: str,
     device_class: DeviceClass,
     lease_seconds: float,
-    terms: Terms = Terms(),  # noqa: B008 (frozen)
+    terms: Terms = Terms(),
 ) -> Claim | None:
     """Take the next job that this worker may run, in one statement; None if there is none.
 

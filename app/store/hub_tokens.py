@@ -55,16 +55,16 @@ class Vault:
         return self.seal(token, field="hub_token")
 
 
-def keep_token(session: Session, vault: Vault, token: str, *, tenant_id: str, job_id: str | None = None) -> None:
+def keep_token(
+    session: Session, vault: Vault, token: str, *, tenant_id: str, job_id: str | None = None, field: str = "hub_token"
+) -> None:
     """Keep the token of a tenant, or of its job, in place of an earlier one.
 
     Raises:
         InvalidRequest: see `Vault.seal`.
     """
-    fresh = {"sealed": vault.seal(token, field="hub_token"), "created_at": now()}
-    statement = upsert(session, HubToken).values(
-        owner=job_id or tenant_id, tenant_id=tenant_id, job_id=job_id, **fresh
-    )
+    fresh = {"sealed": vault.seal(token, field=field), "created_at": now()}
+    statement = upsert(session, HubToken).values(owner=job_id or tenant_id, tenant_id=tenant_id, job_id=job_id, **fresh)
     session.execute(statement.on_conflict_do_update(index_elements=["owner"], set_=fresh))
 
 

@@ -72,12 +72,12 @@ def rotate_key(session: Session, tenant_id: str, key_id: str, *, overlap_seconds
         raise Conflict(detail, value=key_id, hint="make a new one")
     successor = session.scalars(select(ApiKey.id).where(ApiKey.replaces == key_id)).first()
     if successor is not None:
-        raise Conflict(f"key {key_id} was rotated before", value=successor, hint=f"rotate {successor}, which follows it")
+        raise Conflict(
+            f"key {key_id} was rotated before", value=successor, hint=f"rotate {successor}, which follows it"
+        )
     lifetime = None if old.expires_at is None else (old.expires_at - old.created_at).total_seconds()
     scopes = frozenset(map(Scope, old.scopes))
-    made = issue_key(
-        session, tenant_id, name=old.name, scopes=scopes, expires_in_seconds=lifetime, replaces=key_id
-    )
+    made = issue_key(session, tenant_id, name=old.name, scopes=scopes, expires_in_seconds=lifetime, replaces=key_id)
     end = seconds_from_now(overlap_seconds)
     sooner = or_(ApiKey.expires_at.is_(None), ApiKey.expires_at > end)
     session.execute(update(ApiKey).where(ApiKey.id == key_id, sooner).values(expires_at=end))
@@ -96,7 +96,9 @@ def authenticate(session: Session, plaintext: str) -> Principal:
         raise Unauthenticated("the API key is malformed; a key is bw_ and 38 letters and digits")
     expired = func.coalesce(ApiKey.expires_at <= now(), False)
     query = (
-        select(ApiKey.id, ApiKey.tenant_id, ApiKey.scopes, ApiKey.revoked_at, expired, Tenant.suspended_at, Tenant.quotas)
+        select(
+            ApiKey.id, ApiKey.tenant_id, ApiKey.scopes, ApiKey.revoked_at, expired, Tenant.suspended_at, Tenant.quotas
+        )
         .join(Tenant, Tenant.id == ApiKey.tenant_id)
         .where(ApiKey.digest == _digest(plaintext))
     )

@@ -63,21 +63,26 @@ def spend_post(session: Session, tenant_id: str, per_minute: int) -> Spent:
     )
 
 
-def require_queue_room(session: Session, tenant_id: str, quotas: Quotas) -> None:
-    """Check that one more job may wait. The tenant's submissions come one after the other here.
+def require_queue_room(session: Session, tenant_id: str, quotas: Quotas, *, queued: int = 0) -> int | None:
+    """Check that one more job may wait; how many more then, None without a quota. Submissions of one tenant come one
+    after the other here.
+
+    queued   of the waiting ones, those that the check is for
 
     Raises:
         QueuedJobsExceeded: as many wait as may.
     """
     if quotas.queued_jobs is None:
-        return
+        return None
     _lock(session, tenant_id)
-    if _jobs(session, tenant_id, JobStatus.QUEUED) >= quotas.queued_jobs:
+    room = quotas.queued_jobs - _jobs(session, tenant_id, JobStatus.QUEUED) - 1 + queued
+    if room < 0:
         raise QueuedJobsExceeded(
             f"{quotas.queued_jobs} jobs of the tenant may wait, and as many do",
             quota=quotas.queued_jobs,
             retry_after_seconds=QUEUE_RETRY_SECONDS,
         )
+    return room
 
 
 def require_storage(session: Session, tenant_id: str, quotas: Quotas, more_bytes: int = 1) -> None:

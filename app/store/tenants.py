@@ -68,7 +68,9 @@ def create_tenant(session: Session, asked: TenantRequest) -> Tenant:
             session.flush()
     except IntegrityError as error:
         detail = f"there is a tenant named {asked.name} already"
-        raise Conflict(detail, field="name", value=asked.name, hint="change that one, or choose another name") from error
+        raise Conflict(
+            detail, field="name", value=asked.name, hint="change that one, or choose another name"
+        ) from error
     return get_tenant(session, tenant.id)
 
 

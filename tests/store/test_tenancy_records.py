@@ -36,7 +36,11 @@ def stored(database: Database) -> list[str]:
 
 
 def test_entries_are_listed_by_page_and_filter(database: Database, tenant: str, stranger: str) -> None:
-    for owner, action, subject in [(tenant, "job.submitted", "a"), (stranger, "job.submitted", "b"), (tenant, "x", "a")]:
+    for owner, action, subject in [
+        (tenant, "job.submitted", "a"),
+        (stranger, "job.submitted", "b"),
+        (tenant, "x", "a"),
+    ]:
         with database.transaction() as session:
             record(session, Actor(owner, "key_1", "request-1"), action, subject, {"method": "rtn"})
     with database.reading() as session:
@@ -69,7 +73,9 @@ def test_an_entry_cannot_be_changed_and_outlives_its_tenant(database: Database, 
 def test_retention_removes_old_entries_alone(database: Database, tenant: str) -> None:
     with database.transaction() as session:
         for ago in (100.0, 5000.0):
-            session.add(AuditEntry(id=f"aud_{ago}", at=seconds_from_now(-ago), tenant_id=tenant, action="a", subject="s"))
+            session.add(
+                AuditEntry(id=f"aud_{ago}", at=seconds_from_now(-ago), tenant_id=tenant, action="a", subject="s")
+            )
             session.flush()
         assert remove_old_entries(session, older_than_seconds=1000.0) == 1
         assert session.scalars(select(AuditEntry.id)).all() == ["aud_100.0"]

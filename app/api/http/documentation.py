@@ -26,6 +26,7 @@ TAGS = [
     {"name": "artifacts", "description": "The files that a job made."},
     {"name": "uploads", "description": "Send a checkpoint or a text in parts."},
     {"name": "catalogue", "description": "What there is: methods, formats, workers."},
+    {"name": "admin", "description": "For operators: tenants, their keys, quotas, use and the audit log."},
     {"name": "health", "description": "For orchestrators and monitoring."},
 ]
 

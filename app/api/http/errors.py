@@ -14,6 +14,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from app.api.tenancy.limit_headers import limit_of, tell_limit
 from app.domain.request.problems import unknown_field
 from bitwright.errors import (
     BitwrightError,
@@ -24,6 +25,7 @@ from bitwright.errors import (
     MalformedBody,
     MethodNotAllowed,
     NotFound,
+    QuotaExceeded,
     RequestError,
     Unauthenticated,
     shorten,
@@ -57,14 +59,16 @@ def problem_response(
         value=error.value,
         hint=error.hint,
         errors=list(error.errors),
+        violated_policies=[error.policy] if isinstance(error, QuotaExceeded) else None,
         request_id=request_id,
     )
-    content = problem.model_dump(mode="json", exclude_none=True)
+    content = problem.model_dump(mode="json", exclude_none=True, by_alias=True)
     extra = dict(headers or {})
     if error.status == HTTPStatus.UNAUTHORIZED:
         extra["WWW-Authenticate"] = 'Bearer realm="bitwright"'
     if error.status in (HTTPStatus.TOO_MANY_REQUESTS, HTTPStatus.SERVICE_UNAVAILABLE):
-        extra["Retry-After"] = str(RETRY_AFTER_SECONDS)
+        seconds = error.retry_after_seconds if isinstance(error, QuotaExceeded) else RETRY_AFTER_SECONDS
+        extra["Retry-After"] = str(seconds)
     return JSONResponse(content, status_code=error.status, headers=extra, media_type=MEDIA_TYPE)
 
 
@@ -79,6 +83,9 @@ def _on_domain_error(request: Request, error: Exception) -> Response:
         raise error
     if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request_failed", code=error.code, detail=error.detail, exc_info=error)
+    limit = limit_of(error) if isinstance(error, QuotaExceeded) else None
+    if limit is not None:
+        tell_limit(request.scope, limit)
     return respond(request, error, getattr(error, "headers", None))
 
 

@@ -1,13 +1,15 @@
 """POST /v1/jobs/{id}/exports: other formats of a job's result, made by a job of its own."""
 
 import structlog
-from fastapi import APIRouter, BackgroundTasks, Response
+from fastapi import APIRouter, BackgroundTasks, Request, Response
 
 from app.api.auth import Submitter
-from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf
+from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, SettingsOf
 from app.api.http.documentation import problems
 from app.api.jobs import ACCEPTED, accepted
 from app.api.submission.base_jobs import exported_job
+from app.api.tenancy.admission import NO_ROOM, require_allowed_priority
+from app.api.tenancy.queueing import policy_and_settings, queue_job
 from app.api.views import JobView
 from app.domain.fit import refusal
 from app.domain.request.exports import ExportOf, ExportRequest, export_problems, export_request
@@ -29,7 +31,8 @@ log = structlog.get_logger(__name__)
     responses={
         202: ACCEPTED,
         **problems(
-            "not_found", "base_job_unusable", "format_cannot_hold", "offset_not_representable", "idempotency_key_reused"
+            *("not_found", "base_job_unusable", "format_cannot_hold", "offset_not_representable"),
+            *("idempotency_key_reused", *NO_ROOM),
         ),
     },
 )
@@ -40,9 +43,11 @@ def export_job(
     response: Response,
     background: BackgroundTasks,
     principal: Submitter,
+    settings: SettingsOf,
     database: DatabaseOf,
     blobs: BlobsOf,
     metrics: MetricsOf,
+    http: Request,
     idempotency_key: IdempotencyHeader = None,
 ) -> JobView:
     """Queue a job that makes other formats from the kept native checkpoint of a job that succeeded.
@@ -62,10 +67,11 @@ def export_job(
     found = export_problems(base, kept, body.formats)
     if found:
         raise refusal(found)
+    request = export_request(base, job_id, body)
     with database.transaction() as session:
-        job = JobRepository(session, principal.tenant_id).add(
-            export_request(base, job_id, body), idempotency=idempotency
-        )
+        policy, _ = policy_and_settings(session, principal, settings)
+        require_allowed_priority(policy, request)
+        job = queue_job(session, http, principal, policy, request, idempotency=idempotency)
         view = accepted(session, job, response)
         alive = live_classes(session)
     if not job.replayed:
