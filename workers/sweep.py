@@ -20,6 +20,7 @@ import structlog
 from app.logs import configure_logging
 from app.queue import notify_workers, silence
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
+from app.store.audit import REMOVED_AT_ONCE, remove_old_entries
 from app.store.blobs import BlobStore, open_blobs
 from app.store.endings import requeue_lost
 from app.store.garbage import ROWS_A_TRANSACTION, collect_blobs, remove_expired_keys, remove_old_jobs
@@ -100,12 +101,17 @@ class Sweep:
             with self._database.transaction() as session:
                 jobs = remove_old_jobs(session, older_than_seconds=days * DAY)
             more |= len(jobs) == ROWS_A_TRANSACTION
+        with self._database.transaction() as session:
+            kept = self._settings.audit_retention_days
+            entries = remove_old_entries(session, older_than_seconds=kept * DAY) if kept else 0
+        more |= entries == REMOVED_AT_ONCE
         for upload_id in uploads:
             shutil.rmtree(self._settings.upload_dir / upload_id, ignore_errors=True)
         if more:
             self._retention_due = time.monotonic()
         blobs = [] if more else collect_blobs(self._database, self._blobs)
-        log.info("retention_done", jobs=len(jobs), uploads=len(uploads), blobs=len(blobs), more=more)
+        counts = {"jobs": len(jobs), "uploads": len(uploads), "audit_entries": entries, "blobs": len(blobs)}
+        log.info("retention_done", **counts, more=more)
 
 
 def messages_due(jobs: Mapping[str, int], idle: list[DeviceClass]) -> dict[DeviceClass, int]:

@@ -10,6 +10,7 @@ from app.store.session import Database
 from bitwright.job_states import DeviceClass
 from workers.disk.orders import RuntimePlace
 from workers.supervise.capacity import Capacity
+from workers.supervise.metrics import WorkerMetrics
 from workers.supervise.runtimes import WarmReader
 from workers.supervise.spares.pool import Spares
 
@@ -35,6 +36,7 @@ class WorkerContext:
     runtimes: Mapping[str, RuntimePlace] = field(default_factory=dict)
     reader: WarmReader | None = None
     spares: Spares | None = None
+    metrics: WorkerMetrics = field(default_factory=WorkerMetrics)
 
     @property
     def device(self) -> DeviceClass:
