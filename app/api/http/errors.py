@@ -14,10 +14,12 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from app.domain.full_disk import disk_full
 from app.domain.request.problems import unknown_field
 from bitwright.errors import (
     BitwrightError,
     BodyTooLarge,
+    DiskFull,
     FieldProblem,
     InternalError,
     InvalidRequest,
@@ -40,6 +42,7 @@ def install_error_handlers(app: FastAPI) -> None:
     app.add_exception_handler(BitwrightError, _on_domain_error)
     app.add_exception_handler(RequestValidationError, _on_validation_error)
     app.add_exception_handler(HTTPException, _on_http_exception)
+    app.add_exception_handler(OSError, _on_system_error)
 
 
 def problem_response(
@@ -80,6 +83,13 @@ def _on_domain_error(request: Request, error: Exception) -> Response:
     if error.status >= HTTPStatus.INTERNAL_SERVER_ERROR:
         log.error("request_failed", code=error.code, detail=error.detail, exc_info=error)
     return respond(request, error, getattr(error, "headers", None))
+
+
+def _on_system_error(request: Request, error: Exception) -> Response:
+    """A full disk is told as what it is, wherever it is met; all else nobody foresaw."""
+    if not disk_full(error):
+        raise error
+    return _on_domain_error(request, DiskFull("the service's disk is full"))
 
 
 def _on_validation_error(request: Request, error: Exception) -> Response:
