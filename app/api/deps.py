@@ -13,6 +13,7 @@ from app.api.metrics import Metrics
 from app.api.submission.hub_child import HubChild
 from app.settings import Settings
 from app.store.blobs import BlobStore
+from app.store.idempotency import KEY_SHAPE
 from app.store.session import Database
 
 
@@ -70,5 +71,6 @@ IdempotencyHeader = Annotated[
     Header(
         alias="Idempotency-Key",
         description="1 to 255 visible characters. Within a day, the same key gives what the first request made.",
+        json_schema_extra={"pattern": f"^{KEY_SHAPE.pattern}$"},
     ),
 ]

@@ -22,7 +22,7 @@ PortOption = Annotated[
 
 def api(data_dir: DataDirOption = None, host: HostOption = None, port: PortOption = None) -> None:
     """Run the API for the configured database; SIGTERM ends it within seconds."""
-    from app.api.server import Server  # noqa: PLC0415 (needs the `api` extra)
+    from app.cli.api_server import Server  # noqa: PLC0415 (needs the `api` extra)
 
     settings = apply({"data_dir": data_dir, "host": host, "port": port})
     with bound_socket(settings) as listener:

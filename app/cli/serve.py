@@ -108,7 +108,7 @@ def _prepare_database(settings: Settings) -> tuple[str, bool]:
 
 def _serve_api(listener: socket.socket, announcement: Announcement) -> bool:
     """Run the API until a signal; whether it ever came up."""
-    from app.api.server import Server  # noqa: PLC0415 (needs the `api` extra)
+    from app.cli.api_server import Server  # noqa: PLC0415 (needs the `api` extra)
 
     server = Server(announcement.settings)
     ended = threading.Event()
