@@ -73,7 +73,7 @@ def test_examples_of_the_document_are_accepted(api: Api) -> None:
         assert api.client.post("/v1/jobs?dry_run=true", json=example).status_code == 200
 
 
-MEANING = {"POST /v1/jobs", "POST /v1/uploads"}
+MEANING = {"POST /v1/jobs", "POST /v1/jobs/{job_id}/exports", "POST /v1/uploads"}
 """Operations that refuse more than a schema can say: what goes with what, files that make no checkpoint together."""
 
 
