@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlunsplit
+from urllib.parse import SplitResult, parse_qsl, quote, unquote, urlencode, urlsplit, urlunsplit
 
 from pydantic import SecretStr
 
@@ -54,6 +54,21 @@ def database_url(value: str) -> str:
     has_socket = any(name == "host" for name, _ in parse_qsl(parts.query))
     check_host(parts, DATABASE_WAY, needed=not has_socket)
     return value
+
+
+def with_password(url: str, password: SecretStr) -> str:
+    """The address with a password that was given apart from it; whatever signs it has are quoted.
+
+    An address that names no server, such as a file, stays as it is.
+    """
+    parts = urlsplit(url)
+    if not parts.netloc:
+        return url
+    user, _, given = parts.netloc.rpartition("@")[0].partition(":")
+    if given:
+        raise ValueError("it has a password of its own, and another one is given apart; leave one of them out")
+    secret = quote(password.get_secret_value(), safe="")
+    return parts._replace(netloc=f"{user}:{secret}@{parts.netloc.rpartition('@')[2]}").geturl()
 
 
 def broker_url(value: str) -> str:
@@ -164,6 +179,13 @@ def _check_folder(path: Path) -> None:
         except OSError as error:  # a name that is too long, or a folder that is closed to us
             if not isinstance(error, PermissionError):
                 raise ValueError(f"this cannot be a folder ({error.strerror}); name another one") from error
+
+
+def password(value: SecretStr) -> SecretStr:
+    """A secret of one line, with whatever signs."""
+    if any(ord(sign) < 32 or ord(sign) == 127 for sign in value.get_secret_value()):
+        raise ValueError("a password is one line without control characters; does a line end belong to it?")
+    return value
 
 
 def token(value: SecretStr) -> SecretStr:

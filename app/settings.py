@@ -144,6 +144,7 @@ def _worker_name() -> str:
     return values.as_name(socket.gethostname())
 
 
+SECRETS = frozenset({"hub_token", "database_password", "broker_password"})
 Folder = Annotated[Path, AfterValidator(values.folder)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Price = Annotated[Decimal, Field(ge=0, le=1_000_000, decimal_places=6, allow_inf_nan=False)]
@@ -164,8 +165,15 @@ class Settings(BaseSettings):
         default="development", description="Named in logs; nothing else depends on it."
     )
     data_dir: Folder = Field(default_factory=default_data_dir, description="Folder of everything that is kept.")
+    database_password: Annotated[SecretStr, AfterValidator(values.password)] | None = Field(
+        default=None,
+        description="Password of the database's user, as it is: no sign needs quoting, as it would within the URL.",
+    )
     database_url: Annotated[str, AfterValidator(values.database_url)] = Field(
         default_factory=_sqlite_url, description="sqlite:/// or postgresql+psycopg:// URL."
+    )
+    broker_password: Annotated[SecretStr, AfterValidator(values.password)] | None = Field(
+        default=None, description="Password of the broker's user, as it is, for a URL that has none."
     )
     broker_url: Annotated[str, AfterValidator(values.broker_url)] = Field(
         default="",
@@ -317,6 +325,12 @@ class Settings(BaseSettings):
             raise PydanticCustomError(
                 "setting", "{said}", {"said": f"{PREFIX}{name.upper()} is {readable}: {problem}"}
             ) from None
+
+    @field_validator("database_url", "broker_url", mode="after")
+    @classmethod
+    def _put_in_the_password(cls, url: str, info: ValidationInfo) -> str:
+        password: SecretStr | None = info.data.get(f"{str(info.field_name).removesuffix('_url')}_password")
+        return url if password is None else values.with_password(url, password)
 
     @model_validator(mode="after")
     def _no_slip_of_the_pen(self) -> Self:

@@ -12,6 +12,7 @@ MAX_OVERLAP_SECONDS = 30 * 86_400
 Count = Annotated[int, Field(strict=True, ge=0, le=10**9)]
 Bytes = Annotated[int, Field(strict=True, ge=0, le=1 << 60)]
 ScopeName = Literal["read", "submit", "admin"]
+TOKEN_PATTERN = "^[!-~]{1,500}$"  # noqa: S105 (of any token)
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.@-]{0,99}$"
 
 
@@ -92,7 +93,9 @@ class HubTokenRequest(View):
 
     model_config = ConfigDict(frozen=True, extra="forbid", hide_input_in_errors=True)
 
-    token: SecretStr = Field(description="One word of up to 500 printable ASCII characters.")
+    token: SecretStr = Field(
+        description="One word of up to 500 printable ASCII characters.", json_schema_extra={"pattern": TOKEN_PATTERN}
+    )
 
 
 class KeyRequest(View):

@@ -6,7 +6,7 @@ Views ignore fields that they do not know: an older client reads a newer service
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from bitwright.errors import FieldProblem
 from bitwright.events import ErrorData, Event, ProgressEvent
@@ -14,6 +14,7 @@ from bitwright.job_states import JobStatus
 from bitwright.money import Money
 from bitwright.report import Report
 from bitwright.request import RequestView
+from bitwright.whole_numbers import with_whole_numbers
 
 
 class View(BaseModel):
@@ -121,8 +122,13 @@ class UploadFileSpec(View):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, max_length=255, description="Plain file name, no folders.")
-    size: int = Field(strict=True, ge=0, description="Bytes.")
+    name: str = Field(
+        min_length=1,
+        max_length=255,
+        description="Plain file name, no folders.",
+        json_schema_extra={"pattern": r'^[^\\/:*?"<>|\x00-\x1f\x7f]+$'},
+    )
+    size: int = Field(strict=True, ge=0, le=2**63 - 1, description="Bytes.")
     sha256: str = Field(pattern="^[0-9a-f]{64}$", description="Of the content, hexadecimal.")
 
 
@@ -132,6 +138,11 @@ class UploadRequest(View):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     files: list[UploadFileSpec] = Field(min_length=1, max_length=1024)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _take_whole_numbers(cls, body: Any) -> Any:
+        return with_whole_numbers(body)
 
 
 class UploadFileView(View):

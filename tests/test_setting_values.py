@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
+from sqlalchemy import make_url
 
 from app.queue import celery_app
 from app.settings import Settings, get_settings, problems_of, unknown_variables, warn_of_unknown_variables
@@ -46,6 +47,8 @@ NONSENSE = {
         "http://a:b",
     ],
     "hub_token": ["two words", "line\nend", "sécret"],
+    "database_password": ["line\nend", "tab\tbed"],
+    "broker_password": ["line\n"],
     "host": ["http://127.0.0.1", "127.0.0.1:8080", "[::1]", "ho st", "256.1.1.1", "-dash", "a..b", "x" * 300],
     "port": ["seventy", "-1", "70000", "80.5", "tcp://10.0.0.1:8080"],
     "max_body_bytes": ["1MB", "0", "-1", "1e99"],
@@ -180,6 +183,36 @@ def test_what_is_right_is_taken(monkeypatch: pytest.MonkeyPatch, name: str, valu
     monkeypatch.setenv(f"BITWRIGHT_{name.upper()}", value)
     taken = str(getattr(Settings(), name))
     assert taken == (value.upper() if name == "log_level" else value)
+
+
+@pytest.mark.parametrize("password", ["p@ss:w/o#r?d%", "100%25", "ünï cödé", "'; --"])
+def test_a_password_is_given_as_it_is(monkeypatch: pytest.MonkeyPatch, password: str) -> None:
+    """The libraries that connect are the judges: they read the same password from the address."""
+    monkeypatch.setenv("BITWRIGHT_DATABASE_URL", "postgresql+psycopg://user@host:5432/name")
+    monkeypatch.setenv("BITWRIGHT_DATABASE_PASSWORD", password)
+    monkeypatch.setenv("BITWRIGHT_BROKER_URL", "valkey://host:6379/3")
+    monkeypatch.setenv("BITWRIGHT_BROKER_PASSWORD", password)
+    settings = Settings()
+    database = make_url(settings.database_url)
+    assert (database.username, database.password, database.host, database.port) == ("user", password, "host", 5432)
+    with celery_app(settings.broker_url).connection_for_write() as connection:
+        assert (connection.password, connection.hostname, connection.virtual_host) == (password, "host", "3")
+
+
+def test_two_passwords_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITWRIGHT_DATABASE_URL", "postgresql+psycopg://user:first@host/name")
+    monkeypatch.setenv("BITWRIGHT_DATABASE_PASSWORD", "second")
+    with pytest.raises(ValidationError, match="a password of its own") as caught:
+        Settings()
+    assert "first" not in str(caught.value)
+    assert "second" not in str(caught.value)
+
+
+def test_an_address_without_a_server_takes_no_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITWRIGHT_DATABASE_PASSWORD", "word")
+    for url in ("sqlite:////var/lib/bitwright.db", "postgresql+psycopg:///name?host=/run/postgresql"):
+        monkeypatch.setenv("BITWRIGHT_DATABASE_URL", url)
+        assert Settings().database_url == url
 
 
 def test_a_slip_in_a_variables_name_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from app.api.http.content import (
 from app.api.http.documentation import binary, problems, text_header
 from app.api.representations import artifact_view
 from app.api.tenancy.downloads import note_download
+from app.domain.media_types import MEDIA_TYPES, TENSORS
 from app.store.artifacts import ArtifactRepository
 from bitwright.errors import StorageError
 from bitwright.views import ArtifactView, Page
@@ -33,9 +34,10 @@ HEADERS = {
     "Content_Disposition": "`attachment` with the file's name.",
     "Content_Length": "Bytes of this answer.",
 }
+KINDS = tuple(dict.fromkeys([TENSORS, *MEDIA_TYPES.values()]))
 RESPONSES: dict[int | str, dict[str, Any]] = {
-    200: binary("The whole content.", "application/octet-stream", **HEADERS),
-    206: binary("The range asked for.", "application/octet-stream", Content_Range="Its place.", **HEADERS),
+    200: binary("The whole content.", *KINDS, **HEADERS),
+    206: binary("The range asked for.", *KINDS, Content_Range="Its place.", **HEADERS),
     304: {"description": "The caller has it already.", "headers": {"ETag": text_header("As in If-None-Match.")}},
     **problems("not_found", "precondition_failed", "range_not_satisfiable"),
 }

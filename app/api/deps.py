@@ -16,7 +16,9 @@ from app.api.tenancy.later import WrittenLater
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.hub_tokens import Vault
+from app.store.idempotency import KEY_SHAPE
 from app.store.session import Database
+from bitwright.tenancy import TOKEN_PATTERN
 
 
 async def get_state(request: Request) -> "State":
@@ -85,7 +87,7 @@ HubTokenHeader = Annotated[
     SecretStr | None,
     Header(
         alias="X-Hub-Token",
-        max_length=500,
+        json_schema_extra={"pattern": TOKEN_PATTERN},
         description="A Hub token for this job alone: kept encrypted, used to fetch the model and texts, erased at the "
         "job's end. It is no part of the request that an Idempotency-Key stands for.",
     ),
@@ -95,5 +97,6 @@ IdempotencyHeader = Annotated[
     Header(
         alias="Idempotency-Key",
         description="1 to 255 visible characters. Within a day, the same key gives what the first request made.",
+        json_schema_extra={"pattern": f"^{KEY_SHAPE.pattern}$"},
     ),
 ]

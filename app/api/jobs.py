@@ -54,6 +54,7 @@ from app.store.workers import list_workers, live_classes
 from bitwright.errors import InvalidRequest
 from bitwright.job_states import JobStatus
 from bitwright.views import Page
+from bitwright.whole_numbers import with_whole_numbers
 
 router = APIRouter(tags=["jobs"])
 log = structlog.get_logger(__name__)
@@ -61,6 +62,7 @@ log = structlog.get_logger(__name__)
 POLL_AFTER_SECONDS = 2
 METADATA_PREFIX = "metadata."
 MAX_LABELS = 16
+LABEL_PATTERN = r"^metadata\..+$"
 Cursor = Annotated[
     str | None, Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": id_pattern("job")})
 ]
@@ -125,6 +127,7 @@ def create_job(
 
     With `base_job`, or a job's id as `model`, finetuning starts from that job's result instead of quantizing.
     """
+    body = with_whole_numbers(body)
     with database.reading() as session:
         tenant = (session, principal.tenant_id)
         jobs = JobRepository(*tenant)
@@ -198,9 +201,15 @@ def _place(session: Session, job: Job) -> Place | None:
             {
                 "name": "metadata",
                 "in": "query",
-                "description": "Only jobs with these labels, e.g. `metadata.commit=abc123`; several must all match.",
+                "description": "Only jobs with these labels, e.g. `metadata.commit=abc123`; several must all match. "
+                "Each stands in the query as a parameter of its own.",
                 "required": False,
-                "schema": {"type": "object", "additionalProperties": {"type": "string"}, "maxProperties": MAX_LABELS},
+                "schema": {
+                    "type": "object",
+                    "propertyNames": {"pattern": LABEL_PATTERN},
+                    "additionalProperties": {"type": "string"},
+                    "maxProperties": MAX_LABELS,
+                },
                 "style": "form",
                 "explode": True,
             }

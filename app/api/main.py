@@ -1,4 +1,4 @@
-"""The application. `bitwright api` serves it with settings from the environment (`app.api.server`)."""
+"""The application. `bitwright api` serves it with settings from the environment (`app.cli.api_server`)."""
 
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence, Set

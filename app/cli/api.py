@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from app.cli.environment import apply
+from app.cli.private_files import keep_private
 from app.logs import configure_logging
 from app.settings import Settings, warn_of_unknown_variables
 from bitwright.cli.connection import DataDirOption
@@ -22,9 +23,10 @@ PortOption = Annotated[
 
 def api(data_dir: DataDirOption = None, host: HostOption = None, port: PortOption = None) -> None:
     """Run the API for the configured database; SIGTERM ends it within seconds."""
-    from app.api.server import Server  # noqa: PLC0415 (needs the `api` extra)
+    from app.cli.api_server import Server  # noqa: PLC0415 (needs the `api` extra)
 
     settings = apply({"data_dir": data_dir, "host": host, "port": port})
+    keep_private(settings)
     with bound_socket(settings) as listener:
         configure_logging(settings)
         warn_of_unknown_variables()

@@ -22,6 +22,7 @@ from app.cli.api import HostOption, PortOption, bound_socket
 from app.cli.broker import broker_program, broker_url, runtime_folder
 from app.cli.children import Children, Program
 from app.cli.environment import apply
+from app.cli.private_files import keep_private
 from app.cli.processes import sweep_command, worker_command
 from app.domain.access import Scope
 from app.logs import configure_logging
@@ -54,6 +55,7 @@ def serve(
     roots = os.pathsep.join(str(root.expanduser().absolute()) for root in model_root) if model_root else None
     flags = {"data_dir": data_dir, "host": host, "port": port, "model_roots": roots, "device": device}
     settings = apply(flags)
+    keep_private(settings)
     with ExitStack() as stack:
         stack.enter_context(_signals_as_interrupts())
         stack.enter_context(_data_folder_lock(settings.data_dir))
@@ -108,7 +110,7 @@ def _prepare_database(settings: Settings) -> tuple[str, bool]:
 
 def _serve_api(listener: socket.socket, announcement: Announcement) -> bool:
     """Run the API until a signal; whether it ever came up."""
-    from app.api.server import Server  # noqa: PLC0415 (needs the `api` extra)
+    from app.cli.api_server import Server  # noqa: PLC0415 (needs the `api` extra)
 
     server = Server(announcement.settings)
     ended = threading.Event()
@@ -158,7 +160,6 @@ def _data_folder_lock(data_dir: Path) -> Iterator[None]:
     """
     import fcntl  # noqa: PLC0415 (not on Windows, where only `serve` is missing)
 
-    data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
     with (data_dir / LOCK_NAME).open("a+") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

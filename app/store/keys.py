@@ -6,6 +6,7 @@ import secrets
 import string
 import zlib
 from collections.abc import Mapping, Sequence, Set
+from difflib import get_close_matches
 
 from sqlalchemy import func, or_, select, update
 from sqlalchemy.orm import Session
@@ -28,6 +29,21 @@ def ensure_tenant(session: Session, name: str) -> Tenant:
     values = {"id": new_id("tnt"), "name": name, "created_at": now()}
     session.execute(upsert(session, Tenant).values(**values).on_conflict_do_nothing(index_elements=["name"]))
     return session.scalars(select(Tenant).where(Tenant.name == name)).one()
+
+
+def find_tenant(session: Session, name: str) -> Tenant:
+    """The tenant of this name.
+
+    Raises:
+        NotFound: there is none; the hint has the name that was meant, where one is alike.
+    """
+    tenant = session.scalars(select(Tenant).where(Tenant.name == name)).one_or_none()
+    if tenant is None:
+        names = session.scalars(select(Tenant.name).order_by(Tenant.name)).all()
+        alike = get_close_matches(name, names, n=1)
+        hint = f"did you mean {alike[0]}?" if alike else f"there are: {', '.join(names[:20]) or 'none yet'}"
+        raise NotFound(f"there is no tenant {name!r}", field="tenant", value=name, hint=hint)
+    return tenant
 
 
 def issue_key(

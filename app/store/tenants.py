@@ -88,19 +88,6 @@ def get_tenant(session: Session, tenant_id: str) -> Tenant:
     return tenant
 
 
-def tenant_named(session: Session, name: str) -> Tenant:
-    """The tenant of this name.
-
-    Raises:
-        NotFound: there is none.
-    """
-    tenant = session.scalars(select(Tenant).where(Tenant.name == name)).one_or_none()
-    if tenant is None:
-        hint = f"`bitwright tenants list` shows all; `bitwright tenants create {name}` makes this one"
-        raise NotFound(f"there is no tenant named {name}", value=name, hint=hint)
-    return tenant
-
-
 def tenants_page(session: Session, *, after: str | None, limit: int) -> Page[Tenant]:
     """Up to `limit` tenants, oldest first.
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from sqlalchemy import ColumnElement, delete, exists, select, update
+from sqlalchemy import ColumnElement, delete, exists, func, select, update
 from sqlalchemy.orm import Session
 
 from app.store.blobs import SHA256_SHAPE
@@ -63,6 +63,13 @@ class UploadRepository:
         self._session.add_all(UploadFile(position=i, **owner, **vars(file)) for i, file in enumerate(files))
         self._session.flush()
         return self.get(upload.id)
+
+    def pending_bytes(self) -> int:
+        """Bytes of the tenant's open uploads that have not arrived."""
+        query = select(func.coalesce(func.sum(UploadFile.size - UploadFile.offset), 0)).join(
+            Upload, Upload.id == UploadFile.upload_id
+        )
+        return int(self._session.scalar(query.where(*self._open())) or 0)
 
     def find_replayed(self, idempotency: Idempotency) -> Upload | None:
         """The upload that an earlier request with this key made, with `replayed` set; None if the key is free.
@@ -164,6 +171,9 @@ class UploadRepository:
             raise Conflict(detail, value=reader, hint="cancel it first, or wait for its end")
         self._session.execute(delete(Upload).where(Upload.id == upload_id))
         self._session.expunge(upload)
+
+    def _open(self) -> tuple[ColumnElement[bool], ...]:
+        return (Upload.tenant_id == self._tenant_id, Upload.completed_at.is_(None), Upload.expires_at > now())
 
     def _replayed(self, upload_id: str) -> Upload:
         earlier = self.get(upload_id)

@@ -389,3 +389,22 @@ def test_a_part_cuts_off_what_does_not_count(tmp_path: Path) -> None:
     assert parts.path(3).name == "0003.part"
     assert (parts.present(3), parts.present(0)) == (5, 0)
     assert parts.path(3).stat().st_mode & 0o777 == 0o600
+
+
+def test_the_hash_is_looked_at_before_the_content(api: Api) -> None:
+    """Bytes that were mangled on the way are no text either, and their owner is to hear of the way."""
+    upload_id = begin(api, {"text.jsonl": TEXT})
+    url = f"/v1/uploads/{upload_id}/files/text.jsonl"
+    api.client.put(url, content=b"\x1f\x8b" + TEXT[2:])
+    found = problem(api.client.post(f"/v1/uploads/{upload_id}/complete"), 422, "invalid_request")
+    assert found["field"] == "files.0.sha256"
+
+
+def test_after_a_refusal_of_its_content_a_file_can_be_sent_again(api: Api) -> None:
+    upload_id = send(api, {"text.jsonl": b"no text\n"})
+    url = f"/v1/uploads/{upload_id}/files/text.jsonl"
+    for _ in range(2):
+        problem(api.client.post(f"/v1/uploads/{upload_id}/complete"), 422, "invalid_dataset")
+        assert api.client.head(url).headers["upload-offset"] == "0"
+        assert PartsFolder(api.settings.upload_dir, upload_id).present(0) == 0
+        assert api.client.put(url, content=b"no text\n").status_code == 204

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import httpx
 
-from app.api.server import EXIT_HANGING
+from app.cli.api_server import EXIT_HANGING
 from app.domain.access import Scope
 from app.store.keys import ensure_tenant, issue_key
 from app.store.session import Database
@@ -18,7 +18,7 @@ from tests.cli.processes import command, eventually
 
 HANGING = """
 import time
-from app.api import main, server
+from app.cli import api_server as server
 server.LAST_SECONDS = 1.0
 def hang(): time.sleep(60)
 create = server.create_app

@@ -8,6 +8,7 @@ from app.api.auth import Administrator
 from app.api.deps import DatabaseOf
 from app.api.http.documentation import problems
 from app.store.audit import audit_page
+from app.store.ids import id_pattern
 from bitwright.tenancy import AuditView
 from bitwright.views import Page
 
@@ -19,7 +20,10 @@ def list_audit(
     *,
     principal: Administrator,  # noqa: ARG001 (it must be one)
     database: DatabaseOf,
-    after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    after: Annotated[
+        str | None,
+        Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": id_pattern("aud")}),
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Entries a page.")] = 50,
     tenant_id: Annotated[str | None, Query(max_length=64, description="Only what this tenant's keys did.")] = None,
     action: Annotated[str | None, Query(max_length=64, description="Only this action.")] = None,

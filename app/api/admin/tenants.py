@@ -16,6 +16,7 @@ from app.settings import Settings
 from app.store import tenants
 from app.store.audit import record
 from app.store.hub_tokens import erase_token, keep_token
+from app.store.ids import id_pattern
 from app.store.models import Tenant
 from app.store.tenants import own_quotas, tenants_with_token
 from bitwright.errors import FieldProblem, InvalidRequest
@@ -53,7 +54,10 @@ def list_tenants(
     *,
     principal: Administrator,  # noqa: ARG001 (it must be one)
     database: DatabaseOf,
-    after: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    after: Annotated[
+        str | None,
+        Query(description="`next_cursor` of the page before.", json_schema_extra={"pattern": id_pattern("tnt")}),
+    ] = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Tenants a page.")] = 50,
 ) -> Page[TenantView]:
     """Tenants, oldest first."""

@@ -21,9 +21,9 @@ from app.store.tenants import Policy, policy_of
 from app.store.usage import cost_micros, money
 from bitwright.errors import InvalidRequest, QueuedJobsExceeded
 from bitwright.money import Money
+from bitwright.tenancy import TOKEN_PATTERN
 
 TOKEN_FIELD = "header.X-Hub-Token"  # noqa: S105 (a name)
-TOKEN = re.compile(r"[!-~]{1,500}")
 
 
 def policy_and_settings(session: Session, principal: Principal, settings: Settings) -> tuple[Policy, Settings]:
@@ -40,7 +40,7 @@ def checked_token(token: SecretStr | None, field: str = TOKEN_FIELD) -> str | No
         InvalidRequest: it is none. What it was is not told.
     """
     text = None if token is None else token.get_secret_value()
-    if text is not None and not TOKEN.fullmatch(text):
+    if text is not None and not re.fullmatch(TOKEN_PATTERN, text):
         hint = "copy it anew, without quotes or line ends"
         raise InvalidRequest("a token is one word of up to 500 printable ASCII characters", field=field, hint=hint)
     return text
