@@ -4,6 +4,7 @@ The message does not name the variable; `app.settings` puts that, and the value 
 """
 
 import base64
+import pwd
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +15,7 @@ from pydantic import SecretStr
 
 from bitwright.addresses import check_host, is_host, scheme_of, split_address
 
+MOST_USERS = (1 << 32) - 1
 LONGEST_SOCKET_PATH = 107
 """Bytes that the path of a Unix socket may have."""
 TOKEN_KEY_BYTES = 32
@@ -36,6 +38,24 @@ TLS = ("ssl_cert_reqs", "ssl_ca_certs", "ssl_certfile", "ssl_keyfile", "ssl_chec
 CERTIFICATES = ("required", "optional", "none", "CERT_REQUIRED", "CERT_OPTIONAL", "CERT_NONE")
 BUCKETS = ("s3", "s3a", "gs", "az", "azure", "abfs", "abfss", "adl")
 BLOB_WAY = "give file:///folder, or a bucket: s3://bucket/prefix"
+
+
+def user(value: str) -> str:
+    """A user of this machine, as its number.
+
+    Raises:
+        ValueError: there is none of this name, or it is root.
+    """
+    if value.isdigit():
+        number = int(value)
+    else:
+        try:
+            number = pwd.getpwnam(value).pw_uid
+        except KeyError:
+            raise ValueError("there is no such user; give the name or the number of one") from None
+    if not 0 < number < MOST_USERS:
+        raise ValueError(f"give a user that is not root, a number from 1 to {MOST_USERS - 1}")
+    return str(number)
 
 
 def database_url(value: str) -> str:

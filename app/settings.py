@@ -297,6 +297,30 @@ class Settings(BaseSettings):
         description="Processes that wait for a worker's next jobs, with all imported and the device open; unset: 1 "
         "where there are 16 GB of memory, else 0.",
     )
+    input_seconds: Finite = Field(
+        default=120.0,
+        ge=1,
+        le=DAY,
+        description="So long a worker's child may read a job's configuration, tokenizer and texts; and a second more "
+        "for each MiB of text.",
+    )
+    input_memory_bytes: int = Field(
+        default=4 * GIB, ge=64 * MIB, le=PIB, description="The most memory that this may take."
+    )
+    attempt_memory: Literal["plan", "off"] | Annotated[int, Field(ge=GIB, le=PIB)] = Field(
+        default="plan",
+        description="The most memory of an attempt: `plan`, by what its job is estimated to need; so many bytes; or "
+        "`off`.",
+    )
+    attempt_network: Literal["own", "shared"] = Field(
+        default="own",
+        description="Whether an attempt has a network of its own, in which nothing is but its loopback, or the "
+        "worker's.",
+    )
+    attempt_user: Annotated[str, AfterValidator(values.user)] | None = Field(
+        default=None,
+        description="User that a worker which runs as root lets attempts run as: a name or a number; unset: root.",
+    )
     llama_cpp: Folder | None = Field(
         default=None, description="Folder with llama.cpp's shared libraries, in which a worker reads GGUF files."
     )
@@ -370,6 +394,7 @@ WAYS: Mapping[str, str] = MappingProxyType(
         "tenant_quotas": 'give a JSON object of whole numbers, e.g. {"queued_jobs": 100, "posts_per_minute": 60}',
         "metrics_by_tenant": "give true or false",
         "price_currency": "give three capital letters, e.g. EUR",
+        "attempt_memory": "give `plan`, `off`, or bytes, 1 GiB at the least",
         "model_roots": 'give folders divided like $PATH, or a JSON list, e.g. ["/models"]',
     }
 )

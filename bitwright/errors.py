@@ -35,6 +35,7 @@ BitwrightError
 |   |-- CorruptCheckpoint          corrupt_checkpoint
 |   |-- IndivisibleGroup           group_size_does_not_divide
 |   |-- InvalidDataset             invalid_dataset
+|   |-- OverLimit                  over_limit            took more time, memory or bytes than it may
 |   |-- UnknownModule              unknown_module
 |   |-- FormatCannotHold           format_cannot_hold
 |   |-- MisalignedAdapter          misaligned_adapter
@@ -60,12 +61,12 @@ BitwrightError
 """
 
 from enum import StrEnum
-from math import isfinite
 from typing import ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from bitwright.frontier import FrontierPoint
+from bitwright.shortening import shorten as shorten  # noqa: PLC0414 (others have it from here)
 
 
 class Retry(StrEnum):
@@ -115,26 +116,6 @@ class BitwrightError(Exception):
         self.value = shorten(value)
         self.hint = hint or (None if errors else self.way_out)
         self.errors = errors
-
-
-def shorten(value: object, limit: int = 200) -> object:
-    """Numbers and short strings as they are; anything else as text of at most `limit` characters.
-
-    The result can be written as JSON in UTF-8, whatever the value was.
-    """
-    if value is None or isinstance(value, bool) or (isinstance(value, int) and abs(value) < 2**63):
-        return value
-    if isinstance(value, float) and isfinite(value):
-        return value
-    text = (value if isinstance(value, str) else _describe(value)).encode(errors="backslashreplace").decode()
-    return text if len(text) <= limit else text[: limit - 1] + "…"
-
-
-def _describe(value: object) -> str:
-    try:
-        return repr(value)
-    except (RecursionError, ValueError):  # nested too deeply; more digits than Python prints
-        return f"{type(value).__name__}, too large to show"
 
 
 class RequestError(BitwrightError):
@@ -353,6 +334,15 @@ class InvalidDataset(InputError):
     way_out = (
         "JSONL, each line an object with `text`, `prompt` and `completion`, or `messages`; enough text for "
         "the samples asked for."
+    )
+
+
+class OverLimit(InputError):
+    code, title = "over_limit", "The job took more than it may"
+    way_out = (
+        "Give less: `detail` names the file and the limit. What reads a job's input has `BITWRIGHT_INPUT_SECONDS` and "
+        "`BITWRIGHT_INPUT_MEMORY_BYTES`, an attempt what its plan needs (`BITWRIGHT_ATTEMPT_MEMORY`); the operator "
+        "may raise them."
     )
 
 

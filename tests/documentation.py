@@ -67,7 +67,7 @@ FOLDERS = MappingProxyType(
         "workers/supervise": "Claims a job, runs an attempt in a child process, keeps its lease, stores its results",
         "workers/supervise/spares": "Processes that wait for the next job: started, renewed, given an order or ended",
         "workers/child": "Runs in the child process; no database, broker, bucket or key",
-        "workers/limited": "A child process with limits for what strangers send: no network, its end is a result",
+        "app/limited": "A child process with limits for what strangers send: no network, its end is a result",
         "workers/runtimes": "Programs that such a child runs: a checkpoint read in transformers, llama.cpp or vLLM",
         "workers/disk": "Workspaces, durable writes, the Hub cache",
         "workers/contracts": "The seam between engine, methods, adapters and formats",

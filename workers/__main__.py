@@ -1,18 +1,23 @@
 """`python -m workers`: one worker, serving one class of device."""
 
+import os
 import sys
 
 import structlog
 
 from app.logs import configure_logging
-from app.settings import settings_or_exit, warn_of_unknown_variables
+from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
 from app.store.ids import new_id
 from app.store.session import Database
+from bitwright.errors import InvalidSettings
+from workers.disk.handover import demand_way
 from workers.supervise.capacity import capacity
 from workers.supervise.celery_app import run_worker
+from workers.supervise.child_env import attempt_user, compiled_folder
 from workers.supervise.context import WorkerContext
 from workers.supervise.runtimes import WarmReader, found_runtimes
+from workers.supervise.spares.pool import FOLDER as SPARES
 from workers.supervise.spares.pool import Spares
 
 log = structlog.get_logger("workers")
@@ -31,7 +36,14 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
     except RuntimeError as error:
         log.error("device_missing", reason=str(error))
         return 2
-    database, reader = Database(settings.database_url), WarmReader(settings.workspace_dir)
+    user = attempt_user(settings)
+    if user is not None:
+        try:
+            _make_way(settings, user)
+        except InvalidSettings as error:
+            log.error(error.code, detail=error.detail, hint=error.hint)
+            return 2
+    database, reader = Database(settings.database_url), WarmReader(settings.workspace_dir, user)
     worker_id = f"{settings.worker_name}.{new_id('wrk')}"
     spares = Spares(attempt_module, worker_id, settings, machine)
     context = WorkerContext(
@@ -54,6 +66,14 @@ def main(attempt_module: str = "workers.child.attempt") -> int:
         reader.close()
         database.close()
     return 0
+
+
+def _make_way(settings: Settings, user: int) -> None:
+    """Let the user that attempts run as get to its workspaces, and keep what Triton compiles for it."""
+    for folder in (settings.workspace_dir / SPARES, compiled_folder(settings, user)):
+        folder.mkdir(parents=True, exist_ok=True)
+        demand_way(folder, user)
+    os.chown(compiled_folder(settings, user), user, user)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
 from app.api.submission.hub_child import HubChild
 from app.api.tenancy.later import WrittenLater
+from app.inspection.inspector import Inspector
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.hub_tokens import Vault
@@ -47,6 +48,10 @@ async def _hub(state: Annotated["State", Depends(get_state)]) -> HubChild | None
     return state.hub
 
 
+async def _inspector(state: Annotated["State", Depends(get_state)]) -> Inspector:
+    return state.inspector
+
+
 async def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
     return state.metrics
 
@@ -70,6 +75,7 @@ class State:
     metrics: Metrics
     later: WrittenLater
     vault: Vault
+    inspector: Inspector
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
 
@@ -80,6 +86,7 @@ DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
+InspectorOf = Annotated[Inspector, Depends(_inspector)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 LaterOf = Annotated[WrittenLater, Depends(_later)]
 VaultOf = Annotated[Vault, Depends(_vault)]

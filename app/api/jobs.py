@@ -14,6 +14,7 @@ from app.api.deps import (
     HubOf,
     HubTokenHeader,
     IdempotencyHeader,
+    InspectorOf,
     MetricsOf,
     SettingsOf,
     VaultOf,
@@ -23,11 +24,9 @@ from app.api.representations import job_view
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
 from app.api.submission.job_examples import REQUEST_BODY
-from app.api.submission.preflight import look_at_hub, run_preflight
+from app.api.submission.preflight import find_sources, judge_model, look_at_hub
 from app.api.tenancy.admission import NO_ROOM, actor, require_allowed
 from app.api.tenancy.queueing import (
-    TOKEN_FIELD,
-    checked_token,
     estimated_cost,
     has_token,
     policy_and_settings,
@@ -40,7 +39,7 @@ from app.domain.request.sources import LocalModel
 from app.queue import notify_workers
 from app.store.artifacts import ArtifactRepository
 from app.store.audit import record
-from app.store.hub_tokens import keep_token
+from app.store.hub_tokens import TOKEN_FIELD, checked_token, keep_token
 from app.store.idempotency import Idempotency
 from app.store.ids import id_pattern
 from app.store.job_pages import JobFilters
@@ -77,6 +76,7 @@ INPUT_PROBLEMS = (
     "corrupt_checkpoint",
     "group_size_does_not_divide",
     "invalid_dataset",
+    "over_limit",
     "unknown_module",
 )
 ACCEPTED = {
@@ -113,6 +113,7 @@ def create_job(
     blobs: BlobsOf,
     metrics: MetricsOf,
     hub: HubOf,
+    inspector: InspectorOf,
     vault: VaultOf,
     http: Request,
     hub_token: HubTokenHeader = None,
@@ -135,7 +136,7 @@ def create_job(
         base_job = find_base_job(body, jobs, ArtifactRepository(*tenant), blobs, replayed)
     request = JobRequest.parse(body, base_job)
     idempotency = None if idempotency_key is None else Idempotency.of(idempotency_key, request)
-    token = checked_token(hub_token)
+    token = None if hub_token is None else checked_token(hub_token)
     with database.reading() as session:
         if idempotency is not None and not dry_run:
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
@@ -148,8 +149,10 @@ def create_job(
         hub = None if has_token(session, principal, token) else hub
     seen = look_at_hub(request, hub)
     with database.reading() as session:
-        preflight = run_preflight(request, settings, UploadRepository(session, principal.tenant_id), blobs, seen)
+        preflight, model = find_sources(request, settings, UploadRepository(session, principal.tenant_id), blobs)
         require_allowed(policy, preflight.request)
+    judge_model(preflight, model, inspector, principal.tenant_id, seen)
+    with database.reading() as session:
         alive = [state.worker for state in list_workers(session)]
         require_capacity(preflight.request, preflight.estimates, alive)
         if dry_run:
@@ -331,7 +334,7 @@ def retry_job(
 
     The job's own Hub token was erased at its end: send it again if the model is still to be fetched.
     """
-    token = checked_token(hub_token)
+    token = None if hub_token is None else checked_token(hub_token)
     with database.transaction() as session:
         job = JobRepository(session, principal.tenant_id).retry(job_id)
         # Behind the retry, which tells whether there is such a job; a refusal takes it back.

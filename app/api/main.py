@@ -21,6 +21,7 @@ from app.api.metrics import Metrics
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
 from app.api.tenancy.later import WrittenLater
+from app.inspection.inspector import inspector_of_process
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
@@ -95,6 +96,7 @@ def build_state(settings: Settings) -> State:
         metrics=Metrics(count_jobs, lambda: feed.streams),
         later=WrittenLater(database),
         vault=Vault(settings.token_keys),
+        inspector=inspector_of_process(),
         hub=HubChild(settings) if settings.looks_at_hub else None,
     )
 

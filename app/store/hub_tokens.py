@@ -4,6 +4,7 @@ A token is there in the clear in three places only: the request that brings it, 
 fetch, and the fetch's environment.
 """
 
+import re
 from collections.abc import Sequence
 
 from cryptography.fernet import Fernet, InvalidToken, MultiFernet
@@ -15,8 +16,23 @@ from app.store.clock import now
 from app.store.models import HubToken
 from app.store.upsert import upsert
 from bitwright.errors import InvalidRequest, StorageError
+from bitwright.tenancy import TOKEN_PATTERN
 
+TOKEN_FIELD = "header.X-Hub-Token"  # noqa: S105 (a name)
 NO_KEY_HINT = "the operator sets BITWRIGHT_TOKEN_KEYS; `bitwright tenants token-key` makes one"
+
+
+def checked_token(token: SecretStr, field: str = TOKEN_FIELD) -> str:
+    """The text of a token that was sent.
+
+    Raises:
+        InvalidRequest: it is none. What it was is not told.
+    """
+    text = token.get_secret_value()
+    if not re.fullmatch(TOKEN_PATTERN, text):
+        hint = "copy it anew, without quotes or line ends"
+        raise InvalidRequest("a token is one word of up to 500 printable ASCII characters", field=field, hint=hint)
+    return text
 
 
 class Vault:

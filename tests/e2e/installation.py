@@ -26,7 +26,7 @@ from bitwright.retries import RetryPolicy
 from tests.servers import free_port
 from tests.supervise.bench import alive, wait_for
 
-READERS = ("workers.limited.launch", "workers.runtimes.host")
+READERS = ("app.limited.launch", "workers.child.host")
 """Modules of a worker's reading child."""
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from app.limited.limits import Ended, Limits, Outcome, last_lines
+from app.limited.process import Handle, LimitedProcess, group_memory
 from tests.supervise.bench import alive, wait_for
-from workers.limited.limits import Ended, Limits, Outcome, last_lines
-from workers.limited.process import Handle, LimitedProcess, group_memory
 
 CHILD = """
 import json, os, socket, subprocess, sys, time
@@ -60,7 +60,7 @@ def test_nothing_outside_can_be_reached_but_its_own_loopback_can(child: LimitedP
 
 
 def test_where_there_are_no_namespaces_sockets_are_refused(child: LimitedProcess) -> None:
-    filtered = "from workers.limited import launch; launch.refuse_internet_sockets(); "
+    filtered = "from app.limited import launch; launch.refuse_internet_sockets(); "
     assert answer(child, filtered + "socket.socket(socket.AF_INET)") == "PermissionError"
     assert answer(child, "socket.socket(socket.AF_INET6)") == "PermissionError"
     assert answer(child, "socket.socketpair(); answer = 'a pipe'") == "a pipe"
@@ -120,7 +120,7 @@ def test_memory_counts_all_that_it_started(child: LimitedProcess) -> None:
 
 def test_it_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from workers.limited.process import LimitedProcess\n"
+        "import sys; from pathlib import Path; from app.limited.process import LimitedProcess\n"
         f"child = LimitedProcess.start(['sleep', '600'], folder=Path({str(tmp_path / 'child')!r}), file_bytes=1)\n"
         "print(child.handle.pid, flush=True); input()"
     )

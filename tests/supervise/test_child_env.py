@@ -7,6 +7,7 @@ import pytest
 from pydantic import SecretStr
 
 from app.store.attempts import Claim
+from bitwright.job_states import DeviceClass
 from tests.supervise.bench import Bench
 from workers import sweep
 from workers.child import attempt, lifeline
@@ -67,9 +68,36 @@ def names(claim: Claim, workspace: Workspace) -> dict[str, str]:
     }
 
 
-def test_the_variables_of_an_attempt(workspace: Workspace, claimed: Claim) -> None:
+def test_the_variables_of_an_attempt(sqlite_bench: Bench, workspace: Workspace, claimed: Claim) -> None:
     expected = {**PASSED, **QUIET, **COMPUTING, **names(claimed, workspace)}
-    assert attempt_environment(workspace, claimed) == expected
+    settings = sqlite_bench.context.settings.model_copy(update={"attempt_network": "shared"})
+    told = attempt_environment(settings, DeviceClass.CPU, workspace, claimed)
+    assert told == {**expected, "BITWRIGHT_ATTEMPT_NETWORK": "shared"}
+
+
+@pytest.mark.parametrize(
+    ("device", "ranks", "root", "network"),
+    [("cpu", 1, True, "own"), ("cuda", 1, True, "own"), ("cuda", 1, False, "filtered"), ("cpu", 2, True, "joined")],
+)
+def test_the_network_and_the_user_of_an_attempt(
+    sqlite_bench: Bench,
+    workspace: Workspace,
+    claimed: Claim,
+    monkeypatch: pytest.MonkeyPatch,
+    device: str,
+    ranks: int,
+    root: bool,
+    network: str,
+) -> None:
+    monkeypatch.setattr("os.getuid", lambda: 0 if root else 1000)
+    settings = sqlite_bench.context.settings.model_copy(update={"attempt_user": "10002"})
+    told = attempt_environment(settings, DeviceClass(device), workspace, claimed, ranks)
+    assert told["BITWRIGHT_ATTEMPT_NETWORK"] == network
+    assert told.get("BITWRIGHT_ATTEMPT_USER") == ("10002" if root else None)
+    assert (told.get("HOME") == str(workspace.folder)) == root
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
+    told = attempt_environment(settings, DeviceClass(device), workspace, claimed, ranks)
+    assert told["BITWRIGHT_ATTEMPT_NETWORK"] == ("shared" if ranks > 1 else network)
 
 
 def test_the_variables_of_a_fetch(sqlite_bench: Bench, workspace: Workspace, claimed: Claim) -> None:
@@ -88,10 +116,15 @@ def test_the_variables_of_a_fetch(sqlite_bench: Bench, workspace: Workspace, cla
     [({}, "10000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, None), ({"GOMP_SPINCOUNT": "5"}, "5")],
 )
 def test_how_threads_wait_is_the_operators_to_say(
-    workspace: Workspace, claimed: Claim, monkeypatch: pytest.MonkeyPatch, given: dict[str, str], spins: str | None
+    sqlite_bench: Bench,
+    workspace: Workspace,
+    claimed: Claim,
+    monkeypatch: pytest.MonkeyPatch,
+    given: dict[str, str],
+    spins: str | None,
 ) -> None:
     monkeypatch.setattr("os.environ", given)
-    told = attempt_environment(workspace, claimed)
+    told = attempt_environment(sqlite_bench.context.settings, DeviceClass.CPU, workspace, claimed)
     assert told.get("GOMP_SPINCOUNT") == spins
     assert told.get("OMP_WAIT_POLICY") == given.get("OMP_WAIT_POLICY")
 

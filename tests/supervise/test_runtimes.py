@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from app.limited.limits import Ended, Limits
+from app.limited.process import Handle, LimitedProcess
 from app.settings import Settings
 from tests.supervise.bench import Bench, alive, wait_for
-from workers.limited.limits import Ended, Limits
-from workers.limited.process import Handle, LimitedProcess
 from workers.supervise import runtimes
 from workers.supervise.heartbeat import Heartbeat
 from workers.supervise.runtimes import WarmReader, found_runtimes

@@ -106,11 +106,11 @@ def test_what_an_operator_says_to_nccl_reaches_the_ranks(sqlite_bench: Bench, mo
     workspace = Workspace.of(sqlite_bench.context.settings.workspace_dir, claim.job_id)
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     monkeypatch.delenv("NCCL_NVLS_ENABLE", raising=False)
-    told = attempt_environment(workspace, claim)
+    told = attempt_environment(sqlite_bench.context.settings, DeviceClass.CPU, workspace, claim, 2)
     assert (told["NCCL_SOCKET_IFNAME"], told["GLOO_SOCKET_IFNAME"], told["NCCL_NVLS_ENABLE"]) == ("lo", "lo", "0")
     monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth7")
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
-    told = attempt_environment(workspace, claim)
+    told = attempt_environment(sqlite_bench.context.settings, DeviceClass.CPU, workspace, claim, 2)
     assert (told["NCCL_SOCKET_IFNAME"], told["NCCL_DEBUG"]) == ("eth7", "INFO")
 
 

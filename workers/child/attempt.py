@@ -14,16 +14,18 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NoReturn
 
 import structlog
 
-from bitwright.errors import InternalError
+from bitwright.errors import BitwrightError, InternalError, OutOfMemory
 from workers.child.birth import born
+from workers.child.confinement import limit_to_plan
 from workers.child.exceptions import as_bitwright_error
 from workers.child.lifeline import EXIT_FAILED, SILENCE_SECONDS, ReportPipe
-from workers.child.needs import tell_needs
+from workers.child.needs import limit_of, mapped_bytes, needs_of, over_limit, tell_needs
 from workers.child.preparation import prepare, wait_quietly
 from workers.disk.orders import AttemptOrder
 
@@ -45,7 +47,7 @@ def main(arguments: list[str]) -> NoReturn:
         order = AttemptOrder.model_validate_json((workspace / "order.json").read_bytes())
         run_order(order.renumbered(birth.given), workspace, report, rank)
     except BaseException as error:
-        known = as_bitwright_error(error)
+        known = within_limit(as_bitwright_error(error))
         log.error("attempt_failed", code=known.code, exc_info=error)
         report.fail(known)
         leave(EXIT_FAILED)
@@ -80,13 +82,30 @@ def take_lock(path: Path, *, seconds: float) -> int:
             return handle
 
 
+_limit: int | None = None
+"""Bytes that this process has limited itself to."""
+
+
+def limit_memory_to_plan(order: AttemptOrder, needed: Mapping[str, object]) -> None:
+    """On a CPU an allocation beyond the plan fails; a device's runtime reserves more than it ever holds."""
+    global _limit  # noqa: PLW0603 - a process limits itself once
+    limit = limit_of(order, needed)
+    if limit is not None and order.device == "cpu":
+        _limit = limit
+        limit_to_plan(limit, mapped_bytes(order))
+
+
+def within_limit(error: BitwrightError) -> BitwrightError:
+    """The error of an attempt that has limited itself: a lack of memory is then not the machine's."""
+    return error if _limit is None or not isinstance(error, OutOfMemory) else over_limit(_limit)
+
+
 def run_order(order: AttemptOrder, workspace: Path, report: ReportPipe, rank: int = 0) -> None:
     """Do what the order says, with the engine, in this process; the first rank reports the result."""
     if rank == 0:
         # Output is made anew from the finished blocks in state/: what a killed attempt wrote may be half a file.
         shutil.rmtree(workspace / "output", ignore_errors=True)
-    if rank == 0 and order.tells_needs:
-        tell_needs(order, report)
+    limit_memory_to_plan(order, tell_needs(order, report) if rank == 0 and order.tells_needs else needs_of(order))
     wait_quietly()
     # torch takes seconds to load: lock and lifeline come first.
     from workers.engine.reporter import Reporter  # noqa: PLC0415

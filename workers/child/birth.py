@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NoReturn
 
+from workers.child.confinement import confine
 from workers.child.lifeline import (
     ATTEMPT,
     ATTEMPT_OOM_SCORE,
@@ -53,12 +54,15 @@ def born(arguments: list[str], prepare: Callable[[str], object]) -> Birth:
 
     prepare   what a spare does with its device's name ("cpu" or "cuda") before it waits
     """
+    is_spare = arguments[0] == SPARE
+    rank = int(arguments[1]) if len(arguments) > 1 and not is_spare else 0
+    confine(None if is_spare else Path(arguments[0]), rank)
     follow_supervisor()
-    if arguments[0] != SPARE:
+    if not is_spare:
         prefer_for_oom_kill(ATTEMPT_OOM_SCORE)
         log_as_json()
         name_in_log(os.environ[JOB_ID], int(os.environ[ATTEMPT]))
-        return Birth(Path(arguments[0]), int(arguments[1]) if len(arguments) > 1 else 0)
+        return Birth(Path(arguments[0]), rank)
     prefer_for_oom_kill(SPARE_OOM_SCORE)
     log_as_json()
     with closing(socket.socket(fileno=int(arguments[1]))) as supervisor:

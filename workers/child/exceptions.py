@@ -4,7 +4,7 @@ import errno
 import sys
 
 from app.domain.full_disk import disk_full
-from bitwright.errors import BitwrightError, CudaError, DiskFull, InternalError, OutOfGpuMemory, OutOfMemory
+from bitwright.errors import BitwrightError, CudaError, DiskFull, InternalError, OutOfGpuMemory, OutOfMemory, OverLimit
 
 GPU_EXHAUSTED = ("CUDA out of memory", "CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 """torch's allocator; what allocates past it (pinned memory, graphs); cuBLAS for its workspace."""
@@ -26,6 +26,9 @@ def as_bitwright_error(error: BaseException) -> BitwrightError:
         return CudaError(f"the GPU reported a fault: {first}")
     if disk_full(error) or "No space left on device" in text:  # safetensors' own
         return DiskFull("the worker's disk is full", hint="free space under the workspace folder, and retry")
+    if isinstance(error, OSError) and error.errno == errno.EFBIG:
+        hint = "ask for fewer formats; a file of a result is never so large"
+        return OverLimit("a file grew beyond what the attempt may write", hint=hint)
     return InternalError(f"{type(error).__name__}; the attempt's log has more")
 
 

@@ -58,7 +58,7 @@ class RuntimePlace(Message):
 
 
 class WarmChild(Message):
-    """A limited child that waits for orders (`workers.limited.process.Handle`)."""
+    """A limited child that waits for orders (`app.limited.process.Handle`)."""
 
     orders: int
     answers: int
@@ -87,9 +87,18 @@ class AttemptOrder(Message):
         default_factory=dict, description="What the worker has to read results in, by name."
     )
     warm: WarmChild | None = Field(
-        default=None, description="A child that has imported what reading takes; None: the attempt starts one."
+        default=None,
+        description="A child that has imported what reading takes, and reads the job's input; None: the attempt starts "
+        "one for results, and reads the input itself.",
     )
+    input_memory_bytes: int = Field(default=4 << 30, description="The most that reading the job's input may take.")
+    input_seconds: float = Field(default=120.0, description="The same in seconds, and more for large texts.")
+    input_memory_bytes: int = Field(default=4 << 30, description="The most that reading the job's input may take.")
+    input_seconds: float = Field(default=120.0, description="The same in seconds, and more for large texts.")
     micro_batch_divisor: int = Field(default=1, description="2 or more after an out-of-memory attempt.")
+    memory: Literal["plan", "off"] | int = Field(
+        default="off", description="The most memory of the attempt: by what its job needs, any, or so many bytes."
+    )
     tells_needs: bool = Field(
         default=False, description="Whether the attempt reports what it will need: the worker has memory to give back."
     )

@@ -1,9 +1,11 @@
 """All texts of a job, read before anything is computed: calibration, evaluation and the adapter's training text."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from app.domain.advice import starved_calibration
 from app.domain.request.sources import GeneratedText
@@ -34,37 +36,70 @@ class Texts:
         ]
 
 
-def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, generation: Generation | None) -> Texts:
-    """All texts of an order; those that the model writes itself are drawn by `generation`: None if nothing is read.
+def read_texts(
+    order: AttemptOrder,
+    model: StreamedModel,
+    reporter: Reporter,
+    files: Callable[[], Texts] | None,
+    generation: Generation | None = None,
+) -> Texts:
+    """All texts of an order, held against its model.
+
+    files        gives those that are read from files (`read_files`); None if nothing is read
+    generation   draws what the model writes itself
 
     Raises:
         InvalidDataset: a file is not as documented or too short, sequences are longer than the model's positions, or
             the model is to write text and does not fit whole.
     """
-    if generation is None:
+    if files is None:
         return Texts(None, None)
-    request, tokenizer = order.request, generation.tokenizer
+    request = order.request
+    for name, part in (("finetune", request.finetune), ("evaluation", request.evaluation)):
+        if part is not None:
+            _check_length(model, name, part.sequence_length)
+    if _calibrates(order):
+        _check_length(model, "calibration", request.calibration.sequence_length)
+    texts = files()
+    if texts.finetuning is not None:
+        _check_vocabulary(model, texts.finetuning.training.ids)
+    if _calibrates(order):
+        if generation is not None and isinstance(request.calibration.dataset, GeneratedText):
+            texts = replace(texts, calibration=generated_sequences(request.calibration, request.seed, generation))
+        calibration = texts.calibration
+        starved = None if calibration is None else starved_calibration(request, calibration.text_tokens)
+        if starved is not None:
+            reporter.warning("starved_calibration", starved)
+    if texts.finetuning is not None:
+        _warn(reporter, "finetune", texts.finetuning.examples.notes)
+    for name, sequences in (("calibration", texts.calibration), ("evaluation", texts.evaluation)):
+        if sequences is not None:
+            _warn(reporter, name, sequences.notes)
+            _check_vocabulary(model, sequences.ids)
+            if sequences.overlapping:
+                reporter.warning(
+                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; sequences overlap"
+                )
+    return texts
+
+
+def read_files(order: AttemptOrder, tokenizer: PreTrainedTokenizerBase) -> Texts:
+    """The texts of an order that are read from files or are builtin, as tokens.
+
+    Raises:
+        InvalidDataset: a file is not as documented or too short.
+    """
+    request = order.request
     paths = (order.calibration_path, order.evaluation_path, order.finetuning_path)
     calibration_file, evaluation_file, finetuning_file = (None if path is None else Path(path) for path in paths)
     calibration = evaluation = finetuning = None
-    config = request.finetune
-    if config is not None:
-        _check_length(model, "finetune", config.sequence_length)
-        finetuning = read_finetuning_texts(tokenizer, config, finetuning_file, evaluation_file)
-        _check_vocabulary(model, finetuning.training.ids)
-    if request.base_job is None and request.quantization.reads_text():
-        _check_length(model, "calibration", request.calibration.sequence_length)
-        if isinstance(request.calibration.dataset, GeneratedText):
-            calibration = generated_sequences(request.calibration, request.seed, generation)
-        else:
-            calibration = calibration_sequences(
-                tokenizer, request.calibration, calibration_file, request.seed, evaluation_file
-            )
-        starved = starved_calibration(request, calibration.text_tokens)
-        if starved is not None:
-            reporter.warning("starved_calibration", starved)
+    if request.finetune is not None:
+        finetuning = read_finetuning_texts(tokenizer, request.finetune, finetuning_file, evaluation_file)
+    if _calibrates(order) and not isinstance(request.calibration.dataset, GeneratedText):
+        calibration = calibration_sequences(
+            tokenizer, request.calibration, calibration_file, request.seed, evaluation_file
+        )
     if request.evaluation is not None:
-        _check_length(model, "evaluation", request.evaluation.sequence_length)
         if request.base_job is not None:
             # What calibrated an earlier job is known only if evaluation reads the same dataset.
             shared = request.evaluation.dataset == request.calibration.dataset
@@ -74,17 +109,11 @@ def read_texts(order: AttemptOrder, model: StreamedModel, reporter: Reporter, ge
         evaluation = evaluation_sequences(
             tokenizer, request.evaluation, evaluation_file, request.seed, calibration_file, finetuning_file
         )
-    if finetuning is not None:
-        _warn(reporter, "finetune", finetuning.examples.notes)
-    for name, sequences in (("calibration", calibration), ("evaluation", evaluation)):
-        if sequences is not None:
-            _warn(reporter, name, sequences.notes)
-            _check_vocabulary(model, sequences.ids)
-            if sequences.overlapping:
-                reporter.warning(
-                    "overlapping_windows", f"{name}: the builtin text is short for this many tokens; sequences overlap"
-                )
     return Texts(calibration, evaluation, finetuning)
+
+
+def _calibrates(order: AttemptOrder) -> bool:
+    return order.request.base_job is None and order.request.quantization.reads_text()
 
 
 def _warn(reporter: Reporter, name: str, notes: Notes) -> None:

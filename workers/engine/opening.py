@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from app.domain.format_rules import head_problems
 from app.domain.inputs.quantized.registry import quantized_warning
 from app.domain.methods import Candidate, Scheme, WeightSpec
 from app.domain.mixes import bound, fallback_words
+from app.domain.request.sources import GeneratedText
 from app.domain.workload import ModelSize, has_reference, readers_of
 from bitwright.errors import FormatCannotHold, InternalError, InvalidRequest
 from bitwright.events import Stage
@@ -22,7 +24,7 @@ from workers.engine.device.process_group import ProcessGroup
 from workers.engine.device.setup import open_device, reproducible
 from workers.engine.finished_blocks import FinishedBlocks
 from workers.engine.job import Job
-from workers.engine.job_texts import read_texts
+from workers.engine.job_texts import Texts, read_files, read_texts
 from workers.engine.model.checkpoint import Checkpoint
 from workers.engine.model.foreign_tensors import left_out_warning
 from workers.engine.model.streamed_model import StreamedModel
@@ -31,13 +33,16 @@ from workers.engine.quantize.kernel_warm_up import compiling
 from workers.engine.reporter import Reporter
 from workers.engine.text.generated import Generation
 from workers.engine.text.sequences import has_tokenizer, load_tokenizer
+from workers.engine.untrusted.asking import JobInput
 from workers.formats.gguf.architectures.names import EXPERT
 from workers.formats.registry import check_model
 
 
 @contextmanager
-def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int) -> Iterator[Job]:
+def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int, inputs: JobInput) -> Iterator[Job]:
     """The job on the device of one of its processes, with the clock at the stage that comes after loading.
+
+    inputs   of the job, whose texts are being read
 
     Raises:
         InputError: the model, its data or the request's numbers do not fit together.
@@ -49,7 +54,7 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
     device = open_device(order, rank)
     with reproducible(device):
         reporter.progress(Stage.LOAD, 0, 1, "models")
-        checkpoint = Checkpoint.open(Path(order.model_path), workspace / f"source-{rank}")
+        checkpoint = Checkpoint.open(Path(order.model_path), workspace / f"source-{rank}", inputs.presented)
         model = _opened(checkpoint, order.request.quantization, device)
         checkpoint, request = model.checkpoint, bound(order.request, model.config.to_dict(), model.tied)
         order = order.model_copy(update={"request": request})
@@ -68,13 +73,13 @@ def open_job(order: AttemptOrder, workspace: Path, reporter: Reporter, rank: int
         scale_dtype = scale_dtype_of(order.request.formats, model.dtype)
         base_job = _base_job(order, model, set(schemes))
         schemes = schemes if base_job is None else base_job.schemes
-        tokenizer = _tokenizer(order, checkpoint.folder, reporter)
+        if not readers_of(order.request) and not has_tokenizer(checkpoint.folder):
+            reporter.warning("no_tokenizer", "the model has no tokenizer, so none goes with the result")
         reporter.progress(Stage.LOAD, 1, 1, "models")
         clock.enter(Stage.CALIBRATE)
         compiled = schemes if base_job is None else {}
         with compiling(model, compiled, order.request.quantization, scale_dtype):
-            generation = None if tokenizer is None else _generation(order, workspace, model, tokenizer, reporter, rank)
-            texts = read_texts(order, model, reporter, generation)
+            texts = _texts(order, workspace, model, reporter, rank, inputs)
         _advise(order, model, schemes, reporter)
         reference = has_reference(order.request, _size(model))
         sizes = texts.activation_sizes(order.request.quantization.needs_original_inputs(), reference)
@@ -216,14 +221,22 @@ def _fallback(spec: WeightSpec, model: StreamedModel, schemes: Mapping[str, Sche
     return fallback_words(wanted, {name: shapes[name][1] for name in wanted}, bits / max(1, weights))
 
 
-def _tokenizer(order: AttemptOrder, folder: Path, reporter: Reporter) -> PreTrainedTokenizerBase | None:
-    """The tokenizer if anything of the job reads text; None, with a warning where the result has none, if not."""
+def _texts(
+    order: AttemptOrder, workspace: Path, model: StreamedModel, reporter: Reporter, rank: int, inputs: JobInput
+) -> Texts:
+    """The texts of a job: as the limited child has read them, or read here where there is none."""
     readers = readers_of(order.request)
-    if readers:
-        return load_tokenizer(folder, " and ".join(readers))
-    if not has_tokenizer(folder):
-        reporter.warning("no_tokenizer", "the model has no tokenizer, so none goes with the result")
-    return None
+    if not readers:
+        inputs.texts()  # its tokenizer is tried before this process loads it
+        return Texts(None, None)
+    generates = isinstance(order.request.calibration.dataset, GeneratedText)
+    files, generation = inputs.texts, None
+    if generates or not inputs.limited:
+        read = inputs.texts()
+        tokenizer = load_tokenizer(model.checkpoint.folder, " and ".join(readers))
+        files = (lambda: read) if inputs.limited else partial(read_files, order, tokenizer)
+        generation = _generation(order, workspace, model, tokenizer, reporter, rank)
+    return read_texts(order, model, reporter, files, generation)
 
 
 def _base_job(order: AttemptOrder, model: StreamedModel, quantized: set[str]) -> BaseJobResult | None:

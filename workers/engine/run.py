@@ -15,6 +15,7 @@ from workers.engine.loads_here.stage import Verification, verification
 from workers.engine.opening import open_job
 from workers.engine.report import Results
 from workers.engine.reporter import Reporter
+from workers.engine.untrusted.asking import JobInput
 
 
 def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
@@ -27,11 +28,16 @@ def run(order: AttemptOrder, workspace: Path, reporter: Reporter) -> ResultLine:
         RuntimeDidNotLoad: a runtime of the worker does not read one block of the result.
     """
     with verification(order, workspace) as checks:
+        inputs = JobInput.of(order, workspace, rank=0)
+        inputs.try_model()
+        inputs.ask_texts()
         if order.request.exports:
+            inputs.texts()  # the tokenizer is tried before this process loads it
             return exports.run(order, workspace, reporter, checks.exported)
         if weights_only.chosen(order):
+            inputs.texts()
             return weights_only.run(order, workspace, reporter, checks.weights)
-        with open_job(order, workspace, reporter, rank=0) as job:
+        with open_job(order, workspace, reporter, 0, inputs) as job:
             return export.run(*_computed(job, checks), checks.files)
 
 
@@ -40,9 +46,13 @@ def assist(order: AttemptOrder, workspace: Path, rank: int) -> None:
 
     Raises what `run` raises, and where it does, unless only this process meets the cause.
     """
-    if order.request.exports or weights_only.chosen(order):
+    if order.request.exports:
         return  # one process reads and writes files
-    with open_job(order, workspace, Reporter(lambda _: None), rank) as job:
+    inputs = JobInput.of(order, workspace, rank)
+    inputs.try_model()
+    if weights_only.chosen(order):
+        return
+    with open_job(order, workspace, Reporter(lambda _: None), rank, inputs) as job:
         _computed(job)
 
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -51,6 +51,14 @@ CODE = frozenset({".py", ".pyc", ".so", ".sh", ".js", ".pkl", ".pickle", ".pt", 
 """Suffixes that are never copied, whatever the name: programs, and files that run code when they are read."""
 NAMES_OF_CODE = frozenset({"auto_map", "custom_pipelines"})
 """Keys of configurations that name classes in the repository's own Python files."""
+IMPLEMENTATIONS = frozenset(
+    {
+        *("attn_implementation", "_attn_implementation", "_attn_implementation_internal", "attn_impl"),
+        *("experts_implementation", "_experts_implementation", "_experts_implementation_internal"),
+        *("use_kernels", "kernel_config"),
+    }
+)
+"""Keys of configurations that choose what computes, which may be a program that a loader fetches."""
 MAX_CONFIG_BYTES = 50_000_000
 
 
@@ -109,16 +117,21 @@ def copy_files(source: Path, target: Path, patterns: Sequence[str] = COPIED) -> 
 def without_code(config: Any) -> Any:
     """A configuration, decoded, without the names of code that is not copied, however deep they are nested.
 
-    transformers would look for the code if `trust_remote_code` is set, and scripts set it for every model.
+    transformers would look for the code if `trust_remote_code` is set, and scripts set it for every model. Nor does it
+    say which implementation computes: that is for whoever loads it.
     """
-    if isinstance(config, Mapping):
-        return {key: without_code(value) for key, value in config.items() if key not in NAMES_OF_CODE}
-    return [without_code(entry) for entry in config] if isinstance(config, list) else config
+    return _without(config, NAMES_OF_CODE | IMPLEMENTATIONS)
 
 
 def names_code(source: SourceCheckpoint) -> bool:
     """True if the source's configuration names code of its own."""
-    return bool(without_code(source.config) != source.config)
+    return bool(_without(source.config, NAMES_OF_CODE) != source.config)
+
+
+def _without(config: Any, keys: Collection[str]) -> Any:
+    if isinstance(config, Mapping):
+        return {key: _without(value, keys) for key, value in config.items() if key not in keys}
+    return [_without(entry, keys) for entry in config] if isinstance(config, list) else config
 
 
 def _copy(file: Path, target: Path) -> None:

@@ -4,9 +4,9 @@ import sys
 
 from pydantic import BaseModel, ConfigDict, Field
 
-HOST = (sys.executable, "-P", "-m", "workers.runtimes.host")
+HOST = (sys.executable, "-P", "-m", "workers.child.host")
 """The command of the child that obeys."""
-FILE_BYTES = 1 << 30
+FILE_BYTES = 4 << 30
 """Of a file that a runtime writes: logits, logs, caches."""
 
 

@@ -20,18 +20,20 @@ from bitwright.errors import AttemptSuperseded, BitwrightError, DiskFull, Intern
 from bitwright.events import TEXT_ROLES, BlockEvent, ErrorData, LogEvent
 from bitwright.job_states import JobStatus
 from bitwright.report import Report
-from workers.child.needs import NEEDS
+from workers.child.needs import NEEDS, over_limit, plan_limit
+from workers.disk.handover import hand_over, take_back
 from workers.disk.hub_cache import holding
 from workers.disk.orders import AttemptOrder, FetchOrder, SpareOrder, WarmChild
 from workers.disk.workspace import Workspace
 from workers.machine import oom_kills
 from workers.supervise.base_job import base_job_folder
-from workers.supervise.child_env import attempt_environment, fetch_environment
+from workers.supervise.child_env import attempt_environment, attempt_user, fetch_environment
 from workers.supervise.child_process import ChildProcess
 from workers.supervise.context import WorkerContext
 from workers.supervise.events import EventBuffer, LineReader
 from workers.supervise.exit_errors import error_of_exit
 from workers.supervise.lease import JobCancelled, LeaseKeeper, WorkerStopping
+from workers.supervise.memory_limit import PREFIX, MemoryWatch, watched
 from workers.supervise.outputs import store_outputs
 from workers.supervise.requirements import missed_requirement
 from workers.supervise.sources import fetch_order, model_path, text_path
@@ -122,6 +124,7 @@ class _Attempt:
             # Only a model from the Hub has a revision; its folder is shared, and pruned when nobody uses it.
             with holding(Path(order.model_path)) if order.model_revision else nullcontext():
                 result = self._compute(order, given)
+        self._take_back()
         artifacts = store_outputs(self._context.blobs, self._workspace, result, self._lease, self._events)
         request = self._claim.request
         missed = missed_requirement(request.require, result.report, request.formats)
@@ -159,10 +162,9 @@ class _Attempt:
                 time.sleep(1)
 
     def _reader(self) -> AbstractContextManager[WarmChild | None]:
-        """The child that reads results, where the request wants them read."""
-        context = self._context
-        wanted = context.reader is not None and context.runtimes and self._claim.request.verify != "off"
-        return context.reader.lent() if context.reader is not None and wanted else nullcontext()
+        """The child that reads the job's input and its results."""
+        reader = self._context.reader
+        return nullcontext() if reader is None else reader.lent()
 
     def _order(self, warm: WarmChild | None) -> AttemptOrder:
         request, tenant = self._claim.request, self._claim.tenant_id
@@ -189,10 +191,13 @@ class _Attempt:
             device=self._context.device.value,
             world_size=world_size(request, self._context.capacity.devices),
             rendezvous=str(self._workspace.rendezvous(self._claim.attempt)),
+            input_memory_bytes=self._context.settings.input_memory_bytes,
+            input_seconds=self._context.settings.input_seconds,
             micro_batch_divisor=self._claim.micro_batch_divisor,
             runtimes=dict(self._context.runtimes),
             warm=warm,
-            tells_needs=self._context.spares is not None and self._context.spares.count > 0,
+            memory=self._context.settings.attempt_memory,
+            tells_needs=True,
             **texts,
         )
 
@@ -212,13 +217,16 @@ class _Attempt:
         given   open descriptors that it gets
         """
         module, ranks = self._context.attempt_module, order.world_size
+        self._hand_over()
         # The ranks of a job wait for each other, so that one of them that is there at once gains nothing.
         spare = self._spare(order) if ranks == 1 else None
         result = None if spare is None else self._compute_in(spare, given)
         if result is not None:
             return result
         self._lease.check()
-        environment = attempt_environment(self._workspace, self._claim)
+        environment = attempt_environment(
+            self._context.settings, self._context.device, self._workspace, self._claim, ranks
+        )
         return self._listen_for(ResultLine, module, environment, ranks=ranks, given=given)
 
     def _compute_in(self, spare: Spare, given: tuple[int, ...]) -> ResultLine | None:
@@ -287,22 +295,33 @@ class _Attempt:
 
     def _listen(self, wanted: type[T], module: str, child: ChildProcess) -> T:
         """Hear a child to its end, pass its events on, and return the line of the type `wanted` that it ended with."""
-        reader, endings, spares = LineReader(), _Endings(), self._context.spares
-        kills_before = oom_kills()
-        while not child.ended():
-            self._hear(child.lines(POLL_SECONDS), reader, endings)
-            self._events.flush_if_due()
-            self._lease.check()
-            if spares is not None:
-                spares.tend()
-        self._hear(child.remaining_lines(), reader, endings)
-        code = child.finish()
+        reader, endings, kills_before = LineReader(), _Endings(), oom_kills()
+        name = f"{PREFIX}{self._claim.job_id}-{self._claim.attempt}"
+        with watched(name, child.pids, self._context.settings.attempt_memory) as memory:
+            endings.memory = memory
+            code = self._to_its_end(child, reader, endings)
+            overstepped = code < 0 and memory.overstepped()
         log.info("process_ended", module=module, code=code, ignored=reader.ignored + child.dropped_lines)
         self._events.flush()
+        if overstepped and memory.limit is not None:
+            raise over_limit(memory.limit)
         what = "fetch" if wanted is FetchedLine else "attempt"
         if code == 0 and isinstance(endings.result, wanted):
             return endings.result
         raise error_of_exit(code, endings.failed, oom_killed=oom_kills() > kills_before, what=what)
+
+    def _to_its_end(self, child: ChildProcess, reader: LineReader, endings: "_Endings") -> int:
+        """Hear a child until it has ended; its exit code."""
+        spares = self._context.spares
+        while not child.ended():
+            self._hear(child.lines(POLL_SECONDS), reader, endings)
+            self._events.flush_if_due()
+            self._lease.check()
+            endings.check_memory()
+            if spares is not None:
+                spares.tend()
+        self._hear(child.remaining_lines(), reader, endings)
+        return child.finish()
 
     def _hear(self, raw_lines: list[bytes], reader: LineReader, endings: "_Endings") -> None:
         for raw in raw_lines:
@@ -313,7 +332,7 @@ class _Attempt:
                 # Of several ranks the first to report has the cause, the others only miss it.
                 endings.failed = endings.failed or line.error
             elif line is not None:
-                self._make_room(line)
+                self._note_needs(line, endings)
                 if isinstance(line, BlockEvent):
                     self._context.metrics.block(self._claim.request.quantization.method, line.seconds)
                 self._events.add(line)
@@ -322,10 +341,29 @@ class _Attempt:
         for stage, seconds in report.seconds.items():
             self._context.metrics.stage(stage, seconds)
 
-    def _make_room(self, event: AttemptEvent) -> None:
-        """End the spares that wait where a child says that its job needs their memory."""
-        if self._context.spares is not None and isinstance(event, LogEvent) and event.event == NEEDS:
+    def _note_needs(self, event: AttemptEvent, endings: "_Endings") -> None:
+        """Where a child says what its job needs, limit it to that, and end the spares that wait if it wants theirs."""
+        if not isinstance(event, LogEvent) or event.event != NEEDS:
+            return
+        if self._context.spares is not None:
             self._context.spares.make_room(event.fields)
+        context, request = self._context, self._claim.request
+        if endings.memory is not None and endings.memory.limit is None:
+            ranks = world_size(request, context.capacity.devices)
+            given = {"device": context.device.value, "setting": context.settings.attempt_memory, "ranks": ranks}
+            endings.memory.limit_to(plan_limit(event.fields, **given))
+
+    def _hand_over(self) -> None:
+        """Give the job's files to the user that the attempt runs as, where that is another."""
+        user = attempt_user(self._context.settings)
+        if user is not None:
+            self._workspace.log.touch()
+            hand_over(self._workspace.folder, user)
+
+    def _take_back(self) -> None:
+        """Own what it has made before it goes into the store."""
+        if attempt_user(self._context.settings) is not None:
+            take_back(self._workspace.folder)
 
 
 class _Endings:
@@ -333,3 +371,9 @@ class _Endings:
 
     result: ResultLine | FetchedLine | None = None
     failed: ErrorData | None = None
+    memory: MemoryWatch | None = None
+
+    def check_memory(self) -> None:
+        """Raises OverLimit if the child holds more than it may."""
+        if self.memory is not None:
+            self.memory.check()

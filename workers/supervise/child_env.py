@@ -7,6 +7,8 @@ from pathlib import Path
 from app.hub.environment import network_variables
 from app.settings import Settings
 from app.store.attempts import Claim
+from bitwright.job_states import DeviceClass
+from workers.child.confinement import FILTERED, JOINED, NETWORK, OWN, SHARED, USER
 from workers.child.lifeline import ATTEMPT, JOB_ID
 from workers.disk.workspace import Workspace
 from workers.supervise.child_process import child_environment
@@ -60,19 +62,47 @@ WAITING_IS_GIVEN = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 
-def attempt_environment(workspace: Workspace, claim: Claim) -> dict[str, str]:
+def attempt_environment(
+    settings: Settings, device: DeviceClass, workspace: Workspace, claim: Claim, ranks: int = 1
+) -> dict[str, str]:
     """Of the attempt: offline, and with caches that go with the workspace."""
-    return _computing(workspace.folder) | _names(claim)
+    return _computing(settings, device, workspace.folder, ranks) | _names(claim)
 
 
-def spare_environment(folder: Path) -> dict[str, str]:
+def spare_environment(settings: Settings, device: DeviceClass, folder: Path) -> dict[str, str]:
     """Of a process that will be an attempt: the same without a job's names, and with caches in a folder of its own."""
-    return _computing(folder)
+    return _computing(settings, device, folder, ranks=1)
 
 
-def _computing(folder: Path) -> dict[str, str]:
+def _computing(settings: Settings, device: DeviceClass, folder: Path, ranks: int) -> dict[str, str]:
     caches = {"HF_HOME": str(folder / "cache")}
-    return RANKS | child_environment(ALWAYS | TOKENIZING | ALLOCATOR | waiting() | OFFLINE | caches)
+    limits = {NETWORK: _network(settings, device, ranks)}
+    user = attempt_user(settings)
+    if user is not None:
+        limits[USER] = str(user)
+        caches |= {"HOME": str(folder), "TRITON_CACHE_DIR": str(compiled_folder(settings, user))}
+    return RANKS | child_environment(ALWAYS | TOKENIZING | ALLOCATOR | waiting() | OFFLINE | caches | limits)
+
+
+def attempt_user(settings: Settings) -> int | None:
+    """The user that attempts run as; None: the worker's own, which is so wherever that is not root."""
+    return None if settings.attempt_user is None or os.getuid() != 0 else int(settings.attempt_user)
+
+
+def compiled_folder(settings: Settings, user: int) -> Path:
+    """Where attempts of a user keep what Triton compiles, for later ones."""
+    return settings.workspace_dir / f"compiled-{user}"
+
+
+def _network(settings: Settings, device: DeviceClass, ranks: int) -> str:
+    if settings.attempt_network == "shared":
+        return SHARED
+    if ranks > 1:
+        # An operator who names another interface means one that a network of their own would not have.
+        named = {os.environ.get(name, LOOPBACK) for name in RANKS if name.endswith("IFNAME")}
+        return JOINED if named == {LOOPBACK} else SHARED
+    # A user of its own is what a namespace costs whoever is not root, and a GPU's driver may want to know that user.
+    return FILTERED if device is DeviceClass.CUDA and os.getuid() != 0 else OWN
 
 
 def waiting() -> dict[str, str]:

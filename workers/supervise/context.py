@@ -22,7 +22,7 @@ class WorkerContext:
     stopping        set when the process was asked to end: the attempt in hand is given back
     attempt_module  what `python -m` runs for an attempt; the tests of supervision bring their own
     runtimes        what there is to read results in, by name
-    reader          the child that does; None: attempts start their own
+    reader          the child that does, and that reads what jobs are made of; None: attempts do without
     spares          processes that wait to be attempts; None: each attempt is started when its job is there
     """
 

@@ -87,7 +87,7 @@ class Runner:
         if context.spares is None or not context.spares.count:
             return
         context.spares.tend()
-        if context.reader is not None and context.runtimes:
+        if context.reader is not None:
             context.reader.start()
 
     def _pause(self) -> float:

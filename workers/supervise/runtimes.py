@@ -12,10 +12,10 @@ from pathlib import Path
 import structlog
 
 from app.domain.runtimes import Runtime
+from app.limited.environment import limited_environment
+from app.limited.process import LimitedProcess
 from app.settings import Settings
 from workers.disk.orders import RuntimePlace, WarmChild
-from workers.limited.environment import limited_environment
-from workers.limited.process import LimitedProcess
 from workers.runtimes.libraries import library_version
 from workers.runtimes.order import FILE_BYTES, HOST
 
@@ -67,22 +67,24 @@ def _vllm_version(python: Path, folder: Path) -> str | None:
 
 
 class WarmReader:
-    """A limited child that reads results in runtimes (`workers.runtimes.host`), lent to one attempt after another.
+    """A limited child that reads results in runtimes (`workers.child.host`), lent to one attempt after another.
 
     It is started when the first attempt wants it, and imports what it needs while that opens its model; where a worker
     has spares, it waits beside them. An attempt that ended badly may have left it with an order: then the next one gets
     another.
     """
 
-    def __init__(self, workspaces: Path) -> None:
+    def __init__(self, workspaces: Path, user: int | None = None) -> None:
+        """user   that the child goes on as; None: this process's own"""
         self._folder = workspaces / FOLDER
+        self._user = user or 0
         self._child: LimitedProcess | None = None
 
     def start(self) -> LimitedProcess:
         """The child; started now unless there is one that takes orders."""
         if self._child is None or not self._child.usable:
             self.close()
-            self._child = LimitedProcess.start(HOST, folder=self._folder, file_bytes=FILE_BYTES)
+            self._child = LimitedProcess.start(HOST, folder=self._folder, file_bytes=FILE_BYTES, user=self._user)
             log.info("reader_started", pid=self._child.handle.pid)
         return self._child
 

@@ -10,12 +10,11 @@ from app.api.auth import Administrator
 from app.api.deps import DatabaseOf, SettingsOf, VaultOf
 from app.api.http.documentation import problems, text_header
 from app.api.tenancy.admission import actor
-from app.api.tenancy.queueing import checked_token
 from app.domain.inputs.roots import lies_under
 from app.settings import Settings
 from app.store import tenants
 from app.store.audit import record
-from app.store.hub_tokens import erase_token, keep_token
+from app.store.hub_tokens import checked_token, erase_token, keep_token
 from app.store.ids import id_pattern
 from app.store.models import Tenant
 from app.store.tenants import own_quotas, tenants_with_token
@@ -129,7 +128,7 @@ def set_hub_token(
     token = checked_token(body.token, "token")
     with database.transaction() as session:
         tenants.get_tenant(session, tenant_id)
-        keep_token(session, vault, token or "", tenant_id=tenant_id, field="token")
+        keep_token(session, vault, token, tenant_id=tenant_id, field="token")
         record(session, actor(principal), "hub_token.set", tenant_id)
 
 

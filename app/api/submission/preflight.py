@@ -12,13 +12,14 @@ from app.domain.estimates import estimate
 from app.domain.fit import can_do_without_model, misfits, problem_of, refusal, warnings_of, without_model_problems
 from app.domain.formats import FORMATS
 from app.domain.inputs.foreign_files import foreign_files
-from app.domain.inputs.inspection import CheckpointFiles, FolderFiles, Inspection, inspect_checkpoint
+from app.domain.inputs.inspection import CheckpointFiles, FolderFiles, Inspection
 from app.domain.inputs.roots import ALLOWED_HINT, check_links, lies_under
 from app.domain.request.job_request import JobRequest
 from app.domain.request.source_walk import read_sources, with_source
 from app.domain.request.sources import HubDataset, HubModel, LocalModel, LocalText, UploadedModel, UploadedText
 from app.domain.runtimes import described, runtime_limits
 from app.hub.looks import Answer
+from app.inspection.inspector import Inspector
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.models import Upload
@@ -84,33 +85,48 @@ def look_at_hub(request: JobRequest, hub: HubChild | None) -> Answer | None:
     return hub.look(request.model, any_type=can_do_without_model(request))
 
 
-def run_preflight(
-    request: JobRequest, settings: Settings, uploads: UploadRepository, blobs: BlobStore, seen: Answer | None = None
-) -> Preflight:
-    """Look at everything that the request names and that this machine can see.
+def find_sources(
+    request: JobRequest, settings: Settings, uploads: UploadRepository, blobs: BlobStore
+) -> tuple[Preflight, CheckpointFiles | None]:
+    """The request with what it names looked up, and the model's files where this machine has them."""
+    preflight = Preflight(request)
+    model = _resolve_model(preflight, settings, uploads, blobs)
+    _resolve_texts(preflight, settings, uploads)
+    return preflight, model
+
+
+def judge_model(
+    preflight: Preflight,
+    model: CheckpointFiles | None,
+    inspector: Inspector,
+    tenant: str,
+    seen: Answer | None = None,
+) -> None:
+    """Look at the model: its files, in a limited child, or what the Hub said of it. Notes what is wrong, and refuses.
+
+    It takes seconds at the worst, so no transaction may be open.
 
     seen   of a model on the Hub (`look_at_hub`)
 
     Raises:
         InputError: everything that is wrong is of one kind, e.g. group sizes that do not divide.
         InvalidRequest: several kinds of problems, all of them in `errors`.
+        TooManyRequests: too many of the tenant's checkpoints wait to be looked at.
     """
-    preflight = Preflight(request)
-    model = _resolve_model(preflight, settings, uploads, blobs)
-    _resolve_texts(preflight, settings, uploads)
-    inspection = _inspect(preflight, model) if model is not None else _seen(preflight, seen)
+    request = preflight.request
+    looked = model is not None and _inspect(preflight, model, inspector, tenant)
+    inspection = _seen(preflight, seen) if model is None else None
     if inspection is not None:
         preflight.problems += misfits(preflight.request, inspection)
         preflight.warnings += warnings_of(preflight.request, inspection)
         # Patterns and sizes that do not fit leave nothing to estimate.
         preflight.estimates = {} if preflight.problems else estimate(preflight.request, inspection)
-    elif request.quantization.asks_for_weights_alone():
+    elif not looked and request.quantization.asks_for_weights_alone():
         preflight.problems += without_model_problems(request)
     starved = starved_calibration(preflight.request)
     preflight.warnings += [*([starved] if starved else []), *runtime_warnings(preflight.request)]
     if preflight.problems:
         raise refusal(preflight.problems)
-    return preflight
 
 
 def _resolve_model(
@@ -220,17 +236,28 @@ def _check_hub(preflight: Preflight, settings: Settings, path: str) -> None:
         preflight.add(SourceForbidden("this service does not fetch from the Hub", hint=hint), path)
 
 
-def _inspect(preflight: Preflight, files: CheckpointFiles) -> Inspection | None:
+def _inspect(preflight: Preflight, files: CheckpointFiles, inspector: Inspector, tenant: str) -> bool:
+    """Note the verdict on a checkpoint; False if there is none but what is wrong with it."""
     try:
-        inspection = inspect_checkpoint(files, any_type=can_do_without_model(preflight.request))
+        verdict = inspector.look(tenant, preflight.request, files)
     except InputError as error:
         preflight.add(error, "model")
-        return None
+        return False
     except OSError as error:
         hint = "let the user that the service runs as read the folder and its files"
-        preflight.add(SourceForbidden(f"the checkpoint cannot be read: {error.strerror}", hint=hint), "model")
-        return None
-    return inspection
+        words = error.strerror or str(error)
+        preflight.add(SourceForbidden(f"the checkpoint cannot be read: {words}", hint=hint), "model")
+        return False
+    error = None if verdict.error is None else verdict.error.exception()
+    if isinstance(error, InputError):
+        preflight.add(error, "model")
+        return False
+    if error is not None:
+        raise error
+    preflight.problems += verdict.problems
+    preflight.warnings += verdict.warnings
+    preflight.estimates = {} if preflight.problems else verdict.estimates
+    return True
 
 
 def _seen(preflight: Preflight, seen: Answer | None) -> Inspection | None:

@@ -1,9 +1,6 @@
 """A job queued for a tenant: within its quotas, in the audit log, with its Hub token sealed, all in one transaction."""
 
-import re
-
 from fastapi import Request
-from pydantic import SecretStr
 from sqlalchemy.orm import Session
 
 from app.api.tenancy.admission import actor, require_job_room
@@ -13,17 +10,14 @@ from app.domain.inputs.roots import roots_of
 from app.domain.request.job_request import JobRequest
 from app.settings import Settings
 from app.store.audit import record
-from app.store.hub_tokens import Vault, has_own_token, keep_token
+from app.store.hub_tokens import TOKEN_FIELD, Vault, has_own_token, keep_token
 from app.store.idempotency import Idempotency
 from app.store.jobs import JobRepository
 from app.store.models import Job
 from app.store.tenants import Policy, policy_of
 from app.store.usage import cost_micros, money
-from bitwright.errors import InvalidRequest, QueuedJobsExceeded
+from bitwright.errors import QueuedJobsExceeded
 from bitwright.money import Money
-from bitwright.tenancy import TOKEN_PATTERN
-
-TOKEN_FIELD = "header.X-Hub-Token"  # noqa: S105 (a name)
 
 
 def policy_and_settings(session: Session, principal: Principal, settings: Settings) -> tuple[Policy, Settings]:
@@ -31,19 +25,6 @@ def policy_and_settings(session: Session, principal: Principal, settings: Settin
     policy = policy_of(session, principal.tenant_id, settings.tenant_quotas)
     roots = roots_of(settings.model_roots, policy.model_roots)
     return policy, settings.model_copy(update={"model_roots": roots})
-
-
-def checked_token(token: SecretStr | None, field: str = TOKEN_FIELD) -> str | None:
-    """The text of a token that a request brings.
-
-    Raises:
-        InvalidRequest: it is none. What it was is not told.
-    """
-    text = None if token is None else token.get_secret_value()
-    if text is not None and not re.fullmatch(TOKEN_PATTERN, text):
-        hint = "copy it anew, without quotes or line ends"
-        raise InvalidRequest("a token is one word of up to 500 printable ASCII characters", field=field, hint=hint)
-    return text
 
 
 def has_token(session: Session, principal: Principal, token: str | None) -> bool:

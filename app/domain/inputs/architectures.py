@@ -14,6 +14,7 @@ from math import prod
 from pathlib import Path
 from types import MappingProxyType
 
+from app.domain.inputs.config_numbers import MAX_LAYERS, MAX_VOCABULARY, MAX_WIDTH, check_numbers
 from app.domain.inputs.left_alone import left_alone
 from app.domain.inputs.quantized.registry import read_method
 from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
@@ -22,10 +23,6 @@ HEAD = "lm_head"
 """Full module name of the output head, in all architectures."""
 EMBEDDINGS = "model.embed_tokens"
 """Full module name of the embeddings, in those of the Llama shape."""
-MAX_LAYERS, MAX_WIDTH, MAX_VOCABULARY = 1024, 1 << 20, 1 << 24
-"""Far above any published model: a configuration beyond them is damaged or hostile, and never sizes a buffer."""
-
-
 ACCEPTED_FILE = Path(__file__).with_name("accepted_architectures.json")
 
 
@@ -216,33 +213,6 @@ def _dimensions_of_headers(
         tied_embeddings="lm_head.weight" not in tensors,
         shapes=MappingProxyType(shapes),
     )
-
-
-COUNTS: MappingProxyType[str, int] = MappingProxyType(
-    {
-        **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), MAX_LAYERS),
-        **dict.fromkeys(("hidden_size", "n_embd", "d_model", "intermediate_size", "num_attention_heads"), MAX_WIDTH),
-        **dict.fromkeys(("num_key_value_heads", "head_dim", "num_experts", "num_local_experts"), MAX_WIDTH),
-        **dict.fromkeys(("n_routed_experts", "moe_intermediate_size"), MAX_WIDTH),
-        "vocab_size": MAX_VOCABULARY,
-    }
-)
-"""Numbers of a configuration that size a model, under all of their names, and the largest that is believed."""
-
-
-def check_numbers(config: Mapping[str, object]) -> None:
-    """Check the numbers that size a model, in a decoded `config.json` and in its parts.
-
-    Raises:
-        CorruptCheckpoint: one is not a whole number, or out of any sensible range.
-    """
-    for name, value in config.items():
-        if name in COUNTS and isinstance(value, int | float | str) and not isinstance(value, bool):
-            if not isinstance(value, int) or not 0 <= value <= COUNTS[name]:
-                detail = f"config.json has {name} = {value!r}; it must be a whole number up to {COUNTS[name]}"
-                raise CorruptCheckpoint(detail, field=name, value=value)
-        elif isinstance(value, Mapping):
-            check_numbers(value)
 
 
 def find_architecture(config: Mapping[str, object]) -> Architecture:

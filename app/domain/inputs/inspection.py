@@ -4,7 +4,6 @@ It reads names, sizes and headers through `CheckpointFiles`, so a local folder, 
 are judged alike.
 """
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,12 +15,21 @@ from typing import Protocol
 
 from app.domain.inputs.architectures import Dimensions, is_accepted, read_dimensions
 from app.domain.inputs.checkpoint_choice import check_choice
+from app.domain.inputs.config_numbers import check_numbers, header_bytes, names_of
 from app.domain.inputs.foreign_files import INDEX, SINGLE, foreign_files, gguf_file
 from app.domain.inputs.quantized.gguf_config import gguf_config, gguf_words
 from app.domain.inputs.quantized.gguf_header import GgufHeader, parse_gguf
 from app.domain.inputs.quantized.registry import read_method, read_quantized
 from app.domain.inputs.quantized.stored import MOST_SMALL_BYTES, corrupt
-from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, TensorEntry, header_length, parse_header
+from app.domain.inputs.safetensors_header import (
+    DTYPE_BITS,
+    LENGTH_BYTES,
+    NAMED,
+    TensorEntry,
+    header_length,
+    parse_header,
+)
+from app.domain.inputs.side_files import check_side_files, read_object
 from bitwright.errors import CorruptCheckpoint, UnsupportedCheckpoint
 
 CONFIG = "config.json"
@@ -100,15 +108,17 @@ def inspect_checkpoint(files: CheckpointFiles, *, any_type: bool = False, header
     foreign = foreign_files(names)
     if foreign is not None:
         raise foreign.refusal("model")
+    check_side_files(names, files.size)
     gguf = gguf_file(names)
     if gguf is not None:
         return _inspect_gguf(files, gguf)
     config = _read_json(files, CONFIG, MAX_CONFIG_BYTES, names)
+    check_numbers(config)
     accepted = is_accepted(config) or not any_type
     method = read_method(config)
     if accepted:
         read_dimensions(config)  # before anything larger is read
-    shards = _shards(files, names)
+    shards = _shards(files, names, header_bytes(config))
     check_choice(names, SINGLE if SINGLE in names else INDEX, config)
     plain = {name: value for name, value in config.items() if name != "quantization_config"}
     tokenizer = bool(names & {"tokenizer.json", "tokenizer.model", "vocab.json"})
@@ -117,7 +127,7 @@ def inspect_checkpoint(files: CheckpointFiles, *, any_type: bool = False, header
         weights = size // WEIGHT_BYTES.get(str(config.get("dtype") or config.get("torch_dtype")), 2)
         dimensions = read_dimensions(config) if accepted else None
         return Inspection(plain, dimensions, size, weights, tokenizer, quantized=method)
-    tensors, quantized = _logical(files, config, _headers(files, shards))
+    tensors, quantized = _logical(files, config, _headers(files, shards, config))
     return Inspection(
         config=plain,
         dimensions=read_dimensions(config, {n: entry.shape for n, entry in tensors.items()}) if accepted else None,
@@ -133,11 +143,18 @@ Headers = dict[str, dict[str, TensorEntry]]
 """Weight files by name -> their tensors."""
 
 
-def _headers(files: CheckpointFiles, shards: Mapping[str, set[str]]) -> Headers:
-    """Headers of all weight files in the order of names, which hold what the index promises."""
+def _headers(files: CheckpointFiles, shards: Mapping[str, set[str]], config: Mapping[str, object]) -> Headers:
+    """Headers of all weight files in the order of names, which hold what the index promises and no more names than the
+    configuration has.
+    """
+    most, room = names_of(config), header_bytes(config)
+    read = partial(_read_header, files, most=most, room=room)
     with ThreadPoolExecutor(HEADERS_AT_ONCE) as pool:
-        headers = dict(zip(sorted(shards), pool.map(partial(_read_header, files), sorted(shards)), strict=True))
+        headers = dict(zip(sorted(shards), pool.map(read, sorted(shards)), strict=True))
     tensors = {name for header in headers.values() for name in header}
+    if len(tensors) > most:
+        detail = f"the weights' headers have {len(tensors)} tensors; config.json can name {most}"
+        raise CorruptCheckpoint(detail, field="model", value=len(tensors), hint=NAMED)
     for shard, promised in shards.items():
         missing = sorted(promised - tensors)
         if missing:
@@ -165,7 +182,7 @@ def weight_files(files: CheckpointFiles) -> list[str]:
     gguf = gguf_file(names)
     if gguf is not None:
         return [gguf]
-    return [*sorted(_shards(files, names)), *([] if SINGLE in names else [INDEX])]
+    return [*sorted(_shards(files, names, MAX_INDEX_BYTES)), *([] if SINGLE in names else [INDEX])]
 
 
 def _inspect_gguf(files: CheckpointFiles, name: str) -> Inspection:
@@ -197,14 +214,17 @@ def _gguf_content(files: CheckpointFiles, name: str, header: GgufHeader, tensor:
     return files.read(name, entry.begin, entry.size)
 
 
-def _shards(files: CheckpointFiles, names: frozenset[str]) -> dict[str, set[str]]:
-    """Weight files to the tensors that the index promises in each; a single file promises nothing."""
+def _shards(files: CheckpointFiles, names: frozenset[str], room: int) -> dict[str, set[str]]:
+    """Weight files to the tensors that the index promises in each; a single file promises nothing.
+
+    room   bytes that the index may have
+    """
     if SINGLE in names:
         return {SINGLE: set()}
     if INDEX not in names:
         hint = f"add the weights as {SINGLE}, or as shards with {INDEX}"
         raise UnsupportedCheckpoint("the checkpoint holds no weights", field="model", hint=hint)
-    weight_map = _read_json(files, INDEX, MAX_INDEX_BYTES, names).get("weight_map")
+    weight_map = _read_json(files, INDEX, min(room, MAX_INDEX_BYTES), names).get("weight_map")
     if not isinstance(weight_map, Mapping) or not weight_map:
         raise CorruptCheckpoint(f"{INDEX} has no weight_map", field=INDEX)
     shards: dict[str, set[str]] = {}
@@ -235,16 +255,10 @@ def _read_json(files: CheckpointFiles, name: str, limit: int, names: frozenset[s
     size = files.size(name)
     if size > limit:
         raise CorruptCheckpoint(f"{name} has {size} bytes; at most {limit} are read", field=name, value=size)
-    try:
-        decoded = json.loads(files.read(name, 0, size))
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{name} is not JSON: {error}", field=name) from error
-    if not isinstance(decoded, Mapping):
-        raise CorruptCheckpoint(f"{name} is no JSON object", field=name)
-    return decoded
+    return read_object(files.read(name, 0, size), name, name)
 
 
-def _read_header(files: CheckpointFiles, name: str) -> dict[str, TensorEntry]:
+def _read_header(files: CheckpointFiles, name: str, *, most: int, room: int) -> dict[str, TensorEntry]:
     size = files.size(name)
-    length = header_length(files.read(name, 0, LENGTH_BYTES), size, name)
-    return parse_header(files.read(name, LENGTH_BYTES, length), size, name)
+    length = header_length(files.read(name, 0, LENGTH_BYTES), size, name, room)
+    return parse_header(files.read(name, LENGTH_BYTES, length), size, name, most)

@@ -7,9 +7,13 @@ from typing import Any, BinaryIO
 
 from app.domain.inputs.messages import RowProblem
 from app.domain.inputs.rows import Row, parse_row
+from app.domain.inputs.side_files import MOST_LEVELS, is_deep
 from bitwright.errors import InvalidDataset
 
 MAX_LINE_BYTES = 16 << 20
+MAX_ROWS, MAX_TEXT_BYTES = 1_000_000, 1_000_000_000
+"""Of a file."""
+LESS = "give fewer rows: calibration and evaluation read a few thousand sequences, or split the file into several jobs"
 WANTED = 'give a JSON object a line, with "text", with "prompt" and "completion", or with "messages"'
 
 
@@ -33,8 +37,13 @@ def numbered_records(stream: BinaryIO, name: str) -> Iterator[Record]:
     Raises:
         InvalidDataset: a line, named by its number, is no record, or none of them holds text.
     """
-    blank = records = 0
+    blank = records = size = 0
     for number, line in enumerate(iter(lambda: stream.readline(MAX_LINE_BYTES + 1), b""), start=1):
+        size += len(line)
+        if number > MAX_ROWS:
+            raise InvalidDataset(f"{name} has more than {MAX_ROWS} rows", field=name, value=number, hint=LESS)
+        if size > MAX_TEXT_BYTES:
+            raise InvalidDataset(f"{name} has more than {MAX_TEXT_BYTES} bytes", field=name, value=size, hint=LESS)
         if len(line) > MAX_LINE_BYTES:
             raise bad_line(name, number, f"longer than {MAX_LINE_BYTES} bytes", line)
         if line.strip():
@@ -58,6 +67,8 @@ def parse_record(line: bytes, number: int, name: str) -> Record:
         raise bad_line(name, number, f"not JSON ({error})", line) from error
     if not isinstance(row, Mapping):
         raise bad_line(name, number, "not a JSON object", line)
+    if is_deep(row):
+        raise bad_line(name, number, f"nested more than {MOST_LEVELS} levels deep", line)
     try:
         parsed, ignored = parse_row(row)
     except RowProblem as problem:

@@ -17,6 +17,7 @@ LENGTH_BYTES = 8
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the reference implementation."""
 MAX_DIMENSIONS = 16
+NAMED = "take config.json and weights of one model; it counts layers and experts, and they have so many tensors"
 
 DTYPE_BITS: MappingProxyType[str, int] = MappingProxyType(
     {
@@ -37,8 +38,10 @@ class TensorEntry:
     end: int
 
 
-def header_length(prefix: bytes, file_size: int, name: str) -> int:
+def header_length(prefix: bytes, file_size: int, name: str, most: int = MAX_HEADER_BYTES) -> int:
     """Length of the JSON header, from the file's first 8 bytes.
+
+    most   bytes that the checkpoint's configuration can fill with names (`config_numbers.header_bytes`)
 
     Raises:
         CorruptCheckpoint: the file is too short, or the length does not fit into it.
@@ -49,6 +52,9 @@ def header_length(prefix: bytes, file_size: int, name: str) -> int:
     if length > MAX_HEADER_BYTES:
         detail = f"{name} claims a header of {length} bytes; at most {MAX_HEADER_BYTES} are read"
         raise CorruptCheckpoint(detail, field=name, value=length)
+    if length > most:
+        detail = f"{name} claims a header of {length} bytes; the tensors that config.json can name fill {most}"
+        raise CorruptCheckpoint(detail, field=name, value=length, hint=NAMED)
     if length < 2 or LENGTH_BYTES + length > file_size:
         detail = (
             f"{name} claims a header of {length} bytes, but the file has {file_size} bytes: it is truncated or lies"
@@ -57,8 +63,10 @@ def header_length(prefix: bytes, file_size: int, name: str) -> int:
     return length
 
 
-def parse_header(header: bytes, file_size: int, name: str) -> dict[str, TensorEntry]:
+def parse_header(header: bytes, file_size: int, name: str, most: int = MAX_HEADER_BYTES // 8) -> dict[str, TensorEntry]:
     """The tensors of a file whose JSON header is `header`; `name` is for messages.
+
+    most   tensors that the checkpoint's configuration can name (`config_numbers.names_of`)
 
     Raises:
         CorruptCheckpoint: not a JSON object, an unknown dtype, a shape that disagrees with its bytes, or tensors that
@@ -70,6 +78,9 @@ def parse_header(header: bytes, file_size: int, name: str) -> dict[str, TensorEn
         raise CorruptCheckpoint(f"{name} has a header that is not JSON: {error}", field=name) from error
     if not isinstance(decoded, dict):
         raise CorruptCheckpoint(f"{name} has a header that is no JSON object", field=name)
+    if len(decoded) > most + 1:
+        detail = f"{name} has a header of {len(decoded)} tensors; config.json can name {most}"
+        raise CorruptCheckpoint(detail, field=name, value=len(decoded), hint=NAMED)
     entries = {tensor: _entry(raw, tensor, name) for tensor, raw in decoded.items() if tensor != "__metadata__"}
     _check_coverage(entries, file_size - LENGTH_BYTES - len(header), name)
     return entries

@@ -9,10 +9,10 @@ from app.domain.inputs.architectures import (
     ACCEPTED_FILE,
     ARCHITECTURES,
     REFUSED,
-    check_numbers,
     find_architecture,
     read_dimensions,
 )
+from app.domain.inputs.config_numbers import check_numbers
 from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
 
 BLOOM: dict[str, Any] = {"model_type": "bloom", "hidden_size": 64, "n_layer": 2, "vocab_size": 100}

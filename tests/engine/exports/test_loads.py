@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from app.domain.formats import ExportFormat
+from app.limited.process import LimitedProcess
 from tests.engine.conftest import run_job
 from tests.engine.exports.orders import export
 from tests.formats.examples import codebook_made, tiny_llama, write_quantized
-from workers.limited.process import LimitedProcess
 from workers.runtimes.order import FILE_BYTES, HOST
 
 RUNTIMES = {name: {"version": version(name)} for name in ("transformers", "peft")}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from workers.limited.process import LimitedProcess
+from app.limited.process import LimitedProcess
 from workers.runtimes.order import FILE_BYTES, HOST
 
 RUNTIMES = {"transformers": {"version": version("transformers")}, "peft": {"version": version("peft")}}

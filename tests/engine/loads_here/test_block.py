@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 
 from app.domain.attempt_lines import AttemptLine
+from app.limited.process import LimitedProcess
 from bitwright.errors import RuntimeDidNotLoad
 from bitwright.events import BlockEvent, ProgressEvent, Stage
 from tests.engine.conftest import run_job
 from tests.engine.loads_here.conftest import RUNTIMES
 from tests.engine.loads_here.faults import FAULTS, Fault, Faulty
 from workers.engine.loads_here import block, cut
-from workers.limited.process import LimitedProcess
 
 SLOW = pytest.mark.slow
 OFTEN = ("another width", "scales of k and v swapped", "no tokenizer", "codes of 64 bits")

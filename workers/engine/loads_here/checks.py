@@ -15,9 +15,8 @@ from bitwright.errors import RuntimeDidNotLoad
 from bitwright.report import LoadReport
 from workers.disk.orders import AttemptOrder, RuntimePlace
 from workers.engine.loads_here.comparison import CLOSE, CLOSE_WITH_ACTIVATIONS
-from workers.engine.text.sequences import has_tokenizer, load_tokenizer
+from workers.engine.text.sequences import PROBE, has_tokenizer, load_tokenizer
 
-TEXT = "The `with` statement is used to wrap the execution of a block with methods."
 IDS = 16
 """Tokens that are read where a model has no tokenizer."""
 
@@ -55,9 +54,9 @@ class Probe:
         """A short text in the tokens of a model's folder, or some of its tokens."""
         with suppress(Exception):  # a tokenizer that nothing reads may be anything; then it is not the result's fault
             if has_tokenizer(folder):
-                ids = load_tokenizer(folder)(TEXT)["input_ids"]
+                ids = load_tokenizer(folder)(PROBE)["input_ids"]
                 if ids and max(ids) < known_tokens:
-                    return cls(torch.tensor([ids]), TEXT)
+                    return cls(torch.tensor([ids]), PROBE)
         generator = torch.Generator().manual_seed(0)
         return cls(torch.randint(known_tokens, (1, IDS), generator=generator), None)
 

@@ -11,12 +11,12 @@ from typing import Literal
 from torch import Tensor
 
 from app.domain.runtimes import Runtime
+from app.limited.limits import Ended, Limits, last_lines
+from app.limited.process import Handle, LimitedProcess
 from bitwright.report import LoadReport
 from workers.disk.orders import AttemptOrder
 from workers.engine.loads_here.checks import Check, Probe
 from workers.engine.loads_here.comparison import distance, read_logits
-from workers.limited.limits import Ended, Limits, last_lines
-from workers.limited.process import Handle, LimitedProcess
 from workers.machine import host_memory
 from workers.runtimes import in_vllm
 from workers.runtimes.order import FILE_BYTES, HOST, ReadAnswer, ReadOrder

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from bitwright.errors import UnsupportedArchitecture
+from bitwright.errors import CorruptCheckpoint, UnsupportedArchitecture
+
+MOST_BUFFER_BYTES = 2 << 30
 
 
 def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
@@ -22,6 +24,7 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
     Raises:
         UnsupportedArchitecture: a buffer is left that neither fills.
     """
+    check_buffers(model)
     persistent = set(model.state_dict())
     empty = [
         (f"{name}.{leaf}", module, leaf)
@@ -47,6 +50,25 @@ def fill_buffers(model: PreTrainedModel, device: torch.device) -> None:
             hint = "choose a model that transformers builds from its config.json alone"
             raise UnsupportedArchitecture(f"nothing computes the buffer {name}", field="model", hint=hint)
         module._buffers[leaf] = buffer.to(device)
+
+
+def check_buffers(model: PreTrainedModel) -> None:
+    """Check that buffers, which get memory before any weight is read, are no larger than models have them.
+
+    Raises:
+        CorruptCheckpoint: together they are.
+    """
+    sizes = {
+        name: buffer.numel() * buffer.element_size() for name, buffer in model.named_buffers() if buffer is not None
+    }
+    if sum(sizes.values()) > MOST_BUFFER_BYTES:
+        largest = max(sizes, key=lambda name: sizes[name])
+        detail = (
+            f"config.json makes buffers of {sum(sizes.values())} bytes ({largest} of {sizes[largest]}); at most "
+            f"{MOST_BUFFER_BYTES} are given"
+        )
+        hint = "correct the numbers of config.json that count positions, heads or states"
+        raise CorruptCheckpoint(detail, field="model", value=largest, hint=hint)
 
 
 def _unfilled(buffer: Any) -> torch.Tensor:

@@ -20,9 +20,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from app.domain.inputs.checkpoint_choice import WEIGHTS_FIELD, check_choice
+from app.domain.inputs.config_numbers import check_numbers, header_bytes, names_of
 from app.domain.inputs.foreign_files import GGUF_SUFFIX, INDEX, SINGLE, foreign_files, gguf_file
 from app.domain.inputs.quantized.registry import read_quantized
-from app.domain.inputs.safetensors_header import DTYPE_BITS, LENGTH_BYTES, header_length, parse_header
+from app.domain.inputs.safetensors_header import (
+    DTYPE_BITS,
+    LENGTH_BYTES,
+    MAX_HEADER_BYTES,
+    header_length,
+    parse_header,
+)
+from app.domain.inputs.side_files import check_side_files, read_object
 from bitwright.errors import CorruptCheckpoint, SourceForbidden, SourceNotFound
 from workers.engine.model.sources.gguf import GgufTensor, gguf_header
 from workers.engine.model.sources.opening import Presented, present_gguf, present_safetensors
@@ -77,10 +85,11 @@ class Checkpoint:
         self._open: dict[Path, Any] = {}
 
     @classmethod
-    def open(cls, folder: Path, scratch: Path | None = None) -> "Checkpoint":
+    def open(cls, folder: Path, scratch: Path | None = None, made: Path | None = None) -> "Checkpoint":
         """Reads config.json and the headers of all weight files.
 
         scratch   where the files beside a quantized source's weights are put; None: a temporary folder
+        made      a scratch folder of the same source, whose tokenizer is taken rather than made again
 
         Raises:
             SourceNotFound: there is no such folder, or no config.json or no weights in it.
@@ -89,29 +98,31 @@ class Checkpoint:
             SourceForbidden: the worker's user may not read them.
         """
         try:
-            return cls._open_readable(folder, scratch)
+            return cls._open_readable(folder, scratch, made)
         except PermissionError as error:
             hint = "let the user that the worker runs as read the folder and its files"
             detail = f"{Path(str(error.filename)).name} may not be read by the worker's user"
             raise SourceForbidden(detail, field="model", hint=hint) from error
 
     @classmethod
-    def _open_readable(cls, folder: Path, scratch: Path | None) -> "Checkpoint":
+    def _open_readable(cls, folder: Path, scratch: Path | None, made: Path | None) -> "Checkpoint":
         config_file = folder / "config.json"
         names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
+        check_side_files(names, lambda name: (folder / name).stat().st_size)
         foreign = foreign_files(names)
         if foreign is not None:
             raise foreign.refusal("model")
         gguf = gguf_file(names)
         if gguf is not None:
-            return cls._present(present_gguf(folder / gguf, scratch), {})
+            return cls._present(present_gguf(folder / gguf, scratch, made), {})
         if not config_file.is_file():
             hint = "name a folder that holds config.json and safetensors"
             raise SourceNotFound("the model's folder holds no config.json", field="model", hint=hint)
         config = read_json(config_file)
+        check_numbers(config)
         # As transformers chooses: one file goes before an index, which may be left over from an earlier save.
         single = (folder / SINGLE).is_file() or not (folder / INDEX).is_file()
-        tensors = _single_file_tensors(folder) if single else _indexed_tensors(folder, folder / INDEX)
+        tensors = _single_file_tensors(folder, config) if single else _indexed_tensors(folder, folder / INDEX, config)
         check_choice(names, SINGLE if single else INDEX, config)
         config.pop(WEIGHTS_FIELD, None)  # it names files of this folder, and results have their own
         stored = cls(folder, config, tensors)
@@ -225,21 +236,24 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-def read_tensors(file: Path) -> dict[str, StoredTensor]:
+def read_tensors(file: Path, config: Mapping[str, object] | None = None) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file, by its checked header.
+
+    config   a decoded configuration, which can name so many of them; None: a file of this service's own
 
     Raises:
         CorruptCheckpoint: the header's length, JSON, dtypes, shapes or offsets contradict each other or the file.
     """
-    entries = parse_header(_header_bytes(file), file.stat().st_size, file.name)
+    room, most = (MAX_HEADER_BYTES,) * 2 if config is None else (header_bytes(config), names_of(config))
+    entries = parse_header(_header_bytes(file, room), file.stat().st_size, file.name, most)
     return {name: StoredTensor(file, entry.dtype, entry.shape) for name, entry in entries.items()}
 
 
-def _header_bytes(file: Path) -> bytes:
+def _header_bytes(file: Path, most: int = MAX_HEADER_BYTES) -> bytes:
     with file.open("rb") as stream:
         if file.suffix.lower() == GGUF_SUFFIX:
             return stream.read(gguf_header(file).data)
-        length = header_length(stream.read(LENGTH_BYTES), file.stat().st_size, file.name)
+        length = header_length(stream.read(LENGTH_BYTES), file.stat().st_size, file.name, most)
         return stream.read(length)
 
 
@@ -252,19 +266,13 @@ def with_tie(config: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
 def read_json(file: Path) -> dict[str, Any]:
     if file.stat().st_size > MAX_JSON_BYTES:
         raise CorruptCheckpoint(f"{file.name} is larger than {MAX_JSON_BYTES} bytes", field="model", value=file.name)
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CorruptCheckpoint(f"{file.name} is not JSON: {error}", field="model", value=file.name) from error
-    if not isinstance(value, dict):
-        raise CorruptCheckpoint(f"{file.name} is not a JSON object", field="model", value=file.name)
-    return value
+    return read_object(file.read_bytes(), file.name, "model")
 
 
-def _single_file_tensors(folder: Path) -> dict[str, StoredTensor]:
+def _single_file_tensors(folder: Path, config: Mapping[str, object]) -> dict[str, StoredTensor]:
     single = folder / SINGLE
     if single.is_file():
-        return read_tensors(single)
+        return read_tensors(single, config)
     raise SourceNotFound(
         f"the model's folder holds neither {SINGLE} nor {INDEX}",
         field="model",
@@ -272,7 +280,7 @@ def _single_file_tensors(folder: Path) -> dict[str, StoredTensor]:
     )
 
 
-def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
+def _indexed_tensors(folder: Path, index: Path, config: Mapping[str, object]) -> dict[str, StoredTensor]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptCheckpoint(f"{index.name} has no weight_map", field="model", value=index.name)
@@ -286,7 +294,7 @@ def _indexed_tensors(folder: Path, index: Path) -> dict[str, StoredTensor]:
                 hint="fetch or upload the missing file",
             )
         # All tensors of a file, and those of the last file in the order of names, as transformers loads them.
-        tensors |= read_tensors(folder / name)
+        tensors |= read_tensors(folder / name, config)
     for tensor, name in weight_map.items():
         if tensor not in tensors:
             raise CorruptCheckpoint(

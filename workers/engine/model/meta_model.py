@@ -6,7 +6,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import build_glob_alternation
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -18,7 +18,8 @@ from transformers.models.auto.modeling_auto import (
 from bitwright.errors import BitwrightError, CorruptCheckpoint, UnsupportedArchitecture
 from workers.engine.model import fused_blocks
 from workers.engine.model.buffers import fill_buffers
-from workers.engine.model.checkpoint import FLOAT_DTYPES, Checkpoint
+from workers.engine.model.checkpoint import FLOAT_DTYPES, Checkpoint, read_json
+from workers.formats.library_config import FILE, library_config
 
 
 def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
@@ -28,7 +29,9 @@ def configuration(checkpoint: Checkpoint) -> PreTrainedConfig:
         CorruptCheckpoint: it does not.
     """
     try:
-        config = AutoConfig.from_pretrained(checkpoint.folder, local_files_only=True, trust_remote_code=False)
+        config = library_config(checkpoint.folder, read_json(checkpoint.folder / FILE))
+    except (BitwrightError, MemoryError):
+        raise
     except Exception as error:  # transformers raises whatever its validators raise
         words = _words(error, checkpoint.folder)
         raise CorruptCheckpoint(
@@ -95,7 +98,7 @@ def empty_model(config: PreTrainedConfig, dtype: torch.dtype, device: torch.devi
     try:
         with torch.device("meta"):
             model: PreTrainedModel = model_class(config)._from_config(config, dtype=dtype)
-    except BitwrightError:
+    except (BitwrightError, MemoryError):
         raise
     except Exception as error:
         raise UnsupportedArchitecture(

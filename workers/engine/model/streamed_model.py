@@ -19,7 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from app.domain.inputs.architectures import check_numbers, find_architecture
+from app.domain.inputs.architectures import find_architecture
+from app.domain.inputs.config_numbers import check_numbers
 from app.domain.inputs.left_alone import is_further_part
 from workers.contracts.experts import experts_of
 from workers.engine.model.block_calls import BlockCall, run_block, shared

@@ -110,6 +110,8 @@ class ChatTemplate:
                 tokenize=False,
                 **readable(dict(talk.settings)),
             )
+        except MemoryError:
+            raise
         except Exception as error:  # a template is the checkpoint's own program and may raise anything
             roles = ", ".join(str(message.get("role")) for message in messages)
             raise self.error(

@@ -25,7 +25,7 @@ from app.domain.request.finetuning import Finetune
 from bitwright.errors import InvalidDataset
 from workers.engine.text.conversations import ChatTemplate, readable
 from workers.engine.text.documents import Half, Notes, builtin_documents, document_of, half_of, hash_of, read_rows
-from workers.engine.text.sequences import has_end, start_tokens, without_start
+from workers.engine.text.sequences import has_end, is_separators, only_separators, start_tokens, without_start
 from workers.engine.text.turns import Span, Turns
 
 NAME = "finetune.dataset"
@@ -98,6 +98,9 @@ def read_examples(
             for_validation = row.validates < config.validation_share
             (examples.validation if for_validation else examples.training).extend(pieces)
     _demand_training(examples, config)
+    kept = [*examples.training, *examples.validation]
+    if all(is_separators(tokenizer, example.ids.tolist()) for example in kept):
+        raise only_separators(NAME, sum(len(example.ids) for example in kept))
     return examples
 
 

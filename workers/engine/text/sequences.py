@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from app.domain.request.job_request import Calibration, Evaluation
 from app.domain.request.sources import CalibrationSource, DatasetSource, ModelSource
@@ -22,7 +22,10 @@ from bitwright.errors import CorruptCheckpoint, InvalidDataset
 from bitwright.report import TextReport
 from workers.engine.text.conversations import ChatTemplate, readable
 from workers.engine.text.documents import Document, Half, Notes, builtin_documents, half_of, hash_of, read_jsonl
+from workers.formats.library_config import library_tokenizer
 
+PROBE = "The `with` statement is used to wrap the execution of a block with methods."
+"""A short text, of which any tokenizer makes tokens."""
 SURPLUS = 2
 """Sequences read for each one chosen: enough to choose from, without tokenizing a whole corpus."""
 TOKENIZER_FILES = ("tokenizer.json", "*.model", "vocab.*", "tekken.json", "*.tiktoken")
@@ -61,7 +64,9 @@ def load_tokenizer(folder: Path, needed_for: str = "its text") -> PreTrainedToke
         CorruptCheckpoint: there is none that transformers can read.
     """
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return library_tokenizer(folder)
+    except MemoryError:
+        raise
     except Exception as error:  # transformers raises whatever its parsers raise
         if there := _tokenizer_files(folder):
             detail = f"the tokenizer ({', '.join(there)}) cannot be read: {_first_line(error, folder)}"
@@ -147,6 +152,8 @@ def _sequences(
     length = config.sequence_length - len(start)
     encode = _encoder(tokenizer, f"{name}.dataset", notes)
     stream = _token_stream(documents, encode, enough=SURPLUS * config.num_samples * length)
+    if stream and is_separators(tokenizer, stream):
+        raise only_separators(f"{name}.dataset", len(stream))
     offsets = list(range(0, len(stream) - length + 1, length))
     short = len(offsets) < config.num_samples
     if short and overlap and len(stream) > length:
@@ -203,6 +210,21 @@ def _encoder(
         return [each if has_end(tokenizer, text) else each + end for text, each in zip(texts, ids, strict=True)]
 
     return encode
+
+
+def is_separators(tokenizer: PreTrainedTokenizerBase, ids: Iterable[int]) -> bool:
+    """True if tokens are none but those that stand between texts."""
+    return set(ids) <= {tokenizer.bos_token_id, tokenizer.eos_token_id}
+
+
+def only_separators(name: str, count: int) -> InvalidDataset:
+    """The error for a text of which the tokenizer leaves nothing."""
+    return InvalidDataset(
+        f"{name} has {count} tokens, and all of them stand between texts: the model's tokenizer leaves nothing of it",
+        field=name,
+        value=count,
+        hint="give text in the script that the tokenizer knows, or the tokenizer that belongs to the model",
+    )
 
 
 def has_end(tokenizer: PreTrainedTokenizerBase, text: str) -> bool:

@@ -24,6 +24,7 @@ from workers.formats.gguf.architectures.names import Names, plain_name
 from workers.formats.gguf.architectures.numbers import common_keys, config_of, experts_of, put
 from workers.formats.gguf.architectures.registry import FAMILIES
 from workers.formats.gguf.architectures.rows import rope_of, turned
+from workers.formats.library_config import known_part
 from workers.formats.source_files import SourceCheckpoint
 
 KINDS: dict[str, MODEL_ARCH] = {name: kind for kind, name in MODEL_ARCH_NAMES.items()}
@@ -64,7 +65,7 @@ class Architecture:
         if model_type not in RULES:
             raise FormatCannotHold(unknown(outer, model_type), field="formats", hint=OTHER_FORMAT)
         # Not from the folder's file: the source may be seen otherwise than that says, such as one block of it.
-        config = CONFIG_MAPPING[outer].from_dict(deepcopy(dict(source.config)))
+        config = CONFIG_MAPPING[outer].from_dict(deepcopy(known_part(source.config)))
         tied = _is_tied(source, config)
         config.tie_word_embeddings = tied
         for refusal in gguf_refusals(outer, config.to_dict()):

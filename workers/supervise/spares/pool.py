@@ -7,13 +7,14 @@ ends.
 import shutil
 import time
 from collections.abc import Mapping
+from pathlib import Path
 
 import structlog
 
 from app.settings import Settings
 from workers.machine import available_threads
 from workers.supervise.capacity import Capacity
-from workers.supervise.child_env import spare_environment
+from workers.supervise.child_env import attempt_user, spare_environment
 from workers.supervise.spares.spare import Spare, leftovers
 from workers.supervise.spares.stamp import stamp
 
@@ -63,6 +64,7 @@ class Spares:
     def __init__(self, module: str, worker_id: str, settings: Settings, capacity: Capacity) -> None:
         self._module = module
         self._capacity = capacity
+        self._settings = settings
         self._silence = float(settings.lease_seconds)
         self._count = spares_of(settings, capacity)
         self._folder = settings.workspace_dir / FOLDER / worker_id
@@ -134,7 +136,7 @@ class Spares:
     def _start(self) -> None:
         self._number += 1
         folder = self._folder / str(self._number)
-        environment = spare_environment(folder)
+        environment = self._environment(folder)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             for old in leftovers(self._folder.parent, LEFTOVER_SECONDS):
@@ -148,6 +150,7 @@ class Spares:
                 environment=environment,
                 silence_seconds=self._silence,
                 stamp=made_of,
+                user=attempt_user(self._settings),
             )
         except OSError as error:
             self._next_start = time.monotonic() + AGAIN_SECONDS
@@ -179,4 +182,7 @@ class Spares:
 
     def _stamp(self) -> str:
         """Of a process that is started now; the folder of its own is left out."""
-        return stamp(spare_environment(self._folder))
+        return stamp(self._environment(self._folder))
+
+    def _environment(self, folder: Path) -> dict[str, str]:
+        return spare_environment(self._settings, self._capacity.device, folder)

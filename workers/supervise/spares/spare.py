@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Self
 
 from workers.child.birth import READY, SPARE, TAKEN
+from workers.disk.handover import hand_over
 from workers.disk.orders import SpareOrder
 from workers.supervise.child_process import ChildProcess
 
@@ -30,13 +31,17 @@ class Spare:
         environment: Mapping[str, str],
         silence_seconds: float,
         stamp: str = "",
+        user: int | None = None,
     ) -> None:
         """Start `python -m module --spare ...` with the variables `environment`; its log and caches are in `folder`.
 
         stamp   of what it is made of; kept for whoever asks
+        user    that it goes on as, whose folder it is; None: this process's
         """
         self.stamp = stamp
         folder.mkdir(parents=True)
+        if user is not None:
+            hand_over(folder, user)
         self._folder = folder
         self._born = time.monotonic()
         self._heard = b""

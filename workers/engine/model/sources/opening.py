@@ -14,6 +14,9 @@ from app.domain.inputs.quantized.registry import QuantizedSource
 from workers.engine.model.sources.gguf import GgufTensor, read_gguf
 from workers.engine.model.sources.presented import PresentedFolder
 from workers.engine.model.sources.recipe import DTYPES, Dequantized, Recipe, presented_config, presented_dtype
+from workers.formats.source_files import copy_files
+
+TOKENIZER = ("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "chat_template*")
 
 
 @dataclass(frozen=True)
@@ -51,14 +54,18 @@ def present_safetensors(
     return Presented(source.what, plain, PresentedFolder(folder, plain, scratch, _nothing), weights)
 
 
-def present_gguf(file: Path, scratch: Path | None) -> Presented:
+def present_gguf(file: Path, scratch: Path | None, made: Path | None = None) -> Presented:
     """A GGUF file.
+
+    made   a scratch folder of the same file, whose tokenizer is taken rather than made again
 
     Raises:
         CorruptCheckpoint, UnsupportedCheckpoint: as `read_gguf`.
     """
     source = read_gguf(file)
     fill = partial(_save_tokenizer, file, source.config["vocab_size"]) if source.tokens else _nothing
+    if made is not None and (made / file.parent.name).is_dir():
+        fill = partial(_take_tokenizer, made / file.parent.name)
     folder = PresentedFolder(file.parent, source.config, scratch, fill)
     weights: dict[str, tuple[str, tuple[int, ...], Recipe]] = {
         name: (_name(tensor), tensor.shape, tensor) for name, tensor in source.tensors.items()
@@ -72,6 +79,11 @@ def _name(tensor: GgufTensor) -> str:
 
 def _nothing(folder: Path) -> None:
     """Leaves the folder as it is."""
+
+
+def _take_tokenizer(made: Path, folder: Path) -> None:
+    """The tokenizer of a folder that was made of the same file."""
+    copy_files(made, folder, TOKENIZER)
 
 
 def _save_tokenizer(file: Path, vocabulary: object, folder: Path) -> None:

@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bitwright.errors import FormatCannotHold
+from workers.formats.library_config import library_tokenizer
 
 ROLES = ("unk", "sep", "pad", "mask")
 """Special tokens that a file may name, but need not."""
@@ -50,7 +51,7 @@ class SourceTokenizer:
             FormatCannotHold: transformers cannot load it, or it is not one of the tokenizers library.
         """
         try:
-            loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            loaded = library_tokenizer(folder)
         except Exception as error:  # transformers passes on whatever its parsers raise
             if not any(folder.glob("*token*")) and not any(folder.glob("vocab*")):
                 raise FormatCannotHold(

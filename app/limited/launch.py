@@ -1,12 +1,12 @@
-"""`python -P -m workers.limited.launch FILE_BYTES PARENT COMMAND...`: confines this process, then becomes COMMAND.
+"""`python -P -m app.limited.launch FILE_BYTES PARENT USER COMMAND...`: confines this process, then becomes COMMAND.
 
 Everything here outlives `exec`, so that any program can be confined, whatever language it is written in:
 
     network     a network namespace of its own, in which nothing is but its own loopback; where the kernel refuses that,
                 a filter of system calls that refuses internet sockets
-    lifetime    it ends when the process that started it does
+    lifetime    it ends when PARENT does, the process that started it; 0: nothing is done about that
     files       none that it writes grows beyond FILE_BYTES; no core is dumped
-    privileges  no program that it starts gains any
+    privileges  no program that it starts gains any; it goes on as the user of number USER, unless that is 0
 
 It imports the standard library alone. Systems other than Linux have none of this but the limits of files.
 """
@@ -37,14 +37,20 @@ OPEN_FILES = 1024
 
 def main(arguments: list[str]) -> None:
     """Confine this process and become the command."""
-    file_bytes, parent, command = int(arguments[0]), int(arguments[1]), arguments[2:]
+    file_bytes, parent, user = map(int, arguments[:3])
+    command = arguments[3:]
     if sys.platform == "linux":
         leave_network()
+    if user:
+        os.setgroups([])
+        os.setgid(user)
+        os.setuid(user)
     _prctl(PR_SET_NO_NEW_PRIVS, 1)
     # After the namespaces: what changes a process's credentials takes this back.
-    _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(EXIT_ORPHANED)
+    if parent:
+        _prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(EXIT_ORPHANED)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -58,12 +64,20 @@ def main(arguments: list[str]) -> None:
         os._exit(EXIT_NOT_FOUND)
 
 
-def leave_network() -> None:
+def leave_network(*, namespaces: bool = True) -> None:
     """Go where there is no network but a loopback of one's own; else refuse internet sockets, if the kernel can.
+
+    namespaces   whether one's own is tried first
 
     Raises:
         OSError: the kernel does neither.
     """
+    if not (namespaces and enter_namespaces()):
+        refuse_internet_sockets()
+
+
+def enter_namespaces() -> bool:
+    """Go where there is no network but a loopback of one's own; False where the kernel does not let this process."""
     user, group = os.getuid(), os.getgid()
     if _unshare(CLONE_NEWNET):
         _loopback_up()
@@ -74,7 +88,8 @@ def leave_network() -> None:
             Path("/proc/self/gid_map").write_text(f"{group} {group} 1")
         _loopback_up()
     else:
-        refuse_internet_sockets()
+        return False
+    return True
 
 
 def refuse_internet_sockets() -> None:

@@ -1,0 +1,161 @@
+"""A job's input, read by a limited child for the attempt: the first rank asks, the others wait for what it was told.
+
+    inputs = JobInput.of(order, workspace, rank)
+    inputs.try_model()            # before any library of this process sees the configuration
+    inputs.ask_texts()            # the child reads them while this process opens the model
+    texts = inputs.texts()
+
+Where an order names no child (whoever runs the engine without a supervisor), nothing is tried, and the engine reads
+the texts in its own process.
+"""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from app.limited.limits import Ended, Limits, Outcome
+from app.limited.process import Handle, LimitedProcess
+from bitwright.errors import InternalError, OverLimit
+from workers.disk.durable import replace_file
+from workers.disk.orders import AttemptOrder, WarmChild
+from workers.engine.device.process_group import PATIENCE
+from workers.engine.job_texts import Texts
+from workers.engine.text.stored_texts import LoadedTexts
+from workers.engine.untrusted.lines import InputAnswer, InputOrder
+from workers.engine.untrusted.reading import SOURCE, TOKENS
+
+LOOK_AGAIN_SECONDS = 0.05
+MARGIN_SECONDS = 10.0
+"""The child ends what takes too long; this process ends the child where it does not."""
+OWN_BYTES = 2 << 30
+"""Of the child, with all that it has imported."""
+BYTES_A_SECOND = 1 << 20
+"""Of a text: what reading it is given more."""
+ANSWER_BYTES = 1 << 20
+
+Part = Literal["model", "texts"]
+
+
+@dataclass
+class JobInput:
+    """The input of a job, as one of its ranks gets it."""
+
+    order: AttemptOrder
+    place: Path
+    rank: int
+    child: LimitedProcess | None
+    _asked: float = 0.0
+
+    @classmethod
+    def of(cls, order: AttemptOrder, workspace: Path, rank: int) -> "JobInput":
+        """The input of an order; what is read of it lies in a folder of the workspace, one for each attempt."""
+        warm: WarmChild | None = order.warm
+        child = None if warm is None or rank else LimitedProcess(Handle(warm.orders, warm.answers, warm.pid))
+        return cls(order, workspace / f"input-{order.attempt}", rank, child)
+
+    @property
+    def limited(self) -> bool:
+        """True if another process reads it."""
+        return self.order.warm is not None
+
+    @property
+    def presented(self) -> Path | None:
+        """Folder of a quantized source as the child has presented it, whose tokenizer is read."""
+        return self.place / SOURCE if self.limited else None
+
+    def try_model(self) -> None:
+        """Wait until the child has opened the checkpoint and built what its configuration says.
+
+        Raises:
+            InputError: what it met.
+            OverLimit: it took more than it may.
+        """
+        if not self.limited:
+            return
+        if self.rank == 0:
+            self.place.mkdir(parents=True, exist_ok=True)
+            self._ask("model")
+            self._tell("model", self._answer("model"))
+        else:
+            self._told("model")
+
+    def ask_texts(self) -> None:
+        """Let the child begin to read the texts."""
+        if self.limited and self.rank == 0:
+            self._ask("texts")
+
+    def texts(self) -> Texts:
+        """What it has read; nothing where no part of the job reads text. Raises as `try_model`."""
+        if not self.limited:
+            return Texts(None, None)
+        if self.rank == 0:
+            self._tell("texts", self._answer("texts"))
+        line = self._told("texts").texts
+        if line is None:
+            return Texts(None, None)
+        request = self.order.request
+        calibration, evaluation, finetune = request.calibration, request.evaluation, request.finetune
+        try:
+            loaded = LoadedTexts(self.place / TOKENS, line)
+            return Texts(
+                loaded.sequences("calibration", calibration),
+                None if evaluation is None else loaded.sequences("evaluation", evaluation),
+                None if finetune is None else loaded.finetuning(finetune.sequence_length),
+            )
+        except (ValueError, KeyError, OSError) as error:
+            raise InternalError(f"what was read of the texts is none: {error}") from error
+
+    def _ask(self, part: Part) -> None:
+        order = InputOrder(
+            part=part,
+            order=self.order,
+            place=str(self.place),
+            memory_bytes=self.order.input_memory_bytes,
+            seconds=self._seconds(part),
+        )
+        self._asked = time.monotonic()
+        assert self.child is not None  # noqa: S101 - for the type checker
+        self.child.send(order.model_dump_json().encode() + b"\n")
+
+    def _answer(self, part: Part) -> InputAnswer:
+        assert self.child is not None  # noqa: S101 - for the type checker
+        limits = Limits(
+            seconds=self._seconds(part) + MARGIN_SECONDS,
+            memory_bytes=2 * self.order.input_memory_bytes + OWN_BYTES,
+            answer_bytes=ANSWER_BYTES,
+        )
+        outcome = self.child.hear(limits, self._asked)
+        if outcome.ended is not Ended.ANSWERED:
+            raise _of_outcome(outcome)
+        answer = InputAnswer.model_validate_json(outcome.answer)
+        if answer.error is not None:
+            raise answer.error.exception()
+        return answer
+
+    def _seconds(self, part: Part) -> float:
+        if part == "model":
+            return self.order.input_seconds
+        order = self.order
+        paths = (order.calibration_path, order.evaluation_path, order.finetuning_path)
+        size = sum(Path(path).stat().st_size for path in paths if path is not None and Path(path).is_file())
+        return order.input_seconds + size / BYTES_A_SECOND
+
+    def _tell(self, part: Part, answer: InputAnswer) -> None:
+        replace_file(self.place / f"{part}.json", answer.model_dump_json().encode())
+
+    def _told(self, part: Part) -> InputAnswer:
+        """What the first rank was told; where that was an error, it ends this rank, too."""
+        file, until = self.place / f"{part}.json", time.monotonic() + PATIENCE.total_seconds()
+        while not file.exists():
+            if time.monotonic() > until:
+                raise TimeoutError(f"no rank has written {file.name}")
+            time.sleep(LOOK_AGAIN_SECONDS)
+        return InputAnswer.model_validate_json(file.read_bytes())
+
+
+def _of_outcome(outcome: Outcome) -> OverLimit | InternalError:
+    """The error of a child that gave no answer: its own limits are not what ended it."""
+    if outcome.ended is Ended.DIED:
+        return InternalError(f"the child that reads the job's input has ended: {outcome.words}")
+    return OverLimit(f"what reads the job's input was ended: {outcome.words}", field="model")
