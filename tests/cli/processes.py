@@ -68,14 +68,16 @@ def bitwright(*arguments: str, **environment: str) -> subprocess.CompletedProces
     )
 
 
-def command(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+def command(*arguments: str, typed: str | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """The same in this process, for what needs no process of its own: interpreters take a second to start.
+
+    typed   what the command reads from standard input
 
     What the command leaves in the environment and in the settings is taken back.
     """
     get_settings.cache_clear()
     with patch.dict(os.environ, {**clean_environment(), **environment}, clear=True):
-        done = CliRunner().invoke(app, arguments)
+        done = CliRunner().invoke(app, arguments, input=typed)
     get_settings.cache_clear()
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception
