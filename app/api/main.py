@@ -21,6 +21,7 @@ from app.api.metrics import Metrics
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
 from app.api.tenancy.later import WrittenLater
+from app.api.tenancy.store_gauges import StoreGauges
 from app.inspection.inspector import inspector_of_process
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
@@ -81,6 +82,8 @@ def build_state(settings: Settings) -> State:
         with database.reading() as session:
             return good_keys(session, key_ids)
 
+    metrics = Metrics(count_jobs, lambda: feed.streams)
+    metrics.registry.register(StoreGauges(database, by_tenant=settings.metrics_by_tenant))
     feed = EventFeed(
         read_events,
         poll_seconds=settings.event_poll_seconds,
@@ -93,7 +96,7 @@ def build_state(settings: Settings) -> State:
         database=database,
         blobs=open_blobs(settings.blob_url),
         feed=feed,
-        metrics=Metrics(count_jobs, lambda: feed.streams),
+        metrics=metrics,
         later=WrittenLater(database),
         vault=Vault(settings.token_keys),
         inspector=inspector_of_process(),
