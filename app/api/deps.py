@@ -3,6 +3,7 @@
 Coroutines, because a plain function would take a thread for each of them, of which there are few.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -11,10 +12,12 @@ from fastapi import Depends, Header, Request
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
 from app.api.submission.hub_child import HubChild
+from app.api.submission.kept import Kept
 from app.settings import Settings
 from app.store.blobs import BlobStore
 from app.store.idempotency import KEY_SHAPE
 from app.store.session import Database
+from app.store.waiting import Place
 
 
 async def get_state(request: Request) -> "State":
@@ -47,6 +50,10 @@ async def _metrics(state: Annotated["State", Depends(get_state)]) -> Metrics:
     return state.metrics
 
 
+async def _queue(state: Annotated["State", Depends(get_state)]) -> Kept[Mapping[str, Place]]:
+    return state.queue
+
+
 @dataclass(frozen=True)
 class State:
     """Everything that requests share."""
@@ -56,6 +63,8 @@ class State:
     blobs: BlobStore
     feed: EventFeed
     metrics: Metrics
+    queue: Kept[Mapping[str, Place]]
+    """Places of the queued jobs, by their ids."""
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
 
@@ -65,6 +74,7 @@ DatabaseOf = Annotated[Database, Depends(_database)]
 BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
+QueueOf = Annotated[Kept[Mapping[str, Place]], Depends(_queue)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 IdempotencyHeader = Annotated[
     str | None,

@@ -19,6 +19,7 @@ from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
+from app.api.submission.kept import Kept
 from app.logs import configure_logging
 from app.settings import Settings, settings_or_exit, warn_of_unknown_variables
 from app.store.blobs import open_blobs
@@ -26,8 +27,11 @@ from app.store.events import StoredEvent, events_after
 from app.store.jobs import count_by_status
 from app.store.keys import good_keys
 from app.store.session import REQUESTS, Database
+from app.store.waiting import Place, places
 
 MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
+QUEUE_SECONDS = 1.0
+"""Places of queued jobs are so old at the most; of what this process itself has queued or cancelled, new."""
 ROUTERS = tuple(module.router for module in MODULES)
 
 
@@ -72,6 +76,10 @@ def build_state(settings: Settings) -> State:
         with database.reading() as session:
             return {status.value: count for status, count in count_by_status(session).items()}
 
+    def read_queue() -> Mapping[str, Place]:
+        with database.reading() as session:
+            return places(session)
+
     def keys_that_are_good(key_ids: Set[str]) -> Set[str]:
         with database.reading() as session:
             return good_keys(session, key_ids)
@@ -89,6 +97,7 @@ def build_state(settings: Settings) -> State:
         blobs=open_blobs(settings.blob_url),
         feed=feed,
         metrics=Metrics(count_jobs, lambda: feed.streams),
+        queue=Kept(read_queue, QUEUE_SECONDS),
         hub=HubChild(settings) if settings.looks_at_hub else None,
     )
 

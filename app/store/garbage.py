@@ -1,13 +1,13 @@
 """Removal of expired rows, and of blobs that no row names."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import groupby, islice
 
-from sqlalchemy import delete, select
+from sqlalchemy import delete, func, select
 from sqlalchemy.orm import Session
 
-from app.store.blobs import BlobStore
+from app.store.blobs import BlobEntry, BlobStore
 from app.store.clock import now, seconds_from_now
 from app.store.models import Artifact, IdempotencyKey, Job, Upload, UploadFile
 from app.store.session import Database
@@ -45,17 +45,29 @@ def collect_blobs(database: Database, blobs: BlobStore, *, grace_seconds: float 
     before = datetime.now(UTC) - timedelta(seconds=grace_seconds)
     blobs.tidy(before)
     deleted = []
-    old = (entry.sha256 for entry in blobs.entries() if entry.modified < before)
-    while some := list(islice(old, HASHES_A_QUERY)):
+    for entry in unnamed_blobs(database, blobs, grace_seconds=grace_seconds):
+        # Asked again: the bytes may have been put anew since they were listed.
+        modified = blobs.modified(entry.sha256)
+        if modified is not None and modified < before:
+            blobs.delete(entry.sha256)
+            deleted.append(entry.sha256)
+    return deleted
+
+
+def unnamed_blobs(database: Database, blobs: BlobStore, *, grace_seconds: float = GRACE_SECONDS) -> Iterator[BlobEntry]:
+    """The blobs that no artifact and no complete upload names, and that nobody has put for `grace_seconds`."""
+    before = datetime.now(UTC) - timedelta(seconds=grace_seconds)
+    old = (entry for entry in blobs.entries() if entry.modified < before)
+    while some := {entry.sha256: entry for entry in islice(old, HASHES_A_QUERY)}:
         with database.reading() as session:
             unnamed = set(some) - named_blobs(session, some)
-        for sha256 in sorted(unnamed):
-            # Asked again: the bytes may have been put anew since they were listed.
-            modified = blobs.modified(sha256)
-            if modified is not None and modified < before:
-                blobs.delete(sha256)
-                deleted.append(sha256)
-    return deleted
+        yield from (some[sha256] for sha256 in sorted(unnamed))
+
+
+def count_old_jobs(session: Session, *, older_than_seconds: float) -> int:
+    """How many jobs `remove_old_jobs` would remove, called until there are none."""
+    old = (Job.finished_at <= seconds_from_now(-older_than_seconds), Job.status.in_(FINAL_STATUSES))
+    return session.scalar(select(func.count()).select_from(Job).where(*old)) or 0
 
 
 def named_blobs(session: Session, hashes: Collection[str]) -> set[str]:

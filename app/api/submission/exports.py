@@ -4,7 +4,7 @@ import structlog
 from fastapi import APIRouter, BackgroundTasks, Response
 
 from app.api.auth import Submitter
-from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf
+from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, QueueOf
 from app.api.http.documentation import problems
 from app.api.jobs import ACCEPTED, accepted
 from app.api.submission.base_jobs import exported_job
@@ -43,6 +43,7 @@ def export_job(
     database: DatabaseOf,
     blobs: BlobsOf,
     metrics: MetricsOf,
+    queue: QueueOf,
     idempotency_key: IdempotencyHeader = None,
 ) -> JobView:
     """Queue a job that makes other formats from the kept native checkpoint of a job that succeeded.
@@ -57,7 +58,7 @@ def export_job(
         jobs = JobRepository(*tenant)
         earlier = None if idempotency is None else jobs.find_replayed(idempotency)
         if earlier is not None:
-            return accepted(session, earlier, response)
+            return accepted(earlier, response, queue)
         base, kept = exported_job(job_id, jobs, ArtifactRepository(*tenant), blobs)
     found = export_problems(base, kept, body.formats)
     if found:
@@ -66,8 +67,9 @@ def export_job(
         job = JobRepository(session, principal.tenant_id).add(
             export_request(base, job_id, body), idempotency=idempotency
         )
-        view = accepted(session, job, response)
         alive = live_classes(session)
+    queue.forget()
+    view = accepted(job, response, queue)
     if not job.replayed:
         metrics.submitted.labels(job.method).inc()
         log.info("export_queued", job_id=job.id, base_job=job_id, formats=[name.value for name in body.formats])
