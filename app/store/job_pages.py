@@ -1,9 +1,9 @@
 """Pages of a tenant's jobs by any filters, at a cost that does not grow with the jobs that do not match.
 
 Every filter has an index in the order of pages. Status, method and model are read together: jobs of each status, by
-method and by recipe, each from its index, then merged. Where labels are asked for too, the filter that the fewest jobs
-match is read, and the others are looked up. Only filters that are all frequent and never meet are searched at length;
-the time limit of a statement (`Database`) ends that.
+method and by recipe each, from its index, then merged. Of labels a rare one is read first, and the others are looked
+up for each of its jobs. Only filters that are all frequent and never meet are searched at length; the time limit of a
+statement (`Database`) ends that.
 """
 
 from collections.abc import Mapping, Sequence
