@@ -78,7 +78,7 @@ def gc(
                 with database.transaction() as session:
                     if not remove_old_jobs(session, older_than_seconds=seconds):
                         break
-        entries = list(unnamed_blobs(database, blobs))
+        entries = list(unnamed_blobs(database, blobs, job_seconds=seconds))
         if not dry_run:
             deleted = set(collect_blobs(database, blobs))
             entries = [entry for entry in entries if entry.sha256 in deleted]

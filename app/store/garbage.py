@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterator
 from datetime import UTC, datetime, timedelta
 from itertools import groupby, islice
 
-from sqlalchemy import delete, func, select
+from sqlalchemy import ColumnElement, delete, exists, func, select
 from sqlalchemy.orm import Session
 
 from app.store.blobs import BlobEntry, BlobStore
@@ -35,7 +35,7 @@ def remove_expired_keys(session: Session, *, limit: int = ROWS_A_TRANSACTION) ->
 
 def remove_old_jobs(session: Session, *, older_than_seconds: float, limit: int = ROWS_A_TRANSACTION) -> list[str]:
     """Remove up to `limit` jobs that ended so long ago, with all that belongs to them; their ids."""
-    old = (Job.finished_at <= seconds_from_now(-older_than_seconds), Job.status.in_(FINAL_STATUSES))
+    old = _old(older_than_seconds)
     some = select(Job.id).where(*old).order_by(Job.finished_at).limit(limit)
     return list(session.scalars(delete(Job).where(Job.id.in_(some), *old).returning(Job.id)))
 
@@ -54,25 +54,35 @@ def collect_blobs(database: Database, blobs: BlobStore, *, grace_seconds: float 
     return deleted
 
 
-def unnamed_blobs(database: Database, blobs: BlobStore, *, grace_seconds: float = GRACE_SECONDS) -> Iterator[BlobEntry]:
-    """The blobs that no artifact and no complete upload names, and that nobody has put for `grace_seconds`."""
+def unnamed_blobs(
+    database: Database, blobs: BlobStore, *, grace_seconds: float = GRACE_SECONDS, job_seconds: float | None = None
+) -> Iterator[BlobEntry]:
+    """The blobs that no artifact and no complete upload names, and that nobody has put for `grace_seconds`.
+
+    job_seconds   jobs that ended so long ago count as removed
+    """
     before = datetime.now(UTC) - timedelta(seconds=grace_seconds)
     old = (entry for entry in blobs.entries() if entry.modified < before)
     while some := {entry.sha256: entry for entry in islice(old, HASHES_A_QUERY)}:
         with database.reading() as session:
-            unnamed = set(some) - named_blobs(session, some)
+            unnamed = set(some) - named_blobs(session, some, job_seconds)
         yield from (some[sha256] for sha256 in sorted(unnamed))
 
 
 def count_old_jobs(session: Session, *, older_than_seconds: float) -> int:
     """How many jobs `remove_old_jobs` would remove, called until there are none."""
-    old = (Job.finished_at <= seconds_from_now(-older_than_seconds), Job.status.in_(FINAL_STATUSES))
-    return session.scalar(select(func.count()).select_from(Job).where(*old)) or 0
+    return session.scalar(select(func.count()).select_from(Job).where(*_old(older_than_seconds))) or 0
 
 
-def named_blobs(session: Session, hashes: Collection[str]) -> set[str]:
-    """Those of the hashes that an artifact or a complete upload of any tenant names."""
+def _old(seconds: float) -> tuple[ColumnElement[bool], ...]:
+    return (Job.finished_at <= seconds_from_now(-seconds), Job.status.in_(FINAL_STATUSES))
+
+
+def named_blobs(session: Session, hashes: Collection[str], job_seconds: float | None = None) -> set[str]:
+    """Those of the hashes that an artifact or a complete upload of any tenant names; see `unnamed_blobs`."""
     artifacts = select(Artifact.sha256).where(Artifact.sha256.in_(hashes))
+    if job_seconds is not None:
+        artifacts = artifacts.where(~exists().where(Job.id == Artifact.job_id, *_old(job_seconds)))
     uploads = (
         select(UploadFile.sha256)
         .join(Upload, Upload.id == UploadFile.upload_id)
