@@ -7,7 +7,6 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import httpx
 
@@ -29,7 +28,7 @@ def running_api(url: str, *, tree: str = "", broker_url: str = "", **settings: s
         environment = {**kept, **{f"BITWRIGHT_{name}": value for name, value in values.items()}}
         command = ["-m", "bitwright.cli", "api"]
         if tree:
-            environment["PYTHONPATH"] = os.pathsep.join([tree, str(Path(tree) / "bitwright" / "..")])
+            environment["PYTHONPATH"] = tree
             command = [*BEFORE, "--port", str(port), "--no-access-log"]
         process = subprocess.Popen([sys.executable, "-P", *command], env=environment, cwd=tree or None)
         try:
@@ -50,7 +49,7 @@ def _await_answer(process: subprocess.Popen[bytes], address: str) -> None:
         if process.poll() is not None:
             raise RuntimeError(f"the API ended with {process.returncode}")
         try:
-            httpx.get(address, timeout=2)
+            httpx.get(address, timeout=20)
         except httpx.TransportError:
             if time.monotonic() > deadline:
                 raise
