@@ -62,7 +62,7 @@ FOLDERS = MappingProxyType(
         "app/api": "FastAPI: one file per resource",
         "app/api/http": "What all routes share: errors, middleware, strict parameters, ranges and archives",
         "app/api/submission": "Checks of a request before it is queued: sources, capacity, a look at the Hub",
-        "app/api/tenancy": "What a request costs its tenant: quotas and their headers, the audit log, what is written later",
+        "app/api/tenancy": "What a request costs its tenant: quotas, their headers, the audit log, late writes",
         "app/api/admin": "Routes for operators: tenants, keys, use, the audit log",
         "app/cli": "The operator's commands",
         "workers": "Celery on one side of a process boundary, torch on the other; never FastAPI",

@@ -3,6 +3,7 @@
 Coroutines, because a plain function would take a thread for each of them, of which there are few.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -12,6 +13,7 @@ from pydantic import SecretStr
 from app.api.event_feed import EventFeed
 from app.api.metrics import Metrics
 from app.api.submission.hub_child import HubChild
+from app.api.submission.kept import Kept
 from app.api.tenancy.later import WrittenLater
 from app.inspection.inspector import Inspector
 from app.settings import Settings
@@ -19,6 +21,7 @@ from app.store.blobs import BlobStore
 from app.store.hub_tokens import Vault
 from app.store.idempotency import KEY_SHAPE
 from app.store.session import Database
+from app.store.waiting import Place
 from bitwright.tenancy import TOKEN_PATTERN
 
 
@@ -64,6 +67,10 @@ async def _vault(state: Annotated["State", Depends(get_state)]) -> Vault:
     return state.vault
 
 
+async def _queue(state: Annotated["State", Depends(get_state)]) -> Kept[Mapping[str, Place]]:
+    return state.queue
+
+
 @dataclass(frozen=True)
 class State:
     """Everything that requests share."""
@@ -76,6 +83,8 @@ class State:
     later: WrittenLater
     vault: Vault
     inspector: Inspector
+    queue: Kept[Mapping[str, Place]]
+    """Places of the queued jobs, by their ids."""
     hub: HubChild | None = None
     """None where models on the Hub are the workers' business alone."""
 
@@ -87,6 +96,7 @@ BlobsOf = Annotated[BlobStore, Depends(_blobs)]
 FeedOf = Annotated[EventFeed, Depends(_feed)]
 HubOf = Annotated[HubChild | None, Depends(_hub)]
 InspectorOf = Annotated[Inspector, Depends(_inspector)]
+QueueOf = Annotated[Kept[Mapping[str, Place]], Depends(_queue)]
 MetricsOf = Annotated[Metrics, Depends(_metrics)]
 LaterOf = Annotated[WrittenLater, Depends(_later)]
 VaultOf = Annotated[Vault, Depends(_vault)]

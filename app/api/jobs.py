@@ -1,10 +1,10 @@
 """Jobs: submit, look, cancel, retry, delete."""
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import structlog
 from fastapi import APIRouter, BackgroundTasks, Body, Query, Request, Response
-from sqlalchemy.orm import Session
 from starlette.datastructures import QueryParams
 
 from app.api.auth import Reader, Submitter
@@ -16,6 +16,7 @@ from app.api.deps import (
     IdempotencyHeader,
     InspectorOf,
     MetricsOf,
+    QueueOf,
     SettingsOf,
     VaultOf,
 )
@@ -24,6 +25,7 @@ from app.api.representations import job_view
 from app.api.submission.base_jobs import find_base_job
 from app.api.submission.capacity import capacity_warnings, require_capacity
 from app.api.submission.job_examples import REQUEST_BODY
+from app.api.submission.kept import Kept
 from app.api.submission.preflight import find_sources, judge_model, look_at_hub
 from app.api.tenancy.admission import NO_ROOM, actor, require_allowed
 from app.api.tenancy.queueing import (
@@ -48,7 +50,7 @@ from app.store.models import Job
 from app.store.quotas import require_queue_room
 from app.store.session import Database
 from app.store.uploads import UploadRepository
-from app.store.waiting import Place, places
+from app.store.waiting import Place
 from app.store.workers import list_workers, live_classes
 from bitwright.errors import InvalidRequest
 from bitwright.job_states import JobStatus
@@ -113,6 +115,7 @@ def create_job(
     blobs: BlobsOf,
     metrics: MetricsOf,
     hub: HubOf,
+    queue: QueueOf,
     inspector: InspectorOf,
     vault: VaultOf,
     http: Request,
@@ -142,7 +145,7 @@ def create_job(
             # Before anything is looked at: the model may be gone by now, and the job is there all the same.
             replayed_job = JobRepository(session, principal.tenant_id).find_replayed(idempotency)
             if replayed_job is not None:
-                return accepted(session, replayed_job, response)
+                return accepted(replayed_job, response, queue)
         policy, settings = policy_and_settings(session, principal, settings)
         if not isinstance(request.model, LocalModel):  # of a local one the real path counts
             require_allowed(policy, request)
@@ -170,11 +173,11 @@ def create_job(
         recipe = asked_recipe(body, preflight.request)
         given = {"recipe": recipe, "idempotency": idempotency, "vault": vault, "token": token}
         job = queue_job(session, http, principal, policy, preflight.request, **given)
-        view_of_job = accepted(session, job, response)
-        if not job.replayed:
-            view_of_job = view_of_job.model_copy(update={"not_checked": preflight.not_checked})
         alive_classes = live_classes(session)
+    queue.forget()
+    view_of_job = accepted(job, response, queue)
     if not job.replayed:
+        view_of_job = view_of_job.model_copy(update={"not_checked": preflight.not_checked})
         metrics.submitted.labels(job.method).inc()
         log.info("job_queued", job_id=job.id, method=job.method, device=job.device)
         # After the commit, and after the answer: a broker that is down keeps no caller waiting.
@@ -182,16 +185,16 @@ def create_job(
     return view_of_job
 
 
-def accepted(session: Session, job: Job, response: Response) -> JobView:
+def accepted(job: Job, response: Response, queue: Kept[Mapping[str, Place]]) -> JobView:
     response.headers["Location"] = f"/v1/jobs/{job.id}"
     response.headers["Retry-After"] = str(POLL_AFTER_SECONDS)
     if job.replayed:
         response.headers["Idempotency-Replayed"] = "true"
-    return job_view(job, [], _place(session, job))
+    return job_view(job, [], _place(job, queue))
 
 
-def _place(session: Session, job: Job) -> Place | None:
-    return places(session).get(job.id) if job.status is JobStatus.QUEUED else None
+def _place(job: Job, queue: Kept[Mapping[str, Place]]) -> Place | None:
+    return queue().get(job.id) if job.status is JobStatus.QUEUED else None
 
 
 @router.get(
@@ -224,6 +227,7 @@ def list_jobs(
     request: Request,
     principal: Reader,
     database: DatabaseOf,
+    queue: QueueOf,
     after: Cursor = None,
     limit: Annotated[int, Query(ge=1, le=200, description="Jobs a page.")] = 50,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this status.")] = None,
@@ -239,9 +243,8 @@ def list_jobs(
     filters = JobFilters(status=status, method=method, model=model, labels=labels_of(request.query_params))
     with database.reading() as session:
         page = JobRepository(session, principal.tenant_id).page(after=after, limit=limit, filters=filters)
-        queue = places(session) if any(job.status is JobStatus.QUEUED for job in page.items) else {}
-        items = [job_view(job, place=queue.get(job.id)) for job in page.items]
-        return Page(items=items, next_cursor=page.next_cursor)
+    items = [job_view(job, place=_place(job, queue)) for job in page.items]
+    return Page(items=items, next_cursor=page.next_cursor)
 
 
 def labels_of(query: QueryParams) -> dict[str, str]:
@@ -266,17 +269,18 @@ def labels_of(query: QueryParams) -> dict[str, str]:
     operation_id="get_job",
     responses=problems("not_found"),
 )
-def get_job(job_id: str, principal: Reader, database: DatabaseOf) -> JobView:
+def get_job(job_id: str, principal: Reader, database: DatabaseOf, queue: QueueOf) -> JobView:
     """A job with its request in full, its progress, its attempts, and its report once it has succeeded."""
-    return read_job(database, principal.tenant_id, job_id)
+    return read_job(database, principal.tenant_id, job_id, queue)
 
 
-def read_job(database: Database, tenant_id: str, job_id: str) -> JobView:
+def read_job(database: Database, tenant_id: str, job_id: str, queue: Kept[Mapping[str, Place]]) -> JobView:
     """The job as it is now, attempts and report included."""
     with database.reading() as session:
         repository = JobRepository(session, tenant_id)
         job = repository.get(job_id)
-        return job_view(job, repository.attempts(job_id), _place(session, job))
+        attempts = repository.attempts(job_id)
+    return job_view(job, attempts, _place(job, queue))
 
 
 @router.delete(
@@ -304,13 +308,14 @@ def delete_job(job_id: str, principal: Submitter, database: DatabaseOf) -> None:
         **problems("not_found", "illegal_transition"),
     },
 )
-def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf) -> JobView:
+def cancel_job(job_id: str, principal: Submitter, database: DatabaseOf, queue: QueueOf) -> JobView:
     """End a queued job at once; a running one's process ends within seconds."""
     with database.transaction() as session:
         JobRepository(session, principal.tenant_id).cancel(job_id)
         record(session, actor(principal), "job.cancelled", job_id)
+    queue.forget()
     log.info("job_cancel_requested", job_id=job_id)
-    return read_job(database, principal.tenant_id, job_id)
+    return read_job(database, principal.tenant_id, job_id, queue)
 
 
 @router.post(
@@ -327,6 +332,7 @@ def retry_job(
     settings: SettingsOf,
     database: DatabaseOf,
     vault: VaultOf,
+    queue: QueueOf,
     background: BackgroundTasks,
     hub_token: HubTokenHeader = None,
 ) -> JobView:
@@ -344,6 +350,7 @@ def retry_job(
             keep_token(session, vault, token, tenant_id=principal.tenant_id, job_id=job_id, field=TOKEN_FIELD)
         record(session, actor(principal), "job.retried", job_id)
         alive = live_classes(session)
+    queue.forget()
     log.info("job_retried", job_id=job_id)
     background.add_task(notify_workers, job.device, alive)
-    return read_job(database, principal.tenant_id, job_id)
+    return read_job(database, principal.tenant_id, job_id, queue)

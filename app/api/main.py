@@ -20,6 +20,7 @@ from app.api.http.strictness import refuse_unread
 from app.api.metrics import Metrics
 from app.api.submission import exports
 from app.api.submission.hub_child import HubChild
+from app.api.submission.kept import Kept
 from app.api.tenancy.later import WrittenLater
 from app.api.tenancy.store_gauges import StoreGauges
 from app.inspection.inspector import inspector_of_process
@@ -31,8 +32,11 @@ from app.store.hub_tokens import Vault
 from app.store.jobs import count_by_status
 from app.store.keys import good_keys
 from app.store.session import REQUESTS, Database
+from app.store.waiting import Place, places
 
 MODULES = (jobs, exports, events, artifacts, archive, uploads, methods, formats, architectures, workers, health, pages)
+QUEUE_SECONDS = 1.0
+"""Places of queued jobs are so old at the most; of what this process itself has queued or cancelled, new."""
 ADMIN_MODULES = (tenants, keys, usage, audit)
 ROUTERS = tuple(module.router for module in (*MODULES, *ADMIN_MODULES))
 
@@ -78,6 +82,10 @@ def build_state(settings: Settings) -> State:
         with database.reading() as session:
             return {status.value: count for status, count in count_by_status(session).items()}
 
+    def read_queue() -> Mapping[str, Place]:
+        with database.reading() as session:
+            return places(session)
+
     def keys_that_are_good(key_ids: Set[str]) -> Set[str]:
         with database.reading() as session:
             return good_keys(session, key_ids)
@@ -100,6 +108,7 @@ def build_state(settings: Settings) -> State:
         later=WrittenLater(database),
         vault=Vault(settings.token_keys),
         inspector=inspector_of_process(),
+        queue=Kept(read_queue, QUEUE_SECONDS),
         hub=HubChild(settings) if settings.looks_at_hub else None,
     )
 

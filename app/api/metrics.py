@@ -1,40 +1,16 @@
 """Prometheus metrics of one process of the API."""
 
-import threading
 from collections.abc import Callable, Iterable, Mapping
-from math import inf
-from time import monotonic
-from typing import Generic, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from app.api.submission.kept import Kept
+
 COUNTED_SECONDS = 10.0
 """All jobs are counted at most so often, however often metrics are read: to count them reads an index in full."""
 SECONDS_BUCKETS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
-
-
-Value = TypeVar("Value")
-
-
-class Kept(Generic[Value]):
-    """A value that is asked for at most once in `seconds`; of callers at the same time, one asks and all wait."""
-
-    def __init__(self, ask: Callable[[], Value], seconds: float) -> None:
-        self._ask = ask
-        self._seconds = seconds
-        self._lock = threading.Lock()
-        self._value: Value | None = None
-        self._until = -inf
-
-    def __call__(self) -> Value:
-        """The value, at most `seconds` old. What the question raises is raised, and it is asked again next time."""
-        with self._lock:
-            if self._value is None or monotonic() >= self._until:
-                self._value = self._ask()
-                self._until = monotonic() + self._seconds
-            return self._value
 
 
 class Metrics:

@@ -1,23 +1,25 @@
 """Pages of a tenant's jobs by any filters, at a cost that does not grow with the jobs that do not match.
 
 Every filter has an index in the order of pages. Status, method and model are read together: jobs of each status, by
-method and by recipe, each from its index, then merged. Where labels are asked for too, the filter that the fewest jobs
-match is read, and the others are looked up. Only filters that are all frequent and never meet are searched at length;
-the time limit of a statement (`Database`) ends that.
+method and by recipe each, from its index, then merged. Of labels a rare one is read first, and the others are looked
+up for each of its jobs. Only filters that are all frequent and never meet are searched at length; the time limit of a
+statement (`Database`) ends that.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 
-from sqlalchemy import ColumnElement, Select, exists, func, literal_column, select, union
+from sqlalchemy import ColumnElement, Select, func, literal_column, select, tuple_, union
 from sqlalchemy.orm import InstrumentedAttribute, Session, aliased, defer
 
 from app.store.models import MODEL_START, START_LENGTH, Job, JobLabel
 from bitwright.job_states import JobStatus
 
 FEW = 1000
-"""A filter that fewer jobs match is read in full before the others are looked at."""
+"""A label that fewer jobs have is read in full before all else is looked up."""
+MANY = 10_000
+"""A label that more jobs have is looked up where there is a column to begin with."""
 
 Ids = Select[str]
 Conditions = list[ColumnElement[bool]]
@@ -59,21 +61,31 @@ def _matching(session: Session, tenant_id: str, filters: JobFilters, after: str 
     ]
     if not filters.labels:
         return _newest(branches, limit)
-    every_label = _has_labels(Job.id, tenant_id, filters)
     by_label = [
-        select(JobLabel.job_id).where(*_is_label(JobLabel, tenant_id, *label), *_before(JobLabel.job_id, after))
+        select(JobLabel.job_id).where(*_is_label(tenant_id, *label), *_before(JobLabel.job_id, after))
         for label in filters.labels.items()
     ]
-    counts = [_count_to_few(session, [ids]) for ids in by_label]
-    rarest, few = by_label[counts.index(min(counts))], min(counts)
-    if few < FEW:
-        # With a limit no planner turns it round and looks these up for each of the tenant's jobs.
-        some = Job.id.in_(select(rarest.limit(FEW).subquery().c.job_id))
-        return _newest([branch.where(some, *every_label) for branch in branches], limit)
-    if filters.by_columns and _count_to_few(session, branches) < FEW:
-        return _newest([branch.where(*every_label) for branch in branches], limit)
+    rarest, count = _rarest(session, by_label)
+    labelled = _has_labels(Job.id, tenant_id, filters)
+    if count < FEW:
+        some = session.scalars(rarest).all()
+        return select(Job.id).where(Job.id.in_(some), *_columns(filters), labelled).order_by(Job.id.desc()).limit(limit)
+    if filters.by_columns and count >= MANY:
+        return _newest([branch.where(labelled) for branch in branches], limit)
     others = _has_labels(JobLabel.job_id, tenant_id, filters)
-    return rarest.join(Job).where(*_columns(filters), *others).order_by(JobLabel.job_id.desc()).limit(limit)
+    return rarest.join(Job).where(*_columns(filters), others).order_by(JobLabel.job_id.desc()).limit(limit)
+
+
+def _rarest(session: Session, by_label: Sequence[Ids]) -> tuple[Ids, int]:
+    """The label that the fewest jobs have, of those that are looked at, and how many do, up to `MANY`."""
+    rarest, least = by_label[0], MANY
+    for ids in by_label:
+        count = session.scalar(select(func.count()).select_from(ids.limit(least).subquery())) or 0
+        if count < least:
+            rarest, least = ids, count
+        if least < FEW:
+            break
+    return rarest, least
 
 
 def _indexed_columns(filters: JobFilters) -> list[Conditions]:
@@ -102,17 +114,20 @@ def _is_model(filters: JobFilters) -> Conditions:
     return [start == filters.model[:START_LENGTH], Job.model == filters.model]
 
 
-def _has_labels(job_id: InstrumentedAttribute[str], tenant_id: str, filters: JobFilters) -> Conditions:
-    """That a job has every label, each looked up by the job's id."""
-    conditions: Conditions = []
-    for name, value in filters.labels.items():
-        label = aliased(JobLabel)
-        conditions.append(exists().where(label.job_id == job_id, *_is_label(label, tenant_id, name, value)))
-    return conditions
+def _has_labels(job_id: InstrumentedAttribute[str], tenant_id: str, filters: JobFilters) -> ColumnElement[bool]:
+    """That a job has every label: counted among its own, which are sixteen at the most.
+
+    One subquery, where one for each label would keep a planner busy for longer than the search takes.
+    """
+    label = aliased(JobLabel)
+    mine = (label.job_id == job_id, label.tenant_id == tenant_id)
+    wanted = tuple_(label.name, label.value).in_(list(filters.labels.items()))
+    count = select(func.count()).select_from(label).where(*mine, wanted).correlate(Job, JobLabel).scalar_subquery()
+    return count == len(filters.labels)
 
 
-def _is_label(label: type[JobLabel], tenant_id: str, name: str, value: str) -> Conditions:
-    return [label.tenant_id == tenant_id, label.name == name, label.value == value]
+def _is_label(tenant_id: str, name: str, value: str) -> Conditions:
+    return [JobLabel.tenant_id == tenant_id, JobLabel.name == name, JobLabel.value == value]
 
 
 def _before(job_id: InstrumentedAttribute[str], after: str | None) -> Conditions:
@@ -126,13 +141,3 @@ def _newest(branches: Sequence[Ids], limit: int) -> Ids:
         return newest[0]
     merged = union(*(select(branch.subquery().c.id) for branch in newest)).subquery()
     return select(merged.c.id).order_by(merged.c.id.desc()).limit(limit)
-
-
-def _count_to_few(session: Session, branches: Sequence[Ids]) -> int:
-    """How many ids there are, counted up to `FEW`."""
-    count = 0
-    for branch in branches:
-        count += session.scalar(select(func.count()).select_from(branch.limit(FEW).subquery())) or 0
-        if count >= FEW:
-            break
-    return count

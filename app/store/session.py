@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from importlib.resources import files
 from math import inf
 from time import monotonic
@@ -18,7 +18,7 @@ from sqlalchemy import URL, Connection, Engine, create_engine, event, make_url, 
 from sqlalchemy.exc import DBAPIError, InterfaceError, OperationalError, SQLAlchemyError, TimeoutError
 from sqlalchemy.orm import Session, sessionmaker
 
-from bitwright.errors import Unavailable
+from bitwright.errors import Conflict, Unavailable
 
 BUSY_SECONDS = 30.0
 """Time that a write waits for another one on SQLite before it fails."""
@@ -89,15 +89,21 @@ class Database:
         self.engine.dispose()
 
 
-def migrate(url: str) -> None:
-    """Bring the database at `url` to the newest schema. Safe to run from many processes at once."""
+def migrate(url: str, revision: str = "head") -> None:
+    """Bring the database at `url` to the newest schema, or up to a revision. Safe to run from many processes at once.
+
+    Raises:
+        Conflict: this release has no such revision.
+    """
+    if revision != "head" and revision not in {script.revision for script in _scripts().walk_revisions()}:
+        raise Conflict(f"this release does not know the schema {revision}; use a newer one", value=revision)
     engine = _create_engine(url)
     try:
         with _translated(), engine.begin() as connection:
             lock_schema(connection)
             config = _alembic_config()
             config.attributes["connection"] = connection
-            command.upgrade(config, "head")
+            command.upgrade(config, revision)
     finally:
         engine.dispose()
 
@@ -115,7 +121,29 @@ def schema_is_current(database: Database) -> bool:
     """True if the database has the schema that this code was written for."""
     with _translated(), database.engine.connect() as connection:
         present = MigrationContext.configure(connection).get_current_heads()
-    return set(present) == set(ScriptDirectory.from_config(_alembic_config()).get_heads())
+    return set(present) == set(_heads())
+
+
+def revision_of(connection: Connection) -> str:
+    """The revision of a database's schema.
+
+    Raises:
+        Unavailable: it has none: nothing was migrated.
+    """
+    present = MigrationContext.configure(connection).get_current_heads()
+    if len(present) != 1:
+        raise Unavailable("the database has no schema", hint="run `bitwright migrate`")
+    return str(present[0])
+
+
+@lru_cache(maxsize=1)
+def _heads() -> tuple[str, ...]:
+    """The newest revision of this code, read once: a probe asks every few seconds."""
+    return tuple(_scripts().get_heads())
+
+
+def _scripts() -> ScriptDirectory:
+    return ScriptDirectory.from_config(_alembic_config())
 
 
 def _alembic_config() -> Config:

@@ -205,11 +205,19 @@ class UploadRepository:
         self._session.execute(update(UploadFile).where(*this).values(offset=offset))
 
 
+def count_expired_uploads(session: Session) -> int:
+    """How many uploads `remove_expired_uploads` would remove."""
+    return session.scalar(select(func.count()).select_from(Upload).where(*_expired())) or 0
+
+
 def remove_expired_uploads(session: Session) -> list[str]:
     """Remove uploads that were not completed in time; their ids, for whoever keeps their parts."""
-    late = (Upload.completed_at.is_(None), Upload.expires_at <= now())
+    return list(session.scalars(delete(Upload).where(*_expired()).returning(Upload.id)))
+
+
+def _expired() -> tuple[ColumnElement[bool], ...]:
     unread = ~exists().where(JobUpload.upload_id == Upload.id)
-    return list(session.scalars(delete(Upload).where(*late, unread).returning(Upload.id)))
+    return (Upload.completed_at.is_(None), Upload.expires_at <= now(), unread)
 
 
 def _problems(files: Sequence[NewUploadFile]) -> list[FieldProblem]:

@@ -11,7 +11,7 @@ from starlette.testclient import TestClient
 from app.api.event_feed import EventFeed
 from app.api.event_stream import RETRY, JobEvents, stream_events
 from app.api.main import create_app
-from app.api.metrics import Kept
+from app.api.submission.kept import Kept
 from app.store.keys import good_keys, issue_key, revoke_key
 from bitwright.errors import TooManyRequests
 from tests.api.conftest import Api, problem

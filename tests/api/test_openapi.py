@@ -117,9 +117,11 @@ def real_ids(api: Api) -> dict[str, list[str]]:
     """Values of path parameters for which there is something: generated ones meet nothing."""
     jobs, artifacts, uploads = [], [], []
     for number in range(3):
-        jobs.append(api.submit(metadata={"commit": str(number)}))
+        api.submit(metadata={"commit": str(number)})
+        held = api.claim()  # that one, or one that a generated call has queued
+        jobs.append(held.job_id)
         files = {"config.json": b"{}", "README.md": b"#", "load.py": b"", "model.safetensors": b"12345678"}
-        api.succeed(api.claim(), {"native": {**files, "chat_template.jinja": b"x"}})
+        api.succeed(held, {"native": {**files, "chat_template.jinja": b"x"}})
         artifacts += [item["id"] for item in api.reader.get(f"/v1/jobs/{jobs[-1]}/artifacts").json()["items"]]
         spec = {"name": "text.jsonl", "size": 3 * number, "sha256": "0" * 64}
         uploads.append(api.client.post("/v1/uploads", json={"files": [spec]}).json()["id"])

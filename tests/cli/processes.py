@@ -73,11 +73,14 @@ def command(*arguments: str, typed: str | None = None, **environment: str) -> su
 
     typed   what the command reads from standard input
 
-    What the command leaves in the environment and in the settings is taken back.
+    What the command leaves in the environment, in the settings and in the process's umask is taken back.
     """
     get_settings.cache_clear()
+    umask = os.umask(0o022)
+    os.umask(umask)
     with patch.dict(os.environ, {**clean_environment(), **environment}, clear=True):
         done = CliRunner().invoke(app, arguments, input=typed)
+    os.umask(umask)
     get_settings.cache_clear()
     if done.exception is not None and not isinstance(done.exception, SystemExit):
         raise done.exception

@@ -42,7 +42,7 @@ def test_rules_name_what_there_is(sqlite_url: str) -> None:
         assert used <= known.keys(), f"{rule['alert']}: {used - known.keys()}"
         labels = set(re.findall(r"(\w+)=~?\"", expression))
         for grouped in re.findall(r"\b(?:by|on|ignoring) \(([^)]*)\)", expression):
-            labels |= {word.strip() for word in grouped.split(",")}
+            labels |= {word.strip() for word in grouped.split(",")} - {""}
         allowed = OF_PROMETHEUS.union(*(known[name] for name in used))
         assert labels <= allowed, f"{rule['alert']}: {labels - allowed}"
     database.close()

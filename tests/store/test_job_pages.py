@@ -66,6 +66,7 @@ def test_every_combination_of_filters(
     database: Database, tenant: str, jobs: list[Job], few: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(job_pages, "FEW", few)
+    monkeypatch.setattr(job_pages, "MANY", 2 * few)
     every = product((None, JobStatus.FAILED), (None, "gptq", "awq"), (None, LONG), LABELS)
     with database.reading() as session:
         repository = JobRepository(session, tenant)

@@ -4,7 +4,7 @@ import structlog
 from fastapi import APIRouter, BackgroundTasks, Request, Response
 
 from app.api.auth import Submitter
-from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, SettingsOf
+from app.api.deps import BlobsOf, DatabaseOf, IdempotencyHeader, MetricsOf, QueueOf, SettingsOf
 from app.api.http.documentation import problems
 from app.api.jobs import ACCEPTED, accepted
 from app.api.submission.base_jobs import exported_job
@@ -48,6 +48,7 @@ def export_job(
     blobs: BlobsOf,
     metrics: MetricsOf,
     http: Request,
+    queue: QueueOf,
     idempotency_key: IdempotencyHeader = None,
 ) -> JobView:
     """Queue a job that makes other formats from the kept native checkpoint of a job that succeeded.
@@ -62,7 +63,7 @@ def export_job(
         jobs = JobRepository(*tenant)
         earlier = None if idempotency is None else jobs.find_replayed(idempotency)
         if earlier is not None:
-            return accepted(session, earlier, response)
+            return accepted(earlier, response, queue)
         base, kept = exported_job(job_id, jobs, ArtifactRepository(*tenant), blobs)
     found = export_problems(base, kept, body.formats)
     if found:
@@ -72,8 +73,9 @@ def export_job(
         policy, _ = policy_and_settings(session, principal, settings)
         require_allowed_priority(policy, request)
         job = queue_job(session, http, principal, policy, request, idempotency=idempotency)
-        view = accepted(session, job, response)
         alive = live_classes(session)
+    queue.forget()
+    view = accepted(job, response, queue)
     if not job.replayed:
         metrics.submitted.labels(job.method).inc()
         log.info("export_queued", job_id=job.id, base_job=job_id, formats=[name.value for name in body.formats])

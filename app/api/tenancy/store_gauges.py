@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from app.api.metrics import COUNTED_SECONDS, Kept
+from app.api.metrics import COUNTED_SECONDS
+from app.api.submission.kept import Kept
 from app.store.quotas import stored_bytes_by_tenant
 from app.store.session import Database
 from app.store.workers import Waiting, count_live, waiting_times
